@@ -1,0 +1,48 @@
+"""The exception tree: every mistake that a user can make has a class here.
+
+Each class also inherits the standard-library class it refines, so that ``except ValueError`` in a
+user's script keeps working. A message says what was wrong, what was given, what was expected, where,
+and what to do; the command line prints it as one line and exits with a non-zero status.
+"""
+
+from __future__ import annotations
+
+
+class OKDLightningError(Exception):
+    """Base of all errors that this library raises on purpose."""
+
+
+class ConfigError(OKDLightningError, ValueError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class DataError(OKDLightningError, ValueError):
+    """A data set that is empty, broken, or lacks the columns that are needed."""
+
+
+class DataNotFoundError(DataError, FileNotFoundError):
+    """A data file or folder that does not exist."""
+
+
+class ModelError(OKDLightningError, ValueError):
+    """A model that cannot be loaded or used."""
+
+
+class ModelNotFoundError(ModelError, FileNotFoundError):
+    """A model folder or hub id that does not exist."""
+
+
+class VocabularyError(ModelError):
+    """Student and teacher whose tokenizers do not agree."""
+
+
+class CheckpointError(OKDLightningError, RuntimeError):
+    """A checkpoint that is missing, broken, or of another run."""
+
+
+class OutputError(OKDLightningError, OSError):
+    """A folder or file that cannot be written."""
+
+
+class NonFiniteError(OKDLightningError, FloatingPointError):
+    """A loss or gradient that is NaN or infinite; raised before the optimizer's step."""

@@ -1,0 +1,30 @@
+"""The one axis vocabulary, as jaxtyping aliases; the test run checks every annotated call.
+
+Axes: ``batch`` rows, ``seq`` tokens of a row, ``vocab`` token ids, ``hidden`` model width,
+``positions`` masked-in tokens of a batch laid end to end. ``*lead`` stands for any leading axes.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+LogProbs: TypeAlias = Float[Tensor, "*lead vocab"]
+"""Log-probabilities over the vocabulary (nats, each last axis sums to one in probability)."""
+
+PerToken: TypeAlias = Float[Tensor, "*lead"]
+"""One number a token."""
+
+LogRatio: TypeAlias = Float[Tensor, "*any"]
+"""log q - log p, teacher minus student, in nats: the lambda of the formulas."""
+
+TokenIds: TypeAlias = Int[Tensor, "batch seq"]
+TokenMask: TypeAlias = Bool[Tensor, "batch seq"]
+"""True = the token counts in the loss."""
+
+PositionHidden: TypeAlias = Float[Tensor, "positions hidden"]
+PositionIds: TypeAlias = Int[Tensor, " positions"]
+PositionValues: TypeAlias = Float[Tensor, " positions"]
+PositionMask: TypeAlias = Bool[Tensor, " positions"]
