@@ -123,8 +123,8 @@ class DistillBatch:
         index: [batch] data set row.
         prompt_lengths: [batch] prompt tokens of each row.
         sampler_logprobs: [batch, seq] nats, aligned with ``input_ids``; 0 where nothing was drawn.
-        step_counts: [sources] loss tokens of the whole optimizer step (all micro-batches, all
-            ranks) by source: what the loss is divided by. None outside training.
+        step_counts: Loss tokens of the whole optimizer step (all micro-batches, all ranks), one
+            number a source: what the loss is divided by. None outside training.
         metrics: Numbers about the making of this batch (rollout speed and lengths) to be logged.
     """
 
@@ -135,7 +135,7 @@ class DistillBatch:
     index: Tensor
     prompt_lengths: Tensor
     sampler_logprobs: Tensor
-    step_counts: Tensor | None = None
+    step_counts: tuple[int, ...] | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -147,13 +147,6 @@ class DistillBatch:
         positions = torch.arange(self.input_ids.shape[1], device=self.lengths.device)
         return positions < self.lengths[:, None]
 
-    @property
-    def counts(self) -> Tensor:
-        """[sources] loss tokens of this micro-batch by source (int64)."""
-        per_row = self.mask[:, 1:].sum(dim=1)
-        counts = torch.zeros(len(SOURCES), dtype=torch.int64, device=per_row.device)
-        return counts.index_add(0, self.source, per_row)
-
     def to(self, device: torch.device | str, non_blocking: bool = False) -> DistillBatch:
         """The same batch on another device (Lightning calls this)."""
         moved = {
@@ -162,10 +155,6 @@ class DistillBatch:
             if isinstance(value, Tensor)
         }
         return replace(self, **moved)
-
-    def with_step_counts(self, step_counts: Tensor) -> DistillBatch:
-        """The same batch, stamped with the loss tokens of its optimizer step by source."""
-        return replace(self, step_counts=step_counts)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def loss_output(values: Tensor, mask: Tensor, **metrics: Tensor) -> LossOutput:
 
 
 def normalise(
-    total: Tensor, step_count: Tensor, accumulate_grad_batches: int, world_size: int
+    total: Tensor, step_count: int, accumulate_grad_batches: int, world_size: int
 ) -> Tensor:
     """The one division: a micro-batch's sum over the loss tokens of its whole optimizer step.
 
@@ -58,12 +58,11 @@ def normalise(
 
     Args:
         total: Scalar sum over this micro-batch (nats).
-        step_count: Scalar, loss tokens of the step over all micro-batches and ranks.
+        step_count: Loss tokens of the step over all micro-batches and ranks.
         accumulate_grad_batches: Micro-batches an optimizer step.
         world_size: Ranks that gradients are averaged over.
 
     Returns:
         Scalar, nats per token; zero where the step has no token for this term.
     """
-    scale = accumulate_grad_batches * world_size / step_count.clamp(min=1)
-    return total * scale.to(total.dtype)
+    return total * (accumulate_grad_batches * world_size / max(1, step_count))

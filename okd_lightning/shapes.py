@@ -20,6 +20,15 @@ PerToken: TypeAlias = Float[Tensor, "*lead"]
 LogRatio: TypeAlias = Float[Tensor, "*any"]
 """log q - log p, teacher minus student, in nats: the lambda of the formulas."""
 
+RatioValues: TypeAlias = Float[Tensor, "*any"]
+"""A function of the log-ratio, element by element."""
+
+PerId: TypeAlias = Float[Tensor, "*lead vocab"]
+"""One number for every id of the vocabulary."""
+
+IdMask: TypeAlias = Bool[Tensor, "*lead vocab"]
+"""One flag for every id of the vocabulary."""
+
 TokenIds: TypeAlias = Int[Tensor, "batch seq"]
 TokenMask: TypeAlias = Bool[Tensor, "batch seq"]
 """True = the token counts in the loss."""

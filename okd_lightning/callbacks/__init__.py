@@ -1,0 +1,32 @@
+"""Method callbacks and monitors: what a Trainer is given to distil by.
+
+* ``base``: ``DistillationCallback``, the contract of a method.
+* ``divergence``: ``DivergenceCallback``, the brick of every exact method.
+* ``sft``, ``kd``, ``gkd``: the published methods, as constructions with their defaults.
+* monitors: ``exact_match`` (task accuracy), ``rollout_log`` (samples on disk), ``predictions``
+  (generations on disk), ``finite_guard`` (stop before a broken step), ``throughput``, ``progress``.
+"""
+
+from okd_lightning.callbacks.base import DistillationCallback
+from okd_lightning.callbacks.divergence import DivergenceCallback
+from okd_lightning.callbacks.exact_match import ExactMatch
+from okd_lightning.callbacks.finite_guard import FiniteGuard
+from okd_lightning.callbacks.gkd import GKD
+from okd_lightning.callbacks.kd import KD
+from okd_lightning.callbacks.predictions import PredictionLog
+from okd_lightning.callbacks.rollout_log import RolloutLog
+from okd_lightning.callbacks.sft import SFT
+from okd_lightning.callbacks.throughput import Throughput
+
+__all__ = [
+    "GKD",
+    "KD",
+    "SFT",
+    "DistillationCallback",
+    "DivergenceCallback",
+    "ExactMatch",
+    "FiniteGuard",
+    "PredictionLog",
+    "RolloutLog",
+    "Throughput",
+]

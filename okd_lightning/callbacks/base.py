@@ -1,0 +1,108 @@
+"""The contract of a method: declare what is needed, turn one step's quantities into a sum."""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+
+from okd_lightning.errors import ConfigError
+from okd_lightning.losses import Measured, Quantity
+from okd_lightning.module import DistillationModule
+from okd_lightning.records import LossOutput, Source
+
+
+class DistillationCallback(Callback, ABC):
+    """A method, as a Lightning callback: one weighted term of a run's loss.
+
+    Several on one Trainer add up, each divided by its own token count. A method never sees logits:
+    it names quantities, the module measures each of them once, and ``loss`` sums them over the
+    positions that the method acts on. A complete method::
+
+        class TopMass(DistillationCallback):
+            'Pulls the student where the teacher is sure of itself.'
+
+            on_policy_fraction = 0.0
+            sources = ("dataset",)
+            quantities = (ExactDivergence(ForwardKL()), Entropy("teacher"))
+
+            def loss(self, measured: Measured) -> LossOutput:
+                divergence, entropy = (measured[q] for q in self.quantities)
+                values = divergence * (-entropy.detach()).exp()
+                return loss_output(values, measured.mask(self.sources))
+
+    Args:
+        weight: Factor on this term's mean loss.
+        name: Logged as train/<name>; by default the class name in snake case. Two methods of one
+            class need different names.
+
+    Attributes:
+        sources: Who writes the rows that it acts on: "dataset", "student" or "teacher".
+        on_policy_fraction: Share of optimizer steps whose responses the student writes, in [0, 1],
+            or None where the method takes whatever rows others ask for.
+        quantities: What the module has to measure for it.
+    """
+
+    def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
+        if not (math.isfinite(weight) and weight > 0):
+            raise ConfigError(f"weight must be a number above 0, got {weight}")
+        self.weight = weight
+        self.name = name or _snake_case(type(self).__name__)
+
+    @property
+    @abstractmethod
+    def sources(self) -> tuple[Source, ...]:
+        """Who writes the rows that the method acts on."""
+
+    @property
+    @abstractmethod
+    def on_policy_fraction(self) -> float | None:
+        """Share of optimizer steps that are the student's own generations."""
+
+    @property
+    @abstractmethod
+    def quantities(self) -> tuple[Quantity, ...]:
+        """What has to be measured."""
+
+    @abstractmethod
+    def loss(self, measured: Measured) -> LossOutput:
+        """The sum over this method's positions of one micro-batch, with its count."""
+
+    @property
+    def state_key(self) -> str:
+        """Stable key of this callback's state in checkpoints, also beside others of its class."""
+        return f"{type(self).__qualname__}.{self.name}"
+
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """Register the term with the module.
+
+        Raises:
+            ConfigError: The module is not a DistillationModule.
+        """
+        if not isinstance(pl_module, DistillationModule):
+            raise ConfigError(
+                f"{type(self).__name__} works on a DistillationModule, "
+                f"this Trainer fits a {type(pl_module).__name__}"
+            )
+        if stage == "fit":
+            pl_module.add_term(self)
+
+
+def check_fraction(name: str, value: float) -> float:
+    """A share in [0, 1].
+
+    Raises:
+        ConfigError: It is outside.
+    """
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{name} must be between 0 and 1, got {value}")
+    return value
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()

@@ -1,0 +1,88 @@
+"""Task accuracy: greedy answers against the references."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from okd_lightning.data import RolloutDataModule
+from okd_lightning.errors import ConfigError
+from okd_lightning.metrics import matches
+from okd_lightning.module import DistillationModule
+from okd_lightning.records import Example
+from okd_lightning.rollouts import NoiseStream, Sampling
+from okd_lightning.rollouts.evaluation import prompt_batch
+from okd_lightning.rollouts.rows import share
+
+
+class ExactMatch(Callback):
+    """Logs ``val/exact_match`` and ``test/exact_match``: the share of prompts that are solved.
+
+    The student answers greedily; the answer and the data set's response are compared after
+    ``pattern`` has cut the final answer out of either.
+
+    Args:
+        pattern: A regular expression whose first group is the answer (the last match counts), such
+            as '#### (.+)'; None compares whole responses.
+        num_prompts: How many prompts of the set, from its start; None for all.
+    """
+
+    def __init__(self, pattern: str | None = None, num_prompts: int | None = None) -> None:
+        try:
+            self.pattern = re.compile(pattern) if pattern is not None else None
+        except re.error as error:
+            raise ConfigError(f"pattern {pattern!r} is no regular expression: {error}") from error
+        if self.pattern is not None and self.pattern.groups < 1:
+            raise ConfigError(f"pattern {pattern!r} needs a group (...) that holds the answer")
+        self.num_prompts = num_prompts
+
+    def on_validation_epoch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Answer and compare."""
+        if not trainer.sanity_checking:
+            self._log(trainer, pl_module, "val")
+
+    def on_test_epoch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Answer and compare."""
+        self._log(trainer, pl_module, "test")
+
+    def _log(self, trainer: lightning.Trainer, pl_module: Any, part: str) -> None:
+        assert isinstance(pl_module, DistillationModule)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, RolloutDataModule):
+            raise ConfigError("ExactMatch reads its prompts from a RolloutDataModule")
+        examples = [e for e in data.examples(part).examples if e.response][: self.num_prompts]
+        own = list(share(examples, trainer.global_rank, trainer.world_size))
+        solved = sum(
+            matches(answer, example.response, self.pattern)
+            for answer, example in zip(greedy_answers(pl_module, data, own), own, strict=True)
+        )
+        counts = torch.tensor([solved, len(own)], device=pl_module.device, dtype=torch.float32)
+        total = trainer.strategy.reduce(counts, reduce_op="sum")
+        pl_module.log(f"{part}/exact_match", total[0] / total[1], batch_size=1, rank_zero_only=True)
+
+
+def greedy_answers(
+    module: DistillationModule,
+    data: RolloutDataModule,
+    examples: list[Example],
+    author: str = "student",
+) -> list[str]:
+    """The most likely responses of the student or the teacher, as text."""
+    if not examples:
+        return []
+    rollout = module.write(
+        author,  # type: ignore[arg-type]
+        prompt_batch(examples),
+        Sampling(temperature=0),
+        NoiseStream(0, 0),
+        data.max_response_length,
+    )
+    return [module.decode(ids) for ids in rollout.response_ids]

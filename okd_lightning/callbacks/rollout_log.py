@@ -1,0 +1,60 @@
+"""Samples of what the student writes while it trains, on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+
+from okd_lightning.module import DistillationModule
+from okd_lightning.records import SOURCES, DistillBatch
+
+
+class RolloutLog(Callback):
+    """Appends a few generated responses to ``rollouts.jsonl`` of the run's folder.
+
+    Args:
+        every_n_steps: Optimizer steps between two samples.
+        num_rows: Rows a sample.
+    """
+
+    def __init__(self, every_n_steps: int = 50, num_rows: int = 4) -> None:
+        self.every_n_steps = every_n_steps
+        self.num_rows = num_rows
+        self._next_step = 0
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Continue at the step that the run is at."""
+        self._next_step = trainer.global_step
+
+    def on_train_batch_start(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        batch: DistillBatch,
+        batch_idx: int,
+    ) -> None:
+        """Write the first rows of a batch that holds generations."""
+        assert isinstance(pl_module, DistillationModule)
+        sources = [SOURCES[code] for code in batch.source.tolist()]
+        rows = [i for i, source in enumerate(sources) if source != "dataset"]
+        if trainer.global_step < self._next_step or not rows or not trainer.is_global_zero:
+            return
+        self._next_step = trainer.global_step + self.every_n_steps
+        with (Path(trainer.default_root_dir) / "rollouts.jsonl").open("a") as file:
+            for i in rows[: self.num_rows]:
+                ids = batch.input_ids[i, : batch.lengths[i]].tolist()
+                start = int(batch.prompt_lengths[i])
+                record = {
+                    "step": trainer.global_step,
+                    "source": sources[i],
+                    "index": int(batch.index[i]),
+                    "prompt": pl_module.decode(ids[:start]),
+                    "response": pl_module.decode(ids[start:]),
+                    "num_tokens": len(ids) - start,
+                }
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -1,0 +1,100 @@
+"""Where the time goes: tokens trained on and written, and the seconds of either."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+
+from okd_lightning.records import DistillBatch
+
+
+class Throughput(Callback):
+    """Counts loss tokens and generated tokens, and the seconds of training and rollouts.
+
+    Validation, imports and set-up are not counted. Logs ``train/tokens_per_second``,
+    ``train/tokens`` and ``train/seconds`` with the training metrics.
+
+    Attributes:
+        tokens: Loss tokens trained on, over all ranks.
+        generated_tokens: Tokens written by either model, on this rank.
+        seconds: Training and rollouts together.
+        rollout_seconds: Rollouts alone.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.generated_tokens = 0
+        self.seconds = 0.0
+        self.rollout_seconds = 0.0
+        self._mark: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """All counters."""
+        names = ("tokens", "generated_tokens", "seconds", "rollout_seconds")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the counters."""
+        vars(self).update(state_dict)
+
+    def on_train_epoch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Start the clock."""
+        self._mark = time.perf_counter()
+
+    def on_train_batch_start(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        batch: DistillBatch,
+        batch_idx: int,
+    ) -> None:
+        """Count what was written for this batch."""
+        self.generated_tokens += int(batch.metrics.get("rollout/tokens", 0))
+        self.rollout_seconds += batch.metrics.get("rollout/seconds", 0.0)
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: DistillBatch,
+        batch_idx: int,
+    ) -> None:
+        """Count a step's tokens once, at its last micro-batch, and the time since the last."""
+        self._tick()
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and batch.step_counts:
+            self.tokens += sum(batch.step_counts)
+            training = max(self.seconds - self.rollout_seconds, 1e-9)
+            pl_module.log_dict(
+                {
+                    "train/tokens": float(self.tokens),
+                    "train/seconds": self.seconds,
+                    "train/tokens_per_second": self.tokens / training,
+                },
+                batch_size=1,
+            )
+
+    def on_validation_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Stop the clock."""
+        self._tick()
+        self._mark = None
+
+    def on_validation_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Start it again."""
+        if trainer.training:
+            self._mark = time.perf_counter()
+
+    def _tick(self) -> None:
+        now = time.perf_counter()
+        if self._mark is not None:
+            self.seconds += now - self._mark
+        self._mark = now

@@ -1,0 +1,43 @@
+"""Reading a checkpoint file without a module: is it there, is it ours, what does it say."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from okd_lightning.errors import CheckpointError
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """Load a checkpoint file on the CPU, weights-only and memory-mapped.
+
+    Raises:
+        CheckpointError: It is not there, broken, or of another program.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise CheckpointError(f"--ckpt_path {path!r}: there is no such file{_nearby(file)}")
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"--ckpt_path {path!r} cannot be read as a checkpoint ({reason}); use another one of "
+            "the run's checkpoints folder"
+        ) from error
+    if not isinstance(checkpoint, dict) or "okd_lightning" not in checkpoint:
+        raise CheckpointError(f"--ckpt_path {path!r} was not written by okd-lightning")
+    return checkpoint
+
+
+def _nearby(file: Path) -> str:
+    folder = file.parent
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    found = sorted(str(p) for p in folder.glob("*.ckpt")) or sorted(
+        str(p) for p in folder.glob("checkpoints/*.ckpt")
+    )
+    return f"; there are {', '.join(found[:5])}" if found else f" (looked in {folder})"

@@ -1,0 +1,91 @@
+"""What a checkpoint holds beyond Lightning's own state, and what it leaves out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from okd_lightning.errors import CheckpointError
+
+
+def weights_to_save(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that could not be loaded again: what is trained, and random-init bases.
+
+    Frozen weights of a model that came from a folder or hub id are left out.
+
+    Args:
+        module: A DistillationModule with both models built.
+        state_dict: Its full state.
+    """
+    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    kept = {}
+    for name, value in state_dict.items():
+        source = module.teacher_source if name.startswith("teacher.") else module.student_source
+        is_reloadable = not isinstance(source, Mapping)
+        if name.startswith("teacher.") and is_reloadable:
+            continue
+        if name in frozen and is_reloadable:
+            continue
+        kept[name] = value
+    return kept
+
+
+def check_methods(saved: Sequence[str], configured: Sequence[str]) -> None:
+    """Refuse to resume one method's run with another's.
+
+    Raises:
+        CheckpointError: Naming both.
+    """
+    if list(saved) != list(configured):
+        raise CheckpointError(
+            f"the checkpoint is of {' + '.join(saved) or 'no method'}, this run is configured for "
+            f"{' + '.join(configured)}; resume with the same method, or start a new run from the "
+            "exported student: --model.student FOLDER"
+        )
+
+
+def rng_state() -> dict[str, Any]:
+    """All random streams of this process, as tensors and primitives."""
+    _, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": {
+            "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "gauss": float(gauss),
+        },
+        "python": list(_flat(random.getstate())),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Continue the streams of ``rng_state``."""
+    torch.set_rng_state(state["torch"].cpu())
+    numpy_state = state["numpy"]
+    np.random.set_state(  # noqa: NPY002
+        (
+            "MT19937",
+            numpy_state["keys"].numpy().astype(np.uint32),
+            numpy_state["position"],
+            numpy_state["has_gauss"],
+            numpy_state["gauss"],
+        )
+    )
+    version, *keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([stream.cpu() for stream in state["cuda"]])
+
+
+def _flat(state: tuple[Any, ...]) -> tuple[Any, ...]:
+    version, keys, gauss = state
+    return (version, *keys, gauss)

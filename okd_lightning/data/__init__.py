@@ -1,0 +1,26 @@
+"""Reading data: from a file, folder, hub id or list to tokenized examples.
+
+* ``sources``: where rows come from; ``json_files`` and ``arrow`` do the reading.
+* ``columns``: which column is the prompt, the response or the chat; checks names and types.
+* ``templates``: chats as text, cut where the assistant's own words begin and end.
+* ``tokens``: text to ids.
+* ``text_rows``, ``chat_rows``: the two kinds of rows to ``records.Example``s.
+* ``examples``: both, with lengths limited and what was left out counted.
+* ``module``: ``RolloutDataModule``, the loaders of a run; ``progress`` shows how far it is.
+"""
+
+from okd_lightning.data.columns import Columns
+from okd_lightning.data.examples import ExampleSet, OnOverlong, build_examples
+from okd_lightning.data.module import RolloutDataModule
+from okd_lightning.data.sources import DataSource, describe_source, load_rows
+
+__all__ = [
+    "Columns",
+    "DataSource",
+    "ExampleSet",
+    "OnOverlong",
+    "RolloutDataModule",
+    "build_examples",
+    "describe_source",
+    "load_rows",
+]

@@ -1,0 +1,165 @@
+"""Raw rows to the examples that a run uses: read, tokenized, limited in length, counted.
+
+Owns the limits and what is said about rows that are left out; ``text_rows`` and ``chat_rows`` make
+the ids. Deterministic: the same rows and tokenizer give the same examples.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias, get_args
+
+from transformers import PreTrainedTokenizerBase
+
+from okd_lightning.data.chat_rows import examples_from_chats
+from okd_lightning.data.columns import Columns, RawRow, choose_layout
+from okd_lightning.data.text_rows import examples_from_texts
+from okd_lightning.errors import ConfigError, DataError
+from okd_lightning.records import Example
+
+OnOverlong: TypeAlias = Literal["skip", "error"]
+"""What happens to a row whose prompt is too long."""
+
+OVERLONG_PROMPT = "overlong prompt"
+EMPTY_RESPONSE = "empty response"
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """The examples of a data set, and what happened to its other rows.
+
+    Attributes:
+        examples: In the data set's order; ``index`` is the row's number in it (from 0).
+        skipped: How many rows were left out, by reason (``OVERLONG_PROMPT``, ``EMPTY_RESPONSE``).
+        num_cut: Examples whose response was cut and so has no eos.
+    """
+
+    examples: tuple[Example, ...]
+    skipped: Mapping[str, int]
+    num_cut: int
+
+    @property
+    def num_skipped(self) -> int:
+        """Rows left out, for whatever reason."""
+        return sum(self.skipped.values())
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What a row must keep to; see ``build_examples``."""
+
+    max_prompt_length: int
+    max_response_length: int
+    on_overlong: OnOverlong
+    needs_response: bool
+    where: str
+
+    def __post_init__(self) -> None:
+        for name in ("max_prompt_length", "max_response_length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--data.{name} is {getattr(self, name)}; expected at least 1")
+        if self.on_overlong not in get_args(OnOverlong):
+            raise ConfigError(
+                f"--data.on_overlong is {self.on_overlong!r}; expected 'skip' or 'error'"
+            )
+
+    def reason_to_skip(self, example: Example) -> str | None:
+        """Why this row is left out, or None; raises where that was asked for."""
+        num_tokens = len(example.prompt_ids)
+        if num_tokens > self.max_prompt_length:
+            if self.on_overlong == "error":
+                raise DataError(
+                    f"{self.where}, row {example.index + 1}: the prompt has {num_tokens} tokens, "
+                    f"more than --data.max_prompt_length {self.max_prompt_length}; raise it, "
+                    "or leave such rows out with --data.on_overlong skip"
+                )
+            return OVERLONG_PROMPT
+        if self.needs_response and not example.response_ids:
+            return EMPTY_RESPONSE
+        return None
+
+    def none_left(self, examples: Sequence[Example], skipped: Mapping[str, int]) -> DataError:
+        """The error for a data set of which nothing remains."""
+        lengths = [len(example.prompt_ids) for example in examples]
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
+        advice = (
+            f"prompts have {min(lengths)} to {max(lengths)} tokens; "
+            f"raise --data.max_prompt_length (now {self.max_prompt_length})"
+            if OVERLONG_PROMPT in skipped
+            else "give rows with responses, or use a method that needs prompts only"
+        )
+        return DataError(
+            f"{self.where}: all {len(examples)} rows were skipped ({reasons}); {advice}"
+        )
+
+    def apply(self, examples: Sequence[Example]) -> ExampleSet:
+        """Leave out and cut."""
+        kept: list[Example] = []
+        skipped: Counter[str] = Counter()
+        num_cut = 0
+        for example in examples:
+            reason = self.reason_to_skip(example)
+            if reason is not None:
+                skipped[reason] += 1
+                continue
+            num_cut += len(example.response_ids) > self.max_response_length
+            kept.append(
+                replace(example, response_ids=example.response_ids[: self.max_response_length])
+            )
+        if not kept:
+            raise self.none_left(examples, skipped)
+        return ExampleSet(tuple(kept), dict(skipped), num_cut)
+
+
+def build_examples(
+    rows: Sequence[RawRow],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    eos_id: int,
+    columns: Columns,
+    max_prompt_length: int,
+    max_response_length: int,
+    on_overlong: OnOverlong,
+    needs_response: bool,
+    where: str,
+) -> ExampleSet:
+    """Tokenize rows into examples: prompt + response + eos, tokenized apart.
+
+    Args:
+        rows: At least one; all of the layout of the first (prompt and response, or chat messages).
+        tokenizer: Turns text to ids, and renders chats.
+        eos_id: What ends a response that was not cut.
+        columns: Which columns to read.
+        max_prompt_length: Tokens; what happens to longer prompts says ``on_overlong``.
+        max_response_length: Tokens, the eos included; longer responses are cut and get no eos.
+        on_overlong: "skip" leaves the row out and counts it, "error" raises.
+        needs_response: Whether the run learns from given responses: rows without one are then
+            skipped, and a data set without such a column is refused.
+        where: The data set's name for messages (``describe_source``).
+
+    Raises:
+        ConfigError: A limit below 1 or an unknown ``on_overlong``.
+        DataError: Columns are missing, a cell has the wrong type, a chat cannot be rendered with
+            exact masks, a prompt is too long (``on_overlong="error"``), or no row is left.
+    """
+    limits = _Limits(max_prompt_length, max_response_length, on_overlong, needs_response, where)
+    if not rows:
+        raise DataError(f"{where}: no rows; expected at least one")
+    layout = choose_layout(rows[0], columns, needs_response=needs_response, where=where)
+    if layout == "chat":
+        examples = examples_from_chats(rows, tokenizer, eos_id=eos_id, columns=columns, where=where)
+    else:
+        examples = examples_from_texts(
+            rows,
+            tokenizer,
+            eos_id=eos_id,
+            columns=columns,
+            needs_response=needs_response,
+            where=where,
+        )
+    return limits.apply(examples)

@@ -1,0 +1,341 @@
+"""The RolloutDataModule: from a data set's name to the loaders of fit, validate, test and predict.
+
+Owns the settings of data and rollouts; reading is in ``sources``, tokenizing in ``examples``, and
+what a batch is made of in ``rollouts``. The tokenizer, the end-of-sequence id and who writes which
+rows come from the module and the method callbacks of the run.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import Any, Protocol, cast
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from okd_lightning.data.columns import Columns
+from okd_lightning.data.examples import ExampleSet, OnOverlong, build_examples
+from okd_lightning.data.progress import rollout_progress
+from okd_lightning.data.sources import DataSource, describe_source, load_rows
+from okd_lightning.errors import ConfigError, DataError
+from okd_lightning.losses import Term
+from okd_lightning.records import Example
+from okd_lightning.rollouts import LoaderShape, RolloutLoader, RolloutPlan, Sampling, Writer, plan_for
+from okd_lightning.rollouts.evaluation import GivenResponses, OwnResponses
+from okd_lightning.rollouts.noise import hashed_uniform
+
+_PROMPT_SET = 0x50534554  # domain separation for the choice of validation prompts
+
+
+class DistilledModule(Writer, Protocol):
+    """What this data module needs to know of the module that it feeds."""
+
+    tokenizer: PreTrainedTokenizerBase
+    terms: list[Term]
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end a response."""
+
+    def check_lengths(self, num_tokens: int) -> None:
+        """Refuse sequences that the models were not made for."""
+
+
+class RolloutDataModule(lightning.LightningDataModule):
+    """Prompts, given responses, and batches that the student writes anew every epoch.
+
+    A data set is a JSONL file, a folder written by datasets' save_to_disk, a hub id, or (in Python)
+    a list of mappings. A row has prompt and response, or chat messages.
+
+    Args:
+        train: Training data.
+        val: Validation data.
+        test: Test data; by default the validation data.
+        predict: Prompts for predict; by default the test or validation data.
+        batch_size: Sequences a micro-batch (a device's forward pass).
+        global_batch_size: Sequences an optimizer step over all devices; gradient accumulation is
+            derived from it.
+        max_prompt_length: Tokens; on_overlong says what happens to longer prompts.
+        max_response_length: Tokens; given responses are cut here (a cut response gets no eos) and
+            generation stops here.
+        on_overlong: Leave rows with longer prompts out and count them, or stop.
+        prompts_per_epoch: Prompts an epoch takes; by default the whole set.
+        prompts_per_rollout: Prompts that are written to at a time; by default one optimizer
+            step's, which is strictly on-policy.
+        samples_per_prompt: Responses that are written to each prompt.
+        sampling: How responses are drawn.
+        val_rollouts: Validation prompts that the student answers for the on-policy measures; 0
+            for none.
+        prompt_column: Name of the column with prompts.
+        response_column: Name of the column with responses.
+        messages_column: Name of the column with chats.
+        subset: Configuration of a hub data set, such as main.
+        train_split: Split of a hub data set for training.
+        val_split: Split of a hub data set for validation.
+        test_split: Split of a hub data set for test.
+        seed: Keys order, coin and sampling noise; by default seed_everything's.
+
+    Raises:
+        ConfigError: A number out of its range.
+        DataError: At the first use: data that is missing, empty, broken or lacks columns.
+    """
+
+    def __init__(
+        self,
+        train: DataSource | None = None,
+        val: DataSource | None = None,
+        test: DataSource | None = None,
+        predict: DataSource | None = None,
+        *,
+        batch_size: int = 8,
+        global_batch_size: int | None = None,
+        max_prompt_length: int = 512,
+        max_response_length: int = 256,
+        on_overlong: OnOverlong = "skip",
+        prompts_per_epoch: int | None = None,
+        prompts_per_rollout: int | None = None,
+        samples_per_prompt: int = 1,
+        sampling: Sampling | None = None,
+        val_rollouts: int = 64,
+        prompt_column: str = "prompt",
+        response_column: str = "response",
+        messages_column: str = "messages",
+        subset: str | None = None,
+        train_split: str = "train",
+        val_split: str = "validation",
+        test_split: str = "test",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        positive = {
+            "batch_size": batch_size,
+            "global_batch_size": global_batch_size,
+            "max_prompt_length": max_prompt_length,
+            "max_response_length": max_response_length,
+            "prompts_per_epoch": prompts_per_epoch,
+            "prompts_per_rollout": prompts_per_rollout,
+            "samples_per_prompt": samples_per_prompt,
+        }
+        for name, value in positive.items():
+            if value is not None and value < 1:
+                raise ConfigError(f"data.{name} must be at least 1, got {value}")
+        self.sources: dict[str, DataSource | None] = {
+            "train": train,
+            "val": val,
+            "test": test or val,
+            "predict": predict or test or val,
+        }
+        self.splits = {"train": train_split, "val": val_split, "test": test_split}
+        self.batch_size = batch_size
+        self.global_batch_size = global_batch_size
+        self.max_prompt_length = max_prompt_length
+        self.max_response_length = max_response_length
+        self.on_overlong = on_overlong
+        self.prompts_per_epoch = prompts_per_epoch
+        self.prompts_per_rollout = prompts_per_rollout
+        self.samples_per_prompt = samples_per_prompt
+        self.sampling = sampling or Sampling()
+        self.val_rollouts = val_rollouts
+        self.columns = Columns(
+            prompt=prompt_column, response=response_column, messages=messages_column
+        )
+        self.subset = subset
+        self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+        self._examples: dict[str, ExampleSet] = {}
+
+    # ---------------------------------------------------------------- Lightning's hooks
+
+    def setup(self, stage: str) -> None:
+        """Derive the accumulation from ``global_batch_size``.
+
+        Raises:
+            ConfigError: It does not fit the batch size, the devices or the accumulation.
+        """
+        if stage == "fit" and self.global_batch_size is not None:
+            trainer = self._trainer
+            trainer.accumulate_grad_batches = accumulation_for(
+                self.global_batch_size,
+                self.batch_size,
+                trainer.world_size,
+                trainer.accumulate_grad_batches,
+            )
+
+    def train_dataloader(self) -> RolloutLoader:
+        """The loader of the run's methods, stateful and regenerated every epoch."""
+        module, trainer = self._module, self._trainer
+        plan = plan_for(module.terms)
+        examples = self.examples("train", needs_response="dataset" in plan.sources)
+        shape = LoaderShape(
+            batch_size=self.batch_size,
+            prompts_per_epoch=self.prompts_per_epoch or len(examples),
+            accumulate_grad_batches=trainer.accumulate_grad_batches,
+            world_size=trainer.world_size,
+            rank=trainer.global_rank,
+            prompts_per_rollout=self.prompts_per_rollout,
+            samples_per_prompt=self.samples_per_prompt,
+        )
+        _announce(plan, shape)
+        return RolloutLoader(
+            examples.examples,
+            plan,
+            shape,
+            module,
+            sampling=self.sampling,
+            max_new_tokens=self.max_response_length,
+            seed=self.seed,
+            reduce_sum=self._reduce_sum,
+            gather=self._gather,
+            progress=partial(rollout_progress, trainer),
+        )
+
+    def val_dataloader(self) -> list[GivenResponses | OwnResponses]:
+        """Given responses, and the student's own to a fixed set of prompts."""
+        return self._evaluation_loaders("val")
+
+    def test_dataloader(self) -> list[GivenResponses | OwnResponses]:
+        """The same of the test data."""
+        return self._evaluation_loaders("test")
+
+    def predict_dataloader(self) -> OwnResponses:
+        """The student's responses to all prompts.
+
+        Raises:
+            DataError: No prompts were named.
+        """
+        if self.sources["predict"] is None:
+            raise DataError("nothing to predict: give --data.predict a file of prompts")
+        return self._own_responses(self.examples("predict").examples)
+
+    # ---------------------------------------------------------------- examples
+
+    def examples(self, part: str, needs_response: bool = False) -> ExampleSet:
+        """The tokenized rows of train, val, test or predict; read once.
+
+        Raises:
+            DataError: The part was not given, or cannot be read.
+        """
+        source = self.sources[part]
+        if source is None:
+            raise DataError(f"no data: give --data.{part} a JSONL file, a folder or a hub id")
+        key = f"{part}:{needs_response}"
+        if key not in self._examples:
+            name = describe_source(source)
+            split = self.splits.get(part, self.splits["test"])
+            found = build_examples(
+                load_rows(source, split=split, subset=self.subset),
+                self._module.tokenizer,
+                eos_id=self._module.eos_ids[0],
+                columns=self.columns,
+                max_prompt_length=self.max_prompt_length,
+                max_response_length=self.max_response_length,
+                on_overlong=self.on_overlong,
+                needs_response=needs_response,
+                where=name,
+            )
+            self._report(part, name, found)
+            self._examples[key] = found
+        return self._examples[key]
+
+    def _report(self, part: str, name: str, found: ExampleSet) -> None:
+        skipped = ", ".join(f"{count} {reason}" for reason, count in found.skipped.items())
+        rank_zero_info(
+            f"{part}: {len(found)} rows from {name}, {found.num_skipped} skipped"
+            f"{f' ({skipped})' if skipped else ''}, {found.num_cut} responses cut at "
+            f"{self.max_response_length} tokens"
+        )
+        self._module.check_lengths(
+            max(
+                len(example.prompt_ids) + max(len(example.response_ids), self.max_response_length)
+                for example in found.examples
+            )
+        )
+
+    def _evaluation_loaders(self, part: str) -> list[GivenResponses | OwnResponses]:
+        if self.sources[part] is None:
+            return []
+        trainer = self._trainer
+        examples = self.examples(part).examples
+        loaders: list[GivenResponses | OwnResponses] = []
+        given = [example for example in examples if example.response_ids]
+        if given:
+            loaders.append(
+                GivenResponses(given, self.batch_size, trainer.global_rank, trainer.world_size)
+            )
+        if self.val_rollouts:
+            keys = hashed_uniform(_PROMPT_SET, self.seed, np.arange(len(examples)))
+            chosen = sorted(keys.argsort(kind="stable")[: self.val_rollouts].tolist())
+            loaders.append(self._own_responses([examples[i] for i in chosen]))
+        return loaders
+
+    def _own_responses(self, examples: list[Example] | tuple[Example, ...]) -> OwnResponses:
+        trainer = self._trainer
+        return OwnResponses(
+            examples,
+            self.batch_size,
+            self._module,
+            sampling=self.sampling,
+            max_new_tokens=self.max_response_length,
+            seed=self.seed,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            progress=partial(rollout_progress, trainer),
+        )
+
+    # ---------------------------------------------------------------- the run around it
+
+    @property
+    def _trainer(self) -> lightning.Trainer:
+        if self.trainer is None:
+            raise ConfigError("a RolloutDataModule works inside a Trainer: trainer.fit(module, data)")
+        return self.trainer
+
+    @property
+    def _module(self) -> DistilledModule:
+        return cast(DistilledModule, self._trainer.lightning_module)
+
+    def _reduce_sum(self, counts: Tensor) -> Tensor:
+        strategy = self._trainer.strategy
+        total = strategy.reduce(counts.to(strategy.root_device), reduce_op="sum")
+        return cast(Tensor, total).cpu()
+
+    def _gather(self, state: Any) -> list[Any]:
+        if self._trainer.world_size == 1:
+            return [state]
+        states: list[Any] = [None] * self._trainer.world_size
+        torch.distributed.all_gather_object(states, state)
+        return states
+
+
+def accumulation_for(
+    global_batch_size: int, batch_size: int, world_size: int, configured: int
+) -> int:
+    """Micro-batches an optimizer step, so that it has ``global_batch_size`` rows.
+
+    Raises:
+        ConfigError: The rows cannot be cut so, or the accumulation was set to something else.
+    """
+    rows = batch_size * world_size
+    if global_batch_size % rows:
+        raise ConfigError(
+            f"data.global_batch_size {global_batch_size} is not a multiple of batch_size x devices "
+            f"= {batch_size} x {world_size} = {rows}; change one of them"
+        )
+    accumulation = global_batch_size // rows
+    if configured not in (1, accumulation):
+        raise ConfigError(
+            f"trainer.accumulate_grad_batches {configured} contradicts data.global_batch_size "
+            f"{global_batch_size}, which needs {accumulation}; leave one of them out"
+        )
+    return accumulation
+
+
+def _announce(plan: RolloutPlan, shape: LoaderShape) -> None:
+    rank_zero_info(
+        f"an epoch is {shape.steps_per_epoch} optimizer steps of {shape.rows_per_step} rows; "
+        f"the student writes {plan.on_policy_fraction:.0%} of them"
+    )

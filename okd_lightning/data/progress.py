@@ -1,0 +1,38 @@
+"""Shows how far the writing of responses is, on the Trainer's own progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import lightning
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+from okd_lightning.rollouts.engine import Progress
+
+
+@contextmanager
+def rollout_progress(
+    trainer: lightning.Trainer, description: str, total: int
+) -> Iterator[Progress | None]:
+    """A task beside the Trainer's own that counts finished rows; nothing where bars are off.
+
+    Args:
+        trainer: Whose bar is used.
+        description: Such as "student writes".
+        total: Rows to be written.
+    """
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, RichProgressBar) and bar.is_enabled and bar.progress is not None:
+        progress = bar.progress
+        task = progress.add_task(description, total=total)
+        try:
+            yield lambda rows: progress.update(task, advance=rows, refresh=True)
+        finally:
+            progress.remove_task(task)
+    elif isinstance(bar, TQDMProgressBar) and not bar.is_disabled:
+        with Tqdm(desc=description, total=total, leave=False, position=1) as task_bar:
+            yield lambda rows: task_bar.update(rows) and None
+    else:
+        yield None

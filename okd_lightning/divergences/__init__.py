@@ -1,0 +1,45 @@
+"""f-divergences between a student p and a teacher q over a vocabulary: pure functions of tensors.
+
+Every divergence is D_f(p, q) = E_{a~p}[f(u)] with u = q(a)/p(a), the teacher over the student, and
+is a small frozen object that holds its hyper-parameters. From one f follow the exact loss
+(``value``), the advantage of sampled training (``weight``) and the bound (``upper_bound``).
+
+Map, from the interface to its members:
+
+- ``base``: ``Divergence``, what every divergence offers and how to write your own.
+- ``kl``: ``ForwardKL``, ``ReverseKL`` and their sum, ``Jeffreys``.
+- ``jensen_shannon``: ``JensenShannon``, the generalised JSD(beta).
+- ``skew``: ``SkewForwardKL`` and ``SkewReverseKL``, KL against a mixture of the two sides.
+- ``alpha``: ``AlphaDivergence``, the family that connects both KLs, chi-squared and Hellinger.
+- ``chi_squared``: ``PearsonChiSquared`` and ``NeymanChiSquared``.
+- ``distances``: ``SquaredHellinger`` and ``TotalVariation``, the ones that come from a metric.
+- ``tempered``: ``Tempered``, any of them between distributions of another temperature.
+- ``log_arithmetic``: the few numerically safe building blocks that the others share.
+
+Nothing here knows of models, masks of tokens, or Lightning.
+"""
+
+from okd_lightning.divergences.alpha import AlphaDivergence
+from okd_lightning.divergences.base import Divergence
+from okd_lightning.divergences.chi_squared import NeymanChiSquared, PearsonChiSquared
+from okd_lightning.divergences.distances import SquaredHellinger, TotalVariation
+from okd_lightning.divergences.jensen_shannon import JensenShannon
+from okd_lightning.divergences.kl import ForwardKL, Jeffreys, ReverseKL
+from okd_lightning.divergences.skew import SkewForwardKL, SkewReverseKL
+from okd_lightning.divergences.tempered import Tempered
+
+__all__ = [
+    "AlphaDivergence",
+    "Divergence",
+    "ForwardKL",
+    "Jeffreys",
+    "JensenShannon",
+    "NeymanChiSquared",
+    "PearsonChiSquared",
+    "ReverseKL",
+    "SkewForwardKL",
+    "SkewReverseKL",
+    "SquaredHellinger",
+    "Tempered",
+    "TotalVariation",
+]

@@ -1,0 +1,185 @@
+"""What an f-divergence is: one convex function f, and everything that training needs of it.
+
+Owns the interface, its safe default implementations, and the one reduction over the vocabulary.
+It does not own any particular f, masks of tokens, or what a loss is divided by.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+
+from okd_lightning.divergences.log_arithmetic import widen
+from okd_lightning.shapes import IdMask, LogProbs, LogRatio, PerId, PerToken, RatioValues
+
+_FAR = 350.0
+"""A log-ratio (nats) that stands in for infinity in float64: exp(2 * 350) is still finite."""
+
+
+class Divergence(ABC):
+    """D_f(p, q) = E_{a~p}[f(u)], with u = q(a)/p(a): teacher over student, f convex and f(1) = 0.
+
+    Everything is a function of the log-ratio, ``log_ratio`` = ln u = log q - log p (teacher minus
+    student, nats), because u itself overflows. ``generator`` is all that a divergence must
+    define. A complete one, ready for training:
+
+        @dataclass(frozen=True)
+        class Triangular(Divergence):
+            '''Vincze-Le Cam: sum_a (q - p)^2 / (q + p), f(u) = (u - 1)^2 / (u + 1).'''
+
+            def generator(self, log_ratio: Tensor) -> Tensor:
+                return log_ratio.expm1() * (log_ratio / 2).tanh()
+
+    The rest is derived from ``generator`` in float64: ``weight`` by autograd, ``terms`` and both
+    limits by evaluation. A divergence may override, for speed, range or memory, ``weight``,
+    ``terms``, ``limit_at_zero``, ``limit_at_infinity`` and ``is_symmetric``, each in agreement with
+    ``generator``. Only a wrapper that changes the distributions themselves overrides ``value``.
+
+    Gradient flows to both sides: who is to stay fixed is detached by the caller.
+    """
+
+    @abstractmethod
+    def generator(self, log_ratio: LogRatio) -> RatioValues:
+        """f(u), element by element.
+
+        Args:
+            log_ratio: log q - log p (nats), any shape; only finite ones need to be handled.
+
+        Returns:
+            Same shape, nats; differentiable in ``log_ratio``.
+        """
+
+    def weight(self, log_ratio: LogRatio) -> RatioValues:
+        """w_f(u) = -f(u) + u f'(u): what policy gradient has to maximise so as to minimise D_f.
+
+        The gradient of D_f(p, q) with respect to the student is -E_{a~p}[w_f(u) grad log p(a)]. The
+        term u f'(u) is the dependence of f(u) on the student; it equals the derivative of f with
+        respect to the log-ratio. Unlike -f, w_f changes by a constant only when f is rewritten as
+        f + c(u - 1).
+
+        Args:
+            log_ratio: log q - log p (nats) of the drawn tokens, any shape.
+
+        Returns:
+            Same shape, nats. A coefficient: detach it before it multiplies anything. This default
+            carries no graph, and loses precision to cancellation from about 30 nats on.
+
+        Source: arXiv 2606.01039 (OPD+).
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            wide = log_ratio.detach().double().clone().requires_grad_()
+            values = self.generator(wide)
+            (slopes,) = torch.autograd.grad(values.sum(), wide)
+            return (slopes - values.detach()).to(log_ratio.dtype)
+
+    def terms(
+        self, student_logprobs: LogProbs, teacher_logprobs: LogProbs, log_ratio: PerId
+    ) -> PerId:
+        """The summand p f(u) of every id, before the sum over the vocabulary.
+
+        This default evaluates f in float64 up to 350 nats and continues it linearly in the
+        log-ratio beyond, as is exact for all f that grow no faster than a KL.
+
+        Where either side is -inf, ``log_ratio`` arrives as 0 and the result is thrown away, but it
+        and its gradient must be finite there.
+
+        Args:
+            student_logprobs: [*lead, vocab] log p, float32 or float64.
+            teacher_logprobs: [*lead, vocab] log q, of the same type.
+            log_ratio: [*lead, vocab] log q - log p.
+
+        Returns:
+            [*lead, vocab] nats, with gradient to all three arguments.
+        """
+        near = log_ratio.double().clamp(-_FAR, _FAR)
+        beyond = log_ratio.double() - near
+        slope_below, slope_above = self._end_slopes()
+        values = self._scaled_generator(near)
+        values = values + slope_below * beyond.clamp(max=0) + slope_above * beyond.clamp(min=0)
+        base = torch.where(log_ratio > 0, teacher_logprobs, student_logprobs).double()
+        return (base.exp() * values).to(log_ratio.dtype)
+
+    @property
+    def limit_at_zero(self) -> float:
+        """f(0), nats: what an id costs, per unit of p, that the teacher rules out. May be inf."""
+        return self._limit(-_FAR)
+
+    @property
+    def limit_at_infinity(self) -> float:
+        """Limit of f(u)/u, nats: what an id costs, per unit of q, that the student rules out."""
+        return self._limit(_FAR)
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether D(p, q) = D(q, p) for all p and q."""
+        return False
+
+    @property
+    def upper_bound(self) -> float | None:
+        """The largest value, reached by distributions without common support; None if unbounded."""
+        bound = self.limit_at_zero + self.limit_at_infinity
+        return bound if math.isfinite(bound) else None
+
+    def centred_weight(self, log_ratio: LogRatio) -> RatioValues:
+        """w_f(u) - w_f(1): zero where student and teacher agree, and one for all ways to write f.
+
+        While the tokens are drawn from p itself, its expected gradient is that of ``weight``.
+
+        Args:
+            log_ratio: log q - log p (nats) of the drawn tokens, any shape.
+        """
+        return self.weight(log_ratio) - self.weight(torch.zeros_like(log_ratio))
+
+    def value(self, student_logprobs: LogProbs, teacher_logprobs: LogProbs) -> PerToken:
+        """The exact divergence at every position: sum_a p f(u) over the vocabulary.
+
+        Computed from log-probabilities throughout, in float32 or the wider input type. An id that
+        is -inf on both sides contributes zero to value and gradient; one that is -inf on one side
+        contributes the limit of f, so that a divergence that is infinite is +inf and never NaN.
+        A NaN that comes in goes out.
+
+        Args:
+            student_logprobs: [*lead, vocab] log p (nats), normalised over the last axis.
+            teacher_logprobs: [*lead, vocab] log q (nats), likewise.
+
+        Returns:
+            [*lead] nats a position, not summed and not masked. Gradient flows to both sides.
+        """
+        student_logprobs, teacher_logprobs = widen(student_logprobs, teacher_logprobs)
+        no_student, no_teacher = student_logprobs == -math.inf, teacher_logprobs == -math.inf
+        excluded = no_student | no_teacher
+        log_ratio = (teacher_logprobs - student_logprobs).masked_fill(excluded, 0.0)
+        terms = self.terms(student_logprobs, teacher_logprobs, log_ratio).masked_fill(excluded, 0.0)
+        terms = _at_limit(terms, student_logprobs, no_teacher & ~no_student, self.limit_at_zero)
+        terms = _at_limit(terms, teacher_logprobs, no_student & ~no_teacher, self.limit_at_infinity)
+        return terms.sum(dim=-1)
+
+    def _scaled_generator(self, log_ratio: LogRatio) -> RatioValues:
+        """f(u)/max(1, u): p f(u) over the larger of p and q, which keeps both ends in range."""
+        excess = torch.where(log_ratio > 0, log_ratio, torch.zeros_like(log_ratio))
+        return self.generator(log_ratio) * (-excess).exp()
+
+    @torch.no_grad()
+    def _limit(self, end: float) -> float:
+        """The limit of f(u)/max(1, u) at an end, inf where its steps do not shrink (ln u, u)."""
+        ends = torch.tensor([end / 4, end / 2, end], dtype=torch.float64)
+        near, far, farthest = self._scaled_generator(ends).tolist()
+        last_step, step_before = abs(farthest - far), abs(far - near)
+        has_settled = last_step < 1e-12 or last_step < step_before / 2
+        return farthest if has_settled else math.inf
+
+    @torch.no_grad()
+    def _end_slopes(self) -> tuple[float, float]:
+        """The slopes of f(u)/max(1, u) in the log-ratio at both ends; 0 where they overflow."""
+        ends = torch.tensor([-_FAR, 1 - _FAR, _FAR - 1, _FAR], dtype=torch.float64)
+        slopes = self._scaled_generator(ends).diff()[[0, 2]].nan_to_num(0.0, 0.0, 0.0).tolist()
+        return slopes[0], slopes[1]
+
+
+def _at_limit(terms: PerId, logprobs: LogProbs, where: IdMask, limit: float) -> PerId:
+    """``terms``, with exp(logprobs) * limit where ``where`` is True."""
+    if math.isfinite(limit) and limit != 0.0:
+        return torch.where(where, logprobs.exp() * limit, terms)
+    return terms.masked_fill(where, limit)  # no product: inf * 0 would reach the gradient as NaN

@@ -1,0 +1,74 @@
+"""Safe arithmetic on log-probabilities and log-ratios; knows no divergence.
+
+Each function is exact to rounding where the naive formula overflows, cancels or divides zero by
+zero, and so is its gradient: a branch of ``torch.where`` that is not taken still sends its
+gradient back, times zero, so the argument of both branches is made harmless first.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from okd_lightning.shapes import LogProbs, LogRatio, RatioValues
+
+_THIN_SHARE = 1e-3
+"""Below this share, log1p would round a mixture's thin part away in float32."""
+
+
+def widen(student_logprobs: LogProbs, teacher_logprobs: LogProbs) -> tuple[LogProbs, LogProbs]:
+    """Both sides in the wider of their types, and never narrower than float32."""
+    dtype = torch.promote_types(student_logprobs.dtype, teacher_logprobs.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    return student_logprobs.to(dtype), teacher_logprobs.to(dtype)
+
+
+def finite(log_ratio: LogRatio) -> LogRatio:
+    """The log-ratio with infinities pulled in to the largest finite numbers.
+
+    exp still gives 0 and inf for them, but u ln u at u = 0 becomes 0 where it was NaN.
+    """
+    limits = torch.finfo(log_ratio.dtype)
+    return log_ratio.clamp(limits.min, limits.max)
+
+
+def mixture_log_ratios(
+    log_ratio: LogRatio, share: float, rest: float
+) -> tuple[RatioValues, RatioValues]:
+    """Log m - log p and log m - log q for the mixture m = share * q + rest * p, share + rest = 1.
+
+    That is ln(share * u + rest) and the same minus ln u, precise near u = 1 and in range at both
+    ends. Both parts are asked for because 1 - share would round a small one.
+    """
+    if min(share, rest) < _THIN_SHARE:
+        log_share = torch.full_like(log_ratio, math.log(share))
+        log_rest = torch.full_like(log_ratio, math.log(rest))
+        return (
+            torch.logaddexp(log_ratio + log_share, log_rest),
+            torch.logaddexp(log_share, log_rest - log_ratio),
+        )
+    above, zero = log_ratio > 0, torch.zeros_like(log_ratio)
+    shrunk = torch.where(above, -log_ratio, log_ratio).expm1()  # in (-1, 0]
+    over_larger = torch.where(above, rest * shrunk, share * shrunk).log1p()  # ln(m / max(p, q))
+    return (
+        over_larger + torch.where(above, log_ratio, zero),
+        over_larger - torch.where(above, zero, log_ratio),
+    )
+
+
+def scaled_expm1(log_scale: LogRatio, exponent: LogRatio) -> RatioValues:
+    """exp(log_scale) * (exp(exponent) - 1), infinite only where the product itself overflows.
+
+    Args:
+        log_scale: Any shape; -inf gives 0 where ``exponent`` is finite.
+        exponent: Same shape.
+    """
+    above = exponent > 0
+    zero = torch.zeros_like(exponent)
+    rising, falling = torch.where(above, exponent, zero), torch.where(above, zero, exponent)
+    return torch.where(
+        above,
+        -(log_scale + rising).exp() * (-rising).expm1(),
+        log_scale.exp() * falling.expm1(),
+    )

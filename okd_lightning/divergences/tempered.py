@@ -1,0 +1,98 @@
+"""Temperature, written once: any divergence between the tempered distributions of both sides."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from okd_lightning.divergences.base import Divergence
+from okd_lightning.divergences.log_arithmetic import widen
+from okd_lightning.errors import ConfigError
+from okd_lightning.shapes import LogProbs, LogRatio, PerId, PerToken, RatioValues
+
+
+@dataclass(frozen=True)
+class Tempered(Divergence):
+    """tau^2 D(p^tau, q^tau), with p^tau = softmax(z / tau) of the logits z, and likewise q^tau.
+
+    The factor tau^2 is part of the divergence, so it scales loss and gradient alike and keeps the
+    gradient's size as tau grows (arXiv 1503.02531, section 2). Log-probabilities are logits up
+    to a constant, so ``value`` takes those at temperature 1, like any other divergence, and
+    tempers both sides itself: do not temper them before.
+
+    Temperature acts on distributions and not on u: p^tau(a) needs the whole vocabulary. What is a
+    function of u alone (``generator``, ``weight``, ``terms`` and the limits) is therefore the
+    inner one's times tau^2, **to be evaluated at the log-ratio of the tempered distributions**:
+    with tokens drawn from p^tau it then means what it means for every divergence. The log-ratio
+    of a token at temperature 1 cannot be tempered and must not be passed.
+
+    Args:
+        divergence: What to measure between the tempered distributions.
+        temperature: tau > 0; above 1 it flattens both sides.
+
+    Raises:
+        ConfigError: ``temperature`` is not a positive finite number.
+    """
+
+    divergence: Divergence
+    temperature: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.temperature < math.inf:
+            raise ConfigError(
+                f"Tempered: temperature is {self.temperature!r}, expected a positive finite number"
+            )
+
+    def generator(self, log_ratio: LogRatio) -> RatioValues:
+        """tau^2 f(u) of the tempered distributions' log-ratio."""
+        return self._scale * self.divergence.generator(log_ratio)
+
+    def weight(self, log_ratio: LogRatio) -> RatioValues:
+        """tau^2 w_f(u) of the tempered distributions' log-ratio."""
+        return self._scale * self.divergence.weight(log_ratio)
+
+    def terms(
+        self, student_logprobs: LogProbs, teacher_logprobs: LogProbs, log_ratio: PerId
+    ) -> PerId:
+        """tau^2 p^tau f(u) of log-probabilities that are tempered already."""
+        inner = self.divergence.terms(student_logprobs, teacher_logprobs, log_ratio)
+        return self._scale * inner
+
+    @property
+    def limit_at_zero(self) -> float:
+        """tau^2 times that of the inner one."""
+        return self._scale * self.divergence.limit_at_zero
+
+    @property
+    def limit_at_infinity(self) -> float:
+        """tau^2 times that of the inner one."""
+        return self._scale * self.divergence.limit_at_infinity
+
+    @property
+    def is_symmetric(self) -> bool:
+        """As the inner one: both sides are tempered alike."""
+        return self.divergence.is_symmetric
+
+    def value(self, student_logprobs: LogProbs, teacher_logprobs: LogProbs) -> PerToken:
+        """tau^2 D(p^tau, q^tau) at every position.
+
+        Args:
+            student_logprobs: [*lead, vocab] log p (nats) at temperature 1.
+            teacher_logprobs: [*lead, vocab] log q (nats) at temperature 1.
+
+        Returns:
+            [*lead] nats a position. Gradient flows to both sides.
+        """
+        student_logprobs, teacher_logprobs = widen(student_logprobs, teacher_logprobs)
+        inner = self.divergence.value(
+            torch.log_softmax(student_logprobs / self.temperature, dim=-1),
+            torch.log_softmax(teacher_logprobs / self.temperature, dim=-1),
+        )
+        return self._scale * inner
+
+    @property
+    def _scale(self) -> float:
+        """tau^2."""
+        return self.temperature**2

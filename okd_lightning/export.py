@@ -1,0 +1,127 @@
+"""Export: a checkpoint becomes a plain Hugging Face folder that needs nothing of ours."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import yaml
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel
+
+from okd_lightning import __version__
+from okd_lightning.models import load_causal_lm, load_model_config
+from okd_lightning.module import DistillationModule
+from okd_lightning.run_folder import require_writable
+
+AdapterForm: TypeAlias = Literal["merged", "apart"]
+
+
+def export_student(
+    module: DistillationModule,
+    checkpoint: Mapping[str, Any],
+    out: Path,
+    adapter: AdapterForm = "merged",
+) -> None:
+    """Write the student of a checkpoint: safetensors, tokenizer, generation config, model card.
+
+    Args:
+        module: Built from the checkpoint's config; its weights are loaded here.
+        checkpoint: From ``read_checkpoint``.
+        out: The folder to write.
+        adapter: Whether a LoRA student is merged into its base, or written as a PEFT folder.
+
+    Raises:
+        CheckpointError: The checkpoint is of another model.
+        OutputError: The folder cannot be written.
+    """
+    require_writable(out, "--out")
+    module.configure_model()
+    module.on_load_checkpoint(dict(checkpoint))
+    module.load_state_dict(checkpoint["state_dict"], strict=False)
+    assert module.student is not None
+    student = module.student.eval()
+    if module.student_adapter is not None and adapter == "merged":
+        student = _merged(module)
+    student.generation_config = GenerationConfig(
+        bos_token_id=module.tokenizer.bos_token_id,
+        eos_token_id=list(module.eos_ids),
+        pad_token_id=_pad_id(module),
+    )
+    student.save_pretrained(out)
+    module.tokenizer.save_pretrained(out)
+    (out / "README.md").write_text(model_card(checkpoint))
+
+
+def model_card(checkpoint: Mapping[str, Any]) -> str:
+    """The card of an exported student: method, models, data and the numbers of its checkpoint."""
+    own = checkpoint["okd_lightning"]
+    config = yaml.safe_load(own["config"] or "{}")
+    model, data = config.get("model", {}), config.get("data", {})
+    settings = yaml.safe_dump(config.get("method"), sort_keys=False).strip()
+    rows = [f"| {name} | {value:.4f} |" for name, value in sorted(own["metrics"].items())]
+    measured = ["| measure | value |", "|---|---|", *rows] if rows else ["None were taken."]
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "tags: [knowledge-distillation, okd-lightning]",
+            "---",
+            "",
+            "# Distilled student",
+            "",
+            f"Trained with okd-lightning {__version__} by {' + '.join(own['methods'])} for "
+            f"{checkpoint['global_step']} optimizer steps.",
+            "",
+            f"* student: `{_shown(model.get('student'))}`",
+            f"* teacher: `{_shown(model.get('teacher'))}`",
+            f"* training data: `{data.get('train')}`",
+            f"* validation data: `{data.get('val')}`",
+            "",
+            "## Method",
+            "",
+            "```yaml",
+            settings,
+            "```",
+            "",
+            "## Measured",
+            "",
+            "Validation at this checkpoint, in nats a token; KL and agreement are against the base "
+            "teacher at temperature 1.",
+            "",
+            *measured,
+            "",
+        ]
+    )
+
+
+def _merged(module: DistillationModule) -> PreTrainedModel:
+    """The adapter folded into its base's weights, by PEFT's own means."""
+    assert module.student is not None
+    source, size = module.student_source, module.vocabulary.size
+    if isinstance(source, Mapping):  # a random-init base exists in this module alone
+        base = module.student
+        with tempfile.TemporaryDirectory() as folder:
+            base.save_pretrained(folder)
+            weights = {k: v for k, v in base.state_dict().items() if "lora_" not in k}
+            plain = load_causal_lm(source, load_model_config(source, "student", size), "student")
+            plain.load_state_dict({k.replace(".base_layer", ""): v for k, v in weights.items()})
+            return PeftModel.from_pretrained(plain, folder).merge_and_unload()
+    with tempfile.TemporaryDirectory() as folder:
+        module.student.save_pretrained(folder)
+        config = load_model_config(source, "--model.student", size)
+        plain = load_causal_lm(source, config, "--model.student", dtype=module.dtype_name)
+        return PeftModel.from_pretrained(plain, folder).merge_and_unload()
+
+
+def _pad_id(module: DistillationModule) -> int:
+    pad = module.tokenizer.pad_token_id
+    return module.eos_ids[0] if pad is None else pad
+
+
+def _shown(source: Any) -> str:
+    if isinstance(source, Mapping):
+        return f"random {source.get('model_type')}"
+    return str(source)

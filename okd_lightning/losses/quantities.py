@@ -1,0 +1,139 @@
+"""What a method may ask for: one number a token, measured from both models' log-probabilities.
+
+Owns the vocabulary of requests. A request is a frozen, hashable object, so that two methods that
+ask for the same thing share one computation. Methods see these numbers and never logits.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from okd_lightning.divergences import Divergence
+from okd_lightning.shapes import PositionIds, PositionValues
+
+ModelRole: TypeAlias = Literal["student", "teacher"]
+
+
+class Tile:
+    """Some positions of a batch with both models' logits over the vocabulary.
+
+    Args:
+        student_logits: [positions, vocab].
+        teacher_logits: [positions, vocab], or None where nothing asks for the teacher.
+        targets: [positions] the ids that were drawn or given.
+    """
+
+    def __init__(
+        self, student_logits: Tensor, teacher_logits: Tensor | None, targets: PositionIds
+    ) -> None:
+        self._student_logits = student_logits
+        self._teacher_logits = teacher_logits
+        self.targets = targets
+
+    @cached_property
+    def student_logprobs(self) -> Tensor:
+        """[positions, vocab] nats, with gradient to the student."""
+        return self._student_logits.log_softmax(-1)
+
+    @cached_property
+    def teacher_logprobs(self) -> Tensor:
+        """[positions, vocab] nats, with gradient to the teacher where it learns."""
+        assert self._teacher_logits is not None
+        return self._teacher_logits.log_softmax(-1)
+
+    def logprobs(self, role: ModelRole) -> Tensor:
+        """The log-probabilities of one model."""
+        return self.student_logprobs if role == "student" else self.teacher_logprobs
+
+
+class Quantity(ABC):
+    """One number a token; subclass it to measure something new.
+
+    A frozen dataclass is the natural form::
+
+        @dataclass(frozen=True)
+        class TeacherTopMass(Quantity):
+            needs_teacher = True
+
+            def measure(self, tile: Tile) -> Tensor:
+                return tile.teacher_logprobs.amax(-1).exp()
+
+    Attributes:
+        needs_teacher: Whether the teacher has to be run for it.
+    """
+
+    needs_teacher: bool
+
+    @abstractmethod
+    def measure(self, tile: Tile) -> PositionValues:
+        """[positions] from a tile; where gradient flows is the quantity's to say."""
+
+
+@dataclass(frozen=True)
+class ExactDivergence(Quantity):
+    """D(student, teacher) in nats, summed over the whole vocabulary.
+
+    Gradient flows to ``learner`` alone; the other model's distribution is a constant.
+    """
+
+    divergence: Divergence
+    learner: ModelRole = "student"
+    needs_teacher = True
+
+    def measure(self, tile: Tile) -> PositionValues:
+        """[positions] nats."""
+        student, teacher = tile.student_logprobs, tile.teacher_logprobs
+        if self.learner == "student":
+            return self.divergence.value(student, teacher.detach())
+        return self.divergence.value(student.detach(), teacher)
+
+
+@dataclass(frozen=True)
+class DrawnLogProb(Quantity):
+    """log-probability (nats) of the token that stands in the sequence, with gradient to ``role``."""
+
+    role: ModelRole = "student"
+
+    @property
+    def needs_teacher(self) -> bool:  # type: ignore[override]
+        """Only for the teacher's own log-probability."""
+        return self.role == "teacher"
+
+    def measure(self, tile: Tile) -> PositionValues:
+        """[positions] nats, at most 0."""
+        return tile.logprobs(self.role).gather(-1, tile.targets[:, None]).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Entropy(Quantity):
+    """Entropy (nats) of one model's next-token distribution, with gradient to it."""
+
+    role: ModelRole = "student"
+
+    @property
+    def needs_teacher(self) -> bool:  # type: ignore[override]
+        """Only for the teacher's entropy."""
+        return self.role == "teacher"
+
+    def measure(self, tile: Tile) -> PositionValues:
+        """[positions] nats, at least 0."""
+        logprobs = tile.logprobs(self.role)
+        return -torch.xlogy(logprobs.exp(), logprobs.exp()).sum(-1)
+
+
+@dataclass(frozen=True)
+class Agreement(Quantity):
+    """1 where both models' most likely token is the same, else 0 (OKD, arXiv 2409.12512, Eq. 3)."""
+
+    needs_teacher = True
+
+    def measure(self, tile: Tile) -> PositionValues:
+        """[positions] 0 or 1, without gradient."""
+        same = tile.student_logprobs.argmax(-1) == tile.teacher_logprobs.argmax(-1)
+        return same.to(tile.student_logprobs.dtype)

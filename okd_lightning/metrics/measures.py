@@ -1,0 +1,48 @@
+"""The measures of validation and test: what is taken on given and on the student's own responses.
+
+All at temperature 1 against the base teacher, in nats a token, averaged over the loss tokens of the
+whole set and all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+from torchmetrics import MeanMetric
+
+from okd_lightning.divergences import ForwardKL, JensenShannon, ReverseKL
+from okd_lightning.losses import Agreement, DrawnLogProb, Entropy, ExactDivergence, Quantity
+
+_AGAINST_TEACHER: Mapping[str, Quantity] = {
+    "forward_kl": ExactDivergence(ForwardKL()),
+    "reverse_kl": ExactDivergence(ReverseKL()),
+    "jsd": ExactDivergence(JensenShannon(0.5)),
+    "agreement": Agreement(),
+}
+_ON_GIVEN: Mapping[str, Quantity] = {"cross_entropy": DrawnLogProb()}
+_ON_OWN: Mapping[str, Quantity] = {"entropy": Entropy()}
+
+
+def measures(stage: str, is_own: bool, has_teacher: bool) -> dict[str, Quantity]:
+    """Metric name → quantity, for one kind of responses.
+
+    Args:
+        stage: "val" or "test".
+        is_own: Responses by the student itself (``on_policy_*``), or given ones.
+        has_teacher: Without a teacher only the student's own numbers are taken.
+    """
+    prefix = f"{stage}/on_policy_" if is_own else f"{stage}/"
+    quantities = {**(_AGAINST_TEACHER if has_teacher else {}), **(_ON_OWN if is_own else _ON_GIVEN)}
+    return {prefix + name: quantity for name, quantity in quantities.items()}
+
+
+def measure_metrics() -> nn.ModuleDict:
+    """A running mean for every measure; Lightning resets, reduces and logs them."""
+    names = [
+        name
+        for stage in ("val", "test")
+        for is_own in (False, True)
+        for name in measures(stage, is_own, has_teacher=True)
+    ]
+    return nn.ModuleDict({name: MeanMetric() for name in names})

@@ -1,0 +1,33 @@
+"""Models: loading, vocabulary agreement, and a causal LM as (hidden states, head).
+
+* ``loading``: folders, hub ids, configs and adapters become models, with readable errors.
+* ``vocabulary``: tokenizers are compared by content; ids outside the tokenizer are masked.
+* ``causal_lm``: hidden states at the head's input, and the head as a function of positions.
+"""
+
+from okd_lightning.models.causal_lm import LMHead, head_inputs, max_positions
+from okd_lightning.models.loading import (
+    DTypeName,
+    ModelSource,
+    add_adapter,
+    eos_token_ids,
+    load_causal_lm,
+    load_model_config,
+    load_tokenizer,
+)
+from okd_lightning.models.vocabulary import Vocabulary, check_vocabulary_agreement
+
+__all__ = [
+    "DTypeName",
+    "LMHead",
+    "ModelSource",
+    "Vocabulary",
+    "add_adapter",
+    "check_vocabulary_agreement",
+    "eos_token_ids",
+    "head_inputs",
+    "load_causal_lm",
+    "load_model_config",
+    "load_tokenizer",
+    "max_positions",
+]

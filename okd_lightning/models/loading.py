@@ -1,0 +1,207 @@
+"""Loading: a folder, a hub id or a config becomes a causal LM, or one readable error.
+
+Owns what may be loaded (safetensors only, no remote code) and in which number format. Does not own
+devices or sharding: models come back on the CPU, in training mode off, with gradients as loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from peft import PeftConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from okd_lightning.errors import ConfigError, ModelError, ModelNotFoundError
+
+DTypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
+
+ModelSource: TypeAlias = str | dict[str, Any] | PreTrainedModel
+"""A folder or hub id; a config to start from random weights; or a model that is already loaded."""
+
+
+def load_model_config(source: ModelSource, option: str, vocab_size: int) -> PretrainedConfig:
+    """The configuration of a model, without its weights.
+
+    Args:
+        source: Folder, hub id, config mapping (``model_type`` and the fields of that
+            architecture) or a loaded model.
+        option: How the user named it, for messages, such as ``--model.student``.
+        vocab_size: Used by a config mapping that does not give its own.
+
+    Raises:
+        ModelNotFoundError: No such folder or hub id.
+        ModelError: A config mapping without a known ``model_type``.
+    """
+    if isinstance(source, PreTrainedModel):
+        return source.config
+    if isinstance(source, Mapping):
+        return _config_from_mapping(dict(source), option, vocab_size)
+    _require_folder_if_path(source, option)
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(_not_found(source, option, "a model (config.json)", error)) from error
+
+
+def load_tokenizer(source: str, option: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id.
+
+    Raises:
+        ModelNotFoundError: No such folder or hub id, or no tokenizer in it.
+    """
+    _require_folder_if_path(source, option)
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(_not_found(source, option, "a tokenizer", error)) from error
+
+
+def load_causal_lm(
+    source: ModelSource,
+    config: PretrainedConfig,
+    option: str,
+    *,
+    dtype: DTypeName = "float32",
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """A causal LM: loaded weights, or random ones where ``source`` is a config mapping.
+
+    Args:
+        source: What ``config`` was loaded from.
+        config: From ``load_model_config``.
+        option: How the user named it, for messages.
+        dtype: Number format of the weights.
+        attn_implementation: Such as "sdpa" or "flash_attention_2"; None lets transformers choose.
+
+    Raises:
+        ModelError: Weights that are not safetensors, or that do not fit the architecture.
+    """
+    if isinstance(source, PreTrainedModel):
+        return source
+    number_format = getattr(torch, dtype)
+    if isinstance(source, Mapping):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=number_format, attn_implementation=attn_implementation
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=number_format,
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ModelError(
+            f"{option} {source!r}: the weights could not be loaded as a causal language model "
+            f"(safetensors are needed): {_first_line(error)}"
+        ) from error
+
+
+def add_adapter(model: PreTrainedModel, adapter: PeftConfig, option: str) -> None:
+    """Put a trainable PEFT adapter on ``model`` in place and freeze everything else.
+
+    A missing ``task_type`` is filled in. Prompt-learning configs are refused: they need a wrapper
+    around the model that a student cannot be exported from.
+
+    Raises:
+        ConfigError: A prompt-learning config, or target modules that the model does not have.
+    """
+    if adapter.is_prompt_learning:
+        raise ConfigError(
+            f"{option}: {type(adapter).__name__} is a prompt-learning adapter; a student takes "
+            "adapters that change its layers, such as LoraConfig"
+        )
+    adapter.task_type = adapter.task_type or "CAUSAL_LM"
+    try:
+        model.add_adapter(adapter)
+    except ValueError as error:
+        layers = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules()
+                         if isinstance(module, torch.nn.Linear)})
+        raise ConfigError(
+            f"{option}: {_first_line(error)} Linear layers of this model: {', '.join(layers)}"
+        ) from error
+
+
+def eos_token_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """All ids that end a response; the first is the one that training data gets.
+
+    Taken from the generation config, else from the tokenizer.
+
+    Args:
+        source: The student.
+        tokenizer: Its tokenizer.
+
+    Raises:
+        ModelError: Neither names an end-of-sequence id.
+    """
+    ids = _generation_eos(source)
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    if ids is None:
+        raise ModelError(
+            "neither the student's generation config nor its tokenizer names an end-of-sequence "
+            "token; set eos_token_id in generation_config.json"
+        )
+    return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def _generation_eos(source: ModelSource) -> int | list[int] | None:
+    if isinstance(source, PreTrainedModel):
+        return source.generation_config.eos_token_id if source.generation_config else None
+    if isinstance(source, Mapping):
+        return source.get("eos_token_id")
+    try:
+        return GenerationConfig.from_pretrained(source).eos_token_id
+    except OSError:  # a folder without generation_config.json
+        return None
+
+
+def _config_from_mapping(fields: dict[str, Any], option: str, vocab_size: int) -> PretrainedConfig:
+    model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise ModelError(
+            f"{option}: a config for random weights needs model_type (such as llama or gpt2); "
+            f"got the fields {sorted(fields)}"
+        )
+    try:
+        return AutoConfig.for_model(model_type, **{"vocab_size": vocab_size, **fields})
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{option}: {_first_line(error)}") from error
+
+
+def _require_folder_if_path(source: str, option: str) -> None:
+    path = Path(source)
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if path.exists() or not looks_local:
+        return
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+    raise ModelNotFoundError(f"{option} {source!r}: there is no such folder{hint}")
+
+
+def _not_found(source: str, option: str, what: str, error: Exception) -> str:
+    if Path(source).is_dir():
+        return f"{option} {source!r}: the folder holds no {what.removeprefix('a ')} that loads: {_first_line(error)}"
+    return (
+        f"{option} {source!r}: neither a folder nor a hub id that can be reached "
+        f"({_first_line(error)}); give the path of a folder with config.json and safetensors"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

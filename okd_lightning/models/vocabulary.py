@@ -1,0 +1,96 @@
+"""Vocabulary agreement: two models can be compared token by token only if their ids mean the same.
+
+Owns the comparison by content and the set of valid ids. Embedding tables are often padded beyond
+the tokenizer (Qwen2.5: 151,665 tokens in tables of 151,936 and 152,064 rows); the padding is masked
+on both sides, never compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from okd_lightning.errors import VocabularyError
+
+_PROBE = "The 3 quick foxes' naïve café — 12,345.60€!\n\tdef f(x): return x**2  # 中文 ✓"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The ids that a tokenizer knows.
+
+    Attributes:
+        size: One more than the largest valid id; logits are cut to this width.
+        invalid_ids: Ids below ``size`` that no token has (nearly always none).
+    """
+
+    size: int
+    invalid_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+        """The valid ids of a tokenizer."""
+        ids = set(tokenizer.get_vocab().values())
+        size = max(ids) + 1
+        return cls(size, tuple(sorted(set(range(size)) - ids)))
+
+    def cut(self, logits: Tensor) -> Tensor:
+        """Logits over valid ids only: [..., any] → [..., size], minus infinity where invalid."""
+        valid = logits[..., : self.size]
+        if not self.invalid_ids:
+            return valid
+        index = torch.tensor(self.invalid_ids, device=logits.device)
+        return valid.index_fill(-1, index, float("-inf"))
+
+    def check_fits(self, config: PretrainedConfig, option: str) -> None:
+        """Refuse a model whose embedding table is smaller than the tokenizer.
+
+        Raises:
+            VocabularyError: Naming both sizes.
+        """
+        rows = config.get_text_config().vocab_size
+        if rows < self.size:
+            raise VocabularyError(
+                f"{option}: its embedding table has {rows} rows, but the tokenizer has ids up to "
+                f"{self.size - 1}; use the tokenizer that belongs to this model"
+            )
+
+
+def check_vocabulary_agreement(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+) -> None:
+    """Refuse two tokenizers that give the same id to different tokens, or cut text differently.
+
+    Raises:
+        VocabularyError: Naming what differs and what can be used instead.
+    """
+    student_ids, teacher_ids = student.get_vocab(), teacher.get_vocab()
+    if student_ids != teacher_ids:
+        raise VocabularyError(_difference(student_ids, teacher_ids))
+    student_probe, teacher_probe = (
+        t(_PROBE, add_special_tokens=False).input_ids for t in (student, teacher)
+    )
+    if student_probe != teacher_probe:
+        raise VocabularyError(
+            "student and teacher tokenizers have the same tokens but cut text differently (merges "
+            "or normalisation differ); use models that share one tokenizer"
+        )
+
+
+def _difference(student: dict[str, int], teacher: dict[str, int]) -> str:
+    differing = sorted(
+        (token for token in student.keys() | teacher.keys() if student.get(token) != teacher.get(token)),
+        key=lambda token: min(student.get(token, 1 << 60), teacher.get(token, 1 << 60)),
+    )
+    shown = ", ".join(
+        f"{token!r} (student {student.get(token, 'none')}, teacher {teacher.get(token, 'none')})"
+        for token in differing[:3]
+    )
+    return (
+        f"student and teacher tokenizers differ: {len(differing)} tokens disagree "
+        f"(sizes {len(student)} and {len(teacher)}), first {shown}; distillation compares ids, so "
+        "use two models of one family, or train on the teacher's generations as text (SFT)"
+    )

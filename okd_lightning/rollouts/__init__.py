@@ -1,0 +1,30 @@
+"""Rollouts: who writes which row, how it is sampled, and the loader that hands it to Lightning.
+
+* ``noise``: counter-based random numbers, keyed by what is sampled and not by when.
+* ``sampling``: temperature, top-k, top-p, and the draw itself.
+* ``engine``: the protocol of a rollout engine.
+* ``transformers_engine``: the built-in engine, on transformers' models and caches.
+* ``plan``: which rows of an optimizer step are the student's, the teacher's or the data set's.
+* ``rows``: examples and rollouts become training rows, and rows become stamped micro-batches.
+* ``loader``: the sized, stateful iterable that regenerates on-policy batches every epoch.
+"""
+
+from okd_lightning.rollouts.engine import RolloutEngine, Writer
+from okd_lightning.rollouts.loader import LoaderShape, RolloutLoader
+from okd_lightning.rollouts.noise import NoiseStream, hashed_uniform
+from okd_lightning.rollouts.plan import RolloutPlan, plan_for
+from okd_lightning.rollouts.sampling import Sampling
+from okd_lightning.rollouts.transformers_engine import TransformersEngine
+
+__all__ = [
+    "LoaderShape",
+    "NoiseStream",
+    "RolloutEngine",
+    "RolloutLoader",
+    "RolloutPlan",
+    "Sampling",
+    "TransformersEngine",
+    "Writer",
+    "hashed_uniform",
+    "plan_for",
+]

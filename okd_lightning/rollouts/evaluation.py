@@ -1,0 +1,117 @@
+"""What validation reads: the given responses, and the student's own on a fixed set of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from okd_lightning.records import DistillBatch, Example, PromptBatch
+from okd_lightning.rollouts.engine import Writer
+from okd_lightning.rollouts.loader import ProgressFactory, silent_progress
+from okd_lightning.rollouts.noise import NoiseStream
+from okd_lightning.rollouts.rows import given_row, micro_batches, muted, share, written_row
+from okd_lightning.rollouts.sampling import Sampling
+
+_EVALUATION_EPOCH = 2**31  # no training epoch has this number
+
+
+class GivenResponses:
+    """This rank's share of a data set's own responses, in batches of like lengths.
+
+    Args:
+        examples: The tokenized data set.
+        batch_size: Sequences a batch.
+        rank: This rank.
+        world_size: Ranks; all of them get the same number of batches.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.examples = examples
+        own = [given_row(example) for example in share(examples, rank, world_size)]
+        own = own or [muted(given_row(examples[0]))]
+        self._batches = micro_batches(own, _num_batches(len(examples), batch_size, world_size))
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[DistillBatch]:
+        return iter(self._batches)
+
+
+class OwnResponses:
+    """The student's responses to a fixed set of prompts, written anew at every pass.
+
+    The noise is the same at every pass, so that two validations differ by the student alone.
+
+    Args:
+        examples: The prompts.
+        batch_size: Sequences a batch.
+        writer: Writes the responses.
+        sampling: How they are drawn.
+        max_new_tokens: Longest response, in tokens.
+        seed: Keys the noise.
+        rank: This rank.
+        world_size: Ranks; all of them get the same number of batches.
+        progress: Shows how far the writing is.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        writer: Writer,
+        *,
+        sampling: Sampling,
+        max_new_tokens: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        progress: ProgressFactory = silent_progress,
+    ) -> None:
+        self.examples = examples
+        self._own = list(share(examples, rank, world_size))
+        self._batch_size = batch_size
+        self._writer = writer
+        self._sampling = sampling
+        self._max_new_tokens = max_new_tokens
+        self._seed = seed
+        self._world_size = world_size
+        self._progress = progress
+
+    def __len__(self) -> int:
+        return _num_batches(len(self.examples), self._batch_size, self._world_size)
+
+    def __iter__(self) -> Iterator[DistillBatch]:
+        prompts = prompt_batch(self._own)
+        with self._progress("student writes", len(prompts)) as progress:
+            rollout = self._writer.write(
+                "student",
+                prompts,
+                self._sampling,
+                NoiseStream(self._seed, _EVALUATION_EPOCH),
+                self._max_new_tokens,
+                progress,
+            )
+        rows = [
+            written_row(example, "student", ids, logprobs)
+            for example, ids, logprobs in zip(
+                self._own, rollout.response_ids, rollout.logprobs, strict=True
+            )
+        ]
+        rows = rows or [muted(written_row(self.examples[0], "student", (), ()))]
+        yield from micro_batches(rows, len(self))
+
+
+def prompt_batch(examples: Sequence[Example]) -> PromptBatch:
+    """One prompt an example."""
+    return PromptBatch(
+        input_ids=tuple(example.prompt_ids for example in examples),
+        index=tuple(example.index for example in examples),
+        sample=(0,) * len(examples),
+    )
+
+
+def _num_batches(num_examples: int, batch_size: int, world_size: int) -> int:
+    return -(-(-(-num_examples // world_size)) // batch_size)
+

@@ -1,0 +1,303 @@
+"""The RolloutLoader: a sized, re-iterable, stateful source of training batches.
+
+Owns the order of prompts, the chunks in which the student writes, and the cursor. Lightning saves
+its state with every checkpoint and gives it back before the first batch; the chunk's rollouts are
+part of the state, so that a resumed run trains on what the interrupted one had written. A chunk is
+a whole number of optimizer steps; the same number of batches comes out on every rank.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from okd_lightning.errors import ConfigError
+from okd_lightning.records import DistillBatch, Example, PromptBatch, Rollout, TrainingRow
+from okd_lightning.rollouts.engine import Author, Progress, Writer
+from okd_lightning.rollouts.noise import NoiseStream, hashed_uniform
+from okd_lightning.rollouts.plan import RolloutPlan
+from okd_lightning.rollouts.rows import (
+    count_by_source,
+    given_row,
+    micro_batches,
+    muted,
+    rollout_metrics,
+    share,
+    written_row,
+)
+from okd_lightning.rollouts.sampling import Sampling
+
+_ORDER = 0x4F524452  # domain separation for the order of prompts
+
+ProgressFactory = Callable[[str, int], AbstractContextManager[Progress | None]]
+
+
+def silent_progress(description: str, total: int) -> AbstractContextManager[None]:
+    """Shows nothing."""
+    del description, total
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class LoaderShape:
+    """How an epoch is cut: all numbers that decide which rows make an optimizer step.
+
+    Attributes:
+        batch_size: Sequences a micro-batch on one rank.
+        accumulate_grad_batches: Micro-batches an optimizer step.
+        world_size: Ranks.
+        rank: This rank.
+        prompts_per_epoch: Prompts an epoch, over all ranks.
+        prompts_per_rollout: Prompts a chunk; None for one optimizer step's.
+        samples_per_prompt: Responses that are written to each prompt.
+    """
+
+    batch_size: int
+    prompts_per_epoch: int
+    accumulate_grad_batches: int = 1
+    world_size: int = 1
+    rank: int = 0
+    prompts_per_rollout: int | None = None
+    samples_per_prompt: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rows_per_step % self.samples_per_prompt:
+            raise ConfigError(
+                f"data.samples_per_prompt {self.samples_per_prompt} must divide the rows of an "
+                f"optimizer step, which are {self.rows_per_step} (batch_size x accumulation x ranks)"
+            )
+        chunk = self.prompts_per_rollout or self.prompts_per_step
+        if chunk % self.prompts_per_step:
+            raise ConfigError(
+                f"data.prompts_per_rollout {chunk} must be a whole number of optimizer steps, "
+                f"which take {self.prompts_per_step} prompts each"
+            )
+
+    @property
+    def rows_per_step(self) -> int:
+        """Sequences an optimizer step, over all ranks."""
+        return self.batch_size * self.accumulate_grad_batches * self.world_size
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Prompts an optimizer step, over all ranks."""
+        return self.rows_per_step // self.samples_per_prompt
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps an epoch; the last one is short where the prompts do not fill it."""
+        return -(-self.prompts_per_epoch // self.prompts_per_step)
+
+    @property
+    def steps_per_chunk(self) -> int:
+        """Optimizer steps between two times of writing."""
+        return (self.prompts_per_rollout or self.prompts_per_step) // self.prompts_per_step
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One prompt's turn in an epoch: which example, and how often it came before in it."""
+
+    example: Example
+    repetition: int
+
+
+class RolloutLoader:
+    """Yields an epoch's training batches; see the module's docstring.
+
+    Args:
+        examples: The tokenized data set.
+        plan: Who writes which rows.
+        shape: How an epoch is cut.
+        writer: Writes the student's and the teacher's responses.
+        sampling: How responses are drawn.
+        max_new_tokens: Longest response, in tokens.
+        seed: Keys the order, the coin and the sampling noise.
+        reduce_sum: Sums an int64 tensor over all ranks.
+        gather: Collects one object of every rank, on every rank.
+        progress: Shows how far a chunk is written.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        plan: RolloutPlan,
+        shape: LoaderShape,
+        writer: Writer,
+        *,
+        sampling: Sampling,
+        max_new_tokens: int,
+        seed: int,
+        reduce_sum: Callable[[Tensor], Tensor] = lambda counts: counts,
+        gather: Callable[[Any], list[Any]] = lambda state: [state],
+        progress: ProgressFactory = silent_progress,
+    ) -> None:
+        self.examples = examples
+        self.plan = plan
+        self.shape = shape
+        self._writer = writer
+        self._sampling = sampling
+        self._max_new_tokens = max_new_tokens
+        self._seed = seed
+        self._reduce_sum = reduce_sum
+        self._gather = gather
+        self._progress = progress
+        self._epoch = 0
+        self._delivered = 0  # micro-batches of this epoch
+        self._written: dict[Author, Rollout] = {}
+        self._written_for = 0  # the first optimizer step of the chunk that was written
+        self._metrics: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        return self.shape.steps_per_epoch * self.shape.accumulate_grad_batches
+
+    def __iter__(self) -> Iterator[DistillBatch]:
+        if self._delivered >= len(self):
+            self._epoch, self._delivered = self._epoch + 1, 0
+            self._written, self._written_for = {}, 0
+        turns = self._turns(self._epoch)
+        accumulate = self.shape.accumulate_grad_batches
+        for chunk_start in range(0, self.shape.steps_per_epoch, self.shape.steps_per_chunk):
+            chunk_end = min(chunk_start + self.shape.steps_per_chunk, self.shape.steps_per_epoch)
+            if self._delivered >= chunk_end * accumulate:
+                continue
+            if self._written_for != chunk_start:
+                self._written, self._written_for = {}, chunk_start
+            for step, rows in enumerate(self._chunk(turns, chunk_start, chunk_end), chunk_start):
+                yield from self._step(step, rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch, cursor and this chunk's rollouts, of all ranks."""
+        own = {author: _pack(rollout) for author, rollout in self._written.items()}
+        return {
+            "epoch": self._epoch,
+            "delivered": self._delivered,
+            "rows_per_step": self.shape.rows_per_step,
+            "written_for": self._written_for,
+            "written": self._gather(own),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state_dict`` was taken.
+
+        Raises:
+            ConfigError: The optimizer step has another number of rows now.
+        """
+        if state["rows_per_step"] != self.shape.rows_per_step:
+            raise ConfigError(
+                f"this run has {self.shape.rows_per_step} rows an optimizer step (batch_size x "
+                f"accumulation x ranks), the checkpoint was written with {state['rows_per_step']}; "
+                f"set --data.global_batch_size {state['rows_per_step']}"
+            )
+        self._epoch, self._delivered = state["epoch"], state["delivered"]
+        self._written_for = state["written_for"]
+        written = state["written"]
+        own = written[self.shape.rank] if len(written) == self.shape.world_size else {}
+        self._written = {author: _unpack(packed) for author, packed in own.items()}
+
+    def _turns(self, epoch: int) -> list[_Turn]:
+        """The epoch's prompts: the next ones of an endless row of shuffled passes."""
+        num, length = self.shape.prompts_per_epoch, len(self.examples)
+        positions = range(epoch * num, (epoch + 1) * num)
+        orders: dict[int, np.ndarray] = {}
+        seen: dict[int, int] = {}
+        turns = []
+        for position in positions:
+            number, offset = divmod(position, length)
+            if number not in orders:
+                keys = hashed_uniform(_ORDER, self._seed, number, np.arange(length))
+                orders[number] = keys.argsort(kind="stable")
+            index = int(orders[number][offset])
+            turns.append(_Turn(self.examples[index], seen.get(index, 0)))
+            seen[index] = seen.get(index, 0) + 1
+        return turns
+
+    def _chunk(self, turns: list[_Turn], start: int, end: int) -> list[list[TrainingRow]]:
+        """This rank's rows of the optimizer steps start..end, with what the models wrote."""
+        steps = [self._own_turns(turns, step) for step in range(start, end)]
+        samples = self.shape.samples_per_prompt
+        written: dict[Author, Iterator[tuple[tuple[int, ...], tuple[float, ...]]]] = {}
+        for author in ("student", "teacher"):
+            wanted = [t for step in steps for t, source in step if source == author]
+            if wanted:
+                author = cast(Author, author)
+                if author not in self._written:
+                    self._written[author] = self._write(author, wanted)
+                rollout = self._written[author]
+                written[author] = zip(rollout.response_ids, rollout.logprobs, strict=True)
+        chunk = []
+        for step in steps:
+            rows: list[TrainingRow] = []
+            for turn, source in step:
+                if source == "dataset":
+                    rows.append(given_row(turn.example))
+                else:
+                    for _ in range(samples):
+                        rows.append(written_row(turn.example, source, *next(written[source])))
+            chunk.append(rows or [muted(given_row(self.examples[0]))])
+        return chunk
+
+    def _own_turns(self, turns: list[_Turn], step: int) -> list[tuple[_Turn, Any]]:
+        per_step = self.shape.prompts_per_step
+        of_step = turns[step * per_step : (step + 1) * per_step]
+        number = self._epoch * self.shape.steps_per_epoch + step
+        sources = self.plan.assign(self._seed, number, len(of_step))
+        pairs = list(zip(of_step, sources, strict=True))
+        return list(share(pairs, self.shape.rank, self.shape.world_size))
+
+    def _write(self, author: Author, turns: list[_Turn]) -> Rollout:
+        samples = range(self.shape.samples_per_prompt)
+        keys = [(turn, turn.repetition * len(samples) + k) for turn in turns for k in samples]
+        prompts = PromptBatch(
+            input_ids=tuple(turn.example.prompt_ids for turn, _ in keys),
+            index=tuple(turn.example.index for turn, _ in keys),
+            sample=tuple(sample for _, sample in keys),
+        )
+        noise = NoiseStream(self._seed, self._epoch)
+        start = time.perf_counter()
+        with self._progress(f"{author} writes", len(prompts)) as progress:
+            rollout = self._writer.write(
+                author, prompts, self._sampling, noise, self._max_new_tokens, progress
+            )
+        self._metrics = rollout_metrics(rollout, time.perf_counter() - start)
+        return rollout
+
+    def _step(self, step: int, rows: list[TrainingRow]) -> Iterator[DistillBatch]:
+        """One optimizer step's micro-batches, stamped with the step's counts over all ranks."""
+        accumulate = self.shape.accumulate_grad_batches
+        if self._delivered >= (step + 1) * accumulate:
+            return
+        counts = tuple(self._reduce_sum(count_by_source(rows)).tolist())
+        batches = micro_batches(rows, accumulate)
+        for batch in batches[self._delivered - step * accumulate :]:
+            self._delivered += 1
+            metrics, self._metrics = self._metrics, {}
+            yield replace(batch, step_counts=counts, metrics=metrics)
+
+
+def _pack(rollout: Rollout) -> dict[str, Tensor]:
+    """Flat tensors: what ``weights_only`` loading accepts and what stays small."""
+    return {
+        "lengths": torch.tensor([len(ids) for ids in rollout.response_ids]),
+        "ids": torch.tensor([i for ids in rollout.response_ids for i in ids], dtype=torch.int64),
+        "logprobs": torch.tensor(
+            [p for row in rollout.logprobs for p in row], dtype=torch.float64
+        ),
+        "ended": torch.tensor([reason == "eos" for reason in rollout.stop_reasons]),
+    }
+
+
+def _unpack(packed: dict[str, Tensor]) -> Rollout:
+    lengths = packed["lengths"].tolist()
+    return Rollout(
+        response_ids=tuple(tuple(part.tolist()) for part in packed["ids"].split(lengths)),
+        logprobs=tuple(tuple(part.tolist()) for part in packed["logprobs"].split(lengths)),
+        stop_reasons=tuple("eos" if ended else "length" for ended in packed["ended"].tolist()),
+    )

@@ -1,0 +1,56 @@
+"""Counter-based random numbers: a pure function of what is being decided.
+
+No generator state exists, so nothing has to be saved, and neither the batch that a row happens to
+stand in nor the rank that samples it changes the row's noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+
+def hashed_uniform(*keys: int | np.ndarray) -> np.ndarray:
+    """Uniform numbers in (0, 1), float64, from integer keys that broadcast against each other.
+
+    The keys are absorbed one by one by the finaliser of SplitMix64 (Steele et al., "Fast
+    splittable pseudorandom number generators", OOPSLA 2014).
+    """
+    with np.errstate(over="ignore"):
+        state = np.uint64(0)
+        for key in keys:
+            state = _mix(state + _GOLDEN + np.asarray(key).astype(np.uint64) * _MIX_1)
+    return ((state >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+
+@dataclass(frozen=True)
+class NoiseStream:
+    """The sampling noise of one epoch of one run.
+
+    Attributes:
+        seed: The run's seed.
+        epoch: Which pass over the prompts; validation uses a constant of its own.
+    """
+
+    seed: int
+    epoch: int
+
+    def uniform(self, index: Sequence[int], sample: Sequence[int], num_positions: int) -> Tensor:
+        """[rows, num_positions] float64 in (0, 1), a row keyed by its prompt and sample number."""
+        rows = np.asarray(index)[:, None], np.asarray(sample)[:, None]
+        positions = np.arange(num_positions)[None, :]
+        return torch.from_numpy(hashed_uniform(self.seed, self.epoch, *rows, positions))
+
+
+def _mix(state: np.ndarray) -> np.ndarray:
+    state = (state ^ (state >> np.uint64(30))) * _MIX_1
+    state = (state ^ (state >> np.uint64(27))) * _MIX_2
+    return state ^ (state >> np.uint64(31))

@@ -1,0 +1,90 @@
+"""Who writes the rows of an optimizer step: the data set, the student, or the teacher.
+
+Owns the deterministic coin of GKD (arXiv 2306.13649, Algorithm 1). The coin is a hash of (seed,
+step), so that all micro-batches, ranks and resumed runs see the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from okd_lightning.errors import ConfigError
+from okd_lightning.losses import Term
+from okd_lightning.records import SOURCES, Source
+from okd_lightning.rollouts.noise import hashed_uniform
+
+_COIN = 0x434F494E  # domain separation: the coin and the sampling noise never share a key
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """The mix of sources in a run.
+
+    Attributes:
+        on_policy_fraction: Share of rows that the student writes, in [0, 1].
+        off_policy_source: Who writes the others.
+        is_mixed_within_step: False: one coin an optimizer step decides for all its rows (GKD).
+            True: every step holds both kinds, in that proportion.
+    """
+
+    on_policy_fraction: float
+    off_policy_source: Source = "dataset"
+    is_mixed_within_step: bool = False
+
+    @property
+    def sources(self) -> frozenset[Source]:
+        """All sources that can occur."""
+        found: set[Source] = set()
+        if self.on_policy_fraction > 0:
+            found.add("student")
+        if self.on_policy_fraction < 1:
+            found.add(self.off_policy_source)
+        return frozenset(found)
+
+    def assign(self, seed: int, step: int, num_prompts: int) -> tuple[Source, ...]:
+        """The source of each prompt of optimizer step ``step`` (counted over the whole run)."""
+        if not self.is_mixed_within_step:
+            is_student = hashed_uniform(_COIN, seed, step) < self.on_policy_fraction
+            return ("student" if is_student else self.off_policy_source,) * num_prompts
+        boundary = [int(self.on_policy_fraction * (i + 1) + 1e-9) for i in range(num_prompts)]
+        spread = zip([0, *boundary], boundary, strict=False)
+        return tuple("student" if b > a else self.off_policy_source for a, b in spread)
+
+
+def plan_for(terms: Sequence[Term]) -> RolloutPlan:
+    """The plan that serves all terms of a run.
+
+    Terms that agree on the on-policy share get GKD's coin a step. Terms that disagree (KD on the
+    data set beside OPD+ on rollouts) get both kinds of rows in every step, half and half, and
+    each is counted on its own rows.
+
+    Raises:
+        ConfigError: No terms, terms that need both the data set's and the teacher's responses, or
+            a term that acts on no source of the plan.
+    """
+    if not terms:
+        raise ConfigError(
+            "there is nothing to train: no method is configured; add --method (SFT, KD, GKD, ...) "
+            "or a method callback in trainer.callbacks"
+        )
+    off_policy = {source for term in terms for source in term.sources if source != "student"}
+    if len(off_policy) > 1:
+        raise ConfigError(
+            "one term needs the data set's responses and another the teacher's (seq_kd); "
+            "set seq_kd alike on all methods of a run"
+        )
+    asked = {term.on_policy_fraction for term in terms if term.on_policy_fraction is not None}
+    fraction = min(asked) if len(asked) == 1 else 0.5 if asked else 0.0
+    plan = RolloutPlan(
+        on_policy_fraction=fraction,
+        off_policy_source=next(iter(off_policy), "dataset"),
+        is_mixed_within_step=len(asked) > 1,
+    )
+    for term in terms:
+        if not plan.sources & set(term.sources):
+            raise ConfigError(
+                f"method {term.name} acts on rows from {' or '.join(term.sources)}, but this run "
+                f"produces only rows from {' and '.join(s for s in SOURCES if s in plan.sources)}"
+            )
+    return plan

@@ -1,0 +1,138 @@
+"""A run's folder: config.yaml, metrics.csv, rollouts.jsonl, checkpoints, and nothing lost.
+
+A new run never overwrites an older one's files: they are moved to ``earlier/<n>``. A resumed run
+appends to them, after cutting back what was written behind the checkpoint.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities import rank_zero_info
+
+from okd_lightning.errors import OutputError
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.csv"
+ROLLOUTS_FILE = "rollouts.jsonl"
+_RUN_ENTRIES = (CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE, "checkpoints", "tensorboard")
+
+
+def require_writable(folder: Path, option: str) -> None:
+    """Make ``folder`` and try to write in it.
+
+    Raises:
+        OutputError: It cannot be made or written.
+    """
+    probe = folder / ".write-test"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"{option} {str(folder)!r} cannot be written ({error.strerror}); choose another folder"
+        ) from error
+
+
+def start_run(folder: Path) -> None:
+    """Make room for a new run: move an older one's files to ``earlier/<n>``.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
+    require_writable(folder, "--trainer.default_root_dir")
+    found = [name for name in _RUN_ENTRIES if (folder / name).exists()]
+    if not found:
+        return
+    number = 1
+    while (folder / "earlier" / str(number)).exists():
+        number += 1
+    target = folder / "earlier" / str(number)
+    target.mkdir(parents=True)
+    for name in found:
+        (folder / name).rename(target / name)
+    rank_zero_info(f"{folder} held a run; its files are in {target} now")
+
+
+def resume_run(folder: Path, step: int) -> None:
+    """Cut metrics.csv and rollouts.jsonl back to a checkpoint's step.
+
+    Args:
+        folder: The run's folder.
+        step: Optimizer steps done at the checkpoint.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
+    require_writable(folder, "--trainer.default_root_dir")
+    _cut_metrics(folder / METRICS_FILE, step)
+    _cut_rollouts(folder / ROLLOUTS_FILE, step)
+
+
+class RunCSVLogger(CSVLogger):
+    """``metrics.csv`` directly in the run's folder; appends to what is there.
+
+    Args:
+        folder: The run's folder.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(save_dir=folder, name="", version="", flush_logs_every_n_steps=20)
+
+    @property
+    def experiment(self) -> Any:
+        """The writer; Lightning's own would delete a file that is there."""
+        if self._experiment is None:
+            self._experiment = _AppendingWriter(log_dir=self.save_dir)
+        return self._experiment
+
+    def log_hyperparams(self, params: Any = None) -> None:
+        """Nothing: the run's settings are in config.yaml."""
+
+
+class _AppendingWriter(ExperimentWriter):
+    def _check_log_dir_exists(self) -> None:
+        path = Path(self.log_dir) / METRICS_FILE
+        if path.exists():
+            with path.open(newline="") as file:
+                self.metrics_keys = next(csv.reader(file), [])
+
+
+def _cut_metrics(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows, names = list(reader), reader.fieldnames or []
+    kept = [row for row in rows if _is_before(row, step)]
+    with _replacing(path).open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=names)
+        writer.writeheader()
+        writer.writerows(kept)
+    _replacing(path).replace(path)
+
+
+def _is_before(row: dict[str, str], step: int) -> bool:
+    """Validation after the checkpoint's last step carries the same number as the next step."""
+    at = int(float(row.get("step") or 0))
+    is_training = any(value for name, value in row.items() if name.startswith("train/"))
+    return at < step or (at == step and not is_training)
+
+
+def _cut_rollouts(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["step"] < step]
+    _replacing(path).write_text("".join(kept))
+    _replacing(path).replace(path)
+
+
+def _replacing(path: Path) -> Path:
+    return path.with_name(path.name + ".new")

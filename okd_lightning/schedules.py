@@ -1,0 +1,33 @@
+"""Step → factor: the learning-rate schedules, as pure functions.
+
+Owns the shapes; the optimizer's hook-up is the module's business. Steps are optimizer steps.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypeAlias
+
+ScheduleName: TypeAlias = Literal["constant", "linear", "cosine"]
+
+
+def schedule_factor(name: ScheduleName, step: int, warmup_steps: int, total_steps: int) -> float:
+    """What the learning rate is multiplied by at ``step``.
+
+    Warm-up rises linearly from 1/warmup_steps to 1; after it the rate stays, or falls to 0 at
+    ``total_steps`` along a line or half a cosine.
+
+    Args:
+        name: "constant", "linear" or "cosine".
+        step: Optimizer steps done so far, from 0.
+        warmup_steps: Steps of warm-up; 0 for none.
+        total_steps: Steps of the whole run.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if name == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    if name == "linear":
+        return 1.0 - progress
+    return 0.5 * (1.0 + math.cos(math.pi * progress))

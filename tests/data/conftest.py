@@ -1,0 +1,99 @@
+"""What the data tests share: the real data beside the checkout, and tokenizers of one id a byte."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from okd_lightning.data import Columns, ExampleSet, build_examples
+
+SHARED_DATA = Path(__file__).parents[2].parent / "shared" / "data"
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real models, data and tokenizers."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"real data is not here: no folder {SHARED_DATA}")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer(shared_data: Path) -> Callable[[str], PreTrainedTokenizerBase]:
+    """Loads a real tokenizer by its folder under the shared data, once: change copies only."""
+    return cache(lambda folder: AutoTokenizer.from_pretrained(shared_data / folder))
+
+
+def make_byte_tokenizer(opening: str = "", closing: str = "") -> PreTrainedTokenizerFast:
+    """One id a byte, four special tokens, and what is written around a text on request."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(SPECIALS + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIALS)
+    if opening or closing:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{opening} $A {closing}".strip(),
+            special_tokens=[(token, vocabulary[token]) for token in (opening, closing) if token],
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        model_max_length=8,
+    )
+
+
+@pytest.fixture
+def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    """``make_byte_tokenizer(opening, closing)``."""
+    return make_byte_tokenizer
+
+
+@pytest.fixture
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """No bos, no chat template."""
+    return make_byte_tokenizer()
+
+
+@pytest.fixture
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """The byte tokenizer with ChatML."""
+    tokenizer = make_byte_tokenizer()
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+@pytest.fixture
+def build() -> Callable[..., ExampleSet]:
+    """``build_examples`` with generous limits; whatever is given by name overrides them."""
+
+    def build_with_defaults(
+        rows: list, tokenizer: PreTrainedTokenizerBase, **overrides
+    ) -> ExampleSet:
+        settings = {
+            "eos_id": tokenizer.eos_token_id,
+            "columns": Columns(),
+            "max_prompt_length": 10_000,
+            "max_response_length": 10_000,
+            "on_overlong": "error",
+            "needs_response": True,
+            "where": "rows.jsonl",
+        }
+        return build_examples(rows, tokenizer, **{**settings, **overrides})
+
+    return build_with_defaults
