@@ -1,0 +1,83 @@
+"""The front door: ``okd-lightning`` and ``python -m okd_lightning``.
+
+Answers ``--version``, ``--help`` and a mistyped command at once; everything else imports the
+command line (several seconds of torch and transformers) and runs it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+
+from okd_lightning import __version__
+
+COMMANDS = {
+    "quickstart": "watch a student learn: embedded task and teacher, no network, a few minutes",
+    "fit": "train a student: --config FILE|NAME, --method NAME, --model.*, --data.*, --trainer.*",
+    "validate": "measure a student on the validation data (--ckpt_path alone is enough)",
+    "test": "measure a student on the test data (--ckpt_path alone is enough)",
+    "predict": "write the student's answers to predictions.jsonl (--ckpt_path alone is enough)",
+    "export": "write a Hugging Face folder: --ckpt_path FILE --out FOLDER",
+}
+
+_USAGE = """\
+usage: okd-lightning COMMAND [options]
+
+Knowledge distillation of language models on PyTorch Lightning.
+
+commands:
+{commands}
+
+options:
+  --version   print the version
+  --debug     show the whole traceback of an error
+  --help      this text; okd-lightning COMMAND --help lists a command's options
+
+first steps:
+  okd-lightning quickstart
+  okd-lightning fit --config tinystories --method KD --trainer.default_root_dir runs/kd
+"""
+
+
+def usage() -> str:
+    """The overview that ``--help`` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    return _USAGE.format(commands="\n".join(lines))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: The arguments behind the program's name; None takes ``sys.argv``.
+
+    Returns:
+        The exit status: 0, or 1 for an error, 2 for wrong usage.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        print(usage(), end="")
+        return 0 if arguments else 2
+    if arguments[0] in ("--version", "-V"):
+        print(f"okd-lightning {__version__}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        print(
+            f"okd-lightning: unknown command {arguments[0]!r}; {hint}commands are "
+            f"{', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
+        return 2
+    from okd_lightning.cli import run  # noqa: PLC0415  (seconds of imports, not paid for --version)
+
+    return run(arguments, debug=debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,22 @@
+"""Intervals in optimizer steps: a user's 100 means the same at any accumulation."""
+
+from __future__ import annotations
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+
+
+class StepIntervals(Callback):
+    """Makes a whole-number ``trainer.val_check_interval`` count optimizer steps over the whole run.
+
+    Lightning's own counts micro-batches, and within an epoch.
+    """
+
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """Convert the interval, after the data module has settled the accumulation."""
+        interval = trainer.val_check_interval
+        if stage == "fit" and isinstance(interval, int) and not isinstance(interval, bool):
+            trainer.val_check_interval = interval * trainer.accumulate_grad_batches
+            trainer.check_val_every_n_epoch = None

@@ -1,0 +1,212 @@
+"""The command line: LightningCLI with a method section, one error formatter, and a run folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import lightning
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+
+from okd_lightning.callbacks import (
+    DistillationCallback,
+    FiniteGuard,
+    PredictionLog,
+    RolloutLog,
+    Throughput,
+)
+from okd_lightning.callbacks.step_intervals import StepIntervals
+from okd_lightning.checkpoint_files import read_checkpoint
+from okd_lightning.cli_arguments import prepare
+from okd_lightning.cli_errors import readable
+from okd_lightning.data import RolloutDataModule
+from okd_lightning.errors import OKDLightningError
+from okd_lightning.export import AdapterForm, export_student
+from okd_lightning.module import DistillationModule
+from okd_lightning.quickstart.command import add_quickstart_arguments, quickstart_command
+from okd_lightning.run_folder import CONFIG_FILE, RunCSVLogger, resume_run, start_run
+
+_TRAINER_DEFAULTS = {
+    "default_root_dir": "runs/default",
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    "num_sanity_val_steps": 0,
+    "inference_mode": False,
+}
+
+
+class DistillationCLI(LightningCLI):
+    """``fit | validate | test | predict`` of a DistillationModule on a RolloutDataModule.
+
+    A script of one's own with subclassed modules::
+
+        DistillationCLI(MyModule, MyData, args=prepare(sys.argv[1:]))
+    """
+
+    def __init__(
+        self,
+        model_class: type[DistillationModule] = DistillationModule,
+        datamodule_class: type[RolloutDataModule] = RolloutDataModule,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            model_class,
+            datamodule_class,
+            save_config_callback=None,
+            trainer_defaults=dict(_TRAINER_DEFAULTS),
+            seed_everything_default=0,
+            parser_kwargs={"exit_on_error": False},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            **kwargs,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The ``--method`` section."""
+        parser.add_lightning_class_args(
+            DistillationCallback, "method", subclass_mode=True, required=False
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; Lightning's own would warn that ``sys.argv`` exists as well."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: ``prepare`` has put a checkpoint's config below the typed flags."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
+        """The Trainer with our loggers, monitors and checkpoints where none are configured."""
+        config = self._get(self.config_init, "trainer")
+        method = self._get(self.config_init, "method")
+        configured = [*(config["callbacks"] or []), *([method] if method is not None else [])]
+        folder = config["default_root_dir"]
+        if config["logger"] in (None, True):
+            kwargs["logger"] = [
+                RunCSVLogger(folder),
+                TensorBoardLogger(folder, name="tensorboard", version=""),
+            ]
+        if config["max_epochs"] is None and config["max_steps"] == -1:
+            kwargs["max_epochs"] = 1
+        elif config["max_epochs"] is None:
+            kwargs["max_epochs"] = -1
+        if config["enable_checkpointing"] is not False and not _has(configured, ModelCheckpoint):
+            configured.append(self._checkpoints(folder))
+        monitors = (FiniteGuard, Throughput, RolloutLog, PredictionLog, StepIntervals)
+        configured += [kind() for kind in monitors if not _has(configured, kind)]
+        self.model.run_config = yaml.safe_dump(self.resolved_config(), sort_keys=False)
+        return self.trainer_class(**{**config, **kwargs, "callbacks": configured})
+
+    def resolved_config(self) -> dict[str, Any]:
+        """All settings of this run, as they go into config.yaml and into checkpoints."""
+        dump = self.parser.dump(self.config, skip_none=False, format="yaml")
+        config = yaml.safe_load(dump)
+        config = config.get(self.subcommand, config)
+        sections = ("seed_everything", "model", "data", "method", "trainer")
+        return {name: config[name] for name in sections if config.get(name) is not None}
+
+    def before_fit(self) -> None:
+        """Prepare the run's folder: a new run moves an older one away, a resumed one appends."""
+        checkpoint = self._get(self.config, "ckpt_path")
+        folder = Path(self.trainer.default_root_dir)
+        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:
+            return
+        if checkpoint is None:
+            start_run(folder)
+        else:
+            resume_run(folder, int(read_checkpoint(checkpoint)["global_step"]))
+        (folder / CONFIG_FILE).write_text(self.model.run_config)
+
+    def after_fit(self) -> None:
+        """Say where everything is."""
+        checkpoint = self.trainer.checkpoint_callback
+        best = getattr(checkpoint, "best_model_path", "") or getattr(
+            checkpoint, "last_model_path", ""
+        )
+        rank_zero_info(
+            f"run folder: {self.trainer.default_root_dir}"
+            + (f"; export with: okd-lightning export --ckpt_path {best} --out student" if best else "")
+        )
+
+    def _checkpoints(self, folder: str) -> ModelCheckpoint:
+        """``last.ckpt``, and the best by reverse KL (cross-entropy without a teacher)."""
+        dirpath = Path(folder) / "checkpoints"
+        if self.datamodule.sources["val"] is None:
+            return ModelCheckpoint(dirpath, filename="last-{step}", save_last=True)
+        has_teacher = self.model.teacher_source is not None
+        return ModelCheckpoint(
+            dirpath,
+            filename="best-{step}",
+            monitor="val/reverse_kl" if has_teacher else "val/cross_entropy",
+            save_last=True,
+        )
+
+
+def run(arguments: Sequence[str], debug: bool = False) -> int:
+    """Run one command and turn whatever goes wrong into one line.
+
+    Args:
+        arguments: The command and its options.
+        debug: Show tracebacks.
+
+    Returns:
+        The exit status.
+    """
+    if "" not in sys.path:
+        sys.path.append("")  # callbacks of the current folder, behind everything installed
+    try:
+        return _run(list(arguments))
+    except (OKDLightningError, MisconfigurationException, jsonargparse.ArgumentError) as error:
+        if debug:
+            raise
+        print(f"okd-lightning: {readable(error)}", file=sys.stderr)
+        return 2 if isinstance(error, jsonargparse.ArgumentError) else 1
+    except KeyboardInterrupt:
+        print("okd-lightning: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    command, *rest = arguments
+    if command == "export":
+        return _export(rest)
+    if command == "quickstart":
+        parser = jsonargparse.ArgumentParser(
+            prog="okd-lightning quickstart", exit_on_error=False, description=quickstart_command.__doc__
+        )
+        add_quickstart_arguments(parser)
+        return quickstart_command(parser, rest)
+    DistillationCLI(args=prepare(arguments))
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    parser = jsonargparse.ArgumentParser(
+        prog="okd-lightning export",
+        exit_on_error=False,
+        description="Write a checkpoint's student as a Hugging Face folder.",
+    )
+    parser.add_argument("--ckpt_path", type=str, required=True, help="a checkpoint of fit")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument(
+        "--adapter", type=AdapterForm, default="merged", help="a LoRA student: merged, or apart"
+    )
+    options = parser.parse_args(arguments)
+    checkpoint = read_checkpoint(options.ckpt_path)
+    _, _, text = prepare(["fit", "--ckpt_path", options.ckpt_path])[:3]
+    model_only = yaml.safe_dump({"model": yaml.safe_load(text)["model"]})
+    cli = DistillationCLI(args=["--config", model_only], run=False)
+    export_student(cli.model, checkpoint, options.out, options.adapter)
+    print(f"student written to {options.out}")
+    return 0
+
+
+def _has(callbacks: Sequence[Callback], kind: type[Callback]) -> bool:
+    return any(isinstance(callback, kind) for callback in callbacks)

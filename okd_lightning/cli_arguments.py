@@ -1,0 +1,145 @@
+"""From what a person typed to what LightningCLI parses.
+
+Resolves packaged configs by name, takes a checkpoint's own config where only ``--ckpt_path`` is
+given, and drops a method's settings where another class of method is asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch.utilities import rank_zero_warn
+
+import okd_lightning
+from okd_lightning.checkpoint_files import read_checkpoint
+from okd_lightning.errors import CheckpointError, ConfigError
+
+_CONFIG_OPTIONS = ("--config", "-c")
+
+
+def prepare(arguments: Sequence[str]) -> list[str]:
+    """Arguments behind the command, ready for the parser: configs are inlined as YAML text.
+
+    Raises:
+        ConfigError: A config that is not there or broken.
+        CheckpointError: A ``--ckpt_path`` that is not there or not ours.
+    """
+    command, *rest = arguments
+    rest = _split_equals(rest)
+    configs = [(name, _load_config(name)) for name in _values(rest, _CONFIG_OPTIONS)]
+    checkpoint = _last(_values(rest, ("--ckpt_path",)))
+    if checkpoint is not None:
+        configs.insert(0, (checkpoint, _config_of(checkpoint)))
+    if "--help" in rest or "-h" in rest:
+        configs = []
+    typed = _last(_values(rest, ("--method", "--method.class_path")))
+    _drop_other_methods(configs, typed)
+    inlined = [part for _, c in configs for part in ("--config", yaml.safe_dump(c))]
+    return [command, *inlined, *_without(rest, _CONFIG_OPTIONS)]
+
+
+def packaged_configs() -> dict[str, Path]:
+    """Name → file of the configs that come with the package (or lie in a checkout)."""
+    package = Path(okd_lightning.__file__).parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if folder.is_dir():
+            return {
+                str(path.relative_to(folder).with_suffix("")): path
+                for path in sorted(folder.rglob("*.yaml"))
+            }
+    return {}
+
+
+def class_name(method: Any) -> str | None:
+    """The class that a ``method`` entry of a config names, without its module."""
+    path = method.get("class_path") if isinstance(method, dict) else method
+    return path.rsplit(".", 1)[-1] if isinstance(path, str) else None
+
+
+def _load_config(name: str) -> dict[str, Any]:
+    path = Path(name)
+    if not path.is_file():
+        packaged = packaged_configs()
+        if name not in packaged:
+            near = difflib.get_close_matches(name, packaged, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(
+                f"--config {name!r}: no such file, and no packaged config of that name "
+                f"(there are {', '.join(packaged) or 'none'}){hint}"
+            )
+        path = packaged[name]
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or "not a text file"
+        raise ConfigError(f"--config {name!r}{where}: no valid YAML ({problem})") from error
+    if not isinstance(config, dict):
+        raise ConfigError(
+            f"--config {name!r}: expected sections such as model:, data:, method:, trainer:, "
+            f"got {type(config).__name__}"
+        )
+    return config
+
+
+def _config_of(checkpoint: str) -> dict[str, Any]:
+    text = read_checkpoint(checkpoint)["okd_lightning"]["config"]
+    if text is None:
+        raise CheckpointError(
+            f"--ckpt_path {checkpoint!r} was written from Python and holds no config; "
+            "give --model.* and --data.* as well, or load it in Python"
+        )
+    config: dict[str, Any] = yaml.safe_load(text)
+    return config
+
+
+def _drop_other_methods(configs: list[tuple[str, dict[str, Any]]], typed: str | None) -> None:
+    """Keep a ``method`` section only where it is of the class that the run will have."""
+    wanted = class_name(typed)
+    for name, config in reversed(configs):
+        found = class_name(config.get("method"))
+        if found is None:
+            continue
+        if wanted is None:
+            wanted = found
+        elif found != wanted:
+            method = config.pop("method")
+            if isinstance(method, dict) and method.get("init_args"):
+                rank_zero_warn(
+                    f"{name} sets up {found}; this run uses {wanted}, so {found}'s settings "
+                    f"({', '.join(method['init_args'])}) are dropped"
+                )
+
+
+def _split_equals(arguments: Sequence[str]) -> list[str]:
+    known = (*_CONFIG_OPTIONS, "--ckpt_path", "--method", "--method.class_path")
+    split: list[str] = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        split.extend([option, value] if equals and option in known else [argument])
+    return split
+
+
+def _values(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
+    return [b for a, b in zip(arguments, arguments[1:], strict=False) if a in options]
+
+
+def _without(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument in options:
+            skip = True
+        else:
+            kept.append(argument)
+    return kept
+
+
+def _last(values: Sequence[str]) -> str | None:
+    return values[-1] if values else None

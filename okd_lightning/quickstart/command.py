@@ -1,0 +1,2 @@
+def add_quickstart_arguments(parser): pass
+def quickstart_command(parser, rest): return 0
