@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 import lightning
+import transformers
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -26,9 +29,9 @@ from okd_lightning.callbacks import (
 from okd_lightning.callbacks.step_intervals import StepIntervals
 from okd_lightning.checkpoint_files import read_checkpoint
 from okd_lightning.cli_arguments import prepare
-from okd_lightning.cli_errors import readable
+from okd_lightning.cli_errors import parse, readable
 from okd_lightning.data import RolloutDataModule
-from okd_lightning.errors import OKDLightningError
+from okd_lightning.errors import ConfigError, OKDLightningError, UsageError
 from okd_lightning.export import AdapterForm, export_student
 from okd_lightning.module import DistillationModule
 from okd_lightning.quickstart.command import add_quickstart_arguments, quickstart_command
@@ -41,6 +44,15 @@ _TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,
     "inference_mode": False,
 }
+
+_EXPECTED_WARNINGS = (
+    r"Found \d+ module\(s\) in eval mode",  # the teacher: it stays in eval mode on purpose
+    r".*isinstance\(treespec, LeafSpec\).*",  # Lightning's own use of torch's pytree
+    r".*does not have many workers.*",  # rollouts and tokenized rows need no worker processes
+    r"You are trying to `self.log\(\)` but.*",
+    r".*`is_gradient_checkpointing` is deprecated.*",  # PEFT's use of transformers
+    r".*instantiate_classes.*deprecated.*",  # Lightning's use of jsonargparse
+)
 
 
 class DistillationCLI(LightningCLI):
@@ -77,7 +89,24 @@ class DistillationCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; Lightning's own would warn that ``sys.argv`` exists as well."""
-        self.config = parser.parse_args(args)
+        self.config = parse(parser, args, self._option_strings())
+
+    def _option_strings(self) -> list[str]:
+        parsers = [self.parser, *getattr(self, "_subcommand_parsers", {}).values()]
+        return [option for parser in parsers for option in parser._option_string_actions]
+
+    def instantiate_classes(self) -> None:
+        """Instantiate; a constructor's complaint becomes a ConfigError.
+
+        Raises:
+            ConfigError: What a constructor refused, in its own words.
+        """
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError) as error:
+            if isinstance(error, OKDLightningError):
+                raise
+            raise ConfigError(readable(error)) from error
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: ``prepare`` has put a checkpoint's config below the typed flags."""
@@ -149,6 +178,17 @@ class DistillationCLI(LightningCLI):
         )
 
 
+def quiet_libraries() -> None:
+    """Switch off what the libraries print that a user of ours can do nothing about."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage()
+    )
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
+
 def run(arguments: Sequence[str], debug: bool = False) -> int:
     """Run one command and turn whatever goes wrong into one line.
 
@@ -161,13 +201,14 @@ def run(arguments: Sequence[str], debug: bool = False) -> int:
     """
     if "" not in sys.path:
         sys.path.append("")  # callbacks of the current folder, behind everything installed
+    quiet_libraries()
     try:
         return _run(list(arguments))
-    except (OKDLightningError, MisconfigurationException, jsonargparse.ArgumentError) as error:
+    except (OKDLightningError, MisconfigurationException) as error:
         if debug:
             raise
         print(f"okd-lightning: {readable(error)}", file=sys.stderr)
-        return 2 if isinstance(error, jsonargparse.ArgumentError) else 1
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("okd-lightning: interrupted", file=sys.stderr)
         return 130
@@ -198,7 +239,7 @@ def _export(arguments: list[str]) -> int:
     parser.add_argument(
         "--adapter", type=AdapterForm, default="merged", help="a LoRA student: merged, or apart"
     )
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments, list(parser._option_string_actions))
     checkpoint = read_checkpoint(options.ckpt_path)
     _, _, text = prepare(["fit", "--ckpt_path", options.ckpt_path])[:3]
     model_only = yaml.safe_dump({"model": yaml.safe_load(text)["model"]})

@@ -16,6 +16,10 @@ class ConfigError(OKDLightningError, ValueError):
     """A setting, or a combination of settings, that cannot work."""
 
 
+class UsageError(ConfigError):
+    """A command line that cannot be parsed; exit status 2."""
+
+
 class DataError(OKDLightningError, ValueError):
     """A data set that is empty, broken, or lacks the columns that are needed."""
 

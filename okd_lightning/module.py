@@ -379,6 +379,11 @@ class DistillationModule(lightning.LightningModule):
         checkpoint["okd_lightning"] = {
             "config": self.run_config,
             "methods": [type(term).__name__ for term in self.terms],
+            "metrics": {
+                name: float(value)
+                for name, value in self.trainer.callback_metrics.items()
+                if name.startswith("val/")
+            },
             "rng": rng_state(),
         }
 

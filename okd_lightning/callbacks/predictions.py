@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.callbacks import Callback
+
+from okd_lightning.records import DistillBatch
 
 
-class PredictionLog(BasePredictionWriter):
+class PredictionLog(Callback):
     """Writes ``predictions.jsonl`` (one file a rank where there are several) in the run's folder."""
 
     def __init__(self) -> None:
-        super().__init__(write_interval="epoch")
+        self._records: list[dict[str, Any]] = []
 
-    def write_on_epoch_end(
+    def on_predict_batch_end(
         self,
         trainer: lightning.Trainer,
         pl_module: lightning.LightningModule,
-        predictions: Sequence[Any],
-        batch_indices: Sequence[Any],
+        outputs: list[dict[str, Any]],
+        batch: DistillBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Collect the records of a batch."""
+        self._records += outputs
+
+    def on_predict_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         """Write all records in the order of the data set."""
-        records = sorted((r for batch in predictions for r in batch), key=lambda r: r["index"])
         suffix = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"predictions{suffix}.jsonl"
+        records = sorted(self._records, key=lambda record: record["index"])
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        path.write_text("".join(lines))
+        (folder / f"predictions{suffix}.jsonl").write_text("".join(lines))
+        self._records = []

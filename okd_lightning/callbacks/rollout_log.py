@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import Callback
@@ -25,11 +26,13 @@ class RolloutLog(Callback):
         self.num_rows = num_rows
         self._next_step = 0
 
-    def on_train_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
-        """Continue at the step that the run is at."""
-        self._next_step = trainer.global_step
+    def state_dict(self) -> dict[str, Any]:
+        """When the next sample is due."""
+        return {"next_step": self._next_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the rhythm of the interrupted run."""
+        self._next_step = state_dict["next_step"]
 
     def on_train_batch_start(
         self,
