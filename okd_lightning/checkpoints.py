@@ -22,7 +22,9 @@ def weights_to_save(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict
         module: A DistillationModule with both models built.
         state_dict: Its full state.
     """
-    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    frozen = {
+        name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad
+    }
     kept = {}
     for name, value in state_dict.items():
         source = module.teacher_source if name.startswith("teacher.") else module.student_source
@@ -51,7 +53,7 @@ def check_methods(saved: Sequence[str], configured: Sequence[str]) -> None:
 
 def rng_state() -> dict[str, Any]:
     """All random streams of this process, as tensors and primitives."""
-    _, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
+    _, keys, position, has_gauss, gauss = np.random.get_state()
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "numpy": {
@@ -71,7 +73,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     """Continue the streams of ``rng_state``."""
     torch.set_rng_state(state["torch"].cpu())
     numpy_state = state["numpy"]
-    np.random.set_state(  # noqa: NPY002
+    np.random.set_state(
         (
             "MT19937",
             numpy_state["keys"].numpy().astype(np.uint32),

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from okd_lightning.callbacks import (
     DistillationCallback,
     FiniteGuard,
+    LastCheckpoint,
     PredictionLog,
     RolloutLog,
     Throughput,
@@ -49,7 +50,9 @@ _EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # the teacher: it stays in eval mode on purpose
     r".*isinstance\(treespec, LeafSpec\).*",  # Lightning's own use of torch's pytree
     r".*does not have many workers.*",  # rollouts and tokenized rows need no worker processes
-    r"You are trying to `self.log\(\)` but.*",
+    r"Checkpoint directory .* exists and is not empty",  # a resumed run's own
+    r".*`ModelCheckpoint\(monitor=.*could not find the monitored key.*",  # before any validation
+    r".*`loftq_config` specified but will be ignored.*",  # PEFT's own default, spelt out
     r".*`is_gradient_checkpointing` is deprecated.*",  # PEFT's use of transformers
     r".*instantiate_classes.*deprecated.*",  # Lightning's use of jsonargparse
 )
@@ -126,8 +129,13 @@ class DistillationCLI(LightningCLI):
             kwargs["max_epochs"] = 1
         elif config["max_epochs"] is None:
             kwargs["max_epochs"] = -1
-        if config["enable_checkpointing"] is not False and not _has(configured, ModelCheckpoint):
-            configured.append(self._checkpoints(folder))
+        if config["enable_checkpointing"] is False:
+            kwargs["enable_checkpointing"] = False
+        else:
+            if not _has(configured, ModelCheckpoint):
+                configured += self._best_checkpoint(folder)
+            if not _has(configured, LastCheckpoint):
+                configured.append(LastCheckpoint())
         monitors = (FiniteGuard, Throughput, RolloutLog, PredictionLog, StepIntervals)
         configured += [kind() for kind in monitors if not _has(configured, kind)]
         self.model.run_config = yaml.safe_dump(self.resolved_config(), sort_keys=False)
@@ -155,27 +163,27 @@ class DistillationCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say where everything is."""
-        checkpoint = self.trainer.checkpoint_callback
-        best = getattr(checkpoint, "best_model_path", "") or getattr(
-            checkpoint, "last_model_path", ""
-        )
+        folder = Path(self.trainer.default_root_dir)
+        last = folder / "checkpoints" / "last.ckpt"
+        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or last
         rank_zero_info(
-            f"run folder: {self.trainer.default_root_dir}"
-            + (f"; export with: okd-lightning export --ckpt_path {best} --out student" if best else "")
+            f"run folder: {folder}\n"
+            f"measure: okd-lightning test --ckpt_path {best}\n"
+            f"export:  okd-lightning export --ckpt_path {best} --out student"
         )
 
-    def _checkpoints(self, folder: str) -> ModelCheckpoint:
-        """``last.ckpt``, and the best by reverse KL (cross-entropy without a teacher)."""
-        dirpath = Path(folder) / "checkpoints"
+    def _best_checkpoint(self, folder: str) -> list[ModelCheckpoint]:
+        """The best by reverse KL (cross-entropy without a teacher), where there is validation."""
         if self.datamodule.sources["val"] is None:
-            return ModelCheckpoint(dirpath, filename="last-{step}", save_last=True)
+            return [ModelCheckpoint(Path(folder) / "checkpoints", save_top_k=0)]
         has_teacher = self.model.teacher_source is not None
-        return ModelCheckpoint(
-            dirpath,
-            filename="best-{step}",
-            monitor="val/reverse_kl" if has_teacher else "val/cross_entropy",
-            save_last=True,
-        )
+        return [
+            ModelCheckpoint(
+                Path(folder) / "checkpoints",
+                filename="best-{step}",
+                monitor="val/reverse_kl" if has_teacher else "val/cross_entropy",
+            )
+        ]
 
 
 def quiet_libraries() -> None:
@@ -220,7 +228,9 @@ def _run(arguments: list[str]) -> int:
         return _export(rest)
     if command == "quickstart":
         parser = jsonargparse.ArgumentParser(
-            prog="okd-lightning quickstart", exit_on_error=False, description=quickstart_command.__doc__
+            prog="okd-lightning quickstart",
+            exit_on_error=False,
+            description=quickstart_command.__doc__,
         )
         add_quickstart_arguments(parser)
         return quickstart_command(parser, rest)

@@ -129,13 +129,9 @@ def _first_of_union(text: str) -> str:
     """The first real complaint among a union's, which lists one line a member."""
     if "Union subtypes" not in text:
         return text
-    complaints = [
-        line.strip().removeprefix("- ")
-        for line in text.split("Errors:", 1)[-1].split("Given value type:")[0].splitlines()
-        if line.strip().startswith("- ")
-    ]
-    real = [line for line in complaints if "NoneType" not in line]
-    return (real or complaints or [text])[0]
+    complaints = text.split("Errors:", 1)[-1].split("Given value type:")[0].split("\n  - ")
+    real = [part.strip() for part in complaints if part.strip() and "NoneType" not in part]
+    return real[0] if real else text
 
 
 def _parameters_of(class_name: str) -> list[str]:

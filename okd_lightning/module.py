@@ -401,7 +401,9 @@ class DistillationModule(lightning.LightningModule):
             self._rng_to_restore = own["rng"]
         weights = checkpoint["state_dict"]
         expected = weights_to_save(self, self.state_dict())
-        missing = [name for name in expected if name not in weights and not name.startswith("evaluation.")]
+        missing = [
+            name for name in expected if name not in weights and not name.startswith("evaluation.")
+        ]
         if missing:
             raise CheckpointError(
                 f"the checkpoint lacks {len(missing)} of this student's weights, first {missing[0]}; "
@@ -434,7 +436,11 @@ def _find_tokenizer(
 ) -> PreTrainedTokenizerBase:
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
-    options = {"--model.tokenizer": tokenizer, "--model.student": student, "--model.teacher": teacher}
+    options = {
+        "--model.tokenizer": tokenizer,
+        "--model.student": student,
+        "--model.teacher": teacher,
+    }
     for option, source in options.items():
         if isinstance(source, PreTrainedModel):
             source = source.name_or_path

@@ -4,7 +4,8 @@
 * ``divergence``: ``DivergenceCallback``, the brick of every exact method.
 * ``sft``, ``kd``, ``gkd``: the published methods, as constructions with their defaults.
 * monitors: ``exact_match`` (task accuracy), ``rollout_log`` (samples on disk), ``predictions``
-  (generations on disk), ``finite_guard`` (stop before a broken step), ``throughput``, ``progress``.
+  (generations on disk), ``finite_guard`` (stop before a broken step), ``last_checkpoint``,
+  ``throughput``, ``step_intervals``.
 """
 
 from okd_lightning.callbacks.base import DistillationCallback
@@ -13,6 +14,7 @@ from okd_lightning.callbacks.exact_match import ExactMatch
 from okd_lightning.callbacks.finite_guard import FiniteGuard
 from okd_lightning.callbacks.gkd import GKD
 from okd_lightning.callbacks.kd import KD
+from okd_lightning.callbacks.last_checkpoint import LastCheckpoint
 from okd_lightning.callbacks.predictions import PredictionLog
 from okd_lightning.callbacks.rollout_log import RolloutLog
 from okd_lightning.callbacks.sft import SFT
@@ -26,6 +28,7 @@ __all__ = [
     "DivergenceCallback",
     "ExactMatch",
     "FiniteGuard",
+    "LastCheckpoint",
     "PredictionLog",
     "RolloutLog",
     "Throughput",

@@ -25,7 +25,14 @@ from okd_lightning.data.sources import DataSource, describe_source, load_rows
 from okd_lightning.errors import ConfigError, DataError
 from okd_lightning.losses import Term
 from okd_lightning.records import Example
-from okd_lightning.rollouts import LoaderShape, RolloutLoader, RolloutPlan, Sampling, Writer, plan_for
+from okd_lightning.rollouts import (
+    LoaderShape,
+    RolloutLoader,
+    RolloutPlan,
+    Sampling,
+    Writer,
+    plan_for,
+)
 from okd_lightning.rollouts.evaluation import GivenResponses, OwnResponses
 from okd_lightning.rollouts.noise import hashed_uniform
 
@@ -291,7 +298,9 @@ class RolloutDataModule(lightning.LightningDataModule):
     @property
     def _trainer(self) -> lightning.Trainer:
         if self.trainer is None:
-            raise ConfigError("a RolloutDataModule works inside a Trainer: trainer.fit(module, data)")
+            raise ConfigError(
+                "a RolloutDataModule works inside a Trainer: trainer.fit(module, data)"
+            )
         return self.trainer
 
     @property

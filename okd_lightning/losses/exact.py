@@ -59,7 +59,9 @@ def measure(
     asked = tuple(dict.fromkeys(quantities))
     size = tile_positions or max(1, _TILE_ELEMENTS // vocab_size)
 
-    def run(student_hidden: Tensor, teacher_hidden: Tensor | None, ids: Tensor) -> tuple[Tensor, ...]:
+    def run(
+        student_hidden: Tensor, teacher_hidden: Tensor | None, ids: Tensor
+    ) -> tuple[Tensor, ...]:
         teacher_logits = None
         if teacher is not None and teacher_hidden is not None:
             teacher_logits = teacher.head(teacher_hidden)
@@ -67,10 +69,15 @@ def measure(
         return tuple(quantity.measure(tile) for quantity in asked)
 
     student_tiles = student.hidden.split(size)
-    teacher_tiles = teacher.hidden.split(size) if teacher is not None else [None] * len(student_tiles)
+    teacher_tiles = (
+        teacher.hidden.split(size) if teacher is not None else [None] * len(student_tiles)
+    )
     inputs = list(zip(student_tiles, teacher_tiles, targets.split(size), strict=True))
     if len(inputs) == 1 or not torch.is_grad_enabled():
         tiles = [run(*tile) for tile in inputs]
     else:
         tiles = [checkpoint(run, *tile, use_reentrant=False) for tile in inputs]
-    return {quantity: torch.cat(values) for quantity, values in zip(asked, zip(*tiles, strict=True), strict=True)}
+    return {
+        quantity: torch.cat(values)
+        for quantity, values in zip(asked, zip(*tiles, strict=True), strict=True)
+    }

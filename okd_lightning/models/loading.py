@@ -52,7 +52,9 @@ def load_model_config(source: ModelSource, option: str, vocab_size: int) -> Pret
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ModelNotFoundError(_not_found(source, option, "a model (config.json)", error)) from error
+        raise ModelNotFoundError(
+            _not_found(source, option, "a model (config.json)", error)
+        ) from error
 
 
 def load_tokenizer(source: str, option: str) -> PreTrainedTokenizerBase:
@@ -128,8 +130,13 @@ def add_adapter(model: PreTrainedModel, adapter: PeftConfig, option: str) -> Non
     try:
         model.add_adapter(adapter)
     except ValueError as error:
-        layers = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules()
-                         if isinstance(module, torch.nn.Linear)})
+        layers = sorted(
+            {
+                name.rsplit(".", 1)[-1]
+                for name, module in model.named_modules()
+                if isinstance(module, torch.nn.Linear)
+            }
+        )
         raise ConfigError(
             f"{option}: {_first_line(error)} Linear layers of this model: {', '.join(layers)}"
         ) from error

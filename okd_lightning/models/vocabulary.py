@@ -82,7 +82,11 @@ def check_vocabulary_agreement(
 
 def _difference(student: dict[str, int], teacher: dict[str, int]) -> str:
     differing = sorted(
-        (token for token in student.keys() | teacher.keys() if student.get(token) != teacher.get(token)),
+        (
+            token
+            for token in student.keys() | teacher.keys()
+            if student.get(token) != teacher.get(token)
+        ),
         key=lambda token: min(student.get(token, 1 << 60), teacher.get(token, 1 << 60)),
     )
     shown = ", ".join(

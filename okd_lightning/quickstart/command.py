@@ -1,2 +1,6 @@
-def add_quickstart_arguments(parser): pass
-def quickstart_command(parser, rest): return 0
+def add_quickstart_arguments(parser):
+    pass
+
+
+def quickstart_command(parser, rest):
+    return 0

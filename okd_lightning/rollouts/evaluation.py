@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from okd_lightning.records import DistillBatch, Example, PromptBatch
@@ -113,5 +114,5 @@ def prompt_batch(examples: Sequence[Example]) -> PromptBatch:
 
 
 def _num_batches(num_examples: int, batch_size: int, world_size: int) -> int:
-    return -(-(-(-num_examples // world_size)) // batch_size)
-
+    rows_of_largest_share = math.ceil(num_examples / world_size)
+    return math.ceil(rows_of_largest_share / batch_size)

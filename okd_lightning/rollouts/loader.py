@@ -287,9 +287,7 @@ def _pack(rollout: Rollout) -> dict[str, Tensor]:
     return {
         "lengths": torch.tensor([len(ids) for ids in rollout.response_ids]),
         "ids": torch.tensor([i for ids in rollout.response_ids for i in ids], dtype=torch.int64),
-        "logprobs": torch.tensor(
-            [p for row in rollout.logprobs for p in row], dtype=torch.float64
-        ),
+        "logprobs": torch.tensor([p for row in rollout.logprobs for p in row], dtype=torch.float64),
         "ended": torch.tensor([reason == "eos" for reason in rollout.stop_reasons]),
     }
 

@@ -25,10 +25,10 @@ def hashed_uniform(*keys: int | np.ndarray) -> np.ndarray:
     splittable pseudorandom number generators", OOPSLA 2014).
     """
     with np.errstate(over="ignore"):
-        state = np.uint64(0)
+        state = np.zeros((), dtype=np.uint64)
         for key in keys:
             state = _mix(state + _GOLDEN + np.asarray(key).astype(np.uint64) * _MIX_1)
-    return ((state >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    return np.asarray(((state >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52)
 
 
 @dataclass(frozen=True)

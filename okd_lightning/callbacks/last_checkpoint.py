@@ -1,0 +1,70 @@
+"""``last.ckpt``: always where the run is, whatever "best" says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+
+from okd_lightning.errors import ConfigError
+
+
+class LastCheckpoint(Callback):
+    """Writes ``checkpoints/last.ckpt`` of the run's folder, atomically, over the one before.
+
+    After every validation, at the end of every epoch and of the run, and every so many optimizer
+    steps where that is asked for. (ModelCheckpoint's ``save_last`` follows its monitor: after a
+    worse validation its "last" is old.)
+
+    Args:
+        every_n_steps: Optimizer steps between two checkpoints, besides those.
+
+    Raises:
+        ConfigError: every_n_steps below 1.
+    """
+
+    def __init__(self, every_n_steps: int | None = None) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ConfigError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self._saved_at = -1
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Save when the interval is full."""
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer)
+
+    def on_validation_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Save with the measures of this validation."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._saved_at = -1
+            self._save(trainer)
+
+    def on_train_epoch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Save at the end of the epoch."""
+        self._save(trainer)
+
+    def on_train_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Save at the end of the run."""
+        self._save(trainer)
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        if trainer.global_step == self._saved_at or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self._saved_at = trainer.global_step
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
