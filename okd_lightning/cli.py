@@ -153,7 +153,7 @@ class DistillationCLI(LightningCLI):
         """Prepare the run's folder: a new run moves an older one away, a resumed one appends."""
         checkpoint = self._get(self.config, "ckpt_path")
         folder = Path(self.trainer.default_root_dir)
-        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:
+        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if checkpoint is None:
             start_run(folder)

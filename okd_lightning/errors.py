@@ -1,8 +1,8 @@
 """The exception tree: every mistake that a user can make has a class here.
 
 Each class also inherits the standard-library class it refines, so that ``except ValueError`` in a
-user's script keeps working. A message says what was wrong, what was given, what was expected, where,
-and what to do; the command line prints it as one line and exits with a non-zero status.
+user's script keeps working. A message says what was wrong, what was given, what was expected,
+where, and what to do; the command line prints it as one line and exits with a non-zero status.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The DistillationModule: student, teacher, terms, and the one training step.
 
 Wiring only: the mathematics is in ``divergences`` and ``losses``, the data in ``rollouts`` and
-``data``, and a method is a callback that registers its term here. All of Lightning's hooks stay free
-for a subclass.
+``data``, and a method is a callback that registers its term here. All of Lightning's hooks stay
+free for a subclass.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from okd_lightning.checkpoints import check_methods, rng_state, set_rng_state, weights_to_save
@@ -36,14 +38,13 @@ from okd_lightning.models import (
     DTypeName,
     LMHead,
     ModelSource,
-    Vocabulary,
     add_adapter,
-    check_vocabulary_agreement,
+    check_pair,
     eos_token_ids,
+    find_tokenizer,
     head_inputs,
     load_causal_lm,
     load_model_config,
-    load_tokenizer,
     max_positions,
 )
 from okd_lightning.records import SOURCES, DistillBatch, PromptBatch, Rollout
@@ -112,10 +113,9 @@ class DistillationModule(lightning.LightningModule):
         self.student_adapter = student_adapter
         self.run_config: str | None = None
 
-        self.tokenizer = _find_tokenizer(tokenizer, student, teacher)
-        self.vocabulary = Vocabulary.of(self.tokenizer)
+        self.tokenizer = find_tokenizer(tokenizer, student, teacher)
+        self.vocabulary = check_pair(self.tokenizer, student, teacher)
         self.eos_ids = eos_token_ids(student, self.tokenizer)
-        self._check_vocabularies()
         self.student: PreTrainedModel | None = None
         self.teacher: PreTrainedModel | None = None
         self.terms: list[Term] = []
@@ -177,7 +177,7 @@ class DistillationModule(lightning.LightningModule):
         """Forget the terms, so that another Trainer can bring its own."""
         self.terms = []
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer over the student's trainable weights, and its schedule."""
         trainable = [p for p in self.parameters() if p.requires_grad]
         matrices = [p for p in trainable if p.ndim >= 2]
@@ -265,8 +265,8 @@ class DistillationModule(lightning.LightningModule):
             limit = max_positions(model.config) if model is not None else None
             if limit is not None and num_tokens > limit:
                 raise ConfigError(
-                    f"prompt and response together take up to {num_tokens} tokens, but the {option} "
-                    f"was made for {limit}; lower --data.max_response_length or "
+                    f"prompt and response together take up to {num_tokens} tokens, but the "
+                    f"{option} was made for {limit}; lower --data.max_response_length or "
                     "--data.max_prompt_length"
                 )
 
@@ -331,7 +331,7 @@ class DistillationModule(lightning.LightningModule):
     def _reset_measures(self) -> None:
         """In the mode of this loop: what inference mode left behind cannot be updated outside."""
         for metric in self.evaluation.values():
-            metric.reset()
+            cast(Metric, metric).reset()
 
     def _evaluate(self, stage: str, batch: DistillBatch, dataloader_idx: int) -> None:
         is_own = SOURCES[int(batch.source[0])] == "student"
@@ -339,7 +339,7 @@ class DistillationModule(lightning.LightningModule):
         measured = self.measure(batch, tuple(wanted.values()))
         for name, quantity in wanted.items():
             values = measured[quantity]
-            metric = self.evaluation[name]
+            metric = cast(Metric, self.evaluation[name])
             metric.update(-values if isinstance(quantity, DrawnLogProb) else values)
             self.log(name, metric, on_epoch=True, add_dataloader_idx=False, batch_size=1)
 
@@ -415,41 +415,6 @@ class DistillationModule(lightning.LightningModule):
         if self._rng_to_restore is not None:
             set_rng_state(self._rng_to_restore)
             self._rng_to_restore = None
-
-    # ---------------------------------------------------------------- construction
-
-    def _check_vocabularies(self) -> None:
-        sides = (("--model.student", self.student_source), ("--model.teacher", self.teacher_source))
-        for option, source in sides:
-            if source is None:
-                continue
-            config = load_model_config(source, option, self.vocabulary.size)
-            self.vocabulary.check_fits(config, option)
-            if isinstance(source, str) and source != self.tokenizer.name_or_path:
-                check_vocabulary_agreement(self.tokenizer, load_tokenizer(source, option))
-
-
-def _find_tokenizer(
-    tokenizer: str | PreTrainedTokenizerBase | None,
-    student: ModelSource,
-    teacher: ModelSource | None,
-) -> PreTrainedTokenizerBase:
-    if isinstance(tokenizer, PreTrainedTokenizerBase):
-        return tokenizer
-    options = {
-        "--model.tokenizer": tokenizer,
-        "--model.student": student,
-        "--model.teacher": teacher,
-    }
-    for option, source in options.items():
-        if isinstance(source, PreTrainedModel):
-            source = source.name_or_path
-        if isinstance(source, str) and source:
-            return load_tokenizer(source, option)
-    raise ConfigError(
-        "no tokenizer: neither the student nor the teacher is a folder or hub id; "
-        "give --model.tokenizer a folder or hub id"
-    )
 
 
 def _step_count(batch: DistillBatch, term: Term) -> int:

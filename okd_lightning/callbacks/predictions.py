@@ -13,7 +13,7 @@ from okd_lightning.records import DistillBatch
 
 
 class PredictionLog(Callback):
-    """Writes ``predictions.jsonl`` (one file a rank where there are several) in the run's folder."""
+    """Writes ``predictions.jsonl`` in the run's folder (one a rank where there are several)."""
 
     def __init__(self) -> None:
         self._records: list[dict[str, Any]] = []

@@ -298,9 +298,7 @@ class RolloutDataModule(lightning.LightningDataModule):
     @property
     def _trainer(self) -> lightning.Trainer:
         if self.trainer is None:
-            raise ConfigError(
-                "a RolloutDataModule works inside a Trainer: trainer.fit(module, data)"
-            )
+            raise ConfigError("RolloutDataModule works inside a Trainer: trainer.fit(module, data)")
         return self.trainer
 
     @property

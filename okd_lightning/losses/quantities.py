@@ -96,7 +96,7 @@ class ExactDivergence(Quantity):
 
 @dataclass(frozen=True)
 class DrawnLogProb(Quantity):
-    """log-probability (nats) of the token that stands in the sequence, with gradient to ``role``."""
+    """Log-probability (nats) of the token that stands there, with gradient to ``role``."""
 
     role: ModelRole = "student"
 

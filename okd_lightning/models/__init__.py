@@ -2,6 +2,7 @@
 
 * ``loading``: folders, hub ids, configs and adapters become models, with readable errors.
 * ``vocabulary``: tokenizers are compared by content; ids outside the tokenizer are masked.
+* ``pair``: the tokenizer that a student and its teacher share.
 * ``causal_lm``: hidden states at the head's input, and the head as a function of positions.
 """
 
@@ -15,6 +16,7 @@ from okd_lightning.models.loading import (
     load_model_config,
     load_tokenizer,
 )
+from okd_lightning.models.pair import check_pair, find_tokenizer
 from okd_lightning.models.vocabulary import Vocabulary, check_vocabulary_agreement
 
 __all__ = [
@@ -23,8 +25,10 @@ __all__ = [
     "ModelSource",
     "Vocabulary",
     "add_adapter",
+    "check_pair",
     "check_vocabulary_agreement",
     "eos_token_ids",
+    "find_tokenizer",
     "head_inputs",
     "load_causal_lm",
     "load_model_config",

@@ -60,7 +60,7 @@ class LMHead:
         return logits
 
 
-def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def head_inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Run ``model`` over right-padded rows and return what its head would have read.
 
     Args:

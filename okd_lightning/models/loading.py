@@ -52,9 +52,7 @@ def load_model_config(source: ModelSource, option: str, vocab_size: int) -> Pret
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ModelNotFoundError(
-            _not_found(source, option, "a model (config.json)", error)
-        ) from error
+        raise ModelNotFoundError(_not_found(source, option, "model", error)) from error
 
 
 def load_tokenizer(source: str, option: str) -> PreTrainedTokenizerBase:
@@ -67,7 +65,7 @@ def load_tokenizer(source: str, option: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ModelNotFoundError(_not_found(source, option, "a tokenizer", error)) from error
+        raise ModelNotFoundError(_not_found(source, option, "tokenizer", error)) from error
 
 
 def load_causal_lm(
@@ -202,7 +200,7 @@ def _require_folder_if_path(source: str, option: str) -> None:
 
 def _not_found(source: str, option: str, what: str, error: Exception) -> str:
     if Path(source).is_dir():
-        return f"{option} {source!r}: the folder holds no {what.removeprefix('a ')} that loads: {_first_line(error)}"
+        return f"{option} {source!r}: the folder holds no {what} that loads: {_first_line(error)}"
     return (
         f"{option} {source!r}: neither a folder nor a hub id that can be reached "
         f"({_first_line(error)}); give the path of a folder with config.json and safetensors"

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from okd_lightning.rollouts.rows import (
 )
 from okd_lightning.rollouts.sampling import Sampling
 
+_AUTHORS: tuple[Author, ...] = ("student", "teacher")
 _ORDER = 0x4F524452  # domain separation for the order of prompts
 
 ProgressFactory = Callable[[str, int], AbstractContextManager[Progress | None]]
@@ -71,7 +72,7 @@ class LoaderShape:
         if self.rows_per_step % self.samples_per_prompt:
             raise ConfigError(
                 f"data.samples_per_prompt {self.samples_per_prompt} must divide the rows of an "
-                f"optimizer step, which are {self.rows_per_step} (batch_size x accumulation x ranks)"
+                f"optimizer step, {self.rows_per_step} (batch_size x accumulation x ranks)"
             )
         chunk = self.prompts_per_rollout or self.prompts_per_step
         if chunk % self.prompts_per_step:
@@ -224,10 +225,9 @@ class RolloutLoader:
         steps = [self._own_turns(turns, step) for step in range(start, end)]
         samples = self.shape.samples_per_prompt
         written: dict[Author, Iterator[tuple[tuple[int, ...], tuple[float, ...]]]] = {}
-        for author in ("student", "teacher"):
+        for author in _AUTHORS:
             wanted = [t for step in steps for t, source in step if source == author]
             if wanted:
-                author = cast(Author, author)
                 if author not in self._written:
                     self._written[author] = self._write(author, wanted)
                 rollout = self._written[author]

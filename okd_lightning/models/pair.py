@@ -1,0 +1,55 @@
+"""A student and its teacher: which tokenizer they share, and whether they can be compared."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from okd_lightning.errors import ConfigError
+from okd_lightning.models.loading import ModelSource, load_model_config, load_tokenizer
+from okd_lightning.models.vocabulary import Vocabulary, check_vocabulary_agreement
+
+
+def find_tokenizer(
+    tokenizer: str | PreTrainedTokenizerBase | None,
+    student: ModelSource,
+    teacher: ModelSource | None,
+) -> PreTrainedTokenizerBase:
+    """The run's tokenizer: the one that was named, else the student's, else the teacher's.
+
+    Raises:
+        ConfigError: None of them has one.
+        ModelNotFoundError: It cannot be loaded.
+    """
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return tokenizer
+    options: dict[str, ModelSource | None] = {
+        "--model.tokenizer": tokenizer,
+        "--model.student": student,
+        "--model.teacher": teacher,
+    }
+    for option, source in options.items():
+        name = source.name_or_path if isinstance(source, PreTrainedModel) else source
+        if isinstance(name, str) and name:
+            return load_tokenizer(name, option)
+    raise ConfigError(
+        "no tokenizer: neither the student nor the teacher is a folder or hub id; "
+        "give --model.tokenizer a folder or hub id"
+    )
+
+
+def check_pair(
+    tokenizer: PreTrainedTokenizerBase, student: ModelSource, teacher: ModelSource | None
+) -> Vocabulary:
+    """The vocabulary on which both models are compared.
+
+    Raises:
+        VocabularyError: A model's own tokenizer differs, or its embedding table is too small.
+    """
+    vocabulary = Vocabulary.of(tokenizer)
+    for option, source in (("--model.student", student), ("--model.teacher", teacher)):
+        if source is None:
+            continue
+        vocabulary.check_fits(load_model_config(source, option, vocabulary.size), option)
+        if isinstance(source, str) and source != tokenizer.name_or_path:
+            check_vocabulary_agreement(tokenizer, load_tokenizer(source, option))
+    return vocabulary
