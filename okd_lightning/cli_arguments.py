@@ -7,6 +7,7 @@ given, and drops a method's settings where another class of method is asked for.
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def _split_equals(arguments: Sequence[str]) -> list[str]:
 
 
 def _values(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
-    return [b for a, b in zip(arguments, arguments[1:], strict=False) if a in options]
+    return [b for a, b in itertools.pairwise(arguments) if a in options]
 
 
 def _without(arguments: Sequence[str], options: Sequence[str]) -> list[str]:

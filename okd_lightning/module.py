@@ -406,7 +406,7 @@ class DistillationModule(lightning.LightningModule):
         ]
         if missing:
             raise CheckpointError(
-                f"the checkpoint lacks {len(missing)} of this student's weights, first {missing[0]}; "
+                f"the checkpoint lacks {len(missing)} of the student's weights, first {missing[0]}; "
                 "it belongs to another model"
             )
 
