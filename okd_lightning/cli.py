@@ -30,12 +30,16 @@ from okd_lightning.callbacks import (
 from okd_lightning.callbacks.step_intervals import StepIntervals
 from okd_lightning.checkpoint_files import read_checkpoint
 from okd_lightning.cli_arguments import prepare
-from okd_lightning.cli_errors import parse, readable
+from okd_lightning.cli_errors import instantiate, parse, readable, readable_constructors
 from okd_lightning.data import RolloutDataModule
-from okd_lightning.errors import ConfigError, OKDLightningError, UsageError
+from okd_lightning.errors import OKDLightningError, UsageError
 from okd_lightning.export import AdapterForm, export_student
 from okd_lightning.module import DistillationModule
-from okd_lightning.quickstart.command import add_quickstart_arguments, quickstart_command
+from okd_lightning.quickstart.command import (
+    quickstart_command,
+    quickstart_parser,
+    with_default_method,
+)
 from okd_lightning.run_folder import CONFIG_FILE, RunCSVLogger, resume_run, start_run
 
 _TRAINER_DEFAULTS = {
@@ -90,6 +94,12 @@ class DistillationCLI(LightningCLI):
             DistillationCallback, "method", subclass_mode=True, required=False
         )
 
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        """Checkpoints are loaded weights-only unless somebody asks for more."""
+        super().setup_parser(*args, **kwargs)
+        for parser in getattr(self, "_subcommand_parsers", {}).values():
+            parser.set_defaults({"weights_only": True})
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; Lightning's own would warn that ``sys.argv`` exists as well."""
         self.config = parse(parser, args, self._option_strings())
@@ -104,12 +114,8 @@ class DistillationCLI(LightningCLI):
         Raises:
             ConfigError: What a constructor refused, in its own words.
         """
-        try:
+        with readable_constructors():
             super().instantiate_classes()
-        except (TypeError, ValueError) as error:
-            if isinstance(error, OKDLightningError):
-                raise
-            raise ConfigError(readable(error)) from error
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: ``prepare`` has put a checkpoint's config below the typed flags."""
@@ -227,13 +233,10 @@ def _run(arguments: list[str]) -> int:
     if command == "export":
         return _export(rest)
     if command == "quickstart":
-        parser = jsonargparse.ArgumentParser(
-            prog="okd-lightning quickstart",
-            exit_on_error=False,
-            description=quickstart_command.__doc__,
-        )
-        add_quickstart_arguments(parser)
-        return quickstart_command(parser, rest)
+        parser = quickstart_parser()
+        options = parse(parser, with_default_method(rest), list(parser._option_string_actions))
+        quickstart_command(options, instantiate(parser, options).method)
+        return 0
     DistillationCLI(args=prepare(arguments))
     return 0
 

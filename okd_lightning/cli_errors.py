@@ -9,13 +9,14 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jsonargparse
 
 from okd_lightning.callbacks import DistillationCallback
-from okd_lightning.errors import UsageError
+from okd_lightning.errors import ConfigError, OKDLightningError, UsageError
 
 _MISSING = re.compile(r"the following arguments are required: (.+)")
 _UNKNOWN = re.compile(r"unrecognized arguments: (.+)", re.IGNORECASE)
@@ -42,6 +43,34 @@ def parse(
         return parser.parse_args(arguments)
     except jsonargparse.ArgumentError as error:
         raise UsageError(readable(error, options)) from error
+
+
+@contextmanager
+def readable_constructors() -> Iterator[None]:
+    """What a constructor refuses becomes a ConfigError, in its own words.
+
+    Raises:
+        ConfigError: Around a TypeError or ValueError of the block.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if isinstance(error, OKDLightningError):
+            raise
+        raise ConfigError(readable(error)) from error
+
+
+def instantiate(
+    parser: jsonargparse.ArgumentParser, options: jsonargparse.Namespace
+) -> jsonargparse.Namespace:
+    """The parsed options with their objects built.
+
+    Raises:
+        ConfigError: A constructor refused its settings.
+    """
+    with readable_constructors():
+        build = getattr(parser, "instantiate", None) or parser.instantiate_classes
+        return build(options)
 
 
 def readable(error: Exception, options: Sequence[str] = ()) -> str:

@@ -406,8 +406,8 @@ class DistillationModule(lightning.LightningModule):
         ]
         if missing:
             raise CheckpointError(
-                f"the checkpoint lacks {len(missing)} of the student's weights, first {missing[0]}; "
-                "it belongs to another model"
+                f"the checkpoint lacks {len(missing)} of the student's weights (such as "
+                f"{missing[0]}); it belongs to another model"
             )
 
     def on_train_batch_start(self, batch: DistillBatch, batch_idx: int) -> None:

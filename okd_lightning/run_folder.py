@@ -110,19 +110,12 @@ def _cut_metrics(path: Path, step: int) -> None:
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         rows, names = list(reader), reader.fieldnames or []
-    kept = [row for row in rows if _is_before(row, step)]
+    kept = [row for row in rows if int(float(row.get("step") or 0)) < step]
     with _replacing(path).open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=names)
         writer.writeheader()
         writer.writerows(kept)
     _replacing(path).replace(path)
-
-
-def _is_before(row: dict[str, str], step: int) -> bool:
-    """Validation after the checkpoint's last step carries the same number as the next step."""
-    at = int(float(row.get("step") or 0))
-    is_training = any(value for name, value in row.items() if name.startswith("train/"))
-    return at < step or (at == step and not is_training)
 
 
 def _cut_rollouts(path: Path, step: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-PAD_TOKEN, EOS_TOKEN = "<pad>", "<eos>"
+PAD_TOKEN, EOS_TOKEN, UNK_TOKEN = "<pad>", "<eos>", "<unk>"
 ALPHABET = "0123456789+-=;"
 
 TOKENIZER_DIR = Path(__file__).parent / "tokenizer"
@@ -22,20 +22,20 @@ TOKENIZER_DIR = Path(__file__).parent / "tokenizer"
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the tokenizer: ``<pad>``, ``<eos>``, then the characters of ``ALPHABET``.
+    """Build the tokenizer: ``<pad>``, ``<eos>``, ``<unk>``, then the characters of ``ALPHABET``.
 
-    No special token is added to a text, and there is no unknown token: the tokenizers library
-    leaves a character that is not in the alphabet out without a word, so texts must be checked
-    before (``task.solve`` does).
+    No special token is added to a text, and there is no unknown token: a character outside the
+    alphabet is an error of the tokenizers library, never a silent id.
     """
-    vocabulary = {token: i for i, token in enumerate([PAD_TOKEN, EOS_TOKEN, *ALPHABET])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=None))
+    vocabulary = {token: i for i, token in enumerate([PAD_TOKEN, EOS_TOKEN, UNK_TOKEN, *ALPHABET])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK_TOKEN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD_TOKEN,
         eos_token=EOS_TOKEN,
+        unk_token=UNK_TOKEN,
         padding_side="left",
         model_max_length=64,
         clean_up_tokenization_spaces=False,

@@ -1,0 +1,66 @@
+"""The quickstart's numbers: how large the student is and how long it learns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_FOLDER = Path(__file__).parent
+
+TEACHER_DIR = _FOLDER / "teacher"
+TRAIN_FILE = _FOLDER / "data" / "train.jsonl"
+VAL_FILE = _FOLDER / "data" / "val.jsonl"
+
+GKD_DEFAULTS = ("--method", "GKD", "--method.beta", "0.0", "--method.on_policy_fraction", "1.0")
+"""What the quickstart asks of GKD: forward KL, exact, on the student's own answers alone."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes and budgets.
+
+    Attributes:
+        hidden_size: Of the student; the teacher's is 64.
+        num_layers: Of the student.
+        warm_steps: Optimizer steps of SFT from random weights.
+        method_steps: Optimizer steps of the method, and of SFT continued.
+        batch_size: Rows an optimizer step.
+        warm_learning_rate: Peak of the warm start.
+        learning_rate: Peak of both runs.
+        weight_decay: Of AdamW.
+        warmup_steps: Of every stage.
+        val_every: Optimizer steps between two points of the learning curve.
+        val_rollouts: Problems that the student answers for the on-policy measures.
+        num_answers: Problems that are shown with everybody's answers.
+    """
+
+    hidden_size: int = 32
+    num_layers: int = 3
+    warm_steps: int = 500
+    method_steps: int = 600
+    batch_size: int = 64
+    warm_learning_rate: float = 1e-2
+    learning_rate: float = 1e-2
+    weight_decay: float = 0.1
+    warmup_steps: int = 20
+    val_every: int = 100
+    val_rollouts: int = 128
+    num_answers: int = 5
+
+    @property
+    def student_config(self) -> dict[str, Any]:
+        """A small Llama with random weights."""
+        return {
+            "model_type": "llama",
+            "hidden_size": self.hidden_size,
+            "intermediate_size": 3 * self.hidden_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": True,
+            "bos_token_id": None,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+        }

@@ -1,0 +1,66 @@
+"""Tables for the terminal: numbers before and after, and answers side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from okd_lightning.reports.results import RunResult
+
+_ROWS = (
+    ("exact match", "val/exact_match", "{:.3f}"),
+    ("forward KL (nats/token)", "val/forward_kl", "{:.3f}"),
+    ("reverse KL (nats/token)", "val/reverse_kl", "{:.3f}"),
+    ("on-policy reverse KL", "val/on_policy_reverse_kl", "{:.3f}"),
+    ("agreement with the teacher", "val/agreement", "{:.3f}"),
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One problem and who answered what.
+
+    Attributes:
+        prompt: The problem.
+        reference: The right answer.
+        given: (who, what) in the order of the columns.
+    """
+
+    prompt: str
+    reference: str
+    given: tuple[tuple[str, str], ...]
+
+
+def results_table(results: Sequence[RunResult]) -> Table:
+    """Before, and after each of the runs, which all start from the same student."""
+    table = Table(title="Before and after")
+    table.add_column("measure")
+    table.add_column("before", justify="right")
+    for result in results:
+        table.add_column(f"after {result.method}", justify="right")
+    for label, name, form in _ROWS:
+        points = [results[0].before, *(result.after for result in results)]
+        table.add_row(label, *(form.format(p[name]) if name in p else "" for p in points))
+    table.add_section()
+    table.add_row("optimizer steps", "", *(str(result.steps) for result in results))
+    table.add_row("seconds", "", *(f"{result.seconds:.1f}" for result in results))
+    table.add_row("tokens/s", "", *(f"{result.tokens / result.seconds:,.0f}" for result in results))
+    table.add_row("tokens written", "", *(f"{result.generated_tokens:,}" for result in results))
+    return table
+
+
+def answers_table(answers: Sequence[Answer]) -> Table:
+    """Problems with everybody's answers; right ones in green, wrong ones in red."""
+    table = Table(title="Answers")
+    table.add_column("problem", no_wrap=True)
+    for who, _ in answers[0].given:
+        table.add_column(who, no_wrap=True)
+    for answer in answers:
+        cells = [
+            f"[green]{text}[/green]" if text == answer.reference else f"[red]{text}[/red]"
+            for _, text in answer.given
+        ]
+        table.add_row(answer.prompt, *cells)
+    return table

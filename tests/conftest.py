@@ -1,0 +1,62 @@
+"""What all tests share: tiny models, a tiny tokenizer, and folders of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from okd_lightning.module import DistillationModule
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One id a letter; change copies only."""
+    return tiny.make_tokenizer()
+
+
+@pytest.fixture
+def tiny_pair() -> tuple[PreTrainedModel, PreTrainedModel]:
+    """(student, teacher): both Llamas, with different padding of their vocabularies."""
+    return tiny.make_llama(1), tiny.make_llama(2, tiny.TEACHER_ROWS)
+
+
+@pytest.fixture(scope="session")
+def student_folder(tmp_path_factory, tiny_tokenizer) -> Path:
+    """A saved Llama with its tokenizer."""
+    folder = tmp_path_factory.mktemp("student")
+    tiny.make_llama(1).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dropout_folder(tmp_path_factory, tiny_tokenizer) -> Path:
+    """A saved GPT-2 (dropout 0.1) with its tokenizer."""
+    folder = tmp_path_factory.mktemp("dropout")
+    tiny.make_gpt2(3).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory, tiny_tokenizer) -> Path:
+    """A saved Llama with other weights and more padding, and the same tokenizer."""
+    folder = tmp_path_factory.mktemp("teacher")
+    tiny.make_llama(2, tiny.TEACHER_ROWS).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_module(student_folder, teacher_folder) -> Callable[..., DistillationModule]:
+    """A module of the two Llama folders; whatever is given by name overrides them."""
+
+    def make(**overrides) -> DistillationModule:
+        settings = {"student": str(student_folder), "teacher": str(teacher_folder)}
+        return DistillationModule(**{"learning_rate": 1e-2, **settings, **overrides})
+
+    return make
