@@ -1,5 +1,44 @@
-"""Knowledge distillation of autoregressive language models on PyTorch Lightning."""
+"""Knowledge distillation of autoregressive language models on PyTorch Lightning.
+
+The names that a script starts with; they are imported when they are first used, because torch and
+transformers take seconds::
+
+    from okd_lightning import GKD, DistillationModule, RolloutDataModule
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from okd_lightning.callbacks import GKD, KD, SFT, DistillationCallback, DivergenceCallback
+    from okd_lightning.data import RolloutDataModule
+    from okd_lightning.divergences import Divergence
+    from okd_lightning.module import DistillationModule
+
+__all__ = [
+    "GKD",
+    "KD",
+    "SFT",
+    "DistillationCallback",
+    "DistillationModule",
+    "Divergence",
+    "DivergenceCallback",
+    "RolloutDataModule",
+    "__version__",
+]
+
+_HOMES = {
+    "DistillationModule": "okd_lightning.module",
+    "Divergence": "okd_lightning.divergences",
+    "RolloutDataModule": "okd_lightning.data",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'okd_lightning' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES.get(name, "okd_lightning.callbacks")), name)

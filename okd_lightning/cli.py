@@ -30,7 +30,7 @@ from okd_lightning.callbacks import (
 from okd_lightning.callbacks.step_intervals import StepIntervals
 from okd_lightning.checkpoint_files import read_checkpoint
 from okd_lightning.cli_arguments import prepare
-from okd_lightning.cli_errors import instantiate, parse, readable, readable_constructors
+from okd_lightning.cli_errors import instantiate, one_line, parse, readable_constructors
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import OKDLightningError, UsageError
 from okd_lightning.export import AdapterForm, export_student
@@ -82,7 +82,7 @@ class DistillationCLI(LightningCLI):
             save_config_callback=None,
             trainer_defaults=dict(_TRAINER_DEFAULTS),
             seed_everything_default=0,
-            parser_kwargs={"exit_on_error": False},
+            parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             **kwargs,
@@ -221,7 +221,7 @@ def run(arguments: Sequence[str], debug: bool = False) -> int:
     except (OKDLightningError, MisconfigurationException) as error:
         if debug:
             raise
-        print(f"okd-lightning: {readable(error)}", file=sys.stderr)
+        print(f"okd-lightning: {one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("okd-lightning: interrupted", file=sys.stderr)
@@ -245,6 +245,7 @@ def _export(arguments: list[str]) -> int:
     parser = jsonargparse.ArgumentParser(
         prog="okd-lightning export",
         exit_on_error=False,
+        allow_abbrev=False,
         description="Write a checkpoint's student as a Hugging Face folder.",
     )
     parser.add_argument("--ckpt_path", type=str, required=True, help="a checkpoint of fit")

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 import okd_lightning
 from okd_lightning.checkpoint_files import read_checkpoint
-from okd_lightning.errors import CheckpointError, ConfigError
+from okd_lightning.errors import CheckpointError, ConfigError, UsageError
 
 _CONFIG_OPTIONS = ("--config", "-c")
 
@@ -81,9 +81,10 @@ def _load_config(name: str) -> dict[str, Any]:
         problem = getattr(error, "problem", None) or "not a text file"
         raise ConfigError(f"--config {name!r}{where}: no valid YAML ({problem})") from error
     if not isinstance(config, dict):
+        found = "an empty file" if config is None else f"a {type(config).__name__}"
         raise ConfigError(
             f"--config {name!r}: expected sections such as model:, data:, method:, trainer:, "
-            f"got {type(config).__name__}"
+            f"got {found}"
         )
     return config
 
@@ -127,6 +128,8 @@ def _split_equals(arguments: Sequence[str]) -> list[str]:
 
 
 def _values(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
+    if arguments and arguments[-1] in options:
+        raise UsageError(f"{arguments[-1]} needs a value behind it")
     return [b for a, b in itertools.pairwise(arguments) if a in options]
 
 

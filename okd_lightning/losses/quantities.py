@@ -124,7 +124,8 @@ class Entropy(Quantity):
     def measure(self, tile: Tile) -> PositionValues:
         """[positions] nats, at least 0."""
         logprobs = tile.logprobs(self.role)
-        return -torch.xlogy(logprobs.exp(), logprobs.exp()).sum(-1)
+        finite = logprobs.masked_fill(logprobs == float("-inf"), 0.0)  # 0 · inf, also backward
+        return -(logprobs.exp() * finite).sum(-1)
 
 
 @dataclass(frozen=True)

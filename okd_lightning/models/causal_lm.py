@@ -24,8 +24,8 @@ class LMHead:
     Attributes:
         module: The model's own output layer (an adapter on it, or a bias, takes part).
         vocabulary: What the logits are cut to.
-        scale: Factor on the logits (Cohere's ``logit_scale``, one over Granite's
-            ``logits_scaling``).
+        scale: Factor on the logits (Cohere's ``logit_scale``, Falcon-H1's
+            ``lm_head_multiplier``, one over Granite's ``logits_scaling``).
         softcap: Gemma's ``final_logit_softcapping`` c: logits become c·tanh(logits/c).
     """
 
@@ -38,12 +38,12 @@ class LMHead:
     def of(cls, model: PreTrainedModel, vocabulary: Vocabulary) -> LMHead:
         """The head of a model, with the transforms that its config names."""
         config = model.config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or 1.0
+        softcap = getattr(config, "final_logit_softcapping", None)
         return cls(
             module=model.get_output_embeddings(),
             vocabulary=vocabulary,
-            scale=scale / (getattr(config, "logits_scaling", None) or 1.0),
-            softcap=getattr(config, "final_logit_softcapping", None),
+            scale=_logit_scale(config),
+            softcap=softcap or getattr(config, "logits_soft_cap", None),
         )
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -58,6 +58,17 @@ class LMHead:
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
+
+
+def _logit_scale(config: PretrainedConfig) -> float:
+    factor = getattr(config, "logit_scale", None) or 1.0
+    factor *= getattr(config, "lm_head_multiplier", None) or 1.0
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    if config.model_type == "hyperclovax":  # Granite's option as a factor
+        return factor * scaling
+    if config.model_type == "minicpm3":  # applied before the head
+        return factor
+    return factor / scaling
 
 
 def head_inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
