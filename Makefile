@@ -27,8 +27,14 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-teacher: install  ## make the quickstart's teacher again (several minutes)
-	$(BIN)/python -m okd_lightning.quickstart.make_teacher
+teacher: install  ## make the quickstart's teacher again (about ten minutes)
+	$(BIN)/python -m okd_lightning.quickstart.task build/quickstart
+	OMP_NUM_THREADS=1 $(BIN)/okd-lightning fit --config quickstart_teacher \
+	  --model.tokenizer okd_lightning/quickstart/tokenizer \
+	  --data.train build/quickstart/teacher_train.jsonl \
+	  --data.val okd_lightning/quickstart/data/val.jsonl
+	$(BIN)/okd-lightning export --out okd_lightning/quickstart/teacher \
+	  --ckpt_path runs/quickstart_teacher/checkpoints/last.ckpt
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs quickstart-out

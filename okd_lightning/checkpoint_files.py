@@ -23,14 +23,20 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0]
+        is_foreign = isinstance(error, pickle.UnpicklingError) and file.stat().st_size > 0
+        reason = "holds more than tensors and plain values" if is_foreign else "is cut off or broken"
         raise CheckpointError(
-            f"--ckpt_path {path!r} cannot be read as a checkpoint ({reason}); use another one of "
-            "the run's checkpoints folder"
+            f"--ckpt_path {path!r} {reason}: no checkpoint of okd-lightning"
+            f"{_others(file) or ', which keeps them in checkpoints/ of a run folder'}"
         ) from error
     if not isinstance(checkpoint, dict) or "okd_lightning" not in checkpoint:
         raise CheckpointError(f"--ckpt_path {path!r} was not written by okd-lightning")
     return checkpoint
+
+
+def _others(file: Path) -> str:
+    found = sorted(str(p) for p in file.parent.glob("*.ckpt") if p.name != file.name)
+    return f"; beside it there are {', '.join(found[:5])}" if found else ""
 
 
 def _nearby(file: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from okd_lightning.callbacks import (
+    BestCheckpoint,
     DistillationCallback,
     FiniteGuard,
     LastCheckpoint,
@@ -139,7 +140,7 @@ class DistillationCLI(LightningCLI):
             kwargs["enable_checkpointing"] = False
         else:
             if not _has(configured, ModelCheckpoint):
-                configured += self._best_checkpoint(folder)
+                configured.append(BestCheckpoint(Path(folder) / "checkpoints"))
             if not _has(configured, LastCheckpoint):
                 configured.append(LastCheckpoint())
         monitors = (FiniteGuard, Throughput, RolloutLog, PredictionLog, StepIntervals)
@@ -155,17 +156,35 @@ class DistillationCLI(LightningCLI):
         sections = ("seed_everything", "model", "data", "method", "trainer")
         return {name: config[name] for name in sections if config.get(name) is not None}
 
-    def before_fit(self) -> None:
-        """Prepare the run's folder: a new run moves an older one away, a resumed one appends."""
-        checkpoint = self._get(self.config, "ckpt_path")
-        folder = Path(self.trainer.default_root_dir)
+    def fit(self, **kwargs: Any) -> None:
+        """Train in the run's folder: a new run moves an older one away, a resumed one appends.
+
+        A run that fails before its first step leaves the folder as it found it.
+        """
         if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.trainer.fit(**kwargs)
             return
+        folder = Path(self.trainer.default_root_dir)
+        checkpoint = kwargs.get("ckpt_path")
         if checkpoint is None:
-            start_run(folder)
+            prepared = start_run(folder)
         else:
-            resume_run(folder, int(read_checkpoint(checkpoint)["global_step"]))
-        (folder / CONFIG_FILE).write_text(self.model.run_config)
+            prepared = resume_run(folder, int(read_checkpoint(checkpoint)["global_step"]))
+        try:
+            (folder / CONFIG_FILE).write_text(self.model.run_config, encoding="utf-8")
+            self.trainer.fit(**kwargs)
+        except BaseException:
+            if not self.trainer.fit_loop.epoch_loop.batch_progress.current.processed:
+                prepared.withdraw()
+            raise
+
+    def validate(self, verbose: bool = True, **kwargs: Any) -> None:
+        """Measure on the validation data and print one line a number."""
+        self._measure(self.trainer.validate, verbose, **kwargs)
+
+    def test(self, verbose: bool = True, **kwargs: Any) -> None:
+        """Measure on the test data and print one line a number."""
+        self._measure(self.trainer.test, verbose, **kwargs)
 
     def after_fit(self) -> None:
         """Say where everything is."""
@@ -178,18 +197,14 @@ class DistillationCLI(LightningCLI):
             f"export:  okd-lightning export --ckpt_path {best} --out student"
         )
 
-    def _best_checkpoint(self, folder: str) -> list[ModelCheckpoint]:
-        """The best by reverse KL (cross-entropy without a teacher), where there is validation."""
-        if self.datamodule.sources["val"] is None:
-            return [ModelCheckpoint(Path(folder) / "checkpoints", save_top_k=0)]
-        has_teacher = self.model.teacher_source is not None
-        return [
-            ModelCheckpoint(
-                Path(folder) / "checkpoints",
-                filename="best-{step}",
-                monitor="val/reverse_kl" if has_teacher else "val/cross_entropy",
-            )
-        ]
+    def _measure(self, entry: Callable[..., Any], verbose: bool, **kwargs: Any) -> None:
+        """Lightning's own table cuts names off and has a column for every loader."""
+        measured = entry(verbose=False, **kwargs)
+        numbers = {name: value for loader in measured for name, value in loader.items()}
+        if verbose and self.trainer.is_global_zero:
+            width = max(map(len, numbers), default=0)
+            for name, value in sorted(numbers.items()):
+                print(f"{name:<{width}}  {value:.6g}")
 
 
 def quiet_libraries() -> None:
@@ -201,6 +216,16 @@ def quiet_libraries() -> None:
     )
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    warnings.formatwarning = _format_warning
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None
+) -> str:
+    """Our own warnings without the place in our source that gave them."""
+    if Path(__file__).parent in Path(filename).parents:
+        return f"okd-lightning: warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def run(arguments: Sequence[str], debug: bool = False) -> int:

@@ -30,7 +30,7 @@ _KEY = re.compile(r'Parser key "([^"]+)":?\s*')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)':\s*")
 _CALLABLE = re.compile(r"Type typing\.Callable.* expects a function or a callable class:\s*")
 _SUBTYPES = re.compile(r"Subtypes: \[(.*)\]")
-_GIVEN = re.compile(r"Given value: (.*)")
+_GIVEN = re.compile(r"Given value: (.*?)(?:\. Got value: .*)?$")
 _UNION = "Does not validate against any of the Union subtypes"
 
 _NOT_ACCEPTED = re.compile(r"Option '([^']+)' is not accepted(?:.*class_path='([^']+)')?")
@@ -237,7 +237,8 @@ def _explain(complaints: Sequence[_Complaint]) -> str | None:
                 return explained
     first = complaints[0]
     prefix = f"{first.option}: " if first.keys else ""
-    return prefix + (_wrong_type(complaints) or " ".join(first.text.split()))
+    explained = _wrong_type(complaints) or _not_settings(first) or " ".join(first.text.split())
+    return prefix + explained
 
 
 def _not_accepted(complaint: _Complaint) -> str | None:
@@ -255,14 +256,16 @@ def _no_such_class(complaint: _Complaint) -> str | None:
     found = _NO_IMPORT.search(complaint.text)
     is_abstract = "but is abstract" in complaint.text
     base = _base_class(complaint.base)
-    if base is None or not (found or is_abstract):
+    if base is None or base.__name__ not in _KINDS or not (found or is_abstract):
         return None
     name = found.group(1).strip() if found else str(complaint.given)
-    kind, names = _KINDS.get(base.__name__, base.__name__), subclass_names(base)
+    names = subclass_names(base)
     hint = _did_you_mean(name, names, cutoff=0.5)
-    listed = f"; there are {', '.join(names)}" if len(names) <= _MOST_NAMES else ""
-    problem = "is abstract" if is_abstract else f"there is no such {kind}"
-    return f"{complaint.option} {name}: {problem}{hint}{listed}, or give the import path of your own"
+    listed = f"there are {', '.join(names)}, or " if len(names) <= _MOST_NAMES else ""
+    problem = "is abstract" if is_abstract else f"there is no such {_KINDS[base.__name__]}"
+    return (
+        f"{complaint.option} {name}: {problem}{hint or ';'} {listed}give the import path of your own"
+    )
 
 
 def _not_importable(complaint: _Complaint) -> str | None:
@@ -292,6 +295,15 @@ def _wrong_type(complaints: Sequence[_Complaint]) -> str | None:
     if not expected:
         return None
     return f"expected {' or '.join(dict.fromkeys(expected))}, got {given!r}"
+
+
+def _not_settings(complaint: _Complaint) -> str | None:
+    """A name where the settings of one known class are expected."""
+    base = _base_class(complaint.base)
+    if base is None or not _NO_IMPORT.search(complaint.text):
+        return None
+    names = list(inspect.signature(base).parameters)
+    return f"expected settings ({complaint.option}.{names[0]}, ...), got {complaint.given!r}"
 
 
 def _unknown_option(rest: str, options: Sequence[str]) -> str:

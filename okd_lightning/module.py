@@ -7,6 +7,7 @@ free for a subclass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -76,6 +77,7 @@ class DistillationModule(lightning.LightningModule):
             frozen and the adapter is trained.
 
     Raises:
+        ConfigError: A number out of its range, or no tokenizer.
         ModelError: A model or tokenizer that cannot be loaded.
         VocabularyError: Tokenizers that do not agree.
     """
@@ -98,9 +100,15 @@ class DistillationModule(lightning.LightningModule):
         student_adapter: PeftConfig | None = None,
     ) -> None:
         super().__init__()
+        for name, value in (
+            ("learning_rate", learning_rate),
+            ("weight_decay", weight_decay),
+            ("warmup_steps", warmup_steps),
+        ):
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"model.{name} must be a number from 0 on, got {value}")
         self.strict_loading = False  # frozen weights are not in checkpoints; see on_load_checkpoint
-        self.student_source = student
-        self.teacher_source = teacher
+        self._sources = (student, teacher)  # a tuple: a loaded model is registered once, as student
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
@@ -122,6 +130,16 @@ class DistillationModule(lightning.LightningModule):
         self._step_sums: dict[str, Tensor] = {}
         self._rng_to_restore: dict[str, Any] | None = None
         self.evaluation = measure_metrics()
+
+    @property
+    def student_source(self) -> ModelSource:
+        """What the student is loaded from."""
+        return self._sources[0]
+
+    @property
+    def teacher_source(self) -> ModelSource | None:
+        """What the teacher is loaded from; None without one."""
+        return self._sources[1]
 
     # ---------------------------------------------------------------- building
 
@@ -409,6 +427,12 @@ class DistillationModule(lightning.LightningModule):
                 f"the checkpoint lacks {len(missing)} of the student's weights (such as "
                 f"{missing[0]}); it belongs to another model"
             )
+        for name, value in expected.items():
+            if name in weights and weights[name].shape != value.shape:
+                raise CheckpointError(
+                    f"{name} is {list(weights[name].shape)} in the checkpoint and "
+                    f"{list(value.shape)} in this run; it belongs to another model"
+                )
 
     def on_train_batch_start(self, batch: DistillBatch, batch_idx: int) -> None:
         """Continue the random streams of a resumed run (dropout), once."""

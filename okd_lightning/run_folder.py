@@ -7,7 +7,11 @@ appends to them, after cutting back what was written behind the checkpoint.
 from __future__ import annotations
 
 import csv
+import io
 import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,37 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.csv"
 ROLLOUTS_FILE = "rollouts.jsonl"
 _RUN_ENTRIES = (CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE, "checkpoints", "tensorboard")
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A folder that a run is about to write in, and how it was before.
+
+    Attributes:
+        folder: The run's folder.
+        earlier: Where the files of an older run went.
+        contents: Files as they were before a resumed run cut them back.
+    """
+
+    folder: Path
+    earlier: Path | None = None
+    contents: Mapping[str, bytes] = field(default_factory=dict)
+
+    def withdraw(self) -> None:
+        """Put the folder back: for a run that failed before its first step."""
+        for name, content in self.contents.items():
+            (self.folder / name).write_bytes(content)
+        if self.contents:
+            return
+        for name in _RUN_ENTRIES:
+            _remove(self.folder / name)
+        if self.earlier is not None:
+            for path in self.earlier.iterdir():
+                path.rename(self.folder / path.name)
+            _remove_empty(self.earlier)
+            _remove_empty(self.earlier.parent)
+            rank_zero_info(f"nothing was trained; the run of before is back in {self.folder}")
+        _remove_empty(self.folder)
 
 
 def require_writable(folder: Path, option: str) -> None:
@@ -40,8 +75,11 @@ def require_writable(folder: Path, option: str) -> None:
         ) from error
 
 
-def start_run(folder: Path) -> None:
+def start_run(folder: Path) -> PreparedRun:
     """Make room for a new run: move an older one's files to ``earlier/<n>``.
+
+    Returns:
+        How to take it back.
 
     Raises:
         OutputError: The folder cannot be written.
@@ -49,7 +87,7 @@ def start_run(folder: Path) -> None:
     require_writable(folder, "--trainer.default_root_dir")
     found = [name for name in _RUN_ENTRIES if (folder / name).exists()]
     if not found:
-        return
+        return PreparedRun(folder)
     number = 1
     while (folder / "earlier" / str(number)).exists():
         number += 1
@@ -58,32 +96,42 @@ def start_run(folder: Path) -> None:
     for name in found:
         (folder / name).rename(target / name)
     rank_zero_info(f"{folder} held a run; its files are in {target} now")
+    return PreparedRun(folder, earlier=target)
 
 
-def resume_run(folder: Path, step: int) -> None:
+def resume_run(folder: Path, step: int) -> PreparedRun:
     """Cut metrics.csv and rollouts.jsonl back to a checkpoint's step.
 
     Args:
         folder: The run's folder.
         step: Optimizer steps done at the checkpoint.
 
+    Returns:
+        How to take it back.
+
     Raises:
         OutputError: The folder cannot be written.
     """
     require_writable(folder, "--trainer.default_root_dir")
+    files = [folder / name for name in (CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE)]
+    contents = {path.name: path.read_bytes() for path in files if path.is_file()}
     _cut_metrics(folder / METRICS_FILE, step)
     _cut_rollouts(folder / ROLLOUTS_FILE, step)
+    return PreparedRun(folder, contents=contents)
 
 
 class RunCSVLogger(CSVLogger):
     """``metrics.csv`` directly in the run's folder; appends to what is there.
+
+    Every row is on disk before the checkpoint that follows it: whatever ends the process, the run
+    can be resumed without a gap.
 
     Args:
         folder: The run's folder.
     """
 
     def __init__(self, folder: str) -> None:
-        super().__init__(save_dir=folder, name="", version="", flush_logs_every_n_steps=20)
+        super().__init__(save_dir=folder, name="", version="", flush_logs_every_n_steps=1)
 
     @property
     def experiment(self) -> Any:
@@ -107,9 +155,8 @@ class _AppendingWriter(ExperimentWriter):
 def _cut_metrics(path: Path, step: int) -> None:
     if not path.exists():
         return
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        rows, names = list(reader), reader.fieldnames or []
+    reader = csv.DictReader(io.StringIO(_whole_lines(path), newline=""))
+    rows, names = list(reader), reader.fieldnames or []
     kept = [row for row in rows if int(float(row.get("step") or 0)) < step]
     with _replacing(path).open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=names)
@@ -121,10 +168,28 @@ def _cut_metrics(path: Path, step: int) -> None:
 def _cut_rollouts(path: Path, step: int) -> None:
     if not path.exists():
         return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if json.loads(line)["step"] < step]
-    _replacing(path).write_text("".join(kept))
+    lines = _whole_lines(path).split("\n")[:-1]
+    kept = [line + "\n" for line in lines if json.loads(line)["step"] < step]
+    _replacing(path).write_text("".join(kept), encoding="utf-8")
     _replacing(path).replace(path)
+
+
+def _whole_lines(path: Path) -> str:
+    """The text up to its last line break: a killed process leaves half a line."""
+    text = path.read_bytes().decode("utf-8", errors="replace")
+    return text[: text.rfind("\n") + 1]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _remove_empty(folder: Path) -> None:
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _replacing(path: Path) -> Path:

@@ -4,11 +4,12 @@
 * ``divergence``: ``DivergenceCallback``, the brick of every exact method.
 * ``sft``, ``kd``, ``gkd``: the published methods, as constructions with their defaults.
 * monitors: ``exact_match`` (task accuracy), ``rollout_log`` (samples on disk), ``predictions``
-  (generations on disk), ``finite_guard`` (stop before a broken step), ``last_checkpoint``,
+  (generations on disk), ``finite_guard`` (stop before a broken step), ``best_checkpoint``, ``last_checkpoint``,
   ``throughput``, ``step_intervals``.
 """
 
 from okd_lightning.callbacks.base import DistillationCallback
+from okd_lightning.callbacks.best_checkpoint import BestCheckpoint
 from okd_lightning.callbacks.divergence import DivergenceCallback
 from okd_lightning.callbacks.exact_match import ExactMatch
 from okd_lightning.callbacks.finite_guard import FiniteGuard
@@ -24,6 +25,7 @@ __all__ = [
     "GKD",
     "KD",
     "SFT",
+    "BestCheckpoint",
     "DistillationCallback",
     "DivergenceCallback",
     "ExactMatch",

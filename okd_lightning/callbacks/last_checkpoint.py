@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Checkpoint
 
 from okd_lightning.errors import ConfigError
 
 
-class LastCheckpoint(Callback):
+class LastCheckpoint(Checkpoint):
     """Writes ``checkpoints/last.ckpt`` of the run's folder, atomically, over the one before.
 
     After every validation, at the end of every epoch and of the run, and every so many optimizer
     steps where that is asked for. (ModelCheckpoint's ``save_last`` follows its monitor: after a
-    worse validation its "last" is old.)
+    worse validation its "last" is old.) It is a Checkpoint, which Lightning calls after all other
+    callbacks and in the order given: behind "best", so that it holds what "best" has just seen.
 
     Args:
         every_n_steps: Optimizer steps between two checkpoints, besides those.

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
 
 from okd_lightning.records import DistillBatch
 
@@ -39,5 +40,7 @@ class PredictionLog(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         records = sorted(self._records, key=lambda record: record["index"])
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        (folder / f"predictions{suffix}.jsonl").write_text("".join(lines))
+        path = folder / f"predictions{suffix}.jsonl"
+        path.write_text("".join(lines), encoding="utf-8")
+        rank_zero_info(f"{len(records)} answers written to {path}")
         self._records = []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import lightning
 from lightning.pytorch.callbacks import Callback
 
+from okd_lightning.errors import ConfigError
+
 
 class StepIntervals(Callback):
     """Makes a whole-number ``trainer.val_check_interval`` count optimizer steps over the whole run.
@@ -15,8 +17,16 @@ class StepIntervals(Callback):
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
-        """Convert the interval, after the data module has settled the accumulation."""
+        """Convert the interval, after the data module has settled the accumulation.
+
+        Raises:
+            ConfigError: An interval below 1.
+        """
         interval = trainer.val_check_interval
+        if isinstance(interval, int) and interval < 1:
+            raise ConfigError(
+                f"trainer.val_check_interval must be at least 1 optimizer step, got {interval}"
+            )
         if stage == "fit" and isinstance(interval, int) and not isinstance(interval, bool):
             trainer.val_check_interval = interval * trainer.accumulate_grad_batches
             trainer.check_val_every_n_epoch = None

@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 import lightning
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -78,9 +79,9 @@ class RolloutDataModule(lightning.LightningDataModule):
         sampling: How responses are drawn.
         val_rollouts: Validation prompts that the student answers for the on-policy measures; 0
             for none.
-        prompt_column: Name of the column with prompts.
+        prompt_column: Name of the column with prompts; null where the rows are chats.
         response_column: Name of the column with responses.
-        messages_column: Name of the column with chats.
+        messages_column: Name of the column with chats; null where the rows are plain prompts.
         subset: Configuration of a hub data set, such as main.
         train_split: Split of a hub data set for training.
         val_split: Split of a hub data set for validation.
@@ -109,9 +110,9 @@ class RolloutDataModule(lightning.LightningDataModule):
         samples_per_prompt: int = 1,
         sampling: Sampling | None = None,
         val_rollouts: int = 64,
-        prompt_column: str = "prompt",
+        prompt_column: str | None = "prompt",
         response_column: str = "response",
-        messages_column: str = "messages",
+        messages_column: str | None = "messages",
         subset: str | None = None,
         train_split: str = "train",
         val_split: str = "validation",
@@ -263,9 +264,9 @@ class RolloutDataModule(lightning.LightningDataModule):
         )
 
     def _evaluation_loaders(self, part: str) -> list[GivenResponses | OwnResponses]:
-        if self.sources[part] is None:
-            return []
         trainer = self._trainer
+        if self.sources[part] is None and trainer.state.fn == TrainerFn.FITTING:
+            return []
         examples = self.examples(part).examples
         loaders: list[GivenResponses | OwnResponses] = []
         given = [example for example in examples if example.response_ids]

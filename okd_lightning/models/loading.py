@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig
+from safetensors import SafetensorError
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -103,7 +106,7 @@ def load_causal_lm(
             attn_implementation=attn_implementation,
             use_safetensors=True,
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"{option} {source!r}: the weights could not be loaded as a causal language model "
             f"(safetensors are needed): {_first_line(error)}"
@@ -181,10 +184,15 @@ def _config_from_mapping(fields: dict[str, Any], option: str, vocab_size: int) -
             f"{option}: a config for random weights needs model_type (such as llama or gpt2); "
             f"got the fields {sorted(fields)}"
         )
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING.keys()), n=1)
+        hint = f"did you mean {near[0]}?" if near else "give one that transformers knows"
+        raise ModelError(f"{option}: there is no model_type {model_type!r}; {hint}")
     try:
         return AutoConfig.for_model(model_type, **{"vocab_size": vocab_size, **fields})
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"{option}: {_first_line(error)}") from error
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        reason = str(error.__cause__ or error).strip()
+        raise ModelError(f"{option}: {reason.splitlines()[0]}") from error
 
 
 def _require_folder_if_path(source: str, option: str) -> None:

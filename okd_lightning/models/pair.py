@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from okd_lightning.errors import ConfigError
+from okd_lightning.errors import ConfigError, ModelNotFoundError
 from okd_lightning.models.loading import ModelSource, load_model_config, load_tokenizer
 from okd_lightning.models.vocabulary import Vocabulary, check_vocabulary_agreement
 
@@ -51,5 +53,14 @@ def check_pair(
             continue
         vocabulary.check_fits(load_model_config(source, option, vocabulary.size), option)
         if isinstance(source, str) and source != tokenizer.name_or_path:
-            check_vocabulary_agreement(tokenizer, load_tokenizer(source, option))
+            _check_own_tokenizer(tokenizer, source, option)
     return vocabulary
+
+
+def _check_own_tokenizer(tokenizer: PreTrainedTokenizerBase, source: str, option: str) -> None:
+    try:
+        own = load_tokenizer(source, option)
+    except ModelNotFoundError as error:
+        warnings.warn(f"{error}; the run's tokenizer is taken on trust", stacklevel=2)
+        return
+    check_vocabulary_agreement(tokenizer, own)

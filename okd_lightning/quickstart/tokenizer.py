@@ -24,8 +24,7 @@ TOKENIZER_DIR = Path(__file__).parent / "tokenizer"
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Build the tokenizer: ``<pad>``, ``<eos>``, ``<unk>``, then the characters of ``ALPHABET``.
 
-    No special token is added to a text, and there is no unknown token: a character outside the
-    alphabet is an error of the tokenizers library, never a silent id.
+    No special token is added to a text; a character outside the alphabet becomes ``<unk>``.
     """
     vocabulary = {token: i for i, token in enumerate([PAD_TOKEN, EOS_TOKEN, UNK_TOKEN, *ALPHABET])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK_TOKEN))

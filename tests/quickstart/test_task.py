@@ -94,6 +94,7 @@ def test_the_committed_files_are_what_the_seeds_make(tmp_path):
     committed = Path(task.__file__).parent / "data"
     for name in ("train.jsonl", "val.jsonl"):
         assert (tmp_path / name).read_bytes() == (committed / name).read_bytes()
-    rows = [json.loads(line) for line in (tmp_path / "teacher_train.jsonl").open()]
+    written = (tmp_path / "teacher_train.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in written.splitlines()]
     assert len(rows) == 7
     assert all(task.is_exact_match(**row) and set(row) == {"prompt", "response"} for row in rows)

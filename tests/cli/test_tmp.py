@@ -1,0 +1,3 @@
+def test_a(capsys):
+    print("x")
+    assert capsys.readouterr().out

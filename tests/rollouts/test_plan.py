@@ -1,0 +1,102 @@
+"""Who writes which rows.
+
+Frozen here: GKD's coin is a function of (seed, step), all rows of a step share it, and its frequency
+is the share that was asked for; terms that disagree get both kinds of rows in every step; a term
+whose source nobody produces, and terms that contradict each other, are refused by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from okd_lightning.callbacks import GKD, KD, SFT, DivergenceCallback
+from okd_lightning.errors import ConfigError
+from okd_lightning.rollouts import RolloutPlan, plan_for
+
+
+def coins(fraction: float, seed: int, num: int = 4000) -> list[str]:
+    plan = RolloutPlan(fraction)
+    return [plan.assign(seed, step, 1)[0] for step in range(num)]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_the_coins_frequency(fraction):
+    share = coins(fraction, seed=3).count("student") / 4000
+    deviation = (fraction * (1 - fraction) / 4000) ** 0.5
+    assert abs(share - fraction) <= 4 * deviation
+
+
+def test_the_coin_is_a_function_of_seed_and_step():
+    assert coins(0.5, 3) == coins(0.5, 3)
+    agreeing = sum(a == b for a, b in zip(coins(0.5, 3), coins(0.5, 4), strict=True))
+    assert 1800 < agreeing < 2200
+    runs = coins(0.5, 3)
+    switches = sum(a != b for a, b in zip(runs, runs[1:], strict=False))
+    assert 1850 < switches < 2150
+
+
+def test_all_rows_of_a_step_share_the_coin():
+    plan = RolloutPlan(0.5, "teacher")
+    found = [set(plan.assign(1, step, 12)) for step in range(50)]
+    assert all(len(sources) == 1 for sources in found)
+    assert set.union(*found) == {"student", "teacher"}
+
+
+@pytest.mark.parametrize(("fraction", "num"), [(0.5, 8), (0.5, 7), (0.25, 8), (0.1, 20), (0.9, 5)])
+def test_mixed_steps_hold_both_kinds_spread_out(fraction, num):
+    assigned = RolloutPlan(fraction, "dataset", is_mixed_within_step=True).assign(0, 0, num)
+    assert assigned.count("student") == int(fraction * num)
+    for i in range(num):  # at every point, the share so far is right to one row
+        assert abs(assigned[: i + 1].count("student") - fraction * (i + 1)) < 1
+
+
+@dataclass
+class Taker:
+    """A term that takes what it gets from one source."""
+
+    sources: tuple
+    on_policy_fraction: float | None = None
+    name: str = "taker"
+    weight: float = 1.0
+    quantities: tuple = ()
+
+
+PLANS = {
+    "SFT": ([SFT()], RolloutPlan(0.0)),
+    "KD": ([KD()], RolloutPlan(0.0)),
+    "seq_kd": ([KD(seq_kd=True)], RolloutPlan(0.0, "teacher")),
+    "GKD": ([GKD(on_policy_fraction=0.3)], RolloutPlan(0.3)),
+    "GKD, teacher": ([GKD(seq_kd=True)], RolloutPlan(0.5, "teacher")),
+    "on-policy": ([GKD(on_policy_fraction=1.0)], RolloutPlan(1.0)),
+    "one coin for both": ([GKD(), DivergenceCallback(on_policy_fraction=0.5)], RolloutPlan(0.5)),
+    "both kinds": ([KD(), GKD(on_policy_fraction=1.0)], RolloutPlan(0.5, "dataset", True)),
+    "takes what comes": ([GKD(on_policy_fraction=0.3), Taker(("student",))], RolloutPlan(0.3)),
+}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_the_plan_of_a_run(case):
+    terms, expected = PLANS[case]
+    assert plan_for(terms) == expected
+    assert plan_for(terms[::-1]) == expected
+
+
+REFUSED = {
+    "nothing to train": ([], "no method"),
+    "two kinds of given rows": ([KD(), GKD(seq_kd=True)], "seq_kd"),
+    "nobody writes": ([Taker(("student",))], "taker acts on rows from student"),
+    "nobody is asked": (
+        [GKD(on_policy_fraction=1.0), Taker(("dataset",))],
+        "taker acts on rows from dataset",
+    ),
+    "says so and does not": ([Taker(("student",), 0.0)], "taker acts on rows from student"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_runs_that_are_refused(case):
+    terms, message = REFUSED[case]
+    with pytest.raises(ConfigError, match=message):
+        plan_for(terms)
