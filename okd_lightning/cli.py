@@ -14,7 +14,7 @@ import lightning
 import transformers
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -28,6 +28,7 @@ from okd_lightning.callbacks import (
     RolloutLog,
     Throughput,
 )
+from okd_lightning.callbacks.progress_bar import RunProgressBar
 from okd_lightning.callbacks.step_intervals import StepIntervals
 from okd_lightning.checkpoint_files import read_checkpoint
 from okd_lightning.cli_arguments import prepare
@@ -59,7 +60,9 @@ _EXPECTED_WARNINGS = (
     r".*`ModelCheckpoint\(monitor=.*could not find the monitored key.*",  # before any validation
     r".*`loftq_config` specified but will be ignored.*",  # PEFT's own default, spelt out
     r".*`is_gradient_checkpointing` is deprecated.*",  # PEFT's use of transformers
-    r".*instantiate_classes.*deprecated.*",  # Lightning's use of jsonargparse
+    r"(?s).*JsonargparseDeprecationWarning",  # Lightning's use of jsonargparse ...
+    r"(?s).*instantiate_classes.*deprecated",  # ... in instantiate_classes
+    r"(?s).*skip_none parameter was deprecated",  # ours, for versions that know no skip_unset
 )
 
 
@@ -143,6 +146,8 @@ class DistillationCLI(LightningCLI):
                 configured.append(BestCheckpoint(Path(folder) / "checkpoints"))
             if not _has(configured, LastCheckpoint):
                 configured.append(LastCheckpoint())
+        if config["enable_progress_bar"] is not False and not _has(configured, ProgressBar):
+            configured.append(RunProgressBar())
         monitors = (FiniteGuard, Throughput, RolloutLog, PredictionLog, StepIntervals)
         configured += [kind() for kind in monitors if not _has(configured, kind)]
         self.model.run_config = yaml.safe_dump(self.resolved_config(), sort_keys=False)

@@ -170,7 +170,7 @@ def _complaints(text: str) -> Iterator[_Complaint]:
     branch: list[tuple[int, str, str]] = []  # indentation, what it is, its value
     waiting: list[tuple[int, _Complaint]] = []  # leaves whose given value is not known yet
     for line in text.splitlines():
-        content = line.strip().removeprefix("- ")
+        content = line.strip().removeprefix("-").strip()
         indent = len(line) - len(line.lstrip())
         given = _GIVEN.match(content)
         if given:

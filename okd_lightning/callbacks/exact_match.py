@@ -66,7 +66,13 @@ class ExactMatch(Callback):
         )
         counts = torch.tensor([solved, len(own)], device=pl_module.device, dtype=torch.float32)
         total = trainer.strategy.reduce(counts, reduce_op="sum")
-        pl_module.log(f"{part}/exact_match", total[0] / total[1], batch_size=1, rank_zero_only=True)
+        pl_module.log(
+            f"{part}/exact_match",
+            total[0] / total[1],
+            prog_bar=True,
+            batch_size=1,
+            rank_zero_only=True,
+        )
 
 
 def greedy_answers(

@@ -68,4 +68,5 @@ class LastCheckpoint(Checkpoint):
         if trainer.global_step == self._saved_at or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._saved_at = trainer.global_step
-        trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+        path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        trainer.save_checkpoint(path, weights_only=False)

@@ -113,7 +113,7 @@ class Quickstart:
             **self._optimization(recipe.warm_learning_rate),
         )
         trainer = self._trainer(recipe.warm_steps, [SFT()], limit_val_batches=0)
-        trainer.fit(module, self._data())
+        trainer.fit(module, self._data(recipe.warm_steps))
         assert module.student is not None
         return module.student
 
@@ -129,7 +129,7 @@ class Quickstart:
             tokenizer=str(TEACHER_DIR),
             **self._optimization(recipe.learning_rate),
         )
-        data, throughput, history = self._data(), Throughput(), _History()
+        data, throughput, history = self._data(recipe.method_steps), Throughput(), _History()
         trainer = self._trainer(recipe.method_steps, [method, throughput, history, ExactMatch()])
         trainer.validate(module, data, verbose=False)
         before = _measured(trainer)
@@ -154,7 +154,7 @@ class Quickstart:
         return lightning.Trainer(
             accelerator="cpu",
             max_steps=steps,
-            max_epochs=-1,
+            max_epochs=1,
             callbacks=[*callbacks, FiniteGuard(), StepIntervals()],
             logger=False,
             enable_checkpointing=False,
@@ -167,13 +167,15 @@ class Quickstart:
             **settings,
         )
 
-    def _data(self) -> RolloutDataModule:
+    def _data(self, steps: int) -> RolloutDataModule:
+        """One epoch of so many steps, so that the bar shows the whole stage."""
         return RolloutDataModule(
             TRAIN_FILE,
             VAL_FILE,
             batch_size=self.recipe.batch_size,
             max_prompt_length=10,
             max_response_length=16,
+            prompts_per_epoch=steps * self.recipe.batch_size,
             val_rollouts=self.recipe.val_rollouts,
             seed=self.seed,
         )

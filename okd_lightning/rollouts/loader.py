@@ -104,10 +104,10 @@ class LoaderShape:
 
 @dataclass(frozen=True)
 class _Turn:
-    """One prompt's turn in an epoch: which example, and how often it came before in it."""
+    """One row's turn in an epoch: which example, and which of its samples in that epoch."""
 
     example: Example
-    repetition: int
+    sample: int
 
 
 class RolloutLoader:
@@ -154,7 +154,7 @@ class RolloutLoader:
         self._delivered = 0  # micro-batches of this epoch
         self._written: dict[Author, Rollout] = {}
         self._written_for = 0  # the first optimizer step of the chunk that was written
-        self._metrics: dict[str, float] = {}
+        self._unreported: list[tuple[Rollout, float]] = []  # with the seconds that each took
 
     def __len__(self) -> int:
         return self.shape.steps_per_epoch * self.shape.accumulate_grad_batches
@@ -206,6 +206,7 @@ class RolloutLoader:
     def _turns(self, epoch: int) -> list[_Turn]:
         """The epoch's prompts: the next ones of an endless row of shuffled passes."""
         num, length = self.shape.prompts_per_epoch, len(self.examples)
+        samples = self.shape.samples_per_prompt
         positions = range(epoch * num, (epoch + 1) * num)
         orders: dict[int, np.ndarray] = {}
         seen: dict[int, int] = {}
@@ -216,14 +217,13 @@ class RolloutLoader:
                 keys = hashed_uniform(_ORDER, self._seed, number, np.arange(length))
                 orders[number] = keys.argsort(kind="stable")
             index = int(orders[number][offset])
-            turns.append(_Turn(self.examples[index], seen.get(index, 0)))
+            turns.append(_Turn(self.examples[index], seen.get(index, 0) * samples))
             seen[index] = seen.get(index, 0) + 1
         return turns
 
     def _chunk(self, turns: list[_Turn], start: int, end: int) -> list[list[TrainingRow]]:
         """This rank's rows of the optimizer steps start..end, with what the models wrote."""
         steps = [self._own_turns(turns, step) for step in range(start, end)]
-        samples = self.shape.samples_per_prompt
         written: dict[Author, Iterator[tuple[tuple[int, ...], tuple[float, ...]]]] = {}
         for author in _AUTHORS:
             wanted = [t for step in steps for t, source in step if source == author]
@@ -239,26 +239,28 @@ class RolloutLoader:
                 if source == "dataset":
                     rows.append(given_row(turn.example))
                 else:
-                    for _ in range(samples):
-                        rows.append(written_row(turn.example, source, *next(written[source])))
+                    rows.append(written_row(turn.example, source, *next(written[source])))
             chunk.append(rows or [muted(given_row(self.examples[0]))])
         return chunk
 
     def _own_turns(self, turns: list[_Turn], step: int) -> list[tuple[_Turn, Any]]:
+        """This rank's rows of a step: as many of a prompt as are written to it, or its given one."""
         per_step = self.shape.prompts_per_step
         of_step = turns[step * per_step : (step + 1) * per_step]
         number = self._epoch * self.shape.steps_per_epoch + step
         sources = self.plan.assign(self._seed, number, len(of_step))
-        pairs = list(zip(of_step, sources, strict=True))
-        return list(share(pairs, self.shape.rank, self.shape.world_size))
+        rows = [
+            (_Turn(turn.example, turn.sample + k), source)
+            for turn, source in zip(of_step, sources, strict=True)
+            for k in range(1 if source == "dataset" else self.shape.samples_per_prompt)
+        ]
+        return list(share(rows, self.shape.rank, self.shape.world_size))
 
     def _write(self, author: Author, turns: list[_Turn]) -> Rollout:
-        samples = range(self.shape.samples_per_prompt)
-        keys = [(turn, turn.repetition * len(samples) + k) for turn in turns for k in samples]
         prompts = PromptBatch(
-            input_ids=tuple(turn.example.prompt_ids for turn, _ in keys),
-            index=tuple(turn.example.index for turn, _ in keys),
-            sample=tuple(sample for _, sample in keys),
+            input_ids=tuple(turn.example.prompt_ids for turn in turns),
+            index=tuple(turn.example.index for turn in turns),
+            sample=tuple(turn.sample for turn in turns),
         )
         noise = NoiseStream(self._seed, self._epoch)
         start = time.perf_counter()
@@ -266,7 +268,7 @@ class RolloutLoader:
             rollout = self._writer.write(
                 author, prompts, self._sampling, noise, self._max_new_tokens, progress
             )
-        self._metrics = rollout_metrics(rollout, time.perf_counter() - start)
+        self._unreported.append((rollout, time.perf_counter() - start))
         return rollout
 
     def _step(self, step: int, rows: list[TrainingRow]) -> Iterator[DistillBatch]:
@@ -278,7 +280,8 @@ class RolloutLoader:
         batches = micro_batches(rows, accumulate)
         for batch in batches[self._delivered - step * accumulate :]:
             self._delivered += 1
-            metrics, self._metrics = self._metrics, {}
+            metrics = rollout_metrics(self._unreported)
+            self._unreported = []
             yield replace(batch, step_counts=counts, metrics=metrics)
 
 

@@ -88,10 +88,17 @@ def muted(row: TrainingRow) -> TrainingRow:
     )
 
 
-def rollout_metrics(rollout: Rollout, seconds: float) -> dict[str, float]:
-    """What is logged about a rollout: speed, lengths in tokens, share that ended by itself."""
-    lengths = [len(ids) for ids in rollout.response_ids]
-    ended = sum(reason == "eos" for reason in rollout.stop_reasons)
+def rollout_metrics(rollouts: Sequence[tuple[Rollout, float]]) -> dict[str, float]:
+    """What is logged about rollouts: speed, lengths in tokens, share that ended by itself.
+
+    Args:
+        rollouts: Each with the seconds that it took; with none there is nothing to log.
+    """
+    if not rollouts:
+        return {}
+    seconds = sum(time for _, time in rollouts)
+    lengths = [len(ids) for rollout, _ in rollouts for ids in rollout.response_ids]
+    ended = sum(reason == "eos" for rollout, _ in rollouts for reason in rollout.stop_reasons)
     return {
         "rollout/tokens_per_second": sum(lengths) / max(seconds, 1e-9),
         "rollout/tokens": float(sum(lengths)),

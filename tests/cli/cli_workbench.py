@@ -33,11 +33,15 @@ STUDENT_FIELDS = {
 
 @dataclass(frozen=True)
 class Result:
-    """What a command left: exit status, stdout, stderr."""
+    """What a command left: exit status, stdout, stderr, and Lightning's log.
+
+    A terminal shows the log on stderr as well; in a test its handlers write elsewhere.
+    """
 
     status: int
     out: str
     err: str
+    log: str = ""
 
 
 @dataclass(frozen=True)

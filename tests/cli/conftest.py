@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import random
-import re
 import signal
 import sys
 import warnings
@@ -55,8 +55,15 @@ def okd(here: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]
     def type_command(*argv: str | Sequence[str]) -> Result:
         words = [w for part in argv for w in ([part] if isinstance(part, str) else part)]
         capsys.readouterr()
-        status = main(words)
-        return Result(status, *capsys.readouterr())
+        log = logging.StreamHandler(io.StringIO())
+        for name in LIGHTNING_LOGGERS:
+            logging.getLogger(name).addHandler(log)
+        try:
+            status = main(words)
+        finally:
+            for name in LIGHTNING_LOGGERS:
+                logging.getLogger(name).removeHandler(log)
+        return Result(status, *capsys.readouterr(), log=log.stream.getvalue())
 
     return type_command
 
@@ -75,19 +82,14 @@ def fit(okd: Callable[..., Result], assets: Assets) -> Callable[..., Result]:
 
 
 @pytest.fixture(autouse=True)
-def _leave_the_process_as_it_was(capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
+def _leave_the_process_as_it_was() -> Iterator[None]:
     """The command line may extend the module path and seed; other tests must not notice."""
     path, environment = list(sys.path), dict(os.environ)
-    modules = set(sys.modules)
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     filters = list(logger.filters)
     format_warning = warnings.formatwarning
     verbosity = transformers.utils.logging.get_verbosity()
     interrupt = signal.getsignal(signal.SIGINT)
-    handlers = [h for name in LIGHTNING_LOGGERS for h in logging.getLogger(name).handlers]
-    streams = [(h, h.stream) for h in handlers if isinstance(h, logging.StreamHandler)]
-    for handler, _ in streams:
-        handler.stream = sys.stderr
     random_state = random.getstate()
     with warnings.catch_warnings(), torch.random.fork_rng():
         yield
@@ -98,11 +100,6 @@ def _leave_the_process_as_it_was(capsys: pytest.CaptureFixture[str]) -> Iterator
     transformers.utils.logging.set_verbosity(verbosity)
     transformers.utils.logging.enable_progress_bar()
     signal.signal(signal.SIGINT, interrupt)
-    for handler, stream in streams:
-        handler.stream = stream
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
         if name not in environment:
             os.environ.pop(name, None)
-    for name in set(sys.modules) - modules:
-        if re.match(r"(callbacks|mine)\b", name):
-            del sys.modules[name]

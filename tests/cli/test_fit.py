@@ -53,9 +53,9 @@ def test_kd_leaves_a_whole_run_folder(fit: Fit) -> None:
     expected = {"train/loss", "train/kd", "train/grad_norm", "train/tokens", "val/cross_entropy"}
     expected |= TEACHER_MEASURES | OWN_MEASURES
     assert expected <= metric_names(RUN / "metrics.csv")
-    assert "best-step=6.ckpt" in result.err
-    assert "12 rows" in result.err
-    assert "6 optimizer steps of 2 rows" in result.err
+    assert "best-step=6.ckpt" in result.log
+    assert "12 rows" in result.log
+    assert "6 optimizer steps of 2 rows" in result.log
 
 
 def test_kd_learns(fit: Fit) -> None:
@@ -145,11 +145,11 @@ class MyMethod(DivergenceCallback):
 
 
 def test_own_method_and_divergence_from_the_current_folder(fit: Fit, here: Path) -> None:
-    (here / "callbacks").mkdir()
-    (here / "callbacks" / "mine.py").write_text(MY_METHOD)
-    fit("--method", "callbacks.mine.MyMethod", "--method.sharpness", "0.5")
+    (here / "cli_plugins").mkdir()
+    (here / "cli_plugins" / "mine.py").write_text(MY_METHOD)
+    fit("--method", "cli_plugins.mine.MyMethod", "--method.sharpness", "0.5")
     assert "train/my_method" in metric_names(RUN / "metrics.csv")
-    fit("--method", "KD", "--method.divergence", "callbacks.mine.MyKL")
+    fit("--method", "KD", "--method.divergence", "cli_plugins.mine.MyKL")
     own = read_metrics(RUN / "metrics.csv")[0]["train/kd"]
     fit("--method", "KD")
     assert read_metrics(RUN / "metrics.csv")[0]["train/kd"] == own
@@ -246,7 +246,7 @@ def test_a_second_run_moves_the_first_away(fit: Fit) -> None:
     assert again == first
     assert not (RUN / "rollouts.jsonl").exists()
     result = fit("--method", "SFT")
-    assert "earlier/2" in result.err
+    assert "earlier/2" in result.log
     assert (moved / "metrics.csv").exists()
 
 

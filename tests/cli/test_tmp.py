@@ -1,3 +1,0 @@
-def test_a(capsys):
-    print("x")
-    assert capsys.readouterr().out
