@@ -24,7 +24,9 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         is_foreign = isinstance(error, pickle.UnpicklingError) and file.stat().st_size > 0
-        reason = "holds more than tensors and plain values" if is_foreign else "is cut off or broken"
+        reason = (
+            "holds more than tensors and plain values" if is_foreign else "is cut off or broken"
+        )
         raise CheckpointError(
             f"--ckpt_path {path!r} {reason}: no checkpoint of okd-lightning"
             f"{_others(file) or ', which keeps them in checkpoints/ of a run folder'}"

@@ -207,7 +207,11 @@ def _leaf(content: str, branch: Sequence[tuple[int, str, str]]) -> _Complaint:
 
 def _with_given(complaint: _Complaint, given: str) -> _Complaint:
     return _Complaint(
-        complaint.text, complaint.keys, complaint.class_path, complaint.base, complaint.given or given
+        complaint.text,
+        complaint.keys,
+        complaint.class_path,
+        complaint.base,
+        complaint.given or given,
     )
 
 
@@ -263,9 +267,7 @@ def _no_such_class(complaint: _Complaint) -> str | None:
     hint = _did_you_mean(name, names, cutoff=0.5)
     listed = f"there are {', '.join(names)}, or " if len(names) <= _MOST_NAMES else ""
     problem = "is abstract" if is_abstract else f"there is no such {_KINDS[base.__name__]}"
-    return (
-        f"{complaint.option} {name}: {problem}{hint or ';'} {listed}give the import path of your own"
-    )
+    return f"{complaint.option} {name}: {problem}{hint or ';'} {listed}give the import path of your own"
 
 
 def _not_importable(complaint: _Complaint) -> str | None:

@@ -19,8 +19,6 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -48,11 +46,13 @@ from okd_lightning.models import (
     load_model_config,
     max_positions,
 )
+from okd_lightning.optimizers import build_optimizer, with_schedule
 from okd_lightning.records import SOURCES, DistillBatch, PromptBatch, Rollout
 from okd_lightning.reduction import normalise
 from okd_lightning.rollouts import NoiseStream, RolloutEngine, Sampling, TransformersEngine
 from okd_lightning.rollouts.engine import Author, Progress
-from okd_lightning.schedules import ScheduleName, schedule_factor
+from okd_lightning.rollouts.rows import generation_records
+from okd_lightning.schedules import ScheduleName
 
 
 class DistillationModule(lightning.LightningModule):
@@ -197,27 +197,11 @@ class DistillationModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer over the student's trainable weights, and its schedule."""
-        trainable = [p for p in self.parameters() if p.requires_grad]
-        matrices = [p for p in trainable if p.ndim >= 2]
-        others = [p for p in trainable if p.ndim < 2]
-        if self.optimizer_factory is not None:
-            optimizer: Optimizer = self.optimizer_factory([{"params": trainable}])
-        else:
-            groups = [
-                {"params": matrices, "weight_decay": self.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ]
-            optimizer = AdamW([g for g in groups if g["params"]], lr=self.learning_rate)
-        factor = partial(
-            schedule_factor,
-            self.schedule,
-            warmup_steps=self.warmup_steps,
-            total_steps=int(self.trainer.estimated_stepping_batches),
+        optimizer = build_optimizer(
+            self.parameters(), self.learning_rate, self.weight_decay, self.optimizer_factory
         )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
-        }
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        return with_schedule(optimizer, self.schedule, self.warmup_steps, total_steps)
 
     # ---------------------------------------------------------------- measuring
 
@@ -363,27 +347,7 @@ class DistillationModule(lightning.LightningModule):
 
     def predict_step(self, batch: DistillBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Prompt and generated response of every row, as text."""
-        records = []
-        for ids, length, prompt_length, index, mask in zip(
-            batch.input_ids.tolist(),
-            batch.lengths.tolist(),
-            batch.prompt_lengths.tolist(),
-            batch.index.tolist(),
-            batch.mask.any(dim=1).tolist(),
-            strict=True,
-        ):
-            if mask:
-                response = ids[prompt_length:length]
-                records.append(
-                    {
-                        "index": index,
-                        "prompt": self.decode(ids[:prompt_length]),
-                        "response": self.decode(response),
-                        "num_tokens": len(response),
-                        "stop_reason": "eos" if response[-1] in self.eos_ids else "length",
-                    }
-                )
-        return records
+        return generation_records(batch, self.decode, self.eos_ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids, without special tokens."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias
 
-import torch
 from torch import Tensor
 
 from okd_lightning.divergences import Divergence

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -106,3 +106,35 @@ def rollout_metrics(rollouts: Sequence[tuple[Rollout, float]]) -> dict[str, floa
         "rollout/mean_length": sum(lengths) / len(lengths),
         "rollout/eos_share": ended / len(lengths),
     }
+
+
+def generation_records(
+    batch: DistillBatch, decode: Callable[[Sequence[int]], str], eos_ids: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Prompt and generated response of every row, as text; rows without a response are left out.
+
+    Args:
+        batch: Rows with sampled responses.
+        decode: Ids to text.
+        eos_ids: Ids that end a response.
+    """
+    records = []
+    for ids, length, start, index in zip(
+        batch.input_ids.tolist(),
+        batch.lengths.tolist(),
+        batch.prompt_lengths.tolist(),
+        batch.index.tolist(),
+        strict=True,
+    ):
+        response = ids[start:length]
+        if response:
+            records.append(
+                {
+                    "index": index,
+                    "prompt": decode(ids[:start]),
+                    "response": decode(response),
+                    "num_tokens": len(response),
+                    "stop_reason": "eos" if response[-1] in eos_ids else "length",
+                }
+            )
+    return records

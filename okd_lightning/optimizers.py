@@ -1,0 +1,49 @@
+"""The one optimizer of a run: its parameter groups and the schedule of their learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.nn import Parameter
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from okd_lightning.schedules import ScheduleName, schedule_factor
+
+
+def build_optimizer(
+    parameters: Iterable[Parameter],
+    learning_rate: float,
+    weight_decay: float,
+    factory: OptimizerCallable | None = None,
+) -> Optimizer:
+    """AdamW over the trainable parameters, or what ``factory`` makes of them.
+
+    Args:
+        parameters: Of the module; frozen ones are left out.
+        learning_rate: Before the schedule.
+        weight_decay: On matrices only, not on biases and norms.
+        factory: A full optimizer; brings its own rate and decay.
+    """
+    trainable = [p for p in parameters if p.requires_grad]
+    if factory is not None:
+        return factory([{"params": trainable}])
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return AdamW([group for group in groups if group["params"]], lr=learning_rate)
+
+
+def with_schedule(
+    optimizer: Optimizer, schedule: ScheduleName, warmup_steps: int, total_steps: int
+) -> OptimizerLRScheduler:
+    """What ``configure_optimizers`` returns: the schedule advances with optimizer steps."""
+    factor = partial(schedule_factor, schedule, warmup_steps=warmup_steps, total_steps=total_steps)
+    return {
+        "optimizer": optimizer,
+        "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
+    }
