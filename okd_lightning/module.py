@@ -36,6 +36,7 @@ from okd_lightning.metrics import measure_metrics, measures
 from okd_lightning.models import (
     DTypeName,
     LMHead,
+    ModelArgument,
     ModelSource,
     add_adapter,
     check_pair,
@@ -84,8 +85,8 @@ class DistillationModule(lightning.LightningModule):
 
     def __init__(
         self,
-        student: ModelSource,
-        teacher: ModelSource | None = None,
+        student: ModelArgument,
+        teacher: ModelArgument | None = None,
         *,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         learning_rate: float = 5e-5,

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from okd_lightning.data.columns import Columns
 from okd_lightning.data.examples import ExampleSet, OnOverlong, build_examples
 from okd_lightning.data.progress import rollout_progress
-from okd_lightning.data.sources import DataSource, describe_source, load_rows
+from okd_lightning.data.sources import DataArgument, DataSource, describe_source, load_rows
 from okd_lightning.errors import ConfigError, DataError
 from okd_lightning.losses import Term
 from okd_lightning.records import Example
@@ -95,10 +95,10 @@ class RolloutDataModule(lightning.LightningDataModule):
 
     def __init__(
         self,
-        train: DataSource | None = None,
-        val: DataSource | None = None,
-        test: DataSource | None = None,
-        predict: DataSource | None = None,
+        train: DataArgument | None = None,
+        val: DataArgument | None = None,
+        test: DataArgument | None = None,
+        predict: DataArgument | None = None,
         *,
         batch_size: int = 8,
         global_batch_size: int | None = None,

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from datasets import Dataset
 
@@ -20,6 +20,11 @@ from okd_lightning.errors import DataError, DataNotFoundError
 
 DataSource: TypeAlias = str | Path | Sequence[Mapping[str, Any]] | Dataset
 """A path or hub id, or rows in memory."""
+
+if TYPE_CHECKING:
+    DataArgument: TypeAlias = DataSource
+else:  # what can be typed on a command line
+    DataArgument = str
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILE_SUFFIXES = (*JSON_SUFFIXES, ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".zst")

@@ -9,6 +9,7 @@
 from okd_lightning.models.causal_lm import LMHead, head_inputs, max_positions
 from okd_lightning.models.loading import (
     DTypeName,
+    ModelArgument,
     ModelSource,
     add_adapter,
     eos_token_ids,
@@ -22,6 +23,7 @@ from okd_lightning.models.vocabulary import Vocabulary, check_vocabulary_agreeme
 __all__ = [
     "DTypeName",
     "LMHead",
+    "ModelArgument",
     "ModelSource",
     "Vocabulary",
     "add_adapter",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -32,6 +32,11 @@ DTypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 ModelSource: TypeAlias = str | dict[str, Any] | PreTrainedModel
 """A folder or hub id; a config to start from random weights; or a model that is already loaded."""
+
+if TYPE_CHECKING:
+    ModelArgument: TypeAlias = ModelSource
+else:  # what can be typed: --help would else list every architecture of transformers
+    ModelArgument = str | dict[str, Any]
 
 
 def load_model_config(source: ModelSource, option: str, vocab_size: int) -> PretrainedConfig:

@@ -38,12 +38,12 @@ class Recipe:
     hidden_size: int = 32
     num_layers: int = 3
     warm_steps: int = 500
-    method_steps: int = 600
+    method_steps: int = 700
     batch_size: int = 64
     warm_learning_rate: float = 1e-2
     learning_rate: float = 1e-2
     weight_decay: float = 0.1
-    warmup_steps: int = 20
+    warmup_steps: int = 50
     val_every: int = 100
     val_rollouts: int = 128
     num_answers: int = 5
@@ -59,6 +59,7 @@ class Recipe:
             "num_attention_heads": 2,
             "num_key_value_heads": 2,
             "max_position_embeddings": 64,
+            "initializer_range": 0.05,
             "tie_word_embeddings": True,
             "bos_token_id": None,
             "eos_token_id": 1,

@@ -88,7 +88,10 @@ class Quickstart:
             logging.getLogger(name).setLevel(logging.WARNING)
         name = type(self.method).__name__
         methods = [SFT()] if isinstance(self.method, SFT) else [SFT(), self.method]
-        self._say(f"1/{len(methods) + 1}  warm start: a student learns from 600 worked problems")
+        self._say(
+            f"1/{len(methods) + 1}  warm start: a student learns from {len(load_rows(TRAIN_FILE))} "
+            "worked problems"
+        )
         warm = self._warm_start()
         results, answers = [], []
         for number, method in enumerate(methods, 2):

@@ -22,7 +22,7 @@ NUM_TERMS = 5
 VAL_SEED, TRAIN_SEED, TEACHER_SEED = 1, 2, 3
 """Seeds of the three sets."""
 
-NUM_VAL, NUM_TRAIN, NUM_TEACHER = 512, 384, 200_000
+NUM_VAL, NUM_TRAIN, NUM_TEACHER = 512, 400, 200_000
 """Problems in the three sets: none is in two of them."""
 
 _PROMPT = re.compile(rf"\d(?:[+-]\d){{{NUM_TERMS - 1}}}=")

@@ -1,0 +1,102 @@
+"""Frozen here: an exported folder is an ordinary Hugging Face model, and ours again.
+
+* it loads with transformers (and PEFT) alone and gives the logits that training ended with;
+* it carries tokenizer, generation config and a card with method, data and measured numbers;
+* it serves as student and as teacher of the next run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cli_workbench import STUDENT_FIELDS, Assets, Result, read_checkpoint_weights
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+Fit = Callable[..., Result]
+LAST = "run/checkpoints/last.ckpt"
+LORA = ["--model.student_adapter", "LoraConfig", "--model.student_adapter.r", "4"]
+FAST = ["--model.learning_rate", "1e-2"]
+IDS = torch.tensor([[70, 71, 72, 73, 74]])
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model.eval()(IDS).logits
+
+
+@pytest.fixture
+def base(assets: Assets) -> torch.nn.Module:
+    """The student before training."""
+    return AutoModelForCausalLM.from_pretrained(assets.student)
+
+
+def test_a_full_student(fit: Fit, okd: Fit, base: torch.nn.Module) -> None:
+    fit("--method", "KD", "--method.temperature", "2", *FAST)
+    result = okd("export", "--ckpt_path", LAST, "--out", "out")
+    assert (result.status, result.out) == (0, "student written to out\n")
+    weights = read_checkpoint_weights(Path(LAST))
+    before = logits(base)
+    base.load_state_dict({n.removeprefix("student."): v for n, v in weights.items()})
+    exported = AutoModelForCausalLM.from_pretrained("out")
+    assert torch.equal(logits(exported), logits(base))
+    assert not torch.allclose(logits(exported), before)
+    assert AutoTokenizer.from_pretrained("out")("abc").input_ids
+    assert exported.generation_config.eos_token_id in (1, [1])
+    assert exported.generation_config.pad_token_id is not None
+
+
+def test_the_card_says_where_it_comes_from(fit: Fit, okd: Fit, assets: Assets) -> None:
+    fit("--method", "KD", "--method.temperature", "2")
+    okd("export", "--ckpt_path", LAST, "--out", "out")
+    card = Path("out/README.md").read_text()
+    for words in ("KD", "temperature: 2.0", assets.train, assets.teacher, "6 optimizer steps"):
+        assert words in card
+    assert "val/reverse_kl" in card
+
+
+def test_an_exported_student_learns_and_teaches_again(fit: Fit, okd: Fit, assets: Assets) -> None:
+    fit("--method", "KD")
+    okd("export", "--ckpt_path", LAST, "--out", "out")
+    fit("--method", "KD", "--model.student", "out", "--model.teacher", assets.teacher, models=False)
+    fit("--method", "KD", "--model.student", assets.student, "--model.teacher", "out", models=False)
+
+
+@pytest.mark.parametrize("source", ["folder", "config"])
+def test_lora_merged_and_apart_agree(
+    fit: Fit, okd: Fit, assets: Assets, base: torch.nn.Module, source: str
+) -> None:
+    student = ["--model.student", str({"model_type": "llama", **STUDENT_FIELDS})]
+    rest = ["--model.tokenizer", assets.tokenizer, "--model.teacher", assets.teacher]
+    models = assets.models if source == "folder" else [*student, *rest]
+    fit("--method", "KD", *LORA, *FAST, *models, models=False)
+    assert okd("export", "--ckpt_path", LAST, "--out", "merged").status == 0
+    merged = AutoModelForCausalLM.from_pretrained("merged")
+    assert not any("lora" in name for name in merged.state_dict())
+    assert okd("export", "--ckpt_path", LAST, "--out", "apart", "--adapter", "apart").status == 0
+    if source == "folder":
+        before = logits(base)
+        apart = PeftModel.from_pretrained(base, "apart")
+        torch.testing.assert_close(logits(apart), logits(merged))
+        assert not torch.allclose(before, logits(merged), atol=1e-4)
+
+
+def test_a_student_from_random_weights(fit: Fit, okd: Fit, assets: Assets) -> None:
+    fit(
+        *("--method", "KD", "--model.student", str({"model_type": "llama", **STUDENT_FIELDS})),
+        *("--model.teacher", assets.teacher),
+        models=False,
+    )
+    assert okd("export", "--ckpt_path", LAST, "--out", "out").status == 0
+    weights = read_checkpoint_weights(Path(LAST))
+    exported = AutoModelForCausalLM.from_pretrained("out").state_dict()
+    assert torch.equal(exported["lm_head.weight"], weights["student.lm_head.weight"])
+
+
+def test_exporting_twice_replaces_the_model(fit: Fit, okd: Fit) -> None:
+    fit("--method", "KD")
+    for _ in range(2):
+        assert okd("export", "--ckpt_path", LAST, "--out", "out").status == 0
