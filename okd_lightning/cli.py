@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ class DistillationCLI(LightningCLI):
             DistillationCallback, "method", subclass_mode=True, required=False
         )
         parser.usage = "okd-lightning COMMAND [--config FILE|NAME] [--SECTION.OPTION VALUE ...]"
-        parser._action_groups.sort(key=_help_order)
+        parser._action_groups = sorted(parser._action_groups, key=_help_order)
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         """Checkpoints are loaded weights-only unless somebody asks for more."""
@@ -195,7 +195,9 @@ class DistillationCLI(LightningCLI):
         self._measure(self.trainer.test, verbose, **kwargs)
 
     def after_fit(self) -> None:
-        """Say where everything is."""
+        """Say what the last validation measured and where everything is."""
+        metrics = self.trainer.callback_metrics
+        self._print({n: float(v) for n, v in metrics.items() if n.startswith("val/")})
         folder = Path(self.trainer.default_root_dir)
         last = folder / "checkpoints" / "last.ckpt"
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or last
@@ -209,7 +211,11 @@ class DistillationCLI(LightningCLI):
         """Lightning's own table cuts names off and has a column for every loader."""
         measured = entry(verbose=False, **kwargs)
         numbers = {name: value for loader in measured for name, value in loader.items()}
-        if verbose and self.trainer.is_global_zero:
+        if verbose:
+            self._print(numbers)
+
+    def _print(self, numbers: Mapping[str, float]) -> None:
+        if self.trainer.is_global_zero:
             width = max(map(len, numbers), default=0)
             for name, value in sorted(numbers.items()):
                 print(f"{name:<{width}}  {value:.6g}")

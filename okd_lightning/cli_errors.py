@@ -1,8 +1,8 @@
 """One formatter: whatever went wrong on the command line, as one line that says what to do.
 
 jsonargparse's messages name parser keys, Python types and every alternative of a union, nested as
-deep as the setting is; what a person needs is the option, what was given, and the nearest thing that
-exists. Owns the reading of such messages; what is refused is decided elsewhere.
+deep as the setting is; what a person needs is the option, what was given, and the nearest thing
+that exists. Owns the reading of such messages; what is refused is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -267,7 +267,8 @@ def _no_such_class(complaint: _Complaint) -> str | None:
     hint = _did_you_mean(name, names, cutoff=0.5)
     listed = f"there are {', '.join(names)}, or " if len(names) <= _MOST_NAMES else ""
     problem = "is abstract" if is_abstract else f"there is no such {_KINDS[base.__name__]}"
-    return f"{complaint.option} {name}: {problem}{hint or ';'} {listed}give the import path of your own"
+    advice = f"{hint or ';'} {listed}give the import path of your own"
+    return f"{complaint.option} {name}: {problem}{advice}"
 
 
 def _not_importable(complaint: _Complaint) -> str | None:
@@ -318,7 +319,7 @@ def _unknown_option(rest: str, options: Sequence[str]) -> str:
 
 
 def _did_you_mean(given: str, names: Sequence[str], cutoff: float = 0.6) -> str:
-    """ "; did you mean X?", by spelling in any case, by an ending, or nothing."""
+    """A hint at the nearest name, by spelling in any case or by an ending; empty without one."""
     lower = {name.lower(): name for name in names}
     near = difflib.get_close_matches(given.lower(), lower, n=1, cutoff=cutoff)
     near = near or [name for name in lower if name.endswith("." + given.lower().lstrip("-"))][:1]

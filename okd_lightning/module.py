@@ -201,8 +201,13 @@ class DistillationModule(lightning.LightningModule):
         optimizer = build_optimizer(
             self.parameters(), self.learning_rate, self.weight_decay, self.optimizer_factory
         )
-        total_steps = int(self.trainer.estimated_stepping_batches)
-        return with_schedule(optimizer, self.schedule, self.warmup_steps, total_steps)
+        trainer = self.trainer
+        return with_schedule(
+            optimizer,
+            self.schedule,
+            self.warmup_steps,
+            total_steps=lambda: trainer.estimated_stepping_batches,
+        )
 
     # ---------------------------------------------------------------- measuring
 

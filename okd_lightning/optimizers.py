@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
+import math
+from collections.abc import Callable, Iterable
 
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -39,10 +39,26 @@ def build_optimizer(
 
 
 def with_schedule(
-    optimizer: Optimizer, schedule: ScheduleName, warmup_steps: int, total_steps: int
+    optimizer: Optimizer,
+    schedule: ScheduleName,
+    warmup_steps: int,
+    total_steps: Callable[[], float],
 ) -> OptimizerLRScheduler:
-    """What ``configure_optimizers`` returns: the schedule advances with optimizer steps."""
-    factor = partial(schedule_factor, schedule, warmup_steps=warmup_steps, total_steps=total_steps)
+    """What ``configure_optimizers`` returns: the schedule advances with optimizer steps.
+
+    Args:
+        optimizer: Whose rates are scheduled.
+        schedule: What happens after warm-up.
+        warmup_steps: Optimizer steps of warm-up.
+        total_steps: Asked from the first step on and not before: to answer, Lightning loads the
+            training data, and if it did so before it has restored a checkpoint's state of them, a
+            resumed run would begin them anew.
+    """
+
+    def factor(step: int) -> float:
+        total = total_steps() if step else math.inf  # the factor of step 0 is the same for all
+        return schedule_factor(schedule, step, warmup_steps, total)
+
     return {
         "optimizer": optimizer,
         "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},

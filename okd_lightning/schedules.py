@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 ScheduleName: TypeAlias = Literal["constant", "linear", "cosine"]
 
 
-def schedule_factor(name: ScheduleName, step: int, warmup_steps: int, total_steps: int) -> float:
+def schedule_factor(name: ScheduleName, step: int, warmup_steps: int, total_steps: float) -> float:
     """What the learning rate is multiplied by at ``step``.
 
     Warm-up rises linearly from 1/warmup_steps to 1; after it the rate stays, or falls to 0 at

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from okd_lightning.module import DistillationModule
+
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 
 @pytest.fixture(scope="session")

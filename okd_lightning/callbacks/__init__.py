@@ -4,8 +4,8 @@
 * ``divergence``: ``DivergenceCallback``, the brick of every exact method.
 * ``sft``, ``kd``, ``gkd``: the published methods, as constructions with their defaults.
 * monitors: ``exact_match`` (task accuracy), ``rollout_log`` (samples on disk), ``predictions``
-  (generations on disk), ``finite_guard`` (stop before a broken step), ``best_checkpoint``, ``last_checkpoint``,
-  ``throughput``, ``step_intervals``.
+  (generations on disk), ``finite_guard`` (stop before a broken step), ``best_checkpoint``,
+  ``last_checkpoint``, ``throughput``, ``step_intervals``.
 """
 
 from okd_lightning.callbacks.base import DistillationCallback

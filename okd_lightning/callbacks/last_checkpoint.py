@@ -40,8 +40,9 @@ class LastCheckpoint(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Save when the interval is full."""
-        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+        """Save when the interval is full; never between micro-batches, whose gradient is not kept."""
+        is_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if self.every_n_steps and is_step and trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
 
     def on_validation_end(

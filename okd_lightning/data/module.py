@@ -8,6 +8,7 @@ rows come from the module and the method callbacks of the run.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -76,7 +77,8 @@ class RolloutDataModule(lightning.LightningDataModule):
         prompts_per_rollout: Prompts that are written to at a time; by default one optimizer
             step's, which is strictly on-policy.
         samples_per_prompt: Responses that are written to each prompt.
-        sampling: How responses are drawn.
+        sampling: How responses are drawn in training and predict; the on-policy measures of
+            validation and test always sample from the student itself (temperature 1).
         val_rollouts: Validation prompts that the student answers for the on-policy measures; 0
             for none.
         prompt_column: Name of the column with prompts; null where the rows are chats.
@@ -217,7 +219,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         """
         if self.sources["predict"] is None:
             raise DataError("nothing to predict: give --data.predict a file of prompts")
-        return self._own_responses(self.examples("predict").examples)
+        return self._own_responses(self.examples("predict").examples, self.sampling)
 
     # ---------------------------------------------------------------- examples
 
@@ -277,16 +279,16 @@ class RolloutDataModule(lightning.LightningDataModule):
         if self.val_rollouts:
             keys = hashed_uniform(_PROMPT_SET, self.seed, np.arange(len(examples)))
             chosen = sorted(keys.argsort(kind="stable")[: self.val_rollouts].tolist())
-            loaders.append(self._own_responses([examples[i] for i in chosen]))
+            loaders.append(self._own_responses([examples[i] for i in chosen], Sampling()))
         return loaders
 
-    def _own_responses(self, examples: list[Example] | tuple[Example, ...]) -> OwnResponses:
+    def _own_responses(self, examples: Sequence[Example], sampling: Sampling) -> OwnResponses:
         trainer = self._trainer
         return OwnResponses(
             examples,
             self.batch_size,
             self._module,
-            sampling=self.sampling,
+            sampling=sampling,
             max_new_tokens=self.max_response_length,
             seed=self.seed,
             rank=trainer.global_rank,

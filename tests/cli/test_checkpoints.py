@@ -1,8 +1,8 @@
 """Frozen here: a checkpoint is all that validate, test, predict and a resume need.
 
 * a resumed run ends with the weights of the uninterrupted one, bit for bit, and with its rows of
-  metrics.csv and rollouts.jsonl, whether it continues in its own folder or was killed far behind the
-  checkpoint;
+  metrics.csv and rollouts.jsonl, whether it continues in its own folder or was killed far behind
+  the checkpoint;
 * typed flags win over the checkpoint's config;
 * last.ckpt knows what "best" had seen.
 """
@@ -16,11 +16,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from cli_workbench import QUIET, Assets, Result, assert_same_weights, read_metrics
+from lightning import Trainer
 
 Fit = Callable[..., Result]
 RUN = Path("run")
@@ -134,6 +136,27 @@ def test_rollouts_with_odd_line_breaks_survive_a_resume(fit: Fit, okd: Fit) -> N
     before = (RUN / "rollouts.jsonl").read_bytes()
     assert okd("fit", "--ckpt_path", str(LAST)).status == 0
     assert (RUN / "rollouts.jsonl").read_bytes() == before
+
+
+def test_no_checkpoint_falls_between_micro_batches(
+    fit: Fit, okd: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a step's gradient is in no checkpoint; neither at the start nor after a resume."""
+    saved = []
+
+    def save(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        saved.append(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+        original(trainer, *args, **kwargs)
+
+    original = Trainer.save_checkpoint
+    monkeypatch.setattr(Trainer, "save_checkpoint", save)
+    fit(
+        *(*METHODS["KD"], *TRAINING[4:10], "--trainer.max_steps", "4"),
+        *("--trainer.callbacks+=LastCheckpoint", "--trainer.callbacks.every_n_steps", "2"),
+    )
+    assert okd("fit", "--ckpt_path", str(LAST), "--trainer.max_steps", "6").status == 0
+    assert len(saved) >= 4
+    assert not any(ready % 2 for ready in saved), saved
 
 
 def test_the_last_checkpoint_knows_the_best(fit: Fit) -> None:

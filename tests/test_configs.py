@@ -1,0 +1,82 @@
+"""Every file in ``configs/`` is parsed, instantiated and run for a step.
+
+* Complete configs run on the quickstart's small models and data in place of their own.
+* Overlays run on top of one of them; the two-process overlay starts two processes.
+* A config that nobody runs here fails the suite.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from okd_lightning.__main__ import main
+from okd_lightning.cli_arguments import packaged_configs
+from okd_lightning.quickstart.recipe import TEACHER_DIR, TRAIN_FILE, VAL_FILE
+
+MODELS = ["--model.student", str(TEACHER_DIR), "--model.teacher", str(TEACHER_DIR)]
+TOKENIZER = ["--model.tokenizer", str(TEACHER_DIR)]
+DATA = ["--data.train", str(TRAIN_FILE), "--data.val", str(VAL_FILE)]
+SHORT = [
+    *("--data.batch_size", "4", "--data.max_prompt_length", "12"),
+    *("--data.max_response_length", "12", "--data.val_rollouts", "2"),
+    *("--trainer.max_steps", "2", "--trainer.val_check_interval", "1"),
+    *("--trainer.limit_val_batches", "1", "--trainer.log_every_n_steps", "1"),
+    *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
+]
+
+
+def questions(folder: Path) -> list[str]:
+    """Rows with GSM8K's columns, in the quickstart's alphabet."""
+    path = folder / "questions.jsonl"
+    rows = [json.loads(line) for line in TRAIN_FILE.read_text().splitlines()[:20]]
+    records = [{"question": row["prompt"], "answer": row["response"]} for row in rows]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return ["--data.train", str(path), "--data.val", str(path)]
+
+
+RUNS = {
+    "tinystories": lambda folder: [*MODELS, *DATA],
+    "gsm8k": lambda folder: [*TOKENIZER, *questions(folder)],
+    "quickstart_teacher": lambda folder: [*TOKENIZER, *DATA],
+}
+OVERLAYS = {"overlays/cpu2": "tinystories"}
+
+
+def test_every_config_is_run_here():
+    assert set(packaged_configs()) == set(RUNS) | set(OVERLAYS)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the libraries', not ours
+@pytest.mark.parametrize("name", RUNS)
+def test_config_trains(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    status = main(["fit", "--config", name, *RUNS[name](tmp_path), *SHORT])
+    assert status == 0, capsys.readouterr().err
+    (folder,) = (tmp_path / "runs").iterdir()
+    text = (folder / "metrics.csv").read_text()
+    assert "train/loss" in text.splitlines()[0]
+    assert len(text.splitlines()) >= 5
+    assert (folder / "checkpoints" / "last.ckpt").is_file()
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_overlay_trains(overlay, tmp_path):
+    base = OVERLAYS[overlay]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "okd_lightning", "fit", "--config", base, "--config", overlay),
+            *(*RUNS[base](tmp_path), *SHORT, "--trainer.default_root_dir", str(tmp_path / "run")),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "MEMBER: 2/2" in done.stderr
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
