@@ -40,7 +40,7 @@ class LastCheckpoint(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Save when the interval is full; never between micro-batches, whose gradient is not kept."""
+        """Save when the interval is full; never between micro-batches: gradients are not kept."""
         is_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if self.every_n_steps and is_step and trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
@@ -66,6 +66,8 @@ class LastCheckpoint(Checkpoint):
         self._save(trainer)
 
     def _save(self, trainer: lightning.Trainer) -> None:
+        if (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # within an optimizer step: its gradient would be lost
         if trainer.global_step == self._saved_at or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._saved_at = trainer.global_step
