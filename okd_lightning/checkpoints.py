@@ -69,6 +69,16 @@ def rng_state() -> dict[str, Any]:
     return state
 
 
+def rng_states(world_size: int) -> list[dict[str, Any]]:
+    """The streams of every rank, on all of them: only rank 0's part of a checkpoint is written."""
+    own = rng_state()
+    if world_size == 1:
+        return [own]
+    states: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(states, own)
+    return states
+
+
 def set_rng_state(state: Mapping[str, Any]) -> None:
     """Continue the streams of ``rng_state``."""
     torch.set_rng_state(state["torch"].cpu())

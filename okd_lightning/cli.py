@@ -11,6 +11,7 @@ from typing import Any
 
 import jsonargparse
 import lightning
+import torch
 import transformers
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -64,6 +65,12 @@ _EXPECTED_WARNINGS = (
     r"(?s).*instantiate_classes.*deprecated",  # ... in instantiate_classes
     r"`gradient_checkpointing_enable` is deprecated",  # its new name is younger than our oldest
     r"(?s).*skip_none parameter was deprecated",  # ours, for versions that know no skip_unset
+)
+
+
+_OUT_OF_MEMORY = (
+    "; lower --data.batch_size (with --data.global_batch_size the steps stay the same) or "
+    "--data.max_response_length, or set --model.gradient_checkpointing true"
 )
 
 
@@ -174,15 +181,13 @@ class DistillationCLI(LightningCLI):
             return
         folder = Path(self.trainer.default_root_dir)
         checkpoint = kwargs.get("ckpt_path")
-        if checkpoint is None:
-            prepared = start_run(folder)
-        else:
-            prepared = resume_run(folder, int(read_checkpoint(checkpoint)["global_step"]))
+        start = 0 if checkpoint is None else int(read_checkpoint(checkpoint)["global_step"])
+        prepared = start_run(folder) if checkpoint is None else resume_run(folder, start)
         try:
             (folder / CONFIG_FILE).write_text(self.model.run_config, encoding="utf-8")
             self.trainer.fit(**kwargs)
         except BaseException:
-            if not self.trainer.fit_loop.epoch_loop.batch_progress.current.processed:
+            if self.trainer.global_step <= start:
                 prepared.withdraw()
             raise
 
@@ -257,12 +262,16 @@ def run(arguments: Sequence[str], debug: bool = False) -> int:
     quiet_libraries()
     try:
         return _run(list(arguments))
-    except (OKDLightningError, MisconfigurationException) as error:
+    except (OSError, MisconfigurationException, OKDLightningError, torch.OutOfMemoryError) as error:
         if debug:
             raise
-        print(f"okd-lightning: {one_line(error)}", file=sys.stderr)
+        advice = _OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else ""
+        print(f"okd-lightning: {one_line(error)}{advice}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as error:
+        is_interrupt = isinstance(error, KeyboardInterrupt)  # Lightning makes an exit of it
+        if not is_interrupt and not isinstance(error.__context__, KeyboardInterrupt):
+            raise
         print("okd-lightning: interrupted", file=sys.stderr)
         return 130
 

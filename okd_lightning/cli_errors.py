@@ -252,8 +252,10 @@ def _not_accepted(complaint: _Complaint) -> str | None:
     option, path = found.group(1), found.group(2) or complaint.class_path
     name = (path or "it").rsplit(".", 1)[-1]
     accepted = _parameters_of(path)
-    known = f" (it takes {', '.join(accepted)})" if accepted else ""
-    return f"{name} has no setting {option!r}{_did_you_mean(option, accepted)}{known}"
+    hint = _did_you_mean(option, accepted)
+    is_worth_listing = accepted and not (hint and len(accepted) > _MOST_NAMES)
+    known = f" (it takes {', '.join(accepted)})" if is_worth_listing else ""
+    return f"{name} has no setting {option!r}{hint}{known}"
 
 
 def _no_such_class(complaint: _Complaint) -> str | None:

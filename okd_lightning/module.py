@@ -22,7 +22,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from okd_lightning.checkpoints import check_methods, rng_state, set_rng_state, weights_to_save
+from okd_lightning.checkpoints import check_methods, rng_states, set_rng_state, weights_to_save
 from okd_lightning.errors import CheckpointError, ConfigError
 from okd_lightning.losses import (
     DrawnLogProb,
@@ -53,7 +53,7 @@ from okd_lightning.reduction import normalise
 from okd_lightning.rollouts import NoiseStream, RolloutEngine, Sampling, TransformersEngine
 from okd_lightning.rollouts.engine import Author, Progress
 from okd_lightning.rollouts.rows import generation_records
-from okd_lightning.schedules import ScheduleName
+from okd_lightning.schedules import ScheduleName, schedule_factor
 
 
 class DistillationModule(lightning.LightningModule):
@@ -109,6 +109,12 @@ class DistillationModule(lightning.LightningModule):
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"model.{name} must be a number from 0 on, got {value}")
         self.strict_loading = False  # frozen weights are not in checkpoints; see on_load_checkpoint
+        schedule_factor(schedule, 1, 0, 1)  # refuses an unknown one
+        if isinstance(student, PreTrainedModel) and student is teacher:
+            raise ConfigError(
+                "student and teacher are the same object: the teacher is frozen, so the student would "
+                "not train; load it twice, or pass copy.deepcopy(student) as the teacher"
+            )
         self._sources = (student, teacher)  # a tuple: a loaded model is registered once, as student
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -128,6 +134,7 @@ class DistillationModule(lightning.LightningModule):
         self.student: PreTrainedModel | None = None
         self.teacher: PreTrainedModel | None = None
         self.terms: list[Term] = []
+        self._terms_of: int | None = None
         self._step_sums: dict[str, Tensor] = {}
         self._rng_to_restore: dict[str, Any] | None = None
         self.evaluation = measure_metrics()
@@ -178,6 +185,8 @@ class DistillationModule(lightning.LightningModule):
         Raises:
             ConfigError: Two terms of one name, or a term that needs a teacher where none is given.
         """
+        if self._terms_of != id(self._trainer):  # what a run that failed has left behind
+            self.terms, self._terms_of = [], id(self._trainer)
         if any(term is known for known in self.terms):
             return
         if any(term.name == known.name for known in self.terms):
@@ -372,7 +381,7 @@ class DistillationModule(lightning.LightningModule):
                 for name, value in self.trainer.callback_metrics.items()
                 if name.startswith("val/")
             },
-            "rng": rng_state(),
+            "rng": rng_states(self.trainer.world_size),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -386,7 +395,8 @@ class DistillationModule(lightning.LightningModule):
             raise CheckpointError("this checkpoint was not written by okd-lightning")
         if self.terms:
             check_methods(own["methods"], [type(term).__name__ for term in self.terms])
-            self._rng_to_restore = own["rng"]
+            own_rank = self.trainer.global_rank if len(own["rng"]) == self.trainer.world_size else 0
+            self._rng_to_restore = own["rng"][own_rank]
         weights = checkpoint["state_dict"]
         expected = weights_to_save(self, self.state_dict())
         missing = [
@@ -396,6 +406,12 @@ class DistillationModule(lightning.LightningModule):
             raise CheckpointError(
                 f"the checkpoint lacks {len(missing)} of the student's weights (such as "
                 f"{missing[0]}); it belongs to another model"
+            )
+        unknown = [n for n in weights if n.startswith("student.") and n not in expected]
+        if unknown:
+            raise CheckpointError(
+                f"the checkpoint holds {len(unknown)} weights that this run's student does not train "
+                f"(such as {unknown[0]}); it belongs to another model"
             )
         for name, value in expected.items():
             if name in weights and weights[name].shape != value.shape:

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from okd_lightning.errors import ConfigError
 from okd_lightning.schedules import ScheduleName, schedule_factor
 
 
@@ -57,6 +58,11 @@ def with_schedule(
 
     def factor(step: int) -> float:
         total = total_steps() if step else math.inf  # the factor of step 0 is the same for all
+        if step and math.isinf(total) and schedule != "constant":
+            raise ConfigError(
+                f"model.schedule {schedule} needs to know the run's end: give --trainer.max_epochs or "
+                "--trainer.max_steps, or the schedule constant"
+            )
         return schedule_factor(schedule, step, warmup_steps, total)
 
     return {

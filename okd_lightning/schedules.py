@@ -6,7 +6,9 @@ Owns the shapes; the optimizer's hook-up is the module's business. Steps are opt
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
+
+from okd_lightning.errors import ConfigError
 
 ScheduleName: TypeAlias = Literal["constant", "linear", "cosine"]
 
@@ -22,7 +24,14 @@ def schedule_factor(name: ScheduleName, step: int, warmup_steps: int, total_step
         step: Optimizer steps done so far, from 0.
         warmup_steps: Steps of warm-up; 0 for none.
         total_steps: Steps of the whole run.
+
+    Raises:
+        ConfigError: An unknown name.
     """
+    if name not in get_args(ScheduleName):
+        raise ConfigError(
+            f"model.schedule is {name!r}; expected one of {', '.join(get_args(ScheduleName))}"
+        )
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if name == "constant":

@@ -135,6 +135,16 @@ def test_a_killed_run_ends_like_the_other(hook, number, folders, truth, tmp_path
     check_identical((module, trainer), truth, losses)
 
 
+@pytest.mark.parametrize("number", [11, 12, 15])
+def test_a_run_whose_last_checkpoint_is_an_epochs_end(number, folders, truth, tmp_path):
+    """Lightning gives a loader its state back only in the middle of an epoch."""
+    train(tmp_path, folders, Killer("on_train_batch_start", number), every_n_steps=None)
+    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    module, trainer, losses = train(tmp_path, folders, None, last, None)
+    assert len(losses) == 10
+    check_identical((module, trainer), truth, losses)
+
+
 def test_no_checkpoint_is_half_of_a_step(folders, tmp_path):
     """Validation after 3 micro-batches of 2 a step: its gradient would be lost."""
     states = []

@@ -59,6 +59,10 @@ class ExactMatch(Callback):
         if not isinstance(data, RolloutDataModule):
             raise ConfigError("ExactMatch reads its prompts from a RolloutDataModule")
         examples = [e for e in data.examples(part).examples if e.response][: self.num_prompts]
+        if not examples:
+            raise ConfigError(
+                f"ExactMatch has nothing to compare with: no row of --data.{part} has a response"
+            )
         own = list(share(examples, trainer.global_rank, trainer.world_size))
         solved = sum(
             matches(answer, example.response, self.pattern)
@@ -71,7 +75,7 @@ class ExactMatch(Callback):
             total[0] / total[1],
             prog_bar=True,
             batch_size=1,
-            rank_zero_only=True,
+            sync_dist=True,  # the same on all ranks, and on all of them for "best"
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
 
 from okd_lightning.errors import ConfigError
 
@@ -65,11 +66,24 @@ class LastCheckpoint(Checkpoint):
         """Save at the end of the run."""
         self._save(trainer)
 
+    def on_exception(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        exception: BaseException,
+    ) -> None:
+        """Say where a run that was stopped can be taken up again."""
+        if self._saved_at >= 0:
+            rank_zero_info(f"resume: okd-lightning fit --ckpt_path {_path(trainer)}")
+
     def _save(self, trainer: lightning.Trainer) -> None:
         if (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # within an optimizer step: its gradient would be lost
         if trainer.global_step == self._saved_at or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._saved_at = trainer.global_step
-        path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-        trainer.save_checkpoint(path, weights_only=False)
+        trainer.save_checkpoint(_path(trainer), weights_only=False)
+
+
+def _path(trainer: lightning.Trainer) -> Path:
+    return Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"

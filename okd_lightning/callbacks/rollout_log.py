@@ -48,9 +48,9 @@ class RolloutLog(Callback):
         if trainer.global_step < self._next_step or not rows or not trainer.is_global_zero:
             return
         self._next_step = trainer.global_step + self.every_n_steps
-        with (Path(trainer.default_root_dir) / "rollouts.jsonl").open(
-            "a", encoding="utf-8"
-        ) as file:
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "rollouts.jsonl").open("a", encoding="utf-8") as file:
             for i in rows[: self.num_rows]:
                 ids = batch.input_ids[i, : batch.lengths[i]].tolist()
                 start = int(batch.prompt_lengths[i])

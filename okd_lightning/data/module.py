@@ -16,6 +16,7 @@ import lightning
 import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -157,6 +158,8 @@ class RolloutDataModule(lightning.LightningDataModule):
         self.subset = subset
         self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
         self._examples: dict[str, ExampleSet] = {}
+        self._train_loader: RolloutLoader | None = None
+        self._first_epoch = 0
 
     # ---------------------------------------------------------------- Lightning's hooks
 
@@ -178,6 +181,11 @@ class RolloutDataModule(lightning.LightningDataModule):
     def train_dataloader(self) -> RolloutLoader:
         """The loader of the run's methods, stateful and regenerated every epoch."""
         module, trainer = self._module, self._trainer
+        if any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ConfigError(
+                "GradientAccumulationScheduler changes the rows of an optimizer step in the middle of "
+                "a run; use --trainer.accumulate_grad_batches or --data.global_batch_size"
+            )
         plan = plan_for(module.terms)
         examples = self.examples("train", needs_response="dataset" in plan.sources)
         shape = LoaderShape(
@@ -190,7 +198,7 @@ class RolloutDataModule(lightning.LightningDataModule):
             samples_per_prompt=self.samples_per_prompt,
         )
         _announce(plan, shape)
-        return RolloutLoader(
+        self._train_loader = RolloutLoader(
             examples.examples,
             plan,
             shape,
@@ -202,6 +210,8 @@ class RolloutDataModule(lightning.LightningDataModule):
             gather=self._gather,
             progress=partial(rollout_progress, trainer),
         )
+        self._train_loader.start_at(self._first_epoch)
+        return self._train_loader
 
     def val_dataloader(self) -> list[GivenResponses | OwnResponses]:
         """Given responses, and the student's own to a fixed set of prompts."""
@@ -220,6 +230,21 @@ class RolloutDataModule(lightning.LightningDataModule):
         if self.sources["predict"] is None:
             raise DataError("nothing to predict: give --data.predict a file of prompts")
         return self._own_responses(self.examples("predict").examples, self.sampling)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch that comes next, or goes on.
+
+        Lightning gives the loader its own state back only in the middle of an epoch; after an
+        epoch's end a resumed run would begin with the first one's prompts, coins and noise.
+        """
+        loader = self._train_loader
+        return {"epoch": self._first_epoch if loader is None else loader.epoch_to_come}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Begin with that epoch, whether the loader exists by now or not."""
+        self._first_epoch = state_dict["epoch"]
+        if self._train_loader is not None:
+            self._train_loader.start_at(self._first_epoch)
 
     # ---------------------------------------------------------------- examples
 

@@ -161,8 +161,7 @@ class RolloutLoader:
 
     def __iter__(self) -> Iterator[DistillBatch]:
         if self._delivered >= len(self):
-            self._epoch, self._delivered = self._epoch + 1, 0
-            self._written, self._written_for = {}, 0
+            self.start_at(self._epoch + 1)
         turns = self._turns(self._epoch)
         accumulate = self.shape.accumulate_grad_batches
         for chunk_start in range(0, self.shape.steps_per_epoch, self.shape.steps_per_chunk):
@@ -173,6 +172,16 @@ class RolloutLoader:
                 self._written, self._written_for = {}, chunk_start
             for step, rows in enumerate(self._chunk(turns, chunk_start, chunk_end), chunk_start):
                 yield from self._step(step, rows)
+
+    @property
+    def epoch_to_come(self) -> int:
+        """The epoch of the next batch."""
+        return self._epoch + (self._delivered >= len(self))
+
+    def start_at(self, epoch: int) -> None:
+        """Begin with the first batch of an epoch."""
+        self._epoch, self._delivered = epoch, 0
+        self._written, self._written_for = {}, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, cursor and this chunk's rollouts, of all ranks."""

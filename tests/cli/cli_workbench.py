@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,10 +105,16 @@ def make_tokenizer(swapped: bool = False) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def save_model(folder: Path, seed: int, scale: float = 1.0, swapped: bool = False) -> None:
+def save_model(
+    folder: Path,
+    seed: int,
+    scale: float = 1.0,
+    swapped: bool = False,
+    fields: Mapping[str, int] = STUDENT_FIELDS,
+) -> None:
     """A random Llama with its tokenizer; ``scale`` sharpens its distributions."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=258, **STUDENT_FIELDS))
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=258, **fields))
     model.lm_head.weight.data.mul_(scale)
     model.save_pretrained(folder)
     make_tokenizer(swapped).save_pretrained(folder)

@@ -1,0 +1,80 @@
+"""Frozen here: what a shell sees.
+
+* ``--version``, ``--help`` and a mistyped command answer without torch;
+* a run's console output names the data, the steps, the folder and the next command, and holds no
+  library's chatter.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cli_workbench import LENGTHS, Assets
+
+import okd_lightning
+from okd_lightning.__main__ import COMMANDS, main
+
+WATCHED = """
+import sys
+from okd_lightning.__main__ import main
+status = main(sys.argv[1:])
+print("heavy:", sorted({"torch", "transformers", "lightning", "jsonargparse"} & set(sys.modules)))
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "words"),
+    [
+        (["--version"], 0, [f"okd-lightning {okd_lightning.__version__}"]),
+        (["--help"], 0, [*COMMANDS, "okd-lightning quickstart"]),
+        ([], 2, ["usage"]),
+        (["fitt"], 2, ["unknown command 'fitt'", "did you mean fit?"]),
+        (["--config", "x.yaml"], 2, ["unknown command '--config'"]),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value),
+)
+def test_answers_without_heavy_imports(argv: list[str], status: int, words: list[str]) -> None:
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", WATCHED, *argv], capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    assert done.returncode == status
+    assert "heavy: []" in done.stdout
+    assert all(word in done.stdout + done.stderr for word in words)
+    assert seconds < 1.5
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "quickstart"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    assert "--ckpt_path" in capsys.readouterr().out
+
+
+def test_a_whole_run_on_the_console(assets: Assets, tmp_path: Path) -> None:
+    """No table of sharding tips, no deprecations, no bars in a pipe; what matters, once each."""
+    command = [sys.executable, "-m", "okd_lightning", "fit", *assets.models, *LENGTHS]
+    command += ["--data.train", assets.train, "--data.val", assets.val, "--method", "GKD"]
+    command += ["--trainer.accelerator", "cpu", "--model.gradient_checkpointing", "true"]
+    command += ["--trainer.log_every_n_steps", "1"]
+    command += ["--trainer.default_root_dir", "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    text = done.stdout + done.stderr
+    for noise in ("Warning", "warning", "deprecated", "weights_only", "site-packages", "litlogger"):
+        assert noise not in text, text
+    for words in (
+        "train: 12 rows",
+        "an epoch is 6 optimizer steps of 2 rows",
+        "run folder: run",
+        "okd-lightning test --ckpt_path",
+        "okd-lightning export --ckpt_path",
+    ):
+        assert text.count(words) == 1, text

@@ -1,0 +1,195 @@
+"""Two gloo processes against one (METHODS.md, section 5, test 7).
+
+Frozen here, in one spawn: after several steps of KD and GKD the weights are the single process's at
+the same global batch, on both ranks, with a short last step and a rank that has no rows; the gradients
+of both ranks are equal after every backward pass; losses and validation measures are those of all
+ranks; a killed run resumes exactly, dropout included; LoRA and tied heads work.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import torch.multiprocessing as mp
+from lightning.pytorch.callbacks import Callback
+from peft import LoraConfig
+
+from okd_lightning.callbacks import GKD, KD, SFT, ExactMatch, LastCheckpoint
+from okd_lightning.data import RolloutDataModule
+from okd_lightning.module import DistillationModule
+
+RUNS = {
+    "KD": {"methods": lambda: [KD(temperature=2.0, cross_entropy_weight=0.2)]},
+    "GKD": {"methods": lambda: [GKD(0.5, on_policy_fraction=0.5)], "accumulate": 2},
+    "on-policy, chunks": {
+        "methods": lambda: [GKD(1.0, on_policy_fraction=1.0)],
+        "data": {"prompts_per_rollout": 8},
+    },
+    "mixed": {
+        "methods": lambda: [KD(weight=0.5), GKD(1.0, on_policy_fraction=1.0)],
+        "accumulate": 2,
+    },
+    "samples": {
+        "methods": lambda: [GKD(1.0, on_policy_fraction=1.0)],
+        "data": {"samples_per_prompt": 4},
+    },
+    "one prompt left": {"methods": lambda: [SFT()], "num": 9},
+    "LoRA": {"methods": lambda: [KD()], "adapter": True},
+}
+
+
+class Killed(Exception):
+    """What ends a run in the middle."""
+
+
+class Killer(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 3:
+            raise Killed
+
+
+class Gradients(Callback):
+    """The largest difference between this rank's gradients and rank 0's."""
+
+    def __init__(self):
+        self.largest = 0.0
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        for parameter in pl_module.student.parameters():
+            if parameter.grad is not None and torch.distributed.is_initialized():
+                other = parameter.grad.clone()
+                torch.distributed.broadcast(other, 0)
+                self.largest = max(self.largest, float((other - parameter.grad).abs().max()))
+
+
+def run(root: Path, devices: int, methods, num=22, accumulate=1, adapter=None, data=None, **more):
+    """4 rows an optimizer step and micro-batch over all ranks; weights, losses and measures."""
+    torch.manual_seed(3)
+    module = DistillationModule(
+        more.pop("student", None) or str(root / "student"),
+        str(root / "teacher"),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
+        student_adapter=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if adapter else None,
+    )
+    recorder, gradients = tiny.Recorder(), Gradients()
+    trainer = tiny.make_trainer(
+        root / f"run{devices}",
+        [*methods(), recorder, gradients, *more.pop("callbacks", [])],
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        accumulate_grad_batches=accumulate,
+        val_check_interval=2 * accumulate,
+        **{"max_steps": 4, "max_epochs": 2, **more.pop("settings", {})},
+    )
+    options = {"batch_size": 4 // devices, "max_response_length": 6, "seed": 7, "val_rollouts": 3}
+    loaders = RolloutDataModule(
+        tiny.make_rows(num), tiny.make_rows(5, seed=2), **{**options, **(data or {})}
+    )
+    try:
+        trainer.fit(module, loaders, ckpt_path=more.get("ckpt_path"))
+    except Killed:
+        pass
+    measures = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")}
+    return {
+        "weights": tiny.weights(module),
+        "losses": recorder.losses,
+        "measures": measures,
+        "difference": gradients.largest,
+        "steps": trainer.global_step,
+    }
+
+
+def resume(root: Path) -> list[dict]:
+    """A run of two ranks with dropout, whole and killed."""
+    found = []
+    for name, kill in (("whole", False), ("killed", True)):
+        settings = {
+            "student": str(root / "dropout"),
+            "methods": lambda: [GKD(0.5, on_policy_fraction=0.5)],
+            "accumulate": 2,
+            "data": {"prompts_per_rollout": 16},
+        }
+        folder = {"settings": {"default_root_dir": root / name, "max_steps": 6}}
+        saver = LastCheckpoint(every_n_steps=2)
+        callbacks = [saver, *([Killer()] if kill else [])]
+        found.append(run(root, 2, **settings, callbacks=callbacks, **folder))
+        if kill:
+            last = str(root / name / "checkpoints" / "last.ckpt")
+            callbacks = [LastCheckpoint(every_n_steps=2)]
+            found.append(run(root, 2, **settings, callbacks=callbacks, ckpt_path=last, **folder))
+    return found
+
+
+def of_one_rank(rank: int, root: Path, port: int) -> None:
+    """What a spawned process does."""
+    torch.set_num_threads(1)
+    os.environ.update(
+        LOCAL_RANK=str(rank),
+        NODE_RANK="0",
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    results = {name: run(root, 2, **settings) for name, settings in RUNS.items()}
+    results["exact match"] = run(root, 2, RUNS["KD"]["methods"], callbacks=[ExactMatch()])
+    results["resume"] = resume(root)
+    torch.save(results, root / f"rank{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_tokenizer):
+    root = tmp_path_factory.mktemp("ddp")
+    models = {
+        "student": tiny.make_llama(1, tie_word_embeddings=True),
+        "teacher": tiny.make_llama(2, tiny.TEACHER_ROWS),
+        "dropout": tiny.make_gpt2(3),
+    }
+    for name, model in models.items():
+        model.save_pretrained(root / name)
+        tiny_tokenizer.save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(of_one_rank, (folder, port), nprocs=2)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_do_what_one_does(name, folder, ranks):
+    alone = run(folder, 1, **RUNS[name])
+    for rank in ranks:
+        found = rank[name]
+        assert found["steps"] == alone["steps"]
+        assert found["difference"] == 0
+        assert tiny.distance(found["weights"], alone["weights"]) < 1e-5
+        for losses, expected in zip(found["losses"], alone["losses"], strict=True):
+            assert losses == pytest.approx(expected, rel=1e-4)
+        assert found["measures"].keys() == alone["measures"].keys()
+        assert found["measures"] == pytest.approx(alone["measures"], rel=1e-3)
+    moved = torch.load(folder / "rank0.pt", weights_only=False)[name]["losses"]
+    assert len(moved) == alone["steps"]
+
+
+def test_both_ranks_solve_their_share(folder, ranks):
+    alone = run(folder, 1, RUNS["KD"]["methods"], callbacks=[ExactMatch()])
+    for rank in ranks:
+        found = rank["exact match"]["measures"]["val/exact_match"]
+        assert found == alone["measures"]["val/exact_match"]
+
+
+def test_two_ranks_resume_exactly_with_dropout(ranks):
+    for rank in ranks:
+        whole, killed, resumed = rank["resume"]
+        assert (whole["steps"], killed["steps"], resumed["steps"]) == (6, 3, 6)
+        assert tiny.distance(killed["weights"], whole["weights"]) > 0
+        assert tiny.distance(resumed["weights"], whole["weights"]) == 0
