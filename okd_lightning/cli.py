@@ -48,10 +48,13 @@ from okd_lightning.run_folder import CONFIG_FILE, RunCSVLogger, resume_run, star
 _TRAINER_DEFAULTS = {
     "default_root_dir": "runs/default",
     "gradient_clip_val": 1.0,
-    "log_every_n_steps": 10,
+    "enable_model_summary": False,
+    "log_every_n_steps": 1,
     "num_sanity_val_steps": 0,
     "inference_mode": False,
 }
+
+_STEPS_BETWEEN_CHECKPOINTS = 100
 
 _EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # the teacher: it stays in eval mode on purpose
@@ -155,7 +158,7 @@ class DistillationCLI(LightningCLI):
             if not _has(configured, ModelCheckpoint):
                 configured.append(BestCheckpoint(Path(folder) / "checkpoints"))
             if not _has(configured, LastCheckpoint):
-                configured.append(LastCheckpoint())
+                configured.append(LastCheckpoint(every_n_steps=_STEPS_BETWEEN_CHECKPOINTS))
         if config["enable_progress_bar"] is not False and not _has(configured, ProgressBar):
             configured.append(RunProgressBar())
         monitors = (FiniteGuard, Throughput, RolloutLog, PredictionLog, StepIntervals)

@@ -16,13 +16,20 @@ from typing import Any, cast
 import lightning
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
 from torch import Tensor
 from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from okd_lightning.checkpoints import check_methods, rng_states, set_rng_state, weights_to_save
+from okd_lightning.checkpoints import (
+    check_methods,
+    close_epoch,
+    rng_states,
+    set_rng_state,
+    weights_to_save,
+)
 from okd_lightning.errors import CheckpointError, ConfigError
 from okd_lightning.losses import (
     DrawnLogProb,
@@ -112,8 +119,8 @@ class DistillationModule(lightning.LightningModule):
         schedule_factor(schedule, 1, 0, 1)  # refuses an unknown one
         if isinstance(student, PreTrainedModel) and student is teacher:
             raise ConfigError(
-                "student and teacher are the same object: the teacher is frozen, so the student would "
-                "not train; load it twice, or pass copy.deepcopy(student) as the teacher"
+                "student and teacher are the same object: the teacher is frozen, so the student "
+                "would not train; load it twice, or pass copy.deepcopy(student) as the teacher"
             )
         self._sources = (student, teacher)  # a tuple: a loaded model is registered once, as student
         self.learning_rate = learning_rate
@@ -397,6 +404,7 @@ class DistillationModule(lightning.LightningModule):
             check_methods(own["methods"], [type(term).__name__ for term in self.terms])
             own_rank = self.trainer.global_rank if len(own["rng"]) == self.trainer.world_size else 0
             self._rng_to_restore = own["rng"][own_rank]
+            close_epoch(checkpoint)
         weights = checkpoint["state_dict"]
         expected = weights_to_save(self, self.state_dict())
         missing = [
@@ -410,7 +418,7 @@ class DistillationModule(lightning.LightningModule):
         unknown = [n for n in weights if n.startswith("student.") and n not in expected]
         if unknown:
             raise CheckpointError(
-                f"the checkpoint holds {len(unknown)} weights that this run's student does not train "
+                f"the checkpoint holds {len(unknown)} weights that this run does not train "
                 f"(such as {unknown[0]}); it belongs to another model"
             )
         for name, value in expected.items():
@@ -419,6 +427,14 @@ class DistillationModule(lightning.LightningModule):
                     f"{name} is {list(weights[name].shape)} in the checkpoint and "
                     f"{list(value.shape)} in this run; it belongs to another model"
                 )
+
+    def on_fit_start(self) -> None:
+        """Say what is trained."""
+        for name, model in (("student", self.student), ("teacher", self.teacher)):
+            if model is not None:
+                sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+                total, trained = sum(n for n, _ in sizes), sum(n for n, t in sizes if t)
+                rank_zero_info(f"{name}: {total:,} parameters, {trained:,} trained")
 
     def on_train_batch_start(self, batch: DistillBatch, batch_idx: int) -> None:
         """Continue the random streams of a resumed run (dropout), once."""

@@ -60,8 +60,8 @@ def with_schedule(
         total = total_steps() if step else math.inf  # the factor of step 0 is the same for all
         if step and math.isinf(total) and schedule != "constant":
             raise ConfigError(
-                f"model.schedule {schedule} needs to know the run's end: give --trainer.max_epochs or "
-                "--trainer.max_steps, or the schedule constant"
+                f"model.schedule {schedule} needs to know the run's end: give "
+                "--trainer.max_epochs or --trainer.max_steps, or the schedule constant"
             )
         return schedule_factor(schedule, step, warmup_steps, total)
 

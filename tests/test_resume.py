@@ -145,6 +145,29 @@ def test_a_run_whose_last_checkpoint_is_an_epochs_end(number, folders, truth, tm
     check_identical((module, trainer), truth, losses)
 
 
+@pytest.mark.parametrize("val_check_interval", [None, 4])
+def test_a_finished_run_goes_on_with_more_epochs(val_check_interval, folders, tmp_path):
+    def run(root, max_epochs, ckpt_path=None):
+        module = DistillationModule(*map(str, folders), learning_rate=3e-3)
+        callbacks = [GKD(0.5), LastCheckpoint()]
+        val = {"val_check_interval": val_check_interval} if val_check_interval else {}
+        trainer = tiny.make_trainer(root, callbacks, max_epochs=max_epochs, **val)
+        settings = {"max_response_length": 6, "val_rollouts": 2, "seed": 7, "batch_size": 4}
+        data = RolloutDataModule(tiny.make_rows(19), tiny.make_rows(3), **settings)
+        trainer.fit(module, data, ckpt_path=ckpt_path)
+        return tiny.weights(module), trainer.global_step
+
+    torch.manual_seed(0)
+    whole, steps = run(tmp_path / "a", 3)
+    torch.manual_seed(0)
+    run(tmp_path / "b", 1)
+    path = str(tmp_path / "b" / "checkpoints" / "last.ckpt")
+    for max_epochs in (2, 3):
+        resumed, resumed_steps = run(tmp_path / "b", max_epochs, path)
+    assert (steps, resumed_steps) == (15, 15)
+    assert tiny.distance(resumed, whole) == 0
+
+
 def test_no_checkpoint_is_half_of_a_step(folders, tmp_path):
     """Validation after 3 micro-batches of 2 a step: its gradient would be lost."""
     states = []
@@ -162,9 +185,7 @@ def test_no_checkpoint_is_half_of_a_step(folders, tmp_path):
     trainer = tiny.make_trainer(
         tmp_path, [KD(), Keep(1)], accumulate_grad_batches=2, val_check_interval=3
     )
-    data = RolloutDataModule(
-        tiny.make_rows(16), tiny.make_rows(3), batch_size=2, seed=7, **SHORT
-    )
+    data = RolloutDataModule(tiny.make_rows(16), tiny.make_rows(3), batch_size=2, seed=7, **SHORT)
     trainer.fit(module, data)
     assert {state["global_step"] for state in states} == {1, 2, 3, 4}
     for state in states:
@@ -192,13 +213,25 @@ def test_a_run_that_is_killed_again_and_again(every_n_steps, folders, truth, tmp
         ("on_train_batch_start", 9),
         ("on_validation_end", 2),
         ("on_train_epoch_end", 1),
+        ("on_train_batch_start", 11),
         ("on_train_batch_start", 13),
     ],
 )
 @pytest.mark.parametrize("interval", [1.0, 4], ids=["every epoch", "in the middle"])
-def test_validation_does_not_disturb_a_resume(hook, number, interval, folders, truth, tmp_path):
+@pytest.mark.parametrize("every", [None, 2])
+def test_validation_does_not_disturb_a_resume(
+    hook, number, interval, every, folders, truth, tmp_path
+):
     settings = {"val": tiny.make_rows(4, seed=1), "val_check_interval": interval}
-    train(tmp_path, folders, Killer(hook, number), every_n_steps=2, **settings)
+    train(tmp_path, folders, Killer(hook, number), every_n_steps=every, **settings)
+    if not (tmp_path / "checkpoints" / "last.ckpt").exists():
+        assert every is None
+        assert (hook, number) in (
+            ("on_validation_start", 1),
+            ("on_validation_end", 1),
+            ("on_train_batch_start", 9),
+        )
+        return
     last = str(tmp_path / "checkpoints" / "last.ckpt")
     module, trainer, losses = train(tmp_path, folders, ckpt_path=last, **settings)
     assert losses or (hook, number) == ("on_validation_end", 2)

@@ -41,9 +41,13 @@ class LastCheckpoint(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Save when the interval is full; never between micro-batches: gradients are not kept."""
-        is_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if self.every_n_steps and is_step and trainer.global_step % self.every_n_steps == 0:
+        """Save when the interval is full, and behind the last batch of an epoch.
+
+        Not in ``on_train_epoch_end``: where the last validation was in the middle of the epoch,
+        Lightning counts the epoch of such a checkpoint twice, and a resumed run ends too early.
+        """
+        is_due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
+        if is_due or trainer.is_last_batch:
             self._save(trainer)
 
     def on_validation_end(
@@ -53,12 +57,6 @@ class LastCheckpoint(Checkpoint):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._saved_at = -1
             self._save(trainer)
-
-    def on_train_epoch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
-        """Save at the end of the epoch."""
-        self._save(trainer)
 
     def on_train_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule

@@ -15,8 +15,8 @@ from typing import Any, Protocol, cast
 import lightning
 import numpy as np
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -183,8 +183,8 @@ class RolloutDataModule(lightning.LightningDataModule):
         module, trainer = self._module, self._trainer
         if any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):  # type: ignore[attr-defined]
             raise ConfigError(
-                "GradientAccumulationScheduler changes the rows of an optimizer step in the middle of "
-                "a run; use --trainer.accumulate_grad_batches or --data.global_batch_size"
+                "GradientAccumulationScheduler changes the rows of an optimizer step during a run; "
+                "use --trainer.accumulate_grad_batches or --data.global_batch_size"
             )
         plan = plan_for(module.terms)
         examples = self.examples("train", needs_response="dataset" in plan.sources)

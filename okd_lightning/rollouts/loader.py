@@ -253,7 +253,7 @@ class RolloutLoader:
         return chunk
 
     def _own_turns(self, turns: list[_Turn], step: int) -> list[tuple[_Turn, Any]]:
-        """This rank's rows of a step: as many of a prompt as are written to it, or its given one."""
+        """This rank's rows of a step: every sample of a prompt, or its given response."""
         per_step = self.shape.prompts_per_step
         of_step = turns[step * per_step : (step + 1) * per_step]
         number = self._epoch * self.shape.steps_per_epoch + step
