@@ -135,6 +135,9 @@ def add_adapter(model: PreTrainedModel, adapter: PeftConfig, option: str) -> Non
     adapter.task_type = adapter.task_type or "CAUSAL_LM"
     try:
         model.add_adapter(adapter)
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # the base may be bfloat16; what is trained is not
+                parameter.data = parameter.data.float()
     except ValueError as error:
         layers = sorted(
             {
