@@ -194,7 +194,8 @@ class DistillationModule(lightning.LightningModule):
         assert self.teacher is not None
         assert self.online_module is not None
         option = "--method.online_module"
-        self.teacher = attach_online_module(self.teacher, self.online_module.config, option)
+        adapted = attach_online_module(self.teacher, self.online_module.config, option)
+        self.teacher = cast(PreTrainedModel, adapted)  # a PeftModel answers as one
         self._has_online_module = True
 
     def as_base_teacher(self) -> AbstractContextManager[None]:
@@ -314,7 +315,7 @@ class DistillationModule(lightning.LightningModule):
         model = self.student if author == "student" else self.teacher
         assert model is not None
         if isinstance(model, PeftModel):
-            model = model.get_base_model()
+            model = cast(PreTrainedModel, model.get_base_model())
         was_training = model.training
         model.eval()
         precision = self._trainer.precision_plugin.forward_context if self._trainer else nullcontext
