@@ -440,6 +440,7 @@ class DistillationModule(lightning.LightningModule):
         checkpoint["state_dict"] = weights_to_save(self, checkpoint["state_dict"])
         checkpoint["okd_lightning"] = {
             "config": self.run_config,
+            "online_module": None if self.online_module is None else self.online_module.to_dict(),
             "methods": [type(term).__name__ for term in self.terms],
             "metrics": {
                 name: float(value)

@@ -20,6 +20,7 @@ from okd_lightning.callbacks.okd import OKD
 from okd_lightning.callbacks.predictions import PredictionLog
 from okd_lightning.callbacks.rollout_log import RolloutLog
 from okd_lightning.callbacks.sft import SFT
+from okd_lightning.callbacks.teacher_drift import TeacherDrift
 from okd_lightning.callbacks.throughput import Throughput
 
 __all__ = [
@@ -35,5 +36,6 @@ __all__ = [
     "LastCheckpoint",
     "PredictionLog",
     "RolloutLog",
+    "TeacherDrift",
     "Throughput",
 ]

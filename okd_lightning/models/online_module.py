@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -34,6 +35,14 @@ class OnlineModuleSettings:
     config: PeftConfig
     learning_rate: float | None = None
     clip_norm: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The completed config in primitives, as a checkpoint holds it."""
+        values = _completed(self.config).to_dict()
+        return {
+            key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
+            for key, value in values.items()
+        }
 
 
 def attach_online_module(

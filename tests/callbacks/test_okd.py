@@ -128,7 +128,7 @@ def test_base_stays_and_module_moves(tmp_path, kind):
             named = pl_module.teacher.named_parameters()
             trained.update({n: p.detach().clone() for n, p in named if p.requires_grad})
 
-    module, trainer = fit(tmp_path, [OKD(online_module=CONFIGS[kind]()), Watch()])
+    module, _ = fit(tmp_path, [OKD(online_module=CONFIGS[kind]()), Watch()])
     after = dict(module.teacher.named_parameters())
     for name, value in base.items():
         found = [v for n, v in after.items() if n.replace(".base_layer", "").endswith(name)]
@@ -221,8 +221,8 @@ def test_refusals(tmp_path):
         OKD(learning_rate=0.0)
     with pytest.raises(ConfigError, match=r"nope.*down_proj.*q_proj"):
         fit(tmp_path, [OKD(online_module=LoraConfig(target_modules=["nope"]))])
+    one, two = LoraConfig(r=2, lora_alpha=2), LoraConfig(r=4, lora_alpha=4)
     with pytest.raises(ConfigError, match="different online modules"):
-        one, two = LoraConfig(r=2, lora_alpha=2), LoraConfig(r=4, lora_alpha=4)
         fit(tmp_path, [OKD(online_module=one), OKD(online_module=two, name="other")])
 
 
