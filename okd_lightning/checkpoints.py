@@ -22,18 +22,17 @@ def weights_to_save(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict
         module: A DistillationModule with both models built.
         state_dict: Its full state.
     """
-    frozen = {
-        name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad
-    }
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    frozen = parameters.keys() - trained
     kept = {}
     for name, value in state_dict.items():
-        source = module.teacher_source if name.startswith("teacher.") else module.student_source
+        is_teacher = name.startswith("teacher.")
+        source = module.teacher_source if is_teacher else module.student_source
         is_reloadable = not isinstance(source, Mapping)
-        if name.startswith("teacher.") and is_reloadable:
-            continue
-        if name in frozen and is_reloadable:
-            continue
-        kept[name] = value
+        is_trained = name in trained
+        if is_trained or not is_reloadable or not (is_teacher or name in frozen):
+            kept[name] = value
     return kept
 
 

@@ -27,6 +27,7 @@ from okd_lightning.callbacks import (
     LastCheckpoint,
     PredictionLog,
     RolloutLog,
+    TeacherDrift,
     Throughput,
 )
 from okd_lightning.callbacks.progress_bar import RunProgressBar
@@ -36,7 +37,7 @@ from okd_lightning.cli_arguments import prepare
 from okd_lightning.cli_errors import instantiate, one_line, parse, readable_constructors
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import OKDLightningError, UsageError
-from okd_lightning.export import AdapterForm, export_student
+from okd_lightning.export import AdapterForm, ExportPart, export_online_module, export_student
 from okd_lightning.module import DistillationModule
 from okd_lightning.quickstart.command import (
     quickstart_command,
@@ -161,7 +162,7 @@ class DistillationCLI(LightningCLI):
                 configured.append(LastCheckpoint(every_n_steps=_STEPS_BETWEEN_CHECKPOINTS))
         if config["enable_progress_bar"] is not False and not _has(configured, ProgressBar):
             configured.append(RunProgressBar())
-        monitors = (FiniteGuard, Throughput, RolloutLog, PredictionLog, StepIntervals)
+        monitors = (FiniteGuard, TeacherDrift, Throughput, RolloutLog, PredictionLog, StepIntervals)
         configured += [kind() for kind in monitors if not _has(configured, kind)]
         self.model.run_config = yaml.safe_dump(self.resolved_config(), sort_keys=False)
         return self.trainer_class(**{**config, **kwargs, "callbacks": configured})
@@ -297,20 +298,26 @@ def _export(arguments: list[str]) -> int:
         prog="okd-lightning export",
         exit_on_error=False,
         allow_abbrev=False,
-        description="Write a checkpoint's student as a Hugging Face folder.",
+        description="Write a checkpoint's student (or online module) as a Hugging Face folder.",
     )
     parser.add_argument("--ckpt_path", type=str, required=True, help="a checkpoint of fit")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument(
         "--adapter", type=AdapterForm, default="merged", help="a LoRA student: merged, or apart"
     )
+    parser.add_argument(
+        "--what", type=ExportPart, default="student", help="the student, or OKD's online module"
+    )
     options = parse(parser, arguments, list(parser._option_string_actions))
     checkpoint = read_checkpoint(options.ckpt_path)
     _, _, text = prepare(["fit", "--ckpt_path", options.ckpt_path])[:3]
     model_only = yaml.safe_dump({"model": yaml.safe_load(text)["model"]})
     cli = DistillationCLI(args=["--config", model_only], run=False)
-    export_student(cli.model, checkpoint, options.out, options.adapter)
-    print(f"student written to {options.out}")
+    if options.what == "online_module":
+        export_online_module(cli.model, checkpoint, options.out)
+    else:
+        export_student(cli.model, checkpoint, options.out, options.adapter)
+    print(f"{options.what} written to {options.out}")
     return 0
 
 

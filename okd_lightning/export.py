@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import yaml
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 
 from okd_lightning import __version__
-from okd_lightning.models import load_causal_lm, load_model_config
+from okd_lightning.errors import CheckpointError
+from okd_lightning.models import OnlineModuleSettings, load_causal_lm, load_model_config
 from okd_lightning.module import DistillationModule
 from okd_lightning.run_folder import require_writable
 
+ExportPart: TypeAlias = Literal["student", "online_module"]
 AdapterForm: TypeAlias = Literal["merged", "apart"]
 
 
@@ -53,6 +55,42 @@ def export_student(
     student.save_pretrained(out)
     module.tokenizer.save_pretrained(out)
     (out / "README.md").write_text(model_card(checkpoint))
+
+
+def export_online_module(
+    module: DistillationModule, checkpoint: Mapping[str, Any], out: Path
+) -> None:
+    """Write the teacher's online module as a PEFT folder, with the tokenizer and base config.
+
+    ``PeftModel.from_pretrained(teacher, out)`` loads it; a LoRA module's folder can also be
+    given as ``--model.teacher`` again.
+
+    Args:
+        module: Built from the checkpoint's config; its weights are loaded here.
+        checkpoint: From ``read_checkpoint``.
+        out: The folder to write.
+
+    Raises:
+        CheckpointError: The checkpoint holds no online module, or is of another model.
+        OutputError: The folder cannot be written.
+    """
+    config = checkpoint["okd_lightning"].get("online_module")
+    if config is None:
+        raise CheckpointError(
+            "this checkpoint holds no online module: only a run of OKD trains one; "
+            "export the student with --what student"
+        )
+    require_writable(out, "--out")
+    module.add_online_module(OnlineModuleSettings(PeftConfig.from_peft_type(**config)))
+    module.configure_model()
+    module.on_load_checkpoint(dict(checkpoint))
+    module.load_state_dict(checkpoint["state_dict"], strict=False)
+    assert module.teacher is not None
+    for own in module.teacher.peft_config.values():
+        own.base_model_name_or_path = str(module.teacher_source)
+    module.teacher.save_pretrained(out)
+    module.teacher.config.save_pretrained(out)
+    module.tokenizer.save_pretrained(out)
 
 
 def model_card(checkpoint: Mapping[str, Any]) -> str:

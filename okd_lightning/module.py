@@ -8,8 +8,8 @@ free for a subclass.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -18,8 +18,10 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from peft import PeftConfig
-from torch import Tensor
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
 from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -39,13 +41,16 @@ from okd_lightning.losses import (
     Term,
     measure,
 )
-from okd_lightning.metrics import measure_metrics, measures
+from okd_lightning.metrics import adapted_measures, measure_metrics, measures
 from okd_lightning.models import (
     DTypeName,
     LMHead,
     ModelArgument,
     ModelSource,
+    OnlineModuleSettings,
     add_adapter,
+    attach_online_module,
+    base_teacher,
     check_pair,
     eos_token_ids,
     find_tokenizer,
@@ -142,6 +147,8 @@ class DistillationModule(lightning.LightningModule):
         self.teacher: PreTrainedModel | None = None
         self.terms: list[Term] = []
         self._terms_of: int | None = None
+        self.online_module: OnlineModuleSettings | None = None
+        self._has_online_module = False
         self._step_sums: dict[str, Tensor] = {}
         self._rng_to_restore: dict[str, Any] | None = None
         self.evaluation = measure_metrics()
@@ -178,6 +185,38 @@ class DistillationModule(lightning.LightningModule):
                 self.teacher_source, config, "--model.teacher", dtype=self.teacher_dtype_name
             )
             self.teacher.requires_grad_(False).eval()
+            if self.online_module is not None:
+                self._attach_online_module()
+
+    def add_online_module(self, settings: OnlineModuleSettings) -> None:
+        """Put a trainable module on the teacher; callbacks call this at ``setup``.
+
+        Raises:
+            ConfigError: No teacher, or two methods that ask for different modules.
+        """
+        if self.online_module is not None and self.online_module != settings:
+            raise ConfigError(
+                "two methods ask for different online modules on one teacher; give both the same"
+            )
+        if self.teacher_source is None:
+            raise ConfigError("an online module needs a teacher: give --model.teacher")
+        self.online_module = settings
+        if self.teacher is not None and not self._has_online_module:
+            self._attach_online_module()
+
+    def _attach_online_module(self) -> None:
+        assert self.teacher is not None
+        assert self.online_module is not None
+        option = "--method.online_module"
+        adapted = attach_online_module(self.teacher, self.online_module.config, option)
+        self.teacher = cast(PreTrainedModel, adapted)  # a PeftModel answers as one
+        self._has_online_module = True
+
+    def as_base_teacher(self) -> AbstractContextManager[None]:
+        """Within it the teacher is the base one, without its online module."""
+        if self.teacher is None or not self._has_online_module:
+            return nullcontext()
+        return base_teacher(self.teacher)
 
     def train(self, mode: bool = True) -> DistillationModule:
         """Training mode for the student; the teacher stays in eval mode."""
@@ -213,9 +252,15 @@ class DistillationModule(lightning.LightningModule):
         self.terms = []
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """One optimizer over the student's trainable weights, and its schedule."""
+        """One optimizer over the student and the online module, and its schedule."""
+        online = self.online_module
         optimizer = build_optimizer(
-            self.parameters(), self.learning_rate, self.weight_decay, self.optimizer_factory
+            self._parameters_of(self.student),
+            self._parameters_of(self.teacher),
+            self.learning_rate,
+            self.weight_decay,
+            online.learning_rate if online is not None else None,
+            self.optimizer_factory,
         )
         trainer = self.trainer
         return with_schedule(
@@ -225,19 +270,40 @@ class DistillationModule(lightning.LightningModule):
             total_steps=lambda: trainer.estimated_stepping_batches,
         )
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the student by the Trainer's value and the online module by its own norm."""
+        if self.online_module is None or gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        own = self.online_module.clip_norm
+        sides = ((self.student, gradient_clip_val), (self.teacher, own or gradient_clip_val))
+        for side, limit in sides:
+            if limit:
+                clip_grad_norm_(self._parameters_of(side), limit)
+
+    def _parameters_of(self, side: nn.Module | None) -> list[nn.Parameter]:
+        return [p for p in side.parameters() if p.requires_grad] if side is not None else []
+
     # ---------------------------------------------------------------- measuring
 
     def measure(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Measured:
         """Run the models once over a batch and measure at its masked-in positions.
 
-        The student runs in the caller's gradient mode; the teacher runs without gradient.
+        The student runs in the caller's gradient mode; the teacher runs without gradient, but
+        where a quantity trains its online module.
         """
         mask = batch.mask[:, 1:]
         targets = batch.input_ids[:, 1:][mask]
         student = self._side(self.student, batch, mask)
         teacher = None
         if any(quantity.needs_teacher for quantity in quantities):
-            with torch.no_grad():
+            learns = torch.is_grad_enabled() and any(q.trains_teacher for q in quantities)
+            with torch.set_grad_enabled(learns):
                 teacher = self._side(self.teacher, batch, mask)
         rows = torch.arange(len(batch), device=mask.device)[:, None].expand_as(mask)[mask]
         return Measured(
@@ -264,11 +330,13 @@ class DistillationModule(lightning.LightningModule):
         """Responses by the student or the teacher, in eval mode and without gradient."""
         model = self.student if author == "student" else self.teacher
         assert model is not None
+        if isinstance(model, PeftModel):
+            model = cast(PreTrainedModel, model.get_base_model())
         was_training = model.training
         model.eval()
         precision = self._trainer.precision_plugin.forward_context if self._trainer else nullcontext
         try:
-            with torch.no_grad(), precision():
+            with torch.no_grad(), precision(), self.as_base_teacher():
                 return self.build_engine(model).generate(
                     prompts, sampling, generator, max_new_tokens, progress
                 )
@@ -360,7 +428,13 @@ class DistillationModule(lightning.LightningModule):
     def _evaluate(self, stage: str, batch: DistillBatch, dataloader_idx: int) -> None:
         is_own = SOURCES[int(batch.source[0])] == "student"
         wanted = measures(stage, is_own, has_teacher=self.teacher is not None)
-        measured = self.measure(batch, tuple(wanted.values()))
+        with self.as_base_teacher():
+            self._update_measures(wanted, self.measure(batch, tuple(wanted.values())))
+        if self._has_online_module and not is_own:
+            wanted = adapted_measures(stage)
+            self._update_measures(wanted, self.measure(batch, tuple(wanted.values())))
+
+    def _update_measures(self, wanted: Mapping[str, Quantity], measured: Measured) -> None:
         for name, quantity in wanted.items():
             values = measured[quantity]
             metric = cast(Metric, self.evaluation[name])
@@ -382,6 +456,7 @@ class DistillationModule(lightning.LightningModule):
         checkpoint["state_dict"] = weights_to_save(self, checkpoint["state_dict"])
         checkpoint["okd_lightning"] = {
             "config": self.run_config,
+            "online_module": None if self.online_module is None else self.online_module.to_dict(),
             "methods": [type(term).__name__ for term in self.terms],
             "metrics": {
                 name: float(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -16,25 +17,37 @@ from okd_lightning.schedules import ScheduleName, schedule_factor
 
 
 def build_optimizer(
-    parameters: Iterable[Parameter],
+    student: Iterable[Parameter],
+    online_module: Iterable[Parameter],
     learning_rate: float,
     weight_decay: float,
+    online_learning_rate: float | None = None,
     factory: OptimizerCallable | None = None,
 ) -> Optimizer:
-    """AdamW over the trainable parameters, or what ``factory`` makes of them.
+    """AdamW over the trainable parameters of both sides, or what ``factory`` makes of them.
 
     Args:
-        parameters: Of the module; frozen ones are left out.
-        learning_rate: Before the schedule.
-        weight_decay: On matrices only, not on biases and norms.
-        factory: A full optimizer; brings its own rate and decay.
+        student: Its parameters; frozen ones are left out.
+        online_module: The teacher's; only the online module's are trainable, if there is one.
+        learning_rate: Of the student, before the schedule.
+        weight_decay: On matrices only, not on biases and norms; none on the online module.
+        online_learning_rate: Of the online module; None for the student's.
+        factory: A full optimizer; brings its own rate and decay for the student.
     """
-    trainable = [p for p in parameters if p.requires_grad]
+    trainable = [p for p in student if p.requires_grad]
+    own_rate = {} if online_learning_rate is None else {"lr": online_learning_rate}
+    online: dict[str, Any] = {
+        "params": [p for p in online_module if p.requires_grad],
+        "weight_decay": 0.0,
+        **own_rate,
+    }
     if factory is not None:
-        return factory([{"params": trainable}])
+        groups: list[dict[str, Any]] = [{"params": trainable}, online]
+        return factory([group for group in groups if group["params"]])
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        online,
     ]
     return AdamW([group for group in groups if group["params"]], lr=learning_rate)
 

@@ -2,7 +2,7 @@
 
 * ``base``: ``DistillationCallback``, the contract of a method.
 * ``divergence``: ``DivergenceCallback``, the brick of every exact method.
-* ``sft``, ``kd``, ``gkd``: the published methods, as constructions with their defaults.
+* ``sft``, ``kd``, ``gkd``, ``okd``: the published methods, as constructions with their defaults.
 * monitors: ``exact_match`` (task accuracy), ``rollout_log`` (samples on disk), ``predictions``
   (generations on disk), ``finite_guard`` (stop before a broken step), ``best_checkpoint``,
   ``last_checkpoint``, ``throughput``, ``step_intervals``.
@@ -16,14 +16,17 @@ from okd_lightning.callbacks.finite_guard import FiniteGuard
 from okd_lightning.callbacks.gkd import GKD
 from okd_lightning.callbacks.kd import KD
 from okd_lightning.callbacks.last_checkpoint import LastCheckpoint
+from okd_lightning.callbacks.okd import OKD
 from okd_lightning.callbacks.predictions import PredictionLog
 from okd_lightning.callbacks.rollout_log import RolloutLog
 from okd_lightning.callbacks.sft import SFT
+from okd_lightning.callbacks.teacher_drift import TeacherDrift
 from okd_lightning.callbacks.throughput import Throughput
 
 __all__ = [
     "GKD",
     "KD",
+    "OKD",
     "SFT",
     "BestCheckpoint",
     "DistillationCallback",
@@ -33,5 +36,6 @@ __all__ = [
     "LastCheckpoint",
     "PredictionLog",
     "RolloutLog",
+    "TeacherDrift",
     "Throughput",
 ]

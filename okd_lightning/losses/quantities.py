@@ -65,9 +65,11 @@ class Quantity(ABC):
 
     Attributes:
         needs_teacher: Whether the teacher has to be run for it.
+        trains_teacher: Whether gradient flows to the teacher's online module.
     """
 
     needs_teacher: bool
+    trains_teacher: bool = False
 
     @abstractmethod
     def measure(self, tile: Tile) -> PositionValues:
@@ -84,6 +86,11 @@ class ExactDivergence(Quantity):
     divergence: Divergence
     learner: ModelRole = "student"
     needs_teacher = True
+
+    @property
+    def trains_teacher(self) -> bool:  # type: ignore[override]
+        """Where the teacher is the learner."""
+        return self.learner == "teacher"
 
     def measure(self, tile: Tile) -> PositionValues:
         """[positions] nats."""
@@ -102,6 +109,11 @@ class DrawnLogProb(Quantity):
     @property
     def needs_teacher(self) -> bool:  # type: ignore[override]
         """Only for the teacher's own log-probability."""
+        return self.role == "teacher"
+
+    @property
+    def trains_teacher(self) -> bool:  # type: ignore[override]
+        """Only the teacher's own log-probability."""
         return self.role == "teacher"
 
     def measure(self, tile: Tile) -> PositionValues:

@@ -5,6 +5,6 @@
 """
 
 from okd_lightning.metrics.exact_match import final_answer, matches
-from okd_lightning.metrics.measures import measure_metrics, measures
+from okd_lightning.metrics.measures import adapted_measures, measure_metrics, measures
 
-__all__ = ["final_answer", "matches", "measure_metrics", "measures"]
+__all__ = ["adapted_measures", "final_answer", "matches", "measure_metrics", "measures"]

@@ -20,6 +20,7 @@ _AGAINST_TEACHER: Mapping[str, Quantity] = {
     "jsd": ExactDivergence(JensenShannon(0.5)),
     "agreement": Agreement(),
 }
+_TEACHER_FIT: Mapping[str, Quantity] = {"teacher_cross_entropy": DrawnLogProb("teacher")}
 _ON_GIVEN: Mapping[str, Quantity] = {"cross_entropy": DrawnLogProb()}
 _ON_OWN: Mapping[str, Quantity] = {"entropy": Entropy()}
 
@@ -33,8 +34,16 @@ def measures(stage: str, is_own: bool, has_teacher: bool) -> dict[str, Quantity]
         has_teacher: Without a teacher only the student's own numbers are taken.
     """
     prefix = f"{stage}/on_policy_" if is_own else f"{stage}/"
-    quantities = {**(_AGAINST_TEACHER if has_teacher else {}), **(_ON_OWN if is_own else _ON_GIVEN)}
+    quantities = dict(_ON_OWN if is_own else _ON_GIVEN)
+    if has_teacher:
+        quantities |= _AGAINST_TEACHER if is_own else {**_AGAINST_TEACHER, **_TEACHER_FIT}
     return {prefix + name: quantity for name, quantity in quantities.items()}
+
+
+def adapted_measures(stage: str) -> dict[str, Quantity]:
+    """Metric name → quantity, against the adapted teacher on given responses (OKD)."""
+    quantities = {**_AGAINST_TEACHER, **_TEACHER_FIT}
+    return {f"{stage}/adapted_{name}": quantity for name, quantity in quantities.items()}
 
 
 def measure_metrics() -> nn.ModuleDict:
@@ -43,6 +52,6 @@ def measure_metrics() -> nn.ModuleDict:
         name
         for stage in ("val", "test")
         for is_own in (False, True)
-        for name in measures(stage, is_own, has_teacher=True)
+        for name in [*measures(stage, is_own, has_teacher=True), *adapted_measures(stage)]
     ]
     return nn.ModuleDict({name: MeanMetric() for name in names})

@@ -3,6 +3,7 @@
 * ``loading``: folders, hub ids, configs and adapters become models, with readable errors.
 * ``vocabulary``: tokenizers are compared by content; ids outside the tokenizer are masked.
 * ``pair``: the tokenizer that a student and its teacher share.
+* ``online_module``: a small trainable part on a frozen teacher.
 * ``causal_lm``: hidden states at the head's input, and the head as a function of positions.
 """
 
@@ -17,6 +18,11 @@ from okd_lightning.models.loading import (
     load_model_config,
     load_tokenizer,
 )
+from okd_lightning.models.online_module import (
+    OnlineModuleSettings,
+    attach_online_module,
+    base_teacher,
+)
 from okd_lightning.models.pair import check_pair, find_tokenizer
 from okd_lightning.models.vocabulary import Vocabulary, check_vocabulary_agreement
 
@@ -25,8 +31,11 @@ __all__ = [
     "LMHead",
     "ModelArgument",
     "ModelSource",
+    "OnlineModuleSettings",
     "Vocabulary",
     "add_adapter",
+    "attach_online_module",
+    "base_teacher",
     "check_pair",
     "check_vocabulary_agreement",
     "eos_token_ids",

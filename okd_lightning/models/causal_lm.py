@@ -94,7 +94,7 @@ def head_inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tenso
     finally:
         handle.remove()
     (hidden,) = taken
-    return hidden
+    return hidden[:, -input_ids.shape[1] :]  # prompt learning puts virtual tokens in front
 
 
 def max_positions(config: PretrainedConfig) -> int | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from peft import PeftConfig
+from peft import AutoPeftModelForCausalLM, PeftConfig
 from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
@@ -103,6 +103,8 @@ def load_causal_lm(
         return AutoModelForCausalLM.from_config(
             config, dtype=number_format, attn_implementation=attn_implementation
         )
+    if (Path(source) / "adapter_config.json").is_file():
+        return _load_adapted(source, option, number_format)
     try:
         return AutoModelForCausalLM.from_pretrained(
             source,
@@ -116,6 +118,20 @@ def load_causal_lm(
             f"{option} {source!r}: the weights could not be loaded as a causal language model "
             f"(safetensors are needed): {_first_line(error)}"
         ) from error
+
+
+def _load_adapted(folder: str, option: str, number_format: torch.dtype) -> PreTrainedModel:
+    """A PEFT folder's base with the adapter merged into its weights."""
+    try:
+        adapted = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=number_format)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{option} {folder!r}: {_first_line(error)}") from error
+    if adapted.active_peft_config.is_prompt_learning:
+        raise ModelError(
+            f"{option} {folder!r} is a prompt-learning adapter, which cannot be merged into its "
+            "base; use a LoRA module, or the base itself"
+        )
+    return adapted.merge_and_unload()
 
 
 def add_adapter(model: PreTrainedModel, adapter: PeftConfig, option: str) -> None:
@@ -135,6 +151,9 @@ def add_adapter(model: PreTrainedModel, adapter: PeftConfig, option: str) -> Non
     adapter.task_type = adapter.task_type or "CAUSAL_LM"
     try:
         model.add_adapter(adapter)
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # the base may be bfloat16; what is trained is not
+                parameter.data = parameter.data.float()
     except ValueError as error:
         layers = sorted(
             {

@@ -70,7 +70,7 @@ def check_vocabulary_agreement(
     student_ids, teacher_ids = student.get_vocab(), teacher.get_vocab()
     if student_ids != teacher_ids:
         raise VocabularyError(_difference(student_ids, teacher_ids))
-    own_text = student.decode(list(range(0, len(student), 1 + len(student) // 64)))
+    own_text = str(student.decode(list(range(0, len(student), 1 + len(student) // 64))))
     if any(_cut(student, text) != _cut(teacher, text) for text in (_PROBE, own_text)):
         raise VocabularyError(
             "student and teacher tokenizers have the same tokens but cut text differently (merges "

@@ -1,8 +1,9 @@
 """What methods ask for, against sums written out in float64.
 
-Frozen here: every quantity's value; gradient flows to the learner alone and never to the other side,
-and is that of the written-out sum; a token that a vocabulary gap or a confident model rules out
-spoils no gradient; quantities are equal by what they are, so that two methods share one computation.
+Frozen here: every quantity's value; gradient flows to the learner alone and never to the other
+side, and is that of the written-out sum; a token that a vocabulary gap or a confident model rules
+out spoils no gradient; quantities are equal by what they are, so that two methods share one
+computation.
 """
 
 from __future__ import annotations

@@ -1,0 +1,102 @@
+"""The online module: a small trainable PEFT part on a frozen teacher (OKD, arXiv 2409.12512).
+
+Owns putting it on, switching it off, and its weights. The base stays frozen and bit-identical, and
+may be in bfloat16; the module's own weights are float32. Adapters that change layers (LoRA and its
+kin) go into the model in place; prompt learning (prefix, P-tuning) needs PEFT's wrapper around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from okd_lightning.models.loading import add_adapter
+
+_PEFT_DEFAULT_ALPHA = 8
+
+
+@dataclass(frozen=True)
+class OnlineModuleSettings:
+    """What a method asks for on the teacher.
+
+    Attributes:
+        config: Any PEFT config.
+        learning_rate: Of the module; None for the student's.
+        clip_norm: Gradient norm of the module; None for the student's.
+    """
+
+    config: PeftConfig
+    learning_rate: float | None = None
+    clip_norm: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The completed config in primitives, as a checkpoint holds it."""
+        values = _completed(self.config).to_dict()
+        return {
+            key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
+            for key, value in values.items()
+        }
+
+
+def attach_online_module(
+    teacher: PreTrainedModel, config: PeftConfig, option: str
+) -> PreTrainedModel | PeftModel:
+    """Freeze ``teacher`` and put a trainable module on it.
+
+    Args:
+        teacher: The base; changed in place.
+        config: Any PEFT config; its ``task_type`` is filled in, and a LoRA config without its own
+            ``lora_alpha`` gets ``lora_alpha = r`` (scale 1), which is said once.
+        option: How the user named it, for messages.
+
+    Returns:
+        What to call in place of the teacher, in eval mode: its module is deterministic.
+
+    Raises:
+        ConfigError: The config matches no layer of the teacher.
+    """
+    config = _completed(config)
+    teacher.requires_grad_(False)
+    if not config.is_prompt_learning:
+        add_adapter(teacher, config, option)
+        return teacher.eval()
+    wrapped = get_peft_model(teacher, config)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return wrapped.eval()
+
+
+@contextmanager
+def base_teacher(teacher: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """The teacher without its online module, for as long as the block lasts; no second copy."""
+    if isinstance(teacher, PeftModel):
+        with teacher.disable_adapter():
+            yield
+        return
+    teacher.disable_adapters()
+    try:
+        yield
+    finally:
+        teacher.enable_adapters()
+
+
+def _completed(config: PeftConfig) -> PeftConfig:
+    """A copy with task type and LoRA scale filled in; the user's object stays as it is."""
+    config = deepcopy(config)
+    config.task_type = config.task_type or "CAUSAL_LM"
+    if (
+        isinstance(config, LoraConfig)
+        and config.lora_alpha == _PEFT_DEFAULT_ALPHA
+        and config.r != _PEFT_DEFAULT_ALPHA
+    ):
+        config.lora_alpha = config.r
+        rank_zero_info(f"online module: lora_alpha = r = {config.r} (scale 1), as none was given")
+    return config
