@@ -51,7 +51,7 @@ def check_methods(saved: Sequence[str], configured: Sequence[str]) -> None:
 
 
 def close_epoch(checkpoint: dict[str, Any]) -> None:
-    """Count an epoch whose last batch is trained on as done, in place, before loops are restored.
+    """Turn a checkpoint of an epoch's end into one of the next epoch's start, in place.
 
     Lightning's own repair of such checkpoints miscounts epochs where the last validation was in the
     middle of the epoch: a resumed run ends too early, and one that is resumed twice too late.
@@ -63,16 +63,16 @@ def close_epoch(checkpoint: dict[str, Any]) -> None:
     if loop is None:
         return
     batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]
-    if (
-        not batches["is_last_batch"]
-        or batches["current"]["processed"] < batches["current"]["ready"]
-    ):
+    current = batches["current"]
+    if not batches["is_last_batch"] or current["processed"] < current["ready"]:
         return
     num_done = epochs["total"]["ready"]
     for part in ("total", "current"):
-        epochs[part] = dict.fromkeys(epochs[part], num_done)
-        batches[part]["completed"] = batches[part]["processed"]
-    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"]
+        epochs[part] = {**dict.fromkeys(epochs[part], num_done), "ready": num_done + 1}
+    batches["is_last_batch"] = False
+    batches["current"] = dict.fromkeys(current, 0)
+    batches["total"]["completed"] = batches["total"]["processed"]
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"] - 1
 
 
 def rng_state() -> dict[str, Any]:

@@ -36,9 +36,12 @@ class OnlineModuleSettings:
     learning_rate: float | None = None
     clip_norm: float | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config", _completed(self.config))
+
     def to_dict(self) -> dict[str, Any]:
         """The completed config in primitives, as a checkpoint holds it."""
-        values = _completed(self.config).to_dict()
+        values = self.config.to_dict()
         return {
             key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
             for key, value in values.items()

@@ -31,6 +31,10 @@ LAST = RUN / "checkpoints" / "last.ckpt"
 METHODS = {
     "KD": ["--method", "KD", "--method.temperature", "2"],
     "GKD": ["--method", "GKD", "--method.on_policy_fraction", "0.5"],
+    "OKD": [
+        *("--method", "OKD", "--method.online_module", "LoraConfig"),
+        *("--method.online_module.r", "4", "--method.learning_rate", "0.01"),
+    ],
     "OnPolicy": [
         *("--method", "GKD", "--method.on_policy_fraction", "1"),
         *("--data.prompts_per_rollout", "8"),

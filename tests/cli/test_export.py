@@ -100,3 +100,45 @@ def test_exporting_twice_replaces_the_model(fit: Fit, okd: Fit) -> None:
     fit("--method", "KD")
     for _ in range(2):
         assert okd("export", "--ckpt_path", LAST, "--out", "out").status == 0
+
+
+OKD = ["--method", "OKD", "--method.online_module", "LoraConfig", "--method.online_module.r", "4"]
+
+
+def test_an_online_module(fit: Fit, okd: Fit, assets: Assets) -> None:
+    fit(*OKD, "--method.alpha", "0.9", "--method.learning_rate", "0.1", *FAST)
+    result = okd("export", "--what", "online_module", "--ckpt_path", LAST, "--out", "module")
+    assert (result.status, result.out) == (0, "online_module written to module\n")
+    teacher = AutoModelForCausalLM.from_pretrained(assets.teacher)
+    before = logits(teacher)
+    adapted = PeftModel.from_pretrained(teacher, "module")
+    after = logits(adapted)
+    assert not torch.allclose(after, before, atol=1e-3)
+    weights = torch.load(LAST, weights_only=True)["state_dict"]
+    saved = {name: value for name, value in weights.items() if name.startswith("teacher.")}
+    assert saved
+    assert all("lora_" in name for name in saved)
+    found = {n: p for n, p in adapted.named_parameters() if "lora_" in n}
+    for name, value in saved.items():
+        (match,) = [p for n, p in found.items() if n.endswith(name.removeprefix("teacher."))]
+        assert torch.equal(match, value)
+
+
+@pytest.mark.filterwarnings("ignore:.*OKD's settings .* are dropped")
+def test_an_online_module_teaches_again(fit: Fit, okd: Fit) -> None:
+    fit(*OKD, "--method.alpha", "0.9", "--method.learning_rate", "0.1", *FAST)
+    okd("export", "--what", "online_module", "--ckpt_path", LAST, "--out", "module")
+    numbers = okd("validate", "--ckpt_path", LAST).out
+    again = okd("validate", "--ckpt_path", LAST, "--model.teacher", "module", "--method", "KD")
+    assert again.status == 0, again.err
+    adapted = next(line for line in numbers.splitlines() if "val/adapted_forward_kl" in line)
+    plain = next(line for line in again.out.splitlines() if "val/forward_kl" in line)
+    assert float(plain.split()[1]) == pytest.approx(float(adapted.split()[1]), rel=1e-4)
+
+
+def test_no_online_module_to_export(fit: Fit, okd: Fit) -> None:
+    fit("--method", "KD")
+    result = okd("export", "--what", "online_module", "--ckpt_path", LAST, "--out", "module")
+    assert result.status == 1
+    assert "holds no online module" in result.err
+    assert not Path("module").exists()
