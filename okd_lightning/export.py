@@ -139,7 +139,7 @@ def _merged(module: DistillationModule) -> PreTrainedModel:
     """The adapter folded into its base's weights, by PEFT's own means."""
     assert module.student is not None
     source, size = module.student_source, module.vocabulary.size
-    if isinstance(source, Mapping):  # a random-init base exists in this module alone
+    if isinstance(source, dict):  # a random-init base exists in this module alone
         base = module.student
         with tempfile.TemporaryDirectory() as folder:
             base.save_pretrained(folder)

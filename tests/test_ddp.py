@@ -1,13 +1,14 @@
 """Two gloo processes against one (METHODS.md, section 5, test 7).
 
 Frozen here, in one spawn: after several steps of KD and GKD the weights are the single process's at
-the same global batch, on both ranks, with a short last step and a rank that has no rows; the gradients
-of both ranks are equal after every backward pass; losses and validation measures are those of all
-ranks; a killed run resumes exactly, dropout included; LoRA and tied heads work.
+the same global batch, on both ranks, with a short last step and a rank that has no rows; the
+gradients of both ranks are equal after every backward pass; losses and validation measures are
+those of all ranks; a killed run resumes exactly, dropout included; LoRA and tied heads work.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -90,10 +91,8 @@ def run(root: Path, devices: int, methods, num=22, accumulate=1, adapter=None, d
     loaders = RolloutDataModule(
         tiny.make_rows(num), tiny.make_rows(5, seed=2), **{**options, **(data or {})}
     )
-    try:
+    with contextlib.suppress(Killed):
         trainer.fit(module, loaders, ckpt_path=more.get("ckpt_path"))
-    except Killed:
-        pass
     measures = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")}
     return {
         "weights": tiny.weights(module),

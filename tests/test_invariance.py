@@ -1,8 +1,8 @@
 """How an optimizer step is cut must not matter (METHODS.md, section 5, tests 6 and 8).
 
-Frozen here: the gradients of every step, the weights after the run and the logged losses are the same
-for any cut of a step's rows into micro-batches, any padding and any tile, at any temperature, under
-LoRA, with rows of several sources; where pad = eos; with rows that have no loss at all.
+Frozen here: the gradients of every step, the weights after the run and the logged losses are the
+same for any cut of a step's rows into micro-batches, any padding and any tile, at any temperature,
+under LoRA, with rows of several sources; where pad = eos; with rows that have no loss at all.
 """
 
 from __future__ import annotations

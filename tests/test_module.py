@@ -1,8 +1,8 @@
 """The DistillationModule on a Trainer.
 
-Frozen here: who is in which mode and who gets gradients; optimizer groups and the rate of every step;
-terms come and go with their Trainer, also after a run that failed; whatever a user overrides is used;
-settings that cannot work are refused by name; other precisions give the same loss.
+Frozen here: who is in which mode and who gets gradients; optimizer groups and the rate of every
+step; terms come and go with their Trainer, also after a run that failed; whatever a user overrides
+is used; settings that cannot work are refused by name; other precisions give the same loss.
 """
 
 from __future__ import annotations
@@ -322,20 +322,13 @@ def test_a_users_optimizer_is_given_the_trainable_weights(tmp_path, make_module)
 # ---------------------------------------------------------------- numbers
 
 
-CONVERTS_BATCHES = pytest.mark.xfail(
-    reason="Lightning's true-precision plugins convert batches and refuse frozen dataclasses",
-    strict=True,
-)
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_true_precisions_are_refused(precision, tmp_path, make_module):
+    with pytest.raises(ConfigError, match=r"--model\.dtype bfloat16"):
+        tiny.fit(tmp_path, make_module(), [KD()], tiny.make_rows(8), precision=precision)
 
 
-@pytest.mark.parametrize(
-    "precision",
-    [
-        "bf16-mixed",
-        pytest.param("bf16-true", marks=CONVERTS_BATCHES),
-        pytest.param("64-true", marks=CONVERTS_BATCHES),
-    ],
-)
+@pytest.mark.parametrize("precision", ["bf16-mixed"])
 @pytest.mark.parametrize(
     "method", [lambda: KD(temperature=2.0), lambda: GKD(on_policy_fraction=1.0)]
 )

@@ -1,7 +1,8 @@
 """Rows to batches.
 
-Frozen here: padding is on the right and told by length; masks and sampler log-probs stand where their
-tokens stand; the first id of a sequence never counts; a batch moves between devices as a whole.
+Frozen here: padding is on the right and told by length; masks and sampler log-probs stand where
+their tokens stand; the first id of a sequence never counts; a batch moves between devices as a
+whole.
 """
 
 from __future__ import annotations

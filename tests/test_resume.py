@@ -1,12 +1,14 @@
 """Checkpoints and killed runs.
 
 Frozen here: a run that was killed at any moment and resumed from its last checkpoint ends with the
-weights, optimizer state and losses of the run that was not, bit for bit, with dropout, accumulation,
-several optimizer steps a rollout chunk and GKD's coin; what a checkpoint holds; whose checkpoint is
-refused.
+weights, optimizer state and losses of the run that was not, bit for bit, with dropout,
+accumulation, several optimizer steps a rollout chunk and GKD's coin; what a checkpoint holds; whose
+checkpoint is refused.
 """
 
 from __future__ import annotations
+
+import contextlib
 
 import pytest
 import tiny
@@ -18,7 +20,6 @@ from okd_lightning.callbacks import GKD, KD, SFT, ExactMatch, LastCheckpoint, Ro
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import CheckpointError
 from okd_lightning.module import DistillationModule
-
 
 SHORT = {"max_response_length": 8, "val_rollouts": 0}
 
@@ -146,12 +147,15 @@ def test_a_run_whose_last_checkpoint_is_an_epochs_end(number, folders, truth, tm
 
 
 @pytest.mark.parametrize("val_check_interval", [None, 4])
-def test_a_finished_run_goes_on_with_more_epochs(val_check_interval, folders, tmp_path):
+@pytest.mark.parametrize("max_steps", [-1, 99], ids=["by epochs", "by steps"])
+def test_a_finished_run_goes_on_with_more_epochs(val_check_interval, max_steps, folders, tmp_path):
     def run(root, max_epochs, ckpt_path=None):
         module = DistillationModule(*map(str, folders), learning_rate=3e-3)
         callbacks = [GKD(0.5), LastCheckpoint()]
         val = {"val_check_interval": val_check_interval} if val_check_interval else {}
-        trainer = tiny.make_trainer(root, callbacks, max_epochs=max_epochs, **val)
+        trainer = tiny.make_trainer(
+            root, callbacks, max_epochs=max_epochs, max_steps=max_steps, **val
+        )
         settings = {"max_response_length": 6, "val_rollouts": 2, "seed": 7, "batch_size": 4}
         data = RolloutDataModule(tiny.make_rows(19), tiny.make_rows(3), **settings)
         trainer.fit(module, data, ckpt_path=ckpt_path)
@@ -303,7 +307,7 @@ def resume(root, path, module, methods) -> None:
 
 def test_another_methods_checkpoint_is_refused(tmp_path, make_module):
     path = save(tmp_path, make_module(), [KD()])
-    with pytest.raises(CheckpointError, match="is of KD.*configured for SFT"):
+    with pytest.raises(CheckpointError, match=r"is of KD.*configured for SFT"):
         resume(tmp_path, path, make_module(), [SFT()])
     resume(tmp_path, path, make_module(), [KD()])
 
@@ -359,10 +363,8 @@ def test_two_methods_of_one_class_and_the_monitors_resume(tmp_path, make_module)
         data = RolloutDataModule(
             tiny.make_rows(12), tiny.make_rows(3), batch_size=4, seed=7, **SHORT
         )
-        try:
+        with contextlib.suppress(Killed):
             trainer.fit(module, data, ckpt_path=ckpt_path)
-        except Killed:
-            pass
         return module, throughput, recorder
 
     module, throughput, recorder = run(tmp_path / "a")

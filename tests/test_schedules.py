@@ -1,7 +1,7 @@
 """Learning-rate schedules.
 
-Frozen here: warm-up rises from 1/n to 1; the rate then stays, or falls to 0 at the last step along a
-line or half a cosine; an unknown name is an error and not another schedule.
+Frozen here: warm-up rises from 1/n to 1; the rate then stays, or falls to 0 at the last step along
+a line or half a cosine; an unknown name is an error and not another schedule.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models, tokenizers and data that are small enough for every test: importable, also in spawned ones.
+"""Models, tokenizers and data that are small enough for every test; spawned ones import it too.
 
 Both tiny models have more embedding rows than the tokenizer has ids, and different numbers of them,
 so that every test of the core runs over vocabulary padding.

@@ -15,6 +15,7 @@ from okd_lightning.metrics import matches
 from okd_lightning.module import DistillationModule
 from okd_lightning.records import Example
 from okd_lightning.rollouts import NoiseStream, Sampling
+from okd_lightning.rollouts.engine import Author
 from okd_lightning.rollouts.evaluation import prompt_batch
 from okd_lightning.rollouts.rows import share
 
@@ -83,13 +84,13 @@ def greedy_answers(
     module: DistillationModule,
     data: RolloutDataModule,
     examples: list[Example],
-    author: str = "student",
+    author: Author = "student",
 ) -> list[str]:
     """The most likely responses of the student or the teacher, as text."""
     if not examples:
         return []
     rollout = module.write(
-        author,  # type: ignore[arg-type]
+        author,
         prompt_batch(examples),
         Sampling(temperature=0),
         NoiseStream(0, 0),

@@ -12,9 +12,9 @@ from okd_lightning.module import DistillationModule
 
 
 class FiniteGuard(Callback):
-    """Logs ``train/grad_norm`` and raises before ``optimizer.step`` where it is not finite.
+    """Logs ``train/grad_norm``; raises before ``optimizer.step`` if it or the loss is not finite.
 
-    Gradients are the same on all ranks by then, so that all of them stop together.
+    Loss and gradients are the same on all ranks by then, so that all of them stop together.
     """
 
     def on_before_optimizer_step(
@@ -23,20 +23,25 @@ class FiniteGuard(Callback):
         pl_module: lightning.LightningModule,
         optimizer: Optimizer,
     ) -> None:
-        """Check the norm of all gradients.
+        """Check the loss and the norm of all gradients.
 
         Raises:
-            NonFiniteError: It is NaN or infinite; names the step and the terms.
+            NonFiniteError: One is NaN or infinite; names the step and the terms.
         """
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if not torch.isfinite(norm):
+        # an infinite divergence has a finite gradient: what is infinite in it is constant
+        loss = trainer.callback_metrics.get("train/loss", norm)
+        if not (torch.isfinite(norm) and torch.isfinite(loss)):
             terms = pl_module.terms if isinstance(pl_module, DistillationModule) else []
             losses = {t.name: trainer.callback_metrics.get(f"train/{t.name}") for t in terms}
             shown = ", ".join(f"{n} {float(v)}" for n, v in losses.items() if v is not None)
+            is_gradient = not torch.isfinite(norm)
+            broken = f"the {'gradient norm' if is_gradient else 'loss'} is "
+            broken += str(float(norm if is_gradient else loss))
             raise NonFiniteError(
-                f"the gradient norm is {float(norm)} at step {trainer.global_step} "
-                f"(losses: {shown or 'unknown'}); the weights are untouched. Lower the learning "
-                "rate, or use a divergence that is finite where the teacher gives a token no mass"
+                f"{broken} at step {trainer.global_step} (losses: {shown or 'unknown'}); the "
+                "weights are untouched. Lower the learning rate, or use a divergence that is "
+                "finite where the teacher gives a token no mass"
             )
         pl_module.log("train/grad_norm", norm, batch_size=1)

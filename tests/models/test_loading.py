@@ -1,7 +1,7 @@
 """Loading models and what a run reads off them.
 
-Frozen here: every mistake is one readable error that names the option; safetensors only; a mapping is
-random weights of the tokenizer's size; number formats of student and teacher are their own; a
+Frozen here: every mistake is one readable error that names the option; safetensors only; a mapping
+is random weights of the tokenizer's size; number formats of student and teacher are their own; a
 response may be ended by several ids, of which training data get the first; the teacher is frozen.
 """
 
@@ -51,9 +51,9 @@ def test_a_folder_that_is_not_there_and_what_was_meant(student_folder):
 
 
 def test_a_folder_without_a_model(tmp_path):
-    with pytest.raises(ModelNotFoundError, match="--model.student.*holds no model"):
+    with pytest.raises(ModelNotFoundError, match=r"--model.student.*holds no model"):
         load_model_config(str(tmp_path), "--model.student", 0)
-    with pytest.raises(ModelNotFoundError, match="--model.student.*holds no tokenizer"):
+    with pytest.raises(ModelNotFoundError, match=r"--model.student.*holds no tokenizer"):
         load_tokenizer(str(tmp_path), "--model.student")
 
 
@@ -68,7 +68,7 @@ def test_weights_that_are_not_safetensors_are_refused(tmp_path, tiny_tokenizer):
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="--model.student.*safetensors"):
+    with pytest.raises(ModelError, match=r"--model.student.*safetensors"):
         load(tmp_path)
 
 
@@ -81,7 +81,7 @@ def test_weights_that_do_not_fit(damage, tmp_path):
     else:
         weights = tmp_path / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[: 1000 if damage == "cut" else 0])
-    with pytest.raises(ModelError, match="--model.student"):
+    with pytest.raises(ModelError, match=r"--model.student"):
         load(tmp_path)
 
 
@@ -144,7 +144,7 @@ def test_a_mapping_is_not_changed_by_being_read():
     "fields", [{"hidden_size": 16}, {"model_type": "lama"}, {**LLAMA, "hidden_size": "wide"}]
 )
 def test_mappings_that_are_no_model(fields):
-    with pytest.raises(ModelError, match="--model.student"):
+    with pytest.raises(ModelError, match=r"--model.student"):
         load_model_config(fields, "--model.student", 19)
 
 
@@ -169,7 +169,7 @@ def test_no_eos_anywhere_is_an_error():
 
 
 def test_a_tokenizer_is_found_or_asked_for(tiny_pair, tiny_tokenizer, student_folder):
-    with pytest.raises(ConfigError, match="--model.tokenizer"):
+    with pytest.raises(ConfigError, match=r"--model.tokenizer"):
         DistillationModule(*tiny_pair)
     module = DistillationModule(*tiny_pair, tokenizer=str(student_folder))
     assert module.tokenizer.get_vocab() == tiny_tokenizer.get_vocab()
@@ -179,7 +179,7 @@ def test_a_tokenizer_is_found_or_asked_for(tiny_pair, tiny_tokenizer, student_fo
 
 def test_a_folder_without_a_tokenizer_takes_the_named_one(tmp_path, tiny_tokenizer, teacher_folder):
     tiny.make_llama(1).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="--model.student.*on trust"):
+    with pytest.warns(UserWarning, match=r"--model.student.*on trust"):
         module = DistillationModule(str(tmp_path), str(teacher_folder), tokenizer=tiny_tokenizer)
     module.configure_model()
     assert module.student.num_parameters() == tiny.make_llama(1).num_parameters()
@@ -191,7 +191,7 @@ def test_adapters_train_alone():
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert trained
     assert all("lora_" in n for n in trained)
-    with pytest.raises(ConfigError, match="--model.student_adapter.*q_proj"):
+    with pytest.raises(ConfigError, match=r"--model.student_adapter.*q_proj"):
         add_adapter(
             tiny.make_llama(1), LoraConfig(target_modules=["nope"]), "--model.student_adapter"
         )

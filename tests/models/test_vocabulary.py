@@ -1,8 +1,8 @@
 """Vocabulary agreement and the ids that count.
 
 Frozen here: ids behind the tokenizer and gaps in it change nothing, whatever the weights of their
-rows are: not the loss, not the gradient, not what is written; tokenizers are compared by content and
-by how they cut text, not by size; a table that is too small for the tokenizer is refused.
+rows are: not the loss, not the gradient, not what is written; tokenizers are compared by content
+and by how they cut text, not by size; a table that is too small for the tokenizer is refused.
 """
 
 from __future__ import annotations

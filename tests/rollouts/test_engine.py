@@ -2,9 +2,9 @@
 
 Frozen here: greedy is transformers' own ``generate``; samples follow the model; the sampler's
 log-probs are the trainer's on the same tokens, under the distribution that was drawn from; a sample
-depends on neither its batch, its order nor the token budget; several eos ids end a row and belong to
-it; what is cut has none; prompts of different lengths do not disturb each other, also under a sliding
-window and with learned positions.
+depends on neither its batch, its order nor the token budget; several eos ids end a row and belong
+to it; what is cut has none; prompts of different lengths do not disturb each other, also under a
+sliding window and with learned positions.
 """
 
 from __future__ import annotations

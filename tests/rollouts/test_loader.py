@@ -1,10 +1,10 @@
 """The RolloutLoader: which rows make an epoch, when they are written, and how a run goes on.
 
-Frozen here: an epoch is a permutation of the set, or the next part of an endless row of them; a chunk
-is written once, by the student of that moment, with noise of its own epoch, row and sample; all
-counts are of the whole optimizer step; a state that is taken after any micro-batch resumes with the
-remaining batches and re-uses the chunk that was written; two ranks see one rank's rows; every rank
-gets the same number of batches.
+Frozen here: an epoch is a permutation of the set, or the next part of an endless row of them; a
+chunk is written once, by the student of that moment, with noise of its own epoch, row and sample;
+all counts are of the whole optimizer step; a state that is taken after any micro-batch resumes with
+the remaining batches and re-uses the chunk that was written; two ranks see one rank's rows; every
+rank gets the same number of batches.
 """
 
 from __future__ import annotations

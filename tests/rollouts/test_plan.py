@@ -1,12 +1,13 @@
 """Who writes which rows.
 
-Frozen here: GKD's coin is a function of (seed, step), all rows of a step share it, and its frequency
-is the share that was asked for; terms that disagree get both kinds of rows in every step; a term
-whose source nobody produces, and terms that contradict each other, are refused by name.
+Frozen here: GKD's coin is a function of (seed, step), all rows of a step share it, and its
+frequency is the share that was asked for; terms that disagree get both kinds of rows in every step;
+a term whose source nobody produces, and terms that contradict each other, are refused by name.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -33,7 +34,7 @@ def test_the_coin_is_a_function_of_seed_and_step():
     agreeing = sum(a == b for a, b in zip(coins(0.5, 3), coins(0.5, 4), strict=True))
     assert 1800 < agreeing < 2200
     runs = coins(0.5, 3)
-    switches = sum(a != b for a, b in zip(runs, runs[1:], strict=False))
+    switches = sum(a != b for a, b in itertools.pairwise(runs))
     assert 1850 < switches < 2150
 
 

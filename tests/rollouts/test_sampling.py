@@ -1,8 +1,8 @@
 """How a token is chosen.
 
-Frozen here: frequencies are the probabilities, after temperature, top-k and top-p; the log-prob that
-comes back is under that distribution; an id without probability is never drawn, at either end of the
-noise; temperature 0 is greedy; settings out of range are refused.
+Frozen here: frequencies are the probabilities, after temperature, top-k and top-p; the log-prob
+that comes back is under that distribution; an id without probability is never drawn, at either end
+of the noise; temperature 0 is greedy; settings out of range are refused.
 """
 
 from __future__ import annotations

@@ -1,0 +1,243 @@
+"""The PairModule: a student and its teacher in one LightningModule.
+
+Owns building both, the online module on the teacher, running them over a batch to measure, and
+having them write. What is trained, and by which loss, is ``module``'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Self, cast
+
+import lightning
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from okd_lightning.errors import ConfigError
+from okd_lightning.losses import Measured, Quantity, Side, measure
+from okd_lightning.models import (
+    DTypeName,
+    LMHead,
+    ModelArgument,
+    ModelSource,
+    OnlineModuleSettings,
+    add_adapter,
+    attach_online_module,
+    base_teacher,
+    check_pair,
+    eos_token_ids,
+    find_tokenizer,
+    head_inputs,
+    load_causal_lm,
+    load_model_config,
+    max_positions,
+)
+from okd_lightning.records import DistillBatch, PromptBatch, Rollout
+from okd_lightning.rollouts import NoiseStream, RolloutEngine, Sampling, TransformersEngine
+from okd_lightning.rollouts.engine import Author, Progress
+
+
+class PairModule(lightning.LightningModule):
+    """Both models of a distillation; see ``DistillationModule`` for the arguments."""
+
+    def __init__(
+        self,
+        student: ModelArgument,
+        teacher: ModelArgument | None,
+        *,
+        tokenizer: str | PreTrainedTokenizerBase | None,
+        dtype: DTypeName,
+        teacher_dtype: DTypeName | None,
+        attn_implementation: str | None,
+        gradient_checkpointing: bool,
+        student_adapter: PeftConfig | None,
+    ) -> None:
+        super().__init__()
+        if isinstance(student, PreTrainedModel) and student is teacher:
+            raise ConfigError(
+                "student and teacher are the same object: the teacher is frozen, so the student "
+                "would not train; load it twice, or pass copy.deepcopy(student) as the teacher"
+            )
+        self._sources = (student, teacher)  # a tuple: a loaded model is registered once, as student
+        self.dtype_name = dtype
+        self.teacher_dtype_name = teacher_dtype or dtype
+        self.attn_implementation = attn_implementation
+        self.gradient_checkpointing = gradient_checkpointing
+        self.student_adapter = student_adapter
+        self.tokenizer = find_tokenizer(tokenizer, student, teacher)
+        self.vocabulary = check_pair(self.tokenizer, student, teacher)
+        self.eos_ids = eos_token_ids(student, self.tokenizer)
+        self.student: PreTrainedModel | None = None
+        self.teacher: PreTrainedModel | None = None
+        self.online_module: OnlineModuleSettings | None = None
+        self._has_online_module = False
+
+    @property
+    def student_source(self) -> ModelSource:
+        """What the student is loaded from."""
+        return self._sources[0]
+
+    @property
+    def teacher_source(self) -> ModelSource | None:
+        """What the teacher is loaded from; None without one."""
+        return self._sources[1]
+
+    # ---------------------------------------------------------------- building
+
+    def configure_model(self) -> None:
+        """Load both models (once; Lightning calls this again for every entry point)."""
+        if self.student is not None:
+            return
+        size = self.vocabulary.size
+        load = partial(load_causal_lm, attn_implementation=self.attn_implementation)
+        config = load_model_config(self.student_source, "--model.student", size)
+        self.student = load(self.student_source, config, "--model.student", dtype=self.dtype_name)
+        if self.student_adapter is not None:
+            add_adapter(self.student, self.student_adapter, "--model.student_adapter")
+        if self.gradient_checkpointing:
+            self.student.gradient_checkpointing_enable({"use_reentrant": False})
+            self.student.enable_input_require_grads()
+        self.student.train()
+        if self.teacher_source is not None:
+            config = load_model_config(self.teacher_source, "--model.teacher", size)
+            self.teacher = load(
+                self.teacher_source, config, "--model.teacher", dtype=self.teacher_dtype_name
+            )
+            self.teacher.requires_grad_(False).eval()
+            if self.online_module is not None:
+                self._attach_online_module()
+
+    def setup(self, stage: str) -> None:
+        """Refuse Lightning's "true" precisions: models are loaded in their own number format.
+
+        Raises:
+            ConfigError: Naming what to use.
+        """
+        precision = str(self.trainer.precision)
+        if precision.endswith("-true") and precision != "32-true":
+            raise ConfigError(
+                f"trainer.precision {precision} would convert batches and losses as well; give "
+                "--model.dtype bfloat16 (weights in bfloat16), or --trainer.precision bf16-mixed"
+            )
+
+    def add_online_module(self, settings: OnlineModuleSettings) -> None:
+        """Put a trainable module on the teacher; callbacks call this at ``setup``.
+
+        Raises:
+            ConfigError: No teacher, or two methods that ask for different modules.
+        """
+        if self.online_module is not None and self.online_module != settings:
+            raise ConfigError(
+                "two methods ask for different online modules on one teacher; give both the same"
+            )
+        if self.teacher_source is None:
+            raise ConfigError("an online module needs a teacher: give --model.teacher")
+        self.online_module = settings
+        if self.teacher is not None and not self._has_online_module:
+            self._attach_online_module()
+
+    def _attach_online_module(self) -> None:
+        assert self.teacher is not None
+        assert self.online_module is not None
+        option = "--method.online_module"
+        adapted = attach_online_module(self.teacher, self.online_module.config, option)
+        self.teacher = cast(PreTrainedModel, adapted)  # a PeftModel answers as one
+        self._has_online_module = True
+
+    def as_base_teacher(self) -> AbstractContextManager[None]:
+        """Within it the teacher is the base one, without its online module."""
+        if self.teacher is None or not self._has_online_module:
+            return nullcontext()
+        return base_teacher(self.teacher)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode for the student; the teacher stays in eval mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def trained_parameters(self, side: nn.Module | None) -> list[nn.Parameter]:
+        """What is trained of one of the two models."""
+        return [p for p in side.parameters() if p.requires_grad] if side is not None else []
+
+    # ---------------------------------------------------------------- running
+
+    def measure(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Measured:
+        """Run the models once over a batch and measure at its masked-in positions.
+
+        The student runs in the caller's gradient mode; the teacher runs without gradient, but
+        where a quantity trains its online module.
+        """
+        mask = batch.mask[:, 1:]
+        targets = batch.input_ids[:, 1:][mask]
+        student = self._side(self.student, batch, mask)
+        teacher = None
+        if any(quantity.needs_teacher for quantity in quantities):
+            learns = torch.is_grad_enabled() and any(q.trains_teacher for q in quantities)
+            with torch.set_grad_enabled(learns):
+                teacher = self._side(self.teacher, batch, mask)
+        rows = torch.arange(len(batch), device=mask.device)[:, None].expand_as(mask)[mask]
+        return Measured(
+            values=measure(quantities, student, teacher, targets, self.vocabulary.size),
+            source=batch.source[rows],
+            row=rows,
+            sampler_logprobs=batch.sampler_logprobs[:, 1:][mask],
+        )
+
+    def _side(self, model: PreTrainedModel | None, batch: DistillBatch, mask: Tensor) -> Side:
+        assert model is not None
+        hidden = head_inputs(model, batch.input_ids, batch.attention_mask)[:, :-1]
+        return Side(hidden=hidden[mask], head=LMHead.of(model, self.vocabulary))
+
+    def write(
+        self,
+        author: Author,
+        prompts: PromptBatch,
+        sampling: Sampling,
+        generator: NoiseStream,
+        max_new_tokens: int,
+        progress: Progress | None = None,
+    ) -> Rollout:
+        """Responses by the student or the teacher, in eval mode and without gradient."""
+        model = self.student if author == "student" else self.teacher
+        assert model is not None
+        if isinstance(model, PeftModel):
+            model = cast(PreTrainedModel, model.get_base_model())
+        was_training = model.training
+        model.eval()
+        precision = self._trainer.precision_plugin.forward_context if self._trainer else nullcontext
+        try:
+            with torch.no_grad(), precision(), self.as_base_teacher():
+                return self.build_engine(model).generate(
+                    prompts, sampling, generator, max_new_tokens, progress
+                )
+        finally:
+            model.train(was_training)
+
+    def build_engine(self, model: PreTrainedModel) -> RolloutEngine:
+        """The engine that writes with ``model``; override it to bring another."""
+        return TransformersEngine(model, self.vocabulary, self.eos_ids)
+
+    def check_lengths(self, num_tokens: int) -> None:
+        """Refuse sequences that are longer than a model was made for.
+
+        Raises:
+            ConfigError: Naming the model and both lengths.
+        """
+        for option, model in (("student", self.student), ("teacher", self.teacher)):
+            limit = max_positions(model.config) if model is not None else None
+            if limit is not None and num_tokens > limit:
+                raise ConfigError(
+                    f"prompt and response together take up to {num_tokens} tokens, but the "
+                    f"{option} was made for {limit}; lower --data.max_response_length or "
+                    "--data.max_prompt_length"
+                )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of some ids, without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
