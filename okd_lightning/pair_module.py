@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Self, cast
 
 import lightning
@@ -89,27 +88,48 @@ class PairModule(lightning.LightningModule):
     # ---------------------------------------------------------------- building
 
     def configure_model(self) -> None:
-        """Load both models (once; Lightning calls this again for every entry point)."""
+        """Load both models (once; Lightning calls this again for every entry point).
+
+        What starts random (a student from a config, adapters) depends on the seed alone, not on
+        what a strategy drew before.
+        """
         if self.student is not None:
             return
-        size = self.vocabulary.size
-        load = partial(load_causal_lm, attn_implementation=self.attn_implementation)
-        config = load_model_config(self.student_source, "--model.student", size)
-        self.student = load(self.student_source, config, "--model.student", dtype=self.dtype_name)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch.initial_seed())
+            self._build_student()
+            self._build_teacher()
+
+    def _build_student(self) -> None:
+        config = load_model_config(self.student_source, "--model.student", self.vocabulary.size)
+        self.student = load_causal_lm(
+            self.student_source,
+            config,
+            "--model.student",
+            dtype=self.dtype_name,
+            attn_implementation=self.attn_implementation,
+        )
         if self.student_adapter is not None:
             add_adapter(self.student, self.student_adapter, "--model.student_adapter")
         if self.gradient_checkpointing:
             self.student.gradient_checkpointing_enable({"use_reentrant": False})
             self.student.enable_input_require_grads()
         self.student.train()
-        if self.teacher_source is not None:
-            config = load_model_config(self.teacher_source, "--model.teacher", size)
-            self.teacher = load(
-                self.teacher_source, config, "--model.teacher", dtype=self.teacher_dtype_name
-            )
-            self.teacher.requires_grad_(False).eval()
-            if self.online_module is not None:
-                self._attach_online_module()
+
+    def _build_teacher(self) -> None:
+        if self.teacher_source is None:
+            return
+        config = load_model_config(self.teacher_source, "--model.teacher", self.vocabulary.size)
+        self.teacher = load_causal_lm(
+            self.teacher_source,
+            config,
+            "--model.teacher",
+            dtype=self.teacher_dtype_name,
+            attn_implementation=self.attn_implementation,
+        )
+        self.teacher.requires_grad_(False).eval()
+        if self.online_module is not None:
+            self._attach_online_module()
 
     def setup(self, stage: str) -> None:
         """Refuse Lightning's "true" precisions: models are loaded in their own number format.
