@@ -3,9 +3,10 @@
 * ``base``: ``DistillationCallback``, the contract of a method.
 * ``divergence``: ``DivergenceCallback``, the brick of every exact method.
 * ``sft``, ``kd``, ``gkd``, ``okd``: the published methods, as constructions with their defaults.
-* monitors: ``exact_match`` (task accuracy), ``rollout_log`` (samples on disk), ``predictions``
-  (generations on disk), ``finite_guard`` (stop before a broken step), ``best_checkpoint``,
-  ``last_checkpoint``, ``throughput``, ``step_intervals``.
+* monitors: ``exact_match`` (task accuracy), ``paper_measures`` (OKD's), ``teacher_drift`` (an
+  alarm), ``rollout_log`` (samples on disk), ``predictions`` (generations on disk),
+  ``finite_guard`` (stop before a broken step), ``best_checkpoint``, ``last_checkpoint``,
+  ``throughput``, ``step_intervals``.
 """
 
 from okd_lightning.callbacks.base import DistillationCallback
@@ -17,6 +18,7 @@ from okd_lightning.callbacks.gkd import GKD
 from okd_lightning.callbacks.kd import KD
 from okd_lightning.callbacks.last_checkpoint import LastCheckpoint
 from okd_lightning.callbacks.okd import OKD
+from okd_lightning.callbacks.paper_measures import PaperMeasures
 from okd_lightning.callbacks.predictions import PredictionLog
 from okd_lightning.callbacks.rollout_log import RolloutLog
 from okd_lightning.callbacks.sft import SFT
@@ -34,6 +36,7 @@ __all__ = [
     "ExactMatch",
     "FiniteGuard",
     "LastCheckpoint",
+    "PaperMeasures",
     "PredictionLog",
     "RolloutLog",
     "TeacherDrift",

@@ -2,9 +2,35 @@
 
 * ``measures``: divergences, agreement and cross-entropy of validation, as torchmetrics.
 * ``exact_match``: answers against references, as text.
+* ``uncertainty``, ``excess_accumulated_error``, ``logit_std``: further measures of the OKD paper.
 """
 
 from okd_lightning.metrics.exact_match import final_answer, matches
+from okd_lightning.metrics.excess_accumulated_error import (
+    ExcessAccumulatedError,
+    excess_accumulated_error,
+)
+from okd_lightning.metrics.logit_std import LogitStd, logit_std
 from okd_lightning.metrics.measures import adapted_measures, measure_metrics, measures
+from okd_lightning.metrics.uncertainty import (
+    DIFFICULTIES,
+    Uncertainty,
+    by_difficulty,
+    response_uncertainty,
+)
 
-__all__ = ["adapted_measures", "final_answer", "matches", "measure_metrics", "measures"]
+__all__ = [
+    "DIFFICULTIES",
+    "ExcessAccumulatedError",
+    "LogitStd",
+    "Uncertainty",
+    "adapted_measures",
+    "by_difficulty",
+    "excess_accumulated_error",
+    "final_answer",
+    "logit_std",
+    "matches",
+    "measure_metrics",
+    "measures",
+    "response_uncertainty",
+]

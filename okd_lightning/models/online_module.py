@@ -15,6 +15,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from okd_lightning.models.loading import add_adapter
@@ -79,10 +80,17 @@ def attach_online_module(
 
 @contextmanager
 def base_teacher(teacher: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """The teacher without its online module, for as long as the block lasts; no second copy."""
+    """The teacher without its online module, for as long as the block lasts; no second copy.
+
+    Blocks may be nested: the module comes back at the end of the outermost one.
+    """
     if isinstance(teacher, PeftModel):
         with teacher.disable_adapter():
             yield
+        return
+    layers = (module for module in teacher.modules() if isinstance(module, BaseTunerLayer))
+    if any(layer.disable_adapters for layer in layers):
+        yield
         return
     teacher.disable_adapters()
     try:
