@@ -206,6 +206,13 @@ class DistillationCLI(LightningCLI):
     def after_fit(self) -> None:
         """Say what the last validation measured and where everything is."""
         metrics = self.trainer.callback_metrics
+        if self.datamodule.sources["val"] is not None and not any(
+            name.startswith("val/") for name in metrics
+        ):
+            rank_zero_info(
+                "no validation took place in this run: give --trainer.val_check_interval STEPS "
+                "below its length"
+            )
         self._print({n: float(v) for n, v in metrics.items() if n.startswith("val/")})
         folder = Path(self.trainer.default_root_dir)
         last = folder / "checkpoints" / "last.ckpt"
@@ -272,6 +279,15 @@ def run(arguments: Sequence[str], debug: bool = False) -> int:
         advice = _OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else ""
         print(f"okd-lightning: {one_line(error)}{advice}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except Exception as error:
+        if debug:
+            raise
+        print(
+            f"okd-lightning: unexpected {type(error).__name__}: {one_line(error)} "
+            "(--debug shows where)",
+            file=sys.stderr,
+        )
+        return 1
     except (KeyboardInterrupt, SystemExit) as error:
         is_interrupt = isinstance(error, KeyboardInterrupt)  # Lightning makes an exit of it
         if not is_interrupt and not isinstance(error.__context__, KeyboardInterrupt):

@@ -43,7 +43,7 @@ from okd_lightning.models import (
 )
 from okd_lightning.optimizers import build_optimizer, with_schedule
 from okd_lightning.pair_module import PairModule
-from okd_lightning.records import SOURCES, DistillBatch
+from okd_lightning.records import SOURCES, DistillBatch, LossOutput
 from okd_lightning.reduction import normalise
 from okd_lightning.rollouts.rows import generation_records
 from okd_lightning.schedules import ScheduleName, schedule_factor
@@ -197,6 +197,8 @@ class DistillationModule(PairModule):
         loss = torch.zeros((), device=self.device)
         for term in self.terms:
             output = term.loss(measured)
+            if batch_idx == 0:
+                _check_count(output, measured, term)
             count = _step_count(batch, term)
             mean = normalise(
                 output.sum, count, self.trainer.accumulate_grad_batches, self.trainer.world_size
@@ -277,6 +279,7 @@ class DistillationModule(PairModule):
         checkpoint["state_dict"] = weights_to_save(self, checkpoint["state_dict"])
         checkpoint["okd_lightning"] = {
             "config": self.run_config,
+            "eos_ids": list(self.eos_ids),
             "online_module": None if self.online_module is None else self.online_module.to_dict(),
             "methods": [type(term).__name__ for term in self.terms],
             "metrics": {
@@ -296,6 +299,7 @@ class DistillationModule(PairModule):
         own = checkpoint.get("okd_lightning")
         if own is None:
             raise CheckpointError("this checkpoint was not written by okd-lightning")
+        self.eos_ids = tuple(own["eos_ids"])
         if self.terms:
             check_methods(own["methods"], [type(term).__name__ for term in self.terms])
             own_rank = self.trainer.global_rank if len(own["rng"]) == self.trainer.world_size else 0
@@ -337,6 +341,17 @@ class DistillationModule(PairModule):
         if self._rng_to_restore is not None:
             set_rng_state(self._rng_to_restore)
             self._rng_to_restore = None
+
+
+def _check_count(output: LossOutput, measured: Measured, term: Term) -> None:
+    """A term is divided by all loss tokens of its sources, so it has to sum over all of them."""
+    own, expected = int(output.count), int(measured.mask(term.sources).sum())
+    if own != expected:
+        raise ConfigError(
+            f"method {term.name} sums over {own} tokens of a batch, but its sources "
+            f"({', '.join(term.sources)}) hold {expected}, which is what it is divided by; "
+            "give the tokens that it leaves out the value 0, and do not mask them"
+        )
 
 
 def _step_count(batch: DistillBatch, term: Term) -> int:

@@ -6,12 +6,13 @@ having them write. What is trained, and by which loss, is ``module``'s business.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Self, cast
 
 import lightning
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -141,7 +142,8 @@ class PairModule(lightning.LightningModule):
         if precision.endswith("-true") and precision != "32-true":
             raise ConfigError(
                 f"trainer.precision {precision} would convert batches and losses as well; give "
-                "--model.dtype bfloat16 (weights in bfloat16), or --trainer.precision bf16-mixed"
+                "--trainer.precision bf16-mixed (and --model.teacher_dtype bfloat16), or load the "
+                "weights themselves in bfloat16 with --model.dtype bfloat16"
             )
 
     def add_online_module(self, settings: OnlineModuleSettings) -> None:
@@ -242,6 +244,14 @@ class PairModule(lightning.LightningModule):
     def build_engine(self, model: PreTrainedModel) -> RolloutEngine:
         """The engine that writes with ``model``; override it to bring another."""
         return TransformersEngine(model, self.vocabulary, self.eos_ids)
+
+    def add_eos_ids(self, ids: Iterable[int]) -> None:
+        """Let further ids end a response, such as a chat template's end of turn; said once."""
+        new = [i for i in ids if i not in self.eos_ids]
+        if new:
+            self.eos_ids = (*self.eos_ids, *new)
+            names = ", ".join(repr(self.tokenizer.decode([i])) for i in new)
+            rank_zero_info(f"responses also end at {names}, as the data's own responses do")
 
     def check_lengths(self, num_tokens: int) -> None:
         """Refuse sequences that are longer than a model was made for.

@@ -127,6 +127,7 @@ def resume(root: Path) -> list[dict]:
 def of_one_rank(rank: int, root: Path, port: int) -> None:
     """What a spawned process does."""
     torch.set_num_threads(1)
+    os.environ.pop("PL_GLOBAL_SEED", None)  # a run before has left it; it would seed anew
     os.environ.update(
         LOCAL_RANK=str(rank),
         NODE_RANK="0",

@@ -229,7 +229,7 @@ def test_validation_does_not_disturb_a_resume(
     settings = {"val": tiny.make_rows(4, seed=1), "val_check_interval": interval}
     train(tmp_path, folders, Killer(hook, number), every_n_steps=every, **settings)
     if not (tmp_path / "checkpoints" / "last.ckpt").exists():
-        assert every is None
+        assert every is None or interval == 4  # none is written before a validation that is due
         assert (hook, number) in (
             ("on_validation_start", 1),
             ("on_validation_end", 1),

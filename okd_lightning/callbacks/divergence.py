@@ -54,6 +54,11 @@ class DivergenceCallback(DistillationCallback):
                 f"cross_entropy_weight {cross_entropy_weight} has nothing to act on with "
                 "on_policy_fraction 1: there is no given response; set one of them to 0"
             )
+        if seq_kd and on_policy_fraction == 1:
+            raise ConfigError(
+                "seq_kd has nothing to act on with on_policy_fraction 1: the student writes every "
+                "response; lower on_policy_fraction, or leave seq_kd out"
+            )
         tempered = self.divergence if temperature == 1 else Tempered(self.divergence, temperature)
         self._exact = ExactDivergence(tempered)
 

@@ -9,6 +9,7 @@ import lightning
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError
 
 
@@ -47,7 +48,7 @@ class LastCheckpoint(Checkpoint):
         Lightning counts the epoch of such a checkpoint twice, and a resumed run ends too early.
         """
         is_due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
-        if is_due or trainer.is_last_batch:
+        if (is_due or trainer.is_last_batch) and not _validation_follows(trainer):
             self._save(trainer)
 
     def on_validation_end(
@@ -81,6 +82,16 @@ class LastCheckpoint(Checkpoint):
             return
         self._saved_at = trainer.global_step
         trainer.save_checkpoint(_path(trainer), weights_only=False)
+
+
+def _validation_follows(trainer: lightning.Trainer) -> bool:
+    """Whether this batch's validation is still to come: a run resumed here would skip it."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if isinstance(data, RolloutDataModule) and data.sources["val"] is None:
+        return False
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None
+    return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
 
 
 def _path(trainer: lightning.Trainer) -> Path:

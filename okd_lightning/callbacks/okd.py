@@ -30,7 +30,8 @@ class OKD(DistillationCallback):
     scale or its learning rate: the defaults are ours.
 
     Args:
-        alpha: Weight of the divergence against the cross-entropy in the module's loss, in [0, 1).
+        alpha: Weight of the divergence against the cross-entropy in the module's loss, in [0, 1);
+            docs/okd.md has the figures behind the default.
         temperature: τ of both distributions; scales losses and gradients by τ².
         divergence: The student's; forward KL by default.
         teacher_divergence: The module's, D(student, teacher); reverse KL, KL(p‖q), by default.
@@ -50,7 +51,7 @@ class OKD(DistillationCallback):
 
     def __init__(
         self,
-        alpha: float = 0.5,
+        alpha: float = 0.3,
         temperature: float = 1.0,
         divergence: Divergence | None = None,
         teacher_divergence: Divergence | None = None,

@@ -14,6 +14,9 @@ class StepIntervals(Callback):
     Lightning's own counts micro-batches, and within an epoch.
     """
 
+    def __init__(self) -> None:
+        self._asked: int | None = None
+
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
@@ -28,5 +31,6 @@ class StepIntervals(Callback):
                 f"trainer.val_check_interval must be at least 1 optimizer step, got {interval}"
             )
         if stage == "fit" and isinstance(interval, int) and not isinstance(interval, bool):
-            trainer.val_check_interval = interval * trainer.accumulate_grad_batches
+            self._asked = self._asked or interval  # a second fit finds the converted one
+            trainer.val_check_interval = self._asked * trainer.accumulate_grad_batches
             trainer.check_val_every_n_epoch = None

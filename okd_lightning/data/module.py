@@ -8,7 +8,7 @@ rows come from the module and the method callbacks of the run.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -51,6 +51,9 @@ class DistilledModule(Writer, Protocol):
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """The ids that end a response."""
+
+    def add_eos_ids(self, ids: Iterable[int]) -> None:
+        """Let further ids end a response."""
 
     def check_lengths(self, num_tokens: int) -> None:
         """Refuse sequences that the models were not made for."""
@@ -135,13 +138,17 @@ class RolloutDataModule(lightning.LightningDataModule):
         for name, value in positive.items():
             if value is not None and value < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {value}")
+        if val_rollouts < 0:
+            raise ConfigError(f"data.val_rollouts must be at least 0, got {val_rollouts}")
         self.sources: dict[str, DataSource | None] = {
             "train": train,
             "val": val,
             "test": test or val,
             "predict": predict or test or val,
         }
-        self.splits = {"train": train_split, "val": val_split, "test": test_split}
+        other_split = test_split if test is not None else val_split
+        self.splits = {"train": train_split, "val": val_split, "test": other_split}
+        self.splits["predict"] = test_split if predict is not None else other_split
         self.batch_size = batch_size
         self.global_batch_size = global_batch_size
         self.max_prompt_length = max_prompt_length
@@ -167,8 +174,11 @@ class RolloutDataModule(lightning.LightningDataModule):
         """Derive the accumulation from ``global_batch_size``.
 
         Raises:
-            ConfigError: It does not fit the batch size, the devices or the accumulation.
+            ConfigError: It does not fit the batch size, the devices or the accumulation; or the
+                Trainer would cut an epoch inside an optimizer step.
         """
+        if stage == "fit":
+            _check_trainer(self._trainer)
         if stage == "fit" and self.global_batch_size is not None:
             trainer = self._trainer
             trainer.accumulate_grad_batches = accumulation_for(
@@ -197,6 +207,11 @@ class RolloutDataModule(lightning.LightningDataModule):
             prompts_per_rollout=self.prompts_per_rollout,
             samples_per_prompt=self.samples_per_prompt,
         )
+        if self.samples_per_prompt > 1 and plan.sources == {"dataset"}:
+            raise ConfigError(
+                f"data.samples_per_prompt {self.samples_per_prompt} has nothing to act on: in this "
+                "run nobody writes responses; leave it out, or use an on-policy method"
+            )
         _announce(plan, shape)
         self._train_loader = RolloutLoader(
             examples.examples,
@@ -260,7 +275,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         key = f"{part}:{needs_response}"
         if key not in self._examples:
             name = describe_source(source)
-            split = self.splits.get(part, self.splits["test"])
+            split = self.splits[part]
             found = build_examples(
                 load_rows(source, split=split, subset=self.subset),
                 self._module.tokenizer,
@@ -272,6 +287,7 @@ class RolloutDataModule(lightning.LightningDataModule):
                 needs_response=needs_response,
                 where=name,
             )
+            self._module.add_eos_ids(_ends_of_turn(found, self._module.tokenizer))
             self._report(part, name, found)
             self._examples[key] = found
         return self._examples[key]
@@ -344,6 +360,29 @@ class RolloutDataModule(lightning.LightningDataModule):
         states: list[Any] = [None] * self._trainer.world_size
         torch.distributed.all_gather_object(states, state)
         return states
+
+
+def _ends_of_turn(found: ExampleSet, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special ids that whole responses of a data set end with, in id order."""
+    specials = set(tokenizer.all_special_ids)
+    specials |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    longest = max(len(example.response_ids) for example in found.examples)
+    whole = [e.response_ids[-1] for e in found.examples if 0 < len(e.response_ids) < longest]
+    return sorted(specials & set(whole))
+
+
+def _check_trainer(trainer: lightning.Trainer) -> None:
+    """Refuse what would cut an epoch where an optimizer step is not complete."""
+    accumulate, limit = trainer.accumulate_grad_batches, trainer.limit_train_batches
+    if accumulate < 1:
+        raise ConfigError(f"trainer.accumulate_grad_batches must be at least 1, got {accumulate}")
+    is_whole = limit == 1.0 or (isinstance(limit, int) and limit % accumulate == 0)
+    if trainer.overfit_batches or not (is_whole or trainer.fast_dev_run):  # type: ignore[attr-defined]
+        raise ConfigError(
+            "trainer.limit_train_batches and trainer.overfit_batches cut an epoch where its rows "
+            "were not dealt; shorten it with --data.prompts_per_epoch (or whole multiples of the "
+            "accumulation)"
+        )
 
 
 def accumulation_for(

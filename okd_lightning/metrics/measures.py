@@ -54,4 +54,4 @@ def measure_metrics() -> nn.ModuleDict:
         for is_own in (False, True)
         for name in [*measures(stage, is_own, has_teacher=True), *adapted_measures(stage)]
     ]
-    return nn.ModuleDict({name: MeanMetric() for name in names})
+    return nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})

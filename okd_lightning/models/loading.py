@@ -170,16 +170,19 @@ def add_adapter(model: PreTrainedModel, adapter: PeftConfig, option: str) -> Non
 def eos_token_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """All ids that end a response; the first is the one that training data gets.
 
-    Taken from the generation config, else from the tokenizer.
+    Taken from the student's generation config, else from the one beside the tokenizer, else from
+    the tokenizer.
 
     Args:
         source: The student.
         tokenizer: Its tokenizer.
 
     Raises:
-        ModelError: Neither names an end-of-sequence id.
+        ModelError: None of them names an end-of-sequence id, or it is no id of the tokenizer.
     """
     ids = _generation_eos(source)
+    if ids is None and Path(tokenizer.name_or_path or "").is_dir():
+        ids = _generation_eos(tokenizer.name_or_path)
     if ids is None:
         ids = tokenizer.eos_token_id
     if ids is None:
@@ -187,7 +190,14 @@ def eos_token_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> tu
             "neither the student's generation config nor its tokenizer names an end-of-sequence "
             "token; set eos_token_id in generation_config.json"
         )
-    return (ids,) if isinstance(ids, int) else tuple(ids)
+    found = (ids,) if isinstance(ids, int) else tuple(ids)
+    foreign = [i for i in found if i not in tokenizer.get_vocab().values()]
+    if foreign:
+        raise ModelError(
+            f"the student's end-of-sequence ids {list(found)} hold {foreign[0]}, which is no token "
+            "of the tokenizer; set eos_token_id in the student's generation config"
+        )
+    return found
 
 
 def _generation_eos(source: ModelSource) -> int | list[int] | None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from okd_lightning.records import DistillBatch, Example, PromptBatch
 from okd_lightning.rollouts.engine import Writer
 from okd_lightning.rollouts.loader import ProgressFactory, silent_progress
-from okd_lightning.rollouts.noise import NoiseStream
+from okd_lightning.rollouts.noise import NoiseStream, hashed_uniform
 from okd_lightning.rollouts.rows import given_row, micro_batches, muted, share, written_row
 from okd_lightning.rollouts.sampling import Sampling
 
+_BATCH_ORDER = 0x42415443  # domain separation
 _EVALUATION_EPOCH = 2**31  # no training epoch has this number
 
 
@@ -31,7 +34,9 @@ class GivenResponses:
         self.examples = examples
         own = [given_row(example) for example in share(examples, rank, world_size)]
         own = own or [muted(given_row(examples[0]))]
-        self._batches = micro_batches(own, _num_batches(len(examples), batch_size, world_size))
+        batches = micro_batches(own, _num_batches(len(examples), batch_size, world_size))
+        order = hashed_uniform(_BATCH_ORDER, np.arange(len(batches))).argsort(kind="stable")
+        self._batches = [batches[i] for i in order]  # the first few are a fair sample of lengths
 
     def __len__(self) -> int:
         return len(self._batches)

@@ -9,6 +9,7 @@ a whole number of optimizer steps; the same number of batches comes out on every
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -190,6 +191,7 @@ class RolloutLoader:
             "epoch": self._epoch,
             "delivered": self._delivered,
             "rows_per_step": self.shape.rows_per_step,
+            "identity": self._identity(),
             "written_for": self._written_for,
             "written": self._gather(own),
         }
@@ -198,7 +200,8 @@ class RolloutLoader:
         """Continue where ``state_dict`` was taken.
 
         Raises:
-            ConfigError: The optimizer step has another number of rows now.
+            ConfigError: The optimizer step has another number of rows now, or prompts, seed or
+                chunks differ, so that the stored rollouts would answer other prompts.
         """
         if state["rows_per_step"] != self.shape.rows_per_step:
             raise ConfigError(
@@ -206,11 +209,24 @@ class RolloutLoader:
                 f"accumulation x ranks), the checkpoint was written with {state['rows_per_step']}; "
                 f"set --data.global_batch_size {state['rows_per_step']}"
             )
+        if state["identity"] != self._identity():
+            raise ConfigError(
+                "this run's prompts, seed, prompts_per_epoch, prompts_per_rollout or "
+                "samples_per_prompt differ from the checkpoint's; resume with the same, or start a "
+                "new run from the exported student: --model.student FOLDER"
+            )
         self._epoch, self._delivered = state["epoch"], state["delivered"]
         self._written_for = state["written_for"]
         written = state["written"]
         own = written[self.shape.rank] if len(written) == self.shape.world_size else {}
         self._written = {author: _unpack(packed) for author, packed in own.items()}
+
+    def _identity(self) -> list[int]:
+        """What decides which prompt is where: equal lists mean equal batches."""
+        shape = self.shape
+        prompts = zlib.crc32(repr([example.prompt_ids for example in self.examples]).encode())
+        cut = [shape.prompts_per_epoch, shape.steps_per_chunk, shape.samples_per_prompt]
+        return [self._seed, len(self.examples), prompts, *cut]
 
     def _turns(self, epoch: int) -> list[_Turn]:
         """The epoch's prompts: the next ones of an endless row of shuffled passes."""

@@ -6,6 +6,7 @@ step), so that all micro-batches, ranks and resumed runs see the same one.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,21 +48,36 @@ class RolloutPlan:
         if not self.is_mixed_within_step:
             is_student = hashed_uniform(_COIN, seed, step) < self.on_policy_fraction
             return ("student" if is_student else self.off_policy_source,) * num_prompts
-        boundary = [int(self.on_policy_fraction * (i + 1) + 1e-9) for i in range(num_prompts)]
-        spread = zip([0, *boundary], boundary, strict=False)
-        return tuple("student" if b > a else self.off_policy_source for a, b in spread)
+        offset = float(hashed_uniform(_COIN, seed, step))  # no position is always the data set's
+        shares = [int(self.on_policy_fraction * i + offset) for i in range(num_prompts + 1)]
+        return tuple(
+            "student" if b > a else self.off_policy_source for a, b in itertools.pairwise(shares)
+        )
+
+
+def _common_fraction(asked: set[float]) -> float:
+    """What all agree on; half and half for 0 beside 1; else the one share that lies between."""
+    if len(asked) <= 1:
+        return next(iter(asked), 0.0)
+    between = asked - {0.0, 1.0}
+    if len(between) > 1:
+        raise ConfigError(
+            f"methods of one run ask for different on_policy_fractions ({sorted(between)}); give "
+            "them the same"
+        )
+    return next(iter(between), 0.5)
 
 
 def plan_for(terms: Sequence[Term]) -> RolloutPlan:
     """The plan that serves all terms of a run.
 
     Terms that agree on the on-policy share get GKD's coin a step. Terms that disagree (KD on the
-    data set beside OPD+ on rollouts) get both kinds of rows in every step, half and half, and
-    each is counted on its own rows.
+    data set beside a method on rollouts) get both kinds of rows in every step, in the share that
+    one of them asks for or half and half, and each is counted on its own rows.
 
     Raises:
-        ConfigError: No terms, terms that need both the data set's and the teacher's responses, or
-            a term that acts on no source of the plan.
+        ConfigError: No terms, terms that need both the data set's and the teacher's responses or
+            different shares, or a term that acts on no source of the plan.
     """
     if not terms:
         raise ConfigError(
@@ -75,9 +91,8 @@ def plan_for(terms: Sequence[Term]) -> RolloutPlan:
             "set seq_kd alike on all methods of a run"
         )
     asked = {term.on_policy_fraction for term in terms if term.on_policy_fraction is not None}
-    fraction = min(asked) if len(asked) == 1 else 0.5 if asked else 0.0
     plan = RolloutPlan(
-        on_policy_fraction=fraction,
+        on_policy_fraction=_common_fraction(asked),
         off_policy_source=next(iter(off_policy), "dataset"),
         is_mixed_within_step=len(asked) > 1,
     )

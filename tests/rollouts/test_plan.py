@@ -48,9 +48,31 @@ def test_all_rows_of_a_step_share_the_coin():
 @pytest.mark.parametrize(("fraction", "num"), [(0.5, 8), (0.5, 7), (0.25, 8), (0.1, 20), (0.9, 5)])
 def test_mixed_steps_hold_both_kinds_spread_out(fraction, num):
     assigned = RolloutPlan(fraction, "dataset", is_mixed_within_step=True).assign(0, 0, num)
-    assert assigned.count("student") == int(fraction * num)
     for i in range(num):  # at every point, the share so far is right to one row
         assert abs(assigned[: i + 1].count("student") - fraction * (i + 1)) < 1
+
+
+@pytest.mark.parametrize("num", [1, 3])
+def test_mixed_steps_prefer_nobody(num):
+    """Also one prompt a step, or an odd number, gives each kind its share over the run."""
+    plan = RolloutPlan(0.5, "dataset", is_mixed_within_step=True)
+    rows = [source for step in range(400) for source in plan.assign(0, step, num)]
+    assert abs(rows.count("student") / len(rows) - 0.5) < 0.06
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"), [((0.0, 1.0), 0.5), ((0.0, 0.9), 0.9), ((0.3, 1.0), 0.3)]
+)
+def test_methods_that_disagree_share_every_step(asked, expected):
+    terms = [Taker(("dataset", "student"), share, f"taker{share}") for share in asked]
+    plan = plan_for(terms)
+    assert (plan.on_policy_fraction, plan.is_mixed_within_step) == (expected, True)
+
+
+def test_two_shares_between_are_refused():
+    terms = [Taker(("dataset", "student"), share, f"taker{share}") for share in (0.3, 0.7)]
+    with pytest.raises(ConfigError, match="different on_policy_fractions"):
+        plan_for(terms)
 
 
 @dataclass
