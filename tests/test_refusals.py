@@ -1,0 +1,133 @@
+"""Combinations that would give wrong numbers without a word, and what is done about them.
+
+* A resumed run whose prompts, seed or chunks differ is refused: its stored rollouts answer others.
+* A method that sums over fewer tokens than it is divided by is refused at the first batch.
+* An epoch that the Trainer would cut inside an optimizer step is refused.
+* The first batches of validation are a fair sample of lengths, not the longest rows.
+* What a chat template ends a turn with ends a response as well.
+* Settings that nothing acts on are refused.
+"""
+
+import pytest
+import tiny
+import torch
+from tiny import RolloutDataModule
+
+from okd_lightning.callbacks import GKD, KD, DistillationCallback, LastCheckpoint
+from okd_lightning.divergences import ForwardKL
+from okd_lightning.errors import ConfigError
+from okd_lightning.losses import ExactDivergence
+from okd_lightning.module import DistillationModule
+from okd_lightning.records import Example
+from okd_lightning.reduction import loss_output
+from okd_lightning.rollouts.evaluation import GivenResponses
+
+
+def module() -> DistillationModule:
+    return DistillationModule(
+        tiny.make_llama(1), tiny.make_llama(2), tokenizer=tiny.make_tokenizer()
+    )
+
+
+def data(rows=None, **settings) -> RolloutDataModule:
+    defaults = {"batch_size": 4, "max_response_length": 6, "seed": 7, "val_rollouts": 0}
+    return RolloutDataModule(rows or tiny.make_rows(16), **{**defaults, **settings})
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"seed": 8},
+        {"rows": tiny.make_rows(16, seed=5)},
+        {"prompts_per_rollout": 8},
+        {"prompts_per_epoch": 12},
+    ],
+)
+def test_stored_rollouts_are_for_their_own_prompts(other, tmp_path):
+    callbacks = [GKD(on_policy_fraction=1.0), LastCheckpoint(every_n_steps=1)]
+    tiny.make_trainer(tmp_path, callbacks, max_steps=2).fit(module(), data())
+    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    trainer = tiny.make_trainer(tmp_path / "b", [GKD(on_policy_fraction=1.0)], max_steps=3)
+    with pytest.raises(ConfigError, match="differ from the checkpoint's"):
+        trainer.fit(module(), data(**other), ckpt_path=last)
+
+
+class HalfOfIt(DistillationCallback):
+    """Masks further than its sources say."""
+
+    on_policy_fraction = 0.0
+    sources = ("dataset",)
+    quantities = (ExactDivergence(ForwardKL()),)
+
+    def loss(self, measured):
+        mask = measured.mask(self.sources).clone()
+        mask[::2] = False
+        return loss_output(measured[self.quantities[0]], mask)
+
+
+def test_a_term_is_divided_by_what_it_sums_over(tmp_path):
+    with pytest.raises(ConfigError, match="half_of_it sums over"):
+        tiny.make_trainer(tmp_path, [HalfOfIt()], max_steps=1).fit(module(), data())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"limit_train_batches": 3, "accumulate_grad_batches": 2},
+        {"limit_train_batches": 0.5},
+        {"overfit_batches": 2},
+    ],
+)
+def test_epochs_are_whole_steps(settings, tmp_path):
+    with pytest.raises(ConfigError, match=r"--data\.prompts_per_epoch"):
+        tiny.make_trainer(tmp_path, [KD()], **settings).fit(module(), data())
+
+
+def test_whole_multiples_of_the_accumulation_are_taken(tmp_path):
+    trainer = tiny.make_trainer(tmp_path, [KD()], limit_train_batches=2, accumulate_grad_batches=2)
+    trainer.fit(module(), data())
+    assert trainer.global_step == 1
+
+
+def test_the_first_batches_of_validation_are_of_all_lengths():
+    examples = [
+        Example(i, (3,), (False,), tuple([4] * (1 + i)), "a", "b" * (1 + i)) for i in range(64)
+    ]
+    batches = list(GivenResponses(examples, batch_size=4))
+    lengths = [float(batch.lengths.float().mean()) for batch in batches]
+    overall = sum(lengths) / len(lengths)
+    assert abs(sum(lengths[:6]) / 6 - overall) < 0.35 * overall
+    assert lengths != sorted(lengths, reverse=True)
+    assert sorted(i for batch in batches for i in batch.index.tolist()) == list(range(64))
+
+
+def test_an_end_of_turn_ends_a_response(tmp_path):
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'p' if m.role == 'user' else '' }}{{ m.content }}"
+        "{{ '<bos>' if m.role == 'assistant' else '' }}{% endfor %}"
+    )
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": "a" * (1 + i)},
+                {"role": "assistant", "content": "b" * (1 + i % 3)},
+            ]
+        }
+        for i in range(8)
+    ]
+    pair = DistillationModule(tiny.make_llama(1), tiny.make_llama(2), tokenizer=tokenizer)
+    assert pair.eos_ids == (tiny.EOS,)
+    tiny.make_trainer(tmp_path, [KD(), LastCheckpoint()], max_steps=1).fit(pair, data(chats))
+    assert pair.eos_ids == (tiny.EOS, tiny.BOS)
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["okd_lightning"]["eos_ids"] == [tiny.EOS, tiny.BOS]
+
+
+def test_settings_without_effect_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="seq_kd has nothing to act on"):
+        GKD(on_policy_fraction=1.0, seq_kd=True)
+    with pytest.raises(ConfigError, match="val_rollouts"):
+        data(val_rollouts=-3)
+    with pytest.raises(ConfigError, match="samples_per_prompt"):
+        tiny.make_trainer(tmp_path, [KD()]).fit(module(), data(samples_per_prompt=2))
