@@ -333,7 +333,9 @@ def _mean(runs: list[dict[str, float]], key: str) -> str:
 def main() -> None:
     """Run what has not been run, print the tables, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shared", type=Path, default=Path("/work/shared/data"))
+    parser.add_argument(
+        "--shared", type=Path, required=True, help="folder with models/ and datasets/"
+    )
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--task", nargs="+", default=["tinystories"], choices=TASKS)
     parser.add_argument("--steps", type=int, default=200)

@@ -94,7 +94,7 @@ def test_subclass_trains_with_its_own_optimizer():
 def test_listed_names_exist():
     for name in re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE):
         assert name in method_names()
-    listed = README.split("Divergences for every method")[1].split("On TinyStories")[0]
+    listed = README.split("Divergences (`--method.divergence NAME`)")[1].split("On TinyStories")[0]
     for name in re.findall(r"`([A-Z]\w+)`", listed):
         assert issubclass(getattr(divergences, name), divergences.Divergence)
     for name in re.findall(r"--config (\w+)", README):

@@ -6,6 +6,7 @@
 * ``tokens``: text to ids.
 * ``text_rows``, ``chat_rows``: the two kinds of rows to ``records.Example``s.
 * ``examples``: both, with lengths limited and what was left out counted.
+* ``whole_steps``: how many micro-batches make an optimizer step, and what would cut one.
 * ``module``: ``RolloutDataModule``, the loaders of a run; ``progress`` shows how far it is.
 """
 

@@ -25,6 +25,7 @@ from okd_lightning.data.columns import Columns
 from okd_lightning.data.examples import ExampleSet, OnOverlong, build_examples
 from okd_lightning.data.progress import rollout_progress
 from okd_lightning.data.sources import DataArgument, DataSource, describe_source, load_rows
+from okd_lightning.data.whole_steps import accumulation_for, check_whole_steps
 from okd_lightning.errors import ConfigError, DataError
 from okd_lightning.losses import Term
 from okd_lightning.records import Example
@@ -178,7 +179,7 @@ class RolloutDataModule(lightning.LightningDataModule):
                 Trainer would cut an epoch inside an optimizer step.
         """
         if stage == "fit":
-            _check_trainer(self._trainer)
+            check_whole_steps(self._trainer)
         if stage == "fit" and self.global_batch_size is not None:
             trainer = self._trainer
             trainer.accumulate_grad_batches = accumulation_for(
@@ -369,43 +370,6 @@ def _ends_of_turn(found: ExampleSet, tokenizer: PreTrainedTokenizerBase) -> list
     longest = max(len(example.response_ids) for example in found.examples)
     whole = [e.response_ids[-1] for e in found.examples if 0 < len(e.response_ids) < longest]
     return sorted(specials & set(whole))
-
-
-def _check_trainer(trainer: lightning.Trainer) -> None:
-    """Refuse what would cut an epoch where an optimizer step is not complete."""
-    accumulate, limit = trainer.accumulate_grad_batches, trainer.limit_train_batches
-    if accumulate < 1:
-        raise ConfigError(f"trainer.accumulate_grad_batches must be at least 1, got {accumulate}")
-    is_whole = limit == 1.0 or (isinstance(limit, int) and limit % accumulate == 0)
-    if trainer.overfit_batches or not (is_whole or trainer.fast_dev_run):  # type: ignore[attr-defined]
-        raise ConfigError(
-            "trainer.limit_train_batches and trainer.overfit_batches cut an epoch where its rows "
-            "were not dealt; shorten it with --data.prompts_per_epoch (or whole multiples of the "
-            "accumulation)"
-        )
-
-
-def accumulation_for(
-    global_batch_size: int, batch_size: int, world_size: int, configured: int
-) -> int:
-    """Micro-batches an optimizer step, so that it has ``global_batch_size`` rows.
-
-    Raises:
-        ConfigError: The rows cannot be cut so, or the accumulation was set to something else.
-    """
-    rows = batch_size * world_size
-    if global_batch_size % rows:
-        raise ConfigError(
-            f"data.global_batch_size {global_batch_size} is not a multiple of batch_size x devices "
-            f"= {batch_size} x {world_size} = {rows}; change one of them"
-        )
-    accumulation = global_batch_size // rows
-    if configured not in (1, accumulation):
-        raise ConfigError(
-            f"trainer.accumulate_grad_batches {configured} contradicts data.global_batch_size "
-            f"{global_batch_size}, which needs {accumulation}; leave one of them out"
-        )
-    return accumulation
 
 
 def _announce(plan: RolloutPlan, shape: LoaderShape) -> None:

@@ -1,0 +1,48 @@
+"""Optimizer steps are whole: how many micro-batches make one, and what would cut one short."""
+
+from __future__ import annotations
+
+import lightning
+
+from okd_lightning.errors import ConfigError
+
+
+def check_whole_steps(trainer: lightning.Trainer) -> None:
+    """Refuse what would cut an epoch where an optimizer step is not complete.
+
+    Raises:
+        ConfigError: Naming what to use.
+    """
+    accumulate, limit = trainer.accumulate_grad_batches, trainer.limit_train_batches
+    if accumulate < 1:
+        raise ConfigError(f"trainer.accumulate_grad_batches must be at least 1, got {accumulate}")
+    is_whole = limit == 1.0 or (isinstance(limit, int) and limit % accumulate == 0)
+    if trainer.overfit_batches or not (is_whole or trainer.fast_dev_run):  # type: ignore[attr-defined]
+        raise ConfigError(
+            "trainer.limit_train_batches and trainer.overfit_batches cut an epoch where its rows "
+            "were not dealt; shorten it with --data.prompts_per_epoch (or whole multiples of the "
+            "accumulation)"
+        )
+
+
+def accumulation_for(
+    global_batch_size: int, batch_size: int, world_size: int, configured: int
+) -> int:
+    """Micro-batches an optimizer step, so that it has ``global_batch_size`` rows.
+
+    Raises:
+        ConfigError: The rows cannot be cut so, or the accumulation was set to something else.
+    """
+    rows = batch_size * world_size
+    if global_batch_size % rows:
+        raise ConfigError(
+            f"data.global_batch_size {global_batch_size} is not a multiple of batch_size x devices "
+            f"= {batch_size} x {world_size} = {rows}; change one of them"
+        )
+    accumulation = global_batch_size // rows
+    if configured not in (1, accumulation):
+        raise ConfigError(
+            f"trainer.accumulate_grad_batches {configured} contradicts data.global_batch_size "
+            f"{global_batch_size}, which needs {accumulation}; leave one of them out"
+        )
+    return accumulation
