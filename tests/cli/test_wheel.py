@@ -2,7 +2,7 @@
 
 * it holds every module, ``py.typed``, the configs and the quickstart's files, and nothing of the
   tests, the benchmarks or the shelf of callbacks;
-* ``okd-lightning`` starts from it and finds the configs by name.
+* ``okd-lightning`` starts from it, finds the configs by name, and runs the quickstart.
 """
 
 from __future__ import annotations
@@ -93,3 +93,11 @@ def test_it_finds_its_configs_by_name(installed: Path) -> None:
     assert "tinystories" in names.split()
     assert is_own == "True"
     assert prepared == "['fit', '--config']"
+
+
+def test_the_quickstart_runs_from_it(installed: Path, tmp_path: Path) -> None:
+    done = run_installed(installed, "", "quickstart", "--steps", "2", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "results.json" in done.stdout
+    assert (tmp_path / "results.json").is_file()
+    assert (tmp_path / "learning_curve.png").is_file()

@@ -1,0 +1,38 @@
+"""ImitKD: imitation learning of the teacher, on given and on the student's own responses.
+
+Lin et al., "Autoregressive Knowledge Distillation through Imitation Learning", arXiv 2009.07253.
+"""
+
+from __future__ import annotations
+
+from okd_lightning import DivergenceCallback
+from okd_lightning.divergences import ForwardKL
+
+
+class ImitKD(DivergenceCallback):
+    """Forward KL to the teacher on a mix of the data set's and the student's own responses.
+
+    The paper's mixing weight falls over training; here the share is constant, and a coin decides
+    each optimizer step (GKD's form of the same idea, arXiv 2306.13649).
+
+    Args:
+        on_policy_fraction: Share of optimizer steps whose responses the student writes.
+        temperature: τ of both distributions; scales loss and gradient by τ².
+        weight: Factor on this term's mean loss.
+        name: Logged as train/<name>.
+    """
+
+    def __init__(
+        self,
+        on_policy_fraction: float = 0.5,
+        temperature: float = 1.0,
+        weight: float = 1.0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            ForwardKL(),
+            temperature=temperature,
+            on_policy_fraction=on_policy_fraction,
+            weight=weight,
+            name=name,
+        )

@@ -1,0 +1,52 @@
+"""The plug-ins beside the library: public names only, and true to their formula."""
+
+import ast
+import importlib.util
+from pathlib import Path
+
+import pytest
+import tiny
+
+from okd_lightning.callbacks import GKD
+from okd_lightning.module import DistillationModule
+
+SHELF = Path(__file__).parents[2] / "callbacks"
+FILES = sorted(SHELF.glob("*.py"))
+
+
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location(f"shelf_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def losses(tmp_path, method) -> list[float]:
+    module = DistillationModule(
+        tiny.make_llama(1), tiny.make_llama(2), tokenizer=tiny.make_tokenizer(), learning_rate=1e-2
+    )
+    data = tiny.RolloutDataModule(
+        tiny.make_rows(16), batch_size=4, max_response_length=6, val_rollouts=0, seed=7
+    )
+    recorder = tiny.Recorder()
+    tiny.make_trainer(tmp_path, [method, recorder]).fit(module, data)
+    return [step["train/loss"] for step in recorder.losses]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_only_public_names_are_imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = (
+            [alias.name for alias in getattr(node, "names", [])] if hasattr(node, "names") else []
+        )
+        module = getattr(node, "module", "") or ""
+        assert not any(part.startswith("_") for name in names for part in name.split("."))
+        assert not any(p.startswith("_") and p != "__future__" for p in module.split("."))
+    assert len(path.read_text().splitlines()) <= 60
+
+
+def test_imitkd_is_gkd_with_forward_kl(tmp_path):
+    imitkd = load(SHELF / "imitkd.py").ImitKD(on_policy_fraction=0.5)
+    expected = losses(tmp_path / "a", GKD(beta=0.0, on_policy_fraction=0.5))
+    assert losses(tmp_path / "b", imitkd) == pytest.approx(expected, rel=1e-6)
+    assert len(set(expected)) > 1
