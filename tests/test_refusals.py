@@ -131,3 +131,19 @@ def test_settings_without_effect_are_refused(tmp_path):
         data(val_rollouts=-3)
     with pytest.raises(ConfigError, match="samples_per_prompt"):
         tiny.make_trainer(tmp_path, [KD()]).fit(module(), data(samples_per_prompt=2))
+
+
+class StopsInValidation(tiny.Callback):
+    def on_validation_start(self, trainer, pl_module):
+        raise KeyboardInterrupt
+
+
+def test_no_checkpoint_stands_before_a_validation_that_is_due(tmp_path):
+    """A run that is killed there and resumed would never take it."""
+    callbacks = [KD(), LastCheckpoint(every_n_steps=1), StopsInValidation()]
+    settings = {"max_steps": 4, "val_check_interval": 2, "num_sanity_val_steps": 0}
+    trainer = tiny.make_trainer(tmp_path, callbacks, **settings)
+    with pytest.raises(SystemExit):
+        trainer.fit(module(), data(val=tiny.make_rows(4)))
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 1

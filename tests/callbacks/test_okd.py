@@ -232,3 +232,23 @@ def test_any_divergence_on_either_side(tmp_path):
     )
     _, trainer = fit(tmp_path, [method], steps=1)
     assert float(trainer.callback_metrics["train/okd"]) > 0
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_base_blocks_can_be_nested(kind):
+    """The module comes back at the end of the outermost block, not of an inner one."""
+    torch.manual_seed(0)
+    teacher = attach_online_module(tiny.make_llama(2), CONFIGS[kind](), "online_module")
+    ids, mask = torch.tensor([[3, 4, 5, 6]]), torch.ones(1, 4, dtype=torch.int64)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+        adapted = head_inputs(teacher, ids, mask)
+        with base_teacher(teacher):
+            base = head_inputs(teacher, ids, mask)
+            with base_teacher(teacher):
+                pass
+            assert torch.equal(head_inputs(teacher, ids, mask), base)
+        assert torch.equal(head_inputs(teacher, ids, mask), adapted)
+    assert not torch.equal(base, adapted)
