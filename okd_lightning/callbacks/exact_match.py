@@ -7,8 +7,8 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback
 
+from okd_lightning.callbacks.evaluation import EvaluationCallback
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError
 from okd_lightning.metrics import matches
@@ -20,7 +20,7 @@ from okd_lightning.rollouts.evaluation import prompt_batch
 from okd_lightning.rollouts.rows import share
 
 
-class ExactMatch(Callback):
+class ExactMatch(EvaluationCallback):
     """Logs ``val/exact_match`` and ``test/exact_match``: the share of prompts that are solved.
 
     The student answers greedily; the answer and the data set's response are compared after
@@ -40,19 +40,6 @@ class ExactMatch(Callback):
         if self.pattern is not None and self.pattern.groups < 1:
             raise ConfigError(f"pattern {pattern!r} needs a group (...) that holds the answer")
         self.num_prompts = num_prompts
-
-    def on_validation_epoch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
-        """Answer and compare."""
-        if not trainer.sanity_checking:
-            self._log(trainer, pl_module, "val")
-
-    def on_test_epoch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
-        """Answer and compare."""
-        self._log(trainer, pl_module, "test")
 
     def _log(self, trainer: lightning.Trainer, pl_module: Any, part: str) -> None:
         assert isinstance(pl_module, DistillationModule)

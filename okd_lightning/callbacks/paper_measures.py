@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.functional.text import rouge_score
 
+from okd_lightning.callbacks.evaluation import EvaluationCallback
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import ForwardKL
 from okd_lightning.errors import ConfigError
@@ -50,7 +50,7 @@ class _Pass:
     examples: Sequence[Example]
 
 
-class PaperMeasures(Callback):
+class PaperMeasures(EvaluationCallback):
     """Logs what the OKD paper looks at beside divergences (arXiv 2409.12512), against the base.
 
     On given responses: ``uncertainty`` (UNC, Eq. 4: 1 - the student's probability of the target;
@@ -76,19 +76,6 @@ class PaperMeasures(Callback):
             raise ConfigError(f"num_prompts must be at least 3 (thirds), got {num_prompts}")
         self.num_prompts = num_prompts
         self.seed = seed
-
-    def on_validation_epoch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
-        """Measure and log."""
-        if not trainer.sanity_checking:
-            self._log(trainer, pl_module, "val")
-
-    def on_test_epoch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
-        """Measure and log."""
-        self._log(trainer, pl_module, "test")
 
     def _log(self, trainer: lightning.Trainer, pl_module: Any, part: str) -> None:
         assert isinstance(pl_module, DistillationModule)
