@@ -95,6 +95,7 @@ class TrainingRow:
         mask: True on the tokens that carry loss.
         prompt_length: How many of ``input_ids`` are prompt.
         sampler_logprobs: One number a response token (nats) where the response was sampled.
+        credits: What each reward term gives the response, by the term's name.
     """
 
     index: int
@@ -103,6 +104,7 @@ class TrainingRow:
     mask: tuple[bool, ...]
     prompt_length: int
     sampler_logprobs: tuple[float, ...] = ()
+    credits: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def num_loss_tokens(self) -> int:
@@ -126,6 +128,7 @@ class DistillBatch:
         step_counts: Loss tokens of the whole optimizer step (all micro-batches, all ranks), one
             number a source: what the loss is divided by. None outside training.
         metrics: Numbers about the making of this batch (rollout speed and lengths) to be logged.
+        credits: [batch] a reward term, by its name; 0 on rows that have none.
     """
 
     input_ids: Tensor
@@ -137,6 +140,7 @@ class DistillBatch:
     sampler_logprobs: Tensor
     step_counts: tuple[int, ...] | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    credits: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -153,6 +157,10 @@ class DistillBatch:
             name: value.to(device, non_blocking=non_blocking)
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
+        }
+        moved["credits"] = {
+            name: values.to(device, non_blocking=non_blocking)
+            for name, values in self.credits.items()
         }
         return replace(self, **moved)
 
@@ -198,4 +206,8 @@ def collate(rows: Sequence[TrainingRow], pad_id: int = 0) -> DistillBatch:
         index=torch.tensor([row.index for row in rows]),
         prompt_lengths=torch.tensor([row.prompt_length for row in rows]),
         sampler_logprobs=logprobs,
+        credits={
+            name: torch.tensor([row.credits.get(name, 0.0) for row in rows])
+            for name in sorted({name for row in rows for name in row.credits})
+        },
     )
