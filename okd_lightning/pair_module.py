@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Self, cast
 
 import lightning
@@ -166,7 +167,9 @@ class PairModule(lightning.LightningModule):
         assert self.teacher is not None
         assert self.online_module is not None
         option = "--method.online_module"
-        adapted = attach_online_module(self.teacher, self.online_module.config, option)
+        adapted = attach_online_module(
+            self.teacher, self.online_module.config, option, self.gradient_checkpointing
+        )
         self.teacher = cast(PreTrainedModel, adapted)  # a PeftModel answers as one
         self._has_online_module = True
 
@@ -193,7 +196,8 @@ class PairModule(lightning.LightningModule):
         """Run the models once over a batch and measure at its masked-in positions.
 
         The student runs in the caller's gradient mode; the teacher runs without gradient, but
-        where a quantity trains its online module.
+        where a quantity trains its online module, and a second time without that module, where a
+        quantity compares with the base.
         """
         mask = batch.mask[:, 1:]
         targets = batch.input_ids[:, 1:][mask]
@@ -203,9 +207,13 @@ class PairModule(lightning.LightningModule):
             learns = torch.is_grad_enabled() and any(q.trains_teacher for q in quantities)
             with torch.set_grad_enabled(learns):
                 teacher = self._side(self.teacher, batch, mask)
+        base = None
+        if any(quantity.needs_base_teacher for quantity in quantities):
+            with torch.no_grad(), self.as_base_teacher():
+                base = replace(self._side(self.teacher, batch, mask), head=self._base_head)
         rows = torch.arange(len(batch), device=mask.device)[:, None].expand_as(mask)[mask]
         return Measured(
-            values=measure(quantities, student, teacher, targets, self.vocabulary.size),
+            values=measure(quantities, student, teacher, targets, self.vocabulary.size, base=base),
             source=batch.source[rows],
             row=rows,
             sampler_logprobs=batch.sampler_logprobs[:, 1:][mask],
@@ -215,6 +223,12 @@ class PairModule(lightning.LightningModule):
         assert model is not None
         hidden = head_inputs(model, batch.input_ids, batch.attention_mask)[:, :-1]
         return Side(hidden=hidden[mask], head=LMHead.of(model, self.vocabulary))
+
+    def _base_head(self, hidden: Tensor) -> Tensor:
+        """The teacher's head without what the online module may have put on it."""
+        assert self.teacher is not None
+        with self.as_base_teacher():
+            return LMHead.of(self.teacher, self.vocabulary)(hidden)
 
     def write(
         self,

@@ -13,6 +13,7 @@ from okd_lightning.losses.quantities import (
     ExactDivergence,
     ModelRole,
     Quantity,
+    TeacherShift,
     Tile,
 )
 from okd_lightning.losses.terms import Measured, Term
@@ -26,6 +27,7 @@ __all__ = [
     "ModelRole",
     "Quantity",
     "Side",
+    "TeacherShift",
     "Term",
     "Tile",
     "measure",

@@ -4,6 +4,7 @@
 * ``vocabulary``: tokenizers are compared by content; ids outside the tokenizer are masked.
 * ``pair``: the tokenizer that a student and its teacher share.
 * ``online_module``: a small trainable part on a frozen teacher.
+* ``recompute``: gradient checkpointing of a teacher in eval mode.
 * ``causal_lm``: hidden states at the head's input, and the head as a function of positions.
 """
 
