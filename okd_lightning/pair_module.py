@@ -36,6 +36,7 @@ from okd_lightning.models import (
     load_causal_lm,
     load_model_config,
     max_positions,
+    recompute_activations,
 )
 from okd_lightning.records import DistillBatch, PromptBatch, Rollout
 from okd_lightning.rollouts import NoiseStream, RolloutEngine, Sampling, TransformersEngine
@@ -114,8 +115,7 @@ class PairModule(lightning.LightningModule):
         if self.student_adapter is not None:
             add_adapter(self.student, self.student_adapter, "--model.student_adapter")
         if self.gradient_checkpointing:
-            self.student.gradient_checkpointing_enable({"use_reentrant": False})
-            self.student.enable_input_require_grads()
+            recompute_activations(self.student, "--model.student")
         self.student.train()
 
     def _build_teacher(self) -> None:

@@ -4,7 +4,7 @@
 * ``vocabulary``: tokenizers are compared by content; ids outside the tokenizer are masked.
 * ``pair``: the tokenizer that a student and its teacher share.
 * ``online_module``: a small trainable part on a frozen teacher.
-* ``recompute``: gradient checkpointing of a teacher in eval mode.
+* ``recompute``: gradient checkpointing, also of a teacher in eval mode.
 * ``causal_lm``: hidden states at the head's input, and the head as a function of positions.
 """
 
@@ -25,6 +25,7 @@ from okd_lightning.models.online_module import (
     base_teacher,
 )
 from okd_lightning.models.pair import check_pair, find_tokenizer
+from okd_lightning.models.recompute import recompute_activations
 from okd_lightning.models.vocabulary import Vocabulary, check_vocabulary_agreement
 
 __all__ = [
@@ -46,4 +47,5 @@ __all__ = [
     "load_model_config",
     "load_tokenizer",
     "max_positions",
+    "recompute_activations",
 ]

@@ -1,8 +1,8 @@
-"""Gradient checkpointing that does not ask for training mode, for a teacher that is in eval mode.
+"""Gradient checkpointing in whatever mode a model is in: students train, teachers are in eval mode.
 
-transformers' own acts on layers in training mode only, and putting a layer into training mode also
-switches the dropout on that some architectures apply in the layer itself. Here the layer's forward
-is recomputed as it is, in whatever mode it is in, wherever gradients are recorded.
+transformers' own acts on layers in training mode only, and putting a teacher's layers into training
+mode also switches the dropout on that some architectures apply in the layer itself. Here a layer's
+forward is recomputed as it is, wherever gradients are recorded.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -22,10 +23,10 @@ from okd_lightning.errors import ConfigError
 def recompute_activations(model: PreTrainedModel, option: str) -> None:
     """Keep only the inputs of ``model``'s layers, and run each again in the backward pass.
 
-    The layers have to be deterministic: random streams are not kept for the second run.
+    Random streams are kept for the second run where a layer is in training mode.
 
     Args:
-        model: In eval mode; changed in place.
+        model: Changed in place, once.
         option: How the user named it, for messages.
 
     Raises:
@@ -38,11 +39,13 @@ def recompute_activations(model: PreTrainedModel, option: str) -> None:
             "--model.gradient_checkpointing off"
         )
     for layer in layers:
-        layer.forward = partial(_recomputed, layer.forward)
+        forward = layer.forward
+        if not (isinstance(forward, partial) and forward.func is _recomputed):
+            layer.forward = partial(_recomputed, layer, forward)
 
 
-def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _recomputed(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():  # validation and generation, which may write a cache
         return forward(*args, **kwargs)
     run = partial(forward, **kwargs)
-    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=layer.training)
