@@ -29,6 +29,7 @@ from okd_lightning.models import (
     add_adapter,
     attach_online_module,
     base_teacher,
+    check_causal,
     check_pair,
     eos_token_ids,
     find_tokenizer,
@@ -112,6 +113,7 @@ class PairModule(lightning.LightningModule):
             dtype=self.dtype_name,
             attn_implementation=self.attn_implementation,
         )
+        check_causal(self.student, "--model.student")
         if self.student_adapter is not None:
             add_adapter(self.student, self.student_adapter, "--model.student_adapter")
         if self.gradient_checkpointing:
@@ -130,6 +132,7 @@ class PairModule(lightning.LightningModule):
             attn_implementation=self.attn_implementation,
         )
         self.teacher.requires_grad_(False).eval()
+        check_causal(self.teacher, "--model.teacher")
         if self.online_module is not None:
             self._attach_online_module()
 
