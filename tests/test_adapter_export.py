@@ -18,7 +18,7 @@ from okd_lightning.export import export_student
 from okd_lightning.module import DistillationModule
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning"  # PEFT's, of what is tested
+    "ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning"
 )
 HEAD, EMBEDDING, INNER, MLP = "lm_head", "embed_tokens", "q_proj", "down_proj"
 TAKES_APART = {
