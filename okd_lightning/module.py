@@ -41,7 +41,7 @@ from okd_lightning.models import (
     DTypeName,
     ModelArgument,
 )
-from okd_lightning.optimizers import build_optimizer, with_schedule
+from okd_lightning.optimizers import RateSchedule, build_optimizer, with_schedule
 from okd_lightning.pair_module import PairModule
 from okd_lightning.records import SOURCES, DistillBatch, LossOutput
 from okd_lightning.reduction import normalise
@@ -67,7 +67,8 @@ class DistillationModule(PairModule):
         dtype: Number format of the student's weights.
         teacher_dtype: Number format of the teacher's weights; by default the student's.
         attn_implementation: Attention of both models, such as sdpa or flash_attention_2.
-        gradient_checkpointing: Recompute the student's activations in the backward pass.
+        gradient_checkpointing: Recompute activations in the backward pass: the student's, and the
+            teacher's where an online module on it trains.
         student_adapter: A PEFT config (such as LoraConfig): the student's own weights stay
             frozen and the adapter is trained.
 
@@ -154,11 +155,12 @@ class DistillationModule(PairModule):
         self.terms = []
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """One optimizer over the student and the online module, and its schedule."""
+        """One optimizer over the student and the online module, each with its schedule."""
         online = self.online_module
+        online_parameters = self.trained_parameters(self.teacher)
         optimizer = build_optimizer(
             self.trained_parameters(self.student),
-            self.trained_parameters(self.teacher),
+            online_parameters,
             self.learning_rate,
             self.weight_decay,
             online.learning_rate if online is not None else None,
@@ -167,10 +169,20 @@ class DistillationModule(PairModule):
         trainer = self.trainer
         return with_schedule(
             optimizer,
-            self.schedule,
-            self.warmup_steps,
-            total_steps=lambda: trainer.estimated_stepping_batches,
+            RateSchedule(self.schedule, self.warmup_steps),
+            lambda: trainer.estimated_stepping_batches,
+            self._online_schedule(),
+            online_parameters,
         )
+
+    def _online_schedule(self) -> RateSchedule | None:
+        """The online module's: what it does not set is the student's."""
+        own = self.online_module
+        if own is None:
+            return None
+        warmup_steps = self.warmup_steps if own.warmup_steps is None else own.warmup_steps
+        option = "model.schedule" if own.schedule is None else "method.schedule"
+        return RateSchedule(own.schedule or self.schedule, warmup_steps, option)
 
     def configure_gradient_clipping(
         self,

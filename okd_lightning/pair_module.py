@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Self, cast
 
 import lightning
@@ -28,6 +29,7 @@ from okd_lightning.models import (
     add_adapter,
     attach_online_module,
     base_teacher,
+    check_causal,
     check_pair,
     eos_token_ids,
     find_tokenizer,
@@ -35,6 +37,7 @@ from okd_lightning.models import (
     load_causal_lm,
     load_model_config,
     max_positions,
+    recompute_activations,
 )
 from okd_lightning.records import DistillBatch, PromptBatch, Rollout
 from okd_lightning.rollouts import NoiseStream, RolloutEngine, Sampling, TransformersEngine
@@ -110,11 +113,11 @@ class PairModule(lightning.LightningModule):
             dtype=self.dtype_name,
             attn_implementation=self.attn_implementation,
         )
+        check_causal(self.student, "--model.student")
         if self.student_adapter is not None:
             add_adapter(self.student, self.student_adapter, "--model.student_adapter")
         if self.gradient_checkpointing:
-            self.student.gradient_checkpointing_enable({"use_reentrant": False})
-            self.student.enable_input_require_grads()
+            recompute_activations(self.student, "--model.student")
         self.student.train()
 
     def _build_teacher(self) -> None:
@@ -129,6 +132,7 @@ class PairModule(lightning.LightningModule):
             attn_implementation=self.attn_implementation,
         )
         self.teacher.requires_grad_(False).eval()
+        check_causal(self.teacher, "--model.teacher")
         if self.online_module is not None:
             self._attach_online_module()
 
@@ -166,7 +170,9 @@ class PairModule(lightning.LightningModule):
         assert self.teacher is not None
         assert self.online_module is not None
         option = "--method.online_module"
-        adapted = attach_online_module(self.teacher, self.online_module.config, option)
+        adapted = attach_online_module(
+            self.teacher, self.online_module.config, option, self.gradient_checkpointing
+        )
         self.teacher = cast(PreTrainedModel, adapted)  # a PeftModel answers as one
         self._has_online_module = True
 
@@ -193,7 +199,8 @@ class PairModule(lightning.LightningModule):
         """Run the models once over a batch and measure at its masked-in positions.
 
         The student runs in the caller's gradient mode; the teacher runs without gradient, but
-        where a quantity trains its online module.
+        where a quantity trains its online module, and a second time without that module, where a
+        quantity compares with the base.
         """
         mask = batch.mask[:, 1:]
         targets = batch.input_ids[:, 1:][mask]
@@ -203,9 +210,13 @@ class PairModule(lightning.LightningModule):
             learns = torch.is_grad_enabled() and any(q.trains_teacher for q in quantities)
             with torch.set_grad_enabled(learns):
                 teacher = self._side(self.teacher, batch, mask)
+        base = None
+        if any(quantity.needs_base_teacher for quantity in quantities):
+            with torch.no_grad(), self.as_base_teacher():
+                base = replace(self._side(self.teacher, batch, mask), head=self._base_head)
         rows = torch.arange(len(batch), device=mask.device)[:, None].expand_as(mask)[mask]
         return Measured(
-            values=measure(quantities, student, teacher, targets, self.vocabulary.size),
+            values=measure(quantities, student, teacher, targets, self.vocabulary.size, base=base),
             source=batch.source[rows],
             row=rows,
             sampler_logprobs=batch.sampler_logprobs[:, 1:][mask],
@@ -216,6 +227,12 @@ class PairModule(lightning.LightningModule):
         assert model is not None
         hidden = head_inputs(model, batch.input_ids, batch.attention_mask)[:, :-1]
         return Side(hidden=hidden[mask], head=LMHead.of(model, self.vocabulary))
+
+    def _base_head(self, hidden: Tensor) -> Tensor:
+        """The teacher's head without what the online module may have put on it."""
+        assert self.teacher is not None
+        with self.as_base_teacher():
+            return LMHead.of(self.teacher, self.vocabulary)(hidden)
 
     def write(
         self,

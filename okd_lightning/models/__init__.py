@@ -2,12 +2,16 @@
 
 * ``loading``: folders, hub ids, configs and adapters become models, with readable errors.
 * ``vocabulary``: tokenizers are compared by content; ids outside the tokenizer are masked.
+* ``causality``: whether a model looks at later tokens.
 * ``pair``: the tokenizer that a student and its teacher share.
 * ``online_module``: a small trainable part on a frozen teacher.
+* ``merging``: adapters folded into the layers under them.
+* ``recompute``: gradient checkpointing, also of a teacher in eval mode.
 * ``causal_lm``: hidden states at the head's input, and the head as a function of positions.
 """
 
 from okd_lightning.models.causal_lm import LMHead, head_inputs, max_positions
+from okd_lightning.models.causality import check_causal
 from okd_lightning.models.loading import (
     DTypeName,
     ModelArgument,
@@ -18,12 +22,14 @@ from okd_lightning.models.loading import (
     load_model_config,
     load_tokenizer,
 )
+from okd_lightning.models.merging import merge_adapters
 from okd_lightning.models.online_module import (
     OnlineModuleSettings,
     attach_online_module,
     base_teacher,
 )
 from okd_lightning.models.pair import check_pair, find_tokenizer
+from okd_lightning.models.recompute import recompute_activations
 from okd_lightning.models.vocabulary import Vocabulary, check_vocabulary_agreement
 
 __all__ = [
@@ -36,6 +42,7 @@ __all__ = [
     "add_adapter",
     "attach_online_module",
     "base_teacher",
+    "check_causal",
     "check_pair",
     "check_vocabulary_agreement",
     "eos_token_ids",
@@ -45,4 +52,6 @@ __all__ = [
     "load_model_config",
     "load_tokenizer",
     "max_positions",
+    "merge_adapters",
+    "recompute_activations",
 ]
