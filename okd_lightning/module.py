@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
 from torch import Tensor
@@ -363,6 +363,12 @@ class DistillationModule(PairModule):
                 sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
                 total, trained = sum(n for n, _ in sizes), sum(n for n, t in sizes if t)
                 rank_zero_info(f"{name}: {total:,} parameters, {trained:,} trained")
+        if self.dtype_name == "bfloat16" and self.student_adapter is None:
+            rank_zero_warn(
+                "the student's own weights are bfloat16, which keeps 8 bits of each: steps of a "
+                f"small learning rate (here {self.learning_rate:g}) mostly round to nothing; give "
+                "--model.dtype float32 with --trainer.precision bf16-mixed, or a student_adapter"
+            )
 
     def on_train_batch_start(self, batch: DistillBatch, batch_idx: int) -> None:
         """Continue the random streams of a resumed run (dropout), once."""

@@ -144,14 +144,14 @@ def read_prompt(row: RawRow, columns: Columns, at: str) -> str:
 
 
 def read_response(row: RawRow, columns: Columns, at: str, *, needs_response: bool) -> str:
-    """The response of a row; empty where it has none and none is needed.
+    """The response of a row; empty where it has none.
 
     Raises:
         DataError: It is not text, or it is needed and the row has no such column.
     """
     value = _cell(row, columns.response, at) if needs_response else row.get(columns.response)
-    if value is None and not needs_response:
-        return ""
+    if value is None:
+        return ""  # like an empty one
     if not isinstance(value, str):
         raise DataError(
             f"{at}: the response ({columns.response!r}) is {type(value).__name__}, expected text"
