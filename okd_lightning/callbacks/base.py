@@ -44,7 +44,11 @@ class DistillationCallback(Callback, ABC):
         on_policy_fraction: Share of optimizer steps whose responses the student writes, in [0, 1],
             or None where the method takes whatever rows others ask for.
         quantities: What the module has to measure for it.
+        needs_teacher_prompt: Whether the teacher must read prompts of its own (a privileged
+            teacher); a run on data without them is then refused.
     """
+
+    needs_teacher_prompt: bool = False
 
     def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
         if not (math.isfinite(weight) and weight > 0):

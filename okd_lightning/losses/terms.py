@@ -51,10 +51,12 @@ class Term(Protocol):
         on_policy_fraction: Share of optimizer steps whose responses the student writes, or None
             where the term takes what others ask for.
         quantities: What has to be measured for it.
+        needs_teacher_prompt: Whether it has no meaning where both models read the same prompt.
     """
 
     name: str
     weight: float
+    needs_teacher_prompt: bool
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -4,6 +4,7 @@
 * ``vocabulary``: tokenizers are compared by content; ids outside the tokenizer are masked.
 * ``pair``: the tokenizer that a student and its teacher share.
 * ``online_module``: a small trainable part on a frozen teacher.
+* ``self_teacher``: the student as its own teacher.
 * ``causal_lm``: hidden states at the head's input, and the head as a function of positions.
 """
 
@@ -24,25 +25,41 @@ from okd_lightning.models.online_module import (
     base_teacher,
 )
 from okd_lightning.models.pair import check_pair, find_tokenizer
+from okd_lightning.models.self_teacher import (
+    DEFAULT_EMA_DECAY,
+    SelfTeacher,
+    check_self_teacher,
+    detached,
+    follow,
+    in_eval_mode,
+    teacher_copy,
+)
 from okd_lightning.models.vocabulary import Vocabulary, check_vocabulary_agreement
 
 __all__ = [
+    "DEFAULT_EMA_DECAY",
     "DTypeName",
     "LMHead",
     "ModelArgument",
     "ModelSource",
     "OnlineModuleSettings",
+    "SelfTeacher",
     "Vocabulary",
     "add_adapter",
     "attach_online_module",
     "base_teacher",
     "check_pair",
+    "check_self_teacher",
     "check_vocabulary_agreement",
+    "detached",
     "eos_token_ids",
     "find_tokenizer",
+    "follow",
     "head_inputs",
+    "in_eval_mode",
     "load_causal_lm",
     "load_model_config",
     "load_tokenizer",
     "max_positions",
+    "teacher_copy",
 ]
