@@ -85,7 +85,7 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor])
     ]
     if missing:
         raise CheckpointError(
-            f"the checkpoint lacks {len(missing)} of this run's weights (such as "
+            f"the checkpoint lacks {len(missing)} of the student's weights (such as "
             f"{missing[0]}); it belongs to another model"
         )
     unknown = [name for name in weights if name.startswith("student.") and name not in expected]

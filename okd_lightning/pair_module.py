@@ -41,7 +41,7 @@ from okd_lightning.models import (
     max_positions,
     teacher_copy,
 )
-from okd_lightning.records import DistillBatch, PromptBatch, Rollout
+from okd_lightning.records import DistillBatch, PromptBatch, Rollout, Sequences
 from okd_lightning.rollouts import NoiseStream, RolloutEngine, Sampling, TransformersEngine
 from okd_lightning.rollouts.engine import Author, Progress
 
@@ -233,7 +233,7 @@ class PairModule(lightning.LightningModule):
         mask = batch.mask[:, 1:]
         targets = batch.input_ids[:, 1:][mask]
         assert self.student is not None
-        student = self._side(self.student, batch)
+        student = self._side(self.student, batch.as_student_reads())
         teacher = None
         if any(quantity.needs_teacher for quantity in quantities):
             learns = torch.is_grad_enabled() and any(q.trains_teacher for q in quantities)
@@ -247,18 +247,18 @@ class PairModule(lightning.LightningModule):
             sampler_logprobs=batch.sampler_logprobs[:, 1:][mask],
         )
 
-    def _side(self, model: PreTrainedModel, batch: DistillBatch) -> Side:
-        hidden = head_inputs(model, batch.input_ids, batch.attention_mask)[:, :-1]
-        return Side(hidden=hidden[batch.mask[:, 1:]], head=LMHead.of(model, self.vocabulary))
+    def _side(self, model: PreTrainedModel, read: Sequences) -> Side:
+        hidden = head_inputs(model, read.input_ids, read.attention_mask)[:, :-1]
+        return Side(hidden=hidden[read.mask[:, 1:]], head=LMHead.of(model, self.vocabulary))
 
-    def _teacher_side(self, batch: DistillBatch, learns: bool) -> Side:
+    def _teacher_side(self, read: Sequences, learns: bool) -> Side:
         """The teacher's half; where the student teaches itself, no gradient goes through it."""
         if self.teacher is not None:
             with torch.set_grad_enabled(learns):
-                return self._side(self.teacher, batch)
+                return self._side(self.teacher, read)
         assert self.student is not None
         with torch.no_grad(), self._student_as_teacher():
-            side = self._side(self.student, batch)
+            side = self._side(self.student, read)
             head = LMHead.of(self.student, self.vocabulary)
             return replace(side, head=replace(head, module=detached(head.module)))
 

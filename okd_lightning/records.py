@@ -142,6 +142,27 @@ class TrainingRow:
 
 
 @dataclass(frozen=True)
+class Sequences:
+    """What one model reads of a micro-batch: right-padded rows and where their loss lies.
+
+    Attributes:
+        input_ids: [batch, seq] ids.
+        lengths: [batch] real tokens of each row.
+        mask: [batch, seq] True on the tokens that carry loss.
+    """
+
+    input_ids: Tensor
+    lengths: Tensor
+    mask: Tensor
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """[batch, seq] True on real tokens."""
+        positions = torch.arange(self.input_ids.shape[1], device=self.lengths.device)
+        return positions < self.lengths[:, None]
+
+
+@dataclass(frozen=True)
 class DistillBatch:
     """One micro-batch of right-padded sequences.
 
@@ -184,21 +205,19 @@ class DistillBatch:
     @property
     def attention_mask(self) -> Tensor:
         """[batch, seq] True on real tokens."""
-        positions = torch.arange(self.input_ids.shape[1], device=self.lengths.device)
-        return positions < self.lengths[:, None]
+        return self.as_student_reads().attention_mask
 
-    def as_teacher_reads(self) -> DistillBatch:
-        """The batch whose ids, lengths and mask are the teacher's; only these three differ."""
+    def as_student_reads(self) -> Sequences:
+        """The student's prompts and the responses."""
+        return Sequences(self.input_ids, self.lengths, self.mask)
+
+    def as_teacher_reads(self) -> Sequences:
+        """The teacher's prompts and the same responses; the student's where it has none."""
         if self.teacher_input_ids is None:
-            return self
+            return self.as_student_reads()
         assert self.teacher_lengths is not None
         assert self.teacher_mask is not None
-        return replace(
-            self,
-            input_ids=self.teacher_input_ids,
-            lengths=self.teacher_lengths,
-            mask=self.teacher_mask,
-        )
+        return Sequences(self.teacher_input_ids, self.teacher_lengths, self.teacher_mask)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> DistillBatch:
         """The same batch on another device (Lightning calls this)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -194,26 +194,13 @@ def build_examples(
     if not rows:
         raise DataError(f"{where}: no rows; expected at least one")
     layout = choose_layout(rows[0], columns, needs_response=needs_response, where=where)
+    cells: dict[str, Any] = {"eos_id": eos_id, "columns": columns, "where": where}
     if layout == "chat":
-        examples = examples_from_chats(rows, tokenizer, eos_id=eos_id, columns=columns, where=where)
+        examples = examples_from_chats(rows, tokenizer, **cells)
     else:
-        examples = examples_from_texts(
-            rows,
-            tokenizer,
-            eos_id=eos_id,
-            columns=columns,
-            needs_response=needs_response,
-            where=where,
-        )
+        examples = examples_from_texts(rows, tokenizer, needs_response=needs_response, **cells)
     if teacher_prompts is not None:
         examples = with_teacher_prompts(
-            examples,
-            rows,
-            tokenizer,
-            eos_id=eos_id,
-            columns=columns,
-            layout=layout,
-            teacher_prompts=teacher_prompts,
-            where=where,
+            examples, rows, tokenizer, layout=layout, teacher_prompts=teacher_prompts, **cells
         )
     return limits.apply(examples)
