@@ -167,7 +167,8 @@ class DistillationModule(PairModule):
         needs_teacher = "teacher" in term.sources or any(q.needs_teacher for q in term.quantities)
         if needs_teacher and not self.has_teacher:
             raise ConfigError(
-                f"method {term.name} needs a teacher: give --model.teacher a folder or hub id"
+                f"method {term.name} needs a teacher: give --model.teacher a folder or hub id, "
+                "or --model.self_teacher"
             )
         self.terms.append(term)
 
