@@ -3,7 +3,8 @@
 Frozen here, in one spawn: after several steps of KD and GKD the weights are the single process's at
 the same global batch, on both ranks, with a short last step and a rank that has no rows; the
 gradients of both ranks are equal after every backward pass; losses and validation measures are
-those of all ranks; a killed run resumes exactly, dropout included; LoRA and tied heads work.
+those of all ranks; a killed run resumes exactly, dropout included; LoRA, tied heads and students
+that teach themselves work.
 """
 
 from __future__ import annotations
@@ -41,6 +42,16 @@ RUNS = {
     },
     "one prompt left": {"methods": lambda: [SFT()], "num": 9},
     "LoRA": {"methods": lambda: [KD()], "adapter": True},
+    **{
+        f"{kind} self-teacher{', LoRA' if adapter else ''}": {
+            "methods": lambda: [GKD(1.0, on_policy_fraction=0.5)],
+            "accumulate": 2,
+            "data": {"teacher_prompt_template": "{reference}p{prompt}"},
+            "adapter": adapter,
+            "self_teacher": kind,
+        }
+        for kind, adapter in (("frozen", True), ("ema", False), ("live", True))
+    },
 }
 
 
@@ -73,7 +84,8 @@ def run(root: Path, devices: int, methods, num=22, accumulate=1, adapter=None, d
     torch.manual_seed(3)
     module = DistillationModule(
         more.pop("student", None) or str(root / "student"),
-        str(root / "teacher"),
+        None if "self_teacher" in more else str(root / "teacher"),
+        self_teacher=more.get("self_teacher"),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
         student_adapter=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if adapter else None,
     )
