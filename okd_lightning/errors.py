@@ -44,6 +44,10 @@ class CheckpointError(OKDLightningError, RuntimeError):
     """A checkpoint that is missing, broken, or of another run."""
 
 
+class RewardError(OKDLightningError, ValueError):
+    """A reward function that raised, or returned something that is not one number a response."""
+
+
 class OutputError(OKDLightningError, OSError):
     """A folder or file that cannot be written."""
 

@@ -8,7 +8,7 @@ term here. All of Lightning's hooks stay free for a subclass.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -51,6 +51,7 @@ from okd_lightning.optimizers import build_optimizer, with_schedule
 from okd_lightning.pair_module import PairModule
 from okd_lightning.records import SOURCES, DistillBatch, LossOutput
 from okd_lightning.reduction import normalise
+from okd_lightning.rollouts.plan import acts_in
 from okd_lightning.rollouts.rows import generation_records
 from okd_lightning.schedules import ScheduleName, schedule_factor
 
@@ -223,11 +224,18 @@ class DistillationModule(PairModule):
 
     def training_step(self, batch: DistillBatch, batch_idx: int) -> Tensor:
         """Every term's sum over this micro-batch, divided by its count over the whole step."""
-        quantities = [quantity for term in self.terms for quantity in term.quantities]
+        step = self.trainer.global_step
+        acting = {term: term.weight_at(step) for term in self.terms if acts_in(term, step)}
+        if not acting:
+            raise ConfigError(
+                f"no method acts from optimizer step {step} on; end the run there "
+                f"(--trainer.max_steps {step}), or leave the last stage's end out"
+            )
+        quantities = [quantity for term in acting for quantity in term.quantities]
         measured = self.measure(batch, quantities)
         sums = {}
-        loss = torch.zeros((), device=self.device)
-        for term in self.terms:
+        loss = self._idle_loss(quantities)
+        for term, weight in acting.items():
             output = term.loss(measured)
             if batch_idx == 0:
                 _check_count(output, measured, term)
@@ -235,13 +243,21 @@ class DistillationModule(PairModule):
             mean = normalise(
                 output.sum, count, self.trainer.accumulate_grad_batches, self.trainer.world_size
             )
-            loss = loss + term.weight * mean
+            loss = loss + weight * mean
             if count:
                 parts = {term.name: output.sum, **output.metrics}
                 sums.update({name: value.detach() / count for name, value in parts.items()})
-                sums["loss"] = sums.get("loss", 0) + term.weight * sums[term.name]
+                sums["loss"] = sums.get("loss", 0) + weight * sums[term.name]
         self._log_step(batch, sums, batch_idx)
         return loss
+
+    def _idle_loss(self, quantities: Sequence[Quantity]) -> Tensor:
+        """Zero, tied to the online module where nothing trains it in this step, as DDP expects."""
+        idle = torch.zeros((), device=self.device)
+        if not any(quantity.trains_teacher for quantity in quantities):
+            for parameter in self.trained_parameters(self.teacher):
+                idle = idle + 0.0 * parameter.sum()
+        return idle
 
     def _log_step(self, batch: DistillBatch, sums: dict[str, Tensor], batch_idx: int) -> None:
         """Add up the micro-batches of a step and log at its last one."""

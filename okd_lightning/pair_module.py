@@ -245,6 +245,7 @@ class PairModule(lightning.LightningModule):
             source=batch.source[rows],
             row=rows,
             sampler_logprobs=batch.sampler_logprobs[:, 1:][mask],
+            credits={name: values[rows] for name, values in batch.credits.items()},
         )
 
     def _side(self, model: PreTrainedModel, read: Sequences) -> Side:

@@ -103,6 +103,7 @@ class TrainingRow:
         mask: True on the tokens that carry loss.
         prompt_length: How many of ``input_ids`` are prompt.
         sampler_logprobs: One number a response token (nats) where the response was sampled.
+        credits: What each reward term gives the response, by the term's name.
         teacher_prompt_ids: What the teacher reads in place of the prompt; empty where it reads the
             same. Such a row has no loss on its prompt.
     """
@@ -113,6 +114,7 @@ class TrainingRow:
     mask: tuple[bool, ...]
     prompt_length: int
     sampler_logprobs: tuple[float, ...] = ()
+    credits: Mapping[str, float] = field(default_factory=dict)
     teacher_prompt_ids: tuple[int, ...] = ()
 
     @property
@@ -178,6 +180,7 @@ class DistillBatch:
         step_counts: Loss tokens of the whole optimizer step (all micro-batches, all ranks), one
             number a source: what the loss is divided by. None outside training.
         metrics: Numbers about the making of this batch (rollout speed and lengths) to be logged.
+        credits: [batch] a reward term, by its name; 0 on rows that have none.
         teacher_input_ids: [batch, teacher_seq] what the teacher reads: its own prompts and the same
             responses. None where it reads ``input_ids``; rows without a prompt of their own then
             stand here as they stand there.
@@ -195,6 +198,7 @@ class DistillBatch:
     sampler_logprobs: Tensor
     step_counts: tuple[int, ...] | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    credits: Mapping[str, Tensor] = field(default_factory=dict)
     teacher_input_ids: Tensor | None = None
     teacher_lengths: Tensor | None = None
     teacher_mask: Tensor | None = None
@@ -225,6 +229,10 @@ class DistillBatch:
             name: value.to(device, non_blocking=non_blocking)
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
+        }
+        moved["credits"] = {
+            name: values.to(device, non_blocking=non_blocking)
+            for name, values in self.credits.items()
         }
         return replace(self, **moved)
 
@@ -280,6 +288,10 @@ def collate(rows: Sequence[TrainingRow], pad_id: int = 0) -> DistillBatch:
         index=torch.tensor([row.index for row in rows]),
         prompt_lengths=torch.tensor([row.prompt_length for row in rows]),
         sampler_logprobs=logprobs,
+        credits={
+            name: torch.tensor([row.credits.get(name, 0.0) for row in rows])
+            for name in sorted({name for row in rows for name in row.credits})
+        },
         teacher_input_ids=teacher[0],
         teacher_lengths=teacher[1],
         teacher_mask=teacher[2],

@@ -26,12 +26,23 @@ RatioValues: TypeAlias = Float[Tensor, "*any"]
 PerId: TypeAlias = Float[Tensor, "*lead vocab"]
 """One number for every id of the vocabulary."""
 
+OutcomeLogProbs: TypeAlias = Float[Tensor, "*lead outcomes"]
+"""Log-probabilities over fewer outcomes than ids, each of which stands for one id or many."""
+
 IdMask: TypeAlias = Bool[Tensor, "*lead vocab"]
 """One flag for every id of the vocabulary."""
+
+DrawnIds: TypeAlias = Int[Tensor, "*lead"]
+"""The id that was drawn, one a token."""
 
 TokenIds: TypeAlias = Int[Tensor, "batch seq"]
 TokenMask: TypeAlias = Bool[Tensor, "batch seq"]
 """True = the token counts in the loss."""
+
+RowValues: TypeAlias = Float[Tensor, "rows tokens"]
+"""One number a drawn token, each row's tokens in the order in which they were drawn."""
+
+RowMask: TypeAlias = Bool[Tensor, "rows tokens"]
 
 PositionHidden: TypeAlias = Float[Tensor, "positions hidden"]
 PositionIds: TypeAlias = Int[Tensor, " positions"]

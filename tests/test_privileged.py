@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 
-from okd_lightning.callbacks import GKD, KD, OKD, SFT, LastCheckpoint
+from okd_lightning.callbacks import GKD, KD, OKD, SFT, LastCheckpoint, OPDPlus, Stage
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import ForwardKL
 from okd_lightning.errors import ConfigError
@@ -133,6 +133,7 @@ METHODS = {
     "on-policy": lambda: [GKD(1.0, on_policy_fraction=1.0)],
     "the teacher writes": lambda: [KD(seq_kd=True)],
     "OKD": lambda: [OKD(on_policy_fraction=0.5)],
+    "OPD+": lambda: [OPDPlus()],
 }
 
 
@@ -252,8 +253,9 @@ class Privileged(KD):
 
 
 def test_who_needs_prompts_gets_them_or_one_line(tmp_path, make_module):
-    with pytest.raises(ConfigError, match=r"privileged needs prompts.*teacher_prompt_template"):
-        run(tmp_path, make_module(), [Privileged()], data={"teacher_prompt_template": None})
+    for method in (Privileged(), Stage(Privileged())):
+        with pytest.raises(ConfigError, match=r"privileged needs prompts.*teacher_prompt_template"):
+            run(tmp_path, make_module(), [method], data={"teacher_prompt_template": None})
     run(tmp_path, make_module(), [Privileged()], max_steps=1)
     with pytest.raises(ConfigError, match="no teacher to read"):
         run(tmp_path, make_module(teacher=None), [SFT()])

@@ -2,7 +2,9 @@
 
 * ``base``: ``DistillationCallback``, the contract of a method.
 * ``divergence``: ``DivergenceCallback``, the brick of every exact method.
-* ``sft``, ``kd``, ``gkd``, ``okd``: the published methods, as constructions with their defaults.
+* ``policy_gradient``: ``AdvantageCallback``, the brick of every sampled method.
+* ``sft``, ``kd``, ``gkd``, ``okd``, ``opd``: the published methods, as constructions with their
+  defaults; ``reward``: a task's reward beside them; ``stage``: a method for a part of the run.
 * monitors: ``exact_match`` (task accuracy), ``paper_measures`` (OKD's), ``teacher_drift`` (an
   alarm), ``rollout_log`` (samples on disk), ``predictions`` (generations on disk),
   ``finite_guard`` (stop before a broken step), ``best_checkpoint``, ``last_checkpoint``,
@@ -18,10 +20,14 @@ from okd_lightning.callbacks.gkd import GKD
 from okd_lightning.callbacks.kd import KD
 from okd_lightning.callbacks.last_checkpoint import LastCheckpoint
 from okd_lightning.callbacks.okd import OKD
+from okd_lightning.callbacks.opd import OPD, OPDPlus
 from okd_lightning.callbacks.paper_measures import PaperMeasures
+from okd_lightning.callbacks.policy_gradient import AdvantageCallback, PolicyGradientCallback
 from okd_lightning.callbacks.predictions import PredictionLog
+from okd_lightning.callbacks.reward import Reward
 from okd_lightning.callbacks.rollout_log import RolloutLog
 from okd_lightning.callbacks.sft import SFT
+from okd_lightning.callbacks.stage import Stage
 from okd_lightning.callbacks.teacher_drift import TeacherDrift
 from okd_lightning.callbacks.throughput import Throughput
 
@@ -29,16 +35,22 @@ __all__ = [
     "GKD",
     "KD",
     "OKD",
+    "OPD",
     "SFT",
+    "AdvantageCallback",
     "BestCheckpoint",
     "DistillationCallback",
     "DivergenceCallback",
     "ExactMatch",
     "FiniteGuard",
     "LastCheckpoint",
+    "OPDPlus",
     "PaperMeasures",
+    "PolicyGradientCallback",
     "PredictionLog",
+    "Reward",
     "RolloutLog",
+    "Stage",
     "TeacherDrift",
     "Throughput",
 ]

@@ -10,7 +10,7 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.losses import Measured, Quantity
+from okd_lightning.losses import Measured, Quantity, RowScorer
 from okd_lightning.module import DistillationModule
 from okd_lightning.records import LossOutput, Source
 
@@ -44,10 +44,15 @@ class DistillationCallback(Callback, ABC):
         on_policy_fraction: Share of optimizer steps whose responses the student writes, in [0, 1],
             or None where the method takes whatever rows others ask for.
         quantities: What the module has to measure for it.
+        window: First optimizer step that it acts in, and the first one that it does not (Stage).
+        scorer: What gives the student's responses a credit when they have been written, or None.
+        is_positionwise: False where ``loss`` looks at whole responses, such as a sum over the rest.
         needs_teacher_prompt: Whether the teacher must read prompts of its own (a privileged
             teacher); a run on data without them is then refused.
     """
 
+    scorer: RowScorer | None = None
+    is_positionwise: bool = True
     needs_teacher_prompt: bool = False
 
     def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
@@ -76,6 +81,16 @@ class DistillationCallback(Callback, ABC):
         """The sum over this method's positions of one micro-batch, with its count."""
 
     @property
+    def window(self) -> tuple[int, int | None]:
+        """The whole run."""
+        return (0, None)
+
+    def weight_at(self, step: int) -> float:
+        """The factor on this term's mean loss in optimizer step ``step``."""
+        del step
+        return self.weight
+
+    @property
     def state_key(self) -> str:
         """Stable key of this callback's state in checkpoints, also beside others of its class."""
         return f"{type(self).__qualname__}.{self.name}"
@@ -93,8 +108,12 @@ class DistillationCallback(Callback, ABC):
                 f"{type(self).__name__} works on a DistillationModule, "
                 f"this Trainer fits a {type(pl_module).__name__}"
             )
+        self.prepare(trainer, pl_module, stage)
         if stage == "fit":
             pl_module.add_term(self)
+
+    def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
+        """What the method needs of the run beside its term, in every stage; nothing by default."""
 
 
 def check_fraction(name: str, value: float) -> float:
@@ -109,4 +128,5 @@ def check_fraction(name: str, value: float) -> float:
 
 
 def _snake_case(name: str) -> str:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    words = r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"
+    return re.sub(words, "_", name).lower()

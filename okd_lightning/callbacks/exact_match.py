@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import lightning
 import torch
 
+from okd_lightning.answers import answer_pattern, matches
 from okd_lightning.callbacks.evaluation import EvaluationCallback
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError
-from okd_lightning.metrics import matches
 from okd_lightning.module import DistillationModule
 from okd_lightning.records import Example
 from okd_lightning.rollouts import NoiseStream, Sampling
@@ -33,12 +32,7 @@ class ExactMatch(EvaluationCallback):
     """
 
     def __init__(self, pattern: str | None = None, num_prompts: int | None = None) -> None:
-        try:
-            self.pattern = re.compile(pattern) if pattern is not None else None
-        except re.error as error:
-            raise ConfigError(f"pattern {pattern!r} is no regular expression: {error}") from error
-        if self.pattern is not None and self.pattern.groups < 1:
-            raise ConfigError(f"pattern {pattern!r} needs a group (...) that holds the answer")
+        self.pattern = answer_pattern(pattern)
         self.num_prompts = num_prompts
 
     def _log(self, trainer: lightning.Trainer, pl_module: Any, part: str) -> None:

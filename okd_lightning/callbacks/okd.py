@@ -102,13 +102,9 @@ class OKD(DistillationCallback):
         """Both divergences, and the adaptive teacher's log-prob of the target."""
         return (self._student, self._module, self._target)
 
-    def setup(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
-    ) -> None:
+    def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
         """Ask for the online module, in every stage: checkpoints hold its weights."""
-        super().setup(trainer, pl_module, stage)
-        assert isinstance(pl_module, DistillationModule)
-        pl_module.add_online_module(self.settings)
+        module.add_online_module(self.settings)
 
     def loss(self, measured: Measured) -> LossOutput:
         """Both sides' sums, in nats; their gradients reach disjoint parameters."""

@@ -9,8 +9,8 @@ from typing import Any
 import lightning
 from torch import Tensor
 from torchmetrics import MeanMetric
-from torchmetrics.functional.text import rouge_score
 
+from okd_lightning.advantages.rewards import rouge_l
 from okd_lightning.callbacks.evaluation import EvaluationCallback
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import ForwardKL
@@ -139,7 +139,7 @@ def _on_written(inputs: _Pass, seed: int) -> dict[str, Tensor]:
         if author == "student":
             for example, ids in zip(inputs.examples, rollout.response_ids, strict=True):
                 reference = module.decode(example.response_ids)
-                rouge.update(_rouge_l(module.decode(ids), reference))
+                rouge.update(rouge_l(module.decode(ids), reference))
     return {"excess_accumulated_error": error.compute(), "rouge_l": rouge.compute()}
 
 
@@ -163,8 +163,3 @@ def _steps(batch: DistillBatch, measured: Measured) -> tuple[Tensor, Tensor]:
     """KL(q‖p) at every sampled position, and how many sampled tokens stand before it."""
     mask = batch.mask[:, 1:]
     return measured[_FORWARD_KL], (mask.cumsum(1) - 1)[mask]
-
-
-def _rouge_l(response: str, reference: str) -> float:
-    score = rouge_score(response, reference, rouge_keys="rougeL")
-    return float(score["rougeL_fmeasure"])

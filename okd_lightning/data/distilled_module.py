@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -33,6 +33,9 @@ class DistilledModule(Writer, Protocol):
 
     def check_lengths(self, num_tokens: int, teacher_tokens: int | None = None) -> None:
         """Refuse sequences that the models were not made for."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of some ids."""
 
 
 def check_teacher_prompts(module: DistilledModule, *, are_given: bool) -> None:

@@ -32,12 +32,13 @@ from okd_lightning.records import Example
 from okd_lightning.rollouts import (
     LoaderShape,
     RolloutLoader,
-    RolloutPlan,
     Sampling,
+    StagedPlan,
     plan_for,
 )
 from okd_lightning.rollouts.evaluation import GivenResponses, OwnResponses
 from okd_lightning.rollouts.noise import hashed_uniform
+from okd_lightning.rollouts.scoring import ChunkScorer, TermScorer, unscored
 
 _PROMPT_SET = 0x50534554  # domain separation for the choice of validation prompts
 
@@ -224,9 +225,18 @@ class RolloutDataModule(lightning.LightningDataModule):
             reduce_sum=self._reduce_sum,
             gather=self._gather,
             progress=partial(rollout_progress, trainer),
+            score=self._scorer(module),
         )
         self._train_loader.start_at(self._first_epoch)
         return self._train_loader
+
+    def _scorer(self, module: DistilledModule) -> ChunkScorer:
+        """What asks the run's rewards, if it has any."""
+        scorers = {term.name: term.scorer for term in module.terms if term.scorer is not None}
+        if not scorers:
+            return unscored
+        rank = self._trainer.global_rank
+        return TermScorer(scorers, module.decode, self.samples_per_prompt, self._gather, rank)
 
     def val_dataloader(self) -> list[GivenResponses | OwnResponses]:
         """Given responses, and the student's own to a fixed set of prompts."""
@@ -363,8 +373,12 @@ class RolloutDataModule(lightning.LightningDataModule):
         return states
 
 
-def _announce(plan: RolloutPlan, shape: LoaderShape) -> None:
+def _announce(plan: StagedPlan, shape: LoaderShape) -> None:
     rank_zero_info(
         f"an epoch is {shape.steps_per_epoch} optimizer steps of {shape.rows_per_step} rows; "
-        f"the student writes {plan.on_policy_fraction:.0%} of them"
+        + "; ".join(
+            f"the student writes {part.on_policy_fraction:.0%} of them"
+            + (f" from step {start} on" if len(plan.stages) > 1 else "")
+            for start, part in plan.stages
+        )
     )

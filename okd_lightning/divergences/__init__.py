@@ -14,6 +14,7 @@ Map, from the interface to its members:
 - ``chi_squared``: ``PearsonChiSquared`` and ``NeymanChiSquared``.
 - ``distances``: ``SquaredHellinger`` and ``TotalVariation``, the ones that come from a metric.
 - ``tempered``: ``Tempered``, any of them between distributions of another temperature.
+- ``top_k``: ``TopK``, any of them over k ids and a tail: a lower bound.
 - ``log_arithmetic``: the few numerically safe building blocks that the others share.
 
 Nothing here knows of models, masks of tokens, or Lightning.
@@ -27,6 +28,7 @@ from okd_lightning.divergences.jensen_shannon import JensenShannon
 from okd_lightning.divergences.kl import ForwardKL, Jeffreys, ReverseKL
 from okd_lightning.divergences.skew import SkewForwardKL, SkewReverseKL
 from okd_lightning.divergences.tempered import Tempered
+from okd_lightning.divergences.top_k import TopK
 
 __all__ = [
     "AlphaDivergence",
@@ -41,5 +43,6 @@ __all__ = [
     "SkewReverseKL",
     "SquaredHellinger",
     "Tempered",
+    "TopK",
     "TotalVariation",
 ]

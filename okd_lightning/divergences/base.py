@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 import torch
 
 from okd_lightning.divergences.log_arithmetic import widen
-from okd_lightning.shapes import IdMask, LogProbs, LogRatio, PerId, PerToken, RatioValues
+from okd_lightning.shapes import DrawnIds, IdMask, LogProbs, LogRatio, PerId, PerToken, RatioValues
 
 _FAR = 350.0
 """A log-ratio (nats) that stands in for infinity in float64: exp(2 * 350) is still finite."""
@@ -35,7 +35,8 @@ class Divergence(ABC):
     The rest is derived from ``generator`` in float64: ``weight`` by autograd, ``terms`` and both
     limits by evaluation. A divergence may override, for speed, range or memory, ``weight``,
     ``terms``, ``limit_at_zero``, ``limit_at_infinity`` and ``is_symmetric``, each in agreement with
-    ``generator``. Only a wrapper that changes the distributions themselves overrides ``value``.
+    ``generator``. Only a wrapper that changes the distributions themselves overrides ``value``,
+    ``drawn`` and ``expected_weight``.
 
     Gradient flows to both sides: who is to stay fixed is detached by the caller.
     """
@@ -155,6 +156,49 @@ class Divergence(ABC):
         terms = _at_limit(terms, student_logprobs, no_teacher & ~no_student, self.limit_at_zero)
         terms = _at_limit(terms, teacher_logprobs, no_student & ~no_teacher, self.limit_at_infinity)
         return terms.sum(dim=-1)
+
+    def drawn(
+        self, student_logprobs: LogProbs, teacher_logprobs: LogProbs, ids: DrawnIds
+    ) -> tuple[PerToken, PerToken]:
+        """What both sides think of the drawn tokens, as this divergence sees them.
+
+        Args:
+            student_logprobs: [*lead, vocab] log p (nats).
+            teacher_logprobs: [*lead, vocab] log q (nats).
+            ids: [*lead] what was drawn from p.
+
+        Returns:
+            [*lead] log p and log q (nats) of the drawn tokens; a wrapper that merges tokens into
+            one outcome gives that outcome's. Gradient flows to both sides.
+        """
+        at = ids[..., None]
+        return student_logprobs.gather(-1, at)[..., 0], teacher_logprobs.gather(-1, at)[..., 0]
+
+    @torch.no_grad()
+    def expected_weight(
+        self,
+        student_logprobs: LogProbs,
+        teacher_logprobs: LogProbs,
+        max_log_ratio: float = math.inf,
+    ) -> PerToken:
+        """E_{a~p}[w_f(u)]: what ``weight`` has in common for all tokens of a position.
+
+        Subtracted from the weights of tokens drawn from p, it leaves their expected gradient as it
+        is (a value baseline; vOPD, arXiv 2605.07865).
+
+        Args:
+            student_logprobs: [*lead, vocab] log p (nats).
+            teacher_logprobs: [*lead, vocab] log q (nats).
+            max_log_ratio: The log-ratio is clipped to ± this many nats before w_f.
+
+        Returns:
+            [*lead] nats, without gradient; evaluated in float64, up to log-ratios of 350 nats.
+        """
+        log_ratio = (teacher_logprobs - student_logprobs).double()
+        log_ratio.masked_fill_(student_logprobs == -math.inf, 0.0)
+        limit = min(max_log_ratio, _FAR)
+        weights = self.weight(log_ratio.clamp_(-limit, limit))
+        return (student_logprobs.double().exp() * weights).sum(-1).to(student_logprobs.dtype)
 
     def _scaled_generator(self, log_ratio: LogRatio) -> RatioValues:
         """f(u)/max(1, u): p f(u) over the larger of p and q, which keeps both ends in range."""

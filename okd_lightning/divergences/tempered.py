@@ -10,7 +10,7 @@ import torch
 from okd_lightning.divergences.base import Divergence
 from okd_lightning.divergences.log_arithmetic import widen
 from okd_lightning.errors import ConfigError
-from okd_lightning.shapes import LogProbs, LogRatio, PerId, PerToken, RatioValues
+from okd_lightning.shapes import DrawnIds, LogProbs, LogRatio, PerId, PerToken, RatioValues
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,34 @@ class Tempered(Divergence):
         Returns:
             [*lead] nats a position. Gradient flows to both sides.
         """
+        tempered = self._temper(student_logprobs, teacher_logprobs)
+        return self._scale * self.divergence.value(*tempered)
+
+    def drawn(
+        self, student_logprobs: LogProbs, teacher_logprobs: LogProbs, ids: DrawnIds
+    ) -> tuple[PerToken, PerToken]:
+        """[*lead] tempered log p^tau and log q^tau of the drawn tokens."""
+        return self.divergence.drawn(*self._temper(student_logprobs, teacher_logprobs), ids)
+
+    @torch.no_grad()
+    def expected_weight(
+        self,
+        student_logprobs: LogProbs,
+        teacher_logprobs: LogProbs,
+        max_log_ratio: float = math.inf,
+    ) -> PerToken:
+        """[*lead] tau^2 E[w_f(u)] under p^tau."""
+        tempered = self._temper(student_logprobs, teacher_logprobs)
+        return self._scale * self.divergence.expected_weight(*tempered, max_log_ratio)
+
+    def _temper(
+        self, student_logprobs: LogProbs, teacher_logprobs: LogProbs
+    ) -> tuple[LogProbs, LogProbs]:
         student_logprobs, teacher_logprobs = widen(student_logprobs, teacher_logprobs)
-        inner = self.divergence.value(
+        return (
             torch.log_softmax(student_logprobs / self.temperature, dim=-1),
             torch.log_softmax(teacher_logprobs / self.temperature, dim=-1),
         )
-        return self._scale * inner
 
     @property
     def _scale(self) -> float:

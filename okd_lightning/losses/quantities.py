@@ -6,11 +6,13 @@ ask for the same thing share one computation. Methods see these numbers and neve
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from okd_lightning.divergences import Divergence
@@ -119,6 +121,41 @@ class DrawnLogProb(Quantity):
     def measure(self, tile: Tile) -> PositionValues:
         """[positions] nats, at most 0."""
         return tile.logprobs(self.role).gather(-1, tile.targets[:, None]).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class DrawnOutcome(Quantity):
+    """The token that stands there as a divergence sees it: one side's log-prob, a constant.
+
+    For most divergences the log-prob itself; for a TopK that of the outcome it belongs to.
+    """
+
+    role: ModelRole
+    divergence: Divergence
+    needs_teacher = True
+
+    @torch.no_grad()
+    def measure(self, tile: Tile) -> PositionValues:
+        """[positions] nats, at most 0, without gradient."""
+        student, teacher = self.divergence.drawn(
+            tile.student_logprobs, tile.teacher_logprobs, tile.targets
+        )
+        return student if self.role == "student" else teacher
+
+
+@dataclass(frozen=True)
+class ExpectedWeight(Quantity):
+    """E_{a~p}[w_f(u)]: the value baseline of a state, a constant (vOPD, arXiv 2605.07865)."""
+
+    divergence: Divergence
+    max_log_ratio: float = math.inf
+    needs_teacher = True
+
+    def measure(self, tile: Tile) -> PositionValues:
+        """[positions] nats, without gradient."""
+        return self.divergence.expected_weight(
+            tile.student_logprobs, tile.teacher_logprobs, self.max_log_ratio
+        )
 
 
 @dataclass(frozen=True)

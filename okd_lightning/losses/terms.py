@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -22,12 +22,14 @@ class Measured:
         source: [positions] who wrote the row of each position (index into ``SOURCES``).
         row: [positions] which row of the batch each position belongs to.
         sampler_logprobs: [positions] the sampler's own log-prob (nats) of the drawn token.
+        credits: [positions] a reward term: the credit of the row that each position belongs to.
     """
 
     values: Mapping[Quantity, PositionValues]
     source: Tensor
     row: Tensor
     sampler_logprobs: PositionValues
+    credits: Mapping[str, PositionValues] = field(default_factory=dict)
 
     def __getitem__(self, quantity: Quantity) -> PositionValues:
         return self.values[quantity]
@@ -41,6 +43,19 @@ class Measured:
         return mask
 
 
+@runtime_checkable
+class RowScorer(Protocol):
+    """Gives every response that the student wrote a credit, such as a reward."""
+
+    def score(
+        self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]
+    ) -> list[float]:
+        """One raw score a response; NaN where there is none."""
+
+    def credit_rows(self, scores: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
+        """One credit a response, from the scores of all responses to all prompts of a chunk."""
+
+
 class Term(Protocol):
     """One summand of a run's loss.
 
@@ -51,12 +66,29 @@ class Term(Protocol):
         on_policy_fraction: Share of optimizer steps whose responses the student writes, or None
             where the term takes what others ask for.
         quantities: What has to be measured for it.
+        window: First optimizer step that it acts in, and the first one that it does not (None: it
+            acts to the end).
+        scorer: What gives its rows a credit when they have been written, or None.
+        is_positionwise: Whether ``loss`` is a sum of one summand a position, so that a micro-batch
+            may be handed to it in pieces.
         needs_teacher_prompt: Whether it has no meaning where both models read the same prompt.
     """
 
     name: str
     weight: float
+    is_positionwise: bool
     needs_teacher_prompt: bool
+
+    @property
+    def window(self) -> tuple[int, int | None]:
+        """The optimizer steps that it acts in."""
+
+    @property
+    def scorer(self) -> RowScorer | None:
+        """What gives its rows a credit."""
+
+    def weight_at(self, step: int) -> float:
+        """The factor in optimizer step ``step``."""
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -5,7 +5,6 @@
 * ``uncertainty``, ``excess_accumulated_error``, ``logit_std``: further measures of the OKD paper.
 """
 
-from okd_lightning.metrics.exact_match import final_answer, matches
 from okd_lightning.metrics.excess_accumulated_error import (
     ExcessAccumulatedError,
     excess_accumulated_error,
@@ -27,9 +26,7 @@ __all__ = [
     "adapted_measures",
     "by_difficulty",
     "excess_accumulated_error",
-    "final_answer",
     "logit_std",
-    "matches",
     "measure_metrics",
     "measures",
     "response_uncertainty",

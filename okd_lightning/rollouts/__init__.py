@@ -12,7 +12,7 @@
 from okd_lightning.rollouts.engine import RolloutEngine, Writer
 from okd_lightning.rollouts.loader import LoaderShape, RolloutLoader
 from okd_lightning.rollouts.noise import NoiseStream, hashed_uniform
-from okd_lightning.rollouts.plan import RolloutPlan, plan_for
+from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan, plan_for
 from okd_lightning.rollouts.sampling import Sampling
 from okd_lightning.rollouts.transformers_engine import TransformersEngine
 
@@ -23,6 +23,7 @@ __all__ = [
     "RolloutLoader",
     "RolloutPlan",
     "Sampling",
+    "StagedPlan",
     "TransformersEngine",
     "Writer",
     "hashed_uniform",

@@ -23,7 +23,7 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.records import DistillBatch, Example, PromptBatch, Rollout, TrainingRow
 from okd_lightning.rollouts.engine import Author, Progress, Writer
 from okd_lightning.rollouts.noise import NoiseStream, hashed_uniform
-from okd_lightning.rollouts.plan import RolloutPlan
+from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan
 from okd_lightning.rollouts.rows import (
     count_by_source,
     given_row,
@@ -34,6 +34,7 @@ from okd_lightning.rollouts.rows import (
     written_row,
 )
 from okd_lightning.rollouts.sampling import Sampling
+from okd_lightning.rollouts.scoring import ChunkScorer, unscored
 
 _AUTHORS: tuple[Author, ...] = ("student", "teacher")
 _ORDER = 0x4F524452  # domain separation for the order of prompts
@@ -125,12 +126,13 @@ class RolloutLoader:
         reduce_sum: Sums an int64 tensor over all ranks.
         gather: Collects one object of every rank, on every rank.
         progress: Shows how far a chunk is written.
+        score: Gives the student's responses their credits.
     """
 
     def __init__(
         self,
         examples: Sequence[Example],
-        plan: RolloutPlan,
+        plan: RolloutPlan | StagedPlan,
         shape: LoaderShape,
         writer: Writer,
         *,
@@ -140,6 +142,7 @@ class RolloutLoader:
         reduce_sum: Callable[[Tensor], Tensor] = lambda counts: counts,
         gather: Callable[[Any], list[Any]] = lambda state: [state],
         progress: ProgressFactory = silent_progress,
+        score: ChunkScorer = unscored,
     ) -> None:
         self.examples = examples
         self.plan = plan
@@ -151,11 +154,14 @@ class RolloutLoader:
         self._reduce_sum = reduce_sum
         self._gather = gather
         self._progress = progress
+        self._score = score
         self._epoch = 0
         self._delivered = 0  # micro-batches of this epoch
         self._written: dict[Author, Rollout] = {}
+        self._credits: dict[str, list[float]] | None = None  # of the student's responses
         self._written_for = 0  # the first optimizer step of the chunk that was written
         self._unreported: list[tuple[Rollout, float]] = []  # with the seconds that each took
+        self._unreported_scores: dict[str, float] = {}
 
     def __len__(self) -> int:
         return self.shape.steps_per_epoch * self.shape.accumulate_grad_batches
@@ -170,7 +176,7 @@ class RolloutLoader:
             if self._delivered >= chunk_end * accumulate:
                 continue
             if self._written_for != chunk_start:
-                self._written, self._written_for = {}, chunk_start
+                self._written, self._credits, self._written_for = {}, None, chunk_start
             for step, rows in enumerate(self._chunk(turns, chunk_start, chunk_end), chunk_start):
                 yield from self._step(step, rows)
 
@@ -182,7 +188,7 @@ class RolloutLoader:
     def start_at(self, epoch: int) -> None:
         """Begin with the first batch of an epoch."""
         self._epoch, self._delivered = epoch, 0
-        self._written, self._written_for = {}, 0
+        self._written, self._credits, self._written_for = {}, None, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, cursor and this chunk's rollouts, of all ranks."""
@@ -194,6 +200,7 @@ class RolloutLoader:
             "identity": self._identity(),
             "written_for": self._written_for,
             "written": self._gather(own),
+            "credits": self._gather(_pack_credits(self._credits)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -217,9 +224,11 @@ class RolloutLoader:
             )
         self._epoch, self._delivered = state["epoch"], state["delivered"]
         self._written_for = state["written_for"]
-        written = state["written"]
-        own = written[self.shape.rank] if len(written) == self.shape.world_size else {}
-        self._written = {author: _unpack(packed) for author, packed in own.items()}
+        self._written, self._credits = {}, None
+        if len(state["written"]) == self.shape.world_size:
+            own, credits = state["written"][self.shape.rank], state["credits"][self.shape.rank]
+            self._written = {author: _unpack(packed) for author, packed in own.items()}
+            self._credits = _unpack_credits(credits)
 
     def _identity(self) -> list[int]:
         """What decides which prompt is where: equal lists mean equal batches."""
@@ -250,24 +259,37 @@ class RolloutLoader:
     def _chunk(self, turns: list[_Turn], start: int, end: int) -> list[list[TrainingRow]]:
         """This rank's rows of the optimizer steps start..end, with what the models wrote."""
         steps = [self._own_turns(turns, step) for step in range(start, end)]
-        written: dict[Author, Iterator[tuple[tuple[int, ...], tuple[float, ...]]]] = {}
-        for author in _AUTHORS:
-            wanted = [t for step in steps for t, source in step if source == author]
-            if wanted:
-                if author not in self._written:
-                    self._written[author] = self._write(author, wanted)
-                rollout = self._written[author]
-                written[author] = zip(rollout.response_ids, rollout.logprobs, strict=True)
+        written = {
+            author: iter(
+                self._rows_of(author, [t for step in steps for t, by in step if by == author])
+            )
+            for author in _AUTHORS
+        }
         chunk = []
         for step in steps:
-            rows: list[TrainingRow] = []
-            for turn, source in step:
-                if source == "dataset":
-                    rows.append(given_row(turn.example))
-                else:
-                    rows.append(written_row(turn.example, source, *next(written[source])))
+            rows = [
+                given_row(turn.example) if by == "dataset" else next(written[by])
+                for turn, by in step
+            ]
             chunk.append(rows or [muted(given_row(self.examples[0]))])
         return chunk
+
+    def _rows_of(self, author: Author, turns: list[_Turn]) -> list[TrainingRow]:
+        """What an author has written to its prompts of a chunk, now or before a resume."""
+        if turns and author not in self._written:
+            self._written[author] = self._write(author, turns)
+        rollout = self._written.get(author, Rollout((), (), ()))
+        if author == "student" and self._credits is None:  # on every rank, written to or not
+            scores = self._score([t.example for t in turns], [t.sample for t in turns], rollout)
+            self._credits = scores.credits
+            self._unreported_scores = scores.metrics
+        credits = (self._credits or {}) if author == "student" else {}
+        return [
+            written_row(turn.example, author, ids, logprobs, {n: c[i] for n, c in credits.items()})
+            for i, (turn, ids, logprobs) in enumerate(
+                zip(turns, rollout.response_ids, rollout.logprobs, strict=True)
+            )
+        ]
 
     def _own_turns(self, turns: list[_Turn], step: int) -> list[tuple[_Turn, Any]]:
         """This rank's rows of a step: every sample of a prompt, or its given response."""
@@ -306,8 +328,8 @@ class RolloutLoader:
         batches = micro_batches(rows, accumulate)
         for batch in batches[self._delivered - step * accumulate :]:
             self._delivered += 1
-            metrics = rollout_metrics(self._unreported)
-            self._unreported = []
+            metrics = rollout_metrics(self._unreported) | self._unreported_scores
+            self._unreported, self._unreported_scores = [], {}
             yield replace(batch, step_counts=counts, metrics=metrics)
 
 
@@ -319,6 +341,16 @@ def _pack(rollout: Rollout) -> dict[str, Tensor]:
         "logprobs": torch.tensor([p for row in rollout.logprobs for p in row], dtype=torch.float64),
         "ended": torch.tensor([reason == "eos" for reason in rollout.stop_reasons]),
     }
+
+
+def _pack_credits(credits: dict[str, list[float]] | None) -> dict[str, Tensor] | None:
+    if credits is None:
+        return None
+    return {name: torch.tensor(row, dtype=torch.float64) for name, row in credits.items()}
+
+
+def _unpack_credits(packed: dict[str, Tensor] | None) -> dict[str, list[float]] | None:
+    return None if packed is None else {name: row.tolist() for name, row in packed.items()}
 
 
 def _unpack(packed: dict[str, Tensor]) -> Rollout:

@@ -55,6 +55,27 @@ class RolloutPlan:
         )
 
 
+@dataclass(frozen=True)
+class StagedPlan:
+    """Plans that follow one another, for methods that act in a part of the run.
+
+    Attributes:
+        stages: Each with the optimizer step that it begins at; the first begins at 0.
+    """
+
+    stages: tuple[tuple[int, RolloutPlan], ...]
+
+    @property
+    def sources(self) -> frozenset[Source]:
+        """All sources that can occur."""
+        return frozenset(source for _, plan in self.stages for source in plan.sources)
+
+    def assign(self, seed: int, step: int, num_prompts: int) -> tuple[Source, ...]:
+        """The source of each prompt of optimizer step ``step`` (counted over the whole run)."""
+        plan = next(plan for start, plan in reversed(self.stages) if start <= step)
+        return plan.assign(seed, step, num_prompts)
+
+
 def _common_fraction(asked: set[float]) -> float:
     """What all agree on; half and half for 0 beside 1; else the one share that lies between."""
     if len(asked) <= 1:
@@ -68,22 +89,44 @@ def _common_fraction(asked: set[float]) -> float:
     return next(iter(between), 0.5)
 
 
-def plan_for(terms: Sequence[Term]) -> RolloutPlan:
-    """The plan that serves all terms of a run.
+def plan_for(terms: Sequence[Term]) -> StagedPlan:
+    """The plan that serves all terms of a run, stage by stage.
 
     Terms that agree on the on-policy share get GKD's coin a step. Terms that disagree (KD on the
     data set beside a method on rollouts) get both kinds of rows in every step, in the share that
     one of them asks for or half and half, and each is counted on its own rows.
 
     Raises:
-        ConfigError: No terms, terms that need both the data set's and the teacher's responses or
-            different shares, or a term that acts on no source of the plan.
+        ConfigError: No terms, steps in which none acts, terms that need both the data set's and the
+            teacher's responses or different shares, or a term that acts on no source of the plan.
     """
     if not terms:
         raise ConfigError(
             "there is nothing to train: no method is configured; add --method (SFT, KD, GKD, ...) "
             "or a method callback in trainer.callbacks"
         )
+    edges = {0} | {edge for term in terms for edge in term.window if edge is not None}
+    stages = []
+    for step in sorted(edges):
+        acting = [term for term in terms if acts_in(term, step)]
+        if not acting:
+            if all(term.window[1] is not None and term.window[1] <= step for term in terms):
+                break  # the run is expected to end here; DistillationModule says so if it does not
+            raise ConfigError(
+                f"no method acts from optimizer step {step} on; let one stage begin where the "
+                "other ends"
+            )
+        stages.append((step, _plan_for_stage(acting)))
+    return StagedPlan(tuple(stages))
+
+
+def acts_in(term: Term, step: int) -> bool:
+    """Whether a term takes part in optimizer step ``step``."""
+    start, end = term.window
+    return start <= step and (end is None or step < end)
+
+
+def _plan_for_stage(terms: Sequence[Term]) -> RolloutPlan:
     off_policy = {source for term in terms for source in term.sources if source != "student"}
     if len(off_policy) > 1:
         raise ConfigError(

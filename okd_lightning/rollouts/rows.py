@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -41,7 +41,11 @@ def given_row(example: Example) -> TrainingRow:
 
 
 def written_row(
-    example: Example, source: Source, ids: tuple[int, ...], logprobs: tuple[float, ...]
+    example: Example,
+    source: Source,
+    ids: tuple[int, ...],
+    logprobs: tuple[float, ...],
+    credits: Mapping[str, float] | None = None,
 ) -> TrainingRow:
     """A row with a sampled response; loss lies on the sampled tokens alone."""
     return TrainingRow(
@@ -51,6 +55,7 @@ def written_row(
         mask=(False,) * len(example.prompt_ids) + (True,) * len(ids),
         prompt_length=len(example.prompt_ids),
         sampler_logprobs=logprobs,
+        credits=credits or {},
         teacher_prompt_ids=example.teacher_prompt_ids,
     )
 
@@ -99,7 +104,7 @@ def muted(row: TrainingRow) -> TrainingRow:
 
 
 def rollout_metrics(rollouts: Sequence[tuple[Rollout, float]]) -> dict[str, float]:
-    """What is logged about rollouts: speed, lengths in tokens, share that ended by itself.
+    """What is logged about rollouts: speed, lengths in tokens, shares that ended by themselves.
 
     Args:
         rollouts: Each with the seconds that it took; with none there is nothing to log.
@@ -115,6 +120,7 @@ def rollout_metrics(rollouts: Sequence[tuple[Rollout, float]]) -> dict[str, floa
         "rollout/seconds": seconds,
         "rollout/mean_length": sum(lengths) / len(lengths),
         "rollout/eos_share": ended / len(lengths),
+        "rollout/empty_share": lengths.count(0) / len(lengths),
     }
 
 

@@ -40,6 +40,16 @@ class Sampling:
         if self.top_k < 0:
             raise ConfigError(f"sampling.top_k must be at least 0 (0 keeps all), got {self.top_k}")
 
+    @property
+    def departures(self) -> tuple[str, ...]:
+        """In what way, if any, tokens are not drawn from the model itself."""
+        found = {
+            f"sampling.temperature {self.temperature}": self.temperature != 1,
+            f"sampling.top_p {self.top_p}": self.top_p < 1,
+            f"sampling.top_k {self.top_k}": self.top_k > 0,
+        }
+        return tuple(name for name, is_set in found.items() if is_set)
+
     def logprobs(self, logits: Tensor) -> Tensor:
         """[rows, vocab] logits → log-probabilities (nats) that the draw is made from."""
         if self.temperature == 0:

@@ -16,6 +16,7 @@ import tiny
 import torch
 from torch import Tensor
 
+from okd_lightning.answers import matches
 from okd_lightning.callbacks import (
     GKD,
     KD,
@@ -29,7 +30,6 @@ from okd_lightning.callbacks import (
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import Divergence
 from okd_lightning.errors import ConfigError, NonFiniteError
-from okd_lightning.metrics import matches
 
 
 @dataclass(frozen=True)

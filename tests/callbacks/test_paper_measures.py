@@ -13,8 +13,9 @@ import tiny
 import torch
 from peft import LoraConfig
 
+from okd_lightning.advantages import rewards
 from okd_lightning.callbacks import OKD, SFT, PaperMeasures
-from okd_lightning.callbacks.paper_measures import _NOISE_EPOCH, _rouge_l
+from okd_lightning.callbacks.paper_measures import _NOISE_EPOCH
 from okd_lightning.errors import ConfigError
 from okd_lightning.module import DistillationModule
 from okd_lightning.rollouts import NoiseStream, Sampling
@@ -138,7 +139,7 @@ def test_rouge_l_of_words(tmp_path):
         ("a b c d", "d c b a"),
         ("", "the cat"),
     ):
-        assert _rouge_l(response, reference) == pytest.approx(rouge_l(response, reference))
+        assert rewards.rouge_l(response, reference) == pytest.approx(rouge_l(response, reference))
 
 
 def test_base_teacher_beside_an_online_module(tmp_path):

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from okd_lightning.callbacks import GKD, KD, SFT, DivergenceCallback
+from okd_lightning.callbacks import GKD, KD, SFT, DivergenceCallback, OPDPlus, Stage
 from okd_lightning.errors import ConfigError
-from okd_lightning.rollouts import RolloutPlan, plan_for
+from okd_lightning.rollouts import RolloutPlan, StagedPlan, plan_for
 
 
 def coins(fraction: float, seed: int, num: int = 4000) -> list[str]:
@@ -65,8 +65,7 @@ def test_mixed_steps_prefer_nobody(num):
 )
 def test_methods_that_disagree_share_every_step(asked, expected):
     terms = [Taker(("dataset", "student"), share, f"taker{share}") for share in asked]
-    plan = plan_for(terms)
-    assert (plan.on_policy_fraction, plan.is_mixed_within_step) == (expected, True)
+    assert plan_for(terms) == StagedPlan(((0, RolloutPlan(expected, "dataset", True)),))
 
 
 def test_two_shares_between_are_refused():
@@ -84,6 +83,7 @@ class Taker:
     name: str = "taker"
     weight: float = 1.0
     quantities: tuple = ()
+    window: tuple = (0, None)
 
 
 PLANS = {
@@ -102,11 +102,52 @@ PLANS = {
 @pytest.mark.parametrize("case", PLANS)
 def test_the_plan_of_a_run(case):
     terms, expected = PLANS[case]
-    assert plan_for(terms) == expected
-    assert plan_for(terms[::-1]) == expected
+    assert plan_for(terms) == StagedPlan(((0, expected),))
+    assert plan_for(terms[::-1]) == plan_for(terms)
+
+
+def test_stages_follow_one_another():
+    """SFT, then GKD, then both KD and a method on rollouts; a window is closed on the left."""
+    terms = [
+        Stage(SFT(), end=3),
+        Stage(GKD(on_policy_fraction=0.3), start=3, end=5),
+        Stage(OPDPlus(), start=5),
+        Stage(KD(), start=5, end=7),
+    ]
+    plan = plan_for(terms)
+    assert plan.stages == (
+        (0, RolloutPlan(0.0)),
+        (3, RolloutPlan(0.3)),
+        (5, RolloutPlan(0.5, "dataset", True)),
+        (7, RolloutPlan(1.0)),
+    )
+    assert plan.sources == {"dataset", "student"}
+    found = [plan.assign(1, step, 4) for step in range(9)]
+    assert found[:3] == [("dataset",) * 4] * 3
+    assert found[3:5] == [RolloutPlan(0.3).assign(1, step, 4) for step in (3, 4)]
+    assert all(sorted(set(row)) == ["dataset", "student"] for row in found[5:7])
+    assert found[7:] == [("student",) * 4] * 2
+
+
+def test_a_weight_changes_on_a_line():
+    stage = Stage(KD(weight=2.0), start=2, end=5, first_factor=1.0, last_factor=0.0)
+    assert [stage.weight_at(step) for step in range(6)] == [0.0, 0.0, 2.0, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"start": 3, "end": 3}, {"start": -1}, {"last_factor": 0.5}, {"first_factor": -1.0}],
+)
+def test_stages_that_cannot_be(settings):
+    with pytest.raises(ConfigError, match="Stage of kd"):
+        Stage(KD(), **settings)
 
 
 REFUSED = {
+    "a gap between stages": (
+        [Stage(SFT(), end=3), Stage(KD(), start=4)],
+        "no method acts from optimizer step 3 on",
+    ),
     "nothing to train": ([], "no method"),
     "two kinds of given rows": ([KD(), GKD(seq_kd=True)], "seq_kd"),
     "nobody writes": ([Taker(("student",))], "taker acts on rows from student"),

@@ -1,0 +1,210 @@
+"""Rewards: a number a response, from its text; and what a prompt's other samples take off it."""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Literal, TypeAlias
+
+from torchmetrics.functional.text import rouge_score
+
+from okd_lightning.answers import answer_pattern, matches
+from okd_lightning.errors import RewardError
+from okd_lightning.tool_calls import parse_tool_calls
+
+GroupBaseline: TypeAlias = Literal["none", "group_mean", "leave_one_out"]
+"""What is subtracted from a response's reward: see ``baselined``."""
+
+
+class RewardFunction(ABC):
+    """A number for every response, larger is better; subclass it to bring your own.
+
+    A complete one::
+
+        class Brevity(RewardFunction):
+            def __call__(self, prompts, responses, references):
+                return [-float(len(response)) for response in responses]
+    """
+
+    @abstractmethod
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]
+    ) -> Sequence[float]:
+        """Score responses.
+
+        Args:
+            prompts: As text.
+            responses: What the student wrote, as text without special tokens.
+            references: The data set's own responses; empty texts where it has none.
+
+        Returns:
+            One number a response, any unit; NaN says that a response could not be scored.
+        """
+
+
+class PlainFunction(RewardFunction):
+    """A plain Python function of one prompt, response and reference as a reward."""
+
+    def __init__(self, function: Callable[[str, str, str], float]) -> None:
+        self.function = function
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]
+    ) -> Sequence[float]:
+        """One call a response."""
+        return [self.function(*row) for row in zip(prompts, responses, references, strict=True)]
+
+
+class AnswerMatch(RewardFunction):
+    """1 where a response gives the reference's answer, else 0.
+
+    Args:
+        pattern: A regular expression whose first group is the answer (the last match counts), such
+            as '#### (.+)'; None compares whole responses.
+
+    Raises:
+        ConfigError: The pattern is no regular expression, or has no group.
+    """
+
+    def __init__(self, pattern: str | None = None) -> None:
+        self.pattern: re.Pattern[str] | None = answer_pattern(pattern)
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]
+    ) -> Sequence[float]:
+        """0 or 1."""
+        del prompts
+        pairs = zip(responses, references, strict=True)
+        return [float(matches(response, wanted, self.pattern)) for response, wanted in pairs]
+
+
+class ToolCallMatch(RewardFunction):
+    """Share of a response's tool calls that are the reference's, by name and arguments.
+
+    Half of a call is its name, half its arguments (action and argument match); calls are compared
+    in order, and a call too many or too few counts as wrong. See ``tool_calls`` for the forms.
+    """
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]
+    ) -> Sequence[float]:
+        """Between 0 and 1; NaN where the reference calls nothing."""
+        del prompts
+        pairs = zip(responses, references, strict=True)
+        return [_call_match(response, wanted) for response, wanted in pairs]
+
+
+class RougeL(RewardFunction):
+    """ROUGE-L (F1) of a response against the reference, in [0, 1]; torchmetrics'."""
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]
+    ) -> Sequence[float]:
+        """F1 of the longest common subsequence of words."""
+        del prompts
+        return [rouge_l(*pair) for pair in zip(responses, references, strict=True)]
+
+
+def rouge_l(response: str, reference: str) -> float:
+    """ROUGE-L (F1) of one response, in [0, 1]."""
+    score = rouge_score(response, reference, rouge_keys="rougeL")
+    return float(score["rougeL_fmeasure"])
+
+
+def checked_rewards(
+    function: RewardFunction,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    references: Sequence[str],
+) -> list[float]:
+    """What a reward function says, checked.
+
+    Returns:
+        One number a response; NaN where it is not finite, for the caller to count.
+
+    Raises:
+        RewardError: It raised, returned another number of values, or something that is no number.
+    """
+    name = type(function).__name__
+    if not responses:
+        return []
+    try:
+        values = list(function(prompts, responses, references))
+    except Exception as error:
+        raise RewardError(
+            f"reward {name} raised {type(error).__name__}: {error}; it was given "
+            f"{len(responses)} responses, the first of them {responses[0][:60]!r}"
+        ) from error
+    if len(values) != len(responses):
+        raise RewardError(
+            f"reward {name} returned {len(values)} values for {len(responses)} responses; "
+            "expected one number a response"
+        )
+    return [
+        _number(value, name, response) for value, response in zip(values, responses, strict=True)
+    ]
+
+
+def baselined(
+    rewards: Sequence[float], groups: Sequence[Hashable], baseline: GroupBaseline
+) -> list[float]:
+    """Rewards minus what the samples of the same prompt have in common.
+
+    ``group_mean`` subtracts the mean of the group, the sample itself included (Shao et al.,
+    arXiv 2402.03300, without its division by the standard deviation); ``leave_one_out`` the mean
+    of the others, which leaves the expected gradient as it is (Ahmadian et al., arXiv 2402.14740).
+
+    Args:
+        rewards: One a response; NaN for one that could not be scored.
+        groups: Which prompt (and which turn of it) each response answers.
+        baseline: What is subtracted.
+
+    Returns:
+        One credit a response: 0 where the reward is NaN, and where a group has a single scored
+        sample but a baseline needs others.
+    """
+    totals: dict[Hashable, float] = defaultdict(float)
+    counts: dict[Hashable, int] = defaultdict(int)
+    for reward, group in zip(rewards, groups, strict=True):
+        if not math.isnan(reward):
+            totals[group] += reward
+            counts[group] += 1
+
+    def credit(reward: float, group: Hashable) -> float:
+        if math.isnan(reward):
+            return 0.0
+        if baseline == "none":
+            return reward
+        if counts[group] == 1:
+            return 0.0
+        if baseline == "group_mean":
+            return reward - totals[group] / counts[group]
+        return reward - (totals[group] - reward) / (counts[group] - 1)
+
+    return [credit(reward, group) for reward, group in zip(rewards, groups, strict=True)]
+
+
+def _number(value: object, name: str, response: str) -> float:
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise RewardError(
+            f"reward {name} returned {value!r} for the response {response[:60]!r}; "
+            "expected a number"
+        ) from error
+    return number if math.isfinite(number) else math.nan
+
+
+def _call_match(response: str, reference: str) -> float:
+    wanted, given = parse_tool_calls(reference), parse_tool_calls(response)
+    if not wanted:
+        return math.nan
+    scores = [
+        0.5 * (call.name == want.name)
+        + 0.5 * (call.name == want.name and call.arguments == want.arguments)
+        for call, want in zip(given, wanted, strict=False)
+    ]
+    return sum(scores) / max(len(wanted), len(given))

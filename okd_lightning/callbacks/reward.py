@@ -1,0 +1,104 @@
+"""A verifiable reward beside distillation: GKD with a reward, OPD+ with a reward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import get_args
+
+from torch import Tensor
+
+from okd_lightning.advantages import (
+    GroupBaseline,
+    PlainFunction,
+    RewardFunction,
+    baselined,
+    checked_rewards,
+)
+from okd_lightning.callbacks.policy_gradient import PolicyGradientCallback
+from okd_lightning.errors import ConfigError, RewardError
+from okd_lightning.losses import Measured
+
+
+class Reward(PolicyGradientCallback):
+    """Maximise E[r(response)] over the student's own responses (GKD, arXiv 2306.13649, Eq. 5).
+
+    Every token of a response gets the response's reward, minus its baseline. Beside GKD with
+    weight 1-α and this term with weight α it is the paper's combination; beside OPDPlus it adds to
+    its credit. Rewards are not divided by their standard deviation. Logged: ``rollout/<name>``, the
+    mean raw reward of what was written, and ``rollout/<name>_failures``, how many had none.
+
+    Args:
+        function: Scores responses; in Python also a plain function of prompt, response and
+            reference.
+        baseline: none, group_mean or leave_one_out over the samples of a prompt; the latter two
+            need data.samples_per_prompt above 1.
+        on_failure: What happens to a response whose reward is not a finite number: "skip" gives
+            it no credit and counts it, "error" stops the run. A function that raises always does.
+        max_ratio: Truncation of ρ; inf for off.
+        clip: PPO's ε; None for off.
+        weight: Factor on this term's mean loss.
+        name: Logged as train/<name>; two methods of one class need different names.
+
+    Raises:
+        ConfigError: An unknown baseline or on_failure.
+    """
+
+    def __init__(
+        self,
+        function: RewardFunction,
+        baseline: GroupBaseline = "none",
+        on_failure: str = "skip",
+        max_ratio: float = math.inf,
+        clip: float | None = None,
+        weight: float = 1.0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(max_ratio, clip, weight, name)
+        if baseline not in get_args(GroupBaseline):
+            raise ConfigError(
+                f"baseline is {baseline!r}; expected one of {', '.join(get_args(GroupBaseline))}"
+            )
+        if on_failure not in ("skip", "error"):
+            raise ConfigError(f"on_failure is {on_failure!r}; expected skip or error")
+        self.function = _as_function(function)
+        self.baseline = baseline
+        self.on_failure = on_failure
+        self.scorer = self
+
+    def score(
+        self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]
+    ) -> list[float]:
+        """One reward a response, NaN for those that have none.
+
+        Raises:
+            RewardError: The function raised or returned something else; or a reward that is not
+                finite, with ``on_failure="error"``.
+        """
+        rewards = checked_rewards(self.function, prompts, responses, references)
+        if self.on_failure == "error" and any(map(math.isnan, rewards)):
+            response = responses[[math.isnan(reward) for reward in rewards].index(True)]
+            raise RewardError(
+                f"reward {type(self.function).__name__} is not a finite number for the response "
+                f"{response[:60]!r}; mend it, or leave such responses out with on_failure skip"
+            )
+        return rewards
+
+    def credit_rows(self, scores: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
+        """One credit a response: its reward minus its group's baseline."""
+        return baselined(scores, groups, self.baseline)
+
+    def credit(self, measured: Measured) -> tuple[Tensor, dict[str, Tensor]]:
+        """The credit of each token's row."""
+        return measured.credits[self.name], {}
+
+
+def _as_function(function: RewardFunction | Callable[[str, str, str], float]) -> RewardFunction:
+    """A plain function wrapped; only Python can hand one over, configs name classes."""
+    if isinstance(function, RewardFunction):
+        return function
+    if not callable(function):
+        raise ConfigError(
+            f"function is {function!r}; expected a RewardFunction, such as AnswerMatch"
+        )
+    return PlainFunction(function)

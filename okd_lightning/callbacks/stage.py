@@ -1,0 +1,102 @@
+"""A method for a part of the run: SFT, then GKD, then OPD+ in one fit."""
+
+from __future__ import annotations
+
+import math
+
+import lightning
+
+from okd_lightning.callbacks.base import DistillationCallback
+from okd_lightning.errors import ConfigError
+from okd_lightning.losses import Measured, Quantity, RowScorer
+from okd_lightning.module import DistillationModule
+from okd_lightning.records import LossOutput, Source
+
+
+class Stage(DistillationCallback):
+    """Lets a method act from one optimizer step to another, and its weight change on the way.
+
+    Who writes the rows of a step is decided by the methods that act in it, so the on-policy share
+    changes with them. ::
+
+        callbacks=[Stage(SFT(), end=100), Stage(GKD(), start=100, end=300), Stage(OPDPlus(), 300)]
+
+    Args:
+        method: What acts; its own weight is multiplied by the factors here.
+        start: First optimizer step, from 0.
+        end: First optimizer step in which it no longer acts; None for the end of the run.
+        first_factor: Of the method's weight at ``start``.
+        last_factor: Of the method's weight in the last step before ``end``, on a straight line
+            from ``first_factor``; None for no change.
+
+    Raises:
+        ConfigError: An empty window, a factor below 0, or a change without an end.
+    """
+
+    def __init__(
+        self,
+        method: DistillationCallback,
+        start: int = 0,
+        end: int | None = None,
+        first_factor: float = 1.0,
+        last_factor: float | None = None,
+    ) -> None:
+        super().__init__(method.weight, method.name)
+        if start < 0 or (end is not None and end <= start):
+            raise ConfigError(f"Stage of {method.name}: no step lies from {start} to before {end}")
+        for factor in (first_factor, last_factor):
+            if factor is not None and not (math.isfinite(factor) and factor >= 0):
+                raise ConfigError(f"Stage of {method.name}: a factor is {factor}, expected from 0")
+        if last_factor is not None and end is None:
+            raise ConfigError(
+                f"Stage of {method.name}: last_factor {last_factor} needs an end to be reached at"
+            )
+        self.method = method
+        self.start, self.end = start, end
+        self.first_factor = first_factor
+        self.last_factor = first_factor if last_factor is None else last_factor
+        self.is_positionwise = method.is_positionwise
+        self.needs_teacher_prompt = method.needs_teacher_prompt
+
+    @property
+    def window(self) -> tuple[int, int | None]:
+        """From ``start`` to before ``end``."""
+        return (self.start, self.end)
+
+    def weight_at(self, step: int) -> float:
+        """0 outside the window; in it the method's weight times the factor on its line."""
+        if step < self.start or (self.end is not None and step >= self.end):
+            return 0.0
+        share = 0.0
+        if self.end is not None and self.end - self.start > 1:
+            share = (step - self.start) / (self.end - self.start - 1)
+        factor = self.first_factor + share * (self.last_factor - self.first_factor)
+        return factor * self.method.weight_at(step)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The method's."""
+        return self.method.sources
+
+    @property
+    def on_policy_fraction(self) -> float | None:
+        """The method's, while it acts."""
+        return self.method.on_policy_fraction
+
+    @property
+    def quantities(self) -> tuple[Quantity, ...]:
+        """The method's."""
+        return self.method.quantities
+
+    @property
+    def scorer(self) -> RowScorer | None:  # type: ignore[override]
+        """The method's."""
+        return self.method.scorer
+
+    def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
+        """The method's."""
+        self.method.prepare(trainer, module, stage)
+
+    def loss(self, measured: Measured) -> LossOutput:
+        """The method's."""
+        return self.method.loss(measured)

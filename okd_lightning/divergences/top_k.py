@@ -1,0 +1,152 @@
+"""Top-k with a tail: any divergence between coarser distributions, a lower bound of the exact one.
+
+Owns the buckets. Both sides are looked at through k of the ids, chosen at every position, and one
+outcome that stands for all others: that is a distribution again, so every f gives a divergence,
+never above the exact one (merging outcomes loses information) and never negative. Renormalising
+over the k ids, or leaving the tail out, would be neither.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from okd_lightning.divergences.base import Divergence
+from okd_lightning.divergences.log_arithmetic import widen
+from okd_lightning.divergences.tempered import Tempered
+from okd_lightning.errors import ConfigError
+from okd_lightning.shapes import (
+    DrawnIds,
+    LogProbs,
+    LogRatio,
+    OutcomeLogProbs,
+    PerId,
+    PerToken,
+    RatioValues,
+)
+
+
+@dataclass(frozen=True)
+class TopK(Divergence):
+    """D over the k likeliest ids of one side and a tail bucket for the rest.
+
+    Equal to the exact divergence at k = vocabulary, at most equal below (data processing).
+    Gradient flows to both sides, also through the tail; the choice of ids is a constant.
+
+    Args:
+        divergence: What to measure between the coarser distributions.
+        k: Ids that keep their own probability, at least 1.
+        side: Whose likeliest ids: the teacher's, as a served or cached teacher gives them, or the
+            student's.
+
+    Raises:
+        ConfigError: k below 1, an unknown side, or a temperature inside: distributions are
+            tempered before their top-k is taken, Tempered(TopK(...), temperature).
+    """
+
+    divergence: Divergence
+    k: int
+    side: str = "teacher"
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ConfigError(f"TopK: k is {self.k}, expected at least 1")
+        if self.side not in ("teacher", "student"):
+            raise ConfigError(f"TopK: side is {self.side!r}, expected 'teacher' or 'student'")
+        if isinstance(self.divergence, Tempered):
+            raise ConfigError(
+                "TopK of a tempered divergence would temper k probabilities and a tail, which is "
+                "no tempering of the distribution; temper first: Tempered(TopK(...), temperature)"
+            )
+
+    def generator(self, log_ratio: LogRatio) -> RatioValues:
+        """The inner f, at the log-ratio of an outcome."""
+        return self.divergence.generator(log_ratio)
+
+    def weight(self, log_ratio: LogRatio) -> RatioValues:
+        """The inner w_f, at the log-ratio of an outcome."""
+        return self.divergence.weight(log_ratio)
+
+    def terms(
+        self, student_logprobs: LogProbs, teacher_logprobs: LogProbs, log_ratio: PerId
+    ) -> PerId:
+        """The inner p f(u), of outcomes."""
+        return self.divergence.terms(student_logprobs, teacher_logprobs, log_ratio)
+
+    @property
+    def limit_at_zero(self) -> float:
+        """The inner one's."""
+        return self.divergence.limit_at_zero
+
+    @property
+    def limit_at_infinity(self) -> float:
+        """The inner one's."""
+        return self.divergence.limit_at_infinity
+
+    def value(self, student_logprobs: LogProbs, teacher_logprobs: LogProbs) -> PerToken:
+        """The divergence between the k + 1 outcomes at every position.
+
+        Args:
+            student_logprobs: [*lead, vocab] log p (nats).
+            teacher_logprobs: [*lead, vocab] log q (nats).
+
+        Returns:
+            [*lead] nats a position. Gradient flows to both sides.
+        """
+        return self.divergence.value(*self._outcomes(student_logprobs, teacher_logprobs))
+
+    def drawn(
+        self, student_logprobs: LogProbs, teacher_logprobs: LogProbs, ids: DrawnIds
+    ) -> tuple[PerToken, PerToken]:
+        """[*lead] log p and log q (nats) of the outcome that each drawn token belongs to."""
+        chosen = self._chosen(student_logprobs, teacher_logprobs)
+        if chosen is None:
+            return super().drawn(student_logprobs, teacher_logprobs, ids)
+        own = super().drawn(student_logprobs, teacher_logprobs, ids)
+        is_chosen = (chosen == ids[..., None]).any(-1)
+        tails = (_tail(side, chosen)[..., 0] for side in (student_logprobs, teacher_logprobs))
+        student, teacher = (
+            torch.where(is_chosen, single, tail) for single, tail in zip(own, tails, strict=True)
+        )
+        return student, teacher
+
+    @torch.no_grad()
+    def expected_weight(
+        self,
+        student_logprobs: LogProbs,
+        teacher_logprobs: LogProbs,
+        max_log_ratio: float = math.inf,
+    ) -> PerToken:
+        """[*lead] E_p[w_f(u)] over the outcomes, without gradient."""
+        outcomes = self._outcomes(student_logprobs, teacher_logprobs)
+        return self.divergence.expected_weight(*outcomes, max_log_ratio)
+
+    def _outcomes(
+        self, student_logprobs: LogProbs, teacher_logprobs: LogProbs
+    ) -> tuple[OutcomeLogProbs, OutcomeLogProbs]:
+        """[*lead, k + 1] log-probabilities of the k ids and the tail, of both sides."""
+        student_logprobs, teacher_logprobs = widen(student_logprobs, teacher_logprobs)
+        chosen = self._chosen(student_logprobs, teacher_logprobs)
+        if chosen is None:
+            return student_logprobs, teacher_logprobs
+        student, teacher = (
+            torch.cat([side.gather(-1, chosen), _tail(side, chosen)], -1)
+            for side in (student_logprobs, teacher_logprobs)
+        )
+        return student, teacher
+
+    def _chosen(self, student_logprobs: LogProbs, teacher_logprobs: LogProbs) -> Tensor | None:
+        """[*lead, k] the ids that stay apart; None where that is all of them."""
+        side = teacher_logprobs if self.side == "teacher" else student_logprobs
+        return side.detach().topk(self.k, dim=-1).indices if self.k < side.shape[-1] else None
+
+
+def _tail(logprobs: Tensor, chosen: Tensor) -> Tensor:
+    """[*lead, 1] log-probability of everything that was not chosen; -inf where that is nothing."""
+    rest = logprobs.scatter(-1, chosen, -math.inf)
+    is_empty = (rest == -math.inf).all(-1, keepdim=True)
+    finite = rest.masked_fill(is_empty, 0.0)  # logsumexp of nothing has a NaN for its gradient
+    return finite.logsumexp(-1, keepdim=True).masked_fill(is_empty, -math.inf)

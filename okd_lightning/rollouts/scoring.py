@@ -1,0 +1,100 @@
+"""Credits of whole responses: rewards, asked for once when a chunk has been written.
+
+Owns the texts that scorers read, and the groups: all samples of one prompt's turn, on whichever
+rank they were written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from okd_lightning.losses import RowScorer
+from okd_lightning.records import Example, Rollout
+
+
+class ChunkScorer(Protocol):
+    """What a RolloutLoader asks for the credits of a chunk."""
+
+    def __call__(
+        self, examples: Sequence[Example], samples: Sequence[int], rollout: Rollout
+    ) -> ChunkScores:
+        """Called on every rank for every chunk, also where this rank wrote nothing."""
+
+
+@dataclass(frozen=True)
+class ChunkScores:
+    """What scorers said about this rank's responses of a chunk.
+
+    Attributes:
+        credits: One number a response, by the term's name.
+        metrics: Means over all ranks, to be logged.
+    """
+
+    credits: dict[str, list[float]]
+    metrics: dict[str, float]
+
+
+def unscored(examples: Sequence[Example], samples: Sequence[int], rollout: Rollout) -> ChunkScores:
+    """A run without rewards."""
+    del examples, samples, rollout
+    return ChunkScores({}, {})
+
+
+@dataclass(frozen=True)
+class TermScorer:
+    """Asks the terms of a run that score responses.
+
+    Attributes:
+        scorers: By the term's name; at least one.
+        decode: Ids to text.
+        samples_per_prompt: Responses that answer one turn of a prompt: a group.
+        gather: Collects one object of every rank, on every rank.
+        rank: This rank.
+    """
+
+    scorers: dict[str, RowScorer]
+    decode: Callable[[Sequence[int]], str]
+    samples_per_prompt: int
+    gather: Callable[[Any], list[Any]]
+    rank: int
+
+    def __call__(
+        self, examples: Sequence[Example], samples: Sequence[int], rollout: Rollout
+    ) -> ChunkScores:
+        """Score this rank's responses; baselines are those of all ranks' responses.
+
+        Raises:
+            RewardError: What a scorer raises.
+        """
+        texts = (
+            [example.prompt for example in examples],
+            [self.decode(ids) for ids in rollout.response_ids],
+            [example.response for example in examples],
+        )
+        groups = [
+            (example.index, sample // self.samples_per_prompt)
+            for example, sample in zip(examples, samples, strict=True)
+        ]
+        credits, metrics = {}, {}
+        for name, scorer in self.scorers.items():
+            own = scorer.score(*texts)
+            everyone = self.gather((own, groups))
+            scores = [score for part, _ in everyone for score in part]
+            credit = scorer.credit_rows(scores, [key for _, keys in everyone for key in keys])
+            first = sum(len(part) for part, _ in everyone[: self.rank])
+            credits[name] = credit[first : first + len(own)]
+            metrics.update(_summary(name, scores))
+        return ChunkScores(credits, metrics)
+
+
+def _summary(name: str, scores: Sequence[float]) -> dict[str, float]:
+    found = [score for score in scores if not math.isnan(score)]
+    if not scores:
+        return {}
+    metrics = {f"rollout/{name}_failures": float(len(scores) - len(found))}
+    if found:
+        metrics[f"rollout/{name}"] = sum(found) / len(found)
+    return metrics

@@ -1,0 +1,84 @@
+"""Calls of tools as models write them: text in, name and arguments out. Knows no tool.
+
+Understood, wherever they stand in a text: Qwen's and Hermes' ``<tool_call>{"name": ...,
+"arguments": {...}}</tool_call>``, ReAct's ``Action: name`` with ``Action Input: {...}`` on a line
+behind it, and a text that is a JSON call, or a list of them, as a whole (Llama 3: "parameters").
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_TAGGED = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_REACT = re.compile(
+    r"Action:[ \t]*(\S+)\s*\n\s*Action[ _]Input:[ \t]*(.*?)(?=\n\s*\w[\w ]*:|\Z)", re.DOTALL
+)
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One call.
+
+    Attributes:
+        name: The tool's.
+        arguments: By name; None where they are no JSON object.
+    """
+
+    name: str
+    arguments: Mapping[str, Any] | None
+
+
+def parse_tool_calls(text: str) -> tuple[ToolCall, ...]:
+    """The calls in a model's text, in order; none where it calls nothing.
+
+    A call whose JSON is broken is one without arguments, named by what stands for its name.
+    """
+    tagged = _TAGGED.findall(text)
+    if tagged:
+        return tuple(_from_json(body) or ToolCall("", None) for body in tagged)
+    steps = _REACT.findall(text)
+    if steps:
+        return tuple(ToolCall(name, _object(body)) for name, body in steps)
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError:
+        return ()
+    calls = [_from_value(value) for value in (whole if isinstance(whole, list) else [whole])]
+    return tuple(call for call in calls if call is not None)
+
+
+def _from_json(body: str) -> ToolCall | None:
+    try:
+        return _from_value(json.loads(body))
+    except json.JSONDecodeError:
+        return None
+
+
+def _from_value(value: Any) -> ToolCall | None:
+    """A call from {"name", "arguments"}, {"function": {...}} or ToolAlpaca's {"Action", ...}."""
+    if not isinstance(value, Mapping):
+        return None
+    value = value.get("function", value)
+    if not isinstance(value, Mapping):
+        return None
+    name = value.get("name", value.get("Action"))
+    if not isinstance(name, str):
+        return None
+    for key in ("arguments", "parameters", "Action_Input"):
+        if key in value:
+            return ToolCall(name, _object(value[key]))
+    return ToolCall(name, {})
+
+
+def _object(value: Any) -> Mapping[str, Any] | None:
+    """A JSON object, also where it is written as text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            return None
+    return value if isinstance(value, Mapping) else None
