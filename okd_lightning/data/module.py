@@ -376,9 +376,10 @@ class RolloutDataModule(lightning.LightningDataModule):
 def _announce(plan: StagedPlan, shape: LoaderShape) -> None:
     rank_zero_info(
         f"an epoch is {shape.steps_per_epoch} optimizer steps of {shape.rows_per_step} rows; "
-        + "; ".join(
-            f"the student writes {part.on_policy_fraction:.0%} of them"
-            + (f" from step {start} on" if len(plan.stages) > 1 else "")
+        + ", ".join(
+            (f"from step {start} on " if start else "the student writes ")
+            + f"{part.on_policy_fraction:.0%}"
+            + ("" if start else " of them")
             for start, part in plan.stages
         )
     )
