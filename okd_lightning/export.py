@@ -118,7 +118,7 @@ def model_card(checkpoint: Mapping[str, Any]) -> str:
             f"{checkpoint['global_step']} optimizer steps.",
             "",
             f"* student: `{_shown(model.get('student'))}`",
-            f"* teacher: `{_shown(model.get('teacher'))}`",
+            f"* teacher: {_teacher(model)}",
             f"* training data: `{data.get('train')}`",
             f"* validation data: `{data.get('val')}`",
             "",
@@ -154,6 +154,11 @@ def _merged(module: DistillationModule) -> PreTrainedModel:
 def _pad_id(module: DistillationModule) -> int:
     pad = module.tokenizer.pad_token_id
     return module.eos_ids[0] if pad is None else pad
+
+
+def _teacher(model: Mapping[str, Any]) -> str:
+    own = model.get("self_teacher")
+    return f"the student itself ({own})" if own else f"`{_shown(model.get('teacher'))}`"
 
 
 def _shown(source: Any) -> str:

@@ -4,7 +4,8 @@ Frozen here, in one spawn: after several steps of KD and GKD the weights are the
 the same global batch, on both ranks, with a short last step and a rank that has no rows; the
 gradients of both ranks are equal after every backward pass; losses and validation measures are
 those of all ranks, also exact match and the measures of the OKD paper; a killed run resumes
-exactly, dropout included; LoRA, tied heads and OKD's online module with an anchor work.
+exactly, dropout included; LoRA, tied heads, OKD's online module with an anchor and students that
+teach themselves work.
 """
 
 from __future__ import annotations
@@ -53,6 +54,16 @@ RUNS = {
         ],
         "accumulate": 2,
     },
+    **{
+        f"{kind} self-teacher{', LoRA' if adapter else ''}": {
+            "methods": lambda: [GKD(1.0, on_policy_fraction=0.5)],
+            "accumulate": 2,
+            "data": {"teacher_prompt_template": "{reference}p{prompt}"},
+            "adapter": adapter,
+            "self_teacher": kind,
+        }
+        for kind, adapter in (("frozen", True), ("ema", False), ("live", True))
+    },
 }
 
 
@@ -85,7 +96,8 @@ def run(root: Path, devices: int, methods, num=22, accumulate=1, adapter=None, d
     torch.manual_seed(3)
     module = DistillationModule(
         more.pop("student", None) or str(root / "student"),
-        str(root / "teacher"),
+        None if "self_teacher" in more else str(root / "teacher"),
+        self_teacher=more.get("self_teacher"),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
         student_adapter=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if adapter else None,
     )
@@ -109,13 +121,17 @@ def run(root: Path, devices: int, methods, num=22, accumulate=1, adapter=None, d
     return {
         "weights": {
             **tiny.weights(module),
-            **{n: p.detach().clone() for n, p in module.teacher.named_parameters() if "lora_" in n},
+            **{n: p.detach().clone() for n, p in module.named_parameters() if _is_online(n)},
         },
         "losses": recorder.losses,
         "measures": measures,
         "difference": gradients.largest,
         "steps": trainer.global_step,
     }
+
+
+def _is_online(name: str) -> bool:
+    return name.startswith("teacher.") and "lora_" in name
 
 
 def resume(root: Path) -> list[dict]:

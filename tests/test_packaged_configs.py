@@ -41,6 +41,7 @@ def questions(folder: Path) -> list[str]:
 RUNS = {
     "tinystories": lambda folder: [*MODELS, *DATA],
     "gsm8k": lambda folder: [*TOKENIZER, *questions(folder)],
+    "opsd": lambda folder: [*TOKENIZER, *questions(folder)],
     "quickstart_teacher": lambda folder: [*TOKENIZER, *DATA],
 }
 OVERLAYS = {  # with what stands in metrics.csv because of them

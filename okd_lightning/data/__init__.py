@@ -5,9 +5,11 @@
 * ``templates``: chats as text, cut where the assistant's own words begin and end.
 * ``tokens``: text to ids.
 * ``text_rows``, ``chat_rows``: the two kinds of rows to ``records.Example``s.
-* ``examples``: both, with lengths limited and what was left out counted.
+* ``teacher_prompts``: what the teacher reads in place of the prompt, where that is asked for.
+* ``examples``: all of them, with lengths limited and what was left out counted.
 * ``whole_steps``: how many micro-batches make an optimizer step, and what would cut one.
-* ``module``: ``RolloutDataModule``, the loaders of a run; ``progress`` shows how far it is.
+* ``module``: ``RolloutDataModule``, the loaders of a run; ``distilled_module``: what it knows of
+  the module that it feeds; ``progress`` shows how far it is.
 """
 
 from okd_lightning.data.columns import Columns

@@ -30,10 +30,18 @@ def _is_blank_answer(message: Message) -> bool:
     return message["role"] == "assistant" and is_blank
 
 
-def _read_chat(row: RawRow, columns: Columns, renderer: ChatRenderer, at: str) -> _Chat:
+def read_turns(row: RawRow, columns: Columns, at: str) -> list[Message]:
+    """The messages of a row without a blank answer at their end.
+
+    Raises:
+        DataError: The row is not a chat.
+    """
     messages = read_messages(row, columns, at)
-    if _is_blank_answer(messages[-1]):
-        messages = messages[:-1]
+    return messages[:-1] if _is_blank_answer(messages[-1]) else messages
+
+
+def _read_chat(row: RawRow, columns: Columns, renderer: ChatRenderer, at: str) -> _Chat:
+    messages = read_turns(row, columns, at)
     rendered = renderer.render(messages, read_tools(row, columns, at), at)
     if not rendered.response:
         return _Chat(rendered, "")
@@ -41,15 +49,12 @@ def _read_chat(row: RawRow, columns: Columns, renderer: ChatRenderer, at: str) -
     return _Chat(rendered, messages[-1]["content"] or spoken)
 
 
-def _encode_spans(
-    tokenizer: PreTrainedTokenizerBase, chats: Sequence[_Chat]
+def encode_spans(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[RenderedChat]
 ) -> Iterator[list[list[int]]]:
     """For each chat, the ids of its prompt spans and, last, of its response."""
-    openings = encode_texts(tokenizer, [chat.rendered.prompt[0].text for chat in chats])
-    later = [
-        [*(span.text for span in chat.rendered.prompt[1:]), chat.rendered.response]
-        for chat in chats
-    ]
+    openings = encode_texts(tokenizer, [chat.prompt[0].text for chat in chats])
+    later = [[*(span.text for span in chat.prompt[1:]), chat.response] for chat in chats]
     ids = iter(encode_continuations(tokenizer, [text for texts in later for text in texts]))
     for opening, texts in zip(openings, later, strict=True):
         yield [opening, *(next(ids) for _ in texts)]
@@ -96,5 +101,5 @@ def examples_from_chats(
         _read_chat(row, columns, renderer, f"{where}, row {number}")
         for number, row in enumerate(rows, start=1)
     ]
-    encoded = zip(chats, _encode_spans(tokenizer, chats), strict=True)
+    encoded = zip(chats, encode_spans(tokenizer, [chat.rendered for chat in chats]), strict=True)
     return [_example(index, chat, ids, eos_id) for index, (chat, ids) in enumerate(encoded)]

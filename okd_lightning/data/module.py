@@ -8,9 +8,9 @@ rows come from the module and the method callbacks of the run.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import lightning
 import numpy as np
@@ -19,22 +19,21 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.data.columns import Columns
+from okd_lightning.data.distilled_module import DistilledModule, check_teacher_prompts
 from okd_lightning.data.examples import ExampleSet, OnOverlong, build_examples
 from okd_lightning.data.progress import rollout_progress
 from okd_lightning.data.sources import DataArgument, DataSource, describe_source, load_rows
+from okd_lightning.data.teacher_prompts import teacher_prompts_from
 from okd_lightning.data.whole_steps import accumulation_for, check_whole_steps
 from okd_lightning.errors import ConfigError, DataError
-from okd_lightning.losses import Term
 from okd_lightning.records import Example
 from okd_lightning.rollouts import (
     LoaderShape,
     RolloutLoader,
     Sampling,
     StagedPlan,
-    Writer,
     plan_for,
 )
 from okd_lightning.rollouts.evaluation import GivenResponses, OwnResponses
@@ -42,26 +41,6 @@ from okd_lightning.rollouts.noise import hashed_uniform
 from okd_lightning.rollouts.scoring import ChunkScorer, TermScorer, unscored
 
 _PROMPT_SET = 0x50534554  # domain separation for the choice of validation prompts
-
-
-class DistilledModule(Writer, Protocol):
-    """What this data module needs to know of the module that it feeds."""
-
-    tokenizer: PreTrainedTokenizerBase
-    terms: list[Term]
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """The ids that end a response."""
-
-    def add_eos_ids(self, ids: Iterable[int]) -> None:
-        """Let further ids end a response."""
-
-    def check_lengths(self, num_tokens: int) -> None:
-        """Refuse sequences that the models were not made for."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of some ids."""
 
 
 class RolloutDataModule(lightning.LightningDataModule):
@@ -98,6 +77,13 @@ class RolloutDataModule(lightning.LightningDataModule):
         val_split: Split of a hub data set for validation.
         test_split: Split of a hub data set for test.
         seed: Keys order, coin and sampling noise; by default seed_everything's.
+        teacher_prompt_column: Name of the column with what the teacher reads in place of the
+            prompt: text, or messages where the rows are chats. Both models judge the same response;
+            earlier assistant turns of a prompt then carry no loss.
+        teacher_prompt_template: The same as a text with {prompt} and/or {reference} (the row's
+            response); in a chat it replaces the last user message's content.
+        max_teacher_prompt_length: Tokens; on_overlong says what happens to longer ones. By default
+            max_prompt_length + max_response_length.
 
     Raises:
         ConfigError: A number out of its range.
@@ -129,6 +115,9 @@ class RolloutDataModule(lightning.LightningDataModule):
         val_split: str = "validation",
         test_split: str = "test",
         seed: int | None = None,
+        teacher_prompt_column: str | None = None,
+        teacher_prompt_template: str | None = None,
+        max_teacher_prompt_length: int | None = None,
     ) -> None:
         super().__init__()
         positive = {
@@ -167,6 +156,12 @@ class RolloutDataModule(lightning.LightningDataModule):
         self.columns = Columns(
             prompt=prompt_column, response=response_column, messages=messages_column
         )
+        self.teacher_prompts = teacher_prompts_from(
+            teacher_prompt_column,
+            teacher_prompt_template,
+            max_teacher_prompt_length,
+            default_length=max_prompt_length + max_response_length,
+        )
         self.subset = subset
         self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
         self._examples: dict[str, ExampleSet] = {}
@@ -202,6 +197,7 @@ class RolloutDataModule(lightning.LightningDataModule):
                 "use --trainer.accumulate_grad_batches or --data.global_batch_size"
             )
         plan = plan_for(module.terms)
+        check_teacher_prompts(module, are_given=self.teacher_prompts is not None)
         examples = self.examples("train", needs_response="dataset" in plan.sources)
         shape = LoaderShape(
             batch_size=self.batch_size,
@@ -300,8 +296,9 @@ class RolloutDataModule(lightning.LightningDataModule):
                 on_overlong=self.on_overlong,
                 needs_response=needs_response,
                 where=name,
+                teacher_prompts=self.teacher_prompts if part != "predict" else None,
             )
-            self._module.add_eos_ids(_ends_of_turn(found, self._module.tokenizer))
+            self._module.add_eos_ids(found.ends_of_turn(self._module.tokenizer))
             self._report(part, name, found)
             self._examples[key] = found
         return self._examples[key]
@@ -314,9 +311,9 @@ class RolloutDataModule(lightning.LightningDataModule):
             f"{self.max_response_length} tokens"
         )
         self._module.check_lengths(
-            max(
-                len(example.prompt_ids) + max(len(example.response_ids), self.max_response_length)
-                for example in found.examples
+            *(
+                max(len(e.prompt_ids_of(author)) for e in found.examples) + self.max_response_length
+                for author in ("student", "teacher")
             )
         )
 
@@ -374,15 +371,6 @@ class RolloutDataModule(lightning.LightningDataModule):
         states: list[Any] = [None] * self._trainer.world_size
         torch.distributed.all_gather_object(states, state)
         return states
-
-
-def _ends_of_turn(found: ExampleSet, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special ids that whole responses of a data set end with, in id order."""
-    specials = set(tokenizer.all_special_ids)
-    specials |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    longest = max(len(example.response_ids) for example in found.examples)
-    whole = [e.response_ids[-1] for e in found.examples if 0 < len(e.response_ids) < longest]
-    return sorted(specials & set(whole))
 
 
 def _announce(plan: StagedPlan, shape: LoaderShape) -> None:
