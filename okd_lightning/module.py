@@ -35,6 +35,7 @@ from okd_lightning.losses import (
     Measured,
     Quantity,
     Term,
+    WeightedTerm,
 )
 from okd_lightning.metrics import adapted_measures, measure_metrics, measures
 from okd_lightning.models import (
@@ -44,7 +45,7 @@ from okd_lightning.models import (
 from okd_lightning.optimizers import build_optimizer, with_schedule
 from okd_lightning.pair_module import PairModule
 from okd_lightning.records import SOURCES, DistillBatch, LossOutput
-from okd_lightning.reduction import normalise
+from okd_lightning.reduction import step_factor
 from okd_lightning.rollouts.rows import generation_records
 from okd_lightning.schedules import ScheduleName, schedule_factor
 
@@ -69,6 +70,8 @@ class DistillationModule(PairModule):
         gradient_checkpointing: Recompute the student's activations in the backward pass.
         student_adapter: A PEFT config (such as LoraConfig): the student's own weights stay
             frozen and the adapter is trained.
+        tile_positions: Positions whose logits are held at once in the loss; by default chosen from
+            the size of the vocabulary.
 
     Raises:
         ConfigError: A number out of its range, or no tokenizer.
@@ -92,6 +95,7 @@ class DistillationModule(PairModule):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         student_adapter: PeftConfig | None = None,
+        tile_positions: int | None = None,
     ) -> None:
         for name, value in (
             ("learning_rate", learning_rate),
@@ -100,6 +104,8 @@ class DistillationModule(PairModule):
         ):
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"model.{name} must be a number from 0 on, got {value}")
+        if tile_positions is not None and tile_positions < 1:
+            raise ConfigError(f"model.tile_positions must be at least 1, got {tile_positions}")
         schedule_factor(schedule, 1, 0, 1)  # refuses an unknown one
         super().__init__(
             student,
@@ -110,6 +116,7 @@ class DistillationModule(PairModule):
             attn_implementation=attn_implementation,
             gradient_checkpointing=gradient_checkpointing,
             student_adapter=student_adapter,
+            tile_positions=tile_positions,
         )
         self.strict_loading = False  # frozen weights are not in checkpoints; see on_load_checkpoint
         self.learning_rate = learning_rate
@@ -191,25 +198,26 @@ class DistillationModule(PairModule):
 
     def training_step(self, batch: DistillBatch, batch_idx: int) -> Tensor:
         """Every term's sum over this micro-batch, divided by its count over the whole step."""
-        quantities = [quantity for term in self.terms for quantity in term.quantities]
-        measured = self.measure(batch, quantities)
-        sums = {}
-        loss = torch.zeros((), device=self.device)
-        for term in self.terms:
-            output = term.loss(measured)
+        counts = [_step_count(batch, term) for term in self.terms]
+        trainer = self.trainer
+        windows = (trainer.accumulate_grad_batches, trainer.world_size)
+        loss = self.loss_of(
+            batch,
+            [
+                WeightedTerm(term, term.weight * step_factor(count, *windows))
+                for term, count in zip(self.terms, counts, strict=True)
+            ],
+        )
+        sums: dict[str, Tensor] = {}
+        for term, count, output in zip(self.terms, counts, loss.outputs, strict=True):
             if batch_idx == 0:
-                _check_count(output, measured, term)
-            count = _step_count(batch, term)
-            mean = normalise(
-                output.sum, count, self.trainer.accumulate_grad_batches, self.trainer.world_size
-            )
-            loss = loss + term.weight * mean
+                _check_count(output, batch, term)
             if count:
                 parts = {term.name: output.sum, **output.metrics}
-                sums.update({name: value.detach() / count for name, value in parts.items()})
+                sums.update({name: value / count for name, value in parts.items()})
                 sums["loss"] = sums.get("loss", 0) + term.weight * sums[term.name]
         self._log_step(batch, sums, batch_idx)
-        return loss
+        return loss.total
 
     def _log_step(self, batch: DistillBatch, sums: dict[str, Tensor], batch_idx: int) -> None:
         """Add up the micro-batches of a step and log at its last one."""
@@ -343,9 +351,10 @@ class DistillationModule(PairModule):
             self._rng_to_restore = None
 
 
-def _check_count(output: LossOutput, measured: Measured, term: Term) -> None:
+def _check_count(output: LossOutput, batch: DistillBatch, term: Term) -> None:
     """A term is divided by all loss tokens of its sources, so it has to sum over all of them."""
-    own, expected = int(output.count), int(measured.mask(term.sources).sum())
+    is_own = torch.isin(batch.source, batch.source.new_tensor(_codes(term)))
+    own, expected = int(output.count), int(batch.mask[is_own, 1:].sum())
     if own != expected:
         raise ConfigError(
             f"method {term.name} sums over {own} tokens of a batch, but its sources "
@@ -360,4 +369,8 @@ def _step_count(batch: DistillBatch, term: Term) -> int:
             "a training batch without step_counts: train on a RolloutDataModule's batches, or set "
             "DistillBatch.step_counts to the optimizer step's loss tokens by source"
         )
-    return sum(batch.step_counts[SOURCES.index(source)] for source in term.sources)
+    return sum(batch.step_counts[code] for code in _codes(term))
+
+
+def _codes(term: Term) -> list[int]:
+    return [SOURCES.index(source) for source in term.sources]

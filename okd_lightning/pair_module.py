@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Self, cast
 
 import lightning
@@ -18,7 +19,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.losses import Measured, Quantity, Side, measure
+from okd_lightning.losses import (
+    Measured,
+    Quantity,
+    Side,
+    WeightedLoss,
+    WeightedTerm,
+    fused_loss,
+    measure,
+    weighted_loss,
+)
 from okd_lightning.models import (
     DTypeName,
     LMHead,
@@ -55,6 +65,7 @@ class PairModule(lightning.LightningModule):
         attn_implementation: str | None,
         gradient_checkpointing: bool,
         student_adapter: PeftConfig | None,
+        tile_positions: int | None,
     ) -> None:
         super().__init__()
         if isinstance(student, PreTrainedModel) and student is teacher:
@@ -68,6 +79,7 @@ class PairModule(lightning.LightningModule):
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
         self.student_adapter = student_adapter
+        self.tile_positions = tile_positions
         self.tokenizer = find_tokenizer(tokenizer, student, teacher)
         self.vocabulary = check_pair(self.tokenizer, student, teacher)
         self.eos_ids = eos_token_ids(student, self.tokenizer)
@@ -195,21 +207,48 @@ class PairModule(lightning.LightningModule):
         The student runs in the caller's gradient mode; the teacher runs without gradient, but
         where a quantity trains its online module.
         """
-        mask = batch.mask[:, 1:]
-        targets = batch.input_ids[:, 1:][mask]
-        student = self._side(self.student, batch, mask)
-        teacher = None
-        if any(quantity.needs_teacher for quantity in quantities):
-            learns = torch.is_grad_enabled() and any(q.trains_teacher for q in quantities)
-            with torch.set_grad_enabled(learns):
-                teacher = self._side(self.teacher, batch, mask)
-        rows = torch.arange(len(batch), device=mask.device)[:, None].expand_as(mask)[mask]
-        return Measured(
-            values=measure(quantities, student, teacher, targets, self.vocabulary.size),
-            source=batch.source[rows],
-            row=rows,
-            sampler_logprobs=batch.sampler_logprobs[:, 1:][mask],
+        student, teacher = self._sides(batch, quantities)
+        values = measure(
+            quantities,
+            student,
+            teacher,
+            _targets(batch),
+            self.vocabulary.size,
+            self.tile_positions,
         )
+        return replace(_about_positions(batch), values=values)
+
+    def loss_of(self, batch: DistillBatch, terms: Sequence[WeightedTerm]) -> WeightedLoss:
+        """Run the models once over a batch and sum its weighted terms.
+
+        Gradient flows as each term says. Where all terms are positionwise it is computed on the
+        way, tile by tile; else the heads run a second time in the backward pass.
+        """
+        quantities = [quantity for weighted in terms for quantity in weighted.term.quantities]
+        if not all(weighted.term.is_positionwise for weighted in terms):
+            return weighted_loss(terms, self.measure(batch, quantities))
+        student, teacher = self._sides(batch, quantities)
+        return fused_loss(
+            terms,
+            student,
+            teacher,
+            _targets(batch),
+            _about_positions(batch),
+            self.vocabulary.size,
+            self.tile_positions,
+        )
+
+    def _sides(
+        self, batch: DistillBatch, quantities: Sequence[Quantity]
+    ) -> tuple[Side, Side | None]:
+        """Both models' hidden states at the masked-in positions, with their heads."""
+        mask = batch.mask[:, 1:]
+        student = self._side(self.student, batch, mask)
+        if not any(quantity.needs_teacher for quantity in quantities):
+            return student, None
+        learns = torch.is_grad_enabled() and any(q.trains_teacher for q in quantities)
+        with torch.set_grad_enabled(learns):
+            return student, self._side(self.teacher, batch, mask)
 
     def _side(self, model: PreTrainedModel | None, batch: DistillBatch, mask: Tensor) -> Side:
         assert model is not None
@@ -271,3 +310,20 @@ class PairModule(lightning.LightningModule):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _targets(batch: DistillBatch) -> Tensor:
+    """[positions] the ids that stand at the masked-in positions."""
+    return batch.input_ids[:, 1:][batch.mask[:, 1:]]
+
+
+def _about_positions(batch: DistillBatch) -> Measured:
+    """Whose the masked-in positions are; nothing is measured yet."""
+    mask = batch.mask[:, 1:]
+    rows = torch.arange(len(batch), device=mask.device)[:, None].expand_as(mask)[mask]
+    return Measured(
+        values={},
+        source=batch.source[rows],
+        row=rows,
+        sampler_logprobs=batch.sampler_logprobs[:, 1:][mask],
+    )

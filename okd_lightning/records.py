@@ -171,6 +171,16 @@ class LossOutput:
     count: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def detached(self) -> LossOutput:
+        """The same numbers without gradient."""
+        metrics = {name: value.detach() for name, value in self.metrics.items()}
+        return LossOutput(self.sum.detach(), self.count, metrics)
+
+    def __add__(self, other: LossOutput) -> LossOutput:
+        """The sums over both parts of some positions."""
+        metrics = {name: value + other.metrics[name] for name, value in self.metrics.items()}
+        return LossOutput(self.sum + other.sum, self.count + other.count, metrics)
+
 
 def collate(rows: Sequence[TrainingRow], pad_id: int = 0) -> DistillBatch:
     """Right-pad rows into one micro-batch.

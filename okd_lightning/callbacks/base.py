@@ -44,7 +44,13 @@ class DistillationCallback(Callback, ABC):
         on_policy_fraction: Share of optimizer steps whose responses the student writes, in [0, 1],
             or None where the method takes whatever rows others ask for.
         quantities: What the module has to measure for it.
+        is_positionwise: Whether ``loss`` of some positions depends on these positions alone, and
+            learns nothing but through the measured values. The module then calls ``loss`` part by
+            part and differentiates on the way, which is faster and needs less memory. Set it to
+            False where a position's loss depends on others (reward-to-go over a response).
     """
+
+    is_positionwise: bool = True
 
     def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
         if not (math.isfinite(weight) and weight > 0):

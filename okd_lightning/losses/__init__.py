@@ -1,32 +1,43 @@
 """Losses: from hidden states and heads to numbers a token, tile by tile.
 
 * ``quantities``: what a method may ask for (exact divergence, drawn-token log-prob, entropy, ...).
-* ``exact``: runs the heads over tiles of masked-in positions and measures what was asked for.
-* ``terms``: what a method hands to the module, and the record that it gets back.
+* ``closed_form``: their values with gradients written out.
+* ``terms``: what a method hands to the module, and the records that go with it.
+* ``side``, ``projection``: one model's half; its head forwards and backwards, tile by tile.
+* ``tiling``: how many positions are handled at once.
+* ``fused``: the training loss and its gradient from one pass over the tiles.
+* ``exact``: the measured quantities themselves, for evaluation and for terms over whole sequences.
 """
 
-from okd_lightning.losses.exact import Side, measure
+from okd_lightning.losses.closed_form import ModelRole
+from okd_lightning.losses.exact import measure
+from okd_lightning.losses.fused import fused_loss
 from okd_lightning.losses.quantities import (
     Agreement,
     DrawnLogProb,
     Entropy,
     ExactDivergence,
-    ModelRole,
     Quantity,
     Tile,
 )
-from okd_lightning.losses.terms import Measured, Term
+from okd_lightning.losses.side import Head, Side
+from okd_lightning.losses.terms import Measured, Term, WeightedLoss, WeightedTerm, weighted_loss
 
 __all__ = [
     "Agreement",
     "DrawnLogProb",
     "Entropy",
     "ExactDivergence",
+    "Head",
     "Measured",
     "ModelRole",
     "Quantity",
     "Side",
     "Term",
     "Tile",
+    "WeightedLoss",
+    "WeightedTerm",
+    "fused_loss",
     "measure",
+    "weighted_loss",
 ]

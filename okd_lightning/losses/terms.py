@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from okd_lightning.losses.quantities import Quantity
@@ -32,6 +33,15 @@ class Measured:
     def __getitem__(self, quantity: Quantity) -> PositionValues:
         return self.values[quantity]
 
+    def part(self, positions: slice, values: Mapping[Quantity, PositionValues]) -> Measured:
+        """Some of the positions, with what was measured there."""
+        cut = {
+            name: value[positions]
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, values=values, **cut)
+
     def mask(self, sources: Sequence[Source]) -> PositionMask:
         """[positions] True where the row was written by one of ``sources``."""
         codes = [SOURCES.index(source) for source in sources]
@@ -41,6 +51,7 @@ class Measured:
         return mask
 
 
+@runtime_checkable
 class Term(Protocol):
     """One summand of a run's loss.
 
@@ -51,10 +62,15 @@ class Term(Protocol):
         on_policy_fraction: Share of optimizer steps whose responses the student writes, or None
             where the term takes what others ask for.
         quantities: What has to be measured for it.
+        is_positionwise: Whether ``loss`` of some positions depends on these positions alone, so
+            that the loss of a batch may be summed part by part. Where one term of a run says
+            False, every term gets all positions of a batch at once, at the price of computing the
+            heads twice.
     """
 
     name: str
     weight: float
+    is_positionwise: bool
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -70,3 +86,36 @@ class Term(Protocol):
 
     def loss(self, measured: Measured) -> LossOutput:
         """Sum over the positions of ``sources``."""
+
+
+@dataclass(frozen=True)
+class WeightedTerm:
+    """A term and what its sum over a micro-batch is multiplied with.
+
+    Attributes:
+        term: The method's.
+        factor: Its weight over the loss tokens of the optimizer step.
+    """
+
+    term: Term
+    factor: float
+
+
+@dataclass(frozen=True)
+class WeightedLoss:
+    """The loss of a micro-batch.
+
+    Attributes:
+        total: Scalar, the weighted sum over terms, with gradient.
+        outputs: Each term's own sum, count and metrics, without gradient.
+    """
+
+    total: Tensor
+    outputs: tuple[LossOutput, ...]
+
+
+def weighted_loss(terms: Sequence[WeightedTerm], measured: Measured) -> WeightedLoss:
+    """The weighted sum of every term's loss, with gradient to what was measured."""
+    outputs = [weighted.term.loss(measured) for weighted in terms]
+    parts = [w.factor * o.sum for w, o in zip(terms, outputs, strict=True)]
+    return WeightedLoss(torch.stack(parts).sum(), tuple(output.detached() for output in outputs))
