@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import torch
 
-_TILE_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
+_TILE_ELEMENTS = {"cpu": 2**23, "accelerator": 2**27}
 """Logits a tile holds at most."""
 
-_BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
+_BLOCK_ELEMENTS = {"cpu": 2**20, "accelerator": 2**25}
 """Logits a block holds at most."""
 
 
@@ -35,4 +35,4 @@ def slices(total: int, size: int) -> Iterator[slice]:
 
 
 def _of(sizes: dict[str, int], device: torch.device) -> int:
-    return sizes.get(device.type, sizes["cuda"])
+    return sizes["cpu" if device.type == "cpu" else "accelerator"]
