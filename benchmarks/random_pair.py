@@ -1,5 +1,6 @@
-"""The pair of the step benchmarks: random Llamas of 16M and 41M parameters, V = 32000, tied heads.
+"""The pair of the step benchmarks: random Llamas of 16M and 41M parameters, V = 32000.
 
+Head and embedding are two matrices each, three layers lie between them.
 Rows are random ids, 8 × 256 a batch, every position but the first carries loss.
 """
 
@@ -27,26 +28,27 @@ LEARNING_RATE, CLIP_NORM = 5e-5, 1.0
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One id a word: t3, t4, ... behind pad, end and begin."""
-    words = {f"t{i}": i for i in range(NUM_IDS)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    special = ["<pad>", "<end>", "<begin>"]
+    words = {word: i for i, word in enumerate([*special, *(f"t{i}" for i in range(3, NUM_IDS))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="t0", eos_token="t1", bos_token="t2"
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", bos_token="<begin>"
     )
 
 
 def make_model(role: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The student (16M) or the teacher (41M)."""
-    width, inner, seed = (256, 960, 0) if role == "student" else (512, 1376, 1)
+    width, inner, heads, seed = (224, 640, 4, 0) if role == "student" else (512, 1088, 8, 1)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=NUM_IDS,
         hidden_size=width,
         intermediate_size=inner,
-        num_hidden_layers=8,
-        num_attention_heads=width // 64,
+        num_hidden_layers=3,
+        num_attention_heads=heads,
         max_position_embeddings=512,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         initializer_range=0.05,
         pad_token_id=0,
         eos_token_id=1,
@@ -75,12 +77,11 @@ class InTurns(Callback):
     def __init__(self, turns: Turns) -> None:
         self.turns = turns
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> int:
-        """-1 where the turns are over."""
-        if self.turns.next():
-            return 0
-        trainer.should_stop = True
-        return -1
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Wait for the turn."""
+        self.turns.next()
 
 
 def train_in_turns(method: DistillationCallback, dtype: str = "float32", **settings: Any) -> None:

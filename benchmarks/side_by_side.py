@@ -28,24 +28,26 @@ NUM_THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 
 
 class Turns:
-    """The contender's end: call ``next`` before every step, until it says that it is over."""
+    """The contender's end: call ``next`` before every step; it ends the process after the last."""
 
     def __init__(self) -> None:
         self._replies = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # what libraries print is no reply
         self._started: float | None = None
+        self._cpu_started = 0.0
         torch.set_num_threads(NUM_THREADS)
 
-    def next(self) -> bool:
-        """Report the step that is done, wait for the next turn; False where there is none."""
+    def next(self) -> None:
+        """Report the step that is done and wait for the next turn."""
         if self._started is None:
             self._reply(before_mb=peak_mb())
         else:
-            self._reply(seconds=time.perf_counter() - self._started, peak_mb=peak_mb())
+            seconds = time.perf_counter() - self._started
+            cpu_seconds = time.process_time() - self._cpu_started
+            self._reply(seconds=seconds, cpu_seconds=cpu_seconds, peak_mb=peak_mb())
         if not sys.stdin.readline().startswith("go"):
-            return False
-        self._started = time.perf_counter()
-        return True
+            os._exit(0)  # whatever loop it is in
+        self._started, self._cpu_started = time.perf_counter(), time.process_time()
 
     def _reply(self, **values: float) -> None:
         print(json.dumps(values), file=self._replies, flush=True)
@@ -60,16 +62,22 @@ class _Contender:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(NUM_THREADS)},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": str(NUM_THREADS),
+                "OMP_WAIT_POLICY": "passive",  # threads that wait take no time from the others
+            },
         )
         self.before_mb = self._answer()["before_mb"]
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
         self.peak_mb = 0.0
 
     def step(self) -> None:
         self._say("go")
         answer = self._answer()
         self.seconds.append(answer["seconds"])
+        self.cpu_seconds.append(answer["cpu_seconds"])
         self.peak_mb = answer["peak_mb"]
 
     def stop(self) -> None:
@@ -109,13 +117,15 @@ def take_turns(
     for _ in range(warmup + steps):
         for name, contender in running.items():
             contender.step()
-            print(f"{name}: {contender.seconds[-1]:.2f} s", file=sys.stderr, flush=True)
+            spent = f"{contender.seconds[-1]:.2f} s, {contender.cpu_seconds[-1]:.2f} s of CPU"
+            print(f"{name}: {spent}", file=sys.stderr, flush=True)
     for contender in running.values():
         contender.stop()
     return {
         name: {
             "median_seconds": round(statistics.median(c.seconds[warmup:]), 4),
             "fastest_seconds": round(min(c.seconds[warmup:]), 4),
+            "median_cpu_seconds": round(statistics.median(c.cpu_seconds[warmup:]), 4),
             "seconds": [round(s, 4) for s in c.seconds[warmup:]],
             "before_mb": round(c.before_mb, 1),
             "peak_mb": round(c.peak_mb, 1),

@@ -14,7 +14,7 @@ import torch
 _TILE_ELEMENTS = {"cpu": 2**23, "accelerator": 2**27}
 """Logits a tile holds at most."""
 
-_BLOCK_ELEMENTS = {"cpu": 2**20, "accelerator": 2**25}
+_BLOCK_ELEMENTS = {"cpu": 2**19, "accelerator": 2**25}
 """Logits a block holds at most."""
 
 
