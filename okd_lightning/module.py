@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
 from torch import Tensor
@@ -36,6 +37,7 @@ from okd_lightning.losses import (
     Measured,
     Quantity,
     Term,
+    WeightedTerm,
 )
 from okd_lightning.metrics import adapted_measures, measure_metrics, measures
 from okd_lightning.models import (
@@ -48,11 +50,10 @@ from okd_lightning.models import (
 )
 from okd_lightning.optimizers import RateSchedule, build_optimizer, with_schedule
 from okd_lightning.pair_module import PairModule
-from okd_lightning.records import SOURCES, DistillBatch, LossOutput
-from okd_lightning.reduction import normalise
-from okd_lightning.rollouts.plan import acts_in
+from okd_lightning.records import SOURCES, DistillBatch
 from okd_lightning.rollouts.rows import generation_records
 from okd_lightning.schedules import ScheduleName, schedule_factor
+from okd_lightning.step_terms import acting_terms, check_counts, step_means
 
 
 class DistillationModule(PairModule):
@@ -82,6 +83,8 @@ class DistillationModule(PairModule):
             know more than the student: data.teacher_prompt_template.
         ema_decay: Share of the moving average that an optimizer step keeps, between 0 and 1;
             0.99 by default.
+        tile_positions: Positions whose logits are held at once in the loss; by default chosen from
+            the size of the vocabulary.
 
     Raises:
         ConfigError: A number out of its range, or no tokenizer.
@@ -107,6 +110,7 @@ class DistillationModule(PairModule):
         student_adapter: PeftConfig | None = None,
         self_teacher: SelfTeacher | None = None,
         ema_decay: float | None = None,
+        tile_positions: int | None = None,
     ) -> None:
         for name, value in (
             ("learning_rate", learning_rate),
@@ -115,6 +119,8 @@ class DistillationModule(PairModule):
         ):
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"model.{name} must be a number from 0 on, got {value}")
+        if tile_positions is not None and tile_positions < 1:
+            raise ConfigError(f"model.tile_positions must be at least 1, got {tile_positions}")
         schedule_factor(schedule, 1, 0, 1)  # refuses an unknown one
         check_self_teacher(
             self_teacher,
@@ -133,6 +139,7 @@ class DistillationModule(PairModule):
             gradient_checkpointing=gradient_checkpointing,
             student_adapter=student_adapter,
             self_teacher=self_teacher,
+            tile_positions=tile_positions,
         )
         self.strict_loading = False  # frozen weights are not in checkpoints; see on_load_checkpoint
         self.learning_rate = learning_rate
@@ -235,42 +242,30 @@ class DistillationModule(PairModule):
 
     def training_step(self, batch: DistillBatch, batch_idx: int) -> Tensor:
         """Every term's sum over this micro-batch, divided by its count over the whole step."""
-        step = self.trainer.global_step
-        acting = {term: term.weight_at(step) for term in self.terms if acts_in(term, step)}
-        if not acting:
-            raise ConfigError(
-                f"no method acts from optimizer step {step} on; end the run there "
-                f"(--trainer.max_steps {step}), or leave the last stage's end out"
-            )
-        quantities = [quantity for term in acting for quantity in term.quantities]
-        measured = self.measure(batch, quantities)
-        sums = {}
-        loss = self._idle_loss(quantities)
-        for term, weight in acting.items():
-            output = term.loss(measured)
-            if batch_idx == 0:
-                _check_count(output, measured, term)
-            count = _step_count(batch, term)
-            mean = normalise(
-                output.sum, count, self.trainer.accumulate_grad_batches, self.trainer.world_size
-            )
-            loss = loss + weight * mean
-            if count:
-                parts = {term.name: output.sum, **output.metrics}
-                sums.update({name: value.detach() / count for name, value in parts.items()})
-                sums["loss"] = sums.get("loss", 0) + weight * sums[term.name]
+        trainer = self.trainer
+        terms = acting_terms(
+            self.terms,
+            batch,
+            trainer.global_step,
+            trainer.accumulate_grad_batches,
+            trainer.world_size,
+        )
+        loss = self.loss_of(batch, terms)
+        if batch_idx == 0:
+            check_counts(terms, loss.outputs, batch)
+        sums = step_means(terms, loss, batch, trainer.global_step)
         self._log_step(batch, sums, batch_idx)
-        return loss
+        return loss.total + self._idle_loss(terms)
 
-    def _idle_loss(self, quantities: Sequence[Quantity]) -> Tensor:
+    def _idle_loss(self, terms: Sequence[WeightedTerm]) -> Tensor:
         """Zero, tied to the online module where nothing trains it in this step, as DDP expects."""
         idle = torch.zeros((), device=self.device)
-        if not any(quantity.trains_teacher for quantity in quantities):
+        if not any(q.trains_teacher for weighted in terms for q in weighted.term.quantities):
             for parameter in self.trained_parameters(self.teacher):
                 idle = idle + 0.0 * parameter.sum()
         return idle
 
-    def _log_step(self, batch: DistillBatch, sums: dict[str, Tensor], batch_idx: int) -> None:
+    def _log_step(self, batch: DistillBatch, sums: Mapping[str, Tensor], batch_idx: int) -> None:
         """Add up the micro-batches of a step and log at its last one."""
         self.log_dict(dict(batch.metrics), batch_size=1)
         for name, value in sums.items():
@@ -369,31 +364,23 @@ class DistillationModule(PairModule):
         check_weights(checkpoint["state_dict"], weights_to_save(self, self.state_dict()))
 
     def on_fit_start(self) -> None:
-        """Say what is trained."""
-        self.announce(self.learning_rate)
+        """Say what is trained, and warn of steps that will be lost to rounding."""
+        for name, model in (("student", self.student), ("teacher", self.teacher)):
+            if model is not None:
+                sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+                total, trained = sum(n for n, _ in sizes), sum(n for n, t in sizes if t)
+                rank_zero_info(f"{name}: {total:,} parameters, {trained:,} trained")
+        if self.dtype_name == "bfloat16" and self.student_adapter is None:
+            rank_zero_warn(
+                "the student's own weights are bfloat16, which keeps 8 bits of each: steps of a "
+                f"small learning rate (here {self.learning_rate:g}) mostly round to nothing; give "
+                "--model.dtype float32 with --trainer.precision bf16-mixed, or a student_adapter"
+            )
+        if self.self_teacher is not None:
+            rank_zero_info(f"the student is its own teacher ({self.self_teacher})")
 
     def on_train_batch_start(self, batch: DistillBatch, batch_idx: int) -> None:
         """Continue the random streams of a resumed run (dropout), once."""
         if self._rng_to_restore is not None:
             set_rng_state(self._rng_to_restore)
             self._rng_to_restore = None
-
-
-def _check_count(output: LossOutput, measured: Measured, term: Term) -> None:
-    """A term is divided by all loss tokens of its sources, so it has to sum over all of them."""
-    own, expected = int(output.count), int(measured.mask(term.sources).sum())
-    if own != expected:
-        raise ConfigError(
-            f"method {term.name} sums over {own} tokens of a batch, but its sources "
-            f"({', '.join(term.sources)}) hold {expected}, which is what it is divided by; "
-            "give the tokens that it leaves out the value 0, and do not mask them"
-        )
-
-
-def _step_count(batch: DistillBatch, term: Term) -> int:
-    if batch.step_counts is None:
-        raise ConfigError(
-            "a training batch without step_counts: train on a RolloutDataModule's batches, or set "
-            "DistillBatch.step_counts to the optimizer step's loss tokens by source"
-        )
-    return sum(batch.step_counts[SOURCES.index(source)] for source in term.sources)

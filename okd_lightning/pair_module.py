@@ -13,13 +13,22 @@ from typing import Self, cast
 
 import lightning
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftConfig, PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.losses import Measured, Quantity, Side, measure
+from okd_lightning.losses import (
+    Measured,
+    Quantity,
+    Side,
+    WeightedLoss,
+    WeightedTerm,
+    fused_loss,
+    measure,
+    weighted_loss,
+)
 from okd_lightning.models import (
     DTypeName,
     LMHead,
@@ -27,6 +36,7 @@ from okd_lightning.models import (
     ModelSource,
     OnlineModuleSettings,
     SelfTeacher,
+    WithinContext,
     add_adapter,
     attach_online_module,
     base_teacher,
@@ -63,6 +73,7 @@ class PairModule(lightning.LightningModule):
         gradient_checkpointing: bool,
         student_adapter: PeftConfig | None,
         self_teacher: SelfTeacher | None = None,
+        tile_positions: int | None = None,
     ) -> None:
         super().__init__()
         if isinstance(student, PreTrainedModel) and student is teacher:
@@ -77,6 +88,7 @@ class PairModule(lightning.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.student_adapter = student_adapter
         self.self_teacher = self_teacher
+        self.tile_positions = tile_positions
         self.tokenizer = find_tokenizer(tokenizer, student, teacher)
         self.vocabulary = check_pair(self.tokenizer, student, teacher)
         self.eos_ids = eos_token_ids(student, self.tokenizer)
@@ -236,29 +248,53 @@ class PairModule(lightning.LightningModule):
         quantity compares with the base. It reads its own prompts where the batch has them; the
         positions are those of the same response tokens on both sides.
         """
-        mask = batch.mask[:, 1:]
-        targets = batch.input_ids[:, 1:][mask]
+        student, teacher, base = self._sides(batch, quantities)
+        values = measure(
+            quantities,
+            student,
+            teacher,
+            batch.as_student_reads().targets,
+            self.vocabulary.size,
+            self.tile_positions,
+            base,
+        )
+        return replace(Measured.about(batch), values=values)
+
+    def loss_of(self, batch: DistillBatch, terms: Sequence[WeightedTerm]) -> WeightedLoss:
+        """Run the models once over a batch and sum its weighted terms.
+
+        Gradient flows as each term says. Where all terms are positionwise it is computed on the
+        way, tile by tile; else the heads run a second time in the backward pass.
+        """
+        quantities = [quantity for weighted in terms for quantity in weighted.term.quantities]
+        if not all(weighted.term.is_positionwise for weighted in terms):
+            return weighted_loss(terms, self.measure(batch, quantities))
+        student, teacher, base = self._sides(batch, quantities)
+        return fused_loss(
+            terms,
+            student,
+            teacher,
+            batch.as_student_reads().targets,
+            Measured.about(batch),
+            self.vocabulary.size,
+            self.tile_positions,
+            base,
+        )
+
+    def _sides(
+        self, batch: DistillBatch, quantities: Sequence[Quantity]
+    ) -> tuple[Side, Side | None, Side | None]:
+        """Hidden states at the masked-in positions, with heads: student, teacher, base teacher."""
         assert self.student is not None
         student = self._side(self.student, batch.as_student_reads())
-        teacher = None
+        teacher = base = None
         if any(quantity.needs_teacher for quantity in quantities):
             learns = torch.is_grad_enabled() and any(q.trains_teacher for q in quantities)
             teacher = self._teacher_side(batch.as_teacher_reads(), learns)
             assert len(teacher.hidden) == len(student.hidden), "other loss tokens than the student"
-        base = None
         if any(quantity.needs_base_teacher for quantity in quantities):
-            with self.as_base_teacher():
-                base = replace(
-                    self._teacher_side(batch.as_teacher_reads(), learns=False), head=self._base_head
-                )
-        rows = torch.arange(len(batch), device=mask.device)[:, None].expand_as(mask)[mask]
-        return Measured(
-            values=measure(quantities, student, teacher, targets, self.vocabulary.size, base=base),
-            source=batch.source[rows],
-            row=rows,
-            sampler_logprobs=batch.sampler_logprobs[:, 1:][mask],
-            credits={name: values[rows] for name, values in batch.credits.items()},
-        )
+            base = self._base_side(batch.as_teacher_reads())
+        return student, teacher, base
 
     def _side(self, model: PreTrainedModel, read: Sequences) -> Side:
         hidden = head_inputs(model, read.input_ids, read.attention_mask)[:, :-1]
@@ -284,11 +320,13 @@ class PairModule(lightning.LightningModule):
         with in_eval_mode(self.student), adapter:
             yield
 
-    def _base_head(self, hidden: Tensor) -> Tensor:
-        """The teacher's head without what the online module may have put on it."""
-        assert self.teacher is not None
+    def _base_side(self, read: Sequences) -> Side:
+        """The teacher's half without its online module, which may sit on the head as well."""
         with self.as_base_teacher():
-            return LMHead.of(self.teacher, self.vocabulary)(hidden)
+            side = self._teacher_side(read, learns=False)
+        assert isinstance(side.head, LMHead)
+        within = WithinContext(side.head.module, self.as_base_teacher)
+        return replace(side, head=replace(side.head, module=within))
 
     def write(
         self,
@@ -316,22 +354,6 @@ class PairModule(lightning.LightningModule):
     def build_engine(self, model: PreTrainedModel) -> RolloutEngine:
         """The engine that writes with ``model``; override it to bring another."""
         return TransformersEngine(model, self.vocabulary, self.eos_ids)
-
-    def announce(self, learning_rate: float) -> None:
-        """Say how large both models are and what of them is trained; warn of lost steps."""
-        for name, model in (("student", self.student), ("teacher", self.teacher)):
-            if model is not None:
-                sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-                total, trained = sum(n for n, _ in sizes), sum(n for n, t in sizes if t)
-                rank_zero_info(f"{name}: {total:,} parameters, {trained:,} trained")
-        if self.dtype_name == "bfloat16" and self.student_adapter is None:
-            rank_zero_warn(
-                "the student's own weights are bfloat16, which keeps 8 bits of each: steps of a "
-                f"small learning rate (here {learning_rate:g}) mostly round to nothing; give "
-                "--model.dtype float32 with --trainer.precision bf16-mixed, or a student_adapter"
-            )
-        if self.self_teacher is not None:
-            rank_zero_info(f"the student is its own teacher ({self.self_teacher})")
 
     def add_eos_ids(self, ids: Iterable[int]) -> None:
         """Let further ids end a response, such as a chat template's end of turn; said once."""

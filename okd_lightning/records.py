@@ -158,6 +158,11 @@ class Sequences:
     mask: Tensor
 
     @property
+    def targets(self) -> Tensor:
+        """[positions] the ids that stand at the masked-in positions, row by row."""
+        return self.input_ids[:, 1:][self.mask[:, 1:]]
+
+    @property
     def attention_mask(self) -> Tensor:
         """[batch, seq] True on real tokens."""
         positions = torch.arange(self.input_ids.shape[1], device=self.lengths.device)
@@ -250,6 +255,16 @@ class LossOutput:
     sum: Tensor
     count: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def detached(self) -> LossOutput:
+        """The same numbers without gradient."""
+        metrics = {name: value.detach() for name, value in self.metrics.items()}
+        return LossOutput(self.sum.detach(), self.count, metrics)
+
+    def __add__(self, other: LossOutput) -> LossOutput:
+        """The sums over both parts of some positions."""
+        metrics = {name: value + other.metrics[name] for name, value in self.metrics.items()}
+        return LossOutput(self.sum + other.sum, self.count + other.count, metrics)
 
 
 def _padded(rows: Sequence[TrainingRow], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:

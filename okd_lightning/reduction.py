@@ -47,22 +47,27 @@ def loss_output(values: Tensor, mask: Tensor, **metrics: Tensor) -> LossOutput:
     )
 
 
-def normalise(
-    total: Tensor, step_count: int, accumulate_grad_batches: int, world_size: int
-) -> Tensor:
-    """The one division: a micro-batch's sum over the loss tokens of its whole optimizer step.
+def step_factor(step_count: int, accumulate_grad_batches: int, world_size: int) -> float:
+    """What a micro-batch's sum is multiplied with: one over the loss tokens of its whole step.
 
     Lightning divides every micro-batch's loss by ``accumulate_grad_batches``, and DDP and FSDP
     average gradients over ranks; both are multiplied back here, so that what reaches the optimizer
     is (sum over all tokens of the step) / (number of those tokens).
 
     Args:
-        total: Scalar sum over this micro-batch (nats).
         step_count: Loss tokens of the step over all micro-batches and ranks.
         accumulate_grad_batches: Micro-batches an optimizer step.
         world_size: Ranks that gradients are averaged over.
+    """
+    return accumulate_grad_batches * world_size / max(1, step_count)
+
+
+def normalise(
+    total: Tensor, step_count: int, accumulate_grad_batches: int, world_size: int
+) -> Tensor:
+    """The one division: a micro-batch's sum (scalar, nats) times its ``step_factor``.
 
     Returns:
         Scalar, nats per token; zero where the step has no token for this term.
     """
-    return total * (accumulate_grad_batches * world_size / max(1, step_count))
+    return total * step_factor(step_count, accumulate_grad_batches, world_size)

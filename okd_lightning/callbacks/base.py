@@ -46,7 +46,10 @@ class DistillationCallback(Callback, ABC):
         quantities: What the module has to measure for it.
         window: First optimizer step that it acts in, and the first one that it does not (Stage).
         scorer: What gives the student's responses a credit when they have been written, or None.
-        is_positionwise: False where ``loss`` looks at whole responses, such as a sum over the rest.
+        is_positionwise: Whether ``loss`` of some positions depends on these positions alone, and
+            learns nothing but through the measured values. The module then calls ``loss`` part by
+            part and differentiates on the way, which is faster and needs less memory. Set it to
+            False where a position's loss depends on others (reward-to-go over a response).
         needs_teacher_prompt: Whether the teacher must read prompts of its own (a privileged
             teacher); a run on data without them is then refused.
     """

@@ -15,6 +15,7 @@ Map, from the interface to its members:
 - ``distances``: ``SquaredHellinger`` and ``TotalVariation``, the ones that come from a metric.
 - ``tempered``: ``Tempered``, any of them between distributions of another temperature.
 - ``top_k``: ``TopK``, any of them over k ids and a tail: a lower bound.
+- ``logprob_pair``: ``LogProbPair`` and ``Summands``, from which value and gradients follow.
 - ``log_arithmetic``: the few numerically safe building blocks that the others share.
 
 Nothing here knows of models, masks of tokens, or Lightning.
@@ -26,6 +27,7 @@ from okd_lightning.divergences.chi_squared import NeymanChiSquared, PearsonChiSq
 from okd_lightning.divergences.distances import SquaredHellinger, TotalVariation
 from okd_lightning.divergences.jensen_shannon import JensenShannon
 from okd_lightning.divergences.kl import ForwardKL, Jeffreys, ReverseKL
+from okd_lightning.divergences.logprob_pair import LogProbPair, Summands
 from okd_lightning.divergences.skew import SkewForwardKL, SkewReverseKL
 from okd_lightning.divergences.tempered import Tempered
 from okd_lightning.divergences.top_k import TopK
@@ -36,12 +38,14 @@ __all__ = [
     "ForwardKL",
     "Jeffreys",
     "JensenShannon",
+    "LogProbPair",
     "NeymanChiSquared",
     "PearsonChiSquared",
     "ReverseKL",
     "SkewForwardKL",
     "SkewReverseKL",
     "SquaredHellinger",
+    "Summands",
     "Tempered",
     "TopK",
     "TotalVariation",

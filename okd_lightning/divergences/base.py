@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 import torch
 
 from okd_lightning.divergences.log_arithmetic import widen
+from okd_lightning.divergences.logprob_pair import LogProbPair, Summands
 from okd_lightning.shapes import DrawnIds, IdMask, LogProbs, LogRatio, PerId, PerToken, RatioValues
 
 _FAR = 350.0
@@ -34,9 +35,10 @@ class Divergence(ABC):
 
     The rest is derived from ``generator`` in float64: ``weight`` by autograd, ``terms`` and both
     limits by evaluation. A divergence may override, for speed, range or memory, ``weight``,
-    ``terms``, ``limit_at_zero``, ``limit_at_infinity`` and ``is_symmetric``, each in agreement with
-    ``generator``. Only a wrapper that changes the distributions themselves overrides ``value``,
-    ``drawn`` and ``expected_weight``.
+    ``terms``, ``summands``, ``limit_at_zero``, ``limit_at_infinity`` and ``is_symmetric``, each in
+    agreement with ``generator``. Only a wrapper that changes the distributions themselves overrides
+    ``value``, ``drawn`` and ``expected_weight``, and ``softmax_temperature`` where that is all it
+    changes.
 
     Gradient flows to both sides: who is to stay fixed is detached by the caller.
     """
@@ -101,6 +103,34 @@ class Divergence(ABC):
         values = values + slope_below * beyond.clamp(max=0) + slope_above * beyond.clamp(min=0)
         base = torch.where(log_ratio > 0, teacher_logprobs, student_logprobs).double()
         return (base.exp() * values).to(log_ratio.dtype)
+
+    def summands(self, pair: LogProbPair) -> Summands:
+        """The summands p f(u) and p w_f(u) of every id, for values and gradients in closed form.
+
+        With them the divergence is sum_a p f, and its gradients in the logits are
+
+            d/dz_s = p E_p[w_f] - p w_f            (student)
+            d/dz_t = q f'(u) - q E_q[f'(u)]        (teacher), where q f'(u) = p f + p w_f.
+
+        This default differentiates ``terms``: p w_f is minus its slope in log p.
+
+        Args:
+            pair: Both sides, with finite log-ratios, at this divergence's ``softmax_temperature``.
+
+        Returns:
+            Constants without graph; callers do not write into them.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            log_p = pair.student_logprobs.clone().requires_grad_()
+            log_q = pair.teacher_logprobs.clone()
+            terms = self.terms(log_p, log_q, log_q - log_p)
+            (slopes,) = torch.autograd.grad(terms.sum(), log_p)
+        return Summands(terms.detach(), -slopes)
+
+    @property
+    def softmax_temperature(self) -> float | None:
+        """At which ``value`` takes both distributions; None where it does not say."""
+        return 1.0 if type(self).value is Divergence.value else None
 
     @property
     def limit_at_zero(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from okd_lightning.divergences.base import Divergence
+from okd_lightning.divergences.logprob_pair import LogProbPair, Summands
 from okd_lightning.shapes import LogProbs, LogRatio, PerId, RatioValues
 
 
@@ -25,6 +26,12 @@ class SquaredHellinger(Divergence):
     ) -> PerId:
         """p·f(u) = (sqrt(q) - sqrt(p))^2."""
         return ((teacher_logprobs / 2.0).exp() - (student_logprobs / 2.0).exp()).square()
+
+    def summands(self, pair: LogProbPair) -> Summands:
+        """p·f(u) = (sqrt(q) - sqrt(p))^2 and p·w_f(u) = sqrt(p) (sqrt(q) - sqrt(p))."""
+        root = pair.student_probs.sqrt()
+        difference = pair.teacher_probs.sqrt().sub_(root)
+        return Summands(difference.square(), root.mul_(difference))
 
     @property
     def limit_at_zero(self) -> float:
@@ -62,6 +69,12 @@ class TotalVariation(Divergence):
     ) -> PerId:
         """p·f(u) = |q - p| / 2, with the sign from the log-ratio, where it is not rounded away."""
         return (teacher_logprobs.exp() - student_logprobs.exp()) * log_ratio.sign() / 2.0
+
+    def summands(self, pair: LogProbPair) -> Summands:
+        """p·f(u) = |q - p| / 2 and p·w_f(u) = p sign(λ) / 2."""
+        half_sign = pair.log_ratio.sign().mul_(0.5)
+        terms = (pair.teacher_probs - pair.student_probs).mul_(half_sign)
+        return Summands(terms, half_sign.mul_(pair.student_probs))
 
     @property
     def limit_at_zero(self) -> float:

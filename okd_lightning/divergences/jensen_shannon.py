@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from okd_lightning.divergences.base import Divergence
 from okd_lightning.divergences.kl import ForwardKL, ReverseKL
 from okd_lightning.divergences.log_arithmetic import finite, mixture_log_ratios
+from okd_lightning.divergences.logprob_pair import LogProbPair, Summands
 from okd_lightning.errors import ConfigError
 from okd_lightning.shapes import LogProbs, LogRatio, PerId, RatioValues
 
@@ -35,6 +36,14 @@ class _MixtureDivergence(Divergence):
         of_student = student_logprobs.exp() * over_student
         from_teacher, from_student = -self.scale * self.beta, -self.scale * (1.0 - self.beta)
         return from_teacher * of_teacher + from_student * of_student
+
+    def summands(self, pair: LogProbPair) -> Summands:
+        log_mixture = pair.mixture(self.beta, 1.0 - self.beta).log_()
+        of_teacher = (log_mixture - pair.teacher_logprobs).mul_(pair.teacher_probs)
+        of_student = log_mixture.sub_(pair.student_logprobs).mul_(pair.student_probs)
+        weights = of_student.mul_(self.scale * (1.0 - self.beta))
+        terms = of_teacher.mul_(-self.scale * self.beta).sub_(weights)
+        return Summands(terms, weights)
 
     @property
     def limit_at_zero(self) -> float:
@@ -95,6 +104,10 @@ class JensenShannon(Divergence):
     ) -> PerId:
         """p·f(u) = beta q (log q - log m) + (1 - beta) p (log p - log m)."""
         return self._form.terms(student_logprobs, teacher_logprobs, log_ratio)
+
+    def summands(self, pair: LogProbPair) -> Summands:
+        """p·f(u) as in ``terms``, and p·w_f(u) = (1 - beta) p (log m - log p)."""
+        return self._form.summands(pair)
 
     @property
     def limit_at_zero(self) -> float:

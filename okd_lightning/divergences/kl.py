@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from okd_lightning.divergences.base import Divergence
 from okd_lightning.divergences.log_arithmetic import finite
+from okd_lightning.divergences.logprob_pair import LogProbPair, Summands
 from okd_lightning.shapes import LogProbs, LogRatio, PerId, RatioValues
 
 
@@ -31,6 +34,10 @@ class ForwardKL(Divergence):
     ) -> PerId:
         """p·f(u) = q (log q - log p)."""
         return teacher_logprobs.exp() * log_ratio
+
+    def summands(self, pair: LogProbPair) -> Summands:
+        """p·f(u) = q λ and p·w_f(u) = q."""
+        return Summands(pair.teacher_probs * pair.log_ratio, pair.teacher_probs)
 
     @property
     def limit_at_zero(self) -> float:
@@ -65,6 +72,11 @@ class ReverseKL(Divergence):
         """p·f(u) = p (log p - log q)."""
         return -(student_logprobs.exp() * log_ratio)
 
+    def summands(self, pair: LogProbPair) -> Summands:
+        """p·f(u) = -p λ and p·w_f(u) = p λ - p."""
+        weighted = pair.student_probs * pair.log_ratio
+        return Summands(-weighted, weighted - pair.student_probs)
+
     @property
     def limit_at_zero(self) -> float:
         """f(0) = inf."""
@@ -93,6 +105,12 @@ class Jeffreys(Divergence):
     ) -> PerId:
         """p·f(u) = (q - p)(log q - log p)."""
         return (teacher_logprobs.exp() - student_logprobs.exp()) * log_ratio
+
+    def summands(self, pair: LogProbPair) -> Summands:
+        """p·f(u) = (q - p) λ and p·w_f(u) = p λ + q - p."""
+        difference = pair.teacher_probs - pair.student_probs
+        weights = torch.addcmul(difference, pair.student_probs, pair.log_ratio)
+        return Summands(difference * pair.log_ratio, weights)
 
     @property
     def limit_at_zero(self) -> float:

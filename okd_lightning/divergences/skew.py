@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from okd_lightning.divergences.base import Divergence
 from okd_lightning.divergences.log_arithmetic import finite, mixture_log_ratios
+from okd_lightning.divergences.logprob_pair import LogProbPair, Summands
 from okd_lightning.errors import ConfigError
 from okd_lightning.shapes import LogProbs, LogRatio, PerId, RatioValues
 
@@ -47,6 +48,13 @@ class SkewForwardKL(Divergence):
         """p·f(u) = q (log q - log m), m = alpha q + (1 - alpha) p."""
         over_teacher = mixture_log_ratios(log_ratio, self.alpha, 1.0 - self.alpha)[1]
         return -(teacher_logprobs.exp() * over_teacher)
+
+    def summands(self, pair: LogProbPair) -> Summands:
+        """p·f(u) = q (log q - log m) and p·w_f(u) = (1 - alpha) q p/m."""
+        mixture = pair.mixture(self.alpha, 1.0 - self.alpha)
+        weights = (pair.student_probs / mixture).mul_(pair.teacher_probs).mul_(1.0 - self.alpha)
+        terms = mixture.log_().sub_(pair.teacher_logprobs).mul_(pair.teacher_probs).neg_()
+        return Summands(terms, weights)
 
     @property
     def limit_at_zero(self) -> float:
@@ -94,6 +102,13 @@ class SkewReverseKL(Divergence):
         """p·f(u) = p (log p - log m), m = (1 - alpha) q + alpha p."""
         over_student = mixture_log_ratios(log_ratio, 1.0 - self.alpha, self.alpha)[0]
         return -(student_logprobs.exp() * over_student)
+
+    def summands(self, pair: LogProbPair) -> Summands:
+        """p·f(u) = p (log p - log m) and p·w_f(u) = -p·f(u) - (1 - alpha) p q/m."""
+        mixture = pair.mixture(1.0 - self.alpha, self.alpha)
+        shares = (pair.teacher_probs / mixture).mul_(pair.student_probs).mul_(1.0 - self.alpha)
+        terms = mixture.log_().sub_(pair.student_logprobs).mul_(pair.student_probs).neg_()
+        return Summands(terms, shares.add_(terms).neg_())
 
     @property
     def limit_at_zero(self) -> float:

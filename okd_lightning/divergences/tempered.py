@@ -9,6 +9,7 @@ import torch
 
 from okd_lightning.divergences.base import Divergence
 from okd_lightning.divergences.log_arithmetic import widen
+from okd_lightning.divergences.logprob_pair import LogProbPair, Summands
 from okd_lightning.errors import ConfigError
 from okd_lightning.shapes import DrawnIds, LogProbs, LogRatio, PerId, PerToken, RatioValues
 
@@ -59,6 +60,17 @@ class Tempered(Divergence):
         """tau^2 p^tau f(u) of log-probabilities that are tempered already."""
         inner = self.divergence.terms(student_logprobs, teacher_logprobs, log_ratio)
         return self._scale * inner
+
+    def summands(self, pair: LogProbPair) -> Summands:
+        """tau^2 times the inner one's, of log-probabilities that are tempered already."""
+        inner = self.divergence.summands(pair)
+        return Summands(inner.terms * self._scale, inner.weights * self._scale)
+
+    @property
+    def softmax_temperature(self) -> float | None:
+        """tau, times the inner one's where that tempers as well."""
+        inner = self.divergence.softmax_temperature
+        return None if inner is None else self.temperature * inner
 
     @property
     def limit_at_zero(self) -> float:

@@ -1,12 +1,18 @@
 """Losses: from hidden states and heads to numbers a token, tile by tile.
 
 * ``quantities``: what a method may ask for (exact divergence, drawn-token log-prob, entropy, ...).
-* ``exact``: runs the heads over tiles of masked-in positions and measures what was asked for.
+* ``closed_form``: their values with gradients written out.
 * ``sampled``: policy gradient on drawn tokens, with its importance ratio.
-* ``terms``: what a method hands to the module, and the record that it gets back.
+* ``terms``: what a method hands to the module, and the records that go with it.
+* ``side``, ``projection``: one model's half; its head forwards and backwards, tile by tile.
+* ``tiling``: how many positions are handled at once.
+* ``fused``: the training loss and its gradient from one pass over the tiles.
+* ``exact``: the measured quantities themselves, for evaluation and for terms over whole sequences.
 """
 
-from okd_lightning.losses.exact import Side, measure
+from okd_lightning.losses.closed_form import ModelRole
+from okd_lightning.losses.exact import measure
+from okd_lightning.losses.fused import fused_loss
 from okd_lightning.losses.quantities import (
     Agreement,
     DrawnLogProb,
@@ -14,13 +20,20 @@ from okd_lightning.losses.quantities import (
     Entropy,
     ExactDivergence,
     ExpectedWeight,
-    ModelRole,
     Quantity,
     TeacherShift,
     Tile,
 )
 from okd_lightning.losses.sampled import ImportanceRatio
-from okd_lightning.losses.terms import Measured, RowScorer, Term
+from okd_lightning.losses.side import Head, Side
+from okd_lightning.losses.terms import (
+    Measured,
+    RowScorer,
+    Term,
+    WeightedLoss,
+    WeightedTerm,
+    weighted_loss,
+)
 
 __all__ = [
     "Agreement",
@@ -29,6 +42,7 @@ __all__ = [
     "Entropy",
     "ExactDivergence",
     "ExpectedWeight",
+    "Head",
     "ImportanceRatio",
     "Measured",
     "ModelRole",
@@ -38,5 +52,9 @@ __all__ = [
     "TeacherShift",
     "Term",
     "Tile",
+    "WeightedLoss",
+    "WeightedTerm",
+    "fused_loss",
     "measure",
+    "weighted_loss",
 ]

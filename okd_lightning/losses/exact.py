@@ -1,37 +1,23 @@
-"""The exact loss layer: heads over tiles of positions, in bounded memory.
+"""Quantities at every position, from heads over tiles of positions, in bounded memory.
 
-Hidden states go in and one number a position comes out. Logits exist for one tile at a time: where
-a batch needs several tiles, each is recomputed in the backward pass (activation checkpointing), so
-that memory does not grow with tokens × vocabulary.
+Hidden states go in and one number a position comes out: for evaluation, and for terms that need
+all positions of a batch at once. Logits exist for one tile at a time: where a batch needs several
+tiles, each is recomputed in the backward pass (activation checkpointing), so that memory does not
+grow with tokens × vocabulary. ``fused`` is the faster path for terms that can be summed by parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from okd_lightning.losses.quantities import Quantity, Tile
-from okd_lightning.shapes import PositionHidden, PositionIds, PositionValues
-
-_TILE_ELEMENTS = 2**24
-"""Logits a tile holds at most: 64 MB in float32, a handful of which are alive at once."""
-
-
-@dataclass(frozen=True)
-class Side:
-    """One model's half of the loss layer.
-
-    Attributes:
-        hidden: [positions, hidden] what its head reads at the masked-in positions.
-        head: From hidden states to [positions, vocab] logits.
-    """
-
-    hidden: PositionHidden
-    head: Callable[[Tensor], Tensor]
+from okd_lightning.losses.side import Side
+from okd_lightning.losses.tiling import block_positions, slices, tile_size
+from okd_lightning.shapes import PositionIds, PositionValues
 
 
 def measure(
@@ -60,7 +46,9 @@ def measure(
         whichever model the quantity says; the values do not depend on the tile.
     """
     asked = tuple(dict.fromkeys(quantities))
-    size = tile_positions or max(1, _TILE_ELEMENTS // vocab_size)
+    device = student.hidden.device
+    size = tile_positions or tile_size(vocab_size, device)
+    block = block_positions(vocab_size, device)
 
     def run(
         student_hidden: Tensor,
@@ -75,8 +63,8 @@ def measure(
         if base is not None and base_hidden is not None:
             with torch.no_grad():
                 base_logits = base.head(base_hidden)
-        tile = Tile(student.head(student_hidden), teacher_logits, ids, base_logits)
-        return tuple(quantity.measure(tile) for quantity in asked)
+        student_logits = student.head(student_hidden)
+        return _over_blocks(asked, block, student_logits, teacher_logits, ids, base_logits)
 
     hidden = student.hidden.split(size)
     teacher_hidden, base_hidden = (
@@ -92,3 +80,21 @@ def measure(
         quantity: torch.cat(values)
         for quantity, values in zip(asked, zip(*tiles, strict=True), strict=True)
     }
+
+
+def _over_blocks(
+    asked: tuple[Quantity, ...],
+    block: int,
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    targets: Tensor,
+    base_logits: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Every quantity of a tile, block by block."""
+    found: list[tuple[Tensor, ...]] = []
+    for rows in slices(len(targets), block):
+        of_teacher = None if teacher_logits is None else teacher_logits[rows]
+        of_base = None if base_logits is None else base_logits[rows]
+        tile = Tile(student_logits[rows], of_teacher, targets[rows], of_base)
+        found.append(tuple(quantity.measure(tile) for quantity in asked))
+    return tuple(torch.cat(values) for values in zip(*found, strict=True))

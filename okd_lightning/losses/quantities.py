@@ -10,19 +10,19 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from okd_lightning.divergences import Divergence, ForwardKL
+from okd_lightning.divergences import Divergence, ForwardKL, LogProbPair
+from okd_lightning.losses.closed_form import ModelRole, divergence_value, target_logprob
 from okd_lightning.shapes import PositionIds, PositionValues
-
-ModelRole: TypeAlias = Literal["student", "teacher"]
 
 
 class Tile:
     """Some positions of a batch with both models' logits over the vocabulary.
+
+    Softmaxes and what else several quantities need are computed once.
 
     Args:
         student_logits: [positions, vocab].
@@ -39,21 +39,26 @@ class Tile:
         targets: PositionIds,
         base_logits: Tensor | None = None,
     ) -> None:
-        self._student_logits = student_logits
-        self._teacher_logits = teacher_logits
+        self._logits = {"student": student_logits, "teacher": teacher_logits}
         self._base_logits = base_logits
         self.targets = targets
+        self._pairs: dict[float, LogProbPair] = {}
+
+    def logits(self, role: ModelRole) -> Tensor:
+        """[positions, vocab] of one model, float32 or wider, with gradient to it."""
+        logits = self._logits[role]
+        assert logits is not None
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @cached_property
     def student_logprobs(self) -> Tensor:
         """[positions, vocab] nats, with gradient to the student."""
-        return self._student_logits.log_softmax(-1)
+        return self.logits("student").log_softmax(-1)
 
     @cached_property
     def teacher_logprobs(self) -> Tensor:
         """[positions, vocab] nats, with gradient to the teacher where it learns."""
-        assert self._teacher_logits is not None
-        return self._teacher_logits.log_softmax(-1)
+        return self.logits("teacher").log_softmax(-1)
 
     @cached_property
     def base_logprobs(self) -> Tensor:
@@ -64,6 +69,20 @@ class Tile:
     def logprobs(self, role: ModelRole) -> Tensor:
         """The log-probabilities of one model."""
         return self.student_logprobs if role == "student" else self.teacher_logprobs
+
+    def pair(self, temperature: float) -> LogProbPair:
+        """Both models' log-probabilities at a temperature, without gradient."""
+        if temperature not in self._pairs:
+            self._pairs[temperature] = LogProbPair(
+                self._constant_logprobs("student", temperature),
+                self._constant_logprobs("teacher", temperature),
+            )
+        return self._pairs[temperature]
+
+    def _constant_logprobs(self, role: ModelRole, temperature: float) -> Tensor:
+        if temperature == 1.0:
+            return self.logprobs(role).detach()
+        return (self.logits(role).detach() / temperature).log_softmax(-1)
 
 
 class Quantity(ABC):
@@ -111,6 +130,13 @@ class ExactDivergence(Quantity):
 
     def measure(self, tile: Tile) -> PositionValues:
         """[positions] nats."""
+        temperature = self.divergence.softmax_temperature
+        if temperature is not None:
+            pair = tile.pair(temperature)
+            if pair.is_finite:
+                return divergence_value(
+                    self.divergence, pair, temperature, self.learner, tile.logits(self.learner)
+                )
         student, teacher = tile.student_logprobs, tile.teacher_logprobs
         if self.learner == "student":
             return self.divergence.value(student, teacher.detach())
@@ -162,7 +188,7 @@ class DrawnLogProb(Quantity):
 
     def measure(self, tile: Tile) -> PositionValues:
         """[positions] nats, at most 0."""
-        return tile.logprobs(self.role).gather(-1, tile.targets[:, None]).squeeze(-1)
+        return target_logprob(tile.logits(self.role), tile.logprobs(self.role), tile.targets)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from okd_lightning.losses.quantities import Quantity
-from okd_lightning.records import SOURCES, LossOutput, Source
+from okd_lightning.records import SOURCES, DistillBatch, LossOutput, Source
 from okd_lightning.shapes import PositionMask, PositionValues
 
 
@@ -31,8 +32,31 @@ class Measured:
     sampler_logprobs: PositionValues
     credits: Mapping[str, PositionValues] = field(default_factory=dict)
 
+    @classmethod
+    def about(cls, batch: DistillBatch) -> Measured:
+        """Whose the masked-in positions of a batch are; nothing is measured yet."""
+        mask = batch.mask[:, 1:]
+        rows = torch.arange(len(batch), device=mask.device)[:, None].expand_as(mask)[mask]
+        return cls(
+            values={},
+            source=batch.source[rows],
+            row=rows,
+            sampler_logprobs=batch.sampler_logprobs[:, 1:][mask],
+            credits={name: values[rows] for name, values in batch.credits.items()},
+        )
+
     def __getitem__(self, quantity: Quantity) -> PositionValues:
         return self.values[quantity]
+
+    def part(self, positions: slice, values: Mapping[Quantity, PositionValues]) -> Measured:
+        """Some of the positions, with what was measured there."""
+        cut: dict[str, Any] = {
+            name: value[positions]
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        cut["credits"] = {name: credit[positions] for name, credit in self.credits.items()}
+        return replace(self, values=values, **cut)
 
     def mask(self, sources: Sequence[Source]) -> PositionMask:
         """[positions] True where the row was written by one of ``sources``."""
@@ -56,6 +80,7 @@ class RowScorer(Protocol):
         """One credit a response, from the scores of all responses to all prompts of a chunk."""
 
 
+@runtime_checkable
 class Term(Protocol):
     """One summand of a run's loss.
 
@@ -69,8 +94,10 @@ class Term(Protocol):
         window: First optimizer step that it acts in, and the first one that it does not (None: it
             acts to the end).
         scorer: What gives its rows a credit when they have been written, or None.
-        is_positionwise: Whether ``loss`` is a sum of one summand a position, so that a micro-batch
-            may be handed to it in pieces.
+        is_positionwise: Whether ``loss`` of some positions depends on these positions alone, so
+            that the loss of a batch may be summed part by part. Where one term of a run says
+            False, every term gets all positions of a batch at once, at the price of computing the
+            heads twice.
         needs_teacher_prompt: Whether it has no meaning where both models read the same prompt.
     """
 
@@ -104,3 +131,36 @@ class Term(Protocol):
 
     def loss(self, measured: Measured) -> LossOutput:
         """Sum over the positions of ``sources``."""
+
+
+@dataclass(frozen=True)
+class WeightedTerm:
+    """A term and what its sum over a micro-batch is multiplied with.
+
+    Attributes:
+        term: The method's.
+        factor: Its weight over the loss tokens of the optimizer step.
+    """
+
+    term: Term
+    factor: float
+
+
+@dataclass(frozen=True)
+class WeightedLoss:
+    """The loss of a micro-batch.
+
+    Attributes:
+        total: Scalar, the weighted sum over terms, with gradient.
+        outputs: Each term's own sum, count and metrics, without gradient.
+    """
+
+    total: Tensor
+    outputs: tuple[LossOutput, ...]
+
+
+def weighted_loss(terms: Sequence[WeightedTerm], measured: Measured) -> WeightedLoss:
+    """The weighted sum of every term's loss, with gradient to what was measured."""
+    outputs = [weighted.term.loss(measured) for weighted in terms]
+    parts = [w.factor * o.sum for w, o in zip(terms, outputs, strict=True)]
+    return WeightedLoss(torch.stack(parts).sum(), tuple(output.detached() for output in outputs))

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from okd_lightning.losses import Quantity
-from okd_lightning.losses.quantities import ModelRole, Tile
+from okd_lightning.losses import ModelRole, Quantity, Tile
 from okd_lightning.shapes import PositionValues
 
 

@@ -26,6 +26,7 @@ from okd_lightning.models.loading import (
 from okd_lightning.models.merging import merge_adapters
 from okd_lightning.models.online_module import (
     OnlineModuleSettings,
+    WithinContext,
     attach_online_module,
     base_teacher,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "OnlineModuleSettings",
     "SelfTeacher",
     "Vocabulary",
+    "WithinContext",
     "add_adapter",
     "attach_online_module",
     "base_teacher",

@@ -48,7 +48,11 @@ class LMHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[..., hidden] → [..., vocab] logits, float32 or the input's wider type."""
-        logits = self.vocabulary.cut(self.transform(self.module(hidden)))
+        return self.finish(self.module(hidden))
+
+    def finish(self, raw: Tensor) -> Tensor:
+        """Logits over the valid ids from what ``module`` gives."""
+        logits = self.vocabulary.cut(self.transform(raw))
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def transform(self, logits: Tensor) -> Tensor:

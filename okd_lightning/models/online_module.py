@@ -7,8 +7,8 @@ kin) go into the model in place; prompt learning (prefix, P-tuning) needs PEFT's
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from okd_lightning.errors import ConfigError
@@ -94,6 +95,27 @@ def attach_online_module(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return wrapped.eval()
+
+
+class WithinContext(nn.Module):
+    """A module that always runs within a context, such as that of ``base_teacher``.
+
+    Args:
+        module: What is run.
+        context: Makes the context of one call.
+    """
+
+    def __init__(
+        self, module: nn.Module, context: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        super().__init__()
+        self.module, self.context = module, context
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The module's own output."""
+        with self.context():
+            output: Tensor = self.module(hidden)
+        return output
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def test_joint_backward_is_two_separate_ones(tmp_path, kind):
         torch.manual_seed(0)
         shaken = Shaken()
         fit(tmp_path, [make(anchor_weight=0.7, online_module=KINDS[kind]()), shaken], steps=1)
-        return shaken.gradients[0]
+        return {name: g for name, g in shaken.gradients[0].items() if g.any()}
 
     joint, apart = gradients(OKD), {}
     for side in ("student", "teacher"):

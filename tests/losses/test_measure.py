@@ -123,7 +123,9 @@ def test_many_tiles_of_bf16_hidden_states_are_measured_in_float32(make_pair):
     assert narrow.student_hidden.grad.count_nonzero() > 0
 
 
-def test_the_default_tile_bounds_the_logits_that_are_alive(make_pair):
-    pair, counted = make_pair(), Counted([])
-    measure([counted], pair.student, None, pair.targets, vocab_size=2**23)
-    assert counted.calls == [2, 2, 2, 1]
+def test_the_default_tile_and_block_bound_the_logits_that_are_alive(make_pair):
+    pair, counted, tiled = make_pair(), Counted([]), []
+    pair.student_head.register_forward_hook(lambda head, args, out: tiled.append(len(out)))
+    measure([counted], pair.student, None, pair.targets, vocab_size=2**21)
+    assert tiled == [4, 3]
+    assert counted.calls == [1] * 7

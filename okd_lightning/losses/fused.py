@@ -1,0 +1,143 @@
+"""The training loss with its gradient from one pass over tiles of positions.
+
+A term's loss is a sum over positions, and what it will be multiplied with is known before the
+backward pass. So each tile is projected, measured, summed, differentiated down to the hidden states
+and the heads' trained parameters, and dropped; nothing is computed twice, and what is alive at once
+does not grow with tokens × vocabulary. Within a tile the vocabulary-wide work runs over blocks that
+fit a processor's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from okd_lightning.losses.projection import Projection, projection
+from okd_lightning.losses.quantities import Tile
+from okd_lightning.losses.side import Side
+from okd_lightning.losses.terms import Measured, WeightedLoss, WeightedTerm, weighted_loss
+from okd_lightning.losses.tiling import block_positions, slices, tile_size
+from okd_lightning.records import LossOutput
+from okd_lightning.shapes import PositionIds
+
+
+class _GradientInForward(torch.autograd.Function):
+    """A scalar whose gradients are known: the backward pass scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors)
+
+
+class _Run:
+    """The sums of one micro-batch while its tiles go by."""
+
+    def __init__(self, terms: Sequence[WeightedTerm], sides: Mapping[str, Projection]) -> None:
+        self.terms, self.names, self.sides = terms, list(sides), list(sides.values())
+        self.quantities = dict.fromkeys(q for weighted in terms for q in weighted.term.quantities)
+        self.outputs: list[LossOutput] = []
+
+    def add_tile(self, tile: slice, block: int, targets: Tensor, about: Measured) -> None:
+        """One tile: both heads, the blocks of the vocabulary-wide work, both heads backwards."""
+        raw = [side.project(tile) for side in self.sides]
+        for rows in slices(tile.stop - tile.start, block):
+            positions = slice(tile.start + rows.start, tile.start + rows.stop)
+            self._add_block([r[rows] for r in raw], targets[positions], about, positions)
+        for side, gradient in zip(self.sides, raw, strict=True):
+            if side.learns:
+                side.pull_back(tile, gradient)
+
+    def _add_block(
+        self, raw: list[Tensor], targets: Tensor, about: Measured, positions: slice
+    ) -> None:
+        """Measure, sum and differentiate; a learning side's outputs become their gradient."""
+        learns = [side.learns for side in self.sides]
+        with torch.set_grad_enabled(any(learns)):
+            leaves = [r.detach().requires_grad_(own) for r, own in zip(raw, learns, strict=True)]
+            logits = {
+                name: projected.side.finish(leaf)
+                for name, projected, leaf in zip(self.names, self.sides, leaves, strict=True)
+            }
+            tile = Tile(logits["student"], logits.get("teacher"), targets, logits.get("base"))
+            values = {quantity: quantity.measure(tile) for quantity in self.quantities}
+            loss = weighted_loss(self.terms, about.part(positions, values))
+        self._add(loss.outputs)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        for leaf, gradient in zip(wanted, _gradients(loss.total, wanted), strict=True):
+            leaf.detach().copy_(gradient)
+
+    def _add(self, outputs: Sequence[LossOutput]) -> None:
+        known = self.outputs
+        self.outputs = (
+            [a + b for a, b in zip(known, outputs, strict=True)] if known else list(outputs)
+        )
+
+    def result(self) -> WeightedLoss:
+        """The loss, connected to all that it has gradients for."""
+        parts = [w.factor * o.sum for w, o in zip(self.terms, self.outputs, strict=True)]
+        total = torch.stack(parts).sum()
+        inputs = [tensor for side in self.sides for tensor in side.inputs]
+        if inputs:
+            gradients = [gradient for side in self.sides for gradient in side.gradients]
+            total = _GradientInForward.apply(total, gradients, *inputs)
+        return WeightedLoss(total, tuple(self.outputs))
+
+
+def fused_loss(
+    terms: Sequence[WeightedTerm],
+    student: Side,
+    teacher: Side | None,
+    targets: PositionIds,
+    about: Measured,
+    vocab_size: int,
+    tile_positions: int | None = None,
+    base: Side | None = None,
+) -> WeightedLoss:
+    """The weighted loss of a micro-batch, every term of which is positionwise.
+
+    Args:
+        terms: What is summed, each with its factor.
+        student: The student's half.
+        teacher: The teacher's half, or None where no term needs it.
+        targets: [positions] the ids that stand there.
+        about: Whose rows the positions are; its values are not read.
+        vocab_size: Width of the logits.
+        tile_positions: Positions a tile; None chooses from the sizes.
+        base: The teacher's half without its online module, or None where no term asks for it; a
+            constant.
+
+    Returns:
+        The loss and each term's sums. Gradient flows through the hidden states that have any and to
+        the heads' trained parameters; by which numbers is settled here, so a backward pass through
+        ``total`` computes nothing but a product. It cannot be differentiated twice.
+    """
+    given = {"student": student, "teacher": teacher}
+    sides = {n: projection(side, vocab_size) for n, side in given.items() if side is not None}
+    if base is not None:
+        with torch.no_grad():
+            sides["base"] = projection(base, vocab_size)
+    size = tile_positions or tile_size(vocab_size, student.hidden.device)
+    block = block_positions(vocab_size, student.hidden.device)
+    run = _Run(terms, sides)
+    with torch.no_grad():
+        for tile in slices(len(targets), size):
+            run.add_tile(tile, block, targets, about)
+    return run.result()
+
+
+def _gradients(total: Tensor, wanted: list[Tensor]) -> Sequence[Tensor]:
+    if not wanted:
+        return ()
+    if not total.requires_grad:
+        return tuple(torch.zeros_like(leaf) for leaf in wanted)
+    return torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)
