@@ -39,6 +39,7 @@ from okd_lightning.models import (
 from okd_lightning.records import DistillBatch, PromptBatch, Rollout
 from okd_lightning.rollouts import NoiseStream, RolloutEngine, Sampling, TransformersEngine
 from okd_lightning.rollouts.engine import Author, Progress
+from okd_lightning.rollouts.tool_rollouts import ToolEngine, ToolRounds
 
 
 class PairModule(lightning.LightningModule):
@@ -75,6 +76,7 @@ class PairModule(lightning.LightningModule):
         self.teacher: PreTrainedModel | None = None
         self.online_module: OnlineModuleSettings | None = None
         self._has_online_module = False
+        self.tool_rounds: ToolRounds | None = None
 
     @property
     def student_source(self) -> ModelSource:
@@ -226,7 +228,10 @@ class PairModule(lightning.LightningModule):
         max_new_tokens: int,
         progress: Progress | None = None,
     ) -> Rollout:
-        """Responses by the student or the teacher, in eval mode and without gradient."""
+        """Responses by the student or the teacher, in eval mode and without gradient.
+
+        Where the data brings tools (``tool_rounds``), prompts that are chats may call them.
+        """
         model = self.student if author == "student" else self.teacher
         assert model is not None
         if isinstance(model, PeftModel):
@@ -236,9 +241,10 @@ class PairModule(lightning.LightningModule):
         precision = self._trainer.precision_plugin.forward_context if self._trainer else nullcontext
         try:
             with torch.no_grad(), precision(), self.as_base_teacher():
-                return self.build_engine(model).generate(
-                    prompts, sampling, generator, max_new_tokens, progress
-                )
+                engine = self.build_engine(model)
+                if self.tool_rounds is not None:
+                    engine = ToolEngine(engine, self.tool_rounds)
+                return engine.generate(prompts, sampling, generator, max_new_tokens, progress)
         finally:
             model.train(was_training)
 

@@ -27,7 +27,14 @@ class RewardFunction(ABC):
         class Brevity(RewardFunction):
             def __call__(self, prompts, responses, references):
                 return [-float(len(response)) for response in responses]
+
+    Attributes:
+        reads_last_turn: What it is given of a response that called tools: the student's last turn,
+            or (False) all of the student's turns, a line break between them. What tools answered
+            is never among it.
     """
+
+    reads_last_turn: bool = False
 
     @abstractmethod
     def __call__(
@@ -37,7 +44,7 @@ class RewardFunction(ABC):
 
         Args:
             prompts: As text.
-            responses: What the student wrote, as text without special tokens.
+            responses: What the student wrote itself, as text without special tokens.
             references: The data set's own responses; empty texts where it has none.
 
         Returns:
@@ -59,7 +66,7 @@ class PlainFunction(RewardFunction):
 
 
 class AnswerMatch(RewardFunction):
-    """1 where a response gives the reference's answer, else 0.
+    """1 where a response (its last turn) gives the reference's answer, else 0.
 
     Args:
         pattern: A regular expression whose first group is the answer (the last match counts), such
@@ -68,6 +75,8 @@ class AnswerMatch(RewardFunction):
     Raises:
         ConfigError: The pattern is no regular expression, or has no group.
     """
+
+    reads_last_turn = True
 
     def __init__(self, pattern: str | None = None) -> None:
         self.pattern: re.Pattern[str] | None = answer_pattern(pattern)
@@ -85,7 +94,8 @@ class ToolCallMatch(RewardFunction):
     """Share of a response's tool calls that are the reference's, by name and arguments.
 
     Half of a call is its name, half its arguments (action and argument match); calls are compared
-    in order, and a call too many or too few counts as wrong. See ``tool_calls`` for the forms.
+    in order over all turns, and a call too many or too few counts as wrong. See ``tool_calls`` for
+    the forms.
     """
 
     def __call__(
@@ -98,7 +108,9 @@ class ToolCallMatch(RewardFunction):
 
 
 class RougeL(RewardFunction):
-    """ROUGE-L (F1) of a response against the reference, in [0, 1]; torchmetrics'."""
+    """ROUGE-L (F1) of a response's last turn against the reference, in [0, 1]; torchmetrics'."""
+
+    reads_last_turn = True
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]

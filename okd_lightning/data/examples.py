@@ -48,6 +48,14 @@ class ExampleSet:
     def __len__(self) -> int:
         return len(self.examples)
 
+    def ends_of_turn(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """The special ids that whole responses end with, in id order."""
+        specials = set(tokenizer.all_special_ids)
+        specials |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        longest = max(len(example.response_ids) for example in self.examples)
+        whole = [e.response_ids[-1] for e in self.examples if 0 < len(e.response_ids) < longest]
+        return sorted(specials & set(whole))
+
 
 @dataclass(frozen=True)
 class _Limits:

@@ -8,7 +8,7 @@ rows come from the module and the method callbacks of the run.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -19,12 +19,12 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.data.columns import Columns
 from okd_lightning.data.examples import ExampleSet, OnOverlong, build_examples
 from okd_lightning.data.progress import rollout_progress
 from okd_lightning.data.sources import DataArgument, DataSource, describe_source, load_rows
+from okd_lightning.data.tool_turns import ToolUser, equip
 from okd_lightning.data.whole_steps import accumulation_for, check_whole_steps
 from okd_lightning.errors import ConfigError, DataError
 from okd_lightning.losses import Term
@@ -40,22 +40,15 @@ from okd_lightning.rollouts import (
 from okd_lightning.rollouts.evaluation import GivenResponses, OwnResponses
 from okd_lightning.rollouts.noise import hashed_uniform
 from okd_lightning.rollouts.scoring import ChunkScorer, TermScorer, unscored
+from okd_lightning.tools import Tool, Toolbox
 
 _PROMPT_SET = 0x50534554  # domain separation for the choice of validation prompts
 
 
-class DistilledModule(Writer, Protocol):
+class DistilledModule(Writer, ToolUser, Protocol):
     """What this data module needs to know of the module that it feeds."""
 
-    tokenizer: PreTrainedTokenizerBase
     terms: list[Term]
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """The ids that end a response."""
-
-    def add_eos_ids(self, ids: Iterable[int]) -> None:
-        """Let further ids end a response."""
 
     def check_lengths(self, num_tokens: int) -> None:
         """Refuse sequences that the models were not made for."""
@@ -98,6 +91,11 @@ class RolloutDataModule(lightning.LightningDataModule):
         val_split: Split of a hub data set for validation.
         test_split: Split of a hub data set for test.
         seed: Keys order, coin and sampling noise; by default seed_everything's.
+        tools_column: Name of the column with the tools that a chat may call (JSON schemas).
+        tools: What chats may call while responses are written, such as Calculator; the template
+            lists them in prompts whose rows name no tools. Python functions too, from Python.
+        max_turns: Turns of a response that calls tools, at most; max_response_length holds for all
+            of them together with what the tools answer.
 
     Raises:
         ConfigError: A number out of its range.
@@ -129,6 +127,9 @@ class RolloutDataModule(lightning.LightningDataModule):
         val_split: str = "validation",
         test_split: str = "test",
         seed: int | None = None,
+        tools_column: str = "tools",
+        tools: list[Tool] | None = None,
+        max_turns: int = 4,
     ) -> None:
         super().__init__()
         positive = {
@@ -139,6 +140,7 @@ class RolloutDataModule(lightning.LightningDataModule):
             "prompts_per_epoch": prompts_per_epoch,
             "prompts_per_rollout": prompts_per_rollout,
             "samples_per_prompt": samples_per_prompt,
+            "max_turns": max_turns,
         }
         for name, value in positive.items():
             if value is not None and value < 1:
@@ -164,8 +166,14 @@ class RolloutDataModule(lightning.LightningDataModule):
         self.samples_per_prompt = samples_per_prompt
         self.sampling = sampling or Sampling()
         self.val_rollouts = val_rollouts
+        self.toolbox = Toolbox(tools or ())
+        self.max_turns = max_turns
         self.columns = Columns(
-            prompt=prompt_column, response=response_column, messages=messages_column
+            prompt=prompt_column,
+            response=response_column,
+            messages=messages_column,
+            tools=tools_column,
+            declared_tools=self.toolbox.schemas,
         )
         self.subset = subset
         self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
@@ -176,12 +184,13 @@ class RolloutDataModule(lightning.LightningDataModule):
     # ---------------------------------------------------------------- Lightning's hooks
 
     def setup(self, stage: str) -> None:
-        """Derive the accumulation from ``global_batch_size``.
+        """Derive the accumulation from ``global_batch_size``; hand the tools to the module.
 
         Raises:
             ConfigError: It does not fit the batch size, the devices or the accumulation; or the
                 Trainer would cut an epoch inside an optimizer step.
         """
+        equip(self._module, self.toolbox, self.max_turns)
         if stage == "fit":
             check_whole_steps(self._trainer)
         if stage == "fit" and self.global_batch_size is not None:
@@ -301,7 +310,7 @@ class RolloutDataModule(lightning.LightningDataModule):
                 needs_response=needs_response,
                 where=name,
             )
-            self._module.add_eos_ids(_ends_of_turn(found, self._module.tokenizer))
+            self._module.add_eos_ids(found.ends_of_turn(self._module.tokenizer))
             self._report(part, name, found)
             self._examples[key] = found
         return self._examples[key]
@@ -374,15 +383,6 @@ class RolloutDataModule(lightning.LightningDataModule):
         states: list[Any] = [None] * self._trainer.world_size
         torch.distributed.all_gather_object(states, state)
         return states
-
-
-def _ends_of_turn(found: ExampleSet, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special ids that whole responses of a data set end with, in id order."""
-    specials = set(tokenizer.all_special_ids)
-    specials |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    longest = max(len(example.response_ids) for example in found.examples)
-    whole = [e.response_ids[-1] for e in found.examples if 0 < len(e.response_ids) < longest]
-    return sorted(specials & set(whole))
 
 
 def _announce(plan: StagedPlan, shape: LoaderShape) -> None:
