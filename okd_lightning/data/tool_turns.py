@@ -96,11 +96,6 @@ class ToolTurns:
                 "data.tools: the tokenizer's chat template does not show what tools answer "
                 "(messages of the role 'tool'); set a chat_template that does"
             )
-        if schemas[0]["function"]["name"] not in rendered.prompt[0].text:
-            rank_zero_warn(
-                "the tokenizer's chat template does not list tools: the model learns of data.tools "
-                "only what the messages say"
-            )
         call, *_ = _messages(exchange, 0, num_calls=1)
         answer = {"role": "assistant", "content": "That."}
         closed = [
@@ -112,6 +107,11 @@ class ToolTurns:
             raise ConfigError(
                 "data.tools: the tokenizer's chat template closes a turn with no special token, so "
                 "a turn that calls a tool has no end; set a chat_template that writes one"
+            )
+        if schemas[0]["function"]["name"] not in rendered.prompt[0].text:
+            rank_zero_warn(
+                "the tokenizer's chat template does not list tools: the model learns of data.tools "
+                "only what the messages say"
             )
         return sorted(int(self._tokenizer.convert_tokens_to_ids(end)) for end in ends)  # type: ignore[arg-type]
 

@@ -261,12 +261,12 @@ def test_a_models_rows_do_not_depend_on_their_batch(tokenizer):
 
     def write(questions, samples=1, budget=65536):
         inner = TransformersEngine(model, Vocabulary(len(tokenizer)), ends, budget)
-        engine = ToolEngine(inner, tool_chats.rounds_of(tokenizer))
+        engine = ToolEngine(inner, tool_chats.rounds_of(tokenizer, max_turns=3))
         prompts = tool_chats.prompts_of(tokenizer, questions, samples)
         with torch.no_grad():
-            return engine.generate(prompts, Sampling(), NoiseStream(1, 0), 400)
+            return engine.generate(prompts, Sampling(), NoiseStream(1, 0), 280)
 
-    questions = {i: "Q" * (i + 1) for i in range(6)}
+    questions = {i: "Q" * (i % 7 + 1) for i in range(14)}
     together = write(questions, samples=2)
     assert sum(use.calls for use in together.tool_use) > 5
     assert {"eos", "length", "turns"} == set(together.stop_reasons)
