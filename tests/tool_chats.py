@@ -82,21 +82,28 @@ def make_tokenizer(template: str = TEMPLATE) -> PreTrainedTokenizerFast:
     )
 
 
-def make_caller(seed: int, bias: float = 8.0) -> LlamaForCausalLM:
-    """A tiny Llama that writes calls and ends of turns more often than all bytes together."""
-    rows = len(make_tokenizer())
+def make_caller(
+    seed: int,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    bias: float = 8.0,
+    width: int = 32,
+) -> LlamaForCausalLM:
+    """A tiny Llama that writes ``CALLS`` and ends of turns more often than other tokens."""
+    tokenizer = tokenizer or make_tokenizer()
+    often = tokenizer.convert_tokens_to_ids(["<|im_end|>", *CALLS])
+    rows = len(tokenizer)
     config = LlamaConfig(
         vocab_size=rows + 5,
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
         initializer_range=0.3,
-        pad_token_id=PAD,
+        pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
-        eos_token_id=EOS,
+        eos_token_id=tokenizer.eos_token_id,
     )
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
@@ -104,7 +111,7 @@ def make_caller(seed: int, bias: float = 8.0) -> LlamaForCausalLM:
         model.get_input_embeddings().weight[:, 0] = 6.0  # a constant part of every hidden state
         head = model.get_output_embeddings().weight
         head[:, 0] = 0.0
-        head[[END, *range(rows - len(CALLS), rows)], 0] = bias / 5
+        head[often, 0] = bias / 5
     return model.eval()
 
 

@@ -261,10 +261,10 @@ def test_a_models_rows_do_not_depend_on_their_batch(tokenizer):
 
     def write(questions, samples=1, budget=65536):
         inner = TransformersEngine(model, Vocabulary(len(tokenizer)), ends, budget)
-        engine = ToolEngine(inner, tool_chats.rounds_of(tokenizer, max_turns=3))
+        engine = ToolEngine(inner, tool_chats.rounds_of(tokenizer, max_turns=2))
         prompts = tool_chats.prompts_of(tokenizer, questions, samples)
         with torch.no_grad():
-            return engine.generate(prompts, Sampling(), NoiseStream(1, 0), 280)
+            return engine.generate(prompts, Sampling(), NoiseStream(1, 0), 200)
 
     questions = {i: "Q" * (i % 7 + 1) for i in range(14)}
     together = write(questions, samples=2)
