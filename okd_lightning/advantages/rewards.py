@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 from torchmetrics.functional.text import rouge_score
 
 from okd_lightning.answers import answer_pattern, matches
-from okd_lightning.errors import RewardError
+from okd_lightning.errors import ConfigError, RewardError
 from okd_lightning.tool_calls import parse_tool_calls
 
 GroupBaseline: TypeAlias = Literal["none", "group_mean", "leave_one_out"]
@@ -53,10 +53,21 @@ class RewardFunction(ABC):
 
 
 class PlainFunction(RewardFunction):
-    """A plain Python function of one prompt, response and reference as a reward."""
+    """A plain Python function of one prompt, response and reference as a reward.
 
-    def __init__(self, function: Callable[[str, str, str], float]) -> None:
-        self.function = function
+    Only Python can hand one over: a config names a ``RewardFunction`` class, never a function.
+
+    Raises:
+        ConfigError: It cannot be called.
+    """
+
+    def __init__(self, function: object) -> None:
+        if not callable(function):
+            raise ConfigError(
+                f"function is {function!r}; expected a RewardFunction, such as AnswerMatch, or (in "
+                "Python) a function of prompt, response and reference"
+            )
+        self.function: Callable[[str, str, str], float] = function
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]
