@@ -16,7 +16,9 @@ from okd_lightning.errors import CheckpointError
 def weights_to_save(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights that could not be loaded again: what is trained, and random-init bases.
 
-    Frozen weights of a model that came from a folder or hub id are left out.
+    Frozen weights of a model that came from a folder or hub id are left out. Of a student that is
+    its own teacher, the moving average is kept as the student is; the student as it was at the
+    start is kept where it came from memory, because that model has been trained since.
 
     Args:
         module: A DistillationModule with both models built.
@@ -31,6 +33,10 @@ def weights_to_save(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict
         source = module.teacher_source if is_teacher else module.student_source
         is_reloadable = not isinstance(source, Mapping)
         is_trained = name in trained
+        if is_teacher and module.self_teacher == "ema":
+            is_teacher, is_trained = False, name.replace("teacher.", "student.", 1) in trained
+        elif is_teacher and module.self_teacher == "frozen":
+            is_reloadable = isinstance(source, str)
         if is_trained or not is_reloadable or not (is_teacher or name in frozen):
             kept[name] = value
     return kept
@@ -48,6 +54,52 @@ def check_methods(saved: Sequence[str], configured: Sequence[str]) -> None:
             f"{' + '.join(configured)}; resume with the same method, or start a new run from the "
             "exported student: --model.student FOLDER"
         )
+
+
+def check_teacher_kind(saved: str | None, configured: str | None) -> None:
+    """Refuse to resume a run of one self-teacher with another's, or with none.
+
+    Raises:
+        CheckpointError: Naming both.
+    """
+    if saved != configured:
+        raise CheckpointError(
+            f"the checkpoint's model.self_teacher is {saved or 'null'}, this run's is "
+            f"{configured or 'null'}; resume with the same, or start a new run from the exported "
+            "student: --model.student FOLDER"
+        )
+
+
+def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Refuse a checkpoint of another model.
+
+    Args:
+        weights: The checkpoint's.
+        expected: What this run would save.
+
+    Raises:
+        CheckpointError: Weights are missing, more than there should be, or of another shape.
+    """
+    missing = [
+        name for name in expected if name not in weights and not name.startswith("evaluation.")
+    ]
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint lacks {len(missing)} of the student's weights (such as "
+            f"{missing[0]}); it belongs to another model"
+        )
+    unknown = [name for name in weights if name.startswith("student.") and name not in expected]
+    if unknown:
+        raise CheckpointError(
+            f"the checkpoint holds {len(unknown)} weights that this run does not train "
+            f"(such as {unknown[0]}); it belongs to another model"
+        )
+    for name, value in expected.items():
+        if name in weights and weights[name].shape != value.shape:
+            raise CheckpointError(
+                f"{name} is {list(weights[name].shape)} in the checkpoint and "
+                f"{list(value.shape)} in this run; it belongs to another model"
+            )
 
 
 def close_epoch(checkpoint: dict[str, Any]) -> None:

@@ -67,7 +67,6 @@ _EXPECTED_WARNINGS = (
     r".*`is_gradient_checkpointing` is deprecated.*",  # PEFT's use of transformers
     r"(?s).*JsonargparseDeprecationWarning",  # Lightning's use of jsonargparse ...
     r"(?s).*instantiate_classes.*deprecated",  # ... in instantiate_classes
-    r"`gradient_checkpointing_enable` is deprecated",  # its new name is younger than our oldest
     r"(?s).*skip_none parameter was deprecated",  # ours, for versions that know no skip_unset
 )
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import yaml
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from transformers import GenerationConfig, PreTrainedModel
 
 from okd_lightning import __version__
 from okd_lightning.errors import CheckpointError
-from okd_lightning.models import OnlineModuleSettings, load_causal_lm, load_model_config
+from okd_lightning.models import (
+    OnlineModuleSettings,
+    load_causal_lm,
+    load_model_config,
+    merge_adapters,
+)
 from okd_lightning.module import DistillationModule
 from okd_lightning.run_folder import require_writable
 
@@ -33,7 +37,7 @@ def export_student(
         module: Built from the checkpoint's config; its weights are loaded here.
         checkpoint: From ``read_checkpoint``.
         out: The folder to write.
-        adapter: Whether a LoRA student is merged into its base, or written as a PEFT folder.
+        adapter: Whether a student's adapter is merged into its base, or written as a PEFT folder.
 
     Raises:
         CheckpointError: The checkpoint is of another model.
@@ -114,7 +118,7 @@ def model_card(checkpoint: Mapping[str, Any]) -> str:
             f"{checkpoint['global_step']} optimizer steps.",
             "",
             f"* student: `{_shown(model.get('student'))}`",
-            f"* teacher: `{_shown(model.get('teacher'))}`",
+            f"* teacher: {_teacher(model)}",
             f"* training data: `{data.get('train')}`",
             f"* validation data: `{data.get('val')}`",
             "",
@@ -136,27 +140,25 @@ def model_card(checkpoint: Mapping[str, Any]) -> str:
 
 
 def _merged(module: DistillationModule) -> PreTrainedModel:
-    """The adapter folded into its base's weights, by PEFT's own means."""
+    """A plain model with the adapter folded in; the module's own student is taken apart for it."""
     assert module.student is not None
-    source, size = module.student_source, module.vocabulary.size
-    if isinstance(source, dict):  # a random-init base exists in this module alone
-        base = module.student
-        with tempfile.TemporaryDirectory() as folder:
-            base.save_pretrained(folder)
-            weights = {k: v for k, v in base.state_dict().items() if "lora_" not in k}
-            plain = load_causal_lm(source, load_model_config(source, "student", size), "student")
-            plain.load_state_dict({k.replace(".base_layer", ""): v for k, v in weights.items()})
-            return PeftModel.from_pretrained(plain, folder).merge_and_unload()
-    with tempfile.TemporaryDirectory() as folder:
-        module.student.save_pretrained(folder)
-        config = load_model_config(source, "--model.student", size)
-        plain = load_causal_lm(source, config, "--model.student", dtype=module.dtype_name)
-        return PeftModel.from_pretrained(plain, folder).merge_and_unload()
+    option = "--model.student"
+    config = load_model_config(module.student_source, option, module.vocabulary.size)
+    if merge_adapters(module.student):
+        config.tie_word_embeddings = False
+    plain = load_causal_lm({}, config, option, dtype=module.dtype_name)  # weights come below
+    plain.load_state_dict(module.student.state_dict())
+    return plain.eval()
 
 
 def _pad_id(module: DistillationModule) -> int:
     pad = module.tokenizer.pad_token_id
     return module.eos_ids[0] if pad is None else pad
+
+
+def _teacher(model: Mapping[str, Any]) -> str:
+    own = model.get("self_teacher")
+    return f"the student itself ({own})" if own else f"`{_shown(model.get('teacher'))}`"
 
 
 def _shown(source: Any) -> str:

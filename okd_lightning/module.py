@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
 from torch import Tensor
@@ -24,6 +23,8 @@ from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.checkpoints import (
     check_methods,
+    check_teacher_kind,
+    check_weights,
     close_epoch,
     rng_states,
     set_rng_state,
@@ -38,10 +39,14 @@ from okd_lightning.losses import (
 )
 from okd_lightning.metrics import adapted_measures, measure_metrics, measures
 from okd_lightning.models import (
+    DEFAULT_EMA_DECAY,
     DTypeName,
     ModelArgument,
+    SelfTeacher,
+    check_self_teacher,
+    follow,
 )
-from okd_lightning.optimizers import build_optimizer, with_schedule
+from okd_lightning.optimizers import RateSchedule, build_optimizer, with_schedule
 from okd_lightning.pair_module import PairModule
 from okd_lightning.records import SOURCES, DistillBatch, LossOutput
 from okd_lightning.reduction import normalise
@@ -67,9 +72,16 @@ class DistillationModule(PairModule):
         dtype: Number format of the student's weights.
         teacher_dtype: Number format of the teacher's weights; by default the student's.
         attn_implementation: Attention of both models, such as sdpa or flash_attention_2.
-        gradient_checkpointing: Recompute the student's activations in the backward pass.
+        gradient_checkpointing: Recompute activations in the backward pass: the student's, and the
+            teacher's where an online module on it trains.
         student_adapter: A PEFT config (such as LoraConfig): the student's own weights stay
             frozen and the adapter is trained.
+        self_teacher: The student is its own teacher: "frozen" as it was at the start (with a
+            student_adapter: its base), "ema" as the exponential moving average of its trained
+            weights, "live" as it is, without dropout and gradient. It needs prompts of its own to
+            know more than the student: data.teacher_prompt_template.
+        ema_decay: Share of the moving average that an optimizer step keeps, between 0 and 1;
+            0.99 by default.
 
     Raises:
         ConfigError: A number out of its range, or no tokenizer.
@@ -93,6 +105,8 @@ class DistillationModule(PairModule):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         student_adapter: PeftConfig | None = None,
+        self_teacher: SelfTeacher | None = None,
+        ema_decay: float | None = None,
     ) -> None:
         for name, value in (
             ("learning_rate", learning_rate),
@@ -102,6 +116,13 @@ class DistillationModule(PairModule):
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"model.{name} must be a number from 0 on, got {value}")
         schedule_factor(schedule, 1, 0, 1)  # refuses an unknown one
+        check_self_teacher(
+            self_teacher,
+            ema_decay,
+            has_teacher=teacher is not None,
+            has_dtype=teacher_dtype is not None,
+            is_rounded=dtype != "float32" and student_adapter is None,
+        )
         super().__init__(
             student,
             teacher,
@@ -111,6 +132,7 @@ class DistillationModule(PairModule):
             attn_implementation=attn_implementation,
             gradient_checkpointing=gradient_checkpointing,
             student_adapter=student_adapter,
+            self_teacher=self_teacher,
         )
         self.strict_loading = False  # frozen weights are not in checkpoints; see on_load_checkpoint
         self.learning_rate = learning_rate
@@ -118,6 +140,7 @@ class DistillationModule(PairModule):
         self.warmup_steps = warmup_steps
         self.schedule = schedule
         self.optimizer_factory = optimizer
+        self.ema_decay = DEFAULT_EMA_DECAY if ema_decay is None else ema_decay
         self.run_config: str | None = None
         self.terms: list[Term] = []
         self._terms_of: int | None = None
@@ -143,9 +166,10 @@ class DistillationModule(PairModule):
                 "(--method.name, or name= in Python)"
             )
         needs_teacher = "teacher" in term.sources or any(q.needs_teacher for q in term.quantities)
-        if needs_teacher and self.teacher_source is None:
+        if needs_teacher and not self.has_teacher:
             raise ConfigError(
-                f"method {term.name} needs a teacher: give --model.teacher a folder or hub id"
+                f"method {term.name} needs a teacher: give --model.teacher a folder or hub id, "
+                "or --model.self_teacher"
             )
         self.terms.append(term)
 
@@ -154,11 +178,12 @@ class DistillationModule(PairModule):
         self.terms = []
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """One optimizer over the student and the online module, and its schedule."""
+        """One optimizer over the student and the online module, each with its schedule."""
         online = self.online_module
+        online_parameters = self.trained_parameters(self.teacher)
         optimizer = build_optimizer(
             self.trained_parameters(self.student),
-            self.trained_parameters(self.teacher),
+            online_parameters,
             self.learning_rate,
             self.weight_decay,
             online.learning_rate if online is not None else None,
@@ -167,10 +192,20 @@ class DistillationModule(PairModule):
         trainer = self.trainer
         return with_schedule(
             optimizer,
-            self.schedule,
-            self.warmup_steps,
-            total_steps=lambda: trainer.estimated_stepping_batches,
+            RateSchedule(self.schedule, self.warmup_steps),
+            lambda: trainer.estimated_stepping_batches,
+            self._online_schedule(),
+            online_parameters,
         )
+
+    def _online_schedule(self) -> RateSchedule | None:
+        """The online module's: what it does not set is the student's."""
+        own = self.online_module
+        if own is None:
+            return None
+        warmup_steps = self.warmup_steps if own.warmup_steps is None else own.warmup_steps
+        option = "model.schedule" if own.schedule is None else "method.schedule"
+        return RateSchedule(own.schedule or self.schedule, warmup_steps, option)
 
     def configure_gradient_clipping(
         self,
@@ -189,6 +224,14 @@ class DistillationModule(PairModule):
                 clip_grad_norm_(self.trained_parameters(side), limit)
 
     # ---------------------------------------------------------------- training
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's own, and a moving-average teacher goes along, once an optimizer step."""
+        super().optimizer_step(*args, **kwargs)
+        if self.self_teacher == "ema":
+            assert self.teacher is not None
+            assert self.student is not None
+            follow(self.teacher, self.student, self.ema_decay)
 
     def training_step(self, batch: DistillBatch, batch_idx: int) -> Tensor:
         """Every term's sum over this micro-batch, divided by its count over the whole step."""
@@ -270,7 +313,7 @@ class DistillationModule(PairModule):
 
     def _evaluate(self, stage: str, batch: DistillBatch, dataloader_idx: int) -> None:
         is_own = SOURCES[int(batch.source[0])] == "student"
-        wanted = measures(stage, is_own, has_teacher=self.teacher is not None)
+        wanted = measures(stage, is_own, has_teacher=self.has_teacher)
         with self.as_base_teacher():
             self._update_measures(wanted, self.measure(batch, tuple(wanted.values())))
         if self._has_online_module and not is_own:
@@ -298,6 +341,7 @@ class DistillationModule(PairModule):
             "eos_ids": list(self.eos_ids),
             "online_module": None if self.online_module is None else self.online_module.to_dict(),
             "methods": [type(term).__name__ for term in self.terms],
+            "self_teacher": self.self_teacher,
             "metrics": {
                 name: float(value)
                 for name, value in self.trainer.callback_metrics.items()
@@ -318,39 +362,15 @@ class DistillationModule(PairModule):
         self.eos_ids = tuple(own["eos_ids"])
         if self.terms:
             check_methods(own["methods"], [type(term).__name__ for term in self.terms])
+            check_teacher_kind(own.get("self_teacher"), self.self_teacher)
             own_rank = self.trainer.global_rank if len(own["rng"]) == self.trainer.world_size else 0
             self._rng_to_restore = own["rng"][own_rank]
             close_epoch(checkpoint)
-        weights = checkpoint["state_dict"]
-        expected = weights_to_save(self, self.state_dict())
-        missing = [
-            name for name in expected if name not in weights and not name.startswith("evaluation.")
-        ]
-        if missing:
-            raise CheckpointError(
-                f"the checkpoint lacks {len(missing)} of the student's weights (such as "
-                f"{missing[0]}); it belongs to another model"
-            )
-        unknown = [n for n in weights if n.startswith("student.") and n not in expected]
-        if unknown:
-            raise CheckpointError(
-                f"the checkpoint holds {len(unknown)} weights that this run does not train "
-                f"(such as {unknown[0]}); it belongs to another model"
-            )
-        for name, value in expected.items():
-            if name in weights and weights[name].shape != value.shape:
-                raise CheckpointError(
-                    f"{name} is {list(weights[name].shape)} in the checkpoint and "
-                    f"{list(value.shape)} in this run; it belongs to another model"
-                )
+        check_weights(checkpoint["state_dict"], weights_to_save(self, self.state_dict()))
 
     def on_fit_start(self) -> None:
         """Say what is trained."""
-        for name, model in (("student", self.student), ("teacher", self.teacher)):
-            if model is not None:
-                sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-                total, trained = sum(n for n, _ in sizes), sum(n for n, t in sizes if t)
-                rank_zero_info(f"{name}: {total:,} parameters, {trained:,} trained")
+        self.announce(self.learning_rate)
 
     def on_train_batch_start(self, batch: DistillBatch, batch_idx: int) -> None:
         """Continue the random streams of a resumed run (dropout), once."""

@@ -1,9 +1,10 @@
-"""The one optimizer of a run: its parameter groups and the schedule of their learning rates."""
+"""The one optimizer of a run: its parameter groups and the schedules of their learning rates."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch.cli import OptimizerCallable
@@ -14,6 +15,21 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.schedules import ScheduleName, schedule_factor
+
+
+@dataclass(frozen=True)
+class RateSchedule:
+    """How one side's learning rate goes.
+
+    Attributes:
+        name: What happens after warm-up.
+        warmup_steps: Optimizer steps of warm-up.
+        option: How the user named it, for messages.
+    """
+
+    name: ScheduleName
+    warmup_steps: int
+    option: str = "model.schedule"
 
 
 def build_optimizer(
@@ -54,31 +70,41 @@ def build_optimizer(
 
 def with_schedule(
     optimizer: Optimizer,
-    schedule: ScheduleName,
-    warmup_steps: int,
+    student: RateSchedule,
     total_steps: Callable[[], float],
+    online_module: RateSchedule | None = None,
+    online_parameters: Iterable[Parameter] = (),
 ) -> OptimizerLRScheduler:
-    """What ``configure_optimizers`` returns: the schedule advances with optimizer steps.
+    """What ``configure_optimizers`` returns: schedules that advance with optimizer steps.
 
     Args:
-        optimizer: Whose rates are scheduled.
-        schedule: What happens after warm-up.
-        warmup_steps: Optimizer steps of warm-up.
+        optimizer: Whose rates are scheduled, each group's by its own side's schedule.
+        student: Of the student's groups.
         total_steps: Asked from the first step on and not before: to answer, Lightning loads the
             training data, and if it did so before it has restored a checkpoint's state of them, a
             resumed run would begin them anew.
+        online_module: Of the groups of ``online_parameters``; None for the student's.
+        online_parameters: What ``optimizer`` trains of the teacher.
     """
+    online = {id(parameter) for parameter in online_parameters}
 
-    def factor(step: int) -> float:
-        total = total_steps() if step else math.inf  # the factor of step 0 is the same for all
-        if step and math.isinf(total) and schedule != "constant":
-            raise ConfigError(
-                f"model.schedule {schedule} needs to know the run's end: give "
-                "--trainer.max_epochs or --trainer.max_steps, or the schedule constant"
-            )
-        return schedule_factor(schedule, step, warmup_steps, total)
+    def factor_of(schedule: RateSchedule) -> Callable[[int], float]:
+        def factor(step: int) -> float:
+            total = total_steps() if step else math.inf  # the factor of step 0 is the same for all
+            if step and math.isinf(total) and schedule.name != "constant":
+                raise ConfigError(
+                    f"{schedule.option} {schedule.name} needs to know the run's end: give "
+                    "--trainer.max_epochs or --trainer.max_steps, or the schedule constant"
+                )
+            return schedule_factor(schedule.name, step, schedule.warmup_steps, total)
 
+        return factor
+
+    factors = [
+        factor_of((online_module or student) if id(group["params"][0]) in online else student)
+        for group in optimizer.param_groups
+    ]
     return {
         "optimizer": optimizer,
-        "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
+        "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "step"},
     }

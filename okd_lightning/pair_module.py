@@ -6,13 +6,14 @@ having them write. What is trained, and by which loss, is ``module``'s business.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Self, cast
 
 import lightning
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,18 +26,24 @@ from okd_lightning.models import (
     ModelArgument,
     ModelSource,
     OnlineModuleSettings,
+    SelfTeacher,
     add_adapter,
     attach_online_module,
     base_teacher,
+    check_causal,
     check_pair,
+    detached,
     eos_token_ids,
     find_tokenizer,
     head_inputs,
+    in_eval_mode,
     load_causal_lm,
     load_model_config,
     max_positions,
+    recompute_activations,
+    teacher_copy,
 )
-from okd_lightning.records import DistillBatch, PromptBatch, Rollout
+from okd_lightning.records import DistillBatch, PromptBatch, Rollout, Sequences
 from okd_lightning.rollouts import NoiseStream, RolloutEngine, Sampling, TransformersEngine
 from okd_lightning.rollouts.engine import Author, Progress
 from okd_lightning.rollouts.tool_rollouts import ToolEngine, ToolRounds
@@ -56,12 +63,13 @@ class PairModule(lightning.LightningModule):
         attn_implementation: str | None,
         gradient_checkpointing: bool,
         student_adapter: PeftConfig | None,
+        self_teacher: SelfTeacher | None = None,
     ) -> None:
         super().__init__()
         if isinstance(student, PreTrainedModel) and student is teacher:
             raise ConfigError(
                 "student and teacher are the same object: the teacher is frozen, so the student "
-                "would not train; load it twice, or pass copy.deepcopy(student) as the teacher"
+                "would not train; load it twice, or give self_teacher in place of the teacher"
             )
         self._sources = (student, teacher)  # a tuple: a loaded model is registered once, as student
         self.dtype_name = dtype
@@ -69,6 +77,7 @@ class PairModule(lightning.LightningModule):
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
         self.student_adapter = student_adapter
+        self.self_teacher = self_teacher
         self.tokenizer = find_tokenizer(tokenizer, student, teacher)
         self.vocabulary = check_pair(self.tokenizer, student, teacher)
         self.eos_ids = eos_token_ids(student, self.tokenizer)
@@ -85,8 +94,13 @@ class PairModule(lightning.LightningModule):
 
     @property
     def teacher_source(self) -> ModelSource | None:
-        """What the teacher is loaded from; None without one."""
-        return self._sources[1]
+        """What the teacher is loaded from (a self-teacher as the student is); None without one."""
+        return self._sources[1] if self.self_teacher is None else self._sources[0]
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether there is a teacher; where it is the student itself, ``teacher`` may be None."""
+        return self.teacher_source is not None
 
     # ---------------------------------------------------------------- building
 
@@ -112,25 +126,36 @@ class PairModule(lightning.LightningModule):
             dtype=self.dtype_name,
             attn_implementation=self.attn_implementation,
         )
+        check_causal(self.student, "--model.student")
+        if self.self_teacher == "frozen" and not self._teaches_as_base:
+            self.teacher = teacher_copy(self.student)
         if self.student_adapter is not None:
             add_adapter(self.student, self.student_adapter, "--model.student_adapter")
+        if self.self_teacher == "ema":
+            self.teacher = teacher_copy(self.student)
         if self.gradient_checkpointing:
-            self.student.gradient_checkpointing_enable({"use_reentrant": False})
-            self.student.enable_input_require_grads()
+            recompute_activations(self.student, "--model.student")
         self.student.train()
+
+    @property
+    def _teaches_as_base(self) -> bool:
+        """Whether a frozen self-teacher is the student without its adapter, and no copy."""
+        return self.student_adapter is not None and self.online_module is None
 
     def _build_teacher(self) -> None:
         if self.teacher_source is None:
             return
-        config = load_model_config(self.teacher_source, "--model.teacher", self.vocabulary.size)
-        self.teacher = load_causal_lm(
-            self.teacher_source,
-            config,
-            "--model.teacher",
-            dtype=self.teacher_dtype_name,
-            attn_implementation=self.attn_implementation,
-        )
-        self.teacher.requires_grad_(False).eval()
+        if self.self_teacher is None:
+            config = load_model_config(self.teacher_source, "--model.teacher", self.vocabulary.size)
+            self.teacher = load_causal_lm(
+                self.teacher_source,
+                config,
+                "--model.teacher",
+                dtype=self.teacher_dtype_name,
+                attn_implementation=self.attn_implementation,
+            )
+            self.teacher.requires_grad_(False).eval()
+            check_causal(self.teacher, "--model.teacher")
         if self.online_module is not None:
             self._attach_online_module()
 
@@ -152,7 +177,8 @@ class PairModule(lightning.LightningModule):
         """Put a trainable module on the teacher; callbacks call this at ``setup``.
 
         Raises:
-            ConfigError: No teacher, or two methods that ask for different modules.
+            ConfigError: No teacher or one that follows the student, or two methods that ask for
+                different modules.
         """
         if self.online_module is not None and self.online_module != settings:
             raise ConfigError(
@@ -160,6 +186,17 @@ class PairModule(lightning.LightningModule):
             )
         if self.teacher_source is None:
             raise ConfigError("an online module needs a teacher: give --model.teacher")
+        if self.self_teacher in ("ema", "live"):
+            raise ConfigError(
+                f"model.self_teacher {self.self_teacher} follows the student, and an online module "
+                "is trained on a teacher that stays: use --model.self_teacher frozen, or another "
+                "method"
+            )
+        if self.student is not None and self.teacher is None:
+            raise ConfigError(
+                "this module was built for a method without an online module, with the student's "
+                "base as its teacher; make a new DistillationModule for this one"
+            )
         self.online_module = settings
         if self.teacher is not None and not self._has_online_module:
             self._attach_online_module()
@@ -168,7 +205,9 @@ class PairModule(lightning.LightningModule):
         assert self.teacher is not None
         assert self.online_module is not None
         option = "--method.online_module"
-        adapted = attach_online_module(self.teacher, self.online_module.config, option)
+        adapted = attach_online_module(
+            self.teacher, self.online_module.config, option, self.gradient_checkpointing
+        )
         self.teacher = cast(PreTrainedModel, adapted)  # a PeftModel answers as one
         self._has_online_module = True
 
@@ -195,29 +234,63 @@ class PairModule(lightning.LightningModule):
         """Run the models once over a batch and measure at its masked-in positions.
 
         The student runs in the caller's gradient mode; the teacher runs without gradient, but
-        where a quantity trains its online module.
+        where a quantity trains its online module, and a second time without that module, where a
+        quantity compares with the base. It reads its own prompts where the batch has them; the
+        positions are those of the same response tokens on both sides.
         """
         mask = batch.mask[:, 1:]
         targets = batch.input_ids[:, 1:][mask]
-        student = self._side(self.student, batch, mask)
+        assert self.student is not None
+        student = self._side(self.student, batch.as_student_reads())
         teacher = None
         if any(quantity.needs_teacher for quantity in quantities):
             learns = torch.is_grad_enabled() and any(q.trains_teacher for q in quantities)
-            with torch.set_grad_enabled(learns):
-                teacher = self._side(self.teacher, batch, mask)
+            teacher = self._teacher_side(batch.as_teacher_reads(), learns)
+            assert len(teacher.hidden) == len(student.hidden), "other loss tokens than the student"
+        base = None
+        if any(quantity.needs_base_teacher for quantity in quantities):
+            with self.as_base_teacher():
+                base = replace(
+                    self._teacher_side(batch.as_teacher_reads(), learns=False), head=self._base_head
+                )
         rows = torch.arange(len(batch), device=mask.device)[:, None].expand_as(mask)[mask]
         return Measured(
-            values=measure(quantities, student, teacher, targets, self.vocabulary.size),
+            values=measure(quantities, student, teacher, targets, self.vocabulary.size, base=base),
             source=batch.source[rows],
             row=rows,
             sampler_logprobs=batch.sampler_logprobs[:, 1:][mask],
             credits={name: values[rows] for name, values in batch.credits.items()},
         )
 
-    def _side(self, model: PreTrainedModel | None, batch: DistillBatch, mask: Tensor) -> Side:
-        assert model is not None
-        hidden = head_inputs(model, batch.input_ids, batch.attention_mask)[:, :-1]
-        return Side(hidden=hidden[mask], head=LMHead.of(model, self.vocabulary))
+    def _side(self, model: PreTrainedModel, read: Sequences) -> Side:
+        hidden = head_inputs(model, read.input_ids, read.attention_mask)[:, :-1]
+        return Side(hidden=hidden[read.mask[:, 1:]], head=LMHead.of(model, self.vocabulary))
+
+    def _teacher_side(self, read: Sequences, learns: bool) -> Side:
+        """The teacher's half; where the student teaches itself, no gradient goes through it."""
+        if self.teacher is not None:
+            with torch.set_grad_enabled(learns):
+                return self._side(self.teacher, read)
+        assert self.student is not None
+        with torch.no_grad(), self._student_as_teacher():
+            side = self._side(self.student, read)
+            head = LMHead.of(self.student, self.vocabulary)
+            return replace(side, head=replace(head, module=detached(head.module)))
+
+    @contextmanager
+    def _student_as_teacher(self) -> Iterator[None]:
+        """The student in eval mode; as a frozen teacher without its adapter."""
+        assert self.student is not None
+        assert self.self_teacher is not None
+        adapter = base_teacher(self.student) if self.self_teacher == "frozen" else nullcontext()
+        with in_eval_mode(self.student), adapter:
+            yield
+
+    def _base_head(self, hidden: Tensor) -> Tensor:
+        """The teacher's head without what the online module may have put on it."""
+        assert self.teacher is not None
+        with self.as_base_teacher():
+            return LMHead.of(self.teacher, self.vocabulary)(hidden)
 
     def write(
         self,
@@ -232,25 +305,39 @@ class PairModule(lightning.LightningModule):
 
         Where the data brings tools (``tool_rounds``), prompts that are chats may call them.
         """
+        assert self.student is not None
         model = self.student if author == "student" else self.teacher
-        assert model is not None
+        as_author: AbstractContextManager[None] = self.as_base_teacher()
+        if model is None:
+            model, as_author = self.student, self._student_as_teacher()
         if isinstance(model, PeftModel):
             model = cast(PreTrainedModel, model.get_base_model())
-        was_training = model.training
-        model.eval()
         precision = self._trainer.precision_plugin.forward_context if self._trainer else nullcontext
-        try:
-            with torch.no_grad(), precision(), self.as_base_teacher():
-                engine = self.build_engine(model)
-                if self.tool_rounds is not None:
-                    engine = ToolEngine(engine, self.tool_rounds)
-                return engine.generate(prompts, sampling, generator, max_new_tokens, progress)
-        finally:
-            model.train(was_training)
+        with torch.no_grad(), precision(), in_eval_mode(model), as_author:
+            engine = self.build_engine(model)
+            if self.tool_rounds is not None:
+                engine = ToolEngine(engine, self.tool_rounds)
+            return engine.generate(prompts, sampling, generator, max_new_tokens, progress)
 
     def build_engine(self, model: PreTrainedModel) -> RolloutEngine:
         """The engine that writes with ``model``; override it to bring another."""
         return TransformersEngine(model, self.vocabulary, self.eos_ids)
+
+    def announce(self, learning_rate: float) -> None:
+        """Say how large both models are and what of them is trained; warn of lost steps."""
+        for name, model in (("student", self.student), ("teacher", self.teacher)):
+            if model is not None:
+                sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+                total, trained = sum(n for n, _ in sizes), sum(n for n, t in sizes if t)
+                rank_zero_info(f"{name}: {total:,} parameters, {trained:,} trained")
+        if self.dtype_name == "bfloat16" and self.student_adapter is None:
+            rank_zero_warn(
+                "the student's own weights are bfloat16, which keeps 8 bits of each: steps of a "
+                f"small learning rate (here {learning_rate:g}) mostly round to nothing; give "
+                "--model.dtype float32 with --trainer.precision bf16-mixed, or a student_adapter"
+            )
+        if self.self_teacher is not None:
+            rank_zero_info(f"the student is its own teacher ({self.self_teacher})")
 
     def add_eos_ids(self, ids: Iterable[int]) -> None:
         """Let further ids end a response, such as a chat template's end of turn; said once."""
@@ -260,19 +347,29 @@ class PairModule(lightning.LightningModule):
             names = ", ".join(repr(self.tokenizer.decode([i])) for i in new)
             rank_zero_info(f"responses also end at {names}, as the data's own responses do")
 
-    def check_lengths(self, num_tokens: int) -> None:
+    def check_lengths(self, num_tokens: int, teacher_tokens: int | None = None) -> None:
         """Refuse sequences that are longer than a model was made for.
+
+        Args:
+            num_tokens: The longest that the student reads.
+            teacher_tokens: The longest that the teacher reads; None for the same.
 
         Raises:
             ConfigError: Naming the model and both lengths.
         """
-        for option, model in (("student", self.student), ("teacher", self.teacher)):
+        teacher = (self.teacher or self.student) if self.has_teacher else None
+        own = teacher_tokens or num_tokens
+        for role, model, tokens in (
+            ("student", self.student, num_tokens),
+            ("teacher", teacher, own),
+        ):
             limit = max_positions(model.config) if model is not None else None
-            if limit is not None and num_tokens > limit:
+            if limit is not None and tokens > limit:
+                kind = "teacher prompt" if role == "teacher" and own != num_tokens else "prompt"
                 raise ConfigError(
-                    f"prompt and response together take up to {num_tokens} tokens, but the "
-                    f"{option} was made for {limit}; lower --data.max_response_length or "
-                    "--data.max_prompt_length"
+                    f"{kind} and response together take up to {tokens} tokens, but the {role} was "
+                    f"made for {limit}; lower --data.max_response_length or "
+                    f"--data.max_{kind.replace(' ', '_')}_length"
                 )
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -50,6 +50,8 @@ class Example:
             empty where the data set has only prompts.
         prompt: The prompt as text, for tables and generations on disk.
         response: The given response as text; the reference of task metrics. Empty where none.
+        teacher_prompt_ids: What the teacher reads in place of ``prompt_ids``; empty where it reads
+            the same.
         chat: What the prompt was rendered from, where rollouts may call tools.
     """
 
@@ -59,7 +61,13 @@ class Example:
     response_ids: tuple[int, ...]
     prompt: str
     response: str
+    teacher_prompt_ids: tuple[int, ...] = ()
     chat: Chat | None = None
+
+    def prompt_ids_of(self, author: Source) -> tuple[int, ...]:
+        """What the one who writes a response reads first."""
+        is_privileged = author == "teacher" and bool(self.teacher_prompt_ids)
+        return self.teacher_prompt_ids if is_privileged else self.prompt_ids
 
 
 @dataclass(frozen=True)
@@ -162,6 +170,8 @@ class TrainingRow:
         prompt_length: How many of ``input_ids`` are prompt.
         sampler_logprobs: One number a response token (nats) where the response was sampled.
         credits: What each reward term gives the response, by the term's name.
+        teacher_prompt_ids: What the teacher reads in place of the prompt; empty where it reads the
+            same. Such a row has no loss on its prompt.
         stop_reason: Why a sampled response ends; empty for other rows.
     """
 
@@ -172,12 +182,54 @@ class TrainingRow:
     prompt_length: int
     sampler_logprobs: tuple[float, ...] = ()
     credits: Mapping[str, float] = field(default_factory=dict)
+    teacher_prompt_ids: tuple[int, ...] = ()
     stop_reason: str = ""
+
+    @property
+    def teacher_row(self) -> TrainingRow:
+        """The same response behind the teacher's prompt; the row itself where there is none."""
+        if not self.teacher_prompt_ids:
+            return self
+        assert not any(self.mask[: self.prompt_length]), "loss on a prompt that one side reads"
+        length = len(self.teacher_prompt_ids)
+        return replace(
+            self,
+            input_ids=self.teacher_prompt_ids + self.input_ids[self.prompt_length :],
+            mask=(False,) * length + self.mask[self.prompt_length :],
+            prompt_length=length,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the longer one of what student and teacher read."""
+        num_more = max(0, len(self.teacher_prompt_ids) - self.prompt_length)
+        return len(self.input_ids) + num_more
 
     @property
     def num_loss_tokens(self) -> int:
         """Masked-in tokens; the first id of a sequence is predicted by nothing and never counts."""
         return sum(self.mask[1:])
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What one model reads of a micro-batch: right-padded rows and where their loss lies.
+
+    Attributes:
+        input_ids: [batch, seq] ids.
+        lengths: [batch] real tokens of each row.
+        mask: [batch, seq] True on the tokens that carry loss.
+    """
+
+    input_ids: Tensor
+    lengths: Tensor
+    mask: Tensor
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """[batch, seq] True on real tokens."""
+        positions = torch.arange(self.input_ids.shape[1], device=self.lengths.device)
+        return positions < self.lengths[:, None]
 
 
 @dataclass(frozen=True)
@@ -197,6 +249,12 @@ class DistillBatch:
             number a source: what the loss is divided by. None outside training.
         metrics: Numbers about the making of this batch (rollout speed and lengths) to be logged.
         credits: [batch] a reward term, by its name; 0 on rows that have none.
+        teacher_input_ids: [batch, teacher_seq] what the teacher reads: its own prompts and the same
+            responses. None where it reads ``input_ids``; rows without a prompt of their own then
+            stand here as they stand there.
+        teacher_lengths: [batch] real tokens of each of them.
+        teacher_mask: [batch, teacher_seq] True on the same response tokens as ``mask``, row by row
+            in the same order.
         stop_reasons: Why each row's sampled response ends; empty texts for other rows, () where
             nobody asks.
     """
@@ -211,6 +269,9 @@ class DistillBatch:
     step_counts: tuple[int, ...] | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     credits: Mapping[str, Tensor] = field(default_factory=dict)
+    teacher_input_ids: Tensor | None = None
+    teacher_lengths: Tensor | None = None
+    teacher_mask: Tensor | None = None
     stop_reasons: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -219,8 +280,19 @@ class DistillBatch:
     @property
     def attention_mask(self) -> Tensor:
         """[batch, seq] True on real tokens."""
-        positions = torch.arange(self.input_ids.shape[1], device=self.lengths.device)
-        return positions < self.lengths[:, None]
+        return self.as_student_reads().attention_mask
+
+    def as_student_reads(self) -> Sequences:
+        """The student's prompts and the responses."""
+        return Sequences(self.input_ids, self.lengths, self.mask)
+
+    def as_teacher_reads(self) -> Sequences:
+        """The teacher's prompts and the same responses; the student's where it has none."""
+        if self.teacher_input_ids is None:
+            return self.as_student_reads()
+        assert self.teacher_lengths is not None
+        assert self.teacher_mask is not None
+        return Sequences(self.teacher_input_ids, self.teacher_lengths, self.teacher_mask)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> DistillBatch:
         """The same batch on another device (Lightning calls this)."""
@@ -251,6 +323,18 @@ class LossOutput:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+def _padded(rows: Sequence[TrainingRow], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids [batch, seq], lengths [batch] and masks [batch, seq] of some rows."""
+    lengths = torch.tensor([len(row.input_ids) for row in rows])
+    shape = (len(rows), int(lengths.max()))
+    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        input_ids[i, : lengths[i]] = torch.tensor(row.input_ids)
+        mask[i, : lengths[i]] = torch.tensor(row.mask)
+    return input_ids, lengths, mask
+
+
 def collate(rows: Sequence[TrainingRow], pad_id: int = 0) -> DistillBatch:
     """Right-pad rows into one micro-batch.
 
@@ -258,20 +342,18 @@ def collate(rows: Sequence[TrainingRow], pad_id: int = 0) -> DistillBatch:
         rows: At least one row.
         pad_id: What to write behind a row's end; its value never matters.
     """
-    width = max(len(row.input_ids) for row in rows)
-    shape = (len(rows), width)
-    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
-    mask = torch.zeros(shape, dtype=torch.bool)
-    logprobs = torch.zeros(shape, dtype=torch.float32)
+    input_ids, lengths, mask = _padded(rows, pad_id)
+    logprobs = torch.zeros(input_ids.shape, dtype=torch.float32)
     for i, row in enumerate(rows):
-        length = len(row.input_ids)
-        input_ids[i, :length] = torch.tensor(row.input_ids)
-        mask[i, :length] = torch.tensor(row.mask)
         if row.sampler_logprobs:
-            logprobs[i, row.prompt_length : length] = torch.tensor(row.sampler_logprobs)
+            end = len(row.input_ids)
+            logprobs[i, row.prompt_length : end] = torch.tensor(row.sampler_logprobs)
+    teacher: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    if any(row.teacher_prompt_ids for row in rows):
+        teacher = _padded([row.teacher_row for row in rows], pad_id)
     return DistillBatch(
         input_ids=input_ids,
-        lengths=torch.tensor([len(row.input_ids) for row in rows]),
+        lengths=lengths,
         mask=mask,
         source=torch.tensor([SOURCES.index(row.source) for row in rows]),
         index=torch.tensor([row.index for row in rows]),
@@ -281,5 +363,8 @@ def collate(rows: Sequence[TrainingRow], pad_id: int = 0) -> DistillBatch:
             name: torch.tensor([row.credits.get(name, 0.0) for row in rows])
             for name in sorted({name for row in rows for name in row.credits})
         },
+        teacher_input_ids=teacher[0],
+        teacher_lengths=teacher[1],
+        teacher_mask=teacher[2],
         stop_reasons=tuple(row.stop_reason for row in rows),
     )

@@ -13,6 +13,18 @@ from okd_lightning.errors import ConfigError
 ScheduleName: TypeAlias = Literal["constant", "linear", "cosine"]
 
 
+def check_schedule(name: str, option: str = "model.schedule") -> None:
+    """Refuse an unknown schedule.
+
+    Raises:
+        ConfigError: Naming ``option`` and what there is.
+    """
+    if name not in get_args(ScheduleName):
+        raise ConfigError(
+            f"{option} is {name!r}; expected one of {', '.join(get_args(ScheduleName))}"
+        )
+
+
 def schedule_factor(name: ScheduleName, step: int, warmup_steps: int, total_steps: float) -> float:
     """What the learning rate is multiplied by at ``step``.
 
@@ -28,10 +40,7 @@ def schedule_factor(name: ScheduleName, step: int, warmup_steps: int, total_step
     Raises:
         ConfigError: An unknown name.
     """
-    if name not in get_args(ScheduleName):
-        raise ConfigError(
-            f"model.schedule is {name!r}; expected one of {', '.join(get_args(ScheduleName))}"
-        )
+    check_schedule(name)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if name == "constant":

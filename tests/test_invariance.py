@@ -120,11 +120,13 @@ def test_many_tiles(name, tmp_path, make_module, monkeypatch):
     check_same(run(tmp_path, make_module, RUNS[name]()), truth)
 
 
-def test_gradient_checkpointing_changes_nothing(tmp_path, make_module, recwarn):
-    truth = run(tmp_path, make_module, RUNS["mixed sources"]())
-    with pytest.warns(FutureWarning, match="gradient_checkpointing_enable"):  # transformers 5.23
-        found = run(tmp_path, make_module, RUNS["mixed sources"](), gradient_checkpointing=True)
-    check_same(found, truth)
+def test_gradient_checkpointing_changes_nothing(tmp_path, make_module, dropout_folder):
+    for folder in ({}, {"student": str(dropout_folder)}):
+        torch.manual_seed(0)
+        truth = run(tmp_path, make_module, RUNS["mixed sources"](), **folder)
+        torch.manual_seed(0)
+        settings = {"gradient_checkpointing": True, **folder}
+        check_same(run(tmp_path, make_module, RUNS["mixed sources"](), **settings), truth)
 
 
 @pytest.mark.parametrize("pad_is_eos", [False, True])

@@ -41,13 +41,20 @@ def questions(folder: Path) -> list[str]:
 RUNS = {
     "tinystories": lambda folder: [*MODELS, *DATA],
     "gsm8k": lambda folder: [*TOKENIZER, *questions(folder)],
+    "opsd": lambda folder: [*TOKENIZER, *questions(folder)],
     "quickstart_teacher": lambda folder: [*TOKENIZER, *DATA],
 }
-OVERLAYS = {"overlays/cpu2": "tinystories"}
+OVERLAYS = {  # with what stands in metrics.csv because of them
+    "overlays/okd_on_rollouts": {"train/okd"},
+    "overlays/okd_opd_plus": {"train/okd", "train/opd_plus"},
+    "overlays/kd_opd_plus_reward": {"train/kd", "train/opd_plus", "train/reward"},
+    "overlays/sft_gkd_opd_plus": {"train/sft"},
+}
+TWO_PROCESSES = "overlays/cpu2"
 
 
 def test_every_config_is_run_here():
-    assert set(packaged_configs()) == set(RUNS) | set(OVERLAYS)
+    assert set(packaged_configs()) == set(RUNS) | set(OVERLAYS) | {TWO_PROCESSES}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
@@ -64,9 +71,22 @@ def test_config_trains(name, tmp_path, monkeypatch, capsys):
     assert (folder / "checkpoints" / "last.ckpt").is_file()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the libraries', not ours
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_overlay_trains(overlay, tmp_path):
-    base = OVERLAYS[overlay]
+def test_overlay_trains(overlay, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    base = ["--config", "tinystories", *RUNS["tinystories"](tmp_path), *SHORT]
+    base += ["--data.batch_size", "8"]  # two prompts of four samples: one of each kind
+    status = main(["fit", *base, "--config", overlay])
+    assert status == 0, capsys.readouterr().err
+    (folder,) = (tmp_path / "runs").iterdir()
+    columns = set((folder / "metrics.csv").read_text().splitlines()[0].split(","))
+    assert OVERLAYS[overlay] <= columns
+
+
+def test_the_two_process_overlay_trains(tmp_path):
+    base, overlay = "tinystories", TWO_PROCESSES
     done = subprocess.run(
         [
             *(sys.executable, "-m", "okd_lightning", "fit", "--config", base, "--config", overlay),

@@ -288,3 +288,16 @@ def test_the_models_end_of_text_ends_a_turn_too(tmp_path, module, tokenizer):
     trainer.fit(module, make_data())
     text = tokenizer.decode(recorder.rows(0)[0][0])
     assert f"{tool_chats.CALLS[0]}</s>\n<|im_start|>tool\n2<|im_end|>\n" in text
+
+
+def test_a_privileged_teacher_judges_the_same_own_tokens(tmp_path, module):
+    recorder = tiny.Recorder()
+    trainer = tiny.make_trainer(tmp_path, [GKD(on_policy_fraction=1.0), recorder], max_steps=3)
+    data = make_data(teacher_prompt_template="{prompt} Hint: {reference}")
+    trainer.fit(module, data)
+    batches = [batch for step in recorder.steps for batch in step]
+    assert any(own_stretches(None, mask).count(True) > 1 for b in batches for mask in b.mask)
+    for batch in batches:
+        own, seen = batch.input_ids[batch.mask], batch.teacher_input_ids[batch.teacher_mask]
+        assert torch.equal(own, seen)
+        assert batch.teacher_input_ids.shape[1] > batch.input_ids.shape[1]

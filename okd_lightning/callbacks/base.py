@@ -47,10 +47,13 @@ class DistillationCallback(Callback, ABC):
         window: First optimizer step that it acts in, and the first one that it does not (Stage).
         scorer: What gives the student's responses a credit when they have been written, or None.
         is_positionwise: False where ``loss`` looks at whole responses, such as a sum over the rest.
+        needs_teacher_prompt: Whether the teacher must read prompts of its own (a privileged
+            teacher); a run on data without them is then refused.
     """
 
     scorer: RowScorer | None = None
     is_positionwise: bool = True
+    needs_teacher_prompt: bool = False
 
     def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
         if not (math.isfinite(weight) and weight > 0):
@@ -125,4 +128,5 @@ def check_fraction(name: str, value: float) -> float:
 
 
 def _snake_case(name: str) -> str:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    words = r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"
+    return re.sub(words, "_", name).lower()

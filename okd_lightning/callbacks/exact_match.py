@@ -73,7 +73,7 @@ def greedy_answers(
         return []
     rollout = module.write(
         author,
-        prompt_batch(examples),
+        prompt_batch(examples, author),
         Sampling(temperature=0),
         NoiseStream(0, 0),
         data.max_response_length,

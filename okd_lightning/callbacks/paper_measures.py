@@ -82,7 +82,7 @@ class PaperMeasures(EvaluationCallback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, RolloutDataModule):
             raise ConfigError("PaperMeasures reads its prompts from a RolloutDataModule")
-        if pl_module.teacher is None:
+        if not pl_module.has_teacher:
             raise ConfigError("PaperMeasures compares with a teacher: give --model.teacher")
         examples = [e for e in data.examples(part).examples if e.response_ids][: self.num_prompts]
         if len(examples) < 3:
@@ -141,7 +141,7 @@ def _on_written(inputs: _Pass, seed: int) -> dict[str, Tensor]:
 def _write(inputs: _Pass, author: Author, seed: int) -> Rollout:
     return inputs.module.write(
         author,
-        prompt_batch(list(inputs.examples)),
+        prompt_batch(inputs.examples, author),
         Sampling(),
         NoiseStream(seed, _NOISE_EPOCH),
         inputs.data.max_response_length,

@@ -9,6 +9,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback
 
+from okd_lightning.errors import ConfigError
 from okd_lightning.module import DistillationModule
 from okd_lightning.records import SOURCES, DistillBatch
 from okd_lightning.rollouts.rows import response_record
@@ -20,9 +21,15 @@ class RolloutLog(Callback):
     Args:
         every_n_steps: Optimizer steps between two samples.
         num_rows: Rows a sample.
+
+    Raises:
+        ConfigError: Either is below 1.
     """
 
     def __init__(self, every_n_steps: int = 50, num_rows: int = 4) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("num_rows", num_rows)):
+            if value < 1:
+                raise ConfigError(f"RolloutLog: {name} must be at least 1, got {value}")
         self.every_n_steps = every_n_steps
         self.num_rows = num_rows
         self._next_step = 0

@@ -6,9 +6,11 @@
 * ``tokens``: text to ids.
 * ``text_rows``, ``chat_rows``: the two kinds of rows to ``records.Example``s.
 * ``tool_turns``: what the chat template writes between two turns of a rollout that calls tools.
-* ``examples``: both, with lengths limited and what was left out counted.
+* ``teacher_prompts``: what the teacher reads in place of the prompt, where that is asked for.
+* ``examples``: all of them, with lengths limited and what was left out counted.
 * ``whole_steps``: how many micro-batches make an optimizer step, and what would cut one.
-* ``module``: ``RolloutDataModule``, the loaders of a run; ``progress`` shows how far it is.
+* ``module``: ``RolloutDataModule``, the loaders of a run; ``distilled_module``: what it knows of
+  the module that it feeds; ``progress`` shows how far it is.
 """
 
 from okd_lightning.data.columns import Columns

@@ -37,10 +37,18 @@ def _is_blank_answer(message: Message) -> bool:
     return message["role"] == "assistant" and is_blank
 
 
-def _read_chat(row: RawRow, columns: Columns, renderer: ChatRenderer, at: str) -> _Chat:
+def read_turns(row: RawRow, columns: Columns, at: str) -> list[Message]:
+    """The messages of a row without a blank answer at their end.
+
+    Raises:
+        DataError: The row is not a chat.
+    """
     messages = read_messages(row, columns, at)
-    if _is_blank_answer(messages[-1]):
-        messages = messages[:-1]
+    return messages[:-1] if _is_blank_answer(messages[-1]) else messages
+
+
+def _read_chat(row: RawRow, columns: Columns, renderer: ChatRenderer, at: str) -> _Chat:
+    messages = read_turns(row, columns, at)
     if messages[-1]["role"] != "assistant":
         messages += _given_answer(row, columns, at)
     tools = read_tools(row, columns, at)
@@ -59,15 +67,12 @@ def _given_answer(row: RawRow, columns: Columns, at: str) -> list[Message]:
     return [{"role": "assistant", "content": response}] if response.strip() else []
 
 
-def _encode_spans(
-    tokenizer: PreTrainedTokenizerBase, chats: Sequence[_Chat]
+def encode_spans(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[RenderedChat]
 ) -> Iterator[list[list[int]]]:
     """For each chat, the ids of its prompt spans and, last, of its response."""
-    openings = encode_texts(tokenizer, [chat.rendered.prompt[0].text for chat in chats])
-    later = [
-        [*(span.text for span in chat.rendered.prompt[1:]), chat.rendered.response]
-        for chat in chats
-    ]
+    openings = encode_texts(tokenizer, [chat.prompt[0].text for chat in chats])
+    later = [[*(span.text for span in chat.prompt[1:]), chat.response] for chat in chats]
     ids = iter(encode_continuations(tokenizer, [text for texts in later for text in texts]))
     for opening, texts in zip(openings, later, strict=True):
         yield [opening, *(next(ids) for _ in texts)]
@@ -118,7 +123,7 @@ def examples_from_chats(
         _read_chat(row, columns, renderer, f"{where}, row {number}")
         for number, row in enumerate(rows, start=1)
     ]
-    encoded = zip(chats, _encode_spans(tokenizer, chats), strict=True)
+    encoded = zip(chats, encode_spans(tokenizer, [chat.rendered for chat in chats]), strict=True)
     keeps_chat = bool(columns.declared_tools)  # rollouts go on with it
     return [
         _example(index, chat, ids, eos_id, keeps_chat=keeps_chat)

@@ -56,18 +56,28 @@ def _option(role: str, wanted: str, found: Sequence[str]) -> str:
     return f"--data.{role}_column {_suggestion(role, wanted, found) or 'NAME'}"
 
 
+def require_column(row: RawRow, role: str, name: str, where: str) -> None:
+    """Refuse a data set without a column that ``--data.<role>_column`` names.
+
+    Raises:
+        DataError: Naming the columns that there are.
+    """
+    if name not in row:
+        near = get_close_matches(name, list(row), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise DataError(
+            f"{where}: no column {name!r}, which --data.{role}_column names; "
+            f"found: {_quoted(row)}{hint}"
+        )
+
+
 def _check_mapped(row: RawRow, columns: Columns, where: str) -> None:
     """A column that the user named must be there, needed or not."""
     default = Columns()
     for role in ("prompt", "response", "messages", "tools"):
         name = getattr(columns, role)
-        if name is not None and name != getattr(default, role) and name not in row:
-            near = get_close_matches(name, list(row), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise DataError(
-                f"{where}: no column {name!r}, which --data.{role}_column names; "
-                f"found: {_quoted(row)}{hint}"
-            )
+        if name is not None and name != getattr(default, role):
+            require_column(row, role, name, where)
 
 
 def _no_prompt(row: RawRow, columns: Columns, where: str) -> DataError:
@@ -151,14 +161,14 @@ def read_prompt(row: RawRow, columns: Columns, at: str) -> str:
 
 
 def read_response(row: RawRow, columns: Columns, at: str, *, needs_response: bool) -> str:
-    """The response of a row; empty where it has none and none is needed.
+    """The response of a row; empty where it has none.
 
     Raises:
         DataError: It is not text, or it is needed and the row has no such column.
     """
     value = _cell(row, columns.response, at) if needs_response else row.get(columns.response)
-    if value is None and not needs_response:
-        return ""
+    if value is None:
+        return ""  # like an empty one
     if not isinstance(value, str):
         raise DataError(
             f"{at}: the response ({columns.response!r}) is {type(value).__name__}, expected text"

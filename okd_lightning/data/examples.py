@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.data.chat_rows import examples_from_chats
 from okd_lightning.data.columns import Columns, RawRow, choose_layout
+from okd_lightning.data.teacher_prompts import TeacherPrompts, with_teacher_prompts
 from okd_lightning.data.text_rows import examples_from_texts
 from okd_lightning.errors import ConfigError, DataError
 from okd_lightning.records import Example
@@ -24,6 +25,7 @@ OnOverlong: TypeAlias = Literal["skip", "error"]
 
 OVERLONG_PROMPT = "overlong prompt"
 EMPTY_RESPONSE = "empty response"
+OVERLONG_TEACHER_PROMPT = "overlong teacher prompt"
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class ExampleSet:
 
     Attributes:
         examples: In the data set's order; ``index`` is the row's number in it (from 0).
-        skipped: How many rows were left out, by reason (``OVERLONG_PROMPT``, ``EMPTY_RESPONSE``).
+        skipped: How many rows were left out, by reason (``OVERLONG_PROMPT``, ``EMPTY_RESPONSE``,
+            ``OVERLONG_TEACHER_PROMPT``, and what ``TeacherPrompts.reason_for_none`` says).
         num_cut: Examples whose response was cut and so has no eos.
     """
 
@@ -66,6 +69,7 @@ class _Limits:
     on_overlong: OnOverlong
     needs_response: bool
     where: str
+    teacher_prompts: TeacherPrompts | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_prompt_length", "max_response_length"):
@@ -80,27 +84,48 @@ class _Limits:
         """Why this row is left out, or None; raises where that was asked for."""
         num_tokens = len(example.prompt_ids)
         if num_tokens > self.max_prompt_length:
-            if self.on_overlong == "error":
-                raise DataError(
-                    f"{self.where}, row {example.index + 1}: the prompt has {num_tokens} tokens, "
-                    f"more than --data.max_prompt_length {self.max_prompt_length}; raise it, "
-                    "or leave such rows out with --data.on_overlong skip"
-                )
+            self._stop_if_asked(example, "prompt", num_tokens, self.max_prompt_length)
             return OVERLONG_PROMPT
         if self.needs_response and not example.response_ids:
             return EMPTY_RESPONSE
+        if self.teacher_prompts is None:
+            return None
+        num_tokens = len(example.teacher_prompt_ids)
+        if not num_tokens:
+            return self.teacher_prompts.reason_for_none
+        if num_tokens > self.teacher_prompts.max_length:
+            limit = self.teacher_prompts.max_length
+            self._stop_if_asked(example, "teacher prompt", num_tokens, limit)
+            return OVERLONG_TEACHER_PROMPT
         return None
+
+    def _stop_if_asked(self, example: Example, what: str, num_tokens: int, limit: int) -> None:
+        if self.on_overlong == "error":
+            raise DataError(
+                f"{self.where}, row {example.index + 1}: the {what} has {num_tokens} tokens, "
+                f"more than --data.max_{what.replace(' ', '_')}_length {limit}; raise it, "
+                "or leave such rows out with --data.on_overlong skip"
+            )
 
     def none_left(self, examples: Sequence[Example], skipped: Mapping[str, int]) -> DataError:
         """The error for a data set of which nothing remains."""
         lengths = [len(example.prompt_ids) for example in examples]
         reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
-        advice = (
-            f"prompts have {min(lengths)} to {max(lengths)} tokens; "
-            f"raise --data.max_prompt_length (now {self.max_prompt_length})"
-            if OVERLONG_PROMPT in skipped
-            else "give rows with responses, or use a method that needs prompts only"
-        )
+        if OVERLONG_PROMPT in skipped:
+            advice = (
+                f"prompts have {min(lengths)} to {max(lengths)} tokens; "
+                f"raise --data.max_prompt_length (now {self.max_prompt_length})"
+            )
+        elif OVERLONG_TEACHER_PROMPT in skipped and self.teacher_prompts is not None:
+            lengths = [len(e.teacher_prompt_ids) for e in examples if e.teacher_prompt_ids]
+            advice = (
+                f"teacher prompts have {min(lengths)} to {max(lengths)} tokens; raise "
+                f"--data.max_teacher_prompt_length (now {self.teacher_prompts.max_length})"
+            )
+        elif EMPTY_RESPONSE in skipped:
+            advice = "give rows with responses, or use a method that needs prompts only"
+        else:
+            advice = "give rows that the teacher's prompt can be made of"
         return DataError(
             f"{self.where}: all {len(examples)} rows were skipped ({reasons}); {advice}"
         )
@@ -135,6 +160,7 @@ def build_examples(
     on_overlong: OnOverlong,
     needs_response: bool,
     where: str,
+    teacher_prompts: TeacherPrompts | None = None,
 ) -> ExampleSet:
     """Tokenize rows into examples: prompt + response + eos, tokenized apart.
 
@@ -149,25 +175,32 @@ def build_examples(
         needs_response: Whether the run learns from given responses: rows without one are then
             skipped, and a data set without such a column is refused.
         where: The data set's name for messages (``describe_source``).
+        teacher_prompts: What the teacher reads in place of the prompts; None: the same. Rows for
+            which none can be made, or whose is too long, are left out as others are.
 
     Raises:
         ConfigError: A limit below 1 or an unknown ``on_overlong``.
         DataError: Columns are missing, a cell has the wrong type, a chat cannot be rendered with
             exact masks, a prompt is too long (``on_overlong="error"``), or no row is left.
     """
-    limits = _Limits(max_prompt_length, max_response_length, on_overlong, needs_response, where)
+    limits = _Limits(
+        max_prompt_length,
+        max_response_length,
+        on_overlong,
+        needs_response,
+        where,
+        teacher_prompts,
+    )
     if not rows:
         raise DataError(f"{where}: no rows; expected at least one")
     layout = choose_layout(rows[0], columns, needs_response=needs_response, where=where)
+    cells: dict[str, Any] = {"eos_id": eos_id, "columns": columns, "where": where}
     if layout == "chat":
-        examples = examples_from_chats(rows, tokenizer, eos_id=eos_id, columns=columns, where=where)
+        examples = examples_from_chats(rows, tokenizer, **cells)
     else:
-        examples = examples_from_texts(
-            rows,
-            tokenizer,
-            eos_id=eos_id,
-            columns=columns,
-            needs_response=needs_response,
-            where=where,
+        examples = examples_from_texts(rows, tokenizer, needs_response=needs_response, **cells)
+    if teacher_prompts is not None:
+        examples = with_teacher_prompts(
+            examples, rows, tokenizer, layout=layout, teacher_prompts=teacher_prompts, **cells
         )
     return limits.apply(examples)

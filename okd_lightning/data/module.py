@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import lightning
 import numpy as np
@@ -21,20 +21,19 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from okd_lightning.data.columns import Columns
+from okd_lightning.data.distilled_module import DistilledModule, check_teacher_prompts
 from okd_lightning.data.examples import ExampleSet, OnOverlong, build_examples
 from okd_lightning.data.progress import rollout_progress
 from okd_lightning.data.sources import DataArgument, DataSource, describe_source, load_rows
-from okd_lightning.data.tool_turns import ToolUser, equip
-from okd_lightning.data.whole_steps import accumulation_for, check_whole_steps
+from okd_lightning.data.teacher_prompts import teacher_prompts_from
+from okd_lightning.data.tool_turns import equip
+from okd_lightning.data.whole_steps import accumulation_for, announce, check_whole_steps
 from okd_lightning.errors import ConfigError, DataError
-from okd_lightning.losses import Term
 from okd_lightning.records import Example
 from okd_lightning.rollouts import (
     LoaderShape,
     RolloutLoader,
     Sampling,
-    StagedPlan,
-    Writer,
     plan_for,
 )
 from okd_lightning.rollouts.evaluation import GivenResponses, OwnResponses
@@ -43,18 +42,6 @@ from okd_lightning.rollouts.scoring import ChunkScorer, TermScorer, unscored
 from okd_lightning.tools import Tool, Toolbox
 
 _PROMPT_SET = 0x50534554  # domain separation for the choice of validation prompts
-
-
-class DistilledModule(Writer, ToolUser, Protocol):
-    """What this data module needs to know of the module that it feeds."""
-
-    terms: list[Term]
-
-    def check_lengths(self, num_tokens: int) -> None:
-        """Refuse sequences that the models were not made for."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of some ids."""
 
 
 class RolloutDataModule(lightning.LightningDataModule):
@@ -91,6 +78,13 @@ class RolloutDataModule(lightning.LightningDataModule):
         val_split: Split of a hub data set for validation.
         test_split: Split of a hub data set for test.
         seed: Keys order, coin and sampling noise; by default seed_everything's.
+        teacher_prompt_column: Name of the column with what the teacher reads in place of the
+            prompt: text, or messages where the rows are chats. Both models judge the same response;
+            earlier assistant turns of a prompt then carry no loss.
+        teacher_prompt_template: The same as a text with {prompt} and/or {reference} (the row's
+            response); in a chat it replaces the last user message's content.
+        max_teacher_prompt_length: Tokens; on_overlong says what happens to longer ones. By default
+            max_prompt_length + max_response_length.
         tools_column: Name of the column with the tools that a chat may call (JSON schemas).
         tools: What chats may call while responses are written, such as Calculator; the template
             lists them in prompts whose rows name no tools. Python functions too, from Python.
@@ -127,6 +121,9 @@ class RolloutDataModule(lightning.LightningDataModule):
         val_split: str = "validation",
         test_split: str = "test",
         seed: int | None = None,
+        teacher_prompt_column: str | None = None,
+        teacher_prompt_template: str | None = None,
+        max_teacher_prompt_length: int | None = None,
         tools_column: str = "tools",
         tools: list[Tool] | None = None,
         max_turns: int = 4,
@@ -175,6 +172,12 @@ class RolloutDataModule(lightning.LightningDataModule):
             tools=tools_column,
             declared_tools=self.toolbox.schemas,
         )
+        self.teacher_prompts = teacher_prompts_from(
+            teacher_prompt_column,
+            teacher_prompt_template,
+            max_teacher_prompt_length,
+            default_length=max_prompt_length + max_response_length,
+        )
         self.subset = subset
         self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
         self._examples: dict[str, ExampleSet] = {}
@@ -211,6 +214,7 @@ class RolloutDataModule(lightning.LightningDataModule):
                 "use --trainer.accumulate_grad_batches or --data.global_batch_size"
             )
         plan = plan_for(module.terms)
+        check_teacher_prompts(module, are_given=self.teacher_prompts is not None)
         examples = self.examples("train", needs_response="dataset" in plan.sources)
         shape = LoaderShape(
             batch_size=self.batch_size,
@@ -226,7 +230,7 @@ class RolloutDataModule(lightning.LightningDataModule):
                 f"data.samples_per_prompt {self.samples_per_prompt} has nothing to act on: in this "
                 "run nobody writes responses; leave it out, or use an on-policy method"
             )
-        _announce(plan, shape)
+        announce(plan, shape)
         self._train_loader = RolloutLoader(
             examples.examples,
             plan,
@@ -309,6 +313,7 @@ class RolloutDataModule(lightning.LightningDataModule):
                 on_overlong=self.on_overlong,
                 needs_response=needs_response,
                 where=name,
+                teacher_prompts=self.teacher_prompts if part != "predict" else None,
             )
             self._module.add_eos_ids(found.ends_of_turn(self._module.tokenizer))
             self._report(part, name, found)
@@ -323,9 +328,9 @@ class RolloutDataModule(lightning.LightningDataModule):
             f"{self.max_response_length} tokens"
         )
         self._module.check_lengths(
-            max(
-                len(example.prompt_ids) + max(len(example.response_ids), self.max_response_length)
-                for example in found.examples
+            *(
+                max(len(e.prompt_ids_of(author)) for e in found.examples) + self.max_response_length
+                for author in ("student", "teacher")
             )
         )
 
@@ -383,14 +388,3 @@ class RolloutDataModule(lightning.LightningDataModule):
         states: list[Any] = [None] * self._trainer.world_size
         torch.distributed.all_gather_object(states, state)
         return states
-
-
-def _announce(plan: StagedPlan, shape: LoaderShape) -> None:
-    rank_zero_info(
-        f"an epoch is {shape.steps_per_epoch} optimizer steps of {shape.rows_per_step} rows; "
-        + "; ".join(
-            f"the student writes {part.on_policy_fraction:.0%} of them"
-            + (f" from step {start} on" if len(plan.stages) > 1 else "")
-            for start, part in plan.stages
-        )
-    )

@@ -8,12 +8,13 @@ no results, or close no turns are refused before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
+from okd_lightning.data.distilled_module import DistilledModule
 from okd_lightning.data.templates import ChatRenderer, Message, RenderedChat
 from okd_lightning.data.tokens import encode_continuations
 from okd_lightning.errors import ConfigError, DataError
@@ -25,21 +26,7 @@ from okd_lightning.tools import Toolbox
 _PROBE_RESULT = "what the tool answers"
 
 
-class ToolUser(Protocol):
-    """What is needed of the module whose rollouts call tools."""
-
-    tokenizer: PreTrainedTokenizerBase
-    tool_rounds: ToolRounds | None
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """The ids that end a response."""
-
-    def add_eos_ids(self, ids: Iterable[int]) -> None:
-        """Let further ids end a response."""
-
-
-def equip(module: ToolUser, toolbox: Toolbox, max_turns: int) -> None:
+def equip(module: DistilledModule, toolbox: Toolbox, max_turns: int) -> None:
     """Let a module's rollouts call tools; with an empty toolbox they call none.
 
     What the template closes a turn with ends a turn from now on.

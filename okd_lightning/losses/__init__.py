@@ -16,6 +16,7 @@ from okd_lightning.losses.quantities import (
     ExpectedWeight,
     ModelRole,
     Quantity,
+    TeacherShift,
     Tile,
 )
 from okd_lightning.losses.sampled import ImportanceRatio
@@ -34,6 +35,7 @@ __all__ = [
     "Quantity",
     "RowScorer",
     "Side",
+    "TeacherShift",
     "Term",
     "Tile",
     "measure",

@@ -41,6 +41,7 @@ def measure(
     targets: PositionIds,
     vocab_size: int,
     tile_positions: int | None = None,
+    base: Side | None = None,
 ) -> dict[Quantity, PositionValues]:
     """Measure every quantity at every position.
 
@@ -51,6 +52,8 @@ def measure(
         targets: [positions] the ids that stand there.
         vocab_size: Width of the logits; decides the tile.
         tile_positions: Positions a tile; None chooses from ``vocab_size``.
+        base: The teacher's half without its online module, or None where no quantity needs it; a
+            constant.
 
     Returns:
         [positions] a quantity. Gradient flows through the hidden states and the heads, to
@@ -60,19 +63,27 @@ def measure(
     size = tile_positions or max(1, _TILE_ELEMENTS // vocab_size)
 
     def run(
-        student_hidden: Tensor, teacher_hidden: Tensor | None, ids: Tensor
+        student_hidden: Tensor,
+        teacher_hidden: Tensor | None,
+        base_hidden: Tensor | None,
+        ids: Tensor,
     ) -> tuple[Tensor, ...]:
         teacher_logits = None
         if teacher is not None and teacher_hidden is not None:
             teacher_logits = teacher.head(teacher_hidden)
-        tile = Tile(student.head(student_hidden), teacher_logits, ids)
+        base_logits = None
+        if base is not None and base_hidden is not None:
+            with torch.no_grad():
+                base_logits = base.head(base_hidden)
+        tile = Tile(student.head(student_hidden), teacher_logits, ids, base_logits)
         return tuple(quantity.measure(tile) for quantity in asked)
 
-    student_tiles = student.hidden.split(size)
-    teacher_tiles = (
-        teacher.hidden.split(size) if teacher is not None else [None] * len(student_tiles)
+    hidden = student.hidden.split(size)
+    teacher_hidden, base_hidden = (
+        side.hidden.split(size) if side is not None else [None] * len(hidden)
+        for side in (teacher, base)
     )
-    inputs = list(zip(student_tiles, teacher_tiles, targets.split(size), strict=True))
+    inputs = list(zip(hidden, teacher_hidden, base_hidden, targets.split(size), strict=True))
     if len(inputs) == 1 or not torch.is_grad_enabled():
         tiles = [run(*tile) for tile in inputs]
     else:

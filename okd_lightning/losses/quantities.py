@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from okd_lightning.divergences import Divergence
+from okd_lightning.divergences import Divergence, ForwardKL
 from okd_lightning.shapes import PositionIds, PositionValues
 
 ModelRole: TypeAlias = Literal["student", "teacher"]
@@ -28,13 +28,20 @@ class Tile:
         student_logits: [positions, vocab].
         teacher_logits: [positions, vocab], or None where nothing asks for the teacher.
         targets: [positions] the ids that were drawn or given.
+        base_logits: [positions, vocab] of the teacher without its online module, without
+            gradient, or None where nothing asks for it.
     """
 
     def __init__(
-        self, student_logits: Tensor, teacher_logits: Tensor | None, targets: PositionIds
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        targets: PositionIds,
+        base_logits: Tensor | None = None,
     ) -> None:
         self._student_logits = student_logits
         self._teacher_logits = teacher_logits
+        self._base_logits = base_logits
         self.targets = targets
 
     @cached_property
@@ -47,6 +54,12 @@ class Tile:
         """[positions, vocab] nats, with gradient to the teacher where it learns."""
         assert self._teacher_logits is not None
         return self._teacher_logits.log_softmax(-1)
+
+    @cached_property
+    def base_logprobs(self) -> Tensor:
+        """[positions, vocab] nats, of the teacher without its online module; a constant."""
+        assert self._base_logits is not None
+        return self._base_logits.log_softmax(-1)
 
     def logprobs(self, role: ModelRole) -> Tensor:
         """The log-probabilities of one model."""
@@ -68,10 +81,12 @@ class Quantity(ABC):
     Attributes:
         needs_teacher: Whether the teacher has to be run for it.
         trains_teacher: Whether gradient flows to the teacher's online module.
+        needs_base_teacher: Whether the teacher has to be run once more, without its online module.
     """
 
     needs_teacher: bool
     trains_teacher: bool = False
+    needs_base_teacher: bool = False
 
     @abstractmethod
     def measure(self, tile: Tile) -> PositionValues:
@@ -100,6 +115,33 @@ class ExactDivergence(Quantity):
         if self.learner == "student":
             return self.divergence.value(student, teacher.detach())
         return self.divergence.value(student.detach(), teacher)
+
+
+@dataclass(frozen=True)
+class TeacherShift(Quantity):
+    """D(adapted teacher, base teacher) in nats: how far the online module has moved its teacher.
+
+    The adapted teacher stands where the student does elsewhere, the base where the teacher does:
+    with forward KL, the default, it is KL(base‖adapted). Gradient flows to the adapted teacher
+    where it ``learns``; the base is a constant, and no student takes part.
+    """
+
+    divergence: Divergence = field(default_factory=ForwardKL)
+    learns: bool = False
+    needs_teacher = True
+    needs_base_teacher = True
+
+    @property
+    def trains_teacher(self) -> bool:  # type: ignore[override]
+        """Where the adapted teacher learns from it."""
+        return self.learns
+
+    def measure(self, tile: Tile) -> PositionValues:
+        """[positions] nats."""
+        adapted = tile.teacher_logprobs
+        return self.divergence.value(
+            adapted if self.learns else adapted.detach(), tile.base_logprobs
+        )
 
 
 @dataclass(frozen=True)

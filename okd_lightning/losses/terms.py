@@ -78,11 +78,13 @@ class Term(Protocol):
         scorer: What gives its rows a credit when they have been written, or None.
         is_positionwise: Whether ``loss`` is a sum of one summand a position, so that a micro-batch
             may be handed to it in pieces.
+        needs_teacher_prompt: Whether it has no meaning where both models read the same prompt.
     """
 
     name: str
     weight: float
     is_positionwise: bool
+    needs_teacher_prompt: bool
 
     @property
     def window(self) -> tuple[int, int | None]:

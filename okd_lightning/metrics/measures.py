@@ -12,7 +12,14 @@ from torch import nn
 from torchmetrics import MeanMetric
 
 from okd_lightning.divergences import ForwardKL, JensenShannon, ReverseKL
-from okd_lightning.losses import Agreement, DrawnLogProb, Entropy, ExactDivergence, Quantity
+from okd_lightning.losses import (
+    Agreement,
+    DrawnLogProb,
+    Entropy,
+    ExactDivergence,
+    Quantity,
+    TeacherShift,
+)
 
 _AGAINST_TEACHER: Mapping[str, Quantity] = {
     "forward_kl": ExactDivergence(ForwardKL()),
@@ -21,6 +28,7 @@ _AGAINST_TEACHER: Mapping[str, Quantity] = {
     "agreement": Agreement(),
 }
 _TEACHER_FIT: Mapping[str, Quantity] = {"teacher_cross_entropy": DrawnLogProb("teacher")}
+_TEACHER_SHIFT: Mapping[str, Quantity] = {"teacher_shift": TeacherShift()}
 _ON_GIVEN: Mapping[str, Quantity] = {"cross_entropy": DrawnLogProb()}
 _ON_OWN: Mapping[str, Quantity] = {"entropy": Entropy()}
 
@@ -41,8 +49,11 @@ def measures(stage: str, is_own: bool, has_teacher: bool) -> dict[str, Quantity]
 
 
 def adapted_measures(stage: str) -> dict[str, Quantity]:
-    """Metric name → quantity, against the adapted teacher on given responses (OKD)."""
-    quantities = {**_AGAINST_TEACHER, **_TEACHER_FIT}
+    """Metric name → quantity, against the adapted teacher on given responses (OKD).
+
+    ``adapted_teacher_shift`` is KL(base‖adapted): how far the online module has moved its teacher.
+    """
+    quantities = {**_AGAINST_TEACHER, **_TEACHER_FIT, **_TEACHER_SHIFT}
     return {f"{stage}/adapted_{name}": quantity for name, quantity in quantities.items()}
 
 

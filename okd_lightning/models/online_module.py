@@ -14,13 +14,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
+from okd_lightning.errors import ConfigError
 from okd_lightning.models.loading import add_adapter
+from okd_lightning.models.recompute import recompute_activations
+from okd_lightning.schedules import ScheduleName
 
 _PEFT_DEFAULT_ALPHA = 8
+_IN_THE_CACHE = (PeftType.PREFIX_TUNING, "CARTRIDGE")
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,15 @@ class OnlineModuleSettings:
         config: Any PEFT config.
         learning_rate: Of the module; None for the student's.
         clip_norm: Gradient norm of the module; None for the student's.
+        warmup_steps: Of the module's learning rate; None for the student's.
+        schedule: Of the module's learning rate after warm-up; None for the student's.
     """
 
     config: PeftConfig
     learning_rate: float | None = None
     clip_norm: float | None = None
+    warmup_steps: int | None = None
+    schedule: ScheduleName | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config", _completed(self.config))
@@ -50,7 +59,10 @@ class OnlineModuleSettings:
 
 
 def attach_online_module(
-    teacher: PreTrainedModel, config: PeftConfig, option: str
+    teacher: PreTrainedModel,
+    config: PeftConfig,
+    option: str,
+    gradient_checkpointing: bool = False,
 ) -> PreTrainedModel | PeftModel:
     """Freeze ``teacher`` and put a trainable module on it.
 
@@ -59,15 +71,21 @@ def attach_online_module(
         config: Any PEFT config; its ``task_type`` is filled in, and a LoRA config without its own
             ``lora_alpha`` gets ``lora_alpha = r`` (scale 1), which is said once.
         option: How the user named it, for messages.
+        gradient_checkpointing: Recompute the teacher's activations in the backward pass.
 
     Returns:
         What to call in place of the teacher, in eval mode: its module is deterministic.
 
     Raises:
-        ConfigError: The config matches no layer of the teacher.
+        ConfigError: The config matches no layer of the teacher, would train the base's own biases,
+            or cannot be combined with gradient checkpointing.
     """
     config = _completed(config)
+    _check_base_stays(config, option)
     teacher.requires_grad_(False)
+    if gradient_checkpointing:
+        _check_no_cache(config, option)
+        recompute_activations(teacher, "--model.teacher")
     if not config.is_prompt_learning:
         add_adapter(teacher, config, option)
         return teacher.eval()
@@ -88,15 +106,38 @@ def base_teacher(teacher: PreTrainedModel | PeftModel) -> Iterator[None]:
         with teacher.disable_adapter():
             yield
         return
-    layers = (module for module in teacher.modules() if isinstance(module, BaseTunerLayer))
+    layers = [m for m in teacher.modules() if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper)]
     if any(layer.disable_adapters for layer in layers):
         yield
         return
-    teacher.disable_adapters()
+    learns = {parameter: parameter.requires_grad for parameter in teacher.parameters()}
+    for layer in layers:  # not the model's own enable_adapters, which leaves modules_to_save off
+        layer.enable_adapters(False)
     try:
         yield
     finally:
-        teacher.enable_adapters()
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, learnt in learns.items():
+            parameter.requires_grad_(learnt)
+
+
+def _check_base_stays(config: PeftConfig, option: str) -> None:
+    bias = getattr(config, "bias", "none")
+    if bias != "none":
+        raise ConfigError(
+            f"{option}: bias {bias!r} would train biases of the base teacher, which stays as it "
+            "is; expected 'none'"
+        )
+
+
+def _check_no_cache(config: PeftConfig, option: str) -> None:
+    if config.peft_type in _IN_THE_CACHE:
+        raise ConfigError(
+            f"{option}: {type(config).__name__} keeps its prefix in the attention cache, which "
+            "recomputing would extend twice; leave --model.gradient_checkpointing off, or take "
+            "LoraConfig or PromptEncoderConfig"
+        )
 
 
 def _completed(config: PeftConfig) -> PeftConfig:

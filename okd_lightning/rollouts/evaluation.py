@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from okd_lightning.records import DistillBatch, Example, PromptBatch, Rollout
-from okd_lightning.rollouts.engine import Writer
+from okd_lightning.rollouts.engine import Author, Writer
 from okd_lightning.rollouts.loader import ProgressFactory, silent_progress
 from okd_lightning.rollouts.noise import NoiseStream, hashed_uniform
 from okd_lightning.rollouts.rows import given_row, micro_batches, muted, share, written_rows
@@ -105,10 +105,10 @@ class OwnResponses:
         yield from micro_batches(rows, len(self))
 
 
-def prompt_batch(examples: Sequence[Example]) -> PromptBatch:
-    """One prompt an example."""
+def prompt_batch(examples: Sequence[Example], author: Author = "student") -> PromptBatch:
+    """One prompt an example: what ``author`` reads."""
     return PromptBatch(
-        input_ids=tuple(example.prompt_ids for example in examples),
+        input_ids=tuple(example.prompt_ids_of(author) for example in examples),
         index=tuple(example.index for example in examples),
         sample=(0,) * len(examples),
         chats=tuple(example.chat for example in examples),

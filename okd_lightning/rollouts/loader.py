@@ -223,9 +223,9 @@ class RolloutLoader:
             )
         if state["identity"] != self._identity():
             raise ConfigError(
-                "this run's prompts, seed, prompts_per_epoch, prompts_per_rollout or "
-                "samples_per_prompt differ from the checkpoint's; resume with the same, or start a "
-                "new run from the exported student: --model.student FOLDER"
+                "this run's prompts, teacher prompts, seed, prompts_per_epoch, prompts_per_rollout "
+                "or samples_per_prompt differ from the checkpoint's; resume with the same, or "
+                "start a new run from the exported student: --model.student FOLDER"
             )
         self._epoch, self._delivered = state["epoch"], state["delivered"]
         self._written_for = state["written_for"]
@@ -238,7 +238,8 @@ class RolloutLoader:
     def _identity(self) -> list[int]:
         """What decides which prompt is where: equal lists mean equal batches."""
         shape = self.shape
-        prompts = zlib.crc32(repr([example.prompt_ids for example in self.examples]).encode())
+        read = [(example.prompt_ids, example.teacher_prompt_ids) for example in self.examples]
+        prompts = zlib.crc32(repr(read).encode())
         cut = [shape.prompts_per_epoch, shape.steps_per_chunk, shape.samples_per_prompt]
         return [self._seed, len(self.examples), prompts, *cut]
 
@@ -305,7 +306,7 @@ class RolloutLoader:
 
     def _write(self, author: Author, turns: list[_Turn]) -> Rollout:
         prompts = PromptBatch(
-            input_ids=tuple(turn.example.prompt_ids for turn in turns),
+            input_ids=tuple(turn.example.prompt_ids_of(author) for turn in turns),
             index=tuple(turn.example.index for turn in turns),
             sample=tuple(turn.sample for turn in turns),
             chats=tuple(turn.example.chat for turn in turns),

@@ -24,13 +24,21 @@ _T = TypeVar("_T")
 
 
 def given_row(example: Example) -> TrainingRow:
-    """A row with the data set's own response."""
+    """A row with the data set's own response.
+
+    Loss lies on it and on earlier assistant turns of the prompt; where the teacher reads a prompt
+    of its own, the response is all that both read, and earlier turns carry none.
+    """
+    prompt_mask = example.prompt_mask
+    if example.teacher_prompt_ids:
+        prompt_mask = (False,) * len(example.prompt_ids)
     return TrainingRow(
         index=example.index,
         source="dataset",
         input_ids=example.prompt_ids + example.response_ids,
-        mask=example.prompt_mask + (True,) * len(example.response_ids),
+        mask=prompt_mask + (True,) * len(example.response_ids),
         prompt_length=len(example.prompt_ids),
+        teacher_prompt_ids=example.teacher_prompt_ids,
     )
 
 
@@ -62,6 +70,7 @@ def written_row(
         prompt_length=len(example.prompt_ids),
         sampler_logprobs=logprobs,
         credits=credits or {},
+        teacher_prompt_ids=example.teacher_prompt_ids,
         stop_reason=stop_reason,
     )
 
@@ -115,7 +124,7 @@ def micro_batches(rows: Sequence[TrainingRow], num_batches: int) -> list[Distill
         rows: At least one row.
         num_batches: Micro-batches an optimizer step.
     """
-    by_length = sorted(rows, key=lambda row: -len(row.input_ids))
+    by_length = sorted(rows, key=lambda row: -row.num_tokens)
     size = -(-len(rows) // num_batches)
     batches = [collate(by_length[i : i + size]) for i in range(0, len(rows), size)]
     while len(batches) < num_batches:
@@ -136,6 +145,7 @@ def muted(row: TrainingRow) -> TrainingRow:
         input_ids=row.input_ids,
         mask=(False,) * len(row.mask),
         prompt_length=row.prompt_length,
+        teacher_prompt_ids=row.teacher_prompt_ids,
     )
 
 

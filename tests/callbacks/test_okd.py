@@ -10,7 +10,9 @@
 * What is trained is the adapted teacher as PEFT itself computes it, and validation measures
   against the base.
 * The online module has its own learning rate and clip norm, is in the checkpoint, and resumes.
-* alpha = 1, a config that matches no layer, and two different modules are refused.
+* What leaves nothing to hold the teacher (alpha = 1, only own rows), a config that matches no layer
+  or trains the base's biases, and two different modules are refused; reverse KL for the student
+  warns once.
 """
 
 import pytest
@@ -19,7 +21,7 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig
 
 from okd_lightning.callbacks import KD, OKD
-from okd_lightning.divergences import ForwardKL, ReverseKL
+from okd_lightning.divergences import ForwardKL, JensenShannon, ReverseKL
 from okd_lightning.errors import ConfigError
 from okd_lightning.models import attach_online_module, base_teacher, head_inputs
 from okd_lightning.module import DistillationModule
@@ -196,12 +198,16 @@ def test_default_is_lora_on_query_and_value(tmp_path):
 
 
 def test_own_rows_carry_no_cross_entropy(tmp_path):
-    recorder = tiny.Recorder()
-    method = OKD(alpha=0.5, on_policy_fraction=1.0, online_module=CONFIGS["lora"]())
-    _, trainer = fit(tmp_path, [method, recorder], steps=1)
+    method = OKD(
+        alpha=0.5, on_policy_fraction=1.0, anchor_weight=2.0, online_module=CONFIGS["lora"]()
+    )
+    _, trainer = fit(tmp_path, [method], steps=2)
     metrics = trainer.callback_metrics
+    assert float(metrics["train/teacher_shift"]) > 0
     assert float(metrics["train/online_module_loss"]) == pytest.approx(
-        0.5 * float(metrics["train/online_module_divergence"]), rel=1e-5
+        0.5 * float(metrics["train/online_module_divergence"])
+        + 2.0 * float(metrics["train/teacher_shift"]),
+        rel=1e-5,
     )
 
 
@@ -217,8 +223,22 @@ def test_composes_with_kd(tmp_path):
 def test_refusals(tmp_path):
     with pytest.raises(ConfigError, match="alpha 1 leaves nothing"):
         OKD(alpha=1.0)
-    with pytest.raises(ConfigError, match="learning_rate must be above 0"):
-        OKD(learning_rate=0.0)
+    with pytest.raises(ConfigError, match="on_policy_fraction 1 leaves no given responses"):
+        OKD(on_policy_fraction=1.0)
+    for name in ("learning_rate", "clip_norm"):
+        for value in (0.0, -1.0, float("nan")):
+            with pytest.raises(ConfigError, match=f"{name} must be a number above 0"):
+                OKD(**{name: value})
+    for value in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="anchor_weight must be a number from 0 on"):
+            OKD(anchor_weight=value)
+    with pytest.raises(ConfigError, match="warmup_steps must be a number from 0 on, got -1"):
+        OKD(warmup_steps=-1)
+    with pytest.raises(ConfigError, match=r"method.schedule is 'linaer'; expected one of"):
+        OKD(schedule="linaer")
+    biased = LoraConfig(target_modules=["q_proj"], bias="all")
+    with pytest.raises(ConfigError, match="bias 'all' would train biases of the base"):
+        fit(tmp_path, [OKD(online_module=biased)])
     with pytest.raises(ConfigError, match=r"nope.*down_proj.*q_proj"):
         fit(tmp_path, [OKD(online_module=LoraConfig(target_modules=["nope"]))])
     one, two = LoraConfig(r=2, lora_alpha=2), LoraConfig(r=4, lora_alpha=4)
@@ -228,10 +248,18 @@ def test_refusals(tmp_path):
 
 def test_any_divergence_on_either_side(tmp_path):
     method = OKD(
-        divergence=ReverseKL(), teacher_divergence=ForwardKL(), online_module=CONFIGS["lora"]()
+        divergence=JensenShannon(), teacher_divergence=ForwardKL(), online_module=CONFIGS["lora"]()
     )
     _, trainer = fit(tmp_path, [method], steps=1)
     assert float(trainer.callback_metrics["train/okd"]) > 0
+
+
+def test_reverse_kl_and_an_adaptive_teacher_warn_once(tmp_path):
+    reverse = {"divergence": ReverseKL(), "online_module": CONFIGS["lora"]()}
+    with pytest.warns(UserWarning, match=r"was 3\.71 nats.*0\.71 without.*ForwardKL") as caught:
+        fit(tmp_path, [OKD(alpha=0.1, **reverse)])
+    assert sum("reverse KL" in str(warning.message) for warning in caught) == 1
+    fit(tmp_path, [OKD(alpha=0.0, **reverse)])  # the teacher does not follow this student
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

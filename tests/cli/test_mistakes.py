@@ -93,8 +93,10 @@ FIT = [
     ([*KD, "--data.sampling", "greedy"], ["--data.sampling", "'greedy'"]),
     # methods
     (
-        [*("--method", "Reward", "--method.function", "PlainFunction")]
-        + ["--method.function.function", "os.system"],
+        [
+            *("--method", "Reward", "--method.function", "PlainFunction"),
+            *("--method.function.function", "os.system"),
+        ],
         ["'os.system'; expected a RewardFunction"],
     ),
     (["--method", "KDD"], ["--method KDD", "no such method", "did you mean KD?", "GKD"]),

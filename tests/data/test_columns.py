@@ -82,7 +82,6 @@ WRONG_CELLS = {
     "empty": ({"prompt": "", "response": "b"}, ["is empty"]),
     "chat": ({"prompt": CHAT, "response": "b"}, ["list", "--data.messages_column prompt"]),
     "response": ({"prompt": "a", "response": ["b"]}, ["the response ('response') is list"]),
-    "null response": ({"prompt": "a", "response": None}, ["the response", "NoneType"]),
     "no prompt": ({"response": "b"}, ["no column 'prompt'", "found: 'response'"]),
     "no response": ({"prompt": "a"}, ["no column 'response'"]),
 }

@@ -1,0 +1,68 @@
+"""What data and rollouts need to know of the module that they feed, and what both must agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from okd_lightning.errors import ConfigError
+from okd_lightning.losses import Term
+from okd_lightning.models import SelfTeacher
+from okd_lightning.rollouts import Writer
+from okd_lightning.rollouts.tool_rollouts import ToolRounds
+
+
+class DistilledModule(Writer, Protocol):
+    """The side of a DistillationModule that its data sees."""
+
+    tokenizer: PreTrainedTokenizerBase
+    terms: list[Term]
+    self_teacher: SelfTeacher | None
+    tool_rounds: ToolRounds | None
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether there is a teacher, be it the student itself."""
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end a response."""
+
+    def add_eos_ids(self, ids: Iterable[int]) -> None:
+        """Let further ids end a response."""
+
+    def check_lengths(self, num_tokens: int, teacher_tokens: int | None = None) -> None:
+        """Refuse sequences that the models were not made for."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of some ids."""
+
+
+def check_teacher_prompts(module: DistilledModule, *, are_given: bool) -> None:
+    """Refuse teacher prompts that nobody reads, and runs that cannot do without them.
+
+    Args:
+        module: With the run's terms.
+        are_given: Whether the data has teacher prompts.
+
+    Raises:
+        ConfigError: Naming what to give or to leave out.
+    """
+    options = "--data.teacher_prompt_template or --data.teacher_prompt_column"
+    if are_given and not module.has_teacher:
+        raise ConfigError(
+            f"there is no teacher to read the teacher's prompts: leave {options} out, or give "
+            "--model.teacher or --model.self_teacher"
+        )
+    if are_given:
+        return
+    for term in module.terms:
+        if term.needs_teacher_prompt:
+            raise ConfigError(f"method {term.name} needs prompts for the teacher: give {options}")
+    if module.self_teacher == "live":
+        raise ConfigError(
+            "model.self_teacher live without teacher prompts has nothing to teach: both sides are "
+            f"one model that reads one text; give {options}"
+        )

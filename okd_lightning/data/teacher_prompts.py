@@ -1,0 +1,223 @@
+"""What the teacher reads in place of a row's prompt: a column of its own, or a filled template.
+
+A privileged teacher (OPSD, arXiv 2601.18734) knows more than the student, such as the reference
+solution, and judges the same response. Owns the settings and the making of these prompts' ids; the
+response's ids are the student's own, so that both sides' loss tokens are the same ones.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from itertools import chain
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from okd_lightning.data.chat_rows import encode_spans, read_turns
+from okd_lightning.data.columns import Columns, Layout, RawRow, read_tools, require_column
+from okd_lightning.data.templates import ChatRenderer, Message
+from okd_lightning.data.tokens import encode_prompts
+from okd_lightning.errors import ConfigError, DataError
+from okd_lightning.records import Example
+
+_FIELDS = ("prompt", "reference")
+
+
+@dataclass(frozen=True)
+class TeacherPrompts:
+    """How the teacher's prompts are made; exactly one of ``column`` and ``template`` is given.
+
+    Attributes:
+        max_length: Tokens of a teacher prompt at most.
+        column: A column that holds them: text, or messages where rows are chats.
+        template: A text with {prompt} and/or {reference}; {{ and }} are literal braces.
+
+    Raises:
+        ConfigError: Both or neither, a limit below 1, or a template that is malformed or has
+            unknown fields or none.
+    """
+
+    max_length: int
+    column: str | None = None
+    template: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_length < 1:
+            raise ConfigError(
+                f"data.max_teacher_prompt_length must be at least 1, got {self.max_length}"
+            )
+        if (self.column is None) == (self.template is None):
+            raise ConfigError(
+                "the teacher's prompt comes from a column or from a template: give either "
+                "--data.teacher_prompt_column or --data.teacher_prompt_template"
+            )
+        if self.template is not None:
+            _check_template(self.template)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the template shows the row's given response."""
+        return self.template is not None and "reference" in _fields(self.template)
+
+    @property
+    def reason_for_none(self) -> str:
+        """Why a row has no teacher prompt, where it has none."""
+        return f"no {'reference for the ' if self.needs_reference else ''}teacher prompt"
+
+    def fill(self, prompt: str, reference: str) -> str:
+        """The template with both put in, as they are; empty where the reference is missing."""
+        assert self.template is not None
+        if self.needs_reference and not reference:
+            return ""
+        return self.template.format(prompt=prompt, reference=reference)
+
+
+def _fields(template: str) -> list[str]:
+    """The names between braces, with whatever stands behind them."""
+    found = []
+    for _, name, spec, conversion in string.Formatter().parse(template):
+        if name is not None:
+            behind = (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            found.append(name + behind)
+    return found
+
+
+def _check_template(template: str) -> None:
+    expected = "expected {prompt} and/or {reference} ({{ and }} for literal braces)"
+    option = f"--data.teacher_prompt_template {template!r}"
+    try:
+        fields = _fields(template)
+    except ValueError as error:
+        raise ConfigError(f"{option}: {error}; {expected}") from error
+    for name in fields:
+        if name not in _FIELDS:
+            near = get_close_matches(name, _FIELDS, n=1)
+            hint = f"; did you mean {{{near[0]}}}?" if near else ""
+            raise ConfigError(f"{option}: unknown field {{{name}}}; {expected}{hint}")
+    if not fields:
+        raise ConfigError(
+            f"{option} names no field, so the teacher would read the same for every row; {expected}"
+        )
+
+
+def teacher_prompts_from(
+    column: str | None, template: str | None, max_length: int | None, default_length: int
+) -> TeacherPrompts | None:
+    """The settings as the data module's options say; None where the teacher reads the prompt.
+
+    Raises:
+        ConfigError: See ``TeacherPrompts``; or a limit on prompts that do not exist.
+    """
+    if column is not None or template is not None:
+        limit = default_length if max_length is None else max_length
+        return TeacherPrompts(limit, column, template)
+    if max_length is not None:
+        raise ConfigError(
+            f"data.max_teacher_prompt_length {max_length} has nothing to act on: give "
+            "--data.teacher_prompt_column or --data.teacher_prompt_template, or leave it out"
+        )
+    return None
+
+
+def _cell(prompts: TeacherPrompts, row: RawRow) -> Any:
+    assert prompts.column is not None
+    return row.get(prompts.column)
+
+
+def _text(prompts: TeacherPrompts, example: Example, row: RawRow, at: str) -> str:
+    if prompts.template is not None:
+        return prompts.fill(example.prompt, example.response)
+    value = _cell(prompts, row)
+    if value is not None and not isinstance(value, str):
+        raise DataError(
+            f"{at}: the teacher prompt ({prompts.column!r}) is {type(value).__name__}, "
+            "expected text, as the prompt is"
+        )
+    return value or ""
+
+
+def _chat(
+    prompts: TeacherPrompts, columns: Columns, example: Example, row: RawRow, at: str
+) -> list[Message]:
+    """The messages that the teacher reads before it answers; empty where there are none."""
+    if prompts.template is None:
+        if not _cell(prompts, row):
+            return []
+        messages = read_turns(row, replace(columns, messages=prompts.column), at)
+        if messages[-1]["role"] == "assistant":
+            raise DataError(
+                f"{at}: the teacher prompt ({prompts.column!r}) ends with the assistant's turn; "
+                "give the messages that stand before the answer"
+            )
+        return messages
+    messages = read_turns(row, columns, at)
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    asking = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    if not asking:
+        raise DataError(
+            f"{at}: the chat has no user message that the teacher's template could replace; "
+            "give --data.teacher_prompt_column instead"
+        )
+    last = messages[asking[-1]]
+    content = prompts.fill(last["content"], example.response)
+    if not content:
+        return []
+    messages[asking[-1]] = {**last, "content": content}
+    return messages
+
+
+def with_teacher_prompts(
+    examples: Sequence[Example],
+    rows: Sequence[RawRow],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    eos_id: int,
+    columns: Columns,
+    layout: Layout,
+    teacher_prompts: TeacherPrompts,
+    where: str,
+) -> list[Example]:
+    """Give every example its teacher's prompt; an example for which none can be made gets none.
+
+    A plain prompt is tokenized as the student's is. In a chat the template replaces the last user
+    message's content, and the chat before the response is rendered anew by the chat template.
+
+    Args:
+        examples: One a row, in the rows' order, of any length.
+        rows: What they were made of.
+        tokenizer: The run's.
+        eos_id: What ends a response.
+        columns: Which columns were read.
+        layout: What the rows are.
+        teacher_prompts: The settings.
+        where: The data set's name for messages.
+
+    Raises:
+        DataError: The column is missing or of the wrong type, or a chat cannot be rendered.
+    """
+    if teacher_prompts.column is not None:
+        require_column(rows[0], "teacher_prompt", teacher_prompts.column, where)
+    places = [f"{where}, row {number}" for number in range(1, len(rows) + 1)]
+    triples = list(zip(examples, rows, places, strict=True))
+    if layout == "text":
+        texts = [_text(teacher_prompts, *triple) for triple in triples]
+        encoded = iter(encode_prompts(tokenizer, [text for text in texts if text]))
+        found = [next(encoded) if text else [] for text in texts]
+    else:
+        renderer = ChatRenderer(tokenizer, eos_id=eos_id, where=where)
+        chats = [_chat(teacher_prompts, columns, *triple) for triple in triples]
+        rendered = [
+            renderer.render(chat, read_tools(row, columns, at), at)
+            for chat, row, at in zip(chats, rows, places, strict=True)
+            if chat
+        ]
+        spans = encode_spans(tokenizer, rendered)
+        found = [list(chain.from_iterable(next(spans))) if chat else [] for chat in chats]
+    return [
+        replace(example, teacher_prompt_ids=tuple(ids))
+        for example, ids in zip(examples, found, strict=True)
+    ]

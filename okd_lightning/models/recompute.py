@@ -1,0 +1,51 @@
+"""Gradient checkpointing in whatever mode a model is in: students train, teachers are in eval mode.
+
+transformers' own acts on layers in training mode only, and putting a teacher's layers into training
+mode also switches the dropout on that some architectures apply in the layer itself. Here a layer's
+forward is recomputed as it is, wherever gradients are recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from okd_lightning.errors import ConfigError
+
+
+def recompute_activations(model: PreTrainedModel, option: str) -> None:
+    """Keep only the inputs of ``model``'s layers, and run each again in the backward pass.
+
+    Random streams are kept for the second run where a layer is in training mode.
+
+    Args:
+        model: Changed in place, once.
+        option: How the user named it, for messages.
+
+    Raises:
+        ConfigError: The architecture has no layers that can be recomputed.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(
+            f"{option}: {type(model).__name__} has no layers that can be recomputed; leave "
+            "--model.gradient_checkpointing off"
+        )
+    for layer in layers:
+        forward = layer.forward
+        if not (isinstance(forward, partial) and forward.func is _recomputed):
+            layer.forward = partial(_recomputed, layer, forward)
+
+
+def _recomputed(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():  # validation and generation, which may write a cache
+        return forward(*args, **kwargs)
+    run = partial(forward, **kwargs)
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=layer.training)

@@ -1,0 +1,494 @@
+"""Sampled methods through Trainer.fit, against a slow float64 loop.
+
+Frozen here: loss and gradient of every step are those of -Σ ρ A over the student's own tokens, for
+every variant, with a discount, on fresh and on stale rollouts; rewards reach every token of their
+response minus its group's baseline; several methods on one run have the sum of their gradients;
+what a reward function can get wrong is handled, counted or refused; runs resume bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import reference_loss as reference
+import tiny
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from okd_lightning.advantages import (
+    Advantage,
+    AnswerMatch,
+    FDivergenceAdvantage,
+    RewardFunction,
+    baselined,
+)
+from okd_lightning.callbacks import (
+    GKD,
+    KD,
+    OKD,
+    OPD,
+    SFT,
+    AdvantageCallback,
+    LastCheckpoint,
+    OPDPlus,
+    Reward,
+    Stage,
+)
+from okd_lightning.divergences import ForwardKL, JensenShannon, ReverseKL, TopK
+from okd_lightning.errors import ConfigError, RewardError
+from okd_lightning.losses import ImportanceRatio
+
+DATASET, STUDENT, TEACHER = 0, 1, 2
+
+
+def rows_of(recorder, step):
+    """(ids, mask, source, sampler log-probs of the masked-in tokens) of an optimizer step."""
+    found = []
+    for batch in recorder.steps[step]:
+        for i, length in enumerate(batch.lengths.tolist()):
+            mask = batch.mask[i, :length]
+            found.append(
+                (
+                    batch.input_ids[i, :length].tolist(),
+                    mask.tolist(),
+                    int(batch.source[i]),
+                    batch.sampler_logprobs[i, :length][mask].double(),
+                )
+            )
+    return found
+
+
+def sampled_loss(student, teacher, rows, credit):
+    """-Σ ρ A / count, one row at a time; ``credit(log_p, log_q, drawn)`` of [tokens, vocab]."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for ids, mask, source, sampler in rows:
+        keep = torch.tensor(mask[1:], dtype=torch.bool)
+        if source != STUDENT or not keep.any():
+            continue
+        log_p = reference.row_logprobs(student, ids, tiny.NUM_IDS)[keep]
+        with torch.no_grad():
+            log_q = reference.row_logprobs(teacher, ids, tiny.NUM_IDS)[keep]
+        drawn = torch.tensor(ids[1:])[keep]
+        own = log_p.gather(-1, drawn[:, None])[:, 0]
+        ratio = (own - sampler).exp()
+        total = total - (ratio * credit(log_p.detach(), log_q, drawn)).sum()
+        count += int(keep.sum())
+    return total / max(1, count)
+
+
+def log_ratios(log_p, log_q, drawn):
+    return (log_q - log_p).gather(-1, drawn[:, None])[:, 0]
+
+
+def published_jsd(log_p, log_q, drawn):
+    u = log_ratios(log_p, log_q, drawn).exp()
+    return -0.5 * (u * u.log() - (1 + u) * ((1 + u) / 2).log())
+
+
+def discounted_forward_kl(log_p, log_q, drawn):
+    """w_f - w_f(1) of the own token, and 0.5^n times -f of the n-th token behind it."""
+    u = log_ratios(log_p, log_q, drawn).exp()
+    rewards = -u * u.log()
+    later = [
+        sum(0.5 ** (n - k) * float(rewards[n]) for n in range(k + 1, len(u))) for k in range(len(u))
+    ]
+    return u - 1 + torch.tensor(later, dtype=torch.float64)
+
+
+def valued_forward_kl(log_p, log_q, drawn):
+    """E_p[u] = 1: for forward KL the value baseline is the centring."""
+    return log_ratios(log_p, log_q, drawn).exp() - 1
+
+
+CREDITS = {
+    "OPD": (lambda: OPD(), log_ratios),
+    "OPD, JSD": (lambda: OPD(JensenShannon(0.5), weight=2.0), published_jsd),
+    "OPD+": (lambda: OPDPlus(), log_ratios),
+    "OPD+ as published": (
+        lambda: OPDPlus(variant="as_published"),
+        lambda p, q, drawn: log_ratios(p, q, drawn) - 1,
+    ),
+    "OPD+ with a value": (lambda: OPDPlus(ForwardKL(), "value_baseline"), valued_forward_kl),
+    "OPD+ reverse with a value": (
+        lambda: OPDPlus(ReverseKL(), "value_baseline"),
+        lambda p, q, drawn: log_ratios(p, q, drawn) - (p.exp() * (q - p)).sum(-1),
+    ),
+    "OPD+ discounted": (lambda: OPDPlus(ForwardKL(), discount=0.5), discounted_forward_kl),
+    "OPD+ clipped": (
+        lambda: OPDPlus(max_log_ratio=0.7),
+        lambda p, q, drawn: log_ratios(p, q, drawn).clamp(-0.7, 0.7),
+    ),
+    "OPD+ of a whole top-k": (lambda: OPDPlus(TopK(ReverseKL(), 99)), log_ratios),
+}
+
+
+@pytest.mark.filterwarnings("ignore:opd. the stopped reward")
+@pytest.mark.parametrize("name", CREDITS)
+@pytest.mark.parametrize("is_stale", [False, True], ids=["fresh", "stale"])
+def test_loss_and_gradient_of_every_step(name, is_stale, tmp_path, make_module):
+    make_method, credit = CREDITS[name]
+    module = make_module(learning_rate=0.02 if is_stale else 0.0)
+    snapshots = Snapshots()
+    method = make_method()
+    recorder = tiny.fit(
+        tmp_path,
+        module,
+        [method],
+        tiny.make_rows(21),
+        callbacks=[snapshots],
+        accumulate_grad_batches=2,
+        data={"prompts_per_rollout": 16} if is_stale else None,
+    )
+    assert all(step == {STUDENT} for step in recorder.sources())
+    teacher = reference.double(module.teacher)
+    for i, losses in enumerate(recorder.losses):
+        student = snapshots.students[i]
+        loss = method.weight * sampled_loss(student, teacher, rows_of(recorder, i), credit)
+        assert losses["train/loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
+        expected = reference.gradients(student, loss)
+        found = {n.removeprefix("student."): g for n, g in recorder.gradients[i].items()}
+        assert tiny.distance(found, expected) < 2e-4
+    gaps = [losses["train/sampler_gap"] for losses in recorder.losses]
+    assert gaps[0] < 1e-5
+    assert (gaps[1] > 1e-3) == is_stale  # the second step of a chunk has learned from the first
+
+
+class Snapshots(Callback):
+    """A float64 copy of the student before every optimizer step."""
+
+    def __init__(self) -> None:
+        self.students = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.students.append(reference.double(pl_module.student))
+
+
+class TestImportanceRatio:
+    """-ρ A with its bounds, on numbers that can be checked by hand."""
+
+    logprobs = torch.tensor([-1.0, -1.0, -1.0, -1.0])
+    sampler = torch.tensor([-1.0, -2.0, -2.0, -0.5])
+    credit = torch.tensor([2.0, 2.0, -2.0, 2.0])
+
+    def gradient(self, ratio: ImportanceRatio) -> list[float]:
+        leaf = self.logprobs.clone().requires_grad_()
+        return torch.autograd.grad(ratio.loss(leaf, self.sampler, self.credit).sum(), leaf)[
+            0
+        ].tolist()
+
+    def test_unbounded(self):
+        rho = (self.logprobs - self.sampler).exp()
+        assert self.gradient(ImportanceRatio()) == pytest.approx((-rho * self.credit).tolist())
+        assert "ratio_bounded" not in ImportanceRatio().metrics(self.logprobs, self.sampler)
+
+    def test_truncated(self):
+        ratio = ImportanceRatio(max_ratio=1.5)
+        rho = (self.logprobs - self.sampler).exp().clamp(max=1.5)
+        assert self.gradient(ratio) == pytest.approx((-rho * self.credit).tolist())
+        acting = ratio.metrics(self.logprobs, self.sampler)["ratio_bounded"]
+        assert acting.tolist() == [0.0, 1.0, 1.0, 0.0]
+
+    def test_clipped_as_ppo_does(self):
+        """No gradient where ρ has gone beyond 1 ± ε in the credit's own direction."""
+        ratio = ImportanceRatio(clip=0.2)
+        found = self.gradient(ratio)
+        assert found[1] == 0.0  # ρ = e, good token: enough
+        assert found[2] == pytest.approx(2 * math.e)  # ρ = e, bad token: still pushed down
+        assert found[3] == pytest.approx(-2 * math.exp(-0.5))  # ρ < 1 - ε, good: pulled back up
+        assert ratio.metrics(self.logprobs, self.sampler)["ratio_bounded"].sum() == 3
+
+    def test_refused(self):
+        for settings in ({"max_ratio": 0.0}, {"clip": 1.0}, {"clip": 0.2, "max_ratio": 2.0}):
+            with pytest.raises(ConfigError, match=r"max_ratio|clip"):
+                ImportanceRatio(**settings)
+
+
+def length_of(prompt: str, response: str, reference: str) -> float:
+    return float(len(response))
+
+
+@pytest.mark.parametrize("baseline", ["none", "group_mean", "leave_one_out"])
+def test_a_reward_reaches_every_token_of_its_response(baseline, tmp_path, make_module):
+    module = make_module(learning_rate=0.0)
+    method = Reward(length_of, baseline)
+    recorder = tiny.fit(
+        tmp_path,
+        module,
+        [method],
+        tiny.make_rows(8),
+        accumulate_grad_batches=2,
+        data={"samples_per_prompt": 4},
+    )
+    student = reference.double(module.student)
+    for i in range(len(recorder.losses)):
+        rows, total, count, by_prompt = [], 0.0, 0, {}
+        for batch in recorder.steps[i]:
+            for k, length in enumerate(batch.lengths.tolist()):
+                ids, mask = batch.input_ids[k, :length], batch.mask[k, :length]
+                reward = length_of("", module.decode(ids[mask].tolist()), "")
+                by_prompt.setdefault(int(batch.index[k]), []).append(reward)
+                rows.append((ids.tolist(), mask[1:], int(batch.index[k]), reward))
+        for ids, keep, index, reward in rows:
+            group = by_prompt[index]
+            assert len(group) == 4
+            credit = {
+                "none": reward,
+                "group_mean": reward - sum(group) / 4,
+                "leave_one_out": reward - (sum(group) - reward) / 3,
+            }[baseline]
+            log_p = reference.row_logprobs(student, ids, tiny.NUM_IDS)[keep]
+            own = log_p.gather(-1, torch.tensor(ids[1:])[keep][:, None])[:, 0]
+            total = total - credit * own.sum()
+            count += int(keep.sum())
+        expected = reference.gradients(student, total / count)
+        found = {n.removeprefix("student."): g for n, g in recorder.gradients[i].items()}
+        assert tiny.distance(found, expected) < 1e-4
+        mean = sum(reward for *_, reward in rows) / len(rows)
+        logged = recorder.steps[i][0].metrics
+        assert logged["rollout/reward"] == pytest.approx(mean)
+        assert logged["rollout/reward_failures"] == 0
+
+
+def test_baselines_by_hand():
+    rewards, groups = [1.0, 3.0, math.nan, 5.0, 7.0], ["a", "a", "a", "b", "b"]
+    assert baselined(rewards, groups, "none") == [1.0, 3.0, 0.0, 5.0, 7.0]
+    assert baselined(rewards, groups, "group_mean") == [-1.0, 1.0, 0.0, -1.0, 1.0]
+    assert baselined(rewards, groups, "leave_one_out") == [-2.0, 2.0, 0.0, -2.0, 2.0]
+    assert baselined([4.0], ["a"], "leave_one_out") == [0.0]
+
+
+def single_gradients(tmp_path, make_module, methods, **settings):
+    module = make_module(learning_rate=0.0)
+    data = {"batch_size": 8, **settings}
+    return tiny.fit(tmp_path, module, methods, tiny.make_rows(16), data=data)
+
+
+COMPOSITIONS = {
+    "KD + OPD+": lambda: [KD(weight=0.5), OPDPlus(JensenShannon(0.5), weight=2.0)],
+    "GKD + reward": lambda: [
+        GKD(1.0, on_policy_fraction=1.0, weight=0.7),
+        Reward(length_of, weight=0.3),
+    ],
+    "KD + OPD+ + reward": lambda: [KD(), OPDPlus(), Reward(length_of, weight=0.1)],
+    "OKD on rollouts": lambda: [OKD(on_policy_fraction=0.5)],
+    "OKD + OPD+": lambda: [OKD(), OPDPlus(ForwardKL())],
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_the_gradient_is_the_sum_of_the_parts(name, tmp_path, make_module):
+    """Each part alone on the same rows (others at a weight that vanishes), then all together."""
+    together = single_gradients(tmp_path, make_module, COMPOSITIONS[name]())
+    parts = []
+    for chosen in range(len(COMPOSITIONS[name]())):
+        methods = COMPOSITIONS[name]()
+        for i, method in enumerate(methods):
+            if i != chosen:
+                method.weight = 1e-30
+        parts.append(single_gradients(tmp_path, make_module, methods))
+    for step, whole in enumerate(together.gradients):
+        rows = together.rows(step)
+        assert all(part.rows(step) == rows for part in parts)
+        total = {n: sum(part.gradients[step][n] for part in parts) for n in whole}
+        assert tiny.distance(whole, total) < 1e-5
+        assert all(
+            float(sum(g.abs().sum() for g in part.gradients[step].values())) > 0 for part in parts
+        )
+
+
+def test_methods_follow_one_another(tmp_path, make_module):
+    """SFT, then GKD on-policy, then OPD+ with a falling KD beside it, in one fit."""
+    methods = [
+        Stage(SFT(), end=2),
+        Stage(GKD(on_policy_fraction=1.0), start=2, end=4),
+        Stage(OPDPlus(), start=4),
+        Stage(KD(weight=0.5), start=4, end=6, first_factor=1.0, last_factor=0.2),
+    ]
+    module = make_module(learning_rate=0.0)
+    recorder = tiny.fit(tmp_path, module, methods, tiny.make_rows(32))
+    assert recorder.sources()[:4] == [{DATASET}] * 2 + [{STUDENT}] * 2
+    assert recorder.sources()[4:6] == [{DATASET, STUDENT}] * 2
+    assert recorder.sources()[6:] == [{STUDENT}] * 2
+    named = [{name for name in losses if name in METHOD_NAMES} for losses in differences(recorder)]
+    assert (
+        named
+        == [{"train/sft"}] * 2
+        + [{"train/gkd"}] * 2
+        + [{"train/opd_plus", "train/kd"}] * 2
+        + [{"train/opd_plus"}] * 2
+    )
+    for step, factor in ((4, 1.0), (5, 0.2)):
+        losses = recorder.losses[step]
+        expected = losses["train/opd_plus"] + 0.5 * factor * losses["train/kd"]
+        assert losses["train/loss"] == pytest.approx(expected, rel=1e-5)
+
+
+METHOD_NAMES = {"train/sft", "train/gkd", "train/kd", "train/opd_plus"}
+
+
+def differences(recorder):
+    """What is new in each step: a Trainer keeps the last value of what is no longer logged."""
+    before: dict[str, float] = {}
+    for losses in recorder.losses:
+        yield {n: v for n, v in losses.items() if before.get(n) != v}
+        before = losses
+
+
+def test_a_run_beyond_its_last_stage_is_refused(tmp_path, make_module):
+    with pytest.raises(ConfigError, match=r"no method acts from optimizer step 2 on.*max_steps 2"):
+        tiny.fit(tmp_path, make_module(), [Stage(SFT(), end=2)], tiny.make_rows(32))
+
+
+class Failing(RewardFunction):
+    def __init__(self, result):
+        self.result = result
+
+    def __call__(self, prompts, responses, references):
+        return self.result(responses)
+
+
+def raising(responses):
+    raise KeyError("price")
+
+
+BROKEN = {
+    "raises": (raising, "reward Failing raised KeyError: 'price'"),
+    "wrong length": (lambda r: [0.0], "returned 1 values for 4 responses"),
+    "no number": (lambda r: ["good"] * len(r), "returned 'good' for the response"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_reward_functions_that_are_broken(name, tmp_path, make_module):
+    result, message = BROKEN[name]
+    with pytest.raises(RewardError, match=message):
+        tiny.fit(tmp_path, make_module(), [Reward(Failing(result))], tiny.make_rows(8))
+
+
+def test_responses_without_a_reward_are_counted_and_left_out(tmp_path, make_module):
+    some = Failing(lambda r: [math.nan, math.inf] + [1.0] * (len(r) - 2))
+    module = make_module(learning_rate=0.0)
+    recorder = tiny.fit(tmp_path, module, [Reward(some)], tiny.make_rows(4))
+    metrics = recorder.steps[0][0].metrics
+    assert metrics["rollout/reward_failures"] == 2
+    assert metrics["rollout/reward"] == 1.0
+    assert sorted(recorder.steps[0][0].credits["reward"].tolist()) == [0.0, 0.0, 1.0, 1.0]
+    strict = Reward(some, on_failure="error")
+    with pytest.raises(RewardError, match="not a finite number for the response"):
+        tiny.fit(tmp_path, make_module(), [strict], tiny.make_rows(4))
+
+
+def test_settings_that_are_refused():
+    with pytest.raises(ConfigError, match="expected one of none, group_mean, leave_one_out"):
+        Reward(length_of, "mean")
+    with pytest.raises(ConfigError, match="on_failure is 'ignore'"):
+        Reward(length_of, on_failure="ignore")
+    with pytest.raises(ConfigError, match="expected a RewardFunction"):
+        Reward("length")
+    with pytest.raises(ConfigError, match="use OPD for it"):
+        OPDPlus(variant="stopped_reward")
+    with pytest.raises(ConfigError, match="pattern"):
+        AnswerMatch("(unclosed")
+
+
+class Differentiated(Advantage):
+    def credit(self, student_logprobs, teacher_logprobs, mask, state_value=None):
+        return student_logprobs * self.factor
+
+    def __init__(self, factor):
+        self.factor = factor
+
+
+def test_a_credit_with_a_gradient_is_refused(tmp_path, make_module):
+    factor = torch.ones((), requires_grad=True)
+    method = AdvantageCallback(Differentiated(factor), name="own")
+    with pytest.raises(ConfigError, match=r"own: the credit carries a gradient.*k1: zero"):
+        tiny.fit(tmp_path, make_module(), [method], tiny.make_rows(4))
+
+
+def test_a_biased_divergence_is_warned_of(tmp_path, make_module):
+    with pytest.warns(UserWarning, match="opd: the stopped reward of ForwardKL is not its grad"):
+        tiny.fit(tmp_path, make_module(), [OPD(ForwardKL())], tiny.make_rows(4))
+
+
+@pytest.mark.parametrize("cause", ["temperature", "top_p", "top_k", "ratio"])
+def test_a_constant_that_no_longer_averages_out_is_warned_of(cause, tmp_path, make_module):
+    from okd_lightning.rollouts import Sampling
+
+    settings = {"temperature": 0.7, "top_p": 0.9, "top_k": 3}
+    sampling = Sampling(**{cause: settings[cause]}) if cause in settings else Sampling()
+    method = OPDPlus(variant="as_published", max_ratio=2.0 if cause == "ratio" else math.inf)
+    with pytest.warns(UserWarning, match="no longer averages out.*centred"):
+        tiny.fit(tmp_path, make_module(), [method], tiny.make_rows(4), data={"sampling": sampling})
+    centred = OPDPlus()
+    tiny.fit(tmp_path, make_module(), [centred], tiny.make_rows(4), data={"sampling": sampling})
+
+
+class Once(RewardFunction):
+    """Gives other numbers at every call: a resumed run must not ask again for what it has."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, prompts, responses, references):
+        self.calls += 1
+        return [float(self.calls * i) for i in range(len(responses))]
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(Callback):
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == self.batch:
+            raise Killed
+
+
+def methods_of_a_long_run():
+    return [OPDPlus(JensenShannon(0.5)), Reward(Once(), "leave_one_out", weight=0.1)]
+
+
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, make_module):
+    """In the middle of a chunk: its rollouts and their credits are those of the checkpoint."""
+
+    def run(root, callbacks=(), ckpt_path=None):
+        torch.manual_seed(5)
+        module = make_module(learning_rate=3e-3)
+        recorder = tiny.fit(
+            root,
+            module,
+            methods_of_a_long_run(),
+            tiny.make_rows(16),
+            callbacks=[LastCheckpoint(every_n_steps=1), *callbacks],
+            ckpt_path=ckpt_path,
+            data={"prompts_per_rollout": 8, "samples_per_prompt": 2, "val_rollouts": 0},
+        )
+        return tiny.weights(module), recorder
+
+    whole, _ = run(tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(tmp_path / "cut", [KillAt(5)])
+    (path,) = (tmp_path / "cut").rglob("last.ckpt")
+    resumed, recorder = run(tmp_path / "cut", ckpt_path=path)
+    assert len(recorder.steps) == 3
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_reward_alone_needs_no_teacher(tmp_path, tiny_pair, tiny_tokenizer):
+    from okd_lightning.module import DistillationModule
+
+    module = DistillationModule(tiny_pair[0], tokenizer=tiny_tokenizer, learning_rate=1e-2)
+    recorder = tiny.fit(tmp_path, module, [Reward(length_of)], tiny.make_rows(8))
+    assert all(losses["train/reward"] != 0 for losses in recorder.losses)
+
+
+def test_the_advantage_names_what_it_is():
+    assert not OPDPlus(discount=0.5).is_positionwise
+    assert OPDPlus().is_positionwise
+    assert Stage(OPDPlus(discount=1.0)).is_positionwise is False
+    assert FDivergenceAdvantage(ReverseKL()).state_value_of is None
