@@ -45,6 +45,7 @@ _KINDS = {
     "Callback": "callback",
     "PeftConfig": "adapter",
     "Optimizer": "optimizer",
+    "Tool": "tool",
 }
 _MOST_NAMES = 25
 _TYPE_NAMES = {

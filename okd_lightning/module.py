@@ -324,7 +324,7 @@ class DistillationModule(PairModule):
 
     def predict_step(self, batch: DistillBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Prompt and generated response of every row, as text."""
-        return generation_records(batch, self.decode, self.eos_ids)
+        return generation_records(batch, self.decode)
 
     # ---------------------------------------------------------------- state
 

@@ -56,6 +56,7 @@ from okd_lightning.models import (
 from okd_lightning.records import DistillBatch, PromptBatch, Rollout, Sequences
 from okd_lightning.rollouts import NoiseStream, RolloutEngine, Sampling, TransformersEngine
 from okd_lightning.rollouts.engine import Author, Progress
+from okd_lightning.rollouts.tool_rollouts import ToolEngine, ToolRounds
 
 
 class PairModule(lightning.LightningModule):
@@ -96,6 +97,7 @@ class PairModule(lightning.LightningModule):
         self.teacher: PreTrainedModel | None = None
         self.online_module: OnlineModuleSettings | None = None
         self._has_online_module = False
+        self.tool_rounds: ToolRounds | None = None
 
     @property
     def student_source(self) -> ModelSource:
@@ -337,7 +339,10 @@ class PairModule(lightning.LightningModule):
         max_new_tokens: int,
         progress: Progress | None = None,
     ) -> Rollout:
-        """Responses by the student or the teacher, in eval mode and without gradient."""
+        """Responses by the student or the teacher, in eval mode and without gradient.
+
+        Where the data brings tools (``tool_rounds``), prompts that are chats may call them.
+        """
         assert self.student is not None
         model = self.student if author == "student" else self.teacher
         as_author: AbstractContextManager[None] = self.as_base_teacher()
@@ -347,9 +352,10 @@ class PairModule(lightning.LightningModule):
             model = cast(PreTrainedModel, model.get_base_model())
         precision = self._trainer.precision_plugin.forward_context if self._trainer else nullcontext
         with torch.no_grad(), precision(), in_eval_mode(model), as_author:
-            return self.build_engine(model).generate(
-                prompts, sampling, generator, max_new_tokens, progress
-            )
+            engine = self.build_engine(model)
+            if self.tool_rounds is not None:
+                engine = ToolEngine(engine, self.tool_rounds)
+            return engine.generate(prompts, sampling, generator, max_new_tokens, progress)
 
     def build_engine(self, model: PreTrainedModel) -> RolloutEngine:
         """The engine that writes with ``model``; override it to bring another."""

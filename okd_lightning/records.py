@@ -6,6 +6,8 @@ ragged tuples until a batch is collated, because rows of different lengths are t
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
@@ -18,6 +20,22 @@ Source: TypeAlias = Literal["dataset", "student", "teacher"]
 
 SOURCES: tuple[Source, ...] = ("dataset", "student", "teacher")
 """A row's source is stored as the index into this tuple."""
+
+STOP_REASONS: tuple[str, ...] = ("eos", "length", "turns")
+"""Why a response ends: by itself, cut at its limit, or with a call in its last allowed turn."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """What a chat's prompt was rendered from, kept where rollouts go on with it.
+
+    Attributes:
+        messages: As the chat template reads them, up to the response.
+        tools: What the template lists as callable (JSON schemas); None for nothing.
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +52,7 @@ class Example:
         response: The given response as text; the reference of task metrics. Empty where none.
         teacher_prompt_ids: What the teacher reads in place of ``prompt_ids``; empty where it reads
             the same.
+        chat: What the prompt was rendered from, where rollouts may call tools.
     """
 
     index: int
@@ -43,6 +62,7 @@ class Example:
     prompt: str
     response: str
     teacher_prompt_ids: tuple[int, ...] = ()
+    chat: Chat | None = None
 
     def prompt_ids_of(self, author: Source) -> tuple[int, ...]:
         """What the one who writes a response reads first."""
@@ -58,14 +78,36 @@ class PromptBatch:
         input_ids: The prompts, ragged.
         index: The data set row of each prompt.
         sample: Which of the several samples of its prompt this is (0 where only one is drawn).
+        chats: What the prompts were rendered from; () where nothing goes on with them.
+        limits: Longest response of each row, in tokens, where that is less than the call's; () for
+            none.
     """
 
     input_ids: tuple[tuple[int, ...], ...]
     index: tuple[int, ...]
     sample: tuple[int, ...]
+    chats: tuple[Chat | None, ...] = ()
+    limits: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """What happened in one response that may call tools.
+
+    Attributes:
+        turns: Turns that the model wrote.
+        calls: Calls that were answered.
+        errors: Those of them that were answered with an error.
+        cuts: Answers that were cut at the response's limit.
+    """
+
+    turns: int = 1
+    calls: int = 0
+    errors: int = 0
+    cuts: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,23 +115,47 @@ class Rollout:
     """What an engine wrote for a PromptBatch, row by row in the same order.
 
     Attributes:
-        response_ids: The sampled ids, ragged, with the end-of-sequence id where one was drawn.
+        response_ids: What stands behind the prompt, ragged: the sampled ids with the
+            end-of-sequence id where one was drawn, and between turns what tools have answered.
         logprobs: log-probability (nats) of each sampled id under the distribution it was drawn
-            from, so after temperature, top-k and top-p.
-        stop_reasons: "eos" or "length" for each row.
+            from, so after temperature, top-k and top-p; 0 where an id was not sampled.
+        stop_reasons: One of ``STOP_REASONS`` for each row.
+        masks: True on the model's own tokens, ragged; () where all are.
+        tool_use: One a row where tools could be called, else ().
     """
 
     response_ids: tuple[tuple[int, ...], ...]
     logprobs: tuple[tuple[float, ...], ...]
     stop_reasons: tuple[str, ...]
+    masks: tuple[tuple[bool, ...], ...] = ()
+    tool_use: tuple[ToolUse, ...] = ()
 
     def __len__(self) -> int:
         return len(self.response_ids)
 
     @property
+    def own_masks(self) -> tuple[tuple[bool, ...], ...]:
+        """``masks``, also where all tokens are the model's own."""
+        return self.masks or tuple((True,) * len(ids) for ids in self.response_ids)
+
+    @property
     def num_tokens(self) -> int:
         """Sampled tokens in all rows."""
-        return sum(len(ids) for ids in self.response_ids)
+        return sum(sum(mask) for mask in self.own_masks)
+
+    def turns(self, row: int) -> list[tuple[int, ...]]:
+        """The ids of each turn that the model wrote in a row; a single empty one for nothing."""
+        parts = stretches(self.response_ids[row], self.own_masks[row])
+        return [ids for ids, is_own in parts if is_own] or [()]
+
+
+def stretches(ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[tuple[int, ...], bool]]:
+    """A response cut where its author changes: ids, and whether the model wrote them."""
+    pairs = zip(ids, mask, strict=True)
+    return [
+        (tuple(token for token, _ in part), is_own)
+        for is_own, part in itertools.groupby(pairs, key=operator.itemgetter(1))
+    ]
 
 
 @dataclass(frozen=True)
@@ -106,6 +172,7 @@ class TrainingRow:
         credits: What each reward term gives the response, by the term's name.
         teacher_prompt_ids: What the teacher reads in place of the prompt; empty where it reads the
             same. Such a row has no loss on its prompt.
+        stop_reason: Why a sampled response ends; empty for other rows.
     """
 
     index: int
@@ -116,6 +183,7 @@ class TrainingRow:
     sampler_logprobs: tuple[float, ...] = ()
     credits: Mapping[str, float] = field(default_factory=dict)
     teacher_prompt_ids: tuple[int, ...] = ()
+    stop_reason: str = ""
 
     @property
     def teacher_row(self) -> TrainingRow:
@@ -192,6 +260,8 @@ class DistillBatch:
         teacher_lengths: [batch] real tokens of each of them.
         teacher_mask: [batch, teacher_seq] True on the same response tokens as ``mask``, row by row
             in the same order.
+        stop_reasons: Why each row's sampled response ends; empty texts for other rows, () where
+            nobody asks.
     """
 
     input_ids: Tensor
@@ -207,6 +277,7 @@ class DistillBatch:
     teacher_input_ids: Tensor | None = None
     teacher_lengths: Tensor | None = None
     teacher_mask: Tensor | None = None
+    stop_reasons: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -310,4 +381,5 @@ def collate(rows: Sequence[TrainingRow], pad_id: int = 0) -> DistillBatch:
         teacher_input_ids=teacher[0],
         teacher_lengths=teacher[1],
         teacher_mask=teacher[2],
+        stop_reasons=tuple(row.stop_reason for row in rows),
     )

@@ -2,14 +2,15 @@
 
 Understood, wherever they stand in a text: Qwen's and Hermes' ``<tool_call>{"name": ...,
 "arguments": {...}}</tool_call>``, ReAct's ``Action: name`` with ``Action Input: {...}`` on a line
-behind it, and a text that is a JSON call, or a list of them, as a whole (Llama 3: "parameters").
+behind it, and a text that is a JSON call, or a list of them, as a whole (Llama 3: "parameters") or
+on lines of its own among others, where it has a name and arguments.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,10 @@ _TAGGED = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _REACT = re.compile(
     r"Action:[ \t]*(\S+)\s*\n\s*Action[ _]Input:[ \t]*(.*?)(?=\n\s*\w[\w ]*:|\Z)", re.DOTALL
 )
+
+_LINE_OF_JSON = re.compile(r"^[ \t]*[{\[]", re.MULTILINE)
+_DECODER = json.JSONDecoder()
+_ARGUMENTS = ("arguments", "parameters", "Action_Input")
 
 
 @dataclass(frozen=True)
@@ -44,11 +49,30 @@ def parse_tool_calls(text: str) -> tuple[ToolCall, ...]:
     if steps:
         return tuple(ToolCall(name, _object(body)) for name, body in steps)
     try:
-        whole = json.loads(text)
+        return _from_values(json.loads(text))
     except json.JSONDecodeError:
-        return ()
+        return tuple(call for value in _json_lines(text) for call in _from_values(value))
+
+
+def _from_values(whole: Any) -> tuple[ToolCall, ...]:
     calls = [_from_value(value) for value in (whole if isinstance(whole, list) else [whole])]
     return tuple(call for call in calls if call is not None)
+
+
+def _json_lines(text: str) -> Iterator[Any]:
+    """The JSON objects and lists that stand on lines of their own and say "arguments"."""
+    done = 0
+    for start in _LINE_OF_JSON.finditer(text):
+        if start.end() - 1 < done:
+            continue
+        try:
+            value, done = _DECODER.raw_decode(text, start.end() - 1)
+        except json.JSONDecodeError:
+            continue
+        rest = text[done:].partition("\n")[0].strip(" \t;")
+        values = value if isinstance(value, list) else [value]
+        if not rest and all(isinstance(v, Mapping) and v.keys() & {*_ARGUMENTS} for v in values):
+            yield value
 
 
 def _from_json(body: str) -> ToolCall | None:
@@ -68,7 +92,7 @@ def _from_value(value: Any) -> ToolCall | None:
     name = value.get("name", value.get("Action"))
     if not isinstance(name, str):
         return None
-    for key in ("arguments", "parameters", "Action_Input"):
+    for key in _ARGUMENTS:
         if key in value:
             return ToolCall(name, _object(value[key]))
     return ToolCall(name, {})

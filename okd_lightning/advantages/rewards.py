@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 from torchmetrics.functional.text import rouge_score
 
 from okd_lightning.answers import answer_pattern, matches
-from okd_lightning.errors import RewardError
+from okd_lightning.errors import ConfigError, RewardError
 from okd_lightning.tool_calls import parse_tool_calls
 
 GroupBaseline: TypeAlias = Literal["none", "group_mean", "leave_one_out"]
@@ -27,7 +27,14 @@ class RewardFunction(ABC):
         class Brevity(RewardFunction):
             def __call__(self, prompts, responses, references):
                 return [-float(len(response)) for response in responses]
+
+    Attributes:
+        reads_last_turn: What it is given of a response that called tools: the student's last turn,
+            or (False) all of the student's turns, a line break between them. What tools answered
+            is never among it.
     """
+
+    reads_last_turn: bool = False
 
     @abstractmethod
     def __call__(
@@ -37,7 +44,7 @@ class RewardFunction(ABC):
 
         Args:
             prompts: As text.
-            responses: What the student wrote, as text without special tokens.
+            responses: What the student wrote itself, as text without special tokens.
             references: The data set's own responses; empty texts where it has none.
 
         Returns:
@@ -46,10 +53,21 @@ class RewardFunction(ABC):
 
 
 class PlainFunction(RewardFunction):
-    """A plain Python function of one prompt, response and reference as a reward."""
+    """A plain Python function of one prompt, response and reference as a reward.
 
-    def __init__(self, function: Callable[[str, str, str], float]) -> None:
-        self.function = function
+    Only Python can hand one over: a config names a ``RewardFunction`` class, never a function.
+
+    Raises:
+        ConfigError: It cannot be called.
+    """
+
+    def __init__(self, function: object) -> None:
+        if not callable(function):
+            raise ConfigError(
+                f"function is {function!r}; expected a RewardFunction, such as AnswerMatch, or (in "
+                "Python) a function of prompt, response and reference"
+            )
+        self.function: Callable[[str, str, str], float] = function
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]
@@ -59,7 +77,7 @@ class PlainFunction(RewardFunction):
 
 
 class AnswerMatch(RewardFunction):
-    """1 where a response gives the reference's answer, else 0.
+    """1 where a response (its last turn) gives the reference's answer, else 0.
 
     Args:
         pattern: A regular expression whose first group is the answer (the last match counts), such
@@ -68,6 +86,8 @@ class AnswerMatch(RewardFunction):
     Raises:
         ConfigError: The pattern is no regular expression, or has no group.
     """
+
+    reads_last_turn = True
 
     def __init__(self, pattern: str | None = None) -> None:
         self.pattern: re.Pattern[str] | None = answer_pattern(pattern)
@@ -85,7 +105,8 @@ class ToolCallMatch(RewardFunction):
     """Share of a response's tool calls that are the reference's, by name and arguments.
 
     Half of a call is its name, half its arguments (action and argument match); calls are compared
-    in order, and a call too many or too few counts as wrong. See ``tool_calls`` for the forms.
+    in order over all turns, and a call too many or too few counts as wrong. See ``tool_calls`` for
+    the forms.
     """
 
     def __call__(
@@ -98,7 +119,9 @@ class ToolCallMatch(RewardFunction):
 
 
 class RougeL(RewardFunction):
-    """ROUGE-L (F1) of a response against the reference, in [0, 1]; torchmetrics'."""
+    """ROUGE-L (F1) of a response's last turn against the reference, in [0, 1]; torchmetrics'."""
+
+    reads_last_turn = True
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]

@@ -23,7 +23,8 @@ class ExactMatch(EvaluationCallback):
     """Logs ``val/exact_match`` and ``test/exact_match``: the share of prompts that are solved.
 
     The student answers greedily; the answer and the data set's response are compared after
-    ``pattern`` has cut the final answer out of either.
+    ``pattern`` has cut the final answer out of either. Where it calls tools (``data.tools``), its
+    last turn is the answer: neither a tool's result nor an earlier turn counts.
 
     Args:
         pattern: A regular expression whose first group is the answer (the last match counts), such
@@ -67,7 +68,7 @@ def greedy_answers(
     examples: list[Example],
     author: Author = "student",
 ) -> list[str]:
-    """The most likely responses of the student or the teacher, as text."""
+    """The most likely responses (their last turns) of the student or the teacher, as text."""
     if not examples:
         return []
     rollout = module.write(
@@ -77,4 +78,4 @@ def greedy_answers(
         NoiseStream(0, 0),
         data.max_response_length,
     )
-    return [module.decode(ids) for ids in rollout.response_ids]
+    return [module.decode(rollout.turns(row)[-1]) for row in range(len(rollout))]

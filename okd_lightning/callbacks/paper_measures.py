@@ -27,7 +27,7 @@ from okd_lightning.records import DistillBatch, Example, Rollout, TrainingRow
 from okd_lightning.rollouts import NoiseStream, Sampling
 from okd_lightning.rollouts.engine import Author
 from okd_lightning.rollouts.evaluation import prompt_batch
-from okd_lightning.rollouts.rows import given_row, micro_batches, share, written_row
+from okd_lightning.rollouts.rows import given_row, micro_batches, share, written_rows
 
 _FORWARD_KL = ExactDivergence(ForwardKL())
 _STUDENT_TARGET, _TEACHER_TARGET = DrawnLogProb("student"), DrawnLogProb("teacher")
@@ -127,19 +127,14 @@ def _on_written(inputs: _Pass, seed: int) -> dict[str, Tensor]:
     rouge = MeanMetric().to(device)
     for author in ("student", "teacher"):
         rollout = _write(inputs, author, seed)
-        rows = [
-            written_row(example, author, ids, logprobs)
-            for example, ids, logprobs in zip(
-                inputs.examples, rollout.response_ids, rollout.logprobs, strict=True
-            )
-        ]
+        rows = written_rows(inputs.examples, author, rollout)
         for batch in _batches(inputs, rows):
             measured = module.measure(batch, (_FORWARD_KL,))
             error.update(*_steps(batch, measured), is_student_prefix=author == "student")
         if author == "student":
-            for example, ids in zip(inputs.examples, rollout.response_ids, strict=True):
+            for row, example in enumerate(inputs.examples):
                 reference = module.decode(example.response_ids)
-                rouge.update(rouge_l(module.decode(ids), reference))
+                rouge.update(rouge_l(module.decode(rollout.turns(row)[-1]), reference))
     return {"excess_accumulated_error": error.compute(), "rouge_l": rouge.compute()}
 
 

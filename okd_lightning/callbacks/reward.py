@@ -66,6 +66,11 @@ class Reward(PolicyGradientCallback):
         self.on_failure = on_failure
         self.scorer = self
 
+    @property
+    def reads_last_turn(self) -> bool:
+        """What the function is given of responses that call tools."""
+        return self.function.reads_last_turn
+
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]
     ) -> list[float]:

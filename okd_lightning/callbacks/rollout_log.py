@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from okd_lightning.errors import ConfigError
 from okd_lightning.module import DistillationModule
 from okd_lightning.records import SOURCES, DistillBatch
+from okd_lightning.rollouts.rows import response_record
 
 
 class RolloutLog(Callback):
@@ -59,14 +60,9 @@ class RolloutLog(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "rollouts.jsonl").open("a", encoding="utf-8") as file:
             for i in rows[: self.num_rows]:
-                ids = batch.input_ids[i, : batch.lengths[i]].tolist()
-                start = int(batch.prompt_lengths[i])
                 record = {
                     "step": trainer.global_step,
                     "source": sources[i],
-                    "index": int(batch.index[i]),
-                    "prompt": pl_module.decode(ids[:start]),
-                    "response": pl_module.decode(ids[start:]),
-                    "num_tokens": len(ids) - start,
+                    **response_record(batch, i, pl_module.decode),
                 }
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -5,6 +5,7 @@
 * ``templates``: chats as text, cut where the assistant's own words begin and end.
 * ``tokens``: text to ids.
 * ``text_rows``, ``chat_rows``: the two kinds of rows to ``records.Example``s.
+* ``tool_turns``: what the chat template writes between two turns of a rollout that calls tools.
 * ``teacher_prompts``: what the teacher reads in place of the prompt, where that is asked for.
 * ``examples``: all of them, with lengths limited and what was left out counted.
 * ``whole_steps``: how many micro-batches make an optimizer step, and what would cut one.

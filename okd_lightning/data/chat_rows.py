@@ -11,10 +11,16 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from okd_lightning.data.columns import Columns, RawRow, read_messages, read_tools
+from okd_lightning.data.columns import (
+    Columns,
+    RawRow,
+    read_messages,
+    read_response,
+    read_tools,
+)
 from okd_lightning.data.templates import ChatRenderer, Message, RenderedChat
 from okd_lightning.data.tokens import encode_continuations, encode_texts
-from okd_lightning.records import Example
+from okd_lightning.records import Chat, Example
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,7 @@ class _Chat:
 
     rendered: RenderedChat
     response: str
+    source: Chat
 
 
 def _is_blank_answer(message: Message) -> bool:
@@ -42,11 +49,22 @@ def read_turns(row: RawRow, columns: Columns, at: str) -> list[Message]:
 
 def _read_chat(row: RawRow, columns: Columns, renderer: ChatRenderer, at: str) -> _Chat:
     messages = read_turns(row, columns, at)
-    rendered = renderer.render(messages, read_tools(row, columns, at), at)
+    if messages[-1]["role"] != "assistant":
+        messages += _given_answer(row, columns, at)
+    tools = read_tools(row, columns, at)
+    rendered = renderer.render(messages, tools, at)
+    schemas = None if tools is None else tuple(tools)
     if not rendered.response:
-        return _Chat(rendered, "")
+        return _Chat(rendered, "", Chat(tuple(messages), schemas))
     spoken = rendered.response.removesuffix(rendered.end_of_turn).strip()
-    return _Chat(rendered, messages[-1]["content"] or spoken)
+    source = Chat(tuple(messages[:-1]), schemas)
+    return _Chat(rendered, messages[-1]["content"] or spoken, source)
+
+
+def _given_answer(row: RawRow, columns: Columns, at: str) -> list[Message]:
+    """The response column as the last turn of a chat that ends without the assistant's."""
+    response = read_response(row, columns, at, needs_response=False)
+    return [{"role": "assistant", "content": response}] if response.strip() else []
 
 
 def encode_spans(
@@ -60,7 +78,9 @@ def encode_spans(
         yield [opening, *(next(ids) for _ in texts)]
 
 
-def _example(index: int, chat: _Chat, ids: list[list[int]], eos_id: int) -> Example:
+def _example(
+    index: int, chat: _Chat, ids: list[list[int]], eos_id: int, *, keeps_chat: bool
+) -> Example:
     rendered = chat.rendered
     prompt_ids: list[int] = []
     prompt_mask: list[bool] = []
@@ -75,6 +95,7 @@ def _example(index: int, chat: _Chat, ids: list[list[int]], eos_id: int) -> Exam
         response_ids=(*ids[-1], eos_id) if needs_eos else tuple(ids[-1]),
         prompt="".join(span.text for span in rendered.prompt),
         response=chat.response,
+        chat=chat.source if keeps_chat else None,
     )
 
 
@@ -90,7 +111,8 @@ def examples_from_chats(
 
     The last assistant turn is the response, closed by the template's end-of-turn token or, where
     it writes none, by ``eos_id``. Earlier assistant turns are prompt tokens that carry loss. A chat
-    that ends with another role has no response; its prompt ends with the generation prompt.
+    that ends with another role is answered by the response column; without one it has no response,
+    and its prompt ends with the generation prompt.
 
     Raises:
         DataError: The tokenizer has no chat template, the template is not prefix-stable, or a row
@@ -102,4 +124,8 @@ def examples_from_chats(
         for number, row in enumerate(rows, start=1)
     ]
     encoded = zip(chats, encode_spans(tokenizer, [chat.rendered for chat in chats]), strict=True)
-    return [_example(index, chat, ids, eos_id) for index, (chat, ids) in enumerate(encoded)]
+    keeps_chat = bool(columns.declared_tools)  # rollouts go on with it
+    return [
+        _example(index, chat, ids, eos_id, keeps_chat=keeps_chat)
+        for index, (chat, ids) in enumerate(encoded)
+    ]

@@ -32,12 +32,14 @@ class Columns:
         response: The text that follows it.
         messages: A chat, a list of ``{"role": ..., "content": ...}``; None: never read as a chat.
         tools: The tools that a chat may call (JSON schemas), where there are any.
+        declared_tools: What chats may call whose row names no tools; () for nothing.
     """
 
     prompt: str | None = "prompt"
     response: str = "response"
     messages: str | None = "messages"
     tools: str = "tools"
+    declared_tools: tuple[Mapping[str, Any], ...] = ()
 
 
 def _quoted(names: Collection[str]) -> str:
@@ -111,6 +113,11 @@ def choose_layout(row: RawRow, columns: Columns, *, needs_response: bool, where:
         return "chat"
     if not has_prompt:
         raise _no_prompt(row, columns, where)
+    if columns.declared_tools:
+        raise DataError(
+            f"{where}: the rows are plain prompts, and --data.tools are called in chats; give rows "
+            "with messages (--data.messages_column NAME), or leave the tools out"
+        )
     if needs_response and columns.response not in row:
         raise DataError(
             f"{where}: no column {columns.response!r}, and this run learns from given responses; "
@@ -218,7 +225,7 @@ def read_messages(row: RawRow, columns: Columns, at: str) -> list[dict[str, Any]
 
 
 def read_tools(row: RawRow, columns: Columns, at: str) -> list[Any] | None:
-    """The tools of a chat row (a list, or its JSON text); None where it has none.
+    """The tools of a chat row (a list, or its JSON text), else the declared ones; None for none.
 
     Raises:
         DataError: They are not a list.
@@ -232,7 +239,7 @@ def read_tools(row: RawRow, columns: Columns, at: str) -> list[Any] | None:
                 f"{at}: the tools ({columns.tools!r}) are not valid JSON ({error.msg})"
             ) from error
     if not value:
-        return None
+        return [dict(tool) for tool in columns.declared_tools] or None
     if not isinstance(value, list):
         raise DataError(
             f"{at}: the tools ({columns.tools!r}) are {type(value).__name__}, "

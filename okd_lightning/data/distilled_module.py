@@ -11,6 +11,7 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term
 from okd_lightning.models import SelfTeacher
 from okd_lightning.rollouts import Writer
+from okd_lightning.rollouts.tool_rollouts import ToolRounds
 
 
 class DistilledModule(Writer, Protocol):
@@ -19,6 +20,7 @@ class DistilledModule(Writer, Protocol):
     tokenizer: PreTrainedTokenizerBase
     terms: list[Term]
     self_teacher: SelfTeacher | None
+    tool_rounds: ToolRounds | None
 
     @property
     def has_teacher(self) -> bool:

@@ -26,19 +26,20 @@ from okd_lightning.data.examples import ExampleSet, OnOverlong, build_examples
 from okd_lightning.data.progress import rollout_progress
 from okd_lightning.data.sources import DataArgument, DataSource, describe_source, load_rows
 from okd_lightning.data.teacher_prompts import teacher_prompts_from
-from okd_lightning.data.whole_steps import accumulation_for, check_whole_steps
+from okd_lightning.data.tool_turns import equip
+from okd_lightning.data.whole_steps import accumulation_for, announce, check_whole_steps
 from okd_lightning.errors import ConfigError, DataError
 from okd_lightning.records import Example
 from okd_lightning.rollouts import (
     LoaderShape,
     RolloutLoader,
     Sampling,
-    StagedPlan,
     plan_for,
 )
 from okd_lightning.rollouts.evaluation import GivenResponses, OwnResponses
 from okd_lightning.rollouts.noise import hashed_uniform
 from okd_lightning.rollouts.scoring import ChunkScorer, TermScorer, unscored
+from okd_lightning.tools import Tool, Toolbox
 
 _PROMPT_SET = 0x50534554  # domain separation for the choice of validation prompts
 
@@ -84,6 +85,11 @@ class RolloutDataModule(lightning.LightningDataModule):
             response); in a chat it replaces the last user message's content.
         max_teacher_prompt_length: Tokens; on_overlong says what happens to longer ones. By default
             max_prompt_length + max_response_length.
+        tools_column: Name of the column with the tools that a chat may call (JSON schemas).
+        tools: What chats may call while responses are written, such as Calculator; the template
+            lists them in prompts whose rows name no tools. Python functions too, from Python.
+        max_turns: Turns of a response that calls tools, at most; max_response_length holds for all
+            of them together with what the tools answer.
 
     Raises:
         ConfigError: A number out of its range.
@@ -118,6 +124,9 @@ class RolloutDataModule(lightning.LightningDataModule):
         teacher_prompt_column: str | None = None,
         teacher_prompt_template: str | None = None,
         max_teacher_prompt_length: int | None = None,
+        tools_column: str = "tools",
+        tools: list[Tool] | None = None,
+        max_turns: int = 4,
     ) -> None:
         super().__init__()
         positive = {
@@ -128,6 +137,7 @@ class RolloutDataModule(lightning.LightningDataModule):
             "prompts_per_epoch": prompts_per_epoch,
             "prompts_per_rollout": prompts_per_rollout,
             "samples_per_prompt": samples_per_prompt,
+            "max_turns": max_turns,
         }
         for name, value in positive.items():
             if value is not None and value < 1:
@@ -153,8 +163,14 @@ class RolloutDataModule(lightning.LightningDataModule):
         self.samples_per_prompt = samples_per_prompt
         self.sampling = sampling or Sampling()
         self.val_rollouts = val_rollouts
+        self.toolbox = Toolbox(tools or ())
+        self.max_turns = max_turns
         self.columns = Columns(
-            prompt=prompt_column, response=response_column, messages=messages_column
+            prompt=prompt_column,
+            response=response_column,
+            messages=messages_column,
+            tools=tools_column,
+            declared_tools=self.toolbox.schemas,
         )
         self.teacher_prompts = teacher_prompts_from(
             teacher_prompt_column,
@@ -171,12 +187,13 @@ class RolloutDataModule(lightning.LightningDataModule):
     # ---------------------------------------------------------------- Lightning's hooks
 
     def setup(self, stage: str) -> None:
-        """Derive the accumulation from ``global_batch_size``.
+        """Derive the accumulation from ``global_batch_size``; hand the tools to the module.
 
         Raises:
             ConfigError: It does not fit the batch size, the devices or the accumulation; or the
                 Trainer would cut an epoch inside an optimizer step.
         """
+        equip(self._module, self.toolbox, self.max_turns)
         if stage == "fit":
             check_whole_steps(self._trainer)
         if stage == "fit" and self.global_batch_size is not None:
@@ -213,7 +230,7 @@ class RolloutDataModule(lightning.LightningDataModule):
                 f"data.samples_per_prompt {self.samples_per_prompt} has nothing to act on: in this "
                 "run nobody writes responses; leave it out, or use an on-policy method"
             )
-        _announce(plan, shape)
+        announce(plan, shape)
         self._train_loader = RolloutLoader(
             examples.examples,
             plan,
@@ -371,15 +388,3 @@ class RolloutDataModule(lightning.LightningDataModule):
         states: list[Any] = [None] * self._trainer.world_size
         torch.distributed.all_gather_object(states, state)
         return states
-
-
-def _announce(plan: StagedPlan, shape: LoaderShape) -> None:
-    rank_zero_info(
-        f"an epoch is {shape.steps_per_epoch} optimizer steps of {shape.rows_per_step} rows; "
-        + ", ".join(
-            (f"from step {start} on " if start else "the student writes ")
-            + f"{part.on_policy_fraction:.0%}"
-            + ("" if start else " of them")
-            for start, part in plan.stages
-        )
-    )

@@ -1,10 +1,12 @@
-"""Optimizer steps are whole: how many micro-batches make one, and what would cut one short."""
+"""Optimizer steps are whole: how many micro-batches make one, what would cut one, what is said."""
 
 from __future__ import annotations
 
 import lightning
+from lightning.pytorch.utilities import rank_zero_info
 
 from okd_lightning.errors import ConfigError
+from okd_lightning.rollouts import LoaderShape, StagedPlan
 
 
 def check_whole_steps(trainer: lightning.Trainer) -> None:
@@ -46,3 +48,16 @@ def accumulation_for(
             f"{global_batch_size}, which needs {accumulation}; leave one of them out"
         )
     return accumulation
+
+
+def announce(plan: StagedPlan, shape: LoaderShape) -> None:
+    """Say what an epoch is and who writes its rows."""
+    rank_zero_info(
+        f"an epoch is {shape.steps_per_epoch} optimizer steps of {shape.rows_per_step} rows; "
+        + ", ".join(
+            (f"from step {start} on " if start else "the student writes ")
+            + f"{part.on_policy_fraction:.0%}"
+            + ("" if start else " of them")
+            for start, part in plan.stages
+        )
+    )

@@ -71,6 +71,13 @@ class Measured:
 class RowScorer(Protocol):
     """Gives every response that the student wrote a credit, such as a reward."""
 
+    @property
+    def reads_last_turn(self) -> bool:
+        """Whether it reads the last turn of a response that called tools, or all of them.
+
+        Turns are the student's own, with a line break between them.
+        """
+
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]
     ) -> list[float]:

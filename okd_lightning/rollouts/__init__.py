@@ -4,8 +4,10 @@
 * ``sampling``: temperature, top-k, top-p, and the draw itself.
 * ``engine``: the protocol of a rollout engine.
 * ``transformers_engine``: the built-in engine, on transformers' models and caches.
+* ``tool_rollouts``: any engine, with tools between the turns.
 * ``plan``: which rows of an optimizer step are the student's, the teacher's or the data set's.
 * ``rows``: examples and rollouts become training rows, and rows become stamped micro-batches.
+* ``scoring``: rewards of what was written. ``stored``: rollouts in checkpoints.
 * ``loader``: the sized, stateful iterable that regenerates on-policy batches every epoch.
 """
 

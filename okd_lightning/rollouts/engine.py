@@ -29,7 +29,7 @@ class RolloutEngine(Protocol):
         """One response a prompt, in the order of the prompts.
 
         Args:
-            prompts: What to continue.
+            prompts: What to continue; rows with ``limits`` of their own are cut there.
             sampling: How tokens are chosen; the rollout's log-probs are under this distribution.
             generator: The noise, keyed by (seed, epoch, prompt, sample, position) alone.
             max_new_tokens: Cut a response here; a cut response has no end-of-sequence id.

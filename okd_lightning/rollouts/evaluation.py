@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from okd_lightning.records import DistillBatch, Example, PromptBatch
+from okd_lightning.records import DistillBatch, Example, PromptBatch, Rollout
 from okd_lightning.rollouts.engine import Author, Writer
 from okd_lightning.rollouts.loader import ProgressFactory, silent_progress
 from okd_lightning.rollouts.noise import NoiseStream, hashed_uniform
-from okd_lightning.rollouts.rows import given_row, micro_batches, muted, share, written_row
+from okd_lightning.rollouts.rows import given_row, micro_batches, muted, share, written_rows
 from okd_lightning.rollouts.sampling import Sampling
 
 _BATCH_ORDER = 0x42415443  # domain separation
@@ -99,13 +99,9 @@ class OwnResponses:
                 self._max_new_tokens,
                 progress,
             )
-        rows = [
-            written_row(example, "student", ids, logprobs)
-            for example, ids, logprobs in zip(
-                self._own, rollout.response_ids, rollout.logprobs, strict=True
-            )
-        ]
-        rows = rows or [muted(written_row(self.examples[0], "student", (), ()))]
+        rows = written_rows(self._own, "student", rollout)
+        nothing = Rollout(((),), ((),), ("",))
+        rows = rows or [muted(row) for row in written_rows(self.examples[:1], "student", nothing)]
         yield from micro_batches(rows, len(self))
 
 
@@ -115,6 +111,7 @@ def prompt_batch(examples: Sequence[Example], author: Author = "student") -> Pro
         input_ids=tuple(example.prompt_ids_of(author) for example in examples),
         index=tuple(example.index for example in examples),
         sample=(0,) * len(examples),
+        chats=tuple(example.chat for example in examples),
     )
 
 

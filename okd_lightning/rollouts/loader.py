@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from okd_lightning.errors import ConfigError
@@ -31,10 +30,16 @@ from okd_lightning.rollouts.rows import (
     muted,
     rollout_metrics,
     share,
-    written_row,
+    written_rows,
 )
 from okd_lightning.rollouts.sampling import Sampling
 from okd_lightning.rollouts.scoring import ChunkScorer, unscored
+from okd_lightning.rollouts.stored import (
+    pack_credits,
+    pack_rollout,
+    unpack_credits,
+    unpack_rollout,
+)
 
 _AUTHORS: tuple[Author, ...] = ("student", "teacher")
 _ORDER = 0x4F524452  # domain separation for the order of prompts
@@ -192,7 +197,7 @@ class RolloutLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, cursor and this chunk's rollouts, of all ranks."""
-        own = {author: _pack(rollout) for author, rollout in self._written.items()}
+        own = {author: pack_rollout(rollout) for author, rollout in self._written.items()}
         return {
             "epoch": self._epoch,
             "delivered": self._delivered,
@@ -200,7 +205,7 @@ class RolloutLoader:
             "identity": self._identity(),
             "written_for": self._written_for,
             "written": self._gather(own),
-            "credits": self._gather(_pack_credits(self._credits)),
+            "credits": self._gather(pack_credits(self._credits)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -227,8 +232,8 @@ class RolloutLoader:
         self._written, self._credits = {}, None
         if len(state["written"]) == self.shape.world_size:
             own, credits = state["written"][self.shape.rank], state["credits"][self.shape.rank]
-            self._written = {author: _unpack(packed) for author, packed in own.items()}
-            self._credits = _unpack_credits(credits)
+            self._written = {author: unpack_rollout(packed) for author, packed in own.items()}
+            self._credits = unpack_credits(credits)
 
     def _identity(self) -> list[int]:
         """What decides which prompt is where: equal lists mean equal batches."""
@@ -284,12 +289,7 @@ class RolloutLoader:
             self._credits = scores.credits
             self._unreported_scores = scores.metrics
         credits = (self._credits or {}) if author == "student" else {}
-        return [
-            written_row(turn.example, author, ids, logprobs, {n: c[i] for n, c in credits.items()})
-            for i, (turn, ids, logprobs) in enumerate(
-                zip(turns, rollout.response_ids, rollout.logprobs, strict=True)
-            )
-        ]
+        return written_rows([turn.example for turn in turns], author, rollout, credits)
 
     def _own_turns(self, turns: list[_Turn], step: int) -> list[tuple[_Turn, Any]]:
         """This rank's rows of a step: every sample of a prompt, or its given response."""
@@ -309,6 +309,7 @@ class RolloutLoader:
             input_ids=tuple(turn.example.prompt_ids_of(author) for turn in turns),
             index=tuple(turn.example.index for turn in turns),
             sample=tuple(turn.sample for turn in turns),
+            chats=tuple(turn.example.chat for turn in turns),
         )
         noise = NoiseStream(self._seed, self._epoch)
         start = time.perf_counter()
@@ -331,32 +332,3 @@ class RolloutLoader:
             metrics = rollout_metrics(self._unreported) | self._unreported_scores
             self._unreported, self._unreported_scores = [], {}
             yield replace(batch, step_counts=counts, metrics=metrics)
-
-
-def _pack(rollout: Rollout) -> dict[str, Tensor]:
-    """Flat tensors: what ``weights_only`` loading accepts and what stays small."""
-    return {
-        "lengths": torch.tensor([len(ids) for ids in rollout.response_ids]),
-        "ids": torch.tensor([i for ids in rollout.response_ids for i in ids], dtype=torch.int64),
-        "logprobs": torch.tensor([p for row in rollout.logprobs for p in row], dtype=torch.float64),
-        "ended": torch.tensor([reason == "eos" for reason in rollout.stop_reasons]),
-    }
-
-
-def _pack_credits(credits: dict[str, list[float]] | None) -> dict[str, Tensor] | None:
-    if credits is None:
-        return None
-    return {name: torch.tensor(row, dtype=torch.float64) for name, row in credits.items()}
-
-
-def _unpack_credits(packed: dict[str, Tensor] | None) -> dict[str, list[float]] | None:
-    return None if packed is None else {name: row.tolist() for name, row in packed.items()}
-
-
-def _unpack(packed: dict[str, Tensor]) -> Rollout:
-    lengths = packed["lengths"].tolist()
-    return Rollout(
-        response_ids=tuple(tuple(part.tolist()) for part in packed["ids"].split(lengths)),
-        logprobs=tuple(tuple(part.tolist()) for part in packed["logprobs"].split(lengths)),
-        stop_reasons=tuple("eos" if ended else "length" for ended in packed["ended"].tolist()),
-    )

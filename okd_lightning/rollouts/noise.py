@@ -6,8 +6,8 @@ stand in nor the rank that samples it changes the row's noise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -38,16 +38,25 @@ class NoiseStream:
     Attributes:
         seed: The run's seed.
         epoch: Which pass over the prompts; validation uses a constant of its own.
+        starts: How many tokens of a response are there already, by (prompt, sample): its noise goes
+            on behind them.
     """
 
     seed: int
     epoch: int
+    starts: Mapping[tuple[int, int], int] = field(default_factory=dict)
 
     def uniform(self, index: Sequence[int], sample: Sequence[int], num_positions: int) -> Tensor:
         """[rows, num_positions] float64 in (0, 1), a row keyed by its prompt and sample number."""
         rows = np.asarray(index)[:, None], np.asarray(sample)[:, None]
-        positions = np.arange(num_positions)[None, :]
+        keys = zip(index, sample, strict=True)
+        starts = np.asarray([self.starts.get(key, 0) for key in keys], dtype=np.int64)
+        positions = starts[:, None] + np.arange(num_positions)[None, :]
         return torch.from_numpy(hashed_uniform(self.seed, self.epoch, *rows, positions))
+
+    def starting_at(self, starts: Mapping[tuple[int, int], int]) -> NoiseStream:
+        """The same stream for responses that have these many tokens, by (prompt, sample)."""
+        return replace(self, starts=starts)
 
 
 def _mix(state: np.ndarray) -> np.ndarray:

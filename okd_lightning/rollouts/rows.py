@@ -14,8 +14,10 @@ from okd_lightning.records import (
     Example,
     Rollout,
     Source,
+    ToolUse,
     TrainingRow,
     collate,
+    stretches,
 )
 
 _T = TypeVar("_T")
@@ -46,18 +48,62 @@ def written_row(
     ids: tuple[int, ...],
     logprobs: tuple[float, ...],
     credits: Mapping[str, float] | None = None,
+    own: tuple[bool, ...] | None = None,
+    stop_reason: str = "",
 ) -> TrainingRow:
-    """A row with a sampled response; loss lies on the sampled tokens alone."""
+    """A row with a sampled response; loss lies on the sampled tokens alone.
+
+    Args:
+        example: What was answered.
+        source: Who wrote the response.
+        ids: The response.
+        logprobs: The sampler's, one a token of the response (nats).
+        credits: What reward terms gave it.
+        own: True on the sampled tokens of the response; None where all are.
+        stop_reason: Why it ends.
+    """
     return TrainingRow(
         index=example.index,
         source=source,
         input_ids=example.prompt_ids + ids,
-        mask=(False,) * len(example.prompt_ids) + (True,) * len(ids),
+        mask=(False,) * len(example.prompt_ids) + ((True,) * len(ids) if own is None else own),
         prompt_length=len(example.prompt_ids),
         sampler_logprobs=logprobs,
         credits=credits or {},
         teacher_prompt_ids=example.teacher_prompt_ids,
+        stop_reason=stop_reason,
     )
+
+
+def written_rows(
+    examples: Sequence[Example],
+    source: Source,
+    rollout: Rollout,
+    credits: Mapping[str, Sequence[float]] | None = None,
+) -> list[TrainingRow]:
+    """One row a response; see ``written_row``.
+
+    Args:
+        examples: What was answered, in the order of the rollout.
+        source: Who wrote the responses.
+        rollout: The responses.
+        credits: By the term's name, one number a response.
+    """
+    columns = (rollout.response_ids, rollout.logprobs, rollout.own_masks, rollout.stop_reasons)
+    return [
+        written_row(
+            example,
+            source,
+            ids,
+            logprobs,
+            {name: values[i] for name, values in (credits or {}).items()},
+            own,
+            reason,
+        )
+        for i, (example, ids, logprobs, own, reason) in enumerate(
+            zip(examples, *columns, strict=True)
+        )
+    ]
 
 
 def count_by_source(rows: Sequence[TrainingRow]) -> Tensor:
@@ -106,51 +152,74 @@ def muted(row: TrainingRow) -> TrainingRow:
 def rollout_metrics(rollouts: Sequence[tuple[Rollout, float]]) -> dict[str, float]:
     """What is logged about rollouts: speed, lengths in tokens, shares that ended by themselves.
 
+    Tokens are those that were sampled; lengths count what tools answered as well.
+
     Args:
         rollouts: Each with the seconds that it took; with none there is nothing to log.
     """
     if not rollouts:
         return {}
     seconds = sum(time for _, time in rollouts)
+    num_tokens = sum(rollout.num_tokens for rollout, _ in rollouts)
     lengths = [len(ids) for rollout, _ in rollouts for ids in rollout.response_ids]
     ended = sum(reason == "eos" for rollout, _ in rollouts for reason in rollout.stop_reasons)
     return {
-        "rollout/tokens_per_second": sum(lengths) / max(seconds, 1e-9),
-        "rollout/tokens": float(sum(lengths)),
+        "rollout/tokens_per_second": num_tokens / max(seconds, 1e-9),
+        "rollout/tokens": float(num_tokens),
         "rollout/seconds": seconds,
         "rollout/mean_length": sum(lengths) / len(lengths),
         "rollout/eos_share": ended / len(lengths),
         "rollout/empty_share": lengths.count(0) / len(lengths),
+        **_tool_metrics([use for rollout, _ in rollouts for use in rollout.tool_use]),
     }
 
 
+def _tool_metrics(uses: Sequence[ToolUse]) -> dict[str, float]:
+    if not uses:
+        return {}
+    return {
+        "rollout/tool_calls": float(sum(use.calls for use in uses)),
+        "rollout/tool_errors": float(sum(use.errors for use in uses)),
+        "rollout/tool_cuts": float(sum(use.cuts for use in uses)),
+        "rollout/mean_turns": sum(use.turns for use in uses) / len(uses),
+    }
+
+
+def response_record(
+    batch: DistillBatch, row: int, decode: Callable[[Sequence[int]], str]
+) -> dict[str, Any]:
+    """A row of generations on disk: prompt and response as text.
+
+    The response is the whole conversation behind the prompt. ``num_tokens`` counts what the model
+    wrote itself; where tools have answered, ``turns`` says who wrote what.
+    """
+    start, end = int(batch.prompt_lengths[row]), int(batch.lengths[row])
+    ids, own = batch.input_ids[row, :end].tolist(), batch.mask[row, :end].tolist()
+    parts = stretches(ids[start:], own[start:])
+    record = {
+        "index": int(batch.index[row]),
+        "prompt": decode(ids[:start]),
+        "response": decode(ids[start:]),
+        "num_tokens": sum(own[start:]),
+    }
+    if len(parts) > 1:
+        record["turns"] = [
+            {"by": "model" if is_own else "tools", "text": decode(part)} for part, is_own in parts
+        ]
+    return record
+
+
 def generation_records(
-    batch: DistillBatch, decode: Callable[[Sequence[int]], str], eos_ids: Sequence[int]
+    batch: DistillBatch, decode: Callable[[Sequence[int]], str]
 ) -> list[dict[str, Any]]:
-    """Prompt and generated response of every row, as text; rows without a response are left out.
+    """Every sampled response of a batch as a record; rows without one are left out.
 
     Args:
         batch: Rows with sampled responses.
         decode: Ids to text.
-        eos_ids: Ids that end a response.
     """
-    records = []
-    for ids, length, start, index in zip(
-        batch.input_ids.tolist(),
-        batch.lengths.tolist(),
-        batch.prompt_lengths.tolist(),
-        batch.index.tolist(),
-        strict=True,
-    ):
-        response = ids[start:length]
-        if response:
-            records.append(
-                {
-                    "index": index,
-                    "prompt": decode(ids[:start]),
-                    "response": decode(response),
-                    "num_tokens": len(response),
-                    "stop_reason": "eos" if response[-1] in eos_ids else "length",
-                }
-            )
-    return records
+    return [
+        response_record(batch, row, decode) | {"stop_reason": reason}
+        for row, reason in enumerate(batch.stop_reasons)
+        if reason and batch.prompt_lengths[row] < batch.lengths[row]
+    ]

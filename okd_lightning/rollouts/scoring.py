@@ -1,7 +1,8 @@
 """Credits of whole responses: rewards, asked for once when a chunk has been written.
 
 Owns the texts that scorers read, and the groups: all samples of one prompt's turn, on whichever
-rank they were written.
+rank they were written. What tools have answered is in none of these texts: the model did not write
+it, so nothing is earned by it.
 """
 
 from __future__ import annotations
@@ -69,18 +70,17 @@ class TermScorer:
         Raises:
             RewardError: What a scorer raises.
         """
-        texts = (
-            [example.prompt for example in examples],
-            [self.decode(ids) for ids in rollout.response_ids],
-            [example.response for example in examples],
-        )
+        prompts = [example.prompt for example in examples]
+        references = [example.response for example in examples]
+        turns = [[self.decode(ids) for ids in rollout.turns(i)] for i in range(len(rollout))]
         groups = [
             (example.index, sample // self.samples_per_prompt)
             for example, sample in zip(examples, samples, strict=True)
         ]
         credits, metrics = {}, {}
         for name, scorer in self.scorers.items():
-            own = scorer.score(*texts)
+            read = [texts[-1:] if scorer.reads_last_turn else texts for texts in turns]
+            own = scorer.score(prompts, ["\n".join(texts) for texts in read], references)
             everyone = self.gather((own, groups))
             scores = [score for part, _ in everyone for score in part]
             credit = scorer.credit_rows(scores, [key for _, keys in everyone for key in keys])

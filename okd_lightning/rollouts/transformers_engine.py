@@ -31,12 +31,14 @@ class _Batch:
 
     rows: Tensor  # [alive] position of each row in the whole call
     noise: Tensor  # [alive, max_new_tokens]
+    limits: Tensor  # [alive] longest response of each row
     attention_mask: Tensor  # [alive, seq so far]
     is_writing: Tensor  # [alive] False once a row has ended but still stands in the batch
     cache: DynamicCache
 
     def keep(self, index: Tensor) -> None:
         self.rows, self.noise = self.rows[index], self.noise[index]
+        self.limits = self.limits[index]
         self.attention_mask = self.attention_mask[index]
         self.is_writing = self.is_writing[index]
         self.cache.batch_select_indices(index)
@@ -105,6 +107,7 @@ class TransformersEngine:
         batch = _Batch(
             rows=torch.tensor(rows, device=device),
             noise=noise.to(device),
+            limits=torch.tensor(_limits(rows, prompts, noise.shape[1]), device=device),
             attention_mask=attention_mask,
             is_writing=torch.ones(len(rows), dtype=torch.bool, device=device),
             cache=DynamicCache(config=self.model.config),
@@ -114,7 +117,7 @@ class TransformersEngine:
             drawn, logprobs = draw(sampling.logprobs(logits), batch.noise[:, position])
             self._record(batch, drawn, logprobs)
             num_before = int(batch.is_writing.sum())
-            batch.is_writing &= ~self._ends(drawn)
+            batch.is_writing &= ~self._ends(drawn) & (batch.limits > position + 1)
             num_writing = int(batch.is_writing.sum())
             if progress is not None and num_writing < num_before:
                 progress(num_before - num_writing)
@@ -127,8 +130,6 @@ class TransformersEngine:
             ids = drawn[:, None]
             ones = batch.attention_mask.new_ones(len(ids), 1)
             batch.attention_mask = torch.cat([batch.attention_mask, ones], dim=1)
-        if progress is not None:
-            progress(int(batch.is_writing.sum()))
 
     def _next_logits(self, ids: Tensor, batch: _Batch) -> Tensor:
         """[alive, vocab] for the token after ``ids``; invalid ids are minus infinity."""
@@ -158,6 +159,12 @@ class TransformersEngine:
 
     def _ends(self, drawn: Tensor) -> Tensor:
         return torch.isin(drawn, torch.tensor(self.eos_ids, device=drawn.device))
+
+
+def _limits(rows: list[int], prompts: PromptBatch, max_new_tokens: int) -> list[int]:
+    if not prompts.limits:
+        return [max_new_tokens] * len(rows)
+    return [min(prompts.limits[row], max_new_tokens) for row in rows]
 
 
 def _left_pad(rows: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:

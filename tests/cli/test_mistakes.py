@@ -92,6 +92,13 @@ FIT = [
     ([*KD, "--data.sampling.temperatur", "1"], ["Sampling has no setting", "mean temperature?"]),
     ([*KD, "--data.sampling", "greedy"], ["--data.sampling", "'greedy'"]),
     # methods
+    (
+        [
+            *("--method", "Reward", "--method.function", "PlainFunction"),
+            *("--method.function.function", "os.system"),
+        ],
+        ["'os.system'; expected a RewardFunction"],
+    ),
     (["--method", "KDD"], ["--method KDD", "no such method", "did you mean KD?", "GKD"]),
     (["--method", "gkd"], ["did you mean GKD?"]),
     (["--method", "ModelCheckpoint"], ["no such method"]),

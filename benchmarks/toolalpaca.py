@@ -1,0 +1,77 @@
+"""Turn ToolAlpaca's evaluation files into rows that okd-lightning reads; imports nothing of it.
+
+A row has messages (the instruction), tools (the API's functions as JSON schemas) and response (the
+golden calls, as Qwen and Hermes write them). Instructions whose golden arguments are no JSON,
+because they stand for what an earlier call returns, are left out.
+
+    python benchmarks/toolalpaca.py eval_simulated.json OUT.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+TYPES = ("string", "integer", "number", "boolean", "array", "object")
+
+
+def schema_of(name: str, text: str) -> dict[str, Any]:
+    """A function's JSON schema, from "what it does / Parameters: {...} / Output: ..."."""
+    described = re.match(r"(.*?)\nParameters: (\{.*?\})\n(?:Output|$)", text + "\n", re.DOTALL)
+    description, parameters = described.groups() if described else (text, "{}")
+    properties, required = {}, []
+    for argument, said in json.loads(parameters).items():
+        words = said.removeprefix("Required. ")
+        kind = next((k for k in TYPES if words.lower().startswith(k)), "string")
+        properties[argument] = {"type": kind, "description": words}
+        if words != said:
+            required.append(argument)
+    object_schema = {"type": "object", "properties": properties, "required": required}
+    function = {"name": name, "description": description.strip(), "parameters": object_schema}
+    return {"type": "function", "function": function}
+
+
+def golden_response(calls: list[dict[str, str]]) -> str | None:
+    """The calls as a model would write them; None where an argument stands for a result."""
+    written = []
+    for call in calls:
+        try:
+            arguments = json.loads(call["Action_Input"])
+        except json.JSONDecodeError:
+            return None
+        body = json.dumps({"name": call["Action"], "arguments": arguments}, ensure_ascii=False)
+        written.append(f"<tool_call>\n{body}\n</tool_call>")
+    return "\n".join(written)
+
+
+def rows_of(apis: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row an instruction that has golden calls."""
+    rows = []
+    for api in apis:
+        described = api["Function_Description"]
+        tools = [schema_of(name, described[name]) for name in api["Function_Projection"]]
+        for instruction, calls in zip(api["Instructions"], api["Golden_Answers"], strict=True):
+            response = golden_response(calls)
+            if response:
+                messages = [{"role": "user", "content": instruction}]
+                rows.append({"messages": messages, "tools": tools, "response": response})
+    return rows
+
+
+def main() -> None:
+    """Write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    rows = rows_of(json.loads(options.source.read_text(encoding="utf-8")))
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    options.out.write_text("".join(lines), encoding="utf-8")
+    print(f"{len(rows)} rows written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()

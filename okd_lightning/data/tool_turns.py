@@ -1,0 +1,152 @@
+"""Tools in chats: how a tokenizer's chat template writes their answers between two turns.
+
+The template renders the chat with the calls and their results; what it writes behind the end of the
+assistant's turn, up to where the next one begins, is tokenized apart and put behind the model's own
+ids. What the model wrote itself is never rendered anew. Templates that are not prefix-stable, show
+no results, or close no turns are refused before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from transformers import PreTrainedTokenizerBase
+
+from okd_lightning.data.distilled_module import DistilledModule
+from okd_lightning.data.templates import ChatRenderer, Message, RenderedChat
+from okd_lightning.data.tokens import encode_continuations
+from okd_lightning.errors import ConfigError, DataError
+from okd_lightning.records import Chat
+from okd_lightning.rollouts.tool_rollouts import Exchange, ToolRounds
+from okd_lightning.tool_calls import ToolCall
+from okd_lightning.tools import Toolbox
+
+_PROBE_RESULT = "what the tool answers"
+
+
+def equip(module: DistilledModule, toolbox: Toolbox, max_turns: int) -> None:
+    """Let a module's rollouts call tools; with an empty toolbox they call none.
+
+    What the template closes a turn with ends a turn from now on.
+
+    Raises:
+        ConfigError: The tokenizer has no chat template, or one that cannot show tools' answers.
+        DataError: A template that is not prefix-stable.
+    """
+    if not len(toolbox):
+        module.tool_rounds = None
+        return
+    turns = ToolTurns(module.tokenizer, eos_id=module.eos_ids[0])
+    module.add_eos_ids(turns.check(toolbox.schemas))
+    module.tool_rounds = ToolRounds(toolbox, turns, max_turns)
+
+
+class ToolTurns:
+    """A tokenizer and its template, as ``rollouts.tool_rollouts`` needs them.
+
+    Args:
+        tokenizer: Must have a chat template.
+        eos_id: The token that ends a response.
+
+    Raises:
+        ConfigError: The tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, eos_id: int) -> None:
+        if not tokenizer.chat_template:
+            raise ConfigError(
+                f"data.tools are called in chats, but the tokenizer {tokenizer.name_or_path!r} has "
+                "no chat_template; use an instruction-tuned model's tokenizer, or leave the tools "
+                "out"
+            )
+        self._tokenizer = tokenizer
+        self._renderer = ChatRenderer(tokenizer, eos_id=eos_id, where="data.tools")
+
+    def check(self, schemas: Sequence[dict[str, Any]]) -> list[int]:
+        """Try the template on a chat with two exchanges.
+
+        Returns:
+            The ids that it closes turns with.
+
+        Raises:
+            ConfigError: It shows no results, or closes a turn with no special token.
+            DataError: It is not prefix-stable, or refuses such a chat.
+        """
+        exchange = Exchange((ToolCall(schemas[0]["function"]["name"], {}),), (_PROBE_RESULT,))
+        question = {"role": "user", "content": "What?"}
+        chat = Chat((question,), tuple(schemas))
+        rendered = self._render(chat, [exchange, exchange])
+        if _PROBE_RESULT not in rendered.prompt[-1].text:
+            raise ConfigError(
+                "data.tools: the tokenizer's chat template does not show what tools answer "
+                "(messages of the role 'tool'); set a chat_template that does"
+            )
+        call, *_ = _messages(exchange, 0, num_calls=1)
+        answer = {"role": "assistant", "content": "That."}
+        closed = [
+            self._renderer.render([question, turn], list(schemas), "data.tools")
+            for turn in (call, answer)
+        ]
+        ends = {chat.end_of_turn for chat in closed}
+        if "" in ends:
+            raise ConfigError(
+                "data.tools: the tokenizer's chat template closes a turn with no special token, so "
+                "a turn that calls a tool has no end; set a chat_template that writes one"
+            )
+        if schemas[0]["function"]["name"] not in rendered.prompt[0].text:
+            rank_zero_warn(
+                "the tokenizer's chat template does not list tools: the model learns of data.tools "
+                "only what the messages say"
+            )
+        return sorted(int(self._tokenizer.convert_tokens_to_ids(end)) for end in ends)  # type: ignore[arg-type]
+
+    def read(self, ids: Sequence[int]) -> str:
+        """Text of a turn, special tokens included: some tokenizers mark calls with them."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def continuations(
+        self, chats: Sequence[tuple[Chat, Sequence[Exchange]]]
+    ) -> list[tuple[int, ...]]:
+        """What the template writes behind the last turn of each chat, up to the next one."""
+        texts = [self._render(*pair).prompt[-1].text for pair in chats]
+        return [tuple(ids) for ids in encode_continuations(self._tokenizer, texts)]
+
+    def _render(self, chat: Chat, exchanges: Sequence[Exchange]) -> RenderedChat:
+        """The chat with all exchanges; templates that take one call a turn are shown the first."""
+        try:
+            return self._render_calls(chat, exchanges, None)
+        except DataError:
+            if all(len(exchange.calls) == 1 for exchange in exchanges):
+                raise
+            return self._render_calls(chat, exchanges, 1)
+
+    def _render_calls(
+        self, chat: Chat, exchanges: Sequence[Exchange], num_calls: int | None
+    ) -> RenderedChat:
+        messages: list[Message] = [dict(message) for message in chat.messages]
+        num_before = 0
+        for exchange in exchanges:
+            messages += _messages(exchange, num_before, num_calls)
+            num_before += len(exchange.calls)
+        tools = None if chat.tools is None else [dict(tool) for tool in chat.tools]
+        return self._renderer.render(messages, tools, "data.tools")
+
+
+def _messages(exchange: Exchange, num_before: int, num_calls: int | None) -> list[Message]:
+    """The assistant's turn with its calls (``num_calls`` of them), and a message a result."""
+    names = [f"call{num_before + i:05}" for i in range(len(exchange.calls))]
+    calls = [
+        {
+            "id": name,
+            "type": "function",
+            "function": {"name": call.name, "arguments": dict(call.arguments or {})},
+        }
+        for name, call in zip(names, exchange.calls, strict=True)
+    ]
+    results = [
+        {"role": "tool", "tool_call_id": name, "name": call.name, "content": result}
+        for name, call, result in zip(names, exchange.calls, exchange.results, strict=True)
+    ]
+    return [{"role": "assistant", "content": "", "tool_calls": calls[:num_calls]}, *results]

@@ -1,0 +1,42 @@
+"""Rollouts and credits as flat tensors, for checkpoints: what ``weights_only`` loading accepts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from okd_lightning.records import STOP_REASONS, Rollout
+
+
+def pack_rollout(rollout: Rollout) -> dict[str, Tensor]:
+    """What ``unpack_rollout`` makes the same rows of; how tools were used is not kept."""
+    return {
+        "lengths": torch.tensor([len(ids) for ids in rollout.response_ids]),
+        "ids": torch.tensor([i for ids in rollout.response_ids for i in ids], dtype=torch.int64),
+        "logprobs": torch.tensor([p for row in rollout.logprobs for p in row], dtype=torch.float64),
+        "own": torch.tensor([own for mask in rollout.own_masks for own in mask], dtype=torch.bool),
+        "reasons": torch.tensor([STOP_REASONS.index(reason) for reason in rollout.stop_reasons]),
+    }
+
+
+def unpack_rollout(packed: dict[str, Tensor]) -> Rollout:
+    """The rows of ``pack_rollout``."""
+    lengths = packed["lengths"].tolist()
+    return Rollout(
+        response_ids=tuple(tuple(part.tolist()) for part in packed["ids"].split(lengths)),
+        logprobs=tuple(tuple(part.tolist()) for part in packed["logprobs"].split(lengths)),
+        stop_reasons=tuple(STOP_REASONS[code] for code in packed["reasons"].tolist()),
+        masks=tuple(tuple(part.tolist()) for part in packed["own"].split(lengths)),
+    )
+
+
+def pack_credits(credits: dict[str, list[float]] | None) -> dict[str, Tensor] | None:
+    """Credits by the term's name; None stays None."""
+    if credits is None:
+        return None
+    return {name: torch.tensor(row, dtype=torch.float64) for name, row in credits.items()}
+
+
+def unpack_credits(packed: dict[str, Tensor] | None) -> dict[str, list[float]] | None:
+    """What ``pack_credits`` packed."""
+    return None if packed is None else {name: row.tolist() for name, row in packed.items()}
