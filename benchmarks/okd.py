@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from okd_study.arms import Arm
-from okd_study.pace import seconds_a_step
+from okd_study.pace import measure_rounds, relative_seconds
 from okd_study.stages import PACED, STAGES, equal_seconds
 from okd_study.tables import line, table
 from okd_study.tasks import Tasks
@@ -46,7 +46,7 @@ class Kept:
         self.path = path
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         self.runs: dict[str, dict[str, float]] = known.get("runs", {})
-        self.seconds_a_step: dict[str, dict[str, float]] = known.get("cpu_seconds_a_step", {})
+        self.rounds: dict[str, dict[str, list[float]]] = known.get("cpu_seconds_a_step", {})
 
     def write(self) -> None:
         """All of it, with the versions of what ran last."""
@@ -54,7 +54,7 @@ class Kept:
         content: dict[str, Any] = {
             "versions": {name: version(name) for name in packages}
             | {"python": platform.python_version()},
-            "cpu_seconds_a_step": self.seconds_a_step,
+            "cpu_seconds_a_step": self.rounds,
             "runs": self.runs,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,8 @@ def arms_of(stage: str, task: str, options: argparse.Namespace, kept: Kept) -> l
     arms = []
     for seed in range(options.seeds):
         if stage == EQUAL_SECONDS:
-            arms += equal_seconds(task, options.steps, seed, kept.seconds_a_step[task])
+            relative = relative_seconds(kept.rounds[task], PACED[-1])
+            arms += equal_seconds(task, options.steps, seed, relative)
         else:
             arms += STAGES[stage](task, options.steps, seed)
     return [arm for arm in arms if not options.only or arm.name in options.only]
@@ -75,11 +76,11 @@ def arms_of(stage: str, task: str, options: argparse.Namespace, kept: Kept) -> l
 
 def run(tasks: Tasks, stage: str, task: str, options: argparse.Namespace, kept: Kept) -> list[Arm]:
     """Run what has not been run."""
-    is_known = task in kept.seconds_a_step and not options.measure_again
+    is_known = task in kept.rounds and not options.measure_again
     if stage == EQUAL_SECONDS and not is_known:
-        kept.seconds_a_step[task] = seconds_a_step(tasks, task, PACED)
+        kept.rounds[task] = measure_rounds(tasks, task, PACED)
         kept.write()
-        print(task, kept.seconds_a_step[task], flush=True)
+        print(task, relative_seconds(kept.rounds[task], PACED[-1]), flush=True)
     arms = arms_of(stage, task, options, kept)
     for arm in arms:
         if arm.key not in kept.runs:

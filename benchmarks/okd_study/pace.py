@@ -35,8 +35,8 @@ class _StepTimes(Callback):
         return (counted[-1] - counted[0]) / (len(counted) - 1)
 
 
-def seconds_a_step(tasks: Tasks, task: str, names: Iterable[str]) -> dict[str, float]:
-    """Median over interleaved short runs from the same start, on the same rows."""
+def measure_rounds(tasks: Tasks, task: str, names: Iterable[str]) -> dict[str, list[float]]:
+    """CPU seconds a step of interleaved short runs from the same start, on the same rows."""
     rounds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(_ROUNDS):
         for name, found in rounds.items():
@@ -45,5 +45,15 @@ def seconds_a_step(tasks: Tasks, task: str, names: Iterable[str]) -> dict[str, f
             method = arm.method(prepared.module.learning_rate)
             trainer = tasks.trainer(_STEPS, [method, times], limit_val_batches=0)
             trainer.fit(prepared.module, prepared.data)
-            found.append(times.seconds_a_step)
-    return {name: round(statistics.median(found), 5) for name, found in rounds.items()}
+            found.append(round(times.seconds_a_step, 5))
+    return rounds
+
+
+def relative_seconds(rounds: dict[str, list[float]], reference: str) -> dict[str, float]:
+    """Seconds a step over ``reference``'s: the median over rounds of the ratio within a round."""
+    return {
+        name: statistics.median(
+            own / base for own, base in zip(found, rounds[reference], strict=True)
+        )
+        for name, found in rounds.items()
+    }

@@ -83,13 +83,11 @@ def paced(task: str, steps: int, seed: int) -> Iterator[Arm]:
 
 
 def equal_seconds(
-    task: str, steps: int, seed: int, seconds_a_step: dict[str, float]
+    task: str, steps: int, seed: int, relative_seconds: dict[str, float]
 ) -> Iterator[Arm]:
-    """As many steps as the last method's ``steps`` take, by measured seconds a step."""
-    budget = steps * seconds_a_step[PACED[-1]]
+    """As many steps as the last method's ``steps`` take, by seconds a step over the last one's."""
     for name in PACED:
-        own = max(1, round(budget / seconds_a_step[name]))
-        yield from arms_of([name], task, own, seed)
+        yield from arms_of([name], task, max(1, round(steps / relative_seconds[name])), seed)
 
 
 STAGES: dict[str, Stage] = {
