@@ -32,9 +32,10 @@ def collapse() -> Iterator[Arm]:
 
 
 def half() -> Iterator[Arm]:
-    """The same in 100 steps, for further seeds; the first one's are on its curve."""
-    arms = [opd(FORWARD), opd(JSD), opd_plus(FORWARD), opd_plus(JSD), opd(REVERSE)]
-    arms += [opd_plus(REVERSE, "value_baseline"), gkd(REVERSE)]
+    """The same in 100 steps."""
+    arms = [gkd(divergence) for divergence in DIVERGENCES]
+    arms += [opd(FORWARD), opd(JSD), opd_plus(FORWARD), opd_plus(JSD), opd(REVERSE)]
+    arms += [opd_plus(REVERSE, "value_baseline")]
     yield from (replace(arm, steps=100) for arm in arms)
 
 

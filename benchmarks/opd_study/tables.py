@@ -49,7 +49,7 @@ def variance_table(title: str, measured: Mapping[str, Mapping[str, Any]]) -> Tab
     """One row an estimator."""
     shown = Table(title=title)
     columns = ("bias", "noise_of_bias", "along_exact", "along_exact_error", "cosine")
-    columns += ("variance", "snr")
+    columns += ("signal", "variance")
     for name in ("divergence", "credit", *columns):
         shown.add_column(name, no_wrap=True)
     for divergence, rows in measured.items():

@@ -3,7 +3,8 @@
 All estimators see the same rollouts and share one forward pass. Gradients are taken with respect to
 all of the student's parameters; both losses are divided by the same number of tokens. Given the
 prefixes the exact gradient is the sampled one's expectation, so that their difference has mean zero
-where a credit is unbiased, and its mean over batches is measured with less noise than either.
+where a credit is unbiased. Products of means are taken over pairs of different batches, so that the
+noise of one batch is not multiplied with itself.
 """
 
 from __future__ import annotations
@@ -33,85 +34,58 @@ _DIVERGENCES: Mapping[str, Divergence] = {
 }
 EXACT = "exact"
 LENGTH = 32
-_CLIPS = {"clip 6": 6.0, "clip 2": 2.0}
 
 
 def estimators(divergence: Divergence) -> dict[str, DistillationCallback]:
-    """The exact term first, then every credit."""
+    """The exact term first, then the credits that differ from each other."""
     found: dict[str, DistillationCallback] = {
         EXACT: GKD(divergence=divergence, on_policy_fraction=1.0),
-        "stopped_reward": OPD(divergence),
+        "centred": OPDPlus(divergence, "centred"),
     }
-    for variant in ("as_published", "centred", "value_baseline"):
-        found[variant] = OPDPlus(divergence, variant)
-    for name, bound in _CLIPS.items() if not isinstance(divergence, JensenShannon) else ():
-        found[f"centred, {name}"] = OPDPlus(divergence, "centred", max_log_ratio=bound)
+    if isinstance(divergence, ReverseKL):  # its stopped_reward is the centred one
+        found["centred, clip 6"] = OPDPlus(divergence, "centred", max_log_ratio=6.0)
+    else:
+        found["stopped_reward"] = OPD(divergence)
+    if not isinstance(divergence, JensenShannon):  # is centred as published
+        found["as_published"] = OPDPlus(divergence, "as_published")
+        found["centred, clip 2"] = OPDPlus(divergence, "centred", max_log_ratio=2.0)
+    if not isinstance(divergence, ForwardKL):  # has the value that centring takes off
+        found["value_baseline"] = OPDPlus(divergence, "value_baseline")
     return found
 
 
-class Gradients:
-    """What is known of one estimator after some batches: sums, never the gradients themselves."""
-
-    def __init__(self) -> None:
-        self.num = 0
-        self.total: Tensor | float = 0.0  # of the gradient
-        self.squares = 0.0
-        self.gap: Tensor | float = 0.0  # of its difference from the exact one
-        self.gap_squares = 0.0
-        self.dots: list[float] = []  # with the exact gradient of the same batch
-
-    def add(self, gradient: Tensor, exact: Tensor) -> None:
-        """One batch's."""
-        gap = gradient - exact
-        self.num += 1
-        self.total = self.total + gradient
-        self.squares += float(gradient @ gradient)
-        self.gap = self.gap + gap
-        self.gap_squares += float(gap @ gap)
-
-    @property
-    def mean(self) -> Tensor:
-        """Over batches."""
-        assert isinstance(self.total, Tensor)
-        return self.total / self.num
-
-    @property
-    def trace(self) -> float:
-        """Of the covariance of one batch's gradient."""
-        return (self.squares - self.num * float(self.mean @ self.mean)) / (self.num - 1)
-
-    def bias(self) -> tuple[Tensor, float]:
-        """Mean difference from the exact gradient, and the square of its standard error."""
-        assert isinstance(self.gap, Tensor)
-        mean = self.gap / self.num
-        trace = (self.gap_squares - self.num * float(mean @ mean)) / (self.num - 1)
-        return mean, trace / self.num
+def cross(first: Tensor, second: Tensor) -> Tensor:
+    """[batches] unbiased estimates of (mean first) · (mean second), which never pair a batch."""
+    num = len(first)
+    others = (second.sum(0) - second) / (num - 1)
+    return (first * others).sum(1)
 
 
-def summary(own: Gradients, exact: Gradients, along: list[float]) -> dict[str, float]:
-    """The numbers of one row of the table; all relative to the exact gradient's norm.
+def trace(gradients: Tensor) -> float:
+    """Of the covariance of one batch's gradient."""
+    return float(gradients.var(0).sum())
+
+
+def summary(own: Tensor, exact: Tensor) -> dict[str, float]:
+    """The numbers of one row of the table, relative to the exact mean gradient.
 
     Args:
-        own: Of the estimator.
-        exact: Of the exact gradient on the same batches.
-        along: (g - g_exact) · g_exact of each batch over |mean exact|², for its standard error.
+        own: [batches, parameters] of the estimator.
+        exact: [batches, parameters] of the exact loss on the same rollouts.
     """
-    size = float(exact.mean @ exact.mean) - exact.trace / exact.num  # without its own noise
-    gap, noise = own.bias()
-    num = len(along)
-    mean = sum(along) / num
-    error = math.sqrt(sum((x - mean) ** 2 for x in along) / (num - 1) / num)
-    signal = float(own.mean @ own.mean) - own.trace / own.num
-    inner = float(own.mean @ exact.mean) - exact.trace / exact.num  # the prefixes are shared
+    num, size = len(own), float(cross(exact, exact).mean())
+    gap = own - exact
+    along = 1 + cross(gap, exact) / size
+    signal = float(cross(own, own).mean())
+    noise = math.sqrt(trace(gap) / num / size)
     return {
-        "bias": round(math.sqrt(max(0.0, float(gap @ gap) - noise) / size), 4),
-        "raw_bias": round(math.sqrt(float(gap @ gap) / size), 4),
-        "noise_of_bias": round(math.sqrt(noise / size), 4),
-        "along_exact": round(1 + mean, 4),
-        "along_exact_error": round(error, 4),
-        "cosine": round(inner / math.sqrt(max(signal, 1e-30) * size), 4),
-        "variance": round(own.trace / size, 4),
-        "snr": round(math.sqrt(max(0.0, signal) / own.trace), 4),
+        "bias": round(math.sqrt(max(0.0, float(cross(gap, gap).mean())) / size), 4),
+        "noise_of_bias": round(noise, 4),
+        "along_exact": round(float(along.mean()), 4),
+        "along_exact_error": round(float(along.std()) / math.sqrt(num), 4),
+        "cosine": round(float(along.mean()) * math.sqrt(size / max(signal, 1e-30)), 4),
+        "signal": round(signal / size, 4),
+        "variance": round(trace(own) / size, 4),
         "batches": num,
     }
 
@@ -160,26 +134,21 @@ class VarianceStudy:
         """Divergence → estimator → the row of its table."""
         examples = self.data.examples("train").examples
         terms = {name: estimators(divergence) for name, divergence in _DIVERGENCES.items()}
-        sums = {name: {label: Gradients() for label in group} for name, group in terms.items()}
-        inner: dict[tuple[str, str], list[float]] = {}
         self.module.train()
-        for number in range(num_batches):
-            start = number * self.rows % (len(examples) - self.rows)
-            for name, gradients in self._batch(examples[start : start + self.rows], terms).items():
-                exact = gradients[EXACT]
-                for label, gradient in gradients.items():
-                    sums[name][label].add(gradient, exact)
-                    along = float((gradient - exact) @ exact)
-                    inner.setdefault((name, label), []).append(along)
-        return {name: self._rows(name, group, inner) for name, group in sums.items()}
+        drawn = [
+            self._batch(examples[start : start + self.rows], terms)
+            for start in range(0, num_batches * self.rows, self.rows)
+        ]
+        return {name: self._rows(name, list(group), drawn) for name, group in terms.items()}
 
     def _rows(
-        self, name: str, group: dict[str, Gradients], inner: dict[tuple[str, str], list[float]]
+        self, name: str, labels: list[str], drawn: list[dict[str, dict[str, Tensor]]]
     ) -> dict[str, dict[str, float]]:
-        exact = group[EXACT]
-        size = float(exact.mean @ exact.mean) - exact.trace / exact.num
-        along = {label: [x / size for x in inner[name, label]] for label in group}
-        return {label: summary(own, exact, along[label]) for label, own in group.items()}
+        exact = torch.stack([batch[name][EXACT] for batch in drawn])
+        return {
+            label: summary(torch.stack([batch[name][label] for batch in drawn]), exact)
+            for label in labels
+        }
 
     def _batch(
         self, examples: list[Example], terms: Mapping[str, Mapping[str, DistillationCallback]]
@@ -206,6 +175,6 @@ class VarianceStudy:
                 parts = torch.autograd.grad(
                     output.sum / (self.rows * LENGTH), parameters, retain_graph=True
                 )
-                flat = torch.cat([part.flatten() for part in parts]).double()
+                flat = torch.cat([part.flatten() for part in parts])
                 found.setdefault(name, {})[label] = flat
         return found
