@@ -1,0 +1,132 @@
+"""What does OPD+'s correction do? OPD, OPD+ and the exact on-policy loss, by the command line.
+
+Two tasks: ``tinystories`` (75K student, 260K teacher) and ``arithmetic`` (the quickstart's student
+after its warm start, and its teacher). Finished runs are kept in the JSON file and not repeated;
+seeds are outermost, so that what there is can be compared. ``variance`` measures bias and variance
+of the sampled gradients on the first pair.
+
+    python benchmarks/opd.py --shared FOLDER --stage collapse variance --seeds 3
+    python benchmarks/opd.py --shared FOLDER --picture docs/opd.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+import tempfile
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from opd_study.arms import Arm
+from opd_study.picture import draw
+from opd_study.runner import Runner
+from opd_study.stages import STAGES
+from opd_study.tables import last, runs_table, variance_table
+from opd_study.variance import VarianceStudy
+from rich.console import Console
+
+RESULTS = Path(__file__).parent / "results" / "opd.json"
+VARIANCE = "variance"
+
+
+class Kept:
+    """What has been measured, on disk.
+
+    Args:
+        path: Of the JSON file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.starts: dict[str, dict[str, float]] = known.get("starts", {})
+        self.runs: dict[str, dict[str, Any]] = known.get("runs", {})
+        self.variance: dict[str, dict[str, Any]] = known.get(VARIANCE, {})
+
+    def write(self) -> None:
+        """All of it, with the versions of what ran last."""
+        packages = ("torch", "lightning", "transformers", "torchmetrics")
+        content = {
+            "versions": {name: version(name) for name in packages}
+            | {"python": platform.python_version()},
+            "starts": self.starts,
+            VARIANCE: self.variance,
+            "runs": self.runs,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def run_arm(runner: Runner, arm: Arm, kept: Kept) -> None:
+    """Run what has not been run, and the measures before the first step of its task and seed."""
+    start = f"{arm.task} / seed {arm.seed}"
+    if start not in kept.starts:
+        kept.starts[start] = runner.start(arm)
+    if arm.key not in kept.runs:
+        kept.runs[arm.key] = found = runner.run(arm)
+        kept.write()
+        print(arm.key, found["cpu_seconds"], found.get("stopped", ""), last(found), flush=True)
+
+
+def run_variance(shared: Path, root: Path, kept: Kept, num_batches: int, steps: int) -> None:
+    """At the start, and after some steps of training."""
+    at_start, after = "at the start", f"after {steps} steps of GKD with reverse KL"
+    if at_start in kept.variance and after in kept.variance:
+        return
+    begin = time.process_time()
+    study = VarianceStudy(shared, root)
+    study.train(0)  # builds the models and reads the data
+    kept.variance[at_start] = study.measure(num_batches)
+    kept.write()
+    study.train(steps)
+    kept.variance[after] = study.measure(num_batches)
+    kept.write()
+    print(VARIANCE, round(time.process_time() - begin, 1), "CPU seconds", flush=True)
+
+
+def main() -> None:
+    """Run what has not been run, print the tables, write the JSON and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shared", type=Path, help="folder with models/ and datasets/")
+    parser.add_argument("--stage", nargs="+", choices=[*STAGES, VARIANCE], default=())
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0,), help="such as 0 1 2")
+    parser.add_argument("--only", nargs="*", default=(), help="names of runs; all by default")
+    parser.add_argument("--batches", type=int, default=64, help="of the variance table")
+    parser.add_argument("--picture", type=Path, help="draw the collapse here")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    kept = Kept(options.out)
+    arms = {
+        stage: [replace(arm, seed=seed) for seed in options.seeds for arm in STAGES[stage]()]
+        for stage in STAGES
+    }
+    with tempfile.TemporaryDirectory() as root:
+        runner = Runner(options.shared or Path(), Path(root))
+        for seed in options.seeds:
+            for stage in options.stage:
+                if stage == VARIANCE:
+                    run_variance(options.shared, Path(root), kept, options.batches, steps=100)
+                    continue
+                for arm in arms[stage]:
+                    if arm.seed == seed and (not options.only or arm.name in options.only):
+                        run_arm(runner, arm, kept)
+    console = Console(width=210)
+    for stage in options.stage or STAGES:
+        if stage != VARIANCE:
+            console.print(runs_table(stage, kept.runs, arms[stage]))
+    for when, measured in kept.variance.items():
+        console.print(variance_table(f"{VARIANCE} {when}", measured))
+    if options.picture:
+        draw(options.picture, kept.starts, kept.runs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""The picture: collapse and rescue over optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from opd_study.arms import DIVERGENCES, FORWARD, REVERSE, Arm, gkd, opd, opd_plus
+
+_METRIC = "on_policy_reverse_kl"
+_SEEDS = (0, 1, 2)
+
+
+def draw(path: Path, starts: Mapping[str, Any], runs: Mapping[str, Any]) -> None:
+    """One panel a divergence, one thin line a seed."""
+    figure = Figure(figsize=(12.5, 3.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(DIVERGENCES), sharey=True)
+    for axes, divergence in zip(panels, DIVERGENCES, strict=True):
+        for arm, colour, style in _lines(divergence):
+            _plot(axes, arm, colour, style, starts, runs)
+        axes.set_title(divergence)
+        axes.set_yscale("log")
+        axes.set_xlabel("optimizer steps of 16 rollouts, rate 1e-3")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(frameon=False, fontsize=8)
+    panels[0].set_ylabel("reverse KL on own stories (nats a token)")
+    figure.savefig(path, dpi=130)
+
+
+def _lines(divergence: str) -> list[tuple[Arm, str, str]]:
+    lines = [
+        (opd(divergence), "tab:red", "-"),
+        (opd(divergence, 6.0), "tab:red", ":"),
+        (gkd(divergence), "tab:green", "-"),
+    ]
+    if divergence != FORWARD:
+        lines.insert(2, (opd_plus(divergence, "value_baseline"), "tab:blue", "-"))
+    if divergence != REVERSE:
+        lines.insert(2, (opd_plus(divergence), "tab:purple", "-"))
+    if divergence == FORWARD:
+        lines.insert(3, (opd_plus(divergence, clip=6.0), "tab:purple", ":"))
+    return lines
+
+
+def _plot(
+    axes: Axes,
+    arm: Arm,
+    colour: str,
+    style: str,
+    starts: Mapping[str, Any],
+    runs: Mapping[str, Any],
+) -> None:
+    label: str | None = arm.name.replace(f" {arm.name.split()[1].rstrip(',')}", "", 1)
+    for seed in _SEEDS:
+        run = runs.get(replace(arm, seed=seed).key)
+        if run is None:
+            continue
+        points = [(0, starts[f"{arm.task} / seed {seed}"][_METRIC])]
+        points += [(int(step), values[_METRIC]) for step, values in run["curve"].items()]
+        steps, values = zip(*points, strict=True)
+        axes.plot(steps, values, style, color=colour, linewidth=1.2, label=label)
+        label = None

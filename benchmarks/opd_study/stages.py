@@ -1,0 +1,140 @@
+"""Which runs make a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from opd_study.arms import (
+    DIVERGENCES,
+    FORWARD,
+    JSD,
+    REVERSE,
+    Arm,
+    gkd,
+    on_arithmetic,
+    opd,
+    opd_plus,
+)
+
+_CLIP = 6.0
+_REWARD = {
+    "class_path": "Reward",
+    "init_args": {"function": "AnswerMatch", "baseline": "leave_one_out"},
+}
+
+
+def collapse() -> Iterator[Arm]:
+    """Stopped reward, correction and exact loss; OPD+ with reverse KL is OPD (stage variants)."""
+    yield from (opd(divergence) for divergence in DIVERGENCES)
+    yield from (opd_plus(divergence) for divergence in (FORWARD, JSD))
+    yield from (gkd(divergence) for divergence in DIVERGENCES)
+
+
+def half() -> Iterator[Arm]:
+    """The same in 100 steps."""
+    arms = [gkd(divergence) for divergence in DIVERGENCES]
+    arms += [opd(FORWARD), opd(JSD), opd_plus(FORWARD), opd_plus(JSD), opd(REVERSE)]
+    arms += [opd_plus(REVERSE, "value_baseline")]
+    yield from (replace(arm, steps=100) for arm in arms)
+
+
+def clipped() -> Iterator[Arm]:
+    """The same with ln u clipped to ±6."""
+    arms = [opd(FORWARD, _CLIP), opd(JSD, _CLIP), opd(REVERSE, _CLIP)]
+    arms += [opd_plus(FORWARD, clip=_CLIP)]
+    yield from (replace(arm, steps=100) for arm in arms)
+
+
+def variants() -> Iterator[Arm]:
+    """The credits of OPD+ that differ.
+
+    Centred reverse KL is OPD's; centred forward KL has value zero (E_p[u] = 1) and so is its
+    value_baseline; JSD is centred as published.
+    """
+    arms = [opd_plus(REVERSE, "value_baseline"), opd_plus(JSD, "value_baseline")]
+    arms += [opd_plus(divergence, "as_published") for divergence in (REVERSE, FORWARD)]
+    yield from (replace(arm, steps=100) for arm in arms)
+
+
+def tighter() -> Iterator[Arm]:
+    """A clip that acts often."""
+    yield replace(opd_plus(FORWARD, clip=2.0), steps=100)
+    yield replace(opd_plus(REVERSE, "value_baseline", clip=2.0), steps=100)
+
+
+def slower() -> Iterator[Arm]:
+    """A third of the learning rate."""
+    for arm in (opd(REVERSE), opd_plus(REVERSE, "value_baseline"), opd_plus(FORWARD)):
+        yield replace(arm, rate=3e-4, steps=100)
+
+
+def larger() -> Iterator[Arm]:
+    """64 rows a step, 80 steps."""
+    arms = [opd(REVERSE), opd_plus(REVERSE, "value_baseline")]
+    arms += [opd_plus(FORWARD), opd_plus(JSD), opd_plus(JSD, "value_baseline"), gkd(REVERSE)]
+    yield from (replace(arm, rows=64, steps=80, rate=3e-4) for arm in arms)
+
+
+def samples() -> Iterator[Arm]:
+    """Four responses to each prompt."""
+    yield replace(opd_plus(REVERSE, "value_baseline"), samples=4, steps=100)
+
+
+def arithmetic() -> Iterator[Arm]:
+    """The quickstart's task: stopped reward, correction, exact loss."""
+    arms = [opd(REVERSE), opd(FORWARD), opd(JSD)]
+    arms += [opd_plus(REVERSE, "value_baseline"), opd_plus(FORWARD), opd_plus(JSD)]
+    arms += [gkd(divergence) for divergence in DIVERGENCES]
+    yield from map(on_arithmetic, arms)
+
+
+def rewards() -> Iterator[Arm]:
+    """A verifiable reward alone, and beside OPD+, with four samples a prompt."""
+    alone = ("--method", "Reward", "--method.function", "AnswerMatch")
+    alone += ("--method.baseline", "leave_one_out")
+    beside = opd_plus(REVERSE, "value_baseline")
+    both = (*beside.options, f"--trainer.callbacks+={_REWARD}")
+    arms = [
+        Arm("arithmetic", "Reward AnswerMatch", alone),
+        Arm("arithmetic", f"{beside.name} + Reward", both),
+        beside,
+    ]
+    yield from (replace(on_arithmetic(arm), samples=4) for arm in arms)
+
+
+def compositions() -> Iterator[Arm]:
+    """The packaged overlays and their parts."""
+    mixed = Arm("arithmetic", "KD + OPD+ + reward", ("--config", "overlays/kd_opd_plus_reward"))
+    yield replace(on_arithmetic(mixed), samples=4)
+    for name, options in {
+        "KD": ("--method", "KD"),
+        "OKD": ("--method", "OKD"),
+        "OKD + OPD+": ("--config", "overlays/okd_opd_plus"),
+    }.items():
+        yield on_arithmetic(Arm("arithmetic", name, options))
+
+
+def cooler() -> Iterator[Arm]:
+    """Arithmetic at a third of the learning rate."""
+    arms = [opd_plus(REVERSE, "value_baseline"), opd_plus(FORWARD), gkd(REVERSE)]
+    yield from (on_arithmetic(arm, rate=3e-3) for arm in arms)
+
+
+STAGES: dict[str, Callable[[], Iterator[Arm]]] = {
+    stage.__name__: stage
+    for stage in (
+        collapse,
+        half,
+        variants,
+        larger,
+        arithmetic,
+        rewards,
+        clipped,
+        tighter,
+        slower,
+        samples,
+        compositions,
+        cooler,
+    )
+}

@@ -1,0 +1,180 @@
+"""Bias and variance of the sampled gradients of one optimizer step, against the exact one.
+
+All estimators see the same rollouts and share one forward pass. Gradients are taken with respect to
+all of the student's parameters; both losses are divided by the same number of tokens. Given the
+prefixes the exact gradient is the sampled one's expectation, so that their difference has mean zero
+where a credit is unbiased. Products of means are taken over pairs of different batches, so that the
+noise of one batch is not multiplied with itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from okd_lightning.callbacks import GKD, OPD, DistillationCallback, OPDPlus
+from okd_lightning.data import RolloutDataModule
+from okd_lightning.divergences import Divergence, ForwardKL, JensenShannon, ReverseKL
+from okd_lightning.module import DistillationModule
+from okd_lightning.records import Example, collate
+from okd_lightning.rollouts import NoiseStream, Sampling
+from okd_lightning.rollouts.evaluation import prompt_batch
+from okd_lightning.rollouts.rows import written_row
+
+_DIVERGENCES: Mapping[str, Divergence] = {
+    "ReverseKL": ReverseKL(),
+    "ForwardKL": ForwardKL(),
+    "JensenShannon": JensenShannon(0.5),
+}
+EXACT = "exact"
+LENGTH = 32
+
+
+def estimators(divergence: Divergence) -> dict[str, DistillationCallback]:
+    """The exact term first, then the credits that differ from each other."""
+    found: dict[str, DistillationCallback] = {
+        EXACT: GKD(divergence=divergence, on_policy_fraction=1.0),
+        "centred": OPDPlus(divergence, "centred"),
+    }
+    if isinstance(divergence, ReverseKL):  # its stopped_reward is the centred one
+        found["centred, clip 6"] = OPDPlus(divergence, "centred", max_log_ratio=6.0)
+    else:
+        found["stopped_reward"] = OPD(divergence)
+    if not isinstance(divergence, JensenShannon):  # is centred as published
+        found["as_published"] = OPDPlus(divergence, "as_published")
+        found["centred, clip 2"] = OPDPlus(divergence, "centred", max_log_ratio=2.0)
+    if not isinstance(divergence, ForwardKL):  # has the value that centring takes off
+        found["value_baseline"] = OPDPlus(divergence, "value_baseline")
+    return found
+
+
+def cross(first: Tensor, second: Tensor) -> Tensor:
+    """[batches] unbiased estimates of (mean first) · (mean second), which never pair a batch."""
+    num = len(first)
+    others = (second.sum(0) - second) / (num - 1)
+    return (first * others).sum(1)
+
+
+def trace(gradients: Tensor) -> float:
+    """Of the covariance of one batch's gradient."""
+    return float(gradients.var(0).sum())
+
+
+def summary(own: Tensor, exact: Tensor) -> dict[str, float]:
+    """The numbers of one row of the table, relative to the exact mean gradient.
+
+    Args:
+        own: [batches, parameters] of the estimator.
+        exact: [batches, parameters] of the exact loss on the same rollouts.
+    """
+    num, size = len(own), float(cross(exact, exact).mean())
+    gap = own - exact
+    along = 1 + cross(gap, exact) / size
+    signal = float(cross(own, own).mean())
+    noise = math.sqrt(trace(gap) / num / size)
+    return {
+        "bias": round(math.sqrt(max(0.0, float(cross(gap, gap).mean())) / size), 4),
+        "noise_of_bias": round(noise, 4),
+        "along_exact": round(float(along.mean()), 4),
+        "along_exact_error": round(float(along.std()) / math.sqrt(num), 4),
+        "cosine": round(float(along.mean()) * math.sqrt(size / max(signal, 1e-30)), 4),
+        "signal": round(signal / size, 4),
+        "variance": round(trace(own) / size, 4),
+        "batches": num,
+    }
+
+
+class VarianceStudy:
+    """Measures both tables on the TinyStories pair.
+
+    Args:
+        shared: Folder with models/ and datasets/.
+        root: Where Trainers may write.
+        rows: Rollouts a batch.
+    """
+
+    def __init__(self, shared: Path, root: Path, rows: int = 16) -> None:
+        lightning.seed_everything(0, verbose=False)
+        models, data = shared / "models", shared / "datasets" / "tinystories"
+        self.root, self.rows = root, rows
+        self.module = DistillationModule(
+            str(models / "student75K"), str(models / "stories260K"), learning_rate=1e-3
+        )
+        self.data = RolloutDataModule(
+            str(data / "train.jsonl"),
+            batch_size=16,
+            max_prompt_length=48,
+            max_response_length=LENGTH,
+            seed=0,
+        )
+
+    def train(self, steps: int) -> None:
+        """On-policy, exact reverse KL."""
+        lightning.Trainer(
+            accelerator="cpu",
+            max_steps=steps,
+            max_epochs=-1,
+            callbacks=[GKD(divergence=ReverseKL(), on_policy_fraction=1.0)],
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            inference_mode=False,
+            gradient_clip_val=1.0,
+            default_root_dir=self.root,
+        ).fit(self.module, self.data)
+
+    def measure(self, num_batches: int) -> dict[str, dict[str, Any]]:
+        """Divergence → estimator → the row of its table."""
+        examples = self.data.examples("train").examples
+        terms = {name: estimators(divergence) for name, divergence in _DIVERGENCES.items()}
+        self.module.train()
+        drawn = [
+            self._batch(examples[start : start + self.rows], terms)
+            for start in range(0, num_batches * self.rows, self.rows)
+        ]
+        return {name: self._rows(name, list(group), drawn) for name, group in terms.items()}
+
+    def _rows(
+        self, name: str, labels: list[str], drawn: list[dict[str, dict[str, Tensor]]]
+    ) -> dict[str, dict[str, float]]:
+        exact = torch.stack([batch[name][EXACT] for batch in drawn])
+        return {
+            label: summary(torch.stack([batch[name][label] for batch in drawn]), exact)
+            for label in labels
+        }
+
+    def _batch(
+        self, examples: list[Example], terms: Mapping[str, Mapping[str, DistillationCallback]]
+    ) -> dict[str, dict[str, Tensor]]:
+        """Every estimator's gradient on the student's own responses to some prompts."""
+        rollout = self.module.write(
+            "student", prompt_batch(examples), Sampling(), NoiseStream(1, 0), LENGTH
+        )
+        batch = collate(
+            [
+                written_row(example, "student", ids, logprobs)
+                for example, ids, logprobs in zip(
+                    examples, rollout.response_ids, rollout.logprobs, strict=True
+                )
+            ]
+        )
+        asked = [q for group in terms.values() for term in group.values() for q in term.quantities]
+        measured = self.module.measure(batch, asked)
+        parameters = self.module.trained_parameters(self.module.student)
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, group in terms.items():
+            for label, term in group.items():
+                output = term.loss(measured)
+                parts = torch.autograd.grad(
+                    output.sum / (self.rows * LENGTH), parameters, retain_graph=True
+                )
+                flat = torch.cat([part.flatten() for part in parts])
+                found.setdefault(name, {})[label] = flat
+        return found
