@@ -14,7 +14,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from okd_lightning.callbacks import GKD, KD, SFT, DistillationCallback, DivergenceCallback
+    from okd_lightning.callbacks import (
+        GKD,
+        KD,
+        OKD,
+        OPD,
+        SFT,
+        AdvantageCallback,
+        DistillationCallback,
+        DivergenceCallback,
+        OPDPlus,
+        Reward,
+        Stage,
+    )
     from okd_lightning.data import RolloutDataModule
     from okd_lightning.divergences import Divergence
     from okd_lightning.module import DistillationModule
@@ -22,12 +34,18 @@ if TYPE_CHECKING:
 __all__ = [
     "GKD",
     "KD",
+    "OKD",
+    "OPD",
     "SFT",
+    "AdvantageCallback",
     "DistillationCallback",
     "DistillationModule",
     "Divergence",
     "DivergenceCallback",
+    "OPDPlus",
+    "Reward",
     "RolloutDataModule",
+    "Stage",
     "__version__",
 ]
 
