@@ -118,7 +118,7 @@ def test_a_run_from_real_files_is_trained_resumed_tested_and_predicted_from(
     result = okd("fit", "--config", "tools.yaml", *QUIET)
     assert result.status == 0, result.err
     wanted = {"rollout/tool_calls", "rollout/tool_errors", "rollout/mean_turns"}
-    wanted |= {"train/opdplus", "train/reward", "rollout/reward", "val/exact_match"}
+    wanted |= {"train/opd_plus", "train/reward", "rollout/reward", "val/exact_match"}
     assert wanted <= metric_names(RUN / "metrics.csv")
     metrics = read_metrics(RUN / "metrics.csv")
     assert sum(float(row.get("rollout/tool_calls", 0)) for row in metrics) > 0
