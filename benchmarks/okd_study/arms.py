@@ -97,5 +97,9 @@ _OTHERS: dict[str, Callable[[], Divergence]] = {
 }
 for _alpha in (0.3, 0.5):
     METHODS[f"OKD α={_alpha:g} rate×1 λ=0.5"] = okd(_alpha, on_policy_fraction=0.5)
+    for _anchor in (0.3, 1.0):
+        _held = f"OKD α={_alpha:g} rate×1 anchor {_anchor:g}"
+        METHODS[_held] = okd(_alpha, anchor_weight=_anchor)
+        METHODS[f"{_held} λ=0.5"] = okd(_alpha, on_policy_fraction=0.5, anchor_weight=_anchor)
     for _name, _divergence in _OTHERS.items():
         METHODS[f"OKD α={_alpha:g} rate×1 {_name}"] = okd(_alpha, divergence=_divergence())

@@ -77,6 +77,14 @@ def rollouts(task: str, steps: int, seed: int) -> Iterator[Arm]:
     yield from arms_of(names, task, steps, seed)
 
 
+def anchored(task: str, steps: int, seed: int) -> Iterator[Arm]:
+    """The anchor to the base teacher, on given responses and on the student's own."""
+    held = [
+        f"OKD α=0.3 rate×1 anchor {weight:g}{own}" for own in ("", " λ=0.5") for weight in (0.3, 1)
+    ]
+    yield from arms_of((*_COMPARED, "GKD forward KL λ=0.5", *held), task, steps, seed)
+
+
 def paced(task: str, steps: int, seed: int) -> Iterator[Arm]:
     """The methods at equal steps that ``equal_seconds`` compares again."""
     yield from arms_of(PACED, task, steps, seed)
@@ -98,6 +106,7 @@ STAGES: dict[str, Stage] = {
     "grid": grid,
     "size": size,
     "rollouts": rollouts,
+    "anchored": anchored,
     "equal-steps": paced,
 }
 """By name; "equal-seconds" needs measured seconds as well."""
