@@ -18,7 +18,7 @@ _SEEDS = (0, 1, 2)
 
 
 def draw(path: Path, starts: Mapping[str, Any], runs: Mapping[str, Any]) -> None:
-    """One panel a divergence, one thin line a seed."""
+    """One panel a divergence, one line a seed, as far as each has run."""
     figure = Figure(figsize=(12.5, 3.9), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(DIVERGENCES), sharey=True)
@@ -59,7 +59,8 @@ def _plot(
 ) -> None:
     label: str | None = arm.name.replace(f" {arm.name.split()[1].rstrip(',')}", "", 1)
     for seed in _SEEDS:
-        run = runs.get(replace(arm, seed=seed).key)
+        longest = (replace(arm, seed=seed, steps=steps).key for steps in (200, 100))
+        run = next((runs[key] for key in longest if key in runs), None)
         if run is None:
             continue
         points = [(0, starts[f"{arm.task} / seed {seed}"][_METRIC])]

@@ -33,9 +33,8 @@ def collapse() -> Iterator[Arm]:
 
 def half() -> Iterator[Arm]:
     """The same in 100 steps."""
-    arms = [gkd(divergence) for divergence in DIVERGENCES]
-    arms += [opd(FORWARD), opd(JSD), opd_plus(FORWARD), opd_plus(JSD), opd(REVERSE)]
-    arms += [opd_plus(REVERSE, "value_baseline")]
+    arms = [opd(FORWARD), opd(JSD), opd_plus(FORWARD), opd_plus(JSD), opd(REVERSE)]
+    arms += [opd_plus(REVERSE, "value_baseline"), *(gkd(d) for d in DIVERGENCES)]
     yield from (replace(arm, steps=100) for arm in arms)
 
 
@@ -71,8 +70,8 @@ def slower() -> Iterator[Arm]:
 
 def larger() -> Iterator[Arm]:
     """64 rows a step, 80 steps."""
-    arms = [opd(REVERSE), opd_plus(REVERSE, "value_baseline")]
-    arms += [opd_plus(FORWARD), opd_plus(JSD), opd_plus(JSD, "value_baseline"), gkd(REVERSE)]
+    arms = [opd(REVERSE), opd_plus(REVERSE, "value_baseline"), opd_plus(JSD, "value_baseline")]
+    arms += [opd_plus(FORWARD), gkd(REVERSE)]
     yield from (replace(arm, rows=64, steps=80, rate=3e-4) for arm in arms)
 
 
@@ -83,9 +82,8 @@ def samples() -> Iterator[Arm]:
 
 def arithmetic() -> Iterator[Arm]:
     """The quickstart's task: stopped reward, correction, exact loss."""
-    arms = [opd(REVERSE), opd(FORWARD), opd(JSD)]
-    arms += [opd_plus(REVERSE, "value_baseline"), opd_plus(FORWARD), opd_plus(JSD)]
-    arms += [gkd(divergence) for divergence in DIVERGENCES]
+    arms = [opd(REVERSE), opd_plus(REVERSE, "value_baseline"), gkd(REVERSE), gkd(FORWARD)]
+    arms += [opd(FORWARD), opd(JSD), opd_plus(FORWARD), opd_plus(JSD), gkd(JSD)]
     yield from map(on_arithmetic, arms)
 
 
