@@ -15,6 +15,7 @@ from opd_study.arms import DIVERGENCES, FORWARD, REVERSE, Arm, gkd, opd, opd_plu
 
 _METRIC = "on_policy_reverse_kl"
 _SEEDS = (0, 1, 2)
+_TICKS = (0.8, 1, 2, 5, 10, 20)
 
 
 def draw(path: Path, starts: Mapping[str, Any], runs: Mapping[str, Any]) -> None:
@@ -27,8 +28,10 @@ def draw(path: Path, starts: Mapping[str, Any], runs: Mapping[str, Any]) -> None
             _plot(axes, arm, colour, style, starts, runs)
         axes.set_title(divergence)
         axes.set_yscale("log")
+        axes.set_yticks(_TICKS, labels=map(str, _TICKS))
+        axes.set_yticks((), minor=True)
         axes.set_xlabel("optimizer steps of 16 rollouts, rate 1e-3")
-        axes.grid(alpha=0.3, which="both")
+        axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
     panels[0].set_ylabel("reverse KL on own stories (nats a token)")
     figure.savefig(path, dpi=130)
