@@ -67,7 +67,7 @@ def gkd(divergence: str, task: str = "tinystories") -> Arm:
     return Arm(task, f"GKD {divergence}", options)
 
 
-def on_arithmetic(arm: Arm, rate: float = 1e-2, steps: int = 300) -> Arm:
+def on_arithmetic(arm: Arm, rate: float = 3e-3, steps: int = 300) -> Arm:
     """The same method on the quickstart's rows, in fewer steps."""
     return replace(arm, task="arithmetic", steps=steps, rows=64, rate=rate)
 

@@ -15,10 +15,11 @@ from opd_study.arms import DIVERGENCES, FORWARD, REVERSE, Arm, gkd, opd, opd_plu
 
 _METRIC = "on_policy_reverse_kl"
 _SEEDS = (0, 1, 2)
+_TICKS = (0.8, 1, 2, 5, 10, 20)
 
 
 def draw(path: Path, starts: Mapping[str, Any], runs: Mapping[str, Any]) -> None:
-    """One panel a divergence, one thin line a seed."""
+    """One panel a divergence, one line a seed, as far as each has run."""
     figure = Figure(figsize=(12.5, 3.9), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(DIVERGENCES), sharey=True)
@@ -27,8 +28,10 @@ def draw(path: Path, starts: Mapping[str, Any], runs: Mapping[str, Any]) -> None
             _plot(axes, arm, colour, style, starts, runs)
         axes.set_title(divergence)
         axes.set_yscale("log")
+        axes.set_yticks(_TICKS, labels=map(str, _TICKS))
+        axes.set_yticks((), minor=True)
         axes.set_xlabel("optimizer steps of 16 rollouts, rate 1e-3")
-        axes.grid(alpha=0.3, which="both")
+        axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
     panels[0].set_ylabel("reverse KL on own stories (nats a token)")
     figure.savefig(path, dpi=130)
@@ -59,7 +62,8 @@ def _plot(
 ) -> None:
     label: str | None = arm.name.replace(f" {arm.name.split()[1].rstrip(',')}", "", 1)
     for seed in _SEEDS:
-        run = runs.get(replace(arm, seed=seed).key)
+        longest = (replace(arm, seed=seed, steps=steps).key for steps in (200, 100))
+        run = next((runs[key] for key in longest if key in runs), None)
         if run is None:
             continue
         points = [(0, starts[f"{arm.task} / seed {seed}"][_METRIC])]

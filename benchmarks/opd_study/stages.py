@@ -33,9 +33,8 @@ def collapse() -> Iterator[Arm]:
 
 def half() -> Iterator[Arm]:
     """The same in 100 steps."""
-    arms = [gkd(divergence) for divergence in DIVERGENCES]
-    arms += [opd(FORWARD), opd(JSD), opd_plus(FORWARD), opd_plus(JSD), opd(REVERSE)]
-    arms += [opd_plus(REVERSE, "value_baseline")]
+    arms = [opd(FORWARD), opd(JSD), opd_plus(FORWARD), opd_plus(JSD), opd(REVERSE)]
+    arms += [opd_plus(REVERSE, "value_baseline"), *(gkd(d) for d in DIVERGENCES)]
     yield from (replace(arm, steps=100) for arm in arms)
 
 
@@ -71,8 +70,8 @@ def slower() -> Iterator[Arm]:
 
 def larger() -> Iterator[Arm]:
     """64 rows a step, 80 steps."""
-    arms = [opd(REVERSE), opd_plus(REVERSE, "value_baseline")]
-    arms += [opd_plus(FORWARD), opd_plus(JSD), opd_plus(JSD, "value_baseline"), gkd(REVERSE)]
+    arms = [opd(REVERSE), opd_plus(REVERSE, "value_baseline"), opd_plus(JSD, "value_baseline")]
+    arms += [opd_plus(FORWARD), gkd(REVERSE)]
     yield from (replace(arm, rows=64, steps=80, rate=3e-4) for arm in arms)
 
 
@@ -83,10 +82,16 @@ def samples() -> Iterator[Arm]:
 
 def arithmetic() -> Iterator[Arm]:
     """The quickstart's task: stopped reward, correction, exact loss."""
-    arms = [opd(REVERSE), opd(FORWARD), opd(JSD)]
-    arms += [opd_plus(REVERSE, "value_baseline"), opd_plus(FORWARD), opd_plus(JSD)]
-    arms += [gkd(divergence) for divergence in DIVERGENCES]
+    arms = [opd_plus(REVERSE, "value_baseline"), opd_plus(JSD), opd(JSD), gkd(REVERSE)]
+    arms += [opd_plus(REVERSE, "value_baseline", _CLIP), opd(REVERSE), opd_plus(FORWARD)]
+    arms += [opd(FORWARD), gkd(FORWARD), gkd(JSD)]
     yield from map(on_arithmetic, arms)
+
+
+def hotter() -> Iterator[Arm]:
+    """Arithmetic at the quickstart's learning rate."""
+    arms = [opd(REVERSE), opd_plus(REVERSE, "value_baseline"), gkd(REVERSE)]
+    yield from (on_arithmetic(arm, rate=1e-2) for arm in arms)
 
 
 def rewards() -> Iterator[Arm]:
@@ -96,8 +101,8 @@ def rewards() -> Iterator[Arm]:
     beside = opd_plus(REVERSE, "value_baseline")
     both = (*beside.options, f"--trainer.callbacks+={_REWARD}")
     arms = [
-        Arm("arithmetic", "Reward AnswerMatch", alone),
         Arm("arithmetic", f"{beside.name} + Reward", both),
+        Arm("arithmetic", "Reward AnswerMatch", alone),
         beside,
     ]
     yield from (replace(on_arithmetic(arm), samples=4) for arm in arms)
@@ -105,20 +110,14 @@ def rewards() -> Iterator[Arm]:
 
 def compositions() -> Iterator[Arm]:
     """The packaged overlays and their parts."""
-    mixed = Arm("arithmetic", "KD + OPD+ + reward", ("--config", "overlays/kd_opd_plus_reward"))
-    yield replace(on_arithmetic(mixed), samples=4)
     for name, options in {
-        "KD": ("--method", "KD"),
-        "OKD": ("--method", "OKD"),
         "OKD + OPD+": ("--config", "overlays/okd_opd_plus"),
+        "OKD": ("--method", "OKD"),
+        "KD": ("--method", "KD"),
     }.items():
         yield on_arithmetic(Arm("arithmetic", name, options))
-
-
-def cooler() -> Iterator[Arm]:
-    """Arithmetic at a third of the learning rate."""
-    arms = [opd_plus(REVERSE, "value_baseline"), opd_plus(FORWARD), gkd(REVERSE)]
-    yield from (on_arithmetic(arm, rate=3e-3) for arm in arms)
+    mixed = Arm("arithmetic", "KD + OPD+ + reward", ("--config", "overlays/kd_opd_plus_reward"))
+    yield replace(on_arithmetic(mixed), samples=4)
 
 
 STAGES: dict[str, Callable[[], Iterator[Arm]]] = {
@@ -135,6 +134,6 @@ STAGES: dict[str, Callable[[], Iterator[Arm]]] = {
         slower,
         samples,
         compositions,
-        cooler,
+        hotter,
     )
 }

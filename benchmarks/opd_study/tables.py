@@ -48,13 +48,13 @@ def runs_table(title: str, runs: Mapping[str, Any], arms: Sequence[Arm]) -> Tabl
 def variance_table(title: str, measured: Mapping[str, Mapping[str, Any]]) -> Table:
     """One row an estimator."""
     shown = Table(title=title)
-    columns = ("bias", "noise_of_bias", "along_exact", "along_exact_error", "cosine")
-    columns += ("signal", "variance")
+    columns = ("along_exact", "along_exact_error", "cosine", "cosine_error", "variance")
     for name in ("divergence", "credit", *columns):
         shown.add_column(name, no_wrap=True)
     for divergence, rows in measured.items():
         for label, row in rows.items():
-            shown.add_row(divergence, label, *(f"{row[name]:.3g}" for name in columns))
+            cells = ("" if row[name] is None else f"{row[name]:.3g}" for name in columns)
+            shown.add_row(divergence, label, *cells)
     return shown
 
 

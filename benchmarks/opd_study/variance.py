@@ -10,7 +10,7 @@ noise of one batch is not multiplied with itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,40 +54,66 @@ def estimators(divergence: Divergence) -> dict[str, DistillationCallback]:
     return found
 
 
-def cross(first: Tensor, second: Tensor) -> Tensor:
-    """[batches] unbiased estimates of (mean first) · (mean second), which never pair a batch."""
-    num = len(first)
-    others = (second.sum(0) - second) / (num - 1)
-    return (first * others).sum(1)
-
-
 def trace(gradients: Tensor) -> float:
     """Of the covariance of one batch's gradient."""
     return float(gradients.var(0).sum())
 
 
-def summary(own: Tensor, exact: Tensor) -> dict[str, float]:
-    """The numbers of one row of the table, relative to the exact mean gradient.
+class Products:
+    """Inner products of mean gradients, and how far chance moves what is made of them.
 
     Args:
         own: [batches, parameters] of the estimator.
         exact: [batches, parameters] of the exact loss on the same rollouts.
     """
-    num, size = len(own), float(cross(exact, exact).mean())
-    gap = own - exact
-    along = 1 + cross(gap, exact) / size
-    signal = float(cross(own, own).mean())
-    noise = math.sqrt(trace(gap) / num / size)
-    return {
-        "bias": round(math.sqrt(max(0.0, float(cross(gap, gap).mean())) / size), 4),
-        "noise_of_bias": round(noise, 4),
-        "along_exact": round(float(along.mean()), 4),
-        "along_exact_error": round(float(along.std()) / math.sqrt(num), 4),
-        "cosine": round(float(along.mean()) * math.sqrt(size / max(signal, 1e-30)), 4),
-        "signal": round(signal / size, 4),
-        "variance": round(trace(own) / size, 4),
-        "batches": num,
-    }
+
+    def __init__(self, own: Tensor, exact: Tensor) -> None:
+        pairs = {"own": (own, own), "mixed": (own, exact), "exact": (exact, exact)}
+        self._grams = {name: (a @ b.T).double() for name, (a, b) in pairs.items()}
+        for gram in self._grams.values():
+            gram.fill_diagonal_(0.0)  # pairs of different batches only
+
+    def jackknife(self, ratio: Callable[[dict[str, float]], float]) -> tuple[float, float]:
+        """A ratio of products and its standard error, by leaving out one batch at a time."""
+        totals = {name: float(gram.sum()) for name, gram in self._grams.items()}
+        num = len(self._grams["own"])
+        without = []
+        for batch in range(num):
+            left = {
+                name: totals[name] - float(gram[batch].sum() + gram[:, batch].sum())
+                for name, gram in self._grams.items()
+            }
+            without.append(ratio(left))
+        mean = sum(without) / num
+        spread = sum((value - mean) ** 2 for value in without) * (num - 1) / num
+        return ratio(totals), math.sqrt(spread)
+
+
+def _along(products: dict[str, float]) -> float:
+    return products["mixed"] / products["exact"]
+
+
+def _cosine(products: dict[str, float]) -> float:
+    if products["own"] <= 0:
+        return math.nan  # the mean is lost in its noise
+    return products["mixed"] / math.sqrt(products["own"] * products["exact"])
+
+
+def summary(own: Tensor, exact: Tensor) -> dict[str, float | None]:
+    """The numbers of one row of the table.
+
+    ``along_exact`` is the mean's component along the exact mean over the latter's norm: 1 where
+    there is no bias. ``variance`` is the trace of one batch's covariance over that norm squared.
+    """
+    products = Products(own, exact)
+    num, size = len(own), products.jackknife(lambda totals: totals["exact"])[0]
+    size /= num * (num - 1)
+    found: dict[str, float | None] = {"variance": round(trace(own) / size, 3), "batches": num}
+    for name, ratio in (("along_exact", _along), ("cosine", _cosine)):
+        value, error = products.jackknife(ratio)
+        found[name] = round(value, 4) if math.isfinite(error) else None
+        found[f"{name}_error"] = round(error, 4) if math.isfinite(error) else None
+    return found
 
 
 class VarianceStudy:
@@ -143,7 +169,7 @@ class VarianceStudy:
 
     def _rows(
         self, name: str, labels: list[str], drawn: list[dict[str, dict[str, Tensor]]]
-    ) -> dict[str, dict[str, float]]:
+    ) -> dict[str, dict[str, float | None]]:
         exact = torch.stack([batch[name][EXACT] for batch in drawn])
         return {
             label: summary(torch.stack([batch[name][label] for batch in drawn]), exact)
