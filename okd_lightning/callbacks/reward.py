@@ -117,8 +117,8 @@ class Reward(PolicyGradientCallback):
         samples = getattr(getattr(trainer, "datamodule", None), "samples_per_prompt", None)
         if stage == "fit" and self.baseline != "none" and samples == 1:
             raise ConfigError(
-                f"{self.name}: baseline {self.baseline} compares the samples of a prompt, and there "
-                "is one of each: every credit would be 0; give --data.samples_per_prompt 2 or more, "
+                f"{self.name}: baseline {self.baseline} compares the samples of a prompt, of which "
+                "there is one: every credit would be 0; give --data.samples_per_prompt 2 or more, "
                 "or baseline none"
             )
 
