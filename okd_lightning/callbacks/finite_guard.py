@@ -14,7 +14,9 @@ from okd_lightning.module import DistillationModule
 class FiniteGuard(Callback):
     """Logs ``train/grad_norm``; raises before ``optimizer.step`` if it or the loss is not finite.
 
-    Loss and gradients are the same on all ranks by then, so that all of them stop together.
+    Loss and gradients are the same on all ranks by then, so that all of them stop together. Where a
+    loss scaler (precision 16-mixed) has overflowed, it leaves the step out itself and lowers its
+    scale: that is no error, unless there is nothing left to lower.
     """
 
     def on_before_optimizer_step(
@@ -32,6 +34,8 @@ class FiniteGuard(Callback):
         norm = torch.nn.utils.get_total_norm(gradients)
         # an infinite divergence has a finite gradient: what is infinite in it is constant
         loss = trainer.callback_metrics.get("train/loss", norm)
+        if torch.isfinite(loss) and not torch.isfinite(norm) and _is_rescaled(trainer):
+            return
         if not (torch.isfinite(norm) and torch.isfinite(loss)):
             terms = pl_module.terms if isinstance(pl_module, DistillationModule) else []
             losses = {t.name: trainer.callback_metrics.get(f"train/{t.name}") for t in terms}
@@ -45,3 +49,9 @@ class FiniteGuard(Callback):
                 "finite where the teacher gives a token no mass"
             )
         pl_module.log("train/grad_norm", norm, batch_size=1)
+
+
+def _is_rescaled(trainer: lightning.Trainer) -> bool:
+    """Whether a loss scaler leaves out steps with infinite gradients, and can lower its scale."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler is not None and scaler.get_scale() > 1

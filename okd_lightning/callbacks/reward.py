@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import get_args
 
+import lightning
 from torch import Tensor
 
 from okd_lightning.advantages import (
@@ -18,6 +19,7 @@ from okd_lightning.advantages import (
 from okd_lightning.callbacks.policy_gradient import PolicyGradientCallback
 from okd_lightning.errors import ConfigError, RewardError
 from okd_lightning.losses import Measured
+from okd_lightning.module import DistillationModule
 
 
 class Reward(PolicyGradientCallback):
@@ -94,8 +96,31 @@ class Reward(PolicyGradientCallback):
         return baselined(scores, groups, self.baseline)
 
     def credit(self, measured: Measured) -> tuple[Tensor, dict[str, Tensor]]:
-        """The credit of each token's row."""
+        """The credit of each token's row.
+
+        Raises:
+            ConfigError: The batch comes from a loader that asked no rewards.
+        """
+        if self.name not in measured.credits:
+            raise ConfigError(
+                f"{self.name}: the batch holds no credits; train on a RolloutDataModule's batches, "
+                f"or set DistillBatch.credits[{self.name!r}] to one number a row"
+            )
         return measured.credits[self.name], {}
+
+    def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
+        """Refuse a baseline that every response would have to give itself.
+
+        Raises:
+            ConfigError: A baseline over samples, and one sample a prompt.
+        """
+        samples = getattr(getattr(trainer, "datamodule", None), "samples_per_prompt", None)
+        if stage == "fit" and self.baseline != "none" and samples == 1:
+            raise ConfigError(
+                f"{self.name}: baseline {self.baseline} compares the samples of a prompt, of which "
+                "there is one: every credit would be 0; give --data.samples_per_prompt 2 or more, "
+                "or baseline none"
+            )
 
 
 def _as_function(function: RewardFunction | Callable[[str, str, str], float]) -> RewardFunction:

@@ -9,6 +9,7 @@ fit a processor's cache.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,17 +27,36 @@ from okd_lightning.shapes import PositionIds
 
 
 class _GradientInForward(torch.autograd.Function):
-    """A scalar whose gradients are known: the backward pass scales them."""
+    """A scalar whose gradients, times ``unit``, are known: the backward pass scales them.
+
+    Gradients of float16 inputs come in float32: what a loss scaler is there for, lifting them into
+    that type's range, happens to them in the backward pass.
+    """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, value: Tensor, gradients: list[Tensor], unit: float, *inputs: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(*gradients)
+        ctx.unit, ctx.dtypes = unit, [tensor.dtype for tensor in inputs]
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors)
+        factor = scale / ctx.unit
+        scaled = (gradient * factor.to(gradient.dtype) for gradient in ctx.saved_tensors)
+        found = (gradient.to(dtype) for gradient, dtype in zip(scaled, ctx.dtypes, strict=True))
+        return None, None, None, *found
+
+
+def _unit(terms: Sequence[WeightedTerm]) -> float:
+    """A power of two that brings the terms' factors, one over thousands of tokens, close to 1.
+
+    Gradients are computed times it, so that a head in float16 does not round them to zero.
+    """
+    largest = max((abs(weighted.factor) for weighted in terms), default=0.0)
+    return 2.0 ** -math.frexp(largest)[1] if largest > 0 else 1.0
 
 
 class _Run:
@@ -46,6 +66,7 @@ class _Run:
         self.terms, self.names, self.sides = terms, list(sides), list(sides.values())
         self.quantities = dict.fromkeys(q for weighted in terms for q in weighted.term.quantities)
         self.outputs: list[LossOutput] = []
+        self.unit = _unit(terms)
 
     def add_tile(self, tile: slice, block: int, targets: Tensor, about: Measured) -> None:
         """One tile: both heads, the blocks of the vocabulary-wide work, both heads backwards."""
@@ -71,9 +92,10 @@ class _Run:
             tile = Tile(logits["student"], logits.get("teacher"), targets, logits.get("base"))
             values = {quantity: quantity.measure(tile) for quantity in self.quantities}
             loss = weighted_loss(self.terms, about.part(positions, values))
+            total = loss.total * self.unit
         self._add(loss.outputs)
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        for leaf, gradient in zip(wanted, _gradients(loss.total, wanted), strict=True):
+        for leaf, gradient in zip(wanted, _gradients(total, wanted), strict=True):
             leaf.detach().copy_(gradient)
 
     def _add(self, outputs: Sequence[LossOutput]) -> None:
@@ -89,7 +111,7 @@ class _Run:
         inputs = [tensor for side in self.sides for tensor in side.inputs]
         if inputs:
             gradients = [gradient for side in self.sides for gradient in side.gradients]
-            total = _GradientInForward.apply(total, gradients, *inputs)
+            total = _GradientInForward.apply(total, gradients, self.unit, *inputs)
         return WeightedLoss(total, tuple(self.outputs))
 
 

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from okd_lightning.losses.side import Side
 
+_HEADROOM = 64.0
+"""By how much a product over positions is kept smaller where the head is in 16 bits."""
+
 
 class Projection(ABC):
     """One side's head, run forwards and backwards over one tile after the other.
@@ -48,8 +51,11 @@ class Projection(ABC):
 
     @property
     def gradients(self) -> list[Tensor]:
-        """The gradient in each of ``inputs``, in its type."""
-        return [s.to(t.dtype) for s, t in zip(self._sums, self.inputs, strict=True)]
+        """The gradient in each of ``inputs``, in its type; in float32 where that is float16."""
+        return [
+            total if tensor.dtype == torch.float16 else total.to(tensor.dtype)
+            for total, tensor in zip(self._sums, self.inputs, strict=True)
+        ]
 
 
 class LinearProjection(Projection):
@@ -85,8 +91,9 @@ class LinearProjection(Projection):
                 rows += gradient.sum(0, dtype=rows.dtype)
             elif rows.dtype == gradient.dtype:
                 rows.addmm_(gradient.t(), self._hidden(tile))
-            else:
-                rows += gradient.t() @ self._hidden(tile)
+            else:  # a sum over positions may leave float16's range
+                product = gradient.t() @ (self._hidden(tile) / _HEADROOM)
+                rows.add_(product, alpha=_HEADROOM)
 
     def _hidden(self, tile: slice) -> Tensor:
         return self.hidden[tile].to(self._weight.dtype)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from okd_lightning.errors import ConfigError
@@ -331,4 +332,6 @@ class RolloutLoader:
             self._delivered += 1
             metrics = rollout_metrics(self._unreported) | self._unreported_scores
             self._unreported, self._unreported_scores = [], {}
-            yield replace(batch, step_counts=counts, metrics=metrics)
+            none = {name: torch.zeros(len(batch)) for name in self._credits or ()}
+            credits = none | dict(batch.credits)  # also where no row of a batch has any
+            yield replace(batch, step_counts=counts, metrics=metrics, credits=credits)

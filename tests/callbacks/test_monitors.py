@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import pytest
 import tiny
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from okd_lightning.answers import matches
@@ -71,6 +72,29 @@ def test_the_finite_guard_logs_the_norm(tmp_path, make_module):
     recorder = tiny.fit(tmp_path, module, [KD()], tiny.make_rows(4), callbacks=[FiniteGuard()])
     squares = sum(float(g.square().sum()) for g in recorder.gradients[0].values())
     assert recorder.losses[0]["train/grad_norm"] == pytest.approx(squares**0.5, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_a_loss_scaler_may_leave_steps_out(is_broken, tmp_path, make_module):
+    """precision 16-mixed begins with a scale that overflows, and lowers it; NaN stays an error."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
+    method = DivergenceCallback(Broken("nan")) if is_broken else KD()
+    module = make_module(learning_rate=0.0)
+    settings = {
+        "plugins": [MixedPrecision("16-mixed", "cpu", scaler)],
+        "max_epochs": 12,
+        "callbacks": [FiniteGuard()],
+    }
+    if is_broken:
+        with pytest.raises(NonFiniteError):
+            tiny.fit(tmp_path / "a", module, [method], tiny.make_rows(16), **settings)
+        return
+    recorder = tiny.fit(tmp_path / "a", module, [method], tiny.make_rows(16), **settings)
+    assert scaler.get_scale() < 2.0**40
+    plain = make_module(learning_rate=0.0)
+    expected = tiny.fit(tmp_path / "b", plain, [KD()], tiny.make_rows(16), max_epochs=12)
+    assert tiny.distance(recorder.gradients[-1], expected.gradients[-1]) < 0.02
 
 
 def greedy(module, prompt: str, limit: int) -> str:

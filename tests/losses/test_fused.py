@@ -4,7 +4,8 @@ Frozen here: loss, sums, metrics and gradients are the eager ones for any tile a
 frozen heads, biases, adapters on the head, tied weights, soft-capping and scale, vocabulary padding
 and gaps, temperature, several weighted terms over several sources, and both sides learning; the
 backward pass scales what is known; a frozen weight gets no gradient; no positions are a connected
-zero; autocast and bf16 are measured in float32; nothing is computed twice.
+zero; autocast and bf16 are measured in float32; what a
+loss scaler multiplies has not been rounded to zero before; nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -351,6 +352,26 @@ def test_autocast_multiplies_in_bf16_and_measures_in_float32(make_pair):
     for one, other in zip(found[1][1], found[0][1], strict=True):
         assert one.dtype == torch.float32
         torch.testing.assert_close(one, other, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("num_tokens", [1000, 100_000])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_a_loss_scaler_finds_what_float16_would_round_away(half, num_tokens, make_pair):
+    """As with a GradScaler: the factor is one over the step's tokens, the scale comes later."""
+    scale = 65536.0 if half == torch.float16 else 1.0
+    found = []
+    for is_narrow in (False, True):
+        pair = make_pair(dtype=torch.float32)
+        terms = [replace(TERMS["OKD"][0], factor=1 / num_tokens)]
+        dtype = half if is_narrow else torch.float32
+        student = Side(pair.student_hidden.to(dtype), pair.student_head)
+        teacher = Side(pair.teacher_hidden.to(dtype), pair.teacher_head)
+        with torch.autocast("cpu", half, enabled=is_narrow):
+            total = fused(terms, pair, student, teacher).total
+        found.append([g / scale for g in gradients(pair, total * scale)])
+    for one, other in zip(found[1], found[0], strict=True):
+        tolerance = 0.01 if half == torch.float16 else 0.05
+        assert float((one - other).norm() / other.norm()) < tolerance
 
 
 @dataclass(frozen=True)
