@@ -69,11 +69,14 @@ class Rollout:
         logprobs: log-probability (nats) of each sampled id under the distribution it was drawn
             from, so after temperature, top-k and top-p.
         stop_reasons: "eos" or "length" for each row.
+        num_row_steps: Rows of all forward passes that the writing took; 0 where the engine does
+            not say.
     """
 
     response_ids: tuple[tuple[int, ...], ...]
     logprobs: tuple[tuple[float, ...], ...]
     stop_reasons: tuple[str, ...]
+    num_row_steps: int = 0
 
     def __len__(self) -> int:
         return len(self.response_ids)

@@ -96,6 +96,8 @@ def muted(row: TrainingRow) -> TrainingRow:
 def rollout_metrics(rollouts: Sequence[tuple[Rollout, float]]) -> dict[str, float]:
     """What is logged about rollouts: speed, lengths in tokens, shares that ended by themselves.
 
+    Utilisation is the share of row-steps (a row in a forward pass) that wrote a token.
+
     Args:
         rollouts: Each with the seconds that it took; with none there is nothing to log.
     """
@@ -104,6 +106,8 @@ def rollout_metrics(rollouts: Sequence[tuple[Rollout, float]]) -> dict[str, floa
     seconds = sum(time for _, time in rollouts)
     lengths = [len(ids) for rollout, _ in rollouts for ids in rollout.response_ids]
     ended = sum(reason == "eos" for rollout, _ in rollouts for reason in rollout.stop_reasons)
+    num_row_steps = sum(rollout.num_row_steps for rollout, _ in rollouts)
+    utilisation = {"rollout/utilisation": sum(lengths) / num_row_steps} if num_row_steps else {}
     return {
         "rollout/tokens_per_second": sum(lengths) / max(seconds, 1e-9),
         "rollout/tokens": float(sum(lengths)),
@@ -111,6 +115,7 @@ def rollout_metrics(rollouts: Sequence[tuple[Rollout, float]]) -> dict[str, floa
         "rollout/mean_length": sum(lengths) / len(lengths),
         "rollout/eos_share": ended / len(lengths),
         "rollout/empty_share": lengths.count(0) / len(lengths),
+        **utilisation,
     }
 
 
