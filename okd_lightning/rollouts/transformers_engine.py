@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from okd_lightning.models import Vocabulary
+from okd_lightning.models.cpu_linear import fast_linears
 from okd_lightning.records import PromptBatch, Rollout
 from okd_lightning.rollouts.engine import Progress
 from okd_lightning.rollouts.kv_cache import empty_cache, is_rearrangeable, rearrange
@@ -42,9 +43,6 @@ _SHRINK_AT = 0.75
 
 _PREFILL_TOKENS = 8192
 """Prompt tokens of one forward pass at most, so that a long queue's activations fit."""
-
-_STEPS_PER_CHECK = 4
-"""Steps between two looks at who has ended, on devices where a look stalls the queue of work."""
 
 
 @dataclass
@@ -81,7 +79,7 @@ class TransformersEngine:
         responses = Responses(noise, self.eos_ids, self.vocabulary.size, self.model.device)
         if not noise.numel():
             return responses.rollout(0)
-        with self._precision():
+        with self._precision(), fast_linears(self.model):
             writing = _Writing(self, prompts, sampling, responses, max_new_tokens)
             for num_ended in writing.run():
                 if progress is not None:
@@ -150,7 +148,7 @@ class _Writing:
 
     def run(self) -> Iterator[int]:
         """Write everything; yields how many rows have ended since the last time, where any has."""
-        steps_per_check = 1 if self._device.type == "cpu" else _STEPS_PER_CHECK
+        steps_per_check = _steps_per_check(self._device)
         while self._queue or self._num_writing:
             num_before = self._num_writing
             num_joined = self._make_room()
@@ -263,10 +261,12 @@ class _Writing:
         self, ids: Tensor, positions: Tensor, starts: Tensor, width: int, cache: DynamicCache
     ) -> Tensor:
         """[rows, vocab] float32 for the token after ``ids``; invalid ids are minus infinity."""
-        columns = torch.arange(width, device=self._device)
+        mask = None
+        if self._is_roomy:  # others have equal prompts, and some of them misread a mask
+            mask = (torch.arange(width, device=self._device) >= starts[:, None]).long()
         output = self._model(
             input_ids=ids,
-            attention_mask=(columns >= starts[:, None]).long(),
+            attention_mask=mask,
             position_ids=positions,
             use_cache=True,
             logits_to_keep=1,
@@ -281,6 +281,11 @@ class _Writing:
         noise = self._responses.noise(places)
         ids, logprobs = self._sampling.choose(logits, noise, self._workspace)
         return self._responses.write(places, ids, logprobs, last), ids
+
+
+def _steps_per_check(device: torch.device) -> int:
+    """Steps between two looks at who has ended: a look stalls an accelerator's queue of work."""
+    return 1 if device.type == "cpu" else 4
 
 
 def _cache_argument(model: PreTrainedModel) -> str:
