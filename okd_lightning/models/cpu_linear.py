@@ -36,7 +36,8 @@ def fast_linears(model: nn.Module) -> Iterator[None]:
         model: Runs without gradient meanwhile; layers with a ``forward`` of their own, in other
             number formats or on other devices are left alone.
     """
-    patched = [m for m in model.modules() if _is_plain(m)] if has_fast_linear() else []
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and _is_plain(m)]
+    patched = linears if has_fast_linear() else []
     for module in patched:
         module.forward = partial(_linear, module)  # type: ignore[method-assign]
     try:
@@ -46,7 +47,7 @@ def fast_linears(model: nn.Module) -> Iterator[None]:
             del module.forward
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: nn.Linear) -> bool:
     if type(module) is not nn.Linear or "forward" in vars(module):
         return False
     weight = module.weight

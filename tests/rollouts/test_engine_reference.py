@@ -9,6 +9,7 @@ that are equal are read once; a model's own layers are as they were afterwards.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -20,6 +21,7 @@ from okd_lightning.models import Vocabulary, cpu_linear
 from okd_lightning.records import PromptBatch, Rollout
 from okd_lightning.rollouts import NoiseStream, Sampling, TransformersEngine, kv_cache
 from okd_lightning.rollouts import transformers_engine as engine_module
+from okd_lightning.rollouts.rows import rollout_metrics
 
 NUM_IDS = 20
 EOS_IDS = (1, 7)
@@ -255,3 +257,12 @@ def test_wide_layers_run_on_other_kernels_and_only_meanwhile(monkeypatch):
     monkeypatch.setattr(cpu_linear, "has_fast_linear", lambda: False)
     slow = write(model, prompts)
     assert fast.response_ids == slow.response_ids
+
+
+def test_utilisation_is_the_share_of_row_steps_that_wrote():
+    rollout = write(model_of("llama"), prompts_of(LENGTHS))
+    metrics = rollout_metrics([(rollout, 2.0), (rollout, 3.0)])
+    assert metrics["rollout/utilisation"] == rollout.num_tokens / rollout.num_row_steps < 1
+    assert metrics["rollout/tokens_per_second"] == pytest.approx(2 * rollout.num_tokens / 5)
+    silent = replace(rollout, num_row_steps=0)
+    assert "rollout/utilisation" not in rollout_metrics([(silent, 1.0)])
