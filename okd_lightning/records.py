@@ -122,6 +122,8 @@ class Rollout:
         stop_reasons: One of ``STOP_REASONS`` for each row.
         masks: True on the model's own tokens, ragged; () where all are.
         tool_use: One a row where tools could be called, else ().
+        num_row_steps: Rows of all forward passes that the writing took; 0 where the engine does
+            not say.
     """
 
     response_ids: tuple[tuple[int, ...], ...]
@@ -129,6 +131,7 @@ class Rollout:
     stop_reasons: tuple[str, ...]
     masks: tuple[tuple[bool, ...], ...] = ()
     tool_use: tuple[ToolUse, ...] = ()
+    num_row_steps: int = 0
 
     def __len__(self) -> int:
         return len(self.response_ids)

@@ -3,7 +3,9 @@
 * ``noise``: counter-based random numbers, keyed by what is sampled and not by when.
 * ``sampling``: temperature, top-k, top-p, and the draw itself.
 * ``engine``: the protocol of a rollout engine.
-* ``transformers_engine``: the built-in engine, on transformers' models and caches.
+* ``transformers_engine``: the built-in engine, on transformers' models: the queue and the batch.
+* ``kv_cache``: keys and values of rows that leave and join.
+* ``responses``: what has been written of a call, on the model's device.
 * ``tool_rollouts``: any engine, with tools between the turns.
 * ``plan``: which rows of an optimizer step are the student's, the teacher's or the data set's.
 * ``rows``: examples and rollouts become training rows, and rows become stamped micro-batches.

@@ -152,7 +152,8 @@ def muted(row: TrainingRow) -> TrainingRow:
 def rollout_metrics(rollouts: Sequence[tuple[Rollout, float]]) -> dict[str, float]:
     """What is logged about rollouts: speed, lengths in tokens, shares that ended by themselves.
 
-    Tokens are those that were sampled; lengths count what tools answered as well.
+    Tokens are those that were sampled; lengths count what tools answered as well. Utilisation is
+    the share of row-steps (a row in a forward pass) that wrote a token.
 
     Args:
         rollouts: Each with the seconds that it took; with none there is nothing to log.
@@ -163,6 +164,8 @@ def rollout_metrics(rollouts: Sequence[tuple[Rollout, float]]) -> dict[str, floa
     num_tokens = sum(rollout.num_tokens for rollout, _ in rollouts)
     lengths = [len(ids) for rollout, _ in rollouts for ids in rollout.response_ids]
     ended = sum(reason == "eos" for rollout, _ in rollouts for reason in rollout.stop_reasons)
+    num_row_steps = sum(rollout.num_row_steps for rollout, _ in rollouts)
+    utilisation = {"rollout/utilisation": num_tokens / num_row_steps} if num_row_steps else {}
     return {
         "rollout/tokens_per_second": num_tokens / max(seconds, 1e-9),
         "rollout/tokens": float(num_tokens),
@@ -171,6 +174,7 @@ def rollout_metrics(rollouts: Sequence[tuple[Rollout, float]]) -> dict[str, floa
         "rollout/eos_share": ended / len(lengths),
         "rollout/empty_share": lengths.count(0) / len(lengths),
         **_tool_metrics([use for rollout, _ in rollouts for use in rollout.tool_use]),
+        **utilisation,
     }
 
 

@@ -1,4 +1,10 @@
-"""How a next token is chosen from logits: transformers' warpers, then one draw by inverse CDF."""
+"""How a next token is chosen from logits: temperature, top-k and top-p, then one draw.
+
+A draw is the inverse of the cumulated distribution at one uniform number, in the order of ids, so
+that a row's choice depends on its own logits and noise alone. The vocabulary is gone over three
+times (greatest, exponential, sums of blocks); only the sums and the block in which the number falls
+are cumulated, in float64, so that no tail is lost to rounding.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +13,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from torch.nn import functional
 
 from okd_lightning.errors import ConfigError
+
+_BLOCK = 256
+"""Ids that are summed in float32 before anything is cumulated."""
+
+_NUCLEUS = 1024
+"""How many of the likeliest ids are sorted for top-p, before the whole vocabulary has to be."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +31,9 @@ class Sampling:
     Args:
         temperature: 1 samples from the model itself, which on-policy estimates assume; 0 takes
             the most likely token (greedy).
-        top_p: Keep the smallest set of tokens with at least this probability; 1 keeps all.
-        top_k: Keep this many tokens; 0 keeps all.
+        top_p: Keep the smallest set of tokens with at least this probability, and what ties with
+            its last one; 1 keeps all.
+        top_k: Keep this many tokens, and what ties with the last one; 0 keeps all.
     """
 
     temperature: float = 1.0
@@ -50,32 +58,111 @@ class Sampling:
         }
         return tuple(name for name, is_set in found.items() if is_set)
 
-    def logprobs(self, logits: Tensor) -> Tensor:
-        """[rows, vocab] logits → log-probabilities (nats) that the draw is made from."""
+    def warp(self, logits: Tensor) -> Tensor:
+        """[rows, vocab] logits → logits of the distribution that the draw is made from."""
         if self.temperature == 0:
             best = logits.argmax(-1, keepdim=True)
-            return torch.full_like(logits, float("-inf")).scatter(-1, best, 0.0)
-        warpers = LogitsProcessorList()
+            return torch.full_like(logits, float("-inf")).scatter_(-1, best, 0.0)
         if self.temperature != 1:
-            warpers.append(TemperatureLogitsWarper(float(self.temperature)))
+            logits = logits / self.temperature
+        kept = None
         if self.top_k:
-            warpers.append(TopKLogitsWarper(self.top_k))
+            kept = logits.topk(min(self.top_k, logits.shape[-1])).values
+            logits = _cut_below(logits, kept[:, -1:])
         if self.top_p < 1:
-            warpers.append(TopPLogitsWarper(self.top_p))
-        return warpers(None, logits).log_softmax(-1)  # type: ignore[arg-type]
+            logits = _cut_below(logits, _nucleus_floor(logits, kept, self.top_p))
+        return logits
+
+    def logprobs(self, logits: Tensor) -> Tensor:
+        """[rows, vocab] logits → log-probabilities (nats) that the draw is made from."""
+        return self.warp(logits).log_softmax(-1)
+
+    def choose(
+        self, logits: Tensor, uniform: Tensor, workspace: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One token a row: [rows] ids, and [rows] log-probs under the warped distribution.
+
+        Args:
+            logits: [rows, vocab] float32; minus infinity is never drawn.
+            uniform: [rows] float64 in (0, 1); greedy reads none of it.
+            workspace: See ``draw``.
+        """
+        if self.temperature == 0:
+            return logits.argmax(-1), logits.new_zeros(len(logits))
+        return draw(self.warp(logits), uniform, workspace)
 
 
-def draw(logprobs: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def workspace_for(num_rows: int, vocab: int, device: torch.device) -> Tensor:
+    """[rows, vocab rounded up] zeros, for any number of draws of up to so many rows."""
+    return torch.zeros(num_rows, -(-vocab // _BLOCK) * _BLOCK, device=device)
+
+
+def draw(logits: Tensor, uniform: Tensor, workspace: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """One token a row by inverse CDF.
 
     Args:
-        logprobs: [rows, vocab] nats.
-        uniform: [rows] in (0, 1).
+        logits: [rows, vocab] log-probabilities, up to a constant a row.
+        uniform: [rows] float64 in (0, 1).
+        workspace: From ``workspace_for`` this vocabulary; allocated where missing.
 
     Returns:
-        [rows] ids and [rows] their log-probabilities.
+        [rows] ids and [rows] their log-probabilities (nats).
     """
-    cdf = logprobs.double().exp().cumsum(-1)
-    threshold = uniform[:, None].to(cdf) * cdf[:, -1:]
-    ids = torch.searchsorted(cdf, threshold, right=True).clamp(max=logprobs.shape[-1] - 1)
-    return ids.squeeze(-1), logprobs.gather(-1, ids).squeeze(-1)
+    num_rows, vocab = logits.shape
+    if workspace is None:
+        workspace = workspace_for(num_rows, vocab, logits.device)
+    weights = workspace[:num_rows]
+    valid = weights[:, :vocab]
+    torch.sub(logits, logits.amax(-1, keepdim=True), out=valid)
+    valid.exp_()
+    blocks = weights.view(num_rows, -1, _BLOCK)
+    sums = blocks.sum(-1).double()
+    ends = sums.cumsum(-1)
+    block, share = _locate(ends, sums, uniform.to(ends)[:, None])
+    inside = blocks.gather(1, block[:, :, None].expand(-1, 1, _BLOCK)).squeeze(1).double()
+    within, _ = _locate(inside.cumsum(-1), inside, share)
+    logprobs = (inside.gather(1, within) / ends[:, -1:]).log().to(logits.dtype)
+    return (block * _BLOCK + within).squeeze(1), logprobs.squeeze(1)
+
+
+def _locate(ends: Tensor, widths: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """In which of some adjoining intervals a number falls, and how far into it.
+
+    Args:
+        ends: [rows, intervals] float64, cumulated.
+        widths: [rows, intervals]; an interval without width is never found.
+        uniform: [rows, 1] in [0, 1), as a share of the whole.
+
+    Returns:
+        [rows, 1] interval, and [rows, 1] share of it in [0, 1).
+    """
+    total = ends[:, -1:]
+    below_total = torch.nextafter(total, torch.zeros_like(total))
+    point = torch.minimum(uniform * total, below_total)
+    found = torch.searchsorted(ends, point, right=True)
+    width = widths.gather(1, found)
+    share = (point - ends.gather(1, found) + width) / width
+    return found, share.clamp(0.0, 1.0)
+
+
+def _cut_below(logits: Tensor, floor: Tensor) -> Tensor:
+    return logits.masked_fill(logits < floor, float("-inf"))
+
+
+def _nucleus_floor(logits: Tensor, likeliest: Tensor | None, top_p: float) -> Tensor:
+    """[rows, 1] the smallest logit in the smallest set of ids with probability ``top_p``.
+
+    Args:
+        logits: [rows, vocab].
+        likeliest: [rows, any] the greatest logits, falling, if nothing else has probability.
+        top_p: Below 1.
+    """
+    total = logits.double().logsumexp(-1, keepdim=True)
+    if likeliest is None:
+        likeliest = logits.topk(min(_NUCLEUS, logits.shape[-1])).values
+        if not bool(((likeliest.double() - total).exp().sum(-1) >= top_p).all()):
+            likeliest = logits.sort(-1, descending=True).values
+    probs = (likeliest.double() - total).exp()
+    before = functional.pad(probs.cumsum(-1)[:, :-1], (1, 0))
+    last = (before < top_p).sum(-1, keepdim=True) - 1
+    return likeliest.gather(-1, last)

@@ -1,47 +1,48 @@
-"""The built-in engine: any transformers causal LM, with its own key-value cache.
+"""The built-in engine: any transformers causal LM, writing in this process.
 
-Prompts are sorted by length and run in left-padded batches under a token budget; rows that have
-drawn an end-of-sequence id leave the batch and its cache. Logits are computed for the last position
-only. ``generate`` of transformers is not used because finished rows stay in its batch and its noise
-depends on the batch.
+All prompts of a call are one queue, longest first. A batch holds as many rows as the token budget
+has room for; rows that have ended leave it and waiting prompts take their place (continuous
+batching). All rows share their columns: what joins is aligned on the right, and each row attends
+from its own first column on.
+
+The loop is our own. ``generate`` of transformers keeps finished rows in its batch, and its noise
+depends on the batch; its continuous batching lays rows out in pages, switches the model's attention
+to a paged one for the time being, takes the noise from the global generator, and needs an
+accelerator to be fast (see benchmarks/rollouts.md). What is used of transformers is the model and
+its cache.
+
+In float32 a row's samples do not depend on the rows beside it, but for ties.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import inspect
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from okd_lightning.models import Vocabulary
+from okd_lightning.models.cpu_linear import fast_linears
 from okd_lightning.records import PromptBatch, Rollout
 from okd_lightning.rollouts.engine import Progress
+from okd_lightning.rollouts.kv_cache import empty_cache, is_rearrangeable, rearrange
 from okd_lightning.rollouts.noise import NoiseStream
-from okd_lightning.rollouts.sampling import Sampling, draw
+from okd_lightning.rollouts.responses import Responses
+from okd_lightning.rollouts.sampling import Sampling, workspace_for
+
+_ADMIT_AT = 0.875
+"""Waiting prompts join once no more than this share of the batch is still writing."""
 
 _SHRINK_AT = 0.75
-"""Finished rows leave once no more than this share of the batch is still writing."""
+"""Finished rows leave at this share where nobody waits: moving the others costs a copy."""
 
-
-@dataclass
-class _Batch:
-    """The rows that are still writing; every field is cut together when rows leave."""
-
-    rows: Tensor  # [alive] position of each row in the whole call
-    noise: Tensor  # [alive, max_new_tokens]
-    limits: Tensor  # [alive] longest response of each row
-    attention_mask: Tensor  # [alive, seq so far]
-    is_writing: Tensor  # [alive] False once a row has ended but still stands in the batch
-    cache: DynamicCache
-
-    def keep(self, index: Tensor) -> None:
-        self.rows, self.noise = self.rows[index], self.noise[index]
-        self.limits = self.limits[index]
-        self.attention_mask = self.attention_mask[index]
-        self.is_writing = self.is_writing[index]
-        self.cache.batch_select_indices(index)
+_PREFILL_TOKENS = 8192
+"""Prompt tokens of one forward pass at most, so that a long queue's activations fit."""
 
 
 @dataclass
@@ -53,13 +54,16 @@ class TransformersEngine:
         vocabulary: Ids outside it are never drawn.
         eos_ids: Ids that end a response.
         token_budget: Prompt plus response tokens of a batch at most.
+        dtype: Number format to compute in, by autocast: the weights are cast once a call and the
+            copy is dropped at its end. None leaves it to the caller; in float32 a sample does not
+            depend on its batch, in bfloat16 it may.
     """
 
     model: PreTrainedModel
     vocabulary: Vocabulary
     eos_ids: tuple[int, ...]
     token_budget: int = 65536
-    _written: list[tuple[list[int], list[float]]] = field(default_factory=list, repr=False)
+    dtype: torch.dtype | None = None
 
     @torch.no_grad()
     def generate(
@@ -71,107 +75,230 @@ class TransformersEngine:
         progress: Progress | None = None,
     ) -> Rollout:
         """One response a prompt, in the order of the prompts; see ``RolloutEngine``."""
-        self._written = [([], []) for _ in range(len(prompts))]
         noise = generator.uniform(prompts.index, prompts.sample, max_new_tokens)
-        for rows in self._batches(prompts, max_new_tokens):
-            self._write(rows, prompts, sampling, noise[rows], progress)
-        responses = self._written
-        self._written = []
-        return Rollout(
-            response_ids=tuple(tuple(ids) for ids, _ in responses),
-            logprobs=tuple(tuple(logprobs) for _, logprobs in responses),
-            stop_reasons=tuple(
-                "eos" if ids and ids[-1] in self.eos_ids else "length" for ids, _ in responses
-            ),
+        responses = Responses(
+            noise, self.eos_ids, self.vocabulary.size, self.model.device, prompts.limits
         )
+        if not noise.numel():
+            return responses.rollout(0)
+        with self._precision(), fast_linears(self.model):
+            writing = _Writing(self, prompts, sampling, responses, max_new_tokens)
+            for num_ended in writing.run():
+                if progress is not None:
+                    progress(num_ended)
+        return responses.rollout(writing.num_row_steps)
 
-    def _batches(self, prompts: PromptBatch, max_new_tokens: int) -> Iterator[list[int]]:
-        """Row numbers, longest prompts first, so many that the longest fits the budget."""
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts.input_ids[i]))
-        while order:
-            width = len(prompts.input_ids[order[0]]) + max_new_tokens
-            size = max(1, self.token_budget // width)
-            yield order[:size]
-            order = order[size:]
+    def _precision(self) -> AbstractContextManager[object]:
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(self.model.device.type, self.dtype)
 
-    def _write(
+
+@dataclass
+class _Prefilled:
+    """Prompts that have been read: what a batch needs in order to take them in."""
+
+    rows: list[int]
+    cache: DynamicCache
+    index: Tensor  # [rows] the row of the cache that each one takes
+    starts: Tensor  # [rows] first column
+    width: int  # columns
+    places: Tensor  # [rows] of the second token
+    tokens: Tensor  # [rows] the first token
+
+
+class _Writing:
+    """One call: its queue, the batch that is running, and what it has cost.
+
+    The batch's fields are aligned: ``rows`` (numbers in the call), ``places`` and ``last`` in the
+    responses, ``tokens`` (drawn, not yet read), ``starts`` (first column), all [rows].
+    """
+
+    def __init__(
         self,
-        rows: list[int],
+        engine: TransformersEngine,
         prompts: PromptBatch,
         sampling: Sampling,
-        noise: Tensor,
-        progress: Progress | None,
+        responses: Responses,
+        max_new_tokens: int,
     ) -> None:
-        device = self.model.device
-        ids, attention_mask = _left_pad([prompts.input_ids[row] for row in rows], device)
-        batch = _Batch(
-            rows=torch.tensor(rows, device=device),
-            noise=noise.to(device),
-            limits=torch.tensor(_limits(rows, prompts, noise.shape[1]), device=device),
-            attention_mask=attention_mask,
-            is_writing=torch.ones(len(rows), dtype=torch.bool, device=device),
-            cache=DynamicCache(config=self.model.config),
-        )
-        for position in range(noise.shape[1]):
-            logits = self._next_logits(ids, batch)
-            drawn, logprobs = draw(sampling.logprobs(logits), batch.noise[:, position])
-            self._record(batch, drawn, logprobs)
-            num_before = int(batch.is_writing.sum())
-            batch.is_writing &= ~self._ends(drawn) & (batch.limits > position + 1)
-            num_writing = int(batch.is_writing.sum())
-            if progress is not None and num_writing < num_before:
-                progress(num_before - num_writing)
-            if num_writing == 0:
-                return
-            if num_writing <= _SHRINK_AT * len(batch.rows):
-                alive = batch.is_writing.nonzero().squeeze(-1)
-                batch.keep(alive)
-                drawn = drawn[alive]
-            ids = drawn[:, None]
-            ones = batch.attention_mask.new_ones(len(ids), 1)
-            batch.attention_mask = torch.cat([batch.attention_mask, ones], dim=1)
+        self._model = engine.model
+        self._vocabulary = engine.vocabulary
+        self._prompts = prompts.input_ids
+        self._sampling = sampling
+        self._responses = responses
+        self._max_new_tokens = max_new_tokens
+        self._token_budget = engine.token_budget
+        self._device = engine.model.device
+        self._is_roomy = is_rearrangeable(engine.model)
+        self._cache_argument = _cache_argument(engine.model)
+        # equal prompts stand together, so that they are read once
+        order = sorted(range(len(prompts)), key=lambda i: (-len(self._prompts[i]), i))
+        self._queue = deque(order)
+        self._workspace = workspace_for(0, self._vocabulary.size, self._device)
+        self.num_row_steps = 0
+        self._clear()
 
-    def _next_logits(self, ids: Tensor, batch: _Batch) -> Tensor:
-        """[alive, vocab] for the token after ``ids``; invalid ids are minus infinity."""
-        position_ids = batch.attention_mask.cumsum(-1).sub(1).clamp(min=0)[:, -ids.shape[1] :]
-        output = self.model(
+    def _clear(self) -> None:
+        self._rows: list[int] = []
+        self._cache = empty_cache(self._model, self._is_roomy)
+        self._width = 0
+        self._num_writing = 0
+        self._places = self._last = self._tokens = self._starts = torch.zeros(
+            0, dtype=torch.int64, device=self._device
+        )
+
+    def run(self) -> Iterator[int]:
+        """Write everything; yields how many rows have ended since the last time, where any has."""
+        steps_per_check = _steps_per_check(self._device)
+        while self._queue or self._num_writing:
+            num_before = self._num_writing
+            num_joined = self._make_room()
+            if not num_joined:
+                for _ in range(steps_per_check):
+                    self._step()
+            self._num_writing = int(self._responses.is_writing(self._places).sum())
+            num_ended = num_before + num_joined - self._num_writing
+            if num_ended:
+                yield num_ended
+
+    # ---------------------------------------------------------------- who is in the batch
+
+    def _make_room(self) -> int:
+        """Let ended rows leave and waiting ones join, where it pays; returns how many joined."""
+        if not self._is_roomy:
+            return self._next_equal_prompts() if not self._num_writing else 0
+        share = _ADMIT_AT if self._queue else _SHRINK_AT
+        if self._num_writing > share * len(self._rows):
+            return 0
+        keep = self._responses.is_writing(self._places).nonzero().squeeze(-1)
+        kept = keep.tolist()
+        rows = self._admitted([self._rows[i] for i in kept])
+        joining = [self._read(piece) for piece in self._pieces(rows)]
+        self._rearrange(keep, kept, joining)
+        return len(rows)
+
+    def _admitted(self, staying: list[int]) -> list[int]:
+        """Taken from the queue: as many as fit beside the rows that stay, at least one in all."""
+        if not self._queue:
+            return []
+        longest = max(len(self._prompts[row]) for row in [*staying, self._queue[0]])
+        size = max(1, self._token_budget // (longest + self._max_new_tokens))
+        num = min(len(self._queue), max(0, size - len(staying)))
+        return [self._queue.popleft() for _ in range(num)]
+
+    def _pieces(self, rows: list[int]) -> Iterator[list[int]]:
+        """Cut into forward passes; rows are sorted, the longest first."""
+        while rows:
+            size = max(1, _PREFILL_TOKENS // len(self._prompts[rows[0]]))
+            yield rows[:size]
+            rows = rows[size:]
+
+    def _rearrange(self, keep: Tensor, kept: list[int], joining: list[_Prefilled]) -> None:
+        if not kept and not joining:
+            self._clear()
+            return
+        starts = self._starts[keep]
+        lead = int(starts.min()) if kept else self._width
+        width = max([self._width - lead, *(piece.width for piece in joining)])
+        rearrange(self._cache, keep, lead, [(piece.cache, piece.index) for piece in joining])
+        self._starts = torch.cat(
+            [
+                starts + (width - self._width),
+                *(piece.starts + (width - piece.width) for piece in joining),
+            ]
+        )
+        self._rows = [self._rows[i] for i in kept]
+        self._rows += [row for piece in joining for row in piece.rows]
+        self._places = torch.cat([self._places[keep], *(piece.places for piece in joining)])
+        self._tokens = torch.cat([self._tokens[keep], *(piece.tokens for piece in joining)])
+        self._last = self._responses.last_places(self._rows)
+        self._width = width
+
+    def _next_equal_prompts(self) -> int:
+        """A batch for a model whose memory cannot be rearranged: nobody leaves it, nobody joins."""
+        self._clear()
+        length = len(self._prompts[self._queue[0]])
+        size = max(1, self._token_budget // (length + self._max_new_tokens))
+        rows = [row for row in self._queue if len(self._prompts[row]) == length][:size]
+        self._queue = deque(row for row in self._queue if row not in set(rows))
+        read = self._read(rows)
+        self._cache, self._rows, self._starts = read.cache, read.rows, read.starts
+        self._places, self._tokens, self._width = read.places, read.tokens, read.width
+        self._last = self._responses.last_places(rows)
+        return len(rows)
+
+    # ---------------------------------------------------------------- the model
+
+    def _read(self, rows: list[int]) -> _Prefilled:
+        """Read some prompts and draw their first tokens; equal prompts are read once."""
+        prompts = [self._prompts[row] for row in rows]
+        unique = list(dict.fromkeys(prompts)) if self._is_roomy else prompts
+        number = {prompt: i for i, prompt in enumerate(unique)}
+        indices = [number[prompt] for prompt in prompts] if self._is_roomy else range(len(rows))
+        index = torch.tensor(list(indices), device=self._device)
+        ids, starts = _left_pad(unique, self._device)
+        cache = empty_cache(self._model, self._is_roomy)
+        columns = torch.arange(ids.shape[1], device=self._device)
+        positions = (columns - starts[:, None]).clamp(min=0)
+        logits = self._logits(ids, positions, starts, ids.shape[1], cache)
+        self.num_row_steps += len(rows)
+        places = self._responses.first_places(rows)
+        last = self._responses.last_places(rows)
+        places, tokens = self._draw(logits[index], places, last)
+        return _Prefilled(rows, cache, index, starts[index], ids.shape[1], places, tokens)
+
+    def _step(self) -> None:
+        """One token for every row."""
+        is_writing = self._responses.is_writing(self._places)
+        positions = torch.where(is_writing, self._width - self._starts, 0)[:, None]
+        self._width += 1
+        logits = self._logits(
+            self._tokens[:, None], positions, self._starts, self._width, self._cache
+        )
+        self.num_row_steps += len(self._rows)
+        self._places, self._tokens = self._draw(logits, self._places, self._last)
+
+    def _logits(
+        self, ids: Tensor, positions: Tensor, starts: Tensor, width: int, cache: DynamicCache
+    ) -> Tensor:
+        """[rows, vocab] float32 for the token after ``ids``; invalid ids are minus infinity."""
+        mask = None
+        if self._is_roomy:  # others have equal prompts, and some of them misread a mask
+            mask = (torch.arange(width, device=self._device) >= starts[:, None]).long()
+        output = self._model(
             input_ids=ids,
-            attention_mask=batch.attention_mask,
-            position_ids=position_ids,
-            past_key_values=batch.cache,
+            attention_mask=mask,
+            position_ids=positions,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: cache},
         )
-        return self.vocabulary.cut(output.logits[:, -1].float())
+        return self._vocabulary.cut(output.logits[:, -1].float())
 
-    def _record(self, batch: _Batch, drawn: Tensor, logprobs: Tensor) -> None:
-        rows = zip(
-            batch.rows.tolist(),
-            batch.is_writing.tolist(),
-            drawn.tolist(),
-            logprobs.tolist(),
-            strict=True,
-        )
-        for row, is_writing, token, logprob in rows:
-            if is_writing:
-                self._written[row][0].append(token)
-                self._written[row][1].append(logprob)
-
-    def _ends(self, drawn: Tensor) -> Tensor:
-        return torch.isin(drawn, torch.tensor(self.eos_ids, device=drawn.device))
+    def _draw(self, logits: Tensor, places: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """[rows] next places and [rows] ids."""
+        if len(self._workspace) < len(logits):
+            self._workspace = workspace_for(len(logits), self._vocabulary.size, self._device)
+        noise = self._responses.noise(places)
+        ids, logprobs = self._sampling.choose(logits, noise, self._workspace)
+        return self._responses.write(places, ids, logprobs, last), ids
 
 
-def _limits(rows: list[int], prompts: PromptBatch, max_new_tokens: int) -> list[int]:
-    if not prompts.limits:
-        return [max_new_tokens] * len(rows)
-    return [min(prompts.limits[row], max_new_tokens) for row in rows]
+def _steps_per_check(device: torch.device) -> int:
+    """Steps between two looks at who has ended: a look stalls an accelerator's queue of work."""
+    return 1 if device.type == "cpu" else 4
 
 
-def _left_pad(rows: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
+def _cache_argument(model: PreTrainedModel) -> str:
+    """What the model's forward pass calls its cache."""
+    names = inspect.signature(model.forward).parameters
+    return "cache_params" if "cache_params" in names else "past_key_values"
+
+
+def _left_pad(rows: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """[rows, longest] ids, and [rows] the first column of each."""
     width = max(len(row) for row in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width, dtype=torch.int64)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = torch.tensor(row)
-        mask[i, width - len(row) :] = 1
-    return ids.to(device), mask.to(device)
+    padded = [(0,) * (width - len(row)) + row for row in rows]
+    starts = torch.tensor([width - len(row) for row in rows], device=device)
+    return torch.tensor(padded, device=device), starts

@@ -12,7 +12,7 @@ import torch
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.rollouts import Sampling
-from okd_lightning.rollouts.sampling import draw
+from okd_lightning.rollouts.sampling import draw, workspace_for
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, -torch.inf, 1.5, -1.0]])
 
@@ -96,3 +96,63 @@ def test_settings_out_of_range(settings):
 def test_nan_is_no_setting(settings):
     with pytest.raises(ConfigError, match=f"sampling.{next(iter(settings))}"):
         Sampling(**settings)
+
+
+def plainly(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """[rows] ids by a float64 sum over the whole vocabulary."""
+    cdf = logits.double().softmax(-1).cumsum(-1)
+    return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).squeeze(-1)
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 255, 256, 257, 1000, 32_000])
+def test_sums_of_blocks_draw_what_a_plain_sum_draws(vocab):
+    generator = torch.Generator().manual_seed(vocab)
+    logits = 4 * torch.randn(200, vocab, generator=generator)
+    logits[:, ::3] = -torch.inf if vocab > 2 else 0.0
+    uniform = torch.rand(200, generator=generator, dtype=torch.float64)
+    ids, logprobs = draw(logits, uniform)
+    expected = plainly(logits, uniform)
+    assert (ids != expected).sum() <= 1  # a number on the border of two ids
+    exact = logits.double().log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
+    torch.testing.assert_close(logprobs.double(), exact, rtol=0, atol=2e-6)
+    assert logprobs.isfinite().all()
+
+
+def test_a_workspace_is_used_again_for_fewer_rows():
+    generator = torch.Generator().manual_seed(0)
+    workspace = workspace_for(9, 300, torch.device("cpu"))
+    for num_rows in (9, 4, 7):
+        logits = torch.randn(num_rows, 300, generator=generator)
+        uniform = torch.rand(num_rows, generator=generator, dtype=torch.float64)
+        torch.testing.assert_close(draw(logits, uniform, workspace), draw(logits, uniform))
+
+
+def test_draws_fit_their_probabilities():
+    """Pearson's chi-squared over 700 ids, so over three blocks, at 200,000 draws."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(1, 700, generator=generator)
+    num = 200_000
+    uniform = torch.rand(num, generator=generator, dtype=torch.float64)
+    ids = torch.cat([draw(logits.expand(10_000, -1), part)[0] for part in uniform.split(10_000)])
+    expected = logits[0].double().softmax(-1) * num
+    found = torch.bincount(ids, minlength=700)
+    statistic = ((found - expected) ** 2 / expected).sum()
+    assert abs(statistic - 699) < 5 * (2 * 699) ** 0.5
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999, 0.999999])
+@pytest.mark.parametrize("spread", [0.1, 4.0])
+def test_the_nucleus_of_a_large_vocabulary(top_p, spread):
+    """Flat rows need more than the ids that are sorted first."""
+    logits = spread * torch.randn(3, 5000, generator=torch.Generator().manual_seed(2))
+    kept = Sampling(top_p=top_p).warp(logits).isfinite()
+    probs, order = logits.double().softmax(-1).sort(-1, descending=True)
+    expected = torch.zeros_like(kept).scatter(-1, order, probs.cumsum(-1) - probs < top_p)
+    assert (kept != expected).sum(-1).max() <= 1
+    torch.testing.assert_close(logits[kept], Sampling(top_p=top_p).warp(logits)[kept])
+
+
+def test_what_ties_with_the_last_one_is_kept():
+    logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0]])
+    for sampling in (Sampling(top_k=2), Sampling(top_p=0.7)):
+        assert sampling.warp(logits).isfinite().tolist() == [[False, True, True, True, False]]
