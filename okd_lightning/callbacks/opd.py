@@ -67,9 +67,9 @@ class OPDPlus(AdvantageCallback):
 
     Args:
         divergence: f; reverse KL by default.
-        variant: centred subtracts w_f(1), value_baseline the mean E_p[w_f] of each position,
-            as_published nothing. All have the same expected gradient; docs/opd.md has their
-            variances.
+        variant: value_baseline subtracts the mean E_p[w_f] of each position (vOPD, arXiv
+            2605.07865), centred the constant w_f(1), as_published nothing. All have the same
+            expected gradient; the default has the least variance (docs/opd.md).
         discount: γ in [0, 1]; 0 is the paper's.
         max_log_ratio: ln u is clipped to ± this many nats; inf for off.
         max_ratio: Truncation of ρ; inf for off.
@@ -84,7 +84,7 @@ class OPDPlus(AdvantageCallback):
     def __init__(
         self,
         divergence: Divergence | None = None,
-        variant: str = "centred",
+        variant: str = "value_baseline",
         discount: float = 0.0,
         max_log_ratio: float = math.inf,
         max_ratio: float = math.inf,

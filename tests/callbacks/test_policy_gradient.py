@@ -104,22 +104,28 @@ def valued_forward_kl(log_p, log_q, drawn):
 CREDITS = {
     "OPD": (lambda: OPD(), log_ratios),
     "OPD, JSD": (lambda: OPD(JensenShannon(0.5), weight=2.0), published_jsd),
-    "OPD+": (lambda: OPDPlus(), log_ratios),
+    "OPD+ centred": (lambda: OPDPlus(variant="centred"), log_ratios),
     "OPD+ as published": (
         lambda: OPDPlus(variant="as_published"),
         lambda p, q, drawn: log_ratios(p, q, drawn) - 1,
     ),
     "OPD+ with a value": (lambda: OPDPlus(ForwardKL(), "value_baseline"), valued_forward_kl),
-    "OPD+ reverse with a value": (
-        lambda: OPDPlus(ReverseKL(), "value_baseline"),
+    "OPD+ as it comes": (
+        OPDPlus,
         lambda p, q, drawn: log_ratios(p, q, drawn) - (p.exp() * (q - p)).sum(-1),
     ),
-    "OPD+ discounted": (lambda: OPDPlus(ForwardKL(), discount=0.5), discounted_forward_kl),
+    "OPD+ discounted": (
+        lambda: OPDPlus(ForwardKL(), "centred", discount=0.5),
+        discounted_forward_kl,
+    ),
     "OPD+ clipped": (
-        lambda: OPDPlus(max_log_ratio=0.7),
+        lambda: OPDPlus(variant="centred", max_log_ratio=0.7),
         lambda p, q, drawn: log_ratios(p, q, drawn).clamp(-0.7, 0.7),
     ),
-    "OPD+ of a whole top-k": (lambda: OPDPlus(TopK(ReverseKL(), 99)), log_ratios),
+    "OPD+ of a whole top-k": (
+        lambda: OPDPlus(TopK(ReverseKL(), 99), "centred"),
+        log_ratios,
+    ),
 }
 
 
@@ -421,8 +427,8 @@ def test_a_constant_that_no_longer_averages_out_is_warned_of(cause, tmp_path, ma
     method = OPDPlus(variant="as_published", max_ratio=2.0 if cause == "ratio" else math.inf)
     with pytest.warns(UserWarning, match="no longer averages out.*centred"):
         tiny.fit(tmp_path, make_module(), [method], tiny.make_rows(4), data={"sampling": sampling})
-    centred = OPDPlus()
-    tiny.fit(tmp_path, make_module(), [centred], tiny.make_rows(4), data={"sampling": sampling})
+    with_value = OPDPlus()
+    tiny.fit(tmp_path, make_module(), [with_value], tiny.make_rows(4), data={"sampling": sampling})
 
 
 class Once(RewardFunction):
