@@ -53,7 +53,7 @@ from okd_lightning.pair_module import PairModule
 from okd_lightning.records import SOURCES, DistillBatch
 from okd_lightning.rollouts.rows import generation_records
 from okd_lightning.schedules import ScheduleName, schedule_factor
-from okd_lightning.step_terms import acting_terms, check_counts, step_means
+from okd_lightning.step_terms import acting_terms, check_counts, check_term, kind_of, step_means
 
 
 class DistillationModule(PairModule):
@@ -167,6 +167,7 @@ class DistillationModule(PairModule):
             self.terms, self._terms_of = [], id(self._trainer)
         if any(term is known for known in self.terms):
             return
+        check_term(term)
         if any(term.name == known.name for known in self.terms):
             raise ConfigError(
                 f"two methods of this run are called {term.name!r}; give one of them another name "
@@ -221,11 +222,17 @@ class DistillationModule(PairModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip the student by the Trainer's value and the online module by its own norm."""
-        if self.online_module is None or gradient_clip_algorithm == "value":
+        own = self.online_module
+        if own is not None and own.clip_norm and gradient_clip_algorithm == "value":
+            raise ConfigError(
+                f"clip_norm {own.clip_norm} of the online module is a norm, and "
+                "trainer.gradient_clip_algorithm value clips no norms: leave one of them out"
+            )
+        if own is None or gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        own = self.online_module.clip_norm
-        sides = ((self.student, gradient_clip_val), (self.teacher, own or gradient_clip_val))
+        limits = (gradient_clip_val, own.clip_norm or gradient_clip_val)
+        sides = zip((self.student, self.teacher), limits, strict=True)
         for side, limit in sides:
             if limit:
                 clip_grad_norm_(self.trained_parameters(side), limit)
@@ -250,7 +257,7 @@ class DistillationModule(PairModule):
             trainer.accumulate_grad_batches,
             trainer.world_size,
         )
-        loss = self.loss_of(batch, terms)
+        loss = self.loss_of(batch, terms, checks=batch_idx == 0)
         if batch_idx == 0:
             check_counts(terms, loss.outputs, batch)
         sums = step_means(terms, loss, batch, trainer.global_step)
@@ -335,7 +342,7 @@ class DistillationModule(PairModule):
             "config": self.run_config,
             "eos_ids": list(self.eos_ids),
             "online_module": None if self.online_module is None else self.online_module.to_dict(),
-            "methods": [type(term).__name__ for term in self.terms],
+            "methods": [kind_of(term) for term in self.terms],
             "self_teacher": self.self_teacher,
             "metrics": {
                 name: float(value)
@@ -356,7 +363,7 @@ class DistillationModule(PairModule):
             raise CheckpointError("this checkpoint was not written by okd-lightning")
         self.eos_ids = tuple(own["eos_ids"])
         if self.terms:
-            check_methods(own["methods"], [type(term).__name__ for term in self.terms])
+            check_methods(own["methods"], [kind_of(term) for term in self.terms])
             check_teacher_kind(own.get("self_teacher"), self.self_teacher)
             own_rank = self.trainer.global_rank if len(own["rng"]) == self.trainer.world_size else 0
             self._rng_to_restore = own["rng"][own_rank]

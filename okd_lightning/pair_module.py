@@ -172,11 +172,7 @@ class PairModule(lightning.LightningModule):
             self._attach_online_module()
 
     def setup(self, stage: str) -> None:
-        """Refuse Lightning's "true" precisions: models are loaded in their own number format.
-
-        Raises:
-            ConfigError: Naming what to use.
-        """
+        """Refuse Lightning's "true" precisions: models are loaded in their own number format."""
         precision = str(self.trainer.precision)
         if precision.endswith("-true") and precision != "32-true":
             raise ConfigError(
@@ -262,11 +258,12 @@ class PairModule(lightning.LightningModule):
         )
         return replace(Measured.about(batch), values=values)
 
-    def loss_of(self, batch: DistillBatch, terms: Sequence[WeightedTerm]) -> WeightedLoss:
-        """Run the models once over a batch and sum its weighted terms.
+    def loss_of(
+        self, batch: DistillBatch, terms: Sequence[WeightedTerm], checks: bool = False
+    ) -> WeightedLoss:
+        """Run the models once over a batch and sum its weighted terms; gradient flows as they say.
 
-        Gradient flows as each term says. Where all terms are positionwise it is computed on the
-        way, tile by tile; else the heads run a second time in the backward pass.
+        It is done tile by tile where all terms are positionwise; ``checks`` sees whether they are.
         """
         quantities = [quantity for weighted in terms for quantity in weighted.term.quantities]
         if not all(weighted.term.is_positionwise for weighted in terms):
@@ -281,6 +278,7 @@ class PairModule(lightning.LightningModule):
             self.vocabulary.size,
             self.tile_positions,
             base,
+            checks,
         )
 
     def _sides(

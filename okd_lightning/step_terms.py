@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.losses import Term, WeightedLoss, WeightedTerm
+from okd_lightning.losses import Quantity, Term, WeightedLoss, WeightedTerm
 from okd_lightning.records import SOURCES, DistillBatch, LossOutput
 from okd_lightning.reduction import step_factor
 from okd_lightning.rollouts.plan import acts_in
@@ -71,6 +71,39 @@ def check_counts(
                 f"({', '.join(term.sources)}) hold {expected}, which is what it is divided by; "
                 "give the tokens that it leaves out the value 0, and do not mask them"
             )
+
+
+def check_term(term: Term) -> None:
+    """What a method of one's own may have forgotten.
+
+    Raises:
+        ConfigError: A name that is taken, sources that do not exist, or quantities that cannot be
+            measured once and looked up.
+    """
+    if term.name == "loss":
+        raise ConfigError("a method cannot be called 'loss': train/loss is the sum of all methods")
+    sources, quantities = term.sources, term.quantities
+    if isinstance(sources, str) or not sources or set(sources) - set(SOURCES):
+        raise ConfigError(
+            f"method {term.name}: sources is {sources!r}; expected a tuple of one or more of "
+            f"{', '.join(SOURCES)}"
+        )
+    for quantity in quantities:
+        if not isinstance(quantity, Quantity) or not hasattr(quantity, "needs_teacher"):
+            raise ConfigError(
+                f"method {term.name}: {quantity!r} is no Quantity with needs_teacher (True or "
+                "False) set; see the class Quantity for a complete one"
+            )
+    if type(quantities) is not tuple or quantities != term.quantities:
+        raise ConfigError(
+            f"method {term.name}: quantities are not a tuple that is equal at every call; make "
+            "each Quantity a frozen dataclass"
+        )
+
+
+def kind_of(term: Term) -> str:
+    """What checkpoints remember of a term: what it says itself, or its class."""
+    return str(getattr(term, "kind", type(term).__name__))
 
 
 def step_count(batch: DistillBatch, term: Term) -> int:

@@ -94,6 +94,11 @@ class DistillationCallback(Callback, ABC):
         return self.weight
 
     @property
+    def kind(self) -> str:
+        """What checkpoints remember of it: a run is resumed with the same kinds of methods."""
+        return type(self).__name__
+
+    @property
     def state_key(self) -> str:
         """Stable key of this callback's state in checkpoints, also beside others of its class."""
         return f"{type(self).__qualname__}.{self.name}"

@@ -69,6 +69,7 @@ class PolicyGradientCallback(DistillationCallback):
         logprobs, sampler = measured[_STUDENT], measured.sampler_logprobs
         sampler = sampler.to(logprobs.dtype).where(mask, logprobs.detach())
         credit, logged = self.credit(measured)
+        logged = {**logged, **self.ratio.metrics(logprobs, sampler)}
         if credit.requires_grad:
             raise ConfigError(
                 f"{self.name}: the credit carries a gradient. Differentiated directly a sampled "
@@ -78,7 +79,7 @@ class PolicyGradientCallback(DistillationCallback):
         return loss_output(
             self.ratio.loss(logprobs, sampler, credit.where(mask, 0.0)),
             mask,
-            **self.ratio.metrics(logprobs, sampler),
+            sampler_gap=(logprobs - sampler).abs(),
             **{f"{self.name}_{name}": values for name, values in logged.items()},
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import lightning
+from lightning.pytorch.callbacks import Callback
 
 from okd_lightning.callbacks.base import DistillationCallback
 from okd_lightning.errors import ConfigError
@@ -30,7 +31,8 @@ class Stage(DistillationCallback):
             from ``first_factor``; None for no change.
 
     Raises:
-        ConfigError: An empty window, a factor below 0, or a change without an end.
+        ConfigError: An empty window, a factor below 0 or 0 throughout, a change without an end, a
+            stage in a stage, or a method with hooks of its own, which nobody would call.
     """
 
     def __init__(
@@ -42,11 +44,14 @@ class Stage(DistillationCallback):
         last_factor: float | None = None,
     ) -> None:
         super().__init__(method.weight, method.name)
+        _check_method(method)
         if start < 0 or (end is not None and end <= start):
             raise ConfigError(f"Stage of {method.name}: no step lies from {start} to before {end}")
         for factor in (first_factor, last_factor):
             if factor is not None and not (math.isfinite(factor) and factor >= 0):
                 raise ConfigError(f"Stage of {method.name}: a factor is {factor}, expected from 0")
+        if not first_factor and not last_factor:
+            raise ConfigError(f"Stage of {method.name}: with the factor 0 throughout it never acts")
         if last_factor is not None and end is None:
             raise ConfigError(
                 f"Stage of {method.name}: last_factor {last_factor} needs an end to be reached at"
@@ -57,6 +62,11 @@ class Stage(DistillationCallback):
         self.last_factor = first_factor if last_factor is None else last_factor
         self.is_positionwise = method.is_positionwise
         self.needs_teacher_prompt = method.needs_teacher_prompt
+
+    @property
+    def kind(self) -> str:
+        """With the method's, so that a run is not resumed with another in its place."""
+        return f"Stage({self.method.kind})"
 
     @property
     def window(self) -> tuple[int, int | None]:
@@ -100,3 +110,22 @@ class Stage(DistillationCallback):
     def loss(self, measured: Measured) -> LossOutput:
         """The method's."""
         return self.method.loss(measured)
+
+
+def _check_method(method: DistillationCallback) -> None:
+    """A stage hands on what makes a term, and none of Lightning's hooks."""
+    if isinstance(method, Stage):
+        raise ConfigError(
+            f"Stage of {method.name}: a stage in a stage; give one of them both start and end"
+        )
+    hooks = [
+        name
+        for name in vars(Callback)
+        if not name.startswith("_")
+        and getattr(type(method), name) is not getattr(DistillationCallback, name)
+    ]
+    if hooks:
+        raise ConfigError(
+            f"Stage of {method.name}: {type(method).__name__} has {', '.join(hooks)} of its own, "
+            "which a Stage does not call; put that into a callback beside it (or into prepare)"
+        )

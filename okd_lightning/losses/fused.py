@@ -20,7 +20,13 @@ from torch.autograd.function import once_differentiable
 from okd_lightning.losses.projection import Projection, projection
 from okd_lightning.losses.quantities import Tile
 from okd_lightning.losses.side import Side
-from okd_lightning.losses.terms import Measured, WeightedLoss, WeightedTerm, weighted_loss
+from okd_lightning.losses.terms import (
+    Measured,
+    WeightedLoss,
+    WeightedTerm,
+    check_positionwise,
+    weighted_loss,
+)
 from okd_lightning.losses.tiling import block_positions, slices, tile_size
 from okd_lightning.records import LossOutput
 from okd_lightning.shapes import PositionIds
@@ -62,15 +68,19 @@ def _unit(terms: Sequence[WeightedTerm]) -> float:
 class _Run:
     """The sums of one micro-batch while its tiles go by."""
 
-    def __init__(self, terms: Sequence[WeightedTerm], sides: Mapping[str, Projection]) -> None:
+    def __init__(
+        self, terms: Sequence[WeightedTerm], sides: Mapping[str, Projection], checks: bool
+    ) -> None:
         self.terms, self.names, self.sides = terms, list(sides), list(sides.values())
         self.quantities = dict.fromkeys(q for weighted in terms for q in weighted.term.quantities)
         self.outputs: list[LossOutput] = []
-        self.unit = _unit(terms)
+        self.unit, self.checks = 1.0, checks
 
     def add_tile(self, tile: slice, block: int, targets: Tensor, about: Measured) -> None:
         """One tile: both heads, the blocks of the vocabulary-wide work, both heads backwards."""
         raw = [side.project(tile) for side in self.sides]
+        if any(outputs.dtype == torch.float16 for outputs in raw):
+            self.unit = _unit(self.terms)
         for rows in slices(tile.stop - tile.start, block):
             positions = slice(tile.start + rows.start, tile.start + rows.stop)
             self._add_block([r[rows] for r in raw], targets[positions], about, positions)
@@ -91,7 +101,10 @@ class _Run:
             }
             tile = Tile(logits["student"], logits.get("teacher"), targets, logits.get("base"))
             values = {quantity: quantity.measure(tile) for quantity in self.quantities}
-            loss = weighted_loss(self.terms, about.part(positions, values))
+            measured = about.part(positions, values)
+            loss = weighted_loss(self.terms, measured)
+            if self.checks:
+                check_positionwise(self.terms, measured, loss.outputs)
             total = loss.total * self.unit
         self._add(loss.outputs)
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
@@ -124,6 +137,7 @@ def fused_loss(
     vocab_size: int,
     tile_positions: int | None = None,
     base: Side | None = None,
+    checks: bool = False,
 ) -> WeightedLoss:
     """The weighted loss of a micro-batch, every term of which is positionwise.
 
@@ -137,6 +151,7 @@ def fused_loss(
         tile_positions: Positions a tile; None chooses from the sizes.
         base: The teacher's half without its online module, or None where no term asks for it; a
             constant.
+        checks: See whether the terms are positionwise, as they say; it costs a little.
 
     Returns:
         The loss and each term's sums. Gradient flows through the hidden states that have any and to
@@ -150,7 +165,7 @@ def fused_loss(
             sides["base"] = projection(base, vocab_size)
     size = tile_positions or tile_size(vocab_size, student.hidden.device)
     block = block_positions(vocab_size, student.hidden.device)
-    run = _Run(terms, sides)
+    run = _Run(terms, sides, checks)
     with torch.no_grad():
         for tile in slices(len(targets), size):
             run.add_tile(tile, block, targets, about)

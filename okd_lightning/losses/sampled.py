@@ -74,12 +74,10 @@ class ImportanceRatio:
 
     @torch.no_grad()
     def metrics(self, logprobs: Tensor, sampler_logprobs: Tensor) -> dict[str, Tensor]:
-        """[positions] what is logged: the gap to the sampler (nats), and where a bound acts."""
-        gap = logprobs - sampler_logprobs.to(logprobs.dtype)
-        found = {"sampler_gap": gap.abs()}
-        if self.is_bounded:
-            low = 1 - self.clip if self.clip is not None else 0.0
-            high = 1 + self.clip if self.clip is not None else self.max_ratio
-            ratio = gap.exp()
-            found["ratio_bounded"] = ((ratio < low) | (ratio > high)).to(gap.dtype)
-        return found
+        """[positions] what is logged: 1 where ρ is out of bounds, if there are any."""
+        if not self.is_bounded:
+            return {}
+        low = 1 - self.clip if self.clip is not None else 0.0
+        high = 1 + self.clip if self.clip is not None else self.max_ratio
+        ratio = (logprobs - sampler_logprobs.to(logprobs.dtype)).exp()
+        return {"ratio_bounded": ((ratio < low) | (ratio > high)).to(logprobs.dtype)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
@@ -9,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from okd_lightning.errors import ConfigError
 from okd_lightning.losses.quantities import Quantity
 from okd_lightning.records import SOURCES, DistillBatch, LossOutput, Source
 from okd_lightning.shapes import PositionMask, PositionValues
@@ -46,6 +48,11 @@ class Measured:
         )
 
     def __getitem__(self, quantity: Quantity) -> PositionValues:
+        if quantity not in self.values:
+            raise ConfigError(
+                f"{quantity} was not measured; add it to the method's quantities (measured: "
+                f"{', '.join(map(str, self.values)) or 'nothing'})"
+            )
         return self.values[quantity]
 
     def part(self, positions: slice, values: Mapping[Quantity, PositionValues]) -> Measured:
@@ -167,7 +174,60 @@ class WeightedLoss:
 
 
 def weighted_loss(terms: Sequence[WeightedTerm], measured: Measured) -> WeightedLoss:
-    """The weighted sum of every term's loss, with gradient to what was measured."""
+    """The weighted sum of every term's loss, with gradient to what was measured.
+
+    Raises:
+        ConfigError: A term returns something else than a LossOutput, or one without gradient.
+    """
     outputs = [weighted.term.loss(measured) for weighted in terms]
+    is_trained = any(values.requires_grad for values in measured.values.values())
+    for weighted, output in zip(terms, outputs, strict=True):
+        _check_output(weighted.term.name, output, is_trained)
     parts = [w.factor * o.sum for w, o in zip(terms, outputs, strict=True)]
     return WeightedLoss(torch.stack(parts).sum(), tuple(output.detached() for output in outputs))
+
+
+def _check_output(name: str, output: object, is_trained: bool) -> None:
+    if not isinstance(output, LossOutput):
+        raise ConfigError(
+            f"method {name}: loss returns {type(output).__name__}; expected a LossOutput, such as "
+            "loss_output(values, measured.mask(self.sources))"
+        )
+    if is_trained and not output.sum.requires_grad:
+        raise ConfigError(
+            f"method {name}: its loss carries no gradient, so that it would train nothing; ask for "
+            "a quantity that carries one (DrawnLogProb, ExactDivergence), and do not detach it"
+        )
+
+
+def check_positionwise(
+    terms: Sequence[WeightedTerm], measured: Measured, outputs: Sequence[LossOutput]
+) -> None:
+    """Whether terms that say that they can be summed by parts sum to the same in two parts.
+
+    Args:
+        terms: All of them positionwise, as they say.
+        measured: Some positions.
+        outputs: What the terms say about these positions as a whole.
+
+    Raises:
+        ConfigError: One does not.
+    """
+    num = len(measured.row)
+    halves = slice(0, num // 2), slice(num // 2, num)
+    parts = [
+        measured.part(half, {q: values[half] for q, values in measured.values.items()})
+        for half in halves
+    ]
+    for weighted, whole in zip(terms, outputs, strict=True):
+        first, second = (float(weighted.term.loss(part).sum.detach()) for part in parts)
+        size = max(abs(first), abs(second), abs(float(whole.sum)))
+        is_off = abs(first + second - float(whole.sum)) > 1e-3 * size + 1e-4 * num
+        if math.isfinite(size) and is_off:
+            name = weighted.term.name
+            raise ConfigError(
+                f"method {name}: its loss over {num} positions is {float(whole.sum):g}, and "
+                f"{first + second:g} over two halves of them, so that it would depend on how "
+                "batches are cut; a position's loss depends on others: say is_positionwise = False "
+                "(on the Advantage, where it has one)"
+            )
