@@ -6,10 +6,9 @@ batching). All rows share their columns: what joins is aligned on the right, and
 from its own first column on.
 
 The loop is our own. ``generate`` of transformers keeps finished rows in its batch, and its noise
-depends on the batch; its continuous batching lays rows out in pages, switches the model's attention
-to a paged one for the time being, takes the noise from the global generator, and needs an
-accelerator to be fast (see benchmarks/rollouts.md). What is used of transformers is the model and
-its cache.
+depends on the batch. Its continuous batching lays rows out in pages, for which it changes the
+model's attention while it runs, draws from the global generator, and takes twice our time on a CPU
+(benchmarks/rollouts.md). What is used of transformers is the model and its cache.
 
 In float32 a row's samples do not depend on the rows beside it, but for ties.
 """
