@@ -112,9 +112,9 @@ class ToolEngine:
             _Row(ids, chat, min(limit, max_new_tokens))
             for ids, chat, limit in zip(prompts.input_ids, prompts.chats, limits, strict=True)
         ]
-        writing = list(range(len(rows)))
+        writing, num_row_steps = list(range(len(rows))), 0
         while writing:
-            self._write_turn(rows, writing, prompts, sampling, generator)
+            num_row_steps += self._write_turn(rows, writing, prompts, sampling, generator)
             self._answer([rows[i] for i in writing if not rows[i].stop_reason])
             still = [i for i in writing if not rows[i].stop_reason]
             if progress is not None and len(still) < len(writing):
@@ -126,6 +126,7 @@ class ToolEngine:
             stop_reasons=tuple(row.stop_reason for row in rows),
             masks=tuple(tuple(row.own) for row in rows),
             tool_use=tuple(row.use for row in rows),
+            num_row_steps=num_row_steps,
         )
 
     def _write_turn(
@@ -135,8 +136,8 @@ class ToolEngine:
         prompts: PromptBatch,
         sampling: Sampling,
         generator: NoiseStream,
-    ) -> None:
-        """One turn of every row that is still being written, as one call of the engine."""
+    ) -> int:
+        """One turn of every row that is still being written, as one call; returns its row-steps."""
         keys = [(prompts.index[i], prompts.sample[i]) for i in writing]
         batch = PromptBatch(
             input_ids=tuple((*rows[i].prompt, *rows[i].ids) for i in writing),
@@ -162,6 +163,7 @@ class ToolEngine:
                 row.stop_reason = "turns"
             else:
                 row.exchanges.append(self._run(row, calls))
+        return written.num_row_steps
 
     def _run(self, row: _Row, calls: tuple[ToolCall, ...]) -> Exchange:
         results = [self.rounds.toolbox.run(call) for call in calls]
