@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import jsonargparse
 
@@ -46,6 +46,8 @@ _KINDS = {
     "PeftConfig": "adapter",
     "Optimizer": "optimizer",
     "Tool": "tool",
+    "RewardFunction": "reward",
+    "Advantage": "advantage",
 }
 _MOST_NAMES = 25
 _TYPE_NAMES = {
@@ -127,10 +129,9 @@ def readable(error: Exception, options: Sequence[str] = ()) -> str:
         options: All options of the command, for the nearest one.
     """
     text = str(error)
-    missing = _MISSING.search(text)
+    missing = _what_is_missing(text)
     if missing:
-        names = " and ".join(f"--{_bare(n.strip())}" for n in missing.group(1).split(","))
-        return f"{names} must be given (on the command line, or in a --config file)"
+        return f"{missing} must be given (on the command line, or in a --config file)"
     no_value = _NO_VALUE.search(text)
     if no_value:
         return f"{no_value.group(1)} needs a value behind it"
@@ -143,6 +144,16 @@ def readable(error: Exception, options: Sequence[str] = ()) -> str:
         hint = _did_you_mean(key, [option.removeprefix("--") for option in options])
         return f"unknown setting {key!r} in the configuration{hint or '; --help lists all'}"
     return _explain(_worth_saying(list(_complaints(text)))) or one_line(error)
+
+
+def _what_is_missing(text: str) -> str | None:
+    """The required options that were not given, as one would type them."""
+    for complaint in _complaints(text):
+        found = _MISSING.search(complaint.text)
+        if found:
+            prefix = f"{complaint.option}." if complaint.keys else "--"
+            return " and ".join(prefix + _bare(name.strip()) for name in found.group(1).split(","))
+    return None
 
 
 def one_line(error: Exception) -> str:
@@ -203,7 +214,17 @@ def _leaf(content: str, branch: Sequence[tuple[int, str, str]]) -> _Complaint:
         return next((value for _, what, value in reversed(branch) if what == kind), None)
 
     keys = tuple(value for _, what, value in branch if what == "key")
-    return _Complaint(content, keys, last("class"), last("base"))
+    kinds = [what for _, what, _ in branch]
+    is_of_class = kinds[-2:] == ["class", "key"]  # a setting whose type is named by nobody
+    base = _annotation(last("class"), keys[-1]) if is_of_class else last("base")
+    return _Complaint(content, keys, last("class"), base)
+
+
+def _annotation(class_path: str | None, parameter: str) -> str | None:
+    """The class that a constructor's parameter is annotated with, if it is a single one."""
+    kind = _imported(class_path) if class_path else None
+    hint = None if kind is None else get_type_hints(kind.__init__).get(parameter)
+    return f"{hint.__module__}.{hint.__qualname__}" if isinstance(hint, type) else None
 
 
 def _with_given(complaint: _Complaint, given: str) -> _Complaint:

@@ -151,6 +151,7 @@ class DistillationModule(PairModule):
         self.run_config: str | None = None
         self.terms: list[Term] = []
         self._terms_of: int | None = None
+        self._checked: list[Term] = []  # what acted in the last step
         self._step_sums: dict[str, Tensor] = {}
         self._rng_to_restore: dict[str, Any] | None = None
         self.evaluation = measure_metrics()
@@ -183,7 +184,7 @@ class DistillationModule(PairModule):
 
     def teardown(self, stage: str) -> None:
         """Forget the terms, so that another Trainer can bring its own."""
-        self.terms = []
+        self.terms, self._checked = [], []
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer over the student and the online module, each with its schedule."""
@@ -257,8 +258,10 @@ class DistillationModule(PairModule):
             trainer.accumulate_grad_batches,
             trainer.world_size,
         )
-        loss = self.loss_of(batch, terms, checks=batch_idx == 0)
-        if batch_idx == 0:
+        acting = [weighted.term for weighted in terms]
+        is_new, self._checked = acting != self._checked, acting
+        loss = self.loss_of(batch, terms, checks=is_new)
+        if is_new:
             check_counts(terms, loss.outputs, batch)
         sums = step_means(terms, loss, batch, trainer.global_step)
         self._log_step(batch, sums, batch_idx)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from okd_lightning.errors import RewardError
 from okd_lightning.losses import RowScorer
 from okd_lightning.records import Example, Rollout
 
@@ -68,7 +69,7 @@ class TermScorer:
         """Score this rank's responses; baselines are those of all ranks' responses.
 
         Raises:
-            RewardError: What a scorer raises.
+            RewardError: What a scorer raises, on whichever rank; raised on all of them.
         """
         prompts = [example.prompt for example in examples]
         references = [example.response for example in examples]
@@ -80,14 +81,29 @@ class TermScorer:
         credits, metrics = {}, {}
         for name, scorer in self.scorers.items():
             read = [texts[-1:] if scorer.reads_last_turn else texts for texts in turns]
-            own = scorer.score(prompts, ["\n".join(texts) for texts in read], references)
-            everyone = self.gather((own, groups))
-            scores = [score for part, _ in everyone for score in part]
-            credit = scorer.credit_rows(scores, [key for _, keys in everyone for key in keys])
-            first = sum(len(part) for part, _ in everyone[: self.rank])
+            own, problem = _scores(
+                scorer, prompts, ["\n".join(texts) for texts in read], references
+            )
+            everyone = self.gather((own, groups, problem))
+            for *_, found in everyone:  # all ranks stop together
+                if found is not None:
+                    raise RewardError(found)
+            scores = [score for part, _, _ in everyone for score in part]
+            credit = scorer.credit_rows(scores, [key for _, keys, _ in everyone for key in keys])
+            first = sum(len(part) for part, _, _ in everyone[: self.rank])
             credits[name] = credit[first : first + len(own)]
             metrics.update(_summary(name, scores))
         return ChunkScores(credits, metrics)
+
+
+def _scores(
+    scorer: RowScorer, prompts: list[str], responses: list[str], references: list[str]
+) -> tuple[list[float], str | None]:
+    """Scores of this rank's responses, or none and what is wrong with them."""
+    try:
+        return scorer.score(prompts, responses, references), None
+    except RewardError as error:
+        return [], str(error)
 
 
 def _summary(name: str, scores: Sequence[float]) -> dict[str, float]:

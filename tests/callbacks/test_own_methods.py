@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from okd_lightning.advantages import Advantage, reward_to_go
-from okd_lightning.callbacks import SFT, AdvantageCallback, DistillationCallback
+from okd_lightning.callbacks import SFT, AdvantageCallback, DistillationCallback, Stage
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import DrawnLogProb, Entropy, Quantity
 from okd_lightning.reduction import loss_output
@@ -128,3 +128,17 @@ def test_what_says_so_is_right(kind, tmp_path, make_module):
         recorder = tiny.fit(tmp_path / str(tile), module, [method], tiny.make_rows(4))
         losses.append(recorder.losses[0]["train/loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+class Masked(Own):
+    """Leaves out tokens that it is divided by."""
+
+    def loss(self, measured):
+        values = self.values(measured)
+        return loss_output(values, measured.mask(self.sources) & (measured.row > 0))
+
+
+def test_a_later_stage_is_looked_at_as_well(tmp_path, make_module):
+    methods = [Stage(SFT(), end=2), Stage(Masked(), start=2)]
+    with pytest.raises(ConfigError, match="masked sums over"):
+        tiny.fit(tmp_path, make_module(), methods, tiny.make_rows(16))

@@ -2,14 +2,17 @@
 
 Frozen here: a reward beside a method on given responses does not depend on how a step's rows are
 cut into micro-batches, also where one of them holds no response of the student's; a batch that
-nobody scored is refused by name; a baseline over samples is refused where there is one of each.
+nobody scored is refused by name; a baseline over samples is refused where there is one of each;
+what fails on one rank stops all of them.
 """
 
 import pytest
 import tiny
 
 from okd_lightning.callbacks import KD, Reward
-from okd_lightning.errors import ConfigError
+from okd_lightning.errors import ConfigError, RewardError
+from okd_lightning.records import Example, Rollout
+from okd_lightning.rollouts.scoring import TermScorer
 
 
 def length_of(prompt: str, response: str, reference: str) -> float:
@@ -47,3 +50,24 @@ def test_batches_that_nobody_scored_are_refused(tmp_path, make_module):
 def test_a_baseline_over_one_sample_is_refused(baseline, tmp_path, make_module):
     with pytest.raises(ConfigError, match=rf"reward: baseline {baseline}.*samples_per_prompt 2"):
         tiny.fit(tmp_path, make_module(), [Reward(length_of, baseline)], tiny.make_rows(4))
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_what_fails_on_one_rank_stops_both(broken):
+    """Each rank hands its part over before it raises, so that nobody waits for the other."""
+    handed: list = []
+
+    def gather(part):
+        handed.append(part)
+        other = ([], [], None) if broken == 0 else ([], [], "reward Own raised KeyError: on rank 1")
+        return [part, other]
+
+    def function(prompt, response, reference):
+        return {}["here"] if broken == 0 else 1.0
+
+    scorer = TermScorer({"reward": Reward(function)}, str, 1, gather, rank=0)
+    example = Example(0, (3,), (False,), (), "a", "")
+    rollout = Rollout(((4, 1),), ((-1.0, -1.0),), ("eos",))
+    with pytest.raises(RewardError, match="raised KeyError"):
+        scorer([example], [0], rollout)
+    assert len(handed) == 1

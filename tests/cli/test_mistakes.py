@@ -52,7 +52,22 @@ KD = ["--method", "KD"]
 DIVERGENCE = ["--method", "DivergenceCallback", "--method.divergence"]
 LORA = ["--model.student_adapter", "LoraConfig"]
 
+REWARD = ["--method", "Reward"]
+
 FIT = [
+    # methods in parts
+    (REWARD, ["--method.function must be given"]),
+    ([*REWARD, "--method.function", "AnswerMatc"], ["no such reward", "did you mean AnswerMatch?"]),
+    (["--method", "AdvantageCallback", "--method.advantage", "Nope"], ["no such advantage"]),
+    (["--method", "Stage"], ["--method.method must be given"]),
+    (
+        ["--method", "OPDPlus", "--method.divergence", "TopK"],
+        ["--method.divergence.divergence and --method.divergence.k must be given"],
+    ),
+    (
+        [*REWARD, "--method.function", "AnswerMatch", "--method.baseline", "leave_one_out"],
+        ["one", "--data.samples_per_prompt 2"],
+    ),
     # data
     ([*KD, "--data.train", "nope.jsonl"], ["nope.jsonl", "no such file"]),
     ([*KD, "--data.train", "emty.jsonl"], ["did you mean", "empty.jsonl"]),
