@@ -116,7 +116,11 @@ def compositions() -> Iterator[Arm]:
         "KD": ("--method", "KD"),
     }.items():
         yield on_arithmetic(Arm("arithmetic", name, options))
-    mixed = Arm("arithmetic", "KD + OPD+ value_baseline + reward", ("--config", "overlays/kd_opd_plus_reward"))
+    mixed = Arm(
+        "arithmetic",
+        "KD + OPD+ value_baseline + reward",
+        ("--config", "overlays/kd_opd_plus_reward"),
+    )
     yield replace(on_arithmetic(mixed), samples=4)
 
 
