@@ -161,13 +161,14 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def subclass_names(base: type) -> list[str]:
-    """Names of all imported classes below ``base`` that can be made."""
+def subclass_names(base: type, within: str = "") -> list[str]:
+    """Names of all imported classes below ``base`` that can be made, of modules in ``within``."""
     found, waiting = set(), [base]
     while waiting:
         kind = waiting.pop()
         waiting += kind.__subclasses__()
-        if not inspect.isabstract(kind) and not kind.__name__.startswith("_"):
+        is_meant = kind.__module__.startswith(within) and not kind.__name__.startswith("_")
+        if is_meant and not inspect.isabstract(kind):
             found.add(kind.__name__)
     return sorted(found)
 
@@ -289,7 +290,9 @@ def _no_such_class(complaint: _Complaint) -> str | None:
     name = found.group(1).strip() if found else str(complaint.given)
     names = subclass_names(base)
     hint = _did_you_mean(name, names, cutoff=0.5)
-    listed = f"there are {', '.join(names)}, or " if len(names) <= _MOST_NAMES else ""
+    if len(names) > _MOST_NAMES:
+        names = subclass_names(base, within="okd_lightning.")
+    listed = f"there are {', '.join(names)}, or " if 0 < len(names) <= _MOST_NAMES else ""
     problem = "is abstract" if is_abstract else f"there is no such {_KINDS[base.__name__]}"
     advice = f"{hint or ';'} {listed}give the import path of your own"
     return f"{complaint.option} {name}: {problem}{advice}"

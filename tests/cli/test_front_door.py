@@ -18,6 +18,7 @@ from cli_workbench import LENGTHS, Assets
 
 import okd_lightning
 from okd_lightning.__main__ import COMMANDS, main
+from okd_lightning.callbacks import KD
 
 WATCHED = """
 import sys
@@ -78,3 +79,10 @@ def test_a_whole_run_on_the_console(assets: Assets, tmp_path: Path) -> None:
         "okd-lightning export --ckpt_path",
     ):
         assert text.count(words) == 1, text
+
+
+def test_many_methods_of_ones_own_do_not_hide_the_librarys(capsys):
+    own = [type(f"Own{i}", (KD,), {}) for i in range(30)]
+    assert main(["fit", "--config", "tinystories", "--method", "KDD"]) != 0
+    assert "GKD" in capsys.readouterr().err
+    assert len(own) == 30
