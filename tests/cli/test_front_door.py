@@ -81,9 +81,9 @@ def test_a_whole_run_on_the_console(assets: Assets, tmp_path: Path) -> None:
         assert text.count(words) == 1, text
 
 
-def test_many_methods_of_ones_own_do_not_hide_the_librarys(capsys):
+def test_many_methods_of_ones_own_do_not_hide_the_librarys(capsys, assets: Assets):
     own = [type(f"Own{i}", (KD,), {}) for i in range(30)]
-    assert main(["fit", "--config", "tinystories", "--method", "KDD"]) != 0
+    assert main(["fit", *assets.models, *assets.data, "--method", "KDD"]) != 0
     listed = capsys.readouterr().err.split("there are ")[1]
     assert "GKD" in listed
     assert own[0].__name__ not in listed
