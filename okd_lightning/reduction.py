@@ -60,14 +60,3 @@ def step_factor(step_count: int, accumulate_grad_batches: int, world_size: int) 
         world_size: Ranks that gradients are averaged over.
     """
     return accumulate_grad_batches * world_size / max(1, step_count)
-
-
-def normalise(
-    total: Tensor, step_count: int, accumulate_grad_batches: int, world_size: int
-) -> Tensor:
-    """The one division: a micro-batch's sum (scalar, nats) times its ``step_factor``.
-
-    Returns:
-        Scalar, nats per token; zero where the step has no token for this term.
-    """
-    return total * step_factor(step_count, accumulate_grad_batches, world_size)

@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 
-from okd_lightning.reduction import loss_output, masked_sum, normalise
+from okd_lightning.reduction import loss_output, masked_sum, step_factor
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
@@ -82,7 +82,7 @@ def test_gradient_does_not_depend_on_how_the_step_is_cut(cut):
     for rank in cut:  # what Lightning does: divide by micro-batches, average over ranks
         for rows in rank:
             output = loss_output((inputs[rows] @ weight).square(), mask[rows])
-            loss = normalise(output.sum, int(mask.sum()), len(rank), len(cut))
+            loss = output.sum * step_factor(int(mask.sum()), len(rank), len(cut))
             total += torch.autograd.grad(loss / len(rank), weight)[0] / len(cut)
     torch.testing.assert_close(total, truth)
 
@@ -90,6 +90,6 @@ def test_gradient_does_not_depend_on_how_the_step_is_cut(cut):
 def test_a_step_without_tokens_is_zero_and_not_nan():
     weight = torch.tensor(1.0, requires_grad=True)
     output = loss_output(weight * torch.ones(2), torch.tensor([False, False]))
-    loss = normalise(output.sum, 0, 4, 2)
+    loss = output.sum * step_factor(0, 4, 2)
     loss.backward()
     assert (loss.item(), weight.grad.item()) == (0.0, 0.0)
