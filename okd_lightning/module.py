@@ -85,6 +85,8 @@ class DistillationModule(PairModule):
             0.99 by default.
         tile_positions: Positions whose logits are held at once in the loss; by default chosen from
             the size of the vocabulary.
+        packing: Lay several rows of a micro-batch end to end, so that next to no padding is
+            computed, where a model can read them so.
 
     Raises:
         ConfigError: A number out of its range, or no tokenizer.
@@ -111,6 +113,7 @@ class DistillationModule(PairModule):
         self_teacher: SelfTeacher | None = None,
         ema_decay: float | None = None,
         tile_positions: int | None = None,
+        packing: bool = True,
     ) -> None:
         for name, value in (
             ("learning_rate", learning_rate),
@@ -140,6 +143,7 @@ class DistillationModule(PairModule):
             student_adapter=student_adapter,
             self_teacher=self_teacher,
             tile_positions=tile_positions,
+            packing=packing,
         )
         self.strict_loading = False  # frozen weights are not in checkpoints; see on_load_checkpoint
         self.learning_rate = learning_rate

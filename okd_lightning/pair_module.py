@@ -41,15 +41,16 @@ from okd_lightning.models import (
     attach_online_module,
     base_teacher,
     check_causal,
+    check_lengths,
     check_pair,
     detached,
     eos_token_ids,
     find_tokenizer,
-    head_inputs,
+    hidden_at_loss,
     in_eval_mode,
     load_causal_lm,
     load_model_config,
-    max_positions,
+    packs_rows,
     recompute_activations,
     teacher_copy,
 )
@@ -75,6 +76,7 @@ class PairModule(lightning.LightningModule):
         student_adapter: PeftConfig | None,
         self_teacher: SelfTeacher | None = None,
         tile_positions: int | None = None,
+        packing: bool = True,
     ) -> None:
         super().__init__()
         if isinstance(student, PreTrainedModel) and student is teacher:
@@ -90,6 +92,8 @@ class PairModule(lightning.LightningModule):
         self.student_adapter = student_adapter
         self.self_teacher = self_teacher
         self.tile_positions = tile_positions
+        self.packing = packing
+        self.packs_student = self.packs_teacher = False  # before there are models
         self.tokenizer = find_tokenizer(tokenizer, student, teacher)
         self.vocabulary = check_pair(self.tokenizer, student, teacher)
         self.eos_ids = eos_token_ids(student, self.tokenizer)
@@ -147,6 +151,7 @@ class PairModule(lightning.LightningModule):
             self.teacher = teacher_copy(self.student)
         if self.gradient_checkpointing:
             recompute_activations(self.student, "--model.student")
+        self.packs_student = packs_rows(self.student, self.packing, "student")
         self.student.train()
 
     @property
@@ -170,6 +175,8 @@ class PairModule(lightning.LightningModule):
             check_causal(self.teacher, "--model.teacher")
         if self.online_module is not None:
             self._attach_online_module()
+        elif self.teacher is not None:
+            self.packs_teacher = packs_rows(self.teacher, self.packing, "teacher")
 
     def setup(self, stage: str) -> None:
         """Refuse Lightning's "true" precisions: models are loaded in their own number format."""
@@ -218,6 +225,7 @@ class PairModule(lightning.LightningModule):
         )
         self.teacher = cast(PreTrainedModel, adapted)  # a PeftModel answers as one
         self._has_online_module = True
+        self.packs_teacher = packs_rows(self.teacher, self.packing, "teacher")
 
     def as_base_teacher(self) -> AbstractContextManager[None]:
         """Within it the teacher is the base one, without its online module."""
@@ -251,7 +259,7 @@ class PairModule(lightning.LightningModule):
             quantities,
             student,
             teacher,
-            batch.as_student_reads().targets,
+            batch.student_reads.targets,
             self.vocabulary.size,
             self.tile_positions,
             base,
@@ -273,7 +281,7 @@ class PairModule(lightning.LightningModule):
             terms,
             student,
             teacher,
-            batch.as_student_reads().targets,
+            batch.student_reads.targets,
             Measured.about(batch),
             self.vocabulary.size,
             self.tile_positions,
@@ -286,19 +294,20 @@ class PairModule(lightning.LightningModule):
     ) -> tuple[Side, Side | None, Side | None]:
         """Hidden states at the masked-in positions, with heads: student, teacher, base teacher."""
         assert self.student is not None
-        student = self._side(self.student, batch.as_student_reads())
+        student = self._side(self.student, batch.student_reads)
         teacher = base = None
         if any(quantity.needs_teacher for quantity in quantities):
             learns = torch.is_grad_enabled() and any(q.trains_teacher for q in quantities)
-            teacher = self._teacher_side(batch.as_teacher_reads(), learns)
+            teacher = self._teacher_side(batch.teacher_reads, learns)
             assert len(teacher.hidden) == len(student.hidden), "other loss tokens than the student"
         if any(quantity.needs_base_teacher for quantity in quantities):
-            base = self._base_side(batch.as_teacher_reads())
+            base = self._base_side(batch.teacher_reads)
         return student, teacher, base
 
     def _side(self, model: PreTrainedModel, read: Sequences) -> Side:
-        hidden = head_inputs(model, read.input_ids, read.attention_mask)[:, :-1]
-        return Side(hidden=hidden[read.mask[:, 1:]], head=LMHead.of(model, self.vocabulary))
+        packs = self.packs_student if model is self.student else self.packs_teacher
+        hidden = hidden_at_loss(model, read, packs)
+        return Side(hidden=hidden, head=LMHead.of(model, self.vocabulary))
 
     def _teacher_side(self, read: Sequences, learns: bool) -> Side:
         """The teacher's half; where the student teaches itself, no gradient goes through it."""
@@ -378,19 +387,7 @@ class PairModule(lightning.LightningModule):
             ConfigError: Naming the model and both lengths.
         """
         teacher = (self.teacher or self.student) if self.has_teacher else None
-        own = teacher_tokens or num_tokens
-        for role, model, tokens in (
-            ("student", self.student, num_tokens),
-            ("teacher", teacher, own),
-        ):
-            limit = max_positions(model.config) if model is not None else None
-            if limit is not None and tokens > limit:
-                kind = "teacher prompt" if role == "teacher" and own != num_tokens else "prompt"
-                raise ConfigError(
-                    f"{kind} and response together take up to {tokens} tokens, but the {role} was "
-                    f"made for {limit}; lower --data.max_response_length or "
-                    f"--data.max_{kind.replace(' ', '_')}_length"
-                )
+        check_lengths(self.student, teacher, num_tokens, teacher_tokens or num_tokens)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids, without special tokens."""

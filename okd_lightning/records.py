@@ -1,7 +1,7 @@
 """The frozen records that cross a layer: what a prompt, a rollout, a batch and a loss term are.
 
 Owns the shapes and nothing else: no tokenizer, no model and no Lightning. Rows of token ids are
-ragged tuples until a batch is collated, because rows of different lengths are the normal case.
+ragged tuples until a batch is collated (``collation``): rows of different lengths are the rule.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ import itertools
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+
+from okd_lightning.sequences import Sequences
 
 Source: TypeAlias = Literal["dataset", "student", "teacher"]
 """Who wrote the response of a row."""
@@ -215,32 +218,6 @@ class TrainingRow:
 
 
 @dataclass(frozen=True)
-class Sequences:
-    """What one model reads of a micro-batch: right-padded rows and where their loss lies.
-
-    Attributes:
-        input_ids: [batch, seq] ids.
-        lengths: [batch] real tokens of each row.
-        mask: [batch, seq] True on the tokens that carry loss.
-    """
-
-    input_ids: Tensor
-    lengths: Tensor
-    mask: Tensor
-
-    @property
-    def targets(self) -> Tensor:
-        """[positions] the ids that stand at the masked-in positions, row by row."""
-        return self.input_ids[:, 1:][self.mask[:, 1:]]
-
-    @property
-    def attention_mask(self) -> Tensor:
-        """[batch, seq] True on real tokens."""
-        positions = torch.arange(self.input_ids.shape[1], device=self.lengths.device)
-        return positions < self.lengths[:, None]
-
-
-@dataclass(frozen=True)
 class DistillBatch:
     """One micro-batch of right-padded sequences.
 
@@ -288,16 +265,18 @@ class DistillBatch:
     @property
     def attention_mask(self) -> Tensor:
         """[batch, seq] True on real tokens."""
-        return self.as_student_reads().attention_mask
+        return self.student_reads.attention_mask
 
-    def as_student_reads(self) -> Sequences:
+    @cached_property
+    def student_reads(self) -> Sequences:
         """The student's prompts and the responses."""
         return Sequences(self.input_ids, self.lengths, self.mask)
 
-    def as_teacher_reads(self) -> Sequences:
+    @cached_property
+    def teacher_reads(self) -> Sequences:
         """The teacher's prompts and the same responses; the student's where it has none."""
         if self.teacher_input_ids is None:
-            return self.as_student_reads()
+            return self.student_reads
         assert self.teacher_lengths is not None
         assert self.teacher_mask is not None
         return Sequences(self.teacher_input_ids, self.teacher_lengths, self.teacher_mask)
@@ -313,7 +292,11 @@ class DistillBatch:
             name: values.to(device, non_blocking=non_blocking)
             for name, values in self.credits.items()
         }
-        return replace(self, **moved)
+        batch = replace(self, **moved)
+        vars(batch)["student_reads"] = self.student_reads.to(device, non_blocking)
+        if self.teacher_input_ids is not None:
+            vars(batch)["teacher_reads"] = self.teacher_reads.to(device, non_blocking)
+        return batch
 
 
 @dataclass(frozen=True)
@@ -339,50 +322,3 @@ class LossOutput:
         """The sums over both parts of some positions."""
         metrics = {name: value + other.metrics[name] for name, value in self.metrics.items()}
         return LossOutput(self.sum + other.sum, self.count + other.count, metrics)
-
-
-def _padded(rows: Sequence[TrainingRow], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids [batch, seq], lengths [batch] and masks [batch, seq] of some rows."""
-    lengths = torch.tensor([len(row.input_ids) for row in rows])
-    shape = (len(rows), int(lengths.max()))
-    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
-    mask = torch.zeros(shape, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        input_ids[i, : lengths[i]] = torch.tensor(row.input_ids)
-        mask[i, : lengths[i]] = torch.tensor(row.mask)
-    return input_ids, lengths, mask
-
-
-def collate(rows: Sequence[TrainingRow], pad_id: int = 0) -> DistillBatch:
-    """Right-pad rows into one micro-batch.
-
-    Args:
-        rows: At least one row.
-        pad_id: What to write behind a row's end; its value never matters.
-    """
-    input_ids, lengths, mask = _padded(rows, pad_id)
-    logprobs = torch.zeros(input_ids.shape, dtype=torch.float32)
-    for i, row in enumerate(rows):
-        if row.sampler_logprobs:
-            end = len(row.input_ids)
-            logprobs[i, row.prompt_length : end] = torch.tensor(row.sampler_logprobs)
-    teacher: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-    if any(row.teacher_prompt_ids for row in rows):
-        teacher = _padded([row.teacher_row for row in rows], pad_id)
-    return DistillBatch(
-        input_ids=input_ids,
-        lengths=lengths,
-        mask=mask,
-        source=torch.tensor([SOURCES.index(row.source) for row in rows]),
-        index=torch.tensor([row.index for row in rows]),
-        prompt_lengths=torch.tensor([row.prompt_length for row in rows]),
-        sampler_logprobs=logprobs,
-        credits={
-            name: torch.tensor([row.credits.get(name, 0.0) for row in rows])
-            for name in sorted({name for row in rows for name in row.credits})
-        },
-        teacher_input_ids=teacher[0],
-        teacher_lengths=teacher[1],
-        teacher_mask=teacher[2],
-        stop_reasons=tuple(row.stop_reason for row in rows),
-    )

@@ -15,11 +15,12 @@ import tiny
 import torch
 
 from okd_lightning.callbacks import GKD, KD, OKD, SFT, LastCheckpoint, OPDPlus, Stage
+from okd_lightning.collation import collate
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import ForwardKL
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import DrawnLogProb, ExactDivergence
-from okd_lightning.records import Example, collate
+from okd_lightning.records import Example
 from okd_lightning.rollouts import Sampling
 from okd_lightning.rollouts.rows import given_row, muted, written_row
 
@@ -125,7 +126,7 @@ def test_records_carry_both_sequences():
     assert not silent.teacher_mask.any()
     without = collate([given_row(EXAMPLES[2])])
     assert without.teacher_input_ids is None
-    assert without.as_teacher_reads().input_ids is without.input_ids
+    assert without.teacher_reads.input_ids is without.input_ids
 
 
 METHODS = {
@@ -190,7 +191,7 @@ def test_each_writes_behind_its_own_prompt(author, tmp_path, make_module):
     model = module.teacher if author == "teacher" else module.student
     rows = tiny.make_rows(19)
     for batch in recorder.steps[0]:
-        read = batch.as_teacher_reads() if author == "teacher" else batch
+        read = batch.teacher_reads if author == "teacher" else batch
         for i in range(len(batch)):
             prompt = batch.input_ids[i, : batch.prompt_lengths[i]]
             row = rows[int(batch.index[i])]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from okd_lightning.records import SOURCES, TrainingRow, collate
+from okd_lightning.collation import collate
+from okd_lightning.records import SOURCES, TrainingRow
 
 ROWS = [
     TrainingRow(7, "student", (5, 6, 1, 1), (False, False, True, True), 2, (-0.5, -0.25)),

@@ -15,13 +15,13 @@ from lightning.pytorch.callbacks import Callback
 from peft import LoraConfig
 
 from okd_lightning.callbacks import GKD, KD, OKD, SFT, LastCheckpoint
+from okd_lightning.collation import collate
 from okd_lightning.data import Columns, build_examples
 from okd_lightning.data.teacher_prompts import TeacherPrompts
 from okd_lightning.divergences import ForwardKL, ReverseKL
 from okd_lightning.errors import CheckpointError, ConfigError
 from okd_lightning.losses import DrawnLogProb, Entropy, ExactDivergence
 from okd_lightning.module import DistillationModule
-from okd_lightning.records import collate
 from okd_lightning.rollouts.rows import given_row
 
 KINDS = ("frozen", "ema", "live")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, cast
 
 import lightning
 from lightning.pytorch.callbacks import Callback
 
+from okd_lightning.pair_module import PairModule
 from okd_lightning.records import DistillBatch
 
 
@@ -15,7 +16,9 @@ class Throughput(Callback):
     """Counts loss tokens and generated tokens, and the seconds of training and rollouts.
 
     Validation, imports and set-up are not counted. Logs ``train/tokens_per_second``,
-    ``train/tokens`` and ``train/seconds`` with the training metrics.
+    ``train/tokens`` and ``train/seconds`` with the training metrics, and
+    ``train/wasted_positions``: the share of the positions of a step's forward passes, on this rank,
+    that the student computes without a token on them.
 
     Attributes:
         tokens: Loss tokens trained on, over all ranks.
@@ -30,6 +33,7 @@ class Throughput(Callback):
         self.seconds = 0.0
         self.rollout_seconds = 0.0
         self._mark: float | None = None
+        self._step_tokens = self._step_positions = 0  # of what the student has read in this step
 
     def state_dict(self) -> dict[str, Any]:
         """All counters."""
@@ -67,6 +71,9 @@ class Throughput(Callback):
     ) -> None:
         """Count a step's tokens once, at its last micro-batch, and the time since the last."""
         self._tick()
+        read = batch.student_reads
+        self._step_tokens += read.num_tokens
+        self._step_positions += read.num_positions(cast(PairModule, pl_module).packs_student)
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and batch.step_counts:
             self.tokens += sum(batch.step_counts)
             training = max(self.seconds - self.rollout_seconds, 1e-9)
@@ -75,9 +82,11 @@ class Throughput(Callback):
                     "train/tokens": float(self.tokens),
                     "train/seconds": self.seconds,
                     "train/tokens_per_second": self.tokens / training,
+                    "train/wasted_positions": 1.0 - self._step_tokens / self._step_positions,
                 },
                 batch_size=1,
             )
+            self._step_tokens = self._step_positions = 0
 
     def on_validation_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule

@@ -37,13 +37,13 @@ class Measured:
     @classmethod
     def about(cls, batch: DistillBatch) -> Measured:
         """Whose the masked-in positions of a batch are; nothing is measured yet."""
-        mask = batch.mask[:, 1:]
-        rows = torch.arange(len(batch), device=mask.device)[:, None].expand_as(mask)[mask]
+        places = batch.student_reads.places
+        rows = places.row
         return cls(
             values={},
             source=batch.source[rows],
             row=rows,
-            sampler_logprobs=batch.sampler_logprobs[:, 1:][mask],
+            sampler_logprobs=batch.sampler_logprobs[rows, places.column],
             credits={name: values[rows] for name, values in batch.credits.items()},
         )
 

@@ -1,8 +1,10 @@
 """Models: loading, vocabulary agreement, and a causal LM as (hidden states, head).
 
 * ``loading``: folders, hub ids, configs and adapters become models, with readable errors.
+* ``lengths``: the positions that a model was made for.
 * ``vocabulary``: tokenizers are compared by content; ids outside the tokenizer are masked.
 * ``causality``: whether a model looks at later tokens.
+* ``reading``: hidden states where loss lies, from packed rows or padded ones.
 * ``pair``: the tokenizer that a student and its teacher share.
 * ``online_module``: a small trainable part on a frozen teacher.
 * ``merging``: adapters folded into the layers under them.
@@ -11,8 +13,9 @@
 * ``causal_lm``: hidden states at the head's input, and the head as a function of positions.
 """
 
-from okd_lightning.models.causal_lm import LMHead, head_inputs, max_positions
+from okd_lightning.models.causal_lm import LMHead, head_inputs
 from okd_lightning.models.causality import check_causal
+from okd_lightning.models.lengths import check_lengths, max_positions
 from okd_lightning.models.loading import (
     DTypeName,
     ModelArgument,
@@ -31,6 +34,7 @@ from okd_lightning.models.online_module import (
     base_teacher,
 )
 from okd_lightning.models.pair import check_pair, find_tokenizer
+from okd_lightning.models.reading import hidden_at_loss, packs_rows, reads_packed_rows
 from okd_lightning.models.recompute import recompute_activations
 from okd_lightning.models.self_teacher import (
     DEFAULT_EMA_DECAY,
@@ -57,6 +61,7 @@ __all__ = [
     "attach_online_module",
     "base_teacher",
     "check_causal",
+    "check_lengths",
     "check_pair",
     "check_self_teacher",
     "check_vocabulary_agreement",
@@ -65,12 +70,15 @@ __all__ = [
     "find_tokenizer",
     "follow",
     "head_inputs",
+    "hidden_at_loss",
     "in_eval_mode",
     "load_causal_lm",
     "load_model_config",
     "load_tokenizer",
     "max_positions",
     "merge_adapters",
+    "packs_rows",
+    "reads_packed_rows",
     "recompute_activations",
     "teacher_copy",
 ]

@@ -75,13 +75,19 @@ def _logit_scale(config: PretrainedConfig) -> float:
     return factor / scaling
 
 
-def head_inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Run ``model`` over right-padded rows and return what its head would have read.
+def head_inputs(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None = None,
+) -> Tensor:
+    """Run ``model`` over right-padded or packed rows and return what its head would have read.
 
     Args:
         model: A causal LM, wrapped or not.
         input_ids: [batch, seq].
-        attention_mask: [batch, seq] True on real tokens.
+        attention_mask: [batch, seq] True on real tokens; None for packed rows.
+        position_ids: [batch, seq] of packed rows, from 0 in each; None where each row is one.
 
     Returns:
         [batch, seq, hidden]; gradient flows to the model's parameters.
@@ -94,13 +100,10 @@ def head_inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tenso
 
     handle = model.get_output_embeddings().register_forward_pre_hook(take)
     try:
-        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        given = {"attention_mask": attention_mask, "position_ids": position_ids}
+        known = {name: value for name, value in given.items() if value is not None}
+        model(input_ids=input_ids, use_cache=False, **known)
     finally:
         handle.remove()
     (hidden,) = taken
     return hidden[:, -input_ids.shape[1] :]  # prompt learning puts virtual tokens in front
-
-
-def max_positions(config: PretrainedConfig) -> int | None:
-    """The longest sequence that a model was made for, where its config says so."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from okd_lightning.collation import collate
 from okd_lightning.records import (
     SOURCES,
     DistillBatch,
@@ -16,7 +17,6 @@ from okd_lightning.records import (
     Source,
     ToolUse,
     TrainingRow,
-    collate,
     stretches,
 )
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import pytest
 
+from okd_lightning.collation import collate
 from okd_lightning.data.teacher_prompts import TeacherPrompts, teacher_prompts_from
 from okd_lightning.errors import ConfigError, DataError
-from okd_lightning.records import collate
 from okd_lightning.rollouts.rows import given_row
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -89,7 +89,7 @@ def test_response_tokens_are_aligned(chatml, build):
     settings = prompts(template="{reference}{reference} {prompt}")
     examples = build(rows, chatml, teacher_prompts=settings).examples
     batch = collate([given_row(example) for example in examples])
-    teacher = batch.as_teacher_reads()
+    teacher = batch.teacher_reads
     assert teacher.input_ids.shape[1] != batch.input_ids.shape[1]
     for i, example in enumerate(examples):
         for side, prompt in ((batch, example.prompt_ids), (teacher, example.teacher_prompt_ids)):

@@ -17,8 +17,9 @@ import tool_chats
 import torch
 from tool_chats import call_of
 
+from okd_lightning.collation import collate
 from okd_lightning.models import Vocabulary
-from okd_lightning.records import PromptBatch, collate
+from okd_lightning.records import PromptBatch
 from okd_lightning.rollouts import NoiseStream, Sampling, TransformersEngine
 from okd_lightning.rollouts.rows import generation_records, rollout_metrics, written_row
 from okd_lightning.rollouts.stored import pack_rollout, unpack_rollout

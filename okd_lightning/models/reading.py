@@ -1,0 +1,123 @@
+"""How a model reads a micro-batch: packed where its attention can, else right-padded.
+
+A packed row holds several of the batch's rows; position ids that begin again tell transformers'
+masks (and flash attention's lengths) where, as long as neither a cache nor an attention mask is
+passed. A model that carries a state along (Mamba, recurrent layers) or knows no position ids would
+let rows leak into each other without a word, so every model is tried once.
+"""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from okd_lightning.models.causal_lm import head_inputs
+from okd_lightning.models.causality import attention_of_any_device, embedding_gradient
+from okd_lightning.sequences import Sequences
+
+_TRIAL_LENGTHS = (5, 4, 3, 2)
+_TOLERANCE = 0.1
+"""Of a distance relative to the norm: above the rounding of deep models in 16 bits."""
+
+
+def hidden_at_loss(model: PreTrainedModel, read: Sequences, packs: bool) -> Tensor:
+    """Run ``model`` over a micro-batch and return what its head reads where loss lies.
+
+    Args:
+        model: A causal LM, wrapped or not.
+        read: The rows.
+        packs: Whether it reads packed rows (``reads_packed_rows``).
+
+    Returns:
+        [positions, hidden] at the position before each masked-in token, row by row; gradient flows
+        to the model's parameters.
+    """
+    places = read.places
+    if not packs:
+        hidden = head_inputs(model, read.input_ids, read.attention_mask)
+        before = places.row * hidden.shape[1] + places.column - 1
+        return hidden.flatten(0, 1).index_select(0, before)
+    before = read.packing.start[places.row] + places.column - 1
+    return _packed_states(model, read).flatten(0, 1).index_select(0, before)
+
+
+def _packed_states(model: PreTrainedModel, read: Sequences) -> Tensor:
+    """[packed_batch, packed_seq, hidden], for flash attention in one packed row."""
+    packing = read.packing
+    ids, positions = read.input_ids[packing.row, packing.column], packing.position_ids
+    if _is_flash(model):
+        ids, positions = ids.reshape(1, -1), positions.reshape(1, -1)
+    return head_inputs(model, ids, None, positions)
+
+
+def reads_packed_rows(model: PreTrainedModel) -> bool:
+    """Whether a model reads packed rows as it reads each by itself.
+
+    Tried on four short rows in two packed ones, on the device where the weights are: what the
+    model makes of a row may not depend on the one packed before it (exactly, by the gradient), and
+    has to be what it makes of the row alone (within rounding, where that tells of its positions).
+    A model on the meta device cannot be tried and is not packed.
+
+    Args:
+        model: Its weights and mode stay as they are. Prompt learning puts virtual tokens in front
+            of a packed row's first row alone, so it never packs.
+    """
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return False
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        return False
+    try:
+        read = _trial_rows(model).to(device)
+        return not _leaks(model, read) and _is_same(model, read)
+    except TypeError:  # its forward knows no position ids
+        return False
+
+
+def packs_rows(model: PreTrainedModel, is_wanted: bool, role: str) -> bool:
+    """Whether a model of a run gets packed rows; said where it cannot read them.
+
+    Args:
+        model: The student or the teacher.
+        is_wanted: Whether the run packs.
+        role: Which of the two, for the message.
+    """
+    packs = is_wanted and reads_packed_rows(model)
+    if is_wanted and not packs:
+        rank_zero_info(
+            f"{role}: rows are padded, sorted by length, and not packed: {type(model).__name__} "
+            "does not keep packed rows apart"
+        )
+    return packs
+
+
+def _trial_rows(model: PreTrainedModel) -> Sequences:
+    """Rows of different ids with loss everywhere."""
+    lengths = torch.tensor(_TRIAL_LENGTHS)
+    shape = len(lengths), int(lengths.max())
+    num_ids = model.config.get_text_config().vocab_size
+    ids = (torch.arange(shape[0] * shape[1]) * 7 % num_ids).reshape(shape)
+    return Sequences(ids, lengths, torch.arange(shape[1]) < lengths[:, None])
+
+
+def _leaks(model: PreTrainedModel, read: Sequences) -> bool:
+    """Whether the last row of a packed row depends on the others in it."""
+    is_last = read.packing.row == read.packing.row.max(dim=1, keepdim=True).values
+    packed = embedding_gradient(model, lambda: _packed_states(model, read)[is_last])
+    return bool((packed[~is_last] != 0).any())
+
+
+def _is_same(model: PreTrainedModel, read: Sequences) -> bool:
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), attention_of_any_device(model):
+        alone, packed = (hidden_at_loss(model, read, packs).double() for packs in (False, True))
+    model.train(was_training)
+    return bool((packed - alone).norm() < _TOLERANCE * alone.norm())
+
+
+def _is_flash(model: PreTrainedModel) -> bool:
+    return "flash" in (model.config._attn_implementation or "")
