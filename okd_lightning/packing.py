@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 _WIDEST = 2
 """Length of a packed row at most, in rows of the longest length (that the even filling exceeds)."""
 
