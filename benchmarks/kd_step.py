@@ -1,9 +1,10 @@
 """A KD step with JSD(1/2) against TRL's GKD trainer: 16M <- 41M, V = 32000, 8 x 256 tokens.
 
 Both train the same random Llamas on the same rows, off-policy, with AdamW and gradient clipping at
-1, without gradient checkpointing.
+1, without gradient checkpointing. With ``--shared FOLDER`` the rows have the lengths of GSM8K's
+questions and answers, loss on the answers, and ours runs packed and padded.
 
-    python benchmarks/kd_step.py [--steps 5] [--dtype float32|bfloat16]
+    python benchmarks/kd_step.py [--steps 5] [--dtype float32|bfloat16] [--shared FOLDER]
 """
 
 from __future__ import annotations
@@ -15,17 +16,33 @@ from typing import Any
 import random_pair as pair
 import torch
 from side_by_side import Turns, take_turns, write_results
+from torch.nn.utils.rnn import pad_sequence
 
 from okd_lightning.callbacks import KD
 from okd_lightning.divergences import JensenShannon
 
+NUM_ROWS = 512
 
-def run_ours(dtype: str) -> None:
+
+def lengths_of(shared: str | None) -> list[tuple[int, int]]:
+    """Tokens of every row's prompt and response; by default 1 and 254."""
+    if shared is None:
+        return [(1, pair.LENGTH - 2)] * 64
+    return pair.gsm8k_lengths(shared, NUM_ROWS)
+
+
+def run_ours(dtype: str, shared: str | None, packing: bool = True) -> None:
     """DistillationModule and Trainer."""
-    pair.train_in_turns(KD(divergence=JensenShannon(0.5)), dtype)
+    method = KD(divergence=JensenShannon(0.5))
+    pair.train_in_turns(method, dtype, lengths_of(shared), packing=packing)
 
 
-def run_trl(dtype: str) -> None:
+def run_ours_padded(dtype: str, shared: str | None) -> None:
+    """The same without packing."""
+    run_ours(dtype, shared, packing=False)
+
+
+def run_trl(dtype: str, shared: str | None) -> None:
     """TRL's GKDTrainer on given rows (lmbda 0)."""
     from datasets import Dataset  # noqa: PLC0415
     from transformers import TrainerCallback  # noqa: PLC0415
@@ -38,18 +55,26 @@ def run_trl(dtype: str) -> None:
             turns.next()
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        ids = torch.tensor([row["input_ids"] for row in rows])
-        labels = ids.clone()
-        labels[:, 0] = -100
-        seen = torch.ones_like(ids)
+        ids = pad_sequence([torch.tensor(row["input_ids"]) for row in rows], batch_first=True)
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])[:, None]
+        prompt_lengths = torch.tensor([row["prompt_length"] for row in rows])[:, None]
+        places = torch.arange(ids.shape[1])
+        seen = places < lengths
+        labels = ids.masked_fill(~seen | (places < prompt_lengths), -100)
         return {
             "input_ids": ids,
-            "attention_mask": seen,
+            "attention_mask": seen.long(),
             "labels": labels,
             "prompts": ids[:, :1],
-            "prompt_attention_mask": seen[:, :1],
+            "prompt_attention_mask": seen[:, :1].long(),
         }
 
+    lengths = lengths_of(shared)
+    ids = pair.make_ids(len(lengths)).tolist()
+    rows = [
+        {"input_ids": [*row[: prompt + response], 1], "prompt_length": prompt}
+        for row, (prompt, response) in zip(ids, lengths, strict=True)
+    ]
     number_format = getattr(torch, dtype)
     with tempfile.TemporaryDirectory() as root:
         GKDTrainer(
@@ -74,32 +99,37 @@ def run_trl(dtype: str) -> None:
                 max_length=pair.LENGTH,
             ),
             data_collator=collate,
-            train_dataset=Dataset.from_list(
-                [{"input_ids": [*ids, 1]} for ids in pair.make_ids(64).tolist()]
-            ),
+            train_dataset=Dataset.from_list(rows),
             processing_class=pair.make_tokenizer(),
             callbacks=[InTurns()],
         ).train()
 
 
-CONTENDERS = {"ours": run_ours, "trl": run_trl}
+CONTENDERS = {"ours": run_ours, "ours, padded": run_ours_padded, "trl": run_trl}
 
 
 def main() -> None:
-    """Measure both, or be one of them."""
+    """Measure all, or be one of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--shared", help="folder that holds data/; for rows of GSM8K's lengths")
     parser.add_argument("--steps", type=int, default=5)
     options = parser.parse_args()
     if options.contender:
-        CONTENDERS[options.contender](options.dtype)
+        CONTENDERS[options.contender](options.dtype, options.shared)
         return
-    arguments = {name: [name, "--dtype", options.dtype] for name in CONTENDERS}
-    found = take_turns(__file__, arguments, options.steps)
-    speedup = found["trl"]["median_seconds"] / found["ours"]["median_seconds"]
-    name = f"kd_step_{options.dtype}"
-    write_results(name, {"steps_per_second_over_trl": round(speedup, 2), "contenders": found})
+    more = ["--dtype", options.dtype, *(["--shared", options.shared] if options.shared else [])]
+    names = [name for name in CONTENDERS if options.shared or name != "ours, padded"]
+    found = take_turns(__file__, {name: [name, *more] for name in names}, options.steps)
+    ratios = {
+        f"seconds_of_{name}_over_ours": round(
+            found[name]["median_seconds"] / found["ours"]["median_seconds"], 2
+        )
+        for name in names[1:]
+    }
+    kind = "_gsm8k" if options.shared else ""
+    write_results(f"kd_step_{options.dtype}{kind}", {**ratios, "contenders": found})
 
 
 if __name__ == "__main__":

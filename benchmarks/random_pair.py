@@ -6,9 +6,12 @@ Rows are random ids, 8 × 256 a batch, every position but the first carries loss
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -16,7 +19,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from side_by_side import Turns
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from okd_lightning.callbacks import DistillationCallback
 from okd_lightning.data import RolloutDataModule
@@ -63,11 +72,26 @@ def make_ids(num: int) -> torch.Tensor:
     return torch.randint(3, NUM_IDS, (num, LENGTH - 1), generator=generator)
 
 
-def make_rows(num: int) -> list[dict[str, str]]:
-    """The same as text: a prompt of one word."""
+def gsm8k_lengths(shared: str | Path, num: int) -> list[tuple[int, int]]:
+    """Tokens of question and answer (Llama 2's tokenizer, which has as many ids), cut at 255."""
+    tokenizer = AutoTokenizer.from_pretrained(Path(shared) / "data/tokenizers/llama2")
+    lines = (Path(shared) / "data/datasets/gsm8k/train.jsonl").read_text("utf-8").splitlines()
+    texts = [(row["question"], row["answer"]) for row in map(json.loads, lines[:num])]
+    tokens = [
+        [len(tokenizer(text, add_special_tokens=False).input_ids) for text in row] for row in texts
+    ]
+    return [(min(prompt, 127), min(response, 128)) for prompt, response in tokens]
+
+
+def make_rows(num: int, lengths: Sequence[tuple[int, int]] = ()) -> list[dict[str, str]]:
+    """The same as text: a prompt of one word, or prompts and responses of some lengths."""
+    words = [[f"t{i}" for i in ids] for ids in make_ids(num).tolist()]
     return [
-        {"prompt": f"t{ids[0]}", "response": " ".join(f"t{i}" for i in ids[1:])}
-        for ids in make_ids(num).tolist()
+        {
+            "prompt": " ".join(row[:prompt]),
+            "response": " ".join(row[prompt : prompt + response]),
+        }
+        for row, (prompt, response) in zip(words, lengths or [(1, LENGTH - 2)] * num, strict=True)
     ]
 
 
@@ -84,12 +108,18 @@ class InTurns(Callback):
         self.turns.next()
 
 
-def train_in_turns(method: DistillationCallback, dtype: str = "float32", **settings: Any) -> None:
+def train_in_turns(
+    method: DistillationCallback,
+    dtype: str = "float32",
+    lengths: Sequence[tuple[int, int]] = (),
+    **settings: Any,
+) -> None:
     """Distil by Lightning, one optimizer step a turn.
 
     Args:
         method: The method.
         dtype: Of both models' weights.
+        lengths: Tokens of each row's prompt and response; by default 1 and 254, and an end.
         **settings: Of the DistillationModule.
     """
     turns = Turns()
@@ -105,8 +135,9 @@ def train_in_turns(method: DistillationCallback, dtype: str = "float32", **setti
         dtype=dtype,
         **settings,
     )
+    rows = make_rows(len(lengths) or 64, lengths)
     data = RolloutDataModule(
-        make_rows(64), batch_size=BATCH, max_prompt_length=1, max_response_length=LENGTH - 1
+        rows, batch_size=BATCH, max_prompt_length=LENGTH, max_response_length=LENGTH
     )
     with tempfile.TemporaryDirectory() as root:
         trainer = lightning.Trainer(
