@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
 from torch import Tensor
@@ -45,8 +44,10 @@ from okd_lightning.models import (
     DTypeName,
     ModelArgument,
     SelfTeacher,
+    announce_models,
     check_self_teacher,
     follow,
+    warn_of_rounding,
 )
 from okd_lightning.optimizers import RateSchedule, build_optimizer, with_schedule
 from okd_lightning.pair_module import PairModule
@@ -87,6 +88,8 @@ class DistillationModule(PairModule):
             the size of the vocabulary.
         packing: Lay several rows of a micro-batch end to end, so that next to no padding is
             computed, where a model can read them so.
+        compile_blocks: Compile the blocks of both models with torch.compile, for training and
+            measuring; costs a minute at the start, and needs a C++ compiler on a CPU.
 
     Raises:
         ConfigError: A number out of its range, or no tokenizer.
@@ -114,6 +117,7 @@ class DistillationModule(PairModule):
         ema_decay: float | None = None,
         tile_positions: int | None = None,
         packing: bool = True,
+        compile_blocks: bool = False,
     ) -> None:
         for name, value in (
             ("learning_rate", learning_rate),
@@ -144,6 +148,7 @@ class DistillationModule(PairModule):
             self_teacher=self_teacher,
             tile_positions=tile_positions,
             packing=packing,
+            compile_blocks=compile_blocks,
         )
         self.strict_loading = False  # frozen weights are not in checkpoints; see on_load_checkpoint
         self.learning_rate = learning_rate
@@ -379,19 +384,9 @@ class DistillationModule(PairModule):
 
     def on_fit_start(self) -> None:
         """Say what is trained, and warn of steps that will be lost to rounding."""
-        for name, model in (("student", self.student), ("teacher", self.teacher)):
-            if model is not None:
-                sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-                total, trained = sum(n for n, _ in sizes), sum(n for n, t in sizes if t)
-                rank_zero_info(f"{name}: {total:,} parameters, {trained:,} trained")
+        announce_models(self.student, self.teacher, self.self_teacher)
         if self.dtype_name == "bfloat16" and self.student_adapter is None:
-            rank_zero_warn(
-                "the student's own weights are bfloat16, which keeps 8 bits of each: steps of a "
-                f"small learning rate (here {self.learning_rate:g}) mostly round to nothing; give "
-                "--model.dtype float32 with --trainer.precision bf16-mixed, or a student_adapter"
-            )
-        if self.self_teacher is not None:
-            rank_zero_info(f"the student is its own teacher ({self.self_teacher})")
+            warn_of_rounding(self.learning_rate)
 
     def on_train_batch_start(self, batch: DistillBatch, batch_idx: int) -> None:
         """Continue the random streams of a resumed run (dropout), once."""

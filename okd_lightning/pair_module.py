@@ -43,6 +43,7 @@ from okd_lightning.models import (
     check_causal,
     check_lengths,
     check_pair,
+    compile_blocks,
     detached,
     eos_token_ids,
     find_tokenizer,
@@ -77,6 +78,7 @@ class PairModule(lightning.LightningModule):
         self_teacher: SelfTeacher | None = None,
         tile_positions: int | None = None,
         packing: bool = True,
+        compile_blocks: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(student, PreTrainedModel) and student is teacher:
@@ -93,6 +95,7 @@ class PairModule(lightning.LightningModule):
         self.self_teacher = self_teacher
         self.tile_positions = tile_positions
         self.packing = packing
+        self.compile_blocks = compile_blocks
         self.packs_student = self.packs_teacher = False  # before there are models
         self.tokenizer = find_tokenizer(tokenizer, student, teacher)
         self.vocabulary = check_pair(self.tokenizer, student, teacher)
@@ -132,6 +135,8 @@ class PairModule(lightning.LightningModule):
             torch.manual_seed(torch.initial_seed())
             self._build_student()
             self._build_teacher()
+        if self.compile_blocks:
+            compile_blocks(self.student, self.teacher)
 
     def _build_student(self) -> None:
         config = load_model_config(self.student_source, "--model.student", self.vocabulary.size)

@@ -10,11 +10,15 @@
 * ``merging``: adapters folded into the layers under them.
 * ``recompute``: gradient checkpointing, also of a teacher in eval mode.
 * ``self_teacher``: the student as its own teacher.
+* ``compilation``: torch.compile on a model's blocks.
+* ``announcements``: what a run says about its models.
 * ``causal_lm``: hidden states at the head's input, and the head as a function of positions.
 """
 
+from okd_lightning.models.announcements import announce_models, warn_of_rounding
 from okd_lightning.models.causal_lm import LMHead, head_inputs
 from okd_lightning.models.causality import check_causal
+from okd_lightning.models.compilation import compile_blocks
 from okd_lightning.models.lengths import check_lengths, max_positions
 from okd_lightning.models.loading import (
     DTypeName,
@@ -58,6 +62,7 @@ __all__ = [
     "Vocabulary",
     "WithinContext",
     "add_adapter",
+    "announce_models",
     "attach_online_module",
     "base_teacher",
     "check_causal",
@@ -65,6 +70,7 @@ __all__ = [
     "check_pair",
     "check_self_teacher",
     "check_vocabulary_agreement",
+    "compile_blocks",
     "detached",
     "eos_token_ids",
     "find_tokenizer",
@@ -81,4 +87,5 @@ __all__ = [
     "reads_packed_rows",
     "recompute_activations",
     "teacher_copy",
+    "warn_of_rounding",
 ]

@@ -80,7 +80,8 @@ class TransformersEngine:
         )
         if not noise.numel():
             return responses.rollout(0)
-        with self._precision(), fast_linears(self.model):
+        as_it_is = torch.compiler.set_stance("force_eager")  # a step changes its shapes each time
+        with self._precision(), fast_linears(self.model), as_it_is:
             writing = _Writing(self, prompts, sampling, responses, max_new_tokens)
             for num_ended in writing.run():
                 if progress is not None:

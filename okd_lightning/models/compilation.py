@@ -1,0 +1,38 @@
+"""Compiled blocks: torch.compile on a model's repeated layers, one graph for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from okd_lightning.errors import ConfigError
+
+_BACKEND: str | Callable[..., Any] = "inductor"
+
+
+def compile_blocks(*models: PreTrainedModel | None) -> None:
+    """Compile every block of some models in place, for rows of any length.
+
+    Blocks are what transformers never splits over devices (``_no_split_modules``). Embedding and
+    head stay as they are (the loss layer runs the head itself), and so do names of parameters.
+
+    Args:
+        *models: Causal LMs; None is passed over.
+
+    Raises:
+        ConfigError: An architecture does not say what its blocks are.
+    """
+    for model in models:
+        if model is None:
+            continue
+        names = set(model._no_split_modules or ())
+        blocks = [module for module in model.modules() if type(module).__name__ in names]
+        if not blocks:
+            raise ConfigError(
+                f"--model.compile_blocks: {type(model).__name__} does not say what its blocks are "
+                "(its _no_split_modules names none); leave the option out for this pair"
+            )
+        for block in blocks:
+            block.compile(dynamic=True, backend=_BACKEND)
