@@ -15,6 +15,7 @@ from side_by_side import Turns, take_turns, write_results
 from torch.nn.utils import clip_grad_norm_
 
 from okd_lightning.callbacks import KD
+from okd_lightning.cpu_linear import fast_linears
 from okd_lightning.divergences import JensenShannon
 from okd_lightning.losses import Measured, Side, WeightedTerm, fused_loss
 from okd_lightning.models import LMHead, Vocabulary
@@ -43,14 +44,14 @@ def run_bare() -> None:
     about = Measured({}, zeros, zeros, torch.zeros(num))
     terms = [WeightedTerm(method(), 1.0 / num)]
     rows = torch.nn.functional.pad(pair.make_ids(64), (0, 1), value=1)
-    seen = torch.ones(pair.BATCH, pair.LENGTH, dtype=torch.bool)
     step = 0
     while True:
         turns.next()
         ids = rows[step % 8 * pair.BATCH :][: pair.BATCH]
-        hidden = head_inputs(student, ids, seen)[:, :-1].flatten(0, 1)
-        with torch.no_grad():
-            of_teacher = head_inputs(teacher, ids, seen)[:, :-1].flatten(0, 1)
+        with fast_linears(student, learns=True):
+            hidden = head_inputs(student, ids, None)[:, :-1].flatten(0, 1)
+        with torch.no_grad(), fast_linears(teacher):
+            of_teacher = head_inputs(teacher, ids, None)[:, :-1].flatten(0, 1)
         sides = (
             Side(hidden, LMHead.of(student, vocabulary)),
             Side(of_teacher, LMHead.of(teacher, vocabulary)),

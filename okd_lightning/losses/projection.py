@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from okd_lightning.cpu_linear import has_fast_linear, matrix_product
 from okd_lightning.losses.side import Side
 
 _HEADROOM = 64.0
@@ -68,11 +69,14 @@ class LinearProjection(Projection):
         dtype = _product_dtype(weight)
         self._weight = weight.to(dtype)
         self._bias = None if bias is None else bias.detach()[:width].to(dtype)
+        self._is_fast = dtype == torch.float32 and weight.device.type == "cpu" and has_fast_linear()
         self._outputs: Tensor | None = None
 
     def project(self, tile: slice) -> Tensor:
-        """[positions of the tile, valid ids], in one buffer for all tiles."""
+        """[positions of the tile, valid ids]; where it can be, in one buffer for all tiles."""
         hidden = self._hidden(tile)
+        if self._is_fast:
+            return matrix_product(hidden, self._weight, self._bias)
         if self._outputs is None:
             self._outputs = hidden.new_empty(len(hidden), len(self._weight))
         out = self._outputs[: len(hidden)]
@@ -84,11 +88,13 @@ class LinearProjection(Projection):
         """Two matrix products, or one where the weight is frozen."""
         sums = iter(self._sums)
         if self.trains_hidden:
-            next(sums)[tile] = gradient @ self._weight
+            next(sums)[tile] = matrix_product(gradient, self._weight.t())
         for parameter in self.trained:
             rows = next(sums)[: self.width]
             if parameter is self.module.bias:
                 rows += gradient.sum(0, dtype=rows.dtype)
+            elif self._is_fast:
+                rows += matrix_product(gradient.t(), self._hidden(tile).t())
             elif rows.dtype == gradient.dtype:
                 rows.addmm_(gradient.t(), self._hidden(tile))
             else:  # a sum over positions may leave float16's range

@@ -8,12 +8,15 @@ let rows leak into each other without a word, so every model is tried once.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from okd_lightning.cpu_linear import fast_linears
 from okd_lightning.models.causal_lm import head_inputs
 from okd_lightning.models.causality import attention_of_any_device, embedding_gradient
 from okd_lightning.sequences import Sequences
@@ -36,12 +39,21 @@ def hidden_at_loss(model: PreTrainedModel, read: Sequences, packs: bool) -> Tens
         to the model's parameters.
     """
     places = read.places
-    if not packs:
-        hidden = head_inputs(model, read.input_ids, read.attention_mask)
-        before = places.row * hidden.shape[1] + places.column - 1
-        return hidden.flatten(0, 1).index_select(0, before)
-    before = read.packing.start[places.row] + places.column - 1
-    return _packed_states(model, read).flatten(0, 1).index_select(0, before)
+    with _fast_layers(model):
+        if packs:
+            hidden = _packed_states(model, read)
+            before = read.packing.start[places.row] + places.column - 1
+        else:
+            hidden = head_inputs(model, read.input_ids, read.attention_mask)
+            before = places.row * hidden.shape[1] + places.column - 1
+    return hidden.flatten(0, 1).index_select(0, before)
+
+
+def _fast_layers(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """A CPU's faster products, but for models that are compiled or that transformers recomputes."""
+    is_recomputed = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    return nullcontext() if is_recomputed or is_compiled else fast_linears(model, learns=True)
 
 
 def _packed_states(model: PreTrainedModel, read: Sequences) -> Tensor:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from okd_lightning.cpu_linear import fast_linears
 from okd_lightning.errors import ConfigError
 
 
@@ -47,5 +48,9 @@ def recompute_activations(model: PreTrainedModel, option: str) -> None:
 def _recomputed(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():  # validation and generation, which may write a cache
         return forward(*args, **kwargs)
-    run = partial(forward, **kwargs)
+
+    def run(*args: Any) -> Any:
+        with fast_linears(layer, learns=True):  # both times the same kernels
+            return forward(*args, **kwargs)
+
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=layer.training)

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from okd_lightning.cpu_linear import fast_linears
 from okd_lightning.models import Vocabulary
-from okd_lightning.models.cpu_linear import fast_linears
 from okd_lightning.records import PromptBatch, Rollout
 from okd_lightning.rollouts.engine import Progress
 from okd_lightning.rollouts.kv_cache import empty_cache, is_rearrangeable, rearrange

@@ -17,7 +17,8 @@ import torch
 from architectures import ARCHITECTURES, SMALL, build
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from okd_lightning.models import Vocabulary, cpu_linear
+from okd_lightning import cpu_linear
+from okd_lightning.models import Vocabulary
 from okd_lightning.records import PromptBatch, Rollout
 from okd_lightning.rollouts import NoiseStream, Sampling, TransformersEngine, kv_cache
 from okd_lightning.rollouts import transformers_engine as engine_module
