@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
 from torch import Tensor
@@ -39,7 +38,12 @@ from okd_lightning.losses import (
     Term,
     WeightedTerm,
 )
-from okd_lightning.metrics import adapted_measures, measure_metrics, measures
+from okd_lightning.metrics import (
+    adapted_measures,
+    cached_measures,
+    measure_metrics,
+    measures,
+)
 from okd_lightning.models import (
     DEFAULT_EMA_DECAY,
     DTypeName,
@@ -48,12 +52,14 @@ from okd_lightning.models import (
     check_self_teacher,
     follow,
 )
+from okd_lightning.opening import open_run
 from okd_lightning.optimizers import RateSchedule, build_optimizer, with_schedule
 from okd_lightning.pair_module import PairModule
 from okd_lightning.records import SOURCES, DistillBatch
 from okd_lightning.rollouts.rows import generation_records
 from okd_lightning.schedules import ScheduleName, schedule_factor
 from okd_lightning.step_terms import acting_terms, check_counts, check_term, kind_of, step_means
+from okd_lightning.teacher_cache import TeacherCache, check_cached_term
 
 
 class DistillationModule(PairModule):
@@ -85,6 +91,8 @@ class DistillationModule(PairModule):
             0.99 by default.
         tile_positions: Positions whose logits are held at once in the loss; by default chosen from
             the size of the vocabulary.
+        teacher_cache: A folder, or settings: what the teacher says about given responses is written
+            there once, and trained from without the teacher in memory.
 
     Raises:
         ConfigError: A number out of its range, or no tokenizer.
@@ -111,6 +119,7 @@ class DistillationModule(PairModule):
         self_teacher: SelfTeacher | None = None,
         ema_decay: float | None = None,
         tile_positions: int | None = None,
+        teacher_cache: str | TeacherCache | None = None,
     ) -> None:
         for name, value in (
             ("learning_rate", learning_rate),
@@ -140,6 +149,7 @@ class DistillationModule(PairModule):
             student_adapter=student_adapter,
             self_teacher=self_teacher,
             tile_positions=tile_positions,
+            teacher_cache=teacher_cache,
         )
         self.strict_loading = False  # frozen weights are not in checkpoints; see on_load_checkpoint
         self.learning_rate = learning_rate
@@ -180,6 +190,8 @@ class DistillationModule(PairModule):
                 f"method {term.name} needs a teacher: give --model.teacher a folder or hub id, "
                 "or --model.self_teacher"
             )
+        if self.cache_in_use is not None:
+            check_cached_term(term, self.cache_in_use.k, self.vocabulary.size)
         self.terms.append(term)
 
     def teardown(self, stage: str) -> None:
@@ -319,6 +331,8 @@ class DistillationModule(PairModule):
     def _evaluate(self, stage: str, batch: DistillBatch, dataloader_idx: int) -> None:
         is_own = SOURCES[int(batch.source[0])] == "student"
         wanted = measures(stage, is_own, has_teacher=self.has_teacher)
+        if self.cache_in_use is not None:
+            wanted = cached_measures(stage, is_own, self.cache_in_use.k)
         with self.as_base_teacher():
             self._update_measures(wanted, self.measure(batch, tuple(wanted.values())))
         if self._has_online_module and not is_own:
@@ -374,20 +388,8 @@ class DistillationModule(PairModule):
         check_weights(checkpoint["state_dict"], weights_to_save(self, self.state_dict()))
 
     def on_fit_start(self) -> None:
-        """Say what is trained, and warn of steps that will be lost to rounding."""
-        for name, model in (("student", self.student), ("teacher", self.teacher)):
-            if model is not None:
-                sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-                total, trained = sum(n for n, _ in sizes), sum(n for n, t in sizes if t)
-                rank_zero_info(f"{name}: {total:,} parameters, {trained:,} trained")
-        if self.dtype_name == "bfloat16" and self.student_adapter is None:
-            rank_zero_warn(
-                "the student's own weights are bfloat16, which keeps 8 bits of each: steps of a "
-                f"small learning rate (here {self.learning_rate:g}) mostly round to nothing; give "
-                "--model.dtype float32 with --trainer.precision bf16-mixed, or a student_adapter"
-            )
-        if self.self_teacher is not None:
-            rank_zero_info(f"the student is its own teacher ({self.self_teacher})")
+        """Say what is trained, and find or write the teacher's cache."""
+        open_run(self, self.terms, self.learning_rate)
 
     def on_train_batch_start(self, batch: DistillBatch, batch_idx: int) -> None:
         """Continue the random streams of a resumed run (dropout), once."""

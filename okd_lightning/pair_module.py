@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import (
@@ -41,7 +41,10 @@ from okd_lightning.models import (
     attach_online_module,
     base_teacher,
     check_causal,
+    check_online_module,
     check_pair,
+    check_positions,
+    check_precision,
     detached,
     eos_token_ids,
     find_tokenizer,
@@ -49,7 +52,6 @@ from okd_lightning.models import (
     in_eval_mode,
     load_causal_lm,
     load_model_config,
-    max_positions,
     recompute_activations,
     teacher_copy,
 )
@@ -57,6 +59,12 @@ from okd_lightning.records import DistillBatch, PromptBatch, Rollout, Sequences
 from okd_lightning.rollouts import NoiseStream, RolloutEngine, Sampling, TransformersEngine
 from okd_lightning.rollouts.engine import Author, Progress
 from okd_lightning.rollouts.tool_rollouts import ToolEngine, ToolRounds
+from okd_lightning.teacher_cache import (
+    CachedTeacher,
+    TeacherCache,
+    cached_terms,
+    check_cached_teacher,
+)
 
 
 class PairModule(lightning.LightningModule):
@@ -75,8 +83,10 @@ class PairModule(lightning.LightningModule):
         student_adapter: PeftConfig | None,
         self_teacher: SelfTeacher | None = None,
         tile_positions: int | None = None,
+        teacher_cache: TeacherCache | str | None = None,
     ) -> None:
         super().__init__()
+        check_cached_teacher(teacher_cache, self_teacher, teacher is not None)
         if isinstance(student, PreTrainedModel) and student is teacher:
             raise ConfigError(
                 "student and teacher are the same object: the teacher is frozen, so the student "
@@ -93,6 +103,9 @@ class PairModule(lightning.LightningModule):
         self.tokenizer = find_tokenizer(tokenizer, student, teacher)
         self.vocabulary = check_pair(self.tokenizer, student, teacher)
         self.eos_ids = eos_token_ids(student, self.tokenizer)
+        self.cached_teacher: CachedTeacher | None = None
+        if teacher_cache is not None:
+            self.cached_teacher = CachedTeacher(TeacherCache.of(teacher_cache), self.vocabulary)
         self.student: PreTrainedModel | None = None
         self.teacher: PreTrainedModel | None = None
         self.online_module: OnlineModuleSettings | None = None
@@ -114,20 +127,28 @@ class PairModule(lightning.LightningModule):
         """Whether there is a teacher; where it is the student itself, ``teacher`` may be None."""
         return self.teacher_source is not None
 
+    @property
+    def cache_in_use(self) -> CachedTeacher | None:
+        """What stands for the teacher while a run trains; where it only measures, None does."""
+        is_training = self._trainer is not None and self._trainer.state.fn == "fit"
+        return self.cached_teacher if is_training else None
+
     # ---------------------------------------------------------------- building
 
     def configure_model(self) -> None:
         """Load both models (once; Lightning calls this again for every entry point).
 
         What starts random (a student from a config, adapters) depends on the seed alone, not on
-        what a strategy drew before.
+        what a strategy drew before. A run that trains from a cache has no teacher in memory.
         """
-        if self.student is not None:
-            return
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch.initial_seed())
-            self._build_student()
-            self._build_teacher()
+            if self.student is None:
+                self._build_student()
+            if self.cache_in_use is not None:
+                self.teacher = None
+            elif self.teacher_source is not None:
+                self._build_teacher()
 
     def _build_student(self) -> None:
         config = load_model_config(self.student_source, "--model.student", self.vocabulary.size)
@@ -155,31 +176,29 @@ class PairModule(lightning.LightningModule):
         return self.student_adapter is not None and self.online_module is None
 
     def _build_teacher(self) -> None:
-        if self.teacher_source is None:
-            return
-        if self.self_teacher is None:
-            config = load_model_config(self.teacher_source, "--model.teacher", self.vocabulary.size)
-            self.teacher = load_causal_lm(
-                self.teacher_source,
-                config,
-                "--model.teacher",
-                dtype=self.teacher_dtype_name,
-                attn_implementation=self.attn_implementation,
-            )
-            self.teacher.requires_grad_(False).eval()
-            check_causal(self.teacher, "--model.teacher")
-        if self.online_module is not None:
+        if self.self_teacher is None and self.teacher is None:
+            self.teacher = self.load_teacher()
+        if self.online_module is not None and not self._has_online_module:
             self._attach_online_module()
+
+    def load_teacher(self) -> PreTrainedModel:
+        """The teacher from what was named, frozen and in eval mode; the module does not keep it."""
+        assert self.teacher_source is not None
+        config = load_model_config(self.teacher_source, "--model.teacher", self.vocabulary.size)
+        teacher = load_causal_lm(
+            self.teacher_source,
+            config,
+            "--model.teacher",
+            dtype=self.teacher_dtype_name,
+            attn_implementation=self.attn_implementation,
+        )
+        teacher.requires_grad_(False).eval()
+        check_causal(teacher, "--model.teacher")
+        return teacher
 
     def setup(self, stage: str) -> None:
         """Refuse Lightning's "true" precisions: models are loaded in their own number format."""
-        precision = str(self.trainer.precision)
-        if precision.endswith("-true") and precision != "32-true":
-            raise ConfigError(
-                f"trainer.precision {precision} would convert batches and losses as well; give "
-                "--trainer.precision bf16-mixed (and --model.teacher_dtype bfloat16), or load the "
-                "weights themselves in bfloat16 with --model.dtype bfloat16"
-            )
+        check_precision(str(self.trainer.precision))
 
     def add_online_module(self, settings: OnlineModuleSettings) -> None:
         """Put a trainable module on the teacher; callbacks call this at ``setup``.
@@ -188,23 +207,14 @@ class PairModule(lightning.LightningModule):
             ConfigError: No teacher or one that follows the student, or two methods that ask for
                 different modules.
         """
-        if self.online_module is not None and self.online_module != settings:
-            raise ConfigError(
-                "two methods ask for different online modules on one teacher; give both the same"
-            )
-        if self.teacher_source is None:
-            raise ConfigError("an online module needs a teacher: give --model.teacher")
-        if self.self_teacher in ("ema", "live"):
-            raise ConfigError(
-                f"model.self_teacher {self.self_teacher} follows the student, and an online module "
-                "is trained on a teacher that stays: use --model.self_teacher frozen, or another "
-                "method"
-            )
-        if self.student is not None and self.teacher is None:
-            raise ConfigError(
-                "this module was built for a method without an online module, with the student's "
-                "base as its teacher; make a new DistillationModule for this one"
-            )
+        check_online_module(
+            settings,
+            self.online_module,
+            has_teacher=self.teacher_source is not None,
+            is_cached=self.cached_teacher is not None,
+            self_teacher=self.self_teacher,
+            is_built_without=self.student is not None and self.teacher is None,
+        )
         self.online_module = settings
         if self.teacher is not None and not self._has_online_module:
             self._attach_online_module()
@@ -265,6 +275,8 @@ class PairModule(lightning.LightningModule):
 
         It is done tile by tile where all terms are positionwise; ``checks`` sees whether they are.
         """
+        if self.cache_in_use is not None:
+            terms = cached_terms(terms, self.cache_in_use.k, self.vocabulary.size)
         quantities = [quantity for weighted in terms for quantity in weighted.term.quantities]
         if not all(weighted.term.is_positionwise for weighted in terms):
             return weighted_loss(terms, self.measure(batch, quantities))
@@ -290,7 +302,10 @@ class PairModule(lightning.LightningModule):
         teacher = base = None
         if any(quantity.needs_teacher for quantity in quantities):
             learns = torch.is_grad_enabled() and any(q.trains_teacher for q in quantities)
-            teacher = self._teacher_side(batch.as_teacher_reads(), learns)
+            if self.cache_in_use is not None:
+                teacher = self.cache_in_use.side(batch, quantities)
+            else:
+                teacher = self._teacher_side(batch.as_teacher_reads(), learns)
             assert len(teacher.hidden) == len(student.hidden), "other loss tokens than the student"
         if any(quantity.needs_base_teacher for quantity in quantities):
             base = self._base_side(batch.as_teacher_reads())
@@ -377,20 +392,14 @@ class PairModule(lightning.LightningModule):
         Raises:
             ConfigError: Naming the model and both lengths.
         """
-        teacher = (self.teacher or self.student) if self.has_teacher else None
-        own = teacher_tokens or num_tokens
-        for role, model, tokens in (
-            ("student", self.student, num_tokens),
-            ("teacher", teacher, own),
-        ):
-            limit = max_positions(model.config) if model is not None else None
-            if limit is not None and tokens > limit:
-                kind = "teacher prompt" if role == "teacher" and own != num_tokens else "prompt"
-                raise ConfigError(
-                    f"{kind} and response together take up to {tokens} tokens, but the {role} was "
-                    f"made for {limit}; lower --data.max_response_length or "
-                    f"--data.max_{kind.replace(' ', '_')}_length"
-                )
+        student = self.student.config if self.student is not None else None
+        teacher: PretrainedConfig | None = None
+        if self.self_teacher is not None:
+            teacher = student
+        elif self.teacher_source is not None:  # which may be in a cache alone
+            size = self.vocabulary.size
+            teacher = load_model_config(self.teacher_source, "--model.teacher", size)
+        check_positions(student, teacher, num_tokens, teacher_tokens)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids, without special tokens."""

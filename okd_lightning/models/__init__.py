@@ -11,13 +11,14 @@
 * ``causal_lm``: hidden states at the head's input, and the head as a function of positions.
 """
 
-from okd_lightning.models.causal_lm import LMHead, head_inputs, max_positions
+from okd_lightning.models.causal_lm import LMHead, check_positions, head_inputs, max_positions
 from okd_lightning.models.causality import check_causal
 from okd_lightning.models.loading import (
     DTypeName,
     ModelArgument,
     ModelSource,
     add_adapter,
+    check_precision,
     eos_token_ids,
     load_causal_lm,
     load_model_config,
@@ -29,6 +30,7 @@ from okd_lightning.models.online_module import (
     WithinContext,
     attach_online_module,
     base_teacher,
+    check_online_module,
 )
 from okd_lightning.models.pair import check_pair, find_tokenizer
 from okd_lightning.models.recompute import recompute_activations
@@ -57,7 +59,10 @@ __all__ = [
     "attach_online_module",
     "base_teacher",
     "check_causal",
+    "check_online_module",
     "check_pair",
+    "check_positions",
+    "check_precision",
     "check_self_teacher",
     "check_vocabulary_agreement",
     "detached",

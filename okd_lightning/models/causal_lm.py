@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from okd_lightning.errors import ConfigError
 from okd_lightning.models.vocabulary import Vocabulary
 
 
@@ -104,3 +105,32 @@ def head_inputs(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tenso
 def max_positions(config: PretrainedConfig) -> int | None:
     """The longest sequence that a model was made for, where its config says so."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_positions(
+    student: PretrainedConfig | None,
+    teacher: PretrainedConfig | None,
+    num_tokens: int,
+    teacher_tokens: int | None = None,
+) -> None:
+    """Refuse sequences that are longer than a model was made for.
+
+    Args:
+        student: The student's config, if there is one by now.
+        teacher: The teacher's, likewise.
+        num_tokens: The longest that the student reads.
+        teacher_tokens: The longest that the teacher reads; None for the same.
+
+    Raises:
+        ConfigError: Naming the model and both lengths.
+    """
+    own = teacher_tokens or num_tokens
+    for role, config, tokens in (("student", student, num_tokens), ("teacher", teacher, own)):
+        limit = max_positions(config) if config is not None else None
+        if limit is not None and tokens > limit:
+            kind = "teacher prompt" if role == "teacher" and own != num_tokens else "prompt"
+            raise ConfigError(
+                f"{kind} and response together take up to {tokens} tokens, but the {role} was "
+                f"made for {limit}; lower --data.max_response_length or "
+                f"--data.max_{kind.replace(' ', '_')}_length"
+            )
