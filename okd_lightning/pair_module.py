@@ -40,7 +40,6 @@ from okd_lightning.models import (
     add_adapter,
     attach_online_module,
     base_teacher,
-    check_causal,
     check_online_module,
     check_pair,
     check_positions,
@@ -50,7 +49,7 @@ from okd_lightning.models import (
     find_tokenizer,
     head_inputs,
     in_eval_mode,
-    load_causal_lm,
+    load_checked,
     load_model_config,
     recompute_activations,
     teacher_copy,
@@ -151,15 +150,13 @@ class PairModule(lightning.LightningModule):
                 self._build_teacher()
 
     def _build_student(self) -> None:
-        config = load_model_config(self.student_source, "--model.student", self.vocabulary.size)
-        self.student = load_causal_lm(
+        self.student = load_checked(
             self.student_source,
-            config,
             "--model.student",
+            self.vocabulary.size,
             dtype=self.dtype_name,
             attn_implementation=self.attn_implementation,
         )
-        check_causal(self.student, "--model.student")
         if self.self_teacher == "frozen" and not self._teaches_as_base:
             self.teacher = teacher_copy(self.student)
         if self.student_adapter is not None:
@@ -184,17 +181,14 @@ class PairModule(lightning.LightningModule):
     def load_teacher(self) -> PreTrainedModel:
         """The teacher from what was named, frozen and in eval mode; the module does not keep it."""
         assert self.teacher_source is not None
-        config = load_model_config(self.teacher_source, "--model.teacher", self.vocabulary.size)
-        teacher = load_causal_lm(
+        teacher = load_checked(
             self.teacher_source,
-            config,
             "--model.teacher",
+            self.vocabulary.size,
             dtype=self.teacher_dtype_name,
             attn_implementation=self.attn_implementation,
         )
-        teacher.requires_grad_(False).eval()
-        check_causal(teacher, "--model.teacher")
-        return teacher
+        return teacher.requires_grad_(False).eval()
 
     def setup(self, stage: str) -> None:
         """Refuse Lightning's "true" precisions: models are loaded in their own number format."""

@@ -32,7 +32,7 @@ from okd_lightning.models.online_module import (
     base_teacher,
     check_online_module,
 )
-from okd_lightning.models.pair import check_pair, find_tokenizer
+from okd_lightning.models.pair import check_pair, find_tokenizer, load_checked
 from okd_lightning.models.recompute import recompute_activations
 from okd_lightning.models.self_teacher import (
     DEFAULT_EMA_DECAY,
@@ -72,6 +72,7 @@ __all__ = [
     "head_inputs",
     "in_eval_mode",
     "load_causal_lm",
+    "load_checked",
     "load_model_config",
     "load_tokenizer",
     "max_positions",
