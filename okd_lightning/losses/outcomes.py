@@ -47,9 +47,7 @@ def unpack_outcomes(packed: Tensor) -> tuple[Tensor, OutcomeLogProbs]:
     return packed[:, :k].long(), packed[:, k:]
 
 
-def first_outcomes(
-    ids: Tensor, logprobs: OutcomeLogProbs, k: int
-) -> tuple[Tensor, OutcomeLogProbs]:
+def first_outcomes(ids: Tensor, logprobs: OutcomeLogProbs, k: int) -> tuple[Tensor, Tensor]:
     """The same distribution through its k likeliest ids alone; the others join the rest."""
     if k >= ids.shape[-1]:
         return ids, logprobs

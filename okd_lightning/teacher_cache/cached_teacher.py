@@ -16,7 +16,7 @@ from okd_lightning.losses import PackedHead, Quantity, Side, cached_form
 from okd_lightning.losses.tiling import slices, tile_size
 from okd_lightning.models import Vocabulary
 from okd_lightning.records import SOURCES, DistillBatch, Example, Sequences, collate
-from okd_lightning.teacher_cache.layout import Place, layout_of, reading_key
+from okd_lightning.teacher_cache.layout import PART_POSITIONS, Place, layout_of, reading_key
 from okd_lightning.teacher_cache.settings import TeacherCache
 from okd_lightning.teacher_cache.store import Entry, from_records, record_type, to_records
 
@@ -60,7 +60,12 @@ class CachedTeacher:
     Args:
         settings: Where the cache lies and how much it keeps.
         vocabulary: The run's.
+
+    Attributes:
+        part_positions: Loss tokens a file, about.
     """
+
+    part_positions = PART_POSITIONS
 
     def __init__(self, settings: TeacherCache, vocabulary: Vocabulary) -> None:
         self.settings = settings
@@ -77,7 +82,7 @@ class CachedTeacher:
 
     def entry(self, key: TeacherKey, examples: Sequence[Example]) -> Entry:
         """Where the cache of one data set lies, whether it is there or not."""
-        layout = layout_of(examples)
+        layout = layout_of(examples, self.part_positions)
         full = {
             "format": _FORMAT,
             **key.entries(),

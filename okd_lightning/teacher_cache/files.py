@@ -16,15 +16,12 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         path: The file; its folder exists.
         write: Writes the content.
     """
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    beside = path.with_name(f"{path.name}.tmp")  # a killed process's is written over
+    with beside.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
 
 
 def write_json(path: Path, content: Any) -> None:

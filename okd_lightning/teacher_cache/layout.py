@@ -72,7 +72,7 @@ def reading_key(ids: Any, mask: Any) -> bytes:
     return blake2b(text + np.asarray(mask, dtype=bool).tobytes(), digest_size=16).digest()
 
 
-def layout_of(examples: Sequence[Example], part_positions: int = PART_POSITIONS) -> Layout:
+def layout_of(examples: Sequence[Example], part_positions: int) -> Layout:
     """The layout of the given responses of a data set; rows without loss are left out.
 
     Args:

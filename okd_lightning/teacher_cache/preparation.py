@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.data.progress import rollout_progress
-from okd_lightning.errors import ConfigError
+from okd_lightning.errors import CacheError, ConfigError
 from okd_lightning.losses import Side, Term
 from okd_lightning.models import ModelSource
 from okd_lightning.records import Example, Sequences
@@ -74,6 +74,7 @@ def prepare_cache(
     entries = [cached.entry(key, examples) for examples in sets]
     missing = trainer.strategy.broadcast(_missing(entries) if trainer.is_global_zero else [])
     if missing:
+        _check_shared([entries[i] for i in missing], trainer)
         _write([entries[i] for i in missing], module, trainer, read)
     cached.open(entries)
     _announce(cached, is_new=bool(missing))
@@ -123,6 +124,17 @@ def _missing(entries: Sequence[Entry]) -> list[int]:
             entry.prepare()
             found.append(number)
     return found
+
+
+def _check_shared(entries: Sequence[Entry], trainer: lightning.Trainer) -> None:
+    """The first rank has made the folders: all have to see them, or all stop."""
+    is_seen = all(entry.folder.is_dir() for entry in entries)
+    if not trainer.strategy.reduce_boolean_decision(is_seen, all=True):
+        raise CacheError(
+            f"--model.teacher_cache: {entries[0].folder.parent} is not one folder for all "
+            "processes of this run, and each of them writes a part of the cache; choose one that "
+            "they share"
+        )
 
 
 def _write(

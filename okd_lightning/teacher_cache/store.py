@@ -127,7 +127,7 @@ class Entry:
         """Whether a file is there, of the right type and size."""
         try:
             records = np.load(self._path(number), mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError):  # no such file, or one that ends too early
+        except (OSError, ValueError, EOFError):  # no such file, or one that ends too early
             return False
         expected = (self.layout.parts[number].num_positions,)
         return records.dtype == self.record and records.shape == expected
@@ -175,8 +175,8 @@ class Entry:
         is_whole, problem = self.state()
         if not is_whole:
             raise CacheError(
-                f"--model.teacher_cache: {problem or f'{self.folder} is not there'}; all processes "
-                "of a run need one folder that they share"
+                f"--model.teacher_cache: {problem or f'{self.folder} is not there'}, as seen by "
+                "this process; all processes of a run need one folder that they share"
             )
         self._checksums = read_json(self.folder / _INDEX)["checksums"]
 
