@@ -156,7 +156,7 @@ def test_a_file_that_is_not_what_was_written(entry):
         if place.part != 2:
             assert len(reader.read(place)) == 3
             continue
-        with pytest.raises(CacheError, match="part-00002.npy is not what was written there"):
+        with pytest.raises(CacheError, match=r"part-00002.npy is not what was written there"):
             reader.read(place)
 
 
@@ -172,7 +172,7 @@ def test_no_room(entry, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1))
     again(entry).prepare()  # all of its files are there
     (entry.folder / "part-00001.npy").unlink()
-    with pytest.raises(OutputError, match="the disk has 0.00 GB"):
+    with pytest.raises(OutputError, match=r"the disk has 0.00 GB"):
         again(entry).prepare()
 
 
