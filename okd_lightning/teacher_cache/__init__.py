@@ -3,7 +3,7 @@
 * ``settings``: where it lies and how much it keeps.
 * ``identity``: which teacher it is of.
 * ``layout``: which rows it holds, and where.
-* ``store``, ``files``: an entry on disk, whole or not there.
+* ``store``: an entry on disk, whole or not there.
 * ``terms``: which methods it can serve, and as what.
 * ``cached_teacher``: the cache as one side of the loss layer, and its writing.
 * ``preparation``: at the start of a run it is found or written.

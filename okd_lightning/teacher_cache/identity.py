@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from okd_lightning.errors import ConfigError, ModelError
 from okd_lightning.models import ModelSource, load_model_config
-from okd_lightning.teacher_cache.files import read_json, write_json
+from okd_lightning.whole_files import read_json, write_json
 
 _MEMO = "weights.json"
 _BLOCK = 2**24

@@ -19,8 +19,8 @@ import torch
 from okd_lightning.errors import CacheError, OutputError
 from okd_lightning.losses import pack_outcomes
 from okd_lightning.shapes import LogProbs, PositionHidden
-from okd_lightning.teacher_cache.files import read_json, write_atomically, write_json
 from okd_lightning.teacher_cache.layout import Layout, Place
+from okd_lightning.whole_files import read_json, write_atomically, write_json
 
 _INDEX = "index.json"
 _OPEN_FILES = 256

@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import IO, Any
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def write_atomically(
+    path: Path, write: Callable[[IO[bytes]], object], beside: Path | None = None
+) -> None:
     """Write beside ``path`` and put it in place when it is on disk; kills leave no half file.
 
     Args:
         path: The file; its folder exists.
         write: Writes the content.
+        beside: Where it is written first, in the same folder. By default one name for all
+            processes, so that what a killed one has left is written over; give another where
+            several may write at the same time.
     """
-    beside = path.with_name(f"{path.name}.tmp")  # a killed process's is written over
+    beside = beside or path.with_name(f"{path.name}.tmp")
     with beside.open("wb") as file:
         write(file)
         file.flush()
