@@ -54,3 +54,7 @@ class OutputError(OKDLightningError, OSError):
 
 class NonFiniteError(OKDLightningError, FloatingPointError):
     """A loss or gradient that is NaN or infinite; raised before the optimizer's step."""
+
+
+class CacheError(OKDLightningError, RuntimeError):
+    """A cache on disk that is broken, or cannot be read by all processes of a run."""

@@ -38,23 +38,28 @@ from okd_lightning.losses import (
     Term,
     WeightedTerm,
 )
-from okd_lightning.metrics import adapted_measures, measure_metrics, measures
+from okd_lightning.metrics import (
+    adapted_measures,
+    cached_measures,
+    measure_metrics,
+    measures,
+)
 from okd_lightning.models import (
     DEFAULT_EMA_DECAY,
     DTypeName,
     ModelArgument,
     SelfTeacher,
-    announce_models,
     check_self_teacher,
     follow,
-    warn_of_rounding,
 )
+from okd_lightning.opening import open_run
 from okd_lightning.optimizers import RateSchedule, build_optimizer, with_schedule
 from okd_lightning.pair_module import PairModule
 from okd_lightning.records import SOURCES, DistillBatch
 from okd_lightning.rollouts.rows import generation_records
 from okd_lightning.schedules import ScheduleName, schedule_factor
 from okd_lightning.step_terms import acting_terms, check_counts, check_term, kind_of, step_means
+from okd_lightning.teacher_cache import TeacherCache, check_cached_term
 
 
 class DistillationModule(PairModule):
@@ -90,6 +95,8 @@ class DistillationModule(PairModule):
             computed, where a model can read them so.
         compile_blocks: Compile the blocks of both models with torch.compile, for training and
             measuring; costs a minute at the start, and needs a C++ compiler on a CPU.
+        teacher_cache: A folder, or settings: what the teacher says about given responses is written
+            there once, and trained from without the teacher in memory.
 
     Raises:
         ConfigError: A number out of its range, or no tokenizer.
@@ -118,6 +125,7 @@ class DistillationModule(PairModule):
         tile_positions: int | None = None,
         packing: bool = True,
         compile_blocks: bool = False,
+        teacher_cache: str | TeacherCache | None = None,
     ) -> None:
         for name, value in (
             ("learning_rate", learning_rate),
@@ -149,6 +157,7 @@ class DistillationModule(PairModule):
             tile_positions=tile_positions,
             packing=packing,
             compile_blocks=compile_blocks,
+            teacher_cache=teacher_cache,
         )
         self.strict_loading = False  # frozen weights are not in checkpoints; see on_load_checkpoint
         self.learning_rate = learning_rate
@@ -189,6 +198,8 @@ class DistillationModule(PairModule):
                 f"method {term.name} needs a teacher: give --model.teacher a folder or hub id, "
                 "or --model.self_teacher"
             )
+        if self.cache_in_use is not None:
+            check_cached_term(term, self.cache_in_use.k, self.vocabulary.size)
         self.terms.append(term)
 
     def teardown(self, stage: str) -> None:
@@ -328,6 +339,8 @@ class DistillationModule(PairModule):
     def _evaluate(self, stage: str, batch: DistillBatch, dataloader_idx: int) -> None:
         is_own = SOURCES[int(batch.source[0])] == "student"
         wanted = measures(stage, is_own, has_teacher=self.has_teacher)
+        if self.cache_in_use is not None:
+            wanted = cached_measures(stage, is_own, self.cache_in_use.k)
         with self.as_base_teacher():
             self._update_measures(wanted, self.measure(batch, tuple(wanted.values())))
         if self._has_online_module and not is_own:
@@ -383,10 +396,8 @@ class DistillationModule(PairModule):
         check_weights(checkpoint["state_dict"], weights_to_save(self, self.state_dict()))
 
     def on_fit_start(self) -> None:
-        """Say what is trained, and warn of steps that will be lost to rounding."""
-        announce_models(self.student, self.teacher, self.self_teacher)
-        if self.dtype_name == "bfloat16" and self.student_adapter is None:
-            warn_of_rounding(self.learning_rate)
+        """Say what is trained, and find or write the teacher's cache."""
+        open_run(self, self.terms, self.learning_rate)
 
     def on_train_batch_start(self, batch: DistillBatch, batch_idx: int) -> None:
         """Continue the random streams of a resumed run (dropout), once."""

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import (
@@ -40,16 +40,17 @@ from okd_lightning.models import (
     add_adapter,
     attach_online_module,
     base_teacher,
-    check_causal,
     check_lengths,
+    check_online_module,
     check_pair,
+    check_precision,
     compile_blocks,
     detached,
     eos_token_ids,
     find_tokenizer,
     hidden_at_loss,
     in_eval_mode,
-    load_causal_lm,
+    load_checked,
     load_model_config,
     packs_rows,
     recompute_activations,
@@ -59,6 +60,12 @@ from okd_lightning.records import DistillBatch, PromptBatch, Rollout, Sequences
 from okd_lightning.rollouts import NoiseStream, RolloutEngine, Sampling, TransformersEngine
 from okd_lightning.rollouts.engine import Author, Progress
 from okd_lightning.rollouts.tool_rollouts import ToolEngine, ToolRounds
+from okd_lightning.teacher_cache import (
+    CachedTeacher,
+    TeacherCache,
+    cached_terms,
+    check_cached_teacher,
+)
 
 
 class PairModule(lightning.LightningModule):
@@ -79,8 +86,10 @@ class PairModule(lightning.LightningModule):
         tile_positions: int | None = None,
         packing: bool = True,
         compile_blocks: bool = False,
+        teacher_cache: TeacherCache | str | None = None,
     ) -> None:
         super().__init__()
+        check_cached_teacher(teacher_cache, self_teacher, teacher is not None)
         if isinstance(student, PreTrainedModel) and student is teacher:
             raise ConfigError(
                 "student and teacher are the same object: the teacher is frozen, so the student "
@@ -100,6 +109,9 @@ class PairModule(lightning.LightningModule):
         self.tokenizer = find_tokenizer(tokenizer, student, teacher)
         self.vocabulary = check_pair(self.tokenizer, student, teacher)
         self.eos_ids = eos_token_ids(student, self.tokenizer)
+        self.cached_teacher: CachedTeacher | None = None
+        if teacher_cache is not None:
+            self.cached_teacher = CachedTeacher(TeacherCache.of(teacher_cache), self.vocabulary)
         self.student: PreTrainedModel | None = None
         self.teacher: PreTrainedModel | None = None
         self.online_module: OnlineModuleSettings | None = None
@@ -121,33 +133,37 @@ class PairModule(lightning.LightningModule):
         """Whether there is a teacher; where it is the student itself, ``teacher`` may be None."""
         return self.teacher_source is not None
 
+    @property
+    def cache_in_use(self) -> CachedTeacher | None:
+        """What stands for the teacher while a run trains; where it only measures, None does."""
+        is_training = self._trainer is not None and self._trainer.state.fn == "fit"
+        return self.cached_teacher if is_training else None
+
     # ---------------------------------------------------------------- building
 
     def configure_model(self) -> None:
         """Load both models (once; Lightning calls this again for every entry point).
 
         What starts random (a student from a config, adapters) depends on the seed alone, not on
-        what a strategy drew before.
+        what a strategy drew before. A run that trains from a cache has no teacher in memory.
         """
-        if self.student is not None:
-            return
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch.initial_seed())
-            self._build_student()
-            self._build_teacher()
-        if self.compile_blocks:
-            compile_blocks(self.student, self.teacher)
+            if self.student is None:
+                self._build_student()
+            if self.cache_in_use is not None:
+                self.teacher = None
+            elif self.teacher_source is not None:
+                self._build_teacher()
 
     def _build_student(self) -> None:
-        config = load_model_config(self.student_source, "--model.student", self.vocabulary.size)
-        self.student = load_causal_lm(
+        self.student = load_checked(
             self.student_source,
-            config,
             "--model.student",
+            self.vocabulary.size,
             dtype=self.dtype_name,
             attn_implementation=self.attn_implementation,
         )
-        check_causal(self.student, "--model.student")
         if self.self_teacher == "frozen" and not self._teaches_as_base:
             self.teacher = teacher_copy(self.student)
         if self.student_adapter is not None:
@@ -157,6 +173,8 @@ class PairModule(lightning.LightningModule):
         if self.gradient_checkpointing:
             recompute_activations(self.student, "--model.student")
         self.packs_student = packs_rows(self.student, self.packing, "student")
+        if self.compile_blocks:
+            compile_blocks(self.student)
         self.student.train()
 
     @property
@@ -165,33 +183,31 @@ class PairModule(lightning.LightningModule):
         return self.student_adapter is not None and self.online_module is None
 
     def _build_teacher(self) -> None:
-        if self.teacher_source is None:
-            return
-        if self.self_teacher is None:
-            config = load_model_config(self.teacher_source, "--model.teacher", self.vocabulary.size)
-            self.teacher = load_causal_lm(
-                self.teacher_source,
-                config,
-                "--model.teacher",
-                dtype=self.teacher_dtype_name,
-                attn_implementation=self.attn_implementation,
-            )
-            self.teacher.requires_grad_(False).eval()
-            check_causal(self.teacher, "--model.teacher")
-        if self.online_module is not None:
+        if self.self_teacher is None and self.teacher is None:
+            self.teacher = self.load_teacher()
+        if self.online_module is not None and not self._has_online_module:
             self._attach_online_module()
-        elif self.teacher is not None:
+        elif self.teacher is not None and self.self_teacher is not None:
             self.packs_teacher = packs_rows(self.teacher, self.packing, "teacher")
+
+    def load_teacher(self) -> PreTrainedModel:
+        """The teacher from what was named, frozen and in eval mode; the module does not keep it."""
+        assert self.teacher_source is not None
+        teacher = load_checked(
+            self.teacher_source,
+            "--model.teacher",
+            self.vocabulary.size,
+            dtype=self.teacher_dtype_name,
+            attn_implementation=self.attn_implementation,
+        )
+        self.packs_teacher = packs_rows(teacher, self.packing, "teacher")
+        if self.compile_blocks:
+            compile_blocks(teacher)
+        return teacher.requires_grad_(False).eval()
 
     def setup(self, stage: str) -> None:
         """Refuse Lightning's "true" precisions: models are loaded in their own number format."""
-        precision = str(self.trainer.precision)
-        if precision.endswith("-true") and precision != "32-true":
-            raise ConfigError(
-                f"trainer.precision {precision} would convert batches and losses as well; give "
-                "--trainer.precision bf16-mixed (and --model.teacher_dtype bfloat16), or load the "
-                "weights themselves in bfloat16 with --model.dtype bfloat16"
-            )
+        check_precision(str(self.trainer.precision))
 
     def add_online_module(self, settings: OnlineModuleSettings) -> None:
         """Put a trainable module on the teacher; callbacks call this at ``setup``.
@@ -200,23 +216,14 @@ class PairModule(lightning.LightningModule):
             ConfigError: No teacher or one that follows the student, or two methods that ask for
                 different modules.
         """
-        if self.online_module is not None and self.online_module != settings:
-            raise ConfigError(
-                "two methods ask for different online modules on one teacher; give both the same"
-            )
-        if self.teacher_source is None:
-            raise ConfigError("an online module needs a teacher: give --model.teacher")
-        if self.self_teacher in ("ema", "live"):
-            raise ConfigError(
-                f"model.self_teacher {self.self_teacher} follows the student, and an online module "
-                "is trained on a teacher that stays: use --model.self_teacher frozen, or another "
-                "method"
-            )
-        if self.student is not None and self.teacher is None:
-            raise ConfigError(
-                "this module was built for a method without an online module, with the student's "
-                "base as its teacher; make a new DistillationModule for this one"
-            )
+        check_online_module(
+            settings,
+            self.online_module,
+            has_teacher=self.teacher_source is not None,
+            is_cached=self.cached_teacher is not None,
+            self_teacher=self.self_teacher,
+            is_built_without=self.student is not None and self.teacher is None,
+        )
         self.online_module = settings
         if self.teacher is not None and not self._has_online_module:
             self._attach_online_module()
@@ -278,6 +285,8 @@ class PairModule(lightning.LightningModule):
 
         It is done tile by tile where all terms are positionwise; ``checks`` sees whether they are.
         """
+        if self.cache_in_use is not None:
+            terms = cached_terms(terms, self.cache_in_use.k, self.vocabulary.size)
         quantities = [quantity for weighted in terms for quantity in weighted.term.quantities]
         if not all(weighted.term.is_positionwise for weighted in terms):
             return weighted_loss(terms, self.measure(batch, quantities))
@@ -303,7 +312,10 @@ class PairModule(lightning.LightningModule):
         teacher = base = None
         if any(quantity.needs_teacher for quantity in quantities):
             learns = torch.is_grad_enabled() and any(q.trains_teacher for q in quantities)
-            teacher = self._teacher_side(batch.teacher_reads, learns)
+            if self.cache_in_use is not None:
+                teacher = self.cache_in_use.side(batch, quantities)
+            else:
+                teacher = self._teacher_side(batch.teacher_reads, learns)
             assert len(teacher.hidden) == len(student.hidden), "other loss tokens than the student"
         if any(quantity.needs_base_teacher for quantity in quantities):
             base = self._base_side(batch.teacher_reads)
@@ -391,8 +403,14 @@ class PairModule(lightning.LightningModule):
         Raises:
             ConfigError: Naming the model and both lengths.
         """
-        teacher = (self.teacher or self.student) if self.has_teacher else None
-        check_lengths(self.student, teacher, num_tokens, teacher_tokens or num_tokens)
+        student = self.student.config if self.student is not None else None
+        teacher: PretrainedConfig | None = None
+        if self.self_teacher is not None:
+            teacher = student
+        elif self.teacher_source is not None:  # which may be in a cache alone
+            size = self.vocabulary.size
+            teacher = load_model_config(self.teacher_source, "--model.teacher", size)
+        check_lengths(student, teacher, num_tokens, teacher_tokens or num_tokens)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids, without special tokens."""

@@ -7,14 +7,20 @@ from pathlib import Path
 import lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-MONITORS = ("val/reverse_kl", "val/on_policy_reverse_kl", "val/cross_entropy")
+MONITORS = (
+    "val/reverse_kl",
+    "val/on_policy_reverse_kl",
+    "val/top_k_reverse_kl",
+    "val/cross_entropy",
+)
 
 
 class BestCheckpoint(ModelCheckpoint):
     """Keeps the checkpoint with the lowest reverse KL to the teacher.
 
     What is watched is the first of ``MONITORS`` that validation takes: on given responses, on the
-    student's own where the data hold prompts alone, or cross-entropy where there is no teacher.
+    student's own where the data hold prompts alone, through the ids that are known of a cached
+    teacher, or cross-entropy where there is no teacher.
     Where it takes none of them nothing is kept.
 
     Args:

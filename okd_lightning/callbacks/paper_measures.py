@@ -77,6 +77,20 @@ class PaperMeasures(EvaluationCallback):
         self.num_prompts = num_prompts
         self.seed = seed
 
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """Refuse a cached teacher, which writes nothing.
+
+        Raises:
+            ConfigError: This run trains from one.
+        """
+        if isinstance(pl_module, DistillationModule) and pl_module.cache_in_use is not None:
+            raise ConfigError(
+                "PaperMeasures has the teacher write, and model.teacher_cache leaves it out of "
+                "this run: leave one of them out, or measure afterwards (okd-lightning test)"
+            )
+
     def _log(self, trainer: lightning.Trainer, pl_module: Any, part: str) -> None:
         assert isinstance(pl_module, DistillationModule)
         data = trainer.datamodule  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@
 * ``tool_turns``: what the chat template writes between two turns of a rollout that calls tools.
 * ``teacher_prompts``: what the teacher reads in place of the prompt, where that is asked for.
 * ``examples``: all of them, with lengths limited and what was left out counted.
+* ``token_cache``: the same read from disk where nothing has changed; ``stored_examples``: as bytes.
 * ``whole_steps``: how many micro-batches make an optimizer step, and what would cut one.
 * ``module``: ``RolloutDataModule``, the loaders of a run; ``distilled_module``: what it knows of
   the module that it feeds; ``progress`` shows how far it is.

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from okd_lightning.data.columns import Columns
 from okd_lightning.data.distilled_module import DistilledModule, check_teacher_prompts
-from okd_lightning.data.examples import ExampleSet, OnOverlong, build_examples
+from okd_lightning.data.examples import ExampleSet, OnOverlong
 from okd_lightning.data.progress import rollout_progress
 from okd_lightning.data.sources import DataArgument, DataSource, describe_source, load_rows
 from okd_lightning.data.teacher_prompts import teacher_prompts_from
+from okd_lightning.data.token_cache import AUTO, cached_examples
 from okd_lightning.data.tool_turns import equip
 from okd_lightning.data.whole_steps import accumulation_for, announce, check_whole_steps
 from okd_lightning.errors import ConfigError, DataError
@@ -90,6 +91,8 @@ class RolloutDataModule(lightning.LightningDataModule):
             lists them in prompts whose rows name no tools. Python functions too, from Python.
         max_turns: Turns of a response that calls tools, at most; max_response_length holds for all
             of them together with what the tools answer.
+        token_cache: Folder in which tokenized data is kept, from 1000 rows on; auto is
+            okd_lightning/tokens in the Hugging Face cache (HF_HOME), null keeps nothing.
 
     Raises:
         ConfigError: A number out of its range.
@@ -127,6 +130,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         tools_column: str = "tools",
         tools: list[Tool] | None = None,
         max_turns: int = 4,
+        token_cache: str | None = AUTO,
     ) -> None:
         super().__init__()
         positive = {
@@ -179,6 +183,7 @@ class RolloutDataModule(lightning.LightningDataModule):
             default_length=max_prompt_length + max_response_length,
         )
         self.subset = subset
+        self.token_cache = token_cache
         self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
         self._examples: dict[str, ExampleSet] = {}
         self._train_loader: RolloutLoader | None = None
@@ -303,7 +308,8 @@ class RolloutDataModule(lightning.LightningDataModule):
         if key not in self._examples:
             name = describe_source(source)
             split = self.splits[part]
-            found = build_examples(
+            found = cached_examples(
+                self.token_cache,
                 load_rows(source, split=split, subset=self.subset),
                 self._module.tokenizer,
                 eos_id=self._module.eos_ids[0],

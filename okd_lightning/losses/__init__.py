@@ -2,6 +2,7 @@
 
 * ``quantities``: what a method may ask for (exact divergence, drawn-token log-prob, entropy, ...).
 * ``closed_form``: their values with gradients written out.
+* ``outcomes``, ``cached``: where a few ids and the rest are all that is known of the teacher.
 * ``sampled``: policy gradient on drawn tokens, with its importance ratio.
 * ``terms``: what a method hands to the module, and the records that go with it.
 * ``side``, ``projection``: one model's half; its head forwards and backwards, tile by tile.
@@ -10,9 +11,11 @@
 * ``exact``: the measured quantities themselves, for evaluation and for terms over whole sequences.
 """
 
+from okd_lightning.losses.cached import CachedAgreement, CachedDivergence, cached_form
 from okd_lightning.losses.closed_form import ModelRole
 from okd_lightning.losses.exact import measure
 from okd_lightning.losses.fused import fused_loss
+from okd_lightning.losses.outcomes import PackedHead, pack_outcomes
 from okd_lightning.losses.quantities import (
     Agreement,
     DrawnLogProb,
@@ -37,6 +40,8 @@ from okd_lightning.losses.terms import (
 
 __all__ = [
     "Agreement",
+    "CachedAgreement",
+    "CachedDivergence",
     "DrawnLogProb",
     "DrawnOutcome",
     "Entropy",
@@ -46,6 +51,7 @@ __all__ = [
     "ImportanceRatio",
     "Measured",
     "ModelRole",
+    "PackedHead",
     "Quantity",
     "RowScorer",
     "Side",
@@ -54,7 +60,9 @@ __all__ = [
     "Tile",
     "WeightedLoss",
     "WeightedTerm",
+    "cached_form",
     "fused_loss",
     "measure",
+    "pack_outcomes",
     "weighted_loss",
 ]

@@ -10,7 +10,12 @@ from okd_lightning.metrics.excess_accumulated_error import (
     excess_accumulated_error,
 )
 from okd_lightning.metrics.logit_std import LogitStd, logit_std
-from okd_lightning.metrics.measures import adapted_measures, measure_metrics, measures
+from okd_lightning.metrics.measures import (
+    adapted_measures,
+    cached_measures,
+    measure_metrics,
+    measures,
+)
 from okd_lightning.metrics.uncertainty import (
     DIFFICULTIES,
     Uncertainty,
@@ -25,6 +30,7 @@ __all__ = [
     "Uncertainty",
     "adapted_measures",
     "by_difficulty",
+    "cached_measures",
     "excess_accumulated_error",
     "logit_std",
     "measure_metrics",

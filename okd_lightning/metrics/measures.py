@@ -6,7 +6,7 @@ whole set and all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import nn
 from torchmetrics import MeanMetric
@@ -14,6 +14,8 @@ from torchmetrics import MeanMetric
 from okd_lightning.divergences import ForwardKL, JensenShannon, ReverseKL
 from okd_lightning.losses import (
     Agreement,
+    CachedAgreement,
+    CachedDivergence,
     DrawnLogProb,
     Entropy,
     ExactDivergence,
@@ -26,6 +28,12 @@ _AGAINST_TEACHER: Mapping[str, Quantity] = {
     "reverse_kl": ExactDivergence(ReverseKL()),
     "jsd": ExactDivergence(JensenShannon(0.5)),
     "agreement": Agreement(),
+}
+_AGAINST_CACHED: Mapping[str, Callable[[int], Quantity]] = {
+    "top_k_forward_kl": lambda k: CachedDivergence(ForwardKL(), k),
+    "top_k_reverse_kl": lambda k: CachedDivergence(ReverseKL(), k),
+    "top_k_jsd": lambda k: CachedDivergence(JensenShannon(0.5), k),
+    "agreement": lambda k: CachedAgreement(),
 }
 _TEACHER_FIT: Mapping[str, Quantity] = {"teacher_cross_entropy": DrawnLogProb("teacher")}
 _TEACHER_SHIFT: Mapping[str, Quantity] = {"teacher_shift": TeacherShift()}
@@ -48,6 +56,18 @@ def measures(stage: str, is_own: bool, has_teacher: bool) -> dict[str, Quantity]
     return {prefix + name: quantity for name, quantity in quantities.items()}
 
 
+def cached_measures(stage: str, is_own: bool, k: int) -> dict[str, Quantity]:
+    """Metric name → quantity, where k ids of the teacher on given responses are all that is known.
+
+    ``top_k_*`` are lower bounds of what they are called after, through these ids and the rest;
+    agreement is exact. On the student's own responses only its own numbers are taken.
+    """
+    quantities = measures(stage, is_own, has_teacher=False)
+    if not is_own:
+        quantities |= {f"{stage}/{name}": form(k) for name, form in _AGAINST_CACHED.items()}
+    return quantities
+
+
 def adapted_measures(stage: str) -> dict[str, Quantity]:
     """Metric name → quantity, against the adapted teacher on given responses (OKD).
 
@@ -63,6 +83,10 @@ def measure_metrics() -> nn.ModuleDict:
         name
         for stage in ("val", "test")
         for is_own in (False, True)
-        for name in [*measures(stage, is_own, has_teacher=True), *adapted_measures(stage)]
+        for name in {
+            **measures(stage, is_own, has_teacher=True),
+            **cached_measures(stage, is_own, k=1),
+            **adapted_measures(stage),
+        }
     ]
     return nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})

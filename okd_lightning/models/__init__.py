@@ -11,11 +11,9 @@
 * ``recompute``: gradient checkpointing, also of a teacher in eval mode.
 * ``self_teacher``: the student as its own teacher.
 * ``compilation``: torch.compile on a model's blocks.
-* ``announcements``: what a run says about its models.
 * ``causal_lm``: hidden states at the head's input, and the head as a function of positions.
 """
 
-from okd_lightning.models.announcements import announce_models, warn_of_rounding
 from okd_lightning.models.causal_lm import LMHead, head_inputs
 from okd_lightning.models.causality import check_causal
 from okd_lightning.models.compilation import compile_blocks
@@ -25,6 +23,7 @@ from okd_lightning.models.loading import (
     ModelArgument,
     ModelSource,
     add_adapter,
+    check_precision,
     eos_token_ids,
     load_causal_lm,
     load_model_config,
@@ -36,8 +35,9 @@ from okd_lightning.models.online_module import (
     WithinContext,
     attach_online_module,
     base_teacher,
+    check_online_module,
 )
-from okd_lightning.models.pair import check_pair, find_tokenizer
+from okd_lightning.models.pair import check_pair, find_tokenizer, load_checked
 from okd_lightning.models.reading import hidden_at_loss, packs_rows, reads_packed_rows
 from okd_lightning.models.recompute import recompute_activations
 from okd_lightning.models.self_teacher import (
@@ -62,12 +62,13 @@ __all__ = [
     "Vocabulary",
     "WithinContext",
     "add_adapter",
-    "announce_models",
     "attach_online_module",
     "base_teacher",
     "check_causal",
     "check_lengths",
+    "check_online_module",
     "check_pair",
+    "check_precision",
     "check_self_teacher",
     "check_vocabulary_agreement",
     "compile_blocks",
@@ -79,6 +80,7 @@ __all__ = [
     "hidden_at_loss",
     "in_eval_mode",
     "load_causal_lm",
+    "load_checked",
     "load_model_config",
     "load_tokenizer",
     "max_positions",
@@ -87,5 +89,4 @@ __all__ = [
     "reads_packed_rows",
     "recompute_activations",
     "teacher_copy",
-    "warn_of_rounding",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from okd_lightning.errors import ConfigError
 
@@ -13,27 +13,27 @@ def max_positions(config: PretrainedConfig) -> int | None:
 
 
 def check_lengths(
-    student: PreTrainedModel | None,
-    teacher: PreTrainedModel | None,
+    student: PretrainedConfig | None,
+    teacher: PretrainedConfig | None,
     student_tokens: int,
     teacher_tokens: int,
 ) -> None:
     """Refuse sequences that are longer than a model was made for.
 
     Args:
-        student: None for one that is not there yet.
-        teacher: None where there is none.
+        student: The student's config; None for one that is not there yet.
+        teacher: The teacher's; None where there is none.
         student_tokens: The longest sequence that the student reads.
         teacher_tokens: The longest that the teacher reads.
 
     Raises:
         ConfigError: Naming the model and both lengths.
     """
-    for role, model, tokens in (
+    for role, config, tokens in (
         ("student", student, student_tokens),
         ("teacher", teacher, teacher_tokens),
     ):
-        limit = max_positions(model.config) if model is not None else None
+        limit = max_positions(config) if config is not None else None
         if limit is not None and tokens > limit:
             is_own = role == "teacher" and teacher_tokens != student_tokens
             kind = "teacher prompt" if is_own else "prompt"

@@ -39,6 +39,20 @@ else:  # what can be typed: --help would else list every architecture of transfo
     ModelArgument = str | dict[str, Any]
 
 
+def check_precision(precision: str) -> None:
+    """Refuse Lightning's "true" precisions: models are loaded in their own number format.
+
+    Raises:
+        ConfigError: Naming what to give instead.
+    """
+    if precision.endswith("-true") and precision != "32-true":
+        raise ConfigError(
+            f"trainer.precision {precision} would convert batches and losses as well; give "
+            "--trainer.precision bf16-mixed (and --model.teacher_dtype bfloat16), or load the "
+            "weights themselves in bfloat16 with --model.dtype bfloat16"
+        )
+
+
 def load_model_config(source: ModelSource, option: str, vocab_size: int) -> PretrainedConfig:
     """The configuration of a model, without its weights.
 

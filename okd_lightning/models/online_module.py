@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from okd_lightning.errors import ConfigError
 from okd_lightning.models.loading import add_adapter
 from okd_lightning.models.recompute import recompute_activations
+from okd_lightning.models.self_teacher import SelfTeacher
 from okd_lightning.schedules import ScheduleName
 
 _PEFT_DEFAULT_ALPHA = 8
@@ -57,6 +58,52 @@ class OnlineModuleSettings:
             key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
             for key, value in values.items()
         }
+
+
+def check_online_module(
+    settings: OnlineModuleSettings,
+    known: OnlineModuleSettings | None,
+    *,
+    has_teacher: bool,
+    is_cached: bool,
+    self_teacher: SelfTeacher | None,
+    is_built_without: bool,
+) -> None:
+    """Refuse an online module that this run's teacher cannot carry.
+
+    Args:
+        settings: What a method asks for.
+        known: What another one has asked for before.
+        has_teacher: Whether there is a teacher at all.
+        is_cached: Whether it is read from a cache.
+        self_teacher: Whether it is the student itself, and which.
+        is_built_without: Whether the models are built, and the teacher is the student's base.
+
+    Raises:
+        ConfigError: Naming what to change.
+    """
+    if known is not None and known != settings:
+        raise ConfigError(
+            "two methods ask for different online modules on one teacher; give both the same"
+        )
+    if not has_teacher:
+        raise ConfigError("an online module needs a teacher: give --model.teacher")
+    if is_cached:
+        raise ConfigError(
+            "an online module is trained on a teacher that is run, and model.teacher_cache keeps "
+            "one that stays as it was: leave it out, or use another method"
+        )
+    if self_teacher in ("ema", "live"):
+        raise ConfigError(
+            f"model.self_teacher {self_teacher} follows the student, and an online module "
+            "is trained on a teacher that stays: use --model.self_teacher frozen, or another "
+            "method"
+        )
+    if is_built_without:
+        raise ConfigError(
+            "this module was built for a method without an online module, with the student's "
+            "base as its teacher; make a new DistillationModule for this one"
+        )
 
 
 def attach_online_module(

@@ -1,4 +1,4 @@
-"""A student and its teacher: which tokenizer they share, and whether they can be compared."""
+"""A student and its teacher: both loaded alike, on one tokenizer, and whether they compare."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ import warnings
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from okd_lightning.errors import ConfigError, ModelNotFoundError
-from okd_lightning.models.loading import ModelSource, load_model_config, load_tokenizer
+from okd_lightning.models.causality import check_causal
+from okd_lightning.models.loading import (
+    DTypeName,
+    ModelSource,
+    load_causal_lm,
+    load_model_config,
+    load_tokenizer,
+)
 from okd_lightning.models.vocabulary import Vocabulary, check_vocabulary_agreement
 
 
@@ -37,6 +44,27 @@ def find_tokenizer(
         "no tokenizer: neither the student nor the teacher is a folder or hub id; "
         "give --model.tokenizer a folder or hub id"
     )
+
+
+def load_checked(
+    source: ModelSource,
+    option: str,
+    vocab_size: int,
+    *,
+    dtype: DTypeName,
+    attn_implementation: str | None,
+) -> PreTrainedModel:
+    """A causal LM that looks at no later token; see ``load_causal_lm`` for the arguments.
+
+    Raises:
+        ModelError: It cannot be loaded, or is not causal.
+    """
+    config = load_model_config(source, option, vocab_size)
+    model = load_causal_lm(
+        source, config, option, dtype=dtype, attn_implementation=attn_implementation
+    )
+    check_causal(model, option)
+    return model
 
 
 def check_pair(

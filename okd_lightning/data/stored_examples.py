@@ -1,0 +1,117 @@
+"""Tokenized examples as bytes and back: ragged rows as flat arrays, behind their checksum.
+
+The bytes are a safetensors file (no pickle) with 16 bytes in front of it. What comes out equals
+what went in; what is not whole is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from okd_lightning.data.examples import ExampleSet
+from okd_lightning.errors import CacheError
+from okd_lightning.records import Chat, Example
+
+_DIGEST_SIZE = 16
+_IDS = ("prompt_ids", "response_ids", "teacher_prompt_ids")
+_TEXTS = ("prompt", "response", "chat", "about")
+
+
+def pack_examples(found: ExampleSet) -> bytes:
+    """The set as bytes.
+
+    Raises:
+        TypeError: A chat holds something that JSON cannot.
+    """
+    examples = found.examples
+    arrays = {"index": np.array([example.index for example in examples], np.int64)}
+    for name in _IDS:
+        _put(arrays, name, [getattr(example, name) for example in examples], np.int32)
+    masks = [example.prompt_mask for example in examples]
+    arrays["prompt_mask"] = np.array([flag for mask in masks for flag in mask], np.bool_)
+    about = json.dumps({"skipped": dict(found.skipped), "num_cut": found.num_cut})
+    texts: dict[str, Iterable[str]] = {
+        "prompt": [example.prompt for example in examples],
+        "response": [example.response for example in examples],
+        "chat": [_chat_text(example.chat) for example in examples],
+        "about": [about],
+    }
+    for name in _TEXTS:
+        rows = [np.frombuffer(_encoded(text), np.uint8) for text in texts[name]]
+        _put(arrays, name, rows, np.uint8)
+    content = save(arrays)
+    return blake2b(content, digest_size=_DIGEST_SIZE).digest() + content
+
+
+def unpack_examples(content: bytes) -> ExampleSet:
+    """The set that ``pack_examples`` was given.
+
+    Raises:
+        CacheError: The bytes are cut, or others than were written.
+    """
+    digest, tensors = content[:_DIGEST_SIZE], content[_DIGEST_SIZE:]
+    if blake2b(tensors, digest_size=_DIGEST_SIZE).digest() != digest:
+        raise CacheError("not what was written there")
+    try:
+        arrays = load(tensors)
+    except SafetensorError as error:
+        raise CacheError(str(error)) from error
+    prompts, responses, teacher_prompts = (_rows(arrays, name) for name in _IDS)
+    texts = {
+        name: [bytes(row).decode("utf-8", "surrogatepass") for row in _rows(arrays, name)]
+        for name in _TEXTS
+    }
+    ends = [0, *accumulate(len(prompt) for prompt in prompts)]
+    flags = arrays["prompt_mask"].tolist()
+    examples = tuple(
+        Example(
+            index=index,
+            prompt_ids=tuple(prompts[i]),
+            prompt_mask=tuple(flags[start:end]),
+            response_ids=tuple(responses[i]),
+            prompt=texts["prompt"][i],
+            response=texts["response"][i],
+            teacher_prompt_ids=tuple(teacher_prompts[i]),
+            chat=_chat(texts["chat"][i]),
+        )
+        for i, (index, (start, end)) in enumerate(
+            zip(arrays["index"].tolist(), pairwise(ends), strict=True)
+        )
+    )
+    about = json.loads(texts["about"][0])
+    return ExampleSet(examples, about["skipped"], about["num_cut"])
+
+
+def _put(arrays: dict[str, np.ndarray], name: str, rows: Sequence[Any], dtype: Any) -> None:
+    arrays[f"{name}_lengths"] = np.array([len(row) for row in rows], np.int64)
+    flat = [np.asarray(row, dtype) for row in rows]
+    arrays[name] = np.concatenate(flat) if flat else np.zeros(0, dtype)
+
+
+def _rows(arrays: dict[str, np.ndarray], name: str) -> list[list[int]]:
+    flat = arrays[name].tolist()
+    ends = [0, *accumulate(arrays[f"{name}_lengths"].tolist())]
+    return [flat[start:end] for start, end in pairwise(ends)]
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _chat_text(chat: Chat | None) -> str:
+    return "" if chat is None else json.dumps([chat.messages, chat.tools])
+
+
+def _chat(text: str) -> Chat | None:
+    if not text:
+        return None
+    messages, tools = json.loads(text)
+    return Chat(tuple(messages), None if tools is None else tuple(tools))

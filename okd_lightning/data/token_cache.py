@@ -1,0 +1,162 @@
+"""Tokenized data kept on disk, by the content of everything that it depends on.
+
+The key holds the rows, the tokenizer with its chat template, all settings, and the code that
+tokenizes: where nothing has changed the ids are read, and where anything has they are another
+entry. Entries are never changed, so they can be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import date
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import transformers
+from huggingface_hub import constants
+from lightning.pytorch.utilities import rank_zero_warn
+from transformers import PreTrainedTokenizerBase
+
+from okd_lightning.data.columns import RawRow
+from okd_lightning.data.examples import ExampleSet, build_examples
+from okd_lightning.data.stored_examples import pack_examples, unpack_examples
+from okd_lightning.errors import CacheError
+from okd_lightning.whole_files import write_atomically
+
+AUTO = "auto"
+_FEWEST_ROWS = 1000
+"""Fewer are tokenized in less time than it takes to see whether they have been."""
+
+_PLACES = ("name_or_path", "tokenizer_file", "vocab_file", "merges_file")
+"""Where a tokenizer was loaded from, which does not change what it does."""
+
+
+def cached_examples(
+    folder: str | None, rows: Sequence[RawRow], tokenizer: PreTrainedTokenizerBase, **settings: Any
+) -> ExampleSet:
+    """``build_examples``, read from disk where it was done before.
+
+    Args:
+        folder: Where entries lie; "auto" for okd_lightning/tokens in the Hugging Face cache
+            (``HF_HOME``); None for no cache.
+        rows: At least one.
+        tokenizer: The run's.
+        **settings: The other arguments of ``build_examples``.
+
+    Raises:
+        ConfigError: See ``build_examples``.
+        DataError: See ``build_examples``.
+    """
+    key = None
+    if folder is not None and len(rows) >= _FEWEST_ROWS:
+        key = _key(rows, tokenizer, settings)
+    if folder is None or key is None:
+        return build_examples(rows, tokenizer, **settings)
+    path = _folder(folder) / f"{key}.tokens"
+    found = _read(path)
+    if found is None:
+        found = build_examples(rows, tokenizer, **settings)
+        _write(path, found)
+    return found
+
+
+def _folder(folder: str) -> Path:
+    if folder == AUTO:
+        return Path(constants.HF_HOME) / "okd_lightning" / "tokens"
+    return Path(folder).expanduser()
+
+
+def _read(path: Path) -> ExampleSet | None:
+    """What is there; None where nothing is, and with a warning where it is broken."""
+    try:
+        return unpack_examples(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, CacheError) as error:
+        rank_zero_warn(f"tokenized data {path}: {error}; the rows are tokenized anew")
+        return None
+
+
+def _write(path: Path, found: ExampleSet) -> None:
+    """Put it in place; a folder that cannot be written costs a warning and no more."""
+    beside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        content = pack_examples(found)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: file.write(content), beside)
+    except OSError as error:
+        rank_zero_warn(
+            f"tokenized data cannot be kept in {path.parent} ({error.strerror}), so every run "
+            "tokenizes anew; give --data.token_cache a folder, or null"
+        )
+        with suppress(OSError):
+            beside.unlink()
+
+
+def _key(
+    rows: Sequence[RawRow], tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]
+) -> str | None:
+    """A digest of all that decides the ids; None where rows hold what JSON cannot say."""
+    found = blake2b(digest_size=20)
+    try:
+        for row in rows:
+            found.update(json.dumps(row).encode() + b"\n")
+    except TypeError:
+        return None
+    told = {name: value for name, value in settings.items() if name != "where"}
+    found.update(repr(sorted(told.items())).encode())
+    found.update(_tokenizer_digest(tokenizer))
+    found.update(_code_digest())
+    if "strftime_now" in str(tokenizer.chat_template):
+        found.update(date.today().isoformat().encode())
+    return found.hexdigest()
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> bytes:
+    """Of what a tokenizer does, wherever it was loaded from."""
+    found = blake2b(type(tokenizer).__qualname__.encode())
+    kept = {k: v for k, v in tokenizer.init_kwargs.items() if k not in _PLACES}
+    for part in (kept, tokenizer.special_tokens_map, tokenizer.chat_template):
+        found.update(json.dumps(part, sort_keys=True, default=str).encode())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        found.update(_backend_text(backend).encode())
+        return found.digest()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                found.update(path.name.encode() + path.read_bytes())
+    return found.digest()
+
+
+def _backend_text(backend: tokenizers.Tokenizer) -> str:
+    """All of a fast tokenizer but what its last call has left in it: cutting and padding."""
+    truncation, padding = backend.truncation, backend.padding
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        return str(backend.to_str())
+    finally:
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+
+
+@cache
+def _code_digest() -> bytes:
+    """Of what turns rows to ids: this package's source, and the libraries' versions."""
+    found = blake2b(f"{transformers.__version__} {tokenizers.__version__}".encode())
+    package = Path(__file__).parent
+    for path in [*sorted(package.glob("*.py")), package.parent / "records.py"]:
+        found.update(path.name.encode() + path.read_bytes())
+    return found.digest()

@@ -1,0 +1,96 @@
+"""A distribution as k of its ids and one outcome for all others, with the gradient written out.
+
+Owns how a side of which only that much is known travels through the loss layer: its "logits" are
+packed rows of ids and log-probabilities, and the other side is looked at through the same ids.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from okd_lightning.shapes import LogProbs, OutcomeLogProbs, PerId, PositionHidden
+
+
+class PackedHead:
+    """The head of a side whose hidden states are packed rows: what it gives are these rows."""
+
+    def __init__(self) -> None:
+        self.module = nn.Identity()
+
+    def finish(self, raw: Tensor) -> Tensor:
+        """The rows."""
+        return raw
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """The rows."""
+        return hidden
+
+
+def pack_outcomes(ids: Tensor, logprobs: OutcomeLogProbs) -> PositionHidden:
+    """[positions, 2k + 1] k ids (exact in float32 below 2^24), their log-probs and the rest's.
+
+    Args:
+        ids: [positions, k] likeliest first.
+        logprobs: [positions, k + 1] log q (nats) of the ids and of all others together.
+    """
+    return torch.cat([ids.to(logprobs.dtype), logprobs], dim=-1)
+
+
+def unpack_outcomes(packed: Tensor) -> tuple[Tensor, OutcomeLogProbs]:
+    """The ids and log-probs of ``pack_outcomes``."""
+    k = packed.shape[-1] // 2
+    return packed[:, :k].long(), packed[:, k:]
+
+
+def first_outcomes(ids: Tensor, logprobs: OutcomeLogProbs, k: int) -> tuple[Tensor, Tensor]:
+    """The same distribution through its k likeliest ids alone; the others join the rest."""
+    if k >= ids.shape[-1]:
+        return ids, logprobs
+    rest = logprobs[:, k:].logsumexp(-1, keepdim=True)
+    return ids[:, :k], torch.cat([logprobs[:, :k], rest], dim=-1)
+
+
+class _Outcomes(torch.autograd.Function):
+    """log p of k ids and of the rest; the gradient in the logits follows from both softmaxes.
+
+    With g the gradient in the outcomes, G its sum and r = log p of the rest, it is
+    g_a - p_a G for a chosen id and (p_a / exp r) g_rest - p_a G for every other one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, logprobs: Tensor, ids: Tensor) -> Tensor:
+        others = logprobs.scatter(-1, ids, -math.inf)
+        is_empty = (others == -math.inf).all(-1, keepdim=True)
+        rest = others.masked_fill(is_empty, 0.0).logsumexp(-1, keepdim=True)
+        rest = rest.masked_fill(is_empty, -math.inf)
+        ctx.save_for_backward(logprobs, others, ids, rest)
+        return torch.cat([logprobs.gather(-1, ids), rest], dim=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        logprobs, others, ids, rest = ctx.saved_tensors
+        found = logprobs.exp().mul_(-gradient.sum(-1, keepdim=True))
+        of_rest = (others - rest.masked_fill(rest == -math.inf, 0.0)).exp_()
+        found.addcmul_(of_rest, gradient[:, -1:])
+        return found.scatter_add_(-1, ids, gradient[:, :-1]), None, None
+
+
+def outcomes(logits: PerId, logprobs: LogProbs, ids: Tensor) -> OutcomeLogProbs:
+    """[positions, k + 1] log-probability (nats) of k ids and of all others together.
+
+    Args:
+        logits: [positions, vocab]; gradient flows to them.
+        logprobs: [positions, vocab] their log-softmax.
+        ids: [positions, k] without repeats in a row.
+
+    Returns:
+        The last one is -inf where there are no others.
+    """
+    found: OutcomeLogProbs = _Outcomes.apply(logits, logprobs.detach(), ids)
+    return found

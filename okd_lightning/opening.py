@@ -1,0 +1,39 @@
+"""What a run says when training begins: what is trained, and where the teacher is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from okd_lightning.losses import Term
+from okd_lightning.pair_module import PairModule
+from okd_lightning.teacher_cache import prepare_cache
+
+
+def open_run(module: PairModule, terms: Sequence[Term], learning_rate: float) -> None:
+    """Say what is trained, warn of steps that will be lost to rounding, and open the cache.
+
+    Args:
+        module: Inside a Trainer, with its models on their devices.
+        terms: The run's.
+        learning_rate: The student's.
+
+    Raises:
+        OKDLightningError: See ``prepare_cache``.
+    """
+    for name, model in (("student", module.student), ("teacher", module.teacher)):
+        if model is not None:
+            sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+            total, trained = sum(n for n, _ in sizes), sum(n for n, t in sizes if t)
+            rank_zero_info(f"{name}: {total:,} parameters, {trained:,} trained")
+    if module.dtype_name == "bfloat16" and module.student_adapter is None:
+        rank_zero_warn(
+            "the student's own weights are bfloat16, which keeps 8 bits of each: steps of a "
+            f"small learning rate (here {learning_rate:g}) mostly round to nothing; give "
+            "--model.dtype float32 with --trainer.precision bf16-mixed, or a student_adapter"
+        )
+    if module.self_teacher is not None:
+        rank_zero_info(f"the student is its own teacher ({module.self_teacher})")
+    if module.cache_in_use is not None:
+        prepare_cache(module, module.trainer, terms, module._side)

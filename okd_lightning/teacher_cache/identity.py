@@ -1,0 +1,118 @@
+"""Which teacher it is: a digest of its config and weights, taken once for each file.
+
+A file's digest is kept beside the caches with the file's size and time of change, so that a second
+run does not read the weights again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from okd_lightning.errors import ConfigError, ModelError
+from okd_lightning.models import ModelSource, load_model_config
+from okd_lightning.whole_files import read_json, write_json
+
+_MEMO = "weights.json"
+_BLOCK = 2**24
+
+
+def teacher_identity(source: ModelSource, vocab_size: int, folder: Path) -> str:
+    """A digest that is equal for equal weights and configs, wherever they lie.
+
+    Args:
+        source: A folder (of a model, or of an adapter with its base), a hub id, or a model in
+            memory.
+        vocab_size: Handed on to ``load_model_config``.
+        folder: Where digests of files are kept.
+
+    Raises:
+        ConfigError: Random weights, which no other run has.
+        ModelError: A hub id whose version is not known, or a folder without weights.
+    """
+    if isinstance(source, PreTrainedModel):
+        return _of_memory(source)
+    if isinstance(source, Mapping):
+        raise ConfigError(
+            "model.teacher_cache keeps what a teacher says for later runs, and --model.teacher is "
+            "a config with random weights: save the model and name its folder"
+        )
+    if Path(source).is_dir():
+        return _of_folder(Path(source), vocab_size, folder)
+    version = getattr(
+        load_model_config(source, "--model.teacher", vocab_size), "_commit_hash", None
+    )
+    if version is None:
+        raise ModelError(
+            f"--model.teacher {source!r}: which version of it this is cannot be told, so its cache "
+            "could be another one's; download it and name the folder"
+        )
+    return f"{source}@{version}"
+
+
+def _of_memory(model: PreTrainedModel) -> str:
+    found = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        found.update(flat.view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _of_folder(teacher: Path, vocab_size: int, folder: Path) -> str:
+    found = hashlib.sha256()
+    names = [name for name in ("config.json", "adapter_config.json") if (teacher / name).is_file()]
+    for name in names:
+        found.update((teacher / name).read_bytes())
+    for digest in _digests(_weight_files(teacher), folder):
+        found.update(digest.encode())
+    if "adapter_config.json" in names:
+        base = read_json(teacher / "adapter_config.json")["base_model_name_or_path"]
+        found.update(teacher_identity(base, vocab_size, folder).encode())
+    return found.hexdigest()
+
+
+def _weight_files(teacher: Path) -> list[Path]:
+    """The safetensors files that a model is loaded from, by name."""
+    index = teacher / "model.safetensors.index.json"
+    if index.is_file():
+        return [teacher / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    files = sorted(teacher.glob("*.safetensors"))
+    if not files:
+        raise ModelError(
+            f"--model.teacher {str(teacher)!r}: no safetensors in this folder; give one with the "
+            "teacher's weights"
+        )
+    return files
+
+
+def _digests(files: Iterable[Path], folder: Path) -> list[str]:
+    """Each file's digest, read from the memo where size and time of change are the same."""
+    memo = folder / _MEMO
+    try:
+        known = read_json(memo) if memo.is_file() else {}
+    except json.JSONDecodeError:
+        known = {}
+    digests = []
+    for file in files:
+        about = file.stat()
+        stamp = [about.st_size, about.st_mtime_ns]
+        name = str(file.resolve())
+        if name not in known or known[name]["stamp"] != stamp:
+            known[name] = {"stamp": stamp, "digest": _of_file(file)}
+            write_json(memo, known)
+        digests.append(known[name]["digest"])
+    return digests
+
+
+def _of_file(file: Path) -> str:
+    found = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(_BLOCK):
+            found.update(block)
+    return found.hexdigest()
