@@ -36,4 +36,4 @@ def open_run(module: PairModule, terms: Sequence[Term], learning_rate: float) ->
     if module.self_teacher is not None:
         rank_zero_info(f"the student is its own teacher ({module.self_teacher})")
     if module.cache_in_use is not None:
-        prepare_cache(module, module.trainer, terms, module._side)
+        prepare_cache(module, module.trainer, terms, module.sides.side)

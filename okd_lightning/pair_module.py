@@ -6,8 +6,8 @@ having them write. What is trained, and by which loss, is ``module``'s business.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Self, cast
 
@@ -22,7 +22,6 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.losses import (
     Measured,
     Quantity,
-    Side,
     WeightedLoss,
     WeightedTerm,
     fused_loss,
@@ -31,24 +30,19 @@ from okd_lightning.losses import (
 )
 from okd_lightning.models import (
     DTypeName,
-    LMHead,
     ModelArgument,
     ModelSource,
     OnlineModuleSettings,
     SelfTeacher,
-    WithinContext,
     add_adapter,
     attach_online_module,
-    base_teacher,
     check_lengths,
     check_online_module,
     check_pair,
     check_precision,
     compile_blocks,
-    detached,
     eos_token_ids,
     find_tokenizer,
-    hidden_at_loss,
     in_eval_mode,
     load_checked,
     load_model_config,
@@ -56,7 +50,8 @@ from okd_lightning.models import (
     recompute_activations,
     teacher_copy,
 )
-from okd_lightning.records import DistillBatch, PromptBatch, Rollout, Sequences
+from okd_lightning.pair_sides import PairSides
+from okd_lightning.records import DistillBatch, PromptBatch, Rollout
 from okd_lightning.rollouts import NoiseStream, RolloutEngine, Sampling, TransformersEngine
 from okd_lightning.rollouts.engine import Author, Progress
 from okd_lightning.rollouts.tool_rollouts import ToolEngine, ToolRounds
@@ -241,9 +236,7 @@ class PairModule(lightning.LightningModule):
 
     def as_base_teacher(self) -> AbstractContextManager[None]:
         """Within it the teacher is the base one, without its online module."""
-        if self.teacher is None or not self._has_online_module:
-            return nullcontext()
-        return base_teacher(self.teacher)
+        return self.sides.as_base_teacher()
 
     def train(self, mode: bool = True) -> Self:
         """Training mode for the student; the teacher stays in eval mode."""
@@ -266,7 +259,7 @@ class PairModule(lightning.LightningModule):
         quantity compares with the base. It reads its own prompts where the batch has them; the
         positions are those of the same response tokens on both sides.
         """
-        student, teacher, base = self._sides(batch, quantities)
+        student, teacher, base = self.sides.of(batch, quantities)
         values = measure(
             quantities,
             student,
@@ -290,7 +283,7 @@ class PairModule(lightning.LightningModule):
         quantities = [quantity for weighted in terms for quantity in weighted.term.quantities]
         if not all(weighted.term.is_positionwise for weighted in terms):
             return weighted_loss(terms, self.measure(batch, quantities))
-        student, teacher, base = self._sides(batch, quantities)
+        student, teacher, base = self.sides.of(batch, quantities)
         return fused_loss(
             terms,
             student,
@@ -303,56 +296,19 @@ class PairModule(lightning.LightningModule):
             checks,
         )
 
-    def _sides(
-        self, batch: DistillBatch, quantities: Sequence[Quantity]
-    ) -> tuple[Side, Side | None, Side | None]:
-        """Hidden states at the masked-in positions, with heads: student, teacher, base teacher."""
+    @property
+    def sides(self) -> PairSides:
+        """Both models as what the loss layer reads."""
         assert self.student is not None
-        student = self._side(self.student, batch.student_reads)
-        teacher = base = None
-        if any(quantity.needs_teacher for quantity in quantities):
-            learns = torch.is_grad_enabled() and any(q.trains_teacher for q in quantities)
-            if self.cache_in_use is not None:
-                teacher = self.cache_in_use.side(batch, quantities)
-            else:
-                teacher = self._teacher_side(batch.teacher_reads, learns)
-            assert len(teacher.hidden) == len(student.hidden), "other loss tokens than the student"
-        if any(quantity.needs_base_teacher for quantity in quantities):
-            base = self._base_side(batch.teacher_reads)
-        return student, teacher, base
-
-    def _side(self, model: PreTrainedModel, read: Sequences) -> Side:
-        packs = self.packs_student if model is self.student else self.packs_teacher
-        hidden = hidden_at_loss(model, read, packs)
-        return Side(hidden=hidden, head=LMHead.of(model, self.vocabulary))
-
-    def _teacher_side(self, read: Sequences, learns: bool) -> Side:
-        """The teacher's half; where the student teaches itself, no gradient goes through it."""
-        if self.teacher is not None:
-            with torch.set_grad_enabled(learns):
-                return self._side(self.teacher, read)
-        assert self.student is not None
-        with torch.no_grad(), self._student_as_teacher():
-            side = self._side(self.student, read)
-            head = LMHead.of(self.student, self.vocabulary)
-            return replace(side, head=replace(head, module=detached(head.module)))
-
-    @contextmanager
-    def _student_as_teacher(self) -> Iterator[None]:
-        """The student in eval mode; as a frozen teacher without its adapter."""
-        assert self.student is not None
-        assert self.self_teacher is not None
-        adapter = base_teacher(self.student) if self.self_teacher == "frozen" else nullcontext()
-        with in_eval_mode(self.student), adapter:
-            yield
-
-    def _base_side(self, read: Sequences) -> Side:
-        """The teacher's half without its online module, which may sit on the head as well."""
-        with self.as_base_teacher():
-            side = self._teacher_side(read, learns=False)
-        assert isinstance(side.head, LMHead)
-        within = WithinContext(side.head.module, self.as_base_teacher)
-        return replace(side, head=replace(side.head, module=within))
+        return PairSides(
+            student=self.student,
+            teacher=self.teacher,
+            vocabulary=self.vocabulary,
+            self_teacher=self.self_teacher,
+            packs=(self.packs_student, self.packs_teacher),
+            has_online_module=self._has_online_module,
+            absent=self.cache_in_use,
+        )
 
     def write(
         self,
@@ -367,11 +323,7 @@ class PairModule(lightning.LightningModule):
 
         Where the data brings tools (``tool_rounds``), prompts that are chats may call them.
         """
-        assert self.student is not None
-        model = self.student if author == "student" else self.teacher
-        as_author: AbstractContextManager[None] = self.as_base_teacher()
-        if model is None:
-            model, as_author = self.student, self._student_as_teacher()
+        model, as_author = self.sides.speaking(author)
         if isinstance(model, PeftModel):
             model = cast(PreTrainedModel, model.get_base_model())
         precision = self._trainer.precision_plugin.forward_context if self._trainer else nullcontext

