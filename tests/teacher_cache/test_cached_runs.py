@@ -89,7 +89,7 @@ def check_same(found, expected, loss: float, gradient: float) -> None:
         for own, other in zip(recorder.gradients, live.gradients, strict=True)
     ]
     assert distances[0] < gradient
-    assert max(distances) < 10 * gradient, distances  # roundings that the weights have taken in
+    assert max(distances) < 30 * gradient, distances  # roundings that the weights have taken in
     assert tiny.distance(tiny.weights(module), tiny.weights(live_module)) < 10 * gradient
 
 
