@@ -54,3 +54,15 @@ class OutputError(OKDLightningError, OSError):
 
 class NonFiniteError(OKDLightningError, FloatingPointError):
     """A loss or gradient that is NaN or infinite; raised before the optimizer's step."""
+
+
+class RolloutTimeoutError(OKDLightningError, TimeoutError):
+    """An engine that did not answer in time while it wrote responses; raised on all ranks."""
+
+
+class LostRankError(OKDLightningError, ConnectionError):
+    """Another process of a run on several devices has ended or does not answer."""
+
+
+class PreemptedError(OKDLightningError, InterruptedError):
+    """A run that was asked to stop (SIGTERM), behind a checkpoint; exit status 143."""
