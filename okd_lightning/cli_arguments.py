@@ -38,11 +38,12 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     rest = _split_equals(rest)
     configs = [(name, _load_config(name)) for name in _values(rest, _CONFIG_OPTIONS)]
     checkpoint = _last(_values(rest, ("--ckpt_path",)))
+    is_whole = checkpoint == LAST and _can_begin(rest, [c for _, c in configs])
     if checkpoint == LAST:
         checkpoint = _last_checkpoint(command, _run_folder(rest, [c for _, c in configs]))
         rest = _without(rest, ("--ckpt_path",))
         rest += ["--ckpt_path", checkpoint] if checkpoint is not None else []
-    if checkpoint is not None:
+    if checkpoint is not None and not is_whole:
         configs.insert(0, (checkpoint, _config_of(checkpoint)))
     if "--help" in rest or "-h" in rest:
         configs = []
@@ -58,6 +59,16 @@ def _run_folder(arguments: Sequence[str], configs: Sequence[dict[str, Any]]) -> 
     named = [s["default_root_dir"] for s in sections if isinstance(s, dict) and _FOLDER in s]
     typed = _values(arguments, (f"--trainer.{_FOLDER}",))
     return Path([DEFAULT_FOLDER, *(n for n in named if n), *typed][-1]).expanduser()
+
+
+def _can_begin(arguments: Sequence[str], configs: Sequence[dict[str, Any]]) -> bool:
+    """Whether a command could begin a run by itself: it is then taken as it is at every restart.
+
+    (Below a checkpoint's config it would add its callbacks to those that it had added before.)
+    """
+    sections = [config.get("model") for config in configs]
+    is_typed = any(a.partition("=")[0].startswith("--model.student") for a in arguments)
+    return is_typed or any(isinstance(s, dict) and "student" in s for s in sections)
 
 
 def _last_checkpoint(command: str, folder: Path) -> str | None:

@@ -185,9 +185,10 @@ class RolloutLoader:
                 "or samples_per_prompt differ from the checkpoint's; resume with the same, or "
                 "start a new run from the exported student: --model.student FOLDER"
             )
-        num_steps = state["delivered"] // state["accumulate"]  # checkpoints hold whole steps
-        self._epoch = state["epoch"]
-        self._delivered = num_steps * self.shape.accumulate_grad_batches
+        self._epoch, self._delivered = state["epoch"], state["delivered"]
+        if state["accumulate"] != self.shape.accumulate_grad_batches:  # whole steps are done
+            num_steps = state["delivered"] // state["accumulate"]
+            self._delivered = num_steps * self.shape.accumulate_grad_batches
         self._forget_written(state["written_for"])
         self._is_written = any(state["written"])
         self._take(
