@@ -155,6 +155,7 @@ class DistillationModule(PairModule):
         self._terms_of: int | None = None
         self._checked: list[Term] = []  # what acted in the last step
         self._step_sums: dict[str, Tensor] = {}
+        self.measured_before: dict[str, float] = {}  # by the last validation before a resume
         self._rng_to_restore: dict[str, Any] | None = None
         self.evaluation = measure_metrics()
 

@@ -38,9 +38,8 @@ def add_state(module: DistillationModule, checkpoint: dict[str, Any]) -> None:
         "self_teacher": module.self_teacher,
         "accumulate": trainer.accumulate_grad_batches,
         "metrics": {
-            name: float(value)
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith("val/")
+            **module.measured_before,
+            **{n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")},
         },
         "row": unlogged_row(trainer) if trainer.training else None,
         "rng": rng_states(trainer.world_size),
@@ -65,6 +64,7 @@ def check_state(module: DistillationModule, checkpoint: dict[str, Any]) -> dict[
         trainer = module.trainer
         check_methods(own["methods"], [kind_of(term) for term in module.terms])
         check_teacher_kind(own.get("self_teacher"), module.self_teacher)
+        module.measured_before = dict(own["metrics"])
         rng = rng_state_of(own["rng"], trainer.global_rank, trainer.world_size)
         settle_loops(checkpoint, trainer.accumulate_grad_batches)
     check_weights(checkpoint["state_dict"], weights_to_save(module, module.state_dict()))

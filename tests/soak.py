@@ -359,7 +359,13 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Without the clock, and without the folder, which is another one's."""
     state = torch.load(path, weights_only=True)
-    for name in ("best_model_path", "kth_best_model_path", "dirpath", "last_model_path"):
+    for name in (
+        "current_score",
+        "best_model_path",
+        "kth_best_model_path",
+        "dirpath",
+        "last_model_path",
+    ):
         state["callbacks"]["BestCheckpoint"].pop(name)
     best = state["callbacks"]["BestCheckpoint"].pop("best_k_models")
     state["best"] = {Path(name).name: float(value) for name, value in best.items()}

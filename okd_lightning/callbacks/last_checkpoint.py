@@ -24,8 +24,8 @@ class LastCheckpoint(Checkpoint):
 
     After every validation, at the end of every epoch and of the run, and every so many optimizer
     steps where that is asked for. (ModelCheckpoint's ``save_last`` follows its monitor: after a
-    worse validation its "last" is old.) It is a Checkpoint, which Lightning calls after all other
-    callbacks and in the order given: behind "best", so that it holds what "best" has just seen.
+    worse validation its "last" is old.) Whatever the order given, it is called behind all other
+    callbacks: behind "best", so that it holds what "best" has just seen.
 
     Args:
         every_n_steps: Optimizer steps between two checkpoints, besides those.
@@ -47,7 +47,11 @@ class LastCheckpoint(Checkpoint):
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
-        """Settle the folder, wherever the process goes from here."""
+        """Settle the folder, wherever the process goes from here, and the place behind the others.
+
+        One that was saved before "best" has seen a validation would make a resumed run forget it.
+        """
+        move_to_end(trainer, LastCheckpoint)
         self._folder = Path(trainer.default_root_dir).absolute() / "checkpoints"
 
     @property
@@ -143,6 +147,12 @@ class LastCheckpoint(Checkpoint):
         before = sorted((step for step in found if step < self._saved_at), reverse=True)
         for step in before[self.keep - 1 :]:
             found[step].unlink(missing_ok=True)
+
+
+def move_to_end(trainer: lightning.Trainer, kind: type[Checkpoint]) -> None:
+    """Have Lightning call the callbacks of one kind behind all others."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    trainer.callbacks = sorted(callbacks, key=lambda c: isinstance(c, kind))  # type: ignore[attr-defined]
 
 
 def validation_follows(trainer: lightning.Trainer) -> bool:

@@ -20,7 +20,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 
-from okd_lightning.callbacks.last_checkpoint import LastCheckpoint, validation_follows
+from okd_lightning.callbacks.last_checkpoint import (
+    LastCheckpoint,
+    move_to_end,
+    validation_follows,
+)
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import PreemptedError
 from okd_lightning.loop_state import STOPPED
@@ -36,8 +40,7 @@ class Preemption(Checkpoint):
     its warning signal does the same, and ``scontrol requeue`` puts the job back into the queue;
     SIGTERM does not, as ``scancel`` sends it too.
 
-    The checkpoint is that of the Trainer's ``LastCheckpoint``. It is a Checkpoint itself, which
-    Lightning calls behind all other callbacks, so that they have done what belongs to the step.
+    The checkpoint is that of the Trainer's ``LastCheckpoint``.
     """
 
     def __init__(self) -> None:
@@ -47,6 +50,12 @@ class Preemption(Checkpoint):
         self._is_validating = False
         self._has_to_requeue = False
         self._handlers: dict[int, Any] = {}
+
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """Take the place behind all other callbacks: they have done what belongs to a step."""
+        move_to_end(trainer, Preemption)
 
     # ---------------------------------------------------------------- signals
 
