@@ -324,12 +324,21 @@ def soak(work: Path, assets: Path, method: str, ranks: int, num_kills: int, seed
                 tally.places[wanted.place or "by the clock"] += 1
                 tally.resumes += 1
                 tally.slowest = max(tally.slowest, ended.seconds)
+                tally.problems += _not_told(place, ended)
                 continue
             if ended.status or any(ended.others):
                 tally.problems.append(f"run {tally.runs}, {wanted}: {ended} {_tail(place)}")
             break
         tally.problems += differences(truth / RUN, place / RUN)
     return tally
+
+
+def _not_told(folder: Path, ended: Ended) -> list[str]:
+    """What is wrong with how the other ranks ended: by themselves, with a line that says why."""
+    if not ended.others or ended.phase == "start":
+        return []
+    is_said = "another rank of this run has ended" in _tail(folder)
+    return [] if ended.others == [1] and is_said else [f"{ended}: {_tail(folder)}"]
 
 
 def _tail(folder: Path) -> str:

@@ -59,10 +59,20 @@ class Preemption(Checkpoint):
 
     # ---------------------------------------------------------------- signals
 
-    def on_train_start(
+    def on_sanity_check_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         """Listen, in place of Lightning's own handlers."""
+        self._start(trainer)
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Listen, where there was no sanity check."""
+        if not self._handlers:
+            self._start(trainer)
+
+    def _start(self, trainer: lightning.Trainer) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         self._request = data.stop if isinstance(data, RolloutDataModule) else StopRequest()
         self._is_agreed = self._is_saved = self._is_validating = False
