@@ -116,19 +116,24 @@ class LastCheckpoint(Checkpoint):
                 for path in self.path.parent.parent.glob(pattern):
                     sync_file(path)
             if self.keep > 1:
-                self._keep_one_more()
+                self._keep_one_more(trainer.global_step)
         trainer.save_checkpoint(self.path, weights_only=False)
         self._saved_at = trainer.global_step
         if trainer.is_global_zero:
             self._drop_oldest()
 
-    def _keep_one_more(self) -> None:
-        """Give the last checkpoint a second name: at no moment is there no ``last.ckpt``."""
+    def _keep_one_more(self, now: int) -> None:
+        """Give the last checkpoint a second name: at no moment is there no ``last.ckpt``.
+
+        Not where it is of step ``now`` or later: the run has been taken up before it.
+        """
         if not self.path.is_file():
             return
         try:
             step = read_checkpoint(str(self.path))["global_step"]
         except CheckpointError:
+            return
+        if step >= now:
             return
         kept = self.path.with_name(f"last-step={step}.ckpt")
         kept.unlink(missing_ok=True)
