@@ -39,7 +39,14 @@ from okd_lightning.cli_arguments import prepare
 from okd_lightning.cli_errors import instantiate, one_line, parse, readable_constructors
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.durable_files import write_whole
-from okd_lightning.errors import OKDLightningError, PreemptedError, UsageError
+from okd_lightning.errors import (
+    NonFiniteError,
+    OKDLightningError,
+    PreemptedError,
+    RewardError,
+    RolloutTimeoutError,
+    UsageError,
+)
 from okd_lightning.export import AdapterForm, ExportPart, export_online_module, export_student
 from okd_lightning.module import DistillationModule
 from okd_lightning.quickstart.command import (
@@ -85,6 +92,9 @@ _OUT_OF_MEMORY = (
     "; lower --data.batch_size (with --data.global_batch_size the steps stay the same) or "
     "--data.max_response_length, or set --model.gradient_checkpointing true"
 )
+
+_AGREED = (NonFiniteError, PreemptedError, RewardError, RolloutTimeoutError)
+"""Raised on all ranks alike: one of them says it."""
 
 _TERMINATED = 128 + signal.SIGTERM
 
@@ -291,10 +301,10 @@ def run(arguments: Sequence[str], debug: bool = False) -> int:
     quiet_libraries()
     try:
         return _run(list(arguments))
-    except PreemptedError as error:
-        if getattr(rank_zero_only, "rank", 0) == 0:
-            print(f"okd-lightning: {one_line(error)}", file=sys.stderr)
-        return _TERMINATED
+    except _AGREED as error:
+        if debug:
+            raise
+        return _stopped_together(error)
     except (OSError, MisconfigurationException, OKDLightningError, torch.OutOfMemoryError) as error:
         if debug:
             raise
@@ -314,6 +324,13 @@ def run(arguments: Sequence[str], debug: bool = False) -> int:
             raise
         print("okd-lightning: interrupted", file=sys.stderr)
         return 130
+
+
+def _stopped_together(error: Exception) -> int:
+    """Say on one rank what all of them know."""
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        print(f"okd-lightning: {one_line(error)}", file=sys.stderr)
+    return _TERMINATED if isinstance(error, PreemptedError) else 1
 
 
 def _run(arguments: list[str]) -> int:

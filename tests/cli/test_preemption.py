@@ -121,3 +121,26 @@ def test_a_stopped_run_goes_on(
     assert_same_weights(LAST, truth / "checkpoints" / "last.ckpt")
     assert read_metrics(RUN / "metrics.csv") == read_metrics(truth / "metrics.csv")
     assert (RUN / "rollouts.jsonl").read_text() == (truth / "rollouts.jsonl").read_text()
+
+
+def test_slurms_warning_puts_the_job_back(
+    okd: Fit, assets: Assets, monkeypatch: pytest.MonkeyPatch, here: Path
+) -> None:
+    """What SLURM sends before the time is over; SIGTERM alone requeues nothing."""
+    (here / "bin").mkdir()
+    (here / "bin" / "scontrol").write_text(f"#!/bin/sh\necho $@ >> {here}/asked\n")
+    (here / "bin" / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{here / 'bin'}:{os.environ['PATH']}")
+    job = {"JOB_ID": "77", "NTASKS": "1", "LOCALID": "0", "PROCID": "0", "NODEID": "0"}
+    for name, value in {**job, "JOB_NAME": "train", "NTASKS_PER_NODE": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with monkeypatch.context() as patched:
+        signal_at(patched, "training", 5, signal.SIGTERM)
+        assert okd("fit", *options(assets)).status == 143
+    assert not (here / "asked").exists()
+    with monkeypatch.context() as patched:
+        signal_at(patched, "training", 5, signal.SIGUSR1)
+        stopped = okd("fit", *options(assets))
+    assert stopped.status == 143, stopped.err
+    assert (here / "asked").read_text() == "requeue 77\n"
+    assert torch.load(LAST, weights_only=True)["global_step"] == 6
