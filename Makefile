@@ -24,6 +24,7 @@ test: install  ## the whole CPU suite
 soak: install  ## kill runs with SIGKILL and compare them with runs left alone (about ten minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills 20
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills 6 --ranks 2
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --hang 10
 
 lint: install
 	$(BIN)/ruff check .

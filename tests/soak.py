@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
 import csv
 import json
-import mmap
 import os
 import random
 import signal
@@ -35,15 +33,9 @@ from typing import Any
 
 import tiny
 import torch
-from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from soak_marks import PLACES, Board, Kill, Marks, mark_everything
 
-from okd_lightning import checkpoint_io, durable_files
 from okd_lightning.__main__ import main
-from okd_lightning.callbacks import RolloutLog
-from okd_lightning.module import DistillationModule
-from okd_lightning.rollouts import RolloutLoader
-from okd_lightning.rollouts.agreement import Agreement
-from okd_lightning.run_folder import RunCSVLogger
 
 NUM_STEPS = 24
 TIMINGS = {"train/seconds", "train/tokens_per_second", "rollout/seconds"}
@@ -60,121 +52,6 @@ METHODS = {
     ],
     "OPDPlus": ["--method", "OPDPlus", "--method.divergence", "JensenShannon"],
 }
-PLACES = {
-    "rollout": ("rollout begins", "a row is written", "rollout ends"),
-    "training": ("step begins", "step ends"),
-    "validation": ("validation begins", "validation step", "validation ends"),
-    "checkpoint": ("checkpoint begins", "within the file", "before the rename", "renamed"),
-    "records": ("before a row", "behind a row", "sample written"),
-}
-
-
-@dataclass(frozen=True)
-class Kill:
-    """When a process is killed: at the n-th time at a place, or after some seconds of training."""
-
-    place: str | None
-    number: int = 1
-    seconds: float = 0.0
-
-
-class Board:
-    """What a child tells its parent: the phase that it is in, and whether it trains by now."""
-
-    PHASES = ("start", *PLACES, "else")
-
-    def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, 2)
-
-    @property
-    def phase(self) -> str:
-        return self.PHASES[self._memory[0]]
-
-    @phase.setter
-    def phase(self, name: str) -> None:
-        self._memory[0] = self.PHASES.index(name)
-
-    @property
-    def has_trained(self) -> bool:
-        return bool(self._memory[1])
-
-    def trains(self) -> None:
-        self._memory[1] = 1
-
-
-class Marks:
-    """Counts how often a child has come to a place, and ends it where it is told to."""
-
-    def __init__(self, kill: Kill | None, board: Board) -> None:
-        self._kill, self._board = kill, board
-        self._counts: collections.Counter[str] = collections.Counter()
-
-    def at(self, place: str) -> None:
-        self._counts[place] += 1
-        kill = self._kill
-        if kill is not None and (place, self._counts[place]) == (kill.place, kill.number):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    @contextlib.contextmanager
-    def phase(self, name: str, begins: str = "", ends: str = ""):
-        before, self._board.phase = self._board.phase, name
-        self.at(begins)
-        yield
-        self.at(ends)
-        self._board.phase = "else" if before == "start" else before
-
-    def around(self, owner: Any, name: str, *phase: str) -> None:
-        """Let a method of ours mark its phase."""
-        original = getattr(owner, name)
-
-        def marked(*args: Any, **kwargs: Any) -> Any:
-            with self.phase(*phase):
-                return original(*args, **kwargs)
-
-        setattr(owner, name, marked)
-
-
-def mark_everything(marks: Marks, board: Board) -> None:
-    """In a child: the phases and places of a run."""
-    marks.around(RolloutLoader, "_write_all", "rollout", "rollout begins", "rollout ends")
-    marks.around(DistillationModule, "training_step", "training", "step begins", "step ends")
-    marks.around(_EvaluationLoop, "run", "validation", "validation begins", "validation ends")
-    marks.around(DistillationModule, "validation_step", "validation", "validation step")
-    marks.around(
-        checkpoint_io.DurableCheckpointIO, "save_checkpoint", "checkpoint", "checkpoint begins"
-    )
-    marks.around(RunCSVLogger, "save", "records", "before a row", "behind a row")
-    marks.around(RolloutLog, "on_train_batch_start", "records", "", "sample written")
-    shown = Agreement.progress
-
-    def progress(self, told):
-        tell = shown(self, told)
-        return lambda count: (marks.at("a row is written"), tell(count))[1]
-
-    Agreement.progress = progress
-    rename, write = os.replace, durable_files._Watched.write
-
-    def replace(*args):
-        if ".ckpt" in str(args[1]):
-            marks.at("before the rename")
-        rename(*args)
-        if ".ckpt" in str(args[1]):
-            marks.at("renamed")
-
-    def write_part(self, data):
-        if board.phase == "checkpoint":
-            marks.at("within the file")
-        return write(self, data)
-
-    durable_files.os.replace = replace
-    durable_files._Watched.write = write_part
-    step = DistillationModule.training_step
-
-    def training_step(*args):
-        board.trains()
-        return step(*args)
-
-    DistillationModule.training_step = training_step
 
 
 def make_assets(folder: Path) -> None:
@@ -251,24 +128,30 @@ def attempt(work: Path, argv: Sequence[str], ranks: int, kill: Kill | None) -> E
         children.append(fork(work, argv, environment, kill if rank == victim else None))
     child, board = children[victim]
     if kill is not None and kill.place is None:
-        _kill_in_time(child, board, kill.seconds)
-    first = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        _signal_in_time(child, board, kill)
+    is_stopped = kill is not None and kill.signal == signal.SIGSTOP
     died = time.monotonic()
-    others = [
-        os.waitstatus_to_exitcode(os.waitpid(other, 0)[1])
-        for other, _ in children
-        if other != child
-    ]
-    return Ended(first, board.phase, others, time.monotonic() - died)
+    others = [other for other, _ in children if other != child]
+    if is_stopped:
+        statuses, seconds = _status_of(others), time.monotonic() - died
+        os.kill(child, signal.SIGKILL)
+        return Ended(*_status_of([child]), board.phase, statuses, seconds)
+    (first,) = _status_of([child])
+    died = time.monotonic()
+    return Ended(first, board.phase, _status_of(others), time.monotonic() - died)
 
 
-def _kill_in_time(child: int, board: Board, seconds: float) -> None:
+def _status_of(children: Sequence[int]) -> list[int]:
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def _signal_in_time(child: int, board: Board, kill: Kill) -> None:
     while not board.has_trained:
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             return
         time.sleep(0.005)
-    time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
+    time.sleep(kill.seconds)
+    os.kill(child, kill.signal)
 
 
 @dataclass(frozen=True)
@@ -331,6 +214,19 @@ def soak(work: Path, assets: Path, method: str, ranks: int, num_kills: int, seed
             break
         tally.problems += differences(truth / RUN, place / RUN)
     return tally
+
+
+def hang(work: Path, assets: Path, timeout: int) -> list[str]:
+    """One rank of two stands still: the other must end when its time is over, and say why."""
+    work.mkdir()
+    strategy = ["--trainer.strategy", "DDPStrategy"]
+    strategy += ["--trainer.strategy.timeout", f"0:00:{timeout:02d}"]
+    argv = [*command(assets, "GKD", 2), *strategy]
+    ended = attempt(work, argv, 2, Kill(None, seconds=0.2, signal=signal.SIGSTOP))
+    print(f"a rank that stands still: the other ended {ended.seconds:.1f} s later, {ended}")
+    is_said = "did not answer in time; this one stops" in _tail(work)
+    is_in_time = timeout - 1 <= ended.seconds < timeout + 10
+    return [] if ended.others == [1] and is_said and is_in_time else [_tail(work)]
 
 
 def _not_told(folder: Path, ended: Ended) -> list[str]:
@@ -423,12 +319,17 @@ def run() -> int:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hang", type=int, metavar="SECONDS", help="stop one rank, time the other")
     options = parser.parse_args()
     torch.set_num_threads(1)
     num_problems = 0
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make_assets(root)
+        if options.hang:
+            problems = hang(root / "hang", root, options.hang)
+            print("\n".join(problems))
+            return bool(problems)
         for method in options.methods:
             start = time.monotonic()
             tally = soak(root / method, root, method, options.ranks, options.kills, options.seed)
