@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: install quickstart test lint teacher clean
+.PHONY: install quickstart test soak lint teacher clean
 
 install: $(INSTALLED)
 
@@ -20,6 +20,11 @@ quickstart: install  ## watch a student learn; results in quickstart-out/
 
 test: install  ## the whole CPU suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+soak: install  ## kill runs with SIGKILL and compare them with runs left alone (about ten minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills 20
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills 6 --ranks 2
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --hang 10
 
 lint: install
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from okd_lightning.errors import CheckpointError
 
@@ -36,9 +37,48 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     return checkpoint
 
 
+def newest_checkpoint(folder: Path) -> str | None:
+    """The checkpoint to go on from: ``last.ckpt``, or the newest whole one where that is broken.
+
+    Args:
+        folder: A run's folder.
+
+    Returns:
+        Its path; None where there are none.
+
+    Raises:
+        CheckpointError: There are some, and none can be read.
+    """
+    found = sorted((folder / "checkpoints").glob("*.ckpt"), key=_age)
+    problems = []
+    for path in found:
+        if path.is_dir():  # of several files, which are read elsewhere
+            return str(path)
+        try:
+            read_checkpoint(str(path))
+        except CheckpointError as error:
+            problems.append(error)
+            continue
+        if problems:
+            broken = ", ".join(str(p) for p in found[: len(problems)])
+            rank_zero_warn(f"{broken} cannot be read; the run goes on from {path}")
+        return str(path)
+    if problems:
+        raise CheckpointError(
+            f"--ckpt_path last: none of the checkpoints in {folder / 'checkpoints'} can be read "
+            f"({', '.join(path.name for path in found)}); move them away to begin anew"
+        ) from problems[0]
+    return None
+
+
+def _age(path: Path) -> tuple[bool, float]:
+    """``last.ckpt`` first, then from new to old."""
+    return path.name != "last.ckpt", -path.stat().st_mtime
+
+
 def _others(file: Path) -> str:
     found = sorted(str(p) for p in file.parent.glob("*.ckpt") if p.name != file.name)
-    return f"; beside it there are {', '.join(found[:5])}" if found else ""
+    return f"; take another: beside it there are {', '.join(found[:5])}" if found else ""
 
 
 def _nearby(file: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -102,33 +103,8 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor])
             )
 
 
-def close_epoch(checkpoint: dict[str, Any]) -> None:
-    """Turn a checkpoint of an epoch's end into one of the next epoch's start, in place.
-
-    Lightning's own repair of such checkpoints miscounts epochs where the last validation was in the
-    middle of the epoch: a resumed run ends too early, and one that is resumed twice too late.
-
-    Args:
-        checkpoint: As loaded; one without loops is left alone.
-    """
-    loop = checkpoint.get("loops", {}).get("fit_loop")
-    if loop is None:
-        return
-    batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]
-    current = batches["current"]
-    if not batches["is_last_batch"] or current["processed"] < current["ready"]:
-        return
-    num_done = epochs["total"]["ready"]
-    for part in ("total", "current"):
-        epochs[part] = {**dict.fromkeys(epochs[part], num_done), "ready": num_done + 1}
-    batches["is_last_batch"] = False
-    batches["current"] = dict.fromkeys(current, 0)
-    batches["total"]["completed"] = batches["total"]["processed"]
-    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"] - 1
-
-
 def rng_state() -> dict[str, Any]:
-    """All random streams of this process, as tensors and primitives."""
+    """All random streams of this process (CUDA's of its own device), as tensors and primitives."""
     _, keys, position, has_gauss, gauss = np.random.get_state()
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
@@ -141,7 +117,19 @@ def rng_state() -> dict[str, Any]:
         "python": list(_flat(random.getstate())),
     }
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def rng_state_of(states: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
+    """A rank's streams out of ``rng_states``.
+
+    In a run of another number of ranks every rank gets a torch seed of its own, made of a saved
+    stream and its number, so that no two ranks draw the same dropout.
+    """
+    state = dict(states[rank % len(states)])
+    if len(states) != world_size:
+        state["seed"] = zlib.crc32(state["torch"].numpy().tobytes(), rank)
     return state
 
 
@@ -171,7 +159,9 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     version, *keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([stream.cpu() for stream in state["cuda"]])
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+    if "seed" in state:
+        torch.manual_seed(state["seed"])
 
 
 def _flat(state: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from okd_lightning.callbacks import (
     BestCheckpoint,
@@ -26,6 +27,7 @@ from okd_lightning.callbacks import (
     FiniteGuard,
     LastCheckpoint,
     PredictionLog,
+    Preemption,
     RolloutLog,
     TeacherDrift,
     Throughput,
@@ -36,7 +38,15 @@ from okd_lightning.checkpoint_files import read_checkpoint
 from okd_lightning.cli_arguments import prepare
 from okd_lightning.cli_errors import instantiate, one_line, parse, readable_constructors
 from okd_lightning.data import RolloutDataModule
-from okd_lightning.errors import OKDLightningError, UsageError
+from okd_lightning.durable_files import write_whole
+from okd_lightning.errors import (
+    NonFiniteError,
+    OKDLightningError,
+    PreemptedError,
+    RewardError,
+    RolloutTimeoutError,
+    UsageError,
+)
 from okd_lightning.export import AdapterForm, ExportPart, export_online_module, export_student
 from okd_lightning.module import DistillationModule
 from okd_lightning.quickstart.command import (
@@ -44,10 +54,17 @@ from okd_lightning.quickstart.command import (
     quickstart_parser,
     with_default_method,
 )
-from okd_lightning.run_folder import CONFIG_FILE, RunCSVLogger, resume_run, start_run
+from okd_lightning.rank_faults import as_lost_rank
+from okd_lightning.run_folder import (
+    CONFIG_FILE,
+    DEFAULT_FOLDER,
+    RunCSVLogger,
+    resume_run,
+    start_run,
+)
 
 _TRAINER_DEFAULTS = {
-    "default_root_dir": "runs/default",
+    "default_root_dir": DEFAULT_FOLDER,
     "gradient_clip_val": 1.0,
     "enable_model_summary": False,
     "log_every_n_steps": 1,
@@ -75,6 +92,11 @@ _OUT_OF_MEMORY = (
     "; lower --data.batch_size (with --data.global_batch_size the steps stay the same) or "
     "--data.max_response_length, or set --model.gradient_checkpointing true"
 )
+
+_AGREED = (NonFiniteError, PreemptedError, RewardError, RolloutTimeoutError)
+"""Raised on all ranks alike: one of them says it."""
+
+_TERMINATED = 128 + signal.SIGTERM
 
 
 class DistillationCLI(LightningCLI):
@@ -159,6 +181,8 @@ class DistillationCLI(LightningCLI):
                 configured.append(BestCheckpoint(Path(folder) / "checkpoints"))
             if not _has(configured, LastCheckpoint):
                 configured.append(LastCheckpoint(every_n_steps=_STEPS_BETWEEN_CHECKPOINTS))
+            if not _has(configured, Preemption):
+                configured.append(Preemption())
         if config["enable_progress_bar"] is not False and not _has(configured, ProgressBar):
             configured.append(RunProgressBar())
         monitors = (FiniteGuard, TeacherDrift, Throughput, RolloutLog, PredictionLog, StepIntervals)
@@ -183,11 +207,16 @@ class DistillationCLI(LightningCLI):
             self.trainer.fit(**kwargs)
             return
         folder = Path(self.trainer.default_root_dir)
-        checkpoint = kwargs.get("ckpt_path")
-        start = 0 if checkpoint is None else int(read_checkpoint(checkpoint)["global_step"])
-        prepared = start_run(folder) if checkpoint is None else resume_run(folder, start)
+        path = kwargs.get("ckpt_path")
+        start = 0
+        if path is not None:
+            checkpoint = read_checkpoint(path)
+            start, row = int(checkpoint["global_step"]), checkpoint["okd_lightning"].get("row")
+            prepared = resume_run(folder, start, row)
+        else:
+            prepared = start_run(folder)
         try:
-            (folder / CONFIG_FILE).write_text(self.model.run_config, encoding="utf-8")
+            write_whole(folder / CONFIG_FILE, self.model.run_config)
             self.trainer.fit(**kwargs)
         except BaseException:
             if self.trainer.global_step <= start:
@@ -272,6 +301,10 @@ def run(arguments: Sequence[str], debug: bool = False) -> int:
     quiet_libraries()
     try:
         return _run(list(arguments))
+    except _AGREED as error:
+        if debug:
+            raise
+        return _stopped_together(error)
     except (OSError, MisconfigurationException, OKDLightningError, torch.OutOfMemoryError) as error:
         if debug:
             raise
@@ -281,11 +314,9 @@ def run(arguments: Sequence[str], debug: bool = False) -> int:
     except Exception as error:
         if debug:
             raise
-        print(
-            f"okd-lightning: unexpected {type(error).__name__}: {one_line(error)} "
-            "(--debug shows where)",
-            file=sys.stderr,
-        )
+        lost = as_lost_rank(error)
+        unexpected = f"unexpected {type(error).__name__}: {one_line(error)} (--debug shows where)"
+        print(f"okd-lightning: {lost or unexpected}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, SystemExit) as error:
         is_interrupt = isinstance(error, KeyboardInterrupt)  # Lightning makes an exit of it
@@ -293,6 +324,13 @@ def run(arguments: Sequence[str], debug: bool = False) -> int:
             raise
         print("okd-lightning: interrupted", file=sys.stderr)
         return 130
+
+
+def _stopped_together(error: Exception) -> int:
+    """Say on one rank what all of them know."""
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        print(f"okd-lightning: {one_line(error)}", file=sys.stderr)
+    return _TERMINATED if isinstance(error, PreemptedError) else 1
 
 
 def _run(arguments: list[str]) -> int:

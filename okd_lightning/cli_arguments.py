@@ -1,7 +1,7 @@
 """From what a person typed to what LightningCLI parses.
 
 Resolves packaged configs by name, takes a checkpoint's own config where only ``--ckpt_path`` is
-given, and drops a method's settings where another class of method is asked for.
+given, finds the last one, and drops a method's settings where another class of method is asked for.
 """
 
 from __future__ import annotations
@@ -13,13 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 import okd_lightning
-from okd_lightning.checkpoint_files import read_checkpoint
+from okd_lightning.checkpoint_files import newest_checkpoint, read_checkpoint
 from okd_lightning.errors import CheckpointError, ConfigError, UsageError
+from okd_lightning.run_folder import DEFAULT_FOLDER
+
+LAST = "last"
+"""As a ``--ckpt_path``: the run folder's newest checkpoint; a new run where it has none."""
 
 _CONFIG_OPTIONS = ("--config", "-c")
+_FOLDER = "default_root_dir"
 
 
 def prepare(arguments: Sequence[str]) -> list[str]:
@@ -33,7 +38,12 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     rest = _split_equals(rest)
     configs = [(name, _load_config(name)) for name in _values(rest, _CONFIG_OPTIONS)]
     checkpoint = _last(_values(rest, ("--ckpt_path",)))
-    if checkpoint is not None:
+    is_whole = checkpoint == LAST and _can_begin(rest, [c for _, c in configs])
+    if checkpoint == LAST:
+        checkpoint = _last_checkpoint(command, _run_folder(rest, [c for _, c in configs]))
+        rest = _without(rest, ("--ckpt_path",))
+        rest += ["--ckpt_path", checkpoint] if checkpoint is not None else []
+    if checkpoint is not None and not is_whole:
         configs.insert(0, (checkpoint, _config_of(checkpoint)))
     if "--help" in rest or "-h" in rest:
         configs = []
@@ -41,6 +51,41 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     _drop_other_methods(configs, typed)
     inlined = [part for _, c in configs for part in ("--config", yaml.safe_dump(c))]
     return [command, *inlined, *_without(rest, _CONFIG_OPTIONS)]
+
+
+def _run_folder(arguments: Sequence[str], configs: Sequence[dict[str, Any]]) -> Path:
+    """The run's folder, before anything is parsed: typed, of the last config, or the default."""
+    sections = [config.get("trainer") for config in configs]
+    named = [s["default_root_dir"] for s in sections if isinstance(s, dict) and _FOLDER in s]
+    typed = _values(arguments, (f"--trainer.{_FOLDER}",))
+    return Path([DEFAULT_FOLDER, *(n for n in named if n), *typed][-1]).expanduser()
+
+
+def _can_begin(arguments: Sequence[str], configs: Sequence[dict[str, Any]]) -> bool:
+    """Whether a command could begin a run by itself: it is then taken as it is at every restart.
+
+    (Below a checkpoint's config it would add its callbacks to those that it had added before.)
+    """
+    sections = [config.get("model") for config in configs]
+    is_typed = any(a.partition("=")[0].startswith("--model.student") for a in arguments)
+    return is_typed or any(isinstance(s, dict) and "student" in s for s in sections)
+
+
+def _last_checkpoint(command: str, folder: Path) -> str | None:
+    """What ``--ckpt_path last`` names; None for a run that is to begin.
+
+    Raises:
+        CheckpointError: There is none to measure, or none that can be read.
+    """
+    found = newest_checkpoint(folder)
+    if found is None and command != "fit":
+        raise CheckpointError(
+            f"--ckpt_path last: there are no checkpoints in {folder / 'checkpoints'}; give "
+            "--trainer.default_root_dir the folder of a run"
+        )
+    known = f"the run goes on from {found}" if found else "there is no checkpoint: a new run begins"
+    rank_zero_info(f"{folder}: {known}")
+    return found
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -119,7 +164,8 @@ def _drop_other_methods(configs: list[tuple[str, dict[str, Any]]], typed: str | 
 
 
 def _split_equals(arguments: Sequence[str]) -> list[str]:
-    known = (*_CONFIG_OPTIONS, "--ckpt_path", "--method", "--method.class_path")
+    methods, places = ("--method", "--method.class_path"), ("--ckpt_path", f"--trainer.{_FOLDER}")
+    known = (*_CONFIG_OPTIONS, *methods, *places)
     split: list[str] = []
     for argument in arguments:
         option, equals, value = argument.partition("=")

@@ -58,3 +58,15 @@ class NonFiniteError(OKDLightningError, FloatingPointError):
 
 class CacheError(OKDLightningError, RuntimeError):
     """A cache on disk that is broken, or cannot be read by all processes of a run."""
+
+
+class RolloutTimeoutError(OKDLightningError, TimeoutError):
+    """An engine that did not answer in time while it wrote responses; raised on all ranks."""
+
+
+class LostRankError(OKDLightningError, ConnectionError):
+    """Another process of a run on several devices has ended or does not answer."""
+
+
+class PreemptedError(OKDLightningError, InterruptedError):
+    """A run that was asked to stop (SIGTERM), behind a checkpoint; exit status 143."""

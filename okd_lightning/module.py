@@ -21,16 +21,9 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
-from okd_lightning.checkpoints import (
-    check_methods,
-    check_teacher_kind,
-    check_weights,
-    close_epoch,
-    rng_states,
-    set_rng_state,
-    weights_to_save,
-)
-from okd_lightning.errors import CheckpointError, ConfigError
+from okd_lightning.checkpoints import set_rng_state
+from okd_lightning.errors import ConfigError
+from okd_lightning.loop_state import count_steps
 from okd_lightning.losses import (
     DrawnLogProb,
     Measured,
@@ -57,8 +50,17 @@ from okd_lightning.optimizers import RateSchedule, build_optimizer, with_schedul
 from okd_lightning.pair_module import PairModule
 from okd_lightning.records import SOURCES, DistillBatch
 from okd_lightning.rollouts.rows import generation_records
+from okd_lightning.run_state import add_state, check_state
 from okd_lightning.schedules import ScheduleName, schedule_factor
-from okd_lightning.step_terms import acting_terms, check_counts, check_term, kind_of, step_means
+from okd_lightning.step_metrics import forget_last_step
+from okd_lightning.step_terms import (
+    acting_terms,
+    check_counts,
+    check_term,
+    step_means,
+    teaching_window,
+    trains_teacher,
+)
 from okd_lightning.teacher_cache import TeacherCache, check_cached_term
 
 
@@ -171,6 +173,7 @@ class DistillationModule(PairModule):
         self._terms_of: int | None = None
         self._checked: list[Term] = []  # what acted in the last step
         self._step_sums: dict[str, Tensor] = {}
+        self.measured_before: dict[str, float] = {}  # by the last validation before a resume
         self._rng_to_restore: dict[str, Any] | None = None
         self.evaluation = measure_metrics()
 
@@ -234,7 +237,8 @@ class DistillationModule(PairModule):
             return None
         warmup_steps = self.warmup_steps if own.warmup_steps is None else own.warmup_steps
         option = "model.schedule" if own.schedule is None else "method.schedule"
-        return RateSchedule(own.schedule or self.schedule, warmup_steps, option)
+        window = teaching_window(self.terms)
+        return RateSchedule(own.schedule or self.schedule, warmup_steps, option, *window)
 
     def configure_gradient_clipping(
         self,
@@ -242,8 +246,15 @@ class DistillationModule(PairModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the student by the Trainer's value and the online module by its own norm."""
+        """Clip the student by the Trainer's value and the online module by its own norm.
+
+        An online module that no method trains in this step keeps no gradient: the optimizer leaves
+        it and its moments alone, and counts no step for it.
+        """
         own = self.online_module
+        if not any(map(trains_teacher, self._checked)):
+            for parameter in self.trained_parameters(self.teacher):
+                parameter.grad = None
         if own is not None and own.clip_norm and gradient_clip_algorithm == "value":
             raise ConfigError(
                 f"clip_norm {own.clip_norm} of the online module is a norm, and "
@@ -290,7 +301,7 @@ class DistillationModule(PairModule):
     def _idle_loss(self, terms: Sequence[WeightedTerm]) -> Tensor:
         """Zero, tied to the online module where nothing trains it in this step, as DDP expects."""
         idle = torch.zeros((), device=self.device)
-        if not any(q.trains_teacher for weighted in terms for q in weighted.term.quantities):
+        if not any(trains_teacher(weighted.term) for weighted in terms):
             for parameter in self.trained_parameters(self.teacher):
                 idle = idle + 0.0 * parameter.sum()
         return idle
@@ -362,20 +373,7 @@ class DistillationModule(PairModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave frozen weights out; add the resolved config, the methods and the RNG streams."""
-        checkpoint["state_dict"] = weights_to_save(self, checkpoint["state_dict"])
-        checkpoint["okd_lightning"] = {
-            "config": self.run_config,
-            "eos_ids": list(self.eos_ids),
-            "online_module": None if self.online_module is None else self.online_module.to_dict(),
-            "methods": [kind_of(term) for term in self.terms],
-            "self_teacher": self.self_teacher,
-            "metrics": {
-                name: float(value)
-                for name, value in self.trainer.callback_metrics.items()
-                if name.startswith("val/")
-            },
-            "rng": rng_states(self.trainer.world_size),
-        }
+        add_state(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is one of this run's methods and models.
@@ -383,24 +381,22 @@ class DistillationModule(PairModule):
         Raises:
             CheckpointError: Another method's or another model's checkpoint.
         """
-        own = checkpoint.get("okd_lightning")
-        if own is None:
-            raise CheckpointError("this checkpoint was not written by okd-lightning")
-        self.eos_ids = tuple(own["eos_ids"])
-        if self.terms:
-            check_methods(own["methods"], [kind_of(term) for term in self.terms])
-            check_teacher_kind(own.get("self_teacher"), self.self_teacher)
-            own_rank = self.trainer.global_rank if len(own["rng"]) == self.trainer.world_size else 0
-            self._rng_to_restore = own["rng"][own_rank]
-            close_epoch(checkpoint)
-        check_weights(checkpoint["state_dict"], weights_to_save(self, self.state_dict()))
+        self._rng_to_restore = check_state(self, checkpoint)
 
     def on_fit_start(self) -> None:
         """Say what is trained, and find or write the teacher's cache."""
         open_run(self, self.terms, self.learning_rate)
 
     def on_train_batch_start(self, batch: DistillBatch, batch_idx: int) -> None:
-        """Continue the random streams of a resumed run (dropout), once."""
+        """Continue the random streams of a resumed run (dropout), once; log this step's alone."""
         if self._rng_to_restore is not None:
             set_rng_state(self._rng_to_restore)
             self._rng_to_restore = None
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            forget_last_step(self.trainer)
+            count_steps(self.trainer, self.trainer.global_step)
+
+    def on_validation_start(self) -> None:
+        """A validation that a resumed run begins with is logged at the step that it belongs to."""
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            count_steps(self.trainer, self.trainer.global_step - 1)

@@ -25,11 +25,15 @@ class RateSchedule:
         name: What happens after warm-up.
         warmup_steps: Optimizer steps of warm-up.
         option: How the user named it, for messages.
+        start: Optimizer step at which it begins.
+        end: Optimizer step at which it has ended; None for the run's end.
     """
 
     name: ScheduleName
     warmup_steps: int
     option: str = "model.schedule"
+    start: int = 0
+    end: int | None = None
 
 
 def build_optimizer(
@@ -91,12 +95,14 @@ def with_schedule(
     def factor_of(schedule: RateSchedule) -> Callable[[int], float]:
         def factor(step: int) -> float:
             total = total_steps() if step else math.inf  # the factor of step 0 is the same for all
+            total = min(total, schedule.end or math.inf) - schedule.start
             if step and math.isinf(total) and schedule.name != "constant":
                 raise ConfigError(
                     f"{schedule.option} {schedule.name} needs to know the run's end: give "
                     "--trainer.max_epochs or --trainer.max_steps, or the schedule constant"
                 )
-            return schedule_factor(schedule.name, step, schedule.warmup_steps, total)
+            own_step = max(0, step - schedule.start)
+            return schedule_factor(schedule.name, own_step, schedule.warmup_steps, total)
 
         return factor
 

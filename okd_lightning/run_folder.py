@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_info
 
+from okd_lightning.durable_files import remove_leftovers, write_whole
 from okd_lightning.errors import OutputError
 
+DEFAULT_FOLDER = "runs/default"
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.csv"
 ROLLOUTS_FILE = "rollouts.jsonl"
@@ -44,7 +46,7 @@ class PreparedRun:
     def withdraw(self) -> None:
         """Put the folder back: for a run that failed before its first step."""
         for name, content in self.contents.items():
-            (self.folder / name).write_bytes(content)
+            write_whole(self.folder / name, content)
         if self.contents:
             return
         for name in _RUN_ENTRIES:
@@ -99,12 +101,14 @@ def start_run(folder: Path) -> PreparedRun:
     return PreparedRun(folder, earlier=target)
 
 
-def resume_run(folder: Path, step: int) -> PreparedRun:
+def resume_run(folder: Path, step: int, row: Mapping[str, float] | None = None) -> PreparedRun:
     """Cut metrics.csv and rollouts.jsonl back to a checkpoint's step.
 
     Args:
         folder: The run's folder.
         step: Optimizer steps done at the checkpoint.
+        row: What the checkpoint's own step logs. Lightning logs it when the checkpoint has been
+            written, so that a run killed between the two has not: it is added where it is missing.
 
     Returns:
         How to take it back.
@@ -113,9 +117,11 @@ def resume_run(folder: Path, step: int) -> PreparedRun:
         OutputError: The folder cannot be written.
     """
     require_writable(folder, "--trainer.default_root_dir")
+    for place in (folder, folder / "checkpoints"):
+        remove_leftovers(place)
     files = [folder / name for name in (CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE)]
     contents = {path.name: path.read_bytes() for path in files if path.is_file()}
-    _cut_metrics(folder / METRICS_FILE, step)
+    _cut_metrics(folder / METRICS_FILE, step, row)
     _cut_rollouts(folder / ROLLOUTS_FILE, step)
     return PreparedRun(folder, contents=contents)
 
@@ -123,8 +129,8 @@ def resume_run(folder: Path, step: int) -> PreparedRun:
 class RunCSVLogger(CSVLogger):
     """``metrics.csv`` directly in the run's folder; appends to what is there.
 
-    Every row is on disk before the checkpoint that follows it: whatever ends the process, the run
-    can be resumed without a gap.
+    Every row is written at once, and what a new column changes of the file is changed in one move:
+    whatever ends the process, the rows before the last checkpoint are there.
 
     Args:
         folder: The run's folder.
@@ -151,18 +157,39 @@ class _AppendingWriter(ExperimentWriter):
             with path.open(newline="") as file:
                 self.metrics_keys = next(csv.reader(file), [])
 
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        path = Path(self.log_dir) / METRICS_FILE
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        _write_rows(path, fieldnames, rows)
 
-def _cut_metrics(path: Path, step: int) -> None:
+
+def _cut_metrics(path: Path, step: int, row: Mapping[str, float] | None) -> None:
     if not path.exists():
         return
     reader = csv.DictReader(io.StringIO(_whole_lines(path), newline=""))
-    rows, names = list(reader), reader.fieldnames or []
+    rows: list[Mapping[str, Any]] = list(reader)
+    names = list(reader.fieldnames or [])
     kept = [row for row in rows if int(float(row.get("step") or 0)) < step]
-    with _replacing(path).open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=names)
-        writer.writeheader()
-        writer.writerows(kept)
-    _replacing(path).replace(path)
+    if row is not None and not _is_logged(row, kept):
+        names = sorted({*names, *row})
+        kept.append(row)
+    _write_rows(path, names, kept)
+
+
+def _is_logged(row: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether one of ``rows`` is of the same step and kind (not of validation)."""
+    own = row.keys() - {"step", "epoch"}
+    same_step = [r for r in rows if int(float(r.get("step") or 0)) == row["step"]]
+    return not own or any(r.get(name) for r in same_step for name in own)
+
+
+def _write_rows(path: Path, names: list[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=names)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
 
 
 def _cut_rollouts(path: Path, step: int) -> None:
@@ -170,8 +197,7 @@ def _cut_rollouts(path: Path, step: int) -> None:
         return
     lines = _whole_lines(path).split("\n")[:-1]
     kept = [line + "\n" for line in lines if json.loads(line)["step"] < step]
-    _replacing(path).write_text("".join(kept), encoding="utf-8")
-    _replacing(path).replace(path)
+    write_whole(path, "".join(kept))
 
 
 def _whole_lines(path: Path) -> str:
@@ -190,7 +216,3 @@ def _remove(path: Path) -> None:
 def _remove_empty(folder: Path) -> None:
     if not any(folder.iterdir()):
         folder.rmdir()
-
-
-def _replacing(path: Path) -> Path:
-    return path.with_name(path.name + ".new")

@@ -39,6 +39,18 @@ def acting_terms(
     ]
 
 
+def trains_teacher(term: Term) -> bool:
+    """Whether a term trains the teacher's online module while it acts."""
+    return any(quantity.trains_teacher for quantity in term.quantities)
+
+
+def teaching_window(terms: Sequence[Term]) -> tuple[int, int | None]:
+    """The first step that trains the online module, and the first behind them (None: the end)."""
+    windows = [term.window for term in terms if trains_teacher(term)] or [(0, None)]
+    ends = [end for _, end in windows if end is not None]
+    return min(start for start, _ in windows), max(ends) if len(ends) == len(windows) else None
+
+
 def step_means(
     terms: Sequence[WeightedTerm], loss: WeightedLoss, batch: DistillBatch, step: int
 ) -> Mapping[str, Tensor]:

@@ -8,7 +8,7 @@
 * monitors: ``exact_match`` (task accuracy), ``paper_measures`` (OKD's), ``teacher_drift`` (an
   alarm), ``rollout_log`` (samples on disk), ``predictions`` (generations on disk),
   ``finite_guard`` (stop before a broken step), ``best_checkpoint``, ``last_checkpoint``,
-  ``throughput``, ``step_intervals``.
+  ``preemption`` (SIGTERM), ``throughput``, ``step_intervals``.
 """
 
 from okd_lightning.callbacks.base import DistillationCallback
@@ -24,6 +24,7 @@ from okd_lightning.callbacks.opd import OPD, OPDPlus
 from okd_lightning.callbacks.paper_measures import PaperMeasures
 from okd_lightning.callbacks.policy_gradient import AdvantageCallback, PolicyGradientCallback
 from okd_lightning.callbacks.predictions import PredictionLog
+from okd_lightning.callbacks.preemption import Preemption
 from okd_lightning.callbacks.reward import Reward
 from okd_lightning.callbacks.rollout_log import RolloutLog
 from okd_lightning.callbacks.sft import SFT
@@ -48,6 +49,7 @@ __all__ = [
     "PaperMeasures",
     "PolicyGradientCallback",
     "PredictionLog",
+    "Preemption",
     "Reward",
     "RolloutLog",
     "Stage",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,12 @@ import lightning
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from okd_lightning.checkpoint_files import read_checkpoint
 from okd_lightning.data import RolloutDataModule
-from okd_lightning.errors import ConfigError
+from okd_lightning.durable_files import sync_file
+from okd_lightning.errors import CheckpointError, ConfigError
+
+_RECORDS = ("*.csv", "*.jsonl")
 
 
 class LastCheckpoint(Checkpoint):
@@ -18,21 +24,41 @@ class LastCheckpoint(Checkpoint):
 
     After every validation, at the end of every epoch and of the run, and every so many optimizer
     steps where that is asked for. (ModelCheckpoint's ``save_last`` follows its monitor: after a
-    worse validation its "last" is old.) It is a Checkpoint, which Lightning calls after all other
-    callbacks and in the order given: behind "best", so that it holds what "best" has just seen.
+    worse validation its "last" is old.) Whatever the order given, it is called behind all other
+    callbacks: behind "best", so that it holds what "best" has just seen.
 
     Args:
         every_n_steps: Optimizer steps between two checkpoints, besides those.
+        keep: Checkpoints that stay: the last one, and before it ``last-step=N.ckpt``.
 
     Raises:
-        ConfigError: every_n_steps below 1.
+        ConfigError: every_n_steps or keep below 1.
     """
 
-    def __init__(self, every_n_steps: int | None = None) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ConfigError(f"every_n_steps must be at least 1, got {every_n_steps}")
+    def __init__(self, every_n_steps: int | None = None, keep: int = 1) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("keep", keep)):
+            if value is not None and value < 1:
+                raise ConfigError(f"LastCheckpoint: {name} must be at least 1, got {value}")
         self.every_n_steps = every_n_steps
+        self.keep = keep
+        self._folder: Path | None = None
         self._saved_at = -1
+
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """Settle the folder, wherever the process goes from here, and the place behind the others.
+
+        One that was saved before "best" has seen a validation would make a resumed run forget it.
+        """
+        move_to_end(trainer, LastCheckpoint)
+        self._folder = Path(trainer.default_root_dir).absolute() / "checkpoints"
+
+    @property
+    def path(self) -> Path:
+        """Where the last checkpoint is; known from ``setup`` on."""
+        assert self._folder is not None
+        return self._folder / "last.ckpt"
 
     def on_train_batch_end(
         self,
@@ -48,7 +74,7 @@ class LastCheckpoint(Checkpoint):
         Lightning counts the epoch of such a checkpoint twice, and a resumed run ends too early.
         """
         is_due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
-        if (is_due or trainer.is_last_batch) and not _validation_follows(trainer):
+        if (is_due or trainer.is_last_batch) and not validation_follows(trainer):
             self._save(trainer)
 
     def on_validation_end(
@@ -73,18 +99,68 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         """Say where a run that was stopped can be taken up again."""
         if self._saved_at >= 0:
-            rank_zero_info(f"resume: okd-lightning fit --ckpt_path {_path(trainer)}")
+            rank_zero_info(f"resume: okd-lightning fit --ckpt_path {self.path}")
 
     def _save(self, trainer: lightning.Trainer) -> None:
         if (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # within an optimizer step: its gradient would be lost
-        if trainer.global_step == self._saved_at or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.global_step != self._saved_at:
+            self.save_now(trainer)
+
+    def save_now(self, trainer: lightning.Trainer) -> None:
+        """Save between two optimizer steps, whatever was saved before; all ranks call this."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        if trainer.is_global_zero:
+            for pattern in _RECORDS:
+                for path in self.path.parent.parent.glob(pattern):
+                    sync_file(path)
+            if self.keep > 1:
+                self._keep_one_more(trainer.global_step)
+        trainer.save_checkpoint(self.path, weights_only=False)
         self._saved_at = trainer.global_step
-        trainer.save_checkpoint(_path(trainer), weights_only=False)
+        if trainer.is_global_zero:
+            self._drop_oldest()
+
+    def _keep_one_more(self, now: int) -> None:
+        """Give the last checkpoint a second name: at no moment is there no ``last.ckpt``.
+
+        Not where it is of step ``now`` or later: the run has been taken up before it.
+        """
+        if not self.path.is_file():
+            return
+        try:
+            step = read_checkpoint(str(self.path))["global_step"]
+        except CheckpointError:
+            return
+        if step >= now:
+            return
+        kept = self.path.with_name(f"last-step={step}.ckpt")
+        kept.unlink(missing_ok=True)
+        try:
+            os.link(self.path, kept)
+        except OSError:  # a file system without second names
+            shutil.copyfile(self.path, kept)
+
+    def _drop_oldest(self) -> None:
+        """Keep the newest; those of later steps, of a run that went on from before, are left."""
+        found = {
+            int(path.stem.removeprefix("last-step=")): path
+            for path in self.path.parent.glob("last-step=*.ckpt")
+            if path.stem.removeprefix("last-step=").isdigit()
+        }
+        before = sorted((step for step in found if step < self._saved_at), reverse=True)
+        for step in before[self.keep - 1 :]:
+            found[step].unlink(missing_ok=True)
 
 
-def _validation_follows(trainer: lightning.Trainer) -> bool:
+def move_to_end(trainer: lightning.Trainer, kind: type[Checkpoint]) -> None:
+    """Have Lightning call the callbacks of one kind behind all others."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    trainer.callbacks = sorted(callbacks, key=lambda c: isinstance(c, kind))  # type: ignore[attr-defined]
+
+
+def validation_follows(trainer: lightning.Trainer) -> bool:
     """Whether this batch's validation is still to come: a run resumed here would skip it."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     if isinstance(data, RolloutDataModule) and data.sources["val"] is None:
@@ -92,7 +168,3 @@ def _validation_follows(trainer: lightning.Trainer) -> bool:
     loop = trainer.fit_loop
     assert loop._data_fetcher is not None
     return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
-
-
-def _path(trainer: lightning.Trainer) -> Path:
-    return Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"

@@ -103,6 +103,22 @@ class Stage(DistillationCallback):
         """The method's."""
         return self.method.scorer
 
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Refuse a stage that the run never comes to.
+
+        Raises:
+            ConfigError: It begins at or behind the run's last step.
+        """
+        end = trainer.estimated_stepping_batches
+        if self.start >= end and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise ConfigError(
+                f"Stage of {self.method.name}: it begins at step {self.start}, and the run ends at "
+                f"step {int(end)}; let it begin earlier, or train longer (--trainer.max_steps, "
+                "--trainer.max_epochs)"
+            )
+
     def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
         """The method's."""
         self.method.prepare(trainer, module, stage)

@@ -27,7 +27,7 @@ from okd_lightning.data.progress import rollout_progress
 from okd_lightning.data.sources import DataArgument, DataSource, describe_source, load_rows
 from okd_lightning.data.teacher_prompts import teacher_prompts_from
 from okd_lightning.data.token_cache import AUTO, cached_examples
-from okd_lightning.data.tool_turns import equip
+from okd_lightning.data.tool_turns import checked_turns, equip
 from okd_lightning.data.whole_steps import accumulation_for, announce, check_whole_steps
 from okd_lightning.errors import ConfigError, DataError
 from okd_lightning.records import Example
@@ -37,6 +37,7 @@ from okd_lightning.rollouts import (
     Sampling,
     plan_for,
 )
+from okd_lightning.rollouts.agreement import Agreement, StopRequest
 from okd_lightning.rollouts.evaluation import GivenResponses, OwnResponses
 from okd_lightning.rollouts.noise import hashed_uniform
 from okd_lightning.rollouts.scoring import ChunkScorer, TermScorer, unscored
@@ -89,8 +90,8 @@ class RolloutDataModule(lightning.LightningDataModule):
         tools_column: Name of the column with the tools that a chat may call (JSON schemas).
         tools: What chats may call while responses are written, such as Calculator; the template
             lists them in prompts whose rows name no tools. Python functions too, from Python.
-        max_turns: Turns of a response that calls tools, at most; max_response_length holds for all
-            of them together with what the tools answer.
+        max_turns: Turns of a response that calls tools, at most (4 by default); max_response_length
+            holds for all of them together with what the tools answer.
         token_cache: Folder in which tokenized data is kept, from 1000 rows on; auto is
             okd_lightning/tokens in the Hugging Face cache (HF_HOME), null keeps nothing.
 
@@ -129,7 +130,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         max_teacher_prompt_length: int | None = None,
         tools_column: str = "tools",
         tools: list[Tool] | None = None,
-        max_turns: int = 4,
+        max_turns: int | None = None,
         token_cache: str | None = AUTO,
     ) -> None:
         super().__init__()
@@ -168,7 +169,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         self.sampling = sampling or Sampling()
         self.val_rollouts = val_rollouts
         self.toolbox = Toolbox(tools or ())
-        self.max_turns = max_turns
+        self.max_turns = checked_turns(max_turns, self.toolbox)
         self.columns = Columns(
             prompt=prompt_column,
             response=response_column,
@@ -186,6 +187,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         self.token_cache = token_cache
         self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
         self._examples: dict[str, ExampleSet] = {}
+        self.stop = StopRequest()
         self._train_loader: RolloutLoader | None = None
         self._first_epoch = 0
 
@@ -248,17 +250,18 @@ class RolloutDataModule(lightning.LightningDataModule):
             gather=self._gather,
             progress=partial(rollout_progress, trainer),
             score=self._scorer(module),
+            stop=self.stop,
         )
         self._train_loader.start_at(self._first_epoch)
         return self._train_loader
 
     def _scorer(self, module: DistilledModule) -> ChunkScorer:
         """What asks the run's rewards, if it has any."""
-        scorers = {term.name: term.scorer for term in module.terms if term.scorer is not None}
-        if not scorers:
+        terms = [term for term in module.terms if term.scorer is not None]
+        if not terms:
             return unscored
         rank = self._trainer.global_rank
-        return TermScorer(scorers, module.decode, self.samples_per_prompt, self._gather, rank)
+        return TermScorer(terms, module.decode, self.samples_per_prompt, self._gather, rank)
 
     def val_dataloader(self) -> list[GivenResponses | OwnResponses]:
         """Given responses, and the student's own to a fixed set of prompts."""
@@ -369,6 +372,7 @@ class RolloutDataModule(lightning.LightningDataModule):
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             progress=partial(rollout_progress, trainer),
+            agreement=Agreement(self._gather, self.stop),
         )
 
     # ---------------------------------------------------------------- the run around it

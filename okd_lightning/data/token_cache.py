@@ -12,7 +12,6 @@ import os
 import socket
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import date
 from functools import cache
 from hashlib import blake2b
@@ -28,8 +27,8 @@ from transformers import PreTrainedTokenizerBase
 from okd_lightning.data.columns import RawRow
 from okd_lightning.data.examples import ExampleSet, build_examples
 from okd_lightning.data.stored_examples import pack_examples, unpack_examples
+from okd_lightning.durable_files import replacing
 from okd_lightning.errors import CacheError
-from okd_lightning.whole_files import write_atomically
 
 AUTO = "auto"
 _FEWEST_ROWS = 1000
@@ -91,14 +90,13 @@ def _write(path: Path, found: ExampleSet) -> None:
     try:
         content = pack_examples(found)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: file.write(content), beside)
+        with replacing(path, beside) as file:
+            file.write(content)
     except OSError as error:
         rank_zero_warn(
-            f"tokenized data cannot be kept in {path.parent} ({error.strerror}), so every run "
-            "tokenizes anew; give --data.token_cache a folder, or null"
+            f"tokenized data cannot be kept in {path.parent} ({error}), so every run tokenizes "
+            "anew; give --data.token_cache a folder, or null"
         )
-        with suppress(OSError):
-            beside.unlink()
 
 
 def _key(

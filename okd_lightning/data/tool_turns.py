@@ -23,7 +23,26 @@ from okd_lightning.rollouts.tool_rollouts import Exchange, ToolRounds
 from okd_lightning.tool_calls import ToolCall
 from okd_lightning.tools import Toolbox
 
+_MAX_TURNS = 4
 _PROBE_RESULT = "what the tool answers"
+
+
+def checked_turns(max_turns: int | None, toolbox: Toolbox) -> int:
+    """Turns of a response at most.
+
+    Args:
+        max_turns: What was asked for; None for 4.
+        toolbox: What may be called.
+
+    Raises:
+        ConfigError: Turns without tools, which nothing would end.
+    """
+    if max_turns is not None and not len(toolbox):
+        raise ConfigError(
+            f"data.max_turns {max_turns} has nothing to act on: responses have several turns where "
+            "they call tools; give --data.tools, or leave it out"
+        )
+    return _MAX_TURNS if max_turns is None else max_turns
 
 
 def equip(module: DistilledModule, toolbox: Toolbox, max_turns: int) -> None:

@@ -9,12 +9,15 @@
 * ``tool_rollouts``: any engine, with tools between the turns.
 * ``plan``: which rows of an optimizer step are the student's, the teacher's or the data set's.
 * ``rows``: examples and rollouts become training rows, and rows become stamped micro-batches.
-* ``scoring``: rewards of what was written. ``stored``: rollouts in checkpoints.
+* ``scoring``: rewards of what was written. ``agreement``: ranks that write stop together.
+* ``stored``: rollouts in checkpoints; ``resharing``: dealt out to another number of ranks.
+* ``loader_shape``: how an epoch is cut into optimizer steps and chunks.
 * ``loader``: the sized, stateful iterable that regenerates on-policy batches every epoch.
 """
 
 from okd_lightning.rollouts.engine import RolloutEngine, Writer
-from okd_lightning.rollouts.loader import LoaderShape, RolloutLoader
+from okd_lightning.rollouts.loader import RolloutLoader
+from okd_lightning.rollouts.loader_shape import LoaderShape
 from okd_lightning.rollouts.noise import NoiseStream, hashed_uniform
 from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan, plan_for
 from okd_lightning.rollouts.sampling import Sampling

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from okd_lightning.records import DistillBatch, Example, PromptBatch, Rollout
+from okd_lightning.rollouts.agreement import Agreement, naming_the_prompts
 from okd_lightning.rollouts.engine import Author, Writer
 from okd_lightning.rollouts.loader import ProgressFactory, silent_progress
 from okd_lightning.rollouts.noise import NoiseStream, hashed_uniform
@@ -60,6 +61,7 @@ class OwnResponses:
         rank: This rank.
         world_size: Ranks; all of them get the same number of batches.
         progress: Shows how far the writing is.
+        agreement: Lets all ranks stop together.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class OwnResponses:
         rank: int = 0,
         world_size: int = 1,
         progress: ProgressFactory = silent_progress,
+        agreement: Agreement | None = None,
     ) -> None:
         self.examples = examples
         self._own = list(share(examples, rank, world_size))
@@ -84,25 +87,30 @@ class OwnResponses:
         self._seed = seed
         self._world_size = world_size
         self._progress = progress
+        self._agreement = agreement or Agreement()
 
     def __len__(self) -> int:
         return _num_batches(len(self.examples), self._batch_size, self._world_size)
 
     def __iter__(self) -> Iterator[DistillBatch]:
+        rollout = self._agreement.together(self._write)
+        rows = written_rows(self._own, "student", rollout)
+        nothing = Rollout(((),), ((),), ("",))
+        rows = rows or [muted(row) for row in written_rows(self.examples[:1], "student", nothing)]
+        yield from micro_batches(rows, len(self))
+
+    def _write(self) -> Rollout:
         prompts = prompt_batch(self._own)
-        with self._progress("student writes", len(prompts)) as progress:
-            rollout = self._writer.write(
+        shown = self._progress("student writes", len(prompts))
+        with naming_the_prompts("student", prompts), shown as progress:
+            return self._writer.write(
                 "student",
                 prompts,
                 self._sampling,
                 NoiseStream(self._seed, _EVALUATION_EPOCH),
                 self._max_new_tokens,
-                progress,
+                self._agreement.progress(progress),
             )
-        rows = written_rows(self._own, "student", rollout)
-        nothing = Rollout(((),), ((),), ("",))
-        rows = rows or [muted(row) for row in written_rows(self.examples[:1], "student", nothing)]
-        yield from micro_batches(rows, len(self))
 
 
 def prompt_batch(examples: Sequence[Example], author: Author = "student") -> PromptBatch:

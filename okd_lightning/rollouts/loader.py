@@ -21,9 +21,12 @@ from torch import Tensor
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.records import DistillBatch, Example, PromptBatch, Rollout, TrainingRow
+from okd_lightning.rollouts.agreement import Agreement, StopRequest, naming_the_prompts
 from okd_lightning.rollouts.engine import Author, Progress, Writer
+from okd_lightning.rollouts.loader_shape import LoaderShape
 from okd_lightning.rollouts.noise import NoiseStream, hashed_uniform
 from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan
+from okd_lightning.rollouts.resharing import RowKey, reshared, reshared_credits
 from okd_lightning.rollouts.rows import (
     count_by_source,
     given_row,
@@ -43,6 +46,7 @@ from okd_lightning.rollouts.stored import (
 )
 
 _AUTHORS: tuple[Author, ...] = ("student", "teacher")
+_NOTHING = Rollout((), (), ())
 _ORDER = 0x4F524452  # domain separation for the order of prompts
 
 ProgressFactory = Callable[[str, int], AbstractContextManager[Progress | None]]
@@ -52,62 +56,6 @@ def silent_progress(description: str, total: int) -> AbstractContextManager[None
     """Shows nothing."""
     del description, total
     return nullcontext()
-
-
-@dataclass(frozen=True)
-class LoaderShape:
-    """How an epoch is cut: all numbers that decide which rows make an optimizer step.
-
-    Attributes:
-        batch_size: Sequences a micro-batch on one rank.
-        accumulate_grad_batches: Micro-batches an optimizer step.
-        world_size: Ranks.
-        rank: This rank.
-        prompts_per_epoch: Prompts an epoch, over all ranks.
-        prompts_per_rollout: Prompts a chunk; None for one optimizer step's.
-        samples_per_prompt: Responses that are written to each prompt.
-    """
-
-    batch_size: int
-    prompts_per_epoch: int
-    accumulate_grad_batches: int = 1
-    world_size: int = 1
-    rank: int = 0
-    prompts_per_rollout: int | None = None
-    samples_per_prompt: int = 1
-
-    def __post_init__(self) -> None:
-        if self.rows_per_step % self.samples_per_prompt:
-            raise ConfigError(
-                f"data.samples_per_prompt {self.samples_per_prompt} must divide the rows of an "
-                f"optimizer step, {self.rows_per_step} (batch_size x accumulation x ranks)"
-            )
-        chunk = self.prompts_per_rollout or self.prompts_per_step
-        if chunk % self.prompts_per_step:
-            raise ConfigError(
-                f"data.prompts_per_rollout {chunk} must be a whole number of optimizer steps, "
-                f"which take {self.prompts_per_step} prompts each"
-            )
-
-    @property
-    def rows_per_step(self) -> int:
-        """Sequences an optimizer step, over all ranks."""
-        return self.batch_size * self.accumulate_grad_batches * self.world_size
-
-    @property
-    def prompts_per_step(self) -> int:
-        """Prompts an optimizer step, over all ranks."""
-        return self.rows_per_step // self.samples_per_prompt
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps an epoch; the last one is short where the prompts do not fill it."""
-        return -(-self.prompts_per_epoch // self.prompts_per_step)
-
-    @property
-    def steps_per_chunk(self) -> int:
-        """Optimizer steps between two times of writing."""
-        return (self.prompts_per_rollout or self.prompts_per_step) // self.prompts_per_step
 
 
 @dataclass(frozen=True)
@@ -133,6 +81,7 @@ class RolloutLoader:
         gather: Collects one object of every rank, on every rank.
         progress: Shows how far a chunk is written.
         score: Gives the student's responses their credits.
+        stop: This rank's request to stop, which leaves a chunk unwritten.
     """
 
     def __init__(
@@ -149,6 +98,7 @@ class RolloutLoader:
         gather: Callable[[Any], list[Any]] = lambda state: [state],
         progress: ProgressFactory = silent_progress,
         score: ChunkScorer = unscored,
+        stop: StopRequest | None = None,
     ) -> None:
         self.examples = examples
         self.plan = plan
@@ -161,11 +111,13 @@ class RolloutLoader:
         self._gather = gather
         self._progress = progress
         self._score = score
+        self._agreement = Agreement(gather, stop or StopRequest())
         self._epoch = 0
         self._delivered = 0  # micro-batches of this epoch
         self._written: dict[Author, Rollout] = {}
         self._credits: dict[str, list[float]] | None = None  # of the student's responses
         self._written_for = 0  # the first optimizer step of the chunk that was written
+        self._is_written = False  # on all ranks
         self._unreported: list[tuple[Rollout, float]] = []  # with the seconds that each took
         self._unreported_scores: dict[str, float] = {}
 
@@ -182,7 +134,7 @@ class RolloutLoader:
             if self._delivered >= chunk_end * accumulate:
                 continue
             if self._written_for != chunk_start:
-                self._written, self._credits, self._written_for = {}, None, chunk_start
+                self._forget_written(chunk_start)
             for step, rows in enumerate(self._chunk(turns, chunk_start, chunk_end), chunk_start):
                 yield from self._step(step, rows)
 
@@ -194,7 +146,11 @@ class RolloutLoader:
     def start_at(self, epoch: int) -> None:
         """Begin with the first batch of an epoch."""
         self._epoch, self._delivered = epoch, 0
-        self._written, self._credits, self._written_for = {}, None, 0
+        self._forget_written(0)
+
+    def _forget_written(self, chunk_start: int) -> None:
+        self._written, self._credits = {}, None
+        self._written_for, self._is_written = chunk_start, False
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, cursor and this chunk's rollouts, of all ranks."""
@@ -202,6 +158,7 @@ class RolloutLoader:
         return {
             "epoch": self._epoch,
             "delivered": self._delivered,
+            "accumulate": self.shape.accumulate_grad_batches,
             "rows_per_step": self.shape.rows_per_step,
             "identity": self._identity(),
             "written_for": self._written_for,
@@ -229,12 +186,45 @@ class RolloutLoader:
                 "start a new run from the exported student: --model.student FOLDER"
             )
         self._epoch, self._delivered = state["epoch"], state["delivered"]
-        self._written_for = state["written_for"]
-        self._written, self._credits = {}, None
-        if len(state["written"]) == self.shape.world_size:
-            own, credits = state["written"][self.shape.rank], state["credits"][self.shape.rank]
-            self._written = {author: unpack_rollout(packed) for author, packed in own.items()}
-            self._credits = unpack_credits(credits)
+        if state["accumulate"] != self.shape.accumulate_grad_batches:  # whole steps are done
+            num_steps = state["delivered"] // state["accumulate"]
+            self._delivered = num_steps * self.shape.accumulate_grad_batches
+        self._forget_written(state["written_for"])
+        self._is_written = any(state["written"])
+        self._take(
+            [{by: unpack_rollout(part) for by, part in own.items()} for own in state["written"]],
+            [unpack_credits(credits) for credits in state["credits"]],
+        )
+
+    def _take(
+        self,
+        written: list[dict[Author, Rollout]],
+        credits: list[dict[str, list[float]] | None],
+    ) -> None:
+        """This rank's part of what the ranks of a checkpoint had written to its chunk."""
+        rank, world_size = self.shape.rank, self.shape.world_size
+        if len(written) == world_size:
+            self._written, self._credits = written[rank], credits[rank]
+            return
+        turns = self._turns(self._epoch)
+        owners = [self._keys(turns, old, len(written)) for old in range(len(written))]
+        own = self._keys(turns, rank, world_size)
+        self._written = reshared(written, owners, own)
+        self._credits = reshared_credits(
+            credits, [keys["student"] for keys in owners], own["student"]
+        )
+
+    def _keys(self, turns: list[_Turn], rank: int, world_size: int) -> dict[Author, list[RowKey]]:
+        """The rows of the stored chunk that a rank of ``world_size`` has to write, in order."""
+        keys: dict[Author, list[RowKey]] = {author: [] for author in _AUTHORS}
+        first = self._written_for
+        last = min(first + self.shape.steps_per_chunk, self.shape.steps_per_epoch)
+        for step in range(first, last):
+            rows = list(enumerate(self._rows_of_step(turns, step)))
+            for place, (_, author) in share(rows, rank, world_size):
+                if author != "dataset":
+                    keys[author].append((step, place))
+        return keys
 
     def _identity(self) -> list[int]:
         """What decides which prompt is where: equal lists mean equal batches."""
@@ -264,13 +254,24 @@ class RolloutLoader:
 
     def _chunk(self, turns: list[_Turn], start: int, end: int) -> list[list[TrainingRow]]:
         """This rank's rows of the optimizer steps start..end, with what the models wrote."""
-        steps = [self._own_turns(turns, step) for step in range(start, end)]
-        written = {
-            author: iter(
-                self._rows_of(author, [t for step in steps for t, by in step if by == author])
-            )
+        of_all = [self._rows_of_step(turns, step) for step in range(start, end)]
+        rank, world_size = self.shape.rank, self.shape.world_size
+        steps = [list(share(rows, rank, world_size)) for rows in of_all]
+        own: dict[Author, list[_Turn]] = {
+            author: [turn for step in steps for turn, by in step if by == author]
             for author in _AUTHORS
         }
+        is_written = not self._is_written and any(
+            by != "dataset" for rows in of_all for _, by in rows
+        )
+        if is_written:
+            self._written = self._agreement.together(lambda: self._write_all(own))
+            self._is_written = True
+        numbers = [
+            step for step, rows in enumerate(steps, start) for _, by in rows if by == "student"
+        ]
+        self._ask_credits(own["student"], numbers)
+        written = {author: iter(self._rows_of(author, own[author])) for author in _AUTHORS}
         chunk = []
         for step in steps:
             rows = [
@@ -280,30 +281,40 @@ class RolloutLoader:
             chunk.append(rows or [muted(given_row(self.examples[0]))])
         return chunk
 
+    def _write_all(self, own: dict[Author, list[_Turn]]) -> dict[Author, Rollout]:
+        return {author: self._write(author, turns) for author, turns in own.items() if turns}
+
+    def _ask_credits(self, turns: list[_Turn], steps: list[int]) -> None:
+        """Once a chunk on every rank, whether it has written to the student's turns or not."""
+        if self._credits is not None:
+            return
+        first = self._epoch * self.shape.steps_per_epoch
+        rollout = self._written.get("student", _NOTHING)
+        scores = self._score(
+            [turn.example for turn in turns],
+            [turn.sample for turn in turns],
+            rollout,
+            [first + step for step in steps],
+        )
+        self._credits, self._unreported_scores = scores.credits, scores.metrics
+
     def _rows_of(self, author: Author, turns: list[_Turn]) -> list[TrainingRow]:
-        """What an author has written to its prompts of a chunk, now or before a resume."""
-        if turns and author not in self._written:
-            self._written[author] = self._write(author, turns)
-        rollout = self._written.get(author, Rollout((), (), ()))
-        if author == "student" and self._credits is None:  # on every rank, written to or not
-            scores = self._score([t.example for t in turns], [t.sample for t in turns], rollout)
-            self._credits = scores.credits
-            self._unreported_scores = scores.metrics
+        """What an author has written to its prompts of a chunk."""
         credits = (self._credits or {}) if author == "student" else {}
+        rollout = self._written.get(author, _NOTHING)
         return written_rows([turn.example for turn in turns], author, rollout, credits)
 
-    def _own_turns(self, turns: list[_Turn], step: int) -> list[tuple[_Turn, Any]]:
-        """This rank's rows of a step: every sample of a prompt, or its given response."""
+    def _rows_of_step(self, turns: list[_Turn], step: int) -> list[tuple[_Turn, Any]]:
+        """All ranks' rows of a step: every sample of a prompt, or its given response."""
         per_step = self.shape.prompts_per_step
         of_step = turns[step * per_step : (step + 1) * per_step]
         number = self._epoch * self.shape.steps_per_epoch + step
         sources = self.plan.assign(self._seed, number, len(of_step))
-        rows = [
+        return [
             (_Turn(turn.example, turn.sample + k), source)
             for turn, source in zip(of_step, sources, strict=True)
             for k in range(1 if source == "dataset" else self.shape.samples_per_prompt)
         ]
-        return list(share(rows, self.shape.rank, self.shape.world_size))
 
     def _write(self, author: Author, turns: list[_Turn]) -> Rollout:
         prompts = PromptBatch(
@@ -314,9 +325,11 @@ class RolloutLoader:
         )
         noise = NoiseStream(self._seed, self._epoch)
         start = time.perf_counter()
-        with self._progress(f"{author} writes", len(prompts)) as progress:
+        shown = self._progress(f"{author} writes", len(prompts))
+        with naming_the_prompts(author, prompts), shown as progress:
+            told = self._agreement.progress(progress)
             rollout = self._writer.write(
-                author, prompts, self._sampling, noise, self._max_new_tokens, progress
+                author, prompts, self._sampling, noise, self._max_new_tokens, told
             )
         self._unreported.append((rollout, time.perf_counter() - start))
         return rollout

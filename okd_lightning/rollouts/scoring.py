@@ -13,17 +13,29 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from okd_lightning.errors import RewardError
-from okd_lightning.losses import RowScorer
+from okd_lightning.losses import RowScorer, Term
 from okd_lightning.records import Example, Rollout
+from okd_lightning.rollouts.plan import acts_in
 
 
 class ChunkScorer(Protocol):
     """What a RolloutLoader asks for the credits of a chunk."""
 
     def __call__(
-        self, examples: Sequence[Example], samples: Sequence[int], rollout: Rollout
+        self,
+        examples: Sequence[Example],
+        samples: Sequence[int],
+        rollout: Rollout,
+        steps: Sequence[int],
     ) -> ChunkScores:
-        """Called on every rank for every chunk, also where this rank wrote nothing."""
+        """Called on every rank for every chunk, also where this rank wrote nothing.
+
+        Args:
+            examples: What was answered, one a response.
+            samples: Which sample of its prompt each response is.
+            rollout: The responses.
+            steps: The optimizer step that each response is trained on in.
+        """
 
 
 @dataclass(frozen=True)
@@ -39,60 +51,71 @@ class ChunkScores:
     metrics: dict[str, float]
 
 
-def unscored(examples: Sequence[Example], samples: Sequence[int], rollout: Rollout) -> ChunkScores:
+def unscored(
+    examples: Sequence[Example], samples: Sequence[int], rollout: Rollout, steps: Sequence[int]
+) -> ChunkScores:
     """A run without rewards."""
-    del examples, samples, rollout
+    del examples, samples, rollout, steps
     return ChunkScores({}, {})
 
 
 @dataclass(frozen=True)
 class TermScorer:
-    """Asks the terms of a run that score responses.
+    """Asks the terms of a run that score responses, each about the steps that it acts in.
 
     Attributes:
-        scorers: By the term's name; at least one.
+        terms: The terms that have a scorer; at least one.
         decode: Ids to text.
         samples_per_prompt: Responses that answer one turn of a prompt: a group.
         gather: Collects one object of every rank, on every rank.
         rank: This rank.
     """
 
-    scorers: dict[str, RowScorer]
+    terms: Sequence[Term]
     decode: Callable[[Sequence[int]], str]
     samples_per_prompt: int
     gather: Callable[[Any], list[Any]]
     rank: int
 
     def __call__(
-        self, examples: Sequence[Example], samples: Sequence[int], rollout: Rollout
+        self,
+        examples: Sequence[Example],
+        samples: Sequence[int],
+        rollout: Rollout,
+        steps: Sequence[int],
     ) -> ChunkScores:
         """Score this rank's responses; baselines are those of all ranks' responses.
 
         Raises:
             RewardError: What a scorer raises, on whichever rank; raised on all of them.
         """
-        prompts = [example.prompt for example in examples]
-        references = [example.response for example in examples]
         turns = [[self.decode(ids) for ids in rollout.turns(i)] for i in range(len(rollout))]
         groups = [
             (example.index, sample // self.samples_per_prompt)
             for example, sample in zip(examples, samples, strict=True)
         ]
         credits, metrics = {}, {}
-        for name, scorer in self.scorers.items():
-            read = [texts[-1:] if scorer.reads_last_turn else texts for texts in turns]
+        for term in self.terms:
+            scorer = term.scorer
+            assert scorer is not None
+            rows = [row for row, step in enumerate(steps) if acts_in(term, step)]
+            read = [turns[row][-1:] if scorer.reads_last_turn else turns[row] for row in rows]
             own, problem = _scores(
-                scorer, prompts, ["\n".join(texts) for texts in read], references
+                scorer,
+                [examples[row].prompt for row in rows],
+                ["\n".join(texts) for texts in read],
+                [examples[row].response for row in rows],
             )
-            everyone = self.gather((own, groups, problem))
+            everyone = self.gather((own, [groups[row] for row in rows], problem))
             for *_, found in everyone:  # all ranks stop together
                 if found is not None:
                     raise RewardError(found)
             scores = [score for part, _, _ in everyone for score in part]
             credit = scorer.credit_rows(scores, [key for _, keys, _ in everyone for key in keys])
             first = sum(len(part) for part, _, _ in everyone[: self.rank])
-            credits[name] = credit[first : first + len(own)]
-            metrics.update(_summary(name, scores))
+            given = dict(zip(rows, credit[first : first + len(own)], strict=True))
+            credits[term.name] = [given.get(row, 0.0) for row in range(len(steps))]
+            metrics.update(_summary(term.name, scores))
         return ChunkScores(credits, metrics)
 
 
@@ -100,6 +123,8 @@ def _scores(
     scorer: RowScorer, prompts: list[str], responses: list[str], references: list[str]
 ) -> tuple[list[float], str | None]:
     """Scores of this rank's responses, or none and what is wrong with them."""
+    if not responses:
+        return [], None
     try:
         return scorer.score(prompts, responses, references), None
     except RewardError as error:

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from okd_lightning.durable_files import read_json, write_json
 from okd_lightning.errors import ConfigError, ModelError
 from okd_lightning.models import ModelSource, load_model_config
-from okd_lightning.whole_files import read_json, write_json
 
 _MEMO = "weights.json"
 _BLOCK = 2**24

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from okd_lightning.durable_files import read_json, replacing, write_json
 from okd_lightning.errors import CacheError, OutputError
 from okd_lightning.losses import pack_outcomes
 from okd_lightning.shapes import LogProbs, PositionHidden
 from okd_lightning.teacher_cache.layout import Layout, Place
-from okd_lightning.whole_files import read_json, write_atomically, write_json
 
 _INDEX = "index.json"
 _OPEN_FILES = 256
@@ -75,7 +75,7 @@ def make_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / ".write-test", lambda file: None)
+        (folder / ".write-test").touch()
         (folder / ".write-test").unlink()
     except OSError as error:
         raise OutputError(
@@ -156,9 +156,8 @@ class Entry:
 
     def write_part(self, number: int, records: np.ndarray) -> None:
         """Put one file in place."""
-        write_atomically(
-            self._path(number), lambda file: np.save(file, records, allow_pickle=False)
-        )
+        with replacing(self._path(number)) as file:
+            np.save(file, records, allow_pickle=False)
 
     def finish(self) -> None:
         """Write the index: from now on the entry is whole."""

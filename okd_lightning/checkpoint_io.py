@@ -1,0 +1,44 @@
+"""How checkpoints reach the disk: whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from okd_lightning.durable_files import replacing
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint aside, flushes it and renames it; addresses such as s3:// as Lightning.
+
+    Its memory need is the checkpoint's largest tensor, where Lightning's own holds the whole file
+    twice.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Save.
+
+        Raises:
+            OutputError: The disk is full, or the folder cannot be written; the checkpoint that was
+                there is untouched.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as file:
+            torch.save(checkpoint, file)
+
+
+def make_durable(trainer: lightning.Trainer) -> None:
+    """Have a Trainer save so, unless somebody has given it another way of saving."""
+    strategy = trainer.strategy
+    if type(strategy.checkpoint_io) is TorchCheckpointIO:
+        strategy.checkpoint_io = DurableCheckpointIO()

@@ -1,0 +1,86 @@
+"""Where a checkpoint's run goes on: Lightning's counters, in the forms that it resumes correctly.
+
+Lightning repairs the counters of a checkpoint by guessing in which hook it was written, and guesses
+wrong at an epoch's end, before a rollout and before a validation. Here a loaded checkpoint is
+brought into one of three forms: in the middle of an epoch behind a whole optimizer step, at an
+epoch's start, or before a validation that is still due.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+
+STOPPED = "okd_lightning_stopped"
+"""Where a checkpoint says that its run was stopped, and whether a validation is still due."""
+
+
+def settle_loops(checkpoint: dict[str, Any], accumulate_grad_batches: int) -> None:
+    """Bring a loaded checkpoint's counters into a form that goes on correctly, in place.
+
+    Args:
+        checkpoint: As loaded; one without loops is left alone.
+        accumulate_grad_batches: Micro-batches an optimizer step in this run.
+    """
+    loop = checkpoint.get("loops", {}).get("fit_loop")
+    if loop is None:
+        return
+    saved = checkpoint["okd_lightning"].get("accumulate", accumulate_grad_batches)
+    _rescale(loop["epoch_loop.batch_progress"], saved, accumulate_grad_batches)
+    if checkpoint.get(STOPPED, {}).get("validation_is_due"):
+        _before_validation(loop)
+        return
+    batches = loop["epoch_loop.batch_progress"]
+    current, total = batches["current"], batches["total"]
+    is_at_end = batches["is_last_batch"] and current["processed"] >= current["ready"]
+    if is_at_end or not current["ready"]:
+        close_epoch(checkpoint)
+    elif total["completed"] == total["processed"]:  # written before a rollout
+        for part in (current, total):
+            part["completed"] = part["processed"] - 1
+
+
+def close_epoch(checkpoint: dict[str, Any]) -> None:
+    """Turn a checkpoint of an epoch's end, or of its first rollout, into one of its start.
+
+    Lightning's own repair miscounts epochs where the last validation was in the middle of the
+    epoch: a resumed run ends too early, and one that is resumed twice too late.
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]
+    current, total = batches["current"], epochs["total"]
+    num_done = total["ready"] - (0 if current["ready"] else 1)
+    for part in ("total", "current"):
+        epochs[part] = {**dict.fromkeys(epochs[part], num_done), "ready": num_done + 1}
+    batches["is_last_batch"] = False
+    batches["current"] = dict.fromkeys(current, 0)
+    batches["total"]["completed"] = batches["total"]["processed"]
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"] - 1
+
+
+def count_steps(trainer: lightning.Trainer, num_done: int) -> None:
+    """Tell Lightning's loggers how many optimizer steps were done; it counts resumed ones twice."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = num_done
+
+
+def _before_validation(loop: dict[str, Any]) -> None:
+    """What Lightning takes for a run that was stopped within validation: it begins that again."""
+    batches = loop["epoch_loop.batch_progress"]
+    for part in ("current", "total"):
+        batches[part]["completed"] = batches[part]["processed"]
+    validation = loop["epoch_loop.val_loop.batch_progress"]
+    validation["current"] = dict.fromkeys(validation["current"], 0)
+    validation["total"] = {**dict.fromkeys(validation["total"], 0), "ready": 1, "started": 1}
+    validation["is_last_batch"] = False
+
+
+def _rescale(batches: dict[str, Any], saved: int, accumulate: int) -> None:
+    """Count in this run's micro-batches; checkpoints stand between optimizer steps."""
+    if saved == accumulate:
+        return
+    for part in ("current", "total"):
+        is_open = batches[part]["processed"] - batches[part]["completed"]
+        steps = {name: -(-number // saved) for name, number in batches[part].items()}
+        batches[part] = {name: number * accumulate for name, number in steps.items()}
+        batches[part]["completed"] = batches[part]["processed"] - is_open

@@ -1,0 +1,51 @@
+"""What the other ranks see when one has ended: an error of the collective call that they wait in.
+
+gloo and NCCL each say it in words of their own, which name sockets and not ranks.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch.distributed
+
+from okd_lightning.errors import LostRankError
+
+_CLOSED = re.compile(
+    r"connection (was )?(closed|reset|refused)|broken pipe|socket closed|remote process exited|"
+    r"ncclremoteerror|ncclsystemerror|failed to recv|unable to connect|peer.*(died|closed)",
+    re.IGNORECASE,
+)
+_LATE = re.compile(r"timed? ?out|wait timeout|watchdog", re.IGNORECASE)
+_COLLECTIVE = re.compile(r"gloo|nccl|c10d|store|barrier|distbackend|collective", re.IGNORECASE)
+
+
+def as_lost_rank(error: BaseException) -> LostRankError | None:
+    """A readable error for what a collective call says when another rank does not answer.
+
+    Args:
+        error: Any error of a run.
+
+    Returns:
+        None where it is about something else.
+    """
+    text = str(error)
+    is_backend = isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and bool(_COLLECTIVE.search(text))
+    )
+    if not is_backend:
+        return None
+    if _CLOSED.search(text):
+        return LostRankError(
+            "another rank of this run has ended (its own message says why; a killed one has none); "
+            "this one stops too. Nothing before the last checkpoint is lost: resume with "
+            "--ckpt_path last"
+        )
+    if _LATE.search(text):
+        return LostRankError(
+            "another rank of this run did not answer in time; this one stops. Resume with "
+            "--ckpt_path last; where ranks may rightly wait so long for one another (for long "
+            "rollouts), raise --trainer.strategy DDPStrategy --trainer.strategy.timeout 1:00:00 "
+            "(30 minutes by default)"
+        )
+    return None

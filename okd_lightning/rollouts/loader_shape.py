@@ -1,0 +1,63 @@
+"""How an epoch is cut into optimizer steps, chunks and micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from okd_lightning.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LoaderShape:
+    """How an epoch is cut: all numbers that decide which rows make an optimizer step.
+
+    Attributes:
+        batch_size: Sequences a micro-batch on one rank.
+        accumulate_grad_batches: Micro-batches an optimizer step.
+        world_size: Ranks.
+        rank: This rank.
+        prompts_per_epoch: Prompts an epoch, over all ranks.
+        prompts_per_rollout: Prompts a chunk; None for one optimizer step's.
+        samples_per_prompt: Responses that are written to each prompt.
+    """
+
+    batch_size: int
+    prompts_per_epoch: int
+    accumulate_grad_batches: int = 1
+    world_size: int = 1
+    rank: int = 0
+    prompts_per_rollout: int | None = None
+    samples_per_prompt: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rows_per_step % self.samples_per_prompt:
+            raise ConfigError(
+                f"data.samples_per_prompt {self.samples_per_prompt} must divide the rows of an "
+                f"optimizer step, {self.rows_per_step} (batch_size x accumulation x ranks)"
+            )
+        chunk = self.prompts_per_rollout or self.prompts_per_step
+        if chunk % self.prompts_per_step:
+            raise ConfigError(
+                f"data.prompts_per_rollout {chunk} must be a whole number of optimizer steps, "
+                f"which take {self.prompts_per_step} prompts each"
+            )
+
+    @property
+    def rows_per_step(self) -> int:
+        """Sequences an optimizer step, over all ranks."""
+        return self.batch_size * self.accumulate_grad_batches * self.world_size
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Prompts an optimizer step, over all ranks."""
+        return self.rows_per_step // self.samples_per_prompt
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps an epoch; the last one is short where the prompts do not fill it."""
+        return -(-self.prompts_per_epoch // self.prompts_per_step)
+
+    @property
+    def steps_per_chunk(self) -> int:
+        """Optimizer steps between two times of writing."""
+        return (self.prompts_per_rollout or self.prompts_per_step) // self.prompts_per_step

@@ -1,0 +1,58 @@
+"""Stored rollouts dealt out anew: saved by so many ranks, read by another number of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+from okd_lightning.records import Rollout
+from okd_lightning.rollouts.engine import Author
+
+RowKey: TypeAlias = tuple[int, int]
+"""An optimizer step of the chunk, and the row's place in it over all ranks."""
+
+Credits: TypeAlias = dict[str, list[float]] | None
+
+
+def reshared(
+    stored: Sequence[Mapping[Author, Rollout]],
+    owners: Sequence[Mapping[Author, Sequence[RowKey]]],
+    own: Mapping[Author, Sequence[RowKey]],
+) -> dict[Author, Rollout]:
+    """This rank's part of what all ranks had written to a chunk.
+
+    Args:
+        stored: What each of the saving ranks had written.
+        owners: Which rows those are, in the same order.
+        own: The rows of this rank.
+    """
+    found: dict[Author, Rollout] = {}
+    for author, keys in own.items():
+        rows = {}
+        for part, part_keys in zip(stored, owners, strict=True):
+            rollout = part.get(author, Rollout((), (), ()))
+            columns = (rollout.response_ids, rollout.logprobs, rollout.stop_reasons)
+            named = zip(part_keys[author], *columns, rollout.own_masks, strict=True)
+            rows.update({key: row for key, *row in named})
+        if keys:
+            ids, logprobs, reasons, masks = zip(*(rows[key] for key in keys), strict=True)
+            found[author] = Rollout(ids, logprobs, reasons, masks)
+    return found
+
+
+def reshared_credits(
+    stored: Sequence[Credits], owners: Sequence[Sequence[RowKey]], own: Sequence[RowKey]
+) -> Credits:
+    """The same of credits, which stand beside the student's rows; None where none were given."""
+    if any(part is None for part in stored):
+        return None
+    names = {name for part in stored for name in part or ()}
+    credits = {}
+    for name in sorted(names):
+        values = {
+            key: value
+            for part, keys in zip(stored, owners, strict=True)
+            for key, value in zip(keys, (part or {})[name], strict=True)
+        }
+        credits[name] = [values[key] for key in own]
+    return credits

@@ -1,0 +1,71 @@
+"""What a DistillationModule adds to a checkpoint of its run, and checks when it comes back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from okd_lightning.checkpoint_io import make_durable
+from okd_lightning.checkpoints import (
+    check_methods,
+    check_teacher_kind,
+    check_weights,
+    rng_state_of,
+    rng_states,
+    weights_to_save,
+)
+from okd_lightning.errors import CheckpointError
+from okd_lightning.loop_state import settle_loops
+from okd_lightning.step_metrics import unlogged_row
+from okd_lightning.step_terms import kind_of
+
+if TYPE_CHECKING:
+    from okd_lightning.module import DistillationModule
+
+
+def add_state(module: DistillationModule, checkpoint: dict[str, Any]) -> None:
+    """Leave frozen weights out; add the resolved config, the methods and the RNG streams.
+
+    All ranks call this; whatever saves then writes the file whole or not at all.
+    """
+    trainer = module.trainer
+    make_durable(trainer)
+    checkpoint["state_dict"] = weights_to_save(module, checkpoint["state_dict"])
+    checkpoint["okd_lightning"] = {
+        "config": module.run_config,
+        "eos_ids": list(module.eos_ids),
+        "online_module": None if module.online_module is None else module.online_module.to_dict(),
+        "methods": [kind_of(term) for term in module.terms],
+        "self_teacher": module.self_teacher,
+        "accumulate": trainer.accumulate_grad_batches,
+        "metrics": {
+            **module.measured_before,
+            **{n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")},
+        },
+        "row": unlogged_row(trainer) if trainer.training else None,
+        "rng": rng_states(trainer.world_size),
+    }
+
+
+def check_state(module: DistillationModule, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """Check that a checkpoint is one of this run's methods and models; settle where it goes on.
+
+    Returns:
+        The random streams of this rank where a run is resumed.
+
+    Raises:
+        CheckpointError: Another method's or another model's checkpoint.
+    """
+    own = checkpoint.get("okd_lightning")
+    if own is None:
+        raise CheckpointError("this checkpoint was not written by okd-lightning")
+    module.eos_ids = tuple(own["eos_ids"])
+    rng = None
+    if module.terms:
+        trainer = module.trainer
+        check_methods(own["methods"], [kind_of(term) for term in module.terms])
+        check_teacher_kind(own.get("self_teacher"), module.self_teacher)
+        module.measured_before = dict(own["metrics"])
+        rng = rng_state_of(own["rng"], trainer.global_rank, trainer.world_size)
+        settle_loops(checkpoint, trainer.accumulate_grad_batches)
+    check_weights(checkpoint["state_dict"], weights_to_save(module, module.state_dict()))
+    return rng

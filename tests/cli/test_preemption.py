@@ -1,0 +1,146 @@
+"""Frozen here: a run that gets SIGTERM stops behind a checkpoint, and goes on as if nothing was.
+
+* wherever the signal comes (in a training step, while responses are written, in a validation, in
+  the first rollout of an epoch), the run ends with status 143 and one line, and the same command
+  (``--ckpt_path last``) ends with the weights, metrics.csv and rollouts.jsonl of the run that was
+  left alone;
+* under SLURM its warning signal does the same and asks for the job to be put into the queue again.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cli_workbench import QUIET, Assets, Result, assert_same_weights, read_metrics
+
+from okd_lightning.module import DistillationModule
+from okd_lightning.rollouts import RolloutLoader
+from okd_lightning.rollouts.evaluation import OwnResponses
+
+Fit = Callable[..., Result]
+RUN = Path("run")
+LAST = RUN / "checkpoints" / "last.ckpt"
+
+PLACES = {
+    "training": (DistillationModule, "training_step"),
+    "rollout": (RolloutLoader, "_write"),
+    "validation": (DistillationModule, "validation_step"),
+    "validation's rollout": (OwnResponses, "_write"),
+}
+
+
+def options(assets: Assets, *more: str) -> list[str]:
+    """Two epochs of 6 steps, 2 micro-batches each; chunks of 2 steps."""
+    return [
+        *(*assets.data, *QUIET, *assets.models, "--trainer.default_root_dir", str(RUN)),
+        *("--method", "GKD", "--method.on_policy_fraction", "0.5"),
+        *("--data.batch_size", "1", "--data.global_batch_size", "2"),
+        *("--data.prompts_per_rollout", "4", "--trainer.max_epochs", "2"),
+        *("--model.learning_rate", "1e-2", "--model.schedule", "cosine"),
+        *("--trainer.val_check_interval", "3", "--ckpt_path", "last"),
+        *("--trainer.callbacks+=RolloutLog", "--trainer.callbacks.every_n_steps", "3"),
+        *more,
+    ]
+
+
+def signal_at(
+    monkeypatch: pytest.MonkeyPatch, place: str, number: int, which: int = signal.SIGTERM
+) -> None:
+    """Send this process a signal within the n-th call."""
+    owner, name = PLACES[place]
+    original, calls = getattr(owner, name), []
+
+    def sent(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == number:
+            os.kill(os.getpid(), which)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, sent)
+
+
+@pytest.fixture(scope="module")
+def whole(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs that were left alone, by name; filled as they are needed."""
+    return {"": tmp_path_factory.mktemp("whole")}
+
+
+def left_alone(okd: Fit, assets: Assets, whole: dict[str, Path], *more: str) -> Path:
+    name = " ".join(more)
+    if name not in whole:
+        result = okd("fit", *options(assets, *more))
+        assert result.status == 0, result.err
+        whole[name] = whole[""] / str(len(whole))
+        shutil.move(RUN, whole[name])
+    return whole[name]
+
+
+MOMENTS = [
+    *(("training", n) for n in (1, 2, 5, 6, 12, 13, 23, 24)),
+    *(("rollout", n) for n in (1, 2, 3, 4)),
+    *(("validation", n) for n in (1, 3, 7, 16)),
+    *(("validation's rollout", n) for n in (1, 2, 4)),
+]
+
+
+@pytest.mark.parametrize(("place", "number"), MOMENTS)
+def test_a_stopped_run_goes_on(
+    place: str,
+    number: int,
+    okd: Fit,
+    assets: Assets,
+    whole: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    truth = left_alone(okd, assets, whole, "--trainer.enable_checkpointing", "true")
+    with monkeypatch.context() as patched:
+        signal_at(patched, place, number)
+        stopped = okd("fit", *options(assets))
+    lines = [line for line in stopped.err.splitlines() if line.startswith("okd-lightning: ")]
+    if (place, number) == ("training", 24):  # nothing is left to be done but to end
+        assert stopped.status in (0, 143)
+    else:
+        assert stopped.status == 143, stopped.err
+        assert len(lines) == 1
+        assert "stopped by a signal at step " in lines[0]
+    if LAST.exists():
+        checkpoint = torch.load(LAST, weights_only=True)
+        assert f"at step {checkpoint['global_step']}; resume: " in stopped.err or not lines
+    else:
+        assert "before there was anything to save" in lines[0]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    resumed = okd("fit", *options(assets))
+    assert resumed.status == 0, resumed.err
+    assert torch.load(LAST, weights_only=True)["global_step"] == 12
+    assert_same_weights(LAST, truth / "checkpoints" / "last.ckpt")
+    assert read_metrics(RUN / "metrics.csv") == read_metrics(truth / "metrics.csv")
+    assert (RUN / "rollouts.jsonl").read_text() == (truth / "rollouts.jsonl").read_text()
+
+
+def test_slurms_warning_puts_the_job_back(
+    okd: Fit, assets: Assets, monkeypatch: pytest.MonkeyPatch, here: Path
+) -> None:
+    """What SLURM sends before the time is over; SIGTERM alone requeues nothing."""
+    (here / "bin").mkdir()
+    (here / "bin" / "scontrol").write_text(f"#!/bin/sh\necho $@ >> {here}/asked\n")
+    (here / "bin" / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{here / 'bin'}:{os.environ['PATH']}")
+    job = {"JOB_ID": "77", "NTASKS": "1", "LOCALID": "0", "PROCID": "0", "NODEID": "0"}
+    for name, value in {**job, "JOB_NAME": "train", "NTASKS_PER_NODE": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with monkeypatch.context() as patched:
+        signal_at(patched, "training", 5, signal.SIGTERM)
+        assert okd("fit", *options(assets)).status == 143
+    assert not (here / "asked").exists()
+    with monkeypatch.context() as patched:
+        signal_at(patched, "training", 5, signal.SIGUSR1)
+        stopped = okd("fit", *options(assets))
+    assert stopped.status == 143, stopped.err
+    assert (here / "asked").read_text() == "requeue 77\n"
+    assert torch.load(LAST, weights_only=True)["global_step"] == 6

@@ -1,0 +1,137 @@
+"""What ``soak.py`` marks in a child process: where a run is, and where it is to be killed."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import mmap
+import os
+import signal
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+
+from okd_lightning import checkpoint_io, durable_files
+from okd_lightning.callbacks import RolloutLog
+from okd_lightning.module import DistillationModule
+from okd_lightning.rollouts import RolloutLoader
+from okd_lightning.rollouts.agreement import Agreement
+from okd_lightning.run_folder import RunCSVLogger
+
+PLACES = {
+    "rollout": ("rollout begins", "a row is written", "rollout ends"),
+    "training": ("step begins", "step ends"),
+    "validation": ("validation begins", "validation step", "validation ends"),
+    "checkpoint": ("checkpoint begins", "within the file", "before the rename", "renamed"),
+    "records": ("before a row", "behind a row", "sample written"),
+}
+
+
+@dataclass(frozen=True)
+class Kill:
+    """When a process is killed: at the n-th time at a place, or after some seconds of training."""
+
+    place: str | None
+    number: int = 1
+    seconds: float = 0.0
+    signal: int = signal.SIGKILL
+
+
+class Board:
+    """What a child tells its parent: the phase that it is in, and whether it trains by now."""
+
+    PHASES = ("start", *PLACES, "else")
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, 2)
+
+    @property
+    def phase(self) -> str:
+        return self.PHASES[self._memory[0]]
+
+    @phase.setter
+    def phase(self, name: str) -> None:
+        self._memory[0] = self.PHASES.index(name)
+
+    @property
+    def has_trained(self) -> bool:
+        return bool(self._memory[1])
+
+    def trains(self) -> None:
+        self._memory[1] = 1
+
+
+class Marks:
+    """Counts how often a child has come to a place, and ends it where it is told to."""
+
+    def __init__(self, kill: Kill | None, board: Board) -> None:
+        self._kill, self._board = kill, board
+        self._counts: collections.Counter[str] = collections.Counter()
+
+    def at(self, place: str) -> None:
+        self._counts[place] += 1
+        kill = self._kill
+        if kill is not None and (place, self._counts[place]) == (kill.place, kill.number):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def phase(self, name: str, begins: str = "", ends: str = ""):
+        before, self._board.phase = self._board.phase, name
+        self.at(begins)
+        yield
+        self.at(ends)
+        self._board.phase = "else" if before == "start" else before
+
+    def around(self, owner: Any, name: str, *phase: str) -> None:
+        """Let a method of ours mark its phase."""
+        original = getattr(owner, name)
+
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            with self.phase(*phase):
+                return original(*args, **kwargs)
+
+        setattr(owner, name, marked)
+
+
+def mark_everything(marks: Marks, board: Board) -> None:
+    """In a child: the phases and places of a run."""
+    marks.around(RolloutLoader, "_write_all", "rollout", "rollout begins", "rollout ends")
+    marks.around(DistillationModule, "training_step", "training", "step begins", "step ends")
+    marks.around(_EvaluationLoop, "run", "validation", "validation begins", "validation ends")
+    marks.around(DistillationModule, "validation_step", "validation", "validation step")
+    marks.around(
+        checkpoint_io.DurableCheckpointIO, "save_checkpoint", "checkpoint", "checkpoint begins"
+    )
+    marks.around(RunCSVLogger, "save", "records", "before a row", "behind a row")
+    marks.around(RolloutLog, "on_train_batch_start", "records", "", "sample written")
+    shown = Agreement.progress
+
+    def progress(self, told):
+        tell = shown(self, told)
+        return lambda count: (marks.at("a row is written"), tell(count))[1]
+
+    Agreement.progress = progress
+    rename, write = os.replace, durable_files._Watched.write
+
+    def replace(*args):
+        if ".ckpt" in str(args[1]):
+            marks.at("before the rename")
+        rename(*args)
+        if ".ckpt" in str(args[1]):
+            marks.at("renamed")
+
+    def write_part(self, data):
+        if board.phase == "checkpoint":
+            marks.at("within the file")
+        return write(self, data)
+
+    durable_files.os.replace = replace
+    durable_files._Watched.write = write_part
+    step = DistillationModule.training_step
+
+    def training_step(*args):
+        board.trains()
+        return step(*args)
+
+    DistillationModule.training_step = training_step

@@ -1,0 +1,53 @@
+"""A few of ``make soak``'s kills, in processes of their own.
+
+Frozen here: runs that are killed with SIGKILL and resumed by the same command end as those that
+were left alone, also where one rank of two is killed and the other ends by itself; what gloo and
+NCCL say then is told from other errors.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from okd_lightning.rank_faults import as_lost_rank
+
+ROOT = Path(__file__).parent
+
+
+@pytest.mark.parametrize("options", [["--kills", "3"], ["--kills", "1", "--ranks", "2"]])
+def test_killed_runs_end_like_the_others(options: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "soak.py"), "--methods", "GKD", "--seed", "1", *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT.parent)},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{options[1]} kills" in done.stdout
+    assert "EQUAL" in done.stdout
+
+
+GLOO = "[../gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:3456"
+LATE = "[../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 20000ms for recv operation"
+OTHERS = [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), TimeoutError("timed out")]
+
+
+@pytest.mark.parametrize("error", [RuntimeError(GLOO), torch.distributed.DistNetworkError(GLOO)])
+def test_a_lost_rank(error: Exception) -> None:
+    assert "another rank of this run has ended" in str(as_lost_rank(error))
+
+
+def test_a_late_rank() -> None:
+    assert "--trainer.strategy.timeout" in str(as_lost_rank(RuntimeError(LATE)))
+
+
+@pytest.mark.parametrize("error", OTHERS)
+def test_other_errors(error: Exception) -> None:
+    assert as_lost_rank(error) is None
