@@ -261,11 +261,9 @@ class RolloutLoader:
             author: [turn for step in steps for turn, by in step if by == author]
             for author in _AUTHORS
         }
-        is_written = not self._is_written and any(
-            by != "dataset" for rows in of_all for _, by in rows
-        )
-        if is_written:
-            self._written = self._agreement.together(lambda: self._write_all(own))
+        asked = {by for rows in of_all for _, by in rows if by != "dataset"}
+        if asked and not self._is_written:
+            self._written = self._agreement.together(lambda: self._write_all(own, asked))
             self._is_written = True
         numbers = [
             step for step, rows in enumerate(steps, start) for _, by in rows if by == "student"
@@ -281,8 +279,14 @@ class RolloutLoader:
             chunk.append(rows or [muted(given_row(self.examples[0]))])
         return chunk
 
-    def _write_all(self, own: dict[Author, list[_Turn]]) -> dict[Author, Rollout]:
-        return {author: self._write(author, turns) for author, turns in own.items() if turns}
+    def _write_all(
+        self, own: dict[Author, list[_Turn]], asked: set[Author]
+    ) -> dict[Author, Rollout]:
+        """Who is asked on any rank writes on all of them, if to no prompt.
+
+        (A sharded model is gathered by all ranks together.)
+        """
+        return {by: self._write(by, turns) for by, turns in own.items() if by in asked}
 
     def _ask_credits(self, turns: list[_Turn], steps: list[int]) -> None:
         """Once a chunk on every rank, whether it has written to the student's turns or not."""
@@ -331,7 +335,8 @@ class RolloutLoader:
             rollout = self._writer.write(
                 author, prompts, self._sampling, noise, self._max_new_tokens, told
             )
-        self._unreported.append((rollout, time.perf_counter() - start))
+        if turns:
+            self._unreported.append((rollout, time.perf_counter() - start))
         return rollout
 
     def _step(self, step: int, rows: list[TrainingRow]) -> Iterator[DistillBatch]:
