@@ -84,12 +84,18 @@ class InTurns(Callback):
         self.turns.next()
 
 
-def train_in_turns(method: DistillationCallback, dtype: str = "float32", **settings: Any) -> None:
+def train_in_turns(
+    method: DistillationCallback,
+    dtype: str = "float32",
+    teacher: str | None = None,
+    **settings: Any,
+) -> None:
     """Distil by Lightning, one optimizer step a turn.
 
     Args:
         method: The method.
         dtype: Of both models' weights.
+        teacher: A folder to load it from; None makes it in memory.
         **settings: Of the DistillationModule.
     """
     turns = Turns()
@@ -99,7 +105,7 @@ def train_in_turns(method: DistillationCallback, dtype: str = "float32", **setti
     number_format = getattr(torch, dtype)
     module = DistillationModule(
         make_model("student", number_format),
-        make_model("teacher", number_format),
+        teacher or make_model("teacher", number_format),
         tokenizer=make_tokenizer(),
         learning_rate=LEARNING_RATE,
         dtype=dtype,
