@@ -112,6 +112,7 @@ def train_in_turns(
     method: DistillationCallback,
     dtype: str = "float32",
     lengths: Sequence[tuple[int, int]] = (),
+    teacher: str | None = None,
     **settings: Any,
 ) -> None:
     """Distil by Lightning, one optimizer step a turn.
@@ -120,6 +121,7 @@ def train_in_turns(
         method: The method.
         dtype: Of both models' weights.
         lengths: Tokens of each row's prompt and response; by default 1 and 254, and an end.
+        teacher: A folder to load it from; None makes it in memory.
         **settings: Of the DistillationModule.
     """
     turns = Turns()
@@ -129,7 +131,7 @@ def train_in_turns(
     number_format = getattr(torch, dtype)
     module = DistillationModule(
         make_model("student", number_format),
-        make_model("teacher", number_format),
+        teacher or make_model("teacher", number_format),
         tokenizer=make_tokenizer(),
         learning_rate=LEARNING_RATE,
         dtype=dtype,

@@ -1,4 +1,4 @@
-"""Shows how far the writing of responses is, on the Trainer's own progress bar."""
+"""Shows how far the models are with what they write or read, on the Trainer's own bar."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from contextlib import contextmanager
 import lightning
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from rich.progress import Progress
 
-from okd_lightning.rollouts.engine import Progress
+from okd_lightning.rollouts import engine
 
 
 @contextmanager
 def rollout_progress(
     trainer: lightning.Trainer, description: str, total: int
-) -> Iterator[Progress | None]:
+) -> Iterator[engine.Progress | None]:
     """A task beside the Trainer's own that counts finished rows; nothing where bars are off.
 
     Args:
         trainer: Whose bar is used.
         description: Such as "student writes".
-        total: Rows to be written.
+        total: Rows to be written or read.
     """
     bar = trainer.progress_bar_callback
     if isinstance(bar, RichProgressBar) and bar.is_enabled and bar.progress is not None:
@@ -31,6 +32,10 @@ def rollout_progress(
             yield lambda rows: progress.update(task, advance=rows, refresh=True)
         finally:
             progress.remove_task(task)
+    elif isinstance(bar, RichProgressBar) and bar.is_enabled:  # the Trainer's own comes later
+        with Progress(transient=True) as alone:
+            task = alone.add_task(description, total=total)
+            yield lambda rows: alone.update(task, advance=rows)
     elif isinstance(bar, TQDMProgressBar) and not bar.is_disabled:
         with Tqdm(desc=description, total=total, leave=False, position=1) as task_bar:
             yield lambda rows: task_bar.update(rows) and None

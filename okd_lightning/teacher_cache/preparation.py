@@ -93,7 +93,7 @@ def _example_sets(terms: Sequence[Term], trainer: lightning.Trainer) -> list[Seq
         sets.append(data.examples("train", needs_response=True).examples)
     if data.sources["val"] is not None and trainer.limit_val_batches:
         sets.append([e for e in data.examples("val").examples if e.response_ids])
-    return sets
+    return [examples for examples in sets if examples]
 
 
 def _key(
@@ -152,7 +152,12 @@ def _write(
     )
     teacher = module.load_teacher()
     cast(nn.Module, teacher).to(module.device)
-    rows = sum(len(part.rows) for entry in entries for part in entry.layout.parts[rank::world_size])
+    rows = sum(
+        len(part.rows)
+        for entry in entries
+        for number, part in enumerate(entry.layout.parts)
+        if number % world_size == rank and not entry.has_part(number)
+    )
     with (
         torch.no_grad(),
         trainer.precision_plugin.forward_context(),

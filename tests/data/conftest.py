@@ -7,19 +7,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from byte_tokenizer import CHATML, make_byte_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from okd_lightning.data import Columns, ExampleSet, build_examples
 
 SHARED_DATA = Path(__file__).parents[2].parent / "shared" / "data"
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
 
 @pytest.fixture(scope="session")
@@ -34,28 +27,6 @@ def shared_data() -> Path:
 def real_tokenizer(shared_data: Path) -> Callable[[str], PreTrainedTokenizerBase]:
     """Loads a real tokenizer by its folder under the shared data, once: change copies only."""
     return cache(lambda folder: AutoTokenizer.from_pretrained(shared_data / folder))
-
-
-def make_byte_tokenizer(opening: str = "", closing: str = "") -> PreTrainedTokenizerFast:
-    """One id a byte, four special tokens, and what is written around a text on request."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(SPECIALS + alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIALS)
-    if opening or closing:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{opening} $A {closing}".strip(),
-            special_tokens=[(token, vocabulary[token]) for token in (opening, closing) if token],
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
-        model_max_length=8,
-    )
 
 
 @pytest.fixture

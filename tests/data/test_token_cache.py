@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import tiny
 import tool_chats
-from conftest import CHATML, make_byte_tokenizer
+from byte_tokenizer import CHATML, make_byte_tokenizer
 from huggingface_hub import constants
 from transformers import ByT5Tokenizer
 
