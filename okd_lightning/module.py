@@ -271,7 +271,7 @@ class DistillationModule(PairModule):
         """Zero, tied to the online module where nothing trains it in this step, as DDP expects."""
         idle = torch.zeros((), device=self.device)
         if not any(q.trains_teacher for weighted in terms for q in weighted.term.quantities):
-            for parameter in self.trained_parameters(self.teacher):
+            for parameter in self.placement.tied_to_loss(self.trained_parameters(self.teacher)):
                 idle = idle + 0.0 * parameter.sum()
         return idle
 

@@ -41,6 +41,7 @@ from okd_lightning.models import (
     attach_online_module,
     base_teacher,
     check_causal,
+    check_lengths,
     check_pair,
     detached,
     eos_token_ids,
@@ -49,7 +50,6 @@ from okd_lightning.models import (
     in_eval_mode,
     load_causal_lm,
     load_model_config,
-    max_positions,
     recompute_activations,
     teacher_copy,
 )
@@ -57,6 +57,7 @@ from okd_lightning.records import DistillBatch, PromptBatch, Rollout, Sequences
 from okd_lightning.rollouts import NoiseStream, RolloutEngine, Sampling, TransformersEngine
 from okd_lightning.rollouts.engine import Author, Progress
 from okd_lightning.rollouts.tool_rollouts import ToolEngine, ToolRounds
+from okd_lightning.sharding import Placement, WholeModels
 
 
 class PairModule(lightning.LightningModule):
@@ -98,6 +99,7 @@ class PairModule(lightning.LightningModule):
         self.online_module: OnlineModuleSettings | None = None
         self._has_online_module = False
         self.tool_rounds: ToolRounds | None = None
+        self.placement: Placement = WholeModels()  # a strategy that shards brings its own
 
     @property
     def student_source(self) -> ModelSource:
@@ -256,6 +258,8 @@ class PairModule(lightning.LightningModule):
             self.tile_positions,
             base,
         )
+        if not torch.is_grad_enabled():
+            self.placement.release(self.student, self.teacher)
         return replace(Measured.about(batch), values=values)
 
     def loss_of(
@@ -346,10 +350,11 @@ class PairModule(lightning.LightningModule):
         as_author: AbstractContextManager[None] = self.as_base_teacher()
         if model is None:
             model, as_author = self.student, self._student_as_teacher()
+        phase = self.placement.alone(model)
         if isinstance(model, PeftModel):
             model = cast(PreTrainedModel, model.get_base_model())
         precision = self._trainer.precision_plugin.forward_context if self._trainer else nullcontext
-        with torch.no_grad(), precision(), in_eval_mode(model), as_author:
+        with torch.no_grad(), precision(), phase, in_eval_mode(model), as_author:
             engine = self.build_engine(model)
             if self.tool_rounds is not None:
                 engine = ToolEngine(engine, self.tool_rounds)
@@ -378,19 +383,7 @@ class PairModule(lightning.LightningModule):
             ConfigError: Naming the model and both lengths.
         """
         teacher = (self.teacher or self.student) if self.has_teacher else None
-        own = teacher_tokens or num_tokens
-        for role, model, tokens in (
-            ("student", self.student, num_tokens),
-            ("teacher", teacher, own),
-        ):
-            limit = max_positions(model.config) if model is not None else None
-            if limit is not None and tokens > limit:
-                kind = "teacher prompt" if role == "teacher" and own != num_tokens else "prompt"
-                raise ConfigError(
-                    f"{kind} and response together take up to {tokens} tokens, but the {role} was "
-                    f"made for {limit}; lower --data.max_response_length or "
-                    f"--data.max_{kind.replace(' ', '_')}_length"
-                )
+        check_lengths(self.student, teacher, num_tokens, teacher_tokens)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids, without special tokens."""

@@ -13,6 +13,7 @@
 
 from okd_lightning.models.causal_lm import LMHead, head_inputs, max_positions
 from okd_lightning.models.causality import check_causal
+from okd_lightning.models.lengths import check_lengths
 from okd_lightning.models.loading import (
     DTypeName,
     ModelArgument,
@@ -57,6 +58,7 @@ __all__ = [
     "attach_online_module",
     "base_teacher",
     "check_causal",
+    "check_lengths",
     "check_pair",
     "check_self_teacher",
     "check_vocabulary_agreement",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.records import DistillBatch, Example, PromptBatch, Rollout, TrainingRow
+from okd_lightning.records import DistillBatch, Example, PromptBatch, Rollout, Source, TrainingRow
 from okd_lightning.rollouts.engine import Author, Progress, Writer
 from okd_lightning.rollouts.noise import NoiseStream, hashed_uniform
 from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan
@@ -265,9 +265,14 @@ class RolloutLoader:
     def _chunk(self, turns: list[_Turn], start: int, end: int) -> list[list[TrainingRow]]:
         """This rank's rows of the optimizer steps start..end, with what the models wrote."""
         steps = [self._own_turns(turns, step) for step in range(start, end)]
+        asked = {source for step in range(start, end) for source in self._sources(turns, step)}
         written = {
             author: iter(
-                self._rows_of(author, [t for step in steps for t, by in step if by == author])
+                self._rows_of(
+                    author,
+                    [t for step in steps for t, by in step if by == author],
+                    author in asked,
+                )
             )
             for author in _AUTHORS
         }
@@ -280,9 +285,13 @@ class RolloutLoader:
             chunk.append(rows or [muted(given_row(self.examples[0]))])
         return chunk
 
-    def _rows_of(self, author: Author, turns: list[_Turn]) -> list[TrainingRow]:
-        """What an author has written to its prompts of a chunk, now or before a resume."""
-        if turns and author not in self._written:
+    def _rows_of(self, author: Author, turns: list[_Turn], is_asked: bool) -> list[TrainingRow]:
+        """What an author has written to its prompts of a chunk, now or before a resume.
+
+        Where it is asked on any rank it writes on all of them, if to no prompt: a sharded model is
+        gathered by all together.
+        """
+        if is_asked and author not in self._written:
             self._written[author] = self._write(author, turns)
         rollout = self._written.get(author, Rollout((), (), ()))
         if author == "student" and self._credits is None:  # on every rank, written to or not
@@ -292,15 +301,22 @@ class RolloutLoader:
         credits = (self._credits or {}) if author == "student" else {}
         return written_rows([turn.example for turn in turns], author, rollout, credits)
 
+    def _of_step(self, turns: list[_Turn], step: int) -> list[_Turn]:
+        per_step = self.shape.prompts_per_step
+        return turns[step * per_step : (step + 1) * per_step]
+
+    def _sources(self, turns: list[_Turn], step: int) -> Sequence[Source]:
+        """Who writes the response to each prompt of a step, on all ranks."""
+        number = self._epoch * self.shape.steps_per_epoch + step
+        return self.plan.assign(self._seed, number, len(self._of_step(turns, step)))
+
     def _own_turns(self, turns: list[_Turn], step: int) -> list[tuple[_Turn, Any]]:
         """This rank's rows of a step: every sample of a prompt, or its given response."""
-        per_step = self.shape.prompts_per_step
-        of_step = turns[step * per_step : (step + 1) * per_step]
-        number = self._epoch * self.shape.steps_per_epoch + step
-        sources = self.plan.assign(self._seed, number, len(of_step))
         rows = [
             (_Turn(turn.example, turn.sample + k), source)
-            for turn, source in zip(of_step, sources, strict=True)
+            for turn, source in zip(
+                self._of_step(turns, step), self._sources(turns, step), strict=True
+            )
             for k in range(1 if source == "dataset" else self.shape.samples_per_prompt)
         ]
         return list(share(rows, self.shape.rank, self.shape.world_size))
@@ -318,7 +334,8 @@ class RolloutLoader:
             rollout = self._writer.write(
                 author, prompts, self._sampling, noise, self._max_new_tokens, progress
             )
-        self._unreported.append((rollout, time.perf_counter() - start))
+        if turns:
+            self._unreported.append((rollout, time.perf_counter() - start))
         return rollout
 
     def _step(self, step: int, rows: list[TrainingRow]) -> Iterator[DistillBatch]:
