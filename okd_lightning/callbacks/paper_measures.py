@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,10 @@ class _Pass:
     data: RolloutDataModule
     examples: Sequence[Example]
 
+    def alone(self) -> AbstractContextManager[object]:
+        """Within it ranks may run the models different numbers of times."""
+        return self.module.placement.alone(self.module.student, self.module.teacher)
+
 
 class PaperMeasures(EvaluationCallback):
     """Logs what the OKD paper looks at beside divergences (arXiv 2409.12512), against the base.
@@ -91,8 +96,7 @@ class PaperMeasures(EvaluationCallback):
             )
         own = share(examples, trainer.global_rank, trainer.world_size)
         inputs = _Pass(pl_module, data, own)
-        phase = pl_module.placement.alone(pl_module.student, pl_module.teacher)
-        with phase, pl_module.as_base_teacher(), trainer.precision_plugin.forward_context():
+        with pl_module.as_base_teacher(), trainer.precision_plugin.forward_context():
             values = {**_on_given(inputs), **_on_written(inputs, self.seed)}
         for name, value in values.items():
             pl_module.log(f"{part}/{name}", value.float(), batch_size=1, rank_zero_only=True)
@@ -106,16 +110,17 @@ def _on_given(inputs: _Pass) -> dict[str, Tensor]:
         for name, quantity in (("student", _STUDENT_STD), ("teacher", _TEACHER_STD))
     }
     quantities = (_STUDENT_TARGET, _TEACHER_TARGET, _STUDENT_STD, _TEACHER_STD)
-    for batch in _batches(inputs, [given_row(example) for example in inputs.examples]):
-        measured = inputs.module.measure(batch, quantities)
-        uncertainty.update(
-            *(
-                response_uncertainty(measured[target], measured.row, len(batch))
-                for target in (_STUDENT_TARGET, _TEACHER_TARGET)
+    with inputs.alone():
+        for batch in _batches(inputs, [given_row(example) for example in inputs.examples]):
+            measured = inputs.module.measure(batch, quantities)
+            uncertainty.update(
+                *(
+                    response_uncertainty(measured[target], measured.row, len(batch))
+                    for target in (_STUDENT_TARGET, _TEACHER_TARGET)
+                )
             )
-        )
-        for metric, quantity in spreads.values():
-            metric.update(measured[quantity])
+            for metric, quantity in spreads.values():
+                metric.update(measured[quantity])
     found = uncertainty.compute()
     values = {f"uncertainty_{name}": value for name, value in found.items() if name != "all"}
     values["uncertainty"] = found["all"]
@@ -129,9 +134,10 @@ def _on_written(inputs: _Pass, seed: int) -> dict[str, Tensor]:
     for author in ("student", "teacher"):
         rollout = _write(inputs, author, seed)
         rows = written_rows(inputs.examples, author, rollout)
-        for batch in _batches(inputs, rows):
-            measured = module.measure(batch, (_FORWARD_KL,))
-            error.update(*_steps(batch, measured), is_student_prefix=author == "student")
+        with inputs.alone():
+            for batch in _batches(inputs, rows):
+                measured = module.measure(batch, (_FORWARD_KL,))
+                error.update(*_steps(batch, measured), is_student_prefix=author == "student")
         if author == "student":
             for row, example in enumerate(inputs.examples):
                 reference = module.decode(example.response_ids)

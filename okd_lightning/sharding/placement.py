@@ -7,15 +7,17 @@ by themselves (rollouts), and what is left gathered behind a pass without gradie
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Literal, Protocol, TypeAlias
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from okd_lightning.sharding.plan import units_of
+from okd_lightning.errors import ConfigError
+from okd_lightning.sharding.plan import settle_root, units_of
 
 RolloutMode: TypeAlias = Literal["gathered", "layerwise"]
 """Whole models for the phase, or one block after the other, all ranks in step."""
@@ -94,10 +96,11 @@ class ShardedModels:
     @contextmanager
     def _gathered(self, models: list[nn.Module]) -> Iterator[None]:
         """One all-gather a unit for the whole phase; the price is the models' full size."""
-        units = [unit for model in models for unit in units_of(model)]
-        for unit in units:
-            unit.set_reshard_after_forward(False, recurse=False)
-            unit.unshard()
+        for model in models:
+            settle_root(model)
+            for unit in units_of(model):
+                unit.set_reshard_after_forward(False, recurse=False)
+                unit.unshard()
         try:
             yield
         finally:
@@ -107,50 +110,90 @@ class ShardedModels:
                     unit.set_reshard_after_forward(
                         is_block and self._reshard_after_forward, recurse=False
                     )
-                    unit.reshard()
+                _reshard(model)
 
     @contextmanager
     def _in_step(self, models: list[nn.Module]) -> Iterator[None]:
-        """Before every forward pass ranks agree on whose turn it is; idle ones run along."""
-
-        def announce(number: int) -> int:
-            turn = torch.tensor(number, device=self._device)
-            torch.distributed.all_reduce(turn, torch.distributed.ReduceOp.MAX)
-            return int(turn)
-
-        def hook(number: int):  # type: ignore[no-untyped-def]
-            def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                del module, args
-                announce(number)
-
-            return before
-
+        """Before every forward pass ranks agree on the model that runs; the others run along."""
+        _check_stepwise(models)
+        turns = _Turns(models, self._device)
         handles = [
-            model.register_forward_pre_hook(hook(number), prepend=True)
+            model.register_forward_pre_hook(turns.wait_for(number), prepend=True)
             for number, model in enumerate(models, 1)
         ]
         try:
             yield
+            turns.see_others_through()
         finally:
             for handle in handles:
                 handle.remove()
-        while turn := announce(0):
-            self._run_along(models[turn - 1])
-        self.release(*models)
-
-    def _run_along(self, model: nn.Module) -> None:
-        """The shortest forward pass: this rank's part of the others' gathers."""
-        with torch.no_grad():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self._device))
+        for model in models:
+            _reshard(model)
 
     def release(self, *models: nn.Module | None) -> None:
         """Free the gathered weights: kept, they would be stale behind the next optimizer step."""
         for model in models:
             if isinstance(model, FSDPModule) and id(model) not in self._running:
-                for unit in units_of(model):
-                    unit.reshard()
+                _reshard(model)
 
     def tied_to_loss(self, parameters: Iterable[nn.Parameter]) -> Iterable[nn.Parameter]:
         """None: the strategy gives them their zero gradients, shard by shard."""
         del parameters
         return ()
+
+
+class _Turns:
+    """Ranks that run different models different numbers of times, in step.
+
+    Every gather needs all ranks. So before a forward pass each says which model it is about to run;
+    the highest number goes first, and whoever wanted another, or is through, runs the shortest pass
+    of that one along.
+    """
+
+    def __init__(self, models: list[nn.Module], device: torch.device) -> None:
+        self._models = models
+        self._device = device
+        self._is_running_along = False
+
+    def wait_for(self, number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        """A hook that returns when it is the turn of model ``number``, counted from 1."""
+
+        def wait(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            del module, args
+            if not self._is_running_along:
+                self._run_along_until(number)
+
+        return wait
+
+    def see_others_through(self) -> None:
+        """Run along until all ranks are here."""
+        self._run_along_until(0)
+
+    def _run_along_until(self, number: int) -> None:
+        while (turn := self._announce(number)) != number:
+            self._is_running_along = True
+            try:
+                with torch.no_grad():
+                    ids = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
+                    self._models[turn - 1](input_ids=ids, use_cache=False)
+            finally:
+                self._is_running_along = False
+
+    def _announce(self, number: int) -> int:
+        turn = torch.tensor(number, device=self._device)
+        torch.distributed.all_reduce(turn, torch.distributed.ReduceOp.MAX)
+        return int(turn)
+
+
+def _reshard(model: nn.Module) -> None:
+    for unit in units_of(model):
+        unit.reshard()
+
+
+def _check_stepwise(models: list[nn.Module]) -> None:
+    if any(isinstance(model, PeftModel) for model in models):
+        raise ConfigError(
+            "fsdp2: rollouts layerwise cannot run a teacher with a prompt-learning module by "
+            "itself, because its base is run without PEFT's wrapper; use rollouts: gathered, or a "
+            "LoraConfig as the online module"
+        )

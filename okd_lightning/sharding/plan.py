@@ -105,6 +105,16 @@ def units_of(model: nn.Module) -> list[FSDPModule]:
     return [m for m in model.modules() if isinstance(m, FSDPModule)]
 
 
+def settle_root(model: nn.Module) -> None:
+    """Let FSDP know that ``model`` is the whole, before a part of it runs by itself.
+
+    It takes what runs first for the whole, and then refuses the whole: with PEFT's wrapper around
+    a teacher, its base may be what runs first.
+    """
+    if isinstance(model, FSDPModule):
+        model._get_fsdp_state()._lazy_init()
+
+
 def _lone_embedding(model: nn.Module) -> list[nn.Module]:
     """The input embedding where nothing else has its weights: needed for a moment only."""
     if isinstance(model, PeftModel):

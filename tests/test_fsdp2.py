@@ -1,0 +1,197 @@
+"""FSDP2 and DDP on two gloo processes against one process without either (METHODS.md, test 7).
+
+Frozen here: losses, gradients and weights of KD, GKD, OKD and OPD+ over ten steps are those of one
+process, with and without accumulation, for full students and LoRA students, with ranks that have no
+rows in a step and shorter last batches.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from parallel_runs import run, spawn
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig
+
+from okd_lightning.callbacks import (
+    GKD,
+    KD,
+    OKD,
+    SFT,
+    ExactMatch,
+    FiniteGuard,
+    OPDPlus,
+    PaperMeasures,
+    Reward,
+    Stage,
+    TeacherDrift,
+)
+from okd_lightning.divergences import JensenShannon
+from okd_lightning.sharding import FSDP2Strategy
+
+METHODS = {
+    "KD": lambda: [KD(temperature=2.0, cross_entropy_weight=0.2)],
+    "GKD": lambda: [GKD(0.5, on_policy_fraction=0.5)],
+    "OKD": lambda: [OKD(online_module=LoraConfig(r=2), learning_rate=0.5, clip_norm=0.5)],
+    "OPD+": lambda: [OPDPlus(JensenShannon(0.5))],
+}
+
+
+def lora(*modules: str) -> LoraConfig:
+    return LoraConfig(r=2, target_modules=list(modules or ("q_proj", "v_proj")))
+
+
+MATRIX = {
+    f"{method}, {'LoRA' if adapter else 'full'}, accumulation {accumulate}": {
+        "methods": METHODS[method],
+        "adapter": adapter,
+        "accumulate": accumulate,
+    }
+    for method in METHODS
+    for adapter in (None, lora())
+    for accumulate in (1, 3)
+}
+ANCHORED = {"on_policy_fraction": 0.5, "anchor_weight": 0.5, "learning_rate": 0.5}
+SELF_TAUGHT = {
+    f"{kind} self-teacher{', LoRA' if adapter else ''}": {
+        "methods": METHODS["GKD"],
+        "accumulate": 2,
+        "data": {"teacher_prompt_template": "{reference}p{prompt}"},
+        "model": {"teacher": None, "self_teacher": kind},
+        "adapter": adapter,
+    }
+    for kind in ("frozen", "ema", "live")
+    for adapter in (None, lora("q_proj", "lm_head"))
+}
+
+
+def length_of(prompt: str, response: str, reference: str) -> float:
+    return float(len(response))
+
+
+MORE = {
+    **SELF_TAUGHT,
+    "anchored OKD, LoRA on both heads": {
+        "methods": lambda: [OKD(online_module=lora("q_proj", "lm_head"), **ANCHORED)],
+        "adapter": lora("v_proj", "lm_head"),
+        "accumulate": 2,
+        "settings": {"val_check_interval": 2},
+        "callbacks": lambda: [TeacherDrift(margin=1e-3, action="freeze")],
+    },
+    "OKD in a later stage, untied": {
+        "methods": lambda: [
+            Stage(SFT(), end=3),
+            Stage(OKD(online_module=lora("q_proj", "lm_head"), learning_rate=0.5), start=3, end=6),
+            Stage(OPDPlus(JensenShannon(0.5), discount=0.5), start=6),
+        ],
+        "model": {"student": "untied", "tile_positions": 2},
+    },
+    "tiles, discount, chunks": {
+        "methods": lambda: [KD(weight=0.5), OPDPlus(JensenShannon(0.5), discount=0.5)],
+        "model": {"tile_positions": 2},
+        "data": {"prompts_per_rollout": 16},
+        "accumulate": 2,
+    },
+    "a reward, checkpointed GPT-2": {
+        "methods": lambda: [KD(), Reward(length_of, "leave_one_out", weight=0.05)],
+        "model": {"student": "gpt2", "gradient_checkpointing": True},
+        "data": {"samples_per_prompt": 2},
+        "accumulate": 2,
+    },
+    "one prompt left": {
+        "methods": lambda: [GKD(1.0, on_policy_fraction=1.0)],
+        "num": 9,
+        "settings": {"val_check_interval": 2, "max_steps": 4},
+        "callbacks": lambda: [ExactMatch(), PaperMeasures(), FiniteGuard()],
+    },
+    "P-tuning": {"methods": lambda: [OKD(online_module=PromptEncoderConfig(num_virtual_tokens=3))]},
+    "prefix": {"methods": lambda: [OKD(online_module=PrefixTuningConfig(num_virtual_tokens=3))]},
+}
+WAYS = {  # of FSDP2 itself, on one run
+    "layerwise": {"rollouts": "layerwise"},
+    "kept, reduced at once": {"reshard_after_forward": False, "reduce_every_micro_batch": True},
+}
+
+
+def settings_of(root: Path, run_settings: dict) -> dict:
+    """With folders in place of names, and new callbacks."""
+    found = dict(run_settings)
+    model = dict(found.get("model", {}))
+    if "student" in model:
+        model["student"] = str(root / model["student"])
+    found["model"] = model
+    if "callbacks" in found:
+        found["callbacks"] = found["callbacks"]()
+    return found
+
+
+def both_ranks(rank: int, root: Path) -> None:
+    results = {}
+    for name, settings in MATRIX.items():
+        for strategy in ("ddp", "fsdp2"):
+            results[name, strategy] = run(root, strategy, **settings_of(root, settings))
+    for name, settings in MORE.items():
+        results[name, "fsdp2"] = run(root, "fsdp2", **settings_of(root, settings))
+    for name, arguments in WAYS.items():
+        settings = settings_of(root, MORE["one prompt left"])
+        results[name] = run(root, FSDP2Strategy(**arguments), **settings, accumulate=2)
+    torch.save(results, root / f"rank{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_tokenizer):
+    root = tmp_path_factory.mktemp("fsdp2")
+    models = {
+        "student": tiny.make_llama(1, tie_word_embeddings=True),
+        "untied": tiny.make_llama(5),
+        "teacher": tiny.make_llama(2, tiny.TEACHER_ROWS),
+        "gpt2": tiny.make_gpt2(3, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    }
+    for name, model in models.items():
+        model.save_pretrained(root / name)
+        tiny_tokenizer.save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    spawn(both_ranks, folder)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def check(found: dict, alone: dict) -> None:
+    """The same run within float32's rounding."""
+    assert found["steps"] == alone["steps"] == len(alone["losses"])
+    assert found["difference"] == 0
+    assert tiny.distance(found["weights"], alone["weights"]) < 1e-5
+    for own, expected in zip(found["gradients"], alone["gradients"], strict=True):
+        assert tiny.distance(own, expected) < 1e-5
+    for own, expected in zip(found["losses"], alone["losses"], strict=True):
+        own = {name: value for name, value in own.items() if name in expected}
+        assert own == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert found["measures"] == pytest.approx(alone["measures"], rel=1e-3)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("name", MATRIX)
+def test_two_ranks_do_what_one_does(name, strategy, folder, ranks):
+    alone = run(folder, None, **settings_of(folder, MATRIX[name]))
+    assert alone["steps"] == 10
+    for rank in ranks:
+        check(rank[name, strategy], alone)
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_sharded_ranks_do_what_one_does(name, folder, ranks):
+    alone = run(folder, None, **settings_of(folder, MORE[name]))
+    for rank in ranks:
+        check(rank[name, "fsdp2"], alone)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_every_way_of_sharding_gives_the_same(name, folder, ranks):
+    alone = run(folder, None, **settings_of(folder, MORE["one prompt left"]), accumulate=2)
+    for rank in ranks:
+        check(rank[name], alone)
