@@ -59,9 +59,8 @@ def fill(target: Tensor, value: Tensor) -> None:
         target.copy_(new)
 
 
-def optimizer_parts(optimizer: Optimizer) -> tuple[OptimizerState, dict[str, Tensor]]:
-    """An optimizer's groups, and its state's tensors under flat keys (``parameter.name``)."""
-    state = optimizer.state_dict()
+def optimizer_parts(state: OptimizerState) -> tuple[OptimizerState, dict[str, Tensor]]:
+    """Of an optimizer's ``state_dict``: its groups, and its tensors under ``number.name``."""
     tensors = {
         flat_key(str(number), name): torch.as_tensor(value)
         for number, values in state["state"].items()
