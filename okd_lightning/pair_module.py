@@ -18,6 +18,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from okd_lightning.checkpoint_folders import read_folders
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import (
     Measured,
@@ -175,6 +176,7 @@ class PairModule(lightning.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse Lightning's "true" precisions: models are loaded in their own number format."""
+        read_folders(self.trainer)
         precision = str(self.trainer.precision)
         if precision.endswith("-true") and precision != "32-true":
             raise ConfigError(

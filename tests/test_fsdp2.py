@@ -31,6 +31,11 @@ from okd_lightning.callbacks import (
 from okd_lightning.divergences import JensenShannon
 from okd_lightning.sharding import FSDP2Strategy
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:the teacher drifts:UserWarning"),
+]
 METHODS = {
     "KD": lambda: [KD(temperature=2.0, cross_entropy_weight=0.2)],
     "GKD": lambda: [GKD(0.5, on_policy_fraction=0.5)],

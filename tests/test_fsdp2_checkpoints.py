@@ -27,6 +27,11 @@ from okd_lightning.export import export_online_module, export_student
 from okd_lightning.module import DistillationModule
 from okd_lightning.sharding import FSDP2Strategy
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
+]
 FORMS = ("sharded", "single_file")
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8]])
 ADAMW = partial(torch.optim.AdamW, lr=3e-3)
@@ -159,8 +164,7 @@ def test_shards_go_on_from_one_process(folder, ranks):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.usefixtures("ranks")
-def test_one_process_goes_on_from_shards(form, folder, ranks):
-    """From a file without any strategy; from a folder with this one."""
+def test_one_process_goes_on_from_what_ranks_saved(form, folder, ranks):
     whole, _ = ranks[0]["OKD", form]
     path = last(folder / form / "OKD" / "killed")
     found = train(folder, "OKD", None, folder / f"one_{form}", ckpt_path=path)
@@ -180,12 +184,15 @@ def test_a_checkpoint_holds_what_is_trained_and_no_more(folder):
     num_bytes = sum(t.numel() * t.itemsize for t in tensors.values())
     adam_bytes = 3 * 4 * sum(p.numel() for p in trained)  # weights, two moments
     assert num_bytes == adam_bytes + 4 * len(trained)  # and a step's count each
-    on_disk = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    frozen = 4 * sum(p.numel() for p in module.parameters() if not p.requires_grad)
-    print(num_bytes, on_disk, frozen)
-    assert num_bytes < on_disk < num_bytes + frozen / 2
-    single = last(folder / "single_file" / "OKD" / "killed")
-    assert num_bytes < single.stat().st_size < num_bytes + frozen / 2
+    parts = list(path.rglob("*.distcp"))
+    written = sum(file.stat().st_size for file in parts)
+    assert len(parts) == 2
+    assert written < num_bytes + 2048 * len(parts) * len(tensors)  # a zip archive for each tensor
+    single = read_checkpoint(str(last(folder / "single_file" / "OKD" / "killed")))
+    moments = single["optimizer_states"][0]["state"].values()
+    found = [*single["state_dict"].values(), *(t for state in moments for t in state.values())]
+    own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
+    assert sum(own.values()) == num_bytes
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -223,7 +230,6 @@ def test_what_is_exported_has_the_students_logits(name, form, folder, ranks, tmp
         with torch.no_grad():
             expected = reference.teacher(input_ids=IDS).logits
             torch.testing.assert_close(adapted(input_ids=IDS).logits, expected)
-            assert not torch.allclose(expected, base.eval()(input_ids=IDS).logits * 0)
     else:
         read = read_checkpoint(str(path), with_weights=True)
         export_student(make(), read, tmp_path / "apart", "apart")

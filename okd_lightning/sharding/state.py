@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -19,24 +19,25 @@ from torch.optim import Optimizer
 
 from okd_lightning.checkpoint_folders import OPTIMIZER, WEIGHTS, flat_key, tensors_in
 
-_Any = TypeVar("_Any")
 OptimizerState: TypeAlias = dict[str, Any]
 
 
-def whole(value: _Any) -> _Any:
+def whole(value: Any) -> Any:
     """A sharded tensor put together, on all ranks (a collective call); anything else as it is."""
     if not isinstance(value, DTensor):
         return value
     mesh_device = value.device_mesh.device_type
-    on_mesh = value if value.device.type == mesh_device else value.to(mesh_device)
-    return on_mesh.full_tensor()  # type: ignore[return-value]
+    on_mesh: Any = value if value.device.type == mesh_device else value.to(mesh_device)
+    return on_mesh.full_tensor()
 
 
-def to_host(value: _Any) -> _Any:
-    """``whole``, detached and on the CPU."""
+def to_host(value: Any) -> Any:
+    """``whole``, detached and on the CPU, without the padding of uneven shards."""
     if not isinstance(value, Tensor):
         return value
-    return whole(value.detach()).cpu()  # type: ignore[return-value]
+    host = whole(value.detach()).cpu()
+    is_padded = host.untyped_storage().nbytes() > host.nbytes
+    return host.clone() if is_padded else host
 
 
 def like(value: Tensor, pattern: Tensor) -> Tensor:
@@ -128,8 +129,8 @@ def read_folder(
         prefix = flat_key(OPTIMIZER, str(number), "")
         found: dict[int, dict[str, Tensor]] = {}
         for key in (key for key in saved if key.startswith(prefix)):
-            index, name = key[len(prefix) :].split(".", 1)
-            found.setdefault(int(index), {})[name] = state[key]
+            parameter, name = key[len(prefix) :].split(".", 1)
+            found.setdefault(int(parameter), {})[name] = state[key]
         optimizer.load_state_dict({**groups[number], "state": found})
 
 

@@ -7,7 +7,7 @@ application to both models, the gradient's way while accumulating, and what a ch
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -22,7 +22,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from okd_lightning.checkpoint_files import read_checkpoint
-from okd_lightning.checkpoint_folders import REST, is_checkpoint_folder, read_rest, weights_in
+from okd_lightning.checkpoint_folders import (
+    REST,
+    SHARED,
+    is_checkpoint_folder,
+    read_rest,
+    weights_in,
+)
 from okd_lightning.checkpoints import check_weights, weights_to_save
 from okd_lightning.errors import ConfigError
 from okd_lightning.models import DTypeName
@@ -181,13 +187,22 @@ class FSDP2Strategy(ModelParallelStrategy):
         kept = self._kept_weights()
         if self._save_distributed_checkpoint:
             return dict(kept)
-        gathered = {name: state.to_host(value) for name, value in kept.items()}
-        return gathered if self.is_global_zero else {}
+        first = self._first_names(kept)
+        gathered = {name: state.to_host(kept[name]) for name in kept if first[name] == name}
+        return {name: gathered[first[name]] for name in kept} if self.is_global_zero else {}
 
     def _kept_weights(self) -> dict[str, Tensor]:
         """The weights in this rank's shards; writing into them changes the models."""
         module = self._distilled
         return weights_to_save(module, module.state_dict())
+
+    def _first_names(self, kept: Mapping[str, Tensor]) -> dict[str, str]:
+        """Each weight's name → the first name of the same weight (tied heads have two)."""
+        of_parameter: dict[int, str] = {}
+        parameters = dict(self._distilled.named_parameters(remove_duplicate=False))
+        return {
+            name: of_parameter.setdefault(id(parameters.get(name, name)), name) for name in kept
+        }
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """As torch's own ``state_dict``: in shards, or whole on rank 0."""
@@ -220,11 +235,16 @@ class FSDP2Strategy(ModelParallelStrategy):
             new.mkdir(parents=True)
         self.barrier()
         parts = [state.optimizer_parts(own) for own in checkpoint.pop("optimizer_states", [])]
-        state.write_folder(new, checkpoint.pop("state_dict"), [tensors for _, tensors in parts])
+        kept = checkpoint.pop("state_dict")
+        first = self._first_names(kept)
+        own_names = {name: value for name, value in kept.items() if first[name] == name}
+        state.write_folder(new, own_names, [tensors for _, tensors in parts])
         if self.is_global_zero:
-            torch.save(
-                {**checkpoint, "optimizer_states": [group for group, _ in parts]}, new / REST
-            )
+            rest = {
+                "optimizer_states": [group for group, _ in parts],
+                SHARED: {name: other for name, other in first.items() if name != other},
+            }
+            torch.save({**checkpoint, **rest}, new / REST)
             _put_in_place(new, path)
         self.barrier()
 
@@ -243,7 +263,9 @@ class FSDP2Strategy(ModelParallelStrategy):
             checkpoint = read_rest(path)
             check_weights(weights_in(path), kept)
             groups = checkpoint.get("optimizer_states", [])
-            state.read_folder(path, kept, self.optimizers, groups)
+            shared = checkpoint.pop(SHARED, {})
+            own_names = {name: value for name, value in kept.items() if name not in shared}
+            state.read_folder(path, own_names, self.optimizers, groups)
         else:
             checkpoint = read_checkpoint(str(path))
             check_weights(checkpoint["state_dict"], kept)
