@@ -123,8 +123,8 @@ class ShardedModels:
         ]
         try:
             yield
+        finally:  # whatever ends this rank's part, the others need it in theirs
             turns.see_others_through()
-        finally:
             for handle in handles:
                 handle.remove()
         for model in models:
