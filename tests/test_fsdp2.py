@@ -8,12 +8,14 @@ rows in a step and shorter last batches.
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import tiny
 import torch
 from parallel_runs import run, spawn
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig
+from transformers import AutoModelForCausalLM
 
 from okd_lightning.callbacks import (
     GKD,
@@ -118,6 +120,14 @@ WAYS = {  # of FSDP2 itself, on one run
     "layerwise": {"rollouts": "layerwise"},
     "kept, reduced at once": {"reshard_after_forward": False, "reduce_every_micro_batch": True},
 }
+BY_SHARD = {
+    "read by shard, OKD": {
+        "methods": lambda: [OKD(online_module=lora("q_proj", "lm_head"), **ANCHORED)],
+        "adapter": lora("v_proj", "lm_head"),
+    },
+    "read by shard, moving average": SELF_TAUGHT["ema self-teacher"],
+    "read by shard, GPT-2": MORE["a reward, checkpointed GPT-2"],
+}
 
 
 def settings_of(root: Path, run_settings: dict) -> dict:
@@ -142,6 +152,11 @@ def both_ranks(rank: int, root: Path) -> None:
     for name, arguments in WAYS.items():
         settings = settings_of(root, MORE["one prompt left"])
         results[name] = run(root, FSDP2Strategy(**arguments), **settings, accumulate=2)
+    no_whole_models = patch.object(AutoModelForCausalLM, "from_pretrained", None)
+    for name, settings in BY_SHARD.items():
+        with no_whole_models:
+            strategy = FSDP2Strategy(loading="by_shard")
+            results[name] = run(root, strategy, **settings_of(root, settings))
     torch.save(results, root / f"rank{rank}.pt")
 
 
@@ -193,6 +208,13 @@ def test_sharded_ranks_do_what_one_does(name, folder, ranks):
     alone = run(folder, None, **settings_of(folder, MORE[name]))
     for rank in ranks:
         check(rank[name, "fsdp2"], alone)
+
+
+@pytest.mark.parametrize("name", BY_SHARD)
+def test_shards_read_from_disk_are_those_of_a_loaded_model(name, folder, ranks):
+    alone = run(folder, None, **settings_of(folder, BY_SHARD[name]))
+    for rank in ranks:
+        check(rank[name], alone)
 
 
 @pytest.mark.parametrize("name", WAYS)

@@ -2,6 +2,7 @@
 
 * ``plan``: which modules of a model form a unit that is gathered and freed together.
 * ``placement``: how the rest of the library runs a model: whole, or in shards that are gathered.
+* ``loading``: filling shards from files, so that no rank ever holds a whole model.
 * ``state``: weights and optimizer states, from shards to files and back.
 * ``strategy``: ``--trainer.strategy fsdp2``.
 """

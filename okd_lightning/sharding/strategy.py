@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -32,10 +32,13 @@ from okd_lightning.checkpoint_folders import (
 from okd_lightning.checkpoints import check_weights, weights_to_save
 from okd_lightning.errors import ConfigError
 from okd_lightning.models import DTypeName
+from okd_lightning.models.deferred import deferred_weights
 from okd_lightning.sharding import state
+from okd_lightning.sharding.loading import fill_from_files
 from okd_lightning.sharding.placement import RolloutMode, ShardedModels
 from okd_lightning.sharding.plan import ShardSettings, shard
 
+Loading: TypeAlias = Literal["every_rank", "by_shard"]
 CheckpointForm: TypeAlias = Literal["sharded", "single_file"]
 
 
@@ -57,6 +60,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         rollouts: "gathered": a model that writes is gathered once for the phase, whole on every
             device. "layerwise": block by block at every token, all ranks in step: slower, for
             models that do not fit.
+        loading: "every_rank": each process loads the whole models into the host's memory and cuts
+            its shards out; "by_shard": it builds them without weights and reads its own rows of
+            each from the safetensors files. PEFT folders, random models and models in memory are
+            loaded whole either way.
         reduce_every_micro_batch: Sum gradients over ranks in every micro-batch; by default once an
             optimizer step, for which every device keeps the student's whole gradient while
             gradients accumulate.
@@ -75,11 +82,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         cpu_offload: bool = False,
         checkpoint_form: CheckpointForm = "sharded",
         rollouts: RolloutMode = "gathered",
+        loading: Loading = "every_rank",
         reduce_every_micro_batch: bool = False,
     ) -> None:
         for name, value, known in (
             ("checkpoint_form", checkpoint_form, ("sharded", "single_file")),
             ("rollouts", rollouts, ("gathered", "layerwise")),
+            ("loading", loading, ("every_rank", "by_shard")),
             ("param_dtype", param_dtype, (None, "float32", "bfloat16", "float16")),
             ("reduce_dtype", reduce_dtype, (None, "float32", "bfloat16", "float16")),
         ):
@@ -93,6 +102,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         )
         self._settings = ShardSettings(precision, reshard_after_forward, cpu_offload)
         self._rollouts = rollouts
+        self._loading = loading
         self._reduce_every_micro_batch = reduce_every_micro_batch
 
     @classmethod
@@ -107,6 +117,16 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
         super().setup_environment()
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Around ``configure_model``: weights stay on disk where they are to be read by shard."""
+        with deferred_weights() if self._loading == "by_shard" else nullcontext():
+            yield
+
+    @property
+    def _shard_device(self) -> torch.device:
+        return torch.device("cpu") if self._settings.offload else self.root_device
 
     def setup(self, trainer: lightning.Trainer) -> None:
         """Shard both models, then Lightning's own."""
@@ -123,6 +143,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         ):
             if side is not None:
                 shard(side, mesh, self._settings, option)
+                fill_from_files(side, self._shard_device)
         module.placement = ShardedModels(
             self._rollouts, self._settings.reshard_after_forward, self.root_device
         )
