@@ -2,17 +2,21 @@
 
 Frozen here: losses, gradients and weights of KD, GKD, OKD and OPD+ over ten steps are those of one
 process, with and without accumulation, for full students and LoRA students, with ranks that have no
-rows in a step and shorter last batches.
+rows in a step and shorter last batches; so are self-teachers, stages, rewards, prompt learning, and
+every way of sharding; ranks that write different numbers of responses wait for each other;
+gradients are sent, and heads and writing students gathered, once.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 from parallel_runs import run, spawn
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig
 from transformers import AutoModelForCausalLM
@@ -31,6 +35,7 @@ from okd_lightning.callbacks import (
     TeacherDrift,
 )
 from okd_lightning.divergences import JensenShannon
+from okd_lightning.module import DistillationModule
 from okd_lightning.sharding import FSDP2Strategy
 
 pytestmark = [
@@ -142,6 +147,51 @@ def settings_of(root: Path, run_settings: dict) -> dict:
     return found
 
 
+class Traffic:
+    """Counts of FSDP2's collective calls, also of those while a model writes."""
+
+    def __init__(self) -> None:
+        self.gathers, self.reductions, self.while_writing = 0, 0, []
+        self._write = DistillationModule.write
+
+    def __enter__(self) -> Traffic:
+        gather, reduce = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
+        traffic = self
+
+        def counted_gather(*args, **kwargs):
+            traffic.gathers += 1
+            return gather(*args, **kwargs)
+
+        def counted_reduce(*args, **kwargs):
+            traffic.reductions += 1
+            return reduce(*args, **kwargs)
+
+        def counted_write(module, *args, **kwargs):
+            before = traffic.gathers
+            rollout = traffic._write(module, *args, **kwargs)
+            traffic.while_writing.append(traffic.gathers - before)
+            return rollout
+
+        self._stack = ExitStack()
+        self._stack.enter_context(patch.object(dist, "all_gather_into_tensor", counted_gather))
+        self._stack.enter_context(patch.object(dist, "reduce_scatter_tensor", counted_reduce))
+        self._stack.enter_context(patch.object(DistillationModule, "write", counted_write))
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stack.close()
+
+
+def count(root: Path, methods, model: dict | None = None, **arguments) -> Traffic:
+    """Of one optimizer step of three micro-batches; the student has three units."""
+    with Traffic() as traffic:
+        step = {"max_steps": 1, "gradient_clip_val": None}
+        strategy = FSDP2Strategy(**arguments)
+        run(root, strategy, methods, accumulate=3, num=12, settings=step, model=model)
+    traffic._stack, traffic._write = None, None  # what is left can be pickled
+    return traffic
+
+
 def both_ranks(rank: int, root: Path) -> None:
     results = {}
     for name, settings in MATRIX.items():
@@ -152,6 +202,13 @@ def both_ranks(rank: int, root: Path) -> None:
     for name, arguments in WAYS.items():
         settings = settings_of(root, MORE["one prompt left"])
         results[name] = run(root, FSDP2Strategy(**arguments), **settings, accumulate=2)
+    results["traffic"] = {
+        "KD": count(root, METHODS["KD"]),
+        "tiles": count(root, METHODS["KD"], {"tile_positions": 1}),
+        "every micro-batch": count(root, METHODS["KD"], reduce_every_micro_batch=True),
+        "gathered": count(root, METHODS["OPD+"]),
+        "layerwise": count(root, METHODS["OPD+"], rollouts="layerwise"),
+    }
     no_whole_models = patch.object(AutoModelForCausalLM, "from_pretrained", None)
     for name, settings in BY_SHARD.items():
         with no_whole_models:
@@ -222,3 +279,13 @@ def test_every_way_of_sharding_gives_the_same(name, folder, ranks):
     alone = run(folder, None, **settings_of(folder, MORE["one prompt left"]), accumulate=2)
     for rank in ranks:
         check(rank[name], alone)
+
+
+def test_gradients_are_sent_and_heads_are_gathered_once_a_step(ranks):
+    for rank in ranks:
+        traffic = rank["traffic"]
+        assert traffic["KD"].reductions == 3  # units of the student
+        assert traffic["every micro-batch"].reductions == 9
+        assert traffic["tiles"].gathers == traffic["KD"].gathers
+        assert traffic["gathered"].while_writing == [3]
+        assert traffic["layerwise"].while_writing[0] > 3

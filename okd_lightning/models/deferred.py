@@ -135,8 +135,14 @@ def stand_ins(model: nn.Module, option: str) -> Iterator[None]:
     }
     for module, name, parameter in places:
         module._parameters[name] = nothing[id(parameter)]
+    refusal = (
+        "is made out of the base's weights, which loading: by_shard leaves on disk; use loading: "
+        "every_rank, or plain LoRA"
+    )
     try:
         yield
+    except torch.linalg.LinAlgError as error:  # a decomposition of the stand-ins
+        raise ConfigError(f"{option}: this adapter {refusal}") from error
     finally:
         for module, name, parameter in places:
             parameter.requires_grad_(nothing[id(parameter)].requires_grad)
@@ -147,10 +153,7 @@ def stand_ins(model: nn.Module, option: str) -> Iterator[None]:
         if places and parameter.requires_grad and not parameter.is_meta and parameter.isnan().any()
     ]
     if made_of_base:
-        raise ConfigError(
-            f"{option}: {made_of_base[0]} is made out of the base's weights, which loading: "
-            "by_shard leaves on disk; use loading: every_rank, or plain LoRA"
-        )
+        raise ConfigError(f"{option}: {made_of_base[0]} {refusal}")
 
 
 @contextmanager
