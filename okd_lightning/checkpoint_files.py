@@ -1,4 +1,4 @@
-"""Reading a checkpoint file without a module: is it there, is it ours, what does it say."""
+"""Reading a checkpoint without a module: is it there, is it ours, what does it say."""
 
 from __future__ import annotations
 
@@ -9,16 +9,24 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from okd_lightning.checkpoint_folders import is_checkpoint_folder, read_rest, read_weights
 from okd_lightning.errors import CheckpointError
 
 
-def read_checkpoint(path: str) -> dict[str, Any]:
-    """Load a checkpoint file on the CPU, weights-only and memory-mapped.
+def read_checkpoint(path: str, with_weights: bool = False) -> dict[str, Any]:
+    """Load a checkpoint on the CPU, weights-only: a memory-mapped file, or a sharded folder.
+
+    Args:
+        path: The file or folder.
+        with_weights: Put the weights of a folder together as well; a file always has them.
 
     Raises:
         CheckpointError: It is not there, broken, or of another program.
     """
     file = Path(path)
+    if is_checkpoint_folder(file):
+        weights = {"state_dict": read_weights(file)} if with_weights else {}
+        return {**read_rest(file), **weights}
     if not file.is_file():
         raise CheckpointError(f"--ckpt_path {path!r}: there is no such file{_nearby(file)}")
     try:

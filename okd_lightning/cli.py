@@ -362,7 +362,7 @@ def _export(arguments: list[str]) -> int:
         "--what", type=ExportPart, default="student", help="the student, or OKD's online module"
     )
     options = parse(parser, arguments, list(parser._option_string_actions))
-    checkpoint = read_checkpoint(options.ckpt_path)
+    checkpoint = read_checkpoint(options.ckpt_path, with_weights=True)
     _, _, text = prepare(["fit", "--ckpt_path", options.ckpt_path])[:3]
     model_only = yaml.safe_dump({"model": yaml.safe_load(text)["model"]})
     cli = DistillationCLI(args=["--config", model_only], run=False)

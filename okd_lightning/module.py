@@ -264,8 +264,7 @@ class DistillationModule(PairModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         limits = (gradient_clip_val, own.clip_norm or gradient_clip_val)
-        sides = zip((self.student, self.teacher), limits, strict=True)
-        for side, limit in sides:
+        for side, limit in zip((self.student, self.teacher), limits, strict=True):
             if limit:
                 clip_grad_norm_(self.trained_parameters(side), limit)
 
@@ -294,15 +293,14 @@ class DistillationModule(PairModule):
         loss = self.loss_of(batch, terms, checks=is_new)
         if is_new:
             check_counts(terms, loss.outputs, batch)
-        sums = step_means(terms, loss, batch, trainer.global_step)
-        self._log_step(batch, sums, batch_idx)
+        self._log_step(batch, step_means(terms, loss, batch, trainer.global_step), batch_idx)
         return loss.total + self._idle_loss(terms)
 
     def _idle_loss(self, terms: Sequence[WeightedTerm]) -> Tensor:
         """Zero, tied to the online module where nothing trains it in this step, as DDP expects."""
         idle = torch.zeros((), device=self.device)
         if not any(trains_teacher(weighted.term) for weighted in terms):
-            for parameter in self.trained_parameters(self.teacher):
+            for parameter in self.placement.tied_to_loss(self.trained_parameters(self.teacher)):
                 idle = idle + 0.0 * parameter.sum()
         return idle
 

@@ -18,6 +18,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from okd_lightning.checkpoint_folders import read_folders
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import (
     Measured,
@@ -55,6 +56,7 @@ from okd_lightning.records import DistillBatch, PromptBatch, Rollout
 from okd_lightning.rollouts import NoiseStream, RolloutEngine, Sampling, TransformersEngine
 from okd_lightning.rollouts.engine import Author, Progress
 from okd_lightning.rollouts.tool_rollouts import ToolEngine, ToolRounds
+from okd_lightning.sharding import Placement, WholeModels
 from okd_lightning.teacher_cache import (
     CachedTeacher,
     TeacherCache,
@@ -112,6 +114,7 @@ class PairModule(lightning.LightningModule):
         self.online_module: OnlineModuleSettings | None = None
         self._has_online_module = False
         self.tool_rounds: ToolRounds | None = None
+        self.placement: Placement = WholeModels()  # a strategy that shards brings its own
 
     @property
     def student_source(self) -> ModelSource:
@@ -202,6 +205,7 @@ class PairModule(lightning.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse Lightning's "true" precisions: models are loaded in their own number format."""
+        read_folders(self.trainer)
         check_precision(str(self.trainer.precision))
 
     def add_online_module(self, settings: OnlineModuleSettings) -> None:
@@ -269,6 +273,8 @@ class PairModule(lightning.LightningModule):
             self.tile_positions,
             base,
         )
+        if not torch.is_grad_enabled():
+            self.placement.release(self.student, self.teacher)
         return replace(Measured.about(batch), values=values)
 
     def loss_of(
@@ -324,10 +330,11 @@ class PairModule(lightning.LightningModule):
         Where the data brings tools (``tool_rounds``), prompts that are chats may call them.
         """
         model, as_author = self.sides.speaking(author)
+        phase = self.placement.alone(model)
         if isinstance(model, PeftModel):
             model = cast(PreTrainedModel, model.get_base_model())
         precision = self._trainer.precision_plugin.forward_context if self._trainer else nullcontext
-        with torch.no_grad(), precision(), in_eval_mode(model), as_author:
+        with torch.no_grad(), precision(), phase, in_eval_mode(model), as_author:
             engine = self.build_engine(model)
             if self.tool_rounds is not None:
                 engine = ToolEngine(engine, self.tool_rounds)

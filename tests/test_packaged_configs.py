@@ -1,12 +1,15 @@
 """Every file in ``configs/`` is parsed, instantiated and run for a step.
 
 * Complete configs run on the quickstart's small models and data in place of their own.
-* Overlays run on top of one of them; the two-process overlay starts two processes.
+* Overlays run on top of one of them; those of several processes start two, by Lightning itself, by
+  torchrun, and as SLURM's srun does, as if on two nodes.
 * A config that nobody runs here fails the suite.
 """
 
+import csv
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -50,11 +53,15 @@ OVERLAYS = {  # with what stands in metrics.csv because of them
     "overlays/kd_opd_plus_reward": {"train/kd", "train/opd_plus", "train/reward"},
     "overlays/sft_gkd_opd_plus": {"train/sft"},
 }
-TWO_PROCESSES = "overlays/cpu2"
+LAUNCHED = {  # overlays of several processes, with what makes this machine one of theirs
+    "overlays/cpu2": [],
+    "overlays/ddp": ["--trainer.devices", "2"],
+}
+TORCHRUN, SLURM = "overlays/fsdp2", "overlays/slurm"
 
 
 def test_every_config_is_run_here():
-    assert set(packaged_configs()) == set(RUNS) | set(OVERLAYS) | {TWO_PROCESSES}
+    assert set(packaged_configs()) == {*RUNS, *OVERLAYS, *LAUNCHED, TORCHRUN, SLURM}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
@@ -85,18 +92,77 @@ def test_overlay_trains(overlay, tmp_path, monkeypatch, capsys):
     assert OVERLAYS[overlay] <= columns
 
 
-def test_the_two_process_overlay_trains(tmp_path):
-    base, overlay = "tinystories", TWO_PROCESSES
+def command(folder: Path, overlay: str, *more: str) -> list[str]:
+    """``-m okd_lightning fit`` of TinyStories' config with an overlay."""
+    base = "tinystories"
+    return [
+        *("-m", "okd_lightning", "fit", "--config", base, "--config", overlay),
+        *(*RUNS[base](folder), *SHORT, "--trainer.default_root_dir", str(folder / "run"), *more),
+    ]
+
+
+def run(folder: Path, arguments: list[str], **environment: str) -> str:
+    """What a process that went well has written to stderr."""
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "okd_lightning", "fit", "--config", base, "--config", overlay),
-            *(*RUNS[base](tmp_path), *SHORT, "--trainer.default_root_dir", str(tmp_path / "run")),
-        ],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "MEMBER: 2/2" in done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("overlay", LAUNCHED)
+def test_an_overlay_of_two_processes_trains(overlay, tmp_path):
+    assert "MEMBER: 2/2" in run(tmp_path, command(tmp_path, overlay, *LAUNCHED[overlay]))
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_the_sharded_overlay_trains_resumes_and_exports(tmp_path):
+    """By torchrun on two processes; a folder of shards is a checkpoint like another."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run(tmp_path, [*torchrun, *command(tmp_path, TORCHRUN, "--trainer.devices", "2")])
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert sorted(path.name for path in last.glob("*.distcp")) == ["__0_0.distcp", "__1_0.distcp"]
+    again = ["-m", "okd_lightning", "fit", "--ckpt_path", str(last), "--trainer.max_steps", "3"]
+    run(tmp_path, [*torchrun, *again])
+    metrics = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    steps = [row["step"] for row in csv.DictReader(metrics) if row["train/loss"]]
+    assert steps == ["0", "1", "2"]
+    run(tmp_path, ["-m", "okd_lightning", "export", "--ckpt_path", str(last), "--out", "student"])
+    assert (tmp_path / "student" / "model.safetensors").is_file()
+    one = ["--trainer.strategy", "auto", "--trainer.devices", "1"]
+    run(tmp_path, ["-m", "okd_lightning", "validate", "--ckpt_path", str(last), *one])
+
+
+def test_the_slurm_overlay_trains_on_two_nodes(tmp_path):
+    """Two tasks that believe to be on a node each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = {
+        **{"SLURM_JOB_ID": "12345", "SLURM_JOB_NAME": "okd", "SLURM_NTASKS": "2"},
+        **{"SLURM_NTASKS_PER_NODE": "1", "SLURM_NODELIST": "localhost", "SLURM_NNODES": "2"},
+        **{"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+    }
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, *command(tmp_path, SLURM, "--trainer.devices", "1")],
+            cwd=tmp_path,
+            env={**os.environ, **job, **_task(node)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    for task in tasks:
+        _, errors = task.communicate(timeout=300)
+        assert task.returncode == 0, errors[-2000:]
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert sorted(path.name for path in last.glob("*.distcp")) == ["__0_0.distcp", "__1_0.distcp"]
+
+
+def _task(node: int) -> dict[str, str]:
+    return {"SLURM_PROCID": str(node), "SLURM_LOCALID": "0", "SLURM_NODEID": str(node)}

@@ -69,8 +69,6 @@ def greedy_answers(
     author: Author = "student",
 ) -> list[str]:
     """The most likely responses (their last turns) of the student or the teacher, as text."""
-    if not examples:
-        return []
     rollout = module.write(
         author,
         prompt_batch(examples, author),

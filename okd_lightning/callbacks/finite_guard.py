@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from okd_lightning.errors import NonFiniteError
 from okd_lightning.module import DistillationModule
+from okd_lightning.sharding import whole
 
 
 class FiniteGuard(Callback):
@@ -31,7 +32,7 @@ class FiniteGuard(Callback):
             NonFiniteError: One is NaN or infinite; names the step and the terms.
         """
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         # an infinite divergence has a finite gradient: what is infinite in it is constant
         loss = trainer.callback_metrics.get("train/loss", norm)
         if torch.isfinite(loss) and not torch.isfinite(norm) and _is_rescaled(trainer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,10 @@ class _Pass:
     module: DistillationModule
     data: RolloutDataModule
     examples: Sequence[Example]
+
+    def alone(self) -> AbstractContextManager[object]:
+        """Within it ranks may run the models different numbers of times."""
+        return self.module.placement.alone(self.module.student, self.module.teacher)
 
 
 class PaperMeasures(EvaluationCallback):
@@ -119,16 +124,17 @@ def _on_given(inputs: _Pass) -> dict[str, Tensor]:
         for name, quantity in (("student", _STUDENT_STD), ("teacher", _TEACHER_STD))
     }
     quantities = (_STUDENT_TARGET, _TEACHER_TARGET, _STUDENT_STD, _TEACHER_STD)
-    for batch in _batches(inputs, [given_row(example) for example in inputs.examples]):
-        measured = inputs.module.measure(batch, quantities)
-        uncertainty.update(
-            *(
-                response_uncertainty(measured[target], measured.row, len(batch))
-                for target in (_STUDENT_TARGET, _TEACHER_TARGET)
+    with inputs.alone():
+        for batch in _batches(inputs, [given_row(example) for example in inputs.examples]):
+            measured = inputs.module.measure(batch, quantities)
+            uncertainty.update(
+                *(
+                    response_uncertainty(measured[target], measured.row, len(batch))
+                    for target in (_STUDENT_TARGET, _TEACHER_TARGET)
+                )
             )
-        )
-        for metric, quantity in spreads.values():
-            metric.update(measured[quantity])
+            for metric, quantity in spreads.values():
+                metric.update(measured[quantity])
     found = uncertainty.compute()
     values = {f"uncertainty_{name}": value for name, value in found.items() if name != "all"}
     values["uncertainty"] = found["all"]
@@ -142,9 +148,10 @@ def _on_written(inputs: _Pass, seed: int) -> dict[str, Tensor]:
     for author in ("student", "teacher"):
         rollout = _write(inputs, author, seed)
         rows = written_rows(inputs.examples, author, rollout)
-        for batch in _batches(inputs, rows):
-            measured = module.measure(batch, (_FORWARD_KL,))
-            error.update(*_steps(batch, measured), is_student_prefix=author == "student")
+        with inputs.alone():
+            for batch in _batches(inputs, rows):
+                measured = module.measure(batch, (_FORWARD_KL,))
+                error.update(*_steps(batch, measured), is_student_prefix=author == "student")
         if author == "student":
             for row, example in enumerate(inputs.examples):
                 reference = module.decode(example.response_ids)

@@ -27,6 +27,11 @@ from transformers import (
 )
 
 from okd_lightning.errors import ConfigError, ModelError, ModelNotFoundError
+from okd_lightning.models.deferred import (
+    causal_lm_without_weights,
+    is_deferred,
+    stand_ins,
+)
 
 DTypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
@@ -119,6 +124,8 @@ def load_causal_lm(
         )
     if (Path(source) / "adapter_config.json").is_file():
         return _load_adapted(source, option, number_format)
+    if is_deferred():
+        return causal_lm_without_weights(source, config, number_format, attn_implementation)
     try:
         return AutoModelForCausalLM.from_pretrained(
             source,
@@ -164,10 +171,13 @@ def add_adapter(model: PreTrainedModel, adapter: PeftConfig, option: str) -> Non
         )
     adapter.task_type = adapter.task_type or "CAUSAL_LM"
     try:
-        model.add_adapter(adapter)
+        with stand_ins(model, option):
+            model.add_adapter(adapter)
         for parameter in model.parameters():
             if parameter.requires_grad:  # the base may be bfloat16; what is trained is not
                 parameter.data = parameter.data.float()
+    except ConfigError:
+        raise
     except ValueError as error:
         layers = sorted(
             {

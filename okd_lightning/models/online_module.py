@@ -137,6 +137,11 @@ def attach_online_module(
     if not config.is_prompt_learning:
         add_adapter(teacher, config, option)
         return teacher.eval()
+    if any(parameter.is_meta for parameter in teacher.parameters()):
+        raise ConfigError(
+            f"{option}: {type(config).__name__} is made out of the teacher's weights, which "
+            "loading: by_shard leaves on disk; use loading: every_rank, or LoraConfig"
+        )
     wrapped = get_peft_model(teacher, config)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:

@@ -1,0 +1,141 @@
+"""Sharded checkpoints as they lie on disk: a folder of tensor parts, and one file of the rest.
+
+Owns the names in it and reading it in one process. The index of the parts (``.metadata``) is a
+pickle, which runs code when it is read: such folders are for the run's owner, and what is given to
+others is an export.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import torch.distributed.checkpoint as dcp
+from lightning.fabric.plugins import TorchCheckpointIO
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from okd_lightning.errors import CheckpointError
+
+REST = "meta.pt"
+"""Everything but tensors of models and optimizers."""
+
+SHARED = "shared_weights"
+"""In the rest: further names of weights, each with the name under which it is written."""
+
+WEIGHTS, OPTIMIZER = "state_dict", "optimizer"
+"""How the tensors' keys begin."""
+
+_INDEX = ".metadata"
+
+
+def flat_key(*parts: str) -> str:
+    """The key of a tensor."""
+    return ".".join(parts)
+
+
+def is_checkpoint_folder(path: Path) -> bool:
+    """Whether a path is a folder that holds a sharded checkpoint."""
+    return (path / REST).is_file()
+
+
+def tensors_in(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint folder by their keys, without their data (on ``meta``).
+
+    Raises:
+        CheckpointError: Its index is missing or broken.
+    """
+    try:
+        index = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"--ckpt_path {str(folder)!r}: the index {_INDEX} is missing or broken; the run was "
+            "stopped while it wrote this checkpoint: take another one"
+        ) from error
+    return {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        for key, entry in index.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def weights_in(folder: Path) -> dict[str, Tensor]:
+    """The models' weights of a checkpoint folder by name, without their data (on ``meta``)."""
+    prefix = flat_key(WEIGHTS, "")
+    found = tensors_in(folder)
+    weights = {key[len(prefix) :]: v for key, v in found.items() if key.startswith(prefix)}
+    return _with_shared(folder, weights)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The models' weights, put together in this one process; optimizer states are not read."""
+    return _with_shared(folder, _read(folder, flat_key(WEIGHTS, "")))
+
+
+def read_rest(folder: Path) -> dict[str, Any]:
+    """Everything but the tensors, weights-only.
+
+    Raises:
+        CheckpointError: Broken, or more than plain values.
+    """
+    try:
+        rest = torch.load(folder / REST, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"--ckpt_path {str(folder)!r}: {REST} is broken, or holds more than tensors and plain "
+            "values: no checkpoint of okd-lightning"
+        ) from error
+    assert isinstance(rest, dict)
+    return rest
+
+
+def read_whole(folder: Path) -> dict[str, Any]:
+    """A checkpoint folder as one that was never in shards: what any strategy goes on from."""
+    checkpoint = read_rest(folder)
+    for number, state in enumerate(checkpoint.get("optimizer_states", ())):
+        state["state"] = {}
+        for key, value in _read(folder, flat_key(OPTIMIZER, str(number), "")).items():
+            index, name = key.split(".", 1)
+            state["state"].setdefault(int(index), {})[name] = value
+    return {**checkpoint, "state_dict": read_weights(folder)}
+
+
+class FolderReadingIO(TorchCheckpointIO):
+    """Lightning's own way to files, which goes on from a checkpoint folder as well."""
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """A file as Lightning reads it, or a folder put together."""
+        if is_checkpoint_folder(Path(path)):
+            return read_whole(Path(path))
+        checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+        return checkpoint
+
+
+def read_folders(trainer: lightning.Trainer) -> None:
+    """Let a Trainer go on from folders, unless somebody has given it another way to files."""
+    strategy = trainer.strategy
+    if type(strategy.checkpoint_io) is TorchCheckpointIO:
+        strategy.checkpoint_io = FolderReadingIO()
+
+
+def _with_shared(folder: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A tensor that several names share is written under one of them."""
+    names = read_rest(folder).get(SHARED, {})
+    return weights | {name: weights[first] for name, first in names.items()}
+
+
+def _read(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors whose keys begin so, without that beginning, in this one process."""
+    state = {
+        key: torch.empty_like(value, device="cpu")
+        for key, value in tensors_in(folder).items()
+        if key.startswith(prefix)
+    }
+    with warnings.catch_warnings():  # "assuming the intent is to load in a single process": it is
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(state, checkpoint_id=folder, no_dist=True)
+    return {key[len(prefix) :]: value for key, value in state.items()}

@@ -1,0 +1,28 @@
+"""Models in shards over all devices (FSDP2): the only place that says FSDP, DTensor or mesh.
+
+* ``plan``: which modules of a model form a unit that is gathered and freed together.
+* ``placement``: how the rest of the library runs a model: whole, or in shards that are gathered.
+* ``loading``: filling shards from files, so that no rank ever holds a whole model.
+* ``state``: weights and optimizer states, from shards to files and back.
+* ``strategy``: ``--trainer.strategy fsdp2``.
+"""
+
+from lightning.pytorch.strategies import StrategyRegistry
+
+from okd_lightning.sharding.placement import Placement, ShardedModels, WholeModels
+from okd_lightning.sharding.plan import ShardSettings, blocks_of, shard
+from okd_lightning.sharding.state import whole
+from okd_lightning.sharding.strategy import FSDP2Strategy
+
+FSDP2Strategy.register_strategies(StrategyRegistry)  # as Lightning does with its own
+
+__all__ = [
+    "FSDP2Strategy",
+    "Placement",
+    "ShardSettings",
+    "ShardedModels",
+    "WholeModels",
+    "blocks_of",
+    "shard",
+    "whole",
+]

@@ -1,0 +1,317 @@
+"""``--trainer.strategy fsdp2``: student and teacher in shards over all devices.
+
+Lightning's ModelParallelStrategy brings processes, mesh and checkpoint hooks; here are the plan's
+application to both models, the gradient's way while accumulating, and what a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import lightning
+import torch
+from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.optim import Optimizer
+
+from okd_lightning.checkpoint_files import read_checkpoint
+from okd_lightning.checkpoint_folders import (
+    REST,
+    SHARED,
+    is_checkpoint_folder,
+    read_rest,
+    weights_in,
+)
+from okd_lightning.checkpoints import check_weights, weights_to_save
+from okd_lightning.errors import ConfigError
+from okd_lightning.models import DTypeName
+from okd_lightning.models.deferred import deferred_weights
+from okd_lightning.sharding import state
+from okd_lightning.sharding.loading import fill_from_files
+from okd_lightning.sharding.placement import RolloutMode, ShardedModels
+from okd_lightning.sharding.plan import ShardSettings, shard
+
+Loading: TypeAlias = Literal["every_rank", "by_shard"]
+CheckpointForm: TypeAlias = Literal["sharded", "single_file"]
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Fully sharded data parallelism (FSDP2) of a DistillationModule, over all devices and nodes.
+
+    Student, teacher, gradients and optimizer states are in equal parts on all devices; a block is
+    gathered when it runs and freed behind it.
+
+    Args:
+        param_dtype: Number format in which gathered weights compute, such as bfloat16; by default
+            that of the weights. The shards, and with them the optimizer's steps, stay as they are.
+        reduce_dtype: Number format in which gradients are summed over ranks.
+        reshard_after_forward: Free a block behind its forward pass and gather it again for the
+            backward pass; false keeps the whole models on every device in between.
+        cpu_offload: Keep shards and optimizer states in the host's memory.
+        checkpoint_form: "sharded": a folder in which every rank writes its part; "single_file":
+            gathered on rank 0, the same as a run without shards writes.
+        rollouts: "gathered": a model that writes is gathered once for the phase, whole on every
+            device. "layerwise": block by block at every token, all ranks in step: slower, for
+            models that do not fit.
+        loading: "every_rank": each process loads the whole models into the host's memory and cuts
+            its shards out; "by_shard": it builds them without weights and reads its own rows of
+            each from the safetensors files. PEFT folders, random models and models in memory are
+            loaded whole either way.
+        reduce_every_micro_batch: Sum gradients over ranks in every micro-batch; by default once an
+            optimizer step, for which every device keeps the student's whole gradient while
+            gradients accumulate.
+
+    Raises:
+        ConfigError: A setting that is none of those.
+    """
+
+    strategy_name = "fsdp2"
+
+    def __init__(
+        self,
+        param_dtype: DTypeName | None = None,
+        reduce_dtype: DTypeName | None = "float32",
+        reshard_after_forward: bool = True,
+        cpu_offload: bool = False,
+        checkpoint_form: CheckpointForm = "sharded",
+        rollouts: RolloutMode = "gathered",
+        loading: Loading = "every_rank",
+        reduce_every_micro_batch: bool = False,
+    ) -> None:
+        for name, value, known in (
+            ("checkpoint_form", checkpoint_form, ("sharded", "single_file")),
+            ("rollouts", rollouts, ("gathered", "layerwise")),
+            ("loading", loading, ("every_rank", "by_shard")),
+            ("param_dtype", param_dtype, (None, "float32", "bfloat16", "float16")),
+            ("reduce_dtype", reduce_dtype, (None, "float32", "bfloat16", "float16")),
+        ):
+            if value not in known:
+                shown = ", ".join(map(str, known))
+                raise ConfigError(f"fsdp2: {name} is {value!r}; expected one of {shown}")
+        super().__init__(save_distributed_checkpoint=checkpoint_form == "sharded")
+        precision = MixedPrecisionPolicy(
+            param_dtype=getattr(torch, param_dtype) if param_dtype else None,
+            reduce_dtype=getattr(torch, reduce_dtype) if reduce_dtype else None,
+        )
+        self._settings = ShardSettings(precision, reshard_after_forward, cpu_offload)
+        self._rollouts = rollouts
+        self._loading = loading
+        self._reduce_every_micro_batch = reduce_every_micro_batch
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        """Let the Trainer find it by its name."""
+        strategy_registry.register(cls.strategy_name, cls, description=cls.__name__)
+
+    # ---------------------------------------------------------------- setting up
+
+    def setup_environment(self) -> None:
+        """All devices of all nodes share the data and the models: a mesh of (world, 1)."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        self._tensor_parallel_size = 1
+        super().setup_environment()
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Around ``configure_model``: weights stay on disk where they are to be read by shard."""
+        with deferred_weights() if self._loading == "by_shard" else nullcontext():
+            yield
+
+    @property
+    def _shard_device(self) -> torch.device:
+        return torch.device("cpu") if self._settings.offload else self.root_device
+
+    def setup(self, trainer: lightning.Trainer) -> None:
+        """Shard both models, then Lightning's own."""
+        module = self._distilled
+        if self._settings.offload and self.root_device.type == "cpu":
+            raise ConfigError(
+                "fsdp2: cpu_offload on --trainer.accelerator cpu, where the shards are in the "
+                "host's memory anyway; leave it out"
+            )
+        mesh = self.device_mesh["data_parallel"]
+        for side, option in (
+            (module.student, "--model.student"),
+            (module.teacher, "--model.teacher"),
+        ):
+            if side is not None:
+                shard(side, mesh, self._settings, option)
+                fill_from_files(side, self._shard_device)
+        module.placement = ShardedModels(
+            self._rollouts, self._settings.reshard_after_forward, self.root_device
+        )
+        super().setup(trainer)
+
+    @property
+    def _distilled(self) -> Any:
+        """The DistillationModule; this floor knows of it what is named here."""
+        module = self.lightning_module
+        if not hasattr(module, "placement") or getattr(module, "student", None) is None:
+            raise ConfigError(
+                f"fsdp2 shards the models of a DistillationModule; got {type(module).__name__}"
+            )
+        return module
+
+    def model_to_device(self) -> None:
+        """Shards are where they belong; the rest (buffers, metrics) goes to the device."""
+        if not self._settings.offload:
+            super().model_to_device()
+            return
+        for module in self._distilled.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.root_device)
+
+    # ---------------------------------------------------------------- gradients
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Within it gradients are added up on each rank and not sent."""
+        if self._reduce_every_micro_batch:
+            yield
+            return
+        roots = self._roots()
+        for root in roots:
+            root.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            for root in roots:
+                root.set_requires_gradient_sync(True)
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Free what is still gathered; an online module that nothing trained gets zeros.
+
+        Zeros, not nothing, as on one device: the optimizer's momentum goes on either way.
+        """
+        super().post_backward(closure_loss)
+        module = self._distilled
+        module.placement.release(module.student, module.teacher)
+        for parameter in module.trained_parameters(module.teacher):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def _roots(self) -> list[FSDPModule]:
+        module = self._distilled
+        return [side for side in (module.student, module.teacher) if isinstance(side, FSDPModule)]
+
+    # ---------------------------------------------------------------- state
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: in shards, or whole on rank 0 and empty elsewhere."""
+        kept = self._kept_weights()
+        if self._save_distributed_checkpoint:
+            return dict(kept)
+        first = self._first_names(kept)
+        gathered = {name: state.to_host(kept[name]) for name in kept if first[name] == name}
+        return {name: gathered[first[name]] for name in kept} if self.is_global_zero else {}
+
+    def _kept_weights(self) -> dict[str, Tensor]:
+        """The weights in this rank's shards; writing into them changes the models."""
+        module = self._distilled
+        return weights_to_save(module, module.state_dict())
+
+    def _first_names(self, kept: Mapping[str, Tensor]) -> dict[str, str]:
+        """Each weight's name → the first name of the same weight (tied heads have two)."""
+        of_parameter: dict[int, str] = {}
+        parameters = dict(self._distilled.named_parameters(remove_duplicate=False))
+        return {
+            name: of_parameter.setdefault(id(parameters.get(name, name)), name) for name in kept
+        }
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """As torch's own ``state_dict``: in shards, or whole on rank 0."""
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer.optimizer
+        own = optimizer.state_dict()
+        if self._save_distributed_checkpoint:
+            return own
+        return state.map_state(own, state.to_host)
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write a file, or a folder: beside the one that is there, then in its place.
+
+        Raises:
+            TypeError: ``storage_options``, which this strategy has no use for.
+        """
+        if storage_options is not None:
+            raise TypeError("fsdp2 takes no storage_options")
+        path = Path(self.broadcast(filepath))
+        if not self._save_distributed_checkpoint:
+            if self.is_global_zero:
+                _remove(path, only_folder=True)
+            ParallelStrategy.save_checkpoint(self, checkpoint, path)
+            return
+        new = path.with_name(path.name + ".new")
+        if self.is_global_zero:
+            _remove(new)
+            new.mkdir(parents=True)
+        self.barrier()
+        parts = [state.optimizer_parts(own) for own in checkpoint.pop("optimizer_states", [])]
+        kept = checkpoint.pop("state_dict")
+        first = self._first_names(kept)
+        own_names = {name: value for name, value in kept.items() if first[name] == name}
+        state.write_folder(new, own_names, [tensors for _, tensors in parts])
+        if self.is_global_zero:
+            rest = {
+                "optimizer_states": [group for group, _ in parts],
+                SHARED: {name: other for name, other in first.items() if name != other},
+            }
+            torch.save({**checkpoint, **rest}, new / REST)
+            _put_in_place(new, path)
+        self.barrier()
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Fill the shards from a file or folder, of this strategy or another, always weights-only.
+
+        Raises:
+            CheckpointError: It is not there, broken, or of another model.
+        """
+        del weights_only
+        path = Path(self.broadcast(checkpoint_path))
+        kept = self._kept_weights()
+        if is_checkpoint_folder(path):
+            checkpoint = read_rest(path)
+            check_weights(weights_in(path), kept)
+            groups = checkpoint.get("optimizer_states", [])
+            shared = checkpoint.pop(SHARED, {})
+            own_names = {name: value for name, value in kept.items() if name not in shared}
+            state.read_folder(path, own_names, self.optimizers, groups)
+        else:
+            checkpoint = read_checkpoint(str(path))
+            check_weights(checkpoint["state_dict"], kept)
+            for name, target in kept.items():
+                state.fill(target, checkpoint["state_dict"][name])
+            for optimizer, own in zip(
+                self.optimizers, checkpoint.get("optimizer_states", ()), strict=False
+            ):
+                state.load_whole_optimizer(optimizer, own)
+        checkpoint["state_dict"] = kept
+        return checkpoint
+
+
+def _remove(path: Path, only_folder: bool = False) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif not only_folder:
+        path.unlink(missing_ok=True)
+
+
+def _put_in_place(new: Path, path: Path) -> None:
+    """Two renames: at every moment one whole checkpoint is there, if under another name."""
+    old = path.with_name(path.name + ".old")
+    _remove(old)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    _remove(old)

@@ -1,0 +1,137 @@
+"""Runs on one process and on two gloo processes, recorded so that they can be compared."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+import torch.multiprocessing as mp
+from lightning.pytorch.callbacks import Callback
+from peft import LoraConfig
+from torch.distributed.tensor import DTensor
+
+from okd_lightning.data import RolloutDataModule
+from okd_lightning.module import DistillationModule
+from okd_lightning.sharding import whole
+
+_SECONDS = 900
+
+
+class Killed(Exception):
+    """What ends a run in the middle."""
+
+
+class Killer(Callback):
+    def __init__(self, step: int = 3) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise Killed
+
+
+class Record(tiny.Recorder):
+    """Losses and whole gradients of every step, and how far ranks' gradients are apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.difference = 0.0
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        found = {}
+        for name, parameter in pl_module.named_parameters():
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            found[name] = whole(gradient).clone()
+            if torch.distributed.is_initialized() and not isinstance(gradient, DTensor):
+                other = gradient.clone()
+                torch.distributed.broadcast(other, 0)
+                self.difference = max(self.difference, float((other - gradient).abs().max()))
+        self.gradients.append(found)
+
+
+def run(
+    root: Path,
+    strategy: Any,
+    methods: Callable[[], list[Callback]],
+    *,
+    num: int = 25,
+    accumulate: int = 1,
+    adapter: LoraConfig | None = None,
+    data: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
+    callbacks: list[Callback] = (),
+    ckpt_path: str | None = None,
+    optimizer: Callable | None = None,
+) -> dict[str, Any]:
+    """4 rows a micro-batch over all ranks; what happened, with whole tensors.
+
+    ``strategy`` None is one process.
+    """
+    torch.manual_seed(3)
+    devices = 1 if strategy is None else 2
+    own = {"student": str(root / "student"), "teacher": str(root / "teacher"), **(model or {})}
+    module = DistillationModule(
+        **own,
+        optimizer=optimizer or (lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9)),
+        student_adapter=adapter,
+    )
+    record = Record()
+    trainer = tiny.make_trainer(
+        root / f"run{devices}",
+        [*methods(), record, *callbacks],
+        devices=devices,
+        strategy=strategy or "auto",
+        accumulate_grad_batches=accumulate,
+        **{"max_steps": 10, "max_epochs": 9, "gradient_clip_val": 1.0, **(settings or {})},
+    )
+    options = {"batch_size": 4 // devices, "max_response_length": 6, "seed": 7, "val_rollouts": 3}
+    loaders = RolloutDataModule(
+        tiny.make_rows(num), tiny.make_rows(5, seed=2), **{**options, **(data or {})}
+    )
+    with contextlib.suppress(Killed):
+        trainer.fit(module, loaders, ckpt_path=ckpt_path)
+    measures = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")}
+    return {
+        "weights": {
+            name: whole(parameter.detach()).clone()
+            for name, parameter in module.named_parameters(remove_duplicate=False)
+        },
+        "losses": record.losses,
+        "gradients": record.gradients,
+        "difference": record.difference,
+        "measures": measures,
+        "steps": trainer.global_step,
+        "ids": [record.rows(step) for step in range(len(record.steps))],
+    }
+
+
+def spawn(function: Callable[[int, Path], None], root: Path) -> None:
+    """Call ``function(rank, root)`` in two processes that Lightning takes for its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_of_one_rank, (function, root, port), nprocs=2)
+
+
+def _of_one_rank(rank: int, function: Callable[[int, Path], None], root: Path, port: int) -> None:
+    faulthandler.dump_traceback_later(_SECONDS, exit=True)  # ranks that wait for each other
+    torch.set_num_threads(1)
+    os.environ.pop("PL_GLOBAL_SEED", None)  # a run before has left it; it would seed anew
+    os.environ.update(
+        LOCAL_RANK=str(rank),
+        NODE_RANK="0",
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    function(rank, root)

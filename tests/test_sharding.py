@@ -1,0 +1,187 @@
+"""What can be sharded, and what is refused (one process; two are in test_fsdp2).
+
+Frozen here: the units of many architectures are their own blocks, none inside another, and a
+sharded model's hidden states, head and gradients are the whole one's; a setting that cannot work is
+one readable line; rows of a weight are the file's.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import lightning
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+from architectures import ARCHITECTURES, build
+from peft import LoraConfig, PromptEncoderConfig
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from okd_lightning.callbacks import KD, OKD
+from okd_lightning.data import RolloutDataModule
+from okd_lightning.errors import ConfigError, ModelError
+from okd_lightning.models import head_inputs, load_causal_lm, load_model_config
+from okd_lightning.models.deferred import WeightFiles, deferred_weights
+from okd_lightning.models.loading import add_adapter
+from okd_lightning.models.online_module import attach_online_module
+from okd_lightning.module import DistillationModule
+from okd_lightning.sharding import FSDP2Strategy, ShardSettings, blocks_of, shard, whole
+
+IDS = torch.tensor([[3, 4, 5, 6, 7, 8]])
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    """All ranks of a group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")  # OPT, Phi: views, unharmed
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_sharded_architecture_is_the_whole_one(name, mesh):
+    model = build(name).eval()
+    own = copy.deepcopy(model)
+    blocks = blocks_of(own, "--model.student")
+    assert len(blocks) == model.config.num_hidden_layers
+    shard(own, mesh, ShardSettings(), "--model.student")
+    results = []
+    for each in (model, own):
+        hidden = head_inputs(each, IDS, torch.ones_like(IDS))
+        logits = each.get_output_embeddings()(hidden)
+        logits.logsumexp(-1).sum().backward()
+        gradients = {n: whole(p.grad) for n, p in each.named_parameters() if p.grad is not None}
+        results.append((logits.detach(), gradients))
+    (expected, gradients), (found, own_gradients) = results
+    torch.testing.assert_close(found, expected)
+    assert own_gradients.keys() == gradients.keys()
+    assert tiny.distance(own_gradients, gradients) < 1e-6
+
+
+def test_blocks_inside_blocks_are_not_units_of_their_own():
+    class Inner(nn.Module):
+        pass
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner()
+
+    class Model(nn.Module):
+        _no_split_modules = ("Inner", "Outer")
+
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([Outer(), Outer()])
+            self.last = Inner()
+
+    model = Model()
+    assert blocks_of(model, "--model.student") == [*model.layers, model.last]
+
+
+def test_an_architecture_without_blocks_is_refused():
+    with pytest.raises(ConfigError, match=r"--model\.teacher: Linear names no blocks"):
+        blocks_of(nn.Linear(2, 2), "--model.teacher")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"checkpoint_form": "file"}, {"rollouts": "whole"}, {"loading": "lazy"}, {"param_dtype": "f"}],
+)
+def test_an_unknown_setting_is_refused(setting):
+    (name,) = setting
+    with pytest.raises(ConfigError, match=f"fsdp2: {name} is .* expected one of"):
+        FSDP2Strategy(**setting)
+
+
+def fit(root, module, strategy, method) -> None:
+    trainer = tiny.make_trainer(root, [method], strategy=strategy, max_steps=1)
+    rows = RolloutDataModule(tiny.make_rows(4), batch_size=4, max_response_length=6)
+    trainer.fit(module, rows)
+
+
+def test_offload_to_where_the_shards_are_is_refused(make_module, tmp_path, mesh):
+    with pytest.raises(ConfigError, match=r"cpu_offload on --trainer\.accelerator cpu"):
+        fit(tmp_path, make_module(), FSDP2Strategy(cpu_offload=True), KD())
+
+
+def test_another_module_than_ours_is_refused(tmp_path, mesh):
+    class Other(lightning.LightningModule):
+        def configure_model(self):
+            self.layer = nn.Linear(2, 2)
+
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters())
+
+    trainer = tiny.make_trainer(tmp_path, strategy="fsdp2", max_steps=1)
+    with pytest.raises(ConfigError, match="of a DistillationModule; got Other"):
+        trainer.fit(Other(), torch.utils.data.DataLoader(torch.ones(4, 2)))
+
+
+def test_an_online_module_behind_the_sharding_is_refused(make_module, tmp_path, mesh):
+    module = make_module()
+    fit(tmp_path, module, "fsdp2", KD())
+    fit(tmp_path, module, "fsdp2", KD())  # a second run of the same is fine
+    with pytest.raises(ConfigError, match="added after the model had been sharded"):
+        fit(tmp_path, module, "fsdp2", OKD(online_module=LoraConfig(r=2)))
+
+
+@pytest.fixture
+def deferred(student_folder):
+    """A student whose weights are still on disk."""
+    config = load_model_config(str(student_folder), "--model.student", tiny.NUM_IDS)
+    with deferred_weights():
+        model = load_causal_lm(str(student_folder), config, "--model.student")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
+    return model
+
+
+def test_adapters_get_real_weights_on_a_base_without(deferred):
+    add_adapter(deferred, LoraConfig(r=2, target_modules=["q_proj"]), "--model.student_adapter")
+    for name, parameter in deferred.named_parameters():
+        assert parameter.is_meta != ("lora_" in name)
+        assert parameter.requires_grad == ("lora_" in name)
+
+
+@pytest.mark.parametrize("option", ["use_dora", "init_lora_weights", "modules_to_save"])
+def test_adapters_made_out_of_weights_on_disk_are_refused(option, deferred):
+    value = {"use_dora": True, "init_lora_weights": "pissa", "modules_to_save": ["lm_head"]}[option]
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], **{option: value})
+    with pytest.raises(ConfigError, match=r"made out of the base's weights.*every_rank"):
+        add_adapter(deferred, adapter, "--model.student_adapter")
+
+
+def test_prompt_learning_on_weights_on_disk_is_refused(deferred):
+    with pytest.raises(ConfigError, match="PromptEncoderConfig is made out of the teacher's"):
+        attach_online_module(deferred, PromptEncoderConfig(num_virtual_tokens=2), "--method")
+
+
+def test_rows_are_those_of_the_file(tmp_path):
+    weights = {"a": torch.arange(12.0).view(6, 2), "b": torch.arange(3.0)}
+    save_file(weights, tmp_path / "model.safetensors")
+    files = WeightFiles(str(tmp_path))
+    assert torch.equal(files.rows(["x.a", "a"], 2, 5), weights["a"][2:5])
+    assert files.rows(["b"], 3, 3).shape == (0,)
+    with pytest.raises(ModelError, match=r"stores no c: .*every_rank"):
+        files.rows(["c", "d"], 0, 1)
+    with pytest.raises(ModelError, match="holds no safetensors"):
+        WeightFiles(str(tmp_path.parent))
+
+
+def test_a_module_is_its_own_after_a_run_in_shards(make_module, tmp_path, mesh):
+    """One device in shards trains as one device without."""
+    plain, own = make_module(), make_module()
+    for module, strategy in ((plain, "auto"), (own, "fsdp2")):
+        torch.manual_seed(1)
+        fit(tmp_path, module, strategy, KD())
+    assert isinstance(own, DistillationModule)
+    trained = {n: whole(p.detach()) for n, p in own.student.named_parameters()}
+    assert tiny.distance(trained, tiny.weights(plain)) < 1e-6
