@@ -16,9 +16,12 @@ from unittest.mock import patch
 import pytest
 import tiny
 import torch
-import torch.distributed as dist
 from parallel_runs import run, spawn
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
+    DefaultAllGather,
+    DefaultReduceScatter,
+)
 from transformers import AutoModelForCausalLM
 
 from okd_lightning.callbacks import (
@@ -155,7 +158,7 @@ class Traffic:
         self._write = DistillationModule.write
 
     def __enter__(self) -> Traffic:
-        gather, reduce = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
+        gather, reduce = DefaultAllGather.__call__, DefaultReduceScatter.__call__
         traffic = self
 
         def counted_gather(*args, **kwargs):
@@ -173,8 +176,8 @@ class Traffic:
             return rollout
 
         self._stack = ExitStack()
-        self._stack.enter_context(patch.object(dist, "all_gather_into_tensor", counted_gather))
-        self._stack.enter_context(patch.object(dist, "reduce_scatter_tensor", counted_reduce))
+        self._stack.enter_context(patch.object(DefaultAllGather, "__call__", counted_gather))
+        self._stack.enter_context(patch.object(DefaultReduceScatter, "__call__", counted_reduce))
         self._stack.enter_context(patch.object(DistillationModule, "write", counted_write))
         return self
 
@@ -192,6 +195,16 @@ def count(root: Path, methods, model: dict | None = None, **arguments) -> Traffi
     return traffic
 
 
+def traffic(root: Path) -> dict[str, Traffic]:
+    return {
+        "KD": count(root, METHODS["KD"]),
+        "tiles": count(root, METHODS["KD"], {"tile_positions": 1}),
+        "every micro-batch": count(root, METHODS["KD"], reduce_every_micro_batch=True),
+        "gathered": count(root, METHODS["OPD+"]),
+        "layerwise": count(root, METHODS["OPD+"], rollouts="layerwise"),
+    }
+
+
 def both_ranks(rank: int, root: Path) -> None:
     results = {}
     for name, settings in MATRIX.items():
@@ -202,13 +215,7 @@ def both_ranks(rank: int, root: Path) -> None:
     for name, arguments in WAYS.items():
         settings = settings_of(root, MORE["one prompt left"])
         results[name] = run(root, FSDP2Strategy(**arguments), **settings, accumulate=2)
-    results["traffic"] = {
-        "KD": count(root, METHODS["KD"]),
-        "tiles": count(root, METHODS["KD"], {"tile_positions": 1}),
-        "every micro-batch": count(root, METHODS["KD"], reduce_every_micro_batch=True),
-        "gathered": count(root, METHODS["OPD+"]),
-        "layerwise": count(root, METHODS["OPD+"], rollouts="layerwise"),
-    }
+    results["traffic"] = traffic(root)
     no_whole_models = patch.object(AutoModelForCausalLM, "from_pretrained", None)
     for name, settings in BY_SHARD.items():
         with no_whole_models:
@@ -287,5 +294,5 @@ def test_gradients_are_sent_and_heads_are_gathered_once_a_step(ranks):
         assert traffic["KD"].reductions == 3  # units of the student
         assert traffic["every micro-batch"].reductions == 9
         assert traffic["tiles"].gathers == traffic["KD"].gathers
-        assert traffic["gathered"].while_writing == [3]
-        assert traffic["layerwise"].while_writing[0] > 3
+        assert set(traffic["gathered"].while_writing) == {3}
+        assert min(traffic["layerwise"].while_writing) > 3

@@ -8,6 +8,9 @@ one readable line; rows of a weight are the file's.
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import lightning
 import pytest
@@ -185,3 +188,10 @@ def test_a_module_is_its_own_after_a_run_in_shards(make_module, tmp_path, mesh):
     assert isinstance(own, DistillationModule)
     trained = {n: whole(p.detach()) for n, p in own.student.named_parameters()}
     assert tiny.distance(trained, tiny.weights(plain)) < 1e-6
+
+
+def test_the_table_of_the_docs_is_the_formulas():
+    root = Path(__file__).parents[1]
+    script = root / "benchmarks" / "shard_memory.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() in (root / "docs" / "scaling.md").read_text(encoding="utf-8")

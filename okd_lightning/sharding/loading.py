@@ -51,14 +51,14 @@ def _read(files: WeightFiles, names: list[list[str]], old: Tensor, device: torch
     """This rank's rows of a weight that has one of ``names``, in ``old``'s number format."""
     candidates = [name for group in zip(*names, strict=True) for name in group]
     if not isinstance(old, DTensor):
-        return files.rows(candidates, 0, old.shape[0]).to(device, old.dtype)
+        return files.rows(candidates, 0, old.shape[0]).to(device, old.dtype, copy=True)
     (placement,) = old.placements
     assert placement == Shard(0)
     mesh, num_rows = old.device_mesh, old.shape[0]
     size = -(-num_rows // mesh.size())
     start = min(mesh.get_local_rank() * size, num_rows)
     end = min(start + size, num_rows)
-    part = files.rows(candidates, start, end).to(device, old.dtype)
+    part = files.rows(candidates, start, end).to(device, old.dtype, copy=True)  # not the file's map
     return DTensor.from_local(
         part, mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
     )
