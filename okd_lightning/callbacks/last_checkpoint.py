@@ -60,6 +60,11 @@ class LastCheckpoint(Checkpoint):
         assert self._folder is not None
         return self._folder / "last.ckpt"
 
+    @property
+    def shown_path(self) -> Path:
+        """The same, as one would type it here."""
+        return self.path.relative_to(Path.cwd()) if Path.cwd() in self.path.parents else self.path
+
     def on_train_batch_end(
         self,
         trainer: lightning.Trainer,
@@ -99,7 +104,7 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         """Say where a run that was stopped can be taken up again."""
         if self._saved_at >= 0:
-            rank_zero_info(f"resume: okd-lightning fit --ckpt_path {self.path}")
+            rank_zero_info(f"resume: okd-lightning fit --ckpt_path {self.shown_path}")
 
     def _save(self, trainer: lightning.Trainer) -> None:
         if (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches:
