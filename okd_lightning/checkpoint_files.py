@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from okd_lightning.checkpoint_folders import is_checkpoint_folder, read_rest, read_weights
+from okd_lightning.checkpoint_folders import is_checkpoint_folder, read_rest, read_weights, settled
 from okd_lightning.errors import CheckpointError
 
 
@@ -23,7 +23,7 @@ def read_checkpoint(path: str, with_weights: bool = False) -> dict[str, Any]:
     Raises:
         CheckpointError: It is not there, broken, or of another program.
     """
-    file = Path(path)
+    file = settled(Path(path))
     if is_checkpoint_folder(file):
         weights = {"state_dict": read_weights(file)} if with_weights else {}
         return {**read_rest(file), **weights}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -41,6 +41,21 @@ def flat_key(*parts: str) -> str:
 def is_checkpoint_folder(path: Path) -> bool:
     """Whether a path is a folder that holds a sharded checkpoint."""
     return (path / REST).is_file()
+
+
+def beside(path: Path, kind: Literal["new", "old"]) -> Path:
+    """Where a folder is while it is written, and where the one before it waits to be removed."""
+    return path.with_name(f"{path.name}.{kind}")
+
+
+def settled(path: Path) -> Path:
+    """The folder that stands for ``path``: another one where a process ended between two renames.
+
+    What is whole has its ``REST``, which is written last.
+    """
+    candidates = (path, beside(path, "new"), beside(path, "old"))
+    found = (folder for folder in candidates if is_checkpoint_folder(folder))
+    return path if path.exists() else next(found, path)
 
 
 def tensors_in(folder: Path) -> dict[str, Tensor]:
@@ -109,8 +124,9 @@ class FolderReadingIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """A file as Lightning reads it, or a folder put together."""
-        if is_checkpoint_folder(Path(path)):
-            return read_whole(Path(path))
+        folder = settled(Path(path))
+        if is_checkpoint_folder(folder):
+            return read_whole(folder)
         checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
         return checkpoint
 

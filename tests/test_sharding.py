@@ -24,6 +24,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from okd_lightning.callbacks import KD, OKD
+from okd_lightning.checkpoint_files import read_checkpoint
+from okd_lightning.checkpoint_folders import REST, beside
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError, ModelError
 from okd_lightning.models import head_inputs, load_causal_lm, load_model_config
@@ -31,8 +33,18 @@ from okd_lightning.models.deferred import WeightFiles, deferred_weights
 from okd_lightning.models.loading import add_adapter
 from okd_lightning.models.online_module import attach_online_module
 from okd_lightning.module import DistillationModule
-from okd_lightning.sharding import FSDP2Strategy, ShardSettings, blocks_of, shard, whole
+from okd_lightning.sharding import (
+    FSDP2Strategy,
+    ShardedModels,
+    ShardSettings,
+    blocks_of,
+    shard,
+    whole,
+)
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8]])
 
 
@@ -110,6 +122,40 @@ def fit(root, module, strategy, method) -> None:
 def test_offload_to_where_the_shards_are_is_refused(make_module, tmp_path, mesh):
     with pytest.raises(ConfigError, match=r"cpu_offload on --trainer\.accelerator cpu"):
         fit(tmp_path, make_module(), FSDP2Strategy(cpu_offload=True), KD())
+
+
+def test_offload_and_layerwise_rollouts_exclude_each_other():
+    with pytest.raises(ConfigError, match="rollouts: gathered, or leave cpu_offload out"):
+        FSDP2Strategy(cpu_offload=True, rollouts="layerwise")
+
+
+def test_a_wrapped_teachers_base_may_run_before_the_wrapper(mesh):
+    """Else FSDP takes the base's blocks for roots, and the whole is refused behind that."""
+    config = PromptEncoderConfig(num_virtual_tokens=2)
+    wrapped = attach_online_module(tiny.make_llama(2), config, "--method.online_module")
+    with torch.no_grad():
+        expected = wrapped(input_ids=IDS).logits
+        base = wrapped.get_base_model()(input_ids=IDS).logits
+    shard(wrapped, mesh, ShardSettings(), "--model.teacher")
+    models = ShardedModels("gathered", True, torch.device("cpu"))
+    with torch.no_grad():
+        with models.alone(wrapped):
+            torch.testing.assert_close(wrapped.get_base_model()(input_ids=IDS).logits, base)
+        torch.testing.assert_close(wrapped(input_ids=IDS).logits, expected)
+    layerwise = ShardedModels("layerwise", True, torch.device("cpu"))
+    with pytest.raises(ConfigError, match="prompt-learning module"), layerwise.alone(wrapped):
+        pass
+
+
+@pytest.mark.parametrize("left", ["new", "old", "path"])
+def test_a_folder_is_found_where_a_process_ended_between_two_renames(left, tmp_path):
+    path = tmp_path / "last.ckpt"
+    there = path if left == "path" else beside(path, left)
+    there.mkdir()
+    torch.save({"okd_lightning": {}, "global_step": 3}, there / REST)
+    if left != "new":
+        beside(path, "new").mkdir()  # not whole
+    assert read_checkpoint(str(path))["global_step"] == 3
 
 
 def test_another_module_than_ours_is_refused(tmp_path, mesh):

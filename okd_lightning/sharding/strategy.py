@@ -25,8 +25,10 @@ from okd_lightning.checkpoint_files import read_checkpoint
 from okd_lightning.checkpoint_folders import (
     REST,
     SHARED,
+    beside,
     is_checkpoint_folder,
     read_rest,
+    settled,
     weights_in,
 )
 from okd_lightning.checkpoints import check_weights, weights_to_save
@@ -95,7 +97,15 @@ class FSDP2Strategy(ModelParallelStrategy):
             if value not in known:
                 shown = ", ".join(map(str, known))
                 raise ConfigError(f"fsdp2: {name} is {value!r}; expected one of {shown}")
-        super().__init__(save_distributed_checkpoint=checkpoint_form == "sharded")
+        if cpu_offload and rollouts == "layerwise":
+            raise ConfigError(
+                "fsdp2: rollouts layerwise read the device from weights that cpu_offload keeps in "
+                "the host's memory; use rollouts: gathered, or leave cpu_offload out"
+            )
+        super().__init__(
+            save_distributed_checkpoint=checkpoint_form == "sharded",
+            process_group_backend="cpu:gloo,cuda:nccl" if cpu_offload else None,
+        )
         precision = MixedPrecisionPolicy(
             param_dtype=getattr(torch, param_dtype) if param_dtype else None,
             reduce_dtype=getattr(torch, reduce_dtype) if reduce_dtype else None,
@@ -136,6 +146,11 @@ class FSDP2Strategy(ModelParallelStrategy):
                 "fsdp2: cpu_offload on --trainer.accelerator cpu, where the shards are in the "
                 "host's memory anyway; leave it out"
             )
+        if str(trainer.precision) == "16-mixed":
+            raise ConfigError(
+                "fsdp2: trainer.precision 16-mixed scales losses, which shards are not unscaled "
+                "from; use the strategy's param_dtype: bfloat16, or --trainer.precision bf16-mixed"
+            )
         mesh = self.device_mesh["data_parallel"]
         for side, option in (
             (module.student, "--model.student"),
@@ -164,9 +179,15 @@ class FSDP2Strategy(ModelParallelStrategy):
         if not self._settings.offload:
             super().model_to_device()
             return
-        for module in self._distilled.modules():
+        distilled = self._distilled
+        sides = (distilled.student, distilled.teacher)
+        for child in distilled.children():
+            if not any(child is side for side in sides):
+                child.to(self.root_device)
+        for module in (m for side in sides if side is not None for m in side.modules()):
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.root_device)
+        distilled._device = self.root_device
 
     # ---------------------------------------------------------------- gradients
 
@@ -250,7 +271,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 _remove(path, only_folder=True)
             ParallelStrategy.save_checkpoint(self, checkpoint, path)
             return
-        new = path.with_name(path.name + ".new")
+        new = beside(path, "new")
         if self.is_global_zero:
             _remove(new)
             new.mkdir(parents=True)
@@ -278,7 +299,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             CheckpointError: It is not there, broken, or of another model.
         """
         del weights_only
-        path = Path(self.broadcast(checkpoint_path))
+        path = settled(Path(self.broadcast(checkpoint_path)))
         kept = self._kept_weights()
         if is_checkpoint_folder(path):
             checkpoint = read_rest(path)
@@ -309,7 +330,7 @@ def _remove(path: Path, only_folder: bool = False) -> None:
 
 def _put_in_place(new: Path, path: Path) -> None:
     """Two renames: at every moment one whole checkpoint is there, if under another name."""
-    old = path.with_name(path.name + ".old")
+    old = beside(path, "old")
     _remove(old)
     if path.exists():
         path.rename(old)
