@@ -60,8 +60,6 @@ def newest_checkpoint(folder: Path) -> str | None:
     found = sorted((folder / "checkpoints").glob("*.ckpt"), key=_age)
     problems = []
     for path in found:
-        if path.is_dir():  # of several files, which are read elsewhere
-            return str(path)
         try:
             read_checkpoint(str(path))
         except CheckpointError as error:

@@ -9,10 +9,11 @@ import lightning
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from okd_lightning.checkpoint_folders import FolderReadingIO
 from okd_lightning.durable_files import replacing
 
 
-class DurableCheckpointIO(TorchCheckpointIO):
+class DurableCheckpointIO(FolderReadingIO):
     """Writes a checkpoint aside, flushes it and renames it; addresses such as s3:// as Lightning.
 
     Its memory need is the checkpoint's largest tensor, where Lightning's own holds the whole file
@@ -40,5 +41,5 @@ class DurableCheckpointIO(TorchCheckpointIO):
 def make_durable(trainer: lightning.Trainer) -> None:
     """Have a Trainer save so, unless somebody has given it another way of saving."""
     strategy = trainer.strategy
-    if type(strategy.checkpoint_io) is TorchCheckpointIO:
+    if type(strategy.checkpoint_io) in (TorchCheckpointIO, FolderReadingIO):
         strategy.checkpoint_io = DurableCheckpointIO()

@@ -132,20 +132,16 @@ class LastCheckpoint(Checkpoint):
 
         Not where it is of step ``now`` or later: the run has been taken up before it.
         """
-        if not self.path.is_file():
+        if not self.path.exists():
             return
         try:
             step = read_checkpoint(str(self.path))["global_step"]
         except CheckpointError:
             return
-        if step >= now:
-            return
-        kept = self.path.with_name(f"last-step={step}.ckpt")
-        kept.unlink(missing_ok=True)
-        try:
-            os.link(self.path, kept)
-        except OSError:  # a file system without second names
-            shutil.copyfile(self.path, kept)
+        if step < now:
+            kept = self.path.with_name(f"last-step={step}.ckpt")
+            _remove(kept)
+            _name_again(self.path, kept)
 
     def _drop_oldest(self) -> None:
         """Keep the newest; those of later steps, of a run that went on from before, are left."""
@@ -156,7 +152,29 @@ class LastCheckpoint(Checkpoint):
         }
         before = sorted((step for step in found if step < self._saved_at), reverse=True)
         for step in before[self.keep - 1 :]:
-            found[step].unlink(missing_ok=True)
+            _remove(found[step])
+
+
+def _name_again(path: Path, other: Path) -> None:
+    """A second name for a file, or for a folder's files, that takes no room."""
+    if path.is_dir():
+        shutil.copytree(path, other, copy_function=_link)
+    else:
+        _link(path, other)
+
+
+def _link(path: str | Path, other: str | Path) -> None:
+    try:
+        os.link(path, other)
+    except OSError:  # a file system without second names
+        shutil.copyfile(path, other)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def move_to_end(trainer: lightning.Trainer, kind: type[Checkpoint]) -> None:

@@ -74,8 +74,7 @@ class Agreement:
         problem: RolloutTimeoutError | None = None
         written: list[_T] = []
         try:
-            if not self.stop.is_made:
-                written.append(write())
+            written.append(write())  # also where a stop is asked for: models may be in shards
         except _AbandonedError:
             pass
         except RolloutTimeoutError as error:
