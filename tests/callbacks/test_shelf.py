@@ -1,24 +1,13 @@
 """The plug-ins beside the library: public names only, and true to their formula."""
 
 import ast
-import importlib.util
-from pathlib import Path
 
 import pytest
+import shelf
 import tiny
 
 from okd_lightning.callbacks import GKD
 from okd_lightning.module import DistillationModule
-
-SHELF = Path(__file__).parents[2] / "callbacks"
-FILES = sorted(SHELF.glob("*.py"))
-
-
-def load(path: Path):
-    spec = importlib.util.spec_from_file_location(f"shelf_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def losses(tmp_path, method) -> list[float]:
@@ -33,7 +22,7 @@ def losses(tmp_path, method) -> list[float]:
     return [step["train/loss"] for step in recorder.losses]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", shelf.FILES, ids=lambda path: path.stem)
 def test_only_public_names_are_imported(path):
     for node in ast.walk(ast.parse(path.read_text())):
         names = (
@@ -46,7 +35,7 @@ def test_only_public_names_are_imported(path):
 
 
 def test_imitkd_is_gkd_with_forward_kl(tmp_path):
-    imitkd = load(SHELF / "imitkd.py").ImitKD(on_policy_fraction=0.5)
+    imitkd = shelf.method("imitkd.ImitKD", on_policy_fraction=0.5)
     expected = losses(tmp_path / "a", GKD(beta=0.0, on_policy_fraction=0.5))
     assert losses(tmp_path / "b", imitkd) == pytest.approx(expected, rel=1e-6)
     assert len(set(expected)) > 1
