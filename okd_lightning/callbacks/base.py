@@ -50,12 +50,15 @@ class DistillationCallback(Callback, ABC):
             learns nothing but through the measured values. The module then calls ``loss`` part by
             part and differentiates on the way, which is faster and needs less memory. Set it to
             False where a position's loss depends on others (reward-to-go over a response).
+        mixes_rows: Whether every optimizer step holds both rows that the student wrote and given
+            ones, in the share that it asks for, and not one kind by a coin a step.
         needs_teacher_prompt: Whether the teacher must read prompts of its own (a privileged
             teacher); a run on data without them is then refused.
     """
 
     scorer: RowScorer | None = None
     is_positionwise: bool = True
+    mixes_rows: bool = False
     needs_teacher_prompt: bool = False
 
     def __init__(self, weight: float = 1.0, name: str | None = None) -> None:

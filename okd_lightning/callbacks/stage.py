@@ -61,6 +61,7 @@ class Stage(DistillationCallback):
         self.first_factor = first_factor
         self.last_factor = first_factor if last_factor is None else last_factor
         self.is_positionwise = method.is_positionwise
+        self.mixes_rows = method.mixes_rows
         self.needs_teacher_prompt = method.needs_teacher_prompt
 
     @property

@@ -112,12 +112,15 @@ class Term(Protocol):
             that the loss of a batch may be summed part by part. Where one term of a run says
             False, every term gets all positions of a batch at once, at the price of computing the
             heads twice.
+        mixes_rows: Whether it wants both the student's rows and given ones in every optimizer step
+            in which it acts.
         needs_teacher_prompt: Whether it has no meaning where both models read the same prompt.
     """
 
     name: str
     weight: float
     is_positionwise: bool
+    mixes_rows: bool
     needs_teacher_prompt: bool
 
     @property

@@ -94,7 +94,8 @@ def plan_for(terms: Sequence[Term]) -> StagedPlan:
 
     Terms that agree on the on-policy share get GKD's coin a step. Terms that disagree (KD on the
     data set beside a method on rollouts) get both kinds of rows in every step, in the share that
-    one of them asks for or half and half, and each is counted on its own rows.
+    one of them asks for or half and half, and each is counted on its own rows; so does a term that
+    says that it compares both kinds (``mixes_rows``).
 
     Raises:
         ConfigError: No terms, steps in which none acts, terms that need both the data set's and the
@@ -137,7 +138,7 @@ def _plan_for_stage(terms: Sequence[Term]) -> RolloutPlan:
     plan = RolloutPlan(
         on_policy_fraction=_common_fraction(asked),
         off_policy_source=next(iter(off_policy), "dataset"),
-        is_mixed_within_step=len(asked) > 1,
+        is_mixed_within_step=len(asked) > 1 or any(term.mixes_rows for term in terms),
     )
     for term in terms:
         if not plan.sources & set(term.sources):

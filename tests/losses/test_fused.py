@@ -53,6 +53,7 @@ class Sum:
     weight: float = 1.0
     on_policy_fraction: float = 0.0
     is_positionwise: bool = True
+    mixes_rows: bool = False
     needs_teacher_prompt: bool = False
     window: tuple = (0, None)
     scorer: None = None

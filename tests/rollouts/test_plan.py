@@ -84,6 +84,7 @@ class Taker:
     weight: float = 1.0
     quantities: tuple = ()
     window: tuple = (0, None)
+    mixes_rows: bool = False
 
 
 PLANS = {
@@ -95,6 +96,10 @@ PLANS = {
     "on-policy": ([GKD(on_policy_fraction=1.0)], RolloutPlan(1.0)),
     "one coin for both": ([GKD(), DivergenceCallback(on_policy_fraction=0.5)], RolloutPlan(0.5)),
     "both kinds": ([KD(), GKD(on_policy_fraction=1.0)], RolloutPlan(0.5, "dataset", True)),
+    "one method, both kinds": (
+        [Taker(("teacher", "student"), 0.3, mixes_rows=True)],
+        RolloutPlan(0.3, "teacher", True),
+    ),
     "takes what comes": ([GKD(on_policy_fraction=0.3), Taker(("student",))], RolloutPlan(0.3)),
 }
 
