@@ -6,6 +6,7 @@ row, whatever the micro-batches; what makes no sense is refused in one line.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -17,8 +18,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from okd_lightning.errors import ConfigError
+from okd_lightning.losses import Measured, Tile
 
-STUDENT = 1
+DATASET, STUDENT, TEACHER = 0, 1, 2
 
 Values = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 """(log p, log q: [tokens, vocab]; drawn; the sampler's log-probs; source) → a loss a token."""
@@ -152,6 +154,48 @@ def test_opsd(clip, tmp_path, make_module):
     assert recorder.losses[0]["train/loss"] != 0
 
 
+@pytest.mark.parametrize("top_k", [4, 64])
+@pytest.mark.parametrize("is_stale", [False, True], ids=["fresh", "stale"])
+def test_tropd(top_k, is_stale, tmp_path, make_module):
+    def values(log_p, log_q, drawn, sampler, source):
+        assert source == STUDENT
+        log_ratio = at(log_q - log_p, drawn).detach()
+        trusted = torch.minimum(log_ratio.exp(), torch.ones(()).double())
+        inside = -(at(log_p, drawn) - sampler).exp() * trusted * log_ratio
+        best = log_q.argsort(-1, descending=True)[:, :top_k]
+        terms = log_q.gather(-1, best).exp() * (log_q - log_p).gather(-1, best)
+        return inside + (1 - trusted) * terms.sum(-1)
+
+    method = shelf.method("tropd.TrOPD", top_k=top_k)
+    data = {"data": {"prompts_per_rollout": 16}} if is_stale else {}
+    recorder = check(tmp_path, make_module(learning_rate=0.02), method, values, **data)
+    assert all(0 < losses["train/tr_opd_trusted"] < 1 for losses in recorder.losses)
+
+
+def test_tropd_stands_a_teacher_that_rules_a_token_out():
+    """There the reverse KL's credit is 0 and not -inf, and the forward KL acts alone."""
+    method = shelf.method("tropd.TrOPD")
+    student = torch.tensor([0.7, 0.3]).log().requires_grad_()
+    tile = Tile(student[None], torch.tensor([[-float("inf"), 0.0]]), torch.tensor([0]))
+    values = {quantity: quantity.measure(tile) for quantity in method.quantities}
+    about = {"source": torch.tensor([STUDENT]), "row": torch.tensor([0])}
+    measured = Measured(values, **about, sampler_logprobs=torch.tensor([0.7]).log())
+    loss = method.loss(measured).sum
+    assert loss.item() == pytest.approx(-math.log(0.3))
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert gradient.tolist() == pytest.approx([0.7, -0.7])
+
+
+def test_distillm2(tmp_path, make_module):
+    def values(log_p, log_q, drawn, sampler, source):
+        skew = {TEACHER: reference.skew_forward, STUDENT: reference.skew_reverse}[source]
+        return skew(log_p, log_q, 0.1)
+
+    method = shelf.method("distillm2.DistiLLM2")
+    recorder = check(tmp_path, make_module(learning_rate=0.02), method, values)
+    assert recorder.sources()[:2] == [{STUDENT, TEACHER}] * 2  # the last step has few rows
+
+
 def test_opsd_needs_the_privileged_prompt(tmp_path, make_module):
     with pytest.raises(ConfigError, match="method opsd needs prompts for the teacher"):
         tiny.fit(tmp_path, make_module(), [shelf.method("opsd.OPSD")], tiny.make_rows(4))
@@ -160,6 +204,8 @@ def test_opsd_needs_the_privileged_prompt(tmp_path, make_module):
 REFUSED = {
     "poweropd.PowerOPD": ({"alpha": 0.0}, "alpha must be above 0, got 0.0; its limit 0 is OPD"),
     "iwopd.IWOPD": ({"gamma": -1.0}, "gamma must be a number from 0 on"),
+    "tropd.TrOPD": ({"top_k": 0}, "top_k must be at least 1"),
+    "distillm2.DistiLLM2": ({"alpha": 0.0}, "alpha is 0.0, expected a number strictly between"),
     "opsd.OPSD": ({"clip": 0.0}, "clip must be above 0"),
 }
 
