@@ -13,6 +13,7 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Measured, Quantity, RowScorer
 from okd_lightning.module import DistillationModule
 from okd_lightning.records import LossOutput, Source
+from okd_lightning.rollouts import Writer
 
 
 class DistillationCallback(Callback, ABC):
@@ -105,6 +106,16 @@ class DistillationCallback(Callback, ABC):
     def state_key(self) -> str:
         """Stable key of this callback's state in checkpoints, also beside others of its class."""
         return f"{type(self).__qualname__}.{self.name}"
+
+    def wrap_writer(self, writer: Writer) -> Writer:
+        """What writes the training's responses in the place of ``writer``, which is given.
+
+        A method that changes how responses come about (drawn from a mixture, taken from an earlier
+        step) returns a ``Writer`` of its own, which calls ``writer`` for what it does not write
+        itself. It is asked once a run, after ``prepare``; all methods of the run get its rows, and
+        validation does not.
+        """
+        return writer
 
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str

@@ -115,6 +115,11 @@ class Stage(DistillationCallback):
 
 def _check_method(method: DistillationCallback) -> None:
     """A stage hands on what makes a term, and none of Lightning's hooks."""
+    if type(method).wrap_writer is not DistillationCallback.wrap_writer:
+        raise ConfigError(
+            f"Stage of {method.name}: {type(method).__name__} changes how responses are written, "
+            "for the whole run; it cannot act in a part of it"
+        )
     if isinstance(method, Stage):
         raise ConfigError(
             f"Stage of {method.name}: a stage in a stage; give one of them both start and end"

@@ -134,6 +134,9 @@ class Term(Protocol):
     def weight_at(self, step: int) -> float:
         """The factor in optimizer step ``step``."""
 
+    def wrap_writer(self, writer: Any) -> Any:
+        """What writes the training's responses in the place of a ``rollouts.Writer``, or it."""
+
     @property
     def sources(self) -> tuple[Source, ...]:
         """The rows that it acts on."""

@@ -16,11 +16,12 @@
 from okd_lightning.rollouts.engine import RolloutEngine, Writer
 from okd_lightning.rollouts.loader import LoaderShape, RolloutLoader
 from okd_lightning.rollouts.noise import NoiseStream, hashed_uniform
-from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan, plan_for
+from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan, plan_for, writer_of
 from okd_lightning.rollouts.sampling import Sampling
-from okd_lightning.rollouts.transformers_engine import TransformersEngine
+from okd_lightning.rollouts.transformers_engine import Blend, TransformersEngine
 
 __all__ = [
+    "Blend",
     "LoaderShape",
     "NoiseStream",
     "RolloutEngine",
@@ -32,4 +33,5 @@ __all__ = [
     "Writer",
     "hashed_uniform",
     "plan_for",
+    "writer_of",
 ]

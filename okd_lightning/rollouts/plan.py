@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term
 from okd_lightning.records import SOURCES, Source
+from okd_lightning.rollouts.engine import Writer
 from okd_lightning.rollouts.noise import hashed_uniform
 
 _COIN = 0x434F494E  # domain separation: the coin and the sampling noise never share a key
@@ -119,6 +120,13 @@ def plan_for(terms: Sequence[Term]) -> StagedPlan:
             )
         stages.append((step, _plan_for_stage(acting)))
     return StagedPlan(tuple(stages))
+
+
+def writer_of(terms: Sequence[Term], writer: Writer) -> Writer:
+    """What writes a run's responses: ``writer``, within what its terms put around it, in order."""
+    for term in terms:
+        writer = term.wrap_writer(writer)
+    return writer
 
 
 def acts_in(term: Term, step: int) -> bool:

@@ -61,6 +61,9 @@ class Sum:
     def weight_at(self, step: int) -> float:
         return self.weight
 
+    def wrap_writer(self, writer):
+        return writer
+
     def loss(self, measured: Measured) -> LossOutput:
         values = sum((i + 1) * measured[q] for i, q in enumerate(self.quantities))
         first = measured[self.quantities[0]]
