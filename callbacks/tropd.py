@@ -64,7 +64,7 @@ class TrOPD(PolicyGradientCallback):
         return (_STUDENT, _TEACHER, self.outliers)
 
     def credit(self, measured: Measured) -> tuple[Tensor, dict[str, Tensor]]:
-        """The trusted share times log(q/p), which tends to 0 where the teacher rules a token out."""
+        """The trusted share times log(q/p): 0 where the teacher rules a token out."""
         log_ratio = (measured[_TEACHER] - measured[_STUDENT]).detach()
         trusted = log_ratio.clamp(max=0.0).exp()
         return (trusted * log_ratio).nan_to_num(nan=0.0), {"trusted": trusted}

@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from okd_lightning.callbacks import Stage
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Measured, Tile
 
@@ -196,6 +197,68 @@ def test_distillm2(tmp_path, make_module):
     assert recorder.sources()[:2] == [{STUDENT, TEACHER}] * 2  # the last step has few rows
 
 
+def minillm(log_p, log_q, drawn, sampler, source):
+    """Eq. 7, with PPO's clip on the long part, and the mean over the rewards to come."""
+    own = at(log_p, drawn)
+    if source == DATASET:
+        return -0.5 * own
+    weight = (own - sampler).exp()
+    rewards = at(log_q - log_p, drawn).detach().tolist()
+    to_come = [sum(rewards[t + 1 :]) / max(1, len(rewards) - t - 1) for t in range(len(rewards))]
+    to_come = torch.tensor(to_come).double()
+    clipped = torch.minimum(weight * to_come, weight.clamp(0.8, 1.2) * to_come)
+    return weight.detach() * reference.kl(log_p, log_q) - clipped
+
+
+def test_minillm(tmp_path, make_module):
+    module = make_module(learning_rate=0.02)
+    method = shelf.method("minillm.MiniLLM", lm_weight=0.5)
+    recorder = check(tmp_path, module, method, minillm)
+    assert recorder.sources()[:2] == [{DATASET, STUDENT}] * 2
+    teacher = reference.double(module.teacher)
+    student = reference.double(tiny.make_llama(1))  # the first weights, which wrote the first step
+    batch = recorder.steps[0][0]
+    for i, length in enumerate(batch.lengths.tolist()):
+        ids, keep = batch.input_ids[i, :length].tolist(), batch.mask[i, 1:length]
+        if int(batch.source[i]) == STUDENT:
+            p, q = (
+                at(reference.row_logprobs(m, ids, tiny.NUM_IDS), torch.tensor(ids[1:])).exp()
+                for m in (student, teacher)
+            )
+            found = batch.sampler_logprobs[i, 1:length][keep]
+            assert found.tolist() == pytest.approx(
+                (0.2 * q + 0.8 * p).log()[keep].tolist(), abs=1e-4
+            )
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        ({}, {"teacher_prompt_template": "{prompt}p"}, "must read the same prompts"),
+        ({"teacher": None, "self_teacher": "frozen"}, {}, "need a teacher in memory"),
+    ],
+)
+def test_where_teacher_and_student_cannot_draw_together(
+    model, data, message, tmp_path, make_module
+):
+    module, method = make_module(**model), shelf.method("minillm.MiniLLM")
+    with pytest.raises(ConfigError, match=message):
+        tiny.fit(tmp_path, module, [method], tiny.make_rows(4), data=data)
+
+
+def test_a_stage_refuses_what_changes_who_writes():
+    with pytest.raises(ConfigError, match="MiniLLM changes how responses are written"):
+        Stage(shelf.method("minillm.MiniLLM"), end=3)
+
+
+def test_minillm_by_the_student_alone(tmp_path, make_module):
+    """Without the teacher's share w is 1, and without the language model there is one source."""
+    settings = {"teacher_share": 0.0, "lm_weight": 0.0, "clip": None}
+    method = shelf.method("minillm.MiniLLM", **settings)
+    recorder = check(tmp_path, make_module(), method, minillm)
+    assert all(step == {STUDENT} for step in recorder.sources())
+
+
 def test_opsd_needs_the_privileged_prompt(tmp_path, make_module):
     with pytest.raises(ConfigError, match="method opsd needs prompts for the teacher"):
         tiny.fit(tmp_path, make_module(), [shelf.method("opsd.OPSD")], tiny.make_rows(4))
@@ -206,6 +269,7 @@ REFUSED = {
     "iwopd.IWOPD": ({"gamma": -1.0}, "gamma must be a number from 0 on"),
     "tropd.TrOPD": ({"top_k": 0}, "top_k must be at least 1"),
     "distillm2.DistiLLM2": ({"alpha": 0.0}, "alpha is 0.0, expected a number strictly between"),
+    "minillm.MiniLLM": ({"teacher_share": 1.0}, "teacher_share must be in"),
     "opsd.OPSD": ({"clip": 0.0}, "clip must be above 0"),
 }
 
