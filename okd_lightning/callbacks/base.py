@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import lightning
 from lightning.pytorch.callbacks import Callback
@@ -53,6 +54,9 @@ class DistillationCallback(Callback, ABC):
             False where a position's loss depends on others (reward-to-go over a response).
         mixes_rows: Whether every optimizer step holds both rows that the student wrote and given
             ones, in the share that it asks for, and not one kind by a coin a step.
+        share_at: The on-policy share in an optimizer step, where it changes in a run (a method of
+            one argument), or None. What it says of a step may not change once the step's rows are
+            there. ``on_policy_fraction`` then only says which sources occur.
         needs_teacher_prompt: Whether the teacher must read prompts of its own (a privileged
             teacher); a run on data without them is then refused.
     """
@@ -60,6 +64,7 @@ class DistillationCallback(Callback, ABC):
     scorer: RowScorer | None = None
     is_positionwise: bool = True
     mixes_rows: bool = False
+    share_at: Callable[[int], float] | None = None
     needs_teacher_prompt: bool = False
 
     def __init__(self, weight: float = 1.0, name: str | None = None) -> None:

@@ -62,6 +62,7 @@ class Stage(DistillationCallback):
         self.last_factor = first_factor if last_factor is None else last_factor
         self.is_positionwise = method.is_positionwise
         self.mixes_rows = method.mixes_rows
+        self.share_at = method.share_at
         self.needs_teacher_prompt = method.needs_teacher_prompt
 
     @property

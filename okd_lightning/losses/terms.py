@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -114,6 +114,8 @@ class Term(Protocol):
             heads twice.
         mixes_rows: Whether it wants both the student's rows and given ones in every optimizer step
             in which it acts.
+        share_at: The share of ``on_policy_fraction`` in an optimizer step, where it changes while
+            the run goes on; None where it does not.
         needs_teacher_prompt: Whether it has no meaning where both models read the same prompt.
     """
 
@@ -121,6 +123,7 @@ class Term(Protocol):
     weight: float
     is_positionwise: bool
     mixes_rows: bool
+    share_at: Callable[[int], float] | None
     needs_teacher_prompt: bool
 
     @property

@@ -10,6 +10,7 @@
 * ``plan``: which rows of an optimizer step are the student's, the teacher's or the data set's.
 * ``rows``: examples and rollouts become training rows, and rows become stamped micro-batches.
 * ``scoring``: rewards of what was written. ``stored``: rollouts in checkpoints.
+* ``replay``: responses that are used again.
 * ``loader``: the sized, stateful iterable that regenerates on-policy batches every epoch.
 """
 
@@ -17,13 +18,16 @@ from okd_lightning.rollouts.engine import RolloutEngine, Writer
 from okd_lightning.rollouts.loader import LoaderShape, RolloutLoader
 from okd_lightning.rollouts.noise import NoiseStream, hashed_uniform
 from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan, plan_for, writer_of
+from okd_lightning.rollouts.replay import KeptResponses, ReplayWriter
 from okd_lightning.rollouts.sampling import Sampling
 from okd_lightning.rollouts.transformers_engine import Blend, TransformersEngine
 
 __all__ = [
     "Blend",
+    "KeptResponses",
     "LoaderShape",
     "NoiseStream",
+    "ReplayWriter",
     "RolloutEngine",
     "RolloutLoader",
     "RolloutPlan",

@@ -7,7 +7,7 @@ step), so that all micro-batches, ranks and resumed runs see the same one.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from okd_lightning.errors import ConfigError
@@ -28,11 +28,18 @@ class RolloutPlan:
         off_policy_source: Who writes the others.
         is_mixed_within_step: False: one coin an optimizer step decides for all its rows (GKD).
             True: every step holds both kinds, in that proportion.
+        share_at: The share in an optimizer step, where it changes in the run; None where it is
+            on_policy_fraction throughout.
     """
 
     on_policy_fraction: float
     off_policy_source: Source = "dataset"
     is_mixed_within_step: bool = False
+    share_at: Callable[[int], float] | None = None
+
+    def share(self, step: int) -> float:
+        """Share of rows that the student writes in optimizer step ``step``."""
+        return self.on_policy_fraction if self.share_at is None else self.share_at(step)
 
     @property
     def sources(self) -> frozenset[Source]:
@@ -46,11 +53,12 @@ class RolloutPlan:
 
     def assign(self, seed: int, step: int, num_prompts: int) -> tuple[Source, ...]:
         """The source of each prompt of optimizer step ``step`` (counted over the whole run)."""
+        share = self.share(step)
         if not self.is_mixed_within_step:
-            is_student = hashed_uniform(_COIN, seed, step) < self.on_policy_fraction
+            is_student = hashed_uniform(_COIN, seed, step) < share
             return ("student" if is_student else self.off_policy_source,) * num_prompts
         offset = float(hashed_uniform(_COIN, seed, step))  # no position is always the data set's
-        shares = [int(self.on_policy_fraction * i + offset) for i in range(num_prompts + 1)]
+        shares = [int(share * i + offset) for i in range(num_prompts + 1)]
         return tuple(
             "student" if b > a else self.off_policy_source for a, b in itertools.pairwise(shares)
         )
@@ -142,11 +150,17 @@ def _plan_for_stage(terms: Sequence[Term]) -> RolloutPlan:
             "one term needs the data set's responses and another the teacher's (seq_kd); "
             "set seq_kd alike on all methods of a run"
         )
+    varying = [term.share_at for term in terms if term.share_at is not None]
+    if len(varying) > 1:
+        raise ConfigError(
+            "two methods change the student's share of rows while they train; leave one of them out"
+        )
     asked = {term.on_policy_fraction for term in terms if term.on_policy_fraction is not None}
     plan = RolloutPlan(
         on_policy_fraction=_common_fraction(asked),
         off_policy_source=next(iter(off_policy), "dataset"),
         is_mixed_within_step=len(asked) > 1 or any(term.mixes_rows for term in terms),
+        share_at=next(iter(varying), None),
     )
     for term in terms:
         if not plan.sources & set(term.sources):

@@ -54,6 +54,7 @@ class Sum:
     on_policy_fraction: float = 0.0
     is_positionwise: bool = True
     mixes_rows: bool = False
+    share_at: None = None
     needs_teacher_prompt: bool = False
     window: tuple = (0, None)
     scorer: None = None

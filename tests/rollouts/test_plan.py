@@ -8,6 +8,7 @@ a term whose source nobody produces, and terms that contradict each other, are r
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -85,6 +86,7 @@ class Taker:
     quantities: tuple = ()
     window: tuple = (0, None)
     mixes_rows: bool = False
+    share_at: Callable[[int], float] | None = None
 
 
 PLANS = {
@@ -132,6 +134,20 @@ def test_stages_follow_one_another():
     assert found[3:5] == [RolloutPlan(0.3).assign(1, step, 4) for step in (3, 4)]
     assert all(sorted(set(row)) == ["dataset", "student"] for row in found[5:7])
     assert found[7:] == [("student",) * 4] * 2
+
+
+def test_a_share_that_changes():
+    """The coin of a step is the same, and what it is compared with is that step's share."""
+    varying = Taker(("dataset", "student"), 0.5, share_at=lambda step: step / 100)
+    plan = plan_for([varying, Taker(("student",))])
+    found = [plan.assign(3, step, 1) for step in range(100)]
+    assert found == [RolloutPlan(step / 100).assign(3, step, 1) for step in range(100)]
+    assert found[0] == ("dataset",)
+    assert len(set(found)) == 2
+    mixed = plan_for([Taker(("dataset", "student"), 0.5, "a", mixes_rows=True), varying])
+    assert mixed.assign(3, 25, 8).count("student") == 2
+    with pytest.raises(ConfigError, match="two methods change the student's share"):
+        plan_for([varying, varying])
 
 
 def test_a_weight_changes_on_a_line():
