@@ -1,12 +1,13 @@
 """The plug-ins beside the library: public names only, and true to their formula."""
 
 import ast
+import re
 
 import pytest
 import shelf
 import tiny
 
-from okd_lightning.callbacks import GKD
+from okd_lightning.callbacks import GKD, DistillationCallback
 from okd_lightning.module import DistillationModule
 
 LONGER = {"distillm": 120, "minillm": 120, "tropd": 80}
@@ -35,6 +36,17 @@ def test_only_public_names_are_imported(path):
         assert not any(part.startswith("_") for name in names for part in name.split("."))
         assert not any(p.startswith("_") and p != "__future__" for p in module.split("."))
     assert len(path.read_text().splitlines()) <= LONGER.get(path.stem, 60)
+
+
+def test_the_table_names_every_plug_in():
+    text = (shelf.FOLDER / "README.md").read_text()
+    found = re.findall(r"--method callbacks\.(\w+)\.(\w+)", text)
+    rows = [row for row in text.splitlines() if row.startswith("| ") and "arXiv" in row]
+    assert {file for file, _ in found} == {path.stem for path in shelf.FILES}
+    assert all("arXiv" in row and "--method callbacks." in row for row in rows)
+    assert len(rows) == len(shelf.FILES)
+    for file, kind in found:
+        assert isinstance(shelf.method(f"{file}.{kind}"), DistillationCallback)
 
 
 def test_imitkd_is_gkd_with_forward_kl(tmp_path):

@@ -15,6 +15,7 @@ import shelf
 import tiny
 import torch
 from lightning.pytorch.callbacks import Callback
+from peft import LoraConfig
 from torch import Tensor
 
 from okd_lightning.callbacks import Stage
@@ -235,7 +236,11 @@ def test_minillm(tmp_path, make_module):
     ("model", "data", "message"),
     [
         ({}, {"teacher_prompt_template": "{prompt}p"}, "must read the same prompts"),
-        ({"teacher": None, "self_teacher": "frozen"}, {}, "need a teacher in memory"),
+        (
+            {"teacher": None, "self_teacher": "frozen", "student_adapter": LoraConfig(r=2)},
+            {},
+            "need a teacher in memory",
+        ),
     ],
 )
 def test_where_teacher_and_student_cannot_draw_together(
@@ -279,3 +284,13 @@ def test_what_is_refused(name):
     settings, message = REFUSED[name]
     with pytest.raises(ConfigError, match=message):
         shelf.method(name, **settings)
+
+
+def test_distillm(tmp_path, make_module):
+    def values(log_p, log_q, drawn, sampler, source):
+        return reference.skew_reverse(log_p, log_q, 0.1)
+
+    method = shelf.method("distillm.DistiLLM", share=0.5)
+    settings = {"val": tiny.make_rows(4, seed=1), "max_epochs": 4}
+    recorder = check(tmp_path, make_module(learning_rate=1e-2), method, values, **settings)
+    assert {source for step in recorder.sources() for source in step} == {DATASET, STUDENT}
