@@ -150,6 +150,22 @@ def test_a_share_that_changes():
         plan_for([varying, varying])
 
 
+class Both(DivergenceCallback):
+    mixes_rows = True
+
+    def share_at(self, step: int) -> float:
+        return step / 100
+
+
+def test_a_stage_hands_on_how_rows_are_mixed():
+    method = Both(on_policy_fraction=0.5)
+    expected = RolloutPlan(0.5, "dataset", True, method.share_at)
+    assert plan_for([Stage(method, end=3), Stage(SFT(), start=3)]).stages == (
+        (0, expected),
+        (3, RolloutPlan(0.0)),
+    )
+
+
 def test_a_weight_changes_on_a_line():
     stage = Stage(KD(weight=2.0), start=2, end=5, first_factor=1.0, last_factor=0.0)
     assert [stage.weight_at(step) for step in range(6)] == [0.0, 0.0, 2.0, 1.0, 0.0, 0.0]
