@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import lightning
 from lightning.pytorch.callbacks import Callback
@@ -13,6 +14,7 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Measured, Quantity, RowScorer
 from okd_lightning.module import DistillationModule
 from okd_lightning.records import LossOutput, Source
+from okd_lightning.rollouts import Writer
 
 
 class DistillationCallback(Callback, ABC):
@@ -50,12 +52,19 @@ class DistillationCallback(Callback, ABC):
             learns nothing but through the measured values. The module then calls ``loss`` part by
             part and differentiates on the way, which is faster and needs less memory. Set it to
             False where a position's loss depends on others (reward-to-go over a response).
+        mixes_rows: Whether every optimizer step holds both rows that the student wrote and given
+            ones, in the share that it asks for, and not one kind by a coin a step.
+        share_at: The on-policy share in an optimizer step, where it changes in a run (a method of
+            one argument), or None. What it says of a step may not change once the step's rows are
+            there. ``on_policy_fraction`` then only says which sources occur.
         needs_teacher_prompt: Whether the teacher must read prompts of its own (a privileged
             teacher); a run on data without them is then refused.
     """
 
     scorer: RowScorer | None = None
     is_positionwise: bool = True
+    mixes_rows: bool = False
+    share_at: Callable[[int], float] | None = None
     needs_teacher_prompt: bool = False
 
     def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
@@ -102,6 +111,16 @@ class DistillationCallback(Callback, ABC):
     def state_key(self) -> str:
         """Stable key of this callback's state in checkpoints, also beside others of its class."""
         return f"{type(self).__qualname__}.{self.name}"
+
+    def wrap_writer(self, writer: Writer) -> Writer:
+        """What writes the training's responses in the place of ``writer``, which is given.
+
+        A method that changes how responses come about (drawn from a mixture, taken from an earlier
+        step) returns a ``Writer`` of its own, which calls ``writer`` for what it does not write
+        itself. It is asked once a run, after ``prepare``; all methods of the run get its rows, and
+        validation does not.
+        """
+        return writer
 
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str

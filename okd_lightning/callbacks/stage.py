@@ -61,6 +61,8 @@ class Stage(DistillationCallback):
         self.first_factor = first_factor
         self.last_factor = first_factor if last_factor is None else last_factor
         self.is_positionwise = method.is_positionwise
+        self.mixes_rows = method.mixes_rows
+        self.share_at = method.share_at
         self.needs_teacher_prompt = method.needs_teacher_prompt
 
     @property
@@ -130,6 +132,11 @@ class Stage(DistillationCallback):
 
 def _check_method(method: DistillationCallback) -> None:
     """A stage hands on what makes a term, and none of Lightning's hooks."""
+    if type(method).wrap_writer is not DistillationCallback.wrap_writer:
+        raise ConfigError(
+            f"Stage of {method.name}: {type(method).__name__} changes how responses are written, "
+            "for the whole run; it cannot act in a part of it"
+        )
     if isinstance(method, Stage):
         raise ConfigError(
             f"Stage of {method.name}: a stage in a stage; give one of them both start and end"

@@ -31,12 +31,7 @@ from okd_lightning.data.tool_turns import checked_turns, equip
 from okd_lightning.data.whole_steps import accumulation_for, announce, check_whole_steps
 from okd_lightning.errors import ConfigError, DataError
 from okd_lightning.records import Example
-from okd_lightning.rollouts import (
-    LoaderShape,
-    RolloutLoader,
-    Sampling,
-    plan_for,
-)
+from okd_lightning.rollouts import LoaderShape, RolloutLoader, Sampling, plan_for, writer_of
 from okd_lightning.rollouts.agreement import Agreement, StopRequest
 from okd_lightning.rollouts.evaluation import GivenResponses, OwnResponses
 from okd_lightning.rollouts.noise import hashed_uniform
@@ -242,7 +237,7 @@ class RolloutDataModule(lightning.LightningDataModule):
             examples.examples,
             plan,
             shape,
-            module,
+            writer_of(module.terms, module),
             sampling=self.sampling,
             max_new_tokens=self.max_response_length,
             seed=self.seed,

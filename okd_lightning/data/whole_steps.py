@@ -56,8 +56,9 @@ def announce(plan: StagedPlan, shape: LoaderShape) -> None:
         f"an epoch is {shape.steps_per_epoch} optimizer steps of {shape.rows_per_step} rows; "
         + ", ".join(
             (f"from step {start} on " if start else "the student writes ")
-            + f"{part.on_policy_fraction:.0%}"
+            + f"{part.share(start):.0%}"
             + ("" if start else " of them")
+            + ("" if part.share_at is None else " at first")
             for start, part in plan.stages
         )
     )

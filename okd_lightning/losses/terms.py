@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -112,12 +112,18 @@ class Term(Protocol):
             that the loss of a batch may be summed part by part. Where one term of a run says
             False, every term gets all positions of a batch at once, at the price of computing the
             heads twice.
+        mixes_rows: Whether it wants both the student's rows and given ones in every optimizer step
+            in which it acts.
+        share_at: The share of ``on_policy_fraction`` in an optimizer step, where it changes while
+            the run goes on; None where it does not.
         needs_teacher_prompt: Whether it has no meaning where both models read the same prompt.
     """
 
     name: str
     weight: float
     is_positionwise: bool
+    mixes_rows: bool
+    share_at: Callable[[int], float] | None
     needs_teacher_prompt: bool
 
     @property
@@ -130,6 +136,9 @@ class Term(Protocol):
 
     def weight_at(self, step: int) -> float:
         """The factor in optimizer step ``step``."""
+
+    def wrap_writer(self, writer: Any) -> Any:
+        """What writes the training's responses in the place of a ``rollouts.Writer``, or it."""
 
     @property
     def sources(self) -> tuple[Source, ...]:

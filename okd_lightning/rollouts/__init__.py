@@ -11,6 +11,7 @@
 * ``rows``: examples and rollouts become training rows, and rows become stamped micro-batches.
 * ``scoring``: rewards of what was written. ``agreement``: ranks that write stop together.
 * ``stored``: rollouts in checkpoints; ``resharing``: dealt out to another number of ranks.
+* ``replay``: responses that are used again.
 * ``loader_shape``: how an epoch is cut into optimizer steps and chunks.
 * ``loader``: the sized, stateful iterable that regenerates on-policy batches every epoch.
 """
@@ -19,13 +20,17 @@ from okd_lightning.rollouts.engine import RolloutEngine, Writer
 from okd_lightning.rollouts.loader import RolloutLoader
 from okd_lightning.rollouts.loader_shape import LoaderShape
 from okd_lightning.rollouts.noise import NoiseStream, hashed_uniform
-from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan, plan_for
+from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan, plan_for, writer_of
+from okd_lightning.rollouts.replay import KeptResponses, ReplayWriter
 from okd_lightning.rollouts.sampling import Sampling
-from okd_lightning.rollouts.transformers_engine import TransformersEngine
+from okd_lightning.rollouts.transformers_engine import Blend, TransformersEngine
 
 __all__ = [
+    "Blend",
+    "KeptResponses",
     "LoaderShape",
     "NoiseStream",
+    "ReplayWriter",
     "RolloutEngine",
     "RolloutLoader",
     "RolloutPlan",
@@ -35,4 +40,5 @@ __all__ = [
     "Writer",
     "hashed_uniform",
     "plan_for",
+    "writer_of",
 ]

@@ -7,12 +7,13 @@ step), so that all micro-batches, ranks and resumed runs see the same one.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term
 from okd_lightning.records import SOURCES, Source
+from okd_lightning.rollouts.engine import Writer
 from okd_lightning.rollouts.noise import hashed_uniform
 
 _COIN = 0x434F494E  # domain separation: the coin and the sampling noise never share a key
@@ -27,11 +28,18 @@ class RolloutPlan:
         off_policy_source: Who writes the others.
         is_mixed_within_step: False: one coin an optimizer step decides for all its rows (GKD).
             True: every step holds both kinds, in that proportion.
+        share_at: The share in an optimizer step, where it changes in the run; None where it is
+            on_policy_fraction throughout.
     """
 
     on_policy_fraction: float
     off_policy_source: Source = "dataset"
     is_mixed_within_step: bool = False
+    share_at: Callable[[int], float] | None = None
+
+    def share(self, step: int) -> float:
+        """Share of rows that the student writes in optimizer step ``step``."""
+        return self.on_policy_fraction if self.share_at is None else self.share_at(step)
 
     @property
     def sources(self) -> frozenset[Source]:
@@ -45,11 +53,12 @@ class RolloutPlan:
 
     def assign(self, seed: int, step: int, num_prompts: int) -> tuple[Source, ...]:
         """The source of each prompt of optimizer step ``step`` (counted over the whole run)."""
+        share = self.share(step)
         if not self.is_mixed_within_step:
-            is_student = hashed_uniform(_COIN, seed, step) < self.on_policy_fraction
+            is_student = hashed_uniform(_COIN, seed, step) < share
             return ("student" if is_student else self.off_policy_source,) * num_prompts
         offset = float(hashed_uniform(_COIN, seed, step))  # no position is always the data set's
-        shares = [int(self.on_policy_fraction * i + offset) for i in range(num_prompts + 1)]
+        shares = [int(share * i + offset) for i in range(num_prompts + 1)]
         return tuple(
             "student" if b > a else self.off_policy_source for a, b in itertools.pairwise(shares)
         )
@@ -94,7 +103,8 @@ def plan_for(terms: Sequence[Term]) -> StagedPlan:
 
     Terms that agree on the on-policy share get GKD's coin a step. Terms that disagree (KD on the
     data set beside a method on rollouts) get both kinds of rows in every step, in the share that
-    one of them asks for or half and half, and each is counted on its own rows.
+    one of them asks for or half and half, and each is counted on its own rows; so does a term that
+    says that it compares both kinds (``mixes_rows``).
 
     Raises:
         ConfigError: No terms, steps in which none acts, terms that need both the data set's and the
@@ -120,6 +130,13 @@ def plan_for(terms: Sequence[Term]) -> StagedPlan:
     return StagedPlan(tuple(stages))
 
 
+def writer_of(terms: Sequence[Term], writer: Writer) -> Writer:
+    """What writes a run's responses: ``writer``, within what its terms put around it, in order."""
+    for term in terms:
+        writer = term.wrap_writer(writer)
+    return writer
+
+
 def acts_in(term: Term, step: int) -> bool:
     """Whether a term takes part in optimizer step ``step``."""
     start, end = term.window
@@ -133,11 +150,17 @@ def _plan_for_stage(terms: Sequence[Term]) -> RolloutPlan:
             "one term needs the data set's responses and another the teacher's (seq_kd); "
             "set seq_kd alike on all methods of a run"
         )
+    varying = [term.share_at for term in terms if term.share_at is not None]
+    if len(varying) > 1:
+        raise ConfigError(
+            "two methods change the student's share of rows while they train; leave one of them out"
+        )
     asked = {term.on_policy_fraction for term in terms if term.on_policy_fraction is not None}
     plan = RolloutPlan(
         on_policy_fraction=_common_fraction(asked),
         off_policy_source=next(iter(off_policy), "dataset"),
-        is_mixed_within_step=len(asked) > 1,
+        is_mixed_within_step=len(asked) > 1 or any(term.mixes_rows for term in terms),
+        share_at=next(iter(varying), None),
     )
     for term in terms:
         if not plan.sources & set(term.sources):

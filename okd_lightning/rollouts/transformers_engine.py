@@ -10,12 +10,16 @@ depends on the batch. Its continuous batching lays rows out in pages, for which 
 model's attention while it runs, draws from the global generator, and takes twice our time on a CPU
 (benchmarks/rollouts.md). What is used of transformers is the model and its cache.
 
+A second model may be mixed in: both read the same, and every token is drawn from the mixture of
+their distributions.
+
 In float32 a row's samples do not depend on the rows beside it, but for ties.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -44,6 +48,24 @@ _PREFILL_TOKENS = 8192
 """Prompt tokens of one forward pass at most, so that a long queue's activations fit."""
 
 
+@dataclass(frozen=True)
+class Blend:
+    """A second model whose distribution is mixed into every draw (arXiv 2306.08543, Eq. 4).
+
+    Attributes:
+        model: The second causal LM, of the same tokenizer, in eval mode.
+        share: α of α q + (1-α) p, strictly between 0 and 1; q is this model's.
+    """
+
+    model: PreTrainedModel
+    share: float
+
+    def mix(self, logits: Tensor, second: Tensor) -> Tensor:
+        """[rows, vocab] log-probabilities (nats) of the mixture."""
+        first = logits.log_softmax(-1) + math.log1p(-self.share)
+        return torch.logaddexp(first, second.log_softmax(-1) + math.log(self.share))
+
+
 @dataclass
 class TransformersEngine:
     """Generates with a model that lives in this process.
@@ -56,6 +78,7 @@ class TransformersEngine:
         dtype: Number format to compute in, by autocast: the weights are cast once a call and the
             copy is dropped at its end. None leaves it to the caller; in float32 a sample does not
             depend on its batch, in bfloat16 it may.
+        blend: A second model that is mixed into every draw.
     """
 
     model: PreTrainedModel
@@ -63,6 +86,7 @@ class TransformersEngine:
     eos_ids: tuple[int, ...]
     token_budget: int = 65536
     dtype: torch.dtype | None = None
+    blend: Blend | None = None
 
     @torch.no_grad()
     def generate(
@@ -81,7 +105,8 @@ class TransformersEngine:
         if not noise.numel():
             return responses.rollout(0)
         as_it_is = torch.compiler.set_stance("force_eager")  # a step changes its shapes each time
-        with self._precision(), fast_linears(self.model), as_it_is:
+        second = nullcontext() if self.blend is None else fast_linears(self.blend.model)
+        with self._precision(), fast_linears(self.model), second, as_it_is:
             writing = _Writing(self, prompts, sampling, responses, max_new_tokens)
             for num_ended in writing.run():
                 if progress is not None:
@@ -99,8 +124,8 @@ class _Prefilled:
     """Prompts that have been read: what a batch needs in order to take them in."""
 
     rows: list[int]
-    cache: DynamicCache
-    index: Tensor  # [rows] the row of the cache that each one takes
+    caches: list[DynamicCache]  # one a model
+    index: Tensor  # [rows] the row of the caches that each one takes
     starts: Tensor  # [rows] first column
     width: int  # columns
     places: Tensor  # [rows] of the second token
@@ -122,7 +147,8 @@ class _Writing:
         responses: Responses,
         max_new_tokens: int,
     ) -> None:
-        self._model = engine.model
+        self._blend = engine.blend
+        self._models = [engine.model] + ([engine.blend.model] if engine.blend else [])
         self._vocabulary = engine.vocabulary
         self._prompts = prompts.input_ids
         self._sampling = sampling
@@ -130,8 +156,8 @@ class _Writing:
         self._max_new_tokens = max_new_tokens
         self._token_budget = engine.token_budget
         self._device = engine.model.device
-        self._is_roomy = is_rearrangeable(engine.model)
-        self._cache_argument = _cache_argument(engine.model)
+        self._cache_arguments = [_cache_argument(model) for model in self._models]
+        self._is_roomy = all(is_rearrangeable(model) for model in self._models)
         # equal prompts stand together, so that they are read once
         order = sorted(range(len(prompts)), key=lambda i: (-len(self._prompts[i]), i))
         self._queue = deque(order)
@@ -141,12 +167,15 @@ class _Writing:
 
     def _clear(self) -> None:
         self._rows: list[int] = []
-        self._cache = empty_cache(self._model, self._is_roomy)
+        self._caches = self._empty_caches()
         self._width = 0
         self._num_writing = 0
         self._places = self._last = self._tokens = self._starts = torch.zeros(
             0, dtype=torch.int64, device=self._device
         )
+
+    def _empty_caches(self) -> list[DynamicCache]:
+        return [empty_cache(model, self._is_roomy) for model in self._models]
 
     def run(self) -> Iterator[int]:
         """Write everything; yields how many rows have ended since the last time, where any has."""
@@ -201,7 +230,8 @@ class _Writing:
         starts = self._starts[keep]
         lead = int(starts.min()) if kept else self._width
         width = max([self._width - lead, *(piece.width for piece in joining)])
-        rearrange(self._cache, keep, lead, [(piece.cache, piece.index) for piece in joining])
+        for i, cache in enumerate(self._caches):
+            rearrange(cache, keep, lead, [(piece.caches[i], piece.index) for piece in joining])
         self._starts = torch.cat(
             [
                 starts + (width - self._width),
@@ -223,7 +253,7 @@ class _Writing:
         rows = [row for row in self._queue if len(self._prompts[row]) == length][:size]
         self._queue = deque(row for row in self._queue if row not in set(rows))
         read = self._read(rows)
-        self._cache, self._rows, self._starts = read.cache, read.rows, read.starts
+        self._caches, self._rows, self._starts = read.caches, read.rows, read.starts
         self._places, self._tokens, self._width = read.places, read.tokens, read.width
         self._last = self._responses.last_places(rows)
         return len(rows)
@@ -238,15 +268,15 @@ class _Writing:
         indices = [number[prompt] for prompt in prompts] if self._is_roomy else range(len(rows))
         index = torch.tensor(list(indices), device=self._device)
         ids, starts = _left_pad(unique, self._device)
-        cache = empty_cache(self._model, self._is_roomy)
+        caches = self._empty_caches()
         columns = torch.arange(ids.shape[1], device=self._device)
         positions = (columns - starts[:, None]).clamp(min=0)
-        logits = self._logits(ids, positions, starts, ids.shape[1], cache)
+        logits = self._logits(ids, positions, starts, ids.shape[1], caches)
         self.num_row_steps += len(rows)
         places = self._responses.first_places(rows)
         last = self._responses.last_places(rows)
         places, tokens = self._draw(logits[index], places, last)
-        return _Prefilled(rows, cache, index, starts[index], ids.shape[1], places, tokens)
+        return _Prefilled(rows, caches, index, starts[index], ids.shape[1], places, tokens)
 
     def _step(self) -> None:
         """One token for every row."""
@@ -254,27 +284,35 @@ class _Writing:
         positions = torch.where(is_writing, self._width - self._starts, 0)[:, None]
         self._width += 1
         logits = self._logits(
-            self._tokens[:, None], positions, self._starts, self._width, self._cache
+            self._tokens[:, None], positions, self._starts, self._width, self._caches
         )
         self.num_row_steps += len(self._rows)
         self._places, self._tokens = self._draw(logits, self._places, self._last)
 
     def _logits(
-        self, ids: Tensor, positions: Tensor, starts: Tensor, width: int, cache: DynamicCache
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        starts: Tensor,
+        width: int,
+        caches: list[DynamicCache],
     ) -> Tensor:
         """[rows, vocab] float32 for the token after ``ids``; invalid ids are minus infinity."""
         mask = None
         if self._is_roomy:  # others have equal prompts, and some of them misread a mask
             mask = (torch.arange(width, device=self._device) >= starts[:, None]).long()
-        output = self._model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-            logits_to_keep=1,
-            **{self._cache_argument: cache},
-        )
-        return self._vocabulary.cut(output.logits[:, -1].float())
+        found = []
+        for model, name, cache in zip(self._models, self._cache_arguments, caches, strict=True):
+            output = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=True,
+                logits_to_keep=1,
+                **{name: cache},
+            )
+            found.append(self._vocabulary.cut(output.logits[:, -1].float()))
+        return found[0] if self._blend is None else self._blend.mix(*found)
 
     def _draw(self, logits: Tensor, places: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         """[rows] next places and [rows] ids."""

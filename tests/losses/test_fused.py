@@ -53,12 +53,17 @@ class Sum:
     weight: float = 1.0
     on_policy_fraction: float = 0.0
     is_positionwise: bool = True
+    mixes_rows: bool = False
+    share_at: None = None
     needs_teacher_prompt: bool = False
     window: tuple = (0, None)
     scorer: None = None
 
     def weight_at(self, step: int) -> float:
         return self.weight
+
+    def wrap_writer(self, writer):
+        return writer
 
     def loss(self, measured: Measured) -> LossOutput:
         values = sum((i + 1) * measured[q] for i, q in enumerate(self.quantities))

@@ -3,13 +3,15 @@
 Frozen here: the same samples and log-probs on every architecture, also where memory cannot be
 rearranged (state-space models), where rows end at once, after one token, and where prompts differ a
 hundredfold in length; whatever the token budget, so whoever joins and leaves a batch when; prompts
-that are equal are read once; a model's own layers are as they were afterwards.
+that are equal are read once; draws from a mixture of two models; a model's own layers are as they
+were afterwards.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -20,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from okd_lightning import cpu_linear
 from okd_lightning.models import Vocabulary
 from okd_lightning.records import PromptBatch, Rollout
-from okd_lightning.rollouts import NoiseStream, Sampling, TransformersEngine, kv_cache
+from okd_lightning.rollouts import Blend, NoiseStream, Sampling, TransformersEngine, kv_cache
 from okd_lightning.rollouts import transformers_engine as engine_module
 from okd_lightning.rollouts.rows import rollout_metrics
 
@@ -267,3 +269,35 @@ def test_utilisation_is_the_share_of_row_steps_that_wrote():
     assert metrics["rollout/tokens_per_second"] == pytest.approx(2 * rollout.num_tokens / 5)
     silent = replace(rollout, num_row_steps=0)
     assert "rollout/utilisation" not in rollout_metrics([(silent, 1.0)])
+
+
+class Mixture:
+    """Two models as one, the slow way: its logits are the mixture's log-probabilities."""
+
+    def __init__(self, first, second, share):
+        self.models, self.share = (first, second), share
+
+    def __call__(self, ids, use_cache):
+        p, q = (
+            model(ids, use_cache=use_cache).logits[..., :NUM_IDS].double().softmax(-1)
+            for model in self.models
+        )
+        return SimpleNamespace(logits=((1 - self.share) * p + self.share * q).log())
+
+
+@pytest.mark.parametrize("second", ["gpt2", "gemma2, window 4", "mamba"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, top_k=5)])
+def test_a_second_model_is_mixed_into_every_draw(second, sampling):
+    """Rows leave and join in both memories, of other sizes; one cannot be rearranged at all."""
+    first, second = model_of("llama"), model_of(second)
+    prompts, share = prompts_of(LENGTHS), 0.35
+    settings = {"blend": Blend(second, share), "token_budget": 70}
+    rollout = write(first, prompts, sampling, **settings)
+    noise = NoiseStream(3, 1).uniform(prompts.index, prompts.sample, 10)
+    mixture = Mixture(first, second, share)
+    for i, prompt in enumerate(prompts.input_ids):
+        ids, logprobs = slowly(mixture, prompt, noise[i], sampling)
+        assert rollout.response_ids[i] == ids
+        assert rollout.logprobs[i] == pytest.approx(logprobs, abs=1e-4)
+    assert rollout.response_ids != write(first, prompts, sampling).response_ids
+    assert rollout.response_ids != write(second, prompts, sampling).response_ids

@@ -8,6 +8,7 @@ a term whose source nobody produces, and terms that contradict each other, are r
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -84,6 +85,8 @@ class Taker:
     weight: float = 1.0
     quantities: tuple = ()
     window: tuple = (0, None)
+    mixes_rows: bool = False
+    share_at: Callable[[int], float] | None = None
 
 
 PLANS = {
@@ -95,6 +98,10 @@ PLANS = {
     "on-policy": ([GKD(on_policy_fraction=1.0)], RolloutPlan(1.0)),
     "one coin for both": ([GKD(), DivergenceCallback(on_policy_fraction=0.5)], RolloutPlan(0.5)),
     "both kinds": ([KD(), GKD(on_policy_fraction=1.0)], RolloutPlan(0.5, "dataset", True)),
+    "one method, both kinds": (
+        [Taker(("teacher", "student"), 0.3, mixes_rows=True)],
+        RolloutPlan(0.3, "teacher", True),
+    ),
     "takes what comes": ([GKD(on_policy_fraction=0.3), Taker(("student",))], RolloutPlan(0.3)),
 }
 
@@ -127,6 +134,36 @@ def test_stages_follow_one_another():
     assert found[3:5] == [RolloutPlan(0.3).assign(1, step, 4) for step in (3, 4)]
     assert all(sorted(set(row)) == ["dataset", "student"] for row in found[5:7])
     assert found[7:] == [("student",) * 4] * 2
+
+
+def test_a_share_that_changes():
+    """The coin of a step is the same, and what it is compared with is that step's share."""
+    varying = Taker(("dataset", "student"), 0.5, share_at=lambda step: step / 100)
+    plan = plan_for([varying, Taker(("student",))])
+    found = [plan.assign(3, step, 1) for step in range(100)]
+    assert found == [RolloutPlan(step / 100).assign(3, step, 1) for step in range(100)]
+    assert found[0] == ("dataset",)
+    assert len(set(found)) == 2
+    mixed = plan_for([Taker(("dataset", "student"), 0.5, "a", mixes_rows=True), varying])
+    assert mixed.assign(3, 25, 8).count("student") == 2
+    with pytest.raises(ConfigError, match="two methods change the student's share"):
+        plan_for([varying, varying])
+
+
+class Both(DivergenceCallback):
+    mixes_rows = True
+
+    def share_at(self, step: int) -> float:
+        return step / 100
+
+
+def test_a_stage_hands_on_how_rows_are_mixed():
+    method = Both(on_policy_fraction=0.5)
+    expected = RolloutPlan(0.5, "dataset", True, method.share_at)
+    assert plan_for([Stage(method, end=3), Stage(SFT(), start=3)]).stages == (
+        (0, expected),
+        (3, RolloutPlan(0.0)),
+    )
 
 
 def test_a_weight_changes_on_a_line():

@@ -1,0 +1,111 @@
+"""DistiLLM: skew KL, and the student's own responses as rarely and as used as will do.
+
+Ko et al., "DistiLLM: Towards Streamlined Distillation for Large Language Models", arXiv 2402.03898,
+sections 3.1 and 3.2: a step is on the student's responses with probability φ, which begins at
+nothing and rises when the validation loss does; such a step writes new ones with probability
+1 - t/T and else takes what was written before. Differs from the paper: a replayed step answers its
+own prompts with the last responses to them, and draws no prompts from a buffer of 1000, so that
+replay begins with the second pass over the data; the loss that φ is first compared with is that of
+the first validation, and not the untrained student's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+
+from okd_lightning import DistillationModule, Divergence, DivergenceCallback
+from okd_lightning.callbacks.base import check_fraction
+from okd_lightning.divergences import SkewReverseKL
+from okd_lightning.errors import ConfigError
+from okd_lightning.rollouts import KeptResponses, ReplayWriter, Writer, hashed_uniform
+
+_COIN = 0x5245504C  # replay's own coin
+
+
+class DistiLLM(DivergenceCallback):
+    """Skew reverse KL on given responses, and on the student's, new or replayed, in a share φ.
+
+    Needs validation data, one process, and rollouts of one optimizer step. φ, the steps at which it
+    rose and the kept responses are in checkpoints.
+
+    Args:
+        divergence: Skew reverse KL with α = 0.1 by default; SkewForwardKL is the paper's other one.
+        share: φ at the start.
+        rise: What φ grows by, up to 1.
+        tolerance: ε, nats: φ rises when val/cross_entropy is that much above the last one compared.
+        weight: Factor on this term's mean loss.
+        name: Logged as train/<name>.
+    """
+
+    def __init__(
+        self,
+        divergence: Divergence | None = None,
+        share: float = 0.0,
+        rise: float = 0.1,
+        tolerance: float = 0.1,
+        weight: float = 1.0,
+        name: str | None = None,
+    ) -> None:
+        chosen = divergence or SkewReverseKL(0.1)
+        super().__init__(chosen, on_policy_fraction=0.5, weight=weight, name=name)
+        self.share, self.rise = check_fraction("share", share), check_fraction("rise", rise)
+        self.tolerance = tolerance
+        self.compared: float | None = None
+        self.rises: list[int] = []
+        self.kept = KeptResponses()
+
+    def share_at(self, step: int) -> float:
+        """φ in optimizer step ``step``."""
+        return min(1.0, self.share + self.rise * sum(at <= step for at in self.rises))
+
+    def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
+        """Refuse runs in which φ cannot rise, or whose responses cannot be found again."""
+        self._trainer = trainer
+        data = getattr(trainer, "datamodule", None)
+        if stage == "fit" and trainer.world_size > 1:
+            raise ConfigError(
+                f"{self.name}: what was written is kept by one process; set devices 1"
+            )
+        if stage == "fit" and data is not None and data.sources["val"] is None:
+            raise ConfigError(
+                f"{self.name}: its share follows the validation loss; give --data.val"
+            )
+        if stage == "fit" and data is not None and data.prompts_per_rollout is not None:
+            raise ConfigError(
+                f"{self.name}: its share may change after every step; leave "
+                f"data.prompts_per_rollout {data.prompts_per_rollout} out"
+            )
+
+    def wrap_writer(self, writer: Writer) -> Writer:
+        """Writes anew, or hands out what is kept."""
+        return ReplayWriter(writer, self.kept, self.is_replayed)
+
+    def on_validation_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Let φ rise where the loss did."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        loss = float(trainer.callback_metrics["val/cross_entropy"])
+        if self.compared is None:
+            self.compared = loss
+        elif loss >= self.compared + self.tolerance:
+            self.compared = loss
+            self.rises.append(trainer.global_step)
+
+    def is_replayed(self, seed: int) -> bool:
+        """The coin of the step to come, the same after a resume."""
+        step, end = self._trainer.global_step, self._trainer.estimated_stepping_batches
+        return bool(hashed_uniform(_COIN, seed, step) < step / end)
+
+    def state_dict(self) -> dict[str, Any]:
+        """φ's history and the kept responses."""
+        history = {"compared": self.compared, "rises": list(self.rises)}
+        return {**history, "kept": self.kept.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.compared, self.rises = state_dict["compared"], list(state_dict["rises"])
+        self.kept.load_state_dict(state_dict["kept"])

@@ -1,0 +1,58 @@
+"""IW-OPD: early tokens of a rollout weigh more than those behind a prefix that has drifted away.
+
+Xie et al., "On the Position Bias of On-Policy Distillation", arXiv 2606.22600, Algorithm 1. The
+paper optimises it with PPO's clip, 0.2; here it is off where a rollout serves one optimizer step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from okd_lightning import AdvantageCallback
+from okd_lightning.advantages import Advantage
+from okd_lightning.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class PrefixWeighted(Advantage):
+    """w_t a_t, with a_t = log q - log p and w_t = 1 + γ (1 - Σ_{k<t} |a_k| / Σ_k |a_k|)."""
+
+    gamma: float = 0.5
+    is_positionwise = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.gamma) and self.gamma >= 0):
+            raise ConfigError(f"IW-OPD: gamma must be a number from 0 on, got {self.gamma}")
+
+    def credit(
+        self, student_logprobs: Tensor, teacher_logprobs: Tensor, mask: Tensor, state_value=None
+    ) -> Tensor:
+        """[rows, tokens] nats, without gradient."""
+        credit = (teacher_logprobs - student_logprobs).where(mask, 0.0).detach()
+        size = credit.abs()
+        before = size.cumsum(-1) - size
+        drift = before / size.sum(-1, keepdim=True).clamp(min=1e-8)
+        return (1 + self.gamma * (1 - drift)) * credit
+
+
+class IWOPD(AdvantageCallback):
+    """OPD with reverse KL, weighted by how little of a response's discrepancy lies before a token.
+
+    Args:
+        gamma: γ, how much the first token weighs beyond the last one; 0 is OPD.
+        clip: PPO's ε; None for off.
+        weight: Factor on this term's mean loss.
+        name: Logged as train/<name>.
+    """
+
+    def __init__(
+        self,
+        gamma: float = 0.5,
+        clip: float | None = None,
+        weight: float = 1.0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(PrefixWeighted(gamma), clip=clip, weight=weight, name=name)

@@ -1,0 +1,112 @@
+"""MiniLLM: reverse KL of whole responses by policy gradient, made to work.
+
+Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models", arXiv 2306.08543, Eqs. 3-7:
+the exact gradient of every single step; behind it the reward-to-go, normalised by its length;
+sampling from a mixture with the teacher, with its importance weight w = p/(α q + (1-α) p) of the
+own token; PPO's clip; and a language-model loss. Differs from the paper: the mean of the rewards to
+come is taken over their number (Eq. 6 divides by one less); the language-model loss is on the data
+set's responses, which are half of every optimizer step, and not on a pretraining corpus; rewards
+are neither clipped nor whitened, which only the paper's code does, and are the current student's.
+"""
+
+from __future__ import annotations
+
+import lightning
+import torch
+from torch import Tensor
+
+from okd_lightning import DistillationCallback, DistillationModule
+from okd_lightning.advantages import reward_to_go
+from okd_lightning.callbacks.policy_gradient import Rows
+from okd_lightning.divergences import ReverseKL
+from okd_lightning.errors import ConfigError
+from okd_lightning.losses import (
+    DrawnLogProb,
+    DrawnOutcome,
+    ExactDivergence,
+    ImportanceRatio,
+    Measured,
+)
+from okd_lightning.mixed_writer import MixedWriter
+from okd_lightning.records import LossOutput, Source
+from okd_lightning.reduction import loss_output
+from okd_lightning.rollouts import Writer
+
+_STUDENT, _TEACHER = DrawnLogProb("student"), DrawnOutcome("teacher", ReverseKL())
+_SINGLE = ExactDivergence(ReverseKL())
+
+
+class MiniLLM(DistillationCallback):
+    """w KL(p‖q) - clipped w R + CE: the first two on the student's rows, CE on the data set's.
+
+    R is the mean of log q - log p over the tokens behind the own one, 0 at the last. Gradient flows
+    to the student through the KL, the clipped ratio and the cross-entropy; w before the KL and R
+    are constants. Teacher and student must read the same prompts.
+
+    Args:
+        teacher_share: α of the mixture that responses are drawn from, in [0, 1).
+        clip: PPO's ε on w; None for off.
+        lm_weight: Factor on the cross-entropy; 0 leaves it, and the data set's responses, out.
+        weight: Factor on this term's mean loss.
+        name: Logged as train/<name>.
+    """
+
+    is_positionwise = False
+    sources: tuple[Source, ...] = ("student",)
+    on_policy_fraction: float | None = 1.0
+    quantities = (_STUDENT, _TEACHER, _SINGLE)
+
+    def __init__(
+        self,
+        teacher_share: float = 0.2,
+        clip: float | None = 0.2,
+        lm_weight: float = 1.0,
+        weight: float = 1.0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, name)
+        if not 0 <= teacher_share < 1:
+            raise ConfigError(f"MiniLLM: teacher_share must be in [0, 1), got {teacher_share}")
+        if not lm_weight >= 0:
+            raise ConfigError(f"MiniLLM: lm_weight must be a number from 0 on, got {lm_weight}")
+        self.teacher_share = teacher_share
+        self.lm_weight = lm_weight
+        self.ratio = ImportanceRatio(clip=clip)
+        if lm_weight:
+            self.sources, self.on_policy_fraction = ("student", "dataset"), 0.5
+            self.mixes_rows = True
+
+    def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
+        """Remember whose models are mixed; refuse prompts that only one of them reads."""
+        self._module = module
+        if getattr(getattr(trainer, "datamodule", None), "teacher_prompts", None) is not None:
+            raise ConfigError(
+                f"{self.name}: teacher and student draw together and must read the "
+                "same prompts; leave the teacher's prompts out"
+            )
+
+    def wrap_writer(self, writer: Writer) -> Writer:
+        """The student's responses come from the mixture."""
+        share = self.teacher_share
+        return MixedWriter(self._module, share, writer) if share else writer
+
+    def loss(self, measured: Measured) -> LossOutput:
+        """The sum over the student's and the data set's rows, in nats."""
+        own = measured.mask(("student",))
+        logprobs = measured[_STUDENT]
+        sampler = measured.sampler_logprobs.to(logprobs.dtype).where(own, logprobs.detach())
+        rewards = (measured[_TEACHER] - logprobs).detach().where(own, 0.0)
+        weights = (logprobs.detach() - sampler).exp()
+        to_come = self.rewards_to_come(rewards, own, measured.row)
+        values = weights * measured[_SINGLE] + self.ratio.loss(logprobs, sampler, to_come)
+        values = values.where(own, -self.lm_weight * logprobs)
+        return loss_output(values, measured.mask(self.sources))
+
+    @staticmethod
+    def rewards_to_come(rewards: Tensor, own: Tensor, row: Tensor) -> Tensor:
+        """[positions] the mean reward behind each token of its response."""
+        rows = Rows(row, own, is_split=True)
+        split = rows.split(rewards)
+        number = reward_to_go(torch.ones_like(split), rows.mask, 1.0) - 1
+        behind = reward_to_go(split, rows.mask, 1.0) - split
+        return rows.join(behind / number.clamp(min=1))

@@ -1,0 +1,60 @@
+"""OPSD: a model learns on its own responses from itself, reading a privileged prompt.
+
+Zhao et al., "Self-Distilled Reasoner: On-Policy Self-Distillation for Large Language Models", arXiv
+2601.18734 v3, Eqs. 6 and 8 with forward KL, and the pointwise clip of section 3.2. Every token
+counts alike here, and in the paper every response. ``clip`` is the default of the paper's code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from okd_lightning import DistillationCallback
+from okd_lightning.errors import ConfigError
+from okd_lightning.losses import Measured, Quantity, Tile
+from okd_lightning.records import LossOutput
+from okd_lightning.reduction import loss_output
+
+
+@dataclass(frozen=True)
+class ClippedForwardKL(Quantity):
+    """Σ_a min(q (log q - log p), τ): what an id adds is cut from above, and it may be negative."""
+
+    clip: float
+    needs_teacher = True
+
+    def measure(self, tile: Tile) -> Tensor:
+        """[positions] nats, with gradient to the student, none from ids that are cut."""
+        teacher = tile.teacher_logprobs.detach()
+        terms = teacher.exp() * (teacher - tile.student_logprobs)
+        return terms.masked_fill(teacher == float("-inf"), 0.0).clamp(max=self.clip).sum(-1)
+
+
+class OPSD(DistillationCallback):
+    """Clipped forward KL to the privileged teacher on the student's own responses.
+
+    The teacher is the student itself: --model.self_teacher frozen (the paper's: its first weights),
+    with a --data.teacher_prompt_template that holds the reference solution.
+
+    Args:
+        clip: τ, nats an id; inf for plain forward KL.
+        weight: Factor on this term's mean loss.
+        name: Logged as train/<name>.
+    """
+
+    sources = ("student",)
+    on_policy_fraction = 1.0
+    quantities: tuple[Quantity, ...] = ()
+    needs_teacher_prompt = True
+
+    def __init__(self, clip: float = 0.05, weight: float = 1.0, name: str | None = None) -> None:
+        super().__init__(weight, name)
+        if not clip > 0:
+            raise ConfigError(f"OPSD: clip must be above 0 (inf for none), got {clip}")
+        self.quantities = (ClippedForwardKL(clip),)
+
+    def loss(self, measured: Measured) -> LossOutput:
+        """The sum over the student's own tokens, in nats."""
+        return loss_output(measured[self.quantities[0]], measured.mask(self.sources))

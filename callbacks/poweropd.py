@@ -1,0 +1,51 @@
+"""PowerOPD: a reward that is bounded by itself.
+
+Zhao et al., "PowerOPD: Stabilizing On-Policy Distillation with Bounded Power Transformation", arXiv
+2606.17199, section 3: the Box-Cox power transformation in the place of the logarithm of OPD's
+reward log q - log p. As in the paper's code the factor 1/α is left out, with which the reward would
+tend to OPD's for α → 0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from okd_lightning import AdvantageCallback
+from okd_lightning.advantages import Advantage
+from okd_lightning.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class PowerReward(Advantage):
+    """q^α - p^α of the drawn token, in [-1, 1], with the sign of log q - log p."""
+
+    alpha: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ConfigError(
+                f"PowerOPD: alpha must be above 0, got {self.alpha}; its limit 0 is OPD"
+            )
+
+    def credit(
+        self, student_logprobs: Tensor, teacher_logprobs: Tensor, mask: Tensor, state_value=None
+    ) -> Tensor:
+        """[rows, tokens], without gradient."""
+        student, teacher = self.alpha * student_logprobs, self.alpha * teacher_logprobs
+        return (teacher.exp() - student.exp()).where(mask, 0.0).detach()
+
+
+class PowerOPD(AdvantageCallback):
+    """Policy gradient with A = q^α - p^α on the student's own tokens.
+
+    Args:
+        alpha: α, above 0; 5 is the default of the paper's code.
+        weight: Factor on this term's mean loss.
+        name: Logged as train/<name>.
+    """
+
+    def __init__(self, alpha: float = 5.0, weight: float = 1.0, name: str | None = None) -> None:
+        super().__init__(PowerReward(alpha), weight=weight, name=name)

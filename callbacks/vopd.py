@@ -1,0 +1,39 @@
+"""vOPD: on-policy distillation with a control variate.
+
+Oh et al., "KL for a KL: On-Policy Distillation with Control Variate Baseline", arXiv 2605.07865,
+Eqs. 9-15: the credit of a token is log q - log p minus the value of its state, which in closed form
+is -KL(p‖q). The paper's cheaper baseline over the student's top k is left out: the whole
+vocabulary's comes out of the pass that measures log p.
+"""
+
+from __future__ import annotations
+
+import math
+
+from okd_lightning import AdvantageCallback
+from okd_lightning.advantages import FDivergenceAdvantage
+from okd_lightning.divergences import ReverseKL
+
+
+class VOPD(AdvantageCallback):
+    """Policy gradient with A = ln(q/p) + KL(p‖q), which has mean zero in every state.
+
+    The same expected gradient as OPD's ln(q/p), with less variance; it is OPDPlus with reverse KL
+    and its value baseline.
+
+    Args:
+        max_ratio: Truncation of ρ; inf for off.
+        clip: PPO's ε; None for off.
+        weight: Factor on this term's mean loss.
+        name: Logged as train/<name>.
+    """
+
+    def __init__(
+        self,
+        max_ratio: float = math.inf,
+        clip: float | None = None,
+        weight: float = 1.0,
+        name: str | None = None,
+    ) -> None:
+        advantage = FDivergenceAdvantage(ReverseKL(), "value_baseline")
+        super().__init__(advantage, max_ratio, clip, weight, name)

@@ -1,0 +1,101 @@
+"""Student and teacher write together: every token is drawn from a mixture of both."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import cast
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from okd_lightning.errors import ConfigError
+from okd_lightning.models import in_eval_mode
+from okd_lightning.pair_module import PairModule
+from okd_lightning.records import PromptBatch, Rollout
+from okd_lightning.rollouts import Blend, NoiseStream, Sampling, TransformersEngine, Writer
+from okd_lightning.rollouts.engine import Author, Progress
+
+
+class MixedWriter:
+    """Writes the student's responses from α q + (1-α) p, token by token (arXiv 2306.08543, Eq. 4).
+
+    The rollout's log-probs are the mixture's, so that an importance ratio corrects for it. Both
+    models read the student's prompt. A method hands it out in ``wrap_writer``.
+
+    Args:
+        module: Student and teacher.
+        share: α, strictly between 0 and 1; q is the teacher's distribution.
+        writer: Writes everything else.
+
+    Raises:
+        ConfigError: ``share`` is outside (0, 1).
+    """
+
+    def __init__(self, module: PairModule, share: float, writer: Writer) -> None:
+        if not 0 < share < 1:
+            raise ConfigError(
+                f"the teacher's share in a draw must be between 0 and 1, got {share}; 0 and 1 are "
+                "the student's and the teacher's own responses"
+            )
+        self._module = module
+        self._share = share
+        self._writer = writer
+
+    def write(
+        self,
+        author: Author,
+        prompts: PromptBatch,
+        sampling: Sampling,
+        generator: NoiseStream,
+        max_new_tokens: int,
+        progress: Progress | None = None,
+    ) -> Rollout:
+        """See ``Writer.write``.
+
+        Raises:
+            ConfigError: There is no second model, tools answer between the turns, or an engine that
+                cannot mix.
+        """
+        call = (prompts, sampling, generator, max_new_tokens, progress)
+        if author != "student":
+            return self._writer.write(author, *call)
+        module = self._module
+        if module.teacher is None:
+            raise ConfigError(
+                "responses from a mixture of teacher and student need a teacher in memory: give "
+                "--model.teacher, without model.self_teacher or model.teacher_cache"
+            )
+        if module.tool_rounds is not None:
+            raise ConfigError(
+                "responses from a mixture of teacher and student cannot call tools: leave "
+                "--data.tools out"
+            )
+        student, as_student = module.sides.speaking("student")
+        teacher, as_teacher = module.sides.speaking("teacher")
+        trainer = module._trainer
+        precision = trainer.precision_plugin.forward_context() if trainer else nullcontext()
+        with (
+            torch.no_grad(),
+            precision,
+            in_eval_mode(student),
+            in_eval_mode(teacher),
+            as_student,
+            as_teacher,
+        ):
+            engine = module.build_engine(_plain(student))
+            if not isinstance(engine, TransformersEngine):
+                raise ConfigError(
+                    f"{type(engine).__name__} writes with one model; responses from a mixture of "
+                    "teacher and student need the built-in engine"
+                )
+            mixed = replace(engine, blend=Blend(_plain(teacher), self._share))
+            return mixed.generate(*call)
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """The model within a PEFT wrapper, its adapters included."""
+    if isinstance(model, PeftModel):
+        return cast(PreTrainedModel, model.get_base_model())
+    return model

@@ -1,0 +1,42 @@
+"""Plug-ins of the shelf on the command line, in a folder that holds them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cli_workbench import metric_names, read_metrics
+
+SHELF = Path(__file__).parents[2] / "callbacks"
+
+
+@pytest.fixture
+def checkout(here: Path) -> Path:
+    shutil.copytree(SHELF, here / "callbacks")
+    return here
+
+
+def test_minillm(checkout, fit):
+    fit(
+        *("--method", "callbacks.minillm.MiniLLM", "--method.teacher_share", "0.3"),
+        *("--trainer.max_steps", "2"),
+    )
+    assert {"train/mini_llm", "train/loss"} <= metric_names(checkout / "run" / "metrics.csv")
+
+
+def test_distillm_and_its_resume(checkout, fit):
+    """What it has kept, and where its share has risen, is in the checkpoint."""
+    method = ("--method", "callbacks.distillm.DistiLLM", "--method.share", "1.0")
+    last = checkout / "run" / "checkpoints" / "last.ckpt"
+    fit(*method, "--trainer.max_epochs", "1", "--method.tolerance=-9")
+    fit("--ckpt_path", str(last), "--trainer.max_epochs", "3")
+    (state,) = (
+        own
+        for name, own in torch.load(last, weights_only=True)["callbacks"].items()
+        if name.startswith("DistiLLM")
+    )
+    assert len(state["kept"]["prompts"]) == 12
+    assert len(state["rises"]) == 2
+    assert len(read_metrics(checkout / "run" / "metrics.csv")) > 6
