@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -18,12 +19,16 @@ def checkout(here: Path) -> Path:
     return here
 
 
-def test_minillm(checkout, fit):
-    fit(
-        *("--method", "callbacks.minillm.MiniLLM", "--method.teacher_share", "0.3"),
-        *("--trainer.max_steps", "2"),
-    )
-    assert {"train/mini_llm", "train/loss"} <= metric_names(checkout / "run" / "metrics.csv")
+COMMANDS = re.findall(r"`(--method callbacks[^`]*)`", (SHELF / "README.md").read_text())
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split(".")[2].split()[0])
+def test_every_command_of_the_table(command, checkout, fit, assets):
+    words = command.replace("…", "{reference}{prompt}").split()
+    teaches_itself = "--model.self_teacher" in words
+    models = ["--model.student", assets.student] if teaches_itself else assets.models
+    fit(words, models, "--trainer.max_steps", "1", models=False)
+    assert "train/loss" in metric_names(checkout / "run" / "metrics.csv")
 
 
 def test_distillm_and_its_resume(checkout, fit):
