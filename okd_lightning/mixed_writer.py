@@ -79,6 +79,7 @@ class MixedWriter:
         with (
             torch.no_grad(),
             precision,
+            module.placement.alone(student, teacher),
             in_eval_mode(student),
             in_eval_mode(teacher),
             as_student,
