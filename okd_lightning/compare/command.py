@@ -96,7 +96,9 @@ def compare_command(arguments: Sequence[str], debug: bool = False) -> int:
         own, options = parser.parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
         raise UsageError(one_line(error)) from error
-    console = Console(file=sys.stdout, quiet=rank_zero_only.rank != 0, highlight=False)
+    console = Console(
+        file=sys.stdout, quiet=getattr(rank_zero_only, "rank", 0) != 0, highlight=False
+    )
     plan = _plan(own, options, console)
     with _quiet():
         for entry in plan.entries:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch.utilities import rank_zero_only
 
 from okd_lightning.compare.budget import Budget
 from okd_lightning.compare.entries import Entry
@@ -97,6 +98,7 @@ class RunFolder:
         path = self.path / _FAILURE
         return str(read_json(path)["error"]) if path.is_file() else None
 
+    @rank_zero_only
     def prepare(self) -> None:
         """Forget the last failure, and what a run without a checkpoint has left."""
         if self.checkpoint is None and self.path.exists():
@@ -104,11 +106,13 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / _FAILURE).unlink(missing_ok=True)
 
+    @rank_zero_only
     def finish(self, result: RunResult) -> None:
         """Keep what it came to, with every validation."""
         history = [point.to_record() for point in result.history]
         write_json(self.path / _RESULT, {**result.to_record(), "history": history})
 
+    @rank_zero_only
     def fail(self, error: str) -> None:
         """Keep why it stopped."""
         self.path.mkdir(parents=True, exist_ok=True)
@@ -136,7 +140,7 @@ class ComparisonFolder:
         elif any(path.iterdir()):
             raise ConfigError(f"--out {str(path)!r} holds files of something else; choose another")
         self.plan = plan
-        write_json(path / _MANIFEST, _record(plan))
+        self._write_manifest()
 
     def runs(self) -> Iterator[RunFolder]:
         """All runs, one seed after the other, so that what there is can be compared early."""
@@ -146,6 +150,10 @@ class ComparisonFolder:
     def results(self) -> list[RunResult]:
         """Of all finished runs."""
         return [result for run in self.runs() if (result := run.result) is not None]
+
+    @rank_zero_only
+    def _write_manifest(self) -> None:
+        write_json(self.path / _MANIFEST, _record(self.plan))
 
     def _known(self) -> Plan | None:
         manifest = self.path / _MANIFEST

@@ -28,8 +28,8 @@ class Measure:
 MEASURES = (
     Measure("val/exact_match", "exact match", "share of problems", is_gain=True),
     Measure("val/forward_kl", "forward KL"),
-    Measure("val/reverse_kl", "reverse KL"),
     Measure("val/on_policy_reverse_kl", "on-policy reverse KL"),
+    Measure("val/reverse_kl", "reverse KL"),
     Measure("val/agreement", "agreement", "share of tokens", is_gain=True),
     Measure("val/on_policy_forward_kl", "on-policy forward KL"),
     Measure("val/cross_entropy", "cross-entropy"),

@@ -96,14 +96,14 @@ def _draw_band(
     axes: Axes, runs: Sequence[RunResult], metric: str, cost: str, method: str, number: int
 ) -> None:
     """One method's mean over seeds, point by point, with its standard error."""
-    style = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
+    colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
     num = min(len(run.points) for run in runs)
     columns = [[run.points[i] for run in runs] for i in (*range(num - 1), -1)]
     x = [Spread.of([getattr(point, cost) for point in column]).mean for column in columns]
     y = [Spread.of([point.metrics[metric] for point in column]) for column in columns]
     means = [spread.mean for spread in y]
-    axes.plot(x, means, markersize=4, linewidth=1.6, label=method, **style)
+    axes.plot(x, means, color=colour, marker=marker, markersize=4, linewidth=1.6, label=method)
     if len(runs) > 1:
         low = [spread.mean - spread.error for spread in y]
         high = [spread.mean + spread.error for spread in y]
-        axes.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
+        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
