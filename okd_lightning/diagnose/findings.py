@@ -130,7 +130,9 @@ class GradientFinding:
 
     def of(self, divergence: str, estimator: str) -> GradientFidelity | None:
         """One row's numbers."""
-        found = (e for e in self.estimators if (e.divergence, e.estimator) == (divergence, estimator))
+        found = (
+            e for e in self.estimators if (e.divergence, e.estimator) == (divergence, estimator)
+        )
         return next((e.fidelity for e in found), None)
 
 
@@ -181,11 +183,13 @@ class Advice:
         because: The numbers that led to it, in a sentence.
         confidence: "measured" where the numbers themselves say so, "likely" where they do in
             comparable studies, "guess" where it is experience.
+        methods: What a comparison should try for it, as ``compare --methods`` names them.
     """
 
     title: str
     because: str
     confidence: str
+    methods: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -222,7 +226,9 @@ class Diagnosis:
 def to_record(found: Any) -> Any:
     """A record as JSON holds it: what is not a number there is null."""
     if not isinstance(found, (dict, list, tuple, float)):
-        return found if isinstance(found, (str, int, bool, type(None))) else to_record(asdict(found))
+        return (
+            found if isinstance(found, (str, int, bool, type(None))) else to_record(asdict(found))
+        )
     if isinstance(found, float):
         return found if math.isfinite(found) else None
     if isinstance(found, dict):

@@ -112,9 +112,7 @@ class GradientProbe:
         """What all batches say; every estimator against its own divergence's exact gradient."""
         gradients = {key: torch.stack(parts) for key, parts in self._found.items()}
         rows = tuple(
-            EstimatorFinding(
-                divergence, name, gradient_fidelity(own, gradients[divergence, EXACT])
-            )
+            EstimatorFinding(divergence, name, gradient_fidelity(own, gradients[divergence, EXACT]))
             for (divergence, name), own in gradients.items()
         )
         kept = sum(p.numel() for p in self.parameters)

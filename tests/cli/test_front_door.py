@@ -20,7 +20,7 @@ import okd_lightning
 from okd_lightning.__main__ import COMMANDS, main
 from okd_lightning.callbacks import KD
 
-OWN_HELP = {"quickstart": "--steps", "compare": "--methods"}
+OWN_HELP = {"quickstart": "--steps", "compare": "--methods", "diagnose": "--rows"}
 
 WATCHED = """
 import sys
