@@ -56,7 +56,7 @@ def diagnose_parser() -> argparse.ArgumentParser:
         "--batches",
         type=int,
         default=16,
-        help="batches of data.batch_size rollouts that gradients are taken on; default: %(default)s",
+        help="batches of data.batch_size rollouts, for the gradients; default: %(default)s",
     )
     return parser
 
@@ -128,7 +128,7 @@ def examine(arguments: Sequence[str], rows: int, batches: int, console: Console)
     return examination.found
 
 
-def _validate(trainer: lightning.Trainer, examination: Examination, *what: Any) -> None:
+def _validate(trainer: lightning.Trainer, examination: Examination, module: Any, data: Any) -> None:
     """The shortest validation there is, for its beginning; it logs nothing."""
     trainer.callbacks = [examination]  # type: ignore[attr-defined]
     trainer.loggers = []
@@ -138,7 +138,7 @@ def _validate(trainer: lightning.Trainer, examination: Examination, *what: Any) 
     for logger in loggers:
         logger.setLevel(logging.WARNING)
     try:
-        trainer.validate(*what, verbose=False)
+        trainer.validate(module, data, verbose=False)
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

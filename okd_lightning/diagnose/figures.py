@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -16,8 +18,9 @@ _INK = "#0a0b0c"  # stands for the page's own text colour
 _COLOURS = {"given": "#3b82c4", "student": "#d9702c", "teacher": "#2e9e77"}
 _MARKERS = {"given": "o", "student": "s", "teacher": "^"}
 _SIZE = (4.4, 3.0)  # inches; wide enough to be read on a phone, where it fills the page
-_SETTINGS = {
+_SETTINGS: Any = {
     "svg.fonttype": "none",
+    "svg.hashsalt": "diagnosis",
     "font.size": 10,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), _INK),
     **dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), _INK),
@@ -49,14 +52,11 @@ def _figure(height: float = _SIZE[1]) -> tuple[Figure, Axes]:
 
 def _svg(figure: Figure, name: str) -> str:
     """The element alone; names inside are the figure's own, so that several fit on one page."""
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     element = text[text.index("<svg") :].replace(_INK, "currentColor")
-    for kind in ("figure", "axes", "patch", "line2d", "text", "matplotlib.axis", "legend"):
-        element = element.replace(f'id="{kind}_', f'id="{name}-{kind}_')
-    return element
+    return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", element)
 
 
 def _places(rows: Sequence[Rows]) -> Figure:

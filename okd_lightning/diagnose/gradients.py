@@ -29,7 +29,10 @@ _DIVERGENCES: Mapping[str, Divergence] = {
     "forward KL": ForwardKL(),
     "JSD": JensenShannon(0.5),
 }
-_TOP_K = 16
+TOP_K = 16
+"""Ids of the teacher that the top-k estimator knows, beside a tail."""
+
+TOP_K_NAME = f"exact, top {TOP_K}"
 
 
 def estimators(vocabulary: int) -> dict[str, dict[str, DistillationCallback]]:
@@ -41,9 +44,9 @@ def _of(divergence: Divergence, vocabulary: int) -> dict[str, DistillationCallba
     found: dict[str, DistillationCallback] = {
         EXACT: GKD(divergence=divergence, on_policy_fraction=1.0)
     }
-    if vocabulary > _TOP_K:
-        coarse = TopK(divergence, _TOP_K)
-        found[f"exact, top {_TOP_K}"] = GKD(divergence=coarse, on_policy_fraction=1.0)
+    if vocabulary > TOP_K:
+        coarse = TopK(divergence, TOP_K)
+        found[TOP_K_NAME] = GKD(divergence=coarse, on_policy_fraction=1.0)
     found["stopped_reward"] = OPD(divergence)
     for variant in ("as_published", "centred", "value_baseline"):
         found[variant] = OPDPlus(divergence, variant)

@@ -117,7 +117,8 @@ def measure_tokens(module: DistillationModule, batches: Iterable[DistillBatch]) 
     """All measures at all loss tokens of the responses; earlier turns of a prompt are left out."""
     quantities = dict(_MEASURES)
     quantities |= {f"top_{k}": TeacherMass(k) for k in top_ks(module.vocabulary.size)}
-    rows, places, values, num_rows = [], [], {name: [] for name in quantities}, 0
+    rows, places, num_rows = [], [], 0
+    values: dict[str, list[Tensor]] = {name: [] for name in quantities}
     for batch in batches:
         measured = module.measure(batch, tuple(quantities.values()))
         at = batch.student_reads.places

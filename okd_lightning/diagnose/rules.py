@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from okd_lightning.diagnose.findings import Advice, Diagnosis, Rows
+from okd_lightning.diagnose.gradients import TOP_K, TOP_K_NAME
 
 GKD_REVERSE_KL = "gkd_reverse_kl.yaml"
 """A contender that is not its class's defaults: exact reverse KL on the student's own responses."""
@@ -22,6 +23,7 @@ _LOW_MASS, _LOW_MASS_K = 0.9, 16
 _LOW_AGREEMENT = 0.5
 _NOISY = 2.0  # sampled over exact variance
 _SLOW = 3.0  # an on-policy step over one of KD
+_LITTLE_LEFT = 0.9  # of the exact gradient, through a top-k
 _STALE = 0.05  # mean |ln ρ|, nats
 _UNBIASED = ("as_published", "centred", "value_baseline")
 
@@ -56,8 +58,9 @@ def learn_to_end(found: Diagnosis) -> Advice | None:
         return None
     return Advice(
         "SFT or KD on given responses first, then on-policy (a Stage, or two runs)",
-        f"{own.eos_share:.0%} of the student's responses end by themselves, {teachers.eos_share:.0%} "
-        "of the teacher's: rollouts would mostly be text that neither model should write",
+        f"{own.eos_share:.0%} of the student's responses end by themselves, "
+        f"{teachers.eos_share:.0%} of the teacher's: rollouts would mostly be text that neither "
+        "model should write",
         "guess",
         ("SFT", "KD"),
     )
@@ -85,7 +88,7 @@ def exposure(found: Diagnosis) -> Advice | None:
     return Advice(
         "KD, or OKD, on the given responses",
         f"{numbers}: its own words lead it no further away, so rollouts may not repay their time",
-        "likely",
+        "guess",
         ("KD", "OKD"),
     )
 
@@ -128,10 +131,41 @@ def exact_over_sampled(found: Diagnosis) -> Advice | None:
         return None
     return Advice(
         "Where the teacher's whole distribution is at hand, the exact loss (GKD), not OPD or OPD+",
-        f"the best sampled gradient has {own.noise_over_exact:.1f} times the exact one's variance on "
-        "the same rollouts, so it needs about as many times the rollouts",
+        f"the best sampled gradient has {own.noise_over_exact:.1f} times the exact one's variance "
+        "on the same rollouts, so it needs about as many times the rollouts",
         "measured",
         (GKD_REVERSE_KL,),
+    )
+
+
+def coarse_teacher(found: Diagnosis) -> Advice | None:
+    """What a teacher that gives its likeliest tokens alone would cost (a cache, a server)."""
+    lost = [
+        f"{row.divergence} {row.fidelity.along_exact:.2f}±{row.fidelity.along_error:.2f}"
+        for row in found.gradients.estimators
+        if row.estimator == TOP_K_NAME and row.fidelity.along_exact < _LITTLE_LEFT
+    ]
+    if not lost:
+        return None
+    return Advice(
+        "Where only the teacher's top k would be known (--model.teacher_cache): a larger k",
+        f"with its {TOP_K} likeliest tokens and a tail, the mean along the exact gradient, where 1 "
+        f"is all of it: {', '.join(lost)}",
+        "measured",
+    )
+
+
+def what_counts(found: Diagnosis) -> Advice | None:
+    """No method is best at everything; said where there is a choice."""
+    if found.of("given") is None:
+        return None
+    return Advice(
+        "Decide what counts before comparing",
+        "losses on given responses lower the divergence there, losses on the student's own "
+        "responses the one behind its own words; in docs/opd.md's study each was worse at the "
+        "other's, and answers that can be checked (ExactMatch) decide better than either",
+        "likely",
+        (GKD_REVERSE_KL, "KD"),
     )
 
 
@@ -146,7 +180,7 @@ def biased_reward(found: Diagnosis) -> Advice | None:
         return None
     return Advice(
         "No OPD with forward KL or JSD: OPDPlus has their gradient",
-        f"the stopped reward's mean along the exact gradient is {', '.join(wrong)} where 1 is right",
+        f"the stopped reward's mean along the exact gradient, where 1 is right: {', '.join(wrong)}",
         "measured",
     )
 
@@ -199,9 +233,9 @@ def chunks(found: Diagnosis) -> Advice | None:
     prompts = max(fresh) * found.cost.rows
     moved = next(d.mean_log_ratio for d in found.drift if d.steps == max(fresh))
     return Advice(
-        f"Rollouts may last for {max(fresh)} optimizer steps (--data.prompts_per_rollout {prompts})",
-        f"so many steps move drawn tokens by {moved:.3f} nats on average at learning rate "
-        f"{found.learning_rate:g}",
+        f"Rollouts may last for {max(fresh)} steps (--data.prompts_per_rollout {prompts})",
+        f"so many optimizer steps move drawn tokens by {moved:.3f} nats on average at learning "
+        f"rate {found.learning_rate:g}",
         "likely",
     )
 
@@ -213,7 +247,9 @@ RULES: tuple[Rule, ...] = (
     exposure,
     coverage,
     far_teacher,
+    what_counts,
     exact_over_sampled,
+    coarse_teacher,
     biased_reward,
     quietest_credit,
     pace,

@@ -76,7 +76,7 @@ def _vocabulary(module: DistillationModule) -> Check:
     tables = {}
     for name, model in (("student", module.student), ("teacher", module.teacher)):
         if model is not None:
-            tables[name] = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+            tables[name] = int(model.config.get_text_config().vocab_size)
     padded = ", ".join(f"{name} {rows - size}" for name, rows in tables.items() if rows > size)
     text = f"student and teacher agree on {size:,} ids"
     if padded:

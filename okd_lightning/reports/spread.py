@@ -46,8 +46,9 @@ class Spread:
         factor = _T_95[freedom - 1] if freedom <= len(_T_95) else _NORMAL_95
         return abs(self.mean) > factor * self.error
 
-    def text(self, digits: int = 3) -> str:
-        """``0.653±0.012``, or the mean alone."""
+    def text(self) -> str:
+        """``0.653±0.012``, or the mean alone; two digits from 10 on."""
+        digits = 3 if abs(self.mean) < 10 else 2
         mean = f"{self.mean:.{digits}f}"
         return mean if math.isnan(self.error) else f"{mean}±{self.error:.{digits}f}"
 

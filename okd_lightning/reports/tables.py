@@ -59,14 +59,20 @@ def comparison_table(results: Sequence[RunResult]) -> Table:
     table = Table(title="After training (mean ± standard error over seeds)", box=SIMPLE_HEAD)
     table.add_column("method", overflow="fold")
     measures = shown_measures(results)
-    for measure in measures:
-        table.add_column(f"{measure.label} {'↑' if measure.is_gain else '↓'}", justify="right")
-    before = [Spread.of([r.before[m.name] for r in results]) for m in measures]
-    table.add_row("before", *(f"{spread.mean:.3f}" for spread in before), style="dim")
+    spreads = {"before": [Spread.of([r.before[m.name] for r in results]) for m in measures]}
     for method in methods_of(results):
         own = [result for result in results if result.method == method]
-        spreads = [Spread.of([r.after[m.name] for r in own]) for m in measures]
-        table.add_row(method, *(spread.text() for spread in spreads))
+        spreads[method] = [Spread.of([r.after[m.name] for r in own]) for m in measures]
+    lines = {
+        method: [f"{s.mean:.3f}" if method == "before" else s.text() for s in line]
+        for method, line in spreads.items()
+    }
+    for number, measure in enumerate(measures):
+        width = max(len(line[number]) for line in lines.values())  # a number is never broken
+        header = f"{measure.label} {'↑' if measure.is_gain else '↓'}"
+        table.add_column(header, justify="right", min_width=width)
+    for method, line in lines.items():
+        table.add_row(method, *line, style="dim" if method == "before" else None)
     return table
 
 
