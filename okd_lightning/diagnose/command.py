@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -151,8 +152,8 @@ def _next_command(own: argparse.Namespace, options: Sequence[str], advice: Seque
     words = [
         "okd-lightning compare",
         *configs,
-        f"--methods {','.join(names)}",
+        f"--methods {shlex.quote(','.join(names))}",
         "--seeds 0,1,2 --budget seconds=600",
-        *options,
+        *map(shlex.quote, options),
     ]
     return " ".join(words)

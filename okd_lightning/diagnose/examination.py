@@ -149,4 +149,5 @@ def _described(source: object, model: torch.nn.Module | None) -> str:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    num = torch.get_num_threads()
+    return f"{device.type}, {num} {'thread' if num == 1 else 'threads'}"

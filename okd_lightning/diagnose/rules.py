@@ -86,8 +86,8 @@ def exposure(found: Diagnosis) -> Advice | None:
             (GKD_REVERSE_KL,),
         )
     return Advice(
-        "KD, or OKD, on the given responses",
-        f"{numbers}: its own words lead it no further away, so rollouts may not repay their time",
+        "No sign of exposure bias: begin with KD or OKD, which need no rollouts",
+        f"{numbers}: what rollouts add here is another objective, not a repair",
         "guess",
         ("KD", "OKD"),
     )
@@ -162,8 +162,8 @@ def what_counts(found: Diagnosis) -> Advice | None:
     return Advice(
         "Decide what counts before comparing",
         "losses on given responses lower the divergence there, losses on the student's own "
-        "responses the one behind its own words; in docs/opd.md's study each was worse at the "
-        "other's, and answers that can be checked (ExactMatch) decide better than either",
+        "responses the one behind its own words (docs/comparing.md); answers that can be checked "
+        "(ExactMatch) decide better than either",
         "likely",
         (GKD_REVERSE_KL, "KD"),
     )
@@ -197,8 +197,10 @@ def quietest_credit(found: Diagnosis) -> Advice | None:
     best = min(noise, key=lambda name: noise[name])
     listed = ", ".join(f"{name} {value:.1f}" for name, value in noise.items())
     return Advice(
-        f"If the teacher can only score tokens: OPDPlus with variant {best}",
-        f"variance over the exact gradient's, reverse KL: {listed}",
+        "Where it has to be policy gradient (a reward beside it, a discount): OPDPlus with variant "
+        f"{best}",
+        f"variance over the exact gradient's, reverse KL: {listed}; with a teacher that only scores "
+        "drawn tokens there is no value_baseline",
         "measured",
         ("OPDPlus",),
     )

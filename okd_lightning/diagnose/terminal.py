@@ -105,7 +105,8 @@ def _costs(found: Diagnosis) -> Table:
     for name, size in cost.memory.items():
         table.add_row(f"memory, {name}", megabytes(size))
     for drift in found.drift:
-        table.add_row(f"mean |ln ρ| after {drift.steps} steps", f"{drift.mean_log_ratio:.4f}")
+        steps = "1 step" if drift.steps == 1 else f"{drift.steps} steps"
+        table.add_row(f"mean |ln ρ| after {steps}", f"{drift.mean_log_ratio:.4f}")
     return table
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 from okd_lightning.callbacks import Throughput
 from okd_lightning.errors import ConfigError
@@ -54,7 +56,7 @@ class CurveLog(Callback):
         self.points.append(Point(trainer.global_step, cost.tokens, cost.seconds, measured))
 
     def result(self, trainer: lightning.Trainer, method: str, seed: int | None = None) -> RunResult:
-        """What the run came to.
+        """What the run came to; with several ranks to be called on all of them.
 
         Raises:
             ConfigError: There was no validation before the first or after the last step.
@@ -64,13 +66,15 @@ class CurveLog(Callback):
                 "nothing was measured before and after this run: give --data.val, and no "
                 "--trainer.limit_val_batches 0"
             )
-        cost = throughput_of(trainer)
+        cost, strategy = throughput_of(trainer), trainer.strategy
+        own = torch.tensor(cost.generated_tokens, device=strategy.root_device)
+        written = cast(Tensor, strategy.reduce(own, reduce_op="sum"))  # each rank knows its own
         return RunResult(
             method=method,
             seconds=cost.seconds,
             steps=trainer.global_step,
             tokens=cost.tokens,
-            generated_tokens=cost.generated_tokens,
+            generated_tokens=int(written),
             before=self.before,
             after=self.points[-1].metrics,
             history=tuple(self.points),
