@@ -142,6 +142,9 @@ class Comparison:
         self.console.print(f"[bold]{number}  {run.name}[/bold]{at}")
         try:
             run_one(run, self.folder.plan)
+        except (KeyboardInterrupt, SystemExit):
+            self.console.print("stopped; the same command continues the comparison")
+            raise
         except Exception as error:
             if self.debug:
                 raise

@@ -199,8 +199,8 @@ def quietest_credit(found: Diagnosis) -> Advice | None:
     return Advice(
         "Where it has to be policy gradient (a reward beside it, a discount): OPDPlus with variant "
         f"{best}",
-        f"variance over the exact gradient's, reverse KL: {listed}; with a teacher that only scores "
-        "drawn tokens there is no value_baseline",
+        f"variance over the exact gradient's, reverse KL: {listed}; a teacher that only scores "
+        "drawn tokens allows no value_baseline",
         "measured",
         ("OPDPlus",),
     )

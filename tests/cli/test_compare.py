@@ -114,7 +114,9 @@ def test_a_killed_comparison_continues(compare, here):
     whole = compare(*typed, "--out", "whole")
     assert whole.status == 0, whole.err
     Path("interrupt").write_text("GKD")
-    assert compare(*typed).status == 130
+    stopped = compare(*typed)
+    assert stopped.status == 130
+    assert "the same command continues" in stopped.out
     finished = Path("out/runs/KD-seed0/result.json")
     written = finished.stat().st_mtime_ns
     assert [run["method"] for run in results()] == ["KD"]
@@ -165,6 +167,20 @@ def test_budgets_that_are_not_steps(compare, unit, amount):
         assert run["steps"] == 1
     with Path("out/metrics.csv").open(newline="") as file:
         assert int(list(csv.DictReader(file))[-1]["step"]) == run["steps"]
+
+
+@pytest.mark.parametrize("budget", ["tokens=40", "steps=3"])
+def test_killed_behind_the_last_step(compare, budget):
+    """The run is over, its result not yet written: nothing is trained on top."""
+    typed = ["--methods", "GKD", "--budget", budget]
+    assert compare(*typed).status == 0
+    (before,) = results()
+    Path("out/runs/GKD-seed0/result.json").unlink()
+    said = compare(*typed)
+    assert said.status == 0, said.out
+    assert "from its checkpoint" in said.out
+    (after,) = results()
+    assert untimed(after) == untimed(before)
 
 
 @pytest.mark.parametrize(
