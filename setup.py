@@ -12,6 +12,6 @@ setup(
         "okd_lightning": ["py.typed"],
         "okd_lightning.configs": ["**/*.yaml"],
         "okd_lightning.quickstart": ["data/*", "teacher/*", "tokenizer/*"],
-        "okd_lightning.reports": ["**/*.html", "**/*.css", "**/*.js"],
+        "okd_lightning.diagnose": ["*.html"],
     },
 )

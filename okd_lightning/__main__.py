@@ -18,6 +18,8 @@ COMMANDS = {
     "validate": "measure a student on the validation data (--ckpt_path alone is enough)",
     "test": "measure a student on the test data (--ckpt_path alone is enough)",
     "predict": "write the student's answers to predictions.jsonl (--ckpt_path alone is enough)",
+    "compare": "several methods under one budget: --config FILE|NAME --methods KD,GKD --out DIR",
+    "diagnose": "look at a pair and its prompts before a long run: --config FILE|NAME --out DIR",
     "export": "write a Hugging Face folder: --ckpt_path FILE --out FOLDER",
 }
 
@@ -74,9 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    from okd_lightning.cli import run  # noqa: PLC0415  (seconds of imports, not paid for --version)
+    # seconds of imports, not paid for --version
+    from okd_lightning.cli import run  # noqa: PLC0415
+    from okd_lightning.compare.command import compare_command  # noqa: PLC0415
+    from okd_lightning.diagnose.command import diagnose_command  # noqa: PLC0415
 
-    return run(arguments, debug=debug)
+    return run(arguments, debug, {"compare": compare_command, "diagnose": diagnose_command})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jsonargparse
 import lightning
@@ -286,12 +286,19 @@ def _format_warning(
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
-def run(arguments: Sequence[str], debug: bool = False) -> int:
+Command: TypeAlias = Callable[[list[str], bool], int]
+"""A command of its own: from the words behind its name, and --debug, to the exit status."""
+
+
+def run(
+    arguments: Sequence[str], debug: bool = False, commands: Mapping[str, Command] | None = None
+) -> int:
     """Run one command and turn whatever goes wrong into one line.
 
     Args:
         arguments: The command and its options.
         debug: Show tracebacks.
+        commands: Further commands, by name.
 
     Returns:
         The exit status.
@@ -300,6 +307,9 @@ def run(arguments: Sequence[str], debug: bool = False) -> int:
         sys.path.append("")  # callbacks of the current folder, behind everything installed
     quiet_libraries()
     try:
+        command, *rest = arguments
+        if commands and command in commands:
+            return commands[command](rest, debug)
         return _run(list(arguments))
     except _AGREED as error:
         if debug:

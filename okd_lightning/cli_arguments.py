@@ -36,7 +36,7 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     """
     command, *rest = arguments
     rest = _split_equals(rest)
-    configs = [(name, _load_config(name)) for name in _values(rest, _CONFIG_OPTIONS)]
+    configs = [(name, load_config(name)) for name in _values(rest, _CONFIG_OPTIONS)]
     checkpoint = _last(_values(rest, ("--ckpt_path",)))
     is_whole = checkpoint == LAST and _can_begin(rest, [c for _, c in configs])
     if checkpoint == LAST:
@@ -100,13 +100,12 @@ def packaged_configs() -> dict[str, Path]:
     return {}
 
 
-def class_name(method: Any) -> str | None:
-    """The class that a ``method`` entry of a config names, without its module."""
-    path = method.get("class_path") if isinstance(method, dict) else method
-    return path.rsplit(".", 1)[-1] if isinstance(path, str) else None
+def load_config(name: str) -> dict[str, Any]:
+    """A config by its path or, where it comes with the package, by its name.
 
-
-def _load_config(name: str) -> dict[str, Any]:
+    Raises:
+        ConfigError: It is not there, or broken.
+    """
     path = Path(name)
     if not path.is_file():
         packaged = packaged_configs()
@@ -132,6 +131,12 @@ def _load_config(name: str) -> dict[str, Any]:
             f"got {found}"
         )
     return config
+
+
+def class_name(method: Any) -> str | None:
+    """The class that a ``method`` entry of a config names, without its module."""
+    path = method.get("class_path") if isinstance(method, dict) else method
+    return path.rsplit(".", 1)[-1] if isinstance(path, str) else None
 
 
 def _config_of(checkpoint: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ noise of one batch is not multiplied with itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from okd_lightning.callbacks import GKD, OPD, DistillationCallback, OPDPlus
 from okd_lightning.collation import collate
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import Divergence, ForwardKL, JensenShannon, ReverseKL
+from okd_lightning.metrics import gradient_fidelity
 from okd_lightning.module import DistillationModule
 from okd_lightning.records import Example
 from okd_lightning.rollouts import NoiseStream, Sampling
@@ -55,66 +56,17 @@ def estimators(divergence: Divergence) -> dict[str, DistillationCallback]:
     return found
 
 
-def trace(gradients: Tensor) -> float:
-    """Of the covariance of one batch's gradient."""
-    return float(gradients.var(0).sum())
-
-
-class Products:
-    """Inner products of mean gradients, and how far chance moves what is made of them.
-
-    Args:
-        own: [batches, parameters] of the estimator.
-        exact: [batches, parameters] of the exact loss on the same rollouts.
-    """
-
-    def __init__(self, own: Tensor, exact: Tensor) -> None:
-        pairs = {"own": (own, own), "mixed": (own, exact), "exact": (exact, exact)}
-        self._grams = {name: (a @ b.T).double() for name, (a, b) in pairs.items()}
-        for gram in self._grams.values():
-            gram.fill_diagonal_(0.0)  # pairs of different batches only
-
-    def jackknife(self, ratio: Callable[[dict[str, float]], float]) -> tuple[float, float]:
-        """A ratio of products and its standard error, by leaving out one batch at a time."""
-        totals = {name: float(gram.sum()) for name, gram in self._grams.items()}
-        num = len(self._grams["own"])
-        without = []
-        for batch in range(num):
-            left = {
-                name: totals[name] - float(gram[batch].sum() + gram[:, batch].sum())
-                for name, gram in self._grams.items()
-            }
-            without.append(ratio(left))
-        mean = sum(without) / num
-        spread = sum((value - mean) ** 2 for value in without) * (num - 1) / num
-        return ratio(totals), math.sqrt(spread)
-
-
-def _along(products: dict[str, float]) -> float:
-    return products["mixed"] / products["exact"]
-
-
-def _cosine(products: dict[str, float]) -> float:
-    if products["own"] <= 0:
-        return math.nan  # the mean is lost in its noise
-    return products["mixed"] / math.sqrt(products["own"] * products["exact"])
-
-
 def summary(own: Tensor, exact: Tensor) -> dict[str, float | None]:
-    """The numbers of one row of the table.
-
-    ``along_exact`` is the mean's component along the exact mean over the latter's norm: 1 where
-    there is no bias. ``variance`` is the trace of one batch's covariance over that norm squared.
-    """
-    products = Products(own, exact)
-    num, size = len(own), products.jackknife(lambda totals: totals["exact"])[0]
-    size /= num * (num - 1)
-    found: dict[str, float | None] = {"variance": round(trace(own) / size, 3), "batches": num}
-    for name, ratio in (("along_exact", _along), ("cosine", _cosine)):
-        value, error = products.jackknife(ratio)
-        found[name] = round(value, 4) if math.isfinite(error) else None
-        found[f"{name}_error"] = round(error, 4) if math.isfinite(error) else None
-    return found
+    """The numbers of one row of the table; ``variance`` is GradientFidelity's ``noise``."""
+    found = gradient_fidelity(own, exact)
+    row: dict[str, float | None] = {"variance": round(found.noise, 3), "batches": found.batches}
+    for name, value, error in (
+        ("along_exact", found.along_exact, found.along_error),
+        ("cosine", found.cosine, found.cosine_error),
+    ):
+        row[name] = round(value, 4) if math.isfinite(error) else None
+        row[f"{name}_error"] = round(error, 4) if math.isfinite(error) else None
+    return row
 
 
 class VarianceStudy:

@@ -2,12 +2,19 @@
 
 * ``measures``: divergences, agreement and cross-entropy of validation, as torchmetrics.
 * ``exact_match``: answers against references, as text.
+* ``gradient_fidelity``: bias and noise of an estimated gradient.
 * ``uncertainty``, ``excess_accumulated_error``, ``logit_std``: further measures of the OKD paper.
 """
 
 from okd_lightning.metrics.excess_accumulated_error import (
     ExcessAccumulatedError,
     excess_accumulated_error,
+)
+from okd_lightning.metrics.gradient_fidelity import (
+    GradientFidelity,
+    GradientProducts,
+    gradient_fidelity,
+    variance_trace,
 )
 from okd_lightning.metrics.logit_std import LogitStd, logit_std
 from okd_lightning.metrics.measures import (
@@ -26,14 +33,18 @@ from okd_lightning.metrics.uncertainty import (
 __all__ = [
     "DIFFICULTIES",
     "ExcessAccumulatedError",
+    "GradientFidelity",
+    "GradientProducts",
     "LogitStd",
     "Uncertainty",
     "adapted_measures",
     "by_difficulty",
     "cached_measures",
     "excess_accumulated_error",
+    "gradient_fidelity",
     "logit_std",
     "measure_metrics",
     "measures",
     "response_uncertainty",
+    "variance_trace",
 ]

@@ -20,6 +20,7 @@ from okd_lightning.module import DistillationModule
 from okd_lightning.quickstart.recipe import TEACHER_DIR, TRAIN_FILE, VAL_FILE, Recipe
 from okd_lightning.reports import (
     Answer,
+    CurveLog,
     RunResult,
     answers_table,
     plot_curves,
@@ -39,18 +40,6 @@ _MEASURES = (
     "val/on_policy_reverse_kl",
     "val/on_policy_agreement",
 )
-
-
-class _History(Callback):
-    """Keeps the measures of every validation."""
-
-    def __init__(self) -> None:
-        self.points: list[tuple[int, dict[str, float]]] = []
-
-    def on_validation_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
-        self.points.append((trainer.global_step, _measured(trainer)))
 
 
 class Quickstart:
@@ -132,24 +121,13 @@ class Quickstart:
             tokenizer=str(TEACHER_DIR),
             **self._optimization(recipe.learning_rate),
         )
-        data, throughput, history = self._data(recipe.method_steps), Throughput(), _History()
-        trainer = self._trainer(recipe.method_steps, [method, throughput, history, ExactMatch()])
+        data, curve = self._data(recipe.method_steps), CurveLog(_MEASURES.__contains__)
+        trainer = self._trainer(recipe.method_steps, [method, Throughput(), curve, ExactMatch()])
         trainer.validate(module, data, verbose=False)
-        before = _measured(trainer)
-        history.points.clear()
         shown = list(data.examples("val").examples[: recipe.num_answers])
         answers_before = greedy_answers(module, data, shown)
         trainer.fit(module, data)
-        result = RunResult(
-            method=label,
-            seconds=throughput.seconds,
-            steps=trainer.global_step,
-            tokens=throughput.tokens,
-            generated_tokens=throughput.generated_tokens,
-            before=before,
-            after=history.points[-1][1],
-            history=history.points,
-        )
+        result = curve.result(trainer, label)
         answers_after = greedy_answers(module, data, shown)
         return result, answers_before, answers_after, greedy_answers(module, data, shown, "teacher")
 
@@ -216,8 +194,3 @@ class Quickstart:
 
     def _say(self, text: str) -> None:
         self.console.print(f"[bold]{text}[/bold]")
-
-
-def _measured(trainer: lightning.Trainer) -> dict[str, float]:
-    metrics = trainer.callback_metrics
-    return {name: round(float(metrics[name]), 6) for name in _MEASURES if name in metrics}

@@ -1,20 +1,44 @@
 """Reports: what a comparison of runs leaves behind.
 
-* ``results``: the record of one run, and ``results.json``.
-* ``tables``: before and after, and answers side by side, for the terminal.
-* ``plots``: the learning curve as a picture.
+* ``curve_log``: what a run measured on the way and what it had cost by then.
+* ``results``: the record of one run, ``results.json`` and the CSV files.
+* ``measures``: which measures are shown, and which way is better.
+* ``spread``, ``reading``: means over seeds, and one sentence that they allow.
+* ``tables``: before and after, methods and costs, and answers side by side, for the terminal.
+* ``plots``: learning curves as pictures.
 """
 
-from okd_lightning.reports.plots import plot_curves
-from okd_lightning.reports.results import RunResult, write_metrics_csv, write_results
-from okd_lightning.reports.tables import Answer, answers_table, results_table
+from okd_lightning.reports.curve_log import CurveLog
+from okd_lightning.reports.plots import plot_comparison, plot_curves
+from okd_lightning.reports.reading import reading
+from okd_lightning.reports.results import (
+    Point,
+    RunResult,
+    write_metrics_csv,
+    write_results,
+    write_table_csv,
+)
+from okd_lightning.reports.tables import (
+    Answer,
+    answers_table,
+    comparison_table,
+    cost_table,
+    results_table,
+)
 
 __all__ = [
     "Answer",
+    "CurveLog",
+    "Point",
     "RunResult",
     "answers_table",
+    "comparison_table",
+    "cost_table",
+    "plot_comparison",
     "plot_curves",
+    "reading",
     "results_table",
     "write_metrics_csv",
     "write_results",
+    "write_table_csv",
 ]

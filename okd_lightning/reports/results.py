@@ -3,10 +3,33 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from okd_lightning.whole_files import write_json
+
+
+@dataclass(frozen=True)
+class Point:
+    """One validation of a run, with what the run had cost by then.
+
+    Attributes:
+        step: Optimizer steps.
+        tokens: Loss tokens trained on.
+        seconds: Training and rollouts.
+        metrics: What was measured, by name.
+    """
+
+    step: int
+    tokens: int
+    seconds: float
+    metrics: Mapping[str, float]
+
+    def to_record(self) -> dict[str, Any]:
+        """As it is kept on disk and in checkpoints."""
+        return {**vars(self), "metrics": dict(self.metrics)}
 
 
 @dataclass(frozen=True)
@@ -21,7 +44,8 @@ class RunResult:
         generated_tokens: Tokens that a model wrote for it.
         before: Metrics before the first step, by name.
         after: The same after the last.
-        history: (step, metrics) of every validation between; in metrics.csv, not in results.json.
+        history: Every validation after the first step; in metrics.csv, not in results.json.
+        seed: What the run was seeded with; None where runs differ by their method alone.
     """
 
     method: str
@@ -31,37 +55,75 @@ class RunResult:
     generated_tokens: int
     before: Mapping[str, float]
     after: Mapping[str, float]
-    history: Sequence[tuple[int, Mapping[str, float]]] = field(default_factory=list)
+    history: Sequence[Point] = field(default_factory=list)
+    seed: int | None = None
+
+    @property
+    def points(self) -> list[Point]:
+        """All validations, from step 0 to the last."""
+        return [Point(0, 0, 0.0, self.before), *self.history]
 
     @property
     def curve(self) -> list[tuple[int, Mapping[str, float]]]:
-        """All measured points, from step 0 to the last."""
-        return [(0, self.before), *self.history]
+        """Steps and metrics of all validations."""
+        return [(point.step, point.metrics) for point in self.points]
+
+    def to_record(self) -> dict[str, Any]:
+        """The run's entry in ``results.json``: everything but the history."""
+        seed = {} if self.seed is None else {"seed": self.seed}
+        return {
+            "method": self.method,
+            **seed,
+            "seconds": round(self.seconds, 3),
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "generated_tokens": self.generated_tokens,
+            "before": dict(self.before),
+            "after": dict(self.after),
+        }
+
+    @classmethod
+    def from_record(
+        cls, record: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
+    ) -> RunResult:
+        """What ``to_record`` wrote, with the records of its points."""
+        return cls(**record, history=[Point(**point) for point in history])
 
 
 def write_results(path: Path, results: Sequence[RunResult]) -> None:
     """``results.json``: a list of runs, without their histories."""
-    records = [
-        {
-            "method": result.method,
-            "seconds": round(result.seconds, 3),
-            "steps": result.steps,
-            "tokens": result.tokens,
-            "generated_tokens": result.generated_tokens,
-            "before": dict(result.before),
-            "after": dict(result.after),
-        }
-        for result in results
-    ]
-    path.write_text(json.dumps(records, indent=2) + "\n")
+    write_json(path, [result.to_record() for result in results])
 
 
 def write_metrics_csv(path: Path, results: Sequence[RunResult]) -> None:
     """``metrics.csv``: one row a validation, of all runs."""
     names = sorted({name for result in results for _, metrics in result.curve for name in metrics})
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["method", "step", *names])
-        for result in results:
-            for step, metrics in result.curve:
-                writer.writerow([result.method, step, *(metrics.get(name, "") for name in names)])
+    rows: list[list[Any]] = [["method", "seed", "step", "tokens", "seconds", *names]]
+    for result in results:
+        for point in result.points:
+            cost = [point.step, point.tokens, round(point.seconds, 3)]
+            measured = [point.metrics.get(name, "") for name in names]
+            rows.append([result.method, result.seed, *cost, *measured])
+    write_csv(path, rows)
+
+
+def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
+    """A CSV file, atomically; None is an empty cell."""
+    partial = path.with_name(f"{path.name}.rows")
+    with partial.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    partial.replace(path)
+
+
+def write_table_csv(path: Path, results: Sequence[RunResult]) -> None:
+    """``results.csv``: one row a run, with all measures before and after."""
+    names = sorted({name for result in results for name in (*result.before, *result.after)})
+    costs = ("steps", "seconds", "tokens", "generated_tokens")
+    rows: list[list[Any]] = [
+        ["method", "seed", *costs, *(f"{when} {n}" for when in ("before", "after") for n in names)]
+    ]
+    for result in results:
+        own = [getattr(result, cost) for cost in costs]
+        both = [m.get(name, "") for m in (result.before, result.after) for name in names]
+        rows.append([result.method, result.seed, *own, *both])
+    write_csv(path, rows)

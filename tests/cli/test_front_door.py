@@ -20,6 +20,8 @@ import okd_lightning
 from okd_lightning.__main__ import COMMANDS, main
 from okd_lightning.callbacks import KD
 
+OWN_HELP = {"quickstart": "--steps", "compare": "--methods", "diagnose": "--rows"}
+
 WATCHED = """
 import sys
 from okd_lightning.__main__ import main
@@ -50,12 +52,20 @@ def test_answers_without_heavy_imports(argv: list[str], status: int, words: list
     assert seconds < 1.5
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "quickstart"])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in OWN_HELP])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])
     assert exit_.value.code == 0
     assert "--ckpt_path" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", OWN_HELP)
+def test_commands_of_their_own_have_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    assert OWN_HELP[command] in capsys.readouterr().out
 
 
 def test_a_whole_run_on_the_console(assets: Assets, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from okd_lightning.reports import (
     Answer,
+    Point,
     RunResult,
     answers_table,
     plot_curves,
@@ -24,9 +25,14 @@ from okd_lightning.reports import (
 
 BEFORE = {"val/exact_match": 0.25, "val/forward_kl": 0.5}
 AFTER = {"val/exact_match": 0.75, "val/forward_kl": 0.125}
+AT_50, AT_100 = (50, 2000, 4.0), (100, 4000, 10.0)  # steps, tokens, seconds
 RUNS = [
-    RunResult("SFT", 10.0, 100, 4000, 0, BEFORE, BEFORE, [(50, BEFORE), (100, BEFORE)]),
-    RunResult("GKD", 20.0, 100, 4000, 4100, BEFORE, AFTER, [(50, BEFORE), (100, AFTER)]),
+    RunResult(
+        "SFT", 10.0, 100, 4000, 0, BEFORE, BEFORE, [Point(*AT_50, BEFORE), Point(*AT_100, BEFORE)]
+    ),
+    RunResult(
+        "GKD", 20.0, 100, 4000, 4100, BEFORE, AFTER, [Point(*AT_50, BEFORE), Point(*AT_100, AFTER)]
+    ),
 ]
 
 

@@ -1,0 +1,239 @@
+"""``okd-lightning compare``: the options, the order of the runs, and what is said at the end."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+
+from okd_lightning.cli_arguments import load_config
+from okd_lightning.cli_errors import one_line
+from okd_lightning.compare.budget import Budget
+from okd_lightning.compare.entries import own_method, read_entries
+from okd_lightning.compare.folder import ComparisonFolder, Plan, RunFolder
+from okd_lightning.compare.runs import check_entry, run_one
+from okd_lightning.errors import UsageError
+from okd_lightning.reports import (
+    comparison_table,
+    cost_table,
+    plot_comparison,
+    reading,
+    write_metrics_csv,
+    write_results,
+    write_table_csv,
+)
+
+_NOT_SHARED = {
+    "--method": "name the methods in --methods, and settings of one in a YAML file given there",
+    "--seed_everything": "give --seeds 0,1,2",
+    "--seed": "give --seeds 0,1,2",
+    "--ckpt_path": "an unfinished comparison continues by itself, with the same command",
+    "--trainer.default_root_dir": "give --out",
+    "--trainer.logger": "every run logs into its own folder below --out",
+    "--trainer.fast_dev_run": "give --budget steps=1",
+}
+_ENDS = ("--trainer.max_steps", "--trainer.max_epochs", "--trainer.max_time", "--trainer.min_steps")
+
+
+def compare_parser() -> argparse.ArgumentParser:
+    """What ``compare`` has beside the options of ``fit``."""
+    parser = argparse.ArgumentParser(
+        prog="okd-lightning compare",
+        usage="okd-lightning compare --config FILE|NAME --methods KD,GKD,FILE.yaml --out DIR "
+        "[--SECTION.OPTION VALUE ...]",
+        description="Run several methods on one config under an equal budget. All --model.*, "
+        "--data.* and --trainer.* options of fit apply to every run. The same command continues a "
+        "comparison that was interrupted, and adds methods or seeds to a finished one.",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "--methods",
+        metavar="LIST",
+        help="method classes with their defaults, import paths of your own, and YAML files with a "
+        "method: section or trainer.callbacks, separated by commas",
+    )
+    parser.add_argument("--seeds", metavar="LIST", default="0", help="such as 0,1,2; default: 0")
+    parser.add_argument(
+        "--budget",
+        metavar="UNIT=N",
+        help="steps=N, tokens=N (trained on) or seconds=N (training and rollouts) for every run; "
+        "default: the config's own trainer.max_steps",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("compare-out"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE|NAME",
+        action="append",
+        help="what all runs share; may be repeated",
+    )
+    return parser
+
+
+def compare_command(arguments: Sequence[str], debug: bool = False) -> int:
+    """Run a comparison, or what is left of it.
+
+    Args:
+        arguments: What stands behind ``compare``.
+        debug: Stop at the first run that fails, with its traceback.
+
+    Returns:
+        1 if a run failed, else 0.
+
+    Raises:
+        OKDLightningError: A mistake that concerns the comparison as a whole.
+    """
+    parser = compare_parser()
+    try:
+        own, options = parser.parse_known_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise UsageError(one_line(error)) from error
+    console = Console(
+        file=sys.stdout, quiet=getattr(rank_zero_only, "rank", 0) != 0, highlight=False
+    )
+    plan = _plan(own, options, console)
+    with _quiet():
+        for entry in plan.entries:
+            check_entry(entry, plan)
+        return Comparison(ComparisonFolder(own.out, plan), console, debug).run()
+
+
+class Comparison:
+    """Runs what has not been run and reports all of it.
+
+    Args:
+        folder: Where everything is.
+        console: Where to talk.
+        debug: Let a run's error through.
+    """
+
+    def __init__(self, folder: ComparisonFolder, console: Console, debug: bool = False) -> None:
+        self.folder = folder
+        self.console = console
+        self.debug = debug
+
+    def run(self) -> int:
+        """All runs one after the other; a failed one is reported and the others go on.
+
+        Returns:
+            The exit status.
+        """
+        runs = list(self.folder.runs())
+        waiting = [run for run in runs if run.result is None]
+        if len(waiting) < len(runs):
+            self.console.print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished")
+        for run in waiting:
+            self._run(run, f"{1 + runs.index(run)}/{len(runs)}")
+            self._write()
+        failed = [run for run in runs if run.failure is not None]
+        self._report(failed)
+        return 1 if failed else 0
+
+    def _run(self, run: RunFolder, number: str) -> None:
+        at = "" if run.checkpoint is None else ", from its checkpoint"
+        self.console.print(f"[bold]{number}  {run.name}[/bold]{at}")
+        try:
+            run_one(run, self.folder.plan)
+        except (KeyboardInterrupt, SystemExit):
+            self.console.print("stopped; the same command continues the comparison")
+            raise
+        except Exception as error:
+            if self.debug:
+                raise
+            run.fail(f"{type(error).__name__}: {one_line(error)}")
+            self.console.print(f"[red]failed[/red]: {one_line(error)}", markup=True)
+
+    @rank_zero_only
+    def _write(self) -> None:
+        results, path = self.folder.results(), self.folder.path
+        if results:
+            write_results(path / "results.json", results)
+            write_table_csv(path / "results.csv", results)
+            write_metrics_csv(path / "metrics.csv", results)
+            plot_comparison(path / "comparison.png", results, title=self._title())
+
+    def _title(self) -> str:
+        budget = self.folder.plan.budget
+        return (
+            "Validation" if budget is None else f"Validation, {budget.amount:g} {budget.unit} a run"
+        )
+
+    def _report(self, failed: Sequence[RunFolder]) -> None:
+        results = self.folder.results()
+        if results:
+            self.console.print(comparison_table(results))
+            self.console.print(cost_table(results))
+            self.console.print(reading(results))
+        for run in failed:
+            self.console.print(f"[red]failed[/red]  {run.name}: {run.failure}")
+        if failed:
+            self.console.print("the same command tries failed runs once more")
+        if results:
+            files = "results.json, results.csv, metrics.csv and comparison.png"
+            self.console.print(f"{files} are in {self.folder.path}")
+
+
+def _plan(own: argparse.Namespace, options: Sequence[str], console: Console) -> Plan:
+    """What was asked for.
+
+    Raises:
+        UsageError: An option that is no comparison's, or a list that cannot be read.
+        ConfigError: A config or method that is not there.
+    """
+    if not own.methods:
+        raise UsageError("--methods must be given, such as --methods KD,GKD,OKD,OPDPlus")
+    budget = None if own.budget is None else Budget.parse(own.budget)
+    for word in options:
+        name = word.split("=")[0]
+        for start, advice in _NOT_SHARED.items():
+            if name == start or name.startswith(f"{start}."):
+                raise UsageError(f"{name} is no option of compare; {advice}")
+        if budget is not None and name in _ENDS:
+            raise UsageError(f"{name} and --budget both say when a run ends; give one of them")
+    configs = [load_config(name) for name in own.config or ()]
+    for config in configs:
+        method = own_method(config)
+        if method is not None:
+            console.print(
+                f"the config's own method section ({method}) is left out: every method starts from "
+                "its defaults, or from a YAML file given in --methods"
+            )
+        config.pop("method", None)
+        config.pop("seed_everything", None)
+        (config.get("trainer") or {}).pop("default_root_dir", None)
+    return Plan(
+        entries=tuple(read_entries(own.methods)),
+        seeds=_seeds(own.seeds),
+        budget=budget,
+        configs=tuple(configs),
+        options=tuple(options),
+    )
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words or not all(word.isdecimal() for word in words):
+        raise UsageError(f"--seeds {text!r}: expected whole numbers such as 0,1,2")
+    return tuple(dict.fromkeys(int(word) for word in words))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Every run's own messages would drown the comparison's; warnings remain."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

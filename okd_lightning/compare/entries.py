@@ -1,0 +1,97 @@
+"""What ``--methods`` names: a method with its own defaults, or a YAML file that sets one up."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from okd_lightning.cli_arguments import class_name, load_config
+from okd_lightning.cli_errors import method_names
+from okd_lightning.errors import ConfigError, UsageError
+
+_SECTIONS = ("method", "model", "data", "trainer")
+_SAME_FOR_ALL = {
+    "model": ("student", "teacher", "tokenizer"),
+    "data": ("train", "val", "test", "seed"),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One contender.
+
+    Attributes:
+        label: How tables and folders call it.
+        config: What its runs have of their own: ``method``, ``trainer.callbacks+``, ``model``,
+            ``data``.
+    """
+
+    label: str
+    config: Mapping[str, Any]
+
+
+def read_entries(names: str) -> list[Entry]:
+    """The contenders of a comma-separated list.
+
+    Args:
+        names: Classes (``KD``), import paths (``callbacks.minillm.MiniLLM``) and YAML files.
+
+    Raises:
+        UsageError: An empty list, or one contender twice.
+        ConfigError: An unknown method, or a file that sets up something else than a method.
+    """
+    found = [_read_entry(name.strip()) for name in names.split(",") if name.strip()]
+    if not found:
+        raise UsageError("--methods names no method; give some, such as --methods KD,GKD,OKD")
+    labels = [entry.label for entry in found]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UsageError(
+                f"--methods has two contenders called {label}; give each once, and different "
+                "settings of one method in files of different names"
+            )
+    return found
+
+
+def own_method(config: Mapping[str, Any]) -> str | None:
+    """The method that a config sets up for itself, which a comparison replaces."""
+    return class_name(config.get("method"))
+
+
+def _read_entry(name: str) -> Entry:
+    if name.endswith((".yaml", ".yml")) or Path(name).is_file():
+        return Entry(Path(name).stem, _checked(name, load_config(name)))
+    known = method_names()
+    if "." not in name and name not in known:
+        near = difflib.get_close_matches(name.lower(), [n.lower() for n in known], n=1)
+        hint = next((f"did you mean {n}? " for n in known if near and n.lower() == near[0]), "")
+        raise ConfigError(
+            f"--methods {name}: there is no such method; {hint}there are {', '.join(known)}, the "
+            "import path of your own, or a YAML file with a method: section"
+        )
+    return Entry(name.rsplit(".", 1)[-1], {"method": name})
+
+
+def _checked(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's config, if it leaves alone what all contenders share."""
+    trainer = dict(config.get("trainer") or {})
+    callbacks = [*(trainer.pop("callbacks", None) or []), *(trainer.pop("callbacks+", None) or [])]
+    other = [key for key in config if key not in _SECTIONS]
+    other += [f"trainer.{key}" for key in trainer]
+    for section, keys in _SAME_FOR_ALL.items():
+        other += [f"{section}.{key}" for key in keys if key in (config.get(section) or {})]
+    if other:
+        raise ConfigError(
+            f"--methods {name}: sets {', '.join(other)}, which all contenders of a comparison "
+            "share; give that on the command line, and in this file a method: section, "
+            "trainer.callbacks, or other settings of model: and data:"
+        )
+    if config.get("method") is None and not callbacks:
+        raise ConfigError(
+            f"--methods {name}: sets up no method; give it a method: section or trainer.callbacks"
+        )
+    own = {key: config[key] for key in ("method", "model", "data") if config.get(key) is not None}
+    return own | ({"trainer": {"callbacks+": callbacks}} if callbacks else {})

@@ -1,0 +1,126 @@
+"""One run of a comparison: ``fit`` with a measurement ahead, a budget, and a curve that is kept."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint
+
+from okd_lightning.callbacks import DistillationCallback
+from okd_lightning.cli import DistillationCLI
+from okd_lightning.compare.budget import Budget, BudgetStop
+from okd_lightning.compare.entries import Entry
+from okd_lightning.compare.folder import Plan, RunFolder
+from okd_lightning.errors import ConfigError
+from okd_lightning.reports import CurveLog, RunResult
+
+
+class ComparedCLI(DistillationCLI):
+    """``fit`` as one run of a comparison.
+
+    Args:
+        args: What is parsed.
+        budget: What the run may spend; None for what its Trainer's own settings say.
+        kwargs: Of DistillationCLI.
+    """
+
+    def __init__(self, args: Sequence[str], budget: Budget | None, **kwargs: Any) -> None:
+        self.curve = CurveLog()
+        self._own = [self.curve, *([BudgetStop(budget)] if budget is not None else [])]
+        super().__init__(args=list(args), **kwargs)
+
+    def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
+        """The Trainer, with the curve and the budget ahead of what writes checkpoints."""
+        trainer = super().instantiate_trainer(**kwargs)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        first = next((i for i, c in enumerate(callbacks) if isinstance(c, Checkpoint)), None)
+        at = len(callbacks) if first is None else first
+        callbacks[at:at] = self._own
+        return trainer
+
+    def fit(self, **kwargs: Any) -> None:
+        """Measure, train, and measure again where training has not ended with a validation."""
+        if kwargs.get("ckpt_path") is None:
+            with _unlogged(self.trainer):
+                self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        super().fit(**kwargs)
+        points = self.curve.points
+        if not points or points[-1].step != self.trainer.global_step:
+            with _unlogged(self.trainer):
+                self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+    def after_fit(self) -> None:
+        """Nothing: the comparison speaks for all runs."""
+
+
+def run_one(run: RunFolder, plan: Plan) -> RunResult:
+    """Train one run, from its checkpoint where it has one, and keep its result.
+
+    Raises:
+        Exception: Whatever stops a ``fit``.
+    """
+    resumed = run.checkpoint
+    run.prepare()
+    arguments = [
+        "fit",
+        *plan.arguments(run.entry, run.seed),
+        *("--trainer.default_root_dir", str(run.path)),
+        *(() if resumed is None else ("--ckpt_path", str(resumed))),
+    ]
+    try:
+        cli = ComparedCLI(arguments, plan.budget)
+        result = cli.curve.result(cli.trainer, run.entry.label, run.seed)
+    finally:
+        gc.collect()  # a Trainer and its modules refer to each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    run.finish(result)
+    return result
+
+
+def check_entry(entry: Entry, plan: Plan) -> None:
+    """Build a contender's run without starting it: mistakes are found before the first run.
+
+    Raises:
+        OKDLightningError: What ``fit`` would refuse; no validation data; a method that comes from
+            the shared configs; a schedule that the budget does not know the end of.
+    """
+    cli = ComparedCLI(plan.arguments(entry, plan.seeds[0]), plan.budget, run=False)
+    if cli.datamodule.sources["val"] is None:
+        raise ConfigError(
+            "compare measures every run on the same validation data: give --data.val a JSONL "
+            "file, a folder or a hub id"
+        )
+    configured = [
+        type(c).__name__
+        for c in cli.trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(c, DistillationCallback)
+    ]
+    own = (entry.config.get("trainer") or {}).get("callbacks+", [])
+    if len(configured) > len(own) + ("method" in entry.config):
+        raise ConfigError(
+            f"{entry.label} would run with {' and '.join(configured)}: trainer.callbacks of the "
+            "shared configs or options holds a method; put it into a file of its own and name "
+            "that in --methods"
+        )
+    budget = plan.budget
+    if budget is not None and budget.unit != "steps" and cli.model.schedule != "constant":
+        raise ConfigError(
+            f"--model.schedule {cli.model.schedule} needs to know a run's last step, which "
+            f"--budget {budget} does not say; give --budget steps=N or --model.schedule constant"
+        )
+
+
+@contextmanager
+def _unlogged(trainer: lightning.Trainer) -> Iterator[None]:
+    """A measurement that is the comparison's own and not part of the run's metrics.csv."""
+    loggers, trainer.loggers = trainer.loggers, []
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers

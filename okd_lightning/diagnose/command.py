@@ -1,0 +1,159 @@
+"""``okd-lightning diagnose``: the options, and what is left behind."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+from rich.console import Console
+
+from okd_lightning.cli import DistillationCLI
+from okd_lightning.cli_arguments import prepare
+from okd_lightning.cli_errors import one_line
+from okd_lightning.diagnose.examination import Examination
+from okd_lightning.diagnose.findings import Advice, Diagnosis, to_record
+from okd_lightning.diagnose.page import write_page
+from okd_lightning.diagnose.rules import GKD_REVERSE_KL, advise, contenders
+from okd_lightning.diagnose.terminal import show
+from okd_lightning.errors import ConfigError, UsageError
+from okd_lightning.run_folder import require_writable
+from okd_lightning.whole_files import write_json
+
+_CONTENDER = """\
+# Exact reverse KL on the student's own responses, for okd-lightning compare --methods
+method:
+  class_path: GKD
+  init_args:
+    divergence: ReverseKL
+    on_policy_fraction: 1.0
+"""
+
+
+def diagnose_parser() -> argparse.ArgumentParser:
+    """What ``diagnose`` has beside the options of ``fit``."""
+    parser = argparse.ArgumentParser(
+        prog="okd-lightning diagnose",
+        usage="okd-lightning diagnose --config FILE|NAME --out DIR [--model.* --data.* VALUE ...]",
+        description="Look at a pair and its prompts before a long run is paid for: divergences, "
+        "where they sit, bias and noise of sampled gradients, drift, speed, and which method to "
+        "try. Nothing is trained; the options are those of fit.",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", metavar="FILE|NAME", action="append", help="may be repeated")
+    parser.add_argument(
+        "--out", type=Path, default=Path("diagnose-out"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=64, help="responses of each kind; default: %(default)s"
+    )
+    parser.add_argument(
+        "--batches",
+        type=int,
+        default=16,
+        help="batches of data.batch_size rollouts, for the gradients; default: %(default)s",
+    )
+    return parser
+
+
+def diagnose_command(arguments: Sequence[str], debug: bool = False) -> int:
+    """Examine a pair and write what was found.
+
+    Args:
+        arguments: What stands behind ``diagnose``.
+        debug: Has no say here: errors go to the front door.
+
+    Raises:
+        OKDLightningError: What ``fit`` would refuse, or an option out of its range.
+    """
+    del debug
+    try:
+        own, options = diagnose_parser().parse_known_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise UsageError(one_line(error)) from error
+    if own.rows < 2 or own.batches < 3:
+        raise UsageError(
+            f"--rows {own.rows} --batches {own.batches}: expected at least 2 rows, and 3 batches "
+            "for a standard error"
+        )
+    require_writable(own.out, "--out")
+    console = Console(file=sys.stdout, highlight=False)
+    configs = [word for name in own.config or () for word in ("--config", name)]
+    found = examine([*configs, *options], own.rows, own.batches, console)
+    advice = advise(found)
+    command = _next_command(own, options, advice)
+    record = to_record(found) | {"advice": to_record(list(advice)), "next": command}
+    write_json(own.out / "diagnosis.json", record)
+    (own.out / GKD_REVERSE_KL).write_text(_CONTENDER, encoding="utf-8")
+    write_page(own.out / "diagnosis.html", found, advice, command)
+    show(console, found, advice, command)
+    console.print(f"diagnosis.html and diagnosis.json are in {own.out}")
+    return 0
+
+
+def examine(arguments: Sequence[str], rows: int, batches: int, console: Console) -> Diagnosis:
+    """The diagnosis of what some options of ``fit`` name.
+
+    Args:
+        arguments: Configs and options.
+        rows: Responses of each kind.
+        batches: Batches of the gradients.
+        console: Told what is being done.
+
+    Raises:
+        ConfigError: No teacher, a teacher in a cache, or several devices.
+    """
+    command, *prepared = prepare(["fit", *arguments])
+    del command
+    cli = DistillationCLI(args=prepared, run=False)
+    module, data = cli.model, cli.datamodule
+    if not module.has_teacher:
+        raise ConfigError("diagnose compares two models: give --model.teacher a folder or hub id")
+    if cli.trainer.world_size > 1:
+        raise ConfigError(
+            f"diagnose runs on one device, this config asks for {cli.trainer.world_size}; give "
+            "--trainer.devices 1 --trainer.strategy auto"
+        )
+    if data.sources["val"] is None:
+        data.sources["val"], data.splits["val"] = data.sources["train"], data.splits["train"]
+    data.val_rollouts = 1  # so that a validation begins, whatever the rows hold
+    examination = Examination(rows, batches, lambda text: console.print(f"[dim]{text}[/dim]"))
+    _validate(cli.trainer, examination, module, data)
+    assert examination.found is not None
+    return examination.found
+
+
+def _validate(trainer: lightning.Trainer, examination: Examination, module: Any, data: Any) -> None:
+    """The shortest validation there is, for its beginning; it logs nothing."""
+    trainer.callbacks = [examination]  # type: ignore[attr-defined]
+    trainer.loggers = []
+    trainer.limit_val_batches = 1
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        trainer.validate(module, data, verbose=False)
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _next_command(own: argparse.Namespace, options: Sequence[str], advice: Sequence[Advice]) -> str:
+    """The comparison that would decide."""
+    names = [str(own.out / name) if name == GKD_REVERSE_KL else name for name in contenders(advice)]
+    configs = [f"--config {name}" for name in own.config or ()]
+    words = [
+        "okd-lightning compare",
+        *configs,
+        f"--methods {shlex.quote(','.join(names))}",
+        "--seeds 0,1,2 --budget seconds=600",
+        *map(shlex.quote, options),
+    ]
+    return " ".join(words)

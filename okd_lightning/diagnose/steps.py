@@ -1,0 +1,161 @@
+"""A few real optimizer steps: how far they move the student, and what they cost.
+
+The student's trained weights are put back bit for bit; nothing on disk changes.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from okd_lightning.callbacks import GKD, DistillationCallback
+from okd_lightning.diagnose.findings import Drift
+from okd_lightning.divergences import ReverseKL
+from okd_lightning.losses import DrawnLogProb, WeightedTerm
+from okd_lightning.module import DistillationModule
+from okd_lightning.optimizers import build_optimizer
+from okd_lightning.records import DistillBatch
+
+_DRAWN = DrawnLogProb("student")
+_ADAM_NUMBERS = 2
+_BYTES_OF_FLOAT32 = 4
+_FAR_DOWN, _FAR_UP = 0.8, 1.25
+_REPETITIONS = 2
+
+
+class StepProbe:
+    """Runs steps of training on given batches.
+
+    Args:
+        module: With its models on their devices.
+        clip_norm: The Trainer's; None for off.
+    """
+
+    def __init__(self, module: DistillationModule, clip_norm: float | None) -> None:
+        self.module = module
+        self.clip_norm = clip_norm
+        self.parameters = module.trained_parameters(module.student)
+
+    def seconds(self, method: DistillationCallback, batch: DistillBatch) -> float:
+        """Forward and backward of one micro-batch; the quicker of two, behind one to warm up."""
+        taken = []
+        for _ in range(1 + _REPETITIONS):
+            self._synchronize()
+            start = time.perf_counter()
+            self._backward(method, batch)
+            self._synchronize()
+            taken.append(time.perf_counter() - start)
+            self._forget_gradients()
+        return min(taken[1:])
+
+    def drift(self, probe: DistillBatch, batches: Sequence[DistillBatch]) -> list[Drift]:
+        """What 1, 2, 4, ... steps of the exact on-policy loss do to other responses' probabilities.
+
+        Steps are made with the run's learning rate behind its warm-up, and from an optimizer
+        without a history, whose first steps are its largest. All batches were written before them.
+
+        Args:
+            probe: Responses that are looked at before and after.
+            batches: One a step.
+        """
+        module, method = self.module, GKD(divergence=ReverseKL(), on_policy_fraction=1.0)
+        with _kept(self.parameters):
+            optimizer = build_optimizer(
+                self.parameters,
+                [],
+                module.learning_rate,
+                module.weight_decay,
+                factory=module.optimizer_factory,
+            )
+            before, found = self._drawn(probe), []
+            for step, batch in enumerate(batches, 1):
+                self._backward(method, batch)
+                if self.clip_norm:
+                    clip_grad_norm_(self.parameters, self.clip_norm)
+                optimizer.step()
+                self._forget_gradients()
+                if step & (step - 1) == 0:
+                    found.append(drift_between(step, before, self._drawn(probe)))
+        return found
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of what a run holds from its first step on, and the peak so far."""
+        teacher = self.module.teacher
+        trained = sum(p.numel() for p in self.parameters)
+        found = {
+            "student": _num_bytes(self.module.student),
+            "teacher": 0 if teacher is None else _num_bytes(teacher),
+            "gradients": sum(p.numel() * p.element_size() for p in self.parameters),
+            "optimizer (AdamW)": _ADAM_NUMBERS * _BYTES_OF_FLOAT32 * trained,
+        }
+        if self.module.device.type == "cuda":
+            found["peak on the device"] = torch.cuda.max_memory_allocated(self.module.device)
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            found["peak of the process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return found
+
+    def _backward(self, method: DistillationCallback, batch: DistillBatch) -> None:
+        count = max(1, int(batch.mask[:, 1:].sum()))
+        with torch.enable_grad():
+            weighted = [WeightedTerm(method, 1.0 / count)]
+            self.module.loss_of(batch, weighted).total.backward()
+
+    @torch.no_grad()
+    def _drawn(self, batch: DistillBatch) -> Tensor:
+        """[positions] log-probabilities of the drawn tokens, float64."""
+        return self.module.measure(batch, (_DRAWN,))[_DRAWN].double()
+
+    def _forget_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _synchronize(self) -> None:
+        if self.module.device.type == "cuda":
+            torch.cuda.synchronize(self.module.device)
+
+
+def drift_between(steps: int, before: Tensor, after: Tensor) -> Drift:
+    """How far log-probabilities of drawn tokens have moved.
+
+    Args:
+        steps: That lie between.
+        before: [tokens] nats.
+        after: [tokens] nats.
+    """
+    log_ratio = after - before
+    ratio = log_ratio.exp()
+    is_far = (ratio < _FAR_DOWN) | (ratio > _FAR_UP)
+    effective = ratio.sum().square() / (len(ratio) * ratio.square().sum())
+    return Drift(
+        steps=steps,
+        mean_log_ratio=float(log_ratio.abs().mean()),
+        outside=float(is_far.double().mean()),
+        effective_share=float(effective),
+    )
+
+
+@contextmanager
+def _kept(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within it weights may change; behind it they are as before."""
+    copies = [parameter.detach().clone() for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, copy in zip(parameters, copies, strict=True):
+                parameter.copy_(copy)
+                parameter.grad = None
+
+
+def _num_bytes(model: nn.Module | None) -> int:
+    """Of a model's weights; shared ones count once."""
+    assert model is not None
+    return sum(p.numel() * p.element_size() for p in model.parameters())

@@ -1,0 +1,115 @@
+"""A diagnosis in the terminal: the numbers that matter, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+
+from okd_lightning.diagnose.findings import Advice, Diagnosis, Rows
+
+_MARKS = {"good": "[green]✓[/green]", "look": "[yellow]![/yellow]", "bad": "[red]✗[/red]"}
+SHOWN = (
+    ("forward KL", "forward_kl"),
+    ("reverse KL", "reverse_kl"),
+    ("JSD", "jsd"),
+    ("agreement", "agreement"),
+    ("entropy, student", "student_entropy"),
+    ("entropy, teacher", "teacher_entropy"),
+)
+AUTHORS = {"given": "given", "student": "student's own", "teacher": "teacher's own"}
+
+
+def show(console: Console, found: Diagnosis, advice: Sequence[Advice], command: str) -> None:
+    """Print it.
+
+    Args:
+        console: Where to.
+        found: The diagnosis.
+        advice: What follows from it.
+        command: The comparison that would decide.
+    """
+    console.print(f"student  {escape(found.student)}\nteacher  {escape(found.teacher)}\n")
+    console.print(_checks(found))
+    console.print(_divergences(found.rows))
+    console.print(_estimators(found))
+    console.print(_costs(found))
+    console.print("[bold]What to try[/bold]")
+    for one in advice:
+        console.print(f"• [bold]{escape(one.title)}[/bold]")
+        console.print(Padding(f"{escape(one.because)} [dim]({one.confidence})[/dim]", (0, 0, 0, 2)))
+    console.print("\n[bold]What decides[/bold]")
+    console.print(Padding(escape(command), (0, 0, 1, 2)))
+
+
+def _checks(found: Diagnosis) -> Table:
+    table = Table.grid(padding=(0, 1))
+    for check in found.checks:
+        table.add_row(_MARKS[check.verdict], check.name, escape(check.text))
+    return table
+
+
+def _divergences(rows: Sequence[Rows]) -> Table:
+    table = Table(title="On responses by ... (nats a token)", box=SIMPLE_HEAD)
+    table.add_column("measure")
+    for own in rows:
+        table.add_column(AUTHORS[own.source], justify="right")
+    for label, name in SHOWN:
+        table.add_row(label, *(own.measures[name].text() for own in rows))
+    for k in rows[0].top_k:
+        table.add_row(f"teacher in top {k}", *(own.top_k[k].text() for own in rows))
+    table.add_row("on worst 10 %", *(f"{own.top_tenth:.0%} of it" for own in rows))
+    return table
+
+
+def _estimators(found: Diagnosis) -> Table:
+    gradients = found.gradients
+    table = Table(
+        title=f"Gradients against the exact one ({gradients.batches} batches of {gradients.rows})",
+        box=SIMPLE_HEAD,
+    )
+    for name in ("divergence", "estimator"):
+        table.add_column(name)
+    for name in ("along exact", "signal/noise", "variance"):
+        table.add_column(name, justify="right")
+    last = None
+    for row in gradients.estimators:
+        own, is_first = row.fidelity, row.divergence != last
+        if is_first and last is not None:
+            table.add_section()
+        table.add_row(
+            row.divergence if is_first else "",
+            row.estimator,
+            f"{own.along_exact:.2f}±{own.along_error:.2f}",
+            f"{own.signal_to_noise:.2f}",
+            f"{own.noise_over_exact:.1f}×",
+            style="red" if own.is_biased else None,
+        )
+        last = row.divergence
+    table.caption = "along exact is 1 without bias; red is off by more than three standard errors"
+    return table
+
+
+def _costs(found: Diagnosis) -> Table:
+    cost = found.cost
+    table = Table(title=f"A step of {cost.rows} rows on {cost.device}", box=SIMPLE_HEAD)
+    table.add_column("what")
+    table.add_column("here", justify="right")
+    for name, seconds in cost.seconds.items():
+        table.add_row(f"seconds, {name}", f"{seconds:.3g}")
+    table.add_row("tokens written a second", f"{cost.tokens_per_second:,.0f}")
+    for name, size in cost.memory.items():
+        table.add_row(f"memory, {name}", megabytes(size))
+    for drift in found.drift:
+        steps = "1 step" if drift.steps == 1 else f"{drift.steps} steps"
+        table.add_row(f"mean |ln ρ| after {steps}", f"{drift.mean_log_ratio:.4f}")
+    return table
+
+
+def megabytes(size: int) -> str:
+    """Bytes as people read them."""
+    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"

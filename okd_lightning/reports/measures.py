@@ -1,0 +1,45 @@
+"""Which measures a comparison shows, what they are called, and which way is better."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from okd_lightning.reports.results import RunResult
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A metric as people read it.
+
+    Attributes:
+        name: Of the metric.
+        label: In tables and sentences.
+        unit: On axes.
+        is_gain: Whether more is better.
+    """
+
+    name: str
+    label: str
+    unit: str = "nats a token"
+    is_gain: bool = False
+
+
+MEASURES = (
+    Measure("val/exact_match", "exact match", "share of problems", is_gain=True),
+    Measure("val/forward_kl", "forward KL"),
+    Measure("val/on_policy_reverse_kl", "on-policy reverse KL"),
+    Measure("val/reverse_kl", "reverse KL"),
+    Measure("val/agreement", "agreement", "share of tokens", is_gain=True),
+    Measure("val/on_policy_forward_kl", "on-policy forward KL"),
+    Measure("val/cross_entropy", "cross-entropy"),
+)
+"""In the order in which they are shown."""
+
+_MOST_SHOWN = 5
+
+
+def shown_measures(results: Sequence[RunResult]) -> list[Measure]:
+    """Those that every run has, at most five."""
+    common = set.intersection(*(set(result.after) & set(result.before) for result in results))
+    return [measure for measure in MEASURES if measure.name in common][:_MOST_SHOWN]

@@ -1,0 +1,130 @@
+"""Frozen here: gradients, drift and steps of a diagnosis against direct computations.
+
+* The exact estimator's gradient is autograd's of Σ KL, a sampled one's that of -Σ A ln p.
+* Large students give the gradient of their last parameters only.
+* Drift is that of the same steps made by hand; the weights come back bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import tiny
+import torch
+
+from okd_lightning.collation import collate
+from okd_lightning.diagnose import gradients
+from okd_lightning.diagnose.gradients import GradientProbe, probed_parameters
+from okd_lightning.diagnose.steps import StepProbe, drift_between
+from okd_lightning.records import TrainingRow
+
+
+def batch_of(seed: int, module=None):
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for index in range(4):
+        ids = torch.randint(3, tiny.NUM_IDS, (9 - index,), generator=generator).tolist()
+        mask = [False] * 3 + [True] * (len(ids) - 3)
+        rows.append(
+            TrainingRow(index, "student", tuple(ids), tuple(mask), 3, (-1.0,) * (len(ids) - 3))
+        )
+    batch = collate(rows)
+    if module is None:
+        return batch
+    with torch.no_grad():  # as if the student had drawn them just now
+        student, _, ids = logprobs_at_loss(module, batch)
+    batch.sampler_logprobs[:, 1:][batch.mask[:, 1:]] = (
+        student.gather(-1, ids[:, None]).squeeze(-1).float()
+    )
+    return batch
+
+
+@pytest.fixture
+def module(make_module):
+    module = make_module()
+    module.configure_model()
+    return module.eval()
+
+
+def logprobs_at_loss(module, batch):
+    """[positions, vocab] of both models, and the ids that stand there; with the student's graph."""
+    found = []
+    for model in (module.student, module.teacher):
+        logits = model(batch.input_ids, attention_mask=batch.attention_mask.long()).logits
+        cut = logits[:, :-1, : tiny.NUM_IDS].double().log_softmax(-1)
+        found.append(cut[batch.mask[:, 1:]])
+    return found[0], found[1].detach(), batch.input_ids[:, 1:][batch.mask[:, 1:]]
+
+
+def test_gradients_are_autograds(module):
+    batch = batch_of(1, module)
+    probe = GradientProbe(module)
+    for seed in (1, 2, 3):
+        probe.add(batch_of(seed, module))
+    student, teacher, ids = logprobs_at_loss(module, batch)
+    drawn = student.gather(-1, ids[:, None]).squeeze(-1)
+    log_ratio = (teacher - student).detach().gather(-1, ids[:, None]).squeeze(-1)
+    value = (student.exp() * (teacher - student)).sum(-1).detach()
+    losses = {
+        "exact": (student.exp() * (student - teacher)).sum(),
+        "centred": -(log_ratio * drawn).sum(),
+        "as_published": -((log_ratio - 1) * drawn).sum(),
+        "value_baseline": -((log_ratio - value) * drawn).sum(),
+    }
+    for name, loss in losses.items():
+        parts = torch.autograd.grad(loss / len(batch), probe.parameters, retain_graph=True)
+        direct = torch.cat([part.flatten() for part in parts])
+        own = probe._found["reverse KL", name][0]
+        torch.testing.assert_close(own, direct, rtol=1e-3, atol=1e-5)
+    finding = probe.finding()
+    assert (finding.batches, finding.rows) == (3, 4)
+    assert finding.parameters == finding.of_parameters
+    exact = finding.of("JSD", "exact")
+    assert exact.along_exact == pytest.approx(1.0)
+    assert exact.noise_over_exact == pytest.approx(1.0)
+
+
+def test_large_students_give_their_last_parameters(module, monkeypatch):
+    monkeypatch.setattr(gradients, "MOST_PARAMETERS", 2000)
+    found = probed_parameters(module.student.parameters())
+    assert 0 < sum(p.numel() for p in found) <= 2000
+    assert found[0] is list(module.student.parameters())[-1] or found[0].ndim == 1
+
+
+def test_drift_is_that_of_steps_made_by_hand(module):
+    probe, steps = batch_of(1), [batch_of(2), batch_of(3)]
+    before = tiny.weights(module)
+    found = StepProbe(module, clip_norm=0.5).drift(probe, steps)
+    assert all(torch.equal(before[name], now) for name, now in tiny.weights(module).items())
+    assert all(p.grad is None for p in module.student.parameters())
+    assert [drift.steps for drift in found] == [1, 2]
+    with torch.no_grad():
+        first, _, ids = logprobs_at_loss(module, probe)
+    optimizer = torch.optim.AdamW(module.student.parameters(), lr=1e-2, weight_decay=0.0)
+    for number, batch in enumerate(steps):
+        student, teacher, _ = logprobs_at_loss(module, batch)
+        optimizer.zero_grad()
+        (student.exp() * (student - teacher)).sum(-1).mean().backward()
+        torch.nn.utils.clip_grad_norm_(module.student.parameters(), 0.5)
+        optimizer.step()
+        with torch.no_grad():
+            now, _, _ = logprobs_at_loss(module, probe)
+        moved = (now - first).gather(-1, ids[:, None]).abs().mean()
+        assert found[number].mean_log_ratio == pytest.approx(float(moved), rel=1e-2)
+
+
+def test_drift_between():
+    before = torch.zeros(4, dtype=torch.float64)
+    after = torch.tensor([0.0, 0.0, math.log(2), -math.log(2)], dtype=torch.float64)
+    found = drift_between(3, before, after)
+    assert found.mean_log_ratio == pytest.approx(math.log(2) / 2)
+    assert found.outside == 0.5
+    assert found.effective_share == pytest.approx(4.5**2 / (4 * 6.25))
+
+
+def test_memory_counts_weights_gradients_and_moments(module):
+    numbers = sum(p.numel() for p in module.student.parameters())
+    found = StepProbe(module, None).memory()
+    assert found["student"] == found["gradients"] == 4 * numbers
+    assert found["optimizer (AdamW)"] == 8 * numbers
