@@ -58,3 +58,11 @@ class NonFiniteError(OKDLightningError, FloatingPointError):
 
 class CacheError(OKDLightningError, RuntimeError):
     """A cache on disk that is broken, or cannot be read by all processes of a run."""
+
+
+class ServerError(OKDLightningError, ConnectionError):
+    """A server that cannot be reached, refuses, or is not what this run needs."""
+
+
+class ServerTimeoutError(ServerError, TimeoutError):
+    """A server that did not answer in time."""

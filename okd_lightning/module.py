@@ -56,6 +56,7 @@ from okd_lightning.opening import open_run
 from okd_lightning.optimizers import RateSchedule, build_optimizer, with_schedule
 from okd_lightning.pair_module import PairModule
 from okd_lightning.records import SOURCES, DistillBatch
+from okd_lightning.rollouts import EngineSource
 from okd_lightning.rollouts.rows import generation_records
 from okd_lightning.schedules import ScheduleName, schedule_factor
 from okd_lightning.step_terms import acting_terms, check_counts, check_term, kind_of, step_means
@@ -97,6 +98,8 @@ class DistillationModule(PairModule):
             measuring; costs a minute at the start, and needs a C++ compiler on a CPU.
         teacher_cache: A folder, or settings: what the teacher says about given responses is written
             there once, and trained from without the teacher in memory.
+        engine: What writes the student's responses in place of the built-in engine, such as
+            VLLMServer; docs/vllm.md.
 
     Raises:
         ConfigError: A number out of its range, or no tokenizer.
@@ -126,6 +129,7 @@ class DistillationModule(PairModule):
         packing: bool = True,
         compile_blocks: bool = False,
         teacher_cache: str | TeacherCache | None = None,
+        engine: EngineSource | None = None,
     ) -> None:
         for name, value in (
             ("learning_rate", learning_rate),
@@ -158,6 +162,7 @@ class DistillationModule(PairModule):
             packing=packing,
             compile_blocks=compile_blocks,
             teacher_cache=teacher_cache,
+            engine=engine,
         )
         self.strict_loading = False  # frozen weights are not in checkpoints; see on_load_checkpoint
         self.learning_rate = learning_rate

@@ -58,7 +58,7 @@ from okd_lightning.models import (
 )
 from okd_lightning.records import DistillBatch, PromptBatch, Rollout, Sequences
 from okd_lightning.rollouts import NoiseStream, RolloutEngine, Sampling, TransformersEngine
-from okd_lightning.rollouts.engine import Author, Progress
+from okd_lightning.rollouts.engine import Author, EngineSource, Progress
 from okd_lightning.rollouts.tool_rollouts import ToolEngine, ToolRounds
 from okd_lightning.teacher_cache import (
     CachedTeacher,
@@ -87,6 +87,7 @@ class PairModule(lightning.LightningModule):
         packing: bool = True,
         compile_blocks: bool = False,
         teacher_cache: TeacherCache | str | None = None,
+        engine: EngineSource | None = None,
     ) -> None:
         super().__init__()
         check_cached_teacher(teacher_cache, self_teacher, teacher is not None)
@@ -105,6 +106,7 @@ class PairModule(lightning.LightningModule):
         self.tile_positions = tile_positions
         self.packing = packing
         self.compile_blocks = compile_blocks
+        self.engine = engine
         self.packs_student = self.packs_teacher = False  # before there are models
         self.tokenizer = find_tokenizer(tokenizer, student, teacher)
         self.vocabulary = check_pair(self.tokenizer, student, teacher)
@@ -376,13 +378,16 @@ class PairModule(lightning.LightningModule):
             model = cast(PreTrainedModel, model.get_base_model())
         precision = self._trainer.precision_plugin.forward_context if self._trainer else nullcontext
         with torch.no_grad(), precision(), in_eval_mode(model), as_author:
-            engine = self.build_engine(model)
+            if author == "student" and self.engine is not None:
+                engine = self.engine.engine(model, self.vocabulary, self.eos_ids)
+            else:
+                engine = self.build_engine(model)
             if self.tool_rounds is not None:
                 engine = ToolEngine(engine, self.tool_rounds)
             return engine.generate(prompts, sampling, generator, max_new_tokens, progress)
 
     def build_engine(self, model: PreTrainedModel) -> RolloutEngine:
-        """The engine that writes with ``model``; override it to bring another."""
+        """The built-in engine on ``model``; override it to bring another for both models."""
         return TransformersEngine(model, self.vocabulary, self.eos_ids)
 
     def add_eos_ids(self, ids: Iterable[int]) -> None:

@@ -29,7 +29,7 @@ from okd_lightning.models.loading import (
     load_model_config,
     load_tokenizer,
 )
-from okd_lightning.models.merging import merge_adapters
+from okd_lightning.models.merging import merge_adapters, merged_copy
 from okd_lightning.models.online_module import (
     OnlineModuleSettings,
     WithinContext,
@@ -85,6 +85,7 @@ __all__ = [
     "load_tokenizer",
     "max_positions",
     "merge_adapters",
+    "merged_copy",
     "packs_rows",
     "reads_packed_rows",
     "recompute_activations",

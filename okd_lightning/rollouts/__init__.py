@@ -4,6 +4,9 @@
 * ``sampling``: temperature, top-k, top-p, and the draw itself.
 * ``engine``: the protocol of a rollout engine.
 * ``transformers_engine``: the built-in engine, on transformers' models: the queue and the batch.
+* ``vllm_server``: an engine over HTTP, on a vLLM server. ``vllm_engine``: on vLLM in this process,
+  the one module that imports it. ``vllm_requests``: what both ask for and take as an answer.
+* ``weights``: the student's weights for an engine elsewhere.
 * ``kv_cache``: keys and values of rows that leave and join.
 * ``responses``: what has been written of a call, on the model's device.
 * ``tool_rollouts``: any engine, with tools between the turns.
@@ -13,14 +16,16 @@
 * ``loader``: the sized, stateful iterable that regenerates on-policy batches every epoch.
 """
 
-from okd_lightning.rollouts.engine import RolloutEngine, Writer
+from okd_lightning.rollouts.engine import EngineSource, RolloutEngine, Writer
 from okd_lightning.rollouts.loader import LoaderShape, RolloutLoader
 from okd_lightning.rollouts.noise import NoiseStream, hashed_uniform
 from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan, plan_for
 from okd_lightning.rollouts.sampling import Sampling
 from okd_lightning.rollouts.transformers_engine import TransformersEngine
+from okd_lightning.rollouts.vllm_server import VLLMServer
 
 __all__ = [
+    "EngineSource",
     "LoaderShape",
     "NoiseStream",
     "RolloutEngine",
@@ -29,6 +34,7 @@ __all__ = [
     "Sampling",
     "StagedPlan",
     "TransformersEngine",
+    "VLLMServer",
     "Writer",
     "hashed_uniform",
     "plan_for",

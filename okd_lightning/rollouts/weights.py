@@ -1,0 +1,68 @@
+"""The student's weights for an engine elsewhere: which they are, and as a folder it can load."""
+
+from __future__ import annotations
+
+import shutil
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from okd_lightning.errors import ConfigError, OutputError
+from okd_lightning.models import merged_copy
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@torch.no_grad()
+def weights_label(model: PreTrainedModel) -> str:
+    """A name that changes with any weight: of all names, shapes and sums of the weights' bits.
+
+    It is worked out from what the weights are, so that nothing that changes them can be missed, on
+    any rank and after a resume.
+
+    Raises:
+        ConfigError: Weights that are sharded over processes.
+    """
+    state: dict[str, Tensor] = model.state_dict()
+    if any(isinstance(tensor, DTensor) for tensor in state.values()):
+        raise ConfigError(
+            "the student's weights are sharded over processes, and model.engine sends whole ones: "
+            "leave model.engine out, so that the built-in engine writes"
+        )
+    sums = []
+    for tensor in state.values():
+        bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]).flatten()
+        sums.append(torch.stack([bits.sum(dtype=torch.int64), bits[::2].sum(dtype=torch.int64)]))
+    numbers = torch.stack(sums).tolist()
+    found = blake2b(digest_size=10)
+    for (name, tensor), pair in zip(state.items(), numbers, strict=True):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {pair}".encode())
+    return f"okd-{found.hexdigest()}"
+
+
+def write_weights(model: PreTrainedModel, folder: Path) -> Path:
+    """Write a plain model, adapters merged, as a Hugging Face folder.
+
+    Args:
+        model: Stays as it is.
+        folder: Made anew; nothing else may lie in it.
+
+    Raises:
+        OutputError: It cannot be written.
+        ConfigError: See ``merged_copy``.
+    """
+    plain = merged_copy(model)
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        plain.save_pretrained(folder)
+    except OSError as error:
+        raise OutputError(
+            f"model.engine: {str(folder)!r} cannot be written ({error.strerror or error}); choose "
+            "another sync_folder"
+        ) from error
+    return folder.resolve()
