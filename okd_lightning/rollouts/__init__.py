@@ -22,6 +22,7 @@ from okd_lightning.rollouts.noise import NoiseStream, hashed_uniform
 from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan, plan_for
 from okd_lightning.rollouts.sampling import Sampling
 from okd_lightning.rollouts.transformers_engine import TransformersEngine
+from okd_lightning.rollouts.vllm_engine import VLLMEngine
 from okd_lightning.rollouts.vllm_server import VLLMServer
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Sampling",
     "StagedPlan",
     "TransformersEngine",
+    "VLLMEngine",
     "VLLMServer",
     "Writer",
     "hashed_uniform",

@@ -1,4 +1,7 @@
-"""What a request to vLLM says, and what an answer has to be: the same for a server and in process.
+"""What vLLM is asked and what an answer has to be: the same for a server and in this process.
+
+Owns the engine that is common to both; where vLLM runs and how it comes by the student's weights is
+a ``Host``'s business.
 
 Sampling means here what it means in the built-in engine: the model's own defaults (its
 ``generation_config.json``) are overruled one by one, our end-of-sequence ids alone end a response,
@@ -7,14 +10,26 @@ and ids that no token has are ruled out. Log-probabilities are those of the dist
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from okd_lightning.errors import ServerError
 from okd_lightning.models import Vocabulary
-from okd_lightning.records import Rollout
+from okd_lightning.records import PromptBatch, Rollout
+from okd_lightning.rollouts.engine import Progress
+from okd_lightning.rollouts.noise import NoiseStream, hashed_uniform
 from okd_lightning.rollouts.sampling import Sampling
+from okd_lightning.rollouts.weights import weights_label
+
+_PROBE_LENGTH = 12
+_PROBE = 0x50524F42  # domain separation
+_CERTAIN = 1e-3
 
 _RULED_OUT = -100.0
 """vLLM's lowest bias: what it leaves of a probability is below 1e-43 of its logit's."""
@@ -29,7 +44,7 @@ class Written:
     finish_reason: str
 
 
-def sampling_fields(
+def _sampling_fields(
     sampling: Sampling, vocabulary: Vocabulary, num_rows: int, eos_ids: Sequence[int]
 ) -> dict[str, Any]:
     """What all requests of a call share.
@@ -56,11 +71,11 @@ def sampling_fields(
         "skip_special_tokens": False,
     }
     if invalid:
-        fields["logit_bias"] = {str(i): _RULED_OUT for i in invalid}
+        fields["logit_bias"] = dict.fromkeys(invalid, _RULED_OUT)
     return fields
 
 
-def check_written(
+def _check_written(
     written: Written, limit: int, vocabulary: Vocabulary, eos_ids: Sequence[int], where: str
 ) -> None:
     """Refuse an answer that is not a response as it was asked for.
@@ -95,7 +110,7 @@ def check_written(
         )
 
 
-def rollout_of(rows: Sequence[Written], sampling: Sampling, eos_ids: Sequence[int]) -> Rollout:
+def _rollout_of(rows: Sequence[Written], sampling: Sampling, eos_ids: Sequence[int]) -> Rollout:
     """Checked responses as a rollout; greedy ones have the log-probability 0 of a certain draw."""
     return Rollout(
         response_ids=tuple(row.ids for row in rows),
@@ -108,5 +123,150 @@ def rollout_of(rows: Sequence[Written], sampling: Sampling, eos_ids: Sequence[in
     )
 
 
-NOTHING = Written((), (), "length")
+_NOTHING = Written((), (), "length")
 """A row that has no room for a token."""
+
+
+class Host(Protocol):
+    """A vLLM somewhere."""
+
+    @property
+    def name(self) -> str:
+        """Where it is, for messages."""
+
+    def holding(
+        self, model: PreTrainedModel, label: str, num_rows: int
+    ) -> AbstractContextManager[None]:
+        """Within it vLLM samples from ``model`` as it is now; what else it had done is an error.
+
+        Args:
+            model: The student.
+            label: What its weights are called.
+            num_rows: Ids that it gives logits for.
+        """
+
+    def write(
+        self, requests: Sequence[Mapping[str, Any]], progress: Progress | None
+    ) -> list[Written]:
+        """One response a request, in order; a request has vLLM's sampling fields and a prompt."""
+
+
+@dataclass
+class HostedEngine:
+    """One student on a host.
+
+    Attributes:
+        host: Where vLLM is.
+        model: The student, in eval mode.
+        vocabulary: Ids outside it are never drawn.
+        eos_ids: Ids that end a response.
+    """
+
+    host: Host
+    model: PreTrainedModel
+    vocabulary: Vocabulary
+    eos_ids: tuple[int, ...]
+
+    def generate(
+        self,
+        prompts: PromptBatch,
+        sampling: Sampling,
+        generator: NoiseStream,
+        max_new_tokens: int,
+        progress: Progress | None = None,
+    ) -> Rollout:
+        """One response a prompt, in the order of the prompts; see ``RolloutEngine``.
+
+        Raises:
+            ServerTimeoutError: vLLM has not answered in time.
+            ServerError: It cannot be reached or updated, or answers with something else.
+        """
+        longest = prompts.limits or (max_new_tokens,) * len(prompts)
+        limits = [min(limit, max_new_tokens) for limit in longest]
+        written = [_NOTHING] * len(prompts)
+        rows = [row for row, limit in enumerate(limits) if limit > 0]
+        if rows:
+            num_rows = self.model.config.get_text_config().vocab_size
+            fields = _sampling_fields(sampling, self.vocabulary, num_rows, self.eos_ids)
+            seeds = generator.seeds(prompts.index, prompts.sample)
+            requests = [
+                {
+                    **fields,
+                    "prompt": list(prompts.input_ids[row]),
+                    "max_tokens": limits[row],
+                    "seed": seeds[row],
+                }
+                for row in rows
+            ]
+            with self.host.holding(self.model, weights_label(self.model), num_rows):
+                found = self.host.write(requests, progress)
+            for row, response in zip(rows, found, strict=True):
+                _check_written(response, limits[row], self.vocabulary, self.eos_ids, self.host.name)
+                written[row] = response
+        return _rollout_of(written, sampling, self.eos_ids)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Some ids, and what the student says about them: held against what vLLM says.
+
+    Attributes:
+        ids: Any, also such that no token has.
+        logprobs: [place, ids that there are] nats, of the token behind each place.
+        tolerance: Mean difference (nats) that number formats may make.
+    """
+
+    ids: tuple[int, ...]
+    logprobs: Tensor
+    tolerance: float
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: PreTrainedModel, num_rows: int, tolerance: float) -> Probe:
+        """What ``model`` says, in its own number format.
+
+        Args:
+            model: In eval mode.
+            num_rows: Ids that it gives logits for.
+            tolerance: See the attribute.
+        """
+        drawn = hashed_uniform(_PROBE, num_rows, torch.arange(_PROBE_LENGTH).numpy())
+        ids = tuple(int(value) for value in drawn * num_rows)
+        logits = model(torch.tensor([ids], device=model.device)).logits[0, :, :num_rows]
+        return cls(ids, logits.float().log_softmax(-1).cpu(), tolerance)
+
+    @property
+    def requests(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """One that has the probe scored, and one that draws a token that is certain."""
+        least_certain = int(self.logprobs[:-1].amax(-1).argmin())
+        fields = {"max_tokens": 1, "temperature": 1.0, "ignore_eos": True}
+        scored = {**fields, "prompt": list(self.ids), "prompt_logprobs": 1}
+        drawn = {**fields, "prompt": list(self.ids[: least_certain + 1]), "top_k": 1, "logprobs": 0}
+        return scored, drawn
+
+    def check(self, said: Sequence[float], drawn: float, where: str) -> None:
+        """Refuse another model, old weights, and log-probs of another distribution.
+
+        Args:
+            said: What vLLM gave to each id of the probe but the first (nats).
+            drawn: The log-probability that it reports of the token that is certain.
+            where: The host, for messages.
+
+        Raises:
+            ServerError: Naming what to change.
+        """
+        own = [float(self.logprobs[place, token]) for place, token in enumerate(self.ids[1:])]
+        mean = sum(abs(a - b) for a, b in zip(said, own, strict=True)) / len(own)
+        if not mean <= self.tolerance:
+            raise ServerError(
+                f"{where} was given the student's weights and yet differs from the student by "
+                f"{mean:.3g} nats a token on a probe (tolerance {self.tolerance:g}): it runs "
+                "another architecture, a quantised one, or has not loaded them; check its model "
+                "and dtype, or raise --model.engine.tolerance"
+            )
+        if not abs(drawn) <= _CERTAIN:
+            raise ServerError(
+                f"{where} reports {drawn:.3g} as the log-probability of a token that was drawn "
+                "with top_k 1, which is certain: these are from before temperature and cuts; start "
+                "it with --logprobs-mode processed_logprobs"
+            )

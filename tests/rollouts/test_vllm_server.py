@@ -85,7 +85,7 @@ def test_logprobs_are_the_students_own(sampling, student, make_engine):
 
 
 def test_new_weights_are_pushed_once(fake, student, make_engine):
-    source = make_engine(student).server
+    source = make_engine(student).host
     batch = prompts()
     make_engine(student, source).generate(batch, Sampling(), NOISE, 4)
     make_engine(student, source).generate(batch, Sampling(), NOISE, 4)
@@ -249,7 +249,7 @@ def test_weights_that_have_not_arrived(fake, student, make_engine):
 
 
 def test_an_old_version_is_updated_and_never_sampled_from(fake, student, make_engine):
-    source = make_engine(student).server
+    source = make_engine(student).host
     make_engine(student, source).generate(prompts(1), Sampling(), NOISE, 2)
     fake.model = fake.answers_with = tiny.make_llama(9)  # restarted
     fake.version = "default"
