@@ -62,9 +62,12 @@ from okd_lightning.rollouts.engine import Author, EngineSource, Progress
 from okd_lightning.rollouts.tool_rollouts import ToolEngine, ToolRounds
 from okd_lightning.teacher_cache import (
     CachedTeacher,
+    ServedTeacher,
     TeacherCache,
+    TeacherServer,
     cached_terms,
     check_cached_teacher,
+    check_served_teacher,
 )
 
 
@@ -87,9 +90,12 @@ class PairModule(lightning.LightningModule):
         packing: bool = True,
         compile_blocks: bool = False,
         teacher_cache: TeacherCache | str | None = None,
+        teacher_server: TeacherServer | str | None = None,
         engine: EngineSource | None = None,
     ) -> None:
         super().__init__()
+        others = {"teacher": teacher, "self_teacher": self_teacher, "teacher_cache": teacher_cache}
+        check_served_teacher(teacher_server, {**others, "teacher_dtype": teacher_dtype})
         check_cached_teacher(teacher_cache, self_teacher, teacher is not None)
         if isinstance(student, PreTrainedModel) and student is teacher:
             raise ConfigError(
@@ -114,6 +120,10 @@ class PairModule(lightning.LightningModule):
         self.cached_teacher: CachedTeacher | None = None
         if teacher_cache is not None:
             self.cached_teacher = CachedTeacher(TeacherCache.of(teacher_cache), self.vocabulary)
+        self.served_teacher: ServedTeacher | None = None
+        if teacher_server is not None:
+            server = TeacherServer.of(teacher_server)
+            self.served_teacher = ServedTeacher(server, self.vocabulary, self.tokenizer)
         self.student: PreTrainedModel | None = None
         self.teacher: PreTrainedModel | None = None
         self.online_module: OnlineModuleSettings | None = None
@@ -133,11 +143,13 @@ class PairModule(lightning.LightningModule):
     @property
     def has_teacher(self) -> bool:
         """Whether there is a teacher; where it is the student itself, ``teacher`` may be None."""
-        return self.teacher_source is not None
+        return self.teacher_source is not None or self.served_teacher is not None
 
     @property
-    def cache_in_use(self) -> CachedTeacher | None:
-        """What stands for the teacher while a run trains; where it only measures, None does."""
+    def cache_in_use(self) -> CachedTeacher | ServedTeacher | None:
+        """What stands for the teacher: a server always, a cache while a run trains."""
+        if self.served_teacher is not None:
+            return self.served_teacher
         is_training = self._trainer is not None and self._trainer.state.fn == "fit"
         return self.cached_teacher if is_training else None
 

@@ -49,7 +49,11 @@ from okd_lightning.models.self_teacher import (
     in_eval_mode,
     teacher_copy,
 )
-from okd_lightning.models.vocabulary import Vocabulary, check_vocabulary_agreement
+from okd_lightning.models.vocabulary import (
+    Vocabulary,
+    check_vocabulary_agreement,
+    probe_texts,
+)
 
 __all__ = [
     "DEFAULT_EMA_DECAY",
@@ -87,6 +91,7 @@ __all__ = [
     "merge_adapters",
     "merged_copy",
     "packs_rows",
+    "probe_texts",
     "reads_packed_rows",
     "recompute_activations",
     "teacher_copy",
