@@ -4,8 +4,8 @@ The one module that imports vllm, and only when the engine first writes. vLLM is
 weights as a folder, as the server is. Between two calls it sleeps, so that training has the memory:
 its weights and its cache are dropped, and loaded anew at the next call.
 
-What is used of vllm, as it was read from the documentation of 0.16 and the main branch of 2026
-(never run here): ``LLM(model, ...)`` with the arguments below, ``LLM.generate`` of
+What is used of vllm, as it was read from its documentation (0.10.2 on) and main branch of 2026, and
+never run: ``LLM(model, ...)`` with the arguments below, ``LLM.generate`` of
 ``{"prompt_token_ids": ids}`` with one ``SamplingParams`` each, ``LLM.collective_rpc``
 ("reload_weights", kwargs weights_path), ``LLM.sleep``, ``LLM.wake_up`` and
 ``LLM.reset_prefix_cache``; of its answers ``outputs[0].token_ids``, ``.logprobs``,

@@ -220,8 +220,7 @@ class VLLMServer(EngineSource):
                 raise
             raise ServerError(
                 f"{_OPTION}: {self.url} has no /weight_info, so that nobody can tell which weights "
-                "it samples from; start it with VLLM_SERVER_DEV_MODE=1, from a vLLM that has this "
-                "endpoint (see docs/vllm.md)"
+                "it samples from; start it with VLLM_SERVER_DEV_MODE=1, from vLLM 0.27 or newer"
             ) from error
         return str(answer["weight_version"])
 
@@ -236,6 +235,6 @@ class VLLMServer(EngineSource):
         if choice.get("prompt_token_ids") != request["prompt"] or choice.get("token_ids") is None:
             raise ServerError(
                 f"{self.name} does not answer with the ids that it read and wrote "
-                "(return_token_ids); it needs vLLM 0.10.2 or newer"
+                "(return_token_ids); it needs vLLM 0.27 or newer"
             )
         return choice

@@ -69,7 +69,8 @@ def check_cached_term(
         try:
             cached_form(quantity, k, vocab_size)
         except ConfigError as error:
-            raise ConfigError(f"method {term.name} with {option}: {error}") from error
+            kind = "served" if reads_new_rows else "cached"
+            raise ConfigError(f"method {term.name} with a {kind} teacher: {error}") from error
 
 
 class CachedTerm:

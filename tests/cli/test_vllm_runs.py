@@ -12,13 +12,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny
+import tool_chats
 import torch
 import yaml
 from cli_workbench import Assets, Result, assert_same_weights, metric_names
 from fake_vllm_server import FakeVLLM, serving
 from transformers import AutoModelForCausalLM
 
+from okd_lightning.callbacks import GKD
+from okd_lightning.data import RolloutDataModule
 from okd_lightning.module import DistillationModule
+from okd_lightning.records import Rollout
+from okd_lightning.rollouts import VLLMServer
+from okd_lightning.tools import Calculator
 
 Fit = Callable[..., Result]
 LAST = Path("run/checkpoints/last.ckpt")
@@ -60,11 +67,11 @@ def gaps(monkeypatch) -> list[float]:
     return found
 
 
-GKD = ("--method", "GKD", "--method.on_policy_fraction", "1")
+ON_POLICY = ("--method", "GKD", "--method.on_policy_fraction", "1")
 VALIDATES = ("--trainer.val_check_interval", "3")
 
 
-@pytest.mark.parametrize("method", [GKD, ("--method", "OPDPlus")], ids=lambda words: words[1])
+@pytest.mark.parametrize("method", [ON_POLICY, ("--method", "OPDPlus")], ids=lambda words: words[1])
 def test_methods_train_on_what_the_server_writes(method, fit: Fit, fake, flags, gaps) -> None:
     steps = ["--trainer.max_steps", "3", "--model.learning_rate", "1e-1"]
     fit(method, flags, steps, VALIDATES)
@@ -80,7 +87,7 @@ def test_methods_train_on_what_the_server_writes(method, fit: Fit, fake, flags, 
 
 
 def test_a_cut_run_goes_on_with_its_stored_responses(fit: Fit, okd: Fit, fake, flags) -> None:
-    chunk = [*GKD, *flags, *VALIDATES, "--data.prompts_per_rollout", "6"]
+    chunk = [*ON_POLICY, *flags, *VALIDATES, "--data.prompts_per_rollout", "6"]
     fit(chunk, "--trainer.max_steps", "3", "--trainer.default_root_dir", "whole")
     fake.requests.clear()
     fit(chunk, "--trainer.max_steps", "2")
@@ -95,7 +102,7 @@ def test_a_cut_run_goes_on_with_its_stored_responses(fit: Fit, okd: Fit, fake, f
 def test_an_adapted_student_is_pushed_merged(fit: Fit, fake, flags, gaps) -> None:
     lora = ["--model.student_adapter", "LoraConfig", "--model.student_adapter.r", "4"]
     steps = ["--trainer.max_steps", "2", "--model.learning_rate", "1e-1"]
-    fit(GKD, flags, lora, steps)
+    fit(ON_POLICY, flags, lora, steps)
     assert max(gaps) < 1e-4
     assert fake.num_reloads >= 2
 
@@ -108,16 +115,52 @@ def test_one_line_where_the_server_fails(fault, words, okd: Fit, assets, fake, f
     fake.faults = [fault] * 200
     patience = ["--model.engine.timeout_seconds", "0.3"]
     short = ["--trainer.accelerator", "cpu", "--trainer.max_steps", "1"]
-    result = okd("fit", assets.data, assets.models, GKD, flags, patience, short)
+    result = okd("fit", assets.data, assets.models, ON_POLICY, flags, patience, short)
     fake.faults = []
     assert result.status == 1
     assert words in result.err.splitlines()[-1]
 
 
+def test_tools_are_called_on_the_server(fake, tmp_path) -> None:
+    tokenizer = tool_chats.make_tokenizer()
+    fake.model = fake.answers_with = tool_chats.make_caller(2)
+    students: list[Rollout] = []
+
+    class Kept(DistillationModule):
+        def write(self, author, prompts, *args, **kwargs):
+            rollout = super().write(author, prompts, *args, **kwargs)
+            students.append(rollout)
+            rows = zip(prompts.input_ids, rollout.response_ids, rollout.logprobs, strict=True)
+            for (prompt, ids, logprobs), own in zip(rows, rollout.own_masks, strict=True):
+                with torch.no_grad():
+                    logits = self.student.eval()(torch.tensor([[*prompt, *ids]])).logits[0]
+                known = self.vocabulary.cut(logits[len(prompt) - 1 : -1]).log_softmax(-1)
+                found = known.gather(-1, torch.tensor(ids)[:, None])[:, 0] * torch.tensor(own)
+                assert found.tolist() == pytest.approx(logprobs, abs=1e-3)
+            return rollout
+
+    engine = VLLMServer(fake.url, str(tmp_path / "weights"))
+    models = tool_chats.make_caller(0), tool_chats.make_caller(1)
+    module = Kept(*models, tokenizer=tokenizer, learning_rate=1e-3, engine=engine)
+    row = {"messages": [{"role": "user", "content": "QQ"}], "response": tool_chats.CALLS[0]}
+    lengths = {"max_prompt_length": 80, "max_response_length": 60, "batch_size": 2, "max_turns": 3}
+    data = RolloutDataModule([row] * 4, tools=[Calculator()], **lengths)
+    method = GKD(on_policy_fraction=1.0)
+    tiny.make_trainer(tmp_path, [method], max_steps=2).fit(module, data)
+    assert fake.num_reloads == 2
+    used = [use for rollout in students for use in rollout.tool_use]
+    assert len(used) == 4
+    assert max(use.calls for use in used) > 0
+    seeds = [body["seed"] for body in fake.bodies("/v1/completions") if "seed" in body]
+    assert len(set(seeds)) == len(seeds) > 4  # a turn has one of its own
+
+
 def test_one_line_for_an_engine_that_is_not_there(okd: Fit, assets) -> None:
-    result = okd("fit", assets.data, assets.models, *GKD, "--model.engine", "VLLMServr")
+    result = okd("fit", assets.data, assets.models, *ON_POLICY, "--model.engine", "VLLMServr")
+    assert result.status == 2
+    result = okd("fit", assets.data, assets.models, *ON_POLICY, "--model.engine", "VLLMServr")
     assert result.status == 2
     assert "VLLMServer" in result.err
-    missing = okd("fit", assets.data, assets.models, *GKD, "--model.engine", "VLLMServer")
+    missing = okd("fit", assets.data, assets.models, *ON_POLICY, "--model.engine", "VLLMServer")
     assert missing.status == 2
     assert "url" in missing.err

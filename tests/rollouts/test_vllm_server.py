@@ -10,12 +10,15 @@ that was exchanged in between are errors that say so.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import tiny
 import torch
 from fake_vllm_server import FakeVLLM, serving
 from peft import LoraConfig
 
+from okd_lightning.endpoint import in_parallel
 from okd_lightning.errors import ConfigError, ServerError, ServerTimeoutError
 from okd_lightning.models import Vocabulary, add_adapter, merge_adapters
 from okd_lightning.records import PromptBatch
@@ -112,6 +115,15 @@ def test_a_new_process_finds_the_weights_there(fake, student, make_engine):
     for _ in range(2):
         make_engine(student).generate(prompts(2), Sampling(), NOISE, 2)
     assert fake.num_reloads == 1
+
+
+def test_processes_take_turns(fake, student, make_engine):
+    """Four that write at once with one folder: the first brings the weights."""
+    engines = [make_engine(tiny.make_llama(1)) for _ in range(4)]
+    calls = [partial(engine.generate, prompts(2), Sampling(), NOISE, 2) for engine in engines]
+    found = in_parallel(calls, 4)
+    assert fake.num_reloads == 1
+    assert found == [found[0]] * 4
 
 
 def test_limits_of_rows_and_greedy(fake, student, make_engine):

@@ -130,9 +130,7 @@ REFUSED = {
     "asks for": lambda: [OPD()],
     "an online module needs a teacher": lambda: [OKD()],
     "its temperature is 2": lambda: [KD(temperature=2.0)],
-    "20 ids, .* 5 are known|19 ids, and 5 are known": lambda: [
-        KD(divergence=TopK(ReverseKL(), 20))
-    ],
+    "takes 19 ids, and 5 are known": lambda: [KD(divergence=TopK(ReverseKL(), 20))],
     "PaperMeasures has the teacher write": lambda: [KD(), PaperMeasures()],
 }
 
@@ -173,7 +171,7 @@ def test_another_model(train, fake):
 
 def test_padding_that_has_probability(train, fake):
     fake.model = fake.answers_with = tiny.make_llama(2, tiny.TEACHER_ROWS)
-    with pytest.raises(VocabularyError, match=r"no token for, with probability 0\.\d+"):
+    with pytest.raises(VocabularyError, match=r"no token for, with probability [01], such as"):
         train([KD()], k=5)
 
 
