@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from okd_lightning.errors import ConfigError, OutputError
 from okd_lightning.models import merged_copy
@@ -44,6 +47,18 @@ def weights_label(model: PreTrainedModel) -> str:
     return f"okd-{found.hexdigest()}"
 
 
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Weights are written at every step: transformers would show each time."""
+    was_shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            transformers_logging.enable_progress_bar()
+
+
 def write_weights(model: PreTrainedModel, folder: Path) -> Path:
     """Write a plain model, adapters merged, as a Hugging Face folder.
 
@@ -59,7 +74,8 @@ def write_weights(model: PreTrainedModel, folder: Path) -> Path:
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        plain.save_pretrained(folder)
+        with _without_progress_bar():
+            plain.save_pretrained(folder)
     except OSError as error:
         raise OutputError(
             f"model.engine: {str(folder)!r} cannot be written ({error.strerror or error}); choose "

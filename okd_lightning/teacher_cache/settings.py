@@ -53,9 +53,6 @@ class TeacherServer:
         timeout_seconds: Longest wait for one row, which includes the server's queue.
         concurrency: Requests under way at once.
         num_retries: Repeats of a request whose connection failed.
-
-    Raises:
-        ConfigError: A number out of its range.
     """
 
     url: str
@@ -65,17 +62,22 @@ class TeacherServer:
     concurrency: int = 16
     num_retries: int = 5
 
-    def __post_init__(self) -> None:
-        for name in ("k", "concurrency"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"model.teacher_server.{name} must be at least 1, got {getattr(self, name)}"
-                )
-
     @classmethod
     def of(cls, given: str | TeacherServer) -> TeacherServer:
-        """The settings, also where only an address is given."""
-        return cls(url=given) if isinstance(given, str) else given
+        """The settings, also where only an address is given; checked.
+
+        The check is not made where they are built: the command line tries whether they fit, and
+        would take its message for "they do not".
+
+        Raises:
+            ConfigError: A number out of its range.
+        """
+        settings = cls(url=given) if isinstance(given, str) else given
+        for name in ("k", "concurrency"):
+            value = getattr(settings, name)
+            if value < 1:
+                raise ConfigError(f"model.teacher_server.{name} must be at least 1, got {value}")
+        return settings
 
 
 def check_served_teacher(server: object, others: Mapping[str, object]) -> None:

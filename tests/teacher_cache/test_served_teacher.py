@@ -152,7 +152,7 @@ def test_nothing_else_of_a_teacher_may_be_given(make_module, teacher_folder):
         with pytest.raises(ConfigError, match=f"and model.{option} says something of another"):
             make_module(teacher_server="http://x", **given)
     with pytest.raises(ConfigError, match="k must be at least 1"):
-        TeacherServer("http://x", k=0)
+        make_module(teacher=None, teacher_server=TeacherServer("http://x", k=0))
 
 
 # ------------------------------------------------------------------- what goes wrong
