@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,9 @@ def write_weights(model: PreTrainedModel, folder: Path) -> Path:
         OutputError: It cannot be written.
         ConfigError: See ``merged_copy``.
     """
-    plain = merged_copy(model)
+    plain: Any = merged_copy(model)
+    # transformers writes on the first rank alone; here whoever holds the lock does
+    plain.should_save_on_this_rank = lambda is_main_process: is_main_process
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -81,4 +84,6 @@ def write_weights(model: PreTrainedModel, folder: Path) -> Path:
             f"model.engine: {str(folder)!r} cannot be written ({error.strerror or error}); choose "
             "another sync_folder"
         ) from error
+    if not any(folder.glob("*.safetensors")):
+        raise OutputError(f"model.engine: no weights were written to {str(folder)!r} by this rank")
     return folder.resolve()
