@@ -31,6 +31,7 @@ class FakeVLLM:
         self.version = "default"
         self.logprobs_mode = "processed_logprobs"
         self.max_logprobs = 40
+        self.stops_at: list[int] = []  # of the server's own defaults
         self.has_dev_mode = True
         self.loads_weights = True
         self.url = ""
@@ -103,7 +104,7 @@ class FakeVLLM:
             ids.append(token)
             written.append(token)
             logprobs.append(logprob)
-            ends = list(body.get("stop_token_ids") or [])
+            ends = [*(body.get("stop_token_ids") or []), *self.stops_at]
             ends += [] if body.get("ignore_eos") else [self.model.config.eos_token_id]
             if token in ends:
                 reason = "stop"

@@ -141,6 +141,19 @@ def test_limits_of_rows_and_greedy(fake, student, make_engine):
     assert make_engine(student).generate(prompts(0), greedy, NOISE, 3).response_ids == ()
 
 
+def test_the_runs_own_ids_alone_end_a_response(fake, student, make_engine):
+    engine = make_engine(student).host.engine(student, VOCABULARY, (5, 7))
+    rollout = engine.generate(prompts(), Sampling(), NOISE, 12)
+    for ids, reason in zip(rollout.response_ids, rollout.stop_reasons, strict=True):
+        assert not {5, 7} & set(ids[:-1])
+        assert (ids[-1] in (5, 7)) == (reason == "eos")
+    inner = {i for ids in rollout.response_ids for i in ids[:-1]}
+    assert tiny.EOS in inner  # the model's own, which is none of this run's
+    fake.stops_at = [inner.pop()]
+    with pytest.raises(ServerError, match="which ends none of this run's"):
+        engine.generate(prompts(), Sampling(), NOISE, 12)
+
+
 def test_seeds_are_by_what_is_sampled(fake, student, make_engine):
     engine = make_engine(student)
     batch = prompts()
