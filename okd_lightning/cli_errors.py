@@ -48,6 +48,7 @@ _KINDS = {
     "Tool": "tool",
     "RewardFunction": "reward",
     "Advantage": "advantage",
+    "EngineSource": "engine",
 }
 _MOST_NAMES = 25
 _TYPE_NAMES = {

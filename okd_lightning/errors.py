@@ -70,3 +70,11 @@ class LostRankError(OKDLightningError, ConnectionError):
 
 class PreemptedError(OKDLightningError, InterruptedError):
     """A run that was asked to stop (SIGTERM), behind a checkpoint; exit status 143."""
+
+
+class ServerError(OKDLightningError, ConnectionError):
+    """A server that cannot be reached, refuses, or is not what this run needs."""
+
+
+class ServerTimeoutError(ServerError, TimeoutError):
+    """A server that did not answer in time."""

@@ -158,6 +158,8 @@ def _pad_id(module: DistillationModule) -> int:
 
 def _teacher(model: Mapping[str, Any]) -> str:
     own = model.get("self_teacher")
+    if model.get("teacher_server"):
+        return "on a server, of whom the likeliest ids are known"
     return f"the student itself ({own})" if own else f"`{_shown(model.get('teacher'))}`"
 
 

@@ -49,6 +49,7 @@ from okd_lightning.opening import open_run
 from okd_lightning.optimizers import RateSchedule, build_optimizer, with_schedule
 from okd_lightning.pair_module import PairModule
 from okd_lightning.records import SOURCES, DistillBatch
+from okd_lightning.rollouts import EngineSource
 from okd_lightning.rollouts.rows import generation_records
 from okd_lightning.run_state import add_state, check_state
 from okd_lightning.schedules import ScheduleName, schedule_factor
@@ -61,7 +62,7 @@ from okd_lightning.step_terms import (
     teaching_window,
     trains_teacher,
 )
-from okd_lightning.teacher_cache import TeacherCache, check_cached_term
+from okd_lightning.teacher_cache import TeacherCache, TeacherServer, check_cached_term
 
 
 class DistillationModule(PairModule):
@@ -99,6 +100,9 @@ class DistillationModule(PairModule):
             measuring; costs a minute at the start, and needs a C++ compiler on a CPU.
         teacher_cache: A folder, or settings: what the teacher says about given responses is written
             there once, and trained from without the teacher in memory.
+        teacher_server: An address, or settings: the teacher is asked on a server; docs/vllm.md.
+        engine: What writes the student's responses in place of the built-in engine, such as
+            VLLMServer; docs/vllm.md.
 
     Raises:
         ConfigError: A number out of its range, or no tokenizer.
@@ -128,6 +132,8 @@ class DistillationModule(PairModule):
         packing: bool = True,
         compile_blocks: bool = False,
         teacher_cache: str | TeacherCache | None = None,
+        teacher_server: str | TeacherServer | None = None,
+        engine: EngineSource | None = None,
     ) -> None:
         for name, value in (
             ("learning_rate", learning_rate),
@@ -160,6 +166,8 @@ class DistillationModule(PairModule):
             packing=packing,
             compile_blocks=compile_blocks,
             teacher_cache=teacher_cache,
+            teacher_server=teacher_server,
+            engine=engine,
         )
         self.strict_loading = False  # frozen weights are not in checkpoints; see on_load_checkpoint
         self.learning_rate = learning_rate
@@ -202,7 +210,9 @@ class DistillationModule(PairModule):
                 "or --model.self_teacher"
             )
         if self.cache_in_use is not None:
-            check_cached_term(term, self.cache_in_use.k, self.vocabulary.size)
+            known = self.cache_in_use
+            size = self.vocabulary.size
+            check_cached_term(term, known.k, size, known.option, known.reads_new_rows)
         self.terms.append(term)
 
     def teardown(self, stage: str) -> None:
@@ -349,7 +359,8 @@ class DistillationModule(PairModule):
         is_own = SOURCES[int(batch.source[0])] == "student"
         wanted = measures(stage, is_own, has_teacher=self.has_teacher)
         if self.cache_in_use is not None:
-            wanted = cached_measures(stage, is_own, self.cache_in_use.k)
+            known = self.cache_in_use
+            wanted = cached_measures(stage, is_own, known.k, known.reads_new_rows)
         with self.as_base_teacher():
             self._update_measures(wanted, self.measure(batch, tuple(wanted.values())))
         if self._has_online_module and not is_own:

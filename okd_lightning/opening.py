@@ -35,5 +35,7 @@ def open_run(module: PairModule, terms: Sequence[Term], learning_rate: float) ->
         )
     if module.self_teacher is not None:
         rank_zero_info(f"the student is its own teacher ({module.self_teacher})")
-    if module.cache_in_use is not None:
+    if module.served_teacher is not None:
+        module.served_teacher.connect()
+    elif module.cache_in_use is not None:
         prepare_cache(module, module.trainer, terms, module.sides.side)

@@ -54,14 +54,17 @@ from okd_lightning.models import (
 from okd_lightning.pair_sides import PairSides
 from okd_lightning.records import DistillBatch, PromptBatch, Rollout
 from okd_lightning.rollouts import NoiseStream, RolloutEngine, Sampling, TransformersEngine
-from okd_lightning.rollouts.engine import Author, Progress
+from okd_lightning.rollouts.engine import Author, EngineSource, Progress
 from okd_lightning.rollouts.tool_rollouts import ToolEngine, ToolRounds
 from okd_lightning.sharding import Placement, WholeModels
 from okd_lightning.teacher_cache import (
     CachedTeacher,
+    ServedTeacher,
     TeacherCache,
+    TeacherServer,
     cached_terms,
     check_cached_teacher,
+    check_served_teacher,
 )
 
 
@@ -84,8 +87,12 @@ class PairModule(lightning.LightningModule):
         packing: bool = True,
         compile_blocks: bool = False,
         teacher_cache: TeacherCache | str | None = None,
+        teacher_server: TeacherServer | str | None = None,
+        engine: EngineSource | None = None,
     ) -> None:
         super().__init__()
+        others = {"teacher": teacher, "self_teacher": self_teacher, "teacher_cache": teacher_cache}
+        check_served_teacher(teacher_server, {**others, "teacher_dtype": teacher_dtype})
         check_cached_teacher(teacher_cache, self_teacher, teacher is not None)
         if isinstance(student, PreTrainedModel) and student is teacher:
             raise ConfigError(
@@ -102,6 +109,7 @@ class PairModule(lightning.LightningModule):
         self.tile_positions = tile_positions
         self.packing = packing
         self.compile_blocks = compile_blocks
+        self.engine = engine
         self.packs_student = self.packs_teacher = False  # before there are models
         self.tokenizer = find_tokenizer(tokenizer, student, teacher)
         self.vocabulary = check_pair(self.tokenizer, student, teacher)
@@ -109,6 +117,10 @@ class PairModule(lightning.LightningModule):
         self.cached_teacher: CachedTeacher | None = None
         if teacher_cache is not None:
             self.cached_teacher = CachedTeacher(TeacherCache.of(teacher_cache), self.vocabulary)
+        self.served_teacher: ServedTeacher | None = None
+        if teacher_server is not None:
+            server = TeacherServer.of(teacher_server)
+            self.served_teacher = ServedTeacher(server, self.vocabulary, self.tokenizer)
         self.student: PreTrainedModel | None = None
         self.teacher: PreTrainedModel | None = None
         self.online_module: OnlineModuleSettings | None = None
@@ -129,11 +141,13 @@ class PairModule(lightning.LightningModule):
     @property
     def has_teacher(self) -> bool:
         """Whether there is a teacher; where it is the student itself, ``teacher`` may be None."""
-        return self.teacher_source is not None
+        return self.teacher_source is not None or self.served_teacher is not None
 
     @property
-    def cache_in_use(self) -> CachedTeacher | None:
-        """What stands for the teacher while a run trains; where it only measures, None does."""
+    def cache_in_use(self) -> CachedTeacher | ServedTeacher | None:
+        """What stands for the teacher: a server always, a cache while a run trains."""
+        if self.served_teacher is not None:
+            return self.served_teacher
         is_training = self._trainer is not None and self._trainer.state.fn == "fit"
         return self.cached_teacher if is_training else None
 
@@ -335,13 +349,16 @@ class PairModule(lightning.LightningModule):
             model = cast(PreTrainedModel, model.get_base_model())
         precision = self._trainer.precision_plugin.forward_context if self._trainer else nullcontext
         with torch.no_grad(), precision(), phase, in_eval_mode(model), as_author:
-            engine = self.build_engine(model)
+            if author == "student" and self.engine is not None:
+                engine = self.engine.engine(model, self.vocabulary, self.eos_ids)
+            else:
+                engine = self.build_engine(model)
             if self.tool_rounds is not None:
                 engine = ToolEngine(engine, self.tool_rounds)
             return engine.generate(prompts, sampling, generator, max_new_tokens, progress)
 
     def build_engine(self, model: PreTrainedModel) -> RolloutEngine:
-        """The engine that writes with ``model``; override it to bring another."""
+        """The built-in engine on ``model``; override it to bring another for both models."""
         return TransformersEngine(model, self.vocabulary, self.eos_ids)
 
     def add_eos_ids(self, ids: Iterable[int]) -> None:

@@ -2,7 +2,8 @@
 
 * Complete configs run on the quickstart's small models and data in place of their own.
 * Overlays run on top of one of them; those of several processes start two, by Lightning itself, by
-  torchrun, and as SLURM's srun does, as if on two nodes.
+  torchrun, and as SLURM's srun does, as if on two nodes; those that name a server have one that
+  speaks vLLM's protocol.
 * A config that nobody runs here fails the suite.
 """
 
@@ -15,6 +16,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from fake_vllm_server import FakeVLLM, serving
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from okd_lightning.__main__ import main
 from okd_lightning.cli_arguments import packaged_configs
@@ -58,10 +61,14 @@ LAUNCHED = {  # overlays of several processes, with what makes this machine one 
     "overlays/ddp": ["--trainer.devices", "2"],
 }
 TORCHRUN, SLURM = "overlays/fsdp2", "overlays/slurm"
+SERVERS = {  # with the option that says where the server is
+    "overlays/vllm_server": ("--model.engine.url", {"val/on_policy_reverse_kl"}),
+    "overlays/teacher_server": ("--model.teacher_server.url", {"val/on_policy_top_k_reverse_kl"}),
+}
 
 
 def test_every_config_is_run_here():
-    assert set(packaged_configs()) == {*RUNS, *OVERLAYS, *LAUNCHED, TORCHRUN, SLURM}
+    assert set(packaged_configs()) == {*RUNS, *OVERLAYS, *LAUNCHED, *SERVERS, TORCHRUN, SLURM}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
@@ -90,6 +97,26 @@ def test_overlay_trains(overlay, tmp_path, monkeypatch, capsys):
     (folder,) = (tmp_path / "runs").iterdir()
     columns = set((folder / "metrics.csv").read_text().splitlines()[0].split(","))
     assert OVERLAYS[overlay] <= columns
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the libraries', not ours
+@pytest.mark.parametrize("overlay", SERVERS)
+def test_overlay_with_a_server_trains(overlay, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    option, expected = SERVERS[overlay]
+    models = MODELS[:2] if "teacher" in overlay else MODELS
+    base = ["--config", "tinystories", *models, *DATA, *SHORT]
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER_DIR)
+    with serving(FakeVLLM(AutoModelForCausalLM.from_pretrained(TEACHER_DIR), tokenizer)) as fake:
+        own = [*TOKENIZER, option, fake.url]
+        if overlay == "overlays/vllm_server":
+            own += ["--model.engine.sync_folder", str(tmp_path / "weights")]
+        status = main(["fit", *base, "--config", overlay, *own])
+    assert status == 0, capsys.readouterr().err
+    assert fake.bodies("/v1/completions")
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert expected <= set((folder / "metrics.csv").read_text().splitlines()[0].split(","))
 
 
 def command(folder: Path, overlay: str, *more: str) -> list[str]:

@@ -85,15 +85,16 @@ class PaperMeasures(EvaluationCallback):
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
-        """Refuse a cached teacher, which writes nothing.
+        """Refuse a teacher that is not run here, and so writes nothing.
 
         Raises:
-            ConfigError: This run trains from one.
+            ConfigError: This run trains from a cache or a server.
         """
         if isinstance(pl_module, DistillationModule) and pl_module.cache_in_use is not None:
             raise ConfigError(
-                "PaperMeasures has the teacher write, and model.teacher_cache leaves it out of "
-                "this run: leave one of them out, or measure afterwards (okd-lightning test)"
+                f"PaperMeasures has the teacher write, and {pl_module.cache_in_use.option} leaves "
+                "it out of this run: leave one of them out, or measure afterwards "
+                "(okd-lightning test)"
             )
 
     def _log(self, trainer: lightning.Trainer, pl_module: Any, part: str) -> None:

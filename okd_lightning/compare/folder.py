@@ -20,10 +20,10 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from okd_lightning.compare.budget import Budget
 from okd_lightning.compare.entries import Entry
+from okd_lightning.durable_files import read_json, write_json
 from okd_lightning.errors import ConfigError
 from okd_lightning.reports import RunResult
 from okd_lightning.run_folder import require_writable
-from okd_lightning.whole_files import read_json, write_json
 
 _MANIFEST = "comparison.json"
 _RESULT = "result.json"

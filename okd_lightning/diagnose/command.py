@@ -21,9 +21,9 @@ from okd_lightning.diagnose.findings import Advice, Diagnosis, to_record
 from okd_lightning.diagnose.page import write_page
 from okd_lightning.diagnose.rules import GKD_REVERSE_KL, advise, contenders
 from okd_lightning.diagnose.terminal import show
+from okd_lightning.durable_files import write_json
 from okd_lightning.errors import ConfigError, UsageError
 from okd_lightning.run_folder import require_writable
-from okd_lightning.whole_files import write_json
 
 _CONTENDER = """\
 # Exact reverse KL on the student's own responses, for okd-lightning compare --methods

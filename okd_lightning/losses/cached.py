@@ -77,12 +77,12 @@ def _cached_divergence(divergence: Divergence, k: int, vocab_size: int) -> Cache
         )
     if isinstance(divergence, TopK):
         if divergence.side != "teacher":
-            raise ConfigError("its TopK is over the student's likeliest ids, which are not cached")
+            raise ConfigError("its TopK is over the student's likeliest ids, which are not known")
         wanted = min(divergence.k, vocab_size)
         if wanted > known:
             raise ConfigError(
-                f"its TopK takes {wanted} ids, and the cache holds {known}: raise "
-                "--model.teacher_cache.k, or lower the method's k"
+                f"its TopK takes {wanted} ids, and {known} are known of this teacher: raise the k "
+                "of --model.teacher_cache or --model.teacher_server, or lower the method's k"
             )
         divergence, known = divergence.divergence, wanted
     if divergence.softmax_temperature != 1.0:

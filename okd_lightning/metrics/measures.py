@@ -56,15 +56,19 @@ def measures(stage: str, is_own: bool, has_teacher: bool) -> dict[str, Quantity]
     return {prefix + name: quantity for name, quantity in quantities.items()}
 
 
-def cached_measures(stage: str, is_own: bool, k: int) -> dict[str, Quantity]:
-    """Metric name → quantity, where k ids of the teacher on given responses are all that is known.
+def cached_measures(
+    stage: str, is_own: bool, k: int, reads_new_rows: bool = False
+) -> dict[str, Quantity]:
+    """Metric name → quantity, where k ids of the teacher are all that is known.
 
     ``top_k_*`` are lower bounds of what they are called after, through these ids and the rest;
-    agreement is exact. On the student's own responses only its own numbers are taken.
+    agreement is exact. On the student's own responses only its own numbers are taken, but where the
+    teacher can be asked about new ones.
     """
     quantities = measures(stage, is_own, has_teacher=False)
-    if not is_own:
-        quantities |= {f"{stage}/{name}": form(k) for name, form in _AGAINST_CACHED.items()}
+    if not is_own or reads_new_rows:
+        prefix = f"{stage}/on_policy_" if is_own else f"{stage}/"
+        quantities |= {prefix + name: form(k) for name, form in _AGAINST_CACHED.items()}
     return quantities
 
 
@@ -85,7 +89,7 @@ def measure_metrics() -> nn.ModuleDict:
         for is_own in (False, True)
         for name in {
             **measures(stage, is_own, has_teacher=True),
-            **cached_measures(stage, is_own, k=1),
+            **cached_measures(stage, is_own, k=1, reads_new_rows=True),
             **adapted_measures(stage),
         }
     ]

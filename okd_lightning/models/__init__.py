@@ -29,7 +29,7 @@ from okd_lightning.models.loading import (
     load_model_config,
     load_tokenizer,
 )
-from okd_lightning.models.merging import merge_adapters
+from okd_lightning.models.merging import merge_adapters, merged_copy
 from okd_lightning.models.online_module import (
     OnlineModuleSettings,
     WithinContext,
@@ -49,7 +49,11 @@ from okd_lightning.models.self_teacher import (
     in_eval_mode,
     teacher_copy,
 )
-from okd_lightning.models.vocabulary import Vocabulary, check_vocabulary_agreement
+from okd_lightning.models.vocabulary import (
+    Vocabulary,
+    check_vocabulary_agreement,
+    probe_texts,
+)
 
 __all__ = [
     "DEFAULT_EMA_DECAY",
@@ -85,7 +89,9 @@ __all__ = [
     "load_tokenizer",
     "max_positions",
     "merge_adapters",
+    "merged_copy",
     "packs_rows",
+    "probe_texts",
     "reads_packed_rows",
     "recompute_activations",
     "teacher_copy",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from okd_lightning.errors import ConfigError
 
 
 def merge_adapters(model: PreTrainedModel) -> bool:
@@ -26,6 +30,49 @@ def merge_adapters(model: PreTrainedModel) -> bool:
     is_taken_apart = _take_apart(model.get_input_embeddings(), model.get_output_embeddings())
     _merge_below(model)
     return is_taken_apart
+
+
+@torch.no_grad()
+def merged_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A plain model with all adapters folded in, to be saved; ``model`` stays as it is.
+
+    What no adapter changes is shared with ``model``; adapted layers are copied one at a time.
+
+    Raises:
+        ConfigError: Embedding and head share their weights and either is adapted: as one plain
+            model of this config they cannot be told apart.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    is_adapted = (_under(embedding), _under(head)) != (embedding, head)
+    if is_adapted and _under(embedding).weight is _under(head).weight:
+        raise ConfigError(
+            "the student shares one table between embedding and head, and its adapter changes "
+            "one of them: as a plain model for another engine they cannot be told apart; leave "
+            "embed_tokens and lm_head out of the adapter's target_modules, or use the built-in "
+            "engine"
+        )
+    state: dict[str, Tensor] = {}
+    _collect(model, "", state)
+    with torch.device("meta"):
+        plain: PreTrainedModel = type(model)(deepcopy(model.config))
+    plain.load_state_dict(state, strict=True, assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain
+
+
+def _collect(module: nn.Module, prefix: str, state: dict[str, Tensor]) -> None:
+    """The state of ``module`` as it is when all adapters below are merged."""
+    for name, child in module.named_children():
+        if isinstance(child, AuxiliaryTrainingWrapper | BaseTunerLayer):
+            merged = _plain(deepcopy(child))
+            state.update(merged.state_dict(prefix=f"{prefix}{name}."))
+        else:
+            _collect(child, f"{prefix}{name}.", state)
+    own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
+    passing = module._non_persistent_buffers_set
+    own |= {n: b for n, b in module.named_buffers(recurse=False) if n not in passing}
+    state.update({prefix + name: tensor.detach() for name, tensor in own.items()})
 
 
 def _merge_below(parent: nn.Module) -> None:

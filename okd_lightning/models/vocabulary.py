@@ -59,6 +59,16 @@ class Vocabulary:
             )
 
 
+def probe_texts(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[int]]]:
+    """Texts in which tokenizers differ if they differ, with the ids that this one cuts them into.
+
+    A text for which it has no tokens is left out.
+    """
+    own_text = str(tokenizer.decode(list(range(0, len(tokenizer), 1 + len(tokenizer) // 64))))
+    found = [(text, _cut(tokenizer, text)) for text in (_PROBE, own_text)]
+    return [(text, ids) for text, ids in found if ids is not None]
+
+
 def check_vocabulary_agreement(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
 ) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from okd_lightning.whole_files import write_json
+from okd_lightning.durable_files import write_json
 
 
 @dataclass(frozen=True)

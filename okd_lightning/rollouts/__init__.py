@@ -4,6 +4,9 @@
 * ``sampling``: temperature, top-k, top-p, and the draw itself.
 * ``engine``: the protocol of a rollout engine.
 * ``transformers_engine``: the built-in engine, on transformers' models: the queue and the batch.
+* ``vllm_server``: an engine over HTTP, on a vLLM server. ``vllm_engine``: on vLLM in this process,
+  the one module that imports it. ``vllm_requests``: what both ask for and take as an answer.
+* ``weights``: the student's weights for an engine elsewhere.
 * ``kv_cache``: keys and values of rows that leave and join.
 * ``responses``: what has been written of a call, on the model's device.
 * ``tool_rollouts``: any engine, with tools between the turns.
@@ -16,7 +19,7 @@
 * ``loader``: the sized, stateful iterable that regenerates on-policy batches every epoch.
 """
 
-from okd_lightning.rollouts.engine import RolloutEngine, Writer
+from okd_lightning.rollouts.engine import EngineSource, RolloutEngine, Writer
 from okd_lightning.rollouts.loader import RolloutLoader
 from okd_lightning.rollouts.loader_shape import LoaderShape
 from okd_lightning.rollouts.noise import NoiseStream, hashed_uniform
@@ -24,9 +27,12 @@ from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan, plan_for, write
 from okd_lightning.rollouts.replay import KeptResponses, ReplayWriter
 from okd_lightning.rollouts.sampling import Sampling
 from okd_lightning.rollouts.transformers_engine import Blend, TransformersEngine
+from okd_lightning.rollouts.vllm_engine import VLLMEngine
+from okd_lightning.rollouts.vllm_server import VLLMServer
 
 __all__ = [
     "Blend",
+    "EngineSource",
     "KeptResponses",
     "LoaderShape",
     "NoiseStream",
@@ -37,6 +43,8 @@ __all__ = [
     "Sampling",
     "StagedPlan",
     "TransformersEngine",
+    "VLLMEngine",
+    "VLLMServer",
     "Writer",
     "hashed_uniform",
     "plan_for",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Literal, Protocol, TypeAlias
 
+from transformers import PreTrainedModel
+
+from okd_lightning.models import Vocabulary
 from okd_lightning.records import PromptBatch, Rollout
 from okd_lightning.rollouts.noise import NoiseStream
 from okd_lightning.rollouts.sampling import Sampling
@@ -34,6 +38,31 @@ class RolloutEngine(Protocol):
             generator: The noise, keyed by (seed, epoch, prompt, sample, position) alone.
             max_new_tokens: Cut a response here; a cut response has no end-of-sequence id.
             progress: Told about finished rows.
+        """
+
+
+class EngineSource(ABC):
+    """Where the student's responses are written in place of the built-in engine.
+
+    A complete one, with which the built-in engine computes in another number format::
+
+        class LowPrecision(EngineSource):
+            def engine(self, model, vocabulary, eos_ids):
+                return TransformersEngine(model, vocabulary, eos_ids, dtype=torch.bfloat16)
+
+    ``--model.engine my_module.LowPrecision`` chooses it.
+    """
+
+    @abstractmethod
+    def engine(
+        self, model: PreTrainedModel, vocabulary: Vocabulary, eos_ids: tuple[int, ...]
+    ) -> RolloutEngine:
+        """An engine that samples from ``model`` as it is now.
+
+        Args:
+            model: The student, in eval mode, with whatever adapters it has.
+            vocabulary: Ids outside it are never drawn.
+            eos_ids: Ids that end a response.
         """
 
 

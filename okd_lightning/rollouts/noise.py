@@ -16,6 +16,7 @@ from torch import Tensor
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
+_REQUEST = 0x53454544  # domain separation
 
 
 def hashed_uniform(*keys: int | np.ndarray) -> np.ndarray:
@@ -53,6 +54,17 @@ class NoiseStream:
         starts = np.asarray([self.starts.get(key, 0) for key in keys], dtype=np.int64)
         positions = starts[:, None] + np.arange(num_positions)[None, :]
         return torch.from_numpy(hashed_uniform(self.seed, self.epoch, *rows, positions))
+
+    def seeds(self, index: Sequence[int], sample: Sequence[int]) -> list[int]:
+        """One seed a row, below 2^52, for a sampler that draws with noise of its own.
+
+        Keyed like ``uniform``: a response that goes on behind a tool's answer gets another one.
+        """
+        keys = zip(index, sample, strict=True)
+        starts = np.asarray([self.starts.get(key, 0) for key in keys], dtype=np.int64)
+        rows = np.asarray(index, dtype=np.int64), np.asarray(sample, dtype=np.int64)
+        drawn = hashed_uniform(_REQUEST, self.seed, self.epoch, *rows, starts)
+        return [int(value) for value in np.atleast_1d(drawn) * 2.0**52]
 
     def starting_at(self, starts: Mapping[tuple[int, int], int]) -> NoiseStream:
         """The same stream for responses that have these many tokens, by (prompt, sample)."""

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from okd_lightning.collation import collate
-from okd_lightning.errors import CacheError, ConfigError, ModelError
-from okd_lightning.losses import PackedHead, Quantity, Side, cached_form
+from okd_lightning.errors import CacheError, ModelError
+from okd_lightning.losses import PackedHead, Quantity, Side
 from okd_lightning.losses.tiling import slices, tile_size
 from okd_lightning.models import Vocabulary
 from okd_lightning.records import SOURCES, DistillBatch, Example
@@ -21,6 +21,7 @@ from okd_lightning.sequences import Sequences
 from okd_lightning.teacher_cache.layout import PART_POSITIONS, Place, layout_of, reading_key
 from okd_lightning.teacher_cache.settings import TeacherCache
 from okd_lightning.teacher_cache.store import Entry, from_records, record_type, to_records
+from okd_lightning.teacher_cache.terms import check_known
 
 _FORMAT = 1
 _DATASET = SOURCES.index("dataset")
@@ -67,6 +68,8 @@ class CachedTeacher:
         part_positions: Loss tokens a file, about.
     """
 
+    option = "--model.teacher_cache"
+    reads_new_rows = False
     part_positions = PART_POSITIONS
 
     def __init__(self, settings: TeacherCache, vocabulary: Vocabulary) -> None:
@@ -123,12 +126,7 @@ class CachedTeacher:
             ConfigError: A quantity for which the teacher has to be run.
             CacheError: A row of the data set that is not in the cache, or a broken file.
         """
-        for quantity in quantities:
-            if cached_form(quantity, self.k, self.vocabulary.size) != quantity:
-                raise ConfigError(
-                    f"{quantity} was asked of a cached teacher: measure it without "
-                    "--model.teacher_cache, or where nothing is trained (okd-lightning validate)"
-                )
+        check_known(quantities, self.k, self.vocabulary.size, self.option)
         reads = batch.teacher_reads
         device = reads.input_ids.device
         ids, mask = reads.input_ids.cpu().numpy(), reads.mask.cpu().numpy()

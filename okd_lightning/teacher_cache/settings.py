@@ -1,7 +1,8 @@
-"""What a user says of a teacher's cache: where it lies and how much it keeps."""
+"""What a user says of a teacher that is not run here: its cache, or its server."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
@@ -39,6 +40,62 @@ class TeacherCache:
     def of(cls, given: str | TeacherCache) -> TeacherCache:
         """The settings, also where only a folder is given."""
         return cls(folder=given) if isinstance(given, str) else given
+
+
+@dataclass(frozen=True)
+class TeacherServer:
+    """A teacher on an OpenAI-compatible vLLM server, which scores every row of a batch.
+
+    Args:
+        url: Of the server, such as http://localhost:8000.
+        model: Name under which it serves the teacher; by default the only one that it has.
+        k: Ids that keep their own log-probability; the server needs --max-logprobs k + 8.
+        timeout_seconds: Longest wait for one row, which includes the server's queue.
+        concurrency: Requests under way at once.
+        num_retries: Repeats of a request whose connection failed.
+    """
+
+    url: str
+    model: str | None = None
+    k: int = 12
+    timeout_seconds: float = 600.0
+    concurrency: int = 16
+    num_retries: int = 5
+
+    @classmethod
+    def of(cls, given: str | TeacherServer) -> TeacherServer:
+        """The settings, also where only an address is given; checked.
+
+        The check is not made where they are built: the command line tries whether they fit, and
+        would take its message for "they do not".
+
+        Raises:
+            ConfigError: A number out of its range.
+        """
+        settings = cls(url=given) if isinstance(given, str) else given
+        for name in ("k", "concurrency"):
+            value = getattr(settings, name)
+            if value < 1:
+                raise ConfigError(f"model.teacher_server.{name} must be at least 1, got {value}")
+        return settings
+
+
+def check_served_teacher(server: object, others: Mapping[str, object]) -> None:
+    """Refuse a served teacher beside settings of another one.
+
+    Args:
+        server: The setting.
+        others: What else was said of a teacher, by option; None for nothing.
+
+    Raises:
+        ConfigError: Naming what to leave out.
+    """
+    given = [f"model.{name}" for name, value in others.items() if value is not None]
+    if server is not None and given:
+        raise ConfigError(
+            f"model.teacher_server names a teacher that runs on a server, and {given[0]} says "
+            "something of another one: leave one of them out"
+        )
 
 
 def check_cached_teacher(cache: object, self_teacher: str | None, has_teacher: bool) -> None:

@@ -112,7 +112,7 @@ def test_what_is_read_as_what():
     ("quantity", "words"),
     [
         (ExactDivergence(Tempered(ForwardKL(), 2.0)), "temperature is 2"),
-        (ExactDivergence(TopK(ForwardKL(), 5)), "takes 5 ids, and the cache holds 4"),
+        (ExactDivergence(TopK(ForwardKL(), 5)), "takes 5 ids, and 4 are known"),
         (ExactDivergence(TopK(ForwardKL(), 3, "student")), "student's likeliest ids"),
         (ExactDivergence(ForwardKL(), learner="teacher"), "ExactDivergence"),
         (DrawnLogProb("teacher"), "DrawnLogProb"),

@@ -1,0 +1,89 @@
+"""The student's weights for an engine elsewhere: which they are, and as a folder it can load."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from okd_lightning.errors import ConfigError, OutputError
+from okd_lightning.models import merged_copy
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@torch.no_grad()
+def weights_label(model: PreTrainedModel) -> str:
+    """A name that changes with any weight: of all names, shapes and sums of the weights' bits.
+
+    It is worked out from what the weights are, so that nothing that changes them can be missed, on
+    any rank and after a resume.
+
+    Raises:
+        ConfigError: Weights that are sharded over processes.
+    """
+    state: dict[str, Tensor] = model.state_dict()
+    if any(isinstance(tensor, DTensor) for tensor in state.values()):
+        raise ConfigError(
+            "the student's weights are sharded over processes, and model.engine sends whole ones: "
+            "leave model.engine out, so that the built-in engine writes"
+        )
+    sums = []
+    for tensor in state.values():
+        bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]).flatten()
+        sums.append(torch.stack([bits.sum(dtype=torch.int64), bits[::2].sum(dtype=torch.int64)]))
+    numbers = torch.stack(sums).tolist()
+    found = blake2b(digest_size=10)
+    for (name, tensor), pair in zip(state.items(), numbers, strict=True):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {pair}".encode())
+    return f"okd-{found.hexdigest()}"
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Weights are written at every step: transformers would show each time."""
+    was_shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            transformers_logging.enable_progress_bar()
+
+
+def write_weights(model: PreTrainedModel, folder: Path) -> Path:
+    """Write a plain model, adapters merged, as a Hugging Face folder.
+
+    Args:
+        model: Stays as it is.
+        folder: Made anew; nothing else may lie in it.
+
+    Raises:
+        OutputError: It cannot be written.
+        ConfigError: See ``merged_copy``.
+    """
+    plain: Any = merged_copy(model)
+    # transformers writes on the first rank alone; here whoever holds the lock does
+    plain.should_save_on_this_rank = lambda is_main_process: is_main_process
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        with _without_progress_bar():
+            plain.save_pretrained(folder)
+    except OSError as error:
+        raise OutputError(
+            f"model.engine: {str(folder)!r} cannot be written ({error.strerror or error}); choose "
+            "another sync_folder"
+        ) from error
+    if not any(folder.glob("*.safetensors")):
+        raise OutputError(f"model.engine: no weights were written to {str(folder)!r} by this rank")
+    return folder.resolve()

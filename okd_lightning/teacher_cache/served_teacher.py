@@ -1,0 +1,196 @@
+"""A teacher on a server: its likeliest ids for every loss token, asked for batch by batch.
+
+The server is an OpenAI-compatible vLLM, which scores prompts (``prompt_logprobs``). A row of a
+batch, prompt and response, is one prompt to it; what it says of the loss tokens becomes the packed
+rows of ``losses.outcomes``, as they come from the cache. Unlike a cache it reads what the student
+writes in this run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import PreTrainedTokenizerBase
+
+from okd_lightning.endpoint import Endpoint, ServerStatusError, in_parallel
+from okd_lightning.errors import ServerError, VocabularyError
+from okd_lightning.losses import PackedHead, Quantity, Side, pack_outcomes
+from okd_lightning.models import Vocabulary, probe_texts
+from okd_lightning.records import DistillBatch
+from okd_lightning.teacher_cache.settings import TeacherServer
+from okd_lightning.teacher_cache.terms import check_known
+
+_SPARE = 8
+"""Ids that are asked for beyond k, in place of such that no token has."""
+
+_NEGLIGIBLE = 1e-3
+"""Probability that ids without a token may have."""
+
+_LEAST_REST = 1e-7
+"""What a sum of k float32 probabilities cannot be told apart from one by."""
+
+
+class ServedTeacher:
+    """Asks a server what the teacher has to say about a batch.
+
+    Args:
+        settings: Which server, and what to ask of it.
+        vocabulary: The run's.
+        tokenizer: The run's, which the server's has to agree with.
+    """
+
+    option = "--model.teacher_server"
+    reads_new_rows = True
+
+    def __init__(
+        self, settings: TeacherServer, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        self.settings = settings
+        self.vocabulary = vocabulary
+        self.k = min(settings.k, vocabulary.size - len(vocabulary.invalid_ids))
+        self._tokenizer = tokenizer
+        self._endpoint = Endpoint(
+            settings.url, self.option, settings.timeout_seconds, settings.num_retries
+        )
+        self._served = ""
+
+    def connect(self) -> None:
+        """Find the model and compare the tokenizers, once.
+
+        Raises:
+            ServerError: The server cannot be reached, or does not serve the model.
+            VocabularyError: It cuts text into other ids than the run's tokenizer.
+        """
+        if self._served:
+            return
+        answer = self._endpoint.get("/v1/models")
+        names = [str(entry["id"]) for entry in (answer or {}).get("data", [])]
+        wanted = self.settings.model
+        if not (len(names) == 1 if wanted is None else wanted in names):
+            raise ServerError(
+                f"{self._name} serves {', '.join(names) or 'nothing'}"
+                + (f", not {wanted!r}" if wanted else "")
+                + f"; name one with {self.option}.model"
+            )
+        served = wanted or names[0]
+        self._check_tokenizer(served)
+        self._served = served
+        rank_zero_info(
+            f"teacher: {served} at {self._endpoint.url}, {self.k} ids a token; methods read their "
+            f"divergences as TopK(., {self.k}), at most the exact ones; validation takes these as "
+            "val/top_k_* and val/on_policy_top_k_*"
+        )
+
+    def side(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Side:
+        """The teacher's half: packed rows at the masked-in positions; a constant.
+
+        Args:
+            batch: Any rows, also such that the student has just written.
+            quantities: What will be measured with it.
+
+        Raises:
+            ConfigError: A quantity for which the teacher has to be run here.
+            ServerError: The server fails, or answers with something else.
+        """
+        check_known(quantities, self.k, self.vocabulary.size, self.option)
+        self.connect()
+        reads = batch.teacher_reads
+        ids, mask = reads.input_ids.tolist(), reads.mask.cpu().numpy()
+        rows = [
+            (ids[row][:length], np.flatnonzero(mask[row, :length][1:]) + 1)
+            for row, length in enumerate(reads.lengths.tolist())
+        ]
+        calls = [partial(self._score, row, places) for row, places in rows if len(places)]
+        found = in_parallel(calls, self.settings.concurrency)
+        width = self.k
+        known = np.concatenate([part[0] for part in found] or [np.empty((0, width), np.int64)])
+        logprobs = np.concatenate([part[1] for part in found] or [np.empty((0, width + 1))])
+        packed = pack_outcomes(
+            torch.from_numpy(known), torch.from_numpy(logprobs.astype(np.float32))
+        )
+        return Side(packed.to(reads.input_ids.device), PackedHead())
+
+    @property
+    def _name(self) -> str:
+        return f"{self.option}: {self._endpoint.url}"
+
+    def _score(self, ids: list[int], places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[places, k] ids and [places, k + 1] log-probs of one row."""
+        body = {
+            "model": self._served,
+            "prompt": ids,
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprobs": self.k + _SPARE,
+            "return_token_ids": True,
+        }
+        try:
+            answer = self._endpoint.post("/v1/completions", body)
+        except ServerStatusError as error:
+            if error.status != 400:
+                raise
+            raise ServerError(
+                f"{error}; it has to take prompts of {len(ids)} tokens (--max-model-len "
+                f"{len(ids) + 1} at least) and to give {self.k + _SPARE} log-probabilities "
+                f"(--max-logprobs {self.k + _SPARE}); or lower {self.option}.k"
+            ) from error
+        choices = answer.get("choices") if isinstance(answer, dict) else None
+        choice = choices[0] if choices else {}
+        rows = choice.get("prompt_logprobs")
+        if rows is None or len(rows) != len(ids) or choice.get("prompt_token_ids") != ids:
+            raise ServerError(
+                f"{self._name} does not score the prompt that it was sent (prompt_logprobs, "
+                "return_token_ids); it needs vLLM 0.10.2 or newer"
+            )
+        found = [self._likeliest(rows[place]) for place in places]
+        return np.stack([part[0] for part in found]), np.stack([part[1] for part in found])
+
+    def _likeliest(self, said: Mapping[str, Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+        """[k] ids, likeliest first, and [k + 1] log-probs (nats) of them and of all others."""
+        entries = sorted((-entry["logprob"], int(token)) for token, entry in said.items())
+        ids = np.asarray([token for _, token in entries])
+        logprobs = -np.asarray([negative for negative, _ in entries], dtype=np.float64)
+        if logprobs.max() > 1e-3 or np.exp(logprobs).sum() > 1 + 1e-3:
+            raise ServerError(
+                f"{self._name} gives {logprobs.max():.3g} where a log-probability is expected; "
+                "start it with --logprobs-mode raw_logprobs or processed_logprobs"
+            )
+        is_token = (ids < self.vocabulary.size) & ~np.isin(ids, self.vocabulary.invalid_ids)
+        strange = float(np.exp(logprobs[~is_token]).sum())
+        if strange > _NEGLIGIBLE or is_token.sum() < self.k:
+            raise VocabularyError(
+                f"{self._name}: its {len(ids)} likeliest ids have {int((~is_token).sum())} that "
+                f"the run's tokenizer has no token for, with probability {strange:.3g}, such as "
+                f"{[int(i) for i in ids[~is_token]][:3]}; serve a teacher of the student's "
+                "tokenizer, without padding rows that it gives probability to"
+            )
+        ids, logprobs = ids[is_token][: self.k], logprobs[is_token][: self.k] - np.log1p(-strange)
+        is_all = self.k == self.vocabulary.size - len(self.vocabulary.invalid_ids)
+        rest = -math.inf if is_all else math.log(max(1 - np.exp(logprobs).sum(), _LEAST_REST))
+        outcomes = np.append(logprobs, rest)
+        return ids, outcomes - np.logaddexp.reduce(outcomes)
+
+    def _check_tokenizer(self, served: str) -> None:
+        for text, ids in probe_texts(self._tokenizer):
+            body = {"model": served, "prompt": text, "add_special_tokens": False}
+            found = self._endpoint.post("/tokenize", body)["tokens"]
+            if found != ids:
+                place = next(
+                    (
+                        i
+                        for i, pair in enumerate(zip(found, ids, strict=False))
+                        if len(set(pair)) > 1
+                    ),
+                    min(len(found), len(ids)),
+                )
+                raise VocabularyError(
+                    f"{self._name} cuts text into other ids than the run's tokenizer: {text!r} "
+                    f"becomes {found[place : place + 3]} from token {place} on there, and "
+                    f"{ids[place : place + 3]} here; serve a teacher of the student's tokenizer"
+                )

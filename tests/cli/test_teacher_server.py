@@ -1,0 +1,106 @@
+"""``--model.teacher_server`` on the command line.
+
+Frozen here: an address is enough, with GKD on the student's own responses; k and the model have
+flags of their own; resuming, validating, testing and exporting work without a teacher here; both
+the student's and the teacher's servers in one run of two processes, which share them; mistakes end
+in one line.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from cli_workbench import QUIET, Assets, Result, assert_same_weights, make_tokenizer, metric_names
+from fake_vllm_server import FakeVLLM, serving
+from transformers import AutoModelForCausalLM
+
+import okd_lightning
+
+Fit = Callable[..., Result]
+LAST = Path("run/checkpoints/last.ckpt")
+METHOD = ("--method", "GKD", "--method.on_policy_fraction", "1")
+
+
+@pytest.fixture
+def fake(assets: Assets):
+    model = AutoModelForCausalLM.from_pretrained(assets.teacher)
+    with serving(FakeVLLM(model, make_tokenizer())) as engine:
+        engine.name = "big"
+        yield engine
+
+
+def test_fit_resume_validate_and_export(fit: Fit, okd: Fit, assets: Assets, fake) -> None:
+    command = [*METHOD, "--model.student", assets.student, "--model.teacher_server", fake.url]
+    whole = fit(
+        command, "--trainer.max_epochs", "2", "--trainer.default_root_dir", "whole", models=False
+    )
+    assert "teacher: big at http://127.0.0.1" in whole.log
+    assert "best-step=" in whole.log
+    names = metric_names(Path("whole/metrics.csv"))
+    assert {"train/gkd", "val/top_k_reverse_kl", "val/on_policy_top_k_forward_kl"} <= names
+    assert "val/reverse_kl" not in names
+    fit(command, "--trainer.max_epochs", "1", models=False)
+    resumed = okd("fit", "--ckpt_path", str(LAST), "--trainer.max_epochs", "2")
+    assert resumed.status == 0, resumed.err
+    assert_same_weights(LAST, Path("whole/checkpoints/last.ckpt"))
+    tested = okd("test", "--ckpt_path", str(LAST))
+    assert tested.status == 0, tested.err
+    assert "test/top_k_forward_kl" in tested.out
+    assert okd("export", "--ckpt_path", str(LAST), "--out", "out").status == 0
+    assert "on a server" in Path("out/README.md").read_text()
+
+
+def test_settings_of_its_own(fit: Fit, assets: Assets, fake) -> None:
+    flags = ["--model.teacher_server.url", fake.url, "--model.teacher_server.k", "5"]
+    flags += ["--model.teacher_server.model", "big", "--model.student", assets.student]
+    result = fit(METHOD, flags, "--trainer.max_steps", "1", models=False)
+    assert "5 ids a token" in result.log
+    assert {body["prompt_logprobs"] for body in fake.bodies("/v1/completions")} == {13}
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert config["model"]["teacher_server"]["k"] == 5
+
+
+def test_two_processes_share_both_servers(assets: Assets, fake, here: Path) -> None:
+    student = FakeVLLM(AutoModelForCausalLM.from_pretrained(assets.teacher))
+    with serving(student):
+        engine = ["--model.engine", "VLLMServer", "--model.engine.url", student.url]
+        command = [
+            *(sys.executable, "-m", "okd_lightning", "fit", *METHOD, *assets.data, *QUIET),
+            *("--config", "overlays/cpu2", "--model.student", assets.student, *engine),
+            *("--model.engine.sync_folder", str(here / "weights"), "--trainer.max_steps", "3"),
+            *("--model.teacher_server", fake.url, "--trainer.default_root_dir", str(here / "run")),
+        ]
+        root = str(Path(okd_lightning.__file__).parents[1])  # "here" is elsewhere
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "MEMBER: 2/2" in done.stderr
+    assert student.num_reloads == 4  # once a step, and for validation
+    written = [b for b in student.bodies("/v1/completions") if "seed" in b]
+    assert len({(tuple(b["prompt"]), b["seed"]) for b in written}) == len(written) == 14
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--method", "OPDPlus"], "for which the teacher has to be run"),
+        (["--method", "KD", "--method.temperature", "2"], "with a served teacher: its temperature"),
+        (["--method", "KD", "--model.teacher", "{teacher}"], "leave one of them out"),
+        (["--method", "KD", "--model.teacher_server.k", "0"], "k must be at least 1"),
+        (["--method", "KD", "--model.teacher_server.model", "small"], "serves big, not 'small'"),
+        (["--method", "KD", "--model.teacher_server.url", "nowhere"], "is no address"),
+    ],
+)
+def test_one_line_for_what_cannot_be(okd: Fit, assets: Assets, fake, flags, words) -> None:
+    own = [word.format(teacher=assets.teacher) for word in flags]
+    base = ["--model.student", assets.student, "--trainer.accelerator", "cpu"]
+    server = ["--model.teacher_server.url", fake.url]
+    result = okd("fit", assets.data, base, server, own)
+    assert result.status in (1, 2)
+    assert words in result.err.splitlines()[-1]

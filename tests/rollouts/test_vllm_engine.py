@@ -1,0 +1,139 @@
+"""The student's responses from vLLM in this process, against a module with vLLM's API.
+
+Frozen here: log-probs are the student's own right after its weights have changed; vLLM sleeps while
+the student trains and is given the weights anew; awake it is given them where they changed, and
+its cache is dropped; without vllm there is one line; raw log-probs and weights that do not arrive
+are found out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import pytest
+import tiny
+import torch
+from fake_vllm_module import LLM, make_module
+
+from okd_lightning.errors import ConfigError, ServerError
+from okd_lightning.models import Vocabulary
+from okd_lightning.records import PromptBatch
+from okd_lightning.rollouts import NoiseStream, Sampling
+from okd_lightning.rollouts.vllm_engine import VLLMEngine
+
+VOCABULARY = Vocabulary.of(tiny.make_tokenizer())
+PROMPTS = PromptBatch(((3, 4), (5,), (6, 7, 8), (3, 4)), (0, 1, 2, 0), (0, 0, 0, 1))
+PLAIN = Sampling()
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(LLM, "made", [])
+    monkeypatch.setitem(sys.modules, "vllm", make_module())
+    return LLM.made
+
+
+def write(source, model, sampling=PLAIN, max_new_tokens=6, **more):
+    engine = source.engine(model, VOCABULARY, (tiny.EOS,))
+    return engine.generate(PROMPTS, sampling, NoiseStream(3, 0), max_new_tokens, **more)
+
+
+def check_own(model, rollout, sampling=PLAIN) -> None:
+    for prompt, ids, logprobs in zip(
+        PROMPTS.input_ids, rollout.response_ids, rollout.logprobs, strict=True
+    ):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+        own = sampling.logprobs(VOCABULARY.cut(logits.double()))
+        expected = [float(row[token]) for row, token in zip(own, ids, strict=True)]
+        assert logprobs == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("sleep", [True, False])
+def test_it_samples_from_the_students_weights(sleep, fake):
+    student, source = tiny.make_llama(1), VLLMEngine(sleep=sleep)
+    first = write(source, student)
+    check_own(student, first)
+    with torch.no_grad():
+        student.model.norm.weight *= 1.2
+    second = write(source, student)
+    check_own(student, second)
+    assert second.logprobs != first.logprobs
+    told: list[int] = []
+    warm = Sampling(temperature=0.5, top_k=4)
+    check_own(student, write(source, student, warm, progress=told.append), warm)
+    assert sum(told) == 4
+    (llm,) = fake
+    awake = ["reload_weights", "reset_prefix_cache"]
+    sleeping = ["sleep", "wake_up ['weights']", "reload_weights", "wake_up ['kv_cache']"]
+    if sleep:
+        assert llm.calls == ["sleep", *([*sleeping[1:], "reset_prefix_cache", "sleep"] * 2)]
+    else:
+        assert llm.calls == awake
+
+
+def test_its_settings_reach_vllm(fake, tmp_path):
+    source = VLLMEngine(
+        gpu_memory_utilization=0.3,
+        max_model_len=32,
+        enforce_eager=True,
+        sync_folder=str(tmp_path / "here"),
+        engine_args={"max_num_seqs": 7},
+    )
+    write(source, tiny.make_llama(1))
+    arguments = fake[0].arguments
+    assert arguments["gpu_memory_utilization"] == 0.3
+    assert arguments["max_model_len"] == 32
+    assert arguments["enforce_eager"]
+    assert arguments["max_num_seqs"] == 7
+    assert arguments["model"] == str(tmp_path / "here" / "model")
+
+
+def test_raw_logprobs_are_found_out(fake):
+    source = VLLMEngine(engine_args={"logprobs_mode": "raw_logprobs"})
+    with pytest.raises(ServerError, match="--logprobs-mode processed_logprobs"):
+        write(source, tiny.make_llama(1))
+    assert fake[0].calls == ["sleep"]
+
+
+def test_weights_that_do_not_arrive_are_found_out(fake, monkeypatch):
+    source, student = VLLMEngine(sleep=False), tiny.make_llama(1)
+    write(source, student)
+    monkeypatch.setattr(LLM, "collective_rpc", lambda *args, **kwargs: [None])
+    other = tiny.make_llama(9)
+    for _ in range(2):  # and it stays found out
+        with pytest.raises(ServerError, match="yet differs from the student"):
+            write(source, other)
+
+
+@pytest.mark.skipif(HAS_VLLM, reason="vllm is installed here")
+def test_without_vllm_there_is_one_line():
+    with pytest.raises(ConfigError, match=r"needs vllm, .* pip install 'okd-lightning\[vllm\]'"):
+        write(VLLMEngine(), tiny.make_llama(1))
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [({"gpu_memory_utilization": 1.5}, "between 0 and 1"), ({"tolerance": 0}, "above 0")],
+)
+def test_settings_out_of_range(setting, words):
+    with pytest.raises(ConfigError, match=words):
+        VLLMEngine(**setting)
+
+
+@pytest.mark.skipif(
+    not (HAS_VLLM and torch.cuda.is_available()),
+    reason="needs the package vllm and a GPU; neither is a dependency of the tests",
+)
+def test_with_the_real_vllm(tmp_path):
+    """On a Llama that vLLM's kernels can run: heads of 64."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 128}
+    student = tiny.make_llama(1, **sizes, initializer_range=0.05).cuda()
+    source = VLLMEngine(gpu_memory_utilization=0.2, dtype="float32", enforce_eager=True)
+    for _ in range(2):
+        rollout = write(source, student)
+        assert rollout.num_tokens > 4
+        with torch.no_grad():
+            student.model.norm.weight *= 1.5

@@ -1,0 +1,211 @@
+"""Runs whose teacher is on a server, against a server that speaks vLLM's protocol.
+
+Frozen here: losses, gradients and weights of the live run with TopK, on given responses and on what
+the student writes; at k = vocabulary those of the exact run; teacher prompts; validation's names;
+no teacher in memory; what needs the teacher itself is refused; another tokenizer, another model, a
+teacher with padding that it gives probability to, logits for log-probs, too few log-probs, dropped
+connections, a slow server.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from fake_vllm_server import FakeVLLM, serving
+
+from okd_lightning.callbacks import GKD, KD, OKD, OPD, SFT, PaperMeasures
+from okd_lightning.divergences import JensenShannon, ReverseKL, TopK
+from okd_lightning.errors import ConfigError, ServerError, ServerTimeoutError, VocabularyError
+from okd_lightning.teacher_cache import TeacherServer
+
+ROWS, VAL = tiny.make_rows(18), tiny.make_rows(5, seed=2)
+ALL = tiny.NUM_IDS
+
+
+@pytest.fixture(scope="module")
+def unpadded(tmp_path_factory, tiny_tokenizer):
+    """A teacher whose table has no rows behind the tokenizer."""
+    folder = tmp_path_factory.mktemp("unpadded")
+    tiny.make_llama(2, ALL).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def fake(tiny_tokenizer):
+    with serving(FakeVLLM(tiny.make_llama(2, ALL), tiny_tokenizer)) as engine:
+        engine.name = "teacher"
+        yield engine
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+@pytest.fixture
+def train(tmp_path, make_module, fake, unpadded):
+    """A recorder and the module; from the server where k is given."""
+
+    def run(methods, k=None, rows=ROWS, served=(), **settings):
+        torch.manual_seed(5)
+        server = None if k is None else TeacherServer(fake.url, **{"k": k, **dict(served)})
+        given = {"teacher": str(unpadded)} if k is None else {"teacher": None}
+        own = {"optimizer": sgd, "teacher_server": server, **given, **settings.pop("model", {})}
+        module = make_module(**own)
+        return tiny.fit(tmp_path, module, methods, rows, **settings), module
+
+    return run
+
+
+def check_same(found, expected, tolerance: float = 1e-5) -> None:
+    (recorder, module), (live, live_module) = found, expected
+    assert len(recorder.losses) == len(live.losses) > 3
+    for own, other in zip(recorder.losses, live.losses, strict=True):
+        assert own == pytest.approx(other, rel=tolerance, abs=tolerance)
+    gradients = zip(recorder.gradients, live.gradients, strict=True)
+    assert max(tiny.distance(own, other) for own, other in gradients) < tolerance
+    assert tiny.distance(tiny.weights(module), tiny.weights(live_module)) < tolerance
+
+
+DIVERGENCES = [JensenShannon(0.3), ReverseKL()]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_it_is_the_live_run_with_top_k(divergence, fraction, train):
+    def method(of):
+        if fraction:
+            return [GKD(divergence=of, on_policy_fraction=fraction)]
+        return [KD(divergence=of)]
+
+    data = {"batch_size": 2}
+    settings = {"accumulate_grad_batches": 2, "data": data}
+    live = train(method(TopK(divergence, 5)), **settings)
+    found = train(method(divergence), k=5, **settings)
+    check_same(found, live)
+    assert found[1].teacher is None
+    same = train(method(TopK(divergence, 5)), k=8, **settings)
+    check_same(same, live)
+    exact = train(method(divergence), **settings)
+    name = "train/gkd" if fraction else "train/kd"
+    assert abs(exact[0].losses[0][name] - live[0].losses[0][name]) > 1e-3
+
+
+def test_with_all_ids_it_is_the_exact_run(train):
+    check_same(train([KD()], k=ALL + 9), train([KD()]))
+
+
+def test_teacher_prompts(train):
+    data = {"teacher_prompt_template": "ab{prompt}"}
+    found = train([KD()], k=ALL, data=data)
+    check_same(found, train([KD()], data=data))
+    assert (
+        abs(found[0].losses[0]["train/kd"] - train([KD()], k=ALL)[0].losses[0]["train/kd"]) > 0.01
+    )
+
+
+def test_validation_takes_bounds_on_both_kinds_of_responses(train):
+    settings = {"val": VAL, "data": {"val_rollouts": 3}, "max_steps": 2, "val_check_interval": 1}
+    metrics = {}
+    for name, k in (("served", ALL), ("live", None)):
+        _, module = train([GKD()], k=k, **settings)
+        logged = module.trainer.callback_metrics
+        metrics[name] = {key: float(value) for key, value in logged.items() if "val/" in key}
+    assert metrics["served"].keys() == {
+        *("val/cross_entropy", "val/agreement", "val/on_policy_entropy", "val/on_policy_agreement"),
+        *(
+            f"val/{p}top_k_{n}"
+            for p in ("", "on_policy_")
+            for n in ("forward_kl", "reverse_kl", "jsd")
+        ),
+    }
+    for name, value in metrics["served"].items():
+        assert value == pytest.approx(metrics["live"][name.replace("top_k_", "")], abs=2e-5), name
+
+
+REFUSED = {
+    "asks for": lambda: [OPD()],
+    "an online module needs a teacher": lambda: [OKD()],
+    "its temperature is 2": lambda: [KD(temperature=2.0)],
+    "takes 19 ids, and 5 are known": lambda: [KD(divergence=TopK(ReverseKL(), 20))],
+    "PaperMeasures has the teacher write": lambda: [KD(), PaperMeasures()],
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_needs_the_teacher_itself_is_refused(words, train):
+    with pytest.raises(ConfigError, match=words):
+        train(REFUSED[words](), k=5)
+
+
+def test_nothing_else_of_a_teacher_may_be_given(make_module, teacher_folder):
+    for option, value in (
+        ("teacher", str(teacher_folder)),
+        ("self_teacher", "live"),
+        ("teacher_cache", "folder"),
+        ("teacher_dtype", "bfloat16"),
+    ):
+        given = {"teacher": None, option: value}
+        with pytest.raises(ConfigError, match=f"and model.{option} says something of another"):
+            make_module(teacher_server="http://x", **given)
+    with pytest.raises(ConfigError, match="k must be at least 1"):
+        make_module(teacher=None, teacher_server=TeacherServer("http://x", k=0))
+
+
+# ------------------------------------------------------------------- what goes wrong
+
+
+def test_another_tokenizer(train, fake):
+    fake.tokenizer = tiny.make_tokenizer("bacdefghijklmnop")
+    with pytest.raises(VocabularyError, match="cuts text into other ids than the run's tokenizer"):
+        train([KD()], k=5)
+
+
+def test_another_model(train, fake):
+    with pytest.raises(ServerError, match=r"serves teacher, not 'other'; .*teacher_server.model"):
+        train([KD()], k=5, served={"model": "other"})
+
+
+def test_padding_that_has_probability(train, fake):
+    fake.model = fake.answers_with = tiny.make_llama(2, tiny.TEACHER_ROWS)
+    with pytest.raises(VocabularyError, match=r"no token for, with probability [01], such as"):
+        train([KD()], k=5)
+
+
+def test_padding_without_probability_is_passed_over(train, fake):
+    """It stands among the likeliest, as the others have next to none either."""
+    exact = train([KD()])
+    unpadded = fake.model
+
+    def padded(ids):
+        logits = unpadded(ids).logits
+        unlikely = logits.logsumexp(-1, keepdim=True) - 18.0
+        return SimpleNamespace(logits=torch.cat([logits, unlikely.expand(-1, -1, 8)], dim=-1))
+
+    fake.answers_with = padded
+    check_same(train([KD()], k=ALL), exact)
+
+
+def test_too_few_logprobs(train, fake):
+    fake.max_logprobs = 10
+    with pytest.raises(ServerError, match=r"--max-logprobs 13.* lower --model.teacher_server.k"):
+        train([KD()], k=5)
+
+
+def test_logits_are_not_log_probabilities(train, fake, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "log_softmax", lambda self, dim: self, raising=True)
+    with pytest.raises(ServerError, match="where a log-probability is expected"):
+        train([SFT(), KD()], k=5, max_steps=1)
+
+
+def test_dropped_connections_and_a_slow_server(train, fake):
+    expected = train([KD()], k=5)
+    fake.faults = ["drop", "503", "drop"]
+    assert train([KD()], k=5)[0].losses == expected[0].losses
+    fake.faults = ["slow"] * 60
+    with pytest.raises(ServerTimeoutError, match=r"not answered within 0\.2 seconds"):
+        train([KD()], k=5, served={"timeout_seconds": 0.2})
+    fake.faults = []
