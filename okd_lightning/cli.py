@@ -93,6 +93,7 @@ _OUT_OF_MEMORY = (
     "--data.max_response_length, or set --model.gradient_checkpointing true"
 )
 
+_KNOWN = (OSError, MisconfigurationException, OKDLightningError, torch.OutOfMemoryError)
 _AGREED = (NonFiniteError, PreemptedError, RewardError, RolloutTimeoutError)
 """Raised on all ranks alike: one of them says it."""
 
@@ -308,32 +309,31 @@ def run(
     quiet_libraries()
     try:
         command, *rest = arguments
-        if commands and command in commands:
-            return commands[command](rest, debug)
-        return _run(list(arguments))
-    except _AGREED as error:
-        if debug:
-            raise
-        return _stopped_together(error)
-    except (OSError, MisconfigurationException, OKDLightningError, torch.OutOfMemoryError) as error:
-        if debug:
-            raise
-        advice = _OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else ""
-        print(f"okd-lightning: {one_line(error)}{advice}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        own = (commands or {}).get(command)
+        return own(rest, debug) if own else _run(list(arguments))
     except Exception as error:
         if debug:
             raise
-        lost = as_lost_rank(error)
-        unexpected = f"unexpected {type(error).__name__}: {one_line(error)} (--debug shows where)"
-        print(f"okd-lightning: {lost or unexpected}", file=sys.stderr)
-        return 1
+        return _failed(error)
     except (KeyboardInterrupt, SystemExit) as error:
         is_interrupt = isinstance(error, KeyboardInterrupt)  # Lightning makes an exit of it
         if not is_interrupt and not isinstance(error.__context__, KeyboardInterrupt):
             raise
         print("okd-lightning: interrupted", file=sys.stderr)
         return 130
+
+
+def _failed(error: Exception) -> int:
+    """One line on stderr about whatever went wrong, and the exit status."""
+    if isinstance(error, _AGREED):
+        return _stopped_together(error)
+    if isinstance(error, _KNOWN):
+        advice = _OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else ""
+        print(f"okd-lightning: {one_line(error)}{advice}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    unexpected = f"unexpected {type(error).__name__}: {one_line(error)} (--debug shows where)"
+    print(f"okd-lightning: {as_lost_rank(error) or unexpected}", file=sys.stderr)
+    return 1
 
 
 def _stopped_together(error: Exception) -> int:

@@ -57,6 +57,7 @@ from okd_lightning.step_metrics import forget_last_step
 from okd_lightning.step_terms import (
     acting_terms,
     check_counts,
+    check_fits,
     check_term,
     step_means,
     teaching_window,
@@ -198,17 +199,7 @@ class DistillationModule(PairModule):
         if any(term is known for known in self.terms):
             return
         check_term(term)
-        if any(term.name == known.name for known in self.terms):
-            raise ConfigError(
-                f"two methods of this run are called {term.name!r}; give one of them another name "
-                "(--method.name, or name= in Python)"
-            )
-        needs_teacher = "teacher" in term.sources or any(q.needs_teacher for q in term.quantities)
-        if needs_teacher and not self.has_teacher:
-            raise ConfigError(
-                f"method {term.name} needs a teacher: give --model.teacher a folder or hub id, "
-                "or --model.self_teacher"
-            )
+        check_fits(term, self.terms, has_teacher=self.has_teacher)
         if self.cache_in_use is not None:
             known = self.cache_in_use
             size = self.vocabulary.size

@@ -113,6 +113,30 @@ def check_term(term: Term) -> None:
         )
 
 
+def check_fits(term: Term, others: Sequence[Term], *, has_teacher: bool) -> None:
+    """Whether a term fits into a run.
+
+    Args:
+        term: To be added.
+        others: The terms that the run has.
+        has_teacher: Whether the run has a teacher, be it the student itself.
+
+    Raises:
+        ConfigError: Its name is taken, or it needs a teacher that is not there.
+    """
+    if any(term.name == other.name for other in others):
+        raise ConfigError(
+            f"two methods of this run are called {term.name!r}; give one of them another name "
+            "(--method.name, or name= in Python)"
+        )
+    needs_teacher = "teacher" in term.sources or any(q.needs_teacher for q in term.quantities)
+    if needs_teacher and not has_teacher:
+        raise ConfigError(
+            f"method {term.name} needs a teacher: give --model.teacher a folder or hub id, "
+            "or --model.self_teacher"
+        )
+
+
 def kind_of(term: Term) -> str:
     """What checkpoints remember of a term: what it says itself, or its class."""
     return str(getattr(term, "kind", type(term).__name__))
