@@ -351,7 +351,7 @@ class Adapted(DivergenceCallback):
         ([GKD(on_policy_fraction=0.5)], "gkd asks the teacher about responses that the student"),
         ([OPD()], "opd asks the teacher about responses that the student writes"),
         ([KD(seq_kd=True)], "kd has the teacher write responses"),
-        ([KD(divergence=TopK(ReverseKL(), 9))], "takes 9 ids, and the cache holds 5"),
+        ([KD(divergence=TopK(ReverseKL(), 9))], "takes 9 ids, and 5 are known"),
         ([KD(divergence=TopK(ReverseKL(), 2, "student"))], "student's likeliest ids"),
         ([Adapted()], "adapted with a cached teacher: it asks for Entropy"),
         ([OKD(online_module=LoraConfig(r=2))], "an online module is trained on a teacher"),
@@ -408,7 +408,7 @@ def test_the_module_itself_asks_for_nothing_that_is_not_cached(tmp_path, make_mo
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             pl_module.measure(batch, KD().quantities)
 
-    with pytest.raises(ConfigError, match="was asked of a cached teacher"):
+    with pytest.raises(ConfigError, match="was asked of a teacher of whom 5 ids are known"):
         train(tmp_path, make_module, [KD()], k=5, cache=cache, callbacks=[Curious()])
 
 
