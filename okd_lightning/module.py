@@ -200,8 +200,7 @@ class DistillationModule(PairModule):
             return
         check_term(term)
         check_fits(term, self.terms, has_teacher=self.has_teacher)
-        if self.cache_in_use is not None:
-            known = self.cache_in_use
+        if (known := self.cache_in_use) is not None:
             size = self.vocabulary.size
             check_cached_term(term, known.k, size, known.option, known.reads_new_rows)
         self.terms.append(term)
@@ -349,8 +348,7 @@ class DistillationModule(PairModule):
     def _evaluate(self, stage: str, batch: DistillBatch, dataloader_idx: int) -> None:
         is_own = SOURCES[int(batch.source[0])] == "student"
         wanted = measures(stage, is_own, has_teacher=self.has_teacher)
-        if self.cache_in_use is not None:
-            known = self.cache_in_use
+        if (known := self.cache_in_use) is not None:
             wanted = cached_measures(stage, is_own, known.k, known.reads_new_rows)
         with self.as_base_teacher():
             self._update_measures(wanted, self.measure(batch, tuple(wanted.values())))
