@@ -54,7 +54,7 @@ OVERLAYS = {  # with what stands in metrics.csv because of them
     "overlays/okd_on_rollouts": {"train/okd"},
     "overlays/okd_opd_plus": {"train/okd", "train/opd_plus"},
     "overlays/kd_opd_plus_reward": {"train/kd", "train/opd_plus", "train/reward"},
-    "overlays/sft_gkd_opd_plus": {"train/sft"},
+    "overlays/sft_gkd_opd_plus": {"train/sft", "train/gkd", "train/opd_plus", "train/kd"},
 }
 LAUNCHED = {  # overlays of several processes, with what makes this machine one of theirs
     "overlays/cpu2": [],
@@ -92,6 +92,8 @@ def test_overlay_trains(overlay, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     base = ["--config", "tinystories", *RUNS["tinystories"](tmp_path), *SHORT]
     base += ["--data.batch_size", "8"]  # two prompts of four samples: one of each kind
+    if overlay == "overlays/sft_gkd_opd_plus":  # its last stages begin at step 100
+        base += ["--trainer.max_steps", "102", "--trainer.val_check_interval", "102"]
     status = main(["fit", *base, "--config", overlay])
     assert status == 0, capsys.readouterr().err
     (folder,) = (tmp_path / "runs").iterdir()
