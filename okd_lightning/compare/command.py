@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
@@ -19,6 +17,7 @@ from okd_lightning.compare.entries import own_method, read_entries
 from okd_lightning.compare.folder import ComparisonFolder, Plan, RunFolder
 from okd_lightning.compare.runs import check_entry, run_one
 from okd_lightning.errors import UsageError
+from okd_lightning.lightning_messages import only_warnings
 from okd_lightning.reports import (
     comparison_table,
     cost_table,
@@ -100,7 +99,7 @@ def compare_command(arguments: Sequence[str], debug: bool = False) -> int:
         file=sys.stdout, quiet=getattr(rank_zero_only, "rank", 0) != 0, highlight=False
     )
     plan = _plan(own, options, console)
-    with _quiet():
+    with only_warnings():
         for entry in plan.entries:
             check_entry(entry, plan)
         return Comparison(ComparisonFolder(own.out, plan), console, debug).run()
@@ -223,17 +222,3 @@ def _seeds(text: str) -> tuple[int, ...]:
     if not words or not all(word.isdecimal() for word in words):
         raise UsageError(f"--seeds {text!r}: expected whole numbers such as 0,1,2")
     return tuple(dict.fromkeys(int(word) for word in words))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Every run's own messages would drown the comparison's; warnings remain."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

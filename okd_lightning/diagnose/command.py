@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import shlex
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from okd_lightning.diagnose.rules import GKD_REVERSE_KL, advise, contenders
 from okd_lightning.diagnose.terminal import show
 from okd_lightning.durable_files import write_json
 from okd_lightning.errors import ConfigError, UsageError
+from okd_lightning.lightning_messages import only_warnings
 from okd_lightning.run_folder import require_writable
 
 _CONTENDER = """\
@@ -134,15 +134,8 @@ def _validate(trainer: lightning.Trainer, examination: Examination, module: Any,
     trainer.callbacks = [examination]  # type: ignore[attr-defined]
     trainer.loggers = []
     trainer.limit_val_batches = 1
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
+    with only_warnings():
         trainer.validate(module, data, verbose=False)
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _next_command(own: argparse.Namespace, options: Sequence[str], advice: Sequence[Advice]) -> str:

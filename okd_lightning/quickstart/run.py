@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from okd_lightning.callbacks import SFT, DistillationCallback, ExactMatch, Finit
 from okd_lightning.callbacks.exact_match import greedy_answers
 from okd_lightning.callbacks.step_intervals import StepIntervals
 from okd_lightning.data import RolloutDataModule, load_rows
+from okd_lightning.lightning_messages import only_warnings
 from okd_lightning.module import DistillationModule
 from okd_lightning.quickstart.recipe import TEACHER_DIR, TRAIN_FILE, VAL_FILE, Recipe
 from okd_lightning.reports import (
@@ -73,8 +73,10 @@ class Quickstart:
         Returns:
             SFT continued and the method, in this order (SFT alone where it is the method).
         """
-        for name in ("lightning.pytorch", "lightning.fabric"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+        with only_warnings():
+            return self._run()
+
+    def _run(self) -> list[RunResult]:
         name = type(self.method).__name__
         methods = [SFT()] if isinstance(self.method, SFT) else [SFT(), self.method]
         self._say(

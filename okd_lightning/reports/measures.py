@@ -31,15 +31,21 @@ MEASURES = (
     Measure("val/on_policy_reverse_kl", "on-policy reverse KL"),
     Measure("val/reverse_kl", "reverse KL"),
     Measure("val/agreement", "agreement", "share of tokens", is_gain=True),
-    Measure("val/on_policy_forward_kl", "on-policy forward KL"),
-    Measure("val/cross_entropy", "cross-entropy"),
 )
 """In the order in which they are shown."""
 
-_MOST_SHOWN = 5
+_BESIDE = (
+    Measure("val/on_policy_forward_kl", "on-policy forward KL"),
+    Measure("val/top_k_forward_kl", "top-k forward KL"),
+    Measure("val/top_k_reverse_kl", "top-k reverse KL"),
+    Measure("val/cross_entropy", "cross-entropy"),
+)
+_FEW = 3
 
 
 def shown_measures(results: Sequence[RunResult]) -> list[Measure]:
-    """Those that every run has, at most five."""
+    """Those that every run has; further ones where these are few (prompts alone, a cache)."""
     common = set.intersection(*(set(result.after) & set(result.before) for result in results))
-    return [measure for measure in MEASURES if measure.name in common][:_MOST_SHOWN]
+    found = [measure for measure in MEASURES if measure.name in common]
+    beside = [measure for measure in _BESIDE if measure.name in common]
+    return found + beside[: max(0, _FEW - len(found))]

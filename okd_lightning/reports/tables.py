@@ -56,7 +56,11 @@ def results_table(results: Sequence[RunResult]) -> Table:
 
 def comparison_table(results: Sequence[RunResult]) -> Table:
     """A line a method: every measure after training, as mean ± standard error over seeds."""
-    table = Table(title="After training (mean ± standard error over seeds)", box=SIMPLE_HEAD)
+    table = Table(
+        title="After training (mean ± standard error over seeds)",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("method", overflow="fold")
     measures = shown_measures(results)
     spreads = {"before": [Spread.of([r.before[m.name] for r in results]) for m in measures]}

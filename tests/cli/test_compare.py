@@ -61,6 +61,11 @@ def untimed(record):
     return {name: value for name, value in record.items() if name != "seconds"}
 
 
+def curves(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [untimed(row) for row in csv.DictReader(file)]
+
+
 def test_two_methods_and_two_seeds(compare):
     said = compare("--methods", "KD,GKD", "--seeds", "0,1", "--budget", "steps=4")
     assert said.status == 0, said.err
@@ -128,6 +133,7 @@ def test_a_killed_comparison_continues(compare, here):
     assert "GKD, seed 0, from its checkpoint" in said.out
     assert finished.stat().st_mtime_ns == written
     assert [untimed(run) for run in results()] == [untimed(run) for run in results(here / "whole")]
+    assert curves(Path("out")) == curves(here / "whole")
     more = compare(*typed, "--seeds", "0,1", "--methods", "SFT")
     assert more.status == 0, more.err
     assert finished.stat().st_mtime_ns == written

@@ -204,3 +204,32 @@ def test_tokenizer_without_some_characters(diagnose, okd, here):
     check = next(check for check in read()["checks"] if check["name"] == "round trip")
     assert check["verdict"] == "bad"
     assert "'one+2='" in check["text"]
+
+
+@pytest.mark.parametrize(("prompt", "verdict"), [("<assistant>", "good"), ("", "look")])
+def test_chats_and_their_generation_prompt(diagnose, assets, here, prompt, verdict):
+    tokenizer = AutoTokenizer.from_pretrained(assets.tokenizer)
+    before = "" if prompt else "{% if m.role == 'assistant' %}=>{% endif %}"
+    body = "{% if m.role == 'user' %}<user>{% elif '" + prompt + "' %}<assistant>{% endif %}"
+    ending = "{% if add_generation_prompt %}" + prompt + "{% endif %}"
+    loop = "{% for m in messages %}" + before + body + "{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = loop + ending
+    tokenizer.save_pretrained(here / "chatting")
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"say {i}"},
+                {"role": "assistant", "content": f"{i}."},
+            ]
+        }
+        for i in range(6)
+    ]
+    data = write_jsonl(here / "chats.jsonl", rows)
+    said = diagnose(
+        *("--model.tokenizer", str(here / "chatting"), "--data.max_prompt_length", "64"),
+        data=["--data.val", str(data), *LENGTHS],
+    )
+    assert said.status == 0, said.err
+    check = next(check for check in read()["checks"] if check["name"] == "template")
+    assert check["verdict"] == verdict
+    assert (repr(prompt) if prompt else "no generation prompt") in check["text"]

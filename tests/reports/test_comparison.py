@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 from matplotlib.figure import Figure
@@ -115,6 +116,11 @@ def test_tables_fit(width):
     lines = rendered(comparison_table(results), width)
     assert max(map(len, lines)) <= width
     assert sum(line.count("12.35±0.00") for line in lines) == 10
+    small = [replace(result, after=dict.fromkeys(after, 0.5)) for result in results]
+    lines = rendered(comparison_table(small), width)
+    assert max(map(len, lines)) <= width
+    assert sum(line.count("0.500±0.000") for line in lines) == 10
+    assert sum(line.rstrip().endswith("0.500±0.000") for line in lines) == 2
     costs = rendered(cost_table(results), width)
     assert max(map(len, costs)) <= width
 
