@@ -36,9 +36,20 @@ def settle_loops(checkpoint: dict[str, Any], accumulate_grad_batches: int) -> No
     is_at_end = batches["is_last_batch"] and current["processed"] >= current["ready"]
     if is_at_end or not current["ready"]:
         close_epoch(checkpoint)
-    elif total["completed"] == total["processed"]:  # written before a rollout
+        return
+    _open_epoch(checkpoint)
+    if total["completed"] == total["processed"]:  # before a rollout, or at the end of the run
         for part in (current, total):
             part["completed"] = part["processed"] - 1
+
+
+def _open_epoch(checkpoint: dict[str, Any]) -> None:
+    """Lightning takes the epoch in which ``max_steps`` were done for a whole one."""
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+    for part in ("total", "current"):
+        begun = epochs[part]["ready"]
+        epochs[part] = {**epochs[part], "processed": begun - 1, "completed": begun - 1}
+    checkpoint["epoch"] = epochs["total"]["ready"] - 1
 
 
 def close_epoch(checkpoint: dict[str, Any]) -> None:

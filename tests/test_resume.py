@@ -373,3 +373,25 @@ def test_two_methods_of_one_class_and_the_monitors_resume(tmp_path, make_module)
     resumed, counters, _ = run(tmp_path / "b", ckpt_path=last)
     assert tiny.distance(tiny.weights(resumed), tiny.weights(module)) == 0
     assert counters.tokens == throughput.tokens > 0
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_that_ended_within_an_epoch_is_prolonged(tmp_path, make_module, accumulate):
+    def fit(folder, **settings):
+        recorder = tiny.fit(
+            folder,
+            make_module(),
+            [GKD(0.5, on_policy_fraction=0.5), LastCheckpoint()],
+            tiny.make_rows(24),
+            data={"batch_size": 4, "seed": 7, **SHORT},
+            accumulate_grad_batches=accumulate,
+            **settings,
+        )
+        return recorder.losses
+
+    whole = fit(tmp_path / "whole", max_epochs=2)
+    end = len(whole) // 4
+    short = fit(tmp_path / "short", max_epochs=-1, max_steps=end)
+    last = tmp_path / "short" / "checkpoints" / "last.ckpt"
+    prolonged = fit(tmp_path / "short", max_epochs=2, max_steps=-1, ckpt_path=str(last))
+    assert short + prolonged == whole

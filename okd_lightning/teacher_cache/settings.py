@@ -19,27 +19,26 @@ class TeacherCache:
         folder: Where caches lie; each teacher, data set and k gets an entry of its own there.
         k: Ids that keep their own log-probability; 48 are 292 bytes a token at most.
         dtype: Number format of the log-probabilities.
-
-    Raises:
-        ConfigError: k below 1, or an unknown number format.
     """
 
     folder: str
     k: int = 48
     dtype: LogProbFormat = "float16"
 
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ConfigError(f"model.teacher_cache.k must be at least 1, got {self.k}")
-        if self.dtype not in get_args(LogProbFormat):
-            raise ConfigError(
-                f"model.teacher_cache.dtype is {self.dtype!r}; expected float16 or float32"
-            )
-
     @classmethod
     def of(cls, given: str | TeacherCache) -> TeacherCache:
-        """The settings, also where only a folder is given."""
-        return cls(folder=given) if isinstance(given, str) else given
+        """The settings, also where only a folder is given; checked here, not when they are made.
+
+        (The command line would take an error of the constructor for a value of another type.)
+        """
+        settings = cls(folder=given) if isinstance(given, str) else given
+        if settings.k < 1:
+            raise ConfigError(f"model.teacher_cache.k must be at least 1, got {settings.k}")
+        if settings.dtype not in get_args(LogProbFormat):
+            raise ConfigError(
+                f"model.teacher_cache.dtype is {settings.dtype!r}; expected float16 or float32"
+            )
+        return settings
 
 
 @dataclass(frozen=True)

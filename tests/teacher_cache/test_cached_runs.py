@@ -372,9 +372,9 @@ def test_what_needs_the_teacher_is_refused_before_anything_is_loaded(
 def test_settings_that_contradict_each_other(make_module, student_folder, cache):
     folder = str(cache)
     with pytest.raises(ConfigError, match="k must be at least 1, got 0"):
-        TeacherCache(folder, 0)
+        TeacherCache.of(TeacherCache(folder, 0))
     with pytest.raises(ConfigError, match="dtype is 'int8'; expected float16 or float32"):
-        TeacherCache(folder, 5, "int8")
+        TeacherCache.of(TeacherCache(folder, 5, "int8"))
     with pytest.raises(ConfigError, match=r"model.teacher_cache has no teacher to keep"):
         make_module(teacher=None, teacher_cache=folder)
     with pytest.raises(ConfigError, match=r"model.self_teacher frozen makes the student its own"):

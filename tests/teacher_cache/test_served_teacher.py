@@ -171,7 +171,9 @@ def test_another_model(train, fake):
 
 def test_padding_that_has_probability(train, fake):
     fake.model = fake.answers_with = tiny.make_llama(2, tiny.TEACHER_ROWS)
-    with pytest.raises(VocabularyError, match=r"no token for, with probability [01][.0-9]*, such as"):
+    with pytest.raises(
+        VocabularyError, match=r"no token for, with probability [01][.0-9]*, such as"
+    ):
         train([KD()], k=5)
 
 
