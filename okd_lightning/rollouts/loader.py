@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -160,7 +161,7 @@ class RolloutLoader:
             "delivered": self._delivered,
             "accumulate": self.shape.accumulate_grad_batches,
             "rows_per_step": self.shape.rows_per_step,
-            "identity": self._identity(),
+            "identity": self._identity,
             "written_for": self._written_for,
             "written": self._gather(own),
             "credits": self._gather(pack_credits(self._credits)),
@@ -179,7 +180,7 @@ class RolloutLoader:
                 f"accumulation x ranks), the checkpoint was written with {state['rows_per_step']}; "
                 f"set --data.global_batch_size {state['rows_per_step']}"
             )
-        if state["identity"] != self._identity():
+        if state["identity"] != self._identity:
             raise ConfigError(
                 "this run's prompts, teacher prompts, seed, prompts_per_epoch, prompts_per_rollout "
                 "or samples_per_prompt differ from the checkpoint's; resume with the same, or "
@@ -226,6 +227,7 @@ class RolloutLoader:
                     keys[author].append((step, place))
         return keys
 
+    @cached_property
     def _identity(self) -> list[int]:
         """What decides which prompt is where: equal lists mean equal batches."""
         shape = self.shape
