@@ -14,6 +14,7 @@ import csv
 import errno
 import resource
 import signal
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import tiny
@@ -53,34 +54,36 @@ def files(root) -> list[str]:
 # ---------------------------------------------------------------- the disk
 
 
-@pytest.fixture
+@contextmanager
 def small_disk():
-    """Lets no file grow beyond 20 kB (the kernel's own refusal, as that of a full disk)."""
+    """Lets no file grow beyond 20 kB (the kernel's own refusal, as that of a full disk).
+
+    Only as long as a checkpoint is written: what the tests themselves are logged to is such a file.
+    """
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 class FillsUp(LastCheckpoint):
     """The disk is full from the third step on."""
 
-    def __init__(self, fill) -> None:
+    def __init__(self) -> None:
         super().__init__(every_n_steps=1)
-        self.fill = fill
 
     def save_now(self, trainer):
-        if trainer.global_step == 3:
-            self.fill()
-        super().save_now(trainer)
+        with small_disk() if trainer.global_step >= 3 else nullcontext():
+            super().save_now(trainer)
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, make_module, small_disk):
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, make_module):
     with pytest.raises(OutputError, match=r"last\.ckpt cannot be written \(File too large\)"):
-        tiny.fit(
-            tmp_path, make_module(), [KD()], tiny.make_rows(16), callbacks=[FillsUp(small_disk)]
-        )
+        tiny.fit(tmp_path, make_module(), [KD()], tiny.make_rows(16), callbacks=[FillsUp()])
     assert files(tmp_path) == ["last.ckpt"]
     last = tmp_path / "checkpoints" / "last.ckpt"
     assert read_checkpoint(str(last))["global_step"] == 2
@@ -101,7 +104,7 @@ def test_a_device_without_space(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]
 
 
-def test_the_resumed_run_after_a_full_disk(tmp_path, make_module, small_disk):
+def test_the_resumed_run_after_a_full_disk(tmp_path, make_module):
     torch.manual_seed(0)
     whole = make_module()
     tiny.fit(tmp_path / "a", whole, [GKD(0.5)], tiny.make_rows(16))
@@ -112,9 +115,8 @@ def test_the_resumed_run_after_a_full_disk(tmp_path, make_module, small_disk):
             make_module(),
             [GKD(0.5)],
             tiny.make_rows(16),
-            callbacks=[FillsUp(small_disk)],
+            callbacks=[FillsUp()],
         )
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     resumed = make_module()
     last = newest_checkpoint(tmp_path / "b")
     tiny.fit(tmp_path / "b", resumed, [GKD(0.5)], tiny.make_rows(16), ckpt_path=last)
