@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Any
+from typing import Any, cast
 
 import torch
 from side_by_side import Turns, peak_mb, take_turns, write_results
@@ -22,10 +22,8 @@ from okd_lightning.collation import collate
 from okd_lightning.divergences import JensenShannon
 from okd_lightning.losses import Measured, Side, WeightedTerm, fused_loss
 from okd_lightning.models import LMHead, Vocabulary, hidden_at_loss
-from okd_lightning.records import Example, PromptBatch, Rollout, TrainingRow
-from okd_lightning.rollouts import NoiseStream, RolloutLoader, Sampling
-from okd_lightning.rollouts.engine import Author, Progress
-from okd_lightning.rollouts.loader import LoaderShape
+from okd_lightning.records import Example, TrainingRow
+from okd_lightning.rollouts import LoaderShape, RolloutLoader, Sampling, Writer
 from okd_lightning.rollouts.plan import plan_for
 
 LENGTH = 256
@@ -76,22 +74,6 @@ def run_steps(rows: int, vocab: int) -> None:
         student.zero_grad()
 
 
-class NobodyWrites:
-    """The loader's writer in a run where all responses are given."""
-
-    def write(
-        self,
-        author: Author,
-        prompts: PromptBatch,
-        sampling: Sampling,
-        generator: NoiseStream,
-        max_new_tokens: int,
-        progress: Progress | None = None,
-    ) -> Rollout:
-        """Not called."""
-        raise AssertionError(f"the {author} was asked to write")
-
-
 def loader_costs(num_prompts: int) -> dict[str, Any]:
     """Seconds of each thing that the loader does, in an epoch over all prompts."""
     ids = torch.randint(3, 32000, (num_prompts, 32)).tolist()
@@ -105,7 +87,7 @@ def loader_costs(num_prompts: int) -> dict[str, Any]:
         examples,
         plan_for([KD()]),
         LoaderShape(batch_size=8, prompts_per_epoch=num_prompts),
-        NobodyWrites(),
+        cast(Writer, None),  # all responses are given
         sampling=Sampling(),
         max_new_tokens=16,
         seed=0,

@@ -31,6 +31,16 @@ def lengths_of(shared: str | None) -> list[tuple[int, int]]:
     return pair.gsm8k_lengths(shared, NUM_ROWS)
 
 
+def token_rows(shared: str | None) -> list[dict[str, Any]]:
+    """The same rows as ids, each with an end."""
+    lengths = lengths_of(shared)
+    ids = pair.make_ids(len(lengths)).tolist()
+    return [
+        {"input_ids": [*row[: prompt + response], 1], "prompt_length": prompt}
+        for row, (prompt, response) in zip(ids, lengths, strict=True)
+    ]
+
+
 def run_ours(dtype: str, shared: str | None, packing: bool = True) -> None:
     """DistillationModule and Trainer."""
     method = KD(divergence=JensenShannon(0.5))
@@ -69,12 +79,6 @@ def run_trl(dtype: str, shared: str | None) -> None:
             "prompt_attention_mask": seen[:, :1].long(),
         }
 
-    lengths = lengths_of(shared)
-    ids = pair.make_ids(len(lengths)).tolist()
-    rows = [
-        {"input_ids": [*row[: prompt + response], 1], "prompt_length": prompt}
-        for row, (prompt, response) in zip(ids, lengths, strict=True)
-    ]
     number_format = getattr(torch, dtype)
     with tempfile.TemporaryDirectory() as root:
         GKDTrainer(
@@ -99,7 +103,7 @@ def run_trl(dtype: str, shared: str | None) -> None:
                 max_length=pair.LENGTH,
             ),
             data_collator=collate,
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=Dataset.from_list(token_rows(shared)),
             processing_class=pair.make_tokenizer(),
             callbacks=[InTurns()],
         ).train()

@@ -1,7 +1,7 @@
 """Float32 matrix products on x86 CPUs by oneDNN's kernels instead of MKL's.
 
 The arithmetic is float32 all the same, summed in another order. On an AMD processor with AVX-512,
-where MKL does not use the wide registers, products are 1.3 to 2.3 times as fast; a head over 32,000
+where MKL does not use the wide registers, products are 1.2 to 2.5 times as fast; a head over 32,000
 ids takes 7 ms instead of 18 for 64 rows. Figures in benchmarks/README.md and rollouts.md.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ of oneDNN costs 20 microseconds, one of MKL 5. The rows do not enter into it, so
 size does not change the kernel and with it the rounding."""
 
 
+@cache
 def has_fast_linear() -> bool:
     """Whether this machine and this torch have the kernels, and wide registers to use."""
     has_kernels = torch.backends.mkldnn.is_available() and hasattr(
@@ -57,9 +58,8 @@ def fast_linears(model: nn.Module, learns: bool = False) -> Iterator[None]:
         learns: Whether the model runs with gradient; its backward pass may come after the context,
             but nothing may be recomputed there (gradient checkpointing).
     """
-    least = _MIN_WEIGHTS[learns]
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and _is_plain(m, least)]
-    patched = linears if has_fast_linear() else []
+    least, modules = _MIN_WEIGHTS[learns], model.modules() if has_fast_linear() else ()
+    patched = [m for m in modules if isinstance(m, nn.Linear) and _is_plain(m, least)]
     for module in patched:
         module.forward = partial(_linear, module, learns)  # type: ignore[method-assign]
     try:

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from okd_lightning.cpu_linear import fast_linears
+from okd_lightning.cpu_linear import fast_linears, has_fast_linear
 from okd_lightning.models.causal_lm import head_inputs
 from okd_lightning.models.causality import attention_of_any_device, embedding_gradient
 from okd_lightning.sequences import Sequences
@@ -39,7 +39,7 @@ def hidden_at_loss(model: PreTrainedModel, read: Sequences, packs: bool) -> Tens
         to the model's parameters.
     """
     places = read.places
-    with _fast_layers(model):
+    with _fast_layers(model, read.input_ids.device):
         if packs:
             hidden = _packed_states(model, read)
             before = read.packing.start[places.row] + places.column - 1
@@ -49,11 +49,15 @@ def hidden_at_loss(model: PreTrainedModel, read: Sequences, packs: bool) -> Tens
     return hidden.flatten(0, 1).index_select(0, before)
 
 
-def _fast_layers(model: PreTrainedModel) -> AbstractContextManager[None]:
+def _fast_layers(model: PreTrainedModel, read_on: torch.device) -> AbstractContextManager[None]:
     """A CPU's faster products, but for models that are compiled or that transformers recomputes."""
-    is_recomputed = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    return nullcontext() if is_recomputed or is_compiled else fast_linears(model, learns=True)
+    if not has_fast_linear() or read_on.type != "cpu":
+        return nullcontext()
+    has_other_ways = any(
+        module._compiled_call_impl is not None or getattr(module, "gradient_checkpointing", False)
+        for module in model.modules()
+    )
+    return nullcontext() if has_other_ways else fast_linears(model, learns=True)
 
 
 def _packed_states(model: PreTrainedModel, read: Sequences) -> Tensor:
