@@ -27,10 +27,10 @@ from okd_lightning.losses import (
     ImportanceRatio,
     Measured,
 )
-from okd_lightning.mixed_writer import MixedWriter
 from okd_lightning.records import LossOutput, Source
 from okd_lightning.reduction import loss_output
 from okd_lightning.rollouts import Writer
+from okd_lightning.training.mixed_writer import MixedWriter
 
 _STUDENT, _TEACHER = DrawnLogProb("student"), DrawnOutcome("teacher", ReverseKL())
 _SINGLE = ExactDivergence(ReverseKL())

@@ -34,7 +34,7 @@ from okd_lightning.callbacks import (
 )
 from okd_lightning.callbacks.progress_bar import RunProgressBar
 from okd_lightning.callbacks.step_intervals import StepIntervals
-from okd_lightning.checkpoint_files import read_checkpoint
+from okd_lightning.checkpoints.files import read_checkpoint
 from okd_lightning.cli_arguments import prepare
 from okd_lightning.cli_errors import instantiate, one_line, parse, readable_constructors
 from okd_lightning.data import RolloutDataModule

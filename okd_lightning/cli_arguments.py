@@ -16,7 +16,7 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 import okd_lightning
-from okd_lightning.checkpoint_files import newest_checkpoint, read_checkpoint
+from okd_lightning.checkpoints.files import newest_checkpoint, read_checkpoint
 from okd_lightning.errors import CheckpointError, ConfigError, UsageError
 from okd_lightning.run_folder import DEFAULT_FOLDER
 

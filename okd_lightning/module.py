@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
-from okd_lightning.checkpoints import set_rng_state
+from okd_lightning.checkpoints.contents import set_rng_state
 from okd_lightning.errors import ConfigError
 from okd_lightning.loop_state import count_steps
 from okd_lightning.losses import (
@@ -45,16 +45,17 @@ from okd_lightning.models import (
     check_self_teacher,
     follow,
 )
-from okd_lightning.opening import open_run
 from okd_lightning.optimizers import RateSchedule, build_optimizer, with_schedule
-from okd_lightning.pair_module import PairModule
 from okd_lightning.records import SOURCES, DistillBatch
 from okd_lightning.rollouts import EngineSource
 from okd_lightning.rollouts.rows import generation_records
-from okd_lightning.run_state import add_state, check_state
 from okd_lightning.schedules import ScheduleName, schedule_factor
 from okd_lightning.step_metrics import forget_last_step
-from okd_lightning.step_terms import (
+from okd_lightning.teacher_cache import TeacherCache, TeacherServer, check_cached_term
+from okd_lightning.training.opening import open_run
+from okd_lightning.training.pair_module import PairModule
+from okd_lightning.training.run_state import add_state, check_state
+from okd_lightning.training.step_terms import (
     acting_terms,
     check_counts,
     check_fits,
@@ -63,7 +64,6 @@ from okd_lightning.step_terms import (
     teaching_window,
     trains_teacher,
 )
-from okd_lightning.teacher_cache import TeacherCache, TeacherServer, check_cached_term
 
 
 class DistillationModule(PairModule):

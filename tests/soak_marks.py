@@ -12,8 +12,9 @@ from typing import Any
 
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 
-from okd_lightning import checkpoint_io, durable_files
+from okd_lightning import durable_files
 from okd_lightning.callbacks import RolloutLog
+from okd_lightning.checkpoints import io as checkpoint_io
 from okd_lightning.module import DistillationModule
 from okd_lightning.rollouts import RolloutLoader
 from okd_lightning.rollouts.agreement import Agreement

@@ -34,7 +34,7 @@ from okd_lightning.callbacks import (
     Reward,
     Stage,
 )
-from okd_lightning.checkpoint_files import newest_checkpoint, read_checkpoint
+from okd_lightning.checkpoints.files import newest_checkpoint, read_checkpoint
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import (
     CheckpointError,

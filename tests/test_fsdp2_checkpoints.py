@@ -20,8 +20,8 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from okd_lightning.callbacks import GKD, KD, OKD, LastCheckpoint
-from okd_lightning.checkpoint_files import read_checkpoint
-from okd_lightning.checkpoint_folders import tensors_in
+from okd_lightning.checkpoints.files import read_checkpoint
+from okd_lightning.checkpoints.folders import tensors_in
 from okd_lightning.errors import CheckpointError
 from okd_lightning.export import export_online_module, export_student
 from okd_lightning.module import DistillationModule

@@ -41,7 +41,7 @@ def test_contract_is_kept(tmp_path):
     copy_package(tmp_path)
     status, output = run(tmp_path)
     assert status == 0, output
-    assert "2 kept, 0 broken" in output
+    assert "4 kept, 0 broken" in output
 
 
 @pytest.mark.parametrize(
@@ -58,5 +58,5 @@ def test_contract_fires(tmp_path, file, line, contract):
     path.write_text(path.read_text() + f"\n{line}\n")
     status, output = run(tmp_path)
     assert status != 0
-    assert "1 broken" in output or "2 broken" in output, output
+    assert "Broken contracts" in output, output
     assert contract in output.split("Broken contracts")[1]

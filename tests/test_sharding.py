@@ -24,8 +24,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from okd_lightning.callbacks import KD, OKD
-from okd_lightning.checkpoint_files import read_checkpoint
-from okd_lightning.checkpoint_folders import REST, beside
+from okd_lightning.checkpoints.files import read_checkpoint
+from okd_lightning.checkpoints.folders import REST, beside
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError, ModelError
 from okd_lightning.models import head_inputs, load_causal_lm, load_model_config

@@ -11,7 +11,7 @@ import lightning
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from okd_lightning.checkpoint_files import read_checkpoint
+from okd_lightning.checkpoints.files import read_checkpoint
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.durable_files import sync_file
 from okd_lightning.errors import CheckpointError, ConfigError

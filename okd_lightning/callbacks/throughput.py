@@ -8,8 +8,8 @@ from typing import Any, cast
 import lightning
 from lightning.pytorch.callbacks import Callback
 
-from okd_lightning.pair_module import PairModule
 from okd_lightning.records import DistillBatch
+from okd_lightning.training.pair_module import PairModule
 
 
 class Throughput(Callback):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from okd_lightning.checkpoint_folders import OPTIMIZER, WEIGHTS, flat_key, tensors_in
+from okd_lightning.checkpoints.folders import OPTIMIZER, WEIGHTS, flat_key, tensors_in
 
 OptimizerState: TypeAlias = dict[str, Any]
 

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.optim import Optimizer
 
-from okd_lightning.checkpoint_files import read_checkpoint
-from okd_lightning.checkpoint_folders import (
+from okd_lightning.checkpoints.contents import check_weights, weights_to_save
+from okd_lightning.checkpoints.files import read_checkpoint
+from okd_lightning.checkpoints.folders import (
     REST,
     SHARED,
     beside,
@@ -31,7 +32,6 @@ from okd_lightning.checkpoint_folders import (
     settled,
     weights_in,
 )
-from okd_lightning.checkpoints import check_weights, weights_to_save
 from okd_lightning.errors import ConfigError
 from okd_lightning.models import DTypeName
 from okd_lightning.models.deferred import deferred_weights

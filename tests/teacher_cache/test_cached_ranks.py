@@ -16,7 +16,7 @@ import tiny
 import torch
 import torch.multiprocessing as mp
 
-import okd_lightning.pair_module
+import okd_lightning.training.pair_module
 from okd_lightning.callbacks import KD
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import CacheError
@@ -36,7 +36,7 @@ def run(root: Path, devices: int, cache: Path) -> dict:
     )
     written: list[str] = []
     loaded: list[str] = []
-    put, load = Entry.write_part, okd_lightning.pair_module.load_checked
+    put, load = Entry.write_part, okd_lightning.training.pair_module.load_checked
 
     def write_part(self: Entry, number: int, records) -> None:
         written.append(f"{self.folder.name}/{number}")
@@ -65,7 +65,7 @@ def run(root: Path, devices: int, cache: Path) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CachedTeacher, "part_positions", 12)
         patch.setattr(Entry, "write_part", write_part)
-        patch.setattr(okd_lightning.pair_module, "load_checked", load_checked)
+        patch.setattr(okd_lightning.training.pair_module, "load_checked", load_checked)
         trainer.fit(module, data)
     logged = trainer.callback_metrics
     return {

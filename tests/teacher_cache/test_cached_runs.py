@@ -21,7 +21,7 @@ import torch
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
-import okd_lightning.pair_module
+import okd_lightning.training.pair_module
 from okd_lightning.callbacks import (
     GKD,
     KD,
@@ -55,7 +55,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 def loaded(monkeypatch) -> list[weakref.ref[PreTrainedModel]]:
     """Every teacher that is loaded, weakly."""
     found = []
-    original = okd_lightning.pair_module.load_checked
+    original = okd_lightning.training.pair_module.load_checked
 
     def load(source, option, *args, **kwargs):
         model = original(source, option, *args, **kwargs)
@@ -63,7 +63,7 @@ def loaded(monkeypatch) -> list[weakref.ref[PreTrainedModel]]:
             found.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(okd_lightning.pair_module, "load_checked", load)
+    monkeypatch.setattr(okd_lightning.training.pair_module, "load_checked", load)
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from okd_lightning.checkpoint_folders import is_checkpoint_folder, read_rest, read_weights, settled
+from okd_lightning.checkpoints.folders import is_checkpoint_folder, read_rest, read_weights, settled
 from okd_lightning.errors import CheckpointError
 
 

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.models import in_eval_mode
-from okd_lightning.pair_module import PairModule
 from okd_lightning.records import PromptBatch, Rollout
 from okd_lightning.rollouts import Blend, NoiseStream, Sampling, TransformersEngine, Writer
 from okd_lightning.rollouts.engine import Author, Progress
+from okd_lightning.training.pair_module import PairModule
 
 
 class MixedWriter:

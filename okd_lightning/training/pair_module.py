@@ -18,7 +18,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from okd_lightning.checkpoint_folders import read_folders
+from okd_lightning.checkpoints.folders import read_folders
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import (
     Measured,
@@ -51,7 +51,6 @@ from okd_lightning.models import (
     recompute_activations,
     teacher_copy,
 )
-from okd_lightning.pair_sides import PairSides
 from okd_lightning.records import DistillBatch, PromptBatch, Rollout
 from okd_lightning.rollouts import NoiseStream, RolloutEngine, Sampling, TransformersEngine
 from okd_lightning.rollouts.engine import Author, EngineSource, Progress
@@ -66,6 +65,7 @@ from okd_lightning.teacher_cache import (
     check_cached_teacher,
     check_served_teacher,
 )
+from okd_lightning.training.pair_sides import PairSides
 
 
 class PairModule(lightning.LightningModule):

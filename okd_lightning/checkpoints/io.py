@@ -9,7 +9,7 @@ import lightning
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from okd_lightning.checkpoint_folders import FolderReadingIO
+from okd_lightning.checkpoints.folders import FolderReadingIO
 from okd_lightning.durable_files import replacing
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from okd_lightning.checkpoint_io import make_durable
-from okd_lightning.checkpoints import (
+from okd_lightning.checkpoints.contents import (
     check_methods,
     check_teacher_kind,
     check_weights,
@@ -13,10 +12,11 @@ from okd_lightning.checkpoints import (
     rng_states,
     weights_to_save,
 )
+from okd_lightning.checkpoints.io import make_durable
 from okd_lightning.errors import CheckpointError
 from okd_lightning.loop_state import settle_loops
 from okd_lightning.step_metrics import unlogged_row
-from okd_lightning.step_terms import kind_of
+from okd_lightning.training.step_terms import kind_of
 
 if TYPE_CHECKING:
     from okd_lightning.module import DistillationModule

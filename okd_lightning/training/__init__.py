@@ -1,0 +1,1 @@
+"""What a training run is made of: the pair, a step over both sides, who writes, what is saved."""
