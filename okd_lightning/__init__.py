@@ -1,7 +1,7 @@
 """Knowledge distillation of autoregressive language models on PyTorch Lightning.
 
 The names that a script starts with; they are imported when they are first used, because torch and
-transformers take seconds::
+transformers take seconds:
 
     from okd_lightning import GKD, DistillationModule, RolloutDataModule
 """

@@ -103,7 +103,7 @@ _TERMINATED = 128 + signal.SIGTERM
 class DistillationCLI(LightningCLI):
     """``fit | validate | test | predict`` of a DistillationModule on a RolloutDataModule.
 
-    A script of one's own with subclassed modules::
+    A script of one's own with subclassed modules:
 
         DistillationCLI(MyModule, MyData, args=prepare(sys.argv[1:]))
     """
@@ -356,7 +356,8 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-def _export(arguments: list[str]) -> int:
+def export_parser() -> jsonargparse.ArgumentParser:
+    """The options of ``okd-lightning export``."""
     parser = jsonargparse.ArgumentParser(
         prog="okd-lightning export",
         exit_on_error=False,
@@ -371,6 +372,11 @@ def _export(arguments: list[str]) -> int:
     parser.add_argument(
         "--what", type=ExportPart, default="student", help="the student, or OKD's online module"
     )
+    return parser
+
+
+def _export(arguments: list[str]) -> int:
+    parser = export_parser()
     options = parse(parser, arguments, list(parser._option_string_actions))
     checkpoint = read_checkpoint(options.ckpt_path, with_weights=True)
     _, _, text = prepare(["fit", "--ckpt_path", options.ckpt_path])[:3]

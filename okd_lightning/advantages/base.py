@@ -14,7 +14,7 @@ from okd_lightning.shapes import RowMask, RowValues
 class Advantage(ABC):
     """What -ρ A ∇log p is to be weighted with, for each token that the student drew.
 
-    A complete one, the reverse-KL reward with every token below half its teacher's odds ignored::
+    A complete one, the reverse-KL reward with every token below half its teacher's odds ignored:
 
         @dataclass(frozen=True)
         class Thresholded(Advantage):

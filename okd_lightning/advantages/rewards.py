@@ -22,7 +22,7 @@ GroupBaseline: TypeAlias = Literal["none", "group_mean", "leave_one_out"]
 class RewardFunction(ABC):
     """A number for every response, larger is better; subclass it to bring your own.
 
-    A complete one::
+    A complete one:
 
         class Brevity(RewardFunction):
             def __call__(self, prompts, responses, references):

@@ -22,7 +22,7 @@ class DistillationCallback(Callback, ABC):
 
     Several on one Trainer add up, each divided by its own token count. A method never sees logits:
     it names quantities, the module measures each of them once, and ``loss`` sums them over the
-    positions that the method acts on. A complete method::
+    positions that the method acts on. A complete method:
 
         class TopMass(DistillationCallback):
             'Pulls the student where the teacher is sure of itself.'

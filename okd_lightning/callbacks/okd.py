@@ -23,7 +23,7 @@ class OKD(DistillationCallback):
     """Student and a small online module on the teacher learn from each other (Rao et al., Alg. 1).
 
     With student p, adaptive teacher q and temperature τ (arXiv 2409.12512, Eq. 2; its roles are
-    written the other way round there), the two losses of a token are::
+    written the other way round there), the two losses of a token are:
 
         student:        τ² KL(q^τ‖p^τ)                             q is a constant
         online module:  α τ² KL(p^τ‖q^τ) + (1-α) CE(y; q)          p is a constant

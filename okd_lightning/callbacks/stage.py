@@ -18,7 +18,7 @@ class Stage(DistillationCallback):
     """Lets a method act from one optimizer step to another, and its weight change on the way.
 
     Who writes the rows of a step is decided by the methods that act in it, so the on-policy share
-    changes with them. ::
+    changes with them:
 
         callbacks=[Stage(SFT(), end=100), Stage(GKD(), start=100, end=300), Stage(OPDPlus(), 300)]
 

@@ -88,7 +88,7 @@ class Tile:
 class Quantity(ABC):
     """One number a token; subclass it to measure something new.
 
-    A frozen dataclass is the natural form::
+    A frozen dataclass is the natural form:
 
         @dataclass(frozen=True)
         class TeacherTopMass(Quantity):

@@ -44,7 +44,7 @@ class RolloutEngine(Protocol):
 class EngineSource(ABC):
     """Where the student's responses are written in place of the built-in engine.
 
-    A complete one, with which the built-in engine computes in another number format::
+    A complete one, with which the built-in engine computes in another number format:
 
         class LowPrecision(EngineSource):
             def engine(self, model, vocabulary, eos_ids):

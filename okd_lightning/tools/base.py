@@ -18,7 +18,7 @@ from okd_lightning.errors import ConfigError
 class Tool(ABC):
     """Something that a model may call by name while it writes; subclass it to bring your own.
 
-    A complete one::
+    A complete one:
 
         class Clock(Tool):
             name = "clock"
