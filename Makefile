@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: install quickstart test soak lint teacher clean
+.PHONY: install quickstart test soak lint docs teacher clean
 
 install: $(INSTALLED)
 
@@ -31,6 +31,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: install  ## the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 teacher: install  ## make the quickstart's teacher again (about ten minutes)
 	$(BIN)/python -m okd_lightning.quickstart.task build/quickstart

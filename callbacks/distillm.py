@@ -36,7 +36,7 @@ class DistiLLM(DivergenceCallback):
         rise: What φ grows by, up to 1.
         tolerance: ε, nats: φ rises when val/cross_entropy is that much above the last one compared.
         weight: Factor on this term's mean loss.
-        name: Logged as train/<name>.
+        name: Logged as ``train/<name>``.
     """
 
     def __init__(

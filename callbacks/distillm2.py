@@ -23,7 +23,7 @@ class DistiLLM2(DistillationCallback):
     Args:
         alpha: α of both, strictly between 0 and 1.
         weight: Factor on this term's mean loss.
-        name: Logged as train/<name>.
+        name: Logged as ``train/<name>``.
     """
 
     sources = ("teacher", "student")

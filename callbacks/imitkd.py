@@ -19,7 +19,7 @@ class ImitKD(DivergenceCallback):
         on_policy_fraction: Share of optimizer steps whose responses the student writes.
         temperature: τ of both distributions; scales loss and gradient by τ².
         weight: Factor on this term's mean loss.
-        name: Logged as train/<name>.
+        name: Logged as ``train/<name>``.
     """
 
     def __init__(

@@ -45,7 +45,7 @@ class IWOPD(AdvantageCallback):
         gamma: γ, how much the first token weighs beyond the last one; 0 is OPD.
         clip: PPO's ε; None for off.
         weight: Factor on this term's mean loss.
-        name: Logged as train/<name>.
+        name: Logged as ``train/<name>``.
     """
 
     def __init__(

@@ -48,7 +48,7 @@ class MiniLLM(DistillationCallback):
         clip: PPO's ε on w; None for off.
         lm_weight: Factor on the cross-entropy; 0 leaves it, and the data set's responses, out.
         weight: Factor on this term's mean loss.
-        name: Logged as train/<name>.
+        name: Logged as ``train/<name>``.
     """
 
     is_positionwise = False

@@ -41,7 +41,7 @@ class OPSD(DistillationCallback):
     Args:
         clip: τ, nats an id; inf for plain forward KL.
         weight: Factor on this term's mean loss.
-        name: Logged as train/<name>.
+        name: Logged as ``train/<name>``.
     """
 
     sources = ("student",)

@@ -44,7 +44,7 @@ class PowerOPD(AdvantageCallback):
     Args:
         alpha: α, above 0; 5 is the default of the paper's code.
         weight: Factor on this term's mean loss.
-        name: Logged as train/<name>.
+        name: Logged as ``train/<name>``.
     """
 
     def __init__(self, alpha: float = 5.0, weight: float = 1.0, name: str | None = None) -> None:

@@ -44,12 +44,12 @@ class TopForwardKL(Quantity):
 class TrOPD(PolicyGradientCallback):
     """m ρ log(q/p) by policy gradient, and (1 - m) Σ_top-k q log(q/p) directly, m = min(q/p, 1).
 
-    On the student's own responses; m is a constant. Logged: train/<name>_trusted, the mean of m.
+    On the student's own responses; m is a constant. Logged: ``train/<name>_trusted``, the mean of m.
 
     Args:
         top_k: Ids of the teacher that the forward KL is summed over.
         weight: Factor on this term's mean loss.
-        name: Logged as train/<name>.
+        name: Logged as ``train/<name>``.
     """
 
     def __init__(self, top_k: int = 64, weight: float = 1.0, name: str | None = None) -> None:

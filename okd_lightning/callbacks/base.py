@@ -38,7 +38,7 @@ class DistillationCallback(Callback, ABC):
 
     Args:
         weight: Factor on this term's mean loss.
-        name: Logged as train/<name>; by default the class name in snake case. Two methods of one
+        name: Logged as ``train/<name>``; by default the class name in snake case. Two methods of one
             class need different names.
 
     Attributes:

@@ -25,7 +25,7 @@ class DivergenceCallback(DistillationCallback):
         on_policy_fraction: Share of optimizer steps whose responses the student writes, in [0, 1].
         seq_kd: The other steps train on the teacher's generations and not the data set's.
         weight: Factor on this term's mean loss.
-        name: Logged as train/<name>; two methods of one class need different names.
+        name: Logged as ``train/<name>``; two methods of one class need different names.
 
     Raises:
         ConfigError: A setting out of its range.

@@ -21,7 +21,7 @@ class GKD(DivergenceCallback):
         temperature: τ of both distributions; scales loss and gradient by τ².
         seq_kd: The other steps train on the teacher's generations and not the data set's.
         weight: Factor on this term's mean loss.
-        name: Logged as train/<name>; two methods of one class need different names.
+        name: Logged as ``train/<name>``; two methods of one class need different names.
 
     Raises:
         ConfigError: A setting out of its range, or both beta and divergence.

@@ -18,7 +18,7 @@ class KD(DivergenceCallback):
         cross_entropy_weight: w, in [0, 1).
         seq_kd: Train on the teacher's generations and not the data set's responses.
         weight: Factor on this term's mean loss.
-        name: Logged as train/<name>; two methods of one class need different names.
+        name: Logged as ``train/<name>``; two methods of one class need different names.
 
     Raises:
         ConfigError: A setting out of its range.

@@ -64,7 +64,7 @@ class OKD(DistillationCallback):
         on_policy_fraction: Share of optimizer steps whose responses the student writes; 0 is the
             paper's. 1 asks for an anchor, as no cross-entropy holds the teacher there.
         weight: Factor on this term's mean loss.
-        name: Logged as train/<name>; two methods of one class need different names.
+        name: Logged as ``train/<name>``; two methods of one class need different names.
 
     Raises:
         ConfigError: A setting out of its range; without an anchor, alpha = 1 or

@@ -28,7 +28,7 @@ class OPD(AdvantageCallback):
         max_ratio: Truncation of ρ; inf for off.
         clip: PPO's ε; None for off.
         weight: Factor on this term's mean loss.
-        name: Logged as train/<name>; two methods of one class need different names.
+        name: Logged as ``train/<name>``; two methods of one class need different names.
 
     Raises:
         ConfigError: A setting out of its range.
@@ -75,7 +75,7 @@ class OPDPlus(AdvantageCallback):
         max_ratio: Truncation of ρ; inf for off.
         clip: PPO's ε; None for off.
         weight: Factor on this term's mean loss.
-        name: Logged as train/<name>; two methods of one class need different names.
+        name: Logged as ``train/<name>``; two methods of one class need different names.
 
     Raises:
         ConfigError: A setting out of its range; a variant that is a known trap.

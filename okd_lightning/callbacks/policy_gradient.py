@@ -38,7 +38,7 @@ class PolicyGradientCallback(DistillationCallback):
         max_ratio: Truncation of ρ; inf for off.
         clip: PPO's ε; None for off.
         weight: Factor on this term's mean loss.
-        name: Logged as train/<name>; two methods of one class need different names.
+        name: Logged as ``train/<name>``; two methods of one class need different names.
     """
 
     sources: tuple[Source, ...] = ("student",)
@@ -92,7 +92,7 @@ class AdvantageCallback(PolicyGradientCallback):
         max_ratio: Truncation of ρ; inf for off.
         clip: PPO's ε; None for off.
         weight: Factor on this term's mean loss.
-        name: Logged as train/<name>; two methods of one class need different names.
+        name: Logged as ``train/<name>``; two methods of one class need different names.
     """
 
     def __init__(

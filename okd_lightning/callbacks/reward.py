@@ -40,7 +40,7 @@ class Reward(PolicyGradientCallback):
         max_ratio: Truncation of ρ; inf for off.
         clip: PPO's ε; None for off.
         weight: Factor on this term's mean loss.
-        name: Logged as train/<name>; two methods of one class need different names.
+        name: Logged as ``train/<name>``; two methods of one class need different names.
 
     Raises:
         ConfigError: An unknown baseline or on_failure.

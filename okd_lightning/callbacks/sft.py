@@ -17,7 +17,7 @@ class SFT(DistillationCallback):
     Args:
         seq_kd: Train on the teacher's generations and not the data set's responses.
         weight: Factor on this term's mean loss.
-        name: Logged as train/<name>; two methods of one class need different names.
+        name: Logged as ``train/<name>``; two methods of one class need different names.
     """
 
     on_policy_fraction = 0.0

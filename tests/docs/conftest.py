@@ -21,7 +21,10 @@ from okd_lightning.quickstart.recipe import TEACHER_DIR, TRAIN_FILE, Recipe
 
 RUN = {
     "model": {"student": "STUDENT", "teacher": "TEACHER"},
-    "data": {"train": "train.jsonl", "val": "val.jsonl", "max_prompt_length": 12},
+    "data": {
+        **{"train": "train.jsonl", "val": "val.jsonl"},
+        **{"max_prompt_length": 12, "max_response_length": 12, "val_rollouts": 2},
+    },
     "method": {"class_path": "KD"},
     "trainer": {"default_root_dir": "runs/mine", "max_steps": 2, "accelerator": "cpu"},
 }
