@@ -44,7 +44,7 @@ class TopForwardKL(Quantity):
 class TrOPD(PolicyGradientCallback):
     """m ρ log(q/p) by policy gradient, and (1 - m) Σ_top-k q log(q/p) directly, m = min(q/p, 1).
 
-    On the student's own responses; m is a constant. Logged: ``train/<name>_trusted``, the mean of m.
+    On the student's own responses; m is a constant, its mean is logged as ``train/<name>_trusted``.
 
     Args:
         top_k: Ids of the teacher that the forward KL is summed over.

@@ -50,7 +50,7 @@ class FDivergenceAdvantage(Advantage):
 
     | variant | A (γ = 0) | expected gradient of -A ∇log p |
     |---|---|---|
-    | ``stopped_reward`` | -f(u) | that of D_f for reverse KL only; **biased** for every other f (OPD) |
+    | ``stopped_reward`` | -f(u) | that of D_f for reverse KL only, else **biased** (OPD) |
     | ``as_published`` | w_f(u) = -f(u) + u f'(u) | that of D_f (OPD+, arXiv 2606.01039) |
     | ``centred`` | w_f(u) - w_f(1) | the same, zero where p and q agree |
     | ``value_baseline`` | w_f(u) - E_p[w_f] | the same, zero mean at every position |

@@ -38,8 +38,8 @@ class DistillationCallback(Callback, ABC):
 
     Args:
         weight: Factor on this term's mean loss.
-        name: Logged as ``train/<name>``; by default the class name in snake case. Two methods of one
-            class need different names.
+        name: Logged as ``train/<name>``; by default the class name in snake case. Two methods of
+            one class need different names.
 
     Attributes:
         sources: Who writes the rows that it acts on: "dataset", "student" or "teacher".

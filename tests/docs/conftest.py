@@ -1,4 +1,4 @@
-"""A folder as a reader has it: a small pair, data, and files of one's own under the pages' names."""
+"""A folder as a reader has it: a small pair, data, and own files under the pages' names."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ RUN = {
     "method": {"class_path": "KD"},
     "trainer": {"default_root_dir": "runs/mine", "max_steps": 2, "accelerator": "cpu"},
 }
-MY_TOOLS = '''
+MY_TOOLS = """
 from okd_lightning.tools import Calculator
 
 
 class Clock(Calculator):
     name = "clock"
-'''
+"""
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The pages that people read, cut into their fenced blocks, and commands as a shell would see them."""
+"""The pages that people read: their fenced blocks, and commands as a shell would see them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def blocks_of(page: str) -> list[Block]:
     for match in _FENCE.finditer(text):
         line = text.count("\n", 0, match.start()) + 1
         info = _INFO.match(match["info"])
-        assert info, f"{page}:{line}: ```{match['info']}: expected a language and title=\"...\""
+        assert info, f'{page}:{line}: ```{match["info"]}: expected a language and title="..."'
         title = info["title"] or ""
         found.append(Block(page, line, info["language"], title, match["text"]))
     return found

@@ -90,7 +90,9 @@ def parameters(section: str) -> dict[str, object]:
     return {name: parameter.default for items in found for name, parameter in items}
 
 
-@pytest.mark.parametrize("option", sorted(set(re.findall(r"--((?:data|model|method)\.[\w.]+)", TEXT))))
+@pytest.mark.parametrize(
+    "option", sorted(set(re.findall(r"--((?:data|model|method)\.[\w.]+)", TEXT)))
+)
 def test_our_options_exist(option):
     section, _, name = option.rpartition(".")
     if option == "method.gamma":  # of the shelf's IWOPD

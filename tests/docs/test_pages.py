@@ -32,7 +32,9 @@ from doc_pages import (
     own_arguments,
     page_names,
 )
+from lightning import Trainer
 
+from okd_lightning import KD, RolloutDataModule
 from okd_lightning.__main__ import COMMANDS, main
 from okd_lightning.cli import DistillationCLI, export_parser, quiet_libraries
 from okd_lightning.cli_arguments import prepare
@@ -65,6 +67,8 @@ SHORTER = {
 }
 PLACEHOLDERS = ["--model.student", "STUDENT", "--model.teacher", "TEACHER"]
 """What a YAML block that is a part of a config is put on."""
+FLAGS = {"FLAGS": [*PLACEHOLDERS, "--data.train", "train.jsonl"]}
+"""The README's word for a pair and its data."""
 
 
 class ParsedError(Exception):
@@ -123,7 +127,9 @@ def check_other(words: list[str], place: str) -> None:
     elif words[0] == "python" and words[1].endswith(".py"):
         assert (ROOT / words[1]).is_file() or Path(words[1]).is_file(), f"{place}: {words[1]}"
     else:
-        pytest.fail(f"{place}: {' '.join(words)!r} is nobody's; mark the block: title=\"{NOT_RUN}…\"")
+        pytest.fail(
+            f'{place}: {" ".join(words)!r} is nobody\'s; mark the block: title="{NOT_RUN}…"'
+        )
 
 
 def read_yaml(block: Block) -> None:
@@ -195,7 +201,7 @@ def test_block_that_does_not_run_parses(block, here, checkpoint):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(checkpoint, path)
         if arguments:
-            parse([word for word in arguments if word != "FLAGS"])
+            parse([part for word in arguments for part in FLAGS.get(word, [word])])
 
 
 def test_what_does_not_run_is_counted():
@@ -216,4 +222,35 @@ def test_pages_are_found():
 
 def test_a_broken_command_is_noticed(here):
     with pytest.raises(Exception, match="betta"):
-        parse(["fit", *PLACEHOLDERS, "--data.train", "train.jsonl", "--method", "GKD", "--method.betta", "0"])
+        parse(
+            [
+                "fit",
+                *PLACEHOLDERS,
+                "--data.train",
+                "train.jsonl",
+                "--method",
+                "GKD",
+                "--method.betta",
+                "0",
+            ]
+        )
+
+
+def test_subclassed_module_trains_with_its_own_optimizer(here):
+    (block,) = [b for b in blocks_of("docs/concepts/extending.md") if "WithSGD" in b.text]
+    namespace: dict = {}
+    run_block(block, namespace, None)
+    module = namespace["WithSGD"]("STUDENT", "TEACHER", learning_rate=1e-2)
+    data = RolloutDataModule("train.jsonl", max_prompt_length=12, max_response_length=12)
+    trainer = Trainer(
+        callbacks=[KD()],
+        max_steps=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, data)
+    assert isinstance(trainer.optimizers[0], torch.optim.SGD)
