@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
-import os
-import random
-import signal
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
 from cli_workbench import (
     LIGHTNING_LOGGERS,
     QUIET,
@@ -25,6 +18,7 @@ from cli_workbench import (
     save_model,
     write_jsonl,
 )
+from process_state import unchanged_process
 
 from okd_lightning.__main__ import main
 
@@ -84,22 +78,5 @@ def fit(okd: Callable[..., Result], assets: Assets) -> Callable[..., Result]:
 @pytest.fixture(autouse=True)
 def _leave_the_process_as_it_was() -> Iterator[None]:
     """The command line may extend the module path and seed; other tests must not notice."""
-    path, environment = list(sys.path), dict(os.environ)
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    filters = list(logger.filters)
-    format_warning = warnings.formatwarning
-    verbosity = transformers.utils.logging.get_verbosity()
-    interrupt = signal.getsignal(signal.SIGINT)
-    random_state = random.getstate()
-    with warnings.catch_warnings(), torch.random.fork_rng():
+    with unchanged_process():
         yield
-    sys.path[:] = path
-    random.setstate(random_state)
-    logger.filters[:] = filters
-    warnings.formatwarning = format_warning
-    transformers.utils.logging.set_verbosity(verbosity)
-    transformers.utils.logging.enable_progress_bar()
-    signal.signal(signal.SIGINT, interrupt)
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-        if name not in environment:
-            os.environ.pop(name, None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import sys
 import warnings
@@ -12,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 import yaml
+from process_state import unchanged_process
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from okd_lightning.__main__ import main
@@ -85,16 +84,9 @@ def here(reader_folder, tmp_path, monkeypatch) -> Path:
 @pytest.fixture(autouse=True)
 def _leave_the_process_as_it_was() -> Iterator[None]:
     """Commands extend the module path, seed, and import what lies in a page's folder."""
-    path, modules, state = list(sys.path), set(sys.modules), random.getstate()
-    verbosity = transformers.utils.logging.get_verbosity()
-    format_warning = warnings.formatwarning
-    with warnings.catch_warnings(), torch.random.fork_rng():
+    modules = set(sys.modules)
+    with unchanged_process():
         yield
-    sys.path[:] = path
     for name in set(sys.modules) - modules:
         if name.startswith("my_"):
             del sys.modules[name]
-    random.setstate(state)
-    warnings.formatwarning = format_warning
-    transformers.utils.logging.set_verbosity(verbosity)
-    transformers.utils.logging.enable_progress_bar()

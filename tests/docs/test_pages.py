@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
@@ -34,12 +35,13 @@ from doc_pages import (
 )
 from lightning import Trainer
 
-from okd_lightning import KD, RolloutDataModule
+from okd_lightning import KD, DistillationModule, RolloutDataModule
 from okd_lightning.__main__ import COMMANDS, main
 from okd_lightning.cli import DistillationCLI, export_parser, quiet_libraries
 from okd_lightning.cli_arguments import prepare
 from okd_lightning.compare.command import compare_parser
 from okd_lightning.diagnose.command import diagnose_parser
+from okd_lightning.errors import OKDLightningError
 from okd_lightning.quickstart.command import quickstart_parser, with_default_method
 
 LANGUAGES = {"bash", "json", "python", "text", "yaml"}
@@ -215,13 +217,23 @@ def test_block_says_what_it_is(block):
     assert block.language in LANGUAGES, block.place
 
 
+@pytest.mark.parametrize("page", page_names())
+def test_options_in_the_text_exist(page):
+    text = (ROOT / page).read_text()
+    sections = {"model": DistillationModule, "data": RolloutDataModule}
+    for section, owner in sections.items():
+        known = inspect.signature(owner).parameters
+        named = re.findall(rf"--{section}\.(\w+)", text)
+        assert not set(named) - set(known) - {"OPTION"}, page
+
+
 def test_pages_are_found():
     assert {"README.md", "docs/tutorial.md", "callbacks/README.md"} <= set(page_names())
     assert len([b for b in all_blocks() if b.language == "bash"]) > 20
 
 
 def test_a_broken_command_is_noticed(here):
-    with pytest.raises(Exception, match="betta"):
+    with pytest.raises(OKDLightningError, match="betta"):
         parse(
             [
                 "fit",

@@ -1,0 +1,39 @@
+"""What commands change in their process, put back: module path, seeds, warnings, log filters."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import transformers
+
+
+@contextmanager
+def unchanged_process() -> Iterator[None]:
+    """The command line may extend the module path and seed; other tests must not notice."""
+    path, environment = list(sys.path), dict(os.environ)
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    filters = list(logger.filters)
+    format_warning = warnings.formatwarning
+    verbosity = transformers.utils.logging.get_verbosity()
+    interrupt = signal.getsignal(signal.SIGINT)
+    random_state = random.getstate()
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        yield
+    sys.path[:] = path
+    random.setstate(random_state)
+    logger.filters[:] = filters
+    warnings.formatwarning = format_warning
+    transformers.utils.logging.set_verbosity(verbosity)
+    transformers.utils.logging.enable_progress_bar()
+    signal.signal(signal.SIGINT, interrupt)
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        if name not in environment:
+            os.environ.pop(name, None)
