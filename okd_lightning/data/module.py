@@ -138,10 +138,9 @@ class RolloutDataModule(lightning.LightningDataModule):
         super().__init__()
         check_counts(1, batch_size=batch_size, global_batch_size=global_batch_size)
         check_counts(1, max_prompt_length=max_prompt_length, max_turns=max_turns)
-        check_counts(1, max_response_length=max_response_length, prompts_per_epoch=prompts_per_epoch)
-        check_counts(
-            1, prompts_per_rollout=prompts_per_rollout, samples_per_prompt=samples_per_prompt
-        )
+        check_counts(1, max_response_length=max_response_length)
+        check_counts(1, prompts_per_epoch=prompts_per_epoch, samples_per_prompt=samples_per_prompt)
+        check_counts(1, prompts_per_rollout=prompts_per_rollout)
         check_counts(0, val_rollouts=val_rollouts)
         self.sources: dict[str, DataSource | None] = {
             "train": train,

@@ -132,7 +132,7 @@ def _text(value: Any, name: str, at: str) -> str:
 
 def _chats(rows: Sequence[RawRow], columns: Columns, where: str) -> tuple[list[RawRow], Columns]:
     messages = columns.messages or "messages"
-    chats = []
+    chats: list[RawRow] = []
     for number, row in enumerate(rows, start=1):
         content = read_prompt(row, columns, f"{where}, row {number}")
         rest = {name: cell for name, cell in row.items() if name != columns.prompt}
