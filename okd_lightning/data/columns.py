@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias
 
@@ -36,6 +36,7 @@ class Columns:
         templates: What prompts are made of: texts with {COLUMN} fields, of which a row takes the
             first that it fills; () to read the prompt column as it is.
         as_chat: Whether a prompt is a user's message, which the chat template renders.
+        chat_template_kwargs: What the chat template is told beside the chat.
     """
 
     prompt: str | None = "prompt"
@@ -45,6 +46,7 @@ class Columns:
     declared_tools: tuple[Mapping[str, Any], ...] = ()
     templates: tuple[str, ...] = ()
     as_chat: bool = False
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def quoted(names: Collection[str]) -> str:

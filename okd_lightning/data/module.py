@@ -75,6 +75,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         prompt_template: What prompts are made of: a text with {COLUMN} fields, or several, of which
             a row takes the first whose columns it fills.
         as_chat: A prompt is a user's message, rendered by the tokenizer's chat template.
+        chat_template_kwargs: What that template is told, such as enable_thinking: false (Qwen3).
         subset: Configuration of a hub data set, such as main.
         train_split: Split of a hub data set for training.
         val_split: Split of a hub data set for validation.
@@ -122,6 +123,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         messages_column: str | None = "messages",
         prompt_template: str | list[str] | None = None,
         as_chat: bool = False,
+        chat_template_kwargs: dict[str, Any] | None = None,
         subset: str | None = None,
         train_split: str = "train",
         val_split: str = "validation",
@@ -171,6 +173,7 @@ class RolloutDataModule(lightning.LightningDataModule):
             declared_tools=self.toolbox.schemas,
             templates=prompt_templates(prompt_template),
             as_chat=as_chat,
+            chat_template_kwargs=chat_template_kwargs or {},
         )
         self.teacher_prompts = teacher_prompts_from(
             teacher_prompt_column,
@@ -195,7 +198,7 @@ class RolloutDataModule(lightning.LightningDataModule):
             ConfigError: It does not fit the batch size, the devices or the accumulation; or the
                 Trainer would cut an epoch inside an optimizer step.
         """
-        equip(self._module, self.toolbox, self.max_turns)
+        equip(self._module, self.toolbox, self.max_turns, self.columns.chat_template_kwargs)
         if stage == "fit":
             check_whole_steps(self._trainer)
         if stage == "fit" and self.global_batch_size is not None:

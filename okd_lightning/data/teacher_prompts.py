@@ -196,7 +196,8 @@ def with_teacher_prompts(
         encoded = iter(encode_prompts(tokenizer, [text for text in texts if text]))
         found = [next(encoded) if text else [] for text in texts]
     else:
-        renderer = ChatRenderer(tokenizer, eos_id=eos_id, where=where)
+        settings = columns.chat_template_kwargs
+        renderer = ChatRenderer(tokenizer, eos_id=eos_id, where=where, settings=settings)
         chats = [_chat(teacher_prompts, columns, *triple) for triple in triples]
         rendered = [
             renderer.render(chat, read_tools(row, columns, at), at)

@@ -7,7 +7,11 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
+from byte_tokenizer import CHATML
 
 from okd_lightning.data import Columns, RolloutDataModule
 from okd_lightning.errors import ConfigError, DataError
@@ -52,6 +56,19 @@ def test_a_prompt_is_what_a_user_would_have_said(templates, chat_tokenizer, buil
         for row in ROWS[1:]
     ]
     assert found == build(chats, chat_tokenizer).examples
+
+
+def test_the_chat_template_is_told_what_was_given(chat_tokenizer, build):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    think = "{% if enable_thinking is defined and not enable_thinking %}(no){% endif %}"
+    tokenizer.chat_template = think + CHATML
+    for row, prompt in ((ROWS[1], "Name one"), (ROWS[2], "Name two")):
+        columns = Columns(prompt="instruction", as_chat=True)
+        (plain,) = build([row], tokenizer, columns=columns).examples
+        columns = replace(columns, chat_template_kwargs={"enable_thinking": False})
+        (told,) = build([row], tokenizer, columns=columns).examples
+        assert prompt in plain.prompt
+        assert (told.prompt, told.response_ids) == ("(no)" + plain.prompt, plain.response_ids)
 
 
 def test_chats_of_prompts_need_responses_where_rows_do(chat_tokenizer, build):
