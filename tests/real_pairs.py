@@ -1,7 +1,7 @@
 """Shrunken copies of the pairs in configs/pairs, and rows as their tasks have them.
 
-A copy keeps what makes its architecture special: how many queries share a key, tied embeddings, rows
-of the table that no token has, soft caps and sliding windows that are small enough to act.
+A copy keeps what makes its architecture special: how many queries share a key, tied embeddings,
+rows of the table that no token has, soft caps and sliding windows that are small enough to act.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from data.byte_tokenizer import make_byte_tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 ROOT = Path(__file__).parents[1]
-TOKENIZERS = ROOT.parent / "shared" / "data" / "tokenizers"
+SHARED_DATA = ROOT.parent / "shared" / "data"
 RUNS = {  # pair and task, with what the run logs
     ("qwen3", "gsm8k"): "train/opd_plus",
     ("qwen3", "toolalpaca"): "train/opd_plus",
@@ -38,7 +37,6 @@ RUNS = {  # pair and task, with what the run logs
 }
 CONFIGS = {f"pairs/{pair}" for pair, _ in RUNS} | {f"tasks/{task}" for _, task in RUNS if task}
 
-_REAL_TOKENIZERS = {"qwen2": "qwen2.5", "gpt2": "gpt2"}
 _TEMPLATE = (
     "{% for tool in tools or [] %}{{ tool.function.name }}\n{% endfor %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -86,11 +84,8 @@ def shrunken(entry: Mapping[str, Any], groups: int, num_ids: int) -> dict[str, A
     return {**fields, **small}
 
 
-def tokenizer_of(model_type: str) -> PreTrainedTokenizerBase:
-    """The family's own tokenizer where it is at hand, else one of bytes with a like template."""
-    own = TOKENIZERS / _REAL_TOKENIZERS.get(model_type, "none")
-    if own.is_dir():
-        return AutoTokenizer.from_pretrained(own)
+def make_tokenizer() -> PreTrainedTokenizerBase:
+    """One id a byte, and a chat template that can be told not to think, as Qwen3's can."""
     tokenizer = make_byte_tokenizer()
     tokenizer.chat_template = _QUIET + _TEMPLATE
     return tokenizer
@@ -103,12 +98,10 @@ def save_pair(pair: str, folder: Path) -> list[str]:
     flags = []
     for groups, side in enumerate(("student", "teacher"), 1):
         entry = tables.MODELS[tables.LOCAL.get(model[side], model[side])]
-        tokenizer = tokenizer_of(entry["config"]["model_type"])
+        tokenizer = make_tokenizer()
         made = make(shrunken(entry, groups, len(tokenizer)), seed=groups)
-        ends = [tokenizer.eos_token_id]
-        if tokenizer.chat_template:
-            ends.append(tokenizer.convert_tokens_to_ids("<|im_end|>"))
-        made.generation_config = GenerationConfig(eos_token_id=list(dict.fromkeys(ends)))
+        ends = tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"])
+        made.generation_config = GenerationConfig(eos_token_id=ends)
         made.save_pretrained(folder / side)
         tokenizer.save_pretrained(folder / side)
         flags += [f"--model.{side}", str(folder / side)]
