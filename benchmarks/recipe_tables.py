@@ -56,8 +56,11 @@ def read_recipe(name: str, task: str | None) -> Recipe:
     for section, settings in (load_config(f"tasks/{task}") if task else {}).items():
         config[section] = {**config.get(section, {}), **settings}
     model, data, method = config["model"], config["data"], config["method"]
-    settings = method.get("init_args", {})
-    shares = {"GKD": settings.get("on_policy_fraction", 0.5), "OPDPlus": 1.0}
+    formats = model["teacher_dtype"], config["trainer"]["precision"]
+    assert formats == ("bfloat16", "bf16-mixed"), f"no formula for {formats}"
+    assert model["gradient_checkpointing"], "no formula for kept activations"
+    share = method.get("init_args", {}).get("on_policy_fraction")
+    by_default = {"KD": 0.0, "OKD": 0.0, "GKD": 0.5, "OPDPlus": 1.0}[method["class_path"]]
     return Recipe(
         name=name,
         task=task,
@@ -68,7 +71,7 @@ def read_recipe(name: str, task: str | None) -> Recipe:
         rows=data["global_batch_size"],
         prompt=data["max_prompt_length"],
         response=data["max_response_length"],
-        written=shares.get(method["class_path"], 0.0),
+        written=by_default if share is None else share,
     )
 
 

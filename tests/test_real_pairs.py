@@ -96,6 +96,14 @@ def test_a_pair_trains_on_its_task(pair, task, tmp_path, monkeypatch, capsys):
     assert torch.equal(*(padding(tmp_path / f, num_tokens) for f in ("student", "out")))
 
 
+def test_toolalpacas_training_data_makes_rows_of_calls():
+    rows = real_pairs.rows_of("toolalpaca")
+    call = '<tool_call>\n{"name": "list", "arguments": {"n": 3}}\n</tool_call>'
+    assert len(rows) == 8
+    assert rows[3]["messages"] == [{"role": "user", "content": "Name 3 colours"}]
+    assert (rows[3]["response"], rows[3]["tools"][0]["function"]["name"]) == (call, "list")
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # the libraries', not ours
 def test_the_teacher_of_gpt2_is_made_as_its_config_says(tmp_path, monkeypatch):

@@ -197,6 +197,11 @@ def build_examples(
         raise DataError(f"{where}: no rows; expected at least one")
     rows, columns = with_prompts(rows, columns, needs_response=needs_response, where=where)
     layout = choose_layout(rows[0], columns, needs_response=needs_response, where=where)
+    if layout == "text" and columns.chat_template_kwargs:
+        raise DataError(
+            f"{where}: the rows are plain prompts, and --data.chat_template_kwargs are for a chat "
+            "template; set --data.as_chat true, or leave them out"
+        )
     cells: dict[str, Any] = {"eos_id": eos_id, "columns": columns, "where": where}
     if layout == "chat":
         examples = examples_from_chats(rows, tokenizer, **cells)

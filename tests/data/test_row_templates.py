@@ -92,6 +92,11 @@ def test_chats_of_prompts_need_responses_where_rows_do(chat_tokenizer, build):
             [{"messages": [{"role": "user", "content": "a"}]}],
             "leave --data.as_chat out",
         ),
+        (
+            Columns(chat_template_kwargs={"enable_thinking": False}),
+            [{"prompt": "a", "response": "b"}],
+            "set --data.as_chat true, or leave them out",
+        ),
         (Columns(as_chat=True), [{"prompt": "", "response": "a"}], "row 1: the prompt"),
     ],
 )
