@@ -1,10 +1,12 @@
-"""Turn ToolAlpaca's evaluation files into rows that okd-lightning reads; imports nothing of it.
+"""Turn ToolAlpaca's files into rows that okd-lightning reads; imports nothing of it.
 
 A row has messages (the instruction), tools (the API's functions as JSON schemas) and response (the
-golden calls, as Qwen and Hermes write them). Instructions whose golden arguments are no JSON,
-because they stand for what an earlier call returns, are left out.
+golden calls, or those of the training data's instance, as Qwen and Hermes write them). Instructions
+whose golden arguments are no JSON, because they stand for what an earlier call returns, are left
+out; so are instances without calls. Questions back to the user (getDetails) are no calls.
 
     python benchmarks/toolalpaca.py eval_simulated.json OUT.jsonl
+    python benchmarks/toolalpaca.py train_data.json OUT.jsonl
 """
 
 from __future__ import annotations
@@ -47,13 +49,29 @@ def golden_response(calls: list[dict[str, str]]) -> str | None:
     return "\n".join(written)
 
 
+def asked_of(api: dict[str, Any]) -> list[tuple[str, list[dict[str, str]]]]:
+    """Instructions with their calls, of an evaluation file or of the training data."""
+    if "Golden_Answers" in api:
+        return list(zip(api["Instructions"], api["Golden_Answers"], strict=True))
+    found = []
+    for instance in api.get("Instances", []):
+        steps = [step[0] for step in instance.get("intermediate_steps") or []]
+        calls = [{"Action": s[0], "Action_Input": s[1]} for s in steps if s[0] != "getDetails"]
+        known = all(call["Action"] in api["Function_Projection"] for call in calls)
+        if known:
+            found.append((instance["input"].rsplit("\nHint: ", 1)[0], calls))
+    return found
+
+
 def rows_of(apis: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row an instruction that has golden calls."""
+    """One row an instruction that has calls."""
     rows = []
     for api in apis:
-        described = api["Function_Description"]
+        described = api.get("Function_Description")
+        if described is None:
+            continue
         tools = [schema_of(name, described[name]) for name in api["Function_Projection"]]
-        for instruction, calls in zip(api["Instructions"], api["Golden_Answers"], strict=True):
+        for instruction, calls in asked_of(api):
             response = golden_response(calls)
             if response:
                 messages = [{"role": "user", "content": instruction}]

@@ -35,7 +35,7 @@ from okd_lightning.callbacks import (
 from okd_lightning.callbacks.progress_bar import RunProgressBar
 from okd_lightning.callbacks.step_intervals import StepIntervals
 from okd_lightning.checkpoints.files import read_checkpoint
-from okd_lightning.cli_arguments import prepare
+from okd_lightning.cli_arguments import prepare, read_comments_as_text
 from okd_lightning.cli_errors import instantiate, one_line, parse, readable_constructors
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.durable_files import write_whole
@@ -114,6 +114,7 @@ class DistillationCLI(LightningCLI):
         datamodule_class: type[RolloutDataModule] = RolloutDataModule,
         **kwargs: Any,
     ) -> None:
+        read_comments_as_text()
         super().__init__(
             model_class,
             datamodule_class,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import yaml
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -51,6 +52,24 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     _drop_other_methods(configs, typed)
     inlined = [part for _, c in configs for part in ("--config", yaml.safe_dump(c))]
     return [command, *inlined, *_without(rest, _CONFIG_OPTIONS)]
+
+
+def read_comments_as_text() -> None:
+    """Let jsonargparse take a value such as '#### (.+)' for the text that it is.
+
+    It reads values as YAML, in which this is a comment and so nothing: where null is allowed too,
+    as for a pattern or a template, the text would be lost without a word.
+    """
+    load = jsonargparse.get_loader("yaml")
+    if getattr(load, "is_ours", False):
+        return
+
+    def loader(text: str) -> Any:
+        value = load(text)
+        return text if value is None and text.lstrip().startswith("#") else value
+
+    loader.is_ours = True  # type: ignore[attr-defined]
+    jsonargparse.set_loader("yaml", loader, (yaml.YAMLError,))
 
 
 def _run_folder(arguments: Sequence[str], configs: Sequence[dict[str, Any]]) -> Path:

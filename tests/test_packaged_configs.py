@@ -4,7 +4,8 @@
 * Overlays run on top of one of them; those of several processes start two, by Lightning itself, by
   torchrun, and as SLURM's srun does, as if on two nodes; those that name a server have one that
   speaks vLLM's protocol.
-* A config that nobody runs here fails the suite.
+* Real pairs and their tasks are run in test_real_pairs.py.
+* A config that nobody runs fails the suite.
 """
 
 import csv
@@ -16,6 +17,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import real_pairs
 from fake_vllm_server import FakeVLLM, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -68,7 +70,8 @@ SERVERS = {  # with the option that says where the server is
 
 
 def test_every_config_is_run_here():
-    assert set(packaged_configs()) == {*RUNS, *OVERLAYS, *LAUNCHED, *SERVERS, TORCHRUN, SLURM}
+    run = {*RUNS, *OVERLAYS, *LAUNCHED, *SERVERS, TORCHRUN, SLURM}
+    assert set(packaged_configs()) == run | real_pairs.CONFIGS
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")

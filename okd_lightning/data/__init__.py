@@ -2,6 +2,7 @@
 
 * ``sources``: where rows come from; ``json_files`` and ``arrow`` do the reading.
 * ``columns``: which column is the prompt, the response or the chat; checks names and types.
+* ``row_templates``: prompts made of several columns, and prompts as chats.
 * ``templates``: chats as text, cut where the assistant's own words begin and end.
 * ``tokens``: text to ids.
 * ``text_rows``, ``chat_rows``: the two kinds of rows to ``records.Example``s.

@@ -118,7 +118,8 @@ def examples_from_chats(
         DataError: The tokenizer has no chat template, the template is not prefix-stable, or a row
             is not a chat.
     """
-    renderer = ChatRenderer(tokenizer, eos_id=eos_id, where=where)
+    settings = columns.chat_template_kwargs
+    renderer = ChatRenderer(tokenizer, eos_id=eos_id, where=where, settings=settings)
     chats = [
         _read_chat(row, columns, renderer, f"{where}, row {number}")
         for number, row in enumerate(rows, start=1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias
 
@@ -33,6 +33,10 @@ class Columns:
         messages: A chat, a list of ``{"role": ..., "content": ...}``; None: never read as a chat.
         tools: The tools that a chat may call (JSON schemas), where there are any.
         declared_tools: What chats may call whose row names no tools; () for nothing.
+        templates: What prompts are made of: texts with {COLUMN} fields, of which a row takes the
+            first that it fills; () to read the prompt column as it is.
+        as_chat: Whether a prompt is a user's message, which the chat template renders.
+        chat_template_kwargs: What the chat template is told beside the chat.
     """
 
     prompt: str | None = "prompt"
@@ -40,9 +44,13 @@ class Columns:
     messages: str | None = "messages"
     tools: str = "tools"
     declared_tools: tuple[Mapping[str, Any], ...] = ()
+    templates: tuple[str, ...] = ()
+    as_chat: bool = False
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _quoted(names: Collection[str]) -> str:
+def quoted(names: Collection[str]) -> str:
+    """Names as messages list them."""
     return ", ".join(repr(name) for name in names) or "none"
 
 
@@ -67,7 +75,7 @@ def require_column(row: RawRow, role: str, name: str, where: str) -> None:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise DataError(
             f"{where}: no column {name!r}, which --data.{role}_column names; "
-            f"found: {_quoted(row)}{hint}"
+            f"found: {quoted(row)}{hint}"
         )
 
 
@@ -91,7 +99,7 @@ def _no_prompt(row: RawRow, columns: Columns, where: str) -> DataError:
         if columns.response not in found and _suggestion("response", columns.response, found):
             options += f" {_option('response', columns.response, found)}"
     missing = " and no ".join(repr(name) for name in wanted) or "to read"
-    return DataError(f"{where}: no column {missing}; found: {_quoted(found)}; use {options}")
+    return DataError(f"{where}: no column {missing}; found: {quoted(found)}; use {options}")
 
 
 def choose_layout(row: RawRow, columns: Columns, *, needs_response: bool, where: str) -> Layout:
@@ -116,12 +124,13 @@ def choose_layout(row: RawRow, columns: Columns, *, needs_response: bool, where:
     if columns.declared_tools:
         raise DataError(
             f"{where}: the rows are plain prompts, and --data.tools are called in chats; give rows "
-            "with messages (--data.messages_column NAME), or leave the tools out"
+            "with messages (--data.messages_column NAME), set --data.as_chat true, or leave the "
+            "tools out"
         )
     if needs_response and columns.response not in row:
         raise DataError(
             f"{where}: no column {columns.response!r}, and this run learns from given responses; "
-            f"found: {_quoted(row)}; use "
+            f"found: {quoted(row)}; use "
             f"{_option('response', columns.response, [c for c in row if c != columns.prompt])}"
         )
     return "text"
@@ -129,7 +138,7 @@ def choose_layout(row: RawRow, columns: Columns, *, needs_response: bool, where:
 
 def _cell(row: RawRow, name: str, at: str) -> Any:
     if name not in row:
-        raise DataError(f"{at}: no column {name!r}, which the first row has; found: {_quoted(row)}")
+        raise DataError(f"{at}: no column {name!r}, which the first row has; found: {quoted(row)}")
     return row[name]
 
 
@@ -185,12 +194,12 @@ def _read_message(message: object, at: str) -> dict[str, Any]:
     fields = {key: value for key, value in message.items() if value is not None}
     if not isinstance(fields.get("role"), str):
         raise DataError(
-            f'{at} has no text as "role"; found: {_quoted(message)}; '
+            f'{at} has no text as "role"; found: {quoted(message)}; '
             'expected {"role": "user", "content": "..."}'
         )
     if "content" not in fields and not fields.get("tool_calls"):
         raise DataError(
-            f'{at} has no "content"; found: {_quoted(fields)}; '
+            f'{at} has no "content"; found: {quoted(fields)}; '
             'expected {"role": "user", "content": "..."}'
         )
     content = fields.setdefault("content", "")

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.data.chat_rows import examples_from_chats
 from okd_lightning.data.columns import Columns, RawRow, choose_layout
+from okd_lightning.data.row_templates import with_prompts
 from okd_lightning.data.teacher_prompts import TeacherPrompts, with_teacher_prompts
 from okd_lightning.data.text_rows import examples_from_texts
 from okd_lightning.errors import ConfigError, DataError
@@ -165,7 +166,8 @@ def build_examples(
     """Tokenize rows into examples: prompt + response + eos, tokenized apart.
 
     Args:
-        rows: At least one; all of the layout of the first (prompt and response, or chat messages).
+        rows: At least one; all of the layout of the first (prompt and response, or chat messages),
+            where ``columns`` has no templates.
         tokenizer: Turns text to ids, and renders chats.
         eos_id: What ends a response that was not cut.
         columns: Which columns to read.
@@ -193,7 +195,13 @@ def build_examples(
     )
     if not rows:
         raise DataError(f"{where}: no rows; expected at least one")
+    rows, columns = with_prompts(rows, columns, needs_response=needs_response, where=where)
     layout = choose_layout(rows[0], columns, needs_response=needs_response, where=where)
+    if layout == "text" and columns.chat_template_kwargs:
+        raise DataError(
+            f"{where}: the rows are plain prompts, and --data.chat_template_kwargs are for a chat "
+            "template; set --data.as_chat true, or leave them out"
+        )
     cells: dict[str, Any] = {"eos_id": eos_id, "columns": columns, "where": where}
     if layout == "chat":
         examples = examples_from_chats(rows, tokenizer, **cells)

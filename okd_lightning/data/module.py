@@ -21,9 +21,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from okd_lightning.data.columns import Columns
+from okd_lightning.data.counts import check_counts
 from okd_lightning.data.distilled_module import DistilledModule, check_teacher_prompts
 from okd_lightning.data.examples import ExampleSet, OnOverlong
 from okd_lightning.data.progress import rollout_progress
+from okd_lightning.data.row_templates import prompt_templates
 from okd_lightning.data.sources import DataArgument, DataSource, describe_source, load_rows
 from okd_lightning.data.teacher_prompts import teacher_prompts_from
 from okd_lightning.data.token_cache import AUTO, cached_examples
@@ -70,6 +72,10 @@ class RolloutDataModule(lightning.LightningDataModule):
         prompt_column: Name of the column with prompts; null where the rows are chats.
         response_column: Name of the column with responses.
         messages_column: Name of the column with chats; null where the rows are plain prompts.
+        prompt_template: What prompts are made of: a text with {COLUMN} fields, or several, of which
+            a row takes the first whose columns it fills.
+        as_chat: A prompt is a user's message, rendered by the tokenizer's chat template.
+        chat_template_kwargs: What that template is told, such as enable_thinking: false (Qwen3).
         subset: Configuration of a hub data set, such as main.
         train_split: Split of a hub data set for training.
         val_split: Split of a hub data set for validation.
@@ -115,6 +121,9 @@ class RolloutDataModule(lightning.LightningDataModule):
         prompt_column: str | None = "prompt",
         response_column: str = "response",
         messages_column: str | None = "messages",
+        prompt_template: str | list[str] | None = None,
+        as_chat: bool = False,
+        chat_template_kwargs: dict[str, Any] | None = None,
         subset: str | None = None,
         train_split: str = "train",
         val_split: str = "validation",
@@ -129,21 +138,12 @@ class RolloutDataModule(lightning.LightningDataModule):
         token_cache: str | None = AUTO,
     ) -> None:
         super().__init__()
-        positive = {
-            "batch_size": batch_size,
-            "global_batch_size": global_batch_size,
-            "max_prompt_length": max_prompt_length,
-            "max_response_length": max_response_length,
-            "prompts_per_epoch": prompts_per_epoch,
-            "prompts_per_rollout": prompts_per_rollout,
-            "samples_per_prompt": samples_per_prompt,
-            "max_turns": max_turns,
-        }
-        for name, value in positive.items():
-            if value is not None and value < 1:
-                raise ConfigError(f"data.{name} must be at least 1, got {value}")
-        if val_rollouts < 0:
-            raise ConfigError(f"data.val_rollouts must be at least 0, got {val_rollouts}")
+        check_counts(1, batch_size=batch_size, global_batch_size=global_batch_size)
+        check_counts(1, max_prompt_length=max_prompt_length, max_turns=max_turns)
+        check_counts(1, max_response_length=max_response_length)
+        check_counts(1, prompts_per_epoch=prompts_per_epoch, samples_per_prompt=samples_per_prompt)
+        check_counts(1, prompts_per_rollout=prompts_per_rollout)
+        check_counts(0, val_rollouts=val_rollouts)
         self.sources: dict[str, DataSource | None] = {
             "train": train,
             "val": val,
@@ -171,6 +171,9 @@ class RolloutDataModule(lightning.LightningDataModule):
             messages=messages_column,
             tools=tools_column,
             declared_tools=self.toolbox.schemas,
+            templates=prompt_templates(prompt_template),
+            as_chat=as_chat,
+            chat_template_kwargs=chat_template_kwargs or {},
         )
         self.teacher_prompts = teacher_prompts_from(
             teacher_prompt_column,
@@ -195,7 +198,7 @@ class RolloutDataModule(lightning.LightningDataModule):
             ConfigError: It does not fit the batch size, the devices or the accumulation; or the
                 Trainer would cut an epoch inside an optimizer step.
         """
-        equip(self._module, self.toolbox, self.max_turns)
+        equip(self._module, self.toolbox, self.max_turns, self.columns.chat_template_kwargs)
         if stage == "fit":
             check_whole_steps(self._trainer)
         if stage == "fit" and self.global_batch_size is not None:

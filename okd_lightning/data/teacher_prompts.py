@@ -7,7 +7,6 @@ response's ids are the student's own, so that both sides' loss tokens are the sa
 
 from __future__ import annotations
 
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -18,12 +17,15 @@ from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.data.chat_rows import encode_spans, read_turns
 from okd_lightning.data.columns import Columns, Layout, RawRow, read_tools, require_column
+from okd_lightning.data.row_templates import fields_of
 from okd_lightning.data.templates import ChatRenderer, Message
 from okd_lightning.data.tokens import encode_prompts
 from okd_lightning.errors import ConfigError, DataError
 from okd_lightning.records import Example
 
 _FIELDS = ("prompt", "reference")
+_OPTION = "--data.teacher_prompt_template"
+_EXPECTED = "expected {prompt} and/or {reference} ({{ and }} for literal braces)"
 
 
 @dataclass(frozen=True)
@@ -76,31 +78,17 @@ class TeacherPrompts:
 
 
 def _fields(template: str) -> list[str]:
-    """The names between braces, with whatever stands behind them."""
-    found = []
-    for _, name, spec, conversion in string.Formatter().parse(template):
-        if name is not None:
-            behind = (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-            found.append(name + behind)
-    return found
+    return fields_of(template, _OPTION, _EXPECTED)
 
 
 def _check_template(template: str) -> None:
-    expected = "expected {prompt} and/or {reference} ({{ and }} for literal braces)"
-    option = f"--data.teacher_prompt_template {template!r}"
-    try:
-        fields = _fields(template)
-    except ValueError as error:
-        raise ConfigError(f"{option}: {error}; {expected}") from error
-    for name in fields:
+    for name in _fields(template):
         if name not in _FIELDS:
             near = get_close_matches(name, _FIELDS, n=1)
             hint = f"; did you mean {{{near[0]}}}?" if near else ""
-            raise ConfigError(f"{option}: unknown field {{{name}}}; {expected}{hint}")
-    if not fields:
-        raise ConfigError(
-            f"{option} names no field, so the teacher would read the same for every row; {expected}"
-        )
+            raise ConfigError(
+                f"{_OPTION} {template!r}: unknown field {{{name}}}; {_EXPECTED}{hint}"
+            )
 
 
 def teacher_prompts_from(
@@ -208,7 +196,8 @@ def with_teacher_prompts(
         encoded = iter(encode_prompts(tokenizer, [text for text in texts if text]))
         found = [next(encoded) if text else [] for text in texts]
     else:
-        renderer = ChatRenderer(tokenizer, eos_id=eos_id, where=where)
+        settings = columns.chat_template_kwargs
+        renderer = ChatRenderer(tokenizer, eos_id=eos_id, where=where, settings=settings)
         chats = [_chat(teacher_prompts, columns, *triple) for triple in triples]
         rendered = [
             renderer.render(chat, read_tools(row, columns, at), at)

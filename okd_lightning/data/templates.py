@@ -9,7 +9,7 @@ because no mask can be trusted there. Nothing here knows token ids.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,19 +58,27 @@ class ChatRenderer:
         tokenizer: Must have a chat template.
         eos_id: The token that ends a response.
         where: The data set's name for messages.
+        settings: What the template is told beside the chat, such as Qwen3's enable_thinking.
 
     Raises:
         DataError: The tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, eos_id: int, where: str) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        eos_id: int,
+        where: str,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         if not tokenizer.chat_template:
             raise DataError(
                 f"{where}: rows are chats, but the tokenizer {tokenizer.name_or_path!r} has no "
                 "chat_template; use an instruction-tuned model's tokenizer, set chat_template, "
                 "or give prompt and response columns"
             )
-        self._tokenizer = tokenizer
+        self._tokenizer, self._settings = tokenizer, settings or {}
         self._eos = str(tokenizer.convert_ids_to_tokens(eos_id))
         added = tokenizer.added_tokens_decoder.values()
         specials = {token.content for token in added if token.special} | {self._eos}
@@ -84,7 +92,11 @@ class ChatRenderer:
     ) -> str:
         try:
             rendered = self._tokenizer.apply_chat_template(
-                list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt
+                list(messages),
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **self._settings,
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise DataError(

@@ -8,7 +8,7 @@ no results, or close no turns are refused before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -45,7 +45,12 @@ def checked_turns(max_turns: int | None, toolbox: Toolbox) -> int:
     return _MAX_TURNS if max_turns is None else max_turns
 
 
-def equip(module: DistilledModule, toolbox: Toolbox, max_turns: int) -> None:
+def equip(
+    module: DistilledModule,
+    toolbox: Toolbox,
+    max_turns: int,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
     """Let a module's rollouts call tools; with an empty toolbox they call none.
 
     What the template closes a turn with ends a turn from now on.
@@ -57,7 +62,7 @@ def equip(module: DistilledModule, toolbox: Toolbox, max_turns: int) -> None:
     if not len(toolbox):
         module.tool_rounds = None
         return
-    turns = ToolTurns(module.tokenizer, eos_id=module.eos_ids[0])
+    turns = ToolTurns(module.tokenizer, eos_id=module.eos_ids[0], settings=settings)
     module.add_eos_ids(turns.check(toolbox.schemas))
     module.tool_rounds = ToolRounds(toolbox, turns, max_turns)
 
@@ -68,12 +73,19 @@ class ToolTurns:
     Args:
         tokenizer: Must have a chat template.
         eos_id: The token that ends a response.
+        settings: What the template is told beside the chat.
 
     Raises:
         ConfigError: The tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, eos_id: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        eos_id: int,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         if not tokenizer.chat_template:
             raise ConfigError(
                 f"data.tools are called in chats, but the tokenizer {tokenizer.name_or_path!r} has "
@@ -81,7 +93,9 @@ class ToolTurns:
                 "out"
             )
         self._tokenizer = tokenizer
-        self._renderer = ChatRenderer(tokenizer, eos_id=eos_id, where="data.tools")
+        self._renderer = ChatRenderer(
+            tokenizer, eos_id=eos_id, where="data.tools", settings=settings
+        )
 
     def check(self, schemas: Sequence[dict[str, Any]]) -> list[int]:
         """Try the template on a chat with two exchanges.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from okd_lightning.data import RolloutDataModule, load_rows
 from okd_lightning.data.columns import choose_layout
 from okd_lightning.data.examples import ExampleSet
+from okd_lightning.data.row_templates import with_prompts
 from okd_lightning.data.sources import describe_source
 from okd_lightning.diagnose.findings import Check, Verdict
 from okd_lightning.diagnose.responses import Responses
@@ -131,7 +132,8 @@ def _template(module: DistillationModule, data: RolloutDataModule, part: str) ->
     assert source is not None
     rows = load_rows(source, split=data.splits[part], subset=data.subset)
     where = describe_source(source)
-    if choose_layout(rows[0], data.columns, needs_response=False, where=where) == "text":
+    asked, columns = with_prompts(rows, data.columns, needs_response=False, where=where)
+    if choose_layout(asked[0], columns, needs_response=False, where=where) == "text":
         template = getattr(module.tokenizer, "chat_template", None)
         if template is None:
             return Check(
@@ -141,12 +143,12 @@ def _template(module: DistillationModule, data: RolloutDataModule, part: str) ->
             "template",
             "look",
             "plain prompts, though the tokenizer has a chat template: a chat model wants messages "
-            "(--data.messages_column)",
+            "(--data.as_chat true)",
         )
     messages = [{"role": "user", "content": "x"}]
-    render = module.tokenizer.apply_chat_template
-    without = render(messages, tokenize=False, add_generation_prompt=False)
-    with_prompt = render(messages, tokenize=False, add_generation_prompt=True)
+    render, told = module.tokenizer.apply_chat_template, columns.chat_template_kwargs
+    without = render(messages, tokenize=False, add_generation_prompt=False, **told)
+    with_prompt = render(messages, tokenize=False, add_generation_prompt=True, **told)
     added = str(with_prompt)[len(str(without)) :]
     if not added:
         return Check(

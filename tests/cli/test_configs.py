@@ -54,6 +54,18 @@ def test_a_config_is_a_whole_run(okd: Type, config: str) -> None:
     assert resolved()["method"]["init_args"]["temperature"] == 4.0
 
 
+def test_a_text_may_begin_with_a_hash(okd: Type, config: str, here: Path) -> None:
+    (here / "pattern.yaml").write_text(
+        "trainer: {callbacks: [{class_path: ExactMatch, init_args: {pattern: '#### (.+)'}}]}\n"
+    )
+    template = ["--data.prompt_template", "# {prompt}"]
+    result = okd("fit", "--config", config, "--config", "pattern.yaml", template)
+    assert result.status == 0, result.err
+    assert resolved()["data"]["prompt_template"] == "# {prompt}"
+    patterns = [c["init_args"].get("pattern") for c in resolved()["trainer"]["callbacks"]]
+    assert "#### (.+)" in patterns
+
+
 def test_overlays_and_flags(okd: Type, config: str, here: Path) -> None:
     (here / "overlay.yaml").write_text("model: {learning_rate: 0.1}\ndata: {batch_size: 3}\n")
     result = okd(

@@ -1,0 +1,290 @@
+"""What a distillation step takes of memory and time, by formula: from sizes, not measured.
+
+Sizes are counted on architectures that are built without weights. What the formulas assume is in
+docs/recipes.md; recipe_tables.py applies them to the configs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from shard_memory import per_device
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from okd_lightning.rollouts import TransformersEngine
+
+# One H100 (80 GB, SXM), from its data sheet, and how much of it is taken to be reached.
+PEAK_FLOPS, PEAK_SHARE = 989e12, 0.4
+MEMORY_BANDWIDTH, BANDWIDTH_SHARE = 3.35e12, 0.6
+LINKS = {"in a node": 450e9, "between nodes": 50e9}  # bytes a second and GPU, each direction
+BLOCK_LAUNCHES = 2.5e-4  # seconds that a block takes for one token at least: 25 kernels of 10 us
+
+ADAPTER_RANK, ADAPTER_BYTES = 32, 16  # OKD's default module: float32, gradient, two moments
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the formulas need to know of a model; counts are of parameters.
+
+    Attributes:
+        parameters: All of them.
+        block: One block.
+        head: The head; the input embedding has as many.
+        layers: Blocks.
+        hidden: Width.
+        intermediate: Width of the feed-forward part.
+        query: Width of all queries of a token.
+        key_value: Width of its keys, and of its values.
+        heads: Query heads.
+        vocab: Rows of the head.
+        adapter: Of LoRA with OKD's default rank on the layers that PEFT takes by itself.
+        is_eager: Whether attention holds its matrices (no fused kernel soft-caps).
+    """
+
+    parameters: int
+    block: int
+    head: int
+    layers: int
+    hidden: int
+    intermediate: int
+    query: int
+    key_value: int
+    heads: int
+    vocab: int
+    adapter: int
+    is_eager: bool
+
+    @property
+    def body(self) -> int:
+        """Parameters that every token is multiplied with: the blocks."""
+        return self.layers * self.block
+
+
+def build(fields: Mapping[str, Any]) -> PreTrainedModel:
+    """A model without weights, from its config's fields."""
+    config = AutoConfig.for_model(**fields)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def sizes_of(model: PreTrainedModel) -> Sizes:
+    """Counted on the model."""
+    config: PretrainedConfig = model.config
+    kinds = set(model._no_split_modules)
+    blocks = [m for m in model.modules() if type(m).__name__ in kinds]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    return Sizes(
+        parameters=sum(p.numel() for p in model.parameters()),
+        block=sum(p.numel() for p in blocks[0].parameters()),
+        head=model.get_output_embeddings().weight.numel(),
+        layers=len(blocks),
+        hidden=config.hidden_size,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        query=config.num_attention_heads * head_dim,
+        key_value=groups * head_dim,
+        heads=config.num_attention_heads,
+        vocab=config.vocab_size,
+        adapter=sum(
+            ADAPTER_RANK * sum(module.weight.shape)
+            for name, module in model.named_modules()
+            if name.rsplit(".", 1)[-1] in ("q_proj", "v_proj", "c_attn")
+        ),
+        is_eager=config._attn_implementation == "eager",
+    )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A pair with its task: the settings that decide what a step costs.
+
+    Attributes:
+        name: As in ``--config pairs/NAME``.
+        task: As in ``--config tasks/TASK``; None where the pair brings its own.
+        method: The method's class.
+        student: Trained.
+        teacher: Frozen, but for OKD's module.
+        micro_rows: Rows of a micro-batch on one device.
+        rows: Of an optimizer step.
+        prompt: Tokens at most.
+        response: Tokens at most.
+        written: Share of the steps whose responses the student writes.
+    """
+
+    name: str
+    task: str | None
+    method: str
+    student: Sizes
+    teacher: Sizes
+    micro_rows: int
+    rows: int
+    prompt: int
+    response: int
+    written: float
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row at most."""
+        return self.prompt + self.response
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the teacher carries a module that learns."""
+        return self.method == "OKD"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Devices and how the models lie on them.
+
+    Attributes:
+        name: For tables.
+        overlay: The config that asks for it; None for one device.
+        devices: Over all nodes.
+        nodes: Machines.
+        is_sharded: Whether each device holds a part (FSDP2), or everything (DDP).
+    """
+
+    name: str
+    overlay: str | None
+    devices: int
+    nodes: int = 1
+    is_sharded: bool = False
+
+
+HARDWARE = (
+    Hardware("1 GPU", None, 1),
+    Hardware("8 GPUs", "overlays/ddp", 8),
+    Hardware("8 GPUs", "overlays/fsdp2", 8, is_sharded=True),
+    Hardware("2 x 8 GPUs", "overlays/slurm", 16, nodes=2, is_sharded=True),
+)
+
+
+def kept(recipe: Recipe, hardware: Hardware) -> dict[str, float]:
+    """Bytes that a device holds from the first optimizer step on, by what they are for."""
+    parts = hardware.devices if hardware.is_sharded else 1
+    whole = per_device(recipe.student, recipe.teacher, parts, tokens=0)
+    names = ("student's weights", "gradients", "AdamW", "teacher's weights")
+    found = {name: whole[name] for name in names}
+    if recipe.adapts:
+        found["online module"] = ADAPTER_BYTES * recipe.teacher.adapter / parts
+    if hardware.devices > 1 and not hardware.is_sharded:
+        found["DDP's buckets"] = 4 * recipe.student.parameters
+    return found
+
+
+def block_at_work(model: Sizes, learns: bool) -> float:
+    """Bytes a token of one block: what it saves for its backward pass, or needs for a forward one.
+
+    Attention's matrices are counted apart. Under autocast norms and what they read are float32.
+    """
+    if not learns:
+        return 2 * (8 * model.hidden + 3 * model.intermediate)
+    return 20 * (model.hidden + model.query) + 8 * model.intermediate
+
+
+def passing(recipe: Recipe, hardware: Hardware) -> dict[str, float]:
+    """Bytes that come and go within a micro-batch, by what they are for."""
+    student, teacher = recipe.student, recipe.teacher
+    tokens = recipe.micro_rows * recipe.length
+    found = per_device(student, teacher, hardware.devices, tokens)
+    for name in kept(recipe, hardware):
+        found.pop(name, None)
+    found["one block at work"] = tokens * max(
+        block_at_work(student, learns=True), block_at_work(teacher, recipe.adapts)
+    )
+    if not hardware.is_sharded:
+        found["student's block inputs"] *= 2  # autocast leaves the sums in float32
+        del found["gathered: heads, two blocks"]
+        found["student in bfloat16"] = 2 * student.parameters  # autocast's copies
+    elif recipe.rows > recipe.micro_rows * hardware.devices:
+        found["gradients that accumulate"] = 4 * student.parameters * (1 - 1 / hardware.devices)
+    if recipe.adapts:
+        found["teacher's block inputs"] = 2 * tokens * teacher.layers * teacher.hidden
+    if teacher.is_eager:  # scores in bfloat16, softmax in float32; packed rows are twice as long
+        found["attention's matrix"] = 6 * teacher.heads * tokens * 2 * recipe.length
+    return found
+
+
+def writing(recipe: Recipe, hardware: Hardware) -> float:
+    """Bytes that come and go while the student writes: its copy, keys and values, logits."""
+    if not recipe.written:
+        return 0.0
+    student, rows = recipe.student, written_at_once(recipe, hardware)
+    cache = 4 * student.layers * student.key_value * rows * recipe.length
+    return 2 * student.parameters + cache + 3 * 4 * rows * student.vocab
+
+
+def written_at_once(recipe: Recipe, hardware: Hardware) -> int:
+    """Rows that a device writes side by side."""
+    rows = -(-recipe.rows // hardware.devices)
+    return min(rows, TransformersEngine.token_budget // recipe.length)
+
+
+def memory(recipe: Recipe, hardware: Hardware) -> float:
+    """Bytes a device at the worst moment: micro-batch, optimizer step or rollout."""
+    parts = hardware.devices if hardware.is_sharded else 1
+    step = 4 * recipe.student.parameters / parts  # AdamW's square roots
+    worst = max(sum(passing(recipe, hardware).values()), step, writing(recipe, hardware))
+    return sum(kept(recipe, hardware).values()) + worst
+
+
+def operations(recipe: Recipe) -> float:
+    """Floating-point operations of an optimizer step, all rows at their full length.
+
+    A product costs 2 a parameter and token: 1 forward, 1 recomputed, 2 backward. The head meets
+    responses only.
+    """
+    student, teacher = recipe.student, recipe.teacher
+    teacher_body, teacher_head = (3, 2) if recipe.adapts else (1, 1)  # to its inputs, not weights
+    return _passes(student, recipe, body=4, head=3) + _passes(
+        teacher, recipe, body=teacher_body, head=teacher_head
+    )
+
+
+def _passes(model: Sizes, recipe: Recipe, body: int, head: int) -> float:
+    attention = 2 * model.layers * model.query * recipe.length  # causal: half of all pairs
+    in_blocks = (2 * model.body + attention) * recipe.length
+    return recipe.rows * (body * in_blocks + head * 2 * model.head * recipe.response)
+
+
+def sent(recipe: Recipe, hardware: Hardware) -> float:
+    """Bytes that a device receives in an optimizer step."""
+    if hardware.devices == 1:
+        return 0.0
+    student, teacher = recipe.student.parameters, recipe.teacher.parameters
+    reduced = 4 * student * (1 if hardware.is_sharded else 2)
+    if not hardware.is_sharded:
+        return reduced
+    micro_batches = -(-recipe.rows // (recipe.micro_rows * hardware.devices))
+    gathered = 2 * (2 * student + (2 if recipe.adapts else 1) * teacher)
+    return reduced + micro_batches * gathered + recipe.written * 2 * student
+
+
+def training_seconds(recipe: Recipe, hardware: Hardware) -> float:
+    """Of a step behind its rollouts: products or transfers, whichever takes longer."""
+    computed = operations(recipe) / (hardware.devices * PEAK_FLOPS * PEAK_SHARE)
+    link = LINKS["in a node" if hardware.nodes == 1 else "between nodes"]
+    return max(computed, sent(recipe, hardware) / link)
+
+
+def writing_seconds(recipe: Recipe, hardware: Hardware) -> float:
+    """Of the rollouts of a step, all responses at their full length, by the built-in engine."""
+    student, at_once = recipe.student, written_at_once(recipe, hardware)
+    batches = -(-recipe.rows // (hardware.devices * at_once))
+    cache = 4 * student.layers * student.key_value * at_once * (recipe.length - recipe.response / 2)
+    read = 2 * (student.body + student.head) + cache
+    token = max(
+        read / (MEMORY_BANDWIDTH * BANDWIDTH_SHARE),
+        student.layers * BLOCK_LAUNCHES,
+    )
+    return batches * recipe.response * token
+
+
+def seconds(recipe: Recipe, hardware: Hardware) -> float:
+    """Of an optimizer step, averaged over steps with and without rollouts."""
+    rollouts = recipe.written * writing_seconds(recipe, hardware)
+    return training_seconds(recipe, hardware) + rollouts

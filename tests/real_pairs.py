@@ -1,0 +1,153 @@
+"""Shrunken copies of the pairs in configs/pairs, and rows as their tasks have them.
+
+A copy keeps what makes its architecture special: how many queries share a key, tied embeddings,
+rows of the table that no token has, soft caps and sliding windows that are small enough to act.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from data.byte_tokenizer import make_byte_tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+ROOT = Path(__file__).parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+RUNS = {  # pair and task, with what the run logs
+    ("qwen3", "gsm8k"): "train/opd_plus",
+    ("qwen3", "toolalpaca"): "train/opd_plus",
+    ("qwen2_5", "gsm8k"): "train/gkd",
+    ("llama3_2", "dolly"): "train/kd",
+    ("gemma2", "gsm8k"): "train/gkd",
+    ("gpt2_dolly", None): "train/okd",
+}
+CONFIGS = {f"pairs/{pair}" for pair, _ in RUNS} | {f"tasks/{task}" for _, task in RUNS if task}
+
+_TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool.function.name }}\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{{ quiet }}{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{{ quiet }}{% endif %}"
+)
+_QUIET = "{% set quiet = '<quiet>' if enable_thinking is defined and not enable_thinking else '' %}"
+
+
+def benchmark(name: str) -> ModuleType:
+    """A module of benchmarks/, which import each other by their bare names."""
+    folder = str(ROOT / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(folder)
+
+
+def shrunken(entry: Mapping[str, Any], groups: int, num_ids: int) -> dict[str, Any]:
+    """A config with the same specialities and next to no weights.
+
+    Args:
+        entry: Of benchmarks/pair_models.json.
+        groups: Heads of keys; models that have more are wider.
+        num_ids: Tokens of the tokenizer that the copy gets.
+    """
+    fields = copy.deepcopy(dict(entry["config"]))
+    fields["vocab_size"] = num_ids + fields["vocab_size"] - entry["tokens"]
+    fields |= {"initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 1}
+    if fields["model_type"] == "gpt2":
+        return {**fields, "n_layer": 2, "n_head": 2 * groups, "n_embd": 16 * groups}
+    heads = groups * fields["num_attention_heads"] // fields["num_key_value_heads"]
+    small = {"num_hidden_layers": 2, "num_key_value_heads": groups, "num_attention_heads": heads}
+    small |= {"hidden_size": 4 * heads, "intermediate_size": 8 * heads, "head_dim": 4}
+    if "head_dim" not in fields:
+        del small["head_dim"]
+    acting = {
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 4,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 1.5,
+    }
+    small |= {name: value for name, value in acting.items() if fields.get(name) is not None}
+    return {**fields, **small}
+
+
+def make_tokenizer() -> PreTrainedTokenizerBase:
+    """One id a byte, and a chat template that can be told not to think, as Qwen3's can."""
+    tokenizer = make_byte_tokenizer()
+    tokenizer.chat_template = _QUIET + _TEMPLATE
+    return tokenizer
+
+
+def save_pair(pair: str, folder: Path) -> list[str]:
+    """Both copies with their tokenizer, and the flags that put them in a pair's place."""
+    tables = benchmark("recipe_tables")
+    model = tables.load_config(f"pairs/{pair}")["model"]
+    flags = []
+    for groups, side in enumerate(("student", "teacher"), 1):
+        entry = tables.MODELS[tables.LOCAL.get(model[side], model[side])]
+        tokenizer = make_tokenizer()
+        made = make(shrunken(entry, groups, len(tokenizer)), seed=groups)
+        ends = tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"])
+        made.generation_config = GenerationConfig(eos_token_id=ends)
+        made.save_pretrained(folder / side)
+        tokenizer.save_pretrained(folder / side)
+        flags += [f"--model.{side}", str(folder / side)]
+    return flags
+
+
+def make(fields: Mapping[str, Any], seed: int = 0) -> PreTrainedModel:
+    """With random weights, always the same ones."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).eval()
+
+
+def rows_of(task: str | None) -> list[dict[str, Any]]:
+    """Rows with the columns that the task's data has."""
+    if task == "gsm8k":
+        return [{"question": f"What is {i}+1?", "answer": f"#### {i + 1}"} for i in range(8)]
+    if task == "toolalpaca":
+        return benchmark("toolalpaca").rows_of([TOOLALPACA])
+    return [
+        {
+            "instruction": f"Name {i} colours",
+            "context": "of the sky" if i % 2 else "",
+            "response": "blue",
+            "category": "brainstorming",
+        }
+        for i in range(8)
+    ]
+
+
+TOOLALPACA = {  # the shape of train_data.json, as ToolAlpaca's README gives it
+    "Name": "Colours",
+    "Function_Description": {
+        "list": 'Lists colours.\nParameters: {"n": "Required. Integer. How many."}\nOutput: names.',
+        "components": "",
+    },
+    "Function_Projection": {"list": ["/list", "get"]},
+    "Instances": [
+        {
+            "input": f"Name {i} colours\nHint: none",
+            "output": "blue",
+            "intermediate_steps": [
+                [["getDetails", '{"Question": "Which?"}', "..."], "any"],
+                [["list", json.dumps({"n": i}), "..."], "blue"],
+            ],
+        }
+        for i in range(8)
+    ],
+}
