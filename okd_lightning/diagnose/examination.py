@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import lightning
 import torch
@@ -17,6 +17,7 @@ from okd_lightning.diagnose.positions import measure_tokens, summarise
 from okd_lightning.diagnose.responses import Responses, ResponseWriter, chosen, given_responses
 from okd_lightning.diagnose.steps import StepProbe
 from okd_lightning.diagnose.text_checks import text_checks, writing_checks
+from okd_lightning.diagnose.trials import run_trials
 from okd_lightning.divergences import ReverseKL
 from okd_lightning.module import DistillationModule
 from okd_lightning.records import DistillBatch, Example
@@ -77,10 +78,12 @@ class Examination(Callback):
             if batches:
                 probe.add(batches[0])
                 written.append((responses, batches[0]))
-        self._say("a few steps, taken back again")
+        self._say(f"{len(written)} steps of each of several methods, taken back again")
         steps = StepProbe(module, trainer.gradient_clip_val)
         batches = [batch for _, batch in written]
         drift = steps.drift(batches[0], batches[1 : 1 + _MOST_STEPS])
+        to_learn = _given_batches(module, data, self.batches, held_out=examples)
+        trials = run_trials(steps, to_learn, batches, (given, own))
         return Diagnosis(
             student=_described(module.student_source, module.student),
             teacher=_described(module.teacher_source, module.teacher),
@@ -88,6 +91,7 @@ class Examination(Callback):
             rows=rows,
             gradients=probe.finding(),
             drift=tuple(drift),
+            trials=trials,
             cost=self._cost(trainer, data, steps, given, written),
             learning_rate=module.learning_rate,
             seed=data.seed,
@@ -137,6 +141,19 @@ def _prompts(
     endless = list(itertools.islice(itertools.cycle(picked), num))
     size = data.batch_size
     return [endless[start : start + size] for start in range(0, num, size)]
+
+
+def _given_batches(
+    module: DistillationModule, data: RolloutDataModule, num: int, held_out: Sequence[Example]
+) -> list[DistillBatch]:
+    """Batches of given responses of the training set, or else of what is not held out."""
+    part = "train" if data.sources["train"] is not None else "val"
+    is_same = data.sources["train"] in (None, data.sources["val"])
+    taken = {example.index for example in held_out} if is_same else set()
+    rows = [e for e in data.examples(part).examples if e.response_ids and e.index not in taken]
+    groups = _prompts(data, tuple(rows), num * data.batch_size) if rows else []
+    responses = (given_responses(group, module.eos_ids) for group in groups)
+    return [batch for own in responses for batch in own.batches(data.batch_size, module.device)]
 
 
 def _described(source: object, model: torch.nn.Module | None) -> str:

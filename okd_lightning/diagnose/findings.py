@@ -45,6 +45,10 @@ class Estimate:
         error = "" if math.isnan(self.error) else f"±{self.error:.{digits}f}"
         return f"{self.mean:.{digits}f}{error}"
 
+    def signed(self, digits: int = 3) -> str:
+        """``-0.053±0.004``, with a sign: of a change."""
+        return f"{'+' if self.mean >= 0 else ''}{self.text(digits)}"
+
 
 @dataclass(frozen=True)
 class PositionBin:
@@ -154,6 +158,22 @@ class Drift:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """Where some optimizer steps of one method lead.
+
+    Attributes:
+        method: Its name.
+        steps: That were taken.
+        change: Of held-out divergences, after less before, by responses and measure
+            ("given/forward_kl", "student/reverse_kl"); errors are those of paired differences.
+    """
+
+    method: str
+    steps: int
+    change: Mapping[str, Estimate]
+
+
+@dataclass(frozen=True)
 class Cost:
     """What an optimizer step takes here.
 
@@ -203,6 +223,7 @@ class Diagnosis:
         rows: Given, the student's own and the teacher's.
         gradients: Bias and noise.
         drift: After some numbers of steps.
+        trials: Where a few steps of each of several methods lead.
         cost: Of a step.
         learning_rate: That the simulated steps were made with.
         seed: Of everything that is drawn.
@@ -214,6 +235,7 @@ class Diagnosis:
     rows: tuple[Rows, ...]
     gradients: GradientFinding
     drift: tuple[Drift, ...]
+    trials: tuple[Trial, ...]
     cost: Cost
     learning_rate: float
     seed: int
@@ -221,6 +243,15 @@ class Diagnosis:
     def of(self, source: str) -> Rows | None:
         """What was measured on responses of one kind."""
         return next((rows for rows in self.rows if rows.source == source), None)
+
+    def forecast(self, measure: str) -> tuple[Trial, ...]:
+        """All trials, the one that lowers a measure most first.
+
+        Args:
+            measure: Such as "given/forward_kl"; trials without it are left out.
+        """
+        measured = [trial for trial in self.trials if measure in trial.change]
+        return tuple(sorted(measured, key=lambda trial: trial.change[measure].mean))
 
 
 def to_record(found: Any) -> Any:

@@ -17,6 +17,17 @@ from okd_lightning.diagnose.gradients import TOP_K, TOP_K_NAME
 GKD_REVERSE_KL = "gkd_reverse_kl.yaml"
 """A contender that is not its class's defaults: exact reverse KL on the student's own responses."""
 
+_FORECASTS = {
+    "given/forward_kl": "forward KL on given responses",
+    "student/reverse_kl": "reverse KL behind the student's own words",
+}
+_AS_CONTENDER = {
+    "SFT": "SFT",
+    "KD": "KD",
+    "GKD, reverse KL": GKD_REVERSE_KL,
+    "OPD": "OPD",
+    "OPDPlus": "OPDPlus",
+}
 _CLEARLY_WORSE = 1.15  # own over given reverse KL
 _RARELY_ENDS = 0.5  # of the teacher's share
 _LOW_MASS, _LOW_MASS_K = 0.9, 16
@@ -48,6 +59,26 @@ def prompts_alone(found: Diagnosis) -> Advice | None:
         "the data hold prompts alone, which leaves KD and OKD nothing to learn from",
         "measured",
         (GKD_REVERSE_KL, "OPDPlus"),
+    )
+
+
+def first_steps(found: Diagnosis) -> Advice | None:
+    """Which method goes fastest where."""
+    firsts = []
+    for measure, words in _FORECASTS.items():
+        ranked = found.forecast(measure)
+        if ranked and ranked[0].change[measure].mean < 0:
+            listed = ", ".join(f"{t.method} {t.change[measure].signed()}" for t in ranked[:3])
+            firsts.append((ranked[0], f"{words}: {listed}"))
+    if not firsts:
+        return None
+    names = " and ".join(dict.fromkeys(trial.method for trial, _ in firsts))
+    return Advice(
+        f"By their first {firsts[0][0].steps} steps: {names}",
+        "change of divergences on held-out rows, in nats a token; "
+        + "; ".join(w for _, w in firsts),
+        "measured",
+        tuple(dict.fromkeys(m for t, _ in firsts if (m := _AS_CONTENDER.get(t.method)))),
     )
 
 
@@ -246,6 +277,7 @@ RULES: tuple[Rule, ...] = (
     mend_first,
     prompts_alone,
     learn_to_end,
+    first_steps,
     exposure,
     coverage,
     far_teacher,

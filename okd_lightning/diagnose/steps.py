@@ -65,25 +65,48 @@ class StepProbe:
             probe: Responses that are looked at before and after.
             batches: One a step.
         """
-        module, method = self.module, GKD(divergence=ReverseKL(), on_policy_fraction=1.0)
-        with _kept(self.parameters):
-            optimizer = build_optimizer(
-                self.parameters,
-                [],
-                module.learning_rate,
-                module.weight_decay,
-                factory=module.optimizer_factory,
-            )
+        method = GKD(divergence=ReverseKL(), on_policy_fraction=1.0)
+        with self.kept():
             before, found = self._drawn(probe), []
-            for step, batch in enumerate(batches, 1):
-                self._backward(method, batch)
-                if self.clip_norm:
-                    clip_grad_norm_(self.parameters, self.clip_norm)
-                optimizer.step()
-                self._forget_gradients()
+            for step in self.take(method, batches):
                 if step & (step - 1) == 0:
                     found.append(drift_between(step, before, self._drawn(probe)))
         return found
+
+    def take(self, method: DistillationCallback, batches: Sequence[DistillBatch]) -> Iterator[int]:
+        """An optimizer step a batch; yields the number of each, from 1, when it is taken.
+
+        Args:
+            method: Whose loss.
+            batches: One a step.
+        """
+        module = self.module
+        optimizer = build_optimizer(
+            self.parameters,
+            [],
+            module.learning_rate,
+            module.weight_decay,
+            factory=module.optimizer_factory,
+        )
+        for step, batch in enumerate(batches, 1):
+            self._backward(method, batch)
+            if self.clip_norm:
+                clip_grad_norm_(self.parameters, self.clip_norm)
+            optimizer.step()
+            self._forget_gradients()
+            yield step
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Within it the student's weights may change; behind it they are as before."""
+        copies = [parameter.detach().clone() for parameter in self.parameters]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, copy in zip(self.parameters, copies, strict=True):
+                    parameter.copy_(copy)
+                    parameter.grad = None
 
     def memory(self) -> dict[str, int]:
         """Bytes of what a run holds from its first step on, and the peak so far."""
@@ -140,19 +163,6 @@ def drift_between(steps: int, before: Tensor, after: Tensor) -> Drift:
         outside=float(is_far.double().mean()),
         effective_share=float(effective),
     )
-
-
-@contextmanager
-def _kept(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Within it weights may change; behind it they are as before."""
-    copies = [parameter.detach().clone() for parameter in parameters]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, copy in zip(parameters, copies, strict=True):
-                parameter.copy_(copy)
-                parameter.grad = None
 
 
 def _num_bytes(model: nn.Module | None) -> int:

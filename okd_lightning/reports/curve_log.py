@@ -53,7 +53,9 @@ class CurveLog(Callback):
         if self.points and self.points[-1].step == trainer.global_step:
             self.points.pop()
         cost = throughput_of(trainer)
-        self.points.append(Point(trainer.global_step, cost.tokens, cost.seconds, measured))
+        self.points.append(
+            Point(trainer.global_step, cost.tokens, cost.seconds, measured, cost.cpu_seconds)
+        )
 
     def result(self, trainer: lightning.Trainer, method: str, seed: int | None = None) -> RunResult:
         """What the run came to; with several ranks to be called on all of them.
@@ -72,6 +74,7 @@ class CurveLog(Callback):
         return RunResult(
             method=method,
             seconds=cost.seconds,
+            cpu_seconds=cost.cpu_seconds,
             steps=trainer.global_step,
             tokens=cost.tokens,
             generated_tokens=int(written),

@@ -50,6 +50,7 @@ def found(*kinds: Rows, credits=None, **changes) -> Diagnosis:
         "rows": kinds or (rows("given"), rows("student"), rows("teacher")),
         "gradients": gradients,
         "drift": (Drift(1, 0.01, 0.0, 1.0), Drift(2, 0.2, 0.1, 0.9)),
+        "trials": (),
         "cost": Cost({"KD": 1.0, "GKD": 2.0, "OPD+": 2.0, "writing": 1.0}, 8, 100.0, {}, "cpu"),
     }
     return Diagnosis("s", "t", learning_rate=1e-3, seed=0, **{**settings, **changes})
