@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from okd_lightning.diagnose.findings import Advice, Diagnosis, Rows
 
@@ -102,8 +103,11 @@ def _trials(found: Diagnosis) -> Table:
     for label, _ in trial_columns(found):
         table.add_column(label, justify="right")
     for trial in found.trials:
-        changes = (trial.change[name].signed() for _, name in trial_columns(found))
-        table.add_row(trial.method, *changes)
+        cells = [
+            Text(trial.change[key].signed(), "bold" if trial is found.forecast(key)[0] else "")
+            for _, key in trial_columns(found)
+        ]
+        table.add_row(trial.method, *cells)
     table.caption = "held-out rows; below 0 is better; all from the same weights"
     return table
 

@@ -114,7 +114,7 @@ def test_what_is_left_behind(diagnose, capsys):
     said = diagnose()
     assert said.status == 0, said.err
     assert max(map(len, said.out.splitlines())) <= 80
-    for words in ("reverse KL", "along exact", "value_baseline", "What to try", "compare"):
+    for words in ("reverse KL", "along exact", "value_baseline", "steps lead", "What to try"):
         assert words in said.out
     page = Path("out/diagnosis.html").read_text()
     assert page.count("<svg") == 5
@@ -130,7 +130,7 @@ def test_what_is_left_behind(diagnose, capsys):
     assert "ReverseKL" in Path("out/gkd_reverse_kl.yaml").read_text()
     assert diagnose().status == 0
     again = read()
-    for name in ("checks", "rows", "gradients", "drift"):
+    for name in ("checks", "rows", "gradients", "drift", "trials"):
         assert again[name] == first[name], name
 
 
