@@ -1,7 +1,7 @@
 """Makes what the study starts from: arithmetic problems, and students behind a warm start.
 
 * ``many.jsonl``: 25,600 problems, so that 400 steps of 64 read each of them once;
-* ``hinted.jsonl``: problems as they are, and problems behind their solution, half and half;
+* ``hinted.jsonl``: the quickstart's 400 problems as they are, and 3,200 others behind their solution;
 * ``student``: the quickstart's student after its warm start on its 400 problems;
 * ``reader``: the same architecture after SFT on ``hinted.jsonl``: it solves some problems, and
   copies a solution that stands before the problem. OPSD's teacher has to be able to read one.
@@ -21,10 +21,10 @@ from pathlib import Path
 import yaml
 
 from okd_lightning.quickstart.recipe import TEACHER_DIR, TRAIN_FILE, VAL_FILE, Recipe
-from okd_lightning.quickstart.task import TRAIN_SEED, draw_problems, val_problems
+from okd_lightning.quickstart.task import NUM_TRAIN, TRAIN_SEED, draw_problems, val_problems
 
-NUM_MANY, NUM_HINTED = 25_600, 6_400
-WARM_STEPS, READER_STEPS = 500, 3000
+NUM_MANY, NUM_HINTED = 25_600, 3_200
+WARM_STEPS, READER_STEPS = 500, 1500
 
 
 def main() -> None:
@@ -36,10 +36,10 @@ def main() -> None:
     rows = [asdict(p) for p in draw_problems(NUM_MANY, TRAIN_SEED, exclude=set(val_problems()))]
     _write_rows(work / "many.jsonl", rows)
     hinted = [
-        {**row, "prompt": f"{row['response']}={row['prompt']}"} if i % 2 else row
-        for i, row in enumerate(rows[:NUM_HINTED])
+        {**row, "prompt": f"{row['response']}={row['prompt']}"}
+        for row in rows[NUM_TRAIN : NUM_TRAIN + NUM_HINTED]
     ]
-    _write_rows(work / "hinted.jsonl", hinted)
+    _write_rows(work / "hinted.jsonl", rows[:NUM_TRAIN] + hinted)
     _warm_start(work / "student", str(TRAIN_FILE), WARM_STEPS, 1e-2)
     _warm_start(work / "reader", str(work / "hinted.jsonl"), READER_STEPS, 3e-3)
 
