@@ -1,7 +1,7 @@
 """Makes what the study starts from: arithmetic problems, and students behind a warm start.
 
 * ``many.jsonl``: 25,600 problems, so that 400 steps of 64 read each of them once;
-* ``hinted.jsonl``: the quickstart's 400 problems as they are, and 3,200 others behind their solution;
+* ``hinted.jsonl``: the quickstart's 400 problems, and 3,200 others behind their solution;
 * ``student``: the quickstart's student after its warm start on its 400 problems;
 * ``reader``: the same architecture after SFT on ``hinted.jsonl``: it solves some problems, and
   copies a solution that stands before the problem. OPSD's teacher has to be able to read one.

@@ -181,6 +181,7 @@ class Cost:
         seconds: By kind of step, measured: "KD" (given responses), "GKD" and "OPD+" (the
             student's own, their writing included), "writing" alone.
         rows: Sequences an optimizer step.
+        prompts: Prompts an optimizer step of rollouts.
         tokens_per_second: Written by the student.
         memory: Bytes, by what they hold; weights, gradients and optimizer are counted, "peak" is
             measured.
@@ -189,6 +190,7 @@ class Cost:
 
     seconds: Mapping[str, float]
     rows: int
+    prompts: int
     tokens_per_second: float
     memory: Mapping[str, int]
     device: str
@@ -225,7 +227,9 @@ class Diagnosis:
         drift: After some numbers of steps.
         trials: Where a few steps of each of several methods lead.
         cost: Of a step.
+        part: Of the data: what was held out, "val" or "train".
         learning_rate: That the simulated steps were made with.
+        schedule: The run's.
         seed: Of everything that is drawn.
     """
 
@@ -237,7 +241,9 @@ class Diagnosis:
     drift: tuple[Drift, ...]
     trials: tuple[Trial, ...]
     cost: Cost
+    part: str
     learning_rate: float
+    schedule: str
     seed: int
 
     def of(self, source: str) -> Rows | None:

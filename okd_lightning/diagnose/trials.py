@@ -7,6 +7,7 @@ optimizer's own way with either are all in it. The student's weights are put bac
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 
@@ -17,6 +18,9 @@ from okd_lightning.diagnose.responses import Responses
 from okd_lightning.diagnose.steps import StepProbe
 from okd_lightning.divergences import ForwardKL, ReverseKL
 from okd_lightning.records import DistillBatch
+
+Steps: TypeAlias = Sequence[Sequence[DistillBatch]]
+"""Of every optimizer step its micro-batches."""
 
 ON_GIVEN: Mapping[str, DistillationCallback] = {
     "SFT": SFT(),
@@ -38,20 +42,22 @@ _MEASURED = ("forward_kl", "reverse_kl")
 
 def run_trials(
     steps: StepProbe,
-    on_given: Sequence[DistillBatch],
-    on_own: Sequence[DistillBatch],
+    on_given: Steps,
+    on_own: Steps,
     held_out: Sequence[Responses],
 ) -> tuple[Trial, ...]:
-    """Every method takes one step a batch, with the run's optimizer and learning rate.
+    """Every method takes the same number of steps, with the run's optimizer and learning rate.
+
+    The student is in eval mode, there is no warm-up, and all rollouts were written before.
 
     Args:
         steps: Takes them.
-        on_given: Batches of given responses; without them the methods that need them are left out.
-        on_own: As many batches of the student's own responses, written before.
+        on_given: Steps on given responses; without them the methods that need them are left out.
+        on_own: As many steps on the student's own responses.
         held_out: What divergences are measured on before and after: given responses and the
-            student's own of before. None of their responses is trained on.
+            student's own of before. None of their prompts is trained on.
     """
-    module, size = steps.module, len(on_own[0])
+    module, size = steps.module, max(len(batch) for batch in on_own[0])
 
     def look() -> dict[str, Tokens]:
         kinds = (kind for kind in held_out if kind.num_tokens)
@@ -59,13 +65,10 @@ def run_trials(
 
     before, found = look(), []
     groups = [(ON_GIVEN, on_given), (ON_OWN, on_own)]
-    for name, method, batches in (
-        (name, method, batches) for group, batches in groups for name, method in group.items()
-    ):
-        if not batches:
-            continue
+    tried = ((name, method, own) for group, own in groups if own for name, method in group.items())
+    for name, method, to_take in tried:
         with steps.kept():
-            for _ in steps.take(method, batches):
+            for _ in steps.take(method, to_take):
                 pass
             after = look()
         change = {
@@ -73,7 +76,7 @@ def run_trials(
             for author in before
             for measure in _MEASURED
         }
-        found.append(Trial(name, len(batches), change))
+        found.append(Trial(name, len(to_take), change))
     return tuple(found)
 
 

@@ -31,6 +31,11 @@ class CurveLog(Callback):
         self.before: dict[str, float] | None = None
         self.points: list[Point] = []
 
+    @property
+    def last_step(self) -> int:
+        """At which the run was measured last; 0 before training."""
+        return self.points[-1].step if self.points else 0
+
     def state_dict(self) -> dict[str, Any]:
         """All points."""
         return {"before": self.before, "points": [point.to_record() for point in self.points]}

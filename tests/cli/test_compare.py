@@ -204,15 +204,41 @@ def test_killed_behind_the_last_step(compare, budget):
         (["--methods", "KD", "--data.bach_size", "3"], "did you mean --data.batch_size"),
         (["--methods", "KD", "--budget", "tokens=9", "--model.schedule", "cosine"], "last step"),
         (["--methods", "KD", "--trainer.callbacks+", "GKD"], "trainer.callbacks of the shared"),
+        (["--methods", "measured.yaml", "--trainer.callbacks+", "GKD"], "GKD beside its own"),
+        (["--methods", "KD", "--budget", "steps=1", "--trainer.min_epochs", "3"], "give one of"),
     ],
     ids=lambda value: "-".join(value[-2:]) if isinstance(value, list) else "",
 )
 def test_mistakes(compare, typed, words):
+    Path("measured.yaml").write_text("method: KD\ntrainer: {callbacks: [ExactMatch]}\n")
     said = compare(*typed)
     assert said.status in (1, 2)
     (line,) = said.err.strip().splitlines()
     assert words in line
     assert not Path("out/runs").exists()
+
+
+def test_what_is_measured_is_the_same_for_all(compare):
+    Path("short.yaml").write_text("method: KD\ndata: {max_response_length: 3}\n")
+    said = compare("--methods", "short.yaml")
+    assert said.status == 1
+    assert "sets data.max_response_length" in said.err
+    Path("hinted.yaml").write_text(
+        "method: KD\ndata: {teacher_prompt_template: '{prompt}{reference}'}\n"
+    )
+    said = compare("--methods", "KD,hinted.yaml", "--seeds", "0", "--budget", "steps=1")
+    assert said.status == 0, said.err
+    table = said.out.split("After training")[1].split("Cost of a run")[0]
+    assert "reverse KL" not in table  # of another teacher's distribution
+
+
+def test_a_budget_wins_over_the_configs_ends(compare):
+    Path("ends.yaml").write_text("trainer: {min_steps: 6, max_steps: 9, max_time: '00:00:00:00'}\n")
+    typed = ["--config", "ends.yaml", "--methods", "KD", "--budget", "steps=4"]
+    said = compare(*typed)
+    assert said.status == 0, said.err
+    assert [run["steps"] for run in results()] == [4]
+    assert "the config's trainer.max_time is left out" in said.out
 
 
 def test_files_may_not_change_what_all_share(compare):

@@ -45,8 +45,8 @@ def responses(author: str, seed: int) -> Responses:
 
 def trials(module, given=(1, 2), own=(3, 4), kinds=(("given", 5), ("student", 6))):
     steps = StepProbe(module, clip_norm=0.5)
-    on_given = [collate(list(responses("given", seed).rows)) for seed in given]
-    on_own = [batch_of(seed, module) for seed in own]
+    on_given = [[collate(list(responses("given", seed).rows))] for seed in given]
+    on_own = [[batch_of(seed, module)] for seed in own]
     held_out = [responses(*kind) for kind in kinds]
     return {trial.method: trial for trial in run_trials(steps, on_given, on_own, held_out)}
 
@@ -105,6 +105,20 @@ def test_errors_are_those_of_paired_differences():
     assert math.isinf(change_of(before, broken, "reverse_kl").mean)
 
 
+def test_a_step_is_all_of_its_micro_batches(module):
+    rows = list(responses("given", 1).rows)
+    whole, parts = [[collate(rows)]], [[collate(rows[:1]), collate(rows[1:])]]
+    held_out = [responses("given", 5)]
+    own = [[batch_of(3, module)]]
+    found = [
+        {t.method: t for t in run_trials(StepProbe(module, 0.5), given, own, held_out)}
+        for given in (whole, parts)
+    ]
+    for name in ON_GIVEN:
+        one, other = (tried[name].change["given/forward_kl"].mean for tried in found)
+        assert one == pytest.approx(other, rel=1e-3)
+
+
 def test_the_forecast_and_its_advice():
     def trial(method, given, own):
         change = {"given/forward_kl": Estimate(given, 0.01)}
@@ -118,5 +132,7 @@ def test_the_forecast_and_its_advice():
     assert advice.title == "By their first 16 steps: KD and GKD, reverse KL"
     assert "KD -0.300±0.010" in advice.because
     assert advice.methods == ("KD", rules.GKD_REVERSE_KL)
+    level = (trial("GKD, forward KL", -0.31, 0.0), *tried)  # ahead by less than its errors
+    assert rules.first_steps(found(trials=level)).methods[:2] == (rules.GKD_FORWARD_KL, "KD")
     assert rules.first_steps(found(trials=(trial("SFT", 0.1, 0.2),))) is None
     assert rules.first_steps(found()) is None
