@@ -11,6 +11,7 @@ the first validation, and not the untrained student's.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning
@@ -76,6 +77,16 @@ class DistiLLM(DivergenceCallback):
             raise ConfigError(
                 f"{self.name}: its share may change after every step; leave "
                 f"data.prompts_per_rollout {data.prompts_per_rollout} out"
+            )
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Refuse a run whose last step nobody knows: replay grows with the share that is done."""
+        if math.isinf(trainer.estimated_stepping_batches):
+            raise ConfigError(
+                f"{self.name}: what is replayed grows towards the last step; set max_steps or "
+                "max_epochs (compare: --budget steps=N)"
             )
 
     def wrap_writer(self, writer: Writer) -> Writer:

@@ -24,6 +24,23 @@ from okd_lightning.run_folder import DEFAULT_FOLDER
 LAST = "last"
 """As a ``--ckpt_path``: the run folder's newest checkpoint; a new run where it has none."""
 
+ENDS = tuple(
+    f"--trainer.{name}"
+    for name in ("max_steps", "max_epochs", "max_time", "min_steps", "min_epochs")
+)
+"""What says when a run ends."""
+
+OF_ONE_RUN = {
+    "--method": "name the methods in --methods, and settings of one in a YAML file given there",
+    "--seed_everything": "give --seeds 0,1,2",
+    "--seed": "give --seeds 0,1,2",
+    "--ckpt_path": "an unfinished comparison continues by itself, with the same command",
+    "--trainer.default_root_dir": "give --out",
+    "--trainer.logger": "every run logs into its own folder below --out",
+    "--trainer.fast_dev_run": "give --budget steps=1",
+}
+"""Options of fit that the runs of a comparison cannot share, and what to do instead."""
+
 _CONFIG_OPTIONS = ("--config", "-c")
 _FOLDER = "default_root_dir"
 
@@ -70,6 +87,23 @@ def read_comments_as_text() -> None:
 
     loader.is_ours = True  # type: ignore[attr-defined]
     jsonargparse.set_loader("yaml", loader, (yaml.YAMLError,))
+
+
+def shared_options(arguments: Sequence[str]) -> list[str]:
+    """Options of fit as ``compare`` takes them beside a budget; what is one run's own is left out.
+
+    Args:
+        arguments: ``--name value`` or ``--name=value``.
+    """
+    kept: list[str] = []
+    is_kept = True
+    for word in arguments:
+        if word.startswith("--"):
+            name = word.partition("=")[0]
+            own = (name == start or name.startswith(f"{start}.") for start in (*OF_ONE_RUN, *ENDS))
+            is_kept = not any(own)
+        kept += [word] if is_kept else []
+    return kept
 
 
 def _run_folder(arguments: Sequence[str], configs: Sequence[dict[str, Any]]) -> Path:

@@ -25,6 +25,8 @@ class Throughput(Callback):
         generated_tokens: Tokens written by either model, on this rank.
         seconds: Training and rollouts together.
         rollout_seconds: Rollouts alone.
+        cpu_seconds: What this process has spent of the CPU's time meanwhile, over all its threads:
+            what other jobs on the machine do not change.
     """
 
     def __init__(self) -> None:
@@ -32,12 +34,13 @@ class Throughput(Callback):
         self.generated_tokens = 0
         self.seconds = 0.0
         self.rollout_seconds = 0.0
-        self._mark: float | None = None
+        self.cpu_seconds = 0.0
+        self._mark: tuple[float, float] | None = None
         self._step_tokens = self._step_positions = 0  # of what the student has read in this step
 
     def state_dict(self) -> dict[str, Any]:
         """All counters."""
-        names = ("tokens", "generated_tokens", "seconds", "rollout_seconds")
+        names = ("tokens", "generated_tokens", "seconds", "rollout_seconds", "cpu_seconds")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -48,7 +51,7 @@ class Throughput(Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         """Start the clock."""
-        self._mark = time.perf_counter()
+        self._mark = _now()
 
     def on_train_batch_start(
         self,
@@ -100,10 +103,15 @@ class Throughput(Callback):
     ) -> None:
         """Start it again."""
         if trainer.training:
-            self._mark = time.perf_counter()
+            self._mark = _now()
 
     def _tick(self) -> None:
-        now = time.perf_counter()
+        now = _now()
         if self._mark is not None:
-            self.seconds += now - self._mark
+            self.seconds += now[0] - self._mark[0]
+            self.cpu_seconds += now[1] - self._mark[1]
         self._mark = now
+
+
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()

@@ -10,12 +10,12 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from okd_lightning.cli_arguments import load_config
+from okd_lightning.cli_arguments import ENDS, OF_ONE_RUN, load_config
 from okd_lightning.cli_errors import one_line
 from okd_lightning.compare.budget import Budget
 from okd_lightning.compare.entries import own_method, read_entries
 from okd_lightning.compare.folder import ComparisonFolder, Plan, RunFolder
-from okd_lightning.compare.runs import check_entry, run_one
+from okd_lightning.compare.runs import check_entry, check_shared, run_one
 from okd_lightning.errors import UsageError
 from okd_lightning.lightning_messages import only_warnings
 from okd_lightning.reports import (
@@ -27,17 +27,6 @@ from okd_lightning.reports import (
     write_results,
     write_table_csv,
 )
-
-_NOT_SHARED = {
-    "--method": "name the methods in --methods, and settings of one in a YAML file given there",
-    "--seed_everything": "give --seeds 0,1,2",
-    "--seed": "give --seeds 0,1,2",
-    "--ckpt_path": "an unfinished comparison continues by itself, with the same command",
-    "--trainer.default_root_dir": "give --out",
-    "--trainer.logger": "every run logs into its own folder below --out",
-    "--trainer.fast_dev_run": "give --budget steps=1",
-}
-_ENDS = ("--trainer.max_steps", "--trainer.max_epochs", "--trainer.max_time", "--trainer.min_steps")
 
 
 def compare_parser() -> argparse.ArgumentParser:
@@ -100,6 +89,7 @@ def compare_command(arguments: Sequence[str], debug: bool = False) -> int:
     )
     plan = _plan(own, options, console)
     with only_warnings():
+        check_shared(plan)
         for entry in plan.entries:
             check_entry(entry, plan)
         return Comparison(ComparisonFolder(own.out, plan), console, debug).run()
@@ -192,10 +182,10 @@ def _plan(own: argparse.Namespace, options: Sequence[str], console: Console) -> 
     budget = None if own.budget is None else Budget.parse(own.budget)
     for word in options:
         name = word.split("=")[0]
-        for start, advice in _NOT_SHARED.items():
+        for start, advice in OF_ONE_RUN.items():
             if name == start or name.startswith(f"{start}."):
                 raise UsageError(f"{name} is no option of compare; {advice}")
-        if budget is not None and name in _ENDS:
+        if budget is not None and name in ENDS:
             raise UsageError(f"{name} and --budget both say when a run ends; give one of them")
     configs = [load_config(name) for name in own.config or ()]
     for config in configs:
@@ -207,7 +197,12 @@ def _plan(own: argparse.Namespace, options: Sequence[str], console: Console) -> 
             )
         config.pop("method", None)
         config.pop("seed_everything", None)
-        (config.get("trainer") or {}).pop("default_root_dir", None)
+        trainer = config.get("trainer") or {}
+        trainer.pop("default_root_dir", None)
+        for option in ENDS if budget is not None else ():
+            name = option.removeprefix("--")
+            if trainer.pop(name.removeprefix("trainer."), None) is not None:
+                console.print(f"the config's {name} is left out: --budget says when a run ends")
     return Plan(
         entries=tuple(read_entries(own.methods)),
         seeds=_seeds(own.seeds),

@@ -13,10 +13,19 @@ from okd_lightning.cli_errors import method_names
 from okd_lightning.errors import ConfigError, UsageError
 
 _SECTIONS = ("method", "model", "data", "trainer")
-_SAME_FOR_ALL = {
-    "model": ("student", "teacher", "tokenizer"),
-    "data": ("train", "val", "test", "seed"),
-}
+_SAME_FOR_ALL = ("student", "teacher", "tokenizer")  # of the model
+_OWN_DATA = (
+    "batch_size",
+    "global_batch_size",
+    "prompts_per_epoch",
+    "prompts_per_rollout",
+    "samples_per_prompt",
+    "sampling",
+    "teacher_prompt_column",
+    "teacher_prompt_template",
+    "max_teacher_prompt_length",
+)
+"""How a method trains; all else of the data decides what is measured."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +90,13 @@ def _checked(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     callbacks = [*(trainer.pop("callbacks", None) or []), *(trainer.pop("callbacks+", None) or [])]
     other = [key for key in config if key not in _SECTIONS]
     other += [f"trainer.{key}" for key in trainer]
-    for section, keys in _SAME_FOR_ALL.items():
-        other += [f"{section}.{key}" for key in keys if key in (config.get(section) or {})]
+    other += [f"model.{key}" for key in _SAME_FOR_ALL if key in (config.get("model") or {})]
+    other += [f"data.{key}" for key in config.get("data") or {} if key not in _OWN_DATA]
     if other:
         raise ConfigError(
             f"--methods {name}: sets {', '.join(other)}, which all contenders of a comparison "
             "share; give that on the command line, and in this file a method: section, "
-            "trainer.callbacks, or other settings of model: and data:"
+            f"trainer.callbacks, other settings of model:, and of data: {', '.join(_OWN_DATA)}"
         )
     if config.get("method") is None and not callbacks:
         raise ConfigError(

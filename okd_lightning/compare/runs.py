@@ -49,8 +49,7 @@ class ComparedCLI(DistillationCLI):
             with _unlogged(self.trainer):
                 self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         super().fit(**kwargs)
-        points = self.curve.points
-        if not points or points[-1].step != self.trainer.global_step:
+        if self.curve.last_step != self.trainer.global_step:
             with _unlogged(self.trainer):
                 self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
@@ -87,8 +86,8 @@ def check_entry(entry: Entry, plan: Plan) -> None:
     """Build a contender's run without starting it: mistakes are found before the first run.
 
     Raises:
-        OKDLightningError: What ``fit`` would refuse; no validation data; a method that comes from
-            the shared configs; a schedule that the budget does not know the end of.
+        OKDLightningError: What ``fit`` would refuse; no validation data; a schedule that the
+            budget does not know the end of.
     """
     cli = ComparedCLI(plan.arguments(entry, plan.seeds[0]), plan.budget, run=False)
     if cli.datamodule.sources["val"] is None:
@@ -96,23 +95,32 @@ def check_entry(entry: Entry, plan: Plan) -> None:
             "compare measures every run on the same validation data: give --data.val a JSONL "
             "file, a folder or a hub id"
         )
-    configured = [
-        type(c).__name__
-        for c in cli.trainer.callbacks  # type: ignore[attr-defined]
-        if isinstance(c, DistillationCallback)
-    ]
-    own = (entry.config.get("trainer") or {}).get("callbacks+", [])
-    if len(configured) > len(own) + ("method" in entry.config):
-        raise ConfigError(
-            f"{entry.label} would run with {' and '.join(configured)}: trainer.callbacks of the "
-            "shared configs or options holds a method; put it into a file of its own and name "
-            "that in --methods"
-        )
     budget = plan.budget
     if budget is not None and budget.unit != "steps" and cli.model.schedule != "constant":
         raise ConfigError(
             f"--model.schedule {cli.model.schedule} needs to know a run's last step, which "
             f"--budget {budget} does not say; give --budget steps=N or --model.schedule constant"
+        )
+
+
+def check_shared(plan: Plan) -> None:
+    """Refuse a method in what all runs share: every contender would train with it beside its own.
+
+    Raises:
+        ConfigError: ``trainer.callbacks`` of the shared configs or options holds one.
+    """
+    bare = ComparedCLI(plan.arguments(Entry("", {"method": "SFT"}), 0), None, run=False)
+    methods = [
+        type(c).__name__
+        for c in bare.trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(c, DistillationCallback)
+    ]
+    if len(methods) > 1:
+        shared = [name for name in methods if name != "SFT"] or ["SFT"]
+        raise ConfigError(
+            f"every contender would run with {' and '.join(shared)} beside its own method: "
+            "trainer.callbacks of the shared configs or options holds it; put it into a file of "
+            "its own and name that in --methods"
         )
 
 

@@ -13,26 +13,17 @@ import lightning
 from rich.console import Console
 
 from okd_lightning.cli import DistillationCLI
-from okd_lightning.cli_arguments import prepare
+from okd_lightning.cli_arguments import prepare, shared_options
 from okd_lightning.cli_errors import one_line
 from okd_lightning.diagnose.examination import Examination
 from okd_lightning.diagnose.findings import Advice, Diagnosis, to_record
 from okd_lightning.diagnose.page import write_page
-from okd_lightning.diagnose.rules import GKD_REVERSE_KL, advise, contenders
+from okd_lightning.diagnose.rules import CONTENDERS, advise, contenders
 from okd_lightning.diagnose.terminal import show
 from okd_lightning.durable_files import write_json
 from okd_lightning.errors import ConfigError, UsageError
 from okd_lightning.lightning_messages import only_warnings
 from okd_lightning.run_folder import require_writable
-
-_CONTENDER = """\
-# Exact reverse KL on the student's own responses, for okd-lightning compare --methods
-method:
-  class_path: GKD
-  init_args:
-    divergence: ReverseKL
-    on_policy_fraction: 1.0
-"""
 
 
 def diagnose_parser() -> argparse.ArgumentParser:
@@ -57,7 +48,8 @@ def diagnose_parser() -> argparse.ArgumentParser:
         "--batches",
         type=int,
         default=16,
-        help="batches of data.batch_size rollouts, for the gradients; default: %(default)s",
+        help="optimizer steps that are tried with each method, and batches for the gradients; "
+        "default: %(default)s",
     )
     return parser
 
@@ -87,10 +79,11 @@ def diagnose_command(arguments: Sequence[str], debug: bool = False) -> int:
     configs = [word for name in own.config or () for word in ("--config", name)]
     found = examine([*configs, *options], own.rows, own.batches, console)
     advice = advise(found)
-    command = _next_command(own, options, advice)
+    command = _next_command(own, options, found, advice)
     record = to_record(found) | {"advice": to_record(list(advice)), "next": command}
     write_json(own.out / "diagnosis.json", record)
-    (own.out / GKD_REVERSE_KL).write_text(_CONTENDER, encoding="utf-8")
+    for name, text in CONTENDERS.items():
+        (own.out / name).write_text(text, encoding="utf-8")
     write_page(own.out / "diagnosis.html", found, advice, command)
     show(console, found, advice, command)
     console.print(f"diagnosis.html and diagnosis.json are in {own.out}")
@@ -120,10 +113,11 @@ def examine(arguments: Sequence[str], rows: int, batches: int, console: Console)
             f"diagnose runs on one device, this config asks for {cli.trainer.world_size}; give "
             "--trainer.devices 1 --trainer.strategy auto"
         )
-    if data.sources["val"] is None:
+    part = "val" if data.sources["val"] is not None else "train"
+    if part == "train":
         data.sources["val"], data.splits["val"] = data.sources["train"], data.splits["train"]
     data.val_rollouts = 1  # so that a validation begins, whatever the rows hold
-    examination = Examination(rows, batches, lambda text: console.print(f"[dim]{text}[/dim]"))
+    examination = Examination(rows, batches, part, lambda text: console.print(f"[dim]{text}[/dim]"))
     _validate(cli.trainer, examination, module, data)
     assert examination.found is not None
     return examination.found
@@ -138,15 +132,19 @@ def _validate(trainer: lightning.Trainer, examination: Examination, module: Any,
         trainer.validate(module, data, verbose=False)
 
 
-def _next_command(own: argparse.Namespace, options: Sequence[str], advice: Sequence[Advice]) -> str:
-    """The comparison that would decide."""
-    names = [str(own.out / name) if name == GKD_REVERSE_KL else name for name in contenders(advice)]
+def _next_command(
+    own: argparse.Namespace, options: Sequence[str], found: Diagnosis, advice: Sequence[Advice]
+) -> str:
+    """The comparison that would decide, as ``compare`` takes it."""
+    names = [str(own.out / name) if name in CONTENDERS else name for name in contenders(advice)]
     configs = [f"--config {name}" for name in own.config or ()]
+    is_steady = found.schedule == "constant"  # others must know a run's last step
     words = [
         "okd-lightning compare",
         *configs,
         f"--methods {shlex.quote(','.join(names))}",
-        "--seeds 0,1,2 --budget seconds=600",
-        *map(shlex.quote, options),
+        f"--seeds 0,1,2 --budget {'seconds=600' if is_steady else 'steps=500'}",
+        *map(shlex.quote, shared_options(options)),
+        *(["--data.val FILE.jsonl"] if found.part == "train" else []),
     ]
     return " ".join(words)

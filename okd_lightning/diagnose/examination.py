@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 
 import lightning
 import torch
@@ -17,6 +18,7 @@ from okd_lightning.diagnose.positions import measure_tokens, summarise
 from okd_lightning.diagnose.responses import Responses, ResponseWriter, chosen, given_responses
 from okd_lightning.diagnose.steps import StepProbe
 from okd_lightning.diagnose.text_checks import text_checks, writing_checks
+from okd_lightning.diagnose.trials import run_trials
 from okd_lightning.divergences import ReverseKL
 from okd_lightning.module import DistillationModule
 from okd_lightning.records import DistillBatch, Example
@@ -29,15 +31,16 @@ class Examination(Callback):
 
     Args:
         rows: Responses of each kind.
-        batches: Batches of the gradients, at least 2.
+        batches: Optimizer steps of rollouts, and batches of the gradients, at least 2.
+        part: What "val" is in truth: "train" where the run has no validation data.
         say: Called with what is being done.
 
     Attributes:
         found: The diagnosis; None before.
     """
 
-    def __init__(self, rows: int, batches: int, say: Callable[[str], None]) -> None:
-        self.rows, self.batches = rows, batches
+    def __init__(self, rows: int, batches: int, part: str, say: Callable[[str], None]) -> None:
+        self.rows, self.batches, self.part = rows, batches, part
         self.found: Diagnosis | None = None
         self._say = say
 
@@ -53,10 +56,8 @@ class Examination(Callback):
     def _examine(
         self, trainer: lightning.Trainer, module: DistillationModule, data: RolloutDataModule
     ) -> Diagnosis:
-        part = "val" if data.sources["val"] is not None else "train"
-        everything = data.examples(part)
-        examples = chosen(everything.examples, self.rows, data.seed)
-        checks = text_checks(module, data, part, everything, examples)
+        examples, learnt = _split(data, self.rows)
+        checks = text_checks(module, data, "val", data.examples("val"), examples)
         writer = ResponseWriter(module, data.sampling, data.max_response_length, data.seed)
         given = given_responses(examples, module.eos_ids)
         self._say(f"both models answer {len(examples)} prompts")
@@ -68,75 +69,85 @@ class Examination(Callback):
             for responses in (given, own, teachers)
             if responses.num_tokens
         )
-        self._say(f"gradients of {self.batches} batches, sampled and exact")
-        prompts = _prompts(data, everything.examples, self.batches * data.batch_size)
-        probe, written = GradientProbe(module), []
-        for number, group in enumerate(prompts):
-            responses = writer.write("student", group, sample=1 + number)
-            batches = list(responses.batches(data.batch_size, module.device))
-            if batches:
-                probe.add(batches[0])
-                written.append((responses, batches[0]))
-        self._say("a few steps, taken back again")
-        steps = StepProbe(module, trainer.gradient_clip_val)
-        batches = [batch for _, batch in written]
-        drift = steps.drift(batches[0], batches[1 : 1 + _MOST_STEPS])
+        per_step = data.global_batch_size or data.batch_size * trainer.accumulate_grad_batches
+        self._say(f"rollouts of {self.batches} optimizer steps; gradients, sampled and exact")
+        probe, steps = GradientProbe(module), StepProbe(module, trainer.gradient_clip_val)
+        written: list[Responses] = []
+        on_given, on_own = [], []
+        for number, group in enumerate(_groups(learnt, self.batches, per_step, data.seed)):
+            written.append(writer.write("student", group, sample=1 + number))
+            on_own.append(list(written[-1].batches(data.batch_size, module.device)))
+            answers = given_responses(group, module.eos_ids)
+            on_given.append(list(answers.batches(data.batch_size, module.device)))
+            probe.add(_middle(on_own[-1]))
+        self._say(f"{self.batches} steps of each of several methods, taken back again")
+        has_answers = all(on_given)
         return Diagnosis(
             student=_described(module.student_source, module.student),
             teacher=_described(module.teacher_source, module.teacher),
             checks=tuple(checks),
             rows=rows,
             gradients=probe.finding(),
-            drift=tuple(drift),
-            cost=self._cost(trainer, data, steps, given, written),
+            drift=tuple(steps.drift(_middle(on_own[0]), on_own[1 : 1 + _MOST_STEPS])),
+            trials=run_trials(steps, on_given if has_answers else (), on_own, (given, own)),
+            cost=Cost(
+                seconds=_seconds(steps, on_given[0] if has_answers else (), on_own[0], written),
+                rows=per_step,
+                prompts=per_step // data.samples_per_prompt,
+                tokens_per_second=sum(responses.num_tokens for responses in written)
+                / max(sum(responses.seconds for responses in written), 1e-9),
+                memory=steps.memory(),
+                device=_device_name(module.device),
+            ),
+            part=self.part,
             learning_rate=module.learning_rate,
+            schedule=module.schedule,
             seed=data.seed,
         )
 
     def _measured(self, module: DistillationModule, responses: Responses, size: int) -> Rows:
         return summarise(responses, measure_tokens(module, responses.batches(size, module.device)))
 
-    def _cost(
-        self,
-        trainer: lightning.Trainer,
-        data: RolloutDataModule,
-        steps: StepProbe,
-        given: Responses,
-        written: list[tuple[Responses, DistillBatch]],
-    ) -> Cost:
-        """Of an optimizer step: micro-batches times what one of them takes."""
-        per_step = data.global_batch_size or data.batch_size * trainer.accumulate_grad_batches
-        micro = max(1, per_step // data.batch_size)
-        batch = written[0][1]
-        writing = sum(responses.seconds for responses, _ in written) / len(written)
-        exact = GKD(divergence=ReverseKL(), on_policy_fraction=1.0)
-        seconds = {
-            "GKD": micro * (steps.seconds(exact, batch) + writing),
-            "OPD+": micro * (steps.seconds(OPDPlus(), batch) + writing),
-            "writing": micro * writing,
-        }
-        on_given = next(iter(given.batches(data.batch_size, steps.module.device)), None)
-        if on_given is not None:
-            seconds = {"KD": micro * steps.seconds(KD(), on_given), **seconds}
-        tokens = sum(responses.num_tokens for responses, _ in written)
-        spent = sum(responses.seconds for responses, _ in written)
-        return Cost(
-            seconds=seconds,
-            rows=per_step,
-            tokens_per_second=tokens / max(spent, 1e-9),
-            memory=steps.memory(),
-            device=_device_name(steps.module.device),
-        )
+
+def _seconds(
+    steps: StepProbe,
+    on_given: Sequence[DistillBatch],
+    on_own: Sequence[DistillBatch],
+    written: Sequence[Responses],
+) -> dict[str, float]:
+    """Of an optimizer step: its micro-batches times what a middling one takes, and the writing."""
+    micro = len(on_own)
+    writing = statistics.fmean(responses.seconds for responses in written)
+    exact = GKD(divergence=ReverseKL(), on_policy_fraction=1.0)
+    found = {"KD": micro * steps.seconds(KD(), _middle(on_given))} if on_given else {}
+    return {
+        **found,
+        "GKD": micro * steps.seconds(exact, _middle(on_own)) + writing,
+        "OPD+": micro * steps.seconds(OPDPlus(), _middle(on_own)) + writing,
+        "writing": writing,
+    }
 
 
-def _prompts(
-    data: RolloutDataModule, examples: tuple[Example, ...], num: int
-) -> list[list[Example]]:
-    """Batches of prompts: each as often as it takes, in one batch once."""
-    picked = chosen(examples, num, data.seed + 1)
-    endless = list(itertools.islice(itertools.cycle(picked), num))
-    size = data.batch_size
-    return [endless[start : start + size] for start in range(0, num, size)]
+def _split(data: RolloutDataModule, num: int) -> tuple[list[Example], list[Example]]:
+    """What is looked at, and what is trained on: the training set, or else the other rows."""
+    everything = data.examples("val").examples
+    if data.sources["train"] not in (None, data.sources["val"]):
+        return chosen(everything, num, data.seed), list(data.examples("train").examples)
+    held_out = chosen(everything, min(num, max(1, len(everything) // 2)), data.seed)
+    taken = {example.index for example in held_out}
+    return held_out, [example for example in everything if example.index not in taken]
+
+
+def _groups(examples: Sequence[Example], num: int, size: int, seed: int) -> Iterator[list[Example]]:
+    """Prompts of ``num`` steps; where there are too few, from the start again."""
+    picked = itertools.cycle(chosen(examples, num * size, seed + 1))
+    for _ in range(num):
+        yield list(itertools.islice(picked, size))
+
+
+def _middle(batches: Sequence[DistillBatch]) -> DistillBatch:
+    """Of a step's micro-batches, which are sorted by length."""
+    return batches[len(batches) // 2]
 
 
 def _described(source: object, model: torch.nn.Module | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -121,7 +122,7 @@ def _bias(estimators: Sequence[EstimatorFinding]) -> Figure:
         error = min(3 * own.along_error, 1e3) if own.along_error == own.along_error else 0.0
         axes.errorbar(own.along_exact, at, xerr=error, fmt="o", color=colour, markersize=5)
     axes.axvline(1, color=_INK, linewidth=0.8)
-    values = [row.fidelity.along_exact for row in estimators]
+    values = list(filter(math.isfinite, (row.fidelity.along_exact for row in estimators)))
     axes.set_xlim(min(-0.5, *values) - 0.3, max(1.5, *values) + 0.3)
     axes.set_xlabel("mean along the exact gradient\n(1: no bias; bars: 3 standard errors)")
     return figure
@@ -141,7 +142,7 @@ def _noise(estimators: Sequence[EstimatorFinding]) -> Figure:
             va="center",
             fontsize=8,
         )
-    axes.set_xlim(right=max(values) * 3)
+    axes.set_xlim(right=3 * max(filter(math.isfinite, values), default=1.0))
     axes.set_xlabel("variance over the exact gradient's")
     axes.grid(axis="y", visible=False)
     return figure

@@ -45,6 +45,10 @@ class Estimate:
         error = "" if math.isnan(self.error) else f"±{self.error:.{digits}f}"
         return f"{self.mean:.{digits}f}{error}"
 
+    def signed(self, digits: int = 3) -> str:
+        """``-0.053±0.004``, with a sign: of a change."""
+        return f"{'+' if self.mean >= 0 else ''}{self.text(digits)}"
+
 
 @dataclass(frozen=True)
 class PositionBin:
@@ -154,6 +158,22 @@ class Drift:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """Where some optimizer steps of one method lead.
+
+    Attributes:
+        method: Its name.
+        steps: That were taken.
+        change: Of held-out divergences, after less before, by responses and measure
+            ("given/forward_kl", "student/reverse_kl"); errors are those of paired differences.
+    """
+
+    method: str
+    steps: int
+    change: Mapping[str, Estimate]
+
+
+@dataclass(frozen=True)
 class Cost:
     """What an optimizer step takes here.
 
@@ -161,6 +181,7 @@ class Cost:
         seconds: By kind of step, measured: "KD" (given responses), "GKD" and "OPD+" (the
             student's own, their writing included), "writing" alone.
         rows: Sequences an optimizer step.
+        prompts: Prompts an optimizer step of rollouts.
         tokens_per_second: Written by the student.
         memory: Bytes, by what they hold; weights, gradients and optimizer are counted, "peak" is
             measured.
@@ -169,6 +190,7 @@ class Cost:
 
     seconds: Mapping[str, float]
     rows: int
+    prompts: int
     tokens_per_second: float
     memory: Mapping[str, int]
     device: str
@@ -203,8 +225,11 @@ class Diagnosis:
         rows: Given, the student's own and the teacher's.
         gradients: Bias and noise.
         drift: After some numbers of steps.
+        trials: Where a few steps of each of several methods lead.
         cost: Of a step.
+        part: Of the data: what was held out, "val" or "train".
         learning_rate: That the simulated steps were made with.
+        schedule: The run's.
         seed: Of everything that is drawn.
     """
 
@@ -214,13 +239,25 @@ class Diagnosis:
     rows: tuple[Rows, ...]
     gradients: GradientFinding
     drift: tuple[Drift, ...]
+    trials: tuple[Trial, ...]
     cost: Cost
+    part: str
     learning_rate: float
+    schedule: str
     seed: int
 
     def of(self, source: str) -> Rows | None:
         """What was measured on responses of one kind."""
         return next((rows for rows in self.rows if rows.source == source), None)
+
+    def forecast(self, measure: str) -> tuple[Trial, ...]:
+        """All trials, the one that lowers a measure most first.
+
+        Args:
+            measure: Such as "given/forward_kl"; trials without it are left out.
+        """
+        measured = [trial for trial in self.trials if measure in trial.change]
+        return tuple(sorted(measured, key=lambda trial: trial.change[measure].mean))
 
 
 def to_record(found: Any) -> Any:

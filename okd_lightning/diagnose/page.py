@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from okd_lightning import __version__
 from okd_lightning.diagnose.figures import figures
 from okd_lightning.diagnose.findings import Advice, Diagnosis
-from okd_lightning.diagnose.terminal import AUTHORS, SHOWN, megabytes
+from okd_lightning.diagnose.terminal import AUTHORS, SHOWN, megabytes, trial_columns
 
 _MARKS = {"good": "✓", "look": "!", "bad": "✗"}
 
@@ -38,6 +38,7 @@ def write_page(path: Path, found: Diagnosis, advice: Sequence[Advice], command: 
         command=command,
         figures=figures(found),
         shown=SHOWN,
+        trial_columns=trial_columns(found),
         authors=AUTHORS,
         marks=_MARKS,
         version=__version__,

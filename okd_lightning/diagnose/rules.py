@@ -11,12 +11,50 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from okd_lightning.diagnose.findings import Advice, Diagnosis, Rows
+from okd_lightning.diagnose.findings import Advice, Diagnosis, Rows, Trial
 from okd_lightning.diagnose.gradients import TOP_K, TOP_K_NAME
 
 GKD_REVERSE_KL = "gkd_reverse_kl.yaml"
-"""A contender that is not its class's defaults: exact reverse KL on the student's own responses."""
+GKD_FORWARD_KL = "gkd_forward_kl.yaml"
+KD_REVERSE_KL = "kd_reverse_kl.yaml"
 
+_CONTENDER = """\
+# For okd-lightning compare --methods: {what}
+method:
+  class_path: {method}
+  init_args:
+    {settings}
+"""
+CONTENDERS = {
+    GKD_REVERSE_KL: _CONTENDER.format(
+        what="exact reverse KL on the student's own responses",
+        method="GKD",
+        settings="divergence: ReverseKL\n    on_policy_fraction: 1.0",
+    ),
+    GKD_FORWARD_KL: _CONTENDER.format(
+        what="exact forward KL on the student's own responses",
+        method="GKD",
+        settings="divergence: ForwardKL\n    on_policy_fraction: 1.0",
+    ),
+    KD_REVERSE_KL: _CONTENDER.format(
+        what="reverse KL on given responses", method="KD", settings="divergence: ReverseKL"
+    ),
+}
+"""Contenders that are not a class's defaults, as files that are left beside the diagnosis."""
+
+_FORECASTS = {
+    "given/forward_kl": "forward KL on given responses",
+    "student/reverse_kl": "reverse KL behind the student's own words",
+}
+_AS_CONTENDER = {
+    "SFT": "SFT",
+    "KD": "KD",
+    "KD, reverse KL": KD_REVERSE_KL,
+    "GKD, forward KL": GKD_FORWARD_KL,
+    "GKD, reverse KL": GKD_REVERSE_KL,
+    "OPD": "OPD",
+    "OPDPlus": "OPDPlus",
+}
 _CLEARLY_WORSE = 1.15  # own over given reverse KL
 _RARELY_ENDS = 0.5  # of the teacher's share
 _LOW_MASS, _LOW_MASS_K = 0.9, 16
@@ -49,6 +87,35 @@ def prompts_alone(found: Diagnosis) -> Advice | None:
         "measured",
         (GKD_REVERSE_KL, "OPDPlus"),
     )
+
+
+def first_steps(found: Diagnosis) -> Advice | None:
+    """Which method goes fastest where."""
+    firsts: list[Trial] = []
+    words = []
+    for measure, label in _FORECASTS.items():
+        ranked = found.forecast(measure)
+        ahead = [trial for trial in ranked if _is_level(trial, ranked[0], measure)]
+        if ranked and ranked[0].change[measure].mean < 0:
+            firsts += ahead
+            listed = ", ".join(f"{t.method} {t.change[measure].signed()}" for t in ranked[:3])
+            words.append(f"{label}: {listed}")
+    if not firsts:
+        return None
+    names = tuple(dict.fromkeys(trial.method for trial in firsts))
+    return Advice(
+        f"By their first {firsts[0].steps} steps: {' and '.join(names)}",
+        f"change on held-out rows, nats a token; {'; '.join(words)}; other batches may order them "
+        "otherwise",
+        "likely",
+        tuple(_AS_CONTENDER[name] for name in names),
+    )
+
+
+def _is_level(one: Trial, first: Trial, measure: str) -> bool:
+    """Whether a trial is not clearly behind the first one."""
+    own, best = one.change[measure], first.change[measure]
+    return one is first or own.mean - best.mean < 2 * math.hypot(own.error, best.error)
 
 
 def learn_to_end(found: Diagnosis) -> Advice | None:
@@ -232,7 +299,7 @@ def chunks(found: Diagnosis) -> Advice | None:
             f"a single step moves drawn tokens by {first.mean_log_ratio:.3f} nats on average",
             "measured",
         )
-    prompts = max(fresh) * found.cost.rows
+    prompts = max(fresh) * found.cost.prompts
     moved = next(d.mean_log_ratio for d in found.drift if d.steps == max(fresh))
     return Advice(
         f"Rollouts may last for {max(fresh)} steps (--data.prompts_per_rollout {prompts})",
@@ -246,6 +313,7 @@ RULES: tuple[Rule, ...] = (
     mend_first,
     prompts_alone,
     learn_to_end,
+    first_steps,
     exposure,
     coverage,
     far_teacher,

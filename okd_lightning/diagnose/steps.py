@@ -8,7 +8,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -49,13 +49,13 @@ class StepProbe:
         for _ in range(1 + _REPETITIONS):
             self._synchronize()
             start = time.perf_counter()
-            self._backward(method, batch)
+            self._backward(method, batch, _num_tokens(batch))
             self._synchronize()
             taken.append(time.perf_counter() - start)
             self._forget_gradients()
         return min(taken[1:])
 
-    def drift(self, probe: DistillBatch, batches: Sequence[DistillBatch]) -> list[Drift]:
+    def drift(self, probe: DistillBatch, steps: Sequence[Sequence[DistillBatch]]) -> list[Drift]:
         """What 1, 2, 4, ... steps of the exact on-policy loss do to other responses' probabilities.
 
         Steps are made with the run's learning rate behind its warm-up, and from an optimizer
@@ -63,27 +63,54 @@ class StepProbe:
 
         Args:
             probe: Responses that are looked at before and after.
-            batches: One a step.
+            steps: Of every one its micro-batches.
         """
-        module, method = self.module, GKD(divergence=ReverseKL(), on_policy_fraction=1.0)
-        with _kept(self.parameters):
-            optimizer = build_optimizer(
-                self.parameters,
-                [],
-                module.learning_rate,
-                module.weight_decay,
-                factory=module.optimizer_factory,
-            )
+        method = GKD(divergence=ReverseKL(), on_policy_fraction=1.0)
+        with self.kept():
             before, found = self._drawn(probe), []
-            for step, batch in enumerate(batches, 1):
-                self._backward(method, batch)
-                if self.clip_norm:
-                    clip_grad_norm_(self.parameters, self.clip_norm)
-                optimizer.step()
-                self._forget_gradients()
+            for step in self.take(method, steps):
                 if step & (step - 1) == 0:
                     found.append(drift_between(step, before, self._drawn(probe)))
         return found
+
+    def take(
+        self, method: DistillationCallback, steps: Iterable[Sequence[DistillBatch]]
+    ) -> Iterator[int]:
+        """Optimizer steps, without warm-up; yields the number of each, from 1, when it is taken.
+
+        Args:
+            method: Whose loss.
+            steps: Of every one its micro-batches; the loss is divided by their tokens together.
+        """
+        module = self.module
+        optimizer = build_optimizer(
+            self.parameters,
+            [],
+            module.learning_rate,
+            module.weight_decay,
+            factory=module.optimizer_factory,
+        )
+        for step, batches in enumerate(steps, 1):
+            count = sum(_num_tokens(batch) for batch in batches)
+            for batch in batches:
+                self._backward(method, batch, count)
+            if self.clip_norm:
+                clip_grad_norm_(self.parameters, self.clip_norm)
+            optimizer.step()
+            self._forget_gradients()
+            yield step
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Within it the student's weights may change; behind it they are as before."""
+        copies = [parameter.detach().clone() for parameter in self.parameters]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, copy in zip(self.parameters, copies, strict=True):
+                    parameter.copy_(copy)
+                    parameter.grad = None
 
     def memory(self) -> dict[str, int]:
         """Bytes of what a run holds from its first step on, and the peak so far."""
@@ -102,10 +129,9 @@ class StepProbe:
             found["peak of the process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return found
 
-    def _backward(self, method: DistillationCallback, batch: DistillBatch) -> None:
-        count = max(1, int(batch.mask[:, 1:].sum()))
+    def _backward(self, method: DistillationCallback, batch: DistillBatch, count: int) -> None:
         with torch.enable_grad():
-            weighted = [WeightedTerm(method, 1.0 / count)]
+            weighted = [WeightedTerm(method, 1.0 / max(1, count))]
             self.module.loss_of(batch, weighted).total.backward()
 
     @torch.no_grad()
@@ -142,17 +168,8 @@ def drift_between(steps: int, before: Tensor, after: Tensor) -> Drift:
     )
 
 
-@contextmanager
-def _kept(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Within it weights may change; behind it they are as before."""
-    copies = [parameter.detach().clone() for parameter in parameters]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, copy in zip(parameters, copies, strict=True):
-                parameter.copy_(copy)
-                parameter.grad = None
+def _num_tokens(batch: DistillBatch) -> int:
+    return int(batch.mask[:, 1:].sum())
 
 
 def _num_bytes(model: nn.Module | None) -> int:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from okd_lightning.diagnose.findings import Advice, Diagnosis, Rows
 
@@ -37,6 +38,7 @@ def show(console: Console, found: Diagnosis, advice: Sequence[Advice], command: 
     console.print(_checks(found))
     console.print(_divergences(found.rows))
     console.print(_estimators(found))
+    console.print(_trials(found))
     console.print(_costs(found))
     console.print("[bold]What to try[/bold]")
     for one in advice:
@@ -92,6 +94,31 @@ def _estimators(found: Diagnosis) -> Table:
         last = row.divergence
     table.caption = "along exact is 1 without bias; red is off by more than three standard errors"
     return table
+
+
+def _trials(found: Diagnosis) -> Table:
+    steps = found.trials[0].steps if found.trials else 0
+    table = Table(title=f"Where {steps} steps lead (change, nats a token)", box=SIMPLE_HEAD)
+    table.add_column("method", no_wrap=True)
+    for label, _ in trial_columns(found):
+        table.add_column(label, justify="right")
+    for trial in found.trials:
+        cells = [
+            Text(trial.change[key].signed(), "bold" if trial is found.forecast(key)[0] else "")
+            for _, key in trial_columns(found)
+        ]
+        table.add_row(trial.method, *cells)
+    table.caption = "held-out rows; below 0 is better; all from the same weights"
+    return table
+
+
+def trial_columns(found: Diagnosis) -> list[tuple[str, str]]:
+    """Heading and key of everything that was measured before and after trials."""
+    if not found.trials:
+        return []
+    labels = {name: label for label, name in SHOWN}
+    split = {key: key.split("/") for key in found.trials[0].change}
+    return [(f"{labels[name]}, {AUTHORS[by]}", key) for key, (by, name) in split.items()]
 
 
 def _costs(found: Diagnosis) -> Table:

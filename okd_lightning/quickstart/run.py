@@ -129,6 +129,8 @@ class Quickstart:
         shown = list(data.examples("val").examples[: recipe.num_answers])
         answers_before = greedy_answers(module, data, shown)
         trainer.fit(module, data)
+        if curve.last_step != trainer.global_step:
+            trainer.validate(module, data, verbose=False)
         result = curve.result(trainer, label)
         answers_after = greedy_answers(module, data, shown)
         return result, answers_before, answers_after, greedy_answers(module, data, shown, "teacher")

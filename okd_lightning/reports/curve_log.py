@@ -31,6 +31,11 @@ class CurveLog(Callback):
         self.before: dict[str, float] | None = None
         self.points: list[Point] = []
 
+    @property
+    def last_step(self) -> int:
+        """At which the run was measured last; 0 before training."""
+        return self.points[-1].step if self.points else 0
+
     def state_dict(self) -> dict[str, Any]:
         """All points."""
         return {"before": self.before, "points": [point.to_record() for point in self.points]}
@@ -53,7 +58,9 @@ class CurveLog(Callback):
         if self.points and self.points[-1].step == trainer.global_step:
             self.points.pop()
         cost = throughput_of(trainer)
-        self.points.append(Point(trainer.global_step, cost.tokens, cost.seconds, measured))
+        self.points.append(
+            Point(trainer.global_step, cost.tokens, cost.seconds, measured, cost.cpu_seconds)
+        )
 
     def result(self, trainer: lightning.Trainer, method: str, seed: int | None = None) -> RunResult:
         """What the run came to; with several ranks to be called on all of them.
@@ -72,6 +79,7 @@ class CurveLog(Callback):
         return RunResult(
             method=method,
             seconds=cost.seconds,
+            cpu_seconds=cost.cpu_seconds,
             steps=trainer.global_step,
             tokens=cost.tokens,
             generated_tokens=int(written),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,11 +42,40 @@ _BESIDE = (
     Measure("val/cross_entropy", "cross-entropy"),
 )
 _FEW = 3
+_ROUNDING = 0.01
 
 
 def shown_measures(results: Sequence[RunResult]) -> list[Measure]:
-    """Those that every run has; further ones where these are few (prompts alone, a cache)."""
-    common = set.intersection(*(set(result.after) & set(result.before) for result in results))
+    """Those that every run has; further ones where these are few (prompts alone, a cache).
+
+    Measures that were not the same before the first step are left out: see ``unlike_measures``.
+    """
+    common = _common(results) - {measure.name for measure in unlike_measures(results)}
     found = [measure for measure in MEASURES if measure.name in common]
     beside = [measure for measure in _BESIDE if measure.name in common]
     return found + beside[: max(0, _FEW - len(found))]
+
+
+def unlike_measures(results: Sequence[RunResult]) -> list[Measure]:
+    """Those on which contenders differ before the first step, though they start from one student.
+
+    They do where a contender changes what is measured: the teacher, its prompt, the rows. Runs of
+    one seed are compared; beyond 1 % is more than rounding.
+    """
+    names = _common(results)
+    return [m for m in (*MEASURES, *_BESIDE) if m.name in names and _differs(results, m.name)]
+
+
+def _differs(results: Sequence[RunResult], name: str) -> bool:
+    by_seed: dict[int | None, list[float]] = {}
+    for result in results:
+        by_seed.setdefault(result.seed, []).append(result.before[name])
+    return any(
+        max(values) - min(values) > _ROUNDING * max(abs(value) for value in values)
+        for values in by_seed.values()
+        if all(map(math.isfinite, values))
+    )
+
+
+def _common(results: Sequence[RunResult]) -> set[str]:
+    return set.intersection(*(set(result.after) & set(result.before) for result in results))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-from okd_lightning.reports.measures import Measure, shown_measures
+from okd_lightning.reports.measures import Measure, shown_measures, unlike_measures
 from okd_lightning.reports.results import RunResult
 from okd_lightning.reports.spread import Spread, after_by_seed, difference, methods_of
 
@@ -42,6 +43,12 @@ def reading(results: Sequence[RunResult]) -> str:
     parts = [f"{method} is best on {_listed(labels)}" for method, labels in winners.items()]
     if open_ones:
         parts.append(f"on {_listed(open_ones)} no method stands out beyond the standard errors")
+    unlike = [measure.label for measure in unlike_measures(results)]
+    if unlike:
+        parts.append(
+            f"{_listed(unlike)} differed before the first step: contenders measure different "
+            "things there and are not compared"
+        )
     sentence = "; ".join(parts)
     return f"{sentence[0].upper()}{sentence[1:]}."
 
@@ -56,11 +63,15 @@ def _best(
         for method in methods
         if (values := after_by_seed(results, method, measure.name))
     }
-    best = max(means, key=lambda method: sign * means[method])
+    best = max(means, key=lambda method: _rank(sign * means[method]))
     margins = [difference(results, best, other, measure.name) for other in means if other != best]
     is_clear = all(m is not None and m.mean * sign > 0 and m.is_beyond_chance for m in margins)
     clear = [margin for margin in margins if margin is not None]
     return best, min(clear, key=lambda m: abs(m.mean)) if is_clear and clear else None
+
+
+def _rank(value: float) -> float:
+    return -math.inf if math.isnan(value) else value
 
 
 def _pairs(results: Sequence[RunResult], measure: Measure, methods: Sequence[str]) -> int:

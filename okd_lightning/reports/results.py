@@ -20,12 +20,14 @@ class Point:
         tokens: Loss tokens trained on.
         seconds: Training and rollouts.
         metrics: What was measured, by name.
+        cpu_seconds: Of this process, over its threads.
     """
 
     step: int
     tokens: int
     seconds: float
     metrics: Mapping[str, float]
+    cpu_seconds: float = 0.0
 
     def to_record(self) -> dict[str, Any]:
         """As it is kept on disk and in checkpoints."""
@@ -46,6 +48,7 @@ class RunResult:
         after: The same after the last.
         history: Every validation after the first step; in metrics.csv, not in results.json.
         seed: What the run was seeded with; None where runs differ by their method alone.
+        cpu_seconds: Like ``seconds``, of the CPU's time of this process over its threads.
     """
 
     method: str
@@ -57,6 +60,7 @@ class RunResult:
     after: Mapping[str, float]
     history: Sequence[Point] = field(default_factory=list)
     seed: int | None = None
+    cpu_seconds: float = 0.0
 
     @property
     def points(self) -> list[Point]:
@@ -75,6 +79,7 @@ class RunResult:
             "method": self.method,
             **seed,
             "seconds": round(self.seconds, 3),
+            "cpu_seconds": round(self.cpu_seconds, 3),
             "steps": self.steps,
             "tokens": self.tokens,
             "generated_tokens": self.generated_tokens,
@@ -98,10 +103,11 @@ def write_results(path: Path, results: Sequence[RunResult]) -> None:
 def write_metrics_csv(path: Path, results: Sequence[RunResult]) -> None:
     """``metrics.csv``: one row a validation, of all runs."""
     names = sorted({name for result in results for _, metrics in result.curve for name in metrics})
-    rows: list[list[Any]] = [["method", "seed", "step", "tokens", "seconds", *names]]
+    rows: list[list[Any]] = [["method", "seed", "step", "tokens", "seconds", "cpu_seconds", *names]]
     for result in results:
         for point in result.points:
-            cost = [point.step, point.tokens, round(point.seconds, 3)]
+            seconds = [round(point.seconds, 3), round(point.cpu_seconds, 3)]
+            cost = [point.step, point.tokens, *seconds]
             measured = [point.metrics.get(name, "") for name in names]
             rows.append([result.method, result.seed, *cost, *measured])
     write_csv(path, rows)
@@ -118,7 +124,7 @@ def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
 def write_table_csv(path: Path, results: Sequence[RunResult]) -> None:
     """``results.csv``: one row a run, with all measures before and after."""
     names = sorted({name for result in results for name in (*result.before, *result.after)})
-    costs = ("steps", "seconds", "tokens", "generated_tokens")
+    costs = ("steps", "seconds", "cpu_seconds", "tokens", "generated_tokens")
     rows: list[list[Any]] = [
         ["method", "seed", *costs, *(f"{when} {n}" for when in ("before", "after") for n in names)]
     ]

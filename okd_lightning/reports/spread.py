@@ -9,8 +9,14 @@ from dataclasses import dataclass
 
 from okd_lightning.reports.results import RunResult
 
-_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-_NORMAL_95 = 1.96
+# fmt: off
+_T_95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)
+# fmt: on
+_Z_95 = 1.95996
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,10 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Mean and standard error of at least one value."""
+        """Mean and standard error of at least one value; no error where one is not finite."""
         num = len(values)
+        if not all(map(math.isfinite, values)):
+            return cls(math.fsum(values) / num, math.nan, num)
         error = statistics.stdev(values) / math.sqrt(num) if num > 1 else math.nan
         return cls(statistics.fmean(values), error, num)
 
@@ -39,11 +47,13 @@ class Spread:
         """Whether the mean is off zero by more than Student's t allows at 95 %.
 
         The factor on the standard error is 12.7 with two values, 4.3 with three, 2.8 with five.
+        Values that are all the same say nothing about chance.
         """
-        if self.count < 2:
+        if not self.error > 0:
             return False
         freedom = self.count - 1
-        factor = _T_95[freedom - 1] if freedom <= len(_T_95) else _NORMAL_95
+        beyond = _Z_95 + (_Z_95**3 + _Z_95) / (4 * freedom)
+        factor = _T_95[freedom - 1] if freedom <= len(_T_95) else beyond
         return abs(self.mean) > factor * self.error
 
     def text(self) -> str:

@@ -153,6 +153,7 @@ def test_a_prompt_that_stands_twice_has_two_responses():
     [
         ({}, "follows the validation loss; give --data.val"),
         ({"val": VAL, "data": {"prompts_per_rollout": 8}}, "leave data.prompts_per_rollout 8 out"),
+        ({"val": VAL, "max_epochs": -1, "max_steps": -1}, "set max_steps or max_epochs"),
     ],
 )
 def test_runs_that_are_refused(settings, message, tmp_path, make_module):

@@ -58,7 +58,7 @@ def results(folder: Path = Path("out")):
 
 
 def untimed(record):
-    return {name: value for name, value in record.items() if name != "seconds"}
+    return {name: value for name, value in record.items() if "seconds" not in name}
 
 
 def curves(folder: Path) -> list[dict[str, str]]:
@@ -80,7 +80,7 @@ def test_two_methods_and_two_seeds(compare):
     assert runs[0]["before"] == runs[1]["before"]
     assert runs[0]["after"] != runs[1]["after"]
     assert runs[0]["generated_tokens"] == 0 < runs[1]["generated_tokens"]
-    assert all(run["seconds"] > 0 for run in runs)
+    assert all(run["seconds"] > 0 and run["cpu_seconds"] > 0 for run in runs)
     with Path("out/metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows[:3]] == ["0", "2", "4"]
@@ -204,15 +204,41 @@ def test_killed_behind_the_last_step(compare, budget):
         (["--methods", "KD", "--data.bach_size", "3"], "did you mean --data.batch_size"),
         (["--methods", "KD", "--budget", "tokens=9", "--model.schedule", "cosine"], "last step"),
         (["--methods", "KD", "--trainer.callbacks+", "GKD"], "trainer.callbacks of the shared"),
+        (["--methods", "measured.yaml", "--trainer.callbacks+", "GKD"], "GKD beside its own"),
+        (["--methods", "KD", "--budget", "steps=1", "--trainer.min_epochs", "3"], "give one of"),
     ],
     ids=lambda value: "-".join(value[-2:]) if isinstance(value, list) else "",
 )
 def test_mistakes(compare, typed, words):
+    Path("measured.yaml").write_text("method: KD\ntrainer: {callbacks: [ExactMatch]}\n")
     said = compare(*typed)
     assert said.status in (1, 2)
     (line,) = said.err.strip().splitlines()
     assert words in line
     assert not Path("out/runs").exists()
+
+
+def test_what_is_measured_is_the_same_for_all(compare):
+    Path("short.yaml").write_text("method: KD\ndata: {max_response_length: 3}\n")
+    said = compare("--methods", "short.yaml")
+    assert said.status == 1
+    assert "sets data.max_response_length" in said.err
+    Path("hinted.yaml").write_text(
+        "method: KD\ndata: {teacher_prompt_template: '{prompt}{reference}'}\n"
+    )
+    said = compare("--methods", "KD,hinted.yaml", "--seeds", "0", "--budget", "steps=1")
+    assert said.status == 0, said.err
+    table = said.out.split("After training")[1].split("Cost of a run")[0]
+    assert "reverse KL" not in table  # of another teacher's distribution
+
+
+def test_a_budget_wins_over_the_configs_ends(compare):
+    Path("ends.yaml").write_text("trainer: {min_steps: 6, max_steps: 9, max_time: '00:00:00:00'}\n")
+    typed = ["--config", "ends.yaml", "--methods", "KD", "--budget", "steps=4"]
+    said = compare(*typed)
+    assert said.status == 0, said.err
+    assert [run["steps"] for run in results()] == [4]
+    assert "the config's trainer.max_time is left out" in said.out
 
 
 def test_files_may_not_change_what_all_share(compare):

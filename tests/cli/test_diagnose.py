@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def test_what_is_left_behind(diagnose, capsys):
     said = diagnose()
     assert said.status == 0, said.err
     assert max(map(len, said.out.splitlines())) <= 80
-    for words in ("reverse KL", "along exact", "value_baseline", "What to try", "compare"):
+    for words in ("reverse KL", "along exact", "value_baseline", "steps lead", "What to try"):
         assert words in said.out
     page = Path("out/diagnosis.html").read_text()
     assert page.count("<svg") == 5
@@ -130,17 +131,39 @@ def test_what_is_left_behind(diagnose, capsys):
     assert "ReverseKL" in Path("out/gkd_reverse_kl.yaml").read_text()
     assert diagnose().status == 0
     again = read()
-    for name in ("checks", "rows", "gradients", "drift"):
+    for name in ("checks", "rows", "gradients", "drift", "trials"):
         assert again[name] == first[name], name
 
 
-def test_the_contender_can_be_compared(diagnose, okd, assets):
+def test_the_contenders_can_be_compared(diagnose, okd, assets):
     assert diagnose().status == 0
+    contenders = sorted(Path("out").glob("*.yaml"))
+    assert len(contenders) == 3
     said = okd(
         *("compare", assets.models, assets.data, QUIET, "--budget", "steps=1"),
-        *("--methods", "out/gkd_reverse_kl.yaml", "--out", "compared"),
+        *("--methods", ",".join(map(str, contenders)), "--out", "compared"),
     )
     assert said.status == 0, said.err
+
+
+def test_the_next_command_is_one_that_compare_takes(diagnose, okd):
+    typed = ["--method", "KD", "--trainer.max_steps", "9", "--model.schedule", "cosine"]
+    assert diagnose(*typed, "--seed_everything=1", "--model.learning_rate", "1e-3").status == 0
+    _, _, *words = shlex.split(read()["next"])
+    assert "--method" not in words
+    assert words[words.index("--budget") + 1] == "steps=500"
+    assert "--model.learning_rate" in words
+    words[words.index("--budget") + 1] = "steps=1"
+    said = okd("compare", words, "--out", "compared")
+    assert said.status == 0, said.err
+
+
+def test_steps_have_the_runs_rows(diagnose):
+    assert diagnose("--data.global_batch_size", "4", "--data.batch_size", "2").status == 0
+    found = read()
+    assert found["cost"]["rows"] == 4
+    assert found["gradients"]["rows"] == 2
+    assert {trial["steps"] for trial in found["trials"]} == {found["gradients"]["batches"]}
 
 
 def test_prompts_alone(diagnose, assets, here):

@@ -93,7 +93,7 @@ def test_large_students_give_their_last_parameters(module, monkeypatch):
 
 
 def test_drift_is_that_of_steps_made_by_hand(module):
-    probe, steps = batch_of(1), [batch_of(2), batch_of(3)]
+    probe, steps = batch_of(1), [[batch_of(2)], [batch_of(3)]]
     before = tiny.weights(module)
     found = StepProbe(module, clip_norm=0.5).drift(probe, steps)
     assert all(torch.equal(before[name], now) for name, now in tiny.weights(module).items())
@@ -102,7 +102,7 @@ def test_drift_is_that_of_steps_made_by_hand(module):
     with torch.no_grad():
         first, _, ids = logprobs_at_loss(module, probe)
     optimizer = torch.optim.AdamW(module.student.parameters(), lr=1e-2, weight_decay=0.0)
-    for number, batch in enumerate(steps):
+    for number, (batch,) in enumerate(steps):
         student, teacher, _ = logprobs_at_loss(module, batch)
         optimizer.zero_grad()
         (student.exp() * (student - teacher)).sum(-1).mean().backward()

@@ -50,9 +50,18 @@ def found(*kinds: Rows, credits=None, **changes) -> Diagnosis:
         "rows": kinds or (rows("given"), rows("student"), rows("teacher")),
         "gradients": gradients,
         "drift": (Drift(1, 0.01, 0.0, 1.0), Drift(2, 0.2, 0.1, 0.9)),
-        "cost": Cost({"KD": 1.0, "GKD": 2.0, "OPD+": 2.0, "writing": 1.0}, 8, 100.0, {}, "cpu"),
+        "trials": (),
+        "cost": Cost({"KD": 1.0, "GKD": 2.0, "OPD+": 2.0, "writing": 1.0}, 8, 4, 100.0, {}, "cpu"),
     }
-    return Diagnosis("s", "t", learning_rate=1e-3, seed=0, **{**settings, **changes})
+    return Diagnosis(
+        "s",
+        "t",
+        part="val",
+        learning_rate=1e-3,
+        schedule="constant",
+        seed=0,
+        **{**settings, **changes},
+    )
 
 
 def test_a_pair_without_trouble():
@@ -89,7 +98,7 @@ STUDENT, TEACHER = rows("student"), rows("teacher")
         ),
         (
             rules.pace,
-            found(cost=Cost({"KD": 1.0, "GKD": 9.0}, 8, 1.0, {}, "cpu")),
+            found(cost=Cost({"KD": 1.0, "GKD": 9.0}, 8, 8, 1.0, {}, "cpu")),
             "9.0 times",
         ),
     ],
@@ -116,7 +125,7 @@ def test_quietest_credit_is_named():
 
 
 def test_chunks_last_as_long_as_rollouts_are_fresh():
-    assert "--data.prompts_per_rollout 8" in rules.chunks(found()).title
+    assert "--data.prompts_per_rollout 4" in rules.chunks(found()).title
     stale = found(drift=(Drift(1, 0.3, 0.5, 0.8),))
     assert "One optimizer step" in rules.chunks(stale).title
 

@@ -56,7 +56,10 @@ def test_spread():
         ([1.0, 1.2], False),
         ([1.0, 1.2, 1.4], True),  # 10.4 errors of three
         ([1.0, 2.0, 3.0], False),  # 3.5
-        ([1.0, 1.0, 1.0], True),
+        ([1.0, 1.0, 1.0], False),  # the same three times: nothing about chance
+        ([1.0, math.inf], False),
+        ([0.0, 1.0] * 6, True),  # 3.3 errors of twelve
+        ([0.13, *[-0.12, 0.5] * 5, 0.13], False),  # 2.1 of twelve, where a normal would claim it
     ],
 )
 def test_chance(values, is_beyond):
@@ -90,11 +93,11 @@ def test_reading_of_one_seed():
 
 def test_more_is_better_for_agreement():
     results = [
-        run(method, seed, 1.0, agreement + 0.001 * seed)
-        for method, agreement in (("KD", 0.6), ("GKD", 0.7), ("SFT", 0.5))
+        run(method, seed, 1.0, agreement + step * seed)
+        for method, agreement, step in (("KD", 0.6, 0.001), ("GKD", 0.7, 0.002), ("SFT", 0.5, 0))
         for seed in range(3)
     ]
-    assert "GKD is best on agreement (by 0.100" in reading(results)
+    assert "GKD is best on agreement (by 0.101" in reading(results)
 
 
 def rendered(table, width: int) -> list[str]:

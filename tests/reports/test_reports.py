@@ -43,6 +43,7 @@ def test_results_json(tmp_path):
     assert records[1] == {
         "method": "GKD",
         "seconds": 20.0,
+        "cpu_seconds": 0.0,
         "steps": 100,
         "tokens": 4000,
         "generated_tokens": 4100,

@@ -1,0 +1,101 @@
+"""Runs the study: `okd-lightning compare` once a table, each continued where it was left.
+
+    python benchmarks/claims/prepare.py
+    python benchmarks/claims/run.py --shared FOLDER [--only few,many] [--seeds 0,1,2]
+
+FOLDER holds models/ and datasets/. Contenders are the YAML files beside this one; everything is
+run from the project's root, one thread. What a comparison leaves for readers (results.json,
+metrics.csv, comparison.png) is copied to ``results/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+HERE = Path(__file__).parent
+KEPT = ("results.json", "metrics.csv", "comparison.png")
+
+_OWN = "callbacks.minillm.MiniLLM"
+_GRID = [
+    "gkd_lambda0_beta0.5",
+    *(f"gkd_lambda{share}_beta{beta}" for share in ("0.5", "1") for beta in ("0", "0.5", "1")),
+]
+_SAMPLED = [
+    *(f"{method}_{f}" for f in ("reverse", "forward", "jsd") for method in ("opd", "opdplus")),
+    "opdplus_value_reverse",
+    "opdplus_value_jsd",
+]
+_ENDS_OF_THE_GRID = ("gkd_lambda1_beta0", "gkd_lambda1_beta1")
+_GIVEN = ("SFT", "KD", "reverse_kd", "OKD", _OWN)
+
+TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "few": (("arithmetic",), (*_GIVEN, *_GRID, *_SAMPLED)),
+    "many": (("arithmetic",), (*_GIVEN, *_ENDS_OF_THE_GRID)),
+    "opsd": (("arithmetic", "reader"), ("SFT", "opsd", "opsd_unclipped", "opsd_reverse")),
+    "tinystories": (
+        ("tinystories",),
+        (*_GIVEN, *_GRID, "opd_reverse", "opdplus_value_reverse"),
+    ),
+    "policy_gradient": (
+        ("tinystories", "policy_gradient"),
+        ("KD", "gkd_lambda1_beta1", *_SAMPLED),
+    ),
+}
+"""Of every table: its configs, from the general to the special, and its contenders."""
+
+
+def command(table: str, shared: Path, work: Path, seeds: str) -> list[str]:
+    """The comparison's command line."""
+    methods = ",".join(_entries(TABLES[table][1]))
+    out = str(work / "runs" / table)
+    own = ["--methods", methods, "--out", out, "--seeds", seeds]
+    return ["compare", *own, *pair_of(table, shared, work)]
+
+
+def pair_of(table: str, shared: Path, work: Path) -> list[str]:
+    """The options that name a table's models, data and optimization."""
+    configs = TABLES[table][0]
+    words = [word for name in configs for word in ("--config", str(HERE / f"{name}.yaml"))]
+    if configs[0] == "tinystories":
+        stories = shared / "datasets" / "tinystories"
+        words += ["--model.student", str(shared / "models" / "student75K")]
+        words += ["--model.teacher", str(shared / "models" / "stories260K")]
+        words += ["--data.train", str(stories / "train.jsonl")]
+        words += ["--data.val", str(stories / "val.jsonl")]
+    if table == "many":
+        words += ["--data.train", str(work / "many.jsonl")]
+    return words
+
+
+def main() -> None:
+    """Run what was asked for, table after table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shared", type=Path, required=True, help="folder of models/, datasets/")
+    parser.add_argument("--work", type=Path, default=Path("build/claims"))
+    parser.add_argument("--only", default=",".join(TABLES), help="default: %(default)s")
+    parser.add_argument("--seeds", default="0,1,2")
+    own = parser.parse_args()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for table in own.only.split(","):
+        words = command(table, own.shared, own.work, own.seeds)
+        subprocess.run([sys.executable, "-m", "okd_lightning", *words], check=True, env=environment)
+        target = HERE / "results" / table
+        target.mkdir(parents=True, exist_ok=True)
+        for name in KEPT:
+            shutil.copy(own.work / "runs" / table / name, target)
+
+
+def _entries(contenders: tuple[str, ...]) -> Iterator[str]:
+    for name in contenders:
+        file = HERE / "contenders" / f"{name}.yaml"
+        yield str(file) if file.is_file() else name
+
+
+if __name__ == "__main__":
+    main()
