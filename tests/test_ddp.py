@@ -11,15 +11,13 @@ online module with an anchor and students that teach themselves work.
 from __future__ import annotations
 
 import contextlib
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch.callbacks import Callback
+from parallel_runs import Killed, Killer, spawn
 from peft import LoraConfig
 
 from okd_lightning.callbacks import (
@@ -94,16 +92,6 @@ RUNS = {
         for kind, adapter in (("frozen", True), ("ema", False), ("live", True))
     },
 }
-
-
-class Killed(Exception):
-    """What ends a run in the middle."""
-
-
-class Killer(Callback):
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == 3:
-            raise Killed
 
 
 class Gradients(Callback):
@@ -184,17 +172,8 @@ def resume(root: Path) -> list[dict]:
     return found
 
 
-def of_one_rank(rank: int, root: Path, port: int) -> None:
+def of_one_rank(rank: int, root: Path) -> None:
     """What a spawned process does."""
-    torch.set_num_threads(1)
-    os.environ.pop("PL_GLOBAL_SEED", None)  # a run before has left it; it would seed anew
-    os.environ.update(
-        LOCAL_RANK=str(rank),
-        NODE_RANK="0",
-        WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
     results = {name: run(root, 2, **settings) for name, settings in RUNS.items()}
     results["exact match"] = run(root, 2, RUNS["KD"]["methods"], callbacks=[ExactMatch()])
     results["paper measures"] = run(root, 2, RUNS["OKD"]["methods"], callbacks=[PaperMeasures()])
@@ -218,10 +197,7 @@ def folder(tmp_path_factory, tiny_tokenizer):
 
 @pytest.fixture(scope="module")
 def ranks(folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(of_one_rank, (folder, port), nprocs=2)
+    spawn(of_one_rank, folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
