@@ -38,6 +38,7 @@ from okd_lightning.checkpoints.files import read_checkpoint
 from okd_lightning.cli_arguments import prepare
 from okd_lightning.cli_errors import instantiate, one_line, parse, readable_constructors
 from okd_lightning.data import RolloutDataModule
+from okd_lightning.data.sources import describe_source
 from okd_lightning.durable_files import write_whole
 from okd_lightning.errors import (
     NonFiniteError,
@@ -59,6 +60,7 @@ from okd_lightning.run_folder import (
     CONFIG_FILE,
     DEFAULT_FOLDER,
     RunCSVLogger,
+    note_measures,
     resume_run,
     start_run,
 )
@@ -226,11 +228,11 @@ class DistillationCLI(LightningCLI):
 
     def validate(self, verbose: bool = True, **kwargs: Any) -> None:
         """Measure on the validation data and print one line a number."""
-        self._measure(self.trainer.validate, verbose, **kwargs)
+        self._measure("val", self.trainer.validate, verbose, **kwargs)
 
     def test(self, verbose: bool = True, **kwargs: Any) -> None:
         """Measure on the test data and print one line a number."""
-        self._measure(self.trainer.test, verbose, **kwargs)
+        self._measure("test", self.trainer.test, verbose, **kwargs)
 
     def after_fit(self) -> None:
         """Say what the last validation measured and where everything is."""
@@ -252,10 +254,14 @@ class DistillationCLI(LightningCLI):
             f"export:  okd-lightning export --ckpt_path {best} --out student"
         )
 
-    def _measure(self, entry: Callable[..., Any], verbose: bool, **kwargs: Any) -> None:
+    def _measure(self, part: str, entry: Callable[..., Any], verbose: bool, **kwargs: Any) -> None:
         """Lightning's own table cuts names off and has a column for every loader."""
         measured = entry(verbose=False, **kwargs)
         numbers = {name: value for loader in measured for name, value in loader.items()}
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            data = describe_source(self.datamodule.sources[part])
+            folder = Path(self.trainer.default_root_dir)
+            note_measures(folder, part, data, kwargs.get("ckpt_path"), numbers)
         if verbose:
             self._print(numbers)
 
