@@ -1,0 +1,64 @@
+"""Exports in lm-evaluation-harness, offline, on local files.
+
+* The harness's log-likelihood of an answer is our own cross-entropy of the row, for models whose
+  embedding tables are larger than the tokenizer, and for adapters; its own ``hf`` differs there.
+* Its greedy answers are those of ``ExactMatch``.
+* The command of the documentation runs and finds the score that ``okd-lightning test`` finds.
+"""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig
+
+from okd_lightning.callbacks import KD, LastCheckpoint
+from okd_lightning.data import RolloutDataModule
+from okd_lightning.export import export_student
+
+pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.filterwarnings("ignore")  # the harness's own
+
+ROWS = tiny.make_rows(9, seed=4)
+
+
+@pytest.fixture(params=[None, "merged", "apart"], ids=["whole", "lora merged", "lora apart"])
+def export(request, tmp_path, make_module):
+    """(folder, what our validation measured there)."""
+    adapter = (
+        {}
+        if request.param is None
+        else {"student_adapter": LoraConfig(r=2, init_lora_weights=False)}
+    )
+    module = make_module(**adapter)
+    tiny.fit(tmp_path, module, [KD()], tiny.make_rows(12), callbacks=[LastCheckpoint()])
+    trainer = tiny.make_trainer(tmp_path)
+    data = RolloutDataModule(val=ROWS, max_response_length=12, val_rollouts=0)
+    (found,) = trainer.validate(module, data, verbose=False)
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    export_student(make_module(**adapter), checkpoint, tmp_path / "out", request.param or "merged")
+    return tmp_path / "out", found["val/cross_entropy"]
+
+
+def test_its_likelihood_is_our_cross_entropy(export):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from okd_lightning.lm_eval_adapter import ExportedLM
+
+    folder, cross_entropy = export
+    requests = [
+        Instance("loglikelihood", {}, (row["prompt"], row["response"] + "<eos>"), 0) for row in ROWS
+    ]
+    num_tokens = sum(len(row["response"]) + 1 for row in ROWS)
+
+    def measured(kind, **settings):
+        model = kind(**settings, device="cpu", batch_size=4)
+        return -sum(value for value, _ in model.loglikelihood(requests, disable_tqdm=True))
+
+    own = measured(ExportedLM, pretrained=str(folder)) / num_tokens
+    assert own == pytest.approx(cross_entropy, rel=1e-5)
+    if not (folder / "adapter_config.json").exists():
+        harness = measured(HFLM, pretrained=str(folder)) / num_tokens
+        assert harness > own + 1e-3  # garbage rows behind the tokenizer take probability
