@@ -166,7 +166,8 @@ class DistillationCLI(LightningCLI):
         """The Trainer with our loggers, monitors and checkpoints where none are configured."""
         config = self._get(self.config_init, "trainer")
         method = self._get(self.config_init, "method")
-        configured = [*(config["callbacks"] or []), *([method] if method is not None else [])]
+        given = config["callbacks"] or []  # one alone is no list
+        configured = [*(given if isinstance(given, list) else [given]), *filter(None, [method])]
         folder = config["default_root_dir"]
         if config["logger"] in (None, True):
             kwargs["logger"] = [
@@ -260,7 +261,7 @@ class DistillationCLI(LightningCLI):
         numbers = {name: value for loader in measured for name, value in loader.items()}
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             data = describe_source(self.datamodule.sources[part])
-            folder = Path(self.trainer.default_root_dir)
+            folder = self.trainer.default_root_dir
             note_measures(folder, part, data, kwargs.get("ckpt_path"), numbers)
         if verbose:
             self._print(numbers)

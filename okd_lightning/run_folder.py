@@ -129,7 +129,7 @@ def resume_run(folder: Path, step: int, row: Mapping[str, float] | None = None) 
 
 
 def note_measures(
-    folder: Path, part: str, data: str, checkpoint: object, measures: Mapping[str, float]
+    folder: str, part: str, data: str, checkpoint: object, measures: Mapping[str, float]
 ) -> None:
     """Add what was measured on val or test data, of which checkpoint, to ``measures.jsonl``."""
     entry = {
@@ -138,8 +138,9 @@ def note_measures(
         "data": data,
         "measures": dict(sorted(measures.items())),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / MEASURES_FILE).open("a", encoding="utf-8") as file:
+    path = Path(folder) / MEASURES_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
 
 

@@ -2,8 +2,7 @@
 
 * The harness's log-likelihood of an answer is our own cross-entropy of the row, for models whose
   embedding tables are larger than the tokenizer, and for adapters; its own ``hf`` differs there.
-* Its greedy answers are those of ``ExactMatch``.
-* The command of the documentation runs and finds the score that ``okd-lightning test`` finds.
+* Its greedy answers are those of ``ExactMatch``; ``hf`` writes ids that no tokenizer knows.
 """
 
 from __future__ import annotations
@@ -14,8 +13,10 @@ import torch
 from peft import LoraConfig
 
 from okd_lightning.callbacks import KD, LastCheckpoint
+from okd_lightning.callbacks.answer_scores import greedy_answers
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.export import export_student
+from okd_lightning.records import Example
 
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the harness's own
@@ -62,3 +63,30 @@ def test_its_likelihood_is_our_cross_entropy(export):
     if not (folder / "adapter_config.json").exists():
         harness = measured(HFLM, pretrained=str(folder)) / num_tokens
         assert harness > own + 1e-3  # garbage rows behind the tokenizer take probability
+
+
+def test_its_greedy_answers_are_ours(make_module, student_folder):
+    """Also where a row behind the tokenizer is the likeliest."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from okd_lightning.lm_eval_adapter import ExportedLM
+
+    settings = {"until": [], "max_gen_toks": 6, "do_sample": False}
+    requests = [Instance("generate_until", {}, (row["prompt"], settings), 0) for row in ROWS]
+
+    def answers(kind):
+        model = kind(pretrained=str(student_folder), device="cpu", batch_size=4)
+        return model.generate_until(requests, disable_tqdm=True)
+
+    module = make_module()
+    module.configure_model()
+    data = RolloutDataModule(val=ROWS, max_response_length=6)
+    examples = [
+        Example(i, tuple(module.tokenizer(row["prompt"]).input_ids), (), (), "", "")
+        for i, row in enumerate(ROWS)
+    ]
+    expected = greedy_answers(module, data, examples)
+    assert any(expected)
+    assert answers(ExportedLM) == expected
+    assert answers(HFLM) != expected
