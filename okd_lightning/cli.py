@@ -89,7 +89,6 @@ _EXPECTED_WARNINGS = (
     r"(?s).*skip_none parameter was deprecated",  # ours, for versions that know no skip_unset
 )
 
-
 _OUT_OF_MEMORY = (
     "; lower --data.batch_size (with --data.global_batch_size the steps stay the same) or "
     "--data.max_response_length, or set --model.gradient_checkpointing true"
