@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig
+from tokenizers.processors import TemplateProcessing
 
 from okd_lightning.callbacks import KD, LastCheckpoint
 from okd_lightning.callbacks.answer_scores import greedy_answers
@@ -90,3 +91,27 @@ def test_its_greedy_answers_are_ours(make_module, student_folder):
     assert any(expected)
     assert answers(ExportedLM) == expected
     assert answers(HFLM) != expected
+
+
+def test_prompts_are_opened_and_not_closed(tmp_path):
+    """By tokenizers that write a bos and an eos around a text; a chat's template writes its own."""
+    from okd_lightning.lm_eval_adapter import ExportedLM
+
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", tiny.BOS), ("<eos>", tiny.EOS)]
+    )
+    tokenizer.chat_template = "{% for m in messages %}<pad>{{ m.content }}{% endfor %}"
+    tiny.make_llama(1).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = ExportedLM(pretrained=str(tmp_path), device="cpu")
+    a, b = tokenizer.convert_tokens_to_ids(["a", "b"])
+    assert tokenizer("ab").input_ids == [tiny.BOS, a, b, tiny.EOS]
+    assert model.tok_encode("ab") == [tiny.BOS, a, b]
+    assert model._encode_pair("ab", "ba") == ([tiny.BOS, a, b], [b, a])
+    ids, mask = model.tok_batch_encode(["ab", "b"])
+    assert ids.tolist() == [[tiny.BOS, a, b], [tiny.PAD, tiny.BOS, b]]
+    assert mask.tolist() == [[1, 1, 1], [0, 1, 1]]
+    assert model.tok_batch_encode(["ab"], left_truncate_len=2)[0].tolist() == [[a, b]]
+    text = model.apply_chat_template([{"role": "user", "content": "ab"}])
+    assert model.tok_encode(text) == [tiny.PAD, a, b]
