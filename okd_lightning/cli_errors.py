@@ -335,8 +335,8 @@ def _not_settings(complaint: _Complaint) -> str | None:
         return None
     names = list(inspect.signature(base).parameters)
     if not names:
-        known = ", ".join(subclass_names(base))
-        return f"expected one of {known}, or the import path of your own, got {complaint.given!r}"
+        known = "".join(f"{name}, " for name in subclass_names(base))
+        return f"expected {known}or the import path of your own, got {complaint.given!r}"
     return f"expected settings ({complaint.option}.{names[0]}, ...), got {complaint.given!r}"
 
 

@@ -27,8 +27,8 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.csv"
 ROLLOUTS_FILE = "rollouts.jsonl"
 MEASURES_FILE = "measures.jsonl"
-_RUN_FILES = (CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE, MEASURES_FILE)
-_RUN_ENTRIES = (*_RUN_FILES, "checkpoints", "tensorboard")
+_FILES = (CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE, MEASURES_FILE)
+_RUN_ENTRIES = (*_FILES, "checkpoints", "tensorboard")
 
 
 @dataclass(frozen=True)
