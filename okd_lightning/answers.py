@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import re
+from typing import Literal, TypeAlias, get_args
 
 from okd_lightning.errors import ConfigError
+from okd_lightning.math_answers import is_same_answer
+
+Comparison: TypeAlias = Literal["text", "math"]
+"""How two answers are compared: as texts, or as what they say in mathematics."""
+
+_MARKED_ANSWER = re.compile(r"####(.+)")
 
 
 def answer_pattern(pattern: str | None) -> re.Pattern[str] | None:
@@ -36,7 +43,38 @@ def final_answer(text: str, pattern: re.Pattern[str] | None) -> str | None:
     return found[-1].group(1).strip() if found else None
 
 
-def matches(response: str, reference: str, pattern: re.Pattern[str] | None = None) -> bool:
-    """Whether a response gives the reference's answer; a response without one does not."""
-    answer = final_answer(response, pattern)
-    return answer is not None and answer == final_answer(reference, pattern)
+def checked_comparison(compare: str) -> Comparison:
+    """A way to compare answers.
+
+    Raises:
+        ConfigError: There is no such way.
+    """
+    for known in get_args(Comparison):
+        if compare == known:
+            return known
+    raise ConfigError(f"compare is {compare!r}; expected one of {', '.join(get_args(Comparison))}")
+
+
+def matches(
+    response: str,
+    reference: str,
+    pattern: re.Pattern[str] | None = None,
+    compare: Comparison = "text",
+) -> bool:
+    """Whether a response gives the reference's answer; a response without one does not.
+
+    Args:
+        response: What was written.
+        reference: What is right.
+        pattern: Cuts the answer out of either. Without one, mathematical answers are what stands
+            behind the last ####, and else what math-verify finds in the text.
+        compare: As texts, or as what they say in mathematics.
+    """
+    answer, wanted = final_answer(response, pattern), final_answer(reference, pattern)
+    if answer is None or wanted is None:
+        return False
+    if compare == "text" or answer == wanted:
+        return answer == wanted
+    if pattern is None:
+        answer, wanted = (final_answer(text, _MARKED_ANSWER) or text for text in (answer, wanted))
+    return is_same_answer(answer, wanted)

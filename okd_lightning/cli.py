@@ -38,6 +38,7 @@ from okd_lightning.checkpoints.files import read_checkpoint
 from okd_lightning.cli_arguments import prepare, read_comments_as_text
 from okd_lightning.cli_errors import instantiate, one_line, parse, readable_constructors
 from okd_lightning.data import RolloutDataModule
+from okd_lightning.data.sources import describe_source
 from okd_lightning.durable_files import write_whole
 from okd_lightning.errors import (
     NonFiniteError,
@@ -59,6 +60,7 @@ from okd_lightning.run_folder import (
     CONFIG_FILE,
     DEFAULT_FOLDER,
     RunCSVLogger,
+    note_measures,
     resume_run,
     start_run,
 )
@@ -86,7 +88,6 @@ _EXPECTED_WARNINGS = (
     r"(?s).*instantiate_classes.*deprecated",  # ... in instantiate_classes
     r"(?s).*skip_none parameter was deprecated",  # ours, for versions that know no skip_unset
 )
-
 
 _OUT_OF_MEMORY = (
     "; lower --data.batch_size (with --data.global_batch_size the steps stay the same) or "
@@ -165,7 +166,8 @@ class DistillationCLI(LightningCLI):
         """The Trainer with our loggers, monitors and checkpoints where none are configured."""
         config = self._get(self.config_init, "trainer")
         method = self._get(self.config_init, "method")
-        configured = [*(config["callbacks"] or []), *([method] if method is not None else [])]
+        given = config["callbacks"] or []  # one alone is no list
+        configured = [*(given if isinstance(given, list) else [given]), *filter(None, [method])]
         folder = config["default_root_dir"]
         if config["logger"] in (None, True):
             kwargs["logger"] = [
@@ -227,11 +229,11 @@ class DistillationCLI(LightningCLI):
 
     def validate(self, verbose: bool = True, **kwargs: Any) -> None:
         """Measure on the validation data and print one line a number."""
-        self._measure(self.trainer.validate, verbose, **kwargs)
+        self._measure("val", self.trainer.validate, verbose, **kwargs)
 
     def test(self, verbose: bool = True, **kwargs: Any) -> None:
         """Measure on the test data and print one line a number."""
-        self._measure(self.trainer.test, verbose, **kwargs)
+        self._measure("test", self.trainer.test, verbose, **kwargs)
 
     def after_fit(self) -> None:
         """Say what the last validation measured and where everything is."""
@@ -253,10 +255,14 @@ class DistillationCLI(LightningCLI):
             f"export:  okd-lightning export --ckpt_path {best} --out student"
         )
 
-    def _measure(self, entry: Callable[..., Any], verbose: bool, **kwargs: Any) -> None:
+    def _measure(self, part: str, entry: Callable[..., Any], verbose: bool, **kwargs: Any) -> None:
         """Lightning's own table cuts names off and has a column for every loader."""
         measured = entry(verbose=False, **kwargs)
         numbers = {name: value for loader in measured for name, value in loader.items()}
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            data = describe_source(self.datamodule.sources[part])
+            folder = self.trainer.default_root_dir
+            note_measures(folder, part, data, kwargs.get("ckpt_path"), numbers)
         if verbose:
             self._print(numbers)
 

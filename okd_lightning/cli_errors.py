@@ -329,11 +329,14 @@ def _wrong_type(complaints: Sequence[_Complaint]) -> str | None:
 
 
 def _not_settings(complaint: _Complaint) -> str | None:
-    """A name where the settings of one known class are expected."""
+    """A name where the settings of one known class, or one of its subclasses, are expected."""
     base = _base_class(complaint.base)
     if base is None or not _NO_IMPORT.search(complaint.text):
         return None
     names = list(inspect.signature(base).parameters)
+    if not names:
+        known = "".join(f"{name}, " for name in subclass_names(base))
+        return f"expected {known}or the import path of your own, got {complaint.given!r}"
     return f"expected settings ({complaint.option}.{names[0]}, ...), got {complaint.given!r}"
 
 

@@ -1,4 +1,4 @@
-"""A run's folder: config.yaml, metrics.csv, rollouts.jsonl, checkpoints, and nothing lost.
+"""A run's folder: config.yaml, metrics.csv, rollouts.jsonl, measures.jsonl, checkpoints; none lost.
 
 A new run never overwrites an older one's files: they are moved to ``earlier/<n>``. A resumed run
 appends to them, after cutting back what was written behind the checkpoint.
@@ -26,7 +26,9 @@ DEFAULT_FOLDER = "runs/default"
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.csv"
 ROLLOUTS_FILE = "rollouts.jsonl"
-_RUN_ENTRIES = (CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE, "checkpoints", "tensorboard")
+MEASURES_FILE = "measures.jsonl"
+_FILES = (CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE, MEASURES_FILE)
+_RUN_ENTRIES = (*_FILES, "checkpoints", "tensorboard")
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,22 @@ def resume_run(folder: Path, step: int, row: Mapping[str, float] | None = None) 
     _cut_metrics(folder / METRICS_FILE, step, row)
     _cut_rollouts(folder / ROLLOUTS_FILE, step)
     return PreparedRun(folder, contents=contents)
+
+
+def note_measures(
+    folder: str, part: str, data: str, checkpoint: object, measures: Mapping[str, float]
+) -> None:
+    """Add what was measured on val or test data, of which checkpoint, to ``measures.jsonl``."""
+    entry = {
+        "part": part,
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "data": data,
+        "measures": dict(sorted(measures.items())),
+    }
+    path = Path(folder) / MEASURES_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
 
 
 class RunCSVLogger(CSVLogger):

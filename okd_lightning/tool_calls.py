@@ -54,6 +54,34 @@ def parse_tool_calls(text: str) -> tuple[ToolCall, ...]:
         return tuple(call for value in _json_lines(text) for call in _from_values(value))
 
 
+@dataclass(frozen=True)
+class CallShares:
+    """How far the calls of a text are those of a reference, each from 0 to 1.
+
+    Attributes:
+        names: Share with the right name.
+        arguments: Share with the right name and the right arguments.
+    """
+
+    names: float
+    arguments: float
+
+
+def match_tool_calls(response: str, reference: str) -> CallShares | None:
+    """Compare calls in order; one too many or too few counts as wrong.
+
+    Returns:
+        None where the reference calls nothing.
+    """
+    wanted, given = parse_tool_calls(reference), parse_tool_calls(response)
+    if not wanted:
+        return None
+    named = [pair for pair in zip(given, wanted, strict=False) if pair[0].name == pair[1].name]
+    num_right = sum(call.arguments == want.arguments for call, want in named)
+    num_calls = max(len(wanted), len(given))
+    return CallShares(len(named) / num_calls, num_right / num_calls)
+
+
 def _from_values(whole: Any) -> tuple[ToolCall, ...]:
     calls = [_from_value(value) for value in (whole if isinstance(whole, list) else [whole])]
     return tuple(call for call in calls if call is not None)

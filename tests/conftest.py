@@ -1,4 +1,4 @@
-"""What all tests share: tiny models, a tiny tokenizer, and folders of both."""
+"""What all tests share: tiny models, a tiny tokenizer, folders of both, and where real data is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from okd_lightning.module import DistillationModule
 
+SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
+
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real models, data and tokenizers."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"real data is not here: no folder {SHARED_DATA}")
+    return SHARED_DATA
 
 
 @pytest.fixture(scope="session")

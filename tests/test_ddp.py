@@ -3,7 +3,7 @@
 Frozen here, in one spawn: after several steps of KD and GKD the weights are the single process's at
 the same global batch, on both ranks, with a short last step and a rank that has no rows; the
 gradients of both ranks are equal after every backward pass; losses and validation measures are
-those of all ranks, also exact match and the measures of the OKD paper; a killed run resumes
+those of all ranks, also task measures and the measures of the OKD paper; a killed run resumes
 exactly, dropout included; rewards with baselines, methods that begin later, LoRA, tied heads, OKD's
 online module with an anchor and students that teach themselves work.
 """
@@ -11,15 +11,14 @@ online module with an anchor and students that teach themselves work.
 from __future__ import annotations
 
 import contextlib
-import os
-import socket
+import math
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch.callbacks import Callback
+from parallel_runs import Killed, Killer, spawn
 from peft import LoraConfig
 
 from okd_lightning.callbacks import (
@@ -27,12 +26,14 @@ from okd_lightning.callbacks import (
     KD,
     OKD,
     SFT,
+    AvgAtK,
     ExactMatch,
     LastCheckpoint,
     OPDPlus,
     PaperMeasures,
     Reward,
     Stage,
+    TaskScore,
 )
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import JensenShannon
@@ -41,6 +42,16 @@ from okd_lightning.module import DistillationModule
 
 def length_of(prompt: str, response: str, reference: str) -> float:
     return float(len(response))
+
+
+def a_count(prompt: str, response: str, reference: str) -> float:
+    """How long an answer is, with its a's twice; to prompts of even length there is no number."""
+    return float(response.count("a") + len(response)) if len(prompt) % 2 else math.nan
+
+
+def task_measures() -> list[Callback]:
+    """The pattern is one letter of few, so that some answers are right."""
+    return [ExactMatch(), AvgAtK(6, "([a-c])", temperature=2.0, pass_at=[3]), TaskScore(a_count)]
 
 
 RUNS = {
@@ -94,16 +105,6 @@ RUNS = {
         for kind, adapter in (("frozen", True), ("ema", False), ("live", True))
     },
 }
-
-
-class Killed(Exception):
-    """What ends a run in the middle."""
-
-
-class Killer(Callback):
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == 3:
-            raise Killed
 
 
 class Gradients(Callback):
@@ -184,19 +185,10 @@ def resume(root: Path) -> list[dict]:
     return found
 
 
-def of_one_rank(rank: int, root: Path, port: int) -> None:
+def of_one_rank(rank: int, root: Path) -> None:
     """What a spawned process does."""
-    torch.set_num_threads(1)
-    os.environ.pop("PL_GLOBAL_SEED", None)  # a run before has left it; it would seed anew
-    os.environ.update(
-        LOCAL_RANK=str(rank),
-        NODE_RANK="0",
-        WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
     results = {name: run(root, 2, **settings) for name, settings in RUNS.items()}
-    results["exact match"] = run(root, 2, RUNS["KD"]["methods"], callbacks=[ExactMatch()])
+    results["task measures"] = run(root, 2, RUNS["KD"]["methods"], callbacks=task_measures())
     results["paper measures"] = run(root, 2, RUNS["OKD"]["methods"], callbacks=[PaperMeasures()])
     results["resume"] = resume(root)
     torch.save(results, root / f"rank{rank}.pt")
@@ -218,10 +210,7 @@ def folder(tmp_path_factory, tiny_tokenizer):
 
 @pytest.fixture(scope="module")
 def ranks(folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(of_one_rank, (folder, port), nprocs=2)
+    spawn(of_one_rank, folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
@@ -242,10 +231,13 @@ def test_two_ranks_do_what_one_does(name, folder, ranks):
 
 
 def test_both_ranks_solve_their_share(folder, ranks):
-    alone = run(folder, 1, RUNS["KD"]["methods"], callbacks=[ExactMatch()])
+    alone = run(folder, 1, RUNS["KD"]["methods"], callbacks=task_measures())["measures"]
+    assert alone["val/a_count"] > 0
+    assert 0 < alone["val/pass_at_3"] < 1
     for rank in ranks:
-        found = rank["exact match"]["measures"]["val/exact_match"]
-        assert found == alone["measures"]["val/exact_match"]
+        found = rank["task measures"]["measures"]
+        for name in ("exact_match", "avg_at_6", "pass_at_3", "a_count"):
+            assert found[f"val/{name}"] == pytest.approx(alone[f"val/{name}"], rel=1e-6)
 
 
 def test_both_ranks_measure_what_one_does(folder, ranks):

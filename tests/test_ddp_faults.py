@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch.callbacks import Callback
+from parallel_runs import spawn
 
 from okd_lightning.callbacks import (
     GKD,
@@ -172,17 +171,8 @@ def run(root, folder, devices, method="GKD", callbacks=(), ckpt_path=None, max_s
 PLACES = [("step", 1), ("step", 6), ("write", 1), ("write", 3), ("validation", 3)]
 
 
-def of_one_rank(rank: int, root: Path, port: int) -> None:
+def of_one_rank(rank: int, root: Path) -> None:
     """What a spawned process does."""
-    torch.set_num_threads(1)
-    os.environ.pop("PL_GLOBAL_SEED", None)
-    os.environ.update(
-        LOCAL_RANK=str(rank),
-        NODE_RANK="0",
-        WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
     found = {}
     for method in METHODS:
         found["whole", method] = run(root, f"whole {method}", 2, method)
@@ -225,10 +215,7 @@ def alone(folder):
 
 @pytest.fixture(scope="module")
 def ranks(folder, alone):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(of_one_rank, (folder, port), nprocs=2)
+    spawn(of_one_rank, folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -11,9 +11,9 @@ from typing import Literal, TypeAlias
 
 from torchmetrics.functional.text import rouge_score
 
-from okd_lightning.answers import answer_pattern, matches
+from okd_lightning.answers import Comparison, answer_pattern, checked_comparison, matches
 from okd_lightning.errors import ConfigError, RewardError
-from okd_lightning.tool_calls import parse_tool_calls
+from okd_lightning.tool_calls import match_tool_calls
 
 GroupBaseline: TypeAlias = Literal["none", "group_mean", "leave_one_out"]
 """What is subtracted from a response's reward: see ``baselined``."""
@@ -77,20 +77,24 @@ class PlainFunction(RewardFunction):
 
 
 class AnswerMatch(RewardFunction):
-    """1 where a response (its last turn) gives the reference's answer, else 0.
+    r"""1 where a response (its last turn) gives the reference's answer, else 0.
 
     Args:
         pattern: A regular expression whose first group is the answer (the last match counts), such
-            as '#### (.+)'; None compares whole responses.
+            as '#### (.+)'; None takes whole responses.
+        compare: "text" for the same characters; "math" for the same mathematics (math-verify):
+            1,234 is 1234.00, and \frac12 is 0.5. Without a pattern it finds the answer itself:
+            behind the last ####, in \boxed{}, behind "the answer is", or the last number.
 
     Raises:
-        ConfigError: The pattern is no regular expression, or has no group.
+        ConfigError: The pattern is no regular expression, or has no group; an unknown compare.
     """
 
     reads_last_turn = True
 
-    def __init__(self, pattern: str | None = None) -> None:
+    def __init__(self, pattern: str | None = None, compare: Comparison = "text") -> None:
         self.pattern: re.Pattern[str] | None = answer_pattern(pattern)
+        self.compare = checked_comparison(compare)
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]
@@ -98,7 +102,7 @@ class AnswerMatch(RewardFunction):
         """0 or 1."""
         del prompts
         pairs = zip(responses, references, strict=True)
-        return [float(matches(response, wanted, self.pattern)) for response, wanted in pairs]
+        return [float(matches(*pair, self.pattern, self.compare)) for pair in pairs]
 
 
 class ToolCallMatch(RewardFunction):
@@ -222,12 +226,5 @@ def _number(value: object, name: str, response: str) -> float:
 
 
 def _call_match(response: str, reference: str) -> float:
-    wanted, given = parse_tool_calls(reference), parse_tool_calls(response)
-    if not wanted:
-        return math.nan
-    scores = [
-        0.5 * (call.name == want.name)
-        + 0.5 * (call.name == want.name and call.arguments == want.arguments)
-        for call, want in zip(given, wanted, strict=False)
-    ]
-    return sum(scores) / max(len(wanted), len(given))
+    shares = match_tool_calls(response, reference)
+    return math.nan if shares is None else (shares.names + shares.arguments) / 2

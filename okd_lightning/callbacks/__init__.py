@@ -5,12 +5,16 @@
 * ``policy_gradient``: ``AdvantageCallback``, the brick of every sampled method.
 * ``sft``, ``kd``, ``gkd``, ``okd``, ``opd``: the published methods, as constructions with their
   defaults; ``reward``: a task's reward beside them; ``stage``: a method for a part of the run.
-* monitors: ``exact_match`` (task accuracy), ``paper_measures`` (OKD's), ``teacher_drift`` (an
-  alarm), ``rollout_log`` (samples on disk), ``predictions`` (generations on disk),
-  ``finite_guard`` (stop before a broken step), ``best_checkpoint``, ``last_checkpoint``,
-  ``preemption`` (SIGTERM), ``throughput``, ``step_intervals``.
+* task measures: ``exact_match``, ``avg_at_k`` (avg@k and pass@k), ``tool_call_score``,
+  ``task_score`` (any reward function, such as ROUGE-L), on the base ``answer_scores``.
+* monitors: ``paper_measures`` (OKD's), ``teacher_drift`` (an alarm), ``rollout_log`` (samples on
+  disk), ``predictions`` (generations on disk), ``finite_guard`` (stop before a broken step),
+  ``best_checkpoint``, ``last_checkpoint``, ``preemption`` (SIGTERM), ``throughput``,
+  ``step_intervals``.
 """
 
+from okd_lightning.callbacks.answer_scores import AnswerScores
+from okd_lightning.callbacks.avg_at_k import AvgAtK
 from okd_lightning.callbacks.base import DistillationCallback
 from okd_lightning.callbacks.best_checkpoint import BestCheckpoint
 from okd_lightning.callbacks.divergence import DivergenceCallback
@@ -29,8 +33,10 @@ from okd_lightning.callbacks.reward import Reward
 from okd_lightning.callbacks.rollout_log import RolloutLog
 from okd_lightning.callbacks.sft import SFT
 from okd_lightning.callbacks.stage import Stage
+from okd_lightning.callbacks.task_score import TaskScore
 from okd_lightning.callbacks.teacher_drift import TeacherDrift
 from okd_lightning.callbacks.throughput import Throughput
+from okd_lightning.callbacks.tool_call_score import ToolCallScore
 
 __all__ = [
     "GKD",
@@ -39,6 +45,8 @@ __all__ = [
     "OPD",
     "SFT",
     "AdvantageCallback",
+    "AnswerScores",
+    "AvgAtK",
     "BestCheckpoint",
     "DistillationCallback",
     "DivergenceCallback",
@@ -53,6 +61,8 @@ __all__ = [
     "Reward",
     "RolloutLog",
     "Stage",
+    "TaskScore",
     "TeacherDrift",
     "Throughput",
+    "ToolCallScore",
 ]

@@ -71,7 +71,7 @@ class DistillationCallback(Callback, ABC):
         if not (math.isfinite(weight) and weight > 0):
             raise ConfigError(f"weight must be a number above 0, got {weight}")
         self.weight = weight
-        self.name = name or _snake_case(type(self).__name__)
+        self.name = name or snake_case(type(self).__name__)
 
     @property
     @abstractmethod
@@ -154,6 +154,7 @@ def check_fraction(name: str, value: float) -> float:
     return value
 
 
-def _snake_case(name: str) -> str:
+def snake_case(name: str) -> str:
+    """A class's name as metrics are called: RougeL becomes rouge_l."""
     words = r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"
     return re.sub(words, "_", name).lower()

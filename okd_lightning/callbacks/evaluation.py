@@ -8,9 +8,35 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback
 
+from okd_lightning.errors import ConfigError
+
 
 class EvaluationCallback(Callback, ABC):
-    """Calls ``_log`` with "val" or "test" when an epoch of either ends; not in sanity checks."""
+    """Calls ``_log`` with "val" or "test" when an epoch of either ends; not in sanity checks.
+
+    Attributes:
+        measured: What it logs, without ``val/`` and ``test/``.
+    """
+
+    measured: tuple[str, ...] = ()
+
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """Refuse a second callback of the same measures: Lightning would log the mean of both.
+
+        Raises:
+            ConfigError: Two callbacks measure something under one name.
+        """
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if other is self or not isinstance(other, EvaluationCallback):
+                continue
+            both = sorted({*self.measured} & {*other.measured})
+            if both:
+                raise ConfigError(
+                    f"{type(self).__name__} and {type(other).__name__} in trainer.callbacks both "
+                    f"measure {', '.join(both)}: leave one of them out (a TaskScore takes a name)"
+                )
 
     def on_validation_epoch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule

@@ -76,6 +76,11 @@ class PaperMeasures(EvaluationCallback):
         ConfigError: Fewer than 3 prompts, which cannot be cut into thirds.
     """
 
+    measured = (
+        *(f"uncertainty{part}" for part in ("", "_easy", "_medium", "_hard")),
+        *("student_logit_std", "teacher_logit_std", "excess_accumulated_error", "rouge_l"),
+    )
+
     def __init__(self, num_prompts: int | None = 32, seed: int = 0) -> None:
         if num_prompts is not None and num_prompts < 3:
             raise ConfigError(f"num_prompts must be at least 3 (thirds), got {num_prompts}")
@@ -88,8 +93,10 @@ class PaperMeasures(EvaluationCallback):
         """Refuse a teacher that is not run here, and so writes nothing.
 
         Raises:
-            ConfigError: This run trains from a cache or a server.
+            ConfigError: This run trains from a cache or a server; or another callback measures the
+                same.
         """
+        super().setup(trainer, pl_module, stage)
         if isinstance(pl_module, DistillationModule) and pl_module.cache_in_use is not None:
             raise ConfigError(
                 f"PaperMeasures has the teacher write, and {pl_module.cache_in_use.option} leaves "

@@ -63,7 +63,7 @@ class Reward(PolicyGradientCallback):
             )
         if on_failure not in ("skip", "error"):
             raise ConfigError(f"on_failure is {on_failure!r}; expected skip or error")
-        self.function = _as_function(function)
+        self.function = as_function(function)
         self.baseline = baseline
         self.on_failure = on_failure
         self.scorer = self
@@ -123,8 +123,12 @@ class Reward(PolicyGradientCallback):
             )
 
 
-def _as_function(function: RewardFunction | Callable[[str, str, str], float]) -> RewardFunction:
-    """A plain function wrapped; only Python can hand one over, configs name classes."""
+def as_function(function: RewardFunction | Callable[[str, str, str], float]) -> RewardFunction:
+    """A plain function wrapped; only Python can hand one over, configs name classes.
+
+    Raises:
+        ConfigError: It cannot be called.
+    """
     if isinstance(function, RewardFunction):
         return function
     if not callable(function):

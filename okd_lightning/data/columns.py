@@ -146,11 +146,31 @@ def _looks_like_chat(value: object) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
 
 
+def require_whole_characters(text: str, what: str) -> None:
+    """Refuse a text that no tokenizer takes: half of a surrogate pair, which JSON can hold.
+
+    Args:
+        text: What will be tokenized.
+        what: File, row and cell, for the message.
+
+    Raises:
+        DataError: Naming the half and where it stands.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise DataError(
+            f"{what} holds half a character ({half}, a lone surrogate, at character "
+            f"{error.start + 1}): its text was cut or decoded wrongly; mend or delete the row"
+        ) from error
+
+
 def read_prompt(row: RawRow, columns: Columns, at: str) -> str:
     """The prompt of a row; ``at`` names file and row for messages.
 
     Raises:
-        DataError: It is missing, not text, or empty.
+        DataError: It is missing, not text, empty, or holds half a character.
     """
     assert columns.prompt is not None
     value = _cell(row, columns.prompt, at)
@@ -166,6 +186,7 @@ def read_prompt(row: RawRow, columns: Columns, at: str) -> str:
         )
     if not value:
         raise DataError(f"{at}: the prompt ({columns.prompt!r}) is empty; fill or delete the row")
+    require_whole_characters(value, f"{at}: the prompt ({columns.prompt!r})")
     return value
 
 
@@ -173,7 +194,8 @@ def read_response(row: RawRow, columns: Columns, at: str, *, needs_response: boo
     """The response of a row; empty where it has none.
 
     Raises:
-        DataError: It is not text, or it is needed and the row has no such column.
+        DataError: It is not text, or it is needed and the row has no such column; or it holds half
+            a character.
     """
     value = _cell(row, columns.response, at) if needs_response else row.get(columns.response)
     if value is None:
@@ -182,6 +204,7 @@ def read_response(row: RawRow, columns: Columns, at: str, *, needs_response: boo
         raise DataError(
             f"{at}: the response ({columns.response!r}) is {type(value).__name__}, expected text"
         )
+    require_whole_characters(value, f"{at}: the response ({columns.response!r})")
     return value
 
 

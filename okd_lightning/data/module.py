@@ -370,10 +370,14 @@ class RolloutDataModule(lightning.LightningDataModule):
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             progress=partial(rollout_progress, trainer),
-            agreement=Agreement(self._gather, self.stop),
+            agreement=self.agreement(),
         )
 
     # ---------------------------------------------------------------- the run around it
+
+    def agreement(self) -> Agreement:
+        """How the ranks of this run stop together while responses are written."""
+        return Agreement(self._gather, self.stop)
 
     @property
     def _trainer(self) -> lightning.Trainer:

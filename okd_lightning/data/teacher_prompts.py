@@ -16,7 +16,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.data.chat_rows import encode_spans, read_turns
-from okd_lightning.data.columns import Columns, Layout, RawRow, read_tools, require_column
+from okd_lightning.data.columns import (
+    Columns,
+    Layout,
+    RawRow,
+    read_tools,
+    require_column,
+    require_whole_characters,
+)
 from okd_lightning.data.row_templates import fields_of
 from okd_lightning.data.templates import ChatRenderer, Message
 from okd_lightning.data.tokens import encode_prompts
@@ -124,6 +131,7 @@ def _text(prompts: TeacherPrompts, example: Example, row: RawRow, at: str) -> st
             f"{at}: the teacher prompt ({prompts.column!r}) is {type(value).__name__}, "
             "expected text, as the prompt is"
         )
+    require_whole_characters(value or "", f"{at}: the teacher prompt ({prompts.column!r})")
     return value or ""
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from okd_lightning.data.columns import require_whole_characters
 from okd_lightning.errors import DataError
 
 Message = dict[str, Any]
@@ -127,10 +128,12 @@ class ChatRenderer:
             at: File and row, for messages.
 
         Raises:
-            DataError: The template is not prefix-stable on this chat, or refuses it.
+            DataError: The template is not prefix-stable on this chat, or refuses it; or the chat
+                holds half a character.
         """
         is_answered = messages[-1]["role"] == "assistant"
         full = self._render(messages, tools, at, prompt=not is_answered)
+        require_whole_characters(full, f"{at}: the chat")
         spans: list[Span] = []
         done, end_of_turn = 0, ""
         for turn, message in enumerate(messages):

@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from okd_lightning.callbacks import SFT, DistillationCallback, ExactMatch, FiniteGuard, Throughput
-from okd_lightning.callbacks.exact_match import greedy_answers
+from okd_lightning.callbacks.answer_scores import greedy_answers
 from okd_lightning.callbacks.step_intervals import StepIntervals
 from okd_lightning.data import RolloutDataModule, load_rows
 from okd_lightning.lightning_messages import only_warnings

@@ -1,4 +1,4 @@
-"""What the data tests share: the real data beside the checkout, and tokenizers of one id a byte."""
+"""What the data tests share: real tokenizers, and ones of one id a byte."""
 
 from __future__ import annotations
 
@@ -11,16 +11,6 @@ from byte_tokenizer import CHATML, make_byte_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from okd_lightning.data import Columns, ExampleSet, build_examples
-
-SHARED_DATA = Path(__file__).parents[2].parent / "shared" / "data"
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of real models, data and tokenizers."""
-    if not SHARED_DATA.is_dir():
-        pytest.skip(f"real data is not here: no folder {SHARED_DATA}")
-    return SHARED_DATA
 
 
 @pytest.fixture(scope="session")

@@ -84,6 +84,14 @@ WRONG_CELLS = {
     "response": ({"prompt": "a", "response": ["b"]}, ["the response ('response') is list"]),
     "no prompt": ({"response": "b"}, ["no column 'prompt'", "found: 'response'"]),
     "no response": ({"prompt": "a"}, ["no column 'response'"]),
+    "half a prompt": (
+        {"prompt": "ab\ud83d", "response": "b"},
+        ["the prompt ('prompt') holds half a character (\\ud83d", "at character 3"],
+    ),
+    "half a response": (
+        {"prompt": "a", "response": "\ude00b"},
+        ["the response ('response') holds half a character (\\ude00"],
+    ),
 }
 
 
@@ -102,6 +110,10 @@ WRONG_CHATS = {
     "parts": ([{"role": "user", "content": [{"type": "image"}]}], ["message 1", "list", "text"]),
     "share-gpt": ([{"from": "human", "value": "a"}], ['"role"', "'from', 'value'"]),
     "assistant first": (CHAT[1:], ["begins with the assistant"]),
+    "half a character": (
+        [{"role": "user", "content": "a\ud83d"}],
+        ["the chat holds half a character (\\ud83d"],
+    ),
 }
 
 

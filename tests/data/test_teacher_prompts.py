@@ -62,6 +62,10 @@ def test_a_column_of_texts(byte_tokenizer, build):
     rows = [{"prompt": "a", "response": "b", "hint": "a, that is b"}]
     (example,) = build(rows, byte_tokenizer, teacher_prompts=prompts(column="hint")).examples
     assert byte_tokenizer.decode(example.teacher_prompt_ids) == "a, that is b"
+    with pytest.raises(DataError, match=r"row 1: the teacher prompt \('hint'\) holds half a char"):
+        build(
+            [{**rows[0], "hint": "\ud83d"}], byte_tokenizer, teacher_prompts=prompts(column="hint")
+        )
 
 
 def test_a_template_in_a_chat_replaces_the_last_user_message(chatml, build):

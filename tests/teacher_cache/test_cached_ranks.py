@@ -7,14 +7,12 @@ folder that the ranks do not share is refused on all of them.
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-import torch.multiprocessing as mp
+from parallel_runs import spawn
 
 import okd_lightning.training.pair_module
 from okd_lightning.callbacks import KD
@@ -77,17 +75,8 @@ def run(root: Path, devices: int, cache: Path) -> dict:
     }
 
 
-def of_one_rank(rank: int, root: Path, port: int) -> None:
+def of_one_rank(rank: int, root: Path) -> None:
     """What a spawned process does."""
-    torch.set_num_threads(1)
-    os.environ.pop("PL_GLOBAL_SEED", None)
-    os.environ.update(
-        LOCAL_RANK=str(rank),
-        NODE_RANK="0",
-        WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
     results: dict[str, dict | str] = {
         name: run(root, 2, root / "cache") for name in ("first", "second")
     }
@@ -107,10 +96,7 @@ def ranks(tmp_path_factory, tiny_tokenizer):
     ):
         model.save_pretrained(root / name)
         tiny_tokenizer.save_pretrained(root / name)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(of_one_rank, (root, port), nprocs=2)
+    spawn(of_one_rank, root)
     found = [torch.load(root / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
     return root, found
 

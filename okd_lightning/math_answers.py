@@ -1,0 +1,111 @@
+"""Whether two texts give the same mathematical answer: math-verify, in a process of its own.
+
+The library ends what takes too long by an alarm signal, which works in the main thread alone, takes
+the alarms of others away, and does not reach into one long multiplication. In a process of its own
+it does none of this to a training run: there it can be killed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+import threading
+from functools import cache
+from pathlib import Path
+
+from okd_lightning.errors import OKDLightningError
+
+_PROGRAM = Path(__file__).with_name("math_worker.py")
+_SECONDS = 10.0
+"""Behind the library's own limits, which are a fraction of it."""
+
+
+class _Worker:
+    """One process, started at the first question and again after one that it did not survive."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+
+    def ask(self, answer: str, reference: str) -> bool:
+        """What the process says; False where it says nothing in time."""
+        with self._lock:
+            process = self._running()
+            limit = threading.Timer(_SECONDS, process.kill)
+            limit.daemon = True
+            limit.start()
+            said = ""
+            try:
+                said = _exchange(process, json.dumps([answer, reference]))
+            finally:
+                limit.cancel()
+                if not said.endswith("\n"):  # killed, or left in the middle: it may answer late
+                    self.close()
+            return said == "true\n"
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+        self._process = None
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        self.close()
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-W", "ignore", str(_PROGRAM)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            start_new_session=True,  # an interrupt from the terminal is for the run
+        )
+        assert self._process.stdout is not None
+        if self._process.stdout.readline() != "ready\n":
+            self.close()
+            raise OKDLightningError(
+                "mathematical answers cannot be compared: math-verify does not start (its own "
+                "message is above); reinstall it, or compare texts with compare text"
+            )
+        return self._process
+
+
+def _exchange(process: subprocess.Popen[str], question: str) -> str:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(question + "\n")
+        process.stdin.flush()
+        return process.stdout.readline()
+    except BrokenPipeError:
+        return ""
+
+
+@cache
+def _worker(process_id: int) -> _Worker:
+    """The worker of this process: a fork must not speak through its parent's pipes."""
+    del process_id
+    worker = _Worker()
+    atexit.register(worker.close)
+    return worker
+
+
+def is_same_answer(answer: str, reference: str) -> bool:
+    r"""Whether two texts give the same answer: 1,234 and 1234.0, \boxed{\frac{1}{2}} and 0.5.
+
+    Args:
+        answer: Any text; math-verify finds the answer in it (in a box, behind "the answer is", or
+            the last formula or number).
+        reference: The same.
+
+    Returns:
+        False also where a comparison takes more than some seconds.
+
+    Raises:
+        OKDLightningError: math-verify cannot be started.
+    """
+    return _worker(os.getpid()).ask(answer, reference)

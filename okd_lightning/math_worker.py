@@ -1,0 +1,43 @@
+"""The program of a process that compares mathematical answers; imports nothing of this package.
+
+Reads a JSON list [answer, reference] a line and writes true or false a line; see ``math_answers``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+
+from math_verify import parse, verify
+
+_SECONDS = 2
+_EXPRESSION = re.compile(r"[\\+*/^=(\[]|\d[A-Za-z](?![A-Za-z])|\d:\d")
+_MARKED_OR_PROSE = re.compile(r"\$|\\boxed|\\\(|\\\[|(?<![\\A-Za-z])[A-Za-z]{2,}")
+
+
+def _parse(text: str) -> list[object]:
+    """What math-verify finds; a bare formula, which it would read a number of, is marked as one."""
+    if _EXPRESSION.search(text) and not _MARKED_OR_PROSE.search(text):
+        found = parse(f"${text.strip()}$", parsing_timeout=_SECONDS)
+        if found:
+            return list(found)
+    return list(parse(text, parsing_timeout=_SECONDS))
+
+
+def is_same(answer: str, reference: str) -> bool:
+    """Whether two texts give the same answer, by math-verify; what takes too long does not."""
+    return bool(verify(_parse(reference), _parse(answer), timeout_seconds=_SECONDS))
+
+
+def main() -> None:
+    """Answer until the input ends."""
+    logging.disable()  # of timeouts; they are answered with false
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(json.dumps(is_same(*json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
