@@ -110,7 +110,14 @@ def mark_everything(marks: Marks, board: Board) -> None:
 
     def progress(self, told):
         tell = shown(self, told)
-        return lambda count: (marks.at("a row is written"), tell(count))[1]
+
+
+        def marked(rows: int, tokens: int = 0) -> None:
+            if rows:
+                marks.at("a row is written")
+            tell(rows, tokens)
+
+        return marked
 
     Agreement.progress = progress
     rename, write = os.replace, durable_files._Watched.write
