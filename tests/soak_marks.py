@@ -111,7 +111,6 @@ def mark_everything(marks: Marks, board: Board) -> None:
     def progress(self, told):
         tell = shown(self, told)
 
-
         def marked(rows: int, tokens: int = 0) -> None:
             if rows:
                 marks.at("a row is written")

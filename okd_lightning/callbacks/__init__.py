@@ -5,10 +5,13 @@
 * ``policy_gradient``: ``AdvantageCallback``, the brick of every sampled method.
 * ``sft``, ``kd``, ``gkd``, ``okd``, ``opd``: the published methods, as constructions with their
   defaults; ``reward``: a task's reward beside them; ``stage``: a method for a part of the run.
-* monitors: ``exact_match`` (task accuracy), ``paper_measures`` (OKD's), ``teacher_drift`` (an
-  alarm), ``rollout_log`` (samples on disk), ``predictions`` (generations on disk),
+* monitors: ``exact_match`` (task accuracy), ``paper_measures`` (OKD's), ``teacher_drift`` and
+  ``health_warnings`` (alarms) with ``vital_signs``, ``rollout_log`` (responses of training on
+  disk), ``sample_table`` (the same prompts before and now) with ``sample_views``, ``predictions``
+  (generations on disk), ``progress_bar`` with ``pace``,
   ``finite_guard`` (stop before a broken step), ``best_checkpoint``, ``last_checkpoint``,
-  ``preemption`` (SIGTERM), ``throughput``, ``step_intervals``.
+  ``preemption`` (SIGTERM), ``throughput``, ``step_intervals``; ``monitors``: those that every run
+  of the command line has.
 """
 
 from okd_lightning.callbacks.base import DistillationCallback
@@ -17,6 +20,7 @@ from okd_lightning.callbacks.divergence import DivergenceCallback
 from okd_lightning.callbacks.exact_match import ExactMatch
 from okd_lightning.callbacks.finite_guard import FiniteGuard
 from okd_lightning.callbacks.gkd import GKD
+from okd_lightning.callbacks.health_warnings import HealthWarnings
 from okd_lightning.callbacks.kd import KD
 from okd_lightning.callbacks.last_checkpoint import LastCheckpoint
 from okd_lightning.callbacks.okd import OKD
@@ -27,6 +31,7 @@ from okd_lightning.callbacks.predictions import PredictionLog
 from okd_lightning.callbacks.preemption import Preemption
 from okd_lightning.callbacks.reward import Reward
 from okd_lightning.callbacks.rollout_log import RolloutLog
+from okd_lightning.callbacks.sample_table import SampleTable
 from okd_lightning.callbacks.sft import SFT
 from okd_lightning.callbacks.stage import Stage
 from okd_lightning.callbacks.teacher_drift import TeacherDrift
@@ -44,6 +49,7 @@ __all__ = [
     "DivergenceCallback",
     "ExactMatch",
     "FiniteGuard",
+    "HealthWarnings",
     "LastCheckpoint",
     "OPDPlus",
     "PaperMeasures",
@@ -52,6 +58,7 @@ __all__ = [
     "Preemption",
     "Reward",
     "RolloutLog",
+    "SampleTable",
     "Stage",
     "TeacherDrift",
     "Throughput",

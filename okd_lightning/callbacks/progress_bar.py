@@ -70,9 +70,7 @@ class RunProgressBar(RichProgressBar):
         console_kwargs: dict[str, Any] | None = None,
     ) -> None:
         if not seconds_between_lines > 0:
-            raise ConfigError(
-                f"seconds_between_lines must be above 0, got {seconds_between_lines}"
-            )
+            raise ConfigError(f"seconds_between_lines must be above 0, got {seconds_between_lines}")
         super().__init__(refresh_rate, leave, console_kwargs=console_kwargs)
         self.seconds_between_lines = seconds_between_lines
         self._pace = Pace()

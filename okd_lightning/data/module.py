@@ -242,7 +242,7 @@ class RolloutDataModule(lightning.LightningDataModule):
             max_new_tokens=self.max_response_length,
             seed=self.seed,
             reduce_sum=self._reduce_sum,
-            gather=self._gather,
+            gather=self.gather,
             progress=partial(rollout_progress, trainer),
             score=self._scorer(module),
             stop=self.stop,
@@ -256,7 +256,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         if not terms:
             return unscored
         rank = self._trainer.global_rank
-        return TermScorer(terms, module.decode, self.samples_per_prompt, self._gather, rank)
+        return TermScorer(terms, module.decode, self.samples_per_prompt, self.gather, rank)
 
     def val_dataloader(self) -> list[GivenResponses | OwnResponses]:
         """Given responses, and the student's own to a fixed set of prompts."""
@@ -367,7 +367,7 @@ class RolloutDataModule(lightning.LightningDataModule):
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             progress=partial(rollout_progress, trainer),
-            agreement=Agreement(self._gather, self.stop),
+            agreement=Agreement(self.gather, self.stop),
         )
 
     # ---------------------------------------------------------------- the run around it
@@ -387,7 +387,8 @@ class RolloutDataModule(lightning.LightningDataModule):
         total = strategy.reduce(counts.to(strategy.root_device), reduce_op="sum")
         return cast(Tensor, total).cpu()
 
-    def _gather(self, state: Any) -> list[Any]:
+    def gather(self, state: Any) -> list[Any]:
+        """One object of every rank, on every rank; all ranks call this."""
         if self._trainer.world_size == 1:
             return [state]
         states: list[Any] = [None] * self._trainer.world_size

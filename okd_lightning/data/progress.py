@@ -48,7 +48,7 @@ def rollout_progress(
         progress = bar.progress
         task = progress.add_task(description, total=total)
         try:
-            yield lambda rows, tokens=0: rows and progress.update(task, advance=rows, refresh=True)
+            yield lambda rows, tokens=0: progress.update(task, advance=rows, refresh=rows > 0)
         finally:
             progress.remove_task(task)
     elif isinstance(bar, RichProgressBar) and bar.is_enabled:  # the Trainer's own comes later
@@ -63,7 +63,7 @@ def rollout_progress(
 
 @contextmanager
 def alone(description: str, total: int) -> Iterator[engine.Progress]:
-    """A bar of its own, for what happens before the Trainer's is there; see ``rollout_progress``."""
+    """A bar of its own, for what happens before the Trainer's; see ``rollout_progress``."""
     with Progress(transient=True) as progress:
         task = progress.add_task(description, total=total)
         yield lambda rows, tokens=0: progress.update(task, advance=rows)
