@@ -38,8 +38,8 @@ _ADVICE = {
     "train on given responses first (--method SFT or KD)",
     "outliers": "for {now.outliers:.1%} of the tokens that the student draws, the teacher's "
     f"log-probability is more than {EXTREME_LOG_RATIO:g} nats away from the student's: a few "
-    "tokens make the gradient. Set --method.max_log_ratio 5; see that the teacher reads the prompts "
-    "in the form that it knows (chat template, tokenizer: okd-lightning diagnose)",
+    "tokens make the gradient. Set --method.max_log_ratio 5; see that the teacher reads "
+    "the prompts in the form that it knows (chat template, tokenizer: okd-lightning diagnose)",
 }
 
 

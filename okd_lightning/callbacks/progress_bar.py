@@ -264,6 +264,7 @@ class RunProgressBar(RichProgressBar):
         self, name: str, total: int, show: Callable[[str, int, int, float | None], None]
     ) -> Progress:
         """What an engine is given; it tells much more often than anybody looks."""
+        pause = self.seconds_between_lines if self._has_lines else 1 / self.refresh_rate
         began = shown = time.monotonic()
         num_rows = num_tokens = 0
 
@@ -271,7 +272,7 @@ class RunProgressBar(RichProgressBar):
             nonlocal num_rows, num_tokens, shown
             num_rows, num_tokens = num_rows + rows, num_tokens + tokens
             now = time.monotonic()
-            if num_rows == total or now - shown > 1 / self.refresh_rate:
+            if num_rows == total or now - shown >= pause:
                 shown = now
                 speed = num_tokens / max(now - began, 1e-9) if num_tokens else None
                 show(name, num_rows, total, speed)

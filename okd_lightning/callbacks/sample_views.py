@@ -56,10 +56,10 @@ def samples_table(samples: Sequence[Sample], title: str, console: Console, lines
         console: Where it will be shown; its width decides what fits.
         lines: Of a text at most.
     """
-    table = Table(title=title, title_justify="left", box=SIMPLE, show_header=False, padding=(0, 1))
+    table = Table(title=title, title_justify="left", box=SIMPLE, show_header=False, expand=True)
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
-    width = max(20, console.width - max(len(who) for who in samples[0].answers) - 7)
+    width = max(10, console.width - max(len(who) for who in samples[0].answers) - 7)
     for sample in samples:
         table.add_row("prompt", _cut(sample.prompt, console, width, lines), style="bold")
         for who, text in sample.answers.items():
