@@ -19,7 +19,7 @@ def methods() -> list:
 
 
 def watched(root: Path, strategy: str | None) -> dict:
-    health = HealthWarnings(every_n_steps=2)
+    health = HealthWarnings(every_n_steps=2, truncated_share=None)
     callbacks = [SampleTable(every_n_steps=3, num_prompts=3), health]
     found = run(root, strategy, methods, accumulate=2, callbacks=callbacks)
     return {"course": health.state_dict(), "measures": found["measures"]}
