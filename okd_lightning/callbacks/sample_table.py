@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from okd_lightning.callbacks.sample_views import Sample, samples_markdown, samples_table
+from okd_lightning.callbacks.throughput import Throughput
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError
 from okd_lightning.module import DistillationModule
@@ -133,7 +135,11 @@ class SampleTable(Callback):
         step = trainer.global_step
         if step % self.every_n_steps == 0 or step >= self._last_step:
             assert isinstance(pl_module, DistillationModule)
-            self._show(trainer, self._samples(trainer, pl_module))
+            with ExitStack() as clocks:
+                for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                    if isinstance(callback, Throughput):
+                        clocks.enter_context(callback.stopped())
+                self._show(trainer, self._samples(trainer, pl_module))
 
     # ---------------------------------------------------------------- asking
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import time
 
 import pytest
 import rich
@@ -20,7 +21,7 @@ from parallel_runs import Killed, Killer
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from okd_lightning.callbacks import GKD, KD, OKD, SFT, LastCheckpoint, SampleTable
+from okd_lightning.callbacks import GKD, KD, OKD, SFT, LastCheckpoint, SampleTable, Throughput
 from okd_lightning.callbacks.sample_views import Sample, samples_markdown, samples_table
 from okd_lightning.errors import ConfigError
 from okd_lightning.records import PromptBatch
@@ -244,6 +245,21 @@ def test_markdown_takes_nothing_for_markup():
     assert row.count("|") == 4
     assert not set("<*`_") & set(row)
     assert "&lt;b&gt;&#42;x&#42;" in row
+
+
+def test_its_time_is_not_the_trainings(tmp_path, make_module, monkeypatch):
+    asked, throughput = [], Throughput()
+
+    def samples(*args):
+        asked.append(time.perf_counter())
+        time.sleep(0.3)
+        return []
+
+    monkeypatch.setattr(SampleTable, "_samples", samples)
+    monkeypatch.setattr(SampleTable, "_show", lambda *args: None)
+    fit(tmp_path, make_module(), callbacks=[throughput, SampleTable(1)], val=None)
+    assert len(asked) == 7
+    assert throughput.seconds < asked[-1] - asked[0]  # which holds six of the seven pauses
 
 
 @pytest.mark.parametrize("name", ["every_n_steps", "num_prompts", "max_tokens"])
