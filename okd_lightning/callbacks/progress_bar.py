@@ -25,6 +25,7 @@ from rich.text import Text
 from okd_lightning.callbacks.pace import Pace
 from okd_lightning.data.progress import alone
 from okd_lightning.errors import ConfigError
+from okd_lightning.lightning_messages import follow_stderr
 from okd_lightning.rollouts import RolloutLoader
 from okd_lightning.rollouts.engine import Progress
 
@@ -90,6 +91,7 @@ class RunProgressBar(RichProgressBar):
         if self.is_enabled and not (console.is_interactive or console.is_jupyter):
             self._has_lines = trainer.is_global_zero
             self.disable()
+        follow_stderr()
 
     def configure_columns(self, trainer: lightning.Trainer) -> list[ProgressColumn]:
         """What, bar, how many, tokens a second, time left; the bar gives way in narrow windows."""
@@ -103,7 +105,7 @@ class RunProgressBar(RichProgressBar):
                 pulse_style=theme.progress_bar_pulse,
             ),
             _Cell(_count, theme.batch_progress),
-            _Cell(_speed, theme.processing_speed),
+            _Cell(_speed, theme.time),
             _Cell(_time_left, theme.time),
         ]
 
@@ -193,6 +195,17 @@ class RunProgressBar(RichProgressBar):
         super().on_train_end(trainer, pl_module)
         self._say_step(trainer, pl_module, is_last=True)
 
+    def on_validation_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Hold the run's time left, which will be known anew when a step has been done."""
+        super().on_validation_start(trainer, pl_module)
+        if self.is_enabled and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            assert self.progress is not None
+            assert self.train_progress_bar_id is not None
+            task = self.train_progress_bar
+            self.progress.update(task.id, held=_time_left(task))
+
     def _show_run(self, step: int) -> None:
         if self.progress is None or self.is_disabled or self.train_progress_bar_id is None:
             return
@@ -202,6 +215,7 @@ class RunProgressBar(RichProgressBar):
             completed=step,
             speed=self._pace.tokens_per_second,
             ends_at=None if left is None else time.monotonic() + left,
+            held=None,
             is_run=True,
         )
         self.refresh()
@@ -335,6 +349,8 @@ def _speed(task: Task) -> str:
 def _time_left(task: Task) -> str:
     if not task.fields.get("is_run"):
         return ""
+    if (held := task.fields.get("held")) is not None:
+        return str(held)
     ends_at = task.fields.get("ends_at")
     return "-:--:-- left" if ends_at is None else f"{_duration(ends_at - time.monotonic())} left"
 

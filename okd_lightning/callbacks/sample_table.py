@@ -34,10 +34,11 @@ _CHOICE = 0x53414D50  # domain separation for the choice of prompts
 class SampleTable(Callback):
     """Shows the same few prompts every so many optimizer steps and behind the last, with answers.
 
-    Answers are greedy and cut at ``max_tokens``: the base teacher's, the student's before training
-    (kept in checkpoints) and the student's now. A teacher that is not in memory (a cache, a server)
-    gives none; one that follows the student is asked anew every time. Prompts are of the validation
-    data, or of the training data where nothing is validated, chosen by ``data.seed``.
+    Answers are greedy; one that is cut at ``max_tokens`` ends in an ellipsis. They are the base
+    teacher's, the student's before training (kept in checkpoints) and the student's now. A teacher
+    that is not in memory (a cache, a server) gives none; one that follows the student is asked anew
+    every time. Prompts are of the validation data, or of the training data where nothing is
+    validated, chosen by ``data.seed``.
 
     They go to the terminal, to TensorBoard or Weights & Biases, and to ``rollouts.jsonl`` as
     records of the kind "sample". Nothing is drawn at random: training is the same with and without.
@@ -174,7 +175,10 @@ class SampleTable(Callback):
                 rollout = module.write(
                     author, prompts, Sampling(temperature=0), NoiseStream(0, 0), limit
                 )
-            return [module.decode(ids) for ids in rollout.response_ids]
+            return [
+                module.decode(ids) + ("…" if reason == "length" else "")
+                for ids, reason in zip(rollout.response_ids, rollout.stop_reasons, strict=True)
+            ]
 
         written = Agreement(data.gather).together(write)
         return [text for of_rank in data.gather(written) for text in of_rank]

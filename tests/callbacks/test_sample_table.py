@@ -41,7 +41,10 @@ def greedy(model, module, prompts: list[str], limit: int) -> list[str]:
     ids = tuple(tuple(module.tokenizer(prompt).input_ids) for prompt in prompts)
     batch = PromptBatch(ids, tuple(range(len(ids))), (0,) * len(ids))
     written = engine.generate(batch, Sampling(temperature=0), NoiseStream(5, 9), limit)
-    return [module.decode(answer) for answer in written.response_ids]
+    return [
+        module.decode(answer) + ("" if reason == "eos" else "…")
+        for answer, reason in zip(written.response_ids, written.stop_reasons, strict=True)
+    ]
 
 
 def fit(root, module, methods=None, callbacks=(), **settings):
