@@ -24,16 +24,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from okd_lightning.callbacks import (
     BestCheckpoint,
     DistillationCallback,
-    FiniteGuard,
     LastCheckpoint,
-    PredictionLog,
     Preemption,
-    RolloutLog,
-    TeacherDrift,
-    Throughput,
 )
+from okd_lightning.callbacks.monitors import MONITORS
 from okd_lightning.callbacks.progress_bar import RunProgressBar
-from okd_lightning.callbacks.step_intervals import StepIntervals
 from okd_lightning.checkpoints.files import read_checkpoint
 from okd_lightning.cli_arguments import prepare, read_comments_as_text
 from okd_lightning.cli_errors import instantiate, one_line, parse, readable_constructors
@@ -189,8 +184,7 @@ class DistillationCLI(LightningCLI):
                 configured.append(Preemption())
         if config["enable_progress_bar"] is not False and not _has(configured, ProgressBar):
             configured.append(RunProgressBar())
-        monitors = (FiniteGuard, TeacherDrift, Throughput, RolloutLog, PredictionLog, StepIntervals)
-        configured += [kind() for kind in monitors if not _has(configured, kind)]
+        configured += [kind() for kind in MONITORS if not _has(configured, kind)]
         self.model.run_config = yaml.safe_dump(self.resolved_config(), sort_keys=False)
         return self.trainer_class(**{**config, **kwargs, "callbacks": configured})
 

@@ -85,6 +85,8 @@ def command(assets: Path, method: str, ranks: int) -> list[str]:
         *("--trainer.callbacks+=LastCheckpoint", "--trainer.callbacks.every_n_steps", "2"),
         *("--trainer.callbacks.keep", "2"),
         *("--trainer.callbacks+=RolloutLog", "--trainer.callbacks.every_n_steps", "3"),
+        *("--trainer.callbacks+=SampleTable", "--trainer.callbacks.every_n_steps", "4"),
+        *("--trainer.callbacks+=HealthWarnings", "--trainer.callbacks.every_n_steps", "2"),
         *METHODS[method],
     ]
 

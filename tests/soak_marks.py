@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 
 from okd_lightning import durable_files
-from okd_lightning.callbacks import RolloutLog
+from okd_lightning.callbacks import RolloutLog, SampleTable
 from okd_lightning.checkpoints import io as checkpoint_io
 from okd_lightning.module import DistillationModule
 from okd_lightning.rollouts import RolloutLoader
@@ -25,7 +25,7 @@ PLACES = {
     "training": ("step begins", "step ends"),
     "validation": ("validation begins", "validation step", "validation ends"),
     "checkpoint": ("checkpoint begins", "within the file", "before the rename", "renamed"),
-    "records": ("before a row", "behind a row", "sample written"),
+    "records": ("before a row", "behind a row", "sample written", "table written"),
 }
 
 
@@ -106,11 +106,18 @@ def mark_everything(marks: Marks, board: Board) -> None:
     )
     marks.around(RunCSVLogger, "save", "records", "before a row", "behind a row")
     marks.around(RolloutLog, "on_train_batch_start", "records", "", "sample written")
+    marks.around(SampleTable, "_show", "records", "", "table written")
     shown = Agreement.progress
 
     def progress(self, told):
         tell = shown(self, told)
-        return lambda count: (marks.at("a row is written"), tell(count))[1]
+
+        def marked(rows: int, tokens: int = 0) -> None:
+            if rows:
+                marks.at("a row is written")
+            tell(rows, tokens)
+
+        return marked
 
     Agreement.progress = progress
     rename, write = os.replace, durable_files._Watched.write

@@ -7,10 +7,12 @@
   defaults; ``reward``: a task's reward beside them; ``stage``: a method for a part of the run.
 * task measures: ``exact_match``, ``avg_at_k`` (avg@k and pass@k), ``tool_call_score``,
   ``task_score`` (any reward function, such as ROUGE-L), on the base ``answer_scores``.
-* monitors: ``paper_measures`` (OKD's), ``teacher_drift`` (an alarm), ``rollout_log`` (samples on
-  disk), ``predictions`` (generations on disk), ``finite_guard`` (stop before a broken step),
+* monitors: ``paper_measures`` (OKD's), ``teacher_drift`` and ``health_warnings`` (alarms) with
+  ``vital_signs``, ``rollout_log`` (responses of training on disk), ``sample_table`` (the same
+  prompts before and now) with ``sample_views``, ``predictions`` (generations on disk),
+  ``progress_bar`` with ``pace``, ``finite_guard`` (stop before a broken step),
   ``best_checkpoint``, ``last_checkpoint``, ``preemption`` (SIGTERM), ``throughput``,
-  ``step_intervals``.
+  ``step_intervals``; ``monitors``: those that every run of the command line has.
 """
 
 from okd_lightning.callbacks.answer_scores import AnswerScores
@@ -21,6 +23,7 @@ from okd_lightning.callbacks.divergence import DivergenceCallback
 from okd_lightning.callbacks.exact_match import ExactMatch
 from okd_lightning.callbacks.finite_guard import FiniteGuard
 from okd_lightning.callbacks.gkd import GKD
+from okd_lightning.callbacks.health_warnings import HealthWarnings
 from okd_lightning.callbacks.kd import KD
 from okd_lightning.callbacks.last_checkpoint import LastCheckpoint
 from okd_lightning.callbacks.okd import OKD
@@ -31,6 +34,7 @@ from okd_lightning.callbacks.predictions import PredictionLog
 from okd_lightning.callbacks.preemption import Preemption
 from okd_lightning.callbacks.reward import Reward
 from okd_lightning.callbacks.rollout_log import RolloutLog
+from okd_lightning.callbacks.sample_table import SampleTable
 from okd_lightning.callbacks.sft import SFT
 from okd_lightning.callbacks.stage import Stage
 from okd_lightning.callbacks.task_score import TaskScore
@@ -52,6 +56,7 @@ __all__ = [
     "DivergenceCallback",
     "ExactMatch",
     "FiniteGuard",
+    "HealthWarnings",
     "LastCheckpoint",
     "OPDPlus",
     "PaperMeasures",
@@ -60,6 +65,7 @@ __all__ = [
     "Preemption",
     "Reward",
     "RolloutLog",
+    "SampleTable",
     "Stage",
     "TaskScore",
     "TeacherDrift",

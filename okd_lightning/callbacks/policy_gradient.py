@@ -23,6 +23,9 @@ from okd_lightning.losses import (
 from okd_lightning.records import LossOutput, Source
 from okd_lightning.reduction import loss_output
 
+EXTREME_LOG_RATIO = 10.0
+"""Nats; the teacher finds a token e^10 = 22,000 times less (or more) likely than its writer."""
+
 _STUDENT = DrawnLogProb("student")
 
 
@@ -87,6 +90,9 @@ class PolicyGradientCallback(DistillationCallback):
 class AdvantageCallback(PolicyGradientCallback):
     """Policy gradient with an ``Advantage`` of the drawn tokens' log-probs.
 
+    Logged besides: ``<name>_log_ratio``, the mean of log teacher - log student, and
+    ``<name>_extreme_log_ratio``, the share of tokens where it is more than 10 nats either way.
+
     Args:
         advantage: From student's and teacher's log-probs to a credit.
         max_ratio: Truncation of ρ; inf for off.
@@ -128,7 +134,9 @@ class AdvantageCallback(PolicyGradientCallback):
         credit = self.advantage.credit(student, teacher, rows.mask, value)
         logged = self.advantage.metrics(student, teacher, rows.mask)
         log_ratio = (teacher - student).detach().where(rows.mask, 0.0)
-        logged = {**logged, "log_ratio": log_ratio, "square": credit.detach().square()}
+        is_extreme = (log_ratio.abs() > EXTREME_LOG_RATIO).to(log_ratio.dtype)
+        logged = {**logged, "log_ratio": log_ratio, "extreme_log_ratio": is_extreme}
+        logged["square"] = credit.detach().square()
         return rows.join(credit), {name: rows.join(values) for name, values in logged.items()}
 
 

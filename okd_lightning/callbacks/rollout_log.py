@@ -18,6 +18,8 @@ from okd_lightning.rollouts.rows import response_record
 class RolloutLog(Callback):
     """Appends a few generated responses to ``rollouts.jsonl`` of the run's folder.
 
+    They are records of the kind "rollout"; see ``SampleTable`` for those of the kind "sample".
+
     Args:
         every_n_steps: Optimizer steps between two samples.
         num_rows: Rows a sample.
@@ -62,6 +64,7 @@ class RolloutLog(Callback):
             for i in rows[: self.num_rows]:
                 record = {
                     "step": trainer.global_step,
+                    "kind": "rollout",
                     "source": sources[i],
                     **response_record(batch, i, pl_module.decode),
                 }

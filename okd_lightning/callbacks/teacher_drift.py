@@ -18,7 +18,8 @@ class TeacherDrift(Callback):
     """Compares the adapted teacher's cross-entropy with its base's at every validation.
 
     ``val/adapted_teacher_cross_entropy`` more than ``margin`` above ``val/teacher_cross_entropy``
-    means that the teacher has moved towards the student further than the data bears.
+    means that the teacher has moved towards the student further than the data bears. It is said
+    once, and again after it went away.
 
     Args:
         margin: Nats a token.
@@ -35,14 +36,16 @@ class TeacherDrift(Callback):
         self.margin = margin
         self.action = action
         self.is_frozen = False
+        self.is_drifting = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether the module was frozen."""
-        return {"is_frozen": self.is_frozen}
+        """Whether the module was frozen, and whether a drift was reported."""
+        return {"is_frozen": self.is_frozen, "is_drifting": self.is_drifting}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """A module that was frozen stays so."""
         self.is_frozen = state_dict["is_frozen"]
+        self.is_drifting = state_dict.get("is_drifting", False)  # older checkpoints have no such
 
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -53,7 +56,8 @@ class TeacherDrift(Callback):
         if adapted is None or trainer.state.fn != "fit":
             return
         drift = float(adapted - metrics["val/teacher_cross_entropy"])
-        if drift <= self.margin or self.is_frozen:
+        was_drifting, self.is_drifting = self.is_drifting, drift > self.margin
+        if was_drifting or not self.is_drifting or self.is_frozen:
             return
         consequence = {
             "warn": "lower method.learning_rate or method.alpha",

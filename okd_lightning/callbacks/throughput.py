@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import lightning
@@ -15,7 +17,7 @@ from okd_lightning.training.pair_module import PairModule
 class Throughput(Callback):
     """Counts loss tokens and generated tokens, and the seconds of training and rollouts.
 
-    Validation, imports and set-up are not counted. Logs ``train/tokens_per_second``,
+    Validation, sample tables, imports and set-up are not counted. Logs ``train/tokens_per_second``,
     ``train/tokens`` and ``train/seconds`` with the training metrics, and
     ``train/wasted_positions``: the share of the positions of a step's forward passes, on this rank,
     that the student computes without a token on them.
@@ -104,6 +106,17 @@ class Throughput(Callback):
         """Start it again."""
         if trainer.training:
             self._mark = _now()
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Within it the clock stands still: for what is no part of training."""
+        is_running = self._mark is not None
+        self._tick()
+        self._mark = None
+        try:
+            yield
+        finally:
+            self._mark = time.perf_counter() if is_running else None
 
     def _tick(self) -> None:
         now = _now()

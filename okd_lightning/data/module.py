@@ -245,7 +245,7 @@ class RolloutDataModule(lightning.LightningDataModule):
             max_new_tokens=self.max_response_length,
             seed=self.seed,
             reduce_sum=self._reduce_sum,
-            gather=self._gather,
+            gather=self.gather,
             progress=partial(rollout_progress, trainer),
             score=self._scorer(module),
             stop=self.stop,
@@ -259,7 +259,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         if not terms:
             return unscored
         rank = self._trainer.global_rank
-        return TermScorer(terms, module.decode, self.samples_per_prompt, self._gather, rank)
+        return TermScorer(terms, module.decode, self.samples_per_prompt, self.gather, rank)
 
     def val_dataloader(self) -> list[GivenResponses | OwnResponses]:
         """Given responses, and the student's own to a fixed set of prompts."""
@@ -377,7 +377,7 @@ class RolloutDataModule(lightning.LightningDataModule):
 
     def agreement(self) -> Agreement:
         """How the ranks of this run stop together while responses are written."""
-        return Agreement(self._gather, self.stop)
+        return Agreement(self.gather, self.stop)
 
     @property
     def _trainer(self) -> lightning.Trainer:
@@ -394,7 +394,8 @@ class RolloutDataModule(lightning.LightningDataModule):
         total = strategy.reduce(counts.to(strategy.root_device), reduce_op="sum")
         return cast(Tensor, total).cpu()
 
-    def _gather(self, state: Any) -> list[Any]:
+    def gather(self, state: Any) -> list[Any]:
+        """One object of every rank, on every rank; all ranks call this."""
         if self._trainer.world_size == 1:
             return [state]
         states: list[Any] = [None] * self._trainer.world_size

@@ -51,11 +51,11 @@ class Agreement:
     stop: StopRequest = field(default_factory=StopRequest)
 
     def progress(self, shown: Progress | None) -> Progress:
-        """Told about finished rows; leaves the engine where a stop is asked for."""
+        """Told how the writing goes; leaves the engine where a stop is asked for."""
 
-        def tell(count: int) -> None:
+        def tell(rows: int, tokens: int = 0) -> None:
             if shown is not None:
-                shown(count)
+                shown(rows, tokens)
             if self.stop.is_made:
                 raise _AbandonedError
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Literal, Protocol, TypeAlias
 
 from transformers import PreTrainedModel
@@ -15,8 +14,18 @@ from okd_lightning.rollouts.sampling import Sampling
 
 Author: TypeAlias = Literal["student", "teacher"]
 
-Progress: TypeAlias = Callable[[int], None]
-"""Called with the number of rows that have just been finished."""
+
+class Progress(Protocol):
+    """Told while responses are written."""
+
+    def __call__(self, rows: int, tokens: int = 0) -> None:
+        """Called as often as something has happened.
+
+        Args:
+            rows: Responses that have ended since the last call.
+            tokens: Tokens that were written since then, of all rows, to a few; 0 from an engine
+                that does not say.
+        """
 
 
 class RolloutEngine(Protocol):

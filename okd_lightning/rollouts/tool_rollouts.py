@@ -114,11 +114,13 @@ class ToolEngine:
         ]
         writing, num_row_steps = list(range(len(rows))), 0
         while writing:
+            num_before = sum(sum(row.own) for row in rows)
             num_row_steps += self._write_turn(rows, writing, prompts, sampling, generator)
+            num_tokens = sum(sum(row.own) for row in rows) - num_before
             self._answer([rows[i] for i in writing if not rows[i].stop_reason])
             still = [i for i in writing if not rows[i].stop_reason]
-            if progress is not None and len(still) < len(writing):
-                progress(len(writing) - len(still))
+            if progress is not None:
+                progress(len(writing) - len(still), num_tokens)
             writing = still
         return Rollout(
             response_ids=tuple(tuple(row.ids) for row in rows),

@@ -108,9 +108,9 @@ class TransformersEngine:
         second = nullcontext() if self.blend is None else fast_linears(self.blend.model)
         with self._precision(), fast_linears(self.model), second, as_it_is:
             writing = _Writing(self, prompts, sampling, responses, max_new_tokens)
-            for num_ended in writing.run():
+            for num_ended, num_tokens in writing.run():
                 if progress is not None:
-                    progress(num_ended)
+                    progress(num_ended, num_tokens)
         return responses.rollout(writing.num_row_steps)
 
     def _precision(self) -> AbstractContextManager[object]:
@@ -177,8 +177,11 @@ class _Writing:
     def _empty_caches(self) -> list[DynamicCache]:
         return [empty_cache(model, self._is_roomy) for model in self._models]
 
-    def run(self) -> Iterator[int]:
-        """Write everything; yields how many rows have ended since the last time, where any has."""
+    def run(self) -> Iterator[tuple[int, int]]:
+        """Write everything; yields how many rows have ended since the last time, and new tokens.
+
+        (Rows that end between two looks at an accelerator count as if they wrote to the second.)
+        """
         steps_per_check = _steps_per_check(self._device)
         while self._queue or self._num_writing:
             num_before = self._num_writing
@@ -188,8 +191,7 @@ class _Writing:
                     self._step()
             self._num_writing = int(self._responses.is_writing(self._places).sum())
             num_ended = num_before + num_joined - self._num_writing
-            if num_ended:
-                yield num_ended
+            yield num_ended, num_joined or num_before * steps_per_check
 
     # ---------------------------------------------------------------- who is in the batch
 

@@ -139,7 +139,7 @@ class VLLMEngine(EngineSource):
                 )
             )
         if progress is not None:
-            progress(len(found))
+            progress(len(found), sum(len(written.ids) for written in found))
         return found
 
     def _ask(self, requests: Sequence[Mapping[str, Any]]) -> list[Any]:

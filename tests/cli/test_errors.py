@@ -30,6 +30,5 @@ def test_an_unknown_class_whose_base_has_no_settings():
     with pytest.raises(UsageError) as error:
         parse(parser, ["--recorder.sink", "FileSnk"], ["--recorder.sink"])
     assert str(error.value) == (
-        "--recorder.sink: expected FileSink, Sink, or the import path of your own, "
-        "got 'FileSnk'"
+        "--recorder.sink: expected FileSink, Sink, or the import path of your own, got 'FileSnk'"
     )

@@ -2,7 +2,7 @@
 
 * every method and every way to compose methods runs from the command line alone;
 * a run's folder holds config.yaml, metrics.csv, the best and the last checkpoint, TensorBoard,
-  and rollouts.jsonl where somebody wrote;
+  and rollouts.jsonl;
 * a second run in the same folder moves the first one away whole;
 * a user's own classes are found in the current folder, behind everything installed.
 """
@@ -46,7 +46,8 @@ def test_sft_needs_no_teacher(fit: Fit, assets: Assets) -> None:
 def test_kd_leaves_a_whole_run_folder(fit: Fit) -> None:
     result = fit("--method", "KD")
     found = {path.name for path in RUN.iterdir()}
-    assert found == {"config.yaml", "metrics.csv", "checkpoints", "tensorboard"}
+    files = {"config.yaml", "metrics.csv", "rollouts.jsonl", "checkpoints", "tensorboard"}
+    assert found == files
     checkpoints = {path.name for path in (RUN / "checkpoints").iterdir()}
     assert checkpoints == {"last.ckpt", "best-step=6.ckpt"}
     assert any((RUN / "tensorboard").glob("events*"))
@@ -69,10 +70,12 @@ def test_gkd_mixes_by_its_share(fit: Fit, share: str) -> None:
     fit("--method", "GKD", "--method.on_policy_fraction", share)
     rollouts = RUN / "rollouts.jsonl"
     written = "rollout/tokens" in metric_names(RUN / "metrics.csv")
-    assert rollouts.exists() == written == (share != "0")
+    records = [json.loads(line) for line in rollouts.read_text().splitlines()]
+    assert ("rollout" in {r["kind"] for r in records}) == written == (share != "0")
     if share == "1":
-        first = json.loads(rollouts.read_text().splitlines()[0])
-        assert first.keys() == {"step", "source", "index", "prompt", "response", "num_tokens"}
+        first = records[0]
+        names = {"step", "kind", "source", "index", "prompt", "response", "num_tokens"}
+        assert first.keys() == names
         assert first["source"] == "student"
         assert first["prompt"].endswith("=")
 
@@ -124,8 +127,8 @@ def test_monitors_compose_with_methods(fit: Fit) -> None:
         *("--trainer.callbacks+=RolloutLog", "--trainer.callbacks.every_n_steps", "2"),
         "--trainer.callbacks+=LearningRateMonitor",
     )
-    steps = [json.loads(line)["step"] for line in (RUN / "rollouts.jsonl").read_text().splitlines()]
-    assert sorted(set(steps)) == [0, 2, 4]
+    records = map(json.loads, (RUN / "rollouts.jsonl").read_text().splitlines())
+    assert sorted({r["step"] for r in records if r["kind"] == "rollout"}) == [0, 2, 4]
     assert {"val/exact_match"} <= metric_names(RUN / "metrics.csv")
 
 
@@ -243,7 +246,8 @@ def test_a_second_run_moves_the_first_away(fit: Fit) -> None:
     moved = RUN / "earlier" / "1"
     again = {p.relative_to(moved): p.read_bytes() for p in moved.rglob("*") if p.is_file()}
     assert again == first
-    assert not (RUN / "rollouts.jsonl").exists()
+    records = map(json.loads, (RUN / "rollouts.jsonl").read_text().splitlines())
+    assert {record["kind"] for record in records} == {"sample"}  # nobody writes in KD
     result = fit("--method", "SFT")
     assert "earlier/2" in result.log
     assert (moved / "metrics.csv").exists()

@@ -193,12 +193,15 @@ def test_pad_is_an_id_like_others():
     assert alone.response_ids[0][0] == best
 
 
-def test_progress_counts_every_row_once():
-    seen: list[int] = []
+def test_progress_counts_every_row_and_token_once():
+    told: list[tuple[int, int]] = []
     engine = engine_of(tiny.make_llama(1), token_budget=80)
-    engine.generate(prompts_of(20), Sampling(), NoiseStream(0, 0), 6, seen.append)
-    assert sum(seen) == 20
-    assert len(seen) > 4
+    rollout = engine.generate(
+        prompts_of(20), Sampling(), NoiseStream(0, 0), 6, lambda *seen: told.append(seen)
+    )
+    assert sum(rows for rows, _ in told) == 20
+    assert sum(tokens for _, tokens in told) == rollout.num_tokens
+    assert len([rows for rows, _ in told if rows]) > 4
 
 
 def test_an_engine_can_be_used_again():

@@ -201,8 +201,11 @@ def test_rows_of_different_room_are_cut_each_at_its_own(tokenizer):
 
 def test_progress_counts_every_row_once(tokenizer):
     told = []
-    tool_chats.run(tokenizer, SCRIPTS, progress=told.append)
-    assert told == [3, 2, 1]
+    rollout, _ = tool_chats.run(
+        tokenizer, SCRIPTS, progress=lambda rows, tokens: told.append((rows, tokens))
+    )
+    assert [rows for rows, _ in told] == [3, 2, 1]
+    assert sum(tokens for _, tokens in told) == rollout.num_tokens
 
 
 def test_prompts_without_chats_are_the_engines_own(tokenizer):

@@ -63,7 +63,11 @@ def test_it_samples_from_the_students_weights(sleep, fake):
     assert second.logprobs != first.logprobs
     told: list[int] = []
     warm = Sampling(temperature=0.5, top_k=4)
-    check_own(student, write(source, student, warm, progress=told.append), warm)
+
+    def tell(rows: int, tokens: int) -> None:
+        told.append(rows)
+
+    check_own(student, write(source, student, warm, progress=tell), warm)
     assert sum(told) == 4
     (llm,) = fake
     awake = ["reload_weights", "reset_prefix_cache"]

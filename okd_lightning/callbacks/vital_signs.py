@@ -1,0 +1,117 @@
+"""What is looked at to tell a healthy run from one that goes wrong, and when it does.
+
+Pure numbers: how they are collected and who is told is the business of ``health_warnings``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+_NUM_FIRST = 3
+"""Looks whose mean is what a run began with; nothing is said before."""
+
+_KEPT = 0.7
+"""Share of the smoothed value that a look keeps."""
+
+_RELIEF = 0.8
+"""A measure has to fall below this share of its threshold to count as healthy again."""
+
+
+@dataclass(frozen=True)
+class VitalSigns:
+    """One look at the student's own responses of an optimizer step, over all ranks.
+
+    Attributes:
+        entropy: Nats a token: the mean of -log p of what was drawn.
+        mean_length: Tokens that the student wrote, a response.
+        truncated: Share of the responses that were cut at the longest length.
+        outliers: Share of the drawn tokens with an extreme log-ratio; 0 where none is measured.
+    """
+
+    entropy: float
+    mean_length: float
+    truncated: float
+    outliers: float = 0.0
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """From where on something is wrong; None switches a check off. See ``HealthWarnings``."""
+
+    entropy_share: float | None
+    length_growth: float | None
+    length_share: float
+    truncated_share: float | None
+    outlier_share: float | None
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a run's own numbers are held against.
+
+    Attributes:
+        max_length: Longest response, in tokens.
+        truncated: Share of the data's own responses that are cut there.
+        excess: Nats a token by which the teacher finds the student's responses less likely than the
+            student does (reverse KL); None where that is not measured.
+    """
+
+    max_length: int
+    truncated: float = 0.0
+    excess: float | None = None
+
+
+class Course:
+    """Vital signs in the course of a run: as they began, as they are (smoothed), what is wrong."""
+
+    def __init__(self) -> None:
+        self.num_looks = 0
+        self.first: dict[str, float] = {}
+        self.now: dict[str, float] = {}
+        self.wrong: list[str] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it."""
+        return {**vars(self), "first": dict(self.first), "now": dict(self.now)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on."""
+        vars(self).update(state)
+
+    def add(self, signs: VitalSigns) -> None:
+        """One more look."""
+        for name, value in vars(signs).items():
+            if self.num_looks < _NUM_FIRST:
+                known = self.first.get(name, 0.0)
+                self.first[name] = known + (value - known) / (self.num_looks + 1)
+            self.now[name] = _KEPT * self.now.get(name, value) + (1 - _KEPT) * value
+        self.num_looks += 1
+
+    def new_problems(self, limits: Thresholds, around: Surroundings) -> list[str]:
+        """Names of what has gone wrong since the last time; what gets well can go wrong again."""
+        if self.num_looks < _NUM_FIRST:
+            return []
+        severity = dict(self._severities(limits, around))
+        new = [name for name, value in severity.items() if value > 1 and name not in self.wrong]
+        lasting = [name for name in self.wrong if severity.get(name, 0.0) > _RELIEF]
+        self.wrong = lasting + new
+        return new
+
+    def _severities(self, limits: Thresholds, around: Surroundings) -> Iterator[tuple[str, float]]:
+        """Each measure over its threshold: above 1 it is wrong."""
+        now, first = self.now, self.first
+        if limits.entropy_share is not None and first["entropy"] > 0:
+            shrunk = limits.entropy_share * first["entropy"] / max(now["entropy"], 1e-9)
+            is_surer = around.excess is None or around.excess > now["entropy"]
+            yield "entropy", shrunk if is_surer else 0.0
+        if limits.length_growth is not None and first["mean_length"] > 0:
+            grown = now["mean_length"] / (limits.length_growth * first["mean_length"])
+            filled = now["mean_length"] / (limits.length_share * around.max_length)
+            yield "length", min(grown, filled)
+        if limits.truncated_share is not None:
+            allowed = max(limits.truncated_share, min(1.0, around.truncated + 0.2))
+            yield "truncated", now["truncated"] / allowed
+        if limits.outlier_share is not None:
+            yield "outliers", now["outliers"] / limits.outlier_share

@@ -1,0 +1,227 @@
+"""What one sees of a run while it goes on.
+
+Frozen here: the bar counts the optimizer steps of the whole run, whatever the accumulation, also
+where a run goes on within a chunk; a row never breaks, at 80 columns and at 120; where output is no
+terminal nothing but whole lines is written; time left counts writing by what is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+
+import pytest
+import rich
+import tiny
+from lightning.pytorch.callbacks import Callback, Timer
+from parallel_runs import Killed, Killer
+from rich.console import Console
+
+from okd_lightning.callbacks import GKD, KD, LastCheckpoint
+from okd_lightning.callbacks.pace import Pace
+from okd_lightning.callbacks.progress_bar import RunProgressBar
+from okd_lightning.data import RolloutDataModule
+from okd_lightning.errors import ConfigError
+
+CHUNKS = {"batch_size": 2, "prompts_per_rollout": 8, "max_response_length": 6}
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Frames(Callback):
+    """The bar as it stands at every place of a run, one list of lines each."""
+
+    def __init__(self, bar: RunProgressBar, width: int) -> None:
+        self.bar, self.width = bar, width
+        self.shown: dict[str, list[list[str]]] = {}
+
+    def take(self, place: str) -> None:
+        console = Console(file=io.StringIO(), width=self.width)
+        tasks = [task for task in self.bar.progress.tasks if task.visible]
+        console.print(self.bar.progress.make_tasks_table(tasks))
+        lines = console.file.getvalue().splitlines()
+        assert len(lines) == len(tasks), "a row was broken in two"
+        self.shown.setdefault(place, []).append(lines)
+
+    def on_train_batch_start(self, *args):
+        self.take("batch begins")
+
+    def on_train_batch_end(self, *args):
+        self.take("batch ends")
+
+    def on_validation_batch_end(self, *args):
+        self.take("validation")
+
+    def on_train_end(self, *args):
+        self.take("end")
+
+
+@pytest.fixture
+def terminal():
+    """Whatever a bar does to rich's own console is undone."""
+    file = io.StringIO()
+    yield {"file": file, "force_terminal": True, "force_interactive": True}
+    rich.reconfigure()
+
+
+def fit(root, make_module, terminal, width, method, killer=None, ckpt_path=None, **settings):
+    bar = RunProgressBar(console_kwargs={**terminal, "width": width})
+    frames = Frames(bar, width)
+    callbacks = [method, bar, frames, LastCheckpoint(1), *([killer] if killer else [])]
+    trainer = tiny.make_trainer(
+        root,
+        callbacks,
+        enable_progress_bar=True,
+        accumulate_grad_batches=2,
+        num_sanity_val_steps=0,
+        **{"max_epochs": -1, "max_steps": 8, "val_check_interval": 8, **settings},
+    )
+    data = RolloutDataModule(
+        tiny.make_rows(16), tiny.make_rows(5, seed=2), seed=7, val_rollouts=4, **CHUNKS
+    )
+    with contextlib.suppress(Killed):
+        trainer.fit(make_module(), data, ckpt_path=ckpt_path)
+    return frames.shown
+
+
+@pytest.mark.filterwarnings("ignore:.*val_check_interval")
+@pytest.mark.parametrize("width", [80, 120])
+def test_rows_of_a_run(width, tmp_path, make_module, terminal):
+    shown = fit(tmp_path, make_module, terminal, width, GKD(on_policy_fraction=1.0))
+    for place, count in (("batch begins", 16), ("batch ends", 16), ("validation", 10), ("end", 1)):
+        assert len(shown[place]) == count
+    run, writing, training = shown["batch begins"][6]  # the 4th micro-batch of the second chunk
+    assert run.startswith("epoch 0")
+    assert "3/8" in run
+    assert "8/8" in writing
+    assert writing.startswith("student writes")
+    assert writing.rstrip().endswith("tok/s")
+    assert training.startswith("training")
+    assert "2/4" in training
+    run, _, training = shown["batch ends"][7]
+    assert "4/8" in run
+    assert "tok/s" in run
+    assert " left" in run
+    assert "loss: " in run
+    assert "4/4" in training
+    assert any(line.startswith("Validation") for line in shown["validation"][0])
+    (last,) = shown["end"][0]
+    assert "8/8" in last
+
+
+def test_a_run_that_writes_nothing_has_one_row(tmp_path, make_module, terminal):
+    shown = fit(tmp_path, make_module, terminal, 80, KD(), limit_val_batches=0)
+    assert {len(lines) for lines in shown["batch ends"]} == {1}
+    assert "8/8" in shown["batch ends"][-1][0]
+
+
+@pytest.mark.filterwarnings("ignore:.*val_check_interval")
+def test_a_run_goes_on_within_a_chunk(tmp_path, make_module, terminal):
+    method = GKD(on_policy_fraction=1.0)
+    fit(tmp_path, make_module, terminal, 80, method, Killer(3))
+    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    shown = fit(tmp_path, make_module, terminal, 80, method, ckpt_path=last)
+    assert "3/8" in shown["batch begins"][0][0]
+    assert "5/8" in shown["batch ends"][3][0]
+    assert any(line.startswith("student writes") for line in shown["batch ends"][3])
+
+
+def test_without_an_end_there_is_no_time_left(tmp_path, make_module, terminal):
+    bar = RunProgressBar(console_kwargs=terminal)
+    frames = Frames(bar, 80)
+    trainer = tiny.make_trainer(
+        tmp_path,
+        [KD(), bar, frames, Timer({"seconds": 2})],
+        enable_progress_bar=True,
+        max_epochs=-1,
+        max_steps=-1,
+    )
+    trainer.fit(make_module(), RolloutDataModule(tiny.make_rows(16), seed=7, **CHUNKS))
+    assert "/--" in frames.shown["batch ends"][0][0]
+    left = frames.shown["batch ends"][0][0]
+    assert any(f"0:00:0{seconds} left" in left for seconds in (1, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.*val_check_interval")
+def test_a_log_gets_whole_lines(tmp_path, make_module, caplog):
+    file = io.StringIO()
+    bar = RunProgressBar(console_kwargs={"file": file})
+    trainer = tiny.make_trainer(
+        tmp_path,
+        [GKD(on_policy_fraction=1.0), bar],
+        enable_progress_bar=True,
+        max_epochs=-1,
+        max_steps=8,
+        val_check_interval=4,
+    )
+    data = RolloutDataModule(tiny.make_rows(16), tiny.make_rows(5, seed=2), seed=7, **CHUNKS)
+    with caplog.at_level(logging.INFO):
+        trainer.fit(make_module(), data)
+    rich.reconfigure()
+    assert file.getvalue() == ""
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("step ")]
+    assert [line.split("  ")[0] for line in lines] == ["step 1/8", "step 8/8"]
+    assert " left" in lines[0]
+    assert "loss " in lines[0]
+    assert " in all" in lines[1]
+
+
+def test_lines_come_as_often_as_asked(tmp_path, make_module, caplog):
+    bar = RunProgressBar(seconds_between_lines=1e-6, console_kwargs={"file": io.StringIO()})
+    trainer = tiny.make_trainer(
+        tmp_path, [GKD(on_policy_fraction=1.0), bar], enable_progress_bar=True, max_steps=4
+    )
+    with caplog.at_level(logging.INFO):
+        trainer.fit(make_module(), RolloutDataModule(tiny.make_rows(16), seed=7, **CHUNKS))
+    rich.reconfigure()
+    lines = [r.getMessage() for r in caplog.records]
+    assert sum(line.startswith("step ") for line in lines) == 5  # the last one twice: its end
+    with pytest.raises(ConfigError, match="seconds_between_lines"):
+        RunProgressBar(seconds_between_lines=0)
+
+
+def test_time_left_counts_writing_by_what_is_written():
+    clock = Clock()
+    pace = Pace(clock)
+    pace.start(0)
+    with pace.writing():
+        clock.now += 40  # for the steps 0..3
+    assert pace.seconds_left(8) is None
+    pace.batch_begins(4)
+    clock.now += 1
+    pace.batch_ends(1, 100)
+    assert pace.seconds_left(8) == pytest.approx(7 * 1 + 40)
+    assert pace.training_tokens_per_second == pytest.approx(100)
+    assert pace.tokens_per_second == pytest.approx(100 / 41)
+    for step in (2, 3, 4):
+        pace.batch_begins(4)
+        clock.now += 1
+        pace.batch_ends(step, 100)
+    clock.now += 8  # validation
+    assert pace.seconds_left(8) == pytest.approx(4 * (4 + 8) / 4 + 40)
+    assert pace.seconds_left(float("inf")) is None
+
+
+def test_time_left_of_a_run_that_goes_on_within_a_chunk():
+    clock = Clock()
+    pace = Pace(clock)
+    pace.start(2)
+    pace.batch_begins(4)  # written before
+    clock.now += 1
+    pace.batch_ends(3, 10)
+    assert pace.seconds_left(8) == pytest.approx(5)  # what writing takes is not known
+    pace.batch_begins(4)
+    clock.now += 1
+    pace.batch_ends(4, 10)
+    with pace.writing():
+        clock.now += 40
+    pace.batch_begins(8)
+    clock.now += 1
+    pace.batch_ends(5, 10)
+    assert pace.seconds_left(12) == pytest.approx(7 * 1 + 40)
