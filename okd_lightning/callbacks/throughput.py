@@ -116,7 +116,7 @@ class Throughput(Callback):
         try:
             yield
         finally:
-            self._mark = time.perf_counter() if is_running else None
+            self._mark = _now() if is_running else None
 
     def _tick(self) -> None:
         now = _now()
