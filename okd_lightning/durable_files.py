@@ -42,6 +42,17 @@ class _Watched(io.FileIO):
         return written
 
 
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems know no such thing
+        pass
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def replacing(path: Path, aside: Path | None = None) -> Iterator[io.FileIO]:
     """A file that takes the place of ``path`` when the block has ended without an error.
@@ -64,7 +75,7 @@ def replacing(path: Path, aside: Path | None = None) -> Iterator[io.FileIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException as error:
         aside.unlink(missing_ok=True)
         problem = error if isinstance(error, OSError) else file.problem if file else None
@@ -111,13 +122,3 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes were writing aside in ``folder``."""
     for path in folder.glob(f".*{_ASIDE}"):
         path.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:  # some network file systems know no such thing
-        pass
-    finally:
-        os.close(descriptor)
