@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.checkpoints.contents import set_rng_state
 from okd_lightning.errors import ConfigError
-from okd_lightning.loop_state import count_steps
+from okd_lightning.loop_state import begin_step, count_steps
 from okd_lightning.losses import (
     DrawnLogProb,
     Measured,
@@ -392,7 +392,7 @@ class DistillationModule(PairModule):
             self._rng_to_restore = None
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             forget_last_step(self.trainer)
-            count_steps(self.trainer, self.trainer.global_step)
+            begin_step(self.trainer)
 
     def on_validation_start(self) -> None:
         """A validation that a resumed run begins with is logged at the step that it belongs to."""

@@ -36,6 +36,13 @@ class TeacherDrift(Callback):
         self.action = action
         self.is_frozen = False
 
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """A new run's module is not frozen; a resumed one's state is loaded behind this."""
+        if stage == "fit" and trainer.global_step == 0:
+            self.is_frozen = False
+
     def state_dict(self) -> dict[str, Any]:
         """Whether the module was frozen."""
         return {"is_frozen": self.is_frozen}
