@@ -88,7 +88,8 @@ def begin_step(trainer: lightning.Trainer) -> None:
     """
     count_steps(trainer, trainer.global_step)
     accumulate = trainer.accumulate_grad_batches
-    if accumulate > 1 and (seconds := trainer._val_check_time_interval) is not None:
+    seconds = trainer._val_check_time_interval  # type: ignore[attr-defined]
+    if accumulate > 1 and seconds is not None:
         raise ConfigError(
             f"trainer.val_check_interval of {seconds:g} seconds would validate within an optimizer "
             f"step of {accumulate} micro-batches; give a number of optimizer steps"
