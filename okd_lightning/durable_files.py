@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,23 +88,28 @@ def replacing(path: Path, aside: Path | None = None) -> Iterator[io.FileIO]:
         ) from problem
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Put ``content`` in the place of ``path``.
+def own_aside(path: Path) -> Path:
+    """A place to write ``path`` aside that no other process takes."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{_ASIDE}")
+
+
+def write_whole(path: Path, content: str | bytes, aside: Path | None = None) -> None:
+    """Put ``content`` in the place of ``path``; see ``replacing``.
 
     Raises:
         OutputError: See ``replacing``.
     """
-    with replacing(path) as file:
+    with replacing(path, aside) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """A JSON file in the place of ``path``.
+def write_json(path: Path, content: Any, aside: Path | None = None) -> None:
+    """A JSON file in the place of ``path``; see ``replacing``.
 
     Raises:
         OutputError: See ``replacing``.
     """
-    write_whole(path, json.dumps(content, indent=1))
+    write_whole(path, json.dumps(content, indent=1), aside)
 
 
 def read_json(path: Path) -> Any:

@@ -71,7 +71,7 @@ def require_writable(folder: Path, option: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may have been here
     except OSError as error:
         raise OutputError(
             f"{option} {str(folder)!r} cannot be written ({error.strerror}); choose another folder"
