@@ -106,8 +106,8 @@ def model_card(checkpoint: Mapping[str, Any]) -> str:
     own = checkpoint["okd_lightning"]
     config = yaml.safe_load(own["config"] or "{}")
     model, data = config.get("model", {}), config.get("data", {})
-    method = config.get("method") or config.get("trainer", {}).get("callbacks")
-    settings = yaml.safe_dump(method, sort_keys=False).strip()
+    method = config.get("method") or (config.get("trainer") or {}).get("callbacks")
+    settings = yaml.safe_dump(method or list(own["methods"]), sort_keys=False).strip()
     rows = [f"| {name} | {value:.4f} |" for name, value in sorted(own["metrics"].items())]
     measured = ["| measure | value |", "|---|---|", *rows] if rows else ["None were taken."]
     return "\n".join(
@@ -148,7 +148,8 @@ def _check_out(out: Path, module: DistillationModule) -> None:
     """Refuse a folder that is needed again: older weights in the one to be written are removed."""
     sources = {"student": module.student_source, "teacher": module.teacher_source}
     for name, source in sources.items():
-        if isinstance(source, str) and Path(source).resolve() == out.resolve():
+        is_folder = isinstance(source, str) and Path(source).is_dir()
+        if is_folder and Path(str(source)).resolve() == out.resolve():
             raise OutputError(
                 f"--out {str(out)!r} is the folder that --model.{name} is loaded from; choose "
                 "another one"

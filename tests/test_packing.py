@@ -31,6 +31,7 @@ from okd_lightning.models.reading import _packed_states
 from okd_lightning.packing import pack
 from okd_lightning.records import TrainingRow
 from okd_lightning.sequences import Sequences
+from okd_lightning.training import pair_sides
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT's use of transformers
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -292,3 +293,16 @@ def test_wasted_positions(packing, tmp_path, make_module):
     (logged,) = recorder.losses
     assert logged["train/wasted_positions"] == pytest.approx(1 - tokens / computed)
     assert computed < 114 if packing else computed == 114
+
+
+def test_a_cache_is_written_of_packed_rows(tmp_path, make_module, monkeypatch):
+    """What can be packed is known when the teacher has been loaded."""
+    packed = []
+    read = pair_sides.hidden_at_loss
+    monkeypatch.setattr(
+        pair_sides, "hidden_at_loss", lambda m, r, packs: packed.append(packs) or read(m, r, packs)
+    )
+    module = make_module(teacher_cache=str(tmp_path / "cache"))
+    tiny.fit(tmp_path, module, [KD()], tiny.make_rows(8), max_steps=1)
+    assert packed == [True] * len(packed)
+    assert len(packed) > 1

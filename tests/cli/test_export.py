@@ -58,6 +58,14 @@ def test_the_card_says_where_it_comes_from(fit: Fit, okd: Fit, assets: Assets) -
     assert "val/reverse_kl" in card
 
 
+def test_the_card_shows_methods_among_the_callbacks(fit: Fit, okd: Fit) -> None:
+    fit("--trainer.callbacks+=KD", "--trainer.callbacks.temperature", "2.5")
+    okd("export", "--ckpt_path", LAST, "--out", "out")
+    card = Path("out/README.md").read_text().partition("## Method")[2].partition("```")[2]
+    assert "KD" in card
+    assert "temperature: 2.5" in card.partition("```")[0]
+
+
 def test_an_exported_student_learns_and_teaches_again(fit: Fit, okd: Fit, assets: Assets) -> None:
     fit("--method", "KD")
     okd("export", "--ckpt_path", LAST, "--out", "out")
