@@ -169,10 +169,9 @@ class DistillationCLI(LightningCLI):
                 RunCSVLogger(folder),
                 TensorBoardLogger(folder, name="tensorboard", version=""),
             ]
-        if config["max_epochs"] is None and config["max_steps"] == -1:
-            kwargs["max_epochs"] = 1
-        elif config["max_epochs"] is None:
-            kwargs["max_epochs"] = -1
+        if config["max_epochs"] is None:
+            is_open = config["max_steps"] == -1 and config["max_time"] is None
+            kwargs["max_epochs"] = 1 if is_open else -1
         if config["enable_checkpointing"] is False:
             kwargs["enable_checkpointing"] = False
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,17 @@ class _Watched(io.FileIO):
         return written
 
 
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems know no such thing
+        pass
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def replacing(path: Path, aside: Path | None = None) -> Iterator[io.FileIO]:
     """A file that takes the place of ``path`` when the block has ended without an error.
@@ -64,7 +76,7 @@ def replacing(path: Path, aside: Path | None = None) -> Iterator[io.FileIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException as error:
         aside.unlink(missing_ok=True)
         problem = error if isinstance(error, OSError) else file.problem if file else None
@@ -76,23 +88,28 @@ def replacing(path: Path, aside: Path | None = None) -> Iterator[io.FileIO]:
         ) from problem
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Put ``content`` in the place of ``path``.
+def own_aside(path: Path) -> Path:
+    """A place to write ``path`` aside that no other process takes."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{_ASIDE}")
+
+
+def write_whole(path: Path, content: str | bytes, aside: Path | None = None) -> None:
+    """Put ``content`` in the place of ``path``; see ``replacing``.
 
     Raises:
         OutputError: See ``replacing``.
     """
-    with replacing(path) as file:
+    with replacing(path, aside) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """A JSON file in the place of ``path``.
+def write_json(path: Path, content: Any, aside: Path | None = None) -> None:
+    """A JSON file in the place of ``path``; see ``replacing``.
 
     Raises:
         OutputError: See ``replacing``.
     """
-    write_whole(path, json.dumps(content, indent=1))
+    write_whole(path, json.dumps(content, indent=1), aside)
 
 
 def read_json(path: Path) -> Any:
@@ -111,13 +128,3 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes were writing aside in ``folder``."""
     for path in folder.glob(f".*{_ASIDE}"):
         path.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:  # some network file systems know no such thing
-        pass
-    finally:
-        os.close(descriptor)

@@ -11,7 +11,7 @@ from peft import PeftConfig
 from transformers import GenerationConfig, PreTrainedModel
 
 from okd_lightning import __version__
-from okd_lightning.errors import CheckpointError
+from okd_lightning.errors import CheckpointError, OutputError
 from okd_lightning.models import (
     OnlineModuleSettings,
     load_causal_lm,
@@ -23,6 +23,8 @@ from okd_lightning.run_folder import require_writable
 
 ExportPart: TypeAlias = Literal["student", "online_module"]
 AdapterForm: TypeAlias = Literal["merged", "apart"]
+
+_WEIGHTS = ("model*.safetensors*", "adapter_config.json", "adapter_model.*")
 
 
 def export_student(
@@ -41,9 +43,9 @@ def export_student(
 
     Raises:
         CheckpointError: The checkpoint is of another model.
-        OutputError: The folder cannot be written.
+        OutputError: The folder cannot be written, or is that of a model the run begins with.
     """
-    require_writable(out, "--out")
+    _check_out(out, module)
     module.configure_model()
     module.on_load_checkpoint(dict(checkpoint))
     module.load_state_dict(checkpoint["state_dict"], strict=False)
@@ -56,6 +58,7 @@ def export_student(
         eos_token_id=list(module.eos_ids),
         pad_token_id=_pad_id(module),
     )
+    _remove_older(out)
     student.save_pretrained(out)
     module.tokenizer.save_pretrained(out)
     (out / "README.md").write_text(model_card(checkpoint))
@@ -76,7 +79,7 @@ def export_online_module(
 
     Raises:
         CheckpointError: The checkpoint holds no online module, or is of another model.
-        OutputError: The folder cannot be written.
+        OutputError: The folder cannot be written, or is that of a model the run begins with.
     """
     config = checkpoint["okd_lightning"].get("online_module")
     if config is None:
@@ -84,7 +87,7 @@ def export_online_module(
             "this checkpoint holds no online module: only a run of OKD trains one; "
             "export the student with --what student"
         )
-    require_writable(out, "--out")
+    _check_out(out, module)
     module.add_online_module(OnlineModuleSettings(PeftConfig.from_peft_type(**config)))
     module.configure_model()
     module.on_load_checkpoint(dict(checkpoint))
@@ -92,6 +95,7 @@ def export_online_module(
     assert module.teacher is not None
     for own in module.teacher.peft_config.values():
         own.base_model_name_or_path = str(module.teacher_source)
+    _remove_older(out)
     module.teacher.save_pretrained(out)
     module.teacher.config.save_pretrained(out)
     module.tokenizer.save_pretrained(out)
@@ -102,7 +106,8 @@ def model_card(checkpoint: Mapping[str, Any]) -> str:
     own = checkpoint["okd_lightning"]
     config = yaml.safe_load(own["config"] or "{}")
     model, data = config.get("model", {}), config.get("data", {})
-    settings = yaml.safe_dump(config.get("method"), sort_keys=False).strip()
+    method = config.get("method") or (config.get("trainer") or {}).get("callbacks")
+    settings = yaml.safe_dump(method or list(own["methods"]), sort_keys=False).strip()
     rows = [f"| {name} | {value:.4f} |" for name, value in sorted(own["metrics"].items())]
     measured = ["| measure | value |", "|---|---|", *rows] if rows else ["None were taken."]
     return "\n".join(
@@ -137,6 +142,26 @@ def model_card(checkpoint: Mapping[str, Any]) -> str:
             "",
         ]
     )
+
+
+def _check_out(out: Path, module: DistillationModule) -> None:
+    """Refuse a folder that is needed again: older weights in the one to be written are removed."""
+    sources = {"student": module.student_source, "teacher": module.teacher_source}
+    for name, source in sources.items():
+        is_folder = isinstance(source, str) and Path(source).is_dir()
+        if is_folder and Path(str(source)).resolve() == out.resolve():
+            raise OutputError(
+                f"--out {str(out)!r} is the folder that --model.{name} is loaded from; choose "
+                "another one"
+            )
+    require_writable(out, "--out")
+
+
+def _remove_older(out: Path) -> None:
+    """What is left of an earlier export would be read in the place of the new one."""
+    for pattern in _WEIGHTS:
+        for path in out.glob(pattern):
+            path.unlink()
 
 
 def _merged(module: DistillationModule) -> PreTrainedModel:

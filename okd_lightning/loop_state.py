@@ -12,6 +12,8 @@ from typing import Any
 
 import lightning
 
+from okd_lightning.errors import ConfigError
+
 STOPPED = "okd_lightning_stopped"
 """Where a checkpoint says that its run was stopped, and whether a validation is still due."""
 
@@ -73,6 +75,27 @@ def close_epoch(checkpoint: dict[str, Any]) -> None:
 def count_steps(trainer: lightning.Trainer, num_done: int) -> None:
     """Tell Lightning's loggers how many optimizer steps were done; it counts resumed ones twice."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = num_done
+
+
+def begin_step(trainer: lightning.Trainer) -> None:
+    """Before an optimizer step: count those done; validation comes behind whole steps.
+
+    Its interval is rounded up to them. Lightning's own is in micro-batches: a checkpoint of a
+    validation within a step has lost the gradient of the step's first ones.
+
+    Raises:
+        ConfigError: An interval of time, which ends anywhere.
+    """
+    count_steps(trainer, trainer.global_step)
+    accumulate = trainer.accumulate_grad_batches
+    seconds = trainer._val_check_time_interval  # type: ignore[attr-defined]
+    if accumulate > 1 and seconds is not None:
+        raise ConfigError(
+            f"trainer.val_check_interval of {seconds:g} seconds would validate within an optimizer "
+            f"step of {accumulate} micro-batches; give a number of optimizer steps"
+        )
+    if isinstance(trainer.val_check_batch, int):
+        trainer.val_check_batch = -(-trainer.val_check_batch // accumulate) * accumulate
 
 
 def _before_validation(loop: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.checkpoints.contents import set_rng_state
 from okd_lightning.errors import ConfigError
-from okd_lightning.loop_state import count_steps
+from okd_lightning.loop_state import begin_step, count_steps
 from okd_lightning.losses import (
     DrawnLogProb,
     Measured,
@@ -43,6 +43,7 @@ from okd_lightning.models import (
     ModelArgument,
     SelfTeacher,
     check_self_teacher,
+    dtype_of,
     follow,
 )
 from okd_lightning.optimizers import RateSchedule, build_optimizer, with_schedule
@@ -80,9 +81,9 @@ class DistillationModule(PairModule):
         warmup_steps: Optimizer steps over which the learning rate rises.
         schedule: What the learning rate does after warm-up.
         optimizer: A full optimizer class path; overrides learning_rate and weight_decay.
-        dtype: Number format of the student's weights.
-        teacher_dtype: Number format of the teacher's weights; by default the student's.
-        attn_implementation: Attention of both models, such as sdpa or flash_attention_2.
+        dtype: Number format of the student's weights; a loaded model keeps its own.
+        teacher_dtype: Number format of the teacher's weights; by default ``dtype``.
+        attn_implementation: Attention of the models that are loaded, such as sdpa.
         gradient_checkpointing: Recompute activations in the backward pass: the student's, and the
             teacher's where an online module on it trains.
         student_adapter: A PEFT config (such as LoraConfig): the student's own weights stay
@@ -136,11 +137,8 @@ class DistillationModule(PairModule):
         teacher_server: str | TeacherServer | None = None,
         engine: EngineSource | None = None,
     ) -> None:
-        for name, value in (
-            ("learning_rate", learning_rate),
-            ("weight_decay", weight_decay),
-            ("warmup_steps", warmup_steps),
-        ):
+        rates = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+        for name, value in {**rates, "warmup_steps": warmup_steps}.items():
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"model.{name} must be a number from 0 on, got {value}")
         if tile_positions is not None and tile_positions < 1:
@@ -151,7 +149,7 @@ class DistillationModule(PairModule):
             ema_decay,
             has_teacher=teacher is not None,
             has_dtype=teacher_dtype is not None,
-            is_rounded=dtype != "float32" and student_adapter is None,
+            is_rounded=dtype_of(student, dtype) != "float32" and student_adapter is None,
         )
         super().__init__(
             student,
@@ -392,7 +390,7 @@ class DistillationModule(PairModule):
             self._rng_to_restore = None
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             forget_last_step(self.trainer)
-            count_steps(self.trainer, self.trainer.global_step)
+            begin_step(self.trainer)
 
     def on_validation_start(self) -> None:
         """A validation that a resumed run begins with is logged at the step that it belongs to."""

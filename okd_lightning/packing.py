@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heapreplace
 
 import torch
 from torch import Tensor
@@ -17,6 +18,10 @@ _WIDEST = 2
 
 _ATTENTION = 0.1
 """What attention within the longest row costs, in what all else on its tokens costs."""
+
+
+_PLANS = 16
+"""Numbers of packed rows that are tried, besides the largest."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,9 @@ def pack(lengths: Sequence[int]) -> Packing:
     """
     total, longest = sum(lengths), max(lengths)
     fewest = -(-total // (_WIDEST * longest))
-    plans = [_spread(lengths, num) for num in range(fewest, total // longest + 2)]
+    most = min(total // longest + 1, len(lengths))
+    step = -(-(most - fewest) // _PLANS) or 1
+    plans = [_spread(lengths, num) for num in (*range(fewest, most, step), most)]
 
     def cost(plan: list[list[int]]) -> float:
         width = _width(plan, lengths)
@@ -80,11 +87,11 @@ def pack(lengths: Sequence[int]) -> Packing:
 def _spread(lengths: Sequence[int], num: int) -> list[list[int]]:
     """Rows in ``num`` groups of like total length: the longest first, each to the least full."""
     groups: list[list[int]] = [[] for _ in range(num)]
-    totals = [0] * num
+    totals = [(0, group) for group in range(num)]
     for member in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        group = totals.index(min(totals))
+        total, group = totals[0]
         groups[group].append(member)
-        totals[group] += lengths[member]
+        heapreplace(totals, (total + lengths[member], group))
     return groups
 
 

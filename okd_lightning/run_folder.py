@@ -38,21 +38,22 @@ class PreparedRun:
     Attributes:
         folder: The run's folder.
         earlier: Where the files of an older run went.
+        kept: Entries of the folder that are not this run's own.
         contents: Files as they were before a resumed run cut them back.
     """
 
     folder: Path
     earlier: Path | None = None
+    kept: frozenset[str] = frozenset()
     contents: Mapping[str, bytes] = field(default_factory=dict)
 
     def withdraw(self) -> None:
         """Put the folder back: for a run that failed before its first step."""
+        for name in _RUN_ENTRIES:
+            if name not in self.kept:
+                _remove(self.folder / name)
         for name, content in self.contents.items():
             write_whole(self.folder / name, content)
-        if self.contents:
-            return
-        for name in _RUN_ENTRIES:
-            _remove(self.folder / name)
         if self.earlier is not None:
             for path in self.earlier.iterdir():
                 path.rename(self.folder / path.name)
@@ -72,7 +73,7 @@ def require_writable(folder: Path, option: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may have been here
     except OSError as error:
         raise OutputError(
             f"{option} {str(folder)!r} cannot be written ({error.strerror}); choose another folder"
@@ -125,7 +126,8 @@ def resume_run(folder: Path, step: int, row: Mapping[str, float] | None = None) 
     contents = {path.name: path.read_bytes() for path in files if path.is_file()}
     _cut_metrics(folder / METRICS_FILE, step, row)
     _cut_rollouts(folder / ROLLOUTS_FILE, step)
-    return PreparedRun(folder, contents=contents)
+    kept = frozenset(name for name in _RUN_ENTRIES if (folder / name).exists())
+    return PreparedRun(folder, kept=kept, contents=contents)
 
 
 def note_measures(

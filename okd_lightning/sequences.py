@@ -29,8 +29,9 @@ class LossPlaces:
 class Sequences:
     """What one model reads of a micro-batch: right-padded rows and where their loss lies.
 
-    What is derived of lengths and mask is worked out once, before the batch goes to its device,
-    so that a step need not wait for the device to learn how many positions there are.
+    What is derived of lengths and mask is worked out from what the host knows before the batch
+    goes to its device, so that a step need not wait for the device to learn how many positions
+    there are; the packing only where a model asks for it.
 
     Attributes:
         input_ids: [batch, seq] ids.
@@ -49,14 +50,20 @@ class Sequences:
         return LossPlaces(row, column + 1)
 
     @cached_property
-    def packing(self) -> Packing:
-        """How the rows are packed for a model that can read them so."""
-        return pack(self.lengths.tolist()).to(self.input_ids.device)
+    def row_lengths(self) -> list[int]:
+        """``lengths``, on the host."""
+        lengths: list[int] = self.lengths.tolist()
+        return lengths
 
     @cached_property
+    def packing(self) -> Packing:
+        """How the rows are packed for a model that can read them so."""
+        return pack(self.row_lengths).to(self.input_ids.device, non_blocking=True)
+
+    @property
     def num_tokens(self) -> int:
         """Real tokens of all rows."""
-        return int(self.lengths.sum())
+        return sum(self.row_lengths)
 
     def num_positions(self, is_packed: bool) -> int:
         """What a forward pass over all rows computes, with or without a token on it."""
@@ -81,6 +88,5 @@ class Sequences:
 
         read = Sequences(moved(self.input_ids), moved(self.lengths), moved(self.mask))
         vars(read)["places"] = LossPlaces(moved(self.places.row), moved(self.places.column))
-        vars(read)["packing"] = self.packing.to(device, non_blocking)
-        vars(read)["num_tokens"] = self.num_tokens
+        vars(read)["row_lengths"] = self.row_lengths
         return read

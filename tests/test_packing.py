@@ -18,6 +18,7 @@ import torch
 from architectures import ARCHITECTURES, build
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig
 
+from okd_lightning import packing
 from okd_lightning.callbacks import GKD, KD, OKD, OPDPlus, Throughput
 from okd_lightning.collation import collate
 from okd_lightning.models import (
@@ -30,6 +31,7 @@ from okd_lightning.models.reading import _packed_states
 from okd_lightning.packing import pack
 from okd_lightning.records import TrainingRow
 from okd_lightning.sequences import Sequences
+from okd_lightning.training import pair_sides
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT's use of transformers
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -82,6 +84,22 @@ def test_a_spread_of_lengths_costs_little():
         worst = max(worst, packing.row.shape[1] / max(lengths))
     assert sum(shares) / len(shares) < 0.07  # padding: 0.34
     assert worst < 2.5  # attention does not grow with the batch
+
+
+def test_a_large_micro_batch_is_planned_with_few_trials(monkeypatch):
+    """And a model that does not pack has nothing planned."""
+    trials = []
+    spread = packing._spread
+    monkeypatch.setattr(packing, "_spread", lambda *call: trials.append(call) or spread(*call))
+    generator = random.Random(0)
+    lengths = [generator.randint(20, 512) for _ in range(512)]
+    read = Sequences(torch.zeros(512, 512), torch.tensor(lengths), torch.ones(512, 512) > 0)
+    moved = read.to("cpu")
+    assert moved.num_tokens == sum(lengths)
+    assert moved.num_positions(False) == 512 * 512
+    assert not trials
+    assert moved.num_positions(True) == moved.packing.row.numel() < 1.05 * sum(lengths)
+    assert len(trials) < 20
 
 
 def check_architecture(model_type, attention):
@@ -275,3 +293,16 @@ def test_wasted_positions(packing, tmp_path, make_module):
     (logged,) = recorder.losses
     assert logged["train/wasted_positions"] == pytest.approx(1 - tokens / computed)
     assert computed < 114 if packing else computed == 114
+
+
+def test_a_cache_is_written_of_packed_rows(tmp_path, make_module, monkeypatch):
+    """What can be packed is known when the teacher has been loaded."""
+    packed = []
+    read = pair_sides.hidden_at_loss
+    monkeypatch.setattr(
+        pair_sides, "hidden_at_loss", lambda m, r, packs: packed.append(packs) or read(m, r, packs)
+    )
+    module = make_module(teacher_cache=str(tmp_path / "cache"))
+    tiny.fit(tmp_path, module, [KD()], tiny.make_rows(8), max_steps=1)
+    assert packed == [True] * len(packed)
+    assert len(packed) > 1

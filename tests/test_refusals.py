@@ -3,6 +3,7 @@
 * A resumed run whose prompts, seed or chunks differ is refused: its stored rollouts answer others.
 * A method that sums over fewer tokens than it is divided by is refused at the first batch.
 * An epoch that the Trainer would cut inside an optimizer step is refused.
+* A validation comes behind whole optimizer steps, and one that would not is refused.
 * The first batches of validation are a fair sample of lengths, not the longest rows.
 * What a chat template ends a turn with ends a response as well.
 * Settings that nothing acts on are refused.
@@ -11,6 +12,7 @@
 import pytest
 import tiny
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from tiny import RolloutDataModule
 
 from okd_lightning.callbacks import GKD, KD, DistillationCallback, LastCheckpoint
@@ -74,6 +76,8 @@ def test_a_term_is_divided_by_what_it_sums_over(tmp_path):
     "settings",
     [
         {"limit_train_batches": 3, "accumulate_grad_batches": 2},
+        {"limit_train_batches": 1, "accumulate_grad_batches": 2},
+        {"limit_train_batches": 3},
         {"limit_train_batches": 0.5},
         {"overfit_batches": 2},
     ],
@@ -87,6 +91,24 @@ def test_whole_multiples_of_the_accumulation_are_taken(tmp_path):
     trainer = tiny.make_trainer(tmp_path, [KD()], limit_train_batches=2, accumulate_grad_batches=2)
     trainer.fit(module(), data())
     assert trainer.global_step == 1
+
+
+@pytest.mark.parametrize("interval", [0.5, 3])
+def test_validation_comes_behind_whole_steps(interval, tmp_path):
+    at = []
+    spy = LambdaCallback(
+        on_validation_end=lambda trainer, _: at.append(trainer.fit_loop.batch_idx + 1)
+    )
+    settings = {"val_check_interval": interval, "num_sanity_val_steps": 0}
+    trainer = tiny.make_trainer(tmp_path, [KD(), spy], accumulate_grad_batches=2, **settings)
+    trainer.fit(module(), data(tiny.make_rows(24), val=tiny.make_rows(4)))
+    assert at == [4]
+
+
+def test_a_time_does_not_end_with_a_step(tmp_path):
+    settings = {"val_check_interval": "00:00:00:01", "accumulate_grad_batches": 2}
+    with pytest.raises(ConfigError, match="give a number of optimizer steps"):
+        tiny.make_trainer(tmp_path, [KD()], **settings).fit(module(), data(val=tiny.make_rows(4)))
 
 
 def test_the_first_batches_of_validation_are_of_all_lengths():

@@ -3,7 +3,8 @@
 Frozen here: rows behind the checkpoint go and earlier ones stay, also where the last line is half
 written; the row of the checkpoint's own step, which is logged behind it, is added once where a kill
 came between the two; a new column never leaves the file half written; what a killed process was
-writing aside is removed; a run that fails before its first step gives its files back.
+writing aside is removed; a run that fails before its first step gives its files back, and removes
+none that was there before it, also where it resumes from checkpoints alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import pytest
 
 from okd_lightning import durable_files
 from okd_lightning.errors import OutputError
-from okd_lightning.run_folder import RunCSVLogger, resume_run
+from okd_lightning.run_folder import RunCSVLogger, resume_run, start_run
 
 ROW = {"train/loss": 0.3, "epoch": 0, "step": 2}
 
@@ -83,3 +84,22 @@ def test_files_are_given_back(folder: Path) -> None:
     assert (folder / "metrics.csv").read_bytes() != before
     prepared.withdraw()
     assert (folder / "metrics.csv").read_bytes() == before
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("entries", [(), ("checkpoints/last.ckpt",), ("tensorboard/events",)])
+@pytest.mark.parametrize("begin", [lambda folder: resume_run(folder, 1, None), start_run])
+def test_only_what_the_run_has_made_is_removed(begin, entries, tmp_path: Path) -> None:
+    for name in entries:
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"kept")
+    before = contents(tmp_path)
+    prepared = begin(tmp_path)
+    for name in ("config.yaml", "metrics.csv"):
+        (tmp_path / name).write_text("new")
+    prepared.withdraw()
+    assert contents(tmp_path) == before if entries else not tmp_path.exists()

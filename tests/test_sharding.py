@@ -8,6 +8,8 @@ one readable line; rows of a weight are the file's.
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +25,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from okd_lightning.callbacks import KD, OKD
-from okd_lightning.checkpoints.files import read_checkpoint
-from okd_lightning.checkpoints.folders import REST, beside
+from okd_lightning.callbacks import KD, OKD, LastCheckpoint
+from okd_lightning.checkpoints.files import newest_checkpoint, read_checkpoint
+from okd_lightning.checkpoints.folders import REST, beside, make_room, put_in_place
+from okd_lightning.checkpoints.io import DurableCheckpointIO
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError, ModelError
 from okd_lightning.models import head_inputs, load_causal_lm, load_model_config
@@ -147,15 +150,103 @@ def test_a_wrapped_teachers_base_may_run_before_the_wrapper(mesh):
         pass
 
 
+def write_checkpoint(path, step, kind):
+    """Of either kind, as strategy and DurableCheckpointIO write them."""
+    content = {"okd_lightning": {}, "global_step": step}
+    if kind == "file":
+        DurableCheckpointIO().save_checkpoint(content, path)
+        return
+    new = make_room(path)
+    torch.save(content, new / REST)
+    put_in_place(new, path)
+
+
 @pytest.mark.parametrize("left", ["new", "old", "path"])
 def test_a_folder_is_found_where_a_process_ended_between_two_renames(left, tmp_path):
-    path = tmp_path / "last.ckpt"
+    path = tmp_path / "checkpoints" / "last.ckpt"
     there = path if left == "path" else beside(path, left)
-    there.mkdir()
+    there.mkdir(parents=True)
     torch.save({"okd_lightning": {}, "global_step": 3}, there / REST)
     if left != "new":
         beside(path, "new").mkdir()  # not whole
     assert read_checkpoint(str(path))["global_step"] == 3
+    assert newest_checkpoint(tmp_path) == str(path)
+
+
+def test_half_of_a_first_checkpoint_is_none(tmp_path):
+    beside(tmp_path / "checkpoints" / "last.ckpt", "new").mkdir(parents=True)
+    assert newest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("before", ["file", "folder"])
+@pytest.mark.parametrize("behind", ["file", "folder"])
+def test_one_kind_of_checkpoint_takes_the_place_of_another(before, behind, tmp_path, monkeypatch):
+    """Killed before or behind any rename or removal: one is found, and the next is saved."""
+
+    class Killed(BaseException):
+        pass
+
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    calls = []
+
+    def killed(function, at, is_behind):
+        def call(*args, **kwargs):
+            calls.append(function)
+            if len(calls) == at and not is_behind:
+                raise Killed
+            result = function(*args, **kwargs)
+            if len(calls) == at:
+                raise Killed
+            return result
+
+        return call
+
+    moments = ((at, is_behind) for at in range(1, 20) for is_behind in (False, True))
+    for moment in moments:
+        shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+        write_checkpoint(path, 1, before)
+        calls.clear()
+        with monkeypatch.context() as patched:
+            for owner, name in ((shutil, "rmtree"), (os, "replace"), (Path, "rename")):
+                patched.setattr(owner, name, killed(getattr(owner, name), *moment))
+            try:
+                write_checkpoint(path, 2, behind)
+                has_ended = True
+            except Killed:
+                has_ended = False
+        step = read_checkpoint(newest_checkpoint(tmp_path))["global_step"]
+        assert step in ((2,) if has_ended else (1, 2))
+        write_checkpoint(path, 3, before)
+        assert read_checkpoint(str(path))["global_step"] == 3
+        assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert has_ended
+
+
+def test_a_run_goes_on_in_its_folder_with_and_without_shards(
+    tmp_path, mesh, make_module, monkeypatch
+):
+    """And what is put in place has been flushed to the disk."""
+    flushed = set()
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        flushed.add(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    for steps, strategy in enumerate(("fsdp2", "auto", "fsdp2"), start=1):
+        tiny.fit(
+            *(tmp_path, make_module(), [KD()], tiny.make_rows(16)),
+            callbacks=[LastCheckpoint()],
+            ckpt_path=last if last.exists() else None,
+            strategy=strategy,
+            max_steps=steps,
+        )
+        assert last.is_dir() == (strategy == "fsdp2")
+        assert {"checkpoints", *({f".{REST}.new"} if last.is_dir() else ())} <= flushed
+        flushed.clear()
+        assert read_checkpoint(str(last))["global_step"] == steps
 
 
 def test_another_module_than_ours_is_refused(tmp_path, mesh):

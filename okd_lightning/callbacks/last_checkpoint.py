@@ -53,6 +53,7 @@ class LastCheckpoint(Checkpoint):
         """
         move_to_end(trainer, LastCheckpoint)
         self._folder = Path(trainer.default_root_dir).absolute() / "checkpoints"
+        self._saved_at = -1
 
     @property
     def path(self) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import lightning
 from lightning.pytorch.callbacks import Callback
 
@@ -16,6 +18,7 @@ class StepIntervals(Callback):
 
     def __init__(self) -> None:
         self._asked: int | None = None
+        self._trainer: weakref.ref[lightning.Trainer] | None = None
 
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
@@ -25,12 +28,14 @@ class StepIntervals(Callback):
         Raises:
             ConfigError: An interval below 1.
         """
-        interval = trainer.val_check_interval
+        interval = getattr(trainer, "val_check_interval", None)  # it may be one of time
         if isinstance(interval, int) and interval < 1:
             raise ConfigError(
                 f"trainer.val_check_interval must be at least 1 optimizer step, got {interval}"
             )
         if stage == "fit" and isinstance(interval, int) and not isinstance(interval, bool):
-            self._asked = self._asked or interval  # a second fit finds the converted one
+            if self._trainer is None or self._trainer() is not trainer:
+                self._asked, self._trainer = interval, weakref.ref(trainer)
+            assert self._asked is not None  # a second fit finds the converted one
             trainer.val_check_interval = self._asked * trainer.accumulate_grad_batches
             trainer.check_val_every_n_epoch = None

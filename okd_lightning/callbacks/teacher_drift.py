@@ -38,6 +38,13 @@ class TeacherDrift(Callback):
         self.is_frozen = False
         self.is_drifting = False
 
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """A new run's module is not frozen; a resumed one's state is loaded behind this."""
+        if stage == "fit" and trainer.global_step == 0:
+            self.is_frozen = False
+
     def state_dict(self) -> dict[str, Any]:
         """Whether the module was frozen, and whether a drift was reported."""
         return {"is_frozen": self.is_frozen, "is_drifting": self.is_drifting}

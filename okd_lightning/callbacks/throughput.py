@@ -32,6 +32,9 @@ class Throughput(Callback):
     """
 
     def __init__(self) -> None:
+        self._start_anew()
+
+    def _start_anew(self) -> None:
         self.tokens = 0
         self.generated_tokens = 0
         self.seconds = 0.0
@@ -49,7 +52,14 @@ class Throughput(Callback):
         """Continue the counters."""
         vars(self).update(state_dict)
 
-    def on_train_epoch_start(
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """Count anew in a new run; what a resumed one has counted is loaded behind this."""
+        if stage == "fit" and trainer.global_step == 0:
+            self._start_anew()
+
+    def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         """Start the clock."""
@@ -103,8 +113,8 @@ class Throughput(Callback):
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Start it again."""
-        if trainer.training:
+        """Start it again (``trainer.training`` is still False here)."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._mark = _now()
 
     @contextmanager

@@ -57,7 +57,9 @@ def newest_checkpoint(folder: Path) -> str | None:
     Raises:
         CheckpointError: There are some, and none can be read.
     """
-    found = sorted((folder / "checkpoints").glob("*.ckpt"), key=_age)
+    names = {path.name.partition(".ckpt")[0] for path in (folder / "checkpoints").glob("*.ckpt*")}
+    paths = [folder / "checkpoints" / f"{name}.ckpt" for name in names if name]
+    found = sorted((path for path in paths if settled(path).exists()), key=_age)
     problems = []
     for path in found:
         try:
@@ -79,7 +81,7 @@ def newest_checkpoint(folder: Path) -> str | None:
 
 def _age(path: Path) -> tuple[bool, float]:
     """``last.ckpt`` first, then from new to old."""
-    return path.name != "last.ckpt", -path.stat().st_mtime
+    return path.name != "last.ckpt", -settled(path).stat().st_mtime
 
 
 def _others(file: Path) -> str:

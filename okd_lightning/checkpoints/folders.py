@@ -8,6 +8,7 @@ others is an export.
 from __future__ import annotations
 
 import pickle
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from okd_lightning.durable_files import sync_folder
 from okd_lightning.errors import CheckpointError
 
 REST = "meta.pt"
@@ -49,13 +51,44 @@ def beside(path: Path, kind: Literal["new", "old"]) -> Path:
 
 
 def settled(path: Path) -> Path:
-    """The folder that stands for ``path``: another one where a process ended between two renames.
+    """What stands for ``path``: another one where a process ended between two renames.
 
-    What is whole has its ``REST``, which is written last.
+    What is whole has its ``REST``, which is written last; a file (of a run without shards) that
+    waits to be removed was whole.
     """
-    candidates = (path, beside(path, "new"), beside(path, "old"))
-    found = (folder for folder in candidates if is_checkpoint_folder(folder))
-    return path if path.exists() else next(found, path)
+    old = beside(path, "old")
+    found = [p for p in (path, beside(path, "new"), old) if is_checkpoint_folder(p)]
+    found += [old] if old.is_file() else []
+    return path if path.exists() or not found else found[0]
+
+
+def make_room(path: Path) -> Path:
+    """Prepare for a new folder ``path``: what stands for it gets its name, half of one goes.
+
+    Returns:
+        An empty folder to write in, which ``put_in_place`` takes.
+    """
+    found = settled(path)
+    if found != path:
+        found.rename(path)
+    new = beside(path, "new")
+    _remove(new)
+    new.mkdir(parents=True)
+    return new
+
+
+def put_in_place(new: Path, path: Path) -> None:
+    """Two renames, whether there is a file, a folder or nothing.
+
+    At every moment one whole checkpoint is there, which ``settled`` finds.
+    """
+    old = beside(path, "old")
+    _remove(old)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    sync_folder(path.parent)
+    _remove(old)
 
 
 def tensors_in(folder: Path) -> dict[str, Tensor]:
@@ -142,6 +175,13 @@ def _with_shared(folder: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """A tensor that several names share is written under one of them."""
     names = read_rest(folder).get(SHARED, {})
     return weights | {name: weights[first] for name, first in names.items()}
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _read(folder: Path, prefix: str) -> dict[str, Tensor]:

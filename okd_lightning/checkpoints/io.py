@@ -9,7 +9,12 @@ import lightning
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from okd_lightning.checkpoints.folders import FolderReadingIO
+from okd_lightning.checkpoints.folders import (
+    FolderReadingIO,
+    beside,
+    make_room,
+    put_in_place,
+)
 from okd_lightning.durable_files import replacing
 
 
@@ -23,7 +28,7 @@ class DurableCheckpointIO(FolderReadingIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Save.
+        """Save, also in the place of a folder of shards.
 
         Raises:
             OutputError: The disk is full, or the folder cannot be written; the checkpoint that was
@@ -34,8 +39,14 @@ class DurableCheckpointIO(FolderReadingIO):
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(target) as file:
+        has_folder = target.is_dir() or beside(target, "new").exists()
+        has_folder = has_folder or beside(target, "old").exists()
+        written = make_room(target) / target.name if has_folder else target
+        with replacing(written) as file:
             torch.save(checkpoint, file)
+        if has_folder:
+            put_in_place(written, target)
+            written.parent.rmdir()
 
 
 def make_durable(trainer: lightning.Trainer) -> None:

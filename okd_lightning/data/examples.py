@@ -57,7 +57,8 @@ class ExampleSet:
         specials = set(tokenizer.all_special_ids)
         specials |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         longest = max(len(example.response_ids) for example in self.examples)
-        whole = [e.response_ids[-1] for e in self.examples if 0 < len(e.response_ids) < longest]
+        limit = longest if self.num_cut else longest + 1  # what was cut is as long as can be
+        whole = [e.response_ids[-1] for e in self.examples if 0 < len(e.response_ids) < limit]
         return sorted(specials & set(whole))
 
 

@@ -30,7 +30,7 @@ from okd_lightning.data.sources import DataArgument, DataSource, describe_source
 from okd_lightning.data.teacher_prompts import teacher_prompts_from
 from okd_lightning.data.token_cache import AUTO, cached_examples
 from okd_lightning.data.tool_turns import checked_turns, equip
-from okd_lightning.data.whole_steps import accumulation_for, announce, check_whole_steps
+from okd_lightning.data.whole_steps import announce, check_limit, settle_steps
 from okd_lightning.errors import ConfigError, DataError
 from okd_lightning.records import Example
 from okd_lightning.rollouts import LoaderShape, RolloutLoader, Sampling, plan_for, writer_of
@@ -200,15 +200,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         """
         equip(self._module, self.toolbox, self.max_turns, self.columns.chat_template_kwargs)
         if stage == "fit":
-            check_whole_steps(self._trainer)
-        if stage == "fit" and self.global_batch_size is not None:
-            trainer = self._trainer
-            trainer.accumulate_grad_batches = accumulation_for(
-                self.global_batch_size,
-                self.batch_size,
-                trainer.world_size,
-                trainer.accumulate_grad_batches,
-            )
+            settle_steps(self._trainer, self.batch_size, self.global_batch_size)
 
     def train_dataloader(self) -> RolloutLoader:
         """The loader of the run's methods, stateful and regenerated every epoch."""
@@ -250,6 +242,7 @@ class RolloutDataModule(lightning.LightningDataModule):
             score=self._scorer(module),
             stop=self.stop,
         )
+        check_limit(trainer, len(self._train_loader))
         self._train_loader.start_at(self._first_epoch)
         return self._train_loader
 

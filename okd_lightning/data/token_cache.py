@@ -8,8 +8,6 @@ entry. Entries are never changed, so they can be deleted at any time.
 from __future__ import annotations
 
 import json
-import os
-import socket
 import tempfile
 from collections.abc import Sequence
 from datetime import date
@@ -27,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from okd_lightning.data.columns import RawRow
 from okd_lightning.data.examples import ExampleSet, build_examples
 from okd_lightning.data.stored_examples import pack_examples, unpack_examples
-from okd_lightning.durable_files import replacing
+from okd_lightning.durable_files import own_aside, replacing
 from okd_lightning.errors import CacheError
 
 AUTO = "auto"
@@ -86,11 +84,10 @@ def _read(path: Path) -> ExampleSet | None:
 
 def _write(path: Path, found: ExampleSet) -> None:
     """Put it in place; a folder that cannot be written costs a warning and no more."""
-    beside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         content = pack_examples(found)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, beside) as file:
+        with replacing(path, own_aside(path)) as file:
             file.write(content)
     except OSError as error:
         rank_zero_warn(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -56,6 +56,13 @@ def check_precision(precision: str) -> None:
             "--trainer.precision bf16-mixed (and --model.teacher_dtype bfloat16), or load the "
             "weights themselves in bfloat16 with --model.dtype bfloat16"
         )
+
+
+def dtype_of(source: ModelSource | None, asked: DTypeName) -> DTypeName:
+    """The number format of a model's weights: a loaded one keeps its own."""
+    if not isinstance(source, PreTrainedModel):
+        return asked
+    return cast(DTypeName, str(source.dtype).removeprefix("torch."))
 
 
 def load_model_config(source: ModelSource, option: str, vocab_size: int) -> PretrainedConfig:
@@ -115,7 +122,7 @@ def load_causal_lm(
     Raises:
         ModelError: Weights that are not safetensors, or that do not fit the architecture.
     """
-    if isinstance(source, PreTrainedModel):
+    if isinstance(source, PreTrainedModel):  # in the number format and with the kernel that it has
         return source
     number_format = getattr(torch, dtype)
     if isinstance(source, Mapping):
@@ -123,7 +130,7 @@ def load_causal_lm(
             config, dtype=number_format, attn_implementation=attn_implementation
         )
     if (Path(source) / "adapter_config.json").is_file():
-        return _load_adapted(source, option, number_format)
+        return _load_adapted(source, option, number_format, attn_implementation)
     if is_deferred():
         return causal_lm_without_weights(source, config, number_format, attn_implementation)
     try:
@@ -141,11 +148,18 @@ def load_causal_lm(
         ) from error
 
 
-def _load_adapted(folder: str, option: str, number_format: torch.dtype) -> PreTrainedModel:
+def _load_adapted(
+    folder: str, option: str, number_format: torch.dtype, attn_implementation: str | None
+) -> PreTrainedModel:
     """A PEFT folder's base with the adapter merged into its weights."""
     try:
-        adapted = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=number_format)
-    except (OSError, ValueError) as error:
+        adapted = AutoPeftModelForCausalLM.from_pretrained(
+            folder,
+            dtype=number_format,
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(f"{option} {folder!r}: {_first_line(error)}") from error
     if adapted.active_peft_config.is_prompt_learning:
         raise ModelError(

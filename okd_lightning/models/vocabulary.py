@@ -59,13 +59,18 @@ class Vocabulary:
             )
 
 
+def _probes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """A text of many kinds of characters, and one of the tokenizer's own tokens."""
+    ids = range(0, len(tokenizer), 1 + len(tokenizer) // 64)
+    return _PROBE, str(tokenizer.decode(list(ids)))
+
+
 def probe_texts(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[int]]]:
     """Texts in which tokenizers differ if they differ, with the ids that this one cuts them into.
 
     A text for which it has no tokens is left out.
     """
-    own_text = str(tokenizer.decode(list(range(0, len(tokenizer), 1 + len(tokenizer) // 64))))
-    found = [(text, _cut(tokenizer, text)) for text in (_PROBE, own_text)]
+    found = [(text, _cut(tokenizer, text)) for text in _probes(tokenizer)]
     return [(text, ids) for text, ids in found if ids is not None]
 
 
@@ -80,8 +85,7 @@ def check_vocabulary_agreement(
     student_ids, teacher_ids = student.get_vocab(), teacher.get_vocab()
     if student_ids != teacher_ids:
         raise VocabularyError(_difference(student_ids, teacher_ids))
-    own_text = str(student.decode(list(range(0, len(student), 1 + len(student) // 64))))
-    if any(_cut(student, text) != _cut(teacher, text) for text in (_PROBE, own_text)):
+    if any(_cut(student, text) != _cut(teacher, text) for text in _probes(student)):
         raise VocabularyError(
             "student and teacher tokenizers have the same tokens but cut text differently (merges "
             "or normalisation differ); use models that share one tokenizer"

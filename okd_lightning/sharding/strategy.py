@@ -6,7 +6,6 @@ application to both models, the gradient's way while accumulating, and what a ch
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -28,10 +27,13 @@ from okd_lightning.checkpoints.folders import (
     SHARED,
     beside,
     is_checkpoint_folder,
+    make_room,
+    put_in_place,
     read_rest,
     settled,
     weights_in,
 )
+from okd_lightning.durable_files import replacing
 from okd_lightning.errors import ConfigError
 from okd_lightning.models import DTypeName
 from okd_lightning.models.deferred import deferred_weights
@@ -207,16 +209,10 @@ class FSDP2Strategy(ModelParallelStrategy):
                 root.set_requires_gradient_sync(True)
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Free what is still gathered; an online module that nothing trained gets zeros.
-
-        Zeros, not nothing, as on one device: the optimizer's momentum goes on either way.
-        """
+        """Free what is still gathered."""
         super().post_backward(closure_loss)
         module = self._distilled
         module.placement.release(module.student, module.teacher)
-        for parameter in module.trained_parameters(module.teacher):
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
 
     def _roots(self) -> list[FSDPModule]:
         module = self._distilled
@@ -267,14 +263,11 @@ class FSDP2Strategy(ModelParallelStrategy):
             raise TypeError("fsdp2 takes no storage_options")
         path = Path(self.broadcast(filepath))
         if not self._save_distributed_checkpoint:
-            if self.is_global_zero:
-                _remove(path, only_folder=True)
             ParallelStrategy.save_checkpoint(self, checkpoint, path)
             return
-        new = beside(path, "new")
         if self.is_global_zero:
-            _remove(new)
-            new.mkdir(parents=True)
+            make_room(path)
+        new = beside(path, "new")
         self.barrier()
         parts = [state.optimizer_parts(own) for own in checkpoint.pop("optimizer_states", [])]
         kept = checkpoint.pop("state_dict")
@@ -286,8 +279,9 @@ class FSDP2Strategy(ModelParallelStrategy):
                 "optimizer_states": [group for group, _ in parts],
                 SHARED: {name: other for name, other in first.items() if name != other},
             }
-            torch.save({**checkpoint, **rest}, new / REST)
-            _put_in_place(new, path)
+            with replacing(new / REST) as file:
+                torch.save({**checkpoint, **rest}, file)
+            put_in_place(new, path)
         self.barrier()
 
     def load_checkpoint(
@@ -319,20 +313,3 @@ class FSDP2Strategy(ModelParallelStrategy):
                 state.load_whole_optimizer(optimizer, own)
         checkpoint["state_dict"] = kept
         return checkpoint
-
-
-def _remove(path: Path, only_folder: bool = False) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    elif not only_folder:
-        path.unlink(missing_ok=True)
-
-
-def _put_in_place(new: Path, path: Path) -> None:
-    """Two renames: at every moment one whole checkpoint is there, if under another name."""
-    old = beside(path, "old")
-    _remove(old)
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
-    _remove(old)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from okd_lightning.durable_files import read_json, replacing, write_json
+from okd_lightning.durable_files import own_aside, read_json, replacing, write_json
 from okd_lightning.errors import CacheError, OutputError
 from okd_lightning.losses import pack_outcomes
 from okd_lightning.shapes import LogProbs, PositionHidden
@@ -75,8 +75,9 @@ def make_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".write-test").touch()
-        (folder / ".write-test").unlink()
+        probe = folder / ".write-test"
+        probe.touch()
+        probe.unlink(missing_ok=True)  # another run on the same folder may have been here
     except OSError as error:
         raise OutputError(
             f"--model.teacher_cache: {str(folder)!r} cannot be written ({error.strerror}); choose "
@@ -139,7 +140,8 @@ class Entry:
             OutputError: It cannot be written, or the disk has no room for it.
         """
         make_folder(self.folder)
-        (self.folder / _INDEX).unlink(missing_ok=True)
+        if not self.state()[0]:  # else another run has just finished it
+            (self.folder / _INDEX).unlink(missing_ok=True)
         free = shutil.disk_usage(self.folder).free
         missing = [
             part.num_positions
@@ -155,15 +157,17 @@ class Entry:
             )
 
     def write_part(self, number: int, records: np.ndarray) -> None:
-        """Put one file in place."""
-        with replacing(self._path(number)) as file:
+        """Put one file in place; another run may write the same one at the same time."""
+        path = self._path(number)
+        with replacing(path, own_aside(path)) as file:
             np.save(file, records, allow_pickle=False)
 
     def finish(self) -> None:
         """Write the index: from now on the entry is whole."""
         parts = range(len(self.layout.parts))
         checksums = [_checksum(self._load(number)) for number in parts]
-        write_json(self.folder / _INDEX, {"key": self.key, "checksums": checksums})
+        index = self.folder / _INDEX
+        write_json(index, {"key": self.key, "checksums": checksums}, own_aside(index))
 
     def open(self) -> None:
         """Get ready to read.

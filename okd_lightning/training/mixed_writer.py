@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
-from typing import cast
-
-import torch
-from peft import PeftModel
-from transformers import PreTrainedModel
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.models import in_eval_mode
 from okd_lightning.records import PromptBatch, Rollout
 from okd_lightning.rollouts import Blend, NoiseStream, Sampling, TransformersEngine, Writer
 from okd_lightning.rollouts.engine import Author, Progress
@@ -72,31 +65,17 @@ class MixedWriter:
                 "responses from a mixture of teacher and student cannot call tools: leave "
                 "--data.tools out"
             )
-        student, as_student = module.sides.speaking("student")
-        teacher, as_teacher = module.sides.speaking("teacher")
-        trainer = module._trainer
-        precision = trainer.precision_plugin.forward_context() if trainer else nullcontext()
-        with (
-            torch.no_grad(),
-            precision,
-            module.placement.alone(student, teacher),
-            in_eval_mode(student),
-            in_eval_mode(teacher),
-            as_student,
-            as_teacher,
-        ):
-            engine = module.build_engine(_plain(student))
+        if module.engine is not None:
+            raise ConfigError(
+                f"{type(module.engine).__name__} writes with one model; responses from a mixture "
+                "of teacher and student need the built-in engine: leave --model.engine out"
+            )
+        with module.writing("student", "teacher") as (student, teacher):
+            engine = module.build_engine(student)
             if not isinstance(engine, TransformersEngine):
                 raise ConfigError(
                     f"{type(engine).__name__} writes with one model; responses from a mixture of "
                     "teacher and student need the built-in engine"
                 )
-            mixed = replace(engine, blend=Blend(_plain(teacher), self._share))
+            mixed = replace(engine, blend=Blend(teacher, self._share))
             return mixed.generate(*call)
-
-
-def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    """The model within a PEFT wrapper, its adapters included."""
-    if isinstance(model, PeftModel):
-        return cast(PreTrainedModel, model.get_base_model())
-    return model

@@ -38,4 +38,6 @@ def open_run(module: PairModule, terms: Sequence[Term], learning_rate: float) ->
     if module.served_teacher is not None:
         module.served_teacher.connect()
     elif module.cache_in_use is not None:
-        prepare_cache(module, module.trainer, terms, module.sides.side)
+        prepare_cache(  # what can be packed is known when the teacher has been loaded
+            module, module.trainer, terms, lambda model, read: module.sides.side(model, read)
+        )

@@ -14,9 +14,9 @@ from typing import Self, cast
 import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from okd_lightning.checkpoints.folders import read_folders
 from okd_lightning.errors import ConfigError
@@ -42,9 +42,9 @@ from okd_lightning.models import (
     check_pair,
     check_precision,
     compile_blocks,
+    dtype_of,
     eos_token_ids,
     find_tokenizer,
-    in_eval_mode,
     load_checked,
     load_model_config,
     packs_rows,
@@ -100,8 +100,8 @@ class PairModule(lightning.LightningModule):
                 "would not train; load it twice, or give self_teacher in place of the teacher"
             )
         self._sources = (student, teacher)  # a tuple: a loaded model is registered once, as student
-        self.dtype_name = dtype
-        self.teacher_dtype_name = teacher_dtype or dtype
+        self.dtype_name = dtype_of(student, dtype)
+        self.teacher_dtype_name = dtype_of(teacher, teacher_dtype or dtype)
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
         self.student_adapter = student_adapter
@@ -343,12 +343,7 @@ class PairModule(lightning.LightningModule):
 
         Where the data brings tools (``tool_rounds``), prompts that are chats may call them.
         """
-        model, as_author = self.sides.speaking(author)
-        phase = self.placement.alone(model)
-        if isinstance(model, PeftModel):
-            model = cast(PreTrainedModel, model.get_base_model())
-        precision = self._trainer.precision_plugin.forward_context if self._trainer else nullcontext
-        with torch.no_grad(), precision(), phase, in_eval_mode(model), as_author:
+        with self.writing(author) as (model,):
             if author == "student" and self.engine is not None:
                 engine = self.engine.engine(model, self.vocabulary, self.eos_ids)
             else:
@@ -356,6 +351,11 @@ class PairModule(lightning.LightningModule):
             if self.tool_rounds is not None:
                 engine = ToolEngine(engine, self.tool_rounds)
             return engine.generate(prompts, sampling, generator, max_new_tokens, progress)
+
+    def writing(self, *authors: Author) -> AbstractContextManager[list[PreTrainedModel]]:
+        """Within it the authors' models can write; see ``PairSides.writing``."""
+        precision = self._trainer.precision_plugin.forward_context if self._trainer else nullcontext
+        return self.sides.writing(authors, self.placement, precision())
 
     def build_engine(self, model: PreTrainedModel) -> RolloutEngine:
         """The built-in engine on ``model``; override it to bring another for both models."""
@@ -380,10 +380,10 @@ class PairModule(lightning.LightningModule):
             ConfigError: Naming the model and both lengths.
         """
         student = self.student.config if self.student is not None else None
-        teacher: PretrainedConfig | None = None
-        if self.self_teacher is not None:
-            teacher = student
-        elif self.teacher_source is not None:  # which may be in a cache alone
+        teacher = None if self.self_teacher is None else student
+        if (
+            self.self_teacher is None and self.teacher_source is not None
+        ):  # which may be in a cache alone
             size = self.vocabulary.size
             teacher = load_model_config(self.teacher_source, "--model.teacher", size)
         check_lengths(student, teacher, num_tokens, teacher_tokens or num_tokens)

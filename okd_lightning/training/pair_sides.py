@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from okd_lightning.losses import Quantity, Side
@@ -24,6 +25,7 @@ from okd_lightning.models import (
 from okd_lightning.records import DistillBatch
 from okd_lightning.rollouts.engine import Author
 from okd_lightning.sequences import Sequences
+from okd_lightning.sharding import Placement
 
 
 class AbsentTeacher(Protocol):
@@ -89,6 +91,30 @@ class PairSides:
         if self.teacher is not None:
             return self.teacher, self.as_base_teacher()
         return self.student, self._student_as_teacher()
+
+    @contextmanager
+    def writing(
+        self,
+        authors: Sequence[Author],
+        placement: Placement,
+        precision: AbstractContextManager[None],
+    ) -> Iterator[list[PreTrainedModel]]:
+        """Within it models can write: in one piece, in eval mode and without gradient.
+
+        Args:
+            authors: Whose models.
+            placement: Where they are.
+            precision: The number formats that the run computes in.
+
+        Yields:
+            Each author's model within its PEFT wrapper, adapters included.
+        """
+        models, contexts = zip(*map(self.speaking, authors), strict=True)
+        plain = [m.get_base_model() if isinstance(m, PeftModel) else m for m in models]
+        with torch.no_grad(), precision, placement.alone(*models), ExitStack() as stack:
+            for context in (*map(in_eval_mode, plain), *contexts):
+                stack.enter_context(context)
+            yield cast(list[PreTrainedModel], plain)
 
     def as_base_teacher(self) -> AbstractContextManager[None]:
         """Within it the teacher is the base one, without its online module."""

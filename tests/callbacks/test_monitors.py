@@ -2,18 +2,21 @@
 
 Frozen here: the finite guard stops before the step, also where only the loss is infinite; exact
 match counts greedy answers; what is written is on disk, in a folder that may be new; tokens are
-counted once.
+counted once, and the time of every step, whatever is validated; a callback that has watched one run
+watches the next anew.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import dataclass
 
 import pytest
 import tiny
 import torch
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
@@ -25,9 +28,12 @@ from okd_lightning.callbacks import (
     DivergenceCallback,
     ExactMatch,
     FiniteGuard,
+    LastCheckpoint,
     RolloutLog,
+    TeacherDrift,
     Throughput,
 )
+from okd_lightning.callbacks.step_intervals import StepIntervals
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import Divergence
 from okd_lightning.errors import ConfigError, NonFiniteError
@@ -194,3 +200,53 @@ def test_throughput_counts_every_token_once(tmp_path, make_module):
     assert throughput.generated_tokens == sum(sum(m) for _, m, source in rows if source == 1)
     assert 0 < throughput.rollout_seconds < throughput.seconds
     assert recorder.losses[-1]["train/tokens"] == throughput.tokens
+
+
+class Slow(Callback):
+    def on_train_batch_start(self, *args):
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+def test_throughput_counts_the_time_of_steps_behind_a_validation(interval, tmp_path, make_module):
+    """Also of a resumed run's first."""
+    throughput = Throughput()
+    last = LastCheckpoint()
+    for max_steps in (2, 4):
+        tiny.fit(
+            *(tmp_path, make_module(), [KD()], tiny.make_rows(24)),
+            val=tiny.make_rows(4),
+            callbacks=[Slow(), throughput, StepIntervals(), last],
+            ckpt_path=last.path if max_steps == 4 else None,
+            val_check_interval=interval,
+            max_steps=max_steps,
+        )
+        assert throughput.seconds >= 0.1 * max_steps
+
+
+def test_monitors_begin_anew_with_a_run(tmp_path, make_module):
+    throughput, last, intervals, drift = (
+        *(Throughput(), LastCheckpoint(), StepIntervals()),
+        TeacherDrift(action="freeze"),
+    )
+    drift.is_frozen = True
+    steps = []
+    for number, accumulate in enumerate((1, 2)):
+        validated = []
+        spy = LambdaCallback(on_validation_end=lambda t, m, v=validated: v.append(t.global_step))
+        steps.append(validated)
+        recorder = tiny.fit(
+            *(tmp_path / str(number), make_module(), [KD()], tiny.make_rows(16 * accumulate)),
+            val=tiny.make_rows(4),
+            callbacks=[throughput, last, intervals, drift, spy],
+            accumulate_grad_batches=accumulate,
+            val_check_interval=number + 1,
+            num_sanity_val_steps=0,
+        )
+        assert throughput.tokens == recorder.losses[-1]["train/tokens"]
+        assert last.path == tmp_path / str(number) / "checkpoints" / "last.ckpt"
+        assert last.path.is_file()
+    counted = sum(sum(m[1:]) for i in range(4) for _, m, _ in recorder.rows(i))
+    assert throughput.tokens == counted
+    assert steps == [[1, 2, 3, 4], [2, 4]]
+    assert not drift.is_frozen

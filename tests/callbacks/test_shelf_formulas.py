@@ -21,6 +21,7 @@ from torch import Tensor
 from okd_lightning.callbacks import Stage
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Measured, Tile
+from okd_lightning.rollouts import EngineSource, TransformersEngine
 
 DATASET, STUDENT, TEACHER = 0, 1, 2
 
@@ -232,6 +233,11 @@ def test_minillm(tmp_path, make_module):
             )
 
 
+class BuiltIn(EngineSource):
+    def engine(self, model, vocabulary, eos_ids):
+        return TransformersEngine(model, vocabulary, eos_ids)
+
+
 @pytest.mark.parametrize(
     ("model", "data", "message"),
     [
@@ -241,6 +247,7 @@ def test_minillm(tmp_path, make_module):
             {},
             "need a teacher in memory",
         ),
+        ({"engine": BuiltIn()}, {}, "BuiltIn writes with one model"),
     ],
 )
 def test_where_teacher_and_student_cannot_draw_together(

@@ -58,6 +58,14 @@ def test_the_card_says_where_it_comes_from(fit: Fit, okd: Fit, assets: Assets) -
     assert "val/reverse_kl" in card
 
 
+def test_the_card_shows_methods_among_the_callbacks(fit: Fit, okd: Fit) -> None:
+    fit("--trainer.callbacks+=KD", "--trainer.callbacks.temperature", "2.5")
+    okd("export", "--ckpt_path", LAST, "--out", "out")
+    card = Path("out/README.md").read_text().partition("## Method")[2].partition("```")[2]
+    assert "KD" in card
+    assert "temperature: 2.5" in card.partition("```")[0]
+
+
 def test_an_exported_student_learns_and_teaches_again(fit: Fit, okd: Fit, assets: Assets) -> None:
     fit("--method", "KD")
     okd("export", "--ckpt_path", LAST, "--out", "out")
@@ -96,10 +104,30 @@ def test_a_student_from_random_weights(fit: Fit, okd: Fit, assets: Assets) -> No
     assert torch.equal(exported["lm_head.weight"], weights["student.lm_head.weight"])
 
 
-def test_exporting_twice_replaces_the_model(fit: Fit, okd: Fit) -> None:
-    fit("--method", "KD")
+def test_exporting_into_a_used_folder_replaces_the_model(fit: Fit, okd: Fit) -> None:
+    """In whatever form: nothing of an earlier one is read in its place."""
+    fit("--method", "KD", *LORA, *FAST)
+    assert okd("export", "--ckpt_path", LAST, "--out", "merged").status == 0
     for _ in range(2):
-        assert okd("export", "--ckpt_path", LAST, "--out", "out").status == 0
+        for form in ("apart", "merged"):
+            result = okd("export", "--ckpt_path", LAST, "--out", "out", "--adapter", form)
+            assert result.status == 0, result.err
+            names = {path.name for path in Path("out").iterdir()}
+            assert ("adapter_config.json" in names) == (form == "apart")
+            assert ("model.safetensors" in names) == (form == "merged")
+    found = [AutoModelForCausalLM.from_pretrained(name) for name in ("out", "merged")]
+    assert torch.equal(*map(logits, found))
+
+
+def test_an_export_does_not_replace_a_model_that_the_run_needs(
+    fit: Fit, okd: Fit, assets: Assets
+) -> None:
+    fit("--method", "KD")
+    before = {path: path.read_bytes() for path in Path(assets.student).iterdir()}
+    result = okd("export", "--ckpt_path", LAST, "--out", assets.student)
+    assert result.status == 1
+    assert "is the folder that --model.student is loaded from; choose another one" in result.err
+    assert {path: path.read_bytes() for path in Path(assets.student).iterdir()} == before
 
 
 OKD = ["--method", "OKD", "--method.online_module", "LoraConfig", "--method.online_module.r", "4"]

@@ -280,3 +280,8 @@ def test_the_same_seed_gives_the_same_numbers(fit: Fit) -> None:
         runs.append(read_metrics(RUN / "metrics.csv"))
     assert runs[0] == runs[1]
     assert runs[0] != runs[2]
+
+
+def test_a_run_that_is_given_a_time_alone_goes_on_for_it(fit: Fit) -> None:
+    fit("--method", "KD", "--trainer.max_time", "00:00:00:03", "--trainer.limit_val_batches", "0")
+    assert int(read_metrics(RUN / "metrics.csv")[-1]["epoch"]) > 1

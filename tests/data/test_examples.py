@@ -13,7 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from okd_lightning.data import Columns, load_rows
+from okd_lightning.data.examples import ExampleSet
 from okd_lightning.errors import ConfigError, DataError
+from okd_lightning.records import Example
 
 EOS = 1  # "</s>" of the byte tokenizer
 GSM8K = Columns(prompt="question", response="answer")
@@ -197,3 +199,10 @@ def test_real_gsm8k_round_trips(folder, shared_data, real_tokenizer, build):
         assert tokenizer.decode(example.prompt_ids) == source["question"]
         assert tokenizer.decode(example.response_ids[:-1]) == source["answer"]
         assert example.response_ids[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(("num_cut", "ends"), [(0, [EOS]), (1, [])])
+def test_responses_of_one_length_end_their_turns_unless_they_are_cut(num_cut, ends, byte_tokenizer):
+    """The last token of a response that was cut is any."""
+    examples = tuple(Example(i, (5,), (False,), (5 + i, EOS), "", "") for i in range(2))
+    assert ExampleSet(examples, {}, num_cut).ends_of_turn(byte_tokenizer) == ends

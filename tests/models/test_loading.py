@@ -12,7 +12,8 @@ import json
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, PromptTuningConfig
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from okd_lightning.errors import (
     ConfigError,
@@ -70,6 +71,35 @@ def test_weights_that_are_not_safetensors_are_refused(tmp_path, tiny_tokenizer):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"--model.student.*safetensors"):
         load(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_the_base_of_a_peft_folder_is_loaded_as_any_model(kernel, tmp_path, student_folder):
+    """With the attention that was asked for, and from safetensors alone."""
+    base = AutoModelForCausalLM.from_pretrained(student_folder)
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    adapted = get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path / "adapted")
+    base.config.save_pretrained(tmp_path / "adapted")
+    loaded = load(tmp_path / "adapted", attn_implementation=kernel, dtype="bfloat16")
+    assert loaded.config._attn_implementation == kernel
+    assert loaded.dtype == torch.bfloat16
+    (tmp_path / "base" / "model.safetensors").unlink()
+    weights = AutoModelForCausalLM.from_pretrained(student_folder).state_dict()
+    torch.save(weights, tmp_path / "base" / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"--model.student.*safetensors"):
+        load(tmp_path / "adapted")
+
+
+def test_a_model_in_memory_keeps_its_number_format(student_folder):
+    student, teacher = (tiny.make_llama(i).to(torch.bfloat16) for i in (1, 2))
+    tokenizer = tiny.make_tokenizer()
+    module = DistillationModule(student, teacher, tokenizer=tokenizer)
+    assert (module.dtype_name, module.teacher_dtype_name) == ("bfloat16", "bfloat16")
+    module = DistillationModule(student, str(student_folder), tokenizer=tokenizer)
+    assert (module.dtype_name, module.teacher_dtype_name) == ("bfloat16", "float32")
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "other shapes"])

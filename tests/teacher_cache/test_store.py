@@ -3,21 +3,25 @@
 Frozen here: at most 300 bytes a token at the default k; the ids are chosen, and the rest summed,
 before rounding, so that ties cost nothing and the rest is never negative; what is read back sums
 to one; an entry without its index is not whole; files that are cut, missing, of another type or
-not what was written are noticed; a full disk is refused before anything is written.
+not what was written are noticed; a full disk is refused before anything is written; two runs may
+write one entry at the same time.
 """
 
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
 
+from okd_lightning import durable_files
 from okd_lightning.errors import CacheError, OutputError
 from okd_lightning.losses.outcomes import unpack_outcomes
 from okd_lightning.records import Example
+from okd_lightning.run_folder import require_writable
 from okd_lightning.teacher_cache.layout import layout_of, reading_key
 from okd_lightning.teacher_cache.settings import TeacherCache
 from okd_lightning.teacher_cache.store import Entry, from_records, record_type, to_records
@@ -181,3 +185,33 @@ def test_a_folder_that_cannot_be_made(tmp_path, entry):
     inside = Entry(tmp_path / "file" / "x", entry.key, entry.layout, entry.record)
     with pytest.raises(OutputError, match="cannot be written"):
         inside.prepare()
+
+
+def test_two_runs_write_one_entry(entry, monkeypatch):
+    """One of them within whatever the other does; neither takes what is finished back."""
+    part, index = (entry.folder / name for name in ("part-00001.npy", "index.json"))
+    before = part.read_bytes()
+    records = np.load(part)
+    hosts = iter(("here", "there"))
+    monkeypatch.setattr(durable_files.socket, "gethostname", lambda: next(hosts))
+    save, touch = np.save, Path.touch
+
+    def while_another_saves(*args, **kwargs):
+        monkeypatch.setattr(np, "save", save)
+        again(entry).write_part(1, records)
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(np, "save", while_another_saves)
+    part.unlink()
+    entry.write_part(1, records)
+    assert part.read_bytes() == before
+
+    def while_another_looks(path):
+        touch(path)
+        path.unlink()
+
+    monkeypatch.setattr(Path, "touch", while_another_looks)
+    again(entry).prepare()
+    require_writable(entry.folder, "--out")
+    assert index.is_file()
+    assert again(entry).state() == (True, "")
