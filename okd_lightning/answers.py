@@ -39,8 +39,8 @@ def final_answer(text: str, pattern: re.Pattern[str] | None) -> str | None:
     """
     if pattern is None:
         return text.strip()
-    found = list(pattern.finditer(text))
-    return found[-1].group(1).strip() if found else None
+    found = [match.group(1) for match in pattern.finditer(text) if match.group(1) is not None]
+    return found[-1].strip() if found else None
 
 
 def checked_comparison(compare: str) -> Comparison:

@@ -24,6 +24,10 @@ _DECODER = json.JSONDecoder()
 _ARGUMENTS = ("arguments", "parameters", "Action_Input")
 
 
+_NOT_JSON = (ValueError, RecursionError)
+"""What reading JSON that a model has written can raise: brackets without end, endless numbers."""
+
+
 @dataclass(frozen=True)
 class ToolCall:
     """One call.
@@ -50,7 +54,7 @@ def parse_tool_calls(text: str) -> tuple[ToolCall, ...]:
         return tuple(ToolCall(name, _object(body)) for name, body in steps)
     try:
         return _from_values(json.loads(text))
-    except json.JSONDecodeError:
+    except _NOT_JSON:
         return tuple(call for value in _json_lines(text) for call in _from_values(value))
 
 
@@ -95,7 +99,7 @@ def _json_lines(text: str) -> Iterator[Any]:
             continue
         try:
             value, done = _DECODER.raw_decode(text, start.end() - 1)
-        except json.JSONDecodeError:
+        except _NOT_JSON:
             continue
         rest = text[done:].partition("\n")[0].strip(" \t;")
         values = value if isinstance(value, list) else [value]
@@ -106,7 +110,7 @@ def _json_lines(text: str) -> Iterator[Any]:
 def _from_json(body: str) -> ToolCall | None:
     try:
         return _from_value(json.loads(body))
-    except json.JSONDecodeError:
+    except _NOT_JSON:
         return None
 
 
@@ -131,6 +135,6 @@ def _object(value: Any) -> Mapping[str, Any] | None:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError:
+        except _NOT_JSON:
             return None
     return value if isinstance(value, Mapping) else None

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from okd_lightning import math_answers
+from okd_lightning.advantages import AnswerMatch
 from okd_lightning.answers import answer_pattern, matches
 from okd_lightning.errors import ConfigError, OKDLightningError
 from okd_lightning.math_answers import is_same_answer
@@ -69,6 +71,16 @@ def test_a_pattern_says_where_the_answer_stands():
     assert matches(right, "<answer>1000.0</answer>", pattern, "math")
     assert not matches(right, "<answer>1000.0</answer>", pattern)
     assert not matches("1000", "<answer>1000</answer>", pattern, "math")
+
+
+def test_a_reference_without_an_answer_scores_nothing():
+    marked = AnswerMatch("#### (.+)")
+    found = marked(["", ""], ["#### 3", "3"], ["#### 3", "3"])
+    assert found[0] == 1.0
+    assert math.isnan(found[1])
+    optional = answer_pattern(r"(?:answer: (\d+)|none)")
+    assert matches("answer: 3, none", "answer: 3", optional)
+    assert not matches("none", "answer: 3", optional)
 
 
 def test_gsm8k(shared_data):

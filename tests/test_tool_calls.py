@@ -32,9 +32,14 @@ TEXTS = {
     "{\n{": [],
     "": [],
     "3": [],
+    "[" * 100_000: [],
+    f"<tool_call>{'[' * 100_000}</tool_call>": [ToolCall("", None)],
+    f"well\n{'[' * 100_000}": [],
+    f"Action: a\nAction Input: {{{'[' * 100_000}": [ToolCall("a", None)],
+    "7" * 5000: [],
 }
 
 
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text[:20])
 def test_calls_are_found(text):
     assert list(parse_tool_calls(text)) == TEXTS[text]

@@ -11,7 +11,13 @@ from typing import Literal, TypeAlias
 
 from torchmetrics.functional.text import rouge_score
 
-from okd_lightning.answers import Comparison, answer_pattern, checked_comparison, matches
+from okd_lightning.answers import (
+    Comparison,
+    answer_pattern,
+    checked_comparison,
+    final_answer,
+    matches,
+)
 from okd_lightning.errors import ConfigError, RewardError
 from okd_lightning.tool_calls import match_tool_calls
 
@@ -99,10 +105,14 @@ class AnswerMatch(RewardFunction):
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]
     ) -> Sequence[float]:
-        """0 or 1."""
+        """0 or 1; NaN where the reference gives no answer."""
         del prompts
-        pairs = zip(responses, references, strict=True)
-        return [float(matches(*pair, self.pattern, self.compare)) for pair in pairs]
+        return [
+            math.nan
+            if final_answer(wanted, self.pattern) is None
+            else float(matches(response, wanted, self.pattern, self.compare))
+            for response, wanted in zip(responses, references, strict=True)
+        ]
 
 
 class ToolCallMatch(RewardFunction):
