@@ -125,6 +125,8 @@ class RunProgressBar(RichProgressBar):
 
     def _get_train_description(self, current_epoch: int) -> str:
         last = self.trainer.max_epochs
+        if last == 1:
+            return "run"
         return f"epoch {current_epoch}" + ("" if last in (None, -1) else f"/{last - 1}")
 
     def on_train_start(

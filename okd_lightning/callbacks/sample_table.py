@@ -45,12 +45,12 @@ class SampleTable(Callback):
 
     Args:
         every_n_steps: Optimizer steps between two tables.
-        num_prompts: Prompts a table.
+        num_prompts: Prompts a table; 0 for no tables.
         max_tokens: Of an answer; never more than ``data.max_response_length``.
         terminal: Whether to print it; by default where output is a terminal.
 
     Raises:
-        ConfigError: A number below 1.
+        ConfigError: A number below its least.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class SampleTable(Callback):
         max_tokens: int = 64,
         terminal: bool | None = None,
     ) -> None:
-        for name, value in (
-            ("every_n_steps", every_n_steps),
-            ("num_prompts", num_prompts),
-            ("max_tokens", max_tokens),
+        for name, value, least in (
+            ("every_n_steps", every_n_steps, 1),
+            ("num_prompts", num_prompts, 0),
+            ("max_tokens", max_tokens, 1),
         ):
-            if value < 1:
-                raise ConfigError(f"SampleTable: {name} must be at least 1, got {value}")
+            if value < least:
+                raise ConfigError(f"SampleTable: {name} must be at least {least}, got {value}")
         self.every_n_steps = every_n_steps
         self.num_prompts = num_prompts
         self.max_tokens = max_tokens
@@ -104,6 +104,9 @@ class SampleTable(Callback):
                 "SampleTable shows the prompts of a RolloutDataModule with the answers of a "
                 "DistillationModule; this Trainer has other ones: leave it out"
             )
+        self._examples = []
+        if not self.num_prompts:
+            return
         self._last_step = trainer.estimated_stepping_batches
         self._part, examples = _prompts_of(trainer, data)
         keys = hashed_uniform(_CHOICE, data.seed, np.arange(len(examples)))
@@ -131,7 +134,7 @@ class SampleTable(Callback):
         batch_idx: int,
     ) -> None:
         """Show them when the interval is full, and behind the last step."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or not self._examples:
             return
         step = trainer.global_step
         if step % self.every_n_steps == 0 or step >= self._last_step:

@@ -268,6 +268,11 @@ def test_its_time_is_not_the_trainings(tmp_path, make_module, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["every_n_steps", "num_prompts", "max_tokens"])
-def test_numbers_below_one(name):
+def test_numbers_below_their_least(name):
     with pytest.raises(ConfigError, match=name):
-        SampleTable(**{name: 0})
+        SampleTable(**{name: -1})
+
+
+def test_no_prompts_are_no_tables(tmp_path, make_module):
+    fit(tmp_path, make_module(), callbacks=[SampleTable(1, num_prompts=0)])
+    assert not (tmp_path / "rollouts.jsonl").exists()

@@ -29,6 +29,7 @@ from okd_lightning.tools import Calculator
 
 Fit = Callable[..., Result]
 LAST = Path("run/checkpoints/last.ckpt")
+NO_TABLES = ("--trainer.callbacks+=SampleTable", "--trainer.callbacks.num_prompts", "0")
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def fake(assets: Assets):
 @pytest.fixture
 def flags(fake: FakeVLLM) -> list[str]:
     engine = ["--model.engine", "VLLMServer", "--model.engine.url", fake.url]
-    return [*engine, "--model.engine.sync_folder", "weights"]
+    return [*engine, "--model.engine.sync_folder", "weights", *NO_TABLES]
 
 
 @pytest.fixture
