@@ -36,8 +36,8 @@ class Answers:
 
     Attributes:
         examples: The prompts with their references.
-        turns: [examples][samples] what it wrote itself: the texts of its turns, of which there are
-            several where it called tools.
+        turns: What it wrote itself, by example and by sample: the texts of its turns, of which
+            there are several where it called tools.
     """
 
     examples: Sequence[Example]
