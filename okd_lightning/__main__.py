@@ -80,8 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from okd_lightning.cli import run  # noqa: PLC0415
     from okd_lightning.compare.command import compare_command  # noqa: PLC0415
     from okd_lightning.diagnose.command import diagnose_command  # noqa: PLC0415
+    from okd_lightning.export_command import export_command  # noqa: PLC0415
 
-    return run(arguments, debug, {"compare": compare_command, "diagnose": diagnose_command})
+    own = {"compare": compare_command, "diagnose": diagnose_command, "export": export_command}
+    return run(arguments, debug, own)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import jsonargparse
 import lightning
 import torch
 import transformers
@@ -43,7 +42,6 @@ from okd_lightning.errors import (
     RolloutTimeoutError,
     UsageError,
 )
-from okd_lightning.export import AdapterForm, ExportPart, export_online_module, export_student
 from okd_lightning.module import DistillationModule
 from okd_lightning.quickstart.command import (
     quickstart_command,
@@ -345,48 +343,12 @@ def _stopped_together(error: Exception) -> int:
 
 def _run(arguments: list[str]) -> int:
     command, *rest = arguments
-    if command == "export":
-        return _export(rest)
     if command == "quickstart":
         parser = quickstart_parser()
         options = parse(parser, with_default_method(rest), list(parser._option_string_actions))
         quickstart_command(options, instantiate(parser, options).method)
         return 0
     DistillationCLI(args=prepare(arguments))
-    return 0
-
-
-def export_parser() -> jsonargparse.ArgumentParser:
-    """The options of ``okd-lightning export``."""
-    parser = jsonargparse.ArgumentParser(
-        prog="okd-lightning export",
-        exit_on_error=False,
-        allow_abbrev=False,
-        description="Write a checkpoint's student (or online module) as a Hugging Face folder.",
-    )
-    parser.add_argument("--ckpt_path", type=str, required=True, help="a checkpoint of fit")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument(
-        "--adapter", type=AdapterForm, default="merged", help="a LoRA student: merged, or apart"
-    )
-    parser.add_argument(
-        "--what", type=ExportPart, default="student", help="the student, or OKD's online module"
-    )
-    return parser
-
-
-def _export(arguments: list[str]) -> int:
-    parser = export_parser()
-    options = parse(parser, arguments, list(parser._option_string_actions))
-    checkpoint = read_checkpoint(options.ckpt_path, with_weights=True)
-    _, _, text = prepare(["fit", "--ckpt_path", options.ckpt_path])[:3]
-    model_only = yaml.safe_dump({"model": yaml.safe_load(text)["model"]})
-    cli = DistillationCLI(args=["--config", model_only], run=False)
-    if options.what == "online_module":
-        export_online_module(cli.model, checkpoint, options.out)
-    else:
-        export_student(cli.model, checkpoint, options.out, options.adapter)
-    print(f"{options.what} written to {options.out}")
     return 0
 
 

@@ -103,7 +103,7 @@ def test_listed_names_exist():
     listed = README.split("Divergences (`--method.divergence NAME`)")[1].split("`TopK`")[0]
     for name in re.findall(r"`([A-Z]\w+)`", listed):
         assert issubclass(getattr(divergences, name), divergences.Divergence)
-    for name in re.findall(r"--config (\w+)", README):
+    for name in re.findall(r"--config ([\w/]+)", README):
         assert name in packaged_configs()
     for name in re.findall(r"^okd-lightning (\w+)", README, re.MULTILINE):
         assert name in COMMANDS

@@ -36,8 +36,8 @@ class Answers:
 
     Attributes:
         examples: The prompts with their references.
-        turns: [examples][samples] what it wrote itself: the texts of its turns, of which there are
-            several where it called tools.
+        turns: What it wrote itself, by example and by sample: the texts of its turns, of which
+            there are several where it called tools.
     """
 
     examples: Sequence[Example]
@@ -72,19 +72,28 @@ class AnswerScores(EvaluationCallback):
 
     Args:
         num_prompts: How many prompts of the set, from its start; None for all.
+        num_val_prompts: Fewer in validation, where measuring must not hold up a run; None for as
+            many as in test.
 
     Raises:
-        ConfigError: No prompts at all.
+        ConfigError: No prompts at all, or more in validation than otherwise.
     """
 
     num_samples: int = 1
     sampling: Sampling = Sampling(temperature=0)
     seed: int = 0
 
-    def __init__(self, num_prompts: int | None = None) -> None:
-        if num_prompts is not None and num_prompts < 1:
-            raise ConfigError(f"num_prompts must be at least 1, got {num_prompts}")
-        self.num_prompts = num_prompts
+    def __init__(self, num_prompts: int | None = None, num_val_prompts: int | None = None) -> None:
+        limits = {"num_prompts": num_prompts, "num_val_prompts": num_val_prompts}
+        for name, limit in limits.items():
+            if limit is not None and limit < 1:
+                raise ConfigError(f"{name} must be at least 1, got {limit}")
+        if num_prompts is not None and (num_val_prompts or 1) > num_prompts:
+            raise ConfigError(
+                f"num_val_prompts {num_val_prompts} is above num_prompts {num_prompts}, which "
+                "holds for validation too; raise num_prompts or leave it out"
+            )
+        self._limits = {"test": num_prompts, "val": num_val_prompts or num_prompts}
 
     @abstractmethod
     def score(self, answers: Answers) -> Mapping[str, Sequence[float]]:
@@ -100,7 +109,7 @@ class AnswerScores(EvaluationCallback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, RolloutDataModule):
             raise ConfigError(f"{name} reads its prompts from a RolloutDataModule")
-        examples = [e for e in data.examples(part).examples if e.response][: self.num_prompts]
+        examples = [e for e in data.examples(part).examples if e.response][: self._limits[part]]
         if not examples:
             raise ConfigError(
                 f"{name} has nothing to compare with: no row of --data.{part} has a response "

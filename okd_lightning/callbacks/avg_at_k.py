@@ -36,6 +36,7 @@ class AvgAtK(AnswerScores):
         top_p: Of the answers; 1 keeps all tokens.
         pass_at: For which numbers of answers pass@ is logged, k at most; by default k.
         num_prompts: How many prompts of the set, from its start; None for all.
+        num_val_prompts: Fewer in validation; None for as many as in test.
         seed: Keys the sampling noise.
 
     Raises:
@@ -52,8 +53,9 @@ class AvgAtK(AnswerScores):
         pass_at: list[int] | None = None,
         num_prompts: int | None = None,
         seed: int = 0,
+        num_val_prompts: int | None = None,
     ) -> None:
-        super().__init__(num_prompts)
+        super().__init__(num_prompts, num_val_prompts)
         if k < 1:
             raise ConfigError(f"k must be at least 1, got {k}")
         self.pass_at = sorted({*([k] if pass_at is None else pass_at)})

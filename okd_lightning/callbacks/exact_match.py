@@ -18,6 +18,7 @@ class ExactMatch(TaskScore):
         pattern: A regular expression whose first group is the answer (the last match counts), such
             as '#### (.+)'; None takes whole responses.
         num_prompts: How many prompts of the set, from its start; None for all.
+        num_val_prompts: Fewer in validation; None for as many as in test.
         compare: "text" for the same characters; "math" for the same mathematics (math-verify):
             1,234 is 1234.00, and \frac12 is 0.5. Without a pattern it finds the answer itself:
             behind the last ####, in \boxed{}, behind "the answer is", or the last number.
@@ -31,5 +32,7 @@ class ExactMatch(TaskScore):
         pattern: str | None = None,
         num_prompts: int | None = None,
         compare: Comparison = "text",
+        num_val_prompts: int | None = None,
     ) -> None:
-        super().__init__(AnswerMatch(pattern, compare), "exact_match", num_prompts)
+        function = AnswerMatch(pattern, compare)
+        super().__init__(function, "exact_match", num_prompts, num_val_prompts)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import numpy as np
 import rich
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
@@ -25,7 +24,7 @@ from okd_lightning.rollouts import NoiseStream, RolloutLoader, Sampling
 from okd_lightning.rollouts.agreement import Agreement, naming_the_prompts
 from okd_lightning.rollouts.engine import Author
 from okd_lightning.rollouts.evaluation import prompt_batch
-from okd_lightning.rollouts.noise import hashed_uniform
+from okd_lightning.rollouts.noise import hashed_choice
 from okd_lightning.rollouts.rows import share
 
 _CHOICE = 0x53414D50  # domain separation for the choice of prompts
@@ -109,8 +108,7 @@ class SampleTable(Callback):
             return
         self._last_step = trainer.estimated_stepping_batches
         self._part, examples = _prompts_of(trainer, data)
-        keys = hashed_uniform(_CHOICE, data.seed, np.arange(len(examples)))
-        chosen = sorted(keys.argsort(kind="stable")[: self.num_prompts].tolist())
+        chosen = hashed_choice(len(examples), self.num_prompts, _CHOICE, data.seed)
         self._examples = [examples[i] for i in chosen]
         prompts = [pl_module.decode(example.prompt_ids) for example in self._examples]
         if prompts != self._prompts:

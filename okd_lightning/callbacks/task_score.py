@@ -20,6 +20,7 @@ class TaskScore(AnswerScores):
         function: Scores answers; in Python also a plain function of prompt, response and reference.
         name: What it is logged as; by default the function's own name, in snake case.
         num_prompts: How many prompts of the set, from its start; None for all.
+        num_val_prompts: Fewer in validation; None for as many as in test.
 
     Raises:
         ConfigError: No prompts at all, or something that is no function.
@@ -30,8 +31,9 @@ class TaskScore(AnswerScores):
         function: RewardFunction,
         name: str | None = None,
         num_prompts: int | None = None,
+        num_val_prompts: int | None = None,
     ) -> None:
-        super().__init__(num_prompts)
+        super().__init__(num_prompts, num_val_prompts)
         self.function = as_function(function)
         inner = self.function
         of = inner.function if isinstance(inner, PlainFunction) else type(inner)

@@ -20,6 +20,7 @@ class ToolCallScore(AnswerScores):
 
     Args:
         num_prompts: How many prompts of the set, from its start; None for all.
+        num_val_prompts: Fewer in validation; None for as many as in test.
 
     Raises:
         ConfigError: No prompts at all.

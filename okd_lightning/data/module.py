@@ -13,9 +13,7 @@ from functools import partial
 from typing import Any, cast
 
 import lightning
-import numpy as np
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -36,7 +34,7 @@ from okd_lightning.records import Example
 from okd_lightning.rollouts import LoaderShape, RolloutLoader, Sampling, plan_for, writer_of
 from okd_lightning.rollouts.agreement import Agreement, StopRequest
 from okd_lightning.rollouts.evaluation import GivenResponses, OwnResponses
-from okd_lightning.rollouts.noise import hashed_uniform
+from okd_lightning.rollouts.noise import hashed_choice
 from okd_lightning.rollouts.scoring import ChunkScorer, TermScorer, unscored
 from okd_lightning.tools import Tool, Toolbox
 
@@ -196,7 +194,7 @@ class RolloutDataModule(lightning.LightningDataModule):
 
         Raises:
             ConfigError: It does not fit the batch size, the devices or the accumulation; or the
-                Trainer would cut an epoch inside an optimizer step.
+                Trainer would cut an epoch inside an optimizer step, or change the steps' rows.
         """
         equip(self._module, self.toolbox, self.max_turns, self.columns.chat_template_kwargs)
         if stage == "fit":
@@ -205,11 +203,6 @@ class RolloutDataModule(lightning.LightningDataModule):
     def train_dataloader(self) -> RolloutLoader:
         """The loader of the run's methods, stateful and regenerated every epoch."""
         module, trainer = self._module, self._trainer
-        if any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):  # type: ignore[attr-defined]
-            raise ConfigError(
-                "GradientAccumulationScheduler changes the rows of an optimizer step during a run; "
-                "use --trainer.accumulate_grad_batches or --data.global_batch_size"
-            )
         plan = plan_for(module.terms)
         check_teacher_prompts(module, are_given=self.teacher_prompts is not None)
         examples = self.examples("train", needs_response="dataset" in plan.sources)
@@ -346,8 +339,7 @@ class RolloutDataModule(lightning.LightningDataModule):
                 GivenResponses(given, self.batch_size, trainer.global_rank, trainer.world_size)
             )
         if self.val_rollouts:
-            keys = hashed_uniform(_PROMPT_SET, self.seed, np.arange(len(examples)))
-            chosen = sorted(keys.argsort(kind="stable")[: self.val_rollouts].tolist())
+            chosen = hashed_choice(len(examples), self.val_rollouts, _PROMPT_SET, self.seed)
             loaders.append(self._own_responses([examples[i] for i in chosen], Sampling()))
         return loaders
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lightning
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
 
 from okd_lightning.errors import ConfigError
@@ -58,6 +59,11 @@ def settle_steps(
             "trainer.limit_train_batches and trainer.overfit_batches cut an epoch where its rows "
             "were not dealt; shorten it with --data.prompts_per_epoch (or whole multiples of the "
             "accumulation)"
+        )
+    if any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ConfigError(
+            "GradientAccumulationScheduler changes the rows of an optimizer step during a run; "
+            "use --trainer.accumulate_grad_batches or --data.global_batch_size"
         )
 
 

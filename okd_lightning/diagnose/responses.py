@@ -6,14 +6,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from okd_lightning.module import DistillationModule
 from okd_lightning.records import DistillBatch, Example, PromptBatch, TrainingRow
 from okd_lightning.rollouts import NoiseStream, Sampling
 from okd_lightning.rollouts.engine import Author
-from okd_lightning.rollouts.noise import hashed_uniform
+from okd_lightning.rollouts.noise import hashed_choice
 from okd_lightning.rollouts.rows import given_row, micro_batches, written_rows
 
 _CHOICE = 0x44494147  # domain separation
@@ -56,8 +55,7 @@ class Responses:
 
 def chosen(examples: Sequence[Example], num: int, seed: int) -> list[Example]:
     """``num`` examples of all over a data set; fewer where it has fewer."""
-    keys = hashed_uniform(_CHOICE, seed, np.arange(len(examples)))
-    return [examples[i] for i in sorted(keys.argsort(kind="stable")[:num].tolist())]
+    return [examples[i] for i in hashed_choice(len(examples), num, _CHOICE, seed)]
 
 
 def given_responses(examples: Sequence[Example], eos_ids: Sequence[int]) -> Responses:

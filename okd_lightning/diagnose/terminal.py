@@ -92,7 +92,7 @@ def _estimators(found: Diagnosis) -> Table:
             style="red" if own.is_biased else None,
         )
         last = row.divergence
-    table.caption = "along exact is 1 without bias; red is off by more than three standard errors"
+    table.caption = "along exact is 1 without bias; red is off by more than three standard errors\n"
     return table
 
 
@@ -108,7 +108,7 @@ def _trials(found: Diagnosis) -> Table:
             for _, key in trial_columns(found)
         ]
         table.add_row(trial.method, *cells)
-    table.caption = "held-out rows; below 0 is better; all from the same weights"
+    table.caption = "held-out rows; below 0 is better; all from the same weights\n"
     return table
 
 

@@ -32,6 +32,18 @@ def hashed_uniform(*keys: int | np.ndarray) -> np.ndarray:
     return np.asarray(((state >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52)
 
 
+def hashed_choice(num_items: int, num_chosen: int, *keys: int) -> list[int]:
+    """Some of ``num_items`` indices, in order: the same for the same keys; all where there are few.
+
+    Args:
+        num_items: To choose from.
+        num_chosen: How many, at most.
+        keys: What the choice depends on, such as its purpose and a seed.
+    """
+    drawn = hashed_uniform(*keys, np.arange(num_items))
+    return sorted(drawn.argsort(kind="stable")[:num_chosen].tolist())
+
+
 @dataclass(frozen=True)
 class NoiseStream:
     """The sampling noise of one epoch of one run.

@@ -4,6 +4,7 @@
   all subsets of the samples.
 * Tool calls: every golden answer of ToolAlpaca matches itself, and none that was changed.
 * Any reward function is a measure; answers that it cannot score are left out.
+* Validation answers as many prompts as it is told, test all of them.
 * Two callbacks of one name, nothing to score, and numbers out of range are refused.
 """
 
@@ -21,6 +22,7 @@ from okd_lightning.advantages import RougeL, ToolCallMatch
 from okd_lightning.callbacks import AvgAtK, ExactMatch, PaperMeasures, TaskScore, ToolCallScore
 from okd_lightning.callbacks.answer_scores import _NOISE_EPOCH, Answers, sampled_prompts
 from okd_lightning.callbacks.avg_at_k import pass_at_k
+from okd_lightning.cli_arguments import load_config
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError, RewardError
 from okd_lightning.records import Example, PromptBatch
@@ -166,6 +168,37 @@ def test_any_reward_function_is_a_measure(tmp_path, make_module):
     assert scores == pytest.approx([2 * 4 / 12, 0])
 
 
+def test_validation_may_answer_fewer_prompts_than_test(tmp_path, make_module):
+    module, rows = make_module(), tiny.make_rows(6)
+    asked = []
+
+    def length(prompt, response, reference):
+        asked.append(prompt)
+        return float(len(prompt))
+
+    lengths = [len(row["prompt"]) for row in rows]
+    for limits, num_val, num_test in (
+        ({}, 6, 6),
+        ({"num_val_prompts": 2}, 2, 6),
+        ({"num_prompts": 4}, 4, 4),
+        ({"num_prompts": 4, "num_val_prompts": 2}, 2, 4),
+    ):
+        for part, num in (("validate", num_val), ("test", num_test)):
+            asked.clear()
+            found = measure(tmp_path, module, [TaskScore(length, **limits)], rows, part)
+            assert len(asked) == num
+            (value,) = [found[name] for name in found if name.endswith("/length")]
+            assert value == pytest.approx(statistics.mean(lengths[:num]))
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "opsd", "tasks/gsm8k"])
+def test_packaged_configs_test_on_all_prompts(name):
+    """A few prompts are enough while a run goes on; what ``test`` says is of the whole set."""
+    settings = load_config(name)["trainer"]["callbacks"][0]["init_args"]
+    assert settings["num_val_prompts"] < 1319
+    assert settings.get("num_prompts") is None
+
+
 def test_refusals(tmp_path, make_module):
     rows = tiny.make_rows(4)
 
@@ -193,6 +226,8 @@ def test_refusals(tmp_path, make_module):
         (lambda: AvgAtK(4, pass_at=[5]), "pass_at must be from 1 to k 4"),
         (lambda: AvgAtK(temperature=0), "temperature must be above 0"),
         (lambda: ExactMatch(num_prompts=0), "num_prompts must be at least 1"),
+        (lambda: AvgAtK(num_val_prompts=0), "num_val_prompts must be at least 1, got 0"),
+        (lambda: ToolCallScore(2, 3), "num_val_prompts 3 is above num_prompts 2"),
     ):
         with pytest.raises(ConfigError, match=words):
             make()

@@ -37,11 +37,12 @@ from lightning import Trainer
 
 from okd_lightning import KD, DistillationModule, RolloutDataModule
 from okd_lightning.__main__ import COMMANDS, main
-from okd_lightning.cli import DistillationCLI, export_parser, quiet_libraries
+from okd_lightning.cli import DistillationCLI, quiet_libraries
 from okd_lightning.cli_arguments import prepare
 from okd_lightning.compare.command import compare_parser
 from okd_lightning.diagnose.command import diagnose_parser
 from okd_lightning.errors import OKDLightningError
+from okd_lightning.export_command import export_parser
 from okd_lightning.quickstart.command import quickstart_parser, with_default_method
 
 LANGUAGES = {"bash", "json", "python", "text", "yaml"}
@@ -49,12 +50,15 @@ NUM_NOT_RUN = {
     "README.md": 1,  # Qwen from the hub
     "docs/from_trl.md": 2,  # TRL's side; Qwen
     "docs/privileged.md": 1,  # GSM8K from the hub
+    "docs/recipes.md": 1,  # models from the hub, GPUs
     "docs/scaling.md": 2,  # several devices, SLURM
     "docs/state.md": 1,  # SLURM
     "docs/tools.md": 1,  # Qwen
     "docs/vllm.md": 3,  # vLLM
 }
 """Blocks that say so in their title; the README's own Python blocks run in test_readme."""
+RUN_ELSEWHERE = {"docs/evaluation.md": "tests/cli/test_evaluation_doc.py"}
+"""Pages whose blocks another test runs, and checks what comes of them."""
 
 TINY = [
     *("--data.batch_size", "4", "--data.val_rollouts", "2", "--trainer.limit_val_batches", "1"),
@@ -171,7 +175,7 @@ def run_block(block: Block, namespace: dict, capsys) -> None:
 def pages_with_blocks() -> list[str]:
     """Pages with something to run; the README's Python blocks are test_readme's."""
     runs = [block for block in all_blocks() if block.is_run and block.language != "text"]
-    return list(dict.fromkeys(block.page for block in runs))
+    return [page for page in dict.fromkeys(b.page for b in runs) if page not in RUN_ELSEWHERE]
 
 
 @pytest.mark.parametrize("page", pages_with_blocks())
@@ -225,6 +229,20 @@ def test_options_in_the_text_exist(page):
         known = inspect.signature(owner).parameters
         named = re.findall(rf"--{section}\.(\w+)", text)
         assert not set(named) - set(known) - {"OPTION"}, page
+
+
+@pytest.mark.parametrize(("page", "test"), RUN_ELSEWHERE.items())
+def test_page_is_run_elsewhere(page, test):
+    """That test takes each of the page's bash blocks by a word in it, and the one Python block."""
+    text = (ROOT / test).read_text()
+    assert f'"{Path(page).name}"' in text
+    words = [word.replace("\\n", "\n") for word in re.findall(r"commands\(\"(.+?)\"\)", text)]
+    for block in blocks_of(page):
+        if block.language == "bash":
+            assert any(word in block.text for word in words), block.place
+        else:
+            assert f"```{block.language}" in text, block.place
+    assert Counter(block.language for block in blocks_of(page))["python"] == 1
 
 
 def test_pages_are_found():

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from okd_lightning.rollouts import NoiseStream, hashed_uniform
+from okd_lightning.rollouts.noise import hashed_choice
 
 NUM = 20_000
 
@@ -31,6 +32,17 @@ def test_numbers_are_a_function_of_their_keys():
     assert torch.equal(whole, NoiseStream(7, 3).uniform([4, 9, 9], [0, 0, 1], 6))
     assert torch.equal(whole[[2, 0]], stream.uniform([9, 4], [1, 0], 6))
     assert torch.equal(whole[:, :2], stream.uniform([4, 9, 9], [0, 0, 1], 2))
+
+
+def test_a_choice_is_a_function_of_its_keys():
+    chosen = hashed_choice(1000, 100, 7, 3)
+    assert chosen == sorted({*chosen}) == hashed_choice(1000, 100, 7, 3)
+    assert len(chosen) == 100
+    assert set(chosen) < set(hashed_choice(1000, 101, 7, 3))
+    assert len({*chosen} & {*hashed_choice(1000, 100, 7, 4)}) < 40
+    assert 400 < np.mean(chosen) < 600
+    assert hashed_choice(3, 5, 0) == [0, 1, 2]
+    assert hashed_choice(3, 0, 0) == []
 
 
 def test_numbers_do_not_change_between_versions():

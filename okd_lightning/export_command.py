@@ -1,0 +1,59 @@
+"""``okd-lightning export``: the options, and from a checkpoint to the module that is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jsonargparse
+import yaml
+
+from okd_lightning.checkpoints.files import read_checkpoint
+from okd_lightning.cli import DistillationCLI
+from okd_lightning.cli_arguments import prepare
+from okd_lightning.cli_errors import parse
+from okd_lightning.export import AdapterForm, ExportPart, export_online_module, export_student
+
+
+def export_parser() -> jsonargparse.ArgumentParser:
+    """The options of ``okd-lightning export``."""
+    parser = jsonargparse.ArgumentParser(
+        prog="okd-lightning export",
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="Write a checkpoint's student (or online module) as a Hugging Face folder.",
+    )
+    parser.add_argument("--ckpt_path", type=str, required=True, help="a checkpoint of fit")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument(
+        "--adapter", type=AdapterForm, default="merged", help="a LoRA student: merged, or apart"
+    )
+    parser.add_argument(
+        "--what", type=ExportPart, default="student", help="the student, or OKD's online module"
+    )
+    return parser
+
+
+def export_command(arguments: list[str], debug: bool = False) -> int:
+    """Write a checkpoint's student, or its online module.
+
+    Args:
+        arguments: What stands behind ``export``.
+        debug: Has no say here: errors go to the front door.
+
+    Raises:
+        OKDLightningError: An unknown option, a checkpoint that is not there or not ours, or a
+            folder that cannot be written.
+    """
+    del debug
+    parser = export_parser()
+    options = parse(parser, arguments, list(parser._option_string_actions))
+    checkpoint = read_checkpoint(options.ckpt_path, with_weights=True)
+    _, _, text = prepare(["fit", "--ckpt_path", options.ckpt_path])[:3]
+    model_only = yaml.safe_dump({"model": yaml.safe_load(text)["model"]})
+    cli = DistillationCLI(args=["--config", model_only], run=False)
+    if options.what == "online_module":
+        export_online_module(cli.model, checkpoint, options.out)
+    else:
+        export_student(cli.model, checkpoint, options.out, options.adapter)
+    print(f"{options.what} written to {options.out}")
+    return 0
