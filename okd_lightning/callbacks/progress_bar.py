@@ -87,8 +87,8 @@ class RunProgressBar(RichProgressBar):
         """No bar where nobody watches."""
         super().setup(trainer, pl_module, stage)
         console = Console(**self._console_kwargs)
-        self._has_lines = False
-        if self.is_enabled and not (console.is_interactive or console.is_jupyter):
+        is_watched = console.is_interactive or console.is_jupyter
+        if self.is_enabled and not is_watched:  # in a second fit it is disabled by now
             self._has_lines = trainer.is_global_zero
             self.disable()
         follow_stderr()
@@ -303,6 +303,8 @@ class RunProgressBar(RichProgressBar):
         pl_module: lightning.LightningModule,
         is_last: bool = False,
     ) -> None:
+        if not self._is_due(is_last):
+            return
         step, pace = trainer.global_step, self._pace
         parts = [f"step {step}" + (f"/{self._num_steps}" if self._num_steps < math.inf else "")]
         if pace.tokens_per_second is not None:
@@ -312,20 +314,20 @@ class RunProgressBar(RichProgressBar):
             parts.append(f"{_duration(pace.elapsed)} in all")
         elif left is not None:
             parts.append(f"{_duration(left)} left")
-        metrics = self.get_metrics(trainer, pl_module) if self._has_lines else {}
-        self._say("  ".join([*parts, *_shown(metrics)]), is_last)
+        self._say("  ".join([*parts, *_shown(self.get_metrics(trainer, pl_module))]))
 
     def _say_written(self, name: str, done: int, total: int, speed: float | None) -> None:
         at = "" if speed is None else f"  {speed:,.0f} tok/s"
-        if done < total:
+        if done < total and self._is_due():
             self._say(f"{name} {done}/{total}{at}")
 
-    def _say(self, line: str, is_last: bool = False) -> None:
-        now = time.monotonic()
-        is_due = is_last or now - self._said_at >= self.seconds_between_lines
-        if self._has_lines and is_due:
-            self._said_at = now
-            rank_zero_info(line)
+    def _is_due(self, is_last: bool = False) -> bool:
+        since = time.monotonic() - self._said_at
+        return self._has_lines and (is_last or since >= self.seconds_between_lines)
+
+    def _say(self, line: str) -> None:
+        self._said_at = time.monotonic()
+        rank_zero_info(line)
 
 
 def _chunk(trainer: lightning.Trainer, batch_idx: int) -> tuple[int, int]:

@@ -182,6 +182,11 @@ def test_lines_come_as_often_as_asked(tmp_path, make_module, caplog):
     rich.reconfigure()
     lines = [r.getMessage() for r in caplog.records]
     assert sum(line.startswith("step ") for line in lines) == 5  # the last one twice: its end
+    caplog.clear()
+    trainer = tiny.make_trainer(tmp_path, [KD(), bar], enable_progress_bar=True, max_steps=2)
+    with caplog.at_level(logging.INFO):
+        trainer.fit(make_module(), RolloutDataModule(tiny.make_rows(16), seed=7, **CHUNKS))
+    assert sum(r.getMessage().startswith("step ") for r in caplog.records) == 3
     with pytest.raises(ConfigError, match="seconds_between_lines"):
         RunProgressBar(seconds_between_lines=0)
 
