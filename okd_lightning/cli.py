@@ -100,7 +100,12 @@ class DistillationCLI(LightningCLI):
     A script of one's own with subclassed modules:
 
         DistillationCLI(MyModule, MyData, args=prepare(sys.argv[1:]))
+
+    Attributes:
+        monitors: What every run has beside what it names itself.
     """
+
+    monitors: tuple[type[Callback], ...] = MONITORS
 
     def __init__(
         self,
@@ -181,7 +186,7 @@ class DistillationCLI(LightningCLI):
                 configured.append(Preemption())
         if config["enable_progress_bar"] is not False and not _has(configured, ProgressBar):
             configured.append(RunProgressBar())
-        configured += [kind() for kind in MONITORS if not _has(configured, kind)]
+        configured += [kind() for kind in self.monitors if not _has(configured, kind)]
         self.model.run_config = yaml.safe_dump(self.resolved_config(), sort_keys=False)
         return self.trainer_class(**{**config, **kwargs, "callbacks": configured})
 

@@ -11,7 +11,8 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
-from okd_lightning.callbacks import DistillationCallback
+from okd_lightning.callbacks import DistillationCallback, SampleTable
+from okd_lightning.callbacks.monitors import MONITORS
 from okd_lightning.cli import DistillationCLI
 from okd_lightning.compare.budget import Budget, BudgetStop
 from okd_lightning.compare.entries import Entry
@@ -28,6 +29,8 @@ class ComparedCLI(DistillationCLI):
         budget: What the run may spend; None for what its Trainer's own settings say.
         kwargs: Of DistillationCLI.
     """
+
+    monitors = tuple(kind for kind in MONITORS if kind is not SampleTable)  # no table for each run
 
     def __init__(self, args: Sequence[str], budget: Budget | None, **kwargs: Any) -> None:
         self.curve = CurveLog()

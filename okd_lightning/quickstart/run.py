@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from okd_lightning.callbacks import SFT, DistillationCallback, ExactMatch, FiniteGuard, Throughput
 from okd_lightning.callbacks.answer_scores import greedy_answers
+from okd_lightning.callbacks.progress_bar import RunProgressBar
 from okd_lightning.callbacks.step_intervals import StepIntervals
 from okd_lightning.data import RolloutDataModule, load_rows
 from okd_lightning.lightning_messages import only_warnings
@@ -140,7 +141,7 @@ class Quickstart:
             accelerator="cpu",
             max_steps=steps,
             max_epochs=1,
-            callbacks=[*callbacks, FiniteGuard(), StepIntervals()],
+            callbacks=[*callbacks, FiniteGuard(), StepIntervals(), RunProgressBar()],
             logger=False,
             enable_checkpointing=False,
             enable_model_summary=False,
