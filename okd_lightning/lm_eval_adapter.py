@@ -4,7 +4,7 @@ A plain export works with the harness's own ``--model hf`` as well. What is diff
 and answer are tokenized apart (no token reaches over the edge between them); ids that the tokenizer
 does not know, of which training says nothing, get no probability; and an adapter's folder is given
 as it is. Log-likelihoods are then those that training and ``okd-lightning test`` measure. Extra:
-``lm-eval``. The harness knows no plug-ins, so that its command line is started from here::
+``lm-eval``. The harness knows no plug-ins, so that its command line is started from here:
 
     python -m okd_lightning.lm_eval_adapter run --model okd_lightning \
         --model_args pretrained=student --tasks gsm8k

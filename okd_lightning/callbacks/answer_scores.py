@@ -62,7 +62,7 @@ class Answers:
 class AnswerScores(EvaluationCallback):
     """Has the student answer prompts, and logs the means over them of what ``score`` says.
 
-    A complete subclass::
+    A complete subclass:
 
         class Length(AnswerScores):
             measured = ("answer_length",)
