@@ -3,7 +3,8 @@
 ``diagnose`` takes a few steps of each of seven methods from the same weights and puts the weights
 back; the order of the divergences behind them is its forecast. Here it runs on the pairs of the
 study's tables, and every pair of methods is looked at: is the one that was to be better the better
-one after whole runs? Needs ``run.py``'s results; writes ``results/ranking.json``.
+one after whole runs? Where the first steps of every method make a measure worse, ``diagnose`` makes
+no forecast: counted apart. Needs ``run.py``'s results; writes ``results/ranking.json``.
 
     python benchmarks/claims/ranking.py --shared FOLDER
 """
@@ -92,6 +93,7 @@ def judge(
         "table": table,
         "seed": seed,
         "measure": MEASURES[measure],
+        "is forecast": min(foretold.values()) < 0,
         "pairs": len(pairs),
         "right": right,
         "first foretold": min(tried, key=foretold.__getitem__),
@@ -112,7 +114,9 @@ def summary(found: list[dict[str, Any]]) -> Table:
     for (table, measure), group in groups.items():
         shown.add_row(table, measure, str(len(group)), *_counts(group))
     shown.add_section()
-    shown.add_row("all", "", "", *_counts(found))
+    for label, is_forecast in (("some first steps help", True), ("all of them hurt", False)):
+        group = [one for one in found if one["is forecast"] == is_forecast]
+        shown.add_row(label, "", "", *_counts(group))
     return shown
 
 

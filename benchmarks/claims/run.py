@@ -5,7 +5,7 @@
 
 FOLDER holds models/ and datasets/. Contenders are the YAML files beside this one; everything is
 run from the project's root, one thread. What a comparison leaves for readers (results.json,
-metrics.csv, comparison.png) is copied to ``results/``.
+metrics.csv) is copied to ``results/``; its pictures stay in ``build/claims``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).parent
-KEPT = ("results.json", "metrics.csv", "comparison.png")
+KEPT = ("results.json", "metrics.csv")
 
 _OWN = "callbacks.minillm.MiniLLM"
 _GRID = [

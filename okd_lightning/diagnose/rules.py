@@ -112,6 +112,20 @@ def first_steps(found: Diagnosis) -> Advice | None:
     )
 
 
+def rough_start(found: Diagnosis) -> Advice | None:
+    """Where every method first makes things worse, its order says nothing."""
+    least = {m: found.forecast(m)[0].change[m] for m in _FORECASTS if found.forecast(m)}
+    if not least or any(change.mean < 0 for change in least.values()):
+        return None
+    listed = ", ".join(f"{_FORECASTS[m]} {change.signed()}" for m, change in least.items())
+    return Advice(
+        f"Warm up (--model.warmup_steps) or lower the learning rate, {found.learning_rate:g}",
+        f"without warm-up the first {found.trials[0].steps} steps make it worse with every method, "
+        f"at the least: {listed}; their order is then no forecast of a whole run's",
+        "measured",
+    )
+
+
 def _is_level(one: Trial, first: Trial, measure: str) -> bool:
     """Whether a trial is not clearly behind the first one."""
     own, best = one.change[measure], first.change[measure]
@@ -314,6 +328,7 @@ RULES: tuple[Rule, ...] = (
     prompts_alone,
     learn_to_end,
     first_steps,
+    rough_start,
     exposure,
     coverage,
     far_teacher,

@@ -136,3 +136,8 @@ def test_the_forecast_and_its_advice():
     assert rules.first_steps(found(trials=level)).methods[:2] == (rules.GKD_FORWARD_KL, "KD")
     assert rules.first_steps(found(trials=(trial("SFT", 0.1, 0.2),))) is None
     assert rules.first_steps(found()) is None
+    assert rules.rough_start(diagnosis) is None
+    rough = rules.rough_start(found(trials=(trial("SFT", 0.1, 0.2), trial("KD", 0.3, 0.1))))
+    assert "forward KL on given responses +0.100±0.010" in rough.because
+    assert "0.001" in rough.title
+    assert rules.rough_start(found()) is None
