@@ -34,7 +34,7 @@ _TITLES = {
     "policy_gradient": "TinyStories, small steps of many rollouts (80 steps of 64, rate 3e-4)",
     "opsd": "Arithmetic, a student that can read a solution (400 steps of 64)",
 }
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555", "#8b4513")
 _GIVEN = ("SFT", "KD", "reverse_kd", "OKD", "MiniLLM", "gkd_lambda1_beta0", "gkd_lambda1_beta1")
 _SAMPLED = (
     "opd_reverse",
