@@ -79,16 +79,6 @@ class DistiLLM(DivergenceCallback):
                 f"data.prompts_per_rollout {data.prompts_per_rollout} out"
             )
 
-    def on_train_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
-        """Refuse a run whose last step nobody knows: replay grows with the share that is done."""
-        if math.isinf(trainer.estimated_stepping_batches):
-            raise ConfigError(
-                f"{self.name}: what is replayed grows towards the last step; set max_steps or "
-                "max_epochs (compare: --budget steps=N)"
-            )
-
     def wrap_writer(self, writer: Writer) -> Writer:
         """Writes anew, or hands out what is kept."""
         return ReplayWriter(writer, self.kept, self.is_replayed)
@@ -109,6 +99,8 @@ class DistiLLM(DivergenceCallback):
     def is_replayed(self, seed: int) -> bool:
         """The coin of the step to come, the same after a resume."""
         step, end = self._trainer.global_step, self._trainer.estimated_stepping_batches
+        if math.isinf(end):
+            raise ConfigError(f"{self.name}: replay grows to the end; set max_steps or max_epochs")
         return bool(hashed_uniform(_COIN, seed, step) < step / end)
 
     def state_dict(self) -> dict[str, Any]:
