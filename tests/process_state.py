@@ -21,6 +21,8 @@ def unchanged_process() -> Iterator[None]:
     path, environment = list(sys.path), dict(os.environ)
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     filters = list(logger.filters)
+    loggers = [logging.getLogger(n) for n in ("lightning", "lightning.pytorch", "lightning.fabric")]
+    handlers = [list(each.handlers) for each in loggers]
     format_warning = warnings.formatwarning
     verbosity = transformers.utils.logging.get_verbosity()
     interrupt = signal.getsignal(signal.SIGINT)
@@ -30,6 +32,8 @@ def unchanged_process() -> Iterator[None]:
     sys.path[:] = path
     random.setstate(random_state)
     logger.filters[:] = filters
+    for each, before in zip(loggers, handlers, strict=True):
+        each.handlers[:] = before  # a progress bar has them follow sys.stderr
     warnings.formatwarning = format_warning
     transformers.utils.logging.set_verbosity(verbosity)
     transformers.utils.logging.enable_progress_bar()

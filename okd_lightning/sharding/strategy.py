@@ -209,10 +209,16 @@ class FSDP2Strategy(ModelParallelStrategy):
                 root.set_requires_gradient_sync(True)
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Free what is still gathered."""
+        """Free what is still gathered; an online module that no term trained gets zeros.
+
+        Zeros, not nothing: hooks behind the backward pass find what they find on one device.
+        """
         super().post_backward(closure_loss)
         module = self._distilled
         module.placement.release(module.student, module.teacher)
+        for parameter in module.trained_parameters(module.teacher):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def _roots(self) -> list[FSDPModule]:
         module = self._distilled
