@@ -40,7 +40,7 @@ from okd_lightning.__main__ import main
 NUM_STEPS = 24
 TIMINGS = {"train/seconds", "train/tokens_per_second", "rollout/seconds"}
 TIMINGS |= {"rollout/tokens_per_second"}
-CLOCKS = {"seconds", "rollout_seconds"}
+CLOCKS = {"seconds", "cpu_seconds", "rollout_seconds"}
 RUN = Path("run")
 
 METHODS = {

@@ -41,7 +41,7 @@ def questions(folder: Path) -> list[str]:
     """Rows with GSM8K's columns, in the quickstart's alphabet."""
     path = folder / "questions.jsonl"
     rows = [json.loads(line) for line in TRAIN_FILE.read_text().splitlines()[:20]]
-    records = [{"question": row["prompt"], "answer": row["response"]} for row in rows]
+    records = [{"question": row["prompt"], "answer": f"#### {row['response']}"} for row in rows]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return ["--data.train", str(path), "--data.val", str(path)]
 

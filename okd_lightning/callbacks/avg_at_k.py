@@ -73,15 +73,18 @@ class AvgAtK(AnswerScores):
         self.measured = (f"avg_at_{k}", *(f"pass_at_{number}" for number in self.pass_at))
 
     def score(self, answers: Answers) -> Mapping[str, Sequence[float]]:
-        """Both measures of each prompt."""
+        """Both measures of each prompt; NaN where the reference gives no answer."""
         k = self.num_samples
         rights = [
             self.function(answers.prompts, answers.texts(sample, True), answers.references)
             for sample in range(k)
         ]
-        correct = [int(sum(of_prompt)) for of_prompt in zip(*rights, strict=True)]
+        correct = [sum(of_prompt) for of_prompt in zip(*rights, strict=True)]
         solved = {
-            f"pass_at_{number}": [pass_at_k(k, count, number) for count in correct]
+            f"pass_at_{number}": [
+                math.nan if math.isnan(count) else pass_at_k(k, int(count), number)
+                for count in correct
+            ]
             for number in self.pass_at
         }
         return {f"avg_at_{k}": [count / k for count in correct], **solved}
