@@ -23,6 +23,8 @@ def unchanged_process() -> Iterator[None]:
     filters = list(logger.filters)
     loggers = [logging.getLogger(n) for n in ("lightning", "lightning.pytorch", "lightning.fabric")]
     handlers = [list(each.handlers) for each in loggers]
+    for each in loggers:  # as at the start of a process: a progress bar has them follow sys.stderr
+        each.handlers[:] = [logging.StreamHandler(sys.__stderr__) for _ in each.handlers]
     format_warning = warnings.formatwarning
     verbosity = transformers.utils.logging.get_verbosity()
     interrupt = signal.getsignal(signal.SIGINT)
@@ -33,7 +35,7 @@ def unchanged_process() -> Iterator[None]:
     random.setstate(random_state)
     logger.filters[:] = filters
     for each, before in zip(loggers, handlers, strict=True):
-        each.handlers[:] = before  # a progress bar has them follow sys.stderr
+        each.handlers[:] = before
     warnings.formatwarning = format_warning
     transformers.utils.logging.set_verbosity(verbosity)
     transformers.utils.logging.enable_progress_bar()
