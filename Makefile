@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TEST_WORKERS ?= 2
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
 .PHONY: install quickstart test soak lint docs teacher clean
@@ -18,8 +19,8 @@ $(INSTALLED):
 quickstart: install  ## watch a student learn; results in quickstart-out/
 	$(BIN)/okd-lightning quickstart --out quickstart-out
 
-test: install  ## the whole CPU suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+test: install  ## the whole CPU suite, a process for each of TEST_WORKERS
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 soak: install  ## kill runs with SIGKILL and compare them with runs left alone (about ten minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills 20

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import yaml
 from peft import PeftConfig
+from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 
 from okd_lightning import __version__
@@ -58,10 +61,10 @@ def export_student(
         eos_token_id=list(module.eos_ids),
         pad_token_id=_pad_id(module),
     )
-    _remove_older(out)
-    student.save_pretrained(out)
-    module.tokenizer.save_pretrained(out)
-    (out / "README.md").write_text(model_card(checkpoint))
+    with _replaced_model(out) as folder:
+        student.save_pretrained(folder)
+        module.tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(model_card(checkpoint))
 
 
 def export_online_module(
@@ -95,10 +98,10 @@ def export_online_module(
     assert module.teacher is not None
     for own in module.teacher.peft_config.values():
         own.base_model_name_or_path = str(module.teacher_source)
-    _remove_older(out)
-    module.teacher.save_pretrained(out)
-    module.teacher.config.save_pretrained(out)
-    module.tokenizer.save_pretrained(out)
+    with _replaced_model(out) as folder:
+        module.teacher.save_pretrained(folder)
+        module.teacher.config.save_pretrained(folder)
+        module.tokenizer.save_pretrained(folder)
 
 
 def model_card(checkpoint: Mapping[str, Any]) -> str:
@@ -157,11 +160,32 @@ def _check_out(out: Path, module: DistillationModule) -> None:
     require_writable(out, "--out")
 
 
-def _remove_older(out: Path) -> None:
-    """What is left of an earlier export would be read in the place of the new one."""
-    for pattern in _WEIGHTS:
-        for path in out.glob(pattern):
-            path.unlink()
+@contextmanager
+def _replaced_model(out: Path) -> Iterator[Path]:
+    """A folder beside the files of ``out`` that take their place when all has been written.
+
+    Weights of an earlier export go then: left there, they would be read in the place of the new.
+
+    Raises:
+        OutputError: The disk is full, say. What ``out`` held before is untouched.
+    """
+    aside = out / ".new"
+    shutil.rmtree(aside, ignore_errors=True)  # what a killed export has left
+    try:
+        aside.mkdir()
+        yield aside
+        for old in [path for pattern in _WEIGHTS for path in out.glob(pattern)]:
+            old.unlink()
+        for path in aside.iterdir():
+            if (out / path.name).is_dir():
+                shutil.rmtree(out / path.name)
+            path.replace(out / path.name)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"--out {str(out)!r} cannot be written ({error}); make room, or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _merged(module: DistillationModule) -> PreTrainedModel:

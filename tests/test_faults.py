@@ -15,6 +15,7 @@ import errno
 import resource
 import signal
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
 import tiny
@@ -160,8 +161,8 @@ def test_a_broken_checkpoint_is_passed_over(tmp_path, make_module):
         newest_checkpoint(tmp_path)
 
 
-def best(root, make_module, **settings) -> list[str]:
-    saver = BestCheckpoint(**settings)
+def best(root, make_module, saver: BestCheckpoint | None = None, **settings) -> list[str]:
+    saver = saver or BestCheckpoint(**settings)
     tiny.fit(
         root,
         make_module(),
@@ -173,6 +174,16 @@ def best(root, make_module, **settings) -> list[str]:
         num_sanity_val_steps=0,
     )
     return files(root)
+
+
+def test_the_best_of_a_second_trainer_is_its_own(tmp_path, make_module):
+    saver = BestCheckpoint(metric="val/cross_entropy")
+    first = best(tmp_path / "first", make_module, saver)
+    saver.best_model_score = torch.tensor(0.0)  # nothing of the second run is as good
+    saver.best_k_models = dict.fromkeys(saver.best_k_models, torch.tensor(0.0))
+    assert best(tmp_path / "second", make_module, saver) == first
+    assert files(tmp_path / "first") == first
+    assert Path(saver.best_model_path) == tmp_path / "second" / "checkpoints" / first[0]
 
 
 def test_the_best_ones_by_any_measure(tmp_path, make_module):

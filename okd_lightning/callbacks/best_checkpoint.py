@@ -47,23 +47,30 @@ class BestCheckpoint(ModelCheckpoint):
             raise ConfigError(f"BestCheckpoint: keep must be at least 1, got {keep}")
         if mode not in ("min", "max"):
             raise ConfigError(f"BestCheckpoint: mode is {mode!r}; expected min or max")
+        self._folder = None if folder is None else Path(folder)
+        self._metric = metric
+        self._keep = keep
+        self._begin(self._folder, mode)
+
+    def _begin(self, folder: Path | None, mode: Literal["min", "max"]) -> None:
+        """Nothing was seen so far."""
         super().__init__(
-            None if folder is None else Path(folder),
+            folder,
             filename="best-{step}",
-            monitor=metric or MONITORS[0],
+            monitor=self._metric or MONITORS[0],
             mode=mode,
-            save_top_k=keep,
+            save_top_k=self._keep,
             save_on_train_epoch_end=False,
             enable_version_counter=False,  # a run that was killed behind a best one writes it again
         )
-        self._metric = metric
 
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
-        """Settle the folder."""
-        if self.dirpath is None:
-            self.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
+        """Settle the folder; a run that begins knows nothing of one with another Trainer."""
+        if stage == "fit" and trainer.global_step == 0:
+            own = Path(trainer.default_root_dir).absolute() / "checkpoints"
+            self._begin(self._folder or own, self.mode)
         super().setup(trainer, pl_module, stage)
 
     @property

@@ -28,7 +28,7 @@ class DivergenceCallback(DistillationCallback):
         name: Logged as ``train/<name>``; two methods of one class need different names.
 
     Raises:
-        ConfigError: A setting out of its range.
+        ConfigError: A setting out of its range, or two temperatures.
     """
 
     def __init__(
@@ -58,6 +58,11 @@ class DivergenceCallback(DistillationCallback):
             raise ConfigError(
                 "seq_kd has nothing to act on with on_policy_fraction 1: the student writes every "
                 "response; lower on_policy_fraction, or leave seq_kd out"
+            )
+        if temperature != 1 and isinstance(self.divergence, Tempered):
+            raise ConfigError(
+                f"temperature {temperature} is given beside {self.divergence}, and both would act; "
+                "give one of them"
             )
         tempered = self.divergence if temperature == 1 else Tempered(self.divergence, temperature)
         self._exact = ExactDivergence(tempered)

@@ -18,6 +18,7 @@ import importlib
 import math
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -159,6 +160,8 @@ class VLLMEngine(EngineSource):
         if self._llm is None:
             given = self.sync_folder or tempfile.mkdtemp(prefix="okd-lightning-vllm-")
             self._folder = Path(given).expanduser()
+            if self.sync_folder is None:
+                weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
             self._start(write_weights(model, self._folder / "model"))
         else:
             handed = write_weights(model, self._folder / label)

@@ -26,6 +26,7 @@ from okd_lightning.divergences import (
     SkewForwardKL,
     SkewReverseKL,
     SquaredHellinger,
+    Tempered,
     TotalVariation,
 )
 from okd_lightning.errors import ConfigError
@@ -267,6 +268,10 @@ REFUSED = {
     "lambda nan": (lambda: GKD(on_policy_fraction=math.nan), "on_policy_fraction"),
     "beta": (lambda: GKD(1.5), "beta"),
     "beta and divergence": (lambda: GKD(0.5, divergence=ForwardKL()), "not both"),
+    "two temperatures": (
+        lambda: KD(temperature=2.0, divergence=Tempered(ForwardKL(), 3.0)),
+        "one of them",
+    ),
     "CE with nothing given": (
         lambda: DivergenceCallback(cross_entropy_weight=0.5, on_policy_fraction=1.0),
         "nothing to act on",

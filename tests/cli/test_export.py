@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from cli_workbench import STUDENT_FIELDS, Assets, Result, read_checkpoint_weights
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 Fit = Callable[..., Result]
 LAST = "run/checkpoints/last.ckpt"
@@ -117,6 +118,23 @@ def test_exporting_into_a_used_folder_replaces_the_model(fit: Fit, okd: Fit) -> 
             assert ("model.safetensors" in names) == (form == "merged")
     found = [AutoModelForCausalLM.from_pretrained(name) for name in ("out", "merged")]
     assert torch.equal(*map(logits, found))
+
+
+def test_an_export_that_fails_leaves_the_one_before(
+    fit: Fit, okd: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit("--method", "KD")
+    assert okd("export", "--ckpt_path", LAST, "--out", "out").status == 0
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+    result = okd("export", "--ckpt_path", LAST, "--out", "out")
+    assert result.status == 1
+    assert "No space left" in result.err.splitlines()[-1]
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
 def test_an_export_does_not_replace_a_model_that_the_run_needs(

@@ -8,8 +8,10 @@ are found out.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import sys
+import tempfile
 
 import pytest
 import tiny
@@ -76,6 +78,16 @@ def test_it_samples_from_the_students_weights(sleep, fake):
         assert llm.calls == ["sleep", *([*sleeping[1:], "reset_prefix_cache", "sleep"] * 2)]
     else:
         assert llm.calls == awake
+
+
+def test_its_own_temporary_folder_goes_with_it(fake, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    source = VLLMEngine()
+    write(source, tiny.make_llama(1))
+    assert list(tmp_path.glob("okd-lightning-vllm-*/model"))
+    del source
+    gc.collect()
+    assert not list(tmp_path.iterdir())
 
 
 def test_its_settings_reach_vllm(fake, tmp_path):

@@ -50,7 +50,7 @@ class Adapted(DivergenceCallback):
         ([Stage(KD(temperature=3.0), start=0)], "its temperature is 3"),
         ([KD(), PaperMeasures()], "PaperMeasures has the teacher write"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_needs_the_teacher_is_refused_before_anything_is_loaded(
     methods, words, tmp_path, make_module, cache, loaded
