@@ -176,26 +176,13 @@ def kept(recipe: Recipe, hardware: Hardware) -> dict[str, float]:
     return found
 
 
-def block_at_work(model: Sizes, learns: bool) -> float:
-    """Bytes a token of one block: what it saves for its backward pass, or needs for a forward one.
-
-    Attention's matrices are counted apart. Under autocast norms and what they read are float32.
-    """
-    if not learns:
-        return 2 * (8 * model.hidden + 3 * model.intermediate)
-    return 20 * (model.hidden + model.query) + 8 * model.intermediate
-
-
 def passing(recipe: Recipe, hardware: Hardware) -> dict[str, float]:
     """Bytes that come and go within a micro-batch, by what they are for."""
     student, teacher = recipe.student, recipe.teacher
     tokens = recipe.micro_rows * recipe.length
-    found = per_device(student, teacher, hardware.devices, tokens)
+    found = per_device(student, teacher, hardware.devices, tokens, recipe.adapts)
     for name in kept(recipe, hardware):
         found.pop(name, None)
-    found["one block at work"] = tokens * max(
-        block_at_work(student, learns=True), block_at_work(teacher, recipe.adapts)
-    )
     if not hardware.is_sharded:
         found["student's block inputs"] *= 2  # autocast leaves the sums in float32
         del found["gathered: heads, two blocks"]

@@ -39,6 +39,11 @@ class Model:
         return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
 
     @property
+    def query(self) -> int:
+        """Width of all queries of a token."""
+        return self.hidden
+
+    @property
     def head(self) -> int:
         """Parameters of the head."""
         return self.vocab * self.hidden
@@ -54,7 +59,19 @@ LLAMA_8B = Model(32, 4096, 14336, 1024, 128256, is_tied=False)
 LLAMA_70B = Model(80, 8192, 28672, 1024, 128256, is_tied=False)
 
 
-def per_device(student: Model, teacher: Model, devices: int, tokens: int) -> dict[str, float]:
+def block_at_work(model: Model, learns: bool) -> float:
+    """Bytes a token of one block: what it saves for its backward pass, or needs for a forward one.
+
+    Attention's matrices are counted apart. Under autocast norms and what they read are float32.
+    """
+    if not learns:
+        return 2 * (8 * model.hidden + 3 * model.intermediate)
+    return 20 * (model.hidden + model.query) + 8 * model.intermediate
+
+
+def per_device(
+    student: Model, teacher: Model, devices: int, tokens: int, adapts: bool = False
+) -> dict[str, float]:
     """Bytes by what they are for.
 
     Args:
@@ -62,6 +79,7 @@ def per_device(student: Model, teacher: Model, devices: int, tokens: int) -> dic
         teacher: Frozen, in bfloat16.
         devices: Over which all of them are cut.
         tokens: Of a micro-batch on one device, padding included.
+        adapts: Whether a gradient goes through the teacher too.
     """
     return {
         "student's weights": 4 * student.parameters / devices,
@@ -70,7 +88,8 @@ def per_device(student: Model, teacher: Model, devices: int, tokens: int) -> dic
         "teacher's weights": 2 * teacher.parameters / devices,
         "gathered: heads, two blocks": 2 * (student.head + teacher.head + 2 * teacher.block),
         "student's block inputs": 2 * tokens * student.layers * student.hidden,
-        "one block at work": 2 * tokens * (8 * teacher.hidden + 3 * teacher.intermediate),
+        "one block at work": tokens
+        * max(block_at_work(student, learns=True), block_at_work(teacher, adapts)),
         "head's gradient": (4 + 2) * student.head,
         "loss: a tile each, eight blocks": 2 * 2 * TILE + 8 * 4 * BLOCK,
     }

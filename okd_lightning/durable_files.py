@@ -7,6 +7,7 @@ the system's temporary folder: on another file system the last move is a copy, w
 
 from __future__ import annotations
 
+import glob
 import io
 import json
 import os
@@ -89,8 +90,26 @@ def replacing(path: Path, aside: Path | None = None) -> Iterator[io.FileIO]:
 
 
 def own_aside(path: Path) -> Path:
-    """A place to write ``path`` aside that no other process takes."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{_ASIDE}")
+    """A place to write ``path`` aside that no other process takes.
+
+    What processes of this machine have left there when they were killed is removed.
+    """
+    stem = f".{path.name}.{socket.gethostname()}."
+    for left in path.parent.glob(f"{glob.escape(stem)}*{_ASIDE}"):
+        number = left.name[len(stem) : -len(_ASIDE)]
+        if number.isdecimal() and not _is_running(int(number)):
+            left.unlink(missing_ok=True)
+    return path.with_name(f"{stem}{os.getpid()}{_ASIDE}")
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        pass
+    return True
 
 
 def write_whole(path: Path, content: str | bytes, aside: Path | None = None) -> None:

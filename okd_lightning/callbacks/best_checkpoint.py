@@ -49,16 +49,16 @@ class BestCheckpoint(ModelCheckpoint):
             raise ConfigError(f"BestCheckpoint: mode is {mode!r}; expected min or max")
         self._folder = None if folder is None else Path(folder)
         self._metric = metric
-        self._keep = keep
-        self._begin(self._folder, mode)
+        self._mode, self._keep = mode, keep
+        self._begin(self._folder)
 
-    def _begin(self, folder: Path | None, mode: Literal["min", "max"]) -> None:
+    def _begin(self, folder: Path | None) -> None:
         """Nothing was seen so far."""
         super().__init__(
             folder,
             filename="best-{step}",
             monitor=self._metric or MONITORS[0],
-            mode=mode,
+            mode=self._mode,
             save_top_k=self._keep,
             save_on_train_epoch_end=False,
             enable_version_counter=False,  # a run that was killed behind a best one writes it again
@@ -70,7 +70,7 @@ class BestCheckpoint(ModelCheckpoint):
         """Settle the folder; a run that begins knows nothing of one with another Trainer."""
         if stage == "fit" and trainer.global_step == 0:
             own = Path(trainer.default_root_dir).absolute() / "checkpoints"
-            self._begin(self._folder or own, self.mode)
+            self._begin(self._folder or own)
         super().setup(trainer, pl_module, stage)
 
     @property

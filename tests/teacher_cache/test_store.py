@@ -9,7 +9,9 @@ write one entry at the same time.
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -215,3 +217,20 @@ def test_two_runs_write_one_entry(entry, monkeypatch):
     require_writable(entry.folder, "--out")
     assert index.is_file()
     assert again(entry).state() == (True, "")
+
+
+def test_what_a_killed_writer_left_goes_with_the_next(entry):
+    path = entry.folder / "part-00001.npy"
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    host = durable_files.socket.gethostname()
+    left, running, elsewhere = (
+        entry.folder / f".{path.name}.{middle}.new"
+        for middle in (f"{host}.{ended.pid}", f"{host}.{os.getppid()}", "elsewhere.1")
+    )
+    for aside in (left, running, elsewhere):
+        aside.write_bytes(b"half")
+    entry.write_part(1, np.load(path))
+    assert not left.exists()
+    assert running.exists()
+    assert elsewhere.exists()
