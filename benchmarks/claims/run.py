@@ -5,21 +5,22 @@
 
 FOLDER holds models/ and datasets/. Contenders are the YAML files beside this one; everything is
 run from the project's root, one thread. What a comparison leaves for readers (results.json,
-metrics.csv) is copied to ``results/``; its pictures stay in ``build/claims``.
+metrics.csv) is added to ``results/``, so that seeds can be run apart; its pictures stay in
+``build/claims``.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).parent
-KEPT = ("results.json", "metrics.csv")
 
 _OWN = "callbacks.minillm.MiniLLM"
 _GRID = [
@@ -85,10 +86,32 @@ def main() -> None:
     for table in own.only.split(","):
         words = command(table, own.shared, own.work, own.seeds)
         subprocess.run([sys.executable, "-m", "okd_lightning", *words], check=True, env=environment)
-        target = HERE / "results" / table
-        target.mkdir(parents=True, exist_ok=True)
-        for name in KEPT:
-            shutil.copy(own.work / "runs" / table / name, target)
+        keep(own.work / "runs" / table, HERE / "results" / table)
+
+
+def keep(source: Path, target: Path) -> None:
+    """Add a comparison's runs to those that are in ``target``, in the place of the same ones."""
+    results = json.loads((source / "results.json").read_text(encoding="utf-8"))
+    curves = _rows(source / "metrics.csv")
+    again = {(run["method"], str(run["seed"])) for run in results}
+    if (target / "results.json").is_file():
+        before = json.loads((target / "results.json").read_text(encoding="utf-8"))
+        results = [r for r in before if (r["method"], str(r["seed"])) not in again] + results
+        older = _rows(target / "metrics.csv")
+        curves = [r for r in older if (r["method"], r["seed"]) not in again] + curves
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    first = [name for name in curves[0] if not name.startswith("val/")]
+    measures = sorted({name for row in curves for name in row} - set(first))
+    with (target / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*first, *measures], restval="")
+        writer.writeheader()
+        writer.writerows(curves)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def _entries(contenders: tuple[str, ...]) -> Iterator[str]:
