@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import random
 import signal
 import sys
@@ -18,7 +17,7 @@ import transformers
 @contextmanager
 def unchanged_process() -> Iterator[None]:
     """The command line may extend the module path and seed; other tests must not notice."""
-    path, environment = list(sys.path), dict(os.environ)
+    path = list(sys.path)
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     filters = list(logger.filters)
     loggers = [logging.getLogger(n) for n in ("lightning", "lightning.pytorch", "lightning.fabric")]
@@ -40,6 +39,3 @@ def unchanged_process() -> Iterator[None]:
     transformers.utils.logging.set_verbosity(verbosity)
     transformers.utils.logging.enable_progress_bar()
     signal.signal(signal.SIGINT, interrupt)
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-        if name not in environment:
-            os.environ.pop(name, None)
