@@ -11,7 +11,6 @@ the first validation, and not the untrained student's.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import lightning
@@ -79,6 +78,9 @@ class DistiLLM(DivergenceCallback):
                 f"data.prompts_per_rollout {data.prompts_per_rollout} out"
             )
 
+        if stage == "fit" and trainer.max_epochs == trainer.max_steps == -1:
+            raise ConfigError(f"{self.name}: replay grows to the end; set max_steps or max_epochs")
+
     def wrap_writer(self, writer: Writer) -> Writer:
         """Writes anew, or hands out what is kept."""
         return ReplayWriter(writer, self.kept, self.is_replayed)
@@ -99,8 +101,6 @@ class DistiLLM(DivergenceCallback):
     def is_replayed(self, seed: int) -> bool:
         """The coin of the step to come, the same after a resume."""
         step, end = self._trainer.global_step, self._trainer.estimated_stepping_batches
-        if math.isinf(end):
-            raise ConfigError(f"{self.name}: replay grows to the end; set max_steps or max_epochs")
         return bool(hashed_uniform(_COIN, seed, step) < step / end)
 
     def state_dict(self) -> dict[str, Any]:

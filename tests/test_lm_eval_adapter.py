@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from accelerate.state import AcceleratorState
 from peft import LoraConfig
 from tokenizers.processors import TemplateProcessing
 
@@ -23,6 +24,12 @@ pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the harness's own
 
 ROWS = tiny.make_rows(9, seed=4)
+
+
+@pytest.fixture(autouse=True)
+def _first_to_ask() -> None:
+    """Other tests leave half of accelerate's state of the process, on which HFLM trips."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(params=[None, "merged", "apart"], ids=["whole", "lora merged", "lora apart"])
