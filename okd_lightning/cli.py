@@ -167,11 +167,11 @@ class DistillationCLI(LightningCLI):
         given = config["callbacks"] or []  # one alone is no list
         configured = [*(given if isinstance(given, list) else [given]), *filter(None, [method])]
         folder = config["default_root_dir"]
-        if config["logger"] in (None, True):
-            kwargs["logger"] = [
-                RunCSVLogger(folder),
-                TensorBoardLogger(folder, name="tensorboard", version=""),
-            ]
+        if (loggers := config["logger"]) is not False:
+            if loggers in (None, True):
+                loggers = TensorBoardLogger(folder, name="tensorboard", version="")
+            others = loggers if isinstance(loggers, Sequence) else [loggers]
+            kwargs["logger"] = [RunCSVLogger(folder), *others]
         if config["max_epochs"] is None:
             is_open = config["max_steps"] == -1 and config["max_time"] is None
             kwargs["max_epochs"] = 1 if is_open else -1

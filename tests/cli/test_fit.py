@@ -59,6 +59,25 @@ def test_kd_leaves_a_whole_run_folder(fit: Fit) -> None:
     assert "6 optimizer steps of 2 rows" in result.log
 
 
+OTHER = ["--trainer.logger+=TensorBoardLogger", "--trainer.logger.save_dir", "other"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "files"),
+    [
+        (["--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "other"], True),
+        ([*OTHER, "--trainer.logger+=CSVLogger", "--trainer.logger.save_dir", "more"], True),
+        (["--trainer.logger", "false"], False),
+    ],
+)
+def test_other_loggers_are_beside_the_table(fit: Fit, flags: list[str], files: bool) -> None:
+    fit("--method", "KD", "--trainer.max_steps", "2", flags)
+    assert (RUN / "metrics.csv").is_file() == files
+    assert any(Path("other").glob("**/events*")) == files
+    assert any(Path("more").glob("**/metrics.csv")) == ("more" in flags)
+    assert not (RUN / "tensorboard").exists()
+
+
 def test_kd_learns(fit: Fit) -> None:
     fit("--method", "KD", "--model.learning_rate", "1e-2", "--trainer.max_epochs", "4")
     measured = [float(r["val/reverse_kl"]) for r in read_metrics(RUN / "metrics.csv") if len(r) > 8]

@@ -51,6 +51,7 @@ NUM_NOT_RUN = {
     "docs/from_trl.md": 2,  # TRL's side; Qwen
     "docs/privileged.md": 1,  # GSM8K from the hub
     "docs/recipes.md": 1,  # models from the hub, GPUs
+    "docs/running.md": 1,  # wandb
     "docs/scaling.md": 2,  # several devices, SLURM
     "docs/state.md": 1,  # SLURM
     "docs/tools.md": 1,  # Qwen
