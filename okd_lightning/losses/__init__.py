@@ -11,7 +11,13 @@
 * ``exact``: the measured quantities themselves, for evaluation and for terms over whole sequences.
 """
 
-from okd_lightning.losses.cached import CachedAgreement, CachedDivergence, cached_form
+from okd_lightning.losses.cached import (
+    CachedAgreement,
+    CachedDivergence,
+    CachedDrawnOutcome,
+    CachedExpectedWeight,
+    cached_form,
+)
 from okd_lightning.losses.closed_form import ModelRole
 from okd_lightning.losses.exact import measure
 from okd_lightning.losses.fused import fused_loss
@@ -42,6 +48,8 @@ __all__ = [
     "Agreement",
     "CachedAgreement",
     "CachedDivergence",
+    "CachedDrawnOutcome",
+    "CachedExpectedWeight",
     "DrawnLogProb",
     "DrawnOutcome",
     "Entropy",

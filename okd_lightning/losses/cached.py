@@ -6,12 +6,28 @@ from them, and as what; where the rows lie is not its business.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+import torch
 
 from okd_lightning.divergences import Divergence, Tempered, TopK
 from okd_lightning.errors import ConfigError
-from okd_lightning.losses.outcomes import first_outcomes, outcomes, unpack_outcomes
-from okd_lightning.losses.quantities import Agreement, ExactDivergence, Quantity, Tile
+from okd_lightning.losses.closed_form import ModelRole
+from okd_lightning.losses.outcomes import (
+    first_outcomes,
+    outcomes,
+    unpack_drawn,
+    unpack_outcomes,
+)
+from okd_lightning.losses.quantities import (
+    Agreement,
+    DrawnOutcome,
+    ExactDivergence,
+    ExpectedWeight,
+    Quantity,
+    Tile,
+)
 from okd_lightning.shapes import PositionValues
 
 
@@ -49,18 +65,78 @@ class CachedAgreement(Quantity):
         return (tile.student_logprobs.argmax(-1) == ids[:, 0]).to(tile.student_logprobs.dtype)
 
 
+@dataclass(frozen=True)
+class CachedDrawnOutcome(Quantity):
+    """One side's log-prob (nats) of the token that stands there, or of the outcome it belongs to.
+
+    Args:
+        role: Whose.
+        k: Tokens are seen through the teacher's k likeliest ids and the rest, as by a TopK; None
+            for the token itself, of which rows then have to hold the teacher's log-prob.
+    """
+
+    role: ModelRole
+    k: int | None = None
+    needs_teacher = True
+
+    @torch.no_grad()
+    def measure(self, tile: Tile) -> PositionValues:
+        """[positions] nats, at most 0, without gradient."""
+        rows, student, at = tile.logits("teacher"), tile.student_logprobs, tile.targets[:, None]
+        if self.k is None:
+            is_student = self.role == "student"
+            return student.gather(-1, at)[:, 0] if is_student else unpack_drawn(rows)
+        ids, known = first_outcomes(*unpack_outcomes(rows), self.k)
+        if self.role == "student":
+            known = outcomes(tile.logits("student"), student, ids)
+        is_it = ids == at
+        place = torch.where(is_it.any(-1), is_it.int().argmax(-1), ids.shape[-1])
+        return known.gather(-1, place[:, None])[:, 0]
+
+
+@dataclass(frozen=True)
+class CachedExpectedWeight(Quantity):
+    """E_p[w_f(u)] over k ids of the teacher and the rest: a baseline as good as any of a state.
+
+    It depends on nothing that was drawn there, so subtracting it leaves the expected gradient of
+    the exact credit as it is; the variance it leaves is a little larger than the exact mean's.
+    """
+
+    divergence: Divergence
+    k: int
+    max_log_ratio: float = math.inf
+    needs_teacher = True
+
+    @torch.no_grad()
+    def measure(self, tile: Tile) -> PositionValues:
+        """[positions] nats, without gradient."""
+        ids, teacher = first_outcomes(*unpack_outcomes(tile.logits("teacher")), self.k)
+        student = outcomes(tile.logits("student"), tile.student_logprobs, ids)
+        return self.divergence.expected_weight(student, teacher, self.max_log_ratio)
+
+
+_FORMS = (CachedDivergence, CachedAgreement, CachedDrawnOutcome, CachedExpectedWeight)
+
+
 def cached_form(quantity: Quantity, k: int, vocab_size: int) -> Quantity:
     """What a quantity is read as where k ids of the teacher are known.
 
-    A divergence becomes its TopK; one that is a TopK already stays what it is.
+    A divergence becomes its TopK; one that is a TopK already stays what it is. What it says of a
+    token that was drawn stays exact, and so does its mean over tokens as far as it is a baseline.
 
     Raises:
         ConfigError: It needs more of the teacher than that.
     """
-    if not quantity.needs_teacher or isinstance(quantity, (CachedDivergence, CachedAgreement)):
+    if not quantity.needs_teacher or isinstance(quantity, _FORMS):
         return quantity
     if isinstance(quantity, Agreement):
         return CachedAgreement()
+    if isinstance(quantity, (DrawnOutcome, ExpectedWeight)):
+        known = _cached_divergence(quantity.divergence, k, vocab_size)
+        if isinstance(quantity, ExpectedWeight):
+            return CachedExpectedWeight(known.divergence, known.k, quantity.max_log_ratio)
+        is_merged = isinstance(quantity.divergence, TopK)
+        return CachedDrawnOutcome(quantity.role, known.k if is_merged else None)
     if not isinstance(quantity, ExactDivergence) or quantity.learner != "student":
         raise ConfigError(
             f"it asks for {type(quantity).__name__}, for which the teacher has to be run"

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from okd_lightning.shapes import LogProbs, OutcomeLogProbs, PerId, PositionHidden
+from okd_lightning.shapes import (
+    LogProbs,
+    OutcomeLogProbs,
+    PerId,
+    PositionHidden,
+    PositionValues,
+)
 
 
 class PackedHead:
@@ -31,20 +37,30 @@ class PackedHead:
         return hidden
 
 
-def pack_outcomes(ids: Tensor, logprobs: OutcomeLogProbs) -> PositionHidden:
+def pack_outcomes(
+    ids: Tensor, logprobs: OutcomeLogProbs, drawn: PositionValues | None = None
+) -> PositionHidden:
     """[positions, 2k + 1] k ids (exact in float32 below 2^24), their log-probs and the rest's.
 
     Args:
         ids: [positions, k] likeliest first.
         logprobs: [positions, k + 1] log q (nats) of the ids and of all others together.
+        drawn: [positions] log q of the token that stands there, where it is known: one more column.
     """
-    return torch.cat([ids.to(logprobs.dtype), logprobs], dim=-1)
+    columns = [ids.to(logprobs.dtype), logprobs]
+    return torch.cat(columns if drawn is None else [*columns, drawn[:, None]], dim=-1)
 
 
 def unpack_outcomes(packed: Tensor) -> tuple[Tensor, OutcomeLogProbs]:
     """The ids and log-probs of ``pack_outcomes``."""
-    k = packed.shape[-1] // 2
-    return packed[:, :k].long(), packed[:, k:]
+    k = (packed.shape[-1] - 1) // 2
+    return packed[:, :k].long(), packed[:, k : 2 * k + 1]
+
+
+def unpack_drawn(packed: Tensor) -> PositionValues:
+    """[positions] log q of the tokens that stand there; the rows must have been given it."""
+    assert packed.shape[-1] % 2 == 0, "rows without the log-prob of the token that stands there"
+    return packed[:, -1]
 
 
 def first_outcomes(ids: Tensor, logprobs: OutcomeLogProbs, k: int) -> tuple[Tensor, Tensor]:

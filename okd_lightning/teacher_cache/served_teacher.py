@@ -108,20 +108,21 @@ class ServedTeacher:
         ]
         calls = [partial(self._score, row, places) for row, places in rows if len(places)]
         found = in_parallel(calls, self.settings.concurrency)
-        width = self.k
-        known = np.concatenate([part[0] for part in found] or [np.empty((0, width), np.int64)])
-        logprobs = np.concatenate([part[1] for part in found] or [np.empty((0, width + 1))])
-        packed = pack_outcomes(
-            torch.from_numpy(known), torch.from_numpy(logprobs.astype(np.float32))
-        )
+        said = [np.concatenate(parts) for parts in zip(*found, strict=True)] or [
+            np.empty((0, self.k), np.int64),
+            np.empty((0, self.k + 1)),
+            np.empty(0),
+        ]
+        known, logprobs, drawn = (torch.from_numpy(part) for part in said)
+        packed = pack_outcomes(known, logprobs.float(), drawn.float())
         return Side(packed.to(reads.input_ids.device), PackedHead())
 
     @property
     def _name(self) -> str:
         return f"{self.option}: {self._endpoint.url}"
 
-    def _score(self, ids: list[int], places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[places, k] ids and [places, k + 1] log-probs of one row."""
+    def _score(self, ids: list[int], places: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Of one row [places, k] ids, [places, k + 1] log-probs, [places] those of its tokens."""
         body = {
             "model": self._served,
             "prompt": ids,
@@ -148,11 +149,18 @@ class ServedTeacher:
                 f"{self._name} does not score the prompt that it was sent (prompt_logprobs, "
                 "return_token_ids); it needs vLLM 0.10.2 or newer"
             )
-        found = [self._likeliest(rows[place]) for place in places]
-        return np.stack([part[0] for part in found]), np.stack([part[1] for part in found])
+        found = [self._read(rows[place], ids[place]) for place in places]
+        return tuple(np.stack(parts) for parts in zip(*found, strict=True))
 
-    def _likeliest(self, said: Mapping[str, Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-        """[k] ids, likeliest first, and [k + 1] log-probs (nats) of them and of all others."""
+    def _read(
+        self, said: Mapping[str, Mapping[str, Any]], token: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """[k] ids, likeliest first, [k + 1] log-probs (nats) of them and the rest, [] the token's.
+
+        vLLM gives a prompt's own tokens beside the likeliest, however unlikely they are.
+        """
+        if str(token) not in said:
+            raise ServerError(f"{self._name} does not say how likely the prompt's own tokens are")
         entries = sorted((-entry["logprob"], int(token)) for token, entry in said.items())
         ids = np.asarray([token for _, token in entries])
         logprobs = -np.asarray([negative for negative, _ in entries], dtype=np.float64)
@@ -174,7 +182,8 @@ class ServedTeacher:
         is_all = self.k == self.vocabulary.size - len(self.vocabulary.invalid_ids)
         rest = -math.inf if is_all else math.log(max(1 - np.exp(logprobs).sum(), _LEAST_REST))
         outcomes = np.append(logprobs, rest)
-        return ids, outcomes - np.logaddexp.reduce(outcomes)
+        drawn = np.asarray(said[str(token)]["logprob"] - np.log1p(-strange))
+        return ids, outcomes - np.logaddexp.reduce(outcomes), drawn
 
     def _check_tokenizer(self, served: str) -> None:
         for text, ids in probe_texts(self._tokenizer):

@@ -7,7 +7,14 @@ from dataclasses import replace
 from typing import Any, cast
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.losses import Measured, Quantity, Term, WeightedTerm, cached_form
+from okd_lightning.losses import (
+    CachedDrawnOutcome,
+    Measured,
+    Quantity,
+    Term,
+    WeightedTerm,
+    cached_form,
+)
 from okd_lightning.records import LossOutput
 
 
@@ -66,11 +73,16 @@ def check_cached_term(
                 f"method {term.name} has a teacher that learns, and this one stays as it was"
                 f"{advice}"
             )
+        kind = "served" if reads_new_rows else "cached"
         try:
-            cached_form(quantity, k, vocab_size)
+            form = cached_form(quantity, k, vocab_size)
         except ConfigError as error:
-            kind = "served" if reads_new_rows else "cached"
             raise ConfigError(f"method {term.name} with a {kind} teacher: {error}") from error
+        if isinstance(form, CachedDrawnOutcome) and form.k is None and not reads_new_rows:
+            raise ConfigError(
+                f"method {term.name} with a {kind} teacher: it asks for the log-probability of a "
+                "token that need not be among the likeliest, which are all that is kept"
+            )
 
 
 class CachedTerm:

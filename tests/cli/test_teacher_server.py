@@ -35,15 +35,17 @@ def fake(assets: Assets):
         yield engine
 
 
-def test_fit_resume_validate_and_export(fit: Fit, okd: Fit, assets: Assets, fake) -> None:
-    command = [*METHOD, "--model.student", assets.student, "--model.teacher_server", fake.url]
+@pytest.mark.parametrize("method", [METHOD, ("--method", "OPDPlus")], ids=["gkd", "opd_plus"])
+def test_fit_resume_validate_and_export(fit: Fit, okd: Fit, assets: Assets, fake, method) -> None:
+    command = [*method, "--model.student", assets.student, "--model.teacher_server", fake.url]
     whole = fit(
         command, "--trainer.max_epochs", "2", "--trainer.default_root_dir", "whole", models=False
     )
     assert "teacher: big at http://127.0.0.1" in whole.log
     assert "best-step=" in whole.log
     names = metric_names(Path("whole/metrics.csv"))
-    assert {"train/gkd", "val/top_k_reverse_kl", "val/on_policy_top_k_forward_kl"} <= names
+    assert {"val/top_k_reverse_kl", "val/on_policy_top_k_forward_kl"} <= names
+    assert len({"train/gkd", "train/opd_plus"} & names) == 1
     assert "val/reverse_kl" not in names
     fit(command, "--trainer.max_epochs", "1", models=False)
     resumed = okd("fit", "--ckpt_path", str(LAST), "--trainer.max_epochs", "2")
@@ -90,7 +92,7 @@ def test_two_processes_share_both_servers(assets: Assets, fake, here: Path) -> N
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--method", "OPDPlus"], "for which the teacher has to be run"),
+        (["--method", "OKD"], "an online module needs a teacher"),
         (["--method", "KD", "--method.temperature", "2"], "with a served teacher: its temperature"),
         (["--method", "KD", "--model.teacher", "{teacher}"], "leave one of them out"),
         (["--method", "KD", "--model.teacher_server.k", "0"], "k must be at least 1"),

@@ -2,7 +2,8 @@
 
 Frozen here: value and gradient are those of TopK on the full distributions, for every divergence,
 at every k up to the vocabulary, with ids that are ruled out and with a rest of next to nothing;
-fewer ids than are known can be asked for; agreement is exact; what needs more is refused.
+fewer ids than are known can be asked for; agreement and what is said of a drawn token are exact; a
+baseline depends on the state alone; what needs more is refused.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from okd_lightning.losses import (
     CachedAgreement,
     CachedDivergence,
     DrawnLogProb,
+    DrawnOutcome,
     Entropy,
     ExactDivergence,
+    ExpectedWeight,
     TeacherShift,
     Tile,
     cached_form,
@@ -40,11 +43,12 @@ def logits() -> tuple[torch.Tensor, torch.Tensor]:
     return student, teacher
 
 
-def packed(teacher: torch.Tensor, k: int) -> torch.Tensor:
+def packed(teacher: torch.Tensor, k: int, targets: torch.Tensor | None = None) -> torch.Tensor:
     logprobs = teacher.log_softmax(-1)
     top = logprobs.topk(k, -1)
     rest = logprobs.scatter(-1, top.indices, -math.inf).logsumexp(-1, keepdim=True)
-    return pack_outcomes(top.indices, torch.cat([top.values, rest], -1))
+    drawn = None if targets is None else logprobs.gather(-1, targets[:, None])[:, 0]
+    return pack_outcomes(top.indices, torch.cat([top.values, rest], -1), drawn)
 
 
 def both(divergence, k: int, known: int, student, teacher):
@@ -97,6 +101,39 @@ def test_agreement_is_exact(logits):
     assert 0 < found.sum() < 6
 
 
+@pytest.mark.parametrize("target", [0, 3, VOCAB - 1])
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_drawn_token_is_known_exactly(role, target, logits):
+    """Itself, and as the outcome that it belongs to."""
+    student, teacher = logits
+    targets = torch.full((6,), target)
+    full = Tile(student, teacher, targets)
+    known = Tile(student, packed(teacher, 4, targets), targets)
+    for asked in (JensenShannon(0.3), TopK(JensenShannon(0.3), 4), TopK(ReverseKL(), 2)):
+        exact = DrawnOutcome(role, asked)
+        found = cached_form(exact, 4, VOCAB).measure(known)
+        torch.testing.assert_close(found, exact.measure(full), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_its_baseline_is_a_states_and_with_all_ids_the_exact_one(case: Case, logits):
+    student, teacher = logits
+    for k in (2, VOCAB - 1):
+        exact = ExpectedWeight(case.divergence, 3.0)
+        means = [
+            cached_form(exact, k, VOCAB).measure(
+                Tile(student, packed(teacher, k, targets), targets)
+            )
+            for targets in (TARGETS, TARGETS + 3)
+        ]
+        assert torch.equal(*means)
+        merged = ExpectedWeight(TopK(case.divergence, k), 3.0)
+        expected = merged.measure(Tile(student, teacher, TARGETS))
+        torch.testing.assert_close(means[0], expected, rtol=1e-9, atol=1e-12)
+        assert cached_form(merged, k, VOCAB) == cached_form(exact, k, VOCAB)
+    torch.testing.assert_close(means[0], exact.measure(Tile(student, teacher, TARGETS)))
+
+
 def test_what_is_read_as_what():
     kl = ForwardKL()
     assert cached_form(ExactDivergence(kl), 4, VOCAB) == CachedDivergence(kl, 4)
@@ -104,7 +141,8 @@ def test_what_is_read_as_what():
     assert cached_form(ExactDivergence(TopK(kl, 3)), 4, VOCAB) == CachedDivergence(kl, 3)
     assert cached_form(ExactDivergence(TopK(kl, 99)), 99, VOCAB) == CachedDivergence(kl, VOCAB)
     assert cached_form(Agreement(), 4, VOCAB) == CachedAgreement()
-    for own in (DrawnLogProb(), Entropy(), CachedDivergence(kl, 2)):
+    drawn = cached_form(DrawnOutcome("teacher", kl), 4, VOCAB)
+    for own in (DrawnLogProb(), Entropy(), CachedDivergence(kl, 2), drawn):
         assert cached_form(own, 4, VOCAB) is own
 
 
@@ -115,6 +153,8 @@ def test_what_is_read_as_what():
         (ExactDivergence(TopK(ForwardKL(), 5)), "takes 5 ids, and 4 are known"),
         (ExactDivergence(TopK(ForwardKL(), 3, "student")), "student's likeliest ids"),
         (ExactDivergence(ForwardKL(), learner="teacher"), "ExactDivergence"),
+        (DrawnOutcome("teacher", Tempered(ForwardKL(), 2.0)), "temperature is 2"),
+        (ExpectedWeight(TopK(ForwardKL(), 5)), "takes 5 ids, and 4 are known"),
         (DrawnLogProb("teacher"), "DrawnLogProb"),
         (Entropy("teacher"), "Entropy"),
         (TeacherShift(), "TeacherShift"),

@@ -9,6 +9,7 @@ connections, a slow server.
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,10 +17,21 @@ import tiny
 import torch
 from fake_vllm_server import FakeVLLM, serving
 
-from okd_lightning.callbacks import GKD, KD, OKD, OPD, SFT, PaperMeasures
-from okd_lightning.divergences import JensenShannon, ReverseKL, TopK
+from okd_lightning.advantages import AnswerMatch
+from okd_lightning.callbacks import GKD, KD, OKD, OPD, SFT, OPDPlus, PaperMeasures, Reward
+from okd_lightning.divergences import ForwardKL, JensenShannon, ReverseKL, TopK
 from okd_lightning.errors import ConfigError, ServerError, ServerTimeoutError, VocabularyError
+from okd_lightning.losses import Entropy
 from okd_lightning.teacher_cache import TeacherServer
+
+
+class Curious(KD):
+    """Asks for the teacher's entropy."""
+
+    @property
+    def quantities(self):
+        return (*super().quantities, Entropy("teacher"))
+
 
 ROWS, VAL = tiny.make_rows(18), tiny.make_rows(5, seed=2)
 ALL = tiny.NUM_IDS
@@ -94,6 +106,47 @@ def test_it_is_the_live_run_with_top_k(divergence, fraction, train):
     assert abs(exact[0].losses[0][name] - live[0].losses[0][name]) > 1e-3
 
 
+SLOW = {"model": {"optimizer": partial(torch.optim.SGD, lr=1e-3)}}
+"""Sampled gradients are large, and steps along them make much of a difference in rounding."""
+
+OWN = {
+    "reverse KL": lambda: OPD(),
+    "stopped forward KL, discounted": lambda: OPD(ForwardKL(), discount=0.9),
+    "corrected, clipped": lambda: OPDPlus(JensenShannon(0.3), "centred", max_log_ratio=2.0),
+    "through k ids": lambda: OPDPlus(TopK(ReverseKL(), 5), "as_published"),
+    "through k ids, baseline": lambda: OPDPlus(TopK(JensenShannon(0.3), 3)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*is not its gradient")
+@pytest.mark.parametrize("name", OWN)
+def test_what_the_student_draws_is_credited_as_by_the_teacher_itself(name, train):
+    """A server says of the drawn token what the teacher would, whatever k is.
+
+    But for ids without a token, whose little probability is seen among the k + 8 likeliest alone.
+    """
+    live = train([OWN[name]()], **SLOW)
+    check_same(train([OWN[name]()], k=ALL - 8, **SLOW), live)
+    check_same(train([OWN[name]()], k=5, **SLOW), live, tolerance=1e-4)
+
+
+def test_a_value_baseline_of_k_ids_is_another_of_the_same_kind(train):
+    """With all ids it is the exact mean; with fewer, loss and gradient are other ones."""
+    exact = train([OPDPlus(JensenShannon(0.3))], **SLOW)
+    check_same(train([OPDPlus(JensenShannon(0.3))], k=ALL, **SLOW), exact)
+    few = train([OPDPlus(JensenShannon(0.3))], k=5, **SLOW)
+    assert abs(few[0].losses[0]["train/opd_plus"] / exact[0].losses[0]["train/opd_plus"] - 1) > 1e-3
+    name = "train/opd_plus_log_ratio"  # exact as ever
+    assert few[0].losses[0][name] == pytest.approx(exact[0].losses[0][name], rel=1e-4)
+
+
+def test_a_reward_beside_it(train):
+    methods = [OPDPlus(ReverseKL()), Reward(AnswerMatch(), weight=0.5)]
+    check_same(
+        train(methods, k=ALL), train([OPDPlus(ReverseKL()), Reward(AnswerMatch(), weight=0.5)])
+    )
+
+
 def test_with_all_ids_it_is_the_exact_run(train):
     check_same(train([KD()], k=ALL + 9), train([KD()]))
 
@@ -127,7 +180,7 @@ def test_validation_takes_bounds_on_both_kinds_of_responses(train):
 
 
 REFUSED = {
-    "asks for": lambda: [OPD()],
+    "asks for Entropy": lambda: [Curious()],
     "an online module needs a teacher": lambda: [OKD()],
     "its temperature is 2": lambda: [KD(temperature=2.0)],
     "takes 19 ids, and 5 are known": lambda: [KD(divergence=TopK(ReverseKL(), 20))],
@@ -194,6 +247,20 @@ def test_padding_without_probability_is_passed_over(train, fake):
 def test_too_few_logprobs(train, fake):
     fake.max_logprobs = 10
     with pytest.raises(ServerError, match=r"--max-logprobs 13.* lower --model.teacher_server.k"):
+        train([KD()], k=5)
+
+
+def test_the_prompts_own_tokens_are_left_out(train, fake, monkeypatch):
+    complete = fake._of_prompt
+
+    def without(body):
+        rows = complete(body)
+        for row, token in zip(rows[1:], body["prompt"][1:], strict=True):
+            row.pop(str(token))
+        return rows
+
+    monkeypatch.setattr(fake, "_of_prompt", without)
+    with pytest.raises(ServerError, match="does not say how likely the prompt's own tokens are"):
         train([KD()], k=5)
 
 
