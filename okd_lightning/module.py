@@ -182,6 +182,7 @@ class DistillationModule(PairModule):
         self._step_sums: dict[str, Tensor] = {}
         self.measured_before: dict[str, float] = {}  # by the last validation before a resume
         self._rng_to_restore: dict[str, Any] | None = None
+        self._loaded_step = 0
         self.evaluation = measure_metrics()
 
     # ---------------------------------------------------------------- setting up
@@ -378,6 +379,7 @@ class DistillationModule(PairModule):
             CheckpointError: Another method's or another model's checkpoint.
         """
         self._rng_to_restore = check_state(self, checkpoint)
+        self._loaded_step = checkpoint["global_step"]
 
     def on_fit_start(self) -> None:
         """Say what is trained, and find or write the teacher's cache."""
@@ -393,6 +395,10 @@ class DistillationModule(PairModule):
             begin_step(self.trainer)
 
     def on_validation_start(self) -> None:
-        """A validation that a resumed run begins with is logged at the step that it belongs to."""
-        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
-            count_steps(self.trainer, self.trainer.global_step - 1)
+        """What is measured is logged at the step that the weights are of, resumed or loaded."""
+        if not self.trainer.sanity_checking:
+            count_steps(self.trainer, max(0, (self.trainer.global_step or self._loaded_step) - 1))
+
+    def on_test_start(self) -> None:
+        """Likewise."""
+        self.on_validation_start()

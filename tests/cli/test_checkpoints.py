@@ -191,6 +191,8 @@ def test_measuring_needs_the_checkpoint_alone(fit: Fit, okd: Fit) -> None:
     tested = okd("test", "--ckpt_path", str(LAST))
     again = dict(line.split() for line in tested.out.strip().splitlines())
     assert {name.replace("test/", "val/"): v for name, v in again.items()} == numbers
+    rows = [r for r in read_metrics(RUN / "metrics.csv") if {"val/jsd", "test/jsd"} & r.keys()]
+    assert [r["step"] for r in rows] == [row["step"]] * 3  # that of the weights
 
 
 def test_flags_win_over_the_checkpoints_config(fit: Fit, okd: Fit, assets: Assets) -> None:
