@@ -38,7 +38,8 @@ options:
 
 first steps:
   okd-lightning quickstart
-  okd-lightning fit --config tinystories --method KD --trainer.default_root_dir runs/kd
+  okd-lightning fit --config tinystories --model.student STUDENT --model.teacher TEACHER \\
+    --data.train train.jsonl --data.val val.jsonl
 """
 
 

@@ -53,7 +53,7 @@ def prepare(arguments: Sequence[str]) -> list[str]:
         CheckpointError: A ``--ckpt_path`` that is not there or not ours.
     """
     command, *rest = arguments
-    rest = _split_equals(rest)
+    rest = _split_equals(_spell_infinity(rest))
     configs = [(name, load_config(name)) for name in _values(rest, _CONFIG_OPTIONS)]
     checkpoint = _last(_values(rest, ("--ckpt_path",)))
     is_whole = checkpoint == LAST and _can_begin(rest, [c for _, c in configs])
@@ -219,6 +219,18 @@ def _drop_other_methods(configs: list[tuple[str, dict[str, Any]]], typed: str | 
                     f"{name} sets up {found}; this run uses {wanted}, so {found}'s settings "
                     f"({', '.join(method['init_args'])}) are dropped"
                 )
+
+
+def _spell_infinity(arguments: Sequence[str]) -> list[str]:
+    """A callback's ``inf``, as help calls it, in the spelling that is read as a number: YAML's."""
+    spelt = list(arguments)
+    for i, word in enumerate(arguments):
+        before = arguments[i - 1] if i else ""
+        if word == "inf" and before.startswith(("--method.", "--trainer.callbacks.")):
+            spelt[i] = ".inf"
+        elif word.startswith("--") and word.endswith("=inf"):
+            spelt[i] = word.removesuffix("inf") + ".inf"
+    return spelt
 
 
 def _split_equals(arguments: Sequence[str]) -> list[str]:

@@ -99,7 +99,7 @@ class DistillationModule(PairModule):
         packing: Lay several rows of a micro-batch end to end, so that next to no padding is
             computed, where a model can read them so.
         compile_blocks: Compile the blocks of both models with torch.compile, for training and
-            measuring; costs a minute at the start, and needs a C++ compiler on a CPU.
+            measuring; costs seconds to a minute at the start, and needs a C++ compiler on a CPU.
         teacher_cache: A folder, or settings: what the teacher says about given responses is written
             there once, and trained from without the teacher in memory.
         teacher_server: An address, or settings: the teacher is asked on a server; docs/vllm.md.

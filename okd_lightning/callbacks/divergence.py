@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from okd_lightning.callbacks.base import DistillationCallback, check_fraction
-from okd_lightning.divergences import Divergence, ForwardKL, Tempered
+from okd_lightning.divergences import Divergence, ForwardKL
+from okd_lightning.divergences.tempered import at_temperature
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import DrawnLogProb, ExactDivergence, Measured, Quantity
 from okd_lightning.records import LossOutput, Source
@@ -59,13 +60,7 @@ class DivergenceCallback(DistillationCallback):
                 "seq_kd has nothing to act on with on_policy_fraction 1: the student writes every "
                 "response; lower on_policy_fraction, or leave seq_kd out"
             )
-        if temperature != 1 and isinstance(self.divergence, Tempered):
-            raise ConfigError(
-                f"temperature {temperature} is given beside {self.divergence}, and both would act; "
-                "give one of them"
-            )
-        tempered = self.divergence if temperature == 1 else Tempered(self.divergence, temperature)
-        self._exact = ExactDivergence(tempered)
+        self._exact = ExactDivergence(at_temperature(self.divergence, temperature))
 
     @property
     def on_policy_fraction(self) -> float:

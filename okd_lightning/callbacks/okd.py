@@ -9,7 +9,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from peft import LoraConfig, PeftConfig
 
 from okd_lightning.callbacks.base import DistillationCallback, check_fraction
-from okd_lightning.divergences import Divergence, ForwardKL, ReverseKL, Tempered
+from okd_lightning.divergences import Divergence, ForwardKL, ReverseKL
+from okd_lightning.divergences.tempered import at_temperature
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import DrawnLogProb, ExactDivergence, Measured, Quantity, TeacherShift
 from okd_lightning.models import OnlineModuleSettings
@@ -67,8 +68,8 @@ class OKD(DistillationCallback):
         name: Logged as ``train/<name>``; two methods of one class need different names.
 
     Raises:
-        ConfigError: A setting out of its range; without an anchor, alpha = 1 or
-            on_policy_fraction = 1, which leave nothing to hold the teacher.
+        ConfigError: A setting out of its range, or two temperatures; without an anchor, alpha = 1
+            or on_policy_fraction = 1, which leave nothing to hold the teacher.
     """
 
     def __init__(
@@ -108,14 +109,12 @@ class OKD(DistillationCallback):
             schedule=schedule,
         )
         self.divergence = divergence or ForwardKL()
-
-        def tempered(divergence: Divergence) -> Divergence:
-            return divergence if temperature == 1 else Tempered(divergence, temperature)
-
-        self._student = ExactDivergence(tempered(self.divergence))
-        self._module = ExactDivergence(tempered(teacher_divergence or ReverseKL()), "teacher")
+        backward = teacher_divergence or ReverseKL()
+        self._student = ExactDivergence(at_temperature(self.divergence, temperature))
+        self._module = ExactDivergence(at_temperature(backward, temperature), "teacher")
         self._target = DrawnLogProb("teacher")
-        self._shift = TeacherShift(tempered(ForwardKL()), learns=anchor_weight > 0)
+        shift = at_temperature(ForwardKL(), temperature)
+        self._shift = TeacherShift(shift, learns=anchor_weight > 0)
         self._has_shift = anchor_weight > 0 or log_shift
 
     def _check_teacher_is_held(self) -> None:

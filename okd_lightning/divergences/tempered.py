@@ -14,6 +14,22 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.shapes import DrawnIds, LogProbs, LogRatio, PerId, PerToken, RatioValues
 
 
+def at_temperature(divergence: Divergence, temperature: float) -> Divergence:
+    """A method's divergence at the method's temperature.
+
+    Raises:
+        ConfigError: It has one of its own, and both would act.
+    """
+    if temperature == 1:
+        return divergence
+    if isinstance(divergence, Tempered):
+        raise ConfigError(
+            f"temperature {temperature} is given beside {divergence}, and both would act; give one "
+            "of them"
+        )
+    return Tempered(divergence, temperature)
+
+
 @dataclass(frozen=True)
 class Tempered(Divergence):
     """tau^2 D(p^tau, q^tau), with p^tau = softmax(z / tau) of the logits z, and likewise q^tau.

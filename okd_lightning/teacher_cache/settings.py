@@ -17,7 +17,8 @@ class TeacherCache:
 
     Args:
         folder: Where caches lie; each teacher, data set and k gets an entry of its own there.
-        k: Ids that keep their own log-probability; 48 are 292 bytes a token at most.
+        k: Ids that keep their own log-probability; 48 are 292 bytes a token at most in
+            float16.
         dtype: Number format of the log-probabilities.
     """
 

@@ -21,7 +21,7 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig
 
 from okd_lightning.callbacks import KD, OKD
-from okd_lightning.divergences import ForwardKL, JensenShannon, ReverseKL
+from okd_lightning.divergences import ForwardKL, JensenShannon, ReverseKL, Tempered
 from okd_lightning.errors import ConfigError
 from okd_lightning.models import attach_online_module, base_teacher, head_inputs
 from okd_lightning.module import DistillationModule
@@ -29,6 +29,7 @@ from okd_lightning.module import DistillationModule
 pytestmark = pytest.mark.filterwarnings(  # PEFT's use of transformers
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )
+KL_AT_3 = Tempered(ForwardKL(), 3.0)
 CONFIGS = {
     "lora": lambda: LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian"),
     "p_tuning": lambda: PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8),
@@ -221,6 +222,9 @@ def test_composes_with_kd(tmp_path):
 
 
 def test_refusals(tmp_path):
+    for both in ({"divergence": KL_AT_3}, {"teacher_divergence": KL_AT_3}):
+        with pytest.raises(ConfigError, match="both would act"):
+            OKD(temperature=2.0, **both)
     with pytest.raises(ConfigError, match="alpha 1 leaves nothing"):
         OKD(alpha=1.0)
     with pytest.raises(ConfigError, match="on_policy_fraction 1 leaves no given responses"):

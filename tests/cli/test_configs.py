@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cli_workbench import LENGTHS, QUIET, Assets, Result, read_metrics
+from cli_workbench import LENGTHS, QUIET, Assets, Result, metric_names, read_metrics
 
 from okd_lightning import cli_arguments
 
@@ -165,3 +165,20 @@ def test_flags_alone_say_the_same_as_a_config(okd: Type, config: str, assets: As
     flags += ["--model.learning_rate", "1e-3", "--trainer.max_steps", "2"]
     okd("fit", assets.models, flags, "--method", "KD", "--method.temperature", "4")
     assert read_metrics(RUN / "metrics.csv") == first
+
+
+def test_infinity_is_a_number(okd: Type, assets: Assets) -> None:
+    """In the spelling that the options' help has, and in YAML's."""
+    base = ["fit", *assets.models, *assets.data, *QUIET, "--method", "OPD"]
+    base += ["--trainer.max_steps", "1", "--trainer.default_root_dir", "run"]
+    option = "--method.max_log_ratio"
+    for words, clips in (
+        ([option, "inf"], False),
+        ([option, ".inf"], False),
+        ([f"{option}=inf"], False),
+        ([option, "3"], True),
+    ):
+        result = okd(base, words)
+        assert result.status == 0, result.err
+        names = metric_names(Path("run/metrics.csv"))
+        assert ("train/opd_log_ratio_clipped" in names) == clips

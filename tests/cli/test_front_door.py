@@ -10,14 +10,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli_workbench import LENGTHS, Assets
+from cli_workbench import LENGTHS, Assets, Result
 
 import okd_lightning
-from okd_lightning.__main__ import COMMANDS, main
+from okd_lightning.__main__ import COMMANDS, main, usage
 from okd_lightning.callbacks import KD
 
 OWN_HELP = {"quickstart": "--steps", "compare": "--methods", "diagnose": "--rows"}
@@ -43,13 +43,20 @@ sys.exit(status)
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value),
 )
 def test_answers_without_heavy_imports(argv: list[str], status: int, words: list[str]) -> None:
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", WATCHED, *argv], capture_output=True, text=True)
-    seconds = time.perf_counter() - start
     assert done.returncode == status
     assert "heavy: []" in done.stdout
     assert all(word in done.stdout + done.stderr for word in words)
-    assert seconds < 1.5
+
+
+def test_the_first_steps_are_commands_that_run(okd: Callable[..., Result], assets: Assets) -> None:
+    lines = usage().split("first steps:")[1].replace("\\\n", " ").strip().splitlines()
+    quickstart, fit = (line.split()[1:] for line in lines)
+    assert quickstart == ["quickstart"]
+    given = {"STUDENT": assets.student, "TEACHER": assets.teacher}
+    given |= {"train.jsonl": assets.train, "val.jsonl": assets.val}
+    result = okd([given.get(word, word) for word in fit], "--trainer.max_steps", "1")
+    assert result.status == 0, result.err
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name not in OWN_HELP])
