@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,21 @@ def run(
 
 
 def spawn(function: Callable[[int, Path], None], root: Path) -> None:
-    """Call ``function(rank, root)`` in two processes that Lightning takes for its own."""
+    """Call ``function(rank, root)`` in two processes that Lightning takes for its own.
+
+    Where dozens of process groups come and go in one process, gloo's own thread (torch 2.13) once
+    died within free(): all is then done again, once.
+    """
+    try:
+        _spawn(function, root)
+    except mp.ProcessExitedException as error:
+        if error.signal_name != "SIGSEGV":
+            raise
+        warnings.warn(f"{error}; both ranks begin again", stacklevel=2)
+        _spawn(function, root)
+
+
+def _spawn(function: Callable[[int, Path], None], root: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -91,7 +91,7 @@ def test_one_table_has_all_methods():
     table = README.split("| method | what it does |")[1].split("\n\n")[0]
     rows = [row.strip("| ").split(" | ") for row in table.splitlines()[2:]]
     assert all(len(row) == 4 and row[2] for row in rows)
-    listed = re.findall(r"--method callbacks\.(\w+)\.(\w+)`", table)
+    listed = re.findall(r"--method callbacks\.(\w+)\.(\w+)", table)
     assert sorted(file for file, _ in listed) == [path.stem for path in SHELF]
     for file, kind in listed:
         assert f"\nclass {kind}(" in (SHELF[0].parent / f"{file}.py").read_text()

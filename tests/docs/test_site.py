@@ -45,7 +45,8 @@ INNER = {  # public for the library's own floors; people neither call nor write 
     "okd_lightning.advantages": {"GroupBaseline", "Variant", "checked_rewards"},
     "okd_lightning.data": {"DataSource", "OnOverlong", "describe_source"},
     "okd_lightning.losses": {
-        *("CachedAgreement", "CachedDivergence", "cached_form", "fused_loss", "Head", "measure"),
+        *("CachedAgreement", "CachedDivergence", "CachedDrawnOutcome", "CachedExpectedWeight"),
+        *("cached_form", "fused_loss", "Head", "measure"),
         *("ModelRole", "pack_outcomes", "PackedHead", "Side", "weighted_loss", "WeightedLoss"),
         "WeightedTerm",
     },
