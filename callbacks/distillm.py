@@ -77,7 +77,6 @@ class DistiLLM(DivergenceCallback):
                 f"{self.name}: its share may change after every step; leave "
                 f"data.prompts_per_rollout {data.prompts_per_rollout} out"
             )
-
         if stage == "fit" and trainer.max_epochs == trainer.max_steps == -1:
             raise ConfigError(f"{self.name}: replay grows to the end; set max_steps or max_epochs")
 

@@ -225,11 +225,10 @@ def _spell_infinity(arguments: Sequence[str]) -> list[str]:
     """A callback's ``inf``, as help calls it, in the spelling that is read as a number: YAML's."""
     spelt = list(arguments)
     for i, word in enumerate(arguments):
-        before = arguments[i - 1] if i else ""
-        if word == "inf" and before.startswith(("--method.", "--trainer.callbacks.")):
-            spelt[i] = ".inf"
-        elif word.startswith("--") and word.endswith("=inf"):
-            spelt[i] = word.removesuffix("inf") + ".inf"
+        option, equals, value = word.rpartition("=")
+        named = option or (arguments[i - 1] if i else "")
+        if value == "inf" and named.startswith(("--method.", "--trainer.callbacks.")):
+            spelt[i] = f"{option}{equals}.inf"
     return spelt
 
 

@@ -399,6 +399,4 @@ class DistillationModule(PairModule):
         if not self.trainer.sanity_checking:
             count_steps(self.trainer, max(0, (self.trainer.global_step or self._loaded_step) - 1))
 
-    def on_test_start(self) -> None:
-        """Likewise."""
-        self.on_validation_start()
+    on_test_start = on_validation_start

@@ -25,7 +25,9 @@ def _same_environment() -> Iterator[None]:
     yield
     for name in set(os.environ) - set(before) - {"PYTEST_CURRENT_TEST"}:
         del os.environ[name]
-    os.environ.update({name: value for name, value in before.items() if name[:7] != "PYTEST_"})
+    os.environ.update(
+        {name: value for name, value in before.items() if not name.startswith("PYTEST_")}
+    )
 
 
 @pytest.fixture(scope="session")

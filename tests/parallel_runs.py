@@ -119,8 +119,8 @@ def run(
 def spawn(function: Callable[[int, Path], None], root: Path) -> None:
     """Call ``function(rank, root)`` in two processes that Lightning takes for its own.
 
-    Where dozens of process groups come and go in one process, gloo's own thread (torch 2.13) once
-    died within free(): all is then done again, once.
+    Where several process groups come and go in one process, gloo's own thread (torch 2.13) has once
+    crashed: all is then done again, once.
     """
     try:
         _spawn(function, root)

@@ -99,7 +99,7 @@ class CachedExpectedWeight(Quantity):
     """E_p[w_f(u)] over k ids of the teacher and the rest: a baseline as good as any of a state.
 
     It depends on nothing that was drawn there, so subtracting it leaves the expected gradient of
-    the exact credit as it is; the variance it leaves is a little larger than the exact mean's.
+    the exact credit as it is; the variance is another one than with the exact mean.
     """
 
     divergence: Divergence
@@ -122,7 +122,7 @@ def cached_form(quantity: Quantity, k: int, vocab_size: int) -> Quantity:
     """What a quantity is read as where k ids of the teacher are known.
 
     A divergence becomes its TopK; one that is a TopK already stays what it is. What it says of a
-    token that was drawn stays exact, and so does its mean over tokens as far as it is a baseline.
+    token that was drawn stays exact; its mean over tokens becomes another baseline of the state.
 
     Raises:
         ConfigError: It needs more of the teacher than that.
