@@ -119,16 +119,17 @@ def run(
 def spawn(function: Callable[[int, Path], None], root: Path) -> None:
     """Call ``function(rank, root)`` in two processes that Lightning takes for its own.
 
-    Where several process groups come and go in one process, gloo's own thread (torch 2.13) has once
-    crashed: all is then done again, once.
+    Where several process groups come and go in one process, it crashed now and then (torch 2.13;
+    gloo's own thread, SIGSEGV or SIGABRT): all is then done again, three times at most.
     """
-    try:
-        _spawn(function, root)
-    except mp.ProcessExitedException as error:
-        if error.signal_name != "SIGSEGV":
-            raise
-        warnings.warn(f"{error}; both ranks begin again", stacklevel=2)
-        _spawn(function, root)
+    for _ in range(3):
+        try:
+            return _spawn(function, root)
+        except mp.ProcessExitedException as error:
+            if error.signal_name not in ("SIGSEGV", "SIGABRT"):
+                raise
+            warnings.warn(f"{error}; both ranks begin again", stacklevel=2)
+    return _spawn(function, root)
 
 
 def _spawn(function: Callable[[int, Path], None], root: Path) -> None:
