@@ -81,7 +81,8 @@ class DistillationModule(PairModule):
         warmup_steps: Optimizer steps over which the learning rate rises.
         schedule: What the learning rate does after warm-up.
         optimizer: A full optimizer class path; overrides learning_rate and weight_decay.
-        dtype: Number format of the student's weights; a loaded model keeps its own.
+        dtype: Number format of the student's weights; a loaded model keeps its own. float64 serves
+            comparisons of runs.
         teacher_dtype: Number format of the teacher's weights; by default ``dtype``.
         attn_implementation: Attention of the models that are loaded, such as sdpa.
         gradient_checkpointing: Recompute activations in the backward pass: the student's, and the
@@ -149,7 +150,8 @@ class DistillationModule(PairModule):
             ema_decay,
             has_teacher=teacher is not None,
             has_dtype=teacher_dtype is not None,
-            is_rounded=dtype_of(student, dtype) != "float32" and student_adapter is None,
+            is_rounded=dtype_of(student, dtype) in ("bfloat16", "float16")
+            and student_adapter is None,
         )
         super().__init__(
             student,

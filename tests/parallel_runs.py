@@ -80,7 +80,8 @@ def run(
     """
     torch.manual_seed(3)
     devices = 1 if strategy is None else 2
-    own = {"student": str(root / "student"), "teacher": str(root / "teacher"), **(model or {})}
+    own = {"student": str(root / "student"), "teacher": str(root / "teacher"), "dtype": "float64"}
+    own.update(model or {})
     module = DistillationModule(
         **own,
         optimizer=optimizer or (lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9)),

@@ -33,7 +33,7 @@ from okd_lightning.models.deferred import (
     stand_ins,
 )
 
-DTypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
+DTypeName: TypeAlias = Literal["float32", "bfloat16", "float16", "float64"]
 
 ModelSource: TypeAlias = str | dict[str, Any] | PreTrainedModel
 """A folder or hub id; a config to start from random weights; or a model that is already loaded."""
@@ -187,9 +187,7 @@ def add_adapter(model: PreTrainedModel, adapter: PeftConfig, option: str) -> Non
     try:
         with stand_ins(model, option):
             model.add_adapter(adapter)
-        for parameter in model.parameters():
-            if parameter.requires_grad:  # the base may be bfloat16; what is trained is not
-                parameter.data = parameter.data.float()
+        widen_trained(model)
     except ConfigError:
         raise
     except ValueError as error:
@@ -203,6 +201,14 @@ def add_adapter(model: PreTrainedModel, adapter: PeftConfig, option: str) -> Non
         raise ConfigError(
             f"{option}: {_first_line(error)} Linear layers of this model: {', '.join(layers)}"
         ) from error
+
+
+def widen_trained(model: torch.nn.Module) -> None:
+    """Convert trained weights narrower than float32 in place; the frozen base stays as it is."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            parameter.data = parameter.data.to(wide)
 
 
 def eos_token_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
