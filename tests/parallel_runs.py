@@ -142,7 +142,7 @@ def _spawn(function: Callable[[int, Path], None], root: Path) -> None:
 
 def _of_one_rank(rank: int, function: Callable[[int, Path], None], root: Path, port: int) -> None:
     faulthandler.dump_traceback_later(_SECONDS, exit=True)  # ranks that wait for each other
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     os.environ.pop("PL_GLOBAL_SEED", None)  # a run before has left it; it would seed anew
     os.environ.update(
         LOCAL_RANK=str(rank),

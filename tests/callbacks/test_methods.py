@@ -199,7 +199,7 @@ def check_drawn_by(author, batch, i) -> None:
     drawn = logprobs.gather(-1, ids[1:, None])[:, 0]
     start = int(batch.prompt_lengths[i])
     found = batch.sampler_logprobs[i, start : len(ids)]
-    torch.testing.assert_close(found, drawn[start - 1 :], rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.double(), drawn[start - 1 :], rtol=1e-6, atol=1e-6)
 
 
 def test_two_terms_add_up_each_with_its_own_count(tmp_path, make_module):
