@@ -124,7 +124,8 @@ def check_architecture(model_type, attention):
         read = rows_of(lengths)
         with torch.no_grad():
             alone, packed = (hidden_at_loss(model, read, packs) for packs in (False, True))
-        torch.testing.assert_close(packed, alone, rtol=1e-6, atol=1e-6)
+        # eager attention takes its softmax in float32
+        torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
