@@ -187,7 +187,7 @@ def add_adapter(model: PreTrainedModel, adapter: PeftConfig, option: str) -> Non
     try:
         with stand_ins(model, option):
             model.add_adapter(adapter)
-        widen_trained(model)
+        widen_trained(model, model.dtype)
     except ConfigError:
         raise
     except ValueError as error:
@@ -203,11 +203,11 @@ def add_adapter(model: PreTrainedModel, adapter: PeftConfig, option: str) -> Non
         ) from error
 
 
-def widen_trained(model: torch.nn.Module) -> None:
-    """Convert trained weights narrower than float32 in place; the frozen base stays as it is."""
+def widen_trained(model: torch.nn.Module, base: torch.dtype) -> None:
+    """Convert trained weights in place to float32, or to the base's format if that is wider."""
+    wide = torch.promote_types(base, torch.float32)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            wide = torch.promote_types(parameter.dtype, torch.float32)
             parameter.data = parameter.data.to(wide)
 
 

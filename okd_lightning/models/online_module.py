@@ -144,7 +144,7 @@ def attach_online_module(
             "loading: by_shard leaves on disk; use loading: every_rank, or LoraConfig"
         )
     wrapped = get_peft_model(teacher, config)
-    widen_trained(wrapped)
+    widen_trained(wrapped, teacher.dtype)
     return wrapped.eval()
 
 
