@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.models.loading import add_adapter
+from okd_lightning.models.adapters import add_adapter
 from okd_lightning.models.recompute import recompute_activations
 from okd_lightning.models.self_teacher import SelfTeacher
 from okd_lightning.schedules import ScheduleName
