@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
@@ -50,6 +51,7 @@ from okd_lightning.optimizers import RateSchedule, build_optimizer, with_schedul
 from okd_lightning.records import SOURCES, DistillBatch
 from okd_lightning.rollouts import EngineSource
 from okd_lightning.rollouts.rows import generation_records
+from okd_lightning.safeguards import SAFEGUARDS, in_setup_order
 from okd_lightning.schedules import ScheduleName, schedule_factor
 from okd_lightning.step_metrics import forget_last_step
 from okd_lightning.teacher_cache import TeacherCache, TeacherServer, check_cached_term
@@ -111,6 +113,8 @@ class DistillationModule(PairModule):
         ModelError: A model or tokenizer that cannot be loaded.
         VocabularyError: Tokenizers that do not agree.
     """
+
+    shared_by_copies = (*PairModule.shared_by_copies, "terms", "_checked")
 
     def __init__(
         self,
@@ -203,6 +207,14 @@ class DistillationModule(PairModule):
             size = self.vocabulary.size
             check_cached_term(term, known.k, size, known.option, known.reads_new_rows)
         self.terms.append(term)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Bring the safeguards that the Trainer has none of; put what builds the models first."""
+        trainer = self._trainer
+        present = [] if trainer is None else trainer.callbacks
+        if trainer is not None:
+            trainer.callbacks = in_setup_order(present)
+        return [kind() for kind in SAFEGUARDS if not any(isinstance(c, kind) for c in present)]
 
     def teardown(self, stage: str) -> None:
         """Forget the terms, so that another Trainer can bring its own."""

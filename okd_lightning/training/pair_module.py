@@ -6,18 +6,18 @@ having them write. What is trained, and by which loss, is ``module``'s business.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Self, cast
 
-import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from okd_lightning.checkpoints.contents import allow_left_out
 from okd_lightning.checkpoints.folders import read_folders
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import (
@@ -65,11 +65,22 @@ from okd_lightning.teacher_cache import (
     check_cached_teacher,
     check_served_teacher,
 )
+from okd_lightning.training.frozen_parts import FrozenPartsModule
 from okd_lightning.training.pair_sides import PairSides
 
 
-class PairModule(lightning.LightningModule):
+class PairModule(FrozenPartsModule):
     """Both models of a distillation; see ``DistillationModule`` for the arguments."""
+
+    shared_by_copies = (
+        "tokenizer",
+        "vocabulary",
+        "engine",
+        "cached_teacher",
+        "served_teacher",
+        "tool_rounds",
+        "placement",
+    )
 
     def __init__(
         self,
@@ -127,6 +138,7 @@ class PairModule(lightning.LightningModule):
         self._has_online_module = False
         self.tool_rounds: ToolRounds | None = None
         self.placement: Placement = WholeModels()  # a strategy that shards brings its own
+        self.register_load_state_dict_post_hook(allow_left_out)
 
     @property
     def student_source(self) -> ModelSource:
@@ -159,8 +171,7 @@ class PairModule(lightning.LightningModule):
         What starts random (a student from a config, adapters) depends on the seed alone, not on
         what a strategy drew before. A run that trains from a cache has no teacher in memory.
         """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(torch.initial_seed())
+        with _drawing_from_the_seed():
             if self.student is None:
                 self._build_student()
             if self.cache_in_use is not None:
@@ -217,10 +228,26 @@ class PairModule(lightning.LightningModule):
             compile_blocks(teacher)
         return teacher.requires_grad_(False).eval()
 
-    def setup(self, stage: str) -> None:
-        """Refuse Lightning's "true" precisions: models are loaded in their own number format."""
+    def check_run(self, stage: str) -> None:
+        """Refuse what no model has to be loaded for; ``ModelsFirst`` calls it at its ``setup``.
+
+        Raises:
+            ConfigError: One of Lightning's "true" precisions (models are loaded in their own number
+                format), or a module that torch.compile wraps.
+        """
+        del stage
         read_folders(self.trainer)
         check_precision(str(self.trainer.precision))
+        if self._compiler_ctx is not None or self._compiled_call_impl is not None:
+            raise ConfigError(
+                "the module is wrapped by torch.compile, which cannot trace rollouts and losses; "
+                "give the module as it is, and compile the blocks of both models with "
+                "model.compile_blocks (--model.compile_blocks true, or compile_blocks=True)"
+            )
+
+    def setup(self, stage: str) -> None:
+        """List all weights again, now that callbacks have seen what they may change."""
+        self.list_all_parts()
 
     def add_online_module(self, settings: OnlineModuleSettings) -> None:
         """Put a trainable module on the teacher; callbacks call this at ``setup``.
@@ -239,7 +266,8 @@ class PairModule(lightning.LightningModule):
         )
         self.online_module = settings
         if self.teacher is not None and not self._has_online_module:
-            self._attach_online_module()
+            with _drawing_from_the_seed():
+                self._attach_online_module()
 
     def _attach_online_module(self) -> None:
         assert self.teacher is not None
@@ -391,3 +419,11 @@ class PairModule(lightning.LightningModule):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+@contextmanager
+def _drawing_from_the_seed() -> Iterator[None]:
+    """Within it random weights depend on the seed alone, not on what was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch.initial_seed())
+        yield
