@@ -211,9 +211,9 @@ class DistillationModule(PairModule):
     def configure_callbacks(self) -> list[Callback]:
         """Bring the safeguards that the Trainer has none of; put what builds the models first."""
         trainer = self._trainer
-        present = [] if trainer is None else trainer.callbacks
+        present: list[Callback] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
         if trainer is not None:
-            trainer.callbacks = in_setup_order(present)
+            trainer.callbacks = in_setup_order(present)  # type: ignore[attr-defined]
         return [kind() for kind in SAFEGUARDS if not any(isinstance(c, kind) for c in present)]
 
     def teardown(self, stage: str) -> None:

@@ -10,8 +10,9 @@
 * monitors: ``paper_measures`` (OKD's), ``teacher_drift``, ``rollout_log`` (responses of training
   on disk), ``sample_table`` (the same prompts before and now) with ``sample_views``,
   ``predictions`` (generations on disk), ``progress_bar`` with ``pace``, ``best_checkpoint``,
-  ``last_checkpoint``, ``preemption`` (SIGTERM), ``throughput``; ``monitors``: those that every run of the command line has. ``FiniteGuard`` and
-  ``HealthWarnings``, which every Trainer has, are in ``okd_lightning.safeguards``.
+  ``last_checkpoint``, ``preemption`` (SIGTERM), ``throughput``; ``monitors``:
+  those that every run of the command line has. ``FiniteGuard`` and ``HealthWarnings``, which
+  every Trainer has, are in ``okd_lightning.safeguards``.
 """
 
 from okd_lightning.callbacks.answer_scores import AnswerScores

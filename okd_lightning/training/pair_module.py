@@ -72,7 +72,7 @@ from okd_lightning.training.pair_sides import PairSides
 class PairModule(FrozenPartsModule):
     """Both models of a distillation; see ``DistillationModule`` for the arguments."""
 
-    shared_by_copies = (
+    shared_by_copies: tuple[str, ...] = (
         "tokenizer",
         "vocabulary",
         "engine",
