@@ -142,11 +142,12 @@ class RolloutDataModule(lightning.LightningDataModule):
         check_counts(1, prompts_per_epoch=prompts_per_epoch, samples_per_prompt=samples_per_prompt)
         check_counts(1, prompts_per_rollout=prompts_per_rollout)
         check_counts(0, val_rollouts=val_rollouts)
+        held_out = test if test is not None else val  # an empty list is a data set, not none
         self.sources: dict[str, DataSource | None] = {
             "train": train,
             "val": val,
-            "test": test or val,
-            "predict": predict or test or val,
+            "test": held_out,
+            "predict": predict if predict is not None else held_out,
         }
         other_split = test_split if test is not None else val_split
         self.splits = {"train": train_split, "val": val_split, "test": other_split}
