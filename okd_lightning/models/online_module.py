@@ -22,7 +22,11 @@ from transformers import PreTrainedModel
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.models.loading import add_adapter
-from okd_lightning.models.projection_targets import choose_targets, keep_keys
+from okd_lightning.models.projection_targets import (
+    choose_targets,
+    describe_adapter,
+    keep_keys,
+)
 from okd_lightning.models.recompute import recompute_activations
 from okd_lightning.models.self_teacher import SelfTeacher
 from okd_lightning.schedules import ScheduleName
@@ -137,9 +141,10 @@ def attach_online_module(
         _check_no_cache(config, option)
         recompute_activations(teacher, "--model.teacher")
     if not config.is_prompt_learning:
-        choose_targets(teacher, config)
+        is_by_role = choose_targets(teacher, config)
         add_adapter(teacher, config, option)
-        keep_keys(teacher, config)
+        masked = keep_keys(teacher, config) if is_by_role else []
+        rank_zero_info(f"online module: {describe_adapter(teacher, config, masked)}")
         return teacher.eval()
     if any(parameter.is_meta for parameter in teacher.parameters()):
         raise ConfigError(

@@ -8,10 +8,9 @@ GPT-2, BLOOM or Falcon the one layer that they name projects queries, keys and v
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from peft import LoraConfig, PeftConfig, PeftType
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ Layout: TypeAlias = tuple[int, Sequence[tuple[str, int]]]
 """A fused projection's output rows: how often, which roles of how many rows each, in order."""
 
 
-def choose_targets(teacher: PreTrainedModel, config: PeftConfig) -> None:
+def choose_targets(teacher: PreTrainedModel, config: PeftConfig) -> bool:
     """Fill in ``config.target_modules`` with the teacher's query and value projections.
 
     Nothing is changed where the user named targets, where the adapter has none (prompt learning),
@@ -35,47 +34,65 @@ def choose_targets(teacher: PreTrainedModel, config: PeftConfig) -> None:
         teacher: The base model, before the adapter is put on it.
         config: Changed in place. Where no projection is recognised it stays without targets, and
             PEFT's own default for the architecture, or its error, applies.
+
+    Returns:
+        Whether targets were chosen here.
     """
     has_own_roles = config.is_prompt_learning or config.peft_type == PeftType.IA3
     if has_own_roles or getattr(config, "target_modules", None) is not None:
-        return
+        return False
     leaves = {name.rpartition(".")[2] for name, _ in teacher.named_modules()}
     query, value, fused = (leaves & names for names in (QUERY_NAMES, VALUE_NAMES, FUSED_NAMES))
-    if query and value:
-        config.target_modules = query | value  # type: ignore[attr-defined]
-    elif fused:
-        config.target_modules = query | fused  # type: ignore[attr-defined]
+    chosen = query | value if query and value else query | fused
+    if not (fused or (query and value)):
+        return False
+    config.target_modules = chosen  # type: ignore[attr-defined]
+    return True
 
 
-def keep_keys(teacher: PreTrainedModel, config: PeftConfig) -> None:
-    """Hold the key rows of fused projections at zero in the adapter, and say where it sits.
+def keep_keys(teacher: PreTrainedModel, config: PeftConfig) -> list[str]:
+    """Hold the key rows of fused projections at zero in the adapter.
 
     The rows of B (Hu et al., arXiv 2106.09685: B A is added to the layer's weight) that belong to
     keys are zeroed and their outputs masked, so that no gradient reaches them: the adapter changes
-    queries and values alone. It is done for plain LoRA, whose output is B's. In other adapters the
-    keys learn too, and the line says so.
+    queries and values alone. It is done for plain LoRA, whose output is B's; in other adapters the
+    keys learn too.
 
     Args:
         teacher: With the adapter on it.
         config: The adapter's.
+
+    Returns:
+        The names of the fused layers whose keys stay as they are.
+    """
+    layout = fused_layout(teacher.config)
+    if type(config) is not LoraConfig or config.use_dora or layout is None:
+        return []
+    if config.init_lora_weights not in (True, False, "gaussian"):  # the base is changed with it
+        return []
+    masked = set()
+    for name, module in teacher.named_modules():
+        leaf = name.rpartition(".")[2]
+        if isinstance(module, LoraLayer) and leaf in FUSED_NAMES:
+            _mask_rows(module, key_rows(layout))
+            masked.add(leaf)
+    return sorted(masked)
+
+
+def describe_adapter(teacher: PreTrainedModel, config: PeftConfig, masked: Sequence[str]) -> str:
+    """List the layers that an adapter sits on, and whether it adapts keys, in one line.
+
+    Args:
+        teacher: With the adapter on it.
+        config: The adapter's.
+        masked: What ``keep_keys`` returned.
     """
     adapted = [name for name, module in teacher.named_modules() if hasattr(module, "base_layer")]
     leaves = sorted({name.rpartition(".")[2] for name in adapted})
-    masked = [leaf for leaf in leaves if leaf in FUSED_NAMES]
-    is_plain = type(config) is LoraConfig and not config.use_dora
-    layout = fused_layout(teacher.config) if masked else None
-    if is_plain and layout is not None and config.init_lora_weights in (True, False, "gaussian"):
-        is_key = key_rows(layout)
-        for name, module in teacher.named_modules():
-            if isinstance(module, LoraLayer) and name.rpartition(".")[2] in masked:
-                _mask_rows(module, is_key)
-        note = f"; in {', '.join(masked)} the rows of queries and values alone"
-    else:
-        note = f"; {', '.join(masked)} projects keys as well" if masked else ""
-    rank_zero_info(
-        f"online module: {type(config).__name__} on {', '.join(leaves)} "
-        f"({len(adapted)} layers){note}"
-    )
+    others = [leaf for leaf in leaves if leaf in FUSED_NAMES and leaf not in masked]
+    note = f"; in {', '.join(masked)} the rows of queries and values alone" if masked else ""
+    note += f"; {', '.join(others)} projects keys as well" if others else ""
+    return f"{type(config).__name__} on {', '.join(leaves)} ({len(adapted)} layers){note}"
 
 
 def key_rows(layout: Layout) -> Tensor:
@@ -92,13 +109,14 @@ def fused_layout(config: PreTrainedConfig) -> Layout | None:
 
 
 def _mask_rows(layer: LoraLayer, is_key: Tensor) -> None:
-    for down in layer.lora_B.values():
-        if down.weight.shape[0] != is_key.shape[0]:
+    for up in layer.lora_B.values():
+        weight = cast(Tensor, up.weight)
+        if weight.shape[0] != is_key.shape[0]:
             continue
-        if not down.weight.is_meta:
+        if not weight.is_meta:
             with torch.no_grad():
-                down.weight[is_key.to(down.weight.device)] = 0
-        down.register_forward_hook(_MaskedOutput(~is_key))
+                weight[is_key.to(weight.device)] = 0
+        up.register_forward_hook(_MaskedOutput(~is_key))
 
 
 class _MaskedOutput:

@@ -151,3 +151,20 @@ def test_named_targets_and_other_roles_are_left_alone(config, wanted):
     attach_online_module(teacher, config, "--method.online_module")
     adapted = {n.rpartition(".")[2] for n, m in teacher.named_modules() if hasattr(m, "base_layer")}
     assert adapted == wanted
+
+
+def test_a_fused_layer_that_the_user_names_is_adapted_whole():
+    teacher = build("gpt2").float()
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["c_attn"], init_lora_weights=False)
+    teacher = attach_online_module(teacher, config, "--method.online_module")
+    is_key = key_rows(fused_layout(teacher.config))
+    assert fused_layers(teacher)[0].lora_B["default"].weight[is_key].any()
+
+
+def test_the_layers_are_said_when_the_module_is_put_on(caplog):
+    with caplog.at_level("INFO"):
+        attach_online_module(
+            build("gpt2").float(), LoraConfig(r=2, lora_alpha=2), "--method.online_module"
+        )
+    wanted = "LoraConfig on c_attn (2 layers); in c_attn the rows of queries and values alone"
+    assert wanted in caplog.text
