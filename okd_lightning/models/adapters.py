@@ -7,6 +7,7 @@ copy of the layers under it.
 
 from __future__ import annotations
 
+import warnings
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -121,7 +122,9 @@ def add_adapter(model: PreTrainedModel, adapter: PeftConfig, option: str) -> Non
         )
     adapter.task_type = adapter.task_type or "CAUSAL_LM"
     try:
-        with stand_ins(model, option):
+        with stand_ins(model, option), warnings.catch_warnings():
+            # PEFT sets it to what the layer is (GPT-2's are transposed) and says so
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
             model.add_adapter(adapter)
         for parameter in model.parameters():
             if parameter.requires_grad:  # the base may be bfloat16; what is trained is not
