@@ -36,6 +36,7 @@ def add_state(module: DistillationModule, checkpoint: dict[str, Any]) -> None:
         "online_module": None if module.online_module is None else module.online_module.to_dict(),
         "methods": [kind_of(term) for term in module.terms],
         "self_teacher": module.self_teacher,
+        "optimizer": module.optimizer_settings.to_dict(),
         "accumulate": trainer.accumulate_grad_batches,
         "metrics": {
             **module.measured_before,
