@@ -169,6 +169,7 @@ class DistillationModule(OptimizedModule):
         self.strict_loading = False  # frozen weights are not in checkpoints; see on_load_checkpoint
         self.ema_decay = DEFAULT_EMA_DECAY if ema_decay is None else ema_decay
         self.run_config: str | None = None
+        self.started_in: str | None = None  # what relative paths of that config are relative to
         self._terms_of: int | None = None
         self._step_sums: dict[str, Tensor] = {}
         self.measured_before: dict[str, float] = {}  # by the last validation before a resume
