@@ -24,7 +24,7 @@ from okd_lightning.optimizer_settings import (
 )
 from okd_lightning.optimizers import RateSchedule, build_optimizer, with_schedule, with_scheduler
 from okd_lightning.schedules import ScheduleName, check_schedule
-from okd_lightning.training.pair_module import PairModule
+from okd_lightning.training.measured_module import MeasuredModule
 from okd_lightning.training.resumed_rates import check_optimizer, groups_of, reapply, regroup
 from okd_lightning.training.step_terms import teaching_window, trains_teacher
 
@@ -60,7 +60,7 @@ class Optimization:
         )
 
 
-class OptimizedModule(PairModule):
+class OptimizedModule(MeasuredModule):
     """Both models of a distillation with the optimizer that trains them.
 
     Attributes:
