@@ -132,6 +132,7 @@ def test_each_side_has_its_own_number_format(make_module):
     assert both.student.dtype == both.teacher.dtype == torch.bfloat16
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 @pytest.mark.parametrize(
     "config", [LoraConfig(r=2), PromptEncoderConfig(num_virtual_tokens=3)], ids=["lora", "prompts"]
