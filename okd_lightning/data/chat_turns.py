@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from okd_lightning.data.columns import Columns, RawRow, read_messages, read_response
+from okd_lightning.data.columns import Columns, RawRow, read_answer, read_messages
 from okd_lightning.data.templates import Message
 from okd_lightning.errors import DataError
 
@@ -58,8 +58,8 @@ def read_turns(row: RawRow, columns: Columns, at: str) -> ChatTurns:
     if _is_blank_answer(messages[-1]):
         messages = messages[:-1]
     if messages[-1]["role"] != "assistant":
-        response = read_response(row, columns, at, needs_response=False)
-        messages += [{"role": "assistant", "content": response}] if response.strip() else []
+        messages += read_answer(row, columns, at)
+        messages = messages[:-1] if _is_blank_answer(messages[-1]) else messages
     places = [f"{at}: message {number}" for number in range(1, len(messages) + 1)]
     learned = [
         number

@@ -15,10 +15,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.data.chat_rows import examples_from_chats
-from okd_lightning.data.columns import Columns, RawRow, choose_layout
+from okd_lightning.data.columns import Columns, RawRow
+from okd_lightning.data.layouts import choose_layout
 from okd_lightning.data.row_templates import with_prompts
 from okd_lightning.data.teacher_prompts import TeacherPrompts, with_teacher_prompts
 from okd_lightning.data.text_rows import examples_from_texts
+from okd_lightning.data.whole_texts import examples_from_whole_texts
 from okd_lightning.errors import ConfigError, DataError
 from okd_lightning.records import Example
 from okd_lightning.text_ids import MARGIN, TextEncoder
@@ -213,7 +215,7 @@ def build_examples(
     if not rows:
         raise DataError(f"{where}: no rows; expected at least one")
     rows, columns = with_prompts(rows, columns, needs_response=needs_response, where=where)
-    layout = choose_layout(rows[0], columns, needs_response=needs_response, where=where)
+    layout = choose_layout(rows, columns, needs_response=needs_response, where=where)
     if layout == "text" and columns.chat_template_kwargs:
         raise DataError(
             f"{where}: the rows are plain prompts, and --data.chat_template_kwargs are for a chat "
@@ -226,13 +228,18 @@ def build_examples(
         "eos_ids": [eos_id] if own_eos in (None, eos_id) else [eos_id, own_eos],
         "max_prompt_length": max_prompt_length,
         "max_response_length": max_response_length,
-        "needs_response": needs_response,
     }
     notes: tuple[str, ...] = ()
     if layout == "chat":
-        examples, notes = examples_from_chats(rows, encoder, **cells, **read)
+        examples, notes = examples_from_chats(
+            rows, encoder, needs_response=needs_response, **cells, **read
+        )
+    elif columns.prompt is None:
+        examples = examples_from_whole_texts(rows, encoder, **cells, **read)
     else:
-        examples = examples_from_texts(rows, encoder, **cells, **read)
+        examples = examples_from_texts(
+            rows, encoder, needs_response=needs_response, **cells, **read
+        )
     if teacher_prompts is not None:
         examples = with_teacher_prompts(
             examples, rows, encoder, layout=layout, teacher_prompts=teacher_prompts, **cells

@@ -15,12 +15,12 @@ from typing import Any
 from okd_lightning.data.chat_turns import read_turns
 from okd_lightning.data.columns import (
     Columns,
-    Layout,
     RawRow,
     read_tools,
     require_column,
     require_whole_characters,
 )
+from okd_lightning.data.layouts import Layout
 from okd_lightning.data.row_templates import fields_of
 from okd_lightning.data.templates import ChatRenderer, Message
 from okd_lightning.errors import ConfigError, DataError

@@ -55,7 +55,7 @@ def examples_from_texts(
             index=row,
             prompt_ids=tuple(ids),
             prompt_mask=(False,) * len(ids),
-            response_ids=tuple(_ended(response_ids.get(row, []), encoder, eos_ids)),
+            response_ids=tuple(ended(response_ids.get(row, []), encoder, eos_ids)),
             prompt=prompts[row],
             response=responses[row] if response_ids.get(row) else "",
         )
@@ -63,7 +63,8 @@ def examples_from_texts(
     ]
 
 
-def _ended(ids: list[int], encoder: TextEncoder, eos_ids: Sequence[int]) -> list[int]:
+def ended(ids: list[int], encoder: TextEncoder, eos_ids: Sequence[int]) -> list[int]:
+    """A response's ids with one end; none where there are none."""
     end = encoder.end_of(ids, eos_ids)
     if end is not None:
         return ids[:end]
