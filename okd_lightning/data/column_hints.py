@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ _WELL_KNOWN: Mapping[Role, tuple[str, ...]] = {
 }
 _SYSTEM = ("system_prompt", "system")
 _CONTEXT = ("input", "context", "passage", "article", "document")
+_ROWS_LOOKED_AT = 1000  # for the warning; an error looks at all
 _WHOLE_TEXTS = ("text", "content")
 _ASKED_LAST = ("question", "query")
 """Prompts that stand behind their context; an instruction stands before it."""
@@ -118,7 +120,7 @@ def _pair_option(cells: Cells, prompt: str, wanted: str, *, needs_response: bool
         return f"{prompt_option(cells, prompt)} --data.response_column {response}"
     if needs_response and prompt.lower() in _WHOLE_TEXTS:
         return f"--data.prompt_column null --data.response_column {prompt}"
-    return prompt_option(cells, prompt)
+    return prompt_option(cells, prompt) + " --data.response_column NAME" * needs_response
 
 
 def messages_option(name: str, cells: Cells, columns: Columns) -> str:
@@ -149,13 +151,38 @@ def prompt_option(cells: Cells, prompt: str) -> str:
 
 def unread_beside(cells: Cells, columns: Columns) -> list[str]:
     """Text columns that seem to belong to plain prompts and are not read."""
-    read = {columns.prompt, columns.response}
-    is_named = " ".join(columns.templates)
-    return [
-        name
-        for name in _beside_prompt(cells, columns.prompt)
-        if name not in read and f"{{{name}}}" not in is_named
-    ]
+    read = {columns.prompt, columns.response, *_fields(columns)}
+    return [name for name in _beside_prompt(cells, columns.prompt) if name not in read]
+
+
+def _fields(columns: Columns) -> list[str]:
+    return [name for template in columns.templates for name in re.findall(r"{(\w+)}", template)]
+
+
+def unread_warning(rows: Sequence[RawRow], columns: Columns) -> str | None:
+    """What rows say beside what is read of them, with the option that reads it; None for nothing.
+
+    Args:
+        rows: Those that can be read.
+        columns: What is read of them.
+    """
+    cells = Cells.of(rows[:_ROWS_LOOKED_AT])
+    has_chats = columns.as_chat or columns.messages in cells.samples
+    if has_chats or is_chat(cells.samples.get(columns.prompt or "")):
+        names = [n for n in cells.texts() if n.lower() in _SYSTEM and cells.samples[n].strip()]
+        read = {columns.system, columns.prompt, *_fields(columns)}
+        unread = [name for name in names if name not in read]
+        option = f"--data.system_column {unread[0]}" if unread else ""
+    else:
+        unread = unread_beside(cells, columns)
+        option = prompt_option(cells, columns.prompt) if unread and columns.prompt else ""
+    if not unread:
+        return None
+    many = "s" * (len(unread) > 1)
+    return (
+        f"column{many} {', '.join(map(repr, unread))} of the rows, which seem{'s' * (not many)} to "
+        f"belong to the prompt, {'are' if many else 'is'} not read; to read it use {option}"
+    )
 
 
 def _beside_prompt(cells: Cells, prompt: str | None) -> list[str]:

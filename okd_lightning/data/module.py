@@ -15,7 +15,6 @@ from typing import Any, cast
 import lightning
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from okd_lightning.data.columns import Columns
@@ -23,6 +22,7 @@ from okd_lightning.data.counts import check_counts
 from okd_lightning.data.distilled_module import DistilledModule, check_teacher_prompts
 from okd_lightning.data.examples import ExampleSet, OnOverlong
 from okd_lightning.data.progress import rollout_progress
+from okd_lightning.data.row_report import report_rows, warn_of_unread
 from okd_lightning.data.row_templates import prompt_templates
 from okd_lightning.data.sources import DataArgument, DataSource, describe_source, load_rows
 from okd_lightning.data.teacher_prompts import teacher_prompts_from
@@ -31,7 +31,14 @@ from okd_lightning.data.tool_turns import checked_turns, equip
 from okd_lightning.data.whole_steps import announce, check_limit, settle_steps
 from okd_lightning.errors import ConfigError, DataError
 from okd_lightning.records import Example
-from okd_lightning.rollouts import LoaderShape, RolloutLoader, Sampling, plan_for, writer_of
+from okd_lightning.rollouts import (
+    LoaderShape,
+    RolloutLoader,
+    Sampling,
+    StagedPlan,
+    plan_for,
+    writer_of,
+)
 from okd_lightning.rollouts.agreement import Agreement, StopRequest
 from okd_lightning.rollouts.evaluation import GivenResponses, OwnResponses
 from okd_lightning.rollouts.noise import hashed_choice
@@ -207,12 +214,33 @@ class RolloutDataModule(lightning.LightningDataModule):
         if stage == "fit":
             settle_steps(self._trainer, self.batch_size, self.global_batch_size)
 
+    def read_ahead(self, stage: str) -> None:
+        """Read and tokenize what a stage needs, before models are loaded for rows that are broken.
+
+        The module calls it when the run's methods are known.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict".
+
+        Raises:
+            OKDLightningError: What ``train_dataloader`` and the other loaders would refuse later.
+        """
+        if stage == "fit" and self.sources["train"] is not None:
+            self._train_examples()
+        part = {"fit": "val", "validate": "val"}.get(stage, stage)
+        if self.sources[part] is not None:
+            self.examples(part)
+
+    def _train_examples(self) -> tuple[StagedPlan, ExampleSet]:
+        module = self._module
+        plan = plan_for(module.terms)
+        check_teacher_prompts(module, are_given=self.teacher_prompts is not None)
+        return plan, self.examples("train", needs_response="dataset" in plan.sources)
+
     def train_dataloader(self) -> RolloutLoader:
         """The loader of the run's methods, stateful and regenerated every epoch."""
         module, trainer = self._module, self._trainer
-        plan = plan_for(module.terms)
-        check_teacher_prompts(module, are_given=self.teacher_prompts is not None)
-        examples = self.examples("train", needs_response="dataset" in plan.sources)
+        plan, examples = self._train_examples()
         shape = LoaderShape(
             batch_size=self.batch_size,
             prompts_per_epoch=self.prompts_per_epoch or len(examples),
@@ -301,10 +329,11 @@ class RolloutDataModule(lightning.LightningDataModule):
         key = f"{part}:{needs_response}"
         if key not in self._examples:
             name = describe_source(source)
-            split = self.splits[part]
+            rows = load_rows(source, split=self.splits[part], subset=self.subset)
+            warn_of_unread(rows, self.columns, name)
             found = cached_examples(
                 self.token_cache,
-                load_rows(source, split=split, subset=self.subset),
+                rows,
                 self._module.tokenizer,
                 eos_id=self._module.eos_ids[0],
                 columns=self.columns,
@@ -316,17 +345,14 @@ class RolloutDataModule(lightning.LightningDataModule):
                 teacher_prompts=self.teacher_prompts if part != "predict" else None,
             )
             self._module.add_eos_ids(found.ends_of_turn(self._module.tokenizer))
-            self._report(part, name, found)
+            report_rows(
+                part, name, found, self.max_response_length, teaches_responses=needs_response
+            )
+            self._check_lengths(found)
             self._examples[key] = found
         return self._examples[key]
 
-    def _report(self, part: str, name: str, found: ExampleSet) -> None:
-        skipped = ", ".join(f"{count} {reason}" for reason, count in found.skipped.items())
-        rank_zero_info(
-            f"{part}: {len(found)} rows from {name}, {found.num_skipped} skipped"
-            f"{f' ({skipped})' if skipped else ''}, {found.num_cut} responses cut at "
-            f"{self.max_response_length} tokens"
-        )
+    def _check_lengths(self, found: ExampleSet) -> None:
         self._module.check_lengths(
             *(
                 max(len(e.prompt_ids_of(author)) for e in found.examples) + self.max_response_length
