@@ -9,33 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
-from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.checkpoints.contents import set_rng_state
 from okd_lightning.errors import ConfigError
-from okd_lightning.loop_state import begin_step, count_steps
+from okd_lightning.loop_state import begin_step
 from okd_lightning.losses import (
-    DrawnLogProb,
-    Measured,
-    Quantity,
     Term,
     WeightedTerm,
-)
-from okd_lightning.metrics import (
-    adapted_measures,
-    cached_measures,
-    measure_metrics,
-    measures,
 )
 from okd_lightning.models import (
     DEFAULT_EMA_DECAY,
@@ -47,14 +38,14 @@ from okd_lightning.models import (
     follow,
 )
 from okd_lightning.optimizers import RateSchedule, build_optimizer, with_schedule
-from okd_lightning.records import SOURCES, DistillBatch
+from okd_lightning.records import DistillBatch
 from okd_lightning.rollouts import EngineSource
-from okd_lightning.rollouts.rows import generation_records
+from okd_lightning.safeguards import SAFEGUARDS, in_setup_order
 from okd_lightning.schedules import ScheduleName, schedule_factor
 from okd_lightning.step_metrics import forget_last_step
 from okd_lightning.teacher_cache import TeacherCache, TeacherServer, check_cached_term
+from okd_lightning.training.measured_module import MeasuredModule
 from okd_lightning.training.opening import open_run
-from okd_lightning.training.pair_module import PairModule
 from okd_lightning.training.run_state import add_state, check_state
 from okd_lightning.training.step_terms import (
     acting_terms,
@@ -67,7 +58,7 @@ from okd_lightning.training.step_terms import (
 )
 
 
-class DistillationModule(PairModule):
+class DistillationModule(MeasuredModule):
     """A student that learns from a teacher by whatever method callbacks the Trainer holds.
 
     Args:
@@ -111,6 +102,8 @@ class DistillationModule(PairModule):
         ModelError: A model or tokenizer that cannot be loaded.
         VocabularyError: Tokenizers that do not agree.
     """
+
+    shared_by_copies = (*MeasuredModule.shared_by_copies, "terms", "_checked")
 
     def __init__(
         self,
@@ -182,8 +175,6 @@ class DistillationModule(PairModule):
         self._step_sums: dict[str, Tensor] = {}
         self.measured_before: dict[str, float] = {}  # by the last validation before a resume
         self._rng_to_restore: dict[str, Any] | None = None
-        self._loaded_step = 0
-        self.evaluation = measure_metrics()
 
     # ---------------------------------------------------------------- setting up
 
@@ -203,6 +194,14 @@ class DistillationModule(PairModule):
             size = self.vocabulary.size
             check_cached_term(term, known.k, size, known.option, known.reads_new_rows)
         self.terms.append(term)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Bring the safeguards that the Trainer has none of; put what builds the models first."""
+        trainer = self._trainer
+        present: list[Callback] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
+        if trainer is not None:
+            trainer.callbacks = in_setup_order(present)  # type: ignore[attr-defined]
+        return [kind() for kind in SAFEGUARDS if not any(isinstance(c, kind) for c in present)]
 
     def teardown(self, stage: str) -> None:
         """Forget the terms, so that another Trainer can bring its own."""
@@ -321,51 +320,6 @@ class DistillationModule(PairModule):
                 )
             self._step_sums = {}
 
-    # ---------------------------------------------------------------- validation
-
-    def validation_step(self, batch: DistillBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Divergences to the base teacher at temperature 1 (nats a token), on one batch."""
-        self._evaluate("val", batch, dataloader_idx)
-
-    def test_step(self, batch: DistillBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """The same measures on the test set."""
-        self._evaluate("test", batch, dataloader_idx)
-
-    def on_validation_epoch_start(self) -> None:
-        """Start the measures anew."""
-        self._reset_measures()
-
-    def on_test_epoch_start(self) -> None:
-        """Start the measures anew."""
-        self._reset_measures()
-
-    def _reset_measures(self) -> None:
-        """In the mode of this loop: what inference mode left behind cannot be updated outside."""
-        for metric in self.evaluation.values():
-            cast(Metric, metric).reset()
-
-    def _evaluate(self, stage: str, batch: DistillBatch, dataloader_idx: int) -> None:
-        is_own = SOURCES[int(batch.source[0])] == "student"
-        wanted = measures(stage, is_own, has_teacher=self.has_teacher)
-        if (known := self.cache_in_use) is not None:
-            wanted = cached_measures(stage, is_own, known.k, known.reads_new_rows)
-        with self.as_base_teacher():
-            self._update_measures(wanted, self.measure(batch, tuple(wanted.values())))
-        if self._has_online_module and not is_own:
-            wanted = adapted_measures(stage)
-            self._update_measures(wanted, self.measure(batch, tuple(wanted.values())))
-
-    def _update_measures(self, wanted: Mapping[str, Quantity], measured: Measured) -> None:
-        for name, quantity in wanted.items():
-            values = measured[quantity]
-            metric = cast(Metric, self.evaluation[name])
-            metric.update(-values if isinstance(quantity, DrawnLogProb) else values)
-            self.log(name, metric, on_epoch=True, add_dataloader_idx=False, batch_size=1)
-
-    def predict_step(self, batch: DistillBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Prompt and generated response of every row, as text."""
-        return generation_records(batch, self.decode)
-
     # ---------------------------------------------------------------- state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -393,10 +347,3 @@ class DistillationModule(PairModule):
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             forget_last_step(self.trainer)
             begin_step(self.trainer)
-
-    def on_validation_start(self) -> None:
-        """What is measured is logged at the step that the weights are of, resumed or loaded."""
-        if not self.trainer.sanity_checking:
-            count_steps(self.trainer, max(0, (self.trainer.global_step or self._loaded_step) - 1))
-
-    on_test_start = on_validation_start
