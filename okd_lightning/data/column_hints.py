@@ -171,7 +171,7 @@ def unread_warning(rows: Sequence[RawRow], columns: Columns) -> str | None:
     if has_chats or is_chat(cells.samples.get(columns.prompt or "")):
         names = [n for n in cells.texts() if n.lower() in _SYSTEM and cells.samples[n].strip()]
         read = {columns.system, columns.prompt, *_fields(columns)}
-        unread = [name for name in names if name not in read]
+        unread = [n for n in names if n not in read] if columns.system is not None else []
         option = f"--data.system_column {unread[0]}" if unread else ""
     else:
         unread = unread_beside(cells, columns)

@@ -21,12 +21,12 @@ from okd_lightning.data.columns import Columns
 from okd_lightning.data.counts import check_counts
 from okd_lightning.data.distilled_module import DistilledModule, check_teacher_prompts
 from okd_lightning.data.examples import ExampleSet, OnOverlong
+from okd_lightning.data.parts import part_sources, read_part
 from okd_lightning.data.progress import rollout_progress
-from okd_lightning.data.row_report import report_rows, warn_of_unread
 from okd_lightning.data.row_templates import prompt_templates
-from okd_lightning.data.sources import DataArgument, DataSource, describe_source, load_rows
+from okd_lightning.data.sources import DataArgument
 from okd_lightning.data.teacher_prompts import teacher_prompts_from
-from okd_lightning.data.token_cache import AUTO, cached_examples
+from okd_lightning.data.token_cache import AUTO
 from okd_lightning.data.tool_turns import checked_turns, equip
 from okd_lightning.data.whole_steps import announce, check_limit, settle_steps
 from okd_lightning.errors import ConfigError, DataError
@@ -154,13 +154,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         check_counts(1, prompts_per_epoch=prompts_per_epoch, samples_per_prompt=samples_per_prompt)
         check_counts(1, prompts_per_rollout=prompts_per_rollout)
         check_counts(0, val_rollouts=val_rollouts)
-        held_out = test if test is not None else val  # an empty list is a data set, not none
-        self.sources: dict[str, DataSource | None] = {
-            "train": train,
-            "val": val,
-            "test": held_out,
-            "predict": predict if predict is not None else held_out,
-        }
+        self.sources = part_sources(train, val, test, predict)
         other_split = test_split if test is not None else val_split
         self.splits = {"train": train_split, "val": val_split, "test": other_split}
         self.splits["predict"] = test_split if predict is not None else other_split
@@ -215,15 +209,12 @@ class RolloutDataModule(lightning.LightningDataModule):
             settle_steps(self._trainer, self.batch_size, self.global_batch_size)
 
     def read_ahead(self, stage: str) -> None:
-        """Read and tokenize what a stage needs, before models are loaded for rows that are broken.
+        """Read and tokenize what a stage needs, so that broken rows are told before models load.
 
         The module calls it when the run's methods are known.
 
-        Args:
-            stage: "fit", "validate", "test" or "predict".
-
         Raises:
-            OKDLightningError: What ``train_dataloader`` and the other loaders would refuse later.
+            OKDLightningError: What the loaders would raise later.
         """
         if stage == "fit" and self.sources["train"] is not None:
             self._train_examples()
@@ -328,37 +319,21 @@ class RolloutDataModule(lightning.LightningDataModule):
             raise DataError(f"no data: give --data.{part} a JSONL file, a folder or a hub id")
         key = f"{part}:{needs_response}"
         if key not in self._examples:
-            name = describe_source(source)
-            rows = load_rows(source, split=self.splits[part], subset=self.subset)
-            warn_of_unread(rows, self.columns, name)
-            found = cached_examples(
-                self.token_cache,
-                rows,
-                self._module.tokenizer,
-                eos_id=self._module.eos_ids[0],
+            self._examples[key] = read_part(
+                part,
+                source,
+                self._module,
+                split=self.splits[part],
+                subset=self.subset,
+                token_cache=self.token_cache,
                 columns=self.columns,
                 max_prompt_length=self.max_prompt_length,
                 max_response_length=self.max_response_length,
                 on_overlong=self.on_overlong,
                 needs_response=needs_response,
-                where=name,
                 teacher_prompts=self.teacher_prompts if part != "predict" else None,
             )
-            self._module.add_eos_ids(found.ends_of_turn(self._module.tokenizer))
-            report_rows(
-                part, name, found, self.max_response_length, teaches_responses=needs_response
-            )
-            self._check_lengths(found)
-            self._examples[key] = found
         return self._examples[key]
-
-    def _check_lengths(self, found: ExampleSet) -> None:
-        self._module.check_lengths(
-            *(
-                max(len(e.prompt_ids_of(author)) for e in found.examples) + self.max_response_length
-                for author in ("student", "teacher")
-            )
-        )
 
     def _evaluation_loaders(self, part: str) -> list[GivenResponses | OwnResponses]:
         trainer = self._trainer
