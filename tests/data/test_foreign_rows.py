@@ -168,7 +168,7 @@ def test_other_hints_lead_to_training_too(row, word, train, build, chat_tokenize
 
 
 def test_open_texts_carry_loss_everywhere_but_on_the_first_token(build, make_tokenizer):
-    for opening, first in (("", "o"), ("<bos>", "<bos>")):
+    for opening, first in (("", "o"), ("<s>", "<s>")):
         tokenizer = make_tokenizer(opening)
         columns = Columns(prompt=None, response="text")
         (found,) = build([{"text": "one uno"}], tokenizer, columns=columns).examples
@@ -176,7 +176,7 @@ def test_open_texts_carry_loss_everywhere_but_on_the_first_token(build, make_tok
         assert tokenizer.decode(found.prompt_ids) == first
         assert found.response_ids[-1] == eos
         whole = tokenizer.decode([*found.prompt_ids, *found.response_ids[:-1]])
-        assert whole.removeprefix("<bos>") == "one uno"
+        assert whole.removeprefix("<s>") == "one uno"
         assert found.response_ids.count(eos) == 1
     message = build_error(build, [{"text": " "}], tokenizer, columns=columns)
     assert "row 1: the text ('text') is empty" in message
