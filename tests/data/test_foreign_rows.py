@@ -7,9 +7,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jsonargparse
@@ -78,6 +80,7 @@ def train(tmp_path, chat_tokenizer):
 
 
 def _with_loss(example, tokenizer) -> str:
+    """What carries loss among the row's own ids."""
     own = [i for i, mask in zip(example.prompt_ids, example.prompt_mask, strict=True) if mask]
     return tokenizer.decode([*own, *example.response_ids])
 
@@ -238,3 +241,36 @@ def test_the_cut_responses_are_a_warning_that_names_the_usual_length(train):
     with pytest.warns(UserWarning, match="20% of the responses are cut"):
         train(rows[1:])  # 2 of 10: from 20 % on
     train(rows, max_response_length=71)
+
+
+def documented() -> dict[str, tuple[dict[str, Any], str]]:
+    """The table of docs/from_trl.md: format → a row, and its flags."""
+    page = (Path(__file__).parents[2] / "docs" / "from_trl.md").read_text()
+    section = page.split("\n## Data sets\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")][2:]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    return {
+        name: (json.loads(row.strip("`")), "" if flags == "none" else flags.strip("`"))
+        for name, row, flags, *_ in cells
+    }
+
+
+@pytest.mark.parametrize("name", documented())
+def test_the_documented_flags_are_the_hints_and_train(name, train, build, chat_tokenizer):
+    row, flags = documented()[name]
+    method = "on-policy" if "rompt-only" in name else "SFT"
+    if flags:
+        message = build_error(build, [row], chat_tokenizer, needs_response=method == "SFT")
+        assert hint_of(message) == flags
+    found = train([row], method, **parsed(flags))
+    row.pop("rejected", None)
+    digits = [character for text in _texts(row) for character in text if character.isdigit()]
+    read = found.prompts[0] + found.responses[0]
+    assert [character for character in read if character.isdigit()] == digits
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for item in inner for text in _texts(item)]

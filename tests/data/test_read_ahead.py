@@ -62,7 +62,7 @@ def test_prompts_alone_are_enough_for_methods_that_generate(hollow, tmp_path):
     rows = [{"prompt": "ab"}]
     with pytest.raises(DataError, match="learns from given responses"):
         run("fit", hollow, tmp_path, rows, method=KD)
-    with pytest.raises(Exception, match="safetensors|weights") as error:
+    with pytest.raises(Exception, match=r"safetensors|weights") as error:
         run(
             "fit",
             hollow,
