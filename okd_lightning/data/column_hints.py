@@ -22,8 +22,15 @@ from okd_lightning.data.foreign_chats import is_chat
 Role: TypeAlias = Literal["prompt", "response", "messages"]
 
 _WELL_KNOWN: Mapping[Role, tuple[str, ...]] = {
-    "prompt": ("question", "instruction", "query", "input", "problem", "text", "content"),
-    "response": ("answer", "output", "completion", "solution", "target", "chosen", "summary"),
+    "prompt": (
+        *("question", "instruction", "query", "input", "inputs", "problem", "user", "human"),
+        *("text", "content", "article", "document", "dialogue", "context", "q"),
+    ),
+    "response": (
+        *("answer", "output", "outputs", "completion", "solution", "canonical_solution"),
+        *("target", "targets", "assistant", "bot", "gpt", "chosen", "code", "summary"),
+        *("highlights", "ideal", "label", "final_answer", "a"),
+    ),
     "messages": ("conversations", "conversation", "chat", "dialogue", "dialog", "chosen"),
 }
 _SYSTEM = ("system_prompt", "system")
@@ -72,7 +79,10 @@ class Cells:
             for name in reversed(among)
             if name.lower() not in passed_over and not name.lower().endswith("id")
         }
-        near = get_close_matches((wanted or role).lower(), list(by_name), n=1)
+        stem = (wanted or role).lower()
+        if len([name for name in by_name if name.startswith(stem)]) > 1:
+            return None  # response_a and response_b: either would be a guess
+        near = get_close_matches(stem, list(by_name), n=1)
         known = (name for name in _WELL_KNOWN[role] if name in by_name)
         found = near[0] if near else next(known, None)
         return by_name[found] if found is not None else None
@@ -101,7 +111,7 @@ def hint_for_rows(cells: Cells, columns: Columns, *, needs_response: bool) -> st
         return messages_option(chat, cells, columns)
     if columns.prompt is None:
         return "--data.messages_column NAME"
-    prompt = cells.find("prompt", columns.prompt, cells.texts())
+    prompt = cells.find("prompt", columns.prompt, cells.texts() or cells.chats())
     has_response = columns.response in cells.samples
     if prompt is not None and has_response:
         return prompt_option(cells, prompt)
@@ -176,6 +186,8 @@ def unread_warning(rows: Sequence[RawRow], columns: Columns) -> str | None:
     else:
         unread = unread_beside(cells, columns)
         option = prompt_option(cells, columns.prompt) if unread and columns.prompt else ""
+    if not unread and isinstance(cells.samples.get("history"), list) and cells.samples["history"]:
+        return "column 'history' of the rows is not read; to train on it turn rows into messages"
     if not unread:
         return None
     many = "s" * (len(unread) > 1)

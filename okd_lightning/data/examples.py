@@ -136,7 +136,10 @@ class _Limits:
                 f"--data.max_teacher_prompt_length (now {self.teacher_prompts.max_length})"
             )
         elif EMPTY_RESPONSE in skipped:
-            advice = "give rows with responses, or use a method that needs prompts only"
+            advice = (
+                "give rows with responses, or use a method that needs prompts only "
+                "(--method GKD --method.on_policy_fraction 1)"
+            )
         else:
             advice = "give rows that the teacher's prompt can be made of"
         return DataError(

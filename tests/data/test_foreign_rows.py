@@ -121,6 +121,10 @@ REFUSED = {
         [{"context": "stone", "question": "one", "answers": {"text": ["uno"]}}],
         ["{context}\\n\\n{question}", "--data.response_column NAME"],
     ),
+    "two responses": (
+        pairs("prompt", "response_a", response_b=("x", "y")),
+        ["--data.response_column NAME"],
+    ),
     "prompts alone": (
         [{"prompt": "one"}],
         ["given responses", "--method GKD --method.on_policy_fraction 1"],
