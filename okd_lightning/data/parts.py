@@ -8,6 +8,7 @@ from okd_lightning.data.distilled_module import DistilledModule
 from okd_lightning.data.examples import ExampleSet
 from okd_lightning.data.row_report import report_rows, warn_of_unread
 from okd_lightning.data.sources import DataSource, describe_source, load_rows
+from okd_lightning.data.table_ids import check_table_ids
 from okd_lightning.data.token_cache import cached_examples
 
 
@@ -49,7 +50,7 @@ def read_part(
         **settings: What else ``build_examples`` takes.
 
     Raises:
-        DataError: It cannot be read.
+        DataError: It cannot be read, or a row holds an id that a model has no row for.
         ConfigError: Its rows are longer than a model was made for.
     """
     where = describe_source(source)
@@ -58,6 +59,7 @@ def read_part(
     found = cached_examples(
         token_cache, rows, module.tokenizer, eos_id=module.eos_ids[0], where=where, **settings
     )
+    check_table_ids(found.examples, module.vocabulary, module.tokenizer, where=where)
     limit = settings["max_response_length"]
     module.add_eos_ids(found.ends_of_turn(module.tokenizer))
     report_rows(part, where, found, limit, teaches_responses=settings["needs_response"])
