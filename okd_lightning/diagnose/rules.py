@@ -74,7 +74,7 @@ def mend_first(found: Diagnosis) -> Advice | None:
     if not broken:
         return None
     text = "; ".join(f"{check.name}: {check.text}" for check in broken)
-    return Advice("Correct the data, its limits or the tokenizer first", text, "measured")
+    return Advice("Mend the data, its limits or the tokenizer first", text, "measured")
 
 
 def prompts_alone(found: Diagnosis) -> Advice | None:
