@@ -183,9 +183,11 @@ def unread_warning(rows: Sequence[RawRow], columns: Columns) -> str | None:
         read = {columns.system, columns.prompt, *_fields(columns)}
         unread = [n for n in names if n not in read] if columns.system is not None else []
         option = f"--data.system_column {unread[0]}" if unread else ""
+    elif columns.templates or columns.prompt is None:  # made of what somebody chose
+        return None
     else:
         unread = unread_beside(cells, columns)
-        option = prompt_option(cells, columns.prompt) if unread and columns.prompt else ""
+        option = prompt_option(cells, columns.prompt)
     if not unread and isinstance(cells.samples.get("history"), list) and cells.samples["history"]:
         return "column 'history' of the rows is not read; to train on it turn rows into messages"
     if not unread:

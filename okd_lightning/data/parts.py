@@ -55,10 +55,10 @@ def read_part(
     """
     where = describe_source(source)
     rows = load_rows(source, split=split, subset=subset)
-    warn_of_unread(rows, settings["columns"], where)
     found = cached_examples(
         token_cache, rows, module.tokenizer, eos_id=module.eos_ids[0], where=where, **settings
     )
+    warn_of_unread(rows, settings["columns"], where)
     check_table_ids(found.examples, module.vocabulary, module.tokenizer, where=where)
     limit = settings["max_response_length"]
     module.add_eos_ids(found.ends_of_turn(module.tokenizer))
