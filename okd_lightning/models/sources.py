@@ -186,6 +186,8 @@ def _hub_reason(source: Source, error: Exception) -> str:
     is_missing = is_any(EntryNotFoundError) and not is_any(LocalEntryNotFoundError)
     if is_missing or "does not appear to have a file" in str(error):
         return f"the repository holds no such file: {first_line(error)}"
+    if "Should have a `model_type` key" in str(error):
+        return "the repository holds no such file: there is no config.json with a model_type in it"
     return (
         f"neither a folder nor a hub id that can be reached ({first_line(error)}); give the path "
         "of a folder with config.json and safetensors"
