@@ -72,7 +72,8 @@ class DistillationModule(OptimizedModule):
             groups. learning_rate and weight_decay are its lr and weight_decay.
         lr_scheduler: A scheduler class path in place of schedule and warmup_steps; it advances with
             optimizer steps.
-        dtype: Number format of the student's weights; a loaded model keeps its own.
+        dtype: Number format of the student's weights; a loaded model keeps its own. float64 serves
+            comparisons of runs.
         teacher_dtype: Number format of the teacher's weights; by default ``dtype``.
         attn_implementation: Attention of the models that are loaded, such as sdpa.
         gradient_checkpointing: Recompute activations in the backward pass: the student's, and the
@@ -141,7 +142,8 @@ class DistillationModule(OptimizedModule):
             ema_decay,
             has_teacher=teacher is not None,
             has_dtype=teacher_dtype is not None,
-            is_rounded=dtype_of(student, dtype) != "float32" and student_adapter is None,
+            is_rounded=dtype_of(student, dtype) in ("bfloat16", "float16")
+            and student_adapter is None,
         )
         super().__init__(
             optimization,
