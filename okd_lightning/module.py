@@ -56,8 +56,10 @@ class DistillationModule(OptimizedModule):
     """A student that learns from a teacher by whatever method callbacks the Trainer holds.
 
     Args:
-        student: Folder, hub id, or a config to start from random weights: a mapping with
-            model_type and that architecture's fields.
+        student: Folder, hub id (org/name or org/name@revision), PEFT folder (merged into its
+            base), .gguf file, or a config to start from random weights: a mapping with model_type
+            and that architecture's fields. From Python also a model: of a PeftModel the adapter is
+            trained; docs/concepts/models.md.
         teacher: The same for the teacher; none for plain SFT.
         tokenizer: Folder or hub id of the tokenizer; by default the student's, else the
             teacher's.
