@@ -15,6 +15,7 @@ from okd_lightning.diagnose.responses import Responses
 from okd_lightning.models import eos_token_ids
 from okd_lightning.module import DistillationModule
 from okd_lightning.records import Example
+from okd_lightning.text_ids import TextEncoder
 
 _MANY_SKIPPED = 0.05
 _FEW_END = 0.5
@@ -92,8 +93,7 @@ def _round_trip(module: DistillationModule, examples: Sequence[Example]) -> Chec
     tokenizer = module.tokenizer
     texts = [text for e in examples for text in (e.prompt, e.response) if text]
     broken = []
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    for text, ids in zip(texts, TextEncoder(tokenizer).plain(texts), strict=True):
         back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         if str(back).strip() != text.strip():
             broken.append(text)
