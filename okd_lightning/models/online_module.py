@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.models.loading import add_adapter
+from okd_lightning.models.adapters import add_adapter
 from okd_lightning.models.projection_targets import (
     choose_targets,
     describe_adapter,
