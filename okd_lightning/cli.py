@@ -176,7 +176,9 @@ class DistillationCLI(LightningCLI):
         folder = config["default_root_dir"]
         if (loggers := config["logger"]) is not False:
             if loggers in (None, True):
-                loggers = TensorBoardLogger(folder, name="tensorboard", version="")
+                loggers = TensorBoardLogger(
+                    folder, name="tensorboard", version="", default_hp_metric=False
+                )
             others = loggers if isinstance(loggers, Sequence) else [loggers]
             kwargs["logger"] = [RunCSVLogger(folder), *others]
         if config["max_epochs"] is None:

@@ -29,6 +29,11 @@ def add_state(module: DistillationModule, checkpoint: dict[str, Any]) -> None:
     """
     trainer = module.trainer
     make_durable(trainer)
+    hparams = checkpoint.get("hyper_parameters", {})
+    for name in module.recorded:  # they are of the run; what remains is a subclass's own
+        hparams.pop(name, None)
+    if not hparams:
+        checkpoint.pop("hyper_parameters", None)
     checkpoint["state_dict"] = weights_to_save(module, checkpoint["state_dict"])
     checkpoint["okd_lightning"] = {
         "config": module.run_config,
