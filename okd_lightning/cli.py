@@ -30,6 +30,7 @@ from okd_lightning.callbacks.monitors import MONITORS
 from okd_lightning.callbacks.progress_bar import RunProgressBar
 from okd_lightning.checkpoints.files import read_checkpoint
 from okd_lightning.cli_arguments import prepare, read_comments_as_text
+from okd_lightning.cli_callbacks import check_callbacks
 from okd_lightning.cli_errors import instantiate, one_line, parse, readable_constructors
 from okd_lightning.config_paths import expand_home
 from okd_lightning.data import RolloutDataModule
@@ -196,6 +197,7 @@ class DistillationCLI(LightningCLI):
         if config["enable_progress_bar"] is not False and not _has(configured, ProgressBar):
             configured.append(RunProgressBar())
         configured += [kind() for kind in self.monitors if not _has(configured, kind)]
+        check_callbacks(configured)
         self.model.run_config = yaml.safe_dump(self.resolved_config(), sort_keys=False)
         self.model.started_in = str(Path.cwd())
         return self.trainer_class(**{**config, **kwargs, "callbacks": configured})

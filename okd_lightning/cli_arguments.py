@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 import okd_lightning
 from okd_lightning.checkpoints.files import newest_checkpoint, read_checkpoint
+from okd_lightning.cli_callbacks import replace_retyped
 from okd_lightning.config_paths import relocate, user_path
 from okd_lightning.errors import CheckpointError, ConfigError, UsageError
 from okd_lightning.run_folder import DEFAULT_FOLDER
@@ -64,6 +65,7 @@ def prepare(arguments: Sequence[str]) -> list[str]:
         rest += ["--ckpt_path", checkpoint] if checkpoint is not None else []
     if checkpoint is not None and not is_whole:
         configs.insert(0, (checkpoint, _config_of(checkpoint)))
+    replace_retyped(configs, rest)
     if "--help" in rest or "-h" in rest:
         configs = []
     typed = _last(_values(rest, ("--method", "--method.class_path")))
