@@ -29,7 +29,7 @@ from okd_lightning.callbacks import (
 from okd_lightning.callbacks.monitors import MONITORS
 from okd_lightning.callbacks.progress_bar import RunProgressBar
 from okd_lightning.checkpoints.files import read_checkpoint
-from okd_lightning.cli_arguments import prepare, read_comments_as_text
+from okd_lightning.cli_arguments import config_of, prepare, read_comments_as_text
 from okd_lightning.cli_callbacks import check_callbacks
 from okd_lightning.cli_errors import instantiate, one_line, parse, readable_constructors
 from okd_lightning.config_paths import expand_home
@@ -52,6 +52,7 @@ from okd_lightning.quickstart.command import (
     with_default_method,
 )
 from okd_lightning.rank_faults import as_lost_rank
+from okd_lightning.resume_rules import check_resume
 from okd_lightning.run_folder import (
     CONFIG_FILE,
     DEFAULT_FOLDER,
@@ -223,6 +224,8 @@ class DistillationCLI(LightningCLI):
         start = 0
         if path is not None:
             checkpoint = read_checkpoint(path)
+            if (saved := config_of(path, checkpoint)) is not None:
+                check_resume(saved, self.resolved_config(), path)
             start, row = int(checkpoint["global_step"]), checkpoint["okd_lightning"].get("row")
             prepared = resume_run(folder, start, row)
         else:

@@ -194,6 +194,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         self.stop = StopRequest()
         self._train_loader: RolloutLoader | None = None
         self._first_epoch = 0
+        self._saved_rows: dict[str, Any] | None = None  # of the checkpoint that is resumed
 
     # ---------------------------------------------------------------- Lightning's hooks
 
@@ -244,7 +245,7 @@ class RolloutDataModule(lightning.LightningDataModule):
             stop=self.stop,
         )
         check_limit(trainer, len(self._train_loader))
-        self._train_loader.start_at(self._first_epoch)
+        self._begin(self._train_loader)
         return self._train_loader
 
     def _scorer(self, module: DistilledModule) -> ChunkScorer:
@@ -280,13 +281,22 @@ class RolloutDataModule(lightning.LightningDataModule):
         epoch's end a resumed run would begin with the first one's prompts, coins and noise.
         """
         loader = self._train_loader
-        return {"epoch": self._first_epoch if loader is None else loader.epoch_to_come}
+        if loader is None:
+            return {"epoch": self._first_epoch}
+        return {"epoch": loader.epoch_to_come, "rows": loader.fingerprint()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Begin with that epoch, whether the loader exists by now or not."""
-        self._first_epoch = state_dict["epoch"]
+        self._first_epoch, self._saved_rows = state_dict["epoch"], state_dict.get("rows")
         if self._train_loader is not None:
-            self._train_loader.start_at(self._first_epoch)
+            self._begin(self._train_loader)
+
+    def _begin(self, loader: RolloutLoader) -> None:
+        """Begin with the epoch of a checkpoint, whose steps must have been of the same rows."""
+        if self._saved_rows is not None:
+            loader.check_same(self._saved_rows)
+            self._saved_rows = None
+        loader.start_at(self._first_epoch)
 
     # ---------------------------------------------------------------- examples
 
