@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from okd_lightning.errors import VocabularyError
+from okd_lightning.errors import DataError, VocabularyError
+from okd_lightning.text_ids import TextEncoder
 
 _PROBE = "The 3 quick foxes' naïve café — 12,345.60€!\n\tdef f(x): return x**2  # 中文 ✓"
 
@@ -113,10 +114,8 @@ def check_vocabulary_agreement(
 def _cut(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int] | None:
     """Ids of a text; None where the tokenizer has no token for some of its characters."""
     try:
-        return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-    except Exception as error:
-        if type(error) is not Exception:  # what the tokenizers library raises
-            raise
+        return TextEncoder(tokenizer).plain([text])[0]
+    except DataError:
         return None
 
 

@@ -1,4 +1,4 @@
-"""Semantics frozen here: ids are bos (where one is) + prompt + response + eos, tokenized apart.
+"""Semantics frozen here: ids are bos (where one is) + prompt + response + eos.
 
 A response that is cut has no eos; a prompt that is too long is skipped and counted, or refused; the
 index is the row's number in the file whatever was skipped; nothing is random, nothing is warned of.
@@ -177,11 +177,12 @@ def test_real_tinystories(shared_data, real_tokenizer, build):
     num_without_eos = 0
     for example in built.examples:
         source = rows[example.index]
-        # tokenized one at a time, by the plain call, the ids are the same
-        plain_prompt = tokenizer(source["prompt"]).input_ids
-        plain_response = tokenizer(source["response"], add_special_tokens=False).input_ids
-        assert list(example.prompt_ids) == plain_prompt
-        assert list(example.response_ids) == [*plain_response, 1][:96]
+        # the plain call on the whole story gives the same ids
+        whole = tokenizer(source["prompt"] + source["response"]).input_ids
+        assert list(example.prompt_ids) == tokenizer(source["prompt"]).input_ids
+        assert [*example.prompt_ids, *example.response_ids] == [*whole, 1][
+            : len(example.prompt_ids) + 96
+        ]
         num_without_eos += example.response_ids[-1] != 1
     assert num_without_eos == built.num_cut > 0
     assert built.skipped["overlong prompt"] == sum(
