@@ -72,8 +72,7 @@ def check_resume(saved: Mapping[str, Any], own: Mapping[str, Any], checkpoint: s
     for option in sorted(before.keys() | now.keys()):
         old, new = before.get(option), now.get(option)
         rule = _rule(option)
-        is_due = rule is not None and option not in _BY_MODULE
-        if not is_due or _is_same(old, new) or _is_moved(option, old):
+        if rule is None or option in _BY_MODULE or _is_same(old, new) or _is_moved(option, old):
             continue
         advice = f"leave it as it was, {_shown(old)}"
         if rule[0] == "new run" or option.startswith("model."):

@@ -245,7 +245,8 @@ class RolloutDataModule(lightning.LightningDataModule):
             stop=self.stop,
         )
         check_limit(trainer, len(self._train_loader))
-        self._begin(self._train_loader)
+        self._train_loader.begin(self._first_epoch, self._saved_rows)
+        self._saved_rows = None
         return self._train_loader
 
     def _scorer(self, module: DistilledModule) -> ChunkScorer:
@@ -280,8 +281,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         Lightning gives the loader its own state back only in the middle of an epoch; after an
         epoch's end a resumed run would begin with the first one's prompts, coins and noise.
         """
-        loader = self._train_loader
-        if loader is None:
+        if (loader := self._train_loader) is None:
             return {"epoch": self._first_epoch}
         return {"epoch": loader.epoch_to_come, "rows": loader.fingerprint()}
 
@@ -289,14 +289,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         """Begin with that epoch, whether the loader exists by now or not."""
         self._first_epoch, self._saved_rows = state_dict["epoch"], state_dict.get("rows")
         if self._train_loader is not None:
-            self._begin(self._train_loader)
-
-    def _begin(self, loader: RolloutLoader) -> None:
-        """Begin with the epoch of a checkpoint, whose steps must have been of the same rows."""
-        if self._saved_rows is not None:
-            loader.check_same(self._saved_rows)
-            self._saved_rows = None
-        loader.start_at(self._first_epoch)
+            self._train_loader.begin(self._first_epoch, self._saved_rows)
 
     # ---------------------------------------------------------------- examples
 

@@ -144,6 +144,12 @@ class RolloutLoader:
         """The epoch of the next batch."""
         return self._epoch + (self._delivered >= len(self))
 
+    def begin(self, epoch: int, saved: Mapping[str, Any] | None) -> None:
+        """Begin with an epoch, of a checkpoint with the fingerprint ``saved`` if there is one."""
+        if saved is not None:
+            self.check_same(saved)
+        self.start_at(epoch)
+
     def start_at(self, epoch: int) -> None:
         """Begin with the first batch of an epoch."""
         self._epoch, self._delivered = epoch, 0
