@@ -194,7 +194,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         self.stop = StopRequest()
         self._train_loader: RolloutLoader | None = None
         self._first_epoch = 0
-        self._saved_rows: dict[str, Any] | None = None  # of the checkpoint that is resumed
+        self._saved_rows: dict[str, Any] | None = None
 
     # ---------------------------------------------------------------- Lightning's hooks
 
@@ -278,8 +278,7 @@ class RolloutDataModule(lightning.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The epoch that comes next, or goes on.
 
-        Lightning gives the loader its own state back only in the middle of an epoch; after an
-        epoch's end a resumed run would begin with the first one's prompts, coins and noise.
+        (Lightning gives the loader its own state back only in the middle of an epoch.)
         """
         if (loader := self._train_loader) is None:
             return {"epoch": self._first_epoch}
