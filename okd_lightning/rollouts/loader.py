@@ -144,11 +144,15 @@ class RolloutLoader:
         """The epoch of the next batch."""
         return self._epoch + (self._delivered >= len(self))
 
-    def begin(self, epoch: int, saved: Mapping[str, Any] | None) -> None:
-        """Begin with an epoch, of a checkpoint with the fingerprint ``saved`` if there is one."""
-        if saved is not None:
+    def position(self) -> dict[str, Any]:
+        """The epoch to come and what decides its rows, as ``begin`` takes it."""
+        return {"epoch": self.epoch_to_come, "rows": self.fingerprint()}
+
+    def begin(self, position: dict[str, Any]) -> None:
+        """Begin with an epoch; its rows must be those of a checkpoint's position, checked once."""
+        if (saved := position.pop("rows", None)) is not None:
             self.check_same(saved)
-        self.start_at(epoch)
+        self.start_at(position["epoch"])
 
     def start_at(self, epoch: int) -> None:
         """Begin with the first batch of an epoch."""
