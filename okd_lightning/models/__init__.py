@@ -4,6 +4,8 @@
 * ``lengths``: the positions that a model was made for.
 * ``vocabulary``: tokenizers are compared by content; ids outside the tokenizer are masked.
 * ``causality``: whether a model looks at later tokens.
+* ``forward_arguments``: what a forward pass names, and what it would swallow.
+* ``row_groups``: which rows may share a forward pass.
 * ``reading``: hidden states where loss lies, from packed rows or padded ones.
 * ``pair``: the tokenizer that a student and its teacher share.
 * ``online_module``: a small trainable part on a frozen teacher.
@@ -41,6 +43,7 @@ from okd_lightning.models.online_module import (
 from okd_lightning.models.pair import check_pair, find_tokenizer, load_checked
 from okd_lightning.models.reading import hidden_at_loss, packs_rows, reads_packed_rows
 from okd_lightning.models.recompute import recompute_activations
+from okd_lightning.models.row_groups import forget_lengths, row_groups, say_row_groups
 from okd_lightning.models.self_teacher import (
     DEFAULT_EMA_DECAY,
     SelfTeacher,
@@ -82,6 +85,7 @@ __all__ = [
     "eos_token_ids",
     "find_tokenizer",
     "follow",
+    "forget_lengths",
     "head_inputs",
     "hidden_at_loss",
     "in_eval_mode",
@@ -96,5 +100,7 @@ __all__ = [
     "probe_texts",
     "reads_packed_rows",
     "recompute_activations",
+    "row_groups",
+    "say_row_groups",
     "teacher_copy",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,11 @@ def attention_of_any_device(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(attention)
+
+
+def own_precision(model: PreTrainedModel) -> AbstractContextManager[object]:
+    """Within it ``model`` computes in the number format of its weights, whatever autocast is on."""
+    return torch.autocast(next(model.parameters()).device.type, enabled=False)
 
 
 def embedding_gradient(model: PreTrainedModel, hidden_states: Callable[[], Tensor]) -> Tensor:

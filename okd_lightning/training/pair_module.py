@@ -47,7 +47,6 @@ from okd_lightning.models import (
     find_tokenizer,
     load_checked,
     load_model_config,
-    packs_rows,
     recompute_activations,
     teacher_copy,
 )
@@ -65,7 +64,7 @@ from okd_lightning.teacher_cache import (
     check_cached_teacher,
     check_served_teacher,
 )
-from okd_lightning.training.pair_sides import PairSides
+from okd_lightning.training.pair_sides import PairSides, tried_model
 
 
 class PairModule(lightning.LightningModule):
@@ -184,7 +183,7 @@ class PairModule(lightning.LightningModule):
             self.teacher = teacher_copy(self.student)
         if self.gradient_checkpointing:
             recompute_activations(self.student, "--model.student")
-        self.packs_student = packs_rows(self.student, self.packing, "student")
+        self.packs_student = tried_model(self.student, self.packing, "student")
         if self.compile_blocks:
             compile_blocks(self.student)
         self.student.train()
@@ -200,7 +199,7 @@ class PairModule(lightning.LightningModule):
         if self.online_module is not None and not self._has_online_module:
             self._attach_online_module()
         elif self.teacher is not None and self.self_teacher is not None:
-            self.packs_teacher = packs_rows(self.teacher, self.packing, "teacher")
+            self.packs_teacher = tried_model(self.teacher, self.packing, "teacher")
 
     def load_teacher(self) -> PreTrainedModel:
         """The teacher from what was named, frozen and in eval mode; the module does not keep it."""
@@ -212,7 +211,7 @@ class PairModule(lightning.LightningModule):
             dtype=self.teacher_dtype_name,
             attn_implementation=self.attn_implementation,
         )
-        self.packs_teacher = packs_rows(teacher, self.packing, "teacher")
+        self.packs_teacher = tried_model(teacher, self.packing, "teacher")
         if self.compile_blocks:
             compile_blocks(teacher)
         return teacher.requires_grad_(False).eval()
@@ -250,7 +249,7 @@ class PairModule(lightning.LightningModule):
         )
         self.teacher = cast(PreTrainedModel, adapted)  # a PeftModel answers as one
         self._has_online_module = True
-        self.packs_teacher = packs_rows(self.teacher, self.packing, "teacher")
+        self.packs_teacher = tried_model(self.teacher, self.packing, "teacher")
 
     def as_base_teacher(self) -> AbstractContextManager[None]:
         """Within it the teacher is the base one, without its online module."""
