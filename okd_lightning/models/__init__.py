@@ -5,7 +5,7 @@
 * ``vocabulary``: tokenizers are compared by content; ids outside the tokenizer are masked.
 * ``causality``: whether a model looks at later tokens.
 * ``forward_arguments``: what a forward pass names, and what it would swallow.
-* ``row_groups``: which rows may share a forward pass.
+* ``grouping``: which rows may share a forward pass.
 * ``reading``: hidden states where loss lies, from packed rows or padded ones.
 * ``pair``: the tokenizer that a student and its teacher share.
 * ``online_module``: a small trainable part on a frozen teacher.
@@ -19,6 +19,7 @@
 from okd_lightning.models.causal_lm import LMHead, head_inputs
 from okd_lightning.models.causality import check_causal
 from okd_lightning.models.compilation import compile_blocks
+from okd_lightning.models.grouping import forget_lengths, row_groups, say_row_groups
 from okd_lightning.models.lengths import check_lengths, max_positions
 from okd_lightning.models.loading import (
     DTypeName,
@@ -43,7 +44,6 @@ from okd_lightning.models.online_module import (
 from okd_lightning.models.pair import check_pair, find_tokenizer, load_checked
 from okd_lightning.models.reading import hidden_at_loss, packs_rows, reads_packed_rows
 from okd_lightning.models.recompute import recompute_activations
-from okd_lightning.models.row_groups import forget_lengths, row_groups, say_row_groups
 from okd_lightning.models.self_teacher import (
     DEFAULT_EMA_DECAY,
     SelfTeacher,

@@ -139,45 +139,53 @@ def _rope_parameters(config: PretrainedConfig) -> Iterator[Mapping[str, Any]]:
 
 
 def _tried(model: PreTrainedModel) -> RowGroups:
-    """Read short rows beside rows on either side of each length."""
+    """Read short rows beside rows on either side of each length that the config names."""
     switches = _switches(model.config)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), attention_of_any_device(model), own_precision(model):
-            if not _differs(model, switches[0], beside=2 * switches[-1] + 1):
+            is_other, first = _compared(model, switches[0], beside=2 * switches[-1] + 1)
+            if not is_other:
                 return ANY_ROWS
-            forget_lengths(model)
             found = [s for s in switches if _differs(model, s, beside=s + 1)]
-            by_length = len(found) > 1 or _differs(model, found[0] + 2, beside=2 * found[0])
+            found = found or [_searched(model, switches[0], 2 * switches[-1] + 1)]
+            by_length = len(found) > 1 or _differs(model, found[0] + 2, beside=2 * found[0] + 3)
             forget_lengths(model)
-            _check_forgets(model, found[0])
+            again = _read(model, switches[0], switches[0])
     finally:
         model.train(was_training)
-    return RowGroups(found[0], by_length)
-
-
-def _differs(model: PreTrainedModel, own: int, beside: int) -> bool:
-    """Whether a row of ``own`` tokens is another one beside a row of ``beside`` tokens."""
-    truth = _read(model, own, own)
-    change = _read(model, own, beside) - truth
-    if not change.any():
-        return False
-    forget_lengths(model)
-    rounding = _read(model, own, own - 1) - truth  # 0 but for mixtures of experts
-    return bool(change.norm() > _MARGIN * rounding.norm())
-
-
-def _check_forgets(model: PreTrainedModel, length: int) -> None:
-    before = _read(model, length, length)
-    _read(model, length, 2 * length)
-    forget_lengths(model)
-    if (_read(model, length, length) - before).norm() > 1e-3 * before.norm():
+    if (again - first).norm() > 1e-3 * first.norm():
         raise ModelError(
             f"{type(model).__name__}: what it computes for a row depends on the rows that it has "
             "read before; leave its scaled rotary embedding out (rope_parameters in its config), "
             "or use another model"
         )
+    return RowGroups(found[0], by_length)
+
+
+def _searched(model: PreTrainedModel, same: int, other: int) -> int:
+    """The longest row beside which one of ``same`` tokens is what it is alone, by bisection."""
+    own = same
+    while other - same > 1:
+        middle = (same + other) // 2
+        same, other = (same, middle) if _differs(model, own, middle) else (middle, other)
+    return same
+
+
+def _differs(model: PreTrainedModel, own: int, beside: int) -> bool:
+    forget_lengths(model)
+    return _compared(model, own, beside)[0]
+
+
+def _compared(model: PreTrainedModel, own: int, beside: int) -> tuple[bool, Tensor]:
+    """Whether a row of ``own`` tokens is another one beside a row of ``beside`` tokens; and the row
+    as it is beside one of its own length.
+    """
+    truth = _read(model, own, own)
+    rounding = _read(model, own, own - 1) - truth  # 0 but for mixtures of experts
+    change = _read(model, own, beside) - truth  # last: some models remember the longest row
+    return bool(change.norm() > _MARGIN * rounding.norm()), truth
 
 
 def _read(model: PreTrainedModel, own: int, beside: int) -> Tensor:
