@@ -7,12 +7,12 @@
   defaults; ``reward``: a task's reward beside them; ``stage``: a method for a part of the run.
 * task measures: ``exact_match``, ``avg_at_k`` (avg@k and pass@k), ``tool_call_score``,
   ``task_score`` (any reward function, such as ROUGE-L), on the base ``answer_scores``.
-* monitors: ``paper_measures`` (OKD's), ``teacher_drift`` and ``health_warnings`` (alarms) with
-  ``vital_signs``, ``rollout_log`` (responses of training on disk), ``sample_table`` (the same
-  prompts before and now) with ``sample_views``, ``predictions`` (generations on disk),
-  ``progress_bar`` with ``pace``, ``finite_guard`` (stop before a broken step),
-  ``best_checkpoint``, ``last_checkpoint``, ``preemption`` (SIGTERM), ``throughput``,
-  ``step_intervals``; ``monitors``: those that every run of the command line has.
+* monitors: ``paper_measures`` (OKD's), ``teacher_drift``, ``rollout_log`` (responses of training
+  on disk), ``sample_table`` (the same prompts before and now) with ``sample_views``,
+  ``predictions`` (generations on disk), ``progress_bar`` with ``pace``, ``best_checkpoint``,
+  ``last_checkpoint``, ``preemption`` (SIGTERM), ``throughput``; ``monitors``:
+  those that every run of the command line has. ``FiniteGuard`` and ``HealthWarnings``, which
+  every Trainer has, are in ``okd_lightning.safeguards``.
 """
 
 from okd_lightning.callbacks.answer_scores import AnswerScores
@@ -21,9 +21,7 @@ from okd_lightning.callbacks.base import DistillationCallback
 from okd_lightning.callbacks.best_checkpoint import BestCheckpoint
 from okd_lightning.callbacks.divergence import DivergenceCallback
 from okd_lightning.callbacks.exact_match import ExactMatch
-from okd_lightning.callbacks.finite_guard import FiniteGuard
 from okd_lightning.callbacks.gkd import GKD
-from okd_lightning.callbacks.health_warnings import HealthWarnings
 from okd_lightning.callbacks.kd import KD
 from okd_lightning.callbacks.last_checkpoint import LastCheckpoint
 from okd_lightning.callbacks.okd import OKD
@@ -41,6 +39,8 @@ from okd_lightning.callbacks.task_score import TaskScore
 from okd_lightning.callbacks.teacher_drift import TeacherDrift
 from okd_lightning.callbacks.throughput import Throughput
 from okd_lightning.callbacks.tool_call_score import ToolCallScore
+from okd_lightning.safeguards.finite_guard import FiniteGuard
+from okd_lightning.safeguards.health_warnings import HealthWarnings
 
 __all__ = [
     "GKD",

@@ -57,6 +57,8 @@ class DistillationCallback(Callback, ABC):
         share_at: The on-policy share in an optimizer step, where it changes in a run (a method of
             one argument), or None. What it says of a step may not change once the step's rows are
             there. ``on_policy_fraction`` then only says which sources occur.
+        precedes_models: Its ``setup`` runs before the models are built, so that they are built for
+            the run's methods, and not at all where a setting is refused.
         needs_teacher_prompt: Whether the teacher must read prompts of its own (a privileged
             teacher); a run on data without them is then refused.
     """
@@ -66,6 +68,7 @@ class DistillationCallback(Callback, ABC):
     mixes_rows: bool = False
     share_at: Callable[[int], float] | None = None
     needs_teacher_prompt: bool = False
+    precedes_models: bool = True
 
     def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
         if not (math.isfinite(weight) and weight > 0):

@@ -16,9 +16,11 @@ class EvaluationCallback(Callback, ABC):
 
     Attributes:
         measured: What it logs, without ``val/`` and ``test/``.
+        precedes_models: Its ``setup`` runs before the models are built.
     """
 
     measured: tuple[str, ...] = ()
+    precedes_models: bool = True
 
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str

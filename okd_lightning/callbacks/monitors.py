@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from lightning.pytorch.callbacks import Callback
 
-from okd_lightning.callbacks.finite_guard import FiniteGuard
-from okd_lightning.callbacks.health_warnings import HealthWarnings
 from okd_lightning.callbacks.predictions import PredictionLog
 from okd_lightning.callbacks.rollout_log import RolloutLog
 from okd_lightning.callbacks.sample_table import SampleTable
-from okd_lightning.callbacks.step_intervals import StepIntervals
 from okd_lightning.callbacks.teacher_drift import TeacherDrift
 from okd_lightning.callbacks.throughput import Throughput
+from okd_lightning.safeguards.finite_guard import FiniteGuard
+from okd_lightning.safeguards.health_warnings import HealthWarnings
+from okd_lightning.safeguards.step_intervals import StepIntervals
 
 MONITORS: tuple[type[Callback], ...] = (
     FiniteGuard,

@@ -22,9 +22,7 @@ from okd_lightning.losses import (
 )
 from okd_lightning.records import LossOutput, Source
 from okd_lightning.reduction import loss_output
-
-EXTREME_LOG_RATIO = 10.0
-"""Nats; the teacher finds a token e^10 = 22,000 times less (or more) likely than its writer."""
+from okd_lightning.safeguards.vital_signs import EXTREME_LOG_RATIO
 
 _STUDENT = DrawnLogProb("student")
 

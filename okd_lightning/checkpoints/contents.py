@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from okd_lightning.errors import CheckpointError
 
@@ -25,7 +26,13 @@ def weights_to_save(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict
         module: A DistillationModule with both models built.
         state_dict: Its full state.
     """
-    parameters = dict(module.named_parameters(remove_duplicate=False))
+    sides = {"student": module.student, "teacher": module.teacher}
+    parameters = {
+        f"{side}.{name}": parameter
+        for side, model in sides.items()
+        if isinstance(model, nn.Module)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
     trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
     frozen = parameters.keys() - trained
     kept = {}
@@ -41,6 +48,24 @@ def weights_to_save(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict
         if is_trained or not is_reloadable or not (is_teacher or name in frozen):
             kept[name] = value
     return kept
+
+
+def allow_left_out(module: nn.Module, keys: _IncompatibleKeys) -> None:
+    """A hook after ``load_state_dict``: what checkpoints leave out is not missing.
+
+    Args:
+        module: A DistillationModule, which may be a part of a larger one (an averaged model).
+        keys: Of the whole load; names that ``weights_to_save`` leaves out are removed from it.
+    """
+    state = module.state_dict()
+    left_out = state.keys() - weights_to_save(module, state).keys()
+    keys.missing_keys[:] = [name for name in keys.missing_keys if not left_out & _tails(name)]
+
+
+def _tails(name: str) -> set[str]:
+    """A dotted name without its first parts: a.b.c gives a.b.c, b.c and c."""
+    parts = name.split(".")
+    return {".".join(parts[i:]) for i in range(len(parts))}
 
 
 def check_methods(saved: Sequence[str], configured: Sequence[str]) -> None:

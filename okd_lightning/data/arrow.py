@@ -1,16 +1,29 @@
-"""Rows that the ``datasets`` library holds: saved folders, data folders and hub ids.
+"""Data sets that the ``datasets`` library knows: saved folders, folders of data files, hub ids.
 
-Turns the many exceptions of that library into one clear line.
+``datasets`` finds the files and their splits; JSON, CSV and Parquet files are read as a file given
+by its path is (``data_files``). Turns the many exceptions of that library into one clear line.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetBuilder,
+    DatasetDict,
+    DownloadManager,
+    ReadInstruction,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetsError
 
+from okd_lightning.data.data_files import FILE_KINDS, read_file, rows_of_dataset
+from okd_lightning.data.text_files import kind_of_file
 from okd_lightning.errors import DataError, DataNotFoundError
 
 Row: TypeAlias = dict[str, Any]
@@ -18,29 +31,70 @@ Row: TypeAlias = dict[str, Any]
 _READ_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError)
 """What ``datasets`` and ``huggingface_hub`` raise for missing, unreachable or unreadable sets."""
 
+_SPLIT_OPTIONS = "--data.train_split, --data.val_split or --data.test_split"
+
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _without_nulls(value: Any) -> Any:
-    """Drop the nulls that Arrow writes where one struct lacks a field that another one has."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
-
-
-def rows_of_dataset(dataset: Dataset) -> list[Row]:
-    """All rows as dictionaries; nested fields that a row does not have are absent, not None."""
-    return [
-        {name: _without_nulls(value) for name, value in row.items()} for row in dataset.to_list()
-    ]
-
-
 def _is_saved(folder: Path) -> bool:
     return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
+
+
+def _no_split(where: str, split: str, found: Sequence[object]) -> DataError:
+    names = ", ".join(repr(str(name)) for name in found)
+    return DataError(
+        f"{where}: no split {split!r}; found: {names}; choose one of them with {_SPLIT_OPTIONS}"
+    )
+
+
+def rows_of_splits(splits: Mapping[Any, Dataset], *, split: str, where: str) -> list[Row]:
+    """Rows of one split of a ``DatasetDict``.
+
+    Raises:
+        DataError: It has no such split.
+    """
+    if split not in splits:
+        raise _no_split(where, split, list(splits))
+    return rows_of_dataset(splits[split])
+
+
+def _own_files(builder: DatasetBuilder, where: str, split: str) -> list[tuple[Path, str]] | None:
+    """The files of one split with their kinds, where all of them are of kinds that we read.
+
+    None where they are not, or where the data set's card asks for a reading of its own.
+
+    Raises:
+        DataError: There is no such split.
+    """
+    files = getattr(builder.config, "data_files", None)
+    is_special = getattr(builder.config, "field", None) is not None  # rows within a JSON object
+    if not files or is_special or "+" in split or split == "all":
+        return None
+    if split not in files:
+        raise _no_split(where, split, list(files))
+    addresses = [str(address) for address in files[split]]
+    if not all(kind_of_file(address) in FILE_KINDS for address in addresses):
+        return None
+    local = DownloadManager().download(addresses)  # a path that is here already stays as it is
+    return [(Path(p), kind_of_file(address)) for p, address in zip(local, addresses, strict=True)]
+
+
+def _rows_of(name: str, subset: str | None, split: str) -> list[Row]:
+    """Rows of one split of a folder of data files or a hub id; ``train[:100]`` cuts it."""
+    builder = load_dataset_builder(name, subset)
+    part, is_cut, _ = split.partition("[")
+    files = _own_files(builder, name, part)
+    if files is None:
+        return rows_of_dataset(load_dataset(name, subset, split=split))
+    named = getattr(builder.config, "sep", ",")  # by the data set's card
+    delimiter = None if named == "," else named
+    rows = [row for path, kind in files for row in read_file(path, kind, delimiter)]
+    if not is_cut:
+        return rows
+    (cut,) = ReadInstruction.from_spec(split).to_absolute({part: len(rows)})
+    return rows[cut.from_ : cut.to]
 
 
 def read_folder(folder: Path, *, split: str, subset: str | None) -> list[Row]:
@@ -56,10 +110,11 @@ def read_folder(folder: Path, *, split: str, subset: str | None) -> list[Row]:
         DataError: The folder is neither, is broken, or lacks the split.
     """
     try:
-        if _is_saved(folder):
-            found = load_from_disk(str(folder))
-        else:
-            found = load_dataset(str(folder), subset, split=split)
+        if not _is_saved(folder):
+            return _rows_of(str(folder), subset, split)
+        found = load_from_disk(str(folder))
+    except DataError:
+        raise
     except _READ_ERRORS as error:
         raise DataError(
             f"{folder}: not a folder that `datasets` can read ({_first_line(error)}); expected one "
@@ -67,10 +122,7 @@ def read_folder(folder: Path, *, split: str, subset: str | None) -> list[Row]:
             "or name a .jsonl file"
         ) from error
     if isinstance(found, DatasetDict):
-        if split not in found:
-            names = ", ".join(repr(str(name)) for name in found)
-            raise DataError(f"{folder}: no split {split!r}; found: {names}; choose one of them")
-        found = found[split]
+        return rows_of_splits(found, split=split, where=str(folder))
     return rows_of_dataset(found)
 
 
@@ -82,7 +134,9 @@ def read_hub(hub_id: str, *, split: str, subset: str | None) -> list[Row]:
         DataError: The data set has no such split or subset, or cannot be read.
     """
     try:
-        return rows_of_dataset(load_dataset(hub_id, subset, split=split))
+        return _rows_of(hub_id, subset, split)
+    except DataError:
+        raise
     except OSError as error:
         raise DataNotFoundError(
             f"data set {hub_id!r}: no such file or folder here, and not to be had from the Hugging "

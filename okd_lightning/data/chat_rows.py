@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from okd_lightning.data.columns import (
     Columns,
     RawRow,
+    read_answer,
     read_messages,
-    read_response,
     read_tools,
 )
 from okd_lightning.data.templates import ChatRenderer, Message, RenderedChat
@@ -50,7 +50,7 @@ def read_turns(row: RawRow, columns: Columns, at: str) -> list[Message]:
 def _read_chat(row: RawRow, columns: Columns, renderer: ChatRenderer, at: str) -> _Chat:
     messages = read_turns(row, columns, at)
     if messages[-1]["role"] != "assistant":
-        messages += _given_answer(row, columns, at)
+        messages += read_answer(row, columns, at)
     tools = read_tools(row, columns, at)
     rendered = renderer.render(messages, tools, at)
     schemas = None if tools is None else tuple(tools)
@@ -59,12 +59,6 @@ def _read_chat(row: RawRow, columns: Columns, renderer: ChatRenderer, at: str) -
     spoken = rendered.response.removesuffix(rendered.end_of_turn).strip()
     source = Chat(tuple(messages[:-1]), schemas)
     return _Chat(rendered, messages[-1]["content"] or spoken, source)
-
-
-def _given_answer(row: RawRow, columns: Columns, at: str) -> list[Message]:
-    """The response column as the last turn of a chat that ends without the assistant's."""
-    response = read_response(row, columns, at, needs_response=False)
-    return [{"role": "assistant", "content": response}] if response.strip() else []
 
 
 def encode_spans(

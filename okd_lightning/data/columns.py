@@ -6,21 +6,20 @@ Owns the reading of raw cells and the messages about them. Nothing here knows a 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
+from okd_lightning.data.foreign_chats import (
+    is_chat,
+    listed_messages,
+    text_of_parts,
+    with_known_keys,
+)
 from okd_lightning.errors import DataError
 
 RawRow: TypeAlias = Mapping[str, Any]
-Layout: TypeAlias = Literal["text", "chat"]
-
-_WELL_KNOWN = {
-    "prompt": ("question", "instruction", "query", "input", "problem", "text"),
-    "response": ("answer", "output", "completion", "solution", "target"),
-    "messages": ("conversations", "conversation", "chat", "dialogue", "dialog"),
-}
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,8 @@ class Columns:
     """The names of the columns that are read.
 
     Attributes:
-        prompt: Text that the model continues; None: this data set is read as a chat.
+        prompt: Text that the model continues; None: rows are chats or, without any, whole texts,
+            which are their responses.
         response: The text that follows it.
         messages: A chat, a list of ``{"role": ..., "content": ...}``; None: never read as a chat.
         tools: The tools that a chat may call (JSON schemas), where there are any.
@@ -37,6 +37,7 @@ class Columns:
             first that it fills; () to read the prompt column as it is.
         as_chat: Whether a prompt is a user's message, which the chat template renders.
         chat_template_kwargs: What the chat template is told beside the chat.
+        system: Text that becomes the first message of a chat; None to read no such column.
     """
 
     prompt: str | None = "prompt"
@@ -47,21 +48,12 @@ class Columns:
     templates: tuple[str, ...] = ()
     as_chat: bool = False
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    system: str | None = "system"
 
 
 def quoted(names: Collection[str]) -> str:
     """Names as messages list them."""
     return ", ".join(repr(name) for name in names) or "none"
-
-
-def _suggestion(role: str, wanted: str, found: Sequence[str]) -> str | None:
-    known = next((name for name in _WELL_KNOWN[role] if name in found), None)
-    near = get_close_matches(wanted, found, n=1)
-    return near[0] if near else known
-
-
-def _option(role: str, wanted: str, found: Sequence[str]) -> str:
-    return f"--data.{role}_column {_suggestion(role, wanted, found) or 'NAME'}"
 
 
 def require_column(row: RawRow, role: str, name: str, where: str) -> None:
@@ -79,71 +71,10 @@ def require_column(row: RawRow, role: str, name: str, where: str) -> None:
         )
 
 
-def _check_mapped(row: RawRow, columns: Columns, where: str) -> None:
-    """A column that the user named must be there, needed or not."""
-    default = Columns()
-    for role in ("prompt", "response", "messages", "tools"):
-        name = getattr(columns, role)
-        if name is not None and name != getattr(default, role):
-            require_column(row, role, name, where)
-
-
-def _no_prompt(row: RawRow, columns: Columns, where: str) -> DataError:
-    found = list(row)
-    wanted = [name for name in (columns.prompt, columns.messages) if name is not None]
-    chat = next((name for name in _WELL_KNOWN["messages"] if name in found), None)
-    if columns.prompt is None or (chat and not _suggestion("prompt", columns.prompt, found)):
-        options = f"--data.messages_column {chat or 'NAME'}"
-    else:
-        options = _option("prompt", columns.prompt, found)
-        if columns.response not in found and _suggestion("response", columns.response, found):
-            options += f" {_option('response', columns.response, found)}"
-    missing = " and no ".join(repr(name) for name in wanted) or "to read"
-    return DataError(f"{where}: no column {missing}; found: {quoted(found)}; use {options}")
-
-
-def choose_layout(row: RawRow, columns: Columns, *, needs_response: bool, where: str) -> Layout:
-    """Tell from a data set's first row whether it holds prompts or chats.
-
-    Raises:
-        DataError: A column is missing, or both kinds are there and nothing says which one to read.
-    """
-    _check_mapped(row, columns, where)
-    has_prompt = columns.prompt is not None and columns.prompt in row
-    has_messages = columns.messages is not None and columns.messages in row
-    if has_prompt and has_messages:
-        raise DataError(
-            f"{where}: both a prompt column {columns.prompt!r} and a chat column "
-            f"{columns.messages!r}; to read the chats use --data.prompt_column null, "
-            "to read the prompts use --data.messages_column null"
-        )
-    if has_messages:
-        return "chat"
-    if not has_prompt:
-        raise _no_prompt(row, columns, where)
-    if columns.declared_tools:
-        raise DataError(
-            f"{where}: the rows are plain prompts, and --data.tools are called in chats; give rows "
-            "with messages (--data.messages_column NAME), set --data.as_chat true, or leave the "
-            "tools out"
-        )
-    if needs_response and columns.response not in row:
-        raise DataError(
-            f"{where}: no column {columns.response!r}, and this run learns from given responses; "
-            f"found: {quoted(row)}; use "
-            f"{_option('response', columns.response, [c for c in row if c != columns.prompt])}"
-        )
-    return "text"
-
-
 def _cell(row: RawRow, name: str, at: str) -> Any:
     if name not in row:
         raise DataError(f"{at}: no column {name!r}, which the first row has; found: {quoted(row)}")
     return row[name]
-
-
-def _looks_like_chat(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
 
 
 def require_whole_characters(text: str, what: str) -> None:
@@ -175,12 +106,7 @@ def read_prompt(row: RawRow, columns: Columns, at: str) -> str:
     assert columns.prompt is not None
     value = _cell(row, columns.prompt, at)
     if not isinstance(value, str):
-        hint = (
-            f"; if it is a chat, use --data.messages_column {columns.prompt} "
-            "--data.prompt_column null"
-            if _looks_like_chat(value)
-            else ""
-        )
+        hint = " as in the first row" if is_chat(value) else ""
         raise DataError(
             f"{at}: the prompt ({columns.prompt!r}) is {type(value).__name__}, expected text{hint}"
         )
@@ -201,8 +127,10 @@ def read_response(row: RawRow, columns: Columns, at: str, *, needs_response: boo
     if value is None:
         return ""  # like an empty one
     if not isinstance(value, str):
+        hint = "; messages follow a chat: use --data.as_chat true" if is_chat(value) else ""
         raise DataError(
             f"{at}: the response ({columns.response!r}) is {type(value).__name__}, expected text"
+            f"{hint}"
         )
     require_whole_characters(value, f"{at}: the response ({columns.response!r})")
     return value
@@ -214,7 +142,8 @@ def _read_message(message: object, at: str) -> dict[str, Any]:
             f"{at} is {type(message).__name__}, expected an object "
             '{"role": "user", "content": "..."}'
         )
-    fields = {key: value for key, value in message.items() if value is not None}
+    given = {key: value for key, value in message.items() if value is not None}
+    fields = with_known_keys(given, at)
     if not isinstance(fields.get("role"), str):
         raise DataError(
             f'{at} has no text as "role"; found: {quoted(message)}; '
@@ -226,34 +155,98 @@ def _read_message(message: object, at: str) -> dict[str, Any]:
             'expected {"role": "user", "content": "..."}'
         )
     content = fields.setdefault("content", "")
+    if isinstance(content, list):
+        content = fields["content"] = text_of_parts(content, at)
     if not isinstance(content, str):
         raise DataError(f'{at} has {type(content).__name__} as "content", expected text')
     return fields
+
+
+def _listed(value: object, at: str, what: str) -> list[dict[str, Any]]:
+    """Messages of a cell, which ``what`` names."""
+    found = listed_messages(value)
+    if not isinstance(found, list) or not found:
+        kind = "an empty list" if found == [] else type(value).__name__
+        raise DataError(
+            f"{at}: {what} is {kind}, expected a list of messages "
+            '{"role": "user", "content": "..."}'
+        )
+    return [
+        _read_message(message, f"{at}: message {number}")
+        for number, message in enumerate(found, start=1)
+    ]
+
+
+def _system_message(row: RawRow, columns: Columns, at: str) -> list[dict[str, Any]]:
+    """The system column as a message, where the row has any text there."""
+    value = row.get(columns.system) if columns.system is not None else None
+    if value is None or value == "":
+        return []
+    if not isinstance(value, str):
+        raise DataError(
+            f"{at}: the system prompt ({columns.system!r}) is {type(value).__name__}, expected "
+            "text; if it is none, use --data.system_column null"
+        )
+    return [{"role": "system", "content": value}]
 
 
 def read_messages(row: RawRow, columns: Columns, at: str) -> list[dict[str, Any]]:
     """The chat of a row, fields that are null left out, "content" always text.
 
     Raises:
-        DataError: It is not a list of messages with a role and text, or begins with the assistant.
+        DataError: It is not a list of messages with a role and text, begins with the assistant, or
+            has another system message than the system column.
     """
     assert columns.messages is not None
     value = _cell(row, columns.messages, at)
-    if not isinstance(value, list) or not value:
-        found = "an empty list" if value == [] else type(value).__name__
+    messages = _listed(value, at, f"the chat ({columns.messages!r})")
+    system = _system_message(row, columns, at)
+    if system and messages[0]["role"] != "system":
+        messages = [*system, *messages]
+    elif system and messages[0]["content"] != system[0]["content"]:
         raise DataError(
-            f"{at}: the chat ({columns.messages!r}) is {found}, expected a list of messages "
-            '{"role": "user", "content": "..."}'
+            f"{at}: the chat has a system message and the row another one in {columns.system!r}; "
+            "to read the chat alone use --data.system_column null"
         )
-    messages = [
-        _read_message(message, f"{at}: message {number}")
-        for number, message in enumerate(value, start=1)
-    ]
     if messages[0]["role"] == "assistant":
         raise DataError(
             f"{at}: the chat begins with the assistant; expected a system or user message first"
         )
     return messages
+
+
+def read_answer(row: RawRow, columns: Columns, at: str) -> list[dict[str, Any]]:
+    """The response column as the messages behind a chat; none where it is missing or blank.
+
+    It is text, or itself a list of messages, as TRL's conversational completions are.
+
+    Raises:
+        DataError: It is neither, or does not begin with the assistant.
+    """
+    value = row.get(columns.response)
+    if value is None or (isinstance(value, str) and not is_chat(value)):
+        response = read_response(row, columns, at, needs_response=False)
+        return [{"role": "assistant", "content": response}] if response.strip() else []
+    if value == []:
+        return []
+    messages = _listed(value, at, f"the response ({columns.response!r})")
+    if messages[0]["role"] != "assistant":
+        raise DataError(
+            f"{at}: the response ({columns.response!r}) begins with {messages[0]['role']!r}, "
+            "expected the assistant's message; if it is the whole chat, use --data.messages_column "
+            f"{columns.response} --data.prompt_column null"
+        )
+    return messages
+
+
+def _schema(tool: Any, what: str) -> Any:
+    """One tool, which may itself be JSON text."""
+    if not isinstance(tool, str):
+        return tool
+    try:
+        return json.loads(tool)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{what} hold one that is not valid JSON ({error.msg})") from error
 
 
 def read_tools(row: RawRow, columns: Columns, at: str) -> list[Any] | None:
@@ -277,4 +270,4 @@ def read_tools(row: RawRow, columns: Columns, at: str) -> list[Any] | None:
             f"{at}: the tools ({columns.tools!r}) are {type(value).__name__}, "
             "expected a list of JSON schemas"
         )
-    return value
+    return [_schema(tool, f"{at}: the tools ({columns.tools!r})") for tool in value]

@@ -14,10 +14,12 @@ from typing import Any, Literal, TypeAlias, get_args
 from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.data.chat_rows import examples_from_chats
-from okd_lightning.data.columns import Columns, RawRow, choose_layout
+from okd_lightning.data.columns import Columns, RawRow
+from okd_lightning.data.layouts import choose_layout
 from okd_lightning.data.row_templates import with_prompts
 from okd_lightning.data.teacher_prompts import TeacherPrompts, with_teacher_prompts
 from okd_lightning.data.text_rows import examples_from_texts
+from okd_lightning.data.whole_texts import examples_from_whole_texts
 from okd_lightning.errors import ConfigError, DataError
 from okd_lightning.records import Example
 
@@ -197,7 +199,7 @@ def build_examples(
     if not rows:
         raise DataError(f"{where}: no rows; expected at least one")
     rows, columns = with_prompts(rows, columns, needs_response=needs_response, where=where)
-    layout = choose_layout(rows[0], columns, needs_response=needs_response, where=where)
+    layout = choose_layout(rows, columns, needs_response=needs_response, where=where)
     if layout == "text" and columns.chat_template_kwargs:
         raise DataError(
             f"{where}: the rows are plain prompts, and --data.chat_template_kwargs are for a chat "
@@ -206,6 +208,8 @@ def build_examples(
     cells: dict[str, Any] = {"eos_id": eos_id, "columns": columns, "where": where}
     if layout == "chat":
         examples = examples_from_chats(rows, tokenizer, **cells)
+    elif columns.prompt is None:
+        examples = examples_from_whole_texts(rows, tokenizer, **cells)
     else:
         examples = examples_from_texts(rows, tokenizer, needs_response=needs_response, **cells)
     if teacher_prompts is not None:

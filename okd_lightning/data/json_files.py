@@ -1,19 +1,22 @@
 """Rows of a JSONL file (an object a line) or a JSON file (one list of objects).
 
-Owns reading and the messages about broken files; which columns a row has is not its business.
+Owns the messages about broken files; which columns a row has is not its business.
 """
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+from okd_lightning.data.text_files import read_text
 from okd_lightning.errors import DataError
 
 Row = dict[str, Any]
 
-JSON_SUFFIXES = (".jsonl", ".json")
+JSON_LINES = (".jsonl", ".ndjson")
+JSON_SUFFIXES = (*JSON_LINES, ".json")
 _JSON_TYPE_NAMES = {list: "a list", str: "a string", type(None): "null", bool: "a boolean"}
 
 
@@ -21,47 +24,47 @@ def _type_name(value: object) -> str:
     return _JSON_TYPE_NAMES.get(type(value), "a number")
 
 
-def _read_lines(path: Path) -> list[Row]:
+def _read_lines(text: str, path: Path) -> list[Row]:
     rows = []
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}, line {number}: not valid JSON ({error.msg} at character "
-                    f"{error.colno}); expected one JSON object a line; mend or delete the line"
-                ) from error
-            if not isinstance(row, dict):
-                hint = "; a list of rows belongs in a .json file" if isinstance(row, list) else ""
-                raise DataError(
-                    f"{path}, line {number}: {_type_name(row)} where a JSON object such as "
-                    f'{{"prompt": "..."}} is expected{hint}'
-                )
-            rows.append(row)
+    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            hint = "mend or delete the line"
+            if line.strip() == "[":
+                hint = "a list of rows belongs in a .json file"
+            elif line.strip() == "{":
+                hint = "write each row on one line"
+            raise DataError(
+                f"{path}, line {number}: not valid JSON ({error.msg} at character "
+                f"{error.colno}); expected one JSON object a line; {hint}"
+            ) from error
+        if not isinstance(row, dict):
+            hint = "; a list of rows belongs in a .json file" if isinstance(row, list) else ""
+            raise DataError(
+                f"{path}, line {number}: {_type_name(row)} where a JSON object such as "
+                f'{{"prompt": "..."}} is expected{hint}'
+            )
+        rows.append(row)
     return rows
 
 
-def _read_list(path: Path) -> list[Row]:
-    text = path.read_text(encoding="utf-8-sig")
+def _read_list(text: str, path: Path) -> list[Row]:
     if not text.strip():
         return []
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text.lstrip().startswith("{"):
+            return _read_lines(text, path)  # an object a line, as Dataset.to_json writes it
         raise DataError(
             f"{path}, line {error.lineno}: not valid JSON ({error.msg} at character "
-            f"{error.colno}); expected one list of objects; "
-            "if it holds one object a line, name it .jsonl"
+            f"{error.colno}); expected one list of objects, or an object a line"
         ) from error
     if not isinstance(rows, list):
-        found = "an object" if isinstance(rows, dict) else _type_name(rows)
-        raise DataError(
-            f"{path}: {found} where a list of JSON objects is expected; "
-            "put the rows into a list, or one a line into a .jsonl file"
-        )
+        raise DataError(_no_list(rows, path))
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise DataError(
@@ -71,19 +74,29 @@ def _read_list(path: Path) -> list[Row]:
     return rows
 
 
-def read_json_rows(path: Path) -> list[Row]:
-    """All rows of a ``.jsonl`` or ``.json`` file, in order; blank lines are passed over.
+def _no_list(found: object, path: Path) -> str:
+    what = "an object" if isinstance(found, dict) else _type_name(found)
+    within = [k for k, v in found.items() if isinstance(v, list)] if isinstance(found, dict) else []
+    hint = f" (is it the one under {within[0]!r}?)" if len(within) == 1 else ""
+    return (
+        f"{path}: {what} where a list of JSON objects is expected; "
+        f"put the rows into a list{hint}, or one a line into a .jsonl file"
+    )
+
+
+def read_json_rows(path: Path, kind: str) -> list[Row]:
+    """All rows of a JSON file, in order; blank lines are passed over.
+
+    Args:
+        path: UTF-8, with or without byte order mark, also compressed (.gz).
+        kind: ".jsonl" for an object a line; ".json" for one list of objects, or an object a line.
 
     Raises:
         DataError: The file is not UTF-8, cannot be opened, is not JSON, or holds something that is
             not an object.
     """
-    read = _read_lines if path.suffix == ".jsonl" else _read_list
+    read = _read_lines if kind in JSON_LINES else _read_list
     try:
-        return read(path)
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not UTF-8 text (byte {error.start}: {error.reason}); convert it to UTF-8"
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        return read(read_text(path), path)
+    except RecursionError as error:
+        raise DataError(f"{path}: nested too deeply to be rows") from error

@@ -25,6 +25,7 @@ from okd_lightning.data.examples import ExampleSet, OnOverlong
 from okd_lightning.data.progress import rollout_progress
 from okd_lightning.data.row_templates import prompt_templates
 from okd_lightning.data.sources import DataArgument, DataSource, describe_source, load_rows
+from okd_lightning.data.table_ids import check_table_ids
 from okd_lightning.data.teacher_prompts import teacher_prompts_from
 from okd_lightning.data.token_cache import AUTO, cached_examples
 from okd_lightning.data.tool_turns import checked_turns, equip
@@ -44,8 +45,9 @@ _PROMPT_SET = 0x50534554  # domain separation for the choice of validation promp
 class RolloutDataModule(lightning.LightningDataModule):
     """Prompts, given responses, and batches that the student writes anew every epoch.
 
-    A data set is a JSONL file, a folder written by datasets' save_to_disk, a hub id, or (in Python)
-    a list of mappings. A row has prompt and response, or chat messages.
+    A data set is a file (JSON, JSONL, CSV, TSV, Parquet), a folder written by datasets'
+    save_to_disk, a folder of data files, a hub id, or (in Python) a map-style data set of mappings,
+    such as a list. A row has prompt and response, or chat messages.
 
     Args:
         train: Training data.
@@ -67,7 +69,8 @@ class RolloutDataModule(lightning.LightningDataModule):
             validation and test always sample from the student itself (temperature 1).
         val_rollouts: Validation prompts that the student answers for the on-policy measures; 0
             for none.
-        prompt_column: Name of the column with prompts; null where the rows are chats.
+        prompt_column: Name of the column with prompts; null where the rows are chats, or whole
+            texts (the responses).
         response_column: Name of the column with responses.
         messages_column: Name of the column with chats; null where the rows are plain prompts.
         prompt_template: What prompts are made of: a text with {COLUMN} fields, or several, of which
@@ -93,6 +96,8 @@ class RolloutDataModule(lightning.LightningDataModule):
             holds for all of them together with what the tools answer.
         token_cache: Folder in which tokenized data is kept, from 1000 rows on; auto is
             okd_lightning/tokens in the Hugging Face cache (HF_HOME), null keeps nothing.
+        system_column: Name of the column with a chat's system prompt, where rows have one beside
+            their messages; null reads no such column.
 
     Raises:
         ConfigError: A number out of its range.
@@ -134,6 +139,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         tools: list[Tool] | None = None,
         max_turns: int | None = None,
         token_cache: str | None = AUTO,
+        system_column: str | None = "system",
     ) -> None:
         super().__init__()
         check_counts(1, batch_size=batch_size, global_batch_size=global_batch_size)
@@ -142,11 +148,12 @@ class RolloutDataModule(lightning.LightningDataModule):
         check_counts(1, prompts_per_epoch=prompts_per_epoch, samples_per_prompt=samples_per_prompt)
         check_counts(1, prompts_per_rollout=prompts_per_rollout)
         check_counts(0, val_rollouts=val_rollouts)
+        held_out = test if test is not None else val  # an empty list is a data set, not none
         self.sources: dict[str, DataSource | None] = {
             "train": train,
             "val": val,
-            "test": test or val,
-            "predict": predict or test or val,
+            "test": held_out,
+            "predict": predict if predict is not None else held_out,
         }
         other_split = test_split if test is not None else val_split
         self.splits = {"train": train_split, "val": val_split, "test": other_split}
@@ -172,6 +179,7 @@ class RolloutDataModule(lightning.LightningDataModule):
             templates=prompt_templates(prompt_template),
             as_chat=as_chat,
             chat_template_kwargs=chat_template_kwargs or {},
+            system=system_column,
         )
         self.teacher_prompts = teacher_prompts_from(
             teacher_prompt_column,
@@ -307,6 +315,9 @@ class RolloutDataModule(lightning.LightningDataModule):
                 needs_response=needs_response,
                 where=name,
                 teacher_prompts=self.teacher_prompts if part != "predict" else None,
+            )
+            check_table_ids(
+                found.examples, self._module.vocabulary, self._module.tokenizer, where=name
             )
             self._module.add_eos_ids(found.ends_of_turn(self._module.tokenizer))
             self._report(part, name, found)

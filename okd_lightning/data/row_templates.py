@@ -12,7 +12,8 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
-from okd_lightning.data.columns import Columns, RawRow, choose_layout, quoted, read_prompt
+from okd_lightning.data.columns import Columns, RawRow, quoted, read_prompt
+from okd_lightning.data.layouts import choose_layout, with_chat_prompts
 from okd_lightning.errors import ConfigError, DataError
 
 
@@ -80,10 +81,11 @@ def with_prompts(
     """
     if columns.templates:
         rows, columns = _filled(rows, columns, where)
+    columns = with_chat_prompts(rows, columns)
     if not columns.as_chat:
         return rows, columns
-    as_text = Columns(columns.prompt, columns.response, columns.messages)
-    if choose_layout(rows[0], as_text, needs_response=needs_response, where=where) == "chat":
+    as_text = replace(columns, declared_tools=(), system=None)
+    if choose_layout(rows, as_text, needs_response=needs_response, where=where) == "chat":
         raise DataError(f"{where}: the rows are chats already; leave --data.as_chat out")
     return _chats(rows, columns, where)
 

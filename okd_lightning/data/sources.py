@@ -1,24 +1,36 @@
 """Where rows come from: a file, a folder, a hub id, or what the caller already holds.
 
-Owns telling these apart and the message when nothing is there. Reading is in ``json_files`` and
+Owns telling these apart and the message when nothing is there. Reading is in ``data_files`` and
 ``arrow``; what the columns mean is in ``columns``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
-from okd_lightning.data.arrow import read_folder, read_hub, rows_of_dataset
-from okd_lightning.data.json_files import JSON_SUFFIXES, read_json_rows
+from okd_lightning.data.arrow import read_folder, read_hub, rows_of_splits
+from okd_lightning.data.data_files import FILE_KINDS, read_file, rows_of_dataset
 from okd_lightning.errors import DataError, DataNotFoundError
 
-DataSource: TypeAlias = str | Path | Sequence[Mapping[str, Any]] | Dataset
+
+@runtime_checkable
+class MapStyleDataset(Protocol):
+    """Rows by their number: a list, a ``torch.utils.data.Dataset``, a ``datasets.Dataset``."""
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+
+    def __getitem__(self, index: Any, /) -> Any:
+        """The row of that number, a mapping from column to cell."""
+
+
+DataSource: TypeAlias = str | Path | MapStyleDataset | DatasetDict
 """A path or hub id, or rows in memory."""
 
 if TYPE_CHECKING:
@@ -27,7 +39,7 @@ else:  # what can be typed on a command line
     DataArgument = str
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_FILE_SUFFIXES = (*JSON_SUFFIXES, ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".zst")
+_FILE_SUFFIXES = (*FILE_KINDS, ".txt", ".arrow", ".gz", ".zst", ".zip", ".xlsx")
 
 
 def describe_source(source: DataSource) -> str:
@@ -40,7 +52,7 @@ def _looks_like_path(source: str | Path) -> bool:
     return (
         isinstance(source, Path)
         or text.startswith((".", "/", "~"))
-        or Path(text).suffix in _FILE_SUFFIXES
+        or Path(text).suffix.lower() in _FILE_SUFFIXES
         or not _HUB_ID.fullmatch(text)
     )
 
@@ -55,7 +67,7 @@ def _missing(path: Path) -> DataNotFoundError:
     names = sorted(entry.name for entry in folder.iterdir())
     near = get_close_matches(path.name, names, n=3, cutoff=0.5)
     if not near:
-        near = [name for name in names if name.endswith(JSON_SUFFIXES)][:3]
+        near = [name for name in names if name.endswith((*FILE_KINDS, ".gz"))][:3]
     found = f"; did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
     return DataNotFoundError(f"{path}: no such file in {folder.absolute()}{found}")
 
@@ -65,20 +77,23 @@ def _read_path(path: Path, *, split: str, subset: str | None) -> list[dict[str, 
         return read_folder(path, split=split, subset=subset)
     if not path.exists():
         raise _missing(path)
-    if path.suffix not in JSON_SUFFIXES:
-        raise DataError(
-            f"{path}: a file of type {path.suffix or '(no suffix)'!r}; expected .jsonl (an object "
-            "a line) or .json (a list of objects); convert it, e.g. with datasets' to_json"
-        )
-    return read_json_rows(path)
+    return read_file(path)
 
 
-def _copy_rows(source: Sequence[object]) -> list[dict[str, Any]]:
+def _copy_rows(source: MapStyleDataset) -> list[dict[str, Any]]:
     rows = []
-    for number, row in enumerate(source, start=1):
+    for number in range(len(source)):
+        try:
+            row = source[number]
+        except (LookupError, TypeError) as error:
+            raise DataError(
+                f"a data set was given as {type(source).__name__}, whose row {number + 1} cannot "
+                f"be had by its number ({type(error).__name__}: {error}); expected rows that are "
+                "mappings, such as a list of them (of a DataFrame: frame.to_dict('records'))"
+            ) from error
         if not isinstance(row, Mapping):
             raise DataError(
-                f"rows in memory, row {number}: {type(row).__name__} where a mapping such as "
+                f"rows in memory, row {number + 1}: {type(row).__name__} where a mapping such as "
                 '{"prompt": "..."} is expected'
             )
         rows.append(dict(row))
@@ -88,16 +103,19 @@ def _copy_rows(source: Sequence[object]) -> list[dict[str, Any]]:
 def _read(source: DataSource, *, split: str, subset: str | None) -> list[dict[str, Any]]:
     if isinstance(source, Dataset):
         return rows_of_dataset(source)
+    if isinstance(source, DatasetDict):
+        return rows_of_splits(source, split=split, where="rows in memory")
     if isinstance(source, (str, Path)):
         path = Path(source).expanduser()
         if path.exists() or _looks_like_path(source):
             return _read_path(path, split=split, subset=subset)
         return read_hub(str(source), split=split, subset=subset)
-    if isinstance(source, Sequence):
+    if isinstance(source, MapStyleDataset) and not isinstance(source, (Mapping, bytes)):
         return _copy_rows(source)
     raise DataError(
-        f"a data set was given as {type(source).__name__}; expected a path, a hub id, "
-        "a list of mappings or a datasets.Dataset"
+        f"a data set was given as {type(source).__name__}; expected a path, a hub id, a list of "
+        "mappings, a datasets.Dataset, or another data set with rows by number (__len__ and "
+        "__getitem__); of one that only iterates give list(...)"
     )
 
 
@@ -110,10 +128,12 @@ def load_rows(
     ``/`` or ``~``, ends in a data file's suffix, has more than one slash); else it is a hub id.
 
     Args:
-        source: A ``.jsonl`` file (an object a line), a ``.json`` file (a list of objects), a folder
-            made by ``save_to_disk``, a hub id, a sequence of mappings, or a ``datasets.Dataset``.
-        split: Which split of a hub id or of a folder that has several; files and rows in memory
-            have none.
+        source: A file (``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``; all but the last
+            also ``.gz``), a folder made by ``save_to_disk``, a folder of data files, a hub id, or
+            from Python a map-style data set of mappings (a list, a ``datasets.Dataset``, a torch
+            ``Dataset``) or a ``DatasetDict``.
+        split: Which split of a hub id, a ``DatasetDict`` or a folder that has several; files and
+            other rows in memory have none.
         subset: Which configuration of a hub id.
 
     Returns:

@@ -18,12 +18,12 @@ from transformers import PreTrainedTokenizerBase
 from okd_lightning.data.chat_rows import encode_spans, read_turns
 from okd_lightning.data.columns import (
     Columns,
-    Layout,
     RawRow,
     read_tools,
     require_column,
     require_whole_characters,
 )
+from okd_lightning.data.layouts import Layout
 from okd_lightning.data.row_templates import fields_of
 from okd_lightning.data.templates import ChatRenderer, Message
 from okd_lightning.data.tokens import encode_prompts

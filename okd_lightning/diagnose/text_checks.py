@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from okd_lightning.data import RolloutDataModule, load_rows
-from okd_lightning.data.columns import choose_layout
 from okd_lightning.data.examples import ExampleSet
+from okd_lightning.data.layouts import choose_layout
 from okd_lightning.data.row_templates import with_prompts
 from okd_lightning.data.sources import describe_source
 from okd_lightning.diagnose.findings import Check, Verdict
@@ -133,7 +133,7 @@ def _template(module: DistillationModule, data: RolloutDataModule, part: str) ->
     rows = load_rows(source, split=data.splits[part], subset=data.subset)
     where = describe_source(source)
     asked, columns = with_prompts(rows, data.columns, needs_response=False, where=where)
-    if choose_layout(asked[0], columns, needs_response=False, where=where) == "text":
+    if choose_layout(asked, columns, needs_response=False, where=where) == "text":
         template = getattr(module.tokenizer, "chat_template", None)
         if template is None:
             return Check(

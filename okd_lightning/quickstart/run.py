@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from okd_lightning.callbacks import SFT, DistillationCallback, ExactMatch, FiniteGuard, Throughput
 from okd_lightning.callbacks.answer_scores import greedy_answers
 from okd_lightning.callbacks.progress_bar import RunProgressBar
-from okd_lightning.callbacks.step_intervals import StepIntervals
 from okd_lightning.data import RolloutDataModule, load_rows
 from okd_lightning.lightning_messages import only_warnings
 from okd_lightning.module import DistillationModule
@@ -29,6 +28,7 @@ from okd_lightning.reports import (
     write_metrics_csv,
     write_results,
 )
+from okd_lightning.safeguards.step_intervals import StepIntervals
 
 _MEASURES = (
     "val/exact_match",

@@ -29,12 +29,12 @@ from okd_lightning.callbacks import (
     Stage,
     TeacherDrift,
 )
-from okd_lightning.callbacks.vital_signs import Course, Surroundings, Thresholds, VitalSigns
 from okd_lightning.divergences import ReverseKL
 from okd_lightning.errors import ConfigError
 from okd_lightning.records import PromptBatch
 from okd_lightning.rollouts import NoiseStream, Sampling
 from okd_lightning.rollouts.transformers_engine import TransformersEngine
+from okd_lightning.safeguards.vital_signs import Course, Surroundings, Thresholds, VitalSigns
 
 LONG = {"batch_size": 8, "max_response_length": 24}
 ALL = ("entropy", "tokens on average", "are cut at", "nats away", "drifts")

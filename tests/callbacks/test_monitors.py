@@ -33,10 +33,10 @@ from okd_lightning.callbacks import (
     TeacherDrift,
     Throughput,
 )
-from okd_lightning.callbacks.step_intervals import StepIntervals
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import Divergence
 from okd_lightning.errors import ConfigError, NonFiniteError
+from okd_lightning.safeguards.step_intervals import StepIntervals
 
 
 @dataclass(frozen=True)

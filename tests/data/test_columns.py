@@ -43,6 +43,11 @@ MISSING_COLUMNS = {
     "prompt and chat": (
         {"prompt": "a", "messages": CHAT},
         Columns(),
+        ["to read the chats use --data.prompt_column null"],
+    ),
+    "prompt, response and chat": (
+        {"prompt": "a", "response": "b", "messages": CHAT},
+        Columns(),
         ["--data.prompt_column null", "--data.messages_column null"],
     ),
     "no prompts wanted": ({"prompt": "a"}, Columns(prompt=None), ["--data.messages_column NAME"]),
@@ -80,7 +85,7 @@ WRONG_CELLS = {
     "number": ({"prompt": 3, "response": "b"}, ["the prompt ('prompt') is int"]),
     "null": ({"prompt": None, "response": "b"}, ["the prompt ('prompt') is NoneType"]),
     "empty": ({"prompt": "", "response": "b"}, ["is empty"]),
-    "chat": ({"prompt": CHAT, "response": "b"}, ["list", "--data.messages_column prompt"]),
+    "chat": ({"prompt": CHAT, "response": "b"}, ["is list, expected text as in the first row"]),
     "response": ({"prompt": "a", "response": ["b"]}, ["the response ('response') is list"]),
     "no prompt": ({"response": "b"}, ["no column 'prompt'", "found: 'response'"]),
     "no response": ({"prompt": "a"}, ["no column 'response'"]),
@@ -108,7 +113,11 @@ WRONG_CHATS = {
     "no role": ([{"content": "a"}], ["message 1", '"role"', "'content'"]),
     "no content": ([USER, {"role": "assistant"}], ["message 2", 'no "content"']),
     "parts": ([{"role": "user", "content": [{"type": "image"}]}], ["message 1", "list", "text"]),
-    "share-gpt": ([{"from": "human", "value": "a"}], ['"role"', "'from', 'value'"]),
+    "no keys": ([{"speaker": "human", "text": "a"}], ['"role"', "'speaker', 'text'"]),
+    "a call that is none": (
+        [USER, {"from": "function_call", "value": "{"}],
+        ["message 2", "call of a tool", "not valid JSON"],
+    ),
     "assistant first": (CHAT[1:], ["begins with the assistant"]),
     "half a character": (
         [{"role": "user", "content": "a\ud83d"}],
@@ -122,7 +131,7 @@ def test_a_wrong_chat_is_named_by_row_and_message(chat, words, build, chat_token
     refused(build, [{"messages": CHAT}, {"messages": chat}], chat_tokenizer, "row 2", *words)
 
 
-@pytest.mark.parametrize("tools", ["[{", 3, {"name": "f"}])
+@pytest.mark.parametrize("tools", ["[{", 3, {"name": "f"}, ["{"]])
 def test_tools_must_be_a_list(tools, build, chat_tokenizer):
     refused(build, {"messages": CHAT, "tools": tools}, chat_tokenizer, "row 1", "tools")
 

@@ -5,13 +5,17 @@ A hub id is asked of the Hub only where nothing of that name exists and it canno
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetNotFoundError
 
-from okd_lightning.data import arrow, describe_source, load_rows
+from okd_lightning.data import RolloutDataModule, arrow, describe_source, load_rows
 from okd_lightning.errors import DataError, DataNotFoundError
 
 ROWS = [{"prompt": "1 + 1 =", "response": " 2"}, {"prompt": "Grüße\n", "response": "\u2028"}]
@@ -33,6 +37,51 @@ def save_splits(path):
     return path
 
 
+def write_lines_called_json(path):
+    return write_jsonl(path.with_suffix(".json"))  # as Dataset.to_json does
+
+
+def write_gzip(path):
+    path = path.with_suffix(".jsonl.gz")
+    path.write_bytes(gzip.compress(write_jsonl(path.with_suffix("")).read_bytes()))
+    return path
+
+
+def write_csv(path, suffix=".csv", delimiter=",", encoding="utf-8", end="\r\n"):
+    path = path.with_suffix(suffix)
+    with path.open("w", encoding=encoding, newline="") as file:
+        writer = csv.DictWriter(file, ROWS[0], delimiter=delimiter, lineterminator=end)
+        writer.writeheader()
+        writer.writerows(ROWS)
+        file.write(end * 2)
+    return path
+
+
+def write_csv_gzip(path):
+    path = write_csv(path)
+    path.with_suffix(".csv.gz").write_bytes(gzip.compress(path.read_bytes()))
+    return path.with_suffix(".csv.gz")
+
+
+def write_parquet(path):
+    Dataset.from_list(ROWS).to_parquet(path.with_suffix(".parquet"))
+    return path.with_suffix(".parquet")
+
+
+class Rows:
+    """Map-style, and nothing beside."""
+
+    def __len__(self):
+        return len(ROWS)
+
+    def __getitem__(self, index):
+        return ROWS[index]  # raises beyond the end, as torch's own do
+
+
+class TorchRows(Rows, torch.utils.data.Dataset):
+    """As people write it for a DataLoader."""
+
+
 def write_list(path):
     path = path.with_suffix(".json")
     path.write_text(json.dumps(ROWS, indent=2), "utf-8")
@@ -51,11 +100,25 @@ SOURCES = {
     "jsonl as str": lambda path: str(write_jsonl(path.with_suffix(".jsonl"))),
     "jsonl with blank lines, CRLF and BOM": write_with_blank_lines_and_bom,
     "json": write_list,
+    "json, an object a line": write_lines_called_json,
+    "jsonl.gz": write_gzip,
+    "csv": write_csv,
+    "csv with BOM and LF": lambda path: write_csv(path, encoding="utf-8-sig", end="\n"),
+    "CSV": lambda path: write_csv(path, ".CSV"),
+    "csv.gz": write_csv_gzip,
+    "tsv": lambda path: write_csv(path, ".tsv", "\t"),
+    "parquet": write_parquet,
     "saved Dataset": save_dataset,
     "saved DatasetDict": save_splits,
     "list": lambda path: ROWS,
     "tuple": lambda path: tuple(ROWS),
     "Dataset": lambda path: Dataset.from_list(ROWS),
+    "DatasetDict": lambda path: DatasetDict(
+        {"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:1])}
+    ),
+    "map-style": lambda path: Rows(),
+    "torch Dataset": lambda path: TorchRows(),
+    "torch Subset": lambda path: torch.utils.data.Subset(TorchRows(), [0, 1]),
 }
 
 
@@ -108,7 +171,7 @@ def test_the_callers_rows_are_not_touched():
 )
 def test_a_missing_path_is_not_taken_for_a_hub_id(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(arrow, "load_dataset", lambda *a, **k: pytest.fail("asked the Hub"))
+    monkeypatch.setattr(arrow, "load_dataset_builder", lambda *a, **k: pytest.fail("asked the Hub"))
     with pytest.raises(DataNotFoundError) as error:
         load_rows(name)
     assert_one_line(error, "no such file")
@@ -147,11 +210,33 @@ BROKEN_FILES = {
     "a string a line": ("a.jsonl", b'{}\n"a"\n', ["line 2", "a string", "JSON object"]),
     "a number a line": ("a.jsonl", b"3\n", ["line 1", "a number"]),
     "null a line": ("a.jsonl", b"null\n", ["line 1", "null"]),
-    "lines called json": ("a.json", b'{"a": 1}\n{"a": 2}\n', ["line 2", "name it .jsonl"]),
-    "an object": ("a.json", b'{"data": []}', ["an object", "list of JSON objects"]),
+    "a list called jsonl": ("a.jsonl", b"[\n{}\n]", ["line 1", "belongs in a .json file"]),
+    "pretty objects": ("a.jsonl", b'{\n"a": 1\n}', ["line 1", "each row on one line"]),
+    "broken lines called json": ("a.json", b'{"a": 1}\n{"a": \n', ["line 2", "not valid JSON"]),
+    "an object": ("a.json", b'{"data": []}', ["an object", "list of JSON objects", "'data'"]),
     "a list of strings": ("a.json", b'[{}, "a"]', ["row 2", "a string"]),
-    "latin-1": ("a.jsonl", '{"prompt": "Grüße"}'.encode("latin-1"), ["not UTF-8"]),
-    "csv": ("a.csv", b"prompt\na\n", ["'.csv'", ".jsonl"]),
+    "latin-1": (
+        "a.jsonl",
+        b'{"prompt": "a"}\n' + '{"prompt": "Grüße"}'.encode("latin-1"),
+        ["line 2", "not UTF-8", "iconv"],
+    ),
+    "latin-1 csv": ("a.csv", "prompt\nGrüße\n".encode("latin-1"), ["line 2", "not UTF-8"]),
+    "utf-16": ("a.jsonl", '{"prompt": "a"}'.encode("utf-16"), ["UTF-16", "iconv"]),
+    "utf-16 csv": ("a.csv", "prompt\na\n".encode("utf-16"), ["UTF-16"]),
+    "no gzip": ("a.jsonl.gz", b'{"prompt": "a"}', ["gzip"]),
+    "half a gzip": ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}')[:-9], ["gzip"]),
+    "empty csv": ("a.csv", b"", ["no rows"]),
+    "csv of a header": ("a.csv", b"prompt,response\n\n", ["no rows"]),
+    "too few cells": ("a.csv", b"a,b\n1,2\n\n1\n", ["line 4", "1 cells", "2 columns"]),
+    "too many cells": ("a.csv", b"a,b\n1,2,3\n", ["line 2", "3 cells", "quote"]),
+    "an open quote": ("a.csv", b'a,b\n1,"2\n', ["line 2", "not valid CSV"]),
+    "a quote within": ("a.csv", b'a,b\n1,"2"3\n', ["line 2", "not valid CSV"]),
+    "semicolons": ("a.csv", b"prompt;response\na;b\n", ["semicolons", "commas"]),
+    "tabs": ("a.csv", b"prompt\tresponse\na\tb\n", ["tabs", "name it .tsv"]),
+    "commas": ("a.tsv", b"prompt,response\na,b\n", ["commas", "name it .csv"]),
+    "a name twice": ("a.csv", b"prompt,prompt\na,b\n", ["'prompt' twice"]),
+    "no parquet": ("a.parquet", b"PAR1", ["not a Parquet file"]),
+    "xlsx": ("a.xlsx", b"PK", ["'.xlsx'", ".csv", ".jsonl"]),
     "no suffix": ("a", b"{}", ["no suffix", ".jsonl"]),
 }
 
@@ -172,6 +257,10 @@ def test_a_broken_file_is_refused_by_name_and_place(name, content, words, tmp_pa
         ("", ["empty name"]),
         (3, ["int", "path"]),
         ({"train": []}, ["dict", "list of mappings"]),
+        (iter([{"prompt": "a"}]), ["iterator", "list(...)"]),
+        (Dataset.from_list(ROWS).to_iterable_dataset(), ["IterableDataset", "list(...)"]),
+        (Dataset.from_list(ROWS).to_pandas(), ["DataFrame", "to_dict('records')"]),
+        (DatasetDict({"a": Dataset.from_list(ROWS)}), ["no split 'train'", "'a'"]),
     ],
 )
 def test_what_is_no_source_is_refused(source, words):
@@ -205,10 +294,10 @@ def test_a_broken_saved_folder_is_refused(tmp_path):
     ids=["unreachable", "unknown", "split", "script"],
 )
 def test_what_the_hub_refuses_is_one_line(raised, expected, words, monkeypatch):
-    def load_dataset(path, name, split):
+    def load_dataset_builder(path, name):
         raise raised
 
-    monkeypatch.setattr(arrow, "load_dataset", load_dataset)
+    monkeypatch.setattr(arrow, "load_dataset_builder", load_dataset_builder)
     with pytest.raises(DataError) as error:
         load_rows("openai/gsm8k", split="x")
     assert type(error.value) is expected
@@ -220,9 +309,84 @@ def test_a_hub_id_is_asked_for_with_subset_and_split(monkeypatch):
     def load_dataset(path, name, split):
         return Dataset.from_list([{"path": path, "name": name, "split": split}])
 
+    def load_dataset_builder(path, name):
+        return SimpleNamespace(config=SimpleNamespace(data_files={"test": ["rows.arrow"]}))
+
+    monkeypatch.setattr(arrow, "load_dataset_builder", load_dataset_builder)
     monkeypatch.setattr(arrow, "load_dataset", load_dataset)
     rows = load_rows("openai/gsm8k", split="test", subset="main")
     assert rows == [{"path": "openai/gsm8k", "name": "main", "split": "test"}]
+
+
+EXACT = {
+    "prompt": ["007", "NA", "2024-01-02", " a\r\nb ", "1e5"],
+    "response": ["1.50", "null", "2024-01-02T03:04:05Z", 'say "x", y', "True"],
+    "note": ["", "nan", "N/A", "-0", "1_000"],
+}
+EXACT_ROWS = [dict(zip(EXACT, cells, strict=True)) for cells in zip(*EXACT.values(), strict=True)]
+
+
+def write_exact(folder, kind):
+    path = folder / f"train{kind}"
+    if kind == ".parquet":
+        Dataset.from_list(EXACT_ROWS).to_parquet(path)
+    elif kind in (".csv", ".tsv"):
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, EXACT, delimiter="," if kind == ".csv" else "\t")
+            writer.writeheader()
+            writer.writerows(EXACT_ROWS)
+    elif kind == ".json":
+        path.write_text(json.dumps(EXACT_ROWS))
+    else:
+        write_jsonl(path, EXACT_ROWS)
+    return path
+
+
+@pytest.mark.parametrize("is_folder", [False, True], ids=["file", "folder"])
+@pytest.mark.parametrize("kind", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
+def test_no_cell_is_interpreted(kind, is_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    path = write_exact(tmp_path / "set", kind)
+    assert load_rows(path.parent if is_folder else path) == EXACT_ROWS
+
+
+def test_files_of_a_hub_id_are_read_as_local_ones(tmp_path, monkeypatch):
+    paths = [write_exact(tmp_path, kind) for kind in (".csv", ".jsonl")]
+    local = {f"hf://datasets/a/b@1/{path.name}": str(path) for path in paths}
+
+    class Downloads:
+        def download(self, addresses):
+            return [local[address] for address in addresses]
+
+    files = {"train": list(local), "test": []}
+    builder = SimpleNamespace(config=SimpleNamespace(data_files=files))
+    monkeypatch.setattr(arrow, "load_dataset_builder", lambda path, name: builder)
+    monkeypatch.setattr(arrow, "DownloadManager", Downloads)
+    assert load_rows("a/b") == EXACT_ROWS * 2
+    assert load_rows("a/b", split="train[1:3]") == EXACT_ROWS[1:3]
+    with pytest.raises(DataError) as error:
+        load_rows("a/b", split="validation")
+    assert_one_line(error, "a/b: no split 'validation'", "'train', 'test'", "--data.val_split")
+
+
+def test_a_long_cell_is_read(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt\n" + "a" * 200_000)
+    assert load_rows(tmp_path / "a.csv") == [{"prompt": "a" * 200_000}]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"test": None, "predict": None}),
+        ({"val": ["v"]}, {"test": ["v"], "predict": ["v"]}),
+        ({"val": ["v"], "test": []}, {"test": [], "predict": []}),
+        ({"val": ["v"], "test": ["t"], "predict": []}, {"test": ["t"], "predict": []}),
+    ],
+)
+def test_an_empty_set_stands_for_no_other(given, expected):
+    sources = RolloutDataModule([{"prompt": "a"}], **given).sources
+    assert {name: sources[name] for name in expected} == expected
 
 
 def test_sources_are_named_in_messages():

@@ -8,7 +8,6 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
 from okd_lightning.errors import NonFiniteError
-from okd_lightning.module import DistillationModule
 from okd_lightning.sharding import whole
 
 
@@ -38,7 +37,7 @@ class FiniteGuard(Callback):
         if torch.isfinite(loss) and not torch.isfinite(norm) and _is_rescaled(trainer):
             return
         if not (torch.isfinite(norm) and torch.isfinite(loss)):
-            terms = pl_module.terms if isinstance(pl_module, DistillationModule) else []
+            terms = getattr(pl_module, "terms", [])
             losses = {t.name: trainer.callback_metrics.get(f"train/{t.name}") for t in terms}
             shown = ", ".join(f"{n} {float(v)}" for n, v in losses.items() if v is not None)
             is_gradient = not torch.isfinite(norm)

@@ -16,6 +16,8 @@ class StepIntervals(Callback):
     Lightning's own counts micro-batches, and within an epoch.
     """
 
+    precedes_models: bool = True  # a wrong interval is refused before models are built
+
     def __init__(self) -> None:
         self._asked: int | None = None
         self._trainer: weakref.ref[lightning.Trainer] | None = None

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+EXTREME_LOG_RATIO = 10.0
+"""Nats; the teacher finds a token e^10 = 22,000 times less (or more) likely than its writer."""
+
 _NUM_FIRST = 3
 """Looks whose mean is what a run began with; nothing is said before."""
 

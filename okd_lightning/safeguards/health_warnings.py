@@ -10,14 +10,19 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from okd_lightning.callbacks.policy_gradient import EXTREME_LOG_RATIO
-from okd_lightning.callbacks.vital_signs import Course, Surroundings, Thresholds, VitalSigns
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError
-from okd_lightning.module import DistillationModule
 from okd_lightning.records import SOURCES, DistillBatch
 from okd_lightning.rollouts import RolloutLoader
 from okd_lightning.rollouts.plan import acts_in
+from okd_lightning.safeguards.vital_signs import (
+    EXTREME_LOG_RATIO,
+    Course,
+    Surroundings,
+    Thresholds,
+    VitalSigns,
+)
+from okd_lightning.training.pair_module import PairModule
 
 _STUDENT = SOURCES.index("student")
 
@@ -125,7 +130,7 @@ class HealthWarnings(Callback):
         data, loader = trainer.datamodule, trainer.train_dataloader  # type: ignore[attr-defined]
         if not isinstance(data, RolloutDataModule) or not isinstance(loader, RolloutLoader):
             return
-        assert isinstance(pl_module, DistillationModule)
+        assert isinstance(pl_module, PairModule)
         self._max_length = data.max_response_length
         ends = [e.response_ids[-1] in pl_module.eos_ids for e in loader.examples if e.response_ids]
         self._data_truncated = 1 - sum(ends) / len(ends) if ends else 0.0
@@ -162,7 +167,7 @@ class HealthWarnings(Callback):
         tokens, nats, rows, cut = sums.tolist()
         if not rows or not tokens:
             return
-        assert isinstance(pl_module, DistillationModule)
+        assert isinstance(pl_module, PairModule)
         outliers, excess = _log_ratios(trainer, pl_module)
         self.course.add(VitalSigns(nats / tokens, tokens / rows, cut / rows, outliers))
         excess = self._excess if excess is None else excess
@@ -202,9 +207,7 @@ def _sums_of(batch: DistillBatch) -> Tensor:
     return torch.stack([mask.sum().to(nats.dtype), nats, *counted])
 
 
-def _log_ratios(
-    trainer: lightning.Trainer, module: DistillationModule
-) -> tuple[float, float | None]:
+def _log_ratios(trainer: lightning.Trainer, module: Any) -> tuple[float, float | None]:
     """Share of extreme ones, and minus their mean, as the step's sampled methods logged them."""
     step, logged = trainer.global_step - 1, trainer.callback_metrics
     names = [term.name for term in module.terms if acts_in(term, step)]

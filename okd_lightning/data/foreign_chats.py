@@ -1,0 +1,113 @@
+"""Chats as others write them, in the one form that the rest reads: ``role`` and ``content``.
+
+ShareGPT's ``from`` and ``value`` (FastChat, Axolotl, LLaMA-Factory), content as a list of parts
+(OpenAI, vLLM), chats as JSON text (cells of CSV), and columns of a ``datasets.Sequence``. Whatever
+else a message says (``weight``, ``tool_calls``, ``name``) stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from okd_lightning.errors import DataError
+
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "prompter": "user",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+}
+_CALLS = ("function_call", "tool_call")
+_KEYS = {"from": "role", "value": "content"}
+
+
+def is_chat(cell: object) -> bool:
+    """Whether a cell holds messages, as a list, as JSON text of one, or column by column."""
+    if isinstance(cell, str) and not cell.lstrip().startswith("[{"):
+        return False
+    found = listed_messages(cell)
+    if not isinstance(found, list) or not found:
+        return False
+    return isinstance(found[0], Mapping) and bool({"role", "from"} & set(found[0]))
+
+
+def listed_messages(cell: object) -> object:
+    """The list of messages that a cell holds; the cell itself where it holds none."""
+    if isinstance(cell, str):
+        try:
+            parsed = json.loads(cell)
+        except (json.JSONDecodeError, RecursionError):
+            return cell
+        return parsed if isinstance(parsed, list) else cell
+    if isinstance(cell, Mapping) and cell and all(isinstance(v, list) for v in cell.values()):
+        lengths = {len(values) for values in cell.values()}
+        if len(lengths) == 1:  # a struct of lists, as datasets.Sequence keeps a list of structs
+            return [
+                dict(zip(cell, values, strict=True)) for values in zip(*cell.values(), strict=True)
+            ]
+    return list(cell) if isinstance(cell, tuple) else cell
+
+
+def with_known_keys(message: Mapping[str, Any], at: str) -> dict[str, Any]:
+    """A message with ``role`` and ``content``, whichever names it had for them.
+
+    Args:
+        message: Without nulls.
+        at: File, row and message, for the error.
+
+    Raises:
+        DataError: A call of a tool that is no JSON text of one.
+    """
+    renamed = {key: name for key, name in _KEYS.items() if name not in message}
+    found = {renamed.get(key, key): value for key, value in message.items()}
+    role = found.get("role")
+    if role in _CALLS:
+        calls = _read_calls(found.pop("content", None), at)
+        return {**found, "role": "assistant", "content": "", "tool_calls": calls}
+    if isinstance(role, str):
+        found["role"] = _ROLES.get(role, role)
+    return found
+
+
+def _read_calls(value: Any, at: str) -> list[dict[str, Any]]:
+    try:
+        calls = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise DataError(f"{at}: the call of a tool is not valid JSON ({error.msg})") from error
+    calls = [calls] if isinstance(calls, Mapping) else calls
+    if not isinstance(calls, list) or not all(
+        isinstance(c, Mapping) and "name" in c for c in calls
+    ):
+        raise DataError(
+            f"{at}: the call of a tool is {type(value).__name__}, expected "
+            '{"name": "...", "arguments": {...}} or a list of such'
+        )
+    return [{"type": "function", "function": dict(call)} for call in calls]
+
+
+def text_of_parts(content: Sequence[Any], at: str) -> str:
+    """The text of a content that is a list of parts, ``{"type": "text", "text": "..."}``.
+
+    Raises:
+        DataError: A part of another type: models here read text.
+    """
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, Mapping) else part
+        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+        if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
+            raise DataError(
+                f'{at} has a list with a part of type {kind!r} as "content", expected text or '
+                'parts {"type": "text", "text": "..."}'
+            )
+        texts.append(text)
+    return "".join(texts)

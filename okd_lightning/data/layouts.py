@@ -1,0 +1,165 @@
+"""What the rows of a data set are: prompts with responses, chats, or whole texts.
+
+Owns the choice between them and the errors about missing columns; ``column_hints`` knows what they
+advise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, TypeAlias
+
+from okd_lightning.data.column_hints import (
+    Cells,
+    hint_for_response,
+    hint_for_rows,
+    messages_option,
+    prompt_option,
+    unread_beside,
+)
+from okd_lightning.data.columns import Columns, RawRow, quoted, require_column
+from okd_lightning.data.foreign_chats import is_chat, listed_messages
+from okd_lightning.errors import DataError
+
+Layout: TypeAlias = Literal["text", "chat"]
+
+
+def with_chat_prompts(rows: Sequence[RawRow], columns: Columns) -> Columns:
+    """Columns that read prompts which are messages (TRL's conversational rows) as chats."""
+    if columns.prompt is None or columns.messages in rows[0]:
+        return columns
+    if not is_chat(rows[0].get(columns.prompt)):
+        return columns
+    return replace(columns, prompt=None, messages=columns.prompt)
+
+
+def _check_mapped(row: RawRow, columns: Columns, where: str) -> None:
+    """A column that the user named must be there, needed or not."""
+    default = Columns()
+    for role in ("prompt", "response", "messages", "tools", "system"):
+        name = getattr(columns, role)
+        if name is not None and name != getattr(default, role):
+            require_column(row, role, name, where)
+
+
+def _no_prompt(
+    rows: Sequence[RawRow], columns: Columns, *, needs_response: bool, where: str
+) -> DataError:
+    cells = Cells.of(rows)
+    wanted = [name for name in (columns.prompt, columns.messages) if name is not None]
+    missing = " and no ".join(repr(name) for name in wanted) or "to read"
+    options = hint_for_rows(cells, columns, needs_response=needs_response)
+    return DataError(
+        f"{where}: no column {missing}; found: {quoted(cells.samples)}{_unused(cells, options)}; "
+        f"use {options}"
+    )
+
+
+def _no_response(
+    rows: Sequence[RawRow], columns: Columns, where: str, *, is_chat_row: bool
+) -> DataError:
+    cells = Cells.of(rows)
+    start = (
+        f"{where}: no column {columns.response!r}, and this run learns from given responses; "
+        f"found: {quoted(cells.samples)}"
+    )
+    name = hint_for_response(cells, columns)
+    if name is None:
+        return DataError(
+            f"{start}; use --data.response_column NAME, or a method that needs prompts only "
+            "(--method GKD --method.on_policy_fraction 1)"
+        )
+    options = f"--data.response_column {name}"
+    if is_chat_row or columns.prompt is None:
+        return DataError(f"{start}{_unused(cells, options)}; use {options}")
+    if _is_whole_chat(cells.samples[name]):
+        options = messages_option(name, cells, columns)
+    elif not columns.templates and unread_beside(cells, columns):
+        options = f"{prompt_option(cells, columns.prompt)} {options}"
+    return DataError(f"{start}{_unused(cells, options)}; use {options}")
+
+
+def _is_whole_chat(cell: object) -> bool:
+    """Whether a cell holds a chat from its beginning, not an answer alone."""
+    messages = listed_messages(cell)
+    if not is_chat(cell) or not isinstance(messages, list):
+        return False
+    return messages[0].get("role", messages[0].get("from")) not in ("assistant", "gpt")
+
+
+def _unused(cells: Cells, options: str) -> str:
+    """What is said where options read one of two responses."""
+    is_preference = options.endswith(" chosen") or " chosen " in options
+    return "; 'rejected' is not used" if is_preference and "rejected" in cells.samples else ""
+
+
+def _both(
+    rows: Sequence[RawRow], columns: Columns, *, needs_response: bool, where: str
+) -> DataError:
+    start = (
+        f"{where}: both a prompt column {columns.prompt!r} and a chat column {columns.messages!r}"
+    )
+    if needs_response and columns.response not in rows[0]:
+        return DataError(f"{start}; to read the chats use --data.prompt_column null")
+    return DataError(
+        f"{start}; to read the chats use --data.prompt_column null, "
+        "to read the prompts use --data.messages_column null"
+    )
+
+
+def choose_layout(
+    rows: Sequence[RawRow], columns: Columns, *, needs_response: bool, where: str
+) -> Layout:
+    """Tell from a data set's first row whether it holds prompts or chats.
+
+    Whole texts ("text" with ``columns.prompt`` None) are responses without a prompt.
+
+    Args:
+        rows: At least one; all of them are looked at for the error alone.
+        columns: What to look for.
+        needs_response: Whether the run learns from given responses.
+        where: The data set's name for messages.
+
+    Raises:
+        DataError: A column is missing, or both kinds are there and nothing says which one to read.
+    """
+    row = rows[0]
+    _check_mapped(row, columns, where)
+    has_prompt = columns.prompt is not None and columns.prompt in row
+    has_messages = columns.messages is not None and columns.messages in row
+    if has_prompt and has_messages:
+        raise _both(rows, columns, needs_response=needs_response, where=where)
+    has_response = columns.response in row
+    if columns.messages is not None and has_messages:
+        if needs_response and not has_response and _is_open(row[columns.messages]):
+            _require_answers(rows, columns, where)
+        return "chat"
+    is_whole = columns.prompt is None and has_response and not is_chat(row[columns.response])
+    if not has_prompt and not is_whole:
+        raise _no_prompt(rows, columns, needs_response=needs_response, where=where)
+    if columns.declared_tools:
+        raise DataError(
+            f"{where}: the rows are plain prompts, and --data.tools are called in chats; give rows "
+            "with messages (--data.messages_column NAME), set --data.as_chat true, or leave the "
+            "tools out"
+        )
+    if needs_response and not has_response:
+        raise _no_response(rows, columns, where, is_chat_row=False)
+    return "text"
+
+
+def _is_open(cell: object) -> bool:
+    """Whether a chat ends before an answer."""
+    messages = listed_messages(cell)
+    if not is_chat(cell) or not isinstance(messages, list) or not isinstance(messages[-1], dict):
+        return False
+    return messages[-1].get("role", messages[-1].get("from")) in ("user", "human")
+
+
+def _require_answers(rows: Sequence[RawRow], columns: Columns, where: str) -> None:
+    """Refuse open chats whose answers are in a column that nobody named."""
+    others = [name for name in (columns.messages, columns.tools, columns.system) if name]
+    cells = Cells({n: c for n, c in Cells.of(rows).samples.items() if n not in others})
+    if hint_for_response(cells, columns) is not None:
+        raise _no_response(rows, columns, where, is_chat_row=True)

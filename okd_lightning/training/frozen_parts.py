@@ -1,0 +1,123 @@
+"""The FrozenPartsModule: which weights of a module others may copy, average and change.
+
+A teacher stays registered, so that it moves and is restored with the module. Callbacks that average
+weights deep-copy the module, and those that prune it take every weight that it lists; neither may
+copy or touch what is frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import Any, Self
+
+import lightning
+from lightning.pytorch.trainer.states import TrainerStatus
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+
+class FrozenPartsModule(lightning.LightningModule):
+    """Shares frozen tensors with its deep copies; hides them from callbacks that change weights.
+
+    From callbacks' ``setup`` on until the module's own, ``modules()``, ``parameters()`` and
+    ``buffers()`` list only what is trained, in the other modules of a frozen model nothing: what a
+    callback chooses there is never the teacher or an adapter's base. Where the module is
+    deep-copied meanwhile (weight averaging), it stays so until ``teardown``, for the module and its
+    copy alike, because averaging pairs their parameters by position.
+
+    Attributes:
+        shared_by_copies: Names of attributes that a deep copy shares, beside frozen tensors.
+    """
+
+    shared_by_copies: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lists_trained_parts = False
+        self._was_copied = False
+        self._left_alone: frozenset[int] = frozenset()
+
+    def list_trained_parts(self) -> None:
+        """List only what is trained, from here on until ``list_all_parts``."""
+        self._lists_trained_parts, self._was_copied = True, False
+
+    def list_all_parts(self, is_run_over: bool = False) -> None:
+        """List everything, unless a copy is being averaged in this run."""
+        if is_run_over or not self._was_copied:
+            self._lists_trained_parts = self._was_copied = False
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """All modules; see the class for when those that hold nothing trained are left out."""
+        hidden = self._frozen_modules() if self._lists_trained_parts else frozenset()
+        for name, module in super().named_modules(memo, prefix, remove_duplicate):
+            if id(module) not in hidden:
+                yield name, module
+
+    def _frozen_modules(self) -> frozenset[int]:
+        """Ids of modules with parameters none of which is trained, and of PEFT's wrapping layers.
+
+        A wrapping layer shows its base's weight as its own; its trained parts are modules in it.
+        """
+        hidden: set[int] = set()
+
+        def has_trained(module: nn.Module) -> bool:
+            found = [p.requires_grad for p in module._parameters.values() if p is not None]
+            found += [has_trained(child) for child in module.children()]
+            is_frozen = not any(found) and next(module.parameters(), None) is not None
+            if is_frozen:
+                hidden.update(id(part) for part in module.modules())
+            if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
+                hidden.add(id(module))
+            return any(found)
+
+        for child in self.children():
+            has_trained(child)
+        return frozenset(hidden)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy what is trained; share frozen tensors, and what does not belong to the weights.
+
+        A copy within a run shares the parameter objects and never moves them. Any other copy has
+        parameters of its own in the same memory, so that it can be moved.
+        """
+        is_running, shared = self._is_running, self._frozen_tensors()
+        for tensor in shared:
+            is_parameter = isinstance(tensor, nn.Parameter)
+            own = nn.Parameter(tensor.detach(), False) if is_parameter else tensor
+            memo[id(tensor)] = tensor if is_running else own
+        for name in self.shared_by_copies:
+            value = getattr(self, name)
+            memo[id(value)] = value
+        copy = type(self).__new__(type(self))
+        memo[id(self)] = copy
+        if is_running:
+            self._lists_trained_parts = self._was_copied = True
+        copy.__setstate__(deepcopy(self.__getstate__(), memo))
+        copy._left_alone = frozenset(map(id, shared)) if is_running else frozenset()
+        return copy
+
+    @property
+    def _is_running(self) -> bool:
+        try:
+            return self._trainer is not None and (
+                self._trainer.state.status == TrainerStatus.RUNNING
+            )
+        except ReferenceError:  # the module holds a weak reference to its last Trainer
+            return False
+
+    def _frozen_tensors(self) -> list[Tensor]:
+        hidden = self._frozen_modules()
+        modules = [m for child in self.children() for m in child.modules() if id(m) in hidden]
+        named = [[*m._parameters.values(), *m._buffers.values()] for m in modules]
+        return [tensor for tensors in named for tensor in tensors if tensor is not None]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or convert; a copy within a run leaves the original's tensors alone."""
+        left_alone = self._left_alone
+        if not left_alone:
+            return super()._apply(fn, recurse)
+        return super()._apply(lambda t: t if id(t) in left_alone else fn(t), recurse)

@@ -1,0 +1,79 @@
+"""The MeasuredModule: what validation, test and predict compute, in every run alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torchmetrics import Metric
+
+from okd_lightning.loop_state import count_steps
+from okd_lightning.losses import DrawnLogProb, Measured, Quantity
+from okd_lightning.metrics import (
+    adapted_measures,
+    cached_measures,
+    measure_metrics,
+    measures,
+)
+from okd_lightning.records import SOURCES, DistillBatch
+from okd_lightning.rollouts.rows import generation_records
+from okd_lightning.training.pair_module import PairModule
+
+
+class MeasuredModule(PairModule):
+    """A pair that is compared on validation and test data; the arguments are PairModule's."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._loaded_step = 0
+        self.evaluation = measure_metrics()
+
+    def validation_step(self, batch: DistillBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Divergences to the base teacher at temperature 1 (nats a token), on one batch."""
+        self._evaluate("val", batch, dataloader_idx)
+
+    def test_step(self, batch: DistillBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """The same measures on the test set."""
+        self._evaluate("test", batch, dataloader_idx)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the measures anew."""
+        self._reset_measures()
+
+    def on_test_epoch_start(self) -> None:
+        """Start the measures anew."""
+        self._reset_measures()
+
+    def _reset_measures(self) -> None:
+        """In the mode of this loop: what inference mode left behind cannot be updated outside."""
+        for metric in self.evaluation.values():
+            cast(Metric, metric).reset()
+
+    def _evaluate(self, stage: str, batch: DistillBatch, dataloader_idx: int) -> None:
+        is_own = SOURCES[int(batch.source[0])] == "student"
+        wanted = measures(stage, is_own, has_teacher=self.has_teacher)
+        if (known := self.cache_in_use) is not None:
+            wanted = cached_measures(stage, is_own, known.k, known.reads_new_rows)
+        with self.as_base_teacher():
+            self._update_measures(wanted, self.measure(batch, tuple(wanted.values())))
+        if self._has_online_module and not is_own:
+            wanted = adapted_measures(stage)
+            self._update_measures(wanted, self.measure(batch, tuple(wanted.values())))
+
+    def _update_measures(self, wanted: Mapping[str, Quantity], measured: Measured) -> None:
+        for name, quantity in wanted.items():
+            values = measured[quantity]
+            metric = cast(Metric, self.evaluation[name])
+            metric.update(-values if isinstance(quantity, DrawnLogProb) else values)
+            self.log(name, metric, on_epoch=True, add_dataloader_idx=False, batch_size=1)
+
+    def predict_step(self, batch: DistillBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Prompt and generated response of every row, as text."""
+        return generation_records(batch, self.decode)
+
+    def on_validation_start(self) -> None:
+        """What is measured is logged at the step that the weights are of, resumed or loaded."""
+        if not self.trainer.sanity_checking:
+            count_steps(self.trainer, max(0, (self.trainer.global_step or self._loaded_step) - 1))
+
+    on_test_start = on_validation_start

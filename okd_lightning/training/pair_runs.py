@@ -1,0 +1,194 @@
+"""The PairRuns: both models of a module run over batches, to measure, to train, and to generate.
+
+Does not build them: that is ``pair_module``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from okd_lightning.losses import (
+    Measured,
+    Quantity,
+    WeightedLoss,
+    WeightedTerm,
+    fused_loss,
+    measure,
+    weighted_loss,
+)
+from okd_lightning.models import (
+    ModelSource,
+    SelfTeacher,
+    Vocabulary,
+    check_lengths,
+    load_model_config,
+)
+from okd_lightning.records import DistillBatch, PromptBatch, Rollout
+from okd_lightning.rollouts import NoiseStream, RolloutEngine, Sampling, TransformersEngine
+from okd_lightning.rollouts.engine import Author, EngineSource, Progress
+from okd_lightning.rollouts.tool_rollouts import ToolEngine, ToolRounds
+from okd_lightning.sharding import Placement
+from okd_lightning.teacher_cache import CachedTeacher, ServedTeacher, cached_terms
+from okd_lightning.training.frozen_parts import FrozenPartsModule
+from okd_lightning.training.pair_sides import PairSides
+
+
+class PairRuns(FrozenPartsModule):
+    """What a PairModule does with its models once they are built; see there for the attributes."""
+
+    student: PreTrainedModel | None
+    teacher: PreTrainedModel | None
+    self_teacher: SelfTeacher | None
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: Vocabulary
+    eos_ids: tuple[int, ...]
+    tile_positions: int | None
+    packs_student: bool
+    packs_teacher: bool
+    engine: EngineSource | None
+    tool_rounds: ToolRounds | None
+    placement: Placement
+    _has_online_module: bool
+
+    @property
+    def teacher_source(self) -> ModelSource | None:
+        """What the teacher is loaded from; None without one."""
+        raise NotImplementedError
+
+    @property
+    def cache_in_use(self) -> CachedTeacher | ServedTeacher | None:
+        """What stands for the teacher, if anything does."""
+        raise NotImplementedError
+
+    def as_base_teacher(self) -> AbstractContextManager[None]:
+        """Within it the teacher is the base one, without its online module."""
+        return self.sides.as_base_teacher()
+
+    def measure(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Measured:
+        """Run the models once over a batch and measure at its masked-in positions.
+
+        The student runs in the caller's gradient mode; the teacher runs without gradient, but
+        where a quantity trains its online module, and a second time without that module, where a
+        quantity compares with the base. It reads its own prompts where the batch has them; the
+        positions are those of the same response tokens on both sides.
+        """
+        student, teacher, base = self.sides.of(batch, quantities)
+        values = measure(
+            quantities,
+            student,
+            teacher,
+            batch.student_reads.targets,
+            self.vocabulary.size,
+            self.tile_positions,
+            base,
+        )
+        if not torch.is_grad_enabled():
+            self.placement.release(self.student, self.teacher)
+        return replace(Measured.about(batch), values=values)
+
+    def loss_of(
+        self, batch: DistillBatch, terms: Sequence[WeightedTerm], checks: bool = False
+    ) -> WeightedLoss:
+        """Run the models once over a batch and sum its weighted terms; gradient flows as they say.
+
+        It is done tile by tile where all terms are positionwise; ``checks`` sees whether they are.
+        """
+        if self.cache_in_use is not None:
+            terms = cached_terms(terms, self.cache_in_use.k, self.vocabulary.size)
+        quantities = [quantity for weighted in terms for quantity in weighted.term.quantities]
+        if not all(weighted.term.is_positionwise for weighted in terms):
+            return weighted_loss(terms, self.measure(batch, quantities))
+        student, teacher, base = self.sides.of(batch, quantities)
+        return fused_loss(
+            terms,
+            student,
+            teacher,
+            batch.student_reads.targets,
+            Measured.about(batch),
+            self.vocabulary.size,
+            self.tile_positions,
+            base,
+            checks,
+        )
+
+    @property
+    def sides(self) -> PairSides:
+        """Both models as what the loss layer reads."""
+        assert self.student is not None
+        return PairSides(
+            student=self.student,
+            teacher=self.teacher,
+            vocabulary=self.vocabulary,
+            self_teacher=self.self_teacher,
+            packs=(self.packs_student, self.packs_teacher),
+            has_online_module=self._has_online_module,
+            absent=self.cache_in_use,
+        )
+
+    def write(
+        self,
+        author: Author,
+        prompts: PromptBatch,
+        sampling: Sampling,
+        generator: NoiseStream,
+        max_new_tokens: int,
+        progress: Progress | None = None,
+    ) -> Rollout:
+        """Responses by the student or the teacher, in eval mode and without gradient.
+
+        Where the data brings tools (``tool_rounds``), prompts that are chats may call them.
+        """
+        with self.writing(author) as (model,):
+            if author == "student" and self.engine is not None:
+                engine = self.engine.engine(model, self.vocabulary, self.eos_ids)
+            else:
+                engine = self.build_engine(model)
+            if self.tool_rounds is not None:
+                engine = ToolEngine(engine, self.tool_rounds)
+            return engine.generate(prompts, sampling, generator, max_new_tokens, progress)
+
+    def writing(self, *authors: Author) -> AbstractContextManager[list[PreTrainedModel]]:
+        """Within it the authors' models can write; see ``PairSides.writing``."""
+        precision = self._trainer.precision_plugin.forward_context if self._trainer else nullcontext
+        return self.sides.writing(authors, self.placement, precision())
+
+    def build_engine(self, model: PreTrainedModel) -> RolloutEngine:
+        """The built-in engine on ``model``; override it to bring another for both models."""
+        return TransformersEngine(model, self.vocabulary, self.eos_ids)
+
+    def add_eos_ids(self, ids: Iterable[int]) -> None:
+        """Let further ids end a response, such as a chat template's end of turn; said once."""
+        new = [i for i in ids if i not in self.eos_ids]
+        if new:
+            self.eos_ids = (*self.eos_ids, *new)
+            names = ", ".join(repr(self.tokenizer.decode([i])) for i in new)
+            rank_zero_info(f"responses also end at {names}, as the data's own responses do")
+
+    def check_lengths(self, num_tokens: int, teacher_tokens: int | None = None) -> None:
+        """Refuse sequences that are longer than a model was made for.
+
+        Args:
+            num_tokens: The longest that the student reads.
+            teacher_tokens: The longest that the teacher reads; None for the same.
+
+        Raises:
+            ConfigError: Naming the model and both lengths.
+        """
+        student = self.student.config if self.student is not None else None
+        teacher = None if self.self_teacher is None else student
+        if (
+            self.self_teacher is None and self.teacher_source is not None
+        ):  # which may be in a cache alone
+            size = self.vocabulary.size
+            teacher = load_model_config(self.teacher_source, "--model.teacher", size)
+        check_lengths(student, teacher, num_tokens, teacher_tokens or num_tokens)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of some ids, without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
