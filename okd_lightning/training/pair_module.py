@@ -38,6 +38,7 @@ from okd_lightning.models import (
     recompute_activations,
     teacher_copy,
 )
+from okd_lightning.optimizers import float16_refusal
 from okd_lightning.rollouts.engine import EngineSource
 from okd_lightning.rollouts.tool_rollouts import ToolRounds
 from okd_lightning.sharding import Placement, WholeModels
@@ -217,9 +218,11 @@ class PairModule(PairRuns):
 
         Raises:
             ConfigError: One of Lightning's "true" precisions (models are loaded in their own number
-                format), or a module that torch.compile wraps.
+                format), float16 weights that would be trained, or a module that torch.compile
+                wraps.
         """
-        del stage
+        if stage == "fit" and self.dtype_name == "float16" and self.student_adapter is None:
+            raise ConfigError(float16_refusal("the student"))
         read_folders(self.trainer)
         check_precision(str(self.trainer.precision))
         if self._compiler_ctx is not None or self._compiled_call_impl is not None:
