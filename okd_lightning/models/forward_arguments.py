@@ -59,11 +59,11 @@ def forward_arguments(
 
 
 def _function(module: nn.Module) -> Callable[..., Any]:
-    """The class's own function: what hooks and compilers put around an instance's is hashable too,
-    but its signature may be ``(*args, **kwargs)``.
-    """
-    function: Callable[..., Any] = type(module).forward
-    return function
+    """The class's function, past wrappers that hand ``(*args, **kwargs)`` on to the class above."""
+    functions: list[Callable[..., Any]] = [
+        vars(kind)["forward"] for kind in type(module).__mro__ if "forward" in vars(kind)
+    ]
+    return next((f for f in functions if "input_ids" in _signature(f)), functions[0])
 
 
 @lru_cache(maxsize=256)

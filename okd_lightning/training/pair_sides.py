@@ -45,7 +45,7 @@ def tried_model(model: PreTrainedModel, packing: bool, role: Author) -> bool:
     packs = packs_rows(model, packing, role)
     say_row_groups(model, role)
     if role == "student":  # a teacher that generates is tried when it begins to
-        memory_of(model)
+        memory_of(model.get_base_model() if isinstance(model, PeftModel) else model)
     return packs
 
 
