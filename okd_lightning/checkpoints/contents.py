@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _IncompatibleKeys
 
 from okd_lightning.errors import CheckpointError, NonFiniteError
+from okd_lightning.text_ids import RULES_VERSION
 
 
 def weights_to_save(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -127,6 +128,25 @@ def check_teacher_kind(saved: str | None, configured: str | None) -> None:
             f"the checkpoint's model.self_teacher is {saved or 'null'}, this run's is "
             f"{configured or 'null'}; resume with the same, or start a new run from the exported "
             "student: --model.student FOLDER"
+        )
+
+
+def check_text_rules(saved: int, sources: Collection[str]) -> None:
+    """Refuse to resume on dataset responses whose ids may be others than they were.
+
+    Args:
+        saved: ``text_ids.RULES_VERSION`` of the run that wrote the checkpoint.
+        sources: What the run's rows come from; generated ones are no texts.
+
+    Raises:
+        CheckpointError: Other rules than this version's.
+    """
+    if saved != RULES_VERSION and "dataset" in sources:
+        raise CheckpointError(
+            f"the checkpoint's dataset responses became ids by rules {saved}, this version has "
+            f"rules {RULES_VERSION}: the run would go on with other tokens at the start or end of "
+            "responses; finish it with the version that began it, or start a new run from the "
+            "exported student: --model.student FOLDER"
         )
 
 
