@@ -171,4 +171,5 @@ def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
     if is_taken_apart:
         plain.config.tie_word_embeddings = False
     plain._hf_peft_config_loaded = False
+    plain.__dict__.pop("peft_config", None)
     return plain
