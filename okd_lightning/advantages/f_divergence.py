@@ -55,7 +55,8 @@ class FDivergenceAdvantage(Advantage):
     | ``centred`` | w_f(u) - w_f(1) | the same, zero where p and q agree |
     | ``value_baseline`` | w_f(u) - E_p[w_f] | the same, zero mean at every position |
 
-    What is subtracted is free only while tokens are drawn from p itself.
+    What is subtracted is free where every token can be drawn (at any temperature above 0) and ρ is
+    not bounded.
 
     With a discount γ > 0 a token also answers for what it leads to: Σ_{n>k} γ^(n-k) (-f(u_n)) is
     added. The term u f'(u) is that of the own token only: it is how f(u) depends on θ there, and

@@ -33,6 +33,7 @@ from okd_lightning.callbacks import (
 )
 from okd_lightning.divergences import ForwardKL, JensenShannon, ReverseKL, TopK
 from okd_lightning.errors import ConfigError, RewardError
+from okd_lightning.rollouts import Sampling
 
 DATASET, STUDENT, TEACHER = 0, 1, 2
 
@@ -293,15 +294,19 @@ def test_a_biased_divergence_is_warned_of(tmp_path, make_module):
 
 @pytest.mark.parametrize("cause", ["temperature", "top_p", "top_k", "ratio"])
 def test_a_constant_that_no_longer_averages_out_is_warned_of(cause, tmp_path, make_module):
-    from okd_lightning.rollouts import Sampling
-
-    settings = {"temperature": 0.7, "top_p": 0.9, "top_k": 3}
+    settings = {"temperature": 0, "top_p": 0.9, "top_k": 3}
     sampling = Sampling(**{cause: settings[cause]}) if cause in settings else Sampling()
     method = OPDPlus(variant="as_published", max_ratio=2.0 if cause == "ratio" else math.inf)
     with pytest.warns(UserWarning, match="no longer averages out.*centred"):
         tiny.fit(tmp_path, make_module(), [method], tiny.make_rows(4), data={"sampling": sampling})
-    with_value = OPDPlus()
-    tiny.fit(tmp_path, make_module(), [with_value], tiny.make_rows(4), data={"sampling": sampling})
+    for quiet in (OPDPlus(), OPDPlus(JensenShannon(0.5), "as_published")):  # w_f(1) = 0
+        tiny.fit(tmp_path, make_module(), [quiet], tiny.make_rows(4), data={"sampling": sampling})
+
+
+def test_a_sampling_temperature_is_no_cause_to_warn(tmp_path, make_module):
+    """ρ is p over the tempered distribution: warnings are errors here."""
+    method, data = OPDPlus(variant="as_published"), {"sampling": Sampling(temperature=0.7)}
+    tiny.fit(tmp_path, make_module(), [method], tiny.make_rows(4), data=data)
 
 
 class Once(RewardFunction):
