@@ -7,6 +7,7 @@ Map:
   commonly run and corrected (OPD+), with baselines, discount and clipping.
 - ``shaping``: ``reward_to_go``.
 - ``rewards``: ``RewardFunction`` and the ones that are included; ``baselined``, group baselines.
+- ``rouge``: ``rouge_l`` of texts in any script.
 
 Pure: nothing here knows models, masks of padding, or Lightning.
 """
@@ -23,6 +24,7 @@ from okd_lightning.advantages.rewards import (
     baselined,
     checked_rewards,
 )
+from okd_lightning.advantages.rouge import rouge_l
 from okd_lightning.advantages.shaping import reward_to_go
 
 __all__ = [
@@ -38,4 +40,5 @@ __all__ = [
     "baselined",
     "checked_rewards",
     "reward_to_go",
+    "rouge_l",
 ]

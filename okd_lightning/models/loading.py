@@ -7,6 +7,7 @@ devices or sharding: models come back on the CPU, in training mode off, with gra
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
@@ -185,7 +186,9 @@ def add_adapter(model: PreTrainedModel, adapter: PeftConfig, option: str) -> Non
         )
     adapter.task_type = adapter.task_type or "CAUSAL_LM"
     try:
-        with stand_ins(model, option):
+        with stand_ins(model, option), warnings.catch_warnings():
+            # PEFT sets it to what the layer is (GPT-2's are transposed) and says so
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
             model.add_adapter(adapter)
         for parameter in model.parameters():
             if parameter.requires_grad:  # the base may be bfloat16; what is trained is not
