@@ -34,6 +34,7 @@ from okd_lightning.models import (
     follow,
 )
 from okd_lightning.records import DistillBatch
+from okd_lightning.reduction import Normalization, NormalizationName
 from okd_lightning.rollouts import EngineSource
 from okd_lightning.safeguards import SAFEGUARDS, in_setup_order
 from okd_lightning.schedules import ScheduleName
@@ -94,6 +95,10 @@ class DistillationModule(OptimizedModule):
         teacher_server: An address, or settings: the teacher is asked on a server; docs/vllm.md.
         engine: What writes the student's responses in place of the built-in engine, such as
             VLLMServer; docs/vllm.md.
+        normalization: What the sum over the student's sampled responses is divided by: their number
+            times the mean length of earlier rollout batches (running_mean), times
+            data.max_response_length (constant) or times a number that is given; or their tokens
+            (token_mean, which biases a step of few rollouts); docs/concepts/losses.md.
 
     Raises:
         ConfigError: A number out of its range, or no tokenizer.
@@ -128,6 +133,7 @@ class DistillationModule(OptimizedModule):
         teacher_cache: str | TeacherCache | None = None,
         teacher_server: str | TeacherServer | None = None,
         engine: EngineSource | None = None,
+        normalization: NormalizationName | float = "running_mean",
     ) -> None:
         if tile_positions is not None and tile_positions < 1:
             raise ConfigError(f"model.tile_positions must be at least 1, got {tile_positions}")
@@ -159,6 +165,7 @@ class DistillationModule(OptimizedModule):
             teacher_server=teacher_server,
             engine=engine,
         )
+        self.normalization = Normalization(normalization)
         self.strict_loading = False  # frozen weights are not in checkpoints; see on_load_checkpoint
         self.ema_decay = DEFAULT_EMA_DECAY if ema_decay is None else ema_decay
         self.run_config: str | None = None
@@ -210,7 +217,7 @@ class DistillationModule(OptimizedModule):
             follow(self.teacher, self.student, self.ema_decay)
 
     def training_step(self, batch: DistillBatch, batch_idx: int) -> Tensor:
-        """Every term's sum over this micro-batch, divided by its count over the whole step."""
+        """Every term's sum over this micro-batch, divided by what the whole step counts."""
         trainer = self.trainer
         terms = acting_terms(
             self.terms,
@@ -218,6 +225,7 @@ class DistillationModule(OptimizedModule):
             trainer.global_step,
             trainer.accumulate_grad_batches,
             trainer.world_size,
+            self.normalization,
         )
         acting = [weighted.term for weighted in terms]
         is_new, self._checked = acting != self._checked, acting

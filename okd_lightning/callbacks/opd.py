@@ -102,9 +102,9 @@ class OPDPlus(AdvantageCallback):
 
     def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
         """Warn of what a constant costs where some tokens cannot be drawn, or ρ is bounded."""
-        has_constant = (
-            self.variant == "as_published" and self.advantage.divergence.weight_at_one != 0
-        )
+        divergence = self.advantage.divergence
+        assert divergence is not None
+        has_constant = self.variant == "as_published" and divergence.weight_at_one != 0
         if stage != "fit" or not has_constant:
             return
         sampling = getattr(getattr(trainer, "datamodule", None), "sampling", None)

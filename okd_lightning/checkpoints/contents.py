@@ -96,6 +96,25 @@ def check_teacher_kind(saved: str | None, configured: str | None) -> None:
         )
 
 
+def check_normalization(saved: str | float, own: str | float) -> None:
+    """Refuse to go on with another divisor of the student's sampled responses.
+
+    Args:
+        saved: The checkpoint's ``model.normalization``; token_mean for those that were written
+            before there was a choice.
+        own: This run's.
+
+    Raises:
+        CheckpointError: They differ, so that the objective would change its scale.
+    """
+    if saved != own:
+        raise CheckpointError(
+            f"the checkpoint divides sampled responses by {saved}, this run by {own}, which is "
+            f"another scale of the loss: resume with --model.normalization {saved}, or begin a new "
+            "run from the exported student"
+        )
+
+
 def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Refuse a checkpoint of another model.
 

@@ -192,7 +192,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         self._examples: dict[str, ExampleSet] = {}
         self.stop = StopRequest()
         self._train_loader: RolloutLoader | None = None
-        self._first_epoch = 0
+        self._resumed: dict[str, Any] = {"epoch": 0}
 
     # ---------------------------------------------------------------- Lightning's hooks
 
@@ -243,7 +243,7 @@ class RolloutDataModule(lightning.LightningDataModule):
             stop=self.stop,
         )
         check_limit(trainer, len(self._train_loader))
-        self._train_loader.start_at(self._first_epoch)
+        self._train_loader.start_at(**self._resumed)
         return self._train_loader
 
     def _scorer(self, module: DistilledModule) -> ChunkScorer:
@@ -273,19 +273,21 @@ class RolloutDataModule(lightning.LightningDataModule):
         return self._own_responses(self.examples("predict").examples, self.sampling)
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch that comes next, or goes on.
+        """The epoch that comes next or goes on, and the mean length of rollouts.
 
         Lightning gives the loader its own state back only in the middle of an epoch; after an
         epoch's end a resumed run would begin with the first one's prompts, coins and noise.
         """
         loader = self._train_loader
-        return {"epoch": self._first_epoch if loader is None else loader.epoch_to_come}
+        if loader is None:
+            return self._resumed
+        return {"epoch": loader.epoch_to_come, "lengths": loader.lengths.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Begin with that epoch, whether the loader exists by now or not."""
-        self._first_epoch = state_dict["epoch"]
+        """Begin there, whether the loader exists by now or not."""
+        self._resumed = state_dict
         if self._train_loader is not None:
-            self._train_loader.start_at(self._first_epoch)
+            self._train_loader.start_at(**self._resumed)
 
     # ---------------------------------------------------------------- examples
 

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,18 @@ import torch
 from torch import Tensor
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.records import DistillBatch, Example, PromptBatch, Rollout, TrainingRow
+from okd_lightning.records import (
+    SOURCES,
+    DistillBatch,
+    Example,
+    PromptBatch,
+    Rollout,
+    SampledCounts,
+    TrainingRow,
+)
 from okd_lightning.rollouts.agreement import Agreement, StopRequest, naming_the_prompts
 from okd_lightning.rollouts.engine import Author, Progress, Writer
+from okd_lightning.rollouts.lengths import RolloutLengths
 from okd_lightning.rollouts.loader_shape import LoaderShape
 from okd_lightning.rollouts.noise import NoiseStream, hashed_uniform
 from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan
@@ -119,6 +128,7 @@ class RolloutLoader:
         self._credits: dict[str, list[float]] | None = None  # of the student's responses
         self._written_for = 0  # the first optimizer step of the chunk that was written
         self._is_written = False  # on all ranks
+        self.lengths = RolloutLengths()
         self._unreported: list[tuple[Rollout, float]] = []  # with the seconds that each took
         self._unreported_scores: dict[str, float] = {}
 
@@ -144,9 +154,11 @@ class RolloutLoader:
         """The epoch of the next batch."""
         return self._epoch + (self._delivered >= len(self))
 
-    def start_at(self, epoch: int) -> None:
-        """Begin with the first batch of an epoch."""
+    def start_at(self, epoch: int, lengths: dict[str, Any] | None = None) -> None:
+        """Begin with the first batch of an epoch; with the mean length of a checkpoint's run."""
         self._epoch, self._delivered = epoch, 0
+        if lengths is not None:
+            self.lengths.load_state_dict(lengths)
         self._forget_written(0)
 
     def _forget_written(self, chunk_start: int) -> None:
@@ -165,6 +177,7 @@ class RolloutLoader:
             "written_for": self._written_for,
             "written": self._gather(own),
             "credits": self._gather(pack_credits(self._credits)),
+            "lengths": self.lengths.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -186,6 +199,8 @@ class RolloutLoader:
                 "or samples_per_prompt differ from the checkpoint's; resume with the same, or "
                 "start a new run from the exported student: --model.student FOLDER"
             )
+        if "lengths" in state:  # a checkpoint of an earlier version has none
+            self.lengths.load_state_dict(state["lengths"])
         self._epoch, self._delivered = state["epoch"], state["delivered"]
         if state["accumulate"] != self.shape.accumulate_grad_batches:  # whole steps are done
             num_steps = state["delivered"] // state["accumulate"]
@@ -279,6 +294,9 @@ class RolloutLoader:
                 for turn, by in step
             ]
             chunk.append(rows or [muted(given_row(self.examples[0]))])
+        if "student" in asked:
+            counts = self._reduce_sum(count_by_source([row for rows in chunk for row in rows]))
+            self.lengths.begin(self._epoch, start, *counts[:, SOURCES.index("student")].tolist())
         return chunk
 
     def _write_all(
@@ -346,7 +364,10 @@ class RolloutLoader:
         accumulate = self.shape.accumulate_grad_batches
         if self._delivered >= (step + 1) * accumulate:
             return
-        counts = tuple(self._reduce_sum(count_by_source(rows)).tolist())
+        counts, numbers = self._reduce_sum(count_by_source(rows)).tolist()
+        rollouts = numbers[SOURCES.index("student")]
+        sampled = SampledCounts(rollouts, self.lengths.mean, self._max_new_tokens)
+        stamp = partial(replace, step_counts=tuple(counts), sampled=sampled)
         batches = micro_batches(rows, accumulate)
         for batch in batches[self._delivered - step * accumulate :]:
             self._delivered += 1
@@ -354,4 +375,4 @@ class RolloutLoader:
             self._unreported, self._unreported_scores = [], {}
             none = {name: torch.zeros(len(batch)) for name in self._credits or ()}
             credits = none | dict(batch.credits)  # also where no row of a batch has any
-            yield replace(batch, step_counts=counts, metrics=metrics, credits=credits)
+            yield stamp(batch, metrics=metrics, credits=credits)

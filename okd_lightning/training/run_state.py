@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from okd_lightning.checkpoints.contents import (
     check_methods,
+    check_normalization,
     check_teacher_kind,
     check_weights,
     rng_state_of,
@@ -37,6 +38,7 @@ def add_state(module: DistillationModule, checkpoint: dict[str, Any]) -> None:
         "online_module": None if module.online_module is None else module.online_module.to_dict(),
         "methods": [kind_of(term) for term in module.terms],
         "self_teacher": module.self_teacher,
+        "normalization": module.normalization.by,
         "optimizer": module.optimizer_settings.to_dict(),
         "accumulate": trainer.accumulate_grad_batches,
         "metrics": {
@@ -66,6 +68,8 @@ def check_state(module: DistillationModule, checkpoint: dict[str, Any]) -> dict[
         trainer = module.trainer
         check_methods(own["methods"], [kind_of(term) for term in module.terms])
         check_teacher_kind(own.get("self_teacher"), module.self_teacher)
+        if any("student" in term.sources for term in module.terms):
+            check_normalization(own.get("normalization", "token_mean"), module.normalization.by)
         module.measured_before = dict(own["metrics"])
         rng = rng_state_of(own["rng"], trainer.global_rank, trainer.world_size)
         settle_loops(checkpoint, trainer.accumulate_grad_batches)

@@ -148,7 +148,7 @@ def test_loss_and_gradient_of_every_step(name, is_stale, tmp_path, make_module):
         student = snapshots.students[i]
         loss = method.weight * sampled_loss(student, teacher, rows_of(recorder, i), credit)
         assert losses["train/loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
-        expected = reference.gradients(student, loss)
+        expected = reference.gradients(student, loss * recorder.token_share(i))
         found = {n.removeprefix("student."): g for n, g in recorder.gradients[i].items()}
         assert tiny.distance(found, expected) < 2e-4
     gaps = [losses["train/sampler_gap"] for losses in recorder.losses]
@@ -203,7 +203,7 @@ def test_a_reward_reaches_every_token_of_its_response(baseline, tmp_path, make_m
             own = log_p.gather(-1, torch.tensor(ids[1:])[keep][:, None])[:, 0]
             total = total - credit * own.sum()
             count += int(keep.sum())
-        expected = reference.gradients(student, total / count)
+        expected = reference.gradients(student, total / count * recorder.token_share(i))
         found = {n.removeprefix("student."): g for n, g in recorder.gradients[i].items()}
         assert tiny.distance(found, expected) < 1e-4
         mean = sum(reward for *_, reward in rows) / len(rows)
