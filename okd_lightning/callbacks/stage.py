@@ -64,6 +64,9 @@ class Stage(DistillationCallback):
         self.mixes_rows = method.mixes_rows
         self.share_at = method.share_at
         self.needs_teacher_prompt = method.needs_teacher_prompt
+        self.further_terms = tuple(
+            Stage(term, start, end, first_factor, last_factor) for term in method.further_terms
+        )
 
     @property
     def kind(self) -> str:
