@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from okd_lightning.errors import CheckpointError
+from okd_lightning.text_ids import RULES_VERSION
 
 
 def weights_to_save(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -112,6 +113,25 @@ def check_normalization(saved: str | float, own: str | float) -> None:
             f"the checkpoint divides sampled responses by {saved}, this run by {own}, which is "
             f"another scale of the loss: resume with --model.normalization {saved}, or begin a new "
             "run from the exported student"
+        )
+
+
+def check_text_rules(saved: int, sources: Collection[str]) -> None:
+    """Refuse to resume on dataset responses whose ids may be others than they were.
+
+    Args:
+        saved: ``text_ids.RULES_VERSION`` of the run that wrote the checkpoint.
+        sources: What the run's rows come from; generated ones are no texts.
+
+    Raises:
+        CheckpointError: Other rules than this version's.
+    """
+    if saved != RULES_VERSION and "dataset" in sources:
+        raise CheckpointError(
+            f"the checkpoint's dataset responses became ids by rules {saved}, this version has "
+            f"rules {RULES_VERSION}: the run would go on with other tokens at the start or end of "
+            "responses; finish it with the version that began it, or start a new run from the "
+            "exported student: --model.student FOLDER"
         )
 
 
