@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import lightning
 from lightning.pytorch.callbacks import Callback
@@ -15,6 +16,7 @@ from okd_lightning.losses import Measured, Quantity, RowScorer
 from okd_lightning.module import DistillationModule
 from okd_lightning.records import LossOutput, Source
 from okd_lightning.rollouts import Writer
+from okd_lightning.training.run_settings import given_arguments
 
 
 class DistillationCallback(Callback, ABC):
@@ -64,6 +66,7 @@ class DistillationCallback(Callback, ABC):
         further_terms: Terms that come with the method, each with rows, a count and a divisor of its
             own: losses on other rows that are not to share the method's divisor. The same ones at
             every call.
+        given_arguments: The constructor's arguments, as primitives.
     """
 
     scorer: RowScorer | None = None
@@ -73,6 +76,13 @@ class DistillationCallback(Callback, ABC):
     needs_teacher_prompt: bool = False
     precedes_models: bool = True
     further_terms: tuple[DistillationCallback, ...] = ()
+    given_arguments: Mapping[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Keep what the constructor is given, for the run's first line and its loggers."""
+        made = super().__new__(cls)
+        made.given_arguments = given_arguments(cls, args, kwargs)
+        return made
 
     def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
         if not (math.isfinite(weight) and weight > 0):

@@ -195,7 +195,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         self._examples: dict[str, ExampleSet] = {}
         self.stop = StopRequest()
         self._train_loader: RolloutLoader | None = None
-        self._resumed: dict[str, Any] = {"epoch": 0}  # where the run's checkpoint was
+        self._resumed: dict[str, Any] = {"epoch": 0}
         self._text_rules = RULES_VERSION  # of the run's checkpoint
 
     def setup(self, stage: str) -> None:
@@ -264,7 +264,7 @@ class RolloutDataModule(lightning.LightningDataModule):
             stop=self.stop,
         )
         check_limit(trainer, len(self._train_loader))
-        self._train_loader.start_at(**self._resumed)
+        self._train_loader.begin(self._resumed)
         return self._train_loader
 
     def _scorer(self, module: DistilledModule) -> ChunkScorer:
@@ -296,21 +296,18 @@ class RolloutDataModule(lightning.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The epoch to come, the mean length of rollouts, and the rules by which texts become ids.
 
-        Lightning gives the loader its own state back only in the middle of an epoch; after an
-        epoch's end a resumed run would begin with the first one's prompts, coins and noise.
+        (Lightning gives the loader its own state back only in the middle of an epoch.)
         """
         loader = self._train_loader
-        resumed = self._resumed
-        if loader is not None:
-            resumed = {"epoch": loader.epoch_to_come, "lengths": loader.lengths.state_dict()}
-        return {**resumed, "text_rules": RULES_VERSION}
+        position = self._resumed if loader is None else loader.position()
+        return {**position, "text_rules": RULES_VERSION}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Begin there, whether the loader exists by now or not."""
-        self._resumed = {**state_dict}
-        self._text_rules = self._resumed.pop("text_rules", 1)
+        """Begin with that epoch, whether the loader exists by now or not."""
+        self._resumed = dict(state_dict)
+        self._text_rules = state_dict.get("text_rules", 1)
         if self._train_loader is not None:
-            self._train_loader.start_at(**self._resumed)
+            self._train_loader.begin(self._resumed)
 
     def examples(self, part: str, needs_response: bool = False) -> ExampleSet:
         """The tokenized rows of train, val, test or predict; read once.
