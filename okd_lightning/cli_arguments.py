@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 import okd_lightning
 from okd_lightning.checkpoints.files import newest_checkpoint, read_checkpoint
+from okd_lightning.cli_callbacks import replace_retyped
+from okd_lightning.config_paths import relocate, user_path
 from okd_lightning.errors import CheckpointError, ConfigError, UsageError
 from okd_lightning.run_folder import DEFAULT_FOLDER
 
@@ -53,7 +55,7 @@ def prepare(arguments: Sequence[str]) -> list[str]:
         CheckpointError: A ``--ckpt_path`` that is not there or not ours.
     """
     command, *rest = arguments
-    rest = _split_equals(_spell_infinity(rest))
+    rest = _expand_homes(_split_equals(_spell_infinity(rest)))
     configs = [(name, load_config(name)) for name in _values(rest, _CONFIG_OPTIONS)]
     checkpoint = _last(_values(rest, ("--ckpt_path",)))
     is_whole = checkpoint == LAST and _can_begin(rest, [c for _, c in configs])
@@ -62,7 +64,8 @@ def prepare(arguments: Sequence[str]) -> list[str]:
         rest = _without(rest, ("--ckpt_path",))
         rest += ["--ckpt_path", checkpoint] if checkpoint is not None else []
     if checkpoint is not None and not is_whole:
-        configs.insert(0, (checkpoint, _config_of(checkpoint)))
+        configs.insert(0, (checkpoint, _required_config(checkpoint)))
+    replace_retyped(configs, rest)
     if "--help" in rest or "-h" in rest:
         configs = []
     typed = _last(_values(rest, ("--method", "--method.class_path")))
@@ -111,7 +114,7 @@ def _run_folder(arguments: Sequence[str], configs: Sequence[dict[str, Any]]) -> 
     sections = [config.get("trainer") for config in configs]
     named = [s["default_root_dir"] for s in sections if isinstance(s, dict) and _FOLDER in s]
     typed = _values(arguments, (f"--trainer.{_FOLDER}",))
-    return Path([DEFAULT_FOLDER, *(n for n in named if n), *typed][-1]).expanduser()
+    return user_path([DEFAULT_FOLDER, *(n for n in named if n), *typed][-1])
 
 
 def _can_begin(arguments: Sequence[str], configs: Sequence[dict[str, Any]]) -> bool:
@@ -159,7 +162,7 @@ def load_config(name: str) -> dict[str, Any]:
     Raises:
         ConfigError: It is not there, or broken.
     """
-    path = Path(name)
+    path = user_path(name)
     if not path.is_file():
         packaged = packaged_configs()
         if name not in packaged:
@@ -192,14 +195,28 @@ def class_name(method: Any) -> str | None:
     return path.rsplit(".", 1)[-1] if isinstance(path, str) else None
 
 
-def _config_of(checkpoint: str) -> dict[str, Any]:
-    text = read_checkpoint(checkpoint)["okd_lightning"]["config"]
-    if text is None:
+def config_of(path: str, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A checkpoint's config, with its paths as they are read here; None if it holds none.
+
+    Args:
+        path: Of the checkpoint.
+        checkpoint: From ``read_checkpoint``.
+    """
+    own = checkpoint["okd_lightning"]
+    if own["config"] is None:
+        return None
+    config: dict[str, Any] = yaml.safe_load(own["config"])
+    relocate(config, own.get("started_in"), path)
+    return config
+
+
+def _required_config(path: str) -> dict[str, Any]:
+    config = config_of(path, read_checkpoint(path))
+    if config is None:
         raise CheckpointError(
-            f"--ckpt_path {checkpoint!r} was written from Python and holds no config; "
+            f"--ckpt_path {path!r} was written from Python and holds no config; "
             "give --model.* and --data.* as well, or load it in Python"
         )
-    config: dict[str, Any] = yaml.safe_load(text)
     return config
 
 
@@ -230,6 +247,15 @@ def _spell_infinity(arguments: Sequence[str]) -> list[str]:
         if value == "inf" and named.startswith(("--method.", "--trainer.callbacks.")):
             spelt[i] = f"{option}{equals}.inf"
     return spelt
+
+
+def _expand_homes(arguments: Sequence[str]) -> list[str]:
+    """Expand ``~`` in what is read before anything is parsed."""
+    expanded = list(arguments)
+    for i, (option, value) in enumerate(itertools.pairwise(arguments), 1):
+        if option in (*_CONFIG_OPTIONS, "--ckpt_path") and value.startswith("~"):
+            expanded[i] = str(user_path(value))
+    return expanded
 
 
 def _split_equals(arguments: Sequence[str]) -> list[str]:

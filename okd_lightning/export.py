@@ -14,13 +14,17 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 
 from okd_lightning import __version__
-from okd_lightning.errors import CheckpointError, OutputError
+from okd_lightning.checkpoints.contents import check_finite
+from okd_lightning.errors import CheckpointError, ConfigError, OutputError
 from okd_lightning.models import (
+    ModelSource,
     OnlineModuleSettings,
     load_causal_lm,
     load_model_config,
     merge_adapters,
 )
+from okd_lightning.models.adapter_folders import adapter_folder
+from okd_lightning.models.sources import Source, locate
 from okd_lightning.module import DistillationModule
 from okd_lightning.run_folder import require_writable
 
@@ -46,9 +50,13 @@ def export_student(
 
     Raises:
         CheckpointError: The checkpoint is of another model.
+        ConfigError: An adapter apart, trained on what PEFT cannot load as a base.
         OutputError: The folder cannot be written, or is that of a model the run begins with.
+        NonFiniteError: A weight is NaN or infinite. What ``out`` held before is untouched.
     """
     _check_out(out, module)
+    if adapter == "apart":
+        _check_base(module)
     module.configure_model()
     module.on_load_checkpoint(dict(checkpoint))
     module.load_state_dict(checkpoint["state_dict"], strict=False)
@@ -61,6 +69,7 @@ def export_student(
         eos_token_id=list(module.eos_ids),
         pad_token_id=_pad_id(module),
     )
+    check_finite(dict(student.named_parameters()), f"--out {str(out)!r}")
     with _replaced_model(out) as folder:
         student.save_pretrained(folder)
         module.tokenizer.save_pretrained(folder)
@@ -83,6 +92,7 @@ def export_online_module(
     Raises:
         CheckpointError: The checkpoint holds no online module, or is of another model.
         OutputError: The folder cannot be written, or is that of a model the run begins with.
+        NonFiniteError: A weight is NaN or infinite. What ``out`` held before is untouched.
     """
     config = checkpoint["okd_lightning"].get("online_module")
     if config is None:
@@ -96,8 +106,15 @@ def export_online_module(
     module.on_load_checkpoint(dict(checkpoint))
     module.load_state_dict(checkpoint["state_dict"], strict=False)
     assert module.teacher is not None
-    for own in module.teacher.peft_config.values():
-        own.base_model_name_or_path = str(module.teacher_source)
+    source = _located(module.teacher_source, "--model.teacher")
+    configs: dict[str, Any] = dict(module.teacher.peft_config)
+    for own in configs.values():
+        own.base_model_name_or_path = source.given if source.gguf_file else source.name
+        own.revision = source.revision
+    check_finite(
+        {name: p for name, p in module.teacher.named_parameters() if p.requires_grad},
+        f"--out {str(out)!r}",
+    )
     with _replaced_model(out) as folder:
         module.teacher.save_pretrained(folder)
         module.teacher.config.save_pretrained(folder)
@@ -145,6 +162,27 @@ def model_card(checkpoint: Mapping[str, Any]) -> str:
             "",
         ]
     )
+
+
+def _located(source: ModelSource | None, option: str) -> Source:
+    return locate(source, option) if isinstance(source, str) else Source(str(source), str(source))
+
+
+def _check_base(module: DistillationModule) -> None:
+    """Refuse to write an adapter apart whose base no PEFT folder can name.
+
+    Raises:
+        ConfigError: The base is itself an adapter merged into another, or a GGUF file.
+    """
+    option = "--model.student"
+    source = _located(module.student_source, option)
+    is_merged = isinstance(module.student_source, str) and adapter_folder(source, option)
+    if source.gguf_file is not None or is_merged:
+        raise ConfigError(
+            f"--adapter apart: the student's adapter was trained on {option} {source.given!r}, "
+            f"{'a GGUF file' if source.gguf_file else 'an adapter merged into its base'}, which "
+            "PEFT cannot load as a base; use --adapter merged"
+        )
 
 
 def _check_out(out: Path, module: DistillationModule) -> None:

@@ -6,11 +6,13 @@ the ids. Deterministic: the same rows and tokenizer give the same examples.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.data.chat_rows import examples_from_chats
@@ -22,6 +24,7 @@ from okd_lightning.data.text_rows import examples_from_texts
 from okd_lightning.data.whole_texts import examples_from_whole_texts
 from okd_lightning.errors import ConfigError, DataError
 from okd_lightning.records import Example
+from okd_lightning.text_ids import MARGIN, TextEncoder
 
 OnOverlong: TypeAlias = Literal["skip", "error"]
 """What happens to a row whose prompt is too long."""
@@ -40,16 +43,26 @@ class ExampleSet:
         skipped: How many rows were left out, by reason (``OVERLONG_PROMPT``, ``EMPTY_RESPONSE``,
             ``OVERLONG_TEACHER_PROMPT``, and what ``TeacherPrompts.reason_for_none`` says).
         num_cut: Examples whose response was cut and so has no eos.
+        notes: What of the rows cannot be learned, one line a kind.
+        usual_length: Tokens that 95 % of the responses have at most, before any is cut; 0 where
+            there are none.
     """
 
     examples: tuple[Example, ...]
     skipped: Mapping[str, int]
     num_cut: int
+    notes: tuple[str, ...] = ()
+    usual_length: int = 0
 
     @property
     def num_skipped(self) -> int:
         """Rows left out, for whatever reason."""
         return sum(self.skipped.values())
+
+    @property
+    def share_cut(self) -> float:
+        """Share of the responses that are cut."""
+        return self.num_cut / max(1, sum(bool(e.response_ids) for e in self.examples))
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -106,7 +119,8 @@ class _Limits:
     def _stop_if_asked(self, example: Example, what: str, num_tokens: int, limit: int) -> None:
         if self.on_overlong == "error":
             raise DataError(
-                f"{self.where}, row {example.index + 1}: the {what} has {num_tokens} tokens, "
+                f"{self.where}, row {example.index + 1}: the {what} has "
+                f"{_counted(num_tokens, limit)} tokens, "
                 f"more than --data.max_{what.replace(' ', '_')}_length {limit}; raise it, "
                 "or leave such rows out with --data.on_overlong skip"
             )
@@ -117,17 +131,21 @@ class _Limits:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
         if OVERLONG_PROMPT in skipped:
             advice = (
-                f"prompts have {min(lengths)} to {max(lengths)} tokens; "
+                f"prompts have {_range(lengths, self.max_prompt_length)} tokens; "
                 f"raise --data.max_prompt_length (now {self.max_prompt_length})"
             )
         elif OVERLONG_TEACHER_PROMPT in skipped and self.teacher_prompts is not None:
             lengths = [len(e.teacher_prompt_ids) for e in examples if e.teacher_prompt_ids]
             advice = (
-                f"teacher prompts have {min(lengths)} to {max(lengths)} tokens; raise "
+                f"teacher prompts have {_range(lengths, self.teacher_prompts.max_length)} tokens; "
+                "raise "
                 f"--data.max_teacher_prompt_length (now {self.teacher_prompts.max_length})"
             )
         elif EMPTY_RESPONSE in skipped:
-            advice = "give rows with responses, or use a method that needs prompts only"
+            advice = (
+                "give rows with responses, or use a method that needs prompts only "
+                "(--method GKD --method.on_policy_fraction 1)"
+            )
         else:
             advice = "give rows that the teacher's prompt can be made of"
         return DataError(
@@ -138,19 +156,35 @@ class _Limits:
         """Leave out and cut."""
         kept: list[Example] = []
         skipped: Counter[str] = Counter()
-        num_cut = 0
+        lengths: list[int] = []
         for example in examples:
             reason = self.reason_to_skip(example)
             if reason is not None:
                 skipped[reason] += 1
                 continue
-            num_cut += len(example.response_ids) > self.max_response_length
+            lengths.append(len(example.response_ids))
             kept.append(
                 replace(example, response_ids=example.response_ids[: self.max_response_length])
             )
         if not kept:
             raise self.none_left(examples, skipped)
-        return ExampleSet(tuple(kept), dict(skipped), num_cut)
+        num_cut = sum(length > self.max_response_length for length in lengths)
+        return ExampleSet(tuple(kept), dict(skipped), num_cut, usual_length=_usual_length(lengths))
+
+
+def _usual_length(lengths: Sequence[int]) -> int:
+    """What 95 % of the responses do not exceed; 0 without any."""
+    given = sorted(length for length in lengths if length)
+    return given[math.ceil(0.95 * len(given)) - 1] if given else 0
+
+
+def _counted(num_tokens: int, limit: int) -> str:
+    """A length for people: texts that are much too long are not tokenized to their end."""
+    return f"{'at least ' if num_tokens >= limit + MARGIN else ''}{num_tokens}"
+
+
+def _range(lengths: Sequence[int], limit: int) -> str:
+    return f"{_counted(min(lengths), limit)} to {_counted(max(lengths), limit)}"
 
 
 def build_examples(
@@ -166,13 +200,14 @@ def build_examples(
     where: str,
     teacher_prompts: TeacherPrompts | None = None,
 ) -> ExampleSet:
-    """Tokenize rows into examples: prompt + response + eos, tokenized apart.
+    """Tokenize rows into examples: prompt + response + eos; ``text_ids`` says how.
 
     Args:
         rows: At least one; all of the layout of the first (prompt and response, or chat messages),
             where ``columns`` has no templates.
         tokenizer: Turns text to ids, and renders chats.
-        eos_id: What ends a response that was not cut.
+        eos_id: What ends a response that was not cut and brings no end itself: this id, or the
+            tokenizer's eos.
         columns: Which columns to read.
         max_prompt_length: Tokens; what happens to longer prompts says ``on_overlong``.
         max_response_length: Tokens, the eos included; longer responses are cut and get no eos.
@@ -205,15 +240,35 @@ def build_examples(
             f"{where}: the rows are plain prompts, and --data.chat_template_kwargs are for a chat "
             "template; set --data.as_chat true, or leave them out"
         )
-    cells: dict[str, Any] = {"eos_id": eos_id, "columns": columns, "where": where}
+    encoder = TextEncoder(tokenizer)
+    own_eos = tokenizer.eos_token_id
+    cells: dict[str, Any] = {"columns": columns, "where": where}
+    read: dict[str, Any] = {
+        "eos_ids": [eos_id] if own_eos in (None, eos_id) else [eos_id, own_eos],
+        "max_prompt_length": max_prompt_length,
+        "max_response_length": max_response_length,
+    }
+    notes: tuple[str, ...] = ()
     if layout == "chat":
-        examples = examples_from_chats(rows, tokenizer, **cells)
+        examples, notes = examples_from_chats(
+            rows, encoder, needs_response=needs_response, **cells, **read
+        )
     elif columns.prompt is None:
-        examples = examples_from_whole_texts(rows, tokenizer, **cells)
+        examples = examples_from_whole_texts(rows, encoder, **cells, **read)
     else:
-        examples = examples_from_texts(rows, tokenizer, needs_response=needs_response, **cells)
+        examples = examples_from_texts(
+            rows, encoder, needs_response=needs_response, **cells, **read
+        )
     if teacher_prompts is not None:
         examples = with_teacher_prompts(
-            examples, rows, tokenizer, layout=layout, teacher_prompts=teacher_prompts, **cells
+            examples, rows, encoder, layout=layout, teacher_prompts=teacher_prompts, **cells
         )
-    return limits.apply(examples)
+    found = replace(limits.apply(examples), notes=notes)
+    warn_of(found, where)
+    return found
+
+
+def warn_of(found: ExampleSet, where: str) -> None:
+    """Warn once of each thing in a data set that cannot be learned."""
+    for note in found.notes:
+        rank_zero_warn(f"{where}: {note}")

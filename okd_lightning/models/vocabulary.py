@@ -7,23 +7,25 @@ on both sides, never compared.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from okd_lightning.errors import VocabularyError
+from okd_lightning.errors import DataError, VocabularyError
+from okd_lightning.text_ids import TextEncoder
 
 _PROBE = "The 3 quick foxes' naïve café — 12,345.60€!\n\tdef f(x): return x**2  # 中文 ✓"
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The ids that a tokenizer knows.
+    """The ids that a tokenizer knows and the models have rows for.
 
     Attributes:
-        size: One more than the largest valid id; logits are cut to this width.
+        size: One more than the largest such id; logits are cut to this width.
         invalid_ids: Ids below ``size`` that no token has (nearly always none).
     """
 
@@ -45,23 +47,41 @@ class Vocabulary:
         index = torch.tensor(self.invalid_ids, device=logits.device)
         return valid.index_fill(-1, index, float("-inf"))
 
-    def check_fits(self, config: PretrainedConfig, option: str) -> None:
-        """Refuse a model whose embedding table is smaller than the tokenizer.
+    def within(self, rows: int) -> Vocabulary:
+        """The ids that a table of ``rows`` rows has as well.
+
+        A tokenizer may know more (Gemma 3 1B: 262,145 ids, 262,144 rows): those beyond are never
+        sampled, have no probability, and no row of the data may use one.
+        """
+        if rows >= self.size:
+            return self
+        return Vocabulary(rows, tuple(i for i in self.invalid_ids if i < rows))
+
+    def check_ids(self, ids: Iterable[int], what: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse ids that a model's table has no row for.
+
+        Args:
+            ids: Which.
+            what: Where they come from, such as "the student's end-of-sequence ids".
+            tokenizer: Names the token in the message.
 
         Raises:
-            VocabularyError: Naming both sizes.
+            VocabularyError: Naming the first of them.
         """
-        rows = config.get_text_config().vocab_size
-        if rows < self.size:
+        beyond = [i for i in ids if i >= self.size]
+        if beyond:
+            token = tokenizer.convert_ids_to_tokens(beyond[0])
             raise VocabularyError(
-                f"{option}: its embedding table has {rows} rows, but the tokenizer has ids up to "
-                f"{self.size - 1}; use the tokenizer that belongs to this model"
+                f"{what} hold {beyond[0]} ({token!r}), but the models' embedding tables have rows "
+                f"up to {self.size - 1}; use the tokenizer that belongs to these models, or resize "
+                "their embeddings"
             )
 
 
-def _probes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+def _probes(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> tuple[str, str]:
     """A text of many kinds of characters, and one of the tokenizer's own tokens."""
-    ids = range(0, len(tokenizer), 1 + len(tokenizer) // 64)
+    size = min(len(tokenizer), rows or len(tokenizer))
+    ids = range(0, size, 1 + size // 64)
     return _PROBE, str(tokenizer.decode(list(ids)))
 
 
@@ -75,30 +95,41 @@ def probe_texts(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[int]
 
 
 def check_vocabulary_agreement(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, rows: int | None = None
 ) -> None:
     """Refuse two tokenizers that give the same id to different tokens, or cut text differently.
+
+    Args:
+        student: One of them.
+        teacher: The other.
+        rows: Rows of the model's table: ids beyond are not compared. None compares all.
 
     Raises:
         VocabularyError: Naming what differs and what can be used instead.
     """
-    student_ids, teacher_ids = student.get_vocab(), teacher.get_vocab()
+    student_ids, teacher_ids = _ids(student, rows), _ids(teacher, rows)
     if student_ids != teacher_ids:
         raise VocabularyError(_difference(student_ids, teacher_ids))
-    if any(_cut(student, text) != _cut(teacher, text) for text in _probes(student)):
+    if any(_cut(student, text) != _cut(teacher, text) for text in _probes(student, rows)):
         raise VocabularyError(
             "student and teacher tokenizers have the same tokens but cut text differently (merges "
             "or normalisation differ); use models that share one tokenizer"
         )
 
 
+def _ids(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> dict[str, int]:
+    """Token → id, without ids beyond ``rows`` and without the names that GGUF gives to padding."""
+    vocabulary = tokenizer.get_vocab()
+    if rows is None:
+        return vocabulary
+    return {t: i for t, i in vocabulary.items() if i < rows and t != f"[PAD{i}]"}
+
+
 def _cut(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int] | None:
     """Ids of a text; None where the tokenizer has no token for some of its characters."""
     try:
-        return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-    except Exception as error:
-        if type(error) is not Exception:  # what the tokenizers library raises
-            raise
+        return TextEncoder(tokenizer).plain([text])[0]
+    except DataError:
         return None
 
 

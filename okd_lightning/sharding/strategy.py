@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import lightning
 import torch
@@ -35,7 +35,7 @@ from okd_lightning.checkpoints.folders import (
 )
 from okd_lightning.durable_files import replacing
 from okd_lightning.errors import ConfigError
-from okd_lightning.models import DTypeName
+from okd_lightning.models import DTypeName, row_groups
 from okd_lightning.models.deferred import deferred_weights
 from okd_lightning.sharding import state
 from okd_lightning.sharding.loading import fill_from_files
@@ -55,7 +55,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     Args:
         param_dtype: Number format in which gathered weights compute, such as bfloat16; by default
             that of the weights. The shards, and with them the optimizer's steps, stay as they are.
-        reduce_dtype: Number format in which gradients are summed over ranks.
+        reduce_dtype: Number format in which gradients are summed over ranks; float32 is float64 for
+            float64 weights.
         reshard_after_forward: Free a block behind its forward pass and gather it again for the
             backward pass; false keeps the whole models on every device in between.
         cpu_offload: Keep shards and optimizer states in the host's memory.
@@ -93,8 +94,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             ("checkpoint_form", checkpoint_form, ("sharded", "single_file")),
             ("rollouts", rollouts, ("gathered", "layerwise")),
             ("loading", loading, ("every_rank", "by_shard")),
-            ("param_dtype", param_dtype, (None, "float32", "bfloat16", "float16")),
-            ("reduce_dtype", reduce_dtype, (None, "float32", "bfloat16", "float16")),
+            ("param_dtype", param_dtype, (None, *get_args(DTypeName))),
+            ("reduce_dtype", reduce_dtype, (None, *get_args(DTypeName))),
         ):
             if value not in known:
                 shown = ", ".join(map(str, known))
@@ -165,6 +166,10 @@ class FSDP2Strategy(ModelParallelStrategy):
             self._rollouts, self._settings.reshard_after_forward, self.root_device
         )
         super().setup(trainer)
+        for side in (module.student, module.teacher):
+            if side is not None:  # all ranks together: what was on disk could not be tried before
+                row_groups(side)
+        module.placement.release(module.student, module.teacher)
 
     @property
     def _distilled(self) -> Any:
