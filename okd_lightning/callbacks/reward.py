@@ -20,6 +20,7 @@ from okd_lightning.callbacks.policy_gradient import PolicyGradientCallback
 from okd_lightning.errors import ConfigError, RewardError
 from okd_lightning.losses import Measured
 from okd_lightning.module import DistillationModule
+from okd_lightning.named_classes import as_object
 
 
 class Reward(PolicyGradientCallback):
@@ -35,8 +36,9 @@ class Reward(PolicyGradientCallback):
             reference.
         baseline: none, group_mean or leave_one_out over the samples of a prompt; the latter two
             need data.samples_per_prompt above 1.
-        on_failure: What happens to a response whose reward is not a finite number: "skip" gives
-            it no credit and counts it, "error" stops the run. A function that raises always does.
+        on_failure: What happens to a response that has no reward (NaN): "skip" gives it no credit
+            and counts it, "error" stops the run. A function that raises or returns an infinite
+            number always does.
         max_ratio: Truncation of ρ; inf for off.
         clip: PPO's ε; None for off.
         weight: Factor on this term's mean loss.
@@ -124,15 +126,15 @@ class Reward(PolicyGradientCallback):
 
 
 def as_function(function: RewardFunction | Callable[[str, str, str], float]) -> RewardFunction:
-    """A plain function wrapped; only Python can hand one over, configs name classes.
+    """A plain function wrapped, or a RewardFunction, its class or name as an object.
+
+    Only Python can hand over a function; configs name classes.
 
     Raises:
-        ConfigError: It cannot be called.
+        ConfigError: It cannot be called, or is a class that needs arguments or is none of rewards.
     """
-    if isinstance(function, RewardFunction):
-        return function
-    if not callable(function):
-        raise ConfigError(
-            f"function is {function!r}; expected a RewardFunction, such as AnswerMatch"
-        )
-    return PlainFunction(function)
+    is_plain = callable(function) and not isinstance(function, type | RewardFunction)
+    if is_plain:
+        return PlainFunction(function)
+    found: RewardFunction = as_object(function, RewardFunction, "function", "AnswerMatch()")
+    return found

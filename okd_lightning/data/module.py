@@ -205,7 +205,9 @@ class RolloutDataModule(lightning.LightningDataModule):
         """
         equip(self._module, self.toolbox, self.max_turns, self.columns.chat_template_kwargs)
         if stage == "fit":
-            settle_steps(self._trainer, self.batch_size, self.global_batch_size)
+            settle_steps(
+                self._trainer, self.batch_size, self.global_batch_size, self.samples_per_prompt
+            )
 
     def train_dataloader(self) -> RolloutLoader:
         """The loader of the run's methods, stateful and regenerated every epoch."""
@@ -242,7 +244,7 @@ class RolloutDataModule(lightning.LightningDataModule):
             score=self._scorer(module),
             stop=self.stop,
         )
-        check_limit(trainer, len(self._train_loader))
+        check_limit(trainer, shape, len(self._train_loader))
         self._train_loader.start_at(self._first_epoch)
         return self._train_loader
 
