@@ -23,7 +23,7 @@ def as_advantage(given: object, option: str = "advantage") -> Advantage:
     """
     example = "FDivergenceAdvantage(ReverseKL())"
     advantage: Advantage = as_object(given, Advantage, option, example)
-    student = torch.tensor([[0.7, 0.2, 0.5], [0.1, 0.9, 0.3]]).log().requires_grad_()
+    student = torch.tensor([[0.7, 0.2, 0.5], [0.1, 0.9, 0.3]]).log()
     teacher = torch.tensor([[0.4, 0.6, 0.5], [0.3, 0.8, 0.1]]).log()
     mask = torch.tensor([[True, True, False], [True, True, True]])
     value = torch.zeros_like(teacher) if advantage.state_value_of is not None else None

@@ -63,8 +63,9 @@ def settle_steps(
     if isinstance(limit, int) and limit % accumulate and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         prompts = -(-limit // accumulate) * prompts_per_step
         raise ConfigError(
-            f"trainer.limit_train_batches {limit} is no multiple of trainer.accumulate_grad_batches "
-            f"{accumulate}, so that an epoch would end within an optimizer step; leave it out and "
+            f"trainer.limit_train_batches {limit} is no multiple of "
+            f"trainer.accumulate_grad_batches {accumulate}, so that an epoch would end within an "
+            "optimizer step; leave it out and "
             f"give --data.prompts_per_epoch {prompts}"
         )
     if any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):  # type: ignore[attr-defined]

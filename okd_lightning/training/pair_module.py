@@ -6,9 +6,9 @@ and by which loss, is ``module``'s business.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import torch
 from peft import PeftConfig
@@ -195,6 +195,21 @@ class PairModule(PairRuns):
             self._attach_online_module()
         elif self.teacher is not None and self.self_teacher is not None:
             self.packs_teacher = packs_rows(self.teacher, self.packing, "teacher")
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load weights, into models that are built for them where there are none yet.
+
+        Strategies that train in processes of their own (ddp_notebook, ddp_fork, ddp_spawn) hand the
+        trained weights to the module of the first process in this way.
+        """
+        if self.student is None and any(name.startswith("student.") for name in state_dict):
+            for callback in getattr(self._trainer, "callbacks", ()):
+                if getattr(callback, "precedes_models", False) and hasattr(callback, "prepare"):
+                    callback.prepare(self._trainer, self, "validate")
+            self.configure_model()
+        return super().load_state_dict(state_dict, strict, assign)
 
     def load_teacher(self) -> PreTrainedModel:
         """The teacher from what was named, frozen and in eval mode; the module does not keep it."""
