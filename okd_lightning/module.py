@@ -345,7 +345,7 @@ class DistillationModule(MeasuredModule):
             checkpoint_path: A file, or a sharded checkpoint's folder; always read weights-only.
             map_location: Device to move the module to; by default it stays on the CPU.
             hparams_file: Not taken: checkpoints hold the constructor's arguments.
-            strict: Refuse unknown weights; frozen ones, which checkpoints leave out, are not missing.
+            strict: Refuse unknown weights; frozen ones, which checkpoints lack, are not missing.
             weights_only: True or None.
             kwargs: Arguments of the constructor in place of the checkpoint's.
 

@@ -27,9 +27,7 @@ def as_object(given: object, base: type[Any], option: str, example: str) -> Any:
     if isinstance(given, type) and issubclass(given, base):
         given = _constructed(given, base, option)
     if not isinstance(given, base):
-        raise ConfigError(
-            f"{option} is {given!r}; expected an object of {base.__name__}, such as {example}"
-        )
+        raise ConfigError(f"{option} is {given!r}; expected {_a(base)} object, such as {example}")
     return given
 
 
@@ -41,9 +39,13 @@ def _named(name: str, base: type[Any], option: str) -> type[Any]:
     near = difflib.get_close_matches(name.lower().replace("_", ""), folded, 1, 0.6)
     hint = f"did you mean {folded[near[0]]}? " if near else ""
     raise ConfigError(
-        f"{option} is {name!r}, which is no {base.__name__}; {hint}known: "
+        f"{option} is {name!r}; expected {_a(base)} object, or the name of one: {hint}known are "
         f"{', '.join(sorted(known))}"
     )
+
+
+def _a(kind: type[Any]) -> str:
+    return f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
 
 
 def _constructed(kind: type[Any], base: type[Any], option: str) -> Any:

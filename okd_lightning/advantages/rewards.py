@@ -160,11 +160,10 @@ def checked_rewards(
     """What a reward function says, checked.
 
     Returns:
-        One number a response; NaN where it has none, for the caller to count.
+        One number a response; NaN where it is not finite, for the caller to count.
 
     Raises:
-        RewardError: It raised, returned another number of values, or something that is no finite
-            number and not NaN.
+        RewardError: It raised, returned another number of values, or something that is no number.
     """
     name = type(function).__name__
     if not responses:
@@ -233,12 +232,7 @@ def _number(value: object, name: str, response: str) -> float:
             f"reward {name} returned {value!r} for the response {response[:60]!r}; "
             "expected a number"
         ) from error
-    if math.isinf(number):
-        raise RewardError(
-            f"reward {name} returned {number} for the response {response[:60]!r}; expected a "
-            "finite number, or NaN for a response that cannot be scored"
-        )
-    return number
+    return number if math.isfinite(number) else math.nan
 
 
 def _call_match(response: str, reference: str) -> float:

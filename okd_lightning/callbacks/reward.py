@@ -36,9 +36,8 @@ class Reward(PolicyGradientCallback):
             reference.
         baseline: none, group_mean or leave_one_out over the samples of a prompt; the latter two
             need data.samples_per_prompt above 1.
-        on_failure: What happens to a response that has no reward (NaN): "skip" gives it no credit
-            and counts it, "error" stops the run. A function that raises or returns an infinite
-            number always does.
+        on_failure: What happens to a response whose reward is not a finite number: "skip" gives
+            it no credit and counts it, "error" stops the run. A function that raises always does.
         max_ratio: Truncation of ρ; inf for off.
         clip: PPO's ε; None for off.
         weight: Factor on this term's mean loss.
