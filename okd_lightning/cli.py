@@ -32,6 +32,7 @@ from okd_lightning.checkpoints.files import read_checkpoint
 from okd_lightning.checkpoints.folders import settled
 from okd_lightning.cli_arguments import prepare, read_comments_as_text
 from okd_lightning.cli_errors import instantiate, one_line, parse, readable_constructors
+from okd_lightning.config_paths import expand_home
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.data.sources import describe_source
 from okd_lightning.durable_files import write_whole
@@ -43,6 +44,7 @@ from okd_lightning.errors import (
     RolloutTimeoutError,
     UsageError,
 )
+from okd_lightning.given_options import layers
 from okd_lightning.module import DistillationModule
 from okd_lightning.quickstart.command import (
     quickstart_command,
@@ -58,6 +60,7 @@ from okd_lightning.run_folder import (
     resume_run,
     start_run,
 )
+from okd_lightning.settled_options import settle_rates
 
 _TRAINER_DEFAULTS = {
     "default_root_dir": DEFAULT_FOLDER,
@@ -144,6 +147,10 @@ class DistillationCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; Lightning's own would warn that ``sys.argv`` exists as well."""
         self.config = parse(parser, args, self._option_strings())
+        config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
+        expand_home(config)
+        given = layers([str(word) for word in args or ()])
+        settle_rates(config.model, given)
 
     def _option_strings(self) -> list[str]:
         parsers = [self.parser, *getattr(self, "_subcommand_parsers", {}).values()]
@@ -189,6 +196,7 @@ class DistillationCLI(LightningCLI):
             configured.append(RunProgressBar())
         configured += [kind() for kind in self.monitors if not _has(configured, kind)]
         self.model.run_config = yaml.safe_dump(self.resolved_config(), sort_keys=False)
+        self.model.started_in = str(Path.cwd())
         return self.trainer_class(**{**config, **kwargs, "callbacks": configured})
 
     def resolved_config(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 import okd_lightning
 from okd_lightning.checkpoints.files import newest_checkpoint, read_checkpoint
+from okd_lightning.config_paths import relocate, user_path
 from okd_lightning.errors import CheckpointError, ConfigError, UsageError
 from okd_lightning.run_folder import DEFAULT_FOLDER
 
@@ -53,7 +54,7 @@ def prepare(arguments: Sequence[str]) -> list[str]:
         CheckpointError: A ``--ckpt_path`` that is not there or not ours.
     """
     command, *rest = arguments
-    rest = _split_equals(_spell_infinity(rest))
+    rest = _expand_homes(_split_equals(_spell_infinity(rest)))
     configs = [(name, load_config(name)) for name in _values(rest, _CONFIG_OPTIONS)]
     checkpoint = _last(_values(rest, ("--ckpt_path",)))
     is_whole = checkpoint == LAST and _can_begin(rest, [c for _, c in configs])
@@ -111,7 +112,7 @@ def _run_folder(arguments: Sequence[str], configs: Sequence[dict[str, Any]]) -> 
     sections = [config.get("trainer") for config in configs]
     named = [s["default_root_dir"] for s in sections if isinstance(s, dict) and _FOLDER in s]
     typed = _values(arguments, (f"--trainer.{_FOLDER}",))
-    return Path([DEFAULT_FOLDER, *(n for n in named if n), *typed][-1]).expanduser()
+    return user_path([DEFAULT_FOLDER, *(n for n in named if n), *typed][-1])
 
 
 def _can_begin(arguments: Sequence[str], configs: Sequence[dict[str, Any]]) -> bool:
@@ -159,7 +160,7 @@ def load_config(name: str) -> dict[str, Any]:
     Raises:
         ConfigError: It is not there, or broken.
     """
-    path = Path(name)
+    path = user_path(name)
     if not path.is_file():
         packaged = packaged_configs()
         if name not in packaged:
@@ -193,13 +194,15 @@ def class_name(method: Any) -> str | None:
 
 
 def _config_of(checkpoint: str) -> dict[str, Any]:
-    text = read_checkpoint(checkpoint)["okd_lightning"]["config"]
+    own = read_checkpoint(checkpoint)["okd_lightning"]
+    text = own["config"]
     if text is None:
         raise CheckpointError(
             f"--ckpt_path {checkpoint!r} was written from Python and holds no config; "
             "give --model.* and --data.* as well, or load it in Python"
         )
     config: dict[str, Any] = yaml.safe_load(text)
+    relocate(config, own.get("started_in"), checkpoint)
     return config
 
 
@@ -230,6 +233,15 @@ def _spell_infinity(arguments: Sequence[str]) -> list[str]:
         if value == "inf" and named.startswith(("--method.", "--trainer.callbacks.")):
             spelt[i] = f"{option}{equals}.inf"
     return spelt
+
+
+def _expand_homes(arguments: Sequence[str]) -> list[str]:
+    """Expand ``~`` in what is read before anything is parsed."""
+    expanded = list(arguments)
+    for i, (option, value) in enumerate(itertools.pairwise(arguments), 1):
+        if option in (*_CONFIG_OPTIONS, "--ckpt_path") and value.startswith("~"):
+            expanded[i] = str(user_path(value))
+    return expanded
 
 
 def _split_equals(arguments: Sequence[str]) -> list[str]:

@@ -14,13 +14,16 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 
 from okd_lightning import __version__
-from okd_lightning.errors import CheckpointError, OutputError
+from okd_lightning.errors import CheckpointError, ConfigError, OutputError
 from okd_lightning.models import (
+    ModelSource,
     OnlineModuleSettings,
     load_causal_lm,
     load_model_config,
     merge_adapters,
 )
+from okd_lightning.models.adapter_folders import adapter_folder
+from okd_lightning.models.sources import Source, locate
 from okd_lightning.module import DistillationModule
 from okd_lightning.run_folder import require_writable
 
@@ -46,9 +49,12 @@ def export_student(
 
     Raises:
         CheckpointError: The checkpoint is of another model.
+        ConfigError: An adapter apart, trained on what PEFT cannot load as a base.
         OutputError: The folder cannot be written, or is that of a model the run begins with.
     """
     _check_out(out, module)
+    if adapter == "apart":
+        _check_base(module)
     module.configure_model()
     module.on_load_checkpoint(dict(checkpoint))
     module.load_state_dict(checkpoint["state_dict"], strict=False)
@@ -96,8 +102,11 @@ def export_online_module(
     module.on_load_checkpoint(dict(checkpoint))
     module.load_state_dict(checkpoint["state_dict"], strict=False)
     assert module.teacher is not None
-    for own in module.teacher.peft_config.values():
-        own.base_model_name_or_path = str(module.teacher_source)
+    source = _located(module.teacher_source, "--model.teacher")
+    configs: dict[str, Any] = dict(module.teacher.peft_config)
+    for own in configs.values():
+        own.base_model_name_or_path = source.given if source.gguf_file else source.name
+        own.revision = source.revision
     with _replaced_model(out) as folder:
         module.teacher.save_pretrained(folder)
         module.teacher.config.save_pretrained(folder)
@@ -145,6 +154,27 @@ def model_card(checkpoint: Mapping[str, Any]) -> str:
             "",
         ]
     )
+
+
+def _located(source: ModelSource | None, option: str) -> Source:
+    return locate(source, option) if isinstance(source, str) else Source(str(source), str(source))
+
+
+def _check_base(module: DistillationModule) -> None:
+    """Refuse to write an adapter apart whose base no PEFT folder can name.
+
+    Raises:
+        ConfigError: The base is itself an adapter merged into another, or a GGUF file.
+    """
+    option = "--model.student"
+    source = _located(module.student_source, option)
+    is_merged = isinstance(module.student_source, str) and adapter_folder(source, option)
+    if source.gguf_file is not None or is_merged:
+        raise ConfigError(
+            f"--adapter apart: the student's adapter was trained on {option} {source.given!r}, "
+            f"{'a GGUF file' if source.gguf_file else 'an adapter merged into its base'}, which "
+            "PEFT cannot load as a base; use --adapter merged"
+        )
 
 
 def _check_out(out: Path, module: DistillationModule) -> None:

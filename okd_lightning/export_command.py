@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jsonargparse
 import yaml
 
@@ -11,6 +9,7 @@ from okd_lightning.checkpoints.files import read_checkpoint
 from okd_lightning.cli import DistillationCLI
 from okd_lightning.cli_arguments import prepare
 from okd_lightning.cli_errors import parse
+from okd_lightning.config_paths import user_path
 from okd_lightning.export import AdapterForm, ExportPart, export_online_module, export_student
 
 
@@ -23,7 +22,7 @@ def export_parser() -> jsonargparse.ArgumentParser:
         description="Write a checkpoint's student (or online module) as a Hugging Face folder.",
     )
     parser.add_argument("--ckpt_path", type=str, required=True, help="a checkpoint of fit")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--out", type=user_path, required=True, help="the folder to write")
     parser.add_argument(
         "--adapter", type=AdapterForm, default="merged", help="a LoRA student: merged, or apart"
     )

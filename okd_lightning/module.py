@@ -8,19 +8,15 @@ term here. All of Lightning's hooks stay free for a subclass.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from peft import PeftConfig
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
-from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.checkpoints.contents import set_rng_state
@@ -40,16 +36,15 @@ from okd_lightning.models import (
     dtype_of,
     follow,
 )
-from okd_lightning.optimizers import RateSchedule, build_optimizer, with_schedule
 from okd_lightning.records import DistillBatch
 from okd_lightning.rollouts import EngineSource
 from okd_lightning.safeguards import SAFEGUARDS, in_setup_order
-from okd_lightning.schedules import ScheduleName, schedule_factor
+from okd_lightning.schedules import ScheduleName
 from okd_lightning.step_metrics import forget_last_step
 from okd_lightning.teacher_cache import TeacherCache, TeacherServer, check_cached_term
 from okd_lightning.training.arguments import restored_arguments, stored_arguments
-from okd_lightning.training.measured_module import MeasuredModule
 from okd_lightning.training.opening import open_run
+from okd_lightning.training.optimized_module import Optimization, OptimizedModule
 from okd_lightning.training.run_state import add_state, check_state, load_weights
 from okd_lightning.training.step_terms import (
     acting_terms,
@@ -57,12 +52,11 @@ from okd_lightning.training.step_terms import (
     check_fits,
     check_term,
     step_means,
-    teaching_window,
     trains_teacher,
 )
 
 
-class DistillationModule(MeasuredModule):
+class DistillationModule(OptimizedModule):
     """A student that learns from a teacher by whatever method callbacks the Trainer holds.
 
     Args:
@@ -71,11 +65,15 @@ class DistillationModule(MeasuredModule):
         teacher: The same for the teacher; none for plain SFT.
         tokenizer: Folder or hub id of the tokenizer; by default the student's, else the
             teacher's.
-        learning_rate: Of AdamW, after warm-up.
-        weight_decay: Of AdamW, on matrices only (not on biases and norms).
+        learning_rate: After warm-up; 5e-5 by default, or the own one of ``optimizer``.
+        weight_decay: Of matrices only (not of biases and norms); 0 by default, or the own one of
+            ``optimizer``.
         warmup_steps: Optimizer steps over which the learning rate rises.
         schedule: What the learning rate does after warm-up.
-        optimizer: A full optimizer class path; overrides learning_rate and weight_decay.
+        optimizer: Another optimizer than AdamW: a class path, or in Python a function of parameter
+            groups. learning_rate and weight_decay are its lr and weight_decay.
+        lr_scheduler: A scheduler class path in place of schedule and warmup_steps; it advances with
+            optimizer steps.
         dtype: Number format of the student's weights; a loaded model keeps its own.
         teacher_dtype: Number format of the teacher's weights; by default ``dtype``.
         attn_implementation: Attention of the models that are loaded, such as sdpa.
@@ -107,7 +105,7 @@ class DistillationModule(MeasuredModule):
         VocabularyError: Tokenizers that do not agree.
     """
 
-    shared_by_copies = (*MeasuredModule.shared_by_copies, "terms", "_checked", "_given")
+    shared_by_copies = (*OptimizedModule.shared_by_copies, "terms", "_checked", "_constructed_with")
 
     def __init__(
         self,
@@ -115,11 +113,12 @@ class DistillationModule(MeasuredModule):
         teacher: ModelArgument | None = None,
         *,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
-        learning_rate: float = 5e-5,
-        weight_decay: float = 0.0,
+        learning_rate: float | None = None,
+        weight_decay: float | None = None,
         warmup_steps: int = 0,
         schedule: ScheduleName = "constant",
         optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
         dtype: DTypeName = "float32",
         teacher_dtype: DTypeName | None = None,
         attn_implementation: str | None = None,
@@ -135,13 +134,11 @@ class DistillationModule(MeasuredModule):
         engine: EngineSource | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in _ARGUMENTS}
-        rates = {"learning_rate": learning_rate, "weight_decay": weight_decay}
-        for name, value in {**rates, "warmup_steps": warmup_steps}.items():
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"model.{name} must be a number from 0 on, got {value}")
         if tile_positions is not None and tile_positions < 1:
             raise ConfigError(f"model.tile_positions must be at least 1, got {tile_positions}")
-        schedule_factor(schedule, 1, 0, 1)  # refuses an unknown one
+        optimization = Optimization(
+            learning_rate, weight_decay, warmup_steps, schedule, optimizer, lr_scheduler
+        )
         check_self_teacher(
             self_teacher,
             ema_decay,
@@ -150,6 +147,7 @@ class DistillationModule(MeasuredModule):
             is_rounded=dtype_of(student, dtype) != "float32" and student_adapter is None,
         )
         super().__init__(
+            optimization,
             student,
             teacher,
             tokenizer=tokenizer,
@@ -166,19 +164,13 @@ class DistillationModule(MeasuredModule):
             teacher_server=teacher_server,
             engine=engine,
         )
-        self._given = given
+        self._constructed_with = given
         self._arguments: dict[str, Any] | None = None
         self.strict_loading = False  # frozen weights are not in checkpoints; see on_load_checkpoint
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.warmup_steps = warmup_steps
-        self.schedule = schedule
-        self.optimizer_factory = optimizer
         self.ema_decay = DEFAULT_EMA_DECAY if ema_decay is None else ema_decay
         self.run_config: str | None = None
-        self.terms: list[Term] = []
+        self.started_in: str | None = None  # what relative paths of that config are relative to
         self._terms_of: int | None = None
-        self._checked: list[Term] = []  # what acted in the last step
         self._step_sums: dict[str, Tensor] = {}
         self.measured_before: dict[str, float] = {}  # by the last validation before a resume
         self._rng_to_restore: dict[str, Any] | None = None
@@ -213,65 +205,6 @@ class DistillationModule(MeasuredModule):
     def teardown(self, stage: str) -> None:
         """Forget the terms, so that another Trainer can bring its own."""
         self.terms, self._checked = [], []
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """One optimizer over the student and the online module, each with its schedule."""
-        online = self.online_module
-        online_parameters = self.trained_parameters(self.teacher)
-        optimizer = build_optimizer(
-            self.trained_parameters(self.student),
-            online_parameters,
-            self.learning_rate,
-            self.weight_decay,
-            online.learning_rate if online is not None else None,
-            self.optimizer_factory,
-        )
-        trainer = self.trainer
-        return with_schedule(
-            optimizer,
-            RateSchedule(self.schedule, self.warmup_steps),
-            lambda: trainer.estimated_stepping_batches,
-            self._online_schedule(),
-            online_parameters,
-        )
-
-    def _online_schedule(self) -> RateSchedule | None:
-        """The online module's: what it does not set is the student's."""
-        own = self.online_module
-        if own is None:
-            return None
-        warmup_steps = self.warmup_steps if own.warmup_steps is None else own.warmup_steps
-        option = "model.schedule" if own.schedule is None else "method.schedule"
-        window = teaching_window(self.terms)
-        return RateSchedule(own.schedule or self.schedule, warmup_steps, option, *window)
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip the student by the Trainer's value and the online module by its own norm.
-
-        An online module that no method trains in this step keeps no gradient: the optimizer leaves
-        it and its moments alone, and counts no step for it.
-        """
-        own = self.online_module
-        if not any(map(trains_teacher, self._checked)):
-            for parameter in self.trained_parameters(self.teacher):
-                parameter.grad = None
-        if own is not None and own.clip_norm and gradient_clip_algorithm == "value":
-            raise ConfigError(
-                f"clip_norm {own.clip_norm} of the online module is a norm, and "
-                "trainer.gradient_clip_algorithm value clips no norms: leave one of them out"
-            )
-        if own is None or gradient_clip_algorithm == "value":
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
-        limits = (gradient_clip_val, own.clip_norm or gradient_clip_val)
-        for side, limit in zip((self.student, self.teacher), limits, strict=True):
-            if limit:
-                clip_grad_norm_(self.trained_parameters(side), limit)
 
     # ---------------------------------------------------------------- training
 
@@ -367,7 +300,7 @@ class DistillationModule(MeasuredModule):
     def arguments(self) -> dict[str, Any]:
         """What the module was constructed with, as a checkpoint keeps it."""
         if self._arguments is None:
-            self._arguments = stored_arguments(self._given)
+            self._arguments = stored_arguments(self._constructed_with)
         return self._arguments
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -378,9 +311,11 @@ class DistillationModule(MeasuredModule):
         """Check that the checkpoint is one of this run's methods and models.
 
         Raises:
-            CheckpointError: Another method's or another model's checkpoint.
+            CheckpointError: Another method's, model's or optimizer's checkpoint.
         """
         self._rng_to_restore = check_state(self, checkpoint)
+        if self.terms:
+            self.resume_optimizer(checkpoint)
         self._loaded_step = checkpoint["global_step"]
 
     def on_fit_start(self) -> None:

@@ -1,4 +1,8 @@
-"""The one optimizer of a run: its parameter groups and the schedules of their learning rates."""
+"""The one optimizer of a run: its parameter groups and the schedules of their learning rates.
+
+Which of two options decides a rate is in ``optimizer_settings``; what a resumed run keeps of both
+is in ``training.resumed_rates``.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.utilities.types import OptimizerLRScheduler, OptimizerLRSchedulerConfig
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -36,6 +41,10 @@ class RateSchedule:
     end: int | None = None
 
 
+DECAY, NO_DECAY, ONLINE_MODULE = "student/decay", "student/no_decay", "online_module"
+"""Names of the parameter groups: matrices, biases and norms, and what learns on the teacher."""
+
+
 def build_optimizer(
     student: Iterable[Parameter],
     online_module: Iterable[Parameter],
@@ -44,32 +53,84 @@ def build_optimizer(
     online_learning_rate: float | None = None,
     factory: OptimizerCallable | None = None,
 ) -> Optimizer:
-    """AdamW over the trainable parameters of both sides, or what ``factory`` makes of them.
+    """Build AdamW, or the optimizer of ``factory``, over the trainable parameters of both sides.
+
+    The groups are named ``student/decay``, ``student/no_decay`` and ``online_module``; each holds
+    its own learning rate and weight decay, so that these apply to any optimizer.
 
     Args:
         student: Its parameters; frozen ones are left out.
         online_module: The teacher's; only the online module's are trainable, if there is one.
         learning_rate: Of the student, before the schedule.
-        weight_decay: On matrices only, not on biases and norms; none on the online module.
+        weight_decay: Of matrices only, not of biases and norms; none on the online module.
         online_learning_rate: Of the online module; None for the student's.
-        factory: A full optimizer; brings its own rate and decay for the student.
+        factory: Another optimizer, called with the groups.
+
+    Raises:
+        ConfigError: ``factory`` cannot be called with parameter groups.
     """
     trainable = [p for p in student if p.requires_grad]
-    own_rate = {} if online_learning_rate is None else {"lr": online_learning_rate}
-    online: dict[str, Any] = {
-        "params": [p for p in online_module if p.requires_grad],
-        "weight_decay": 0.0,
-        **own_rate,
-    }
-    if factory is not None:
-        groups: list[dict[str, Any]] = [{"params": trainable}, online]
-        return factory([group for group in groups if group["params"]])
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-        online,
+    online_rate = learning_rate if online_learning_rate is None else online_learning_rate
+    groups: list[dict[str, Any]] = [
+        {
+            "name": DECAY,
+            "params": [p for p in trainable if p.ndim >= 2],
+            "lr": learning_rate,
+            "weight_decay": weight_decay,
+        },
+        {
+            "name": NO_DECAY,
+            "params": [p for p in trainable if p.ndim < 2],
+            "lr": learning_rate,
+            "weight_decay": 0.0,
+        },
+        {
+            "name": ONLINE_MODULE,
+            "params": [p for p in online_module if p.requires_grad],
+            "lr": online_rate,
+            "weight_decay": 0.0,
+        },
     ]
-    return AdamW([group for group in groups if group["params"]], lr=learning_rate)
+    filled = [group for group in groups if group["params"]]
+    return AdamW(filled) if factory is None else called(factory, filled)
+
+
+def called(factory: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimizer:
+    """The optimizer that a user's ``factory`` makes of parameter groups.
+
+    Raises:
+        ConfigError: It raises, or returns something else.
+    """
+    try:
+        optimizer: Any = factory(groups)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ConfigError(
+            f"model.optimizer cannot be built from parameter groups ({error}); expected an "
+            "optimizer class, or a function from parameter groups to an optimizer"
+        ) from error
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(
+            f"model.optimizer returned a {type(optimizer).__name__}; expected a torch Optimizer"
+        )
+    return optimizer
+
+
+def with_scheduler(optimizer: Optimizer, factory: LRSchedulerCallable) -> OptimizerLRScheduler:
+    """Return what ``configure_optimizers`` returns, for a scheduler class of the user's.
+
+    It advances with optimizer steps; ``ReduceLROnPlateau`` at an epoch's end, by its monitor.
+    """
+    scheduler = factory(optimizer)
+    config: OptimizerLRSchedulerConfig = {"optimizer": optimizer, "lr_scheduler": {}}  # type: ignore[typeddict-item]
+    if isinstance(scheduler, ReduceLROnPlateau):
+        config["lr_scheduler"] = {
+            "scheduler": scheduler,
+            "monitor": scheduler.monitor,
+            "interval": "epoch",
+        }
+    else:
+        config["lr_scheduler"] = {"scheduler": scheduler, "interval": "step"}
+    return config
 
 
 def with_schedule(
@@ -112,5 +173,18 @@ def with_schedule(
     ]
     return {
         "optimizer": optimizer,
-        "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "step"},
+        "lr_scheduler": {"scheduler": _OwnGroupsLR(optimizer, factors), "interval": "step"},
     }
+
+
+class _OwnGroupsLR(LambdaLR):
+    """Schedules the groups that it began with; a callback that adds one sets that one's rate.
+
+    Lightning's BackboneFinetuning adds a group for what it unfreezes, and torch's LambdaLR refuses
+    an optimizer with more groups than schedules.
+    """
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The scheduled rates, and the present ones of groups that were added since."""
+        own = super().get_lr()
+        return [*own, *(group["lr"] for group in self.optimizer.param_groups[len(own) :])]

@@ -29,6 +29,9 @@ PerId: TypeAlias = Float[Tensor, "*lead vocab"]
 OutcomeLogProbs: TypeAlias = Float[Tensor, "*lead outcomes"]
 """Log-probabilities over fewer outcomes than ids, each of which stands for one id or many."""
 
+OutcomeIds: TypeAlias = Int[Tensor, "*lead k"]
+"""The ids that are outcomes of their own, without repeats in a row."""
+
 IdMask: TypeAlias = Bool[Tensor, "*lead vocab"]
 """One flag for every id of the vocabulary."""
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,19 +61,32 @@ def parse_tool_calls(text: str) -> tuple[ToolCall, ...]:
 
 @dataclass(frozen=True)
 class CallShares:
-    """How far the calls of a text are those of a reference, each from 0 to 1.
+    """Agreement of a text's calls with those of a reference, each from 0 to 1.
 
     Attributes:
         names: Share with the right name.
         arguments: Share with the right name and the right arguments.
+        all_equal: 1 where the multiset of names and the multiset of (argument, value) pairs over
+            all calls are the reference's, else 0: the all-or-nothing measure of OPD+'s tool task
+            (Zhao et al., arXiv 2606.01039), free of order.
     """
 
     names: float
     arguments: float
+    all_equal: float
 
 
-def match_tool_calls(response: str, reference: str) -> CallShares | None:
-    """Compare calls in order; one too many or too few counts as wrong.
+def match_tool_calls(response: str, reference: str, ordered: bool = True) -> CallShares | None:
+    """Compare the calls of two texts; one too many or too few counts as wrong.
+
+    Values are compared as the Berkeley function-calling leaderboard does: ``true`` is not ``1``,
+    ``1`` is ``1.0``.
+
+    Args:
+        response: A model's text.
+        reference: The text with the right calls.
+        ordered: Compare the first call with the first one, and so on; otherwise each call of the
+            response with any one of the reference that no other call has taken.
 
     Returns:
         None where the reference calls nothing.
@@ -80,10 +94,50 @@ def match_tool_calls(response: str, reference: str) -> CallShares | None:
     wanted, given = parse_tool_calls(reference), parse_tool_calls(response)
     if not wanted:
         return None
-    named = [pair for pair in zip(given, wanted, strict=False) if pair[0].name == pair[1].name]
-    num_right = sum(call.arguments == want.arguments for call, want in named)
     num_calls = max(len(wanted), len(given))
-    return CallShares(len(named) / num_calls, num_right / num_calls)
+    if ordered:
+        pairs = list(zip(given, wanted, strict=False))
+        num_named = sum(call.name == want.name for call, want in pairs)
+        num_right = sum(_call_key(call) == _call_key(want) for call, want in pairs)
+    else:
+        names = (Counter(call.name for call in calls) for calls in (given, wanted))
+        num_named = (next(names) & next(names)).total()
+        num_right = (Counter(map(_call_key, given)) & Counter(map(_call_key, wanted))).total()
+    all_equal = float(_merged(given) == _merged(wanted))
+    return CallShares(num_named / num_calls, num_right / num_calls, all_equal)
+
+
+def _call_key(call: ToolCall) -> str:
+    """A text that two calls share where name and arguments are equal."""
+    return _canonical([call.name, call.arguments])
+
+
+def _merged(calls: Sequence[ToolCall]) -> tuple[Counter[str], Counter[str]]:
+    """How often each tool is called, and each argument given with each value."""
+    pairs = Counter(
+        _canonical([key, value])
+        for call in calls
+        for key, value in ({"": None} if call.arguments is None else call.arguments).items()
+    )
+    return Counter(call.name for call in calls), pairs
+
+
+def _canonical(value: Any) -> str:
+    """JSON with sorted keys; a float that is a whole number is written as one."""
+    try:
+        return json.dumps(_whole_numbers(value), sort_keys=True)
+    except RecursionError:  # readable, but too deep to compare: equal to nothing else
+        return f"object {id(value)}"
+
+
+def _whole_numbers(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, Mapping):
+        return {str(key): _whole_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_whole_numbers(inner) for inner in value]
+    return value
 
 
 def _from_values(whole: Any) -> tuple[ToolCall, ...]:

@@ -2,8 +2,9 @@
 
 Frozen here: a frozen teacher is the student at the start, whatever training does, and under an
 adapter its base without a second copy; a moving average is the hand-computed one, once an optimizer
-step; a live teacher is the student without dropout, and no gradient goes through its side; nothing
-is stored twice; each resumes bit for bit; what cannot work is refused.
+step; a live teacher is the student without dropout, and no gradient goes through its side; a
+student that equals its frozen teacher does not move by a bit; nothing is stored twice; each resumes
+bit for bit; what cannot work is refused.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from peft import LoraConfig
 
-from okd_lightning.callbacks import GKD, KD, OKD, SFT, LastCheckpoint
+from okd_lightning.callbacks import GKD, KD, OKD, SFT, LastCheckpoint, OPDPlus
 from okd_lightning.collation import collate
 from okd_lightning.data import Columns, build_examples
 from okd_lightning.data.teacher_prompts import TeacherPrompts
-from okd_lightning.divergences import ForwardKL, ReverseKL
+from okd_lightning.divergences import ForwardKL, ReverseKL, TopK
 from okd_lightning.errors import CheckpointError, ConfigError
 from okd_lightning.losses import DrawnLogProb, Entropy, ExactDivergence
 from okd_lightning.module import DistillationModule
@@ -102,6 +103,32 @@ def test_frozen_is_the_student_at_the_start(lora, tmp_path, make_own):
     truth = plain.eval().measure(batch, QUANTITIES)
     for quantity in QUANTITIES:
         torch.testing.assert_close(then[quantity], truth[quantity], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        KD(),
+        KD(temperature=2.0),
+        GKD(on_policy_fraction=1.0),
+        GKD(divergence=TopK(ReverseKL(), 4), on_policy_fraction=1.0),
+        OPDPlus(ForwardKL()),
+        OPDPlus(),
+    ],
+    ids=lambda method: f"{type(method).__name__}",
+)
+def test_a_student_that_equals_its_teacher_stays(method, tmp_path):
+    """The rounding of two forward passes would become full steps of Adam."""
+    module = DistillationModule(
+        tiny.make_llama(3),
+        tokenizer=tiny.make_tokenizer(),
+        learning_rate=1e-2,
+        self_teacher="frozen",
+    )
+    module.configure_model()
+    before = tiny.weights(module)
+    tiny.fit(tmp_path, module, [method], tiny.make_rows(12), max_steps=3)
+    assert all(torch.equal(before[name], now) for name, now in tiny.weights(module).items())
 
 
 class Averages(Callback):

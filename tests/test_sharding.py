@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from architectures import ARCHITECTURES, build
 from peft import LoraConfig, PromptEncoderConfig
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -30,10 +29,10 @@ from okd_lightning.checkpoints.files import newest_checkpoint, read_checkpoint
 from okd_lightning.checkpoints.folders import REST, beside, make_room, put_in_place
 from okd_lightning.checkpoints.io import DurableCheckpointIO
 from okd_lightning.data import RolloutDataModule
-from okd_lightning.errors import ConfigError, ModelError
+from okd_lightning.errors import ConfigError
 from okd_lightning.models import head_inputs, load_causal_lm, load_model_config
-from okd_lightning.models.deferred import WeightFiles, deferred_weights
-from okd_lightning.models.loading import add_adapter
+from okd_lightning.models.adapters import add_adapter
+from okd_lightning.models.deferred import deferred_weights
 from okd_lightning.models.online_module import attach_online_module
 from okd_lightning.module import DistillationModule
 from okd_lightning.sharding import (
@@ -302,18 +301,6 @@ def test_adapters_made_out_of_weights_on_disk_are_refused(option, deferred):
 def test_prompt_learning_on_weights_on_disk_is_refused(deferred):
     with pytest.raises(ConfigError, match="PromptEncoderConfig is made out of the teacher's"):
         attach_online_module(deferred, PromptEncoderConfig(num_virtual_tokens=2), "--method")
-
-
-def test_rows_are_those_of_the_file(tmp_path):
-    weights = {"a": torch.arange(12.0).view(6, 2), "b": torch.arange(3.0)}
-    save_file(weights, tmp_path / "model.safetensors")
-    files = WeightFiles(str(tmp_path))
-    assert torch.equal(files.rows(["x.a", "a"], 2, 5), weights["a"][2:5])
-    assert files.rows(["b"], 3, 3).shape == (0,)
-    with pytest.raises(ModelError, match=r"stores no c: .*every_rank"):
-        files.rows(["c", "d"], 0, 1)
-    with pytest.raises(ModelError, match="holds no safetensors"):
-        WeightFiles(str(tmp_path.parent))
 
 
 def test_a_module_is_its_own_after_a_run_in_shards(make_module, tmp_path, mesh):

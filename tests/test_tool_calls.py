@@ -1,10 +1,17 @@
-"""Calls of tools in a text: the forms that are understood, wherever they stand."""
+"""Calls of tools in a text: the forms that are understood, and when two calls are equal.
+
+Frozen: ``true`` is not ``1`` and ``1`` is ``1.0`` (as in the Berkeley function-calling
+leaderboard); parallel calls match in any order where that is asked for; the all-or-nothing measure
+compares the multisets of names and of argument values.
+"""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from okd_lightning.tool_calls import ToolCall, parse_tool_calls
+from okd_lightning.tool_calls import CallShares, ToolCall, match_tool_calls, parse_tool_calls
 
 A = ToolCall("a", {"x": 1})
 B = ToolCall("b", {})
@@ -43,3 +50,45 @@ TEXTS = {
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: text[:20])
 def test_calls_are_found(text):
     assert list(parse_tool_calls(text)) == TEXTS[text]
+
+
+def call(name, **arguments):
+    return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "is_equal"),
+    [
+        (1, 1.0, True),
+        (True, 1, False),
+        (False, 0, False),
+        ("1", 1, False),
+        ([1, {"b": 2, "a": True}], [1.0, {"a": True, "b": 2}], True),
+        ([1, 2], [2, 1], False),
+        (None, None, True),
+        ({"deep": {"flag": True}}, {"deep": {"flag": 1}}, False),
+    ],
+)
+def test_values_are_compared_by_type(given, wanted, is_equal):
+    shares = match_tool_calls(call("f", x=given), call("f", x=wanted))
+    assert shares == CallShares(1.0, float(is_equal), float(is_equal))
+
+
+def test_parallel_calls_match_in_any_order():
+    one, two = call("f", x=1), call("g", y=2)
+    assert match_tool_calls(two + one, one + two) == CallShares(0.0, 0.0, 1.0)
+    assert match_tool_calls(two + one, one + two, ordered=False) == CallShares(1.0, 1.0, 1.0)
+    assert match_tool_calls(one + one, one + two, ordered=False) == CallShares(0.5, 0.5, 0.0)
+    assert match_tool_calls(one, one + two, ordered=False) == CallShares(0.5, 0.5, 0.0)
+
+
+def test_all_equal_merges_the_inputs_of_all_calls():
+    wanted = call("f", x=1) + call("f", y=2)
+    assert match_tool_calls(call("f", x=1, y=2) + call("f"), wanted).all_equal == 1.0
+    assert match_tool_calls(call("f", x=1, y=2), wanted).all_equal == 0.0  # one action too few
+    assert match_tool_calls(call("f", x=1) + call("f", x=2), wanted).all_equal == 0.0
+
+
+def test_arguments_too_deep_to_compare_are_wrong():
+    deep = '{"name": "f", "arguments": {"x": ' + "[" * 600 + "]" * 600 + "}}"
+    assert match_tool_calls(deep, call("f", x=1)) == CallShares(1.0, 0.0, 0.0)

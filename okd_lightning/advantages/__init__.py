@@ -8,6 +8,7 @@ Map:
   commonly run and corrected (OPD+), with baselines, discount and clipping.
 - ``shaping``: ``reward_to_go``.
 - ``rewards``: ``RewardFunction`` and the ones that are included; ``baselined``, group baselines.
+- ``rouge``: ``rouge_l`` of texts in any script.
 
 Pure: nothing here knows models, masks of padding, or Lightning.
 """
@@ -25,6 +26,7 @@ from okd_lightning.advantages.rewards import (
     baselined,
     checked_rewards,
 )
+from okd_lightning.advantages.rouge import rouge_l
 from okd_lightning.advantages.shaping import reward_to_go
 
 __all__ = [
@@ -41,4 +43,5 @@ __all__ = [
     "baselined",
     "checked_rewards",
     "reward_to_go",
+    "rouge_l",
 ]

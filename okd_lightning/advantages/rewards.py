@@ -9,8 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Literal, TypeAlias
 
-from torchmetrics.functional.text import rouge_score
-
+from okd_lightning.advantages.rouge import rouge_l
 from okd_lightning.answers import (
     Comparison,
     answer_pattern,
@@ -118,10 +117,16 @@ class AnswerMatch(RewardFunction):
 class ToolCallMatch(RewardFunction):
     """Share of a response's tool calls that are the reference's, by name and arguments.
 
-    Half of a call is its name, half its arguments (action and argument match); calls are compared
-    in order over all turns, and a call too many or too few counts as wrong. See ``tool_calls`` for
-    the forms.
+    Half of a call is its name, half its arguments (action and argument match), over all turns; a
+    call too many or too few counts as wrong. See ``tool_calls`` for the forms.
+
+    Args:
+        ordered: Compare calls in order; otherwise each with any call of the reference, as suits
+            parallel calls.
     """
+
+    def __init__(self, ordered: bool = True) -> None:
+        self.ordered = ordered
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]
@@ -129,26 +134,28 @@ class ToolCallMatch(RewardFunction):
         """Between 0 and 1; NaN where the reference calls nothing."""
         del prompts
         pairs = zip(responses, references, strict=True)
-        return [_call_match(response, wanted) for response, wanted in pairs]
+        return [_call_match(response, wanted, self.ordered) for response, wanted in pairs]
 
 
 class RougeL(RewardFunction):
-    """ROUGE-L (F1) of a response's last turn against the reference, in [0, 1]; torchmetrics'."""
+    """ROUGE-L (F1) of a response's last turn against the reference, in [0, 1].
+
+    Args:
+        stem: Compare words by their Porter stems, as the distillation papers do.
+    """
 
     reads_last_turn = True
+
+    def __init__(self, stem: bool = True) -> None:
+        self.stem = stem
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]
     ) -> Sequence[float]:
         """F1 of the longest common subsequence of words."""
         del prompts
-        return [rouge_l(*pair) for pair in zip(responses, references, strict=True)]
-
-
-def rouge_l(response: str, reference: str) -> float:
-    """ROUGE-L (F1) of one response, in [0, 1]."""
-    score = rouge_score(response, reference, rouge_keys="rougeL")
-    return float(score["rougeL_fmeasure"])
+        pairs = zip(responses, references, strict=True)
+        return [rouge_l(response, reference, self.stem) for response, reference in pairs]
 
 
 def checked_rewards(
@@ -235,6 +242,6 @@ def _number(value: object, name: str, response: str) -> float:
     return number if math.isfinite(number) else math.nan
 
 
-def _call_match(response: str, reference: str) -> float:
-    shares = match_tool_calls(response, reference)
+def _call_match(response: str, reference: str, ordered: bool) -> float:
+    shares = match_tool_calls(response, reference, ordered)
     return math.nan if shares is None else (shares.names + shares.arguments) / 2

@@ -11,7 +11,7 @@ import lightning
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from okd_lightning.advantages.rewards import rouge_l
+from okd_lightning.advantages.rouge import rouge_l
 from okd_lightning.callbacks.evaluation import EvaluationCallback
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import ForwardKL

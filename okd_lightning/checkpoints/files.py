@@ -23,7 +23,7 @@ def read_checkpoint(path: str, with_weights: bool = False) -> dict[str, Any]:
     Raises:
         CheckpointError: It is not there, broken, or of another program.
     """
-    file = settled(Path(path))
+    file = settled(Path(path).expanduser())
     if is_checkpoint_folder(file):
         weights = {"state_dict": read_weights(file)} if with_weights else {}
         return {**read_rest(file), **weights}

@@ -16,6 +16,7 @@ from okd_lightning.compare.budget import Budget
 from okd_lightning.compare.entries import own_method, read_entries
 from okd_lightning.compare.folder import ComparisonFolder, Plan, RunFolder
 from okd_lightning.compare.runs import check_entry, check_shared, run_one
+from okd_lightning.config_paths import user_path
 from okd_lightning.errors import UsageError
 from okd_lightning.lightning_messages import only_warnings
 from okd_lightning.reports import (
@@ -55,7 +56,7 @@ def compare_parser() -> argparse.ArgumentParser:
         "default: the config's own trainer.max_steps",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("compare-out"), help="default: %(default)s"
+        "--out", type=user_path, default=Path("compare-out"), help="default: %(default)s"
     )
     parser.add_argument(
         "--config",

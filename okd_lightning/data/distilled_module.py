@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term
-from okd_lightning.models import SelfTeacher
+from okd_lightning.models import SelfTeacher, Vocabulary
 from okd_lightning.rollouts import Writer
 from okd_lightning.rollouts.tool_rollouts import ToolRounds
 
@@ -18,6 +18,7 @@ class DistilledModule(Writer, Protocol):
     """The side of a DistillationModule that its data sees."""
 
     tokenizer: PreTrainedTokenizerBase
+    vocabulary: Vocabulary
     terms: list[Term]
     self_teacher: SelfTeacher | None
     tool_rounds: ToolRounds | None

@@ -25,6 +25,7 @@ from okd_lightning.data.examples import ExampleSet, OnOverlong
 from okd_lightning.data.progress import rollout_progress
 from okd_lightning.data.row_templates import prompt_templates
 from okd_lightning.data.sources import DataArgument, DataSource, describe_source, load_rows
+from okd_lightning.data.table_ids import check_table_ids
 from okd_lightning.data.teacher_prompts import teacher_prompts_from
 from okd_lightning.data.token_cache import AUTO, cached_examples
 from okd_lightning.data.tool_turns import checked_turns, equip
@@ -316,6 +317,9 @@ class RolloutDataModule(lightning.LightningDataModule):
                 needs_response=needs_response,
                 where=name,
                 teacher_prompts=self.teacher_prompts if part != "predict" else None,
+            )
+            check_table_ids(
+                found.examples, self._module.vocabulary, self._module.tokenizer, where=name
             )
             self._module.add_eos_ids(found.ends_of_turn(self._module.tokenizer))
             self._report(part, name, found)

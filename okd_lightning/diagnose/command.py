@@ -15,6 +15,7 @@ from rich.console import Console
 from okd_lightning.cli import DistillationCLI
 from okd_lightning.cli_arguments import prepare, shared_options
 from okd_lightning.cli_errors import one_line
+from okd_lightning.config_paths import user_path
 from okd_lightning.diagnose.examination import Examination
 from okd_lightning.diagnose.findings import Advice, Diagnosis, to_record
 from okd_lightning.diagnose.page import write_page
@@ -39,7 +40,7 @@ def diagnose_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="FILE|NAME", action="append", help="may be repeated")
     parser.add_argument(
-        "--out", type=Path, default=Path("diagnose-out"), help="default: %(default)s"
+        "--out", type=user_path, default=Path("diagnose-out"), help="default: %(default)s"
     )
     parser.add_argument(
         "--rows", type=int, default=64, help="responses of each kind; default: %(default)s"

@@ -9,6 +9,7 @@ import torch
 
 from okd_lightning.divergences.base import Divergence
 from okd_lightning.divergences.log_arithmetic import finite, scaled_expm1
+from okd_lightning.divergences.logprob_pair import LogProbPair, Summands
 from okd_lightning.errors import ConfigError
 from okd_lightning.shapes import LogProbs, LogRatio, PerId, RatioValues
 
@@ -60,6 +61,11 @@ class AlphaDivergence(Divergence):
         if self.alpha <= 0.5:  # each half keeps away from the pole of the other
             return _lower_terms(student_logprobs, log_ratio, self.alpha)
         return _lower_terms(teacher_logprobs, -log_ratio, 1.0 - self.alpha)
+
+    def summands(self, pair: LogProbPair) -> Summands:
+        """p·f(u) as in ``terms`` and p·w_f(u) = p (u^alpha - 1) / alpha."""
+        terms = self.terms(pair.student_logprobs, pair.teacher_logprobs, pair.log_ratio)
+        return Summands(terms, _power_log(pair.student_logprobs, pair.log_ratio, self.alpha))
 
     @property
     def limit_at_zero(self) -> float:

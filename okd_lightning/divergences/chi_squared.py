@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 
 from okd_lightning.divergences.base import Divergence
+from okd_lightning.divergences.log_arithmetic import scaled_expm1
+from okd_lightning.divergences.logprob_pair import LogProbPair, Summands
 from okd_lightning.shapes import LogProbs, LogRatio, PerId, RatioValues
 
 
@@ -31,6 +33,11 @@ class PearsonChiSquared(Divergence):
         """p·f(u) = (q/sqrt(p) - sqrt(p))^2."""
         teacher_over_root = ((teacher_logprobs + log_ratio) / 2.0).exp()
         return (teacher_over_root - (student_logprobs / 2.0).exp()).square()
+
+    def summands(self, pair: LogProbPair) -> Summands:
+        """p·f(u) as in ``terms`` and p·w_f(u) = p (u^2 - 1)."""
+        terms = self.terms(pair.student_logprobs, pair.teacher_logprobs, pair.log_ratio)
+        return Summands(terms, scaled_expm1(pair.student_logprobs, 2.0 * pair.log_ratio))
 
     @property
     def limit_at_zero(self) -> float:
@@ -61,6 +68,11 @@ class NeymanChiSquared(Divergence):
         """p·f(u) = (p/sqrt(q) - sqrt(q))^2."""
         student_over_root = ((student_logprobs - log_ratio) / 2.0).exp()
         return (student_over_root - (teacher_logprobs / 2.0).exp()).square()
+
+    def summands(self, pair: LogProbPair) -> Summands:
+        """p·f(u) as in ``terms`` and p·w_f(u) = -2 p (1/u - 1)."""
+        terms = self.terms(pair.student_logprobs, pair.teacher_logprobs, pair.log_ratio)
+        return Summands(terms, scaled_expm1(pair.student_logprobs, -pair.log_ratio).mul_(-2.0))
 
     @property
     def limit_at_zero(self) -> float:

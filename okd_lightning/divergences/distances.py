@@ -73,7 +73,7 @@ class TotalVariation(Divergence):
     def summands(self, pair: LogProbPair) -> Summands:
         """p·f(u) = |q - p| / 2 and p·w_f(u) = p sign(λ) / 2."""
         half_sign = pair.log_ratio.sign().mul_(0.5)
-        terms = (pair.teacher_probs - pair.student_probs).mul_(half_sign)
+        terms = pair.difference * half_sign
         return Summands(terms, half_sign.mul_(pair.student_probs))
 
     @property

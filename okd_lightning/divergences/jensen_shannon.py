@@ -38,9 +38,9 @@ class _MixtureDivergence(Divergence):
         return from_teacher * of_teacher + from_student * of_student
 
     def summands(self, pair: LogProbPair) -> Summands:
-        log_mixture = pair.mixture(self.beta, 1.0 - self.beta).log_()
-        of_teacher = (log_mixture - pair.teacher_logprobs).mul_(pair.teacher_probs)
-        of_student = log_mixture.sub_(pair.student_logprobs).mul_(pair.student_probs)
+        over_larger = pair.over_larger(self.beta, 1.0 - self.beta)
+        of_teacher = (over_larger - pair.log_ratio.clamp(max=0.0)).mul_(pair.teacher_probs)
+        of_student = over_larger.add_(pair.log_ratio.clamp(min=0.0)).mul_(pair.student_probs)
         weights = of_student.mul_(self.scale * (1.0 - self.beta))
         terms = of_teacher.mul_(-self.scale * self.beta).sub_(weights)
         return Summands(terms, weights)

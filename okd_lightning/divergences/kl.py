@@ -36,8 +36,8 @@ class ForwardKL(Divergence):
         return teacher_logprobs.exp() * log_ratio
 
     def summands(self, pair: LogProbPair) -> Summands:
-        """p·f(u) = q λ and p·w_f(u) = q."""
-        return Summands(pair.teacher_probs * pair.log_ratio, pair.teacher_probs)
+        """p·f(u) = q λ and p (w_f(u) - w_f(1)) = q - p."""
+        return Summands(pair.teacher_probs * pair.log_ratio, pair.difference)
 
     @property
     def limit_at_zero(self) -> float:
@@ -73,9 +73,9 @@ class ReverseKL(Divergence):
         return -(student_logprobs.exp() * log_ratio)
 
     def summands(self, pair: LogProbPair) -> Summands:
-        """p·f(u) = -p λ and p·w_f(u) = p λ - p."""
+        """p·f(u) = -p λ and p (w_f(u) - w_f(1)) = p λ."""
         weighted = pair.student_probs * pair.log_ratio
-        return Summands(-weighted, weighted - pair.student_probs)
+        return Summands(-weighted, weighted)
 
     @property
     def limit_at_zero(self) -> float:
@@ -108,9 +108,8 @@ class Jeffreys(Divergence):
 
     def summands(self, pair: LogProbPair) -> Summands:
         """p·f(u) = (q - p) λ and p·w_f(u) = p λ + q - p."""
-        difference = pair.teacher_probs - pair.student_probs
-        weights = torch.addcmul(difference, pair.student_probs, pair.log_ratio)
-        return Summands(difference * pair.log_ratio, weights)
+        weights = torch.addcmul(pair.difference, pair.student_probs, pair.log_ratio)
+        return Summands(pair.difference * pair.log_ratio, weights)
 
     @property
     def limit_at_zero(self) -> float:

@@ -13,8 +13,8 @@ import torch
 
 from okd_lightning.shapes import LogProbs, LogRatio, RatioValues
 
-_THIN_SHARE = 1e-3
-"""Below this share, log1p would round a mixture's thin part away in float32."""
+THIN_SHARE = 1e-3
+"""Below this share, log1p far from u = 1 would round a mixture's thin part away in float32."""
 
 
 def widen(student_logprobs: LogProbs, teacher_logprobs: LogProbs) -> tuple[LogProbs, LogProbs]:
@@ -41,19 +41,21 @@ def mixture_log_ratios(
     That is ln(share * u + rest) and the same minus ln u, precise near u = 1 and in range at both
     ends. Both parts are asked for because 1 - share would round a small one.
     """
-    if min(share, rest) < _THIN_SHARE:
-        log_share = torch.full_like(log_ratio, math.log(share))
-        log_rest = torch.full_like(log_ratio, math.log(rest))
-        return (
-            torch.logaddexp(log_ratio + log_share, log_rest),
-            torch.logaddexp(log_share, log_rest - log_ratio),
-        )
     above, zero = log_ratio > 0, torch.zeros_like(log_ratio)
     shrunk = torch.where(above, -log_ratio, log_ratio).expm1()  # in (-1, 0]
-    over_larger = torch.where(above, rest * shrunk, share * shrunk).log1p()  # ln(m / max(p, q))
+    fall = torch.where(above, rest * shrunk, share * shrunk)
+    is_thin, is_near = min(share, rest) < THIN_SHARE, fall > -0.5
+    near = torch.where(is_near, fall, zero) if is_thin else fall
+    over_larger = near.log1p()  # ln(m / max(p, q)); exactly 0 at u = 1
+    over_student = over_larger + torch.where(above, log_ratio, zero)
+    over_teacher = over_larger - torch.where(above, zero, log_ratio)
+    if not is_thin:
+        return over_student, over_teacher
+    log_share = torch.full_like(log_ratio, math.log(share))
+    log_rest = torch.full_like(log_ratio, math.log(rest))
     return (
-        over_larger + torch.where(above, log_ratio, zero),
-        over_larger - torch.where(above, zero, log_ratio),
+        torch.where(is_near, over_student, torch.logaddexp(log_ratio + log_share, log_rest)),
+        torch.where(is_near, over_teacher, torch.logaddexp(log_share, log_rest - log_ratio)),
     )
 
 

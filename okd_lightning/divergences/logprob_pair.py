@@ -5,13 +5,18 @@ Everything here is a constant of the loss: nothing carries a graph.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from okd_lightning.divergences.log_arithmetic import THIN_SHARE
 from okd_lightning.shapes import LogProbs, LogRatio, PerId
+
+_NO_PROBABILITY = -1e4
+"""Nats; its exponential is 0 in every floating type."""
 
 
 class LogProbPair:
@@ -42,6 +47,11 @@ class LogProbPair:
         return self.teacher_logprobs - self.student_logprobs
 
     @cached_property
+    def difference(self) -> Tensor:
+        """[*lead, vocab] q - p, exactly 0 where both log-probabilities are equal."""
+        return self.teacher_probs - self.student_probs
+
+    @cached_property
     def is_finite(self) -> bool:
         """Whether no id is ruled out on either side, so that closed forms need no case for it.
 
@@ -49,11 +59,32 @@ class LogProbPair:
         """
         return bool(self.log_ratio.sum().isfinite())
 
+    def without_common_gaps(self) -> LogProbPair:
+        """The same pair with ids that both sides rule out made finite: they contribute 0."""
+        gaps = (self.student_logprobs == -math.inf) & (self.teacher_logprobs == -math.inf)
+        sides = (self.student_logprobs, self.teacher_logprobs)
+        return LogProbPair(*(side.masked_fill(gaps, _NO_PROBABILITY) for side in sides))
+
     def mixture(self, share: float, rest: float) -> Tensor:
         """[*lead, vocab] m = share q + rest p, kept above zero so that p ln m is 0 at p = 0."""
         mixed = self.teacher_probs * share
         mixed.add_(self.student_probs, alpha=rest)
         return mixed.clamp_(min=torch.finfo(mixed.dtype).tiny)
+
+    def over_larger(self, share: float, rest: float) -> Tensor:
+        """[*lead, vocab] ln m - ln max(p, q), m = share q + rest p, share + rest = 1; at most 0.
+
+        It is exactly 0 where both sides agree, which ln m - log p is not: a logarithm of a sum of
+        exponentials rounds. From it, log m - log p adds max(λ, 0) and log m - log q takes off
+        min(λ, 0).
+        """
+        larger = torch.maximum(self.student_probs, self.teacher_probs)
+        larger.clamp_(min=torch.finfo(larger.dtype).tiny)
+        fall = torch.minimum(self.difference * share, self.difference * -rest).div_(larger)
+        if min(share, rest) >= THIN_SHARE:
+            return fall.log1p_()
+        far = (self.mixture(share, rest) / larger).log_()  # 1 + fall loses a thin share
+        return torch.where(fall > -0.5, fall.log1p(), far)
 
 
 @dataclass(frozen=True)
@@ -62,7 +93,7 @@ class Summands:
 
     Attributes:
         terms: [*lead, vocab] p f(u).
-        weights: [*lead, vocab] p w_f(u).
+        weights: [*lead, vocab] p (w_f(u) - w_f(1)); 0 where both sides agree.
     """
 
     terms: PerId

@@ -50,11 +50,11 @@ class SkewForwardKL(Divergence):
         return -(teacher_logprobs.exp() * over_teacher)
 
     def summands(self, pair: LogProbPair) -> Summands:
-        """p·f(u) = q (log q - log m) and p·w_f(u) = (1 - alpha) q p/m."""
-        mixture = pair.mixture(self.alpha, 1.0 - self.alpha)
-        weights = (pair.student_probs / mixture).mul_(pair.teacher_probs).mul_(1.0 - self.alpha)
-        terms = mixture.log_().sub_(pair.teacher_logprobs).mul_(pair.teacher_probs).neg_()
-        return Summands(terms, weights)
+        """p·f(u) = q (log q - log m) and p (w_f(u) - w_f(1)) = (1 - alpha)^2 p (q - p)/m."""
+        share, rest = self.alpha, 1.0 - self.alpha
+        weights = (pair.student_probs / pair.mixture(share, rest)).mul_(pair.difference)
+        over_teacher = pair.over_larger(share, rest).sub_(pair.log_ratio.clamp(max=0.0))
+        return Summands(over_teacher.mul_(pair.teacher_probs).neg_(), weights.mul_(rest**2))
 
     @property
     def limit_at_zero(self) -> float:
@@ -104,11 +104,15 @@ class SkewReverseKL(Divergence):
         return -(student_logprobs.exp() * over_student)
 
     def summands(self, pair: LogProbPair) -> Summands:
-        """p·f(u) = p (log p - log m) and p·w_f(u) = -p·f(u) - (1 - alpha) p q/m."""
-        mixture = pair.mixture(1.0 - self.alpha, self.alpha)
-        shares = (pair.teacher_probs / mixture).mul_(pair.student_probs).mul_(1.0 - self.alpha)
-        terms = mixture.log_().sub_(pair.student_logprobs).mul_(pair.student_probs).neg_()
-        return Summands(terms, shares.add_(terms).neg_())
+        """p·f(u) = p (log p - log m) and p (w_f(u) - w_f(1)) = -p·f(u) - r p (q - p)/m.
+
+        r = alpha (1 - alpha), because q/m - 1 = alpha (q - p)/m.
+        """
+        share, rest = 1.0 - self.alpha, self.alpha
+        drift = (pair.student_probs / pair.mixture(share, rest)).mul_(pair.difference)
+        over_student = pair.over_larger(share, rest).add_(pair.log_ratio.clamp(min=0.0))
+        weighted = over_student.mul_(pair.student_probs)
+        return Summands(-weighted, drift.mul_(-share * rest).add_(weighted))
 
     @property
     def limit_at_zero(self) -> float:

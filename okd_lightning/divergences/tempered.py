@@ -12,7 +12,15 @@ from okd_lightning.divergences.checking import as_divergence
 from okd_lightning.divergences.log_arithmetic import widen
 from okd_lightning.divergences.logprob_pair import LogProbPair, Summands
 from okd_lightning.errors import ConfigError
-from okd_lightning.shapes import DrawnIds, LogProbs, LogRatio, PerId, PerToken, RatioValues
+from okd_lightning.shapes import (
+    DrawnIds,
+    LogProbs,
+    LogRatio,
+    OutcomeIds,
+    PerId,
+    PerToken,
+    RatioValues,
+)
 
 
 def at_temperature(divergence: Divergence, temperature: float) -> Divergence:
@@ -85,6 +93,12 @@ class Tempered(Divergence):
         """tau^2 times the inner one's, of log-probabilities that are tempered already."""
         inner = self.divergence.summands(pair)
         return Summands(inner.terms * self._scale, inner.weights * self._scale)
+
+    def outcome_ids(
+        self, student_logprobs: LogProbs, teacher_logprobs: LogProbs
+    ) -> OutcomeIds | None:
+        """The inner one's, of log-probabilities that are tempered already."""
+        return self.divergence.outcome_ids(student_logprobs, teacher_logprobs)
 
     @property
     def softmax_temperature(self) -> float | None:

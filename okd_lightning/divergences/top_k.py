@@ -17,12 +17,14 @@ from torch import Tensor
 from okd_lightning.divergences.base import Divergence
 from okd_lightning.divergences.checking import as_divergence
 from okd_lightning.divergences.log_arithmetic import widen
+from okd_lightning.divergences.logprob_pair import LogProbPair, Summands
 from okd_lightning.divergences.tempered import Tempered
 from okd_lightning.errors import ConfigError
 from okd_lightning.shapes import (
     DrawnIds,
     LogProbs,
     LogRatio,
+    OutcomeIds,
     OutcomeLogProbs,
     PerId,
     PerToken,
@@ -77,6 +79,22 @@ class TopK(Divergence):
     ) -> PerId:
         """The inner p f(u), of outcomes."""
         return self.divergence.terms(student_logprobs, teacher_logprobs, log_ratio)
+
+    def summands(self, pair: LogProbPair) -> Summands:
+        """The inner ones, of outcomes."""
+        return self.divergence.summands(pair)
+
+    def outcome_ids(
+        self, student_logprobs: LogProbs, teacher_logprobs: LogProbs
+    ) -> OutcomeIds | None:
+        """[*lead, k] the k ids; None where those are all."""
+        return self._chosen(student_logprobs, teacher_logprobs)
+
+    @property
+    def softmax_temperature(self) -> float | None:
+        """1; None where the inner one changes the distributions as well."""
+        is_plain = self.divergence.softmax_temperature == 1.0
+        return 1.0 if is_plain and not isinstance(self.divergence, TopK) else None
 
     @property
     def limit_at_zero(self) -> float:
@@ -134,19 +152,20 @@ class TopK(Divergence):
         chosen = self._chosen(student_logprobs, teacher_logprobs)
         if chosen is None:
             return student_logprobs, teacher_logprobs
-        student, teacher = (
-            torch.cat([side.gather(-1, chosen), _tail(side, chosen)], -1)
-            for side in (student_logprobs, teacher_logprobs)
-        )
-        return student, teacher
+        return merged(student_logprobs, chosen), merged(teacher_logprobs, chosen)
 
-    def _chosen(self, student_logprobs: LogProbs, teacher_logprobs: LogProbs) -> Tensor | None:
+    def _chosen(self, student_logprobs: LogProbs, teacher_logprobs: LogProbs) -> OutcomeIds | None:
         """[*lead, k] the ids that stay apart; None where that is all of them."""
         side = teacher_logprobs if self.side == "teacher" else student_logprobs
         return side.detach().topk(self.k, dim=-1).indices if self.k < side.shape[-1] else None
 
 
-def _tail(logprobs: Tensor, chosen: Tensor) -> Tensor:
+def merged(logprobs: LogProbs, ids: OutcomeIds) -> OutcomeLogProbs:
+    """[*lead, k + 1] log-probability (nats) of k ids and of all others together."""
+    return torch.cat([logprobs.gather(-1, ids), _tail(logprobs, ids)], -1)
+
+
+def _tail(logprobs: Tensor, chosen: OutcomeIds) -> Tensor:
     """[*lead, 1] log-probability of everything that was not chosen; -inf where that is nothing."""
     rest = logprobs.scatter(-1, chosen, -math.inf)
     is_empty = (rest == -math.inf).all(-1, keepdim=True)

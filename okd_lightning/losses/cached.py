@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from okd_lightning.divergences import Divergence, Tempered, TopK
+from okd_lightning.divergences import Divergence, LogProbPair, Tempered, TopK
+from okd_lightning.divergences.top_k import merged
 from okd_lightning.errors import ConfigError
-from okd_lightning.losses.closed_form import ModelRole
+from okd_lightning.losses.closed_form import ModelRole, outcome_value
 from okd_lightning.losses.outcomes import (
     first_outcomes,
     outcomes,
@@ -49,8 +50,11 @@ class CachedDivergence(Quantity):
     def measure(self, tile: Tile) -> PositionValues:
         """[positions] nats."""
         ids, teacher = first_outcomes(*unpack_outcomes(tile.logits("teacher")), self.k)
-        student = outcomes(tile.logits("student"), tile.student_logprobs, ids)
-        return self.divergence.value(student, teacher)
+        logits, logprobs = tile.logits("student"), tile.student_logprobs.detach()
+        pair = LogProbPair(merged(logprobs, ids), teacher)
+        if pair.is_finite:
+            return outcome_value(self.divergence, pair, ids, logprobs, 1.0, "student", logits)
+        return self.divergence.value(outcomes(logits, logprobs, ids), teacher)
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ def _cached_divergence(divergence: Divergence, k: int, vocab_size: int) -> Cache
                 "of --model.teacher_cache or --model.teacher_server, or lower the method's k"
             )
         divergence, known = divergence.divergence, wanted
-    if divergence.softmax_temperature != 1.0:
+    if divergence.softmax_temperature != 1.0 or isinstance(divergence, TopK):
         raise ConfigError(
             f"{type(divergence).__name__} changes the distributions that it compares, which needs "
             "all of the teacher's"

@@ -13,29 +13,39 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from okd_lightning.divergences import Divergence, LogProbPair
-from okd_lightning.shapes import LogProbs, PerId, PositionIds, PositionValues
+from okd_lightning.divergences.top_k import merged
+from okd_lightning.shapes import LogProbs, OutcomeIds, PerId, PositionIds, PositionValues
 
 ModelRole: TypeAlias = Literal["student", "teacher"]
 
 
 class _SoftmaxSum(torch.autograd.Function):
-    """sum_a g(a) of softmaxed logits, whose gradient in them is probs * sum(slopes) - slopes."""
+    """sum_a g(a) of softmaxed logits, whose gradient in them is probs * total - slopes.
+
+    The total is the sum of the slopes. Where all of these are 0, so is the gradient, exactly.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, terms: Tensor, slopes: Tensor, probs: Tensor, scale: float
+        ctx: Any,
+        logits: Tensor,
+        terms: Tensor,
+        slopes: Tensor,
+        total: Tensor,
+        probs: Tensor,
+        scale: float,
     ) -> Tensor:
-        ctx.save_for_backward(slopes, probs)
+        ctx.save_for_backward(slopes, total, probs)
         ctx.scale = scale
         return terms.sum(-1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        slopes, probs = ctx.saved_tensors
+        slopes, total, probs = ctx.saved_tensors
         factor = (gradient * ctx.scale)[:, None]
-        total = slopes.sum(-1, keepdim=True) * factor
-        return torch.mul(probs, total).addcmul_(slopes, factor, value=-1), None, None, None, None
+        found = torch.mul(probs, total * factor).addcmul_(slopes, factor, value=-1)
+        return found, None, None, None, None, None
 
 
 class _TargetLogProb(torch.autograd.Function):
@@ -71,18 +81,73 @@ def divergence_value(
         logits: [positions, vocab] the learner's, at temperature 1; gradient flows to them.
 
     Returns:
+        [positions] nats. The gradient is exactly 0 where both sides agree.
+    """
+    ids = divergence.outcome_ids(pair.student_logprobs, pair.teacher_logprobs)
+    if ids is not None:
+        sides = (pair.student_logprobs, pair.teacher_logprobs)
+        known = LogProbPair(*(merged(side, ids) for side in sides))
+        of_learner = sides[0] if learner == "student" else sides[1]
+        return outcome_value(divergence, known, ids, of_learner, temperature, learner, logits)
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        terms = divergence.terms(pair.student_logprobs, pair.teacher_logprobs, pair.log_ratio)
+        return terms.sum(-1)
+    terms, slopes = _terms_and_slopes(divergence, pair, learner)
+    probs = pair.student_probs if learner == "student" else pair.teacher_probs
+    total = slopes.sum(-1, keepdim=True)
+    value: Tensor = _SoftmaxSum.apply(logits, terms, slopes, total, probs, 1.0 / temperature)
+    return value
+
+
+def outcome_value(
+    divergence: Divergence,
+    pair: LogProbPair,
+    ids: OutcomeIds,
+    logprobs: LogProbs,
+    temperature: float,
+    learner: ModelRole,
+    logits: PerId,
+) -> PositionValues:
+    """The divergence between k ids and one outcome for all others; its gradient is a closed form.
+
+    The slope of the last outcome is that of each id in it, in proportion to its probability.
+
+    Args:
+        divergence: Whose summands are taken.
+        pair: Both sides' outcomes, [positions, k + 1], finite.
+        ids: [positions, k] those that are outcomes of their own.
+        logprobs: [positions, vocab] the learner's at ``temperature``, without gradient.
+        temperature: The divergence's.
+        learner: Whose gradient is wanted; the other side is a constant.
+        logits: [positions, vocab] the learner's, at temperature 1; gradient flows to them.
+
+    Returns:
         [positions] nats.
     """
     if not (torch.is_grad_enabled() and logits.requires_grad):
         terms = divergence.terms(pair.student_logprobs, pair.teacher_logprobs, pair.log_ratio)
         return terms.sum(-1)
+    terms, slopes = _terms_and_slopes(divergence, pair, learner)
+    known = pair.student_logprobs if learner == "student" else pair.teacher_logprobs
+    spread = (logprobs - known[:, -1:]).exp_().mul_(slopes[:, -1:])
+    spread.scatter_(-1, ids, slopes[:, :-1])
+    total = slopes.sum(-1, keepdim=True)
+    value: Tensor = _SoftmaxSum.apply(
+        logits, terms, spread, total, logprobs.exp(), 1.0 / temperature
+    )
+    return value
+
+
+def _terms_and_slopes(
+    divergence: Divergence, pair: LogProbPair, learner: ModelRole
+) -> tuple[PerId, PerId]:
+    """The summands p f(u), and minus their centred slopes in the learner's log-probabilities."""
     parts = divergence.summands(pair)
     if learner == "student":
-        slopes, probs, sign = parts.weights, pair.student_probs, 1.0
-    else:
-        slopes, probs, sign = parts.terms + parts.weights, pair.teacher_probs, -1.0
-    value: Tensor = _SoftmaxSum.apply(logits, parts.terms, slopes, probs, sign / temperature)
-    return value
+        return parts.terms, parts.weights
+    slopes = (parts.terms + parts.weights).neg_()  # -q (f'(u) - f'(1)); see Divergence.summands
+    at_one = divergence.weight_at_one
+    return parts.terms, slopes.add_(pair.difference, alpha=at_one) if at_one else slopes
 
 
 def target_logprob(logits: PerId, logprobs: LogProbs, targets: PositionIds) -> PositionValues:

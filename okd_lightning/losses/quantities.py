@@ -71,13 +71,26 @@ class Tile:
         return self.student_logprobs if role == "student" else self.teacher_logprobs
 
     def pair(self, temperature: float) -> LogProbPair:
-        """Both models' log-probabilities at a temperature, without gradient."""
+        """Both models' log-probabilities at a temperature, without gradient.
+
+        Ids that neither side allows are given a finite log-probability, at which they count 0.
+        """
         if temperature not in self._pairs:
-            self._pairs[temperature] = LogProbPair(
+            pair = LogProbPair(
                 self._constant_logprobs("student", temperature),
                 self._constant_logprobs("teacher", temperature),
             )
+            self._pairs[temperature] = pair if pair.is_finite else pair.without_common_gaps()
         return self._pairs[temperature]
+
+    def shift_pair(self, temperature: float) -> LogProbPair:
+        """The adapted teacher in the student's place and its base in the teacher's."""
+        assert self._base_logits is not None
+        base = self.base_logprobs
+        if temperature != 1.0:
+            base = (self._base_logits / temperature).log_softmax(-1)
+        pair = LogProbPair(self._constant_logprobs("teacher", temperature), base.detach())
+        return pair if pair.is_finite else pair.without_common_gaps()
 
     def _constant_logprobs(self, role: ModelRole, temperature: float) -> Tensor:
         if temperature == 1.0:
@@ -134,12 +147,9 @@ class ExactDivergence(Quantity):
     def measure(self, tile: Tile) -> PositionValues:
         """[positions] nats."""
         temperature = self.divergence.softmax_temperature
-        if temperature is not None:
-            pair = tile.pair(temperature)
-            if pair.is_finite:
-                return divergence_value(
-                    self.divergence, pair, temperature, self.learner, tile.logits(self.learner)
-                )
+        if temperature is not None and (pair := tile.pair(temperature)).is_finite:
+            logits = tile.logits(self.learner)
+            return divergence_value(self.divergence, pair, temperature, self.learner, logits)
         student, teacher = tile.student_logprobs, tile.teacher_logprobs
         if self.learner == "student":
             return self.divergence.value(student, teacher.detach())
@@ -170,6 +180,10 @@ class TeacherShift(Quantity):
 
     def measure(self, tile: Tile) -> PositionValues:
         """[positions] nats."""
+        temperature = self.divergence.softmax_temperature
+        if temperature is not None and (pair := tile.shift_pair(temperature)).is_finite:
+            logits = tile.logits("teacher") if self.learns else tile.logits("teacher").detach()
+            return divergence_value(self.divergence, pair, temperature, "student", logits)
         adapted = tile.teacher_logprobs
         return self.divergence.value(
             adapted if self.learns else adapted.detach(), tile.base_logprobs

@@ -1,6 +1,10 @@
 """Models: loading, vocabulary agreement, and a causal LM as (hidden states, head).
 
 * ``loading``: folders, hub ids, configs and adapters become models, with readable errors.
+* ``sources``: a folder, a hub id with or without a revision, or a GGUF file.
+* ``weight_files``, ``weight_checks``: safetensors that are whole, and models that have them all.
+* ``adapter_folders``, ``adapters``: PEFT on disk and in memory.
+* ``gguf_files``: models that llama.cpp's format holds.
 * ``lengths``: the positions that a model was made for.
 * ``vocabulary``: tokenizers are compared by content; ids outside the tokenizer are masked.
 * ``causality``: whether a model looks at later tokens.
@@ -14,6 +18,7 @@
 * ``causal_lm``: hidden states at the head's input, and the head as a function of positions.
 """
 
+from okd_lightning.models.adapters import GivenPair, add_adapter
 from okd_lightning.models.causal_lm import LMHead, head_inputs
 from okd_lightning.models.causality import check_causal
 from okd_lightning.models.compilation import compile_blocks
@@ -22,7 +27,6 @@ from okd_lightning.models.loading import (
     DTypeName,
     ModelArgument,
     ModelSource,
-    add_adapter,
     check_precision,
     dtype_of,
     eos_token_ids,
@@ -59,6 +63,7 @@ from okd_lightning.models.vocabulary import (
 __all__ = [
     "DEFAULT_EMA_DECAY",
     "DTypeName",
+    "GivenPair",
     "LMHead",
     "ModelArgument",
     "ModelSource",

@@ -7,29 +7,26 @@ the safetensors files, so that the whole model is nowhere.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from okd_lightning.errors import ConfigError, ModelError
+from okd_lightning.models.sources import Source
+from okd_lightning.models.weight_checks import Learns
 
-_INDEX = "model.safetensors.index.json"
 _IS_DEFERRED: ContextVar[bool] = ContextVar("is_deferred", default=False)
 
 
 @contextmanager
-def deferred_weights() -> Iterator[None]:
-    """Within it ``load_causal_lm`` leaves the weights of folders and hub ids on disk."""
-    token = _IS_DEFERRED.set(True)
+def deferred_weights(is_wanted: bool = True) -> Iterator[None]:
+    """Within it ``load_causal_lm`` leaves the weights of folders and hub ids on disk, or not."""
+    token = _IS_DEFERRED.set(is_wanted)
     try:
         yield
     finally:
@@ -41,74 +38,47 @@ def is_deferred() -> bool:
     return _IS_DEFERRED.get()
 
 
+@dataclass(frozen=True)
+class Deferred:
+    """Where the weights of a model are, and what is trained of it."""
+
+    source: Source
+    option: str
+    learns: Learns
+
+
 def causal_lm_without_weights(
-    source: str, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None
+    source: Source,
+    config: PretrainedConfig,
+    option: str,
+    *,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+    learns: Learns,
 ) -> PreTrainedModel:
     """The architecture with its parameters on ``meta``; buffers are real.
 
-    ``weight_files(model)`` finds what belongs in them.
+    ``deferred(model)`` tells what belongs in them.
+
+    Raises:
+        ModelError: A quantised model, whose weights are not read by rows.
     """
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"{option} {source.given!r} is quantised, and its weights cannot be read by rows; use "
+            "loading: every_rank"
+        )
     with _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation
         )
-    model.deferred_from = source
+    model.deferred_from = Deferred(source, option, learns)
     return model.eval()
 
 
-def weight_files(model: nn.Module) -> WeightFiles | None:
+def deferred(model: nn.Module) -> Deferred | None:
     """Where the weights of such a model are; None where it has them."""
-    source = getattr(model, "deferred_from", None)
-    return None if source is None else WeightFiles(source)
-
-
-class WeightFiles:
-    """The safetensors files of one model, read by rows.
-
-    Args:
-        source: A folder, or a hub id, which is downloaded.
-
-    Raises:
-        ModelError: It has no safetensors files.
-    """
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-        folder = Path(source) if Path(source).is_dir() else _downloaded(source)
-        index = folder / _INDEX
-        if index.is_file():
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            self._files = {name: folder / file for name, file in names.items()}
-            return
-        self._files = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as opened:
-                self._files |= dict.fromkeys(opened.keys(), file)
-        if not self._files:
-            raise ModelError(f"{source!r} holds no safetensors files")
-
-    def rows(self, names: Sequence[str], start: int, end: int) -> Tensor:
-        """[end - start, ...] rows of the weight that is stored under one of ``names``.
-
-        Raises:
-            ModelError: It is stored under none of them.
-        """
-        found = next((name for name in names if name in self._files), None)
-        if found is None:
-            raise ModelError(
-                f"{self.source!r} stores no {names[0]}: weights that transformers renames or joins "
-                "while it loads cannot be read by rows; use loading: every_rank"
-            )
-        with safe_open(self._files[found], framework="pt") as opened:
-            part: Tensor = opened.get_slice(found)[start:end]
-        return part
-
-
-def _downloaded(source: str) -> Path:
-    try:
-        return Path(snapshot_download(source, allow_patterns=["*.safetensors", _INDEX]))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise ModelError(f"{source!r}: its weights cannot be reached: {error}") from error
+    return getattr(model, "deferred_from", None)
 
 
 @contextmanager

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from transformers import PretrainedConfig
 
 from okd_lightning.errors import ConfigError
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
-    """The longest sequence that a model was made for, where its config says so."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    """The longest sequence that a model was made for, where its config says so.
+
+    A scaled rotary embedding (YaRN, linear, dynamic, Llama 3) stretches the original context by its
+    factor. Some configs give the stretched length as ``max_position_embeddings`` (Llama 3.1), some
+    the original one (Qwen 2.5 with YaRN): the longer of the two counts. Where layer types have
+    their own scaling (Gemma 3), the shortest reach counts.
+    """
+    text = config.get_text_config()
+    positions: int | None = getattr(text, "max_position_embeddings", None)
+    if positions is None:
+        return None
+    scalings = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    by_layer = [value for value in scalings.values() if isinstance(value, Mapping)]
+    reaches = [_reach(scaling, positions) for scaling in by_layer or [scalings]]
+    return max(positions, min(reaches))
+
+
+def _reach(scaling: Mapping[str, Any], positions: int) -> int:
+    """The original context times the factor; ``positions`` where nothing is scaled."""
+    factor = scaling.get("factor")
+    if not isinstance(factor, int | float):
+        return positions
+    return int(factor * (scaling.get("original_max_position_embeddings") or positions))
 
 
 def check_lengths(

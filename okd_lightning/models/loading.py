@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from peft import AutoPeftModelForCausalLM, PeftConfig
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
@@ -27,21 +27,50 @@ from transformers import (
 )
 
 from okd_lightning.errors import ConfigError, ModelError, ModelNotFoundError
+from okd_lightning.models.adapter_folders import (
+    AdapterFolder,
+    adapted_config,
+    adapter_folder,
+    merge_into_base,
+    naming_base,
+)
 from okd_lightning.models.deferred import (
     causal_lm_without_weights,
+    deferred_weights,
     is_deferred,
-    stand_ins,
 )
+from okd_lightning.models.gguf_files import as_unpacked, unpacking
+from okd_lightning.models.sources import Source, first_line, locate, unreachable
+from okd_lightning.models.weight_checks import (
+    Learns,
+    check_loaded,
+    check_stored_formats,
+    check_values,
+    without_load_report,
+)
+from okd_lightning.models.weight_files import WeightFiles
 
 DTypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 ModelSource: TypeAlias = str | dict[str, Any] | PreTrainedModel
-"""A folder or hub id; a config to start from random weights; or a model that is already loaded."""
+"""A location (``locate``); a config to start from random weights; or a model already loaded."""
 
 if TYPE_CHECKING:
-    ModelArgument: TypeAlias = ModelSource
+    ModelArgument: TypeAlias = ModelSource | PeftModel
 else:  # what can be typed: --help would else list every architecture of transformers
     ModelArgument = str | dict[str, Any]
+
+
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
+"""What transformers raises for a config, a tokenizer or weights that are broken."""
+
+_TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "spiece.model",
+)
 
 
 def check_precision(precision: str) -> None:
@@ -58,9 +87,9 @@ def check_precision(precision: str) -> None:
         )
 
 
-def dtype_of(source: ModelSource | None, asked: DTypeName) -> DTypeName:
+def dtype_of(source: ModelSource | PeftModel | None, asked: DTypeName) -> DTypeName:
     """The number format of a model's weights: a loaded one keeps its own."""
-    if not isinstance(source, PreTrainedModel):
+    if not isinstance(source, PreTrainedModel | PeftModel):
         return asked
     return cast(DTypeName, str(source.dtype).removeprefix("torch."))
 
@@ -69,37 +98,46 @@ def load_model_config(source: ModelSource, option: str, vocab_size: int) -> Pret
     """The configuration of a model, without its weights.
 
     Args:
-        source: Folder, hub id, config mapping (``model_type`` and the fields of that
-            architecture) or a loaded model.
+        source: Folder, file or hub id (see ``locate``), config mapping (``model_type`` and the
+            fields of that architecture) or a loaded model.
         option: How the user named it, for messages, such as ``--model.student``.
         vocab_size: Used by a config mapping that does not give its own.
 
     Raises:
         ModelNotFoundError: No such folder or hub id.
-        ModelError: A config mapping without a known ``model_type``.
+        ModelError: A config mapping without a known ``model_type``, or a broken PEFT folder.
     """
     if isinstance(source, PreTrainedModel):
         return source.config
     if isinstance(source, Mapping):
         return _config_from_mapping(dict(source), option, vocab_size)
-    _require_folder_if_path(source, option)
+    found = locate(source, option)
+    adapter = _adapter_at(found, option)
+    if adapter is not None:
+        with naming_base(adapter):
+            base = load_model_config(adapter.base, option, vocab_size)
+        return adapted_config(adapter, base)
     try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(_not_found(source, option, "model", error)) from error
+        return AutoConfig.from_pretrained(found.name, **found.arguments)
+    except _UNREADABLE as error:
+        raise unreachable(found, option, "model", error) from error
 
 
 def load_tokenizer(source: str, option: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id.
+    """The tokenizer of a folder, file or hub id; of an adapter without one, its base's.
 
     Raises:
         ModelNotFoundError: No such folder or hub id, or no tokenizer in it.
     """
-    _require_folder_if_path(source, option)
+    found = locate(source, option)
+    adapter = _adapter_at(found, option)
+    if adapter is not None and not any(found.file(name) for name in _TOKENIZER_FILES):
+        with naming_base(adapter):
+            return load_tokenizer(adapter.base, option)
     try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(_not_found(source, option, "tokenizer", error)) from error
+        return AutoTokenizer.from_pretrained(found.name, **found.arguments)
+    except _UNREADABLE as error:
+        raise unreachable(found, option, "tokenizer", error) from error
 
 
 def load_causal_lm(
@@ -109,100 +147,114 @@ def load_causal_lm(
     *,
     dtype: DTypeName = "float32",
     attn_implementation: str | None = None,
+    learns: Learns = "nothing",
 ) -> PreTrainedModel:
     """A causal LM: loaded weights, or random ones where ``source`` is a config mapping.
 
     Args:
-        source: What ``config`` was loaded from.
+        source: What ``config`` was loaded from. A PEFT folder gives its base with the adapter
+            merged, a GGUF file its weights dequantised.
         config: From ``load_model_config``.
         option: How the user named it, for messages.
         dtype: Number format of the weights.
         attn_implementation: Such as "sdpa" or "flash_attention_2"; None lets transformers choose.
+        learns: What is trained of it: quantised weights can be frozen, and not trained.
 
     Raises:
-        ModelError: Weights that are not safetensors, or that do not fit the architecture.
+        ModelError: Weights that are missing, broken, not finite, not safetensors, or that do not
+            fit the architecture.
     """
     if isinstance(source, PreTrainedModel):  # in the number format and with the kernel that it has
+        check_values(source, option, learns)
         return source
     number_format = getattr(torch, dtype)
     if isinstance(source, Mapping):
         return AutoModelForCausalLM.from_config(
             config, dtype=number_format, attn_implementation=attn_implementation
         )
-    if (Path(source) / "adapter_config.json").is_file():
-        return _load_adapted(source, option, number_format, attn_implementation)
-    if is_deferred():
-        return causal_lm_without_weights(source, config, number_format, attn_implementation)
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            source,
-            config=config,
+    found = locate(source, option)
+    adapter = _adapter_at(found, option)
+    if adapter is not None:
+        with naming_base(adapter), deferred_weights(False):
+            base_config = load_model_config(adapter.base, option, 0)
+            base = load_causal_lm(
+                adapter.base,
+                base_config,
+                option,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                learns=learns,
+            )
+        return merge_into_base(adapter, base)
+    if is_deferred() and found.gguf_file is None:
+        return causal_lm_without_weights(
+            found,
+            config,
+            option,
             dtype=number_format,
             attn_implementation=attn_implementation,
-            use_safetensors=True,
+            learns=learns,
         )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ModelError(
-            f"{option} {source!r}: the weights could not be loaded as a causal language model "
-            f"(safetensors are needed): {_first_line(error)}"
-        ) from error
+    return _from_files(found, config, option, number_format, attn_implementation, learns)
 
 
-def _load_adapted(
-    folder: str, option: str, number_format: torch.dtype, attn_implementation: str | None
+def _from_files(
+    found: Source,
+    config: PretrainedConfig,
+    option: str,
+    number_format: torch.dtype,
+    attn_implementation: str | None,
+    learns: Learns,
 ) -> PreTrainedModel:
-    """A PEFT folder's base with the adapter merged into its weights."""
+    """A model with all weights of its files, and with no others."""
+    where = f"{option} {found.given!r}"
+    is_local = found.folder is not None and found.gguf_file is None
+    files = WeightFiles(found, option) if is_local else None  # broken ones in words of our own
     try:
-        adapted = AutoPeftModelForCausalLM.from_pretrained(
-            folder,
-            dtype=number_format,
-            attn_implementation=attn_implementation,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise ModelError(f"{option} {folder!r}: {_first_line(error)}") from error
-    if adapted.active_peft_config.is_prompt_learning:
+        with without_load_report():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                found.name,
+                config=config,
+                dtype=number_format,
+                attn_implementation=attn_implementation,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # refused below, by name and in one line
+                output_loading_info=True,
+                **found.arguments,
+                **unpacking(found.gguf_file),
+            )
+    except (*_UNREADABLE, RuntimeError, ImportError, SafetensorError) as error:
+        if found.folder is None and isinstance(error, OSError):
+            raise unreachable(found, option, "model", error) from error
         raise ModelError(
-            f"{option} {folder!r} is a prompt-learning adapter, which cannot be merged into its "
-            "base; use a LoRA module, or the base itself"
-        )
-    return adapted.merge_and_unload()
-
-
-def add_adapter(model: PreTrainedModel, adapter: PeftConfig, option: str) -> None:
-    """Put a trainable PEFT adapter on ``model`` in place and freeze everything else.
-
-    A missing ``task_type`` is filled in. Prompt-learning configs are refused: they need a wrapper
-    around the model that a student cannot be exported from.
-
-    Raises:
-        ConfigError: A prompt-learning config, or target modules that the model does not have.
-    """
-    if adapter.is_prompt_learning:
-        raise ConfigError(
-            f"{option}: {type(adapter).__name__} is a prompt-learning adapter; a student takes "
-            "adapters that change its layers, such as LoraConfig"
-        )
-    adapter.task_type = adapter.task_type or "CAUSAL_LM"
-    try:
-        with stand_ins(model, option):
-            model.add_adapter(adapter)
-        for parameter in model.parameters():
-            if parameter.requires_grad:  # the base may be bfloat16; what is trained is not
-                parameter.data = parameter.data.float()
-    except ConfigError:
-        raise
-    except ValueError as error:
-        layers = sorted(
-            {
-                name.rsplit(".", 1)[-1]
-                for name, module in model.named_modules()
-                if isinstance(module, torch.nn.Linear)
-            }
-        )
-        raise ConfigError(
-            f"{option}: {_first_line(error)} Linear layers of this model: {', '.join(layers)}"
+            f"{where}: the weights could not be loaded as a causal language model "
+            f"(safetensors are needed): {first_line(error)}"
         ) from error
+    model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
+    check_loaded(model, info, where)
+    if found.gguf_file is not None:
+        model = as_unpacked(model)
+    else:
+        files = files or WeightFiles(_downloaded(found), option)
+        check_stored_formats(model, files, where, learns, info["unexpected_keys"])
+    check_values(model, where, learns)
+    return model
+
+
+def _downloaded(found: Source) -> Source:
+    """The local copy of a hub repository that has been downloaded just now."""
+    config = found.file("config.json")
+    assert config is not None
+    return Source(found.given, str(config.parent))
+
+
+def _adapter_at(found: Source, option: str) -> AdapterFolder | None:
+    try:
+        return adapter_folder(found, option)
+    except OSError as error:
+        if isinstance(error, ModelNotFoundError):
+            raise
+        raise unreachable(found, option, "model", error) from error
 
 
 def eos_token_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -220,7 +272,7 @@ def eos_token_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> tu
     """
     ids = _generation_eos(source)
     if ids is None and Path(tokenizer.name_or_path or "").is_dir():
-        ids = _generation_eos(tokenizer.name_or_path)
+        ids = _eos_beside(Source("", tokenizer.name_or_path))
     if ids is None:
         ids = tokenizer.eos_token_id
     if ids is None:
@@ -243,10 +295,20 @@ def _generation_eos(source: ModelSource) -> int | list[int] | None:
         return source.generation_config.eos_token_id if source.generation_config else None
     if isinstance(source, Mapping):
         return source.get("eos_token_id")
+    found = locate(source, "--model.student")
+    if found.gguf_file is not None:  # its tokenizer names the end of a chat's turn
+        return None
+    own = _eos_beside(found)
+    adapter = _adapter_at(found, "--model.student") if own is None else None
+    return own if adapter is None else _generation_eos(adapter.base)
+
+
+def _eos_beside(found: Source) -> int | list[int] | None:
     try:
-        return GenerationConfig.from_pretrained(source).eos_token_id
+        config = GenerationConfig.from_pretrained(found.name, revision=found.revision or "main")
     except OSError:  # a folder without generation_config.json
         return None
+    return cast("int | list[int] | None", config.eos_token_id)
 
 
 def _config_from_mapping(fields: dict[str, Any], option: str, vocab_size: int) -> PretrainedConfig:
@@ -265,28 +327,3 @@ def _config_from_mapping(fields: dict[str, Any], option: str, vocab_size: int) -
     except (ValueError, TypeError, StrictDataclassError) as error:
         reason = str(error.__cause__ or error).strip()
         raise ModelError(f"{option}: {reason.splitlines()[0]}") from error
-
-
-def _require_folder_if_path(source: str, option: str) -> None:
-    path = Path(source)
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
-    if path.exists() or not looks_local:
-        return
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, siblings, n=1)
-    hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-    raise ModelNotFoundError(f"{option} {source!r}: there is no such folder{hint}")
-
-
-def _not_found(source: str, option: str, what: str, error: Exception) -> str:
-    if Path(source).is_dir():
-        return f"{option} {source!r}: the folder holds no {what} that loads: {_first_line(error)}"
-    return (
-        f"{option} {source!r}: neither a folder nor a hub id that can be reached "
-        f"({_first_line(error)}); give the path of a folder with config.json and safetensors"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

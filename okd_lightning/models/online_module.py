@@ -21,7 +21,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.models.loading import add_adapter
+from okd_lightning.models.adapters import add_adapter
+from okd_lightning.models.projection_targets import (
+    choose_targets,
+    describe_adapter,
+    keep_keys,
+)
 from okd_lightning.models.recompute import recompute_activations
 from okd_lightning.models.self_teacher import SelfTeacher
 from okd_lightning.schedules import ScheduleName
@@ -117,7 +122,8 @@ def attach_online_module(
     Args:
         teacher: The base; changed in place.
         config: Any PEFT config; its ``task_type`` is filled in, and a LoRA config without its own
-            ``lora_alpha`` gets ``lora_alpha = r`` (scale 1), which is said once.
+            ``lora_alpha`` gets ``lora_alpha = r`` (scale 1), which is said once. Without its own
+            ``target_modules`` it sits on the query and value projections.
         option: How the user named it, for messages.
         gradient_checkpointing: Recompute the teacher's activations in the backward pass.
 
@@ -135,7 +141,10 @@ def attach_online_module(
         _check_no_cache(config, option)
         recompute_activations(teacher, "--model.teacher")
     if not config.is_prompt_learning:
+        is_by_role = choose_targets(teacher, config)
         add_adapter(teacher, config, option)
+        masked = keep_keys(teacher, config) if is_by_role else []
+        rank_zero_info(f"online module: {describe_adapter(teacher, config, masked)}")
         return teacher.eval()
     if any(parameter.is_meta for parameter in teacher.parameters()):
         raise ConfigError(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import warnings
 
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from okd_lightning.errors import ConfigError, ModelNotFoundError
+from okd_lightning.models.adapters import without_adapter
 from okd_lightning.models.causality import check_causal
 from okd_lightning.models.loading import (
     DTypeName,
@@ -16,6 +19,7 @@ from okd_lightning.models.loading import (
     load_tokenizer,
 )
 from okd_lightning.models.vocabulary import Vocabulary, check_vocabulary_agreement
+from okd_lightning.models.weight_checks import Learns
 
 
 def find_tokenizer(
@@ -53,16 +57,26 @@ def load_checked(
     *,
     dtype: DTypeName,
     attn_implementation: str | None,
+    learns: Learns = "nothing",
 ) -> PreTrainedModel:
     """A causal LM that looks at no later token; see ``load_causal_lm`` for the arguments.
+
+    The adapter of a model in memory is merged into a copy where nothing is trained of it.
 
     Raises:
         ModelError: It cannot be loaded, or is not causal.
     """
     config = load_model_config(source, option, vocab_size)
     model = load_causal_lm(
-        source, config, option, dtype=dtype, attn_implementation=attn_implementation
+        source,
+        config,
+        option,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        learns=learns,
     )
+    if learns == "nothing":
+        model = without_adapter(model)
     check_causal(model, option)
     return model
 
@@ -70,19 +84,37 @@ def load_checked(
 def check_pair(
     tokenizer: PreTrainedTokenizerBase, student: ModelSource, teacher: ModelSource | None
 ) -> Vocabulary:
-    """The vocabulary on which both models are compared.
+    """The vocabulary on which both models are compared: ids that both tables have rows for.
 
     Raises:
-        VocabularyError: A model's own tokenizer differs, or its embedding table is too small.
+        VocabularyError: A model's own tokenizer differs.
     """
-    vocabulary = Vocabulary.of(tokenizer)
+    known = vocabulary = Vocabulary.of(tokenizer)
     for option, source in (("--model.student", student), ("--model.teacher", teacher)):
         if source is None:
             continue
-        vocabulary.check_fits(load_model_config(source, option, vocabulary.size), option)
+        vocabulary = vocabulary.within(_table_rows(source, option, known.size))
         if isinstance(source, str) and source != tokenizer.name_or_path:
             _check_own_tokenizer(tokenizer, source, option)
+    if vocabulary != known:
+        first = tokenizer.convert_ids_to_tokens(vocabulary.size)
+        rank_zero_info(
+            f"the tokenizer has ids up to {known.size - 1}, the models' tables rows up to "
+            f"{vocabulary.size - 1}: ids from {vocabulary.size} ({first!r}) on are never sampled, "
+            "and a row that uses one is an error"
+        )
     return vocabulary
+
+
+def _table_rows(source: ModelSource, option: str, vocab_size: int) -> int:
+    """Rows of a model's embedding, or of its head where that has fewer."""
+    rows = int(load_model_config(source, option, vocab_size).get_text_config().vocab_size)
+    if not isinstance(source, PreTrainedModel):
+        return rows
+    tables = (source.get_input_embeddings(), source.get_output_embeddings())
+    weights = [getattr(table, "weight", None) for table in tables]
+    lengths = [len(w) for w in weights if isinstance(w, Tensor) and w.dim() == 2]
+    return min([rows, *lengths])
 
 
 def _check_own_tokenizer(tokenizer: PreTrainedTokenizerBase, source: str, option: str) -> None:

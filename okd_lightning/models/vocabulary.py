@@ -7,11 +7,12 @@ on both sides, never compared.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.errors import VocabularyError
 
@@ -20,10 +21,10 @@ _PROBE = "The 3 quick foxes' naïve café — 12,345.60€!\n\tdef f(x): return 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The ids that a tokenizer knows.
+    """The ids that a tokenizer knows and the models have rows for.
 
     Attributes:
-        size: One more than the largest valid id; logits are cut to this width.
+        size: One more than the largest such id; logits are cut to this width.
         invalid_ids: Ids below ``size`` that no token has (nearly always none).
     """
 
@@ -45,17 +46,34 @@ class Vocabulary:
         index = torch.tensor(self.invalid_ids, device=logits.device)
         return valid.index_fill(-1, index, float("-inf"))
 
-    def check_fits(self, config: PretrainedConfig, option: str) -> None:
-        """Refuse a model whose embedding table is smaller than the tokenizer.
+    def within(self, rows: int) -> Vocabulary:
+        """The ids that a table of ``rows`` rows has as well.
+
+        A tokenizer may know more (Gemma 3 1B: 262,145 ids, 262,144 rows): those beyond are never
+        sampled, have no probability, and no row of the data may use one.
+        """
+        if rows >= self.size:
+            return self
+        return Vocabulary(rows, tuple(i for i in self.invalid_ids if i < rows))
+
+    def check_ids(self, ids: Iterable[int], what: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse ids that a model's table has no row for.
+
+        Args:
+            ids: Which.
+            what: Where they come from, such as "the student's end-of-sequence ids".
+            tokenizer: Names the token in the message.
 
         Raises:
-            VocabularyError: Naming both sizes.
+            VocabularyError: Naming the first of them.
         """
-        rows = config.get_text_config().vocab_size
-        if rows < self.size:
+        beyond = [i for i in ids if i >= self.size]
+        if beyond:
+            token = tokenizer.convert_ids_to_tokens(beyond[0])
             raise VocabularyError(
-                f"{option}: its embedding table has {rows} rows, but the tokenizer has ids up to "
-                f"{self.size - 1}; use the tokenizer that belongs to this model"
+                f"{what} hold {beyond[0]} ({token!r}), but the models' embedding tables have rows "
+                f"up to {self.size - 1}; use the tokenizer that belongs to these models, or resize "
+                "their embeddings"
             )
 
 

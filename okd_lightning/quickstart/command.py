@@ -12,6 +12,7 @@ import jsonargparse
 from rich.console import Console
 
 from okd_lightning.callbacks import DistillationCallback
+from okd_lightning.config_paths import user_path
 from okd_lightning.errors import ConfigError
 from okd_lightning.quickstart.recipe import GKD_DEFAULTS, Recipe
 from okd_lightning.quickstart.run import Quickstart
@@ -28,7 +29,9 @@ def quickstart_parser() -> jsonargparse.ArgumentParser:
     parser.add_subclass_arguments(
         DistillationCallback, "method", help="KD, GKD, ...; compared with SFT continued"
     )
-    parser.add_argument("--out", type=Path, default=Path("quickstart-out"), help="results go here")
+    parser.add_argument(
+        "--out", type=user_path, default=Path("quickstart-out"), help="results go here"
+    )
     parser.add_argument("--seed", type=int, default=0, help="decides everything but the timings")
     parser.add_argument(
         "--steps", type=int, default=Recipe.method_steps, help="optimizer steps of either run"

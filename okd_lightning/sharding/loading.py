@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import re
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
+from transformers import PreTrainedModel
 
-from okd_lightning.models.deferred import WeightFiles, weight_files
+from okd_lightning.errors import ModelError
+from okd_lightning.models.deferred import deferred
+from okd_lightning.models.weight_checks import (
+    check_stored_formats,
+    computed_buffers,
+    is_finite,
+    is_ignored,
+    not_finite,
+    warn_unexpected,
+)
+from okd_lightning.models.weight_files import WeightFiles
 
 _ADAPTED = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
 """What PEFT puts between a layer's name and its weight's."""
+_OUTDATED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
+"""Buffers that older checkpoints hold and that are worked out now."""
 
 
 @torch.no_grad()
@@ -26,39 +40,102 @@ def fill_from_files(model: nn.Module, device: torch.device) -> int:
         Bytes that this rank has read.
 
     Raises:
-        ModelError: A weight is not in the files under its name.
+        ModelError: A weight is not in the files under its name, is of another shape or not finite,
+            or is stored in a format that is no weight's.
     """
-    files = weight_files(model)
-    if files is None:
+    about = deferred(model)
+    if about is None:
         return 0
-    names: dict[int, list[str]] = {}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, parameter in parameters.items():
-        if parameter.is_meta:
-            names.setdefault(id(parameter), []).append(name)
-    filled, num_bytes = {}, 0
-    for own in names.values():
+    where = f"{about.option} {about.source.given!r}"
+    files = WeightFiles(about.source, about.option)
+    check_stored_formats(cast(PreTrainedModel, model), files, where, about.learns)
+    parameters, names = _parameters_on_meta(model)
+    filled: dict[str, Tensor] = {}
+    used: set[str] = set()
+    broken, num_bytes = [], 0
+    for own in names:
         old = parameters[own[0]]
-        data = _read(files, [_stored(model, name) for name in own], old, device)
-        num_bytes += data.to_local().nbytes if isinstance(data, DTensor) else data.nbytes
-        new = nn.Parameter(data, requires_grad=old.requires_grad)
-        filled.update(dict.fromkeys(own, new))
+        stored = [_stored(model, name) for name in own]
+        candidates = [name for group in zip(*stored, strict=True) for name in group]
+        used.update(candidates)
+        data = _read(files, candidates, old, device)
+        local = data.to_local() if isinstance(data, DTensor) else data
+        num_bytes += local.nbytes
+        if not is_finite(local):
+            broken.append(own[0])
+        filled.update(dict.fromkeys(own, nn.Parameter(data, requires_grad=old.requires_grad)))
+    if broken := _of_all_ranks(broken):
+        raise ModelError(not_finite(broken, where))
+    for name, candidates in _stored_buffers(model, files).items():
+        buffer = model.get_buffer(name)
+        used.update(candidates)
+        read = files.rows(candidates, 0, _num_rows(buffer), buffer.shape)
+        filled[name] = read.to(buffer.device, buffer.dtype, copy=True)
     model.load_state_dict(filled, strict=False, assign=True)
+    _warn_unused(model, set(files.names) - used, where)
     return num_bytes
 
 
-def _read(files: WeightFiles, names: list[list[str]], old: Tensor, device: torch.device) -> Tensor:
+def _parameters_on_meta(model: nn.Module) -> tuple[dict[str, nn.Parameter], list[list[str]]]:
+    """All parameters by name, and the names of each one that is on ``meta`` (tied: several)."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        if parameter.is_meta:
+            names.setdefault(id(parameter), []).append(name)
+    return parameters, list(names.values())
+
+
+def _stored_buffers(model: nn.Module, files: WeightFiles) -> dict[str, list[str]]:
+    """Buffers that belong to a model's state (DeepSeek's routing bias), and their stored names."""
+    computed = computed_buffers(model)
+    ignored = getattr(model, "_keys_to_ignore_on_load_missing", None)
+    found = {}
+    for name, _ in model.named_buffers():
+        candidates = _stored(model, name)
+        is_there = files.stored_under(candidates) is not None
+        if name not in computed and (is_there or not is_ignored(name, ignored)):
+            found[name] = candidates
+    return found
+
+
+def _warn_unused(model: nn.Module, names: set[str], where: str) -> None:
+    """What transformers says while it loads; here the class's own patterns excuse names as well."""
+    ignored = (*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_OUTDATED)
+    unused = [name for name in names if not is_ignored(name, ignored)]
+    if unused and _is_first_rank():
+        warn_unexpected(unused, where)
+
+
+def _is_first_rank() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _of_all_ranks(names: list[str]) -> list[str]:
+    """Names that any rank has found: all of them raise, so that none waits for another."""
+    if not torch.distributed.is_initialized():
+        return names
+    found: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(found, names)
+    return sorted({name for part in found for name in part})
+
+
+def _num_rows(value: Tensor) -> int:
+    return value.shape[0] if value.dim() else 0
+
+
+def _read(files: WeightFiles, names: list[str], old: Tensor, device: torch.device) -> Tensor:
     """This rank's rows of a weight that has one of ``names``, in ``old``'s number format."""
-    candidates = [name for group in zip(*names, strict=True) for name in group]
     if not isinstance(old, DTensor):
-        return files.rows(candidates, 0, old.shape[0]).to(device, old.dtype, copy=True)
+        return files.rows(names, 0, _num_rows(old), old.shape).to(device, old.dtype, copy=True)
     (placement,) = old.placements
     assert placement == Shard(0)
     mesh, num_rows = old.device_mesh, old.shape[0]
     size = -(-num_rows // mesh.size())
     start = min(mesh.get_local_rank() * size, num_rows)
     end = min(start + size, num_rows)
-    part = files.rows(candidates, start, end).to(device, old.dtype, copy=True)  # not the file's map
+    part = files.rows(names, start, end, old.shape)
+    part = part.to(device, old.dtype, copy=True)  # not the file's map
     return DTensor.from_local(
         part, mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
     )

@@ -17,6 +17,9 @@ from transformers import PreTrainedModel
 from okd_lightning.durable_files import read_json, write_json
 from okd_lightning.errors import ConfigError, ModelError
 from okd_lightning.models import ModelSource, load_model_config
+from okd_lightning.models.adapter_folders import adapter_folder
+from okd_lightning.models.sources import Source, locate
+from okd_lightning.models.weight_files import safetensors_in
 
 _MEMO = "weights.json"
 _BLOCK = 2**24
@@ -42,8 +45,11 @@ def teacher_identity(source: ModelSource, vocab_size: int, folder: Path) -> str:
             "model.teacher_cache keeps what a teacher says for later runs, and --model.teacher is "
             "a config with random weights: save the model and name its folder"
         )
-    if Path(source).is_dir():
-        return _of_folder(Path(source), vocab_size, folder)
+    found = locate(source, "--model.teacher")
+    if found.folder is not None and found.gguf_file is not None:
+        return _digests([found.folder / found.gguf_file], folder)[0]
+    if found.folder is not None:
+        return _of_folder(found, vocab_size, folder)
     version = getattr(
         load_model_config(source, "--model.teacher", vocab_size), "_commit_hash", None
     )
@@ -64,31 +70,24 @@ def _of_memory(model: PreTrainedModel) -> str:
     return found.hexdigest()
 
 
-def _of_folder(teacher: Path, vocab_size: int, folder: Path) -> str:
+def _of_folder(source: Source, vocab_size: int, folder: Path) -> str:
     found = hashlib.sha256()
-    names = [name for name in ("config.json", "adapter_config.json") if (teacher / name).is_file()]
-    for name in names:
-        found.update((teacher / name).read_bytes())
-    for digest in _digests(_weight_files(teacher), folder):
-        found.update(digest.encode())
-    if "adapter_config.json" in names:
-        base = read_json(teacher / "adapter_config.json")["base_model_name_or_path"]
-        found.update(teacher_identity(base, vocab_size, folder).encode())
-    return found.hexdigest()
-
-
-def _weight_files(teacher: Path) -> list[Path]:
-    """The safetensors files that a model is loaded from, by name."""
-    index = teacher / "model.safetensors.index.json"
-    if index.is_file():
-        return [teacher / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    files = sorted(teacher.glob("*.safetensors"))
+    teacher = Path(source.name)
+    for name in ("config.json", "adapter_config.json"):
+        if (teacher / name).is_file():
+            found.update((teacher / name).read_bytes())
+    adapter = adapter_folder(source, "--model.teacher")
+    files = safetensors_in(teacher) if adapter is None else [adapter.weights]
     if not files:
         raise ModelError(
             f"--model.teacher {str(teacher)!r}: no safetensors in this folder; give one with the "
             "teacher's weights"
         )
-    return files
+    for digest in _digests(files, folder):
+        found.update(digest.encode())
+    if adapter is not None:
+        found.update(teacher_identity(adapter.base, vocab_size, folder).encode())
+    return found.hexdigest()
 
 
 def _digests(files: Iterable[Path], folder: Path) -> list[str]:

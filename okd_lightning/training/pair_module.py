@@ -20,6 +20,7 @@ from okd_lightning.checkpoints.folders import read_folders
 from okd_lightning.errors import ConfigError
 from okd_lightning.models import (
     DTypeName,
+    GivenPair,
     ModelArgument,
     ModelSource,
     OnlineModuleSettings,
@@ -56,6 +57,7 @@ class PairModule(PairRuns):
     """Both models of a distillation; see ``DistillationModule`` for the arguments."""
 
     shared_by_copies: tuple[str, ...] = (
+        "_given",
         "tokenizer",
         "vocabulary",
         "engine",
@@ -88,26 +90,23 @@ class PairModule(PairRuns):
         others = {"teacher": teacher, "self_teacher": self_teacher, "teacher_cache": teacher_cache}
         check_served_teacher(teacher_server, {**others, "teacher_dtype": teacher_dtype})
         check_cached_teacher(teacher_cache, self_teacher, teacher is not None)
-        if isinstance(student, PreTrainedModel) and student is teacher:
-            raise ConfigError(
-                "student and teacher are the same object: the teacher is frozen, so the student "
-                "would not train; load it twice, or give self_teacher in place of the teacher"
-            )
-        self._sources = (student, teacher)  # a tuple: a loaded model is registered once, as student
+        given = GivenPair.of(student, teacher, student_adapter)
+        self._given = given  # no module: a loaded model is registered once, as student
         self.dtype_name = dtype_of(student, dtype)
         self.teacher_dtype_name = dtype_of(teacher, teacher_dtype or dtype)
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
-        self.student_adapter = student_adapter
+        self.student_adapter = given.adapter
         self.self_teacher = self_teacher
         self.tile_positions = tile_positions
         self.packing = packing
         self.compile_blocks = compile_blocks
         self.engine = engine
         self.packs_student = self.packs_teacher = False  # before there are models
-        self.tokenizer = find_tokenizer(tokenizer, student, teacher)
-        self.vocabulary = check_pair(self.tokenizer, student, teacher)
-        self.eos_ids = eos_token_ids(student, self.tokenizer)
+        self.tokenizer = find_tokenizer(tokenizer, given.student, given.teacher)
+        self.vocabulary = check_pair(self.tokenizer, given.student, given.teacher)
+        self.eos_ids = eos_token_ids(given.student, self.tokenizer)
+        self.vocabulary.check_ids(self.eos_ids, "the end-of-sequence ids", self.tokenizer)
         self.cached_teacher: CachedTeacher | None = None
         if teacher_cache is not None:
             self.cached_teacher = CachedTeacher(TeacherCache.of(teacher_cache), self.vocabulary)
@@ -126,12 +125,12 @@ class PairModule(PairRuns):
     @property
     def student_source(self) -> ModelSource:
         """What the student is loaded from."""
-        return self._sources[0]
+        return self._given.student
 
     @property
     def teacher_source(self) -> ModelSource | None:
         """What the teacher is loaded from (a self-teacher as the student is); None without one."""
-        return self._sources[1] if self.self_teacher is None else self._sources[0]
+        return self._given.teacher if self.self_teacher is None else self._given.student
 
     @property
     def has_teacher(self) -> bool:
@@ -169,10 +168,11 @@ class PairModule(PairRuns):
             self.vocabulary.size,
             dtype=self.dtype_name,
             attn_implementation=self.attn_implementation,
+            learns="all" if self.student_adapter is None else "adapter",
         )
         if self.self_teacher == "frozen" and not self._teaches_as_base:
             self.teacher = teacher_copy(self.student)
-        if self.student_adapter is not None:
+        if self.student_adapter is not None and not self._given.has_adapter:
             add_adapter(self.student, self.student_adapter, "--model.student_adapter")
         if self.self_teacher == "ema":
             self.teacher = teacher_copy(self.student)
@@ -186,7 +186,8 @@ class PairModule(PairRuns):
     @property
     def _teaches_as_base(self) -> bool:
         """Whether a frozen self-teacher is the student without its adapter, and no copy."""
-        return self.student_adapter is not None and self.online_module is None
+        is_new = self.student_adapter is not None and not self._given.has_adapter
+        return is_new and self.online_module is None
 
     def _build_teacher(self) -> None:
         if self.self_teacher is None and self.teacher is None:

@@ -36,10 +36,12 @@ def add_state(module: DistillationModule, checkpoint: dict[str, Any]) -> None:
     checkpoint["okd_lightning"] = {
         "config": module.run_config,
         "arguments": module.arguments,
+        "started_in": module.started_in,
         "eos_ids": list(module.eos_ids),
         "online_module": None if module.online_module is None else module.online_module.to_dict(),
         "methods": [kind_of(term) for term in module.terms],
         "self_teacher": module.self_teacher,
+        "optimizer": module.optimizer_settings.to_dict(),
         "accumulate": trainer.accumulate_grad_batches,
         "metrics": {
             **module.measured_before,

@@ -127,13 +127,13 @@ def test_golden_tool_calls(shared_data):
         assert found["tool_call_match"] == pytest.approx(rewarded)
         return {name.split("_")[1]: statistics.mean(values) for name, values in found.items()}
 
-    assert means(lambda calls: calls) == {"call": 1, "name": 1, "arguments": 1}
+    assert means(lambda calls: calls) == {"call": 1, "name": 1, "arguments": 1, "calls": 1}
     renamed = means(lambda calls: [(name + "x", a) for name, a in calls])
-    assert renamed == {"call": 0, "name": 0, "arguments": 0}
+    assert renamed == {"call": 0, "name": 0, "arguments": 0, "calls": 0}
     changed = means(lambda calls: [(name, {**a, "more": 1}) for name, a in calls])
-    assert changed == {"call": 0.5, "name": 1, "arguments": 0}
+    assert changed == {"call": 0.5, "name": 1, "arguments": 0, "calls": 0}
     doubled = means(lambda calls: [*calls, *calls])
-    assert doubled == {"call": 0.5, "name": 0.5, "arguments": 0.5}
+    assert doubled == {"call": 0.5, "name": 0.5, "arguments": 0.5, "calls": 0}
 
 
 def _is_json(text: str) -> bool:
@@ -148,7 +148,7 @@ def test_rows_that_call_nothing_are_left_out():
     call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
     found = scored(ToolCallScore(), [(call, "just words"), (call, call), ("words", call)])
     assert math.isnan(found["tool_call_match"][0])
-    assert found["tool_call_match"][1:] == [1, 0]
+    assert list(found["tool_call_match"][1:]) == [1, 0]
 
 
 def test_any_reward_function_is_a_measure(tmp_path, make_module):

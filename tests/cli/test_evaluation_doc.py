@@ -74,7 +74,8 @@ def test_its_commands_and_where_the_numbers_are(runs, okd, here):
     }
     assert task["test/avg_at_4"] == task["test/pass_at_1"]
     assert {n for n in tools if "tool" in n} == {
-        *("test/tool_call_match", "test/tool_name_match", "test/tool_arguments_match")
+        *("test/tool_call_match", "test/tool_name_match", "test/tool_arguments_match"),
+        "test/tool_calls_equal",
     }
     assert not {n for n in tools if "exact_match" in n}
     lines = (runs / "gsm8k" / "measures.jsonl").read_text().splitlines()

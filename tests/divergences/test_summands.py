@@ -36,7 +36,8 @@ def by_closed_form(divergence: Divergence, student: Tensor, teacher: Tensor):
     pair = LogProbPair((student / tau).log_softmax(-1), (teacher / tau).log_softmax(-1))
     assert pair.is_finite
     parts = divergence.summands(pair)
-    slopes = parts.terms + parts.weights
+    at_one = divergence.weight_at_one
+    slopes = parts.terms + parts.weights - at_one * pair.difference
     p, q = pair.student_probs, pair.teacher_probs
     of_student = p * parts.weights.sum(-1, keepdim=True) - parts.weights
     of_teacher = slopes - q * slopes.sum(-1, keepdim=True)
@@ -67,7 +68,8 @@ def test_summands_are_the_definition(case):
     log_ratio = teacher - student
     p = student.exp()
     torch.testing.assert_close(parts.terms, p * case.divergence.generator(log_ratio))
-    torch.testing.assert_close(parts.weights, p * case.divergence.weight(log_ratio))
+    torch.testing.assert_close(parts.weights, p * case.divergence.centred_weight(log_ratio))
+    assert case.divergence.weight_at_one == float(case.divergence.weight(torch.zeros(1).double()))
 
 
 @pytest.mark.parametrize("extreme", [(-120.0, -1.0), (-1.0, -120.0), (-60.0, -150.0)], ids=str)

@@ -2,7 +2,8 @@
 
 Frozen here: ids behind the tokenizer and gaps in it change nothing, whatever the weights of their
 rows are: not the loss, not the gradient, not what is written; tokenizers are compared by content
-and by how they cut text, not by size; a table that is too small for the tokenizer is refused.
+and by how they cut text, not by size; an id that a table has no row for is masked as well, and a
+row of the data that uses it is an error.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from okd_lightning.callbacks import GKD, KD
 from okd_lightning.divergences import Jeffreys, JensenShannon
-from okd_lightning.errors import VocabularyError
+from okd_lightning.errors import DataError, VocabularyError
 from okd_lightning.models import Vocabulary, check_vocabulary_agreement
 from okd_lightning.module import DistillationModule
 
@@ -148,9 +149,44 @@ def test_folders_whose_tokenizers_differ_are_refused(tmp_path, student_folder):
         DistillationModule(str(student_folder), str(tmp_path))
 
 
+def with_a_special_more() -> PreTrainedTokenizerFast:
+    """As Gemma 3's image token: an id more than the models have rows."""
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    return tokenizer
+
+
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_a_table_that_is_smaller_than_the_tokenizer_is_refused(side, make_module):
-    small = tiny.make_llama(1, tiny.NUM_IDS)
-    small.config.vocab_size = tiny.NUM_IDS - 1
-    with pytest.raises(VocabularyError, match=f"--model.{side}.*18 rows.*ids up to 18"):
-        make_module(**{side: small}, tokenizer=tiny.make_tokenizer())
+def test_an_id_without_a_row_is_never_sampled(side, tmp_path, tiny_pair):
+    """Nor counted: the run is the one of the tokenizer without it."""
+    found = []
+    for tokenizer in (tiny.make_tokenizer(), with_a_special_more()):
+        pair = dict(zip(("student", "teacher"), copy.deepcopy(tiny_pair), strict=True))
+        pair[side] = tiny.make_llama(5, tiny.NUM_IDS)
+        module = DistillationModule(**pair, tokenizer=tokenizer, learning_rate=1e-2)
+        assert module.vocabulary == Vocabulary(tiny.NUM_IDS)
+        recorder = tiny.fit(tmp_path, module, [GKD(on_policy_fraction=1.0)], tiny.make_rows(8))
+        found.append((recorder.losses, [recorder.rows(i) for i in range(2)]))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("column", ["prompt", "response"])
+def test_a_row_with_such_an_id_is_a_data_error(column, tmp_path):
+    models = (tiny.make_llama(1, tiny.NUM_IDS), tiny.make_llama(2, tiny.NUM_IDS))
+    module = DistillationModule(*models, tokenizer=with_a_special_more())
+    rows = tiny.make_rows(4)
+    rows[2][column] = "ab<image>c"
+    with pytest.raises(DataError, match=r"row 3: the token '<image>' has id 19.*rows up to 18"):
+        tiny.fit(tmp_path, module, [KD()], rows)
+
+
+def test_an_end_without_a_row_is_refused():
+    models = (tiny.make_llama(1, tiny.NUM_IDS), tiny.make_llama(2, tiny.NUM_IDS))
+    models[0].generation_config.eos_token_id = tiny.NUM_IDS
+    with pytest.raises(VocabularyError, match=r"end-of-sequence ids hold 19 .'<image>'.*up to 18"):
+        DistillationModule(*models, tokenizer=with_a_special_more())
+
+
+def test_rows_are_those_that_both_tables_have():
+    assert Vocabulary(8, (3, 6)).within(5) == Vocabulary(5, (3,))
+    assert Vocabulary(8, (3, 6)).within(9) == Vocabulary(8, (3, 6))

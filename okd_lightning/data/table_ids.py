@@ -1,0 +1,45 @@
+"""Rows whose ids the models have no embedding for, as a tokenizer with more ids can make them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from okd_lightning.errors import DataError
+from okd_lightning.models import Vocabulary
+from okd_lightning.records import Example
+
+
+def check_table_ids(
+    examples: Sequence[Example],
+    vocabulary: Vocabulary,
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+) -> None:
+    """Refuse a row with an id that is beyond the models' embedding tables.
+
+    Where the tables have a row for every id of the tokenizer, which is nearly always, no row is
+    looked at.
+
+    Args:
+        examples: Tokenized rows.
+        vocabulary: The ids that both tables have.
+        tokenizer: What made the ids.
+        where: The data set's name for messages.
+
+    Raises:
+        DataError: Naming the row and the token.
+    """
+    if Vocabulary.of(tokenizer).size <= vocabulary.size:
+        return
+    for example in examples:
+        for ids in (example.prompt_ids, example.response_ids, example.teacher_prompt_ids):
+            beyond = next((i for i in ids if i >= vocabulary.size), None)
+            if beyond is not None:
+                token = tokenizer.convert_ids_to_tokens(beyond)
+                raise DataError(
+                    f"{where}, row {example.index + 1}: the token {token!r} has id {beyond}, and "
+                    f"the models' embedding tables have rows up to {vocabulary.size - 1}; take it "
+                    "out of the row, or use the tokenizer that belongs to these models"
+                )

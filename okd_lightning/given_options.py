@@ -1,0 +1,73 @@
+"""What was given, layer by layer: a checkpoint's config, config files, the command line.
+
+A parsed configuration does not tell a given value from a default. Where two options decide one
+quantity, or an option does nothing in a run, that is what counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import yaml
+
+Layer: TypeAlias = dict[str, Any]
+"""Option, as one types it (model.optimizer.lr) → its value."""
+
+_SECTIONS = ("model", "data", "trainer", "method")
+
+
+def layers(arguments: Sequence[str]) -> list[Layer]:
+    """Return what every config and, last, the command line gives.
+
+    Args:
+        arguments: As the parser takes them: options behind a command, configs as YAML text.
+    """
+    found: list[Layer] = []
+    typed: Layer = {}
+    for option, text in options_of(arguments):
+        value = parsed(text)
+        if option == "config":
+            found.append(flattened(value) if isinstance(value, Mapping) else {})
+            continue
+        if option in _SECTIONS and isinstance(value, str) and Path(value).is_file():
+            value = parsed(Path(value).read_text())
+        typed |= flattened({option: value})
+    return [*found, typed]
+
+
+def options_of(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the typed options without their dashes, each with its text."""
+    found = []
+    for i, word in enumerate(arguments):
+        if not word.startswith("--"):
+            continue
+        option, equals, value = word[2:].partition("=")
+        follows = arguments[i + 1] if i + 1 < len(arguments) else ""
+        found.append((option, value if equals else follows))
+    return found
+
+
+def flattened(config: Mapping[str, Any], prefix: str = "") -> Layer:
+    """Return nested settings under the names that one types: without class_path and init_args."""
+    found: Layer = {}
+    for key, value in config.items():
+        if key == "class_path":
+            found[prefix] = value
+            continue
+        part = "" if key == "init_args" else str(key).replace(".init_args", "")
+        name = ".".join(filter(None, (prefix, part)))
+        if isinstance(value, Mapping) and value:
+            found |= flattened(value, name)
+        else:
+            found[name] = value
+    return found
+
+
+def parsed(text: str) -> Any:
+    """Return a typed value as YAML reads it; the text where it is none."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text

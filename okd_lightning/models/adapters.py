@@ -1,0 +1,168 @@
+"""PEFT adapters on models in memory: a new one on a student, or one that a model was given with.
+
+A ``PeftModel`` is read as the model inside it, with the adapter's layers in their places: the same
+that ``add_adapter`` makes. As a student its adapter is trained; as a teacher it is merged into a
+copy of the layers under it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from okd_lightning.errors import ConfigError, ModelError
+from okd_lightning.models.deferred import stand_ins
+from okd_lightning.models.merging import merge_adapters
+from okd_lightning.models.sources import first_line
+from okd_lightning.models.weight_checks import is_quantised
+
+if TYPE_CHECKING:
+    from okd_lightning.models.loading import ModelSource
+
+
+def adapter_layers(model: nn.Module) -> list[Any]:
+    """The layers of a model that PEFT has put adapters on."""
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+@dataclass(frozen=True)
+class GivenPair:
+    """Student and teacher as they were given, each ``PeftModel`` as the model inside it.
+
+    Attributes:
+        student: Location, config or model.
+        teacher: The same; None without one.
+        adapter: What is trained of the student in place of its own weights; None for those.
+        has_adapter: Whether the student was given with that adapter on it.
+    """
+
+    student: ModelSource
+    teacher: ModelSource | None
+    adapter: PeftConfig | None
+    has_adapter: bool
+
+    @classmethod
+    def of(
+        cls,
+        student: ModelSource | PeftModel,
+        teacher: ModelSource | PeftModel | None,
+        adapter: PeftConfig | None,
+    ) -> GivenPair:
+        """Read what the user gave.
+
+        Raises:
+            ConfigError: One object as student and teacher, or a second adapter for a student.
+            ModelError: A ``PeftModel`` of prompt learning.
+        """
+        own, other = _unwrapped(student, "student"), _unwrapped(teacher, "teacher")
+        assert own is not None
+        if isinstance(own, PreTrainedModel) and own is other:
+            raise ConfigError(
+                "student and teacher are the same object: the teacher is frozen, so the student "
+                "would not train; load it twice, or give self_teacher in place of the teacher"
+            )
+        carried = _carried_adapter(own)
+        if adapter is not None and carried is not None:
+            raise ConfigError(
+                "the student is a model with an adapter, and model.student_adapter asks for "
+                "another one: leave student_adapter out to train the one it has, or give "
+                "peft_model.merge_and_unload() as the student"
+            )
+        return cls(own, other, adapter or carried, carried is not None)
+
+
+def _unwrapped(source: ModelSource | PeftModel | None, side: str) -> ModelSource | None:
+    """The model inside a ``PeftModel``, its adapter's layers included; all else stays as it is.
+
+    Prompt learning is in the wrapper and not in the model's layers.
+    """
+    if not isinstance(source, PeftModel):
+        return source
+    if source.active_peft_config.is_prompt_learning:
+        raise ModelError(
+            f"the {side} is a PeftModel with a prompt-learning adapter, which is no part of the "
+            "model's layers; give a LoRA adapter, or the base itself"
+        )
+    model = cast(PreTrainedModel, source.get_base_model())
+    model._hf_peft_config_loaded = True  # so that save_pretrained writes a PEFT folder
+    return model
+
+
+def _carried_adapter(source: ModelSource) -> PeftConfig | None:
+    """The config of the active adapter that a model in memory was given with; None without one."""
+    if not isinstance(source, PreTrainedModel):
+        return None
+    active = [name for layer in adapter_layers(source) for name in layer.active_adapters]
+    return cast("dict[str, PeftConfig]", source.peft_config)[active[0]] if active else None
+
+
+def add_adapter(model: PreTrainedModel, adapter: PeftConfig, option: str) -> None:
+    """Put a trainable PEFT adapter on ``model`` in place and freeze everything else.
+
+    A missing ``task_type`` is filled in. Prompt-learning configs are refused: they need a wrapper
+    around the model that a student cannot be exported from.
+
+    Raises:
+        ConfigError: A prompt-learning config, or target modules that the model does not have.
+    """
+    if adapter.is_prompt_learning:
+        raise ConfigError(
+            f"{option}: {type(adapter).__name__} is a prompt-learning adapter; a student takes "
+            "adapters that change its layers, such as LoraConfig"
+        )
+    adapter.task_type = adapter.task_type or "CAUSAL_LM"
+    try:
+        with stand_ins(model, option), warnings.catch_warnings():
+            # PEFT sets it to what the layer is (GPT-2's are transposed) and says so
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+            model.add_adapter(adapter)
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # the base may be bfloat16; what is trained is not
+                parameter.data = parameter.data.float()
+    except ConfigError:
+        raise
+    except ValueError as error:
+        layers = sorted(
+            {
+                name.rsplit(".", 1)[-1]
+                for name, module in model.named_modules()
+                if isinstance(module, nn.Linear)
+            }
+        )
+        raise ConfigError(
+            f"{option}: {first_line(error)} Linear layers of this model: {', '.join(layers)}"
+        ) from error
+
+
+def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
+    """A model with its adapters merged; ``model`` itself stays as it is.
+
+    What no adapter changes is shared in memory, as frozen parameters; adapted layers are copied. A
+    quantised model keeps its adapter on its layers: merging would round it away.
+    """
+    layers = adapter_layers(model)
+    if not layers or is_quantised(model):
+        return model
+    adapted = {id(p) for layer in layers for p in layer.parameters()}
+    shared = {
+        id(p): nn.Parameter(p.detach(), requires_grad=False)
+        for p in model.parameters()
+        if id(p) not in adapted
+    }
+    plain = deepcopy(model, cast("dict[int, object]", shared))
+    with torch.no_grad():
+        is_taken_apart = merge_adapters(plain)
+    if is_taken_apart:
+        plain.config.tie_word_embeddings = False
+    plain._hf_peft_config_loaded = False
+    return plain

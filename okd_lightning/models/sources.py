@@ -1,0 +1,216 @@
+"""The location of a model's files: a folder, a hub id with or without a revision, a GGUF file.
+
+Owns how ``--model.student`` and ``--model.teacher`` are read as text, and the one-line error for
+each way in which such a location cannot be reached. Does not own what is in the files.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import is_offline_mode
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers.utils import cached_file
+
+from okd_lightning.errors import ModelNotFoundError
+from okd_lightning.models.gguf_files import SUFFIX, require_gguf
+
+_REMOTE_CODE = ("trust_remote_code", "custom code")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's files are.
+
+    Attributes:
+        given: What the user wrote.
+        name: A folder or a hub id, as transformers takes it.
+        revision: Branch, tag or commit of a hub id; None for its main branch.
+        gguf_file: The file within ``name`` that holds config, tokenizer and weights; None for a
+            folder of config.json and safetensors.
+    """
+
+    given: str
+    name: str
+    revision: str | None = None
+    gguf_file: str | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder; None for a hub id."""
+        path = Path(self.name)
+        return path if path.is_dir() else None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What every ``from_pretrained`` of transformers gets beside ``name``.
+
+        Code of a repository is never run: without the explicit False transformers asks on stdin.
+        """
+        known = {"revision": self.revision, "gguf_file": self.gguf_file}
+        given = {name: value for name, value in known.items() if value is not None}
+        return {"trust_remote_code": False, **given}
+
+    def file(self, name: str) -> Path | None:
+        """A file of the folder or repository, downloaded where it has to be; None without it."""
+        if self.folder is not None:
+            path = self.folder / name
+            return path if path.is_file() else None
+        found = cached_file(
+            self.name,
+            name,
+            revision=self.revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return None if found is None else Path(found)
+
+
+def locate(source: str, option: str) -> Source:
+    """Read what the user wrote as a location.
+
+    In this order: a folder; a ``.gguf`` file; ``owner/name[@revision]`` on the hub;
+    ``owner/name/FILE.gguf[@revision]`` on the hub. A folder may have @ in its name.
+
+    Args:
+        source: Folder, file or hub id.
+        option: How the user named it, for messages.
+
+    Raises:
+        ModelNotFoundError: No such folder or file, or another file than GGUF.
+        ModelError: A GGUF file where the package that reads them is not installed.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return Source(source, str(path))
+    if path.is_file():
+        if path.suffix.lower() != SUFFIX:
+            raise ModelNotFoundError(
+                f"{option} {source!r} is a file; expected a folder with config.json and "
+                f"safetensors (such as {str(path.parent)!r}), a .gguf file, or a hub id"
+            )
+        require_gguf(source, option)
+        return Source(source, str(path.parent), gguf_file=path.name)
+    name, at, revision = source.partition("@")
+    parts = name.split("/")
+    is_path = source.startswith((".", "/", "~"))
+    is_hub_file = len(parts) > 2 and name.lower().endswith(SUFFIX) and not is_path
+    if is_path or (len(parts) > 2 and not is_hub_file):
+        raise ModelNotFoundError(f"{option} {source!r}: there is no such folder{_near(path)}")
+    if at and not revision:
+        raise ModelNotFoundError(
+            f"{option} {source!r}: no revision after @; give {name}@BRANCH_TAG_OR_COMMIT, or {name}"
+        )
+    if is_hub_file:
+        require_gguf(source, option)
+        return Source(source, "/".join(parts[:2]), revision or None, "/".join(parts[2:]))
+    return Source(source, name, revision or None)
+
+
+def unreachable(source: Source, option: str, what: str, error: Exception) -> ModelNotFoundError:
+    """The error for a model or tokenizer that does not load, on one line.
+
+    Args:
+        source: Where it should be.
+        option: How the user named it.
+        what: "model" or "tokenizer".
+        error: What transformers raised.
+    """
+    start = f"{option} {source.given!r}"
+    if needs_remote_code(error):
+        return ModelNotFoundError(f"{start}: {REMOTE_CODE_ADVICE}")
+    if source.gguf_file is not None and source.folder is not None:
+        return ModelNotFoundError(f"{start}: no {what} can be read from it: {first_line(error)}")
+    if source.folder is not None:
+        return ModelNotFoundError(
+            f"{start}: the folder holds no {what} that loads: {first_line(error)}"
+            f"{_other_contents(source.folder) if what == 'model' else ''}"
+        )
+    return ModelNotFoundError(f"{start}: {_hub_reason(source, error)}")
+
+
+REMOTE_CODE_ADVICE = (
+    "its architecture is code of its own repository (auto_map in config.json), which is not run; "
+    "use a model whose model_type transformers has"
+)
+
+
+def needs_remote_code(error: Exception) -> bool:
+    """Whether transformers refused because it would have to run a repository's code."""
+    return any(text in str(error) for text in _REMOTE_CODE)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a message, or the exception's name."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _hub_reason(source: Source, error: Exception) -> str:
+    """Why a hub id cannot be read, and what to do."""
+    kinds = {type(cause) for cause in _causes(error)}
+
+    def is_any(*wanted: type[Exception]) -> bool:
+        return any(issubclass(kind, wanted) for kind in kinds)
+
+    if is_any(GatedRepoError):
+        return (
+            f"the repository is gated; accept its terms at https://huggingface.co/{source.name} "
+            "and log in (hf auth login, or the environment variable HF_TOKEN)"
+        )
+    if is_any(RevisionNotFoundError):
+        return f"the repository has no revision {source.revision!r}; give a branch, tag or commit"
+    if is_any(RepositoryNotFoundError):
+        return (
+            "neither a folder nor a hub id: the hub has no such repository (a private one needs "
+            "hf auth login); give the path of a folder with config.json and safetensors"
+        )
+    of = f" revision {source.revision!r} of" if source.revision else ""
+    if is_offline_mode() or is_any(OfflineModeIsEnabled):
+        return (
+            f"neither a folder nor in the local cache{of and f' ({of.strip()} it)'}, and "
+            "HF_HUB_OFFLINE forbids a download; give the path of a folder with config.json and "
+            "safetensors, or unset HF_HUB_OFFLINE"
+        )
+    is_missing = is_any(EntryNotFoundError) and not is_any(LocalEntryNotFoundError)
+    if is_missing or "does not appear to have a file" in str(error):
+        return f"the repository holds no such file: {first_line(error)}"
+    return (
+        f"neither a folder nor a hub id that can be reached ({first_line(error)}); give the path "
+        "of a folder with config.json and safetensors"
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _other_contents(folder: Path) -> str:
+    """A hint at what else the folder has: a GGUF file, or models in its folders."""
+    files = sorted(folder.glob(f"*{SUFFIX}"))
+    if files:
+        return f"; it holds {files[0].name}: give {str(files[0])!r}"
+    for name in ("config.json", "adapter_config.json"):
+        inner = sorted(folder.glob(f"*/{name}"))
+        if inner and not (folder / name).is_file():
+            return f"; there is one in {str(inner[0].parent)!r}"
+    return ""
+
+
+def _near(path: Path) -> str:
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""

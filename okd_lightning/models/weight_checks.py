@@ -1,0 +1,223 @@
+"""Checks that a model has the weights of its files: all of them, finite, and trainable if trained.
+
+transformers fills what a folder lacks with random numbers and logs a table; a run would go on from
+there. Here every such case is an error that names the weights. Owns no loading.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from okd_lightning.errors import ModelError
+from okd_lightning.models.weight_files import WeightFiles
+
+Learns: TypeAlias = Literal["all", "adapter", "nothing"]
+"""What is trained of a model: its own weights, an adapter on frozen ones, or nothing."""
+
+_SHOWN = 3
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_REPORTS = ("LOAD REPORT", "seem corrupted")
+_WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Within it transformers logs no table of missing weights: ``check_loaded`` raises in one line.
+
+    A filter and not a level, so that everything else that transformers says is still seen.
+    """
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not any(text in record.getMessage() for text in _REPORTS)
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+def check_loaded(model: PreTrainedModel, info: Mapping[str, Any], where: str) -> None:
+    """Refuse a model that has not got all its weights from its files.
+
+    Args:
+        model: As ``from_pretrained`` returned it.
+        info: Its loading info (``output_loading_info=True``): tied weights and buffers that are
+            computed are not among the missing ones.
+        where: Option and folder, for messages.
+
+    Raises:
+        ModelError: Weights are missing, or of another shape.
+    """
+    num_weights = len(model.state_dict())
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing:
+        is_other = unexpected and len(missing) > num_weights // 2
+        advice = (
+            f"the files hold other names (such as {unexpected[0]}): config.json is of another "
+            "architecture"
+            if is_other
+            else "they would start from random numbers; copy or download the folder again, or "
+            "save the whole model"
+        )
+        raise ModelError(
+            f"{where}: {len(missing)} of {num_weights} weights are missing in the files "
+            f"({_some(missing)}); {advice}"
+        )
+    if info["mismatched_keys"]:
+        name, stored, wanted = sorted(info["mismatched_keys"])[0]
+        raise ModelError(
+            f"{where}: {len(info['mismatched_keys'])} weights are of another shape than "
+            f"config.json says, such as {name}: {list(stored)} in the files, {list(wanted)} by the "
+            "config; config and weights do not belong together"
+        )
+    if unexpected:
+        warn_unexpected(unexpected, where)
+
+
+def warn_unexpected(names: Collection[str], where: str) -> None:
+    """Say once which stored weights have no place in the model."""
+    warnings.warn(
+        f"{where}: {len(names)} stored weights have no place in this architecture and are not used "
+        f"({_some(sorted(names))})",
+        stacklevel=2,
+    )
+
+
+def check_stored_formats(
+    model: PreTrainedModel,
+    files: WeightFiles,
+    where: str,
+    learns: Learns,
+    unexpected: Collection[str] = (),
+) -> None:
+    """Refuse stored numbers that are no weights, or too coarse to be trained.
+
+    Integers without a quantization_config have lost their scales: read as numbers they are another
+    model. The same holds for fp8, but that a frozen model may be stored in it without scales.
+
+    Args:
+        model: With its parameters, maybe on the meta device.
+        files: What it was loaded from.
+        where: Option and folder, for messages.
+        learns: What is trained of it.
+        unexpected: Stored names that have no place in the model.
+
+    Raises:
+        ModelError: Naming the weights and their number format.
+    """
+    if is_quantised(model):
+        return
+    prefix = f"{model.base_model_prefix}."
+    own = {name.removeprefix(prefix) for name, _ in model.named_parameters(remove_duplicate=False)}
+    found = {
+        name: kind
+        for name, kind in files.dtypes.items()
+        if kind not in _FLOATS
+        and name not in unexpected
+        and (name.removeprefix(prefix) in own or name.endswith(".weight"))
+    }
+    coarse = [n for n, kind in found.items() if kind.startswith(("F8", "F4"))]
+    if learns == "nothing" and len(coarse) == len(found):
+        return
+    if found:
+        name = min(found)
+        raise ModelError(
+            f"{where}: {len(found)} weights are stored as integers or in fp8 (such as {name} as "
+            f"{found[name]}), and config.json has no quantization_config: expected float32, "
+            "float16 or bfloat16; save the model dequantised"
+        )
+
+
+def check_values(model: PreTrainedModel, where: str, learns: Learns) -> None:
+    """Refuse weights that are not finite, or that cannot be trained and are to be.
+
+    One pass over all weights. What is on the meta device is looked at when it is filled.
+
+    Args:
+        model: A loaded model; stays as it is.
+        where: Option and folder, for messages.
+        learns: What is trained of it.
+
+    Raises:
+        ModelError: Naming the weights.
+    """
+    parameters = dict(model.named_parameters())
+    broken = [name for name, value in parameters.items() if not is_finite(value)]
+    if broken:
+        raise ModelError(not_finite(broken, where))
+    if learns == "all":
+        check_trainable(parameters.items(), where)
+
+
+def not_finite(names: Collection[str], where: str) -> str:
+    """The message for weights with NaN or infinity in them."""
+    return (
+        f"{where}: {len(names)} weights hold NaN or infinity ({_some(sorted(names))}); the model "
+        "was broken when it was saved: use an earlier checkpoint of it"
+    )
+
+
+def check_trainable(parameters: Iterable[tuple[str, nn.Parameter]], where: str) -> None:
+    """Refuse to train integers or fp8.
+
+    Raises:
+        ModelError: Naming the weights and their number format.
+    """
+    found = {name: value.dtype for name, value in parameters if value.dtype not in _WIDE}
+    if found:
+        name = min(found)
+        raise ModelError(
+            f"{where}: {len(found)} weights are quantised (such as {name}, "
+            f"{str(found[name]).removeprefix('torch.')}) and cannot be trained; give "
+            "--model.student_adapter LoraConfig, which trains an adapter on them, or a folder that "
+            "is not quantised"
+        )
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether all elements are finite, without a copy of the tensor (fp8 is widened)."""
+    if value.is_meta or not value.numel() or not value.dtype.is_floating_point:
+        return True
+    value = value.detach()
+    if value.dtype not in _WIDE:
+        value = value.to(torch.bfloat16)
+    lowest, highest = torch.aminmax(value)  # NaN goes through both
+    return bool(lowest.isfinite() & highest.isfinite())
+
+
+def is_quantised(model: PreTrainedModel) -> bool:
+    """Whether transformers loaded the model as a quantised one, packed or unpacked again."""
+    return (
+        getattr(model, "hf_quantizer", None) is not None
+        or getattr(model.config, "quantization_config", None) is not None
+    )
+
+
+def computed_buffers(model: nn.Module) -> set[str]:
+    """Names of buffers that are worked out from the config and in no file."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+
+
+def is_ignored(name: str, patterns: Iterable[str] | None) -> bool:
+    """Whether one of a model class's patterns excuses a name."""
+    return any(re.search(pattern, name) for pattern in patterns or ())
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown

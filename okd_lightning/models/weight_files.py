@@ -1,0 +1,208 @@
+"""The safetensors files of one model: which there are, what they hold, and rows of it.
+
+Owns the choice of files (the one that transformers makes), their headers, and one readable error
+for every way in which such files are broken. Reads no weights until rows are asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from okd_lightning.errors import ModelError
+from okd_lightning.models.sources import Source, first_line
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_LFS_POINTER = b"version https://git-lfs"
+
+
+def safetensors_in(folder: Path) -> list[Path]:
+    """The files that transformers loads from a folder, by name; empty where there are none.
+
+    Raises:
+        ModelError: An index that cannot be read, or that names files which are not there.
+    """
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        files = [folder / name for name in sorted(set(_weight_map(folder).values()))]
+        absent = [file.name for file in files if not file.is_file()]
+        if absent:
+            raise ModelError(
+                f"{INDEX} names {len(files)} files, of which {len(absent)} are not there (such as "
+                f"{absent[0]}); copy or download the folder again"
+            )
+        return files
+    named = _named_in_config(folder)
+    return [folder / named] if named is not None and (folder / named).is_file() else []
+
+
+class WeightFiles:
+    """The safetensors files of one model, read by rows.
+
+    Args:
+        source: A folder, or a hub id, which is downloaded.
+        option: How the user named it, for messages.
+
+    Raises:
+        ModelError: It has no safetensors files, or broken ones.
+    """
+
+    def __init__(self, source: Source, option: str) -> None:
+        self.source = source
+        self._start = f"{option} {source.given!r}"
+        folder = source.folder or self._downloaded()
+        try:
+            files = safetensors_in(folder)
+        except ModelError as error:
+            raise ModelError(f"{self._start}: {error}") from error
+        if not files:
+            raise ModelError(f"{self._start}: {_no_files(folder)}")
+        self._files = self._names_in(files)
+        if (folder / INDEX).is_file() and files != [folder / SINGLE]:
+            self._check_index(_weight_map(folder))
+
+    @property
+    def names(self) -> Iterable[str]:
+        """The names under which weights are stored."""
+        return self._files.keys()
+
+    @cached_property
+    def dtypes(self) -> dict[str, str]:
+        """Name → number format as safetensors writes it, such as BF16 or F8_E4M3."""
+        found = {}
+        for file in sorted(set(self._files.values())):
+            with safe_open(file, framework="pt") as opened:
+                names = list(opened.keys())
+                found.update({name: str(opened.get_slice(name).get_dtype()) for name in names})
+        return found
+
+    def stored_under(self, names: Sequence[str]) -> str | None:
+        """The first of ``names`` under which a weight is stored."""
+        return next((name for name in names if name in self._files), None)
+
+    def rows(
+        self, names: Sequence[str], start: int, end: int, shape: Sequence[int] | None = None
+    ) -> Tensor:
+        """[end - start, ...] rows of the weight that is stored under one of ``names``.
+
+        Args:
+            names: What it may be called.
+            start: First row.
+            end: After the last one.
+            shape: What the whole weight should be; None accepts any.
+
+        Raises:
+            ModelError: It is stored under none of them, or in another shape.
+        """
+        found = self.stored_under(names)
+        if found is None:
+            raise ModelError(
+                f"{self._start}: no {names[0]} is stored: it is missing, or transformers renames "
+                "or joins weights of this architecture while it loads, which cannot be read by "
+                "rows; use loading: every_rank, which tells"
+            )
+        with safe_open(self._files[found], framework="pt") as opened:
+            whole = opened.get_slice(found)
+            if shape is not None and list(whole.get_shape()) != list(shape):
+                raise ModelError(
+                    f"{self._start}: {found} is {list(whole.get_shape())} in the files and "
+                    f"{list(shape)} by config.json; config and weights do not belong together"
+                )
+            part: Tensor = whole[start:end] if whole.get_shape() else opened.get_tensor(found)
+        return part
+
+    def _names_in(self, files: Sequence[Path]) -> dict[str, Path]:
+        found: dict[str, Path] = {}
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    found |= dict.fromkeys(opened.keys(), file)
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{self._start}: {read_safetensors_error(file, error)}") from error
+        return found
+
+    def _check_index(self, weight_map: dict[str, str]) -> None:
+        lost = [name for name in weight_map if name not in self._files]
+        if lost:
+            raise ModelError(
+                f"{self._start}: {INDEX} names {len(lost)} weights that no file holds (such as "
+                f"{lost[0]}); copy or download the folder again"
+            )
+
+    def _downloaded(self) -> Path:
+        try:
+            return Path(
+                snapshot_download(
+                    self.source.name,
+                    revision=self.source.revision,
+                    allow_patterns=["*.safetensors", INDEX, "config.json"],
+                )
+            )
+        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+            raise ModelError(
+                f"{self._start}: its weights cannot be reached: {first_line(error)}"
+            ) from error
+
+
+def read_safetensors_error(file: Path, error: Exception) -> str:
+    """What is wrong with a safetensors file that could not be opened."""
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        is_pointer = content.read(len(_LFS_POINTER)) == _LFS_POINTER
+    if is_pointer:
+        return f"{file.name} is a Git LFS pointer and not the weights; run git lfs pull"
+    return (
+        f"{file.name} ({size:,} bytes) is no complete safetensors file ({first_line(error)}); "
+        "copy or download it again"
+    )
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        weight_map = index["weight_map"]
+        if not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+            raise KeyError("weight_map")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{INDEX} is broken (expected JSON with a weight_map from names to files); copy or "
+            "download it again"
+        ) from error
+    return dict(weight_map)
+
+
+def _named_in_config(folder: Path) -> str | None:
+    """The file that config.json names as ``transformers_weights``."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    named = config.get("transformers_weights") if isinstance(config, dict) else None
+    return named if isinstance(named, str) and named.endswith(".safetensors") else None
+
+
+def _no_files(folder: Path) -> str:
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        return (
+            f"the weights are pickled ({pickles[0]}) and not safetensors, the only format that is "
+            "read; convert them with transformers: AutoModelForCausalLM.from_pretrained(FOLDER)"
+            ".save_pretrained(OUT)"
+        )
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if others:
+        return (
+            f"neither {SINGLE} nor {INDEX} is there, though {others[0]} is; copy or download the "
+            "folder again"
+        )
+    return f"the folder holds no safetensors ({SINGLE}, or several with {INDEX})"

@@ -1,0 +1,181 @@
+"""The part of the DistillationModule that decides how far a step goes.
+
+Owns the optimizer with its parameter groups, the schedules, gradient clipping, and what a resumed
+run takes of them from its own settings. The losses are ``module``'s business.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+
+from okd_lightning.errors import ConfigError
+from okd_lightning.losses import Term
+from okd_lightning.optimizer_settings import (
+    OptimizerSettings,
+    check_own_scheduler,
+    optimizer_settings,
+)
+from okd_lightning.optimizers import RateSchedule, build_optimizer, with_schedule, with_scheduler
+from okd_lightning.schedules import ScheduleName, check_schedule
+from okd_lightning.training.measured_module import MeasuredModule
+from okd_lightning.training.resumed_rates import check_optimizer, groups_of, reapply, regroup
+from okd_lightning.training.step_terms import teaching_window, trains_teacher
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """The optimizer settings of a DistillationModule; see its arguments.
+
+    Raises:
+        ConfigError: A number out of its range, an unknown schedule, or settings that exclude each
+            other.
+    """
+
+    learning_rate: float | None
+    weight_decay: float | None
+    warmup_steps: int
+    schedule: ScheduleName
+    optimizer: OptimizerCallable | None
+    lr_scheduler: LRSchedulerCallable | None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.warmup_steps) and self.warmup_steps >= 0):
+            raise ConfigError(
+                f"model.warmup_steps must be a number from 0 on, got {self.warmup_steps}"
+            )
+        check_schedule(self.schedule)
+        check_own_scheduler(self.lr_scheduler, self.schedule, self.warmup_steps)
+
+    def settled(self) -> OptimizerSettings:
+        """Learning rate, weight decay, optimizer and scheduler as the run has them."""
+        return optimizer_settings(
+            self.learning_rate, self.weight_decay, self.optimizer, self.lr_scheduler
+        )
+
+
+class OptimizedModule(MeasuredModule):
+    """Both models of a distillation with the optimizer that trains them.
+
+    Attributes:
+        learning_rate: Of the student, before the schedule.
+        weight_decay: Of the student's matrices.
+        terms: The methods of the run.
+    """
+
+    def __init__(self, optimization: Optimization, *args: Any, **kwargs: Any) -> None:
+        settings = optimization.settled()
+        super().__init__(*args, **kwargs)
+        self.optimizer_settings = settings
+        self.learning_rate = settings.learning_rate
+        self.weight_decay = settings.weight_decay
+        self.warmup_steps = optimization.warmup_steps
+        self.schedule = optimization.schedule
+        self.optimizer_factory = optimization.optimizer
+        self.scheduler_factory = optimization.lr_scheduler
+        self.terms: list[Term] = []
+        self._checked: list[Term] = []  # what acted in the last step
+        self._built_groups: list[dict[str, Any]] = []
+        self._resumed: dict[str, Any] | None = None  # a checkpoint's optimizer settings
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build one optimizer over the student and the online module, each with its schedule."""
+        online = self.online_module
+        online_parameters = self.trained_parameters(self.teacher)
+        optimizer = build_optimizer(
+            self.trained_parameters(self.student),
+            online_parameters,
+            self.learning_rate,
+            self.weight_decay,
+            online.learning_rate if online is not None else None,
+            self.optimizer_factory,
+        )
+        trainer = self.trainer
+        if self.scheduler_factory is not None:
+            self._check_online_schedule()
+            configured = with_scheduler(optimizer, self.scheduler_factory)
+        else:
+            configured = with_schedule(
+                optimizer,
+                RateSchedule(self.schedule, self.warmup_steps),
+                lambda: trainer.estimated_stepping_batches,
+                self._online_schedule(),
+                online_parameters,
+            )
+        self._built_groups = groups_of(optimizer)
+        return configured
+
+    def _online_schedule(self) -> RateSchedule | None:
+        """Return the online module's schedule: what it does not set is the student's."""
+        own = self.online_module
+        if own is None:
+            return None
+        warmup_steps = self.warmup_steps if own.warmup_steps is None else own.warmup_steps
+        option = "model.schedule" if own.schedule is None else "method.schedule"
+        window = teaching_window(self.terms)
+        return RateSchedule(own.schedule or self.schedule, warmup_steps, option, *window)
+
+    def _check_online_schedule(self) -> None:
+        if (own := self.online_module) is not None:
+            named = {"schedule": own.schedule, "warmup_steps": own.warmup_steps}
+            check_own_scheduler(self.scheduler_factory, self.schedule, self.warmup_steps, named)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the student by the Trainer's value and the online module by its own norm.
+
+        An online module that no method trains in this step keeps no gradient: the optimizer leaves
+        it and its moments alone, and counts no step for it.
+        """
+        own = self.online_module
+        if not any(map(trains_teacher, self._checked)):
+            for parameter in self.trained_parameters(self.teacher):
+                parameter.grad = None
+        if own is not None and own.clip_norm and gradient_clip_algorithm == "value":
+            raise ConfigError(
+                f"clip_norm {own.clip_norm} of the online module is a norm, and "
+                "trainer.gradient_clip_algorithm value clips no norms: leave one of them out"
+            )
+        if own is None or gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        limits = (gradient_clip_val, own.clip_norm or gradient_clip_val)
+        for side, limit in zip((self.student, self.teacher), limits, strict=True):
+            if limit:
+                clip_grad_norm_(self.trained_parameters(side), limit)
+
+    # ---------------------------------------------------------------- resuming
+
+    def resume_optimizer(self, checkpoint: dict[str, Any]) -> None:
+        """Check that a checkpoint's optimizer is this run's; its settings are applied later.
+
+        Raises:
+            CheckpointError: Another optimizer or scheduler.
+        """
+        saved = checkpoint["okd_lightning"].get("optimizer")
+        check_optimizer(saved, self.optimizer_settings)
+        regroup(checkpoint, self.trained_parameters(self.student))
+        self._resumed = {"settings": saved}
+
+    def on_train_start(self) -> None:
+        """Apply this run's optimizer settings to what a resume has restored, once.
+
+        Lightning restores optimizer and schedule after ``configure_optimizers`` and before this.
+        """
+        if self._resumed is None:
+            return
+        optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        assert isinstance(optimizer, Optimizer)
+        saved, own = self._resumed["settings"], self.optimizer_settings
+        reapply(optimizer, scheduler, self._built_groups, saved, own)
+        self._resumed = None

@@ -1,0 +1,133 @@
+"""What a resumed run takes of optimizer and schedule from its settings, and what it refuses.
+
+torch's ``load_state_dict`` restores learning rates, weight decay and every other setting of the
+parameter groups together with the moments, so that an option given at a resume would do nothing.
+Here the settings of the run that is resumed now are put back, and the rates of its schedule are
+computed once for the step that comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from okd_lightning.errors import CheckpointError
+from okd_lightning.optimizer_settings import OptimizerSettings
+
+Groups = Sequence[Mapping[str, Any]]
+
+
+def groups_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """A copy of the settings of every parameter group, before a checkpoint replaces them."""
+    return [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+
+
+def check_optimizer(saved: Mapping[str, Any] | None, own: OptimizerSettings) -> None:
+    """Refuse to resume with another optimizer or scheduler than the checkpoint's.
+
+    Args:
+        saved: ``OptimizerSettings.to_dict`` of the checkpoint; None in an older one.
+        own: This run's.
+
+    Raises:
+        CheckpointError: Naming both.
+    """
+    if saved is None:
+        return
+    for option, name in (("optimizer", own.optimizer), ("scheduler", own.scheduler)):
+        if saved[option] != name:
+            typed = "optimizer" if option == "optimizer" else "lr_scheduler"
+            raise CheckpointError(
+                f"the checkpoint's {option} is {saved[option]} and this run's is {name}, whose "
+                f"state is another: leave --model.{typed} as it was, or start a new run from the "
+                "exported student: --model.student FOLDER"
+            )
+    changed = _changed(saved["scheduler_settings"], own.scheduler_settings)
+    changed.pop("base_lrs", None)
+    if own.has_own_scheduler and saved["defaults"]["lr"] != own.learning_rate:
+        changed["learning_rate"] = own.learning_rate
+    if changed:
+        raise CheckpointError(
+            f"{own.scheduler} continues with its state from the checkpoint, so that another "
+            f"{' or '.join(sorted(changed))} would do nothing: leave it as it was, or start a new "
+            "run from the exported student: --model.student FOLDER"
+        )
+
+
+def reapply(
+    optimizer: Optimizer,
+    scheduler: Any,
+    configured: Groups,
+    saved: Mapping[str, Any] | None,
+    own: OptimizerSettings,
+) -> None:
+    """Apply this run's settings to an optimizer that was restored from a checkpoint.
+
+    Args:
+        optimizer: Restored.
+        scheduler: Restored; the rates of a ``LambdaLR`` are computed for its step.
+        configured: ``groups_of`` the optimizer as it was built.
+        saved: The checkpoint's settings; None in an older one.
+        own: This run's.
+
+    Raises:
+        CheckpointError: Another learning rate of a group whose scheduler is the user's.
+    """
+    changed = _changed(saved["defaults"], own.defaults) if saved else {}
+    for group, built in zip(optimizer.param_groups, configured, strict=True):
+        group["name"] = built["name"]
+        if "weight_decay" in built:
+            group["weight_decay"] = built["weight_decay"]
+        group.update({k: v for k, v in changed.items() if k not in ("lr", "weight_decay")})
+        if not own.has_own_scheduler:
+            group["initial_lr"] = built["initial_lr"]
+        elif group["initial_lr"] != built["initial_lr"]:
+            raise CheckpointError(
+                f"{own.scheduler} continues with its state from the checkpoint, so that the "
+                f"learning rate {built['initial_lr']:g} of {built['name']} would do nothing: leave "
+                f"it at {group['initial_lr']:g}, or start a new run from the exported student"
+            )
+    if isinstance(scheduler, LambdaLR) and not own.has_own_scheduler:
+        scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+        step = scheduler.last_epoch
+        for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+            group["lr"] = group["initial_lr"] * factor(step)
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
+def regroup(checkpoint: dict[str, Any], student: Sequence[Parameter]) -> None:
+    """Split the student's one group of an older checkpoint into decay and no decay, in place.
+
+    An optimizer of the user's had one group for all of the student's parameters. The moments keep
+    their numbers; the groups list them in the order of the parameters now.
+
+    Args:
+        checkpoint: As it was loaded.
+        student: The trained parameters, in order.
+    """
+    (state, *_) = checkpoint.get("optimizer_states") or [{}]
+    groups = state.get("param_groups") or [{"name": ""}]
+    flat = [i for i, p in enumerate(student) if p.ndim < 2]
+    is_whole = len(groups[0].get("params", ())) == len(student)
+    if "name" in groups[0] or not is_whole or not 0 < len(flat) < len(student):
+        return
+    numbers = groups[0]["params"]
+    split = [[n for i, n in enumerate(numbers) if (i in set(flat)) is has] for has in (False, True)]
+    state["param_groups"] = [*({**groups[0], "params": part} for part in split), *groups[1:]]
+    for scheduler in checkpoint.get("lr_schedulers") or ():
+        for name in ("base_lrs", "_last_lr", "lr_lambdas"):
+            if name in scheduler:
+                scheduler[name] = [scheduler[name][0], *scheduler[name]]
+
+
+def _changed(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """What differs, with this run's value; tuples come back from a checkpoint as they were."""
+    return {k: v for k, v in own.items() if k in saved and _plain(saved[k]) != _plain(v)}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
