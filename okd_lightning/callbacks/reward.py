@@ -8,6 +8,7 @@ from typing import get_args
 
 import lightning
 from torch import Tensor
+from torchmetrics import Metric
 
 from okd_lightning.advantages import (
     GroupBaseline,
@@ -132,6 +133,11 @@ def as_function(function: RewardFunction | Callable[[str, str, str], float]) -> 
     Raises:
         ConfigError: It cannot be called, or is a class that needs arguments or is none of rewards.
     """
+    if isinstance(function, Metric):
+        raise ConfigError(
+            f"function is the metric {type(function).__name__}, which measures a set of "
+            "answers: use TaskScore for it; a reward scores each response"
+        )
     is_plain = callable(function) and not isinstance(function, type | RewardFunction)
     if is_plain:
         return PlainFunction(function)

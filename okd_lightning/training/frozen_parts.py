@@ -31,6 +31,7 @@ class FrozenPartsModule(lightning.LightningModule):
         shared_by_copies: Names of attributes that a deep copy shares, beside frozen tensors.
     """
 
+    student: nn.Module | None
     shared_by_copies: tuple[str, ...] = ()
 
     def __init__(self) -> None:
@@ -89,7 +90,8 @@ class FrozenPartsModule(lightning.LightningModule):
             is_parameter = isinstance(tensor, nn.Parameter)
             own = nn.Parameter(tensor.detach(), False) if is_parameter else tensor
             memo[id(tensor)] = tensor if is_running else own
-        for name in self.shared_by_copies:
+        built = ("_given",) if self.student is not None else ()  # else copies train one object
+        for name in (*self.shared_by_copies, *built):
             value = getattr(self, name)
             memo[id(value)] = value
         copy = type(self).__new__(type(self))

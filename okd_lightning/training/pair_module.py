@@ -57,7 +57,6 @@ class PairModule(PairRuns):
     """Both models of a distillation; see ``DistillationModule`` for the arguments."""
 
     shared_by_copies: tuple[str, ...] = (
-        "_given",
         "tokenizer",
         "vocabulary",
         "engine",
