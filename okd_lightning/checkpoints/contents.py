@@ -50,6 +50,30 @@ def weights_to_save(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict
     return kept
 
 
+def without_left_out(value: Any, module: nn.Module) -> Any:
+    """A part of a checkpoint without the tensors that ``weights_to_save`` leaves out of it.
+
+    Averaged copies of a module share its frozen tensors; their states need not keep them either.
+
+    Args:
+        value: Nested mappings, such as the callbacks' states.
+        module: A DistillationModule with both models built.
+    """
+    state = module.state_dict()
+    kept = weights_to_save(module, state)
+    frozen = {value.data_ptr() for name, value in state.items() if name not in kept} - {0}
+
+    def without(part: Any) -> Any:
+        if not isinstance(part, Mapping):
+            return part
+        is_kept = {
+            k: not (isinstance(v, Tensor) and v.data_ptr() in frozen) for k, v in part.items()
+        }
+        return {name: without(own) for name, own in part.items() if not is_left_out[name]}
+
+    return without(value)
+
+
 def allow_left_out(module: nn.Module, keys: _IncompatibleKeys) -> None:
     """A hook after ``load_state_dict``: what checkpoints leave out is not missing.
 

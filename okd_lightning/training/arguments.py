@@ -51,11 +51,8 @@ def restored_arguments(
                 "load_from_checkpoint(path, student=..., teacher=...)"
             )
         stored = {}
-    if (
-        "student" not in given
-        and _is(stored.get("student"), _CONFIG)
-        and "student_adapter" in stored
-    ):
+    student = None if "student" in given else stored.get("student")
+    if _is(student, _CODE) or (_is(student, _CONFIG) and "student_adapter" in stored):
         raise CheckpointError(
             "the checkpoint holds an adapter on a student that was a model in memory: give "
             "load_from_checkpoint(path, student=MODEL OR FOLDER)"
@@ -64,7 +61,7 @@ def restored_arguments(
     for name, value in stored.items():
         if name in given:
             continue
-        if name == "teacher" and _is(value, _CONFIG):
+        if name == "teacher" and (_is(value, _CONFIG) or _is(value, _CODE)):
             rank_zero_info(
                 "the checkpoint's teacher was a model in memory, which it does not hold: the "
                 "module has none; give load_from_checkpoint(path, teacher=MODEL OR FOLDER)"

@@ -7,7 +7,7 @@ copy or touch what is frozen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from typing import Any, Self
 
@@ -123,3 +123,14 @@ class FrozenPartsModule(lightning.LightningModule):
         if not left_alone:
             return super()._apply(fn, recurse)
         return super()._apply(lambda t: t if id(t) in left_alone else fn(t), recurse)
+
+
+def own_memory(parameters: Iterable[nn.Parameter]) -> None:
+    """Take what is to be trained out of memory that processes share.
+
+    ddp_spawn hands a model in memory to every process in shared memory, where each one's optimizer
+    would step the weights of all.
+    """
+    for parameter in parameters:
+        if parameter.device.type == "cpu" and parameter.is_shared():
+            parameter.data = parameter.data.clone()

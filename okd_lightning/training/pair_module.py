@@ -50,6 +50,7 @@ from okd_lightning.teacher_cache import (
     check_cached_teacher,
     check_served_teacher,
 )
+from okd_lightning.training.frozen_parts import own_memory
 from okd_lightning.training.pair_runs import PairRuns
 
 
@@ -117,6 +118,7 @@ class PairModule(PairRuns):
         self.teacher: PreTrainedModel | None = None
         self.online_module: OnlineModuleSettings | None = None
         self._has_online_module = False
+        self._online_weights: dict[str, Any] = {}  # of a module that is yet to be put on
         self.tool_rounds: ToolRounds | None = None
         self.placement: Placement = WholeModels()  # a strategy that shards brings its own
         self.register_load_state_dict_post_hook(allow_left_out)
@@ -180,6 +182,7 @@ class PairModule(PairRuns):
         self.packs_student = packs_rows(self.student, self.packing, "student")
         if self.compile_blocks:
             compile_blocks(self.student)
+        own_memory(self.trained_parameters(self.student))
         self.student.train()
 
     @property
@@ -202,13 +205,14 @@ class PairModule(PairRuns):
         """Load weights, into models that are built for them where there are none yet.
 
         Strategies that train in processes of their own (ddp_notebook, ddp_fork, ddp_spawn) hand the
-        trained weights to the module of the first process in this way.
+        trained weights to the module of the first process in this way. An online module's are kept
+        until a method asks for it.
         """
         if self.student is None and any(name.startswith("student.") for name in state_dict):
-            for callback in getattr(self._trainer, "callbacks", ()):
-                if getattr(callback, "precedes_models", False) and hasattr(callback, "prepare"):
-                    callback.prepare(self._trainer, self, "validate")
             self.configure_model()
+            if self.teacher is not None and not self._has_online_module:
+                unknown = state_dict.keys() - self.state_dict().keys()
+                self._online_weights = {name: state_dict[name] for name in unknown}
         return super().load_state_dict(state_dict, strict, assign)
 
     def load_teacher(self) -> PreTrainedModel:
@@ -277,6 +281,9 @@ class PairModule(PairRuns):
         self.teacher = cast(PreTrainedModel, adapted)  # a PeftModel answers as one
         self._has_online_module = True
         self.packs_teacher = packs_rows(self.teacher, self.packing, "teacher")
+        if self._online_weights:
+            super().load_state_dict(self._online_weights, strict=False)
+            self._online_weights = {}
 
     def train(self, mode: bool = True) -> Self:
         """Training mode for the student; the teacher stays in eval mode."""

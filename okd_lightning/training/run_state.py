@@ -13,6 +13,7 @@ from okd_lightning.checkpoints.contents import (
     rng_state_of,
     rng_states,
     weights_to_save,
+    without_left_out,
 )
 from okd_lightning.checkpoints.io import make_durable
 from okd_lightning.errors import CheckpointError
@@ -33,6 +34,9 @@ def add_state(module: DistillationModule, checkpoint: dict[str, Any]) -> None:
     trainer = module.trainer
     make_durable(trainer)
     checkpoint["state_dict"] = weights_to_save(module, checkpoint["state_dict"])
+    for part in ("callbacks", "current_model_state"):
+        if part in checkpoint:
+            checkpoint[part] = without_left_out(checkpoint[part], module)
     checkpoint["okd_lightning"] = {
         "config": module.run_config,
         "arguments": module.arguments,
