@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TEST_WORKERS ?= 2
+SHELL := /bin/bash
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: install quickstart test soak lint docs teacher clean
+.PHONY: install quickstart test test-portable soak lint docs teacher clean
 
 install: $(INSTALLED)
 
@@ -21,6 +22,21 @@ quickstart: install  ## watch a student learn; results in quickstart-out/
 
 test: install  ## the whole CPU suite, a process for each of TEST_WORKERS
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+
+# Every pair of settings occurs: vector instructions, threads, and oneDNN's kernels (OKD_ONEDNN).
+PORTABLE := default:1:0 default:2:1 avx2:1:1 avx2:2:0 :1:1 :2:0
+NUMERIC := advantages divergences losses metrics rollouts teacher_cache models/test_causal_lm.py \
+  $(addprefix callbacks/test_,compositions.py methods.py okd.py okd_anchor.py okd_training.py \
+    own_methods.py paper_measures.py policy_gradient.py rewards.py shelf_formulas.py) \
+  $(addprefix test_,cpu_linear.py ddp.py evaluation.py fsdp2.py fsdp2_checkpoints.py invariance.py \
+    module.py packing.py privileged.py reduction.py self_teacher.py sharding.py)
+
+test-portable: install  ## numeric tests on each kind of CPU kernel, with one thread and two
+	set -e; for run in $(PORTABLE); do \
+	  IFS=: read -r isa threads onednn <<< "$$run"; echo "kernels: $${isa:-best}, threads: $$threads, oneDNN: $$onednn"; \
+	  env $${isa:+ATEN_CPU_CAPABILITY=$$isa} OMP_NUM_THREADS=$$threads OKD_ONEDNN=$$onednn \
+	    $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile $(addprefix tests/,$(NUMERIC)); \
+	done
 
 soak: install  ## kill runs with SIGKILL and compare them with runs left alone (about ten minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills 20

@@ -3,10 +3,14 @@
 The arithmetic is float32 all the same, summed in another order. On an AMD processor with AVX-512,
 where MKL does not use the wide registers, products are 1.2 to 2.5 times as fast; a head over 32,000
 ids takes 7 ms instead of 18 for 64 rows. Figures in benchmarks/README.md and rollouts.md.
+
+The environment variable ``OKD_ONEDNN`` overrides the choice: 0 keeps MKL's kernels, 1 takes
+oneDNN's on any processor. It is read once, at the first product.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -16,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from okd_lightning.errors import ConfigError
+
 _MIN_WEIGHTS = {False: 1 << 16, True: 1 << 14}
 """Smaller layers stay as they are, without gradient (for a few rows at a time) and with one: a call
 of oneDNN costs 20 microseconds, one of MKL 5. The rows do not enter into it, so that the batch's
@@ -24,10 +30,26 @@ size does not change the kernel and with it the rounding."""
 
 @cache
 def has_fast_linear() -> bool:
-    """Whether this machine and this torch have the kernels, and wide registers to use."""
+    """Whether float32 products run on oneDNN: with AVX-512 and torch's kernels, or as asked.
+
+    Raises:
+        ConfigError: ``OKD_ONEDNN`` is neither 0 nor 1, or asks for kernels that are not there.
+    """
+    asked = os.environ.get("OKD_ONEDNN", "")
+    if asked not in ("", "0", "1"):
+        raise ConfigError(
+            f"the environment variable OKD_ONEDNN is {asked!r}; expected 0 (MKL's kernels), 1 "
+            "(oneDNN's), or unset (oneDNN's on processors with AVX-512)"
+        )
     has_kernels = torch.backends.mkldnn.is_available() and hasattr(
         torch.ops.mkldnn, "_linear_pointwise"
     )
+    if asked == "1" and not has_kernels:
+        raise ConfigError(
+            "OKD_ONEDNN is 1, and this build of torch has no oneDNN kernels; unset it"
+        )
+    if asked:
+        return asked == "1"
     return has_kernels and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 

@@ -1,10 +1,10 @@
 """Exports in lm-evaluation-harness, read as they were trained: ``--model okd_lightning``.
 
 A plain export works with the harness's own ``--model hf`` as well. What is different here: prompt
-and answer are tokenized apart (no token reaches over the edge between them); ids that the tokenizer
-does not know, of which training says nothing, get no probability; and an adapter's folder is given
-as it is. Log-likelihoods are then those that training and ``okd-lightning test`` measure. Extra:
-``lm-eval``. The harness knows no plug-ins, so that its command line is started from here:
+and answer become ids as in training (no token reaches over the edge between them); ids that the
+tokenizer does not know, of which training says nothing, get no probability; and an adapter's folder
+is given as it is. Log-likelihoods are then those that training and ``okd-lightning test`` measure.
+Extra: ``lm-eval``. The harness knows no plug-ins, so that its command line is started from here:
 
     python -m okd_lightning.lm_eval_adapter run --model okd_lightning \
         --model_args pretrained=student --tasks gsm8k
@@ -21,9 +21,9 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from okd_lightning.data.tokens import encode_prompts, encode_texts
 from okd_lightning.errors import ModelError
 from okd_lightning.models import Vocabulary
+from okd_lightning.text_ids import TextEncoder
 
 
 def _base_of(folder: str) -> str | None:
@@ -59,6 +59,7 @@ class ExportedLM(HFLM):
         self._reads_chats = False
         super().__init__(base or pretrained, backend="causal", **settings)
         self._vocabulary = Vocabulary.of(self.tokenizer)
+        self._encoder = TextEncoder(self.tokenizer)
 
     def apply_chat_template(self, *args: Any, **settings: Any) -> str:
         """The harness's own; from now on the template writes what opens a text."""
@@ -76,8 +77,7 @@ class ExportedLM(HFLM):
         if add_special_tokens is not None or self.add_bos_token is not None:
             limit = left_truncate_len
             return list(super().tok_encode(string, add_special_tokens, limit, **settings))
-        encode = encode_texts if self._reads_chats else encode_prompts
-        (ids,) = encode(self.tokenizer, [string])
+        (ids,) = self._encoder.prompts([string], is_rendered=self._reads_chats)
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def tok_batch_encode(
@@ -96,8 +96,8 @@ class ExportedLM(HFLM):
         return padded["input_ids"], padded["attention_mask"]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Apart, as rows are in training; spaces at the edge stay where they stand."""
-        (answer,) = encode_texts(self.tokenizer, [continuation])
+        """As rows are in training; spaces at the edge stay where they stand."""
+        (answer,) = self._encoder.continuations([context], [continuation])
         return self.tok_encode(context), answer
 
     def _model_call(self, inps: Tensor, *args: Any, **settings: Any) -> Tensor:

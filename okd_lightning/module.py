@@ -60,8 +60,10 @@ class DistillationModule(OptimizedModule):
     """A student that learns from a teacher by whatever method callbacks the Trainer holds.
 
     Args:
-        student: Folder, hub id, or a config to start from random weights: a mapping with
-            model_type and that architecture's fields.
+        student: Folder, hub id (org/name or org/name@revision), PEFT folder (merged into its
+            base), .gguf file, or a config to start from random weights: a mapping with model_type
+            and that architecture's fields. From Python also a model: of a PeftModel the adapter is
+            trained; docs/concepts/models.md.
         teacher: The same for the teacher; none for plain SFT.
         tokenizer: Folder or hub id of the tokenizer; by default the student's, else the
             teacher's.
@@ -74,7 +76,8 @@ class DistillationModule(OptimizedModule):
             groups. learning_rate and weight_decay are its lr and weight_decay.
         lr_scheduler: A scheduler class path in place of schedule and warmup_steps; it advances with
             optimizer steps.
-        dtype: Number format of the student's weights; a loaded model keeps its own.
+        dtype: Number format of the student's weights; a loaded model keeps its own. float64 serves
+            comparisons of runs.
         teacher_dtype: Number format of the teacher's weights; by default ``dtype``.
         attn_implementation: Attention of the models that are loaded, such as sdpa.
         gradient_checkpointing: Recompute activations in the backward pass: the student's, and the
@@ -144,7 +147,8 @@ class DistillationModule(OptimizedModule):
             ema_decay,
             has_teacher=teacher is not None,
             has_dtype=teacher_dtype is not None,
-            is_rounded=dtype_of(student, dtype) != "float32" and student_adapter is None,
+            is_rounded=dtype_of(student, dtype) in ("bfloat16", "float16")
+            and student_adapter is None,
         )
         super().__init__(
             optimization,

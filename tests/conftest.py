@@ -15,7 +15,8 @@ from okd_lightning.module import DistillationModule
 
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
 
-torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+# tiny tensors: more threads only wait for each other; make test-portable asks for two
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,11 @@ def _same_environment() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real models, data and tokenizers."""
+    """The folder of real models, data and tokenizers.
+
+    Whatever reads it takes this fixture: pytest then sums up the tests that are skipped without it
+    in one line, as all of them are skipped here.
+    """
     if not SHARED_DATA.is_dir():
         pytest.skip(f"real data is not here: no folder {SHARED_DATA}")
     return SHARED_DATA

@@ -80,7 +80,8 @@ def run(
     """
     torch.manual_seed(3)
     devices = 1 if strategy is None else 2
-    own = {"student": str(root / "student"), "teacher": str(root / "teacher"), **(model or {})}
+    own = {"student": str(root / "student"), "teacher": str(root / "teacher"), "dtype": "float64"}
+    own.update(model or {})
     module = DistillationModule(
         **own,
         optimizer=optimizer or (lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9)),
@@ -141,7 +142,7 @@ def _spawn(function: Callable[[int, Path], None], root: Path) -> None:
 
 def _of_one_rank(rank: int, function: Callable[[int, Path], None], root: Path, port: int) -> None:
     faulthandler.dump_traceback_later(_SECONDS, exit=True)  # ranks that wait for each other
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     os.environ.pop("PL_GLOBAL_SEED", None)  # a run before has left it; it would seed anew
     os.environ.update(
         LOCAL_RANK=str(rank),

@@ -26,7 +26,6 @@ from transformers import (
 )
 
 ROOT = Path(__file__).parents[1]
-SHARED_DATA = ROOT.parent / "shared" / "data"
 RUNS = {  # pair and task, with what the run logs
     ("qwen3", "gsm8k"): "train/opd_plus",
     ("qwen3", "toolalpaca"): "train/opd_plus",

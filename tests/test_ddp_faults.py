@@ -123,7 +123,8 @@ def run(root, folder, devices, method="GKD", callbacks=(), ckpt_path=None, max_s
     """4 rows an optimizer step whatever the devices; chunks of 4 steps, epochs of 6."""
     torch.manual_seed(3)
     make = LateModule if more.pop("is_late", False) else DistillationModule
-    module = make(str(root / "student"), str(root / "teacher"), learning_rate=3e-3)
+    models = (str(root / "student"), str(root / "teacher"))
+    module = make(*models, learning_rate=3e-3, dtype="float64")
     losses, log = Losses(), RolloutLog(every_n_steps=1, num_rows=9)
     trainer = tiny.make_trainer(
         root / folder,
@@ -223,8 +224,8 @@ def check_losses(found: dict, truth: dict, first: int) -> None:
     assert found["problem"] == ""
     assert sorted(found["losses"]) == list(range(first, STEPS + 1))
     expected = {step: truth["losses"][step] for step in found["losses"]}
-    assert found["losses"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    assert tiny.distance(found["weights"], truth["weights"]) < 1e-5
+    assert found["losses"] == pytest.approx(expected, rel=1e-6, abs=1e-7)
+    assert tiny.distance(found["weights"], truth["weights"]) < 1e-9
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import tiny
@@ -43,6 +44,12 @@ DO_NOT_PACK = {
     "falcon_h1": "carries a state along",
 }
 LENGTHS = ([7], [4, 4, 4, 4], [9, 1, 1, 1], [12, 7, 5, 5, 3, 2, 2, 1], [3, 11, 2, 10, 9])
+
+
+@pytest.fixture
+def make_module(make_module):
+    """In float64: runs agree to 1e-9 on every processor."""
+    return partial(make_module, dtype="float64")
 
 
 def rows_of(lengths, vocab_size=19, seed=0) -> Sequences:
@@ -117,7 +124,8 @@ def check_architecture(model_type, attention):
         read = rows_of(lengths)
         with torch.no_grad():
             alone, packed = (hidden_at_loss(model, read, packs) for packs in (False, True))
-        torch.testing.assert_close(packed, alone, rtol=1e-6, atol=1e-6)
+        # eager attention takes its softmax in float32
+        torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -235,10 +243,10 @@ def test_runs_are_the_same_packed_and_padded(name, tmp_path, make_module):
     assert packed[2].packs_teacher
     assert not padded[2].packs_student
     for gradients, truth in zip(packed[0].gradients, padded[0].gradients, strict=True):
-        assert tiny.distance(gradients, truth) < 1e-5
-    assert tiny.distance(packed[1], padded[1]) < 1e-6
+        assert tiny.distance(gradients, truth) < 1e-9
+    assert tiny.distance(packed[1], padded[1]) < 1e-9
     for losses, truth in zip(packed[0].losses, padded[0].losses, strict=True):
-        assert losses == pytest.approx(truth, rel=1e-5, abs=1e-6)
+        assert losses == pytest.approx(truth, rel=1e-6, abs=1e-7)
 
 
 def batch_of(lengths):

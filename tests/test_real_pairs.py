@@ -239,11 +239,10 @@ def test_a_block_at_work_saves_what_the_formula_says(name):
     assert expected / 1.3 < saved[1] - saved[0] < expected * 1.3, (saved[1] - saved[0], expected)
 
 
-@pytest.mark.skipif(not real_pairs.SHARED_DATA.is_dir(), reason="no real data beside the checkout")
 @pytest.mark.parametrize("task", ["gsm8k", "toolalpaca"])
-def test_real_rows_fit_a_tasks_limits(task):
+def test_real_rows_fit_a_tasks_limits(task, shared_data):
     """With Qwen2.5's tokenizer and template; rows that are too long would be left out."""
-    datasets = real_pairs.SHARED_DATA / "datasets"
+    datasets = shared_data / "datasets"
     if task == "gsm8k":
         lines = (datasets / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines[:300]]
@@ -252,7 +251,7 @@ def test_real_rows_fit_a_tasks_limits(task):
         rows = benchmark("toolalpaca").rows_of(json.loads(text))
     settings = benchmark("recipe_tables").load_config(f"tasks/{task}")["data"]
     data = RolloutDataModule(**{**settings, "train": rows, "val": None})
-    tokenizer = AutoTokenizer.from_pretrained(real_pairs.SHARED_DATA / "tokenizers" / "qwen2.5")
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "qwen2.5")
     found = build_examples(
         rows,
         tokenizer,

@@ -20,6 +20,7 @@ from okd_lightning.callbacks import GKD, KD, SFT, ExactMatch, LastCheckpoint, Ro
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import CheckpointError
 from okd_lightning.module import DistillationModule
+from okd_lightning.text_ids import RULES_VERSION
 
 SHORT = {"max_response_length": 8, "val_rollouts": 0}
 
@@ -307,6 +308,20 @@ def test_another_methods_checkpoint_is_refused(tmp_path, make_module):
     with pytest.raises(CheckpointError, match=r"is of KD.*configured for SFT"):
         resume(tmp_path, path, make_module(), [SFT()])
     resume(tmp_path, path, make_module(), [KD()])
+
+
+def test_responses_that_became_ids_by_other_rules_are_refused(tmp_path, make_module):
+    """A run goes on with the rows it began with; on its own rollouts they do not matter."""
+    for method, is_refused in ((KD(), True), (GKD(on_policy_fraction=1.0), False)):
+        path = save(tmp_path / method.__class__.__name__, make_module(), [method])
+        checkpoint = torch.load(path, weights_only=True)
+        assert checkpoint["RolloutDataModule"].pop("text_rules") == RULES_VERSION
+        torch.save(checkpoint, path)
+        if is_refused:
+            with pytest.raises(CheckpointError, match=r"by rules 1, this version has rules 2"):
+                resume(tmp_path, path, make_module(), [method])
+        else:
+            resume(tmp_path, path, make_module(), [method])
 
 
 OTHERS = {

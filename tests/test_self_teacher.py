@@ -9,6 +9,8 @@ bit for bit; what cannot work is refused.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import tiny
 import torch
@@ -28,6 +30,12 @@ from okd_lightning.rollouts.rows import given_row
 KINDS = ("frozen", "ema", "live")
 TEMPLATE = {"teacher_prompt_template": "{reference}p{prompt}"}
 QUANTITIES = (ExactDivergence(ForwardKL()), DrawnLogProb("teacher"), Entropy("teacher"))
+
+
+@pytest.fixture
+def make_module(make_module):
+    """In float64: runs agree to 1e-9 on every processor."""
+    return partial(make_module, dtype="float64")
 
 
 @pytest.fixture

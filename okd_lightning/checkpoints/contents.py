@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from okd_lightning.errors import CheckpointError
+from okd_lightning.text_ids import RULES_VERSION
 
 
 def weights_to_save(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -63,13 +64,13 @@ def without_left_out(value: Any, module: nn.Module) -> Any:
     kept = weights_to_save(module, state)
     frozen = {value.data_ptr() for name, value in state.items() if name not in kept} - {0}
 
+    def is_frozen(own: Any) -> bool:
+        return isinstance(own, Tensor) and own.data_ptr() in frozen
+
     def without(part: Any) -> Any:
         if not isinstance(part, Mapping):
             return part
-        is_kept = {
-            k: not (isinstance(v, Tensor) and v.data_ptr() in frozen) for k, v in part.items()
-        }
-        return {name: without(own) for name, own in part.items() if not is_left_out[name]}
+        return {name: without(own) for name, own in part.items() if not is_frozen(own)}
 
     return without(value)
 
@@ -117,6 +118,25 @@ def check_teacher_kind(saved: str | None, configured: str | None) -> None:
             f"the checkpoint's model.self_teacher is {saved or 'null'}, this run's is "
             f"{configured or 'null'}; resume with the same, or start a new run from the exported "
             "student: --model.student FOLDER"
+        )
+
+
+def check_text_rules(saved: int, sources: Collection[str]) -> None:
+    """Refuse to resume on dataset responses whose ids may be others than they were.
+
+    Args:
+        saved: ``text_ids.RULES_VERSION`` of the run that wrote the checkpoint.
+        sources: What the run's rows come from; generated ones are no texts.
+
+    Raises:
+        CheckpointError: Other rules than this version's.
+    """
+    if saved != RULES_VERSION and "dataset" in sources:
+        raise CheckpointError(
+            f"the checkpoint's dataset responses became ids by rules {saved}, this version has "
+            f"rules {RULES_VERSION}: the run would go on with other tokens at the start or end of "
+            "responses; finish it with the version that began it, or start a new run from the "
+            "exported student: --model.student FOLDER"
         )
 
 

@@ -3,8 +3,8 @@
 * ``sources``: where rows come from; ``json_files`` and ``arrow`` do the reading.
 * ``columns``: which column is the prompt, the response or the chat; checks names and types.
 * ``row_templates``: prompts made of several columns, and prompts as chats.
-* ``templates``: chats as text, cut where the assistant's own words begin and end.
-* ``tokens``: text to ids.
+* ``chat_turns``: a chat's messages, and which of them are learned.
+* ``templates``: chats as text, cut where assistant turns begin and end; ``chat_ids``: their ids.
 * ``text_rows``, ``chat_rows``: the two kinds of rows to ``records.Example``s.
 * ``tool_turns``: what the chat template writes between two turns of a rollout that calls tools.
 * ``teacher_prompts``: what the teacher reads in place of the prompt, where that is asked for.

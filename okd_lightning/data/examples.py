@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.data.chat_rows import examples_from_chats
@@ -22,6 +23,7 @@ from okd_lightning.data.text_rows import examples_from_texts
 from okd_lightning.data.whole_texts import examples_from_whole_texts
 from okd_lightning.errors import ConfigError, DataError
 from okd_lightning.records import Example
+from okd_lightning.text_ids import MARGIN, TextEncoder
 
 OnOverlong: TypeAlias = Literal["skip", "error"]
 """What happens to a row whose prompt is too long."""
@@ -40,11 +42,13 @@ class ExampleSet:
         skipped: How many rows were left out, by reason (``OVERLONG_PROMPT``, ``EMPTY_RESPONSE``,
             ``OVERLONG_TEACHER_PROMPT``, and what ``TeacherPrompts.reason_for_none`` says).
         num_cut: Examples whose response was cut and so has no eos.
+        notes: What of the rows cannot be learned, one line a kind.
     """
 
     examples: tuple[Example, ...]
     skipped: Mapping[str, int]
     num_cut: int
+    notes: tuple[str, ...] = ()
 
     @property
     def num_skipped(self) -> int:
@@ -106,7 +110,8 @@ class _Limits:
     def _stop_if_asked(self, example: Example, what: str, num_tokens: int, limit: int) -> None:
         if self.on_overlong == "error":
             raise DataError(
-                f"{self.where}, row {example.index + 1}: the {what} has {num_tokens} tokens, "
+                f"{self.where}, row {example.index + 1}: the {what} has "
+                f"{_counted(num_tokens, limit)} tokens, "
                 f"more than --data.max_{what.replace(' ', '_')}_length {limit}; raise it, "
                 "or leave such rows out with --data.on_overlong skip"
             )
@@ -117,13 +122,14 @@ class _Limits:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
         if OVERLONG_PROMPT in skipped:
             advice = (
-                f"prompts have {min(lengths)} to {max(lengths)} tokens; "
+                f"prompts have {_range(lengths, self.max_prompt_length)} tokens; "
                 f"raise --data.max_prompt_length (now {self.max_prompt_length})"
             )
         elif OVERLONG_TEACHER_PROMPT in skipped and self.teacher_prompts is not None:
             lengths = [len(e.teacher_prompt_ids) for e in examples if e.teacher_prompt_ids]
             advice = (
-                f"teacher prompts have {min(lengths)} to {max(lengths)} tokens; raise "
+                f"teacher prompts have {_range(lengths, self.teacher_prompts.max_length)} tokens; "
+                "raise "
                 f"--data.max_teacher_prompt_length (now {self.teacher_prompts.max_length})"
             )
         elif EMPTY_RESPONSE in skipped:
@@ -153,6 +159,15 @@ class _Limits:
         return ExampleSet(tuple(kept), dict(skipped), num_cut)
 
 
+def _counted(num_tokens: int, limit: int) -> str:
+    """A length for people: texts that are much too long are not tokenized to their end."""
+    return f"{'at least ' if num_tokens >= limit + MARGIN else ''}{num_tokens}"
+
+
+def _range(lengths: Sequence[int], limit: int) -> str:
+    return f"{_counted(min(lengths), limit)} to {_counted(max(lengths), limit)}"
+
+
 def build_examples(
     rows: Sequence[RawRow],
     tokenizer: PreTrainedTokenizerBase,
@@ -166,13 +181,14 @@ def build_examples(
     where: str,
     teacher_prompts: TeacherPrompts | None = None,
 ) -> ExampleSet:
-    """Tokenize rows into examples: prompt + response + eos, tokenized apart.
+    """Tokenize rows into examples: prompt + response + eos; ``text_ids`` says how.
 
     Args:
         rows: At least one; all of the layout of the first (prompt and response, or chat messages),
             where ``columns`` has no templates.
         tokenizer: Turns text to ids, and renders chats.
-        eos_id: What ends a response that was not cut.
+        eos_id: What ends a response that was not cut and brings no end itself: this id, or the
+            tokenizer's eos.
         columns: Which columns to read.
         max_prompt_length: Tokens; what happens to longer prompts says ``on_overlong``.
         max_response_length: Tokens, the eos included; longer responses are cut and get no eos.
@@ -205,15 +221,35 @@ def build_examples(
             f"{where}: the rows are plain prompts, and --data.chat_template_kwargs are for a chat "
             "template; set --data.as_chat true, or leave them out"
         )
-    cells: dict[str, Any] = {"eos_id": eos_id, "columns": columns, "where": where}
+    encoder = TextEncoder(tokenizer)
+    own_eos = tokenizer.eos_token_id
+    cells: dict[str, Any] = {"columns": columns, "where": where}
+    read: dict[str, Any] = {
+        "eos_ids": [eos_id] if own_eos in (None, eos_id) else [eos_id, own_eos],
+        "max_prompt_length": max_prompt_length,
+        "max_response_length": max_response_length,
+    }
+    notes: tuple[str, ...] = ()
     if layout == "chat":
-        examples = examples_from_chats(rows, tokenizer, **cells)
+        examples, notes = examples_from_chats(
+            rows, encoder, needs_response=needs_response, **cells, **read
+        )
     elif columns.prompt is None:
-        examples = examples_from_whole_texts(rows, tokenizer, **cells)
+        examples = examples_from_whole_texts(rows, encoder, **cells, **read)
     else:
-        examples = examples_from_texts(rows, tokenizer, needs_response=needs_response, **cells)
+        examples = examples_from_texts(
+            rows, encoder, needs_response=needs_response, **cells, **read
+        )
     if teacher_prompts is not None:
         examples = with_teacher_prompts(
-            examples, rows, tokenizer, layout=layout, teacher_prompts=teacher_prompts, **cells
+            examples, rows, encoder, layout=layout, teacher_prompts=teacher_prompts, **cells
         )
-    return limits.apply(examples)
+    found = replace(limits.apply(examples), notes=notes)
+    warn_of(found, where)
+    return found
+
+
+def warn_of(found: ExampleSet, where: str) -> None:
+    """Warn once of each thing in a data set that cannot be learned."""
+    for note in found.notes:
+        rank_zero_warn(f"{where}: {note}")

@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from okd_lightning.checkpoints.contents import check_text_rules
 from okd_lightning.data.columns import Columns
 from okd_lightning.data.counts import check_counts
 from okd_lightning.data.distilled_module import DistilledModule, check_teacher_prompts
@@ -37,6 +38,7 @@ from okd_lightning.rollouts.agreement import Agreement, StopRequest
 from okd_lightning.rollouts.evaluation import GivenResponses, OwnResponses
 from okd_lightning.rollouts.noise import hashed_choice
 from okd_lightning.rollouts.scoring import ChunkScorer, TermScorer, unscored
+from okd_lightning.text_ids import RULES_VERSION
 from okd_lightning.tools import Tool, Toolbox
 
 _PROMPT_SET = 0x50534554  # domain separation for the choice of validation prompts
@@ -194,8 +196,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         self.stop = StopRequest()
         self._train_loader: RolloutLoader | None = None
         self._first_epoch = 0
-
-    # ---------------------------------------------------------------- Lightning's hooks
+        self._text_rules = RULES_VERSION  # of the run's checkpoint
 
     def setup(self, stage: str) -> None:
         """Derive the accumulation from ``global_batch_size``; hand the tools to the module.
@@ -214,6 +215,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         """The loader of the run's methods, stateful and regenerated every epoch."""
         module, trainer = self._module, self._trainer
         plan = plan_for(module.terms)
+        check_text_rules(self._text_rules, plan.sources)
         check_teacher_prompts(module, are_given=self.teacher_prompts is not None)
         examples = self.examples("train", needs_response="dataset" in plan.sources)
         shape = LoaderShape(
@@ -276,21 +278,21 @@ class RolloutDataModule(lightning.LightningDataModule):
         return self._own_responses(self.examples("predict").examples, self.sampling)
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch that comes next, or goes on.
+        """The epoch that comes next, or goes on, and the rules by which texts become ids.
 
         Lightning gives the loader its own state back only in the middle of an epoch; after an
         epoch's end a resumed run would begin with the first one's prompts, coins and noise.
         """
         loader = self._train_loader
-        return {"epoch": self._first_epoch if loader is None else loader.epoch_to_come}
+        epoch = self._first_epoch if loader is None else loader.epoch_to_come
+        return {"epoch": epoch, "text_rules": RULES_VERSION}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Begin with that epoch, whether the loader exists by now or not."""
         self._first_epoch = state_dict["epoch"]
+        self._text_rules = state_dict.get("text_rules", 1)
         if self._train_loader is not None:
             self._train_loader.start_at(self._first_epoch)
-
-    # ---------------------------------------------------------------- examples
 
     def examples(self, part: str, needs_response: bool = False) -> ExampleSet:
         """The tokenized rows of train, val, test or predict; read once.
@@ -370,8 +372,6 @@ class RolloutDataModule(lightning.LightningDataModule):
             progress=partial(rollout_progress, trainer),
             agreement=self.agreement(),
         )
-
-    # ---------------------------------------------------------------- the run around it
 
     def agreement(self) -> Agreement:
         """How the ranks of this run stop together while responses are written."""

@@ -37,7 +37,9 @@ def pack_examples(found: ExampleSet) -> bytes:
         _put(arrays, name, [getattr(example, name) for example in examples], np.int32)
     masks = [example.prompt_mask for example in examples]
     arrays["prompt_mask"] = np.array([flag for mask in masks for flag in mask], np.bool_)
-    about = json.dumps({"skipped": dict(found.skipped), "num_cut": found.num_cut})
+    about = json.dumps(
+        {"skipped": dict(found.skipped), "num_cut": found.num_cut, "notes": found.notes}
+    )
     texts: dict[str, Iterable[str]] = {
         "prompt": [example.prompt for example in examples],
         "response": [example.response for example in examples],
@@ -87,7 +89,7 @@ def unpack_examples(content: bytes) -> ExampleSet:
         )
     )
     about = json.loads(texts["about"][0])
-    return ExampleSet(examples, about["skipped"], about["num_cut"])
+    return ExampleSet(examples, about["skipped"], about["num_cut"], tuple(about["notes"]))
 
 
 def _put(arrays: dict[str, np.ndarray], name: str, rows: Sequence[Any], dtype: Any) -> None:

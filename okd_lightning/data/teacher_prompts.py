@@ -10,12 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from itertools import chain
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from okd_lightning.data.chat_rows import encode_spans, read_turns
+from okd_lightning.data.chat_turns import read_turns
 from okd_lightning.data.columns import (
     Columns,
     RawRow,
@@ -26,9 +23,9 @@ from okd_lightning.data.columns import (
 from okd_lightning.data.layouts import Layout
 from okd_lightning.data.row_templates import fields_of
 from okd_lightning.data.templates import ChatRenderer, Message
-from okd_lightning.data.tokens import encode_prompts
 from okd_lightning.errors import ConfigError, DataError
 from okd_lightning.records import Example
+from okd_lightning.text_ids import TextEncoder
 
 _FIELDS = ("prompt", "reference")
 _OPTION = "--data.teacher_prompt_template"
@@ -142,16 +139,15 @@ def _chat(
     if prompts.template is None:
         if not _cell(prompts, row):
             return []
-        messages = read_turns(row, replace(columns, messages=prompts.column), at)
-        if messages[-1]["role"] == "assistant":
+        own = replace(columns, messages=prompts.column, response="")
+        turns = read_turns(row, own, at)
+        if turns.is_answered:
             raise DataError(
                 f"{at}: the teacher prompt ({prompts.column!r}) ends with the assistant's turn; "
                 "give the messages that stand before the answer"
             )
-        return messages
-    messages = read_turns(row, columns, at)
-    if messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
+        return list(turns.messages)
+    messages = list(read_turns(row, columns, at).asked)
     asking = [i for i, message in enumerate(messages) if message["role"] == "user"]
     if not asking:
         raise DataError(
@@ -169,9 +165,8 @@ def _chat(
 def with_teacher_prompts(
     examples: Sequence[Example],
     rows: Sequence[RawRow],
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: TextEncoder,
     *,
-    eos_id: int,
     columns: Columns,
     layout: Layout,
     teacher_prompts: TeacherPrompts,
@@ -180,13 +175,12 @@ def with_teacher_prompts(
     """Give every example its teacher's prompt; an example for which none can be made gets none.
 
     A plain prompt is tokenized as the student's is. In a chat the template replaces the last user
-    message's content, and the chat before the response is rendered anew by the chat template.
+    message's content, and the chat before the response is rendered again by the chat template.
 
     Args:
         examples: One a row, in the rows' order, of any length.
         rows: What they were made of.
-        tokenizer: The run's.
-        eos_id: What ends a response.
+        encoder: With the run's tokenizer.
         columns: Which columns were read.
         layout: What the rows are.
         teacher_prompts: The settings.
@@ -201,20 +195,23 @@ def with_teacher_prompts(
     triples = list(zip(examples, rows, places, strict=True))
     if layout == "text":
         texts = [_text(teacher_prompts, *triple) for triple in triples]
-        encoded = iter(encode_prompts(tokenizer, [text for text in texts if text]))
-        found = [next(encoded) if text else [] for text in texts]
     else:
-        settings = columns.chat_template_kwargs
-        renderer = ChatRenderer(tokenizer, eos_id=eos_id, where=where, settings=settings)
+        renderer = ChatRenderer(
+            encoder.tokenizer, where=where, settings=columns.chat_template_kwargs
+        )
         chats = [_chat(teacher_prompts, columns, *triple) for triple in triples]
-        rendered = [
-            renderer.render(chat, read_tools(row, columns, at), at)
+        texts = [
+            renderer.prompt(chat, read_tools(row, columns, at), at) if chat else ""
             for chat, row, at in zip(chats, rows, places, strict=True)
-            if chat
         ]
-        spans = encode_spans(tokenizer, rendered)
-        found = [list(chain.from_iterable(next(spans))) if chat else [] for chat in chats]
+    encoded = iter(
+        encoder.prompts(
+            [text for text in texts if text],
+            is_rendered=layout == "chat",
+            limit=teacher_prompts.max_length,
+        )
+    )
     return [
-        replace(example, teacher_prompt_ids=tuple(ids))
-        for example, ids in zip(examples, found, strict=True)
+        replace(example, teacher_prompt_ids=tuple(next(encoded) if text else ()))
+        for example, text in zip(examples, texts, strict=True)
     ]

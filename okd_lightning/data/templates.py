@@ -1,14 +1,13 @@
-"""Chats as text: rendered by the tokenizer's template, cut into the assistant's words and the rest.
+"""Chats as text: rendered by the tokenizer's template, cut where assistant turns begin and end.
 
 Where a turn begins and ends is found by rendering prefixes of the chat: what the template writes
-for the first k messages must be how the whole rendering begins. A template for which that does not
-hold (one that strips earlier thinking, or writes something after the last message only) is refused,
-because no mask can be trusted there. Nothing here knows token ids.
+for the first k messages must be how the whole rendering begins. Templates that treat the last
+answer apart (thinking that is only shown there, an end that is written once) do so for some turns
+and not for others; a turn for which it does not hold has no place. Nothing here knows token ids.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,33 +22,43 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Span:
-    """A stretch of a rendered chat.
+class Turn:
+    """An assistant turn in a rendered chat.
 
     Attributes:
-        text: What the template wrote.
-        is_assistant: True where the assistant wrote it, its end-of-turn token included.
+        text: What the template wrote for it, from the end of its generation prompt on, with what
+            closes the turn.
+        after: What follows up to the next turn that was asked for, or to the end.
+        content: The message's own text.
     """
 
     text: str
-    is_assistant: bool
+    after: str
+    content: str
 
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """A chat as text; the spans laid end to end are the rendering, up to the last turn's end.
+    """A chat as text: the opening, then each turn with what follows it.
 
     Attributes:
-        prompt: Everything before the last assistant turn; where the last message is not the
-            assistant's, all of it with the generation prompt.
-        response: The last assistant turn with its end-of-turn token; empty where the last message
-            is not the assistant's.
-        end_of_turn: The special token that the template closed the response with; empty for none.
+        opening: Everything before the first turn.
+        turns: The turns that were asked for and have a place.
+        is_answered: Whether the last turn is the end of the chat; else the text ends with the
+            generation prompt.
+        unplaced: Numbers (from 0) of messages that were asked for and have no place.
     """
 
-    prompt: tuple[Span, ...]
-    response: str
-    end_of_turn: str
+    opening: str
+    turns: tuple[Turn, ...]
+    is_answered: bool
+    unplaced: tuple[int, ...] = ()
+
+    @property
+    def prompt(self) -> str:
+        """Everything before the response; all of it where the chat is not answered."""
+        turns = self.turns[:-1] if self.is_answered else self.turns
+        return self.opening + "".join(turn.text + turn.after for turn in turns)
 
 
 class ChatRenderer:
@@ -57,7 +66,6 @@ class ChatRenderer:
 
     Args:
         tokenizer: Must have a chat template.
-        eos_id: The token that ends a response.
         where: The data set's name for messages.
         settings: What the template is told beside the chat, such as Qwen3's enable_thinking.
 
@@ -69,7 +77,6 @@ class ChatRenderer:
         self,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        eos_id: int,
         where: str,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
@@ -80,13 +87,14 @@ class ChatRenderer:
                 "or give prompt and response columns"
             )
         self._tokenizer, self._settings = tokenizer, settings or {}
-        self._eos = str(tokenizer.convert_ids_to_tokens(eos_id))
-        added = tokenizer.added_tokens_decoder.values()
-        specials = {token.content for token in added if token.special} | {self._eos}
-        longest_first = sorted(specials, key=len, reverse=True)
-        one_special = "|".join(re.escape(special) for special in longest_first)
-        self._special = re.compile(one_special)
-        self._closing = re.compile(rf"(?:(?:{one_special})\s*)+\Z")
+
+    def prompt(self, messages: Sequence[Message], tools: list[Any] | None, at: str) -> str:
+        """The rendering that a response continues, with the generation prompt.
+
+        Raises:
+            DataError: The template refuses the chat, or the chat holds half a character.
+        """
+        return self._render(messages, tools, at, prompt=True)
 
     def _render(
         self, messages: Sequence[Message], tools: list[Any] | None, at: str, *, prompt: bool
@@ -102,57 +110,58 @@ class ChatRenderer:
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise DataError(
                 f"{at}: the chat template refuses this chat ({error}); roles: "
-                f"{', '.join(message['role'] for message in messages)}; mend or delete the row"
+                f"{', '.join(message['role'] for message in messages)}; fix or delete the row"
             ) from error
+        require_whole_characters(str(rendered), f"{at}: the chat")
         return str(rendered)
 
-    def _split_turn(self, turn: str) -> tuple[str, str]:
-        """The assistant's own part of what a turn rendered to, and the special token that ends it.
-
-        A turn closes with special tokens and blanks. It ends at the first eos among them, else at
-        the last special one; without any, where its text ends.
-        """
-        closing = self._closing.search(turn)
-        if closing is None:
-            return turn.rstrip(), ""
-        tokens = list(self._special.finditer(turn, closing.start()))
-        end = next((token for token in tokens if token.group() == self._eos), tokens[-1])
-        return turn[: end.end()], end.group()
-
-    def render(self, messages: list[Message], tools: list[Any] | None, at: str) -> RenderedChat:
-        """Render one chat.
+    def render(
+        self, messages: Sequence[Message], tools: list[Any] | None, at: str, turns: Sequence[int]
+    ) -> RenderedChat:
+        """Render one chat and cut out some of its assistant turns.
 
         Args:
             messages: At least one; the first is not the assistant's.
             tools: What the template may list as callable.
             at: File and row, for messages.
+            turns: Which messages to cut out, as numbers from 0 in ascending order. A chat that ends
+                with the assistant is answered only if its last message is among them.
 
         Raises:
-            DataError: The template is not prefix-stable on this chat, or refuses it; or the chat
-                holds half a character.
+            DataError: The template refuses the chat, or the chat holds half a character.
         """
         is_answered = messages[-1]["role"] == "assistant"
         full = self._render(messages, tools, at, prompt=not is_answered)
-        require_whole_characters(full, f"{at}: the chat")
-        spans: list[Span] = []
-        done, end_of_turn = 0, ""
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
+        places: list[tuple[int, int, str]] = []
+        unplaced: list[int] = []
+        for turn in turns:
             before = self._render(messages[:turn], tools, at, prompt=True)
             after = self._render(messages[: turn + 1], tools, at, prompt=False)
-            if not (
-                full.startswith(before) and full.startswith(after) and len(before) < len(after)
-            ):
-                raise DataError(
-                    f"{at}: the chat template is not prefix-stable at message {turn + 1} "
-                    "(assistant): it renders the beginning of a chat differently once more "
-                    "follows, so loss masks would be wrong; set a chat_template that renders "
-                    "each message the same wherever it stands, or give single-turn rows"
-                )
-            own, end_of_turn = self._split_turn(full[len(before) : len(after)])
-            spans += [Span(full[done : len(before)], False), Span(own, True)]
-            done = len(before) + len(own)
-        if is_answered:
-            return RenderedChat(tuple(spans[:-1]), spans[-1].text, end_of_turn)
-        return RenderedChat((*spans, Span(full[done:], False)), "", "")
+            if full.startswith(before) and full.startswith(after) and len(before) < len(after):
+                places.append((len(before), len(after), messages[turn]["content"]))
+            else:
+                unplaced.append(turn)
+        if not places:
+            return RenderedChat(full, (), False, tuple(unplaced))
+        nexts = [*(start for start, _, _ in places[1:]), len(full)]
+        found = tuple(
+            Turn(full[start:end], full[end:following], content)
+            for (start, end, content), following in zip(places, nexts, strict=True)
+        )
+        is_answered = is_answered and places[-1][1] == len(full)
+        return RenderedChat(full[: places[0][0]], found, is_answered, tuple(unplaced))
+
+
+def not_prefix_stable(turn: int, at: str) -> DataError:
+    """The error for a turn that has no place and cannot be done without.
+
+    Args:
+        turn: The message's number, from 0.
+        at: File and row.
+    """
+    return DataError(
+        f"{at}: the chat template is not prefix-stable at message {turn + 1} (assistant): it "
+        "renders the beginning of a chat differently once more follows, so loss masks would be "
+        "wrong; set a chat_template whose generation prompt is how it begins an assistant turn, "
+        "or use a method that needs prompts only"
+    )

@@ -1,44 +1,30 @@
-"""Rows of prompt and response to examples: prompt + response + eos, tokenized apart."""
+"""Rows of prompt and response to examples: prompt + response + eos."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
-
 from okd_lightning.data.columns import Columns, RawRow, read_prompt, read_response
-from okd_lightning.data.tokens import encode_prompts, encode_texts
 from okd_lightning.errors import DataError
 from okd_lightning.records import Example
-
-
-def _example(
-    index: int, prompt: str, prompt_ids: list[int], response: str, response_ids: list[int], eos: int
-) -> Example:
-    has_response = bool(response_ids) and bool(response.strip())
-    return Example(
-        index=index,
-        prompt_ids=tuple(prompt_ids),
-        prompt_mask=(False,) * len(prompt_ids),
-        response_ids=(*response_ids, eos) if has_response else (),
-        prompt=prompt,
-        response=response if has_response else "",
-    )
+from okd_lightning.text_ids import TextEncoder
 
 
 def examples_from_texts(
     rows: Sequence[RawRow],
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: TextEncoder,
     *,
-    eos_id: int,
+    eos_ids: Sequence[int],
     columns: Columns,
+    max_prompt_length: int,
+    max_response_length: int,
     needs_response: bool,
     where: str,
 ) -> list[Example]:
-    """One example a row, of any length; a blank response becomes no response.
+    """One example a row; a blank response becomes no response.
 
-    The prompt gets the special tokens that the tokenizer opens a text with (bos), the response none
-    but the eos behind it.
+    A response ends with the eos that its text brings, else with the first of ``eos_ids``. Ids of
+    prompts and responses that are longer than their limits go on for some tokens more.
 
     Raises:
         DataError: A cell is missing or not text, or a prompt is empty.
@@ -49,10 +35,37 @@ def examples_from_texts(
         read_response(row, columns, at, needs_response=needs_response)
         for row, at in zip(rows, places, strict=True)
     ]
-    prompt_ids = encode_prompts(tokenizer, prompts)
-    response_ids = encode_texts(tokenizer, responses)
+    prompt_ids = encoder.prompts(prompts, limit=max_prompt_length)
     for ids, prompt, at in zip(prompt_ids, prompts, places, strict=True):
         if not ids:
             raise DataError(f"{at}: the prompt {prompt!r} has no tokens; fill or delete the row")
-    columns_of_text = zip(prompts, prompt_ids, responses, response_ids, strict=True)
-    return [_example(index, *cells, eos_id) for index, cells in enumerate(columns_of_text)]
+    asked = [
+        row
+        for row, ids in enumerate(prompt_ids)
+        if responses[row].strip() and len(ids) <= max_prompt_length  # others are left out
+    ]
+    found = encoder.continuations(
+        [prompts[row] for row in asked],
+        [responses[row] for row in asked],
+        limit=max_response_length,
+    )
+    response_ids = dict(zip(asked, found, strict=True))
+    return [
+        Example(
+            index=row,
+            prompt_ids=tuple(ids),
+            prompt_mask=(False,) * len(ids),
+            response_ids=tuple(ended(response_ids.get(row, []), encoder, eos_ids)),
+            prompt=prompts[row],
+            response=responses[row] if response_ids.get(row) else "",
+        )
+        for row, ids in enumerate(prompt_ids)
+    ]
+
+
+def ended(ids: list[int], encoder: TextEncoder, eos_ids: Sequence[int]) -> list[int]:
+    """A response's ids with one end; none where there are none."""
+    end = encoder.end_of(ids, eos_ids)
+    if end is not None:
+        return ids[:end]
+    return [*ids, eos_ids[0]] if ids else []

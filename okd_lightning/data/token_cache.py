@@ -23,10 +23,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.data.columns import RawRow
-from okd_lightning.data.examples import ExampleSet, build_examples
+from okd_lightning.data.examples import ExampleSet, build_examples, warn_of
 from okd_lightning.data.stored_examples import pack_examples, unpack_examples
 from okd_lightning.durable_files import own_aside, replacing
 from okd_lightning.errors import CacheError
+from okd_lightning.text_ids import RULES_VERSION
 
 AUTO = "auto"
 _FEWEST_ROWS = 1000
@@ -59,9 +60,11 @@ def cached_examples(
         return build_examples(rows, tokenizer, **settings)
     path = _folder(folder) / f"{key}.tokens"
     found = _read(path)
-    if found is None:
-        found = build_examples(rows, tokenizer, **settings)
-        _write(path, found)
+    if found is not None:
+        warn_of(found, settings["where"])
+        return found
+    found = build_examples(rows, tokenizer, **settings)
+    _write(path, found)
     return found
 
 
@@ -149,9 +152,11 @@ def _backend_text(backend: tokenizers.Tokenizer) -> str:
 
 @cache
 def _code_digest() -> bytes:
-    """Of what turns rows to ids: this package's source, and the libraries' versions."""
-    found = blake2b(f"{transformers.__version__} {tokenizers.__version__}".encode())
+    """Of what turns rows to ids: this package's source, the rules, and the libraries' versions."""
+    versions = f"{RULES_VERSION} {transformers.__version__} {tokenizers.__version__}"
+    found = blake2b(versions.encode())
     package = Path(__file__).parent
-    for path in [*sorted(package.glob("*.py")), package.parent / "records.py"]:
+    others = [package.parent / name for name in ("records.py", "text_ids.py")]
+    for path in [*sorted(package.glob("*.py")), *others]:
         found.update(path.name.encode() + path.read_bytes())
     return found.digest()

@@ -1,9 +1,9 @@
 """Tools in chats: how a tokenizer's chat template writes their answers between two turns.
 
-The template renders the chat with the calls and their results; what it writes behind the end of the
-assistant's turn, up to where the next one begins, is tokenized apart and put behind the model's own
-ids. What the model wrote itself is never rendered anew. Templates that are not prefix-stable, show
-no results, or close no turns are refused before anything is written.
+The template renders the chat with the calls and their results; what it writes after the end of the
+assistant's turn, up to where the next one begins, is appended to the model's own ids. What the
+model generated itself is never rendered again. Templates that are not prefix-stable, show no
+results, or close no turns are refused before anything is generated.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
+from okd_lightning.data.chat_ids import TurnIds, encode_turns
 from okd_lightning.data.distilled_module import DistilledModule
-from okd_lightning.data.templates import ChatRenderer, Message, RenderedChat
-from okd_lightning.data.tokens import encode_continuations
+from okd_lightning.data.templates import ChatRenderer, Message, RenderedChat, not_prefix_stable
 from okd_lightning.errors import ConfigError, DataError
 from okd_lightning.records import Chat
 from okd_lightning.rollouts.tool_rollouts import Exchange, ToolRounds
+from okd_lightning.text_ids import TextEncoder
 from okd_lightning.tool_calls import ToolCall
 from okd_lightning.tools import Toolbox
 
@@ -92,10 +93,9 @@ class ToolTurns:
                 "no chat_template; use an instruction-tuned model's tokenizer, or leave the tools "
                 "out"
             )
-        self._tokenizer = tokenizer
-        self._renderer = ChatRenderer(
-            tokenizer, eos_id=eos_id, where="data.tools", settings=settings
-        )
+        self._encoder = TextEncoder(tokenizer)
+        self._eos_ids = (eos_id,)
+        self._renderer = ChatRenderer(tokenizer, where="data.tools", settings=settings)
 
     def check(self, schemas: Sequence[dict[str, Any]]) -> list[int]:
         """Try the template on a chat with two exchanges.
@@ -111,40 +111,57 @@ class ToolTurns:
         question = {"role": "user", "content": "What?"}
         chat = Chat((question,), tuple(schemas))
         rendered = self._render(chat, [exchange, exchange])
-        if _PROBE_RESULT not in rendered.prompt[-1].text:
+        if _PROBE_RESULT not in rendered.turns[-1].after:
             raise ConfigError(
                 "data.tools: the tokenizer's chat template does not show what tools answer "
                 "(messages of the role 'tool'); set a chat_template that does"
             )
         call, *_ = _messages(exchange, 0, num_calls=1)
         answer = {"role": "assistant", "content": "That."}
-        closed = [
-            self._renderer.render([question, turn], list(schemas), "data.tools")
-            for turn in (call, answer)
-        ]
-        ends = {chat.end_of_turn for chat in closed}
-        if "" in ends:
+        closed = self._turns(
+            [self._rendered([question, turn], list(schemas)) for turn in (call, answer)]
+        )
+        ends = {turn.end_id for turn in closed}
+        if None in ends:
             raise ConfigError(
                 "data.tools: the tokenizer's chat template closes a turn with no special token, so "
                 "a turn that calls a tool has no end; set a chat_template that writes one"
             )
-        if schemas[0]["function"]["name"] not in rendered.prompt[0].text:
+        listed = self._renderer.prompt([question], list(schemas), "data.tools")
+        if schemas[0]["function"]["name"] not in listed:
             rank_zero_warn(
                 "the tokenizer's chat template does not list tools: the model learns of data.tools "
                 "only what the messages say"
             )
-        return sorted(int(self._tokenizer.convert_tokens_to_ids(end)) for end in ends)  # type: ignore[arg-type]
+        return sorted(end for end in ends if end is not None)
 
     def read(self, ids: Sequence[int]) -> str:
         """Text of a turn, special tokens included: some tokenizers mark calls with them."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+        return str(
+            self._encoder.tokenizer.decode(
+                list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
 
     def continuations(
         self, chats: Sequence[tuple[Chat, Sequence[Exchange]]]
     ) -> list[tuple[int, ...]]:
-        """What the template writes behind the last turn of each chat, up to the next one."""
-        texts = [self._render(*pair).prompt[-1].text for pair in chats]
-        return [tuple(ids) for ids in encode_continuations(self._tokenizer, texts)]
+        """What the template writes after the last turn of each chat, up to the next one."""
+        turns = self._turns([self._render(*pair) for pair in chats])
+        return [tuple(turn.after_ids) for turn in turns]
+
+    def _turns(self, chats: Sequence[RenderedChat]) -> list[TurnIds]:
+        """The ids of each chat's last assistant turn, and of what follows it."""
+        contexts, turns = [chat.opening for chat in chats], [chat.turns[-1] for chat in chats]
+        return encode_turns(self._encoder, contexts, turns, self._eos_ids)
+
+    def _rendered(self, messages: list[Message], tools: list[Any] | None) -> RenderedChat:
+        """A chat with its last assistant turn cut out."""
+        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        rendered = self._renderer.render(messages, tools, "data.tools", [last])
+        if rendered.unplaced:
+            raise not_prefix_stable(last, "data.tools")
+        return rendered
 
     def _render(self, chat: Chat, exchanges: Sequence[Exchange]) -> RenderedChat:
         """The chat with all exchanges; templates that take one call a turn are shown the first."""
@@ -164,7 +181,7 @@ class ToolTurns:
             messages += _messages(exchange, num_before, num_calls)
             num_before += len(exchange.calls)
         tools = None if chat.tools is None else [dict(tool) for tool in chat.tools]
-        return self._renderer.render(messages, tools, "data.tools")
+        return self._rendered(messages, tools)
 
 
 def _messages(exchange: Exchange, num_before: int, num_calls: int | None) -> list[Message]:

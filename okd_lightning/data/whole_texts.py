@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
-
 from okd_lightning.data.columns import Columns, RawRow, read_response
-from okd_lightning.data.tokens import encode_prompts
+from okd_lightning.data.text_rows import ended
 from okd_lightning.errors import DataError
 from okd_lightning.records import Example
+from okd_lightning.text_ids import TextEncoder
 
 
 def examples_from_whole_texts(
     rows: Sequence[RawRow],
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: TextEncoder,
     *,
-    eos_id: int,
+    eos_ids: Sequence[int],
     columns: Columns,
+    max_prompt_length: int,
+    max_response_length: int,
     where: str,
 ) -> list[Example]:
-    """One example a row, of any length.
+    """One example a row; ids of texts that are longer than both limits go on for some tokens more.
 
     The prompt is the token that nothing stands before: the bos where the tokenizer adds one, else
-    the text's first token. All others are the response, with the eos behind them.
+    the text's first token. All others are the response, with one eos at the end.
 
     Raises:
         DataError: A cell is missing, not text, or blank.
@@ -36,24 +37,18 @@ def examples_from_whole_texts(
     for text, at in zip(texts, places, strict=True):
         if not text.strip():
             raise DataError(f"{at}: the text ({columns.response!r}) is empty; delete the row")
+    found = encoder.prompts(texts, limit=max_prompt_length + max_response_length)
+    for text, ids, at in zip(texts, found, places, strict=True):
+        if not ids:
+            raise DataError(f"{at}: the text {text!r} has no tokens; delete the row")
     return [
-        _example(index, text, ids, eos_id, tokenizer)
-        for index, (text, ids) in enumerate(
-            zip(texts, encode_prompts(tokenizer, texts), strict=True)
+        Example(
+            index=index,
+            prompt_ids=tuple(ids[:1]),
+            prompt_mask=(False,),
+            response_ids=tuple(ended(ids[1:], encoder, eos_ids) or eos_ids[:1]),
+            prompt=encoder.text_of(ids[0]),
+            response=text,
         )
+        for index, (text, ids) in enumerate(zip(texts, found, strict=True))
     ]
-
-
-def _example(
-    index: int, text: str, ids: list[int], eos_id: int, tokenizer: PreTrainedTokenizerBase
-) -> Example:
-    rest = ids[1:]
-    is_ended = bool(rest) and rest[-1] == eos_id
-    return Example(
-        index=index,
-        prompt_ids=tuple(ids[:1]),
-        prompt_mask=(False,),
-        response_ids=tuple(rest) if is_ended else (*rest, eos_id),
-        prompt=str(tokenizer.decode(ids[:1])),
-        response=text,
-    )

@@ -7,6 +7,7 @@ teacher is frozen as ever, and a student's merged weights are trained as those o
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -140,7 +141,8 @@ def merge_into_base(adapter: AdapterFolder, base: PreTrainedModel) -> PreTrained
     if broken:
         raise ModelError(not_finite(broken, where))
     number_format = base.dtype
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's advice to those who go on training the adapter
         _resize(base, weights)
         try:
             adapted = PeftModel(base, adapter.config)

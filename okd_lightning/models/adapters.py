@@ -106,6 +106,14 @@ def _carried_adapter(source: ModelSource) -> PeftConfig | None:
     return cast("dict[str, PeftConfig]", source.peft_config)[active[0]] if active else None
 
 
+def widen_trained(model: torch.nn.Module, base: torch.dtype) -> None:
+    """Convert trained weights in place to float32, or to the base's format if that is wider."""
+    wide = torch.promote_types(base, torch.float32)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(wide)
+
+
 def add_adapter(model: PreTrainedModel, adapter: PeftConfig, option: str) -> None:
     """Put a trainable PEFT adapter on ``model`` in place and freeze everything else.
 
@@ -126,9 +134,7 @@ def add_adapter(model: PreTrainedModel, adapter: PeftConfig, option: str) -> Non
             # PEFT sets it to what the layer is (GPT-2's are transposed) and says so
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
             model.add_adapter(adapter)
-        for parameter in model.parameters():
-            if parameter.requires_grad:  # the base may be bfloat16; what is trained is not
-                parameter.data = parameter.data.float()
+        widen_trained(model, model.dtype)
     except ConfigError:
         raise
     except ValueError as error:
@@ -165,4 +171,5 @@ def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
     if is_taken_apart:
         plain.config.tie_word_embeddings = False
     plain._hf_peft_config_loaded = False
+    plain.__dict__.pop("peft_config", None)
     return plain

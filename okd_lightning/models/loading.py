@@ -50,7 +50,7 @@ from okd_lightning.models.weight_checks import (
 )
 from okd_lightning.models.weight_files import WeightFiles
 
-DTypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
+DTypeName: TypeAlias = Literal["float32", "bfloat16", "float16", "float64"]
 
 ModelSource: TypeAlias = str | dict[str, Any] | PreTrainedModel
 """A location (``locate``); a config to start from random weights; or a model already loaded."""

@@ -1,8 +1,9 @@
 """The online module: a small trainable PEFT part on a frozen teacher (OKD, arXiv 2409.12512).
 
 Owns putting it on, switching it off, and its weights. The base stays frozen and bit-identical, and
-may be in bfloat16; the module's own weights are float32. Adapters that change layers (LoRA and its
-kin) go into the model in place; prompt learning (prefix, P-tuning) needs PEFT's wrapper around it.
+may be in bfloat16; the module's own weights are float32 or wider. Adapters that change layers (LoRA
+and its kin) go into the model in place; prompt learning (prefix, P-tuning) needs PEFT's wrapper
+around it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.models.adapters import add_adapter
+from okd_lightning.models.adapters import add_adapter, widen_trained
 from okd_lightning.models.projection_targets import (
     choose_targets,
     describe_adapter,
@@ -152,9 +153,7 @@ def attach_online_module(
             "loading: by_shard leaves on disk; use loading: every_rank, or LoraConfig"
         )
     wrapped = get_peft_model(teacher, config)
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    widen_trained(wrapped, teacher.dtype)
     return wrapped.eval()
 
 

@@ -93,9 +93,10 @@ def check_pair(
     for option, source in (("--model.student", student), ("--model.teacher", teacher)):
         if source is None:
             continue
-        vocabulary = vocabulary.within(_table_rows(source, option, known.size))
+        rows = _table_rows(source, option, known.size)
+        vocabulary = vocabulary.within(rows)
         if isinstance(source, str) and source != tokenizer.name_or_path:
-            _check_own_tokenizer(tokenizer, source, option)
+            _check_own_tokenizer(tokenizer, source, option, rows)
     if vocabulary != known:
         first = tokenizer.convert_ids_to_tokens(vocabulary.size)
         rank_zero_info(
@@ -117,10 +118,12 @@ def _table_rows(source: ModelSource, option: str, vocab_size: int) -> int:
     return min([rows, *lengths])
 
 
-def _check_own_tokenizer(tokenizer: PreTrainedTokenizerBase, source: str, option: str) -> None:
+def _check_own_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, source: str, option: str, rows: int
+) -> None:
     try:
         own = load_tokenizer(source, option)
     except ModelNotFoundError as error:
         warnings.warn(f"{error}; the run's tokenizer is taken on trust", stacklevel=2)
         return
-    check_vocabulary_agreement(tokenizer, own)
+    check_vocabulary_agreement(tokenizer, own, rows)

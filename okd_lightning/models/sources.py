@@ -26,6 +26,7 @@ from transformers.utils import cached_file
 from okd_lightning.errors import ModelNotFoundError
 from okd_lightning.models.gguf_files import SUFFIX, require_gguf
 
+_NO_FILE = ("does not appear to have a file", "Should have a `model_type` key")
 _REMOTE_CODE = ("trust_remote_code", "custom code")
 
 
@@ -184,7 +185,7 @@ def _hub_reason(source: Source, error: Exception) -> str:
             "safetensors, or unset HF_HUB_OFFLINE"
         )
     is_missing = is_any(EntryNotFoundError) and not is_any(LocalEntryNotFoundError)
-    if is_missing or "does not appear to have a file" in str(error):
+    if is_missing or any(text in str(error) for text in _NO_FILE):
         return f"the repository holds no such file: {first_line(error)}"
     return (
         f"neither a folder nor a hub id that can be reached ({first_line(error)}); give the path "

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from okd_lightning.errors import VocabularyError
+from okd_lightning.errors import DataError, VocabularyError
+from okd_lightning.text_ids import TextEncoder
 
 _PROBE = "The 3 quick foxes' naïve café — 12,345.60€!\n\tdef f(x): return x**2  # 中文 ✓"
 
@@ -77,9 +78,10 @@ class Vocabulary:
             )
 
 
-def _probes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+def _probes(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> tuple[str, str]:
     """A text of many kinds of characters, and one of the tokenizer's own tokens."""
-    ids = range(0, len(tokenizer), 1 + len(tokenizer) // 64)
+    size = min(len(tokenizer), rows or len(tokenizer))
+    ids = range(0, size, 1 + size // 64)
     return _PROBE, str(tokenizer.decode(list(ids)))
 
 
@@ -93,30 +95,41 @@ def probe_texts(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[int]
 
 
 def check_vocabulary_agreement(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, rows: int | None = None
 ) -> None:
     """Refuse two tokenizers that give the same id to different tokens, or cut text differently.
+
+    Args:
+        student: One of them.
+        teacher: The other.
+        rows: Rows of the model's table: ids beyond are not compared. None compares all.
 
     Raises:
         VocabularyError: Naming what differs and what can be used instead.
     """
-    student_ids, teacher_ids = student.get_vocab(), teacher.get_vocab()
+    student_ids, teacher_ids = _ids(student, rows), _ids(teacher, rows)
     if student_ids != teacher_ids:
         raise VocabularyError(_difference(student_ids, teacher_ids))
-    if any(_cut(student, text) != _cut(teacher, text) for text in _probes(student)):
+    if any(_cut(student, text) != _cut(teacher, text) for text in _probes(student, rows)):
         raise VocabularyError(
             "student and teacher tokenizers have the same tokens but cut text differently (merges "
             "or normalisation differ); use models that share one tokenizer"
         )
 
 
+def _ids(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> dict[str, int]:
+    """Token → id, without ids beyond ``rows`` and without the names that GGUF gives to padding."""
+    vocabulary = tokenizer.get_vocab()
+    if rows is None:
+        return vocabulary
+    return {t: i for t, i in vocabulary.items() if i < rows and t != f"[PAD{i}]"}
+
+
 def _cut(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int] | None:
     """Ids of a text; None where the tokenizer has no token for some of its characters."""
     try:
-        return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-    except Exception as error:
-        if type(error) is not Exception:  # what the tokenizers library raises
-            raise
+        return TextEncoder(tokenizer).plain([text])[0]
+    except DataError:
         return None
 
 

@@ -13,11 +13,9 @@ from typing import Any, cast
 
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import (
-    DummyLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from okd_lightning.transformers_versions import STATELESS_LAYERS
 
 _SPARE_COLUMNS = 64
 
@@ -116,7 +114,7 @@ def is_rearrangeable(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "attention_chunk_size", None) is not None:
         return False
-    plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    plain = (DynamicLayer, DynamicSlidingWindowLayer, *STATELESS_LAYERS)
     return all(type(layer) in plain for layer in DynamicCache(config=model.config).layers)
 
 
@@ -130,7 +128,7 @@ def empty_cache(model: PreTrainedModel, is_roomy: bool) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     if is_roomy:
         cache.layers = [
-            layer if isinstance(layer, DummyLayer) else RoomyLayer() for layer in cache.layers
+            layer if isinstance(layer, STATELESS_LAYERS) else RoomyLayer() for layer in cache.layers
         ]
     return cache
 

@@ -8,8 +8,9 @@ from it, whatever the number of its tiles.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from peft import PeftModel
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -82,22 +83,31 @@ def shard(model: nn.Module, mesh: DeviceMesh, settings: ShardSettings, option: s
         _check_all_sharded(model, option)
         return
     offload = CPUOffloadPolicy() if settings.offload else OffloadPolicy()
+    precision = _no_narrower(settings.precision, model)
     blocks = [*blocks_of(model, option), *_lone_embedding(model)]
     for block in blocks:
         fully_shard(
             block,
             mesh=mesh,
             reshard_after_forward=settings.reshard_after_forward,
-            mp_policy=settings.precision,
+            mp_policy=precision,
             offload_policy=offload,
         )
     fully_shard(
         model,
         mesh=mesh,
         reshard_after_forward=False,
-        mp_policy=settings.precision,
+        mp_policy=precision,
         offload_policy=offload,
     )
+
+
+def _no_narrower(precision: MixedPrecisionPolicy, model: nn.Module) -> MixedPrecisionPolicy:
+    """The policy with gradients of float64 weights summed in float64 where it says float32."""
+    is_double = any(p.dtype == torch.float64 and p.requires_grad for p in model.parameters())
+    if is_double and precision.reduce_dtype == torch.float32:
+        return replace(precision, reduce_dtype=torch.float64)
+    return precision
 
 
 def units_of(model: nn.Module) -> list[FSDPModule]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import lightning
 import torch
@@ -55,7 +55,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     Args:
         param_dtype: Number format in which gathered weights compute, such as bfloat16; by default
             that of the weights. The shards, and with them the optimizer's steps, stay as they are.
-        reduce_dtype: Number format in which gradients are summed over ranks.
+        reduce_dtype: Number format in which gradients are summed over ranks; float32 is float64 for
+            float64 weights.
         reshard_after_forward: Free a block behind its forward pass and gather it again for the
             backward pass; false keeps the whole models on every device in between.
         cpu_offload: Keep shards and optimizer states in the host's memory.
@@ -93,8 +94,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             ("checkpoint_form", checkpoint_form, ("sharded", "single_file")),
             ("rollouts", rollouts, ("gathered", "layerwise")),
             ("loading", loading, ("every_rank", "by_shard")),
-            ("param_dtype", param_dtype, (None, "float32", "bfloat16", "float16")),
-            ("reduce_dtype", reduce_dtype, (None, "float32", "bfloat16", "float16")),
+            ("param_dtype", param_dtype, (None, *get_args(DTypeName))),
+            ("reduce_dtype", reduce_dtype, (None, *get_args(DTypeName))),
         ):
             if value not in known:
                 shown = ", ".join(map(str, known))

@@ -43,18 +43,24 @@ class ServedTeacher:
         settings: Which server, and what to ask of it.
         vocabulary: The run's.
         tokenizer: The run's, which the server's has to agree with.
+        dtype: Number format of the log-probabilities that are handed over.
     """
 
     option = "--model.teacher_server"
     reads_new_rows = True
 
     def __init__(
-        self, settings: TeacherServer, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase
+        self,
+        settings: TeacherServer,
+        vocabulary: Vocabulary,
+        tokenizer: PreTrainedTokenizerBase,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.settings = settings
         self.vocabulary = vocabulary
         self.k = min(settings.k, vocabulary.size - len(vocabulary.invalid_ids))
         self._tokenizer = tokenizer
+        self._dtype = dtype
         self._endpoint = Endpoint(
             settings.url, self.option, settings.timeout_seconds, settings.num_retries
         )
@@ -114,7 +120,7 @@ class ServedTeacher:
             np.empty(0),
         ]
         known, logprobs, drawn = (torch.from_numpy(part) for part in said)
-        packed = pack_outcomes(known, logprobs.float(), drawn.float())
+        packed = pack_outcomes(known, logprobs.to(self._dtype), drawn.to(self._dtype))
         return Side(packed.to(reads.input_ids.device), PackedHead())
 
     @property

@@ -113,7 +113,8 @@ class PairModule(PairRuns):
         self.served_teacher: ServedTeacher | None = None
         if teacher_server is not None:
             server = TeacherServer.of(teacher_server)
-            self.served_teacher = ServedTeacher(server, self.vocabulary, self.tokenizer)
+            wide = torch.promote_types(getattr(torch, self.dtype_name), torch.float32)
+            self.served_teacher = ServedTeacher(server, self.vocabulary, self.tokenizer, wide)
         self.student: PreTrainedModel | None = None
         self.teacher: PreTrainedModel | None = None
         self.online_module: OnlineModuleSettings | None = None

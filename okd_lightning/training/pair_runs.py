@@ -191,4 +191,8 @@ class PairRuns(FrozenPartsModule):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids, without special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return str(
+            self.tokenizer.decode(
+                list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )

@@ -26,8 +26,8 @@ VAL = tiny.make_rows(9, seed=1)
 
 def make_module(teacher: bool = True) -> DistillationModule:
     return DistillationModule(
-        tiny.make_llama(1),
-        tiny.make_llama(2, rows=tiny.TEACHER_ROWS) if teacher else None,
+        tiny.make_llama(1).double(),
+        tiny.make_llama(2, rows=tiny.TEACHER_ROWS).double() if teacher else None,
         tokenizer=tiny.make_tokenizer(),
         learning_rate=1e-2,
     )

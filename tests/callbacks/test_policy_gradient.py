@@ -9,6 +9,7 @@ refused; runs resume bit for bit.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import reference_loss as reference
@@ -36,6 +37,12 @@ from okd_lightning.divergences import ForwardKL, JensenShannon, ReverseKL, TopK
 from okd_lightning.errors import ConfigError, RewardError
 
 DATASET, STUDENT, TEACHER = 0, 1, 2
+
+
+@pytest.fixture
+def make_module(make_module):
+    """In float64: runs agree to 1e-9 on every processor."""
+    return partial(make_module, dtype="float64")
 
 
 def rows_of(recorder, step):

@@ -6,6 +6,8 @@ nobody scored is refused by name; a baseline over samples is refused where there
 what fails on one rank stops all of them.
 """
 
+from functools import partial
+
 import pytest
 import tiny
 
@@ -13,6 +15,12 @@ from okd_lightning.callbacks import KD, Reward
 from okd_lightning.errors import ConfigError, RewardError
 from okd_lightning.records import Example, Rollout
 from okd_lightning.rollouts.scoring import TermScorer
+
+
+@pytest.fixture
+def make_module(make_module):
+    """In float64: runs agree to 1e-9 on every processor."""
+    return partial(make_module, dtype="float64")
 
 
 def length_of(prompt: str, response: str, reference: str) -> float:

@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM
 Type = Callable[..., Result]
 RUN = Path("run")
 LAST = RUN / "checkpoints" / "last.ckpt"
-SHARED_DATA = Path(__file__).parents[2].parent / "shared" / "data"
 TEMPLATE = "{prompt}\n\nSolution: {reference}"
 SETTINGS = {
     "data": {
@@ -56,16 +55,14 @@ SELF_TEACHERS = {
 
 
 @pytest.fixture
-def real(here: Path) -> list[str]:
+def real(here: Path, shared_data: Path) -> list[str]:
     """The first rows of GSM8K and a model of 75,504 parameters, as a config and its flags."""
-    if not SHARED_DATA.is_dir():
-        pytest.skip(f"real data is not here: no folder {SHARED_DATA}")
     (here / "own.yaml").write_text(yaml.safe_dump(SETTINGS))
     for part, name, num in (("train", "train", 400), ("val", "test", 40)):
-        lines = (SHARED_DATA / "datasets" / "gsm8k" / f"{name}.jsonl").read_text().splitlines()
+        lines = (shared_data / "datasets" / "gsm8k" / f"{name}.jsonl").read_text().splitlines()
         (here / f"{part}.jsonl").write_text("\n".join(lines[:num]) + "\n")
     return [
-        *("--config", "own.yaml", "--model.student", str(SHARED_DATA / "models" / "student75K")),
+        *("--config", "own.yaml", "--model.student", str(shared_data / "models" / "student75K")),
         *("--data.train", "train.jsonl", "--data.val", "val.jsonl", *QUIET),
         *("--model.learning_rate", "1e-3", "--trainer.default_root_dir", "run"),
     ]

@@ -30,7 +30,6 @@ from transformers import AutoTokenizer
 Type = Callable[..., Result]
 RUN = Path("run")
 ROOT = Path(__file__).parents[2]
-SHARED_DATA = ROOT.parent / "shared" / "data"
 
 ASKED = [
     {
@@ -51,17 +50,15 @@ def toolalpaca() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory, toolalpaca) -> Path:
+def files(tmp_path_factory, toolalpaca, shared_data) -> Path:
     """ToolAlpaca's rows, and two tiny models on Qwen's tokenizer, which knows some calls."""
-    if not SHARED_DATA.is_dir():
-        pytest.skip(f"real data is not here: no folder {SHARED_DATA}")
     folder = tmp_path_factory.mktemp("tools")
-    source = SHARED_DATA / "datasets" / "toolalpaca" / "eval_real.json"
+    source = shared_data / "datasets" / "toolalpaca" / "eval_real.json"
     rows = toolalpaca.rows_of(json.loads(source.read_text(encoding="utf-8")))
     rows = sorted(rows, key=lambda row: len(json.dumps(row["tools"])))
     write_jsonl(folder / "train.jsonl", [*rows[:14:2], *ASKED])
     write_jsonl(folder / "val.jsonl", [rows[1], rows[3], *ASKED])
-    tokenizer = AutoTokenizer.from_pretrained(SHARED_DATA / "tokenizers" / "qwen2.5")
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "qwen2.5")
     tokenizer.add_tokens(tool_chats.CALLS)
     for seed, name in enumerate(("student", "teacher")):
         tool_chats.make_caller(seed, tokenizer, bias=20.0, width=16).save_pretrained(folder / name)

@@ -1,7 +1,9 @@
 """Semantics frozen here: loss lies on the assistant's words and end-of-turn token, nowhere else.
 
 The ids laid end to end are the template's own rendering; a rollout's prompt is the rendering with
-the generation prompt; a template that renders a beginning differently once more follows is refused.
+the generation prompt. Where the template renders a beginning differently once more follows, only
+the last turn carries loss; where it does not begin an answer with its generation prompt, the chat
+is a prompt, and refused where a response is needed. Both are said once.
 """
 
 from __future__ import annotations
@@ -169,31 +171,80 @@ def chatml_with(after_turn="<|im_end|>\n", at_end="", content="{{ m.content }}")
     )
 
 
-UNSTABLE = {
-    "strips earlier thinking": chatml_with(
-        content="{{ m.content if loop.last else m.content.split('</think>')[-1] }}"
+APART = {
+    # template -> the last answer "<think>hm</think>Hello." as its response
+    "strips earlier thinking": (
+        chatml_with(content="{{ m.content if loop.last else m.content.split('</think>')[-1] }}"),
+        "<think>hm</think>Hello.<|im_end|>",
     ),
-    "adds something only at the end": chatml_with(at_end="</s>"),
+    "adds something only at the end": (
+        chatml_with(at_end="</s>"),
+        "<think>hm</think>Hello.<|im_end|>\n</s>",
+    ),
+    "shows thinking in the last turn only": (
+        chatml_with(
+            content="{{ '<think></think>' if loop.last and m.role == 'assistant' else '' }}"
+            "{{ m.content }}"
+        ),
+        "<think></think><think>hm</think>Hello.<|im_end|>",
+    ),
+}
+UNSTABLE = {
     "shows the number of messages": "{{ messages | length }}" + chatml_with(),
     "opens thinking in the generation prompt": chatml_with().replace(
         "<|im_start|>assistant\n{%", "<|im_start|>assistant\n<think>\n{%"
     ),
-    "ends the last turn otherwise": chatml_with(
+    "ends the last message otherwise": chatml_with(
         after_turn="{{ '</s>' if loop.last else '<|im_end|>' }}"
     ),
 }
+THOUGHT = [
+    *CHAT[:1],
+    {"role": "assistant", "content": "<think>one</think>Hello."},
+    {"role": "user", "content": "Again?"},
+    {"role": "assistant", "content": "<think>hm</think>Hello."},
+]
+
+
+@pytest.mark.parametrize(("template", "response"), APART.values(), ids=APART)
+def test_a_template_that_treats_the_last_answer_apart_is_learned_there(
+    template, response, chat_tokenizer, build
+):
+    chat_tokenizer.chat_template = template
+    rows = [{"messages": THOUGHT}, {"messages": THOUGHT[:2]}, {"messages": THOUGHT[:3]}]
+    with pytest.warns(UserWarning, match=r"rows\.jsonl: the chat template .* in 2 of 3 chats "):
+        built = build(rows, chat_tokenizer, needs_response=False)
+    last, single, prompt = built.examples
+    assert runs(chat_tokenizer, last) == [response]
+    assert runs(chat_tokenizer, single) == [response.replace("hm", "one")]
+    assert runs(chat_tokenizer, prompt) == []
+    before = rendering(chat_tokenizer, THOUGHT[:3], prompt=True)
+    for example in (last, prompt):
+        assert chat_tokenizer.decode(example.prompt_ids) == before == example.prompt
+    assert last.response == THOUGHT[-1]["content"]
 
 
 @pytest.mark.parametrize("template", UNSTABLE.values(), ids=UNSTABLE)
-def test_a_template_that_is_not_prefix_stable_is_refused(template, chat_tokenizer, build):
+def test_a_template_that_does_not_begin_an_answer_as_its_prompt_ends(
+    template, chat_tokenizer, build
+):
     chat_tokenizer.chat_template = template
-    chat = [
-        CHAT[0],
-        {"role": "assistant", "content": "<think>hm</think>Hello."},
-        *CHAT[2:],
-    ]
-    with pytest.raises(DataError, match=r"rows\.jsonl, row 1: .*not prefix-stable at message 2"):
-        build([{"messages": chat}], chat_tokenizer)
+    rows = [{"messages": THOUGHT}]
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 1: .*not prefix-stable at message 4"):
+        build(rows, chat_tokenizer)
+    with pytest.warns(UserWarning, match="1 of 1 chats are prompts without a response"):
+        (example,) = build(rows, chat_tokenizer, needs_response=False).examples
+    expected = rendering(chat_tokenizer, THOUGHT[:3], prompt=True)
+    assert chat_tokenizer.decode(example.prompt_ids) == expected
+    assert (example.response_ids, example.response) == ((), THOUGHT[-1]["content"])
+    assert not any(example.prompt_mask)
+
+
+def test_stable_chats_of_such_a_template_are_learned_whole(chat_tokenizer, build):
+    chat_tokenizer.chat_template = APART["strips earlier thinking"][0]
+    (example,) = build([{"messages": CHAT}], chat_tokenizer).examples
+    words = [CHAT[1]["content"] + "<|im_end|>", CHAT[3]["content"] + "<|im_end|>"]
+    assert runs(chat_tokenizer, example) == words
 
 
 ENDINGS = {

@@ -1,4 +1,4 @@
-"""Semantics frozen here: ids are bos (where one is) + prompt + response + eos, tokenized apart.
+"""Semantics frozen here: ids are bos (where one is) + prompt + response + eos.
 
 A response that is cut has no eos; a prompt that is too long is skipped and counted, or refused; the
 index is the row's number in the file whatever was skipped; nothing is random, nothing is warned of.
@@ -154,6 +154,37 @@ def test_pad_equal_to_eos_changes_nothing(build, byte_tokenizer, make_tokenizer)
     assert build(rows, padded) == build(rows, byte_tokenizer)
 
 
+@pytest.mark.parametrize("opening", ["", "<s>"])
+def test_a_prompt_that_was_rendered_before_keeps_its_one_bos(opening, build, make_tokenizer):
+    tokenizer = make_tokenizer(opening, "</s>")
+    (example,) = build([row("<s>ab", "cd")], tokenizer).examples
+    assert tokenizer.convert_ids_to_tokens(example.prompt_ids) == ["<s>", "a", "b"]
+
+
+@pytest.mark.parametrize("end", ["", "</s>", "</s></s>", "</s>\n", "</s><s>"])
+def test_a_response_ends_once(end, build, byte_tokenizer):
+    (example,) = build([row("ab", f"cd{end}")], byte_tokenizer).examples
+    assert byte_tokenizer.convert_ids_to_tokens(example.response_ids) == ["c", "d", "</s>"]
+
+
+def test_a_response_that_ends_with_the_tokenizers_own_eos_gets_no_other(build, byte_tokenizer):
+    end_of_turn = byte_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    rows = [row("ab", "cd</s>"), row("ab", "cd<|im_end|>"), row("ab", "cd")]
+    built = build(rows, byte_tokenizer, eos_id=end_of_turn).examples
+    ends = [byte_tokenizer.convert_ids_to_tokens(e.response_ids[2:]) for e in built]
+    assert ends == [["</s>"], ["<|im_end|>"], ["<|im_end|>"]]
+
+
+def test_texts_that_are_much_too_long_are_counted_and_cut(build, byte_tokenizer):
+    rows = [row("a" * 10**6, "b"), row("a", "b" * 10**6)]
+    limits = {"max_prompt_length": 20, "max_response_length": 30}
+    built = build(rows, byte_tokenizer, on_overlong="skip", **limits)
+    assert (built.skipped, built.num_cut) == ({"overlong prompt": 1}, 1)
+    assert built.examples[0].response_ids == byte_ids(byte_tokenizer, "b" * 30)
+    with pytest.raises(DataError, match=r"row 1: the prompt has at least \d+ tokens, more than"):
+        build(rows, byte_tokenizer, **limits)
+
+
 @pytest.mark.parametrize("folder", ["tokenizers/llama2", "models/stories260K"])
 def test_real_llama_tokenizers_open_the_prompt_with_one_bos(folder, real_tokenizer, build):
     tokenizer = real_tokenizer(folder)
@@ -177,11 +208,12 @@ def test_real_tinystories(shared_data, real_tokenizer, build):
     num_without_eos = 0
     for example in built.examples:
         source = rows[example.index]
-        # tokenized one at a time, by the plain call, the ids are the same
-        plain_prompt = tokenizer(source["prompt"]).input_ids
-        plain_response = tokenizer(source["response"], add_special_tokens=False).input_ids
-        assert list(example.prompt_ids) == plain_prompt
-        assert list(example.response_ids) == [*plain_response, 1][:96]
+        # the plain call on the whole story gives the same ids
+        whole = tokenizer(source["prompt"] + source["response"]).input_ids
+        assert list(example.prompt_ids) == tokenizer(source["prompt"]).input_ids
+        assert [*example.prompt_ids, *example.response_ids] == [*whole, 1][
+            : len(example.prompt_ids) + 96
+        ]
         num_without_eos += example.response_ids[-1] != 1
     assert num_without_eos == built.num_cut > 0
     assert built.skipped["overlong prompt"] == sum(

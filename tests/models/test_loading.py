@@ -12,9 +12,10 @@ import json
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from okd_lightning.callbacks import OKD
 from okd_lightning.errors import (
     ConfigError,
     ModelError,
@@ -115,7 +116,7 @@ def test_weights_that_do_not_fit(damage, tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 def test_number_formats(dtype, student_folder):
     model = load(student_folder, dtype=dtype)
     assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
@@ -129,6 +130,21 @@ def test_each_side_has_its_own_number_format(make_module):
     both = make_module(dtype="bfloat16")
     both.configure_model()
     assert both.student.dtype == both.teacher.dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize(
+    "config", [LoraConfig(r=2), PromptEncoderConfig(num_virtual_tokens=3)], ids=["lora", "prompts"]
+)
+def test_trained_weights_are_float32_or_as_wide_as_their_base(config, dtype, make_module):
+    module = make_module(dtype=dtype, student_adapter=LoraConfig(r=2))
+    module.add_online_module(OKD(online_module=config).settings)
+    module.configure_model()
+    trained = {p.dtype for p in module.parameters() if p.requires_grad}
+    frozen = {p.dtype for p in module.parameters() if not p.requires_grad}
+    assert trained == {torch.float64 if dtype == "float64" else torch.float32}
+    assert frozen == {getattr(torch, dtype)}
 
 
 def test_loading_keeps_the_weights_and_freezes_the_teacher(make_module):

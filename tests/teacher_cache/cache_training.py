@@ -15,7 +15,7 @@ ALL = tiny.NUM_IDS
 
 
 def sgd(parameters):
-    """Adam would make much of roundings where a gradient is next to nothing."""
+    """Plain SGD; Adam would amplify the cache's rounding where a gradient is close to zero."""
     return torch.optim.SGD(parameters, lr=0.1)
 
 
@@ -23,7 +23,8 @@ def train(root, make_module, methods, k=None, cache=None, rows=ROWS, dtype="floa
     """A recorder and the module; from a cache where k is given."""
     torch.manual_seed(5)
     given = {} if k is None else {"teacher_cache": TeacherCache(str(cache), k, dtype)}
-    module = make_module(optimizer=sgd, **given, **settings.pop("model", {}))
+    own = {"optimizer": sgd, "dtype": "float64", **given, **settings.pop("model", {})}
+    module = make_module(**own)
     return tiny.fit(root, module, methods, rows, **settings), module
 
 

@@ -40,7 +40,8 @@ def test_with_all_ids_it_is_the_live_run(name, tmp_path, make_module, cache):
     settings = {"accumulate_grad_batches": 2, "data": {"batch_size": 2}}
     live = train(tmp_path, make_module, METHODS[name](), **settings)
     cached = train(tmp_path, make_module, METHODS[name](), k=ALL + 9, cache=cache, **settings)
-    check_same(cached, live, loss=1e-6, gradient=1e-6)
+    # the file holds float32: 2^-24 of up to 30 nats, which the steps enlarge
+    check_same(cached, live, loss=1e-5, gradient=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [("float32", 2e-6), ("float16", 2e-3)])

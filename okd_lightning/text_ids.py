@@ -1,0 +1,302 @@
+"""Text to token ids: the one place for prompts, continuations and the ends of responses.
+
+Text rows, chats, the teacher's own prompts, answers of tools and the evaluation of exports all
+tokenize here. The rules:
+
+* Prompt ids are a function of the prompt alone, as the tokenizer gives them: one opening (bos)
+  where the tokenizer or the text brings one, and no closing id that the tokenizer adds.
+* Continuation ids are the rest of the tokenizer's ids of context + text, so that both together are
+  the ids of the whole text and decode to it. Where a token of the whole text reaches over the edge,
+  the continuation is tokenized by itself, without what the tokenizer adds to or strips from the
+  start of a text.
+* A response has one end: the first end-of-sequence id among the special tokens and blanks that
+  close it. Ends are recognised by their ids.
+* Text of a special token inside a prompt or response is that token, as the tokenizer reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from okd_lightning.errors import DataError
+
+RULES_VERSION = 2
+"""Changes whenever the ids of a row may change: runs and caches of other rules are told apart."""
+
+_TEXTS_PER_CALL = 1024
+_CHARACTERS_PER_CALL = 1_000_000
+"""A fast tokenizer needs about 150 bytes per character for offsets and masks of a call."""
+
+MARGIN = 64
+"""Tokens beyond a limit that are tokenized too: what a cut text changes is at its end."""
+
+_Encode = Callable[[Sequence[int], Sequence[str]], list[list[int]]]
+
+
+class TextEncoder:
+    """Turn texts into ids with one tokenizer; never pads, never warns about long texts.
+
+    ``limit`` is the number of ids that a caller keeps. A text that is certain to have more is cut
+    before it is tokenized: its first ``limit`` ids are unchanged, and more than these come back.
+
+    Args:
+        tokenizer: Fast ones are exact at every edge. One without a ``tokenizers`` backend is used
+            as it is where a token reaches over the edge of two texts.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._closing: dict[int, bool] = {}
+
+    def plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts by themselves, without the special tokens that the tokenizer adds.
+
+        Raises:
+            DataError: The tokenizer has neither a token nor an unknown token for a character.
+        """
+        return [ids for batch in _batches(texts) for ids in self._call(batch)["input_ids"]]
+
+    def prompts(
+        self, texts: Sequence[str], *, is_rendered: bool = False, limit: int | None = None
+    ) -> list[list[int]]:
+        """Ids of the beginnings of sequences.
+
+        Args:
+            texts: Prompts.
+            is_rendered: Whether a chat template has written all special tokens already, so that the
+                tokenizer adds none.
+            limit: Ids of a prompt that are kept.
+
+        Returns:
+            For each text its opening once, then its own ids, without closing ids that the tokenizer
+            adds.
+
+        Raises:
+            DataError: See ``plain``.
+        """
+
+        def encode(_: Sequence[int], cut: Sequence[str]) -> list[list[int]]:
+            found: list[list[int]] = []
+            for batch in _batches(cut):
+                encoded = self._call(batch, adds_special_tokens=not is_rendered)
+                masks = encoded["special_tokens_mask"]  # 1 on what the tokenizer has added
+                found += map(self._opened, encoded["input_ids"], masks)
+            return found
+
+        return self._within(limit, texts, encode)
+
+    def continuations(
+        self, contexts: Sequence[str], texts: Sequence[str], *, limit: int | None = None
+    ) -> list[list[int]]:
+        """Ids of texts that follow other texts.
+
+        Args:
+            contexts: What stands before each text.
+            texts: The continuations.
+            limit: Ids of a continuation that are kept.
+
+        Raises:
+            DataError: See ``plain``.
+        """
+        room = self._room(limit)
+        contexts = contexts if room is None else [context[-room:] for context in contexts]
+
+        def encode(rows: Sequence[int], cut: Sequence[str]) -> list[list[int]]:
+            return self._rests([contexts[row] for row in rows], cut)
+
+        return self._within(limit, texts, encode)
+
+    def end_of(
+        self, ids: Sequence[int], eos_ids: Collection[int], *, any_special: bool = False
+    ) -> int | None:
+        """Count the ids of a response with the one that ends it; None where none does.
+
+        Args:
+            ids: A response that may close with special tokens and blanks.
+            eos_ids: Ids that end a response.
+            any_special: Whether the last special token is the end where no eos is among them.
+        """
+        start = len(ids)
+        while start and (ids[start - 1] in eos_ids or self._closes(ids[start - 1])):
+            start -= 1
+        closing = ids[start:]
+        ends = [token for token in closing if token in eos_ids]
+        if not ends and any_special:
+            ends = [token for token in closing if token in self._special_ids][-1:]
+        return start + closing.index(ends[0]) + 1 if ends else None
+
+    def text_of(self, token: int) -> str:
+        """What stands in a text for one token."""
+        added = self.tokenizer.added_tokens_decoder.get(token)
+        return str(self.tokenizer.decode([token])) if added is None else added.content
+
+    # ---------------------------------------------------------------- calls of the tokenizer
+
+    def _call(self, texts: list[str], *, adds_special_tokens: bool = False) -> BatchEncoding:
+        with _encoding(texts):
+            return self.tokenizer(
+                texts,
+                add_special_tokens=adds_special_tokens,
+                padding=False,
+                truncation=False,
+                return_attention_mask=False,
+                return_special_tokens_mask=True,
+                verbose=False,  # no warning about model_max_length: our own limits come later
+            )
+
+    def _opened(self, ids: list[int], is_added: list[int]) -> list[int]:
+        """The ids without added closing ones, and with one opening also where the text has it."""
+        own = [place for place, added in enumerate(is_added) if not added]
+        bos = [self.tokenizer.bos_token_id]
+        if own:
+            opening, rest = ids[: own[0]], ids[own[0] : own[-1] + 1]
+        else:
+            opening, rest = ids[: ids[:1] == bos], []
+        if not opening and rest[:1] == bos:
+            opening, rest = rest[:1], rest[1:]
+        while opening and rest[: len(opening)] == opening:
+            rest = rest[len(opening) :]
+        return opening + rest
+
+    def _rests(self, contexts: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
+        """What the ids of context + text have beyond those of the context."""
+        try:
+            before = self.plain(contexts)
+            whole = self.plain([a + b for a, b in zip(contexts, texts, strict=True)])
+        except DataError:
+            if len(texts) == 1:  # words that only exist apart
+                return self._middles(texts)
+            pairs = zip(contexts, texts, strict=True)
+            return [self._rests([context], [text])[0] for context, text in pairs]
+        found = [
+            ids[len(first) :] if ids[: len(first)] == first else None
+            for first, ids in zip(before, whole, strict=True)
+        ]
+        over = [text for text, ids in zip(texts, found, strict=True) if ids is None]
+        middles = iter(self._middles(over))
+        return [next(middles) if ids is None else ids for ids in found]
+
+    def _middles(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts by themselves, without what happens at the start of a text."""
+        if self._inner is None or not texts:
+            return self.plain(texts)
+        found: list[list[int]] = []
+        for batch in _batches(texts):
+            with _encoding(batch):
+                encoded = self._inner.encode_batch_fast(batch, add_special_tokens=False)
+            found += [encoding.ids for encoding in encoded]
+        return found
+
+    @cached_property
+    def _inner(self) -> Tokenizer | None:
+        """The fast tokenizer as it is in the middle of a text; None for a slow one."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            return None
+        parts = json.loads(backend.to_str())
+        parts.update(truncation=None, padding=None, post_processor=None)
+        for name in ("normalizer", "pre_tokenizer"):
+            parts[name] = _without_start(parts[name])
+        inner = Tokenizer.from_str(json.dumps(parts))
+        inner.encode_special_tokens = backend.encode_special_tokens
+        return inner
+
+    # ---------------------------------------------------------------- long texts
+
+    def _room(self, limit: int | None) -> int | None:
+        """Characters that have more than ``limit`` ids, whatever they are."""
+        return None if limit is None else (limit + MARGIN) * self._longest_token
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Characters of the longest token; byte-level tokens count one a byte."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
+    def _within(self, limit: int | None, texts: Sequence[str], encode: _Encode) -> list[list[int]]:
+        """Encode as much of each text as decides its first ``limit`` ids.
+
+        A text whose normalisation or unknown tokens take more characters than any token has is
+        tokenized further, at last as a whole.
+        """
+        room = self._room(limit)
+        rows: Sequence[int] = range(len(texts))
+        found: list[list[int]] = [[] for _ in texts]
+        while rows:
+            cut = [texts[row][:room] for row in rows]
+            for row, ids in zip(rows, encode(rows, cut), strict=True):
+                found[row] = ids
+            if limit is None or room is None:
+                break
+            rows = [r for r in rows if len(texts[r]) > room and len(found[r]) < limit + MARGIN]
+            room *= 8
+        return found
+
+    # ---------------------------------------------------------------- special tokens and blanks
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        """Ids of special tokens, without the one for unknown text, which is content."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        found = {*self.tokenizer.all_special_ids, *(i for i, token in added if token.special)}
+        return frozenset(found - {self.tokenizer.unk_token_id})
+
+    def _closes(self, token: int) -> bool:
+        """Whether a token may stand behind the end of a response: special, or blank."""
+        if token not in self._closing:
+            is_blank = not str(self.tokenizer.decode([token])).strip()
+            self._closing[token] = is_blank or token in self._special_ids
+        return self._closing[token]
+
+
+@contextmanager
+def _encoding(texts: Sequence[str]) -> Iterator[None]:
+    """Turn what the tokenizers library raises, a plain Exception, into an error of ours."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise DataError(
+            f"the tokenizer cannot encode all of {len(texts)} texts, such as {texts[0][:40]!r} "
+            f"({error}); use a tokenizer with an unknown token, or leave such rows out"
+        ) from error
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Consecutive texts, as many as one call takes."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if batch and (len(batch) == _TEXTS_PER_CALL or size + len(text) > _CHARACTERS_PER_CALL):
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch
+
+
+def _without_start(part: Any) -> Any:
+    """A serialized normalizer or pre-tokenizer that treats the start of a text like its middle."""
+    match part:
+        case {"type": "Sequence"}:
+            name = "normalizers" if "normalizers" in part else "pretokenizers"
+            steps = [_without_start(step) for step in part[name]]
+            return {**part, name: [step for step in steps if step is not None]}
+        case {"type": "Prepend"}:
+            return None
+        case {"type": "Strip"}:
+            return {**part, "strip_left": False}
+        case {"type": "Metaspace"}:
+            return {**part, "prepend_scheme": "never"}
+        case {"type": "ByteLevel", "add_prefix_space": True}:
+            return {**part, "add_prefix_space": False}
+        case _:
+            return part
