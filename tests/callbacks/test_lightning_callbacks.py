@@ -235,11 +235,12 @@ CASES: dict[type[Callback], Case] = {
         lambda r: (r.folder / "ended").exists(),
     ),
     LearningRateFinder: Case(
-        lambda f: LearningRateFinder(num_training_steps=25),
+        lambda f: LearningRateFinder(num_training_steps=25, early_stop_threshold=None),
         lambda r: (
-            r.module.learning_rate != 1e-2
-            and r.trainer.optimizers[0].param_groups[0]["initial_lr"] == r.module.learning_rate
+            r.callback.optimal_lr.suggestion() == r.module.learning_rate
+            and r.trainer.optimizers[0].param_groups[0]["lr"] == r.module.learning_rate
         ),
+        {"max_epochs": 20, "max_steps": 2},
     ),
     LearningRateMonitor: Case(lambda f: LearningRateMonitor("step"), lambda r: logged(r, "lr-")),
     ModelCheckpoint: Case(
@@ -440,23 +441,22 @@ def test_a_copy_in_a_run_shares_the_teacher_and_lists_what_is_trained(tmp_path, 
     assert next(callback.copied.student.parameters()).dtype == torch.float64
 
 
-def test_checkpoints_of_averages_hold_no_teacher_and_go_on(tmp_path):
-    def fit(steps: int, averaging: Callback, ckpt_path: Path | None = None):
+@pytest.mark.parametrize("kind", ["EMA", "SWA"])
+def test_checkpoints_of_averages_hold_no_teacher_and_go_on(kind, tmp_path):
+    def fit(ckpt_path: Path | None = None):
         module = make_module()
-        trainer = tiny.make_trainer(tmp_path, [KD(), averaging], max_steps=steps, max_epochs=-1)
-        trainer.fit(module, make_data(16), ckpt_path=ckpt_path)
-        return trainer, module
+        averaging = EMAWeightAveraging(decay=0.5) if kind == "EMA" else swa()
+        saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4, save_top_k=-1)
+        trainer = tiny.make_trainer(tmp_path, [KD(), averaging, saving], max_epochs=3)
+        trainer.fit(module, make_data(8), ckpt_path=ckpt_path)
+        return module
 
-    for averaging in (lambda: EMAWeightAveraging(decay=0.5), swa):
-        _, whole = fit(4, averaging())
-        trainer, _ = fit(2, averaging())
-        path = tmp_path / "average.ckpt"
-        trainer.save_checkpoint(path)
-        assert not [n for n in names_in(torch.load(path, weights_only=True)) if "teacher." in n]
-        if isinstance(averaging(), EMAWeightAveraging):
-            continue  # its last weights are the average already
-        _, resumed = fit(4, averaging(), path)
-        assert close(resumed.student, weights(whole.student))
+    whole = fit()
+    path = tmp_path / "step=4.ckpt"
+    names = names_in(torch.load(path, weights_only=True))
+    assert not [name for name in names if "teacher." in name]
+    assert sum("up_proj" in name for name in names) > 2 * 2  # the current weights, and the average
+    assert close(fit(path).student, weights(whole.student))
 
 
 def swa() -> StochasticWeightAveraging:
