@@ -455,7 +455,7 @@ def test_checkpoints_of_averages_hold_no_teacher_and_go_on(kind, tmp_path):
     path = tmp_path / "step=4.ckpt"
     names = names_in(torch.load(path, weights_only=True))
     assert not [name for name in names if "teacher." in name]
-    assert sum("up_proj" in name for name in names) > 2 * 2  # the current weights, and the average
+    assert sum("up_proj" in name for name in names) >= 2 * 2  # the current weights, and the average
     assert close(fit(path).student, weights(whole.student))
 
 
