@@ -34,7 +34,7 @@ FILES = {
     "prompts.jsonl": '{"prompt": "abc"}\n',
     "responses.jsonl": '{"response": "abc"}\n',
     "long.jsonl": json.dumps({"prompt": "a" * 40, "response": "b"}) + "\n",
-    "table.csv": "prompt,response\na,b\n",
+    "table.csv": "prompt;response\na;b\n",
     "broken.yaml": "model:\n  student: [a\nmethod: KD\n",
     "list.yaml": "- a\n- b\n",
     "empty.yaml": "",
@@ -74,7 +74,7 @@ FIT = [
     ([*KD, "--data.train", "empty.jsonl"], ["empty.jsonl", "no rows"]),
     ([*KD, "--data.train", "broken.jsonl"], ["broken.jsonl, line 2", "not valid JSON"]),
     ([*KD, "--data.train", "list.jsonl"], ["line 1", "a list", "JSON object"]),
-    ([*KD, "--data.train", "table.csv"], [".csv", ".jsonl"]),
+    ([*KD, "--data.train", "table.csv"], ["table.csv", "semicolons"]),
     (
         [*KD, "--data.train", "columns.jsonl"],
         ["no column 'prompt'", "'question', 'answer'", "--data.prompt_column question"],
@@ -359,3 +359,16 @@ def test_more_prompt_columns_do_not_hurt(okd: Type, assets: Assets, here: Path) 
     file = write_jsonl(here / "wide.jsonl", rows)
     base = [*assets.models, *assets.data, *QUIET, "--trainer.default_root_dir", "run"]
     assert okd("fit", base, KD, "--data.train", str(file)).status == 0
+
+
+def test_broken_rows_are_told_before_weights_are_read(okd: Type, here: Path) -> None:
+    save_model(here / "hollow", seed=1)
+    (here / "hollow" / "model.safetensors").write_bytes(b"no weights")
+    rows = [{"prompt": "a", "response": "b"}, {"prompt": 3, "response": "b"}]
+    write_jsonl(here / "rows.jsonl", rows)
+    models = ["--model.student", "hollow", "--model.teacher", "hollow"]
+    typed = okd(
+        "fit", KD, models, QUIET, "--data.train", "rows.jsonl", "--model.tokenizer", "hollow"
+    )
+    assert typed.status == 1
+    assert "rows.jsonl, row 2: the prompt ('prompt') is int" in typed.err
