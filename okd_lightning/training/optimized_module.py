@@ -180,13 +180,12 @@ class OptimizedModule(MeasuredModule):
         """
         optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         assert isinstance(optimizer, Optimizer)
+        if self._resumed is not None:
+            saved, own = self._resumed["settings"], self.optimizer_settings
+            reapply(optimizer, scheduler, self._built_groups, saved, own)
+            self._resumed = None
         settings = self.optimizer_settings
         if self.learning_rate != settings.learning_rate:  # Lightning's LearningRateFinder set it
             rebase(optimizer, scheduler, settings.learning_rate, self.learning_rate)
             defaults = {**settings.defaults, "lr": self.learning_rate}
             self.optimizer_settings = replace(settings, defaults=defaults)
-        if self._resumed is None:
-            return
-        saved, own = self._resumed["settings"], self.optimizer_settings
-        reapply(optimizer, scheduler, self._built_groups, saved, own)
-        self._resumed = None
