@@ -179,7 +179,8 @@ class OptimizedModule(MeasuredModule):
         Lightning restores optimizer and schedule after ``configure_optimizers`` and before this.
         """
         optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
-        assert isinstance(optimizer, Optimizer)
+        if not isinstance(optimizer, Optimizer):  # several, of a subclass that steps them itself
+            return
         if self._resumed is not None:
             saved, own = self._resumed["settings"], self.optimizer_settings
             reapply(optimizer, scheduler, self._built_groups, saved, own)
