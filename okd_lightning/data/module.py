@@ -195,7 +195,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         self._examples: dict[str, ExampleSet] = {}
         self.stop = StopRequest()
         self._train_loader: RolloutLoader | None = None
-        self._first_epoch = 0
+        self._resumed: dict[str, Any] = {"epoch": 0}
         self._text_rules = RULES_VERSION  # of the run's checkpoint
 
     def setup(self, stage: str) -> None:
@@ -266,7 +266,7 @@ class RolloutDataModule(lightning.LightningDataModule):
             stop=self.stop,
         )
         check_limit(trainer, shape, len(self._train_loader))
-        self._train_loader.start_at(self._first_epoch)
+        self._train_loader.begin(self._resumed)
         return self._train_loader
 
     def _scorer(self, module: DistilledModule) -> ChunkScorer:
@@ -298,19 +298,18 @@ class RolloutDataModule(lightning.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The epoch that comes next, or goes on, and the rules by which texts become ids.
 
-        Lightning gives the loader its own state back only in the middle of an epoch; after an
-        epoch's end a resumed run would begin with the first one's prompts, coins and noise.
+        (Lightning gives the loader its own state back only in the middle of an epoch.)
         """
         loader = self._train_loader
-        epoch = self._first_epoch if loader is None else loader.epoch_to_come
-        return {"epoch": epoch, "text_rules": RULES_VERSION}
+        position = {"epoch": self._resumed["epoch"]} if loader is None else loader.position()
+        return {**position, "text_rules": RULES_VERSION}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Begin with that epoch, whether the loader exists by now or not."""
-        self._first_epoch = state_dict["epoch"]
+        self._resumed = dict(state_dict)
         self._text_rules = state_dict.get("text_rules", 1)
         if self._train_loader is not None:
-            self._train_loader.start_at(self._first_epoch)
+            self._train_loader.begin(self._resumed)
 
     def examples(self, part: str, needs_response: bool = False) -> ExampleSet:
         """The tokenized rows of train, val, test or predict; read once.

@@ -47,6 +47,7 @@ FILES = {
     "empty.ckpt": "",
 }
 
+RATE = ["--model.learning_rate"]
 KD = ["--method", "KD"]
 DIVERGENCE = ["--method", "DivergenceCallback", "--method.divergence"]
 LORA = ["--model.student_adapter", "LoraConfig"]
@@ -105,6 +106,32 @@ FIT = [
     ([*KD, "--data.sampling.temperature", "-1"], ["sampling.temperature", "-1"]),
     ([*KD, "--data.sampling.temperatur", "1"], ["Sampling has no setting", "mean temperature?"]),
     ([*KD, "--data.sampling", "greedy"], ["--data.sampling", "'greedy'"]),
+    # names of other trainers
+    ([*KD, "--model.lr", "1e-4"], ["--model.lr;", "--model.learning_rate"]),
+    (["--method", "GKD", "--method.lmbda", "1"], ["'lmbda'", "--method.on_policy_fraction"]),
+    ([*KD, "--output_dir", "x"], ["--output_dir;", "--trainer.default_root_dir"]),
+    ([*KD, "--per_device_train_batch_size=4"], ["here it is --data.batch_size"]),
+    ([*KD, "--data.sampling.max_new_tokens", "4"], ["--data.max_response_length"]),
+    ([*KD, "--trainer.bf16", "true"], ["--trainer.precision bf16-mixed"]),
+    ([*KD, "--model", "{lr: 1}"], ["'model.lr'", "--model.learning_rate"]),
+    ([*KD, "--data.sampling.min_p", "0.1"], ["no such option here", "student's own distribution"]),
+    # two options for one quantity
+    (
+        [
+            *KD,
+            "--model.optimizer",
+            "SGD",
+            "--model.optimizer.lr",
+            "1",
+            "--model.learning_rate",
+            "2",
+        ],
+        ["--model.learning_rate 2 and --model.optimizer.lr 1", "leave one of them out"],
+    ),
+    (
+        [*KD, "--model.lr_scheduler", "ConstantLR", "--model.warmup_steps", "2"],
+        ["model.warmup_steps 2 does nothing beside model.lr_scheduler"],
+    ),
     # methods
     (
         [
