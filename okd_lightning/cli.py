@@ -29,7 +29,8 @@ from okd_lightning.callbacks import (
 from okd_lightning.callbacks.monitors import MONITORS
 from okd_lightning.callbacks.progress_bar import RunProgressBar
 from okd_lightning.checkpoints.files import read_checkpoint
-from okd_lightning.cli_arguments import prepare, read_comments_as_text
+from okd_lightning.cli_arguments import config_of, prepare, read_comments_as_text
+from okd_lightning.cli_callbacks import check_callbacks
 from okd_lightning.cli_errors import instantiate, one_line, parse, readable_constructors
 from okd_lightning.config_paths import expand_home
 from okd_lightning.data import RolloutDataModule
@@ -51,6 +52,7 @@ from okd_lightning.quickstart.command import (
     with_default_method,
 )
 from okd_lightning.rank_faults import as_lost_rank
+from okd_lightning.resume_rules import check_resume
 from okd_lightning.run_folder import (
     CONFIG_FILE,
     DEFAULT_FOLDER,
@@ -176,7 +178,9 @@ class DistillationCLI(LightningCLI):
         folder = config["default_root_dir"]
         if (loggers := config["logger"]) is not False:
             if loggers in (None, True):
-                loggers = TensorBoardLogger(folder, name="tensorboard", version="")
+                loggers = TensorBoardLogger(
+                    folder, name="tensorboard", version="", default_hp_metric=False
+                )
             others = loggers if isinstance(loggers, Sequence) else [loggers]
             kwargs["logger"] = [RunCSVLogger(folder), *others]
         if config["max_epochs"] is None:
@@ -194,6 +198,7 @@ class DistillationCLI(LightningCLI):
         if config["enable_progress_bar"] is not False and not _has(configured, ProgressBar):
             configured.append(RunProgressBar())
         configured += [kind() for kind in self.monitors if not _has(configured, kind)]
+        check_callbacks(configured)
         self.model.run_config = yaml.safe_dump(self.resolved_config(), sort_keys=False)
         self.model.started_in = str(Path.cwd())
         return self.trainer_class(**{**config, **kwargs, "callbacks": configured})
@@ -219,6 +224,8 @@ class DistillationCLI(LightningCLI):
         start = 0
         if path is not None:
             checkpoint = read_checkpoint(path)
+            if (saved := config_of(path, checkpoint)) is not None:
+                check_resume(saved, self.resolved_config(), path)
             start, row = int(checkpoint["global_step"]), checkpoint["okd_lightning"].get("row")
             prepared = resume_run(folder, start, row)
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 import okd_lightning
 from okd_lightning.checkpoints.files import newest_checkpoint, read_checkpoint
+from okd_lightning.cli_callbacks import replace_retyped
 from okd_lightning.config_paths import relocate, user_path
 from okd_lightning.errors import CheckpointError, ConfigError, UsageError
 from okd_lightning.run_folder import DEFAULT_FOLDER
@@ -63,7 +64,8 @@ def prepare(arguments: Sequence[str]) -> list[str]:
         rest = _without(rest, ("--ckpt_path",))
         rest += ["--ckpt_path", checkpoint] if checkpoint is not None else []
     if checkpoint is not None and not is_whole:
-        configs.insert(0, (checkpoint, _config_of(checkpoint)))
+        configs.insert(0, (checkpoint, _required_config(checkpoint)))
+    replace_retyped(configs, rest)
     if "--help" in rest or "-h" in rest:
         configs = []
     typed = _last(_values(rest, ("--method", "--method.class_path")))
@@ -193,16 +195,28 @@ def class_name(method: Any) -> str | None:
     return path.rsplit(".", 1)[-1] if isinstance(path, str) else None
 
 
-def _config_of(checkpoint: str) -> dict[str, Any]:
-    own = read_checkpoint(checkpoint)["okd_lightning"]
-    text = own["config"]
-    if text is None:
+def config_of(path: str, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A checkpoint's config, with its paths as they are read here; None if it holds none.
+
+    Args:
+        path: Of the checkpoint.
+        checkpoint: From ``read_checkpoint``.
+    """
+    own = checkpoint["okd_lightning"]
+    if own["config"] is None:
+        return None
+    config: dict[str, Any] = yaml.safe_load(own["config"])
+    relocate(config, own.get("started_in"), path)
+    return config
+
+
+def _required_config(path: str) -> dict[str, Any]:
+    config = config_of(path, read_checkpoint(path))
+    if config is None:
         raise CheckpointError(
-            f"--ckpt_path {checkpoint!r} was written from Python and holds no config; "
+            f"--ckpt_path {path!r} was written from Python and holds no config; "
             "give --model.* and --data.* as well, or load it in Python"
         )
-    config: dict[str, Any] = yaml.safe_load(text)
-    relocate(config, own.get("started_in"), checkpoint)
     return config
 
 

@@ -20,6 +20,7 @@ import jsonargparse
 
 from okd_lightning.callbacks import DistillationCallback
 from okd_lightning.errors import ConfigError, OKDLightningError, UsageError
+from okd_lightning.foreign_options import hint_for
 
 _MISSING = re.compile(r"the following arguments are required: (.+)")
 _UNKNOWN = re.compile(r"unrecognized arguments: (.+)", re.IGNORECASE)
@@ -142,6 +143,9 @@ def readable(error: Exception, options: Sequence[str] = ()) -> str:
     not_a_key = _NOT_A_KEY.search(text)
     if not_a_key:
         key = not_a_key.group(1)
+        foreign = hint_for(key)
+        if foreign:
+            return f"unknown setting {key!r} in the configuration; {foreign}"
         hint = _did_you_mean(key, [option.removeprefix("--") for option in options])
         return f"unknown setting {key!r} in the configuration{hint or '; --help lists all'}"
     return _explain(_worth_saying(list(_complaints(text)))) or one_line(error)
@@ -276,7 +280,8 @@ def _not_accepted(complaint: _Complaint) -> str | None:
     option, path = found.group(1), found.group(2) or complaint.class_path
     name = (path or "it").rsplit(".", 1)[-1]
     accepted = _parameters_of(path)
-    hint = _did_you_mean(option, accepted)
+    foreign = hint_for(".".join([*map(_bare, complaint.keys), option]))
+    hint = f"; {foreign}" if foreign else _did_you_mean(option, accepted)
     is_worth_listing = accepted and not (hint and len(accepted) > _MOST_NAMES)
     known = f" (it takes {', '.join(accepted)})" if is_worth_listing else ""
     return f"{name} has no setting {option!r}{hint}{known}"
@@ -345,6 +350,9 @@ def _unknown_option(rest: str, options: Sequence[str]) -> str:
     bare = given.split("=")[0]
     if not bare.startswith("-"):
         return f"unknown argument {bare!r}; options begin with --, and --help lists them"
+    foreign = hint_for(bare)
+    if foreign:
+        return f"unknown option {bare}; {foreign}"
     hint = _did_you_mean(bare, options)
     return f"unknown option {bare}{hint or '; --help lists the options'}"
 

@@ -36,7 +36,7 @@ _OPTIONS: dict[str, PathKind] = {
 _NAMES = ("folder", "dirpath", "save_dir", "sync_folder")
 """Parameters of classes in the settings that are paths; besides those annotated as ``Path``."""
 
-_NOT_PATHS = ("auto", "last", "best", "hpc", "registry")
+_KEYWORDS = {"data.token_cache": ("auto",), "ckpt_path": ("last", "best", "hpc", "registry")}
 
 Change: TypeAlias = Callable[[str, str, PathKind], str]
 """From an option's name, its value and its kind to the value in its place."""
@@ -115,7 +115,7 @@ def _walk(name: str, node: Any, owner: Any, change: Change) -> None:
 
 
 def _changed(name: str, value: str, kind: PathKind, change: Change) -> str:
-    is_path = value and value not in _NOT_PATHS and "://" not in value
+    is_path = value and value not in _KEYWORDS.get(name, ()) and "://" not in value
     return change(name, value, kind) if is_path else value
 
 

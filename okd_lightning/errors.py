@@ -53,7 +53,10 @@ class OutputError(OKDLightningError, OSError):
 
 
 class NonFiniteError(OKDLightningError, FloatingPointError):
-    """A loss or gradient that is NaN or infinite; raised before the optimizer's step."""
+    """A loss, gradient or weight that is NaN or infinite.
+
+    Raised before the optimizer's step, or before the weights are written.
+    """
 
 
 class CacheError(OKDLightningError, RuntimeError):

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 
 from okd_lightning import __version__
+from okd_lightning.checkpoints.contents import check_finite
 from okd_lightning.errors import CheckpointError, ConfigError, OutputError
 from okd_lightning.models import (
     ModelSource,
@@ -51,6 +52,7 @@ def export_student(
         CheckpointError: The checkpoint is of another model.
         ConfigError: An adapter apart, trained on what PEFT cannot load as a base.
         OutputError: The folder cannot be written, or is that of a model the run begins with.
+        NonFiniteError: A weight is NaN or infinite. What ``out`` held before is untouched.
     """
     _check_out(out, module)
     if adapter == "apart":
@@ -67,6 +69,7 @@ def export_student(
         eos_token_id=list(module.eos_ids),
         pad_token_id=_pad_id(module),
     )
+    check_finite(dict(student.named_parameters()), f"--out {str(out)!r}")
     with _replaced_model(out) as folder:
         student.save_pretrained(folder)
         module.tokenizer.save_pretrained(folder)
@@ -89,6 +92,7 @@ def export_online_module(
     Raises:
         CheckpointError: The checkpoint holds no online module, or is of another model.
         OutputError: The folder cannot be written, or is that of a model the run begins with.
+        NonFiniteError: A weight is NaN or infinite. What ``out`` held before is untouched.
     """
     config = checkpoint["okd_lightning"].get("online_module")
     if config is None:
@@ -107,6 +111,10 @@ def export_online_module(
     for own in configs.values():
         own.base_model_name_or_path = source.given if source.gguf_file else source.name
         own.revision = source.revision
+    check_finite(
+        {name: p for name, p in module.teacher.named_parameters() if p.requires_grad},
+        f"--out {str(out)!r}",
+    )
     with _replaced_model(out) as folder:
         module.teacher.save_pretrained(folder)
         module.teacher.config.save_pretrained(folder)

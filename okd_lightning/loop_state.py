@@ -8,6 +8,8 @@ epoch's start, or before a validation that is still due.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import lightning
@@ -43,6 +45,22 @@ def settle_loops(checkpoint: dict[str, Any], accumulate_grad_batches: int) -> No
     if total["completed"] == total["processed"]:  # before a rollout, or at the end of the run
         for part in (current, total):
             part["completed"] = part["processed"] - 1
+
+
+def record_hparams(module: lightning.LightningModule, settings: Mapping[str, Any]) -> list[str]:
+    """Make settings a module's hyper-parameters, which Lightning hands to every logger.
+
+    Those that a subclass has saved itself stay. (``save_hyperparameters`` takes what the
+    constructor's frame holds, and there is none here.)
+
+    Returns:
+        The names that were added.
+    """
+    added = {name: value for name, value in settings.items() if name not in module.hparams}
+    module._set_hparams(added)
+    module._hparams_initial = deepcopy(module.hparams)  # type: ignore[assignment]
+    module._log_hyperparams = True
+    return list(added)
 
 
 def _open_epoch(checkpoint: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities.types import OptimizerLRScheduler, OptimizerLRSchedulerConfig
 from torch.nn import Parameter
@@ -44,6 +45,20 @@ DECAY, NO_DECAY, ONLINE_MODULE = "student/decay", "student/no_decay", "online_mo
 """Names of the parameter groups: matrices, biases and norms, and what learns on the teacher."""
 
 
+def float16_refusal(what: str) -> str:
+    """Why float16 weights are not trained, and what to do.
+
+    Args:
+        what: Which weights, with an article.
+    """
+    return (
+        f"{what} would be trained in float16 weights, where an optimizer's step leaves the range "
+        "(AdamW divides by an epsilon that float16 rounds to 0); give --model.dtype float32 (from "
+        'Python dtype="float32", or model.float()), with --trainer.precision 16-mixed to compute '
+        "in float16, or train a student_adapter (LoraConfig) on the frozen float16 weights"
+    )
+
+
 def build_optimizer(
     student: Iterable[Parameter],
     online_module: Iterable[Parameter],
@@ -66,8 +81,13 @@ def build_optimizer(
         factory: Another optimizer, called with the groups.
 
     Raises:
-        ConfigError: ``factory`` cannot be called with parameter groups.
+        ConfigError: ``factory`` cannot be called with parameter groups, or weights to be trained
+            are in float16.
     """
+    student, online_module = list(student), list(online_module)
+    for side, parameters in (("student", student), ("teacher's online module", online_module)):
+        if any(p.requires_grad and p.dtype == torch.float16 for p in parameters):
+            raise ConfigError(float16_refusal(f"the {side}"))
     trainable = [p for p in student if p.requires_grad]
     online_rate = learning_rate if online_learning_rate is None else online_learning_rate
     groups: list[dict[str, Any]] = [

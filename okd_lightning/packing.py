@@ -36,7 +36,8 @@ class Packing:
             of a packed row that is not full.
         column: [packed_batch, packed_seq] the token of that row; 0 where there is none.
         position_ids: [packed_batch, packed_seq] the same numbers, but counted on where there is
-            no token, so that what stands there is one more row that nobody reads.
+            no token, so that what stands there is more rows, none above the longest, that nobody
+            reads.
         start: [batch] where each row begins, counted over the packed rows laid end to end.
     """
 
@@ -80,7 +81,7 @@ def pack(lengths: Sequence[int]) -> Packing:
             column[number, begin:end] = torch.arange(lengths[member])
             begin = end
         position_ids[number] = column[number]
-        position_ids[number, begin:] = torch.arange(shape[1] - begin)
+        position_ids[number, begin:] = torch.arange(shape[1] - begin) % longest
     return Packing(row, column, position_ids, start)
 
 

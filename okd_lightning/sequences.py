@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -79,6 +80,21 @@ class Sequences:
         """[batch, seq] True on real tokens."""
         positions = torch.arange(self.input_ids.shape[1], device=self.lengths.device)
         return positions < self.lengths[:, None]
+
+    def of_rows(self, rows: Sequence[int]) -> Sequences:
+        """Some of the rows, padded to the longest of them.
+
+        Args:
+            rows: At least one, ascending.
+        """
+        lengths = [self.row_lengths[row] for row in rows]
+        index = torch.tensor(rows, device=self.input_ids.device)
+        width = max(lengths)
+        read = Sequences(
+            self.input_ids[index, :width], self.lengths[index], self.mask[index, :width]
+        )
+        vars(read)["row_lengths"] = lengths
+        return read
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Sequences:
         """The same on another device, with all that is derived."""

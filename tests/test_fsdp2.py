@@ -37,7 +37,9 @@ from okd_lightning.callbacks import (
     Stage,
     TeacherDrift,
 )
+from okd_lightning.checkpoints.contents import check_finite
 from okd_lightning.divergences import JensenShannon
+from okd_lightning.errors import NonFiniteError
 from okd_lightning.module import DistillationModule
 from okd_lightning.sharding import FSDP2Strategy
 
@@ -123,6 +125,22 @@ MORE = {
     },
     "P-tuning": {"methods": lambda: [OKD(online_module=PromptEncoderConfig(num_virtual_tokens=3))]},
     "prefix": {"methods": lambda: [OKD(online_module=PrefixTuningConfig(num_virtual_tokens=3))]},
+    "rows on both sides of rotary switches": {
+        "methods": lambda: [GKD(0.5, on_policy_fraction=0.5)],
+        "model": {"student": "longrope", "teacher": "dynamic"},
+        "accumulate": 2,
+        "settings": {"max_steps": 4, "val_check_interval": 4},
+    },
+}
+ROPES = {  # other frequencies from the seventh token on
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 2.0, 4.0, 8.0],
+        "original_max_position_embeddings": 6,
+    },
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
 }
 WAYS = {  # of FSDP2 itself, on one run
     "layerwise": {"rollouts": "layerwise"},
@@ -135,6 +153,7 @@ BY_SHARD = {
     },
     "read by shard, moving average": SELF_TAUGHT["ema self-teacher"],
     "read by shard, GPT-2": MORE["a reward, checkpointed GPT-2"],
+    "read by shard, rotary switches": MORE["rows on both sides of rotary switches"],
 }
 
 
@@ -142,8 +161,9 @@ def settings_of(root: Path, run_settings: dict) -> dict:
     """With folders in place of names, and new callbacks."""
     found = dict(run_settings)
     model = dict(found.get("model", {}))
-    if "student" in model:
-        model["student"] = str(root / model["student"])
+    for side in ("student", "teacher"):
+        if model.get(side) is not None:
+            model[side] = str(root / model[side])
     found["model"] = model
     if "callbacks" in found:
         found["callbacks"] = found["callbacks"]()
@@ -221,7 +241,21 @@ def both_ranks(rank: int, root: Path) -> None:
         with no_whole_models:
             strategy = FSDP2Strategy(loading="by_shard")
             results[name] = run(root, strategy, **settings_of(root, settings))
+    results["finite"] = refusal_of(rank)
     torch.save(results, root / f"rank{rank}.pt")
+
+
+def refusal_of(rank: int) -> str:
+    """Weights of which one rank's shard alone is broken."""
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    weights = {"first": torch.ones(3), "second": torch.full((2,), torch.inf if rank else 1.0)}
+    check_finite({"first": torch.ones(3), "empty": torch.ones(0)}, "nothing")
+    try:
+        check_finite(weights, "the checkpoint")
+    except NonFiniteError as error:
+        return str(error)
+    return ""
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +265,8 @@ def folder(tmp_path_factory, tiny_tokenizer):
         "student": tiny.make_llama(1, tie_word_embeddings=True),
         "untied": tiny.make_llama(5),
         "teacher": tiny.make_llama(2, tiny.TEACHER_ROWS),
+        "longrope": tiny.make_llama(6, rope_parameters=ROPES["longrope"]),
+        "dynamic": tiny.make_llama(7, rope_parameters=ROPES["dynamic"], max_position_embeddings=6),
         "gpt2": tiny.make_gpt2(3, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
     }
     for name, model in models.items():
@@ -286,6 +322,11 @@ def test_every_way_of_sharding_gives_the_same(name, folder, ranks):
     alone = run(folder, None, **settings_of(folder, MORE["one prompt left"]), accumulate=2)
     for rank in ranks:
         check(rank[name], alone)
+
+
+def test_all_ranks_refuse_weights_that_one_rank_sees_broken(ranks):
+    for rank in ranks:
+        assert "1 weights hold NaN or infinite values (such as second)" in rank["finite"]
 
 
 def test_gradients_are_sent_and_heads_are_gathered_once_a_step(ranks):

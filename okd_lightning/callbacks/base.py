@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import lightning
 from lightning.pytorch.callbacks import Callback
@@ -15,6 +16,7 @@ from okd_lightning.losses import Measured, Quantity, RowScorer
 from okd_lightning.module import DistillationModule
 from okd_lightning.records import LossOutput, Source
 from okd_lightning.rollouts import Writer
+from okd_lightning.training.run_settings import given_arguments
 
 
 class DistillationCallback(Callback, ABC):
@@ -61,6 +63,7 @@ class DistillationCallback(Callback, ABC):
             the run's methods, and not at all where a setting is refused.
         needs_teacher_prompt: Whether the teacher must read prompts of its own (a privileged
             teacher); a run on data without them is then refused.
+        given_arguments: The constructor's arguments, as primitives.
     """
 
     scorer: RowScorer | None = None
@@ -69,6 +72,13 @@ class DistillationCallback(Callback, ABC):
     share_at: Callable[[int], float] | None = None
     needs_teacher_prompt: bool = False
     precedes_models: bool = True
+    given_arguments: Mapping[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Keep what the constructor is given, for the run's first line and its loggers."""
+        made = super().__new__(cls)
+        made.given_arguments = given_arguments(cls, args, kwargs)
+        return made
 
     def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
         if not (math.isfinite(weight) and weight > 0):

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _IncompatibleKeys
 
-from okd_lightning.errors import CheckpointError
+from okd_lightning.errors import CheckpointError, NonFiniteError
 from okd_lightning.text_ids import RULES_VERSION
 
 
@@ -49,6 +50,39 @@ def weights_to_save(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict
         if is_trained or not is_reloadable or not (is_teacher or name in frozen):
             kept[name] = value
     return kept
+
+
+def check_finite(weights: Mapping[str, Tensor], what: str) -> None:
+    """Refuse to write weights that hold NaN or infinite values; all ranks of a run call this.
+
+    One pass over the tensors; of those in shards each rank looks at its own.
+
+    Args:
+        weights: What would be written, by name.
+        what: What is not written then, for the message.
+
+    Raises:
+        NonFiniteError: On all ranks; names a weight.
+    """
+    own = {name: _local(value.detach()) for name, value in weights.items()}
+    own = {n: v for n, v in own.items() if v.numel() and v.is_floating_point() and not v.is_meta}
+    largest = torch.nn.utils.get_total_norm(list(own.values()), torch.inf)
+    broken = [n for n, v in own.items() if not v.isfinite().all()] if not largest.isfinite() else []
+    found: list[list[str]] = [broken]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        found = [[]] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, broken)
+    names = sorted({name for part in found for name in part})
+    if names:
+        raise NonFiniteError(
+            f"{len(names)} weights hold NaN or infinite values (such as {names[0]}): {what} is not "
+            "written, and what was written before stays. Lower the learning rate, and resume from "
+            "the last checkpoint (fit --ckpt_path)"
+        )
+
+
+def _local(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def allow_left_out(module: nn.Module, keys: _IncompatibleKeys) -> None:

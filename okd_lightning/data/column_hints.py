@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,20 @@ from okd_lightning.data.foreign_chats import is_chat
 Role: TypeAlias = Literal["prompt", "response", "messages"]
 
 _WELL_KNOWN: Mapping[Role, tuple[str, ...]] = {
-    "prompt": ("question", "instruction", "query", "input", "problem", "text", "content"),
-    "response": ("answer", "output", "completion", "solution", "target", "chosen", "summary"),
+    "prompt": (
+        *("question", "instruction", "query", "input", "inputs", "problem", "user", "human"),
+        *("text", "content", "article", "document", "dialogue", "context", "q"),
+    ),
+    "response": (
+        *("answer", "output", "outputs", "completion", "solution", "canonical_solution"),
+        *("target", "targets", "assistant", "bot", "gpt", "chosen", "code", "summary"),
+        *("highlights", "ideal", "label", "final_answer", "a"),
+    ),
     "messages": ("conversations", "conversation", "chat", "dialogue", "dialog", "chosen"),
 }
 _SYSTEM = ("system_prompt", "system")
 _CONTEXT = ("input", "context", "passage", "article", "document")
+_ROWS_LOOKED_AT = 1000  # for the warning; an error looks at all
 _WHOLE_TEXTS = ("text", "content")
 _ASKED_LAST = ("question", "query")
 """Prompts that stand behind their context; an instruction stands before it."""
@@ -70,7 +79,10 @@ class Cells:
             for name in reversed(among)
             if name.lower() not in passed_over and not name.lower().endswith("id")
         }
-        near = get_close_matches((wanted or role).lower(), list(by_name), n=1)
+        stem = (wanted or role).lower()
+        if len([name for name in by_name if name.startswith(stem)]) > 1:
+            return None  # response_a and response_b: either would be a guess
+        near = get_close_matches(stem, list(by_name), n=1)
         known = (name for name in _WELL_KNOWN[role] if name in by_name)
         found = near[0] if near else next(known, None)
         return by_name[found] if found is not None else None
@@ -99,7 +111,7 @@ def hint_for_rows(cells: Cells, columns: Columns, *, needs_response: bool) -> st
         return messages_option(chat, cells, columns)
     if columns.prompt is None:
         return "--data.messages_column NAME"
-    prompt = cells.find("prompt", columns.prompt, cells.texts())
+    prompt = cells.find("prompt", columns.prompt, cells.texts() or cells.chats())
     has_response = columns.response in cells.samples
     if prompt is not None and has_response:
         return prompt_option(cells, prompt)
@@ -118,7 +130,7 @@ def _pair_option(cells: Cells, prompt: str, wanted: str, *, needs_response: bool
         return f"{prompt_option(cells, prompt)} --data.response_column {response}"
     if needs_response and prompt.lower() in _WHOLE_TEXTS:
         return f"--data.prompt_column null --data.response_column {prompt}"
-    return prompt_option(cells, prompt)
+    return prompt_option(cells, prompt) + " --data.response_column NAME" * needs_response
 
 
 def messages_option(name: str, cells: Cells, columns: Columns) -> str:
@@ -149,13 +161,42 @@ def prompt_option(cells: Cells, prompt: str) -> str:
 
 def unread_beside(cells: Cells, columns: Columns) -> list[str]:
     """Text columns that seem to belong to plain prompts and are not read."""
-    read = {columns.prompt, columns.response}
-    is_named = " ".join(columns.templates)
-    return [
-        name
-        for name in _beside_prompt(cells, columns.prompt)
-        if name not in read and f"{{{name}}}" not in is_named
-    ]
+    read = {columns.prompt, columns.response, *_fields(columns)}
+    return [name for name in _beside_prompt(cells, columns.prompt) if name not in read]
+
+
+def _fields(columns: Columns) -> list[str]:
+    return [name for template in columns.templates for name in re.findall(r"{(\w+)}", template)]
+
+
+def unread_warning(rows: Sequence[RawRow], columns: Columns) -> str | None:
+    """What rows say beside what is read of them, with the option that reads it; None for nothing.
+
+    Args:
+        rows: Those that can be read.
+        columns: What is read of them.
+    """
+    cells = Cells.of(rows[:_ROWS_LOOKED_AT])
+    has_chats = columns.as_chat or columns.messages in cells.samples
+    if has_chats or is_chat(cells.samples.get(columns.prompt or "")):
+        names = [n for n in cells.texts() if n.lower() in _SYSTEM and cells.samples[n].strip()]
+        read = {columns.system, columns.prompt, *_fields(columns)}
+        unread = [n for n in names if n not in read] if columns.system is not None else []
+        option = f"--data.system_column {unread[0]}" if unread else ""
+    elif columns.templates or columns.prompt is None:  # made of what somebody chose
+        return None
+    else:
+        unread = unread_beside(cells, columns)
+        option = prompt_option(cells, columns.prompt)
+    if not unread and isinstance(cells.samples.get("history"), list) and cells.samples["history"]:
+        return "column 'history' of the rows is not read; to train on it turn rows into messages"
+    if not unread:
+        return None
+    many = "s" * (len(unread) > 1)
+    return (
+        f"column{many} {', '.join(map(repr, unread))} of the rows, which seem{'s' * (not many)} to "
+        f"belong to the prompt, {'are' if many else 'is'} not read; to read it use {option}"
+    )
 
 
 def _beside_prompt(cells: Cells, prompt: str | None) -> list[str]:

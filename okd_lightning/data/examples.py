@@ -6,6 +6,7 @@ the ids. Deterministic: the same rows and tokenizer give the same examples.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,17 +44,25 @@ class ExampleSet:
             ``OVERLONG_TEACHER_PROMPT``, and what ``TeacherPrompts.reason_for_none`` says).
         num_cut: Examples whose response was cut and so has no eos.
         notes: What of the rows cannot be learned, one line a kind.
+        usual_length: Tokens that 95 % of the responses have at most, before any is cut; 0 where
+            there are none.
     """
 
     examples: tuple[Example, ...]
     skipped: Mapping[str, int]
     num_cut: int
     notes: tuple[str, ...] = ()
+    usual_length: int = 0
 
     @property
     def num_skipped(self) -> int:
         """Rows left out, for whatever reason."""
         return sum(self.skipped.values())
+
+    @property
+    def share_cut(self) -> float:
+        """Share of the responses that are cut."""
+        return self.num_cut / max(1, sum(bool(e.response_ids) for e in self.examples))
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -133,7 +142,10 @@ class _Limits:
                 f"--data.max_teacher_prompt_length (now {self.teacher_prompts.max_length})"
             )
         elif EMPTY_RESPONSE in skipped:
-            advice = "give rows with responses, or use a method that needs prompts only"
+            advice = (
+                "give rows with responses, or use a method that needs prompts only "
+                "(--method GKD --method.on_policy_fraction 1)"
+            )
         else:
             advice = "give rows that the teacher's prompt can be made of"
         return DataError(
@@ -144,19 +156,26 @@ class _Limits:
         """Leave out and cut."""
         kept: list[Example] = []
         skipped: Counter[str] = Counter()
-        num_cut = 0
+        lengths: list[int] = []
         for example in examples:
             reason = self.reason_to_skip(example)
             if reason is not None:
                 skipped[reason] += 1
                 continue
-            num_cut += len(example.response_ids) > self.max_response_length
+            lengths.append(len(example.response_ids))
             kept.append(
                 replace(example, response_ids=example.response_ids[: self.max_response_length])
             )
         if not kept:
             raise self.none_left(examples, skipped)
-        return ExampleSet(tuple(kept), dict(skipped), num_cut)
+        num_cut = sum(length > self.max_response_length for length in lengths)
+        return ExampleSet(tuple(kept), dict(skipped), num_cut, usual_length=_usual_length(lengths))
+
+
+def _usual_length(lengths: Sequence[int]) -> int:
+    """What 95 % of the responses do not exceed; 0 without any."""
+    given = sorted(length for length in lengths if length)
+    return given[math.ceil(0.95 * len(given)) - 1] if given else 0
 
 
 def _counted(num_tokens: int, limit: int) -> str:

@@ -1,8 +1,9 @@
 """Chats as others write them, in the one form that the rest reads: ``role`` and ``content``.
 
 ShareGPT's ``from`` and ``value`` (FastChat, Axolotl, LLaMA-Factory), content as a list of parts
-(OpenAI, vLLM), chats as JSON text (cells of CSV), and columns of a ``datasets.Sequence``. Whatever
-else a message says (``weight``, ``tool_calls``, ``name``) stays as it is.
+(OpenAI, vLLM), chats as JSON text (cells of CSV), lists of ``input`` and ``output`` (Capybara), and
+columns of a ``datasets.Sequence``. Whatever else a message says (``weight``, ``tool_calls``,
+``name``) stays as it is.
 """
 
 from __future__ import annotations
@@ -48,6 +49,12 @@ def listed_messages(cell: object) -> object:
         except (json.JSONDecodeError, RecursionError):
             return cell
         return parsed if isinstance(parsed, list) else cell
+    if isinstance(cell, list) and cell and all(_is_exchange(item) for item in cell):
+        return [
+            {"role": role, "content": exchange[key]}
+            for exchange in cell
+            for key, role in (("input", "user"), ("output", "assistant"))
+        ]
     if isinstance(cell, Mapping) and cell and all(isinstance(v, list) for v in cell.values()):
         lengths = {len(values) for values in cell.values()}
         if len(lengths) == 1:  # a struct of lists, as datasets.Sequence keeps a list of structs
@@ -55,6 +62,11 @@ def listed_messages(cell: object) -> object:
                 dict(zip(cell, values, strict=True)) for values in zip(*cell.values(), strict=True)
             ]
     return list(cell) if isinstance(cell, tuple) else cell
+
+
+def _is_exchange(item: object) -> bool:
+    """Whether an item is a question with its answer, as in LDJnr/Capybara."""
+    return isinstance(item, Mapping) and set(item) == {"input", "output"}
 
 
 def with_known_keys(message: Mapping[str, Any], at: str) -> dict[str, Any]:

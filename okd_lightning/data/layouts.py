@@ -24,6 +24,9 @@ from okd_lightning.errors import DataError
 
 Layout: TypeAlias = Literal["text", "chat"]
 
+_MESSAGE_OF_A_TREE = {"parent_id", "role", "text"}
+"""Columns of OpenAssistant's trees, whose rows are no conversations."""
+
 
 def with_chat_prompts(rows: Sequence[RawRow], columns: Columns) -> Columns:
     """Columns that read prompts which are messages (TRL's conversational rows) as chats."""
@@ -43,12 +46,29 @@ def _check_mapped(row: RawRow, columns: Columns, where: str) -> None:
             require_column(row, role, name, where)
 
 
+def _check_labels(rows: Sequence[RawRow], where: str) -> None:
+    """Refuse TRL's unpaired preference rows that show what not to answer."""
+    for number, row in enumerate(rows, start=1):
+        if row.get("label") is not False or "completion" not in row:
+            continue
+        raise DataError(
+            f"{where}, row {number}: the label of this completion is false, so it shows what not "
+            "to answer, and this run would learn it; leave such rows out of the file"
+        )
+
+
 def _no_prompt(
     rows: Sequence[RawRow], columns: Columns, *, needs_response: bool, where: str
 ) -> DataError:
     cells = Cells.of(rows)
     wanted = [name for name in (columns.prompt, columns.messages) if name is not None]
     missing = " and no ".join(repr(name) for name in wanted) or "to read"
+    if set(cells.samples) >= _MESSAGE_OF_A_TREE:
+        return DataError(
+            f"{where}: each row is one message of a conversation; found: {quoted(cells.samples)}; "
+            "join every conversation into one row with messages "
+            '[{"role": "user", "content": "..."}, ...]'
+        )
     options = hint_for_rows(cells, columns, needs_response=needs_response)
     return DataError(
         f"{where}: no column {missing}; found: {quoted(cells.samples)}{_unused(cells, options)}; "
@@ -126,6 +146,8 @@ def choose_layout(
     """
     row = rows[0]
     _check_mapped(row, columns, where)
+    if needs_response:
+        _check_labels(rows, where)
     has_prompt = columns.prompt is not None and columns.prompt in row
     has_messages = columns.messages is not None and columns.messages in row
     if has_prompt and has_messages:

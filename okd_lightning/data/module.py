@@ -15,7 +15,6 @@ from typing import Any, cast
 import lightning
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from okd_lightning.checkpoints.contents import check_text_rules
@@ -23,17 +22,24 @@ from okd_lightning.data.columns import Columns
 from okd_lightning.data.counts import check_counts
 from okd_lightning.data.distilled_module import DistilledModule, check_teacher_prompts
 from okd_lightning.data.examples import ExampleSet, OnOverlong
+from okd_lightning.data.parts import part_sources, read_part
 from okd_lightning.data.progress import rollout_progress
 from okd_lightning.data.row_templates import prompt_templates
-from okd_lightning.data.sources import DataArgument, DataSource, describe_source, load_rows
-from okd_lightning.data.table_ids import check_table_ids
+from okd_lightning.data.sources import DataArgument
 from okd_lightning.data.teacher_prompts import teacher_prompts_from
-from okd_lightning.data.token_cache import AUTO, cached_examples
+from okd_lightning.data.token_cache import AUTO
 from okd_lightning.data.tool_turns import checked_turns, equip
 from okd_lightning.data.whole_steps import announce, check_limit, settle_steps
 from okd_lightning.errors import ConfigError, DataError
 from okd_lightning.records import Example
-from okd_lightning.rollouts import LoaderShape, RolloutLoader, Sampling, plan_for, writer_of
+from okd_lightning.rollouts import (
+    LoaderShape,
+    RolloutLoader,
+    Sampling,
+    StagedPlan,
+    plan_for,
+    writer_of,
+)
 from okd_lightning.rollouts.agreement import Agreement, StopRequest
 from okd_lightning.rollouts.evaluation import GivenResponses, OwnResponses
 from okd_lightning.rollouts.noise import hashed_choice
@@ -150,13 +156,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         check_counts(1, prompts_per_epoch=prompts_per_epoch, samples_per_prompt=samples_per_prompt)
         check_counts(1, prompts_per_rollout=prompts_per_rollout)
         check_counts(0, val_rollouts=val_rollouts)
-        held_out = test if test is not None else val  # an empty list is a data set, not none
-        self.sources: dict[str, DataSource | None] = {
-            "train": train,
-            "val": val,
-            "test": held_out,
-            "predict": predict if predict is not None else held_out,
-        }
+        self.sources = part_sources(train, val, test, predict)
         other_split = test_split if test is not None else val_split
         self.splits = {"train": train_split, "val": val_split, "test": other_split}
         self.splits["predict"] = test_split if predict is not None else other_split
@@ -195,7 +195,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         self._examples: dict[str, ExampleSet] = {}
         self.stop = StopRequest()
         self._train_loader: RolloutLoader | None = None
-        self._first_epoch = 0
+        self._resumed: dict[str, Any] = {"epoch": 0}
         self._text_rules = RULES_VERSION  # of the run's checkpoint
 
     def setup(self, stage: str) -> None:
@@ -209,13 +209,31 @@ class RolloutDataModule(lightning.LightningDataModule):
         if stage == "fit":
             settle_steps(self._trainer, self.batch_size, self.global_batch_size)
 
+    def read_ahead(self, stage: str) -> None:
+        """Read and tokenize what a stage needs, so that broken rows are told before models load.
+
+        The module calls it when the run's methods are known.
+
+        Raises:
+            OKDLightningError: What the loaders would raise later.
+        """
+        if stage == "fit" and self.sources["train"] is not None:
+            self._train_examples()
+        part = {"fit": "val", "validate": "val"}.get(stage, stage)
+        if self.sources[part] is not None:
+            self.examples(part)
+
+    def _train_examples(self) -> tuple[StagedPlan, ExampleSet]:
+        module = self._module
+        plan = plan_for(module.terms)
+        check_teacher_prompts(module, are_given=self.teacher_prompts is not None)
+        return plan, self.examples("train", needs_response="dataset" in plan.sources)
+
     def train_dataloader(self) -> RolloutLoader:
         """The loader of the run's methods, stateful and regenerated every epoch."""
         module, trainer = self._module, self._trainer
-        plan = plan_for(module.terms)
-        check_text_rules(self._text_rules, plan.sources)
-        check_teacher_prompts(module, are_given=self.teacher_prompts is not None)
-        examples = self.examples("train", needs_response="dataset" in plan.sources)
+        plan, examples = self._train_examples()
+        check_text_rules(self._text_rules, plan.sources)  # a checkpoint's, restored by now
         shape = LoaderShape(
             batch_size=self.batch_size,
             prompts_per_epoch=self.prompts_per_epoch or len(examples),
@@ -246,7 +264,7 @@ class RolloutDataModule(lightning.LightningDataModule):
             stop=self.stop,
         )
         check_limit(trainer, len(self._train_loader))
-        self._train_loader.start_at(self._first_epoch)
+        self._train_loader.begin(self._resumed)
         return self._train_loader
 
     def _scorer(self, module: DistilledModule) -> ChunkScorer:
@@ -278,19 +296,18 @@ class RolloutDataModule(lightning.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The epoch that comes next, or goes on, and the rules by which texts become ids.
 
-        Lightning gives the loader its own state back only in the middle of an epoch; after an
-        epoch's end a resumed run would begin with the first one's prompts, coins and noise.
+        (Lightning gives the loader its own state back only in the middle of an epoch.)
         """
         loader = self._train_loader
-        epoch = self._first_epoch if loader is None else loader.epoch_to_come
-        return {"epoch": epoch, "text_rules": RULES_VERSION}
+        position = {"epoch": self._resumed["epoch"]} if loader is None else loader.position()
+        return {**position, "text_rules": RULES_VERSION}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Begin with that epoch, whether the loader exists by now or not."""
-        self._first_epoch = state_dict["epoch"]
+        self._resumed = dict(state_dict)
         self._text_rules = state_dict.get("text_rules", 1)
         if self._train_loader is not None:
-            self._train_loader.start_at(self._first_epoch)
+            self._train_loader.begin(self._resumed)
 
     def examples(self, part: str, needs_response: bool = False) -> ExampleSet:
         """The tokenized rows of train, val, test or predict; read once.
@@ -303,42 +320,21 @@ class RolloutDataModule(lightning.LightningDataModule):
             raise DataError(f"no data: give --data.{part} a JSONL file, a folder or a hub id")
         key = f"{part}:{needs_response}"
         if key not in self._examples:
-            name = describe_source(source)
-            split = self.splits[part]
-            found = cached_examples(
-                self.token_cache,
-                load_rows(source, split=split, subset=self.subset),
-                self._module.tokenizer,
-                eos_id=self._module.eos_ids[0],
+            self._examples[key] = read_part(
+                part,
+                source,
+                self._module,
+                split=self.splits[part],
+                subset=self.subset,
+                token_cache=self.token_cache,
                 columns=self.columns,
                 max_prompt_length=self.max_prompt_length,
                 max_response_length=self.max_response_length,
                 on_overlong=self.on_overlong,
                 needs_response=needs_response,
-                where=name,
                 teacher_prompts=self.teacher_prompts if part != "predict" else None,
             )
-            check_table_ids(
-                found.examples, self._module.vocabulary, self._module.tokenizer, where=name
-            )
-            self._module.add_eos_ids(found.ends_of_turn(self._module.tokenizer))
-            self._report(part, name, found)
-            self._examples[key] = found
         return self._examples[key]
-
-    def _report(self, part: str, name: str, found: ExampleSet) -> None:
-        skipped = ", ".join(f"{count} {reason}" for reason, count in found.skipped.items())
-        rank_zero_info(
-            f"{part}: {len(found)} rows from {name}, {found.num_skipped} skipped"
-            f"{f' ({skipped})' if skipped else ''}, {found.num_cut} responses cut at "
-            f"{self.max_response_length} tokens"
-        )
-        self._module.check_lengths(
-            *(
-                max(len(e.prompt_ids_of(author)) for e in found.examples) + self.max_response_length
-                for author in ("student", "teacher")
-            )
-        )
 
     def _evaluation_loaders(self, part: str) -> list[GivenResponses | OwnResponses]:
         trainer = self._trainer

@@ -38,7 +38,12 @@ def pack_examples(found: ExampleSet) -> bytes:
     masks = [example.prompt_mask for example in examples]
     arrays["prompt_mask"] = np.array([flag for mask in masks for flag in mask], np.bool_)
     about = json.dumps(
-        {"skipped": dict(found.skipped), "num_cut": found.num_cut, "notes": found.notes}
+        {
+            "skipped": dict(found.skipped),
+            "num_cut": found.num_cut,
+            "notes": found.notes,
+            "usual_length": found.usual_length,
+        }
     )
     texts: dict[str, Iterable[str]] = {
         "prompt": [example.prompt for example in examples],
@@ -89,7 +94,7 @@ def unpack_examples(content: bytes) -> ExampleSet:
         )
     )
     about = json.loads(texts["about"][0])
-    return ExampleSet(examples, about["skipped"], about["num_cut"], tuple(about["notes"]))
+    return ExampleSet(examples, **{**about, "notes": tuple(about["notes"])})
 
 
 def _put(arrays: dict[str, np.ndarray], name: str, rows: Sequence[Any], dtype: Any) -> None:

@@ -123,7 +123,7 @@ def _bias(estimators: Sequence[EstimatorFinding]) -> Figure:
         axes.errorbar(own.along_exact, at, xerr=error, fmt="o", color=colour, markersize=5)
     axes.axvline(1, color=_INK, linewidth=0.8)
     values = list(filter(math.isfinite, (row.fidelity.along_exact for row in estimators)))
-    axes.set_xlim(min(-0.5, *values) - 0.3, max(1.5, *values) + 0.3)
+    axes.set_xlim(min([-0.5, *values]) - 0.3, max([1.5, *values]) + 0.3)
     axes.set_xlabel("mean along the exact gradient\n(1: no bias; bars: 3 standard errors)")
     return figure
 

@@ -69,12 +69,12 @@ Rule = Callable[[Diagnosis], Advice | None]
 
 
 def mend_first(found: Diagnosis) -> Advice | None:
-    """A broken tokenizer or eos spoils every method alike."""
+    """Cut responses, a broken tokenizer or eos spoil every method alike."""
     broken = [check for check in found.checks if check.verdict == "bad"]
     if not broken:
         return None
     text = "; ".join(f"{check.name}: {check.text}" for check in broken)
-    return Advice("Mend the data or the tokenizer first", text, "measured")
+    return Advice("Mend the data, its limits or the tokenizer first", text, "measured")
 
 
 def prompts_alone(found: Diagnosis) -> Advice | None:

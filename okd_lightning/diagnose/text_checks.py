@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from okd_lightning.data import RolloutDataModule, load_rows
 from okd_lightning.data.examples import ExampleSet
 from okd_lightning.data.layouts import choose_layout
+from okd_lightning.data.row_report import MANY_CUT, cut_advice
 from okd_lightning.data.row_templates import with_prompts
 from okd_lightning.data.sources import describe_source
 from okd_lightning.diagnose.findings import Check, Verdict
@@ -16,7 +17,6 @@ from okd_lightning.module import DistillationModule
 from okd_lightning.records import Example
 from okd_lightning.text_ids import TextEncoder
 
-_MANY_CUT = 0.2
 _MANY_SKIPPED = 0.05
 _FEW_END = 0.5
 
@@ -38,12 +38,12 @@ def text_checks(
         examples: Those that are looked at.
     """
     return [
+        _given_ends(data, found),  # first: where most are cut, no other number means much
         _vocabulary(module),
         _round_trip(module, examples),
         _ends(module),
         _template(module, data, part),
         _lengths(data, found),
-        _given_ends(data, found),
     ]
 
 
@@ -178,10 +178,11 @@ def _given_ends(data: RolloutDataModule, found: ExampleSet) -> Check:
     given = sum(bool(example.response_ids) for example in found.examples)
     if not given:
         return Check("given responses", "look", "there are none: on-policy methods only")
-    share = found.num_cut / given
+    if found.share_cut >= MANY_CUT:
+        return Check("given responses", "bad", cut_advice(found, data.max_response_length))
     return Check(
         "given responses",
-        "look" if share > _MANY_CUT else "good",
-        f"{share:.1%} of {given:,} are cut at --data.max_response_length "
+        "good",
+        f"{found.share_cut:.1%} of {given:,} are cut at --data.max_response_length "
         f"{data.max_response_length} and get no eos",
     )

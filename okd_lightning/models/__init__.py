@@ -8,6 +8,8 @@
 * ``lengths``: the positions that a model was made for.
 * ``vocabulary``: tokenizers are compared by content; ids outside the tokenizer are masked.
 * ``causality``: whether a model looks at later tokens.
+* ``forward_arguments``: what a forward pass names, and what it would swallow.
+* ``grouping``: which rows may share a forward pass.
 * ``reading``: hidden states where loss lies, from packed rows or padded ones.
 * ``pair``: the tokenizer that a student and its teacher share.
 * ``online_module``: a small trainable part on a frozen teacher.
@@ -22,6 +24,7 @@ from okd_lightning.models.adapters import GivenPair, add_adapter
 from okd_lightning.models.causal_lm import LMHead, head_inputs
 from okd_lightning.models.causality import check_causal
 from okd_lightning.models.compilation import compile_blocks
+from okd_lightning.models.grouping import forget_lengths, row_groups, say_row_groups
 from okd_lightning.models.lengths import check_lengths, max_positions
 from okd_lightning.models.loading import (
     DTypeName,
@@ -87,6 +90,7 @@ __all__ = [
     "eos_token_ids",
     "find_tokenizer",
     "follow",
+    "forget_lengths",
     "head_inputs",
     "hidden_at_loss",
     "in_eval_mode",
@@ -101,5 +105,7 @@ __all__ = [
     "probe_texts",
     "reads_packed_rows",
     "recompute_activations",
+    "row_groups",
+    "say_row_groups",
     "teacher_copy",
 ]

@@ -7,6 +7,8 @@ for every wrapper (adapters, prompt learning, sharding), where calling a backbon
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from okd_lightning.models.forward_arguments import forward_arguments
 from okd_lightning.models.vocabulary import Vocabulary
 
 
@@ -86,24 +89,74 @@ def head_inputs(
     Args:
         model: A causal LM, wrapped or not.
         input_ids: [batch, seq].
-        attention_mask: [batch, seq] True on real tokens; None for packed rows.
+        attention_mask: [batch, seq] True on real tokens; None for packed rows. A causal model that
+            knows no mask reads right-padded rows without it.
         position_ids: [batch, seq] of packed rows, from 0 in each; None where each row is one.
 
     Returns:
         [batch, seq, hidden]; gradient flows to the model's parameters.
+
+    Raises:
+        ModelError: The model has no argument for position ids, and they are given.
     """
     taken: list[Tensor] = []
 
-    def take(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
-        taken.append(args[0])
-        return (args[0][:, :1],)
+    def take(hidden: Tensor) -> Tensor:
+        taken.append(hidden)
+        return hidden[:, :1]
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(take)
-    try:
-        given = {"attention_mask": attention_mask, "position_ids": position_ids}
-        known = {name: value for name, value in given.items() if value is not None}
-        model(input_ids=input_ids, use_cache=False, **known)
-    finally:
-        handle.remove()
+    with _before_the_head(model, take):
+        model(
+            **forward_arguments(
+                model,
+                {"input_ids": input_ids, "position_ids": position_ids},
+                {"attention_mask": attention_mask, "use_cache": False},
+            )
+        )
     (hidden,) = taken
     return hidden[:, -input_ids.shape[1] :]  # prompt learning puts virtual tokens in front
+
+
+def last_logits(
+    model: PreTrainedModel,
+    needed: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    last: Tensor | None = None,
+) -> Tensor:
+    """Run ``model`` and its own head at one position a row.
+
+    Args:
+        model: A causal LM, not wrapped.
+        needed: Arguments without which it computes something else; see ``forward_arguments``.
+        wanted: Arguments that it may leave out.
+        last: [rows] the column of each; None for the last one.
+
+    Returns:
+        [rows, table] the head's output, with the model's own transforms.
+
+    Raises:
+        ModelError: It has no argument for something that is needed.
+    """
+
+    def select(hidden: Tensor) -> Tensor:
+        if last is None:
+            return hidden[:, -1:]
+        return hidden[torch.arange(len(hidden), device=hidden.device), last][:, None]
+
+    with _before_the_head(model, select):
+        logits: Tensor = model(**forward_arguments(model, needed, wanted)).logits
+    return logits[:, -1]
+
+
+@contextmanager
+def _before_the_head(model: PreTrainedModel, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within it the head of ``model`` reads what ``change`` makes of its input."""
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+        return (change(args[0]),)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -46,6 +46,7 @@ from okd_lightning.models.weight_checks import (
     check_loaded,
     check_stored_formats,
     check_values,
+    note_untied,
     without_load_report,
 )
 from okd_lightning.models.weight_files import WeightFiles
@@ -232,6 +233,7 @@ def _from_files(
         ) from error
     model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     check_loaded(model, info, where)
+    note_untied(model)
     if found.gguf_file is not None:
         model = as_unpacked(model)
     else:

@@ -105,4 +105,5 @@ def _plain(layer: Any) -> nn.Module:
     if isinstance(layer, AuxiliaryTrainingWrapper):
         return _plain(layer.token_adapter)
     layer.merge()
-    return layer.get_base_layer()
+    inner = layer.base_layer  # a second adapter on other parameters of one module (experts)
+    return _plain(inner) if isinstance(inner, BaseTunerLayer) else inner

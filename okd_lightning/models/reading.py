@@ -14,11 +14,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from okd_lightning.cpu_linear import fast_linears, has_fast_linear
 from okd_lightning.models.causal_lm import head_inputs
 from okd_lightning.models.causality import attention_of_any_device, embedding_gradient
+from okd_lightning.models.forward_arguments import named_arguments
+from okd_lightning.models.grouping import row_groups
 from okd_lightning.sequences import Sequences
 
 _TRIAL_LENGTHS = (5, 4, 3, 2)
@@ -29,6 +32,8 @@ _TOLERANCE = 0.1
 def hidden_at_loss(model: PreTrainedModel, read: Sequences, packs: bool) -> Tensor:
     """Run ``model`` over a micro-batch and return what its head reads where loss lies.
 
+    Rows that may not share a pass (``row_groups``) are read in several.
+
     Args:
         model: A causal LM, wrapped or not.
         read: The rows.
@@ -38,6 +43,20 @@ def hidden_at_loss(model: PreTrainedModel, read: Sequences, packs: bool) -> Tens
         [positions, hidden] at the position before each masked-in token, row by row; gradient flows
         to the model's parameters.
     """
+    groups = row_groups(model)
+    if groups.switch is None:
+        return _hidden_of_pass(model, read, packs)
+    passes = groups.split(read.row_lengths)
+    first = max(read.row_lengths[row] for row in passes[0])
+    num_passes = len(passes) + groups.follows_a_short_row(first)
+    idle = _idle_passes(model, read, _most_of_all_ranks(model, num_passes) - len(passes))
+    parts = [_hidden_of_pass(model, read.of_rows(rows), packs) for rows in passes]
+    order = [torch.isin(read.places.row, read.places.row.new_tensor(rows)) for rows in passes]
+    places = torch.cat([part.nonzero().squeeze(-1) for part in order])
+    return torch.cat(parts)[places.argsort()] + idle
+
+
+def _hidden_of_pass(model: PreTrainedModel, read: Sequences, packs: bool) -> Tensor:
     places = read.places
     with _fast_layers(model, read.input_ids.device):
         if packs:
@@ -47,6 +66,24 @@ def hidden_at_loss(model: PreTrainedModel, read: Sequences, packs: bool) -> Tens
             hidden = head_inputs(model, read.input_ids, read.attention_mask)
             before = places.row * hidden.shape[1] + places.column - 1
     return hidden.flatten(0, 1).index_select(0, before)
+
+
+def _idle_passes(model: PreTrainedModel, read: Sequences, num_passes: int) -> Tensor:
+    """Zero, from passes over one token, which leave the model as a short row does."""
+    idle = torch.zeros((), device=read.input_ids.device)
+    for _ in range(num_passes):
+        ids = read.input_ids[:1, :1]
+        idle = idle + 0.0 * head_inputs(model, ids, torch.ones_like(ids)).sum()
+    return idle
+
+
+def _most_of_all_ranks(model: PreTrainedModel, num_passes: int) -> int:
+    """Passes of a sharded model are collective: all ranks do as many as the one with most."""
+    if not isinstance(model, FSDPModule):
+        return num_passes
+    most = torch.tensor(num_passes, device=next(model.parameters()).device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most)
 
 
 def _fast_layers(model: PreTrainedModel, read_on: torch.device) -> AbstractContextManager[None]:
@@ -86,11 +123,10 @@ def reads_packed_rows(model: PreTrainedModel) -> bool:
     device = next(model.parameters()).device
     if device.type == "meta":
         return False
-    try:
-        read = _trial_rows(model).to(device)
-        return not _leaks(model, read) and _is_same(model, read)
-    except TypeError:  # its forward knows no position ids
+    if "position_ids" not in named_arguments(model):
         return False
+    read = _trial_rows(model).to(device)
+    return not _leaks(model, read) and _is_same(model, read)
 
 
 def packs_rows(model: PreTrainedModel, is_wanted: bool, role: str) -> bool:
@@ -130,7 +166,7 @@ def _is_same(model: PreTrainedModel, read: Sequences) -> bool:
     was_training = model.training
     model.eval()
     with torch.no_grad(), attention_of_any_device(model):
-        alone, packed = (hidden_at_loss(model, read, packs).double() for packs in (False, True))
+        alone, packed = (_hidden_of_pass(model, read, packs).double() for packs in (False, True))
     model.train(was_training)
     return bool((packed - alone).norm() < _TOLERANCE * alone.norm())
 

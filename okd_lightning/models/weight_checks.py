@@ -85,6 +85,20 @@ def check_loaded(model: PreTrainedModel, info: Mapping[str, Any], where: str) ->
         warn_unexpected(unexpected, where)
 
 
+def note_untied(model: PreTrainedModel) -> None:
+    """Let the config say it where the files hold an embedding and another head despite it.
+
+    transformers leaves such tables apart; a model built from the config again would tie them.
+    """
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    first, second = (getattr(table, "weight", None) for table in tables)
+    if first is None or second is None or first is second:
+        return
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+
+
 def warn_unexpected(names: Collection[str], where: str) -> None:
     """Say once which stored weights have no place in the model."""
     warnings.warn(

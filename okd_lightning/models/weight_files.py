@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -120,6 +121,11 @@ class WeightFiles:
                 )
             part: Tensor = whole[start:end] if whole.get_shape() else opened.get_tensor(found)
         return part
+
+    def whole(self, name: str) -> Tensor:
+        """All of the weight that is stored under ``name``."""
+        with safe_open(self._files[name], framework="pt") as opened:
+            return cast(Tensor, opened.get_tensor(name))
 
     def _names_in(self, files: Sequence[Path]) -> dict[str, Path]:
         found: dict[str, Path] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -144,6 +144,16 @@ class RolloutLoader:
         """The epoch of the next batch."""
         return self._epoch + (self._delivered >= len(self))
 
+    def position(self) -> dict[str, Any]:
+        """The epoch to come and what decides its rows, as ``begin`` takes it."""
+        return {"epoch": self.epoch_to_come, "rows": self.fingerprint()}
+
+    def begin(self, position: dict[str, Any]) -> None:
+        """Begin with an epoch; its rows must be those of a checkpoint's position, checked once."""
+        if (saved := position.pop("rows", None)) is not None:
+            self.check_same(saved)
+        self.start_at(position["epoch"])
+
     def start_at(self, epoch: int) -> None:
         """Begin with the first batch of an epoch."""
         self._epoch, self._delivered = epoch, 0
@@ -160,19 +170,26 @@ class RolloutLoader:
             "epoch": self._epoch,
             "delivered": self._delivered,
             "accumulate": self.shape.accumulate_grad_batches,
-            "rows_per_step": self.shape.rows_per_step,
-            "identity": self._identity,
+            **self.fingerprint(),
+            "sources": self._sources_of(self._written_for),
             "written_for": self._written_for,
             "written": self._gather(own),
             "credits": self._gather(pack_credits(self._credits)),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where ``state_dict`` was taken.
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides which rows an optimizer step has, as ``check_same`` takes it."""
+        return {"rows_per_step": self.shape.rows_per_step, "identity": self._identity}
+
+    def check_same(self, state: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of other steps or prompts.
+
+        Args:
+            state: ``fingerprint`` or ``state_dict`` of the checkpoint.
 
         Raises:
             ConfigError: The optimizer step has another number of rows now, or prompts, seed or
-                chunks differ, so that the stored rollouts would answer other prompts.
+                chunks differ.
         """
         if state["rows_per_step"] != self.shape.rows_per_step:
             raise ConfigError(
@@ -186,16 +203,34 @@ class RolloutLoader:
                 "or samples_per_prompt differ from the checkpoint's; resume with the same, or "
                 "start a new run from the exported student: --model.student FOLDER"
             )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state_dict`` was taken.
+
+        Raises:
+            ConfigError: The optimizer step has another number of rows now, or prompts, seed or
+                chunks differ, so that the stored rollouts would answer other prompts.
+        """
+        self.check_same(state)
         self._epoch, self._delivered = state["epoch"], state["delivered"]
         if state["accumulate"] != self.shape.accumulate_grad_batches:  # whole steps are done
             num_steps = state["delivered"] // state["accumulate"]
             self._delivered = num_steps * self.shape.accumulate_grad_batches
         self._forget_written(state["written_for"])
+        if state.get("sources", own := self._sources_of(self._written_for)) != own:
+            return  # another on-policy share: the chunk's responses are written again
         self._is_written = any(state["written"])
         self._take(
             [{by: unpack_rollout(part) for by, part in own.items()} for own in state["written"]],
             [unpack_credits(credits) for credits in state["credits"]],
         )
+
+    def _sources_of(self, first: int) -> list[str]:
+        """Who writes each row of the chunk that begins with optimizer step ``first``."""
+        turns = self._turns(self._epoch)
+        last = min(first + self.shape.steps_per_chunk, self.shape.steps_per_epoch)
+        steps = range(first, last)
+        return [str(source) for step in steps for _, source in self._rows_of_step(turns, step)]
 
     def _take(
         self,

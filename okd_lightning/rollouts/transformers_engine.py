@@ -18,10 +18,8 @@ In float32 a row's samples do not depend on the rows beside it, but for ties.
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -30,13 +28,16 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from okd_lightning.cpu_linear import fast_linears
-from okd_lightning.models import Vocabulary
+from okd_lightning.models import Vocabulary, forget_lengths, row_groups
 from okd_lightning.records import PromptBatch, Rollout
+from okd_lightning.rollouts.drawing import Blend, Drawing
 from okd_lightning.rollouts.engine import Progress
-from okd_lightning.rollouts.kv_cache import empty_cache, is_rearrangeable, rearrange
+from okd_lightning.rollouts.kv_cache import empty_cache, rearrange
+from okd_lightning.rollouts.memory import MEMORIES, cached_logits, memory_of
 from okd_lightning.rollouts.noise import NoiseStream
 from okd_lightning.rollouts.responses import Responses
-from okd_lightning.rollouts.sampling import Sampling, workspace_for
+from okd_lightning.rollouts.sampling import Sampling
+from okd_lightning.rollouts.whole_passes import WholePasses
 
 _ADMIT_AT = 0.875
 """Waiting prompts join once no more than this share of the batch is still writing."""
@@ -46,24 +47,6 @@ _SHRINK_AT = 0.75
 
 _PREFILL_TOKENS = 8192
 """Prompt tokens of one forward pass at most, so that a long queue's activations fit."""
-
-
-@dataclass(frozen=True)
-class Blend:
-    """A second model whose distribution is mixed into every draw (arXiv 2306.08543, Eq. 4).
-
-    Attributes:
-        model: The second causal LM, of the same tokenizer, in eval mode.
-        share: α of α q + (1-α) p, strictly between 0 and 1; q is this model's.
-    """
-
-    model: PreTrainedModel
-    share: float
-
-    def mix(self, logits: Tensor, second: Tensor) -> Tensor:
-        """[rows, vocab] log-probabilities (nats) of the mixture."""
-        first = logits.log_softmax(-1) + math.log1p(-self.share)
-        return torch.logaddexp(first, second.log_softmax(-1) + math.log(self.share))
 
 
 @dataclass
@@ -106,12 +89,43 @@ class TransformersEngine:
             return responses.rollout(0)
         as_it_is = torch.compiler.set_stance("force_eager")  # a step changes its shapes each time
         second = nullcontext() if self.blend is None else fast_linears(self.blend.model)
+        told = num_row_steps = 0
         with self._precision(), fast_linears(self.model), second, as_it_is:
-            writing = _Writing(self, prompts, sampling, responses, max_new_tokens)
-            for num_ended, num_tokens in writing.run():
-                if progress is not None:
-                    progress(num_ended, num_tokens)
-        return responses.rollout(writing.num_row_steps)
+            drawing = Drawing(responses, sampling, self.vocabulary, self.blend, self.model.device)
+            for writing, is_only in self._rounds(prompts, drawing, max_new_tokens):
+                for num_ended, num_tokens in writing.run():
+                    if progress is not None:
+                        progress(num_ended if is_only else 0, num_tokens)
+                num_row_steps += writing.num_row_steps
+                if progress is not None and not is_only:
+                    told, num_before = responses.num_ended(), told
+                    progress(told - num_before)
+        return responses.rollout(num_row_steps)
+
+    def _rounds(
+        self, prompts: PromptBatch, drawing: Drawing, max_new_tokens: int
+    ) -> Iterator[tuple[_Writing | WholePasses, bool]]:
+        """One (True), or one (False) a side of each length at which rotary frequencies change.
+
+        A row that grows over such a length is read again from its start: its cache is of the other
+        side.
+        """
+        models = [self.model] + ([self.blend.model] if self.blend else [])
+        memories = [memory_of(model) for model in models]
+        groups = [row_groups(model) for model in models]
+        switches = sorted({g.switch for g in groups if g.switch is not None})
+        for shortest, longest in zip((0, *switches), (*switches, None), strict=True):
+            texts = drawing.responses.begin_round(prompts.input_ids, longest)
+            by_length = any(g.by_length and shortest >= (g.switch or 0) for g in groups)
+            memory = "none" if by_length else max(memories, key=MEMORIES.index)
+            call = (models, texts, drawing, self.token_budget, max_new_tokens)
+            if memory == "none":
+                yield WholePasses(*call), not switches
+                continue
+            for model, own in zip(models, groups, strict=True):
+                if own.by_length:
+                    forget_lengths(model)
+            yield _Writing(*call, is_roomy=memory == "rows"), not switches
 
     def _precision(self) -> AbstractContextManager[object]:
         if self.dtype is None:
@@ -141,27 +155,24 @@ class _Writing:
 
     def __init__(
         self,
-        engine: TransformersEngine,
-        prompts: PromptBatch,
-        sampling: Sampling,
-        responses: Responses,
+        models: Sequence[PreTrainedModel],
+        texts: Mapping[int, tuple[int, ...]],
+        drawing: Drawing,
+        token_budget: int,
         max_new_tokens: int,
+        *,
+        is_roomy: bool,
     ) -> None:
-        self._blend = engine.blend
-        self._models = [engine.model] + ([engine.blend.model] if engine.blend else [])
-        self._vocabulary = engine.vocabulary
-        self._prompts = prompts.input_ids
-        self._sampling = sampling
-        self._responses = responses
+        self._models = models
+        self._texts = texts
+        self._drawing = drawing
+        self._responses = drawing.responses
         self._max_new_tokens = max_new_tokens
-        self._token_budget = engine.token_budget
-        self._device = engine.model.device
-        self._cache_arguments = [_cache_argument(model) for model in self._models]
-        self._is_roomy = all(is_rearrangeable(model) for model in self._models)
+        self._token_budget = token_budget
+        self._device = models[0].device
+        self._is_roomy = is_roomy
         # equal prompts stand together, so that they are read once
-        order = sorted(range(len(prompts)), key=lambda i: (-len(self._prompts[i]), i))
-        self._queue = deque(order)
-        self._workspace = workspace_for(0, self._vocabulary.size, self._device)
+        self._queue = deque(sorted(texts, key=lambda row: (-len(texts[row]), row)))
         self.num_row_steps = 0
         self._clear()
 
@@ -213,7 +224,7 @@ class _Writing:
         """Taken from the queue: as many as fit beside the rows that stay, at least one in all."""
         if not self._queue:
             return []
-        longest = max(len(self._prompts[row]) for row in [*staying, self._queue[0]])
+        longest = max(len(self._texts[row]) for row in [*staying, self._queue[0]])
         size = max(1, self._token_budget // (longest + self._max_new_tokens))
         num = min(len(self._queue), max(0, size - len(staying)))
         return [self._queue.popleft() for _ in range(num)]
@@ -221,7 +232,7 @@ class _Writing:
     def _pieces(self, rows: list[int]) -> Iterator[list[int]]:
         """Cut into forward passes; rows are sorted, the longest first."""
         while rows:
-            size = max(1, _PREFILL_TOKENS // len(self._prompts[rows[0]]))
+            size = max(1, _PREFILL_TOKENS // len(self._texts[rows[0]]))
             yield rows[:size]
             rows = rows[size:]
 
@@ -250,9 +261,9 @@ class _Writing:
     def _next_equal_prompts(self) -> int:
         """A batch for a model whose memory cannot be rearranged: nobody leaves it, nobody joins."""
         self._clear()
-        length = len(self._prompts[self._queue[0]])
+        length = len(self._texts[self._queue[0]])
         size = max(1, self._token_budget // (length + self._max_new_tokens))
-        rows = [row for row in self._queue if len(self._prompts[row]) == length][:size]
+        rows = [row for row in self._queue if len(self._texts[row]) == length][:size]
         self._queue = deque(row for row in self._queue if row not in set(rows))
         read = self._read(rows)
         self._caches, self._rows, self._starts = read.caches, read.rows, read.starts
@@ -264,7 +275,7 @@ class _Writing:
 
     def _read(self, rows: list[int]) -> _Prefilled:
         """Read some prompts and draw their first tokens; equal prompts are read once."""
-        prompts = [self._prompts[row] for row in rows]
+        prompts = [self._texts[row] for row in rows]
         unique = list(dict.fromkeys(prompts)) if self._is_roomy else prompts
         number = {prompt: i for i, prompt in enumerate(unique)}
         indices = [number[prompt] for prompt in prompts] if self._is_roomy else range(len(rows))
@@ -273,11 +284,10 @@ class _Writing:
         caches = self._empty_caches()
         columns = torch.arange(ids.shape[1], device=self._device)
         positions = (columns - starts[:, None]).clamp(min=0)
-        logits = self._logits(ids, positions, starts, ids.shape[1], caches)
+        tables = self._logits(ids, positions, starts, ids.shape[1], caches)
         self.num_row_steps += len(rows)
-        places = self._responses.first_places(rows)
-        last = self._responses.last_places(rows)
-        places, tokens = self._draw(logits[index], places, last)
+        places, last = self._responses.next_places(rows), self._responses.last_places(rows)
+        places, tokens = self._drawing.draw(tables, places, last, index)
         return _Prefilled(rows, caches, index, starts[index], ids.shape[1], places, tokens)
 
     def _step(self) -> None:
@@ -285,11 +295,11 @@ class _Writing:
         is_writing = self._responses.is_writing(self._places)
         positions = torch.where(is_writing, self._width - self._starts, 0)[:, None]
         self._width += 1
-        logits = self._logits(
+        tables = self._logits(
             self._tokens[:, None], positions, self._starts, self._width, self._caches
         )
         self.num_row_steps += len(self._rows)
-        self._places, self._tokens = self._draw(logits, self._places, self._last)
+        self._places, self._tokens = self._drawing.draw(tables, self._places, self._last)
 
     def _logits(
         self,
@@ -298,42 +308,20 @@ class _Writing:
         starts: Tensor,
         width: int,
         caches: list[DynamicCache],
-    ) -> Tensor:
-        """[rows, vocab] float32 for the token after ``ids``; invalid ids are minus infinity."""
+    ) -> list[Tensor]:
+        """[rows, table] of each model for the token after ``ids``."""
         mask = None
         if self._is_roomy:  # others have equal prompts, and some of them misread a mask
             mask = (torch.arange(width, device=self._device) >= starts[:, None]).long()
-        found = []
-        for model, name, cache in zip(self._models, self._cache_arguments, caches, strict=True):
-            output = model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                use_cache=True,
-                logits_to_keep=1,
-                **{name: cache},
-            )
-            found.append(self._vocabulary.cut(output.logits[:, -1].float()))
-        return found[0] if self._blend is None else self._blend.mix(*found)
-
-    def _draw(self, logits: Tensor, places: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """[rows] next places and [rows] ids."""
-        if len(self._workspace) < len(logits):
-            self._workspace = workspace_for(len(logits), self._vocabulary.size, self._device)
-        noise = self._responses.noise(places)
-        ids, logprobs = self._sampling.choose(logits, noise, self._workspace)
-        return self._responses.write(places, ids, logprobs, last), ids
+        return [
+            cached_logits(model, ids, positions, mask, cache)
+            for model, cache in zip(self._models, caches, strict=True)
+        ]
 
 
 def _steps_per_check(device: torch.device) -> int:
     """Steps between two looks at who has ended: a look stalls an accelerator's queue of work."""
     return 1 if device.type == "cpu" else 4
-
-
-def _cache_argument(model: PreTrainedModel) -> str:
-    """What the model's forward pass calls its cache."""
-    names = inspect.signature(model.forward).parameters
-    return "cache_params" if "cache_params" in names else "past_key_values"
 
 
 def _left_pad(rows: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ would find it empty. The order here:
 
 1. the data module's ``setup``;
 2. callbacks with ``precedes_models``: methods register their terms, measures check themselves;
-3. ``ModelsFirst``: the module checks the run and builds its models;
+3. ``ModelsFirst``: the module checks the run, the data is read (broken rows are told before any
+   weights are loaded), and the module builds its models;
 4. all other callbacks, the module's ``setup``, and ``configure_model``, which finds them built.
 """
 
@@ -22,6 +23,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 
+from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError
 from okd_lightning.sharding import FSDP2Strategy
 from okd_lightning.training.pair_module import PairModule
@@ -41,14 +43,17 @@ class ModelsFirst(Callback):
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
-        """Check the run, then build.
+        """Check the run, read the data, then build.
 
         Raises:
-            OKDLightningError: See ``PairModule.check_run`` and ``configure_model``; or a callback
-                that needs whole models, under fsdp2.
+            OKDLightningError: See ``PairModule.check_run``, ``RolloutDataModule.read_ahead`` and
+                ``configure_model``; or a callback that needs whole models, under fsdp2.
         """
         assert isinstance(pl_module, PairModule)
         pl_module.check_run(stage)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, RolloutDataModule):
+            data.read_ahead(stage)
         if isinstance(trainer.strategy, FSDP2Strategy):
             _check_sharded(trainer.callbacks)  # type: ignore[attr-defined]
             return

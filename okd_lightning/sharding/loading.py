@@ -50,6 +50,7 @@ def fill_from_files(model: nn.Module, device: torch.device) -> int:
     files = WeightFiles(about.source, about.option)
     check_stored_formats(cast(PreTrainedModel, model), files, where, about.learns)
     parameters, names = _parameters_on_meta(model)
+    _check_tied(model, files, names, where)
     filled: dict[str, Tensor] = {}
     used: set[str] = set()
     broken, num_bytes = [], 0
@@ -84,6 +85,22 @@ def _parameters_on_meta(model: nn.Module) -> tuple[dict[str, nn.Parameter], list
         if parameter.is_meta:
             names.setdefault(id(parameter), []).append(name)
     return parameters, list(names.values())
+
+
+def _check_tied(model: nn.Module, files: WeightFiles, names: list[list[str]], where: str) -> None:
+    """Refuse files that hold two tables for a weight that the config shares.
+
+    Read whole, transformers leaves them apart; here they are one parameter by now.
+    """
+    for own in names:
+        stored = {files.stored_under(_stored(model, name)) for name in own} - {None}
+        first, *others = sorted(cast("set[str]", stored)) or [""]
+        for other in others:
+            if not torch.equal(files.whole(first), files.whole(other)):
+                raise ModelError(
+                    f"{where}: config.json ties {first} and {other}, and the files hold other "
+                    "numbers for each; set tie_word_embeddings to false in config.json"
+                )
 
 
 def _stored_buffers(model: nn.Module, files: WeightFiles) -> dict[str, list[str]]:

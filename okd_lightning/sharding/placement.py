@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
 
 from okd_lightning.errors import ConfigError
+from okd_lightning.models.forward_arguments import forward_arguments
 from okd_lightning.sharding.plan import settle_root, units_of
 
 RolloutMode: TypeAlias = Literal["gathered", "layerwise"]
@@ -175,7 +177,8 @@ class _Turns:
             try:
                 with torch.no_grad():
                     ids = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
-                    self._models[turn - 1](input_ids=ids, use_cache=False)
+                    model = cast(PreTrainedModel, self._models[turn - 1])
+                    model(**forward_arguments(model, {"input_ids": ids}, {"use_cache": False}))
             finally:
                 self._is_running_along = False
 

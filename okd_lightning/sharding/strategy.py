@@ -35,7 +35,7 @@ from okd_lightning.checkpoints.folders import (
 )
 from okd_lightning.durable_files import replacing
 from okd_lightning.errors import ConfigError
-from okd_lightning.models import DTypeName
+from okd_lightning.models import DTypeName, row_groups
 from okd_lightning.models.deferred import deferred_weights
 from okd_lightning.sharding import state
 from okd_lightning.sharding.loading import fill_from_files
@@ -166,6 +166,10 @@ class FSDP2Strategy(ModelParallelStrategy):
             self._rollouts, self._settings.reshard_after_forward, self.root_device
         )
         super().setup(trainer)
+        for side in (module.student, module.teacher):
+            if side is not None:  # all ranks together: what was on disk could not be tried before
+                row_groups(side)
+        module.placement.release(module.student, module.teacher)
 
     @property
     def _distilled(self) -> Any:

@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from okd_lightning.errors import ConfigError
+from okd_lightning.loop_state import record_hparams
 from okd_lightning.losses import Term
 from okd_lightning.optimizer_settings import (
     OptimizerSettings,
@@ -26,6 +27,7 @@ from okd_lightning.optimizers import RateSchedule, build_optimizer, with_schedul
 from okd_lightning.schedules import ScheduleName, check_schedule
 from okd_lightning.training.measured_module import MeasuredModule
 from okd_lightning.training.resumed_rates import check_optimizer, groups_of, reapply, regroup
+from okd_lightning.training.run_settings import run_settings
 from okd_lightning.training.step_terms import teaching_window, trains_teacher
 
 
@@ -83,6 +85,17 @@ class OptimizedModule(MeasuredModule):
         self._checked: list[Term] = []  # what acted in the last step
         self._built_groups: list[dict[str, Any]] = []
         self._resumed: dict[str, Any] | None = None  # a checkpoint's optimizer settings
+        self.run_settings: dict[str, Any] = {}
+        self.recorded: list[str] = []  # of these, what is in ``hparams`` and no user's own
+
+    def setup(self, stage: str) -> None:
+        """Record what decides this run, now that all methods are known."""
+        super().setup(stage)
+        if stage == "fit":
+            for name in self.recorded:  # of a fit before
+                self.hparams.pop(name, None)
+            self.run_settings = run_settings(self, self.trainer)
+            self.recorded = record_hparams(self, self.run_settings)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build one optimizer over the student and the online module, each with its schedule."""

@@ -35,10 +35,10 @@ from okd_lightning.models import (
     eos_token_ids,
     find_tokenizer,
     load_checked,
-    packs_rows,
     recompute_activations,
     teacher_copy,
 )
+from okd_lightning.optimizers import float16_refusal
 from okd_lightning.rollouts.engine import EngineSource
 from okd_lightning.rollouts.tool_rollouts import ToolRounds
 from okd_lightning.sharding import Placement, WholeModels
@@ -51,6 +51,7 @@ from okd_lightning.teacher_cache import (
     check_served_teacher,
 )
 from okd_lightning.training.pair_runs import PairRuns
+from okd_lightning.training.pair_sides import tried_model
 
 
 class PairModule(PairRuns):
@@ -179,7 +180,7 @@ class PairModule(PairRuns):
             self.teacher = teacher_copy(self.student)
         if self.gradient_checkpointing:
             recompute_activations(self.student, "--model.student")
-        self.packs_student = packs_rows(self.student, self.packing, "student")
+        self.packs_student = tried_model(self.student, self.packing, "student")
         if self.compile_blocks:
             compile_blocks(self.student)
         self.student.train()
@@ -196,7 +197,7 @@ class PairModule(PairRuns):
         if self.online_module is not None and not self._has_online_module:
             self._attach_online_module()
         elif self.teacher is not None and self.self_teacher is not None:
-            self.packs_teacher = packs_rows(self.teacher, self.packing, "teacher")
+            self.packs_teacher = tried_model(self.teacher, self.packing, "teacher")
 
     def load_teacher(self) -> PreTrainedModel:
         """The teacher from what was named, frozen and in eval mode; the module does not keep it."""
@@ -208,7 +209,7 @@ class PairModule(PairRuns):
             dtype=self.teacher_dtype_name,
             attn_implementation=self.attn_implementation,
         )
-        self.packs_teacher = packs_rows(teacher, self.packing, "teacher")
+        self.packs_teacher = tried_model(teacher, self.packing, "teacher")
         if self.compile_blocks:
             compile_blocks(teacher)
         return teacher.requires_grad_(False).eval()
@@ -218,9 +219,11 @@ class PairModule(PairRuns):
 
         Raises:
             ConfigError: One of Lightning's "true" precisions (models are loaded in their own number
-                format), or a module that torch.compile wraps.
+                format), float16 weights that would be trained, or a module that torch.compile
+                wraps.
         """
-        del stage
+        if stage == "fit" and self.dtype_name == "float16" and self.student_adapter is None:
+            raise ConfigError(float16_refusal("the student"))
         read_folders(self.trainer)
         check_precision(str(self.trainer.precision))
         if self._compiler_ctx is not None or self._compiled_call_impl is not None:
@@ -263,7 +266,7 @@ class PairModule(PairRuns):
         )
         self.teacher = cast(PreTrainedModel, adapted)  # a PeftModel answers as one
         self._has_online_module = True
-        self.packs_teacher = packs_rows(self.teacher, self.packing, "teacher")
+        self.packs_teacher = tried_model(self.teacher, self.packing, "teacher")
 
     def train(self, mode: bool = True) -> Self:
         """Training mode for the student; the teacher stays in eval mode."""

@@ -57,6 +57,11 @@ class PairRuns(FrozenPartsModule):
     _has_online_module: bool
 
     @property
+    def student_source(self) -> ModelSource:
+        """What the student is loaded from."""
+        raise NotImplementedError
+
+    @property
     def teacher_source(self) -> ModelSource | None:
         """What the teacher is loaded from; None without one."""
         raise NotImplementedError
@@ -180,12 +185,10 @@ class PairRuns(FrozenPartsModule):
         Raises:
             ConfigError: Naming the model and both lengths.
         """
-        student = self.student.config if self.student is not None else None
+        size = self.vocabulary.size  # models need not be loaded yet, nor the teacher at all
+        student = load_model_config(self.student or self.student_source, "--model.student", size)
         teacher = None if self.self_teacher is None else student
-        if (
-            self.self_teacher is None and self.teacher_source is not None
-        ):  # which may be in a cache alone
-            size = self.vocabulary.size
+        if self.self_teacher is None and self.teacher_source is not None:
             teacher = load_model_config(self.teacher_source, "--model.teacher", size)
         check_lengths(student, teacher, num_tokens, teacher_tokens or num_tokens)
 

@@ -21,11 +21,32 @@ from okd_lightning.models import (
     detached,
     hidden_at_loss,
     in_eval_mode,
+    packs_rows,
+    say_row_groups,
 )
 from okd_lightning.records import DistillBatch
 from okd_lightning.rollouts.engine import Author
+from okd_lightning.rollouts.memory import memory_of
 from okd_lightning.sequences import Sequences
 from okd_lightning.sharding import Placement
+
+
+def tried_model(model: PreTrainedModel, packing: bool, role: Author) -> bool:
+    """Try how a model of the run reads rows, and how the student generates; say what is slower.
+
+    Args:
+        model: On its device, or on meta, where nothing can be tried yet.
+        packing: Whether the run packs rows.
+        role: Which of the two.
+
+    Returns:
+        Whether the model gets packed rows.
+    """
+    packs = packs_rows(model, packing, role)
+    say_row_groups(model, role)
+    if role == "student":  # a teacher that generates is tried when it begins to
+        memory_of(model.get_base_model() if isinstance(model, PeftModel) else model)
+    return packs
 
 
 class AbsentTeacher(Protocol):

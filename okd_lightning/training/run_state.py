@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from okd_lightning.checkpoints.contents import (
+    check_finite,
     check_methods,
     check_teacher_kind,
     check_weights,
@@ -26,9 +27,25 @@ def add_state(module: DistillationModule, checkpoint: dict[str, Any]) -> None:
     """Leave frozen weights out; add the resolved config, the methods and the RNG streams.
 
     All ranks call this; whatever saves then writes the file whole or not at all.
+
+    Raises:
+        NonFiniteError: A trained weight is NaN or infinite.
     """
     trainer = module.trainer
+    trained = {
+        f"{side}.{name}": parameter
+        for side, model in (("student", module.student), ("teacher", module.teacher))
+        if model is not None
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    check_finite(trained, f"the checkpoint of step {trainer.global_step}")
     make_durable(trainer)
+    hparams = checkpoint.get("hyper_parameters", {})
+    for name in module.recorded:  # they are of the run; what remains is a subclass's own
+        hparams.pop(name, None)
+    if not hparams:
+        checkpoint.pop("hyper_parameters", None)
     checkpoint["state_dict"] = weights_to_save(module, checkpoint["state_dict"])
     checkpoint["okd_lightning"] = {
         "config": module.run_config,

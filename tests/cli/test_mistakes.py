@@ -34,7 +34,7 @@ FILES = {
     "prompts.jsonl": '{"prompt": "abc"}\n',
     "responses.jsonl": '{"response": "abc"}\n',
     "long.jsonl": json.dumps({"prompt": "a" * 40, "response": "b"}) + "\n",
-    "table.csv": "prompt,response\na,b\n",
+    "table.csv": "prompt;response\na;b\n",
     "broken.yaml": "model:\n  student: [a\nmethod: KD\n",
     "list.yaml": "- a\n- b\n",
     "empty.yaml": "",
@@ -47,6 +47,7 @@ FILES = {
     "empty.ckpt": "",
 }
 
+RATE = ["--model.learning_rate"]
 KD = ["--method", "KD"]
 DIVERGENCE = ["--method", "DivergenceCallback", "--method.divergence"]
 LORA = ["--model.student_adapter", "LoraConfig"]
@@ -74,7 +75,7 @@ FIT = [
     ([*KD, "--data.train", "empty.jsonl"], ["empty.jsonl", "no rows"]),
     ([*KD, "--data.train", "broken.jsonl"], ["broken.jsonl, line 2", "not valid JSON"]),
     ([*KD, "--data.train", "list.jsonl"], ["line 1", "a list", "JSON object"]),
-    ([*KD, "--data.train", "table.csv"], [".csv", ".jsonl"]),
+    ([*KD, "--data.train", "table.csv"], ["table.csv", "semicolons"]),
     (
         [*KD, "--data.train", "columns.jsonl"],
         ["no column 'prompt'", "'question', 'answer'", "--data.prompt_column question"],
@@ -105,6 +106,32 @@ FIT = [
     ([*KD, "--data.sampling.temperature", "-1"], ["sampling.temperature", "-1"]),
     ([*KD, "--data.sampling.temperatur", "1"], ["Sampling has no setting", "mean temperature?"]),
     ([*KD, "--data.sampling", "greedy"], ["--data.sampling", "'greedy'"]),
+    # names of other trainers
+    ([*KD, "--model.lr", "1e-4"], ["--model.lr;", "--model.learning_rate"]),
+    (["--method", "GKD", "--method.lmbda", "1"], ["'lmbda'", "--method.on_policy_fraction"]),
+    ([*KD, "--output_dir", "x"], ["--output_dir;", "--trainer.default_root_dir"]),
+    ([*KD, "--per_device_train_batch_size=4"], ["here it is --data.batch_size"]),
+    ([*KD, "--data.sampling.max_new_tokens", "4"], ["--data.max_response_length"]),
+    ([*KD, "--trainer.bf16", "true"], ["--trainer.precision bf16-mixed"]),
+    ([*KD, "--model", "{lr: 1}"], ["'model.lr'", "--model.learning_rate"]),
+    ([*KD, "--data.sampling.min_p", "0.1"], ["no such option here", "student's own distribution"]),
+    # two options for one quantity
+    (
+        [
+            *KD,
+            "--model.optimizer",
+            "SGD",
+            "--model.optimizer.lr",
+            "1",
+            "--model.learning_rate",
+            "2",
+        ],
+        ["--model.learning_rate 2 and --model.optimizer.lr 1", "leave one of them out"],
+    ),
+    (
+        [*KD, "--model.lr_scheduler", "ConstantLR", "--model.warmup_steps", "2"],
+        ["model.warmup_steps 2 does nothing beside model.lr_scheduler"],
+    ),
     # methods
     (
         [
@@ -359,3 +386,16 @@ def test_more_prompt_columns_do_not_hurt(okd: Type, assets: Assets, here: Path) 
     file = write_jsonl(here / "wide.jsonl", rows)
     base = [*assets.models, *assets.data, *QUIET, "--trainer.default_root_dir", "run"]
     assert okd("fit", base, KD, "--data.train", str(file)).status == 0
+
+
+def test_broken_rows_are_told_before_weights_are_read(okd: Type, here: Path) -> None:
+    save_model(here / "hollow", seed=1)
+    (here / "hollow" / "model.safetensors").write_bytes(b"no weights")
+    rows = [{"prompt": "a", "response": "b"}, {"prompt": 3, "response": "b"}]
+    write_jsonl(here / "rows.jsonl", rows)
+    models = ["--model.student", "hollow", "--model.teacher", "hollow"]
+    typed = okd(
+        "fit", KD, models, QUIET, "--data.train", "rows.jsonl", "--model.tokenizer", "hollow"
+    )
+    assert typed.status == 1
+    assert "rows.jsonl, row 2: the prompt ('prompt') is int" in typed.err

@@ -209,6 +209,21 @@ FOREIGN = {
     "input and output": Foreign(
         pairs("input", "output"), "--data.prompt_column input --data.response_column output"
     ),
+    "capybara": Foreign(
+        [
+            {"source": "x", "conversation": [{"input": "one", "output": "uno"}]},
+            {"source": "x", "conversation": [{"input": "two", "output": "dos"}]},
+        ],
+        "--data.messages_column conversation",
+    ),
+    "mbpp": Foreign(
+        pairs("text", "code", test_list=(["x"], ["y"])),
+        "--data.prompt_column text --data.response_column code",
+    ),
+    "lists of messages under other names": Foreign(
+        [{"input": c[:1], "output": c[1:]} for c in CHATS],
+        "--data.prompt_column input --data.response_column output",
+    ),
     # APIs
     "openai with parts": Foreign(
         [{"messages": [user([{"type": "text", "text": c[0]["content"]}]), c[1]]} for c in CHATS]

@@ -18,7 +18,7 @@ import tiny
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from okd_lightning.callbacks import KD, OKD
 from okd_lightning.errors import ConfigError, ModelError, ModelNotFoundError
@@ -97,6 +97,31 @@ def test_a_folder_is_its_base_with_the_adapter_merged(kind, is_tied, tmp_path):
     assert not any("lora" in name or "modules_to_save" in name for name in loaded.state_dict())
     loaded.save_pretrained(tmp_path / "merged")  # and as a plain folder it is the same
     torch.testing.assert_close(logits(load(tmp_path / "merged")), logits(loaded))
+
+
+def test_adapters_on_two_parameters_of_one_module_are_both_merged(tmp_path):
+    """As those of a mixture's experts: PEFT puts one layer around the other."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        experts = MixtralForCausalLM(
+            MixtralConfig(
+                vocab_size=tiny.STUDENT_ROWS,
+                hidden_size=32,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                num_local_experts=4,
+                initializer_range=0.3,
+            )
+        )
+    experts.save_pretrained(tmp_path / "base")
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = adapted(model, target_parameters=names)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = load(tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
 
 
 def test_resized_embeddings_come_with_the_adapter(tmp_path, base):
@@ -289,6 +314,28 @@ def test_a_peft_model_as_a_teacher_is_merged_into_a_copy(tmp_path, base):
     tiny.fit(tmp_path, module, [OKD(online_module=LoraConfig(r=2))], tiny.make_rows(8))
     for name, value in own.state_dict().items():
         assert torch.equal(value, state[name]), name
+
+
+def test_an_adapter_on_a_merged_folder_is_exported_merged(folder, tmp_path):
+    """No PEFT folder can name a merged adapter as its base."""
+    module = DistillationModule(
+        str(folder),
+        tiny.make_llama(2),
+        tokenizer=tiny.make_tokenizer(),
+        student_adapter=LoraConfig(r=2, target_modules=["q_proj"]),
+        learning_rate=1e-2,
+    )
+    trainer = tiny.make_trainer(tmp_path, [KD()])
+    limits = {"max_prompt_length": 16, "max_response_length": 8}
+    data = tiny.RolloutDataModule(tiny.make_rows(8), batch_size=4, val_rollouts=0, **limits)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    expected = logits(module.student.eval())
+    with pytest.raises(ConfigError, match="use --adapter merged"):
+        export_student(module, checkpoint, tmp_path / "out", "apart")
+    export_student(module, checkpoint, tmp_path / "out", "merged")
+    torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_peft_models_that_are_refused():

@@ -267,6 +267,20 @@ def test_a_tied_head_may_be_absent(make, tmp_path):
         assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
 
+def test_two_tables_despite_a_config_that_ties_them(folder):
+    """They stay two, and the config of the loaded model says so; by shard they are refused."""
+    configured(tie_word_embeddings=True)(folder)
+    model = load_whole(folder)
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    assert model.config.tie_word_embeddings is False
+    with pytest.raises(
+        ModelError, match=r"ties lm_head\.weight and .*tie_word_embeddings to false"
+    ):
+        load_by_shard(folder)
+    configured(tie_word_embeddings=False)(folder)  # what the message says
+    assert torch.equal(load_by_shard(folder).lm_head.weight, model.lm_head.weight)
+
+
 def load_whole(folder: Path):
     config = load_model_config(str(folder), "--model.student", 0)
     return load_causal_lm(str(folder), config, "--model.student")

@@ -1,0 +1,52 @@
+"""What a run says of the rows that it has read: how many, what was left out, cut or not read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from okd_lightning.data.column_hints import unread_warning
+from okd_lightning.data.columns import Columns, RawRow
+from okd_lightning.data.examples import ExampleSet
+
+MANY_CUT = 0.2
+"""Share of cut responses from which on it is a warning: what is cut never shows an end."""
+
+
+def report_rows(
+    part: str, where: str, found: ExampleSet, limit: int, *, teaches_responses: bool
+) -> None:
+    """Count the rows of a part, and warn where many responses are cut.
+
+    Args:
+        part: "train", "val", "test" or "predict".
+        where: The data set's name.
+        found: Its examples.
+        limit: Tokens that responses were cut at.
+        teaches_responses: Whether the run learns from them.
+    """
+    skipped = ", ".join(f"{count} {reason}" for reason, count in found.skipped.items())
+    rank_zero_info(
+        f"{part}: {len(found)} rows from {where}, {found.num_skipped} skipped"
+        f"{f' ({skipped})' if skipped else ''}, {found.num_cut} responses cut at {limit} tokens"
+    )
+    if teaches_responses and found.share_cut >= MANY_CUT:
+        rank_zero_warn(f"{part}: {cut_advice(found, limit)}")
+
+
+def cut_advice(found: ExampleSet, limit: int) -> str:
+    """How many responses are cut, what that costs, and the limit that would cut few."""
+    return (
+        f"{found.share_cut:.0%} of the responses are cut at --data.max_response_length {limit}, "
+        "and what is cut never teaches the student to end; "
+        f"95 % of them have at most {found.usual_length} tokens: "
+        f"use --data.max_response_length {found.usual_length}"
+    )
+
+
+def warn_of_unread(rows: Sequence[RawRow], columns: Columns, where: str) -> None:
+    """Name columns that seem to belong to the prompts and are not read."""
+    warning = unread_warning(rows, columns)
+    if warning is not None:
+        rank_zero_warn(f"{where}: {warning}")

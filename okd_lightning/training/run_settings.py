@@ -1,0 +1,136 @@
+"""The settings that decide a training run, as one line for people and as values for loggers."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import lightning
+
+from okd_lightning.losses import Term
+
+if TYPE_CHECKING:
+    from okd_lightning.training.optimized_module import OptimizedModule
+
+
+def run_settings(module: OptimizedModule, trainer: lightning.Trainer) -> dict[str, Any]:
+    """Collect method, optimizer, rates, clipping, precision and device of a run.
+
+    Args:
+        module: With all methods of the run.
+        trainer: Of the run.
+
+    Returns:
+        Primitives, and mappings of them.
+    """
+    own = module.optimizer_settings
+    settings: dict[str, Any] = {
+        "method": {term.name: _of_term(term) for term in module.terms},
+        "optimizer": own.optimizer,
+        "learning_rate": own.learning_rate,
+        "weight_decay": own.weight_decay,
+    }
+    if own.has_own_scheduler:
+        settings["lr_scheduler"] = {"class": own.scheduler, **own.scheduler_settings}
+    else:
+        settings |= {"schedule": module.schedule, "warmup_steps": module.warmup_steps}
+    settings |= {
+        "gradient_clip_val": trainer.gradient_clip_val,
+        "gradient_clip_algorithm": str(trainer.gradient_clip_algorithm or "norm"),
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "precision": str(trainer.precision),
+        "device": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
+    }
+    if module.self_teacher is not None:
+        settings["self_teacher"] = module.self_teacher
+    if (online := module.online_module) is not None:
+        values = {f.name: getattr(online, f.name) for f in dataclasses.fields(online)}
+        settings["online_module"] = {k: plain(v) for k, v in values.items() if v is not None}
+    return settings
+
+
+def one_line(settings: Mapping[str, Any]) -> str:
+    """Return ``run_settings`` as one line."""
+    methods = " + ".join(_call(values) for values in settings["method"].values())
+    optimizer = (
+        f"{settings['optimizer']}, learning rate {settings['learning_rate']:g}, weight decay "
+        f"{settings['weight_decay']:g}"
+    )
+    if "lr_scheduler" in settings:
+        schedule = _call(settings["lr_scheduler"])
+    else:
+        steps = settings["warmup_steps"]
+        schedule = f"schedule {settings['schedule']}, warm-up {steps:g} steps"
+    clip = "no gradient clipping"
+    if settings["gradient_clip_val"]:
+        clip = (
+            f"gradient clip {settings['gradient_clip_val']:g} "
+            f"({settings['gradient_clip_algorithm'].rpartition('.')[2].lower()})"
+        )
+    parts = [methods, optimizer, schedule, clip, f"precision {settings['precision']}"]
+    if "online_module" in settings:
+        parts.insert(3, "online module " + _listed(settings["online_module"]))
+    return "training: " + "; ".join([*parts, f"on {settings['device']}"])
+
+
+def plain(value: Any) -> Any:
+    """Return a setting as primitives: an object by its class and what is not its default."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [plain(entry) for entry in value]
+    if hasattr(value, "given_arguments"):  # a method within a method
+        return _call({"class": type(value).__name__, **value.given_arguments})
+    if dataclasses.is_dataclass(value):
+        return _call({"class": type(value).__name__, **_changed(value)})
+    return getattr(value, "__name__", type(value).__name__)
+
+
+def given_arguments(kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a constructor's arguments with its defaults, as primitives; {} where they do not fit.
+
+    Args:
+        kind: The class.
+        args: Of its constructor.
+        kwargs: Of its constructor.
+    """
+    try:
+        bound = inspect.signature(kind).bind(*args, **kwargs)
+    except (TypeError, ValueError):
+        return {}
+    bound.apply_defaults()
+    return {name: plain(value) for name, value in bound.arguments.items() if value is not None}
+
+
+def _of_term(term: Term) -> dict[str, Any]:
+    return {"class": type(term).__name__, **getattr(term, "given_arguments", {})}
+
+
+def _changed(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are not at their defaults."""
+    found = {}
+    for entry in dataclasses.fields(value):
+        now = getattr(value, entry.name)
+        default = entry.default
+        if entry.default_factory is not dataclasses.MISSING:
+            default = entry.default_factory()
+        is_given = entry.init and not entry.name.startswith(("peft_", "task_type"))
+        if is_given and now is not None and now != default:
+            found[entry.name] = plain(now)
+    return found
+
+
+def _call(values: Mapping[str, Any]) -> str:
+    """``Class(setting=value, ...)``."""
+    return f"{values['class']}({_listed({k: v for k, v in values.items() if k != 'class'})})"
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in values.items()
+    )
