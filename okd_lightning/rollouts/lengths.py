@@ -11,6 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
+from okd_lightning.records import SOURCES, SampledCounts
+
+_STUDENT = SOURCES.index("student")
+
 WINDOW_ROLLOUTS = 256
 """About how many earlier rollouts the mean is over; a larger batch counts by itself."""
 
@@ -37,21 +43,30 @@ class RolloutLengths:
     own_rollouts: int = 0
     batch: list[int] = field(default_factory=list)
 
-    def begin(self, epoch: int, first_step: int, tokens: int, rollouts: int) -> None:
+    def begin(self, epoch: int, first_step: int, counts: Tensor) -> None:
         """Use a batch: the one before it becomes an earlier one. Repeated calls change nothing.
 
         Args:
             epoch: Of the batch.
             first_step: Its first optimizer step in the epoch.
-            tokens: Loss tokens of the student's responses in it, over all ranks.
-            rollouts: The number of these responses.
+            counts: [2, sources] loss tokens and number of its rows over all ranks
+                (``count_by_source``).
         """
         if self.batch != [epoch, first_step]:
             kept = WINDOW_ROLLOUTS / (WINDOW_ROLLOUTS + self.own_rollouts)
             self.tokens = self.tokens * kept + self.own_tokens
             self.rollouts = self.rollouts * kept + self.own_rollouts
             self.batch = [epoch, first_step]
-        self.own_tokens, self.own_rollouts = tokens, rollouts
+        self.own_tokens, self.own_rollouts = counts[:, _STUDENT].tolist()
+
+    def stamp(self, counts: Tensor, max_tokens: int) -> SampledCounts:
+        """What a step's batches say about the student's responses in it.
+
+        Args:
+            counts: [2, sources] of the step, as in ``begin``.
+            max_tokens: The longest that a response may be.
+        """
+        return SampledCounts(int(counts[1, _STUDENT]), self.mean, max_tokens)
 
     @property
     def mean(self) -> float:

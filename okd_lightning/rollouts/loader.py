@@ -21,15 +21,7 @@ import torch
 from torch import Tensor
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.records import (
-    SOURCES,
-    DistillBatch,
-    Example,
-    PromptBatch,
-    Rollout,
-    SampledCounts,
-    TrainingRow,
-)
+from okd_lightning.records import DistillBatch, Example, PromptBatch, Rollout, TrainingRow
 from okd_lightning.rollouts.agreement import Agreement, StopRequest, naming_the_prompts
 from okd_lightning.rollouts.engine import Author, Progress, Writer
 from okd_lightning.rollouts.lengths import RolloutLengths
@@ -222,8 +214,7 @@ class RolloutLoader:
         """Continue where ``state_dict`` was taken.
 
         Raises:
-            ConfigError: The optimizer step has another number of rows now, or prompts, seed or
-                chunks differ, so that the stored rollouts would answer other prompts.
+            ConfigError: See ``check_same``.
         """
         self.check_same(state)
         if "lengths" in state:
@@ -332,7 +323,7 @@ class RolloutLoader:
             chunk.append(rows or [muted(given_row(self.examples[0]))])
         if "student" in asked:
             counts = self._reduce_sum(count_by_source([row for rows in chunk for row in rows]))
-            self.lengths.begin(self._epoch, start, *counts[:, SOURCES.index("student")].tolist())
+            self.lengths.begin(self._epoch, start, counts)
         return chunk
 
     def _write_all(
@@ -400,10 +391,9 @@ class RolloutLoader:
         accumulate = self.shape.accumulate_grad_batches
         if self._delivered >= (step + 1) * accumulate:
             return
-        counts, numbers = self._reduce_sum(count_by_source(rows)).tolist()
-        rollouts = numbers[SOURCES.index("student")]
-        sampled = SampledCounts(rollouts, self.lengths.mean, self._max_new_tokens)
-        stamp = partial(replace, step_counts=tuple(counts), sampled=sampled)
+        counts = self._reduce_sum(count_by_source(rows))
+        sampled = self.lengths.stamp(counts, self._max_new_tokens)
+        stamp = partial(replace, step_counts=tuple(counts[0].tolist()), sampled=sampled)
         batches = micro_batches(rows, accumulate)
         for batch in batches[self._delivered - step * accumulate :]:
             self._delivered += 1
