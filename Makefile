@@ -6,7 +6,7 @@ TEST_WORKERS ?= 2
 SHELL := /bin/bash
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: install quickstart test test-portable soak lint docs teacher clean
+.PHONY: install quickstart test test-portable test-newest test-oldest soak lint docs teacher clean
 
 install: $(INSTALLED)
 
@@ -38,6 +38,26 @@ test-portable: install  ## numeric tests on each kind of CPU kernel, with one th
 	    $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile $(addprefix tests/,$(NUMERIC)); \
 	done
 
+# Tests of what calls transformers, PEFT, Lightning and jsonargparse: a few CPU minutes.
+VERSIONED := $(addprefix tests/,models/test_loading.py models/test_causal_lm.py rollouts/test_engine.py \
+  callbacks/test_okd_training.py callbacks/test_watching_parallel.py cli/test_okd_runs.py \
+  cli/test_export.py test_adapter_export.py test_packing.py test_resume.py)
+TEST_TOOLS := pytest pytest-xdist hypothesis beartype
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+test-newest:  ## the newest releases that pyproject.toml allows, but for torch
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet $(TORCH)
+	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager -e . $(TEST_TOOLS) $(TORCH)
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(VERSIONED)
+
+test-oldest:  ## the lower bounds of pyproject.toml, but for torch
+	$(PYTHON) -m venv .venv-oldest
+	$(PYTHON) tests/lower_bounds.py > .venv-oldest/constraints.txt
+	.venv-oldest/bin/pip install --quiet $(TORCH)
+	.venv-oldest/bin/pip install --quiet -c .venv-oldest/constraints.txt -e . $(TEST_TOOLS) $(TORCH)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(VERSIONED)
+
 soak: install  ## kill runs with SIGKILL and compare them with runs left alone (about ten minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills 20
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills 6 --ranks 2
@@ -62,4 +82,4 @@ teacher: install  ## make the quickstart's teacher again (about ten minutes)
 	  --ckpt_path runs/quickstart_teacher/checkpoints/last.ckpt
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs quickstart-out
+	rm -rf $(VENV) .venv-newest .venv-oldest build dist *.egg-info runs quickstart-out

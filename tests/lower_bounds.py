@@ -1,6 +1,6 @@
 """Pin every dependency of pyproject.toml to its lower bound: constraints for make test-oldest.
 
-torch stays what constraints.txt says: other builds of it are gigabytes.
+torch is left out: the Makefile takes the one of constraints.txt: other builds of it are gigabytes.
 """
 
 from __future__ import annotations

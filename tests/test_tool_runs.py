@@ -124,7 +124,7 @@ def test_the_sampler_is_the_trainer_on_own_tokens(tmp_path, module):
     trainer = tiny.make_trainer(tmp_path, [method, metrics], max_steps=1)
     trainer.fit(module, make_data(batch_size=8))
     assert metrics.steps[0]["rollout/mean_turns"] > 1.2
-    assert metrics.steps[0]["train/sampler_gap"] < 1e-5
+    assert metrics.steps[0]["train/sampler_gap"] < 1e-4
 
 
 class Killed(Exception):

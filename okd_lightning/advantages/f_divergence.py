@@ -11,7 +11,7 @@ from torch import Tensor
 
 from okd_lightning.advantages.base import Advantage
 from okd_lightning.advantages.shaping import reward_to_go
-from okd_lightning.divergences import Divergence, Tempered
+from okd_lightning.divergences import Divergence, Tempered, as_divergence
 from okd_lightning.errors import ConfigError
 from okd_lightning.shapes import RowMask, RowValues
 
@@ -79,6 +79,7 @@ class FDivergenceAdvantage(Advantage):
     max_log_ratio: float = math.inf
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "divergence", as_divergence(self.divergence))
         trap = _TRAP_NAMES.get(self.variant, self.variant)
         if trap in _TRAPS:
             raise ConfigError(f"variant {self.variant} is refused: {_TRAPS[trap]}")

@@ -45,7 +45,10 @@ class OPD(AdvantageCallback):
         name: str | None = None,
     ) -> None:
         advantage = FDivergenceAdvantage(
-            divergence or ReverseKL(), "stopped_reward", discount, max_log_ratio
+            ReverseKL() if divergence is None else divergence,
+            "stopped_reward",
+            discount,
+            max_log_ratio,
         )
         super().__init__(advantage, max_ratio, clip, weight, name)
 
@@ -96,7 +99,7 @@ class OPDPlus(AdvantageCallback):
             raise ConfigError("OPDPlus: variant stopped_reward is the biased one; use OPD for it")
         self.variant = variant
         advantage = FDivergenceAdvantage(
-            divergence or ReverseKL(), variant, discount, max_log_ratio
+            ReverseKL() if divergence is None else divergence, variant, discount, max_log_ratio
         )
         super().__init__(advantage, max_ratio, clip, weight, name)
 

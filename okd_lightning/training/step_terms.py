@@ -39,6 +39,20 @@ def acting_terms(
     ]
 
 
+def check_batch(batch: object) -> None:
+    """Refuse a batch that another loader has made.
+
+    Raises:
+        ConfigError: It is no DistillBatch.
+    """
+    if not isinstance(batch, DistillBatch):
+        raise ConfigError(
+            f"a batch is a {type(batch).__name__}; expected a DistillBatch: fit on a "
+            "RolloutDataModule, or give a DataLoader a collate_fn that makes DistillBatch objects "
+            "(docs/concepts/extending.md, batches of one's own)"
+        )
+
+
 def trains_teacher(term: Term) -> bool:
     """Whether a term trains the teacher's online module while it acts."""
     return any(quantity.trains_teacher for quantity in term.quantities)

@@ -22,6 +22,7 @@ from okd_lightning.advantages import (
     AnswerMatch,
     FDivergenceAdvantage,
     RewardFunction,
+    RougeL,
     baselined,
 )
 from okd_lightning.callbacks import (
@@ -288,9 +289,50 @@ class Differentiated(Advantage):
 
 def test_a_credit_with_a_gradient_is_refused(tmp_path, make_module):
     factor = torch.ones((), requires_grad=True)
-    method = AdvantageCallback(Differentiated(factor), name="own")
+    with pytest.raises(ConfigError, match="Differentiated: the credit carries a gradient"):
+        AdvantageCallback(Differentiated(factor), name="own")
+    method = AdvantageCallback(Differentiated(factor.detach().clone()), name="own")
+    method.advantage.factor.requires_grad_()  # after the check at construction
     with pytest.raises(ConfigError, match=r"own: the credit carries a gradient.*k1: zero"):
         tiny.fit(tmp_path, make_module(), [method], tiny.make_rows(4))
+
+
+class Summed(Advantage):
+    def credit(self, student_logprobs, teacher_logprobs, mask, state_value=None):
+        return (teacher_logprobs - student_logprobs).sum(-1)
+
+
+class Floats(Summed):
+    def credit(self, student_logprobs, teacher_logprobs, mask, state_value=None):
+        return teacher_logprobs.tolist()
+
+
+class Unscored(Summed):
+    def credit(self, student_logprobs, teacher_logprobs, mask, state_value=None):
+        return teacher_logprobs / 0.0
+
+
+@pytest.mark.parametrize(
+    ("advantage", "words"),
+    [
+        (Summed(), r"Summed: credit returned \[2\] for log-probs of shape \[2, 3\]"),
+        (Floats(), "Floats: credit returned list"),
+        (Unscored, "Unscored: the credit of an ordinary token is not finite"),
+        ("Unscored", "Unscored: the credit of an ordinary token is not finite"),
+        ("FDivergence", "advantage is 'FDivergence'; expected an Advantage .*did you mean FDiv"),
+        (FDivergenceAdvantage, r"needs arguments: give FDivergenceAdvantage\(divergence=...\)"),
+    ],
+)
+def test_advantages_are_checked_where_a_method_is_made(advantage, words):
+    with pytest.raises(ConfigError, match=words):
+        AdvantageCallback(advantage)
+
+
+def test_rewards_may_be_named():
+    assert isinstance(Reward("RougeL").function, RougeL)
+    assert isinstance(Reward(AnswerMatch).function, AnswerMatch)
+    with pytest.raises(ConfigError, match="function is <class 'int'>; expected a RewardFunction"):
+        Reward(int)
 
 
 def test_a_biased_divergence_is_warned_of(tmp_path, make_module):

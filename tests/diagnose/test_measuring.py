@@ -76,7 +76,7 @@ def test_gradients_are_autograds(module):
         parts = torch.autograd.grad(loss / len(batch), probe.parameters, retain_graph=True)
         direct = torch.cat([part.flatten() for part in parts])
         own = probe._found["reverse KL", name][0]
-        torch.testing.assert_close(own, direct, rtol=1e-3, atol=1e-5)
+        assert (own - direct).norm() < 1e-4 * direct.norm()  # both in float32
     finding = probe.finding()
     assert (finding.batches, finding.rows) == (3, 4)
     assert finding.parameters == finding.of_parameters

@@ -114,7 +114,8 @@ def test_sums_of_blocks_draw_what_a_plain_sum_draws(vocab):
     expected = plainly(logits, uniform)
     assert (ids != expected).sum() <= 1  # a number on the border of two ids
     exact = logits.double().log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
-    torch.testing.assert_close(logprobs.double(), exact, rtol=0, atol=2e-6)
+    # float32 logits up to 20 have a spacing of 2e-6
+    torch.testing.assert_close(logprobs.double(), exact, rtol=0, atol=1e-5)
     assert logprobs.isfinite().all()
 
 

@@ -281,6 +281,5 @@ def test_a_models_rows_do_not_depend_on_their_batch(tokenizer):
         row = 2 * index
         assert alone.response_ids[0] == together.response_ids[row]
         assert alone.masks[0] == together.masks[row]
-        torch.testing.assert_close(
-            torch.tensor(alone.logprobs[0]), torch.tensor(together.logprobs[row])
-        )
+        found, expected = torch.tensor(alone.logprobs[0]), torch.tensor(together.logprobs[row])
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)  # float32 logits up to 30
