@@ -3,10 +3,23 @@
 Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models", arXiv 2306.08543, Eqs. 3-7:
 the exact gradient of every single step; behind it the reward-to-go, normalised by its length;
 sampling from a mixture with the teacher, with its importance weight w = p/(α q + (1-α) p) of the
-own token; PPO's clip; and a language-model loss. Differs from the paper: the mean of the rewards to
-come is taken over their number (Eq. 6 divides by one less); the language-model loss is on the data
-set's responses, which are half of every optimizer step, and not on a pretraining corpus; rewards
-are neither clipped nor whitened, which only the paper's code does, and are the current student's.
+own token; PPO's clip; and a language-model loss.
+
+Differs from the paper:
+
+- The mean of the rewards to come is taken over their number (Eq. 6 divides by one less).
+- The language-model loss is on the data set's responses, which are half of every optimizer step,
+  and not on a pretraining corpus.
+- Rewards are the current student's, not those at rollout time. Both are equal where a rollout batch
+  serves one optimizer step.
+
+Differs from the released code (microsoft/LMOps, minillm), which
+
+- scales rewards by 0.5, clips and whitens them;
+- counts the own token's reward in the reward-to-go;
+- mixes the language-model loss with the forward KL to the teacher, half and half;
+- takes several epochs of PPO over a rollout batch (``data.prompts_per_rollout`` gives steps over
+  one batch here, never an epoch more).
 """
 
 from __future__ import annotations
