@@ -3,10 +3,25 @@
 Ko et al., "DistiLLM: Towards Streamlined Distillation for Large Language Models", arXiv 2402.03898,
 sections 3.1 and 3.2: a step is on the student's responses with probability φ, which begins at
 nothing and rises when the validation loss does; such a step writes new ones with probability
-1 - t/T and else takes what was written before. Differs from the paper: a replayed step answers its
-own prompts with the last responses to them, and draws no prompts from a buffer of 1000, so that
-replay begins with the second pass over the data; the loss that φ is first compared with is that of
-the first validation, and not the untrained student's.
+1 - t/T and else takes what was written before.
+
+Differs from the paper:
+
+- A replayed step answers its own prompts with the last responses to them. The paper draws prompts
+  and responses from a buffer of 1000, so that replay begins here with the second pass over the
+  data.
+- The loss that φ is first compared with is that of the first validation, and not the untrained
+  student's.
+- No language-model loss on a plain-text corpus stands beside it; in the paper's GPT-2 and OPT runs
+  one does. ``SFT`` on rows of such a corpus is a second run.
+
+Differs from the released code (jongwooko/distillm, commit d47e77f):
+
+- Its scripts train GPT-2 0.1B with the skew *forward* KL, and 0.3B and 0.7B with the skew reverse
+  KL; the default here is the skew reverse KL for every size.
+- While its buffer holds fewer responses than its capacity, every step of the share φ generates, and
+  replay begins when the buffer is full. Here the coin 1 - t/T decides from the start, and a prompt
+  without a kept response is generated.
 """
 
 from __future__ import annotations

@@ -1,7 +1,13 @@
 """IW-OPD: early tokens of a rollout weigh more than those behind a prefix that has drifted away.
 
-Xie et al., "On the Position Bias of On-Policy Distillation", arXiv 2606.22600, Algorithm 1. The
-paper optimises it with PPO's clip, 0.2; here it is off where a rollout serves one optimizer step.
+Xie et al., "On the Position Bias of On-Policy Distillation", arXiv 2606.22600, Algorithm 1.
+
+Differs from the paper:
+
+- The paper optimises it with PPO's clip, 0.2; here the clip is off by default, as a rollout serves
+  one optimizer step unless ``data.prompts_per_rollout`` asks for more.
+- The credit is computed of the current student's log-probabilities; in the paper they are those at
+  rollout time. Both are equal where a rollout batch serves one optimizer step.
 """
 
 from __future__ import annotations

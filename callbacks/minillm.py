@@ -3,10 +3,23 @@
 Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models", arXiv 2306.08543, Eqs. 3-7:
 the exact gradient of every single step; behind it the reward-to-go, normalised by its length;
 sampling from a mixture with the teacher, with its importance weight w = p/(α q + (1-α) p) of the
-own token; PPO's clip; and a language-model loss. Differs from the paper: the mean of the rewards to
-come is taken over their number (Eq. 6 divides by one less); the language-model loss is on the data
-set's responses, which are half of every optimizer step, and not on a pretraining corpus; rewards
-are neither clipped nor whitened, which only the paper's code does, and are the current student's.
+own token; PPO's clip; and a language-model loss, divided by its own tokens.
+
+Differs from the paper:
+
+- The mean of the rewards to come is taken over their number (Eq. 6 divides by one less).
+- The language-model loss is on the data set's responses, which are half of every optimizer step,
+  and not on a pretraining corpus.
+- Rewards are the current student's, not those at rollout time. Both are equal where a rollout batch
+  serves one optimizer step.
+
+Differs from the released code (microsoft/LMOps, minillm), which
+
+- scales rewards by 0.5, clips and whitens them;
+- counts the own token's reward in the reward-to-go;
+- mixes the language-model loss with the forward KL to the teacher, half and half;
+- takes several epochs of PPO over a rollout batch (``data.prompts_per_rollout`` gives steps over
+  one batch here, never an epoch more).
 """
 
 from __future__ import annotations
@@ -17,6 +30,7 @@ from torch import Tensor
 
 from okd_lightning import DistillationCallback, DistillationModule
 from okd_lightning.advantages import reward_to_go
+from okd_lightning.callbacks import SFT
 from okd_lightning.callbacks.policy_gradient import Rows
 from okd_lightning.divergences import ReverseKL
 from okd_lightning.errors import ConfigError
@@ -37,11 +51,12 @@ _SINGLE = ExactDivergence(ReverseKL())
 
 
 class MiniLLM(DistillationCallback):
-    """w KL(p‖q) - clipped w R + CE: the first two on the student's rows, CE on the data set's.
+    """w KL(p‖q) - clipped w R on the student's rows; beside it CE on the data set's, as SFT.
 
     R is the mean of log q - log p over the tokens behind the own one, 0 at the last. Gradient flows
-    to the student through the KL, the clipped ratio and the cross-entropy; w before the KL and R
-    are constants. Teacher and student must read the same prompts.
+    to the student through the KL and the clipped ratio; w before the KL and R are constants. The
+    cross-entropy is a term of its own, ``train/<name>_lm``. Teacher and student must read the same
+    prompts.
 
     Args:
         teacher_share: α of the mixture that responses are drawn from, in [0, 1).
@@ -73,8 +88,7 @@ class MiniLLM(DistillationCallback):
         self.lm_weight = lm_weight
         self.ratio = ImportanceRatio(clip=clip)
         if lm_weight:
-            self.sources, self.on_policy_fraction = ("student", "dataset"), 0.5
-            self.mixes_rows = True
+            self.further_terms = (SFT(weight=weight * lm_weight, name=f"{self.name}_lm"),)
 
     def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
         """Remember whose models are mixed; refuse prompts that only one of them reads."""
@@ -91,7 +105,7 @@ class MiniLLM(DistillationCallback):
         return MixedWriter(self._module, share, writer) if share else writer
 
     def loss(self, measured: Measured) -> LossOutput:
-        """The sum over the student's and the data set's rows, in nats."""
+        """The sum over the student's rows, in nats."""
         own = measured.mask(("student",))
         logprobs = measured[_STUDENT]
         sampler = measured.sampler_logprobs.to(logprobs.dtype).where(own, logprobs.detach())
@@ -99,8 +113,7 @@ class MiniLLM(DistillationCallback):
         weights = (logprobs.detach() - sampler).exp()
         to_come = self.rewards_to_come(rewards, own, measured.row)
         values = weights * measured[_SINGLE] + self.ratio.loss(logprobs, sampler, to_come)
-        values = values.where(own, -self.lm_weight * logprobs)
-        return loss_output(values, measured.mask(self.sources))
+        return loss_output(values, own)
 
     @staticmethod
     def rewards_to_come(rewards: Tensor, own: Tensor, row: Tensor) -> Tensor:

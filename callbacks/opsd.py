@@ -1,8 +1,20 @@
 """OPSD: a model learns on its own responses from itself, reading a privileged prompt.
 
 Zhao et al., "Self-Distilled Reasoner: On-Policy Self-Distillation for Large Language Models", arXiv
-2601.18734 v3, Eqs. 6 and 8 with forward KL, and the pointwise clip of section 3.2. Every token
-counts alike here, and in the paper every response. ``clip`` is the default of the paper's code.
+2601.18734 v3, Eqs. 6 and 8 with forward KL, and the pointwise clip of section 3.2.
+
+Differs from the paper:
+
+- Every token counts alike; in the paper every response.
+- The value of the clip, 0.05 nats, is ours.
+
+Differs from the released code (siyan-zhao/OPSD, commit 590ec26):
+
+- That commit has no clip: it minimises the Jensen-Shannon divergence with β = ½ (GKD with
+  ``JensenShannon`` here).
+- It samples at temperature 1.1 with top-p 0.95 and top-k 20, and trains LoRA of rank 64 on all
+  projections; here these are options of the data (``--data.sampling``) and the model
+  (``--model.student_adapter``), by default temperature 1, no cut and all weights.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from okd_lightning.callbacks import (
 from okd_lightning.callbacks.monitors import MONITORS
 from okd_lightning.callbacks.progress_bar import RunProgressBar
 from okd_lightning.checkpoints.files import read_checkpoint
+from okd_lightning.checkpoints.folders import settled
 from okd_lightning.cli_arguments import config_of, prepare, read_comments_as_text
 from okd_lightning.cli_callbacks import check_callbacks
 from okd_lightning.cli_errors import instantiate, one_line, parse, readable_constructors
@@ -260,11 +261,18 @@ class DistillationCLI(LightningCLI):
         folder = Path(self.trainer.default_root_dir)
         last = folder / "checkpoints" / "last.ckpt"
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or last
-        rank_zero_info(
-            f"run folder: {folder}\n"
-            f"measure: okd-lightning test --ckpt_path {best}\n"
-            f"export:  okd-lightning export --ckpt_path {best} --out student"
-        )
+        if settled(Path(best)).exists():
+            rank_zero_info(
+                f"run folder: {folder}\n"
+                f"measure: okd-lightning test --ckpt_path {best}\n"
+                f"export:  okd-lightning export --ckpt_path {best} --out student"
+            )
+        elif self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_info(
+                "trainer.fast_dev_run: every part of the run works; nothing was logged or kept"
+            )
+        else:
+            rank_zero_info(f"run folder: {folder}; no checkpoint was written, nothing to export")
 
     def _measure(self, part: str, entry: Callable[..., Any], verbose: bool, **kwargs: Any) -> None:
         """Lightning's own table cuts names off and has a column for every loader."""

@@ -7,8 +7,10 @@ term here. All of Lightning's hooks stay free for a subclass.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -19,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.checkpoints.contents import set_rng_state
+from okd_lightning.checkpoints.files import read_checkpoint
 from okd_lightning.errors import ConfigError
 from okd_lightning.loop_state import begin_step
 from okd_lightning.losses import (
@@ -35,15 +38,17 @@ from okd_lightning.models import (
     follow,
 )
 from okd_lightning.records import DistillBatch
+from okd_lightning.reduction import Normalization, NormalizationName
 from okd_lightning.rollouts import EngineSource
 from okd_lightning.safeguards import SAFEGUARDS, in_setup_order
 from okd_lightning.schedules import ScheduleName
 from okd_lightning.step_metrics import forget_last_step
 from okd_lightning.teacher_cache import TeacherCache, TeacherServer, check_cached_term
+from okd_lightning.training.arguments import restored_arguments, stored_arguments
 from okd_lightning.training.opening import open_run
 from okd_lightning.training.optimized_module import Optimization, OptimizedModule
-from okd_lightning.training.run_settings import one_line
-from okd_lightning.training.run_state import add_state, check_state
+from okd_lightning.training.run_settings import one_line, run_settings
+from okd_lightning.training.run_state import add_state, check_state, load_weights
 from okd_lightning.training.step_terms import (
     acting_terms,
     check_counts,
@@ -99,6 +104,10 @@ class DistillationModule(OptimizedModule):
         teacher_server: An address, or settings: the teacher is asked on a server; docs/vllm.md.
         engine: What writes the student's responses in place of the built-in engine, such as
             VLLMServer; docs/vllm.md.
+        normalization: What the sum over the student's sampled responses is divided by: their number
+            times the mean length of earlier rollout batches (running_mean), times
+            data.max_response_length (constant) or times a number that is given; or their tokens
+            (token_mean, which biases a step of few rollouts); docs/concepts/losses.md.
 
     Raises:
         ConfigError: A number out of its range, or no tokenizer.
@@ -106,7 +115,7 @@ class DistillationModule(OptimizedModule):
         VocabularyError: Tokenizers that do not agree.
     """
 
-    shared_by_copies = (*OptimizedModule.shared_by_copies, "terms", "_checked")
+    shared_by_copies = (*OptimizedModule.shared_by_copies, "terms", "_checked", "_constructed_with")
 
     def __init__(
         self,
@@ -133,7 +142,9 @@ class DistillationModule(OptimizedModule):
         teacher_cache: str | TeacherCache | None = None,
         teacher_server: str | TeacherServer | None = None,
         engine: EngineSource | None = None,
+        normalization: NormalizationName | float = "running_mean",
     ) -> None:
+        given = {name: value for name, value in locals().items() if name in _ARGUMENTS}
         if tile_positions is not None and tile_positions < 1:
             raise ConfigError(f"model.tile_positions must be at least 1, got {tile_positions}")
         optimization = Optimization(
@@ -165,6 +176,9 @@ class DistillationModule(OptimizedModule):
             teacher_server=teacher_server,
             engine=engine,
         )
+        self.normalization = Normalization(normalization)
+        self._constructed_with = given
+        self._arguments: dict[str, Any] | None = None
         self.strict_loading = False  # frozen weights are not in checkpoints; see on_load_checkpoint
         self.ema_decay = DEFAULT_EMA_DECAY if ema_decay is None else ema_decay
         self.run_config: str | None = None
@@ -216,7 +230,7 @@ class DistillationModule(OptimizedModule):
             follow(self.teacher, self.student, self.ema_decay)
 
     def training_step(self, batch: DistillBatch, batch_idx: int) -> Tensor:
-        """Every term's sum over this micro-batch, divided by its count over the whole step."""
+        """Every term's sum over this micro-batch, divided by what the whole step counts."""
         trainer = self.trainer
         terms = acting_terms(
             self.terms,
@@ -224,6 +238,7 @@ class DistillationModule(OptimizedModule):
             trainer.global_step,
             trainer.accumulate_grad_batches,
             trainer.world_size,
+            self.normalization,
         )
         acting = [weighted.term for weighted in terms]
         is_new, self._checked = acting != self._checked, acting
@@ -261,6 +276,47 @@ class DistillationModule(OptimizedModule):
 
     # ---------------------------------------------------------------- state
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path,
+        map_location: str | torch.device | None = None,
+        hparams_file: None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """A module with the models and weights of a checkpoint; both models are built.
+
+        Args:
+            checkpoint_path: A file, or a sharded checkpoint's folder; always read weights-only.
+            map_location: Device to move the module to; by default it stays on the CPU.
+            hparams_file: Not taken: checkpoints hold the constructor's arguments.
+            strict: Refuse unknown weights; frozen ones, which checkpoints lack, are not missing.
+            weights_only: True or None.
+            kwargs: Arguments of the constructor in place of the checkpoint's.
+
+        Raises:
+            CheckpointError: It cannot be read or rebuilt, or is of another model.
+            ConfigError: ``hparams_file`` or ``weights_only=False``.
+        """
+        if hparams_file is not None or weights_only is False:
+            raise ConfigError(
+                "load_from_checkpoint reads a checkpoint's own arguments and weights alone: leave "
+                "hparams_file and weights_only=False out, and name what to change as arguments"
+            )
+        checkpoint = read_checkpoint(str(checkpoint_path), with_weights=True)
+        module = cls(**restored_arguments(checkpoint["okd_lightning"].get("arguments"), kwargs))
+        load_weights(module, checkpoint, strict=bool(strict))
+        return module if map_location is None else module.to(map_location)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the module was constructed with, as a checkpoint keeps it."""
+        if self._arguments is None:
+            self._arguments = stored_arguments(self._constructed_with)
+        return self._arguments
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave frozen weights out; add the resolved config, the methods and the RNG streams."""
         add_state(self, checkpoint)
@@ -279,7 +335,7 @@ class DistillationModule(OptimizedModule):
     def on_fit_start(self) -> None:
         """Say what is trained, and find or write the teacher's cache."""
         open_run(self, self.terms, self.learning_rate)
-        rank_zero_info(one_line(self.run_settings))
+        rank_zero_info(one_line(self.run_settings or run_settings(self, self.trainer)))
 
     def on_train_batch_start(self, batch: DistillBatch, batch_idx: int) -> None:
         """Continue the random streams of a resumed run (dropout), once; log this step's alone."""
@@ -289,3 +345,6 @@ class DistillationModule(OptimizedModule):
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             forget_last_step(self.trainer)
             begin_step(self.trainer)
+
+
+_ARGUMENTS = frozenset(inspect.signature(DistillationModule).parameters)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities.types import OptimizerLRScheduler, OptimizerLRSchedulerConfig
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -192,5 +193,18 @@ def with_schedule(
     ]
     return {
         "optimizer": optimizer,
-        "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "step"},
+        "lr_scheduler": {"scheduler": _OwnGroupsLR(optimizer, factors), "interval": "step"},
     }
+
+
+class _OwnGroupsLR(LambdaLR):
+    """Schedules the groups that it began with; a callback that adds one sets that one's rate.
+
+    Lightning's BackboneFinetuning adds a group for what it unfreezes, and torch's LambdaLR refuses
+    an optimizer with more groups than schedules.
+    """
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The scheduled rates, and the present ones of groups that were added since."""
+        own = super().get_lr()
+        return [*own, *(group["lr"] for group in self.optimizer.param_groups[len(own) :])]

@@ -218,6 +218,21 @@ class TrainingRow:
 
 
 @dataclass(frozen=True)
+class SampledCounts:
+    """The student's responses in one optimizer step, beside their tokens in ``step_counts``.
+
+    Attributes:
+        rollouts: How many there are, over all micro-batches and ranks.
+        mean_tokens: Loss tokens per response in earlier rollout batches.
+        max_tokens: The longest that a response may be.
+    """
+
+    rollouts: int
+    mean_tokens: float
+    max_tokens: int
+
+
+@dataclass(frozen=True)
 class DistillBatch:
     """One micro-batch of right-padded sequences.
 
@@ -231,7 +246,9 @@ class DistillBatch:
         prompt_lengths: [batch] prompt tokens of each row.
         sampler_logprobs: [batch, seq] nats, aligned with ``input_ids``; 0 where nothing was drawn.
         step_counts: Loss tokens of the whole optimizer step (all micro-batches, all ranks), one
-            number a source: what the loss is divided by. None outside training.
+            number a source. None outside training.
+        sampled: The student's responses in the step, for what their sum is divided by. None
+            outside training.
         metrics: Numbers about the making of this batch (rollout speed and lengths) to be logged.
         credits: [batch] a reward term, by its name; 0 on rows that have none.
         teacher_input_ids: [batch, teacher_seq] what the teacher reads: its own prompts and the same
@@ -252,6 +269,7 @@ class DistillBatch:
     prompt_lengths: Tensor
     sampler_logprobs: Tensor
     step_counts: tuple[int, ...] | None = None
+    sampled: SampledCounts | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     credits: Mapping[str, Tensor] = field(default_factory=dict)
     teacher_input_ids: Tensor | None = None

@@ -93,8 +93,8 @@ def test_whole_multiples_of_the_accumulation_are_taken(tmp_path):
     assert trainer.global_step == 1
 
 
-@pytest.mark.parametrize("interval", [0.5, 3])
-def test_validation_comes_behind_whole_steps(interval, tmp_path):
+@pytest.mark.parametrize(("interval", "batches"), [(0.5, 4), (3, 6)])
+def test_validation_comes_behind_whole_steps(interval, batches, tmp_path):
     at = []
     spy = LambdaCallback(
         on_validation_end=lambda trainer, _: at.append(trainer.fit_loop.batch_idx + 1)
@@ -102,7 +102,7 @@ def test_validation_comes_behind_whole_steps(interval, tmp_path):
     settings = {"val_check_interval": interval, "num_sanity_val_steps": 0}
     trainer = tiny.make_trainer(tmp_path, [KD(), spy], accumulate_grad_batches=2, **settings)
     trainer.fit(module(), data(tiny.make_rows(24), val=tiny.make_rows(4)))
-    assert at == [4]
+    assert at == [batches]
 
 
 def test_a_time_does_not_end_with_a_step(tmp_path):

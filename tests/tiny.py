@@ -26,7 +26,7 @@ from transformers import (
 from okd_lightning.callbacks import DistillationCallback
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.module import DistillationModule
-from okd_lightning.records import DistillBatch
+from okd_lightning.records import SOURCES, DistillBatch
 
 PAD, EOS, BOS = 0, 1, 2
 LETTERS = "abcdefghijklmnop"
@@ -156,6 +156,13 @@ class Recorder(Callback):
                 ids, mask = batch.input_ids[i, :length], batch.mask[i, :length]
                 found.append((ids.tolist(), mask.tolist(), int(batch.source[i])))
         return found
+
+    def token_share(self, step: int, source: int = 1) -> float:
+        """Tokens of a source in a step over what their sum is divided by (1 but for samples)."""
+        batch = self.steps[step][0]
+        if SOURCES[source] != "student" or not batch.sampled.rollouts:
+            return 1.0
+        return batch.step_counts[source] / (batch.sampled.rollouts * batch.sampled.mean_tokens)
 
     def sources(self) -> list[set[int]]:
         """The sources of each optimizer step's rows that carry loss."""

@@ -3,6 +3,7 @@
 Map:
 
 - ``base``: ``Advantage``, the contract.
+- ``checking``: ``as_advantage``, an object, class or name, with its credit checked.
 - ``f_divergence``: ``FDivergenceAdvantage``, the credit of any divergence of the library, biased as
   commonly run and corrected (OPD+), with baselines, discount and clipping.
 - ``shaping``: ``reward_to_go``.
@@ -13,6 +14,7 @@ Pure: nothing here knows models, masks of padding, or Lightning.
 """
 
 from okd_lightning.advantages.base import Advantage
+from okd_lightning.advantages.checking import as_advantage
 from okd_lightning.advantages.f_divergence import FDivergenceAdvantage, Variant
 from okd_lightning.advantages.rewards import (
     AnswerMatch,
@@ -37,6 +39,7 @@ __all__ = [
     "RougeL",
     "ToolCallMatch",
     "Variant",
+    "as_advantage",
     "baselined",
     "checked_rewards",
     "reward_to_go",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from okd_lightning.advantages.base import Advantage
 from okd_lightning.advantages.shaping import reward_to_go
-from okd_lightning.divergences import Divergence, Tempered
+from okd_lightning.divergences import Divergence, Tempered, as_divergence
 from okd_lightning.errors import ConfigError
 from okd_lightning.shapes import RowMask, RowValues
 
@@ -55,7 +55,8 @@ class FDivergenceAdvantage(Advantage):
     | ``centred`` | w_f(u) - w_f(1) | the same, zero where p and q agree |
     | ``value_baseline`` | w_f(u) - E_p[w_f] | the same, zero mean at every position |
 
-    What is subtracted is free only while tokens are drawn from p itself.
+    What is subtracted is free where every token can be drawn (at any temperature above 0) and ρ is
+    not bounded.
 
     With a discount γ > 0 a token also answers for what it leads to: Σ_{n>k} γ^(n-k) (-f(u_n)) is
     added. The term u f'(u) is that of the own token only: it is how f(u) depends on θ there, and
@@ -79,6 +80,7 @@ class FDivergenceAdvantage(Advantage):
     max_log_ratio: float = math.inf
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "divergence", as_divergence(self.divergence))
         trap = _TRAP_NAMES.get(self.variant, self.variant)
         if trap in _TRAPS:
             raise ConfigError(f"variant {self.variant} is refused: {_TRAPS[trap]}")

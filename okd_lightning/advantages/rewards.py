@@ -234,7 +234,7 @@ def baselined(
 def _number(value: object, name: str, response: str) -> float:
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # the last: a Tensor of several numbers
         raise RewardError(
             f"reward {name} returned {value!r} for the response {response[:60]!r}; "
             "expected a number"

@@ -119,17 +119,29 @@ class AnswerScores(EvaluationCallback):
         rollout = self._write(trainer, pl_module, data, own)
         turns = [[pl_module.decode(ids) for ids in rollout.turns(i)] for i in range(len(rollout))]
         samples = [turns[i : i + self.num_samples] for i in range(0, len(turns), self.num_samples)]
-        scores = self._score_together(data, Answers(own, samples))
+        self._log_scores(trainer, pl_module, data, part, Answers(own, samples))
+
+    def _log_scores(
+        self,
+        trainer: lightning.Trainer,
+        module: DistillationModule,
+        data: RolloutDataModule,
+        part: str,
+        answers: Answers,
+    ) -> None:
+        """Log the mean of each measure over all ranks' answers."""
+        scores = self._score_together(data, answers)
+        name = type(self).__name__
         for measure in self.measured:
             found = [value for value in scores.get(measure, ()) if not math.isnan(value)]
             counts = torch.tensor([sum(found), len(found)], dtype=torch.float32)
-            total = trainer.strategy.reduce(counts.to(pl_module.device), reduce_op="sum")
+            total = trainer.strategy.reduce(counts.to(module.device), reduce_op="sum")
             if not total[1]:
                 raise ConfigError(
                     f"{name} cannot score a single answer to --data.{part}: {measure} is not a "
                     "number for any of them; see whether the responses are what it compares with"
                 )
-            pl_module.log(
+            module.log(
                 f"{part}/{measure}",
                 total[0] / total[1],
                 prog_bar=measure == self.measured[0],

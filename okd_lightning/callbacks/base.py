@@ -22,7 +22,7 @@ from okd_lightning.training.run_settings import given_arguments
 class DistillationCallback(Callback, ABC):
     """A method, as a Lightning callback: one weighted term of a run's loss.
 
-    Several on one Trainer add up, each divided by its own token count. A method never sees logits:
+    Several on one Trainer add up, each divided by its own count. A method never sees logits:
     it names quantities, the module measures each of them once, and ``loss`` sums them over the
     positions that the method acts on. A complete method:
 
@@ -63,6 +63,9 @@ class DistillationCallback(Callback, ABC):
             the run's methods, and not at all where a setting is refused.
         needs_teacher_prompt: Whether the teacher must read prompts of its own (a privileged
             teacher); a run on data without them is then refused.
+        further_terms: Terms that come with the method, each with rows, a count and a divisor of its
+            own: losses on other rows that are not to share the method's divisor. The same ones at
+            every call.
         given_arguments: The constructor's arguments, as primitives.
     """
 
@@ -72,6 +75,7 @@ class DistillationCallback(Callback, ABC):
     share_at: Callable[[int], float] | None = None
     needs_teacher_prompt: bool = False
     precedes_models: bool = True
+    further_terms: tuple[DistillationCallback, ...] = ()
     given_arguments: Mapping[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -150,7 +154,8 @@ class DistillationCallback(Callback, ABC):
             )
         self.prepare(trainer, pl_module, stage)
         if stage == "fit":
-            pl_module.add_term(self)
+            for term in (self, *self.further_terms):
+                pl_module.add_term(term)
 
     def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
         """What the method needs of the run beside its term, in every stage; nothing by default."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from okd_lightning.callbacks.base import DistillationCallback, check_fraction
-from okd_lightning.divergences import Divergence, ForwardKL
+from okd_lightning.divergences import Divergence, ForwardKL, as_divergence
 from okd_lightning.divergences.tempered import at_temperature
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import DrawnLogProb, ExactDivergence, Measured, Quantity
@@ -29,7 +29,7 @@ class DivergenceCallback(DistillationCallback):
         name: Logged as ``train/<name>``; two methods of one class need different names.
 
     Raises:
-        ConfigError: A setting out of its range, or two temperatures.
+        ConfigError: A setting out of its range, two temperatures, or no divergence.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class DivergenceCallback(DistillationCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(weight, name)
-        self.divergence = divergence if divergence is not None else ForwardKL()
+        self.divergence = ForwardKL() if divergence is None else as_divergence(divergence)
         self.temperature = temperature
         self.cross_entropy_weight = check_fraction("cross_entropy_weight", cross_entropy_weight)
         self._on_policy_fraction = check_fraction("on_policy_fraction", on_policy_fraction)

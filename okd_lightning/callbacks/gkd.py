@@ -38,9 +38,7 @@ class GKD(DivergenceCallback):
         name: str | None = None,
     ) -> None:
         if beta is not None and divergence is not None:
-            raise ConfigError(
-                f"GKD takes beta ({beta}) or divergence ({type(divergence).__name__}), not both"
-            )
+            raise ConfigError(f"GKD takes beta ({beta}) or divergence ({divergence!r}), not both")
         if divergence is None:
             divergence = JensenShannon(0.5 if beta is None else beta)
         super().__init__(

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from peft import LoraConfig, PeftConfig
 
 from okd_lightning.callbacks.base import DistillationCallback, check_fraction
-from okd_lightning.divergences import Divergence, ForwardKL, ReverseKL
+from okd_lightning.divergences import Divergence, ForwardKL, ReverseKL, as_divergence
 from okd_lightning.divergences.tempered import at_temperature
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import DrawnLogProb, ExactDivergence, Measured, Quantity, TeacherShift
@@ -108,8 +108,10 @@ class OKD(DistillationCallback):
             warmup_steps=warmup_steps,
             schedule=schedule,
         )
-        self.divergence = divergence or ForwardKL()
-        backward = teacher_divergence or ReverseKL()
+        self.divergence = ForwardKL() if divergence is None else as_divergence(divergence)
+        backward: Divergence = ReverseKL()
+        if teacher_divergence is not None:
+            backward = as_divergence(teacher_divergence, "teacher_divergence")
         self._student = ExactDivergence(at_temperature(self.divergence, temperature))
         self._module = ExactDivergence(at_temperature(backward, temperature), "teacher")
         self._target = DrawnLogProb("teacher")

@@ -45,7 +45,10 @@ class OPD(AdvantageCallback):
         name: str | None = None,
     ) -> None:
         advantage = FDivergenceAdvantage(
-            divergence or ReverseKL(), "stopped_reward", discount, max_log_ratio
+            ReverseKL() if divergence is None else divergence,
+            "stopped_reward",
+            discount,
+            max_log_ratio,
         )
         super().__init__(advantage, max_ratio, clip, weight, name)
 
@@ -96,20 +99,23 @@ class OPDPlus(AdvantageCallback):
             raise ConfigError("OPDPlus: variant stopped_reward is the biased one; use OPD for it")
         self.variant = variant
         advantage = FDivergenceAdvantage(
-            divergence or ReverseKL(), variant, discount, max_log_ratio
+            ReverseKL() if divergence is None else divergence, variant, discount, max_log_ratio
         )
         super().__init__(advantage, max_ratio, clip, weight, name)
 
     def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
-        """Warn of what a constant costs where tokens are not drawn from the student itself."""
-        if stage != "fit":
+        """Warn of what a constant costs where some tokens cannot be drawn, or ρ is bounded."""
+        divergence = self.advantage.divergence
+        assert divergence is not None
+        has_constant = self.variant == "as_published" and divergence.weight_at_one != 0
+        if stage != "fit" or not has_constant:
             return
         sampling = getattr(getattr(trainer, "datamodule", None), "sampling", None)
-        causes = [] if sampling is None else list(sampling.departures)
+        causes = [] if sampling is None else list(sampling.support_cuts)
         causes += ["a bounded importance ratio"] if self.ratio.is_bounded else []
-        if causes and self.variant == "as_published":
+        if causes:
             rank_zero_warn(
                 f"{self.name}: with {' and '.join(causes)} the constant in w_f no longer averages "
                 "out: it pushes the probability of every drawn token up or down; use variant "
-                "centred, or sample from the student itself"
+                "centred, or leave the bound or cut out"
             )

@@ -8,7 +8,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from okd_lightning.advantages import Advantage
+from okd_lightning.advantages import Advantage, as_advantage
 from okd_lightning.callbacks.base import DistillationCallback
 from okd_lightning.divergences import ReverseKL
 from okd_lightning.errors import ConfigError
@@ -71,6 +71,11 @@ class PolicyGradientCallback(DistillationCallback):
         sampler = sampler.to(logprobs.dtype).where(mask, logprobs.detach())
         credit, logged = self.credit(measured)
         logged = {**logged, **self.ratio.metrics(logprobs, sampler)}
+        if credit.shape != mask.shape:
+            raise ConfigError(
+                f"{self.name}: credit returned a Tensor of shape {list(credit.shape)} for "
+                f"{len(mask)} positions; expected one number a position"
+            )
         if credit.requires_grad:
             raise ConfigError(
                 f"{self.name}: the credit carries a gradient. Differentiated directly a sampled "
@@ -97,6 +102,10 @@ class AdvantageCallback(PolicyGradientCallback):
         clip: PPO's ε; None for off.
         weight: Factor on this term's mean loss.
         name: Logged as ``train/<name>``; two methods of one class need different names.
+
+    Raises:
+        ConfigError: Something that is no advantage, or one without a detached, finite credit of the
+            log-probs' shape.
     """
 
     def __init__(
@@ -108,7 +117,7 @@ class AdvantageCallback(PolicyGradientCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(max_ratio, clip, weight, name)
-        self.advantage = advantage
+        self.advantage = advantage = as_advantage(advantage)
         self.is_positionwise = advantage.is_positionwise
         seen_by = advantage.divergence or ReverseKL()  # which reads a token as it is
         self._student = DrawnOutcome("student", seen_by)

@@ -8,6 +8,7 @@ from typing import get_args
 
 import lightning
 from torch import Tensor
+from torchmetrics import Metric
 
 from okd_lightning.advantages import (
     GroupBaseline,
@@ -20,6 +21,7 @@ from okd_lightning.callbacks.policy_gradient import PolicyGradientCallback
 from okd_lightning.errors import ConfigError, RewardError
 from okd_lightning.losses import Measured
 from okd_lightning.module import DistillationModule
+from okd_lightning.named_classes import as_object
 
 
 class Reward(PolicyGradientCallback):
@@ -124,15 +126,20 @@ class Reward(PolicyGradientCallback):
 
 
 def as_function(function: RewardFunction | Callable[[str, str, str], float]) -> RewardFunction:
-    """A plain function wrapped; only Python can hand one over, configs name classes.
+    """A plain function wrapped, or a RewardFunction, its class or name as an object.
+
+    Only Python can hand over a function; configs name classes.
 
     Raises:
-        ConfigError: It cannot be called.
+        ConfigError: It cannot be called, or is a class that needs arguments or is none of rewards.
     """
-    if isinstance(function, RewardFunction):
-        return function
-    if not callable(function):
+    if isinstance(function, Metric):
         raise ConfigError(
-            f"function is {function!r}; expected a RewardFunction, such as AnswerMatch"
+            f"function is the metric {type(function).__name__}, which measures a set of "
+            "answers: use TaskScore for it; a reward scores each response"
         )
-    return PlainFunction(function)
+    is_plain = callable(function) and not isinstance(function, type | RewardFunction)
+    if is_plain:
+        return PlainFunction(function)
+    found: RewardFunction = as_object(function, RewardFunction, "function", "AnswerMatch()")
+    return found

@@ -11,6 +11,7 @@ from okd_lightning.callbacks.base import DistillationCallback
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Measured, Quantity, RowScorer
 from okd_lightning.module import DistillationModule
+from okd_lightning.named_classes import as_object
 from okd_lightning.records import LossOutput, Source
 
 
@@ -43,6 +44,7 @@ class Stage(DistillationCallback):
         first_factor: float = 1.0,
         last_factor: float | None = None,
     ) -> None:
+        method = as_object(method, DistillationCallback, "method of a Stage", "KD()")
         super().__init__(method.weight, method.name)
         _check_method(method)
         if start < 0 or (end is not None and end <= start):
@@ -64,6 +66,9 @@ class Stage(DistillationCallback):
         self.mixes_rows = method.mixes_rows
         self.share_at = method.share_at
         self.needs_teacher_prompt = method.needs_teacher_prompt
+        self.further_terms = tuple(
+            Stage(term, start, end, first_factor, last_factor) for term in method.further_terms
+        )
 
     @property
     def kind(self) -> str:

@@ -52,6 +52,30 @@ def weights_to_save(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict
     return kept
 
 
+def without_left_out(value: Any, module: nn.Module) -> Any:
+    """A part of a checkpoint without the tensors that ``weights_to_save`` leaves out of it.
+
+    Averaged copies of a module share its frozen tensors; their states need not keep them either.
+
+    Args:
+        value: Nested mappings, such as the callbacks' states.
+        module: A DistillationModule with both models built.
+    """
+    state = module.state_dict()
+    kept = weights_to_save(module, state)
+    frozen = {value.data_ptr() for name, value in state.items() if name not in kept} - {0}
+
+    def is_frozen(own: Any) -> bool:
+        return isinstance(own, Tensor) and own.data_ptr() in frozen
+
+    def without(part: Any) -> Any:
+        if not isinstance(part, Mapping):
+            return part
+        return {name: without(own) for name, own in part.items() if not is_frozen(own)}
+
+    return without(value)
+
+
 def check_finite(weights: Mapping[str, Tensor], what: str) -> None:
     """Refuse to write weights that hold NaN or infinite values; all ranks of a run call this.
 
@@ -128,6 +152,25 @@ def check_teacher_kind(saved: str | None, configured: str | None) -> None:
             f"the checkpoint's model.self_teacher is {saved or 'null'}, this run's is "
             f"{configured or 'null'}; resume with the same, or start a new run from the exported "
             "student: --model.student FOLDER"
+        )
+
+
+def check_normalization(saved: str | float, own: str | float) -> None:
+    """Refuse to go on with another divisor of the student's sampled responses.
+
+    Args:
+        saved: The checkpoint's ``model.normalization``; token_mean for those that were written
+            before there was a choice.
+        own: This run's.
+
+    Raises:
+        CheckpointError: They differ, so that the objective would change its scale.
+    """
+    if saved != own:
+        raise CheckpointError(
+            f"the checkpoint divides sampled responses by {saved}, this run by {own}, which is "
+            f"another scale of the loss: resume with --model.normalization {saved}, or begin a new "
+            "run from the exported student"
         )
 
 

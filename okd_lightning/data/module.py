@@ -207,7 +207,9 @@ class RolloutDataModule(lightning.LightningDataModule):
         """
         equip(self._module, self.toolbox, self.max_turns, self.columns.chat_template_kwargs)
         if stage == "fit":
-            settle_steps(self._trainer, self.batch_size, self.global_batch_size)
+            settle_steps(
+                self._trainer, self.batch_size, self.global_batch_size, self.samples_per_prompt
+            )
 
     def read_ahead(self, stage: str) -> None:
         """Read and tokenize what a stage needs, so that broken rows are told before models load.
@@ -263,7 +265,7 @@ class RolloutDataModule(lightning.LightningDataModule):
             score=self._scorer(module),
             stop=self.stop,
         )
-        check_limit(trainer, len(self._train_loader))
+        check_limit(trainer, shape, len(self._train_loader))
         self._train_loader.begin(self._resumed)
         return self._train_loader
 
@@ -294,12 +296,12 @@ class RolloutDataModule(lightning.LightningDataModule):
         return self._own_responses(self.examples("predict").examples, self.sampling)
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch that comes next, or goes on, and the rules by which texts become ids.
+        """The epoch to come, the mean length of rollouts, and the rules by which texts become ids.
 
         (Lightning gives the loader its own state back only in the middle of an epoch.)
         """
         loader = self._train_loader
-        position = {"epoch": self._resumed["epoch"]} if loader is None else loader.position()
+        position = self._resumed if loader is None else loader.position()
         return {**position, "text_rules": RULES_VERSION}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

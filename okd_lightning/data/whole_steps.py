@@ -34,7 +34,10 @@ def _accumulation_for(
 
 
 def settle_steps(
-    trainer: lightning.Trainer, batch_size: int, global_batch_size: int | None
+    trainer: lightning.Trainer,
+    batch_size: int,
+    global_batch_size: int | None,
+    samples_per_prompt: int = 1,
 ) -> None:
     """Set the accumulation; refuse what would cut an epoch where a step is not complete.
 
@@ -42,6 +45,7 @@ def settle_steps(
         trainer: Of the run.
         batch_size: Rows of a micro-batch.
         global_batch_size: Rows of an optimizer step; None: the Trainer's accumulation decides.
+        samples_per_prompt: Responses to each prompt, of which every one is a row.
 
     Raises:
         ConfigError: Naming what to use.
@@ -53,12 +57,16 @@ def settle_steps(
     accumulate, limit = trainer.accumulate_grad_batches, trainer.limit_train_batches
     if accumulate < 1:
         raise ConfigError(f"trainer.accumulate_grad_batches must be at least 1, got {accumulate}")
-    is_whole = limit % accumulate == 0 if isinstance(limit, int) else limit == 1.0
-    if trainer.overfit_batches or not (is_whole or trainer.fast_dev_run):  # type: ignore[attr-defined]
+    prompts_per_step = max(1, accumulate * batch_size * trainer.world_size // samples_per_prompt)
+    if trainer.overfit_batches:  # type: ignore[attr-defined]
+        raise ConfigError(_no_overfitting(trainer, prompts_per_step))
+    if isinstance(limit, int) and limit % accumulate and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        prompts = -(-limit // accumulate) * prompts_per_step
         raise ConfigError(
-            "trainer.limit_train_batches and trainer.overfit_batches cut an epoch where its rows "
-            "were not dealt; shorten it with --data.prompts_per_epoch (or whole multiples of the "
-            "accumulation)"
+            f"trainer.limit_train_batches {limit} is no multiple of "
+            f"trainer.accumulate_grad_batches {accumulate}, so that an epoch would end within an "
+            "optimizer step; leave it out and "
+            f"give --data.prompts_per_epoch {prompts}"
         )
     if any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):  # type: ignore[attr-defined]
         raise ConfigError(
@@ -67,24 +75,44 @@ def settle_steps(
         )
 
 
-def check_limit(trainer: lightning.Trainer, num_batches: int) -> None:
+def _no_overfitting(trainer: lightning.Trainer, prompts_per_step: int) -> str:
+    """What to give in place of overfit_batches, which would train and measure on a few batches."""
+    batches = trainer.overfit_batches  # type: ignore[attr-defined]
+    refused = f"trainer.overfit_batches {batches} would train and measure on the same few batches"
+    if not isinstance(batches, int):
+        return (
+            f"{refused}; leave it out, and give --data.train and --data.val one file of the rows "
+            "that you mean"
+        )
+    prompts = -(-batches // trainer.accumulate_grad_batches) * prompts_per_step
+    return (
+        f"{refused}; leave it out and give --data.prompts_per_epoch {prompts}, which shortens an "
+        f"epoch; to see the same rows again and again, give --data.train a file of these {prompts}"
+    )
+
+
+def check_limit(trainer: lightning.Trainer, shape: LoaderShape, num_batches: int) -> None:
     """Refuse a limit whose epochs would not end together with the loader's.
 
     An epoch that was cut goes on in the next one.
 
     Args:
         trainer: Of the run.
+        shape: How an epoch is cut.
         num_batches: Micro-batches of an epoch.
 
     Raises:
         ConfigError: Naming the limit and what to use.
     """
     limit = trainer.limit_train_batches
-    is_cut = isinstance(limit, int) and 0 < limit < num_batches
-    if is_cut and num_batches % limit and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+    batches = limit if isinstance(limit, int) else int(limit * num_batches)
+    is_cut = 0 < batches < num_batches and not trainer.fast_dev_run  # type: ignore[attr-defined]
+    if is_cut and (num_batches % batches or not isinstance(limit, int)):
+        steps = max(1, batches // shape.accumulate_grad_batches)
         raise ConfigError(
-            f"trainer.limit_train_batches {limit} does not divide the {num_batches} micro-batches "
-            "of an epoch; shorten epochs with --data.prompts_per_epoch"
+            f"trainer.limit_train_batches {limit} cuts the {num_batches} micro-batches of an epoch "
+            "into parts that do not fit it; leave it out and give --data.prompts_per_epoch "
+            f"{steps * shape.prompts_per_step}"
         )
 
 

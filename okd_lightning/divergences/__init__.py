@@ -15,6 +15,7 @@ Map, from the interface to its members:
 - ``distances``: ``SquaredHellinger`` and ``TotalVariation``, the ones that come from a metric.
 - ``tempered``: ``Tempered``, any of them between distributions of another temperature.
 - ``top_k``: ``TopK``, any of them over k ids and a tail: a lower bound.
+- ``checking``: ``as_divergence``, an object, class or name, with its f checked.
 - ``logprob_pair``: ``LogProbPair`` and ``Summands``, from which value and gradients follow.
 - ``log_arithmetic``: the few numerically safe building blocks that the others share.
 
@@ -23,6 +24,7 @@ Nothing here knows of models, masks of tokens, or Lightning.
 
 from okd_lightning.divergences.alpha import AlphaDivergence
 from okd_lightning.divergences.base import Divergence
+from okd_lightning.divergences.checking import as_divergence
 from okd_lightning.divergences.chi_squared import NeymanChiSquared, PearsonChiSquared
 from okd_lightning.divergences.distances import SquaredHellinger, TotalVariation
 from okd_lightning.divergences.jensen_shannon import JensenShannon
@@ -49,4 +51,5 @@ __all__ = [
     "Tempered",
     "TopK",
     "TotalVariation",
+    "as_divergence",
 ]

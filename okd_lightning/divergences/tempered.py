@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from okd_lightning.divergences.base import Divergence
+from okd_lightning.divergences.checking import as_divergence
 from okd_lightning.divergences.log_arithmetic import widen
 from okd_lightning.divergences.logprob_pair import LogProbPair, Summands
 from okd_lightning.errors import ConfigError
@@ -65,6 +66,9 @@ class Tempered(Divergence):
     temperature: float
 
     def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "divergence", as_divergence(self.divergence, "divergence of Tempered")
+        )
         if not 0.0 < self.temperature < math.inf:
             raise ConfigError(
                 f"Tempered: temperature is {self.temperature!r}, expected a positive finite number"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from okd_lightning.divergences.base import Divergence
+from okd_lightning.divergences.checking import as_divergence
 from okd_lightning.divergences.log_arithmetic import widen
 from okd_lightning.divergences.logprob_pair import LogProbPair, Summands
 from okd_lightning.divergences.tempered import Tempered
@@ -54,6 +55,7 @@ class TopK(Divergence):
     side: str = "teacher"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "divergence", as_divergence(self.divergence, "divergence of TopK"))
         if self.k < 1:
             raise ConfigError(f"TopK: k is {self.k}, expected at least 1")
         if self.side not in ("teacher", "student"):

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from okd_lightning.divergences import Divergence, ForwardKL, LogProbPair
+from okd_lightning.divergences import Divergence, ForwardKL, LogProbPair, as_divergence
 from okd_lightning.losses.closed_form import ModelRole, divergence_value, target_logprob
 from okd_lightning.shapes import PositionIds, PositionValues
 
@@ -136,6 +136,9 @@ class ExactDivergence(Quantity):
     learner: ModelRole = "student"
     needs_teacher = True
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "divergence", as_divergence(self.divergence))
+
     @property
     def trains_teacher(self) -> bool:  # type: ignore[override]
         """Where the teacher is the learner."""
@@ -166,6 +169,9 @@ class TeacherShift(Quantity):
     learns: bool = False
     needs_teacher = True
     needs_base_teacher = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "divergence", as_divergence(self.divergence))
 
     @property
     def trains_teacher(self) -> bool:  # type: ignore[override]
@@ -216,6 +222,9 @@ class DrawnOutcome(Quantity):
     divergence: Divergence
     needs_teacher = True
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "divergence", as_divergence(self.divergence))
+
     @torch.no_grad()
     def measure(self, tile: Tile) -> PositionValues:
         """[positions] nats, at most 0, without gradient."""
@@ -232,6 +241,9 @@ class ExpectedWeight(Quantity):
     divergence: Divergence
     max_log_ratio: float = math.inf
     needs_teacher = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "divergence", as_divergence(self.divergence))
 
     def measure(self, tile: Tile) -> PositionValues:
         """[positions] nats, without gradient."""

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.records import DistillBatch, Example, PromptBatch, Rollout, TrainingRow
 from okd_lightning.rollouts.agreement import Agreement, StopRequest, naming_the_prompts
 from okd_lightning.rollouts.engine import Author, Progress, Writer
+from okd_lightning.rollouts.lengths import RolloutLengths
 from okd_lightning.rollouts.loader_shape import LoaderShape
 from okd_lightning.rollouts.noise import NoiseStream, hashed_uniform
 from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan
@@ -119,6 +120,7 @@ class RolloutLoader:
         self._credits: dict[str, list[float]] | None = None  # of the student's responses
         self._written_for = 0  # the first optimizer step of the chunk that was written
         self._is_written = False  # on all ranks
+        self.lengths = RolloutLengths()
         self._unreported: list[tuple[Rollout, float]] = []  # with the seconds that each took
         self._unreported_scores: dict[str, float] = {}
 
@@ -145,13 +147,16 @@ class RolloutLoader:
         return self._epoch + (self._delivered >= len(self))
 
     def position(self) -> dict[str, Any]:
-        """The epoch to come and what decides its rows, as ``begin`` takes it."""
-        return {"epoch": self.epoch_to_come, "rows": self.fingerprint()}
+        """The epoch to come and what decides its rows and their divisor, as ``begin`` takes it."""
+        rows, lengths = self.fingerprint(), self.lengths.state_dict()
+        return {"epoch": self.epoch_to_come, "rows": rows, "lengths": lengths}
 
     def begin(self, position: dict[str, Any]) -> None:
         """Begin with an epoch; its rows must be those of a checkpoint's position, checked once."""
         if (saved := position.pop("rows", None)) is not None:
             self.check_same(saved)
+        if "lengths" in position:  # a checkpoint of an earlier version has none
+            self.lengths.load_state_dict(position["lengths"])
         self.start_at(position["epoch"])
 
     def start_at(self, epoch: int) -> None:
@@ -175,6 +180,7 @@ class RolloutLoader:
             "written_for": self._written_for,
             "written": self._gather(own),
             "credits": self._gather(pack_credits(self._credits)),
+            "lengths": self.lengths.state_dict(),
         }
 
     def fingerprint(self) -> dict[str, Any]:
@@ -208,10 +214,11 @@ class RolloutLoader:
         """Continue where ``state_dict`` was taken.
 
         Raises:
-            ConfigError: The optimizer step has another number of rows now, or prompts, seed or
-                chunks differ, so that the stored rollouts would answer other prompts.
+            ConfigError: See ``check_same``.
         """
         self.check_same(state)
+        if "lengths" in state:
+            self.lengths.load_state_dict(state["lengths"])
         self._epoch, self._delivered = state["epoch"], state["delivered"]
         if state["accumulate"] != self.shape.accumulate_grad_batches:  # whole steps are done
             num_steps = state["delivered"] // state["accumulate"]
@@ -314,6 +321,9 @@ class RolloutLoader:
                 for turn, by in step
             ]
             chunk.append(rows or [muted(given_row(self.examples[0]))])
+        if "student" in asked:
+            counts = self._reduce_sum(count_by_source([row for rows in chunk for row in rows]))
+            self.lengths.begin(self._epoch, start, counts)
         return chunk
 
     def _write_all(
@@ -381,7 +391,9 @@ class RolloutLoader:
         accumulate = self.shape.accumulate_grad_batches
         if self._delivered >= (step + 1) * accumulate:
             return
-        counts = tuple(self._reduce_sum(count_by_source(rows)).tolist())
+        counts = self._reduce_sum(count_by_source(rows))
+        sampled = self.lengths.stamp(counts, self._max_new_tokens)
+        stamp = partial(replace, step_counts=tuple(counts[0].tolist()), sampled=sampled)
         batches = micro_batches(rows, accumulate)
         for batch in batches[self._delivered - step * accumulate :]:
             self._delivered += 1
@@ -389,4 +401,4 @@ class RolloutLoader:
             self._unreported, self._unreported_scores = [], {}
             none = {name: torch.zeros(len(batch)) for name in self._credits or ()}
             credits = none | dict(batch.credits)  # also where no row of a batch has any
-            yield replace(batch, step_counts=counts, metrics=metrics, credits=credits)
+            yield stamp(batch, metrics=metrics, credits=credits)

@@ -107,10 +107,10 @@ def written_rows(
 
 
 def count_by_source(rows: Sequence[TrainingRow]) -> Tensor:
-    """[sources] loss tokens of some rows, int64."""
-    counts = torch.zeros(len(SOURCES), dtype=torch.int64)
+    """[2, sources] loss tokens and number of some rows, int64."""
+    counts = torch.zeros(2, len(SOURCES), dtype=torch.int64)
     for row in rows:
-        counts[SOURCES.index(row.source)] += row.num_loss_tokens
+        counts[:, SOURCES.index(row.source)] += torch.tensor([row.num_loss_tokens, 1])
     return counts
 
 

@@ -29,8 +29,7 @@ class Sampling:
     """How responses are drawn.
 
     Args:
-        temperature: 1 samples from the model itself, which on-policy estimates assume; 0 takes
-            the most likely token (greedy).
+        temperature: 1 samples from the model itself; 0 takes the most likely token (greedy).
         top_p: Keep the smallest set of tokens with at least this probability, and what ties with
             its last one; 1 keeps all.
         top_k: Keep this many tokens, and what ties with the last one; 0 keeps all.
@@ -49,10 +48,14 @@ class Sampling:
             raise ConfigError(f"sampling.top_k must be at least 0 (0 keeps all), got {self.top_k}")
 
     @property
-    def departures(self) -> tuple[str, ...]:
-        """In what way, if any, tokens are not drawn from the model itself."""
+    def support_cuts(self) -> tuple[str, ...]:
+        """The settings, if any, by which some tokens can never be drawn.
+
+        A temperature above 0 is none: the log-probabilities that are kept are the tempered ones, so
+        that an importance ratio corrects for it.
+        """
         found = {
-            f"sampling.temperature {self.temperature}": self.temperature != 1,
+            f"sampling.temperature {self.temperature:g} (greedy)": self.temperature == 0,
             f"sampling.top_p {self.top_p}": self.top_p < 1,
             f"sampling.top_k {self.top_k}": self.top_k > 0,
         }

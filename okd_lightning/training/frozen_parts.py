@@ -7,7 +7,7 @@ copy or touch what is frozen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from typing import Any, Self
 
@@ -31,6 +31,7 @@ class FrozenPartsModule(lightning.LightningModule):
         shared_by_copies: Names of attributes that a deep copy shares, beside frozen tensors.
     """
 
+    student: nn.Module | None
     shared_by_copies: tuple[str, ...] = ()
 
     def __init__(self) -> None:
@@ -89,7 +90,8 @@ class FrozenPartsModule(lightning.LightningModule):
             is_parameter = isinstance(tensor, nn.Parameter)
             own = nn.Parameter(tensor.detach(), False) if is_parameter else tensor
             memo[id(tensor)] = tensor if is_running else own
-        for name in self.shared_by_copies:
+        built = ("_given",) if self.student is not None else ()  # else copies train one object
+        for name in (*self.shared_by_copies, *built):
             value = getattr(self, name)
             memo[id(value)] = value
         copy = type(self).__new__(type(self))
@@ -121,3 +123,14 @@ class FrozenPartsModule(lightning.LightningModule):
         if not left_alone:
             return super()._apply(fn, recurse)
         return super()._apply(lambda t: t if id(t) in left_alone else fn(t), recurse)
+
+
+def own_memory(parameters: Iterable[nn.Parameter]) -> None:
+    """Take what is to be trained out of memory that processes share.
+
+    ddp_spawn hands a model in memory to every process in shared memory, where each one's optimizer
+    would step the weights of all.
+    """
+    for parameter in parameters:
+        if parameter.device.type == "cpu" and parameter.is_shared():
+            parameter.data = parameter.data.clone()

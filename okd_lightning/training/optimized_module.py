@@ -7,7 +7,7 @@ run takes of them from its own settings. The losses are ``module``'s business.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -26,7 +26,13 @@ from okd_lightning.optimizer_settings import (
 from okd_lightning.optimizers import RateSchedule, build_optimizer, with_schedule, with_scheduler
 from okd_lightning.schedules import ScheduleName, check_schedule
 from okd_lightning.training.measured_module import MeasuredModule
-from okd_lightning.training.resumed_rates import check_optimizer, groups_of, reapply, regroup
+from okd_lightning.training.resumed_rates import (
+    check_optimizer,
+    groups_of,
+    reapply,
+    rebase,
+    regroup,
+)
 from okd_lightning.training.run_settings import run_settings
 from okd_lightning.training.step_terms import teaching_window, trains_teacher
 
@@ -185,10 +191,15 @@ class OptimizedModule(MeasuredModule):
 
         Lightning restores optimizer and schedule after ``configure_optimizers`` and before this.
         """
-        if self._resumed is None:
-            return
         optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
-        assert isinstance(optimizer, Optimizer)
-        saved, own = self._resumed["settings"], self.optimizer_settings
-        reapply(optimizer, scheduler, self._built_groups, saved, own)
-        self._resumed = None
+        if not isinstance(optimizer, Optimizer):  # several, of a subclass that steps them itself
+            return
+        if self._resumed is not None:
+            saved, own = self._resumed["settings"], self.optimizer_settings
+            reapply(optimizer, scheduler, self._built_groups, saved, own)
+            self._resumed = None
+        settings = self.optimizer_settings
+        if self.learning_rate != settings.learning_rate:  # Lightning's LearningRateFinder set it
+            rebase(optimizer, scheduler, settings.learning_rate, self.learning_rate)
+            defaults = {**settings.defaults, "lr": self.learning_rate}
+            self.optimizer_settings = replace(settings, defaults=defaults)

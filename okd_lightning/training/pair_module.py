@@ -6,9 +6,9 @@ and by which loss, is ``module``'s business.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import torch
 from peft import PeftConfig
@@ -50,6 +50,7 @@ from okd_lightning.teacher_cache import (
     check_cached_teacher,
     check_served_teacher,
 )
+from okd_lightning.training.frozen_parts import own_memory
 from okd_lightning.training.pair_runs import PairRuns
 from okd_lightning.training.pair_sides import tried_model
 
@@ -58,7 +59,6 @@ class PairModule(PairRuns):
     """Both models of a distillation; see ``DistillationModule`` for the arguments."""
 
     shared_by_copies: tuple[str, ...] = (
-        "_given",
         "tokenizer",
         "vocabulary",
         "engine",
@@ -120,6 +120,7 @@ class PairModule(PairRuns):
         self.teacher: PreTrainedModel | None = None
         self.online_module: OnlineModuleSettings | None = None
         self._has_online_module = False
+        self._online_weights: dict[str, Any] = {}  # of a module that is yet to be put on
         self.tool_rounds: ToolRounds | None = None
         self.placement: Placement = WholeModels()  # a strategy that shards brings its own
         self.register_load_state_dict_post_hook(allow_left_out)
@@ -183,6 +184,7 @@ class PairModule(PairRuns):
         self.packs_student = tried_model(self.student, self.packing, "student")
         if self.compile_blocks:
             compile_blocks(self.student)
+        own_memory(self.trained_parameters(self.student))
         self.student.train()
 
     @property
@@ -198,6 +200,22 @@ class PairModule(PairRuns):
             self._attach_online_module()
         elif self.teacher is not None and self.self_teacher is not None:
             self.packs_teacher = tried_model(self.teacher, self.packing, "teacher")
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load weights, into models that are built for them where there are none yet.
+
+        Strategies that train in processes of their own (ddp_notebook, ddp_fork, ddp_spawn) hand the
+        trained weights to the module of the first process in this way. An online module's are kept
+        until a method asks for it.
+        """
+        if self.student is None and any(name.startswith("student.") for name in state_dict):
+            self.configure_model()
+            if self.teacher is not None and not self._has_online_module:
+                unknown = state_dict.keys() - self.state_dict().keys()
+                self._online_weights = {name: state_dict[name] for name in unknown}
+        return super().load_state_dict(state_dict, strict, assign)
 
     def load_teacher(self) -> PreTrainedModel:
         """The teacher from what was named, frozen and in eval mode; the module does not keep it."""
@@ -267,6 +285,9 @@ class PairModule(PairRuns):
         self.teacher = cast(PreTrainedModel, adapted)  # a PeftModel answers as one
         self._has_online_module = True
         self.packs_teacher = tried_model(self.teacher, self.packing, "teacher")
+        if self._online_weights:
+            super().load_state_dict(self._online_weights, strict=False)
+            self._online_weights = {}
 
     def train(self, mode: bool = True) -> Self:
         """Training mode for the student; the teacher stays in eval mode."""

@@ -58,6 +58,24 @@ def check_optimizer(saved: Mapping[str, Any] | None, own: OptimizerSettings) -> 
         )
 
 
+def rebase(optimizer: Optimizer, scheduler: Any, old: float, new: float) -> None:
+    """Let groups and schedule begin from another learning rate, found after both were built.
+
+    Args:
+        optimizer: Whose groups at ``old`` are changed; a group with a rate of its own is not.
+        scheduler: Its ``LambdaLR``, or one of the user's, which keeps its own state.
+        old: The rate before the schedule, as it was built.
+        new: The rate in its place.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        return
+    for i, factor in enumerate(scheduler.lr_lambdas):
+        group = optimizer.param_groups[i]
+        if group["initial_lr"] == old:
+            group["initial_lr"] = scheduler.base_lrs[i] = new
+        group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
+
+
 def reapply(
     optimizer: Optimizer,
     scheduler: Any,

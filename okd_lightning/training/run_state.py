@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from peft import PeftConfig
+
 from okd_lightning.checkpoints.contents import (
     check_finite,
     check_methods,
+    check_normalization,
     check_teacher_kind,
     check_weights,
     rng_state_of,
     rng_states,
     weights_to_save,
+    without_left_out,
 )
 from okd_lightning.checkpoints.io import make_durable
 from okd_lightning.errors import CheckpointError
 from okd_lightning.loop_state import settle_loops
+from okd_lightning.models import OnlineModuleSettings
 from okd_lightning.step_metrics import unlogged_row
 from okd_lightning.training.step_terms import kind_of
 
@@ -47,13 +52,18 @@ def add_state(module: DistillationModule, checkpoint: dict[str, Any]) -> None:
     if not hparams:
         checkpoint.pop("hyper_parameters", None)
     checkpoint["state_dict"] = weights_to_save(module, checkpoint["state_dict"])
+    for part in ("callbacks", "current_model_state"):
+        if part in checkpoint:
+            checkpoint[part] = without_left_out(checkpoint[part], module)
     checkpoint["okd_lightning"] = {
         "config": module.run_config,
+        "arguments": module.arguments,
         "started_in": module.started_in,
         "eos_ids": list(module.eos_ids),
         "online_module": None if module.online_module is None else module.online_module.to_dict(),
         "methods": [kind_of(term) for term in module.terms],
         "self_teacher": module.self_teacher,
+        "normalization": module.normalization.by,
         "optimizer": module.optimizer_settings.to_dict(),
         "accumulate": trainer.accumulate_grad_batches,
         "metrics": {
@@ -83,8 +93,29 @@ def check_state(module: DistillationModule, checkpoint: dict[str, Any]) -> dict[
         trainer = module.trainer
         check_methods(own["methods"], [kind_of(term) for term in module.terms])
         check_teacher_kind(own.get("self_teacher"), module.self_teacher)
+        if any("student" in term.sources for term in module.terms):
+            check_normalization(own.get("normalization", "token_mean"), module.normalization.by)
         module.measured_before = dict(own["metrics"])
         rng = rng_state_of(own["rng"], trainer.global_rank, trainer.world_size)
         settle_loops(checkpoint, trainer.accumulate_grad_batches)
     check_weights(checkpoint["state_dict"], weights_to_save(module, module.state_dict()))
     return rng
+
+
+def load_weights(
+    module: DistillationModule, checkpoint: dict[str, Any], strict: bool = False
+) -> None:
+    """Build a module's models outside a Trainer and fill them from a checkpoint with weights.
+
+    Raises:
+        CheckpointError: It is of another model; with ``strict``, it holds unknown weights.
+    """
+    config = checkpoint["okd_lightning"].get("online_module")
+    if config is not None and module.has_teacher:
+        module.add_online_module(OnlineModuleSettings(PeftConfig.from_peft_type(**config)))
+    module.configure_model()
+    module.on_load_checkpoint(checkpoint)
+    try:
+        module.load_state_dict(checkpoint["state_dict"], strict=strict)
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint does not fit the module: {error}") from error

@@ -10,7 +10,7 @@ from torch import Tensor
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Quantity, Term, WeightedLoss, WeightedTerm
 from okd_lightning.records import SOURCES, DistillBatch, LossOutput
-from okd_lightning.reduction import step_factor
+from okd_lightning.reduction import Normalization, step_factor, step_tokens
 from okd_lightning.rollouts.plan import acts_in
 
 
@@ -20,8 +20,9 @@ def acting_terms(
     step: int,
     accumulate_grad_batches: int,
     world_size: int,
+    normalization: Normalization,
 ) -> list[WeightedTerm]:
-    """The terms of optimizer step ``step``, each with its weight over the step's loss tokens.
+    """The terms of optimizer step ``step``, each with its weight over its divisor.
 
     Raises:
         ConfigError: No term acts, or the batch does not say how many tokens its step has.
@@ -33,10 +34,25 @@ def acting_terms(
             f"(--trainer.max_steps {step}), or leave the last stage's end out"
         )
     windows = (accumulate_grad_batches, world_size)
+    divisors = [normalization.divisor(batch, term.sources) for term in acting]
     return [
-        WeightedTerm(term, term.weight_at(step) * step_factor(step_count(batch, term), *windows))
-        for term in acting
+        WeightedTerm(term, term.weight_at(step) * step_factor(divisor, *windows))
+        for term, divisor in zip(acting, divisors, strict=True)
     ]
+
+
+def check_batch(batch: object) -> None:
+    """Refuse a batch that another loader has made.
+
+    Raises:
+        ConfigError: It is no DistillBatch.
+    """
+    if not isinstance(batch, DistillBatch):
+        raise ConfigError(
+            f"a batch is a {type(batch).__name__}; expected a DistillBatch: fit on a "
+            "RolloutDataModule, or give a DataLoader a collate_fn that makes DistillBatch objects "
+            "(docs/concepts/extending.md, batches of one's own)"
+        )
 
 
 def trains_teacher(term: Term) -> bool:
@@ -54,7 +70,10 @@ def teaching_window(terms: Sequence[Term]) -> tuple[int, int | None]:
 def step_means(
     terms: Sequence[WeightedTerm], loss: WeightedLoss, batch: DistillBatch, step: int
 ) -> Mapping[str, Tensor]:
-    """What this micro-batch adds to the logged means over the step's tokens, without gradient."""
+    """What this micro-batch adds to the logged means over the step's tokens, without gradient.
+
+    These are nats per token, whatever the gradient is divided by.
+    """
     means: dict[str, Tensor] = {}
     for weighted, output in zip(terms, loss.outputs, strict=True):
         term, count = weighted.term, step_count(batch, weighted.term)
@@ -68,7 +87,7 @@ def step_means(
 def check_counts(
     terms: Sequence[WeightedTerm], outputs: Sequence[LossOutput], batch: DistillBatch
 ) -> None:
-    """A term is divided by all loss tokens of its sources, so it has to sum over all of them.
+    """A term is divided for all loss tokens of its sources, so it has to sum over all of them.
 
     Raises:
         ConfigError: One sums over other tokens.
@@ -148,12 +167,8 @@ def step_count(batch: DistillBatch, term: Term) -> int:
     Raises:
         ConfigError: The batch does not say.
     """
-    if batch.step_counts is None:
-        raise ConfigError(
-            "a training batch without step_counts: train on a RolloutDataModule's batches, or set "
-            "DistillBatch.step_counts to the optimizer step's loss tokens by source"
-        )
-    return sum(batch.step_counts[code] for code in _codes(term))
+    counts = step_tokens(batch)
+    return sum(counts[code] for code in _codes(term))
 
 
 def _codes(term: Term) -> list[int]:

@@ -154,7 +154,8 @@ def test_loss_and_gradient_of_every_step(name, tmp_path, make_module):
         )
         assert losses["train/loss"] == pytest.approx(loss.item(), rel=2e-5)
         assert losses[f"train/{method.name}"] == losses["train/loss"]
-        expected = reference.gradients(student, loss)
+        (source,) = recorder.sources()[i]
+        expected = reference.gradients(student, loss * recorder.token_share(i, source))
         found = {n.removeprefix("student."): g for n, g in recorder.gradients[i].items()}
         assert tiny.distance(found, expected) < 5e-5
 
@@ -223,7 +224,8 @@ def test_two_terms_add_up_each_with_its_own_count(tmp_path, make_module):
         }
         found = {name: losses[name] for name in expected}
         assert found == pytest.approx(expected, rel=2e-5)
-        gradient = reference.gradients(student, 0.5 * given + 2 * own)
+        shared = 2 * own * recorder.token_share(i)
+        gradient = reference.gradients(student, 0.5 * given + shared)
         found = {n.removeprefix("student."): g for n, g in recorder.gradients[i].items()}
         assert tiny.distance(found, gradient) < 5e-5
 

@@ -22,6 +22,7 @@ from okd_lightning.advantages import (
     AnswerMatch,
     FDivergenceAdvantage,
     RewardFunction,
+    RougeL,
     baselined,
 )
 from okd_lightning.callbacks import (
@@ -34,6 +35,7 @@ from okd_lightning.callbacks import (
 )
 from okd_lightning.divergences import ForwardKL, JensenShannon, ReverseKL, TopK
 from okd_lightning.errors import ConfigError, RewardError
+from okd_lightning.rollouts import Sampling
 
 DATASET, STUDENT, TEACHER = 0, 1, 2
 
@@ -154,7 +156,7 @@ def test_loss_and_gradient_of_every_step(name, is_stale, tmp_path, make_module):
         student = snapshots.students[i]
         loss = method.weight * sampled_loss(student, teacher, rows_of(recorder, i), credit)
         assert losses["train/loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
-        expected = reference.gradients(student, loss)
+        expected = reference.gradients(student, loss * recorder.token_share(i))
         found = {n.removeprefix("student."): g for n, g in recorder.gradients[i].items()}
         assert tiny.distance(found, expected) < 2e-4
     gaps = [losses["train/sampler_gap"] for losses in recorder.losses]
@@ -209,7 +211,7 @@ def test_a_reward_reaches_every_token_of_its_response(baseline, tmp_path, make_m
             own = log_p.gather(-1, torch.tensor(ids[1:])[keep][:, None])[:, 0]
             total = total - credit * own.sum()
             count += int(keep.sum())
-        expected = reference.gradients(student, total / count)
+        expected = reference.gradients(student, total / count * recorder.token_share(i))
         found = {n.removeprefix("student."): g for n, g in recorder.gradients[i].items()}
         assert tiny.distance(found, expected) < 1e-4
         mean = sum(reward for *_, reward in rows) / len(rows)
@@ -288,9 +290,50 @@ class Differentiated(Advantage):
 
 def test_a_credit_with_a_gradient_is_refused(tmp_path, make_module):
     factor = torch.ones((), requires_grad=True)
-    method = AdvantageCallback(Differentiated(factor), name="own")
+    with pytest.raises(ConfigError, match="Differentiated: the credit carries a gradient"):
+        AdvantageCallback(Differentiated(factor), name="own")
+    method = AdvantageCallback(Differentiated(factor.detach().clone()), name="own")
+    method.advantage.factor.requires_grad_()  # after the check at construction
     with pytest.raises(ConfigError, match=r"own: the credit carries a gradient.*k1: zero"):
         tiny.fit(tmp_path, make_module(), [method], tiny.make_rows(4))
+
+
+class Summed(Advantage):
+    def credit(self, student_logprobs, teacher_logprobs, mask, state_value=None):
+        return (teacher_logprobs - student_logprobs).sum(-1)
+
+
+class Floats(Summed):
+    def credit(self, student_logprobs, teacher_logprobs, mask, state_value=None):
+        return teacher_logprobs.tolist()
+
+
+class Unscored(Summed):
+    def credit(self, student_logprobs, teacher_logprobs, mask, state_value=None):
+        return teacher_logprobs / 0.0
+
+
+@pytest.mark.parametrize(
+    ("advantage", "words"),
+    [
+        (Summed(), r"Summed: credit returned \[2\] for log-probs of shape \[2, 3\]"),
+        (Floats(), "Floats: credit returned list"),
+        (Unscored, "Unscored: the credit of an ordinary token is not finite"),
+        ("Unscored", "Unscored: the credit of an ordinary token is not finite"),
+        ("FDivergence", "advantage is 'FDivergence'; expected an Advantage .*did you mean FDiv"),
+        (FDivergenceAdvantage, r"needs arguments: give FDivergenceAdvantage\(divergence=...\)"),
+    ],
+)
+def test_advantages_are_checked_where_a_method_is_made(advantage, words):
+    with pytest.raises(ConfigError, match=words):
+        AdvantageCallback(advantage)
+
+
+def test_rewards_may_be_named():
+    assert isinstance(Reward("RougeL").function, RougeL)
+    assert isinstance(Reward(AnswerMatch).function, AnswerMatch)
+    with pytest.raises(ConfigError, match="function is <class 'int'>; expected a RewardFunction"):
+        Reward(int)
 
 
 def test_a_biased_divergence_is_warned_of(tmp_path, make_module):
@@ -300,15 +343,19 @@ def test_a_biased_divergence_is_warned_of(tmp_path, make_module):
 
 @pytest.mark.parametrize("cause", ["temperature", "top_p", "top_k", "ratio"])
 def test_a_constant_that_no_longer_averages_out_is_warned_of(cause, tmp_path, make_module):
-    from okd_lightning.rollouts import Sampling
-
-    settings = {"temperature": 0.7, "top_p": 0.9, "top_k": 3}
+    settings = {"temperature": 0, "top_p": 0.9, "top_k": 3}
     sampling = Sampling(**{cause: settings[cause]}) if cause in settings else Sampling()
     method = OPDPlus(variant="as_published", max_ratio=2.0 if cause == "ratio" else math.inf)
     with pytest.warns(UserWarning, match="no longer averages out.*centred"):
         tiny.fit(tmp_path, make_module(), [method], tiny.make_rows(4), data={"sampling": sampling})
-    with_value = OPDPlus()
-    tiny.fit(tmp_path, make_module(), [with_value], tiny.make_rows(4), data={"sampling": sampling})
+    for quiet in (OPDPlus(), OPDPlus(JensenShannon(0.5), "as_published")):  # w_f(1) = 0
+        tiny.fit(tmp_path, make_module(), [quiet], tiny.make_rows(4), data={"sampling": sampling})
+
+
+def test_a_sampling_temperature_is_no_cause_to_warn(tmp_path, make_module):
+    """ρ is p over the tempered distribution: warnings are errors here."""
+    method, data = OPDPlus(variant="as_published"), {"sampling": Sampling(temperature=0.7)}
+    tiny.fit(tmp_path, make_module(), [method], tiny.make_rows(4), data=data)
 
 
 class Once(RewardFunction):

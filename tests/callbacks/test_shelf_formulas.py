@@ -46,9 +46,9 @@ class Snapshots(Callback):
         self.students.append(reference.double(pl_module.student))
 
 
-def step_loss(student, teacher, batches, values: Values) -> Tensor:
-    """The mean of ``values`` over all loss tokens of some batches, row by row."""
-    total, count = torch.zeros((), dtype=torch.float64), 0
+def step_losses(student, teacher, batches, values: Values) -> dict[int, Tensor]:
+    """The mean of ``values`` over the loss tokens of each source in some batches, row by row."""
+    found_of: dict[int, list[Tensor]] = {}
     for batch in batches:
         for i, length in enumerate(batch.lengths.tolist()):
             ids, keep = batch.input_ids[i, :length].tolist(), batch.mask[i, 1:length]
@@ -65,12 +65,15 @@ def step_loss(student, teacher, batches, values: Values) -> Tensor:
             drawn = torch.tensor(ids[1:])[keep]
             sampler = batch.sampler_logprobs[i, 1 : len(ids)][keep].double()
             found = values(log_p, log_q, drawn, sampler, int(batch.source[i]))
-            total, count = total + found.sum(), count + int(keep.sum())
-    return total / count
+            found_of.setdefault(int(batch.source[i]), []).append(found)
+    return {source: torch.cat(parts).mean() for source, parts in found_of.items()}
 
 
 def check(tmp_path, module, method, values: Values, **settings):
-    """Fit with it, and compare every step's loss and gradient; returns what was recorded."""
+    """Fit with it, and compare every step's loss and gradient; returns what was recorded.
+
+    The loss is the sum of the means over each source's rows.
+    """
     snapshots = Snapshots()
     recorder = tiny.fit(
         tmp_path,
@@ -83,9 +86,11 @@ def check(tmp_path, module, method, values: Values, **settings):
     )
     teacher = reference.double(module.teacher or module.student)
     for i, losses in enumerate(recorder.losses):
-        loss = method.weight * step_loss(snapshots.students[i], teacher, recorder.steps[i], values)
+        means = step_losses(snapshots.students[i], teacher, recorder.steps[i], values)
+        loss = method.weight * sum(means.values())
         assert losses["train/loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
-        expected = reference.gradients(snapshots.students[i], loss)
+        shared = [recorder.token_share(i, source) * mean for source, mean in means.items()]
+        expected = reference.gradients(snapshots.students[i], method.weight * sum(shared))
         found = {n.removeprefix("student."): g for n, g in recorder.gradients[i].items()}
         assert tiny.distance(found, expected) < 2e-4
     assert len(recorder.losses) > 1

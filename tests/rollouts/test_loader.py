@@ -4,7 +4,8 @@ Frozen here: an epoch is a permutation of the set, or the next part of an endles
 chunk is written once, by the student of that moment, with noise of its own epoch, row and sample;
 all counts are of the whole optimizer step; a state that is taken after any micro-batch resumes with
 the remaining batches and re-uses the chunk that was written; two ranks see one rank's rows; every
-rank gets the same number of batches.
+rank gets the same number of batches; the mean length of rollouts is that of earlier rollout
+batches, on any number of ranks and after a resume on another.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.records import SOURCES, Example, Rollout
+from okd_lightning.records import SOURCES, Example, Rollout, SampledCounts
 from okd_lightning.rollouts import LoaderShape, RolloutLoader, RolloutPlan, Sampling
 
 
@@ -100,7 +101,7 @@ def rows_of(batches) -> list[tuple]:
 
 def same_batch(a, b) -> bool:
     names = ("input_ids", "lengths", "mask", "source", "index", "sampler_logprobs")
-    return a.step_counts == b.step_counts and all(
+    return (a.step_counts, a.sampled) == (b.step_counts, b.sampled) and all(
         torch.equal(getattr(a, name), getattr(b, name)) for name in names
     )
 
@@ -358,10 +359,68 @@ def test_two_ranks_see_one_ranks_rows(num, plan, accumulate):
         window = slice(start, start + accumulate)
         together = rows_of(ranks[0][window]) + rows_of(ranks[1][window])
         assert sorted(together) == sorted(rows_of(alone[window]))
-        stamps = {b.step_counts for b in ranks[0][window] + ranks[1][window] + alone[window]}
+        seen = ranks[0][window] + ranks[1][window] + alone[window]
+        stamps = {(b.step_counts, b.sampled) for b in seen}
         assert len(stamps) == 1
         for batch in ranks[0][window] + ranks[1][window]:
             assert len(batch) <= 2
+
+
+def folded(history: list[tuple[int, int]]) -> float:
+    """The mean over (tokens, rollouts) of earlier batches: each lets older ones count less."""
+    tokens = rollouts = 0.0
+    for own_tokens, own_rollouts in history:
+        kept = 256 / (256 + own_rollouts)
+        tokens, rollouts = kept * tokens + own_tokens, kept * rollouts + own_rollouts
+    return tokens / rollouts
+
+
+@pytest.mark.parametrize("per_rollout", [4, 8])
+@pytest.mark.parametrize("plan", [RolloutPlan(1.0), RolloutPlan(0.5, "dataset", True)], ids=str)
+def test_the_mean_length_is_that_of_earlier_rollout_batches(plan, per_rollout):
+    loader = make_loader(LoaderShape(4, 12, prompts_per_rollout=per_rollout), plan, 12)
+    history: list[tuple[int, int]] = []
+    for _ in range(3):
+        epoch = list(loader)
+        for start in range(0, len(epoch), per_rollout // 4):
+            chunk = epoch[start : start + per_rollout // 4]
+            rollouts = [int((batch.source == 1).sum()) for batch in chunk]
+            own = sum(batch.step_counts[1] for batch in chunk), sum(rollouts)
+            mean = folded(history or [own])  # the first one has no other
+            for batch, number in zip(chunk, rollouts, strict=True):
+                assert batch.sampled == SampledCounts(number, mean, 4)
+            history.append(own)
+    assert len({folded(history[:n]) for n in range(1, len(history))}) > 1
+
+
+def test_a_resume_on_another_number_of_ranks_keeps_the_mean_length():
+    """Two ranks stop within the third rollout batch, one goes on."""
+    alone = make_loader(LoaderShape(4, 16, prompts_per_rollout=8), num=16)
+    expected = [batch.sampled for _ in range(2) for batch in alone]
+    shape = LoaderShape(2, 16, prompts_per_rollout=8, world_size=2)
+    states, counts = [], []
+    for rank in range(2):
+        seen: list[torch.Tensor] = []
+        counts.append(seen)
+        own = replace(shape, rank=rank)
+
+        def keep(found, seen=seen):
+            seen.append(found)
+            return found
+
+        list(make_loader(own, num=16, reduce_sum=keep))
+    total = [a + b for a, b in zip(*counts, strict=True)]
+    for rank in range(2):
+        own = replace(shape, rank=rank)
+        loader = make_loader(own, num=16, reduce_sum=Ranks(total).reduce_sum)
+        batches = iter(loader)
+        found = [next(batches).sampled for _ in range(3)]
+        assert found == expected[:3]
+        states.append(saved(loader))
+    state = states[0] | {n: states[0][n] + states[1][n] for n in ("written", "credits")}
+    resumed = make_loader(LoaderShape(4, 16, prompts_per_rollout=8), num=16)
+    resumed.load_state_dict(state)
+    assert [batch.sampled for _ in range(2) for batch in resumed] == expected[3:]
 
 
 def test_samples_of_one_prompt_do_not_overload_a_rank():

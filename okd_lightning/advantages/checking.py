@@ -1,0 +1,47 @@
+"""Check an advantage where a method is constructed, on two rows of three tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from okd_lightning.advantages.base import Advantage
+from okd_lightning.errors import ConfigError
+from okd_lightning.named_classes import as_object
+
+
+def as_advantage(given: object, option: str = "advantage") -> Advantage:
+    """Turn what a method was given into an advantage whose credit has been checked.
+
+    Args:
+        given: An advantage, a class of one that needs no arguments, or such a class's name.
+        option: The argument that it was given as.
+
+    Raises:
+        ConfigError: It is none of those, or its credit is no detached, finite Tensor of the shape
+            of the log-probs.
+    """
+    example = "FDivergenceAdvantage(ReverseKL())"
+    advantage: Advantage = as_object(given, Advantage, option, example)
+    student = torch.tensor([[0.7, 0.2, 0.5], [0.1, 0.9, 0.3]]).log()
+    teacher = torch.tensor([[0.4, 0.6, 0.5], [0.3, 0.8, 0.1]]).log()
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    value = torch.zeros_like(teacher) if advantage.state_value_of is not None else None
+    credit: object = advantage.credit(student, teacher, mask, value)
+    name = type(advantage).__name__
+    if not isinstance(credit, Tensor) or credit.shape != teacher.shape:
+        got = list(credit.shape) if isinstance(credit, Tensor) else type(credit).__name__
+        raise ConfigError(
+            f"advantage {name}: credit returned {got} for log-probs of shape "
+            f"{list(teacher.shape)}; expected a Tensor of that shape, one credit a token"
+        )
+    if credit.requires_grad:
+        raise ConfigError(
+            f"advantage {name}: the credit carries a gradient, so that another objective would be "
+            "trained; detach it (or decorate credit with torch.no_grad())"
+        )
+    if not credit[mask].isfinite().all():
+        raise ConfigError(
+            f"advantage {name}: the credit of an ordinary token is not finite ({credit.tolist()})"
+        )
+    return advantage

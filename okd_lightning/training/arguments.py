@@ -1,0 +1,125 @@
+"""What a DistillationModule was constructed with, as a checkpoint keeps it.
+
+Plain values are kept as they are. Models and tokenizers in memory are kept as what they can be made
+of again: a model's config (its trained weights are in the checkpoint anyway), a tokenizer's files.
+What is code (an optimizer class, an engine) is not kept.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+from peft import PeftConfig
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from okd_lightning.errors import CheckpointError
+
+_CONFIG, _FILES, _PEFT, _CODE = "config", "files", "peft_config", "code"
+
+
+def stored_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments by name, as primitives.
+
+    Args:
+        given: What the constructor was called with.
+    """
+    return {name: _stored(value) for name, value in given.items() if value is not None}
+
+
+def restored_arguments(
+    stored: Mapping[str, Any] | None, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a constructor that makes the module of a checkpoint again.
+
+    Args:
+        stored: From ``stored_arguments``; None of a checkpoint that has none.
+        given: What is named anew; it takes the place of what was stored.
+
+    Raises:
+        CheckpointError: No arguments are stored, or the student had frozen weights in memory,
+            which nobody keeps.
+    """
+    if stored is None:
+        if "student" not in given:
+            raise CheckpointError(
+                "the checkpoint is of an older version, which kept no arguments: give "
+                "load_from_checkpoint(path, student=..., teacher=...)"
+            )
+        stored = {}
+    student = None if "student" in given else stored.get("student")
+    if _is(student, _CODE) or (_is(student, _CONFIG) and "student_adapter" in stored):
+        raise CheckpointError(
+            "the checkpoint holds an adapter on a student that was a model in memory: give "
+            "load_from_checkpoint(path, student=MODEL OR FOLDER)"
+        )
+    found: dict[str, Any] = {}
+    for name, value in stored.items():
+        if name in given:
+            continue
+        if name == "teacher" and (_is(value, _CONFIG) or _is(value, _CODE)):
+            rank_zero_info(
+                "the checkpoint's teacher was a model in memory, which it does not hold: the "
+                "module has none; give load_from_checkpoint(path, teacher=MODEL OR FOLDER)"
+            )
+        elif not _is(value, _CODE):
+            found[name] = _restored(value)
+    return {**found, **given}
+
+
+def plain_peft_config(config: PeftConfig) -> dict[str, Any]:
+    """A PEFT config in primitives; ``PeftConfig.from_peft_type`` makes one of it."""
+    return {
+        key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
+        for key, value in config.to_dict().items()
+    }
+
+
+def _stored(value: Any) -> Any:
+    if isinstance(value, PreTrainedModel):
+        return {"kept": _CONFIG, "value": json.loads(value.config.to_json_string(use_diff=False))}
+    if isinstance(value, PreTrainedTokenizerBase):
+        return {"kept": _FILES, "value": _files_of(value)}
+    if isinstance(value, PeftConfig):
+        return {"kept": _PEFT, "value": plain_peft_config(value)}
+    if isinstance(value, str):
+        return str(Path(value).absolute()) if Path(value).is_dir() else value
+    if isinstance(value, Mapping):
+        return json.loads(json.dumps(dict(value)))
+    return value if isinstance(value, bool | int | float) else {"kept": _CODE, "value": None}
+
+
+def _restored(value: Any) -> Any:
+    if _is(value, _PEFT):
+        return PeftConfig.from_peft_type(**value["value"])
+    if _is(value, _FILES):
+        return _tokenizer_of(value["value"])
+    return value["value"] if _is(value, _CONFIG) else value
+
+
+def _is(value: Any, kind: str) -> bool:
+    return isinstance(value, Mapping) and value.get("kept") == kind
+
+
+def _files_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Bytes as Latin-1 text, which a weights-only reader takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return {
+            str(path.relative_to(folder)): path.read_bytes().decode("latin-1") for path in paths
+        }
+
+
+def _tokenizer_of(files: Mapping[str, str]) -> PreTrainedTokenizerBase:
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content.encode("latin-1"))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    return tokenizer
