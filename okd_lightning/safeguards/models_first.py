@@ -7,7 +7,7 @@ would find it empty. The order here:
 1. the data module's ``setup``;
 2. callbacks with ``precedes_models``: methods register their terms, measures check themselves;
 3. ``ModelsFirst``: the module checks the run, the data is read (broken rows are told before any
-   weights are loaded), and the module builds its models;
+   weights are loaded), options without effect are named, and the module builds its models;
 4. all other callbacks, the module's ``setup``, and ``configure_model``, which finds them built.
 """
 
@@ -25,6 +25,7 @@ from lightning.pytorch.callbacks import (
 
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError
+from okd_lightning.safeguards.idle_options import warn_of_idle_options
 from okd_lightning.sharding import FSDP2Strategy
 from okd_lightning.training.pair_module import PairModule
 
@@ -54,6 +55,7 @@ class ModelsFirst(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, RolloutDataModule):
             data.read_ahead(stage)
+        warn_of_idle_options(trainer, pl_module, stage)
         if isinstance(trainer.strategy, FSDP2Strategy):
             _check_sharded(trainer.callbacks)  # type: ignore[attr-defined]
             return
