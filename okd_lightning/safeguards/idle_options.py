@@ -198,12 +198,19 @@ def warn_of_idle_options(
     if stage == "fit" and trainer.ckpt_path is not None:
         return
     run = _Run(trainer, module, data, stage)
-    for option, value in _chosen(run).items():
-        rule = RULES.get(".".join(option.split(".")[:2]))
-        is_off = value is None or (value == 0 and value is not False)
-        reason = None if rule is None or is_off else rule(run)
+    chosen = _chosen(run)
+    for name, rule in RULES.items():
+        given = {o: v for o, v in chosen.items() if f"{o}.".startswith(f"{name}.") and _is_on(v)}
+        reason = rule(run) if given else None
         if reason is not None:
-            rank_zero_warn(f"--{option} {_shown(value)} does nothing in this run: {reason}")
+            option, value = next(iter(given.items()))
+            shown = f"--{option} {_shown(value)}" if len(given) == 1 else f"--{name}"
+            rank_zero_warn(f"{shown} does nothing in this run: {reason}")
+
+
+def _is_on(value: Any) -> bool:
+    """Whether a value asks for something: not null, and not the number 0."""
+    return value is not None and (value is False or value != 0)
 
 
 def _chosen(run: _Run) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ would find it empty. The order here:
 1. the data module's ``setup``;
 2. callbacks with ``precedes_models``: methods register their terms, measures check themselves;
 3. ``ModelsFirst``: the module checks the run, the data is read (broken rows are told before any
-   weights are loaded), options without effect are named, and the module builds its models;
+   weights are loaded), and the module builds its models;
 4. all other callbacks, the module's ``setup``, and ``configure_model``, which finds them built.
 """
 
@@ -55,7 +55,8 @@ class ModelsFirst(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, RolloutDataModule):
             data.read_ahead(stage)
-        warn_of_idle_options(trainer, pl_module, stage)
+        if stage != "fit":
+            warn_of_idle_options(trainer, pl_module, stage)
         if isinstance(trainer.strategy, FSDP2Strategy):
             _check_sharded(trainer.callbacks)  # type: ignore[attr-defined]
             return
@@ -66,6 +67,12 @@ class ModelsFirst(Callback):
         ):
             pl_module.configure_model()
         pl_module.list_trained_parts()
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Warn of options without effect, now that the Trainer says whether the run is resumed."""
+        warn_of_idle_options(trainer, pl_module, "fit")
 
     def teardown(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
