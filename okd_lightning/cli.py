@@ -270,15 +270,15 @@ class DistillationCLI(LightningCLI):
         folder = Path(self.trainer.default_root_dir)
         last = folder / "checkpoints" / "last.ckpt"
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or last
-        if settled(Path(best)).exists():
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_info(
+                "trainer.fast_dev_run: every part of the run works; nothing was logged or kept"
+            )
+        elif settled(Path(best)).exists():
             rank_zero_info(
                 f"run folder: {folder}\n"
                 f"measure: okd-lightning test --ckpt_path {best}\n"
                 f"export:  okd-lightning export --ckpt_path {best} --out student"
-            )
-        elif self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rank_zero_info(
-                "trainer.fast_dev_run: every part of the run works; nothing was logged or kept"
             )
         else:
             rank_zero_info(f"run folder: {folder}; no checkpoint was written, nothing to export")

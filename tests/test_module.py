@@ -2,7 +2,8 @@
 
 Frozen here: who is in which mode and who gets gradients; optimizer groups and the rate of every
 step; terms come and go with their Trainer, also after a run that failed; whatever a user overrides
-is used; settings that cannot work are refused by name; other precisions give the same loss.
+is used; settings that cannot work are refused by name, what they name instead trains; batches that
+are none of ours are refused; other precisions give the same loss.
 """
 
 from __future__ import annotations
@@ -16,8 +17,16 @@ import tiny
 import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
-from okd_lightning.callbacks import GKD, KD, SFT, DistillationCallback, DivergenceCallback
+from okd_lightning.callbacks import (
+    GKD,
+    KD,
+    SFT,
+    DistillationCallback,
+    DivergenceCallback,
+    Throughput,
+)
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import Divergence, ForwardKL
 from okd_lightning.errors import ConfigError
@@ -236,6 +245,44 @@ def test_the_same_trainer_can_fit_again(tmp_path, make_module):
 def test_student_and_teacher_that_are_one_object_are_refused(tiny_pair, tiny_tokenizer):
     with pytest.raises(ConfigError, match="the same"):
         DistillationModule(tiny_pair[0], tiny_pair[0], tokenizer=tiny_tokenizer)
+
+
+# ---------------------------------------------------------------- what Lightning alone would take
+
+
+def compiled_in_place(module):
+    module.compile(backend="eager")
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")  # torch's own, at its import
+@pytest.mark.parametrize(
+    "wrap", [lambda m: torch.compile(m, backend="eager"), compiled_in_place], ids=["wrapped", "own"]
+)
+def test_a_compiled_module_names_compile_blocks(wrap, tmp_path, make_module):
+    with pytest.raises(ConfigError, match=r"torch\.compile.*or compile_blocks=True\)$"):
+        tiny.fit(tmp_path, wrap(make_module()), [KD()], tiny.make_rows(4))
+    with torch.compiler.set_stance("force_eager"):  # without a compiler
+        module = make_module(compile_blocks=True)
+        recorder = tiny.fit(tmp_path, module, [KD()], tiny.make_rows(4))
+    assert recorder.losses
+
+
+FOREIGN = {
+    "mappings": lambda: DataLoader([{"prompt": "a", "response": "b"}] * 4, batch_size=2),
+    "a tensor": lambda: DataLoader(torch.ones(4, 2)),
+    "a list of lists": lambda: [[1, 2], [3, 4]],
+    "pairs of tensors": lambda: DataLoader(TensorDataset(torch.ones(4, 2), torch.ones(4))),
+}
+
+
+@pytest.mark.parametrize("run", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_batch_of_another_loader_is_refused(name, run, tmp_path, make_module):
+    trainer = tiny.make_trainer(tmp_path, [KD(), Throughput()], num_sanity_val_steps=0)
+    loaders = [FOREIGN[name]() for _ in range(2 if run == "fit" else 1)]
+    with pytest.raises(ConfigError, match="expected a DistillBatch: fit on a RolloutDataModule"):
+        getattr(trainer, run)(make_module(), *loaders)
 
 
 # ---------------------------------------------------------------- what users write

@@ -12,7 +12,8 @@ import math
 import pytest
 import torch
 
-from okd_lightning.reduction import loss_output, masked_sum, step_factor
+from okd_lightning.errors import ConfigError
+from okd_lightning.reduction import Normalization, loss_output, masked_sum, step_factor
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
@@ -93,3 +94,9 @@ def test_a_step_without_tokens_is_zero_and_not_nan():
     loss = output.sum * step_factor(0, 4, 2)
     loss.backward()
     assert (loss.item(), weight.grad.item()) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("by", ["mean", 0, -3.0, math.inf, math.nan, True])
+def test_a_normalization_that_is_none_is_refused(by):
+    with pytest.raises(ConfigError, match=r"model.normalization is .*expected running_mean"):
+        Normalization(by)

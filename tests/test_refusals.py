@@ -2,12 +2,15 @@
 
 * A resumed run whose prompts, seed or chunks differ is refused: its stored rollouts answer others.
 * A method that sums over fewer tokens than it is divided by is refused at the first batch.
-* An epoch that the Trainer would cut inside an optimizer step is refused.
+* An epoch that the Trainer would cut inside an optimizer step is refused; prompts_per_epoch as the
+  refusal names it trains as many steps.
 * A validation comes behind whole optimizer steps, and one that would not is refused.
 * The first batches of validation are a fair sample of lengths, not the longest rows.
 * What a chat template ends a turn with ends a response as well.
 * Settings that nothing acts on are refused.
 """
+
+import re
 
 import pytest
 import tiny
@@ -73,18 +76,42 @@ def test_a_term_is_divided_by_what_it_sums_over(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "options", "steps"),
     [
-        {"limit_train_batches": 3, "accumulate_grad_batches": 2},
-        {"limit_train_batches": 1, "accumulate_grad_batches": 2},
-        {"limit_train_batches": 3},
-        {"limit_train_batches": 0.5},
-        {"overfit_batches": 2},
+        ({"limit_train_batches": 3, "accumulate_grad_batches": 2}, {}, 2),
+        ({"limit_train_batches": 1, "accumulate_grad_batches": 2}, {}, 1),
+        ({"limit_train_batches": 3}, {}, 3),
+        ({"limit_train_batches": 0.5}, {}, 2),
+        ({"limit_train_batches": 0.1}, {}, 1),
+        ({"limit_train_batches": 99, "accumulate_grad_batches": 2}, {}, 50),
+        ({"limit_train_batches": 3}, {"samples_per_prompt": 2}, 3),
+        ({"limit_train_batches": 3, "accumulate_grad_batches": 2}, {"samples_per_prompt": 4}, 2),
+        ({"limit_train_batches": 3}, {"global_batch_size": 8}, 2),
+        ({"overfit_batches": 2}, {}, 2),
+        ({"overfit_batches": 3, "accumulate_grad_batches": 2}, {"samples_per_prompt": 2}, 2),
     ],
 )
-def test_epochs_are_whole_steps(settings, tmp_path):
-    with pytest.raises(ConfigError, match=r"--data\.prompts_per_epoch"):
-        tiny.make_trainer(tmp_path, [KD()], **settings).fit(module(), data())
+def test_epochs_are_whole_steps(settings, options, steps, tmp_path):
+    def fit(settings, options):
+        method = GKD(on_policy_fraction=1.0) if "samples_per_prompt" in options else KD()
+        trainer = tiny.make_trainer(tmp_path, [method], **settings)
+        trainer.fit(module(), data(**options))
+        return trainer.global_step
+
+    with pytest.raises(ConfigError, match=r"--data\.prompts_per_epoch \d") as refused:
+        fit(settings, options)
+    prompts = re.search(r"--data\.prompts_per_epoch (\d+)", str(refused.value))
+    kept = {name: v for name, v in settings.items() if name == "accumulate_grad_batches"}
+    assert fit(kept, {**options, "prompts_per_epoch": int(prompts[1])}) == steps
+
+
+def test_a_share_of_the_batches_to_overfit_names_files(tmp_path):
+    with pytest.raises(ConfigError, match=r"overfit_batches 0\.5.*one file of the rows"):
+        tiny.make_trainer(tmp_path, [KD()], overfit_batches=0.5).fit(module(), data())
+    rows = tiny.make_rows(8)  # the file: the same rows to train on and to measure on
+    trainer = tiny.make_trainer(tmp_path, [KD()])
+    trainer.fit(module(), data(rows, val=rows))
+    assert trainer.global_step == 2
 
 
 def test_whole_multiples_of_the_accumulation_are_taken(tmp_path):

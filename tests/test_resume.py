@@ -324,6 +324,20 @@ def test_responses_that_became_ids_by_other_rules_are_refused(tmp_path, make_mod
             resume(tmp_path, path, make_module(), [method])
 
 
+def test_another_divisor_of_samples_is_refused(tmp_path, make_module):
+    """Checkpoints from before there was a choice go on with token_mean, as the message says."""
+    method = GKD(on_policy_fraction=1.0)
+    path = save(tmp_path, make_module(), [method])
+    with pytest.raises(CheckpointError, match=r"by running_mean, this run by constant"):
+        resume(tmp_path, path, make_module(normalization="constant"), [method])
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["okd_lightning"].pop("normalization") == "running_mean"
+    torch.save(checkpoint, path)
+    with pytest.raises(CheckpointError, match=r"resume with --model.normalization token_mean"):
+        resume(tmp_path, path, make_module(), [method])
+    resume(tmp_path, path, make_module(normalization="token_mean"), [method])
+
+
 OTHERS = {
     "wider": {"hidden_size": 64},
     "another architecture": None,

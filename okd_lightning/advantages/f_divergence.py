@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -74,7 +74,7 @@ class FDivergenceAdvantage(Advantage):
             trap, with what to use in its place.
     """
 
-    divergence: Divergence
+    divergence: Divergence = field()  # no default: the base's None would be taken for one
     variant: str = "centred"
     discount: float = 0.0
     max_log_ratio: float = math.inf

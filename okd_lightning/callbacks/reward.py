@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import get_args
 
 import lightning
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -38,7 +39,8 @@ class Reward(PolicyGradientCallback):
         baseline: none, group_mean or leave_one_out over the samples of a prompt; the latter two
             need data.samples_per_prompt above 1.
         on_failure: What happens to a response whose reward is not a finite number: "skip" gives
-            it no credit and counts it, "error" stops the run. A function that raises always does.
+            it no credit, counts it and warns once, "error" stops the run. A function that raises
+            always does.
         max_ratio: Truncation of ρ; inf for off.
         clip: PPO's ε; None for off.
         weight: Factor on this term's mean loss.
@@ -69,6 +71,7 @@ class Reward(PolicyGradientCallback):
         self.baseline = baseline
         self.on_failure = on_failure
         self.scorer = self
+        self._has_warned = False
 
     @property
     def reads_last_turn(self) -> bool:
@@ -94,7 +97,20 @@ class Reward(PolicyGradientCallback):
         return rewards
 
     def credit_rows(self, scores: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
-        """One credit a response: its reward minus its group's baseline."""
+        """One credit a response: its reward minus its group's baseline.
+
+        Args:
+            scores: Of all ranks' responses; NaN of those without a reward, which get no credit.
+            groups: Which samples are compared.
+        """
+        num_failures = sum(map(math.isnan, scores))
+        if num_failures and not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(
+                f"{self.name}: {num_failures} of {len(scores)} responses have no finite reward; "
+                f"such responses get no credit and are counted in rollout/{self.name}_failures; "
+                "on_failure error stops the run at the first one and shows it"
+            )
         return baselined(scores, groups, self.baseline)
 
     def credit(self, measured: Measured) -> tuple[Tensor, dict[str, Tensor]]:

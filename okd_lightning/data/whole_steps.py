@@ -106,8 +106,8 @@ def check_limit(trainer: lightning.Trainer, shape: LoaderShape, num_batches: int
     """
     limit = trainer.limit_train_batches
     batches = limit if isinstance(limit, int) else int(limit * num_batches)
-    is_cut = 0 < batches < num_batches and not trainer.fast_dev_run  # type: ignore[attr-defined]
-    if is_cut and (num_batches % batches or not isinstance(limit, int)):
+    is_cut = limit > 0 and batches < num_batches and not trainer.fast_dev_run  # type: ignore[attr-defined]
+    if is_cut and (not isinstance(limit, int) or num_batches % batches):
         steps = max(1, batches // shape.accumulate_grad_batches)
         raise ConfigError(
             f"trainer.limit_train_batches {limit} cuts the {num_batches} micro-batches of an epoch "

@@ -1,4 +1,4 @@
-"""Build both models before foreign callbacks' ``setup``, after what may refuse the run.
+"""Build both models before foreign callbacks' ``setup``, after what may refuse the run or a batch.
 
 Lightning calls ``setup`` of the data module, of the callbacks in their order, and of the module,
 and only then ``configure_model``. Callbacks that copy, average or prune the module in ``setup``
@@ -9,11 +9,14 @@ would find it empty. The order here:
 3. ``ModelsFirst``: the module checks the run, the data is read (broken rows are told before any
    weights are loaded), and the module builds its models;
 4. all other callbacks, the module's ``setup``, and ``configure_model``, which finds them built.
+
+It also comes before the callbacks that read batches: one that is no DistillBatch is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import (
@@ -28,6 +31,7 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.safeguards.idle_options import warn_of_idle_options
 from okd_lightning.sharding import FSDP2Strategy
 from okd_lightning.training.pair_module import PairModule
+from okd_lightning.training.step_terms import check_batch
 
 _NEED_WHOLE_MODELS = (ModelPruning, StochasticWeightAveraging, WeightAveraging)
 
@@ -73,6 +77,34 @@ class ModelsFirst(Callback):
     ) -> None:
         """Warn of options without effect, now that the Trainer says whether the run is resumed."""
         warn_of_idle_options(trainer, pl_module, "fit")
+
+    def on_train_batch_start(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Refuse a batch of another loader (Lightning's transfer hooks belong to the data module).
+
+        Raises:
+            ConfigError: Naming how to make one.
+        """
+        check_batch(batch)
+
+    def on_validation_batch_start(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """The same."""
+        check_batch(batch)
+
+    on_test_batch_start = on_validation_batch_start
+    on_predict_batch_start = on_validation_batch_start
 
     def teardown(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str

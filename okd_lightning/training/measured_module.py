@@ -18,7 +18,6 @@ from okd_lightning.metrics import (
 from okd_lightning.records import SOURCES, DistillBatch
 from okd_lightning.rollouts.rows import generation_records
 from okd_lightning.training.pair_module import PairModule
-from okd_lightning.training.step_terms import check_batch
 
 
 class MeasuredModule(PairModule):
@@ -28,15 +27,6 @@ class MeasuredModule(PairModule):
         super().__init__(*args, **kwargs)
         self._loaded_step = 0
         self.evaluation = measure_metrics()
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> DistillBatch:
-        """Refuse a batch that is no DistillBatch, before a step or callback reads it.
-
-        Raises:
-            ConfigError: Naming how to make one.
-        """
-        check_batch(batch)
-        return cast(DistillBatch, batch)
 
     def validation_step(self, batch: DistillBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Divergences to the base teacher at temperature 1 (nats a token), on one batch."""
@@ -77,7 +67,9 @@ class MeasuredModule(PairModule):
             metric.update(-values if isinstance(quantity, DrawnLogProb) else values)
             self.log(name, metric, on_epoch=True, add_dataloader_idx=False, batch_size=1)
 
-    def predict_step(self, batch: DistillBatch, batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(
+        self, batch: DistillBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> list[dict[str, Any]]:
         """Prompt and generated response of every row, as text."""
         return generation_records(batch, self.decode)
 

@@ -257,7 +257,11 @@ def test_reward_functions_that_are_broken(name, tmp_path, make_module):
 def test_responses_without_a_reward_are_counted_and_left_out(tmp_path, make_module):
     some = Failing(lambda r: [math.nan, math.inf] + [1.0] * (len(r) - 2))
     module = make_module(learning_rate=0.0)
-    recorder = tiny.fit(tmp_path, module, [Reward(some)], tiny.make_rows(4))
+    with pytest.warns(UserWarning, match="no finite reward") as warned:
+        recorder = tiny.fit(tmp_path, module, [Reward(some)], tiny.make_rows(4), max_epochs=3)
+    (warning,) = [w for w in warned if "no finite reward" in str(w.message)]  # of three steps
+    assert str(warning.message).startswith("reward: 2 of 4 responses have no finite reward")
+    assert len(recorder.steps) == 3
     metrics = recorder.steps[0][0].metrics
     assert metrics["rollout/reward_failures"] == 2
     assert metrics["rollout/reward"] == 1.0

@@ -4,6 +4,7 @@
   all subsets of the samples.
 * Tool calls: every golden answer of ToolAlpaca matches itself, and none that was changed.
 * Any reward function is a measure; answers that it cannot score are left out.
+* So is a text metric of torchmetrics, computed from the answers of all batches; others are refused.
 * Validation answers as many prompts as it is told, test all of them.
 * Two callbacks of one name, nothing to score, and numbers out of range are refused.
 """
@@ -17,9 +18,20 @@ import statistics
 
 import pytest
 import tiny
+import torch
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import BinaryAccuracy
+from torchmetrics.text import CharErrorRate, CHRFScore
 
 from okd_lightning.advantages import RougeL, ToolCallMatch
-from okd_lightning.callbacks import AvgAtK, ExactMatch, PaperMeasures, TaskScore, ToolCallScore
+from okd_lightning.callbacks import (
+    AvgAtK,
+    ExactMatch,
+    PaperMeasures,
+    Reward,
+    TaskScore,
+    ToolCallScore,
+)
 from okd_lightning.callbacks.answer_scores import _NOISE_EPOCH, Answers, sampled_prompts
 from okd_lightning.callbacks.avg_at_k import pass_at_k
 from okd_lightning.cli_arguments import load_config
@@ -166,6 +178,59 @@ def test_any_reward_function_is_a_measure(tmp_path, make_module):
     sentences = [("the cat sat on the mat", "the cat lay on a mat"), ("a", "b")]
     scores = scored(TaskScore(RougeL()), sentences)["rouge_l"]
     assert scores == pytest.approx([2 * 4 / 12, 0])
+
+
+def test_a_torchmetrics_metric_is_a_measure(tmp_path, make_module):
+    rows, answered = tiny.make_rows(6), {}
+
+    def keep(prompt, response, reference):
+        answered[prompt] = response, reference
+        return 0.0
+
+    given = CHRFScore()
+    own = CharErrorRate()
+    callbacks = [TaskScore(given), TaskScore(own, "errors"), TaskScore(Two()), TaskScore(keep)]
+    module = make_module()
+    for part, prefix in (("test", "test"), ("validate", "val"), ("test", "test")):
+        found = measure(tmp_path, module, callbacks, rows, part)
+        answers, references = zip(*answered.values(), strict=True)
+        assert found[f"{prefix}/chrf_score"] == pytest.approx(
+            float(CHRFScore()(answers, references))
+        )
+        assert found[f"{prefix}/errors"] == pytest.approx(
+            float(CharErrorRate()(answers, references))
+        )
+        assert found[f"{prefix}/answers"] == 6
+        assert found[f"{prefix}/letters"] == sum(map(len, answers))
+    assert given.update_count == 0  # the user's object is left alone
+
+
+class Two(Metric):
+    """A metric of two numbers, which sums over updates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("answers", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("letters", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, preds, target):
+        assert len(preds) == len(target)
+        self.answers += len(preds)
+        self.letters += sum(map(len, preds))
+
+    def compute(self):
+        return {"answers": self.answers, "letters": self.letters}
+
+
+@pytest.mark.parametrize("metric", [MeanMetric, BinaryAccuracy])
+def test_a_metric_of_something_else_than_texts_is_refused(metric, tmp_path, make_module):
+    with pytest.raises(RewardError, match=rf"metric {metric.__name__} cannot be computed.*CHRF"):
+        measure(tmp_path, make_module(), [TaskScore(metric())], tiny.make_rows(4))
+
+
+def test_a_metric_is_no_reward():
+    with pytest.raises(ConfigError, match=r"CHRFScore.*use TaskScore"):
+        Reward(CHRFScore())
 
 
 def test_validation_may_answer_fewer_prompts_than_test(tmp_path, make_module):

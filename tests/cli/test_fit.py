@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -287,7 +288,9 @@ def test_prompts_alone_are_enough_on_policy(okd: Fit, assets: Assets, here: Path
 
 
 def test_fast_dev_run_leaves_nothing(fit: Fit) -> None:
-    fit("--method", "GKD", "--trainer.fast_dev_run", "true")
+    result = fit("--method", "GKD", "--trainer.fast_dev_run", "true")
+    assert "nothing was logged or kept" in result.log
+    assert not re.findall(r"\S+\.(?:ckpt|csv|yaml)\b", result.log + result.out + result.err)
     assert not (RUN / "checkpoints").exists()
     assert not (RUN / "metrics.csv").exists()
 

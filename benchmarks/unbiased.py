@@ -1,0 +1,84 @@
+"""Bias and error of one step by the divisor of sampled rows, in the toy of the enumeration test.
+
+    python benchmarks/unbiased.py [--steps 20000]
+
+Every response of a tabular student (``tests/losses/test_unbiased.py``) has its exact gradient and
+probability; steps of 1, 2, 8 and 64 rollouts are drawn from them. *Along* is the mean step along
+the true gradient over its length (1 = unbiased) with its standard error; *RMSE* is the error of one
+step over that length, and again with steps clipped to twice that length. ``running_mean`` divides
+by the mean length of 256 rollouts drawn before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+TESTS = Path(__file__).parents[1] / "tests"
+sys.path[:0] = [str(TESTS), str(TESTS / "losses")]
+
+from test_unbiased import RESPONSES, Student  # noqa: E402
+
+from okd_lightning.callbacks import GKD, OPDPlus  # noqa: E402
+from okd_lightning.divergences import ReverseKL  # noqa: E402
+
+METHODS = {
+    "exact (GKD)": GKD(divergence=ReverseKL(), on_policy_fraction=1.0),
+    "as_published": OPDPlus(ReverseKL(), "as_published"),
+    "centred": OPDPlus(ReverseKL(), "centred"),
+    "value_baseline": OPDPlus(ReverseKL(), "value_baseline"),
+}
+EARLIER = 256
+
+
+def figures(steps: Tensor, truth: Tensor) -> str:
+    """Along with its standard error, and both errors, of [steps, parameters]."""
+    size = truth.norm()
+    along = steps @ truth / size**2
+    norms = steps.norm(dim=1, keepdim=True)
+    clipped = steps * (2 * size / norms.clamp(min=1e-12)).clamp(max=1)
+    rmse, rmse_clipped = (
+        float(((some - truth).norm(dim=1) / size).square().mean().sqrt())
+        for some in (steps, clipped)
+    )
+    error = float(along.std()) / len(along) ** 0.5
+    return f"{float(along.mean()):.3f} ± {error:.3f} | {rmse:.3f} | {rmse_clipped:.3f}"
+
+
+def main() -> None:
+    """Print one table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=20_000)
+    num_steps = parser.parse_args().steps
+    torch.set_num_threads(1)
+    student, generator = Student(), torch.Generator().manual_seed(0)
+    chances = torch.tensor([student.chance(response) for response in RESPONSES]).double()
+    lengths = torch.tensor([float(len(response)) for response in RESPONSES]).double()
+    mean = float(chances @ lengths)
+    spread = float(chances @ (lengths - mean) ** 2) ** 0.5
+    (truth,) = torch.autograd.grad(student.objective(ReverseKL(), 0), student.logits)
+    truth = truth.flatten()
+    print(f"reverse KL; lengths {mean:.2f} ± {spread:.2f}; {num_steps} steps\n")
+    print(
+        "| credit | rollouts | divisor | along | RMSE | RMSE, clipped |\n|---|---|---|---|---|---|"
+    )
+    for name, method in METHODS.items():
+        found = torch.stack([student.gradient_of(method, r).flatten() for r in RESPONSES])
+        for rollouts in (1, 2, 8, 64):
+            shape = num_steps, rollouts
+            drawn = torch.multinomial(chances, num_steps * rollouts, True, generator=generator)
+            earlier = torch.multinomial(chances, num_steps * EARLIER, True, generator=generator)
+            sums = found[drawn].view(*shape, -1).sum(1)
+            tokens = lengths[drawn].view(shape).sum(1, keepdim=True)
+            running = lengths[earlier].view(num_steps, -1).mean(1, keepdim=True)
+            for by, divisor in (("token_mean", tokens), ("running_mean", rollouts * running)):
+                cells = figures(sums * mean / divisor, truth)
+                print(f"| {name} | {rollouts} | `{by}` | {cells} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
