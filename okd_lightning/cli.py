@@ -30,7 +30,12 @@ from okd_lightning.callbacks.monitors import MONITORS
 from okd_lightning.callbacks.progress_bar import RunProgressBar
 from okd_lightning.checkpoints.files import read_checkpoint
 from okd_lightning.checkpoints.folders import settled
-from okd_lightning.cli_arguments import config_of, prepare, read_comments_as_text
+from okd_lightning.cli_arguments import (
+    chosen_options,
+    config_of,
+    prepare,
+    read_comments_as_text,
+)
 from okd_lightning.cli_callbacks import check_callbacks
 from okd_lightning.cli_errors import instantiate, one_line, parse, readable_constructors
 from okd_lightning.config_paths import expand_home
@@ -62,6 +67,7 @@ from okd_lightning.run_folder import (
     resume_run,
     start_run,
 )
+from okd_lightning.safeguards.idle_options import option_defaults
 from okd_lightning.settled_options import settle_rates
 
 _TRAINER_DEFAULTS = {
@@ -151,8 +157,10 @@ class DistillationCLI(LightningCLI):
         self.config = parse(parser, args, self._option_strings())
         config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
         expand_home(config)
-        given = layers([str(word) for word in args or ()])
-        settle_rates(config.model, given)
+        words = [str(word) for word in args or ()]
+        settle_rates(config.model, layers(words))
+        defaults = option_defaults(self.datamodule_class, self.trainer_class)
+        self._chosen = chosen_options(self.config.get("subcommand"), words, defaults)
 
     def _option_strings(self) -> list[str]:
         parsers = [self.parser, *getattr(self, "_subcommand_parsers", {}).values()]
@@ -200,6 +208,7 @@ class DistillationCLI(LightningCLI):
             configured.append(RunProgressBar())
         configured += [kind() for kind in self.monitors if not _has(configured, kind)]
         check_callbacks(configured)
+        self.model.chosen_options = self._chosen
         self.model.run_config = yaml.safe_dump(self.resolved_config(), sort_keys=False)
         self.model.started_in = str(Path.cwd())
         return self.trainer_class(**{**config, **kwargs, "callbacks": configured})

@@ -21,6 +21,7 @@ from okd_lightning.checkpoints.files import newest_checkpoint, read_checkpoint
 from okd_lightning.cli_callbacks import replace_retyped
 from okd_lightning.config_paths import relocate, user_path
 from okd_lightning.errors import CheckpointError, ConfigError, UsageError
+from okd_lightning.given_options import Layer, flattened, layers
 from okd_lightning.run_folder import DEFAULT_FOLDER
 
 LAST = "last"
@@ -187,6 +188,39 @@ def load_config(name: str) -> dict[str, Any]:
             f"got {found}"
         )
     return config
+
+
+def chosen_options(
+    command: str | None, arguments: Sequence[str], defaults: Mapping[str, Any]
+) -> dict[str, Layer]:
+    """Return what the user chose for a command: typed, or set in a config of the user's own.
+
+    Packaged configs, defaults, and the config of a checkpoint do not count. Configs are written for
+    ``fit``, other commands have what is typed for them.
+
+    Args:
+        command: Such as "fit"; None for an instance without one.
+        arguments: From ``prepare``.
+        defaults: Of options.
+    """
+    if command is None:
+        return {}
+    *configs, typed = layers(arguments)
+    if command != "fit" or "--ckpt_path" in arguments:
+        return {command: typed}
+    packaged = [flattened(load_config(name)) for name in packaged_configs()] if configs else []
+    chosen: Layer = {}
+    for layer in configs:
+        chosen = {option: value for option, value in chosen.items() if option not in layer}
+        if not any(_is_part(layer, config) for config in packaged):
+            chosen |= {o: v for o, v in layer.items() if v != defaults.get(o)}
+    return {command: chosen | typed}
+
+
+def _is_part(layer: Layer, config: Layer) -> bool:
+    """Whether all of a layer is in a config, but for what ``prepare`` changes."""
+    kept = {o: v for o, v in layer.items() if not o.startswith("trainer.callbacks")}
+    return all(option in config and config[option] == value for option, value in kept.items())
 
 
 def class_name(method: Any) -> str | None:

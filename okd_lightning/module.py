@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.checkpoints.contents import set_rng_state
 from okd_lightning.checkpoints.files import read_checkpoint
-from okd_lightning.errors import ConfigError
+from okd_lightning.errors import CheckpointError, ConfigError
 from okd_lightning.loop_state import begin_step
 from okd_lightning.losses import (
     Term,
@@ -318,7 +318,17 @@ class DistillationModule(OptimizedModule):
         return self._arguments
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave frozen weights out; add the resolved config, the methods and the RNG streams."""
+        """Leave frozen weights out; add the resolved config, the methods and the RNG streams.
+
+        Raises:
+            CheckpointError: The run was in processes that have ended.
+        """
+        if self._trainer is None:
+            raise CheckpointError(
+                "the run was in processes of its own (ddp_fork, ddp_spawn or ddp_notebook), and "
+                "its optimizer and loops ended with them: have the run write its checkpoints, by "
+                "LastCheckpoint or ModelCheckpoint among the Trainer's callbacks"
+            )
         add_state(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

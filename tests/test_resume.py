@@ -76,8 +76,8 @@ def train(root, folders, killer=None, ckpt_path=None, every_n_steps=1, val=None,
         batch_size=2,
         max_response_length=6,
         prompts_per_rollout=8,
-        val_rollouts=2,
         seed=7,
+        **({} if val is None else {"val_rollouts": 2}),
     )
     try:
         trainer.fit(module, data, ckpt_path=ckpt_path)

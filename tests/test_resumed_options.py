@@ -189,6 +189,7 @@ def test_a_methods_settings_act(fit, checkpoint, tmp_path):
     assert tiny.distance(tiny.weights(other.module), tiny.weights(same.module)) > 0
 
 
+@pytest.mark.filterwarnings("ignore:.*prompts_per_rollout 12 does nothing in this run")
 @pytest.mark.parametrize(("before", "after"), [(0.0, 1.0), (1.0, 0.0), (1.0, 0.5)])
 def test_another_on_policy_share_writes_the_chunk_again(before, after, fit, tmp_path):
     """The chunk is 12 prompts, three optimizer steps; the checkpoint is in the middle of one."""

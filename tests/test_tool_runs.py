@@ -66,8 +66,9 @@ def make_data(rows=ROWS, val=None, **overrides) -> RolloutDataModule:
         "tools": [Calculator()],
         "max_turns": 3,
         "seed": 3,
-        "val_rollouts": 4,
     }
+    if rows is None:
+        settings["val_rollouts"] = 4
     return RolloutDataModule(rows, val, **{**settings, **overrides})
 
 

@@ -17,10 +17,12 @@ class EvaluationCallback(Callback, ABC):
     Attributes:
         measured: What it logs, without ``val/`` and ``test/``.
         precedes_models: Its ``setup`` runs before the models are built.
+        generates: It may have the student generate responses.
     """
 
     measured: tuple[str, ...] = ()
     precedes_models: bool = True
+    generates: bool = True
 
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str

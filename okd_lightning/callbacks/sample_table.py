@@ -86,6 +86,11 @@ class SampleTable(Callback):
         self._prompts = list(state_dict["prompts"])
         self._teacher, self._before = state_dict["teacher"], state_dict["before"]
 
+    @property
+    def generates(self) -> bool:
+        """Whether it has the models generate responses."""
+        return self.num_prompts > 0
+
     # ---------------------------------------------------------------- hooks
 
     def on_train_start(

@@ -48,6 +48,7 @@ class ChatTurns:
 def read_turns(row: RawRow, columns: Columns, at: str) -> ChatTurns:
     """The chat of a row, answered by the response column where it ends with another role.
 
+    The turns of a prompt carry no loss where a response completes it (TRL's prompt and completion).
     A blank answer at the end is left out. So is an answer at the end whose loss is switched off,
     with all that comes after the last turn that is learned.
 
@@ -58,7 +59,10 @@ def read_turns(row: RawRow, columns: Columns, at: str) -> ChatTurns:
     if _is_blank_answer(messages[-1]):
         messages = messages[:-1]
     if messages[-1]["role"] != "assistant":
-        messages += read_answer(row, columns, at)
+        answer = read_answer(row, columns, at)
+        if columns.chats_are_prompts and answer:
+            messages = [_without_loss(message) for message in messages]
+        messages += answer
         messages = messages[:-1] if _is_blank_answer(messages[-1]) else messages
     places = [f"{at}: message {number}" for number in range(1, len(messages) + 1)]
     learned = [
@@ -70,6 +74,13 @@ def read_turns(row: RawRow, columns: Columns, at: str) -> ChatTurns:
     while read[-1]["role"] == "assistant" and len(read) - 1 not in learned:
         read = read[: learned[-1] + 1] if learned else read[:-1]
     return ChatTurns(tuple(read), tuple(learned))
+
+
+def _without_loss(message: Message) -> Message:
+    """A message of a prompt: it carries loss only where it says so itself."""
+    if message["role"] != "assistant" or any(key in message for key in _LOSS_KEYS):
+        return message
+    return {**message, "weight": 0}
 
 
 def _is_blank_answer(message: Message) -> bool:

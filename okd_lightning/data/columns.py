@@ -38,6 +38,8 @@ class Columns:
         as_chat: Whether a prompt is a user's message, which the chat template renders.
         chat_template_kwargs: What the chat template is told beside the chat.
         system: Text that becomes the first message of a chat; None to read no such column.
+        chats_are_prompts: Whether ``messages`` are the prompts of rows whose response is in another
+            column (TRL's prompt and completion), so that a completed prompt carries no loss itself.
     """
 
     prompt: str | None = "prompt"
@@ -49,6 +51,7 @@ class Columns:
     as_chat: bool = False
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     system: str | None = "system"
+    chats_are_prompts: bool = False
 
 
 def quoted(names: Collection[str]) -> str:
@@ -93,7 +96,7 @@ def require_whole_characters(text: str, what: str) -> None:
         half = f"\\u{ord(text[error.start]):04x}"
         raise DataError(
             f"{what} holds half a character ({half}, a lone surrogate, at character "
-            f"{error.start + 1}): its text was cut or decoded wrongly; mend or delete the row"
+            f"{error.start + 1}): its text was cut or decoded wrongly; fix or delete the row"
         ) from error
 
 

@@ -32,7 +32,7 @@ def _read_lines(text: str, path: Path) -> list[Row]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            hint = "mend or delete the line"
+            hint = "fix or delete the line"
             if line.strip() == "[":
                 hint = "a list of rows belongs in a .json file"
             elif line.strip() == "{":

@@ -34,7 +34,7 @@ def with_chat_prompts(rows: Sequence[RawRow], columns: Columns) -> Columns:
         return columns
     if not is_chat(rows[0].get(columns.prompt)):
         return columns
-    return replace(columns, prompt=None, messages=columns.prompt)
+    return replace(columns, prompt=None, messages=columns.prompt, chats_are_prompts=True)
 
 
 def _check_mapped(row: RawRow, columns: Columns, where: str) -> None:
@@ -166,9 +166,22 @@ def choose_layout(
             "with messages (--data.messages_column NAME), set --data.as_chat true, or leave the "
             "tools out"
         )
+    _check_chat_columns(columns, where)
     if needs_response and not has_response:
         raise _no_response(rows, columns, where, is_chat_row=False)
     return "text"
+
+
+def _check_chat_columns(columns: Columns, where: str) -> None:
+    """Refuse columns that the user named and that plain prompts do not read."""
+    default = Columns()
+    for role in ("tools", "system"):
+        name = getattr(columns, role)
+        if name is not None and name != getattr(default, role):
+            raise DataError(
+                f"{where}: the rows are plain prompts, and --data.{role}_column {name} is read in "
+                "chats; set --data.as_chat true, or leave it out"
+            )
 
 
 def _is_open(cell: object) -> bool:

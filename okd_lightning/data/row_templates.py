@@ -84,7 +84,7 @@ def with_prompts(
     columns = with_chat_prompts(rows, columns)
     if not columns.as_chat:
         return rows, columns
-    as_text = replace(columns, declared_tools=(), system=None)
+    as_text = replace(columns, declared_tools=(), tools=Columns().tools, system=None)
     if choose_layout(rows, as_text, needs_response=needs_response, where=where) == "chat":
         raise DataError(f"{where}: the rows are chats already; leave --data.as_chat out")
     return _chats(rows, columns, where)

@@ -30,7 +30,7 @@ from okd_lightning.errors import CacheError
 from okd_lightning.text_ids import RULES_VERSION
 
 AUTO = "auto"
-_FEWEST_ROWS = 1000
+FEWEST_ROWS = 1000
 """Fewer are tokenized in less time than it takes to see whether they have been."""
 
 _PLACES = ("name_or_path", "tokenizer_file", "vocab_file", "merges_file")
@@ -54,7 +54,7 @@ def cached_examples(
         DataError: See ``build_examples``.
     """
     key = None
-    if folder is not None and len(rows) >= _FEWEST_ROWS:
+    if folder is not None and len(rows) >= FEWEST_ROWS:
         key = _key(rows, tokenizer, settings)
     if folder is None or key is None:
         return build_examples(rows, tokenizer, **settings)

@@ -7,7 +7,9 @@ copy of the layers under it.
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -17,7 +19,7 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from okd_lightning.errors import ConfigError, ModelError
 from okd_lightning.models.deferred import stand_ins
@@ -26,7 +28,7 @@ from okd_lightning.models.sources import first_line
 from okd_lightning.models.weight_checks import is_quantised
 
 if TYPE_CHECKING:
-    from okd_lightning.models.loading import ModelSource
+    from okd_lightning.models.loading import ModelArgument, ModelSource
 
 
 def adapter_layers(model: nn.Module) -> list[Any]:
@@ -54,18 +56,19 @@ class GivenPair:
     @classmethod
     def of(
         cls,
-        student: ModelSource | PeftModel,
-        teacher: ModelSource | PeftModel | None,
+        student: ModelArgument,
+        teacher: ModelArgument | None,
         adapter: PeftConfig | None,
     ) -> GivenPair:
         """Read what the user gave.
 
         Raises:
-            ConfigError: One object as student and teacher, or a second adapter for a student.
+            ConfigError: One object as student and teacher, a second adapter for a student, or
+                something that is no model.
             ModelError: A ``PeftModel`` of prompt learning.
         """
-        own, other = _unwrapped(student, "student"), _unwrapped(teacher, "teacher")
-        assert own is not None
+        own = _unwrapped(student, "student")
+        other = None if teacher is None else _unwrapped(teacher, "teacher")
         if isinstance(own, PreTrainedModel) and own is other:
             raise ConfigError(
                 "student and teacher are the same object: the teacher is frozen, so the student "
@@ -81,13 +84,17 @@ class GivenPair:
         return cls(own, other, adapter or carried, carried is not None)
 
 
-def _unwrapped(source: ModelSource | PeftModel | None, side: str) -> ModelSource | None:
-    """The model inside a ``PeftModel``, its adapter's layers included; all else stays as it is.
+def _unwrapped(source: object, side: str) -> ModelSource:
+    """The model inside a ``PeftModel``, its adapter's layers included; a path as text.
 
     Prompt learning is in the wrapper and not in the model's layers.
     """
+    if isinstance(source, os.PathLike):
+        return os.fspath(source)
     if not isinstance(source, PeftModel):
-        return source
+        if not isinstance(source, str | Mapping | PreTrainedModel):
+            raise ConfigError(_no_model(source, side))
+        return cast("ModelSource", source)
     if source.active_peft_config.is_prompt_learning:
         raise ModelError(
             f"the {side} is a PeftModel with a prompt-learning adapter, which is no part of the "
@@ -96,6 +103,16 @@ def _unwrapped(source: ModelSource | PeftModel | None, side: str) -> ModelSource
     model = cast(PreTrainedModel, source.get_base_model())
     model._hf_peft_config_loaded = True  # so that save_pretrained writes a PEFT folder
     return model
+
+
+def _no_model(source: object, side: str) -> str:
+    expected = (
+        f"model.{side} is a {type(source).__name__}; expected a folder or hub id, a mapping of a "
+        "config, a PreTrainedModel or a PeftModel"
+    )
+    if hasattr(source, "_orig_mod"):  # what torch.compile returns
+        return f"{expected}: give the model as it was, and compile_blocks=True to compile both"
+    return f"{expected}{': give its to_dict()' if isinstance(source, PretrainedConfig) else ''}"
 
 
 def _carried_adapter(source: ModelSource) -> PeftConfig | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
@@ -57,7 +58,7 @@ ModelSource: TypeAlias = str | dict[str, Any] | PreTrainedModel
 """A location (``locate``); a config to start from random weights; or a model already loaded."""
 
 if TYPE_CHECKING:
-    ModelArgument: TypeAlias = ModelSource | PeftModel
+    ModelArgument: TypeAlias = ModelSource | PathLike[str] | PeftModel
 else:  # what can be typed: --help would else list every architecture of transformers
     ModelArgument = str | dict[str, Any]
 
@@ -88,7 +89,7 @@ def check_precision(precision: str) -> None:
         )
 
 
-def dtype_of(source: ModelSource | PeftModel | None, asked: DTypeName) -> DTypeName:
+def dtype_of(source: ModelArgument | None, asked: DTypeName) -> DTypeName:
     """The number format of a model's weights: a loaded one keeps its own."""
     if not isinstance(source, PreTrainedModel | PeftModel):
         return asked

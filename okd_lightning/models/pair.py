@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from os import PathLike, fspath
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -23,18 +24,25 @@ from okd_lightning.models.weight_checks import Learns
 
 
 def find_tokenizer(
-    tokenizer: str | PreTrainedTokenizerBase | None,
+    tokenizer: str | PathLike[str] | PreTrainedTokenizerBase | None,
     student: ModelSource,
     teacher: ModelSource | None,
 ) -> PreTrainedTokenizerBase:
     """The run's tokenizer: the one that was named, else the student's, else the teacher's.
 
     Raises:
-        ConfigError: None of them has one.
+        ConfigError: None of them has one, or what was given is none.
         ModelNotFoundError: It cannot be loaded.
     """
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
+    if isinstance(tokenizer, PathLike):
+        tokenizer = fspath(tokenizer)
+    if tokenizer is not None and not isinstance(tokenizer, str):
+        raise ConfigError(
+            f"model.tokenizer is a {type(tokenizer).__name__}; expected a folder or hub id, or a "
+            "tokenizer of transformers, such as PreTrainedTokenizerFast(tokenizer_object=...)"
+        )
     options: dict[str, ModelSource | None] = {
         "--model.tokenizer": tokenizer,
         "--model.student": student,

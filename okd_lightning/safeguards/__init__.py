@@ -4,6 +4,7 @@
 * ``health_warnings``: ``HealthWarnings``, with its thresholds in ``vital_signs``.
 * ``step_intervals``: ``StepIntervals`` counts ``val_check_interval`` in optimizer steps.
 * ``models_first``: ``ModelsFirst`` builds both models before other callbacks' ``setup``.
+* ``idle_options``: the warning about options that have no effect in a run.
 """
 
 from okd_lightning.safeguards.finite_guard import FiniteGuard

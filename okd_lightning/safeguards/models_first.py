@@ -28,6 +28,7 @@ from lightning.pytorch.callbacks import (
 
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError
+from okd_lightning.safeguards.idle_options import warn_of_idle_options
 from okd_lightning.sharding import FSDP2Strategy
 from okd_lightning.training.pair_module import PairModule
 from okd_lightning.training.step_terms import check_batch
@@ -58,6 +59,8 @@ class ModelsFirst(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, RolloutDataModule):
             data.read_ahead(stage)
+        if stage != "fit":
+            warn_of_idle_options(trainer, pl_module, stage)
         if isinstance(trainer.strategy, FSDP2Strategy):
             _check_sharded(trainer.callbacks)  # type: ignore[attr-defined]
             return
@@ -68,6 +71,12 @@ class ModelsFirst(Callback):
         ):
             pl_module.configure_model()
         pl_module.list_trained_parts()
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Warn of options without effect, now that the Trainer says whether the run is resumed."""
+        warn_of_idle_options(trainer, pl_module, "fit")
 
     def on_train_batch_start(
         self,

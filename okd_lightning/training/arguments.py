@@ -8,6 +8,7 @@ What is code (an optimizer class, an engine) is not kept.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,8 +87,8 @@ def _stored(value: Any) -> Any:
         return {"kept": _FILES, "value": _files_of(value)}
     if isinstance(value, PeftConfig):
         return {"kept": _PEFT, "value": plain_peft_config(value)}
-    if isinstance(value, str):
-        return str(Path(value).absolute()) if Path(value).is_dir() else value
+    if isinstance(value, str | os.PathLike):
+        return str(Path(value).absolute()) if Path(value).is_dir() else str(value)
     if isinstance(value, Mapping):
         return json.loads(json.dumps(dict(value)))
     return value if isinstance(value, bool | int | float) else {"kept": _CODE, "value": None}

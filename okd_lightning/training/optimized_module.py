@@ -7,6 +7,7 @@ run takes of them from its own settings. The losses are ``module``'s business.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,6 +76,7 @@ class OptimizedModule(MeasuredModule):
         learning_rate: Of the student, before the schedule.
         weight_decay: Of the student's matrices.
         terms: The methods of the run.
+        chosen_options: Command → options that the user chose for it; None in a run from Python.
     """
 
     def __init__(self, optimization: Optimization, *args: Any, **kwargs: Any) -> None:
@@ -91,6 +93,7 @@ class OptimizedModule(MeasuredModule):
         self._checked: list[Term] = []  # what acted in the last step
         self._built_groups: list[dict[str, Any]] = []
         self._resumed: dict[str, Any] | None = None  # a checkpoint's optimizer settings
+        self.chosen_options: Mapping[str, Mapping[str, Any]] | None = None
         self.run_settings: dict[str, Any] = {}
         self.recorded: list[str] = []  # of these, what is in ``hparams`` and no user's own
 

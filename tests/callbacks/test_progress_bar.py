@@ -24,7 +24,8 @@ from okd_lightning.callbacks.progress_bar import RunProgressBar
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError
 
-CHUNKS = {"batch_size": 2, "prompts_per_rollout": 8, "max_response_length": 6}
+SMALL = {"batch_size": 2, "max_response_length": 6}
+CHUNKS = {**SMALL, "prompts_per_rollout": 8}
 
 
 class Clock:
@@ -115,6 +116,7 @@ def test_rows_of_a_run(width, tmp_path, make_module, terminal):
     assert "8/8" in last
 
 
+@pytest.mark.filterwarnings("ignore:.*prompts_per_rollout 8 does nothing in this run")
 def test_a_run_that_writes_nothing_has_one_row(tmp_path, make_module, terminal):
     shown = fit(tmp_path, make_module, terminal, 80, KD(), limit_val_batches=0)
     assert {len(lines) for lines in shown["batch ends"]} == {1}
@@ -142,7 +144,7 @@ def test_without_an_end_there_is_no_time_left(tmp_path, make_module, terminal):
         max_epochs=-1,
         max_steps=-1,
     )
-    trainer.fit(make_module(), RolloutDataModule(tiny.make_rows(16), seed=7, **CHUNKS))
+    trainer.fit(make_module(), RolloutDataModule(tiny.make_rows(16), seed=7, **SMALL))
     assert "/--" in frames.shown["batch ends"][0][0]
     left = frames.shown["batch ends"][0][0]
     assert any(f"0:00:0{seconds} left" in left for seconds in (1, 2))
@@ -185,7 +187,7 @@ def test_lines_come_as_often_as_asked(tmp_path, make_module, caplog):
     caplog.clear()
     trainer = tiny.make_trainer(tmp_path, [KD(), bar], enable_progress_bar=True, max_steps=2)
     with caplog.at_level(logging.INFO):
-        trainer.fit(make_module(), RolloutDataModule(tiny.make_rows(16), seed=7, **CHUNKS))
+        trainer.fit(make_module(), RolloutDataModule(tiny.make_rows(16), seed=7, **SMALL))
     assert sum(r.getMessage().startswith("step ") for r in caplog.records) == 3
     with pytest.raises(ConfigError, match="seconds_between_lines"):
         RunProgressBar(seconds_between_lines=0)

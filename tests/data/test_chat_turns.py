@@ -1,7 +1,8 @@
 """Semantics frozen here: keys switch a turn's loss off, and tool calls are read in every form.
 
 A chat ends with the last turn that is learned; a turn without loss is context. Values that no mask
-can express, keys about parts of a turn, and loss on other roles are refused. Arguments of tool
+can express, keys about parts of a turn, and loss on other roles are refused. Of TRL's prompt and
+completion the completion alone is learned. Arguments of tool
 calls given as JSON text render as those given as an object.
 """
 
@@ -11,6 +12,7 @@ import json
 
 import pytest
 
+from okd_lightning.data.columns import Columns
 from okd_lightning.errors import DataError
 
 ASK, AGAIN = {"role": "user", "content": "One?"}, {"role": "user", "content": "Two?"}
@@ -58,6 +60,31 @@ def test_keys_that_say_what_is_done_anyway_change_nothing(on, chat_tokenizer, bu
     marked = [{**ASK, "weight": 0}, {**ONE, **on}, {**AGAIN, "train": False}, {**TWO, **on}]
     found = build([{"messages": marked}], chat_tokenizer)
     assert found == build([{"messages": [ASK, ONE, AGAIN, TWO]}], chat_tokenizer)
+
+
+@pytest.mark.parametrize("response", ["completion", "chosen"])
+@pytest.mark.parametrize(
+    ("answer", "turns"),
+    [
+        ([TWO], "2<|im_end|>"),
+        ([TWO, AGAIN, {**ONE, "content": "3"}], "2<|im_end|>3<|im_end|>"),
+        ("2", "2<|im_end|>"),
+    ],
+)
+def test_of_prompt_and_completion_the_completion_is_learned(
+    answer, turns, response, chat_tokenizer, build
+):
+    row = {"prompt": [ASK, ONE, AGAIN], response: answer}
+    columns = Columns(response=response)
+    (example,) = build([row], chat_tokenizer, columns=columns).examples
+    assert learned(chat_tokenizer, example) == turns
+    assert "1<|im_end|>" in chat_tokenizer.decode(example.prompt_ids)
+    marked = {**row, "prompt": [ASK, {**ONE, "weight": 1}, AGAIN]}
+    (example,) = build([marked], chat_tokenizer, columns=columns).examples
+    assert learned(chat_tokenizer, example) == f"1<|im_end|>{turns}"
+    chat = {"messages": row["prompt"], "response": "2"}
+    (example,) = build([chat], chat_tokenizer).examples
+    assert learned(chat_tokenizer, example) == "1<|im_end|>2<|im_end|>"
 
 
 @pytest.mark.parametrize(

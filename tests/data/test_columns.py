@@ -50,6 +50,16 @@ MISSING_COLUMNS = {
         Columns(),
         ["--data.prompt_column null", "--data.messages_column null"],
     ),
+    "tools of plain prompts": (
+        {"prompt": "a", "response": "b", "functions": "[]"},
+        Columns(tools="functions"),
+        ["--data.tools_column functions is read in chats", "set --data.as_chat true"],
+    ),
+    "a system prompt of plain prompts": (
+        {"prompt": "a", "response": "b", "persona": "c"},
+        Columns(system="persona"),
+        ["--data.system_column persona is read in chats", "set --data.as_chat true"],
+    ),
     "no prompts wanted": ({"prompt": "a"}, Columns(prompt=None), ["--data.messages_column NAME"]),
     "neither wanted": (
         {"prompt": "a"},
@@ -66,6 +76,14 @@ def refused(build, row, tokenizer, *words, **settings):
     assert "\n" not in message
     for word in ("rows.jsonl", *words):
         assert word in message, message
+
+
+@pytest.mark.parametrize("named", [{"tools": "functions"}, {"system": "persona"}])
+def test_the_hint_of_columns_for_chats_is_true(named, chat_tokenizer, build):
+    row = {"prompt": "a", "response": "b", "functions": "[]", "persona": "c"}
+    columns = Columns(**named, as_chat=True)
+    (example,) = build([row], chat_tokenizer, columns=columns).examples
+    assert ("c<|im_end|>" in example.prompt) == ("system" in named)
 
 
 @pytest.mark.parametrize(("row", "columns", "words"), MISSING_COLUMNS.values(), ids=MISSING_COLUMNS)

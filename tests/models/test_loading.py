@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from okd_lightning.callbacks import OKD
+from okd_lightning.callbacks import KD, OKD
 from okd_lightning.errors import (
     ConfigError,
     ModelError,
@@ -50,6 +50,52 @@ def test_a_folder_that_is_not_there_and_what_was_meant(student_folder):
         load_model_config(wrong, "--model.teacher", 0)
     with pytest.raises(FileNotFoundError):
         load_tokenizer(wrong, "--model.tokenizer")
+
+
+NO_MODELS = {
+    "a compiled model": (
+        lambda: torch.compile(tiny.make_llama(1), backend="eager"),
+        "is a OptimizedModule; expected .*give the model as it was, and compile_blocks=True",
+    ),
+    "a config": (lambda: tiny.make_llama(1).config, "is a LlamaConfig; .*give its to_dict"),
+    "a bare module": (lambda: torch.nn.Linear(2, 2), "is a Linear; expected .*a PreTrainedModel"),
+    "a class": (lambda: AutoModelForCausalLM, "expected a folder or hub id"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")  # torch's own, at its import
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("name", NO_MODELS)
+def test_what_is_no_model_is_refused_where_it_is_given(name, side, make_module):
+    make, words = NO_MODELS[name]
+    with pytest.raises(ConfigError, match=f"model.{side} {words}" if "is a" in words else words):
+        make_module(**{side: make()}, tokenizer=tiny.make_tokenizer())
+    with pytest.raises(ConfigError, match=r"model\.student is a NoneType"):
+        make_module(student=None)
+
+
+def test_a_config_as_a_mapping_is_a_student(tmp_path, make_module):
+    module = make_module(student=tiny.make_llama(1).config.to_dict())
+    recorder = tiny.fit(tmp_path, module, [KD()], tiny.make_rows(4))
+    assert recorder.losses
+
+
+def test_paths_are_taken_for_models_and_tokenizers(tmp_path, student_folder, teacher_folder):
+    other = tiny.make_tokenizer()
+    other.chat_template = "{{ messages }}"
+    other.save_pretrained(tmp_path / "tokenizer")
+    module = DistillationModule(
+        student_folder, teacher_folder, tokenizer=tmp_path / "tokenizer", learning_rate=1e-2
+    )
+    assert module.tokenizer.chat_template == other.chat_template
+    trainer = tiny.make_trainer(tmp_path, [KD()], max_steps=1)
+    trainer.fit(module, tiny.RolloutDataModule(tiny.make_rows(4), max_response_length=8))
+    trainer.save_checkpoint(tmp_path / "some.ckpt")
+    found = DistillationModule.load_from_checkpoint(tmp_path / "some.ckpt")
+    assert found.tokenizer.chat_template == other.chat_template
+    assert tiny.distance(tiny.weights(found), tiny.weights(module)) == 0
+    with pytest.raises(ConfigError, match=r"tokenizer is a Tokenizer; .*PreTrainedTokenizerFast"):
+        DistillationModule(student_folder, tokenizer=other.backend_tokenizer)
 
 
 def test_a_folder_without_a_model(tmp_path):
