@@ -175,14 +175,15 @@ def test_one_process_goes_on_from_what_ranks_saved(form, folder, ranks):
 @pytest.mark.usefixtures("ranks")
 def test_a_checkpoint_holds_what_is_trained_and_no_more(folder):
     path = last(folder / "sharded" / "OKD" / "killed")
-    module = DistillationModule(str(folder / "student"), str(folder / "teacher"))
+    models = str(folder / "student"), str(folder / "teacher")
+    module = DistillationModule(*models, dtype="float64")  # as the runs are
     okd_method = okd()
     module.add_online_module(okd_method.settings)
     module.configure_model()
     trained = [p for p in module.parameters() if p.requires_grad]
     tensors = tensors_in(path)
     num_bytes = sum(t.numel() * t.itemsize for t in tensors.values())
-    adam_bytes = 3 * 4 * sum(p.numel() for p in trained)  # weights, two moments
+    adam_bytes = 3 * sum(p.numel() * p.itemsize for p in trained)  # weights, two moments
     assert num_bytes == adam_bytes + 4 * len(trained)  # and a step's count each
     parts = list(path.rglob("*.distcp"))
     written = sum(file.stat().st_size for file in parts)

@@ -152,7 +152,7 @@ def test_excluded_ids_give_the_limit_and_no_nan(case, logits, dtype):
     student, teacher = (torch.tensor([row], dtype=dtype, requires_grad=True) for row in logits)
     log_p, log_q = torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
     value = case.divergence.value(log_p, log_q)
-    assert value.item() == pytest.approx(expected(case, log_p, log_q)[0], rel=1e-5)
+    assert value.item() == pytest.approx(expected(case, log_p, log_q)[0], rel=1e-5, abs=1e-8)
     if value.isfinite():
         gradients = torch.autograd.grad(value.sum(), (student, teacher))
         for gradient, tensor in zip(gradients, (student, teacher), strict=True):
