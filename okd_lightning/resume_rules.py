@@ -47,8 +47,10 @@ BY_CONTENT = (
     "data.samples_per_prompt",
     "data.seed",
     "trainer.accumulate_grad_batches",
+    "model.normalization",
 )
-"""Options that the loader refuses where they change which prompts an optimizer step has."""
+"""Options that are refused where they change which prompts an optimizer step has (by the loader),
+or the divisor of rows that the student samples (by the module)."""
 
 
 def verdict(option: str) -> Verdict:

@@ -81,7 +81,7 @@ def fit(root, make_module, terminal, width, method, killer=None, ckpt_path=None,
         enable_progress_bar=True,
         accumulate_grad_batches=2,
         num_sanity_val_steps=0,
-        **{"max_epochs": -1, "max_steps": 8, "val_check_interval": 8, **settings},
+        **{"max_epochs": -1, "max_steps": 8, "val_check_interval": 4, **settings},
     )
     data = RolloutDataModule(
         tiny.make_rows(16), tiny.make_rows(5, seed=2), seed=7, val_rollouts=4, **CHUNKS
