@@ -122,9 +122,12 @@ def resume_run(folder: Path, step: int, row: Mapping[str, float] | None = None) 
     require_writable(folder, "--trainer.default_root_dir")
     for place in (folder, folder / "checkpoints"):
         remove_leftovers(place)
-    files = [folder / name for name in (CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE)]
-    contents = {path.name: path.read_bytes() for path in files if path.is_file()}
-    (folder / "tensorboard" / "hparams.yaml").unlink(missing_ok=True)  # written once by its logger
+    hparams = folder / "tensorboard" / "hparams.yaml"
+    files = [hparams, *(folder / name for name in (CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE))]
+    contents = {
+        str(path.relative_to(folder)): path.read_bytes() for path in files if path.is_file()
+    }
+    hparams.unlink(missing_ok=True)  # its logger writes it only where there is none
     _cut_metrics(folder / METRICS_FILE, step, row)
     _cut_rollouts(folder / ROLLOUTS_FILE, step)
     kept = frozenset(name for name in _RUN_ENTRIES if (folder / name).exists())
