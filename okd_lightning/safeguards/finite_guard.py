@@ -45,8 +45,8 @@ class FiniteGuard(Callback):
             broken += str(float(norm if is_gradient else loss))
             raise NonFiniteError(
                 f"{broken} at step {trainer.global_step} (losses: {shown or 'unknown'}); the "
-                f"weights {_state_of_weights(trainer, pl_module)}. Lower the learning rate, or use a "
-                "divergence that is finite where the teacher gives a token no mass"
+                f"weights {_state_of_weights(trainer, pl_module)}. Lower the learning rate, or use "
+                "a divergence that is finite where the teacher gives a token no mass"
             )
         pl_module.log("train/grad_norm", norm, batch_size=1)
 
