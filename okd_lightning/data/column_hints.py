@@ -71,6 +71,12 @@ class Cells:
         """Columns of messages."""
         return [name for name, cell in self.samples.items() if is_chat(cell)]
 
+    def lists(self) -> list[str]:
+        """Columns of lists that are no chats (LIMA's texts in turn, Axolotl's segments)."""
+        return [
+            n for n, cell in self.samples.items() if isinstance(cell, list) and not is_chat(cell)
+        ]
+
     def find(self, role: Role, wanted: str | None, among: Sequence[str]) -> str | None:
         """The column that seems to be meant: of nearly the name wanted, or of a well-known one."""
         passed_over = _SYSTEM if role == "prompt" else ()
@@ -119,6 +125,8 @@ def hint_for_rows(cells: Cells, columns: Columns, *, needs_response: bool) -> st
         return _pair_option(cells, prompt, columns.response, needs_response=needs_response)
     if {"chosen", "rejected"} <= set(cells.texts()):
         return "--data.prompt_column null --data.response_column chosen"
+    if len(cells.chats()) == 1:
+        return messages_option(cells.chats()[0], cells, columns)
     is_open = needs_response and not has_response
     return "--data.prompt_column NAME" + " --data.response_column NAME" * is_open
 
