@@ -113,11 +113,13 @@ def hint_for_rows(cells: Cells, columns: Columns, *, needs_response: bool) -> st
         Options with their values; NAME where no column seems to be the one.
     """
     chat = cells.find("messages", columns.messages, cells.chats())
+    prompt = cells.find("prompt", columns.prompt, cells.texts() or cells.chats())
+    if chat is None and prompt is None and len(cells.chats()) == 1:
+        chat = cells.chats()[0]
     if chat is not None:
         return messages_option(chat, cells, columns)
     if columns.prompt is None:
         return "--data.messages_column NAME"
-    prompt = cells.find("prompt", columns.prompt, cells.texts() or cells.chats())
     has_response = columns.response in cells.samples
     if prompt is not None and has_response:
         return prompt_option(cells, prompt)
@@ -125,8 +127,6 @@ def hint_for_rows(cells: Cells, columns: Columns, *, needs_response: bool) -> st
         return _pair_option(cells, prompt, columns.response, needs_response=needs_response)
     if {"chosen", "rejected"} <= set(cells.texts()):
         return "--data.prompt_column null --data.response_column chosen"
-    if len(cells.chats()) == 1:
-        return messages_option(cells.chats()[0], cells, columns)
     is_open = needs_response and not has_response
     return "--data.prompt_column NAME" + " --data.response_column NAME" * is_open
 
