@@ -1,14 +1,36 @@
-"""How Lightning's messages reach people: beside a progress bar, and not at all in between runs."""
+"""How messages reach people: Lightning's beside a progress bar, and text of data on a terminal."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+from okd_lightning.printable import printable
+
 _LOGGERS = ("lightning.pytorch", "lightning.fabric")
+
+
+class PrintableConsole(Console):
+    """A console on which nothing that is printed can steer the terminal.
+
+    What rich itself makes (colours, cursor moves) is in a segment's style and control codes; its
+    text is what was given.
+    """
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """The segments of ``renderable``, their text as ``printable`` leaves it."""
+        for segment in super().render(renderable, options):
+            text = segment.text
+            is_plain = segment.control is not None or text.isprintable()
+            yield segment if is_plain else segment._replace(text=printable(text, keep="\n"))
 
 
 class _CurrentStderr(logging.StreamHandler[TextIO]):
@@ -21,6 +43,10 @@ class _CurrentStderr(logging.StreamHandler[TextIO]):
     def stream(self) -> TextIO:  # type: ignore[override]
         """Wherever standard error goes now."""
         return sys.stderr
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message, without what would steer the terminal."""
+        return printable(super().format(record), keep="\n\t")
 
 
 def follow_stderr() -> None:

@@ -86,6 +86,25 @@ class EngineSource(ABC):
             eos_ids: Ids that end a response.
         """
 
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Refuse, before training, sampling that the engine does not do; by default nothing.
+
+        Raises:
+            ConfigError: Naming what it does.
+        """
+        del sampling
+
+    def check_length(self, num_tokens: int) -> None:
+        """Refuse, before training, what the engine has no room for; by default nothing.
+
+        Args:
+            num_tokens: The longest prompt with response.
+
+        Raises:
+            ConfigError: Naming both lengths.
+        """
+        del num_tokens
+
 
 class Writer(Protocol):
     """Who a RolloutLoader asks for responses: the module, which knows both models' engines."""

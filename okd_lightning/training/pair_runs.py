@@ -192,6 +192,19 @@ class PairRuns(FrozenPartsModule):
         if self.self_teacher is None and self.teacher_source is not None:
             teacher = load_model_config(self.teacher_source, "--model.teacher", size)
         check_lengths(student, teacher, num_tokens, teacher_tokens or num_tokens)
+        if self.engine is not None:
+            self.engine.check_length(num_tokens)
+        if isinstance(self.cache_in_use, ServedTeacher):
+            self.cache_in_use.check_length(teacher_tokens or num_tokens)
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Refuse, before training, sampling that the student's engine does not do.
+
+        Raises:
+            ConfigError: Naming what it does.
+        """
+        if self.engine is not None:
+            self.engine.check_sampling(sampling)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids, without special tokens."""

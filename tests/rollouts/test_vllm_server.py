@@ -260,12 +260,6 @@ def test_a_server_that_cannot_be_updated(fake, student, make_engine):
     assert not fake.bodies("/v1/completions")
 
 
-def test_a_server_of_another_architecture(fake, make_engine):
-    wide = tiny.make_llama(1, intermediate_size=64)
-    with pytest.raises(ServerError, match=r"size mismatch.*could not take the student's weights"):
-        make_engine(wide).generate(prompts(1), Sampling(), NOISE, 2)
-
-
 def test_weights_that_have_not_arrived(fake, student, make_engine):
     """The name is right and the weights are not."""
     fake.loads_weights = False
