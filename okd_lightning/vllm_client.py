@@ -48,6 +48,7 @@ class ServerInfo:
         logprobs_mode: Such as "processed_logprobs".
         quantization: Such as "fp8".
         max_logprobs: Most log-probabilities a token.
+        device: Where it computes, such as "cuda" or "cpu".
         model_config: The served model's config.json.
     """
 
@@ -55,6 +56,7 @@ class ServerInfo:
     logprobs_mode: str | None = None
     quantization: str | None = None
     max_logprobs: int | None = None
+    device: str | None = None
     model_config: Mapping[str, Any] | None = None
 
 
@@ -135,11 +137,13 @@ class VLLMClient:
             return ServerInfo()
         model = config.member("model_config")
         dtype = model.optional("dtype", str)
+        device = config.optional("device_config", dict) or {}
         return ServerInfo(
             dtype=None if dtype is None else dtype.removeprefix("torch."),
             logprobs_mode=model.optional("logprobs_mode", str),
             quantization=model.optional("quantization", str),
             max_logprobs=model.optional("max_logprobs", int),
+            device=AnswerPart(device, answer.at).optional("device_type", str),
             model_config=_config_of(model.value.get("hf_config")),
         )
 

@@ -44,6 +44,7 @@ class FakeVLLM:
         self.max_model_len = 4096
         self.describes_itself = True  # /server_info
         self.quantization: str | None = None
+        self.device = "cuda"
         self.is_wrecked = False  # has no weights
         self.is_dead = False
         self.url = ""
@@ -58,7 +59,8 @@ class FakeVLLM:
         """What was posted to a path."""
         return [body for asked, body in self.requests if asked == path]
 
-    def handle(self, path: str, body: Any) -> tuple[int, Any]:
+    def handle(self, target: str, body: Any) -> tuple[int, Any]:
+        path = target.partition("?")[0]  # what is answered does not depend on the rest
         with self._lock:
             self.requests.append((path, body))
         plain = {
@@ -91,7 +93,9 @@ class FakeVLLM:
             "quantization": self.quantization,
             "hf_config": f"{type(config).__name__} {config.to_json_string(use_diff=False)}",
         }
-        return {"vllm_config": {"model_config": model}, "vllm_env": {}, "system_env": {}}
+        device = {"device": self.device, "device_type": self.device}
+        config = {"model_config": model, "device_config": device}
+        return {"vllm_config": config, "vllm_env": {}, "system_env": {}}
 
     def _set_version(self, body: Any) -> tuple[int, Any]:
         self.version = body["new_version"]
@@ -236,10 +240,10 @@ def _handler(engine: FakeVLLM) -> type[BaseHTTPRequestHandler]:
                 return
             if fault == "slow":
                 time.sleep(engine.slow_seconds)
-            status, answer = engine.handle(path, body)
+            status, answer = engine.handle(self.path, body)
             if fault.isdigit():
                 status, answer = int(fault), {"error": {"message": "EngineDeadError"}}
-            content = json.dumps(answer).encode()
+            content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
             try:
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")

@@ -16,9 +16,10 @@ from okd_lightning.bounded_files import read_json_object
 from okd_lightning.errors import ServerError
 from okd_lightning.vllm_client import ServedModel, ServerInfo
 
+_TIED = "tie_word_embeddings"
 _SHAPE = (
     *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "intermediate_size", "tie_word_embeddings"),
+    *("num_key_value_heads", "head_dim", "intermediate_size", _TIED),
 )
 """Settings of config.json that decide which weights there are."""
 
@@ -61,6 +62,21 @@ def check_served_student(
         )
 
 
+def is_served_untied(info: ServerInfo) -> bool:
+    """Whether the served model has a head of its own."""
+    return (info.model_config or {}).get(_TIED) is False
+
+
+def keeps_old_head(info: ServerInfo) -> bool:
+    """Whether new weights do not reach the head of the served model.
+
+    vLLM on CPUs (0.32) computes the head with a packed copy of its weights, and renews the copies
+    of those layers alone whose own weights it loads: a head that shares the embedding's table is
+    none of them.
+    """
+    return info.device == "cpu" and not is_served_untied(info)
+
+
 def _config_at(root: str | None, where: str) -> Mapping[str, Any] | None:
     """The served model's config.json, where its folder is on this machine too."""
     if root is None or "\0" in root:
@@ -79,6 +95,8 @@ def _difference(student: PretrainedConfig, found: Mapping[str, Any]) -> str | No
     inner = found.get("text_config")
     other = {**found, **(inner if isinstance(inner, Mapping) else {})}
     other["model_type"] = found.get("model_type")
+    if other.get(_TIED) is False:  # a table written twice serves a model that shares it
+        own.pop(_TIED, None)
     for name in _SHAPE:
         given = other.get(name)
         if given is not None and own.get(name) is not None and given != own[name]:
