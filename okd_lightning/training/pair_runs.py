@@ -5,6 +5,7 @@ Does not build them: that is ``pair_module``.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -57,19 +58,19 @@ class PairRuns(FrozenPartsModule):
     _has_online_module: bool
 
     @property
+    @abstractmethod
     def student_source(self) -> ModelSource:
         """What the student is loaded from."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def teacher_source(self) -> ModelSource | None:
         """What the teacher is loaded from; None without one."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def cache_in_use(self) -> CachedTeacher | ServedTeacher | None:
         """What stands for the teacher, if anything does."""
-        raise NotImplementedError
 
     def as_base_teacher(self) -> AbstractContextManager[None]:
         """Within it the teacher is the base one, without its online module."""
