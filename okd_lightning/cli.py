@@ -51,7 +51,7 @@ from okd_lightning.errors import (
     UsageError,
 )
 from okd_lightning.given_options import layers
-from okd_lightning.lightning_messages import follow_stderr
+from okd_lightning.lightning_messages import keep_messages_printable
 from okd_lightning.module import DistillationModule
 from okd_lightning.printable import one_line, printable
 from okd_lightning.quickstart.command import (
@@ -312,7 +312,7 @@ def quiet_libraries() -> None:
     )
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    follow_stderr()
+    keep_messages_printable()
     warnings.formatwarning = _format_warning
 
 

@@ -44,9 +44,18 @@ class _CurrentStderr(logging.StreamHandler[TextIO]):
         """Wherever standard error goes now."""
         return sys.stderr
 
-    def format(self, record: logging.LogRecord) -> str:
-        """The message, without what would steer the terminal."""
-        return printable(super().format(record), keep="\n\t")
+
+def _make_printable(record: logging.LogRecord) -> bool:
+    """A filter that passes every message on, without what would steer the terminal."""
+    record.msg, record.args = printable(record.getMessage(), keep="\n\t"), ()
+    return True
+
+
+def keep_messages_printable() -> None:
+    """Have no message of Lightning's loggers, which are ours too, steer the terminal."""
+    for name in ("lightning", *_LOGGERS):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(_make_printable)
 
 
 def follow_stderr() -> None:
@@ -60,6 +69,7 @@ def follow_stderr() -> None:
         for handler in [h for h in logger.handlers if type(h) is logging.StreamHandler]:
             logger.removeHandler(handler)
             logger.addHandler(_CurrentStderr())
+    keep_messages_printable()
 
 
 @contextmanager

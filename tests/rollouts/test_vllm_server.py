@@ -193,6 +193,7 @@ def test_adapters_are_merged_for_the_server_alone(fake, student, make_engine):
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT's
 def test_a_shared_table_cannot_be_adapted(make_engine, fake):
+    fake.model = fake.answers_with = tiny.make_llama(9, tie_word_embeddings=True)
     tied = tiny.make_llama(1, tie_word_embeddings=True)
     add_adapter(tied, LoraConfig(r=2, target_modules=["lm_head"]), "test")
     with pytest.raises(ConfigError, match="shares one table between embedding and head"):
