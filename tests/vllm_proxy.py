@@ -10,6 +10,7 @@ import json
 import threading
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 _SECONDS = 120.0
@@ -56,3 +57,16 @@ def ask(url: str, target: str, body: Any = None) -> tuple[int, bytes]:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
+
+
+def restore(url: str, folder: Path) -> None:
+    """Have a real server sample from the weights in ``folder``, as at its start."""
+    body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+    name = {"new_version": "default"}
+    for path, sent in (
+        ("/collective_rpc", body),
+        ("/reset_prefix_cache", {}),
+        ("/update_weight_version", name),
+    ):
+        status, content = ask(url, path, sent)
+        assert status == 200, (path, content)

@@ -17,7 +17,7 @@ import tiny
 import torch
 from fake_vllm_server import FakeVLLM, serving
 from served_models import STUDENT, TEACHER
-from vllm_proxy import ask
+from vllm_proxy import ask, restore
 
 from okd_lightning.callbacks import GKD
 from okd_lightning.models import Vocabulary
@@ -75,12 +75,6 @@ def teacher_pair(vllm_servers):
     fake.root = str(vllm_servers.model_folder(TEACHER))
     with serving(fake):
         yield fake, vllm_servers.url(TEACHER)
-
-
-def restore(url: str, folder: Any) -> None:
-    body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-    assert ask(url, "/collective_rpc", body)[0] == 200
-    assert ask(url, "/reset_prefix_cache", {})[0] == 200
 
 
 def read(content: bytes) -> Any:
