@@ -98,7 +98,7 @@ def enumerate_truth(student: PreTrainedModel, teacher: PreTrainedModel) -> Truth
         for power in (1, 2):
             moments[power - 1] += float(ends.sum().detach()) * length**power
         logprobs = (logprobs[:, None] + log_p[:, going]).flatten()
-        prefixes = [prefix + [token] for prefix in prefixes for token in going]
+        prefixes = [[*prefix, token] for prefix in prefixes for token in going]
     named = dict(student.named_parameters())
     found = []
     for objective in objectives:
