@@ -37,7 +37,7 @@ from okd_lightning.cli_arguments import (
     read_comments_as_text,
 )
 from okd_lightning.cli_callbacks import check_callbacks
-from okd_lightning.cli_errors import instantiate, one_line, parse, readable_constructors
+from okd_lightning.cli_errors import instantiate, parse, readable_constructors
 from okd_lightning.config_paths import expand_home
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.data.sources import describe_source
@@ -51,7 +51,9 @@ from okd_lightning.errors import (
     UsageError,
 )
 from okd_lightning.given_options import layers
+from okd_lightning.lightning_messages import keep_messages_printable
 from okd_lightning.module import DistillationModule
+from okd_lightning.printable import one_line, printable
 from okd_lightning.quickstart.command import (
     quickstart_command,
     quickstart_parser,
@@ -310,6 +312,7 @@ def quiet_libraries() -> None:
     )
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    keep_messages_printable()
     warnings.formatwarning = _format_warning
 
 
@@ -318,8 +321,9 @@ def _format_warning(
 ) -> str:
     """Our own warnings without the place in our source that gave them."""
     if Path(__file__).parent in Path(filename).parents:
-        return f"okd-lightning: warning: {message}\n"
-    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
+        return f"okd-lightning: warning: {one_line(str(message))}\n"
+    text = printable(str(message), keep="\n")
+    return f"{filename}:{lineno}: {category.__name__}: {text}\n"
 
 
 Command: TypeAlias = Callable[[list[str], bool], int]
@@ -364,9 +368,9 @@ def _failed(error: Exception) -> int:
         return _stopped_together(error)
     if isinstance(error, _KNOWN):
         advice = _OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else ""
-        print(f"okd-lightning: {one_line(error)}{advice}", file=sys.stderr)
+        print(f"okd-lightning: {one_line(str(error))}{advice}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    unexpected = f"unexpected {type(error).__name__}: {one_line(error)} (--debug shows where)"
+    unexpected = f"unexpected {type(error).__name__}: {one_line(str(error))} (--debug shows where)"
     print(f"okd-lightning: {as_lost_rank(error) or unexpected}", file=sys.stderr)
     return 1
 
@@ -374,7 +378,7 @@ def _failed(error: Exception) -> int:
 def _stopped_together(error: Exception) -> int:
     """Say on one rank what all of them know."""
     if getattr(rank_zero_only, "rank", 0) == 0:
-        print(f"okd-lightning: {one_line(error)}", file=sys.stderr)
+        print(f"okd-lightning: {one_line(str(error))}", file=sys.stderr)
     return _TERMINATED if isinstance(error, PreemptedError) else 1
 
 

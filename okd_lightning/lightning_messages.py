@@ -1,14 +1,36 @@
-"""How Lightning's messages reach people: beside a progress bar, and not at all in between runs."""
+"""How messages reach people: Lightning's beside a progress bar, and text of data on a terminal."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+from okd_lightning.printable import printable
+
 _LOGGERS = ("lightning.pytorch", "lightning.fabric")
+
+
+class PrintableConsole(Console):
+    """A console on which nothing that is printed can steer the terminal.
+
+    What rich itself makes (colours, cursor moves) is in a segment's style and control codes; its
+    text is what was given.
+    """
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """The segments of ``renderable``, their text as ``printable`` leaves it."""
+        for segment in super().render(renderable, options):
+            text = segment.text
+            is_plain = segment.control is not None or text.isprintable()
+            yield segment if is_plain else segment._replace(text=printable(text, keep="\n"))
 
 
 class _CurrentStderr(logging.StreamHandler[TextIO]):
@@ -23,6 +45,19 @@ class _CurrentStderr(logging.StreamHandler[TextIO]):
         return sys.stderr
 
 
+def _make_printable(record: logging.LogRecord) -> bool:
+    """A filter that passes every message on, without what would steer the terminal."""
+    record.msg, record.args = printable(record.getMessage(), keep="\n\t"), ()
+    return True
+
+
+def keep_messages_printable() -> None:
+    """Have no message of Lightning's loggers, which are ours too, steer the terminal."""
+    for name in ("lightning", *_LOGGERS):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(_make_printable)
+
+
 def follow_stderr() -> None:
     """Have Lightning's messages go to ``sys.stderr`` as it is when they are written.
 
@@ -34,6 +69,7 @@ def follow_stderr() -> None:
         for handler in [h for h in logger.handlers if type(h) is logging.StreamHandler]:
             logger.removeHandler(handler)
             logger.addHandler(_CurrentStderr())
+    keep_messages_printable()
 
 
 @contextmanager
