@@ -6,7 +6,6 @@ expected. What the numbers are used for belongs to the engine and to the served 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,7 +48,6 @@ class ServerInfo:
         quantization: Such as "fp8".
         max_logprobs: Most log-probabilities a token.
         device: Where it computes, such as "cuda" or "cpu".
-        model_config: The served model's config.json.
     """
 
     dtype: str | None = None
@@ -57,7 +55,6 @@ class ServerInfo:
     quantization: str | None = None
     max_logprobs: int | None = None
     device: str | None = None
-    model_config: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -143,8 +140,7 @@ class VLLMClient:
             logprobs_mode=model.optional("logprobs_mode", str),
             quantization=model.optional("quantization", str),
             max_logprobs=model.optional("max_logprobs", int),
-            device=AnswerPart(device, answer.at).optional("device_type", str),
-            model_config=_config_of(model.value.get("hf_config")),
+            device=AnswerPart(device, answer.at).optional("device", str),
         )
 
     def complete(self, request: Mapping[str, Any]) -> Completion:
@@ -230,16 +226,6 @@ class VLLMClient:
         if answer.value is None:  # an empty one
             return True
         return answer.optional("success", bool) is not False
-
-
-def _config_of(value: Any) -> Mapping[str, Any] | None:
-    """A config.json, as an object or as transformers writes a config: its class, then JSON."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value[value.find("{") :])
-        except (ValueError, RecursionError):  # another form of text, which says nothing
-            return None
-    return value if isinstance(value, dict) else None
 
 
 def _served_model(entry: AnswerPart) -> ServedModel:

@@ -26,8 +26,25 @@ _SHAPE = (
 _PROCESSED = "processed_logprobs"
 
 
+def served_config(served: ServedModel, where: str) -> Mapping[str, Any] | None:
+    """The served model's config.json, where its folder is on this machine too.
+
+    vLLM (0.32) says of its model where it is, and not of what shape.
+    """
+    if served.root is None or "\0" in served.root:
+        return None
+    path = Path(served.root) / "config.json"
+    if not path.is_file():
+        return None
+    return read_json_object(path, ServerError, f"{where}, config of the served model, {path}")
+
+
 def check_served_student(
-    student: PretrainedConfig, served: ServedModel, info: ServerInfo, where: str
+    student: PretrainedConfig,
+    served: ServedModel,
+    found: Mapping[str, Any] | None,
+    info: ServerInfo,
+    where: str,
 ) -> None:
     """Refuse a server whose model is not the student's, or that says other log-probabilities.
 
@@ -36,6 +53,7 @@ def check_served_student(
     Args:
         student: The student's config.
         served: From ``/v1/models``.
+        found: The served model's config.json; None where it is not known.
         info: From ``/server_info``.
         where: The engine, for messages.
 
@@ -52,7 +70,6 @@ def check_served_student(
             f"{where} serves weights quantised by {info.quantization}, and the student's are not; "
             "start it without --quantization, on the student's own folder"
         )
-    found = info.model_config or _config_at(served.root, where)
     difference = None if found is None else _difference(student, found)
     if difference is not None:
         raise ServerError(
@@ -62,29 +79,19 @@ def check_served_student(
         )
 
 
-def is_served_untied(info: ServerInfo) -> bool:
-    """Whether the served model has a head of its own."""
-    return (info.model_config or {}).get(_TIED) is False
+def is_untied(found: Mapping[str, Any] | None) -> bool:
+    """Whether the served model is known to have a head of its own."""
+    return found is not None and found.get(_TIED) is False
 
 
-def keeps_old_head(info: ServerInfo) -> bool:
-    """Whether new weights do not reach the head of the served model.
+def keeps_old_head(found: Mapping[str, Any] | None, info: ServerInfo) -> bool:
+    """Whether the head of a served model that shares its table would not get new weights.
 
     vLLM on CPUs (0.32) computes the head with a packed copy of its weights, and renews the copies
     of those layers alone whose own weights it loads: a head that shares the embedding's table is
     none of them.
     """
-    return info.device == "cpu" and not is_served_untied(info)
-
-
-def _config_at(root: str | None, where: str) -> Mapping[str, Any] | None:
-    """The served model's config.json, where its folder is on this machine too."""
-    if root is None or "\0" in root:
-        return None
-    path = Path(root) / "config.json"
-    if not path.is_file():
-        return None
-    return read_json_object(path, ServerError, f"{where}, config of the served model, {path}")
+    return info.device == "cpu" and not is_untied(found)
 
 
 def _difference(student: PretrainedConfig, found: Mapping[str, Any]) -> str | None:

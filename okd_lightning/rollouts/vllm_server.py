@@ -33,8 +33,9 @@ from okd_lightning.rollouts.engine_probe import EngineGaps, Probe
 from okd_lightning.rollouts.sampling import Sampling
 from okd_lightning.rollouts.served_student import (
     check_served_student,
-    is_served_untied,
+    is_untied,
     keeps_old_head,
+    served_config,
 )
 from okd_lightning.rollouts.vllm_requests import (
     HostedEngine,
@@ -174,11 +175,12 @@ class VLLMServer(EngineSource):
     def _update(self, model: PreTrainedModel, label: str, folder: Path) -> None:
         served = self._client.read_served()  # anew: the server may have been restarted
         self._info = self._client.info()
-        check_served_student(model.config, served, self._info, self.name)
-        if shares_table(model) and keeps_old_head(self._info):
+        config = served_config(served, self.name)
+        check_served_student(model.config, served, config, self._info, self.name)
+        if shares_table(model) and keeps_old_head(config, self._info):
             raise self._without_head(model, folder, served)
         self._name(_UPDATING)  # what fails halfway is not taken for what was there before
-        handed = write_weights(model, folder / label, is_untied=is_served_untied(self._info))
+        handed = write_weights(model, folder / label, is_untied=is_untied(config))
         try:
             self._client.reload(str(handed), self.update_seconds)
         except ServerError as error:

@@ -3,7 +3,7 @@
 Frozen here: every request that the engine and the served teacher send to the fake gets from a real
 server the same status and every key that the fake gives, with values of the same kinds, the same
 log-probs of prompts and the same greedy tokens; what the fake refuses, the real one refuses with
-the same status; weights that cannot be loaded leave a server that only others save.
+the same status; after weights that are not there, a server's own weights bring it back.
 """
 
 from __future__ import annotations
@@ -158,13 +158,14 @@ REFUSED = {
     "seed of 64 bits": {"seed": 2**63},
     "id out of the vocabulary": {"prompt": [3, 900]},
     "prompt as long as the context": {"prompt": [3] * served_models.LENGTH},
+    "more tokens than the context has": {"max_tokens": served_models.LENGTH + 1},
     "more log-probs than allowed": {"prompt_logprobs": 41},
     "another model": {"model": "nobody"},
 }
 TAKEN = {
     "the largest seed": {"seed": 2**63 - 1},
     "the least temperature": {"temperature": 0.001, "logprobs": 0},
-    "more tokens than there is room for": {"max_tokens": 90, "ignore_eos": True},
+    "more tokens than there is room for": {"max_tokens": served_models.LENGTH, "ignore_eos": True},
     "a bias for ids without a token": {"logit_bias": {"20": -100.0}, "logprobs": 0},
 }
 
@@ -175,7 +176,7 @@ def test_requests_at_the_limits(name, student_pair, teacher_pair):
     body = {"model": fake.name, **PLAIN, **(REFUSED.get(name) or TAKEN[name])}
     own, real = check_same(fake, url, "/v1/completions", body)
     assert ("choices" in real) == (name in TAKEN)
-    if "max_tokens" in TAKEN.get(name, {}):
+    if name == "more tokens than there is room for":
         lengths = [len(answer["choices"][0]["token_ids"]) for answer in (own, real)]
         reasons = [answer["choices"][0]["finish_reason"] for answer in (own, real)]
         assert lengths == [served_models.LENGTH - 2] * 2
@@ -187,19 +188,19 @@ def test_unknown_paths_and_no_model(student_pair):
     check_same(fake, url, "/nothing_here", None)
 
 
-def test_weights_that_cannot_be_loaded(student_pair, tmp_path):
-    """The transfer fails on both, and their own weights bring both back."""
+def test_weights_that_are_not_there(student_pair, tmp_path):
+    """The transfer fails on both, and their own weights bring both back.
+
+    After weights of other sizes vLLM 0.32 takes some of them and fails on others, and then refuses
+    its own as well: it has to be restarted, so that such weights are not sent here.
+    """
     fake, url = student_pair
-    served_models.make_student(1, intermediate_size=64).save_pretrained(tmp_path / "other")
-    body = {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path / "other")}}
-    before = check_same(
-        fake, url, "/v1/completions", {"model": fake.name, **PLAIN, "temperature": 0}
-    )
+    greedy = {"model": fake.name, **PLAIN, "temperature": 0}
+    before = check_same(fake, url, "/v1/completions", greedy)
+    body = {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path / "nothing")}}
     check_same(fake, url, "/collective_rpc", body)
     for one in (fake.url, url):
         restore(one, fake.root)
-    after = check_same(
-        fake, url, "/v1/completions", {"model": fake.name, **PLAIN, "temperature": 0}
-    )
+    after = check_same(fake, url, "/v1/completions", greedy)
     tokens = [answer["choices"][0]["token_ids"] for answer in (*before, *after)]
     assert tokens == [tokens[0]] * 4

@@ -45,6 +45,7 @@ def serve(tmp_path):
 
     def start(model, device):
         fake = Keeping(model)
+        model.save_pretrained(tmp_path / "own")
         fake.device, fake.root = device, str(tmp_path / "own")
         fake.handed = handed
         return serving(fake)
