@@ -30,15 +30,11 @@ from okd_lightning.callbacks.monitors import MONITORS
 from okd_lightning.callbacks.progress_bar import RunProgressBar
 from okd_lightning.checkpoints.files import read_checkpoint
 from okd_lightning.checkpoints.folders import settled
-from okd_lightning.cli_arguments import (
-    chosen_options,
-    config_of,
-    prepare,
-    read_comments_as_text,
-)
+from okd_lightning.cli_arguments import chosen_options, prepare, read_comments_as_text
 from okd_lightning.cli_callbacks import check_callbacks
 from okd_lightning.cli_errors import instantiate, one_line, parse, readable_constructors
 from okd_lightning.config_paths import expand_home
+from okd_lightning.config_trust import add_trust_flag
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.data.sources import describe_source
 from okd_lightning.durable_files import write_whole
@@ -68,6 +64,7 @@ from okd_lightning.run_folder import (
     start_run,
 )
 from okd_lightning.safeguards.idle_options import option_defaults
+from okd_lightning.saved_config import config_of, flag_needed, run_folder_of
 from okd_lightning.settled_options import settle_rates
 
 _TRAINER_DEFAULTS = {
@@ -143,6 +140,7 @@ class DistillationCLI(LightningCLI):
         parser.add_lightning_class_args(
             DistillationCallback, "method", subclass_mode=True, required=False
         )
+        add_trust_flag(parser)
         parser.usage = "okd-lightning COMMAND [--config FILE|NAME] [--SECTION.OPTION VALUE ...]"
         parser._action_groups = sorted(parser._action_groups, key=_help_order)
 
@@ -209,7 +207,9 @@ class DistillationCLI(LightningCLI):
         configured += [kind() for kind in self.monitors if not _has(configured, kind)]
         check_callbacks(configured)
         self.model.chosen_options = self._chosen
-        self.model.run_config = yaml.safe_dump(self.resolved_config(), sort_keys=False)
+        resolved = self.resolved_config()
+        self.model.run_config = yaml.safe_dump(resolved, sort_keys=False)
+        self.model.resume_flag = flag_needed(resolved)
         self.model.started_in = str(Path.cwd())
         return self.trainer_class(**{**config, **kwargs, "callbacks": configured})
 
@@ -270,6 +270,9 @@ class DistillationCLI(LightningCLI):
         folder = Path(self.trainer.default_root_dir)
         last = folder / "checkpoints" / "last.ckpt"
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or last
+        shown = f"{best}{self.model.resume_flag}"
+        is_here = run_folder_of(str(best)).resolve() == folder.resolve()
+        place = "" if is_here else f" --trainer.default_root_dir {folder}"
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info(
                 "trainer.fast_dev_run: every part of the run works; nothing was logged or kept"
@@ -277,8 +280,8 @@ class DistillationCLI(LightningCLI):
         elif settled(Path(best)).exists():
             rank_zero_info(
                 f"run folder: {folder}\n"
-                f"measure: okd-lightning test --ckpt_path {best}\n"
-                f"export:  okd-lightning export --ckpt_path {best} --out student"
+                f"measure: okd-lightning test --ckpt_path {shown}{place}\n"
+                f"export:  okd-lightning export --ckpt_path {shown} --out student"
             )
         else:
             rank_zero_info(f"run folder: {folder}; no checkpoint was written, nothing to export")

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from okd_lightning.checkpoints.folders import is_checkpoint_folder, read_rest, read_weights, settled
+from okd_lightning.checkpoints.folders import (
+    is_checkpoint_folder,
+    read_rest,
+    read_weights,
+    require_sound,
+    settled,
+)
 from okd_lightning.errors import CheckpointError
 
 
@@ -21,7 +27,7 @@ def read_checkpoint(path: str, with_weights: bool = False) -> dict[str, Any]:
         with_weights: Put the weights of a folder together as well; a file always has them.
 
     Raises:
-        CheckpointError: It is not there, broken, or of another program.
+        CheckpointError: It is not there, broken, damaged, or of another program.
     """
     file = settled(Path(path).expanduser())
     if is_checkpoint_folder(file):
@@ -29,6 +35,7 @@ def read_checkpoint(path: str, with_weights: bool = False) -> dict[str, Any]:
         return {**read_rest(file), **weights}
     if not file.is_file():
         raise CheckpointError(f"--ckpt_path {path!r}: there is no such file{_nearby(file)}")
+    require_sound(file, path)
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
