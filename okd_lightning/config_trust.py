@@ -113,7 +113,6 @@ class _Walk:
     def __init__(self, given: frozenset[str], options: frozenset[str]) -> None:
         self.given = given
         self.options = options
-        self._above: list[int] = []
 
     def section(self, name: str, value: Any) -> Iterator[ForeignPart]:
         first, _, rest = name.partition(".")
@@ -132,20 +131,15 @@ class _Walk:
         if isinstance(value, str):
             yield from self._text(option, value, kind)
             value = _loaded(value)
-        if not isinstance(value, Mapping | list):
-            return
-        if id(value) in self._above:
-            yield ForeignPart(option, "itself", "a loop that no run writes")
-            return
-        self._above.append(id(value))
         if isinstance(value, list):
             for entry in value:
                 yield from self.value(option, entry, kind)
-        elif any(str(key).partition(".")[0] == _CLASS for key in value):
-            yield from self._object(option, value)
-        else:
-            yield from self._entries(option, value, parameter_types(kind))
-        self._above.pop()
+        elif isinstance(value, Mapping):
+            is_object = any(str(key).partition(".")[0] == _CLASS for key in value)
+            if is_object:
+                yield from self._object(option, value)
+            else:
+                yield from self._entries(option, value, parameter_types(kind))
 
     def _entries(
         self, option: str, entries: Mapping[str, Any], kinds: Mapping[str, Any] | None
@@ -203,6 +197,16 @@ class _Walk:
             yield ForeignPart(option, text, "code to import, or a file to read as a config")
 
 
+def has_loop(value: Any, above: tuple[int, ...] = ()) -> bool:
+    """Whether settings contain themselves, which YAML can say."""
+    if id(value) in above:
+        return True
+    if not isinstance(value, Mapping | list):
+        return False
+    within = value.values() if isinstance(value, Mapping) else value
+    return any(has_loop(entry, (*above, id(value))) for entry in within)
+
+
 def _is_harmless(text: str) -> bool:
     """Whether a text in the place of an object is neither a path of code nor a config's."""
     if all(part.isidentifier() for part in text.split(".")) and "." in text:
@@ -222,9 +226,10 @@ def _loaded(text: str) -> Any:
     if not any(mark in text for mark in ":[-"):
         return None
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+        loaded = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
         return None
+    return None if has_loop(loaded) else loaded
 
 
 def _text(value: Any) -> str:

@@ -51,6 +51,7 @@ from okd_lightning.training.arguments import (
     restored_arguments,
     stored_arguments,
 )
+from okd_lightning.training.kept_checkpoints import settle_kept
 from okd_lightning.training.opening import open_run
 from okd_lightning.training.optimized_module import Optimization, OptimizedModule
 from okd_lightning.training.run_settings import one_line, run_settings
@@ -349,6 +350,8 @@ class DistillationModule(OptimizedModule):
             CheckpointError: Another method's, model's or optimizer's checkpoint.
         """
         self._rng_to_restore = check_state(self, checkpoint)
+        if self._trainer is not None:
+            settle_kept(self._trainer, checkpoint)
         if self.terms:
             self.resume_optimizer(checkpoint)
         self._loaded_step = checkpoint["global_step"]

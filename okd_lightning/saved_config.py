@@ -15,7 +15,7 @@ import yaml
 from okd_lightning.checkpoints.files import read_checkpoint
 from okd_lightning.checkpoints.signature import can_sign, is_own_run
 from okd_lightning.config_paths import relocate, user_path
-from okd_lightning.config_trust import FLAG, foreign_parts, texts_in
+from okd_lightning.config_trust import FLAG, foreign_parts, has_loop, texts_in
 from okd_lightning.errors import CheckpointError
 from okd_lightning.given_options import flattened, layers, options_of, parsed
 from okd_lightning.importable_classes import allowed_class, class_here
@@ -101,14 +101,16 @@ def _read(path: str, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         config = yaml.safe_load(text) if isinstance(text, str) else None
+        is_config = isinstance(config, dict) and not has_loop(config)
     except (yaml.YAMLError, ValueError, RecursionError):
-        config = None
+        is_config = False
     started_in = own.get("started_in")
-    if not isinstance(config, dict) or not isinstance(started_in, str | None):
+    if not is_config or not isinstance(started_in, str | None):
         raise CheckpointError(
             f"--ckpt_path {path!r}: what it holds as its config is none; no run wrote it: take "
             "another checkpoint"
         )
+    assert isinstance(config, dict)
     return config
 
 

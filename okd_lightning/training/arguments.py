@@ -175,7 +175,7 @@ def _tokenizer_of(files: Mapping[str, str]) -> PreTrainedTokenizerBase:
             path = Path(folder, name).resolve()
             if Path(folder).resolve() not in path.parents:
                 raise CheckpointError(
-                    f"the checkpoint's tokenizer has a file {name!r} outside of its own folder, which "
+                    f"the checkpoint's tokenizer has a file {name!r}, not in its own folder, which "
                     "no run writes; give load_from_checkpoint(path, tokenizer=FOLDER)"
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
