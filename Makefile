@@ -6,7 +6,7 @@ TEST_WORKERS ?= 2
 SHELL := /bin/bash
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: install quickstart test test-portable test-newest test-oldest soak lint docs teacher clean
+.PHONY: install quickstart test test-portable test-newest test-oldest golden soak lint docs teacher clean
 
 install: $(INSTALLED)
 
@@ -57,6 +57,9 @@ test-oldest:  ## the lower bounds of pyproject.toml, but for torch; old releases
 	.venv-oldest/bin/pip install --quiet $(TORCH)
 	.venv-oldest/bin/pip install --quiet -c .venv-oldest/constraints.txt -e . $(TEST_TOOLS) $(TORCH)
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -W default -n $(TEST_WORKERS) --dist loadfile $(VERSIONED)
+
+golden: install  ## write this platform's golden runs anew, on purpose only
+	OKD_GOLDEN=write OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/golden
 
 soak: install  ## kill runs with SIGKILL and compare them with runs left alone (about ten minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills 20

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import lightning
 import torch
-import transformers
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
@@ -32,7 +29,7 @@ from okd_lightning.checkpoints.files import read_checkpoint
 from okd_lightning.checkpoints.folders import settled
 from okd_lightning.cli_arguments import chosen_options, prepare, read_comments_as_text
 from okd_lightning.cli_callbacks import check_callbacks
-from okd_lightning.cli_errors import instantiate, one_line, parse, readable_constructors
+from okd_lightning.cli_errors import instantiate, parse, readable_constructors
 from okd_lightning.config_paths import expand_home
 from okd_lightning.config_trust import add_trust_flag
 from okd_lightning.data import RolloutDataModule
@@ -47,7 +44,9 @@ from okd_lightning.errors import (
     UsageError,
 )
 from okd_lightning.given_options import layers
+from okd_lightning.lightning_messages import quiet_libraries
 from okd_lightning.module import DistillationModule
+from okd_lightning.printable import one_line
 from okd_lightning.quickstart.command import (
     quickstart_command,
     quickstart_parser,
@@ -77,19 +76,6 @@ _TRAINER_DEFAULTS = {
 }
 
 _STEPS_BETWEEN_CHECKPOINTS = 100
-
-_EXPECTED_WARNINGS = (
-    r"Found \d+ module\(s\) in eval mode",  # the teacher: it stays in eval mode on purpose
-    r".*isinstance\(treespec, LeafSpec\).*",  # Lightning's own use of torch's pytree
-    r".*does not have many workers.*",  # rollouts and tokenized rows need no worker processes
-    r"Checkpoint directory .* exists and is not empty",  # a resumed run's own
-    r".*`ModelCheckpoint\(monitor=.*could not find the monitored key.*",  # before any validation
-    r".*`loftq_config` specified but will be ignored.*",  # PEFT's own default, spelt out
-    r".*`is_gradient_checkpointing` is deprecated.*",  # PEFT's use of transformers
-    r"(?s).*JsonargparseDeprecationWarning",  # Lightning's use of jsonargparse ...
-    r"(?s).*instantiate_classes.*deprecated",  # ... in instantiate_classes
-    r"(?s).*skip_none parameter was deprecated",  # ours, for versions that know no skip_unset
-)
 
 _OUT_OF_MEMORY = (
     "; lower --data.batch_size (with --data.global_batch_size the steps stay the same) or "
@@ -304,27 +290,6 @@ class DistillationCLI(LightningCLI):
                 print(f"{name:<{width}}  {value:.6g}")
 
 
-def quiet_libraries() -> None:
-    """Switch off what the libraries print that a user of ours can do nothing about."""
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage()
-    )
-    for message in _EXPECTED_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
-    warnings.formatwarning = _format_warning
-
-
-def _format_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None
-) -> str:
-    """Our own warnings without the place in our source that gave them."""
-    if Path(__file__).parent in Path(filename).parents:
-        return f"okd-lightning: warning: {message}\n"
-    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
-
-
 Command: TypeAlias = Callable[[list[str], bool], int]
 """A command of its own: from the words behind its name, and --debug, to the exit status."""
 
@@ -367,9 +332,9 @@ def _failed(error: Exception) -> int:
         return _stopped_together(error)
     if isinstance(error, _KNOWN):
         advice = _OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else ""
-        print(f"okd-lightning: {one_line(error)}{advice}", file=sys.stderr)
+        print(f"okd-lightning: {one_line(str(error))}{advice}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    unexpected = f"unexpected {type(error).__name__}: {one_line(error)} (--debug shows where)"
+    unexpected = f"unexpected {type(error).__name__}: {one_line(str(error))} (--debug shows where)"
     print(f"okd-lightning: {as_lost_rank(error) or unexpected}", file=sys.stderr)
     return 1
 
@@ -377,7 +342,7 @@ def _failed(error: Exception) -> int:
 def _stopped_together(error: Exception) -> int:
     """Say on one rank what all of them know."""
     if getattr(rank_zero_only, "rank", 0) == 0:
-        print(f"okd-lightning: {one_line(error)}", file=sys.stderr)
+        print(f"okd-lightning: {one_line(str(error))}", file=sys.stderr)
     return _TERMINATED if isinstance(error, PreemptedError) else 1
 
 

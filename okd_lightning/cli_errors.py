@@ -21,6 +21,7 @@ import jsonargparse
 from okd_lightning.callbacks import DistillationCallback
 from okd_lightning.errors import ConfigError, OKDLightningError, UsageError
 from okd_lightning.foreign_options import hint_for
+from okd_lightning.printable import one_line
 
 _MISSING = re.compile(r"the following arguments are required: (.+)")
 _UNKNOWN = re.compile(r"unrecognized arguments: (.+)", re.IGNORECASE)
@@ -148,7 +149,7 @@ def readable(error: Exception, options: Sequence[str] = ()) -> str:
             return f"unknown setting {key!r} in the configuration; {foreign}"
         hint = _did_you_mean(key, [option.removeprefix("--") for option in options])
         return f"unknown setting {key!r} in the configuration{hint or '; --help lists all'}"
-    return _explain(_worth_saying(list(_complaints(text)))) or one_line(error)
+    return _explain(_worth_saying(list(_complaints(text)))) or one_line(str(error))
 
 
 def _what_is_missing(text: str) -> str | None:
@@ -159,11 +160,6 @@ def _what_is_missing(text: str) -> str | None:
             prefix = f"{complaint.option}." if complaint.keys else "--"
             return " and ".join(prefix + _bare(name.strip()) for name in found.group(1).split(","))
     return None
-
-
-def one_line(error: Exception) -> str:
-    """A message that is readable already, without its line breaks."""
-    return " ".join(str(error).split())
 
 
 def subclass_names(base: type, within: str = "") -> list[str]:

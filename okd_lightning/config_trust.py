@@ -18,6 +18,7 @@ from typing import Any
 import lightning
 import yaml
 
+from okd_lightning.bounded_files import load_yaml
 from okd_lightning.config_paths import user_path
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.importable_classes import (
@@ -197,16 +198,6 @@ class _Walk:
             yield ForeignPart(option, text, "code to import, or a file to read as a config")
 
 
-def has_loop(value: Any, above: tuple[int, ...] = ()) -> bool:
-    """Whether settings contain themselves, which YAML can say."""
-    if id(value) in above:
-        return True
-    if not isinstance(value, Mapping | list):
-        return False
-    within = value.values() if isinstance(value, Mapping) else value
-    return any(has_loop(entry, (*above, id(value))) for entry in within)
-
-
 def _is_harmless(text: str) -> bool:
     """Whether a text in the place of an object is neither a path of code nor a config's."""
     if all(part.isidentifier() for part in text.split(".")) and "." in text:
@@ -226,10 +217,9 @@ def _loaded(text: str) -> Any:
     if not any(mark in text for mark in ":[-"):
         return None
     try:
-        loaded = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        return load_yaml(text)
+    except yaml.YAMLError:
         return None
-    return None if has_loop(loaded) else loaded
 
 
 def _text(value: Any) -> str:

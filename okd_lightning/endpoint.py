@@ -1,57 +1,76 @@
-"""Requests to a JSON server over HTTP: time limits, repeats with back-off, and one line of error.
+"""Requests to a JSON server over HTTP: limits of time and size, retries, one line of error.
 
-Owns the transport alone; what is asked and what an answer means belongs to the caller.
+Owns the transport alone; what is asked and what an answer means is in ``vllm_client``. The standard
+library's client is used because it does what is needed and nothing more: it follows no redirects,
+takes no proxy or password from the environment, and hands over its socket, which a timer shuts down
+at the deadline. (The timeouts of urllib and requests hold for one read: an answer that arrives byte
+by byte never reaches them.)
 """
 
 from __future__ import annotations
 
 import http.client
 import json
+import os
+import socket
+import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from urllib.parse import SplitResult, urlsplit
 
 from okd_lightning.errors import ConfigError, ServerError, ServerTimeoutError
+from okd_lightning.printable import one_line
 
 _FIRST_PAUSE_SECONDS = 0.25
 _LONGEST_PAUSE_SECONDS = 8.0
+_FIRST_CONTACT_RETRIES = 5
+"""Of a server that has not answered yet, 8 seconds in all: its address may be wrong."""
+
 _BUSY = (429, 502, 503, 504)
+_REDIRECTS = range(300, 400)
 _SHOWN = 300
+_LONGEST_SECONDS = 1e6
+"""Sockets take no more than 24 days."""
+
+_PIECE = 1 << 16
+SMALL = 8 << 20
+"""Bytes that an answer has at most where its request does not say otherwise."""
 
 Answer = TypeVar("Answer")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Endpoint:
-    """A server, and how much patience to have with it.
+    """A server, and how long to wait for it.
 
     Args:
-        url: Such as http://localhost:8000, without a path.
+        url: Such as http://localhost:8000, without user name, password, ? or #.
         option: How the user named it, for messages.
-        timeout_seconds: Longest wait for one answer.
+        timeout_seconds: Longest wait for one whole answer.
         num_retries: How often a request is repeated where the connection failed or the server was
-            busy; the pauses between double, from a quarter of a second to eight.
+            busy, once it has answered; the pauses between double, from a quarter of a second to
+            eight. At most five times before the first answer.
+        token_variable: Environment variable whose value is sent as the Authorization header: whole
+            where it has a blank ("Basic ..."), else as a bearer token.
 
     Raises:
-        ConfigError: Not an http address, or a number out of its range.
+        ConfigError: Not an http address, one with a password, or a number out of its range.
     """
 
     url: str
     option: str
     timeout_seconds: float = 600.0
-    num_retries: int = 5
+    num_retries: int = 12
+    token_variable: str = "OKD_SERVER_TOKEN"
+    _has_answered: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise ConfigError(
-                f"{self.option}: {self.url!r} is no address; expected one like "
-                "http://localhost:8000"
-            )
-        object.__setattr__(self, "url", self.url.rstrip("/").removesuffix("/v1"))
+        _check_address(self.url, self.option, self.token_variable)
+        self.url = self.url.rstrip("/").removesuffix("/v1")
         if not self.timeout_seconds > 0:
             raise ConfigError(
                 f"{self.option}: timeout_seconds must be above 0, got {self.timeout_seconds}"
@@ -61,72 +80,143 @@ class Endpoint:
                 f"{self.option}: num_retries must be at least 0, got {self.num_retries}"
             )
 
-    def get(self, path: str) -> Any:
+    def get(self, path: str, max_bytes: int = SMALL) -> Any:
         """The answer to a GET; see ``post``."""
-        return self._ask(path, None)
+        return self._ask(path, None, None, max_bytes)
 
-    def post(self, path: str, body: Any, timeout_seconds: float | None = None) -> Any:
+    def post(
+        self,
+        path: str,
+        body: Any,
+        timeout_seconds: float | None = None,
+        max_bytes: int = SMALL,
+    ) -> Any:
         """The answer to a POST, from JSON; None for an empty one.
 
         Args:
             path: Such as /v1/completions.
             body: What becomes JSON.
             timeout_seconds: For this request alone.
+            max_bytes: Longest answer.
 
         Raises:
-            ServerTimeoutError: No answer in time.
-            ServerError: No connection after all repeats, a status that is not 2xx, or no JSON.
+            ServerTimeoutError: No whole answer in time.
+            ServerError: No connection after all retries, a status that is not 2xx, an answer that
+                is longer than ``max_bytes`` or not JSON.
         """
-        return self._ask(path, json.dumps(body).encode(), timeout_seconds)
+        return self._ask(path, json.dumps(body).encode(), timeout_seconds, max_bytes)
 
-    def _ask(self, path: str, body: bytes | None, timeout_seconds: float | None = None) -> Any:
-        pause, problem = _FIRST_PAUSE_SECONDS, ""
-        for attempt in range(self.num_retries + 1):
-            if attempt:
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+    def at(self, path: str) -> str:
+        """The option and the address of ``path``, for messages."""
+        return f"{self.option}: {self.url}{path}"
+
+    def _ask(
+        self, path: str, body: bytes | None, timeout_seconds: float | None, max_bytes: int
+    ) -> Any:
+        pause, problem, attempt = _FIRST_PAUSE_SECONDS, "", 0
+        while True:
             try:
-                return self._once(path, body, timeout_seconds or self.timeout_seconds)
+                return self._once(path, body, timeout_seconds or self.timeout_seconds, max_bytes)
             except _PassingError as error:
                 problem = str(error)
+            attempt += 1
+            if attempt > self.num_retries:
+                break
+            if attempt > _FIRST_CONTACT_RETRIES and not self._has_answered:
+                break
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
         raise ServerError(
-            f"{self.option}: {self.url}{path} cannot be reached ({problem}), tried "
-            f"{self.num_retries + 1} times; check that the server runs and that this is its address"
+            f"{self.at(path)} cannot be reached ({problem}), tried {attempt} times; check that the "
+            "server runs and that this is its address"
         )
 
-    def _once(self, path: str, body: bytes | None, timeout_seconds: float) -> Any:
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.url + path, data=body, headers=headers)
+    def _once(self, path: str, body: bytes | None, seconds: float, max_bytes: int) -> Any:
+        status, content = self._exchange(path, body, seconds, max_bytes)
+        if status in _BUSY:
+            raise _PassingError(f"status {status}")
+        self._has_answered = True
+        if not 200 <= status < 300:
+            raise self._refusal(path, status, content)
         try:
-            with urllib.request.urlopen(request, timeout=timeout_seconds) as answer:
-                content = answer.read()
-        except urllib.error.HTTPError as error:
-            raise self._refusal(path, error) from error
-        except (TimeoutError, urllib.error.URLError, OSError, http.client.HTTPException) as error:
-            reason = error.reason if isinstance(error, urllib.error.URLError) else error
-            if isinstance(reason, TimeoutError):
-                raise ServerTimeoutError(
-                    f"{self.option}: {self.url}{path} has not answered within "
-                    f"{timeout_seconds:g} seconds; look at the server's log, and where it is only "
-                    "slow, raise timeout_seconds or lower concurrency"
-                ) from error
-            raise _PassingError(str(reason) or type(reason).__name__) from error
-        try:
-            return json.loads(content) if content else None
-        except ValueError as error:
+            return json.loads(content, parse_constant=_no_constant) if content else None
+        except (ValueError, RecursionError) as error:
             raise ServerError(
-                f"{self.option}: {self.url}{path} answers with something that is no JSON: "
+                f"{self.at(path)} answers with something that is not JSON: "
                 f"{content[:_SHOWN]!r}; is this an OpenAI-compatible vLLM server?"
             ) from error
 
-    def _refusal(self, path: str, error: urllib.error.HTTPError) -> Exception:
-        text = error.read().decode(errors="replace")[:_SHOWN]
-        if error.code in _BUSY:
-            return _PassingError(f"status {error.code}")
+    def _exchange(
+        self, path: str, body: bytes | None, seconds: float, max_bytes: int
+    ) -> tuple[int, bytes]:
+        """The status and the body of one answer."""
+        address, seconds = urlsplit(self.url + path), min(seconds, _LONGEST_SECONDS)
+        connection, late = _connection(address, seconds), threading.Event()
+        timer: threading.Timer | None = None
+        start = time.monotonic()
+        try:
+            connection.connect()
+            left = max(seconds - (time.monotonic() - start), 1e-3)
+            timer = threading.Timer(left, _shut_down, [connection.sock, late])
+            timer.daemon = True
+            timer.start()
+            target = address.path + (f"?{address.query}" if address.query else "")
+            connection.request("GET" if body is None else "POST", target, body, self._headers())
+            with connection.getresponse() as answer:
+                content = self._content(answer, path, max_bytes)
+            if late.is_set():  # an answer without a length ends where the connection does
+                raise TimeoutError
+            return answer.status, content
+        except ServerError:  # it is an OSError too
+            raise
+        except (OSError, http.client.HTTPException) as error:
+            if late.is_set() or isinstance(error, TimeoutError):
+                raise ServerTimeoutError(
+                    f"{self.at(path)} has not answered within {seconds:g} seconds; look at the "
+                    "server's log, and where it is only slow, raise timeout_seconds or lower "
+                    "concurrency"
+                ) from error
+            raise _PassingError(one_line(str(error), _SHOWN) or type(error).__name__) from error
+        finally:
+            if timer is not None:
+                timer.cancel()
+            connection.close()
+
+    def _content(self, answer: http.client.HTTPResponse, path: str, max_bytes: int) -> bytes:
+        pieces, size = [], 0
+        while piece := answer.read(_PIECE):
+            pieces.append(piece)
+            size += len(piece)
+            if size > max_bytes:
+                raise ServerError(
+                    f"{self.at(path)} answers with more than {max_bytes:,} bytes, which no answer "
+                    "to this request has; is this an OpenAI-compatible vLLM server?"
+                )
+        if answer.length:  # the connection ended before what was announced had come
+            raise http.client.IncompleteRead(b"", answer.length)
+        return b"".join(pieces)
+
+    def _headers(self) -> dict[str, str]:
+        headers = {"Content-Type": "application/json", "Connection": "close"}
+        token = os.environ.get(self.token_variable, "").strip()
+        if token:
+            if not (token.isascii() and token.isprintable()):
+                raise ConfigError(
+                    f"{self.option}: the environment variable {self.token_variable} holds "
+                    "characters that no Authorization header has; set it to the token alone"
+                )
+            headers["Authorization"] = token if " " in token else f"Bearer {token}"
+        return headers
+
+    def _refusal(self, path: str, status: int, content: bytes) -> ServerError:
+        text = one_line(content[:_SHOWN].decode(errors="replace"))
+        advice = "look at the server's log"
+        if status in _REDIRECTS:
+            advice = "redirects are not followed: give the address that answers itself"
+        elif status in (401, 403):
+            advice = f"it wants a token: set the environment variable {self.token_variable}"
         return ServerStatusError(
-            error.code,
-            f"{self.option}: {self.url}{path} answers with status {error.code}: {text}; look at "
-            "the server's log",
+            status, f"{self.at(path)} answers with status {status}: {text}; {advice}"
         )
 
 
@@ -144,6 +234,49 @@ class ServerStatusError(ServerError):
 
 class _PassingError(Exception):
     """What may be gone at the next attempt."""
+
+
+def _check_address(url: str, option: str, token_variable: str) -> None:
+    """Refuse what is not the address of a server; the message never repeats a password."""
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname)
+        is_address = is_address and (parts.port is None or parts.port > 0) and url.isascii()
+        has_secret = "@" in parts.netloc or "@" in url.partition("://")[2].partition("/")[0]
+    except ValueError:  # brackets or a port that are none
+        is_address, has_secret = False, "@" in url
+    if has_secret:
+        raise ConfigError(
+            f"{option}: the address holds a user name or password, which would be printed and "
+            f"saved with the run; leave them out and set the environment variable {token_variable} "
+            'to a token or to "Basic ...", which is sent as the Authorization header'
+        )
+    if not (is_address and url.isprintable()) or " " in url:
+        raise ConfigError(
+            f"{option}: {url!r} is no address; expected one like http://localhost:8000"
+        )
+    if "?" in url or "#" in url:
+        raise ConfigError(
+            f"{option}: the address has a ? or #, and only scheme, host, port and path are used; "
+            f"a token belongs into the environment variable {token_variable}"
+        )
+
+
+def _connection(address: SplitResult, seconds: float) -> http.client.HTTPConnection:
+    kind = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
+    return kind(str(address.hostname), address.port, timeout=seconds)
+
+
+def _shut_down(sock: socket.socket, late: threading.Event) -> None:
+    """End whatever waits for ``sock``, in another thread."""
+    late.set()
+    with suppress(OSError):  # it has ended by itself
+        # not TLS's own shutdown, which waits for the other side
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
 
 
 def in_parallel(

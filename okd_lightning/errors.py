@@ -7,9 +7,18 @@ where, and what to do; the command line prints it as one line and exits with a n
 
 from __future__ import annotations
 
+from okd_lightning.printable import one_line
+
 
 class OKDLightningError(Exception):
-    """Base of all errors that this library raises on purpose."""
+    """Base of all errors that this library raises on purpose.
+
+    Its text is one line without control characters, whatever the message quotes from data.
+    """
+
+    def __str__(self) -> str:
+        """The message, as it may be written to a terminal."""
+        return one_line(super().__str__())
 
 
 class ConfigError(OKDLightningError, ValueError):

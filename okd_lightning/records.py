@@ -127,6 +127,8 @@ class Rollout:
         tool_use: One a row where tools could be called, else ().
         num_row_steps: Rows of all forward passes that the writing took; 0 where the engine does
             not say.
+        engine_gap: Mean difference (nats) between the engine's log-probabilities of a few responses
+            and the student's own; None where the student itself generates.
     """
 
     response_ids: tuple[tuple[int, ...], ...]
@@ -135,6 +137,7 @@ class Rollout:
     masks: tuple[tuple[bool, ...], ...] = ()
     tool_use: tuple[ToolUse, ...] = ()
     num_row_steps: int = 0
+    engine_gap: float | None = None
 
     def __len__(self) -> int:
         return len(self.response_ids)

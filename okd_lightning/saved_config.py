@@ -12,10 +12,11 @@ from typing import Any
 
 import yaml
 
+from okd_lightning.bounded_files import load_yaml
 from okd_lightning.checkpoints.files import read_checkpoint
 from okd_lightning.checkpoints.signature import can_sign, is_own_run
 from okd_lightning.config_paths import relocate, user_path
-from okd_lightning.config_trust import FLAG, foreign_parts, has_loop, texts_in
+from okd_lightning.config_trust import FLAG, foreign_parts, texts_in
 from okd_lightning.errors import CheckpointError
 from okd_lightning.given_options import flattened, layers, options_of, parsed
 from okd_lightning.importable_classes import allowed_class, class_here
@@ -100,17 +101,15 @@ def _read(path: str, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        config = yaml.safe_load(text) if isinstance(text, str) else None
-        is_config = isinstance(config, dict) and not has_loop(config)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        is_config = False
+        config = load_yaml(text) if isinstance(text, str) else None
+    except yaml.YAMLError:
+        config = None
     started_in = own.get("started_in")
-    if not is_config or not isinstance(started_in, str | None):
+    if not isinstance(config, dict) or not isinstance(started_in, str | None):
         raise CheckpointError(
             f"--ckpt_path {path!r}: what it holds as its config is none; no run wrote it: take "
             "another checkpoint"
         )
-    assert isinstance(config, dict)
     return config
 
 

@@ -3,6 +3,11 @@
 It samples from a transformers model with processed log-probs, gives ``prompt_logprobs``, loads
 weights from a folder, and has a prefix cache of sorts: after new weights it goes on to answer from
 the old ones until the cache is reset. ``faults`` are what can go wrong, one request each.
+
+As vLLM 0.32 it drops its weights before it reads new ones: after weights that do not fit it answers
+every request but a completion, and the first completion ends it, unless others were loaded before.
+Responses that have no room are cut; temperatures above 2, seeds beyond 2^63 - 1 and ids without a
+row are a 400; log-probabilities below -9999 are -9999.
 """
 
 from __future__ import annotations
@@ -34,6 +39,13 @@ class FakeVLLM:
         self.stops_at: list[int] = []  # of the server's own defaults
         self.has_dev_mode = True
         self.loads_weights = True
+        self.stay_old: tuple[str, ...] = ()  # names of weights that a reload does not reach
+        self.root: str | None = None
+        self.max_model_len = 4096
+        self.describes_itself = True  # /server_info
+        self.quantization: str | None = None
+        self.is_wrecked = False  # has no weights
+        self.is_dead = False
         self.url = ""
         self.faults: list[str] = []  # "drop", "slow", "500", "503": taken by one request each
         self.slow_seconds = 1.0
@@ -50,7 +62,7 @@ class FakeVLLM:
         with self._lock:
             self.requests.append((path, body))
         plain = {
-            "/v1/models": lambda: (200, {"data": [{"id": self.name}]}),
+            "/v1/models": lambda: (200, {"object": "list", "data": [self._card()]}),
             "/v1/completions": lambda: self._complete(body),
             "/tokenize": lambda: self._tokenize(body),
         }
@@ -60,8 +72,26 @@ class FakeVLLM:
             "/collective_rpc": lambda: self._rpc(body),
             "/reset_prefix_cache": self._reset,
         }
+        if self.describes_itself:
+            dev["/server_info"] = lambda: (200, self._description())
         known = plain | (dev if self.has_dev_mode else {})
         return known[path]() if path in known else (404, {"detail": "Not Found"})
+
+    def _card(self) -> dict[str, Any]:
+        return {"id": self.name, "root": self.root, "max_model_len": self.max_model_len}
+
+    def _description(self) -> dict[str, Any]:
+        config = self.model.config
+        model = {
+            "model": self.root,
+            "dtype": str(self.model.dtype),
+            "logprobs_mode": self.logprobs_mode,
+            "max_logprobs": self.max_logprobs,
+            "max_model_len": self.max_model_len,
+            "quantization": self.quantization,
+            "hf_config": f"{type(config).__name__} {config.to_json_string(use_diff=False)}",
+        }
+        return {"vllm_config": {"model_config": model}, "vllm_env": {}, "system_env": {}}
 
     def _set_version(self, body: Any) -> tuple[int, Any]:
         self.version = body["new_version"]
@@ -70,16 +100,28 @@ class FakeVLLM:
     def _rpc(self, body: Any) -> tuple[int, Any]:
         assert body["method"] == "reload_weights"
         folder = Path(body["kwargs"]["weights_path"])
+        self.is_wrecked = True
         if not folder.is_dir():
             return 500, {"error": f"no such folder: {folder}"}
         loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
         expected = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
         if expected != {name: tensor.shape for name, tensor in loaded.state_dict().items()}:
             return 500, {"error": "size mismatch"}
+        old = self.model.state_dict()
+        if self.stay_old:  # an untied copy: what is stale belongs to one of its parts alone
+            loaded = self._with_stale_parts(loaded, old)
         if self.loads_weights:
             self.model = loaded
+        self.is_wrecked = False
         self.num_reloads += 1
         return 200, {"results": [None]}
+
+    def _with_stale_parts(self, loaded: PreTrainedModel, old: dict[str, Any]) -> PreTrainedModel:
+        table = loaded.get_input_embeddings().weight
+        loaded.lm_head.weight = torch.nn.Parameter(table.detach().clone())
+        for name in self.stay_old:
+            loaded.get_parameter(name).data.copy_(old[name])
+        return loaded
 
     def _reset(self) -> tuple[int, Any]:
         self.answers_with = self.model
@@ -92,13 +134,20 @@ class FakeVLLM:
 
     @torch.no_grad()
     def _complete(self, body: Any) -> tuple[int, Any]:
+        if self.is_wrecked:
+            self.is_dead = True
+            return 500, {"error": {"message": "EngineCore encountered an issue"}}
+        refusal = self._refusal(body)
+        if refusal:
+            return 400, {"error": {"message": refusal}}
         if body["model"] != self.name:
             return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
         if (body.get("prompt_logprobs") or 0) > self.max_logprobs:
             return 400, {"error": {"message": "Requested prompt logprobs exceed --max-logprobs"}}
         ids, written, logprobs, reason = list(body["prompt"]), [], [], "length"
         generator = torch.Generator().manual_seed(body.get("seed", 0) % 2**63)
-        for _ in range(body["max_tokens"]):
+        room = self.max_model_len - len(body["prompt"])
+        for _ in range(min(body["max_tokens"], room)):
             raw = self.answers_with(torch.tensor([ids])).logits[0, -1].double()
             token, logprob = self._draw(raw, body, generator)
             ids.append(token)
@@ -123,6 +172,16 @@ class FakeVLLM:
         self.after_completion()
         return 200, {"model": self.name, "choices": [choice]}
 
+    def _refusal(self, body: Any) -> str:
+        if len(body["prompt"]) >= self.max_model_len:
+            return f"This model's maximum context length is {self.max_model_len} tokens"
+        if body.get("temperature", 1.0) > 2 or body.get("seed", 0) > 2**63 - 1:
+            return "temperature or seed out of range"
+        table = self.answers_with.config.vocab_size if hasattr(self.answers_with, "config") else 0
+        if table and max(body["prompt"]) >= table:
+            return f"Token id {max(body['prompt'])} is out of vocabulary"
+        return ""
+
     def _draw(self, raw, body, generator) -> tuple[int, float]:
         logits = raw.clone()
         for token, bias in (body.get("logit_bias") or {}).items():
@@ -130,7 +189,7 @@ class FakeVLLM:
         if body["temperature"] == 0:
             token = int(logits.argmax())
             return token, float(logits.log_softmax(-1)[token])
-        logits = logits / body["temperature"]
+        logits = logits / max(body["temperature"], 0.01)
         if body.get("top_k"):
             floor = logits.topk(body["top_k"]).values[-1]
             logits[logits < floor] = -torch.inf
@@ -153,7 +212,11 @@ class FakeVLLM:
             ids = [*row.topk(min(k, len(row))).indices.tolist(), token]
             found.append(
                 {
-                    str(i): {"logprob": float(row[i]), "rank": int((row > row[i]).sum()) + 1}
+                    str(i): {
+                        "logprob": max(float(row[i]), -9999.0),
+                        "rank": int((row > row[i]).sum()) + 1,
+                        "decoded_token": f"t{i}",
+                    }
                     for i in reversed(ids)  # the order says nothing
                 }
             )
@@ -168,7 +231,7 @@ def _handler(engine: FakeVLLM) -> type[BaseHTTPRequestHandler]:
         def _answer(self, body: Any) -> None:
             path = self.path.partition("?")[0]
             fault = engine.faults.pop(0) if engine.faults and path == "/v1/completions" else ""
-            if fault == "drop":
+            if fault == "drop" or engine.is_dead:
                 self.connection.close()
                 return
             if fault == "slow":

@@ -140,7 +140,7 @@ def run(root, folder, devices, method="GKD", callbacks=(), ckpt_path=None, max_s
         strategy="ddp" if devices > 1 else "auto",
         max_steps=max_steps,
         max_epochs=-1,
-        val_check_interval=6 if devices > 1 else 12,
+        val_check_interval=3,
         check_val_every_n_epoch=None,
     )
     data = RolloutDataModule(

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from okd_lightning.printable import printable
+
 _MARKUP = "&<>|`*_[]\\~#"
 
 
@@ -78,8 +80,8 @@ def samples_markdown(samples: Sequence[Sample]) -> str:
 
 
 def _cut(text: str, console: Console, width: int, num_lines: int) -> Text:
-    """On few lines; white space is one blank, and what would steer the terminal is a mark."""
-    readable = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in _blanks(text))
+    """On few lines; white space is one blank, and what would steer the terminal is escaped."""
+    readable = printable(_blanks(text))
     lines = Text(readable or "(nothing)", style="" if readable else "dim").wrap(console, width)
     kept = list(lines[:num_lines])
     if len(lines) > num_lines:

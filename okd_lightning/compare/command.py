@@ -11,7 +11,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from okd_lightning.cli_arguments import ENDS, OF_ONE_RUN, load_config, take_flag
-from okd_lightning.cli_errors import one_line
 from okd_lightning.compare.budget import Budget
 from okd_lightning.compare.entries import own_method, read_entries
 from okd_lightning.compare.folder import ComparisonFolder, Plan, RunFolder
@@ -19,7 +18,8 @@ from okd_lightning.compare.runs import check_entry, check_shared, run_one
 from okd_lightning.config_paths import user_path
 from okd_lightning.config_trust import add_trust_flag
 from okd_lightning.errors import UsageError
-from okd_lightning.lightning_messages import only_warnings
+from okd_lightning.lightning_messages import PrintableConsole, only_warnings
+from okd_lightning.printable import one_line
 from okd_lightning.reports import (
     comparison_table,
     cost_table,
@@ -87,8 +87,8 @@ def compare_command(arguments: Sequence[str], debug: bool = False) -> int:
         is_trusted, words = take_flag(arguments)
         own, options = parser.parse_known_args(words)
     except argparse.ArgumentError as error:
-        raise UsageError(one_line(error)) from error
-    console = Console(
+        raise UsageError(one_line(str(error))) from error
+    console = PrintableConsole(
         file=sys.stdout, quiet=getattr(rank_zero_only, "rank", 0) != 0, highlight=False
     )
     plan = _plan(own, options, console)
@@ -141,8 +141,8 @@ class Comparison:
         except Exception as error:
             if self.debug:
                 raise
-            run.fail(f"{type(error).__name__}: {one_line(error)}")
-            self.console.print(f"[red]failed[/red]: {one_line(error)}", markup=True)
+            run.fail(f"{type(error).__name__}: {one_line(str(error))}")
+            self.console.print(f"[red]failed[/red]: {one_line(str(error))}", markup=True)
 
     @rank_zero_only
     def _write(self) -> None:

@@ -71,6 +71,12 @@ class Cells:
         """Columns of messages."""
         return [name for name, cell in self.samples.items() if is_chat(cell)]
 
+    def lists(self) -> list[str]:
+        """Columns of lists that are no chats (LIMA's texts in turn, Axolotl's segments)."""
+        return [
+            n for n, cell in self.samples.items() if isinstance(cell, list) and not is_chat(cell)
+        ]
+
     def find(self, role: Role, wanted: str | None, among: Sequence[str]) -> str | None:
         """The column that seems to be meant: of nearly the name wanted, or of a well-known one."""
         passed_over = _SYSTEM if role == "prompt" else ()
@@ -107,11 +113,13 @@ def hint_for_rows(cells: Cells, columns: Columns, *, needs_response: bool) -> st
         Options with their values; NAME where no column seems to be the one.
     """
     chat = cells.find("messages", columns.messages, cells.chats())
+    prompt = cells.find("prompt", columns.prompt, cells.texts() or cells.chats())
+    if chat is None and prompt is None and len(cells.chats()) == 1:
+        chat = cells.chats()[0]
     if chat is not None:
         return messages_option(chat, cells, columns)
     if columns.prompt is None:
         return "--data.messages_column NAME"
-    prompt = cells.find("prompt", columns.prompt, cells.texts() or cells.chats())
     has_response = columns.response in cells.samples
     if prompt is not None and has_response:
         return prompt_option(cells, prompt)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term
 from okd_lightning.models import SelfTeacher, Vocabulary
-from okd_lightning.rollouts import Writer
+from okd_lightning.rollouts import Sampling, Writer
 from okd_lightning.rollouts.tool_rollouts import ToolRounds
 
 
@@ -36,6 +36,9 @@ class DistilledModule(Writer, Protocol):
 
     def check_lengths(self, num_tokens: int, teacher_tokens: int | None = None) -> None:
         """Refuse sequences that the models were not made for."""
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Refuse sampling that the student's engine does not do."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids."""

@@ -27,6 +27,10 @@ Layout: TypeAlias = Literal["text", "chat"]
 _MESSAGE_OF_A_TREE = {"parent_id", "role", "text"}
 """Columns of OpenAssistant's trees, whose rows are no conversations."""
 
+_A_CHAT = (
+    '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+)
+
 
 def with_chat_prompts(rows: Sequence[RawRow], columns: Columns) -> Columns:
     """Columns that read prompts which are messages (TRL's conversational rows) as chats."""
@@ -66,10 +70,14 @@ def _no_prompt(
     if set(cells.samples) >= _MESSAGE_OF_A_TREE:
         return DataError(
             f"{where}: each row is one message of a conversation; found: {quoted(cells.samples)}; "
-            "join every conversation into one row with messages "
-            '[{"role": "user", "content": "..."}, ...]'
+            f"join every conversation into one row, {_A_CHAT}"
         )
     options = hint_for_rows(cells, columns, needs_response=needs_response)
+    if "NAME" in options and (lists := cells.lists()):
+        return DataError(
+            f"{where}: no column {missing}; found: {quoted(cells.samples)}; {quoted(lists)} "
+            f"hold{'s' * (len(lists) == 1)} a list that is no chat: turn each row into {_A_CHAT}"
+        )
     return DataError(
         f"{where}: no column {missing}; found: {quoted(cells.samples)}{_unused(cells, options)}; "
         f"use {options}"

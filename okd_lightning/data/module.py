@@ -220,6 +220,7 @@ class RolloutDataModule(lightning.LightningDataModule):
         Raises:
             OKDLightningError: What the loaders would raise later.
         """
+        self._module.check_sampling(self.sampling)
         if stage == "fit" and self.sources["train"] is not None:
             self._train_examples()
         part = {"fit": "val", "validate": "val"}.get(stage, stage)

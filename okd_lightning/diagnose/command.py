@@ -14,7 +14,6 @@ from rich.console import Console
 
 from okd_lightning.cli import DistillationCLI
 from okd_lightning.cli_arguments import prepare, shared_options
-from okd_lightning.cli_errors import one_line
 from okd_lightning.config_paths import user_path
 from okd_lightning.diagnose.examination import Examination
 from okd_lightning.diagnose.findings import Advice, Diagnosis, to_record
@@ -23,7 +22,8 @@ from okd_lightning.diagnose.rules import CONTENDERS, advise, contenders
 from okd_lightning.diagnose.terminal import show
 from okd_lightning.durable_files import write_json
 from okd_lightning.errors import ConfigError, UsageError
-from okd_lightning.lightning_messages import only_warnings
+from okd_lightning.lightning_messages import PrintableConsole, only_warnings
+from okd_lightning.printable import one_line
 from okd_lightning.run_folder import require_writable
 
 
@@ -69,14 +69,14 @@ def diagnose_command(arguments: Sequence[str], debug: bool = False) -> int:
     try:
         own, options = diagnose_parser().parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
-        raise UsageError(one_line(error)) from error
+        raise UsageError(one_line(str(error))) from error
     if own.rows < 2 or own.batches < 3:
         raise UsageError(
             f"--rows {own.rows} --batches {own.batches}: expected at least 2 rows, and 3 batches "
             "for a standard error"
         )
     require_writable(own.out, "--out")
-    console = Console(file=sys.stdout, highlight=False)
+    console = PrintableConsole(file=sys.stdout, highlight=False)
     configs = [word for name in own.config or () for word in ("--config", name)]
     found = examine([*configs, *options], own.rows, own.batches, console)
     advice = advise(found)

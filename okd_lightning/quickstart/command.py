@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jsonargparse
-from rich.console import Console
 
 from okd_lightning.callbacks import DistillationCallback
 from okd_lightning.config_paths import user_path
 from okd_lightning.errors import ConfigError
+from okd_lightning.lightning_messages import PrintableConsole
 from okd_lightning.quickstart.recipe import GKD_DEFAULTS, Recipe
 from okd_lightning.quickstart.run import Quickstart
 from okd_lightning.run_folder import require_writable
@@ -64,7 +64,7 @@ def quickstart_command(options: jsonargparse.Namespace, method: DistillationCall
         raise ConfigError(f"--steps must be at least 1, got {options.steps}")
     require_writable(options.out, "--out")
     start = time.perf_counter()
-    console = Console(file=sys.stdout)
+    console = PrintableConsole(file=sys.stdout)
     Quickstart(method, options.out, options.seed, Recipe(method_steps=options.steps), console).run()
     console.print(f"{time.perf_counter() - start:.0f} seconds in all")
 

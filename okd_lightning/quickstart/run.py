@@ -15,7 +15,7 @@ from okd_lightning.callbacks import SFT, DistillationCallback, ExactMatch, Finit
 from okd_lightning.callbacks.answer_scores import greedy_answers
 from okd_lightning.callbacks.progress_bar import RunProgressBar
 from okd_lightning.data import RolloutDataModule, load_rows
-from okd_lightning.lightning_messages import only_warnings
+from okd_lightning.lightning_messages import PrintableConsole, only_warnings
 from okd_lightning.module import DistillationModule
 from okd_lightning.quickstart.recipe import TEACHER_DIR, TRAIN_FILE, VAL_FILE, Recipe
 from okd_lightning.reports import (
@@ -66,7 +66,7 @@ class Quickstart:
         self.out = out
         self.seed = seed
         self.recipe = recipe or Recipe()
-        self.console = console or Console()
+        self.console = console or PrintableConsole()
 
     def run(self) -> list[RunResult]:
         """Train, write the files, print the tables.

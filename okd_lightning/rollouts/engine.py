@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, Protocol, TypeAlias
 
 from transformers import PreTrainedModel
@@ -26,6 +28,16 @@ class Progress(Protocol):
             tokens: Tokens that were written since then, of all rows, to a few; 0 from an engine
                 that does not say.
         """
+
+
+ProgressFactory: TypeAlias = Callable[[str, int], AbstractContextManager[Progress | None]]
+"""Description and number of responses → what shows them while they are written."""
+
+
+def silent_progress(description: str, total: int) -> AbstractContextManager[None]:
+    """Show nothing."""
+    del description, total
+    return nullcontext()
 
 
 class RolloutEngine(Protocol):
@@ -73,6 +85,25 @@ class EngineSource(ABC):
             vocabulary: Ids outside it are never drawn.
             eos_ids: Ids that end a response.
         """
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Refuse, before training, sampling that the engine does not do; by default nothing.
+
+        Raises:
+            ConfigError: Naming what it does.
+        """
+        del sampling
+
+    def check_length(self, num_tokens: int) -> None:
+        """Refuse, before training, what the engine has no room for; by default nothing.
+
+        Args:
+            num_tokens: The longest prompt with response.
+
+        Raises:
+            ConfigError: Naming both lengths.
+        """
+        del num_tokens
 
 
 class Writer(Protocol):

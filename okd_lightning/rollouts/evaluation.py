@@ -9,8 +9,7 @@ import numpy as np
 
 from okd_lightning.records import DistillBatch, Example, PromptBatch, Rollout
 from okd_lightning.rollouts.agreement import Agreement, naming_the_prompts
-from okd_lightning.rollouts.engine import Author, Writer
-from okd_lightning.rollouts.loader import ProgressFactory, silent_progress
+from okd_lightning.rollouts.engine import Author, ProgressFactory, Writer, silent_progress
 from okd_lightning.rollouts.noise import NoiseStream, hashed_uniform
 from okd_lightning.rollouts.rows import given_row, micro_batches, muted, share, written_rows
 from okd_lightning.rollouts.sampling import Sampling

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -23,7 +22,12 @@ from torch import Tensor
 from okd_lightning.errors import ConfigError
 from okd_lightning.records import DistillBatch, Example, PromptBatch, Rollout, TrainingRow
 from okd_lightning.rollouts.agreement import Agreement, StopRequest, naming_the_prompts
-from okd_lightning.rollouts.engine import Author, Progress, Writer
+from okd_lightning.rollouts.engine import (
+    Author,
+    ProgressFactory,
+    Writer,
+    silent_progress,
+)
 from okd_lightning.rollouts.lengths import RolloutLengths
 from okd_lightning.rollouts.loader_shape import LoaderShape
 from okd_lightning.rollouts.noise import NoiseStream, hashed_uniform
@@ -50,14 +54,6 @@ from okd_lightning.rollouts.stored import (
 _AUTHORS: tuple[Author, ...] = ("student", "teacher")
 _NOTHING = Rollout((), (), ())
 _ORDER = 0x4F524452  # domain separation for the order of prompts
-
-ProgressFactory = Callable[[str, int], AbstractContextManager[Progress | None]]
-
-
-def silent_progress(description: str, total: int) -> AbstractContextManager[None]:
-    """Shows nothing."""
-    del description, total
-    return nullcontext()
 
 
 @dataclass(frozen=True)

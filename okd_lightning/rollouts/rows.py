@@ -166,6 +166,7 @@ def rollout_metrics(rollouts: Sequence[tuple[Rollout, float]]) -> dict[str, floa
     ended = sum(reason == "eos" for rollout, _ in rollouts for reason in rollout.stop_reasons)
     num_row_steps = sum(rollout.num_row_steps for rollout, _ in rollouts)
     utilisation = {"rollout/utilisation": num_tokens / num_row_steps} if num_row_steps else {}
+    gaps = [rollout.engine_gap for rollout, _ in rollouts if rollout.engine_gap is not None]
     return {
         "rollout/tokens_per_second": num_tokens / max(seconds, 1e-9),
         "rollout/tokens": float(num_tokens),
@@ -175,6 +176,7 @@ def rollout_metrics(rollouts: Sequence[tuple[Rollout, float]]) -> dict[str, floa
         "rollout/empty_share": lengths.count(0) / len(lengths),
         **_tool_metrics([use for rollout, _ in rollouts for use in rollout.tool_use]),
         **utilisation,
+        **({"rollout/engine_gap": max(gaps)} if gaps else {}),
     }
 
 

@@ -113,9 +113,12 @@ class ToolEngine:
             for ids, chat, limit in zip(prompts.input_ids, prompts.chats, limits, strict=True)
         ]
         writing, num_row_steps = list(range(len(rows))), 0
+        gaps: list[float] = []
         while writing:
             num_before = sum(sum(row.own) for row in rows)
-            num_row_steps += self._write_turn(rows, writing, prompts, sampling, generator)
+            turn = self._write_turn(rows, writing, prompts, sampling, generator)
+            num_row_steps += turn.num_row_steps
+            gaps += [turn.engine_gap] if turn.engine_gap is not None else []
             num_tokens = sum(sum(row.own) for row in rows) - num_before
             self._answer([rows[i] for i in writing if not rows[i].stop_reason])
             still = [i for i in writing if not rows[i].stop_reason]
@@ -129,6 +132,7 @@ class ToolEngine:
             masks=tuple(tuple(row.own) for row in rows),
             tool_use=tuple(row.use for row in rows),
             num_row_steps=num_row_steps,
+            engine_gap=max(gaps, default=None),
         )
 
     def _write_turn(
@@ -138,8 +142,8 @@ class ToolEngine:
         prompts: PromptBatch,
         sampling: Sampling,
         generator: NoiseStream,
-    ) -> int:
-        """One turn of every row that is still being written, as one call; returns its row-steps."""
+    ) -> Rollout:
+        """One turn of every row that is still being written, as one call; returns what came."""
         keys = [(prompts.index[i], prompts.sample[i]) for i in writing]
         batch = PromptBatch(
             input_ids=tuple((*rows[i].prompt, *rows[i].ids) for i in writing),
@@ -165,7 +169,7 @@ class ToolEngine:
                 row.stop_reason = "turns"
             else:
                 row.exchanges.append(self._run(row, calls))
-        return written.num_row_steps
+        return written
 
     def _run(self, row: _Row, calls: tuple[ToolCall, ...]) -> Exchange:
         results = [self.rounds.toolbox.run(call) for call in calls]

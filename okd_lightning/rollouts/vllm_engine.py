@@ -32,7 +32,14 @@ from transformers import PreTrainedModel
 from okd_lightning.errors import ConfigError, ServerError
 from okd_lightning.models import Vocabulary
 from okd_lightning.rollouts.engine import EngineSource, Progress, RolloutEngine
-from okd_lightning.rollouts.vllm_requests import HostedEngine, Probe, Written
+from okd_lightning.rollouts.engine_probe import EngineGaps, Probe
+from okd_lightning.rollouts.sampling import Sampling
+from okd_lightning.rollouts.vllm_requests import (
+    HostedEngine,
+    Written,
+    check_vllm_length,
+    check_vllm_sampling,
+)
 from okd_lightning.rollouts.weights import write_weights
 
 _DROP_ALL = 2
@@ -76,6 +83,7 @@ class VLLMEngine(EngineSource):
         if not (math.isfinite(self.tolerance) and self.tolerance > 0):
             raise ConfigError(f"model.engine.tolerance must be above 0, got {self.tolerance}")
         self._llm: Any = None
+        self.gaps = EngineGaps(self.tolerance)
         self._held = ""  # the weights that vLLM has now
         self._confirmed = ""
 
@@ -100,6 +108,14 @@ class VLLMEngine(EngineSource):
             )
         return HostedEngine(self, model, vocabulary, eos_ids)
 
+    def check_sampling(self, sampling: Sampling) -> None:
+        """See ``EngineSource``."""
+        check_vllm_sampling(sampling)
+
+    def check_length(self, num_tokens: int) -> None:
+        """See ``EngineSource``."""
+        check_vllm_length(num_tokens, self.max_model_len, self.name)
+
     @contextmanager
     def holding(self, model: PreTrainedModel, label: str, num_rows: int) -> Iterator[None]:
         """Within it vLLM is awake with ``model``'s weights; see ``Host``.
@@ -114,7 +130,7 @@ class VLLMEngine(EngineSource):
             self._load(model, label)
         try:
             if self._confirmed != label:
-                self._compare(Probe.of(model, num_rows, self.tolerance))
+                self._compare(Probe.of(model, num_rows))
                 self._confirmed = label
             yield
         finally:
@@ -196,7 +212,14 @@ class VLLMEngine(EngineSource):
         rows = scored.prompt_logprobs[1:]
         said = [row[token].logprob for row, token in zip(rows, probe.ids[1:], strict=True)]
         response = drawn.outputs[0]
-        probe.check(said, response.logprobs[0][response.token_ids[0]].logprob, self.name)
+        drawn_logprob = response.logprobs[0][response.token_ids[0]].logprob
+        self.gaps.check_probe(probe, said, drawn_logprob, self.name, self._dtype(probe))
+
+    def _dtype(self, probe: Probe) -> str | None:
+        """The number format that vLLM computes in: "auto" takes float32 weights as float16."""
+        if self.dtype != "auto":
+            return self.dtype
+        return None if probe.dtype == torch.float32 else str(probe.dtype).removeprefix("torch.")
 
 
 def _vllm() -> Any:

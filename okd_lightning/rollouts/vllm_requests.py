@@ -12,24 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from okd_lightning.errors import ServerError
+from okd_lightning.errors import ConfigError, ServerError
 from okd_lightning.models import Vocabulary
 from okd_lightning.records import PromptBatch, Rollout
 from okd_lightning.rollouts.engine import Progress
-from okd_lightning.rollouts.noise import NoiseStream, hashed_uniform
+from okd_lightning.rollouts.engine_probe import EngineGaps, rescored_gap
+from okd_lightning.rollouts.noise import NoiseStream
 from okd_lightning.rollouts.sampling import Sampling
 from okd_lightning.rollouts.weights import weights_label
 
-_PROBE_LENGTH = 12
-_PROBE = 0x50524F42  # domain separation
-_CERTAIN = 1e-3
+_HOTTEST, _COLDEST = 2.0, 0.01
+"""vLLM refuses temperatures above the first and raises those below the second to it."""
 
 _RULED_OUT = -100.0
 """vLLM's lowest bias: what it leaves of a probability is below 1e-43 of its logit's."""
@@ -42,6 +40,39 @@ class Written:
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: str
+
+
+def check_vllm_sampling(sampling: Sampling) -> None:
+    """Refuse temperatures that vLLM does not sample at.
+
+    Raises:
+        ConfigError: Naming the range.
+    """
+    temperature = sampling.temperature
+    if temperature and not _COLDEST <= temperature <= _HOTTEST:
+        raise ConfigError(
+            f"sampling.temperature {temperature:g}: vLLM samples at 0 (greedy) or at temperatures "
+            f"from {_COLDEST:g} to {_HOTTEST:g}; choose one of these, or leave --model.engine out"
+        )
+
+
+def check_vllm_length(num_tokens: int, limit: int | None, where: str) -> None:
+    """Refuse sequences for which vLLM has no room: it would cut their responses.
+
+    Args:
+        num_tokens: The longest prompt with response.
+        limit: vLLM's max_model_len; None where it is not known.
+        where: The engine, for messages.
+
+    Raises:
+        ConfigError: Naming both lengths.
+    """
+    if limit is not None and num_tokens > limit:
+        raise ConfigError(
+            f"{where} takes {limit} tokens of prompt and response together (max_model_len), and "
+            f"this run has up to {num_tokens}: start it with --max-model-len {num_tokens} or more, "
+            "or lower --data.max_prompt_length or --data.max_response_length"
+        )
 
 
 def _sampling_fields(
@@ -101,6 +132,11 @@ def _check_written(
         problem = f"id {strange[0]}, which the student's tokenizer does not have"
     elif written.finish_reason not in ("stop", "length"):
         problem = f"finish_reason {written.finish_reason!r}"
+    elif written.finish_reason == "length" and len(written.ids) < limit:
+        problem = (
+            f"a response that was cut at {len(written.ids)} of {limit} tokens (a --max-model-len "
+            "that has no room for prompt and response)"
+        )
     elif written.finish_reason == "stop" and written.ids[-1] not in eos_ids:
         problem = f"a response that ends at id {written.ids[-1]}, which ends none of this run's"
     if problem:
@@ -133,6 +169,10 @@ class Host(Protocol):
     @property
     def name(self) -> str:
         """Where it is, for messages."""
+
+    @property
+    def gaps(self) -> EngineGaps:
+        """How far its log-probabilities are from the student's."""
 
     def holding(
         self, model: PreTrainedModel, label: str, num_rows: int
@@ -180,7 +220,9 @@ class HostedEngine:
         Raises:
             ServerTimeoutError: vLLM has not answered in time.
             ServerError: It cannot be reached or updated, or answers with something else.
+            ConfigError: A temperature that vLLM does not sample at.
         """
+        check_vllm_sampling(sampling)
         longest = prompts.limits or (max_new_tokens,) * len(prompts)
         limits = [min(limit, max_new_tokens) for limit in longest]
         written = [_NOTHING] * len(prompts)
@@ -203,70 +245,16 @@ class HostedEngine:
             for row, response in zip(rows, found, strict=True):
                 _check_written(response, limits[row], self.vocabulary, self.eos_ids, self.host.name)
                 written[row] = response
-        return _rollout_of(written, sampling, self.eos_ids)
+        gap = self._rescored(prompts, written, sampling)
+        return replace(_rollout_of(written, sampling, self.eos_ids), engine_gap=gap)
 
-
-@dataclass(frozen=True)
-class Probe:
-    """Some ids, and what the student says about them: held against what vLLM says.
-
-    Attributes:
-        ids: Any, also such that no token has.
-        logprobs: [place, ids that there are] nats, of the token behind each place.
-        tolerance: Mean difference (nats) that number formats may make.
-    """
-
-    ids: tuple[int, ...]
-    logprobs: Tensor
-    tolerance: float
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, model: PreTrainedModel, num_rows: int, tolerance: float) -> Probe:
-        """What ``model`` says, in its own number format.
-
-        Args:
-            model: In eval mode.
-            num_rows: Ids that it gives logits for.
-            tolerance: See the attribute.
-        """
-        drawn = hashed_uniform(_PROBE, num_rows, torch.arange(_PROBE_LENGTH).numpy())
-        ids = tuple(int(value) for value in drawn * num_rows)
-        logits = model(torch.tensor([ids], device=model.device)).logits[0, :, :num_rows]
-        return cls(ids, logits.float().log_softmax(-1).cpu(), tolerance)
-
-    @property
-    def requests(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """One that has the probe scored, and one that draws a token that is certain."""
-        least_certain = int(self.logprobs[:-1].amax(-1).argmin())
-        fields = {"max_tokens": 1, "temperature": 1.0, "ignore_eos": True}
-        scored = {**fields, "prompt": list(self.ids), "prompt_logprobs": 1}
-        drawn = {**fields, "prompt": list(self.ids[: least_certain + 1]), "top_k": 1, "logprobs": 0}
-        return scored, drawn
-
-    def check(self, said: Sequence[float], drawn: float, where: str) -> None:
-        """Refuse another model, old weights, and log-probs of another distribution.
-
-        Args:
-            said: What vLLM gave to each id of the probe but the first (nats).
-            drawn: The log-probability that it reports of the token that is certain.
-            where: The host, for messages.
-
-        Raises:
-            ServerError: Naming what to change.
-        """
-        own = [float(self.logprobs[place, token]) for place, token in enumerate(self.ids[1:])]
-        mean = sum(abs(a - b) for a, b in zip(said, own, strict=True)) / len(own)
-        if not mean <= self.tolerance:
-            raise ServerError(
-                f"{where} was given the student's weights and yet differs from the student by "
-                f"{mean:.3g} nats a token on a probe (tolerance {self.tolerance:g}): it runs "
-                "another architecture, a quantised one, or has not loaded them; check its model "
-                "and dtype, or raise --model.engine.tolerance"
-            )
-        if not abs(drawn) <= _CERTAIN:
-            raise ServerError(
-                f"{where} reports {drawn:.3g} as the log-probability of a token that was drawn "
-                "with top_k 1, which is certain: these are from before temperature and cuts; start "
-                "it with --logprobs-mode processed_logprobs"
-            )
+    def _rescored(
+        self, prompts: PromptBatch, written: Sequence[Written], sampling: Sampling
+    ) -> float | None:
+        """Mean difference (nats) of the first responses' log-probs to the student's own."""
+        pairs = zip(prompts.input_ids, written, strict=True)
+        rows = [(prompt, row.ids, row.logprobs) for prompt, row in pairs if row.ids]
+        gap = rescored_gap(self.model, self.vocabulary, sampling, rows)
+        if gap is not None:
+            self.host.gaps.note_rescored(gap, self.host.name)
+        return gap

@@ -25,15 +25,28 @@ from typing import Any
 from filelock import FileLock, Timeout
 from transformers import PreTrainedModel
 
-from okd_lightning.endpoint import Endpoint, ServerStatusError, in_parallel
+from okd_lightning.endpoint import Endpoint, in_parallel
 from okd_lightning.errors import ConfigError, OutputError, ServerError, ServerTimeoutError
 from okd_lightning.models import Vocabulary
 from okd_lightning.rollouts.engine import EngineSource, Progress, RolloutEngine
-from okd_lightning.rollouts.vllm_requests import HostedEngine, Probe, Written
+from okd_lightning.rollouts.engine_probe import EngineGaps, Probe
+from okd_lightning.rollouts.sampling import Sampling
+from okd_lightning.rollouts.served_student import check_served_student
+from okd_lightning.rollouts.vllm_requests import (
+    HostedEngine,
+    Written,
+    check_vllm_length,
+    check_vllm_sampling,
+)
 from okd_lightning.rollouts.weights import write_weights
+from okd_lightning.vllm_client import ServerInfo, VLLMClient
 
 _OPTION = "model.engine.url"
+_TOKEN = "OKD_ENGINE_TOKEN"
 _UPDATING = "okd-updating"
+_OWN = "default"
+"""What vLLM calls the weights that it was started with."""
+
 _NUM_RESETS = 5
 
 
@@ -52,7 +65,8 @@ class VLLMServer(EngineSource):
         timeout_seconds: Longest wait for one response, which includes the server's queue.
         update_seconds: Longest wait for the server to load the weights.
         concurrency: Requests under way at once.
-        num_retries: Repeats of a request whose connection failed.
+        num_retries: Repeats of a request whose connection failed; 12 last 64 seconds, in which a
+            server can restart.
         tolerance: Mean difference (nats) between the server's and the student's log-probs of the
             probe that number formats may make.
 
@@ -66,17 +80,19 @@ class VLLMServer(EngineSource):
     timeout_seconds: float = 600.0
     update_seconds: float = 600.0
     concurrency: int = 64
-    num_retries: int = 5
+    num_retries: int = 12
     tolerance: float = 0.1
     _confirmed: str = field(default="", init=False, repr=False)
-    _served: str = field(default="", init=False, repr=False)
+    _info: ServerInfo | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("update_seconds", "concurrency", "tolerance"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"model.engine.{name} must be above 0, got {value}")
-        self._endpoint = Endpoint(self.url, _OPTION, self.timeout_seconds, self.num_retries)
+        endpoint = Endpoint(self.url, _OPTION, self.timeout_seconds, self.num_retries, _TOKEN)
+        self._client = VLLMClient(endpoint, self.model)
+        self.gaps = EngineGaps(self.tolerance)
 
     def engine(
         self, model: PreTrainedModel, vocabulary: Vocabulary, eos_ids: tuple[int, ...]
@@ -89,6 +105,14 @@ class VLLMServer(EngineSource):
         """Where it is, for messages."""
         return f"{_OPTION}: {self.url}"
 
+    def check_sampling(self, sampling: Sampling) -> None:
+        """See ``EngineSource``."""
+        check_vllm_sampling(sampling)
+
+    def check_length(self, num_tokens: int) -> None:
+        """See ``EngineSource``; asks the server."""
+        check_vllm_length(num_tokens, self._client.served().max_model_len, self.name)
+
     @contextmanager
     def holding(self, model: PreTrainedModel, label: str, num_rows: int) -> Iterator[None]:
         """Within it the server samples from ``model``; see ``Host``.
@@ -100,11 +124,11 @@ class VLLMServer(EngineSource):
         """
         self._bring(model, label, num_rows)
         yield
-        version = self._version()
+        version = self._client.version()
         if version != label:
             raise ServerError(
                 f"{self.name} had the student's weights ({label}) when writing began and has "
-                f"{version} now: it was restarted, or another run updates it; give each run a "
+                f"{version[:80]} now: it was restarted, or another run updates it; give each run a "
                 "server of its own and continue from the last checkpoint"
             )
 
@@ -117,12 +141,8 @@ class VLLMServer(EngineSource):
         return in_parallel(calls, self.concurrency, told)
 
     def _write(self, request: Mapping[str, Any]) -> Written:
-        choice = self._complete(request)
-        return Written(
-            ids=tuple(choice["token_ids"]),
-            logprobs=tuple(choice["logprobs"]["token_logprobs"]),
-            finish_reason=choice["finish_reason"],
-        )
+        found = self._client.complete(request)
+        return Written(found.ids, found.logprobs, found.finish_reason)
 
     def _bring(self, model: PreTrainedModel, label: str, num_rows: int) -> None:
         folder = Path(self.sync_folder).expanduser()
@@ -135,7 +155,7 @@ class VLLMServer(EngineSource):
             ) from error
         try:
             with FileLock(folder / "update.lock", timeout=2 * self.update_seconds):
-                if self._version() != label:
+                if self._client.version() != label:
                     self._update(model, label, folder)
                 if self._confirmed != label:
                     self._compare(model, num_rows)
@@ -148,93 +168,64 @@ class VLLMServer(EngineSource):
             ) from error
 
     def _update(self, model: PreTrainedModel, label: str, folder: Path) -> None:
+        served = self._client.read_served()  # anew: the server may have been restarted
+        self._info = self._client.info()
+        check_served_student(model.config, served, self._info, self.name)
         self._name(_UPDATING)  # what fails halfway is not taken for what was there before
         handed = write_weights(model, folder / label)
-        body = {"method": "reload_weights", "kwargs": {"weights_path": str(handed)}}
         try:
-            self._endpoint.post("/collective_rpc", body, self.update_seconds)
-        except ServerStatusError as error:
+            self._client.reload(str(handed), self.update_seconds)
+        except ServerError as error:
             raise ServerError(
                 f"{error}; the server could not take the student's weights from {handed}: it needs "
                 "VLLM_SERVER_DEV_MODE=1, this folder under this path, and the student's own "
-                "architecture as its --model"
+                f"architecture as its --model; {self._restore(served.root)}"
             ) from error
-        for attempt in range(_NUM_RESETS):
-            answer = self._endpoint.post("/reset_prefix_cache", {})
-            if answer is None or answer.get("success", True):
-                break
-            time.sleep(0.1 * 2**attempt)
-        else:
-            raise ServerError(
-                f"{self.name} does not drop its cache of prefixes, which belong to the "
-                "weights before: requests of others are running; give each run its own server"
-            )
+        self._drop_cache()
         self._name(label)
         shutil.rmtree(handed, ignore_errors=True)
 
+    def _restore(self, root: str | None) -> str:
+        """Have the server load its own weights again after a failed transfer; says what came of it.
+
+        What has failed leaves weights without values, with which the next completion ends vLLM.
+        """
+        if root is None:
+            return "it does not say where its own weights are: restart it"
+        try:
+            self._client.reload(root, self.update_seconds)
+            self._drop_cache()
+            self._name(_OWN)
+        except ServerError:
+            return f"its own weights, {root!r}, could not be loaded again either: restart it"
+        return f"its own weights, {root!r}, are loaded again"
+
+    def _drop_cache(self) -> None:
+        for attempt in range(_NUM_RESETS):
+            if self._client.drop_cache():
+                return
+            time.sleep(0.1 * 2**attempt)
+        raise ServerError(
+            f"{self.name} does not drop its cache of prefixes, which belong to the weights before: "
+            "requests of others are running; give each run its own server"
+        )
+
     def _name(self, label: str) -> None:
-        self._endpoint.post("/update_weight_version", {"new_version": label})
-        version = self._version()
+        self._client.name_version(label)
+        version = self._client.version()
         if version != label:
             raise ServerError(
-                f"{self.name} was told that its weights are {label} and says {version}; "
+                f"{self.name} was told that its weights are {label} and says {version[:80]!r}; "
                 "several servers behind one address cannot be kept in step: name one of them"
             )
 
     def _compare(self, model: PreTrainedModel, num_rows: int) -> None:
-        probe = Probe.of(model, num_rows, self.tolerance)
-        scored, drawn = (self._complete(request) for request in probe.requests)
-        rows = scored["prompt_logprobs"][1:]
-        said = [row[str(token)]["logprob"] for row, token in zip(rows, probe.ids[1:], strict=True)]
-        probe.check(said, drawn["logprobs"]["token_logprobs"][0], self.name)
-
-    def _served_model(self) -> str:
-        """The name that requests carry.
-
-        Raises:
-            ServerError: The server has no such model, or several to choose from.
-        """
-        if not self._served:
-            answer = self._endpoint.get("/v1/models")
-            names = [str(entry["id"]) for entry in (answer or {}).get("data", [])]
-            is_there = len(names) == 1 if self.model is None else self.model in names
-            if not is_there:
-                raise ServerError(
-                    f"{_OPTION}: {self.url} serves {', '.join(names) or 'nothing'}"
-                    + (f", not {self.model!r}" if self.model else "")
-                    + "; name one with --model.engine.model"
-                )
-            self._served = self.model or names[0]
-        return self._served
-
-    def _version(self) -> str:
-        """What the server's weights are called.
-
-        Raises:
-            ServerError: It does not say.
-        """
-        try:
-            answer = self._endpoint.get("/weight_info")
-        except ServerStatusError as error:
-            if error.status not in (404, 405):
-                raise
-            raise ServerError(
-                f"{_OPTION}: {self.url} has no /weight_info, so that nobody can tell which weights "
-                "it samples from; start it with VLLM_SERVER_DEV_MODE=1, from vLLM 0.27 or newer"
-            ) from error
-        return str(answer["weight_version"])
-
-    def _complete(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The one choice that answers one /v1/completions request."""
-        body = {"model": self._served_model(), "return_token_ids": True, **request}
-        answer = self._endpoint.post("/v1/completions", body)
-        choices = answer.get("choices") if isinstance(answer, dict) else None
-        if not choices or len(choices) != 1:
-            raise ServerError(f"{self.name} answers without a response: {answer}")
-        choice: dict[str, Any] = choices[0]
-        if choice.get("prompt_token_ids") != request["prompt"] or choice.get("token_ids") is None:
-            raise ServerError(
-                f"{self.name} does not answer with the ids that it read and wrote "
-                "(return_token_ids); it needs vLLM 0.27 or newer"
-            )
-        return choice
+        probe = Probe.of(model, num_rows)
+        scored, drawn = (self._client.complete(request) for request in probe.requests)
+        pairs = zip(scored.prompt_logprobs, probe.ids[1:], strict=True)
+        said = [row[token] for row, token in pairs]
+        if self._info is None:
+            self._info = self._client.info()
+        if len(drawn.logprobs) != 1:
+            raise ServerError(f"{self.name} gives {len(drawn.ids)} tokens where 1 was asked for")
+        self.gaps.check_probe(probe, said, drawn.logprobs[0], self.name, self._info.dtype)

@@ -45,15 +45,17 @@ class FiniteGuard(Callback):
             broken += str(float(norm if is_gradient else loss))
             raise NonFiniteError(
                 f"{broken} at step {trainer.global_step} (losses: {shown or 'unknown'}); the "
-                f"weights {_state_of_weights(pl_module)}. Lower the learning rate, or use a "
-                "divergence that is finite where the teacher gives a token no mass"
+                f"weights {_state_of_weights(trainer, pl_module)}. Lower the learning rate, or use "
+                "a divergence that is finite where the teacher gives a token no mass"
             )
         pl_module.log("train/grad_norm", norm, batch_size=1)
 
 
-def _state_of_weights(module: lightning.LightningModule) -> str:
+def _state_of_weights(trainer: lightning.Trainer, module: lightning.LightningModule) -> str:
+    """The same on all ranks: what holds on each of them."""
     trained = [whole(p.detach()) for p in module.parameters() if p.requires_grad]
-    if torch.nn.utils.get_total_norm(trained, torch.inf).isfinite():
+    is_finite = bool(torch.nn.utils.get_total_norm(trained, torch.inf).isfinite())
+    if trainer.strategy.reduce_boolean_decision(is_finite, all=True):
         return "are untouched"
     return "hold NaN or infinite values from a step before: resume from the last checkpoint"
 

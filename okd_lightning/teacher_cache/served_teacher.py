@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,18 +18,25 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.endpoint import Endpoint, ServerStatusError, in_parallel
-from okd_lightning.errors import ServerError, VocabularyError
+from okd_lightning.errors import ConfigError, ServerError, VocabularyError
 from okd_lightning.losses import PackedHead, Quantity, Side, pack_outcomes
 from okd_lightning.models import Vocabulary, probe_texts
+from okd_lightning.printable import one_line
 from okd_lightning.records import DistillBatch
 from okd_lightning.teacher_cache.settings import TeacherServer
 from okd_lightning.teacher_cache.terms import check_known
+from okd_lightning.vllm_client import VLLMClient
 
 _SPARE = 8
 """Ids that are asked for beyond k, in place of such that no token has."""
 
 _NEGLIGIBLE = 1e-3
 """Probability that ids without a token may have."""
+
+_SHARE_OF_UNIFORM = 0.5
+"""Of the k likeliest ids' least probability: the server's table may have padding rows."""
+
+_TOKEN = "OKD_TEACHER_TOKEN"
 
 _LEAST_REST = 1e-7
 """What a sum of k float32 probabilities cannot be told apart from one by."""
@@ -61,10 +67,11 @@ class ServedTeacher:
         self.k = min(settings.k, vocabulary.size - len(vocabulary.invalid_ids))
         self._tokenizer = tokenizer
         self._dtype = dtype
-        self._endpoint = Endpoint(
-            settings.url, self.option, settings.timeout_seconds, settings.num_retries
+        endpoint = Endpoint(
+            settings.url, self.option, settings.timeout_seconds, settings.num_retries, _TOKEN
         )
-        self._served = ""
+        self._client = VLLMClient(endpoint, settings.model)
+        self._is_connected = False
 
     def connect(self) -> None:
         """Find the model and compare the tokenizers, once.
@@ -73,25 +80,33 @@ class ServedTeacher:
             ServerError: The server cannot be reached, or does not serve the model.
             VocabularyError: It cuts text into other ids than the run's tokenizer.
         """
-        if self._served:
+        if self._is_connected:
             return
-        answer = self._endpoint.get("/v1/models")
-        names = [str(entry["id"]) for entry in (answer or {}).get("data", [])]
-        wanted = self.settings.model
-        if not (len(names) == 1 if wanted is None else wanted in names):
-            raise ServerError(
-                f"{self._name} serves {', '.join(names) or 'nothing'}"
-                + (f", not {wanted!r}" if wanted else "")
-                + f"; name one with {self.option}.model"
-            )
-        served = wanted or names[0]
-        self._check_tokenizer(served)
-        self._served = served
+        served = self._client.served()
+        self._check_tokenizer()
+        self._is_connected = True
         rank_zero_info(
-            f"teacher: {served} at {self._endpoint.url}, {self.k} ids a token; methods read their "
-            f"divergences as TopK(., {self.k}), at most the exact ones; validation takes these as "
-            "val/top_k_* and val/on_policy_top_k_*"
+            f"teacher: {one_line(served.name)} at {self._client.endpoint.url}, {self.k} ids a "
+            f"token; methods read their divergences as TopK(., {self.k}), at most the exact ones; "
+            "validation takes these as val/top_k_* and val/on_policy_top_k_*"
         )
+
+    def check_length(self, num_tokens: int) -> None:
+        """Refuse rows that are longer than the server reads; asks it.
+
+        Args:
+            num_tokens: The longest that the teacher reads.
+
+        Raises:
+            ConfigError: Naming both lengths.
+        """
+        limit = self._client.served().max_model_len
+        if limit is not None and num_tokens + 1 > limit:
+            raise ConfigError(
+                f"{self._name} reads {limit - 1} tokens of prompt and response together, and this "
+                f"run has up to {num_tokens}: start it with --max-model-len {num_tokens + 1} or "
+                "more, or lower --data.max_prompt_length or --data.max_response_length"
+            )
 
     def side(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Side:
         """The teacher's half: packed rows at the masked-in positions; a constant.
@@ -125,20 +140,18 @@ class ServedTeacher:
 
     @property
     def _name(self) -> str:
-        return f"{self.option}: {self._endpoint.url}"
+        return f"{self.option}: {self._client.endpoint.url}"
 
     def _score(self, ids: list[int], places: np.ndarray) -> tuple[np.ndarray, ...]:
         """Of one row [places, k] ids, [places, k + 1] log-probs, [places] those of its tokens."""
         body = {
-            "model": self._served,
             "prompt": ids,
             "max_tokens": 1,
             "temperature": 0.0,
             "prompt_logprobs": self.k + _SPARE,
-            "return_token_ids": True,
         }
         try:
-            answer = self._endpoint.post("/v1/completions", body)
+            found = self._client.complete(body).prompt_logprobs
         except ServerStatusError as error:
             if error.status != 400:
                 raise
@@ -147,34 +160,19 @@ class ServedTeacher:
                 f"{len(ids) + 1} at least) and to give {self.k + _SPARE} log-probabilities "
                 f"(--max-logprobs {self.k + _SPARE}); or lower {self.option}.k"
             ) from error
-        choices = answer.get("choices") if isinstance(answer, dict) else None
-        choice = choices[0] if choices else {}
-        rows = choice.get("prompt_logprobs")
-        if rows is None or len(rows) != len(ids) or choice.get("prompt_token_ids") != ids:
-            raise ServerError(
-                f"{self._name} does not score the prompt that it was sent (prompt_logprobs, "
-                "return_token_ids); it needs vLLM 0.10.2 or newer"
-            )
-        found = [self._read(rows[place], ids[place]) for place in places]
-        return tuple(np.stack(parts) for parts in zip(*found, strict=True))
+        read = [self._read(found[place - 1], ids[place]) for place in places]
+        return tuple(np.stack(parts) for parts in zip(*read, strict=True))
 
     def _read(
-        self, said: Mapping[str, Mapping[str, Any]], token: int
+        self, said: Mapping[int, float], token: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """[k] ids, likeliest first, [k + 1] log-probs (nats) of them and the rest, [] the token's.
 
         vLLM gives a prompt's own tokens beside the likeliest, however unlikely they are.
         """
-        if str(token) not in said:
-            raise ServerError(f"{self._name} does not say how likely the prompt's own tokens are")
-        entries = sorted((-entry["logprob"], int(token)) for token, entry in said.items())
-        ids = np.asarray([token for _, token in entries])
+        entries = sorted((-logprob, known) for known, logprob in said.items())
+        ids = np.asarray([known for _, known in entries])
         logprobs = -np.asarray([negative for negative, _ in entries], dtype=np.float64)
-        if logprobs.max() > 1e-3 or np.exp(logprobs).sum() > 1 + 1e-3:
-            raise ServerError(
-                f"{self._name} gives {logprobs.max():.3g} where a log-probability is expected; "
-                "start it with --logprobs-mode raw_logprobs or processed_logprobs"
-            )
         is_token = (ids < self.vocabulary.size) & ~np.isin(ids, self.vocabulary.invalid_ids)
         strange = float(np.exp(logprobs[~is_token]).sum())
         if strange > _NEGLIGIBLE or is_token.sum() < self.k:
@@ -185,16 +183,26 @@ class ServedTeacher:
                 "tokenizer, without padding rows that it gives probability to"
             )
         ids, logprobs = ids[is_token][: self.k], logprobs[is_token][: self.k] - np.log1p(-strange)
+        self._check_mass(logprobs)
         is_all = self.k == self.vocabulary.size - len(self.vocabulary.invalid_ids)
         rest = -math.inf if is_all else math.log(max(1 - np.exp(logprobs).sum(), _LEAST_REST))
         outcomes = np.append(logprobs, rest)
-        drawn = np.asarray(said[str(token)]["logprob"] - np.log1p(-strange))
+        drawn = np.asarray(said[token] - np.log1p(-strange))
         return ids, outcomes - np.logaddexp.reduce(outcomes), drawn
 
-    def _check_tokenizer(self, served: str) -> None:
+    def _check_mass(self, logprobs: np.ndarray) -> None:
+        """Refuse k ids that cannot be the likeliest, which have k / vocabulary at least."""
+        mass, least = float(np.exp(logprobs).sum()), self.k / self.vocabulary.size
+        if mass < _SHARE_OF_UNIFORM * least:
+            raise ServerError(
+                f"{self._name} gives its {self.k} likeliest ids a probability of {mass:.3g} in "
+                f"all, and the likeliest have {least:.3g} at least: these are not "
+                "log-probabilities of the model; start it with --logprobs-mode raw_logprobs"
+            )
+
+    def _check_tokenizer(self) -> None:
         for text, ids in probe_texts(self._tokenizer):
-            body = {"model": served, "prompt": text, "add_special_tokens": False}
-            found = self._endpoint.post("/tokenize", body)["tokens"]
+            found = list(self._client.tokenize(text))
             if found != ids:
                 place = next(
                     (

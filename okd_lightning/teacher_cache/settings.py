@@ -52,7 +52,8 @@ class TeacherServer:
         k: Ids that keep their own log-probability; the server needs --max-logprobs k + 8.
         timeout_seconds: Longest wait for one row, which includes the server's queue.
         concurrency: Requests under way at once.
-        num_retries: Repeats of a request whose connection failed.
+        num_retries: Repeats of a request whose connection failed; 12 last 64 seconds, in which a
+            server can restart.
     """
 
     url: str
@@ -60,7 +61,7 @@ class TeacherServer:
     k: int = 12
     timeout_seconds: float = 600.0
     concurrency: int = 16
-    num_retries: int = 5
+    num_retries: int = 12
 
     @classmethod
     def of(cls, given: str | TeacherServer) -> TeacherServer:

@@ -5,6 +5,7 @@ Does not build them: that is ``pair_module``.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -57,19 +58,19 @@ class PairRuns(FrozenPartsModule):
     _has_online_module: bool
 
     @property
+    @abstractmethod
     def student_source(self) -> ModelSource:
         """What the student is loaded from."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def teacher_source(self) -> ModelSource | None:
         """What the teacher is loaded from; None without one."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def cache_in_use(self) -> CachedTeacher | ServedTeacher | None:
         """What stands for the teacher, if anything does."""
-        raise NotImplementedError
 
     def as_base_teacher(self) -> AbstractContextManager[None]:
         """Within it the teacher is the base one, without its online module."""
@@ -191,6 +192,19 @@ class PairRuns(FrozenPartsModule):
         if self.self_teacher is None and self.teacher_source is not None:
             teacher = load_model_config(self.teacher_source, "--model.teacher", size)
         check_lengths(student, teacher, num_tokens, teacher_tokens or num_tokens)
+        if self.engine is not None:
+            self.engine.check_length(num_tokens)
+        if isinstance(self.cache_in_use, ServedTeacher):
+            self.cache_in_use.check_length(teacher_tokens or num_tokens)
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Refuse, before training, sampling that the student's engine does not do.
+
+        Raises:
+            ConfigError: Naming what it does.
+        """
+        if self.engine is not None:
+            self.engine.check_sampling(sampling)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids, without special tokens."""

@@ -83,7 +83,7 @@ def answered_by(model, module) -> list[dict[str, str]]:
 
 def test_entropy_collapse(tmp_path, make_module):
     module = make_module(learning_rate=3e-2)
-    found, watcher = watch(tmp_path, module, [Reward(letters("c"), weight=5.0)], max_steps=40)
+    found, watcher = watch(tmp_path, module, [Reward(letters("c"), weight=5.0)], max_steps=80)
     (message,) = [text for text in found if "entropy collapses" in text]
     assert "--model.learning_rate" in message
     course = watcher.course

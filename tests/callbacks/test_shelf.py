@@ -10,8 +10,8 @@ import tiny
 from okd_lightning.callbacks import GKD, DistillationCallback
 from okd_lightning.module import DistillationModule
 
-LONGER = {"distillm": 120, "minillm": 120, "tropd": 80}
-"""Lines of a file whose paper has more than one idea."""
+LONGER = {"distillm": 105, "minillm": 105, "tropd": 70}
+"""Lines below the docstring of a file whose paper has more than one idea."""
 
 
 def losses(tmp_path, method) -> list[float]:
@@ -28,14 +28,16 @@ def losses(tmp_path, method) -> list[float]:
 
 @pytest.mark.parametrize("path", shelf.FILES, ids=lambda path: path.stem)
 def test_only_public_names_are_imported(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
         names = (
             [alias.name for alias in getattr(node, "names", [])] if hasattr(node, "names") else []
         )
         module = getattr(node, "module", "") or ""
         assert not any(part.startswith("_") for name in names for part in name.split("."))
         assert not any(p.startswith("_") and p != "__future__" for p in module.split("."))
-    assert len(path.read_text().splitlines()) <= LONGER.get(path.stem, 60)
+    code = path.read_text().splitlines()[tree.body[0].end_lineno :]
+    assert len(code) <= LONGER.get(path.stem, 60)
 
 
 def test_the_table_names_every_plug_in():

@@ -9,6 +9,7 @@ reader as by torch's.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from okd_lightning.checkpoints.files import newest_checkpoint, read_checkpoint
@@ -155,9 +157,8 @@ def test_the_forgeries_would_run(folder, tmp_path):
     """Torch's own reader runs the command: the test above can fail."""
     marker = tmp_path / "ran"
     write_index(folder, as_bytes(folder, marker))
-    with pytest.raises(BaseException):  # noqa: B017, PT011 - whatever comes after the command
+    with contextlib.suppress(CheckpointException):  # whatever comes after the command
         dcp.load({"state_dict.w": torch.zeros_like(WEIGHT)}, checkpoint_id=folder, no_dist=True)
-        raise RuntimeError
     assert marker.exists()
 
 
@@ -190,7 +191,7 @@ def test_flipped_bytes_of_a_file_are_found_at_every_way_in(tmp_path):
     flip(path, WEIGHT[1000:1002].numpy().tobytes())
     assert not torch.equal(torch.load(path)["state_dict"]["w"], WEIGHT)
     for read in (read_checkpoint, FolderReadingIO().load_checkpoint):
-        with pytest.raises(CheckpointError, match="is damaged .*checksum.*take another") as raised:
+        with pytest.raises(CheckpointError, match=r"is damaged .*checksum.*take another") as raised:
             read(str(path))
         assert str(path) in str(raised.value)
 

@@ -117,6 +117,14 @@ REFUSED = {
         [{"message_id": "1", "parent_id": None, "role": "prompter", "text": "one"}],
         ["one message of a conversation", "join"],
     ),
+    "texts in turn": (
+        [{"conversations": ["one", "uno"], "source": "made"}],
+        ["'conversations' holds a list that is no chat", '{"messages": [{"role": "user"'],
+    ),
+    "segments": (
+        [{"segments": [{"label": False, "text": "one"}, {"label": True, "text": "uno"}]}],
+        ["'segments' holds a list that is no chat", '{"messages": [{"role": "user"'],
+    ),
     "squad": (
         [{"context": "stone", "question": "one", "answers": {"text": ["uno"]}}],
         ["{context}\\n\\n{question}", "--data.response_column NAME"],

@@ -1,0 +1,203 @@
+"""Files and texts of others, read within limits: regular files, of some size, of some nesting.
+
+A path that a user types may be a pipe that nobody writes to or a device without end; JSON may hold
+numbers and nesting that Python refuses with errors of its own; YAML aliases let ten lines stand for
+a billion values. Each becomes an error of the class that the caller names.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+import zlib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from okd_lightning.errors import OKDLightningError
+from okd_lightning.printable import one_line
+
+Refusal = type[OKDLightningError]
+
+_LARGEST = 64 << 20
+"""Bytes of a file of settings; tokenizers of 250,000 ids take 35 MB."""
+
+_MOST_NODES = 100_000
+"""Values that a YAML text may stand for, with its aliases followed."""
+
+_DEEPEST = 100
+_MOST_TIMES, _UNCHECKED = 250, 1 << 30
+"""A gzip file may grow by this factor, beyond the first GiB; texts grow by 3 to 30."""
+
+_PIECE = 1 << 20
+
+
+def require_regular(path: Path, error: Refusal, what: str) -> None:
+    """Refuse a pipe, a device or a folder where a file is expected.
+
+    Args:
+        path: May be absent; who opens it says so.
+        error: Class of the error.
+        what: For the message, such as "--config 'run.yaml'".
+
+    Raises:
+        OKDLightningError: Of class ``error``.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # absent, or a name that no file can have
+        return
+    if stat.S_ISREG(mode):
+        return
+    kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
+    found = next((name for test, name in kinds.items() if test(mode)), "a device")
+    raise error(f"{what}: {found} where a file is expected; write its content into a file first")
+
+
+def read_limited(path: Path, error: Refusal, what: str, largest: int = _LARGEST) -> bytes:
+    """The content of a regular file of limited size.
+
+    Raises:
+        OKDLightningError: Of class ``error``, also where it cannot be opened.
+    """
+    require_regular(path, error, what)
+    try:
+        with path.open("rb") as file:
+            content = file.read(largest + 1)
+    except (OSError, ValueError) as problem:
+        reason = getattr(problem, "strerror", None) or problem
+        raise error(f"{what}: cannot be read ({reason})") from problem
+    if len(content) > largest:
+        raise error(f"{what}: more than {largest >> 20} MiB, which no such file has")
+    return content
+
+
+def read_text(path: Path, error: Refusal, what: str) -> str:
+    """The UTF-8 text of a regular file of limited size; see ``read_limited``."""
+    try:
+        return read_limited(path, error, what).decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise error(f"{what}: not UTF-8 text ({problem.reason})") from problem
+
+
+def parse_json(text: str | bytes, error: Refusal, what: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        OKDLightningError: Of class ``error``: not JSON, nested too deeply, or with a number that
+            Python does not read (beyond 4300 digits).
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as problem:
+        raise error(
+            f"{what}: not valid JSON ({problem.msg} at line {problem.lineno}, character "
+            f"{problem.colno})"
+        ) from problem
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{what}: not valid JSON ({json_problem(problem)})") from problem
+
+
+def json_problem(problem: ValueError | RecursionError) -> str:
+    """Why ``json.loads`` gave up, where it does not say at which character."""
+    if isinstance(problem, RecursionError):
+        return "nested too deeply"
+    if isinstance(problem, UnicodeDecodeError):
+        return f"not UTF-8: {problem.reason}"
+    return (
+        "a number of more than 4300 digits" if "digits" in str(problem) else one_line(str(problem))
+    )
+
+
+def read_json(path: Path, error: Refusal, what: str) -> Any:
+    """The value of a JSON file; see ``read_text`` and ``parse_json``."""
+    return parse_json(read_text(path, error, what), error, what)
+
+
+def read_json_object(path: Path, error: Refusal, what: str) -> dict[str, Any]:
+    """The object of a JSON file; see ``read_json``.
+
+    Raises:
+        OKDLightningError: Of class ``error``, also where it holds something else.
+    """
+    found = read_json(path, error, what)
+    if not isinstance(found, dict):
+        raise error(f"{what}: a {type(found).__name__} where a JSON object is expected")
+    return found
+
+
+class BoundedYAMLLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, for texts that stand for a limited number of values.
+
+    All that goes wrong is a ``yaml.YAMLError``, also nesting and numbers that Python refuses.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The text's tree, refused where its aliases make too much of it."""
+        try:
+            node: yaml.Node | None = super().get_single_node()
+            if node is not None:
+                _count(node, {}, 0)
+        except RecursionError as problem:
+            raise yaml.YAMLError("nested too deeply") from problem
+        return node
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        """The value of the tree."""
+        try:
+            return super().construct_document(node)
+        except (ValueError, TypeError, OverflowError, RecursionError) as problem:
+            if isinstance(problem, yaml.YAMLError):
+                raise
+            raise yaml.YAMLError(one_line(str(problem), 200)) from problem
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        yaml.YAMLError: It is broken, or stands for more than 100,000 values.
+    """
+    return yaml.load(text, BoundedYAMLLoader)
+
+
+def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:
+    """How many values a tree stands for, each alias counted as what it stands for."""
+    if depth > _DEEPEST:
+        raise yaml.YAMLError("nested too deeply, or an alias within what it stands for")
+    if id(node) not in known:
+        parts: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        known[id(node)] = 1 + sum(_count(part, known, depth + 1) for part in parts)
+    if known[id(node)] > _MOST_NODES:
+        raise yaml.YAMLError(f"aliases that stand for more than {_MOST_NODES:,} values")
+    return known[id(node)]
+
+
+def decompressed(content: bytes) -> bytes:
+    """What a gzip file holds; all of its members.
+
+    Raises:
+        zlib.error, EOFError: It is not a whole gzip file.
+        OverflowError: It grows more than texts do: a few KB that stand for many GB.
+    """
+    pieces: list[bytes] = []
+    size, rest = 0, content
+    most = max(_UNCHECKED, _MOST_TIMES * len(content))
+    while rest:
+        reader = zlib.decompressobj(wbits=31)
+        while not reader.eof:
+            piece = reader.decompress(rest, _PIECE)
+            rest = reader.unconsumed_tail
+            if not piece and not rest and not reader.eof:
+                raise EOFError("it ends before its end marker")
+            pieces.append(piece)
+            size += len(piece)
+            if size > most:
+                raise OverflowError(f"{len(content):,} bytes that stand for more than {size:,}")
+        rest = reader.unused_data.lstrip(b"\0")
+    return b"".join(pieces)
