@@ -7,7 +7,7 @@ import yaml
 
 from okd_lightning.checkpoints.files import read_checkpoint
 from okd_lightning.cli import DistillationCLI
-from okd_lightning.cli_arguments import prepare
+from okd_lightning.cli_arguments import prepare, take_flag
 from okd_lightning.cli_errors import parse
 from okd_lightning.config_paths import user_path
 from okd_lightning.config_trust import FLAG, add_trust_flag
@@ -47,8 +47,9 @@ def export_command(arguments: list[str], debug: bool = False) -> int:
     """
     del debug
     parser = export_parser()
-    options = parse(parser, arguments, list(parser._option_string_actions))
-    flag = [FLAG] if options.trust_checkpoint else []
+    is_trusted, words = take_flag(arguments)
+    options = parse(parser, words, list(parser._option_string_actions))
+    flag = [FLAG] if is_trusted else []
     _, _, text = prepare(["fit", "--ckpt_path", options.ckpt_path, *flag])[:3]
     checkpoint = read_checkpoint(options.ckpt_path, with_weights=True)
     model_only = yaml.safe_dump({"model": yaml.safe_load(text)["model"]})
