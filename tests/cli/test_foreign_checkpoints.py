@@ -22,7 +22,8 @@ import yaml
 from cli_workbench import QUIET, Assets, Result
 
 from okd_lightning.checkpoints import signature
-from okd_lightning.errors import CheckpointError
+from okd_lightning.data import RolloutDataModule
+from okd_lightning.errors import CheckpointError, ConfigError
 from okd_lightning.module import DistillationModule
 
 Type = Callable[..., Result]
@@ -329,6 +330,8 @@ def test_load_from_checkpoint_builds_nothing_that_a_file_names(begun: Path, here
     torch.save(checkpoint, "forged.ckpt")
     module = DistillationModule.load_from_checkpoint("forged.ckpt")
     assert module.student is not None
+    with pytest.raises(ConfigError, match=r"make RolloutDataModule\(train=..., ...\)"):
+        RolloutDataModule.load_from_checkpoint("forged.ckpt")
 
     def refuse(name: str, value: Any, message: str, **given: Any) -> None:
         forged = {**checkpoint, "okd_lightning": {**own, "arguments": dict(own["arguments"])}}
