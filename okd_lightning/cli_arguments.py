@@ -50,8 +50,12 @@ _CONFIG_OPTIONS = ("--config", "-c")
 _FOLDER = "default_root_dir"
 
 
-def prepare(arguments: Sequence[str]) -> list[str]:
+def prepare(arguments: Sequence[str], can_type: bool = True) -> list[str]:
     """Arguments behind the command, ready for the parser: configs are inlined as YAML text.
+
+    Args:
+        arguments: A command and what stands behind it.
+        can_type: Whether the user's own command has the options of fit.
 
     Raises:
         ConfigError: A config that is not there or broken.
@@ -70,7 +74,7 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     if checkpoint is not None and not is_whole:
         given = [config for _, config in configs]
         typed_words = _without(rest, _CONFIG_OPTIONS)
-        own = config_to_use(checkpoint, typed_words, given, is_trusted)
+        own = config_to_use(checkpoint, typed_words, given, is_trusted, can_type)
         configs.insert(0, (checkpoint, own))
     replace_retyped(configs, rest)
     if "--help" in rest or "-h" in rest:

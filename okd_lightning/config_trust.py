@@ -39,9 +39,11 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _SERVERS = ("model.engine", "model.teacher_server", "trainer.model_registry")
 _MODULE_NAMES = ("megatron_core", "parent_library", "auto_map", "auto_mapping")
 """Settings of peft and transformers that are imported by name."""
-_KERNELS = "attn_implementation"
-"""transformers downloads and runs a kernel where it names a repository."""
-_PLACES = ("dirpath", "save_dir", "sync_folder")
+_KERNELS = "_implementation"
+"""transformers downloads and runs a kernel where attn_implementation names a repository."""
+_PLACES = ("dirpath", "folder", "save_dir", "sync_folder")
+_CACHES = ("model.teacher_cache", "data.token_cache")
+_UNWRITTEN = "which no run writes"
 _CLASS, _SETTINGS, _MORE = "class_path", "init_args", "dict_kwargs"
 
 
@@ -60,6 +62,11 @@ class ForeignPart:
     what: str
 
     @property
+    def is_broken(self) -> bool:
+        """Whether no config of a run has such a part."""
+        return self.what == _UNWRITTEN
+
+    @property
     def setting(self) -> str:
         """The option that has to be given to replace it: of method the whole section."""
         section, *rest = self.option.split(".")
@@ -70,17 +77,14 @@ class ForeignPart:
         return f"--{self.option} {shown!r}, {self.what}"
 
 
-def foreign_parts(
-    config: Mapping[str, Any], given: Collection[str] = (), options: Collection[str] = ()
-) -> Iterator[ForeignPart]:
+def foreign_parts(config: Mapping[str, Any], given: Collection[str] = ()) -> Iterator[ForeignPart]:
     """What of a config is not used unless it is trusted, in its order.
 
     Args:
         config: Sections such as model, data and trainer.
         given: Texts that were typed now: class paths and addresses among them are the user's own.
-        options: Names of options that were typed now.
     """
-    walk = _Walk(frozenset(given), frozenset(options))
+    walk = _Walk(frozenset(given))
     for key, value in config.items():
         yield from walk.section(str(key), value)
 
@@ -97,35 +101,31 @@ def add_trust_flag(parser: argparse.ArgumentParser) -> None:
 
 def texts_in(value: Any) -> Iterator[str]:
     """All texts in nested settings, those written as YAML within a text as well."""
-    waiting, seen = [value], set()
+    waiting = [value]
     while waiting:
         node = waiting.pop()
         if isinstance(node, str):
             yield node
             node = _loaded(node)
-        if isinstance(node, Mapping | list) and id(node) not in seen:
-            seen.add(id(node))
-            waiting += [*node, *node.values()] if isinstance(node, Mapping) else node
+        if isinstance(node, Mapping):
+            waiting += [*node, *node.values()]
+        elif isinstance(node, list):
+            waiting += node
 
 
 class _Walk:
     """Goes through a config, with the type of every value that a class's parameters say."""
 
-    def __init__(self, given: frozenset[str], options: frozenset[str]) -> None:
+    def __init__(self, given: frozenset[str]) -> None:
         self.given = given
-        self.options = options
 
     def section(self, name: str, value: Any) -> Iterator[ForeignPart]:
-        first, _, rest = name.partition(".")
-        first = first.rstrip("+")
-        if rest:
-            value = {rest: value}
-        if first not in SECTIONS:
-            yield ForeignPart(name, _text(value), "which is no section of a run's config")
-        elif isinstance(value, Mapping) and first in _CLASSES:
-            yield from self._entries(first, value, parameter_types(_CLASSES[first]))
-        elif first != "seed_everything":
-            yield from self.value(first, value, None)
+        if name not in SECTIONS:
+            yield ForeignPart(name, _text(value), _UNWRITTEN)
+        elif isinstance(value, Mapping) and name in _CLASSES:
+            yield from self._entries(name, value, parameter_types(_CLASSES[name]))
+        elif name != "seed_everything":
+            yield from self.value(name, value, None)
 
     def value(self, option: str, value: Any, kind: Any) -> Iterator[ForeignPart]:
         """One value; ``kind`` is its annotation, None where that is unknown."""
@@ -136,7 +136,7 @@ class _Walk:
             for entry in value:
                 yield from self.value(option, entry, kind)
         elif isinstance(value, Mapping):
-            is_object = any(str(key).partition(".")[0] == _CLASS for key in value)
+            is_object = any(str(key).startswith(_CLASS) for key in value)
             if is_object:
                 yield from self._object(option, value)
             else:
@@ -147,28 +147,14 @@ class _Walk:
     ) -> Iterator[ForeignPart]:
         """Settings by name; ``kinds`` is None where they are plain data."""
         for key, value in entries.items():
-            first, _, rest = str(key).partition(".")
-            name = f"{option}.{first.rstrip('+')}"
-            if first.startswith(("__", "$")):
-                yield ForeignPart(name, _text(value), "which no run writes")
+            plain = str(key).removesuffix("+")
+            name = f"{option}.{plain}"
+            if plain.startswith(("__", "$")) or (kinds is not None and "." in plain):
+                yield ForeignPart(name, _text(value), _UNWRITTEN)
                 continue
-            yield from self._named(name, first, value)
-            kind = Any if kinds is None else kinds.get(first.rstrip("+"))
-            yield from self.value(name, {rest: value} if rest else value, kind)
-
-    def _named(self, option: str, name: str, value: Any) -> Iterator[ForeignPart]:
-        """What a setting's name says about it."""
-        if value is None or _text(value) in self.given:
-            return
-        is_given = any(o == option or o.startswith(f"{option}.") for o in self.options)
-        if option in _SERVERS and not is_given:
-            yield ForeignPart(option, _text(value), "a server")
-        elif name in _MODULE_NAMES and value != "megatron.core":
-            yield ForeignPart(option, _text(value), "a module to import")
-        elif name.endswith(_KERNELS) and set("/:") & set(_text(value)):
-            yield ForeignPart(option, _text(value), "a kernel to download and run")
-        elif name in _PLACES and not is_given:
-            yield ForeignPart(option, _text(value), "a folder to write in")
+            if value is not None and _text(value) not in self.given:
+                yield from _named(name, plain, value)
+            yield from self.value(name, value, Any if kinds is None else kinds.get(plain))
 
     def _object(self, option: str, entries: Mapping[str, Any]) -> Iterator[ForeignPart]:
         """An object to build: its class, and its settings with the types that the class says."""
@@ -181,12 +167,13 @@ class _Walk:
         elif (kind := allowed_class(path)) is None:
             yield ForeignPart(option, path, "code that is not okd-lightning's own")
         for key, value in entries.items():
-            first, _, rest = str(key).partition(".")
-            inner = {rest: value} if rest else value
-            if first == _SETTINGS and isinstance(inner, Mapping) and kind is not None:
-                yield from self._entries(option, inner, parameter_types(kind) or {})
-            elif first != _CLASS or rest:
-                yield from self.value(option, {first: inner} if first != _SETTINGS else inner, None)
+            if key not in (_CLASS, _SETTINGS, _MORE):
+                yield ForeignPart(f"{option}.{key}", _text(value), _UNWRITTEN)
+            elif key == _SETTINGS and isinstance(value, Mapping):
+                kinds = None if kind is None else parameter_types(kind)
+                yield from self._entries(option, value, kinds or {})
+            elif key != _CLASS:
+                yield from self.value(option, value, None)
 
     def _text(self, option: str, text: str, kind: Any) -> Iterator[ForeignPart]:
         """A text: an address, or what the parser would import or open as a config."""
@@ -196,6 +183,26 @@ class _Walk:
             yield ForeignPart(option, text, "the address of a server")
         elif not accepts_only_data(kind) and not _is_harmless(text):
             yield ForeignPart(option, text, "code to import, or a file to read as a config")
+
+
+def _named(option: str, name: str, value: Any) -> Iterator[ForeignPart]:
+    """What a setting is by its name, whatever class it belongs to."""
+    text = _text(value)
+    what = None
+    if option in _SERVERS:
+        what = "a server, or an engine of its own"
+    elif name in _MODULE_NAMES and value != "megatron.core":
+        what = "a module to import"
+    elif name == "trust_remote_code" and value is not False:
+        what = "code of a repository"
+    elif name.endswith(_KERNELS) and set("/:") & set(text):
+        what = "a kernel to download and run"
+    elif name in _PLACES or (option in _CACHES and value != "auto"):
+        what = "a folder to write in"
+    elif name == "filename" and (text.startswith("/") or ".." in text):
+        what = "a file to write outside of the run"
+    if what is not None:
+        yield ForeignPart(option, text, what)
 
 
 def _is_harmless(text: str) -> bool:

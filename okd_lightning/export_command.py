@@ -50,7 +50,7 @@ def export_command(arguments: list[str], debug: bool = False) -> int:
     is_trusted, words = take_flag(arguments)
     options = parse(parser, words, list(parser._option_string_actions))
     flag = [FLAG] if is_trusted else []
-    _, _, text = prepare(["fit", "--ckpt_path", options.ckpt_path, *flag])[:3]
+    _, _, text = prepare(["fit", "--ckpt_path", options.ckpt_path, *flag], can_type=False)[:3]
     checkpoint = read_checkpoint(options.ckpt_path, with_weights=True)
     model_only = yaml.safe_dump({"model": yaml.safe_load(text)["model"]})
     cli = DistillationCLI(args=["--config", model_only], run=False)

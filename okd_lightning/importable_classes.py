@@ -154,7 +154,7 @@ def _resolved(path: str) -> Any:
     while module:
         try:
             found = importlib.import_module(module)
-        except (ImportError, ValueError):
+        except (ImportError, TypeError, ValueError):
             module, _, name = module.rpartition(".")
             names.insert(0, name)
             continue

@@ -41,7 +41,11 @@ def config_of(path: str, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None
 
 
 def config_to_use(
-    path: str, typed: Sequence[str], configs: Sequence[Mapping[str, Any]], is_trusted: bool
+    path: str,
+    typed: Sequence[str],
+    configs: Sequence[Mapping[str, Any]],
+    is_trusted: bool,
+    can_type: bool = True,
 ) -> dict[str, Any]:
     """The config of a checkpoint that a run is built from.
 
@@ -50,6 +54,7 @@ def config_to_use(
         typed: Options and values of the command line.
         configs: Given now, as they were read.
         is_trusted: Whether the user trusts whoever wrote the checkpoint.
+        can_type: Whether the command has options in place of the config's.
 
     Returns:
         The sections; the run's folder is that of the checkpoint.
@@ -73,9 +78,9 @@ def config_to_use(
         relocate(
             config, started_in, path, lambda c: class_here(c) if c in given else allowed_class(c)
         )
-        _leave_out_foreign(path, config, given, _options(typed, configs))
-    trainer = config.get("trainer")
-    config["trainer"] = {**(trainer or {}), "default_root_dir": str(run_folder_of(path))}
+        _leave_out_foreign(path, config, given, _options(typed, configs), can_type)
+    if isinstance(trainer := config.setdefault("trainer", {}), dict):
+        trainer["default_root_dir"] = str(run_folder_of(path))
     return config
 
 
@@ -114,15 +119,24 @@ def _read(path: str, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _leave_out_foreign(
-    path: str, config: dict[str, Any], given: frozenset[str], options: frozenset[str]
+    path: str,
+    config: dict[str, Any],
+    given: frozenset[str],
+    options: frozenset[str],
+    can_type: bool,
 ) -> None:
     """Take out what was typed again; refuse what else is not the user's or this library's."""
-    for part in list(foreign_parts(config, given, options)):
+    for part in list(foreign_parts(config, given)):
         section, _, name = part.setting.partition(".")
-        if part.setting not in options:
+        if part.is_broken:
             raise CheckpointError(
-                f"--ckpt_path {path!r} was not signed by you, and its config names {part}: give "
-                f"--{part.setting} yourself, or add {FLAG} if you trust whoever wrote it"
+                f"--ckpt_path {path!r}: its config has {part}; take another checkpoint"
+            )
+        if part.setting not in options:
+            instead = f"give --{part.setting} yourself, or " if can_type else ""
+            raise CheckpointError(
+                f"--ckpt_path {path!r} was not signed by you, and its config names {part}: "
+                f"{instead}add {FLAG} if you trust whoever wrote it"
             )
         if name:
             config.get(section, {}).pop(name, None)

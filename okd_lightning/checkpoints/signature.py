@@ -83,7 +83,9 @@ def _user_key(makes: bool) -> bytes | None:
         key = path.read_bytes()
     except OSError:
         return None
-    is_private = about.st_uid == os.geteuid() and not about.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
+    is_private = os.name != "posix" or (
+        about.st_uid == os.geteuid() and not about.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
+    )
     if not is_private or len(key) != _NUM_BYTES:
         _warn_once(
             f"{path} is not used: expected {_NUM_BYTES} bytes that only you can read (mode 0600); "

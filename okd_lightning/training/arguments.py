@@ -87,10 +87,11 @@ def peft_config_of(stored: Mapping[str, Any]) -> PeftConfig:
         CheckpointError: It names a module that PEFT would import.
     """
     module = stored.get("megatron_core") or "megatron.core"
-    if module != "megatron.core":
+    arguments = stored.get("tokenizer_kwargs") or {}
+    if module != "megatron.core" or arguments.get("trust_remote_code"):
         raise CheckpointError(
-            f"the checkpoint's PEFT config has PEFT import {module!r} (megatron_core), which no "
-            "run of okd-lightning writes; take another checkpoint"
+            "the checkpoint's PEFT config has PEFT import code of others (megatron_core "
+            f"{module!r}, tokenizer_kwargs {arguments}); take another checkpoint"
         )
     return PeftConfig.from_peft_type(**stored)
 

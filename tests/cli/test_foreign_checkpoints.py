@@ -68,7 +68,7 @@ FORGED: dict[str, tuple[str, Any, str]] = {
     "in a text": ("data.chat_template_kwargs", str({"x": [PROGRAM]}), "subprocess.Popen"),
     "a method": ("method", callback("wicked.Method"), "wicked.Method"),
     "a method's name": ("method", "wicked.Method", "wicked.Method"),
-    "a dotted key": ("method.class_path", "wicked.Method", "wicked.Method"),
+    "a dotted key": ("method.class_path", "wicked.Method", "no run:wicked.Method"),
     "a reward": ("trainer.callbacks", [REWARD], "--trainer.callbacks.function 'wicked.Brevity'"),
     "more callbacks": ("trainer.callbacks+", REWARD, "wicked.Brevity"),
     "a tool": ("data.tools", [{"class_path": "wicked.Tool"}], "wicked.Tool"),
@@ -96,7 +96,7 @@ FORGED: dict[str, tuple[str, Any, str]] = {
     "a file to read": ("method", "method.yaml", "method.yaml"),
     "a section in a file": ("trainer", "method.yaml", "method.yaml"),
     "another shelf": ("method", callback("callbacks.wicked.Method"), "callbacks.wicked.Method"),
-    "an unknown section": ("weights_only", False, "weights_only"),
+    "an unknown section": ("weights_only", False, "no run:weights_only"),
     "an engine": (
         "model.engine",
         callback("okd_lightning.rollouts.VLLMServer", url="http://h", sync_folder="s"),
@@ -115,6 +115,22 @@ FORGED: dict[str, tuple[str, Any, str]] = {
         callback("peft.LoraConfig", megatron_config={"x": 1}, megatron_core="wicked"),
         "wicked",
     ),
+    "code of a repository": (
+        "method",
+        callback(
+            "okd_lightning.callbacks.OKD",
+            online_module=callback(
+                "peft.PromptTuningConfig", tokenizer_kwargs={"trust_remote_code": True}
+            ),
+        ),
+        "--method.online_module.tokenizer_kwargs.trust_remote_code",
+    ),
+    "another run's folder": (
+        "trainer",
+        {"default_root_dir": "a", "default_root_dir.x": "b"},
+        "no run:--trainer.default_root_dir.x",
+    ),
+    "a cache to write": ("model.teacher_cache", "/somewhere", "--model.teacher_cache"),
     "a folder to write in": (
         "trainer.callbacks",
         [callback("lightning.pytorch.callbacks.ModelCheckpoint", dirpath="/somewhere")],
@@ -185,7 +201,8 @@ def refused(result: Result, *words: str) -> None:
 def test_what_a_forged_config_names_is_not_run(name: str, forge: Type, okd: Type) -> None:
     option, value, named = FORGED[name]
     forge(option, value)
-    refused(okd(*COMMANDS["test"]), str(EVIL), named, "--trust_checkpoint")
+    advice = "take another" if named.startswith("no run:") else "--trust_checkpoint"
+    refused(okd(*COMMANDS["test"]), str(EVIL), named.removeprefix("no run:"), advice)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -193,7 +210,8 @@ def test_every_command_refuses(command: str, forge: Type, okd: Type) -> None:
     forge("model.student.x", PROGRAM)
     refused(okd(*COMMANDS[command]), str(EVIL), "subprocess.Popen", "--trust_checkpoint")
     forge("method", callback("wicked.Method"))
-    refused(okd(*COMMANDS[command]), str(EVIL), "wicked.Method", "give --method yourself")
+    advice = [] if command == "export" else ["give --method yourself"]
+    refused(okd(*COMMANDS[command]), str(EVIL), "wicked.Method", *advice)
 
 
 def test_a_signature_is_of_one_config(forge: Type, okd: Type, monkeypatch: Any) -> None:
@@ -346,7 +364,9 @@ def test_load_from_checkpoint_builds_nothing_that_a_file_names(begun: Path, here
     files = {"kept": "files", "value": {"../../ran": "x"}}
     refuse("tokenizer", files, "not in its own folder")
     lora = {"peft_type": "LORA", "megatron_config": {}, "megatron_core": "wicked"}
-    refuse("student_adapter", {"kept": "peft_config", "value": lora}, "import 'wicked'")
+    refuse(
+        "student_adapter", {"kept": "peft_config", "value": lora}, "import code of others .*wicked"
+    )
     assert not RAN.exists()
 
 
