@@ -95,7 +95,7 @@ def parameter_types(kind: Any) -> Mapping[str, Any] | None:
         return {}
     built: Any = classes[0]
     for annotated in (built.__init__, built):  # a dataclass's own names are its class's
-        with contextlib.suppress(NameError, TypeError, AttributeError):
+        with contextlib.suppress(NameError, TypeError, AttributeError, SyntaxError):
             return typing.get_type_hints(annotated)
     return {}
 

@@ -141,7 +141,7 @@ class LastCheckpoint(Checkpoint):
         if not self.path.exists():
             return
         try:
-            step = read_checkpoint(str(self.path))["global_step"]
+            step = read_checkpoint(str(self.path), has_checks=False)["global_step"]
         except CheckpointError:
             return
         if step < now:
