@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from vllm_servers import ServerPool
 from okd_lightning.module import DistillationModule
 
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
+
+# the key that signs checkpoints is not the developer's own
+os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="okd-config-")
 
 # tiny tensors: more threads only wait for each other; make test-portable asks for two
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
