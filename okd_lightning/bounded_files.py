@@ -162,6 +162,16 @@ def load_yaml(text: str) -> Any:
     return yaml.load(text, BoundedYAMLLoader)
 
 
+def check_yaml(text: str) -> None:
+    """Refuse a YAML text that stands for too much, before another loader reads it.
+
+    Raises:
+        yaml.YAMLError: It is broken, or stands for more than 100,000 values.
+    """
+    if "*" in text or len(text) > _DEEPEST:  # an alias, or room for nesting
+        yaml.compose(text, BoundedYAMLLoader)
+
+
 def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:
     """How many values a tree stands for, each alias counted as what it stands for."""
     if depth > _DEEPEST:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -63,8 +62,12 @@ else:  # what can be typed: --help would else list every architecture of transfo
     ModelArgument = str | dict[str, Any]
 
 
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
-"""What transformers raises for a config, a tokenizer or weights that are broken."""
+_UNREADABLE = (Exception,)
+"""What transformers raises for a config, a tokenizer or weights that are broken.
+
+It is anything: tokenizers raises plain ``Exception``, nesting is a ``RecursionError``, and wrong
+types in a config end in whatever is computed with them first. --debug shows it.
+"""
 
 _TOKENIZER_FILES = (
     "tokenizer_config.json",
@@ -212,6 +215,8 @@ def _from_files(
     where = f"{option} {found.given!r}"
     is_local = found.folder is not None and found.gguf_file is None
     files = WeightFiles(found, option) if is_local else None  # broken ones in words of our own
+    if files is not None:
+        files.check_sizes(config)
     try:
         with without_load_report():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -225,7 +230,7 @@ def _from_files(
                 **found.arguments,
                 **unpacking(found.gguf_file),
             )
-    except (*_UNREADABLE, RuntimeError, ImportError, SafetensorError) as error:
+    except _UNREADABLE as error:
         if found.folder is None and isinstance(error, OSError):
             raise unreachable(found, option, "model", error) from error
         raise ModelError(
