@@ -69,6 +69,8 @@ It is anything: tokenizers raises plain ``Exception``, nesting is a ``RecursionE
 types in a config end in whatever is computed with them first. --debug shows it.
 """
 
+_SIZES = ("num_hidden_layers", "hidden_size", "vocab_size")
+
 _TOKENIZER_FILES = (
     "tokenizer_config.json",
     "tokenizer.json",
@@ -123,9 +125,14 @@ def load_model_config(source: ModelSource, option: str, vocab_size: int) -> Pret
             base = load_model_config(adapter.base, option, vocab_size)
         return adapted_config(adapter, base)
     try:
-        return AutoConfig.from_pretrained(found.name, **found.arguments)
+        config = AutoConfig.from_pretrained(found.name, **found.arguments)
     except _UNREADABLE as error:
         raise unreachable(found, option, "model", error) from error
+    for name in _SIZES:
+        size = getattr(config.get_text_config(), name, None)
+        if isinstance(size, int) and size < 1:
+            raise ModelError(f"{option} {found.given!r}: config.json has {name} {size}")
+    return config
 
 
 def load_tokenizer(source: str, option: str) -> PreTrainedTokenizerBase:
@@ -316,6 +323,10 @@ def _eos_beside(found: Source) -> int | list[int] | None:
         config = GenerationConfig.from_pretrained(found.name, revision=found.revision or "main")
     except OSError:  # a folder without generation_config.json
         return None
+    except _UNREADABLE as error:
+        raise ModelError(
+            f"generation_config.json of {found.name!r} cannot be read: {first_line(error)}"
+        ) from error
     return cast("int | list[int] | None", config.eos_token_id)
 
 
