@@ -8,10 +8,12 @@ milliseconds with the tokenizer in memory, and does nothing but render.
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import resource
 import signal
+import time
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -26,7 +28,10 @@ from transformers import PreTrainedTokenizerBase
 from okd_lightning.errors import DataError
 from okd_lightning.printable import one_line
 
-_SECONDS = 10.0
+_SECONDS = 10
+"""Of processor time: a machine that is busy is no template that loops."""
+
+_LONGEST_WAIT = 600.0
 _MORE_BYTES = 1 << 30
 _SPARE_CHARACTERS, _TIMES = 1 << 22, 32
 """A rendering may be longer than its chat by this factor, beyond four million characters."""
@@ -44,6 +49,7 @@ class TemplateProcess:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._owner = 0  # the process that has started it: a fork of ours must start its own
+        self._child = 0
         self._pipe: Connection | None = None
         self._stop: Any = None
 
@@ -55,8 +61,8 @@ class TemplateProcess:
             what: For messages, such as "data.jsonl, row 3: the chat template".
 
         Raises:
-            DataError: It refuses the chat, takes more than ten seconds or a GiB, or writes far
-                more than the chat.
+            DataError: It refuses the chat, takes more than ten seconds of processor time or a GiB,
+                or writes far more than the chat.
         """
         try:
             request = pickle.dumps(list(chats))
@@ -65,19 +71,28 @@ class TemplateProcess:
         pipe = self._running()
         try:
             pipe.send_bytes(request)
-            if not pipe.poll(_SECONDS):
-                self.close()
-                raise DataError(
-                    f"{what} takes more than {_SECONDS:g} seconds for one chat; it loops, and has "
-                    "to be replaced (the tokenizer's chat_template)"
-                )
+            if not pipe.poll(_LONGEST_WAIT):
+                raise TimeoutError
             answer = pickle.loads(pipe.recv_bytes())
         except (EOFError, OSError) as error:
+            is_late = isinstance(error, TimeoutError) or self._ended_by() == signal.SIGXCPU
             self.close()
-            raise DataError(f"{what} ended its process, or needs more than 1 GiB") from error
+            if not is_late:
+                raise DataError(f"{what} ended its process, or needs more than 1 GiB") from error
+            raise DataError(
+                f"{what} takes more than {_SECONDS} seconds of processor time for one chat; it "
+                "loops, and has to be replaced (the tokenizer's chat_template)"
+            ) from error
         if isinstance(answer, str):
             raise DataError(f"{what} {answer}")
         return list(answer)
+
+    def _ended_by(self) -> int:
+        """The signal that has ended the process; 0 for none."""
+        with suppress(ChildProcessError):
+            _, status = os.waitpid(self._child, 0)
+            return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        return 0
 
     def close(self) -> None:
         """End the process, if there is one."""
@@ -96,7 +111,7 @@ class TemplateProcess:
                 here.close()
                 _serve(self._tokenizer, there)
             there.close()
-            self._pipe, self._owner = here, os.getpid()
+            self._pipe, self._owner, self._child = here, os.getpid(), child
             self._stop = weakref.finalize(self, _end, here, child, os.getpid())
         return self._pipe
 
@@ -115,12 +130,22 @@ def _serve(tokenizer: PreTrainedTokenizerBase, pipe: Connection) -> None:
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the run, which ends this process
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGXCPU, signal.SIG_DFL)
         _limit_memory()
         while True:
             request = pipe.recv_bytes()
+            _limit_time()
             pipe.send_bytes(pickle.dumps(_rendered(tokenizer, request)))
     finally:
         os._exit(0)
+
+
+def _limit_time() -> None:
+    """Have the system end this process after some more processor time."""
+    most = math.ceil(time.process_time()) + _SECONDS
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
 def _limit_memory() -> None:

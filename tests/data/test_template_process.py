@@ -21,8 +21,8 @@ CHAT = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}
 GOOD = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}{{ add_generation_prompt }}"
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 BAD = {
-    LOOP: r"takes more than 0\.5 seconds",
-    "{{ 9 ** (9 ** 9) }}": r"takes more than 0\.5 seconds|needs more than",
+    LOOP: "takes more than 1 seconds",
+    "{{ 9 ** (9 ** 9) }}": "takes more than 1 seconds|needs more than",
     "{{ 'a' * 10 ** 11 }}": "needs more than 1 GiB",
     "{{ 'a' * 10 ** 7 }}": "makes 10,000,000 characters of a chat of",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "calls itself without end",
@@ -35,7 +35,7 @@ BAD = {
 
 @pytest.fixture
 def make_process(monkeypatch):
-    monkeypatch.setattr(template_process, "_SECONDS", 0.5)
+    monkeypatch.setattr(template_process, "_SECONDS", 1)
 
     def make(template: str) -> TemplateProcess:
         tokenizer = tiny.make_tokenizer()
@@ -45,8 +45,7 @@ def make_process(monkeypatch):
     return make
 
 
-def test_it_renders_what_the_tokenizer_does(make_process, monkeypatch):
-    monkeypatch.setattr(template_process, "_SECONDS", 10.0)
+def test_it_renders_what_the_tokenizer_does(make_process):
     process = make_process(GOOD)
     wanted = [(CHAT, {"add_generation_prompt": False}), (CHAT[:1], {"add_generation_prompt": True})]
     assert process.render(wanted, "t") == ["user:ab;assistant:c;False", "user:ab;True"]
@@ -63,7 +62,7 @@ def test_limits(template, make_process):
 def test_it_ends_with_its_owner(make_process):
     process = make_process(GOOD)
     process.render([(CHAT, {})], "t")
-    child = next(iter(process._stop.peek()[2][1:2]))
+    child = process._child
     os.kill(child, 0)
     del process
     gc.collect()
