@@ -29,6 +29,9 @@ _WIDTHS = ("hidden_size", "vocab_size", "intermediate_size", "num_attention_head
 _MOST_PACKED = 16
 """Numbers of 2 bits that one of 32 bits holds."""
 
+_SPARE_LAYERS, _SPARE_NUMBERS = 1000, 1 << 28
+"""What may be built in vain: smaller differences are found, and named, after loading."""
+
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -113,7 +116,7 @@ class WeightFiles:
         """
         text = config.get_text_config()
         layers, width = (getattr(text, n, None) for n in ("num_hidden_layers", "hidden_size"))
-        is_deep = isinstance(layers, int) and layers > len(self._files)
+        is_deep = isinstance(layers, int) and layers > len(self._files) + _SPARE_LAYERS
         wide = [name for name in _WIDTHS if self._is_too_wide(getattr(text, name, 0), width)]
         for name in ["num_hidden_layers"] if is_deep else wide[:1]:
             raise ModelError(
@@ -126,7 +129,7 @@ class WeightFiles:
         """Whether a table of ``size`` rows has far more numbers than are stored."""
         if not (isinstance(size, int) and isinstance(width, int)):
             return False
-        return size * width > _MOST_PACKED * self.num_elements
+        return size * width > _MOST_PACKED * self.num_elements + _SPARE_NUMBERS
 
     def stored_under(self, names: Sequence[str]) -> str | None:
         """The first of ``names`` under which a weight is stored."""
