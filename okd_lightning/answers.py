@@ -6,6 +6,7 @@ some time: nested repetition such as ``(a+)+b`` takes years on one response.
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Literal, TypeAlias, get_args
 
@@ -19,6 +20,10 @@ Comparison: TypeAlias = Literal["text", "math"]
 
 _MARKED_ANSWER = regex.compile(r"####(.+)")
 _SECONDS = 1.0
+_SHARED_FLAGS = re.IGNORECASE | re.MULTILINE | re.DOTALL | re.VERBOSE
+"""Those with one number in both packages."""
+
+Pattern: TypeAlias = "regex.Pattern[str] | re.Pattern[str]"
 
 
 def answer_pattern(pattern: str | None) -> regex.Pattern[str] | None:
@@ -38,7 +43,7 @@ def answer_pattern(pattern: str | None) -> regex.Pattern[str] | None:
     return compiled
 
 
-def final_answer(text: str, pattern: regex.Pattern[str] | None) -> str | None:
+def final_answer(text: str, pattern: Pattern | None) -> str | None:
     """The answer in a response: the first group of the pattern's last match, or the whole text.
 
     Returns:
@@ -47,9 +52,14 @@ def final_answer(text: str, pattern: regex.Pattern[str] | None) -> str | None:
     """
     if pattern is None:
         return text.strip()
+    if isinstance(pattern, re.Pattern):  # whose searches cannot be ended
+        pattern = regex.compile(pattern.pattern, pattern.flags & _SHARED_FLAGS)
     try:
-        matches = pattern.finditer(text, timeout=_SECONDS)
-        found = [match.group(1) for match in matches if match.group(1) is not None]
+        found = [
+            match.group(1)
+            for match in pattern.finditer(text, timeout=_SECONDS)
+            if match.group(1) is not None
+        ]
     except TimeoutError:
         warnings.warn(
             f"pattern {pattern.pattern!r} takes more than {_SECONDS:g} second on a response of "
@@ -76,7 +86,7 @@ def checked_comparison(compare: str) -> Comparison:
 def matches(
     response: str,
     reference: str,
-    pattern: regex.Pattern[str] | None = None,
+    pattern: Pattern | None = None,
     compare: Comparison = "text",
 ) -> bool:
     """Whether a response gives the reference's answer; a response without one does not.

@@ -24,10 +24,10 @@ BAD = {
     LOOP: "takes more than 1 seconds",
     "{{ 9 ** (9 ** 9) }}": "takes more than 1 seconds|needs more than",
     "{{ 'a' * 10 ** 11 }}": "needs more than 1 GiB",
-    "{{ 'a' * 10 ** 7 }}": "makes 10,000,000 characters of a chat of",
+    "{{ 'a' * 10 ** 7 }}": "makes 10,000,0.. characters of a chat of",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "calls itself without end",
     "{{ raise_exception('\x1bno') }}": r"refuses this chat \(\\x1bno\)",
-    "{{ messages.__class__ }}": "refuses this chat .*unsafe",
+    "{{ ''.__class__.__mro__ }}": "refuses this chat .*unsafe",
     "{% if %}": "refuses this chat",
     "{{ 1 // 0 }}": "refuses this chat",
 }
