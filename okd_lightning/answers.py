@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import regex
 
@@ -52,12 +52,13 @@ def final_answer(text: str, pattern: Pattern | None) -> str | None:
     """
     if pattern is None:
         return text.strip()
+    timed: Any = pattern
     if isinstance(pattern, re.Pattern):  # whose searches cannot be ended
-        pattern = regex.compile(pattern.pattern, pattern.flags & _SHARED_FLAGS)
+        timed = regex.compile(pattern.pattern, pattern.flags & _SHARED_FLAGS)
     try:
         found = [
             match.group(1)
-            for match in pattern.finditer(text, timeout=_SECONDS)
+            for match in timed.finditer(text, timeout=_SECONDS)
             if match.group(1) is not None
         ]
     except TimeoutError:
