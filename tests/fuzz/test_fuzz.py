@@ -15,7 +15,7 @@ from fuzz_program import Bench, Case, run_case, run_kind
 
 SAMPLE = {
     "rows": ("file: deep line", "file: digits", "file: pipe", "prompt: escapes"),
-    "templates": ("power", "repeated text", "globals"),
+    "templates": ("self", "repeated text", "globals"),
     "model_folders": ("config: many layers", "config: deep", "tokenizer: type", "config: code"),
     "server_answers": ("engine: large id", "teacher: no mass", "raw: NaN", "tokens: deep"),
     "configs": ("config: a billion merges", "config: tag", "pattern: nested repetition"),
