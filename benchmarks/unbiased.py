@@ -1,12 +1,15 @@
 """Bias and error of one step by the divisor of sampled rows, in the toy of the enumeration test.
 
     python benchmarks/unbiased.py [--steps 20000]
+    python benchmarks/unbiased.py --enumerate
 
 Every response of a tabular student (``tests/losses/test_unbiased.py``) has its exact gradient and
 probability; steps of 1, 2, 8 and 64 rollouts are drawn from them. *Along* is the mean step along
 the true gradient over its length (1 = unbiased) with its standard error; *RMSE* is the error of one
 step over that length, and again with steps clipped to twice that length. ``running_mean`` divides
-by the mean length of 256 rollouts drawn before.
+by the mean length of 256 rollouts drawn before. ``--enumerate`` draws nothing: it prints the bias
+of a step of one rollout over the length of the true gradient, for every divergence, variant and
+discount.
 """
 
 from __future__ import annotations
@@ -21,9 +24,9 @@ from torch import Tensor
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path[:0] = [str(TESTS), str(TESTS / "losses")]
 
-from test_unbiased import RESPONSES, Student  # noqa: E402
+from test_unbiased import DIVERGENCES, RESPONSES, Student  # noqa: E402
 
-from okd_lightning.callbacks import GKD, OPDPlus  # noqa: E402
+from okd_lightning.callbacks import GKD, DistillationCallback, OPDPlus  # noqa: E402
 from okd_lightning.divergences import ReverseKL  # noqa: E402
 
 METHODS = {
@@ -33,6 +36,7 @@ METHODS = {
     "value_baseline": OPDPlus(ReverseKL(), "value_baseline"),
 }
 EARLIER = 256
+VARIANTS = ("as_published", "centred", "value_baseline")
 
 
 def figures(steps: Tensor, truth: Tensor) -> str:
@@ -49,14 +53,49 @@ def figures(steps: Tensor, truth: Tensor) -> str:
     return f"{float(along.mean()):.3f} ± {error:.3f} | {rmse:.3f} | {rmse_clipped:.3f}"
 
 
+def biases(student: Student, method: DistillationCallback, truth: Tensor) -> tuple[float, float]:
+    """Of a step of one rollout, over the truth's length: by ``running_mean``, by ``token_mean``."""
+    chances = torch.tensor([student.chance(r) for r in RESPONSES], dtype=torch.float64)
+    lengths = torch.tensor([float(len(response)) for response in RESPONSES]).double()
+    found = torch.stack([student.gradient_of(method, r).flatten() for r in RESPONSES])
+    by_tokens = (chances * (chances @ lengths) / lengths) @ found
+    size = truth.norm()
+    return float((chances @ found - truth).norm() / size), float((by_tokens - truth).norm() / size)
+
+
+def enumerated() -> None:
+    """The table of every divergence: the largest bias by ``running_mean``, each by token_mean."""
+    student = Student()
+    print("| divergence | γ | running_mean, at most | exact | " + " | ".join(VARIANTS) + " |")
+    print("|---|---|---|---|" + "---|" * len(VARIANTS))
+    for divergence in DIVERGENCES:
+        for discount in (0, 1):
+            objective = student.objective(divergence, discount)
+            (truth,) = torch.autograd.grad(objective, student.logits)
+            methods: list[DistillationCallback] = [
+                OPDPlus(divergence, variant, float(discount)) for variant in VARIANTS
+            ]
+            if not discount:
+                methods.insert(0, GKD(divergence=divergence, on_policy_fraction=1.0))
+            found = [biases(student, method, truth.flatten()) for method in methods]
+            cells = ["–"] * discount + [f"{by_tokens:.2f}" for _, by_tokens in found]
+            worst = max(running for running, _ in found)
+            print(f"| {divergence!r} | {discount} | {worst:.0e} | {' | '.join(cells)} |")
+
+
 def main() -> None:
     """Print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20_000)
-    num_steps = parser.parse_args().steps
+    parser.add_argument("--enumerate", action="store_true")
+    arguments = parser.parse_args()
+    num_steps = arguments.steps
     torch.set_num_threads(1)
+    if arguments.enumerate:
+        enumerated()
+        return
     student, generator = Student(), torch.Generator().manual_seed(0)
-    chances = torch.tensor([student.chance(response) for response in RESPONSES]).double()
+    chances = torch.tensor([student.chance(r) for r in RESPONSES], dtype=torch.float64)
     lengths = torch.tensor([float(len(response)) for response in RESPONSES]).double()
     mean = float(chances @ lengths)
     spread = float(chances @ (lengths - mean) ** 2) ** 0.5

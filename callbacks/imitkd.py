@@ -1,6 +1,15 @@
-"""ImitKD: imitation learning of the teacher, on given and on the student's own responses.
+"""ImitKD: imitation learning of the teacher, on dataset responses and the student's own.
 
 Lin et al., "Autoregressive Knowledge Distillation through Imitation Learning", arXiv 2009.07253.
+
+Differs from the paper:
+
+- Its mixing weight falls over training; here the share is constant, and a coin decides each
+  optimizer step (GKD's form of the same idea, arXiv 2306.13649). ``Stage`` changes it in steps.
+- Its "optimal" variant imitates the teacher's likeliest next token; here the teacher's whole
+  distribution is imitated (its "full" variant).
+
+Differs from the released code: it was not compared.
 """
 
 from __future__ import annotations
@@ -10,10 +19,7 @@ from okd_lightning.divergences import ForwardKL
 
 
 class ImitKD(DivergenceCallback):
-    """Forward KL to the teacher on a mix of the data set's and the student's own responses.
-
-    The paper's mixing weight falls over training; here the share is constant, and a coin decides
-    each optimizer step (GKD's form of the same idea, arXiv 2306.13649).
+    """Forward KL to the teacher on dataset responses and the student's own.
 
     Args:
         on_policy_fraction: Share of optimizer steps whose responses the student writes.

@@ -6,8 +6,9 @@ Differs from the paper:
 
 - The paper optimises it with PPO's clip, 0.2; here the clip is off by default, as a rollout serves
   one optimizer step unless ``data.prompts_per_rollout`` asks for more.
-- The credit is computed of the current student's log-probabilities; in the paper they are those at
-  rollout time. Both are equal where a rollout batch serves one optimizer step.
+- The credit is of the current student's log-probabilities; in the paper they are those at rollout
+  time. Both are equal where a rollout batch serves one optimizer step; ``frozen_credit`` gives the
+  paper's where it serves several.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class IWOPD(AdvantageCallback):
         clip: PPO's ε; None for off.
         weight: Factor on this term's mean loss.
         name: Logged as ``train/<name>``.
+        frozen_credit: The credit is of the student at rollout time.
     """
 
     def __init__(
@@ -60,5 +62,8 @@ class IWOPD(AdvantageCallback):
         clip: float | None = None,
         weight: float = 1.0,
         name: str | None = None,
+        frozen_credit: bool = False,
     ) -> None:
-        super().__init__(PrefixWeighted(gamma), clip=clip, weight=weight, name=name)
+        super().__init__(
+            PrefixWeighted(gamma), clip=clip, weight=weight, name=name, frozen_credit=frozen_credit
+        )

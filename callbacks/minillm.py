@@ -13,13 +13,17 @@ Differs from the paper:
 - Rewards are the current student's, not those at rollout time. Both are equal where a rollout batch
   serves one optimizer step.
 
-Differs from the released code (microsoft/LMOps, minillm), which
+Differs from the released code (microsoft/LMOps, commit 4f2a9de, folder minillm; its GPT-2 scripts):
 
-- scales rewards by 0.5, clips and whitens them;
-- counts the own token's reward in the reward-to-go;
-- mixes the language-model loss with the forward KL to the teacher, half and half;
-- takes several epochs of PPO over a rollout batch (``data.prompts_per_rollout`` gives steps over
-  one batch here, never an epoch more).
+- It divides rewards by 0.5 and clips them to ±100 (``reward_scale: 2.0`` gives the first), and
+  whitens the advantages of a batch, which is left out.
+- It takes the mean of the own token's reward and those to come (``counts_own: true``), those to
+  come discounted by 0.95 a token, the default of its ``--gamma``.
+- It does not weigh the single-step gradient by w; the paper's Eq. 7 and this file do.
+- Its loss on the corpus is half cross-entropy and half the teacher's (``lm_kd: 0.5``, which is half
+  forward KL and has the same gradient).
+- It makes 4 epochs of PPO over a batch of rollouts. ``data.prompts_per_rollout`` gives several
+  steps over one batch, never an epoch more.
 """
 
 from __future__ import annotations
@@ -28,9 +32,10 @@ import lightning
 import torch
 from torch import Tensor
 
-from okd_lightning import DistillationCallback, DistillationModule
+from okd_lightning import DistillationCallback, DistillationModule, DivergenceCallback
 from okd_lightning.advantages import reward_to_go
 from okd_lightning.callbacks import SFT
+from okd_lightning.callbacks.base import check_fraction
 from okd_lightning.callbacks.policy_gradient import Rows
 from okd_lightning.divergences import ReverseKL
 from okd_lightning.errors import ConfigError
@@ -53,7 +58,7 @@ _SINGLE = ExactDivergence(ReverseKL())
 class MiniLLM(DistillationCallback):
     """w KL(p‖q) - clipped w R on the student's rows; beside it CE on the data set's, as SFT.
 
-    R is the mean of log q - log p over the tokens behind the own one, 0 at the last. Gradient flows
+    R is the mean of log q - log p over the tokens after the own one, 0 at the last. Gradient flows
     to the student through the KL and the clipped ratio; w before the KL and R are constants. The
     cross-entropy is a term of its own, ``train/<name>_lm``. Teacher and student must read the same
     prompts.
@@ -64,6 +69,9 @@ class MiniLLM(DistillationCallback):
         lm_weight: Factor on the cross-entropy; 0 leaves it, and the data set's responses, out.
         weight: Factor on this term's mean loss.
         name: Logged as ``train/<name>``.
+        reward_scale: Factor on R.
+        counts_own: R is the mean over the own token and those after it.
+        lm_kd: Share of forward KL to the teacher in the language-model loss, in [0, 1).
     """
 
     is_positionwise = False
@@ -78,17 +86,30 @@ class MiniLLM(DistillationCallback):
         lm_weight: float = 1.0,
         weight: float = 1.0,
         name: str | None = None,
+        reward_scale: float = 1.0,
+        counts_own: bool = False,
+        lm_kd: float = 0.0,
     ) -> None:
         super().__init__(weight, name)
         if not 0 <= teacher_share < 1:
             raise ConfigError(f"MiniLLM: teacher_share must be in [0, 1), got {teacher_share}")
         if not lm_weight >= 0:
             raise ConfigError(f"MiniLLM: lm_weight must be a number from 0 on, got {lm_weight}")
-        self.teacher_share = teacher_share
-        self.lm_weight = lm_weight
+        if not reward_scale > 0:
+            raise ConfigError(f"MiniLLM: reward_scale must be above 0, got {reward_scale}")
+        if check_fraction("lm_kd", lm_kd) == 1 or (lm_kd and not lm_weight):
+            raise ConfigError(
+                f"MiniLLM: lm_kd is {lm_kd} with lm_weight {lm_weight}; expected a share below 1 "
+                "of a language-model loss whose weight is above 0"
+            )
+        self.teacher_share, self.lm_weight = teacher_share, lm_weight
+        self.reward_scale, self.counts_own = reward_scale, counts_own
         self.ratio = ImportanceRatio(clip=clip)
-        if lm_weight:
-            self.further_terms = (SFT(weight=weight * lm_weight, name=f"{self.name}_lm"),)
+        about = {"weight": weight * lm_weight, "name": f"{self.name}_lm"}
+        if lm_kd:
+            self.further_terms = (DivergenceCallback(cross_entropy_weight=1 - lm_kd, **about),)
+        elif lm_weight:
+            self.further_terms = (SFT(**about),)
 
     def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
         """Remember whose models are mixed; refuse prompts that only one of them reads."""
@@ -111,15 +132,16 @@ class MiniLLM(DistillationCallback):
         sampler = measured.sampler_logprobs.to(logprobs.dtype).where(own, logprobs.detach())
         rewards = (measured[_TEACHER] - logprobs).detach().where(own, 0.0)
         weights = (logprobs.detach() - sampler).exp()
-        to_come = self.rewards_to_come(rewards, own, measured.row)
+        to_come = self.reward_scale * self.rewards_to_come(rewards, own, measured.row)
         values = weights * measured[_SINGLE] + self.ratio.loss(logprobs, sampler, to_come)
         return loss_output(values, own)
 
-    @staticmethod
-    def rewards_to_come(rewards: Tensor, own: Tensor, row: Tensor) -> Tensor:
-        """[positions] the mean reward behind each token of its response."""
+    def rewards_to_come(self, rewards: Tensor, own: Tensor, row: Tensor) -> Tensor:
+        """[positions] the mean reward after each token of its response, or from it on."""
         rows = Rows(row, own, is_split=True)
         split = rows.split(rewards)
-        number = reward_to_go(torch.ones_like(split), rows.mask, 1.0) - 1
-        behind = reward_to_go(split, rows.mask, 1.0) - split
-        return rows.join(behind / number.clamp(min=1))
+        total = reward_to_go(split, rows.mask, 1.0)
+        number = reward_to_go(torch.ones_like(split), rows.mask, 1.0)
+        if not self.counts_own:
+            total, number = total - split, number - 1
+        return rows.join(total / number.clamp(min=1))

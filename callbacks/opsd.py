@@ -10,8 +10,8 @@ Differs from the paper:
 
 Differs from the released code (siyan-zhao/OPSD, commit 590ec26):
 
-- That commit has no clip: it minimises the Jensen-Shannon divergence with β = ½ (GKD with
-  ``JensenShannon`` here).
+- Neither that commit nor one before it has a clip: its scripts minimise the Jensen-Shannon
+  divergence with β = ½ (GKD with ``JensenShannon`` here).
 - It samples at temperature 1.1 with top-p 0.95 and top-k 20, and trains LoRA of rank 64 on all
   projections; here these are options of the data (``--data.sampling``) and the model
   (``--model.student_adapter``), by default temperature 1, no cut and all weights.

@@ -2,8 +2,16 @@
 
 Zhao et al., "PowerOPD: Stabilizing On-Policy Distillation with Bounded Power Transformation", arXiv
 2606.17199, section 3: the Box-Cox power transformation in the place of the logarithm of OPD's
-reward log q - log p. As in the paper's code the factor 1/α is left out, with which the reward would
-tend to OPD's for α → 0.
+reward log q - log p.
+
+Differs from the paper:
+
+- The factor 1/α of the transformation is left out, with which the reward would tend to OPD's for
+  α → 0; the paper's code leaves it out too.
+- The reward is stopped, as in the paper, so that its expected gradient is that of no divergence;
+  q^α - p^α is of the current student, also where a rollout batch serves several steps.
+
+Differs from the released code: nothing that we know of; α = 5 is its default.
 """
 
 from __future__ import annotations

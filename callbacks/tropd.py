@@ -1,10 +1,18 @@
 """TrOPD: reverse KL where the teacher can be trusted, forward KL where it cannot.
 
 Xing et al., "Trust Region On-Policy Distillation", arXiv 2606.01249, section 3: a token is trusted
-with probability min(q/p, 1), the acceptance of speculative decoding. Differs from the paper: no
-coin is drawn, both terms are weighted with its probabilities, which is the same in expectation and
-does not depend on how batches are cut; and the off-policy guidance (β = 0.001, annealed to 0) is
-left out: the student would have to go on from a prefix of the teacher's, but a row has one author.
+with probability min(q/p, 1), the acceptance of speculative decoding.
+
+Differs from the paper:
+
+- No coin is drawn: both terms are weighted with its probabilities, which is the same in expectation
+  and does not depend on how batches are cut.
+- The off-policy guidance (β = 0.001, annealed to 0) is left out: the student would have to go on
+  from a prefix of the teacher's, but a row has one author.
+- The credit and the trust are of the current student, also where a rollout batch serves several
+  steps.
+
+Differs from the released code: it was not compared.
 """
 
 from __future__ import annotations

@@ -2,8 +2,15 @@
 
 Oh et al., "KL for a KL: On-Policy Distillation with Control Variate Baseline", arXiv 2605.07865,
 Eqs. 9-15: the credit of a token is log q - log p minus the value of its state, which in closed form
-is -KL(p‖q). The paper's cheaper baseline over the student's top k is left out: the whole
-vocabulary's comes out of the pass that measures log p.
+is -KL(p‖q).
+
+Differs from the paper:
+
+- Its cheaper baseline over the student's top k is left out: the whole vocabulary's comes out of
+  the pass that measures log p.
+- The credit is of the current student, also where a rollout batch serves several steps.
+
+Differs from the released code: it was not compared.
 """
 
 from __future__ import annotations

@@ -304,9 +304,15 @@ def _not_importable(complaint: _Complaint) -> str | None:
     if complaint.class_path is None or not _NO_MODULE.search(complaint.text):
         return None
     reason = " ".join(complaint.text.split())
+    package, *_ = complaint.class_path.split(".")
+    shelf = (
+        "; the files of callbacks/ are in a checkout of okd-lightning and not in the installed "
+        "package: run this in a checkout, or copy the method's file into ./callbacks/"
+    )
     return (
         f"{complaint.option} {complaint.class_path}: cannot be imported ({reason}); modules are "
-        "looked for among the installed ones and in the current folder"
+        f"looked for among the installed ones and in the current folder"
+        f"{shelf if package == 'callbacks' else ''}"
     )
 
 

@@ -23,6 +23,8 @@ from functools import cached_property
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.normalizers import Normalizer
+from tokenizers.pre_tokenizers import PreTokenizer
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from okd_lightning.errors import DataError
@@ -200,10 +202,12 @@ class TextEncoder:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             return None
-        parts = json.loads(backend.to_str())
+        own = {name: _read(getattr(backend, name)) for name in ("normalizer", "pre_tokenizer")}
+        changed = {name: _without_start(part) for name, part in own.items()}
+        if changed == own and backend.truncation is None and backend.padding is None:
+            return backend  # a copy of a large vocabulary takes seconds
+        parts = {**json.loads(backend.to_str()), **changed}
         parts.update(truncation=None, padding=None, post_processor=None)
-        for name in ("normalizer", "pre_tokenizer"):
-            parts[name] = _without_start(parts[name])
         inner = Tokenizer.from_str(json.dumps(parts))
         inner.encode_special_tokens = backend.encode_special_tokens
         return inner
@@ -281,6 +285,11 @@ def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
         size += len(text)
     if batch:
         yield batch
+
+
+def _read(part: Normalizer | PreTokenizer | None) -> Any:
+    """A normalizer or pre-tokenizer as it is written to tokenizer.json."""
+    return None if part is None else json.loads(part.__getstate__())
 
 
 def _without_start(part: Any) -> Any:

@@ -9,8 +9,10 @@
 """
 
 import csv
+import importlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from okd_lightning.__main__ import main
 from okd_lightning.cli_arguments import packaged_configs
 from okd_lightning.quickstart.recipe import TEACHER_DIR, TRAIN_FILE, VAL_FILE
 
+SHELF = Path(__file__).parents[1] / "callbacks"
 MODELS = ["--model.student", str(TEACHER_DIR), "--model.teacher", str(TEACHER_DIR)]
 TOKENIZER = ["--model.tokenizer", str(TEACHER_DIR)]
 DATA = ["--data.train", str(TRAIN_FILE), "--data.val", str(VAL_FILE)]
@@ -46,10 +49,16 @@ def questions(folder: Path) -> list[str]:
     return ["--data.train", str(path), "--data.val", str(path)]
 
 
+def shelf(folder: Path) -> list[str]:
+    """Put the files beside the package into the current folder, as in a checkout."""
+    shutil.copytree(SHELF, folder / "callbacks")
+    return []
+
+
 RUNS = {
     "tinystories": lambda folder: [*MODELS, *DATA],
     "gsm8k": lambda folder: [*TOKENIZER, *questions(folder)],
-    "opsd": lambda folder: [*TOKENIZER, *questions(folder)],
+    "opsd": lambda folder: [*TOKENIZER, *questions(folder), *shelf(folder)],
     "quickstart_teacher": lambda folder: [*TOKENIZER, *DATA],
 }
 OVERLAYS = {  # with what stands in metrics.csv because of them
@@ -86,6 +95,37 @@ def test_config_trains(name, tmp_path, monkeypatch, capsys):
     assert "train/loss" in text.splitlines()[0]
     assert len(text.splitlines()) >= 5
     assert (folder / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_a_config_that_needs_the_shelf_says_so_in_its_first_line():
+    configs = SHELF.parent / "configs"
+    needing = [p for p in configs.rglob("*.yaml") if "class_path: callbacks." in p.read_text()]
+    assert [path.stem for path in needing] == ["opsd"]
+    for path in needing:
+        assert path.read_text().startswith("# Needs a checkout: its method is on the shelf")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the libraries', not ours
+def test_outside_a_checkout_the_shelf_is_missed_clearly(tmp_path, monkeypatch, capsys):
+    """And what the config names for such a place trains."""
+    monkeypatch.chdir(tmp_path)
+    elsewhere = [p for p in sys.path if Path(p or ".").resolve() != SHELF.parent]
+    monkeypatch.setattr(sys, "path", elsewhere)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "callbacks"]:
+        monkeypatch.delitem(sys.modules, name)
+    arguments = ["fit", "--config", "opsd", *TOKENIZER, *questions(tmp_path), *SHORT]
+    assert main(arguments) != 0
+    message = capsys.readouterr().err
+    assert "callbacks.opsd.OPSD: cannot be imported" in message
+    assert "run this in a checkout, or copy the method's file into ./callbacks/" in message
+    assert len(message.strip().splitlines()) == 1
+    divergence = ["--method.divergence", "ForwardKL", "--method.on_policy_fraction", "1"]
+    assert main([*arguments, "--method", "GKD", *divergence]) == 0, capsys.readouterr().err
+    (tmp_path / "callbacks").mkdir()
+    shutil.copy(SHELF / "opsd.py", tmp_path / "callbacks")
+    importlib.invalidate_caches()  # the folder was not there when this process looked
+    assert main(arguments) == 0, capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")

@@ -114,6 +114,11 @@ class DistillationCallback(Callback, ABC):
         """The whole run."""
         return (0, None)
 
+    @property
+    def terms(self) -> tuple[DistillationCallback, ...]:
+        """All terms of the method: itself and its further ones."""
+        return (self, *self.further_terms)
+
     def weight_at(self, step: int) -> float:
         """The factor on this term's mean loss in optimizer step ``step``."""
         del step
@@ -154,7 +159,7 @@ class DistillationCallback(Callback, ABC):
             )
         self.prepare(trainer, pl_module, stage)
         if stage == "fit":
-            for term in (self, *self.further_terms):
+            for term in self.terms:
                 pl_module.add_term(term)
 
     def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:

@@ -29,6 +29,8 @@ class OPD(AdvantageCallback):
         clip: PPO's ε; None for off.
         weight: Factor on this term's mean loss.
         name: Logged as ``train/<name>``; two methods of one class need different names.
+        frozen_credit: ln u is of the student that sampled the token, as in tinker, and not of the
+            current one; the same where a rollout batch serves one optimizer step.
 
     Raises:
         ConfigError: A setting out of its range.
@@ -43,6 +45,7 @@ class OPD(AdvantageCallback):
         clip: float | None = None,
         weight: float = 1.0,
         name: str | None = None,
+        frozen_credit: bool = False,
     ) -> None:
         advantage = FDivergenceAdvantage(
             ReverseKL() if divergence is None else divergence,
@@ -50,7 +53,7 @@ class OPD(AdvantageCallback):
             discount,
             max_log_ratio,
         )
-        super().__init__(advantage, max_ratio, clip, weight, name)
+        super().__init__(advantage, max_ratio, clip, weight, name, frozen_credit)
 
     def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
         """Say what a divergence other than reverse KL does here."""

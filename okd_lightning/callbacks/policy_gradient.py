@@ -10,7 +10,7 @@ from torch import Tensor
 
 from okd_lightning.advantages import Advantage, as_advantage
 from okd_lightning.callbacks.base import DistillationCallback
-from okd_lightning.divergences import ReverseKL
+from okd_lightning.divergences import ReverseKL, TopK
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import (
     DrawnLogProb,
@@ -102,10 +102,14 @@ class AdvantageCallback(PolicyGradientCallback):
         clip: PPO's ε; None for off.
         weight: Factor on this term's mean loss.
         name: Logged as ``train/<name>``; two methods of one class need different names.
+        frozen_credit: The credit reads the log-probs that the student's tokens were sampled with,
+            and not the current ones: the same where ρ = 1, and elsewhere the credit that tinker and
+            verl compute once a rollout batch. At a sampling temperature other than 1 they are
+            those of the tempered distribution.
 
     Raises:
         ConfigError: Something that is no advantage, or one without a detached, finite credit of the
-            log-probs' shape.
+            log-probs' shape; a frozen credit that needs the current student.
     """
 
     def __init__(
@@ -115,14 +119,22 @@ class AdvantageCallback(PolicyGradientCallback):
         clip: float | None = None,
         weight: float = 1.0,
         name: str | None = None,
+        frozen_credit: bool = False,
     ) -> None:
         super().__init__(max_ratio, clip, weight, name)
+        self.frozen_credit = frozen_credit
         self.advantage = advantage = as_advantage(advantage)
         self.is_positionwise = advantage.is_positionwise
         seen_by = advantage.divergence or ReverseKL()  # which reads a token as it is
         self._student = DrawnOutcome("student", seen_by)
         self._teacher = DrawnOutcome("teacher", seen_by)
         valued = advantage.state_value_of
+        if frozen_credit and (valued is not None or isinstance(seen_by, TopK)):
+            raise ConfigError(
+                f"{self.name}: frozen_credit reads the log-prob that a token was sampled with, and "
+                f"{'a state value' if valued is not None else 'a TopK'} needs the current "
+                "student's distribution; leave one of them out"
+            )
         self._value = (
             ExpectedWeight(valued, advantage.max_log_ratio) if valued is not None else None
         )
@@ -135,8 +147,12 @@ class AdvantageCallback(PolicyGradientCallback):
 
     def credit(self, measured: Measured) -> tuple[Tensor, dict[str, Tensor]]:
         """The advantage's, row by row."""
-        rows = Rows(measured.row, measured.mask(self.sources), not self.is_positionwise)
-        student, teacher = rows.split(measured[self._student]), rows.split(measured[self._teacher])
+        mask = measured.mask(self.sources)
+        rows = Rows(measured.row, mask, not self.is_positionwise)
+        current = measured[self._student]
+        sampled = measured.sampler_logprobs.to(current.dtype).where(mask, current)
+        student = rows.split(sampled if self.frozen_credit else current)
+        teacher = rows.split(measured[self._teacher])
         value = None if self._value is None else rows.split(measured[self._value])
         credit = self.advantage.credit(student, teacher, rows.mask, value)
         logged = self.advantage.metrics(student, teacher, rows.mask)

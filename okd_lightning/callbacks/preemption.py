@@ -232,7 +232,7 @@ class Preemption(Checkpoint):
             return f"{asked}; this run keeps no checkpoints (no LastCheckpoint), so that it is lost"
         if not self._is_saved:
             return f"{asked}, before there was anything to save; start it again"
-        return f"{asked}; resume: okd-lightning fit --ckpt_path {saver.shown_path}"
+        return f"{asked}; {saver.resume_command(trainer)}"
 
 
 def _saver(trainer: lightning.Trainer) -> LastCheckpoint | None:

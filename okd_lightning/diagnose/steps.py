@@ -8,7 +8,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -21,7 +21,7 @@ from okd_lightning.divergences import ReverseKL
 from okd_lightning.losses import DrawnLogProb, WeightedTerm
 from okd_lightning.module import DistillationModule
 from okd_lightning.optimizers import build_optimizer
-from okd_lightning.records import DistillBatch
+from okd_lightning.records import SOURCES, DistillBatch, Source
 
 _DRAWN = DrawnLogProb("student")
 _ADAM_NUMBERS = 2
@@ -49,7 +49,7 @@ class StepProbe:
         for _ in range(1 + _REPETITIONS):
             self._synchronize()
             start = time.perf_counter()
-            self._backward(method, batch, _num_tokens(batch))
+            self._backward(method, batch, _tokens_of([batch]))
             self._synchronize()
             taken.append(time.perf_counter() - start)
             self._forget_gradients()
@@ -79,8 +79,9 @@ class StepProbe:
         """Optimizer steps, without warm-up; yields the number of each, from 1, when it is taken.
 
         Args:
-            method: Whose loss.
-            steps: Of every one its micro-batches; the loss is divided by their tokens together.
+            method: Whose loss, with its further terms.
+            steps: Of every one its micro-batches; each term is divided by the tokens of its own
+                rows in all of them.
         """
         module = self.module
         optimizer = build_optimizer(
@@ -91,9 +92,9 @@ class StepProbe:
             factory=module.optimizer_factory,
         )
         for step, batches in enumerate(steps, 1):
-            count = sum(_num_tokens(batch) for batch in batches)
+            tokens = _tokens_of(batches)
             for batch in batches:
-                self._backward(method, batch, count)
+                self._backward(method, batch, tokens)
             if self.clip_norm:
                 clip_grad_norm_(self.parameters, self.clip_norm)
             optimizer.step()
@@ -129,9 +130,15 @@ class StepProbe:
             found["peak of the process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return found
 
-    def _backward(self, method: DistillationCallback, batch: DistillBatch, count: int) -> None:
+    def _backward(
+        self, method: DistillationCallback, batch: DistillBatch, tokens: Mapping[Source, int]
+    ) -> None:
+        """Add the gradient of a micro-batch, as a run's: every term's weight over its divisor."""
+        weighted = []
+        for term in method.terms:
+            count = sum(tokens[source] for source in term.sources)
+            weighted.append(WeightedTerm(term, term.weight / max(1, count)))
         with torch.enable_grad():
-            weighted = [WeightedTerm(method, 1.0 / max(1, count))]
             self.module.loss_of(batch, weighted).total.backward()
 
     @torch.no_grad()
@@ -168,8 +175,14 @@ def drift_between(steps: int, before: Tensor, after: Tensor) -> Drift:
     )
 
 
-def _num_tokens(batch: DistillBatch) -> int:
-    return int(batch.mask[:, 1:].sum())
+def _tokens_of(batches: Sequence[DistillBatch]) -> dict[Source, int]:
+    """Loss tokens of some micro-batches by who wrote them."""
+    found = dict.fromkeys(SOURCES, 0)
+    for batch in batches:
+        counts = batch.mask[:, 1:].sum(1).tolist()
+        for code, count in zip(batch.source.tolist(), counts, strict=True):
+            found[SOURCES[code]] += count
+    return found
 
 
 def _num_bytes(model: nn.Module | None) -> int:

@@ -76,7 +76,7 @@ class CachedDrawnOutcome(Quantity):
     Args:
         role: Whose.
         k: Tokens are seen through the teacher's k likeliest ids and the rest, as by a TopK; None
-            for the token itself, of which rows then have to hold the teacher's log-prob.
+            for the token itself, whose log-prob is in the rows.
     """
 
     role: ModelRole

@@ -23,7 +23,7 @@ from okd_lightning.teacher_cache.settings import TeacherCache
 from okd_lightning.teacher_cache.store import Entry, from_records, record_type, to_records
 from okd_lightning.teacher_cache.terms import check_known
 
-_FORMAT = 1
+_FORMAT = 2
 _DATASET = SOURCES.index("dataset")
 
 Reader: TypeAlias = Callable[[Sequences], Side]
@@ -184,7 +184,7 @@ def write_entry(
         records = np.empty(part.num_positions, entry.record)
         done = 0
         for rows in slices(len(part.rows), batch_size):
-            found = _records(read(collate(part.rows[rows]).to(device).teacher_reads), entry)
+            found = _records(collate(part.rows[rows]).to(device).teacher_reads, read, entry)
             records[done : done + len(found)] = found
             done += len(found)
             if progress is not None:
@@ -193,8 +193,9 @@ def write_entry(
 
 
 @torch.no_grad()
-def _records(side: Side, entry: Entry) -> np.ndarray:
+def _records(reads: Sequences, read: Reader, entry: Entry) -> np.ndarray:
     """[positions] one batch's, from full distributions over one tile at a time."""
+    side, targets = read(reads), reads.targets
     vocab_size = entry.key["vocabulary"][0]
     tiles = []
     for tile in slices(len(side.hidden), tile_size(vocab_size, side.hidden.device)):
@@ -204,5 +205,5 @@ def _records(side: Side, entry: Entry) -> np.ndarray:
                 "--model.teacher gives NaN for a row of the data, so that nothing can be learned "
                 "from it; check its weights and --model.teacher_dtype"
             )
-        tiles.append(to_records(logprobs, entry.record))
+        tiles.append(to_records(logprobs, targets[tile], entry.record))
     return np.concatenate(tiles)

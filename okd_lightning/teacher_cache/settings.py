@@ -13,11 +13,11 @@ LogProbFormat: TypeAlias = Literal["float16", "float32"]
 
 @dataclass(frozen=True)
 class TeacherCache:
-    """The teacher's k likeliest ids and the rest, for every loss token of the data, on disk.
+    """The teacher's k likeliest ids, the rest and the token's own, for every loss token, on disk.
 
     Args:
         folder: Where caches lie; each teacher, data set and k gets an entry of its own there.
-        k: Ids that keep their own log-probability; 48 are 292 bytes a token at most in
+        k: Ids that keep their own log-probability; 48 are 296 bytes a token at most in
             float16.
         dtype: Number format of the log-probabilities.
     """

@@ -1,8 +1,8 @@
 """One entry of the cache on disk: numpy files of records, and an index that makes it whole.
 
-A record is a loss token: k ids, their log-probabilities and the rest's. Files are written in one
-piece each; the index is written last and holds every file's size and checksum, so that an entry
-without it is one whose writing goes on.
+A record is a loss token: k ids, their log-probabilities, the rest's and the token's own. Files are
+written in one piece each; the index is written last and holds every file's size and checksum, so
+that an entry without it is one whose writing goes on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from okd_lightning.durable_files import own_aside, read_json, replacing, write_json
 from okd_lightning.errors import CacheError, OutputError
 from okd_lightning.losses import pack_outcomes
-from okd_lightning.shapes import LogProbs, PositionHidden
+from okd_lightning.shapes import LogProbs, PositionHidden, PositionIds
 from okd_lightning.teacher_cache.layout import Layout, Place
 
 _INDEX = "index.json"
@@ -36,16 +36,18 @@ def record_type(k: int, vocab_size: int, dtype: str) -> np.dtype[Any]:
     """
     of_id = "<u2" if vocab_size <= 2**16 else "<u4"
     of_logprob = "<f2" if dtype == "float16" else "<f4"
-    return np.dtype([("ids", of_id, (k,)), ("logprobs", of_logprob, (k,)), ("rest", "<f4")])
+    fields = [("ids", of_id, (k,)), ("logprobs", of_logprob, (k,)), ("rest", "<f4")]
+    return np.dtype([*fields, ("drawn", "<f4")])
 
 
-def to_records(logprobs: LogProbs, record: np.dtype[Any]) -> np.ndarray:
+def to_records(logprobs: LogProbs, targets: PositionIds, record: np.dtype[Any]) -> np.ndarray:
     """[positions] records of full distributions.
 
     The ids are chosen, and the rest summed, before anything is rounded.
 
     Args:
         logprobs: [positions, vocab] log q (nats).
+        targets: [positions] the tokens that stand there.
         record: From ``record_type``.
     """
     k = record["ids"].shape[0]
@@ -55,16 +57,18 @@ def to_records(logprobs: LogProbs, record: np.dtype[Any]) -> np.ndarray:
     records["ids"] = top.indices.cpu().numpy()
     records["logprobs"] = top.values.float().cpu().numpy()
     records["rest"] = others.logsumexp(-1).float().cpu().numpy()
+    records["drawn"] = logprobs.gather(-1, targets[:, None])[:, 0].float().cpu().numpy()
     return records
 
 
 def from_records(records: np.ndarray) -> PositionHidden:
-    """[positions, 2k + 1] packed rows; rounded probabilities are scaled so as to sum to one."""
+    """[positions, 2k + 2] packed rows; rounded probabilities are scaled so as to sum to one."""
     ids = torch.from_numpy(records["ids"].astype(np.int64))
     known = torch.from_numpy(records["logprobs"].astype(np.float32))
     rest = torch.from_numpy(records["rest"].astype(np.float32))[:, None]
     logprobs = torch.cat([known, rest], dim=-1)
-    return pack_outcomes(ids, logprobs - logprobs.logsumexp(-1, keepdim=True))
+    drawn = torch.from_numpy(records["drawn"].astype(np.float32))
+    return pack_outcomes(ids, logprobs - logprobs.logsumexp(-1, keepdim=True), drawn)
 
 
 def make_folder(folder: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import (
-    CachedDrawnOutcome,
     Measured,
     Quantity,
     Term,
@@ -75,14 +74,9 @@ def check_cached_term(
             )
         kind = "served" if reads_new_rows else "cached"
         try:
-            form = cached_form(quantity, k, vocab_size)
+            cached_form(quantity, k, vocab_size)
         except ConfigError as error:
             raise ConfigError(f"method {term.name} with a {kind} teacher: {error}") from error
-        if isinstance(form, CachedDrawnOutcome) and form.k is None and not reads_new_rows:
-            raise ConfigError(
-                f"method {term.name} with a {kind} teacher: it asks for the log-probability of a "
-                "token that need not be among the likeliest, which are all that is kept"
-            )
 
 
 class CachedTerm:

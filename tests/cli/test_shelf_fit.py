@@ -31,6 +31,30 @@ def test_every_command_of_the_table(command, checkout, fit, assets):
     assert "train/loss" in metric_names(checkout / "run" / "metrics.csv")
 
 
+RESUMED = {
+    "topd.TOPD": ("--method.future", "true"),
+    "idaopd.IDAOPD": (),
+    "lightningopd.LightningOPD": ("--model.teacher_cache", "cache"),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_sampled_methods_resume_and_export(name, checkout, fit, okd):
+    """Two steps at once are one step and a resumed one; the student is a folder of its own."""
+    method = ("--method", f"callbacks.{name}", *RESUMED[name])
+    last = checkout / "run" / "checkpoints" / "last.ckpt"
+    fit(*method, "--trainer.max_steps", "2")
+    whole = torch.load(last, weights_only=True)["state_dict"]
+    shutil.rmtree(checkout / "run")
+    fit(*method, "--trainer.max_steps", "1")
+    fit("--ckpt_path", str(last), "--trainer.max_steps", "2")
+    resumed = torch.load(last, weights_only=True)["state_dict"]
+    assert all(torch.equal(whole[name], weight) for name, weight in resumed.items())
+    exported = okd("export", "--ckpt_path", str(last), "--out", "student")
+    assert exported.status == 0, exported.err
+    assert (checkout / "student" / "model.safetensors").is_file()
+
+
 def test_distillm_and_its_resume(checkout, fit):
     """What it has kept, and where its share has risen, is in the checkpoint."""
     method = ("--method", "callbacks.distillm.DistiLLM", "--method.share", "1.0")

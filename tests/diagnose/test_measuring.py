@@ -13,11 +13,13 @@ import pytest
 import tiny
 import torch
 
+from okd_lightning.callbacks import GKD, SFT
 from okd_lightning.collation import collate
 from okd_lightning.diagnose import gradients
 from okd_lightning.diagnose.gradients import GradientProbe, probed_parameters
 from okd_lightning.diagnose.steps import StepProbe, drift_between
-from okd_lightning.records import TrainingRow
+from okd_lightning.divergences import ReverseKL
+from okd_lightning.records import SOURCES, TrainingRow
 
 
 def batch_of(seed: int, module=None):
@@ -112,6 +114,40 @@ def test_drift_is_that_of_steps_made_by_hand(module):
             now, _, _ = logprobs_at_loss(module, probe)
         moved = (now - first).gather(-1, ids[:, None]).abs().mean()
         assert found[number].mean_log_ratio == pytest.approx(float(moved), rel=1e-2)
+
+
+def test_a_method_is_measured_with_its_further_terms(make_module):
+    """Two micro-batches, each term over the tokens of its own rows in both."""
+    module = make_module(dtype="float64")
+    module.configure_model()
+    module.eval()
+    method = GKD(divergence=ReverseKL(), on_policy_fraction=1.0, weight=2.0)
+    method.further_terms = (SFT(weight=0.5, name="beside"),)
+    dataset = SOURCES.index("dataset")
+    batches = []
+    for seed in (2, 3):
+        batch = batch_of(seed)
+        batch.source[:seed] = dataset
+        batches.append(batch)
+    optimizer = torch.optim.AdamW(module.student.parameters(), lr=1e-2, weight_decay=0.0)
+    steps = StepProbe(module, None)
+    with steps.kept():
+        assert list(steps.take(method, [batches])) == [1]
+        taken = tiny.weights(module)
+    sums, counts = {}, {}
+    for batch in batches:
+        student, teacher, ids = logprobs_at_loss(module, batch)
+        is_given = (batch.source[:, None].expand_as(batch.mask)[:, 1:] == dataset)[
+            batch.mask[:, 1:]
+        ]
+        exact = (student.exp() * (student - teacher)).sum(-1)[~is_given]
+        drawn = student.gather(-1, ids[:, None])[is_given]
+        for name, values in (("exact", exact), ("given", -drawn)):
+            sums[name] = sums.get(name, 0) + values.sum()
+            counts[name] = counts.get(name, 0) + len(values)
+    (2 * sums["exact"] / counts["exact"] + 0.5 * sums["given"] / counts["given"]).backward()
+    optimizer.step()
+    assert tiny.distance(taken, tiny.weights(module)) < 1e-9
 
 
 def test_drift_between():

@@ -36,16 +36,6 @@ class Adapted(DivergenceCallback):
         return (*super().quantities, Entropy("teacher"))
 
 
-class Weighted(Adapted):
-    """One that asks how likely the teacher finds the response's own tokens."""
-
-    @property
-    def quantities(self):
-        from okd_lightning.losses import DrawnOutcome
-
-        return (*KD().quantities, DrawnOutcome("teacher", ReverseKL()))
-
-
 @pytest.mark.parametrize(
     ("methods", "words"),
     [
@@ -56,10 +46,6 @@ class Weighted(Adapted):
         ([KD(divergence=TopK(ReverseKL(), 9))], "takes 9 ids, and 5 are known"),
         ([KD(divergence=TopK(ReverseKL(), 2, "student"))], "student's likeliest ids"),
         ([Adapted()], "adapted with a cached teacher: it asks for Entropy"),
-        (
-            [Weighted()],
-            "weighted with a cached teacher: it asks for the log-probability of a token",
-        ),
         ([OKD(online_module=LoraConfig(r=2))], "an online module is trained on a teacher"),
         ([Stage(KD(temperature=3.0), start=0)], "its temperature is 3"),
         ([KD(), PaperMeasures()], "PaperMeasures has the teacher write"),

@@ -25,7 +25,21 @@ from okd_lightning.callbacks import (
 )
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import JensenShannon, ReverseKL, TopK
+from okd_lightning.losses import DrawnLogProb, DrawnOutcome
 from okd_lightning.module import DistillationModule
+from okd_lightning.reduction import loss_output
+
+
+class Scored(GKD):
+    """Policy gradient on dataset responses with log q - log p of their tokens."""
+
+    quantities = (DrawnLogProb(), DrawnOutcome("teacher", ReverseKL()))
+
+    def loss(self, measured):
+        student, teacher = (measured[quantity] for quantity in self.quantities)
+        values = -(teacher - student).detach() * (student - student.detach()).exp()
+        return loss_output(values, measured.mask(self.sources))
+
 
 METHODS = {
     "KD": lambda: [KD()],
@@ -56,6 +70,14 @@ def test_with_some_ids_it_is_the_live_run_with_top_k(
         check_same(cached, live, loss=rounding, gradient=5 * rounding)
     exact = train(tmp_path, make_module, [KD(divergence=inner)])
     assert exact[0].losses[0]["train/kd"] > live[0].losses[0]["train/kd"] + 0.01
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_the_own_token_s_log_prob_is_exact_at_any_k(k, tmp_path, make_module, cache):
+    method = Scored(on_policy_fraction=0.0)
+    live = train(tmp_path, make_module, [method])
+    cached = train(tmp_path, make_module, [method], k=k, cache=cache, dtype="float16")
+    check_same(cached, live, loss=1e-5, gradient=1e-6)
 
 
 def length_of(prompt: str, response: str, reference: str) -> float:

@@ -21,7 +21,7 @@ import torch
 
 from okd_lightning import durable_files
 from okd_lightning.errors import CacheError, OutputError
-from okd_lightning.losses.outcomes import unpack_outcomes
+from okd_lightning.losses.outcomes import unpack_drawn, unpack_outcomes
 from okd_lightning.records import Example
 from okd_lightning.run_folder import require_writable
 from okd_lightning.teacher_cache.layout import layout_of, reading_key
@@ -34,10 +34,10 @@ VOCAB, K = tiny.NUM_IDS, 5
 @pytest.mark.parametrize(
     ("vocab_size", "dtype", "expected"),
     [
-        (512, "float16", 196),
-        (65_536, "float16", 196),
-        (65_536, "float32", 292),
-        (151_665, "float16", 292),
+        (512, "float16", 200),
+        (65_536, "float16", 200),
+        (65_536, "float32", 296),
+        (151_665, "float16", 296),
     ],
 )
 def test_bytes_a_token(vocab_size, dtype, expected):
@@ -58,8 +58,11 @@ def distributions(num: int, vocab_size: int, scale: float) -> torch.Tensor:
 @pytest.mark.parametrize(("dtype", "rounding"), [("float32", 2e-6), ("float16", 2e-3)])
 def test_what_is_read_is_a_distribution_and_the_one_that_was_written(scale, dtype, rounding):
     logprobs = distributions(64, 1000, scale)
-    records = to_records(logprobs, record_type(K, 1000, dtype))
-    ids, found = unpack_outcomes(from_records(records))
+    targets = torch.arange(64) * 15
+    packed = from_records(to_records(logprobs, targets, record_type(K, 1000, dtype)))
+    ids, found = unpack_outcomes(packed)
+    drawn = torch.stack([row[target] for row, target in zip(logprobs, targets, strict=True)])
+    torch.testing.assert_close(unpack_drawn(packed), drawn, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found.logsumexp(-1), torch.zeros(64), atol=1e-6, rtol=0)
     assert (ids == logprobs.topk(K, -1).indices).all()
     exact = logprobs.gather(-1, ids)
@@ -72,7 +75,9 @@ def test_ids_that_no_token_has_and_no_rest():
     logprobs = distributions(4, VOCAB, 1.0)
     logprobs[:, 7] = -torch.inf
     ids, found = unpack_outcomes(
-        from_records(to_records(logprobs, record_type(VOCAB, VOCAB, "float32")))
+        from_records(
+            to_records(logprobs, torch.zeros(4).long(), record_type(VOCAB, VOCAB, "float32"))
+        )
     )
     assert (found[:, VOCAB] == -torch.inf).all()
     assert (ids[:, -1] == 7).all()
@@ -107,7 +112,8 @@ def entry(tmp_path) -> Entry:
     found = Entry(tmp_path / "entry", {"k": K}, layout_of(examples, 6), record)
     found.prepare()
     for number, part in enumerate(found.layout.parts):
-        found.write_part(number, to_records(distributions(part.num_positions, VOCAB, 2.0), record))
+        logprobs = distributions(part.num_positions, VOCAB, 2.0)
+        found.write_part(number, to_records(logprobs, torch.ones(len(logprobs)).long(), record))
     assert found.state() == (False, "")
     found.finish()
     assert len(found.layout.parts) == 3

@@ -1,0 +1,82 @@
+"""Run a plug-in and compare every step with a formula written out row by row in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import reference_loss as reference
+import tiny
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+DATASET, STUDENT, TEACHER = 0, 1, 2
+
+Values = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+"""(log p, log q: [tokens, vocab]; drawn; the sampler's log-probs; source) → a loss a token."""
+
+
+class Snapshots(Callback):
+    """A float64 copy of the student before every optimizer step."""
+
+    def __init__(self) -> None:
+        self.students = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.students.append(reference.double(pl_module.student))
+
+
+def step_losses(student, teacher, batches, values: Values) -> dict[int, Tensor]:
+    """The mean of ``values`` over the loss tokens of each source in some batches, row by row."""
+    found_of: dict[int, list[Tensor]] = {}
+    for batch in batches:
+        for i, length in enumerate(batch.lengths.tolist()):
+            ids, keep = batch.input_ids[i, :length].tolist(), batch.mask[i, 1:length]
+            if not keep.any():
+                continue
+            read, at = ids, keep
+            if batch.teacher_input_ids is not None:
+                length = int(batch.teacher_lengths[i])
+                read = batch.teacher_input_ids[i, :length].tolist()
+                at = batch.teacher_mask[i, 1:length]
+            log_p = reference.row_logprobs(student, ids, tiny.NUM_IDS)[keep]
+            with torch.no_grad():
+                log_q = reference.row_logprobs(teacher, read, tiny.NUM_IDS)[at]
+            drawn = torch.tensor(ids[1:])[keep]
+            sampler = batch.sampler_logprobs[i, 1 : len(ids)][keep].double()
+            found = values(log_p, log_q, drawn, sampler, int(batch.source[i]))
+            found_of.setdefault(int(batch.source[i]), []).append(found)
+    return {source: torch.cat(parts).mean() for source, parts in found_of.items()}
+
+
+def check(tmp_path, module, method, values: Values, **settings):
+    """Fit with it, and compare every step's loss and gradient; returns what was recorded.
+
+    The loss is the sum of the means over each source's rows.
+    """
+    snapshots = Snapshots()
+    recorder = tiny.fit(
+        tmp_path,
+        module,
+        [method],
+        tiny.make_rows(21),
+        callbacks=[snapshots],
+        accumulate_grad_batches=2,
+        **settings,
+    )
+    teacher = reference.double(module.teacher or module.student)
+    for i, losses in enumerate(recorder.losses):
+        means = step_losses(snapshots.students[i], teacher, recorder.steps[i], values)
+        loss = method.weight * sum(means.values())
+        assert losses["train/loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
+        shared = [recorder.token_share(i, source) * mean for source, mean in means.items()]
+        expected = reference.gradients(snapshots.students[i], method.weight * sum(shared))
+        found = {n.removeprefix("student."): g for n, g in recorder.gradients[i].items()}
+        assert tiny.distance(found, expected) < 2e-4
+    assert len(recorder.losses) > 1
+    return recorder
+
+
+def at(logprobs: Tensor, drawn: Tensor) -> Tensor:
+    return logprobs.gather(-1, drawn[:, None])[:, 0]
