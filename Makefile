@@ -6,7 +6,7 @@ TEST_WORKERS ?= 2
 SHELL := /bin/bash
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: install quickstart test test-portable test-newest test-oldest golden soak lint docs teacher clean
+.PHONY: install quickstart test test-portable test-newest test-oldest golden soak fuzz lint docs teacher clean
 
 install: $(INSTALLED)
 
@@ -79,6 +79,9 @@ soak: install  ## kill runs with SIGKILL and compare them with runs left alone (
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills 20
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills 6 --ranks 2
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --hang 10
+
+fuzz: install  ## give hostile rows, templates, model folders, servers and configs (some minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz_program.py
 
 lint: install
 	$(BIN)/ruff check .
