@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import lightning
 import torch
-import transformers
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
@@ -29,15 +26,12 @@ from okd_lightning.callbacks import (
 from okd_lightning.callbacks.monitors import MONITORS
 from okd_lightning.callbacks.progress_bar import RunProgressBar
 from okd_lightning.checkpoints.folders import settled
-from okd_lightning.cli_arguments import (
-    chosen_options,
-    prepare,
-    read_comments_as_text,
-)
+from okd_lightning.cli_arguments import chosen_options, prepare, read_comments_as_text
 from okd_lightning.cli_callbacks import check_callbacks
 from okd_lightning.cli_errors import instantiate, parse, readable_constructors
 from okd_lightning.cli_runs import choose_folder, train_in_folder
 from okd_lightning.config_paths import expand_home, output_folder
+from okd_lightning.config_trust import add_trust_flag
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.data.sources import describe_source
 from okd_lightning.default_folder import SharedFolder
@@ -51,9 +45,9 @@ from okd_lightning.errors import (
     UsageError,
 )
 from okd_lightning.given_options import layers
-from okd_lightning.lightning_messages import keep_messages_printable
+from okd_lightning.lightning_messages import quiet_libraries
 from okd_lightning.module import DistillationModule
-from okd_lightning.printable import one_line, printable
+from okd_lightning.printable import one_line
 from okd_lightning.quickstart.command import (
     quickstart_command,
     quickstart_parser,
@@ -62,6 +56,7 @@ from okd_lightning.quickstart.command import (
 from okd_lightning.rank_faults import as_lost_rank
 from okd_lightning.run_records import RunCSVLogger, note_measures
 from okd_lightning.safeguards.idle_options import option_defaults
+from okd_lightning.saved_config import flag_needed, run_folder_of
 from okd_lightning.settled_options import settle_rates
 
 _TRAINER_DEFAULTS = {
@@ -73,19 +68,6 @@ _TRAINER_DEFAULTS = {
 }
 
 _STEPS_BETWEEN_CHECKPOINTS = 100
-
-_EXPECTED_WARNINGS = (
-    r"Found \d+ module\(s\) in eval mode",  # the teacher: it stays in eval mode on purpose
-    r".*isinstance\(treespec, LeafSpec\).*",  # Lightning's own use of torch's pytree
-    r".*does not have many workers.*",  # rollouts and tokenized rows need no worker processes
-    r"Checkpoint directory .* exists and is not empty",  # a resumed run's own
-    r".*`ModelCheckpoint\(monitor=.*could not find the monitored key.*",  # before any validation
-    r".*`loftq_config` specified but will be ignored.*",  # PEFT's own default, spelt out
-    r".*`is_gradient_checkpointing` is deprecated.*",  # PEFT's use of transformers
-    r"(?s).*JsonargparseDeprecationWarning",  # Lightning's use of jsonargparse ...
-    r"(?s).*instantiate_classes.*deprecated",  # ... in instantiate_classes
-    r"(?s).*skip_none parameter was deprecated",  # ours, for versions that know no skip_unset
-)
 
 _OUT_OF_MEMORY = (
     "; lower --data.batch_size (with --data.global_batch_size the steps stay the same) or "
@@ -137,6 +119,7 @@ class DistillationCLI(LightningCLI):
         parser.add_lightning_class_args(
             DistillationCallback, "method", subclass_mode=True, required=False
         )
+        add_trust_flag(parser)
         parser.usage = "okd-lightning COMMAND [--config FILE|NAME] [--SECTION.OPTION VALUE ...]"
         parser._action_groups = sorted(parser._action_groups, key=_help_order)
 
@@ -210,7 +193,9 @@ class DistillationCLI(LightningCLI):
             configured.insert(0, SharedFolder())
         check_callbacks(configured)
         self.model.chosen_options = self._chosen
-        self.model.run_config = yaml.safe_dump(self.resolved_config(), sort_keys=False)
+        resolved = self.resolved_config()
+        self.model.run_config = yaml.safe_dump(resolved, sort_keys=False)
+        self.model.resume_flag = flag_needed(resolved)
         self.model.started_in = str(Path.cwd())
         return self.trainer_class(**{**config, **kwargs, "callbacks": configured})
 
@@ -254,6 +239,9 @@ class DistillationCLI(LightningCLI):
         folder = Path(self.trainer.default_root_dir)
         last = folder / "checkpoints" / "last.ckpt"
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or last
+        shown = f"{best}{self.model.resume_flag}"
+        is_here = run_folder_of(str(best)).resolve() == folder.resolve()
+        place = "" if is_here else f" --trainer.default_root_dir {folder}"
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info(
                 "trainer.fast_dev_run: every part of the run works; nothing was logged or kept"
@@ -261,8 +249,8 @@ class DistillationCLI(LightningCLI):
         elif settled(Path(best)).exists():
             rank_zero_info(
                 f"run folder: {folder}\n"
-                f"measure: okd-lightning test --ckpt_path {best}\n"
-                f"export:  okd-lightning export --ckpt_path {best} --out student"
+                f"measure: okd-lightning test --ckpt_path {shown}{place}\n"
+                f"export:  okd-lightning export --ckpt_path {shown} --out student"
             )
         else:
             rank_zero_info(f"run folder: {folder}; no checkpoint was written, nothing to export")
@@ -283,29 +271,6 @@ class DistillationCLI(LightningCLI):
             width = max(map(len, numbers), default=0)
             for name, value in sorted(numbers.items()):
                 print(f"{name:<{width}}  {value:.6g}")
-
-
-def quiet_libraries() -> None:
-    """Switch off what the libraries print that a user of ours can do nothing about."""
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage()
-    )
-    for message in _EXPECTED_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
-    keep_messages_printable()
-    warnings.formatwarning = _format_warning
-
-
-def _format_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None
-) -> str:
-    """Our own warnings without the place in our source that gave them."""
-    if Path(__file__).parent in Path(filename).parents:
-        return f"okd-lightning: warning: {one_line(str(message))}\n"
-    text = printable(str(message), keep="\n")
-    return f"{filename}:{lineno}: {category.__name__}: {text}\n"
 
 
 Command: TypeAlias = Callable[[list[str], bool], int]

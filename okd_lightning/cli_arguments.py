@@ -17,12 +17,14 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 import okd_lightning
-from okd_lightning.checkpoints.files import newest_checkpoint, read_checkpoint
+from okd_lightning.checkpoints.files import newest_checkpoint
 from okd_lightning.cli_callbacks import replace_retyped
-from okd_lightning.config_paths import relocate, user_path
+from okd_lightning.config_paths import user_path
+from okd_lightning.config_trust import FLAG
 from okd_lightning.default_folder import RUNS, only_run
 from okd_lightning.errors import CheckpointError, ConfigError, UsageError
 from okd_lightning.given_options import Layer, flattened, layers
+from okd_lightning.saved_config import config_to_use
 
 LAST = "last"
 """As a ``--ckpt_path``: the run folder's newest checkpoint; a new run where it has none."""
@@ -48,14 +50,19 @@ _CONFIG_OPTIONS = ("--config", "-c")
 _FOLDER = "default_root_dir"
 
 
-def prepare(arguments: Sequence[str]) -> list[str]:
+def prepare(arguments: Sequence[str], can_type: bool = True) -> list[str]:
     """Arguments behind the command, ready for the parser: configs are inlined as YAML text.
+
+    Args:
+        arguments: A command and what stands behind it.
+        can_type: Whether the user's own command has the options of fit.
 
     Raises:
         ConfigError: A config that is not there or broken.
-        CheckpointError: A ``--ckpt_path`` that is not there or not ours.
+        CheckpointError: A ``--ckpt_path`` that is not there, not ours, or not to be trusted.
     """
     command, *rest = arguments
+    is_trusted, rest = take_flag(rest)
     rest = _expand_homes(_split_equals(_spell_infinity(rest)))
     configs = [(name, load_config(name)) for name in _values(rest, _CONFIG_OPTIONS)]
     checkpoint = _last(_values(rest, ("--ckpt_path",)))
@@ -70,7 +77,10 @@ def prepare(arguments: Sequence[str]) -> list[str]:
             rest = _without(rest, ("--ckpt_path",))
             rest += ["--ckpt_path", checkpoint] if checkpoint is not None else []
     if checkpoint is not None and not is_whole:
-        configs.insert(0, (checkpoint, _required_config(checkpoint)))
+        given = [config for _, config in configs]
+        typed_words = _without(rest, _CONFIG_OPTIONS)
+        own = config_to_use(checkpoint, typed_words, given, is_trusted, can_type)
+        configs.insert(0, (checkpoint, own))
     replace_retyped(configs, rest)
     if "--help" in rest or "-h" in rest:
         configs = []
@@ -78,6 +88,26 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     _drop_other_methods(configs, typed)
     inlined = [part for _, c in configs for part in ("--config", yaml.safe_dump(c))]
     return [command, *inlined, *_without(rest, _CONFIG_OPTIONS)]
+
+
+def take_flag(arguments: Sequence[str]) -> tuple[bool, list[str]]:
+    """Whether ``--trust_checkpoint`` was typed, and the other arguments.
+
+    Raises:
+        UsageError: It has a value that is neither true nor false.
+    """
+    kept, is_trusted, words = [], False, list(arguments)
+    while words:
+        name, equals, value = (word := words.pop(0)).partition("=")
+        if name != FLAG:
+            kept.append(word)
+            continue
+        if not equals and words and words[0].lower() in ("true", "false"):
+            value, equals = words.pop(0), "="
+        if equals and value.lower() not in ("true", "false"):
+            raise UsageError(f"{FLAG} {value!r}: expected nothing behind it, or true or false")
+        is_trusted = value.lower() != "false"
+    return is_trusted, kept
 
 
 def read_comments_as_text() -> None:
@@ -109,7 +139,10 @@ def shared_options(arguments: Sequence[str]) -> list[str]:
     for word in arguments:
         if word.startswith("--"):
             name = word.partition("=")[0]
-            own = (name == start or name.startswith(f"{start}.") for start in (*OF_ONE_RUN, *ENDS))
+            own = (
+                name == start or name.startswith(f"{start}.")
+                for start in (*OF_ONE_RUN, *ENDS, FLAG)
+            )
             is_kept = not any(own)
         kept += [word] if is_kept else []
     return kept
@@ -233,31 +266,6 @@ def class_name(method: Any) -> str | None:
     """The class that a ``method`` entry of a config names, without its module."""
     path = method.get("class_path") if isinstance(method, dict) else method
     return path.rsplit(".", 1)[-1] if isinstance(path, str) else None
-
-
-def config_of(path: str, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A checkpoint's config, with its paths as they are read here; None if it holds none.
-
-    Args:
-        path: Of the checkpoint.
-        checkpoint: From ``read_checkpoint``.
-    """
-    own = checkpoint["okd_lightning"]
-    if own["config"] is None:
-        return None
-    config: dict[str, Any] = yaml.safe_load(own["config"])
-    relocate(config, own.get("started_in"), path)
-    return config
-
-
-def _required_config(path: str) -> dict[str, Any]:
-    config = config_of(path, read_checkpoint(path))
-    if config is None:
-        raise CheckpointError(
-            f"--ckpt_path {path!r} was written from Python and holds no config; "
-            "give --model.* and --data.* as well, or load it in Python"
-        )
-    return config
 
 
 def _drop_other_methods(configs: list[tuple[str, dict[str, Any]]], typed: str | None) -> None:

@@ -8,7 +8,6 @@ when the checkpoint is used elsewhere. A hub id stays as it is.
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
 import os
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from okd_lightning.errors import ConfigError, UsageError
+from okd_lightning.importable_classes import allowed_class, class_here
 
 PathKind: TypeAlias = Literal["path", "source"]
 """A path for certain; or a folder or file where one exists, and else a hub id."""
@@ -38,6 +38,8 @@ _NAMES = ("folder", "dirpath", "save_dir", "sync_folder")
 """Parameters of classes in the settings that are paths; besides those annotated as ``Path``."""
 
 _KEYWORDS = {"data.token_cache": ("auto",), "ckpt_path": ("last", "best", "hpc", "registry")}
+
+Find: TypeAlias = Callable[[str], type | None]
 
 Change: TypeAlias = Callable[[str, str, PathKind], str]
 """From an option's name, its value and its kind to the value in its place."""
@@ -66,17 +68,17 @@ def expand_home(config: Any) -> None:
     Args:
         config: Sections such as model, data and trainer, as mappings or namespaces.
     """
-    _change(config, lambda name, value, kind: os.path.expanduser(value))
+    _change(config, lambda name, value, kind: os.path.expanduser(value), class_here)
 
 
 def without_paths(config: Any) -> Any:
     """A copy of settings in which all paths are empty: what processes elsewhere share."""
     found = copy.deepcopy(config)
-    _change(found, lambda name, value, kind: "")
+    _change(found, lambda name, value, kind: "", class_here)
     return found
 
 
-def relocate(config: Any, start: str | None, checkpoint: str) -> None:
+def relocate(config: Any, start: str | None, checkpoint: str, find: Find = allowed_class) -> None:
     """Resolve the relative paths of a checkpoint's config from the folder its run was started in.
 
     Nothing changes in that folder itself, nor where it does not exist any more (a project that was
@@ -86,6 +88,7 @@ def relocate(config: Any, start: str | None, checkpoint: str) -> None:
         config: The checkpoint's sections; changed in place.
         start: The folder; None in an older checkpoint.
         checkpoint: For messages.
+        find: The class that a path names; None for one that is not to be imported.
 
     Raises:
         ConfigError: A hub id of the config is the name of a folder here.
@@ -104,26 +107,27 @@ def relocate(config: Any, start: str | None, checkpoint: str) -> None:
             )
         return value
 
-    _change(config, resolved)
+    _change(config, resolved, find)
 
 
-def _change(config: Any, change: Change) -> None:
+def _change(config: Any, change: Change, find: Find) -> None:
     for section, node in list(_items(config).items()):
         if isinstance(node, str) and section in _OPTIONS:
             _items(config)[section] = _changed(section, node, _OPTIONS[section], change)
         else:
-            _walk(section, node, None, change)
+            _walk(section, node, None, change, find)
 
 
-def _walk(name: str, node: Any, owner: Any, change: Change) -> None:
+def _walk(name: str, node: Any, owner: Any, change: Change, find: Find) -> None:
     """Change the paths below one option; ``owner`` is the class that takes its values."""
     if isinstance(node, list):
         for entry in node:
-            _walk(name, entry, None, change)
+            _walk(name, entry, None, change, find)
         return
     items = _items(node)
     if "class_path" in items:
-        _walk(name, items.get("init_args"), _imported(items["class_path"]), change)
+        built = find(str(items["class_path"]))
+        _walk(name, items.get("init_args"), built, change, find)
         return
     for key, value in list(items.items()):
         option = f"{name}.{key}"
@@ -131,7 +135,7 @@ def _walk(name: str, node: Any, owner: Any, change: Change) -> None:
         if isinstance(value, str) and kind is not None:
             items[key] = _changed(option, value, kind, change)
         elif not isinstance(value, str):
-            _walk(option, value, None, change)
+            _walk(option, value, None, change, find)
 
 
 def _changed(name: str, value: str, kind: PathKind, change: Change) -> str:
@@ -150,12 +154,3 @@ def _items(node: Any) -> dict[str, Any]:
     if isinstance(node, Mapping):
         return node  # type: ignore[return-value]
     return vars(node) if type(node).__name__ == "Namespace" else {}
-
-
-def _imported(class_path: Any) -> Any:
-    """The class that a config names, if it is there by its full path."""
-    module, _, name = str(class_path).rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name, None) if module else None
-    except (ImportError, ValueError):
-        return None

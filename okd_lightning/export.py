@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import yaml
-from peft import PeftConfig
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -27,6 +26,7 @@ from okd_lightning.models.adapter_folders import adapter_folder
 from okd_lightning.models.sources import Source, locate
 from okd_lightning.module import DistillationModule
 from okd_lightning.run_folder import CONFIG_FILE, require_writable
+from okd_lightning.training.arguments import peft_config_of
 
 ExportPart: TypeAlias = Literal["student", "online_module"]
 AdapterForm: TypeAlias = Literal["merged", "apart"]
@@ -110,7 +110,7 @@ def export_online_module(
             "export the student with --what student"
         )
     _check_out(out, module, overwrite)
-    module.add_online_module(OnlineModuleSettings(PeftConfig.from_peft_type(**config)))
+    module.add_online_module(OnlineModuleSettings(peft_config_of(config)))
     module.configure_model()
     module.on_load_checkpoint(dict(checkpoint))
     module.load_state_dict(checkpoint["state_dict"], strict=False)

@@ -7,9 +7,10 @@ import yaml
 
 from okd_lightning.checkpoints.files import read_checkpoint
 from okd_lightning.cli import DistillationCLI
-from okd_lightning.cli_arguments import prepare
+from okd_lightning.cli_arguments import prepare, take_flag
 from okd_lightning.cli_errors import parse
 from okd_lightning.config_paths import output_folder
+from okd_lightning.config_trust import FLAG, add_trust_flag
 from okd_lightning.export import AdapterForm, ExportPart, export_online_module, export_student
 
 
@@ -26,6 +27,7 @@ def export_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument(
         "--overwrite", action="store_true", help="write also into a folder of something else"
     )
+    add_trust_flag(parser)
     parser.add_argument(
         "--adapter", type=AdapterForm, default="merged", help="a LoRA student: merged, or apart"
     )
@@ -48,10 +50,12 @@ def export_command(arguments: list[str], debug: bool = False) -> int:
     """
     del debug
     parser = export_parser()
-    options = parse(parser, arguments, list(parser._option_string_actions))
+    is_trusted, words = take_flag(arguments)
+    options = parse(parser, words, list(parser._option_string_actions))
     out = output_folder(options.out, "--out")
+    flag = [FLAG] if is_trusted else []
+    _, _, text = prepare(["fit", "--ckpt_path", options.ckpt_path, *flag], can_type=False)[:3]
     checkpoint = read_checkpoint(options.ckpt_path, with_weights=True)
-    _, _, text = prepare(["fit", "--ckpt_path", options.ckpt_path])[:3]
     model_only = yaml.safe_dump({"model": yaml.safe_load(text)["model"]})
     cli = DistillationCLI(args=["--config", model_only], run=False)
     if options.what == "online_module":

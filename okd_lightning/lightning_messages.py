@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO
 
+import transformers
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from okd_lightning.printable import printable
+from okd_lightning.printable import one_line, printable
+
+_EXPECTED_WARNINGS = (
+    r"Found \d+ module\(s\) in eval mode",  # the teacher: it stays in eval mode on purpose
+    r".*isinstance\(treespec, LeafSpec\).*",  # Lightning's own use of torch's pytree
+    r".*does not have many workers.*",  # rollouts and tokenized rows need no worker processes
+    r"Checkpoint directory .* exists and is not empty",  # a resumed run's own
+    r".*`ModelCheckpoint\(monitor=.*could not find the monitored key.*",  # before any validation
+    r".*`loftq_config` specified but will be ignored.*",  # PEFT's own default, spelt out
+    r".*`is_gradient_checkpointing` is deprecated.*",  # PEFT's use of transformers
+    r"(?s).*JsonargparseDeprecationWarning",  # Lightning's use of jsonargparse ...
+    r"(?s).*instantiate_classes.*deprecated",  # ... in instantiate_classes
+    r"(?s).*skip_none parameter was deprecated",  # ours, for versions that know no skip_unset
+)
 
 _LOGGERS = ("lightning.pytorch", "lightning.fabric")
 
@@ -91,3 +107,26 @@ def only_warnings() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def quiet_libraries() -> None:
+    """Switch off what the libraries print that a user of ours can do nothing about."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage()
+    )
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    keep_messages_printable()
+    warnings.formatwarning = _format_warning
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None
+) -> str:
+    """Our own warnings without the place in our source that gave them."""
+    if Path(__file__).parent in Path(filename).parents:
+        return f"okd-lightning: warning: {one_line(str(message))}\n"
+    text = printable(str(message), keep="\n")
+    return f"{filename}:{lineno}: {category.__name__}: {text}\n"

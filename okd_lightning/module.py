@@ -20,8 +20,10 @@ from peft import PeftConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+import okd_lightning.parsing_settings  # noqa: F401 - in force for configs that name this class
 from okd_lightning.checkpoints.contents import set_rng_state
 from okd_lightning.checkpoints.files import read_checkpoint
+from okd_lightning.checkpoints.signature import is_own_run
 from okd_lightning.errors import CheckpointError, ConfigError
 from okd_lightning.loop_state import begin_step
 from okd_lightning.losses import (
@@ -44,7 +46,12 @@ from okd_lightning.safeguards import SAFEGUARDS, in_setup_order
 from okd_lightning.schedules import ScheduleName
 from okd_lightning.step_metrics import forget_last_step
 from okd_lightning.teacher_cache import TeacherCache, TeacherServer, check_cached_term
-from okd_lightning.training.arguments import restored_arguments, stored_arguments
+from okd_lightning.training.arguments import (
+    check_arguments,
+    restored_arguments,
+    stored_arguments,
+)
+from okd_lightning.training.kept_checkpoints import settle_kept
 from okd_lightning.training.opening import open_run
 from okd_lightning.training.optimized_module import Optimization, OptimizedModule
 from okd_lightning.training.rank_agreement import check_ranks_agree
@@ -183,6 +190,7 @@ class DistillationModule(OptimizedModule):
         self.strict_loading = False  # frozen weights are not in checkpoints; see on_load_checkpoint
         self.ema_decay = DEFAULT_EMA_DECAY if ema_decay is None else ema_decay
         self.run_config: str | None = None
+        self.resume_flag = ""  # what a printed command needs to go on from this run's checkpoints
         self.started_in: str | None = None  # what relative paths of that config are relative to
         self._terms_of: int | None = None
         self._step_sums: dict[str, Tensor] = {}
@@ -298,7 +306,8 @@ class DistillationModule(OptimizedModule):
             kwargs: Arguments of the constructor in place of the checkpoint's.
 
         Raises:
-            CheckpointError: It cannot be read or rebuilt, or is of another model.
+            CheckpointError: It cannot be read or rebuilt, is of another model, or names a server
+                and is not signed by this user.
             ConfigError: ``hparams_file`` or ``weights_only=False``.
         """
         if hparams_file is not None or weights_only is False:
@@ -307,7 +316,10 @@ class DistillationModule(OptimizedModule):
                 "hparams_file and weights_only=False out, and name what to change as arguments"
             )
         checkpoint = read_checkpoint(str(checkpoint_path), with_weights=True)
-        module = cls(**restored_arguments(checkpoint["okd_lightning"].get("arguments"), kwargs))
+        own = checkpoint["okd_lightning"]
+        if not is_own_run(own):
+            check_arguments(own.get("arguments"), kwargs, str(checkpoint_path))
+        module = cls(**restored_arguments(own.get("arguments"), kwargs))
         load_weights(module, checkpoint, strict=bool(strict))
         return module if map_location is None else module.to(map_location)
 
@@ -339,6 +351,8 @@ class DistillationModule(OptimizedModule):
             CheckpointError: Another method's, model's or optimizer's checkpoint.
         """
         self._rng_to_restore = check_state(self, checkpoint)
+        if self._trainer is not None:
+            settle_kept(self._trainer, checkpoint)
         if self.terms:
             self.resume_optimizer(checkpoint)
         self._loaded_step = checkpoint["global_step"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from okd_lightning.module import DistillationModule
 
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
+
+# the key that signs checkpoints is not the developer's own
+os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="okd-config-")
 
 # tiny tensors: more threads only wait for each other; make test-portable asks for two
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

@@ -110,7 +110,12 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         """Say where a run that was stopped can be taken up again."""
         if self.has_saved:
-            rank_zero_info(f"resume: okd-lightning fit --ckpt_path {self.shown_path}")
+            rank_zero_info(self.resume_command(trainer))
+
+    def resume_command(self, trainer: lightning.Trainer) -> str:
+        """What continues the run, as one types it."""
+        flag = getattr(trainer.lightning_module, "resume_flag", "")
+        return f"resume: okd-lightning fit --ckpt_path {self.shown_path}{flag}"
 
     def _save(self, trainer: lightning.Trainer) -> None:
         if (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches:
@@ -141,7 +146,7 @@ class LastCheckpoint(Checkpoint):
         if not self.path.exists():
             return
         try:
-            step = read_checkpoint(str(self.path))["global_step"]
+            step = read_checkpoint(str(self.path), has_checks=False)["global_step"]
         except CheckpointError:
             return
         if step < now:

@@ -250,13 +250,16 @@ class Preemption(Checkpoint):
         mark = torch.tensor(float(self._signal), device=trainer.strategy.root_device)
         number = int(trainer.strategy.reduce(mark, reduce_op="max"))
         saver = _saver(trainer)
-        path = str(saver.shown_path) if saver is not None and self._is_saved else None
+        path = resume = None
+        if saver is not None and self._is_saved:
+            path = str(saver.shown_path)
+            resume = saver.resume_command(trainer).removeprefix("resume: ")
         if trainer.is_global_zero:
             record = {
                 "signal": signal.Signals(number).name if number else None,
                 "step": trainer.global_step,
                 "checkpoint": path,
-                "resume": None if path is None else f"okd-lightning fit --ckpt_path {path}",
+                "resume": resume,
             }
             write_json(_record_of(trainer), record)
 
@@ -270,7 +273,7 @@ class Preemption(Checkpoint):
             return f"{asked}; this run keeps no checkpoints (no LastCheckpoint), so that it is lost"
         if not self._is_saved:
             return f"{asked}, before there was anything to save; start it again"
-        return f"{asked}; resume: okd-lightning fit --ckpt_path {saver.shown_path}"
+        return f"{asked}; {saver.resume_command(trainer)}"
 
 
 def _record_of(trainer: lightning.Trainer) -> Path:

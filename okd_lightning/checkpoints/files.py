@@ -9,19 +9,28 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from okd_lightning.checkpoints.folders import is_checkpoint_folder, read_rest, read_weights, settled
+from okd_lightning.checkpoints.folders import (
+    is_checkpoint_folder,
+    read_rest,
+    read_weights,
+    require_sound,
+    settled,
+)
 from okd_lightning.errors import CheckpointError
 
 
-def read_checkpoint(path: str, with_weights: bool = False) -> dict[str, Any]:
+def read_checkpoint(
+    path: str, with_weights: bool = False, has_checks: bool = True
+) -> dict[str, Any]:
     """Load a checkpoint on the CPU, weights-only: a memory-mapped file, or a sharded folder.
 
     Args:
         path: The file or folder.
         with_weights: Put the weights of a folder together as well; a file always has them.
+        has_checks: Compare a file with its checksums, which reads all of it once.
 
     Raises:
-        CheckpointError: It is not there, broken, or of another program.
+        CheckpointError: It is not there, broken, damaged, or of another program.
     """
     file = settled(Path(path).expanduser())
     if is_checkpoint_folder(file):
@@ -29,6 +38,8 @@ def read_checkpoint(path: str, with_weights: bool = False) -> dict[str, Any]:
         return {**read_rest(file), **weights}
     if not file.is_file():
         raise CheckpointError(f"--ckpt_path {path!r}: there is no such file{_nearby(file)}")
+    if has_checks:
+        require_sound(file, path)
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:

@@ -1,8 +1,6 @@
 """Sharded checkpoints as they lie on disk: a folder of tensor parts, and one file of the rest.
 
-Owns the names in it and reading it in one process. The index of the parts (``.metadata``) is a
-pickle, which runs code when it is read: such folders are for the run's owner, and what is given to
-others is an export.
+Owns the names in it and reading it in one process; ``folder_index`` reads the index of the parts.
 """
 
 from __future__ import annotations
@@ -15,11 +13,12 @@ from typing import Any, Literal
 
 import lightning
 import torch
-import torch.distributed.checkpoint as dcp
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from okd_lightning.checkpoints.folder_index import ShardReader, load_shards
+from okd_lightning.checkpoints.integrity import damage_of
 from okd_lightning.durable_files import sync_folder
 from okd_lightning.errors import CheckpointError
 
@@ -31,8 +30,6 @@ SHARED = "shared_weights"
 
 WEIGHTS, OPTIMIZER = "state_dict", "optimizer"
 """How the tensors' keys begin."""
-
-_INDEX = ".metadata"
 
 
 def flat_key(*parts: str) -> str:
@@ -95,19 +92,13 @@ def tensors_in(folder: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint folder by their keys, without their data (on ``meta``).
 
     Raises:
-        CheckpointError: Its index is missing or broken.
+        CheckpointError: Its index is missing, broken, or of something else than tensors.
     """
-    try:
-        index = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            f"--ckpt_path {str(folder)!r}: the index {_INDEX} is missing or broken; the run was "
-            "stopped while it wrote this checkpoint: take another one"
-        ) from error
+    index = ShardReader(folder).read_metadata().state_dict_metadata
     return {
         key: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
         for key, entry in index.items()
-        if isinstance(entry, TensorStorageMetadata)
+        if isinstance(entry, TensorStorageMetadata)  # all of them
     }
 
 
@@ -128,8 +119,9 @@ def read_rest(folder: Path) -> dict[str, Any]:
     """Everything but the tensors, weights-only.
 
     Raises:
-        CheckpointError: Broken, or more than plain values.
+        CheckpointError: Broken, damaged, or more than plain values.
     """
+    require_sound(folder / REST, folder)
     try:
         rest = torch.load(folder / REST, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -139,6 +131,21 @@ def read_rest(folder: Path) -> dict[str, Any]:
         ) from error
     assert isinstance(rest, dict)
     return rest
+
+
+def require_sound(file: Path, given: str | Path) -> None:
+    """Compare a file with its checksums, once as long as it does not change.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    if (damage := damage_of(file)) is not None:
+        others = sorted(str(p) for p in Path(given).parent.glob("*.ckpt") if p != Path(given))
+        advice = f"; there are {', '.join(others[:5])}" if others else ""
+        raise CheckpointError(
+            f"--ckpt_path {str(given)!r} is damaged ({damage}): not what was written, by a fault "
+            f"of the disk or of a copy; take another checkpoint{advice}"
+        )
 
 
 def read_whole(folder: Path) -> dict[str, Any]:
@@ -156,10 +163,18 @@ class FolderReadingIO(TorchCheckpointIO):
     """Lightning's own way to files, which goes on from a checkpoint folder as well."""
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """A file as Lightning reads it, or a folder put together."""
+        """A file as Lightning reads it, or a folder put together; weights-only unless asked.
+
+        Raises:
+            CheckpointError: It is damaged.
+        """
         folder = settled(Path(path))
         if is_checkpoint_folder(folder):
             return read_whole(folder)
+        if folder.is_file():
+            require_sound(folder, path)
+        if not args and kwargs.get("weights_only") is None:  # Lightning's own: False for a URL
+            kwargs["weights_only"] = True
         checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
         return checkpoint
 
@@ -193,5 +208,5 @@ def _read(folder: Path, prefix: str) -> dict[str, Tensor]:
     }
     with warnings.catch_warnings():  # "assuming the intent is to load in a single process": it is
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(state, checkpoint_id=folder, no_dist=True)
+        load_shards(state, folder, no_dist=True)
     return {key[len(prefix) :]: value for key, value in state.items()}

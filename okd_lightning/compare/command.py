@@ -10,12 +10,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.text import Text
 
-from okd_lightning.cli_arguments import ENDS, OF_ONE_RUN, load_config
+from okd_lightning.cli_arguments import ENDS, OF_ONE_RUN, load_config, take_flag
 from okd_lightning.compare.budget import Budget
 from okd_lightning.compare.entries import checked_seed, own_method, read_entries
 from okd_lightning.compare.folder import ComparisonFolder, Plan, RunFolder, comparison_lock
 from okd_lightning.compare.runs import check_entry, check_shared, run_one
 from okd_lightning.config_paths import output_folder
+from okd_lightning.config_trust import add_trust_flag
 from okd_lightning.errors import UsageError
 from okd_lightning.lightning_messages import PrintableConsole, only_warnings
 from okd_lightning.printable import one_line
@@ -56,6 +57,7 @@ def compare_parser() -> argparse.ArgumentParser:
         "default: the config's own trainer.max_steps",
     )
     parser.add_argument("--out", type=str, default="compare-out", help="default: %(default)s")
+    add_trust_flag(parser)
     parser.add_argument(
         "--config",
         metavar="FILE|NAME",
@@ -80,7 +82,8 @@ def compare_command(arguments: Sequence[str], debug: bool = False) -> int:
     """
     parser = compare_parser()
     try:
-        own, options = parser.parse_known_args(list(arguments))
+        is_trusted, words = take_flag(arguments)
+        own, options = parser.parse_known_args(words)
     except argparse.ArgumentError as error:
         raise UsageError(one_line(str(error))) from error
     console = PrintableConsole(
@@ -93,7 +96,7 @@ def compare_command(arguments: Sequence[str], debug: bool = False) -> int:
         for entry in plan.entries:
             check_entry(entry, plan)
         with comparison_lock(out):
-            return Comparison(ComparisonFolder(out, plan), console, debug).run()
+            return Comparison(ComparisonFolder(out, plan, is_trusted), console, debug).run()
 
 
 class Comparison:

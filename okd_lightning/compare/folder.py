@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
+from okd_lightning.checkpoints.signature import is_own, signature_of
 from okd_lightning.compare.budget import Budget
 from okd_lightning.compare.entries import (
     Entry,
@@ -26,6 +27,7 @@ from okd_lightning.compare.entries import (
     checked_seed,
     checked_settings,
 )
+from okd_lightning.config_trust import FLAG, foreign_parts, texts_in
 from okd_lightning.durable_files import read_json, write_json
 from okd_lightning.errors import ConfigError, OutputError
 from okd_lightning.folder_lock import LOCK_FILES, folder_lock
@@ -162,17 +164,21 @@ class ComparisonFolder:
     Args:
         path: The folder.
         plan: What is asked for now; contenders and seeds of before stay part of it.
+        is_trusted: Whether the user trusts whoever wrote what is there.
 
     Raises:
-        ConfigError: It holds another comparison, or something else.
+        ConfigError: It holds another comparison, or something else; or contenders that name code
+            which is neither typed now nor the user's own.
         OutputError: It cannot be written.
     """
 
-    def __init__(self, path: Path, plan: Plan) -> None:
+    def __init__(self, path: Path, plan: Plan, is_trusted: bool = False) -> None:
         self.path = path
         require_writable(path, "--out")
         known = self._known()
         if known is not None:
+            if not is_trusted and not self._is_own(known):
+                _check_contenders(path / _MANIFEST, known, plan)
             plan = _joined(path, known, plan)
         _refuse_foreign(path)
         self.plan = plan
@@ -189,7 +195,11 @@ class ComparisonFolder:
 
     @rank_zero_only
     def _write_manifest(self) -> None:
-        write_json(self.path / _MANIFEST, _record(self.plan))
+        record = _record(self.plan)
+        write_json(self.path / _MANIFEST, {**record, "signature": signature_of(record)})
+
+    def _is_own(self, known: Plan) -> bool:
+        return is_own(_record(known), read_json(self.path / _MANIFEST).get("signature"))
 
     def _known(self) -> Plan | None:
         manifest = self.path / _MANIFEST
@@ -252,6 +262,25 @@ def _record(plan: Plan) -> dict[str, Any]:
         "configs": list(plan.configs),
         "options": list(plan.options),
     }
+
+
+def _check_contenders(manifest: Path, known: Plan, asked: Plan) -> None:
+    """Refuse contenders of before, not asked for now, that name foreign code or servers.
+
+    Raises:
+        ConfigError: Naming the first.
+    """
+    own = {entry.label: entry.config for entry in asked.entries}
+    given = [*texts_in([dict(entry.config) for entry in asked.entries])]
+    given += texts_in([list(asked.configs), list(asked.options)])
+    for entry in known.entries:
+        part = next(foreign_parts(entry.config, given), None)
+        if part is not None and own.get(entry.label) != entry.config:
+            raise ConfigError(
+                f"{manifest} was not signed by you, and its contender {entry.label} names {part}: "
+                f"name that contender in --methods yourself, choose another --out, or add {FLAG} "
+                "if you trust whoever wrote it"
+            )
 
 
 def _joined(path: Path, known: Plan, asked: Plan) -> Plan:

@@ -15,8 +15,8 @@
 * ``token_cache``: the same read from disk where nothing has changed; ``stored_examples``: as bytes.
 * ``parts``: train, val, test and predict; ``row_report``: what a run says of their rows.
 * ``whole_steps``: how many micro-batches make an optimizer step, and what would cut one.
-* ``module``: ``RolloutDataModule``, the loaders of a run; ``distilled_module``: what it knows of
-  the module that it feeds; ``progress`` shows how far it is.
+* ``module``: ``RolloutDataModule``, the loaders of a run; ``new_module``: its base;
+  ``distilled_module``: what it knows of the module that it feeds; ``progress`` shows how far it is.
 """
 
 from okd_lightning.data.columns import Columns

@@ -17,11 +17,13 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+import okd_lightning.parsing_settings  # noqa: F401 - in force for configs that name this class
 from okd_lightning.checkpoints.contents import check_text_rules
 from okd_lightning.data.columns import Columns
 from okd_lightning.data.counts import check_counts
 from okd_lightning.data.distilled_module import DistilledModule, check_teacher_prompts
 from okd_lightning.data.examples import ExampleSet, OnOverlong
+from okd_lightning.data.new_module import NewDataModule
 from okd_lightning.data.parts import part_sources, read_part
 from okd_lightning.data.progress import rollout_progress
 from okd_lightning.data.row_templates import prompt_templates
@@ -50,7 +52,7 @@ from okd_lightning.tools import Tool, Toolbox
 _PROMPT_SET = 0x50534554  # domain separation for the choice of validation prompts
 
 
-class RolloutDataModule(lightning.LightningDataModule):
+class RolloutDataModule(NewDataModule):
     """Prompts, given responses, and batches that the student writes anew every epoch.
 
     A data set is a file (JSON, JSONL, CSV, TSV, Parquet), a folder written by datasets'

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from okd_lightning.checkpoints.folder_index import load_shards
 from okd_lightning.checkpoints.folders import OPTIMIZER, WEIGHTS, flat_key, tensors_in
 
 OptimizerState: TypeAlias = dict[str, Any]
@@ -124,7 +125,7 @@ def read_folder(
         for key in (key for key in saved if key.startswith(prefix)):
             index = int(key[len(prefix) :].split(".")[0])
             state[key] = _empty(saved[key], parameters[index])
-    dcp.load(state, checkpoint_id=folder)
+    load_shards(state, folder)
     for number, optimizer in enumerate(optimizers):
         prefix = flat_key(OPTIMIZER, str(number), "")
         found: dict[int, dict[str, Tensor]] = {}

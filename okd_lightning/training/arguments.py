@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,60 @@ def plain_peft_config(config: PeftConfig) -> dict[str, Any]:
     }
 
 
+def peft_config_of(stored: Mapping[str, Any]) -> PeftConfig:
+    """The PEFT config of ``plain_peft_config``.
+
+    Raises:
+        CheckpointError: It names a module that PEFT would import.
+    """
+    module = stored.get("megatron_core") or "megatron.core"
+    arguments = stored.get("tokenizer_kwargs") or {}
+    if module != "megatron.core" or arguments.get("trust_remote_code"):
+        raise CheckpointError(
+            "the checkpoint's PEFT config has PEFT import code of others (megatron_core "
+            f"{module!r}, tokenizer_kwargs {arguments}); take another checkpoint"
+        )
+    return PeftConfig.from_peft_type(**stored)
+
+
+def check_arguments(
+    stored: Mapping[str, Any] | None, given: Collection[str], checkpoint: str
+) -> None:
+    """Refuse arguments of somebody else's checkpoint by which code or a server would be used.
+
+    Args:
+        stored: From ``stored_arguments``.
+        given: Names of those that are given now.
+        checkpoint: For messages.
+
+    Raises:
+        CheckpointError: Naming the first.
+    """
+    for name, value in (stored or {}).items():
+        if name in given:
+            continue
+        is_server = name == "teacher_server" and value is not None
+        what = "a server" if is_server else _kernel_in({name: value})
+        if what is not None:
+            raise CheckpointError(
+                f"{checkpoint} was not signed by you, and its {name} names {what}: give "
+                f"load_from_checkpoint(path, {name}=...) yourself"
+            )
+
+
+def _kernel_in(value: Any) -> str | None:
+    """A repository from which transformers would download and run an attention kernel."""
+    waiting = [value]
+    while waiting:
+        node = waiting.pop()
+        for key, entry in node.items():
+            is_kernel = str(key).endswith("attn_implementation") and isinstance(entry, str)
+            if is_kernel and set("/:") & set(entry):
+                return f"the kernel {entry!r}, which is downloaded and run"
+            waiting += [entry] if isinstance(entry, Mapping) else []
+    return None
+
+
 def _stored(value: Any) -> Any:
     if isinstance(value, PreTrainedModel):
         return {"kept": _CONFIG, "value": json.loads(value.config.to_json_string(use_diff=False))}
@@ -96,7 +150,7 @@ def _stored(value: Any) -> Any:
 
 def _restored(value: Any) -> Any:
     if _is(value, _PEFT):
-        return PeftConfig.from_peft_type(**value["value"])
+        return peft_config_of(value["value"])
     if _is(value, _FILES):
         return _tokenizer_of(value["value"])
     return value["value"] if _is(value, _CONFIG) else value
@@ -119,8 +173,15 @@ def _files_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 def _tokenizer_of(files: Mapping[str, str]) -> PreTrainedTokenizerBase:
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
-            path = Path(folder) / name
+            path = Path(folder, name).resolve()
+            if Path(folder).resolve() not in path.parents:
+                raise CheckpointError(
+                    f"the checkpoint's tokenizer has a file {name!r}, not in its own folder, which "
+                    "no run writes; give load_from_checkpoint(path, tokenizer=FOLDER)"
+                )
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content.encode("latin-1"))
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False
+        )
     return tokenizer

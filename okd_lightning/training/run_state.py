@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftConfig
-
 from okd_lightning.checkpoints.contents import (
     check_finite,
     check_methods,
@@ -18,10 +16,12 @@ from okd_lightning.checkpoints.contents import (
     without_left_out,
 )
 from okd_lightning.checkpoints.io import make_durable
+from okd_lightning.checkpoints.signature import run_signature
 from okd_lightning.errors import CheckpointError
 from okd_lightning.loop_state import settle_loops
 from okd_lightning.models import OnlineModuleSettings
 from okd_lightning.step_metrics import unlogged_row
+from okd_lightning.training.arguments import peft_config_of
 from okd_lightning.training.step_terms import kind_of
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def add_state(module: DistillationModule, checkpoint: dict[str, Any]) -> None:
         "config": module.run_config,
         "arguments": module.arguments,
         "started_in": module.started_in,
+        "signature": run_signature(module.run_config, module.started_in, module.arguments),
         "eos_ids": list(module.eos_ids),
         "online_module": None if module.online_module is None else module.online_module.to_dict(),
         "methods": [kind_of(term) for term in module.terms],
@@ -112,7 +113,7 @@ def load_weights(
     """
     config = checkpoint["okd_lightning"].get("online_module")
     if config is not None and module.has_teacher:
-        module.add_online_module(OnlineModuleSettings(PeftConfig.from_peft_type(**config)))
+        module.add_online_module(OnlineModuleSettings(peft_config_of(config)))
     module.configure_model()
     module.on_load_checkpoint(checkpoint)
     try:

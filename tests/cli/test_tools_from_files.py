@@ -124,7 +124,8 @@ def test_a_run_from_real_files_is_trained_resumed_tested_and_predicted_from(
     answers = [t["text"] for r in records for t in r.get("turns", []) if t["by"] == "tools"]
     assert any("<tool_response>" in text for text in answers)
     shutil.copytree(RUN, "whole")
-    resumed = okd("fit", "--ckpt_path", "kept/at-step=2.ckpt")
+    kept = ["--ckpt_path", "kept/at-step=2.ckpt", "--trainer.default_root_dir", "run"]
+    resumed = okd("fit", *kept)
     assert resumed.status == 0, resumed.err
     last = RUN / "checkpoints" / "last.ckpt"
     assert_same_weights(last, Path("whole") / "checkpoints" / "last.ckpt")
