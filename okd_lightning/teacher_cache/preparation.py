@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Protocol, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import lightning
 import torch
@@ -85,7 +85,7 @@ def prepare_cache(
 
 def _alone(
     cached: CachedTeacher, entries: Sequence[Entry], trainer: lightning.Trainer
-) -> AbstractContextManager[None]:
+) -> AbstractContextManager[Any]:
     """Where something has to be written: no other run writes in this cache until it is whole."""
     if not trainer.is_global_zero or all(entry.state()[0] for entry in entries):
         return nullcontext()
