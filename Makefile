@@ -6,7 +6,7 @@ TEST_WORKERS ?= 2
 SHELL := /bin/bash
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: install quickstart test test-portable test-newest test-oldest golden soak lint docs teacher clean
+.PHONY: install quickstart test test-portable test-newest test-oldest golden soak fuzz lint docs teacher clean
 
 install: $(INSTALLED)
 
@@ -61,10 +61,27 @@ test-oldest:  ## the lower bounds of pyproject.toml, but for torch; old releases
 golden: install  ## write this platform's golden runs anew, on purpose only
 	OKD_GOLDEN=write OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/golden
 
+VLLM := .venv-vllm
+VLLM_INSTALLED := $(VLLM)/.installed-$(shell cat pyproject.toml requirements-vllm.txt | cksum | cut -d' ' -f1)
+
+$(VLLM_INSTALLED):
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-vllm.txt
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+test-vllm: $(VLLM_INSTALLED)  ## against real servers of a CPU build of vLLM, started on 127.0.0.1
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m real_vllm tests/rollouts/test_vllm_server.py \
+	  tests/real_vllm
+
 soak: install  ## kill runs with SIGKILL and compare them with runs left alone (about ten minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills 20
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills 6 --ranks 2
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --hang 10
+
+fuzz: install  ## give hostile rows, templates, model folders, servers and configs (some minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz_program.py
 
 lint: install
 	$(BIN)/ruff check .
@@ -85,4 +102,4 @@ teacher: install  ## make the quickstart's teacher again (about ten minutes)
 	  --ckpt_path runs/quickstart_teacher/checkpoints/last.ckpt
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest build dist *.egg-info runs quickstart-out
+	rm -rf $(VENV) .venv-newest .venv-oldest $(VLLM) build dist *.egg-info runs quickstart-out

@@ -1,9 +1,16 @@
-"""Final answers in a text, and whether two texts give the same one."""
+"""Final answers in a text, and whether two texts give the same one.
+
+Patterns are those of the ``regex`` package, which reads what ``re`` does and ends a search after
+some time: nested repetition such as ``(a+)+b`` takes years on one response.
+"""
 
 from __future__ import annotations
 
 import re
-from typing import Literal, TypeAlias, get_args
+import warnings
+from typing import Any, Literal, TypeAlias, get_args
+
+import regex
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.math_answers import is_same_answer
@@ -11,10 +18,15 @@ from okd_lightning.math_answers import is_same_answer
 Comparison: TypeAlias = Literal["text", "math"]
 """How two answers are compared: as texts, or as what they say in mathematics."""
 
-_MARKED_ANSWER = re.compile(r"####(.+)")
+_MARKED_ANSWER = regex.compile(r"####(.+)")
+_SECONDS = 1.0
+_SHARED_FLAGS = re.IGNORECASE | re.MULTILINE | re.DOTALL | re.VERBOSE
+"""Those with one number in both packages."""
+
+Pattern: TypeAlias = "regex.Pattern[str] | re.Pattern[str]"
 
 
-def answer_pattern(pattern: str | None) -> re.Pattern[str] | None:
+def answer_pattern(pattern: str | None) -> regex.Pattern[str] | None:
     """A compiled pattern whose first group is the answer; None stays None.
 
     Raises:
@@ -23,23 +35,40 @@ def answer_pattern(pattern: str | None) -> re.Pattern[str] | None:
     if pattern is None:
         return None
     try:
-        compiled = re.compile(pattern)
-    except re.error as error:
+        compiled = regex.compile(pattern)
+    except (regex.error, RecursionError, OverflowError) as error:
         raise ConfigError(f"pattern {pattern!r} is no regular expression: {error}") from error
     if compiled.groups < 1:
         raise ConfigError(f"pattern {pattern!r} needs a group (...) that holds the answer")
     return compiled
 
 
-def final_answer(text: str, pattern: re.Pattern[str] | None) -> str | None:
+def final_answer(text: str, pattern: Pattern | None) -> str | None:
     """The answer in a response: the first group of the pattern's last match, or the whole text.
 
     Returns:
-        Without surrounding white space; None where the pattern does not occur.
+        Without surrounding white space; None where the pattern does not occur, or where looking
+        for it takes more than a second, of which is warned.
     """
     if pattern is None:
         return text.strip()
-    found = [match.group(1) for match in pattern.finditer(text) if match.group(1) is not None]
+    timed: Any = pattern
+    if isinstance(pattern, re.Pattern):  # whose searches cannot be ended
+        timed = regex.compile(pattern.pattern, pattern.flags & _SHARED_FLAGS)
+    try:
+        found = [
+            match.group(1)
+            for match in timed.finditer(text, timeout=_SECONDS)
+            if match.group(1) is not None
+        ]
+    except TimeoutError:
+        warnings.warn(
+            f"pattern {pattern.pattern!r} takes more than {_SECONDS:g} second on a response of "
+            f"{len(text):,} characters, which counts as one without an answer; write it without "
+            "repetition of what is repeated",
+            stacklevel=2,
+        )
+        return None
     return found[-1].strip() if found else None
 
 
@@ -58,7 +87,7 @@ def checked_comparison(compare: str) -> Comparison:
 def matches(
     response: str,
     reference: str,
-    pattern: re.Pattern[str] | None = None,
+    pattern: Pattern | None = None,
     compare: Comparison = "text",
 ) -> bool:
     """Whether a response gives the reference's answer; a response without one does not.

@@ -27,6 +27,7 @@ _MOST_NODES = 100_000
 """Values that a YAML text may stand for, with its aliases followed."""
 
 _DEEPEST = 100
+_MOST_BITS = 14_284  # of 4300 digits
 _MOST_TIMES, _UNCHECKED = 250, 1 << 30
 """A gzip file may grow by this factor, beyond the first GiB; texts grow by 3 to 30."""
 
@@ -152,6 +153,16 @@ class BoundedYAMLLoader(yaml.SafeLoader):
                 raise
             raise yaml.YAMLError(one_line(str(problem), 200)) from problem
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """A whole number; one that Python cannot write out as digits is refused."""
+        found = int(super().construct_yaml_int(node))
+        if found.bit_length() > _MOST_BITS:
+            raise yaml.YAMLError("a number of more than 4300 digits")
+        return found
+
+
+BoundedYAMLLoader.add_constructor("tag:yaml.org,2002:int", BoundedYAMLLoader.construct_yaml_int)
+
 
 def load_yaml(text: str) -> Any:
     """The value of a YAML text.
@@ -160,6 +171,16 @@ def load_yaml(text: str) -> Any:
         yaml.YAMLError: It is broken, or stands for more than 100,000 values.
     """
     return yaml.load(text, BoundedYAMLLoader)
+
+
+def check_yaml(text: str) -> None:
+    """Refuse a YAML text that stands for too much, before another loader reads it.
+
+    Raises:
+        yaml.YAMLError: It is broken, or stands for more than 100,000 values.
+    """
+    if "*" in text or len(text) > _DEEPEST:  # an alias, or room for nesting
+        yaml.compose(text, BoundedYAMLLoader)
 
 
 def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:

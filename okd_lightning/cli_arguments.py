@@ -17,6 +17,7 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 import okd_lightning
+from okd_lightning.bounded_files import check_yaml, load_yaml, read_text, require_regular
 from okd_lightning.checkpoints.files import newest_checkpoint
 from okd_lightning.cli_callbacks import replace_retyped
 from okd_lightning.config_paths import user_path
@@ -24,6 +25,7 @@ from okd_lightning.config_trust import FLAG
 from okd_lightning.default_folder import RUNS, only_run
 from okd_lightning.errors import CheckpointError, ConfigError, UsageError
 from okd_lightning.given_options import Layer, flattened, layers
+from okd_lightning.printable import one_line
 from okd_lightning.saved_config import config_to_use
 
 LAST = "last"
@@ -121,7 +123,11 @@ def read_comments_as_text() -> None:
         return
 
     def loader(text: str) -> Any:
-        value = load(text)
+        check_yaml(text)
+        try:
+            value = load(text)
+        except (ValueError, RecursionError) as error:  # such as a number of 5,000 digits
+            raise yaml.YAMLError(one_line(str(error), 200)) from error
         return text if value is None and text.lstrip().startswith("#") else value
 
     loader.is_ours = True  # type: ignore[attr-defined]
@@ -203,6 +209,7 @@ def load_config(name: str) -> dict[str, Any]:
         ConfigError: It is not there, or broken.
     """
     path = user_path(name)
+    require_regular(path, ConfigError, f"--config {name!r}")
     if not path.is_file():
         packaged = packaged_configs()
         if name not in packaged:
@@ -214,11 +221,11 @@ def load_config(name: str) -> dict[str, Any]:
             )
         path = packaged[name]
     try:
-        config = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        config = load_yaml(read_text(path, ConfigError, f"--config {name!r}"))
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or "not a text file"
+        problem = getattr(error, "problem", None) or one_line(str(error), 200)
         raise ConfigError(f"--config {name!r}{where}: no valid YAML ({problem})") from error
     if not isinstance(config, dict):
         found = "an empty file" if config is None else f"a {type(config).__name__}"

@@ -132,8 +132,15 @@ def write_json(path: Path, content: Any, aside: Path | None = None) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What ``write_json`` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """What ``write_json`` wrote.
+
+    Raises:
+        ValueError: It is not JSON any more.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def sync_file(path: Path) -> None:

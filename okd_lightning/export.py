@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 
 from okd_lightning import __version__
+from okd_lightning.bounded_files import load_yaml
 from okd_lightning.checkpoints.contents import check_finite
 from okd_lightning.errors import CheckpointError, ConfigError, OutputError
 from okd_lightning.models import (
@@ -133,7 +134,7 @@ def export_online_module(
 def model_card(checkpoint: Mapping[str, Any]) -> str:
     """The card of an exported student: method, models, data and the numbers of its checkpoint."""
     own = checkpoint["okd_lightning"]
-    config = yaml.safe_load(own["config"] or "{}")
+    config = load_yaml(own["config"] or "{}")
     model, data = config.get("model", {}), config.get("data", {})
     method = config.get("method") or (config.get("trainer") or {}).get("callbacks")
     settings = yaml.safe_dump(method or list(own["methods"]), sort_keys=False).strip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jsonargparse
 import yaml
 
+from okd_lightning.bounded_files import load_yaml
 from okd_lightning.checkpoints.files import read_checkpoint
 from okd_lightning.cli import DistillationCLI
 from okd_lightning.cli_arguments import prepare, take_flag
@@ -56,7 +57,7 @@ def export_command(arguments: list[str], debug: bool = False) -> int:
     flag = [FLAG] if is_trusted else []
     _, _, text = prepare(["fit", "--ckpt_path", options.ckpt_path, *flag], can_type=False)[:3]
     checkpoint = read_checkpoint(options.ckpt_path, with_weights=True)
-    model_only = yaml.safe_dump({"model": yaml.safe_load(text)["model"]})
+    model_only = yaml.safe_dump({"model": load_yaml(text)["model"]})
     cli = DistillationCLI(args=["--config", model_only], run=False)
     if options.what == "online_module":
         export_online_module(cli.model, checkpoint, out, options.overwrite)

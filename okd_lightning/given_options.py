@@ -12,6 +12,9 @@ from typing import Any, TypeAlias
 
 import yaml
 
+from okd_lightning.bounded_files import load_yaml, read_text
+from okd_lightning.errors import ConfigError
+
 Layer: TypeAlias = dict[str, Any]
 """Option, as one types it (model.optimizer.lr) → its value."""
 
@@ -32,7 +35,7 @@ def layers(arguments: Sequence[str]) -> list[Layer]:
             found.append(flattened(value) if isinstance(value, Mapping) else {})
             continue
         if option in _SECTIONS and isinstance(value, str) and Path(value).is_file():
-            value = parsed(Path(value).read_text())
+            value = parsed(read_text(Path(value), ConfigError, f"--{option} {value!r}"))
         typed |= flattened({option: value})
     return [*found, typed]
 
@@ -68,6 +71,6 @@ def flattened(config: Mapping[str, Any], prefix: str = "") -> Layer:
 def parsed(text: str) -> Any:
     """Return a typed value as YAML reads it; the text where it is none."""
     try:
-        return yaml.safe_load(text)
+        return load_yaml(text)
     except yaml.YAMLError:
         return text

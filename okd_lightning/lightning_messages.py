@@ -75,8 +75,11 @@ def _make_printable(record: logging.LogRecord) -> bool:
 
 
 def keep_messages_printable() -> None:
-    """Have no message of Lightning's loggers, which are ours too, steer the terminal."""
-    for name in ("lightning", *_LOGGERS):
+    """Have no message of Lightning's loggers, which are ours too, steer the terminal.
+
+    Nor any of transformers', which quote what they find in a model's settings.
+    """
+    for name in ("lightning", *_LOGGERS, "transformers"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_make_printable)
 

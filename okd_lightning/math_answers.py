@@ -19,6 +19,9 @@ from pathlib import Path
 from okd_lightning.errors import OKDLightningError
 
 _PROGRAM = Path(__file__).with_name("math_worker.py")
+_LONGEST = 20_000
+"""Characters at the end of a text that are read: a model that repeats itself writes without end."""
+
 _SECONDS = 10.0
 """Behind the library's own limits, which are a fraction of it."""
 
@@ -39,7 +42,7 @@ class _Worker:
             limit.start()
             said = ""
             try:
-                said = _exchange(process, json.dumps([answer, reference]))
+                said = _exchange(process, json.dumps([answer[-_LONGEST:], reference[-_LONGEST:]]))
             finally:
                 limit.cancel()
                 if not said.endswith("\n"):  # killed, or left in the middle: it may answer late

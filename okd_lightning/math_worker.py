@@ -5,14 +5,17 @@ Reads a JSON list [answer, reference] a line and writes true or false a line; se
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
+import resource
 import sys
 
 from math_verify import parse, verify
 
 _SECONDS = 2
+_MOST_BYTES = 4 << 30
 _EXPRESSION = re.compile(r"[\\+*/^=(\[]|\d[A-Za-z](?![A-Za-z])|\d:\d")
 _MARKED_OR_PROSE = re.compile(r"\$|\\boxed|\\\(|\\\[|(?<![\\A-Za-z])[A-Za-z]{2,}")
 
@@ -31,8 +34,15 @@ def is_same(answer: str, reference: str) -> bool:
     return bool(verify(_parse(reference), _parse(answer), timeout_seconds=_SECONDS))
 
 
+def _limit_memory() -> None:
+    """Let a number that grows without end be an error here, and not the end of the machine."""
+    with contextlib.suppress(OSError, ValueError):  # a lower limit is set, or the system has none
+        resource.setrlimit(resource.RLIMIT_AS, (_MOST_BYTES, _MOST_BYTES))
+
+
 def main() -> None:
     """Answer until the input ends."""
+    _limit_memory()
     logging.disable()  # of timeouts; they are answered with false
     print("ready", flush=True)
     for line in sys.stdin:

@@ -4,23 +4,25 @@ Understood, wherever they stand in a text: Qwen's and Hermes' ``<tool_call>{"nam
 "arguments": {...}}</tool_call>``, ReAct's ``Action: name`` with ``Action Input: {...}`` on a line
 behind it, and a text that is a JSON call, or a list of them, as a whole (Llama 3: "parameters") or
 on lines of its own among others, where it has a name and arguments.
+
+A text is read in a time linear in its length, whatever a model that repeats itself has generated:
+the places where a call may begin are found one after the other, and the first 64 are looked at.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_TAGGED = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
-_REACT = re.compile(
-    r"Action:[ \t]*(\S+)\s*\n\s*Action[ _]Input:[ \t]*(.*?)(?=\n\s*\w[\w ]*:|\Z)", re.DOTALL
-)
+_MOST_STARTS = 64
+_TAG, _END_TAG = "<tool_call>", "</tool_call>"
+_ACTION, _INPUTS = "Action:", ("Action Input:", "Action_Input:")
+_LONGEST_FIELD = 100
+"""Characters of a name such as "Observation", which ends an action's input."""
 
-_LINE_OF_JSON = re.compile(r"^[ \t]*[{\[]", re.MULTILINE)
 _DECODER = json.JSONDecoder()
 _ARGUMENTS = ("arguments", "parameters", "Action_Input")
 
@@ -47,10 +49,10 @@ def parse_tool_calls(text: str) -> tuple[ToolCall, ...]:
 
     A call whose JSON is broken is one without arguments, named by what stands for its name.
     """
-    tagged = _TAGGED.findall(text)
+    tagged = list(_tagged(text))
     if tagged:
         return tuple(_from_json(body) or ToolCall("", None) for body in tagged)
-    steps = _REACT.findall(text)
+    steps = list(_react_steps(text))
     if steps:
         return tuple(ToolCall(name, _object(body)) for name, body in steps)
     try:
@@ -140,6 +142,78 @@ def _whole_numbers(value: Any) -> Any:
     return value
 
 
+def _starts(text: str, mark: str) -> Iterator[int]:
+    """Where a mark ends, at its first 64 places."""
+    end = 0
+    for _ in range(_MOST_STARTS):
+        start = text.find(mark, end)
+        if start < 0:
+            return
+        end = start + len(mark)
+        yield end
+
+
+def _tagged(text: str) -> Iterator[str]:
+    """What stands between tags; a tag within another call's text begins none."""
+    done = 0
+    for start in _starts(text, _TAG):
+        if start < done:
+            continue
+        end = text.find(_END_TAG, start)
+        if end < 0:
+            return
+        done = end + len(_END_TAG)
+        yield text[start:end]
+
+
+def _react_steps(text: str) -> Iterator[tuple[str, str]]:
+    """Name and input of each ``Action:`` with an ``Action Input:`` on a line after it."""
+    done = 0
+    for start in _starts(text, _ACTION):
+        if start < done:
+            continue
+        line_end = text.find("\n", start)
+        words = text[start:line_end].split() if line_end >= 0 else []
+        follows = _after_space(text, line_end) if len(words) == 1 else len(text)
+        if text[follows : follows + len(_INPUTS[0])] in _INPUTS:
+            begin = follows + len(_INPUTS[0])
+            done = _end_of_input(text, begin)
+            yield words[0], text[begin:done].lstrip(" \t")
+
+
+def _after_space(text: str, start: int) -> int:
+    """The first place from ``start`` on without white space."""
+    while start < len(text) and text[start].isspace():
+        start += 1
+    return start
+
+
+def _end_of_input(text: str, begin: int) -> int:
+    """Where the next line begins that names a field, such as ``Observation:``."""
+    end = text.find("\n", begin)
+    while end >= 0:
+        line = _after_space(text, end)
+        field, colon, _ = text[line : line + _LONGEST_FIELD].partition(":")
+        if colon and field[:1].strip() and field.replace("_", "a").replace(" ", "a").isalnum():
+            return end
+        end = text.find("\n", max(line, end + 1))
+    return len(text)
+
+
+def _line_starts(text: str) -> Iterator[int]:
+    """Where a line begins with a bracket of JSON, at the first 64 of these lines."""
+    num_found, end = 0, -1
+    while num_found < _MOST_STARTS:
+        line = end + 1
+        end = text.find("\n", line)
+        content = (text[line:end] if end >= 0 else text[line:]).lstrip(" \t")
+        if content[:1] in ("{", "["):
+            num_found += 1
+            yield (end if end >= 0 else len(text)) - len(content)
+        if end < 0:
+            return
+
+
 def _from_values(whole: Any) -> tuple[ToolCall, ...]:
     calls = [_from_value(value) for value in (whole if isinstance(whole, list) else [whole])]
     return tuple(call for call in calls if call is not None)
@@ -148,14 +222,15 @@ def _from_values(whole: Any) -> tuple[ToolCall, ...]:
 def _json_lines(text: str) -> Iterator[Any]:
     """The JSON objects and lists that stand on lines of their own and say "arguments"."""
     done = 0
-    for start in _LINE_OF_JSON.finditer(text):
-        if start.end() - 1 < done:
+    for start in _line_starts(text):
+        if start < done:
             continue
         try:
-            value, done = _DECODER.raw_decode(text, start.end() - 1)
+            value, done = _DECODER.raw_decode(text, start)
         except _NOT_JSON:
             continue
-        rest = text[done:].partition("\n")[0].strip(" \t;")
+        line_end = text.find("\n", done)
+        rest = text[done : len(text) if line_end < 0 else line_end].strip(" \t;")
         values = value if isinstance(value, list) else [value]
         if not rest and all(isinstance(v, Mapping) and v.keys() & {*_ARGUMENTS} for v in values):
             yield value

@@ -6,7 +6,6 @@ expected. What the numbers are used for belongs to the engine and to the served 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,14 +47,14 @@ class ServerInfo:
         logprobs_mode: Such as "processed_logprobs".
         quantization: Such as "fp8".
         max_logprobs: Most log-probabilities a token.
-        model_config: The served model's config.json.
+        device: Where it computes, such as "cuda" or "cpu".
     """
 
     dtype: str | None = None
     logprobs_mode: str | None = None
     quantization: str | None = None
     max_logprobs: int | None = None
-    model_config: Mapping[str, Any] | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -135,12 +134,13 @@ class VLLMClient:
             return ServerInfo()
         model = config.member("model_config")
         dtype = model.optional("dtype", str)
+        device = config.optional("device_config", dict) or {}
         return ServerInfo(
             dtype=None if dtype is None else dtype.removeprefix("torch."),
             logprobs_mode=model.optional("logprobs_mode", str),
             quantization=model.optional("quantization", str),
             max_logprobs=model.optional("max_logprobs", int),
-            model_config=_config_of(model.value.get("hf_config")),
+            device=AnswerPart(device, answer.at).optional("device", str),
         )
 
     def complete(self, request: Mapping[str, Any]) -> Completion:
@@ -226,16 +226,6 @@ class VLLMClient:
         if answer.value is None:  # an empty one
             return True
         return answer.optional("success", bool) is not False
-
-
-def _config_of(value: Any) -> Mapping[str, Any] | None:
-    """A config.json, as an object or as transformers writes a config: its class, then JSON."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value[value.find("{") :])
-        except (ValueError, RecursionError):  # another form of text, which says nothing
-            return None
-    return value if isinstance(value, dict) else None
 
 
 def _served_model(entry: AnswerPart) -> ServedModel:

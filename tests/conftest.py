@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import pytest
 import tiny
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from vllm_servers import ServerPool
 
 from okd_lightning.module import DistillationModule
 
@@ -45,6 +47,19 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"real data is not here: no folder {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def vllm_servers(tmp_path_factory) -> Iterator[ServerPool]:
+    """Real vLLM servers, each started when a test first asks for it.
+
+    Tests that take this fixture have the marker ``real_vllm``; ``make test-vllm`` runs them.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed in this environment: make test-vllm")
+    pool = ServerPool(tmp_path_factory.mktemp("vllm"))
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(scope="session")

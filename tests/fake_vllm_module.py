@@ -118,7 +118,13 @@ class LLM:
         )
 
 
-def make_module() -> ModuleType:
-    module = ModuleType("vllm")
+def make_modules(device: str = "cuda") -> dict[str, ModuleType]:
+    """What ``sys.modules`` has of it; like vLLM, it sleeps on GPUs alone."""
+    module, platforms = ModuleType("vllm"), ModuleType("vllm.platforms")
     module.LLM, module.SamplingParams = LLM, SamplingParams
-    return module
+    platforms.current_platform = SimpleNamespace(
+        device_type=device,
+        is_cpu=lambda: device == "cpu",
+        is_sleep_mode_available=lambda: device == "cuda",
+    )
+    return {"vllm": module, "vllm.platforms": platforms}

@@ -6,8 +6,8 @@ the old ones until the cache is reset. ``faults`` are what can go wrong, one req
 
 As vLLM 0.32 it drops its weights before it reads new ones: after weights that do not fit it answers
 every request but a completion, and the first completion ends it, unless others were loaded before.
-Responses that have no room are cut; temperatures above 2, seeds beyond 2^63 - 1 and ids without a
-row are a 400; log-probabilities below -9999 are -9999.
+Responses that have no room are cut; limits above the context, temperatures above 2, seeds beyond
+2^63 - 1 and ids without a row are a 400; log-probabilities below -9999 are -9999.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class FakeVLLM:
         self.max_model_len = 4096
         self.describes_itself = True  # /server_info
         self.quantization: str | None = None
+        self.device = "cuda"
         self.is_wrecked = False  # has no weights
         self.is_dead = False
         self.url = ""
@@ -58,7 +59,8 @@ class FakeVLLM:
         """What was posted to a path."""
         return [body for asked, body in self.requests if asked == path]
 
-    def handle(self, path: str, body: Any) -> tuple[int, Any]:
+    def handle(self, target: str, body: Any) -> tuple[int, Any]:
+        path = target.partition("?")[0]  # what is answered does not depend on the rest
         with self._lock:
             self.requests.append((path, body))
         plain = {
@@ -81,7 +83,6 @@ class FakeVLLM:
         return {"id": self.name, "root": self.root, "max_model_len": self.max_model_len}
 
     def _description(self) -> dict[str, Any]:
-        config = self.model.config
         model = {
             "model": self.root,
             "dtype": str(self.model.dtype),
@@ -89,9 +90,9 @@ class FakeVLLM:
             "max_logprobs": self.max_logprobs,
             "max_model_len": self.max_model_len,
             "quantization": self.quantization,
-            "hf_config": f"{type(config).__name__} {config.to_json_string(use_diff=False)}",
         }
-        return {"vllm_config": {"model_config": model}, "vllm_env": {}, "system_env": {}}
+        config = {"model_config": model, "device_config": {"device": self.device}}
+        return {"vllm_config": config, "vllm_env": {}, "system_env": {}}
 
     def _set_version(self, body: Any) -> tuple[int, Any]:
         self.version = body["new_version"]
@@ -175,6 +176,8 @@ class FakeVLLM:
     def _refusal(self, body: Any) -> str:
         if len(body["prompt"]) >= self.max_model_len:
             return f"This model's maximum context length is {self.max_model_len} tokens"
+        if body["max_tokens"] > self.max_model_len:
+            return f"max_tokens cannot be greater than max_model_len={self.max_model_len}"
         if body.get("temperature", 1.0) > 2 or body.get("seed", 0) > 2**63 - 1:
             return "temperature or seed out of range"
         table = self.answers_with.config.vocab_size if hasattr(self.answers_with, "config") else 0
@@ -236,10 +239,10 @@ def _handler(engine: FakeVLLM) -> type[BaseHTTPRequestHandler]:
                 return
             if fault == "slow":
                 time.sleep(engine.slow_seconds)
-            status, answer = engine.handle(path, body)
+            status, answer = engine.handle(self.path, body)
             if fault.isdigit():
                 status, answer = int(fault), {"error": {"message": "EngineDeadError"}}
-            content = json.dumps(answer).encode()
+            content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
             try:
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")

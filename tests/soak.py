@@ -287,7 +287,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     state["callbacks"]["Throughput"] = {k: v for k, v in counters.items() if k not in CLOCKS}
     row = state["okd_lightning"]["row"] or {}
     state["okd_lightning"]["row"] = {k: v for k, v in row.items() if k not in TIMINGS}
-    del state["okd_lightning"]["started_in"]
+    del state["okd_lightning"]["started_in"], state["okd_lightning"]["signature"]
     del state["loops"]  # counters of validation batches and the like, which Lightning resets
     return state
 

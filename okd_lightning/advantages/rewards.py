@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Literal, TypeAlias
+
+import regex
 
 from okd_lightning.advantages.rouge import rouge_l
 from okd_lightning.answers import (
@@ -98,7 +99,7 @@ class AnswerMatch(RewardFunction):
     reads_last_turn = True
 
     def __init__(self, pattern: str | None = None, compare: Comparison = "text") -> None:
-        self.pattern: re.Pattern[str] | None = answer_pattern(pattern)
+        self.pattern: regex.Pattern[str] | None = answer_pattern(pattern)
         self.compare = checked_comparison(compare)
 
     def __call__(

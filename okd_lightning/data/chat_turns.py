@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from okd_lightning.bounded_files import json_problem
 from okd_lightning.data.columns import Columns, RawRow, read_answer, read_messages
 from okd_lightning.data.templates import Message
 from okd_lightning.errors import DataError
@@ -138,10 +139,10 @@ def _call(call: Any, at: str) -> Any:
         return dict(call)
     try:
         parsed = json.loads(arguments) if arguments.strip() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{at}: its arguments are text that is not JSON ({error}); expected an object or its "
-            "JSON text"
+            f"{at}: its arguments are text that is not JSON ({json_problem(error)}); expected an "
+            "object or its JSON text"
         ) from error
     if not isinstance(parsed, dict):
         raise DataError(

@@ -5,12 +5,12 @@ Owns the reading of raw cells and the messages about them. Nothing here knows a 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, TypeAlias
 
+from okd_lightning.bounded_files import parse_json
 from okd_lightning.data.foreign_chats import (
     is_chat,
     listed_messages,
@@ -246,10 +246,7 @@ def _schema(tool: Any, what: str) -> Any:
     """One tool, which may itself be JSON text."""
     if not isinstance(tool, str):
         return tool
-    try:
-        return json.loads(tool)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{what} hold one that is not valid JSON ({error.msg})") from error
+    return parse_json(tool, DataError, f"{what} hold one that is broken")
 
 
 def read_tools(row: RawRow, columns: Columns, at: str) -> list[Any] | None:
@@ -260,12 +257,7 @@ def read_tools(row: RawRow, columns: Columns, at: str) -> list[Any] | None:
     """
     value = row.get(columns.tools)
     if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{at}: the tools ({columns.tools!r}) are not valid JSON ({error.msg})"
-            ) from error
+        value = parse_json(value, DataError, f"{at}: the tools ({columns.tools!r})")
     if not value:
         return [dict(tool) for tool in columns.declared_tools] or None
     if not isinstance(value, list):

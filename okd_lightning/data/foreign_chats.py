@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from okd_lightning.bounded_files import parse_json
 from okd_lightning.errors import DataError
 
 _ROLES = {
@@ -46,7 +47,7 @@ def listed_messages(cell: object) -> object:
     if isinstance(cell, str):
         try:
             parsed = json.loads(cell)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             return cell
         return parsed if isinstance(parsed, list) else cell
     if isinstance(cell, list) and cell and all(_is_exchange(item) for item in cell):
@@ -91,10 +92,8 @@ def with_known_keys(message: Mapping[str, Any], at: str) -> dict[str, Any]:
 
 
 def _read_calls(value: Any, at: str) -> list[dict[str, Any]]:
-    try:
-        calls = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError as error:
-        raise DataError(f"{at}: the call of a tool is not valid JSON ({error.msg})") from error
+    what = f"{at}: the call of a tool"
+    calls = parse_json(value, DataError, what) if isinstance(value, str) else value
     calls = [calls] if isinstance(calls, Mapping) else calls
     if not isinstance(calls, list) or not all(
         isinstance(c, Mapping) and "name" in c for c in calls

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from okd_lightning.bounded_files import json_problem
 from okd_lightning.data.text_files import read_text
 from okd_lightning.errors import DataError
 
@@ -98,5 +99,7 @@ def read_json_rows(path: Path, kind: str) -> list[Row]:
     read = _read_lines if kind in JSON_LINES else _read_list
     try:
         return read(read_text(path), path)
-    except RecursionError as error:
-        raise DataError(f"{path}: nested too deeply to be rows") from error
+    except (RecursionError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: not valid JSON rows ({json_problem(error)})") from error

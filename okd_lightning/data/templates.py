@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.data.columns import require_whole_characters
+from okd_lightning.data.template_process import TemplateProcess
 from okd_lightning.errors import DataError
 
 Message = dict[str, Any]
@@ -86,7 +86,7 @@ class ChatRenderer:
                 "chat_template; use an instruction-tuned model's tokenizer, set chat_template, "
                 "or give prompt and response columns"
             )
-        self._tokenizer, self._settings = tokenizer, settings or {}
+        self._settings, self._process = settings or {}, TemplateProcess(tokenizer)
 
     def prompt(self, messages: Sequence[Message], tools: list[Any] | None, at: str) -> str:
         """The rendering that a response continues, with the generation prompt.
@@ -94,26 +94,27 @@ class ChatRenderer:
         Raises:
             DataError: The template refuses the chat, or the chat holds half a character.
         """
-        return self._render(messages, tools, at, prompt=True)
+        return self._render([(messages, True)], tools, at)[0]
 
     def _render(
-        self, messages: Sequence[Message], tools: list[Any] | None, at: str, *, prompt: bool
-    ) -> str:
+        self, chats: Sequence[tuple[Sequence[Message], bool]], tools: list[Any] | None, at: str
+    ) -> list[str]:
+        """The renderings of beginnings of one chat, each with a generation prompt or without."""
+        wanted = [
+            (messages, {"tools": tools, "add_generation_prompt": prompt, **self._settings})
+            for messages, prompt in chats
+        ]
         try:
-            rendered = self._tokenizer.apply_chat_template(
-                list(messages),
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=prompt,
-                **self._settings,
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            found = self._process.render(wanted, f"{at}: the chat template")
+        except DataError as error:
+            longest = max((messages for messages, _ in chats), key=len)
             raise DataError(
-                f"{at}: the chat template refuses this chat ({error}); roles: "
-                f"{', '.join(message['role'] for message in messages)}; fix or delete the row"
+                f"{error}; roles: {', '.join(str(message['role']) for message in longest)}; fix "
+                "or delete the row"
             ) from error
-        require_whole_characters(str(rendered), f"{at}: the chat")
-        return str(rendered)
+        for rendered in found:
+            require_whole_characters(rendered, f"{at}: the chat")
+        return found
 
     def render(
         self, messages: Sequence[Message], tools: list[Any] | None, at: str, turns: Sequence[int]
@@ -131,12 +132,11 @@ class ChatRenderer:
             DataError: The template refuses the chat, or the chat holds half a character.
         """
         is_answered = messages[-1]["role"] == "assistant"
-        full = self._render(messages, tools, at, prompt=not is_answered)
+        beginnings = [(messages[: turn + own], not own) for turn in turns for own in (0, 1)]
+        full, *parts = self._render([(messages, not is_answered), *beginnings], tools, at)
         places: list[tuple[int, int, str]] = []
         unplaced: list[int] = []
-        for turn in turns:
-            before = self._render(messages[:turn], tools, at, prompt=True)
-            after = self._render(messages[: turn + 1], tools, at, prompt=False)
+        for turn, before, after in zip(turns, parts[::2], parts[1::2], strict=True):
             if full.startswith(before) and full.startswith(after) and len(before) < len(after):
                 places.append((len(before), len(after), messages[turn]["content"]))
             else:

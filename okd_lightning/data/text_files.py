@@ -6,10 +6,10 @@ Owns compression and encodings; ``json_files`` and ``csv_files`` know what the t
 from __future__ import annotations
 
 import codecs
-import gzip
 import zlib
 from pathlib import Path
 
+from okd_lightning.bounded_files import decompressed, require_regular
 from okd_lightning.errors import DataError
 
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -29,18 +29,21 @@ def read_bytes(path: Path) -> bytes:
     Raises:
         DataError: It cannot be opened, or is no whole gzip file.
     """
+    require_regular(path, DataError, str(path))
     try:
         content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from error
     if not content.startswith(_GZIP_MARK) and path.suffix.lower() != ".gz":
         return content
     try:
-        return gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
+        return decompressed(content)
+    except (EOFError, zlib.error) as error:
         raise DataError(
             f"{path}: not a whole gzip file ({error}); download or compress it again"
         ) from error
+    except OverflowError as error:
+        raise DataError(f"{path}: {error}, which are not rows of text") from error
 
 
 def read_text(path: Path) -> str:

@@ -10,6 +10,7 @@ from okd_lightning.data.layouts import choose_layout
 from okd_lightning.data.row_report import MANY_CUT, cut_advice
 from okd_lightning.data.row_templates import with_prompts
 from okd_lightning.data.sources import describe_source
+from okd_lightning.data.template_process import TemplateProcess
 from okd_lightning.diagnose.findings import Check, Verdict
 from okd_lightning.diagnose.responses import Responses
 from okd_lightning.models import eos_token_ids
@@ -146,10 +147,10 @@ def _template(module: DistillationModule, data: RolloutDataModule, part: str) ->
             "(--data.as_chat true)",
         )
     messages = [{"role": "user", "content": "x"}]
-    render, told = module.tokenizer.apply_chat_template, columns.chat_template_kwargs
-    without = render(messages, tokenize=False, add_generation_prompt=False, **told)
-    with_prompt = render(messages, tokenize=False, add_generation_prompt=True, **told)
-    added = str(with_prompt)[len(str(without)) :]
+    process, told = TemplateProcess(module.tokenizer), columns.chat_template_kwargs
+    wanted = [(messages, {**told, "add_generation_prompt": on}) for on in (False, True)]
+    without, with_prompt = process.render(wanted, "the chat template")
+    added = with_prompt[len(without) :]
     if not added:
         return Check(
             "template",

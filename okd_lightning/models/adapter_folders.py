@@ -6,7 +6,6 @@ teacher is frozen as ever, and a student's merged weights are trained as those o
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from okd_lightning.bounded_files import read_json_object
 from okd_lightning.errors import ModelError, ModelNotFoundError
 from okd_lightning.models.merging import merge_adapters
 from okd_lightning.models.sources import Source, first_line
@@ -173,12 +173,10 @@ def _check_alone(source: Source, where: str) -> None:
 
 
 def _read_config(path: Path, source: Source, where: str) -> PeftConfig:
+    read_json_object(path, ModelError, f"{where}: {CONFIG} cannot be read")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(fields, dict):
-            raise ValueError(f"expected an object, got {type(fields).__name__}")
         return PeftConfig.from_pretrained(source.name, revision=source.revision)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:
         raise ModelError(f"{where}: {CONFIG} cannot be read: {first_line(error)}") from error
 
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -63,8 +62,14 @@ else:  # what can be typed: --help would else list every architecture of transfo
     ModelArgument = str | dict[str, Any]
 
 
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
-"""What transformers raises for a config, a tokenizer or weights that are broken."""
+_UNREADABLE = (Exception,)
+"""What transformers raises for a config, a tokenizer or weights that are broken.
+
+It is anything: tokenizers raises plain ``Exception``, nesting is a ``RecursionError``, and wrong
+types in a config end in whatever is computed with them first. --debug shows it.
+"""
+
+_SIZES = ("num_hidden_layers", "hidden_size", "vocab_size")
 
 _TOKENIZER_FILES = (
     "tokenizer_config.json",
@@ -120,9 +125,14 @@ def load_model_config(source: ModelSource, option: str, vocab_size: int) -> Pret
             base = load_model_config(adapter.base, option, vocab_size)
         return adapted_config(adapter, base)
     try:
-        return AutoConfig.from_pretrained(found.name, **found.arguments)
+        config = AutoConfig.from_pretrained(found.name, **found.arguments)
     except _UNREADABLE as error:
         raise unreachable(found, option, "model", error) from error
+    for name in _SIZES:
+        size = getattr(config.get_text_config(), name, None)
+        if isinstance(size, int) and size < 1:
+            raise ModelError(f"{option} {found.given!r}: config.json has {name} {size}")
+    return config
 
 
 def load_tokenizer(source: str, option: str) -> PreTrainedTokenizerBase:
@@ -212,6 +222,8 @@ def _from_files(
     where = f"{option} {found.given!r}"
     is_local = found.folder is not None and found.gguf_file is None
     files = WeightFiles(found, option) if is_local else None  # broken ones in words of our own
+    if files is not None:
+        files.check_sizes(config)
     try:
         with without_load_report():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -225,7 +237,7 @@ def _from_files(
                 **found.arguments,
                 **unpacking(found.gguf_file),
             )
-    except (*_UNREADABLE, RuntimeError, ImportError, SafetensorError) as error:
+    except _UNREADABLE as error:
         if found.folder is None and isinstance(error, OSError):
             raise unreachable(found, option, "model", error) from error
         raise ModelError(
@@ -311,6 +323,10 @@ def _eos_beside(found: Source) -> int | list[int] | None:
         config = GenerationConfig.from_pretrained(found.name, revision=found.revision or "main")
     except OSError:  # a folder without generation_config.json
         return None
+    except _UNREADABLE as error:
+        raise ModelError(
+            f"generation_config.json of {found.name!r} cannot be read: {first_line(error)}"
+        ) from error
     return cast("int | list[int] | None", config.eos_token_id)
 
 

@@ -23,10 +23,13 @@ from huggingface_hub.errors import (
 )
 from transformers.utils import cached_file
 
-from okd_lightning.errors import ModelNotFoundError
+from okd_lightning.errors import ModelError, ModelNotFoundError
 from okd_lightning.models.gguf_files import SUFFIX, require_gguf
 
 _NO_FILE = ("does not appear to have a file", "Should have a `model_type` key")
+_SETTINGS = (".json", ".jinja", ".txt", ".model")
+_LARGEST = 256 << 20
+
 _REMOTE_CODE = ("trust_remote_code", "custom code")
 
 
@@ -78,6 +81,21 @@ class Source:
         return None if found is None else Path(found)
 
 
+def _check_settings(folder: Path, where: str) -> None:
+    """Refuse settings and tokenizers of a size that no such file has: they are read whole.
+
+    Raises:
+        ModelError: Naming the file.
+    """
+    for path in folder.glob("*"):
+        is_large = path.suffix in _SETTINGS and path.is_file() and path.stat().st_size > _LARGEST
+        if is_large:
+            raise ModelError(
+                f"{where}: {path.name} has more than {_LARGEST >> 20} MiB, which no file of "
+                "settings or tokens has; copy or download it again"
+            )
+
+
 def locate(source: str, option: str) -> Source:
     """Read what the user wrote as a location.
 
@@ -94,6 +112,7 @@ def locate(source: str, option: str) -> Source:
     """
     path = Path(source).expanduser()
     if path.is_dir():
+        _check_settings(path, f"{option} {source!r}")
         return Source(source, str(path))
     if path.is_file():
         if path.suffix.lower() != SUFFIX:

@@ -7,6 +7,7 @@ for every way in which such files are broken. Reads no weights until rows are as
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from okd_lightning.errors import ModelError
 from okd_lightning.models.sources import Source, first_line
@@ -23,6 +25,13 @@ from okd_lightning.models.sources import Source, first_line
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_WIDTHS = ("hidden_size", "vocab_size", "intermediate_size", "num_attention_heads")
+_MOST_PACKED = 16
+"""Numbers of 2 bits that one of 32 bits holds."""
+
+_SPARE_LAYERS, _SPARE_NUMBERS = 1000, 1 << 28
+"""What may be built in vain: smaller differences are found, and named, after loading."""
+
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -86,6 +95,41 @@ class WeightFiles:
                 names = list(opened.keys())
                 found.update({name: str(opened.get_slice(name).get_dtype()) for name in names})
         return found
+
+    @cached_property
+    def num_elements(self) -> int:
+        """Numbers in all files; of quantised weights what they are packed into."""
+        total = 0
+        for file in sorted(set(self._files.values())):
+            with safe_open(file, framework="pt") as opened:
+                shapes = [opened.get_slice(name).get_shape() for name in list(opened.keys())]
+            total += sum(map(math.prod, shapes))
+        return total
+
+    def check_sizes(self, config: PretrainedConfig) -> None:
+        """Refuse a config of a model that is far larger than what is stored.
+
+        It would be built, and initialised, before any difference is noticed.
+
+        Raises:
+            ModelError: Naming the setting.
+        """
+        text = config.get_text_config()
+        layers, width = (getattr(text, n, None) for n in ("num_hidden_layers", "hidden_size"))
+        is_deep = isinstance(layers, int) and layers > len(self._files) + _SPARE_LAYERS
+        wide = [name for name in _WIDTHS if self._is_too_wide(getattr(text, name, 0), width)]
+        for name in ["num_hidden_layers"] if is_deep else wide[:1]:
+            raise ModelError(
+                f"{self._start}: config.json has {name} {getattr(text, name)!r:.40}, of which the "
+                f"files cannot hold the weights ({len(self._files)} with {self.num_elements:,} "
+                "numbers); config and weights do not belong together"
+            )
+
+    def _is_too_wide(self, size: object, width: object) -> bool:
+        """Whether a table of ``size`` rows has far more numbers than are stored."""
+        if not (isinstance(size, int) and isinstance(width, int)):
+            return False
+        return size * width > _MOST_PACKED * self.num_elements + _SPARE_NUMBERS
 
     def stored_under(self, names: Sequence[str]) -> str | None:
         """The first of ``names`` under which a weight is stored."""
@@ -179,7 +223,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
         weight_map = index["weight_map"]
         if not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
             raise KeyError("weight_map")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"{INDEX} is broken (expected JSON with a weight_map from names to files); copy or "
             "download it again"
@@ -191,7 +235,7 @@ def _named_in_config(folder: Path) -> str | None:
     """The file that config.json names as ``transformers_weights``."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     named = config.get("transformers_weights") if isinstance(config, dict) else None
     return named if isinstance(named, str) and named.endswith(".safetensors") else None

@@ -4,12 +4,13 @@ The one module that imports vllm, and only when the engine first writes. vLLM is
 weights as a folder, as the server is. Between two calls it sleeps, so that training has the memory:
 its weights and its cache are dropped, and loaded anew at the next call.
 
-What is used of vllm, as it was read from its documentation (0.10.2 on) and main branch of 2026, and
-never run: ``LLM(model, ...)`` with the arguments below, ``LLM.generate`` of
+What is used of vllm: ``LLM(model, ...)`` with the arguments below, ``LLM.generate`` of
 ``{"prompt_token_ids": ids}`` with one ``SamplingParams`` each, ``LLM.collective_rpc``
 ("reload_weights", kwargs weights_path), ``LLM.sleep``, ``LLM.wake_up`` and
 ``LLM.reset_prefix_cache``; of its answers ``outputs[0].token_ids``, ``.logprobs``,
-``.finish_reason`` and ``prompt_logprobs``.
+``.finish_reason`` and ``prompt_logprobs``; of its platform ``is_sleep_mode_available`` and
+``is_cpu``. tests/real_vllm runs all of it on a CPU but for ``sleep`` and ``wake_up``, which need a
+GPU.
 """
 
 from __future__ import annotations
@@ -98,9 +99,15 @@ class VLLMEngine(EngineSource):
         """An engine that gives ``model``'s weights to vLLM and has it write.
 
         Raises:
-            ConfigError: vllm is not installed, or the run has several processes.
+            ConfigError: vllm is not installed, the run has several processes, or ``sleep`` is on
+                where vLLM cannot sleep.
         """
         _vllm()
+        if self.sleep and not _platform().is_sleep_mode_available():
+            raise ConfigError(
+                "model.engine.sleep: vLLM cannot drop its memory between rollouts on this platform "
+                f"({_platform().device_type}); keep it awake with --model.engine.sleep false"
+            )
         if distributed.is_initialized() and distributed.get_world_size() > 1:
             raise ConfigError(
                 "model.engine VLLMEngine writes within one process, and this run has "
@@ -178,9 +185,9 @@ class VLLMEngine(EngineSource):
             self._folder = Path(given).expanduser()
             if self.sync_folder is None:
                 weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-            self._start(write_weights(model, self._folder / "model"))
+            self._start(self._written(model, "model"))
         else:
-            handed = write_weights(model, self._folder / label)
+            handed = self._written(model, label)
             if self.sleep:
                 self._llm.wake_up(tags=["weights"])
             self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(handed)})
@@ -191,7 +198,17 @@ class VLLMEngine(EngineSource):
             shutil.rmtree(handed, ignore_errors=True)
         self._held = label
 
+    def _written(self, model: PreTrainedModel, name: str) -> Path:
+        """The weights as a folder; see ``write_weights`` for what is different on CPUs."""
+        return write_weights(model, self._folder / name, is_untied=_platform().is_cpu())
+
     def _start(self, folder: Path) -> None:
+        """Start vLLM.
+
+        Raises:
+            ConfigError: It does not take its settings.
+            ServerError: It does not start.
+        """
         arguments = {
             "model": str(folder),
             "skip_tokenizer_init": True,
@@ -205,7 +222,18 @@ class VLLMEngine(EngineSource):
         }
         if self.max_model_len is not None:
             arguments["max_model_len"] = self.max_model_len
-        self._llm = _vllm().LLM(**{**arguments, **self.engine_args})
+        try:
+            self._llm = _vllm().LLM(**{**arguments, **self.engine_args})
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{self.name} does not take its settings: {error}; change model.engine's, or what "
+                "model.engine.engine_args adds to them"
+            ) from error
+        except RuntimeError as error:  # its processes have ended
+            raise ServerError(
+                f"{self.name} does not start: {error}; its log, above, says why (a lower "
+                "--model.engine.gpu_memory_utilization helps where memory is short)"
+            ) from error
 
     def _compare(self, probe: Probe) -> None:
         scored, drawn = self._ask(probe.requests)
@@ -220,6 +248,11 @@ class VLLMEngine(EngineSource):
         if self.dtype != "auto":
             return self.dtype
         return None if probe.dtype == torch.float32 else str(probe.dtype).removeprefix("torch.")
+
+
+def _platform() -> Any:
+    """What vLLM computes on."""
+    return importlib.import_module("vllm.platforms").current_platform
 
 
 def _vllm() -> Any:

@@ -31,15 +31,20 @@ from okd_lightning.models import Vocabulary
 from okd_lightning.rollouts.engine import EngineSource, Progress, RolloutEngine
 from okd_lightning.rollouts.engine_probe import EngineGaps, Probe
 from okd_lightning.rollouts.sampling import Sampling
-from okd_lightning.rollouts.served_student import check_served_student
+from okd_lightning.rollouts.served_student import (
+    check_served_student,
+    is_untied,
+    keeps_old_head,
+    served_config,
+)
 from okd_lightning.rollouts.vllm_requests import (
     HostedEngine,
     Written,
     check_vllm_length,
     check_vllm_sampling,
 )
-from okd_lightning.rollouts.weights import write_weights
-from okd_lightning.vllm_client import ServerInfo, VLLMClient
+from okd_lightning.rollouts.weights import shares_table, write_weights
+from okd_lightning.vllm_client import ServedModel, ServerInfo, VLLMClient
 
 _OPTION = "model.engine.url"
 _TOKEN = "OKD_ENGINE_TOKEN"
@@ -170,9 +175,12 @@ class VLLMServer(EngineSource):
     def _update(self, model: PreTrainedModel, label: str, folder: Path) -> None:
         served = self._client.read_served()  # anew: the server may have been restarted
         self._info = self._client.info()
-        check_served_student(model.config, served, self._info, self.name)
+        config = served_config(served, self.name)
+        check_served_student(model.config, served, config, self._info, self.name)
+        if shares_table(model) and keeps_old_head(config, self._info):
+            raise self._without_head(model, folder, served)
         self._name(_UPDATING)  # what fails halfway is not taken for what was there before
-        handed = write_weights(model, folder / label)
+        handed = write_weights(model, folder / label, is_untied=is_untied(config))
         try:
             self._client.reload(str(handed), self.update_seconds)
         except ServerError as error:
@@ -184,6 +192,18 @@ class VLLMServer(EngineSource):
         self._drop_cache()
         self._name(label)
         shutil.rmtree(handed, ignore_errors=True)
+
+    def _without_head(
+        self, model: PreTrainedModel, folder: Path, served: ServedModel
+    ) -> ServerError:
+        """The error for a server that would keep the old head; writes what to start it on."""
+        copy = write_weights(model, folder / "untied", is_untied=True)
+        return ServerError(
+            f"{self.name} runs vLLM on a CPU, which keeps the old head of a model that shares one "
+            "table between embedding and head (tie_word_embeddings) when it loads new weights; "
+            f"start it on a copy whose head has a table of its own, which is now in {str(copy)!r}: "
+            f"--model {copy} --tokenizer {served.root or 'STUDENT'}; or leave --model.engine out"
+        )
 
     def _restore(self, root: str | None) -> str:
         """Have the server load its own weights again after a failed transfer; says what came of it.

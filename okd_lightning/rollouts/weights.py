@@ -60,25 +60,43 @@ def _without_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def write_weights(model: PreTrainedModel, folder: Path) -> Path:
+def shares_table(model: PreTrainedModel) -> bool:
+    """Whether embedding and head are one table (``tie_word_embeddings``)."""
+    return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+
+
+def _untie(plain: PreTrainedModel) -> dict[str, Tensor]:
+    """Have the config say that the head has a table of its own; returns the state with it."""
+    for config in (plain.config, plain.config.get_text_config()):
+        config.tie_word_embeddings = False
+    head = plain.get_output_embeddings()
+    (name,) = (name for name, module in plain.named_modules() if module is head)
+    state: dict[str, Tensor] = plain.state_dict()
+    return {**state, f"{name}.weight": head.weight.detach().clone()}
+
+
+def write_weights(model: PreTrainedModel, folder: Path, *, is_untied: bool = False) -> Path:
     """Write a plain model, adapters merged, as a Hugging Face folder.
 
     Args:
         model: Stays as it is.
         folder: Made anew; nothing else may lie in it.
+        is_untied: Write a shared table twice, for an engine that keeps two: vLLM on CPUs computes
+            with a packed copy of the head, which it renews only where the head itself is loaded.
 
     Raises:
         OutputError: It cannot be written.
         ConfigError: See ``merged_copy``.
     """
     plain: Any = merged_copy(model)
+    state = _untie(plain) if is_untied and shares_table(model) else None
     # transformers writes on the first rank alone; here whoever holds the lock does
     plain.should_save_on_this_rank = lambda is_main_process: is_main_process
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         with _without_progress_bar():
-            plain.save_pretrained(folder)
+            plain.save_pretrained(folder, state_dict=state)
     except OSError as error:
         raise OutputError(
             f"model.engine: {str(folder)!r} cannot be written ({error.strerror or error}); choose "

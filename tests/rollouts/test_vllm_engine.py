@@ -2,8 +2,9 @@
 
 Frozen here: log-probs are the student's own right after its weights have changed; vLLM sleeps while
 the student trains and is given the weights anew; awake it is given them where they changed, and
-its cache is dropped; without vllm there is one line; raw log-probs and weights that do not arrive
-are found out.
+its cache is dropped; without vllm there is one line, as there is for a platform that it cannot
+sleep on and for settings that it does not take; raw log-probs and weights that do not arrive are
+found out. tests/real_vllm has the real one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import tempfile
 import pytest
 import tiny
 import torch
-from fake_vllm_module import LLM, make_module
+from fake_vllm_module import LLM, make_modules
+from safetensors.torch import load_file
 
 from okd_lightning.errors import ConfigError, ServerError
 from okd_lightning.models import Vocabulary
@@ -33,7 +35,8 @@ HAS_VLLM = importlib.util.find_spec("vllm") is not None
 @pytest.fixture
 def fake(monkeypatch):
     monkeypatch.setattr(LLM, "made", [])
-    monkeypatch.setitem(sys.modules, "vllm", make_module())
+    for name, module in make_modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
     return LLM.made
 
 
@@ -139,17 +142,39 @@ def test_settings_out_of_range(setting, words):
         VLLMEngine(**setting)
 
 
-@pytest.mark.skipif(
-    not (HAS_VLLM and torch.cuda.is_available()),
-    reason="needs the package vllm and a GPU; neither is a dependency of the tests",
+def test_a_platform_that_cannot_sleep(fake, monkeypatch):
+    for name, module in make_modules("cpu").items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(ConfigError, match=r"platform \(cpu\); .* --model.engine.sleep false"):
+        write(VLLMEngine(), tiny.make_llama(1))
+    student = tiny.make_llama(1)
+    check_own(student, write(VLLMEngine(sleep=False), student))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_shared_table_is_handed_over_twice_on_cpus(device, fake, monkeypatch, tmp_path):
+    for name, module in make_modules(device).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    student = tiny.make_llama(1, tie_word_embeddings=True)
+    source = VLLMEngine(sleep=False, sync_folder=str(tmp_path))
+    check_own(student, write(source, student))
+    table = load_file(tmp_path / "model" / "model.safetensors")
+    assert ("lm_head.weight" in table) == (device == "cpu")
+    assert student.config.tie_word_embeddings
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (ValueError("no such dtype"), ConfigError, r"its settings: no such dtype; .*engine_args"),
+        (RuntimeError("Engine core"), ServerError, r"does not start: Engine core; .*memory_util"),
+    ],
 )
-def test_with_the_real_vllm(tmp_path):
-    """On a Llama that vLLM's kernels can run: heads of 64."""
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 128}
-    student = tiny.make_llama(1, **sizes, initializer_range=0.05).cuda()
-    source = VLLMEngine(gpu_memory_utilization=0.2, dtype="float32", enforce_eager=True)
-    for _ in range(2):
-        rollout = write(source, student)
-        assert rollout.num_tokens > 4
-        with torch.no_grad():
-            student.model.norm.weight *= 1.5
+def test_one_line_where_vllm_does_not_start(error, kind, words, fake, monkeypatch):
+    def fail(self, **arguments):
+        raise error
+
+    monkeypatch.setattr(LLM, "__init__", fail)
+    with pytest.raises(kind, match=words):
+        write(VLLMEngine(), tiny.make_llama(1))

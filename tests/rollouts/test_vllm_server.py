@@ -1,5 +1,7 @@
 """The student's responses from a vLLM server, against a server that speaks its protocol.
 
+Tests marked ``on_both`` run against a real vLLM too, where there is one (``make test-vllm``).
+
 Frozen here: log-probs are the student's own under the distribution drawn from, right after its
 weights have changed; limits a row, stop reasons and ids that no token has; seeds by (seed, epoch,
 prompt, sample, tokens before); greedy; the server's weights are those of the student or writing
@@ -17,6 +19,8 @@ import tiny
 import torch
 from fake_vllm_server import FakeVLLM, serving
 from peft import LoraConfig
+from served_models import STUDENT, make_student
+from vllm_proxy import ForwardedVLLM, restore
 
 from okd_lightning.endpoint import in_parallel
 from okd_lightning.errors import ConfigError, ServerError, ServerTimeoutError
@@ -30,15 +34,27 @@ VOCABULARY = Vocabulary.of(tiny.make_tokenizer())
 NOISE = NoiseStream(3, 0)
 
 
+on_both = pytest.mark.parametrize(
+    "fake", ["fake", pytest.param("real", marks=pytest.mark.real_vllm)], indirect=True
+)
+
+
 @pytest.fixture
-def fake():
-    with serving(FakeVLLM(tiny.make_llama(9))) as engine:
+def fake(request):
+    """The fake server; for tests that are ``on_both`` a real one as well."""
+    if getattr(request, "param", "fake") == "fake":
+        engine = FakeVLLM(make_student(9))
+    else:
+        servers = request.getfixturevalue("vllm_servers")
+        engine = ForwardedVLLM(servers.url(STUDENT))
+        restore(engine.upstream, servers.model_folder(STUDENT))
+    with serving(engine):
         yield engine
 
 
 @pytest.fixture
 def student():
-    return tiny.make_llama(1)
+    return make_student(1)
 
 
 @pytest.fixture
@@ -72,11 +88,20 @@ def check_own(model, batch, rollout, sampling, tolerance=1e-4) -> None:
         assert logprobs == pytest.approx(expected, abs=tolerance)
 
 
+def check_same(found, expected) -> None:
+    """The same responses; a real server's log-probs depend on the batch, by rounding."""
+    assert found.response_ids == expected.response_ids
+    assert found.stop_reasons == expected.stop_reasons
+    for own, other in zip(found.logprobs, expected.logprobs, strict=True):
+        assert own == pytest.approx(other, abs=1e-5)
+
+
 SAMPLINGS = [Sampling(), Sampling(temperature=0.7, top_k=6), Sampling(top_p=0.8)]
 
 
+@on_both
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=repr)
-def test_logprobs_are_the_students_own(sampling, student, make_engine):
+def test_logprobs_are_the_students_own(fake, sampling, student, make_engine):
     batch = prompts()
     rollout = make_engine(student).generate(batch, sampling, NOISE, 8)
     check_own(student, batch, rollout, sampling)
@@ -87,6 +112,7 @@ def test_logprobs_are_the_students_own(sampling, student, make_engine):
         assert len(ids) == 8 or reason == "eos"
 
 
+@on_both
 def test_new_weights_are_pushed_once(fake, student, make_engine):
     source = make_engine(student).host
     batch = prompts()
@@ -111,21 +137,25 @@ def test_new_weights_are_pushed_once(fake, student, make_engine):
     )
 
 
+@on_both
 def test_a_new_process_finds_the_weights_there(fake, student, make_engine):
     for _ in range(2):
         make_engine(student).generate(prompts(2), Sampling(), NOISE, 2)
     assert fake.num_reloads == 1
 
 
+@on_both
 def test_processes_take_turns(fake, student, make_engine):
     """Four that write at once with one folder: the first brings the weights."""
-    engines = [make_engine(tiny.make_llama(1)) for _ in range(4)]
+    engines = [make_engine(make_student(1)) for _ in range(4)]
     calls = [partial(engine.generate, prompts(2), Sampling(), NOISE, 2) for engine in engines]
     found = in_parallel(calls, 4)
     assert fake.num_reloads == 1
-    assert found == [found[0]] * 4
+    for rollout in found[1:]:
+        check_same(rollout, found[0])
 
 
+@on_both
 def test_limits_of_rows_and_greedy(fake, student, make_engine):
     limits = tuple(1 + i % 4 for i in range(12))
     batch = prompts(limits=limits)
@@ -154,11 +184,12 @@ def test_the_runs_own_ids_alone_end_a_response(fake, student, make_engine):
         engine.generate(prompts(), Sampling(), NOISE, 12)
 
 
+@on_both
 def test_seeds_are_by_what_is_sampled(fake, student, make_engine):
     engine = make_engine(student)
     batch = prompts()
     first = engine.generate(batch, Sampling(), NOISE, 6)
-    assert engine.generate(batch, Sampling(), NOISE, 6) == first
+    check_same(engine.generate(batch, Sampling(), NOISE, 6), first)
     other_epoch = engine.generate(batch, Sampling(), NoiseStream(3, 1), 6)
     assert other_epoch.response_ids != first.response_ids
     reordered = PromptBatch(
@@ -193,8 +224,8 @@ def test_adapters_are_merged_for_the_server_alone(fake, student, make_engine):
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT's
 def test_a_shared_table_cannot_be_adapted(make_engine, fake):
-    fake.model = fake.answers_with = tiny.make_llama(9, tie_word_embeddings=True)
-    tied = tiny.make_llama(1, tie_word_embeddings=True)
+    fake.model = fake.answers_with = make_student(9, tie_word_embeddings=True)
+    tied = make_student(1, tie_word_embeddings=True)
     add_adapter(tied, LoraConfig(r=2, target_modules=["lm_head"]), "test")
     with pytest.raises(ConfigError, match="shares one table between embedding and head"):
         make_engine(tied).generate(prompts(1), Sampling(), NOISE, 2)
@@ -202,13 +233,14 @@ def test_a_shared_table_cannot_be_adapted(make_engine, fake):
 
 
 def test_tied_students_are_pushed(make_engine, fake):
-    fake.model = fake.answers_with = tiny.make_llama(9, tie_word_embeddings=True)
-    tied = tiny.make_llama(1, tie_word_embeddings=True)
+    fake.model = fake.answers_with = make_student(9, tie_word_embeddings=True)
+    tied = make_student(1, tie_word_embeddings=True)
     rollout = make_engine(tied).generate(prompts(), Sampling(), NOISE, 6)
     check_own(tied, prompts(), rollout, Sampling())
 
 
-def test_progress_counts_rows(student, make_engine):
+@on_both
+def test_progress_counts_rows(fake, student, make_engine):
     told: list[int] = []
     make_engine(student).generate(prompts(), Sampling(), NOISE, 2, told.append)
     assert sum(told) == 12
@@ -217,11 +249,12 @@ def test_progress_counts_rows(student, make_engine):
 # ------------------------------------------------------------------- what goes wrong
 
 
+@on_both
 def test_dropped_connections_and_a_busy_server_are_repeated(fake, student, make_engine):
     engine = make_engine(student)
     expected = engine.generate(prompts(), Sampling(), NOISE, 4)
     fake.faults = ["drop", "503", "drop"]
-    assert engine.generate(prompts(), Sampling(), NOISE, 4) == expected
+    check_same(engine.generate(prompts(), Sampling(), NOISE, 4), expected)
     assert not fake.faults
 
 
@@ -249,7 +282,8 @@ def test_a_broken_server(fake, student, make_engine):
         engine.generate(prompts(), Sampling(), NOISE, 2)
 
 
-def test_a_wrong_model(student, make_engine):
+@on_both
+def test_a_wrong_model(fake, student, make_engine):
     with pytest.raises(ServerError, match=r"serves student, not 'other'"):
         make_engine(student, model="other").generate(prompts(1), Sampling(), NOISE, 2)
 
@@ -271,7 +305,7 @@ def test_weights_that_have_not_arrived(fake, student, make_engine):
 def test_an_old_version_is_updated_and_never_sampled_from(fake, student, make_engine):
     source = make_engine(student).host
     make_engine(student, source).generate(prompts(1), Sampling(), NOISE, 2)
-    fake.model = fake.answers_with = tiny.make_llama(9)  # restarted
+    fake.model = fake.answers_with = make_student(9)  # restarted
     fake.version = "default"
     rollout = make_engine(student, source).generate(prompts(), Sampling(), NOISE, 4)
     check_own(student, prompts(), rollout, Sampling())
@@ -306,7 +340,7 @@ def test_settings_out_of_range(setting, words, tmp_path):
 
 def test_labels_tell_weights_apart(student):
     first = weights_label(student)
-    assert weights_label(tiny.make_llama(1)) == first
+    assert weights_label(make_student(1)) == first
     student.model.layers[0].mlp.up_proj.weight.data[3, 4] += 1e-7
     assert weights_label(student) != first
-    assert weights_label(tiny.make_llama(1).bfloat16()) != first
+    assert weights_label(make_student(1).bfloat16()) != first
