@@ -25,17 +25,18 @@ from okd_lightning.callbacks import (
 )
 from okd_lightning.callbacks.monitors import MONITORS
 from okd_lightning.callbacks.progress_bar import RunProgressBar
-from okd_lightning.checkpoints.files import read_checkpoint
 from okd_lightning.checkpoints.folders import settled
 from okd_lightning.cli_arguments import chosen_options, prepare, read_comments_as_text
 from okd_lightning.cli_callbacks import check_callbacks
 from okd_lightning.cli_errors import instantiate, parse, readable_constructors
-from okd_lightning.config_paths import expand_home
+from okd_lightning.cli_runs import choose_folder, train_in_folder
+from okd_lightning.config_paths import expand_home, output_folder
 from okd_lightning.config_trust import add_trust_flag
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.data.sources import describe_source
-from okd_lightning.durable_files import write_whole
+from okd_lightning.default_folder import SharedFolder
 from okd_lightning.errors import (
+    DifferingRanksError,
     NonFiniteError,
     OKDLightningError,
     PreemptedError,
@@ -53,21 +54,12 @@ from okd_lightning.quickstart.command import (
     with_default_method,
 )
 from okd_lightning.rank_faults import as_lost_rank
-from okd_lightning.resume_rules import check_resume
-from okd_lightning.run_folder import (
-    CONFIG_FILE,
-    DEFAULT_FOLDER,
-    RunCSVLogger,
-    note_measures,
-    resume_run,
-    start_run,
-)
+from okd_lightning.run_records import RunCSVLogger, note_measures
 from okd_lightning.safeguards.idle_options import option_defaults
-from okd_lightning.saved_config import config_of, flag_needed, run_folder_of
+from okd_lightning.saved_config import flag_needed, run_folder_of
 from okd_lightning.settled_options import settle_rates
 
 _TRAINER_DEFAULTS = {
-    "default_root_dir": DEFAULT_FOLDER,
     "gradient_clip_val": 1.0,
     "enable_model_summary": False,
     "log_every_n_steps": 1,
@@ -83,7 +75,7 @@ _OUT_OF_MEMORY = (
 )
 
 _KNOWN = (OSError, MisconfigurationException, OKDLightningError, torch.OutOfMemoryError)
-_AGREED = (NonFiniteError, PreemptedError, RewardError, RolloutTimeoutError)
+_AGREED = (DifferingRanksError, NonFiniteError, PreemptedError, RewardError, RolloutTimeoutError)
 """Raised on all ranks alike: one of them says it."""
 
 _TERMINATED = 128 + signal.SIGTERM
@@ -101,6 +93,7 @@ class DistillationCLI(LightningCLI):
     """
 
     monitors: tuple[type[Callback], ...] = MONITORS
+    _has_chosen_folder = False
 
     def __init__(
         self,
@@ -143,6 +136,11 @@ class DistillationCLI(LightningCLI):
         expand_home(config)
         words = [str(word) for word in args or ()]
         settle_rates(config.model, layers(words))
+        if config.trainer.default_root_dir is not None:
+            output_folder(config.trainer.default_root_dir, "--trainer.default_root_dir")
+        else:
+            self._has_chosen_folder = True
+            words += choose_folder(config, self.resolved_config())
         defaults = option_defaults(self.datamodule_class, self.trainer_class)
         self._chosen = chosen_options(self.config.get("subcommand"), words, defaults)
 
@@ -183,7 +181,7 @@ class DistillationCLI(LightningCLI):
             kwargs["enable_checkpointing"] = False
         else:
             if not _has(configured, ModelCheckpoint):
-                configured.append(BestCheckpoint(Path(folder) / "checkpoints"))
+                configured.append(BestCheckpoint())
             if not _has(configured, LastCheckpoint):
                 configured.append(LastCheckpoint(every_n_steps=_STEPS_BETWEEN_CHECKPOINTS))
             if not _has(configured, Preemption):
@@ -191,6 +189,8 @@ class DistillationCLI(LightningCLI):
         if config["enable_progress_bar"] is not False and not _has(configured, ProgressBar):
             configured.append(RunProgressBar())
         configured += [kind() for kind in self.monitors if not _has(configured, kind)]
+        if self._has_chosen_folder:
+            configured.insert(0, SharedFolder())
         check_callbacks(configured)
         self.model.chosen_options = self._chosen
         resolved = self.resolved_config()
@@ -203,7 +203,7 @@ class DistillationCLI(LightningCLI):
         """All settings of this run, as they go into config.yaml and into checkpoints."""
         dump = self.parser.dump(self.config, skip_none=False, format="yaml")
         config = yaml.safe_load(dump)
-        config = config.get(self.subcommand, config)
+        config = config.get(self.config.get("subcommand"), config)
         sections = ("seed_everything", "model", "data", "method", "trainer")
         return {name: config[name] for name in sections if config.get(name) is not None}
 
@@ -215,24 +215,7 @@ class DistillationCLI(LightningCLI):
         if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.trainer.fit(**kwargs)
             return
-        folder = Path(self.trainer.default_root_dir)
-        path = kwargs.get("ckpt_path")
-        start = 0
-        if path is not None:
-            checkpoint = read_checkpoint(path)
-            if (saved := config_of(path, checkpoint)) is not None:
-                check_resume(saved, self.resolved_config(), path)
-            start, row = int(checkpoint["global_step"]), checkpoint["okd_lightning"].get("row")
-            prepared = resume_run(folder, start, row)
-        else:
-            prepared = start_run(folder)
-        try:
-            write_whole(folder / CONFIG_FILE, self.model.run_config)
-            self.trainer.fit(**kwargs)
-        except BaseException:
-            if self.trainer.global_step <= start:
-                prepared.withdraw()
-            raise
+        train_in_folder(self.trainer, self.model.run_config, **kwargs)
 
     def validate(self, verbose: bool = True, **kwargs: Any) -> None:
         """Measure on the validation data and print one line a number."""

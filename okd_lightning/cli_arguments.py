@@ -22,10 +22,10 @@ from okd_lightning.checkpoints.files import newest_checkpoint
 from okd_lightning.cli_callbacks import replace_retyped
 from okd_lightning.config_paths import user_path
 from okd_lightning.config_trust import FLAG
+from okd_lightning.default_folder import RUNS, only_run
 from okd_lightning.errors import CheckpointError, ConfigError, UsageError
 from okd_lightning.given_options import Layer, flattened, layers
 from okd_lightning.printable import one_line
-from okd_lightning.run_folder import DEFAULT_FOLDER
 from okd_lightning.saved_config import config_to_use
 
 LAST = "last"
@@ -70,9 +70,14 @@ def prepare(arguments: Sequence[str], can_type: bool = True) -> list[str]:
     checkpoint = _last(_values(rest, ("--ckpt_path",)))
     is_whole = checkpoint == LAST and _can_begin(rest, [c for _, c in configs])
     if checkpoint == LAST:
-        checkpoint = _last_checkpoint(command, _run_folder(rest, [c for _, c in configs]))
-        rest = _without(rest, ("--ckpt_path",))
-        rest += ["--ckpt_path", checkpoint] if checkpoint is not None else []
+        folder = _run_folder(rest, [c for _, c in configs])
+        if folder is None and is_whole and command == "fit":
+            pass  # the run is looked for by its settings, when they have been parsed
+        else:
+            folder = folder or only_run() or RUNS
+            checkpoint = last_checkpoint(command, folder)
+            rest = _without(rest, ("--ckpt_path",))
+            rest += ["--ckpt_path", checkpoint] if checkpoint is not None else []
     if checkpoint is not None and not is_whole:
         given = [config for _, config in configs]
         typed_words = _without(rest, _CONFIG_OPTIONS)
@@ -149,12 +154,13 @@ def shared_options(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
-def _run_folder(arguments: Sequence[str], configs: Sequence[dict[str, Any]]) -> Path:
-    """The run's folder, before anything is parsed: typed, of the last config, or the default."""
+def _run_folder(arguments: Sequence[str], configs: Sequence[dict[str, Any]]) -> Path | None:
+    """The run's folder, before anything is parsed: typed, or of the last config."""
     sections = [config.get("trainer") for config in configs]
     named = [s["default_root_dir"] for s in sections if isinstance(s, dict) and _FOLDER in s]
     typed = _values(arguments, (f"--trainer.{_FOLDER}",))
-    return user_path([DEFAULT_FOLDER, *(n for n in named if n), *typed][-1])
+    given = [*(name for name in named if name), *typed]
+    return user_path(given[-1]) if given else None
 
 
 def _can_begin(arguments: Sequence[str], configs: Sequence[dict[str, Any]]) -> bool:
@@ -167,7 +173,7 @@ def _can_begin(arguments: Sequence[str], configs: Sequence[dict[str, Any]]) -> b
     return is_typed or any(isinstance(s, dict) and "student" in s for s in sections)
 
 
-def _last_checkpoint(command: str, folder: Path) -> str | None:
+def last_checkpoint(command: str, folder: Path) -> str | None:
     """What ``--ckpt_path last`` names; None for a run that is to begin.
 
     Raises:

@@ -7,13 +7,14 @@ when the checkpoint is used elsewhere. A hub id stays as it is.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from okd_lightning.errors import ConfigError
+from okd_lightning.errors import ConfigError, UsageError
 from okd_lightning.importable_classes import allowed_class, class_here
 
 PathKind: TypeAlias = Literal["path", "source"]
@@ -49,6 +50,18 @@ def user_path(text: str | Path) -> Path:
     return Path(text).expanduser()
 
 
+def output_folder(text: str | Path, option: str) -> Path:
+    """A folder that is to be written, as a user gives it.
+
+    Raises:
+        UsageError: It names none: empty, or with a zero byte in it.
+    """
+    name = str(text)
+    if not name.strip() or "\0" in name:
+        raise UsageError(f"{option} {name!r}: expected the name of a folder to write")
+    return user_path(name)
+
+
 def expand_home(config: Any) -> None:
     """Expand ``~`` in all options of ``config`` that are paths, in place.
 
@@ -56,6 +69,13 @@ def expand_home(config: Any) -> None:
         config: Sections such as model, data and trainer, as mappings or namespaces.
     """
     _change(config, lambda name, value, kind: os.path.expanduser(value), class_here)
+
+
+def without_paths(config: Any) -> Any:
+    """A copy of settings in which all paths are empty: what processes elsewhere share."""
+    found = copy.deepcopy(config)
+    _change(found, lambda name, value, kind: "", class_here)
+    return found
 
 
 def relocate(config: Any, start: str | None, checkpoint: str, find: Find = allowed_class) -> None:

@@ -61,6 +61,10 @@ class OutputError(OKDLightningError, OSError):
     """A folder or file that cannot be written."""
 
 
+class FolderInUseError(OutputError):
+    """A folder that another process writes in at the same time."""
+
+
 class NonFiniteError(OKDLightningError, FloatingPointError):
     """A loss, gradient or weight that is NaN or infinite.
 
@@ -78,6 +82,10 @@ class RolloutTimeoutError(OKDLightningError, TimeoutError):
 
 class LostRankError(OKDLightningError, ConnectionError):
     """Another process of a run on several devices has ended or does not answer."""
+
+
+class DifferingRanksError(OKDLightningError, RuntimeError):
+    """Processes of one run that have read other data, models, settings or libraries."""
 
 
 class PreemptedError(OKDLightningError, InterruptedError):

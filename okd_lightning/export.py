@@ -26,12 +26,13 @@ from okd_lightning.models import (
 from okd_lightning.models.adapter_folders import adapter_folder
 from okd_lightning.models.sources import Source, locate
 from okd_lightning.module import DistillationModule
-from okd_lightning.run_folder import require_writable
+from okd_lightning.run_folder import CONFIG_FILE, require_writable
 from okd_lightning.training.arguments import peft_config_of
 
 ExportPart: TypeAlias = Literal["student", "online_module"]
 AdapterForm: TypeAlias = Literal["merged", "apart"]
 
+_MARKER = ".okd-lightning-export"
 _WEIGHTS = ("model*.safetensors*", "adapter_config.json", "adapter_model.*")
 
 
@@ -40,6 +41,7 @@ def export_student(
     checkpoint: Mapping[str, Any],
     out: Path,
     adapter: AdapterForm = "merged",
+    overwrite: bool = False,
 ) -> None:
     """Write the student of a checkpoint: safetensors, tokenizer, generation config, model card.
 
@@ -48,14 +50,16 @@ def export_student(
         checkpoint: From ``read_checkpoint``.
         out: The folder to write.
         adapter: Whether a student's adapter is merged into its base, or written as a PEFT folder.
+        overwrite: Write also into a folder that holds something else than an export.
 
     Raises:
         CheckpointError: The checkpoint is of another model.
         ConfigError: An adapter apart, trained on what PEFT cannot load as a base.
-        OutputError: The folder cannot be written, or is that of a model the run begins with.
+        OutputError: The folder cannot be written, is that of a model the run begins with, or holds
+            something else.
         NonFiniteError: A weight is NaN or infinite. What ``out`` held before is untouched.
     """
-    _check_out(out, module)
+    _check_out(out, module, overwrite)
     if adapter == "apart":
         _check_base(module)
     module.configure_model()
@@ -78,7 +82,10 @@ def export_student(
 
 
 def export_online_module(
-    module: DistillationModule, checkpoint: Mapping[str, Any], out: Path
+    module: DistillationModule,
+    checkpoint: Mapping[str, Any],
+    out: Path,
+    overwrite: bool = False,
 ) -> None:
     """Write the teacher's online module as a PEFT folder, with the tokenizer and base config.
 
@@ -89,10 +96,12 @@ def export_online_module(
         module: Built from the checkpoint's config; its weights are loaded here.
         checkpoint: From ``read_checkpoint``.
         out: The folder to write.
+        overwrite: Write also into a folder that holds something else than an export.
 
     Raises:
         CheckpointError: The checkpoint holds no online module, or is of another model.
-        OutputError: The folder cannot be written, or is that of a model the run begins with.
+        OutputError: The folder cannot be written, is that of a model the run begins with, or holds
+            something else.
         NonFiniteError: A weight is NaN or infinite. What ``out`` held before is untouched.
     """
     config = checkpoint["okd_lightning"].get("online_module")
@@ -101,7 +110,7 @@ def export_online_module(
             "this checkpoint holds no online module: only a run of OKD trains one; "
             "export the student with --what student"
         )
-    _check_out(out, module)
+    _check_out(out, module, overwrite)
     module.add_online_module(OnlineModuleSettings(peft_config_of(config)))
     module.configure_model()
     module.on_load_checkpoint(dict(checkpoint))
@@ -186,8 +195,12 @@ def _check_base(module: DistillationModule) -> None:
         )
 
 
-def _check_out(out: Path, module: DistillationModule) -> None:
-    """Refuse a folder that is needed again: older weights in the one to be written are removed."""
+def _check_out(out: Path, module: DistillationModule, overwrite: bool) -> None:
+    """Refuse a folder that is needed again: older weights in the one to be written are removed.
+
+    Raises:
+        OutputError: A model of the run, or something that is no export.
+    """
     sources = {"student": module.student_source, "teacher": module.teacher_source}
     for name, source in sources.items():
         is_folder = isinstance(source, str) and Path(source).is_dir()
@@ -196,7 +209,21 @@ def _check_out(out: Path, module: DistillationModule) -> None:
                 f"--out {str(out)!r} is the folder that --model.{name} is loaded from; choose "
                 "another one"
             )
+    is_other = out.is_dir() and any(out.iterdir()) and not _is_export(out)
+    if is_other and not overwrite:
+        kind = "a run" if (out / CONFIG_FILE).is_file() else "something else than an export"
+        raise OutputError(
+            f"--out {str(out)!r} holds {kind}: choose another folder, or give --overwrite to write "
+            "among its files"
+        )
     require_writable(out, "--out")
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether an export has written here: by its mark, or by the card of older versions."""
+    card = folder / "README.md"
+    is_ours = card.is_file() and "okd-lightning" in card.read_text(errors="replace")
+    return (folder / _MARKER).is_file() or (is_ours and (folder / "config.json").is_file())
 
 
 @contextmanager
@@ -213,6 +240,7 @@ def _replaced_model(out: Path) -> Iterator[Path]:
     try:
         aside.mkdir()
         yield aside
+        (aside / _MARKER).touch()
         for old in [path for pattern in _WEIGHTS for path in out.glob(pattern)]:
             old.unlink()
         for path in aside.iterdir():

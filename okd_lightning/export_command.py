@@ -10,7 +10,7 @@ from okd_lightning.checkpoints.files import read_checkpoint
 from okd_lightning.cli import DistillationCLI
 from okd_lightning.cli_arguments import prepare, take_flag
 from okd_lightning.cli_errors import parse
-from okd_lightning.config_paths import user_path
+from okd_lightning.config_paths import output_folder
 from okd_lightning.config_trust import FLAG, add_trust_flag
 from okd_lightning.export import AdapterForm, ExportPart, export_online_module, export_student
 
@@ -24,7 +24,10 @@ def export_parser() -> jsonargparse.ArgumentParser:
         description="Write a checkpoint's student (or online module) as a Hugging Face folder.",
     )
     parser.add_argument("--ckpt_path", type=str, required=True, help="a checkpoint of fit")
-    parser.add_argument("--out", type=user_path, required=True, help="the folder to write")
+    parser.add_argument("--out", type=str, required=True, help="the folder to write")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="write also into a folder of something else"
+    )
     add_trust_flag(parser)
     parser.add_argument(
         "--adapter", type=AdapterForm, default="merged", help="a LoRA student: merged, or apart"
@@ -50,14 +53,15 @@ def export_command(arguments: list[str], debug: bool = False) -> int:
     parser = export_parser()
     is_trusted, words = take_flag(arguments)
     options = parse(parser, words, list(parser._option_string_actions))
+    out = output_folder(options.out, "--out")
     flag = [FLAG] if is_trusted else []
     _, _, text = prepare(["fit", "--ckpt_path", options.ckpt_path, *flag], can_type=False)[:3]
     checkpoint = read_checkpoint(options.ckpt_path, with_weights=True)
     model_only = yaml.safe_dump({"model": load_yaml(text)["model"]})
     cli = DistillationCLI(args=["--config", model_only], run=False)
     if options.what == "online_module":
-        export_online_module(cli.model, checkpoint, options.out)
+        export_online_module(cli.model, checkpoint, out, options.overwrite)
     else:
-        export_student(cli.model, checkpoint, options.out, options.adapter)
-    print(f"{options.what} written to {options.out}")
+        export_student(cli.model, checkpoint, out, options.adapter, options.overwrite)
+    print(f"{options.what} written to {out}")
     return 0

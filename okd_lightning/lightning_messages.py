@@ -33,11 +33,18 @@ _LOGGERS = ("lightning.pytorch", "lightning.fabric")
 
 
 class PrintableConsole(Console):
-    """A console on which nothing that is printed can steer the terminal.
+    """A console on which nothing that is printed can steer the terminal, and no text is markup.
 
-    What rich itself makes (colours, cursor moves) is in a segment's style and control codes; its
+    What is styled is a ``rich.text.Text``: in a string, [/INST] and [bold] are what they are. What
+    rich itself makes (colours, cursor moves) is in a segment's style and control codes; its
     text is what was given.
+
+    Args:
+        settings: Of rich's Console.
     """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{**settings, "markup": False, "emoji": False})
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None

@@ -30,11 +30,15 @@ def settle_loops(checkpoint: dict[str, Any], accumulate_grad_batches: int) -> No
     loop = checkpoint.get("loops", {}).get("fit_loop")
     if loop is None:
         return
+    epochs = loop["epoch_progress"]
+    # a resumed run counts the epoch that it begins in `total` alone, so that `current` lags behind
+    epochs["current"] = dict(epochs["total"])
     saved = checkpoint["okd_lightning"].get("accumulate", accumulate_grad_batches)
     _rescale(loop["epoch_loop.batch_progress"], saved, accumulate_grad_batches)
     if checkpoint.get(STOPPED, {}).get("validation_is_due"):
         _before_validation(loop)
         return
+    _behind_validation(loop)
     batches = loop["epoch_loop.batch_progress"]
     current, total = batches["current"], batches["total"]
     is_at_end = batches["is_last_batch"] and current["processed"] >= current["ready"]
@@ -66,10 +70,10 @@ def record_hparams(module: lightning.LightningModule, settings: Mapping[str, Any
 def _open_epoch(checkpoint: dict[str, Any]) -> None:
     """Lightning takes the epoch in which ``max_steps`` were done for a whole one."""
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+    num_done = epochs["total"]["ready"] - 1
     for part in ("total", "current"):
-        begun = epochs[part]["ready"]
-        epochs[part] = {**epochs[part], "processed": begun - 1, "completed": begun - 1}
-    checkpoint["epoch"] = epochs["total"]["ready"] - 1
+        epochs[part] = {**epochs[part], "processed": num_done, "completed": num_done}
+    checkpoint["epoch"] = num_done
 
 
 def close_epoch(checkpoint: dict[str, Any]) -> None:
@@ -125,6 +129,13 @@ def _before_validation(loop: dict[str, Any]) -> None:
     validation["current"] = dict.fromkeys(validation["current"], 0)
     validation["total"] = {**dict.fromkeys(validation["total"], 0), "ready": 1, "started": 1}
     validation["is_last_batch"] = False
+
+
+def _behind_validation(loop: dict[str, Any]) -> None:
+    """The last validation is done; one that a resumed run began again counts as begun for ever."""
+    validation = loop["epoch_loop.val_loop.batch_progress"]
+    for part in ("current", "total"):
+        validation[part] = dict.fromkeys(validation[part], validation[part]["completed"])
 
 
 def _rescale(batches: dict[str, Any], saved: int, accumulate: int) -> None:

@@ -54,6 +54,7 @@ from okd_lightning.training.arguments import (
 from okd_lightning.training.kept_checkpoints import settle_kept
 from okd_lightning.training.opening import open_run
 from okd_lightning.training.optimized_module import Optimization, OptimizedModule
+from okd_lightning.training.rank_agreement import check_ranks_agree
 from okd_lightning.training.run_settings import one_line, run_settings
 from okd_lightning.training.run_state import add_state, check_state, load_weights
 from okd_lightning.training.step_terms import (
@@ -360,6 +361,11 @@ class DistillationModule(OptimizedModule):
         """Say what is trained, and find or write the teacher's cache."""
         open_run(self, self.terms, self.learning_rate)
         rank_zero_info(one_line(self.run_settings or run_settings(self, self.trainer)))
+
+    def on_train_start(self) -> None:
+        """Compare what the ranks have read; apply optimizer settings that a resume changes."""
+        check_ranks_agree(self)
+        super().on_train_start()
 
     def on_train_batch_start(self, batch: DistillBatch, batch_idx: int) -> None:
         """Continue the random streams of a resumed run (dropout), once; log this step's alone."""

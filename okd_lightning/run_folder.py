@@ -1,34 +1,36 @@
-"""A run's folder: config.yaml, metrics.csv, rollouts.jsonl, measures.jsonl, checkpoints; none lost.
+"""A run's folder: config.yaml, tables, checkpoints, and what becomes of an older run's; none lost.
 
 A new run never overwrites an older one's files: they are moved to ``earlier/<n>``. A resumed run
-appends to them, after cutting back what was written behind the checkpoint.
+appends to them, after cutting back what was written behind the checkpoint. What is in the tables is
+owned by ``run_records``.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_info
 
 from okd_lightning.durable_files import remove_leftovers, write_whole
 from okd_lightning.errors import OutputError
+from okd_lightning.run_records import (
+    MEASURES_FILE,
+    METRICS_FILE,
+    ROLLOUTS_FILE,
+    STOPPED_FILE,
+    cut_metrics,
+    cut_rollouts,
+    read_or_set_aside,
+    set_aside,
+)
 
-DEFAULT_FOLDER = "runs/default"
 CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.csv"
-ROLLOUTS_FILE = "rollouts.jsonl"
-MEASURES_FILE = "measures.jsonl"
-_FILES = (CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE, MEASURES_FILE)
-_RUN_ENTRIES = (*_FILES, "checkpoints", "tensorboard")
+_FILES = (CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE, MEASURES_FILE, STOPPED_FILE)
+_FOLDERS = ("checkpoints", "tensorboard")
+_EARLIER = "earlier"
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,15 @@ class PreparedRun:
     contents: Mapping[str, bytes] = field(default_factory=dict)
 
     def withdraw(self) -> None:
-        """Put the folder back: for a run that failed before its first step."""
-        for name in _RUN_ENTRIES:
+        """Restore the folder: for a run that failed before its first step."""
+        for name in (*_FILES, *_FOLDERS):
             if name not in self.kept:
                 _remove(self.folder / name)
         for name, content in self.contents.items():
             write_whole(self.folder / name, content)
         if self.earlier is not None:
             for path in self.earlier.iterdir():
-                path.rename(self.folder / path.name)
+                _move_back(path, self.folder / path.name)
             _remove_empty(self.earlier)
             _remove_empty(self.earlier.parent)
             rank_zero_info(f"nothing was trained; the run of before is back in {self.folder}")
@@ -90,16 +92,20 @@ def start_run(folder: Path) -> PreparedRun:
         OutputError: The folder cannot be written.
     """
     require_writable(folder, "--trainer.default_root_dir")
-    found = [name for name in _RUN_ENTRIES if (folder / name).exists()]
+    _refuse_lost_links(folder)
+    found = [name for name in (*_FILES, *_FOLDERS) if _holds_something(folder / name)]
     if not found:
         return PreparedRun(folder)
-    number = 1
-    while (folder / "earlier" / str(number)).exists():
-        number += 1
-    target = folder / "earlier" / str(number)
-    target.mkdir(parents=True)
+    target = _next_number(folder / _EARLIER)
+    try:
+        target.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(
+            f"{folder} holds a run, whose files cannot be moved to {target} ({error.strerror}): "
+            "give --trainer.default_root_dir another folder, or --ckpt_path last to resume that run"
+        ) from error
     for name in found:
-        (folder / name).rename(target / name)
+        _move_away(folder / name, target / name)
     rank_zero_info(f"{folder} held a run; its files are in {target} now")
     return PreparedRun(folder, earlier=target)
 
@@ -120,118 +126,100 @@ def resume_run(folder: Path, step: int, row: Mapping[str, float] | None = None) 
         OutputError: The folder cannot be written.
     """
     require_writable(folder, "--trainer.default_root_dir")
+    _refuse_lost_links(folder)
+    for name in _FOLDERS:
+        if (folder / name).is_file():
+            set_aside(folder / name, "a file where a folder belongs")
     for place in (folder, folder / "checkpoints"):
         remove_leftovers(place)
     hparams = folder / "tensorboard" / "hparams.yaml"
-    files = [hparams, *(folder / name for name in (CONFIG_FILE, METRICS_FILE, ROLLOUTS_FILE))]
+    files = [hparams, *(folder / name for name in _FILES if name != MEASURES_FILE)]
     contents = {
-        str(path.relative_to(folder)): path.read_bytes() for path in files if path.is_file()
+        str(path.relative_to(folder)): content
+        for path in files
+        if (content := read_or_set_aside(path, Path.read_bytes)) is not None
     }
+    tables = {
+        METRICS_FILE: cut_metrics(folder / METRICS_FILE, step, row),
+        ROLLOUTS_FILE: cut_rollouts(folder / ROLLOUTS_FILE, step),
+    }
+    for name, table in tables.items():
+        if table is not None:
+            write_whole(folder / name, table)
     hparams.unlink(missing_ok=True)  # its logger writes it only where there is none
-    _cut_metrics(folder / METRICS_FILE, step, row)
-    _cut_rollouts(folder / ROLLOUTS_FILE, step)
-    kept = frozenset(name for name in _RUN_ENTRIES if (folder / name).exists())
+    kept = frozenset(name for name in (*_FILES, *_FOLDERS) if (folder / name).exists())
     return PreparedRun(folder, kept=kept, contents=contents)
 
 
-def note_measures(
-    folder: str, part: str, data: str, checkpoint: object, measures: Mapping[str, float]
-) -> None:
-    """Add what was measured on val or test data, of which checkpoint, to ``measures.jsonl``."""
-    entry = {
-        "part": part,
-        "checkpoint": None if checkpoint is None else str(checkpoint),
-        "data": data,
-        "measures": dict(sorted(measures.items())),
-    }
-    path = Path(folder) / MEASURES_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+def _next_number(folder: Path) -> Path:
+    number = 1
+    while (folder / str(number)).exists():
+        number += 1
+    return folder / str(number)
 
 
-class RunCSVLogger(CSVLogger):
-    """``metrics.csv`` directly in the run's folder; appends to what is there.
+def _refuse_lost_links(folder: Path) -> None:
+    """Refuse a link to a folder that is not there: nothing could be written through it.
 
-    Every row is written at once, and what a new column changes of the file is changed in one move:
-    whatever ends the process, the rows before the last checkpoint are there.
-
-    Args:
-        folder: The run's folder.
+    Raises:
+        OutputError: Naming it.
     """
-
-    def __init__(self, folder: str) -> None:
-        super().__init__(save_dir=folder, name="", version="", flush_logs_every_n_steps=1)
-
-    @property
-    def experiment(self) -> Any:
-        """The writer; Lightning's own would delete a file that is there."""
-        if self._experiment is None:
-            self._experiment = _AppendingWriter(log_dir=self.save_dir)
-        return self._experiment
-
-    def log_hyperparams(self, params: Any = None) -> None:
-        """Nothing: the run's settings are in config.yaml."""
+    for name in _FOLDERS:
+        path = folder / name
+        if path.is_symlink() and not path.exists():
+            raise OutputError(
+                f"{path} is a link to {path.readlink()}, which is not there: mount or make that "
+                "folder, or remove the link"
+            )
 
 
-class _AppendingWriter(ExperimentWriter):
-    def _check_log_dir_exists(self) -> None:
-        path = Path(self.log_dir) / METRICS_FILE
-        if path.exists():
-            with path.open(newline="") as file:
-                self.metrics_keys = next(csv.reader(file), [])
+def _move_away(path: Path, target: Path) -> None:
+    """Rename; of a link to a folder, move what is in that folder, on its own disk.
 
-    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        path = Path(self.log_dir) / METRICS_FILE
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        _write_rows(path, fieldnames, rows)
-
-
-def _cut_metrics(path: Path, step: int, row: Mapping[str, float] | None) -> None:
-    if not path.exists():
+    The link stays, so that the next run writes where it leads.
+    """
+    if not _is_linked_folder(path):
+        path.rename(target)
         return
-    reader = csv.DictReader(io.StringIO(_whole_lines(path), newline=""))
-    rows: list[Mapping[str, Any]] = list(reader)
-    names = list(reader.fieldnames or [])
-    kept = [row for row in rows if int(float(row.get("step") or 0)) < step]
-    if row is not None and not _is_logged(row, kept):
-        names = sorted({*names, *row})
-        kept.append(row)
-    _write_rows(path, names, kept)
+    aside = _next_number(path.resolve() / _EARLIER)
+    aside.mkdir(parents=True)
+    for entry in _entries(path):
+        entry.rename(aside / entry.name)
+    target.symlink_to(aside)
 
 
-def _is_logged(row: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether one of ``rows`` is of the same step and kind (not of validation)."""
-    own = row.keys() - {"step", "epoch"}
-    same_step = [r for r in rows if int(float(r.get("step") or 0)) == row["step"]]
-    return not own or any(r.get(name) for r in same_step for name in own)
-
-
-def _write_rows(path: Path, names: list[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=names)
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(path, text.getvalue())
-
-
-def _cut_rollouts(path: Path, step: int) -> None:
-    if not path.exists():
+def _move_back(path: Path, target: Path) -> None:
+    """Undo ``_move_away(target, path)``."""
+    if not _is_linked_folder(target):
+        path.rename(target)
         return
-    lines = _whole_lines(path).split("\n")[:-1]
-    kept = [line + "\n" for line in lines if json.loads(line)["step"] < step]
-    write_whole(path, "".join(kept))
+    aside = path.resolve()
+    for entry in aside.iterdir():
+        entry.rename(target / entry.name)
+    path.unlink()
+    _remove_empty(aside)
+    _remove_empty(aside.parent)
 
 
-def _whole_lines(path: Path) -> str:
-    """The text up to its last line break: a killed process leaves half a line."""
-    text = path.read_bytes().decode("utf-8", errors="replace")
-    return text[: text.rfind("\n") + 1]
+def _holds_something(path: Path) -> bool:
+    """Whether it is there; a link that was made for the first run leads to an empty folder."""
+    return bool(_entries(path)) if _is_linked_folder(path) else path.exists()
+
+
+def _is_linked_folder(path: Path) -> bool:
+    return path.is_symlink() and path.is_dir()
+
+
+def _entries(linked: Path) -> list[Path]:
+    """What a run has in a linked folder; runs before it lie in ``earlier`` there."""
+    return [entry for entry in linked.resolve().iterdir() if entry.name != _EARLIER]
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if _is_linked_folder(path):
+        for entry in _entries(path):
+            _remove(entry)
+    elif path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -1,14 +1,15 @@
-"""Kills runs with SIGKILL, resumes them by one command, and compares them with runs left alone.
+"""Kills or stops runs, resumes them by one command, and compares them with runs left alone.
 
     python tests/soak.py --kills 20                 # GKD, OKD and OPD+, twenty kills each
     python tests/soak.py --kills 6 --ranks 2        # one rank of two is killed
 
-Runs are the real command line in processes of their own, forked behind the imports. A kill comes
-after a random time, or at a marked place: before, within and behind rollouts, training steps,
-validations, the writing of a checkpoint, and the writing of a row. The command that follows is the
-same every time (``--ckpt_path last``). At the end the checkpoint (weights, optimizer, schedules,
-random streams, callbacks), metrics.csv, rollouts.jsonl and the files in checkpoints/ are those of
-the run that was left alone; wall-clock numbers are not compared.
+Runs are the real command line in processes of their own, forked behind the imports. They end after
+a number of epochs, and most are ended more than once: by SIGKILL and SIGTERM in turn, after some
+time or at a marked place: before, within and behind rollouts, training steps, validations, the
+writing of a checkpoint, and the writing of a row. The command that follows is the same every time
+(``--ckpt_path last``). At the end the checkpoint (weights, optimizer, schedules, random streams,
+callbacks), metrics.csv, rollouts.jsonl and the files in checkpoints/ are those of the run that was
+left alone; wall-clock numbers are not compared.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ from soak_marks import PLACES, Board, Kill, Marks, mark_everything
 
 from okd_lightning.__main__ import main
 
-NUM_STEPS = 24
+NUM_EPOCHS = 4
 TIMINGS = {"train/seconds", "train/tokens_per_second", "rollout/seconds"}
 TIMINGS |= {"rollout/tokens_per_second"}
+STOPPED = 128 + signal.SIGTERM
 CLOCKS = {"seconds", "cpu_seconds", "rollout_seconds"}
 RUN = Path("run")
 
@@ -79,7 +81,7 @@ def command(assets: Path, method: str, ranks: int) -> list[str]:
         *("--data.max_prompt_length", "16", "--data.max_response_length", "8"),
         *("--data.prompts_per_rollout", "8"),
         *("--model.learning_rate", "3e-3", "--model.warmup_steps", "3"),
-        *("--model.schedule", "cosine", "--trainer.max_steps", str(NUM_STEPS)),
+        *("--model.schedule", "cosine", "--trainer.max_epochs", str(NUM_EPOCHS)),
         *("--trainer.val_check_interval", "5", "--trainer.accelerator", "cpu", *devices),
         *("--trainer.enable_progress_bar", "false"),
         *("--trainer.callbacks+=LastCheckpoint", "--trainer.callbacks.every_n_steps", "2"),
@@ -104,6 +106,8 @@ def fork(work: Path, argv: Sequence[str], environment: dict[str, str], kill: Kil
         log = (work / f"log{environment.get('LOCAL_RANK', 0)}").open("ab")
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+        sys.stdout = os.fdopen(1, "w", closefd=False)  # under pytest they are its own
+        sys.stderr = os.fdopen(2, "w", closefd=False)
         warnings.resetwarnings()
         mark_everything(Marks(kill, board), board)
         status = main(argv)
@@ -179,11 +183,12 @@ class Tally:
 
 
 def draw_kill(draw: random.Random, number: int) -> Kill:
-    """Every third by the clock, the others at places, phase after phase."""
+    """Every third by the clock, the others at places, phase after phase; every second a SIGTERM."""
+    which = signal.SIGTERM if number % 2 else signal.SIGKILL
     if number % 3 == 2:
-        return Kill(None, seconds=draw.uniform(0.0, 0.5))
+        return Kill(None, seconds=draw.uniform(0.0, 0.5), signal=which)
     phase = list(PLACES)[(number - number // 3) % len(PLACES)]
-    return Kill(draw.choice(PLACES[phase]), number=draw.randint(1, 3))
+    return Kill(draw.choice(PLACES[phase]), number=draw.randint(1, 3), signal=which)
 
 
 def soak(work: Path, assets: Path, method: str, ranks: int, num_kills: int, seed: int) -> Tally:
@@ -204,7 +209,7 @@ def soak(work: Path, assets: Path, method: str, ranks: int, num_kills: int, seed
             wanted = draw_kill(draw, tries) if tally.kills.total() < num_kills else None
             tries += 1
             ended = attempt(place, argv, ranks, wanted)
-            if ended.status == -signal.SIGKILL:
+            if ended.status in (-signal.SIGKILL, STOPPED):
                 tally.kills[ended.phase] += 1
                 tally.places[wanted.place or "by the clock"] += 1
                 tally.resumes += 1
@@ -235,6 +240,8 @@ def _not_told(folder: Path, ended: Ended) -> list[str]:
     """What is wrong with how the other ranks ended: by themselves, with a line that says why."""
     if not ended.others or ended.phase == "start":
         return []
+    if ended.status == STOPPED:
+        return [] if ended.others == [STOPPED] else [f"{ended}: {_tail(folder)}"]
     is_said = "another rank of this run has ended" in _tail(folder)
     return [] if ended.others == [1] and is_said else [f"{ended}: {_tail(folder)}"]
 

@@ -18,7 +18,7 @@ from okd_lightning.checkpoints import io as checkpoint_io
 from okd_lightning.module import DistillationModule
 from okd_lightning.rollouts import RolloutLoader
 from okd_lightning.rollouts.agreement import Agreement
-from okd_lightning.run_folder import RunCSVLogger
+from okd_lightning.run_records import RunCSVLogger
 
 PLACES = {
     "rollout": ("rollout begins", "a row is written", "rollout ends"),
@@ -74,7 +74,7 @@ class Marks:
         self._counts[place] += 1
         kill = self._kill
         if kill is not None and (place, self._counts[place]) == (kill.place, kill.number):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), kill.signal)
 
     @contextlib.contextmanager
     def phase(self, name: str, begins: str = "", ends: str = ""):

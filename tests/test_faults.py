@@ -45,7 +45,7 @@ from okd_lightning.errors import (
 )
 from okd_lightning.module import DistillationModule
 from okd_lightning.rollouts import TransformersEngine
-from okd_lightning.run_folder import RunCSVLogger
+from okd_lightning.run_records import RunCSVLogger
 
 
 def files(root) -> list[str]:

@@ -240,6 +240,30 @@ def test_validation_does_not_disturb_a_resume(
     check_identical((module, trainer), truth, losses or truth[2])
 
 
+TWICE = [
+    ("on_train_batch_start", 4),
+    ("on_train_batch_end", 10),  # the end of an epoch
+    ("on_train_epoch_end", 1),
+    ("on_train_epoch_start", 2),
+    ("on_train_batch_start", 12),  # within the second epoch
+]
+AGAIN = [("on_train_batch_start", 3), ("on_train_epoch_end", 1)]
+
+
+@pytest.mark.parametrize("first", TWICE, ids=str)
+@pytest.mark.parametrize("second", AGAIN, ids=str)
+def test_a_run_that_is_killed_twice_trains_its_epochs(first, second, folders, truth, tmp_path):
+    """Lightning counts an epoch that a resumed run begins in one of its two counters alone."""
+    last, seen = tmp_path / "checkpoints" / "last.ckpt", {}
+    for place in (first, second, None):
+        killer = None if place is None else Killer(*place)
+        path = str(last) if last.exists() else None
+        module, trainer, losses = train(tmp_path, folders, killer, path)
+        seen |= losses
+    assert {epoch for epoch, _ in seen} == {0, 1}
+    check_identical((module, trainer), truth, losses or seen)
+
+
 def test_what_a_checkpoint_holds(folders, tmp_path):
     module, _, _ = train(tmp_path, folders, val=tiny.make_rows(3))
     checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)

@@ -16,7 +16,8 @@ import pytest
 
 from okd_lightning import durable_files
 from okd_lightning.errors import OutputError
-from okd_lightning.run_folder import RunCSVLogger, resume_run, start_run
+from okd_lightning.run_folder import resume_run, start_run
+from okd_lightning.run_records import RunCSVLogger
 
 ROW = {"train/loss": 0.3, "epoch": 0, "step": 2}
 

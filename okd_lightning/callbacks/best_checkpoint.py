@@ -68,9 +68,10 @@ class BestCheckpoint(ModelCheckpoint):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
         """Settle the folder; a run that begins knows nothing of one with another Trainer."""
+        own = self._folder or Path(trainer.default_root_dir).absolute() / "checkpoints"
         if stage == "fit" and trainer.global_step == 0:
-            own = Path(trainer.default_root_dir).absolute() / "checkpoints"
-            self._begin(self._folder or own)
+            self._begin(own)
+        self.dirpath = self.dirpath or str(own)
         super().setup(trainer, pl_module, stage)
 
     @property

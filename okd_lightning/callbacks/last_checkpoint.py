@@ -62,6 +62,11 @@ class LastCheckpoint(Checkpoint):
         return self._folder / "last.ckpt"
 
     @property
+    def has_saved(self) -> bool:
+        """Whether it has written a checkpoint since ``setup``."""
+        return self._saved_at >= 0
+
+    @property
     def shown_path(self) -> Path:
         """The same, as one would type it here."""
         return self.path.relative_to(Path.cwd()) if Path.cwd() in self.path.parents else self.path
@@ -104,7 +109,7 @@ class LastCheckpoint(Checkpoint):
         exception: BaseException,
     ) -> None:
         """Say where a run that was stopped can be taken up again."""
-        if self._saved_at >= 0:
+        if self.has_saved:
             rank_zero_info(self.resume_command(trainer))
 
     def resume_command(self, trainer: lightning.Trainer) -> str:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -26,9 +27,11 @@ from okd_lightning.callbacks.last_checkpoint import (
     validation_follows,
 )
 from okd_lightning.data import RolloutDataModule
+from okd_lightning.durable_files import write_json
 from okd_lightning.errors import PreemptedError
 from okd_lightning.loop_state import STOPPED
 from okd_lightning.rollouts.agreement import StopRequest
+from okd_lightning.run_records import STOPPED_FILE
 
 
 class Preemption(Checkpoint):
@@ -40,7 +43,9 @@ class Preemption(Checkpoint):
     its warning signal does the same, and ``scontrol requeue`` puts the job back into the queue;
     SIGTERM does not, as ``scancel`` sends it too.
 
-    The checkpoint is that of the Trainer's ``LastCheckpoint``.
+    The checkpoint is that of the Trainer's ``LastCheckpoint``. ``stopped.json`` in the run's folder
+    says that a run was stopped, for launchers that change a process's exit status (torchrun): the
+    signal, the step, the checkpoint and the command that resumes. It goes when training goes on.
     """
 
     def __init__(self) -> None:
@@ -48,7 +53,9 @@ class Preemption(Checkpoint):
         self._is_agreed = False
         self._is_saved = False
         self._is_validating = False
+        self._is_due = False  # of a resumed run, which may write responses before it
         self._has_to_requeue = False
+        self._signal = 0  # the number of the one that came; 0 on ranks that got none
         self._handlers: dict[int, Any] = {}
 
     def setup(
@@ -56,6 +63,7 @@ class Preemption(Checkpoint):
     ) -> None:
         """Take the place behind all other callbacks: they have done what belongs to a step."""
         move_to_end(trainer, Preemption)
+        self._is_due = False
 
     # ---------------------------------------------------------------- signals
 
@@ -77,6 +85,9 @@ class Preemption(Checkpoint):
         self._request = data.stop if isinstance(data, RolloutDataModule) else StopRequest()
         self._is_agreed = self._is_saved = self._is_validating = False
         self._request.is_made = self._has_to_requeue = False
+        self._signal = 0
+        if trainer.is_global_zero:
+            _record_of(trainer).unlink(missing_ok=True)
         if threading.current_thread() is not threading.main_thread():
             return
         self._listen(signal.SIGTERM, self._on_sigterm(trainer))
@@ -94,12 +105,14 @@ class Preemption(Checkpoint):
             launcher = trainer.strategy.launcher
             if not self._request.is_made and isinstance(launcher, _SubprocessScriptLauncher):
                 launcher.kill(signal.Signals(number))
+            self._signal = number
             self._request.is_made = True
 
         return handle
 
     def _on_warning(self, number: int, frame: Any) -> None:
-        del number, frame
+        del frame
+        self._signal = number
         self._request.is_made = self._has_to_requeue = True
 
     def on_train_end(
@@ -176,7 +189,7 @@ class Preemption(Checkpoint):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         """Validation is done."""
-        self._is_validating = False
+        self._is_validating = self._is_due = False
 
     def _agree(self, trainer: lightning.Trainer) -> bool:
         """Whether any rank was asked to stop."""
@@ -203,7 +216,16 @@ class Preemption(Checkpoint):
     ) -> None:
         """Say that a validation is due, which Lightning would take for done."""
         if self._is_agreed:
-            checkpoint[STOPPED] = {"validation_is_due": self._is_validating}
+            checkpoint[STOPPED] = {"validation_is_due": self._is_validating or self._is_due}
+
+    def on_load_checkpoint(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Remember a validation that is due, until it is done."""
+        self._is_due = bool(checkpoint.get(STOPPED, {}).get("validation_is_due"))
 
     def on_exception(
         self,
@@ -219,8 +241,27 @@ class Preemption(Checkpoint):
         if not self._is_saved:
             self._save(trainer)
         exception.args = (self._message(trainer),)
+        self._leave_record(trainer)
         if self._has_to_requeue and trainer.is_global_zero:
             _requeue()
+
+    def _leave_record(self, trainer: lightning.Trainer) -> None:
+        """Write ``stopped.json``; all ranks call this, as any of them may have got the signal."""
+        mark = torch.tensor(float(self._signal), device=trainer.strategy.root_device)
+        number = int(trainer.strategy.reduce(mark, reduce_op="max"))
+        saver = _saver(trainer)
+        path = resume = None
+        if saver is not None and self._is_saved:
+            path = str(saver.shown_path)
+            resume = saver.resume_command(trainer).removeprefix("resume: ")
+        if trainer.is_global_zero:
+            record = {
+                "signal": signal.Signals(number).name if number else None,
+                "step": trainer.global_step,
+                "checkpoint": path,
+                "resume": resume,
+            }
+            write_json(_record_of(trainer), record)
 
     def _stopped(self, trainer: lightning.Trainer) -> PreemptedError:
         return PreemptedError(f"the run was asked to stop at step {trainer.global_step}")
@@ -233,6 +274,10 @@ class Preemption(Checkpoint):
         if not self._is_saved:
             return f"{asked}, before there was anything to save; start it again"
         return f"{asked}; {saver.resume_command(trainer)}"
+
+
+def _record_of(trainer: lightning.Trainer) -> Path:
+    return Path(trainer.default_root_dir) / STOPPED_FILE
 
 
 def _saver(trainer: lightning.Trainer) -> LastCheckpoint | None:

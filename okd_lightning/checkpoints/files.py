@@ -51,7 +51,7 @@ def read_checkpoint(
             f"--ckpt_path {path!r} {reason}: no checkpoint of okd-lightning"
             f"{_others(file) or ', which keeps them in checkpoints/ of a run folder'}"
         ) from error
-    if not isinstance(checkpoint, dict) or "okd_lightning" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("okd_lightning"), dict):
         raise CheckpointError(f"--ckpt_path {path!r} was not written by okd-lightning")
     return checkpoint
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
+from rich.text import Text
 
 from okd_lightning.cli_arguments import ENDS, OF_ONE_RUN, load_config, take_flag
 from okd_lightning.compare.budget import Budget
-from okd_lightning.compare.entries import own_method, read_entries
-from okd_lightning.compare.folder import ComparisonFolder, Plan, RunFolder
+from okd_lightning.compare.entries import checked_seed, own_method, read_entries
+from okd_lightning.compare.folder import ComparisonFolder, Plan, RunFolder, comparison_lock
 from okd_lightning.compare.runs import check_entry, check_shared, run_one
-from okd_lightning.config_paths import user_path
+from okd_lightning.config_paths import output_folder
 from okd_lightning.config_trust import add_trust_flag
 from okd_lightning.errors import UsageError
 from okd_lightning.lightning_messages import PrintableConsole, only_warnings
@@ -56,9 +56,7 @@ def compare_parser() -> argparse.ArgumentParser:
         help="steps=N, tokens=N (trained on) or seconds=N (training and rollouts) for every run; "
         "default: the config's own trainer.max_steps",
     )
-    parser.add_argument(
-        "--out", type=user_path, default=Path("compare-out"), help="default: %(default)s"
-    )
+    parser.add_argument("--out", type=str, default="compare-out", help="default: %(default)s")
     add_trust_flag(parser)
     parser.add_argument(
         "--config",
@@ -91,12 +89,14 @@ def compare_command(arguments: Sequence[str], debug: bool = False) -> int:
     console = PrintableConsole(
         file=sys.stdout, quiet=getattr(rank_zero_only, "rank", 0) != 0, highlight=False
     )
+    out = output_folder(own.out, "--out")
     plan = _plan(own, options, console)
     with only_warnings():
         check_shared(plan)
         for entry in plan.entries:
             check_entry(entry, plan)
-        return Comparison(ComparisonFolder(own.out, plan, is_trusted), console, debug).run()
+        with comparison_lock(out):
+            return Comparison(ComparisonFolder(out, plan, is_trusted), console, debug).run()
 
 
 class Comparison:
@@ -132,7 +132,7 @@ class Comparison:
 
     def _run(self, run: RunFolder, number: str) -> None:
         at = "" if run.checkpoint is None else ", from its checkpoint"
-        self.console.print(f"[bold]{number}  {run.name}[/bold]{at}")
+        self.console.print(Text.assemble((f"{number}  {run.name}", "bold"), at))
         try:
             run_one(run, self.folder.plan)
         except (KeyboardInterrupt, SystemExit):
@@ -142,7 +142,7 @@ class Comparison:
             if self.debug:
                 raise
             run.fail(f"{type(error).__name__}: {one_line(str(error))}")
-            self.console.print(f"[red]failed[/red]: {one_line(str(error))}", markup=True)
+            self.console.print(Text.assemble(("failed", "red"), f": {one_line(str(error))}"))
 
     @rank_zero_only
     def _write(self) -> None:
@@ -166,7 +166,7 @@ class Comparison:
             self.console.print(cost_table(results))
             self.console.print(reading(results))
         for run in failed:
-            self.console.print(f"[red]failed[/red]  {run.name}: {run.failure}")
+            self.console.print(Text.assemble(("failed", "red"), f"  {run.name}: {run.failure}"))
         if failed:
             self.console.print("the same command tries failed runs once more")
         if results:
@@ -220,4 +220,5 @@ def _seeds(text: str) -> tuple[int, ...]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not words or not all(word.isdecimal() for word in words):
         raise UsageError(f"--seeds {text!r}: expected whole numbers such as 0,1,2")
-    return tuple(dict.fromkeys(int(word) for word in words))
+    seeds = (checked_seed(int(word[:20]), f"--seeds {text!r}") for word in words)
+    return tuple(dict.fromkeys(seeds))

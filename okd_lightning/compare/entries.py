@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,36 @@ _OWN_DATA = (
     "max_teacher_prompt_length",
 )
 """How a method trains; all else of the data decides what is measured."""
+
+
+_LABEL = re.compile(r"\w[\w .+@=-]*")
+
+
+def checked_label(label: object, where: str) -> str:
+    """Return a contender's label, which is part of a folder's name.
+
+    Raises:
+        ConfigError: It could name another folder, or breaks a line.
+    """
+    if not isinstance(label, str) or not _LABEL.fullmatch(label) or len(label) > 100:
+        raise ConfigError(
+            f"{where}: a contender cannot be called {label!r}; expected letters, digits and "
+            "spaces and ._+@=- with a letter, digit or _ first: rename its file"
+        )
+    return label
+
+
+def checked_seed(seed: object, where: str) -> int:
+    """Return a seed: a whole number from 0 on, below 2**32.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ConfigError(
+            f"{where}: expected whole numbers from 0 to 4294967295 as seeds, got {seed!r}"
+        )
+    return seed
 
 
 @dataclass(frozen=True)
@@ -72,7 +103,8 @@ def own_method(config: Mapping[str, Any]) -> str | None:
 
 def _read_entry(name: str) -> Entry:
     if name.endswith((".yaml", ".yml")) or Path(name).is_file():
-        return Entry(Path(name).stem, _checked(name, load_config(name)))
+        label = checked_label(Path(name).stem, f"--methods {name}")
+        return Entry(label, checked_settings(f"--methods {name}", load_config(name)))
     known = method_names()
     if "." not in name and name not in known:
         near = difflib.get_close_matches(name.lower(), [n.lower() for n in known], n=1)
@@ -84,8 +116,12 @@ def _read_entry(name: str) -> Entry:
     return Entry(name.rsplit(".", 1)[-1], {"method": name})
 
 
-def _checked(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's config, if it leaves alone what all contenders share."""
+def checked_settings(where: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A contender's config, if it leaves alone what all contenders share.
+
+    Raises:
+        ConfigError: It sets more, or no method.
+    """
     trainer = dict(config.get("trainer") or {})
     callbacks = [*(trainer.pop("callbacks", None) or []), *(trainer.pop("callbacks+", None) or [])]
     other = [key for key in config if key not in _SECTIONS]
@@ -94,13 +130,13 @@ def _checked(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     other += [f"data.{key}" for key in config.get("data") or {} if key not in _OWN_DATA]
     if other:
         raise ConfigError(
-            f"--methods {name}: sets {', '.join(other)}, which all contenders of a comparison "
+            f"{where}: sets {', '.join(other)}, which all contenders of a comparison "
             "share; give that on the command line, and in this file a method: section, "
             f"trainer.callbacks, other settings of model:, and of data: {', '.join(_OWN_DATA)}"
         )
     if config.get("method") is None and not callbacks:
         raise ConfigError(
-            f"--methods {name}: sets up no method; give it a method: section or trainer.callbacks"
+            f"{where}: sets up no method; give it a method: section or trainer.callbacks"
         )
     own = {key: config[key] for key in ("method", "model", "data") if config.get(key) is not None}
     return own | ({"trainer": {"callbacks+": callbacks}} if callbacks else {})

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,21 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from okd_lightning.checkpoints.signature import is_own, signature_of
 from okd_lightning.compare.budget import Budget
-from okd_lightning.compare.entries import Entry
+from okd_lightning.compare.entries import (
+    Entry,
+    checked_label,
+    checked_seed,
+    checked_settings,
+)
 from okd_lightning.config_trust import FLAG, foreign_parts, texts_in
 from okd_lightning.durable_files import read_json, write_json
-from okd_lightning.errors import ConfigError
+from okd_lightning.errors import ConfigError, OutputError
+from okd_lightning.folder_lock import LOCK_FILES, folder_lock
 from okd_lightning.reports import RunResult
 from okd_lightning.run_folder import require_writable
+
+MARKER = ".comparison-run"
+"""Lies in a run's folder that a comparison has made, and alone may remove."""
 
 _MANIFEST = "comparison.json"
 _RESULT = "result.json"
@@ -102,10 +112,20 @@ class RunFolder:
 
     @rank_zero_only
     def prepare(self) -> None:
-        """Forget the last failure, and what a run without a checkpoint has left."""
+        """Forget the last failure, and what a run without a checkpoint has left.
+
+        Raises:
+            OutputError: The folder is not one that this comparison has made.
+        """
         if self.checkpoint is None and self.path.exists():
+            if self.path.is_symlink() or not (self.path / MARKER).is_file():
+                raise OutputError(
+                    f"{self.path} was not made by this comparison (it has no {MARKER}): move it "
+                    "away, and repeat the command"
+                )
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / MARKER).touch()
         (self.path / _FAILURE).unlink(missing_ok=True)
 
     @rank_zero_only
@@ -119,6 +139,23 @@ class RunFolder:
         """Keep why it stopped."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / _FAILURE, {"error": error})
+
+
+@contextmanager
+def comparison_lock(path: Path) -> Iterator[None]:
+    """Hold a comparison's folder; the first process does this for all of them.
+
+    Raises:
+        FolderInUseError: Another comparison writes there.
+        OutputError: It cannot be written.
+    """
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        yield
+        return
+    require_writable(path, "--out")
+    _refuse_foreign(path)
+    with folder_lock(path, f"--out {str(path)!r}"):
+        yield
 
 
 class ComparisonFolder:
@@ -143,8 +180,7 @@ class ComparisonFolder:
             if not is_trusted and not self._is_own(known):
                 _check_contenders(path / _MANIFEST, known, plan)
             plan = _joined(path, known, plan)
-        elif any(path.iterdir()):
-            raise ConfigError(f"--out {str(path)!r} holds files of something else; choose another")
+        _refuse_foreign(path)
         self.plan = plan
         self._write_manifest()
 
@@ -169,14 +205,53 @@ class ComparisonFolder:
         manifest = self.path / _MANIFEST
         if not manifest.is_file():
             return None
-        record = read_json(manifest)
-        return Plan(
-            entries=tuple(Entry(label, config) for label, config in record["methods"].items()),
-            seeds=tuple(record["seeds"]),
-            budget=Budget.parse(record["budget"]) if record["budget"] else None,
-            configs=tuple(record["configs"]),
-            options=tuple(record["options"]),
-        )
+        try:
+            record = read_json(manifest)
+            return Plan(
+                entries=tuple(
+                    _entry(label, config, str(manifest))
+                    for label, config in record["methods"].items()
+                ),
+                seeds=tuple(checked_seed(seed, str(manifest)) for seed in record["seeds"]),
+                budget=Budget.parse(record["budget"]) if record["budget"] else None,
+                configs=tuple(_section(config) for config in record["configs"]),
+                options=tuple(_text(option) for option in record["options"]),
+            )
+        except ConfigError:
+            raise
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{manifest} cannot be read ({' '.join(str(error).split())}): give --out another "
+                "folder, or restore that file"
+            ) from error
+
+
+def _entry(label: Any, config: Any, where: str) -> Entry:
+    """A contender of the manifest, checked like one that is typed."""
+    return Entry(checked_label(label, where), checked_settings(where, _section(config)))
+
+
+def _section(config: Any) -> Mapping[str, Any]:
+    if not isinstance(config, Mapping):
+        raise TypeError(f"expected settings, found {config!r}")
+    return config
+
+
+def _text(option: Any) -> str:
+    if not isinstance(option, str):
+        raise TypeError(f"expected an option, found {option!r}")
+    return option
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Refuse a folder that holds something, and no comparison.
+
+    Raises:
+        ConfigError: It does.
+    """
+    names = {entry.name for entry in path.iterdir()} - LOCK_FILES
+    if names and _MANIFEST not in names:
+        raise ConfigError(f"--out {str(path)!r} holds files of something else; choose another")
 
 
 def _record(plan: Plan) -> dict[str, Any]:

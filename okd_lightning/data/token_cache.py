@@ -111,14 +111,14 @@ def _key(
         return None
     told = {name: value for name, value in settings.items() if name != "where"}
     found.update(repr(sorted(told.items())).encode())
-    found.update(_tokenizer_digest(tokenizer))
+    found.update(tokenizer_digest(tokenizer))
     found.update(_code_digest())
     if "strftime_now" in str(tokenizer.chat_template):
         found.update(date.today().isoformat().encode())
     return found.hexdigest()
 
 
-def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> bytes:
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> bytes:
     """Of what a tokenizer does, wherever it was loaded from."""
     found = blake2b(type(tokenizer).__qualname__.encode())
     kept = {k: v for k, v in tokenizer.init_kwargs.items() if k not in _PLACES}

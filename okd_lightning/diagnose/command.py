@@ -6,15 +6,15 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning
 from rich.console import Console
+from rich.text import Text
 
 from okd_lightning.cli import DistillationCLI
 from okd_lightning.cli_arguments import prepare, shared_options
-from okd_lightning.config_paths import user_path
+from okd_lightning.config_paths import output_folder
 from okd_lightning.diagnose.examination import Examination
 from okd_lightning.diagnose.findings import Advice, Diagnosis, to_record
 from okd_lightning.diagnose.page import write_page
@@ -39,9 +39,7 @@ def diagnose_parser() -> argparse.ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("--config", metavar="FILE|NAME", action="append", help="may be repeated")
-    parser.add_argument(
-        "--out", type=user_path, default=Path("diagnose-out"), help="default: %(default)s"
-    )
+    parser.add_argument("--out", type=str, default="diagnose-out", help="default: %(default)s")
     parser.add_argument(
         "--rows", type=int, default=64, help="responses of each kind; default: %(default)s"
     )
@@ -75,6 +73,7 @@ def diagnose_command(arguments: Sequence[str], debug: bool = False) -> int:
             f"--rows {own.rows} --batches {own.batches}: expected at least 2 rows, and 3 batches "
             "for a standard error"
         )
+    own.out = output_folder(own.out, "--out")
     require_writable(own.out, "--out")
     console = PrintableConsole(file=sys.stdout, highlight=False)
     configs = [word for name in own.config or () for word in ("--config", name)]
@@ -118,7 +117,9 @@ def examine(arguments: Sequence[str], rows: int, batches: int, console: Console)
     if part == "train":
         data.sources["val"], data.splits["val"] = data.sources["train"], data.splits["train"]
     data.val_rollouts = 1  # so that a validation begins, whatever the rows hold
-    examination = Examination(rows, batches, part, lambda text: console.print(f"[dim]{text}[/dim]"))
+    examination = Examination(
+        rows, batches, part, lambda text: console.print(Text(text, style="dim"))
+    )
     _validate(cli.trainer, examination, module, data)
     assert examination.found is not None
     return examination.found

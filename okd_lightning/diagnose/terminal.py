@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from okd_lightning.diagnose.findings import Advice, Diagnosis, Rows
 
-_MARKS = {"good": "[green]✓[/green]", "look": "[yellow]![/yellow]", "bad": "[red]✗[/red]"}
+_MARKS = {"good": ("✓", "green"), "look": ("!", "yellow"), "bad": ("✗", "red")}
 SHOWN = (
     ("forward KL", "forward_kl"),
     ("reverse KL", "reverse_kl"),
@@ -34,24 +33,25 @@ def show(console: Console, found: Diagnosis, advice: Sequence[Advice], command: 
         advice: What follows from it.
         command: The comparison that would decide.
     """
-    console.print(f"student  {escape(found.student)}\nteacher  {escape(found.teacher)}\n")
+    console.print(Text(f"student  {found.student}\nteacher  {found.teacher}\n"))
     console.print(_checks(found))
     console.print(_divergences(found.rows))
     console.print(_estimators(found))
     console.print(_trials(found))
     console.print(_costs(found))
-    console.print("[bold]What to try[/bold]")
+    console.print(Text("What to try", style="bold"))
     for one in advice:
-        console.print(f"• [bold]{escape(one.title)}[/bold]")
-        console.print(Padding(f"{escape(one.because)} [dim]({one.confidence})[/dim]", (0, 0, 0, 2)))
-    console.print("\n[bold]What decides[/bold]")
-    console.print(Padding(escape(command), (0, 0, 1, 2)))
+        console.print(Text.assemble("• ", (one.title, "bold")))
+        because = Text.assemble(f"{one.because} ", (f"({one.confidence})", "dim"))
+        console.print(Padding(because, (0, 0, 0, 2)))
+    console.print(Text("\nWhat decides", style="bold"))
+    console.print(Padding(Text(command), (0, 0, 1, 2)))
 
 
 def _checks(found: Diagnosis) -> Table:
     table = Table.grid(padding=(0, 1))
     for check in found.checks:
-        table.add_row(_MARKS[check.verdict], check.name, escape(check.text))
+        table.add_row(Text(*_MARKS[check.verdict]), check.name, Text(check.text))
     return table
 
 
@@ -107,7 +107,7 @@ def _trials(found: Diagnosis) -> Table:
             Text(trial.change[key].signed(), "bold" if trial is found.forecast(key)[0] else "")
             for _, key in trial_columns(found)
         ]
-        table.add_row(trial.method, *cells)
+        table.add_row(Text(trial.method), *cells)
     table.caption = "held-out rows; below 0 is better; all from the same weights\n"
     return table
 

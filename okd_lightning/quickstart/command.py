@@ -6,12 +6,11 @@ import itertools
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import jsonargparse
 
 from okd_lightning.callbacks import DistillationCallback
-from okd_lightning.config_paths import user_path
+from okd_lightning.config_paths import output_folder
 from okd_lightning.errors import ConfigError
 from okd_lightning.lightning_messages import PrintableConsole
 from okd_lightning.quickstart.recipe import GKD_DEFAULTS, Recipe
@@ -29,9 +28,7 @@ def quickstart_parser() -> jsonargparse.ArgumentParser:
     parser.add_subclass_arguments(
         DistillationCallback, "method", help="KD, GKD, ...; compared with SFT continued"
     )
-    parser.add_argument(
-        "--out", type=user_path, default=Path("quickstart-out"), help="results go here"
-    )
+    parser.add_argument("--out", type=str, default="quickstart-out", help="results go here")
     parser.add_argument("--seed", type=int, default=0, help="decides everything but the timings")
     parser.add_argument(
         "--steps", type=int, default=Recipe.method_steps, help="optimizer steps of either run"
@@ -62,10 +59,11 @@ def quickstart_command(options: jsonargparse.Namespace, method: DistillationCall
     """
     if options.steps < 1:
         raise ConfigError(f"--steps must be at least 1, got {options.steps}")
-    require_writable(options.out, "--out")
+    out = output_folder(options.out, "--out")
+    require_writable(out, "--out")
     start = time.perf_counter()
     console = PrintableConsole(file=sys.stdout)
-    Quickstart(method, options.out, options.seed, Recipe(method_steps=options.steps), console).run()
+    Quickstart(method, out, options.seed, Recipe(method_steps=options.steps), console).run()
     console.print(f"{time.perf_counter() - start:.0f} seconds in all")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
+from rich.text import Text
 from transformers import PreTrainedModel
 
 from okd_lightning.callbacks import SFT, DistillationCallback, ExactMatch, FiniteGuard, Throughput
@@ -198,4 +199,4 @@ class Quickstart:
         ]
 
     def _say(self, text: str) -> None:
-        self.console.print(f"[bold]{text}[/bold]")
+        self.console.print(Text(text, style="bold"))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from okd_lightning.reports.measures import shown_measures
 from okd_lightning.reports.results import RunResult
@@ -42,7 +43,7 @@ def results_table(results: Sequence[RunResult]) -> Table:
     table.add_column("measure")
     table.add_column("before", justify="right")
     for result in results:
-        table.add_column(f"after {result.method}", justify="right")
+        table.add_column(Text(f"after {result.method}"), justify="right")
     for label, name, form in _ROWS:
         points = [results[0].before, *(result.after for result in results)]
         table.add_row(label, *(form.format(p[name]) if name in p else "" for p in points))
@@ -76,7 +77,7 @@ def comparison_table(results: Sequence[RunResult]) -> Table:
         header = f"{measure.label} {'↑' if measure.is_gain else '↓'}"
         table.add_column(header, justify="right", min_width=width)
     for method, line in lines.items():
-        table.add_row(method, *line, style="dim" if method == "before" else None)
+        table.add_row(Text(method), *line, style="dim" if method == "before" else None)
     return table
 
 
@@ -93,7 +94,7 @@ def cost_table(results: Sequence[RunResult]) -> Table:
             for name in ("steps", "seconds", "tokens", "generated_tokens")
         }
         table.add_row(
-            method,
+            Text(method),
             str(len(own)),
             f"{cost['steps']:,.0f}",
             f"{cost['seconds']:,.1f}",
@@ -112,8 +113,8 @@ def answers_table(answers: Sequence[Answer]) -> Table:
         table.add_column(who, no_wrap=True)
     for answer in answers:
         cells = [
-            f"[green]{text}[/green]" if text == answer.reference else f"[red]{text}[/red]"
+            Text(text, style="green" if text == answer.reference else "red")
             for _, text in answer.given
         ]
-        table.add_row(answer.prompt, *cells)
+        table.add_row(Text(answer.prompt), *cells)
     return table

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Protocol, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import lightning
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.data.progress import rollout_progress
 from okd_lightning.errors import CacheError, ConfigError
+from okd_lightning.folder_lock import folder_lock
 from okd_lightning.losses import Side, Term
 from okd_lightning.models import ModelSource
 from okd_lightning.records import Example, Sequences
@@ -72,12 +74,23 @@ def prepare_cache(
     sets = _example_sets(terms, trainer)
     key = cast(TeacherKey, trainer.strategy.broadcast(_key(module, trainer, cached)))
     entries = [cached.entry(key, examples) for examples in sets]
-    missing = trainer.strategy.broadcast(_missing(entries) if trainer.is_global_zero else [])
-    if missing:
-        _check_shared([entries[i] for i in missing], trainer)
-        _write([entries[i] for i in missing], module, trainer, read)
+    with _alone(cached, entries, trainer):
+        missing = trainer.strategy.broadcast(_missing(entries) if trainer.is_global_zero else [])
+        if missing:
+            _check_shared([entries[i] for i in missing], trainer)
+            _write([entries[i] for i in missing], module, trainer, read)
     cached.open(entries)
     _announce(cached, is_new=bool(missing))
+
+
+def _alone(
+    cached: CachedTeacher, entries: Sequence[Entry], trainer: lightning.Trainer
+) -> AbstractContextManager[Any]:
+    """Where something has to be written: no other run writes in this cache until it is whole."""
+    if not trainer.is_global_zero or all(entry.state()[0] for entry in entries):
+        return nullcontext()
+    what = f"--model.teacher_cache {str(cached.folder)!r}"
+    return folder_lock(cached.folder, what, waits=True)
 
 
 def _example_sets(terms: Sequence[Term], trainer: lightning.Trainer) -> list[Sequence[Example]]:

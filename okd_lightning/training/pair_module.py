@@ -53,6 +53,7 @@ from okd_lightning.teacher_cache import (
 from okd_lightning.training.frozen_parts import own_memory
 from okd_lightning.training.pair_runs import PairRuns
 from okd_lightning.training.pair_sides import tried_model
+from okd_lightning.training.rank_agreement import weights_digest
 
 
 class PairModule(PairRuns):
@@ -116,6 +117,7 @@ class PairModule(PairRuns):
             server = TeacherServer.of(teacher_server)
             wide = torch.promote_types(getattr(torch, self.dtype_name), torch.float32)
             self.served_teacher = ServedTeacher(server, self.vocabulary, self.tokenizer, wide)
+        self.weights_read = ""  # a digest, in a run of several processes
         self.student: PreTrainedModel | None = None
         self.teacher: PreTrainedModel | None = None
         self.online_module: OnlineModuleSettings | None = None
@@ -163,6 +165,8 @@ class PairModule(PairRuns):
                 self.teacher = None
             elif self.teacher_source is not None:
                 self._build_teacher()
+        if self._trainer is not None and self._trainer.world_size > 1:
+            self.weights_read = weights_digest((self.student, self.teacher))
 
     def _build_student(self) -> None:
         self.student = load_checked(

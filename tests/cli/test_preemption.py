@@ -4,6 +4,7 @@
   the first rollout of an epoch), the run ends with status 143 and one line, and the same command
   (``--ckpt_path last``) ends with the weights, metrics.csv and rollouts.jsonl of the run that was
   left alone;
+* so does a run that is stopped twice: it trains the epochs that were asked for;
 * under SLURM its warning signal does the same and asks for the job to be put into the queue again.
 """
 
@@ -119,6 +120,37 @@ def test_a_stopped_run_goes_on(
     assert_same_weights(LAST, truth / "checkpoints" / "last.ckpt")
     assert read_metrics(RUN / "metrics.csv") == read_metrics(truth / "metrics.csv")
     assert (RUN / "rollouts.jsonl").read_text() == (truth / "rollouts.jsonl").read_text()
+
+
+TWICE = [
+    ((("training", 12), ("training", 4)), "3"),  # at an epoch's end, then within the next
+    ((("rollout", 4), ("training", 2)), "3"),
+    ((("validation", 1), ("rollout", 1)), "2"),  # in a validation, then before it begins again
+    ((("validation", 1), ("rollout", 2)), "1"),  # in a validation, then just behind it
+]
+
+
+@pytest.mark.parametrize(("places", "interval"), TWICE, ids=str)
+def test_a_run_that_is_stopped_twice_ends_like_the_others(
+    places: tuple[tuple[str, int], ...],
+    interval: str,
+    okd: Fit,
+    assets: Assets,
+    whole: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    truth = left_alone(okd, assets, whole, "--trainer.val_check_interval", interval)
+    for place in places:
+        with monkeypatch.context() as patched:
+            signal_at(patched, *place)
+            assert (
+                okd("fit", *options(assets, "--trainer.val_check_interval", interval)).status == 143
+            )
+    resumed = okd("fit", *options(assets, "--trainer.val_check_interval", interval))
+    assert resumed.status == 0, resumed.err
+    assert torch.load(LAST, weights_only=True)["global_step"] == 12
+    assert_same_weights(LAST, truth / "checkpoints" / "last.ckpt")
+    assert read_metrics(RUN / "metrics.csv") == read_metrics(truth / "metrics.csv")
 
 
 def test_slurms_warning_puts_the_job_back(

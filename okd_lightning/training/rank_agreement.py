@@ -1,0 +1,105 @@
+"""Before a run's first step its ranks compare what they have read, and name the one that differs.
+
+Each process reads settings, data, tokenizer and models by itself. Where one of them finds something
+else (an old file on its node, another version of a library, rows in another order), the run would
+train on without a word.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from okd_lightning.config_paths import without_paths
+from okd_lightning.data.token_cache import tokenizer_digest
+from okd_lightning.errors import DifferingRanksError
+from okd_lightning.rollouts import RolloutLoader
+
+if TYPE_CHECKING:
+    from okd_lightning.module import DistillationModule
+
+_LIBRARIES = ("torch", "transformers", "lightning", "peft", "tokenizers", "okd-lightning")
+_SAMPLES = 256
+"""Numbers of a weight that are compared: those of another model differ nearly everywhere."""
+
+
+def weights_digest(models: Iterable[nn.Module | None]) -> str:
+    """Digest a sample of every weight that a process holds whole, before ranks share theirs.
+
+    Args:
+        models: Student and teacher; None where there is none.
+    """
+    found = blake2b(digest_size=16)
+    for model in models:
+        for name, weight in [] if model is None else model.named_parameters():
+            found.update(f"{name} {tuple(weight.shape)}".encode())
+            if isinstance(weight, DTensor) or weight.is_meta or not weight.numel():
+                continue
+            flat = weight.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // _SAMPLES)]
+            found.update(sample.float().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def check_ranks_agree(module: DistillationModule) -> None:
+    """Compare what all ranks have read; one collective call, nothing in a run of one process.
+
+    Args:
+        module: In a run that is about to train.
+
+    Raises:
+        DifferingRanksError: On all ranks; names a rank and what it has read otherwise.
+    """
+    world_size = module.trainer.world_size
+    if world_size == 1:
+        return
+    found: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(found, _what_was_read(module))
+    for rank, own in enumerate(found):
+        if differing := _differing(found[0], own):
+            raise DifferingRanksError(
+                f"rank {rank} has not read what rank 0 has: {differing}; give all processes of a "
+                "run the same files, versions and settings (a folder that all nodes share)"
+            )
+
+
+def _what_was_read(module: DistillationModule) -> dict[str, str]:
+    trainer = module.trainer
+    read = {"the models' weights": module.weights_read}
+    if module.run_config is not None:
+        read["the settings"] = _digest([repr(without_paths(yaml.safe_load(module.run_config)))])
+    if isinstance(loader := trainer.train_dataloader, RolloutLoader):
+        rows = ((e.prompt_ids, e.teacher_prompt_ids, e.response_ids) for e in loader.examples)
+        read["the training rows or their order"] = _digest(map(repr, rows))
+    if module.tokenizer is not None:
+        read["the tokenizer"] = tokenizer_digest(module.tokenizer).hex()
+    return read | {f"the version of {name}": _version(name) for name in _LIBRARIES}
+
+
+def _differing(first: Mapping[str, str], own: Mapping[str, str]) -> str:
+    names = [name for name in first if first[name] != own.get(name)]
+    return ", ".join(
+        f"{name} ({own.get(name)}, not {first[name]})" if name.startswith("the version") else name
+        for name in names
+    )
+
+
+def _digest(parts: Iterable[str] | Sequence[str]) -> str:
+    found = blake2b(digest_size=16)
+    for part in parts:
+        found.update(part.encode("utf-8", "surrogatepass"))
+    return found.hexdigest()
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
