@@ -12,6 +12,7 @@ import warnings
 
 import pytest
 from rich.table import Table
+from rich.text import Text
 
 from okd_lightning.cli import quiet_libraries
 from okd_lightning.errors import DataError, ServerError
@@ -45,7 +46,7 @@ def test_a_console_prints_text_and_keeps_its_own_colours():
     file = io.StringIO()
     console = PrintableConsole(file=file, force_terminal=True, width=60, color_system="standard")
     table = Table(title=HOSTILE)
-    table.add_row("[red]x[/red]", HOSTILE.replace("\r", ""))
+    table.add_row(Text("x", style="red"), HOSTILE.replace("\r", ""))
     console.print(table)
     console.print(f"[bold]{HOSTILE}[/bold]")
     text = file.getvalue()

@@ -28,7 +28,7 @@ from okd_lightning.callbacks.last_checkpoint import (
 )
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.durable_files import write_json
-from okd_lightning.errors import PreemptedError
+from okd_lightning.errors import OutputError, PreemptedError
 from okd_lightning.loop_state import STOPPED
 from okd_lightning.rollouts.agreement import StopRequest
 from okd_lightning.run_records import STOPPED_FILE
@@ -261,7 +261,12 @@ class Preemption(Checkpoint):
                 "checkpoint": path,
                 "resume": resume,
             }
-            write_json(_record_of(trainer), record)
+            place = _record_of(trainer)
+            try:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                write_json(place, record)
+            except (OSError, OutputError) as error:  # the stop matters more
+                rank_zero_warn(f"no {STOPPED_FILE} is left behind: {error}")
 
     def _stopped(self, trainer: lightning.Trainer) -> PreemptedError:
         return PreemptedError(f"the run was asked to stop at step {trainer.global_step}")

@@ -320,16 +320,18 @@ def test_a_forged_comparison_runs_nothing(okd: Type, assets: Assets, here: Path)
     def write(methods: Mapping[str, Any]) -> None:
         manifest.write_text(json.dumps({"methods": methods, **record}))
 
+    trust = ("Evil", "--trust_checkpoint")
+    shared = ("data.chat_template_kwargs", "all contenders of a comparison share")
     for entry, named in (
-        ({"method": "wicked.Method"}, "wicked.Method"),
-        ({"method": "KD", "trainer": {"callbacks+": [REWARD]}}, "wicked.Brevity"),
-        ({"method": "KD", "data": {"chat_template_kwargs": {"x": PROGRAM}}}, "subprocess.Popen"),
+        ({"method": "wicked.Method"}, ("wicked.Method", *trust)),
+        ({"method": "KD", "trainer": {"callbacks+": [REWARD]}}, ("wicked.Brevity", *trust)),
+        ({"method": "KD", "data": {"chat_template_kwargs": {"x": PROGRAM}}}, shared),
     ):
         write({"KD": {"method": "KD"}, "Evil": entry})
         result = okd("compare", "--methods", "KD", *words)
         assert result.status == 1
         (line,) = result.err.strip().splitlines()
-        for word in (str(manifest), "Evil", named, "--trust_checkpoint"):
+        for word in (str(manifest), *named):
             assert word in line
         assert [path.name for path in manifest.parent.iterdir()] == [manifest.name]
     assert not RAN.exists()
