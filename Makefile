@@ -51,12 +51,13 @@ test-newest:  ## the newest releases that pyproject.toml allows, but for torch
 	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager -e . $(TEST_TOOLS) $(TORCH)
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(VERSIONED)
 
+# (old releases of jaxtyping come too late for its option in addopts)
 test-oldest:  ## the lower bounds of pyproject.toml, but for torch; old releases may warn
 	$(PYTHON) -m venv .venv-oldest
 	$(PYTHON) tests/lower_bounds.py > .venv-oldest/constraints.txt
 	.venv-oldest/bin/pip install --quiet $(TORCH)
 	.venv-oldest/bin/pip install --quiet -c .venv-oldest/constraints.txt -e . $(TEST_TOOLS) $(TORCH)
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -W default -n $(TEST_WORKERS) --dist loadfile $(VERSIONED)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -W default -o addopts=-ra -n $(TEST_WORKERS) --dist loadfile $(VERSIONED)
 
 golden: install  ## write this platform's golden runs anew, on purpose only
 	OKD_GOLDEN=write OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/golden
