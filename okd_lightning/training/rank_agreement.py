@@ -8,6 +8,7 @@ train on without a word.
 from __future__ import annotations
 
 import importlib.metadata
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,7 @@ def _what_was_read(module: DistillationModule) -> dict[str, str]:
         read["the settings"] = _digest([repr(without_paths(yaml.safe_load(module.run_config)))])
     if isinstance(loader := trainer.train_dataloader, RolloutLoader):
         rows = ((e.prompt_ids, e.teacher_prompt_ids, e.response_ids) for e in loader.examples)
-        read["the training rows or their order"] = _digest(map(repr, rows))
+        read["the training rows or their order"] = _digest_of_rows(rows)
     if module.tokenizer is not None:
         read["the tokenizer"] = tokenizer_digest(module.tokenizer).hex()
     return read | {f"the version of {name}": _version(name) for name in _LIBRARIES}
@@ -89,6 +90,15 @@ def _differing(first: Mapping[str, str], own: Mapping[str, str]) -> str:
         f"{name} ({own.get(name)}, not {first[name]})" if name.startswith("the version") else name
         for name in names
     )
+
+
+def _digest_of_rows(rows: Iterable[Sequence[Sequence[int] | None]]) -> str:
+    found = blake2b(digest_size=16)
+    for row in rows:
+        for ids in row:
+            found.update(f"{-1 if ids is None else len(ids)} ".encode())
+            found.update(array("q", ids or ()))
+    return found.hexdigest()
 
 
 def _digest(parts: Iterable[str] | Sequence[str]) -> str:
