@@ -94,12 +94,12 @@ docs: install  ## the documentation as a site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 teacher: install  ## make the quickstart's teacher again (about ten minutes)
-	$(BIN)/python -m okd_lightning.quickstart.task build/quickstart
+	$(BIN)/python -m okd_lightning.commands.quickstart.task build/quickstart
 	OMP_NUM_THREADS=1 $(BIN)/okd-lightning fit --config quickstart_teacher \
-	  --model.tokenizer okd_lightning/quickstart/tokenizer \
+	  --model.tokenizer okd_lightning/commands/quickstart/tokenizer \
 	  --data.train build/quickstart/teacher_train.jsonl \
-	  --data.val okd_lightning/quickstart/data/val.jsonl
-	$(BIN)/okd-lightning export --out okd_lightning/quickstart/teacher \
+	  --data.val okd_lightning/commands/quickstart/data/val.jsonl
+	$(BIN)/okd-lightning export --out okd_lightning/commands/quickstart/teacher \
 	  --ckpt_path runs/quickstart_teacher/checkpoints/last.ckpt
 
 clean:

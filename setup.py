@@ -11,7 +11,7 @@ setup(
     package_data={
         "okd_lightning": ["py.typed"],
         "okd_lightning.configs": ["**/*.yaml"],
-        "okd_lightning.quickstart": ["data/*", "teacher/*", "tokenizer/*"],
-        "okd_lightning.diagnose": ["*.html"],
+        "okd_lightning.commands.quickstart": ["data/*", "teacher/*", "tokenizer/*"],
+        "okd_lightning.commands.diagnose": ["*.html"],
     },
 )

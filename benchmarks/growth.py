@@ -18,12 +18,13 @@ from side_by_side import Turns, peak_mb, take_turns, write_results
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from okd_lightning.callbacks import KD
-from okd_lightning.collation import collate
 from okd_lightning.divergences import JensenShannon
+from okd_lightning.engines import Sampling, Writer
 from okd_lightning.losses import Measured, Side, WeightedTerm, fused_loss
 from okd_lightning.models import LMHead, Vocabulary, hidden_at_loss
-from okd_lightning.records import Example, TrainingRow
-from okd_lightning.rollouts import LoaderShape, RolloutLoader, Sampling, Writer
+from okd_lightning.records.batches import Example, TrainingRow
+from okd_lightning.records.collation import collate
+from okd_lightning.rollouts import LoaderShape, RolloutLoader
 from okd_lightning.rollouts.plan import plan_for
 
 LENGTH = 256

@@ -27,8 +27,8 @@ from okd_lightning.losses import (
     WeightedTerm,
     fused_loss,
 )
-from okd_lightning.records import LossOutput, Source
-from okd_lightning.reduction import loss_output
+from okd_lightning.losses.reduction import loss_output
+from okd_lightning.records.batches import LossOutput, Source
 
 STUDENT_WIDTH, TEACHER_WIDTH = 256, 512
 SIZES = [(512, 8192), (512, 32768), (2048, 8192), (2048, 32768), (8192, 8192)]

@@ -15,9 +15,9 @@ from side_by_side import Turns, take_turns, write_results
 from torch.nn.utils import clip_grad_norm_
 
 from okd_lightning.callbacks import KD
-from okd_lightning.cpu_linear import fast_linears
 from okd_lightning.divergences import JensenShannon
 from okd_lightning.losses import Measured, Side, WeightedTerm, fused_loss
+from okd_lightning.losses.cpu_linear import fast_linears
 from okd_lightning.models import LMHead, Vocabulary
 from okd_lightning.models.causal_lm import head_inputs
 

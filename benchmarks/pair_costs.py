@@ -14,7 +14,7 @@ import torch
 from shard_memory import per_device
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from okd_lightning.rollouts import TransformersEngine
+from okd_lightning.engines import TransformersEngine
 
 # One H100 (80 GB, SXM), from its data sheet, and how much of it is taken to be reached.
 PEAK_FLOPS, PEAK_SHARE = 989e12, 0.4

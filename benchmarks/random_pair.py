@@ -29,7 +29,7 @@ from transformers import (
 
 from okd_lightning.callbacks import DistillationCallback
 from okd_lightning.data import RolloutDataModule
-from okd_lightning.module import DistillationModule
+from okd_lightning.training.module import DistillationModule
 
 NUM_IDS, BATCH, LENGTH, STEPS = 32000, 8, 256, 1000
 LEARNING_RATE, CLIP_NORM = 5e-5, 1.0

@@ -29,7 +29,7 @@ from pair_costs import (
 )
 from shard_memory import GIB
 
-from okd_lightning.cli_arguments import load_config
+from okd_lightning.commands.cli_arguments import load_config
 
 ROOT = Path(__file__).parents[1]
 MODELS = json.loads((ROOT / "benchmarks" / "pair_models.json").read_text(encoding="utf-8"))

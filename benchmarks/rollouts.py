@@ -30,10 +30,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from okd_lightning.callbacks import GKD
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import JensenShannon
+from okd_lightning.engines import NoiseStream, Sampling, TransformersEngine
 from okd_lightning.models import Vocabulary
-from okd_lightning.module import DistillationModule
-from okd_lightning.records import PromptBatch
-from okd_lightning.rollouts import NoiseStream, Sampling, TransformersEngine
+from okd_lightning.records.batches import PromptBatch
+from okd_lightning.training.module import DistillationModule
 
 BATCH, EOS, MANY = 8, 1, 1_000_000
 MEAN_SHARE = 0.6  # of the limit, of a response that nothing cuts

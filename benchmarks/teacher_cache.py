@@ -25,8 +25,8 @@ from side_by_side import NUM_THREADS, take_turns, write_results
 from okd_lightning.callbacks import KD
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import Divergence, ForwardKL, JensenShannon, ReverseKL, TopK
-from okd_lightning.module import DistillationModule
-from okd_lightning.teacher_cache import TeacherCache
+from okd_lightning.teachers import TeacherCache
+from okd_lightning.training.module import DistillationModule
 
 DIVERGENCES: dict[str, Divergence] = {
     "forward KL": ForwardKL(),

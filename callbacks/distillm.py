@@ -31,10 +31,11 @@ from typing import Any
 import lightning
 
 from okd_lightning import DistillationModule, Divergence, DivergenceCallback
-from okd_lightning.callbacks.base import check_fraction
+from okd_lightning.callbacks.methods.base import check_fraction
 from okd_lightning.divergences import SkewReverseKL
+from okd_lightning.engines import Writer, hashed_uniform
 from okd_lightning.errors import ConfigError
-from okd_lightning.rollouts import KeptResponses, ReplayWriter, Writer, hashed_uniform
+from okd_lightning.rollouts import KeptResponses, ReplayWriter
 
 _COIN = 0x5245504C  # replay's own coin
 

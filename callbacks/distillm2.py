@@ -34,8 +34,8 @@ from okd_lightning import DistillationCallback, DivergenceCallback
 from okd_lightning.divergences import SkewForwardKL, SkewReverseKL
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import ExactDivergence, Measured, Quantity, Tile
-from okd_lightning.records import LossOutput
-from okd_lightning.reduction import loss_output
+from okd_lightning.losses.reduction import loss_output
+from okd_lightning.records.batches import LossOutput
 
 
 class TeacherHalf(DivergenceCallback):

@@ -31,8 +31,8 @@ from torch import Tensor
 from okd_lightning import DistillationCallback
 from okd_lightning.divergences import ReverseKL
 from okd_lightning.losses import DrawnLogProb, DrawnOutcome, Measured
-from okd_lightning.records import LossOutput
-from okd_lightning.reduction import loss_output
+from okd_lightning.losses.reduction import loss_output
+from okd_lightning.records.batches import LossOutput
 
 _STUDENT, _TEACHER = DrawnLogProb("student"), DrawnOutcome("teacher", ReverseKL())
 

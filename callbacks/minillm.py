@@ -35,9 +35,10 @@ from torch import Tensor
 from okd_lightning import DistillationCallback, DistillationModule, DivergenceCallback
 from okd_lightning.advantages import reward_to_go
 from okd_lightning.callbacks import SFT
-from okd_lightning.callbacks.base import check_fraction
-from okd_lightning.callbacks.policy_gradient import Rows
+from okd_lightning.callbacks.methods.base import check_fraction
+from okd_lightning.callbacks.methods.policy_gradient import Rows
 from okd_lightning.divergences import ReverseKL
+from okd_lightning.engines import Writer
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import (
     DrawnLogProb,
@@ -46,9 +47,8 @@ from okd_lightning.losses import (
     ImportanceRatio,
     Measured,
 )
-from okd_lightning.records import LossOutput, Source
-from okd_lightning.reduction import loss_output
-from okd_lightning.rollouts import Writer
+from okd_lightning.losses.reduction import loss_output
+from okd_lightning.records.batches import LossOutput, Source
 from okd_lightning.training.mixed_writer import MixedWriter
 
 _STUDENT, _TEACHER = DrawnLogProb("student"), DrawnOutcome("teacher", ReverseKL())

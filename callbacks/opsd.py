@@ -26,8 +26,8 @@ from torch import Tensor
 from okd_lightning import DistillationCallback
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Measured, Quantity, Tile
-from okd_lightning.records import LossOutput
-from okd_lightning.reduction import loss_output
+from okd_lightning.losses.reduction import loss_output
+from okd_lightning.records.batches import LossOutput
 
 
 @dataclass(frozen=True)

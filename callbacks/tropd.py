@@ -25,8 +25,8 @@ from okd_lightning.callbacks import PolicyGradientCallback
 from okd_lightning.divergences import ReverseKL
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import DrawnLogProb, DrawnOutcome, Measured, Quantity, Tile
-from okd_lightning.records import LossOutput
-from okd_lightning.reduction import masked_sum
+from okd_lightning.losses.reduction import masked_sum
+from okd_lightning.records.batches import LossOutput
 
 _STUDENT, _TEACHER = DrawnLogProb("student"), DrawnOutcome("teacher", ReverseKL())
 

@@ -11,7 +11,23 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from jsonargparse import set_parsing_settings
+
 __version__ = "0.1.0"
+
+_DENIED = (
+    *("IPython", "cffi", "cloudpickle", "dill", "joblib", "pexpect", "ptyprocess"),
+    *("numpy.ctypeslib", "numpy.f2py", "numpy.load", "pandas.eval", "pandas.read_pickle"),
+    *("torch.distributed.elastic", "torch.distributed.launch", "torch.distributed.run"),
+    *("torch.hub", "torch.load", "torch.multiprocessing", "torch.package", "torch.serialization"),
+    *("torch.utils.cpp_extension", "torch.utils.model_zoo"),
+)
+"""Besides jsonargparse's own list: os, subprocess, pickle, importlib and the like."""
+
+# For the whole process, a script's own parsers too: a value of a type that takes anything
+# (``dict[str, Any]``) never becomes an object, and nothing that runs programs or reads pickles can
+# be named, wherever a config comes from. What a checkpoint's config may name: ``config_trust``.
+set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[*_DENIED])
 
 if TYPE_CHECKING:
     from okd_lightning.callbacks import (
@@ -29,7 +45,7 @@ if TYPE_CHECKING:
     )
     from okd_lightning.data import RolloutDataModule
     from okd_lightning.divergences import Divergence
-    from okd_lightning.module import DistillationModule
+    from okd_lightning.training.module import DistillationModule
 
 __all__ = [
     "GKD",
@@ -50,7 +66,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DistillationModule": "okd_lightning.module",
+    "DistillationModule": "okd_lightning.training.module",
     "Divergence": "okd_lightning.divergences",
     "RolloutDataModule": "okd_lightning.data",
 }

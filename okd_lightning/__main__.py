@@ -78,10 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     # seconds of imports, not paid for --version
-    from okd_lightning.cli import run  # noqa: PLC0415
-    from okd_lightning.compare.command import compare_command  # noqa: PLC0415
-    from okd_lightning.diagnose.command import diagnose_command  # noqa: PLC0415
-    from okd_lightning.export_command import export_command  # noqa: PLC0415
+    from okd_lightning.commands.cli import run  # noqa: PLC0415
+    from okd_lightning.commands.compare.command import compare_command  # noqa: PLC0415
+    from okd_lightning.commands.diagnose.command import diagnose_command  # noqa: PLC0415
+    from okd_lightning.commands.export_command import export_command  # noqa: PLC0415
 
     own = {"compare": compare_command, "diagnose": diagnose_command, "export": export_command}
     return run(arguments, debug, own)

@@ -15,8 +15,7 @@ from typing import Any
 
 import yaml
 
-from okd_lightning.errors import OKDLightningError
-from okd_lightning.printable import one_line
+from okd_lightning.errors import OKDLightningError, one_line
 
 Refusal = type[OKDLightningError]
 

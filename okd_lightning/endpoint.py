@@ -22,8 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
-from okd_lightning.errors import ConfigError, ServerError, ServerTimeoutError
-from okd_lightning.printable import one_line
+from okd_lightning.errors import ConfigError, ServerError, ServerTimeoutError, one_line
 
 _FIRST_PAUSE_SECONDS = 0.25
 _LONGEST_PAUSE_SECONDS = 8.0

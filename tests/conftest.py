@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from vllm_servers import ServerPool
 
-from okd_lightning.module import DistillationModule
+from okd_lightning.training.module import DistillationModule
 
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
 

@@ -19,8 +19,8 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
 from okd_lightning.data import RolloutDataModule
-from okd_lightning.module import DistillationModule
 from okd_lightning.sharding import whole
+from okd_lightning.training.module import DistillationModule
 
 _SECONDS = 900
 

@@ -14,8 +14,8 @@ from peft import IA3Config, LoHaConfig, LoraConfig
 from transformers import AutoModelForCausalLM
 
 from okd_lightning.callbacks import KD, LastCheckpoint
-from okd_lightning.export import export_student
-from okd_lightning.module import DistillationModule
+from okd_lightning.commands.export import export_student
+from okd_lightning.training.module import DistillationModule
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning"

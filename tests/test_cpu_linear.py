@@ -14,10 +14,10 @@ import tiny
 import torch
 from torch import nn
 
-from okd_lightning import cpu_linear
-from okd_lightning.cpu_linear import fast_linears, has_fast_linear, matrix_product
+from okd_lightning.losses import cpu_linear
+from okd_lightning.losses.cpu_linear import fast_linears, has_fast_linear, matrix_product
 from okd_lightning.models import hidden_at_loss, recompute_activations
-from okd_lightning.sequences import Sequences
+from okd_lightning.records.sequences import Sequences
 
 pytestmark = pytest.mark.skipif(not has_fast_linear(), reason="no AVX-512, or no such kernels")
 

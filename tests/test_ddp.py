@@ -37,7 +37,7 @@ from okd_lightning.callbacks import (
 )
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import JensenShannon
-from okd_lightning.module import DistillationModule
+from okd_lightning.training.module import DistillationModule
 
 
 def length_of(prompt: str, response: str, reference: str) -> float:

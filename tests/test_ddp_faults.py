@@ -20,19 +20,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from parallel_runs import spawn
 
-from okd_lightning.callbacks import (
-    GKD,
-    KD,
-    FiniteGuard,
-    LastCheckpoint,
-    OPDPlus,
-    Preemption,
-    Reward,
-    RolloutLog,
-)
+from okd_lightning.callbacks import GKD, KD, LastCheckpoint, OPDPlus, Preemption, Reward, RolloutLog
 from okd_lightning.data import RolloutDataModule
-from okd_lightning.module import DistillationModule
-from okd_lightning.rollouts import TransformersEngine
+from okd_lightning.engines import TransformersEngine
+from okd_lightning.training.module import DistillationModule
+from okd_lightning.training.safeguards.finite_guard import FiniteGuard
 
 STEPS = 8
 

@@ -16,7 +16,7 @@ import torch
 
 from okd_lightning.callbacks import KD, OKD, LastCheckpoint
 from okd_lightning.errors import CheckpointError
-from okd_lightning.module import DistillationModule
+from okd_lightning.training.module import DistillationModule
 
 
 def data() -> tiny.RolloutDataModule:

@@ -37,15 +37,15 @@ from okd_lightning.callbacks import (
 )
 from okd_lightning.checkpoints.files import newest_checkpoint, read_checkpoint
 from okd_lightning.data import RolloutDataModule
+from okd_lightning.engines import TransformersEngine
 from okd_lightning.errors import (
     CheckpointError,
     ConfigError,
     OutputError,
     RolloutTimeoutError,
 )
-from okd_lightning.module import DistillationModule
-from okd_lightning.rollouts import TransformersEngine
-from okd_lightning.run_records import RunCSVLogger
+from okd_lightning.training.module import DistillationModule
+from okd_lightning.training.run_records import RunCSVLogger
 
 
 def files(root) -> list[str]:

@@ -30,7 +30,6 @@ from okd_lightning.callbacks import (
     OKD,
     SFT,
     ExactMatch,
-    FiniteGuard,
     OPDPlus,
     PaperMeasures,
     Reward,
@@ -40,8 +39,9 @@ from okd_lightning.callbacks import (
 from okd_lightning.checkpoints.contents import check_finite
 from okd_lightning.divergences import JensenShannon
 from okd_lightning.errors import NonFiniteError
-from okd_lightning.module import DistillationModule
 from okd_lightning.sharding import FSDP2Strategy
+from okd_lightning.training.module import DistillationModule
+from okd_lightning.training.safeguards.finite_guard import FiniteGuard
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),

@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM
 from okd_lightning.callbacks import GKD, KD, OKD, LastCheckpoint
 from okd_lightning.checkpoints.files import read_checkpoint
 from okd_lightning.checkpoints.folders import tensors_in
+from okd_lightning.commands.export import export_online_module, export_student
 from okd_lightning.errors import CheckpointError
-from okd_lightning.export import export_online_module, export_student
-from okd_lightning.module import DistillationModule
 from okd_lightning.sharding import FSDP2Strategy
+from okd_lightning.training.module import DistillationModule
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),

@@ -20,13 +20,13 @@ import tiny
 import yaml
 
 from okd_lightning.callbacks import GKD, KD, SFT, LastCheckpoint, SampleTable
-from okd_lightning.cli_arguments import chosen_options, packaged_configs
+from okd_lightning.commands.cli_arguments import chosen_options, packaged_configs
 from okd_lightning.data import RolloutDataModule
-from okd_lightning.module import DistillationModule
-from okd_lightning.rollouts import Sampling
-from okd_lightning.rollouts.engine import EngineSource
-from okd_lightning.rollouts.transformers_engine import TransformersEngine
-from okd_lightning.safeguards.idle_options import RULES
+from okd_lightning.engines import Sampling
+from okd_lightning.engines.engine import EngineSource
+from okd_lightning.engines.transformers_engine import TransformersEngine
+from okd_lightning.training.module import DistillationModule
+from okd_lightning.training.safeguards.idle_options import RULES
 
 MARK = "does nothing in this run"
 VAL = tiny.make_rows(3, seed=2)

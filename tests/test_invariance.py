@@ -19,8 +19,8 @@ from okd_lightning.callbacks import GKD, KD, SFT
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import ReverseKL
 from okd_lightning.losses import tiling
-from okd_lightning.module import DistillationModule
 from okd_lightning.rollouts import RolloutLoader
+from okd_lightning.training.module import DistillationModule
 
 RUNS = {
     "SFT": lambda: [SFT()],

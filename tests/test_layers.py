@@ -48,8 +48,8 @@ def test_contract_is_kept(tmp_path):
     ("file", "line", "contract"),
     [
         ("divergences/kl.py", "import lightning", "The mathematics knows neither"),
-        ("records.py", "import okd_lightning.module", "Each floor imports only downwards"),
-        ("data/sources.py", "import okd_lightning.callbacks.kd", "Each floor imports only"),
+        ("records.py", "import okd_lightning.training.module", "Each floor imports only downwards"),
+        ("data/sources.py", "import okd_lightning.callbacks.methods.kd", "Each floor imports only"),
     ],
 )
 def test_contract_fires(tmp_path, file, line, contract):

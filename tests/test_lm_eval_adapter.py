@@ -15,10 +15,10 @@ from peft import LoraConfig
 from tokenizers.processors import TemplateProcessing
 
 from okd_lightning.callbacks import KD, LastCheckpoint
-from okd_lightning.callbacks.answer_scores import greedy_answers
+from okd_lightning.callbacks.measures.answer_scores import greedy_answers
+from okd_lightning.commands.export import export_student
 from okd_lightning.data import RolloutDataModule
-from okd_lightning.export import export_student
-from okd_lightning.records import Example
+from okd_lightning.records.batches import Example
 
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the harness's own
@@ -54,7 +54,7 @@ def test_its_likelihood_is_our_cross_entropy(export):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from okd_lightning.lm_eval_adapter import ExportedLM
+    from okd_lightning.commands.lm_eval_adapter import ExportedLM
 
     folder, cross_entropy = export
     requests = [
@@ -78,7 +78,7 @@ def test_its_greedy_answers_are_ours(make_module, student_folder):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from okd_lightning.lm_eval_adapter import ExportedLM
+    from okd_lightning.commands.lm_eval_adapter import ExportedLM
 
     settings = {"until": [], "max_gen_toks": 6, "do_sample": False}
     requests = [Instance("generate_until", {}, (row["prompt"], settings), 0) for row in ROWS]
@@ -102,7 +102,7 @@ def test_its_greedy_answers_are_ours(make_module, student_folder):
 
 def test_prompts_are_opened_and_not_closed(tmp_path):
     """By tokenizers that write a bos and an eos around a text; a chat's template writes its own."""
-    from okd_lightning.lm_eval_adapter import ExportedLM
+    from okd_lightning.commands.lm_eval_adapter import ExportedLM
 
     tokenizer = tiny.make_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

@@ -22,7 +22,7 @@ from peft import LoraConfig
 
 from okd_lightning.callbacks import KD, OKD, SFT
 from okd_lightning.errors import CheckpointError, ConfigError
-from okd_lightning.module import DistillationModule
+from okd_lightning.training.module import DistillationModule
 
 
 def saved(tmp_path: Path, module: DistillationModule, method, name: str = "some.ckpt") -> Path:

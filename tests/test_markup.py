@@ -15,8 +15,8 @@ import pytest
 from rich.table import Table
 
 import okd_lightning
-from okd_lightning.lightning_messages import PrintableConsole
-from okd_lightning.reports.tables import Answer, answers_table
+from okd_lightning.commands.reports.tables import Answer, answers_table
+from okd_lightning.training.lightning_messages import PrintableConsole
 
 FILES = sorted(Path(okd_lightning.__file__).parent.rglob("*.py"))
 MARKUP = re.compile(r"\[/?(bold|dim|red|green|yellow|blue|cyan|magenta|italic|underline)\]|\[/\]")

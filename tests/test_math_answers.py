@@ -18,11 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from okd_lightning import math_answers
-from okd_lightning.advantages import AnswerMatch
-from okd_lightning.answers import answer_pattern, matches
 from okd_lightning.errors import ConfigError, OKDLightningError
-from okd_lightning.math_answers import is_same_answer
+from okd_lightning.rewards import AnswerMatch, math_answers
+from okd_lightning.rewards.answers import answer_pattern, matches
+from okd_lightning.rewards.math_answers import is_same_answer
 
 SAME = [
     ("#### 1,234", "1234.00"),

@@ -29,12 +29,12 @@ from okd_lightning.callbacks import (
 )
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import Divergence, ForwardKL
+from okd_lightning.engines import TransformersEngine
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Entropy, ExactDivergence, Measured
-from okd_lightning.module import DistillationModule
-from okd_lightning.records import LossOutput, Rollout
-from okd_lightning.reduction import loss_output
-from okd_lightning.rollouts import TransformersEngine
+from okd_lightning.losses.reduction import loss_output
+from okd_lightning.records.batches import LossOutput, Rollout
+from okd_lightning.training.module import DistillationModule
 
 
 class Modes(Callback):

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import StepLR
 from okd_lightning.callbacks import KD, OKD
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError
-from okd_lightning.optimizer_settings import optimizer_settings
+from okd_lightning.training.optimizer_settings import optimizer_settings
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ from fake_vllm_server import FakeVLLM, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from okd_lightning.__main__ import main
-from okd_lightning.cli_arguments import packaged_configs
-from okd_lightning.quickstart.recipe import TEACHER_DIR, TRAIN_FILE, VAL_FILE
+from okd_lightning.commands.cli_arguments import packaged_configs
+from okd_lightning.commands.quickstart.recipe import TEACHER_DIR, TRAIN_FILE, VAL_FILE
 
 SHELF = Path(__file__).parents[1] / "callbacks"
 MODELS = ["--model.student", str(TEACHER_DIR), "--model.teacher", str(TEACHER_DIR)]

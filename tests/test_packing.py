@@ -19,19 +19,15 @@ import torch
 from architectures import ARCHITECTURES, build
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig
 
-from okd_lightning import packing
 from okd_lightning.callbacks import GKD, KD, OKD, OPDPlus, Throughput
-from okd_lightning.collation import collate
-from okd_lightning.models import (
-    add_adapter,
-    attach_online_module,
-    hidden_at_loss,
-    reads_packed_rows,
-)
+from okd_lightning.models import add_adapter, hidden_at_loss, reads_packed_rows
 from okd_lightning.models.reading import _packed_states
-from okd_lightning.packing import pack
-from okd_lightning.records import TrainingRow
-from okd_lightning.sequences import Sequences
+from okd_lightning.records import packing
+from okd_lightning.records.batches import TrainingRow
+from okd_lightning.records.collation import collate
+from okd_lightning.records.packing import pack
+from okd_lightning.records.sequences import Sequences
+from okd_lightning.teachers import attach_online_module
 from okd_lightning.training import pair_sides
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT's use of transformers

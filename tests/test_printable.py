@@ -14,10 +14,9 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from okd_lightning.cli import quiet_libraries
-from okd_lightning.errors import DataError, ServerError
-from okd_lightning.lightning_messages import PrintableConsole
-from okd_lightning.printable import one_line, printable
+from okd_lightning.commands.cli import quiet_libraries
+from okd_lightning.errors import DataError, ServerError, one_line, printable
+from okd_lightning.training.lightning_messages import PrintableConsole
 
 HOSTILE = "a\x1b[2Jb\u202ec\x07\x9b\ud800\u2028d\re"
 SHOWN = r"a\x1b[2Jb\u202ec\x07\x9b\ud800\u2028d\re"

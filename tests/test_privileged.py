@@ -16,14 +16,14 @@ import tiny
 import torch
 
 from okd_lightning.callbacks import GKD, KD, OKD, SFT, LastCheckpoint, OPDPlus, Stage
-from okd_lightning.collation import collate
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import ForwardKL
+from okd_lightning.engines import Sampling
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import DrawnLogProb, ExactDivergence
-from okd_lightning.records import Example
-from okd_lightning.rollouts import Sampling
-from okd_lightning.rollouts.rows import given_row, muted, written_row
+from okd_lightning.records.batches import Example
+from okd_lightning.records.collation import collate
+from okd_lightning.records.rows import given_row, muted, written_row
 
 TEMPLATE = {"teacher_prompt_template": "{reference}p{prompt}"}
 KL, TEACHER, STUDENT = (

@@ -15,9 +15,9 @@ from lightning import Trainer
 
 from okd_lightning import DistillationModule, RolloutDataModule, divergences
 from okd_lightning.__main__ import COMMANDS
-from okd_lightning.cli_arguments import packaged_configs
-from okd_lightning.cli_errors import method_names
-from okd_lightning.quickstart.recipe import TEACHER_DIR, TRAIN_FILE, Recipe
+from okd_lightning.commands.cli_arguments import packaged_configs
+from okd_lightning.commands.cli_errors import method_names
+from okd_lightning.commands.quickstart.recipe import TEACHER_DIR, TRAIN_FILE, Recipe
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

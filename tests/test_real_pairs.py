@@ -27,9 +27,9 @@ from transformers import AutoTokenizer
 
 from okd_lightning.__main__ import main
 from okd_lightning.callbacks import OKD
-from okd_lightning.cli_arguments import packaged_configs
+from okd_lightning.commands.cli_arguments import packaged_configs
 from okd_lightning.data import RolloutDataModule, build_examples
-from okd_lightning.module import DistillationModule
+from okd_lightning.training.module import DistillationModule
 
 MODELS = benchmark("recipe_tables").MODELS
 SHORT = [

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from okd_lightning.collation import collate
-from okd_lightning.records import SOURCES, TrainingRow
+from okd_lightning.records.batches import SOURCES, TrainingRow
+from okd_lightning.records.collation import collate
 
 ROWS = [
     TrainingRow(7, "student", (5, 6, 1, 1), (False, False, True, True), 2, (-0.5, -0.25)),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.reduction import Normalization, loss_output, masked_sum, step_factor
+from okd_lightning.losses.reduction import Normalization, loss_output, masked_sum, step_factor
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])

@@ -22,10 +22,10 @@ from okd_lightning.callbacks import GKD, KD, DistillationCallback, LastCheckpoin
 from okd_lightning.divergences import ForwardKL
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import ExactDivergence
-from okd_lightning.module import DistillationModule
-from okd_lightning.records import Example
-from okd_lightning.reduction import loss_output
+from okd_lightning.losses.reduction import loss_output
+from okd_lightning.records.batches import Example
 from okd_lightning.rollouts.evaluation import GivenResponses
+from okd_lightning.training.module import DistillationModule
 
 
 def module() -> DistillationModule:

@@ -19,8 +19,8 @@ from peft import LoraConfig
 from okd_lightning.callbacks import GKD, KD, SFT, ExactMatch, LastCheckpoint, RolloutLog, Throughput
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import CheckpointError
-from okd_lightning.module import DistillationModule
-from okd_lightning.text_ids import RULES_VERSION
+from okd_lightning.models.text_ids import RULES_VERSION
+from okd_lightning.training.module import DistillationModule
 
 SHORT = {"max_response_length": 8, "val_rollouts": 0}
 

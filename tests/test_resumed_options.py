@@ -24,11 +24,11 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 
 from okd_lightning.callbacks import GKD, KD, SFT, LastCheckpoint
+from okd_lightning.commands.resume_rules import check_resume, verdict
 from okd_lightning.data import RolloutDataModule
+from okd_lightning.engines import Sampling
 from okd_lightning.errors import CheckpointError, ConfigError
-from okd_lightning.module import DistillationModule
-from okd_lightning.resume_rules import check_resume, verdict
-from okd_lightning.rollouts import Sampling
+from okd_lightning.training.module import DistillationModule
 
 PAGE = Path(__file__).parent.parent / "docs" / "state.md"
 TABLE = PAGE.read_text().split("## Options at a resume")[1].split("\n## ")[0]

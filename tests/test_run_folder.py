@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from okd_lightning import durable_files
+from okd_lightning.commands.run_folder import resume_run, start_run
 from okd_lightning.errors import OutputError
-from okd_lightning.run_folder import resume_run, start_run
-from okd_lightning.run_records import RunCSVLogger
+from okd_lightning.training.run_records import RunCSVLogger
 
 ROW = {"train/loss": 0.3, "epoch": 0, "step": 2}
 

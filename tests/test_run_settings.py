@@ -19,7 +19,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 
 from okd_lightning.callbacks import GKD, KD, OKD, Stage
-from okd_lightning.module import DistillationModule
+from okd_lightning.training.module import DistillationModule
 
 
 class Seen(Logger):

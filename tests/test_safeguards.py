@@ -14,10 +14,12 @@ import pytest
 import tiny
 from lightning.pytorch.callbacks import Callback, LambdaCallback, ModelCheckpoint
 
-from okd_lightning.callbacks import KD, FiniteGuard, HealthWarnings
+from okd_lightning.callbacks import KD
 from okd_lightning.errors import ConfigError, NonFiniteError
-from okd_lightning.module import DistillationModule
-from okd_lightning.safeguards import SAFEGUARDS, ModelsFirst, StepIntervals
+from okd_lightning.training.module import DistillationModule
+from okd_lightning.training.safeguards import SAFEGUARDS, ModelsFirst, StepIntervals
+from okd_lightning.training.safeguards.finite_guard import FiniteGuard
+from okd_lightning.training.safeguards.health_warnings import HealthWarnings
 
 
 def data(**settings) -> tiny.RolloutDataModule:

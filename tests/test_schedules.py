@@ -11,7 +11,7 @@ import math
 import pytest
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.schedules import schedule_factor
+from okd_lightning.models.schedules import schedule_factor
 
 
 def factors(name, warmup_steps=4, total_steps=12):

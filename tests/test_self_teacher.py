@@ -18,14 +18,14 @@ from lightning.pytorch.callbacks import Callback
 from peft import LoraConfig
 
 from okd_lightning.callbacks import GKD, KD, OKD, SFT, LastCheckpoint, OPDPlus
-from okd_lightning.collation import collate
 from okd_lightning.data import Columns, build_examples
 from okd_lightning.data.teacher_prompts import TeacherPrompts
 from okd_lightning.divergences import ForwardKL, ReverseKL, TopK
 from okd_lightning.errors import CheckpointError, ConfigError
 from okd_lightning.losses import DrawnLogProb, Entropy, ExactDivergence
-from okd_lightning.module import DistillationModule
-from okd_lightning.rollouts.rows import given_row
+from okd_lightning.records.collation import collate
+from okd_lightning.records.rows import given_row
+from okd_lightning.training.module import DistillationModule
 
 KINDS = ("frozen", "ema", "live")
 TEMPLATE = {"teacher_prompt_template": "{reference}p{prompt}"}

@@ -34,8 +34,6 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.models import head_inputs, load_causal_lm, load_model_config
 from okd_lightning.models.adapters import add_adapter
 from okd_lightning.models.deferred import deferred_weights
-from okd_lightning.models.online_module import attach_online_module
-from okd_lightning.module import DistillationModule
 from okd_lightning.sharding import (
     FSDP2Strategy,
     ShardedModels,
@@ -44,6 +42,8 @@ from okd_lightning.sharding import (
     shard,
     whole,
 )
+from okd_lightning.teachers.online_module import attach_online_module
+from okd_lightning.training.module import DistillationModule
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"

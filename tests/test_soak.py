@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from okd_lightning.rank_faults import as_lost_rank
+from okd_lightning.training.rank_faults import as_lost_rank
 
 ROOT = Path(__file__).parent
 

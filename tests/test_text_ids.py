@@ -32,7 +32,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from okd_lightning.data.text_rows import ended
 from okd_lightning.errors import DataError
-from okd_lightning.text_ids import MARGIN, TextEncoder
+from okd_lightning.models.text_ids import MARGIN, TextEncoder
 
 CORPUS = ["He said yes, 2+2=4.\n\nOnce upon a time  there was\na cat: the (cat) said 'no'."] * 4
 SPECIALS = ["<pad>", "</s>", "<s>", "<unk>", "<|im_end|>"]

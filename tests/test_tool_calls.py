@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from okd_lightning.tool_calls import CallShares, ToolCall, match_tool_calls, parse_tool_calls
+from okd_lightning.tools.tool_calls import CallShares, ToolCall, match_tool_calls, parse_tool_calls
 
 A = ToolCall("a", {"x": 1})
 B = ToolCall("b", {})

@@ -18,7 +18,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from tool_chats import END, EOS
 
-from okd_lightning.advantages import RewardFunction, ToolCallMatch
 from okd_lightning.callbacks import (
     GKD,
     ExactMatch,
@@ -30,9 +29,10 @@ from okd_lightning.callbacks import (
 )
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import DataError
-from okd_lightning.module import DistillationModule
-from okd_lightning.records import Rollout
+from okd_lightning.records.batches import Rollout
+from okd_lightning.rewards import RewardFunction, ToolCallMatch
 from okd_lightning.tools import Calculator
+from okd_lightning.training.module import DistillationModule
 
 ROWS = [
     {

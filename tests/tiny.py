@@ -25,8 +25,8 @@ from transformers import (
 
 from okd_lightning.callbacks import DistillationCallback
 from okd_lightning.data import RolloutDataModule
-from okd_lightning.module import DistillationModule
-from okd_lightning.records import SOURCES, DistillBatch
+from okd_lightning.records.batches import SOURCES, DistillBatch
+from okd_lightning.training.module import DistillationModule
 
 PAD, EOS, BOS = 0, 1, 2
 LETTERS = "abcdefghijklmnop"

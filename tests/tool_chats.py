@@ -9,9 +9,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from okd_lightning.data.tool_turns import ToolTurns
-from okd_lightning.records import Chat, PromptBatch, Rollout
-from okd_lightning.rollouts import NoiseStream, Sampling
-from okd_lightning.rollouts.tool_rollouts import ToolEngine, ToolRounds
+from okd_lightning.engines import NoiseStream, Sampling
+from okd_lightning.engines.tool_rollouts import ToolEngine, ToolRounds
+from okd_lightning.records.batches import Chat, PromptBatch, Rollout
 from okd_lightning.tools import Calculator, Tool, Toolbox
 
 SPECIALS = ["<pad>", "</s>", "<|im_start|>", "<|im_end|>"]

@@ -20,8 +20,13 @@ from pathlib import Path
 
 import yaml
 
-from okd_lightning.quickstart.recipe import TEACHER_DIR, TRAIN_FILE, VAL_FILE, Recipe
-from okd_lightning.quickstart.task import NUM_TRAIN, TRAIN_SEED, draw_problems, val_problems
+from okd_lightning.commands.quickstart.recipe import TEACHER_DIR, TRAIN_FILE, VAL_FILE, Recipe
+from okd_lightning.commands.quickstart.task import (
+    NUM_TRAIN,
+    TRAIN_SEED,
+    draw_problems,
+    val_problems,
+)
 
 NUM_MANY, NUM_HINTED = 25_600, 3_200
 WARM_STEPS, READER_STEPS = 500, 1500

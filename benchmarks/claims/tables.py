@@ -16,8 +16,8 @@ from typing import Literal
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from okd_lightning.reports.results import Point, RunResult
-from okd_lightning.reports.spread import Spread, methods_of
+from okd_lightning.commands.reports.results import Point, RunResult
+from okd_lightning.commands.reports.spread import Spread, methods_of
 
 HERE = Path(__file__).parent
 _COLUMNS = {

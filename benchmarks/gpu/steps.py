@@ -19,17 +19,12 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from okd_lightning.callbacks import KD, OKD
-from okd_lightning.collation import collate
 from okd_lightning.divergences import JensenShannon
 from okd_lightning.losses import Measured, Side, WeightedTerm, fused_loss
-from okd_lightning.models import (
-    LMHead,
-    Vocabulary,
-    attach_online_module,
-    compile_blocks,
-    hidden_at_loss,
-)
-from okd_lightning.records import DistillBatch, TrainingRow
+from okd_lightning.models import LMHead, Vocabulary, compile_blocks, hidden_at_loss
+from okd_lightning.records.batches import DistillBatch, TrainingRow
+from okd_lightning.records.collation import collate
+from okd_lightning.teachers import attach_online_module
 
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "head_dim": 128}
 QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}

@@ -15,10 +15,10 @@ from lightning.pytorch.callbacks import Callback
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from okd_lightning.callbacks import SFT, ExactMatch, PaperMeasures
+from okd_lightning.commands.quickstart.recipe import TEACHER_DIR, TRAIN_FILE, VAL_FILE, Recipe
+from okd_lightning.commands.quickstart.task import TRAIN_SEED, draw_problems, val_problems
 from okd_lightning.data import RolloutDataModule, load_rows
-from okd_lightning.module import DistillationModule
-from okd_lightning.quickstart.recipe import TEACHER_DIR, TRAIN_FILE, VAL_FILE, Recipe
-from okd_lightning.quickstart.task import TRAIN_SEED, draw_problems, val_problems
+from okd_lightning.training.module import DistillationModule
 from okd_study.arms import Arm
 
 Rows = Sequence[Mapping[str, Any]]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from okd_lightning.__main__ import main
-from okd_lightning.quickstart.recipe import TEACHER_DIR, TRAIN_FILE, VAL_FILE, Recipe
+from okd_lightning.commands.quickstart.recipe import TEACHER_DIR, TRAIN_FILE, VAL_FILE, Recipe
 from opd_study.arms import Arm
 
 MEASURES = (

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from okd_lightning.callbacks import GKD, OPD, DistillationCallback, OPDPlus
-from okd_lightning.collation import collate
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import Divergence, ForwardKL, JensenShannon, ReverseKL
+from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.metrics import gradient_fidelity
-from okd_lightning.module import DistillationModule
-from okd_lightning.records import Example
-from okd_lightning.rollouts import NoiseStream, Sampling
+from okd_lightning.records.batches import Example
+from okd_lightning.records.collation import collate
+from okd_lightning.records.rows import written_row
 from okd_lightning.rollouts.evaluation import prompt_batch
-from okd_lightning.rollouts.rows import written_row
+from okd_lightning.training.module import DistillationModule
 
 _DIVERGENCES: Mapping[str, Divergence] = {
     "ReverseKL": ReverseKL(),

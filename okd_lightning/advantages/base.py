@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from okd_lightning.divergences import Divergence
-from okd_lightning.shapes import RowMask, RowValues
+from okd_lightning.records.shapes import RowMask, RowValues
 
 
 class Advantage(ABC):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from okd_lightning.advantages.base import Advantage
+from okd_lightning.divergences.named_classes import as_object
 from okd_lightning.errors import ConfigError
-from okd_lightning.named_classes import as_object
 
 
 def as_advantage(given: object, option: str = "advantage") -> Advantage:

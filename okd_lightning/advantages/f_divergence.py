@@ -13,7 +13,7 @@ from okd_lightning.advantages.base import Advantage
 from okd_lightning.advantages.shaping import reward_to_go
 from okd_lightning.divergences import Divergence, Tempered, as_divergence
 from okd_lightning.errors import ConfigError
-from okd_lightning.shapes import RowMask, RowValues
+from okd_lightning.records.shapes import RowMask, RowValues
 
 Variant: TypeAlias = Literal["stopped_reward", "as_published", "centred", "value_baseline"]
 """Which credit a divergence gives; see ``FDivergenceAdvantage``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from okd_lightning.shapes import RowMask, RowValues
+from okd_lightning.records.shapes import RowMask, RowValues
 
 
 def reward_to_go(rewards: RowValues, mask: RowMask, discount: float) -> RowValues:

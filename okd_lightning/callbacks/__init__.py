@@ -12,35 +12,38 @@
   ``predictions`` (generations on disk), ``progress_bar`` with ``pace``, ``best_checkpoint``,
   ``last_checkpoint``, ``preemption`` (SIGTERM), ``throughput``; ``monitors``:
   those that every run of the command line has. ``FiniteGuard`` and ``HealthWarnings``, which
-  every Trainer has, are in ``okd_lightning.safeguards``.
+  every Trainer has, are in ``okd_lightning.training.safeguards``.
 """
 
-from okd_lightning.callbacks.answer_scores import AnswerScores
-from okd_lightning.callbacks.avg_at_k import AvgAtK
-from okd_lightning.callbacks.base import DistillationCallback
-from okd_lightning.callbacks.best_checkpoint import BestCheckpoint
-from okd_lightning.callbacks.divergence import DivergenceCallback
-from okd_lightning.callbacks.exact_match import ExactMatch
-from okd_lightning.callbacks.gkd import GKD
-from okd_lightning.callbacks.kd import KD
-from okd_lightning.callbacks.last_checkpoint import LastCheckpoint
-from okd_lightning.callbacks.okd import OKD
-from okd_lightning.callbacks.opd import OPD, OPDPlus
-from okd_lightning.callbacks.paper_measures import PaperMeasures
-from okd_lightning.callbacks.policy_gradient import AdvantageCallback, PolicyGradientCallback
-from okd_lightning.callbacks.predictions import PredictionLog
-from okd_lightning.callbacks.preemption import Preemption
-from okd_lightning.callbacks.reward import Reward
-from okd_lightning.callbacks.rollout_log import RolloutLog
-from okd_lightning.callbacks.sample_table import SampleTable
-from okd_lightning.callbacks.sft import SFT
-from okd_lightning.callbacks.stage import Stage
-from okd_lightning.callbacks.task_score import TaskScore
-from okd_lightning.callbacks.teacher_drift import TeacherDrift
-from okd_lightning.callbacks.throughput import Throughput
-from okd_lightning.callbacks.tool_call_score import ToolCallScore
-from okd_lightning.safeguards.finite_guard import FiniteGuard
-from okd_lightning.safeguards.health_warnings import HealthWarnings
+from okd_lightning.callbacks.measures.answer_scores import AnswerScores
+from okd_lightning.callbacks.measures.avg_at_k import AvgAtK
+from okd_lightning.callbacks.measures.exact_match import ExactMatch
+from okd_lightning.callbacks.measures.paper_measures import PaperMeasures
+from okd_lightning.callbacks.measures.task_score import TaskScore
+from okd_lightning.callbacks.measures.tool_call_score import ToolCallScore
+from okd_lightning.callbacks.methods.base import DistillationCallback
+from okd_lightning.callbacks.methods.divergence import DivergenceCallback
+from okd_lightning.callbacks.methods.gkd import GKD
+from okd_lightning.callbacks.methods.kd import KD
+from okd_lightning.callbacks.methods.okd import OKD
+from okd_lightning.callbacks.methods.opd import OPD, OPDPlus
+from okd_lightning.callbacks.methods.policy_gradient import (
+    AdvantageCallback,
+    PolicyGradientCallback,
+)
+from okd_lightning.callbacks.methods.reward import Reward
+from okd_lightning.callbacks.methods.sft import SFT
+from okd_lightning.callbacks.methods.stage import Stage
+from okd_lightning.callbacks.monitors.best_checkpoint import BestCheckpoint
+from okd_lightning.callbacks.monitors.last_checkpoint import LastCheckpoint
+from okd_lightning.callbacks.monitors.predictions import PredictionLog
+from okd_lightning.callbacks.monitors.preemption import Preemption
+from okd_lightning.callbacks.monitors.rollout_log import RolloutLog
+from okd_lightning.callbacks.monitors.sample_table import SampleTable
+from okd_lightning.callbacks.monitors.teacher_drift import TeacherDrift
+from okd_lightning.callbacks.monitors.throughput import Throughput
+from okd_lightning.training.safeguards.finite_guard import FiniteGuard
+from okd_lightning.training.safeguards.health_warnings import HealthWarnings
 
 __all__ = [
     "GKD",

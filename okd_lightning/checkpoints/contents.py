@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _IncompatibleKeys
 
 from okd_lightning.errors import CheckpointError, NonFiniteError
-from okd_lightning.text_ids import RULES_VERSION
+from okd_lightning.models.text_ids import RULES_VERSION
 
 
 def weights_to_save(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

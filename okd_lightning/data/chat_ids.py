@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from okd_lightning.data.templates import RenderedChat, Turn
-from okd_lightning.text_ids import TextEncoder
+from okd_lightning.models.text_ids import TextEncoder
 
 
 @dataclass(frozen=True)

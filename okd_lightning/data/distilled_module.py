@@ -7,11 +7,12 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from okd_lightning.engines import Sampling, Writer
+from okd_lightning.engines.tool_rollouts import ToolRounds
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term
-from okd_lightning.models import SelfTeacher, Vocabulary
-from okd_lightning.rollouts import Sampling, Writer
-from okd_lightning.rollouts.tool_rollouts import ToolRounds
+from okd_lightning.models import Vocabulary
+from okd_lightning.teachers import SelfTeacher
 
 
 class DistilledModule(Writer, Protocol):

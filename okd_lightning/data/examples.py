@@ -23,8 +23,8 @@ from okd_lightning.data.teacher_prompts import TeacherPrompts, with_teacher_prom
 from okd_lightning.data.text_rows import examples_from_texts
 from okd_lightning.data.whole_texts import examples_from_whole_texts
 from okd_lightning.errors import ConfigError, DataError
-from okd_lightning.records import Example
-from okd_lightning.text_ids import MARGIN, TextEncoder
+from okd_lightning.models.text_ids import MARGIN, TextEncoder
+from okd_lightning.records.batches import Example
 
 OnOverlong: TypeAlias = Literal["skip", "error"]
 """What happens to a row whose prompt is too long."""

@@ -17,7 +17,6 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-import okd_lightning.parsing_settings  # noqa: F401 - in force for configs that name this class
 from okd_lightning.checkpoints.contents import check_text_rules
 from okd_lightning.data.columns import Columns
 from okd_lightning.data.counts import check_counts
@@ -32,21 +31,15 @@ from okd_lightning.data.teacher_prompts import teacher_prompts_from
 from okd_lightning.data.token_cache import AUTO
 from okd_lightning.data.tool_turns import checked_turns, equip
 from okd_lightning.data.whole_steps import announce, check_limit, settle_steps
+from okd_lightning.engines import Sampling
+from okd_lightning.engines.noise import hashed_choice
 from okd_lightning.errors import ConfigError, DataError
-from okd_lightning.records import Example
-from okd_lightning.rollouts import (
-    LoaderShape,
-    RolloutLoader,
-    Sampling,
-    StagedPlan,
-    plan_for,
-    writer_of,
-)
+from okd_lightning.models.text_ids import RULES_VERSION
+from okd_lightning.records.batches import Example
+from okd_lightning.rollouts import LoaderShape, RolloutLoader, StagedPlan, plan_for, writer_of
 from okd_lightning.rollouts.agreement import Agreement, StopRequest
 from okd_lightning.rollouts.evaluation import GivenResponses, OwnResponses
-from okd_lightning.rollouts.noise import hashed_choice
 from okd_lightning.rollouts.scoring import ChunkScorer, TermScorer, unscored
-from okd_lightning.text_ids import RULES_VERSION
 from okd_lightning.tools import Tool, Toolbox
 
 _PROMPT_SET = 0x50534554  # domain separation for the choice of validation prompts

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from rich.progress import Progress
 
-from okd_lightning.rollouts import engine
+from okd_lightning.engines import engine
 
 
 @runtime_checkable

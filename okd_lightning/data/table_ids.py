@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.errors import DataError
 from okd_lightning.models import Vocabulary
-from okd_lightning.records import Example
+from okd_lightning.records.batches import Example
 
 
 def check_table_ids(

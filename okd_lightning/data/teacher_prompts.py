@@ -24,8 +24,8 @@ from okd_lightning.data.layouts import Layout
 from okd_lightning.data.row_templates import fields_of
 from okd_lightning.data.templates import ChatRenderer, Message
 from okd_lightning.errors import ConfigError, DataError
-from okd_lightning.records import Example
-from okd_lightning.text_ids import TextEncoder
+from okd_lightning.models.text_ids import TextEncoder
+from okd_lightning.records.batches import Example
 
 _FIELDS = ("prompt", "reference")
 _OPTION = "--data.teacher_prompt_template"

@@ -25,8 +25,7 @@ from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
-from okd_lightning.errors import DataError
-from okd_lightning.printable import one_line
+from okd_lightning.errors import DataError, one_line
 
 _SECONDS = 10
 """Of processor time: a machine that is busy is no template that loops."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from okd_lightning.data.columns import Columns, RawRow, read_prompt, read_response
 from okd_lightning.errors import DataError
-from okd_lightning.records import Example
-from okd_lightning.text_ids import TextEncoder
+from okd_lightning.models.text_ids import TextEncoder
+from okd_lightning.records.batches import Example
 
 
 def examples_from_texts(

@@ -27,7 +27,7 @@ from okd_lightning.data.examples import ExampleSet, build_examples, warn_of
 from okd_lightning.data.stored_examples import pack_examples, unpack_examples
 from okd_lightning.durable_files import own_aside, replacing
 from okd_lightning.errors import CacheError
-from okd_lightning.text_ids import RULES_VERSION
+from okd_lightning.models.text_ids import RULES_VERSION
 
 AUTO = "auto"
 FEWEST_ROWS = 1000

@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from okd_lightning.data.chat_ids import TurnIds, encode_turns
 from okd_lightning.data.distilled_module import DistilledModule
 from okd_lightning.data.templates import ChatRenderer, Message, RenderedChat, not_prefix_stable
+from okd_lightning.engines.tool_rollouts import Exchange, ToolRounds
 from okd_lightning.errors import ConfigError, DataError
-from okd_lightning.records import Chat
-from okd_lightning.rollouts.tool_rollouts import Exchange, ToolRounds
-from okd_lightning.text_ids import TextEncoder
-from okd_lightning.tool_calls import ToolCall
+from okd_lightning.models.text_ids import TextEncoder
+from okd_lightning.records.batches import Chat
 from okd_lightning.tools import Toolbox
+from okd_lightning.tools.tool_calls import ToolCall
 
 _MAX_TURNS = 4
 _PROBE_RESULT = "what the tool answers"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from okd_lightning.data.columns import Columns, RawRow, read_response
 from okd_lightning.data.text_rows import ended
 from okd_lightning.errors import DataError
-from okd_lightning.records import Example
-from okd_lightning.text_ids import TextEncoder
+from okd_lightning.models.text_ids import TextEncoder
+from okd_lightning.records.batches import Example
 
 
 def examples_from_whole_texts(

@@ -11,7 +11,7 @@ from okd_lightning.divergences.base import Divergence
 from okd_lightning.divergences.log_arithmetic import finite, scaled_expm1
 from okd_lightning.divergences.logprob_pair import LogProbPair, Summands
 from okd_lightning.errors import ConfigError
-from okd_lightning.shapes import LogProbs, LogRatio, PerId, RatioValues
+from okd_lightning.records.shapes import LogProbs, LogRatio, PerId, RatioValues
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 
 from okd_lightning.divergences.log_arithmetic import widen
 from okd_lightning.divergences.logprob_pair import LogProbPair, Summands
-from okd_lightning.shapes import (
+from okd_lightning.records.shapes import (
     DrawnIds,
     IdMask,
     LogProbs,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from okd_lightning.divergences.base import Divergence
+from okd_lightning.divergences.named_classes import as_object
 from okd_lightning.errors import ConfigError
-from okd_lightning.named_classes import as_object
 
 _LOG_RATIOS = torch.linspace(-8.0, 8.0, 65, dtype=torch.float64).reshape(5, 13)
 _AT_ONE = 32

@@ -10,7 +10,7 @@ from okd_lightning.divergences.kl import ForwardKL, ReverseKL
 from okd_lightning.divergences.log_arithmetic import finite, mixture_log_ratios
 from okd_lightning.divergences.logprob_pair import LogProbPair, Summands
 from okd_lightning.errors import ConfigError
-from okd_lightning.shapes import LogProbs, LogRatio, PerId, RatioValues
+from okd_lightning.records.shapes import LogProbs, LogRatio, PerId, RatioValues
 
 
 @dataclass(frozen=True)

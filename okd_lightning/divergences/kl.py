@@ -10,7 +10,7 @@ import torch
 from okd_lightning.divergences.base import Divergence
 from okd_lightning.divergences.log_arithmetic import finite
 from okd_lightning.divergences.logprob_pair import LogProbPair, Summands
-from okd_lightning.shapes import LogProbs, LogRatio, PerId, RatioValues
+from okd_lightning.records.shapes import LogProbs, LogRatio, PerId, RatioValues
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from okd_lightning.shapes import LogProbs, LogRatio, RatioValues
+from okd_lightning.records.shapes import LogProbs, LogRatio, RatioValues
 
 THIN_SHARE = 1e-3
 """Below this share, log1p far from u = 1 would round a mixture's thin part away in float32."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from okd_lightning.divergences.log_arithmetic import THIN_SHARE
-from okd_lightning.shapes import LogProbs, LogRatio, PerId
+from okd_lightning.records.shapes import LogProbs, LogRatio, PerId
 
 _NO_PROBABILITY = -1e4
 """Nats; its exponential is 0 in every floating type."""

@@ -20,7 +20,7 @@ from okd_lightning.divergences.log_arithmetic import widen
 from okd_lightning.divergences.logprob_pair import LogProbPair, Summands
 from okd_lightning.divergences.tempered import Tempered
 from okd_lightning.errors import ConfigError
-from okd_lightning.shapes import (
+from okd_lightning.records.shapes import (
     DrawnIds,
     LogProbs,
     LogRatio,

@@ -8,6 +8,8 @@
 * ``side``, ``projection``: one model's half; its head forwards and backwards, tile by tile.
 * ``tiling``: how many positions are handled at once.
 * ``fused``: the training loss and its gradient from one pass over the tiles.
+* ``reduction``: the one division by the optimizer step's normaliser.
+* ``cpu_linear``: products with the head on CPUs, by oneDNN's kernels.
 * ``exact``: the measured quantities themselves, for evaluation and for terms over whole sequences.
 """
 

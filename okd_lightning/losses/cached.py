@@ -29,7 +29,7 @@ from okd_lightning.losses.quantities import (
     Quantity,
     Tile,
 )
-from okd_lightning.shapes import PositionValues
+from okd_lightning.records.shapes import PositionValues
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from okd_lightning.divergences import Divergence, LogProbPair
 from okd_lightning.divergences.top_k import merged
-from okd_lightning.shapes import LogProbs, OutcomeIds, PerId, PositionIds, PositionValues
+from okd_lightning.records.shapes import LogProbs, OutcomeIds, PerId, PositionIds, PositionValues
 
 ModelRole: TypeAlias = Literal["student", "teacher"]
 

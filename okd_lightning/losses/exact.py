@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from okd_lightning.losses.quantities import Quantity, Tile
 from okd_lightning.losses.side import Side
 from okd_lightning.losses.tiling import block_positions, slices, tile_size
-from okd_lightning.shapes import PositionIds, PositionValues
+from okd_lightning.records.shapes import PositionIds, PositionValues
 
 
 def measure(

@@ -28,8 +28,8 @@ from okd_lightning.losses.terms import (
     weighted_loss,
 )
 from okd_lightning.losses.tiling import block_positions, slices, tile_size
-from okd_lightning.records import LossOutput
-from okd_lightning.shapes import PositionIds
+from okd_lightning.records.batches import LossOutput
+from okd_lightning.records.shapes import PositionIds
 
 
 class _GradientInForward(torch.autograd.Function):

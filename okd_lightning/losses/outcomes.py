@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from okd_lightning.shapes import (
+from okd_lightning.records.shapes import (
     LogProbs,
     OutcomeLogProbs,
     PerId,

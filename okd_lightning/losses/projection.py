@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from okd_lightning.cpu_linear import has_fast_linear, matrix_product
+from okd_lightning.losses.cpu_linear import has_fast_linear, matrix_product
 from okd_lightning.losses.side import Side
 
 _HEADROOM = 64.0

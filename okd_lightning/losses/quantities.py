@@ -16,7 +16,7 @@ from torch import Tensor
 
 from okd_lightning.divergences import Divergence, ForwardKL, LogProbPair, as_divergence
 from okd_lightning.losses.closed_form import ModelRole, divergence_value, target_logprob
-from okd_lightning.shapes import PositionIds, PositionValues
+from okd_lightning.records.shapes import PositionIds, PositionValues
 
 
 class Tile:

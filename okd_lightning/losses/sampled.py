@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.shapes import PositionValues
+from okd_lightning.records.shapes import PositionValues
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from okd_lightning.shapes import PositionHidden
+from okd_lightning.records.shapes import PositionHidden
 
 
 @runtime_checkable

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses.quantities import Quantity
-from okd_lightning.records import SOURCES, DistillBatch, LossOutput, Source
-from okd_lightning.shapes import PositionMask, PositionValues
+from okd_lightning.records.batches import SOURCES, DistillBatch, LossOutput, Source
+from okd_lightning.records.shapes import PositionMask, PositionValues
 
 
 @dataclass(frozen=True)

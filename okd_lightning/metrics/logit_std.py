@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from okd_lightning.losses import ModelRole, Quantity, Tile
-from okd_lightning.shapes import PositionValues
+from okd_lightning.records.shapes import PositionValues
 
 
 def logit_std(logprobs: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from okd_lightning.cpu_linear import fast_linears
 from okd_lightning.errors import ConfigError
+from okd_lightning.losses.cpu_linear import fast_linears
 
 
 def recompute_activations(model: PreTrainedModel, option: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.errors import DataError, VocabularyError
-from okd_lightning.text_ids import TextEncoder
+from okd_lightning.models.text_ids import TextEncoder
 
 _PROBE = "The 3 quick foxes' naïve café — 12,345.60€!\n\tdef f(x): return x**2  # 中文 ✓"
 

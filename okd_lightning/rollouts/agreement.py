@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from okd_lightning.engines.engine import Author, Progress
 from okd_lightning.errors import PreemptedError, RolloutTimeoutError
-from okd_lightning.records import PromptBatch
-from okd_lightning.rollouts.engine import Author, Progress
+from okd_lightning.records.batches import PromptBatch
 
 _T = TypeVar("_T")
 _MOST_PROMPTS = 5

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from okd_lightning.records import DistillBatch, Example, PromptBatch, Rollout
+from okd_lightning.engines.engine import Author, ProgressFactory, Writer, silent_progress
+from okd_lightning.engines.noise import NoiseStream, hashed_uniform
+from okd_lightning.engines.sampling import Sampling
+from okd_lightning.records.batches import DistillBatch, Example, PromptBatch, Rollout
+from okd_lightning.records.rows import given_row, micro_batches, muted, share, written_rows
 from okd_lightning.rollouts.agreement import Agreement, naming_the_prompts
-from okd_lightning.rollouts.engine import Author, ProgressFactory, Writer, silent_progress
-from okd_lightning.rollouts.noise import NoiseStream, hashed_uniform
-from okd_lightning.rollouts.rows import given_row, micro_batches, muted, share, written_rows
-from okd_lightning.rollouts.sampling import Sampling
 
 _BATCH_ORDER = 0x42415443  # domain separation
 _EVALUATION_EPOCH = 2**31  # no training epoch has this number

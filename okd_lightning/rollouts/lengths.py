@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from okd_lightning.records import SOURCES, SampledCounts
+from okd_lightning.records.batches import SOURCES, SampledCounts
 
 _STUDENT = SOURCES.index("student")
 

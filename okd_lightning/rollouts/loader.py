@@ -19,21 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from okd_lightning.engines.engine import Author, ProgressFactory, Writer, silent_progress
+from okd_lightning.engines.noise import NoiseStream, hashed_uniform
+from okd_lightning.engines.sampling import Sampling
 from okd_lightning.errors import ConfigError
-from okd_lightning.records import DistillBatch, Example, PromptBatch, Rollout, TrainingRow
-from okd_lightning.rollouts.agreement import Agreement, StopRequest, naming_the_prompts
-from okd_lightning.rollouts.engine import (
-    Author,
-    ProgressFactory,
-    Writer,
-    silent_progress,
-)
-from okd_lightning.rollouts.lengths import RolloutLengths
-from okd_lightning.rollouts.loader_shape import LoaderShape
-from okd_lightning.rollouts.noise import NoiseStream, hashed_uniform
-from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan
-from okd_lightning.rollouts.resharing import RowKey, reshared, reshared_credits
-from okd_lightning.rollouts.rows import (
+from okd_lightning.records.batches import DistillBatch, Example, PromptBatch, Rollout, TrainingRow
+from okd_lightning.records.rows import (
     count_by_source,
     given_row,
     micro_batches,
@@ -42,7 +33,11 @@ from okd_lightning.rollouts.rows import (
     share,
     written_rows,
 )
-from okd_lightning.rollouts.sampling import Sampling
+from okd_lightning.rollouts.agreement import Agreement, StopRequest, naming_the_prompts
+from okd_lightning.rollouts.lengths import RolloutLengths
+from okd_lightning.rollouts.loader_shape import LoaderShape
+from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan
+from okd_lightning.rollouts.resharing import RowKey, reshared, reshared_credits
 from okd_lightning.rollouts.scoring import ChunkScorer, unscored
 from okd_lightning.rollouts.stored import (
     pack_credits,

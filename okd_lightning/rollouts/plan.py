@@ -10,11 +10,11 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from okd_lightning.engines.engine import Writer
+from okd_lightning.engines.noise import hashed_uniform
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term
-from okd_lightning.records import SOURCES, Source
-from okd_lightning.rollouts.engine import Writer
-from okd_lightning.rollouts.noise import hashed_uniform
+from okd_lightning.records.batches import SOURCES, Source
 
 _COIN = 0x434F494E  # domain separation: the coin and the sampling noise never share a key
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
-from okd_lightning.records import Rollout
-from okd_lightning.rollouts.engine import Author
+from okd_lightning.engines.engine import Author
+from okd_lightning.records.batches import Rollout
 
 RowKey: TypeAlias = tuple[int, int]
 """An optimizer step of the chunk, and the row's place in it over all ranks."""

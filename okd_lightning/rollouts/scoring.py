@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from okd_lightning.errors import RewardError
 from okd_lightning.losses import RowScorer, Term
-from okd_lightning.records import Example, Rollout
+from okd_lightning.records.batches import Example, Rollout
 from okd_lightning.rollouts.plan import acts_in
 
 

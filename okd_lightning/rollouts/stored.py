@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from okd_lightning.records import STOP_REASONS, Rollout
+from okd_lightning.records.batches import STOP_REASONS, Rollout
 
 
 def pack_rollout(rollout: Rollout) -> dict[str, Tensor]:

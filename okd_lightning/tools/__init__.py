@@ -2,6 +2,7 @@
 
 * ``base``: what a tool is, and plain Python functions as tools.
 * ``calculator``: arithmetic, without evaluating code.
+* ``tool_calls``: the calls in a response, in the forms that models write.
 * ``toolbox``: several tools by name; whatever goes wrong in a call becomes its result.
 """
 

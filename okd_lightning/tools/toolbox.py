@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.tool_calls import ToolCall
 from okd_lightning.tools.base import FunctionTool, Tool
+from okd_lightning.tools.tool_calls import ToolCall
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "string": str,

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 from torchmetrics import Metric
 
-from okd_lightning.loop_state import count_steps
 from okd_lightning.losses import DrawnLogProb, Measured, Quantity
 from okd_lightning.metrics import (
     adapted_measures,
@@ -15,8 +14,9 @@ from okd_lightning.metrics import (
     measure_metrics,
     measures,
 )
-from okd_lightning.records import SOURCES, DistillBatch
-from okd_lightning.rollouts.rows import generation_records
+from okd_lightning.records.batches import SOURCES, DistillBatch
+from okd_lightning.records.rows import generation_records
+from okd_lightning.training.loop_state import count_steps
 from okd_lightning.training.pair_module import PairModule
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from okd_lightning.engines import Blend, NoiseStream, Sampling, TransformersEngine, Writer
+from okd_lightning.engines.engine import Author, Progress
 from okd_lightning.errors import ConfigError
-from okd_lightning.records import PromptBatch, Rollout
-from okd_lightning.rollouts import Blend, NoiseStream, Sampling, TransformersEngine, Writer
-from okd_lightning.rollouts.engine import Author, Progress
+from okd_lightning.records.batches import PromptBatch, Rollout
 from okd_lightning.training.pair_module import PairModule
 
 

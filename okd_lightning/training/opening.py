@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from okd_lightning.losses import Term
-from okd_lightning.teacher_cache import prepare_cache
+from okd_lightning.training.cache_preparation import prepare_cache
 from okd_lightning.training.pair_module import PairModule
 
 

@@ -17,16 +17,21 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.loop_state import record_hparams
 from okd_lightning.losses import Term
-from okd_lightning.optimizer_settings import (
+from okd_lightning.models.schedules import ScheduleName, check_schedule
+from okd_lightning.training.loop_state import record_hparams
+from okd_lightning.training.measured_module import MeasuredModule
+from okd_lightning.training.optimizer_settings import (
     OptimizerSettings,
     check_own_scheduler,
     optimizer_settings,
 )
-from okd_lightning.optimizers import RateSchedule, build_optimizer, with_schedule, with_scheduler
-from okd_lightning.schedules import ScheduleName, check_schedule
-from okd_lightning.training.measured_module import MeasuredModule
+from okd_lightning.training.optimizers import (
+    RateSchedule,
+    build_optimizer,
+    with_schedule,
+    with_scheduler,
+)
 from okd_lightning.training.resumed_rates import (
     check_optimizer,
     groups_of,

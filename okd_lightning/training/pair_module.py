@@ -17,17 +17,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from okd_lightning.checkpoints.contents import allow_left_out
 from okd_lightning.checkpoints.folders import read_folders
+from okd_lightning.engines.engine import EngineSource
+from okd_lightning.engines.tool_rollouts import ToolRounds
 from okd_lightning.errors import ConfigError
 from okd_lightning.models import (
     DTypeName,
     GivenPair,
     ModelArgument,
     ModelSource,
-    OnlineModuleSettings,
-    SelfTeacher,
     add_adapter,
-    attach_online_module,
-    check_online_module,
     check_pair,
     check_precision,
     compile_blocks,
@@ -36,21 +34,23 @@ from okd_lightning.models import (
     find_tokenizer,
     load_checked,
     recompute_activations,
-    teacher_copy,
 )
-from okd_lightning.optimizers import float16_refusal
-from okd_lightning.rollouts.engine import EngineSource
-from okd_lightning.rollouts.tool_rollouts import ToolRounds
 from okd_lightning.sharding import Placement, WholeModels
-from okd_lightning.teacher_cache import (
+from okd_lightning.teachers import (
     CachedTeacher,
+    OnlineModuleSettings,
+    SelfTeacher,
     ServedTeacher,
     TeacherCache,
     TeacherServer,
+    attach_online_module,
     check_cached_teacher,
+    check_online_module,
     check_served_teacher,
+    teacher_copy,
 )
 from okd_lightning.training.frozen_parts import own_memory
+from okd_lightning.training.optimizers import float16_refusal
 from okd_lightning.training.pair_runs import PairRuns
 from okd_lightning.training.pair_sides import tried_model
 from okd_lightning.training.rank_agreement import weights_digest

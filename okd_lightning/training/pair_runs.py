@@ -14,6 +14,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from okd_lightning.engines import NoiseStream, RolloutEngine, Sampling, TransformersEngine
+from okd_lightning.engines.engine import Author, EngineSource, Progress
+from okd_lightning.engines.tool_rollouts import ToolEngine, ToolRounds
 from okd_lightning.losses import (
     Measured,
     Quantity,
@@ -23,19 +26,10 @@ from okd_lightning.losses import (
     measure,
     weighted_loss,
 )
-from okd_lightning.models import (
-    ModelSource,
-    SelfTeacher,
-    Vocabulary,
-    check_lengths,
-    load_model_config,
-)
-from okd_lightning.records import DistillBatch, PromptBatch, Rollout
-from okd_lightning.rollouts import NoiseStream, RolloutEngine, Sampling, TransformersEngine
-from okd_lightning.rollouts.engine import Author, EngineSource, Progress
-from okd_lightning.rollouts.tool_rollouts import ToolEngine, ToolRounds
+from okd_lightning.models import ModelSource, Vocabulary, check_lengths, load_model_config
+from okd_lightning.records.batches import DistillBatch, PromptBatch, Rollout
 from okd_lightning.sharding import Placement
-from okd_lightning.teacher_cache import CachedTeacher, ServedTeacher, cached_terms
+from okd_lightning.teachers import CachedTeacher, SelfTeacher, ServedTeacher, cached_terms
 from okd_lightning.training.frozen_parts import FrozenPartsModule
 from okd_lightning.training.pair_sides import PairSides
 

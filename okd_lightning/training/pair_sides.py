@@ -11,24 +11,14 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from okd_lightning.engines.engine import Author
+from okd_lightning.engines.memory import memory_of
 from okd_lightning.losses import Quantity, Side
-from okd_lightning.models import (
-    LMHead,
-    SelfTeacher,
-    Vocabulary,
-    WithinContext,
-    base_teacher,
-    detached,
-    hidden_at_loss,
-    in_eval_mode,
-    packs_rows,
-    say_row_groups,
-)
-from okd_lightning.records import DistillBatch
-from okd_lightning.rollouts.engine import Author
-from okd_lightning.rollouts.memory import memory_of
-from okd_lightning.sequences import Sequences
+from okd_lightning.models import LMHead, Vocabulary, hidden_at_loss, packs_rows, say_row_groups
+from okd_lightning.records.batches import DistillBatch
+from okd_lightning.records.sequences import Sequences
 from okd_lightning.sharding import Placement
+from okd_lightning.teachers import SelfTeacher, WithinContext, base_teacher, detached, in_eval_mode
 
 
 def tried_model(model: PreTrainedModel, packing: bool, role: Author) -> bool:

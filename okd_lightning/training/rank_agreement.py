@@ -18,13 +18,13 @@ import yaml
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from okd_lightning.config_paths import without_paths
 from okd_lightning.data.token_cache import tokenizer_digest
 from okd_lightning.errors import DifferingRanksError
 from okd_lightning.rollouts import RolloutLoader
+from okd_lightning.training.config_paths import without_paths
 
 if TYPE_CHECKING:
-    from okd_lightning.module import DistillationModule
+    from okd_lightning.training.module import DistillationModule
 
 _LIBRARIES = ("torch", "transformers", "lightning", "peft", "tokenizers", "okd-lightning")
 _SAMPLES = 256

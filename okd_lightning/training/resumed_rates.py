@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from okd_lightning.errors import CheckpointError
-from okd_lightning.optimizer_settings import OptimizerSettings
+from okd_lightning.training.optimizer_settings import OptimizerSettings
 
 Groups = Sequence[Mapping[str, Any]]
 

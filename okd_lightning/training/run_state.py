@@ -18,14 +18,14 @@ from okd_lightning.checkpoints.contents import (
 from okd_lightning.checkpoints.io import make_durable
 from okd_lightning.checkpoints.signature import run_signature
 from okd_lightning.errors import CheckpointError
-from okd_lightning.loop_state import settle_loops
-from okd_lightning.models import OnlineModuleSettings
-from okd_lightning.step_metrics import unlogged_row
+from okd_lightning.teachers import OnlineModuleSettings
 from okd_lightning.training.arguments import peft_config_of
+from okd_lightning.training.loop_state import settle_loops
+from okd_lightning.training.step_metrics import unlogged_row
 from okd_lightning.training.step_terms import kind_of
 
 if TYPE_CHECKING:
-    from okd_lightning.module import DistillationModule
+    from okd_lightning.training.module import DistillationModule
 
 
 def add_state(module: DistillationModule, checkpoint: dict[str, Any]) -> None:

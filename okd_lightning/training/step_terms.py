@@ -9,8 +9,8 @@ from torch import Tensor
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Quantity, Term, WeightedLoss, WeightedTerm
-from okd_lightning.records import SOURCES, DistillBatch, LossOutput
-from okd_lightning.reduction import Normalization, step_factor, step_tokens
+from okd_lightning.losses.reduction import Normalization, step_factor, step_tokens
+from okd_lightning.records.batches import SOURCES, DistillBatch, LossOutput
 from okd_lightning.rollouts.plan import acts_in
 
 

@@ -11,8 +11,8 @@ import random
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from okd_lightning.advantages import RougeL
-from okd_lightning.advantages.rouge import rouge_l
+from okd_lightning.rewards import RougeL
+from okd_lightning.rewards.rouge import rouge_l
 
 SENTENCE = "the cats cat were running runs run quickly on 3 mats, mat-like! (and) then slept. A's"
 

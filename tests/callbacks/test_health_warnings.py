@@ -23,18 +23,23 @@ from okd_lightning.callbacks import (
     OKD,
     OPD,
     SFT,
-    HealthWarnings,
     LastCheckpoint,
     Reward,
     Stage,
     TeacherDrift,
 )
 from okd_lightning.divergences import ReverseKL
+from okd_lightning.engines import NoiseStream, Sampling
+from okd_lightning.engines.transformers_engine import TransformersEngine
 from okd_lightning.errors import ConfigError
-from okd_lightning.records import PromptBatch
-from okd_lightning.rollouts import NoiseStream, Sampling
-from okd_lightning.rollouts.transformers_engine import TransformersEngine
-from okd_lightning.safeguards.vital_signs import Course, Surroundings, Thresholds, VitalSigns
+from okd_lightning.records.batches import PromptBatch
+from okd_lightning.training.safeguards.health_warnings import HealthWarnings
+from okd_lightning.training.safeguards.vital_signs import (
+    Course,
+    Surroundings,
+    Thresholds,
+    VitalSigns,
+)
 
 LONG = {"batch_size": 8, "max_response_length": 24}
 ALL = ("entropy", "tokens on average", "are cut at", "nats away", "drifts")

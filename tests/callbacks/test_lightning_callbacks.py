@@ -56,8 +56,8 @@ from torch import Tensor
 
 from okd_lightning import KD, OKD, DistillationModule, RolloutDataModule
 from okd_lightning.errors import ConfigError
-from okd_lightning.safeguards.models_first import ModelsFirst
 from okd_lightning.sharding import FSDP2Strategy
+from okd_lightning.training.safeguards.models_first import ModelsFirst
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

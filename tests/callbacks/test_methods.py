@@ -247,7 +247,7 @@ class HalfFinite(torch.nn.Module):
 
 def test_a_teacher_that_rules_ids_out_is_no_nan(tmp_path, tiny_pair, tiny_tokenizer):
     """Forward KL and JSD are finite there, and so is every gradient."""
-    from okd_lightning.module import DistillationModule
+    from okd_lightning.training.module import DistillationModule
 
     student, teacher = tiny_pair
     teacher.lm_head = HalfFinite(teacher.lm_head, [4, 5, 6])

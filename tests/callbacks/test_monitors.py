@@ -20,14 +20,12 @@ from lightning.pytorch.callbacks import Callback, LambdaCallback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
-from okd_lightning.answers import matches
 from okd_lightning.callbacks import (
     GKD,
     KD,
     SFT,
     DivergenceCallback,
     ExactMatch,
-    FiniteGuard,
     LastCheckpoint,
     RolloutLog,
     TeacherDrift,
@@ -36,7 +34,9 @@ from okd_lightning.callbacks import (
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import Divergence
 from okd_lightning.errors import ConfigError, NonFiniteError
-from okd_lightning.safeguards.step_intervals import StepIntervals
+from okd_lightning.rewards.answers import matches
+from okd_lightning.training.safeguards.finite_guard import FiniteGuard
+from okd_lightning.training.safeguards.step_intervals import StepIntervals
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig
 from okd_lightning.callbacks import KD, OKD
 from okd_lightning.divergences import ForwardKL, JensenShannon, ReverseKL, Tempered
 from okd_lightning.errors import ConfigError
-from okd_lightning.models import attach_online_module, base_teacher, head_inputs
-from okd_lightning.module import DistillationModule
+from okd_lightning.models import head_inputs
+from okd_lightning.teachers import attach_online_module, base_teacher
+from okd_lightning.training.module import DistillationModule
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT's use of transformers
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"

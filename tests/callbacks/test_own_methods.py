@@ -15,7 +15,7 @@ from okd_lightning.advantages import Advantage, reward_to_go
 from okd_lightning.callbacks import SFT, AdvantageCallback, DistillationCallback, Stage
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import DrawnLogProb, Entropy, Quantity
-from okd_lightning.reduction import loss_output
+from okd_lightning.losses.reduction import loss_output
 
 
 @pytest.fixture

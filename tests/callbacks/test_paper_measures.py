@@ -13,13 +13,13 @@ import tiny
 import torch
 from peft import LoraConfig
 
-from okd_lightning.advantages import rewards
 from okd_lightning.callbacks import OKD, SFT, PaperMeasures
-from okd_lightning.callbacks.paper_measures import _NOISE_EPOCH
+from okd_lightning.callbacks.measures.paper_measures import _NOISE_EPOCH
+from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.errors import ConfigError
-from okd_lightning.module import DistillationModule
-from okd_lightning.rollouts import NoiseStream, Sampling
+from okd_lightning.rewards import functions as rewards
 from okd_lightning.rollouts.evaluation import prompt_batch
+from okd_lightning.training.module import DistillationModule
 
 VAL = tiny.make_rows(9, seed=1)
 

@@ -17,14 +17,7 @@ import tiny
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from okd_lightning.advantages import (
-    Advantage,
-    AnswerMatch,
-    FDivergenceAdvantage,
-    RewardFunction,
-    RougeL,
-    baselined,
-)
+from okd_lightning.advantages import Advantage, FDivergenceAdvantage
 from okd_lightning.callbacks import (
     OPD,
     AdvantageCallback,
@@ -34,8 +27,9 @@ from okd_lightning.callbacks import (
     Stage,
 )
 from okd_lightning.divergences import ForwardKL, JensenShannon, ReverseKL, TopK
+from okd_lightning.engines import Sampling
 from okd_lightning.errors import ConfigError, RewardError
-from okd_lightning.rollouts import Sampling
+from okd_lightning.rewards import AnswerMatch, RewardFunction, RougeL, baselined
 
 DATASET, STUDENT, TEACHER = 0, 1, 2
 
@@ -417,7 +411,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, make_module):
 
 
 def test_a_reward_alone_needs_no_teacher(tmp_path, tiny_pair, tiny_tokenizer):
-    from okd_lightning.module import DistillationModule
+    from okd_lightning.training.module import DistillationModule
 
     module = DistillationModule(tiny_pair[0], tokenizer=tiny_tokenizer, learning_rate=1e-2)
     recorder = tiny.fit(tmp_path, module, [Reward(length_of)], tiny.make_rows(8))

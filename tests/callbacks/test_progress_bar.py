@@ -19,8 +19,8 @@ from parallel_runs import Killed, Killer
 from rich.console import Console
 
 from okd_lightning.callbacks import GKD, KD, LastCheckpoint
-from okd_lightning.callbacks.pace import Pace
-from okd_lightning.callbacks.progress_bar import RunProgressBar
+from okd_lightning.callbacks.monitors.pace import Pace
+from okd_lightning.callbacks.monitors.progress_bar import RunProgressBar
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError
 

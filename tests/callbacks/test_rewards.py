@@ -13,7 +13,7 @@ import tiny
 
 from okd_lightning.callbacks import KD, Reward
 from okd_lightning.errors import ConfigError, RewardError
-from okd_lightning.records import Example, Rollout
+from okd_lightning.records.batches import Example, Rollout
 from okd_lightning.rollouts.scoring import TermScorer
 
 

@@ -23,11 +23,11 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from okd_lightning.callbacks import GKD, KD, OKD, SFT, LastCheckpoint, SampleTable, Throughput
-from okd_lightning.callbacks.sample_views import Sample, samples_markdown, samples_table
+from okd_lightning.callbacks.monitors.sample_views import Sample, samples_markdown, samples_table
+from okd_lightning.engines import NoiseStream, Sampling
+from okd_lightning.engines.transformers_engine import TransformersEngine
 from okd_lightning.errors import ConfigError
-from okd_lightning.records import PromptBatch
-from okd_lightning.rollouts import NoiseStream, Sampling
-from okd_lightning.rollouts.transformers_engine import TransformersEngine
+from okd_lightning.records.batches import PromptBatch
 
 STEPS = {"max_epochs": -1, "max_steps": 7, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
 

@@ -8,7 +8,7 @@ import shelf
 import tiny
 
 from okd_lightning.callbacks import GKD, DistillationCallback
-from okd_lightning.module import DistillationModule
+from okd_lightning.training.module import DistillationModule
 
 LONGER = {"distillm": 105, "distillm2": 85, "minillm": 125, "topd": 95, "tropd": 70}
 """Lines below the docstring of a file whose paper has more than one idea."""

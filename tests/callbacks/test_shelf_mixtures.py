@@ -18,9 +18,9 @@ from peft import LoraConfig
 from shelf_reference import DATASET, STUDENT, TEACHER, at, check
 
 from okd_lightning.callbacks import Stage
+from okd_lightning.engines import EngineSource, TransformersEngine
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Tile
-from okd_lightning.rollouts import EngineSource, TransformersEngine
 
 
 @pytest.fixture

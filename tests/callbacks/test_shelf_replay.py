@@ -16,9 +16,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from okd_lightning.callbacks import LastCheckpoint
+from okd_lightning.engines import hashed_uniform
 from okd_lightning.errors import ConfigError
-from okd_lightning.records import PromptBatch, Rollout
-from okd_lightning.rollouts import KeptResponses, hashed_uniform
+from okd_lightning.records.batches import PromptBatch, Rollout
+from okd_lightning.rollouts import KeptResponses
 
 STUDENT = 1
 VAL = tiny.make_rows(4, seed=1)

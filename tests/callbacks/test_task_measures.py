@@ -23,7 +23,6 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import BinaryAccuracy
 from torchmetrics.text import CharErrorRate, CHRFScore
 
-from okd_lightning.advantages import RougeL, ToolCallMatch
 from okd_lightning.callbacks import (
     AvgAtK,
     ExactMatch,
@@ -32,13 +31,14 @@ from okd_lightning.callbacks import (
     TaskScore,
     ToolCallScore,
 )
-from okd_lightning.callbacks.answer_scores import _NOISE_EPOCH, Answers, sampled_prompts
-from okd_lightning.callbacks.avg_at_k import pass_at_k
-from okd_lightning.cli_arguments import load_config
+from okd_lightning.callbacks.measures.answer_scores import _NOISE_EPOCH, Answers, sampled_prompts
+from okd_lightning.callbacks.measures.avg_at_k import pass_at_k
+from okd_lightning.commands.cli_arguments import load_config
 from okd_lightning.data import RolloutDataModule
+from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.errors import ConfigError, RewardError
-from okd_lightning.records import Example, PromptBatch
-from okd_lightning.rollouts import NoiseStream, Sampling
+from okd_lightning.records.batches import Example, PromptBatch
+from okd_lightning.rewards import RougeL, ToolCallMatch
 
 K = 6
 

@@ -9,7 +9,8 @@ import tiny
 import torch
 from parallel_runs import run, spawn
 
-from okd_lightning.callbacks import GKD, HealthWarnings, SampleTable
+from okd_lightning.callbacks import GKD, SampleTable
+from okd_lightning.training.safeguards.health_warnings import HealthWarnings
 
 STRATEGIES = {"ddp": "ddp", "fsdp2": "fsdp2"}
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 from cli_workbench import QUIET, read_metrics, write_jsonl
 
-from okd_lightning.compare.budget import Budget
-from okd_lightning.compare.entries import read_entries
+from okd_lightning.commands.compare.budget import Budget
+from okd_lightning.commands.compare.entries import read_entries
 
 OWN = """
 from pathlib import Path

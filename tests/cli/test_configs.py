@@ -14,7 +14,7 @@ import pytest
 import yaml
 from cli_workbench import LENGTHS, QUIET, Assets, Result, metric_names, read_metrics
 
-from okd_lightning import cli_arguments
+from okd_lightning.commands import cli_arguments
 
 Type = Callable[..., Result]
 RUN = Path("run")

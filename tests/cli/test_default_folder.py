@@ -21,7 +21,7 @@ import soak
 import torch
 from cli_workbench import LENGTHS, QUIET, Assets, Result
 
-from okd_lightning.folder_lock import HOLDER_FILE, folder_lock
+from okd_lightning.checkpoints.folder_lock import HOLDER_FILE, folder_lock
 
 Type = Callable[..., Result]
 KD = ["--method", "KD", "--trainer.max_steps", "2", "--trainer.val_check_interval", "1"]

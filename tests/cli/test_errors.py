@@ -6,7 +6,7 @@
 import jsonargparse
 import pytest
 
-from okd_lightning.cli_errors import parse
+from okd_lightning.commands.cli_errors import parse
 from okd_lightning.errors import UsageError
 
 

@@ -24,7 +24,7 @@ from cli_workbench import QUIET, Assets, Result
 from okd_lightning.checkpoints import signature
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import CheckpointError, ConfigError
-from okd_lightning.module import DistillationModule
+from okd_lightning.training.module import DistillationModule
 
 Type = Callable[..., Result]
 RAN = Path("ran")
@@ -74,7 +74,12 @@ FORGED: dict[str, tuple[str, Any, str]] = {
     "a tool": ("data.tools", [{"class_path": "wicked.Tool"}], "wicked.Tool"),
     "a re-exported module": (
         "trainer.callbacks",
-        [callback("okd_lightning.callbacks.preemption.subprocess.Popen", args=["touch", "ran"])],
+        [
+            callback(
+                "okd_lightning.callbacks.monitors.preemption.subprocess.Popen",
+                args=["touch", "ran"],
+            )
+        ],
         "preemption.subprocess.Popen",
     ),
     "a function of lightning": (
@@ -99,7 +104,7 @@ FORGED: dict[str, tuple[str, Any, str]] = {
     "an unknown section": ("weights_only", False, "no run:weights_only"),
     "an engine": (
         "model.engine",
-        callback("okd_lightning.rollouts.VLLMServer", url="http://h", sync_folder="s"),
+        callback("okd_lightning.engines.VLLMServer", url="http://h", sync_folder="s"),
         "--model.engine",
     ),
     "a teacher's server": ("model.teacher_server", "http://h", "--model.teacher_server 'http://h'"),

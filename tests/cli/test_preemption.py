@@ -20,9 +20,9 @@ import pytest
 import torch
 from cli_workbench import QUIET, Assets, Result, assert_same_weights, read_metrics
 
-from okd_lightning.module import DistillationModule
 from okd_lightning.rollouts import RolloutLoader
 from okd_lightning.rollouts.evaluation import OwnResponses
+from okd_lightning.training.module import DistillationModule
 
 Fit = Callable[..., Result]
 RUN = Path("run")

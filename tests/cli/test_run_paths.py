@@ -15,8 +15,8 @@ import pytest
 import yaml
 from cli_workbench import LENGTHS, QUIET, Assets, Result
 
-from okd_lightning.config_paths import expand_home, relocate
 from okd_lightning.errors import ConfigError
+from okd_lightning.training.config_paths import expand_home, relocate
 
 Fit = Callable[..., Result]
 SHORT = ["--method", "KD", "--trainer.max_steps", "2", "--trainer.callbacks+=BestCheckpoint"]
@@ -88,7 +88,7 @@ CONFIG = {
         "teacher": "org/teacher",
         "teacher_cache": {"folder": "cache", "k": 4},
         "engine": {
-            "class_path": "okd_lightning.rollouts.VLLMServer",
+            "class_path": "okd_lightning.engines.VLLMServer",
             "init_args": {"url": "http://h"},
         },
     },

@@ -15,11 +15,17 @@ from types import SimpleNamespace
 import pytest
 from cli_workbench import Result
 
-from okd_lightning.compare.entries import Entry, read_entries
-from okd_lightning.compare.folder import MARKER, ComparisonFolder, Plan, RunFolder, comparison_lock
+from okd_lightning.checkpoints.folder_lock import folder_lock
+from okd_lightning.commands.compare.entries import Entry, read_entries
+from okd_lightning.commands.compare.folder import (
+    MARKER,
+    ComparisonFolder,
+    Plan,
+    RunFolder,
+    comparison_lock,
+)
+from okd_lightning.commands.export import _check_out
 from okd_lightning.errors import ConfigError, FolderInUseError, OutputError
-from okd_lightning.export import _check_out
-from okd_lightning.folder_lock import folder_lock
 
 PLAN = Plan((Entry("KD", {"method": "KD"}),), (0,), None, (), ())
 GOOD = {"methods": {"KD": {"method": "KD"}}, "seeds": [0], "budget": None}

@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM
 
 from okd_lightning.callbacks import GKD
 from okd_lightning.data import RolloutDataModule
-from okd_lightning.module import DistillationModule
-from okd_lightning.records import Rollout
-from okd_lightning.rollouts import VLLMServer
+from okd_lightning.engines import VLLMServer
+from okd_lightning.records.batches import Rollout
 from okd_lightning.tools import Calculator
+from okd_lightning.training.module import DistillationModule
 
 Fit = Callable[..., Result]
 LAST = Path("run/checkpoints/last.ckpt")

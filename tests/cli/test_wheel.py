@@ -82,7 +82,7 @@ def test_it_starts_where_it_is_installed(installed: Path) -> None:
 
 def test_it_finds_its_configs_by_name(installed: Path) -> None:
     code = (
-        "from okd_lightning.cli_arguments import packaged_configs, prepare\n"
+        "from okd_lightning.commands.cli_arguments import packaged_configs, prepare\n"
         "print(*packaged_configs())\n"
         f"print(all(str(p).startswith('{installed}') for p in packaged_configs().values()))\n"
         "print(prepare(['fit', '--config', 'tinystories'])[:2])"

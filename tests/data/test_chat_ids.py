@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from okd_lightning.data.chat_ids import encode_chats, encode_turns
 from okd_lightning.data.templates import ChatRenderer
-from okd_lightning.text_ids import TextEncoder
+from okd_lightning.models.text_ids import TextEncoder
 
 SPECIALS = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHAT = [

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from okd_lightning.data import Columns, load_rows
 from okd_lightning.data.examples import ExampleSet
 from okd_lightning.errors import ConfigError, DataError
-from okd_lightning.records import Example
+from okd_lightning.records.batches import Example
 
 EOS = 1  # "</s>" of the byte tokenizer
 GSM8K = Columns(prompt="question", response="answer")

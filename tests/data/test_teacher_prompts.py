@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import pytest
 
-from okd_lightning.collation import collate
 from okd_lightning.data.teacher_prompts import TeacherPrompts, teacher_prompts_from
 from okd_lightning.errors import ConfigError, DataError
-from okd_lightning.rollouts.rows import given_row
+from okd_lightning.records.collation import collate
+from okd_lightning.records.rows import given_row
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 CHAT = [

@@ -15,13 +15,13 @@ from tool_chats import END, call_of
 
 from okd_lightning.data import Columns, RolloutDataModule
 from okd_lightning.data.tool_turns import ToolTurns
+from okd_lightning.engines import NoiseStream, Sampling
+from okd_lightning.engines.tool_rollouts import Exchange, ToolEngine
 from okd_lightning.errors import ConfigError, DataError
-from okd_lightning.records import Chat
-from okd_lightning.rollouts import NoiseStream, Sampling
-from okd_lightning.rollouts.rows import given_row
-from okd_lightning.rollouts.tool_rollouts import Exchange, ToolEngine
-from okd_lightning.tool_calls import ToolCall
+from okd_lightning.records.batches import Chat
+from okd_lightning.records.rows import given_row
 from okd_lightning.tools import Calculator, Toolbox
+from okd_lightning.tools.tool_calls import ToolCall
 
 SCHEMAS = Toolbox([Calculator()]).schemas
 CALL = {"type": "function", "function": {"name": "calculator", "arguments": {"expression": "3*7"}}}

@@ -14,12 +14,12 @@ import tiny
 import torch
 
 from okd_lightning.callbacks import GKD, SFT
-from okd_lightning.collation import collate
-from okd_lightning.diagnose import gradients
-from okd_lightning.diagnose.gradients import GradientProbe, probed_parameters
-from okd_lightning.diagnose.steps import StepProbe, drift_between
+from okd_lightning.commands.diagnose import gradients
+from okd_lightning.commands.diagnose.gradients import GradientProbe, probed_parameters
+from okd_lightning.commands.diagnose.steps import StepProbe, drift_between
 from okd_lightning.divergences import ReverseKL
-from okd_lightning.records import SOURCES, TrainingRow
+from okd_lightning.records.batches import SOURCES, TrainingRow
+from okd_lightning.records.collation import collate
 
 
 def batch_of(seed: int, module=None):

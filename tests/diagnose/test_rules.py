@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from okd_lightning.diagnose import rules
-from okd_lightning.diagnose.findings import (
+from okd_lightning.commands.diagnose import rules
+from okd_lightning.commands.diagnose.findings import (
     Check,
     Cost,
     Diagnosis,

@@ -16,14 +16,14 @@ import torch
 from test_measuring import batch_of, logprobs_at_loss
 from test_rules import found
 
-from okd_lightning.collation import collate
-from okd_lightning.diagnose import rules
-from okd_lightning.diagnose.findings import Estimate, Trial
-from okd_lightning.diagnose.positions import Tokens
-from okd_lightning.diagnose.responses import Responses
-from okd_lightning.diagnose.steps import StepProbe
-from okd_lightning.diagnose.trials import ON_GIVEN, ON_OWN, change_of, run_trials
-from okd_lightning.records import TrainingRow
+from okd_lightning.commands.diagnose import rules
+from okd_lightning.commands.diagnose.findings import Estimate, Trial
+from okd_lightning.commands.diagnose.positions import Tokens
+from okd_lightning.commands.diagnose.responses import Responses
+from okd_lightning.commands.diagnose.steps import StepProbe
+from okd_lightning.commands.diagnose.trials import ON_GIVEN, ON_OWN, change_of, run_trials
+from okd_lightning.records.batches import TrainingRow
+from okd_lightning.records.collation import collate
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from process_state import unchanged_process
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from okd_lightning.__main__ import main
-from okd_lightning.quickstart.recipe import TEACHER_DIR, TRAIN_FILE, Recipe
+from okd_lightning.commands.quickstart.recipe import TEACHER_DIR, TRAIN_FILE, Recipe
 
 RUN = {
     "model": {"student": "STUDENT", "teacher": "TEACHER"},

@@ -22,8 +22,8 @@ from torch.optim import AdamW
 from transformers import TrainingArguments
 
 from okd_lightning import DistillationModule, RolloutDataModule, callbacks
-from okd_lightning.foreign_options import OTHERS, TRL, hint_for
-from okd_lightning.rollouts import Sampling, VLLMEngine, VLLMServer
+from okd_lightning.commands.foreign_options import OTHERS, TRL, hint_for
+from okd_lightning.engines import Sampling, VLLMEngine, VLLMServer
 
 TEXT = (ROOT / "docs" / "from_trl.md").read_text()
 

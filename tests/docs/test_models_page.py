@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from okd_lightning.module import DistillationModule
+from okd_lightning.training.module import DistillationModule
 
 PAGE = Path(__file__).parents[2] / "docs" / "concepts" / "models.md"
 pytestmark = pytest.mark.filterwarnings(

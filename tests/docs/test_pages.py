@@ -37,13 +37,13 @@ from lightning import Trainer
 
 from okd_lightning import KD, DistillationModule, RolloutDataModule
 from okd_lightning.__main__ import COMMANDS, main
-from okd_lightning.cli import DistillationCLI, quiet_libraries
-from okd_lightning.cli_arguments import prepare
-from okd_lightning.compare.command import compare_parser
-from okd_lightning.diagnose.command import diagnose_parser
+from okd_lightning.commands.cli import DistillationCLI, quiet_libraries
+from okd_lightning.commands.cli_arguments import prepare
+from okd_lightning.commands.compare.command import compare_parser
+from okd_lightning.commands.diagnose.command import diagnose_parser
+from okd_lightning.commands.export_command import export_parser
+from okd_lightning.commands.quickstart.command import quickstart_parser, with_default_method
 from okd_lightning.errors import OKDLightningError
-from okd_lightning.export_command import export_parser
-from okd_lightning.quickstart.command import quickstart_parser, with_default_method
 
 LANGUAGES = {"bash", "json", "python", "text", "yaml"}
 NUM_NOT_RUN = {

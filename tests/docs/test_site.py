@@ -23,7 +23,7 @@ import pytest
 from doc_pages import ROOT
 
 from okd_lightning.__main__ import COMMANDS
-from okd_lightning.cli_arguments import packaged_configs
+from okd_lightning.commands.cli_arguments import packaged_configs
 from okd_lightning.metrics import measure_metrics
 
 needs_mkdocs = pytest.mark.skipif(

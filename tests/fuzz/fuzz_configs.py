@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 from fuzz_program import Bench, Case
 
-from okd_lightning.answers import answer_pattern, final_answer
-from okd_lightning.cli_arguments import load_config, prepare, read_comments_as_text
-from okd_lightning.given_options import parsed
-from okd_lightning.math_answers import is_same_answer
-from okd_lightning.rollouts.vllm_server import VLLMServer
-from okd_lightning.tool_calls import match_tool_calls, parse_tool_calls
+from okd_lightning.commands.cli_arguments import load_config, prepare, read_comments_as_text
+from okd_lightning.commands.given_options import parsed
+from okd_lightning.engines.vllm_server import VLLMServer
+from okd_lightning.rewards.answers import answer_pattern, final_answer
+from okd_lightning.rewards.math_answers import is_same_answer
+from okd_lightning.tools.tool_calls import match_tool_calls, parse_tool_calls
 
 _LAUGHS = "a0: &a0 [x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)

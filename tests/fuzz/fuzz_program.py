@@ -33,8 +33,8 @@ from cli_workbench import make_tokenizer, save_model  # noqa: E402
 from okd_lightning.callbacks import SFT  # noqa: E402
 from okd_lightning.data import RolloutDataModule  # noqa: E402
 from okd_lightning.errors import OKDLightningError  # noqa: E402
-from okd_lightning.lightning_messages import keep_messages_printable  # noqa: E402
-from okd_lightning.module import DistillationModule  # noqa: E402
+from okd_lightning.training.lightning_messages import keep_messages_printable  # noqa: E402
+from okd_lightning.training.module import DistillationModule  # noqa: E402
 
 KINDS = ("rows", "templates", "model_folders", "server_answers", "configs")
 SECONDS = 60.0

@@ -12,9 +12,9 @@ from fuzz_program import Bench, Case
 from raw_server import Reply, as_json, head, raw_server, whole
 
 from okd_lightning.endpoint import Endpoint
+from okd_lightning.engines.vllm_client import VLLMClient
 from okd_lightning.models import Vocabulary
-from okd_lightning.teacher_cache import ServedTeacher, TeacherServer
-from okd_lightning.vllm_client import VLLMClient
+from okd_lightning.teachers import ServedTeacher, TeacherServer
 
 _PROMPT = [3, 4, 5]
 _K = 4

@@ -18,8 +18,8 @@ from parallel_runs import Killed, Killer, spawn
 from peft import LoraConfig
 
 from okd_lightning.callbacks import GKD, OKD, DistillationCallback, LastCheckpoint
-from okd_lightning.module import DistillationModule
 from okd_lightning.sharding import FSDP2Strategy
+from okd_lightning.training.module import DistillationModule
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}

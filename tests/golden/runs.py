@@ -32,10 +32,10 @@ from okd_lightning.callbacks import (
     Stage,
 )
 from okd_lightning.divergences import ForwardKL, JensenShannon, TopK
-from okd_lightning.module import DistillationModule
-from okd_lightning.rollouts import Sampling
-from okd_lightning.teacher_cache import TeacherCache
+from okd_lightning.engines import Sampling
+from okd_lightning.teachers import TeacherCache
 from okd_lightning.tools import Calculator
+from okd_lightning.training.module import DistillationModule
 
 STEPS = 4
 

@@ -38,9 +38,9 @@ from okd_lightning.losses import (
     tiling,
     weighted_loss,
 )
+from okd_lightning.losses.reduction import loss_output
 from okd_lightning.models import LMHead, Vocabulary
-from okd_lightning.records import LossOutput
-from okd_lightning.reduction import loss_output
+from okd_lightning.records.batches import LossOutput
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,8 @@ from okd_lightning.losses import (
     fused_loss,
     pack_outcomes,
 )
-from okd_lightning.records import LossOutput
-from okd_lightning.reduction import loss_output
+from okd_lightning.losses.reduction import loss_output
+from okd_lightning.records.batches import LossOutput
 
 NUM_ROWS, NUM_IDS = 3, 501
 

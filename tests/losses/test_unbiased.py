@@ -19,11 +19,11 @@ from divergence_cases import CASES
 from torch import Tensor
 
 from okd_lightning.callbacks import GKD, OPD, OPDPlus
-from okd_lightning.collation import collate
 from okd_lightning.divergences import Divergence, ForwardKL, JensenShannon, ReverseKL, TopK
 from okd_lightning.losses import Measured, Tile
-from okd_lightning.records import DistillBatch, SampledCounts, TrainingRow
-from okd_lightning.reduction import Normalization
+from okd_lightning.losses.reduction import Normalization
+from okd_lightning.records.batches import DistillBatch, SampledCounts, TrainingRow
+from okd_lightning.records.collation import collate
 
 NUM_IDS, END, LONGEST = 3, 2, 3
 MEAN = 1.7

@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from okd_lightning.callbacks import KD, OKD
+from okd_lightning.commands.export import export_student
 from okd_lightning.errors import ConfigError, ModelError, ModelNotFoundError
-from okd_lightning.export import export_student
 from okd_lightning.models import load_causal_lm, load_model_config, load_tokenizer
-from okd_lightning.module import DistillationModule
+from okd_lightning.training.module import DistillationModule
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 IDS = torch.tensor([[3, 7, 11, 5, 18]])

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BertConfig
 
 from okd_lightning.errors import ModelError
 from okd_lightning.models import check_causal
-from okd_lightning.module import DistillationModule
+from okd_lightning.training.module import DistillationModule
 
 
 def make_bert(is_decoder: bool = False, std: float = 0.02):

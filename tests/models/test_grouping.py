@@ -18,19 +18,13 @@ from peft import LoraConfig, PrefixTuningConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from okd_lightning.callbacks import KD, OKD
+from okd_lightning.engines import Blend, NoiseStream, Sampling, TransformersEngine
 from okd_lightning.errors import ModelError
-from okd_lightning.models import (
-    Vocabulary,
-    attach_online_module,
-    base_teacher,
-    hidden_at_loss,
-    recompute_activations,
-    row_groups,
-)
+from okd_lightning.models import Vocabulary, hidden_at_loss, recompute_activations, row_groups
 from okd_lightning.models.grouping import ANY_ROWS, RowGroups
-from okd_lightning.records import PromptBatch
-from okd_lightning.rollouts import Blend, NoiseStream, Sampling, TransformersEngine
-from okd_lightning.sequences import Sequences
+from okd_lightning.records.batches import PromptBatch
+from okd_lightning.records.sequences import Sequences
+from okd_lightning.teachers import attach_online_module, base_teacher
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT's use of transformers
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"

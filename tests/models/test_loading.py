@@ -28,7 +28,7 @@ from okd_lightning.models import (
     load_model_config,
     load_tokenizer,
 )
-from okd_lightning.module import DistillationModule
+from okd_lightning.training.module import DistillationModule
 
 LLAMA = {
     "model_type": "llama",

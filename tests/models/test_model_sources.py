@@ -29,7 +29,7 @@ from okd_lightning.models import (
     max_positions,
 )
 from okd_lightning.models.sources import Source, locate
-from okd_lightning.module import DistillationModule
+from okd_lightning.training.module import DistillationModule
 
 STUDENT = "--model.student"
 REVISIONS = {"main": "a" * 40, "v2": "b" * 40, "refs/pr/3": "c" * 40}

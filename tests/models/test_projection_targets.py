@@ -12,8 +12,8 @@ import torch
 from peft import IA3Config, LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from okd_lightning.models.online_module import attach_online_module
 from okd_lightning.models.projection_targets import FUSED_NAMES, fused_layout, key_rows
+from okd_lightning.teachers.online_module import attach_online_module
 
 COMMON = {
     "vocab_size": 23,

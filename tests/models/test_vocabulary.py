@@ -20,7 +20,7 @@ from okd_lightning.callbacks import GKD, KD
 from okd_lightning.divergences import Jeffreys, JensenShannon
 from okd_lightning.errors import DataError, VocabularyError
 from okd_lightning.models import Vocabulary, check_vocabulary_agreement
-from okd_lightning.module import DistillationModule
+from okd_lightning.training.module import DistillationModule
 
 
 def with_a_gap() -> PreTrainedTokenizerFast:

@@ -22,8 +22,8 @@ from okd_lightning.models import load_causal_lm, load_model_config
 from okd_lightning.models.deferred import deferred_weights
 from okd_lightning.models.sources import locate
 from okd_lightning.models.weight_files import WeightFiles
-from okd_lightning.module import DistillationModule
 from okd_lightning.sharding.loading import fill_from_files
+from okd_lightning.training.module import DistillationModule
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 from okd_lightning import GKD, KD, SFT, DistillationModule, RolloutDataModule
 from okd_lightning.__main__ import main
 from okd_lightning.callbacks import ExactMatch
-from okd_lightning.quickstart.command import with_default_method
-from okd_lightning.quickstart.recipe import TEACHER_DIR, TRAIN_FILE, VAL_FILE, Recipe
-from okd_lightning.quickstart.run import Quickstart
+from okd_lightning.commands.quickstart.command import with_default_method
+from okd_lightning.commands.quickstart.recipe import TEACHER_DIR, TRAIN_FILE, VAL_FILE, Recipe
+from okd_lightning.commands.quickstart.run import Quickstart
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:lightning"),

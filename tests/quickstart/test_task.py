@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from okd_lightning.quickstart import task
+from okd_lightning.commands.quickstart import task
 
 
 def _reference_answer(prompt):

@@ -8,8 +8,13 @@ The committed folder is what the code makes, and ``AutoTokenizer`` reads it.
 import pytest
 from transformers import AutoTokenizer
 
-from okd_lightning.quickstart.task import draw_problems
-from okd_lightning.quickstart.tokenizer import ALPHABET, TOKENIZER_DIR, build_tokenizer, main
+from okd_lightning.commands.quickstart.task import draw_problems
+from okd_lightning.commands.quickstart.tokenizer import (
+    ALPHABET,
+    TOKENIZER_DIR,
+    build_tokenizer,
+    main,
+)
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,11 @@ from served_models import STUDENT, TEACHER
 from vllm_proxy import ask, restore
 
 from okd_lightning.callbacks import GKD
+from okd_lightning.engines import NoiseStream, Sampling, VLLMServer
 from okd_lightning.models import Vocabulary
-from okd_lightning.module import DistillationModule
-from okd_lightning.records import PromptBatch
-from okd_lightning.rollouts import NoiseStream, Sampling, VLLMServer
-from okd_lightning.teacher_cache import TeacherServer
+from okd_lightning.records.batches import PromptBatch
+from okd_lightning.teachers import TeacherServer
+from okd_lightning.training.module import DistillationModule
 
 pytestmark = pytest.mark.real_vllm
 

@@ -19,9 +19,9 @@ from served_models import STUDENT, TEACHER
 
 from okd_lightning.callbacks import GKD, OPD, LastCheckpoint, OPDPlus
 from okd_lightning.divergences import JensenShannon, TopK
-from okd_lightning.module import DistillationModule
-from okd_lightning.rollouts import VLLMServer
-from okd_lightning.teacher_cache import TeacherServer
+from okd_lightning.engines import VLLMServer
+from okd_lightning.teachers import TeacherServer
+from okd_lightning.training.module import DistillationModule
 
 pytestmark = pytest.mark.real_vllm
 

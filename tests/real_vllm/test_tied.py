@@ -18,10 +18,10 @@ from served_models import TEACHER, TIED
 from vllm_servers import Server
 
 from okd_lightning.callbacks import OPDPlus
+from okd_lightning.engines import VLLMServer
 from okd_lightning.errors import ServerError
-from okd_lightning.module import DistillationModule
-from okd_lightning.rollouts import VLLMServer
-from okd_lightning.teacher_cache import TeacherServer
+from okd_lightning.teachers import TeacherServer
+from okd_lightning.training.module import DistillationModule
 
 pytestmark = pytest.mark.real_vllm
 

@@ -12,10 +12,10 @@ import served_models
 import tiny
 import torch
 
+from okd_lightning.engines import NoiseStream, Sampling, VLLMEngine
 from okd_lightning.errors import ConfigError
 from okd_lightning.models import Vocabulary
-from okd_lightning.records import PromptBatch
-from okd_lightning.rollouts import NoiseStream, Sampling, VLLMEngine
+from okd_lightning.records.batches import PromptBatch
 
 pytestmark = [
     pytest.mark.real_vllm,

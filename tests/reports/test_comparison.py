@@ -16,7 +16,7 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from okd_lightning.reports import (
+from okd_lightning.commands.reports import (
     Point,
     RunResult,
     comparison_table,
@@ -24,7 +24,7 @@ from okd_lightning.reports import (
     plot_comparison,
     reading,
 )
-from okd_lightning.reports.spread import Spread, difference
+from okd_lightning.commands.reports.spread import Spread, difference
 
 KL, AGREEMENT = "val/forward_kl", "val/agreement"
 BEFORE = {KL: 1.0, AGREEMENT: 0.5}

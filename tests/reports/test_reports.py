@@ -12,7 +12,7 @@ import json
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from okd_lightning.reports import (
+from okd_lightning.commands.reports import (
     Answer,
     Point,
     RunResult,

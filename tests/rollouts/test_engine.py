@@ -16,9 +16,9 @@ import tiny
 import torch
 from architectures import build
 
+from okd_lightning.engines import NoiseStream, Sampling, TransformersEngine
 from okd_lightning.models import Vocabulary, recompute_activations
-from okd_lightning.records import PromptBatch
-from okd_lightning.rollouts import NoiseStream, Sampling, TransformersEngine
+from okd_lightning.records.batches import PromptBatch
 
 GREEDY = Sampling(temperature=0)
 

@@ -19,12 +19,12 @@ import torch
 from architectures import ARCHITECTURES, SMALL, build
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from okd_lightning import cpu_linear
+from okd_lightning.engines import Blend, NoiseStream, Sampling, TransformersEngine, kv_cache
+from okd_lightning.engines import transformers_engine as engine_module
+from okd_lightning.losses import cpu_linear
 from okd_lightning.models import Vocabulary
-from okd_lightning.records import PromptBatch, Rollout
-from okd_lightning.rollouts import Blend, NoiseStream, Sampling, TransformersEngine, kv_cache
-from okd_lightning.rollouts import transformers_engine as engine_module
-from okd_lightning.rollouts.rows import rollout_metrics
+from okd_lightning.records.batches import PromptBatch, Rollout
+from okd_lightning.records.rows import rollout_metrics
 
 NUM_IDS = 20
 EOS_IDS = (1, 7)

@@ -17,9 +17,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from okd_lightning.engines import Sampling
 from okd_lightning.errors import ConfigError
-from okd_lightning.records import SOURCES, Example, Rollout, SampledCounts
-from okd_lightning.rollouts import LoaderShape, RolloutLoader, RolloutPlan, Sampling
+from okd_lightning.records.batches import SOURCES, Example, Rollout, SampledCounts
+from okd_lightning.rollouts import LoaderShape, RolloutLoader, RolloutPlan
 
 
 def make_examples(num: int) -> list[Example]:

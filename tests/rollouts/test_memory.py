@@ -28,8 +28,8 @@ from test_engine_reference import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from okd_lightning.rollouts import Blend, NoiseStream, Sampling
-from okd_lightning.rollouts.memory import memory_of
+from okd_lightning.engines import Blend, NoiseStream, Sampling
+from okd_lightning.engines.memory import memory_of
 
 SMALL_DECODER = {
     "vocab_size": 23,
@@ -112,7 +112,7 @@ def test_generation_is_that_of_whole_passes(name, sampling):
 
 def test_whole_passes_in_pieces_and_with_limits(monkeypatch):
     model, prompts = make("openai-gpt"), prompts_of(LENGTHS)
-    monkeypatch.setattr("okd_lightning.rollouts.whole_passes._PASS_TOKENS", 11)
+    monkeypatch.setattr("okd_lightning.engines.whole_passes._PASS_TOKENS", 11)
     rollout = check(model, prompts)
     assert rollout.num_row_steps == rollout.num_tokens
     limits = replace(prompts, limits=(2,) * len(prompts))

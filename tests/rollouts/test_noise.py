@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from okd_lightning.rollouts import NoiseStream, hashed_uniform
-from okd_lightning.rollouts.noise import hashed_choice
+from okd_lightning.engines import NoiseStream, hashed_uniform
+from okd_lightning.engines.noise import hashed_choice
 
 NUM = 20_000
 

@@ -14,11 +14,11 @@ import tiny
 import torch
 from fake_vllm_server import FakeVLLM, serving
 
+from okd_lightning.engines import NoiseStream, Sampling
+from okd_lightning.engines.vllm_server import VLLMServer
 from okd_lightning.errors import ConfigError, ServerError
 from okd_lightning.models import Vocabulary
-from okd_lightning.records import PromptBatch
-from okd_lightning.rollouts import NoiseStream, Sampling
-from okd_lightning.rollouts.vllm_server import VLLMServer
+from okd_lightning.records.batches import PromptBatch
 
 VOCABULARY = Vocabulary.of(tiny.make_tokenizer())
 NOISE, SAMPLING = NoiseStream(3, 0), Sampling()

@@ -19,10 +19,10 @@ from fake_vllm_server import FakeVLLM, serving
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from okd_lightning.engines import NoiseStream, Sampling, VLLMServer
 from okd_lightning.errors import ServerError
 from okd_lightning.models import Vocabulary
-from okd_lightning.records import PromptBatch
-from okd_lightning.rollouts import NoiseStream, Sampling, VLLMServer
+from okd_lightning.records.batches import PromptBatch
 
 VOCABULARY = Vocabulary.of(tiny.make_tokenizer())
 PROMPTS = PromptBatch(((3, 4), (5,), (6, 7, 8)), (0, 1, 2), (0, 0, 0))

@@ -17,13 +17,13 @@ import tool_chats
 import torch
 from tool_chats import call_of
 
-from okd_lightning.collation import collate
+from okd_lightning.engines import NoiseStream, Sampling, TransformersEngine
+from okd_lightning.engines.tool_rollouts import ToolEngine
 from okd_lightning.models import Vocabulary
-from okd_lightning.records import PromptBatch
-from okd_lightning.rollouts import NoiseStream, Sampling, TransformersEngine
-from okd_lightning.rollouts.rows import generation_records, rollout_metrics, written_row
+from okd_lightning.records.batches import PromptBatch
+from okd_lightning.records.collation import collate
+from okd_lightning.records.rows import generation_records, rollout_metrics, written_row
 from okd_lightning.rollouts.stored import pack_rollout, unpack_rollout
-from okd_lightning.rollouts.tool_rollouts import ToolEngine
 
 END = "<|im_end|>"
 
@@ -235,7 +235,7 @@ def test_rows_metrics_records_and_state(tokenizer):
 
 
 def test_records_show_who_wrote_what(tokenizer):
-    from okd_lightning.records import Example
+    from okd_lightning.records.batches import Example
 
     script = [f"{call_of('3*7')}{END}", f"21{END}"]
     rollout, _ = tool_chats.run(tokenizer, {0: script}, max_turns=2)

@@ -20,11 +20,11 @@ import torch
 from fake_vllm_module import LLM, make_modules
 from safetensors.torch import load_file
 
+from okd_lightning.engines import NoiseStream, Sampling
+from okd_lightning.engines.vllm_engine import VLLMEngine
 from okd_lightning.errors import ConfigError, ServerError
 from okd_lightning.models import Vocabulary
-from okd_lightning.records import PromptBatch
-from okd_lightning.rollouts import NoiseStream, Sampling
-from okd_lightning.rollouts.vllm_engine import VLLMEngine
+from okd_lightning.records.batches import PromptBatch
 
 VOCABULARY = Vocabulary.of(tiny.make_tokenizer())
 PROMPTS = PromptBatch(((3, 4), (5,), (6, 7, 8), (3, 4)), (0, 1, 2, 0), (0, 0, 0, 1))

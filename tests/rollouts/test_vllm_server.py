@@ -23,12 +23,12 @@ from served_models import STUDENT, make_student
 from vllm_proxy import ForwardedVLLM, restore
 
 from okd_lightning.endpoint import in_parallel
+from okd_lightning.engines import NoiseStream, Sampling
+from okd_lightning.engines.vllm_server import VLLMServer
+from okd_lightning.engines.weights import weights_label
 from okd_lightning.errors import ConfigError, ServerError, ServerTimeoutError
 from okd_lightning.models import Vocabulary, add_adapter, merge_adapters
-from okd_lightning.records import PromptBatch
-from okd_lightning.rollouts import NoiseStream, Sampling
-from okd_lightning.rollouts.vllm_server import VLLMServer
-from okd_lightning.rollouts.weights import weights_label
+from okd_lightning.records.batches import PromptBatch
 
 VOCABULARY = Vocabulary.of(tiny.make_tokenizer())
 NOISE = NoiseStream(3, 0)

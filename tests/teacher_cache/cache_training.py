@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from okd_lightning.teacher_cache import TeacherCache
+from okd_lightning.teachers import TeacherCache
 
 ROWS, VAL = tiny.make_rows(22), tiny.make_rows(6, seed=2)
 ALL = tiny.NUM_IDS

@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedModel
 
 import okd_lightning.training.pair_module
-from okd_lightning.teacher_cache import CachedTeacher
+from okd_lightning.teachers import CachedTeacher
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ import okd_lightning.training.pair_module
 from okd_lightning.callbacks import KD
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import CacheError
-from okd_lightning.module import DistillationModule
-from okd_lightning.teacher_cache import CachedTeacher, TeacherCache
-from okd_lightning.teacher_cache.store import Entry
+from okd_lightning.teachers import CachedTeacher, TeacherCache
+from okd_lightning.teachers.store import Entry
+from okd_lightning.training.module import DistillationModule
 
 
 def run(root: Path, devices: int, cache: Path) -> dict:

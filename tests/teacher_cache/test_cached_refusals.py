@@ -23,7 +23,7 @@ from okd_lightning.callbacks import (
 )
 from okd_lightning.divergences import ReverseKL, TopK
 from okd_lightning.errors import CacheError, ConfigError
-from okd_lightning.teacher_cache import TeacherCache
+from okd_lightning.teachers import TeacherCache
 
 
 class Adapted(DivergenceCallback):

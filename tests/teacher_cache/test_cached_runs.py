@@ -26,8 +26,8 @@ from okd_lightning.callbacks import (
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import JensenShannon, ReverseKL, TopK
 from okd_lightning.losses import DrawnLogProb, DrawnOutcome
-from okd_lightning.module import DistillationModule
-from okd_lightning.reduction import loss_output
+from okd_lightning.losses.reduction import loss_output
+from okd_lightning.training.module import DistillationModule
 
 
 class Scored(GKD):

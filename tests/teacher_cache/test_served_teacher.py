@@ -16,12 +16,12 @@ import tiny
 import torch
 from fake_vllm_server import FakeVLLM, serving
 
-from okd_lightning.advantages import AnswerMatch
 from okd_lightning.callbacks import GKD, KD, OKD, OPD, SFT, OPDPlus, PaperMeasures, Reward
 from okd_lightning.divergences import ForwardKL, JensenShannon, ReverseKL, TopK
 from okd_lightning.errors import ConfigError, ServerError, ServerTimeoutError, VocabularyError
 from okd_lightning.losses import Entropy
-from okd_lightning.teacher_cache import TeacherServer
+from okd_lightning.rewards import AnswerMatch
+from okd_lightning.teachers import TeacherServer
 
 
 class Curious(KD):

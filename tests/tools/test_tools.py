@@ -12,8 +12,8 @@ import pytest
 import tool_chats
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.tool_calls import ToolCall
 from okd_lightning.tools import Calculator, FunctionTool, Tool, Toolbox
+from okd_lightning.tools.tool_calls import ToolCall
 
 VALUES = {
     "1+1": "2",

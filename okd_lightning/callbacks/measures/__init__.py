@@ -1,0 +1,1 @@
+"""Measures: what scores the student's responses in validation and tests."""

@@ -1,0 +1,219 @@
+"""What all task measures share: the student answers the prompts of a set, and answers are scored.
+
+Prompts are shared over the ranks; the noise of a sample depends on the seed, the row's number in
+its data set and the sample's number alone, so that neither ranks nor batches change a number.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning
+import torch
+
+from okd_lightning.callbacks.measures.evaluation import EvaluationCallback
+from okd_lightning.data import RolloutDataModule
+from okd_lightning.data.progress import rollout_progress
+from okd_lightning.engines import NoiseStream, Sampling
+from okd_lightning.engines.engine import Author
+from okd_lightning.errors import ConfigError, RewardError
+from okd_lightning.records.batches import Example, PromptBatch, Rollout
+from okd_lightning.records.rows import share
+from okd_lightning.rollouts.agreement import naming_the_prompts
+from okd_lightning.rollouts.evaluation import prompt_batch
+from okd_lightning.training.module import DistillationModule
+
+_NOISE_EPOCH = 2**31 + 2  # no training epoch and no other evaluation has this number
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Some prompts, and what the student has answered.
+
+    Attributes:
+        examples: The prompts with their references.
+        turns: What it wrote itself, by example and by sample: the texts of its turns, of which
+            there are several where it called tools.
+    """
+
+    examples: Sequence[Example]
+    turns: Sequence[Sequence[Sequence[str]]]
+
+    def texts(self, sample: int, is_last_turn: bool) -> list[str]:
+        """One answer an example: its last turn, or all of them with a line break between."""
+        rows = [samples[sample] for samples in self.turns]
+        return ["\n".join(turns[-1:] if is_last_turn else turns) for turns in rows]
+
+    @property
+    def prompts(self) -> list[str]:
+        """As text."""
+        return [example.prompt for example in self.examples]
+
+    @property
+    def references(self) -> list[str]:
+        """The data set's own responses."""
+        return [example.response for example in self.examples]
+
+
+class AnswerScores(EvaluationCallback):
+    """Has the student answer prompts, and logs the means over them of what ``score`` says.
+
+    A complete subclass:
+
+        class Length(AnswerScores):
+            measured = ("answer_length",)
+
+            def score(self, answers):
+                return {"answer_length": [len(text) for text in answers.texts(0, True)]}
+
+    Args:
+        num_prompts: How many prompts of the set, from its start; None for all.
+        num_val_prompts: Fewer in validation, where measuring must not hold up a run; None for as
+            many as in test.
+
+    Raises:
+        ConfigError: No prompts at all, or more in validation than otherwise.
+    """
+
+    num_samples: int = 1
+    sampling: Sampling = Sampling(temperature=0)
+    seed: int = 0
+
+    def __init__(self, num_prompts: int | None = None, num_val_prompts: int | None = None) -> None:
+        limits = {"num_prompts": num_prompts, "num_val_prompts": num_val_prompts}
+        for name, limit in limits.items():
+            if limit is not None and limit < 1:
+                raise ConfigError(f"{name} must be at least 1, got {limit}")
+        if num_prompts is not None and (num_val_prompts or 1) > num_prompts:
+            raise ConfigError(
+                f"num_val_prompts {num_val_prompts} is above num_prompts {num_prompts}, which "
+                "holds for validation too; raise num_prompts or leave it out"
+            )
+        self._limits = {"test": num_prompts, "val": num_val_prompts or num_prompts}
+
+    @abstractmethod
+    def score(self, answers: Answers) -> Mapping[str, Sequence[float]]:
+        """Score this rank's answers.
+
+        Returns:
+            Numbers by name (those of ``measured``), one an example; NaN where there is none.
+        """
+
+    def _log(self, trainer: lightning.Trainer, pl_module: Any, part: str) -> None:
+        assert isinstance(pl_module, DistillationModule)
+        name = type(self).__name__
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, RolloutDataModule):
+            raise ConfigError(f"{name} reads its prompts from a RolloutDataModule")
+        examples = [e for e in data.examples(part).examples if e.response][: self._limits[part]]
+        if not examples:
+            raise ConfigError(
+                f"{name} has nothing to compare with: no row of --data.{part} has a response "
+                f"(column {data.columns.response!r}; another name: --data.response_column)"
+            )
+        own = list(share(examples, trainer.global_rank, trainer.world_size))
+        rollout = self._write(trainer, pl_module, data, own)
+        turns = [[pl_module.decode(ids) for ids in rollout.turns(i)] for i in range(len(rollout))]
+        samples = [turns[i : i + self.num_samples] for i in range(0, len(turns), self.num_samples)]
+        self._log_scores(trainer, pl_module, data, part, Answers(own, samples))
+
+    def _log_scores(
+        self,
+        trainer: lightning.Trainer,
+        module: DistillationModule,
+        data: RolloutDataModule,
+        part: str,
+        answers: Answers,
+    ) -> None:
+        """Log the mean of each measure over all ranks' answers."""
+        scores = self._score_together(data, answers)
+        name = type(self).__name__
+        for measure in self.measured:
+            found = [value for value in scores.get(measure, ()) if not math.isnan(value)]
+            counts = torch.tensor([sum(found), len(found)], dtype=torch.float32)
+            total = trainer.strategy.reduce(counts.to(module.device), reduce_op="sum")
+            if not total[1]:
+                raise ConfigError(
+                    f"{name} cannot score a single answer to --data.{part}: {measure} is not a "
+                    "number for any of them; see whether the responses are what it compares with"
+                )
+            module.log(
+                f"{part}/{measure}",
+                total[0] / total[1],
+                prog_bar=measure == self.measured[0],
+                batch_size=1,
+                sync_dist=True,  # the same on all ranks, and on all of them for "best"
+            )
+
+    def _score_together(
+        self, data: RolloutDataModule, answers: Answers
+    ) -> Mapping[str, Sequence[float]]:
+        """This rank's scores; what one rank cannot score stops all of them."""
+        scores: Mapping[str, Sequence[float]] = {}
+        problem = None
+        try:
+            scores = self.score(answers) if answers.examples else {}
+        except RewardError as error:
+            problem = str(error)
+        for found in data.agreement().gather(problem):
+            if found is not None:
+                raise RewardError(found)
+        return scores
+
+    def _write(
+        self,
+        trainer: lightning.Trainer,
+        module: DistillationModule,
+        data: RolloutDataModule,
+        examples: Sequence[Example],
+    ) -> Rollout:
+        """Every sample of every example; ranks stop together where one is asked to."""
+        prompts = sampled_prompts(examples, self.num_samples)
+        agreement = data.agreement()
+
+        def write() -> Rollout:
+            shown = rollout_progress(trainer, "student answers", len(prompts))
+            with naming_the_prompts("student", prompts), shown as progress:
+                return module.write(
+                    "student",
+                    prompts,
+                    self.sampling,
+                    NoiseStream(self.seed, _NOISE_EPOCH),
+                    data.max_response_length,
+                    agreement.progress(progress),
+                )
+
+        return agreement.together(write)
+
+
+def sampled_prompts(examples: Sequence[Example], num_samples: int) -> PromptBatch:
+    """Every prompt several times in a row, numbered."""
+    repeated = [example for example in examples for _ in range(num_samples)]
+    numbers = tuple(range(num_samples)) * len(examples)
+    return PromptBatch(
+        input_ids=tuple(example.prompt_ids for example in repeated),
+        index=tuple(example.index for example in repeated),
+        sample=numbers,
+        chats=tuple(example.chat for example in repeated),
+    )
+
+
+def greedy_answers(
+    module: DistillationModule,
+    data: RolloutDataModule,
+    examples: list[Example],
+    author: Author = "student",
+) -> list[str]:
+    """The most likely responses (their last turns) of the student or the teacher, as text."""
+    rollout = module.write(
+        author,
+        prompt_batch(examples, author),
+        Sampling(temperature=0),
+        NoiseStream(0, 0),
+        data.max_response_length,
+    )
+    return [module.decode(rollout.turns(row)[-1]) for row in range(len(rollout))]

@@ -1,0 +1,189 @@
+"""The further measures of the OKD paper, on request: UNC, ExAccErr, spread of logits, ROUGE-L."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import lightning
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from okd_lightning.callbacks.measures.evaluation import EvaluationCallback
+from okd_lightning.data import RolloutDataModule
+from okd_lightning.divergences import ForwardKL
+from okd_lightning.engines import NoiseStream, Sampling
+from okd_lightning.engines.engine import Author
+from okd_lightning.errors import ConfigError
+from okd_lightning.losses import DrawnLogProb, ExactDivergence, Measured
+from okd_lightning.metrics import (
+    ExcessAccumulatedError,
+    LogitStd,
+    Uncertainty,
+    response_uncertainty,
+)
+from okd_lightning.records.batches import DistillBatch, Example, Rollout, TrainingRow
+from okd_lightning.records.rows import given_row, micro_batches, share, written_rows
+from okd_lightning.rewards.rouge import rouge_l
+from okd_lightning.rollouts.evaluation import prompt_batch
+from okd_lightning.training.module import DistillationModule
+
+_FORWARD_KL = ExactDivergence(ForwardKL())
+_STUDENT_TARGET, _TEACHER_TARGET = DrawnLogProb("student"), DrawnLogProb("teacher")
+_STUDENT_STD, _TEACHER_STD = LogitStd("student"), LogitStd("teacher")
+_NOISE_EPOCH = 2**31 + 1  # no training epoch and no other evaluation has this number
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One validation's or test's inputs.
+
+    Attributes:
+        module: Student and base teacher.
+        data: The prompts' settings.
+        examples: This rank's prompts with their references.
+    """
+
+    module: DistillationModule
+    data: RolloutDataModule
+    examples: Sequence[Example]
+
+    def alone(self) -> AbstractContextManager[object]:
+        """Within it ranks may run the models different numbers of times."""
+        return self.module.placement.alone(self.module.student, self.module.teacher)
+
+
+class PaperMeasures(EvaluationCallback):
+    """Logs what the OKD paper looks at beside divergences (arXiv 2409.12512), against the base.
+
+    On given responses: ``uncertainty`` (UNC, Eq. 4: 1 - the student's probability of the target;
+    mean over a response's tokens, then over responses) and ``uncertainty_easy``, ``_medium`` and
+    ``_hard`` (thirds of the responses by the teacher's UNC); ``student_logit_std`` and
+    ``teacher_logit_std`` (over the vocabulary, mean over tokens). On responses that each model
+    draws at temperature 1: ``excess_accumulated_error`` (Eq. 5-7, percent), and ``rouge_l`` of the
+    student's against the references (F measure, 0 to 1; a reference is cut at
+    max_response_length, as the student's responses are). Names start with ``val/`` or ``test/``.
+
+    Two generations a validation make it slow: hence on request.
+
+    Args:
+        num_prompts: How many prompts of the set, from its start; None for all.
+        seed: Of the draws, which are the same at every validation.
+
+    Raises:
+        ConfigError: Fewer than 3 prompts, which cannot be cut into thirds.
+    """
+
+    measured = (
+        *(f"uncertainty{part}" for part in ("", "_easy", "_medium", "_hard")),
+        *("student_logit_std", "teacher_logit_std", "excess_accumulated_error", "rouge_l"),
+    )
+
+    def __init__(self, num_prompts: int | None = 32, seed: int = 0) -> None:
+        if num_prompts is not None and num_prompts < 3:
+            raise ConfigError(f"num_prompts must be at least 3 (thirds), got {num_prompts}")
+        self.num_prompts = num_prompts
+        self.seed = seed
+
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """Refuse a teacher that is not run here, and so writes nothing.
+
+        Raises:
+            ConfigError: This run trains from a cache or a server; or another callback measures the
+                same.
+        """
+        super().setup(trainer, pl_module, stage)
+        if isinstance(pl_module, DistillationModule) and pl_module.cache_in_use is not None:
+            raise ConfigError(
+                f"PaperMeasures has the teacher write, and {pl_module.cache_in_use.option} leaves "
+                "it out of this run: leave one of them out, or measure afterwards "
+                "(okd-lightning test)"
+            )
+
+    def _log(self, trainer: lightning.Trainer, pl_module: Any, part: str) -> None:
+        assert isinstance(pl_module, DistillationModule)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, RolloutDataModule):
+            raise ConfigError("PaperMeasures reads its prompts from a RolloutDataModule")
+        if not pl_module.has_teacher:
+            raise ConfigError("PaperMeasures compares with a teacher: give --model.teacher")
+        examples = [e for e in data.examples(part).examples if e.response_ids][: self.num_prompts]
+        if len(examples) < 3:
+            raise ConfigError(
+                f"PaperMeasures needs 3 {part} prompts with responses, got {len(examples)}"
+            )
+        own = share(examples, trainer.global_rank, trainer.world_size)
+        inputs = _Pass(pl_module, data, own)
+        with pl_module.as_base_teacher(), trainer.precision_plugin.forward_context():
+            values = {**_on_given(inputs), **_on_written(inputs, self.seed)}
+        for name, value in values.items():
+            pl_module.log(f"{part}/{name}", value.float(), batch_size=1, rank_zero_only=True)
+
+
+def _on_given(inputs: _Pass) -> dict[str, Tensor]:
+    device = inputs.module.device
+    uncertainty = Uncertainty().to(device)
+    spreads = {
+        name: (MeanMetric().to(device), quantity)
+        for name, quantity in (("student", _STUDENT_STD), ("teacher", _TEACHER_STD))
+    }
+    quantities = (_STUDENT_TARGET, _TEACHER_TARGET, _STUDENT_STD, _TEACHER_STD)
+    with inputs.alone():
+        for batch in _batches(inputs, [given_row(example) for example in inputs.examples]):
+            measured = inputs.module.measure(batch, quantities)
+            uncertainty.update(
+                *(
+                    response_uncertainty(measured[target], measured.row, len(batch))
+                    for target in (_STUDENT_TARGET, _TEACHER_TARGET)
+                )
+            )
+            for metric, quantity in spreads.values():
+                metric.update(measured[quantity])
+    found = uncertainty.compute()
+    values = {f"uncertainty_{name}": value for name, value in found.items() if name != "all"}
+    values["uncertainty"] = found["all"]
+    return values | {f"{name}_logit_std": m.compute() for name, (m, _) in spreads.items()}
+
+
+def _on_written(inputs: _Pass, seed: int) -> dict[str, Tensor]:
+    module, device = inputs.module, inputs.module.device
+    error = ExcessAccumulatedError(inputs.data.max_response_length).to(device)
+    rouge = MeanMetric().to(device)
+    for author in ("student", "teacher"):
+        rollout = _write(inputs, author, seed)
+        rows = written_rows(inputs.examples, author, rollout)
+        with inputs.alone():
+            for batch in _batches(inputs, rows):
+                measured = module.measure(batch, (_FORWARD_KL,))
+                error.update(*_steps(batch, measured), is_student_prefix=author == "student")
+        if author == "student":
+            for row, example in enumerate(inputs.examples):
+                reference = module.decode(example.response_ids)
+                rouge.update(rouge_l(module.decode(rollout.turns(row)[-1]), reference))
+    return {"excess_accumulated_error": error.compute(), "rouge_l": rouge.compute()}
+
+
+def _write(inputs: _Pass, author: Author, seed: int) -> Rollout:
+    return inputs.module.write(
+        author,
+        prompt_batch(inputs.examples, author),
+        Sampling(),
+        NoiseStream(seed, _NOISE_EPOCH),
+        inputs.data.max_response_length,
+    )
+
+
+def _batches(inputs: _Pass, rows: Sequence[TrainingRow]) -> Iterator[DistillBatch]:
+    if rows:
+        for batch in micro_batches(rows, -(-len(rows) // inputs.data.batch_size)):
+            yield batch.to(inputs.module.device)
+
+
+def _steps(batch: DistillBatch, measured: Measured) -> tuple[Tensor, Tensor]:
+    """KL(q‖p) at every sampled position, and how many sampled tokens stand before it."""
+    mask = batch.mask[:, 1:]
+    return measured[_FORWARD_KL], (mask.cumsum(1) - 1)[mask]

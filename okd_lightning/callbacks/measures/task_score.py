@@ -1,0 +1,109 @@
+"""Any reward function or text metric as a measure of validation and test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import lightning
+from torchmetrics import Metric
+
+from okd_lightning.callbacks.measures.answer_scores import Answers, AnswerScores
+from okd_lightning.callbacks.methods.base import snake_case
+from okd_lightning.callbacks.methods.reward import as_function
+from okd_lightning.data import RolloutDataModule
+from okd_lightning.errors import RewardError
+from okd_lightning.rewards import PlainFunction, RewardFunction, checked_rewards
+from okd_lightning.training.module import DistillationModule
+
+
+class TaskScore(AnswerScores):
+    """Logs ``val/<name>`` and ``test/<name>``: the mean score of the student's greedy answers.
+
+    ``TaskScore(RougeL())`` is ROUGE-L (``test/rouge_l``) against the data set's responses. Answers
+    that the function cannot score (NaN) are left out.
+
+    In Python a metric of torchmetrics.text, such as ``TaskScore(CHRFScore())``, measures all
+    answers at once: it is updated with the answers and the references (texts) of all ranks and
+    computed; of a metric that gives several numbers each is logged under its own name.
+
+    Args:
+        function: Scores answers; in Python also a plain function of prompt, response and reference,
+            or a torchmetrics Metric of predicted and target texts.
+        name: What it is logged as; by default the function's own name, in snake case.
+        num_prompts: How many prompts of the set, from its start; None for all.
+        num_val_prompts: Fewer in validation; None for as many as in test.
+
+    Raises:
+        ConfigError: No prompts at all, or something that is no function.
+    """
+
+    def __init__(
+        self,
+        function: RewardFunction,
+        name: str | None = None,
+        num_prompts: int | None = None,
+        num_val_prompts: int | None = None,
+    ) -> None:
+        super().__init__(num_prompts, num_val_prompts)
+        self.metric: Metric | None = None
+        if isinstance(function, Metric):
+            self.metric = deepcopy(function)
+            self.metric.sync_on_compute = False  # it is given the texts of all ranks
+            self.measured = (name or snake_case(type(function).__name__),)
+            return
+        self.function = as_function(function)
+        inner = self.function
+        of = inner.function if isinstance(inner, PlainFunction) else type(inner)
+        self.measured = (name or snake_case(getattr(of, "__name__", type(of).__name__)),)
+
+    def score(self, answers: Answers) -> Mapping[str, Sequence[float]]:
+        """What the function says of each answer.
+
+        Raises:
+            RewardError: It raised, or returned something else than numbers.
+        """
+        texts = answers.texts(0, self.function.reads_last_turn)
+        found = checked_rewards(self.function, answers.prompts, texts, answers.references)
+        return {self.measured[0]: found}
+
+    def _log_scores(
+        self,
+        trainer: lightning.Trainer,
+        module: DistillationModule,
+        data: RolloutDataModule,
+        part: str,
+        answers: Answers,
+    ) -> None:
+        """Log the function's mean, or the metric of all answers."""
+        if self.metric is None:
+            super()._log_scores(trainer, module, data, part, answers)
+            return
+        texts = data.gather((answers.texts(0, is_last_turn=True), answers.references))
+        responses = [text for own, _ in texts for text in own]
+        references = [text for _, own in texts for text in own]
+        for name, value in self._computed(self.metric, responses, references).items():
+            module.log(f"{part}/{name}", value, prog_bar=name in self.measured, batch_size=1)
+
+    def _computed(
+        self, metric: Metric, responses: Sequence[str], references: Sequence[str]
+    ) -> dict[str, float]:
+        """The metric's numbers by name.
+
+        Raises:
+            RewardError: It does not take texts, or gives something else than numbers.
+        """
+        name = type(metric).__name__
+        metric.reset()
+        try:
+            metric.update(list(responses), list(references))
+            found: Any = metric.compute()
+            named = found if isinstance(found, Mapping) else {self.measured[0]: found}
+            return {str(key): float(value) for key, value in named.items()}
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            raise RewardError(
+                f"metric {name} cannot be computed from answers and references as texts "
+                f"({type(error).__name__}: {error}); expected one of torchmetrics.text, such as "
+                "CHRFScore, or a function of prompt, response and reference"
+            ) from error

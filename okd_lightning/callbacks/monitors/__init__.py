@@ -1,0 +1,1 @@
+"""Monitors: what watches a run, and keeps its checkpoints and logs."""

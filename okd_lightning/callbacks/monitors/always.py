@@ -1,0 +1,25 @@
+"""The monitors that every run of the command line has, where its config brings none of a kind."""
+
+from __future__ import annotations
+
+from lightning.pytorch.callbacks import Callback
+
+from okd_lightning.callbacks.monitors.predictions import PredictionLog
+from okd_lightning.callbacks.monitors.rollout_log import RolloutLog
+from okd_lightning.callbacks.monitors.sample_table import SampleTable
+from okd_lightning.callbacks.monitors.teacher_drift import TeacherDrift
+from okd_lightning.callbacks.monitors.throughput import Throughput
+from okd_lightning.training.safeguards.finite_guard import FiniteGuard
+from okd_lightning.training.safeguards.health_warnings import HealthWarnings
+from okd_lightning.training.safeguards.step_intervals import StepIntervals
+
+MONITORS: tuple[type[Callback], ...] = (
+    FiniteGuard,
+    TeacherDrift,
+    HealthWarnings,
+    Throughput,
+    RolloutLog,
+    SampleTable,
+    PredictionLog,
+    StepIntervals,
+)

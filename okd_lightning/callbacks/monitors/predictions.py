@@ -1,0 +1,46 @@
+"""What ``predict`` leaves behind: one JSON line a prompt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+
+from okd_lightning.records.batches import DistillBatch
+
+
+class PredictionLog(Callback):
+    """Writes ``predictions.jsonl`` in the run's folder (one a rank where there are several)."""
+
+    def __init__(self) -> None:
+        self._records: list[dict[str, Any]] = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: list[dict[str, Any]],
+        batch: DistillBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Collect the records of a batch."""
+        self._records += outputs
+
+    def on_predict_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Write all records in the order of the data set."""
+        suffix = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        records = sorted(self._records, key=lambda record: record["index"])
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        path = folder / f"predictions{suffix}.jsonl"
+        path.write_text("".join(lines), encoding="utf-8")
+        rank_zero_info(f"{len(records)} answers written to {path}")
+        self._records = []

@@ -1,0 +1,301 @@
+"""A run that is asked to stop stops behind a checkpoint: SIGTERM, and SLURM's warning signal.
+
+Lightning's own handlers talk to other ranks from within a signal's handler, wherever the process
+is; here a handler sets a mark, and all ranks look at their marks at the same places.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities import rank_zero_warn
+
+from okd_lightning.callbacks.monitors.last_checkpoint import (
+    LastCheckpoint,
+    move_to_end,
+    validation_follows,
+)
+from okd_lightning.data import RolloutDataModule
+from okd_lightning.durable_files import write_json
+from okd_lightning.errors import OutputError, PreemptedError
+from okd_lightning.rollouts.agreement import StopRequest
+from okd_lightning.training.loop_state import STOPPED
+from okd_lightning.training.run_records import STOPPED_FILE
+
+
+class Preemption(Checkpoint):
+    """Ends a run that gets SIGTERM behind a checkpoint of a whole optimizer step, on all ranks.
+
+    Within a step the step is finished first. Responses that are being written are abandoned, and a
+    validation is; the resumed run writes them anew, and begins with that validation. It is enough
+    that one rank gets the signal. Where SLURM requeues (``#SBATCH --requeue --signal=SIGUSR1@60``)
+    its warning signal does the same, and ``scontrol requeue`` puts the job back into the queue;
+    SIGTERM does not, as ``scancel`` sends it too.
+
+    The checkpoint is that of the Trainer's ``LastCheckpoint``. ``stopped.json`` in the run's folder
+    says that a run was stopped, for launchers that change a process's exit status (torchrun): the
+    signal, the step, the checkpoint and the command that resumes. It goes when training goes on.
+    """
+
+    def __init__(self) -> None:
+        self._request = StopRequest()
+        self._is_agreed = False
+        self._is_saved = False
+        self._is_validating = False
+        self._is_due = False  # of a resumed run, which may write responses before it
+        self._has_to_requeue = False
+        self._signal = 0  # the number of the one that came; 0 on ranks that got none
+        self._handlers: dict[int, Any] = {}
+
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """Take the place behind all other callbacks: they have done what belongs to a step."""
+        move_to_end(trainer, Preemption)
+        self._is_due = False
+
+    # ---------------------------------------------------------------- signals
+
+    def on_sanity_check_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Listen, in place of Lightning's own handlers."""
+        self._start(trainer)
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Listen, where there was no sanity check."""
+        if not self._handlers:
+            self._start(trainer)
+
+    def _start(self, trainer: lightning.Trainer) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self._request = data.stop if isinstance(data, RolloutDataModule) else StopRequest()
+        self._is_agreed = self._is_saved = self._is_validating = False
+        self._request.is_made = self._has_to_requeue = False
+        self._signal = 0
+        if trainer.is_global_zero:
+            _record_of(trainer).unlink(missing_ok=True)
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._listen(signal.SIGTERM, self._on_sigterm(trainer))
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            self._listen(environment.requeue_signal or signal.SIGUSR1, self._on_warning)
+
+    def _listen(self, number: int, handler: Callable[[int, Any], None]) -> None:
+        self._handlers[number] = signal.getsignal(number)
+        signal.signal(number, handler)
+
+    def _on_sigterm(self, trainer: lightning.Trainer) -> Callable[[int, Any], None]:
+        def handle(number: int, frame: Any) -> None:
+            del frame
+            launcher = trainer.strategy.launcher
+            if not self._request.is_made and isinstance(launcher, _SubprocessScriptLauncher):
+                launcher.kill(signal.Signals(number))
+            self._signal = number
+            self._request.is_made = True
+
+        return handle
+
+    def _on_warning(self, number: int, frame: Any) -> None:
+        del frame
+        self._signal = number
+        self._request.is_made = self._has_to_requeue = True
+
+    def on_train_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Listen no more."""
+        self._stop_listening()
+
+    def _stop_listening(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._handlers = {}
+
+    # ---------------------------------------------------------------- where ranks agree
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Agree behind every optimizer step, and save there."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and self._agree(trainer):
+            self._is_validating = validation_follows(trainer)
+            self._save(trainer)
+
+    def on_train_batch_start(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Leave before the next step; what was fetched for it will be fetched again.
+
+        Raises:
+            PreemptedError: A stop was agreed on.
+        """
+        if self._is_agreed:
+            raise self._stopped(trainer)
+
+    def on_validation_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Leave before a validation.
+
+        Raises:
+            PreemptedError: A stop was agreed on.
+        """
+        self._is_validating = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if self._is_agreed and self._is_validating:
+            raise self._stopped(trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Leave within a validation.
+
+        Raises:
+            PreemptedError: Some rank was asked to stop.
+        """
+        if self._is_validating and self._agree(trainer):
+            raise self._stopped(trainer)
+
+    def on_validation_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Validation is done."""
+        self._is_validating = self._is_due = False
+
+    def _agree(self, trainer: lightning.Trainer) -> bool:
+        """Whether any rank was asked to stop."""
+        is_made = self._request.is_made
+        if trainer.world_size > 1:
+            mark = torch.tensor(float(is_made), device=trainer.strategy.root_device)
+            is_made = bool(trainer.strategy.reduce(mark, reduce_op="sum") > 0)
+        self._is_agreed = self._request.is_made = self._is_agreed or is_made
+        return self._is_agreed
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        saver = _saver(trainer)
+        if saver is not None and trainer.global_step:
+            saver.save_now(trainer)
+            self._is_saved = True
+
+    # ---------------------------------------------------------------- leaving
+
+    def on_save_checkpoint(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Say that a validation is due, which Lightning would take for done."""
+        if self._is_agreed:
+            checkpoint[STOPPED] = {"validation_is_due": self._is_validating or self._is_due}
+
+    def on_load_checkpoint(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Remember a validation that is due, until it is done."""
+        self._is_due = bool(checkpoint.get(STOPPED, {}).get("validation_is_due"))
+
+    def on_exception(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        exception: BaseException,
+    ) -> None:
+        """Save where the stop came while responses were written or within a validation."""
+        self._stop_listening()
+        if not isinstance(exception, PreemptedError):
+            return
+        self._is_agreed = True
+        if not self._is_saved:
+            self._save(trainer)
+        exception.args = (self._message(trainer),)
+        self._leave_record(trainer)
+        if self._has_to_requeue and trainer.is_global_zero:
+            _requeue()
+
+    def _leave_record(self, trainer: lightning.Trainer) -> None:
+        """Write ``stopped.json``; all ranks call this, as any of them may have got the signal."""
+        mark = torch.tensor(float(self._signal), device=trainer.strategy.root_device)
+        number = int(trainer.strategy.reduce(mark, reduce_op="max"))
+        saver = _saver(trainer)
+        path = resume = None
+        if saver is not None and self._is_saved:
+            path = str(saver.shown_path)
+            resume = saver.resume_command(trainer).removeprefix("resume: ")
+        if trainer.is_global_zero:
+            record = {
+                "signal": signal.Signals(number).name if number else None,
+                "step": trainer.global_step,
+                "checkpoint": path,
+                "resume": resume,
+            }
+            place = _record_of(trainer)
+            try:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                write_json(place, record)
+            except (OSError, OutputError) as error:  # the stop matters more
+                rank_zero_warn(f"no {STOPPED_FILE} is left behind: {error}")
+
+    def _stopped(self, trainer: lightning.Trainer) -> PreemptedError:
+        return PreemptedError(f"the run was asked to stop at step {trainer.global_step}")
+
+    def _message(self, trainer: lightning.Trainer) -> str:
+        asked = f"stopped by a signal at step {trainer.global_step}"
+        saver = _saver(trainer)
+        if saver is None:
+            return f"{asked}; this run keeps no checkpoints (no LastCheckpoint), so that it is lost"
+        if not self._is_saved:
+            return f"{asked}, before there was anything to save; start it again"
+        return f"{asked}; {saver.resume_command(trainer)}"
+
+
+def _record_of(trainer: lightning.Trainer) -> Path:
+    return Path(trainer.default_root_dir) / STOPPED_FILE
+
+
+def _saver(trainer: lightning.Trainer) -> LastCheckpoint | None:
+    found = [c for c in trainer.callbacks if isinstance(c, LastCheckpoint)]  # type: ignore[attr-defined]
+    return found[0] if found else None
+
+
+def _requeue() -> None:
+    """Ask SLURM to start the job again."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        rank_zero_warn(f"SLURM did not requeue job {job} ({error}); submit it again by hand")

@@ -1,0 +1,367 @@
+"""Lightning's rich bar over the steps of the whole run, with a row for each of its phases.
+
+Where nobody watches (output goes to a file) there is no bar, but a plain line now and then.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import RichProgressBar, Timer
+from lightning.pytorch.callbacks.progress.rich_progress import CustomBarColumn
+from lightning.pytorch.utilities import rank_zero_info
+from rich.console import Console
+from rich.progress import ProgressColumn, Task, TaskID, TextColumn
+from rich.style import Style
+from rich.table import Column
+from rich.text import Text
+
+from okd_lightning.callbacks.monitors.pace import Pace
+from okd_lightning.data.progress import alone
+from okd_lightning.engines.engine import Progress
+from okd_lightning.errors import ConfigError
+from okd_lightning.rollouts import RolloutLoader
+from okd_lightning.training.lightning_messages import follow_stderr
+
+_TRAINING = "training"
+
+
+class _Cell(ProgressColumn):
+    """Text about a task that is never broken into two lines."""
+
+    def __init__(self, text: Callable[[Task], str], style: str | Style) -> None:
+        super().__init__(Column(no_wrap=True, justify="right"))
+        self._text, self._style = text, style
+
+    def render(self, task: Task) -> Text:
+        return Text(self._text(task), style=self._style)
+
+
+class RunProgressBar(RichProgressBar):
+    """RichProgressBar over the optimizer steps of the whole run.
+
+    Its row shows the tokens trained on a second (of writing, training and validation together) and
+    the time that is left of the run. Below it, where responses are written, stand how far the chunk
+    is written and trained on, each with its own speed.
+
+    Where output is no terminal the same is said in one line, behind the first step, behind the
+    last, and every so many seconds between them.
+
+    Args:
+        refresh_rate: Redraws a second at most; 0 for no bar and no lines.
+        leave: Keep the bar of every epoch.
+        seconds_between_lines: Where output is no terminal.
+        console_kwargs: For rich's Console.
+
+    Raises:
+        ConfigError: seconds_between_lines not above 0.
+    """
+
+    def __init__(
+        self,
+        refresh_rate: int = 10,
+        leave: bool = False,
+        seconds_between_lines: float = 30.0,
+        console_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        if not seconds_between_lines > 0:
+            raise ConfigError(f"seconds_between_lines must be above 0, got {seconds_between_lines}")
+        super().__init__(refresh_rate, leave, console_kwargs=console_kwargs)
+        self.seconds_between_lines = seconds_between_lines
+        self._pace = Pace()
+        self._has_lines = False
+        self._said_at = -math.inf
+        self._rows: dict[str, TaskID] = {}
+        self._rows_of: Any = None  # the rich Progress that they are in
+        self._num_steps = math.inf
+
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """No bar where nobody watches."""
+        super().setup(trainer, pl_module, stage)
+        console = Console(**self._console_kwargs)
+        is_watched = console.is_interactive or console.is_jupyter
+        if self.is_enabled and not is_watched:  # in a second fit it is disabled by now
+            self._has_lines = trainer.is_global_zero
+            self.disable()
+        follow_stderr()
+
+    def configure_columns(self, trainer: lightning.Trainer) -> list[ProgressColumn]:
+        """What, bar, how many, tokens a second, time left; the bar gives way in narrow windows."""
+        theme = self.theme
+        return [
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            CustomBarColumn(
+                bar_width=None,
+                complete_style=theme.progress_bar,
+                finished_style=theme.progress_bar_finished,
+                pulse_style=theme.progress_bar_pulse,
+            ),
+            _Cell(_count, theme.batch_progress),
+            _Cell(_speed, theme.time),
+            _Cell(_time_left, theme.time),
+        ]
+
+    def get_metrics(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> dict[str, Any]:
+        """Those that were logged for the bar; train/loss as loss."""
+        metrics = super().get_metrics(trainer, pl_module)
+        return {name.removeprefix("train/"): value for name, value in metrics.items()}
+
+    # ---------------------------------------------------------------- the run's row
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Optimizer steps of the whole run."""
+        return self._num_steps
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        last = self.trainer.max_epochs
+        if last == 1:
+            return "run"
+        return f"epoch {current_epoch}" + ("" if last in (None, -1) else f"/{last - 1}")
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Start the clock and show the run's row, also where a run goes on within an epoch."""
+        super().on_train_start(trainer, pl_module)
+        self._num_steps = trainer.estimated_stepping_batches
+        self._pace.start(trainer.global_step)
+        if self.is_enabled and self.train_progress_bar_id is None:
+            self._initialize_train_progress_bar_id()
+            self._show_run(trainer.global_step)
+
+    def on_train_epoch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """The run's row goes on where it was."""
+        super().on_train_epoch_start(trainer, pl_module)
+        self._show_run(trainer.global_step)
+
+    def on_train_batch_start(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Begin the chunk's training, where one was written."""
+        start, end = _chunk(trainer, batch_idx)
+        first = trainer.global_step - batch_idx // trainer.accumulate_grad_batches
+        self._pace.batch_begins(first + end)
+        if not self._written_rows:
+            return
+        accumulate = trainer.accumulate_grad_batches
+        done, total = batch_idx - start * accumulate, (end - start) * accumulate
+        self._show(_TRAINING, done, total, self._pace.training_tokens_per_second)
+        if (speed := batch.metrics.get("rollout/tokens_per_second")) is not None:
+            for name in self._written_rows:  # also from engines that tell nothing while they write
+                self.progress.update(self._rows[name], speed=speed)  # type: ignore[union-attr]
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Count steps; Lightning's own counts micro-batches of the epoch."""
+        accumulate, step = trainer.accumulate_grad_batches, trainer.global_step
+        is_whole = (batch_idx + 1) % accumulate == 0
+        self._pace.batch_ends(step, sum(batch.step_counts or ()) if is_whole else 0)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, step - 1)
+        self._show_run(step)
+        if self._written_rows:
+            start, end = _chunk(trainer, batch_idx)
+            done, total = batch_idx + 1 - start * accumulate, (end - start) * accumulate
+            self._show(_TRAINING, done, total, self._pace.training_tokens_per_second)
+        if is_whole:
+            self._say_step(trainer, pl_module)
+
+    def on_train_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Leave the run's row alone on the screen, and say where the run has ended."""
+        for task in self._own_rows.values():
+            self.progress.update(task, visible=False)  # type: ignore[union-attr]
+        super().on_train_end(trainer, pl_module)
+        self._say_step(trainer, pl_module, is_last=True)
+
+    def on_validation_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Hold the run's time left, which will be known anew when a step has been done."""
+        super().on_validation_start(trainer, pl_module)
+        if self.is_enabled and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            assert self.progress is not None
+            assert self.train_progress_bar_id is not None
+            task = self.train_progress_bar
+            self.progress.update(task.id, held=_time_left(task))
+
+    def _show_run(self, step: int) -> None:
+        if self.progress is None or self.is_disabled or self.train_progress_bar_id is None:
+            return
+        left = self._seconds_left()
+        self.progress.update(
+            self.train_progress_bar_id,
+            completed=step,
+            speed=self._pace.tokens_per_second,
+            ends_at=None if left is None else time.monotonic() + left,
+            held=None,
+            is_run=True,
+        )
+        self.refresh()
+
+    def _seconds_left(self) -> float | None:
+        """Of the run, by its steps or by a time limit."""
+        left = self._pace.seconds_left(self._num_steps)
+        limits = [
+            timer.time_remaining()
+            for timer in self.trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(timer, Timer)
+        ]
+        return min((limit for limit in (left, *limits) if limit is not None), default=None)
+
+    # ---------------------------------------------------------------- the rows of its phases
+
+    @property
+    def _own_rows(self) -> dict[str, TaskID]:
+        """By name; Lightning begins a new display where epochs' bars are kept."""
+        if self._rows_of is not self.progress:
+            self._rows_of, self._rows = self.progress, {}
+        return self._rows
+
+    @property
+    def _written_rows(self) -> list[str]:
+        return [name for name in self._own_rows if name != _TRAINING]
+
+    def _show(self, name: str, done: int, total: int, speed: float | None) -> None:
+        """Make or set a phase's row."""
+        if self.progress is None or self.is_disabled:
+            return
+        rows = self._own_rows
+        if name not in rows:
+            rows[name] = self.progress.add_task(name, total=total)
+        self.progress.update(rows[name], completed=done, total=total, speed=speed, visible=True)
+        self.refresh()
+
+    @contextmanager
+    def writing(self, description: str, total: int) -> Iterator[Progress | None]:
+        """A row for what a model writes or reads; see ``ShowsWriting``."""
+        is_for_training = self.trainer.training
+        with self._pace.writing() if is_for_training else nullcontext():
+            if self._has_lines:
+                yield self._telling(description, total, self._say_written)
+            elif self.is_disabled:
+                yield None
+            elif self.progress is None:
+                with alone(description, total) as told:
+                    yield told
+            else:
+                self._show(description, 0, total, None)
+                if is_for_training and _TRAINING in self._own_rows:
+                    self.progress.update(self._own_rows[_TRAINING], completed=0)
+                yield self._telling(description, total, self._show)
+                if not is_for_training and _TRAINING not in self._own_rows:
+                    task = self._own_rows.pop(description)
+                    self.progress.update(task, visible=False)
+
+    def _telling(
+        self, name: str, total: int, show: Callable[[str, int, int, float | None], None]
+    ) -> Progress:
+        """What an engine is given; it tells much more often than anybody looks."""
+        pause = self.seconds_between_lines if self._has_lines else 1 / self.refresh_rate
+        began = shown = time.monotonic()
+        num_rows = num_tokens = 0
+
+        def told(rows: int, tokens: int = 0) -> None:
+            nonlocal num_rows, num_tokens, shown
+            num_rows, num_tokens = num_rows + rows, num_tokens + tokens
+            now = time.monotonic()
+            if num_rows == total or now - shown >= pause:
+                shown = now
+                speed = num_tokens / max(now - began, 1e-9) if num_tokens else None
+                show(name, num_rows, total, speed)
+
+        return told
+
+    # ---------------------------------------------------------------- lines
+
+    def _say_step(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        is_last: bool = False,
+    ) -> None:
+        if not self._is_due(is_last):
+            return
+        step, pace = trainer.global_step, self._pace
+        parts = [f"step {step}" + (f"/{self._num_steps}" if self._num_steps < math.inf else "")]
+        if pace.tokens_per_second is not None:
+            parts.append(f"{pace.tokens_per_second:,.0f} tok/s")
+        left = self._seconds_left()
+        if is_last:
+            parts.append(f"{_duration(pace.elapsed)} in all")
+        elif left is not None:
+            parts.append(f"{_duration(left)} left")
+        self._say("  ".join([*parts, *_shown(self.get_metrics(trainer, pl_module))]))
+
+    def _say_written(self, name: str, done: int, total: int, speed: float | None) -> None:
+        at = "" if speed is None else f"  {speed:,.0f} tok/s"
+        if done < total and self._is_due():
+            self._say(f"{name} {done}/{total}{at}")
+
+    def _is_due(self, is_last: bool = False) -> bool:
+        since = time.monotonic() - self._said_at
+        return self._has_lines and (is_last or since >= self.seconds_between_lines)
+
+    def _say(self, line: str) -> None:
+        self._said_at = time.monotonic()
+        rank_zero_info(line)
+
+
+def _chunk(trainer: lightning.Trainer, batch_idx: int) -> tuple[int, int]:
+    """The optimizer steps of this epoch whose responses are written together with a batch's."""
+    step, loader = batch_idx // trainer.accumulate_grad_batches, trainer.train_dataloader
+    if not isinstance(loader, RolloutLoader):
+        return step, step + 1
+    size = loader.shape.steps_per_chunk
+    start = step // size * size
+    return start, min(start + size, loader.shape.steps_per_epoch)
+
+
+def _count(task: Task) -> str:
+    total = f"{task.total:.0f}" if task.total is not None and math.isfinite(task.total) else "--"
+    return f"{task.completed:.0f}/{total}"
+
+
+def _speed(task: Task) -> str:
+    speed = task.fields.get("speed")
+    return "" if speed is None else f"{speed:,.0f} tok/s"
+
+
+def _time_left(task: Task) -> str:
+    if not task.fields.get("is_run"):
+        return ""
+    if (held := task.fields.get("held")) is not None:
+        return str(held)
+    ends_at = task.fields.get("ends_at")
+    return "-:--:-- left" if ends_at is None else f"{_duration(ends_at - time.monotonic())} left"
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=max(0, round(seconds))))
+
+
+def _shown(metrics: dict[str, Any]) -> list[str]:
+    return [f"{name} {value:.3f}" for name, value in metrics.items() if not isinstance(value, str)]

@@ -1,0 +1,232 @@
+"""A few prompts with the teacher's answer, the student's before training, and the student's now."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import lightning
+import rich
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
+
+from okd_lightning.callbacks.monitors.sample_views import Sample, samples_markdown, samples_table
+from okd_lightning.callbacks.monitors.throughput import Throughput
+from okd_lightning.data import RolloutDataModule
+from okd_lightning.engines import NoiseStream, Sampling
+from okd_lightning.engines.engine import Author
+from okd_lightning.engines.noise import hashed_choice
+from okd_lightning.errors import ConfigError
+from okd_lightning.records.batches import Example
+from okd_lightning.records.rows import share
+from okd_lightning.rollouts import RolloutLoader
+from okd_lightning.rollouts.agreement import Agreement, naming_the_prompts
+from okd_lightning.rollouts.evaluation import prompt_batch
+from okd_lightning.training.module import DistillationModule
+
+_CHOICE = 0x53414D50  # domain separation for the choice of prompts
+
+
+class SampleTable(Callback):
+    """Shows the same few prompts every so many optimizer steps and behind the last, with answers.
+
+    Answers are greedy; one that is cut at ``max_tokens`` ends in an ellipsis. They are the base
+    teacher's, the student's before training (kept in checkpoints) and the student's now. A teacher
+    that is not in memory (a cache, a server) gives none; one that follows the student is asked anew
+    every time. Prompts are of the validation data, or of the training data where nothing is
+    validated, chosen by ``data.seed``.
+
+    They go to the terminal, to TensorBoard or Weights & Biases, and to ``rollouts.jsonl`` as
+    records of the kind "sample". Nothing is drawn at random: training is the same with and without.
+
+    Args:
+        every_n_steps: Optimizer steps between two tables.
+        num_prompts: Prompts a table; 0 for no tables.
+        max_tokens: Of an answer; never more than ``data.max_response_length``.
+        terminal: Whether to print it; by default where output is a terminal.
+
+    Raises:
+        ConfigError: A number below its least.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 50,
+        num_prompts: int = 3,
+        max_tokens: int = 64,
+        terminal: bool | None = None,
+    ) -> None:
+        for name, value, least in (
+            ("every_n_steps", every_n_steps, 1),
+            ("num_prompts", num_prompts, 0),
+            ("max_tokens", max_tokens, 1),
+        ):
+            if value < least:
+                raise ConfigError(f"SampleTable: {name} must be at least {least}, got {value}")
+        self.every_n_steps = every_n_steps
+        self.num_prompts = num_prompts
+        self.max_tokens = max_tokens
+        self.terminal = terminal
+        self._examples: list[Example] = []
+        self._part = ""
+        self._last_step = float("inf")
+        self._prompts: list[str] = []
+        self._teacher: list[str] | None = None
+        self._before: list[str] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The prompts with what teacher and student answered before training."""
+        return {"prompts": self._prompts, "teacher": self._teacher, "before": self._before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What the student was before training is not to be had again."""
+        self._prompts = list(state_dict["prompts"])
+        self._teacher, self._before = state_dict["teacher"], state_dict["before"]
+
+    @property
+    def generates(self) -> bool:
+        """Whether it has the models generate responses."""
+        return self.num_prompts > 0
+
+    # ---------------------------------------------------------------- hooks
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Choose the prompts; at the start of a run, ask teacher and student.
+
+        Raises:
+            ConfigError: The run's data is no RolloutDataModule, or its module no
+                DistillationModule.
+        """
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, RolloutDataModule) or not isinstance(pl_module, DistillationModule):
+            raise ConfigError(
+                "SampleTable shows the prompts of a RolloutDataModule with the answers of a "
+                "DistillationModule; this Trainer has other ones: leave it out"
+            )
+        self._examples = []
+        if not self.num_prompts:
+            return
+        self._last_step = trainer.estimated_stepping_batches
+        self._part, examples = _prompts_of(trainer, data)
+        chosen = hashed_choice(len(examples), self.num_prompts, _CHOICE, data.seed)
+        self._examples = [examples[i] for i in chosen]
+        prompts = [pl_module.decode(example.prompt_ids) for example in self._examples]
+        if prompts != self._prompts:
+            if self._prompts:
+                rank_zero_warn(
+                    "SampleTable: this run's prompts are not those of its checkpoint, so that what "
+                    "the student answered before training is not known and is left out"
+                )
+            self._prompts, self._teacher = prompts, None
+            is_new = trainer.global_step == 0
+            self._before = self._answers(pl_module, data, "student") if is_new else None
+        if self._teacher is None and _has_teacher(pl_module):
+            self._teacher = self._answers(pl_module, data, "teacher")
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Show them when the interval is full, and behind the last step."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or not self._examples:
+            return
+        step = trainer.global_step
+        if step % self.every_n_steps == 0 or step >= self._last_step:
+            assert isinstance(pl_module, DistillationModule)
+            with ExitStack() as clocks:
+                for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                    if isinstance(callback, Throughput):
+                        clocks.enter_context(callback.stopped())
+                self._show(trainer, self._samples(trainer, pl_module))
+
+    # ---------------------------------------------------------------- asking
+
+    def _samples(self, trainer: lightning.Trainer, module: DistillationModule) -> list[Sample]:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        now = self._answers(module, data, "student")
+        teacher = self._teacher
+        if module.self_teacher in ("ema", "live"):
+            teacher = self._answers(module, data, "teacher")
+        return [
+            Sample(
+                index=example.index,
+                prompt=self._prompts[i],
+                teacher=teacher[i] if teacher is not None else None,
+                student_before=self._before[i] if self._before is not None else None,
+                student_now=now[i],
+            )
+            for i, example in enumerate(self._examples)
+        ]
+
+    def _answers(
+        self, module: DistillationModule, data: RolloutDataModule, author: Author
+    ) -> list[str]:
+        """Greedy answers to all prompts, on every rank; each rank writes its share."""
+        trainer = module.trainer
+        own = list(share(self._examples, trainer.global_rank, trainer.world_size))
+        prompts = prompt_batch(own, author)
+        limit = min(self.max_tokens, data.max_response_length)
+
+        def write() -> list[str]:
+            with naming_the_prompts(author, prompts):
+                rollout = module.write(
+                    author, prompts, Sampling(temperature=0), NoiseStream(0, 0), limit
+                )
+            return [
+                module.decode(ids) + ("…" if reason == "length" else "")
+                for ids, reason in zip(rollout.response_ids, rollout.stop_reasons, strict=True)
+            ]
+
+        written = Agreement(data.gather).together(write)
+        return [text for of_rank in data.gather(written) for text in of_rank]
+
+    # ---------------------------------------------------------------- showing
+
+    def _show(self, trainer: lightning.Trainer, samples: Sequence[Sample]) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        step = trainer.global_step - 1  # numbered as in metrics.csv: the step that was just done
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "rollouts.jsonl").open("a", encoding="utf-8") as file:
+            for sample in samples:
+                record = {"step": step, "kind": "sample", "part": self._part, **sample.record()}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("samples", samples_markdown(samples), step)
+            elif isinstance(logger, WandbLogger):
+                columns = ["prompt", *samples[0].answers]
+                rows = [[sample.prompt, *sample.answers.values()] for sample in samples]
+                logger.log_text("samples", columns, rows, step=step)
+        console = rich.get_console()
+        if console.is_terminal if self.terminal is None else self.terminal:
+            what = f"{len(samples)} prompts of {self._part} after {trainer.global_step} steps"
+            console.print(samples_table(samples, what, console))
+
+
+def _prompts_of(
+    trainer: lightning.Trainer, data: RolloutDataModule
+) -> tuple[str, Sequence[Example]]:
+    """Whose prompts are shown, and all of them."""
+    if data.sources["val"] is not None and trainer.limit_val_batches != 0:
+        return "val", data.examples("val").examples
+    loader = trainer.train_dataloader
+    if isinstance(loader, RolloutLoader):  # which has read them as its methods need them
+        return "train", loader.examples
+    return "train", data.examples("train").examples
+
+
+def _has_teacher(module: DistillationModule) -> bool:
+    """Whether there is one in memory that can be asked."""
+    return module.teacher is not None or module.self_teacher is not None

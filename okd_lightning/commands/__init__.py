@@ -1,0 +1,11 @@
+"""Commands: what people type.
+
+* ``cli``: ``fit``, ``validate``, ``test`` and ``predict``, on LightningCLI; ``cli_arguments``,
+  ``cli_callbacks``, ``cli_errors``, ``cli_runs`` are its parts.
+* ``compare``, ``diagnose``, ``quickstart``, ``export_command`` with ``export``: the others.
+* ``given_options``, ``settled_options``, ``resume_rules``, ``foreign_options``: what was typed.
+* ``saved_config``, ``config_trust``: a checkpoint's own config, and what it may name.
+* ``run_folder``, ``default_folder``: a run's files, and where they lie.
+* ``reports``: tables, pictures and results of several runs.
+* ``lm_eval_adapter``: a student as a model of lm-evaluation-harness.
+"""

@@ -1,0 +1,394 @@
+"""One formatter: whatever went wrong on the command line, as one line that says what to do.
+
+jsonargparse's messages name parser keys, Python types and every alternative of a union, nested as
+deep as the setting is; what a person needs is the option, what was given, and the nearest thing
+that exists. Owns the reading of such messages; what is refused is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+import jsonargparse
+
+from okd_lightning.callbacks import DistillationCallback
+from okd_lightning.commands.foreign_options import hint_for
+from okd_lightning.errors import ConfigError, OKDLightningError, UsageError, one_line
+
+_MISSING = re.compile(r"the following arguments are required: (.+)")
+_UNKNOWN = re.compile(r"unrecognized arguments: (.+)", re.IGNORECASE)
+_NO_VALUE = re.compile(r"argument (--\S+): expected one argument")
+_NOT_A_KEY = re.compile(r"Subcommand '\w+' does not accept option '([^']+)'")
+
+_KEY = re.compile(r'Parser key "([^"]+)":?\s*')
+_CLASS = re.compile(r"Problem with given class_path '([^']+)':\s*")
+_CALLABLE = re.compile(r"Type typing\.Callable.* expects a function or a callable class:\s*")
+_SUBTYPES = re.compile(r"Subtypes: \[(.*)\]")
+_GIVEN = re.compile(r"Given value: (.*?)(?:\. Got value: .*)?$")
+_UNION = "Does not validate against any of the Union subtypes"
+
+_NOT_ACCEPTED = re.compile(r"Option '([^']+)' is not accepted(?:.*class_path='([^']+)')?")
+_NO_IMPORT = re.compile(r"Expected a dot import path string: (.+)")
+_NO_MODULE = re.compile(r"No module named|has no attribute|Unable to|cannot import")
+_TYPE = re.compile(r"Expected an? (?:<class '([\w.]+)'>|([\w.]+))(?:\. Got value: (.*))?$")
+_LITERAL = re.compile(r"Expected a typing\.Literal\[(.*)\](?:\. Got value: (.*))?$")
+
+_KINDS = {
+    "DistillationCallback": "method",
+    "Divergence": "divergence",
+    "Callback": "callback",
+    "PeftConfig": "adapter",
+    "Optimizer": "optimizer",
+    "Tool": "tool",
+    "RewardFunction": "reward",
+    "Advantage": "advantage",
+    "EngineSource": "engine",
+}
+_MOST_NAMES = 25
+_TYPE_NAMES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+}
+
+
+@dataclass(frozen=True)
+class _Complaint:
+    """One leaf of a message, with the branch that it hangs on."""
+
+    text: str
+    keys: tuple[str, ...]
+    class_path: str | None
+    base: str | None
+    given: str | None = None
+
+    @property
+    def option(self) -> str:
+        """The option that it is about, as one would type it."""
+        return "--" + ".".join(_bare(key) for key in self.keys)
+
+
+def parse(
+    parser: jsonargparse.ArgumentParser, arguments: Any, options: Sequence[str]
+) -> jsonargparse.Namespace:
+    """Parse arguments.
+
+    Args:
+        parser: Made with ``exit_on_error=False``.
+        arguments: What to parse.
+        options: All option strings, for the nearest one.
+
+    Raises:
+        UsageError: They cannot be parsed; one readable line.
+    """
+    try:
+        return parser.parse_args(arguments)
+    except jsonargparse.ArgumentError as error:
+        raise UsageError(readable(error, options)) from error
+
+
+@contextmanager
+def readable_constructors() -> Iterator[None]:
+    """What a constructor refuses becomes a ConfigError, in its own words.
+
+    Raises:
+        ConfigError: Around a TypeError or ValueError of the block.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if isinstance(error, OKDLightningError):
+            raise
+        raise ConfigError(readable(error)) from error
+
+
+def instantiate(
+    parser: jsonargparse.ArgumentParser, options: jsonargparse.Namespace
+) -> jsonargparse.Namespace:
+    """The parsed options with their objects built.
+
+    Raises:
+        ConfigError: A constructor refused its settings.
+    """
+    with readable_constructors():
+        build = getattr(parser, "instantiate", None) or parser.instantiate_classes
+        return build(options)
+
+
+def readable(error: Exception, options: Sequence[str] = ()) -> str:
+    """The message of a parser's or constructor's error, on one line.
+
+    Args:
+        error: What was raised.
+        options: All options of the command, for the nearest one.
+    """
+    text = str(error)
+    missing = _what_is_missing(text)
+    if missing:
+        return f"{missing} must be given (on the command line, or in a --config file)"
+    no_value = _NO_VALUE.search(text)
+    if no_value:
+        return f"{no_value.group(1)} needs a value behind it"
+    unknown = _UNKNOWN.search(text)
+    if unknown:
+        return _unknown_option(unknown.group(1), options)
+    not_a_key = _NOT_A_KEY.search(text)
+    if not_a_key:
+        key = not_a_key.group(1)
+        foreign = hint_for(key)
+        if foreign:
+            return f"unknown setting {key!r} in the configuration; {foreign}"
+        hint = _did_you_mean(key, [option.removeprefix("--") for option in options])
+        return f"unknown setting {key!r} in the configuration{hint or '; --help lists all'}"
+    return _explain(_worth_saying(list(_complaints(text)))) or one_line(str(error))
+
+
+def _what_is_missing(text: str) -> str | None:
+    """The required options that were not given, as one would type them."""
+    for complaint in _complaints(text):
+        found = _MISSING.search(complaint.text)
+        if found:
+            prefix = f"{complaint.option}." if complaint.keys else "--"
+            return " and ".join(prefix + _bare(name.strip()) for name in found.group(1).split(","))
+    return None
+
+
+def subclass_names(base: type, within: str = "") -> list[str]:
+    """Names of all imported classes below ``base`` that can be made, of modules in ``within``."""
+    found, waiting = set(), [base]
+    while waiting:
+        kind = waiting.pop()
+        waiting += kind.__subclasses__()
+        is_meant = kind.__module__.startswith(within) and not kind.__name__.startswith("_")
+        if is_meant and not inspect.isabstract(kind):
+            found.add(kind.__name__)
+    return sorted(found)
+
+
+def method_names() -> list[str]:
+    """The methods that are imported, by class name."""
+    return subclass_names(DistillationCallback)
+
+
+def _complaints(text: str) -> Iterator[_Complaint]:
+    """The leaves of a nested message, in order."""
+    branch: list[tuple[int, str, str]] = []  # indentation, what it is, its value
+    waiting: list[tuple[int, _Complaint]] = []  # leaves whose given value is not known yet
+    for line in text.splitlines():
+        content = line.strip().removeprefix("-").strip()
+        indent = len(line) - len(line.lstrip())
+        given = _GIVEN.match(content)
+        if given:
+            yield from (_with_given(c, given.group(1)) for at, c in waiting if at >= indent)
+            waiting = [(at, c) for at, c in waiting if at < indent]
+        if not content or given or content.startswith(("Errors:", "Given value type:", _UNION)):
+            continue
+        while branch and branch[-1][0] >= indent:
+            branch.pop()
+        content = _take_branch(content, indent, branch)
+        if content:
+            waiting.append((indent, _leaf(content, branch)))
+    yield from (complaint for _, complaint in waiting)
+
+
+def _take_branch(content: str, indent: int, branch: list[tuple[int, str, str]]) -> str:
+    """Move what names a key, a class or a base onto the branch; the rest is the complaint."""
+    content = _CALLABLE.sub("", content)
+    for what, pattern in (("key", _KEY), ("class", _CLASS), ("base", _SUBTYPES)):
+        found = pattern.match(content)
+        if found:
+            branch.append((indent, what, found.group(1)))
+            content = content[found.end() :]
+    return content
+
+
+def _leaf(content: str, branch: Sequence[tuple[int, str, str]]) -> _Complaint:
+    def last(kind: str) -> str | None:
+        return next((value for _, what, value in reversed(branch) if what == kind), None)
+
+    keys = tuple(value for _, what, value in branch if what == "key")
+    kinds = [what for _, what, _ in branch]
+    is_of_class = kinds[-2:] == ["class", "key"]  # a setting whose type is named by nobody
+    base = _annotation(last("class"), keys[-1]) if is_of_class else last("base")
+    return _Complaint(content, keys, last("class"), base)
+
+
+def _annotation(class_path: str | None, parameter: str) -> str | None:
+    """The class that a constructor's parameter is annotated with, if it is a single one."""
+    kind = _imported(class_path) if class_path else None
+    hint = None if kind is None else get_type_hints(kind.__init__).get(parameter)
+    return f"{hint.__module__}.{hint.__qualname__}" if isinstance(hint, type) else None
+
+
+def _with_given(complaint: _Complaint, given: str) -> _Complaint:
+    return _Complaint(
+        complaint.text,
+        complaint.keys,
+        complaint.class_path,
+        complaint.base,
+        complaint.given or given,
+    )
+
+
+def _worth_saying(complaints: Sequence[_Complaint]) -> list[_Complaint]:
+    """The deepest complaints; a union's None, paths and Lightning's placeholder are noise."""
+    real = [
+        c
+        for c in complaints
+        if c.text != "Expected a <class 'NoneType'>"
+        and not c.text.startswith("Expected a path but")
+        and c.class_path != "lightning.Callback"
+        and c.keys + ((c.class_path,) if c.class_path else ())
+    ]
+    if not real:
+        return [c for c in complaints if "NoneType" not in c.text and not c.keys][:1]
+    depth = max(len(c.keys) for c in real)
+    return [c for c in real if len(c.keys) == depth]
+
+
+def _explain(complaints: Sequence[_Complaint]) -> str | None:
+    if not complaints:
+        return None
+    for complaint in complaints:
+        for explain in (_not_accepted, _no_such_class, _not_importable):
+            explained = explain(complaint)
+            if explained:
+                return explained
+    first = complaints[0]
+    prefix = f"{first.option}: " if first.keys else ""
+    explained = _wrong_type(complaints) or _not_settings(first) or " ".join(first.text.split())
+    return prefix + explained
+
+
+def _not_accepted(complaint: _Complaint) -> str | None:
+    found = _NOT_ACCEPTED.search(complaint.text)
+    if not found:
+        return None
+    option, path = found.group(1), found.group(2) or complaint.class_path
+    name = (path or "it").rsplit(".", 1)[-1]
+    accepted = _parameters_of(path)
+    foreign = hint_for(".".join([*map(_bare, complaint.keys), option]))
+    hint = f"; {foreign}" if foreign else _did_you_mean(option, accepted)
+    is_worth_listing = accepted and not (hint and len(accepted) > _MOST_NAMES)
+    known = f" (it takes {', '.join(accepted)})" if is_worth_listing else ""
+    return f"{name} has no setting {option!r}{hint}{known}"
+
+
+def _no_such_class(complaint: _Complaint) -> str | None:
+    found = _NO_IMPORT.search(complaint.text)
+    is_abstract = "but is abstract" in complaint.text
+    base = _base_class(complaint.base)
+    if base is None or base.__name__ not in _KINDS or not (found or is_abstract):
+        return None
+    name = found.group(1).strip() if found else str(complaint.given)
+    names = subclass_names(base)
+    hint = _did_you_mean(name, names, cutoff=0.5)
+    if len(names) > _MOST_NAMES:
+        names = subclass_names(base, within="okd_lightning.")
+    listed = f"there are {', '.join(names)}, or " if 0 < len(names) <= _MOST_NAMES else ""
+    problem = "is abstract" if is_abstract else f"there is no such {_KINDS[base.__name__]}"
+    advice = f"{hint or ';'} {listed}give the import path of your own"
+    return f"{complaint.option} {name}: {problem}{advice}"
+
+
+def _not_importable(complaint: _Complaint) -> str | None:
+    if complaint.class_path is None or not _NO_MODULE.search(complaint.text):
+        return None
+    reason = " ".join(complaint.text.split())
+    package, *_ = complaint.class_path.split(".")
+    shelf = (
+        "; the files of callbacks/ are in a checkout of okd-lightning and not in the installed "
+        "package: run this in a checkout, or copy the method's file into ./callbacks/"
+    )
+    return (
+        f"{complaint.option} {complaint.class_path}: cannot be imported ({reason}); modules are "
+        f"looked for among the installed ones and in the current folder"
+        f"{shelf if package == 'callbacks' else ''}"
+    )
+
+
+def _wrong_type(complaints: Sequence[_Complaint]) -> str | None:
+    """All the types of a union in one sentence."""
+    expected: list[str] = []
+    given = None
+    for complaint in complaints:
+        literal, kind = _LITERAL.search(complaint.text), _TYPE.search(complaint.text)
+        if literal:
+            choices = [c.strip().strip("'") for c in literal.group(1).split(",")]
+            expected += [c for c in choices if c not in expected]
+            given = literal.group(2) or complaint.given or given
+        elif kind:
+            name = (kind.group(1) or kind.group(2)).removeprefix("builtins.")
+            expected.append(_TYPE_NAMES.get(name, name))
+            given = kind.group(3) or complaint.given or given
+    if not expected:
+        return None
+    return f"expected {' or '.join(dict.fromkeys(expected))}, got {given!r}"
+
+
+def _not_settings(complaint: _Complaint) -> str | None:
+    """A name where the settings of one known class, or one of its subclasses, are expected."""
+    base = _base_class(complaint.base)
+    if base is None or not _NO_IMPORT.search(complaint.text):
+        return None
+    names = list(inspect.signature(base).parameters)
+    if not names:
+        known = "".join(f"{name}, " for name in subclass_names(base))
+        return f"expected {known}or the import path of your own, got {complaint.given!r}"
+    return f"expected settings ({complaint.option}.{names[0]}, ...), got {complaint.given!r}"
+
+
+def _unknown_option(rest: str, options: Sequence[str]) -> str:
+    given = next((word for word in rest.split() if word.startswith("-")), rest.split()[0])
+    bare = given.split("=")[0]
+    if not bare.startswith("-"):
+        return f"unknown argument {bare!r}; options begin with --, and --help lists them"
+    foreign = hint_for(bare)
+    if foreign:
+        return f"unknown option {bare}; {foreign}"
+    hint = _did_you_mean(bare, options)
+    return f"unknown option {bare}{hint or '; --help lists the options'}"
+
+
+def _did_you_mean(given: str, names: Sequence[str], cutoff: float = 0.6) -> str:
+    """A hint at the nearest name, by spelling in any case or by an ending; empty without one."""
+    lower = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(given.lower(), lower, n=1, cutoff=cutoff)
+    near = near or [name for name in lower if name.endswith("." + given.lower().lstrip("-"))][:1]
+    return f"; did you mean {lower[near[0]]}?" if near else ""
+
+
+def _base_class(subtypes: str | None) -> type | None:
+    """The class that a union is about: the last of its types that is not None."""
+    paths = re.findall(r"[A-Za-z_][\w]*(?:\.[\w]+)+", (subtypes or "").replace("typing.", ""))
+    found = [kind for path in paths if isinstance(kind := _imported(path), type)]
+    return found[-1] if found else None
+
+
+def _parameters_of(class_path: str | None) -> list[str]:
+    kind = _imported(class_path) if class_path else None
+    if kind is None:
+        return []
+    names = inspect.signature(kind).parameters
+    return [name for name in names if name not in ("self", "params")]
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except (ImportError, ValueError):
+        return None
+
+
+def _bare(key: str) -> str:
+    """A parser key without its subcommand."""
+    return re.sub(r"^(fit|validate|test|predict)\.", "", key)

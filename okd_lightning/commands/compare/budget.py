@@ -1,0 +1,105 @@
+"""How long every run of a comparison lasts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, cast, get_args
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+
+from okd_lightning.commands.reports.curve_log import throughput_of
+from okd_lightning.errors import UsageError
+from okd_lightning.records.batches import DistillBatch
+
+Unit: TypeAlias = Literal["steps", "tokens", "seconds"]
+"""Optimizer steps; loss tokens trained on; seconds of training and rollouts."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every run may spend.
+
+    Attributes:
+        unit: What is counted.
+        amount: How much of it, above 0.
+    """
+
+    unit: Unit
+    amount: float
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """``steps=200``, ``tokens=1e6`` or ``seconds=600``.
+
+        Raises:
+            UsageError: Anything else.
+        """
+        unit, _, amount = text.partition("=")
+        try:
+            number = float(amount)
+        except ValueError:
+            number = math.nan
+        is_known = unit in get_args(Unit) and math.isfinite(number) and number > 0
+        if not is_known or (unit != "seconds" and number != int(number)):
+            raise UsageError(
+                f"--budget {text!r}: expected steps=N, tokens=N or seconds=N with N above 0, such "
+                "as --budget steps=200"
+            )
+        return cls(cast(Unit, unit), number)
+
+    def __str__(self) -> str:
+        return f"{self.unit}={self.amount:.15g}"
+
+    @property
+    def options(self) -> list[str]:
+        """The Trainer's own limits: steps are known to schedules, the others end a run from inside.
+
+        An epoch's end is no end.
+        """
+        steps = int(self.amount) if self.unit == "steps" else -1
+        return ["--trainer.max_steps", str(steps), "--trainer.max_epochs", "-1"]
+
+    def is_spent(self, trainer: lightning.Trainer) -> bool:
+        """Whether a run has reached it, by its ``Throughput``."""
+        if self.unit == "steps":
+            return trainer.global_step >= self.amount
+        return bool(getattr(throughput_of(trainer), self.unit) >= self.amount)
+
+
+class BudgetStop(Callback):
+    """Ends a run behind the optimizer step that spends its budget; all ranks at the same step.
+
+    It has to be called behind the ``Throughput`` that counts. A run resumed after its budget was
+    spent ends at once.
+
+    Args:
+        budget: What the run may spend.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """A resumed run may have nothing left."""
+        self._stop_if_spent(trainer)
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: DistillBatch,
+        batch_idx: int,
+    ) -> None:
+        """Look at the counters when an optimizer step is done."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._stop_if_spent(trainer)
+
+    def _stop_if_spent(self, trainer: lightning.Trainer) -> None:
+        is_spent = self.budget.is_spent(trainer)
+        if trainer.strategy.reduce_boolean_decision(is_spent, all=False):
+            trainer.should_stop = True

@@ -1,0 +1,151 @@
+"""``okd-lightning diagnose``: the options, and what is left behind."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import lightning
+from rich.console import Console
+from rich.text import Text
+
+from okd_lightning.commands.cli import DistillationCLI
+from okd_lightning.commands.cli_arguments import prepare, shared_options
+from okd_lightning.commands.diagnose.examination import Examination
+from okd_lightning.commands.diagnose.findings import Advice, Diagnosis, to_record
+from okd_lightning.commands.diagnose.page import write_page
+from okd_lightning.commands.diagnose.rules import CONTENDERS, advise, contenders
+from okd_lightning.commands.diagnose.terminal import show
+from okd_lightning.commands.run_folder import require_writable
+from okd_lightning.durable_files import write_json
+from okd_lightning.errors import ConfigError, UsageError, one_line
+from okd_lightning.training.config_paths import output_folder
+from okd_lightning.training.lightning_messages import PrintableConsole, only_warnings
+
+
+def diagnose_parser() -> argparse.ArgumentParser:
+    """What ``diagnose`` has beside the options of ``fit``."""
+    parser = argparse.ArgumentParser(
+        prog="okd-lightning diagnose",
+        usage="okd-lightning diagnose --config FILE|NAME --out DIR [--model.* --data.* VALUE ...]",
+        description="Look at a pair and its prompts before a long run is paid for: divergences, "
+        "where they sit, bias and noise of sampled gradients, drift, speed, and which method to "
+        "try. Nothing is trained; the options are those of fit.",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", metavar="FILE|NAME", action="append", help="may be repeated")
+    parser.add_argument("--out", type=str, default="diagnose-out", help="default: %(default)s")
+    parser.add_argument(
+        "--rows", type=int, default=64, help="responses of each kind; default: %(default)s"
+    )
+    parser.add_argument(
+        "--batches",
+        type=int,
+        default=16,
+        help="optimizer steps that are tried with each method, and batches for the gradients; "
+        "default: %(default)s",
+    )
+    return parser
+
+
+def diagnose_command(arguments: Sequence[str], debug: bool = False) -> int:
+    """Examine a pair and write what was found.
+
+    Args:
+        arguments: What stands behind ``diagnose``.
+        debug: Has no say here: errors go to the front door.
+
+    Raises:
+        OKDLightningError: What ``fit`` would refuse, or an option out of its range.
+    """
+    del debug
+    try:
+        own, options = diagnose_parser().parse_known_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise UsageError(one_line(str(error))) from error
+    if own.rows < 2 or own.batches < 3:
+        raise UsageError(
+            f"--rows {own.rows} --batches {own.batches}: expected at least 2 rows, and 3 batches "
+            "for a standard error"
+        )
+    own.out = output_folder(own.out, "--out")
+    require_writable(own.out, "--out")
+    console = PrintableConsole(file=sys.stdout, highlight=False)
+    configs = [word for name in own.config or () for word in ("--config", name)]
+    found = examine([*configs, *options], own.rows, own.batches, console)
+    advice = advise(found)
+    command = _next_command(own, options, found, advice)
+    record = to_record(found) | {"advice": to_record(list(advice)), "next": command}
+    write_json(own.out / "diagnosis.json", record)
+    for name, text in CONTENDERS.items():
+        (own.out / name).write_text(text, encoding="utf-8")
+    write_page(own.out / "diagnosis.html", found, advice, command)
+    show(console, found, advice, command)
+    console.print(f"diagnosis.html and diagnosis.json are in {own.out}")
+    return 0
+
+
+def examine(arguments: Sequence[str], rows: int, batches: int, console: Console) -> Diagnosis:
+    """The diagnosis of what some options of ``fit`` name.
+
+    Args:
+        arguments: Configs and options.
+        rows: Responses of each kind.
+        batches: Batches of the gradients.
+        console: Told what is being done.
+
+    Raises:
+        ConfigError: No teacher, a teacher in a cache, or several devices.
+    """
+    command, *prepared = prepare(["fit", *arguments])
+    del command
+    cli = DistillationCLI(args=prepared, run=False)
+    module, data = cli.model, cli.datamodule
+    if not module.has_teacher:
+        raise ConfigError("diagnose compares two models: give --model.teacher a folder or hub id")
+    if cli.trainer.world_size > 1:
+        raise ConfigError(
+            f"diagnose runs on one device, this config asks for {cli.trainer.world_size}; give "
+            "--trainer.devices 1 --trainer.strategy auto"
+        )
+    part = "val" if data.sources["val"] is not None else "train"
+    if part == "train":
+        data.sources["val"], data.splits["val"] = data.sources["train"], data.splits["train"]
+    data.val_rollouts = 1  # so that a validation begins, whatever the rows hold
+    examination = Examination(
+        rows, batches, part, lambda text: console.print(Text(text, style="dim"))
+    )
+    _validate(cli.trainer, examination, module, data)
+    assert examination.found is not None
+    return examination.found
+
+
+def _validate(trainer: lightning.Trainer, examination: Examination, module: Any, data: Any) -> None:
+    """The shortest validation there is, for its beginning; it logs nothing."""
+    trainer.callbacks = [examination]  # type: ignore[attr-defined]
+    trainer.loggers = []
+    trainer.limit_val_batches = 1
+    with only_warnings():
+        trainer.validate(module, data, verbose=False)
+
+
+def _next_command(
+    own: argparse.Namespace, options: Sequence[str], found: Diagnosis, advice: Sequence[Advice]
+) -> str:
+    """The comparison that would decide, as ``compare`` takes it."""
+    names = [str(own.out / name) if name in CONTENDERS else name for name in contenders(advice)]
+    configs = [f"--config {name}" for name in own.config or ()]
+    is_steady = found.schedule == "constant"  # others must know a run's last step
+    words = [
+        "okd-lightning compare",
+        *configs,
+        f"--methods {shlex.quote(','.join(names))}",
+        f"--seeds 0,1,2 --budget {'seconds=600' if is_steady else 'steps=500'}",
+        *map(shlex.quote, shared_options(options)),
+        *(["--data.val FILE.jsonl"] if found.part == "train" else []),
+    ]
+    return " ".join(words)

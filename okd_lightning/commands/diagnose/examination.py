@@ -1,0 +1,169 @@
+"""The examination of a pair: everything that ``diagnose`` measures, inside a Trainer."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from okd_lightning.callbacks import GKD, KD, OPDPlus
+from okd_lightning.commands.diagnose.findings import Cost, Diagnosis, Rows
+from okd_lightning.commands.diagnose.gradients import GradientProbe
+from okd_lightning.commands.diagnose.positions import measure_tokens, summarise
+from okd_lightning.commands.diagnose.responses import (
+    Responses,
+    ResponseWriter,
+    chosen,
+    given_responses,
+)
+from okd_lightning.commands.diagnose.steps import StepProbe
+from okd_lightning.commands.diagnose.text_checks import text_checks, writing_checks
+from okd_lightning.commands.diagnose.trials import run_trials
+from okd_lightning.data import RolloutDataModule
+from okd_lightning.divergences import ReverseKL
+from okd_lightning.records.batches import DistillBatch, Example
+from okd_lightning.training.module import DistillationModule
+
+_MOST_STEPS = 4  # of the drift
+
+
+class Examination(Callback):
+    """Examines both models when a ``trainer.validate`` begins, where they are on their devices.
+
+    Args:
+        rows: Responses of each kind.
+        batches: Optimizer steps of rollouts, and batches of the gradients, at least 2.
+        part: What "val" is in truth: "train" where the run has no validation data.
+        say: Called with what is being done.
+
+    Attributes:
+        found: The diagnosis; None before.
+    """
+
+    def __init__(self, rows: int, batches: int, part: str, say: Callable[[str], None]) -> None:
+        self.rows, self.batches, self.part = rows, batches, part
+        self.found: Diagnosis | None = None
+        self._say = say
+
+    def on_validation_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """All of it; Lightning has switched gradients off, they are switched on where needed."""
+        assert isinstance(pl_module, DistillationModule)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        with trainer.precision_plugin.forward_context(), torch.random.fork_rng():
+            self.found = self._examine(trainer, pl_module, data)
+
+    def _examine(
+        self, trainer: lightning.Trainer, module: DistillationModule, data: RolloutDataModule
+    ) -> Diagnosis:
+        examples, learnt = _split(data, self.rows)
+        checks = text_checks(module, data, "val", data.examples("val"), examples)
+        writer = ResponseWriter(module, data.sampling, data.max_response_length, data.seed)
+        given = given_responses(examples, module.eos_ids)
+        self._say(f"both models answer {len(examples)} prompts")
+        own, teachers = writer.write("student", examples), writer.write("teacher", examples)
+        checks += writing_checks(own, teachers, data.max_response_length)
+        self._say("divergences on given, own and the teacher's responses")
+        rows = tuple(
+            self._measured(module, responses, data.batch_size)
+            for responses in (given, own, teachers)
+            if responses.num_tokens
+        )
+        per_step = data.global_batch_size or data.batch_size * trainer.accumulate_grad_batches
+        self._say(f"rollouts of {self.batches} optimizer steps; gradients, sampled and exact")
+        probe, steps = GradientProbe(module), StepProbe(module, trainer.gradient_clip_val)
+        written: list[Responses] = []
+        on_given, on_own = [], []
+        for number, group in enumerate(_groups(learnt, self.batches, per_step, data.seed)):
+            written.append(writer.write("student", group, sample=1 + number))
+            on_own.append(list(written[-1].batches(data.batch_size, module.device)))
+            answers = given_responses(group, module.eos_ids)
+            on_given.append(list(answers.batches(data.batch_size, module.device)))
+            probe.add(_middle(on_own[-1]))
+        self._say(f"{self.batches} steps of each of several methods, taken back again")
+        has_answers = all(on_given)
+        return Diagnosis(
+            student=_described(module.student_source, module.student),
+            teacher=_described(module.teacher_source, module.teacher),
+            checks=tuple(checks),
+            rows=rows,
+            gradients=probe.finding(),
+            drift=tuple(steps.drift(_middle(on_own[0]), on_own[1 : 1 + _MOST_STEPS])),
+            trials=run_trials(steps, on_given if has_answers else (), on_own, (given, own)),
+            cost=Cost(
+                seconds=_seconds(steps, on_given[0] if has_answers else (), on_own[0], written),
+                rows=per_step,
+                prompts=per_step // data.samples_per_prompt,
+                tokens_per_second=sum(responses.num_tokens for responses in written)
+                / max(sum(responses.seconds for responses in written), 1e-9),
+                memory=steps.memory(),
+                device=_device_name(module.device),
+            ),
+            part=self.part,
+            learning_rate=module.learning_rate,
+            schedule=module.schedule,
+            seed=data.seed,
+        )
+
+    def _measured(self, module: DistillationModule, responses: Responses, size: int) -> Rows:
+        return summarise(responses, measure_tokens(module, responses.batches(size, module.device)))
+
+
+def _seconds(
+    steps: StepProbe,
+    on_given: Sequence[DistillBatch],
+    on_own: Sequence[DistillBatch],
+    written: Sequence[Responses],
+) -> dict[str, float]:
+    """Of an optimizer step: its micro-batches times what a middling one takes, and the writing."""
+    micro = len(on_own)
+    writing = statistics.fmean(responses.seconds for responses in written)
+    exact = GKD(divergence=ReverseKL(), on_policy_fraction=1.0)
+    found = {"KD": micro * steps.seconds(KD(), _middle(on_given))} if on_given else {}
+    return {
+        **found,
+        "GKD": micro * steps.seconds(exact, _middle(on_own)) + writing,
+        "OPD+": micro * steps.seconds(OPDPlus(), _middle(on_own)) + writing,
+        "writing": writing,
+    }
+
+
+def _split(data: RolloutDataModule, num: int) -> tuple[list[Example], list[Example]]:
+    """What is looked at, and what is trained on: the training set, or else the other rows."""
+    everything = data.examples("val").examples
+    if data.sources["train"] not in (None, data.sources["val"]):
+        return chosen(everything, num, data.seed), list(data.examples("train").examples)
+    held_out = chosen(everything, min(num, max(1, len(everything) // 2)), data.seed)
+    taken = {example.index for example in held_out}
+    return held_out, [example for example in everything if example.index not in taken]
+
+
+def _groups(examples: Sequence[Example], num: int, size: int, seed: int) -> Iterator[list[Example]]:
+    """Prompts of ``num`` steps; where there are too few, from the start again."""
+    picked = itertools.cycle(chosen(examples, num * size, seed + 1))
+    for _ in range(num):
+        yield list(itertools.islice(picked, size))
+
+
+def _middle(batches: Sequence[DistillBatch]) -> DistillBatch:
+    """Of a step's micro-batches, which are sorted by length."""
+    return batches[len(batches) // 2]
+
+
+def _described(source: object, model: torch.nn.Module | None) -> str:
+    name = source if isinstance(source, str) else "a model from a config"
+    if model is None:
+        return f"{name} (the student itself)"
+    return f"{name}, {sum(p.numel() for p in model.parameters()):,} parameters"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    num = torch.get_num_threads()
+    return f"{device.type}, {num} {'thread' if num == 1 else 'threads'}"

@@ -1,0 +1,46 @@
+"""``diagnosis.html``: one page with everything inside, light and dark, for a desk and a phone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from okd_lightning import __version__
+from okd_lightning.commands.diagnose.figures import figures
+from okd_lightning.commands.diagnose.findings import Advice, Diagnosis
+from okd_lightning.commands.diagnose.terminal import AUTHORS, SHOWN, megabytes, trial_columns
+
+_MARKS = {"good": "✓", "look": "!", "bad": "✗"}
+
+
+def write_page(path: Path, found: Diagnosis, advice: Sequence[Advice], command: str) -> None:
+    """Write the page.
+
+    Args:
+        path: The HTML file.
+        found: The diagnosis.
+        advice: What follows from it.
+        command: The comparison that would decide.
+    """
+    environment = Environment(
+        loader=PackageLoader("okd_lightning.commands.diagnose", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["megabytes"] = megabytes
+    text = environment.get_template("page.html").render(
+        found=found,
+        advice=advice,
+        command=command,
+        figures=figures(found),
+        shown=SHOWN,
+        trial_columns=trial_columns(found),
+        authors=AUTHORS,
+        marks=_MARKS,
+        version=__version__,
+    )
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,107 @@
+"""The rows that everything is measured on: given ones, the student's own, and the teacher's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from okd_lightning.engines import NoiseStream, Sampling
+from okd_lightning.engines.engine import Author
+from okd_lightning.engines.noise import hashed_choice
+from okd_lightning.records.batches import DistillBatch, Example, PromptBatch, TrainingRow
+from okd_lightning.records.rows import given_row, micro_batches, written_rows
+from okd_lightning.training.module import DistillationModule
+
+_CHOICE = 0x44494147  # domain separation
+_EPOCH = 2**31 + 1  # of the noise; no training epoch and no validation has this number
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Some rows of one author.
+
+    Attributes:
+        author: "given", "student" or "teacher".
+        rows: Ready to be collated.
+        ended: True for each row that ends by itself.
+        seconds: That the writing took.
+    """
+
+    author: str
+    rows: tuple[TrainingRow, ...]
+    ended: tuple[bool, ...]
+    seconds: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        """Loss tokens."""
+        return sum(row.num_loss_tokens for row in self.rows)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each response."""
+        return [len(row.input_ids) - row.prompt_length for row in self.rows]
+
+    def batches(self, size: int, device: torch.device) -> Iterator[DistillBatch]:
+        """Micro-batches of like lengths; rows without a loss token are left out."""
+        rows = [row for row in self.rows if row.num_loss_tokens]
+        if rows:
+            for batch in micro_batches(rows, -(-len(rows) // size)):
+                yield batch.to(device)
+
+
+def chosen(examples: Sequence[Example], num: int, seed: int) -> list[Example]:
+    """``num`` examples of all over a data set; fewer where it has fewer."""
+    return [examples[i] for i in hashed_choice(len(examples), num, _CHOICE, seed)]
+
+
+def given_responses(examples: Sequence[Example], eos_ids: Sequence[int]) -> Responses:
+    """What the data set answers; empty where it holds prompts alone."""
+    answered = [example for example in examples if example.response_ids]
+    ended = tuple(example.response_ids[-1] in eos_ids for example in answered)
+    return Responses("given", tuple(given_row(example) for example in answered), ended)
+
+
+class ResponseWriter:
+    """Lets one of the two models answer; the same seed gives the same answers.
+
+    Args:
+        module: With its models on their devices.
+        sampling: How the student's are drawn; the teacher's are drawn from itself.
+        max_new_tokens: Longest response.
+        seed: Keys the noise.
+    """
+
+    def __init__(
+        self, module: DistillationModule, sampling: Sampling, max_new_tokens: int, seed: int
+    ) -> None:
+        self.module = module
+        self.sampling = sampling
+        self.max_new_tokens = max_new_tokens
+        self.seed = seed
+
+    def write(self, author: Author, examples: Sequence[Example], sample: int = 0) -> Responses:
+        """Answers to some prompts.
+
+        Args:
+            author: Who answers.
+            examples: The prompts.
+            sample: Another number gives other answers.
+        """
+        prompts = PromptBatch(
+            input_ids=tuple(example.prompt_ids_of(author) for example in examples),
+            index=tuple(example.index for example in examples),
+            sample=(sample,) * len(examples),
+            chats=tuple(example.chat for example in examples),
+        )
+        sampling = self.sampling if author == "student" else Sampling()
+        start = time.perf_counter()
+        rollout = self.module.write(
+            author, prompts, sampling, NoiseStream(self.seed, _EPOCH), self.max_new_tokens
+        )
+        seconds = time.perf_counter() - start
+        ended = tuple(reason == "eos" for reason in rollout.stop_reasons)
+        return Responses(author, tuple(written_rows(examples, author, rollout)), ended, seconds)

@@ -1,0 +1,142 @@
+"""A diagnosis in the terminal: the numbers that matter, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from okd_lightning.commands.diagnose.findings import Advice, Diagnosis, Rows
+
+_MARKS = {"good": ("✓", "green"), "look": ("!", "yellow"), "bad": ("✗", "red")}
+SHOWN = (
+    ("forward KL", "forward_kl"),
+    ("reverse KL", "reverse_kl"),
+    ("JSD", "jsd"),
+    ("agreement", "agreement"),
+    ("entropy, student", "student_entropy"),
+    ("entropy, teacher", "teacher_entropy"),
+)
+AUTHORS = {"given": "given", "student": "student's own", "teacher": "teacher's own"}
+
+
+def show(console: Console, found: Diagnosis, advice: Sequence[Advice], command: str) -> None:
+    """Print it.
+
+    Args:
+        console: Where to.
+        found: The diagnosis.
+        advice: What follows from it.
+        command: The comparison that would decide.
+    """
+    console.print(Text(f"student  {found.student}\nteacher  {found.teacher}\n"))
+    console.print(_checks(found))
+    console.print(_divergences(found.rows))
+    console.print(_estimators(found))
+    console.print(_trials(found))
+    console.print(_costs(found))
+    console.print(Text("What to try", style="bold"))
+    for one in advice:
+        console.print(Text.assemble("• ", (one.title, "bold")))
+        because = Text.assemble(f"{one.because} ", (f"({one.confidence})", "dim"))
+        console.print(Padding(because, (0, 0, 0, 2)))
+    console.print(Text("\nWhat decides", style="bold"))
+    console.print(Padding(Text(command), (0, 0, 1, 2)))
+
+
+def _checks(found: Diagnosis) -> Table:
+    table = Table.grid(padding=(0, 1))
+    for check in found.checks:
+        table.add_row(Text(*_MARKS[check.verdict]), check.name, Text(check.text))
+    return table
+
+
+def _divergences(rows: Sequence[Rows]) -> Table:
+    table = Table(title="On responses by ... (nats a token)", box=SIMPLE_HEAD)
+    table.add_column("measure")
+    for own in rows:
+        table.add_column(AUTHORS[own.source], justify="right")
+    for label, name in SHOWN:
+        table.add_row(label, *(own.measures[name].text() for own in rows))
+    for k in rows[0].top_k:
+        table.add_row(f"teacher in top {k}", *(own.top_k[k].text() for own in rows))
+    table.add_row("on worst 10 %", *(f"{own.top_tenth:.0%} of it" for own in rows))
+    return table
+
+
+def _estimators(found: Diagnosis) -> Table:
+    gradients = found.gradients
+    table = Table(
+        title=f"Gradients against the exact one ({gradients.batches} batches of {gradients.rows})",
+        box=SIMPLE_HEAD,
+    )
+    for name in ("divergence", "estimator"):
+        table.add_column(name)
+    for name in ("along exact", "signal/noise", "variance"):
+        table.add_column(name, justify="right")
+    last = None
+    for row in gradients.estimators:
+        own, is_first = row.fidelity, row.divergence != last
+        if is_first and last is not None:
+            table.add_section()
+        table.add_row(
+            row.divergence if is_first else "",
+            row.estimator,
+            f"{own.along_exact:.2f}±{own.along_error:.2f}",
+            f"{own.signal_to_noise:.2f}",
+            f"{own.noise_over_exact:.1f}×",
+            style="red" if own.is_biased else None,
+        )
+        last = row.divergence
+    table.caption = "along exact is 1 without bias; red is off by more than three standard errors\n"
+    return table
+
+
+def _trials(found: Diagnosis) -> Table:
+    steps = found.trials[0].steps if found.trials else 0
+    table = Table(title=f"Where {steps} steps lead (change, nats a token)", box=SIMPLE_HEAD)
+    table.add_column("method", no_wrap=True)
+    for label, _ in trial_columns(found):
+        table.add_column(label, justify="right")
+    for trial in found.trials:
+        cells = [
+            Text(trial.change[key].signed(), "bold" if trial is found.forecast(key)[0] else "")
+            for _, key in trial_columns(found)
+        ]
+        table.add_row(Text(trial.method), *cells)
+    table.caption = "held-out rows; below 0 is better; all from the same weights\n"
+    return table
+
+
+def trial_columns(found: Diagnosis) -> list[tuple[str, str]]:
+    """Heading and key of everything that was measured before and after trials."""
+    if not found.trials:
+        return []
+    labels = {name: label for label, name in SHOWN}
+    split = {key: key.split("/") for key in found.trials[0].change}
+    return [(f"{labels[name]}, {AUTHORS[by]}", key) for key, (by, name) in split.items()]
+
+
+def _costs(found: Diagnosis) -> Table:
+    cost = found.cost
+    table = Table(title=f"A step of {cost.rows} rows on {cost.device}", box=SIMPLE_HEAD)
+    table.add_column("what")
+    table.add_column("here", justify="right")
+    for name, seconds in cost.seconds.items():
+        table.add_row(f"seconds, {name}", f"{seconds:.3g}")
+    table.add_row("tokens written a second", f"{cost.tokens_per_second:,.0f}")
+    for name, size in cost.memory.items():
+        table.add_row(f"memory, {name}", megabytes(size))
+    for drift in found.drift:
+        steps = "1 step" if drift.steps == 1 else f"{drift.steps} steps"
+        table.add_row(f"mean |ln ρ| after {steps}", f"{drift.mean_log_ratio:.4f}")
+    return table
+
+
+def megabytes(size: int) -> str:
+    """Bytes as people read them."""
+    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"

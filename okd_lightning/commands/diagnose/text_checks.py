@@ -1,0 +1,189 @@
+"""Checks of tokenizer, template and data: what would quietly spoil a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from okd_lightning.commands.diagnose.findings import Check, Verdict
+from okd_lightning.commands.diagnose.responses import Responses
+from okd_lightning.data import RolloutDataModule, load_rows
+from okd_lightning.data.examples import ExampleSet
+from okd_lightning.data.layouts import choose_layout
+from okd_lightning.data.row_report import MANY_CUT, cut_advice
+from okd_lightning.data.row_templates import with_prompts
+from okd_lightning.data.sources import describe_source
+from okd_lightning.data.template_process import TemplateProcess
+from okd_lightning.models import eos_token_ids
+from okd_lightning.models.text_ids import TextEncoder
+from okd_lightning.records.batches import Example
+from okd_lightning.training.module import DistillationModule
+
+_MANY_SKIPPED = 0.05
+_FEW_END = 0.5
+
+
+def text_checks(
+    module: DistillationModule,
+    data: RolloutDataModule,
+    part: str,
+    found: ExampleSet,
+    examples: Sequence[Example],
+) -> list[Check]:
+    """All checks that need no model.
+
+    Args:
+        module: With its tokenizer.
+        data: Inside a Trainer.
+        part: "train" or "val".
+        found: All examples of that part.
+        examples: Those that are looked at.
+    """
+    return [
+        _given_ends(data, found),  # first: where most are cut, no other number means much
+        _vocabulary(module),
+        _round_trip(module, examples),
+        _ends(module),
+        _template(module, data, part),
+        _lengths(data, found),
+    ]
+
+
+def writing_checks(own: Responses, teachers: Responses, limit: int) -> list[Check]:
+    """Whether both models stop by themselves.
+
+    Args:
+        own: The student's responses.
+        teachers: The teacher's responses to the same prompts.
+        limit: Longest response, in tokens.
+    """
+    found = []
+    for who, responses in (("student", own), ("teacher", teachers)):
+        share = sum(responses.ended) / len(responses.ended)
+        mean = sum(responses.lengths) / len(responses.lengths)
+        verdict: Verdict = "good" if share >= _FEW_END else "look"
+        text = (
+            f"{share:.0%} of its responses end by themselves within {limit} tokens; "
+            f"their mean length is {mean:.0f}"
+        )
+        if verdict == "look":
+            text += (
+                "; raise --data.max_response_length, or see whether eos is what it was trained on"
+            )
+        found.append(Check(f"the {who} stops", verdict, text))
+    return found
+
+
+def _vocabulary(module: DistillationModule) -> Check:
+    """Disagreement is refused before anything runs; what is left is padding."""
+    size = module.vocabulary.size
+    tables = {}
+    for name, model in (("student", module.student), ("teacher", module.teacher)):
+        if model is not None:
+            tables[name] = int(model.config.get_text_config().vocab_size)
+    padded = ", ".join(f"{name} {rows - size}" for name, rows in tables.items() if rows > size)
+    text = f"student and teacher agree on {size:,} ids"
+    if padded:
+        text += f"; rows behind them ({padded}) are masked on both sides"
+    if module.vocabulary.invalid_ids:
+        text += f"; {len(module.vocabulary.invalid_ids)} ids below have no token and are masked"
+    return Check("vocabulary", "good", text)
+
+
+def _round_trip(module: DistillationModule, examples: Sequence[Example]) -> Check:
+    """Text → ids → text."""
+    tokenizer = module.tokenizer
+    texts = [text for e in examples for text in (e.prompt, e.response) if text]
+    broken = []
+    for text, ids in zip(texts, TextEncoder(tokenizer).plain(texts), strict=True):
+        back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        if str(back).strip() != text.strip():
+            broken.append(text)
+    if not broken:
+        return Check("round trip", "good", f"{len(texts)} texts come back as they were")
+    share = len(broken) / len(texts)
+    sample = " ".join(broken[0].split())[:40]
+    return Check(
+        "round trip",
+        "bad" if share > _MANY_SKIPPED else "look",
+        f"{share:.0%} of {len(texts)} texts do not come back as they were (such as {sample!r}): "
+        "the tokenizer has no tokens for some characters, or normalises text",
+    )
+
+
+def _ends(module: DistillationModule) -> Check:
+    """Both models should mean the same by an end."""
+    own = module.eos_ids
+    names = ", ".join(f"{i} {module.tokenizer.decode([i])!r}" for i in own)
+    source = module.teacher_source
+    theirs = own if source is None else eos_token_ids(source, module.tokenizer)
+    if set(own) & set(theirs):
+        return Check("eos", "good", f"responses end at {names}; the teacher knows one of them too")
+    other = ", ".join(f"{i} {module.tokenizer.decode([i])!r}" for i in theirs)
+    return Check(
+        "eos",
+        "bad",
+        f"responses end at {names}, but the teacher ends its own at {other}: it would teach the "
+        "student never to stop; set eos_token_id in the student's generation_config.json",
+    )
+
+
+def _template(module: DistillationModule, data: RolloutDataModule, part: str) -> Check:
+    """A chat's prompt has to end where the assistant begins to speak."""
+    source = data.sources[part]
+    assert source is not None
+    rows = load_rows(source, split=data.splits[part], subset=data.subset)
+    where = describe_source(source)
+    asked, columns = with_prompts(rows, data.columns, needs_response=False, where=where)
+    if choose_layout(asked, columns, needs_response=False, where=where) == "text":
+        template = getattr(module.tokenizer, "chat_template", None)
+        if template is None:
+            return Check(
+                "template", "good", "plain prompts, and a tokenizer without a chat template"
+            )
+        return Check(
+            "template",
+            "look",
+            "plain prompts, though the tokenizer has a chat template: a chat model wants messages "
+            "(--data.as_chat true)",
+        )
+    messages = [{"role": "user", "content": "x"}]
+    process, told = TemplateProcess(module.tokenizer), columns.chat_template_kwargs
+    wanted = [(messages, {**told, "add_generation_prompt": on}) for on in (False, True)]
+    without, with_prompt = process.render(wanted, "the chat template")
+    added = with_prompt[len(without) :]
+    if not added:
+        return Check(
+            "template",
+            "look",
+            "the chat template has no generation prompt: a response begins right behind the user's "
+            "turn",
+        )
+    return Check("template", "good", f"chats; the generation prompt is {added!r}")
+
+
+def _lengths(data: RolloutDataModule, found: ExampleSet) -> Check:
+    total = len(found) + found.num_skipped
+    share = found.num_skipped / total
+    reasons = ", ".join(f"{count} {reason}" for reason, count in found.skipped.items())
+    if not found.num_skipped:
+        return Check("overlong rows", "good", f"none of {total:,} rows is left out")
+    return Check(
+        "overlong rows",
+        "look" if share > _MANY_SKIPPED else "good",
+        f"{share:.1%} of {total:,} rows are left out ({reasons}) at "
+        f"--data.max_prompt_length {data.max_prompt_length}",
+    )
+
+
+def _given_ends(data: RolloutDataModule, found: ExampleSet) -> Check:
+    given = sum(bool(example.response_ids) for example in found.examples)
+    if not given:
+        return Check("given responses", "look", "there are none: on-policy methods only")
+    if found.share_cut >= MANY_CUT:
+        return Check("given responses", "bad", cut_advice(found, data.max_response_length))
+    return Check(
+        "given responses",
+        "good",
+        f"{found.share_cut:.1%} of {given:,} are cut at --data.max_response_length "
+        f"{data.max_response_length} and get no eos",
+    )

@@ -1,0 +1,94 @@
+"""A few optimizer steps of each of several methods, all from the same weights and on the same rows.
+
+Where they lead is the best forecast there is of a comparison's order: bias, noise and the
+optimizer's own way with either are all in it. The student's weights are put back bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+
+from okd_lightning.callbacks import GKD, KD, OPD, SFT, DistillationCallback, OPDPlus
+from okd_lightning.commands.diagnose.findings import Estimate, Trial
+from okd_lightning.commands.diagnose.positions import Tokens, measure_tokens
+from okd_lightning.commands.diagnose.responses import Responses
+from okd_lightning.commands.diagnose.steps import StepProbe
+from okd_lightning.divergences import ForwardKL, ReverseKL
+from okd_lightning.records.batches import DistillBatch
+
+Steps: TypeAlias = Sequence[Sequence[DistillBatch]]
+"""Of every optimizer step its micro-batches."""
+
+ON_GIVEN: Mapping[str, DistillationCallback] = {
+    "SFT": SFT(),
+    "KD": KD(),
+    "KD, reverse KL": KD(divergence=ReverseKL()),
+}
+"""Methods that read the data set's responses."""
+
+ON_OWN: Mapping[str, DistillationCallback] = {
+    "GKD, forward KL": GKD(divergence=ForwardKL(), on_policy_fraction=1.0),
+    "GKD, reverse KL": GKD(divergence=ReverseKL(), on_policy_fraction=1.0),
+    "OPD": OPD(),
+    "OPDPlus": OPDPlus(),
+}
+"""Methods that read what the student has written."""
+
+_MEASURED = ("forward_kl", "reverse_kl")
+
+
+def run_trials(
+    steps: StepProbe,
+    on_given: Steps,
+    on_own: Steps,
+    held_out: Sequence[Responses],
+) -> tuple[Trial, ...]:
+    """Every method takes the same number of steps, with the run's optimizer and learning rate.
+
+    The student is in eval mode, there is no warm-up, and all rollouts were written before.
+
+    Args:
+        steps: Takes them.
+        on_given: Steps on given responses; without them the methods that need them are left out.
+        on_own: As many steps on the student's own responses.
+        held_out: What divergences are measured on before and after: given responses and the
+            student's own of before. None of their prompts is trained on.
+    """
+    module, size = steps.module, max(len(batch) for batch in on_own[0])
+
+    def look() -> dict[str, Tokens]:
+        kinds = (kind for kind in held_out if kind.num_tokens)
+        return {k.author: measure_tokens(module, k.batches(size, module.device)) for k in kinds}
+
+    before, found = look(), []
+    groups = [(ON_GIVEN, on_given), (ON_OWN, on_own)]
+    tried = ((name, method, own) for group, own in groups if own for name, method in group.items())
+    for name, method, to_take in tried:
+        with steps.kept():
+            for _ in steps.take(method, to_take):
+                pass
+            after = look()
+        change = {
+            f"{author}/{measure}": change_of(before[author], after[author], measure)
+            for author in before
+            for measure in _MEASURED
+        }
+        found.append(Trial(name, len(to_take), change))
+    return tuple(found)
+
+
+def change_of(before: Tokens, after: Tokens, measure: str) -> Estimate:
+    """The mean change over tokens; its standard error is that of the paired differences.
+
+    Args:
+        before: Of some responses.
+        after: Of the same ones.
+        measure: Its name in both.
+    """
+    values = {measure: after.values[measure] - before.values[measure]}
+    if not bool(torch.isfinite(values[measure]).all()):
+        return Estimate(float("inf"), float("nan"))
+    return Tokens(before.row, before.place, values).estimate(measure)

@@ -1,0 +1,280 @@
+"""Export: a checkpoint becomes a plain Hugging Face folder that needs nothing of ours."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import yaml
+from safetensors import SafetensorError
+from transformers import GenerationConfig, PreTrainedModel
+
+from okd_lightning import __version__
+from okd_lightning.bounded_files import load_yaml
+from okd_lightning.checkpoints.contents import check_finite
+from okd_lightning.commands.run_folder import CONFIG_FILE, require_writable
+from okd_lightning.errors import CheckpointError, ConfigError, OutputError
+from okd_lightning.models import ModelSource, load_causal_lm, load_model_config, merge_adapters
+from okd_lightning.models.adapter_folders import adapter_folder
+from okd_lightning.models.sources import Source, locate
+from okd_lightning.teachers import OnlineModuleSettings
+from okd_lightning.training.arguments import peft_config_of
+from okd_lightning.training.module import DistillationModule
+
+ExportPart: TypeAlias = Literal["student", "online_module"]
+AdapterForm: TypeAlias = Literal["merged", "apart"]
+
+_MARKER = ".okd-lightning-export"
+_WEIGHTS = ("model*.safetensors*", "adapter_config.json", "adapter_model.*")
+
+
+def export_student(
+    module: DistillationModule,
+    checkpoint: Mapping[str, Any],
+    out: Path,
+    adapter: AdapterForm = "merged",
+    overwrite: bool = False,
+) -> None:
+    """Write the student of a checkpoint: safetensors, tokenizer, generation config, model card.
+
+    Args:
+        module: Built from the checkpoint's config; its weights are loaded here.
+        checkpoint: From ``read_checkpoint``.
+        out: The folder to write.
+        adapter: Whether a student's adapter is merged into its base, or written as a PEFT folder.
+        overwrite: Write also into a folder that holds something else than an export.
+
+    Raises:
+        CheckpointError: The checkpoint is of another model.
+        ConfigError: An adapter apart, trained on what PEFT cannot load as a base.
+        OutputError: The folder cannot be written, is that of a model the run begins with, or holds
+            something else.
+        NonFiniteError: A weight is NaN or infinite. What ``out`` held before is untouched.
+    """
+    _check_out(out, module, overwrite)
+    if adapter == "apart":
+        _check_base(module)
+    module.configure_model()
+    module.on_load_checkpoint(dict(checkpoint))
+    module.load_state_dict(checkpoint["state_dict"], strict=False)
+    assert module.student is not None
+    student = module.student.eval()
+    if module.student_adapter is not None and adapter == "merged":
+        student = _merged(module)
+    student.generation_config = GenerationConfig(
+        bos_token_id=module.tokenizer.bos_token_id,
+        eos_token_id=list(module.eos_ids),
+        pad_token_id=_pad_id(module),
+    )
+    check_finite(dict(student.named_parameters()), f"--out {str(out)!r}")
+    with _replaced_model(out) as folder:
+        student.save_pretrained(folder)
+        module.tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(model_card(checkpoint))
+
+
+def export_online_module(
+    module: DistillationModule,
+    checkpoint: Mapping[str, Any],
+    out: Path,
+    overwrite: bool = False,
+) -> None:
+    """Write the teacher's online module as a PEFT folder, with the tokenizer and base config.
+
+    ``PeftModel.from_pretrained(teacher, out)`` loads it; a LoRA module's folder can also be
+    given as ``--model.teacher`` again.
+
+    Args:
+        module: Built from the checkpoint's config; its weights are loaded here.
+        checkpoint: From ``read_checkpoint``.
+        out: The folder to write.
+        overwrite: Write also into a folder that holds something else than an export.
+
+    Raises:
+        CheckpointError: The checkpoint holds no online module, or is of another model.
+        OutputError: The folder cannot be written, is that of a model the run begins with, or holds
+            something else.
+        NonFiniteError: A weight is NaN or infinite. What ``out`` held before is untouched.
+    """
+    config = checkpoint["okd_lightning"].get("online_module")
+    if config is None:
+        raise CheckpointError(
+            "this checkpoint holds no online module: only a run of OKD trains one; "
+            "export the student with --what student"
+        )
+    _check_out(out, module, overwrite)
+    module.add_online_module(OnlineModuleSettings(peft_config_of(config)))
+    module.configure_model()
+    module.on_load_checkpoint(dict(checkpoint))
+    module.load_state_dict(checkpoint["state_dict"], strict=False)
+    assert module.teacher is not None
+    source = _located(module.teacher_source, "--model.teacher")
+    configs: dict[str, Any] = dict(module.teacher.peft_config)
+    for own in configs.values():
+        own.base_model_name_or_path = source.given if source.gguf_file else source.name
+        own.revision = source.revision
+    check_finite(
+        {name: p for name, p in module.teacher.named_parameters() if p.requires_grad},
+        f"--out {str(out)!r}",
+    )
+    with _replaced_model(out) as folder:
+        module.teacher.save_pretrained(folder)
+        module.teacher.config.save_pretrained(folder)
+        module.tokenizer.save_pretrained(folder)
+
+
+def model_card(checkpoint: Mapping[str, Any]) -> str:
+    """The card of an exported student: method, models, data and the numbers of its checkpoint."""
+    own = checkpoint["okd_lightning"]
+    config = load_yaml(own["config"] or "{}")
+    model, data = config.get("model", {}), config.get("data", {})
+    method = config.get("method") or (config.get("trainer") or {}).get("callbacks")
+    settings = yaml.safe_dump(method or list(own["methods"]), sort_keys=False).strip()
+    rows = [f"| {name} | {value:.4f} |" for name, value in sorted(own["metrics"].items())]
+    measured = ["| measure | value |", "|---|---|", *rows] if rows else ["None were taken."]
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "tags: [knowledge-distillation, okd-lightning]",
+            "---",
+            "",
+            "# Distilled student",
+            "",
+            f"Trained with okd-lightning {__version__} by {' + '.join(own['methods'])} for "
+            f"{checkpoint['global_step']} optimizer steps.",
+            "",
+            f"* student: `{_shown(model.get('student'))}`",
+            f"* teacher: {_teacher(model)}",
+            f"* training data: `{data.get('train')}`",
+            f"* validation data: `{data.get('val')}`",
+            "",
+            "## Method",
+            "",
+            "```yaml",
+            settings,
+            "```",
+            "",
+            "## Measured",
+            "",
+            "Validation at this checkpoint, in nats a token; KL and agreement are against the base "
+            "teacher at temperature 1.",
+            "",
+            *measured,
+            "",
+        ]
+    )
+
+
+def _located(source: ModelSource | None, option: str) -> Source:
+    return locate(source, option) if isinstance(source, str) else Source(str(source), str(source))
+
+
+def _check_base(module: DistillationModule) -> None:
+    """Refuse to write an adapter apart whose base no PEFT folder can name.
+
+    Raises:
+        ConfigError: The base is itself an adapter merged into another, or a GGUF file.
+    """
+    option = "--model.student"
+    source = _located(module.student_source, option)
+    is_merged = isinstance(module.student_source, str) and adapter_folder(source, option)
+    if source.gguf_file is not None or is_merged:
+        raise ConfigError(
+            f"--adapter apart: the student's adapter was trained on {option} {source.given!r}, "
+            f"{'a GGUF file' if source.gguf_file else 'an adapter merged into its base'}, which "
+            "PEFT cannot load as a base; use --adapter merged"
+        )
+
+
+def _check_out(out: Path, module: DistillationModule, overwrite: bool) -> None:
+    """Refuse a folder that is needed again: older weights in the one to be written are removed.
+
+    Raises:
+        OutputError: A model of the run, or something that is no export.
+    """
+    sources = {"student": module.student_source, "teacher": module.teacher_source}
+    for name, source in sources.items():
+        is_folder = isinstance(source, str) and Path(source).is_dir()
+        if is_folder and Path(str(source)).resolve() == out.resolve():
+            raise OutputError(
+                f"--out {str(out)!r} is the folder that --model.{name} is loaded from; choose "
+                "another one"
+            )
+    is_other = out.is_dir() and any(out.iterdir()) and not _is_export(out)
+    if is_other and not overwrite:
+        kind = "a run" if (out / CONFIG_FILE).is_file() else "something else than an export"
+        raise OutputError(
+            f"--out {str(out)!r} holds {kind}: choose another folder, or give --overwrite to write "
+            "among its files"
+        )
+    require_writable(out, "--out")
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether an export has written here: by its mark, or by the card of older versions."""
+    card = folder / "README.md"
+    is_ours = card.is_file() and "okd-lightning" in card.read_text(errors="replace")
+    return (folder / _MARKER).is_file() or (is_ours and (folder / "config.json").is_file())
+
+
+@contextmanager
+def _replaced_model(out: Path) -> Iterator[Path]:
+    """A folder beside the files of ``out`` that take their place when all has been written.
+
+    Weights of an earlier export go then: left there, they would be read in the place of the new.
+
+    Raises:
+        OutputError: The disk is full, say. What ``out`` held before is untouched.
+    """
+    aside = out / ".new"
+    shutil.rmtree(aside, ignore_errors=True)  # what a killed export has left
+    try:
+        aside.mkdir()
+        yield aside
+        (aside / _MARKER).touch()
+        for old in [path for pattern in _WEIGHTS for path in out.glob(pattern)]:
+            old.unlink()
+        for path in aside.iterdir():
+            if (out / path.name).is_dir():
+                shutil.rmtree(out / path.name)
+            path.replace(out / path.name)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"--out {str(out)!r} cannot be written ({error}); make room, or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _merged(module: DistillationModule) -> PreTrainedModel:
+    """A plain model with the adapter folded in; the module's own student is taken apart for it."""
+    assert module.student is not None
+    option = "--model.student"
+    config = load_model_config(module.student_source, option, module.vocabulary.size)
+    if merge_adapters(module.student):
+        config.tie_word_embeddings = False
+    plain = load_causal_lm({}, config, option, dtype=module.dtype_name)  # weights come below
+    plain.load_state_dict(module.student.state_dict())
+    return plain.eval()
+
+
+def _pad_id(module: DistillationModule) -> int:
+    pad = module.tokenizer.pad_token_id
+    return module.eos_ids[0] if pad is None else pad
+
+
+def _teacher(model: Mapping[str, Any]) -> str:
+    own = model.get("self_teacher")
+    if model.get("teacher_server"):
+        return "on a server, of whom the likeliest ids are known"
+    return f"the student itself ({own})" if own else f"`{_shown(model.get('teacher'))}`"
+
+
+def _shown(source: Any) -> str:
+    if isinstance(source, Mapping):
+        return f"random {source.get('model_type')}"
+    return str(source)

@@ -1,0 +1,117 @@
+"""Exports in lm-evaluation-harness, read as they were trained: ``--model okd_lightning``.
+
+A plain export works with the harness's own ``--model hf`` as well. What is different here: prompt
+and answer become ids as in training (no token reaches over the edge between them); ids that the
+tokenizer does not know, of which training says nothing, get no probability; and an adapter's folder
+is given as it is. Log-likelihoods are then those that training and ``okd-lightning test`` measure.
+Extra: ``lm-eval``. The harness knows no plug-ins, so that its command line is started from here:
+
+    python -m okd_lightning.commands.lm_eval_adapter run --model okd_lightning \
+        --model_args pretrained=student --tasks gsm8k
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+
+from okd_lightning.errors import ModelError
+from okd_lightning.models import Vocabulary
+from okd_lightning.models.text_ids import TextEncoder
+
+
+def _base_of(folder: str) -> str | None:
+    """The model that an adapter's folder belongs to; None for a folder that holds a whole one."""
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        return None
+    base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ModelError(
+            f"{folder} holds an adapter and does not say of which model; export it merged "
+            "(okd-lightning export --adapter merged)"
+        )
+    return str(base)
+
+
+@register_model("okd_lightning")
+class ExportedLM(HFLM):
+    """A student's export (or an adapter's folder) as a model of lm-evaluation-harness.
+
+    Args:
+        pretrained: The folder that ``okd-lightning export`` has written.
+        **settings: HFLM's, such as dtype, device and batch_size.
+
+    Raises:
+        ModelError: An adapter that does not name its base.
+    """
+
+    def __init__(self, pretrained: str, **settings: Any) -> None:
+        base = _base_of(pretrained)
+        if base is not None:
+            settings = {"peft": pretrained, "tokenizer": pretrained, **settings}
+        self._reads_chats = False
+        super().__init__(base or pretrained, backend="causal", **settings)
+        self._vocabulary = Vocabulary.of(self.tokenizer)
+        self._encoder = TextEncoder(self.tokenizer)
+
+    def apply_chat_template(self, *args: Any, **settings: Any) -> str:
+        """The harness's own; from now on the template writes what opens a text."""
+        self._reads_chats = True
+        return str(super().apply_chat_template(*args, **settings))
+
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **settings: Any,
+    ) -> list[int]:
+        """Ids of a prompt: a plain one with the bos that the tokenizer adds, and no closing id."""
+        if add_special_tokens is not None or self.add_bos_token is not None:
+            limit = left_truncate_len
+            return list(super().tok_encode(string, add_special_tokens, limit, **settings))
+        (ids,) = self._encoder.prompts([string], is_rendered=self._reads_chats)
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """[batch, seq] ids and attention mask of prompts."""
+        del truncation  # to the model's length: left_truncate_len is below it
+        ids = [self.tok_encode(text, left_truncate_len=left_truncate_len) for text in strings]
+        padded = self.tokenizer.pad(
+            {"input_ids": ids}, padding_side=padding_side, return_tensors="pt"
+        )
+        return padded["input_ids"], padded["attention_mask"]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As rows are in training; spaces at the edge stay where they stand."""
+        (answer,) = self._encoder.continuations([context], [continuation])
+        return self.tok_encode(context), answer
+
+    def _model_call(self, inps: Tensor, *args: Any, **settings: Any) -> Tensor:
+        """Logits of the ids that the tokenizer knows: [batch, seq, vocab]."""
+        return self._vocabulary.cut(super()._model_call(inps, *args, **settings))
+
+    def _model_generate(self, *args: Any, **settings: Any) -> Tensor:
+        """As the harness does it, without ids that the tokenizer does not know."""
+        rows = self.model.get_output_embeddings().weight.shape[0]
+        unknown = [*self._vocabulary.invalid_ids, *range(self._vocabulary.size, rows)]
+        if unknown:
+            settings["suppress_tokens"] = unknown
+        return super()._model_generate(*args, **settings)
+
+
+if __name__ == "__main__":
+    cli_evaluate()

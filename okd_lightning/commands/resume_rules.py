@@ -1,0 +1,116 @@
+"""What an option does that is given at a resume: it acts, is refused, or needs a new run.
+
+``docs/state.md`` shows the same table. An option is given where it differs from the checkpoint's
+config, whether it was typed or stands in a config file. What depends on the data (the prompts and
+their order) is compared by its content, in the loader, and from Python as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from okd_lightning.commands.given_options import flattened
+from okd_lightning.errors import CheckpointError
+
+Verdict: TypeAlias = Literal["acts", "refused", "new run"]
+
+_WEIGHTS = "the student's weights come from the checkpoint"
+_STATE = "its state in the checkpoint continues"
+_STREAMS = "the random streams come from the checkpoint"
+_TRAINED = "the checkpoint's weights are of what was trained so far"
+
+REFUSED: Mapping[str, tuple[Verdict, str]] = {
+    "seed_everything": ("refused", _STREAMS),
+    "model.student": ("refused", _WEIGHTS),
+    "model.student_adapter": ("new run", _TRAINED),
+    "model.self_teacher": ("new run", _TRAINED),
+    "model.optimizer": ("refused", _STATE),
+    "model.lr_scheduler": ("refused", _STATE),
+    "method": ("new run", _TRAINED),
+    "method.online_module": ("new run", _TRAINED),
+}
+"""Option → verdict and reason; of model.optimizer and method the class, not its settings."""
+
+_CLASS_ONLY = ("model.optimizer", "method")
+
+_BY_MODULE = ("method", "model.self_teacher")
+"""Refused by the module, which knows them in a run from Python too."""
+
+BY_CONTENT = (
+    "data.train",
+    "data.batch_size",
+    "data.global_batch_size",
+    "data.prompts_per_epoch",
+    "data.prompts_per_rollout",
+    "data.samples_per_prompt",
+    "data.seed",
+    "trainer.accumulate_grad_batches",
+    "model.normalization",
+)
+"""Options that are refused where they change which prompts an optimizer step has (by the loader),
+or the divisor of rows that the student samples (by the module)."""
+
+
+def verdict(option: str) -> Verdict:
+    """Return what an option does that is given at a resume."""
+    rule = _rule(option)
+    return "refused" if option in BY_CONTENT else rule[0] if rule else "acts"
+
+
+def check_resume(saved: Mapping[str, Any], own: Mapping[str, Any], checkpoint: str) -> None:
+    """Refuse options at a resume that could not act.
+
+    Args:
+        saved: The checkpoint's config.
+        own: This run's.
+        checkpoint: For messages.
+
+    Raises:
+        CheckpointError: Naming the first such option, both values, and what to do.
+    """
+    before, now = flattened(saved), flattened(own)
+    for option in sorted(before.keys() | now.keys()):
+        old, new = before.get(option), now.get(option)
+        rule = _rule(option)
+        if rule is None or option in _BY_MODULE or _is_same(old, new) or _is_moved(option, old):
+            continue
+        advice = f"leave it as it was, {_shown(old)}"
+        if rule[0] == "new run" or option.startswith("model."):
+            advice += (
+                f"; or start a new run from its student: okd-lightning export --ckpt_path "
+                f"{checkpoint} --out FOLDER, and --model.student FOLDER"
+            )
+        raise CheckpointError(
+            f"--{option} {_shown(new)} would do nothing at a resume: {rule[1]}; {advice}"
+        )
+
+
+def _rule(option: str) -> tuple[Verdict, str] | None:
+    parts = option.split(".")
+    for length in range(len(parts), 0, -1):
+        name = ".".join(parts[:length])
+        if name in REFUSED:
+            is_setting = length < len(parts) and name in _CLASS_ONLY
+            return None if is_setting else REFUSED[name]
+    return None
+
+
+def _is_same(old: Any, new: Any) -> bool:
+    """Equal values, classes by their short or full names, or one folder under two paths."""
+    if isinstance(old, str) and isinstance(new, str):
+        is_class = "." in old + new and "/" not in old + new
+        names = (old.rpartition(".")[2], new.rpartition(".")[2]) if is_class else (old, new)
+        is_path = Path(old).exists() and Path(new).exists()
+        return names[0] == names[1] or (is_path and Path(old).samefile(new))
+    return bool(old == new)
+
+
+def _is_moved(option: str, old: Any) -> bool:
+    """Whether a model's folder is not where it was: it is then looked for in another place."""
+    return option == "model.student" and isinstance(old, str) and not Path(old).exists()
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)

@@ -1,0 +1,84 @@
+"""One token a row, drawn from a model's logits or from a mixture of two models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from okd_lightning.engines.responses import Responses
+from okd_lightning.engines.sampling import Sampling, workspace_for
+from okd_lightning.models import Vocabulary
+
+
+@dataclass(frozen=True)
+class Blend:
+    """A second model whose distribution is mixed into every draw (arXiv 2306.08543, Eq. 4).
+
+    Attributes:
+        model: The second causal LM, of the same tokenizer, in eval mode.
+        share: α of α q + (1-α) p, strictly between 0 and 1; q is this model's.
+    """
+
+    model: PreTrainedModel
+    share: float
+
+    def mix(self, logits: Tensor, second: Tensor) -> Tensor:
+        """[rows, vocab] log-probabilities (nats) of the mixture."""
+        first = logits.log_softmax(-1) + math.log1p(-self.share)
+        return torch.logaddexp(first, second.log_softmax(-1) + math.log(self.share))
+
+
+class Drawing:
+    """Draws tokens and stores them in the responses of a call.
+
+    Args:
+        responses: Where they are stored.
+        sampling: How they are drawn.
+        vocabulary: Ids outside it are never drawn.
+        blend: How a second model is mixed in; None for one model.
+        device: Where the logits are.
+    """
+
+    def __init__(
+        self,
+        responses: Responses,
+        sampling: Sampling,
+        vocabulary: Vocabulary,
+        blend: Blend | None,
+        device: torch.device,
+    ) -> None:
+        self.responses = responses
+        self._sampling = sampling
+        self._vocabulary = vocabulary
+        self._blend = blend
+        self._device = device
+        self._workspace = workspace_for(0, vocabulary.size, device)
+
+    def draw(
+        self, tables: Sequence[Tensor], places: Tensor, last: Tensor, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw one token a row.
+
+        Args:
+            tables: [rows, table] of each model, as its head gives them.
+            places: [rows] where the token goes.
+            last: [rows] see ``Responses.last_places``.
+            index: [rows] the row of ``tables`` for each; None for its own.
+
+        Returns:
+            [rows] where the next token goes, and [rows] ids.
+        """
+        found = [self._vocabulary.cut(table.float()) for table in tables]
+        logits = found[0] if self._blend is None else self._blend.mix(*found)
+        if index is not None:
+            logits = logits[index]
+        if len(self._workspace) < len(logits):
+            self._workspace = workspace_for(len(logits), self._vocabulary.size, self._device)
+        noise = self.responses.noise(places)
+        ids, logprobs = self._sampling.choose(logits, noise, self._workspace)
+        return self.responses.write(places, ids, logprobs, last), ids

@@ -1,0 +1,191 @@
+"""Whether an engine elsewhere has the student's weights: a probe, and a few re-scored rows.
+
+The probe is some ids that both score after every transfer of weights. A difference may come from
+number formats, or from a part of the weights that has not arrived; the second grows as the student
+moves and the first does not, so what is allowed depends on how far the student has moved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from okd_lightning.engines.noise import hashed_uniform
+from okd_lightning.engines.sampling import Sampling
+from okd_lightning.errors import ServerError
+from okd_lightning.models import LMHead, Vocabulary, head_inputs
+
+_LENGTH = 12
+_PROBE = 0x50524F42  # domain separation
+_CERTAIN = 1e-3
+_FLOAT32_TOLERANCE = 0.01
+_LEAST_GAP = 1e-5
+"""Nats by which float32 computed in another order differs."""
+
+_TIMES_FIRST = 4.0
+_SHARE_OF_MOVE = 0.05
+_NUM_RESCORED, _MOST_RESCORED = 4, 256
+_GROWN = 10.0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Some ids, and what the student says about them.
+
+    Attributes:
+        ids: Any, also such that no token has.
+        logprobs: [place, ids that there are] nats, of the token after each place.
+        dtype: The student's number format.
+    """
+
+    ids: tuple[int, ...]
+    logprobs: Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: PreTrainedModel, num_rows: int) -> Probe:
+        """What ``model`` says, in its own number format.
+
+        Args:
+            model: In eval mode.
+            num_rows: Ids that it gives logits for.
+        """
+        drawn = hashed_uniform(_PROBE, num_rows, torch.arange(_LENGTH).numpy())
+        ids = tuple(int(value) for value in drawn * num_rows)
+        logits = model(torch.tensor([ids], device=model.device)).logits[0, :, :num_rows]
+        return cls(ids, logits.float().log_softmax(-1).cpu(), model.dtype)
+
+    @property
+    def requests(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """One that has the probe scored, and one that draws a token that is certain."""
+        least_certain = int(self.logprobs[:-1].amax(-1).argmin())
+        fields = {"max_tokens": 1, "temperature": 1.0, "ignore_eos": True}
+        scored = {**fields, "prompt": list(self.ids), "prompt_logprobs": 1}
+        drawn = {**fields, "prompt": list(self.ids[: least_certain + 1]), "top_k": 1, "logprobs": 0}
+        return scored, drawn
+
+    @property
+    def own(self) -> tuple[float, ...]:
+        """Log-probability (nats) of each id of the probe but the first, by the student."""
+        pairs = enumerate(self.ids[1:])
+        return tuple(float(self.logprobs[place, token]) for place, token in pairs)
+
+
+@dataclass
+class EngineGaps:
+    """Differences between an engine's log-probabilities and the student's, over a run.
+
+    Attributes:
+        tolerance: Mean difference on the probe (nats) that number formats may make.
+    """
+
+    tolerance: float
+    _first_probe: tuple[float, ...] = ()
+    _first_gap: float = 0.0
+    _first_rescored: float | None = None
+    _has_warned: bool = field(default=False, repr=False)
+
+    def check_probe(
+        self, probe: Probe, said: Sequence[float], drawn: float, where: str, dtype: str | None
+    ) -> None:
+        """Refuse another model, old weights, parts of them, and log-probs of another distribution.
+
+        After the first transfer the difference may be ``tolerance`` (0.01 where both compute in
+        float32). Later it may be four times the first one or 5 % of how far the student has moved
+        on the probe since then, whichever is more.
+
+        Args:
+            probe: What the student says.
+            said: What the engine gave to each id of the probe but the first (nats).
+            drawn: The log-probability that it reports of the token that is certain.
+            where: The host, for messages.
+            dtype: The engine's number format, where it is known.
+
+        Raises:
+            ServerError: Naming what to change.
+        """
+        own, allowed = probe.own, self.tolerance
+        gap = _mean_distance(said, own)
+        if dtype == "float32" and probe.dtype in (torch.float32, torch.float64):
+            allowed = min(allowed, _FLOAT32_TOLERANCE)
+        moved = _mean_distance(own, self._first_probe) if self._first_probe else None
+        if moved is not None:
+            grown = max(_TIMES_FIRST * self._first_gap, _SHARE_OF_MOVE * moved, _LEAST_GAP)
+            allowed = min(allowed, grown)
+        if not gap <= allowed:
+            since = f", which has moved by {moved:.3g} since the first one" if moved else ""
+            raise ServerError(
+                f"{where} was given the student's weights and yet differs from the student by "
+                f"{gap:.3g} nats a token on a probe (at most {allowed:.3g} allowed{since}): it "
+                "runs another architecture, a quantised one, or has not loaded all of them (vLLM "
+                "on CPU keeps the old head of a model with tied embeddings); check its model and "
+                "dtype, or raise --model.engine.tolerance where only number formats differ"
+            )
+        if not abs(drawn) <= _CERTAIN:
+            raise ServerError(
+                f"{where} reports {drawn:.3g} as the log-probability of a token that was drawn "
+                "with top_k 1, which is certain: these are from before temperature and cuts; start "
+                "it with --logprobs-mode processed_logprobs"
+            )
+        if moved is None:
+            self._first_probe, self._first_gap = own, gap
+
+    def note_rescored(self, gap: float, where: str) -> None:
+        """Warn, once, where re-scored responses differ tenfold from those of the first rollout."""
+        if self._first_rescored is None:
+            self._first_rescored = gap
+        if gap > _GROWN * max(self._first_rescored, _LEAST_GAP) and not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(
+                f"{where}: log-probabilities of its responses differ from the student's by "
+                f"{gap:.3g} nats a token, and by {self._first_rescored:.3g} at first "
+                "(rollout/engine_gap): a part of the weights may not arrive; compare with the "
+                "built-in engine (leave --model.engine out), or restart the server"
+            )
+
+
+def _mean_distance(left: Sequence[float], right: Sequence[float]) -> float:
+    return sum(abs(a - b) for a, b in zip(left, right, strict=True)) / len(left)
+
+
+@torch.no_grad()
+def rescored_gap(
+    model: PreTrainedModel,
+    vocabulary: Vocabulary,
+    sampling: Sampling,
+    rows: Sequence[tuple[Sequence[int], Sequence[int], Sequence[float]]],
+) -> float | None:
+    """Mean difference (nats) of some tokens' log-probabilities, the student's and an engine's.
+
+    Args:
+        model: The student, in eval mode.
+        vocabulary: What can be drawn.
+        sampling: How the responses were drawn; greedy ones have no log-probabilities to compare.
+        rows: Prompt, response, and the engine's log-probabilities of the response. The first few
+            are read, up to 256 tokens of each response.
+
+    Returns:
+        None where there is nothing to compare.
+    """
+    distances: list[float] = []
+    head = LMHead.of(model, vocabulary)
+    for prompt, response, logprobs in rows[:_NUM_RESCORED] if sampling.temperature else ():
+        ids = list(response[:_MOST_RESCORED])
+        if not ids:
+            continue
+        read = torch.tensor([[*prompt, *ids]], device=model.device)
+        hidden = head_inputs(model, read, torch.ones_like(read, dtype=torch.bool))
+        own = sampling.logprobs(head(hidden[0, len(prompt) - 1 : -1]))
+        drawn = own.gather(-1, read[0, len(prompt) :, None])[:, 0].tolist()
+        both = zip(drawn, logprobs, strict=False)
+        # at the edge of top-p the engine may keep an id that is cut here: log 0
+        distances += [abs(a - b) for a, b in both if math.isfinite(a)]
+    return sum(distances) / len(distances) if distances else None

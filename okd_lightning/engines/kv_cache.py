@@ -1,0 +1,154 @@
+"""A key-value cache whose rows leave and join while it grows.
+
+transformers' own classes, but for the storage of attention layers: their dynamic layer copies
+everything it holds for each token, and their static one attends to all of its columns. Here spare
+columns are allocated ahead and written in place; the model sees the filled ones. Sliding windows
+are left to the attention mask, which transformers builds from the config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from okd_lightning.models.transformers_versions import STATELESS_LAYERS
+
+_SPARE_COLUMNS = 64
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer: views of buffers with spare columns behind the filled ones."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rooms: tuple[Tensor, Tensor] = ()  # type: ignore[assignment]  # none before the first
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append [rows, heads, tokens, dim]; returns all keys and values, as transformers' does."""
+        del args, kwargs
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._settle(key_states, value_states, spare=0)
+            return self.keys, self.values
+        filled = self.keys.shape[-2]
+        width = filled + key_states.shape[-2]
+        if width > self._rooms[0].shape[-2]:
+            self._settle(self.keys, self.values, spare=width - filled + _SPARE_COLUMNS)
+        for room, states in zip(self._rooms, (key_states, value_states), strict=True):
+            room[:, :, filled:width] = states
+        self._show(width)
+        return self.keys, self.values
+
+    def rearrange(
+        self, keep: Tensor, num_leading: int, joining: Sequence[tuple[RoomyLayer, Tensor]]
+    ) -> None:
+        """Drop rows and leading columns, and add rows of other layers, aligned on the right.
+
+        Args:
+            keep: [any] rows that stay.
+            num_leading: Columns that none of them attends to.
+            joining: Other layers, each with the rows [any] of it that join.
+        """
+        staying = [] if not self.is_initialized else [(self, keep, num_leading)]
+        parts = [*staying, *((layer, rows, 0) for layer, rows in joining)]
+        if not self.is_initialized:
+            self.lazy_initialization(parts[0][0].keys, parts[0][0].values)
+        self._rooms = (
+            _assembled([(layer.keys, rows, lead) for layer, rows, lead in parts]),
+            _assembled([(layer.values, rows, lead) for layer, rows, lead in parts]),
+        )
+        width = max(layer.keys.shape[-2] - lead for layer, _, lead in parts)
+        self._show(width)
+
+    def _show(self, width: int) -> None:
+        self.keys, self.values = (room[:, :, :width] for room in self._rooms)
+
+    def _settle(self, keys: Tensor, values: Tensor, spare: int) -> None:
+        width = keys.shape[-2]
+        self._rooms = _with_spare(keys, spare), _with_spare(values, spare)
+        self._show(width)
+
+
+def _with_spare(states: Tensor, spare: int) -> Tensor:
+    if not spare:
+        return states
+    rows, heads, width, dim = states.shape
+    room = states.new_empty(rows, heads, width + spare, dim)
+    room[:, :, :width] = states
+    return room
+
+
+def _assembled(parts: Sequence[tuple[Tensor, Tensor, int]]) -> Tensor:
+    """[rows, heads, columns, dim] with spare columns on the right and zeros on the left."""
+    width = max(states.shape[-2] - lead for states, _, lead in parts)
+    _, heads, _, dim = parts[0][0].shape
+    num_rows = sum(len(rows) for _, rows, _ in parts)
+    room = parts[0][0].new_empty(num_rows, heads, width + _SPARE_COLUMNS, dim)
+    first = 0
+    for states, rows, lead in parts:
+        target = room[first : first + len(rows)]
+        left = width - (states.shape[-2] - lead)
+        target[:, :, :left] = 0  # never attended to, but must be finite
+        target[:, :, left:width] = states[:, :, lead:].index_select(0, rows)
+        first += len(rows)
+    return room
+
+
+def is_rearrangeable(model: PreTrainedModel) -> bool:
+    """Whether all that a model remembers is keys and values by position.
+
+    State-space and other recurrent models keep states that rows cannot be moved in and out of, nor
+    padded on the left.
+    """
+    if getattr(model, "_is_stateful", False):
+        return False
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return False
+    plain = (DynamicLayer, DynamicSlidingWindowLayer, *STATELESS_LAYERS)
+    return all(type(layer) in plain for layer in DynamicCache(config=model.config).layers)
+
+
+def empty_cache(model: PreTrainedModel, is_roomy: bool) -> DynamicCache:
+    """A cache for a batch of any size.
+
+    Args:
+        model: What fills it.
+        is_roomy: Its attention layers can be rearranged; see ``is_rearrangeable``.
+    """
+    cache = DynamicCache(config=model.config)
+    if is_roomy:
+        cache.layers = [
+            layer if isinstance(layer, STATELESS_LAYERS) else RoomyLayer() for layer in cache.layers
+        ]
+    return cache
+
+
+def rearrange(
+    cache: DynamicCache,
+    keep: Tensor,
+    num_leading: int,
+    joining: Sequence[tuple[DynamicCache, Tensor]],
+) -> None:
+    """Drop rows and leading columns of a roomy cache, and let rows of others join.
+
+    Args:
+        cache: What is changed.
+        keep: [any] rows that stay.
+        num_leading: Columns that none of them attends to.
+        joining: Other caches, each with the rows [any] of it that join.
+    """
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, RoomyLayer):
+            layer.rearrange(
+                keep, num_leading, [(cast(RoomyLayer, c.layers[i]), rows) for c, rows in joining]
+            )

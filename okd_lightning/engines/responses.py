@@ -1,0 +1,150 @@
+"""Responses while they are being written: one buffer a call, on the model's device.
+
+Every row has ``max_new_tokens`` places; a row in a batch carries the place of its next token, and a
+row that has ended carries the waste place, so that a step is the same few operations whichever rows
+are still writing, and nothing is copied to the host until all have ended. A call may take several
+rounds, over rows of growing lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from okd_lightning.records.batches import Rollout
+
+_UNWRITTEN = -1
+
+
+class Responses:
+    """What has been written of a call.
+
+    Args:
+        noise: [rows, max_new_tokens] float64 in (0, 1), what each place is drawn with.
+        eos_ids: Ids that end a response.
+        vocab: Ids that can be drawn.
+        device: Where the model is.
+        limits: Longest response of each row, in tokens; () for ``max_new_tokens`` everywhere.
+    """
+
+    def __init__(
+        self,
+        noise: Tensor,
+        eos_ids: Sequence[int],
+        vocab: int,
+        device: torch.device,
+        limits: Sequence[int] = (),
+    ) -> None:
+        self._num_rows, self._max_new_tokens = noise.shape
+        self._eos_ids = eos_ids
+        longest = self._max_new_tokens
+        self._limits = [min(limit, longest) for limit in limits] or [longest] * self._num_rows
+        self._num_rounds = 0
+        self._begun = [0] * self._num_rows  # tokens of each row before the present round
+        self._ends = self._limits  # and at its end
+        self._waste = noise.numel()
+        self._noise = torch.cat([noise.flatten(), noise.new_full((1,), 0.5)]).to(device)
+        self._ids = torch.full((self._waste + 1,), _UNWRITTEN, device=device)
+        self._logprobs = torch.zeros(self._waste + 1, device=device)
+        self._is_end = torch.zeros(vocab, dtype=torch.bool, device=device)
+        self._is_end[[i for i in eos_ids if i < vocab]] = True
+
+    def next_places(self, rows: Sequence[int]) -> Tensor:
+        """[rows] place of the first token that each row writes in this round."""
+        places = [row * self._max_new_tokens + self._begun[row] for row in rows]
+        return torch.tensor(places, dtype=torch.int64, device=self._ids.device)
+
+    def last_places(self, rows: Sequence[int]) -> Tensor:
+        """[rows] place of the last token that each row may have in this round."""
+        places = [row * self._max_new_tokens + self._ends[row] - 1 for row in rows]
+        return torch.tensor(places, dtype=torch.int64, device=self._ids.device)
+
+    def begin_round(
+        self, prompts: Sequence[tuple[int, ...]], longest: int | None
+    ) -> dict[int, tuple[int, ...]]:
+        """Rows that are still to be written, and that a round over rows of some lengths may write.
+
+        Args:
+            prompts: One a row.
+            longest: A pass in this round reads no more than these tokens; None for any number.
+
+        Returns:
+            Prompt and what has been written so far, by the row's number.
+        """
+        written = self._written() if self._num_rounds else [()] * self._num_rows
+        self._num_rounds += 1
+        self._begun = [len(ids) for ids in written]
+        open_rows = [
+            row
+            for row, ids in enumerate(written)
+            if len(ids) < self._limits[row] and not (ids and ids[-1] in self._eos_ids)
+        ]
+        texts = {row: prompts[row] + written[row] for row in open_rows}
+        if longest is None:
+            self._ends = self._limits
+            return texts
+        self._ends = [
+            min(limit, longest - len(prompt) + 1)  # the last pass draws one more
+            for limit, prompt in zip(self._limits, prompts, strict=True)
+        ]
+        return {row: text for row, text in texts.items() if len(text) <= longest}
+
+    def num_ended(self) -> int:
+        """Rows that are written to their end."""
+        return sum(
+            len(ids) >= limit or bool(ids and ids[-1] in self._eos_ids)
+            for ids, limit in zip(self._written(), self._limits, strict=True)
+        )
+
+    def noise(self, places: Tensor) -> Tensor:
+        """[rows] float64 for the tokens of these places."""
+        return self._noise.index_select(0, places)
+
+    def write(self, places: Tensor, ids: Tensor, logprobs: Tensor, last: Tensor) -> Tensor:
+        """Store one token a row.
+
+        Args:
+            places: [rows] where.
+            ids: [rows] what was drawn.
+            logprobs: [rows] with which log-probability.
+            last: [rows] see ``last_places``.
+
+        Returns:
+            [rows] where each row's next token goes: the waste place once the row has ended.
+        """
+        self._ids.index_copy_(0, places, ids)
+        self._logprobs.index_copy_(0, places, logprobs.float())
+        has_ended = self._is_end.index_select(0, ids) | (places >= last)
+        return torch.where(has_ended, self._waste, places + 1)
+
+    def is_writing(self, places: Tensor) -> Tensor:
+        """[rows] False on rows that have ended."""
+        return places < self._waste
+
+    def rollout(self, num_row_steps: int) -> Rollout:
+        """All responses, in the order of the rows.
+
+        Args:
+            num_row_steps: Rows of all forward passes, which the writing took.
+        """
+        written = self._written()
+        shape = (self._num_rows, self._max_new_tokens)
+        logprobs = self._logprobs[:-1].view(shape).tolist()
+        return Rollout(
+            response_ids=tuple(written),
+            logprobs=tuple(
+                tuple(row[: len(ids)]) for row, ids in zip(logprobs, written, strict=True)
+            ),
+            stop_reasons=tuple(
+                "eos" if row and row[-1] in self._eos_ids else "length" for row in written
+            ),
+            num_row_steps=num_row_steps,
+        )
+
+    def _written(self) -> list[tuple[int, ...]]:
+        """The ids of each row so far."""
+        ids = self._ids[:-1].view(self._num_rows, self._max_new_tokens)
+        lengths = (ids != _UNWRITTEN).sum(-1).tolist()
+        return [tuple(row[:n]) for row, n in zip(ids.tolist(), lengths, strict=True)]

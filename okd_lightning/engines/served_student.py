@@ -1,0 +1,111 @@
+"""Whether a server serves the student's own model: compared before any weights are sent to it.
+
+vLLM drops the weights that it has before it reads new ones: weights of another architecture leave
+it without any, and the next request ends it. A teacher's server given by mistake must not be hit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from okd_lightning.bounded_files import read_json_object
+from okd_lightning.engines.vllm_client import ServedModel, ServerInfo
+from okd_lightning.errors import ServerError
+
+_TIED = "tie_word_embeddings"
+_SHAPE = (
+    *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "intermediate_size", _TIED),
+)
+"""Settings of config.json that decide which weights there are."""
+
+_PROCESSED = "processed_logprobs"
+
+
+def served_config(served: ServedModel, where: str) -> Mapping[str, Any] | None:
+    """The served model's config.json, where its folder is on this machine too.
+
+    vLLM (0.32) says of its model where it is, and not of what shape.
+    """
+    if served.root is None or "\0" in served.root:
+        return None
+    path = Path(served.root) / "config.json"
+    if not path.is_file():
+        return None
+    return read_json_object(path, ServerError, f"{where}, config of the served model, {path}")
+
+
+def check_served_student(
+    student: PretrainedConfig,
+    served: ServedModel,
+    found: Mapping[str, Any] | None,
+    info: ServerInfo,
+    where: str,
+) -> None:
+    """Refuse a server whose model is not the student's, or that says other log-probabilities.
+
+    What the server does not say is not compared.
+
+    Args:
+        student: The student's config.
+        served: From ``/v1/models``.
+        found: The served model's config.json; None where it is not known.
+        info: From ``/server_info``.
+        where: The engine, for messages.
+
+    Raises:
+        ServerError: Naming the difference and what to do.
+    """
+    if info.logprobs_mode not in (None, _PROCESSED):
+        raise ServerError(
+            f"{where} gives {info.logprobs_mode} as its log-probabilities, which are not those of "
+            "the distribution drawn from; start it with --logprobs-mode processed_logprobs"
+        )
+    if info.quantization is not None:
+        raise ServerError(
+            f"{where} serves weights quantised by {info.quantization}, and the student's are not; "
+            "start it without --quantization, on the student's own folder"
+        )
+    difference = None if found is None else _difference(student, found)
+    if difference is not None:
+        raise ServerError(
+            f"{where} serves {served.root or served.name!r}, {difference}: it is the server of "
+            "another model, such as the teacher's, and no weights were sent to it; start it with "
+            "the student as its --model, or name the student's server"
+        )
+
+
+def is_untied(found: Mapping[str, Any] | None) -> bool:
+    """Whether the served model is known to have a head of its own."""
+    return found is not None and found.get(_TIED) is False
+
+
+def keeps_old_head(found: Mapping[str, Any] | None, info: ServerInfo) -> bool:
+    """Whether the head of a served model that shares its table would not get new weights.
+
+    vLLM on CPUs (0.32) computes the head with a packed copy of its weights, and renews the copies
+    of those layers alone whose own weights it loads: a head that shares the embedding's table is
+    none of them.
+    """
+    return info.device == "cpu" and not is_untied(found)
+
+
+def _difference(student: PretrainedConfig, found: Mapping[str, Any]) -> str | None:
+    """The first setting that both have and that differs, in words."""
+    text = student.get_text_config()
+    own = {"model_type": student.model_type}
+    own |= {name: getattr(text, name) for name in _SHAPE[1:] if hasattr(text, name)}
+    inner = found.get("text_config")
+    other = {**found, **(inner if isinstance(inner, Mapping) else {})}
+    other["model_type"] = found.get("model_type")
+    if other.get(_TIED) is False:  # a table written twice serves a model that shares it
+        own.pop(_TIED, None)
+    for name in _SHAPE:
+        given = other.get(name)
+        if given is not None and own.get(name) is not None and given != own[name]:
+            return f"whose {name} is {given!r} where the student's is {own[name]!r}"
+    return None

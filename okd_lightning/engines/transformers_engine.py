@@ -1,0 +1,332 @@
+"""The built-in engine: any transformers causal LM, writing in this process.
+
+All prompts of a call are one queue, longest first. A batch holds as many rows as the token budget
+has room for; rows that have ended leave it and waiting prompts take their place (continuous
+batching). All rows share their columns: what joins is aligned on the right, and each row attends
+from its own first column on.
+
+The loop is our own. ``generate`` of transformers keeps finished rows in its batch, and its noise
+depends on the batch. Its continuous batching lays rows out in pages, for which it changes the
+model's attention while it runs, draws from the global generator, and takes twice our time on a CPU
+(benchmarks/rollouts.md). What is used of transformers is the model and its cache.
+
+A second model may be mixed in: both read the same, and every token is drawn from the mixture of
+their distributions.
+
+In float32 a row's samples do not depend on the rows beside it, but for ties.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from okd_lightning.engines.drawing import Blend, Drawing
+from okd_lightning.engines.engine import Progress
+from okd_lightning.engines.kv_cache import empty_cache, rearrange
+from okd_lightning.engines.memory import MEMORIES, cached_logits, memory_of
+from okd_lightning.engines.noise import NoiseStream
+from okd_lightning.engines.responses import Responses
+from okd_lightning.engines.sampling import Sampling
+from okd_lightning.engines.whole_passes import WholePasses
+from okd_lightning.losses.cpu_linear import fast_linears
+from okd_lightning.models import Vocabulary, forget_lengths, row_groups
+from okd_lightning.records.batches import PromptBatch, Rollout
+
+_ADMIT_AT = 0.875
+"""Waiting prompts join once no more than this share of the batch is still writing."""
+
+_SHRINK_AT = 0.75
+"""Finished rows leave at this share where nobody waits: moving the others costs a copy."""
+
+_PREFILL_TOKENS = 8192
+"""Prompt tokens of one forward pass at most, so that a long queue's activations fit."""
+
+
+@dataclass
+class TransformersEngine:
+    """Generates with a model that lives in this process.
+
+    Args:
+        model: The causal LM; put into eval mode by the caller.
+        vocabulary: Ids outside it are never drawn.
+        eos_ids: Ids that end a response.
+        token_budget: Prompt plus response tokens of a batch at most.
+        dtype: Number format to compute in, by autocast: the weights are cast once a call and the
+            copy is dropped at its end. None leaves it to the caller; in float32 a sample does not
+            depend on its batch, in bfloat16 it may.
+        blend: A second model that is mixed into every draw.
+    """
+
+    model: PreTrainedModel
+    vocabulary: Vocabulary
+    eos_ids: tuple[int, ...]
+    token_budget: int = 65536
+    dtype: torch.dtype | None = None
+    blend: Blend | None = None
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: PromptBatch,
+        sampling: Sampling,
+        generator: NoiseStream,
+        max_new_tokens: int,
+        progress: Progress | None = None,
+    ) -> Rollout:
+        """One response a prompt, in the order of the prompts; see ``RolloutEngine``."""
+        noise = generator.uniform(prompts.index, prompts.sample, max_new_tokens)
+        responses = Responses(
+            noise, self.eos_ids, self.vocabulary.size, self.model.device, prompts.limits
+        )
+        if not noise.numel():
+            return responses.rollout(0)
+        as_it_is = torch.compiler.set_stance("force_eager")  # a step changes its shapes each time
+        second = nullcontext() if self.blend is None else fast_linears(self.blend.model)
+        told = num_row_steps = 0
+        with self._precision(), fast_linears(self.model), second, as_it_is:
+            drawing = Drawing(responses, sampling, self.vocabulary, self.blend, self.model.device)
+            for writing, is_only in self._rounds(prompts, drawing, max_new_tokens):
+                for num_ended, num_tokens in writing.run():
+                    if progress is not None:
+                        progress(num_ended if is_only else 0, num_tokens)
+                num_row_steps += writing.num_row_steps
+                if progress is not None and not is_only:
+                    told, num_before = responses.num_ended(), told
+                    progress(told - num_before)
+        return responses.rollout(num_row_steps)
+
+    def _rounds(
+        self, prompts: PromptBatch, drawing: Drawing, max_new_tokens: int
+    ) -> Iterator[tuple[_Writing | WholePasses, bool]]:
+        """One (True), or one (False) a side of each length at which rotary frequencies change.
+
+        A row that grows over such a length is read again from its start: its cache is of the other
+        side.
+        """
+        models = [self.model] + ([self.blend.model] if self.blend else [])
+        memories = [memory_of(model) for model in models]
+        groups = [row_groups(model) for model in models]
+        switches = sorted({g.switch for g in groups if g.switch is not None})
+        for shortest, longest in zip((0, *switches), (*switches, None), strict=True):
+            texts = drawing.responses.begin_round(prompts.input_ids, longest)
+            by_length = any(g.by_length and shortest >= (g.switch or 0) for g in groups)
+            memory = "none" if by_length else max(memories, key=MEMORIES.index)
+            call = (models, texts, drawing, self.token_budget, max_new_tokens)
+            if memory == "none":
+                yield WholePasses(*call), not switches
+                continue
+            for model, own in zip(models, groups, strict=True):
+                if own.by_length:
+                    forget_lengths(model)
+            yield _Writing(*call, is_roomy=memory == "rows"), not switches
+
+    def _precision(self) -> AbstractContextManager[object]:
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(self.model.device.type, self.dtype)
+
+
+@dataclass
+class _Prefilled:
+    """Prompts that have been read: what a batch needs in order to take them in."""
+
+    rows: list[int]
+    caches: list[DynamicCache]  # one a model
+    index: Tensor  # [rows] the row of the caches that each one takes
+    starts: Tensor  # [rows] first column
+    width: int  # columns
+    places: Tensor  # [rows] of the second token
+    tokens: Tensor  # [rows] the first token
+
+
+class _Writing:
+    """One call: its queue, the batch that is running, and what it has cost.
+
+    The batch's fields are aligned: ``rows`` (numbers in the call), ``places`` and ``last`` in the
+    responses, ``tokens`` (drawn, not yet read), ``starts`` (first column), all [rows].
+    """
+
+    def __init__(
+        self,
+        models: Sequence[PreTrainedModel],
+        texts: Mapping[int, tuple[int, ...]],
+        drawing: Drawing,
+        token_budget: int,
+        max_new_tokens: int,
+        *,
+        is_roomy: bool,
+    ) -> None:
+        self._models = models
+        self._texts = texts
+        self._drawing = drawing
+        self._responses = drawing.responses
+        self._max_new_tokens = max_new_tokens
+        self._token_budget = token_budget
+        self._device = models[0].device
+        self._is_roomy = is_roomy
+        # equal prompts stand together, so that they are read once
+        self._queue = deque(sorted(texts, key=lambda row: (-len(texts[row]), row)))
+        self.num_row_steps = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._rows: list[int] = []
+        self._caches = self._empty_caches()
+        self._width = 0
+        self._num_writing = 0
+        self._places = self._last = self._tokens = self._starts = torch.zeros(
+            0, dtype=torch.int64, device=self._device
+        )
+
+    def _empty_caches(self) -> list[DynamicCache]:
+        return [empty_cache(model, self._is_roomy) for model in self._models]
+
+    def run(self) -> Iterator[tuple[int, int]]:
+        """Write everything; yields how many rows have ended since the last time, and new tokens.
+
+        (Rows that end between two looks at an accelerator count as if they wrote to the second.)
+        """
+        steps_per_check = _steps_per_check(self._device)
+        while self._queue or self._num_writing:
+            num_before = self._num_writing
+            num_joined = self._make_room()
+            if not num_joined:
+                for _ in range(steps_per_check):
+                    self._step()
+            self._num_writing = int(self._responses.is_writing(self._places).sum())
+            num_ended = num_before + num_joined - self._num_writing
+            yield num_ended, num_joined or num_before * steps_per_check
+
+    # ---------------------------------------------------------------- who is in the batch
+
+    def _make_room(self) -> int:
+        """Let ended rows leave and waiting ones join, where it pays; returns how many joined."""
+        if not self._is_roomy:
+            return self._next_equal_prompts() if not self._num_writing else 0
+        share = _ADMIT_AT if self._queue else _SHRINK_AT
+        if self._num_writing > share * len(self._rows):
+            return 0
+        keep = self._responses.is_writing(self._places).nonzero().squeeze(-1)
+        kept = keep.tolist()
+        rows = self._admitted([self._rows[i] for i in kept])
+        joining = [self._read(piece) for piece in self._pieces(rows)]
+        self._rearrange(keep, kept, joining)
+        return len(rows)
+
+    def _admitted(self, staying: list[int]) -> list[int]:
+        """Taken from the queue: as many as fit beside the rows that stay, at least one in all."""
+        if not self._queue:
+            return []
+        longest = max(len(self._texts[row]) for row in [*staying, self._queue[0]])
+        size = max(1, self._token_budget // (longest + self._max_new_tokens))
+        num = min(len(self._queue), max(0, size - len(staying)))
+        return [self._queue.popleft() for _ in range(num)]
+
+    def _pieces(self, rows: list[int]) -> Iterator[list[int]]:
+        """Cut into forward passes; rows are sorted, the longest first."""
+        while rows:
+            size = max(1, _PREFILL_TOKENS // len(self._texts[rows[0]]))
+            yield rows[:size]
+            rows = rows[size:]
+
+    def _rearrange(self, keep: Tensor, kept: list[int], joining: list[_Prefilled]) -> None:
+        if not kept and not joining:
+            self._clear()
+            return
+        starts = self._starts[keep]
+        lead = int(starts.min()) if kept else self._width
+        width = max([self._width - lead, *(piece.width for piece in joining)])
+        for i, cache in enumerate(self._caches):
+            rearrange(cache, keep, lead, [(piece.caches[i], piece.index) for piece in joining])
+        self._starts = torch.cat(
+            [
+                starts + (width - self._width),
+                *(piece.starts + (width - piece.width) for piece in joining),
+            ]
+        )
+        self._rows = [self._rows[i] for i in kept]
+        self._rows += [row for piece in joining for row in piece.rows]
+        self._places = torch.cat([self._places[keep], *(piece.places for piece in joining)])
+        self._tokens = torch.cat([self._tokens[keep], *(piece.tokens for piece in joining)])
+        self._last = self._responses.last_places(self._rows)
+        self._width = width
+
+    def _next_equal_prompts(self) -> int:
+        """A batch for a model whose memory cannot be rearranged: nobody leaves it, nobody joins."""
+        self._clear()
+        length = len(self._texts[self._queue[0]])
+        size = max(1, self._token_budget // (length + self._max_new_tokens))
+        rows = [row for row in self._queue if len(self._texts[row]) == length][:size]
+        self._queue = deque(row for row in self._queue if row not in set(rows))
+        read = self._read(rows)
+        self._caches, self._rows, self._starts = read.caches, read.rows, read.starts
+        self._places, self._tokens, self._width = read.places, read.tokens, read.width
+        self._last = self._responses.last_places(rows)
+        return len(rows)
+
+    # ---------------------------------------------------------------- the model
+
+    def _read(self, rows: list[int]) -> _Prefilled:
+        """Read some prompts and draw their first tokens; equal prompts are read once."""
+        prompts = [self._texts[row] for row in rows]
+        unique = list(dict.fromkeys(prompts)) if self._is_roomy else prompts
+        number = {prompt: i for i, prompt in enumerate(unique)}
+        indices = [number[prompt] for prompt in prompts] if self._is_roomy else range(len(rows))
+        index = torch.tensor(list(indices), device=self._device)
+        ids, starts = _left_pad(unique, self._device)
+        caches = self._empty_caches()
+        columns = torch.arange(ids.shape[1], device=self._device)
+        positions = (columns - starts[:, None]).clamp(min=0)
+        tables = self._logits(ids, positions, starts, ids.shape[1], caches)
+        self.num_row_steps += len(rows)
+        places, last = self._responses.next_places(rows), self._responses.last_places(rows)
+        places, tokens = self._drawing.draw(tables, places, last, index)
+        return _Prefilled(rows, caches, index, starts[index], ids.shape[1], places, tokens)
+
+    def _step(self) -> None:
+        """One token for every row."""
+        is_writing = self._responses.is_writing(self._places)
+        positions = torch.where(is_writing, self._width - self._starts, 0)[:, None]
+        self._width += 1
+        tables = self._logits(
+            self._tokens[:, None], positions, self._starts, self._width, self._caches
+        )
+        self.num_row_steps += len(self._rows)
+        self._places, self._tokens = self._drawing.draw(tables, self._places, self._last)
+
+    def _logits(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        starts: Tensor,
+        width: int,
+        caches: list[DynamicCache],
+    ) -> list[Tensor]:
+        """[rows, table] of each model for the token after ``ids``."""
+        mask = None
+        if self._is_roomy:  # others have equal prompts, and some of them misread a mask
+            mask = (torch.arange(width, device=self._device) >= starts[:, None]).long()
+        return [
+            cached_logits(model, ids, positions, mask, cache)
+            for model, cache in zip(self._models, caches, strict=True)
+        ]
+
+
+def _steps_per_check(device: torch.device) -> int:
+    """Steps between two looks at who has ended: a look stalls an accelerator's queue of work."""
+    return 1 if device.type == "cpu" else 4
+
+
+def _left_pad(rows: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """[rows, longest] ids, and [rows] the first column of each."""
+    width = max(len(row) for row in rows)
+    padded = [(0,) * (width - len(row)) + row for row in rows]
+    starts = torch.tensor([width - len(row) for row in rows], device=device)
+    return torch.tensor(padded, device=device), starts

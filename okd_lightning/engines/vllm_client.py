@@ -1,0 +1,265 @@
+"""vLLM's HTTP protocol as far as it is used: each answer is checked and becomes a record.
+
+Owns what an answer must look like: whatever else a server sends is a ServerError that says what was
+expected. What the numbers are used for belongs to the engine and to the served teacher.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from okd_lightning.endpoint import Endpoint, ServerStatusError
+from okd_lightning.engines.server_answers import ABOVE_ZERO, AnswerPart, is_id, shown
+from okd_lightning.errors import ServerError, one_line
+
+_SHOWN = 200
+_BYTES_PER_NUMBER = 400
+"""JSON of one token with its log-probability, rank and decoded text: 100 bytes are usual."""
+
+_SPARE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model that a server has.
+
+    Attributes:
+        name: What requests call it.
+        root: Where the server has it from; None where it does not say.
+        max_model_len: Longest prompt with response, in tokens; None where it does not say.
+    """
+
+    name: str
+    root: str | None = None
+    max_model_len: int | None = None
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What a server in dev mode says of itself; None for what it does not say.
+
+    Attributes:
+        dtype: Number format, such as "float32".
+        logprobs_mode: Such as "processed_logprobs".
+        quantization: Such as "fp8".
+        max_logprobs: Most log-probabilities a token.
+        device: Where it computes, such as "cuda" or "cpu".
+    """
+
+    dtype: str | None = None
+    logprobs_mode: str | None = None
+    quantization: str | None = None
+    max_logprobs: int | None = None
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One response.
+
+    Attributes:
+        ids: Of the response.
+        logprobs: [response] nats, each of the token that was drawn; empty unless asked for.
+        finish_reason: Why it ended.
+        prompt_logprobs: [prompt - 1] by id, nats, for each token of the prompt but the first; empty
+            unless asked for.
+    """
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    prompt_logprobs: tuple[Mapping[int, float], ...]
+
+
+@dataclass
+class VLLMClient:
+    """Requests to one server.
+
+    Args:
+        endpoint: Where it is.
+        model: Name under which it serves the model; None for the only one that it has.
+    """
+
+    endpoint: Endpoint
+    model: str | None = None
+    _served: ServedModel | None = None
+
+    def served(self) -> ServedModel:
+        """The model that requests name; asked for once.
+
+        Raises:
+            ServerError: The server has no such model, or several to choose from.
+        """
+        if self._served is None:
+            self._served = self.read_served()
+        return self._served
+
+    def read_served(self) -> ServedModel:
+        """The model that requests name, as the server has it now; see ``served``."""
+        path = "/v1/models"
+        answer = AnswerPart(self.endpoint.get(path), self.endpoint.at(path))
+        found = [_served_model(entry) for entry in answer.member("data").items()]
+        if self.model is None and len(found) == 1:
+            return found[0]
+        for one in found:
+            if one.name == self.model:
+                return one
+        names = ", ".join(one_line(one.name, _SHOWN) for one in found) or "nothing"
+        raise ServerError(
+            f"{self.endpoint.option}: {self.endpoint.url} serves {names}"
+            + (f", not {self.model!r}" if self.model else "")
+            + f"; name one with --{self.endpoint.option.lstrip('-').removesuffix('.url')}.model"
+        )
+
+    def info(self) -> ServerInfo:
+        """What it says of itself; nothing where it is not in dev mode.
+
+        Raises:
+            ServerError: An answer of another kind.
+        """
+        path = "/server_info?config_format=json"
+        try:
+            given = self.endpoint.get(path)
+        except ServerStatusError as error:
+            if error.status in (404, 405, 422):
+                return ServerInfo()
+            raise
+        answer = AnswerPart(given, self.endpoint.at(path))
+        config = answer.member("vllm_config")
+        if isinstance(config.value, str):  # as text, from versions without the parameter
+            return ServerInfo()
+        model = config.member("model_config")
+        dtype = model.optional("dtype", str)
+        device = config.optional("device_config", dict) or {}
+        return ServerInfo(
+            dtype=None if dtype is None else dtype.removeprefix("torch."),
+            logprobs_mode=model.optional("logprobs_mode", str),
+            quantization=model.optional("quantization", str),
+            max_logprobs=model.optional("max_logprobs", int),
+            device=AnswerPart(device, answer.at).optional("device", str),
+        )
+
+    def complete(self, request: Mapping[str, Any]) -> Completion:
+        """The one response to a /v1/completions request with ids as its prompt.
+
+        Raises:
+            ServerError: It fails, or answers with something else.
+        """
+        path, prompt = "/v1/completions", request["prompt"]
+        of_prompt, of_response = request.get("prompt_logprobs"), request.get("logprobs")
+        num_numbers = len(prompt) * (2 + (of_prompt or 0)) + request["max_tokens"] * 4
+        given = self.endpoint.post(
+            path,
+            {"model": self.served().name, "return_token_ids": True, **request},
+            max_bytes=_SPARE_BYTES + _BYTES_PER_NUMBER * num_numbers,
+        )
+        answer = AnswerPart(given, self.endpoint.at(path))
+        choices = answer.member("choices").items()
+        if len(choices) != 1:
+            raise answer.wrong(f"{len(choices)} choices", "one")
+        choice = choices[0]
+        read, ids = (
+            choice.member(name).ids("return_token_ids needs vLLM 0.27 or newer")
+            for name in ("prompt_token_ids", "token_ids")
+        )
+        if list(read) != list(prompt):
+            raise choice.wrong(f"{len(read)} other prompt_token_ids", "those that were sent")
+        logprobs: tuple[float, ...] = ()
+        if of_response is not None:
+            logprobs = choice.member("logprobs").member("token_logprobs").logprobs()
+            if len(logprobs) != len(ids):
+                raise choice.wrong(f"{len(logprobs)} log-probabilities", f"{len(ids)}, one an id")
+        scored: tuple[Mapping[int, float], ...] = ()
+        if of_prompt is not None:
+            scored = _scored(choice.member("prompt_logprobs"), prompt)
+        return Completion(ids, logprobs, choice.member("finish_reason").text(), scored)
+
+    def tokenize(self, text: str) -> tuple[int, ...]:
+        """The ids of a text, without special tokens.
+
+        Raises:
+            ServerError: It fails, or answers with something else.
+        """
+        body = {"model": self.served().name, "prompt": text, "add_special_tokens": False}
+        path = "/tokenize"
+        answer = AnswerPart(self.endpoint.post(path, body), self.endpoint.at(path))
+        return answer.member("tokens").ids()
+
+    # --------------------------------------------------------------- dev mode
+
+    def version(self) -> str:
+        """What the server's weights are called.
+
+        Raises:
+            ServerError: It does not say.
+        """
+        path = "/weight_info"
+        try:
+            given = self.endpoint.get(path)
+        except ServerStatusError as error:
+            if error.status not in (404, 405):
+                raise
+            raise ServerError(
+                f"{self.endpoint.option}: {self.endpoint.url} has no /weight_info, so that nobody "
+                "can tell which weights it samples from; start it with VLLM_SERVER_DEV_MODE=1, "
+                "from vLLM 0.27 or newer"
+            ) from error
+        return AnswerPart(given, self.endpoint.at(path)).member("weight_version").text()
+
+    def name_version(self, label: str) -> None:
+        """Call the server's weights ``label``."""
+        self.endpoint.post("/update_weight_version", {"new_version": label})
+
+    def reload(self, folder: str, seconds: float) -> None:
+        """Have the server load the weights in ``folder``, which it sees under this path."""
+        body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+        self.endpoint.post("/collective_rpc", body, seconds)
+
+    def drop_cache(self) -> bool:
+        """Have the server drop its cache of prefixes; False where requests hold it."""
+        path = "/reset_prefix_cache"
+        answer = AnswerPart(self.endpoint.post(path, {}), self.endpoint.at(path))
+        if answer.value is None:  # an empty one
+            return True
+        return answer.optional("success", bool) is not False
+
+
+def _served_model(entry: AnswerPart) -> ServedModel:
+    length = entry.optional("max_model_len", int)
+    if length is not None and length < 1:
+        raise entry.wrong(f"max_model_len {length}", "a length in tokens")
+    return ServedModel(entry.member("id").text(), entry.optional("root", str), length)
+
+
+def _scored(rows: AnswerPart, prompt: Sequence[int]) -> tuple[Mapping[int, float], ...]:
+    """Log-probabilities by id of every token of the prompt but the first."""
+    found = rows.items()
+    if len(found) != len(prompt):
+        raise rows.wrong(f"{len(found)} rows", f"{len(prompt)}, one a token of the prompt,")
+    return tuple(_by_id(row, token) for row, token in zip(found[1:], prompt[1:], strict=True))
+
+
+def _by_id(row: AnswerPart, token: int) -> Mapping[int, float]:
+    if not isinstance(row.value, dict):
+        raise row.wrong(shown(row.value), "an object of log-probabilities by id")
+    found: dict[int, float] = {}
+    for key, entry in row.value.items():
+        if not (key.isascii() and key.isdigit() and len(key) < 11 and str(int(key)) == key):
+            raise row.wrong(shown(key), "a token id")
+        if not isinstance(entry, dict) or not is_id(int(key)):
+            raise row.wrong(f"{key}: {shown(entry)}", "an object with a 'logprob'")
+        found[int(key)] = row.logprob(entry.get("logprob"))
+    if token not in found:
+        raise ServerError(
+            f"{row.at} does not say how likely the prompt's own tokens are (id {token} is "
+            "missing); it needs vLLM 0.10.2 or newer"
+        )
+    total = math.fsum(map(math.exp, found.values()))
+    if total > 1 + ABOVE_ZERO:
+        raise row.wrong(
+            f"probabilities that sum to {total:.6g}", "at most 1 (--logprobs-mode raw_logprobs)"
+        )
+    return found

@@ -1,0 +1,231 @@
+"""From examples and rollouts to training rows, and from rows to stamped micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from okd_lightning.records.batches import (
+    SOURCES,
+    DistillBatch,
+    Example,
+    Rollout,
+    Source,
+    ToolUse,
+    TrainingRow,
+    stretches,
+)
+from okd_lightning.records.collation import collate
+
+_T = TypeVar("_T")
+
+
+def given_row(example: Example) -> TrainingRow:
+    """A row with the data set's own response.
+
+    Loss lies on it and on earlier assistant turns of the prompt; where the teacher reads a prompt
+    of its own, the response is all that both read, and earlier turns carry none.
+    """
+    prompt_mask = example.prompt_mask
+    if example.teacher_prompt_ids:
+        prompt_mask = (False,) * len(example.prompt_ids)
+    return TrainingRow(
+        index=example.index,
+        source="dataset",
+        input_ids=example.prompt_ids + example.response_ids,
+        mask=prompt_mask + (True,) * len(example.response_ids),
+        prompt_length=len(example.prompt_ids),
+        teacher_prompt_ids=example.teacher_prompt_ids,
+    )
+
+
+def written_row(
+    example: Example,
+    source: Source,
+    ids: tuple[int, ...],
+    logprobs: tuple[float, ...],
+    credits: Mapping[str, float] | None = None,
+    own: tuple[bool, ...] | None = None,
+    stop_reason: str = "",
+) -> TrainingRow:
+    """A row with a sampled response; loss lies on the sampled tokens alone.
+
+    Args:
+        example: What was answered.
+        source: Who wrote the response.
+        ids: The response.
+        logprobs: The sampler's, one a token of the response (nats).
+        credits: What reward terms gave it.
+        own: True on the sampled tokens of the response; None where all are.
+        stop_reason: Why it ends.
+    """
+    return TrainingRow(
+        index=example.index,
+        source=source,
+        input_ids=example.prompt_ids + ids,
+        mask=(False,) * len(example.prompt_ids) + ((True,) * len(ids) if own is None else own),
+        prompt_length=len(example.prompt_ids),
+        sampler_logprobs=logprobs,
+        credits=credits or {},
+        teacher_prompt_ids=example.teacher_prompt_ids,
+        stop_reason=stop_reason,
+    )
+
+
+def written_rows(
+    examples: Sequence[Example],
+    source: Source,
+    rollout: Rollout,
+    credits: Mapping[str, Sequence[float]] | None = None,
+) -> list[TrainingRow]:
+    """One row a response; see ``written_row``.
+
+    Args:
+        examples: What was answered, in the order of the rollout.
+        source: Who wrote the responses.
+        rollout: The responses.
+        credits: By the term's name, one number a response.
+    """
+    columns = (rollout.response_ids, rollout.logprobs, rollout.own_masks, rollout.stop_reasons)
+    return [
+        written_row(
+            example,
+            source,
+            ids,
+            logprobs,
+            {name: values[i] for name, values in (credits or {}).items()},
+            own,
+            reason,
+        )
+        for i, (example, ids, logprobs, own, reason) in enumerate(
+            zip(examples, *columns, strict=True)
+        )
+    ]
+
+
+def count_by_source(rows: Sequence[TrainingRow]) -> Tensor:
+    """[2, sources] loss tokens and number of some rows, int64."""
+    counts = torch.zeros(2, len(SOURCES), dtype=torch.int64)
+    for row in rows:
+        counts[:, SOURCES.index(row.source)] += torch.tensor([row.num_loss_tokens, 1])
+    return counts
+
+
+def micro_batches(rows: Sequence[TrainingRow], num_batches: int) -> list[DistillBatch]:
+    """Cut one optimizer step's rows of one rank into micro-batches of like lengths.
+
+    Always ``num_batches`` of them, so that all ranks do the same number of passes: where rows are
+    short, a batch is one row with nothing masked in, which contributes zero.
+
+    Args:
+        rows: At least one row.
+        num_batches: Micro-batches an optimizer step.
+    """
+    by_length = sorted(rows, key=lambda row: -row.num_tokens)
+    size = -(-len(rows) // num_batches)
+    batches = [collate(by_length[i : i + size]) for i in range(0, len(rows), size)]
+    while len(batches) < num_batches:
+        batches.append(collate([muted(by_length[-1])]))
+    return batches
+
+
+def share(items: Sequence[_T], rank: int, world_size: int) -> Sequence[_T]:
+    """The contiguous part of ``items`` that belongs to one rank; sizes differ by one at most."""
+    return items[len(items) * rank // world_size : len(items) * (rank + 1) // world_size]
+
+
+def muted(row: TrainingRow) -> TrainingRow:
+    """The same row with nothing masked in: it is computed and contributes zero."""
+    return TrainingRow(
+        index=row.index,
+        source=row.source,
+        input_ids=row.input_ids,
+        mask=(False,) * len(row.mask),
+        prompt_length=row.prompt_length,
+        teacher_prompt_ids=row.teacher_prompt_ids,
+    )
+
+
+def rollout_metrics(rollouts: Sequence[tuple[Rollout, float]]) -> dict[str, float]:
+    """What is logged about rollouts: speed, lengths in tokens, shares that ended by themselves.
+
+    Tokens are those that were sampled; lengths count what tools answered as well. Utilisation is
+    the share of row-steps (a row in a forward pass) that wrote a token.
+
+    Args:
+        rollouts: Each with the seconds that it took; with none there is nothing to log.
+    """
+    if not rollouts:
+        return {}
+    seconds = sum(time for _, time in rollouts)
+    num_tokens = sum(rollout.num_tokens for rollout, _ in rollouts)
+    lengths = [len(ids) for rollout, _ in rollouts for ids in rollout.response_ids]
+    ended = sum(reason == "eos" for rollout, _ in rollouts for reason in rollout.stop_reasons)
+    num_row_steps = sum(rollout.num_row_steps for rollout, _ in rollouts)
+    utilisation = {"rollout/utilisation": num_tokens / num_row_steps} if num_row_steps else {}
+    gaps = [rollout.engine_gap for rollout, _ in rollouts if rollout.engine_gap is not None]
+    return {
+        "rollout/tokens_per_second": num_tokens / max(seconds, 1e-9),
+        "rollout/tokens": float(num_tokens),
+        "rollout/seconds": seconds,
+        "rollout/mean_length": sum(lengths) / len(lengths),
+        "rollout/eos_share": ended / len(lengths),
+        "rollout/empty_share": lengths.count(0) / len(lengths),
+        **_tool_metrics([use for rollout, _ in rollouts for use in rollout.tool_use]),
+        **utilisation,
+        **({"rollout/engine_gap": max(gaps)} if gaps else {}),
+    }
+
+
+def _tool_metrics(uses: Sequence[ToolUse]) -> dict[str, float]:
+    if not uses:
+        return {}
+    return {
+        "rollout/tool_calls": float(sum(use.calls for use in uses)),
+        "rollout/tool_errors": float(sum(use.errors for use in uses)),
+        "rollout/tool_cuts": float(sum(use.cuts for use in uses)),
+        "rollout/mean_turns": sum(use.turns for use in uses) / len(uses),
+    }
+
+
+def response_record(
+    batch: DistillBatch, row: int, decode: Callable[[Sequence[int]], str]
+) -> dict[str, Any]:
+    """A row of generations on disk: prompt and response as text.
+
+    The response is the whole conversation behind the prompt. ``num_tokens`` counts what the model
+    wrote itself; where tools have answered, ``turns`` says who wrote what.
+    """
+    start, end = int(batch.prompt_lengths[row]), int(batch.lengths[row])
+    ids, own = batch.input_ids[row, :end].tolist(), batch.mask[row, :end].tolist()
+    parts = stretches(ids[start:], own[start:])
+    record = {
+        "index": int(batch.index[row]),
+        "prompt": decode(ids[:start]),
+        "response": decode(ids[start:]),
+        "num_tokens": sum(own[start:]),
+    }
+    if len(parts) > 1:
+        record["turns"] = [
+            {"by": "model" if is_own else "tools", "text": decode(part)} for part, is_own in parts
+        ]
+    return record
+
+
+def generation_records(
+    batch: DistillBatch, decode: Callable[[Sequence[int]], str]
+) -> list[dict[str, Any]]:
+    """Every sampled response of a batch as a record; rows without one are left out.
+
+    Args:
+        batch: Rows with sampled responses.
+        decode: Ids to text.
+    """
+    return [
+        response_record(batch, row, decode) | {"stop_reason": reason}
+        for row, reason in enumerate(batch.stop_reasons)
+        if reason and batch.prompt_lengths[row] < batch.lengths[row]
+    ]

@@ -1,0 +1,236 @@
+"""The online module: a small trainable PEFT part on a frozen teacher (OKD, arXiv 2409.12512).
+
+Owns putting it on, switching it off, and its weights. The base stays frozen and bit-identical, and
+may be in bfloat16; the module's own weights are float32 or wider. Adapters that change layers (LoRA
+and its kin) go into the model in place; prompt learning (prefix, P-tuning) needs PEFT's wrapper
+around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from okd_lightning.errors import ConfigError
+from okd_lightning.models.adapters import add_adapter, widen_trained
+from okd_lightning.models.projection_targets import (
+    choose_targets,
+    describe_adapter,
+    keep_keys,
+)
+from okd_lightning.models.recompute import recompute_activations
+from okd_lightning.models.schedules import ScheduleName
+from okd_lightning.teachers.self_teacher import SelfTeacher
+
+_PEFT_DEFAULT_ALPHA = 8
+_IN_THE_CACHE = (PeftType.PREFIX_TUNING, "CARTRIDGE")
+
+
+@dataclass(frozen=True)
+class OnlineModuleSettings:
+    """What a method asks for on the teacher.
+
+    Attributes:
+        config: Any PEFT config.
+        learning_rate: Of the module; None for the student's.
+        clip_norm: Gradient norm of the module; None for the student's.
+        warmup_steps: Of the module's learning rate; None for the student's.
+        schedule: Of the module's learning rate after warm-up; None for the student's.
+    """
+
+    config: PeftConfig
+    learning_rate: float | None = None
+    clip_norm: float | None = None
+    warmup_steps: int | None = None
+    schedule: ScheduleName | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config", _completed(self.config))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The completed config in primitives, as a checkpoint holds it."""
+        values = self.config.to_dict()
+        return {
+            key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
+            for key, value in values.items()
+        }
+
+
+def check_online_module(
+    settings: OnlineModuleSettings,
+    known: OnlineModuleSettings | None,
+    *,
+    has_teacher: bool,
+    is_cached: bool,
+    self_teacher: SelfTeacher | None,
+    is_built_without: bool,
+) -> None:
+    """Refuse an online module that this run's teacher cannot carry.
+
+    Args:
+        settings: What a method asks for.
+        known: What another one has asked for before.
+        has_teacher: Whether there is a teacher at all.
+        is_cached: Whether it is read from a cache.
+        self_teacher: Whether it is the student itself, and which.
+        is_built_without: Whether the models are built, and the teacher is the student's base.
+
+    Raises:
+        ConfigError: Naming what to change.
+    """
+    if known is not None and known != settings:
+        raise ConfigError(
+            "two methods ask for different online modules on one teacher; give both the same"
+        )
+    if not has_teacher:
+        raise ConfigError("an online module needs a teacher: give --model.teacher")
+    if is_cached:
+        raise ConfigError(
+            "an online module is trained on a teacher that is run, and model.teacher_cache keeps "
+            "one that stays as it was: leave it out, or use another method"
+        )
+    if self_teacher in ("ema", "live"):
+        raise ConfigError(
+            f"model.self_teacher {self_teacher} follows the student, and an online module "
+            "is trained on a teacher that stays: use --model.self_teacher frozen, or another "
+            "method"
+        )
+    if is_built_without:
+        raise ConfigError(
+            "this module was built for a method without an online module, with the student's "
+            "base as its teacher; make a new DistillationModule for this one"
+        )
+
+
+def attach_online_module(
+    teacher: PreTrainedModel,
+    config: PeftConfig,
+    option: str,
+    gradient_checkpointing: bool = False,
+) -> PreTrainedModel | PeftModel:
+    """Freeze ``teacher`` and put a trainable module on it.
+
+    Args:
+        teacher: The base; changed in place.
+        config: Any PEFT config; its ``task_type`` is filled in, and a LoRA config without its own
+            ``lora_alpha`` gets ``lora_alpha = r`` (scale 1), which is said once. Without its own
+            ``target_modules`` it sits on the query and value projections.
+        option: How the user named it, for messages.
+        gradient_checkpointing: Recompute the teacher's activations in the backward pass.
+
+    Returns:
+        What to call in place of the teacher, in eval mode: its module is deterministic.
+
+    Raises:
+        ConfigError: The config matches no layer of the teacher, would train the base's own biases,
+            or cannot be combined with gradient checkpointing.
+    """
+    config = _completed(config)
+    _check_base_stays(config, option)
+    teacher.requires_grad_(False)
+    if gradient_checkpointing:
+        _check_no_cache(config, option)
+        recompute_activations(teacher, "--model.teacher")
+    if not config.is_prompt_learning:
+        is_by_role = choose_targets(teacher, config)
+        add_adapter(teacher, config, option)
+        masked = keep_keys(teacher, config) if is_by_role else []
+        rank_zero_info(f"online module: {describe_adapter(teacher, config, masked)}")
+        return teacher.eval()
+    if any(parameter.is_meta for parameter in teacher.parameters()):
+        raise ConfigError(
+            f"{option}: {type(config).__name__} is made out of the teacher's weights, which "
+            "loading: by_shard leaves on disk; use loading: every_rank, or LoraConfig"
+        )
+    wrapped = get_peft_model(teacher, config)
+    widen_trained(wrapped, teacher.dtype)
+    return wrapped.eval()
+
+
+class WithinContext(nn.Module):
+    """A module that always runs within a context, such as that of ``base_teacher``.
+
+    Args:
+        module: What is run.
+        context: Makes the context of one call.
+    """
+
+    def __init__(
+        self, module: nn.Module, context: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        super().__init__()
+        self.module, self.context = module, context
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The module's own output."""
+        with self.context():
+            output: Tensor = self.module(hidden)
+        return output
+
+
+@contextmanager
+def base_teacher(teacher: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """The teacher without its online module, for as long as the block lasts; no second copy.
+
+    Blocks may be nested: the module comes back at the end of the outermost one.
+    """
+    if isinstance(teacher, PeftModel):
+        with teacher.disable_adapter():
+            yield
+        return
+    layers = [m for m in teacher.modules() if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper)]
+    if any(layer.disable_adapters for layer in layers):
+        yield
+        return
+    learns = {parameter: parameter.requires_grad for parameter in teacher.parameters()}
+    for layer in layers:  # not the model's own enable_adapters, which leaves modules_to_save off
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, learnt in learns.items():
+            parameter.requires_grad_(learnt)
+
+
+def _check_base_stays(config: PeftConfig, option: str) -> None:
+    bias = getattr(config, "bias", "none")
+    if bias != "none":
+        raise ConfigError(
+            f"{option}: bias {bias!r} would train biases of the base teacher, which stays as it "
+            "is; expected 'none'"
+        )
+
+
+def _check_no_cache(config: PeftConfig, option: str) -> None:
+    if config.peft_type in _IN_THE_CACHE:
+        raise ConfigError(
+            f"{option}: {type(config).__name__} keeps its prefix in the attention cache, which "
+            "recomputing would extend twice; leave --model.gradient_checkpointing off, or take "
+            "LoraConfig or PromptEncoderConfig"
+        )
+
+
+def _completed(config: PeftConfig) -> PeftConfig:
+    """A copy with task type and LoRA scale filled in; the user's object stays as it is."""
+    config = deepcopy(config)
+    config.task_type = config.task_type or "CAUSAL_LM"
+    if (
+        isinstance(config, LoraConfig)
+        and config.lora_alpha == _PEFT_DEFAULT_ALPHA
+        and config.r != _PEFT_DEFAULT_ALPHA
+    ):
+        config.lora_alpha = config.r
+        rank_zero_info(f"online module: lora_alpha = r = {config.r} (scale 1), as none was given")
+    return config

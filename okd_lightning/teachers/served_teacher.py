@@ -1,0 +1,218 @@
+"""A teacher on a server: its likeliest ids for every loss token, asked for batch by batch.
+
+The server is an OpenAI-compatible vLLM, which scores prompts (``prompt_logprobs``). A row of a
+batch, prompt and response, is one prompt to it; what it says of the loss tokens becomes the packed
+rows of ``losses.outcomes``, as they come from the cache. Unlike a cache it reads what the student
+writes in this run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import PreTrainedTokenizerBase
+
+from okd_lightning.endpoint import Endpoint, ServerStatusError, in_parallel
+from okd_lightning.engines.vllm_client import VLLMClient
+from okd_lightning.errors import ConfigError, ServerError, VocabularyError, one_line
+from okd_lightning.losses import PackedHead, Quantity, Side, pack_outcomes
+from okd_lightning.models import Vocabulary, probe_texts
+from okd_lightning.records.batches import DistillBatch
+from okd_lightning.teachers.settings import TeacherServer
+from okd_lightning.teachers.terms import check_known
+
+_SPARE = 8
+"""Ids that are asked for beyond k, in place of such that no token has."""
+
+_NEGLIGIBLE = 1e-3
+"""Probability that ids without a token may have."""
+
+_SHARE_OF_UNIFORM = 0.5
+"""Of the k likeliest ids' least probability: the server's table may have padding rows."""
+
+_TOKEN = "OKD_TEACHER_TOKEN"
+
+_LEAST_REST = 1e-7
+"""What a sum of k float32 probabilities cannot be told apart from one by."""
+
+
+class ServedTeacher:
+    """Asks a server what the teacher has to say about a batch.
+
+    Args:
+        settings: Which server, and what to ask of it.
+        vocabulary: The run's.
+        tokenizer: The run's, which the server's has to agree with.
+        dtype: Number format of the log-probabilities that are handed over.
+    """
+
+    option = "--model.teacher_server"
+    reads_new_rows = True
+
+    def __init__(
+        self,
+        settings: TeacherServer,
+        vocabulary: Vocabulary,
+        tokenizer: PreTrainedTokenizerBase,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.settings = settings
+        self.vocabulary = vocabulary
+        self.k = min(settings.k, vocabulary.size - len(vocabulary.invalid_ids))
+        self._tokenizer = tokenizer
+        self._dtype = dtype
+        endpoint = Endpoint(
+            settings.url, self.option, settings.timeout_seconds, settings.num_retries, _TOKEN
+        )
+        self._client = VLLMClient(endpoint, settings.model)
+        self._is_connected = False
+
+    def connect(self) -> None:
+        """Find the model and compare the tokenizers, once.
+
+        Raises:
+            ServerError: The server cannot be reached, or does not serve the model.
+            VocabularyError: It cuts text into other ids than the run's tokenizer.
+        """
+        if self._is_connected:
+            return
+        served = self._client.served()
+        self._check_tokenizer()
+        self._is_connected = True
+        rank_zero_info(
+            f"teacher: {one_line(served.name)} at {self._client.endpoint.url}, {self.k} ids a "
+            f"token; methods read their divergences as TopK(., {self.k}), at most the exact ones; "
+            "validation takes these as val/top_k_* and val/on_policy_top_k_*"
+        )
+
+    def check_length(self, num_tokens: int) -> None:
+        """Refuse rows that are longer than the server reads; asks it.
+
+        Args:
+            num_tokens: The longest that the teacher reads.
+
+        Raises:
+            ConfigError: Naming both lengths.
+        """
+        limit = self._client.served().max_model_len
+        if limit is not None and num_tokens + 1 > limit:
+            raise ConfigError(
+                f"{self._name} reads {limit - 1} tokens of prompt and response together, and this "
+                f"run has up to {num_tokens}: start it with --max-model-len {num_tokens + 1} or "
+                "more, or lower --data.max_prompt_length or --data.max_response_length"
+            )
+
+    def side(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Side:
+        """The teacher's half: packed rows at the masked-in positions; a constant.
+
+        Args:
+            batch: Any rows, also such that the student has just written.
+            quantities: What will be measured with it.
+
+        Raises:
+            ConfigError: A quantity for which the teacher has to be run here.
+            ServerError: The server fails, or answers with something else.
+        """
+        check_known(quantities, self.k, self.vocabulary.size, self.option)
+        self.connect()
+        reads = batch.teacher_reads
+        ids, mask = reads.input_ids.tolist(), reads.mask.cpu().numpy()
+        rows = [
+            (ids[row][:length], np.flatnonzero(mask[row, :length][1:]) + 1)
+            for row, length in enumerate(reads.lengths.tolist())
+        ]
+        calls = [partial(self._score, row, places) for row, places in rows if len(places)]
+        found = in_parallel(calls, self.settings.concurrency)
+        said = [np.concatenate(parts) for parts in zip(*found, strict=True)] or [
+            np.empty((0, self.k), np.int64),
+            np.empty((0, self.k + 1)),
+            np.empty(0),
+        ]
+        known, logprobs, drawn = (torch.from_numpy(part) for part in said)
+        packed = pack_outcomes(known, logprobs.to(self._dtype), drawn.to(self._dtype))
+        return Side(packed.to(reads.input_ids.device), PackedHead())
+
+    @property
+    def _name(self) -> str:
+        return f"{self.option}: {self._client.endpoint.url}"
+
+    def _score(self, ids: list[int], places: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Of one row [places, k] ids, [places, k + 1] log-probs, [places] those of its tokens."""
+        body = {
+            "prompt": ids,
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprobs": self.k + _SPARE,
+        }
+        try:
+            found = self._client.complete(body).prompt_logprobs
+        except ServerStatusError as error:
+            if error.status != 400:
+                raise
+            raise ServerError(
+                f"{error}; it has to take prompts of {len(ids)} tokens (--max-model-len "
+                f"{len(ids) + 1} at least) and to give {self.k + _SPARE} log-probabilities "
+                f"(--max-logprobs {self.k + _SPARE}); or lower {self.option}.k"
+            ) from error
+        read = [self._read(found[place - 1], ids[place]) for place in places]
+        return tuple(np.stack(parts) for parts in zip(*read, strict=True))
+
+    def _read(
+        self, said: Mapping[int, float], token: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """[k] ids, likeliest first, [k + 1] log-probs (nats) of them and the rest, [] the token's.
+
+        vLLM gives a prompt's own tokens beside the likeliest, however unlikely they are.
+        """
+        entries = sorted((-logprob, known) for known, logprob in said.items())
+        ids = np.asarray([known for _, known in entries])
+        logprobs = -np.asarray([negative for negative, _ in entries], dtype=np.float64)
+        is_token = (ids < self.vocabulary.size) & ~np.isin(ids, self.vocabulary.invalid_ids)
+        strange = float(np.exp(logprobs[~is_token]).sum())
+        if strange > _NEGLIGIBLE or is_token.sum() < self.k:
+            raise VocabularyError(
+                f"{self._name}: its {len(ids)} likeliest ids have {int((~is_token).sum())} that "
+                f"the run's tokenizer has no token for, with probability {strange:.3g}, such as "
+                f"{[int(i) for i in ids[~is_token]][:3]}; serve a teacher of the student's "
+                "tokenizer, without padding rows that it gives probability to"
+            )
+        ids, logprobs = ids[is_token][: self.k], logprobs[is_token][: self.k] - np.log1p(-strange)
+        self._check_mass(logprobs)
+        is_all = self.k == self.vocabulary.size - len(self.vocabulary.invalid_ids)
+        rest = -math.inf if is_all else math.log(max(1 - np.exp(logprobs).sum(), _LEAST_REST))
+        outcomes = np.append(logprobs, rest)
+        drawn = np.asarray(said[token] - np.log1p(-strange))
+        return ids, outcomes - np.logaddexp.reduce(outcomes), drawn
+
+    def _check_mass(self, logprobs: np.ndarray) -> None:
+        """Refuse k ids that cannot be the likeliest, which have k / vocabulary at least."""
+        mass, least = float(np.exp(logprobs).sum()), self.k / self.vocabulary.size
+        if mass < _SHARE_OF_UNIFORM * least:
+            raise ServerError(
+                f"{self._name} gives its {self.k} likeliest ids a probability of {mass:.3g} in "
+                f"all, and the likeliest have {least:.3g} at least: these are not "
+                "log-probabilities of the model; start it with --logprobs-mode raw_logprobs"
+            )
+
+    def _check_tokenizer(self) -> None:
+        for text, ids in probe_texts(self._tokenizer):
+            found = list(self._client.tokenize(text))
+            if found != ids:
+                place = next(
+                    (
+                        i
+                        for i, pair in enumerate(zip(found, ids, strict=False))
+                        if len(set(pair)) > 1
+                    ),
+                    min(len(found), len(ids)),
+                )
+                raise VocabularyError(
+                    f"{self._name} cuts text into other ids than the run's tokenizer: {text!r} "
+                    f"becomes {found[place : place + 3]} from token {place} on there, and "
+                    f"{ids[place : place + 3]} here; serve a teacher of the student's tokenizer"
+                )

@@ -1,0 +1,379 @@
+"""The DistillationModule: terms, the one training step, validation, and state.
+
+Wiring only: both models are held by ``pair_module``, the mathematics is in ``divergences`` and
+``losses``, the data in ``rollouts`` and ``data``, and a method is a callback that registers its
+term here. All of Lightning's hooks stay free for a subclass.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from peft import PeftConfig
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from okd_lightning.checkpoints.contents import set_rng_state
+from okd_lightning.checkpoints.files import read_checkpoint
+from okd_lightning.checkpoints.signature import is_own_run
+from okd_lightning.engines import EngineSource
+from okd_lightning.errors import CheckpointError, ConfigError
+from okd_lightning.losses import (
+    Term,
+    WeightedTerm,
+)
+from okd_lightning.losses.reduction import Normalization, NormalizationName
+from okd_lightning.models import DTypeName, ModelArgument, dtype_of
+from okd_lightning.models.schedules import ScheduleName
+from okd_lightning.records.batches import DistillBatch
+from okd_lightning.teachers import (
+    DEFAULT_EMA_DECAY,
+    SelfTeacher,
+    TeacherCache,
+    TeacherServer,
+    check_cached_term,
+    check_self_teacher,
+    follow,
+)
+from okd_lightning.training.arguments import (
+    check_arguments,
+    restored_arguments,
+    stored_arguments,
+)
+from okd_lightning.training.kept_checkpoints import settle_kept
+from okd_lightning.training.loop_state import begin_step
+from okd_lightning.training.opening import open_run
+from okd_lightning.training.optimized_module import Optimization, OptimizedModule
+from okd_lightning.training.rank_agreement import check_ranks_agree
+from okd_lightning.training.run_settings import one_line, run_settings
+from okd_lightning.training.run_state import add_state, check_state, load_weights
+from okd_lightning.training.safeguards import SAFEGUARDS, in_setup_order
+from okd_lightning.training.step_metrics import forget_last_step
+from okd_lightning.training.step_terms import (
+    acting_terms,
+    check_counts,
+    check_fits,
+    check_term,
+    step_means,
+    trains_teacher,
+)
+
+
+class DistillationModule(OptimizedModule):
+    """A student that learns from a teacher by whatever method callbacks the Trainer holds.
+
+    Args:
+        student: Folder, hub id (org/name or org/name@revision), PEFT folder (merged into its
+            base), .gguf file, or a config to start from random weights: a mapping with model_type
+            and that architecture's fields. From Python also a model: of a PeftModel the adapter is
+            trained; docs/concepts/models.md.
+        teacher: The same for the teacher; none for plain SFT.
+        tokenizer: Folder or hub id of the tokenizer; by default the student's, else the
+            teacher's.
+        learning_rate: After warm-up; 5e-5 by default, or the own one of ``optimizer``.
+        weight_decay: Of matrices only (not of biases and norms); 0 by default, or the own one of
+            ``optimizer``.
+        warmup_steps: Optimizer steps over which the learning rate rises.
+        schedule: What the learning rate does after warm-up.
+        optimizer: Another optimizer than AdamW: a class path, or in Python a function of parameter
+            groups. learning_rate and weight_decay are its lr and weight_decay.
+        lr_scheduler: A scheduler class path in place of schedule and warmup_steps; it advances with
+            optimizer steps.
+        dtype: Number format of the student's weights; a loaded model keeps its own. float64 serves
+            comparisons of runs.
+        teacher_dtype: Number format of the teacher's weights; by default ``dtype``.
+        attn_implementation: Attention of the models that are loaded, such as sdpa.
+        gradient_checkpointing: Recompute activations in the backward pass: the student's, and the
+            teacher's where an online module on it trains.
+        student_adapter: A PEFT config (such as LoraConfig): the student's own weights stay
+            frozen and the adapter is trained.
+        self_teacher: The student is its own teacher: "frozen" as it was at the start (with a
+            student_adapter: its base), "ema" as the exponential moving average of its trained
+            weights, "live" as it is, without dropout and gradient. It needs prompts of its own to
+            know more than the student: data.teacher_prompt_template.
+        ema_decay: Share of the moving average that an optimizer step keeps, between 0 and 1;
+            0.99 by default.
+        tile_positions: Positions whose logits are held at once in the loss; by default chosen from
+            the size of the vocabulary.
+        packing: Lay several rows of a micro-batch end to end, so that next to no padding is
+            computed, where a model can read them so.
+        compile_blocks: Compile the blocks of both models with torch.compile, for training and
+            measuring; costs seconds to a minute at the start, and needs a C++ compiler on a CPU.
+        teacher_cache: A folder, or settings: what the teacher says about given responses is written
+            there once, and trained from without the teacher in memory.
+        teacher_server: An address, or settings: the teacher is asked on a server; docs/vllm.md.
+        engine: What writes the student's responses in place of the built-in engine, such as
+            VLLMServer; docs/vllm.md.
+        normalization: What the sum over the student's sampled responses is divided by: their number
+            times the mean length of earlier rollout batches (running_mean), times
+            data.max_response_length (constant) or times a number that is given; or their tokens
+            (token_mean, which biases a step of few rollouts); docs/concepts/losses.md.
+
+    Raises:
+        ConfigError: A number out of its range, or no tokenizer.
+        ModelError: A model or tokenizer that cannot be loaded.
+        VocabularyError: Tokenizers that do not agree.
+    """
+
+    shared_by_copies = (*OptimizedModule.shared_by_copies, "terms", "_checked", "_constructed_with")
+
+    def __init__(
+        self,
+        student: ModelArgument,
+        teacher: ModelArgument | None = None,
+        *,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        learning_rate: float | None = None,
+        weight_decay: float | None = None,
+        warmup_steps: int = 0,
+        schedule: ScheduleName = "constant",
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        dtype: DTypeName = "float32",
+        teacher_dtype: DTypeName | None = None,
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        student_adapter: PeftConfig | None = None,
+        self_teacher: SelfTeacher | None = None,
+        ema_decay: float | None = None,
+        tile_positions: int | None = None,
+        packing: bool = True,
+        compile_blocks: bool = False,
+        teacher_cache: str | TeacherCache | None = None,
+        teacher_server: str | TeacherServer | None = None,
+        engine: EngineSource | None = None,
+        normalization: NormalizationName | float = "running_mean",
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name in _ARGUMENTS}
+        if tile_positions is not None and tile_positions < 1:
+            raise ConfigError(f"model.tile_positions must be at least 1, got {tile_positions}")
+        optimization = Optimization(
+            learning_rate, weight_decay, warmup_steps, schedule, optimizer, lr_scheduler
+        )
+        check_self_teacher(
+            self_teacher,
+            ema_decay,
+            has_teacher=teacher is not None,
+            has_dtype=teacher_dtype is not None,
+            is_rounded=dtype_of(student, dtype) in ("bfloat16", "float16")
+            and student_adapter is None,
+        )
+        super().__init__(
+            optimization,
+            student,
+            teacher,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            teacher_dtype=teacher_dtype,
+            attn_implementation=attn_implementation,
+            gradient_checkpointing=gradient_checkpointing,
+            student_adapter=student_adapter,
+            self_teacher=self_teacher,
+            tile_positions=tile_positions,
+            packing=packing,
+            compile_blocks=compile_blocks,
+            teacher_cache=teacher_cache,
+            teacher_server=teacher_server,
+            engine=engine,
+        )
+        self.normalization = Normalization(normalization)
+        self._constructed_with = given
+        self._arguments: dict[str, Any] | None = None
+        self.strict_loading = False  # frozen weights are not in checkpoints; see on_load_checkpoint
+        self.ema_decay = DEFAULT_EMA_DECAY if ema_decay is None else ema_decay
+        self.run_config: str | None = None
+        self.resume_flag = ""  # what a printed command needs to go on from this run's checkpoints
+        self.started_in: str | None = None  # what relative paths of that config are relative to
+        self._terms_of: int | None = None
+        self._step_sums: dict[str, Tensor] = {}
+        self.measured_before: dict[str, float] = {}  # by the last validation before a resume
+        self._rng_to_restore: dict[str, Any] | None = None
+
+    # ---------------------------------------------------------------- setting up
+
+    def add_term(self, term: Term) -> None:
+        """Take a method's term into the loss; callbacks call this at ``setup``.
+
+        Raises:
+            ConfigError: Two terms of one name, or a term that needs a teacher where none is given.
+        """
+        if self._terms_of != id(self._trainer):  # what a run that failed has left behind
+            self.terms, self._terms_of = [], id(self._trainer)
+        if any(term is known for known in self.terms):
+            return
+        check_term(term)
+        check_fits(term, self.terms, has_teacher=self.has_teacher)
+        if (known := self.cache_in_use) is not None:
+            size = self.vocabulary.size
+            check_cached_term(term, known.k, size, known.option, known.reads_new_rows)
+        self.terms.append(term)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Bring the safeguards that the Trainer has none of; put what builds the models first."""
+        trainer = self._trainer
+        present: list[Callback] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
+        if trainer is not None:
+            trainer.callbacks = in_setup_order(present)  # type: ignore[attr-defined]
+        return [kind() for kind in SAFEGUARDS if not any(isinstance(c, kind) for c in present)]
+
+    def teardown(self, stage: str) -> None:
+        """Forget the terms, so that another Trainer can bring its own."""
+        self.terms, self._checked = [], []
+
+    # ---------------------------------------------------------------- training
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's own, and a moving-average teacher goes along, once an optimizer step."""
+        super().optimizer_step(*args, **kwargs)
+        if self.self_teacher == "ema":
+            assert self.teacher is not None
+            assert self.student is not None
+            follow(self.teacher, self.student, self.ema_decay)
+
+    def training_step(self, batch: DistillBatch, batch_idx: int) -> Tensor:
+        """Every term's sum over this micro-batch, divided by what the whole step counts."""
+        trainer = self.trainer
+        terms = acting_terms(
+            self.terms,
+            batch,
+            trainer.global_step,
+            trainer.accumulate_grad_batches,
+            trainer.world_size,
+            self.normalization,
+        )
+        acting = [weighted.term for weighted in terms]
+        is_new, self._checked = acting != self._checked, acting
+        loss = self.loss_of(batch, terms, checks=is_new)
+        if is_new:
+            check_counts(terms, loss.outputs, batch)
+        self._log_step(batch, step_means(terms, loss, batch, trainer.global_step), batch_idx)
+        return loss.total + self._idle_loss(terms)
+
+    def _idle_loss(self, terms: Sequence[WeightedTerm]) -> Tensor:
+        """Zero, tied to the online module where nothing trains it in this step, as DDP expects."""
+        idle = torch.zeros((), device=self.device)
+        if not any(trains_teacher(weighted.term) for weighted in terms):
+            for parameter in self.placement.tied_to_loss(self.trained_parameters(self.teacher)):
+                idle = idle + 0.0 * parameter.sum()
+        return idle
+
+    def _log_step(self, batch: DistillBatch, sums: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Add up the micro-batches of a step and log at its last one."""
+        self.log_dict(dict(batch.metrics), batch_size=1)
+        for name, value in sums.items():
+            self._step_sums[name] = self._step_sums.get(name, torch.zeros_like(value)) + value
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            for name, value in self._step_sums.items():
+                self.log(
+                    f"train/{name}",
+                    value,
+                    prog_bar=name == "loss",
+                    on_step=True,
+                    reduce_fx="sum",
+                    sync_dist=True,
+                    batch_size=1,
+                )
+            self._step_sums = {}
+
+    # ---------------------------------------------------------------- state
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path,
+        map_location: str | torch.device | None = None,
+        hparams_file: None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """A module with the models and weights of a checkpoint; both models are built.
+
+        Args:
+            checkpoint_path: A file, or a sharded checkpoint's folder; always read weights-only.
+            map_location: Device to move the module to; by default it stays on the CPU.
+            hparams_file: Not taken: checkpoints hold the constructor's arguments.
+            strict: Refuse unknown weights; frozen ones, which checkpoints lack, are not missing.
+            weights_only: True or None.
+            kwargs: Arguments of the constructor in place of the checkpoint's.
+
+        Raises:
+            CheckpointError: It cannot be read or rebuilt, is of another model, or names a server
+                and is not signed by this user.
+            ConfigError: ``hparams_file`` or ``weights_only=False``.
+        """
+        if hparams_file is not None or weights_only is False:
+            raise ConfigError(
+                "load_from_checkpoint reads a checkpoint's own arguments and weights alone: leave "
+                "hparams_file and weights_only=False out, and name what to change as arguments"
+            )
+        checkpoint = read_checkpoint(str(checkpoint_path), with_weights=True)
+        own = checkpoint["okd_lightning"]
+        if not is_own_run(own):
+            check_arguments(own.get("arguments"), kwargs, str(checkpoint_path))
+        module = cls(**restored_arguments(own.get("arguments"), kwargs))
+        load_weights(module, checkpoint, strict=bool(strict))
+        return module if map_location is None else module.to(map_location)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the module was constructed with, as a checkpoint keeps it."""
+        if self._arguments is None:
+            self._arguments = stored_arguments(self._constructed_with)
+        return self._arguments
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave frozen weights out; add the resolved config, the methods and the RNG streams.
+
+        Raises:
+            CheckpointError: The run was in processes that have ended.
+        """
+        if self._trainer is None:
+            raise CheckpointError(
+                "the run was in processes of its own (ddp_fork, ddp_spawn or ddp_notebook), and "
+                "its optimizer and loops ended with them: have the run write its checkpoints, by "
+                "LastCheckpoint or ModelCheckpoint among the Trainer's callbacks"
+            )
+        add_state(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint is one of this run's methods and models.
+
+        Raises:
+            CheckpointError: Another method's, model's or optimizer's checkpoint.
+        """
+        self._rng_to_restore = check_state(self, checkpoint)
+        if self._trainer is not None:
+            settle_kept(self._trainer, checkpoint)
+        if self.terms:
+            self.resume_optimizer(checkpoint)
+        self._loaded_step = checkpoint["global_step"]
+
+    def on_fit_start(self) -> None:
+        """Say what is trained, and find or write the teacher's cache."""
+        open_run(self, self.terms, self.learning_rate)
+        rank_zero_info(one_line(self.run_settings or run_settings(self, self.trainer)))
+
+    def on_train_start(self) -> None:
+        """Compare what the ranks have read; apply optimizer settings that a resume changes."""
+        check_ranks_agree(self)
+        super().on_train_start()
+
+    def on_train_batch_start(self, batch: DistillBatch, batch_idx: int) -> None:
+        """Continue the random streams of a resumed run (dropout), once; log this step's alone."""
+        if self._rng_to_restore is not None:
+            set_rng_state(self._rng_to_restore)
+            self._rng_to_restore = None
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            forget_last_step(self.trainer)
+            begin_step(self.trainer)
+
+
+_ARGUMENTS = frozenset(inspect.signature(DistillationModule).parameters)

@@ -1,0 +1,216 @@
+"""Which optimizer and scheduler a run has, and which of two options decides a rate.
+
+``model.learning_rate`` and ``model.weight_decay`` are the defaults of an optimizer of the user's.
+Where the optimizer brings its own, these count; two different values are refused (those of a Python
+function cannot be told from its class's defaults: they count, and this is said). The description
+made here is part of a checkpoint, so that a resumed run knows what has changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.utilities import rank_zero_info
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import ReduceLROnPlateau as TorchReduceLROnPlateau
+
+from okd_lightning.errors import ConfigError
+from okd_lightning.models.schedules import ScheduleName
+from okd_lightning.training.optimizers import called
+
+DEFAULT_LEARNING_RATE = 5e-5
+DEFAULT_WEIGHT_DECAY = 0.0
+
+_RATES = {"lr": ("learning_rate", DEFAULT_LEARNING_RATE)}
+_RATES["weight_decay"] = ("weight_decay", DEFAULT_WEIGHT_DECAY)
+_OUR_SCHEDULE = "schedule"
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """An optimizer and its scheduler, as class names and plain values.
+
+    Attributes:
+        optimizer: Class name.
+        defaults: Its settings, with the run's learning rate and weight decay.
+        scheduler: Class name; "schedule" for ``model.schedule`` with ``model.warmup_steps``.
+        scheduler_settings: The settings of a scheduler of the user's.
+    """
+
+    optimizer: str
+    defaults: Mapping[str, Any]
+    scheduler: str = _OUR_SCHEDULE
+    scheduler_settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the student, before the schedule."""
+        return float(self.defaults["lr"])
+
+    @property
+    def weight_decay(self) -> float:
+        """Of the student's matrices."""
+        return float(self.defaults["weight_decay"])
+
+    @property
+    def has_own_scheduler(self) -> bool:
+        """Whether a class of the user's decides the learning rate."""
+        return self.scheduler != _OUR_SCHEDULE
+
+    def to_dict(self) -> dict[str, Any]:
+        """Primitives, as a checkpoint holds them."""
+        return {
+            "optimizer": self.optimizer,
+            "defaults": dict(self.defaults),
+            "scheduler": self.scheduler,
+            "scheduler_settings": dict(self.scheduler_settings),
+        }
+
+
+def optimizer_settings(
+    learning_rate: float | None,
+    weight_decay: float | None,
+    optimizer: OptimizerCallable | None = None,
+    scheduler: LRSchedulerCallable | None = None,
+) -> OptimizerSettings:
+    """Settle the learning rate and weight decay, and describe optimizer and scheduler.
+
+    Args:
+        learning_rate: As the user gave it; None where it was not given.
+        weight_decay: The same.
+        optimizer: The user's optimizer; None for AdamW.
+        scheduler: The user's scheduler; None for ``model.schedule``.
+
+    Raises:
+        ConfigError: Two different values for one quantity, a weight decay that the optimizer does
+            not have, or a factory that does not work.
+    """
+    given = {"lr": learning_rate, "weight_decay": weight_decay}
+    for key, value in given.items():
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise ConfigError(f"model.{_RATES[key][0]} must be a number from 0 on, got {value}")
+    settled = {k: _RATES[k][1] if value is None else value for k, value in given.items()}
+    if optimizer is None:
+        probe: Optimizer = AdamW(_probe_groups(), lr=settled["lr"])
+    else:
+        probe = called(optimizer, _probe_groups())
+        for key, value in given.items():
+            settled[key] = _settled(key, value, probe, optimizer)
+    defaults = {**probe.defaults, **settled}
+    plain = {key: value for key, value in defaults.items() if _is_plain(value)}
+    name = type(probe).__name__
+    if scheduler is None:
+        return OptimizerSettings(name, plain)
+    own = _probed_scheduler(scheduler, probe)
+    settings = {k: v for k, v in own.state_dict().items() if not k.startswith("_") and _is_plain(v)}
+    return OptimizerSettings(name, plain, type(own).__name__, settings)
+
+
+def check_own_scheduler(
+    scheduler: LRSchedulerCallable | None,
+    schedule: ScheduleName,
+    warmup_steps: int,
+    method_settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuse settings of ``model.schedule`` beside a scheduler of the user's.
+
+    Args:
+        scheduler: The user's; None for none.
+        schedule: model.schedule.
+        warmup_steps: model.warmup_steps.
+        method_settings: The online module's own schedule and warmup_steps.
+
+    Raises:
+        ConfigError: Naming the setting that would do nothing.
+    """
+    if scheduler is None:
+        return
+    others = {"model.schedule": schedule if schedule != "constant" else None}
+    others["model.warmup_steps"] = warmup_steps or None  # type: ignore[assignment]
+    others.update({f"method.{name}": value for name, value in (method_settings or {}).items()})
+    for option, value in others.items():
+        if value is not None:
+            raise ConfigError(
+                f"{option} {value} does nothing beside model.lr_scheduler, which decides the "
+                "learning rates of all groups: leave one of them out"
+            )
+
+
+def _probe_groups() -> list[dict[str, Any]]:
+    """Two groups of parameters that no model has: matrices, as Muon takes no other shape."""
+    return [{"params": [torch.nn.Parameter(torch.zeros(2, 2))]} for _ in range(2)]
+
+
+def _settled(key: str, given: float | None, probe: Optimizer, factory: OptimizerCallable) -> float:
+    """The value of one quantity that both the module and the optimizer have a setting for."""
+    option, default = _RATES[key]
+    if key not in probe.defaults:
+        if given:
+            raise ConfigError(
+                f"model.{option} {given:g}: {type(probe).__name__} has no {key}; leave it out, or "
+                "take another model.optimizer"
+            )
+        return default
+    own = probe.defaults[key]
+    if own is None or not isinstance(own, (int, float, torch.Tensor)):
+        return default if given is None else given
+    is_own = _brings(factory, key, float(own), probe)
+    is_opaque = not isinstance(factory, (type, functools.partial))
+    if given is None:
+        return float(own) if is_own or is_opaque else default
+    if not is_own or float(own) == given:
+        return given
+    if is_opaque:  # a function is a whole specification
+        rank_zero_info(
+            f"the optimizer's own {key} {float(own):g} counts; {option} {given:g} is ignored"
+        )
+        return float(own)
+    raise ConfigError(
+        f"model.{option} {given:g} and model.optimizer's own {key} {float(own):g} are two "
+        "values for one quantity: leave one of them out"
+    )
+
+
+def _brings(factory: OptimizerCallable, key: str, own: float, probe: Optimizer) -> bool:
+    """Whether a factory sets the value itself, and does not leave its class's default."""
+    if isinstance(factory, functools.partial):
+        return key in factory.keywords
+    parameter = inspect.signature(type(probe)).parameters.get(key)
+    default = getattr(parameter, "default", None)
+    return not isinstance(default, (int, float, torch.Tensor)) or own != float(default)
+
+
+def _probed_scheduler(
+    factory: LRSchedulerCallable, probe: Optimizer
+) -> LRScheduler | TorchReduceLROnPlateau:
+    try:
+        scheduler: Any = factory(probe)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"model.lr_scheduler cannot be built: {error}") from error
+    if isinstance(scheduler, TorchReduceLROnPlateau) and not isinstance(
+        scheduler, ReduceLROnPlateau
+    ):
+        raise ConfigError(
+            "model.lr_scheduler: torch's ReduceLROnPlateau does not name what it watches; take "
+            "lightning.pytorch.cli.ReduceLROnPlateau with its monitor, such as val/reverse_kl"
+        )
+    if not isinstance(scheduler, (LRScheduler, TorchReduceLROnPlateau)):
+        raise ConfigError(
+            f"model.lr_scheduler returned a {type(scheduler).__name__}; expected a scheduler of "
+            "torch.optim.lr_scheduler"
+        )
+    return scheduler
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))

@@ -1,0 +1,210 @@
+"""The one optimizer of a run: its parameter groups and the schedules of their learning rates.
+
+Which of two options decides a rate is in ``optimizer_settings``; what a resumed run keeps of both
+is in ``training.resumed_rates``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.utilities.types import OptimizerLRScheduler, OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from okd_lightning.errors import ConfigError
+from okd_lightning.models.schedules import ScheduleName, schedule_factor
+
+
+@dataclass(frozen=True)
+class RateSchedule:
+    """How one side's learning rate goes.
+
+    Attributes:
+        name: What happens after warm-up.
+        warmup_steps: Optimizer steps of warm-up.
+        option: How the user named it, for messages.
+        start: Optimizer step at which it begins.
+        end: Optimizer step at which it has ended; None for the run's end.
+    """
+
+    name: ScheduleName
+    warmup_steps: int
+    option: str = "model.schedule"
+    start: int = 0
+    end: int | None = None
+
+
+DECAY, NO_DECAY, ONLINE_MODULE = "student/decay", "student/no_decay", "online_module"
+"""Names of the parameter groups: matrices, biases and norms, and what learns on the teacher."""
+
+
+def float16_refusal(what: str) -> str:
+    """Why float16 weights are not trained, and what to do.
+
+    Args:
+        what: Which weights, with an article.
+    """
+    return (
+        f"{what} would be trained in float16 weights, where an optimizer's step leaves the range "
+        "(AdamW divides by an epsilon that float16 rounds to 0); give --model.dtype float32 (from "
+        'Python dtype="float32", or model.float()), with --trainer.precision 16-mixed to compute '
+        "in float16, or train a student_adapter (LoraConfig) on the frozen float16 weights"
+    )
+
+
+def build_optimizer(
+    student: Iterable[Parameter],
+    online_module: Iterable[Parameter],
+    learning_rate: float,
+    weight_decay: float,
+    online_learning_rate: float | None = None,
+    factory: OptimizerCallable | None = None,
+) -> Optimizer:
+    """Build AdamW, or the optimizer of ``factory``, over the trainable parameters of both sides.
+
+    The groups are named ``student/decay``, ``student/no_decay`` and ``online_module``; each holds
+    its own learning rate and weight decay, so that these apply to any optimizer.
+
+    Args:
+        student: Its parameters; frozen ones are left out.
+        online_module: The teacher's; only the online module's are trainable, if there is one.
+        learning_rate: Of the student, before the schedule.
+        weight_decay: Of matrices only, not of biases and norms; none on the online module.
+        online_learning_rate: Of the online module; None for the student's.
+        factory: Another optimizer, called with the groups.
+
+    Raises:
+        ConfigError: ``factory`` cannot be called with parameter groups, or weights to be trained
+            are in float16.
+    """
+    student, online_module = list(student), list(online_module)
+    for side, parameters in (("student", student), ("teacher's online module", online_module)):
+        if any(p.requires_grad and p.dtype == torch.float16 for p in parameters):
+            raise ConfigError(float16_refusal(f"the {side}"))
+    trainable = [p for p in student if p.requires_grad]
+    online_rate = learning_rate if online_learning_rate is None else online_learning_rate
+    groups: list[dict[str, Any]] = [
+        {
+            "name": DECAY,
+            "params": [p for p in trainable if p.ndim >= 2],
+            "lr": learning_rate,
+            "weight_decay": weight_decay,
+        },
+        {
+            "name": NO_DECAY,
+            "params": [p for p in trainable if p.ndim < 2],
+            "lr": learning_rate,
+            "weight_decay": 0.0,
+        },
+        {
+            "name": ONLINE_MODULE,
+            "params": [p for p in online_module if p.requires_grad],
+            "lr": online_rate,
+            "weight_decay": 0.0,
+        },
+    ]
+    filled = [group for group in groups if group["params"]]
+    return AdamW(filled) if factory is None else called(factory, filled)
+
+
+def called(factory: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimizer:
+    """The optimizer that a user's ``factory`` makes of parameter groups.
+
+    Raises:
+        ConfigError: It raises, or returns something else.
+    """
+    try:
+        optimizer: Any = factory(groups)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ConfigError(
+            f"model.optimizer cannot be built from parameter groups ({error}); expected an "
+            "optimizer class, or a function from parameter groups to an optimizer"
+        ) from error
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(
+            f"model.optimizer returned a {type(optimizer).__name__}; expected a torch Optimizer"
+        )
+    return optimizer
+
+
+def with_scheduler(optimizer: Optimizer, factory: LRSchedulerCallable) -> OptimizerLRScheduler:
+    """Return what ``configure_optimizers`` returns, for a scheduler class of the user's.
+
+    It advances with optimizer steps; ``ReduceLROnPlateau`` at an epoch's end, by its monitor.
+    """
+    scheduler = factory(optimizer)
+    config: OptimizerLRSchedulerConfig = {"optimizer": optimizer, "lr_scheduler": {}}  # type: ignore[typeddict-item]
+    if isinstance(scheduler, ReduceLROnPlateau):
+        config["lr_scheduler"] = {
+            "scheduler": scheduler,
+            "monitor": scheduler.monitor,
+            "interval": "epoch",
+        }
+    else:
+        config["lr_scheduler"] = {"scheduler": scheduler, "interval": "step"}
+    return config
+
+
+def with_schedule(
+    optimizer: Optimizer,
+    student: RateSchedule,
+    total_steps: Callable[[], float],
+    online_module: RateSchedule | None = None,
+    online_parameters: Iterable[Parameter] = (),
+) -> OptimizerLRScheduler:
+    """What ``configure_optimizers`` returns: schedules that advance with optimizer steps.
+
+    Args:
+        optimizer: Whose rates are scheduled, each group's by its own side's schedule.
+        student: Of the student's groups.
+        total_steps: Asked from the first step on and not before: to answer, Lightning loads the
+            training data, and if it did so before it has restored a checkpoint's state of them, a
+            resumed run would begin them anew.
+        online_module: Of the groups of ``online_parameters``; None for the student's.
+        online_parameters: What ``optimizer`` trains of the teacher.
+    """
+    online = {id(parameter) for parameter in online_parameters}
+
+    def factor_of(schedule: RateSchedule) -> Callable[[int], float]:
+        def factor(step: int) -> float:
+            total = total_steps() if step else math.inf  # the factor of step 0 is the same for all
+            total = min(total, schedule.end or math.inf) - schedule.start
+            if step and math.isinf(total) and schedule.name != "constant":
+                raise ConfigError(
+                    f"{schedule.option} {schedule.name} needs to know the run's end: give "
+                    "--trainer.max_epochs or --trainer.max_steps, or the schedule constant"
+                )
+            own_step = max(0, step - schedule.start)
+            return schedule_factor(schedule.name, own_step, schedule.warmup_steps, total)
+
+        return factor
+
+    factors = [
+        factor_of((online_module or student) if id(group["params"][0]) in online else student)
+        for group in optimizer.param_groups
+    ]
+    return {
+        "optimizer": optimizer,
+        "lr_scheduler": {"scheduler": _OwnGroupsLR(optimizer, factors), "interval": "step"},
+    }
+
+
+class _OwnGroupsLR(LambdaLR):
+    """Schedules the groups that it began with; a callback that adds one sets that one's rate.
+
+    Lightning's BackboneFinetuning adds a group for what it unfreezes, and torch's LambdaLR refuses
+    an optimizer with more groups than schedules.
+    """
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The scheduled rates, and the present ones of groups that were added since."""
+        own = super().get_lr()
+        return [*own, *(group["lr"] for group in self.optimizer.param_groups[len(own) :])]

@@ -1,0 +1,218 @@
+"""Warnings while a run goes wrong, each with what to do about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from okd_lightning.data import RolloutDataModule
+from okd_lightning.errors import ConfigError
+from okd_lightning.records.batches import SOURCES, DistillBatch
+from okd_lightning.rollouts import RolloutLoader
+from okd_lightning.rollouts.plan import acts_in
+from okd_lightning.training.pair_module import PairModule
+from okd_lightning.training.safeguards.vital_signs import (
+    EXTREME_LOG_RATIO,
+    Course,
+    Surroundings,
+    Thresholds,
+    VitalSigns,
+)
+
+_STUDENT = SOURCES.index("student")
+
+_ADVICE = {
+    "entropy": "the student's own responses carry {now.entropy:.2f} nats a token, after "
+    "{first.entropy:.2f} at the start{beside}: its entropy collapses, and it writes the same over "
+    "and over. Lower --model.learning_rate; take a divergence that covers the teacher "
+    "(JensenShannon, ForwardKL) in place of reverse KL; or train on given responses beside "
+    "(--method.on_policy_fraction below 1, or KD as a second method)",
+    "length": "the student's responses have {now.mean_length:.0f} tokens on average, after "
+    "{first.mean_length:.0f} at the start, and the longest that fits is {max_length}: they grow "
+    "without an end. Train on given responses beside, which end (--method.on_policy_fraction below "
+    "1, or KD as a second method), lower --model.learning_rate, and see that no reward pays for "
+    "length",
+    "truncated": "{now.truncated:.0%} of the student's responses are cut at {max_length} tokens, "
+    "where {data_truncated:.0%} of the data's own are, so that it learns from beginnings alone. "
+    "Raise --data.max_response_length; where answers wander on without an end (rollouts.jsonl), "
+    "train on given responses first (--method SFT or KD)",
+    "outliers": "for {now.outliers:.1%} of the tokens that the student draws, the teacher's "
+    f"log-probability is more than {EXTREME_LOG_RATIO:g} nats away from the student's: a few "
+    "tokens make the gradient. Set --method.max_log_ratio 5; see that the teacher reads "
+    "the prompts in the form that it knows (chat template, tokenizer: okd-lightning diagnose)",
+}
+
+
+class HealthWarnings(Callback):
+    """Warns of collapsing entropy, exploding length, cut responses and extreme log-ratios.
+
+    It looks at the responses that the student has written for an optimizer step, every so many
+    steps, and judges smoothed values over all ranks. Nothing is computed anew, and ranks talk once
+    a look. What a run begins with is the mean of its first three looks. A warning comes once, and
+    again if its cause has gone away and come back. (For an adaptive teacher see ``TeacherDrift``.)
+
+    Args:
+        every_n_steps: Optimizer steps between two looks.
+        entropy_share: Entropy of the student's responses below this share of the first one's; where
+            validation or a sampled method measures how likely the teacher finds them, the student
+            must also be surer than that bears (reverse KL above the entropy). null for off.
+        length_growth: Mean length above this multiple of the first one, null for off, and
+        length_share: above this share of ``data.max_response_length``.
+        truncated_share: Share of responses that are cut at ``data.max_response_length``, where the
+            data's own are not cut as often. null for off.
+        outlier_share: Share of drawn tokens whose |log teacher - log student| is above 10 nats, in
+            methods that take a credit from it (OPD, OPDPlus). null for off.
+
+    Raises:
+        ConfigError: A number out of its range.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 5,
+        entropy_share: float | None = 0.25,
+        length_growth: float | None = 1.5,
+        length_share: float = 0.8,
+        truncated_share: float | None = 0.5,
+        outlier_share: float | None = 0.03,
+    ) -> None:
+        if every_n_steps < 1:
+            raise ConfigError(
+                f"HealthWarnings: every_n_steps must be at least 1, got {every_n_steps}"
+            )
+        shares = {
+            "entropy_share": entropy_share,
+            "length_share": length_share,
+            "truncated_share": truncated_share,
+            "outlier_share": outlier_share,
+        }
+        for name, value in shares.items():
+            if value is not None and not 0 < value <= 1:
+                raise ConfigError(f"HealthWarnings: {name} must be in (0, 1], got {value}")
+        if length_growth is not None and not length_growth > 1:
+            raise ConfigError(f"HealthWarnings: length_growth must be above 1, got {length_growth}")
+        self.every_n_steps = every_n_steps
+        self.limits = Thresholds(
+            entropy_share, length_growth, length_share, truncated_share, outlier_share
+        )
+        self.course = Course()
+        self._next_step = 0
+        self._excess: float | None = None  # reverse KL of the student's responses, by validation
+        self._sums: Tensor | None = None
+        self._max_length = 0
+        self._data_truncated = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was seen, and what was said."""
+        return {
+            "course": self.course.state_dict(),
+            "next_step": self._next_step,
+            "excess": self._excess,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """A resumed run does not say again what was said."""
+        self.course.load_state_dict(state_dict["course"])
+        self._next_step, self._excess = state_dict["next_step"], state_dict["excess"]
+
+    # ---------------------------------------------------------------- hooks
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """How long responses may be, and how often the data's own are cut there."""
+        self._sums, self._max_length = None, 0
+        data, loader = trainer.datamodule, trainer.train_dataloader  # type: ignore[attr-defined]
+        if not isinstance(data, RolloutDataModule) or not isinstance(loader, RolloutLoader):
+            return
+        assert isinstance(pl_module, PairModule)
+        self._max_length = data.max_response_length
+        ends = [e.response_ids[-1] in pl_module.eos_ids for e in loader.examples if e.response_ids]
+        self._data_truncated = 1 - sum(ends) / len(ends) if ends else 0.0
+
+    def on_train_batch_start(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        batch: DistillBatch,
+        batch_idx: int,
+    ) -> None:
+        """Add the micro-batch's rows, where it is time to look."""
+        is_due = trainer.global_step >= self._next_step
+        if is_due and self._max_length and batch.step_counts and batch.step_counts[_STUDENT]:
+            sums = _sums_of(batch)
+            self._sums = sums if self._sums is None else self._sums + sums
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: DistillBatch,
+        batch_idx: int,
+    ) -> None:
+        """Judge the step, at its last micro-batch."""
+        if self._sums is None or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        sums = self._sums
+        if trainer.world_size > 1:
+            sums = trainer.strategy.reduce(sums, reduce_op="sum")
+        self._sums = None
+        self._next_step = trainer.global_step + self.every_n_steps - 1
+        tokens, nats, rows, cut = sums.tolist()
+        if not rows or not tokens:
+            return
+        assert isinstance(pl_module, PairModule)
+        outliers, excess = _log_ratios(trainer, pl_module)
+        self.course.add(VitalSigns(nats / tokens, tokens / rows, cut / rows, outliers))
+        excess = self._excess if excess is None else excess
+        around = Surroundings(self._max_length, self._data_truncated, excess)
+        for name in self.course.new_problems(self.limits, around):
+            rank_zero_warn(f"step {trainer.global_step}: {self._message(name, around)}")
+
+    def on_validation_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Remember how likely the teacher finds what the student writes."""
+        excess = trainer.callback_metrics.get("val/on_policy_reverse_kl")
+        if excess is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._excess = float(excess)
+
+    # ---------------------------------------------------------------- words
+
+    def _message(self, name: str, around: Surroundings) -> str:
+        known = around.excess
+        beside = "" if known is None else f" (reverse KL to the teacher: {known:.2f})"
+        return _ADVICE[name].format(
+            now=VitalSigns(**self.course.now),
+            first=VitalSigns(**self.course.first),
+            max_length=around.max_length,
+            data_truncated=around.truncated,
+            beside=beside,
+        )
+
+
+def _sums_of(batch: DistillBatch) -> Tensor:
+    """[4] tokens that the student drew, their -log p, its responses, and how many were cut."""
+    mask = batch.mask & (batch.source == _STUDENT)[:, None]
+    nats = -batch.sampler_logprobs.where(mask, 0.0).sum()
+    own = [code == _STUDENT for code in batch.source.tolist()]
+    reasons = [r for r, is_own in zip(batch.stop_reasons, own, strict=True) if r and is_own]
+    counted = nats.new_tensor([len(reasons), reasons.count("length")])
+    return torch.stack([mask.sum().to(nats.dtype), nats, *counted])
+
+
+def _log_ratios(trainer: lightning.Trainer, module: Any) -> tuple[float, float | None]:
+    """Share of extreme ones, and minus their mean, as the step's sampled methods logged them."""
+    step, logged = trainer.global_step - 1, trainer.callback_metrics
+    names = [term.name for term in module.terms if acts_in(term, step)]
+    outliers = [logged.get(f"train/{name}_extreme_log_ratio") for name in names]
+    means = [logged.get(f"train/{name}_log_ratio") for name in names]
+    shares = [float(value) for value in outliers if value is not None]
+    excess = [-float(value) for value in means if value is not None]
+    return max(shares, default=0.0), max(excess, default=None)

@@ -1,0 +1,257 @@
+"""Warn of options that a run was given and that have no effect in it, in one line each.
+
+One function a rule: it returns why its options do nothing, or None where they act. Options that
+contradict a run are refused where they enter, not here. Only what the user chose counts: options
+typed or set in a config of one's own (``chosen_options``), from Python arguments that are not the
+defaults. A resumed run says nothing; ``docs/state.md`` lists what options do there.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import lightning
+from lightning.pytorch.utilities import rank_zero_warn
+from transformers import PreTrainedModel
+
+from okd_lightning.data import RolloutDataModule
+from okd_lightning.data.token_cache import FEWEST_ROWS
+from okd_lightning.engines import Sampling
+from okd_lightning.records.batches import Source
+from okd_lightning.rollouts import plan_for
+from okd_lightning.training.optimized_module import OptimizedModule
+
+_LIBRARIES = ("okd_lightning", "lightning")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run whose methods are registered and whose data is read.
+
+    Attributes:
+        trainer: Of the run.
+        module: With its terms.
+        data: The run's.
+        stage: "fit", "validate", "test" or "predict".
+    """
+
+    trainer: lightning.Trainer
+    module: OptimizedModule
+    data: RolloutDataModule
+    stage: str
+
+    @property
+    def sources(self) -> frozenset[Source]:
+        """Who generates or brings the rows that are trained on."""
+        is_training = self.stage == "fit" and bool(self.module.terms)
+        return plan_for(self.module.terms).sources if is_training else frozenset()
+
+    @property
+    def methods(self) -> str:
+        """The run's methods, for messages."""
+        return " and ".join(type(term).__name__ for term in self.module.terms)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether there is data to measure on."""
+        part = {"fit": "val", "validate": "val"}.get(self.stage, self.stage)
+        return self.data.sources[part] is not None
+
+    @property
+    def student_generates(self) -> bool:
+        """Whether the student's engine is used, or may be by a callback of the user's own."""
+        measures = self.is_measured and bool(self.data.val_rollouts)
+        is_used = "student" in self.sources or measures or self.stage == "predict"
+        return is_used or self.has_generating_callbacks
+
+    @property
+    def has_generating_callbacks(self) -> bool:
+        """Whether a callback generates responses, or is not one that is known not to."""
+        return any(
+            getattr(callback, "generates", False)
+            or type(callback).__module__.partition(".")[0] not in _LIBRARIES
+            for callback in self.trainer.callbacks  # type: ignore[attr-defined]
+        )
+
+
+Rule: TypeAlias = Callable[[_Run], str | None]
+"""Why an option does nothing in a run; None where it acts."""
+
+
+def _sampling(run: _Run) -> str | None:
+    if run.stage in ("validate", "test"):
+        return "on-policy measures always sample from the student itself, at temperature 1"
+    if run.stage == "predict" or run.sources - {"dataset"}:
+        return None
+    return f"{run.methods} trains on dataset responses, and validation samples at temperature 1"
+
+
+def _prompts_per_rollout(run: _Run) -> str | None:
+    if run.stage != "fit":
+        return "nothing is trained"
+    is_idle = run.sources == {"dataset"}
+    return f"{run.methods} trains on dataset responses, none are generated" if is_idle else None
+
+
+def _max_turns(run: _Run) -> str | None:
+    is_used = run.student_generates or run.sources - {"dataset"}
+    return None if is_used else "no responses are generated"
+
+
+def _engine(run: _Run) -> str | None:
+    return None if run.student_generates else "the student generates no responses"
+
+
+def _validation(run: _Run) -> str | None:
+    if run.stage == "predict":
+        return "predict measures nothing"
+    return None if run.is_measured else "there is no validation data; give --data.val"
+
+
+def _subset(run: _Run) -> str | None:
+    given = [source for source in run.data.sources.values() if source is not None]
+    return None if any(map(_has_splits, given)) else "only data sets of the hub have configurations"
+
+
+def _split(part: str, run: _Run) -> str | None:
+    parts = ("test", "predict") if part == "test" else (part,)
+    given = [run.data.sources[name] for name in parts if run.data.sources[name] is not None]
+    if not given:
+        return f"there is no --data.{part}"
+    if any(map(_has_splits, given)):
+        return None
+    return f"--data.{part} is a file or rows in memory, which have no splits"
+
+
+def _has_splits(source: Any) -> bool:
+    """Whether a data set may have splits and configurations: a folder, a hub id, a DatasetDict."""
+    if isinstance(source, (str, Path)):
+        return not Path(source).expanduser().is_file()
+    return isinstance(source, Mapping)
+
+
+def _token_cache(run: _Run) -> str | None:
+    sizes = [len(found) + found.num_skipped for found in run.data._examples.values()]
+    is_small = bool(sizes) and max(sizes) < FEWEST_ROWS
+    return f"data sets of fewer than {FEWEST_ROWS} rows are not cached" if is_small else None
+
+
+def _clip_algorithm(run: _Run) -> str | None:
+    own = run.module.online_module
+    clips = run.trainer.gradient_clip_val or (own is not None and own.clip_norm)
+    return None if clips else "no gradients are clipped; give --trainer.gradient_clip_val"
+
+
+def _distributed_sampler(run: _Run) -> str | None:
+    return "the data module gives every rank its rows, and Lightning adds no sampler"
+
+
+def _teacher_dtype(run: _Run) -> str | None:
+    return None if run.module.has_teacher else "there is no teacher"
+
+
+def _attention(run: _Run) -> str | None:
+    models = (run.module.student_source, run.module.teacher_source)
+    is_loaded = all(model is None or isinstance(model, PreTrainedModel) for model in models)
+    return "models in memory keep their attention" if is_loaded else None
+
+
+RULES: Mapping[str, Rule] = {
+    "data.sampling": _sampling,
+    "data.prompts_per_rollout": _prompts_per_rollout,
+    "data.max_turns": _max_turns,
+    "data.val_rollouts": _validation,
+    "data.subset": _subset,
+    "data.train_split": partial(_split, "train"),
+    "data.val_split": partial(_split, "val"),
+    "data.test_split": partial(_split, "test"),
+    "data.token_cache": _token_cache,
+    "model.engine": _engine,
+    "model.teacher_dtype": _teacher_dtype,
+    "model.attn_implementation": _attention,
+    "trainer.gradient_clip_algorithm": _clip_algorithm,
+    "trainer.use_distributed_sampler": _distributed_sampler,
+    "trainer.val_check_interval": _validation,
+    "trainer.check_val_every_n_epoch": _validation,
+    "trainer.limit_val_batches": _validation,
+}
+"""Option, with all settings below it → the rule that tells whether it acts."""
+
+
+def warn_of_idle_options(
+    trainer: lightning.Trainer, module: lightning.LightningModule, stage: str
+) -> None:
+    """Warn of each option that the user chose and that does nothing in this run.
+
+    Args:
+        trainer: With its data module.
+        module: With the run's terms.
+        stage: "fit", "validate", "test" or "predict".
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, RolloutDataModule) or not isinstance(module, OptimizedModule):
+        return
+    if stage == "fit" and trainer.ckpt_path is not None:
+        return
+    run = _Run(trainer, module, data, stage)
+    chosen = _chosen(run)
+    for name, rule in RULES.items():
+        given = {o: v for o, v in chosen.items() if f"{o}.".startswith(f"{name}.") and _is_on(v)}
+        reason = rule(run) if given else None
+        if reason is not None:
+            option, value = next(iter(given.items()))
+            shown = f"--{option} {_shown(value)}" if len(given) == 1 else f"--{name}"
+            rank_zero_warn(f"{shown} does nothing in this run: {reason}")
+
+
+def _is_on(value: Any) -> bool:
+    """Whether a value asks for something: not null, and not the number 0."""
+    return value is not None and (value is False or value != 0)
+
+
+def _chosen(run: _Run) -> Mapping[str, Any]:
+    """What the command line says was chosen; from Python, what of a fit is not at its default."""
+    chosen = run.module.chosen_options
+    if chosen is not None:
+        return chosen.get(run.stage, {})
+    if run.stage != "fit":
+        return {}
+    data, trainer = run.data, run.trainer
+    connector = trainer._accelerator_connector  # the Trainer keeps this argument nowhere else
+    given = {
+        "model.engine": run.module.engine,
+        "model.attn_implementation": run.module.attn_implementation,
+        "data.sampling": None if data.sampling == Sampling() else data.sampling,
+        "data.train_split": data.splits["train"],
+        "data.val_split": data.splits["val"],
+        "trainer.gradient_clip_algorithm": trainer.gradient_clip_algorithm,
+        "trainer.use_distributed_sampler": connector.use_distributed_sampler,
+    }
+    for name in ("prompts_per_rollout", "val_rollouts", "subset", "token_cache"):
+        given[f"data.{name}"] = getattr(data, name)
+    defaults = option_defaults(type(data), type(trainer))
+    return {option: value for option, value in given.items() if value != defaults.get(option)}
+
+
+def option_defaults(data: Any, trainer: Any) -> dict[str, Any]:
+    """Return the defaults of the options of a data module's and a Trainer's class.
+
+    Args:
+        data: Class of the data module, or a function that makes one.
+        trainer: The same of the Trainer.
+    """
+    owners = {"data": data, "trainer": trainer}
+    return {
+        f"{section}.{name}": parameter.default
+        for section, owner in owners.items()
+        for name, parameter in inspect.signature(owner).parameters.items()
+    }
+
+
+def _shown(value: Any) -> str:
+    return str(value) if isinstance(value, (bool, int, float, str)) else type(value).__name__

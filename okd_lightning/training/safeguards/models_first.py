@@ -1,0 +1,137 @@
+"""Build both models before foreign callbacks' ``setup``, after what may refuse the run or a batch.
+
+Lightning calls ``setup`` of the data module, of the callbacks in their order, and of the module,
+and only then ``configure_model``. Callbacks that copy, average or prune the module in ``setup``
+would find it empty. The order here:
+
+1. the data module's ``setup``;
+2. callbacks with ``precedes_models``: methods register their terms, measures check themselves;
+3. ``ModelsFirst``: the module checks the run, the data is read (broken rows are told before any
+   weights are loaded), and the module builds its models;
+4. all other callbacks, the module's ``setup``, and ``configure_model``, which finds them built.
+
+It also comes before the callbacks that read batches: one that is no DistillBatch is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import (
+    Callback,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+
+from okd_lightning.data import RolloutDataModule
+from okd_lightning.errors import ConfigError
+from okd_lightning.sharding import FSDP2Strategy
+from okd_lightning.training.pair_module import PairModule
+from okd_lightning.training.safeguards.idle_options import warn_of_idle_options
+from okd_lightning.training.step_terms import check_batch
+
+_NEED_WHOLE_MODELS = (ModelPruning, StochasticWeightAveraging, WeightAveraging)
+
+
+class ModelsFirst(Callback):
+    """Builds the models of a PairModule, in the contexts in which Lightning would.
+
+    Under fsdp2 the models are built and sharded later, and callbacks that copy or change whole
+    models are refused.
+    """
+
+    precedes_models = True
+
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """Check the run, read the data, then build.
+
+        Raises:
+            OKDLightningError: See ``PairModule.check_run``, ``RolloutDataModule.read_ahead`` and
+                ``configure_model``; or a callback that needs whole models, under fsdp2.
+        """
+        assert isinstance(pl_module, PairModule)
+        pl_module.check_run(stage)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, RolloutDataModule):
+            data.read_ahead(stage)
+        if stage != "fit":
+            warn_of_idle_options(trainer, pl_module, stage)
+        if isinstance(trainer.strategy, FSDP2Strategy):
+            _check_sharded(trainer.callbacks)  # type: ignore[attr-defined]
+            return
+        with (
+            trainer.strategy.tensor_init_context(),
+            trainer.strategy.model_sharded_context(),
+            trainer.precision_plugin.module_init_context(),
+        ):
+            pl_module.configure_model()
+        pl_module.list_trained_parts()
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Warn of options without effect, now that the Trainer says whether the run is resumed."""
+        warn_of_idle_options(trainer, pl_module, "fit")
+
+    def on_train_batch_start(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Refuse a batch of another loader (Lightning's transfer hooks belong to the data module).
+
+        Raises:
+            ConfigError: Naming how to make one.
+        """
+        check_batch(batch)
+
+    def on_validation_batch_start(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """The same."""
+        check_batch(batch)
+
+    on_test_batch_start = on_validation_batch_start
+    on_predict_batch_start = on_validation_batch_start
+
+    def teardown(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """The module lists all its weights again, also where copies of it were averaged."""
+        assert isinstance(pl_module, PairModule)
+        pl_module.list_all_parts(is_run_over=True)
+
+
+def in_setup_order(callbacks: Sequence[Callback]) -> list[Callback]:
+    """The callbacks with ``precedes_models``, ``ModelsFirst``, and the others, each in their order.
+
+    Args:
+        callbacks: Of a Trainer; a ``ModelsFirst`` among them is kept, else one is added.
+    """
+    builder = next((c for c in callbacks if isinstance(c, ModelsFirst)), None) or ModelsFirst()
+    others = [c for c in callbacks if c is not builder]
+    early = [c for c in others if getattr(c, "precedes_models", False)]
+    late = [c for c in others if not getattr(c, "precedes_models", False)]
+    return [*early, builder, *late]
+
+
+def _check_sharded(callbacks: Sequence[Callback]) -> None:
+    names = [type(c).__name__ for c in callbacks if isinstance(c, _NEED_WHOLE_MODELS)]
+    if names:
+        raise ConfigError(
+            f"--trainer.strategy fsdp2 keeps the models in shards, and {', '.join(names)} in "
+            "trainer.callbacks copies or changes whole models: leave it out, or use "
+            "--trainer.strategy ddp"
+        )
