@@ -156,7 +156,7 @@ def _code_digest() -> bytes:
     versions = f"{RULES_VERSION} {transformers.__version__} {tokenizers.__version__}"
     found = blake2b(versions.encode())
     package = Path(__file__).parent
-    others = [package.parent / name for name in ("records.py", "text_ids.py")]
+    others = [package.parent / name for name in ("records/batches.py", "models/text_ids.py")]
     for path in [*sorted(package.glob("*.py")), *others]:
         found.update(path.name.encode() + path.read_bytes())
     return found.digest()

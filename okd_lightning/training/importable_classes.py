@@ -143,7 +143,7 @@ def _has_own_shelf() -> bool:
     except (ImportError, ValueError):
         return False
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
-    shelf = Path(__file__).parent.with_name(_SHELF).resolve()
+    shelf = Path(__file__).parents[1].with_name(_SHELF).resolve()
     return bool(folders) and all(Path(folder).resolve() == shelf for folder in folders)
 
 

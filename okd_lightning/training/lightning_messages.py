@@ -129,7 +129,7 @@ def _format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None
 ) -> str:
     """Our own warnings without the place in our source that gave them."""
-    if Path(__file__).parent in Path(filename).parents:
+    if Path(__file__).parents[1] in Path(filename).parents:
         return f"okd-lightning: warning: {one_line(str(message))}\n"
     text = printable(str(message), keep="\n")
     return f"{filename}:{lineno}: {category.__name__}: {text}\n"

@@ -147,7 +147,7 @@ def test_a_file_wins_over_a_packaged_name(okd: Type, config: str, here: Path) ->
 
 
 def test_the_packaged_configs_are_the_checkouts() -> None:
-    root = Path(cli_arguments.__file__).parents[1] / "configs"
+    root = Path(cli_arguments.__file__).parents[2] / "configs"
     files = {str(p.relative_to(root).with_suffix("")) for p in root.rglob("*.yaml")}
     assert files
     assert set(cli_arguments.packaged_configs()) == files

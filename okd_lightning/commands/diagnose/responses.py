@@ -10,13 +10,10 @@ import torch
 
 from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.engines.engine import Author
-from okd_lightning.engines.noise import hashed_choice
+from okd_lightning.engines.noise import NoiseDomain, hashed_choice
 from okd_lightning.records.batches import DistillBatch, Example, PromptBatch, TrainingRow
 from okd_lightning.records.rows import given_row, micro_batches, written_rows
 from okd_lightning.training.module import DistillationModule
-
-_CHOICE = 0x44494147  # domain separation
-_EPOCH = 2**31 + 1  # of the noise; no training epoch and no validation has this number
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,9 @@ class Responses:
 
 def chosen(examples: Sequence[Example], num: int, seed: int) -> list[Example]:
     """Return ``num`` examples from all over a dataset; fewer where it has fewer."""
-    return [examples[i] for i in hashed_choice(len(examples), num, _CHOICE, seed)]
+    return [
+        examples[i] for i in hashed_choice(len(examples), num, NoiseDomain.DIAGNOSED_PROMPTS, seed)
+    ]
 
 
 def given_responses(examples: Sequence[Example], eos_ids: Sequence[int]) -> Responses:
@@ -101,7 +100,11 @@ class ResponseWriter:
         sampling = self.sampling if author == "student" else Sampling()
         start = time.perf_counter()
         rollout = self.module.write(
-            author, prompts, sampling, NoiseStream(self.seed, _EPOCH), self.max_new_tokens
+            author,
+            prompts,
+            sampling,
+            NoiseStream(self.seed, NoiseDomain.DIAGNOSIS),
+            self.max_new_tokens,
         )
         seconds = time.perf_counter() - start
         ended = tuple(reason == "eos" for reason in rollout.stop_reasons)
