@@ -43,7 +43,37 @@ WORDS = {
     r"\bstands? for\b": "represents, is",
     r"\bwhoever\b": "name the reader or the caller",
 }
-ALLOWED: set[tuple[str, str]] = set()
+ALLOWED: set[tuple[str, str]] = {
+    # ``credit`` and ``credits`` are names in the code
+    (
+        "okd_lightning/advantages/base.py",
+        "def credit(self, student_logprobs, teacher_logprobs, mask, state_value=None):",
+    ),
+    (
+        "okd_lightning/advantages/checking.py",
+        "ConfigError: It is none of those, or ``credit`` returns no detached, finite Tensor of the",
+    ),
+    (
+        "okd_lightning/advantages/f_divergence.py",
+        "Return the advantages, [rows, tokens] nats; see ``Advantage.credit``.",
+    ),
+    (
+        "okd_lightning/records/batches.py",
+        "credits: The response's advantage in each reward term, by the term's name.",
+    ),
+    (
+        "okd_lightning/records/batches.py",
+        "credits: [batch] advantage of each reward term, by the term's name; 0 on rows without one.",
+    ),
+    (
+        "okd_lightning/records/rows.py",
+        "credits: The response's advantage in each reward term, by the term's name.",
+    ),
+    (
+        "okd_lightning/records/rows.py",
+        "credits: One advantage a response, by the reward term's name.",
+    ),
+}
 """(file, line without indentation): the word has its ordinary meaning there."""
 
 

@@ -1,12 +1,12 @@
 """Advantages: a detached value for every token that the student sampled.
 
-* ``base``: ``Advantage``, the contract.
+* ``base``: ``Advantage``, the interface.
 * ``checking``: ``as_advantage``, an object, class or name, with its values checked.
-* ``f_divergence``: ``FDivergenceAdvantage``, that of any divergence, biased as commonly run and
+* ``f_divergence``: ``FDivergenceAdvantage`` of any divergence, as commonly used (biased) and
   corrected (OPD+), with baselines, discount and clipping.
 * ``shaping``: ``reward_to_go``.
 
-Pure: nothing here knows models, masks of padding, or Lightning.
+Pure: nothing here knows models, padding, or Lightning.
 """
 
 from okd_lightning.advantages.base import Advantage

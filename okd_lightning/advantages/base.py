@@ -1,4 +1,4 @@
-"""The contract of an advantage: log-probs of drawn tokens in, one detached credit a token out."""
+"""The abstract advantage: one detached value a token from log-probabilities of sampled tokens."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from okd_lightning.records.shapes import RowMask, RowValues
 
 
 class Advantage(ABC):
-    """What -ρ A ∇log p is to be weighted with, for each token that the student drew.
+    """Advantage A in the policy gradient -ρ A ∇log p, one for each token the student sampled.
 
-    A complete one, the reverse-KL reward with every token below half its teacher's odds ignored:
+    A complete one, the reverse-KL reward without tokens whose q/p is below a half:
 
         @dataclass(frozen=True)
         class Thresholded(Advantage):
@@ -25,13 +25,13 @@ class Advantage(ABC):
                 return log_ratio.where(log_ratio > -self.threshold, 0.0).detach()
 
     Attributes:
-        divergence: How the drawn tokens' log-probs are read (``Divergence.drawn``), or None for
-            as they are.
-        state_value_of: The divergence whose E_p[w_f] a position is to be measured and handed over
-            as ``state_value``, or None.
-        max_log_ratio: The clip of the log-ratio within ``state_value``, in nats.
-        is_positionwise: Whether a token's credit depends on that token alone, so that a row may be
-            cut into pieces.
+        divergence: Divergence whose ``drawn`` reads the sampled tokens' log-probabilities; None to
+            read them unchanged.
+        state_value_of: Divergence whose E_p[w_f] is computed at each position and passed as
+            ``state_value``; None for none.
+        max_log_ratio: Clip of the log-ratio within ``state_value``, in nats.
+        is_positionwise: True if a token's advantage depends on that token alone, so that a row may
+            be processed in pieces.
     """
 
     divergence: Divergence | None = None
@@ -40,7 +40,7 @@ class Advantage(ABC):
 
     @property
     def state_value_of(self) -> Divergence | None:
-        """No state value is needed."""
+        """None: no state value is needed."""
         return None
 
     @abstractmethod
@@ -51,13 +51,13 @@ class Advantage(ABC):
         mask: RowMask,
         state_value: RowValues | None = None,
     ) -> RowValues:
-        """The credit of every drawn token.
+        """Return the advantage of every sampled token.
 
         Args:
-            student_logprobs: [rows, tokens] log p of the drawn tokens (nats), in drawn order.
+            student_logprobs: [rows, tokens] log p of the sampled tokens (nats), in sampling order.
             teacher_logprobs: [rows, tokens] log q of the same tokens.
-            mask: [rows, tokens] True where a token was drawn; what lies elsewhere is arbitrary.
-            state_value: [rows, tokens] E_p[w_f] where ``state_value_of`` asks for it.
+            mask: [rows, tokens] True where a token was sampled; other values are arbitrary.
+            state_value: [rows, tokens] E_p[w_f] if ``state_value_of`` is a divergence.
 
         Returns:
             [rows, tokens] nats, larger is better; without gradient.
@@ -66,6 +66,6 @@ class Advantage(ABC):
     def metrics(
         self, student_logprobs: Tensor, teacher_logprobs: Tensor, mask: Tensor
     ) -> dict[str, Tensor]:
-        """Further [rows, tokens] values to be averaged over tokens and logged; none by default."""
+        """Return further [rows, tokens] values to average over tokens and log; none by default."""
         del student_logprobs, teacher_logprobs, mask
         return {}

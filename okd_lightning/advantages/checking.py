@@ -1,4 +1,4 @@
-"""Check an advantage where a method is constructed, on two rows of three tokens."""
+"""Check of an advantage where a method is constructed, on two rows of three tokens."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from okd_lightning.errors import ConfigError
 
 
 def as_advantage(given: object, option: str = "advantage") -> Advantage:
-    """Turn what a method was given into an advantage whose credit has been checked.
+    """Return the argument of a method as a checked advantage.
 
     Args:
-        given: An advantage, a class of one that needs no arguments, or such a class's name.
-        option: The argument that it was given as.
+        given: An advantage, an advantage class that needs no arguments, or such a class's name.
+        option: Name of the argument, for messages.
 
     Raises:
-        ConfigError: It is none of those, or its credit is no detached, finite Tensor of the shape
-            of the log-probs.
+        ConfigError: It is none of those, or ``credit`` returns no detached, finite Tensor of the
+            shape of the log-probabilities.
     """
     example = "FDivergenceAdvantage(ReverseKL())"
     advantage: Advantage = as_object(given, Advantage, option, example)

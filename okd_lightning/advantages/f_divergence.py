@@ -1,4 +1,4 @@
-"""The credit of an f-divergence: as commonly run, and corrected so that any f is unbiased."""
+"""The advantage of an f-divergence: as commonly used, and corrected so that any f is unbiased."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.records.shapes import RowMask, RowValues
 
 Variant: TypeAlias = Literal["stopped_reward", "as_published", "centred", "value_baseline"]
-"""Which credit a divergence gives; see ``FDivergenceAdvantage``."""
+"""Form of the advantage; see ``FDivergenceAdvantage``."""
 
 _TRAPS = {
     "per_state_kl": "the exact divergence of a state is the same for every token that could be "
@@ -46,7 +46,7 @@ _TRAP_NAMES = {
 
 @dataclass(frozen=True)
 class FDivergenceAdvantage(Advantage):
-    """The credit A of a token drawn from the student p, with u = q/p of that token.
+    """Advantage A of a token sampled from the student p, with u = q/p of that token.
 
     | variant | A (γ = 0) | expected gradient of -A ∇log p |
     |---|---|---|
@@ -55,26 +55,26 @@ class FDivergenceAdvantage(Advantage):
     | ``centred`` | w_f(u) - w_f(1) | the same, zero where p and q agree |
     | ``value_baseline`` | w_f(u) - E_p[w_f] | the same, zero mean at every position |
 
-    What is subtracted is free where every token can be drawn (at any temperature above 0) and ρ is
-    not bounded.
+    The subtracted baselines add no bias if every token can be sampled (any temperature above 0) and
+    ρ is not bounded.
 
-    With a discount γ > 0 a token also answers for what it leads to: Σ_{n>k} γ^(n-k) (-f(u_n)) is
-    added. The term u f'(u) is that of the own token only: it is how f(u) depends on θ there, and
-    later tokens have their own (METHODS: reward-to-go of w_f would be wrong).
+    A discount γ > 0 adds the later rewards Σ_{n>k} γ^(n-k) (-f(u_n)) to token k. The term u f'(u)
+    is that of token k only: it is the dependence of f(u_k) on θ, and later tokens have their own
+    (METHODS: reward-to-go of w_f would be wrong).
 
     Args:
-        divergence: f. A TopK gives the credit of the outcome that the token belongs to.
-        variant: Which credit.
-        discount: γ in [0, 1]; 0 is OPD+'s, the prefixes are taken as given; 1 is the gradient of
-            the whole sequence's divergence.
-        max_log_ratio: ln u is clipped to ± this many nats; biased where it acts. inf for off.
+        divergence: f. A TopK gives the advantage of the token's outcome.
+        variant: Form of the advantage.
+        discount: γ in [0, 1]; 0 treats prefixes as constant (OPD+); 1 is the gradient of the whole
+            sequence's divergence.
+        max_log_ratio: ln u is clipped to ± this many nats, which adds bias; inf for off.
 
     Raises:
         ConfigError: A setting out of its range, a tempered divergence, or a variant that is a known
-            trap, with what to use in its place.
+            mistake, with the alternative.
     """
 
-    divergence: Divergence = field()  # no default: the base's None would be taken for one
+    divergence: Divergence = field()  # else dataclass takes the base's None as the default
     variant: str = "centred"
     discount: float = 0.0
     max_log_ratio: float = math.inf
@@ -100,7 +100,7 @@ class FDivergenceAdvantage(Advantage):
 
     @property
     def is_positionwise(self) -> bool:  # type: ignore[override]
-        """Only without a discount."""
+        """True without a discount."""
         return self.discount == 0
 
     @property
@@ -116,7 +116,7 @@ class FDivergenceAdvantage(Advantage):
         mask: RowMask,
         state_value: RowValues | None = None,
     ) -> RowValues:
-        """[rows, tokens] nats; see ``Advantage.credit``."""
+        """Return the advantages, [rows, tokens] nats; see ``Advantage.credit``."""
         log_ratio = self._log_ratio(student_logprobs, teacher_logprobs, mask)
         if self.variant == "stopped_reward":
             credit = -self.divergence.generator(log_ratio)
@@ -135,7 +135,7 @@ class FDivergenceAdvantage(Advantage):
     def metrics(
         self, student_logprobs: Tensor, teacher_logprobs: Tensor, mask: Tensor
     ) -> dict[str, Tensor]:
-        """The share of tokens whose log-ratio was clipped, where a clip is set."""
+        """Return the share of tokens with a clipped log-ratio, if a clip is set."""
         if math.isinf(self.max_log_ratio):
             return {}
         log_ratio = (teacher_logprobs - student_logprobs).detach()
@@ -143,7 +143,7 @@ class FDivergenceAdvantage(Advantage):
         return {"log_ratio_clipped": is_clipped.to(log_ratio.dtype)}
 
     def _log_ratio(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        """λ of the drawn tokens, in float32 or wider, 0 where nothing was drawn."""
+        """Return λ of the sampled tokens, in float32 or wider, 0 where none was sampled."""
         wide = torch.promote_types(student.dtype, torch.float32)
         log_ratio = (teacher.to(wide) - student.to(wide)).where(mask, 0.0)
         return log_ratio.clamp(-self.max_log_ratio, self.max_log_ratio)

@@ -8,7 +8,7 @@ from okd_lightning.records.shapes import RowMask, RowValues
 
 
 def reward_to_go(rewards: RowValues, mask: RowMask, discount: float) -> RowValues:
-    """G_k = Σ_{n≥k} γ^(n-k) r_n over the masked-in tokens of each row.
+    """G_k = Σ_{n≥k} γ^(n-k) r_n over the tokens of each row whose mask is True.
 
     Args:
         rewards: [rows, tokens] r, any unit.

@@ -6,20 +6,20 @@ is a small frozen object that holds its hyper-parameters. From one f follow the 
 
 Map, from the interface to its members:
 
-- ``base``: ``Divergence``, what every divergence offers and how to write your own.
+- ``base``: ``Divergence``, the interface and how to write your own.
 - ``kl``: ``ForwardKL``, ``ReverseKL`` and their sum, ``Jeffreys``.
 - ``jensen_shannon``: ``JensenShannon``, the generalised JSD(beta).
 - ``skew``: ``SkewForwardKL`` and ``SkewReverseKL``, KL against a mixture of the two sides.
 - ``alpha``: ``AlphaDivergence``, the family that connects both KLs, chi-squared and Hellinger.
 - ``chi_squared``: ``PearsonChiSquared`` and ``NeymanChiSquared``.
-- ``distances``: ``SquaredHellinger`` and ``TotalVariation``, the ones that come from a metric.
+- ``distances``: ``SquaredHellinger`` and ``TotalVariation``, which come from a metric.
 - ``tempered``: ``Tempered``, any of them between distributions of another temperature.
 - ``top_k``: ``TopK``, any of them over k ids and a tail: a lower bound.
 - ``checking``: ``as_divergence``, an object, class or name, with its f checked.
 - ``logprob_pair``: ``LogProbPair`` and ``Summands``, from which value and gradients follow.
-- ``log_arithmetic``: the few numerically safe building blocks that the others share.
+- ``log_arithmetic``: numerically safe arithmetic that the others share.
 
-Nothing here knows of models, masks of tokens, or Lightning.
+Nothing here knows models, token masks, or Lightning.
 """
 
 from okd_lightning.divergences.alpha import AlphaDivergence

@@ -1,4 +1,4 @@
-"""The alpha-divergences: one family through both KLs, Hellinger and both chi-squareds."""
+"""Alpha-divergences: one family that contains both KLs, Hellinger and both chi-squareds."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from okd_lightning.records.shapes import LogProbs, LogRatio, PerId, RatioValues
 class AlphaDivergence(Divergence):
     """f(u) = (u^alpha - 1 - alpha (u - 1)) / (alpha (alpha - 1)), w_f(u) = (u^alpha - 1) / alpha.
 
-    alpha -> 0 is reverse KL and alpha -> 1 is forward KL (both exact, and stable nearby); 1/2 is
-    twice squared Hellinger, 2 is half of Pearson's chi-squared and -1 half of Neyman's. Exchanging
+    alpha = 0 is reverse KL and alpha = 1 is forward KL (both exact, and stable nearby). 1/2 is
+    twice squared Hellinger, 2 half of Pearson's chi-squared, -1 half of Neyman's. Exchanging
     student and teacher exchanges alpha and 1 - alpha.
 
     f is written so that w_f(1) = 0 for every alpha: at alpha = 0 it is u - 1 - ln u, which gives

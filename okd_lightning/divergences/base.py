@@ -1,7 +1,7 @@
-"""What an f-divergence is: one convex function f, and everything that training needs of it.
+"""The abstract f-divergence: a convex function f and what training derives from it.
 
-Owns the interface, its safe default implementations, and the one reduction over the vocabulary.
-It does not own any particular f, masks of tokens, or what a loss is divided by.
+Owns the interface, its default implementations, and the sum over the vocabulary. Does not own any
+particular f, token masks, or the divisor of a loss.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from okd_lightning.records.shapes import (
 )
 
 _FAR = 350.0
-"""A log-ratio (nats) that stands in for infinity in float64: exp(2 * 350) is still finite."""
+"""Log-ratio (nats) used as infinity in float64: exp(2 * 350) is still finite."""
 
 
 class Divergence(ABC):
     """D_f(p, q) = E_{a~p}[f(u)], with u = q(a)/p(a): teacher over student, f convex and f(1) = 0.
 
     Everything is a function of the log-ratio, ``log_ratio`` = ln u = log q - log p (teacher minus
-    student, nats), because u itself overflows. ``generator`` is all that a divergence must
-    define. A complete one, ready for training:
+    student, nats), because u itself overflows. A divergence must define only ``generator``. A
+    complete one:
 
         @dataclass(frozen=True)
         class Triangular(Divergence):
@@ -46,15 +46,15 @@ class Divergence(ABC):
     limits by evaluation. A divergence may override, for speed, range or memory, ``weight``,
     ``terms``, ``summands``, ``limit_at_zero``, ``limit_at_infinity`` and ``is_symmetric``, each in
     agreement with ``generator``. Only a wrapper that changes the distributions themselves overrides
-    ``value``, ``drawn`` and ``expected_weight``, and ``softmax_temperature`` and ``outcome_ids``
-    where these say all that it changes.
+    ``value``, ``drawn`` and ``expected_weight``; it overrides ``softmax_temperature`` and
+    ``outcome_ids`` too if they describe the change completely.
 
-    Gradient flows to both sides: who is to stay fixed is detached by the caller.
+    Gradient flows to both sides; the caller detaches the side that is to stay fixed.
     """
 
     @abstractmethod
     def generator(self, log_ratio: LogRatio) -> RatioValues:
-        """f(u), element by element.
+        """Return f(u), element by element.
 
         Args:
             log_ratio: log q - log p (nats), any shape; only finite ones need to be handled.
@@ -64,23 +64,24 @@ class Divergence(ABC):
         """
 
     def weight(self, log_ratio: LogRatio) -> RatioValues:
-        """w_f(u) = -f(u) + u f'(u): what policy gradient has to maximise so as to minimise D_f.
+        """w_f(u) = -f(u) + u f'(u): the advantage whose policy gradient minimises D_f.
 
         The gradient of D_f(p, q) with respect to the student is -E_{a~p}[w_f(u) grad log p(a)]. The
         term u f'(u) is the dependence of f(u) on the student; it equals the derivative of f with
-        respect to the log-ratio. Unlike -f, w_f changes by a constant only when f is rewritten as
-        f + c(u - 1).
+        respect to the log-ratio. If f is rewritten as f + c(u - 1), w_f changes by a constant
+        only; -f does not.
 
         Args:
-            log_ratio: log q - log p (nats) of the drawn tokens, any shape.
+            log_ratio: log q - log p (nats) of the sampled tokens, any shape.
 
         Returns:
-            Same shape, nats. A coefficient: detach it before it multiplies anything. This default
-            carries no graph, and loses precision to cancellation from about 30 nats on.
+            Same shape, nats. Detach it before use as a coefficient. This default has no graph, and
+            loses precision to cancellation from about 30 nats on.
 
         Source: arXiv 2606.01039 (OPD+).
         """
         with torch.inference_mode(False), torch.enable_grad():
+            # the clone is no inference tensor, which autograd would refuse
             wide = log_ratio.detach().double().clone().requires_grad_()
             values = self.generator(wide)
             (slopes,) = torch.autograd.grad(values.sum(), wide)
@@ -89,13 +90,13 @@ class Divergence(ABC):
     def terms(
         self, student_logprobs: LogProbs, teacher_logprobs: LogProbs, log_ratio: PerId
     ) -> PerId:
-        """The summand p f(u) of every id, before the sum over the vocabulary.
+        """Return the summand p f(u) of every id, before the sum over the vocabulary.
 
         This default evaluates f in float64 up to 350 nats and continues it linearly in the
-        log-ratio beyond, as is exact for all f that grow no faster than a KL.
+        log-ratio beyond, which is exact for all f that grow no faster than a KL.
 
-        Where either side is -inf, ``log_ratio`` arrives as 0 and the result is thrown away, but it
-        and its gradient must be finite there.
+        Where either side is -inf, ``log_ratio`` is passed as 0 and the result is discarded, but it
+        and its gradient must be finite.
 
         Args:
             student_logprobs: [*lead, vocab] log p, float32 or float64.
@@ -114,7 +115,7 @@ class Divergence(ABC):
         return (base.exp() * values).to(log_ratio.dtype)
 
     def summands(self, pair: LogProbPair) -> Summands:
-        """The summands p f(u) and p (w_f(u) - w_f(1)) of every id: values and gradients.
+        """Return the summands p f(u) and p (w_f(u) - w_f(1)) of every id.
 
         With c_f = w_f - w_f(1) the divergence is sum_a p f, and its gradients in the logits are
 
@@ -122,18 +123,18 @@ class Divergence(ABC):
             d/dz_t = q g(u) - q E_q[g(u)]          (teacher), g(u) = f'(u) - f'(1),
 
         where q g(u) = p f + p c_f - w_f(1) (q - p), because f'(1) = w_f(1). Both are 0 where
-        student and teacher agree. Uncentred, two numbers of size p would cancel there, and what
-        log_softmax rounds would be left: 3 % of the gradient in float32 over 152,000 ids at
+        student and teacher agree. Without centring, two numbers of size p would cancel there and
+        leave the rounding error of log_softmax: 3 % of the gradient in float32 over 152,000 ids at
         differences of 1e-3 (benchmarks/near_equality.py).
 
-        This default differentiates ``terms``: p w_f is minus its slope in log p, and p w_f(1) the
-        same with the teacher's log-probabilities replaced by the student's, rounded alike.
+        This default differentiates ``terms``: p w_f is minus its slope in log p. p w_f(1) is the
+        same with the teacher's log-probabilities replaced by the student's, rounded the same way.
 
         Args:
             pair: Both sides, with finite log-ratios, at this divergence's ``softmax_temperature``.
 
         Returns:
-            Constants without graph; callers do not write into them.
+            Constants without graph; callers must not modify them in place.
         """
         with torch.inference_mode(False), torch.enable_grad():
             log_p = pair.student_logprobs.clone().requires_grad_()
@@ -146,15 +147,15 @@ class Divergence(ABC):
 
     @property
     def weight_at_one(self) -> float:
-        """w_f(1) = f'(1): what ``weight`` gives where student and teacher agree."""
+        """w_f(1) = f'(1): ``weight`` where student and teacher agree."""
         return float(self.weight(torch.zeros(1, dtype=torch.float64)))
 
     def outcome_ids(
         self, student_logprobs: LogProbs, teacher_logprobs: LogProbs
     ) -> OutcomeIds | None:
-        """[*lead, k] the ids that are compared one by one, where all others are one outcome.
+        """Return [*lead, k] the ids compared one by one, if all others are merged into one outcome.
 
-        None, the default, where every id is an outcome of its own.
+        None (the default): every id is a separate outcome.
 
         Args:
             student_logprobs: [*lead, vocab] log p (nats) at this divergence's temperature.
@@ -165,47 +166,46 @@ class Divergence(ABC):
 
     @property
     def softmax_temperature(self) -> float | None:
-        """At which ``value`` takes both distributions; None where it does not say."""
+        """Softmax temperature that ``value`` applies to both sides; None if it is unknown."""
         return 1.0 if type(self).value is Divergence.value else None
 
     @property
     def limit_at_zero(self) -> float:
-        """f(0), nats: what an id costs, per unit of p, that the teacher rules out. May be inf."""
+        """f(0), nats: cost, per unit of p, of an id with q = 0. May be inf."""
         return self._limit(-_FAR)
 
     @property
     def limit_at_infinity(self) -> float:
-        """Limit of f(u)/u, nats: what an id costs, per unit of q, that the student rules out."""
+        """Limit of f(u)/u, nats: cost, per unit of q, of an id with p = 0. May be inf."""
         return self._limit(_FAR)
 
     @property
     def is_symmetric(self) -> bool:
-        """Whether D(p, q) = D(q, p) for all p and q."""
+        """True if D(p, q) = D(q, p) for all p and q."""
         return False
 
     @property
     def upper_bound(self) -> float | None:
-        """The largest value, reached by distributions without common support; None if unbounded."""
+        """Largest value, reached by distributions without common support; None if unbounded."""
         bound = self.limit_at_zero + self.limit_at_infinity
         return bound if math.isfinite(bound) else None
 
     def centred_weight(self, log_ratio: LogRatio) -> RatioValues:
-        """w_f(u) - w_f(1): zero where student and teacher agree, and one for all ways to write f.
+        """w_f(u) - w_f(1): zero where student and teacher agree, the same for f and f + c(u - 1).
 
-        While the tokens are drawn from p itself, its expected gradient is that of ``weight``.
+        If the tokens are sampled from p itself, its expected gradient is that of ``weight``.
 
         Args:
-            log_ratio: log q - log p (nats) of the drawn tokens, any shape.
+            log_ratio: log q - log p (nats) of the sampled tokens, any shape.
         """
         return self.weight(log_ratio) - self.weight(torch.zeros_like(log_ratio))
 
     def value(self, student_logprobs: LogProbs, teacher_logprobs: LogProbs) -> PerToken:
-        """The exact divergence at every position: sum_a p f(u) over the vocabulary.
+        """Return the exact divergence at every position: sum_a p f(u) over the vocabulary.
 
-        Computed from log-probabilities throughout, in float32 or the wider input type. An id that
-        is -inf on both sides contributes zero to value and gradient; one that is -inf on one side
-        contributes the limit of f, so that a divergence that is infinite is +inf and never NaN.
-        A NaN that comes in goes out.
+        Computed from log-probabilities, in float32 or the wider input type. An id that is -inf on
+        both sides contributes zero to value and gradient. One that is -inf on one side contributes
+        the limit of f, so that an infinite divergence is +inf and never NaN. A NaN input gives NaN.
 
         Args:
             student_logprobs: [*lead, vocab] log p (nats), normalised over the last axis.
@@ -226,16 +226,16 @@ class Divergence(ABC):
     def drawn(
         self, student_logprobs: LogProbs, teacher_logprobs: LogProbs, ids: DrawnIds
     ) -> tuple[PerToken, PerToken]:
-        """What both sides think of the drawn tokens, as this divergence sees them.
+        """Return both sides' log-probabilities of the sampled tokens.
 
         Args:
             student_logprobs: [*lead, vocab] log p (nats).
             teacher_logprobs: [*lead, vocab] log q (nats).
-            ids: [*lead] what was drawn from p.
+            ids: [*lead] tokens sampled from p.
 
         Returns:
-            [*lead] log p and log q (nats) of the drawn tokens; a wrapper that merges tokens into
-            one outcome gives that outcome's. Gradient flows to both sides.
+            [*lead] log p and log q (nats) of the sampled tokens; a wrapper that merges tokens into
+            one outcome returns that outcome's. Gradient flows to both sides.
         """
         at = ids[..., None]
         return student_logprobs.gather(-1, at)[..., 0], teacher_logprobs.gather(-1, at)[..., 0]
@@ -247,10 +247,10 @@ class Divergence(ABC):
         teacher_logprobs: LogProbs,
         max_log_ratio: float = math.inf,
     ) -> PerToken:
-        """E_{a~p}[w_f(u)]: what ``weight`` has in common for all tokens of a position.
+        """Return E_{a~p}[w_f(u)], the mean of ``weight`` at a position: a value baseline.
 
-        Subtracted from the weights of tokens drawn from p, it leaves their expected gradient as it
-        is (a value baseline; vOPD, arXiv 2605.07865).
+        Subtracting it from the weights of tokens sampled from p leaves their expected gradient
+        unchanged (vOPD, arXiv 2605.07865).
 
         Args:
             student_logprobs: [*lead, vocab] log p (nats).
@@ -268,13 +268,13 @@ class Divergence(ABC):
         return (mean + self.weight_at_one).to(student_logprobs.dtype)
 
     def _scaled_generator(self, log_ratio: LogRatio) -> RatioValues:
-        """f(u)/max(1, u): p f(u) over the larger of p and q, which keeps both ends in range."""
+        """f(u)/max(1, u): p f(u) over the larger of p and q, in range at both ends."""
         excess = torch.where(log_ratio > 0, log_ratio, torch.zeros_like(log_ratio))
         return self.generator(log_ratio) * (-excess).exp()
 
     @torch.no_grad()
     def _limit(self, end: float) -> float:
-        """The limit of f(u)/max(1, u) at an end, inf where its steps do not shrink (ln u, u)."""
+        """Limit of f(u)/max(1, u) at an end; inf if its steps do not shrink (ln u, u)."""
         ends = torch.tensor([end / 4, end / 2, end], dtype=torch.float64)
         near, far, farthest = self._scaled_generator(ends).tolist()
         last_step, step_before = abs(farthest - far), abs(far - near)
@@ -283,7 +283,7 @@ class Divergence(ABC):
 
     @torch.no_grad()
     def _end_slopes(self) -> tuple[float, float]:
-        """The slopes of f(u)/max(1, u) in the log-ratio at both ends; 0 where they overflow."""
+        """Slopes of f(u)/max(1, u) in the log-ratio at both ends; 0 where they overflow."""
         ends = torch.tensor([-_FAR, 1 - _FAR, _FAR - 1, _FAR], dtype=torch.float64)
         slopes = self._scaled_generator(ends).diff()[[0, 2]].nan_to_num(0.0, 0.0, 0.0).tolist()
         return slopes[0], slopes[1]

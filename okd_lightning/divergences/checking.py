@@ -1,7 +1,7 @@
-"""Check a divergence where a method is constructed: is it one, and is its f what it has to be.
+"""Check of a divergence where a method is constructed: its type and the conditions on its f.
 
-Owns what a Python caller may hand over (an object, a class or its name) and the conditions on f. A
-concave or shifted f trains as smoothly as a correct one, away from the teacher.
+Accepts an object, a class or a class name. A concave or shifted f would train without an error,
+but away from the teacher.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from okd_lightning.errors import ConfigError
 
 _LOG_RATIOS = torch.linspace(-8.0, 8.0, 65, dtype=torch.float64).reshape(5, 13)
 _AT_ONE = 32
-"""Where the grid has log-ratio 0, u = 1."""
+"""Index of log-ratio 0 (u = 1) in the flattened grid."""
 
 _ROUNDING = 4 * torch.finfo(torch.float32).eps
-"""Relative rounding of f that is allowed for: an f may compute in float32."""
+"""Allowed relative rounding of f, which may compute in float32."""
 
 
 def as_divergence(given: object, option: str = "divergence") -> Divergence:
-    """Turn what a method or wrapper was given into a divergence whose f has been checked.
+    """Return the argument of a method or wrapper as a divergence with a checked f.
 
     Args:
-        given: A divergence, a class of one that needs no arguments, or such a class's name.
-        option: The argument that it was given as.
+        given: A divergence, a divergence class that needs no arguments, or such a class's name.
+        option: Name of the argument, for messages.
 
     Raises:
         ConfigError: It is none of those; its f is not convex, finite and 0 at u = 1 on log-ratios
@@ -49,7 +49,7 @@ def check_f(divergence: Divergence) -> None:
     name = type(divergence).__name__
     with torch.inference_mode(False), torch.enable_grad():
         log_ratio = _LOG_RATIOS.clone().requires_grad_()
-        values = divergence.generator(log_ratio * 1)  # in place would not hurt the grid
+        values = divergence.generator(log_ratio * 1)  # a copy: generator may work in place
         _check_tensor(values, name)
         if not values.requires_grad:
             raise ConfigError(
@@ -94,7 +94,7 @@ def _check_tensor(values: object, name: str) -> None:
 
 
 def _check_convex(f: Tensor, name: str) -> None:
-    """Slopes between neighbours of the grid must not fall, in u and not in the log-ratio."""
+    """Raise ConfigError if a slope df/du between neighbours of the grid falls."""
     u = _LOG_RATIOS.flatten().exp()
     steps = u.diff()
     slopes = f.diff() / steps

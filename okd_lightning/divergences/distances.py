@@ -1,4 +1,4 @@
-"""Total variation, which is a metric, and squared Hellinger, which is the square of one."""
+"""Total variation (a metric) and squared Hellinger (the square of a metric)."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class TotalVariation(Divergence):
     def terms(
         self, student_logprobs: LogProbs, teacher_logprobs: LogProbs, log_ratio: PerId
     ) -> PerId:
-        """p·f(u) = |q - p| / 2, with the sign from the log-ratio, where it is not rounded away."""
+        """p·f(u) = |q - p| / 2; the sign is taken from the log-ratio, which rounds less."""
         return (teacher_logprobs.exp() - student_logprobs.exp()) * log_ratio.sign() / 2.0
 
     def summands(self, pair: LogProbPair) -> Summands:

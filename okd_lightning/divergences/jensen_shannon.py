@@ -65,11 +65,11 @@ class JensenShannon(Divergence):
     f(u) = beta u ln u - (beta u + 1 - beta) ln(beta u + 1 - beta), and
     w_f(u) = (1 - beta) ln(beta u + 1 - beta). Bounded, symmetric at beta = 1/2 only.
 
-    beta = 0 is defined as forward KL and beta = 1 as reverse KL, as public implementations of GKD
-    have it. **The scale is therefore not continuous**: the formula itself tends to 0 at both ends,
+    beta = 0 is defined as forward KL and beta = 1 as reverse KL, as in public implementations of
+    GKD. **The scale is therefore not continuous**: the formula itself tends to 0 at both ends,
     like beta * KL(q‖p) and (1 - beta) * KL(p‖q), so that a run at beta = 0.01 has about a hundredth
     of the gradient of one at beta = 0. ``normalised`` divides by beta (1 - beta): its limits are
-    the two KLs, so that a sweep over beta compares like with like.
+    the two KLs, so that values of beta are comparable.
 
     Args:
         beta: Share of the teacher in the mixture, in [0, 1].
@@ -126,7 +126,7 @@ class JensenShannon(Divergence):
 
     @property
     def _form(self) -> Divergence:
-        """The divergence that this beta stands for."""
+        """The divergence of this beta."""
         if self.beta == 0.0:
             return ForwardKL()
         if self.beta == 1.0:

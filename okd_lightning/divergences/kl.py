@@ -17,8 +17,8 @@ from okd_lightning.records.shapes import LogProbs, LogRatio, PerId, RatioValues
 class ForwardKL(Divergence):
     """KL(q‖p) = sum_a q (log q - log p), teacher first: f(u) = u ln u. Covers the teacher's modes.
 
-    Infinite where the student rules out an id that the teacher allows. With the teacher detached
-    its gradient is that of cross-entropy on soft labels: knowledge distillation (arXiv 1503.02531).
+    Infinite if an id has p = 0 and q > 0. With the teacher detached, its gradient is that of
+    cross-entropy on soft labels: knowledge distillation (arXiv 1503.02531).
     """
 
     def generator(self, log_ratio: LogRatio) -> RatioValues:
@@ -54,8 +54,8 @@ class ForwardKL(Divergence):
 class ReverseKL(Divergence):
     """KL(p‖q) = sum_a p (log p - log q), student first: f(u) = -ln u. Seeks the teacher's modes.
 
-    Infinite where the student allows an id that the teacher rules out. The only f for which -f
-    and w_f differ by a constant, so that the plain reward -f is unbiased (arXiv 2606.01039).
+    Infinite if an id has p > 0 and q = 0. The only f for which -f and w_f differ by a constant, so
+    that the plain reward -f is unbiased (arXiv 2606.01039).
     """
 
     def generator(self, log_ratio: LogRatio) -> RatioValues:

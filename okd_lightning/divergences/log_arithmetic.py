@@ -1,8 +1,8 @@
-"""Safe arithmetic on log-probabilities and log-ratios; knows no divergence.
+"""Numerically safe arithmetic on log-probabilities and log-ratios; knows no divergence.
 
-Each function is exact to rounding where the naive formula overflows, cancels or divides zero by
-zero, and so is its gradient: a branch of ``torch.where`` that is not taken still sends its
-gradient back, times zero, so the argument of both branches is made harmless first.
+Each function and its gradient are exact to rounding where the naive formula overflows, cancels or
+divides zero by zero. Arguments are clamped before ``torch.where``: autograd multiplies the gradient
+of the branch not taken by zero, which is NaN if that gradient is infinite.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import torch
 from okd_lightning.records.shapes import LogProbs, LogRatio, RatioValues
 
 THIN_SHARE = 1e-3
-"""Below this share, log1p far from u = 1 would round a mixture's thin part away in float32."""
+"""Share below which log1p, far from u = 1, would lose the smaller part of a mixture in float32."""
 
 
 def widen(student_logprobs: LogProbs, teacher_logprobs: LogProbs) -> tuple[LogProbs, LogProbs]:
-    """Both sides in the wider of their types, and never narrower than float32."""
+    """Return both sides in the wider of their types, at least float32."""
     dtype = torch.promote_types(student_logprobs.dtype, teacher_logprobs.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
     return student_logprobs.to(dtype), teacher_logprobs.to(dtype)
 
 
 def finite(log_ratio: LogRatio) -> LogRatio:
-    """The log-ratio with infinities pulled in to the largest finite numbers.
+    """Clamp infinite log-ratios to the largest finite numbers.
 
-    exp still gives 0 and inf for them, but u ln u at u = 0 becomes 0 where it was NaN.
+    exp still gives 0 and inf for them, but u ln u at u = 0 becomes 0 instead of NaN.
     """
     limits = torch.finfo(log_ratio.dtype)
     return log_ratio.clamp(limits.min, limits.max)
@@ -38,8 +38,8 @@ def mixture_log_ratios(
 ) -> tuple[RatioValues, RatioValues]:
     """Log m - log p and log m - log q for the mixture m = share * q + rest * p, share + rest = 1.
 
-    That is ln(share * u + rest) and the same minus ln u, precise near u = 1 and in range at both
-    ends. Both parts are asked for because 1 - share would round a small one.
+    These are ln(share * u + rest) and the same minus ln u, precise near u = 1 and in range at both
+    ends. ``rest`` is an argument because 1 - share would round a small rest.
     """
     above, zero = log_ratio > 0, torch.zeros_like(log_ratio)
     shrunk = torch.where(above, -log_ratio, log_ratio).expm1()  # in (-1, 0]

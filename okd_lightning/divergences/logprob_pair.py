@@ -1,6 +1,6 @@
-"""Both sides' log-probabilities and what every divergence computes from them, once for all of them.
+"""Log-probabilities of both sides, with cached quantities that divergences share.
 
-Everything here is a constant of the loss: nothing carries a graph.
+Nothing here carries a graph.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NO_PROBABILITY = -1e4
 
 
 class LogProbPair:
-    """Student and teacher at some positions, at one temperature.
+    """Log-probabilities of student and teacher at some positions, at one temperature.
 
     Args:
         student_logprobs: [*lead, vocab] log p (nats), normalised, float32 or wider, detached.
@@ -53,14 +53,14 @@ class LogProbPair:
 
     @cached_property
     def is_finite(self) -> bool:
-        """Whether no id is ruled out on either side, so that closed forms need no case for it.
+        """True if all log-ratios are finite, so that closed forms need no special case.
 
         Every -inf, inf and NaN reaches the sum of the log-ratios.
         """
         return bool(self.log_ratio.sum().isfinite())
 
     def without_common_gaps(self) -> LogProbPair:
-        """The same pair with ids that both sides rule out made finite: they contribute 0."""
+        """Return the pair with ids that are -inf on both sides made finite: they contribute 0."""
         gaps = (self.student_logprobs == -math.inf) & (self.teacher_logprobs == -math.inf)
         sides = (self.student_logprobs, self.teacher_logprobs)
         return LogProbPair(*(side.masked_fill(gaps, _NO_PROBABILITY) for side in sides))
@@ -74,8 +74,8 @@ class LogProbPair:
     def over_larger(self, share: float, rest: float) -> Tensor:
         """[*lead, vocab] ln m - ln max(p, q), m = share q + rest p, share + rest = 1; at most 0.
 
-        It is exactly 0 where both sides agree, which ln m - log p is not: a logarithm of a sum of
-        exponentials rounds. From it, log m - log p adds max(λ, 0) and log m - log q takes off
+        Exactly 0 where both sides agree; ln m - log p is not, because the logarithm of a sum of
+        exponentials rounds. log m - log p is this plus max(λ, 0), and log m - log q is this minus
         min(λ, 0).
         """
         larger = torch.maximum(self.student_probs, self.teacher_probs)
@@ -83,13 +83,13 @@ class LogProbPair:
         fall = torch.minimum(self.difference * share, self.difference * -rest).div_(larger)
         if min(share, rest) >= THIN_SHARE:
             return fall.log1p_()
-        far = (self.mixture(share, rest) / larger).log_()  # 1 + fall loses a thin share
+        far = (self.mixture(share, rest) / larger).log_()  # 1 + fall would lose a small share
         return torch.where(fall > -0.5, fall.log1p(), far)
 
 
 @dataclass(frozen=True)
 class Summands:
-    """What a divergence and both its gradients are sums of; see ``Divergence.summands``.
+    """Summands of a divergence and of both its gradients; see ``Divergence.summands``.
 
     Attributes:
         terms: [*lead, vocab] p f(u).

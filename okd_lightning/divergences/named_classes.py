@@ -1,4 +1,4 @@
-"""Objects that may be given as an object, as a class, or as a class's name."""
+"""Arguments that may be an object, a class, or a class's name."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from okd_lightning.errors import ConfigError
 
 
 def as_object(given: object, base: type[Any], option: str, example: str) -> Any:
-    """An object of ``base``: the given one, or one of the class that was given or named.
+    """Return an object of ``base``: the argument, or an instance of the class that it names.
 
     Args:
-        given: What an argument holds.
-        base: What it has to be an object of.
+        given: The argument.
+        base: The required class.
         option: The argument's name, for messages.
         example: An object as one would write it, for messages.
 
     Raises:
-        ConfigError: It is nothing of ``base``, an unknown name, or a class that needs arguments.
+        ConfigError: The argument is no object or class of ``base``, an unknown name, or a class
+            that needs arguments.
     """
     if isinstance(given, str):
         given = _named(given, base, option)

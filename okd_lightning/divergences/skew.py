@@ -1,4 +1,4 @@
-"""Skew KL: a KL whose second argument is mixed with its first, and so is bounded."""
+"""Skew KL: a KL whose second argument is mixed with its first, which bounds it."""
 
 from __future__ import annotations
 

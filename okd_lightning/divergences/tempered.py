@@ -1,4 +1,4 @@
-"""Temperature, written once: any divergence between the tempered distributions of both sides."""
+"""Temperature for any divergence: its value between the tempered distributions of both sides."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from okd_lightning.records.shapes import (
 
 
 def at_temperature(divergence: Divergence, temperature: float) -> Divergence:
-    """A method's divergence at the method's temperature.
+    """Return a method's divergence at the method's temperature.
 
     Raises:
-        ConfigError: It has one of its own, and both would act.
+        ConfigError: The divergence has a temperature too, and both would apply.
     """
     if temperature == 1:
         return divergence
@@ -43,19 +43,17 @@ def at_temperature(divergence: Divergence, temperature: float) -> Divergence:
 class Tempered(Divergence):
     """tau^2 D(p^tau, q^tau), with p^tau = softmax(z / tau) of the logits z, and likewise q^tau.
 
-    The factor tau^2 is part of the divergence, so it scales loss and gradient alike and keeps the
-    gradient's size as tau grows (arXiv 1503.02531, section 2). Log-probabilities are logits up
-    to a constant, so ``value`` takes those at temperature 1, like any other divergence, and
-    tempers both sides itself: do not temper them before.
+    The factor tau^2 is part of the divergence: it scales loss and gradient alike and keeps the
+    gradient's size as tau grows (arXiv 1503.02531, section 2). ``value`` takes log-probabilities
+    at temperature 1 (logits up to a constant) and tempers both sides itself.
 
-    Temperature acts on distributions and not on u: p^tau(a) needs the whole vocabulary. What is a
-    function of u alone (``generator``, ``weight``, ``terms`` and the limits) is therefore the
-    inner one's times tau^2, **to be evaluated at the log-ratio of the tempered distributions**:
-    with tokens drawn from p^tau it then means what it means for every divergence. The log-ratio
-    of a token at temperature 1 cannot be tempered and must not be passed.
+    p^tau(a) depends on the whole vocabulary, not on u alone. The functions of u (``generator``,
+    ``weight``, ``terms`` and the limits) are therefore those of the inner divergence times tau^2,
+    **to be evaluated at the log-ratio of the tempered distributions**, for tokens sampled from
+    p^tau. Do not pass them a log-ratio at temperature 1.
 
     Args:
-        divergence: What to measure between the tempered distributions.
+        divergence: Divergence between the tempered distributions.
         temperature: tau > 0; above 1 it flattens both sides.
 
     Raises:
@@ -90,35 +88,35 @@ class Tempered(Divergence):
         return self._scale * inner
 
     def summands(self, pair: LogProbPair) -> Summands:
-        """tau^2 times the inner one's, of log-probabilities that are tempered already."""
+        """tau^2 times the inner divergence's, of log-probabilities that are tempered already."""
         inner = self.divergence.summands(pair)
         return Summands(inner.terms * self._scale, inner.weights * self._scale)
 
     def outcome_ids(
         self, student_logprobs: LogProbs, teacher_logprobs: LogProbs
     ) -> OutcomeIds | None:
-        """The inner one's, of log-probabilities that are tempered already."""
+        """Return the inner divergence's, of log-probabilities that are tempered already."""
         return self.divergence.outcome_ids(student_logprobs, teacher_logprobs)
 
     @property
     def softmax_temperature(self) -> float | None:
-        """tau, times the inner one's where that tempers as well."""
+        """Product of tau and the inner divergence's temperature; None if that is None."""
         inner = self.divergence.softmax_temperature
         return None if inner is None else self.temperature * inner
 
     @property
     def limit_at_zero(self) -> float:
-        """tau^2 times that of the inner one."""
+        """tau^2 times the inner divergence's."""
         return self._scale * self.divergence.limit_at_zero
 
     @property
     def limit_at_infinity(self) -> float:
-        """tau^2 times that of the inner one."""
+        """tau^2 times the inner divergence's."""
         return self._scale * self.divergence.limit_at_infinity
 
     @property
     def is_symmetric(self) -> bool:
-        """As the inner one: both sides are tempered alike."""
+        """True if the inner divergence is: both sides are tempered alike."""
         return self.divergence.is_symmetric
 
     def value(self, student_logprobs: LogProbs, teacher_logprobs: LogProbs) -> PerToken:
@@ -137,7 +135,7 @@ class Tempered(Divergence):
     def drawn(
         self, student_logprobs: LogProbs, teacher_logprobs: LogProbs, ids: DrawnIds
     ) -> tuple[PerToken, PerToken]:
-        """[*lead] tempered log p^tau and log q^tau of the drawn tokens."""
+        """[*lead] tempered log p^tau and log q^tau of the sampled tokens."""
         return self.divergence.drawn(*self._temper(student_logprobs, teacher_logprobs), ids)
 
     @torch.no_grad()

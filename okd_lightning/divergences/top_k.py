@@ -1,9 +1,9 @@
 """Top-k with a tail: any divergence between coarser distributions, a lower bound of the exact one.
 
-Owns the buckets. Both sides are looked at through k of the ids, chosen at every position, and one
-outcome that stands for all others: that is a distribution again, so every f gives a divergence,
-never above the exact one (merging outcomes loses information) and never negative. Renormalising
-over the k ids, or leaving the tail out, would be neither.
+Both sides are reduced, at every position, to k ids and one outcome for all others. The result is
+a distribution again, so every f gives a divergence that is never negative and never above the
+exact one (merging outcomes loses information). Renormalising over the k ids, or leaving out the
+tail, guarantees neither.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from okd_lightning.records.shapes import (
 
 @dataclass(frozen=True)
 class TopK(Divergence):
-    """D over the k likeliest ids of one side and a tail bucket for the rest.
+    """D over the k most likely ids of one side and one outcome (the tail) for all others.
 
     Equal to the exact divergence at k = vocabulary, at most equal below (data processing).
     Gradient flows to both sides, also through the tail; the choice of ids is a constant.
 
     Args:
-        divergence: What to measure between the coarser distributions.
+        divergence: Divergence between the coarser distributions.
         k: Ids that keep their own probability, at least 1.
-        side: Whose likeliest ids: the teacher's, as a served or cached teacher gives them, or the
-            student's.
+        side: Side that chooses the ids: teacher (as a served or cached teacher returns them) or
+            student.
 
     Raises:
-        ConfigError: k below 1, an unknown side, or a temperature inside: distributions are
-            tempered before their top-k is taken, Tempered(TopK(...), temperature).
+        ConfigError: k below 1, an unknown side, or a tempered ``divergence``: temper before top-k,
+            with Tempered(TopK(...), temperature).
     """
 
     divergence: Divergence
@@ -81,33 +81,33 @@ class TopK(Divergence):
         return self.divergence.terms(student_logprobs, teacher_logprobs, log_ratio)
 
     def summands(self, pair: LogProbPair) -> Summands:
-        """The inner ones, of outcomes."""
+        """Return the inner divergence's summands, of outcomes."""
         return self.divergence.summands(pair)
 
     def outcome_ids(
         self, student_logprobs: LogProbs, teacher_logprobs: LogProbs
     ) -> OutcomeIds | None:
-        """[*lead, k] the k ids; None where those are all."""
+        """[*lead, k] the k ids; None if k covers the vocabulary."""
         return self._chosen(student_logprobs, teacher_logprobs)
 
     @property
     def softmax_temperature(self) -> float | None:
-        """1; None where the inner one changes the distributions as well."""
+        """1; None if the inner divergence changes the distributions as well."""
         is_plain = self.divergence.softmax_temperature == 1.0
         return 1.0 if is_plain and not isinstance(self.divergence, TopK) else None
 
     @property
     def limit_at_zero(self) -> float:
-        """The inner one's."""
+        """Limit of the inner divergence."""
         return self.divergence.limit_at_zero
 
     @property
     def limit_at_infinity(self) -> float:
-        """The inner one's."""
+        """Limit of the inner divergence."""
         return self.divergence.limit_at_infinity
 
     def value(self, student_logprobs: LogProbs, teacher_logprobs: LogProbs) -> PerToken:
-        """The divergence between the k + 1 outcomes at every position.
+        """Return the divergence between the k + 1 outcomes at every position.
 
         Args:
             student_logprobs: [*lead, vocab] log p (nats).
@@ -121,7 +121,7 @@ class TopK(Divergence):
     def drawn(
         self, student_logprobs: LogProbs, teacher_logprobs: LogProbs, ids: DrawnIds
     ) -> tuple[PerToken, PerToken]:
-        """[*lead] log p and log q (nats) of the outcome that each drawn token belongs to."""
+        """[*lead] log p and log q (nats) of each sampled token's outcome."""
         chosen = self._chosen(student_logprobs, teacher_logprobs)
         if chosen is None:
             return super().drawn(student_logprobs, teacher_logprobs, ids)
@@ -155,7 +155,7 @@ class TopK(Divergence):
         return merged(student_logprobs, chosen), merged(teacher_logprobs, chosen)
 
     def _chosen(self, student_logprobs: LogProbs, teacher_logprobs: LogProbs) -> OutcomeIds | None:
-        """[*lead, k] the ids that stay apart; None where that is all of them."""
+        """[*lead, k] the k ids; None if k covers the vocabulary."""
         side = teacher_logprobs if self.side == "teacher" else student_logprobs
         return side.detach().topk(self.k, dim=-1).indices if self.k < side.shape[-1] else None
 
@@ -166,8 +166,8 @@ def merged(logprobs: LogProbs, ids: OutcomeIds) -> OutcomeLogProbs:
 
 
 def _tail(logprobs: Tensor, chosen: OutcomeIds) -> Tensor:
-    """[*lead, 1] log-probability of everything that was not chosen; -inf where that is nothing."""
+    """[*lead, 1] log-probability of all ids that were not chosen; -inf if it is 0."""
     rest = logprobs.scatter(-1, chosen, -math.inf)
     is_empty = (rest == -math.inf).all(-1, keepdim=True)
-    finite = rest.masked_fill(is_empty, 0.0)  # logsumexp of nothing has a NaN for its gradient
+    finite = rest.masked_fill(is_empty, 0.0)  # the gradient of logsumexp over only -inf is NaN
     return finite.logsumexp(-1, keepdim=True).masked_fill(is_empty, -math.inf)

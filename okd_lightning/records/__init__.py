@@ -1,10 +1,10 @@
-"""Records: what flows through a run, from examples to batches, and how rows are packed.
+"""Records of a run, from examples to batches, and the packing of rows.
 
 * ``batches``: ``Example``, ``Rollout``, ``TrainingRow``, ``DistillBatch`` and their parts.
-* ``rows``: examples and rollouts become training rows, rows become stamped micro-batches.
+* ``rows``: training rows from examples and rollouts, micro-batches from rows.
 * ``collation``: rows of different lengths in one padded batch.
-* ``packing``, ``sequences``: rows laid end to end, and where loss lies in them.
-* ``shapes``: the array types that signatures name.
+* ``packing``, ``sequences``: concatenated rows, and the positions that carry loss.
+* ``shapes``: the tensor types of the signatures.
 
 Pure: nothing here knows models or Lightning.
 """

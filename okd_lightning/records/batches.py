@@ -1,7 +1,7 @@
-"""The frozen records that cross a layer: what a prompt, a rollout, a batch and a loss term are.
+"""Frozen records that cross a layer: examples, prompts, rollouts, batches and loss outputs.
 
-Owns the shapes and nothing else: no tokenizer, no model and no Lightning. Rows of token ids are
-ragged tuples until a batch is collated (``collation``): rows of different lengths are the rule.
+Owns the shapes only: no tokenizer, no model and no Lightning. Rows of token ids are ragged tuples
+until a batch is collated (``collation``).
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from torch import Tensor
 from okd_lightning.records.sequences import Sequences
 
 Source: TypeAlias = Literal["dataset", "student", "teacher"]
-"""Who wrote the response of a row."""
+"""Generator of a row's response; ``dataset`` for a dataset response."""
 
 SOURCES: tuple[Source, ...] = ("dataset", "student", "teacher")
 """A row's source is stored as the index into this tuple."""
 
 STOP_REASONS: tuple[str, ...] = ("eos", "length", "turns")
-"""Why a response ends: by itself, cut at its limit, or with a call in its last allowed turn."""
+"""Why a response ends: end-of-sequence id, length limit, or a call in its last allowed turn."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """What a chat's prompt was rendered from, kept where rollouts go on with it.
+    """Messages and tools that a prompt was rendered from, kept where rollouts may call tools.
 
     Attributes:
-        messages: As the chat template reads them, up to the response.
-        tools: What the template lists as callable (JSON schemas); None for nothing.
+        messages: Messages before the response, as passed to the chat template.
+        tools: JSON schemas of the tools, passed to the chat template; None for no tools.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -43,19 +43,19 @@ class Chat:
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenized row of a data set.
+    """One tokenized row of a dataset.
 
     Attributes:
-        index: The row's number in its data set; keys the sampling noise.
-        prompt_ids: What the model reads first, and what a rollout continues.
+        index: The row's number in its dataset; keys the sampling noise.
+        prompt_ids: Token ids of the prompt; a rollout continues them.
         prompt_mask: Same length; True on the tokens of earlier assistant turns, which carry loss.
-        response_ids: The given response with its end-of-sequence id, unless it was cut; may be
-            empty where the data set has only prompts.
+        response_ids: The dataset response with its end-of-sequence id, unless it was cut; may be
+            empty where the dataset has only prompts.
         prompt: The prompt as text, for tables and generations on disk.
-        response: The given response as text; the reference of task metrics. Empty where none.
-        teacher_prompt_ids: What the teacher reads in place of ``prompt_ids``; empty where it reads
-            the same.
-        chat: What the prompt was rendered from, where rollouts may call tools.
+        response: The dataset response as text; the reference of task metrics. Empty if there is
+            none.
+        teacher_prompt_ids: The teacher's own prompt; empty if it reads ``prompt_ids``.
+        chat: Messages and tools of the prompt, where rollouts may call tools.
     """
 
     index: int
@@ -68,20 +68,20 @@ class Example:
     chat: Chat | None = None
 
     def prompt_ids_of(self, author: Source) -> tuple[int, ...]:
-        """What the one who writes a response reads first."""
+        """Return the prompt of the given generator: the teacher's own one if it has one."""
         is_privileged = author == "teacher" and bool(self.teacher_prompt_ids)
         return self.teacher_prompt_ids if is_privileged else self.prompt_ids
 
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts for a rollout engine, in any number: the engine batches and sorts them itself.
+    """Any number of prompts for a rollout engine, which sorts and batches them itself.
 
     Attributes:
         input_ids: The prompts, ragged.
-        index: The data set row of each prompt.
-        sample: Which of the several samples of its prompt this is (0 where only one is drawn).
-        chats: What the prompts were rendered from; () where nothing goes on with them.
+        index: The dataset row of each prompt.
+        sample: Number of this sample among the samples of its prompt, from 0.
+        chats: Messages and tools of the prompts; () if rollouts call no tools.
         limits: Longest response of each row, in tokens, where that is less than the call's; () for
             none.
     """
@@ -98,13 +98,13 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class ToolUse:
-    """What happened in one response that may call tools.
+    """Counts of turns and tool calls in one response.
 
     Attributes:
-        turns: Turns that the model wrote.
-        calls: Calls that were answered.
-        errors: Those of them that were answered with an error.
-        cuts: Answers that were cut at the response's limit.
+        turns: Turns that the model generated.
+        calls: Executed tool calls.
+        errors: Executed calls that returned an error.
+        cuts: Tool results that were cut at the response's limit.
     """
 
     turns: int = 1
@@ -115,20 +115,19 @@ class ToolUse:
 
 @dataclass(frozen=True)
 class Rollout:
-    """What an engine wrote for a PromptBatch, row by row in the same order.
+    """Responses of an engine to a PromptBatch, one a row, in the same order.
 
     Attributes:
-        response_ids: What stands behind the prompt, ragged: the sampled ids with the
-            end-of-sequence id where one was drawn, and between turns what tools have answered.
-        logprobs: log-probability (nats) of each sampled id under the distribution it was drawn
-            from, so after temperature, top-k and top-p; 0 where an id was not sampled.
+        response_ids: Ids after the prompt, ragged: the sampled ids with the end-of-sequence id
+            where one was drawn, and tool results between turns.
+        logprobs: Log-probability (nats) of each sampled id under the distribution it was drawn
+            from (after temperature, top-k and top-p); 0 where an id was not sampled.
         stop_reasons: One of ``STOP_REASONS`` for each row.
-        masks: True on the model's own tokens, ragged; () where all are.
+        masks: True on sampled tokens, ragged; () if all are sampled.
         tool_use: One a row where tools could be called, else ().
-        num_row_steps: Rows of all forward passes that the writing took; 0 where the engine does
-            not say.
+        num_row_steps: Rows summed over all forward passes of the generation; 0 if unknown.
         engine_gap: Mean difference (nats) between the engine's log-probabilities of a few responses
-            and the student's own; None where the student itself generates.
+            and the student's; None where the student itself generates.
     """
 
     response_ids: tuple[tuple[int, ...], ...]
@@ -144,7 +143,7 @@ class Rollout:
 
     @property
     def own_masks(self) -> tuple[tuple[bool, ...], ...]:
-        """``masks``, also where all tokens are the model's own."""
+        """``masks``, written out where all tokens are sampled."""
         return self.masks or tuple((True,) * len(ids) for ids in self.response_ids)
 
     @property
@@ -153,13 +152,13 @@ class Rollout:
         return sum(sum(mask) for mask in self.own_masks)
 
     def turns(self, row: int) -> list[tuple[int, ...]]:
-        """The ids of each turn that the model wrote in a row; a single empty one for nothing."""
+        """Return the ids of each generated turn of a row; one empty turn if there is none."""
         parts = stretches(self.response_ids[row], self.own_masks[row])
         return [ids for ids, is_own in parts if is_own] or [()]
 
 
 def stretches(ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[tuple[int, ...], bool]]:
-    """A response cut where its author changes: ids, and whether the model wrote them."""
+    """Split a response into stretches of equal mask: (ids, whether the model sampled them)."""
     pairs = zip(ids, mask, strict=True)
     return [
         (tuple(token for token, _ in part), is_own)
@@ -169,18 +168,18 @@ def stretches(ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[tuple[int,
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """One sequence that is ready to be collated: an example's ids and where its loss lies.
+    """One sequence before collation: prompt, response and loss mask.
 
     Attributes:
-        index: The data set row it came from.
-        source: Who wrote its response.
+        index: The dataset row.
+        source: Generator of the response.
         input_ids: Prompt and response.
         mask: True on the tokens that carry loss.
-        prompt_length: How many of ``input_ids`` are prompt.
+        prompt_length: Number of prompt tokens in ``input_ids``.
         sampler_logprobs: One number a response token (nats) where the response was sampled.
-        credits: What each reward term gives the response, by the term's name.
-        teacher_prompt_ids: What the teacher reads in place of the prompt; empty where it reads the
-            same. Such a row has no loss on its prompt.
+        credits: The response's advantage in each reward term, by the term's name.
+        teacher_prompt_ids: The teacher's own prompt; empty if it reads the student's. A row with
+            one has no loss on its prompt.
         stop_reason: Why a sampled response ends; empty for other rows.
     """
 
@@ -196,7 +195,7 @@ class TrainingRow:
 
     @property
     def teacher_row(self) -> TrainingRow:
-        """The same response behind the teacher's prompt; the row itself where there is none."""
+        """The row with the teacher's own prompt; the row itself if it has none."""
         if not self.teacher_prompt_ids:
             return self
         assert not any(self.mask[: self.prompt_length]), "loss on a prompt that one side reads"
@@ -210,24 +209,24 @@ class TrainingRow:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the longer one of what student and teacher read."""
+        """Tokens of the student's or the teacher's sequence, whichever is longer."""
         num_more = max(0, len(self.teacher_prompt_ids) - self.prompt_length)
         return len(self.input_ids) + num_more
 
     @property
     def num_loss_tokens(self) -> int:
-        """Masked-in tokens; the first id of a sequence is predicted by nothing and never counts."""
+        """Tokens that carry loss; never the first id of a sequence, which nothing predicts."""
         return sum(self.mask[1:])
 
 
 @dataclass(frozen=True)
 class SampledCounts:
-    """The student's responses in one optimizer step, beside their tokens in ``step_counts``.
+    """Counts of the student's responses in one optimizer step.
 
     Attributes:
-        rollouts: How many there are, over all micro-batches and ranks.
+        rollouts: Responses over all micro-batches and ranks.
         mean_tokens: Loss tokens per response in earlier rollout batches.
-        max_tokens: The longest that a response may be.
+        max_tokens: Longest allowed response, in tokens.
     """
 
     rollouts: int
@@ -240,28 +239,27 @@ class DistillBatch:
     """One micro-batch of right-padded sequences.
 
     Attributes:
-        input_ids: [batch, seq] ids; what stands behind a row's length is never read.
-        lengths: [batch] real tokens of each row; padding is told by length, not by id.
+        input_ids: [batch, seq] ids; ids after a row's length are never read.
+        lengths: [batch] real tokens of each row; padding is identified by length, not by id.
         mask: [batch, seq] True on the tokens that carry loss (aligned with ``input_ids``: the
             model predicts token n from position n-1).
         source: [batch] index into ``SOURCES``.
-        index: [batch] data set row.
+        index: [batch] dataset row.
         prompt_lengths: [batch] prompt tokens of each row.
         sampler_logprobs: [batch, seq] nats, aligned with ``input_ids``; 0 where nothing was drawn.
         step_counts: Loss tokens of the whole optimizer step (all micro-batches, all ranks), one
             number a source. None outside training.
-        sampled: The student's responses in the step, for what their sum is divided by. None
-            outside training.
-        metrics: Numbers about the making of this batch (rollout speed and lengths) to be logged.
-        credits: [batch] a reward term, by its name; 0 on rows that have none.
-        teacher_input_ids: [batch, teacher_seq] what the teacher reads: its own prompts and the same
-            responses. None where it reads ``input_ids``; rows without a prompt of their own then
-            stand here as they stand there.
-        teacher_lengths: [batch] real tokens of each of them.
+        sampled: Counts of the student's responses in the step, for the divisor of their loss.
+            None outside training.
+        metrics: Rollout speed and lengths of this batch, to be logged.
+        credits: [batch] advantage of each reward term, by the term's name; 0 on rows without one.
+        teacher_input_ids: [batch, teacher_seq] the teacher's own prompts with the same responses;
+            rows without an own prompt are as in ``input_ids``. None if it reads ``input_ids``.
+        teacher_lengths: [batch] real tokens of each of these rows.
         teacher_mask: [batch, teacher_seq] True on the same response tokens as ``mask``, row by row
             in the same order.
-        stop_reasons: Why each row's sampled response ends; empty texts for other rows, () where
-            nobody asks.
+        stop_reasons: Why each row's sampled response ends; empty texts for other rows, () if not
+            recorded.
     """
 
     input_ids: Tensor
@@ -290,12 +288,12 @@ class DistillBatch:
 
     @cached_property
     def student_reads(self) -> Sequences:
-        """The student's prompts and the responses."""
+        """The sequences that the student reads."""
         return Sequences(self.input_ids, self.lengths, self.mask)
 
     @cached_property
     def teacher_reads(self) -> Sequences:
-        """The teacher's prompts and the same responses; the student's where it has none."""
+        """The sequences that the teacher reads; the student's if the teacher has no own prompts."""
         if self.teacher_input_ids is None:
             return self.student_reads
         assert self.teacher_lengths is not None
@@ -303,7 +301,7 @@ class DistillBatch:
         return Sequences(self.teacher_input_ids, self.teacher_lengths, self.teacher_mask)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> DistillBatch:
-        """The same batch on another device (Lightning calls this)."""
+        """Return the batch on another device (Lightning calls this)."""
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=non_blocking)
             for name, value in vars(self).items()
@@ -314,6 +312,7 @@ class DistillBatch:
             for name, values in self.credits.items()
         }
         batch = replace(self, **moved)
+        # cached properties are moved too: computing them on the device would wait for it
         vars(batch)["student_reads"] = self.student_reads.to(device, non_blocking)
         if self.teacher_input_ids is not None:
             vars(batch)["teacher_reads"] = self.teacher_reads.to(device, non_blocking)
@@ -322,11 +321,11 @@ class DistillBatch:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """What a method's term hands back: a sum and what it was summed over; nobody divides early.
+    """Result of a loss term: an undivided sum and the number of tokens that it runs over.
 
     Attributes:
         sum: Scalar, nats summed over the term's tokens, with gradient.
-        count: Scalar, how many tokens of this micro-batch the sum runs over.
+        count: Scalar, number of these tokens in this micro-batch.
         metrics: Further detached sums over the same tokens, by name.
     """
 
@@ -335,11 +334,11 @@ class LossOutput:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
     def detached(self) -> LossOutput:
-        """The same numbers without gradient."""
+        """Return the same numbers without gradient."""
         metrics = {name: value.detach() for name, value in self.metrics.items()}
         return LossOutput(self.sum.detach(), self.count, metrics)
 
     def __add__(self, other: LossOutput) -> LossOutput:
-        """The sums over both parts of some positions."""
+        """Add the sums and counts of two disjoint sets of positions."""
         metrics = {name: value + other.metrics[name] for name, value in self.metrics.items()}
         return LossOutput(self.sum + other.sum, self.count + other.count, metrics)

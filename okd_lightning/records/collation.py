@@ -1,4 +1,4 @@
-"""Collation: ragged rows become the padded tensors of one micro-batch."""
+"""Collation of ragged rows into the padded tensors of one micro-batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from okd_lightning.records.batches import SOURCES, DistillBatch, TrainingRow
 
 
 def _padded(rows: Sequence[TrainingRow], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids [batch, seq], lengths [batch] and masks [batch, seq] of some rows."""
+    """Return ids [batch, seq], lengths [batch] and masks [batch, seq] of rows."""
     lengths = torch.tensor([len(row.input_ids) for row in rows])
     shape = (len(rows), int(lengths.max()))
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
@@ -27,7 +27,7 @@ def collate(rows: Sequence[TrainingRow], pad_id: int = 0) -> DistillBatch:
 
     Args:
         rows: At least one row.
-        pad_id: What to write behind a row's end; its value never matters.
+        pad_id: Id after a row's end; any value, it is never read.
     """
     input_ids, lengths, mask = _padded(rows, pad_id)
     logprobs = torch.zeros(input_ids.shape, dtype=torch.float32)

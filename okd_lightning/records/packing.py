@@ -1,7 +1,7 @@
-"""Packing: several rows of a micro-batch laid end to end, so that no model computes padding.
+"""Packing: rows of a micro-batch concatenated, so that no padding is computed.
 
-Owns the plan alone, from the rows' lengths. That rows do not see each other is the business of the
-model's own attention, which is told where each begins by its position ids.
+Owns only the plan, from the rows' lengths. The model's attention keeps the rows apart: it finds
+where each begins from the position ids.
 """
 
 from __future__ import annotations
@@ -14,31 +14,30 @@ import torch
 from torch import Tensor
 
 _WIDEST = 2
-"""Length of a packed row at most, in rows of the longest length (that the even filling exceeds)."""
+"""Intended longest packed row, in lengths of the longest row (even filling may exceed it)."""
 
 _ATTENTION = 0.1
-"""What attention within the longest row costs, in what all else on its tokens costs."""
+"""Cost of attention within the longest row, relative to all other computation on its tokens."""
 
 
 _PLANS = 16
-"""Numbers of packed rows that are tried, besides the largest."""
+"""Different numbers of packed rows that are tried, besides the largest."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Which token stands where, when rows are packed.
+    """Positions of the tokens in packed rows.
 
-    Rows are spread evenly over packed rows of up to twice the longest one, so that attention,
-    whose cost grows with the length of a packed row, costs about what it did.
+    Rows are spread evenly over packed rows of up to about twice the longest one, so that the cost
+    of attention, which grows with the length of a packed row, stays about the same.
 
     Attributes:
-        row: [packed_batch, packed_seq] the row of the batch that a place belongs to; 0 at the end
-            of a packed row that is not full.
+        row: [packed_batch, packed_seq] the batch row of each packed position; 0 where a packed row
+            is not filled.
         column: [packed_batch, packed_seq] the token of that row; 0 where there is none.
-        position_ids: [packed_batch, packed_seq] the same numbers, but counted on where there is
-            no token, so that what stands there is more rows, none above the longest, that nobody
-            reads.
-        start: [batch] where each row begins, counted over the packed rows laid end to end.
+        position_ids: [packed_batch, packed_seq] as ``column``; unfilled positions count from 0
+            again, as further rows no longer than the longest, whose outputs are not read.
+        start: [batch] first position of each row in the flattened packed rows.
     """
 
     row: Tensor
@@ -47,13 +46,13 @@ class Packing:
     start: Tensor
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Packing:
-        """The same plan on another device."""
+        """Return the plan on another device."""
         moved = {name: t.to(device, non_blocking=non_blocking) for name, t in vars(self).items()}
         return Packing(**moved)
 
 
 def pack(lengths: Sequence[int]) -> Packing:
-    """Plan the packing of rows of some lengths.
+    """Plan the packing of rows.
 
     Args:
         lengths: Tokens of each row, at least one.
@@ -86,7 +85,7 @@ def pack(lengths: Sequence[int]) -> Packing:
 
 
 def _spread(lengths: Sequence[int], num: int) -> list[list[int]]:
-    """Rows in ``num`` groups of like total length: the longest first, each to the least full."""
+    """Divide rows into ``num`` groups of similar total length (longest first, least full first)."""
     groups: list[list[int]] = [[] for _ in range(num)]
     totals = [(0, group) for group in range(num)]
     for member in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

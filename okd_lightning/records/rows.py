@@ -1,4 +1,4 @@
-"""From examples and rollouts to training rows, and from rows to stamped micro-batches."""
+"""Training rows from examples and rollouts, and micro-batches and records from rows."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _T = TypeVar("_T")
 
 
 def given_row(example: Example) -> TrainingRow:
-    """A row with the data set's own response.
+    """Return a row with the dataset response.
 
-    Loss lies on it and on earlier assistant turns of the prompt; where the teacher reads a prompt
-    of its own, the response is all that both read, and earlier turns carry none.
+    Loss lies on the response and on earlier assistant turns of the prompt. Where the teacher has
+    its own prompt, only the response carries loss, because only it is in both sequences.
     """
     prompt_mask = example.prompt_mask
     if example.teacher_prompt_ids:
@@ -51,16 +51,16 @@ def written_row(
     own: tuple[bool, ...] | None = None,
     stop_reason: str = "",
 ) -> TrainingRow:
-    """A row with a sampled response; loss lies on the sampled tokens alone.
+    """Return a row with a sampled response; only sampled tokens carry loss.
 
     Args:
-        example: What was answered.
-        source: Who wrote the response.
+        example: The example of the prompt.
+        source: Generator of the response.
         ids: The response.
-        logprobs: The sampler's, one a token of the response (nats).
-        credits: What reward terms gave it.
-        own: True on the sampled tokens of the response; None where all are.
-        stop_reason: Why it ends.
+        logprobs: The sampler's log-probabilities (nats), one a response token.
+        credits: The response's advantage in each reward term, by the term's name.
+        own: True on the sampled tokens of the response; None if all are sampled.
+        stop_reason: One of ``STOP_REASONS``.
     """
     return TrainingRow(
         index=example.index,
@@ -81,13 +81,13 @@ def written_rows(
     rollout: Rollout,
     credits: Mapping[str, Sequence[float]] | None = None,
 ) -> list[TrainingRow]:
-    """One row a response; see ``written_row``.
+    """Return one row a response; see ``written_row``.
 
     Args:
-        examples: What was answered, in the order of the rollout.
-        source: Who wrote the responses.
+        examples: The examples of the prompts, in the order of the rollout.
+        source: Generator of the responses.
         rollout: The responses.
-        credits: By the term's name, one number a response.
+        credits: One advantage a response, by the reward term's name.
     """
     columns = (rollout.response_ids, rollout.logprobs, rollout.own_masks, rollout.stop_reasons)
     return [
@@ -107,7 +107,7 @@ def written_rows(
 
 
 def count_by_source(rows: Sequence[TrainingRow]) -> Tensor:
-    """[2, sources] loss tokens and number of some rows, int64."""
+    """Count loss tokens and rows of each source: [2, sources], int64."""
     counts = torch.zeros(2, len(SOURCES), dtype=torch.int64)
     for row in rows:
         counts[:, SOURCES.index(row.source)] += torch.tensor([row.num_loss_tokens, 1])
@@ -115,10 +115,10 @@ def count_by_source(rows: Sequence[TrainingRow]) -> Tensor:
 
 
 def micro_batches(rows: Sequence[TrainingRow], num_batches: int) -> list[DistillBatch]:
-    """Cut one optimizer step's rows of one rank into micro-batches of like lengths.
+    """Cut one rank's rows of an optimizer step into micro-batches of similar lengths.
 
-    Always ``num_batches`` of them, so that all ranks do the same number of passes: where rows are
-    short, a batch is one row with nothing masked in, which contributes zero.
+    Always returns ``num_batches``, so that all ranks do the same number of passes. If there are too
+    few rows, the last batches are one fully masked row each, which contributes zero.
 
     Args:
         rows: At least one row.
@@ -133,12 +133,12 @@ def micro_batches(rows: Sequence[TrainingRow], num_batches: int) -> list[Distill
 
 
 def share(items: Sequence[_T], rank: int, world_size: int) -> Sequence[_T]:
-    """The contiguous part of ``items`` that belongs to one rank; sizes differ by one at most."""
+    """Return the contiguous part of ``items`` of one rank; sizes differ by one at most."""
     return items[len(items) * rank // world_size : len(items) * (rank + 1) // world_size]
 
 
 def muted(row: TrainingRow) -> TrainingRow:
-    """The same row with nothing masked in: it is computed and contributes zero."""
+    """Return the row fully masked: it is computed and contributes zero."""
     return TrainingRow(
         index=row.index,
         source=row.source,
@@ -150,13 +150,13 @@ def muted(row: TrainingRow) -> TrainingRow:
 
 
 def rollout_metrics(rollouts: Sequence[tuple[Rollout, float]]) -> dict[str, float]:
-    """What is logged about rollouts: speed, lengths in tokens, shares that ended by themselves.
+    """Return logged metrics of rollouts: speed, lengths in tokens, shares that ended with eos.
 
-    Tokens are those that were sampled; lengths count what tools answered as well. Utilisation is
-    the share of row-steps (a row in a forward pass) that wrote a token.
+    Tokens are sampled tokens; lengths include tool results. Utilisation is the share of row-steps
+    (a row in a forward pass) that produced a token.
 
     Args:
-        rollouts: Each with the seconds that it took; with none there is nothing to log.
+        rollouts: Rollouts and their seconds; an empty sequence gives no metrics.
     """
     if not rollouts:
         return {}
@@ -194,10 +194,10 @@ def _tool_metrics(uses: Sequence[ToolUse]) -> dict[str, float]:
 def response_record(
     batch: DistillBatch, row: int, decode: Callable[[Sequence[int]], str]
 ) -> dict[str, Any]:
-    """A row of generations on disk: prompt and response as text.
+    """Return a row for the generations on disk: prompt and response as text.
 
-    The response is the whole conversation behind the prompt. ``num_tokens`` counts what the model
-    wrote itself; where tools have answered, ``turns`` says who wrote what.
+    The response is the whole conversation after the prompt. ``num_tokens`` counts sampled tokens.
+    With tool results, ``turns`` lists the parts of model and tools.
     """
     start, end = int(batch.prompt_lengths[row]), int(batch.lengths[row])
     ids, own = batch.input_ids[row, :end].tolist(), batch.mask[row, :end].tolist()
@@ -218,7 +218,7 @@ def response_record(
 def generation_records(
     batch: DistillBatch, decode: Callable[[Sequence[int]], str]
 ) -> list[dict[str, Any]]:
-    """Every sampled response of a batch as a record; rows without one are left out.
+    """Return a record of every sampled response of a batch; rows without one are left out.
 
     Args:
         batch: Rows with sampled responses.

@@ -1,4 +1,4 @@
-"""What one model reads of a micro-batch, and what follows from it: loss positions and packing."""
+"""The sequences of a micro-batch that one model reads, with their loss positions and packing."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from okd_lightning.records.packing import Packing, pack
 
 @dataclass(frozen=True)
 class LossPlaces:
-    """Where the tokens that carry loss stand, row by row.
+    """Positions of the tokens that carry loss, row by row.
 
     Attributes:
         row: [positions] row of the batch.
-        column: [positions] place of the token in its row, at least 1: place 0 is predicted by
-            nothing and never counts.
+        column: [positions] position of the token in its row, at least 1: nothing predicts token 0.
     """
 
     row: Tensor
@@ -28,11 +27,11 @@ class LossPlaces:
 
 @dataclass(frozen=True)
 class Sequences:
-    """What one model reads of a micro-batch: right-padded rows and where their loss lies.
+    """Right-padded rows that one model reads, and their loss mask.
 
-    What is derived of lengths and mask is worked out from what the host knows before the batch
-    goes to its device, so that a step need not wait for the device to learn how many positions
-    there are; the packing only where a model asks for it.
+    Loss positions and row lengths are computed on the host before the batch moves to its device,
+    so that a step does not wait for the device (a synchronisation). The packing is computed on
+    first use.
 
     Attributes:
         input_ids: [batch, seq] ids.
@@ -46,7 +45,7 @@ class Sequences:
 
     @cached_property
     def places(self) -> LossPlaces:
-        """Where the loss lies."""
+        """Positions of the tokens that carry loss."""
         row, column = self.mask[:, 1:].nonzero(as_tuple=True)
         return LossPlaces(row, column + 1)
 
@@ -58,7 +57,7 @@ class Sequences:
 
     @cached_property
     def packing(self) -> Packing:
-        """How the rows are packed for a model that can read them so."""
+        """Packing of the rows, for a model that supports it."""
         return pack(self.row_lengths).to(self.input_ids.device, non_blocking=True)
 
     @property
@@ -67,12 +66,12 @@ class Sequences:
         return sum(self.row_lengths)
 
     def num_positions(self, is_packed: bool) -> int:
-        """What a forward pass over all rows computes, with or without a token on it."""
+        """Return the positions of a forward pass over all rows, with or without a token."""
         return (self.packing.row if is_packed else self.input_ids).numel()
 
     @property
     def targets(self) -> Tensor:
-        """[positions] the ids that stand at the masked-in positions, row by row."""
+        """[positions] ids of the tokens that carry loss, row by row."""
         return self.input_ids[self.places.row, self.places.column]
 
     @property
@@ -82,7 +81,7 @@ class Sequences:
         return positions < self.lengths[:, None]
 
     def of_rows(self, rows: Sequence[int]) -> Sequences:
-        """Some of the rows, padded to the longest of them.
+        """Return some of the rows, padded to the longest of them.
 
         Args:
             rows: At least one, ascending.
@@ -97,7 +96,7 @@ class Sequences:
         return read
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Sequences:
-        """The same on another device, with all that is derived."""
+        """Return the sequences on another device, with loss positions and row lengths."""
 
         def moved(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=non_blocking)

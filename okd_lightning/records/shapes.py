@@ -1,7 +1,7 @@
-"""The one axis vocabulary, as jaxtyping aliases; the test run checks every annotated call.
+"""Axis names as jaxtyping aliases; the test run checks every annotated call.
 
 Axes: ``batch`` rows, ``seq`` tokens of a row, ``vocab`` token ids, ``hidden`` model width,
-``positions`` masked-in tokens of a batch laid end to end. ``*lead`` stands for any leading axes.
+``positions`` all loss tokens of a batch, flattened. ``*lead``: any leading axes.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ PerId: TypeAlias = Float[Tensor, "*lead vocab"]
 """One number for every id of the vocabulary."""
 
 OutcomeLogProbs: TypeAlias = Float[Tensor, "*lead outcomes"]
-"""Log-probabilities over fewer outcomes than ids, each of which stands for one id or many."""
+"""Log-probabilities over fewer outcomes than ids; an outcome is one id or a group of ids."""
 
 OutcomeIds: TypeAlias = Int[Tensor, "*lead k"]
-"""The ids that are outcomes of their own, without repeats in a row."""
+"""Ids that are single outcomes, without repeats in a row."""
 
 IdMask: TypeAlias = Bool[Tensor, "*lead vocab"]
 """One flag for every id of the vocabulary."""
 
 DrawnIds: TypeAlias = Int[Tensor, "*lead"]
-"""The id that was drawn, one a token."""
+"""Ids of the sampled tokens."""
 
 TokenIds: TypeAlias = Int[Tensor, "batch seq"]
 TokenMask: TypeAlias = Bool[Tensor, "batch seq"]
 """True = the token counts in the loss."""
 
 RowValues: TypeAlias = Float[Tensor, "rows tokens"]
-"""One number a drawn token, each row's tokens in the order in which they were drawn."""
+"""One number a sampled token, each row's tokens in sampling order."""
 
 RowMask: TypeAlias = Bool[Tensor, "rows tokens"]
 
