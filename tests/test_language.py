@@ -63,7 +63,7 @@ ALLOWED: set[tuple[str, str]] = {
     ),
     (
         "okd_lightning/records/batches.py",
-        "credits: [batch] advantage of each reward term, by the term's name; 0 on rows without one.",
+        "credits: [batch] advantage of each reward term, by the term's name; 0 on rows without one.",  # noqa: E501
     ),
     (
         "okd_lightning/records/rows.py",
