@@ -48,7 +48,11 @@ def test_contract_is_kept(tmp_path):
     ("file", "line", "contract"),
     [
         ("divergences/kl.py", "import lightning", "The mathematics knows neither"),
-        ("records/batches.py", "import okd_lightning.training.module", "Each floor imports only downwards"),
+        (
+            "records/batches.py",
+            "import okd_lightning.training.module",
+            "Each floor imports only downwards",
+        ),
         ("data/sources.py", "import okd_lightning.callbacks.methods.kd", "Each floor imports only"),
     ],
 )

@@ -76,7 +76,7 @@ _OUT_OF_MEMORY = (
 
 _KNOWN = (OSError, MisconfigurationException, OKDLightningError, torch.OutOfMemoryError)
 _AGREED = (DifferingRanksError, NonFiniteError, PreemptedError, RewardError, RolloutTimeoutError)
-"""Raised on all ranks alike: one of them says it."""
+"""Raised on all ranks alike; rank 0 prints the message."""
 
 _TERMINATED = 128 + signal.SIGTERM
 
@@ -84,12 +84,12 @@ _TERMINATED = 128 + signal.SIGTERM
 class DistillationCLI(LightningCLI):
     """``fit | validate | test | predict`` of a DistillationModule on a RolloutDataModule.
 
-    A script of one's own with subclassed modules:
+    A user's script with subclassed modules:
 
         DistillationCLI(MyModule, MyData, args=prepare(sys.argv[1:]))
 
     Attributes:
-        monitors: What every run has beside what it names itself.
+        monitors: Callbacks that every run has besides those that it configures.
     """
 
     monitors: tuple[type[Callback], ...] = MONITORS
@@ -115,22 +115,23 @@ class DistillationCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The ``--method`` section; ``--help`` shows it first and the Trainer's flags last."""
+        """Add the ``--method`` section; ``--help`` shows it first and the Trainer's flags last."""
         parser.add_lightning_class_args(
             DistillationCallback, "method", subclass_mode=True, required=False
         )
         add_trust_flag(parser)
         parser.usage = "okd-lightning COMMAND [--config FILE|NAME] [--SECTION.OPTION VALUE ...]"
+        # private: argparse has no public way to order the groups of --help
         parser._action_groups = sorted(parser._action_groups, key=_help_order)
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
-        """Checkpoints are loaded weights-only unless somebody asks for more."""
+        """Load checkpoints with ``weights_only=True`` by default."""
         super().setup_parser(*args, **kwargs)
         for parser in getattr(self, "_subcommand_parsers", {}).values():
             parser.set_defaults({"weights_only": True})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; Lightning's own would warn that ``sys.argv`` exists as well."""
+        """Parse ``args``, without Lightning's own warning that ``sys.argv`` is ignored."""
         self.config = parse(parser, args, self._option_strings())
         config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
         expand_home(config)
@@ -149,19 +150,19 @@ class DistillationCLI(LightningCLI):
         return [option for parser in parsers for option in parser._option_string_actions]
 
     def instantiate_classes(self) -> None:
-        """Instantiate; a constructor's complaint becomes a ConfigError.
+        """Instantiate the classes; a constructor's TypeError or ValueError becomes a ConfigError.
 
         Raises:
-            ConfigError: What a constructor refused, in its own words.
+            ConfigError: A constructor refused its settings; its message is kept.
         """
         with readable_constructors():
             super().instantiate_classes()
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: ``prepare`` has put a checkpoint's config below the typed flags."""
+        """Do nothing: ``prepare`` has placed a checkpoint's config below the typed options."""
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
-        """The Trainer with our loggers, monitors and checkpoints where none are configured."""
+        """Return the Trainer, with default loggers, monitors and checkpoints where none are set."""
         config = self._get(self.config_init, "trainer")
         method = self._get(self.config_init, "method")
         given = config["callbacks"] or []  # one alone is no list
@@ -200,7 +201,7 @@ class DistillationCLI(LightningCLI):
         return self.trainer_class(**{**config, **kwargs, "callbacks": configured})
 
     def resolved_config(self) -> dict[str, Any]:
-        """All settings of this run, as they go into config.yaml and into checkpoints."""
+        """Return all settings of this run, as they go into config.yaml and into checkpoints."""
         dump = self.parser.dump(self.config, skip_none=False, format="yaml")
         config = yaml.safe_load(dump)
         config = config.get(self.config.get("subcommand"), config)
@@ -208,9 +209,9 @@ class DistillationCLI(LightningCLI):
         return {name: config[name] for name in sections if config.get(name) is not None}
 
     def fit(self, **kwargs: Any) -> None:
-        """Train in the run's folder: a new run moves an older one away, a resumed one appends.
+        """Train in the run's folder: a new run moves an older run away, a resumed run appends.
 
-        A run that fails before its first step leaves the folder as it found it.
+        A run that fails before its first step restores the folder.
         """
         if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.trainer.fit(**kwargs)
@@ -218,15 +219,15 @@ class DistillationCLI(LightningCLI):
         train_in_folder(self.trainer, self.model.run_config, **kwargs)
 
     def validate(self, verbose: bool = True, **kwargs: Any) -> None:
-        """Measure on the validation data and print one line a number."""
+        """Measure on the validation data and print one line per number."""
         self._measure("val", self.trainer.validate, verbose, **kwargs)
 
     def test(self, verbose: bool = True, **kwargs: Any) -> None:
-        """Measure on the test data and print one line a number."""
+        """Measure on the test data and print one line per number."""
         self._measure("test", self.trainer.test, verbose, **kwargs)
 
     def after_fit(self) -> None:
-        """Say what the last validation measured and where everything is."""
+        """Print the last validation's measures and the places of the run's files."""
         metrics = self.trainer.callback_metrics
         if self.datamodule.sources["val"] is not None and not any(
             name.startswith("val/") for name in metrics
@@ -256,7 +257,10 @@ class DistillationCLI(LightningCLI):
             rank_zero_info(f"run folder: {folder}; no checkpoint was written, nothing to export")
 
     def _measure(self, part: str, entry: Callable[..., Any], verbose: bool, **kwargs: Any) -> None:
-        """Lightning's own table cuts names off and has a column for every loader."""
+        """Measure one part and print the numbers.
+
+        Lightning's own table truncates names and has one column per loader.
+        """
         measured = entry(verbose=False, **kwargs)
         numbers = {name: value for loader in measured for name, value in loader.items()}
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -274,24 +278,15 @@ class DistillationCLI(LightningCLI):
 
 
 Command: TypeAlias = Callable[[list[str], bool], int]
-"""A command of its own: from the words behind its name, and --debug, to the exit status."""
+"""A further command: from the arguments after its name, and --debug, to the exit status."""
 
 
 def run(
     arguments: Sequence[str], debug: bool = False, commands: Mapping[str, Command] | None = None
 ) -> int:
-    """Run one command and turn whatever goes wrong into one line.
-
-    Args:
-        arguments: The command and its options.
-        debug: Show tracebacks.
-        commands: Further commands, by name.
-
-    Returns:
-        The exit status.
-    """
+    """Run one command; turn any error into one line on stderr."""
     if "" not in sys.path:
-        sys.path.append("")  # callbacks of the current folder, behind everything installed
+        sys.path.append("")  # callbacks of the current folder, after everything installed
     quiet_libraries()
     try:
         command, *rest = arguments
@@ -302,7 +297,7 @@ def run(
             raise
         return _failed(error)
     except (KeyboardInterrupt, SystemExit) as error:
-        is_interrupt = isinstance(error, KeyboardInterrupt)  # Lightning makes an exit of it
+        is_interrupt = isinstance(error, KeyboardInterrupt)  # Lightning turns it into a SystemExit
         if not is_interrupt and not isinstance(error.__context__, KeyboardInterrupt):
             raise
         print("okd-lightning: interrupted", file=sys.stderr)
@@ -310,7 +305,7 @@ def run(
 
 
 def _failed(error: Exception) -> int:
-    """One line on stderr about whatever went wrong, and the exit status."""
+    """Print one line about the error on stderr and return the exit status."""
     if isinstance(error, _AGREED):
         return _stopped_together(error)
     if isinstance(error, _KNOWN):
@@ -323,7 +318,7 @@ def _failed(error: Exception) -> int:
 
 
 def _stopped_together(error: Exception) -> int:
-    """Say on one rank what all of them know."""
+    """Print on one rank an error that all ranks have raised."""
     if getattr(rank_zero_only, "rank", 0) == 0:
         print(f"okd-lightning: {one_line(str(error))}", file=sys.stderr)
     return _TERMINATED if isinstance(error, PreemptedError) else 1
@@ -341,7 +336,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _help_order(group: Any) -> int:
-    """Where a section of ``--help`` stands."""
+    """Return the place of a section in ``--help``."""
     titles = ("A method", "A student", "Prompts", "options", "Runs", "Customize")
     return next((i for i, start in enumerate(titles) if str(group.title).startswith(start)), -1)
 

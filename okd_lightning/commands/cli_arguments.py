@@ -1,7 +1,7 @@
-"""From what a person typed to what LightningCLI parses.
+"""Preparation of typed arguments for LightningCLI's parser.
 
-Resolves packaged configs by name, takes a checkpoint's own config where only ``--ckpt_path`` is
-given, finds the last one, and drops a method's settings where another class of method is asked for.
+Resolves packaged configs by name. Takes a checkpoint's own config where only ``--ckpt_path`` is
+given. Finds the last checkpoint. Drops a method's settings where another class of method is typed.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from okd_lightning.errors import CheckpointError, ConfigError, UsageError, one_l
 from okd_lightning.training.config_paths import user_path
 
 LAST = "last"
-"""As a ``--ckpt_path``: the run folder's newest checkpoint; a new run where it has none."""
+"""Value of ``--ckpt_path``: the run folder's newest checkpoint; a new run where it has none."""
 
 ENDS = tuple(
     f"--trainer.{name}"
     for name in ("max_steps", "max_epochs", "max_time", "min_steps", "min_epochs")
 )
-"""What says when a run ends."""
+"""Options that say when a run ends."""
 
 OF_ONE_RUN = {
     "--method": "name the methods in --methods, and settings of one in a YAML file given there",
@@ -52,15 +52,15 @@ _FOLDER = "default_root_dir"
 
 
 def prepare(arguments: Sequence[str], can_type: bool = True) -> list[str]:
-    """Arguments behind the command, ready for the parser: configs are inlined as YAML text.
+    """Return the command and its arguments for the parser, with configs inlined as YAML text.
 
     Args:
-        arguments: A command and what stands behind it.
+        arguments: A command and the words after it.
         can_type: Whether the user's own command has the options of fit.
 
     Raises:
-        ConfigError: A config that is not there or broken.
-        CheckpointError: A ``--ckpt_path`` that is not there, not ours, or not to be trusted.
+        ConfigError: A config does not exist or is broken.
+        CheckpointError: A ``--ckpt_path`` does not exist, is not ours, or is not trusted.
     """
     command, *rest = arguments
     is_trusted, rest = take_flag(rest)
@@ -92,10 +92,10 @@ def prepare(arguments: Sequence[str], can_type: bool = True) -> list[str]:
 
 
 def take_flag(arguments: Sequence[str]) -> tuple[bool, list[str]]:
-    """Whether ``--trust_checkpoint`` was typed, and the other arguments.
+    """Return whether ``--trust_checkpoint`` was typed, and the other arguments.
 
     Raises:
-        UsageError: It has a value that is neither true nor false.
+        UsageError: The flag has a value that is neither true nor false.
     """
     kept, is_trusted, words = [], False, list(arguments)
     while words:
@@ -112,10 +112,10 @@ def take_flag(arguments: Sequence[str]) -> tuple[bool, list[str]]:
 
 
 def read_comments_as_text() -> None:
-    """Let jsonargparse take a value such as '#### (.+)' for the text that it is.
+    """Make jsonargparse keep a value such as '#### (.+)' as text.
 
-    It reads values as YAML, in which this is a comment and so nothing: where null is allowed too,
-    as for a pattern or a template, the text would be lost without a word.
+    jsonargparse reads values as YAML, in which this is a comment and so null. Where null is allowed
+    too, as for a pattern or a template, the text would be lost silently.
     """
     load = jsonargparse.get_loader("yaml")
     if getattr(load, "is_ours", False):
@@ -134,11 +134,7 @@ def read_comments_as_text() -> None:
 
 
 def shared_options(arguments: Sequence[str]) -> list[str]:
-    """Options of fit as ``compare`` takes them beside a budget; what is one run's own is left out.
-
-    Args:
-        arguments: ``--name value`` or ``--name=value``.
-    """
+    """Return the options of fit that all runs of a comparison with a budget can share."""
     kept: list[str] = []
     is_kept = True
     for word in arguments:
@@ -154,7 +150,7 @@ def shared_options(arguments: Sequence[str]) -> list[str]:
 
 
 def _run_folder(arguments: Sequence[str], configs: Sequence[dict[str, Any]]) -> Path | None:
-    """The run's folder, before anything is parsed: typed, or of the last config."""
+    """Return the run's folder before parsing: typed, or of the last config."""
     sections = [config.get("trainer") for config in configs]
     named = [s["default_root_dir"] for s in sections if isinstance(s, dict) and _FOLDER in s]
     typed = _values(arguments, (f"--trainer.{_FOLDER}",))
@@ -163,9 +159,9 @@ def _run_folder(arguments: Sequence[str], configs: Sequence[dict[str, Any]]) -> 
 
 
 def _can_begin(arguments: Sequence[str], configs: Sequence[dict[str, Any]]) -> bool:
-    """Whether a command could begin a run by itself: it is then taken as it is at every restart.
+    """Return whether a command could begin a run by itself; at a restart it is then used as it is.
 
-    (Below a checkpoint's config it would add its callbacks to those that it had added before.)
+    (On top of a checkpoint's config it would add its callbacks to those that it had added before.)
     """
     sections = [config.get("model") for config in configs]
     is_typed = any(a.partition("=")[0].startswith("--model.student") for a in arguments)
@@ -173,7 +169,7 @@ def _can_begin(arguments: Sequence[str], configs: Sequence[dict[str, Any]]) -> b
 
 
 def last_checkpoint(command: str, folder: Path) -> str | None:
-    """What ``--ckpt_path last`` names; None for a run that is to begin.
+    """Return the checkpoint that ``--ckpt_path last`` names; None for a run that is about to begin.
 
     Raises:
         CheckpointError: There is none to measure, or none that can be read.
@@ -190,7 +186,7 @@ def last_checkpoint(command: str, folder: Path) -> str | None:
 
 
 def packaged_configs() -> dict[str, Path]:
-    """Name → file of the configs that come with the package (or lie in a checkout)."""
+    """Return name → file of the configs that come with the package (or lie in a checkout)."""
     package = Path(okd_lightning.__file__).parent
     for folder in (package / "configs", package.parent / "configs"):
         if folder.is_dir():
@@ -202,10 +198,10 @@ def packaged_configs() -> dict[str, Path]:
 
 
 def load_config(name: str) -> dict[str, Any]:
-    """A config by its path or, where it comes with the package, by its name.
+    """Read a config by its path or, where it comes with the package, by its name.
 
     Raises:
-        ConfigError: It is not there, or broken.
+        ConfigError: The config does not exist, or is broken.
     """
     path = user_path(name)
     require_regular(path, ConfigError, f"--config {name!r}")
@@ -238,15 +234,15 @@ def load_config(name: str) -> dict[str, Any]:
 def chosen_options(
     command: str | None, arguments: Sequence[str], defaults: Mapping[str, Any]
 ) -> dict[str, Layer]:
-    """Return what the user chose for a command: typed, or set in a config of the user's own.
+    """Return the options that the user chose: typed, or set in a config of the user's own.
 
     Packaged configs, defaults, and the config of a checkpoint do not count. Configs are written for
-    ``fit``, other commands have what is typed for them.
+    ``fit``; for other commands only typed options count.
 
     Args:
-        command: Such as "fit"; None for an instance without one.
+        command: Such as "fit"; None for an instance without a command.
         arguments: From ``prepare``.
-        defaults: Of options.
+        defaults: Option → default.
     """
     if command is None:
         return {}
@@ -263,13 +259,13 @@ def chosen_options(
 
 
 def _is_part(layer: Layer, config: Layer) -> bool:
-    """Whether all of a layer is in a config, but for what ``prepare`` changes."""
+    """Return whether a config contains all of a layer, except what ``prepare`` changes."""
     kept = {o: v for o, v in layer.items() if not o.startswith("trainer.callbacks")}
     return all(option in config and config[option] == value for option, value in kept.items())
 
 
 def class_name(method: Any) -> str | None:
-    """The class that a ``method`` entry of a config names, without its module."""
+    """Return the class that a ``method`` entry of a config names, without its module."""
     path = method.get("class_path") if isinstance(method, dict) else method
     return path.rsplit(".", 1)[-1] if isinstance(path, str) else None
 
@@ -293,7 +289,7 @@ def _drop_other_methods(configs: list[tuple[str, dict[str, Any]]], typed: str | 
 
 
 def _spell_infinity(arguments: Sequence[str]) -> list[str]:
-    """A callback's ``inf``, as help calls it, in the spelling that is read as a number: YAML's."""
+    """Spell a callback's ``inf``, as help shows it, as ``.inf``, which YAML reads as a number."""
     spelt = list(arguments)
     for i, word in enumerate(arguments):
         option, equals, value = word.rpartition("=")
@@ -304,7 +300,7 @@ def _spell_infinity(arguments: Sequence[str]) -> list[str]:
 
 
 def _expand_homes(arguments: Sequence[str]) -> list[str]:
-    """Expand ``~`` in what is read before anything is parsed."""
+    """Expand ``~`` in values that are read before parsing."""
     expanded = list(arguments)
     for i, (option, value) in enumerate(itertools.pairwise(arguments), 1):
         if option in (*_CONFIG_OPTIONS, "--ckpt_path") and value.startswith("~"):

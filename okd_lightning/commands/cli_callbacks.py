@@ -1,7 +1,7 @@
-"""``trainer.callbacks`` of several configs and the command line: one of a kind, the last one given.
+"""Merging of ``trainer.callbacks``: of each kind, the callback that was given last.
 
-``--trainer.callbacks+=X`` adds to what a config brings. Where the config (a checkpoint's, at a
-resume) has X already, the one that was typed takes its place.
+``--trainer.callbacks+=X`` adds to a config's callbacks. Where the config (a checkpoint's, at a
+resume) has X already, the typed one replaces it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _ADD = "trainer.callbacks+"
 def replace_retyped(
     configs: Sequence[tuple[str, dict[str, Any]]], arguments: Sequence[str]
 ) -> None:
-    """Take callbacks out of configs that are typed again.
+    """Remove callbacks from configs that are typed again.
 
-    Two of one class with different names (``name``) are different callbacks.
+    Two callbacks of one class with different names (``name``) are different callbacks.
 
     Args:
         configs: Each with its name for messages; changed in place.
-        arguments: What was typed.
+        arguments: The typed words.
     """
     typed = _typed(arguments)
     for origin, config in configs:
@@ -50,7 +50,7 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
     """Refuse two callbacks whose states in a checkpoint would have one name.
 
     Raises:
-        ConfigError: Naming the class.
+        ConfigError: Two callbacks have one state key; the message names their class.
     """
     stateful = [c for c in callbacks if type(c).state_dict is not Callback.state_dict]
     for key, count in Counter(callback.state_key for callback in stateful).items():
@@ -63,7 +63,7 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
 
 
 def _typed(arguments: Sequence[str]) -> set[tuple[str, Any]]:
-    """Class and name of every callback that is added on the command line."""
+    """Return class and name of every callback that is added on the command line."""
     found: list[tuple[str, Any]] = []
     for option, text in options_of(arguments):
         if option == _ADD:
@@ -74,7 +74,7 @@ def _typed(arguments: Sequence[str]) -> set[tuple[str, Any]]:
 
 
 def _identity(entry: Any) -> tuple[str, Any]:
-    """The class of an entry, without its module, and the name that it was given."""
+    """Return the class of an entry, without its module, and the entry's ``name``."""
     if not isinstance(entry, Mapping):
         return str(entry).rpartition(".")[2], None
     path = str(entry.get("class_path", "")).rpartition(".")[2]

@@ -1,8 +1,8 @@
-"""One formatter: whatever went wrong on the command line, as one line that says what to do.
+"""Error messages of the command line: one line that says what to do.
 
 jsonargparse's messages name parser keys, Python types and every alternative of a union, nested as
-deep as the setting is; what a person needs is the option, what was given, and the nearest thing
-that exists. Owns the reading of such messages; what is refused is decided elsewhere.
+deeply as the setting. A user needs the option, the given value, and the nearest valid name. Owns
+the parsing of such messages; other modules decide what is refused.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _TYPE_NAMES = {
 
 @dataclass(frozen=True)
 class _Complaint:
-    """One leaf of a message, with the branch that it hangs on."""
+    """One leaf of a message, with the branch that leads to it."""
 
     text: str
     keys: tuple[str, ...]
@@ -72,7 +72,7 @@ class _Complaint:
 
     @property
     def option(self) -> str:
-        """The option that it is about, as one would type it."""
+        """The option that the leaf is about, as one types it."""
         return "--" + ".".join(_bare(key) for key in self.keys)
 
 
@@ -83,11 +83,11 @@ def parse(
 
     Args:
         parser: Made with ``exit_on_error=False``.
-        arguments: What to parse.
+        arguments: The words to parse.
         options: All option strings, for the nearest one.
 
     Raises:
-        UsageError: They cannot be parsed; one readable line.
+        UsageError: The arguments cannot be parsed; the message is one readable line.
     """
     try:
         return parser.parse_args(arguments)
@@ -97,7 +97,7 @@ def parse(
 
 @contextmanager
 def readable_constructors() -> Iterator[None]:
-    """What a constructor refuses becomes a ConfigError, in its own words.
+    """Turn a constructor's TypeError or ValueError into a ConfigError with the same message.
 
     Raises:
         ConfigError: Around a TypeError or ValueError of the block.
@@ -113,21 +113,22 @@ def readable_constructors() -> Iterator[None]:
 def instantiate(
     parser: jsonargparse.ArgumentParser, options: jsonargparse.Namespace
 ) -> jsonargparse.Namespace:
-    """The parsed options with their objects built.
+    """Return the parsed options with their objects built.
 
     Raises:
         ConfigError: A constructor refused its settings.
     """
     with readable_constructors():
+        # jsonargparse 4.49 renamed instantiate_classes to instantiate
         build = getattr(parser, "instantiate", None) or parser.instantiate_classes
         return build(options)
 
 
 def readable(error: Exception, options: Sequence[str] = ()) -> str:
-    """The message of a parser's or constructor's error, on one line.
+    """Return the message of a parser's or constructor's error, on one line.
 
     Args:
-        error: What was raised.
+        error: The exception.
         options: All options of the command, for the nearest one.
     """
     text = str(error)
@@ -152,7 +153,7 @@ def readable(error: Exception, options: Sequence[str] = ()) -> str:
 
 
 def _what_is_missing(text: str) -> str | None:
-    """The required options that were not given, as one would type them."""
+    """Return the required options that were not given, as one types them."""
     for complaint in _complaints(text):
         found = _MISSING.search(complaint.text)
         if found:
@@ -162,7 +163,7 @@ def _what_is_missing(text: str) -> str | None:
 
 
 def subclass_names(base: type, within: str = "") -> list[str]:
-    """Names of all imported classes below ``base`` that can be made, of modules in ``within``."""
+    """Return the names of imported, concrete subclasses of ``base`` in modules of ``within``."""
     found, waiting = set(), [base]
     while waiting:
         kind = waiting.pop()
@@ -174,13 +175,13 @@ def subclass_names(base: type, within: str = "") -> list[str]:
 
 
 def method_names() -> list[str]:
-    """The methods that are imported, by class name."""
+    """Return the class names of the imported methods."""
     return subclass_names(DistillationCallback)
 
 
 def _complaints(text: str) -> Iterator[_Complaint]:
-    """The leaves of a nested message, in order."""
-    branch: list[tuple[int, str, str]] = []  # indentation, what it is, its value
+    """Yield the leaves of a nested message, in order."""
+    branch: list[tuple[int, str, str]] = []  # indentation, kind, value
     waiting: list[tuple[int, _Complaint]] = []  # leaves whose given value is not known yet
     for line in text.splitlines():
         content = line.strip().removeprefix("-").strip()
@@ -200,7 +201,7 @@ def _complaints(text: str) -> Iterator[_Complaint]:
 
 
 def _take_branch(content: str, indent: int, branch: list[tuple[int, str, str]]) -> str:
-    """Move what names a key, a class or a base onto the branch; the rest is the complaint."""
+    """Move what names a key, a class or a base onto the branch; return the remaining text."""
     content = _CALLABLE.sub("", content)
     for what, pattern in (("key", _KEY), ("class", _CLASS), ("base", _SUBTYPES)):
         found = pattern.match(content)
@@ -216,13 +217,13 @@ def _leaf(content: str, branch: Sequence[tuple[int, str, str]]) -> _Complaint:
 
     keys = tuple(value for _, what, value in branch if what == "key")
     kinds = [what for _, what, _ in branch]
-    is_of_class = kinds[-2:] == ["class", "key"]  # a setting whose type is named by nobody
+    is_of_class = kinds[-2:] == ["class", "key"]  # a setting whose type the message does not name
     base = _annotation(last("class"), keys[-1]) if is_of_class else last("base")
     return _Complaint(content, keys, last("class"), base)
 
 
 def _annotation(class_path: str | None, parameter: str) -> str | None:
-    """The class that a constructor's parameter is annotated with, if it is a single one."""
+    """Return the class that a constructor's parameter is annotated with, if it is a single one."""
     kind = _imported(class_path) if class_path else None
     hint = None if kind is None else get_type_hints(kind.__init__).get(parameter)
     return f"{hint.__module__}.{hint.__qualname__}" if isinstance(hint, type) else None
@@ -239,7 +240,7 @@ def _with_given(complaint: _Complaint, given: str) -> _Complaint:
 
 
 def _worth_saying(complaints: Sequence[_Complaint]) -> list[_Complaint]:
-    """The deepest complaints; a union's None, paths and Lightning's placeholder are noise."""
+    """Return the deepest leaves, without a union's None, paths and Lightning's placeholder."""
     real = [
         c
         for c in complaints
@@ -316,7 +317,7 @@ def _not_importable(complaint: _Complaint) -> str | None:
 
 
 def _wrong_type(complaints: Sequence[_Complaint]) -> str | None:
-    """All the types of a union in one sentence."""
+    """Return all types of a union in one sentence."""
     expected: list[str] = []
     given = None
     for complaint in complaints:
@@ -335,7 +336,7 @@ def _wrong_type(complaints: Sequence[_Complaint]) -> str | None:
 
 
 def _not_settings(complaint: _Complaint) -> str | None:
-    """A name where the settings of one known class, or one of its subclasses, are expected."""
+    """Explain a name where settings of a known class, or one of its subclasses, are expected."""
     base = _base_class(complaint.base)
     if base is None or not _NO_IMPORT.search(complaint.text):
         return None
@@ -359,7 +360,7 @@ def _unknown_option(rest: str, options: Sequence[str]) -> str:
 
 
 def _did_you_mean(given: str, names: Sequence[str], cutoff: float = 0.6) -> str:
-    """A hint at the nearest name, by spelling in any case or by an ending; empty without one."""
+    """Return a hint at the nearest name, by spelling in any case or by ending; empty if none."""
     lower = {name.lower(): name for name in names}
     near = difflib.get_close_matches(given.lower(), lower, n=1, cutoff=cutoff)
     near = near or [name for name in lower if name.endswith("." + given.lower().lstrip("-"))][:1]
@@ -367,7 +368,7 @@ def _did_you_mean(given: str, names: Sequence[str], cutoff: float = 0.6) -> str:
 
 
 def _base_class(subtypes: str | None) -> type | None:
-    """The class that a union is about: the last of its types that is not None."""
+    """Return the class that a union is about: the last of its types that is not None."""
     paths = re.findall(r"[A-Za-z_][\w]*(?:\.[\w]+)+", (subtypes or "").replace("typing.", ""))
     found = [kind for path in paths if isinstance(kind := _imported(path), type)]
     return found[-1] if found else None
@@ -390,5 +391,5 @@ def _imported(path: str) -> Any:
 
 
 def _bare(key: str) -> str:
-    """A parser key without its subcommand."""
+    """Return a parser key without its subcommand."""
     return re.sub(r"^(fit|validate|test|predict)\.", "", key)

@@ -1,4 +1,4 @@
-"""Training from the command line: the lock, the files and the checkpoint around ``Trainer.fit``."""
+"""Training from the command line: lock, files and checkpoint around ``Trainer.fit``."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from okd_lightning.durable_files import write_whole
 
 
 def choose_folder(config: Any, settings: dict[str, Any]) -> list[str]:
-    """Name the run's folder where none is given; ``last`` is looked for among runs of its settings.
+    """Choose the run's folder where none is given; ``last`` finds a run with the same settings.
 
     Args:
         config: Of the command; its trainer.default_root_dir and ckpt_path are set.
-        settings: All of them, as sections.
+        settings: All settings, as sections.
 
     Returns:
         Words that say where the run is resumed; none for a new run.
 
     Raises:
-        CheckpointError: Several runs could be meant.
+        CheckpointError: Several runs match.
     """
     folder = find_run(settings) if config.get("ckpt_path") == LAST else None
     if config.get("ckpt_path") == LAST:
@@ -41,10 +41,10 @@ def choose_folder(config: Any, settings: dict[str, Any]) -> list[str]:
 
 
 def train_in_folder(trainer: lightning.Trainer, run_config: str, **kwargs: Any) -> None:
-    """Train in the run's folder, as its only run; the first process calls this for all of them.
+    """Train in the run's folder, as its only run; rank 0 calls this for all ranks.
 
-    A new run moves an older one away, a resumed one appends. A run that fails before its first step
-    leaves the folder as it found it.
+    A new run moves an older run away, a resumed run appends. A run that fails before its first step
+    restores the folder.
 
     Args:
         trainer: Of the run.
@@ -82,6 +82,6 @@ def train_in_folder(trainer: lightning.Trainer, run_config: str, **kwargs: Any) 
 
 
 def _has_saved(trainer: lightning.Trainer) -> bool:
-    """Whether this run has written a checkpoint: then its rows belong to it, also before a step."""
+    """Return whether this run has written a checkpoint; its rows are then kept, even at step 0."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return any(isinstance(c, LastCheckpoint) and c.has_saved for c in callbacks)

@@ -1,10 +1,10 @@
-"""What a config that nobody typed may name: that of a checkpoint, or of an earlier comparison.
+"""Trust in a config that nobody typed: that of a checkpoint, or of an earlier comparison.
 
-A config names classes to import and build, and servers to talk to. Whoever writes it can run a
-program with it. What is typed now is the user's own, and so is what the user's own runs have
-signed (``checkpoints.signature``). In anything else only the classes of this library, its shelf
-``callbacks``, lightning, torch.optim and peft may be named. An object counts by where it is
-defined, so that ``okd_lightning.some_module.subprocess.Popen`` is subprocess's.
+A config names classes to import and build, and servers to connect to, so its author can run any
+program with it. Typed options are the user's own, and so is a config that the user's own runs have
+signed (``checkpoints.signature``). Any other config may name only the classes of this library, its
+``callbacks`` folder, lightning, torch.optim and peft. An object counts by where it is defined, so
+that ``okd_lightning.some_module.subprocess.Popen`` is subprocess's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from okd_lightning.training.importable_classes import (
 from okd_lightning.training.module import DistillationModule
 
 SECTIONS = ("seed_everything", "model", "data", "method", "trainer")
-"""What a run's config consists of."""
+"""Sections of a run's config."""
 
 FLAG = "--trust_checkpoint"
 
@@ -49,12 +49,12 @@ _CLASS, _SETTINGS, _MORE = "class_path", "init_args", "dict_kwargs"
 
 @dataclass(frozen=True)
 class ForeignPart:
-    """A part of a config that is not used unless it is trusted.
+    """A part of a config that is used only if it is trusted.
 
     Attributes:
-        option: Where it is, as one would type it, without the dashes.
-        value: What is there.
-        what: What it is, for messages.
+        option: Its place, as one types it, without the dashes.
+        value: Its value.
+        what: Its kind, for messages.
     """
 
     option: str
@@ -63,12 +63,12 @@ class ForeignPart:
 
     @property
     def is_broken(self) -> bool:
-        """Whether no config of a run has such a part."""
+        """True where no config of a run has such a part."""
         return self.what == _UNWRITTEN
 
     @property
     def setting(self) -> str:
-        """The option that has to be given to replace it: of method the whole section."""
+        """The option that has to be given to replace it; the whole section for ``method``."""
         section, *rest = self.option.split(".")
         return section if section == "method" or not rest else f"{section}.{rest[0]}"
 
@@ -78,7 +78,7 @@ class ForeignPart:
 
 
 def foreign_parts(config: Mapping[str, Any], given: Collection[str] = ()) -> Iterator[ForeignPart]:
-    """What of a config is not used unless it is trusted, in its order.
+    """Yield the parts of a config that are used only if it is trusted, in order.
 
     Args:
         config: Sections such as model, data and trainer.
@@ -90,7 +90,7 @@ def foreign_parts(config: Mapping[str, Any], given: Collection[str] = ()) -> Ite
 
 
 def add_trust_flag(parser: argparse.ArgumentParser) -> None:
-    """The flag of every command that reads what a run has left."""
+    """Add the flag of every command that reads files of an earlier run."""
     parser.add_argument(
         FLAG,
         action="store_true",
@@ -100,7 +100,7 @@ def add_trust_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """All texts in nested settings, those written as YAML within a text as well."""
+    """Yield all texts in nested settings, including those written as YAML within a text."""
     waiting = [value]
     while waiting:
         node = waiting.pop()
@@ -114,7 +114,7 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 class _Walk:
-    """Goes through a config, with the type of every value that a class's parameters say."""
+    """Walks a config, with the type of every value from the parameters of its class."""
 
     def __init__(self, given: frozenset[str]) -> None:
         self.given = given
@@ -128,7 +128,7 @@ class _Walk:
             yield from self.value(name, value, None)
 
     def value(self, option: str, value: Any, kind: Any) -> Iterator[ForeignPart]:
-        """One value; ``kind`` is its annotation, None where that is unknown."""
+        """Check one value; ``kind`` is its annotation, None where that is unknown."""
         if isinstance(value, str):
             yield from self._text(option, value, kind)
             value = _loaded(value)
@@ -145,7 +145,7 @@ class _Walk:
     def _entries(
         self, option: str, entries: Mapping[str, Any], kinds: Mapping[str, Any] | None
     ) -> Iterator[ForeignPart]:
-        """Settings by name; ``kinds`` is None where they are plain data."""
+        """Check settings by name; ``kinds`` is None where they are plain data."""
         for key, value in entries.items():
             plain = str(key).removesuffix("+")
             name = f"{option}.{plain}"
@@ -157,7 +157,7 @@ class _Walk:
             yield from self.value(name, value, Any if kinds is None else kinds.get(plain))
 
     def _object(self, option: str, entries: Mapping[str, Any]) -> Iterator[ForeignPart]:
-        """An object to build: its class, and its settings with the types that the class says."""
+        """Check an object to build: its class, and its settings with the types of the class."""
         path = entries.get(_CLASS)
         kind = None
         if not isinstance(path, str):
@@ -176,7 +176,7 @@ class _Walk:
                 yield from self.value(option, value, None)
 
     def _text(self, option: str, text: str, kind: Any) -> Iterator[ForeignPart]:
-        """A text: an address, or what the parser would import or open as a config."""
+        """Check a text: an address, or a name that the parser would import or open as a config."""
         if text in self.given:
             return
         if _ADDRESS.match(text):
@@ -186,7 +186,7 @@ class _Walk:
 
 
 def _named(option: str, name: str, value: Any) -> Iterator[ForeignPart]:
-    """What a setting is by its name, whatever class it belongs to."""
+    """Check a setting by its name, independent of its class."""
     text = _text(value)
     what = None
     if option in _SERVERS:
@@ -206,7 +206,7 @@ def _named(option: str, name: str, value: Any) -> Iterator[ForeignPart]:
 
 
 def _is_harmless(text: str) -> bool:
-    """Whether a text in the place of an object is neither a path of code nor a config's."""
+    """Return whether a text in place of an object is neither a path of code nor of a config."""
     if all(part.isidentifier() for part in text.split(".")) and "." in text:
         return allowed_class(text) is not None
     return not _is_file(text)
@@ -220,7 +220,7 @@ def _is_file(text: str) -> bool:
 
 
 def _loaded(text: str) -> Any:
-    """What the parser takes a text for, where that is a list or settings."""
+    """Return the value that the parser reads from a text, where that is a list or settings."""
     if not any(mark in text for mark in ":[-"):
         return None
     try:

@@ -1,7 +1,7 @@
-"""The run folder of a command that names none: a new one for every run, found again by settings.
+"""Run folder of a command that names none: a new folder per run, found again by its settings.
 
-``runs/METHOD-DATE-TIME-XXXX`` below the current folder. ``--ckpt_path last`` finds the newest run
-there of the same settings.
+The folder is ``runs/METHOD-DATE-TIME-XXXX`` below the current folder. ``--ckpt_path last`` finds
+the newest run there with the same settings.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _MOST_NAMES = 8
 
 
 def new_folder(name: str) -> str:
-    """Return a name for a new run's folder that no other run takes, also of the same second.
+    """Return a name for a new run's folder that no other run takes, even in the same second.
 
     Args:
-        name: How it begins: the method's class.
+        name: Its beginning: the method's class.
     """
     moment = time.strftime("%Y%m%d-%H%M%S")
     return str(RUNS / f"{name}-{moment}-{secrets.token_hex(2)}")
@@ -42,11 +42,11 @@ def find_run(config: Mapping[str, Any]) -> Path | None:
         config: All settings of the run; its folder's name is not compared.
 
     Returns:
-        Its folder; None where there is none, and a new run begins.
+        The run's folder; None where there is none, and a new run begins.
 
     Raises:
-        CheckpointError: Several runs of these settings have not ended by themselves, so that it
-            cannot be known which of them is meant.
+        CheckpointError: Several runs of these settings have not ended by themselves, so the choice
+            is ambiguous.
     """
     wanted = _without_folder(config)
     found = [folder for folder in _runs() if _without_folder(_config_of(folder)) == wanted]
@@ -75,18 +75,19 @@ def only_run() -> Path | None:
 
 
 class SharedFolder(Callback):
-    """Has all ranks write where the first one does: each process chose a name of its own."""
+    """Makes all ranks write to rank 0's folder: each process chose a name of its own."""
 
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
-        """Take the first rank's folder, before anybody asks the Trainer for it."""
+        """Take rank 0's folder, before the Trainer's folder is read."""
         folder = trainer.strategy.broadcast(trainer.default_root_dir)
+        # private: the Trainer has no setter for it
         trainer._default_root_dir = folder  # type: ignore[attr-defined]
 
 
 def _runs() -> list[Path]:
-    """The folders below ``runs/`` that hold a checkpoint, the newest first."""
+    """Return the folders below ``runs/`` that hold a checkpoint, the newest first."""
     if not RUNS.is_dir():
         return []
     ages = {}
@@ -98,7 +99,7 @@ def _runs() -> list[Path]:
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
-    """A run's settings; empty, with a warning, where they cannot be read."""
+    """Return a run's settings; empty, with a warning, where they cannot be read."""
     path = folder / CONFIG_FILE
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))

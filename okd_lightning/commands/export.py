@@ -1,4 +1,4 @@
-"""Export: a checkpoint becomes a plain Hugging Face folder that needs nothing of ours."""
+"""Export of a checkpoint as a plain Hugging Face folder that does not need this library."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def export_student(
         checkpoint: From ``read_checkpoint``.
         out: The folder to write.
         adapter: Whether a student's adapter is merged into its base, or written as a PEFT folder.
-        overwrite: Write also into a folder that holds something else than an export.
+        overwrite: Write also into a folder that holds something other than an export.
 
     Raises:
         CheckpointError: The checkpoint is of another model.
-        ConfigError: An adapter apart, trained on what PEFT cannot load as a base.
+        ConfigError: ``adapter`` is "apart", and PEFT cannot load the base.
         OutputError: The folder cannot be written, is that of a model the run begins with, or holds
             something else.
         NonFiniteError: A weight is NaN or infinite. What ``out`` held before is untouched.
@@ -84,14 +84,14 @@ def export_online_module(
 ) -> None:
     """Write the teacher's online module as a PEFT folder, with the tokenizer and base config.
 
-    ``PeftModel.from_pretrained(teacher, out)`` loads it; a LoRA module's folder can also be
-    given as ``--model.teacher`` again.
+    ``PeftModel.from_pretrained(teacher, out)`` loads it; a LoRA module's folder can also be given
+    as ``--model.teacher``.
 
     Args:
         module: Built from the checkpoint's config; its weights are loaded here.
         checkpoint: From ``read_checkpoint``.
         out: The folder to write.
-        overwrite: Write also into a folder that holds something else than an export.
+        overwrite: Write also into a folder that holds something other than an export.
 
     Raises:
         CheckpointError: The checkpoint holds no online module, or is of another model.
@@ -127,7 +127,7 @@ def export_online_module(
 
 
 def model_card(checkpoint: Mapping[str, Any]) -> str:
-    """The card of an exported student: method, models, data and the numbers of its checkpoint."""
+    """Return the card of an exported student: method, models, data and the measures."""
     own = checkpoint["okd_lightning"]
     config = load_yaml(own["config"] or "{}")
     model, data = config.get("model", {}), config.get("data", {})
@@ -191,10 +191,10 @@ def _check_base(module: DistillationModule) -> None:
 
 
 def _check_out(out: Path, module: DistillationModule, overwrite: bool) -> None:
-    """Refuse a folder that is needed again: older weights in the one to be written are removed.
+    """Refuse a folder that is needed again: older weights in the output folder are removed.
 
     Raises:
-        OutputError: A model of the run, or something that is no export.
+        OutputError: The folder holds a model of the run, or something that is not an export.
     """
     sources = {"student": module.student_source, "teacher": module.teacher_source}
     for name, source in sources.items():
@@ -215,7 +215,7 @@ def _check_out(out: Path, module: DistillationModule, overwrite: bool) -> None:
 
 
 def _is_export(folder: Path) -> bool:
-    """Whether an export has written here: by its mark, or by the card of older versions."""
+    """Return whether an export wrote this folder: by its marker, or by the card of old versions."""
     card = folder / "README.md"
     is_ours = card.is_file() and "okd-lightning" in card.read_text(errors="replace")
     return (folder / _MARKER).is_file() or (is_ours and (folder / "config.json").is_file())
@@ -223,15 +223,15 @@ def _is_export(folder: Path) -> bool:
 
 @contextmanager
 def _replaced_model(out: Path) -> Iterator[Path]:
-    """A folder beside the files of ``out`` that take their place when all has been written.
+    """Yield a folder next to the files of ``out``; its files replace them when all are written.
 
-    Weights of an earlier export go then: left there, they would be read in the place of the new.
+    Weights of an earlier export are removed then: they would be read instead of the new ones.
 
     Raises:
-        OutputError: The disk is full, say. What ``out`` held before is untouched.
+        OutputError: An error such as a full disk. The files that ``out`` held before are untouched.
     """
     aside = out / ".new"
-    shutil.rmtree(aside, ignore_errors=True)  # what a killed export has left
+    shutil.rmtree(aside, ignore_errors=True)  # left by a killed export
     try:
         aside.mkdir()
         yield aside
@@ -251,13 +251,13 @@ def _replaced_model(out: Path) -> Iterator[Path]:
 
 
 def _merged(module: DistillationModule) -> PreTrainedModel:
-    """A plain model with the adapter folded in; the module's own student is taken apart for it."""
+    """Return a plain model with the adapter merged in; the module's own student is consumed."""
     assert module.student is not None
     option = "--model.student"
     config = load_model_config(module.student_source, option, module.vocabulary.size)
     if merge_adapters(module.student):
         config.tie_word_embeddings = False
-    plain = load_causal_lm({}, config, option, dtype=module.dtype_name)  # weights come below
+    plain = load_causal_lm({}, config, option, dtype=module.dtype_name)  # weights are loaded below
     plain.load_state_dict(module.student.state_dict())
     return plain.eval()
 

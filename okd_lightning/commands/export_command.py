@@ -1,4 +1,4 @@
-"""``okd-lightning export``: the options, and from a checkpoint to the module that is written."""
+"""``okd-lightning export``: the options, and the module that is built from a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from okd_lightning.training.config_paths import output_folder
 
 
 def export_parser() -> jsonargparse.ArgumentParser:
-    """The options of ``okd-lightning export``."""
+    """Return the parser of ``okd-lightning export``."""
     parser = jsonargparse.ArgumentParser(
         prog="okd-lightning export",
         exit_on_error=False,
@@ -47,11 +47,11 @@ def export_command(arguments: list[str], debug: bool = False) -> int:
     """Write a checkpoint's student, or its online module.
 
     Args:
-        arguments: What stands behind ``export``.
-        debug: Has no say here: errors go to the front door.
+        arguments: The words after ``export``.
+        debug: Unused: the caller handles errors.
 
     Raises:
-        OKDLightningError: An unknown option, a checkpoint that is not there or not ours, or a
+        OKDLightningError: An unknown option, a checkpoint that does not exist or is not ours, or a
             folder that cannot be written.
     """
     del debug

@@ -1,4 +1,4 @@
-"""Option names of TRL and other trainers, with what is typed here in their place.
+"""Option names of TRL and other trainers, with their replacements here.
 
 ``docs/from_trl.md`` explains the same rows; a test compares both with each other, with TRL's config
 classes, and with the options that exist.
@@ -139,7 +139,7 @@ TRL: Mapping[str, str] = {
     "dataset_train_split": "--data.train_split",
     "dataset_test_split": "--data.test_split",
 }
-"""Option of GKDConfig, DistillationConfig, SFTConfig, TrainingArguments, ... → what to type."""
+"""Option of GKDConfig, DistillationConfig, SFTConfig, TrainingArguments, ... → its replacement."""
 
 OTHERS: Mapping[str, str] = {
     "lr": "--model.learning_rate",
@@ -183,11 +183,11 @@ OTHERS: Mapping[str, str] = {
     "resume": "--ckpt_path last",
     "checkpoint": "--ckpt_path",
 }
-"""Short and common names that no config class of TRL has → what to type."""
+"""Short and common names that no config class of TRL has → their replacements."""
 
 
 def hint_for(given: str) -> str | None:
-    """Return what is typed here in place of another trainer's option; None for an unknown name.
+    """Return the replacement of another trainer's option; None for an unknown name.
 
     Args:
         given: As it was typed, with or without dashes, section and value.

@@ -1,7 +1,7 @@
-"""What was given, layer by layer: a checkpoint's config, config files, the command line.
+"""Options that the user gave, by layer: a checkpoint's config, config files, the command line.
 
-A parsed configuration does not tell a given value from a default. Where two options decide one
-quantity, or an option does nothing in a run, that is what counts.
+A parsed configuration does not tell a given value from a default. The difference counts where two
+options set one quantity, or an option has no effect in a run.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _SECTIONS = ("model", "data", "trainer", "method")
 
 
 def layers(arguments: Sequence[str]) -> list[Layer]:
-    """Return what every config and, last, the command line gives.
+    """Return the options of every config and, last, of the command line.
 
     Args:
-        arguments: As the parser takes them: options behind a command, configs as YAML text.
+        arguments: As the parser takes them: options after a command, configs as YAML text.
     """
     found: list[Layer] = []
     typed: Layer = {}
@@ -53,7 +53,7 @@ def options_of(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def flattened(config: Mapping[str, Any], prefix: str = "") -> Layer:
-    """Return nested settings under the names that one types: without class_path and init_args."""
+    """Return nested settings under the typed option names: without class_path and init_args."""
     found: Layer = {}
     for key, value in config.items():
         if key == "class_path":
@@ -69,7 +69,7 @@ def flattened(config: Mapping[str, Any], prefix: str = "") -> Layer:
 
 
 def parsed(text: str) -> Any:
-    """Return a typed value as YAML reads it; the text where it is none."""
+    """Return a typed value as YAML reads it; the text where it is not YAML."""
     try:
         return load_yaml(text)
     except yaml.YAMLError:

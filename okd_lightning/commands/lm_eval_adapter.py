@@ -1,10 +1,10 @@
-"""Exports in lm-evaluation-harness, read as they were trained: ``--model okd_lightning``.
+"""Exports as models of lm-evaluation-harness, read as in training: ``--model okd_lightning``.
 
-A plain export works with the harness's own ``--model hf`` as well. What is different here: prompt
-and answer become ids as in training (no token reaches over the edge between them); ids that the
-tokenizer does not know, of which training says nothing, get no probability; and an adapter's folder
-is given as it is. Log-likelihoods are then those that training and ``okd-lightning test`` measure.
-Extra: ``lm-eval``. The harness knows no plug-ins, so that its command line is started from here:
+A plain export also works with the harness's own ``--model hf``. Differences here: prompt and answer
+are tokenized as in training (no token crosses the boundary between them); ids that the tokenizer
+does not know get no probability, because training ignores them; and an adapter's folder can be
+given directly. Log-likelihoods are then those that training and ``okd-lightning test`` measure.
+Extra: ``lm-eval``. The harness has no plug-ins, so its command line is started from here:
 
     python -m okd_lightning.commands.lm_eval_adapter run --model okd_lightning \
         --model_args pretrained=student --tasks gsm8k
@@ -27,7 +27,7 @@ from okd_lightning.models.text_ids import TextEncoder
 
 
 def _base_of(folder: str) -> str | None:
-    """The model that an adapter's folder belongs to; None for a folder that holds a whole one."""
+    """Return the base model of an adapter's folder; None for a folder that holds a whole model."""
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
         return None
@@ -45,7 +45,7 @@ class ExportedLM(HFLM):
     """A student's export (or an adapter's folder) as a model of lm-evaluation-harness.
 
     Args:
-        pretrained: The folder that ``okd-lightning export`` has written.
+        pretrained: Folder that ``okd-lightning export`` has written.
         **settings: HFLM's, such as dtype, device and batch_size.
 
     Raises:
@@ -62,7 +62,7 @@ class ExportedLM(HFLM):
         self._encoder = TextEncoder(self.tokenizer)
 
     def apply_chat_template(self, *args: Any, **settings: Any) -> str:
-        """The harness's own; from now on the template writes what opens a text."""
+        """Render a chat as the harness does; from then on the template adds the bos."""
         self._reads_chats = True
         return str(super().apply_chat_template(*args, **settings))
 
@@ -73,7 +73,7 @@ class ExportedLM(HFLM):
         left_truncate_len: int | None = None,
         **settings: Any,
     ) -> list[int]:
-        """Ids of a prompt: a plain one with the bos that the tokenizer adds, and no closing id."""
+        """Return a prompt's ids: a plain prompt with the tokenizer's bos, and no closing id."""
         if add_special_tokens is not None or self.add_bos_token is not None:
             limit = left_truncate_len
             return list(super().tok_encode(string, add_special_tokens, limit, **settings))
@@ -87,8 +87,8 @@ class ExportedLM(HFLM):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """[batch, seq] ids and attention mask of prompts."""
-        del truncation  # to the model's length: left_truncate_len is below it
+        """Return [batch, seq] ids and attention mask of prompts."""
+        del truncation  # left_truncate_len is below the model's length
         ids = [self.tok_encode(text, left_truncate_len=left_truncate_len) for text in strings]
         padded = self.tokenizer.pad(
             {"input_ids": ids}, padding_side=padding_side, return_tensors="pt"
@@ -96,16 +96,16 @@ class ExportedLM(HFLM):
         return padded["input_ids"], padded["attention_mask"]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As rows are in training; spaces at the edge stay where they stand."""
+        """Encode prompt and answer as training rows; spaces at the boundary are kept."""
         (answer,) = self._encoder.continuations([context], [continuation])
         return self.tok_encode(context), answer
 
     def _model_call(self, inps: Tensor, *args: Any, **settings: Any) -> Tensor:
-        """Logits of the ids that the tokenizer knows: [batch, seq, vocab]."""
+        """Return the logits of the ids that the tokenizer knows: [batch, seq, vocab]."""
         return self._vocabulary.cut(super()._model_call(inps, *args, **settings))
 
     def _model_generate(self, *args: Any, **settings: Any) -> Tensor:
-        """As the harness does it, without ids that the tokenizer does not know."""
+        """Generate as the harness does, without ids that the tokenizer does not know."""
         rows = self.model.get_output_embeddings().weight.shape[0]
         unknown = [*self._vocabulary.invalid_ids, *range(self._vocabulary.size, rows)]
         if unknown:

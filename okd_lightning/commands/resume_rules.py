@@ -1,8 +1,8 @@
-"""What an option does that is given at a resume: it acts, is refused, or needs a new run.
+"""Effect of options at a resume: an option acts, is refused, or needs a new run.
 
-``docs/state.md`` shows the same table. An option is given where it differs from the checkpoint's
-config, whether it was typed or stands in a config file. What depends on the data (the prompts and
-their order) is compared by its content, in the loader, and from Python as well.
+``docs/state.md`` shows the same table. An option counts as given where it differs from the
+checkpoint's config, whether it was typed or is in a config file. Options that change the data (the
+prompts and their order) are compared by the data itself, in the loader, and from Python as well.
 """
 
 from __future__ import annotations
@@ -54,21 +54,22 @@ or the divisor of rows that the student samples (by the module)."""
 
 
 def verdict(option: str) -> Verdict:
-    """Return what an option does that is given at a resume."""
+    """Return the effect of an option that is given at a resume."""
     rule = _rule(option)
     return "refused" if option in BY_CONTENT else rule[0] if rule else "acts"
 
 
 def check_resume(saved: Mapping[str, Any], own: Mapping[str, Any], checkpoint: str) -> None:
-    """Refuse options at a resume that could not act.
+    """Refuse options that could not act at a resume.
 
     Args:
         saved: The checkpoint's config.
-        own: This run's.
+        own: This run's config.
         checkpoint: For messages.
 
     Raises:
-        CheckpointError: Naming the first such option, both values, and what to do.
+        CheckpointError: There is such an option; the message names the first, both values, and what
+            to do.
     """
     before, now = flattened(saved), flattened(own)
     for option in sorted(before.keys() | now.keys()):
@@ -98,7 +99,7 @@ def _rule(option: str) -> tuple[Verdict, str] | None:
 
 
 def _is_same(old: Any, new: Any) -> bool:
-    """Equal values, classes by their short or full names, or one folder under two paths."""
+    """Compare values: equal, classes by short or full name, or one folder under two paths."""
     if isinstance(old, str) and isinstance(new, str):
         is_class = "." in old + new and "/" not in old + new
         names = (old.rpartition(".")[2], new.rpartition(".")[2]) if is_class else (old, new)
@@ -108,7 +109,7 @@ def _is_same(old: Any, new: Any) -> bool:
 
 
 def _is_moved(option: str, old: Any) -> bool:
-    """Whether a model's folder is not where it was: it is then looked for in another place."""
+    """Return whether a model's folder has moved; it is then searched elsewhere."""
     return option == "model.student" and isinstance(old, str) and not Path(old).exists()
 
 

@@ -1,8 +1,8 @@
-"""A run's folder: config.yaml, tables, checkpoints, and what becomes of an older run's; none lost.
+"""A run's folder: config.yaml, tables and checkpoints; files of an older run are kept.
 
-A new run never overwrites an older one's files: they are moved to ``earlier/<n>``. A resumed run
-appends to them, after cutting back what was written behind the checkpoint. What is in the tables is
-owned by ``run_records``.
+A new run never overwrites an older run's files: they are moved to ``earlier/<n>``. A resumed run
+appends to them, after removing rows written after the checkpoint. ``run_records`` owns the contents
+of the tables.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _EARLIER = "earlier"
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A folder that a run is about to write in, and how it was before.
+    """A folder prepared for a run, and its earlier state.
 
     Attributes:
         folder: The run's folder.
-        earlier: Where the files of an older run went.
+        earlier: Folder to which the files of an older run were moved.
         kept: Entries of the folder that are not this run's own.
-        contents: Files as they were before a resumed run cut them back.
+        contents: Files as they were before a resumed run cut them.
     """
 
     folder: Path
@@ -69,7 +69,7 @@ def require_writable(folder: Path, option: str) -> None:
     """Make ``folder`` and try to write in it.
 
     Raises:
-        OutputError: It cannot be made or written.
+        OutputError: The folder cannot be made or written.
     """
     probe = folder / ".write-test"
     try:
@@ -86,7 +86,7 @@ def start_run(folder: Path) -> PreparedRun:
     """Make room for a new run: move an older one's files to ``earlier/<n>``.
 
     Returns:
-        How to take it back.
+        The prepared run, which can be withdrawn.
 
     Raises:
         OutputError: The folder cannot be written.
@@ -111,16 +111,17 @@ def start_run(folder: Path) -> PreparedRun:
 
 
 def resume_run(folder: Path, step: int, row: Mapping[str, float] | None = None) -> PreparedRun:
-    """Cut metrics.csv and rollouts.jsonl back to a checkpoint's step.
+    """Cut metrics.csv and rollouts.jsonl at a checkpoint's step.
 
     Args:
         folder: The run's folder.
         step: Optimizer steps done at the checkpoint.
-        row: What the checkpoint's own step logs. Lightning logs it when the checkpoint has been
-            written, so that a run killed between the two has not: it is added where it is missing.
+        row: Row that the checkpoint's own step logs. Lightning logs it after the checkpoint was
+            written, so a run killed between the two has not logged it: it is added where it is
+            missing.
 
     Returns:
-        How to take it back.
+        The prepared run, which can be withdrawn.
 
     Raises:
         OutputError: The folder cannot be written.
@@ -159,10 +160,10 @@ def _next_number(folder: Path) -> Path:
 
 
 def _refuse_lost_links(folder: Path) -> None:
-    """Refuse a link to a folder that is not there: nothing could be written through it.
+    """Refuse a link to a missing folder: nothing could be written through it.
 
     Raises:
-        OutputError: Naming it.
+        OutputError: There is such a link; the message names it.
     """
     for name in _FOLDERS:
         path = folder / name
@@ -174,9 +175,9 @@ def _refuse_lost_links(folder: Path) -> None:
 
 
 def _move_away(path: Path, target: Path) -> None:
-    """Rename; of a link to a folder, move what is in that folder, on its own disk.
+    """Rename ``path``; of a link to a folder, move the contents of that folder, on its own disk.
 
-    The link stays, so that the next run writes where it leads.
+    The link stays, so that the next run writes to the same folder.
     """
     if not _is_linked_folder(path):
         path.rename(target)
@@ -202,7 +203,7 @@ def _move_back(path: Path, target: Path) -> None:
 
 
 def _holds_something(path: Path) -> bool:
-    """Whether it is there; a link that was made for the first run leads to an empty folder."""
+    """Return whether the path exists; a link made for the first run leads to an empty folder."""
     return bool(_entries(path)) if _is_linked_folder(path) else path.exists()
 
 
@@ -211,7 +212,7 @@ def _is_linked_folder(path: Path) -> bool:
 
 
 def _entries(linked: Path) -> list[Path]:
-    """What a run has in a linked folder; runs before it lie in ``earlier`` there."""
+    """Return a run's entries in a linked folder; earlier runs are in ``earlier`` there."""
     return [entry for entry in linked.resolve().iterdir() if entry.name != _EARLIER]
 
 

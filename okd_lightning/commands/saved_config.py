@@ -1,7 +1,7 @@
-"""A checkpoint's own config: read, allowed or refused, with its paths as they are read here.
+"""A checkpoint's own config: read, checked for trust, with its paths adapted to this place.
 
-Where only ``--ckpt_path`` is given, the run is that of this config. Whoever wrote the checkpoint
-wrote it as well, so that it is gone through (``config_trust``) before anything is imported.
+Where only ``--ckpt_path`` is given, the run is built from this config. Its author is the
+checkpoint's, so ``config_trust`` checks it before anything is imported.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _CHECKPOINTS = "checkpoints"
 
 
 def config_of(path: str, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A checkpoint's config to compare with, from which nothing is built; None if it holds none.
+    """Return a checkpoint's config for comparison; None if it holds none. Nothing is built from it.
 
     Args:
         path: Of the checkpoint.
         checkpoint: From ``read_checkpoint``.
 
     Raises:
-        CheckpointError: It is no config.
+        CheckpointError: The stored config cannot be read as one.
     """
     config = _read(path, checkpoint)
     if config is not None:
@@ -47,20 +47,21 @@ def config_to_use(
     is_trusted: bool,
     can_type: bool = True,
 ) -> dict[str, Any]:
-    """The config of a checkpoint that a run is built from.
+    """Return the config of a checkpoint that a run is built from.
 
     Args:
         path: Of the checkpoint.
         typed: Options and values of the command line.
         configs: Given now, as they were read.
-        is_trusted: Whether the user trusts whoever wrote the checkpoint.
+        is_trusted: Whether the user trusts the checkpoint's author.
         can_type: Whether the command has options in place of the config's.
 
     Returns:
         The sections; the run's folder is that of the checkpoint.
 
     Raises:
-        CheckpointError: There is none, or it names code or servers that are not the user's.
+        CheckpointError: The checkpoint has no config, or it names code or servers that are not the
+            user's.
     """
     checkpoint = read_checkpoint(path)
     config = _read(path, checkpoint)
@@ -85,13 +86,13 @@ def config_to_use(
 
 
 def run_folder_of(checkpoint: str) -> Path:
-    """The folder of the run that a checkpoint belongs to, by where it lies."""
+    """Return the folder of the run that a checkpoint belongs to, by the checkpoint's path."""
     folder = user_path(checkpoint).parent
     return folder.parent if folder.name == _CHECKPOINTS else folder
 
 
 def flag_needed(config: Mapping[str, Any]) -> str:
-    """What a printed command needs to go on from a checkpoint with this config; often nothing.
+    """Return the flag that a printed command needs to continue from a checkpoint; often empty.
 
     Args:
         config: A run's sections.
@@ -125,7 +126,7 @@ def _leave_out_foreign(
     options: frozenset[str],
     can_type: bool,
 ) -> None:
-    """Take out what was typed again; refuse what else is not the user's or this library's."""
+    """Remove foreign parts that were typed again; refuse all others."""
     for part in list(foreign_parts(config, given)):
         section, _, name = part.setting.partition(".")
         if part.is_broken:
@@ -145,12 +146,12 @@ def _leave_out_foreign(
 
 
 def _texts(typed: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """All texts that were typed, or stand in a config that was given."""
+    """Return all texts that were typed or are in a given config."""
     values = [parsed(text) for _, text in options_of(typed)]
     return [text for value in (*typed, *values, *configs) for text in texts_in(value)]
 
 
 def _options(typed: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> frozenset[str]:
-    """Names of options that were typed, or stand in a config that was given."""
+    """Return names of options that were typed or are in a given config."""
     found = [name for layer in layers(typed) for name in layer]
     return frozenset([*found, *(name for config in configs for name in flattened(config))])

@@ -1,8 +1,8 @@
-"""Options of which two can decide one quantity: the one given last counts, both are recorded alike.
+"""Options that set one quantity twice: the last one given counts, and both record its value.
 
 ``model.learning_rate`` and the ``lr`` of ``model.optimizer`` are one quantity, ``weight_decay`` is
-another. The parsed configuration is changed so that both options hold the value that counts, which
-``config.yaml`` and checkpoints then say.
+another. The parsed configuration is changed so that both options hold the value that counts, and so
+do ``config.yaml`` and checkpoints.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def settle_rates(model: jsonargparse.Namespace, given: Sequence[Layer]) -> None:
 
     Args:
         model: The parsed ``model`` section; changed in place.
-        given: What each config and, last, the command line gives.
+        given: Options of each config and, last, of the command line.
 
     Raises:
-        ConfigError: One of them gives both options, with different values.
+        ConfigError: One layer gives both options, with different values.
     """
     optimizer = model.get("optimizer")
     settings = getattr(optimizer, "init_args", None)

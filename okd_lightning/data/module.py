@@ -32,7 +32,7 @@ from okd_lightning.data.token_cache import AUTO
 from okd_lightning.data.tool_turns import checked_turns, equip
 from okd_lightning.data.whole_steps import announce, check_limit, settle_steps
 from okd_lightning.engines import Sampling
-from okd_lightning.engines.noise import hashed_choice
+from okd_lightning.engines.noise import NoiseDomain, hashed_choice
 from okd_lightning.errors import ConfigError, DataError
 from okd_lightning.models.text_ids import RULES_VERSION
 from okd_lightning.records.batches import Example
@@ -41,8 +41,6 @@ from okd_lightning.rollouts.agreement import Agreement, StopRequest
 from okd_lightning.rollouts.evaluation import GivenResponses, OwnResponses
 from okd_lightning.rollouts.scoring import ChunkScorer, TermScorer, unscored
 from okd_lightning.tools import Tool, Toolbox
-
-_PROMPT_SET = 0x50534554  # domain separation for the choice of validation prompts
 
 
 class RolloutDataModule(NewDataModule):
@@ -346,7 +344,9 @@ class RolloutDataModule(NewDataModule):
                 GivenResponses(given, self.batch_size, trainer.global_rank, trainer.world_size)
             )
         if self.val_rollouts:
-            chosen = hashed_choice(len(examples), self.val_rollouts, _PROMPT_SET, self.seed)
+            chosen = hashed_choice(
+                len(examples), self.val_rollouts, NoiseDomain.VALIDATION_PROMPTS, self.seed
+            )
             loaders.append(self._own_responses([examples[i] for i in chosen], Sampling()))
         return loaders
 

@@ -18,13 +18,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from okd_lightning.engines.noise import hashed_uniform
+from okd_lightning.engines.noise import NoiseDomain, hashed_uniform
 from okd_lightning.engines.sampling import Sampling
 from okd_lightning.errors import ServerError
 from okd_lightning.models import LMHead, Vocabulary, head_inputs
 
 _LENGTH = 12
-_PROBE = 0x50524F42  # domain separation
 _CERTAIN = 1e-3
 _FLOAT32_TOLERANCE = 0.01
 _LEAST_GAP = 1e-5
@@ -59,7 +58,7 @@ class Probe:
             model: The student, in eval mode.
             num_rows: Number of ids in its logits.
         """
-        drawn = hashed_uniform(_PROBE, num_rows, torch.arange(_LENGTH).numpy())
+        drawn = hashed_uniform(NoiseDomain.ENGINE_PROBE, num_rows, torch.arange(_LENGTH).numpy())
         ids = tuple(int(value) for value in drawn * num_rows)
         logits = model(torch.tensor([ids], device=model.device)).logits[0, :, :num_rows]
         return cls(ids, logits.float().log_softmax(-1).cpu(), model.dtype)

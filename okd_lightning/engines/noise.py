@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import IntEnum, unique
 
 import numpy as np
 import torch
@@ -15,7 +16,29 @@ from torch import Tensor
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
-_REQUEST = 0x53454544  # domain separation
+
+
+@unique
+class NoiseDomain(IntEnum):
+    """First keys of random numbers, one for each use, so that no two uses share a number.
+
+    The first group are keys of ``hashed_uniform``. The second are epochs of a ``NoiseStream``
+    outside training: no training epoch has such a number.
+    """
+
+    BATCH_ORDER = 0x42415443
+    DATA_SOURCE = 0x434F494E
+    DIAGNOSED_PROMPTS = 0x44494147
+    ENGINE_PROBE = 0x50524F42
+    PROMPT_ORDER = 0x4F524452
+    REQUEST_SEED = 0x53454544
+    SHOWN_PROMPTS = 0x53414D50
+    VALIDATION_PROMPTS = 0x50534554
+
+    VALIDATION = 2**31
+    PAPER_MEASURES = 2**31 + 1
+    TASK_MEASURES = 2**31 + 2
+    DIAGNOSIS = 2**31 + 3
 
 
 def hashed_uniform(*keys: int | np.ndarray) -> np.ndarray:
@@ -74,7 +97,7 @@ class NoiseStream:
         keys = zip(index, sample, strict=True)
         starts = np.asarray([self.starts.get(key, 0) for key in keys], dtype=np.int64)
         rows = np.asarray(index, dtype=np.int64), np.asarray(sample, dtype=np.int64)
-        drawn = hashed_uniform(_REQUEST, self.seed, self.epoch, *rows, starts)
+        drawn = hashed_uniform(NoiseDomain.REQUEST_SEED, self.seed, self.epoch, *rows, starts)
         return [int(value) for value in np.atleast_1d(drawn) * 2.0**52]
 
     def starting_at(self, starts: Mapping[tuple[int, int], int]) -> NoiseStream:

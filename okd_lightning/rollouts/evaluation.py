@@ -8,14 +8,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from okd_lightning.engines.engine import Author, ProgressFactory, Writer, silent_progress
-from okd_lightning.engines.noise import NoiseStream, hashed_uniform
+from okd_lightning.engines.noise import NoiseDomain, NoiseStream, hashed_uniform
 from okd_lightning.engines.sampling import Sampling
 from okd_lightning.records.batches import DistillBatch, Example, PromptBatch, Rollout
 from okd_lightning.records.rows import given_row, micro_batches, muted, share, written_rows
 from okd_lightning.rollouts.agreement import Agreement, naming_the_prompts
-
-_BATCH_ORDER = 0x42415443  # domain separation
-_EVALUATION_EPOCH = 2**31  # no training epoch has this number
 
 
 class GivenResponses:
@@ -35,7 +32,8 @@ class GivenResponses:
         own = [given_row(example) for example in share(examples, rank, world_size)]
         own = own or [muted(given_row(examples[0]))]
         batches = micro_batches(own, _num_batches(len(examples), batch_size, world_size))
-        order = hashed_uniform(_BATCH_ORDER, np.arange(len(batches))).argsort(kind="stable")
+        keys = hashed_uniform(NoiseDomain.BATCH_ORDER, np.arange(len(batches)))
+        order = keys.argsort(kind="stable")
         self._batches = [batches[i] for i in order]  # the first few are a fair sample of lengths
 
     def __len__(self) -> int:
@@ -106,7 +104,7 @@ class OwnResponses:
                 "student",
                 prompts,
                 self._sampling,
-                NoiseStream(self._seed, _EVALUATION_EPOCH),
+                NoiseStream(self._seed, NoiseDomain.VALIDATION),
                 self._max_new_tokens,
                 self._agreement.progress(progress),
             )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from okd_lightning.engines.engine import Author, ProgressFactory, Writer, silent_progress
-from okd_lightning.engines.noise import NoiseStream, hashed_uniform
+from okd_lightning.engines.noise import NoiseDomain, NoiseStream, hashed_uniform
 from okd_lightning.engines.sampling import Sampling
 from okd_lightning.errors import ConfigError
 from okd_lightning.records.batches import DistillBatch, Example, PromptBatch, Rollout, TrainingRow
@@ -48,7 +48,6 @@ from okd_lightning.rollouts.stored import (
 
 _AUTHORS: tuple[Author, ...] = ("student", "teacher")
 _NOTHING = Rollout((), (), ())
-_ORDER = 0x4F524452  # domain separation for the order of prompts
 
 
 @dataclass(frozen=True)
@@ -280,7 +279,9 @@ class RolloutLoader:
         for position in positions:
             number, offset = divmod(position, length)
             if number not in orders:
-                keys = hashed_uniform(_ORDER, self._seed, number, np.arange(length))
+                keys = hashed_uniform(
+                    NoiseDomain.PROMPT_ORDER, self._seed, number, np.arange(length)
+                )
                 orders[number] = keys.argsort(kind="stable")
             index = int(orders[number][offset])
             turns.append(_Turn(self.examples[index], seen.get(index, 0) * samples))

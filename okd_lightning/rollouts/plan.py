@@ -11,12 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from okd_lightning.engines.engine import Writer
-from okd_lightning.engines.noise import hashed_uniform
+from okd_lightning.engines.noise import NoiseDomain, hashed_uniform
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term
 from okd_lightning.records.batches import SOURCES, Source
-
-_COIN = 0x434F494E  # domain separation: the coin and the sampling noise never share a key
 
 
 @dataclass(frozen=True)
@@ -55,9 +53,10 @@ class RolloutPlan:
         """The source of each prompt of optimizer step ``step`` (counted over the whole run)."""
         share = self.share(step)
         if not self.is_mixed_within_step:
-            is_student = hashed_uniform(_COIN, seed, step) < share
+            is_student = hashed_uniform(NoiseDomain.DATA_SOURCE, seed, step) < share
             return ("student" if is_student else self.off_policy_source,) * num_prompts
-        offset = float(hashed_uniform(_COIN, seed, step))  # no position is always the data set's
+        # a random offset: no position of the step is always the data set's
+        offset = float(hashed_uniform(NoiseDomain.DATA_SOURCE, seed, step))
         shares = [int(share * i + offset) for i in range(num_prompts + 1)]
         return tuple(
             "student" if b > a else self.off_policy_source for a, b in itertools.pairwise(shares)

@@ -1,1 +1,1 @@
-"""What a training run is made of: the pair, a step over both sides, who writes, what is saved."""
+"""Parts of a training run: the pair, the step over both models, generation, and saved state."""

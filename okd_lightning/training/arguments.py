@@ -1,8 +1,8 @@
-"""What a DistillationModule was constructed with, as a checkpoint keeps it.
+"""Constructor arguments of a DistillationModule, as a checkpoint stores them.
 
-Plain values are kept as they are. Models and tokenizers in memory are kept as what they can be made
-of again: a model's config (its trained weights are in the checkpoint anyway), a tokenizer's files.
-What is code (an optimizer class, an engine) is not kept.
+Plain values are stored as they are. Models and tokenizers in memory are stored as what they can be
+rebuilt from: a model's config (its trained weights are in the checkpoint anyway), a tokenizer's
+files. Code (an optimizer class, an engine) is not stored.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _CONFIG, _FILES, _PEFT, _CODE = "config", "files", "peft_config", "code"
 
 
 def stored_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The constructor's arguments by name, as primitives.
+    """Return the constructor's arguments by name, as primitives.
 
     Args:
-        given: What the constructor was called with.
+        given: The arguments of the call.
     """
     return {name: _stored(value) for name, value in given.items() if value is not None}
 
@@ -35,15 +35,15 @@ def stored_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
 def restored_arguments(
     stored: Mapping[str, Any] | None, given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The arguments of a constructor that makes the module of a checkpoint again.
+    """Return constructor arguments that rebuild the module of a checkpoint.
 
     Args:
-        stored: From ``stored_arguments``; None of a checkpoint that has none.
-        given: What is named anew; it takes the place of what was stored.
+        stored: From ``stored_arguments``; None for a checkpoint without arguments.
+        given: Arguments of this call; they replace stored ones.
 
     Raises:
-        CheckpointError: No arguments are stored, or the student had frozen weights in memory,
-            which nobody keeps.
+        CheckpointError: No arguments are stored, or the student had frozen weights in memory, which
+            no checkpoint holds.
     """
     if stored is None:
         if "student" not in given:
@@ -73,7 +73,7 @@ def restored_arguments(
 
 
 def plain_peft_config(config: PeftConfig) -> dict[str, Any]:
-    """A PEFT config in primitives; ``PeftConfig.from_peft_type`` makes one of it."""
+    """Return a PEFT config as primitives, for ``PeftConfig.from_peft_type``."""
     return {
         key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
         for key, value in config.to_dict().items()
@@ -81,10 +81,10 @@ def plain_peft_config(config: PeftConfig) -> dict[str, Any]:
 
 
 def peft_config_of(stored: Mapping[str, Any]) -> PeftConfig:
-    """The PEFT config of ``plain_peft_config``.
+    """Return the PEFT config that ``plain_peft_config`` has stored.
 
     Raises:
-        CheckpointError: It names a module that PEFT would import.
+        CheckpointError: The config names a module that PEFT would import.
     """
     module = stored.get("megatron_core") or "megatron.core"
     arguments = stored.get("tokenizer_kwargs") or {}
@@ -99,15 +99,15 @@ def peft_config_of(stored: Mapping[str, Any]) -> PeftConfig:
 def check_arguments(
     stored: Mapping[str, Any] | None, given: Collection[str], checkpoint: str
 ) -> None:
-    """Refuse arguments of somebody else's checkpoint by which code or a server would be used.
+    """Refuse arguments of a foreign checkpoint that would use code or a server.
 
     Args:
         stored: From ``stored_arguments``.
-        given: Names of those that are given now.
+        given: Names of the arguments of this call.
         checkpoint: For messages.
 
     Raises:
-        CheckpointError: Naming the first.
+        CheckpointError: There is such an argument; the message names the first.
     """
     for name, value in (stored or {}).items():
         if name in given:
@@ -122,7 +122,7 @@ def check_arguments(
 
 
 def _kernel_in(value: Any) -> str | None:
-    """A repository from which transformers would download and run an attention kernel."""
+    """Describe a repository from which transformers would download and run an attention kernel."""
     waiting = [value]
     while waiting:
         node = waiting.pop()
@@ -161,7 +161,7 @@ def _is(value: Any, kind: str) -> bool:
 
 
 def _files_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Bytes as Latin-1 text, which a weights-only reader takes."""
+    """Return file contents as Latin-1 text, which a weights-only reader accepts."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())

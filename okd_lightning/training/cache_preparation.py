@@ -1,4 +1,4 @@
-"""At the start of a run: find the cache, or have the teacher write it, and let the teacher go."""
+"""The teacher's cache at the start of a run: find it, or write it with the teacher."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from okd_lightning.teachers.store import Entry, make_folder
 
 
 class TeachingModule(Protocol):
-    """The side of a DistillationModule that the preparation sees."""
+    """The part of a DistillationModule that the preparation uses."""
 
     cached_teacher: CachedTeacher | None
 
@@ -37,29 +37,29 @@ class TeachingModule(Protocol):
 
     @property
     def teacher_source(self) -> ModelSource | None:
-        """What the teacher is loaded from."""
+        """Source from which the teacher is loaded."""
 
     @property
     def device(self) -> torch.device:
-        """Where the student is."""
+        """Device of the student."""
 
     def load_teacher(self) -> PreTrainedModel:
-        """A frozen teacher in eval mode, which nothing else holds."""
+        """Load a frozen teacher in eval mode that nothing else refers to."""
 
 
 ModelReader: TypeAlias = Callable[[PreTrainedModel, Sequences], Side]
-"""A model's half of the loss layer at the loss tokens of some rows."""
+"""Runs a model over some rows; returns its hidden states and head at the loss tokens."""
 
 
 def prepare_cache(
     module: TeachingModule, trainer: lightning.Trainer, terms: Sequence[Term], read: ModelReader
 ) -> None:
-    """Open the cache of this run's teacher and data; where it is not there, write it first.
+    """Open the cache of this run's teacher and data; write it first where it does not exist.
 
-    Every rank writes its share; nobody reads before all have written.
+    Every rank writes its share; no rank reads before all have written.
 
     Args:
-        module: Whose teacher it is.
+        module: The teacher's module.
         trainer: Of the run that begins.
         terms: The run's.
         read: Runs a model.
@@ -86,7 +86,7 @@ def prepare_cache(
 def _alone(
     cached: CachedTeacher, entries: Sequence[Entry], trainer: lightning.Trainer
 ) -> AbstractContextManager[Any]:
-    """Where something has to be written: no other run writes in this cache until it is whole."""
+    """Lock the cache where parts are missing, so that only one run writes it."""
     if not trainer.is_global_zero or all(entry.state()[0] for entry in entries):
         return nullcontext()
     what = f"--model.teacher_cache {str(cached.folder)!r}"
@@ -94,7 +94,7 @@ def _alone(
 
 
 def _example_sets(terms: Sequence[Term], trainer: lightning.Trainer) -> list[Sequence[Example]]:
-    """The given responses that training and validation ask the teacher about."""
+    """Return the dataset responses for which training and validation need the teacher."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(data, RolloutDataModule):
         raise ConfigError(
@@ -112,7 +112,7 @@ def _example_sets(terms: Sequence[Term], trainer: lightning.Trainer) -> list[Seq
 def _key(
     module: TeachingModule, trainer: lightning.Trainer, cached: CachedTeacher
 ) -> TeacherKey | None:
-    """On the first rank, which alone reads the weights' files."""
+    """Return the key on rank 0, the only rank that reads the weight files."""
     if not trainer.is_global_zero:
         return None
     source = module.teacher_source
@@ -127,7 +127,7 @@ def _key(
 
 
 def _missing(entries: Sequence[Entry]) -> list[int]:
-    """Which entries have to be written; what is broken is said."""
+    """Return which entries have to be written; warn of broken ones."""
     found = []
     for number, entry in enumerate(entries):
         is_whole, problem = entry.state()
@@ -140,7 +140,7 @@ def _missing(entries: Sequence[Entry]) -> list[int]:
 
 
 def _check_shared(entries: Sequence[Entry], trainer: lightning.Trainer) -> None:
-    """The first rank has made the folders: all have to see them, or all stop."""
+    """Check that all ranks see the folders that rank 0 has made; all ranks stop otherwise."""
     is_seen = all(entry.folder.is_dir() for entry in entries)
     if not trainer.strategy.reduce_boolean_decision(is_seen, all=True):
         raise CacheError(

@@ -1,7 +1,7 @@
-"""Paths in a run's settings: which options are paths, ``~``, and the folder a run was started in.
+"""Paths in a run's settings: which options are paths, ``~``, and the run's start folder.
 
-``~`` is expanded once, before anything reads the settings. A relative path is one from the folder
-that the run was started in: a checkpoint names that folder, and its paths are resolved from there
+``~`` is expanded once, before the settings are read. A relative path is relative to the folder in
+which the run was started: a checkpoint names that folder, and its paths are resolved from there
 when the checkpoint is used elsewhere. A hub id stays as it is.
 """
 
@@ -18,7 +18,7 @@ from okd_lightning.errors import ConfigError, UsageError
 from okd_lightning.training.importable_classes import allowed_class, class_here
 
 PathKind: TypeAlias = Literal["path", "source"]
-"""A path for certain; or a folder or file where one exists, and else a hub id."""
+""""path": always a path; "source": an existing file or folder, or else a hub id."""
 
 _OPTIONS: dict[str, PathKind] = {
     "model.student": "source",
@@ -35,26 +35,26 @@ _OPTIONS: dict[str, PathKind] = {
     "ckpt_path": "path",
 }
 _NAMES = ("folder", "dirpath", "save_dir", "sync_folder")
-"""Parameters of classes in the settings that are paths; besides those annotated as ``Path``."""
+"""Parameters of classes in the settings that are paths, besides those annotated as ``Path``."""
 
 _KEYWORDS = {"data.token_cache": ("auto",), "ckpt_path": ("last", "best", "hpc", "registry")}
 
 Find: TypeAlias = Callable[[str], type | None]
 
 Change: TypeAlias = Callable[[str, str, PathKind], str]
-"""From an option's name, its value and its kind to the value in its place."""
+"""From an option's name, its value and its kind to the new value."""
 
 
 def user_path(text: str | Path) -> Path:
-    """A path as a user gives it, with ``~`` expanded."""
+    """Return a user's path with ``~`` expanded."""
     return Path(text).expanduser()
 
 
 def output_folder(text: str | Path, option: str) -> Path:
-    """A folder that is to be written, as a user gives it.
+    """Return a user's path of a folder to write.
 
     Raises:
-        UsageError: It names none: empty, or with a zero byte in it.
+        UsageError: The path is empty or contains a zero byte.
     """
     name = str(text)
     if not name.strip() or "\0" in name:
@@ -66,29 +66,29 @@ def expand_home(config: Any) -> None:
     """Expand ``~`` in all options of ``config`` that are paths, in place.
 
     Args:
-        config: Sections such as model, data and trainer, as mappings or namespaces.
+        config: Sections such as model, data and trainer: mappings or namespaces.
     """
     _change(config, lambda name, value, kind: os.path.expanduser(value), class_here)
 
 
 def without_paths(config: Any) -> Any:
-    """A copy of settings in which all paths are empty: what processes elsewhere share."""
+    """Return a copy of settings in which all paths are empty, to compare processes."""
     found = copy.deepcopy(config)
     _change(found, lambda name, value, kind: "", class_here)
     return found
 
 
 def relocate(config: Any, start: str | None, checkpoint: str, find: Find = allowed_class) -> None:
-    """Resolve the relative paths of a checkpoint's config from the folder its run was started in.
+    """Resolve the relative paths of a checkpoint's config from its run's start folder.
 
-    Nothing changes in that folder itself, nor where it does not exist any more (a project that was
-    moved): paths are then relative to the current folder.
+    Nothing changes in that folder itself, nor where it no longer exists (a moved project): paths
+    are then relative to the current folder.
 
     Args:
         config: The checkpoint's sections; changed in place.
-        start: The folder; None in an older checkpoint.
+        start: The start folder; None in an older checkpoint.
         checkpoint: For messages.
-        find: The class that a path names; None for one that is not to be imported.
+        find: Returns the class that a path names; None for one that must not be imported.
 
     Raises:
         ConfigError: A hub id of the config is the name of a folder here.

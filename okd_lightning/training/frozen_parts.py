@@ -1,8 +1,8 @@
-"""The FrozenPartsModule: which weights of a module others may copy, average and change.
+"""The FrozenPartsModule: which weights of a module callbacks may copy, average and change.
 
 A teacher stays registered, so that it moves and is restored with the module. Callbacks that average
-weights deep-copy the module, and those that prune it take every weight that it lists; neither may
-copy or touch what is frozen.
+weights deep-copy the module, and those that prune it change every weight that it lists; neither may
+copy or change frozen weights.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor, nn
 class FrozenPartsModule(lightning.LightningModule):
     """Shares frozen tensors with its deep copies; hides them from callbacks that change weights.
 
-    From callbacks' ``setup`` on until the module's own, ``modules()``, ``parameters()`` and
-    ``buffers()`` list only what is trained, in the other modules of a frozen model nothing: what a
-    callback chooses there is never the teacher or an adapter's base. Where the module is
-    deep-copied meanwhile (weight averaging), it stays so until ``teardown``, for the module and its
-    copy alike, because averaging pairs their parameters by position.
+    From callbacks' ``setup`` until the module's own, ``modules()``, ``parameters()`` and
+    ``buffers()`` list only trained parts, so a callback never gets the teacher or an adapter's
+    base. If the module is deep-copied in this time (weight averaging), this stays so until
+    ``teardown``, for the module and its copy alike, because averaging pairs their parameters by
+    position.
 
     Attributes:
-        shared_by_copies: Names of attributes that a deep copy shares, beside frozen tensors.
+        shared_by_copies: Names of attributes that a deep copy shares, besides frozen tensors.
     """
 
     student: nn.Module | None
@@ -41,27 +41,27 @@ class FrozenPartsModule(lightning.LightningModule):
         self._left_alone: frozenset[int] = frozenset()
 
     def list_trained_parts(self) -> None:
-        """List only what is trained, from here on until ``list_all_parts``."""
+        """List only trained parts, until ``list_all_parts``."""
         self._lists_trained_parts, self._was_copied = True, False
 
     def list_all_parts(self, is_run_over: bool = False) -> None:
-        """List everything, unless a copy is being averaged in this run."""
+        """List all parts, unless a copy is being averaged in this run."""
         if is_run_over or not self._was_copied:
             self._lists_trained_parts = self._was_copied = False
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """All modules; see the class for when those that hold nothing trained are left out."""
+        """Yield all modules; see the class for when those without trained parts are omitted."""
         hidden = self._frozen_modules() if self._lists_trained_parts else frozenset()
         for name, module in super().named_modules(memo, prefix, remove_duplicate):
             if id(module) not in hidden:
                 yield name, module
 
     def _frozen_modules(self) -> frozenset[int]:
-        """Ids of modules with parameters none of which is trained, and of PEFT's wrapping layers.
+        """Return the ids of fully frozen modules with parameters, and of PEFT's wrapping layers.
 
-        A wrapping layer shows its base's weight as its own; its trained parts are modules in it.
+        A wrapping layer lists its base's weight as its own; its trained parts are modules in it.
         """
         hidden: set[int] = set()
 
@@ -80,10 +80,10 @@ class FrozenPartsModule(lightning.LightningModule):
         return frozenset(hidden)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Copy what is trained; share frozen tensors, and what does not belong to the weights.
+        """Copy trained parts; share frozen tensors and ``shared_by_copies``.
 
         A copy within a run shares the parameter objects and never moves them. Any other copy has
-        parameters of its own in the same memory, so that it can be moved.
+        its own parameters in the same memory, so that it can be moved.
         """
         is_running, shared = self._is_running, self._frozen_tensors()
         for tensor in shared:
@@ -118,7 +118,7 @@ class FrozenPartsModule(lightning.LightningModule):
         return [tensor for tensors in named for tensor in tensors if tensor is not None]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or convert; a copy within a run leaves the original's tensors alone."""
+        """Move or convert; a copy within a run does not change the original's tensors."""
         left_alone = self._left_alone
         if not left_alone:
             return super()._apply(fn, recurse)
@@ -126,10 +126,10 @@ class FrozenPartsModule(lightning.LightningModule):
 
 
 def own_memory(parameters: Iterable[nn.Parameter]) -> None:
-    """Take what is to be trained out of memory that processes share.
+    """Move trained parameters out of memory that processes share.
 
-    ddp_spawn hands a model in memory to every process in shared memory, where each one's optimizer
-    would step the weights of all.
+    ddp_spawn passes a model to every process in shared memory, where each process's optimizer would
+    step the weights of all.
     """
     for parameter in parameters:
         if parameter.device.type == "cpu" and parameter.is_shared():

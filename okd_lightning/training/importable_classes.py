@@ -1,7 +1,7 @@
-"""Classes by their import paths: those that anybody may name, and what their parameters take.
+"""Classes by their import paths: which a config may name, and what their parameters accept.
 
-Owns which packages are known, how a path is resolved without importing anything else, and what an
-annotation says about a text in its place.
+Owns which packages are known, how a path is resolved without importing anything else, and how an
+annotation restricts a text in its place.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _KINDS = (
     *(Accelerator, Callback, CheckpointIO, ClusterEnvironment, LayerSync, Precision, Profiler),
     *(Strategy, CSVLogger, TensorBoardLogger, Optimizer, LRScheduler, PeftConfig),
 )
-"""What is taken of other packages: no loggers that send, and no functions."""
+"""Accepted classes of other packages: no loggers that send data, and no functions."""
 
 _PLAIN = (str, bytes, int, float, complex, os.PathLike, datetime.timedelta, enum.Enum, type(None))
 _CONTAINERS = (
@@ -50,14 +50,14 @@ _CONTAINERS = (
 
 
 def allowed_class(path: str) -> type | None:
-    """The class of a known package that ``path`` names, by its full path or by its name alone.
+    """Return the class of a known package that ``path`` names, by its full path or its name alone.
 
     Args:
         path: ``okd_lightning.callbacks.KD``, or ``KD`` for a class that is imported already.
 
     Returns:
-        None for what is no class, is defined elsewhere, or is of a kind that no config builds.
-        Nothing outside of the known packages is imported.
+        None for something that is not a class, is defined elsewhere, or is of a kind that no config
+        builds. Nothing outside of the known packages is imported.
     """
     if path.isidentifier():
         found = _named_here(path)
@@ -71,13 +71,13 @@ def allowed_class(path: str) -> type | None:
 
 
 def class_here(path: str) -> type | None:
-    """The class that a trusted ``path`` names, imported from wherever it is; None without one."""
+    """Return the class that a trusted ``path`` names, imported from anywhere; None without one."""
     found = allowed_class(path) if path.isidentifier() else _resolved(path)
     return found if isinstance(found, type) else None
 
 
 def parameter_types(kind: Any) -> Mapping[str, Any] | None:
-    """What takes the entries of a mapping in the place of ``kind``.
+    """Return the types of a mapping's entries where the mapping is given for ``kind``.
 
     Args:
         kind: A class, or an annotation.
@@ -94,14 +94,14 @@ def parameter_types(kind: Any) -> Mapping[str, Any] | None:
     if len(classes) != 1:
         return {}
     built: Any = classes[0]
-    for annotated in (built.__init__, built):  # a dataclass's own names are its class's
+    for annotated in (built.__init__, built):  # a dataclass's fields are annotated on the class
         with contextlib.suppress(NameError, TypeError, AttributeError, SyntaxError):
             return typing.get_type_hints(annotated)
     return {}
 
 
 def accepts_only_data(annotation: Any) -> bool:
-    """Whether no value in the place of ``annotation`` is imported or built: texts, numbers, Any."""
+    """Return whether a value for ``annotation`` is never imported or built: texts, numbers, Any."""
     if annotation is None:
         return False
     found = list(leaves(annotation))
@@ -109,7 +109,7 @@ def accepts_only_data(annotation: Any) -> bool:
 
 
 def leaves(annotation: Any) -> Iterator[Any]:
-    """The types in an annotation, without unions, containers and literals around them."""
+    """Yield the types in an annotation, without unions, containers and literals around them."""
     origin = typing.get_origin(annotation)
     if origin is Literal or annotation is Ellipsis:
         return
@@ -125,7 +125,7 @@ def _is_plain(leaf: Any) -> bool:
 
 
 def _is_known(path: str) -> bool:
-    """Whether a path begins with a known package; the shelf only where it is this library's."""
+    """Return whether a path begins with a known package; ``callbacks`` only if it is our folder."""
     if _is_within(path, _SHELF):
         return _has_own_shelf()
     return any(_is_within(path, package) for package in (_OWN, *_OTHERS))
@@ -136,7 +136,7 @@ def _is_within(path: str, package: str) -> bool:
 
 
 def _has_own_shelf() -> bool:
-    """Whether ``callbacks`` is the folder beside this package, not one of the current folder."""
+    """Return whether ``callbacks`` is the folder next to this package, not another one."""
     loaded = sys.modules.get(_SHELF)
     try:
         spec = loaded.__spec__ if loaded is not None else importlib.util.find_spec(_SHELF)
@@ -148,7 +148,7 @@ def _has_own_shelf() -> bool:
 
 
 def _resolved(path: str) -> Any:
-    """What an import path names: an attribute of a module, or of a class in one."""
+    """Return the object of an import path: an attribute of a module, or of a class in one."""
     module, _, name = path.rpartition(".")
     names = [name]
     while module:
@@ -165,7 +165,7 @@ def _resolved(path: str) -> Any:
 
 
 def _named_here(name: str) -> Any:
-    """A class of a known package by its own name, where its module is imported already."""
+    """Return a class of a known package by its name alone, if its module is imported already."""
     known = [module for path, module in sorted(sys.modules.items()) if _is_known(path)]
     found = [vars(module).get(name) for module in known if module is not None]
     return next((kind for kind in found if isinstance(kind, type)), None)

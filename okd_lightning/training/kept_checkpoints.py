@@ -1,7 +1,7 @@
-"""What a resumed ModelCheckpoint believes it has kept: files of its own folder, and no others.
+"""Files that a resumed ModelCheckpoint may remove: those of its own folder only.
 
-The state of a ModelCheckpoint names files that it removes when better ones come. In a run that was
-moved they are in another folder now; in a checkpoint of somebody else they could be anything.
+The state of a ModelCheckpoint names files that it removes when better ones come. In a moved run
+they are in another folder; in a foreign checkpoint they could be any files.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
 
 
 def settle_kept(trainer: lightning.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Look for the files that ModelCheckpoints have kept in their folders, by name.
+    """Find the files that ModelCheckpoints have kept in their folders, by name.
 
-    A state whose files are in none of them is left out: that folder begins anew.
+    A state whose files are not in its folder is dropped: that callback starts again.
 
     Args:
         trainer: With its callbacks set up.
@@ -37,12 +37,12 @@ def settle_kept(trainer: lightning.Trainer, checkpoint: dict[str, Any]) -> None:
 
 
 def _in_folder(folder: Any, state: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A state whose paths are in ``folder``; None where its files are not there."""
+    """Return a state with its paths in ``folder``; None where its files are not there."""
 
     def here(path: object) -> str:
         return str(Path(folder) / Path(str(path)).name) if path else ""
 
-    if folder is None or "://" in str(folder):  # not looked at: taken where nothing has moved
+    if folder is None or "://" in str(folder):  # remote: kept only where nothing has moved
         return dict(state) if _is_within(folder, state) else None
     kept = {here(path): value for path, value in state.get("best_k_models", {}).items()}
     has_moved = state.get("dirpath") != folder

@@ -1,4 +1,4 @@
-"""How messages reach people: Lightning's beside a progress bar, and text of data on a terminal."""
+"""Messages for users: Lightning's above a progress bar, and data's text on a terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.segment import Segment
 from okd_lightning.errors import one_line, printable
 
 _EXPECTED_WARNINGS = (
-    r"Found \d+ module\(s\) in eval mode",  # the teacher: it stays in eval mode on purpose
+    r"Found \d+ module\(s\) in eval mode",  # the teacher stays in eval mode on purpose
     r".*isinstance\(treespec, LeafSpec\).*",  # Lightning's own use of torch's pytree
     r".*does not have many workers.*",  # rollouts and tokenized rows need no worker processes
     r"Checkpoint directory .* exists and is not empty",  # a resumed run's own
@@ -26,18 +26,18 @@ _EXPECTED_WARNINGS = (
     r".*`is_gradient_checkpointing` is deprecated.*",  # PEFT's use of transformers
     r"(?s).*JsonargparseDeprecationWarning",  # Lightning's use of jsonargparse ...
     r"(?s).*instantiate_classes.*deprecated",  # ... in instantiate_classes
-    r"(?s).*skip_none parameter was deprecated",  # ours, for versions that know no skip_unset
+    r"(?s).*skip_none parameter was deprecated",  # ours, for versions without skip_unset
 )
 
 _LOGGERS = ("lightning.pytorch", "lightning.fabric")
 
 
 class PrintableConsole(Console):
-    """A console on which nothing that is printed can steer the terminal, and no text is markup.
+    """A console on which printed text cannot control the terminal, and no text is markup.
 
-    What is styled is a ``rich.text.Text``: in a string, [/INST] and [bold] are what they are. What
-    rich itself makes (colours, cursor moves) is in a segment's style and control codes; its
-    text is what was given.
+    Styled text is a ``rich.text.Text``: in a string, [/INST] and [bold] stay as they are. Rich's
+    own colours and cursor moves are in a segment's style and control codes; its text is the given
+    text.
 
     Args:
         settings: Of rich's Console.
@@ -49,7 +49,7 @@ class PrintableConsole(Console):
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """The segments of ``renderable``, their text as ``printable`` leaves it."""
+        """Yield the segments of ``renderable``, with their text made ``printable``."""
         for segment in super().render(renderable, options):
             text = segment.text
             is_plain = segment.control is not None or text.isprintable()
@@ -57,27 +57,27 @@ class PrintableConsole(Console):
 
 
 class _CurrentStderr(logging.StreamHandler[TextIO]):
-    """Writes to what ``sys.stderr`` is at that moment, such as a bar that makes room."""
+    """Writes to the current ``sys.stderr``, such as a progress bar's."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
 
     @property
     def stream(self) -> TextIO:  # type: ignore[override]
-        """Wherever standard error goes now."""
+        """The current standard error."""
         return sys.stderr
 
 
 def _make_printable(record: logging.LogRecord) -> bool:
-    """A filter that passes every message on, without what would steer the terminal."""
+    """Make a record printable; as a logging filter, pass all records."""
     record.msg, record.args = printable(record.getMessage(), keep="\n\t"), ()
     return True
 
 
 def keep_messages_printable() -> None:
-    """Have no message of Lightning's loggers, which are ours too, steer the terminal.
+    """Make messages of Lightning's loggers, which we use too, printable.
 
-    Nor any of transformers', which quote what they find in a model's settings.
+    Also those of transformers, which quote text of a model's settings.
     """
     for name in ("lightning", *_LOGGERS, "transformers"):
         for handler in logging.getLogger(name).handlers:
@@ -85,10 +85,10 @@ def keep_messages_printable() -> None:
 
 
 def follow_stderr() -> None:
-    """Have Lightning's messages go to ``sys.stderr`` as it is when they are written.
+    """Make Lightning's messages go to ``sys.stderr`` as it is when they are written.
 
-    Its handlers keep the stream of the time of import: what they write tears a progress bar apart,
-    which puts a stream of its own in that place to write above itself.
+    Its handlers keep the stream of the time of import. Their output would break a progress bar,
+    which replaces ``sys.stderr`` to write above itself.
     """
     for name in ("lightning", *_LOGGERS):
         logger = logging.getLogger(name)
@@ -100,7 +100,7 @@ def follow_stderr() -> None:
 
 @contextmanager
 def only_warnings() -> Iterator[None]:
-    """Within it Lightning's loggers pass on warnings and worse; behind it they are as before."""
+    """Let Lightning's loggers pass only warnings and errors; restore their levels at the end."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -113,7 +113,7 @@ def only_warnings() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Switch off what the libraries print that a user of ours can do nothing about."""
+    """Disable output of libraries that a user cannot act on."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
@@ -128,7 +128,7 @@ def quiet_libraries() -> None:
 def _format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None
 ) -> str:
-    """Our own warnings without the place in our source that gave them."""
+    """Format our own warnings without their place in our source."""
     if Path(__file__).parents[1] in Path(filename).parents:
         return f"okd-lightning: warning: {one_line(str(message))}\n"
     text = printable(str(message), keep="\n")

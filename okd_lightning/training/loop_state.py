@@ -1,9 +1,9 @@
-"""Where a checkpoint's run goes on: Lightning's counters, in the forms that it resumes correctly.
+"""Lightning's loop counters in a checkpoint, in forms from which it resumes correctly.
 
 Lightning repairs the counters of a checkpoint by guessing in which hook it was written, and guesses
-wrong at an epoch's end, before a rollout and before a validation. Here a loaded checkpoint is
-brought into one of three forms: in the middle of an epoch behind a whole optimizer step, at an
-epoch's start, or before a validation that is still due.
+wrong at an epoch's end, before a rollout and before a validation. This module brings a loaded
+checkpoint into one of three forms: within an epoch after a whole optimizer step, at an epoch's
+start, or before a validation that is still due.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import lightning
 from okd_lightning.errors import ConfigError
 
 STOPPED = "okd_lightning_stopped"
-"""Where a checkpoint says that its run was stopped, and whether a validation is still due."""
+"""Key of a checkpoint for whether its run was stopped, and whether a validation is still due."""
 
 
 def settle_loops(checkpoint: dict[str, Any], accumulate_grad_batches: int) -> None:
-    """Bring a loaded checkpoint's counters into a form that goes on correctly, in place.
+    """Bring a loaded checkpoint's counters into a form that resumes correctly, in place.
 
     Args:
-        checkpoint: As loaded; one without loops is left alone.
-        accumulate_grad_batches: Micro-batches an optimizer step in this run.
+        checkpoint: As loaded; one without loops is not changed.
+        accumulate_grad_batches: Micro-batches per optimizer step in this run.
     """
     loop = checkpoint.get("loops", {}).get("fit_loop")
     if loop is None:
         return
     epochs = loop["epoch_progress"]
-    # a resumed run counts the epoch that it begins in `total` alone, so that `current` lags behind
+    # Lightning counts the epoch that a resumed run begins in `total` alone: `current` is one less
     epochs["current"] = dict(epochs["total"])
     saved = checkpoint["okd_lightning"].get("accumulate", accumulate_grad_batches)
     _rescale(loop["epoch_loop.batch_progress"], saved, accumulate_grad_batches)
@@ -52,10 +52,10 @@ def settle_loops(checkpoint: dict[str, Any], accumulate_grad_batches: int) -> No
 
 
 def record_hparams(module: lightning.LightningModule, settings: Mapping[str, Any]) -> list[str]:
-    """Make settings a module's hyper-parameters, which Lightning hands to every logger.
+    """Make settings a module's hyper-parameters, which Lightning passes to every logger.
 
-    Those that a subclass has saved itself stay. (``save_hyperparameters`` takes what the
-    constructor's frame holds, and there is none here.)
+    Those that a subclass has saved itself stay. (``save_hyperparameters`` reads the constructor's
+    frame, which does not exist here; so private attributes are set.)
 
     Returns:
         The names that were added.
@@ -68,7 +68,7 @@ def record_hparams(module: lightning.LightningModule, settings: Mapping[str, Any
 
 
 def _open_epoch(checkpoint: dict[str, Any]) -> None:
-    """Lightning takes the epoch in which ``max_steps`` were done for a whole one."""
+    """Mark the epoch as unfinished: Lightning counts one that ``max_steps`` ended as whole."""
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]
     num_done = epochs["total"]["ready"] - 1
     for part in ("total", "current"):
@@ -79,8 +79,8 @@ def _open_epoch(checkpoint: dict[str, Any]) -> None:
 def close_epoch(checkpoint: dict[str, Any]) -> None:
     """Turn a checkpoint of an epoch's end, or of its first rollout, into one of its start.
 
-    Lightning's own repair miscounts epochs where the last validation was in the middle of the
-    epoch: a resumed run ends too early, and one that is resumed twice too late.
+    Lightning's own repair miscounts epochs where the last validation was within the epoch: a
+    resumed run ends too early, and one that is resumed twice too late.
     """
     loop = checkpoint["loops"]["fit_loop"]
     batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]
@@ -95,18 +95,18 @@ def close_epoch(checkpoint: dict[str, Any]) -> None:
 
 
 def count_steps(trainer: lightning.Trainer, num_done: int) -> None:
-    """Tell Lightning's loggers how many optimizer steps were done; it counts resumed ones twice."""
+    """Set the step that Lightning's loggers use; Lightning counts resumed steps twice."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = num_done
 
 
 def begin_step(trainer: lightning.Trainer) -> None:
-    """Before an optimizer step: count those done; validation comes behind whole steps.
+    """Prepare an optimizer step: set its logged number; round validation up to whole steps.
 
-    Its interval is rounded up to them. Lightning's own is in micro-batches: a checkpoint of a
-    validation within a step has lost the gradient of the step's first ones.
+    Lightning's own interval is in micro-batches: a checkpoint of a validation within a step would
+    lack the gradient of the step's first micro-batches.
 
     Raises:
-        ConfigError: An interval of time, which ends anywhere.
+        ConfigError: An interval of time, which can end within a step.
     """
     count_steps(trainer, trainer.global_step)
     accumulate = trainer.accumulate_grad_batches
@@ -121,7 +121,7 @@ def begin_step(trainer: lightning.Trainer) -> None:
 
 
 def _before_validation(loop: dict[str, Any]) -> None:
-    """What Lightning takes for a run that was stopped within validation: it begins that again."""
+    """Set the state of a run that was stopped within validation, so that Lightning repeats it."""
     batches = loop["epoch_loop.batch_progress"]
     for part in ("current", "total"):
         batches[part]["completed"] = batches[part]["processed"]
@@ -132,18 +132,19 @@ def _before_validation(loop: dict[str, Any]) -> None:
 
 
 def _behind_validation(loop: dict[str, Any]) -> None:
-    """The last validation is done; one that a resumed run began again counts as begun for ever."""
+    """Mark the last validation as done; Lightning counts a repeated one as begun but not ended."""
     validation = loop["epoch_loop.val_loop.batch_progress"]
     for part in ("current", "total"):
         validation[part] = dict.fromkeys(validation[part], validation[part]["completed"])
 
 
 def _rescale(batches: dict[str, Any], saved: int, accumulate: int) -> None:
-    """Count in this run's micro-batches; checkpoints stand between optimizer steps."""
+    """Convert counters to this run's micro-batches; checkpoints are between optimizer steps."""
     if saved == accumulate:
         return
     for part in ("current", "total"):
         is_open = batches[part]["processed"] - batches[part]["completed"]
+        # -(-a // b) rounds up
         steps = {name: -(-number // saved) for name, number in batches[part].items()}
         batches[part] = {name: number * accumulate for name, number in steps.items()}
         batches[part]["completed"] = batches[part]["processed"] - is_open

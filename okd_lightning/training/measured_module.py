@@ -1,4 +1,4 @@
-"""The MeasuredModule: what validation, test and predict compute, in every run alike."""
+"""The MeasuredModule: measures of validation, test and predict, equal in every run."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ class MeasuredModule(PairModule):
         self.evaluation = measure_metrics()
 
     def validation_step(self, batch: DistillBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Divergences to the base teacher at temperature 1 (nats a token), on one batch."""
+        """Measure divergences to the base teacher at temperature 1, in nats per token."""
         self._evaluate("val", batch, dataloader_idx)
 
     def test_step(self, batch: DistillBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """The same measures on the test set."""
+        """Compute the measures of validation on the test set."""
         self._evaluate("test", batch, dataloader_idx)
 
     def on_validation_epoch_start(self) -> None:
-        """Start the measures anew."""
+        """Reset the measures."""
         self._reset_measures()
 
     def on_test_epoch_start(self) -> None:
-        """Start the measures anew."""
+        """Reset the measures."""
         self._reset_measures()
 
     def _reset_measures(self) -> None:
-        """In the mode of this loop: what inference mode left behind cannot be updated outside."""
+        """Reset in this loop's mode: inference tensors cannot be updated outside inference mode."""
         for metric in self.evaluation.values():
             cast(Metric, metric).reset()
 
@@ -70,11 +70,11 @@ class MeasuredModule(PairModule):
     def predict_step(
         self, batch: DistillBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> list[dict[str, Any]]:
-        """Prompt and generated response of every row, as text."""
+        """Return prompt and generated response of every row, as text."""
         return generation_records(batch, self.decode)
 
     def on_validation_start(self) -> None:
-        """What is measured is logged at the step that the weights are of, resumed or loaded."""
+        """Log measures at the step of the weights, resumed or loaded."""
         if not self.trainer.sanity_checking:
             count_steps(self.trainer, max(0, (self.trainer.global_step or self._loaded_step) - 1))
 

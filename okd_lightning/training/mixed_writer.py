@@ -1,4 +1,4 @@
-"""Student and teacher write together: every token is drawn from a mixture of both."""
+"""Generation by student and teacher together: every token is sampled from a mixture of both."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from okd_lightning.training.pair_module import PairModule
 
 
 class MixedWriter:
-    """Writes the student's responses from α q + (1-α) p, token by token (arXiv 2306.08543, Eq. 4).
+    """Samples the student's responses from α q + (1-α) p, token by token (arXiv 2306.08543, Eq. 4).
 
     The rollout's log-probs are the mixture's, so that an importance ratio corrects for it. Both
-    models read the student's prompt. A method hands it out in ``wrap_writer``.
+    models read the student's prompt. A method returns this writer from ``wrap_writer``.
 
     Args:
         module: Student and teacher.
         share: α, strictly between 0 and 1; q is the teacher's distribution.
-        writer: Writes everything else.
+        writer: Generates all other responses.
 
     Raises:
         ConfigError: ``share`` is outside (0, 1).
@@ -45,10 +45,10 @@ class MixedWriter:
         max_new_tokens: int,
         progress: Progress | None = None,
     ) -> Rollout:
-        """See ``Writer.write``.
+        """Generate responses; see ``Writer.write``.
 
         Raises:
-            ConfigError: There is no second model, tools answer between the turns, or an engine that
+            ConfigError: There is no second model, tools are called between the turns, or the engine
                 cannot mix.
         """
         call = (prompts, sampling, generator, max_new_tokens, progress)

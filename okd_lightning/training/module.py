@@ -1,6 +1,6 @@
 """The DistillationModule: terms, the one training step, validation, and state.
 
-Wiring only: both models are held by ``pair_module``, the mathematics is in ``divergences`` and
+Wiring only: ``pair_module`` holds both models, the mathematics is in ``divergences`` and
 ``losses``, the data in ``rollouts`` and ``data``, and a method is a callback that registers its
 term here. All of Lightning's hooks stay free for a subclass.
 """
@@ -67,59 +67,57 @@ from okd_lightning.training.step_terms import (
 
 
 class DistillationModule(OptimizedModule):
-    """A student that learns from a teacher by whatever method callbacks the Trainer holds.
+    """A student that learns from a teacher by the Trainer's method callbacks.
 
     Args:
-        student: Folder, hub id (org/name or org/name@revision), PEFT folder (merged into its
-            base), .gguf file, or a config to start from random weights: a mapping with model_type
-            and that architecture's fields. From Python also a model: of a PeftModel the adapter is
-            trained; docs/concepts/models.md.
+        student: Folder, hub id (org/name or org/name@revision), PEFT folder (merged into its base),
+            .gguf file, or a config to start from random weights: a mapping with model_type and that
+            architecture's fields. From Python also a model (the adapter of a PeftModel is trained);
+            docs/concepts/models.md.
         teacher: The same for the teacher; none for plain SFT.
-        tokenizer: Folder or hub id of the tokenizer; by default the student's, else the
-            teacher's.
-        learning_rate: After warm-up; 5e-5 by default, or the own one of ``optimizer``.
-        weight_decay: Of matrices only (not of biases and norms); 0 by default, or the own one of
+        tokenizer: Folder or hub id of the tokenizer; the student's by default, else the teacher's.
+        learning_rate: After warm-up; 5e-5 by default, or the one set in ``optimizer``.
+        weight_decay: Of matrices only (not of biases and norms); 0 by default, or the one set in
             ``optimizer``.
         warmup_steps: Optimizer steps over which the learning rate rises.
-        schedule: What the learning rate does after warm-up.
-        optimizer: Another optimizer than AdamW: a class path, or in Python a function of parameter
+        schedule: Course of the learning rate after warm-up.
+        optimizer: Optimizer instead of AdamW: a class path, or in Python a function of parameter
             groups. learning_rate and weight_decay are its lr and weight_decay.
-        lr_scheduler: A scheduler class path in place of schedule and warmup_steps; it advances with
+        lr_scheduler: Scheduler class path instead of schedule and warmup_steps; advances with
             optimizer steps.
-        dtype: Number format of the student's weights; a loaded model keeps its own. float64 serves
-            comparisons of runs.
+        dtype: Number format of the student's weights; a loaded model keeps its own. float64 is for
+            comparing runs.
         teacher_dtype: Number format of the teacher's weights; by default ``dtype``.
-        attn_implementation: Attention of the models that are loaded, such as sdpa.
+        attn_implementation: Attention implementation of loaded models, such as sdpa.
         gradient_checkpointing: Recompute activations in the backward pass: the student's, and the
-            teacher's where an online module on it trains.
-        student_adapter: A PEFT config (such as LoraConfig): the student's own weights stay
-            frozen and the adapter is trained.
+            teacher's where its online module is trained.
+        student_adapter: A PEFT config (such as LoraConfig): the student's weights stay frozen and
+            the adapter is trained.
         self_teacher: The student is its own teacher: "frozen" as it was at the start (with a
             student_adapter: its base), "ema" as the exponential moving average of its trained
-            weights, "live" as it is, without dropout and gradient. It needs prompts of its own to
-            know more than the student: data.teacher_prompt_template.
-        ema_decay: Share of the moving average that an optimizer step keeps, between 0 and 1;
-            0.99 by default.
-        tile_positions: Positions whose logits are held at once in the loss; by default chosen from
-            the size of the vocabulary.
-        packing: Lay several rows of a micro-batch end to end, so that next to no padding is
-            computed, where a model can read them so.
+            weights, "live" as it is, without dropout and gradient. To know more than the student,
+            give it its own prompts: data.teacher_prompt_template.
+        ema_decay: Share of the moving average that an optimizer step keeps, between 0 and 1; 0.99
+            by default.
+        tile_positions: Positions per tile of the loss, whose logits are in memory at once; by
+            default chosen from the vocabulary size.
+        packing: Concatenate rows of a micro-batch to avoid padding, where the model supports it.
         compile_blocks: Compile the blocks of both models with torch.compile, for training and
-            measuring; costs seconds to a minute at the start, and needs a C++ compiler on a CPU.
-        teacher_cache: A folder, or settings: what the teacher says about given responses is written
-            there once, and trained from without the teacher in memory.
-        teacher_server: An address, or settings: the teacher is asked on a server; docs/vllm.md.
-        engine: What writes the student's responses in place of the built-in engine, such as
+            measuring; takes seconds to a minute at the start, and needs a C++ compiler on a CPU.
+        teacher_cache: A folder, or settings: the teacher's top-k log-probabilities of dataset
+            responses are written there once; training reads them, without the teacher in memory.
+        teacher_server: An address, or settings: the teacher runs on a server; docs/vllm.md.
+        engine: Generates the student's responses instead of the built-in engine, such as
             VLLMServer; docs/vllm.md.
-        normalization: What the sum over the student's sampled responses is divided by: their number
-            times the mean length of earlier rollout batches (running_mean), times
-            data.max_response_length (constant) or times a number that is given; or their tokens
-            (token_mean, which biases a step of few rollouts); docs/concepts/losses.md.
+        normalization: Divisor of the sum over on-policy samples: their number times the mean length
+            of earlier rollout batches (running_mean), times data.max_response_length (constant) or
+            times a number; or their tokens (token_mean, which biases a step of few rollouts);
+            docs/concepts/losses.md.
 
     Raises:
         ConfigError: A number out of its range, or no tokenizer.
         ModelError: A model or tokenizer that cannot be loaded.
-        VocabularyError: Tokenizers that do not agree.
+        VocabularyError: Tokenizers that differ.
     """
 
     shared_by_copies = (*OptimizedModule.shared_by_copies, "terms", "_checked", "_constructed_with")
@@ -189,8 +187,8 @@ class DistillationModule(OptimizedModule):
         self.strict_loading = False  # frozen weights are not in checkpoints; see on_load_checkpoint
         self.ema_decay = DEFAULT_EMA_DECAY if ema_decay is None else ema_decay
         self.run_config: str | None = None
-        self.resume_flag = ""  # what a printed command needs to go on from this run's checkpoints
-        self.started_in: str | None = None  # what relative paths of that config are relative to
+        self.resume_flag = ""  # that a printed command needs to resume this run
+        self.started_in: str | None = None  # base of the config's relative paths
         self._terms_of: int | None = None
         self._step_sums: dict[str, Tensor] = {}
         self.measured_before: dict[str, float] = {}  # by the last validation before a resume
@@ -199,12 +197,12 @@ class DistillationModule(OptimizedModule):
     # ---------------------------------------------------------------- setting up
 
     def add_term(self, term: Term) -> None:
-        """Take a method's term into the loss; callbacks call this at ``setup``.
+        """Add a method's term to the loss; callbacks call this at ``setup``.
 
         Raises:
-            ConfigError: Two terms of one name, or a term that needs a teacher where none is given.
+            ConfigError: Two terms of one name, or a term that needs a teacher where there is none.
         """
-        if self._terms_of != id(self._trainer):  # what a run that failed has left behind
+        if self._terms_of != id(self._trainer):  # drop the terms of another Trainer's failed run
             self.terms, self._terms_of = [], id(self._trainer)
         if any(term is known for known in self.terms):
             return
@@ -216,7 +214,7 @@ class DistillationModule(OptimizedModule):
         self.terms.append(term)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Bring the safeguards that the Trainer has none of; put what builds the models first."""
+        """Return the safeguards that the Trainer lacks; move ModelsFirst to the front."""
         trainer = self._trainer
         present: list[Callback] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
         if trainer is not None:
@@ -224,13 +222,13 @@ class DistillationModule(OptimizedModule):
         return [kind() for kind in SAFEGUARDS if not any(isinstance(c, kind) for c in present)]
 
     def teardown(self, stage: str) -> None:
-        """Forget the terms, so that another Trainer can bring its own."""
+        """Remove the terms, so that another Trainer can add its own."""
         self.terms, self._checked = [], []
 
     # ---------------------------------------------------------------- training
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Lightning's own, and a moving-average teacher goes along, once an optimizer step."""
+        """Step; then update a moving-average teacher, once per optimizer step."""
         super().optimizer_step(*args, **kwargs)
         if self.self_teacher == "ema":
             assert self.teacher is not None
@@ -238,7 +236,7 @@ class DistillationModule(OptimizedModule):
             follow(self.teacher, self.student, self.ema_decay)
 
     def training_step(self, batch: DistillBatch, batch_idx: int) -> Tensor:
-        """Every term's sum over this micro-batch, divided by what the whole step counts."""
+        """Return this micro-batch's sum over terms, each over its divisor of the whole step."""
         trainer = self.trainer
         terms = acting_terms(
             self.terms,
@@ -257,7 +255,7 @@ class DistillationModule(OptimizedModule):
         return loss.total + self._idle_loss(terms)
 
     def _idle_loss(self, terms: Sequence[WeightedTerm]) -> Tensor:
-        """Zero, tied to the online module where nothing trains it in this step, as DDP expects."""
+        """Return 0, tied to an online module that no term trains in this step, as DDP expects."""
         idle = torch.zeros((), device=self.device)
         if not any(trains_teacher(weighted.term) for weighted in terms):
             for parameter in self.placement.tied_to_loss(self.trained_parameters(self.teacher)):
@@ -265,7 +263,7 @@ class DistillationModule(OptimizedModule):
         return idle
 
     def _log_step(self, batch: DistillBatch, sums: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Add up the micro-batches of a step and log at its last one."""
+        """Add up the metrics of a step's micro-batches and log them at the last one."""
         self.log_dict(dict(batch.metrics), batch_size=1)
         for name, value in sums.items():
             self._step_sums[name] = self._step_sums.get(name, torch.zeros_like(value)) + value
@@ -294,19 +292,20 @@ class DistillationModule(OptimizedModule):
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Self:
-        """A module with the models and weights of a checkpoint; both models are built.
+        """Return a module with the models and weights of a checkpoint; both models are built.
 
         Args:
             checkpoint_path: A file, or a sharded checkpoint's folder; always read weights-only.
             map_location: Device to move the module to; by default it stays on the CPU.
-            hparams_file: Not taken: checkpoints hold the constructor's arguments.
-            strict: Refuse unknown weights; frozen ones, which checkpoints lack, are not missing.
+            hparams_file: Refused: checkpoints hold the constructor's arguments.
+            strict: Refuse unknown weights; frozen weights are never missing, as checkpoints lack
+                them.
             weights_only: True or None.
-            kwargs: Arguments of the constructor in place of the checkpoint's.
+            kwargs: Arguments of the constructor that replace the checkpoint's.
 
         Raises:
-            CheckpointError: It cannot be read or rebuilt, is of another model, or names a server
-                and is not signed by this user.
+            CheckpointError: The checkpoint cannot be read or rebuilt, is of another model, or names
+                a server and is not signed by this user.
             ConfigError: ``hparams_file`` or ``weights_only=False``.
         """
         if hparams_file is not None or weights_only is False:
@@ -324,7 +323,7 @@ class DistillationModule(OptimizedModule):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What the module was constructed with, as a checkpoint keeps it."""
+        """Constructor arguments of the module, as a checkpoint stores them."""
         if self._arguments is None:
             self._arguments = stored_arguments(self._constructed_with)
         return self._arguments
@@ -357,7 +356,7 @@ class DistillationModule(OptimizedModule):
         self._loaded_step = checkpoint["global_step"]
 
     def on_fit_start(self) -> None:
-        """Say what is trained, and find or write the teacher's cache."""
+        """Report what is trained, and open or write the teacher's cache."""
         open_run(self, self.terms, self.learning_rate)
         rank_zero_info(one_line(self.run_settings or run_settings(self, self.trainer)))
 
@@ -367,7 +366,7 @@ class DistillationModule(OptimizedModule):
         super().on_train_start()
 
     def on_train_batch_start(self, batch: DistillBatch, batch_idx: int) -> None:
-        """Continue the random streams of a resumed run (dropout), once; log this step's alone."""
+        """Restore a resumed run's random streams (dropout), once; drop the last step's metrics."""
         if self._rng_to_restore is not None:
             set_rng_state(self._rng_to_restore)
             self._rng_to_restore = None

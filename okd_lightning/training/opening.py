@@ -1,4 +1,4 @@
-"""What a run says when training begins: what is trained, and where the teacher is."""
+"""Messages and checks at the start of training: trained parameters and the teacher's place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from okd_lightning.training.pair_module import PairModule
 
 
 def open_run(module: PairModule, terms: Sequence[Term], learning_rate: float) -> None:
-    """Say what is trained, warn of steps that will be lost to rounding, and open the cache.
+    """Report what is trained, warn of updates lost to rounding, and open the cache.
 
     Args:
         module: Inside a Trainer, with its models on their devices.
@@ -38,6 +38,6 @@ def open_run(module: PairModule, terms: Sequence[Term], learning_rate: float) ->
     if module.served_teacher is not None:
         module.served_teacher.connect()
     elif module.cache_in_use is not None:
-        prepare_cache(  # what can be packed is known when the teacher has been loaded
+        prepare_cache(  # packing is known once the teacher is loaded, so ``sides`` is read late
             module, module.trainer, terms, lambda model, read: module.sides.side(model, read)
         )

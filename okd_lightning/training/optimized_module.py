@@ -1,7 +1,7 @@
-"""The part of the DistillationModule that decides how far a step goes.
+"""The part of the DistillationModule that owns the optimizer.
 
-Owns the optimizer with its parameter groups, the schedules, gradient clipping, and what a resumed
-run takes of them from its own settings. The losses are ``module``'s business.
+Owns the optimizer with its parameter groups, the schedules, gradient clipping, and which of these
+settings a resumed run takes from its own config. ``module`` owns the losses.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ class Optimization:
     """The optimizer settings of a DistillationModule; see its arguments.
 
     Raises:
-        ConfigError: A number out of its range, an unknown schedule, or settings that exclude each
-            other.
+        ConfigError: A number out of its range, an unknown schedule, or settings that conflict.
     """
 
     learning_rate: float | None
@@ -68,17 +67,17 @@ class Optimization:
         check_own_scheduler(self.lr_scheduler, self.schedule, self.warmup_steps)
 
     def settled(self) -> OptimizerSettings:
-        """Learning rate, weight decay, optimizer and scheduler as the run has them."""
+        """Return learning rate, weight decay, optimizer and scheduler of the run."""
         return optimizer_settings(
             self.learning_rate, self.weight_decay, self.optimizer, self.lr_scheduler
         )
 
 
 class OptimizedModule(MeasuredModule):
-    """Both models of a distillation with the optimizer that trains them.
+    """Both models of a distillation, with their optimizer.
 
     Attributes:
-        learning_rate: Of the student, before the schedule.
+        learning_rate: The student's, before the schedule.
         weight_decay: Of the student's matrices.
         terms: The methods of the run.
         chosen_options: Command → options that the user chose for it; None in a run from Python.
@@ -95,18 +94,18 @@ class OptimizedModule(MeasuredModule):
         self.optimizer_factory = optimization.optimizer
         self.scheduler_factory = optimization.lr_scheduler
         self.terms: list[Term] = []
-        self._checked: list[Term] = []  # what acted in the last step
+        self._checked: list[Term] = []  # terms of the last step
         self._built_groups: list[dict[str, Any]] = []
         self._resumed: dict[str, Any] | None = None  # a checkpoint's optimizer settings
         self.chosen_options: Mapping[str, Mapping[str, Any]] | None = None
         self.run_settings: dict[str, Any] = {}
-        self.recorded: list[str] = []  # of these, what is in ``hparams`` and no user's own
+        self.recorded: list[str] = []  # names of ``run_settings`` that were added to ``hparams``
 
     def setup(self, stage: str) -> None:
-        """Record what decides this run, now that all methods are known."""
+        """Record the run's settings, once all methods are known."""
         super().setup(stage)
         if stage == "fit":
-            for name in self.recorded:  # of a fit before
+            for name in self.recorded:  # of an earlier fit
                 self.hparams.pop(name, None)
             self.run_settings = run_settings(self, self.trainer)
             self.recorded = record_hparams(self, self.run_settings)
@@ -139,7 +138,7 @@ class OptimizedModule(MeasuredModule):
         return configured
 
     def _online_schedule(self) -> RateSchedule | None:
-        """Return the online module's schedule: what it does not set is the student's."""
+        """Return the online module's schedule; settings that it lacks are the student's."""
         own = self.online_module
         if own is None:
             return None
@@ -161,8 +160,8 @@ class OptimizedModule(MeasuredModule):
     ) -> None:
         """Clip the student by the Trainer's value and the online module by its own norm.
 
-        An online module that no method trains in this step keeps no gradient: the optimizer leaves
-        it and its moments alone, and counts no step for it.
+        Gradients of an online module that no method trains in this step are removed: the optimizer
+        then skips its weights and moments, and counts no step for it.
         """
         own = self.online_module
         if not any(map(trains_teacher, self._checked)):
@@ -195,7 +194,7 @@ class OptimizedModule(MeasuredModule):
         self._resumed = {"settings": saved}
 
     def on_train_start(self) -> None:
-        """Apply this run's optimizer settings to what a resume has restored, once.
+        """Apply this run's optimizer settings to the state that a resume has restored, once.
 
         Lightning restores optimizer and schedule after ``configure_optimizers`` and before this.
         """

@@ -1,9 +1,9 @@
-"""Which optimizer and scheduler a run has, and which of two options decides a rate.
+"""Optimizer and scheduler of a run, and precedence between two options for one rate.
 
-``model.learning_rate`` and ``model.weight_decay`` are the defaults of an optimizer of the user's.
-Where the optimizer brings its own, these count; two different values are refused (those of a Python
-function cannot be told from its class's defaults: they count, and this is said). The description
-made here is part of a checkpoint, so that a resumed run knows what has changed.
+``model.learning_rate`` and ``model.weight_decay`` are the defaults of a user's optimizer. Values
+set in the optimizer itself override them. Two different given values are refused, except with a
+Python function, whose values cannot be told from its class's defaults: the function's count, with a
+message. The description made here is part of a checkpoint, so that a resumed run can see changes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class OptimizerSettings:
         optimizer: Class name.
         defaults: Its settings, with the run's learning rate and weight decay.
         scheduler: Class name; "schedule" for ``model.schedule`` with ``model.warmup_steps``.
-        scheduler_settings: The settings of a scheduler of the user's.
+        scheduler_settings: Settings of a user's scheduler.
     """
 
     optimizer: str
@@ -52,21 +52,21 @@ class OptimizerSettings:
 
     @property
     def learning_rate(self) -> float:
-        """Of the student, before the schedule."""
+        """The student's learning rate, before the schedule."""
         return float(self.defaults["lr"])
 
     @property
     def weight_decay(self) -> float:
-        """Of the student's matrices."""
+        """Weight decay of the student's matrices."""
         return float(self.defaults["weight_decay"])
 
     @property
     def has_own_scheduler(self) -> bool:
-        """Whether a class of the user's decides the learning rate."""
+        """True where a user's scheduler class sets the learning rate."""
         return self.scheduler != _OUR_SCHEDULE
 
     def to_dict(self) -> dict[str, Any]:
-        """Primitives, as a checkpoint holds them."""
+        """Return the settings as primitives, for a checkpoint."""
         return {
             "optimizer": self.optimizer,
             "defaults": dict(self.defaults),
@@ -81,11 +81,11 @@ def optimizer_settings(
     optimizer: OptimizerCallable | None = None,
     scheduler: LRSchedulerCallable | None = None,
 ) -> OptimizerSettings:
-    """Settle the learning rate and weight decay, and describe optimizer and scheduler.
+    """Resolve learning rate and weight decay, and describe optimizer and scheduler.
 
     Args:
         learning_rate: As the user gave it; None where it was not given.
-        weight_decay: The same.
+        weight_decay: As the user gave it; None where it was not given.
         optimizer: The user's optimizer; None for AdamW.
         scheduler: The user's scheduler; None for ``model.schedule``.
 
@@ -120,16 +120,16 @@ def check_own_scheduler(
     warmup_steps: int,
     method_settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Refuse settings of ``model.schedule`` beside a scheduler of the user's.
+    """Refuse settings of ``model.schedule`` together with a user's scheduler.
 
     Args:
-        scheduler: The user's; None for none.
+        scheduler: The user's, or None.
         schedule: model.schedule.
         warmup_steps: model.warmup_steps.
         method_settings: The online module's own schedule and warmup_steps.
 
     Raises:
-        ConfigError: Naming the setting that would do nothing.
+        ConfigError: There is such a setting; the message names it.
     """
     if scheduler is None:
         return
@@ -145,12 +145,12 @@ def check_own_scheduler(
 
 
 def _probe_groups() -> list[dict[str, Any]]:
-    """Two groups of parameters that no model has: matrices, as Muon takes no other shape."""
+    """Return two groups of dummy parameters: matrices, as Muon accepts no other shape."""
     return [{"params": [torch.nn.Parameter(torch.zeros(2, 2))]} for _ in range(2)]
 
 
 def _settled(key: str, given: float | None, probe: Optimizer, factory: OptimizerCallable) -> float:
-    """The value of one quantity that both the module and the optimizer have a setting for."""
+    """Return the value of a quantity that both the module and the optimizer have a setting for."""
     option, default = _RATES[key]
     if key not in probe.defaults:
         if given:
@@ -168,7 +168,7 @@ def _settled(key: str, given: float | None, probe: Optimizer, factory: Optimizer
         return float(own) if is_own or is_opaque else default
     if not is_own or float(own) == given:
         return given
-    if is_opaque:  # a function is a whole specification
+    if is_opaque:  # a function is a complete specification
         rank_zero_info(
             f"the optimizer's own {key} {float(own):g} counts; {option} {given:g} is ignored"
         )
@@ -180,7 +180,7 @@ def _settled(key: str, given: float | None, probe: Optimizer, factory: Optimizer
 
 
 def _brings(factory: OptimizerCallable, key: str, own: float, probe: Optimizer) -> bool:
-    """Whether a factory sets the value itself, and does not leave its class's default."""
+    """Return whether a factory sets the value itself, instead of using its class's default."""
     if isinstance(factory, functools.partial):
         return key in factory.keywords
     parameter = inspect.signature(type(probe)).parameters.get(key)

@@ -1,7 +1,7 @@
-"""The one optimizer of a run: its parameter groups and the schedules of their learning rates.
+"""The optimizer of a run: its parameter groups and their learning-rate schedules.
 
-Which of two options decides a rate is in ``optimizer_settings``; what a resumed run keeps of both
-is in ``training.resumed_rates``.
+``optimizer_settings`` decides between two options for one rate; ``training.resumed_rates`` decides
+what a resumed run keeps of both.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from okd_lightning.models.schedules import ScheduleName, schedule_factor
 
 @dataclass(frozen=True)
 class RateSchedule:
-    """How one side's learning rate goes.
+    """Learning-rate schedule of one side.
 
     Attributes:
-        name: What happens after warm-up.
+        name: Course after warm-up.
         warmup_steps: Optimizer steps of warm-up.
-        option: How the user named it, for messages.
-        start: Optimizer step at which it begins.
-        end: Optimizer step at which it has ended; None for the run's end.
+        option: Name of the user's option, for messages.
+        start: Optimizer step at which the schedule begins.
+        end: Optimizer step at which the schedule has ended; None for the run's end.
     """
 
     name: ScheduleName
@@ -43,11 +43,11 @@ class RateSchedule:
 
 
 DECAY, NO_DECAY, ONLINE_MODULE = "student/decay", "student/no_decay", "online_module"
-"""Names of the parameter groups: matrices, biases and norms, and what learns on the teacher."""
+"""Names of the parameter groups: matrices; biases and norms; the teacher's online module."""
 
 
 def float16_refusal(what: str) -> str:
-    """Why float16 weights are not trained, and what to do.
+    """Return a message: why float16 weights are not trained, and what to do.
 
     Args:
         what: Which weights, with an article.
@@ -74,12 +74,12 @@ def build_optimizer(
     its own learning rate and weight decay, so that these apply to any optimizer.
 
     Args:
-        student: Its parameters; frozen ones are left out.
-        online_module: The teacher's; only the online module's are trainable, if there is one.
+        student: The student's parameters; frozen ones are left out.
+        online_module: The teacher's parameters; only those of its online module are trainable.
         learning_rate: Of the student, before the schedule.
         weight_decay: Of matrices only, not of biases and norms; none on the online module.
         online_learning_rate: Of the online module; None for the student's.
-        factory: Another optimizer, called with the groups.
+        factory: Builds another optimizer from the groups.
 
     Raises:
         ConfigError: ``factory`` cannot be called with parameter groups, or weights to be trained
@@ -116,10 +116,10 @@ def build_optimizer(
 
 
 def called(factory: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimizer:
-    """The optimizer that a user's ``factory`` makes of parameter groups.
+    """Return the optimizer that a user's ``factory`` builds from parameter groups.
 
     Raises:
-        ConfigError: It raises, or returns something else.
+        ConfigError: The factory raises, or returns something else.
     """
     try:
         optimizer: Any = factory(groups)
@@ -136,9 +136,10 @@ def called(factory: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimize
 
 
 def with_scheduler(optimizer: Optimizer, factory: LRSchedulerCallable) -> OptimizerLRScheduler:
-    """Return what ``configure_optimizers`` returns, for a scheduler class of the user's.
+    """Return the value of ``configure_optimizers`` for a user's scheduler class.
 
-    It advances with optimizer steps; ``ReduceLROnPlateau`` at an epoch's end, by its monitor.
+    The scheduler advances with optimizer steps; ``ReduceLROnPlateau`` at an epoch's end, by its
+    monitor.
     """
     scheduler = factory(optimizer)
     config: OptimizerLRSchedulerConfig = {"optimizer": optimizer, "lr_scheduler": {}}  # type: ignore[typeddict-item]
@@ -160,22 +161,22 @@ def with_schedule(
     online_module: RateSchedule | None = None,
     online_parameters: Iterable[Parameter] = (),
 ) -> OptimizerLRScheduler:
-    """What ``configure_optimizers`` returns: schedules that advance with optimizer steps.
+    """Return the value of ``configure_optimizers``: schedules that advance with optimizer steps.
 
     Args:
-        optimizer: Whose rates are scheduled, each group's by its own side's schedule.
+        optimizer: Each of its groups gets its own side's schedule.
         student: Of the student's groups.
-        total_steps: Asked from the first step on and not before: to answer, Lightning loads the
-            training data, and if it did so before it has restored a checkpoint's state of them, a
-            resumed run would begin them anew.
+        total_steps: Called only from the first step on. Lightning loads the training data to return
+            it; before Lightning has restored their state from a checkpoint, this would make a
+            resumed run start the data from the beginning.
         online_module: Of the groups of ``online_parameters``; None for the student's.
-        online_parameters: What ``optimizer`` trains of the teacher.
+        online_parameters: Trained parameters of the teacher.
     """
     online = {id(parameter) for parameter in online_parameters}
 
     def factor_of(schedule: RateSchedule) -> Callable[[int], float]:
         def factor(step: int) -> float:
-            total = total_steps() if step else math.inf  # the factor of step 0 is the same for all
+            total = total_steps() if step else math.inf  # step 0's factor is independent of it
             total = min(total, schedule.end or math.inf) - schedule.start
             if step and math.isinf(total) and schedule.name != "constant":
                 raise ConfigError(
@@ -198,13 +199,13 @@ def with_schedule(
 
 
 class _OwnGroupsLR(LambdaLR):
-    """Schedules the groups that it began with; a callback that adds one sets that one's rate.
+    """Schedules the initial groups; a callback that adds a group sets that group's rate.
 
-    Lightning's BackboneFinetuning adds a group for what it unfreezes, and torch's LambdaLR refuses
-    an optimizer with more groups than schedules.
+    Lightning's BackboneFinetuning adds a group for the parameters that it unfreezes, and torch's
+    LambdaLR refuses an optimizer with more groups than schedules.
     """
 
     def get_lr(self) -> list[float | Tensor]:
-        """The scheduled rates, and the present ones of groups that were added since."""
+        """Return the scheduled rates, and the current ones of groups that were added later."""
         own = super().get_lr()
         return [*own, *(group["lr"] for group in self.optimizer.param_groups[len(own) :])]

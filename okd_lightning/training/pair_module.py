@@ -1,7 +1,7 @@
 """The PairModule: a student and its teacher in one LightningModule.
 
-Owns building both and the online module on the teacher; ``pair_runs`` runs them. What is trained,
-and by which loss, is ``module``'s business.
+Owns building both and the online module on the teacher; ``pair_runs`` runs them. ``module`` decides
+what is trained, and by which loss.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class PairModule(PairRuns):
         check_served_teacher(teacher_server, {**others, "teacher_dtype": teacher_dtype})
         check_cached_teacher(teacher_cache, self_teacher, teacher is not None)
         given = GivenPair.of(student, teacher, student_adapter)
-        self._given = given  # no module: a loaded model is registered once, as student
+        self._given = given  # not a module: a loaded model is registered once, as student
         self.dtype_name = dtype_of(student, dtype)
         self.teacher_dtype_name = dtype_of(teacher, teacher_dtype or dtype)
         self.attn_implementation = attn_implementation
@@ -117,34 +117,34 @@ class PairModule(PairRuns):
             server = TeacherServer.of(teacher_server)
             wide = torch.promote_types(getattr(torch, self.dtype_name), torch.float32)
             self.served_teacher = ServedTeacher(server, self.vocabulary, self.tokenizer, wide)
-        self.weights_read = ""  # a digest, in a run of several processes
+        self.weights_read = ""  # digest of the weights, in a run of several processes
         self.student: PreTrainedModel | None = None
         self.teacher: PreTrainedModel | None = None
         self.online_module: OnlineModuleSettings | None = None
         self._has_online_module = False
-        self._online_weights: dict[str, Any] = {}  # of a module that is yet to be put on
+        self._online_weights: dict[str, Any] = {}  # of an online module that is not attached yet
         self.tool_rounds: ToolRounds | None = None
-        self.placement: Placement = WholeModels()  # a strategy that shards brings its own
+        self.placement: Placement = WholeModels()  # a sharding strategy replaces it
         self.register_load_state_dict_post_hook(allow_left_out)
 
     @property
     def student_source(self) -> ModelSource:
-        """What the student is loaded from."""
+        """Source from which the student is loaded."""
         return self._given.student
 
     @property
     def teacher_source(self) -> ModelSource | None:
-        """What the teacher is loaded from (a self-teacher as the student is); None without one."""
+        """Source from which the teacher is loaded (a self-teacher's is the student's), or None."""
         return self._given.teacher if self.self_teacher is None else self._given.student
 
     @property
     def has_teacher(self) -> bool:
-        """Whether there is a teacher; where it is the student itself, ``teacher`` may be None."""
+        """True where there is a teacher; if it is the student itself, ``teacher`` may be None."""
         return self.teacher_source is not None or self.served_teacher is not None
 
     @property
     def cache_in_use(self) -> CachedTeacher | ServedTeacher | None:
-        """What stands for the teacher: a server always, a cache while a run trains."""
+        """Replacement of a teacher in memory: a server always, a cache while a run trains."""
         if self.served_teacher is not None:
             return self.served_teacher
         is_training = self._trainer is not None and self._trainer.state.fn == "fit"
@@ -153,10 +153,11 @@ class PairModule(PairRuns):
     # ---------------------------------------------------------------- building
 
     def configure_model(self) -> None:
-        """Load both models (once; Lightning calls this again for every entry point).
+        """Load both models once; Lightning calls this again for every entry point.
 
-        What starts random (a student from a config, adapters) depends on the seed alone, not on
-        what a strategy drew before. A run that trains from a cache has no teacher in memory.
+        Random initial weights (a student from a config, adapters) depend on the seed alone, not on
+        random numbers that a strategy drew before. A run that trains from a cache has no teacher in
+        memory.
         """
         with _drawing_from_the_seed():
             if self.student is None:
@@ -193,7 +194,7 @@ class PairModule(PairRuns):
 
     @property
     def _teaches_as_base(self) -> bool:
-        """Whether a frozen self-teacher is the student without its adapter, and no copy."""
+        """True where a frozen self-teacher is the student without its adapter, and no copy."""
         is_new = self.student_adapter is not None and not self._given.has_adapter
         return is_new and self.online_module is None
 
@@ -208,11 +209,11 @@ class PairModule(PairRuns):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load weights, into models that are built for them where there are none yet.
+        """Load weights; build the models first where they are missing.
 
-        Strategies that train in processes of their own (ddp_notebook, ddp_fork, ddp_spawn) hand the
-        trained weights to the module of the first process in this way. An online module's are kept
-        until a method asks for it.
+        Strategies that train in their own processes (ddp_notebook, ddp_fork, ddp_spawn) return the
+        trained weights to the module of the first process this way. Those of an online module are
+        kept until a method adds one.
         """
         if self.student is None and any(name.startswith("student.") for name in state_dict):
             self.configure_model()
@@ -222,7 +223,7 @@ class PairModule(PairRuns):
         return super().load_state_dict(state_dict, strict, assign)
 
     def load_teacher(self) -> PreTrainedModel:
-        """The teacher from what was named, frozen and in eval mode; the module does not keep it."""
+        """Load the teacher, frozen and in eval mode; the module does not keep it."""
         assert self.teacher_source is not None
         teacher = load_checked(
             self.teacher_source,
@@ -237,7 +238,7 @@ class PairModule(PairRuns):
         return teacher.requires_grad_(False).eval()
 
     def check_run(self, stage: str) -> None:
-        """Refuse what no model has to be loaded for; ``ModelsFirst`` calls it at its ``setup``.
+        """Check everything that needs no models; ``ModelsFirst`` calls it at its ``setup``.
 
         Raises:
             ConfigError: One of Lightning's "true" precisions (models are loaded in their own number
@@ -256,14 +257,14 @@ class PairModule(PairRuns):
             )
 
     def setup(self, stage: str) -> None:
-        """List all weights again, now that callbacks have seen what they may change."""
+        """List all weights again, after the callbacks' ``setup`` has seen the trained ones."""
         self.list_all_parts()
 
     def add_online_module(self, settings: OnlineModuleSettings) -> None:
-        """Put a trainable module on the teacher; callbacks call this at ``setup``.
+        """Add a trainable module to the teacher; callbacks call this at ``setup``.
 
         Raises:
-            ConfigError: No teacher or one that follows the student, or two methods that ask for
+            ConfigError: No teacher or one that follows the student, or two methods that need
                 different modules.
         """
         check_online_module(
@@ -286,7 +287,7 @@ class PairModule(PairRuns):
         adapted = attach_online_module(
             self.teacher, self.online_module.config, option, self.gradient_checkpointing
         )
-        self.teacher = cast(PreTrainedModel, adapted)  # a PeftModel answers as one
+        self.teacher = cast(PreTrainedModel, adapted)  # a PeftModel forwards the attributes of one
         self._has_online_module = True
         self.packs_teacher = tried_model(self.teacher, self.packing, "teacher")
         if self._online_weights:
@@ -294,20 +295,20 @@ class PairModule(PairRuns):
             self._online_weights = {}
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode for the student; the teacher stays in eval mode."""
+        """Set training mode for the student; the teacher stays in eval mode."""
         super().train(mode)
         if self.teacher is not None:
             self.teacher.eval()
         return self
 
     def trained_parameters(self, side: nn.Module | None) -> list[nn.Parameter]:
-        """What is trained of one of the two models."""
+        """Return the trained parameters of one of the two models."""
         return [p for p in side.parameters() if p.requires_grad] if side is not None else []
 
 
 @contextmanager
 def _drawing_from_the_seed() -> Iterator[None]:
-    """Within it random weights depend on the seed alone, not on what was drawn before."""
+    """Make random weights depend on the seed alone, not on earlier random numbers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch.initial_seed())
         yield

@@ -1,4 +1,4 @@
-"""The PairRuns: both models of a module run over batches, to measure, to train, and to generate.
+"""The PairRuns: run both models of a module over batches, to measure, to train, and to generate.
 
 Does not build them: that is ``pair_module``.
 """
@@ -35,7 +35,7 @@ from okd_lightning.training.pair_sides import PairSides
 
 
 class PairRuns(FrozenPartsModule):
-    """What a PairModule does with its models once they are built; see there for the attributes."""
+    """Methods of a PairModule that run its models; see there for the attributes."""
 
     student: PreTrainedModel | None
     teacher: PreTrainedModel | None
@@ -54,29 +54,29 @@ class PairRuns(FrozenPartsModule):
     @property
     @abstractmethod
     def student_source(self) -> ModelSource:
-        """What the student is loaded from."""
+        """Source from which the student is loaded."""
 
     @property
     @abstractmethod
     def teacher_source(self) -> ModelSource | None:
-        """What the teacher is loaded from; None without one."""
+        """Source from which the teacher is loaded; None without one."""
 
     @property
     @abstractmethod
     def cache_in_use(self) -> CachedTeacher | ServedTeacher | None:
-        """What stands for the teacher, if anything does."""
+        """Replacement of a teacher in memory, if there is one."""
 
     def as_base_teacher(self) -> AbstractContextManager[None]:
-        """Within it the teacher is the base one, without its online module."""
+        """Disable the teacher's online module within the block, which gives the base teacher."""
         return self.sides.as_base_teacher()
 
     def measure(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Measured:
-        """Run the models once over a batch and measure at its masked-in positions.
+        """Run the models once over a batch and measure at its unmasked positions.
 
-        The student runs in the caller's gradient mode; the teacher runs without gradient, but
-        where a quantity trains its online module, and a second time without that module, where a
-        quantity compares with the base. It reads its own prompts where the batch has them; the
-        positions are those of the same response tokens on both sides.
+        The student runs in the caller's gradient mode. The teacher runs without gradient, except
+        where a quantity trains its online module. It runs a second time without that module where a
+        quantity compares with the base teacher. It reads its own prompts where the batch has them;
+        the positions are those of the same response tokens on both sides.
         """
         student, teacher, base = self.sides.of(batch, quantities)
         values = measure(
@@ -95,9 +95,10 @@ class PairRuns(FrozenPartsModule):
     def loss_of(
         self, batch: DistillBatch, terms: Sequence[WeightedTerm], checks: bool = False
     ) -> WeightedLoss:
-        """Run the models once over a batch and sum its weighted terms; gradient flows as they say.
+        """Run the models once over a batch and sum the weighted terms, which decide the gradient.
 
-        It is done tile by tile where all terms are positionwise; ``checks`` sees whether they are.
+        The sum is computed tile by tile where all terms are positionwise; ``checks`` verifies that
+        they are.
         """
         if self.cache_in_use is not None:
             terms = cached_terms(terms, self.cache_in_use.k, self.vocabulary.size)
@@ -119,7 +120,7 @@ class PairRuns(FrozenPartsModule):
 
     @property
     def sides(self) -> PairSides:
-        """Both models as what the loss layer reads."""
+        """Both models as inputs of the loss layer."""
         assert self.student is not None
         return PairSides(
             student=self.student,
@@ -140,9 +141,9 @@ class PairRuns(FrozenPartsModule):
         max_new_tokens: int,
         progress: Progress | None = None,
     ) -> Rollout:
-        """Responses by the student or the teacher, in eval mode and without gradient.
+        """Generate responses with the student or the teacher, in eval mode and without gradient.
 
-        Where the data brings tools (``tool_rounds``), prompts that are chats may call them.
+        Where the data has tools (``tool_rounds``), prompts that are chats may call them.
         """
         with self.writing(author) as (model,):
             if author == "student" and self.engine is not None:
@@ -154,16 +155,16 @@ class PairRuns(FrozenPartsModule):
             return engine.generate(prompts, sampling, generator, max_new_tokens, progress)
 
     def writing(self, *authors: Author) -> AbstractContextManager[list[PreTrainedModel]]:
-        """Within it the authors' models can write; see ``PairSides.writing``."""
+        """Prepare the authors' models for generation in the block; see ``PairSides.writing``."""
         precision = self._trainer.precision_plugin.forward_context if self._trainer else nullcontext
         return self.sides.writing(authors, self.placement, precision())
 
     def build_engine(self, model: PreTrainedModel) -> RolloutEngine:
-        """The built-in engine on ``model``; override it to bring another for both models."""
+        """Build the built-in engine on ``model``; override to use another for both models."""
         return TransformersEngine(model, self.vocabulary, self.eos_ids)
 
     def add_eos_ids(self, ids: Iterable[int]) -> None:
-        """Let further ids end a response, such as a chat template's end of turn; said once."""
+        """Let further ids end a response, such as a chat template's end of turn; logged once."""
         new = [i for i in ids if i not in self.eos_ids]
         if new:
             self.eos_ids = (*self.eos_ids, *new)
@@ -171,16 +172,16 @@ class PairRuns(FrozenPartsModule):
             rank_zero_info(f"responses also end at {names}, as the data's own responses do")
 
     def check_lengths(self, num_tokens: int, teacher_tokens: int | None = None) -> None:
-        """Refuse sequences that are longer than a model was made for.
+        """Refuse sequences that are longer than a model's maximum.
 
         Args:
             num_tokens: The longest that the student reads.
-            teacher_tokens: The longest that the teacher reads; None for the same.
+            teacher_tokens: The longest that the teacher reads; None for ``num_tokens``.
 
         Raises:
-            ConfigError: Naming the model and both lengths.
+            ConfigError: A sequence is too long; the message names the model and both lengths.
         """
-        size = self.vocabulary.size  # models need not be loaded yet, nor the teacher at all
+        size = self.vocabulary.size  # neither model may be loaded yet, the teacher maybe never
         student = load_model_config(self.student or self.student_source, "--model.student", size)
         teacher = None if self.self_teacher is None else student
         if self.self_teacher is None and self.teacher_source is not None:
@@ -192,16 +193,16 @@ class PairRuns(FrozenPartsModule):
             self.cache_in_use.check_length(teacher_tokens or num_tokens)
 
     def check_sampling(self, sampling: Sampling) -> None:
-        """Refuse, before training, sampling that the student's engine does not do.
+        """Refuse, before training, sampling settings that the student's engine does not support.
 
         Raises:
-            ConfigError: Naming what it does.
+            ConfigError: The engine does not support them; the message names what it does support.
         """
         if self.engine is not None:
             self.engine.check_sampling(sampling)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of some ids, without special tokens."""
+        """Return the text of some ids, without special tokens."""
         return str(
             self.tokenizer.decode(
                 list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False

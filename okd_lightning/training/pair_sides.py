@@ -1,4 +1,4 @@
-"""Both models run over a batch: each half of the loss layer, and who speaks as the teacher."""
+"""Both models run over a batch: the inputs of the loss layer, and which model is the teacher."""
 
 from __future__ import annotations
 
@@ -22,42 +22,42 @@ from okd_lightning.teachers import SelfTeacher, WithinContext, base_teacher, det
 
 
 def tried_model(model: PreTrainedModel, packing: bool, role: Author) -> bool:
-    """Try how a model of the run reads rows, and how the student generates; say what is slower.
+    """Test how a model reads rows and, for the student, generates; report slow fallbacks.
 
     Args:
-        model: On its device, or on meta, where nothing can be tried yet.
+        model: On its device, or on meta, where nothing can be tested yet.
         packing: Whether the run packs rows.
-        role: Which of the two.
+        role: Student or teacher.
 
     Returns:
         Whether the model gets packed rows.
     """
     packs = packs_rows(model, packing, role)
     say_row_groups(model, role)
-    if role == "student":  # a teacher that generates is tried when it begins to
+    if role == "student":  # a generating teacher is tested when it starts
         memory_of(model.get_base_model() if isinstance(model, PeftModel) else model)
     return packs
 
 
 class AbsentTeacher(Protocol):
-    """Knows what a teacher that is not in memory has to say."""
+    """Replacement of a teacher that is not in memory."""
 
     def side(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Side:
-        """The teacher's half for a batch."""
+        """Return the teacher's side for a batch."""
 
 
 @dataclass(frozen=True)
 class PairSides:
-    """A student and whoever teaches it.
+    """A student and its teacher.
 
     Attributes:
         student: In the mode and with the gradients of the caller.
-        teacher: In eval mode; None where the student teaches itself, or nobody does.
-        vocabulary: What both heads are cut to.
+        teacher: In eval mode; None where the student teaches itself, or there is no teacher.
+        vocabulary: Vocabulary to which both heads are cut.
         self_teacher: How the student teaches itself, if it does.
         packs: Whether student and teacher get packed rows.
-        has_online_module: Whether the teacher carries one.
-        absent: What stands for a teacher that is not in memory.
+        has_online_module: Whether the teacher has one.
+        absent: Replacement of a teacher that is not in memory.
     """
 
     student: PreTrainedModel
@@ -71,10 +71,10 @@ class PairSides:
     def of(
         self, batch: DistillBatch, quantities: Sequence[Quantity]
     ) -> tuple[Side, Side | None, Side | None]:
-        """Hidden states at the masked-in positions, with heads: student, teacher, base teacher.
+        """Return hidden states at unmasked positions, with heads: student, teacher, base teacher.
 
-        The teacher learns where a quantity trains it; the base is the teacher without its online
-        module, for quantities that compare with it.
+        Gradient flows to the teacher where a quantity trains it. The base teacher is the teacher
+        without its online module, for quantities that compare with it; it has no gradient.
         """
         student = self.side(self.student, batch.student_reads)
         teacher = base = None
@@ -90,13 +90,13 @@ class PairSides:
         return student, teacher, base
 
     def side(self, model: PreTrainedModel, read: Sequences) -> Side:
-        """One model's half for some rows."""
+        """Return one model's side for some rows."""
         packs = self.packs[0] if model is self.student else self.packs[1]
         hidden = hidden_at_loss(model, read, packs)
         return Side(hidden=hidden, head=LMHead.of(model, self.vocabulary))
 
     def speaking(self, author: Author) -> tuple[PreTrainedModel, AbstractContextManager[None]]:
-        """The model that writes as one of the two, and what it has to be wrapped in meanwhile."""
+        """Return the model that generates as student or teacher, and the context that it needs."""
         if author == "student":
             return self.student, nullcontext()
         if self.teacher is not None:
@@ -110,12 +110,12 @@ class PairSides:
         placement: Placement,
         precision: AbstractContextManager[None],
     ) -> Iterator[list[PreTrainedModel]]:
-        """Within it models can write: in one piece, in eval mode and without gradient.
+        """Prepare models for generation in the block: unsharded, in eval mode, no gradient.
 
         Args:
             authors: Whose models.
             placement: Where they are.
-            precision: The number formats that the run computes in.
+            precision: The number formats of the run's computation.
 
         Yields:
             Each author's model within its PEFT wrapper, adapters included.
@@ -128,13 +128,13 @@ class PairSides:
             yield cast(list[PreTrainedModel], plain)
 
     def as_base_teacher(self) -> AbstractContextManager[None]:
-        """Within it the teacher is the base one, without its online module."""
+        """Disable the teacher's online module within the block, which gives the base teacher."""
         if self.teacher is None or not self.has_online_module:
             return nullcontext()
         return base_teacher(self.teacher)
 
     def _teacher_side(self, read: Sequences, learns: bool) -> Side:
-        """The teacher's half; where the student teaches itself, no gradient goes through it."""
+        """Return the teacher's side; no gradient flows through a self-teacher."""
         if self.teacher is not None:
             with torch.set_grad_enabled(learns):
                 return self.side(self.teacher, read)
@@ -145,14 +145,14 @@ class PairSides:
 
     @contextmanager
     def _student_as_teacher(self) -> Iterator[None]:
-        """The student in eval mode; as a frozen teacher without its adapter."""
+        """Put the student into eval mode; as a frozen teacher without its adapter."""
         assert self.self_teacher is not None
         adapter = base_teacher(self.student) if self.self_teacher == "frozen" else nullcontext()
         with in_eval_mode(self.student), adapter:
             yield
 
     def _base_side(self, read: Sequences) -> Side:
-        """The teacher's half without its online module, which may sit on the head as well."""
+        """Return the teacher's side without its online module, which may be on the head as well."""
         with self.as_base_teacher():
             side = self._teacher_side(read, learns=False)
         assert isinstance(side.head, LMHead)

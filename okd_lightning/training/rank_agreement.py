@@ -1,8 +1,8 @@
-"""Before a run's first step its ranks compare what they have read, and name the one that differs.
+"""Comparison of what the ranks have read, before a run's first step.
 
 Each process reads settings, data, tokenizer and models by itself. Where one of them finds something
 else (an old file on its node, another version of a library, rows in another order), the run would
-train on without a word.
+otherwise train on silently.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 _LIBRARIES = ("torch", "transformers", "lightning", "peft", "tokenizers", "okd-lightning")
 _SAMPLES = 256
-"""Numbers of a weight that are compared: those of another model differ nearly everywhere."""
+"""Compared entries of a weight: those of another model differ nearly everywhere."""
 
 
 def weights_digest(models: Iterable[nn.Module | None]) -> str:
-    """Digest a sample of every weight that a process holds whole, before ranks share theirs.
+    """Return a digest of a sample of every weight that a process holds whole, before sharding.
 
     Args:
         models: Student and teacher; None where there is none.
@@ -50,13 +50,13 @@ def weights_digest(models: Iterable[nn.Module | None]) -> str:
 
 
 def check_ranks_agree(module: DistillationModule) -> None:
-    """Compare what all ranks have read; one collective call, nothing in a run of one process.
+    """Compare what all ranks have read: one collective call; none in a run of one process.
 
     Args:
         module: In a run that is about to train.
 
     Raises:
-        DifferingRanksError: On all ranks; names a rank and what it has read otherwise.
+        DifferingRanksError: On all ranks; names a rank and what differs from rank 0.
     """
     world_size = module.trainer.world_size
     if world_size == 1:

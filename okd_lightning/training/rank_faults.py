@@ -1,6 +1,6 @@
-"""What the other ranks see when one has ended: an error of the collective call that they wait in.
+"""Readable errors for a rank whose collective call fails because another rank has ended.
 
-gloo and NCCL each say it in words of their own, which name sockets and not ranks.
+gloo and NCCL each have their own messages, which name sockets instead of ranks.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _COLLECTIVE = re.compile(r"gloo|nccl|c10d|store|barrier|distbackend|collective",
 
 
 def as_lost_rank(error: BaseException) -> LostRankError | None:
-    """A readable error for what a collective call says when another rank does not answer.
+    """Return a readable error for a collective call to which another rank does not answer.
 
     Args:
         error: Any error of a run.
 
     Returns:
-        None where it is about something else.
+        None for other errors.
     """
     text = str(error)
     is_backend = isinstance(error, torch.distributed.DistError) or (

@@ -1,9 +1,9 @@
-"""What a resumed run takes of optimizer and schedule from its settings, and what it refuses.
+"""Optimizer and schedule settings at a resume: which are applied, and which are refused.
 
 torch's ``load_state_dict`` restores learning rates, weight decay and every other setting of the
 parameter groups together with the moments, so that an option given at a resume would do nothing.
-Here the settings of the run that is resumed now are put back, and the rates of its schedule are
-computed once for the step that comes next.
+This module restores the settings of the current run, and computes the rates of its schedule once
+for the next step.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ Groups = Sequence[Mapping[str, Any]]
 
 
 def groups_of(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """A copy of the settings of every parameter group, before a checkpoint replaces them."""
+    """Return a copy of the settings of every parameter group, before a checkpoint replaces them."""
     return [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
 
 
 def check_optimizer(saved: Mapping[str, Any] | None, own: OptimizerSettings) -> None:
-    """Refuse to resume with another optimizer or scheduler than the checkpoint's.
+    """Refuse to resume with an optimizer or scheduler that is not the checkpoint's.
 
     Args:
         saved: ``OptimizerSettings.to_dict`` of the checkpoint; None in an older one.
         own: This run's.
 
     Raises:
-        CheckpointError: Naming both.
+        CheckpointError: They differ; the message names both.
     """
     if saved is None:
         return
@@ -59,13 +59,13 @@ def check_optimizer(saved: Mapping[str, Any] | None, own: OptimizerSettings) -> 
 
 
 def rebase(optimizer: Optimizer, scheduler: Any, old: float, new: float) -> None:
-    """Let groups and schedule begin from another learning rate, found after both were built.
+    """Change the base learning rate of groups and schedule after both were built.
 
     Args:
-        optimizer: Whose groups at ``old`` are changed; a group with a rate of its own is not.
-        scheduler: Its ``LambdaLR``, or one of the user's, which keeps its own state.
+        optimizer: Groups at ``old`` are changed; groups with another rate are not.
+        scheduler: Its ``LambdaLR``, or a user's, which keeps its own state.
         old: The rate before the schedule, as it was built.
-        new: The rate in its place.
+        new: The new rate before the schedule.
     """
     if not isinstance(scheduler, LambdaLR):
         return
@@ -93,7 +93,7 @@ def reapply(
         own: This run's.
 
     Raises:
-        CheckpointError: Another learning rate of a group whose scheduler is the user's.
+        CheckpointError: Another learning rate of a group that a user's scheduler sets.
     """
     changed = _changed(saved["defaults"], own.defaults) if saved else {}
     for group, built in zip(optimizer.param_groups, configured, strict=True):
@@ -120,12 +120,8 @@ def reapply(
 def regroup(checkpoint: dict[str, Any], student: Sequence[Parameter]) -> None:
     """Split the student's one group of an older checkpoint into decay and no decay, in place.
 
-    An optimizer of the user's had one group for all of the student's parameters. The moments keep
-    their numbers; the groups list them in the order of the parameters now.
-
-    Args:
-        checkpoint: As it was loaded.
-        student: The trained parameters, in order.
+    Older checkpoints have one group for all of the student's parameters with a user's optimizer.
+    The moments keep their numbers; the new groups list them in the order of the parameters.
     """
     (state, *_) = checkpoint.get("optimizer_states") or [{}]
     groups = state.get("param_groups") or [{"name": ""}]
@@ -143,7 +139,7 @@ def regroup(checkpoint: dict[str, Any], student: Sequence[Parameter]) -> None:
 
 
 def _changed(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """What differs, with this run's value; tuples come back from a checkpoint as they were."""
+    """Return the differing settings with this run's values; tuples and lists compare equal."""
     return {k: v for k, v in own.items() if k in saved and _plain(saved[k]) != _plain(v)}
 
 

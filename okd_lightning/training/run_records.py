@@ -1,8 +1,7 @@
-"""A run's tables: metrics.csv, rollouts.jsonl and measures.jsonl, written, and cut at a resume.
+"""A run's tables: metrics.csv, rollouts.jsonl and measures.jsonl; written, and cut at a resume.
 
-A table says what a run has done and decides nothing: one that cannot be read is set aside, with a
-warning, and the run goes on without it. What is written over a table is complete before it takes
-its place.
+Tables record a run and do not affect it: one that cannot be read is renamed, with a warning, and
+the run goes on without it. A new version of a table is complete before it replaces the old one.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ METRICS_FILE = "metrics.csv"
 ROLLOUTS_FILE = "rollouts.jsonl"
 MEASURES_FILE = "measures.jsonl"
 STOPPED_FILE = "stopped.json"
-"""Says that a signal has ended the run, and how to go on; gone when it goes on."""
+"""Record that a signal has ended the run, and how to resume; removed when the run resumes."""
 
 _UNREADABLE = (
     *(OSError, ValueError, ArithmeticError, LookupError, TypeError, RecursionError),
@@ -35,10 +34,10 @@ _UNREADABLE = (
 
 
 class RunCSVLogger(CSVLogger):
-    """``metrics.csv`` directly in the run's folder; appends to what is there.
+    """``metrics.csv`` directly in the run's folder; appends to an existing file.
 
-    Every row is written at once, and what a new column changes of the file is changed in one move:
-    whatever ends the process, the rows before the last checkpoint are there.
+    Every row is written at once, and a new column is added by one atomic replacement: if the
+    process ends at any point, the rows before the last checkpoint exist.
 
     Args:
         folder: The run's folder.
@@ -50,13 +49,13 @@ class RunCSVLogger(CSVLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The writer; Lightning's own would delete a file that is there."""
+        """The writer; Lightning's own would delete an existing file."""
         if self._experiment is None:
             self._experiment = _AppendingWriter(log_dir=self.save_dir)
         return self._experiment
 
     def log_hyperparams(self, params: Any = None) -> None:
-        """Nothing: the run's settings are in config.yaml."""
+        """Do nothing: the run's settings are in config.yaml."""
 
 
 class _AppendingWriter(ExperimentWriter):
@@ -75,9 +74,9 @@ def cut_metrics(path: Path, step: int, row: Mapping[str, float] | None) -> str |
     """Return ``metrics.csv`` without the rows from ``step`` on.
 
     Args:
-        path: The file; it is not changed, but set aside where it cannot be read.
+        path: The file; not changed, but renamed where it cannot be read.
         step: Optimizer steps done.
-        row: What the last of these steps logs; added where it is missing.
+        row: Row of the last of these steps; added where it is missing.
 
     Returns:
         None where there is no table.
@@ -104,7 +103,7 @@ def cut_rollouts(path: Path, step: int) -> str | None:
 def note_measures(
     folder: str, part: str, data: str, checkpoint: object, measures: Mapping[str, float]
 ) -> None:
-    """Add what was measured on val or test data, of which checkpoint, to ``measures.jsonl``."""
+    """Append measures on val or test data, with their checkpoint, to ``measures.jsonl``."""
     entry = {
         "part": part,
         "checkpoint": None if checkpoint is None else str(checkpoint),
@@ -120,7 +119,7 @@ def note_measures(
 
 
 def set_aside(path: Path, problem: str) -> None:
-    """Give what stands in a table's place another name, ``NAME.broken``, and say so."""
+    """Rename an unreadable table to ``NAME.broken``, with a warning."""
     numbered = (path.with_name(f"{path.name}.broken-{n}") for n in itertools.count(2))
     names = itertools.chain([path.with_name(f"{path.name}.broken")], numbered)
     target = next(name for name in names if not name.exists())
@@ -131,7 +130,7 @@ def set_aside(path: Path, problem: str) -> None:
 
 
 def read_or_set_aside(path: Path, read: Callable[[Path], Any]) -> Any:
-    """Return what ``read`` makes of a file; None where there is none, or it was set aside."""
+    """Return ``read(path)``; None where there is no file, or it was renamed as broken."""
     if not path.exists():
         return None
     try:
@@ -142,10 +141,10 @@ def read_or_set_aside(path: Path, read: Callable[[Path], Any]) -> Any:
 
 
 def _read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """The columns and rows of a ``metrics.csv``.
+    """Return the columns and rows of a ``metrics.csv``.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The file is not such a table.
     """
     reader = csv.DictReader(io.StringIO(_whole_lines(path), newline=""), restkey="")
     rows = list(reader)
@@ -162,20 +161,20 @@ def _read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def _read_records(path: Path) -> list[tuple[str, int]]:
-    """The lines of a ``rollouts.jsonl``, each with its step.
+    """Return the lines of a ``rollouts.jsonl``, each with its step.
 
     Raises:
-        ValueError, KeyError, TypeError: It is none.
+        ValueError, KeyError, TypeError: The file is not such a table.
     """
     lines = _whole_lines(path).split("\n")[:-1]
     return [(line, int(json.loads(line)["step"])) for line in lines]
 
 
 def _whole_lines(path: Path) -> str:
-    """The text up to its last line break: a killed process leaves half a line.
+    """Return the text up to its last line break: a killed process leaves half a line.
 
     Raises:
-        ValueError: It is no text.
+        ValueError: The file is not text.
     """
     content = path.read_bytes()
     text = content[: content.rfind(b"\n") + 1].decode("utf-8")
@@ -189,7 +188,7 @@ def _step_of(row: Mapping[str, Any]) -> int:
 
 
 def _is_logged(row: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether one of ``rows`` is of the same step and kind (not of validation)."""
+    """Return whether one of ``rows`` is of the same step and kind (not of validation)."""
     own = row.keys() - {"step", "epoch"}
     same_step = [r for r in rows if _step_of(r) == row["step"]]
     return not own or any(r.get(name) for r in same_step for name in own)

@@ -1,4 +1,4 @@
-"""The settings that decide a training run, as one line for people and as values for loggers."""
+"""Settings of a training run, as one line of text and as values for loggers."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ def one_line(settings: Mapping[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return a setting as primitives: an object by its class and what is not its default."""
+    """Return a setting as primitives: an object by its class and its non-default fields."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple, set)):
         return [plain(entry) for entry in value]
-    if hasattr(value, "given_arguments"):  # a method within a method
+    if hasattr(value, "given_arguments"):  # a method nested in a method
         return _call({"class": type(value).__name__, **value.given_arguments})
     if dataclasses.is_dataclass(value):
         return _call({"class": type(value).__name__, **_changed(value)})
@@ -111,7 +111,7 @@ def _of_term(term: Term) -> dict[str, Any]:
 
 
 def _changed(value: Any) -> dict[str, Any]:
-    """The fields of a dataclass that are not at their defaults."""
+    """Return the fields of a dataclass that are not at their defaults."""
     found = {}
     for entry in dataclasses.fields(value):
         now = getattr(value, entry.name)
@@ -125,7 +125,7 @@ def _changed(value: Any) -> dict[str, Any]:
 
 
 def _call(values: Mapping[str, Any]) -> str:
-    """``Class(setting=value, ...)``."""
+    """Format as ``Class(setting=value, ...)``."""
     return f"{values['class']}({_listed({k: v for k, v in values.items() if k != 'class'})})"
 
 

@@ -1,4 +1,4 @@
-"""What a DistillationModule adds to a checkpoint of its run, and checks when it comes back."""
+"""State that a DistillationModule adds to a checkpoint, and checks of it at loading."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def add_state(module: DistillationModule, checkpoint: dict[str, Any]) -> None:
     """Leave frozen weights out; add the resolved config, the methods and the RNG streams.
 
-    All ranks call this; whatever saves then writes the file whole or not at all.
+    All ranks call this. The checkpoint is then written atomically.
 
     Raises:
         NonFiniteError: A trained weight is NaN or infinite.
@@ -47,7 +47,7 @@ def add_state(module: DistillationModule, checkpoint: dict[str, Any]) -> None:
     check_finite(trained, f"the checkpoint of step {trainer.global_step}")
     make_durable(trainer)
     hparams = checkpoint.get("hyper_parameters", {})
-    for name in module.recorded:  # they are of the run; what remains is a subclass's own
+    for name in module.recorded:  # of the run; a subclass's own hyper-parameters stay
         hparams.pop(name, None)
     if not hparams:
         checkpoint.pop("hyper_parameters", None)
@@ -77,7 +77,7 @@ def add_state(module: DistillationModule, checkpoint: dict[str, Any]) -> None:
 
 
 def check_state(module: DistillationModule, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
-    """Check that a checkpoint is one of this run's methods and models; settle where it goes on.
+    """Check that a checkpoint is one of this run's methods and models; set where the run continues.
 
     Returns:
         The random streams of this rank where a run is resumed.
@@ -106,10 +106,11 @@ def check_state(module: DistillationModule, checkpoint: dict[str, Any]) -> dict[
 def load_weights(
     module: DistillationModule, checkpoint: dict[str, Any], strict: bool = False
 ) -> None:
-    """Build a module's models outside a Trainer and fill them from a checkpoint with weights.
+    """Build a module's models outside a Trainer and load the weights of a checkpoint.
 
     Raises:
-        CheckpointError: It is of another model; with ``strict``, it holds unknown weights.
+        CheckpointError: The checkpoint is of another model; with ``strict``, it holds unknown
+            weights.
     """
     config = checkpoint["okd_lightning"].get("online_module")
     if config is not None and module.has_teacher:

@@ -1,8 +1,8 @@
-"""What Lightning keeps of logged training metrics: an optimizer step's own, no older ones.
+"""Lightning's records of logged training metrics: values of one optimizer step only.
 
-Lightning writes the last known value of every metric into each row until the epoch ends: one that
-is logged in some steps alone (a rollout's length, a stage's loss) would seem to stand still. What
-touches Lightning's own records of logged values is here.
+Lightning writes the last known value of every metric into each row until the epoch ends: a metric
+that is logged only in some steps (a rollout's length, a stage's loss) would seem constant. All
+access to Lightning's own records of logged values is here.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ _HOOK_BEFORE = "on_train_batch_start"
 
 
 def forget_last_step(trainer: lightning.Trainer) -> None:
-    """Leave the values of the step before out of the rows to come; for ``on_train_batch_start``.
+    """Omit the last step's values from later rows; for ``on_train_batch_start``.
 
-    Means over an epoch and metric objects go on; ``trainer.callback_metrics`` keeps what it has.
+    Epoch means and metric objects continue; ``trainer.callback_metrics`` keeps its values.
     """
+    # private: Lightning has no public way to drop a logged value
     for metric in (trainer._results or {}).values():
         meta = metric.meta
         if meta.on_step and not meta.on_epoch and metric.is_tensor and meta.fx != _HOOK_BEFORE:
@@ -26,7 +27,7 @@ def forget_last_step(trainer: lightning.Trainer) -> None:
 
 
 def unlogged_row(trainer: lightning.Trainer) -> dict[str, float] | None:
-    """The row of the step that has just been done, where its loggers have not seen it yet.
+    """Return the row of the step that was just done, if its loggers have not received it yet.
 
     Returns:
         Values by name, with epoch and step; None outside ``on_train_batch_end``, or where this step

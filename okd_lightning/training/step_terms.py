@@ -1,4 +1,4 @@
-"""Which terms act in an optimizer step, their factors, and what is checked of them."""
+"""Terms that act in an optimizer step, with their factors, and checks of terms."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def acting_terms(
     world_size: int,
     normalization: Normalization,
 ) -> list[WeightedTerm]:
-    """The terms of optimizer step ``step``, each with its weight over its divisor.
+    """Return the terms of optimizer step ``step``, each with its weight over its divisor.
 
     Raises:
         ConfigError: No term acts, or the batch does not say how many tokens its step has.
@@ -45,7 +45,7 @@ def check_batch(batch: object) -> None:
     """Refuse a batch that another loader has made.
 
     Raises:
-        ConfigError: It is no DistillBatch.
+        ConfigError: The batch is not a DistillBatch.
     """
     if not isinstance(batch, DistillBatch):
         raise ConfigError(
@@ -56,12 +56,12 @@ def check_batch(batch: object) -> None:
 
 
 def trains_teacher(term: Term) -> bool:
-    """Whether a term trains the teacher's online module while it acts."""
+    """Return whether a term trains the teacher's online module while it acts."""
     return any(quantity.trains_teacher for quantity in term.quantities)
 
 
 def teaching_window(terms: Sequence[Term]) -> tuple[int, int | None]:
-    """The first step that trains the online module, and the first behind them (None: the end)."""
+    """Return start and end of the steps that train the online module; end None: the run's end."""
     windows = [term.window for term in terms if trains_teacher(term)] or [(0, None)]
     ends = [end for _, end in windows if end is not None]
     return min(start for start, _ in windows), max(ends) if len(ends) == len(windows) else None
@@ -70,9 +70,9 @@ def teaching_window(terms: Sequence[Term]) -> tuple[int, int | None]:
 def step_means(
     terms: Sequence[WeightedTerm], loss: WeightedLoss, batch: DistillBatch, step: int
 ) -> Mapping[str, Tensor]:
-    """What this micro-batch adds to the logged means over the step's tokens, without gradient.
+    """Return the micro-batch's contribution to the logged means per token, without gradient.
 
-    These are nats per token, whatever the gradient is divided by.
+    In nats per token, independent of the gradient's divisor.
     """
     means: dict[str, Tensor] = {}
     for weighted, output in zip(terms, loss.outputs, strict=True):
@@ -87,7 +87,7 @@ def step_means(
 def check_counts(
     terms: Sequence[WeightedTerm], outputs: Sequence[LossOutput], batch: DistillBatch
 ) -> None:
-    """A term is divided for all loss tokens of its sources, so it has to sum over all of them.
+    """Check that each term sums over all loss tokens of its sources, for which it is divided.
 
     Raises:
         ConfigError: One sums over other tokens.
@@ -105,10 +105,10 @@ def check_counts(
 
 
 def check_term(term: Term) -> None:
-    """What a method of one's own may have forgotten.
+    """Check a term for common errors in a user's method.
 
     Raises:
-        ConfigError: A name that is taken, sources that do not exist, or quantities that cannot be
+        ConfigError: A reserved name, sources that do not exist, or quantities that cannot be
             measured once and looked up.
     """
     if term.name == "loss":
@@ -133,15 +133,15 @@ def check_term(term: Term) -> None:
 
 
 def check_fits(term: Term, others: Sequence[Term], *, has_teacher: bool) -> None:
-    """Whether a term fits into a run.
+    """Check that a term fits into a run.
 
     Args:
         term: To be added.
         others: The terms that the run has.
-        has_teacher: Whether the run has a teacher, be it the student itself.
+        has_teacher: Whether the run has a teacher, including the student itself.
 
     Raises:
-        ConfigError: Its name is taken, or it needs a teacher that is not there.
+        ConfigError: Its name is taken, or it needs a teacher where there is none.
     """
     if any(term.name == other.name for other in others):
         raise ConfigError(
@@ -157,15 +157,15 @@ def check_fits(term: Term, others: Sequence[Term], *, has_teacher: bool) -> None
 
 
 def kind_of(term: Term) -> str:
-    """What checkpoints remember of a term: what it says itself, or its class."""
+    """Return a term's name in checkpoints: its own ``kind``, or its class."""
     return str(getattr(term, "kind", type(term).__name__))
 
 
 def step_count(batch: DistillBatch, term: Term) -> int:
-    """Loss tokens of a term in the whole optimizer step.
+    """Return the loss tokens of a term in the whole optimizer step.
 
     Raises:
-        ConfigError: The batch does not say.
+        ConfigError: The batch does not have the counts.
     """
     counts = step_tokens(batch)
     return sum(counts[code] for code in _codes(term))

@@ -14,8 +14,8 @@ import torch
 from peft import LoraConfig
 
 from okd_lightning.callbacks import OKD, SFT, PaperMeasures
-from okd_lightning.callbacks.measures.paper_measures import _NOISE_EPOCH
 from okd_lightning.engines import NoiseStream, Sampling
+from okd_lightning.engines.noise import NoiseDomain
 from okd_lightning.errors import ConfigError
 from okd_lightning.rewards import functions as rewards
 from okd_lightning.rollouts.evaluation import prompt_batch
@@ -106,7 +106,11 @@ def test_against_a_slow_loop(tmp_path):
     kls, rouges = {}, []
     for author in ("student", "teacher"):
         rollout = module.write(
-            author, prompt_batch(examples), Sampling(), NoiseStream(3, _NOISE_EPOCH), 8
+            author,
+            prompt_batch(examples),
+            Sampling(),
+            NoiseStream(3, NoiseDomain.PAPER_MEASURES),
+            8,
         )
         kls[author] = []
         for example, response in zip(examples, rollout.response_ids, strict=True):

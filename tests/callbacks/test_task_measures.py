@@ -31,11 +31,12 @@ from okd_lightning.callbacks import (
     TaskScore,
     ToolCallScore,
 )
-from okd_lightning.callbacks.measures.answer_scores import _NOISE_EPOCH, Answers, sampled_prompts
+from okd_lightning.callbacks.measures.answer_scores import Answers, sampled_prompts
 from okd_lightning.callbacks.measures.avg_at_k import pass_at_k
 from okd_lightning.commands.cli_arguments import load_config
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.engines import NoiseStream, Sampling
+from okd_lightning.engines.noise import NoiseDomain
 from okd_lightning.errors import ConfigError, RewardError
 from okd_lightning.records.batches import Example, PromptBatch
 from okd_lightning.rewards import RougeL, ToolCallMatch
@@ -54,7 +55,7 @@ def measure(tmp_path, module, callbacks, rows, part="test"):
 def drawn_alone(module, prompt: str, index: int, sample: int, temperature: float) -> str:
     ids = tuple(module.tokenizer(prompt).input_ids)
     batch = PromptBatch(input_ids=(ids,), index=(index,), sample=(sample,))
-    noise = NoiseStream(3, _NOISE_EPOCH)
+    noise = NoiseStream(3, NoiseDomain.TASK_MEASURES)
     rollout = module.write("student", batch, Sampling(temperature), noise, 2)
     return module.decode(rollout.response_ids[0])
 

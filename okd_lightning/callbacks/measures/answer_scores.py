@@ -20,14 +20,13 @@ from okd_lightning.data import RolloutDataModule
 from okd_lightning.data.progress import rollout_progress
 from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.engines.engine import Author
+from okd_lightning.engines.noise import NoiseDomain
 from okd_lightning.errors import ConfigError, RewardError
 from okd_lightning.records.batches import Example, PromptBatch, Rollout
 from okd_lightning.records.rows import share
 from okd_lightning.rollouts.agreement import naming_the_prompts
 from okd_lightning.rollouts.evaluation import prompt_batch
 from okd_lightning.training.module import DistillationModule
-
-_NOISE_EPOCH = 2**31 + 2  # no training epoch and no other evaluation has this number
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ class AnswerScores(EvaluationCallback):
                     "student",
                     prompts,
                     self.sampling,
-                    NoiseStream(self.seed, _NOISE_EPOCH),
+                    NoiseStream(self.seed, NoiseDomain.TASK_MEASURES),
                     data.max_response_length,
                     agreement.progress(progress),
                 )

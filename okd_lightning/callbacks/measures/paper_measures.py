@@ -16,6 +16,7 @@ from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import ForwardKL
 from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.engines.engine import Author
+from okd_lightning.engines.noise import NoiseDomain
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import DrawnLogProb, ExactDivergence, Measured
 from okd_lightning.metrics import (
@@ -33,7 +34,6 @@ from okd_lightning.training.module import DistillationModule
 _FORWARD_KL = ExactDivergence(ForwardKL())
 _STUDENT_TARGET, _TEACHER_TARGET = DrawnLogProb("student"), DrawnLogProb("teacher")
 _STUDENT_STD, _TEACHER_STD = LogitStd("student"), LogitStd("teacher")
-_NOISE_EPOCH = 2**31 + 1  # no training epoch and no other evaluation has this number
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _write(inputs: _Pass, author: Author, seed: int) -> Rollout:
         author,
         prompt_batch(inputs.examples, author),
         Sampling(),
-        NoiseStream(seed, _NOISE_EPOCH),
+        NoiseStream(seed, NoiseDomain.PAPER_MEASURES),
         inputs.data.max_response_length,
     )
 

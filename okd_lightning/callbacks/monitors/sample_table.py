@@ -19,7 +19,7 @@ from okd_lightning.callbacks.monitors.throughput import Throughput
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.engines.engine import Author
-from okd_lightning.engines.noise import hashed_choice
+from okd_lightning.engines.noise import NoiseDomain, hashed_choice
 from okd_lightning.errors import ConfigError
 from okd_lightning.records.batches import Example
 from okd_lightning.records.rows import share
@@ -27,8 +27,6 @@ from okd_lightning.rollouts import RolloutLoader
 from okd_lightning.rollouts.agreement import Agreement, naming_the_prompts
 from okd_lightning.rollouts.evaluation import prompt_batch
 from okd_lightning.training.module import DistillationModule
-
-_CHOICE = 0x53414D50  # domain separation for the choice of prompts
 
 
 class SampleTable(Callback):
@@ -114,7 +112,9 @@ class SampleTable(Callback):
             return
         self._last_step = trainer.estimated_stepping_batches
         self._part, examples = _prompts_of(trainer, data)
-        chosen = hashed_choice(len(examples), self.num_prompts, _CHOICE, data.seed)
+        chosen = hashed_choice(
+            len(examples), self.num_prompts, NoiseDomain.SHOWN_PROMPTS, data.seed
+        )
         self._examples = [examples[i] for i in chosen]
         prompts = [pl_module.decode(example.prompt_ids) for example in self._examples]
         if prompts != self._prompts:

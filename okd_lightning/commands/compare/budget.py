@@ -1,4 +1,4 @@
-"""How long every run of a comparison lasts."""
+"""Budget of every run of a comparison."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Unit: TypeAlias = Literal["steps", "tokens", "seconds"]
 
 @dataclass(frozen=True)
 class Budget:
-    """What every run may spend.
+    """Budget of one run.
 
     Attributes:
         unit: What is counted.
-        amount: How much of it, above 0.
+        amount: In that unit, above 0.
     """
 
     unit: Unit
@@ -31,7 +31,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """``steps=200``, ``tokens=1e6`` or ``seconds=600``.
+        """Parse ``steps=200``, ``tokens=1e6`` or ``seconds=600``.
 
         Raises:
             UsageError: Anything else.
@@ -54,28 +54,28 @@ class Budget:
 
     @property
     def options(self) -> list[str]:
-        """The Trainer's own limits: steps are known to schedules, the others end a run from inside.
+        """The Trainer's limits for this budget; the end of an epoch does not end the run.
 
-        An epoch's end is no end.
+        A schedule knows a limit in steps. Limits in tokens and seconds are applied by BudgetStop.
         """
         steps = int(self.amount) if self.unit == "steps" else -1
         return ["--trainer.max_steps", str(steps), "--trainer.max_epochs", "-1"]
 
     def is_spent(self, trainer: lightning.Trainer) -> bool:
-        """Whether a run has reached it, by its ``Throughput``."""
+        """Return whether a run has used the budget up, by its ``Throughput``."""
         if self.unit == "steps":
             return trainer.global_step >= self.amount
         return bool(getattr(throughput_of(trainer), self.unit) >= self.amount)
 
 
 class BudgetStop(Callback):
-    """Ends a run behind the optimizer step that spends its budget; all ranks at the same step.
+    """Ends a run after the optimizer step that uses up its budget; all ranks at the same step.
 
-    It has to be called behind the ``Throughput`` that counts. A run resumed after its budget was
-    spent ends at once.
+    Has to be called after the ``Throughput`` that counts. A run that is resumed after its budget
+    was spent ends at once.
 
     Args:
-        budget: What the run may spend.
+        budget: Of the run.
     """
 
     def __init__(self, budget: Budget) -> None:
@@ -84,7 +84,7 @@ class BudgetStop(Callback):
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """A resumed run may have nothing left."""
+        """Stop a resumed run that has no budget left."""
         self._stop_if_spent(trainer)
 
     def on_train_batch_end(
@@ -95,7 +95,7 @@ class BudgetStop(Callback):
         batch: DistillBatch,
         batch_idx: int,
     ) -> None:
-        """Look at the counters when an optimizer step is done."""
+        """Check the counters when an optimizer step is done."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._stop_if_spent(trainer)
 

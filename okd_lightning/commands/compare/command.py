@@ -1,4 +1,4 @@
-"""``okd-lightning compare``: the options, the order of the runs, and what is said at the end."""
+"""``okd-lightning compare``: the options, the order of the runs, and the final report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from okd_lightning.training.lightning_messages import PrintableConsole, only_war
 
 
 def compare_parser() -> argparse.ArgumentParser:
-    """What ``compare`` has beside the options of ``fit``."""
+    """Return the parser of the options that ``compare`` has besides those of ``fit``."""
     parser = argparse.ArgumentParser(
         prog="okd-lightning compare",
         usage="okd-lightning compare --config FILE|NAME --methods KD,GKD,FILE.yaml --out DIR "
@@ -67,17 +67,17 @@ def compare_parser() -> argparse.ArgumentParser:
 
 
 def compare_command(arguments: Sequence[str], debug: bool = False) -> int:
-    """Run a comparison, or what is left of it.
+    """Run a comparison, or its unfinished runs.
 
     Args:
-        arguments: What stands behind ``compare``.
+        arguments: The words after ``compare``.
         debug: Stop at the first run that fails, with its traceback.
 
     Returns:
         1 if a run failed, else 0.
 
     Raises:
-        OKDLightningError: A mistake that concerns the comparison as a whole.
+        OKDLightningError: An error that concerns the comparison as a whole.
     """
     parser = compare_parser()
     try:
@@ -99,12 +99,12 @@ def compare_command(arguments: Sequence[str], debug: bool = False) -> int:
 
 
 class Comparison:
-    """Runs what has not been run and reports all of it.
+    """Runs the unfinished runs of a comparison and reports all runs.
 
     Args:
-        folder: Where everything is.
-        console: Where to talk.
-        debug: Let a run's error through.
+        folder: The comparison's folder.
+        console: For output.
+        debug: Raise a run's error instead of reporting it.
     """
 
     def __init__(self, folder: ComparisonFolder, console: Console, debug: bool = False) -> None:
@@ -113,7 +113,7 @@ class Comparison:
         self.debug = debug
 
     def run(self) -> int:
-        """All runs one after the other; a failed one is reported and the others go on.
+        """Run one run after the other; report a failed run and continue with the next.
 
         Returns:
             The exit status.
@@ -174,11 +174,11 @@ class Comparison:
 
 
 def _plan(own: argparse.Namespace, options: Sequence[str], console: Console) -> Plan:
-    """What was asked for.
+    """Return the plan that the options describe.
 
     Raises:
-        UsageError: An option that is no comparison's, or a list that cannot be read.
-        ConfigError: A config or method that is not there.
+        UsageError: An option that compare does not have, or a list that cannot be read.
+        ConfigError: A config or method that does not exist.
     """
     if not own.methods:
         raise UsageError("--methods must be given, such as --methods KD,GKD,OKD,OPDPlus")

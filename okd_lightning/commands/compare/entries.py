@@ -1,4 +1,4 @@
-"""What ``--methods`` names: a method with its own defaults, or a YAML file that sets one up."""
+"""Entries of ``--methods``: a method with its defaults, or a YAML file that configures one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _OWN_DATA = (
     "teacher_prompt_template",
     "max_teacher_prompt_length",
 )
-"""How a method trains; all else of the data decides what is measured."""
+"""Data settings of a method's training; all others decide what is measured."""
 
 
 _LABEL = re.compile(r"\w[\w .+@=-]*")
@@ -36,7 +36,7 @@ def checked_label(label: object, where: str) -> str:
     """Return a contender's label, which is part of a folder's name.
 
     Raises:
-        ConfigError: It could name another folder, or breaks a line.
+        ConfigError: The label could name another folder, or contains a line break.
     """
     if not isinstance(label, str) or not _LABEL.fullmatch(label) or len(label) > 100:
         raise ConfigError(
@@ -47,10 +47,10 @@ def checked_label(label: object, where: str) -> str:
 
 
 def checked_seed(seed: object, where: str) -> int:
-    """Return a seed: a whole number from 0 on, below 2**32.
+    """Return a seed: an integer from 0 to 2**32 - 1.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: Anything else.
     """
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ConfigError(
@@ -64,9 +64,8 @@ class Entry:
     """One contender.
 
     Attributes:
-        label: How tables and folders call it.
-        config: What its runs have of their own: ``method``, ``trainer.callbacks+``, ``model``,
-            ``data``.
+        label: Its name in tables and folders.
+        config: Settings of its own runs: ``method``, ``trainer.callbacks+``, ``model``, ``data``.
     """
 
     label: str
@@ -74,14 +73,14 @@ class Entry:
 
 
 def read_entries(names: str) -> list[Entry]:
-    """The contenders of a comma-separated list.
+    """Return the contenders of a comma-separated list.
 
     Args:
         names: Classes (``KD``), import paths (``callbacks.minillm.MiniLLM``) and YAML files.
 
     Raises:
         UsageError: An empty list, or one contender twice.
-        ConfigError: An unknown method, or a file that sets up something else than a method.
+        ConfigError: An unknown method, or a file that configures something other than a method.
     """
     found = [_read_entry(name.strip()) for name in names.split(",") if name.strip()]
     if not found:
@@ -97,7 +96,7 @@ def read_entries(names: str) -> list[Entry]:
 
 
 def own_method(config: Mapping[str, Any]) -> str | None:
-    """The method that a config sets up for itself, which a comparison replaces."""
+    """Return the method of a config's own ``method`` section, which a comparison replaces."""
     return class_name(config.get("method"))
 
 
@@ -117,10 +116,10 @@ def _read_entry(name: str) -> Entry:
 
 
 def checked_settings(where: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A contender's config, if it leaves alone what all contenders share.
+    """Return a contender's config if it sets nothing that all contenders share.
 
     Raises:
-        ConfigError: It sets more, or no method.
+        ConfigError: The config sets more, or no method.
     """
     trainer = dict(config.get("trainer") or {})
     callbacks = [*(trainer.pop("callbacks", None) or []), *(trainer.pop("callbacks+", None) or [])]

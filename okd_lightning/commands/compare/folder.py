@@ -1,9 +1,9 @@
-"""A comparison's folder: what it is about, and what each of its runs came to.
+"""A comparison's folder: its plan and the results of its runs.
 
-``comparison.json`` names the contenders, the seeds and what all runs share; every run has a folder
-below ``runs/`` with ``result.json`` when it is finished or ``failure.json`` when it is not. A
-comparison that was killed continues from there, and one that is repeated with more contenders or
-seeds runs the new ones only.
+``comparison.json`` names the contenders, the seeds and the shared settings. Every run has a folder
+below ``runs/`` with ``result.json`` when it is finished or ``failure.json`` when it failed. A
+killed comparison continues from there. Repeated with more contenders or seeds, it runs only the new
+ones.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from okd_lightning.durable_files import read_json, write_json
 from okd_lightning.errors import ConfigError, OutputError
 
 MARKER = ".comparison-run"
-"""Lies in a run's folder that a comparison has made, and alone may remove."""
+"""File in a run's folder that a comparison has made; only such folders may be removed."""
 
 _MANIFEST = "comparison.json"
 _RESULT = "result.json"
@@ -44,14 +44,14 @@ _FAILURE = "failure.json"
 
 @dataclass(frozen=True)
 class Plan:
-    """What a comparison is about.
+    """Contenders, seeds and shared settings of a comparison.
 
     Attributes:
         entries: The contenders.
         seeds: Every contender runs with each of them.
-        budget: What every run may spend; None where the config itself says how long it lasts.
-        configs: What all runs share, from the general to the special.
-        options: What was typed for all runs.
+        budget: Of every run; None where the config itself sets the length.
+        configs: Shared by all runs, from the general to the special.
+        options: Typed for all runs.
     """
 
     entries: tuple[Entry, ...]
@@ -61,7 +61,7 @@ class Plan:
     options: tuple[str, ...]
 
     def arguments(self, entry: Entry, seed: int) -> list[str]:
-        """Of one run's command line; what was typed overrides a contender's own settings."""
+        """Return one run's command line; typed options override a contender's own settings."""
         configs = [*self.configs, entry.config]
         return [
             *(word for c in configs for word in ("--config", yaml.safe_dump(dict(c)))),
@@ -77,8 +77,8 @@ class RunFolder:
 
     Attributes:
         entry: The contender.
-        seed: The run's.
-        path: Where it writes.
+        seed: Of the run.
+        path: The run's folder.
     """
 
     entry: Entry
@@ -87,18 +87,18 @@ class RunFolder:
 
     @property
     def name(self) -> str:
-        """For headings."""
+        """The run's name in headings."""
         return f"{self.entry.label}, seed {self.seed}"
 
     @property
     def checkpoint(self) -> Path | None:
-        """Where an unfinished run goes on from."""
+        """The checkpoint from which an unfinished run continues; None without one."""
         path = self.path / "checkpoints" / "last.ckpt"
         return path if path.is_file() else None
 
     @property
     def result(self) -> RunResult | None:
-        """What it came to; None where it is not finished."""
+        """The run's result; None where the run is not finished."""
         if not (self.path / _RESULT).is_file():
             return None
         record = read_json(self.path / _RESULT)
@@ -106,16 +106,16 @@ class RunFolder:
 
     @property
     def failure(self) -> str | None:
-        """Why it stopped, if it did."""
+        """The error that stopped the run, if one did."""
         path = self.path / _FAILURE
         return str(read_json(path)["error"]) if path.is_file() else None
 
     @rank_zero_only
     def prepare(self) -> None:
-        """Forget the last failure, and what a run without a checkpoint has left.
+        """Remove the record of the last failure, and the files of a run without a checkpoint.
 
         Raises:
-            OutputError: The folder is not one that this comparison has made.
+            OutputError: The folder was not made by this comparison.
         """
         if self.checkpoint is None and self.path.exists():
             if self.path.is_symlink() or not (self.path / MARKER).is_file():
@@ -130,24 +130,24 @@ class RunFolder:
 
     @rank_zero_only
     def finish(self, result: RunResult) -> None:
-        """Keep what it came to, with every validation."""
+        """Write the run's result, with every validation."""
         history = [point.to_record() for point in result.history]
         write_json(self.path / _RESULT, {**result.to_record(), "history": history})
 
     @rank_zero_only
     def fail(self, error: str) -> None:
-        """Keep why it stopped."""
+        """Write the error that stopped the run."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / _FAILURE, {"error": error})
 
 
 @contextmanager
 def comparison_lock(path: Path) -> Iterator[None]:
-    """Hold a comparison's folder; the first process does this for all of them.
+    """Lock a comparison's folder; rank 0 does this for all ranks.
 
     Raises:
         FolderInUseError: Another comparison writes there.
-        OutputError: It cannot be written.
+        OutputError: The folder cannot be written.
     """
     if getattr(rank_zero_only, "rank", 0) != 0:
         yield
@@ -159,17 +159,17 @@ def comparison_lock(path: Path) -> Iterator[None]:
 
 
 class ComparisonFolder:
-    """Opens a comparison's folder, or takes up the one that is there.
+    """Opens a comparison's folder, new or existing.
 
     Args:
         path: The folder.
-        plan: What is asked for now; contenders and seeds of before stay part of it.
-        is_trusted: Whether the user trusts whoever wrote what is there.
+        plan: Of this command; contenders and seeds already in the folder are kept.
+        is_trusted: Whether the user trusts the origin of the folder's files.
 
     Raises:
-        ConfigError: It holds another comparison, or something else; or contenders that name code
-            which is neither typed now nor the user's own.
-        OutputError: It cannot be written.
+        ConfigError: The folder holds another comparison, or something else; or contenders that name
+            code which is neither typed now nor the user's own.
+        OutputError: The folder cannot be written.
     """
 
     def __init__(self, path: Path, plan: Plan, is_trusted: bool = False) -> None:
@@ -185,12 +185,12 @@ class ComparisonFolder:
         self._write_manifest()
 
     def runs(self) -> Iterator[RunFolder]:
-        """All runs, one seed after the other, so that what there is can be compared early."""
+        """Yield all runs, seed by seed, so that finished runs can be compared early."""
         for seed, entry in itertools.product(self.plan.seeds, self.plan.entries):
             yield RunFolder(entry, seed, self.path / "runs" / f"{entry.label}-seed{seed}")
 
     def results(self) -> list[RunResult]:
-        """Of all finished runs."""
+        """Return the results of all finished runs."""
         return [result for run in self.runs() if (result := run.result) is not None]
 
     @rank_zero_only
@@ -227,7 +227,7 @@ class ComparisonFolder:
 
 
 def _entry(label: Any, config: Any, where: str) -> Entry:
-    """A contender of the manifest, checked like one that is typed."""
+    """Return a contender of the manifest, checked like a typed one."""
     return Entry(checked_label(label, where), checked_settings(where, _section(config)))
 
 
@@ -244,10 +244,10 @@ def _text(option: Any) -> str:
 
 
 def _refuse_foreign(path: Path) -> None:
-    """Refuse a folder that holds something, and no comparison.
+    """Refuse a folder that has files but no comparison.
 
     Raises:
-        ConfigError: It does.
+        ConfigError: The folder is such a one.
     """
     names = {entry.name for entry in path.iterdir()} - LOCK_FILES
     if names and _MANIFEST not in names:
@@ -265,10 +265,10 @@ def _record(plan: Plan) -> dict[str, Any]:
 
 
 def _check_contenders(manifest: Path, known: Plan, asked: Plan) -> None:
-    """Refuse contenders of before, not asked for now, that name foreign code or servers.
+    """Refuse earlier contenders, not named in this command, that name foreign code or servers.
 
     Raises:
-        ConfigError: Naming the first.
+        ConfigError: There is one; the message names the first.
     """
     own = {entry.label: entry.config for entry in asked.entries}
     given = [*texts_in([dict(entry.config) for entry in asked.entries])]
@@ -284,7 +284,7 @@ def _check_contenders(manifest: Path, known: Plan, asked: Plan) -> None:
 
 
 def _joined(path: Path, known: Plan, asked: Plan) -> Plan:
-    """The contenders and seeds of both; all else has to be the same."""
+    """Return the plan with the contenders and seeds of both; all else has to be equal."""
     own = {entry.label: entry.config for entry in known.entries}
     differing = [
         f"{what} ({_short(before)} there, {_short(now)} here)"

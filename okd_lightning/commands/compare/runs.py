@@ -1,4 +1,4 @@
-"""One run of a comparison: ``fit`` with a measurement ahead, a budget, and a curve that is kept."""
+"""One run of a comparison: ``fit`` with a validation before it, a budget, and a stored curve."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class ComparedCLI(DistillationCLI):
     """``fit`` as one run of a comparison.
 
     Args:
-        args: What is parsed.
-        budget: What the run may spend; None for what its Trainer's own settings say.
+        args: The words to parse.
+        budget: Of the run; None where its Trainer settings set the length.
         kwargs: Of DistillationCLI.
     """
 
-    monitors = tuple(kind for kind in MONITORS if kind is not SampleTable)  # no table for each run
+    monitors = tuple(kind for kind in MONITORS if kind is not SampleTable)  # no table per run
 
     def __init__(self, args: Sequence[str], budget: Budget | None, **kwargs: Any) -> None:
         self.curve = CurveLog()
@@ -38,7 +38,10 @@ class ComparedCLI(DistillationCLI):
         super().__init__(args=list(args), **kwargs)
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
-        """The Trainer, with the curve and the budget ahead of what writes checkpoints."""
+        """Return the Trainer, with the curve and the budget before the checkpoint callbacks.
+
+        Callbacks run in order, so that a checkpoint holds the curve of its own step.
+        """
         trainer = super().instantiate_trainer(**kwargs)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         first = next((i for i, c in enumerate(callbacks) if isinstance(c, Checkpoint)), None)
@@ -47,7 +50,7 @@ class ComparedCLI(DistillationCLI):
         return trainer
 
     def fit(self, **kwargs: Any) -> None:
-        """Measure, train, and measure again where training has not ended with a validation."""
+        """Validate, train, and validate again where training has not ended with a validation."""
         if kwargs.get("ckpt_path") is None:
             with _unlogged(self.trainer):
                 self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
@@ -57,14 +60,14 @@ class ComparedCLI(DistillationCLI):
                 self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
     def after_fit(self) -> None:
-        """Nothing: the comparison speaks for all runs."""
+        """Do nothing: the comparison reports on all runs."""
 
 
 def run_one(run: RunFolder, plan: Plan) -> RunResult:
-    """Train one run, from its checkpoint where it has one, and keep its result.
+    """Train one run, from its checkpoint where it has one, and write its result.
 
     Raises:
-        Exception: Whatever stops a ``fit``.
+        Exception: Any error of ``fit``.
     """
     resumed = run.checkpoint
     run.prepare()
@@ -86,11 +89,11 @@ def run_one(run: RunFolder, plan: Plan) -> RunResult:
 
 
 def check_entry(entry: Entry, plan: Plan) -> None:
-    """Build a contender's run without starting it: mistakes are found before the first run.
+    """Build a contender's run without starting it, to find errors before the first run.
 
     Raises:
-        OKDLightningError: What ``fit`` would refuse; no validation data; a schedule that the
-            budget does not know the end of.
+        OKDLightningError: What ``fit`` would refuse; no validation data; a schedule that needs the
+            last step under a budget that does not say it.
     """
     cli = ComparedCLI(plan.arguments(entry, plan.seeds[0]), plan.budget, run=False)
     if cli.datamodule.sources["val"] is None:
@@ -107,10 +110,10 @@ def check_entry(entry: Entry, plan: Plan) -> None:
 
 
 def check_shared(plan: Plan) -> None:
-    """Refuse a method in what all runs share: every contender would train with it beside its own.
+    """Refuse a method in the shared settings: every contender would train with it besides its own.
 
     Raises:
-        ConfigError: ``trainer.callbacks`` of the shared configs or options holds one.
+        ConfigError: ``trainer.callbacks`` of the shared configs or options holds a method.
     """
     bare = ComparedCLI(plan.arguments(Entry("", {"method": "SFT"}), 0), None, run=False)
     methods = [
@@ -129,7 +132,7 @@ def check_shared(plan: Plan) -> None:
 
 @contextmanager
 def _unlogged(trainer: lightning.Trainer) -> Iterator[None]:
-    """A measurement that is the comparison's own and not part of the run's metrics.csv."""
+    """Disable the loggers, so that a validation is not part of the run's metrics.csv."""
     loggers, trainer.loggers = trainer.loggers, []
     try:
         yield

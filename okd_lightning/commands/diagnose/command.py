@@ -1,4 +1,4 @@
-"""``okd-lightning diagnose``: the options, and what is left behind."""
+"""``okd-lightning diagnose``: the options and the written files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from okd_lightning.training.lightning_messages import PrintableConsole, only_war
 
 
 def diagnose_parser() -> argparse.ArgumentParser:
-    """What ``diagnose`` has beside the options of ``fit``."""
+    """Return the parser of the options that ``diagnose`` has besides those of ``fit``."""
     parser = argparse.ArgumentParser(
         prog="okd-lightning diagnose",
         usage="okd-lightning diagnose --config FILE|NAME --out DIR [--model.* --data.* VALUE ...]",
@@ -53,11 +53,11 @@ def diagnose_parser() -> argparse.ArgumentParser:
 
 
 def diagnose_command(arguments: Sequence[str], debug: bool = False) -> int:
-    """Examine a pair and write what was found.
+    """Diagnose a pair and write the findings.
 
     Args:
-        arguments: What stands behind ``diagnose``.
-        debug: Has no say here: errors go to the front door.
+        arguments: The words after ``diagnose``.
+        debug: Unused: the caller handles errors.
 
     Raises:
         OKDLightningError: What ``fit`` would refuse, or an option out of its range.
@@ -90,13 +90,13 @@ def diagnose_command(arguments: Sequence[str], debug: bool = False) -> int:
 
 
 def examine(arguments: Sequence[str], rows: int, batches: int, console: Console) -> Diagnosis:
-    """The diagnosis of what some options of ``fit`` name.
+    """Return the diagnosis of the pair and prompts that options of ``fit`` name.
 
     Args:
         arguments: Configs and options.
         rows: Responses of each kind.
         batches: Batches of the gradients.
-        console: Told what is being done.
+        console: For progress messages.
 
     Raises:
         ConfigError: No teacher, a teacher in a cache, or several devices.
@@ -115,7 +115,7 @@ def examine(arguments: Sequence[str], rows: int, batches: int, console: Console)
     part = "val" if data.sources["val"] is not None else "train"
     if part == "train":
         data.sources["val"], data.splits["val"] = data.sources["train"], data.splits["train"]
-    data.val_rollouts = 1  # so that a validation begins, whatever the rows hold
+    data.val_rollouts = 1  # at least one, so that the validation begins with any rows
     examination = Examination(
         rows, batches, part, lambda text: console.print(Text(text, style="dim"))
     )
@@ -125,7 +125,7 @@ def examine(arguments: Sequence[str], rows: int, batches: int, console: Console)
 
 
 def _validate(trainer: lightning.Trainer, examination: Examination, module: Any, data: Any) -> None:
-    """The shortest validation there is, for its beginning; it logs nothing."""
+    """Run the shortest possible validation, for its start hook; it logs nothing."""
     trainer.callbacks = [examination]  # type: ignore[attr-defined]
     trainer.loggers = []
     trainer.limit_val_batches = 1
@@ -136,10 +136,10 @@ def _validate(trainer: lightning.Trainer, examination: Examination, module: Any,
 def _next_command(
     own: argparse.Namespace, options: Sequence[str], found: Diagnosis, advice: Sequence[Advice]
 ) -> str:
-    """The comparison that would decide, as ``compare`` takes it."""
+    """Return the ``compare`` command that would decide between the recommended methods."""
     names = [str(own.out / name) if name in CONTENDERS else name for name in contenders(advice)]
     configs = [f"--config {name}" for name in own.config or ()]
-    is_steady = found.schedule == "constant"  # others must know a run's last step
+    is_steady = found.schedule == "constant"  # other schedules need the last step
     words = [
         "okd-lightning compare",
         *configs,

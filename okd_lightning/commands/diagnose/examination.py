@@ -1,4 +1,4 @@
-"""The examination of a pair: everything that ``diagnose`` measures, inside a Trainer."""
+"""All measurements of ``diagnose``, inside a Trainer."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _MOST_STEPS = 4  # of the drift
 
 
 class Examination(Callback):
-    """Examines both models when a ``trainer.validate`` begins, where they are on their devices.
+    """Measures both models when ``trainer.validate`` begins and they are on their devices.
 
     Args:
         rows: Responses of each kind.
         batches: Optimizer steps of rollouts, and batches of the gradients, at least 2.
-        part: What "val" is in truth: "train" where the run has no validation data.
-        say: Called with what is being done.
+        part: Part of the data that is read as "val": "train" where the run has no validation data.
+        say: Called with progress messages.
 
     Attributes:
         found: The diagnosis; None before.
@@ -52,7 +52,7 @@ class Examination(Callback):
     def on_validation_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """All of it; Lightning has switched gradients off, they are switched on where needed."""
+        """Measure everything; Lightning has disabled gradients, which are enabled where needed."""
         assert isinstance(pl_module, DistillationModule)
         data = trainer.datamodule  # type: ignore[attr-defined]
         with trainer.precision_plugin.forward_context(), torch.random.fork_rng():
@@ -120,7 +120,7 @@ def _seconds(
     on_own: Sequence[DistillBatch],
     written: Sequence[Responses],
 ) -> dict[str, float]:
-    """Of an optimizer step: its micro-batches times what a middling one takes, and the writing."""
+    """Return seconds per optimizer step: micro-batches times the median one's, plus generation."""
     micro = len(on_own)
     writing = statistics.fmean(responses.seconds for responses in written)
     exact = GKD(divergence=ReverseKL(), on_policy_fraction=1.0)
@@ -134,7 +134,7 @@ def _seconds(
 
 
 def _split(data: RolloutDataModule, num: int) -> tuple[list[Example], list[Example]]:
-    """What is looked at, and what is trained on: the training set, or else the other rows."""
+    """Return the examples to measure and those to train on: the training set, or the other rows."""
     everything = data.examples("val").examples
     if data.sources["train"] not in (None, data.sources["val"]):
         return chosen(everything, num, data.seed), list(data.examples("train").examples)
@@ -144,14 +144,14 @@ def _split(data: RolloutDataModule, num: int) -> tuple[list[Example], list[Examp
 
 
 def _groups(examples: Sequence[Example], num: int, size: int, seed: int) -> Iterator[list[Example]]:
-    """Prompts of ``num`` steps; where there are too few, from the start again."""
+    """Yield the prompts of ``num`` steps; where there are too few, from the start again."""
     picked = itertools.cycle(chosen(examples, num * size, seed + 1))
     for _ in range(num):
         yield list(itertools.islice(picked, size))
 
 
 def _middle(batches: Sequence[DistillBatch]) -> DistillBatch:
-    """Of a step's micro-batches, which are sorted by length."""
+    """Return the median of a step's micro-batches, which are sorted by length."""
     return batches[len(batches) // 2]
 
 

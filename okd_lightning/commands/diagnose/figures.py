@@ -1,4 +1,4 @@
-"""A diagnosis as pictures: SVG that takes its text colour from the page around it."""
+"""Figures of a diagnosis: SVG that takes its text colour from the surrounding page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from okd_lightning.commands.diagnose.findings import Diagnosis, EstimatorFinding, Rows
 from okd_lightning.commands.diagnose.terminal import AUTHORS
 
-_INK = "#0a0b0c"  # stands for the page's own text colour
+_INK = "#0a0b0c"  # replaced by the page's own text colour
 _COLOURS = {"given": "#3b82c4", "student": "#d9702c", "teacher": "#2e9e77"}
 _MARKERS = {"given": "o", "student": "s", "teacher": "^"}
 _SIZE = (4.4, 3.0)  # inches; wide enough to be read on a phone, where it fills the page
@@ -35,7 +35,7 @@ _SETTINGS: Any = {
 
 
 def figures(found: Diagnosis) -> dict[str, str]:
-    """Name → SVG element: places, shares, top_k, bias and noise."""
+    """Return name → SVG element: places, shares, top_k, bias and noise."""
     with matplotlib.rc_context(_SETTINGS):
         drawn = {
             "places": _places(found.rows),
@@ -53,7 +53,7 @@ def _figure(height: float = _SIZE[1]) -> tuple[Figure, Axes]:
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """The element alone; names inside are the figure's own, so that several fit on one page."""
+    """Return the element alone; its ids get the figure's name, so that several fit on one page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
@@ -149,7 +149,7 @@ def _noise(estimators: Sequence[EstimatorFinding]) -> Figure:
 
 
 def _labelled(estimators: Sequence[EstimatorFinding]) -> tuple[Figure, Axes]:
-    """A row an estimator, from the top down."""
+    """Return axes with one row per estimator, from the top down."""
     figure, axes = _figure(0.9 + 0.22 * len(estimators))
     labels = [f"{row.divergence}, {row.estimator}" for row in estimators]
     axes.set_yticks(range(len(labels)), labels, fontsize=8)

@@ -1,4 +1,4 @@
-"""The records of a diagnosis. Numbers are nats a token where nothing else is said."""
+"""Records of a diagnosis. Numbers are in nats per token where no other unit is named."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 from okd_lightning.metrics import GradientFidelity
 
 Verdict: TypeAlias = Literal["good", "look", "bad"]
-"""Whether a check is as it should be, deserves a look, or has to be mended first."""
+"""Result of a check: fine, deserves attention, or has to be fixed first."""
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class Check:
     """One check of the data or the tokenizer.
 
     Attributes:
-        name: What was looked at.
-        verdict: How it is.
-        text: What was found, in a sentence.
+        name: The checked property.
+        verdict: The result.
+        text: The finding, in a sentence.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Estimate:
     """A mean over tokens.
 
     Attributes:
-        mean: Of the values.
+        mean: Mean of the values.
         error: Its standard error, over responses: tokens of one response are not independent.
     """
 
@@ -41,26 +41,26 @@ class Estimate:
     error: float
 
     def text(self, digits: int = 3) -> str:
-        """``0.653±0.012``."""
+        """Format as ``0.653±0.012``."""
         error = "" if math.isnan(self.error) else f"±{self.error:.{digits}f}"
         return f"{self.mean:.{digits}f}{error}"
 
     def signed(self, digits: int = 3) -> str:
-        """``-0.053±0.004``, with a sign: of a change."""
+        """Format a change with its sign, such as ``-0.053±0.004``."""
         return f"{'+' if self.mean >= 0 else ''}{self.text(digits)}"
 
 
 @dataclass(frozen=True)
 class PositionBin:
-    """A stretch of places in the response.
+    """A range of positions in the response.
 
     Attributes:
-        first: First place, from 1.
-        last: Last place.
-        tokens: How many tokens stand there.
+        first: First position, from 1.
+        last: Last position.
+        tokens: Number of tokens at these positions.
         reverse_kl: Their mean.
         forward_kl: Their mean.
-        share: Of all reverse KL, how much sits there.
+        share: Share of the total reverse KL at these positions.
     """
 
     first: int
@@ -73,19 +73,19 @@ class PositionBin:
 
 @dataclass(frozen=True)
 class Rows:
-    """What was measured on one kind of responses.
+    """Measures on one kind of responses.
 
     Attributes:
-        source: Who wrote them: "given", "student" or "teacher".
-        rows: Responses.
+        source: "given" (dataset responses), or the generator: "student" or "teacher".
+        rows: Number of responses.
         tokens: Loss tokens.
-        mean_length: Tokens a response.
-        eos_share: Responses that end by themselves.
+        mean_length: Tokens per response.
+        eos_share: Share of responses that end by themselves.
         measures: Mean by name: forward_kl, reverse_kl, jsd, agreement, student_entropy,
             teacher_entropy, cross_entropy of the student.
-        top_k: k → teacher's mass on the student's k likeliest ids.
-        bins: By place in the response.
-        top_tenth: Share of all reverse KL that sits on the tenth of the tokens with most of it.
+        top_k: k → teacher's mass on the student's k most likely ids.
+        bins: By position in the response.
+        top_tenth: Share of the total reverse KL on the 10 % of the tokens with the highest values.
     """
 
     source: str
@@ -101,7 +101,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class EstimatorFinding:
-    """One way to get a divergence's gradient.
+    """One estimator of a divergence's gradient.
 
     Attributes:
         divergence: Its name.
@@ -119,11 +119,11 @@ class GradientFinding:
     """Bias and noise of the estimators.
 
     Attributes:
-        estimators: One row each.
-        batches: Batches that were looked at.
-        rows: Responses a batch.
-        parameters: Numbers of the student that gradients were taken of.
-        of_parameters: Trained numbers that it has.
+        estimators: One entry per estimator.
+        batches: Number of measured batches.
+        rows: Responses per batch.
+        parameters: Number of student parameters whose gradients were taken.
+        of_parameters: Number of trained student parameters.
     """
 
     estimators: tuple[EstimatorFinding, ...]
@@ -133,7 +133,7 @@ class GradientFinding:
     of_parameters: int
 
     def of(self, divergence: str, estimator: str) -> GradientFidelity | None:
-        """One row's numbers."""
+        """Return the numbers of one estimator."""
         found = (
             e for e in self.estimators if (e.divergence, e.estimator) == (divergence, estimator)
         )
@@ -142,13 +142,13 @@ class GradientFinding:
 
 @dataclass(frozen=True)
 class Drift:
-    """How far some optimizer steps move the student on responses that it wrote before them.
+    """Effect of some optimizer steps on the student's probabilities of its earlier responses.
 
     Attributes:
         steps: Simulated steps.
-        mean_log_ratio: Mean of |ln ρ|, ρ = p_new / p_old of the drawn token.
+        mean_log_ratio: Mean of |ln ρ|, ρ = p_new / p_old of the sampled token.
         outside: Share of tokens with ρ outside 0.8 to 1.25.
-        effective_share: (Σρ)² / (n Σρ²), the share of tokens that an importance weight leaves.
+        effective_share: (Σρ)² / (n Σρ²), the effective share of tokens under importance weights.
     """
 
     steps: int
@@ -159,12 +159,12 @@ class Drift:
 
 @dataclass(frozen=True)
 class Trial:
-    """Where some optimizer steps of one method lead.
+    """Effect of some optimizer steps of one method.
 
     Attributes:
         method: Its name.
-        steps: That were taken.
-        change: Of held-out divergences, after less before, by responses and measure
+        steps: Number of steps.
+        change: Of held-out divergences, after minus before, by responses and measure
             ("given/forward_kl", "student/reverse_kl"); errors are those of paired differences.
     """
 
@@ -175,17 +175,17 @@ class Trial:
 
 @dataclass(frozen=True)
 class Cost:
-    """What an optimizer step takes here.
+    """Cost of an optimizer step on this machine.
 
     Attributes:
-        seconds: By kind of step, measured: "KD" (given responses), "GKD" and "OPD+" (the
-            student's own, their writing included), "writing" alone.
-        rows: Sequences an optimizer step.
-        prompts: Prompts an optimizer step of rollouts.
-        tokens_per_second: Written by the student.
+        seconds: By kind of step, measured: "KD" (dataset responses), "GKD" and "OPD+" (on-policy
+            samples, generation included), "writing" (generation alone).
+        rows: Sequences per optimizer step.
+        prompts: Prompts per optimizer step of rollouts.
+        tokens_per_second: Generated by the student.
         memory: Bytes, by what they hold; weights, gradients and optimizer are counted, "peak" is
             measured.
-        device: What it was measured on.
+        device: Where it was measured.
     """
 
     seconds: Mapping[str, float]
@@ -203,9 +203,9 @@ class Advice:
     Attributes:
         title: What to do.
         because: The numbers that led to it, in a sentence.
-        confidence: "measured" where the numbers themselves say so, "likely" where they do in
-            comparable studies, "guess" where it is experience.
-        methods: What a comparison should try for it, as ``compare --methods`` names them.
+        confidence: "measured" where the numbers of this pair show it, "likely" where those of
+            comparable studies do, "guess" where it is experience.
+        methods: Methods to compare for it, as ``compare --methods`` names them.
     """
 
     title: str
@@ -216,21 +216,21 @@ class Advice:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Everything that was found.
+    """All findings.
 
     Attributes:
-        student: What it is, in words.
-        teacher: What it is, in words.
+        student: Description of the student.
+        teacher: Description of the teacher.
         checks: Of data and tokenizer.
-        rows: Given, the student's own and the teacher's.
+        rows: On dataset responses, on those of the student and on those of the teacher.
         gradients: Bias and noise.
         drift: After some numbers of steps.
-        trials: Where a few steps of each of several methods lead.
+        trials: Effects of a few steps of each of several methods.
         cost: Of a step.
-        part: Of the data: what was held out, "val" or "train".
-        learning_rate: That the simulated steps were made with.
+        part: The held-out part of the data, "val" or "train".
+        learning_rate: Of the simulated steps.
         schedule: The run's.
-        seed: Of everything that is drawn.
+        seed: Of all random numbers.
     """
 
     student: str
@@ -247,11 +247,11 @@ class Diagnosis:
     seed: int
 
     def of(self, source: str) -> Rows | None:
-        """What was measured on responses of one kind."""
+        """Return the measures on responses of one kind."""
         return next((rows for rows in self.rows if rows.source == source), None)
 
     def forecast(self, measure: str) -> tuple[Trial, ...]:
-        """All trials, the one that lowers a measure most first.
+        """Return all trials, the one that lowers a measure most first.
 
         Args:
             measure: Such as "given/forward_kl"; trials without it are left out.
@@ -261,7 +261,7 @@ class Diagnosis:
 
 
 def to_record(found: Any) -> Any:
-    """A record as JSON holds it: what is not a number there is null."""
+    """Convert a record for JSON: NaN and infinities become null."""
     if not isinstance(found, (dict, list, tuple, float)):
         return (
             found if isinstance(found, (str, int, bool, type(None))) else to_record(asdict(found))

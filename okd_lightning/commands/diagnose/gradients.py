@@ -1,8 +1,8 @@
-"""Every estimator's gradient on the same rollouts, against the exact one.
+"""Gradients of every estimator on the same rollouts, compared with the exact gradient.
 
-Both models run once over a batch; every estimator then goes through the training loss's own tiles,
-so that the memory is that of a training step. Gradients are kept for the last parameters of the
-student only, where it is large: bias and noise of a credit show there as they do below.
+Both models run once per batch. Every estimator then runs through the tiles of the training loss, so
+memory is that of a training step. Of a large student only the gradients of the last parameters are
+kept: bias and noise of an advantage show there as they do in earlier layers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from okd_lightning.training.module import DistillationModule
 
 EXACT = "exact"
 MOST_PARAMETERS = 250_000
-"""Of these so many numbers a gradient is kept, for each estimator and batch."""
+"""Largest number of gradient entries that are kept, per estimator and batch."""
 
 _DIVERGENCES: Mapping[str, Divergence] = {
     "reverse KL": ReverseKL(),
@@ -30,13 +30,13 @@ _DIVERGENCES: Mapping[str, Divergence] = {
     "JSD": JensenShannon(0.5),
 }
 TOP_K = 16
-"""Ids of the teacher that the top-k estimator knows, beside a tail."""
+"""Teacher ids that the top-k estimator knows, besides a tail."""
 
 TOP_K_NAME = f"exact, top {TOP_K}"
 
 
 def estimators(vocabulary: int) -> dict[str, dict[str, DistillationCallback]]:
-    """Divergence → name → estimator; the exact one first."""
+    """Return divergence → name → estimator; the exact one first."""
     return {name: _of(divergence, vocabulary) for name, divergence in _DIVERGENCES.items()}
 
 
@@ -54,9 +54,10 @@ def _of(divergence: Divergence, vocabulary: int) -> dict[str, DistillationCallba
 
 
 def probed_parameters(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """The last ones that hold ``MOST_PARAMETERS`` numbers together; all of a small student.
+    """Return the last parameters with at most ``MOST_PARAMETERS`` entries in all.
 
-    Matrices that are larger alone (heads, embeddings) are passed over.
+    All parameters of a small student. Matrices that are larger alone (heads, embeddings) are
+    skipped.
     """
     found, left = [], MOST_PARAMETERS
     for parameter in reversed(list(parameters)):
@@ -70,7 +71,7 @@ class GradientProbe:
     """Collects gradients batch by batch.
 
     Args:
-        module: With its models on their devices.
+        module: Its models are on their devices.
     """
 
     def __init__(self, module: DistillationModule) -> None:
@@ -83,7 +84,7 @@ class GradientProbe:
         self._rows = self._batches = 0
 
     def add(self, batch: DistillBatch) -> None:
-        """One batch of the student's own responses.
+        """Add one batch of on-policy samples.
 
         Args:
             batch: On the models' device.
@@ -112,7 +113,7 @@ class GradientProbe:
         self._rows, self._batches = max(self._rows, len(batch)), self._batches + 1
 
     def finding(self) -> GradientFinding:
-        """What all batches say; every estimator against its own divergence's exact gradient."""
+        """Compare every estimator with its divergence's exact gradient, over all batches."""
         gradients = {key: torch.stack(parts) for key, parts in self._found.items()}
         rows = tuple(
             EstimatorFinding(divergence, name, gradient_fidelity(own, gradients[divergence, EXACT]))
@@ -122,7 +123,7 @@ class GradientProbe:
         return GradientFinding(rows, self._batches, self._rows, kept, self.of_parameters)
 
     def _gradient(self, loss: Tensor) -> Tensor:
-        """[parameters] float32 on the CPU."""
+        """Return the gradient as [parameters], float32 on the CPU."""
         parts = torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True)
         flat = [
             (torch.zeros_like(p) if part is None else part).flatten().float()

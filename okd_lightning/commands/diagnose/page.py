@@ -1,4 +1,4 @@
-"""``diagnosis.html``: one page with everything inside, light and dark, for a desk and a phone."""
+"""``diagnosis.html``: one self-contained page, light and dark, for large and small screens."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def write_page(path: Path, found: Diagnosis, advice: Sequence[Advice], command: 
     Args:
         path: The HTML file.
         found: The diagnosis.
-        advice: What follows from it.
-        command: The comparison that would decide.
+        advice: The recommendations.
+        command: The comparison to run next.
     """
     environment = Environment(
         loader=PackageLoader("okd_lightning.commands.diagnose", ""),

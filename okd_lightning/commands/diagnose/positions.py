@@ -1,4 +1,4 @@
-"""Divergences, entropies and top-k mass of some responses, and where in them they sit."""
+"""Divergences, entropies and top-k mass of responses, by position in the response."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from okd_lightning.records.shapes import PositionValues
 from okd_lightning.training.module import DistillationModule
 
 TOP_KS = (1, 4, 16, 64, 256)
-"""Sizes of the student's top-k that are looked at, as far as the vocabulary goes."""
+"""Measured sizes of the student's top-k, as far as the vocabulary goes."""
 
 _MEASURES: dict[str, Quantity] = {
     "forward_kl": ExactDivergence(ForwardKL()),
@@ -40,7 +40,7 @@ _MEASURES: dict[str, Quantity] = {
 
 @dataclass(frozen=True)
 class TeacherMass(Quantity):
-    """The teacher's probability of the student's k likeliest ids, a constant.
+    """The teacher's probability of the student's k most likely ids, without gradient.
 
     Args:
         k: At most the vocabulary.
@@ -51,18 +51,18 @@ class TeacherMass(Quantity):
 
     @torch.no_grad()
     def measure(self, tile: Tile) -> PositionValues:
-        """[positions] in [0, 1]."""
+        """Return [positions] in [0, 1]."""
         chosen = tile.student_logprobs.topk(self.k, dim=-1).indices
         return tile.teacher_logprobs.gather(-1, chosen).exp().sum(-1)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What was measured at some tokens, laid end to end.
+    """Measures at the tokens of some responses, concatenated.
 
     Attributes:
-        row: [tokens] which response each belongs to.
-        place: [tokens] its place in the response, from 0.
+        row: [tokens] index of the token's response.
+        place: [tokens] its position in the response, from 0.
         values: [tokens] by name, float64.
     """
 
@@ -74,10 +74,10 @@ class Tokens:
         return len(self.row)
 
     def estimate(self, name: str) -> Estimate:
-        """Mean over tokens with its standard error over responses.
+        """Return the mean over tokens with its standard error over responses.
 
-        The error is that of a ratio of sums, with responses as what is drawn independently; NaN for
-        a single response.
+        The error is that of a ratio of sums whose independent units are responses; NaN for a single
+        response.
         """
         values = self.values[name]
         _, number = self.row.unique(return_inverse=True)
@@ -91,7 +91,7 @@ class Tokens:
         return Estimate(float(mean), float(error))
 
     def bins(self) -> tuple[PositionBin, ...]:
-        """By place: 1, 2, 3-4, 5-8, ... as far as there are tokens."""
+        """Return bins of positions 1, 2, 3-4, 5-8, ... as far as there are tokens."""
         total = float(self.values["reverse_kl"].sum())
         found, first, last = [], 1, 1
         while first <= int(self.place.max()) + 1:
@@ -106,7 +106,7 @@ class Tokens:
         return tuple(found)
 
     def top_tenth(self) -> float:
-        """Share of all reverse KL on the tenth of the tokens with most of it."""
+        """Return the share of the total reverse KL on the 10 % of the tokens with the most."""
         values = self.values["reverse_kl"].sort(descending=True).values
         total = float(values.sum())
         return float(values[: max(1, len(values) // 10)].sum()) / total if total > 0 else 0.0
@@ -114,7 +114,7 @@ class Tokens:
 
 @torch.no_grad()
 def measure_tokens(module: DistillationModule, batches: Iterable[DistillBatch]) -> Tokens:
-    """All measures at all loss tokens of the responses; earlier turns of a prompt are left out."""
+    """Return all measures at the loss tokens of the responses, without a prompt's earlier turns."""
     quantities = dict(_MEASURES)
     quantities |= {f"top_{k}": TeacherMass(k) for k in top_ks(module.vocabulary.size)}
     rows, places, num_rows = [], [], 0
@@ -134,12 +134,12 @@ def measure_tokens(module: DistillationModule, batches: Iterable[DistillBatch]) 
 
 
 def top_ks(vocabulary: int) -> tuple[int, ...]:
-    """Those of ``TOP_KS`` that leave something out."""
+    """Return those of ``TOP_KS`` that are smaller than the vocabulary."""
     return tuple(k for k in TOP_KS if k < vocabulary)
 
 
 def summarise(responses: Responses, tokens: Tokens) -> Rows:
-    """What is kept of it."""
+    """Reduce the measures at tokens to the record of one kind of responses."""
     lengths: Sequence[int] = responses.lengths
     measures = {name: tokens.estimate(name) for name in _MEASURES if name != "student_logprob"}
     drawn = tokens.estimate("student_logprob")

@@ -1,4 +1,4 @@
-"""The rows that everything is measured on: given ones, the student's own, and the teacher's."""
+"""Rows that everything is measured on: dataset responses, the student's, and the teacher's."""
 
 from __future__ import annotations
 
@@ -10,24 +10,21 @@ import torch
 
 from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.engines.engine import Author
-from okd_lightning.engines.noise import hashed_choice
+from okd_lightning.engines.noise import NoiseDomain, hashed_choice
 from okd_lightning.records.batches import DistillBatch, Example, PromptBatch, TrainingRow
 from okd_lightning.records.rows import given_row, micro_batches, written_rows
 from okd_lightning.training.module import DistillationModule
 
-_CHOICE = 0x44494147  # domain separation
-_EPOCH = 2**31 + 1  # of the noise; no training epoch and no validation has this number
-
 
 @dataclass(frozen=True)
 class Responses:
-    """Some rows of one author.
+    """Some rows of one generator.
 
     Attributes:
-        author: "given", "student" or "teacher".
+        author: "given" (dataset responses), "student" or "teacher".
         rows: Ready to be collated.
         ended: True for each row that ends by itself.
-        seconds: That the writing took.
+        seconds: Of the generation.
     """
 
     author: str
@@ -37,7 +34,7 @@ class Responses:
 
     @property
     def num_tokens(self) -> int:
-        """Loss tokens."""
+        """Number of loss tokens."""
         return sum(row.num_loss_tokens for row in self.rows)
 
     @property
@@ -46,33 +43,36 @@ class Responses:
         return [len(row.input_ids) - row.prompt_length for row in self.rows]
 
     def batches(self, size: int, device: torch.device) -> Iterator[DistillBatch]:
-        """Micro-batches of like lengths; rows without a loss token are left out."""
+        """Yield micro-batches of rows of similar length; rows without a loss token are left out."""
         rows = [row for row in self.rows if row.num_loss_tokens]
         if rows:
+            # -(-a // b) rounds up
             for batch in micro_batches(rows, -(-len(rows) // size)):
                 yield batch.to(device)
 
 
 def chosen(examples: Sequence[Example], num: int, seed: int) -> list[Example]:
-    """``num`` examples of all over a data set; fewer where it has fewer."""
-    return [examples[i] for i in hashed_choice(len(examples), num, _CHOICE, seed)]
+    """Return ``num`` examples from all over a dataset; fewer where it has fewer."""
+    return [
+        examples[i] for i in hashed_choice(len(examples), num, NoiseDomain.DIAGNOSED_PROMPTS, seed)
+    ]
 
 
 def given_responses(examples: Sequence[Example], eos_ids: Sequence[int]) -> Responses:
-    """What the data set answers; empty where it holds prompts alone."""
+    """Return the dataset responses; empty where the dataset holds prompts alone."""
     answered = [example for example in examples if example.response_ids]
     ended = tuple(example.response_ids[-1] in eos_ids for example in answered)
     return Responses("given", tuple(given_row(example) for example in answered), ended)
 
 
 class ResponseWriter:
-    """Lets one of the two models answer; the same seed gives the same answers.
+    """Generates responses of one of the two models; the same seed gives the same responses.
 
     Args:
-        module: With its models on their devices.
-        sampling: How the student's are drawn; the teacher's are drawn from itself.
+        module: Its models are on their devices.
+        sampling: Of the student's responses; the teacher samples from its own distribution.
         max_new_tokens: Longest response.
-        seed: Keys the noise.
+        seed: Key of the noise.
     """
 
     def __init__(
@@ -84,12 +84,12 @@ class ResponseWriter:
         self.seed = seed
 
     def write(self, author: Author, examples: Sequence[Example], sample: int = 0) -> Responses:
-        """Answers to some prompts.
+        """Generate responses to some prompts.
 
         Args:
-            author: Who answers.
+            author: The generator.
             examples: The prompts.
-            sample: Another number gives other answers.
+            sample: Another number gives other responses.
         """
         prompts = PromptBatch(
             input_ids=tuple(example.prompt_ids_of(author) for example in examples),
@@ -100,7 +100,11 @@ class ResponseWriter:
         sampling = self.sampling if author == "student" else Sampling()
         start = time.perf_counter()
         rollout = self.module.write(
-            author, prompts, sampling, NoiseStream(self.seed, _EPOCH), self.max_new_tokens
+            author,
+            prompts,
+            sampling,
+            NoiseStream(self.seed, NoiseDomain.DIAGNOSIS),
+            self.max_new_tokens,
         )
         seconds = time.perf_counter() - start
         ended = tuple(reason == "eos" for reason in rollout.stop_reasons)

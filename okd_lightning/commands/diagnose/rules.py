@@ -1,9 +1,9 @@
-"""Which method to try, and because of which numbers: a table of small rules.
+"""Recommendations of methods to try, with the numbers that lead to them: a table of small rules.
 
-A rule reads a diagnosis and gives one recommendation or none. None of them is a law: ``measured``
-says that the numbers of this pair speak for themselves, ``likely`` that the same held in the
-studies of docs/opd.md and docs/okd.md, ``guess`` that it is experience without a study. What
-decides is a comparison on the task itself; ``contenders`` says of which methods.
+A rule reads a diagnosis and returns one recommendation or none. ``measured`` means that the numbers
+of this pair show it, ``likely`` that the studies of docs/opd.md and docs/okd.md do, ``guess`` that
+it is experience without a study. Only a comparison on the task itself decides; ``contenders`` names
+its methods.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CONTENDERS = {
         what="reverse KL on given responses", method="KD", settings="divergence: ReverseKL"
     ),
 }
-"""Contenders that are not a class's defaults, as files that are left beside the diagnosis."""
+"""Contenders that are not a class's defaults, as files that are written next to the diagnosis."""
 
 _FORECASTS = {
     "given/forward_kl": "forward KL on given responses",
@@ -55,7 +55,7 @@ _AS_CONTENDER = {
     "OPD": "OPD",
     "OPDPlus": "OPDPlus",
 }
-_CLEARLY_WORSE = 1.15  # own over given reverse KL
+_CLEARLY_WORSE = 1.15  # on-policy over dataset reverse KL
 _RARELY_ENDS = 0.5  # of the teacher's share
 _LOW_MASS, _LOW_MASS_K = 0.9, 16
 _LOW_AGREEMENT = 0.5
@@ -69,7 +69,7 @@ Rule = Callable[[Diagnosis], Advice | None]
 
 
 def mend_first(found: Diagnosis) -> Advice | None:
-    """Cut responses, a broken tokenizer or eos spoil every method alike."""
+    """Report cut responses and a broken tokenizer or eos, which degrade every method alike."""
     broken = [check for check in found.checks if check.verdict == "bad"]
     if not broken:
         return None
@@ -78,7 +78,7 @@ def mend_first(found: Diagnosis) -> Advice | None:
 
 
 def prompts_alone(found: Diagnosis) -> Advice | None:
-    """Without given responses there is one family of methods."""
+    """Recommend on-policy methods where there are no dataset responses."""
     if found.of("given") is not None:
         return None
     return Advice(
@@ -90,7 +90,7 @@ def prompts_alone(found: Diagnosis) -> Advice | None:
 
 
 def first_steps(found: Diagnosis) -> Advice | None:
-    """Which method goes fastest where."""
+    """Recommend the methods whose first steps lower the held-out divergences most."""
     firsts: list[Trial] = []
     words = []
     for measure, label in _FORECASTS.items():
@@ -113,7 +113,7 @@ def first_steps(found: Diagnosis) -> Advice | None:
 
 
 def rough_start(found: Diagnosis) -> Advice | None:
-    """Where every method first makes things worse, its order says nothing."""
+    """Report when all methods' first steps raise the divergences: their order then says nothing."""
     least = {m: found.forecast(m)[0].change[m] for m in _FORECASTS if found.forecast(m)}
     if not least or any(change.mean < 0 for change in least.values()):
         return None
@@ -127,13 +127,13 @@ def rough_start(found: Diagnosis) -> Advice | None:
 
 
 def _is_level(one: Trial, first: Trial, measure: str) -> bool:
-    """Whether a trial is not clearly behind the first one."""
+    """Return whether a trial is not clearly worse than the first one."""
     own, best = one.change[measure], first.change[measure]
     return one is first or own.mean - best.mean < 2 * math.hypot(own.error, best.error)
 
 
 def learn_to_end(found: Diagnosis) -> Advice | None:
-    """A student that does not stop writes rollouts of noise."""
+    """Recommend a warm start for a student that does not stop: its rollouts would be noise."""
     own, teachers = found.of("student"), found.of("teacher")
     if own is None or teachers is None or own.eos_share >= _RARELY_ENDS * teachers.eos_share:
         return None
@@ -148,7 +148,7 @@ def learn_to_end(found: Diagnosis) -> Advice | None:
 
 
 def exposure(found: Diagnosis) -> Advice | None:
-    """Is the student further from the teacher behind its own words?"""
+    """Compare reverse KL on on-policy samples with that on dataset responses."""
     given, own = found.of("given"), found.of("student")
     if given is None or own is None:
         return None
@@ -175,7 +175,7 @@ def exposure(found: Diagnosis) -> Advice | None:
 
 
 def coverage(found: Diagnosis) -> Advice | None:
-    """What the student hardly ever draws, no sampled method can teach."""
+    """Recommend KD where the student hardly ever samples tokens that the teacher prefers."""
     rows = found.of("given") or found.of("student")
     if rows is None or _LOW_MASS_K not in rows.top_k:
         return None
@@ -192,7 +192,7 @@ def coverage(found: Diagnosis) -> Advice | None:
 
 
 def far_teacher(found: Diagnosis) -> Advice | None:
-    """OKD's own claim: a teacher that comes towards the student."""
+    """Recommend OKD for a distant pair, after the claim of its paper: the teacher adapts."""
     given = found.of("given")
     if given is None or given.measures["agreement"].mean >= _LOW_AGREEMENT:
         return None
@@ -206,7 +206,7 @@ def far_teacher(found: Diagnosis) -> Advice | None:
 
 
 def exact_over_sampled(found: Diagnosis) -> Advice | None:
-    """The price of looking at drawn tokens alone."""
+    """Report how much more variance a loss on sampled tokens alone has."""
     own = found.gradients.of("reverse KL", "value_baseline")
     if own is None or not own.noise_over_exact > _NOISY:
         return None
@@ -220,7 +220,7 @@ def exact_over_sampled(found: Diagnosis) -> Advice | None:
 
 
 def coarse_teacher(found: Diagnosis) -> Advice | None:
-    """What a teacher that gives its likeliest tokens alone would cost (a cache, a server)."""
+    """Report the loss of gradient with a teacher that gives top-k tokens alone (cache, server)."""
     lost = [
         f"{row.divergence} {row.fidelity.along_exact:.2f}±{row.fidelity.along_error:.2f}"
         for row in found.gradients.estimators
@@ -237,7 +237,7 @@ def coarse_teacher(found: Diagnosis) -> Advice | None:
 
 
 def what_counts(found: Diagnosis) -> Advice | None:
-    """No method is best at everything; said where there is a choice."""
+    """Remind that no method is best on every measure; said where there is a choice."""
     if found.of("given") is None:
         return None
     return Advice(
@@ -251,7 +251,7 @@ def what_counts(found: Diagnosis) -> Advice | None:
 
 
 def biased_reward(found: Diagnosis) -> Advice | None:
-    """What OPD as commonly run would do here."""
+    """Report the bias of OPD with a stopped reward, as it is commonly run."""
     wrong = []
     for divergence in ("forward KL", "JSD"):
         own = found.gradients.of(divergence, "stopped_reward")
@@ -267,7 +267,7 @@ def biased_reward(found: Diagnosis) -> Advice | None:
 
 
 def quietest_credit(found: Diagnosis) -> Advice | None:
-    """Which variant, if it has to be a sampled one."""
+    """Recommend the variant with the least variance, where the loss has to be a sampled one."""
     noise = {
         name: own.noise_over_exact
         for name in _UNBIASED
@@ -288,7 +288,7 @@ def quietest_credit(found: Diagnosis) -> Advice | None:
 
 
 def pace(found: Diagnosis) -> Advice | None:
-    """What an on-policy step costs beside one of KD."""
+    """Report the cost of an on-policy step relative to one of KD."""
     seconds = found.cost.seconds
     if "KD" not in seconds or not seconds["GKD"] > _SLOW * seconds["KD"]:
         return None
@@ -302,7 +302,7 @@ def pace(found: Diagnosis) -> Advice | None:
 
 
 def chunks(found: Diagnosis) -> Advice | None:
-    """How long rollouts stay fresh."""
+    """Recommend for how many steps a rollout batch may last."""
     fresh = [drift.steps for drift in found.drift if drift.mean_log_ratio <= _STALE]
     if not found.drift:
         return None
@@ -340,17 +340,17 @@ RULES: tuple[Rule, ...] = (
     pace,
     chunks,
 )
-"""In the order in which they are shown."""
+"""Rules, in the order in which their recommendations are shown."""
 
 
 def advise(found: Diagnosis) -> tuple[Advice, ...]:
-    """What all rules say; warns at the end of numbers that rest on little."""
+    """Return the recommendations of all rules; the last one warns where there are few responses."""
     advice = [advice for rule in RULES if (advice := rule(found)) is not None]
     return (*advice, *_caution(found.rows))
 
 
 def contenders(advice: Sequence[Advice]) -> tuple[str, ...]:
-    """The methods that the recommendations name, each once."""
+    """Return the methods that the recommendations name, each once."""
     return tuple(dict.fromkeys(method for one in advice for method in one.methods))
 
 

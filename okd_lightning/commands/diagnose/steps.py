@@ -1,6 +1,6 @@
 """A few real optimizer steps: how far they move the student, and what they cost.
 
-The student's trained weights are put back bit for bit; nothing on disk changes.
+The student's trained weights are restored bit for bit; nothing on disk changes.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _REPETITIONS = 2
 
 
 class StepProbe:
-    """Runs steps of training on given batches.
+    """Runs training steps on existing batches.
 
     Args:
-        module: With its models on their devices.
+        module: Its models are on their devices.
         clip_norm: The Trainer's; None for off.
     """
 
@@ -44,7 +44,7 @@ class StepProbe:
         self.parameters = module.trained_parameters(module.student)
 
     def seconds(self, method: DistillationCallback, batch: DistillBatch) -> float:
-        """Forward and backward of one micro-batch; the quicker of two, behind one to warm up."""
+        """Time forward and backward of one micro-batch: the faster of two, after a warm-up."""
         taken = []
         for _ in range(1 + _REPETITIONS):
             self._synchronize()
@@ -56,19 +56,20 @@ class StepProbe:
         return min(taken[1:])
 
     def drift(self, probe: DistillBatch, steps: Sequence[Sequence[DistillBatch]]) -> list[Drift]:
-        """What 1, 2, 4, ... steps of the exact on-policy loss do to other responses' probabilities.
+        """Return the drift of other responses after 1, 2, 4, ... exact on-policy steps.
 
-        Steps are made with the run's learning rate behind its warm-up, and from an optimizer
-        without a history, whose first steps are its largest. All batches were written before them.
+        The steps use the run's learning rate after its warm-up and a new optimizer, whose first
+        steps are its largest. All batches were generated before them.
 
         Args:
-            probe: Responses that are looked at before and after.
-            steps: Of every one its micro-batches.
+            probe: Responses that are measured before and after.
+            steps: The micro-batches of every step.
         """
         method = GKD(divergence=ReverseKL(), on_policy_fraction=1.0)
         with self.kept():
             before, found = self._drawn(probe), []
             for step in self.take(method, steps):
+                # powers of two
                 if step & (step - 1) == 0:
                     found.append(drift_between(step, before, self._drawn(probe)))
         return found
@@ -76,11 +77,11 @@ class StepProbe:
     def take(
         self, method: DistillationCallback, steps: Iterable[Sequence[DistillBatch]]
     ) -> Iterator[int]:
-        """Optimizer steps, without warm-up; yields the number of each, from 1, when it is taken.
+        """Take optimizer steps without warm-up; yield the number of each, from 1, after the step.
 
         Args:
-            method: Whose loss, with its further terms.
-            steps: Of every one its micro-batches; each term is divided by the tokens of its own
+            method: Whose loss is minimised, with its further terms.
+            steps: The micro-batches of every step; each term is divided by the tokens of its own
                 rows in all of them.
         """
         module = self.module
@@ -103,7 +104,7 @@ class StepProbe:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Within it the student's weights may change; behind it they are as before."""
+        """Restore the student's trained weights at the end of the block."""
         copies = [parameter.detach().clone() for parameter in self.parameters]
         try:
             yield
@@ -114,7 +115,7 @@ class StepProbe:
                     parameter.grad = None
 
     def memory(self) -> dict[str, int]:
-        """Bytes of what a run holds from its first step on, and the peak so far."""
+        """Return the bytes that a run holds from its first step on, and the peak so far."""
         teacher = self.module.teacher
         trained = sum(p.numel() for p in self.parameters)
         found = {
@@ -126,6 +127,7 @@ class StepProbe:
         if self.module.device.type == "cuda":
             found["peak on the device"] = torch.cuda.max_memory_allocated(self.module.device)
         else:
+            # ru_maxrss is in bytes on macOS, in KiB elsewhere
             unit = 1 if sys.platform == "darwin" else 1024
             found["peak of the process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return found
@@ -133,7 +135,7 @@ class StepProbe:
     def _backward(
         self, method: DistillationCallback, batch: DistillBatch, tokens: Mapping[Source, int]
     ) -> None:
-        """Add the gradient of a micro-batch, as a run's: every term's weight over its divisor."""
+        """Add the gradient of a micro-batch, as in a run: every term's weight over its divisor."""
         weighted = []
         for term in method.terms:
             count = sum(tokens[source] for source in term.sources)
@@ -143,7 +145,7 @@ class StepProbe:
 
     @torch.no_grad()
     def _drawn(self, batch: DistillBatch) -> Tensor:
-        """[positions] log-probabilities of the drawn tokens, float64."""
+        """Return [positions] log-probabilities of the sampled tokens, float64."""
         return self.module.measure(batch, (_DRAWN,))[_DRAWN].double()
 
     def _forget_gradients(self) -> None:
@@ -156,10 +158,10 @@ class StepProbe:
 
 
 def drift_between(steps: int, before: Tensor, after: Tensor) -> Drift:
-    """How far log-probabilities of drawn tokens have moved.
+    """Return how far log-probabilities of sampled tokens have moved.
 
     Args:
-        steps: That lie between.
+        steps: Number of steps between.
         before: [tokens] nats.
         after: [tokens] nats.
     """
@@ -176,7 +178,7 @@ def drift_between(steps: int, before: Tensor, after: Tensor) -> Drift:
 
 
 def _tokens_of(batches: Sequence[DistillBatch]) -> dict[Source, int]:
-    """Loss tokens of some micro-batches by who wrote them."""
+    """Return the loss tokens of some micro-batches by their generator."""
     found = dict.fromkeys(SOURCES, 0)
     for batch in batches:
         counts = batch.mask[:, 1:].sum(1).tolist()
@@ -186,6 +188,6 @@ def _tokens_of(batches: Sequence[DistillBatch]) -> dict[Source, int]:
 
 
 def _num_bytes(model: nn.Module | None) -> int:
-    """Of a model's weights; shared ones count once."""
+    """Return the bytes of a model's weights; shared ones count once."""
     assert model is not None
     return sum(p.numel() * p.element_size() for p in model.parameters())

@@ -1,4 +1,4 @@
-"""A diagnosis in the terminal: the numbers that matter, and what follows from them."""
+"""Terminal output of a diagnosis: its main numbers and the recommendations."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ AUTHORS = {"given": "given", "student": "student's own", "teacher": "teacher's o
 
 
 def show(console: Console, found: Diagnosis, advice: Sequence[Advice], command: str) -> None:
-    """Print it.
+    """Print the diagnosis.
 
     Args:
-        console: Where to.
+        console: For output.
         found: The diagnosis.
-        advice: What follows from it.
-        command: The comparison that would decide.
+        advice: The recommendations.
+        command: The comparison to run next.
     """
     console.print(Text(f"student  {found.student}\nteacher  {found.teacher}\n"))
     console.print(_checks(found))
@@ -113,7 +113,7 @@ def _trials(found: Diagnosis) -> Table:
 
 
 def trial_columns(found: Diagnosis) -> list[tuple[str, str]]:
-    """Heading and key of everything that was measured before and after trials."""
+    """Return heading and key of every measure that was taken before and after trials."""
     if not found.trials:
         return []
     labels = {name: label for label, name in SHOWN}
@@ -138,5 +138,5 @@ def _costs(found: Diagnosis) -> Table:
 
 
 def megabytes(size: int) -> str:
-    """Bytes as people read them."""
+    """Format bytes as MiB or GiB."""
     return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"

@@ -1,4 +1,4 @@
-"""Checks of tokenizer, template and data: what would quietly spoil a run."""
+"""Checks of tokenizer, template and data: what would silently degrade a run."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def text_checks(
     found: ExampleSet,
     examples: Sequence[Example],
 ) -> list[Check]:
-    """All checks that need no model.
+    """Return all checks that need no model.
 
     Args:
-        module: With its tokenizer.
+        module: For its tokenizer.
         data: Inside a Trainer.
         part: "train" or "val".
         found: All examples of that part.
-        examples: Those that are looked at.
+        examples: The examples that are checked.
     """
     return [
         _given_ends(data, found),  # first: where most are cut, no other number means much
@@ -49,7 +49,7 @@ def text_checks(
 
 
 def writing_checks(own: Responses, teachers: Responses, limit: int) -> list[Check]:
-    """Whether both models stop by themselves.
+    """Check whether both models stop by themselves.
 
     Args:
         own: The student's responses.
@@ -74,7 +74,7 @@ def writing_checks(own: Responses, teachers: Responses, limit: int) -> list[Chec
 
 
 def _vocabulary(module: DistillationModule) -> Check:
-    """Disagreement is refused before anything runs; what is left is padding."""
+    """Report padding ids; student and teacher with different vocabularies were refused before."""
     size = module.vocabulary.size
     tables = {}
     for name, model in (("student", module.student), ("teacher", module.teacher)):
@@ -90,7 +90,7 @@ def _vocabulary(module: DistillationModule) -> Check:
 
 
 def _round_trip(module: DistillationModule, examples: Sequence[Example]) -> Check:
-    """Text → ids → text."""
+    """Check that text → ids → text gives the same text."""
     tokenizer = module.tokenizer
     texts = [text for e in examples for text in (e.prompt, e.response) if text]
     broken = []
@@ -111,7 +111,7 @@ def _round_trip(module: DistillationModule, examples: Sequence[Example]) -> Chec
 
 
 def _ends(module: DistillationModule) -> Check:
-    """Both models should mean the same by an end."""
+    """Check that both models have an eos id in common."""
     own = module.eos_ids
     names = ", ".join(f"{i} {module.tokenizer.decode([i])!r}" for i in own)
     source = module.teacher_source
@@ -128,7 +128,7 @@ def _ends(module: DistillationModule) -> Check:
 
 
 def _template(module: DistillationModule, data: RolloutDataModule, part: str) -> Check:
-    """A chat's prompt has to end where the assistant begins to speak."""
+    """Check that a chat's prompt ends where the assistant's turn begins."""
     source = data.sources[part]
     assert source is not None
     rows = load_rows(source, split=data.splits[part], subset=data.subset)

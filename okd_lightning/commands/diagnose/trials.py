@@ -1,7 +1,7 @@
-"""A few optimizer steps of each of several methods, all from the same weights and on the same rows.
+"""A few optimizer steps of each of several methods, from the same weights and on the same rows.
 
-Where they lead is the best forecast there is of a comparison's order: bias, noise and the
-optimizer's own way with either are all in it. The student's weights are put back bit for bit.
+Their result is the best available forecast of a comparison's order: it includes bias, noise and the
+optimizer's reaction to both. The student's weights are restored bit for bit.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from okd_lightning.divergences import ForwardKL, ReverseKL
 from okd_lightning.records.batches import DistillBatch
 
 Steps: TypeAlias = Sequence[Sequence[DistillBatch]]
-"""Of every optimizer step its micro-batches."""
+"""The micro-batches of every optimizer step."""
 
 ON_GIVEN: Mapping[str, DistillationCallback] = {
     "SFT": SFT(),
     "KD": KD(),
     "KD, reverse KL": KD(divergence=ReverseKL()),
 }
-"""Methods that read the data set's responses."""
+"""Methods that train on dataset responses."""
 
 ON_OWN: Mapping[str, DistillationCallback] = {
     "GKD, forward KL": GKD(divergence=ForwardKL(), on_policy_fraction=1.0),
@@ -35,7 +35,7 @@ ON_OWN: Mapping[str, DistillationCallback] = {
     "OPD": OPD(),
     "OPDPlus": OPDPlus(),
 }
-"""Methods that read what the student has written."""
+"""Methods that train on on-policy samples."""
 
 _MEASURED = ("forward_kl", "reverse_kl")
 
@@ -46,16 +46,16 @@ def run_trials(
     on_own: Steps,
     held_out: Sequence[Responses],
 ) -> tuple[Trial, ...]:
-    """Every method takes the same number of steps, with the run's optimizer and learning rate.
+    """Take the same number of steps with every method, with the run's optimizer and learning rate.
 
-    The student is in eval mode, there is no warm-up, and all rollouts were written before.
+    The student is in eval mode, there is no warm-up, and all rollouts were generated before.
 
     Args:
         steps: Takes them.
-        on_given: Steps on given responses; without them the methods that need them are left out.
-        on_own: As many steps on the student's own responses.
-        held_out: What divergences are measured on before and after: given responses and the
-            student's own of before. None of their prompts is trained on.
+        on_given: Steps on dataset responses; without them the methods that need them are left out.
+        on_own: As many steps on on-policy samples.
+        held_out: Responses whose divergences are measured before and after: dataset responses and
+            the student's earlier samples. None of their prompts is trained on.
     """
     module, size = steps.module, max(len(batch) for batch in on_own[0])
 
@@ -81,11 +81,11 @@ def run_trials(
 
 
 def change_of(before: Tokens, after: Tokens, measure: str) -> Estimate:
-    """The mean change over tokens; its standard error is that of the paired differences.
+    """Return the mean change over tokens; its standard error is that of the paired differences.
 
     Args:
         before: Of some responses.
-        after: Of the same ones.
+        after: Of the same responses.
         measure: Its name in both.
     """
     values = {measure: after.values[measure] - before.values[measure]}

@@ -1,4 +1,4 @@
-"""``okd-lightning quickstart``: the options, the quiet, and the run."""
+"""``okd-lightning quickstart``: the options and the run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from okd_lightning.training.lightning_messages import PrintableConsole
 
 
 def quickstart_parser() -> jsonargparse.ArgumentParser:
-    """The options of ``okd-lightning quickstart``."""
+    """Return the parser of ``okd-lightning quickstart``."""
     parser = jsonargparse.ArgumentParser(
         prog="okd-lightning quickstart",
         exit_on_error=False,
@@ -37,7 +37,7 @@ def quickstart_parser() -> jsonargparse.ArgumentParser:
 
 
 def with_default_method(arguments: Sequence[str]) -> list[str]:
-    """GKD where no method is named, and the quickstart's settings for it where none are typed."""
+    """Add GKD where no method is named, and the quickstart's settings for it unless typed."""
     named = [b for a, b in itertools.pairwise(arguments) if a == "--method"]
     named += [a.split("=", 1)[1] for a in arguments if a.startswith("--method=")]
     if named and named[-1].rsplit(".", 1)[-1] != "GKD":
@@ -51,7 +51,7 @@ def with_default_method(arguments: Sequence[str]) -> list[str]:
 
 
 def quickstart_command(options: jsonargparse.Namespace, method: DistillationCallback) -> None:
-    """Run it.
+    """Run the quickstart.
 
     Raises:
         ConfigError: Fewer than one step.

@@ -1,4 +1,4 @@
-"""The quickstart's numbers: how large the student is and how long it learns."""
+"""The quickstart's numbers: size of the student and length of its training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TRAIN_FILE = _FOLDER / "data" / "train.jsonl"
 VAL_FILE = _FOLDER / "data" / "val.jsonl"
 
 GKD_DEFAULTS = ("--method", "GKD", "--method.beta", "0.0", "--method.on_policy_fraction", "1.0")
-"""What the quickstart asks of GKD: forward KL, exact, on the student's own answers alone."""
+"""Defaults of GKD in the quickstart: exact forward KL on on-policy samples alone."""
 
 
 @dataclass(frozen=True)
@@ -21,18 +21,18 @@ class Recipe:
     """Sizes and budgets.
 
     Attributes:
-        hidden_size: Of the student; the teacher's is 64.
+        hidden_size: Of the student; 64 for the teacher.
         num_layers: Of the student.
         warm_steps: Optimizer steps of SFT from random weights.
         method_steps: Optimizer steps of the method, and of SFT continued.
-        batch_size: Rows an optimizer step.
+        batch_size: Rows per optimizer step.
         warm_learning_rate: Peak of the warm start.
         learning_rate: Peak of both runs.
         weight_decay: Of AdamW.
         warmup_steps: Of every stage.
         val_every: Optimizer steps between two points of the learning curve.
-        val_rollouts: Problems that the student answers for the on-policy measures.
-        num_answers: Problems that are shown with everybody's answers.
+        val_rollouts: Problems whose on-policy samples are measured.
+        num_answers: Problems that are shown with all answers.
     """
 
     hidden_size: int = 32
@@ -50,7 +50,7 @@ class Recipe:
 
     @property
     def student_config(self) -> dict[str, Any]:
-        """A small Llama with random weights."""
+        """Config of a small Llama with random weights."""
         return {
             "model_type": "llama",
             "hidden_size": self.hidden_size,

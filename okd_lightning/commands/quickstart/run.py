@@ -1,4 +1,4 @@
-"""Warm start, then a method beside SFT continued: all of it through the public API."""
+"""Warm start, then a method and SFT continued for comparison, through the public API."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class Quickstart:
     """One run of the quickstart.
 
     Args:
-        method: What SFT continued is compared with.
-        out: Where results.json, metrics.csv and learning_curve.png go.
-        seed: Decides everything but the timings.
+        method: Compared with SFT continued.
+        out: Folder of results.json, metrics.csv and learning_curve.png.
+        seed: Determines everything but the timings.
         recipe: Sizes and budgets.
-        console: Where to talk.
+        console: For output.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Quickstart:
     def _distil(
         self, student: PreTrainedModel, method: DistillationCallback, label: str
     ) -> tuple[RunResult, list[str], list[str], list[str]]:
-        """Train one run; also the shown answers before, after, and the teacher's."""
+        """Train one run; also return the shown answers before, after, and the teacher's."""
         recipe = self.recipe
         lightning.seed_everything(self.seed, verbose=False)
         module = DistillationModule(
@@ -156,7 +156,7 @@ class Quickstart:
         )
 
     def _data(self, steps: int) -> RolloutDataModule:
-        """One epoch of so many steps, so that the bar shows the whole stage."""
+        """Return one epoch of so many steps, so that the progress bar shows the whole stage."""
         return RolloutDataModule(
             TRAIN_FILE,
             VAL_FILE,
@@ -184,7 +184,7 @@ class Quickstart:
         )
 
     def _answers(self, runs: list[tuple[str, list[str], list[str], list[str]]]) -> list[Answer]:
-        """Problem by problem: the teacher, the student before, and after each run."""
+        """Return each problem's answers: the teacher's, and the student's before and after."""
         _, before, _, teacher = runs[0]
         return [
             Answer(

@@ -1,9 +1,9 @@
 """The embedded task: running totals of five one-digit numbers, with every total written out.
 
-``7+8-5+9-3=`` is answered by ``15;10;19;16``. Owns the problems, their exact check and the files
-that are made of them; knows nothing of tokens or models. All of it is a function of seeds:
-``python -m okd_lightning.commands.quickstart.task DIR`` writes the committed ``train.jsonl`` and
-``val.jsonl`` once more, and the teacher's own, larger training set beside them.
+``7+8-5+9-3=`` has the answer ``15;10;19;16``. Owns the problems, their exact check and the files
+made of them; does not know tokens or models. All of it is a function of seeds: ``python -m
+okd_lightning.commands.quickstart.task DIR`` writes the committed ``train.jsonl`` and ``val.jsonl``
+again, and the teacher's own, larger training set next to them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Problem:
 
 
 def running_totals(terms: Sequence[int]) -> list[int]:
-    """The sums of the first two, three, ... of ``terms``."""
+    """Return the sums of the first two, three, ... of ``terms``."""
     totals = [terms[0]]
     for term in terms[1:]:
         totals.append(totals[-1] + term)
@@ -51,7 +51,7 @@ def running_totals(terms: Sequence[int]) -> list[int]:
 
 
 def solve(prompt: str) -> str:
-    """The one right response to ``prompt``.
+    """Return the only right response to ``prompt``.
 
     Raises:
         ValueError: ``prompt`` is not a problem of this task.
@@ -65,7 +65,7 @@ def solve(prompt: str) -> str:
 
 
 def is_exact_match(prompt: str, response: str) -> bool:
-    """Whether ``response`` is right in every character: all totals, not only the last."""
+    """Return whether ``response`` is right in every character: all totals, not only the last."""
     return response == solve(prompt)
 
 
@@ -91,7 +91,7 @@ def draw_problems(num: int, seed: int, exclude: Collection[Problem] = ()) -> lis
 
     Args:
         num: How many.
-        seed: Decides them: the first n of a longer list are the shorter list.
+        seed: Determines them: the first n of a longer list are the shorter list.
         exclude: Problems that must not be among them.
     """
     rng = random.Random(seed)
@@ -106,17 +106,17 @@ def draw_problems(num: int, seed: int, exclude: Collection[Problem] = ()) -> lis
 
 
 def val_problems() -> list[Problem]:
-    """The problems that every number of the quickstart is measured on."""
+    """Return the problems that every number of the quickstart is measured on."""
     return draw_problems(NUM_VAL, VAL_SEED)
 
 
 def train_problems() -> list[Problem]:
-    """The few problems that the student is warm-started and distilled on."""
+    """Return the few problems of the student's warm start and distillation."""
     return draw_problems(NUM_TRAIN, TRAIN_SEED, exclude=val_problems())
 
 
 def teacher_problems(num: int = NUM_TEACHER) -> list[Problem]:
-    """What the teacher was trained on: a set apart from the student's and the measured one."""
+    """Return the teacher's training problems, disjoint from both other sets."""
     return draw_problems(num, TEACHER_SEED, exclude=[*val_problems(), *train_problems()])
 
 

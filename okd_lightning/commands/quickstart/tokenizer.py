@@ -1,8 +1,8 @@
-"""The quickstart's tokenizer: one id a character.
+"""The quickstart's tokenizer: one id per character.
 
-Owns the alphabet and how the committed folder ``tokenizer/`` is made (``python -m
-okd_lightning.commands.quickstart.tokenizer DIR``); knows nothing of the problems that are written
-in it. The folder is an ordinary Hugging Face one: ``AutoTokenizer`` reads it back.
+Owns the alphabet and the creation of the committed folder ``tokenizer/`` (``python -m
+okd_lightning.commands.quickstart.tokenizer DIR``); does not know the problems. The folder is an
+ordinary Hugging Face one: ``AutoTokenizer`` loads it.
 """
 
 from __future__ import annotations

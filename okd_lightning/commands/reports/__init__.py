@@ -1,11 +1,11 @@
-"""Reports: what a comparison of runs leaves behind.
+"""Reports of comparisons of runs.
 
-* ``curve_log``: what a run measured on the way and what it had cost by then.
+* ``curve_log``: the validations of a run and its cost at each of them.
 * ``results``: the record of one run, ``results.json`` and the CSV files.
-* ``measures``: which measures are shown, and which way is better.
-* ``spread``, ``reading``: means over seeds, and one sentence that they allow.
+* ``measures``: which measures are shown, and in which direction they improve.
+* ``spread``, ``reading``: means over seeds, and a sentence that they support.
 * ``tables``: before and after, methods and costs, and answers side by side, for the terminal.
-* ``plots``: learning curves as pictures.
+* ``plots``: learning curves as plots.
 """
 
 from okd_lightning.commands.reports.curve_log import CurveLog

@@ -1,4 +1,4 @@
-"""Every validation of a run with what it had cost by then: the raw material of a comparison."""
+"""All validations of a run, with the run's cost at each: the data of a comparison."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from okd_lightning.errors import ConfigError
 
 
 class CurveLog(Callback):
-    """Keeps the ``val/*`` measures of a run, before the first step and on the way.
+    """Keeps the ``val/*`` measures of a run, before the first step and during training.
 
-    The one before is that of a ``trainer.validate`` ahead of ``trainer.fit``. Its state goes into
-    checkpoints, so that a resumed run's curve has no gap; the Trainer needs a ``Throughput``, and
-    has to call it before what writes checkpoints.
+    The one before is that of a ``trainer.validate`` before ``trainer.fit``. The state goes into
+    checkpoints, so that a resumed run's curve has no gap. The Trainer needs a ``Throughput``, and
+    has to call this callback before those that write checkpoints.
 
     Args:
-        keeps: Which measures; all by default.
+        keeps: Whether to keep a measure, by name; all by default.
     """
 
     def __init__(self, keeps: Callable[[str], bool] = lambda name: True) -> None:
@@ -33,22 +33,22 @@ class CurveLog(Callback):
 
     @property
     def last_step(self) -> int:
-        """At which the run was measured last; 0 before training."""
+        """Step of the last validation; 0 before training."""
         return self.points[-1].step if self.points else 0
 
     def state_dict(self) -> dict[str, Any]:
-        """All points."""
+        """Return all points."""
         return {"before": self.before, "points": [point.to_record() for point in self.points]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the curve."""
+        """Restore the curve."""
         self.before = state_dict["before"]
         self.points = [Point(**record) for record in state_dict["points"]]
 
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Keep what was measured; a second time at one step replaces the first."""
+        """Keep the measures; a second validation at one step replaces the first."""
         if trainer.sanity_checking:
             return
         measured = self._measured(trainer.callback_metrics)
@@ -63,7 +63,7 @@ class CurveLog(Callback):
         )
 
     def result(self, trainer: lightning.Trainer, method: str, seed: int | None = None) -> RunResult:
-        """What the run came to; with several ranks to be called on all of them.
+        """Return the run's result; to be called on all ranks.
 
         Raises:
             ConfigError: There was no validation before the first or after the last step.
@@ -75,7 +75,7 @@ class CurveLog(Callback):
             )
         cost, strategy = throughput_of(trainer), trainer.strategy
         own = torch.tensor(cost.generated_tokens, device=strategy.root_device)
-        written = cast(Tensor, strategy.reduce(own, reduce_op="sum"))  # each rank knows its own
+        written = cast(Tensor, strategy.reduce(own, reduce_op="sum"))  # each rank counts its own
         return RunResult(
             method=method,
             seconds=cost.seconds,
@@ -95,6 +95,6 @@ class CurveLog(Callback):
 
 
 def throughput_of(trainer: lightning.Trainer) -> Throughput:
-    """The counters of a run."""
+    """Return the run's ``Throughput``."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return next(c for c in callbacks if isinstance(c, Throughput))

@@ -1,4 +1,4 @@
-"""Which measures a comparison shows, what they are called, and which way is better."""
+"""Measures that a comparison shows, their labels, and in which direction they improve."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from okd_lightning.commands.reports.results import RunResult
 
 @dataclass(frozen=True)
 class Measure:
-    """A metric as people read it.
+    """A metric with its label.
 
     Attributes:
         name: Of the metric.
         label: In tables and sentences.
         unit: On axes.
-        is_gain: Whether more is better.
+        is_gain: Whether higher is better.
     """
 
     name: str
@@ -33,7 +33,7 @@ MEASURES = (
     Measure("val/reverse_kl", "reverse KL"),
     Measure("val/agreement", "agreement", "share of tokens", is_gain=True),
 )
-"""In the order in which they are shown."""
+"""Measures, in the order in which they are shown."""
 
 _BESIDE = (
     Measure("val/on_policy_forward_kl", "on-policy forward KL"),
@@ -46,9 +46,10 @@ _ROUNDING = 0.01
 
 
 def shown_measures(results: Sequence[RunResult]) -> list[Measure]:
-    """Those that every run has; further ones where these are few (prompts alone, a cache).
+    """Return the measures that every run has.
 
-    Measures that were not the same before the first step are left out: see ``unlike_measures``.
+    Further measures are added where these are few (prompts alone, a cache). Measures that differed
+    before the first step are left out: see ``unlike_measures``.
     """
     common = _common(results) - {measure.name for measure in unlike_measures(results)}
     found = [measure for measure in MEASURES if measure.name in common]
@@ -57,10 +58,10 @@ def shown_measures(results: Sequence[RunResult]) -> list[Measure]:
 
 
 def unlike_measures(results: Sequence[RunResult]) -> list[Measure]:
-    """Those on which contenders differ before the first step, though they start from one student.
+    """Return measures on which contenders differ before the first step, despite the same student.
 
-    They do where a contender changes what is measured: the teacher, its prompt, the rows. Runs of
-    one seed are compared; beyond 1 % is more than rounding.
+    They differ where a contender changes what is measured: the teacher, its prompt, the rows. Runs
+    of one seed are compared; more than 1 % is more than rounding.
     """
     names = _common(results)
     return [m for m in (*MEASURES, *_BESIDE) if m.name in names and _differs(results, m.name)]

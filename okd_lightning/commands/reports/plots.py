@@ -1,4 +1,4 @@
-"""Pictures: quality over optimizer steps, one line a run."""
+"""Plots of quality over optimizer steps, one line per run."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def plot_curves(
     metrics: Sequence[str] = ("val/exact_match", "val/forward_kl"),
     title: str | None = None,
 ) -> None:
-    """Write a PNG with one panel a metric.
+    """Write a PNG with one panel per metric.
 
     Args:
-        path: Where to write.
+        path: The PNG file.
         results: The runs; each is a line from its ``before`` to its ``after``.
         metrics: Names of metrics that all runs have.
         title: Above the panels.
@@ -57,13 +57,13 @@ def plot_curves(
 
 
 def plot_comparison(path: Path, results: Sequence[RunResult], title: str | None = None) -> None:
-    """Write a PNG: a row of panels a measure, over seconds and over tokens, one line a method.
+    """Write a PNG: a row of panels per measure, over seconds and tokens, one line per method.
 
     A line is the mean over seeds of the validations that all seeds of a method have; its band is
     the standard error of that mean.
 
     Args:
-        path: Where to write.
+        path: The PNG file.
         results: At least one run.
         title: Above the panels.
     """
@@ -95,7 +95,7 @@ def plot_comparison(path: Path, results: Sequence[RunResult], title: str | None 
 def _draw_band(
     axes: Axes, runs: Sequence[RunResult], metric: str, cost: str, method: str, number: int
 ) -> None:
-    """One method's mean over seeds, point by point, with its standard error."""
+    """Draw one method's mean over seeds, point by point, with its standard error."""
     colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
     num = min(len(run.points) for run in runs)
     columns = [[run.points[i] for run in runs] for i in (*range(num - 1), -1)]

@@ -1,4 +1,4 @@
-"""One sentence about a comparison: who is best on what, and where nothing can be said."""
+"""One sentence about a comparison: the best method on each measure, and where there is none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from okd_lightning.commands.reports.spread import Spread, after_by_seed, differe
 
 
 def reading(results: Sequence[RunResult]) -> str:
-    """What the numbers allow to be said.
+    """Return a sentence that the numbers support.
 
     A method is called best on a measure where it beats every other one by a difference, paired by
     seed, that chance would exceed in fewer than 5 of 100 cases (Student's t over the seeds).
@@ -56,7 +56,7 @@ def reading(results: Sequence[RunResult]) -> str:
 def _best(
     results: Sequence[RunResult], measure: Measure, methods: Sequence[str]
 ) -> tuple[str, Spread | None]:
-    """The best mean, and its smallest margin if every other method is behind beyond chance."""
+    """Return the best method, and its smallest margin if every other one is worse beyond chance."""
     sign = 1 if measure.is_gain else -1
     means = {
         method: Spread.of(list(values.values())).mean
@@ -75,7 +75,7 @@ def _rank(value: float) -> float:
 
 
 def _pairs(results: Sequence[RunResult], measure: Measure, methods: Sequence[str]) -> int:
-    """Seeds that all methods have run with."""
+    """Return the number of seeds that all methods have run with."""
     seeds = [set(after_by_seed(results, method, measure.name)) for method in methods]
     return len(set.intersection(*seeds))
 

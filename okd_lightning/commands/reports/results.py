@@ -1,4 +1,4 @@
-"""What one run of a comparison came to, and the files that say so."""
+"""Results of one run of a comparison, and their files."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from okd_lightning.durable_files import write_json
 
 @dataclass(frozen=True)
 class Point:
-    """One validation of a run, with what the run had cost by then.
+    """One validation of a run, with the run's cost at that point.
 
     Attributes:
         step: Optimizer steps.
         tokens: Loss tokens trained on.
         seconds: Training and rollouts.
-        metrics: What was measured, by name.
+        metrics: Measures by name.
         cpu_seconds: Of this process, over its threads.
     """
 
@@ -30,7 +30,7 @@ class Point:
     cpu_seconds: float = 0.0
 
     def to_record(self) -> dict[str, Any]:
-        """As it is kept on disk and in checkpoints."""
+        """Return the record for files and checkpoints."""
         return {**vars(self), "metrics": dict(self.metrics)}
 
 
@@ -43,12 +43,12 @@ class RunResult:
         seconds: Training and rollouts, without warm start, validation and imports.
         steps: Optimizer steps.
         tokens: Loss tokens trained on.
-        generated_tokens: Tokens that a model wrote for it.
+        generated_tokens: Tokens that a model generated for it.
         before: Metrics before the first step, by name.
-        after: The same after the last.
+        after: Metrics after the last step.
         history: Every validation after the first step; in metrics.csv, not in results.json.
-        seed: What the run was seeded with; None where runs differ by their method alone.
-        cpu_seconds: Like ``seconds``, of the CPU's time of this process over its threads.
+        seed: Of the run; None where runs differ by their method alone.
+        cpu_seconds: Like ``seconds``, in CPU time of this process over its threads.
     """
 
     method: str
@@ -73,7 +73,7 @@ class RunResult:
         return [(point.step, point.metrics) for point in self.points]
 
     def to_record(self) -> dict[str, Any]:
-        """The run's entry in ``results.json``: everything but the history."""
+        """Return the run's entry in ``results.json``: everything but the history."""
         seed = {} if self.seed is None else {"seed": self.seed}
         return {
             "method": self.method,
@@ -91,17 +91,17 @@ class RunResult:
     def from_record(
         cls, record: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
     ) -> RunResult:
-        """What ``to_record`` wrote, with the records of its points."""
+        """Read the record of ``to_record``, with the records of its points."""
         return cls(**record, history=[Point(**point) for point in history])
 
 
 def write_results(path: Path, results: Sequence[RunResult]) -> None:
-    """``results.json``: a list of runs, without their histories."""
+    """Write ``results.json``: a list of runs, without their histories."""
     write_json(path, [result.to_record() for result in results])
 
 
 def write_metrics_csv(path: Path, results: Sequence[RunResult]) -> None:
-    """``metrics.csv``: one row a validation, of all runs."""
+    """Write ``metrics.csv``: one row per validation, of all runs."""
     names = sorted({name for result in results for _, metrics in result.curve for name in metrics})
     rows: list[list[Any]] = [["method", "seed", "step", "tokens", "seconds", "cpu_seconds", *names]]
     for result in results:
@@ -114,7 +114,7 @@ def write_metrics_csv(path: Path, results: Sequence[RunResult]) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
-    """A CSV file, atomically; None is an empty cell."""
+    """Write a CSV file atomically; None is an empty cell."""
     partial = path.with_name(f"{path.name}.rows")
     with partial.open("w", newline="") as file:
         csv.writer(file).writerows(rows)
@@ -122,7 +122,7 @@ def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
 
 
 def write_table_csv(path: Path, results: Sequence[RunResult]) -> None:
-    """``results.csv``: one row a run, with all measures before and after."""
+    """Write ``results.csv``: one row per run, with all measures before and after."""
     names = sorted({name for result in results for name in (*result.before, *result.after)})
     costs = ("steps", "seconds", "cpu_seconds", "tokens", "generated_tokens")
     rows: list[list[Any]] = [

@@ -24,12 +24,12 @@ _ROWS = (
 
 @dataclass(frozen=True)
 class Answer:
-    """One problem and who answered what.
+    """One problem with all answers.
 
     Attributes:
         prompt: The problem.
         reference: The right answer.
-        given: (who, what) in the order of the columns.
+        given: (label, answer) in the order of the columns.
     """
 
     prompt: str
@@ -38,7 +38,7 @@ class Answer:
 
 
 def results_table(results: Sequence[RunResult]) -> Table:
-    """Before, and after each of the runs, which all start from the same student."""
+    """Return a table of the measures before and after each run; all start from one student."""
     table = Table(title="Before and after")
     table.add_column("measure")
     table.add_column("before", justify="right")
@@ -56,7 +56,7 @@ def results_table(results: Sequence[RunResult]) -> Table:
 
 
 def comparison_table(results: Sequence[RunResult]) -> Table:
-    """A line a method: every measure after training, as mean ± standard error over seeds."""
+    """Return a table, one line per method: measures after training, mean ± error over seeds."""
     table = Table(
         title="After training (mean ± standard error over seeds)",
         box=SIMPLE_HEAD,
@@ -82,7 +82,7 @@ def comparison_table(results: Sequence[RunResult]) -> Table:
 
 
 def cost_table(results: Sequence[RunResult]) -> Table:
-    """A line a method: what its runs took, on average over seeds."""
+    """Return a table with a line per method: the cost of its runs, mean over seeds."""
     table = Table(title="Cost of a run (mean over seeds)", box=SIMPLE_HEAD)
     table.add_column("method", overflow="fold")
     for name in ("seeds", "steps", "seconds", "tokens", "written", "tokens/s"):
@@ -106,7 +106,7 @@ def cost_table(results: Sequence[RunResult]) -> Table:
 
 
 def answers_table(answers: Sequence[Answer]) -> Table:
-    """Problems with everybody's answers; right ones in green, wrong ones in red."""
+    """Return a table of problems with all answers; right ones in green, wrong ones in red."""
     table = Table(title="Answers")
     table.add_column("problem", no_wrap=True)
     for who, _ in answers[0].given:

@@ -1,4 +1,4 @@
-"""Callbacks that a DistillationModule brings into every Trainer (``configure_callbacks``).
+"""Callbacks that a DistillationModule adds to every Trainer (``configure_callbacks``).
 
 * ``finite_guard``: ``FiniteGuard`` stops before a step with a non-finite loss or gradient.
 * ``health_warnings``: ``HealthWarnings``, with its thresholds in ``vital_signs``.
@@ -13,7 +13,7 @@ from okd_lightning.training.safeguards.models_first import ModelsFirst, in_setup
 from okd_lightning.training.safeguards.step_intervals import StepIntervals
 
 SAFEGUARDS = (FiniteGuard, HealthWarnings, StepIntervals)
-"""Brought where a Trainer has none of the class."""
+"""Added where a Trainer has no callback of the class."""
 
 __all__ = [
     "SAFEGUARDS",

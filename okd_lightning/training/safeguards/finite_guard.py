@@ -1,4 +1,4 @@
-"""Stop before a broken step: a loss or gradient that is not finite never reaches the weights."""
+"""Stop before a broken step: a non-finite loss or gradient never reaches the weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from okd_lightning.sharding import whole
 class FiniteGuard(Callback):
     """Logs ``train/grad_norm``; raises before ``optimizer.step`` if it or the loss is not finite.
 
-    Loss and gradients are the same on all ranks by then, so that all of them stop together. Where a
-    loss scaler (precision 16-mixed) has overflowed, it leaves the step out itself and lowers its
-    scale: that is no error, unless there is nothing left to lower.
+    Loss and gradients are equal on all ranks at this point, so all ranks stop together. Where a
+    loss scaler (precision 16-mixed) has overflowed, it skips the step itself and lowers its scale:
+    this is not an error, unless the scale cannot be lowered any more.
     """
 
     def on_before_optimizer_step(
@@ -28,11 +28,11 @@ class FiniteGuard(Callback):
         """Check the loss and the norm of all gradients.
 
         Raises:
-            NonFiniteError: One is NaN or infinite; names the step and the terms.
+            NonFiniteError: One is NaN or infinite; the message names the step and the terms.
         """
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         norm = whole(torch.nn.utils.get_total_norm(gradients))
-        # an infinite divergence has a finite gradient: what is infinite in it is constant
+        # an infinite divergence has a finite gradient: its infinite part is constant
         loss = trainer.callback_metrics.get("train/loss", norm)
         if torch.isfinite(loss) and not torch.isfinite(norm) and _is_rescaled(trainer):
             return
@@ -52,7 +52,7 @@ class FiniteGuard(Callback):
 
 
 def _state_of_weights(trainer: lightning.Trainer, module: lightning.LightningModule) -> str:
-    """The same on all ranks: what holds on each of them."""
+    """Describe the weights, alike on all ranks: "untouched" only if they are finite on each."""
     trained = [whole(p.detach()) for p in module.parameters() if p.requires_grad]
     is_finite = bool(torch.nn.utils.get_total_norm(trained, torch.inf).isfinite())
     if trainer.strategy.reduce_boolean_decision(is_finite, all=True):
@@ -61,6 +61,6 @@ def _state_of_weights(trainer: lightning.Trainer, module: lightning.LightningMod
 
 
 def _is_rescaled(trainer: lightning.Trainer) -> bool:
-    """Whether a loss scaler leaves out steps with infinite gradients, and can lower its scale."""
+    """Return whether a loss scaler skips steps with infinite gradients, and can lower its scale."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler is not None and scaler.get_scale() > 1

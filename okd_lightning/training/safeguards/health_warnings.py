@@ -1,4 +1,4 @@
-"""Warnings while a run goes wrong, each with what to do about it."""
+"""Warnings while a run goes wrong, each with advice."""
 
 from __future__ import annotations
 
@@ -51,22 +51,24 @@ _ADVICE = {
 class HealthWarnings(Callback):
     """Warns of collapsing entropy, exploding length, cut responses and extreme log-ratios.
 
-    It looks at the responses that the student has written for an optimizer step, every so many
-    steps, and judges smoothed values over all ranks. Nothing is computed anew, and ranks talk once
-    a look. What a run begins with is the mean of its first three looks. A warning comes once, and
-    again if its cause has gone away and come back. (For an adaptive teacher see ``TeacherDrift``.)
+    Every so many optimizer steps it examines the step's on-policy samples and judges smoothed
+    values over all ranks. It uses values that are computed anyway, with one collective call per
+    examination. The initial value of a measure is the mean of the first three examinations. A
+    warning comes once, and again if its cause has disappeared and come back. (For an adaptive
+    teacher see ``TeacherDrift``.)
 
     Args:
-        every_n_steps: Optimizer steps between two looks.
-        entropy_share: Entropy of the student's responses below this share of the first one's; where
-            validation or a sampled method measures how likely the teacher finds them, the student
-            must also be surer than that bears (reverse KL above the entropy). null for off.
-        length_growth: Mean length above this multiple of the first one, null for off, and
+        every_n_steps: Optimizer steps between two examinations.
+        entropy_share: Warn when the samples' entropy is below this share of the initial one; where
+            reverse KL is measured (by validation or a sampled method), it must also be above the
+            entropy. null for off.
+        length_growth: Warn when the mean length is above this multiple of the initial one, null for
+            off, and
         length_share: above this share of ``data.max_response_length``.
-        truncated_share: Share of responses that are cut at ``data.max_response_length``, where the
-            data's own are not cut as often. null for off.
-        outlier_share: Share of drawn tokens whose |log teacher - log student| is above 10 nats, in
-            methods that take a credit from it (OPD, OPDPlus). null for off.
+        truncated_share: Warn when this share of responses is cut at ``data.max_response_length``
+            and dataset responses are cut less often. null for off.
+        outlier_share: Warn when this share of sampled tokens has |log teacher - log student| above
+            10 nats, in methods whose advantage depends on it (OPD, OPDPlus). null for off.
 
     Raises:
         ConfigError: A number out of its range.
@@ -102,13 +104,13 @@ class HealthWarnings(Callback):
         )
         self.course = Course()
         self._next_step = 0
-        self._excess: float | None = None  # reverse KL of the student's responses, by validation
+        self._excess: float | None = None  # reverse KL on on-policy samples, by validation
         self._sums: Tensor | None = None
         self._max_length = 0
         self._data_truncated = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """What was seen, and what was said."""
+        """Return the measures and the warnings so far."""
         return {
             "course": self.course.state_dict(),
             "next_step": self._next_step,
@@ -116,7 +118,7 @@ class HealthWarnings(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """A resumed run does not say again what was said."""
+        """Restore them: a resumed run does not repeat its warnings."""
         self.course.load_state_dict(state_dict["course"])
         self._next_step, self._excess = state_dict["next_step"], state_dict["excess"]
 
@@ -125,7 +127,7 @@ class HealthWarnings(Callback):
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """How long responses may be, and how often the data's own are cut there."""
+        """Read the longest response length, and the share of dataset responses cut there."""
         self._sums, self._max_length = None, 0
         data, loader = trainer.datamodule, trainer.train_dataloader  # type: ignore[attr-defined]
         if not isinstance(data, RolloutDataModule) or not isinstance(loader, RolloutLoader):
@@ -142,7 +144,7 @@ class HealthWarnings(Callback):
         batch: DistillBatch,
         batch_idx: int,
     ) -> None:
-        """Add the micro-batch's rows, where it is time to look."""
+        """Add the micro-batch's rows, if an examination is due."""
         is_due = trainer.global_step >= self._next_step
         if is_due and self._max_length and batch.step_counts and batch.step_counts[_STUDENT]:
             sums = _sums_of(batch)
@@ -156,7 +158,7 @@ class HealthWarnings(Callback):
         batch: DistillBatch,
         batch_idx: int,
     ) -> None:
-        """Judge the step, at its last micro-batch."""
+        """Examine the step, at its last micro-batch."""
         if self._sums is None or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         sums = self._sums
@@ -178,12 +180,12 @@ class HealthWarnings(Callback):
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Remember how likely the teacher finds what the student writes."""
+        """Keep the reverse KL on on-policy samples."""
         excess = trainer.callback_metrics.get("val/on_policy_reverse_kl")
         if excess is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._excess = float(excess)
 
-    # ---------------------------------------------------------------- words
+    # ---------------------------------------------------------------- messages
 
     def _message(self, name: str, around: Surroundings) -> str:
         known = around.excess
@@ -198,7 +200,7 @@ class HealthWarnings(Callback):
 
 
 def _sums_of(batch: DistillBatch) -> Tensor:
-    """[4] tokens that the student drew, their -log p, its responses, and how many were cut."""
+    """Return [4]: sampled tokens of the student, their -log p, responses, and cut responses."""
     mask = batch.mask & (batch.source == _STUDENT)[:, None]
     nats = -batch.sampler_logprobs.where(mask, 0.0).sum()
     own = [code == _STUDENT for code in batch.source.tolist()]
@@ -208,7 +210,7 @@ def _sums_of(batch: DistillBatch) -> Tensor:
 
 
 def _log_ratios(trainer: lightning.Trainer, module: Any) -> tuple[float, float | None]:
-    """Share of extreme ones, and minus their mean, as the step's sampled methods logged them."""
+    """Return the share of extreme log-ratios, and minus the mean, from sampled methods' logs."""
     step, logged = trainer.global_step - 1, trainer.callback_metrics
     names = [term.name for term in module.terms if acts_in(term, step)]
     outliers = [logged.get(f"train/{name}_extreme_log_ratio") for name in names]

@@ -1,9 +1,9 @@
-"""Warn of options that a run was given and that have no effect in it, in one line each.
+"""Warnings of options that have no effect in a run, in one line each.
 
-One function a rule: it returns why its options do nothing, or None where they act. Options that
-contradict a run are refused where they enter, not here. Only what the user chose counts: options
-typed or set in a config of one's own (``chosen_options``), from Python arguments that are not the
-defaults. A resumed run says nothing; ``docs/state.md`` lists what options do there.
+One function per rule: it returns why its options do nothing, or None where they act. Options that
+contradict a run are refused where they enter, not here. Only the user's choices count: options
+typed or set in the user's own config (``chosen_options``), from Python arguments that are not the
+defaults. A resumed run gives no warnings; ``docs/state.md`` lists the effect of options there.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class _Run:
 
     @property
     def sources(self) -> frozenset[Source]:
-        """Who generates or brings the rows that are trained on."""
+        """Sources of the rows that are trained on."""
         is_training = self.stage == "fit" and bool(self.module.terms)
         return plan_for(self.module.terms).sources if is_training else frozenset()
 
@@ -58,20 +58,20 @@ class _Run:
 
     @property
     def is_measured(self) -> bool:
-        """Whether there is data to measure on."""
+        """True where there is data to measure on."""
         part = {"fit": "val", "validate": "val"}.get(self.stage, self.stage)
         return self.data.sources[part] is not None
 
     @property
     def student_generates(self) -> bool:
-        """Whether the student's engine is used, or may be by a callback of the user's own."""
+        """True where the student's engine is used, or may be by a user's callback."""
         measures = self.is_measured and bool(self.data.val_rollouts)
         is_used = "student" in self.sources or measures or self.stage == "predict"
         return is_used or self.has_generating_callbacks
 
     @property
     def has_generating_callbacks(self) -> bool:
-        """Whether a callback generates responses, or is not one that is known not to."""
+        """True where a callback generates responses, or is not known not to."""
         return any(
             getattr(callback, "generates", False)
             or type(callback).__module__.partition(".")[0] not in _LIBRARIES
@@ -80,7 +80,7 @@ class _Run:
 
 
 Rule: TypeAlias = Callable[[_Run], str | None]
-"""Why an option does nothing in a run; None where it acts."""
+"""Returns why an option does nothing in a run; None where it acts."""
 
 
 def _sampling(run: _Run) -> str | None:
@@ -129,7 +129,7 @@ def _split(part: str, run: _Run) -> str | None:
 
 
 def _has_splits(source: Any) -> bool:
-    """Whether a data set may have splits and configurations: a folder, a hub id, a DatasetDict."""
+    """Return whether a dataset may have splits and subsets: a folder, hub id or DatasetDict."""
     if isinstance(source, (str, Path)):
         return not Path(source).expanduser().is_file()
     return isinstance(source, Mapping)
@@ -180,7 +180,7 @@ RULES: Mapping[str, Rule] = {
     "trainer.check_val_every_n_epoch": _validation,
     "trainer.limit_val_batches": _validation,
 }
-"""Option, with all settings below it → the rule that tells whether it acts."""
+"""Option, with all settings below it → the rule that decides whether it acts."""
 
 
 def warn_of_idle_options(
@@ -210,19 +210,19 @@ def warn_of_idle_options(
 
 
 def _is_on(value: Any) -> bool:
-    """Whether a value asks for something: not null, and not the number 0."""
+    """Return whether a value requests something: not null, and not the number 0."""
     return value is not None and (value is False or value != 0)
 
 
 def _chosen(run: _Run) -> Mapping[str, Any]:
-    """What the command line says was chosen; from Python, what of a fit is not at its default."""
+    """Return the options chosen on the command line; from Python, a fit's non-default arguments."""
     chosen = run.module.chosen_options
     if chosen is not None:
         return chosen.get(run.stage, {})
     if run.stage != "fit":
         return {}
     data, trainer = run.data, run.trainer
-    connector = trainer._accelerator_connector  # the Trainer keeps this argument nowhere else
+    connector = trainer._accelerator_connector  # private: stored nowhere else
     given = {
         "model.engine": run.module.engine,
         "model.attn_implementation": run.module.attn_implementation,
@@ -242,8 +242,8 @@ def option_defaults(data: Any, trainer: Any) -> dict[str, Any]:
     """Return the defaults of the options of a data module's and a Trainer's class.
 
     Args:
-        data: Class of the data module, or a function that makes one.
-        trainer: The same of the Trainer.
+        data: Class of the data module, or a function that returns one.
+        trainer: Class of the Trainer, or a function that returns one.
     """
     owners = {"data": data, "trainer": trainer}
     return {

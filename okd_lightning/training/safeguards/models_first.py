@@ -1,4 +1,4 @@
-"""Build both models before foreign callbacks' ``setup``, after what may refuse the run or a batch.
+"""Build both models before foreign callbacks' ``setup``, after checks of run and data.
 
 Lightning calls ``setup`` of the data module, of the callbacks in their order, and of the module,
 and only then ``configure_model``. Callbacks that copy, average or prune the module in ``setup``
@@ -6,11 +6,12 @@ would find it empty. The order here:
 
 1. the data module's ``setup``;
 2. callbacks with ``precedes_models``: methods register their terms, measures check themselves;
-3. ``ModelsFirst``: the module checks the run, the data is read (broken rows are told before any
+3. ``ModelsFirst``: the module checks the run, the data is read (broken rows are reported before any
    weights are loaded), and the module builds its models;
 4. all other callbacks, the module's ``setup``, and ``configure_model``, which finds them built.
 
-It also comes before the callbacks that read batches: one that is no DistillBatch is refused.
+``ModelsFirst`` also precedes callbacks that read batches, and refuses a batch that is not a
+DistillBatch.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class ModelsFirst(Callback):
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
-        """Check the run, read the data, then build.
+        """Check the run, read the data, then build the models.
 
         Raises:
             OKDLightningError: See ``PairModule.check_run``, ``RolloutDataModule.read_ahead`` and
@@ -75,7 +76,7 @@ class ModelsFirst(Callback):
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Warn of options without effect, now that the Trainer says whether the run is resumed."""
+        """Warn of options without effect; only now is it known whether the run is resumed."""
         warn_of_idle_options(trainer, pl_module, "fit")
 
     def on_train_batch_start(
@@ -88,7 +89,7 @@ class ModelsFirst(Callback):
         """Refuse a batch of another loader (Lightning's transfer hooks belong to the data module).
 
         Raises:
-            ConfigError: Naming how to make one.
+            ConfigError: The batch is not a DistillBatch; the message says how to make one.
         """
         check_batch(batch)
 
@@ -100,7 +101,7 @@ class ModelsFirst(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """The same."""
+        """Refuse a batch of another loader."""
         check_batch(batch)
 
     on_test_batch_start = on_validation_batch_start
@@ -109,13 +110,13 @@ class ModelsFirst(Callback):
     def teardown(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
-        """The module lists all its weights again, also where copies of it were averaged."""
+        """Let the module list all its weights again, even where copies of it were averaged."""
         assert isinstance(pl_module, PairModule)
         pl_module.list_all_parts(is_run_over=True)
 
 
 def in_setup_order(callbacks: Sequence[Callback]) -> list[Callback]:
-    """The callbacks with ``precedes_models``, ``ModelsFirst``, and the others, each in their order.
+    """Return callbacks with ``precedes_models``, ``ModelsFirst``, and the others, each in order.
 
     Args:
         callbacks: Of a Trainer; a ``ModelsFirst`` among them is kept, else one is added.

@@ -1,4 +1,4 @@
-"""Intervals in optimizer steps: a user's 100 means the same at any accumulation."""
+"""Intervals in optimizer steps, independent of gradient accumulation."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from okd_lightning.errors import ConfigError
 
 
 class StepIntervals(Callback):
-    """Makes a whole-number ``trainer.val_check_interval`` count optimizer steps over the whole run.
+    """Makes an integer ``trainer.val_check_interval`` count optimizer steps over the whole run.
 
-    Lightning's own counts micro-batches, and within an epoch.
+    Lightning's own counts micro-batches within an epoch.
     """
 
     precedes_models: bool = True  # a wrong interval is refused before models are built
@@ -30,7 +30,7 @@ class StepIntervals(Callback):
         Raises:
             ConfigError: An interval below 1.
         """
-        interval = getattr(trainer, "val_check_interval", None)  # it may be one of time
+        interval = getattr(trainer, "val_check_interval", None)  # may be an interval of time
         if isinstance(interval, int) and interval < 1:
             raise ConfigError(
                 f"trainer.val_check_interval must be at least 1 optimizer step, got {interval}"
@@ -38,6 +38,6 @@ class StepIntervals(Callback):
         if stage == "fit" and isinstance(interval, int) and not isinstance(interval, bool):
             if self._trainer is None or self._trainer() is not trainer:
                 self._asked, self._trainer = interval, weakref.ref(trainer)
-            assert self._asked is not None  # a second fit finds the converted one
+            assert self._asked is not None  # a second fit finds the converted interval
             trainer.val_check_interval = self._asked * trainer.accumulate_grad_batches
             trainer.check_val_every_n_epoch = None

@@ -1,6 +1,6 @@
-"""What is looked at to tell a healthy run from one that goes wrong, and when it does.
+"""Measures that tell a healthy run from a failing one, and their thresholds.
 
-Pure numbers: how they are collected and who is told is the business of ``health_warnings``.
+Numbers only: ``health_warnings`` collects them and warns.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 EXTREME_LOG_RATIO = 10.0
-"""Nats; the teacher finds a token e^10 = 22,000 times less (or more) likely than its writer."""
+"""Nats; the teacher finds a token e^10 = 22,000 times less (or more) likely than the sampler."""
 
 _NUM_FIRST = 3
-"""Looks whose mean is what a run began with; nothing is said before."""
+"""Number of first examinations whose mean is the initial value; no warnings before."""
 
 _KEPT = 0.7
-"""Share of the smoothed value that a look keeps."""
+"""Share of the smoothed value that an examination keeps."""
 
 _RELIEF = 0.8
 """A measure has to fall below this share of its threshold to count as healthy again."""
@@ -24,13 +24,13 @@ _RELIEF = 0.8
 
 @dataclass(frozen=True)
 class VitalSigns:
-    """One look at the student's own responses of an optimizer step, over all ranks.
+    """One examination of an optimizer step's on-policy samples, over all ranks.
 
     Attributes:
-        entropy: Nats a token: the mean of -log p of what was drawn.
-        mean_length: Tokens that the student wrote, a response.
+        entropy: Nats per token: the mean of -log p of the sampled tokens.
+        mean_length: Tokens that the student generated, per response.
         truncated: Share of the responses that were cut at the longest length.
-        outliers: Share of the drawn tokens with an extreme log-ratio; 0 where none is measured.
+        outliers: Share of the sampled tokens with an extreme log-ratio; 0 where none is measured.
     """
 
     entropy: float
@@ -41,7 +41,7 @@ class VitalSigns:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """From where on something is wrong; None switches a check off. See ``HealthWarnings``."""
+    """Thresholds of the checks; None disables a check. See ``HealthWarnings``."""
 
     entropy_share: float | None
     length_growth: float | None
@@ -52,13 +52,13 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a run's own numbers are held against.
+    """Reference values for the measures of a run.
 
     Attributes:
         max_length: Longest response, in tokens.
-        truncated: Share of the data's own responses that are cut there.
-        excess: Nats a token by which the teacher finds the student's responses less likely than the
-            student does (reverse KL); None where that is not measured.
+        truncated: Share of the dataset responses that are cut there.
+        excess: Reverse KL in nats per token: by how much less likely the teacher finds the
+            student's responses than the student does; None where it is not measured.
     """
 
     max_length: int
@@ -67,7 +67,7 @@ class Surroundings:
 
 
 class Course:
-    """Vital signs in the course of a run: as they began, as they are (smoothed), what is wrong."""
+    """Measures over a run: initial, current (smoothed), and the problems found."""
 
     def __init__(self) -> None:
         self.num_looks = 0
@@ -76,15 +76,15 @@ class Course:
         self.wrong: list[str] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it."""
+        """Return the whole state."""
         return {**vars(self), "first": dict(self.first), "now": dict(self.now)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on."""
+        """Restore the state."""
         vars(self).update(state)
 
     def add(self, signs: VitalSigns) -> None:
-        """One more look."""
+        """Add one examination."""
         for name, value in vars(signs).items():
             if self.num_looks < _NUM_FIRST:
                 known = self.first.get(name, 0.0)
@@ -93,7 +93,7 @@ class Course:
         self.num_looks += 1
 
     def new_problems(self, limits: Thresholds, around: Surroundings) -> list[str]:
-        """Names of what has gone wrong since the last time; what gets well can go wrong again."""
+        """Return names of new problems; a problem that has disappeared can be returned again."""
         if self.num_looks < _NUM_FIRST:
             return []
         severity = dict(self._severities(limits, around))
@@ -103,7 +103,7 @@ class Course:
         return new
 
     def _severities(self, limits: Thresholds, around: Surroundings) -> Iterator[tuple[str, float]]:
-        """Each measure over its threshold: above 1 it is wrong."""
+        """Yield each measure divided by its threshold: above 1 is a problem."""
         now, first = self.now, self.first
         if limits.entropy_share is not None and first["entropy"] > 0:
             shrunk = limits.entropy_share * first["entropy"] / max(now["entropy"], 1e-9)
