@@ -70,7 +70,8 @@ def mark_due_validation(trainer: lightning.Trainer, checkpoint: dict[str, Any]) 
     """
     batches = trainer.fit_loop.epoch_loop.batch_progress.current
     # a batch is completed only after the callbacks' on_train_batch_end
-    if trainer.training and batches.processed > batches.completed and validation_follows(trainer):
+    is_open = batches.processed > batches.completed  # type: ignore[attr-defined]
+    if trainer.training and is_open and validation_follows(trainer):
         checkpoint.setdefault(STOPPED, {"validation_is_due": True})
 
 
