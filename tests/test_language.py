@@ -46,6 +46,14 @@ WORDS = {
 ALLOWED: set[tuple[str, str]] = {
     # ``credit`` and ``credits`` are names in the code
     (
+        "okd_lightning/losses/sampled.py",
+        "credit: [positions] the advantage A; detached here.",
+    ),
+    (
+        "okd_lightning/losses/terms.py",
+        "credits: [positions] for each reward term: the advantage of each position's row.",
+    ),
+    (
         "okd_lightning/advantages/base.py",
         "def credit(self, student_logprobs, teacher_logprobs, mask, state_value=None):",
     ),
@@ -63,7 +71,7 @@ ALLOWED: set[tuple[str, str]] = {
     ),
     (
         "okd_lightning/records/batches.py",
-        "credits: [batch] advantage of each reward term, by the term's name; 0 on rows without one.",  # noqa: E501
+        "credits: [batch] advantage of each reward term, by its name; 0 on rows without one.",
     ),
     (
         "okd_lightning/records/rows.py",

@@ -1,17 +1,17 @@
-"""Engines: they write responses to prompts.
+"""Engines: they generate responses to prompts.
 
 * ``engine``: the protocol of an engine. ``sampling``: temperature, top-k, top-p, and the draw.
-* ``noise``: counter-based random numbers, keyed by what is sampled and not by when.
+* ``noise``: counter-based random numbers, keyed by prompt, sample and position.
 * ``transformers_engine``: the built-in engine, on transformers' models: the queue and the batch.
 * ``drawing``: one token a row, from one model or a mixture of two.
-* ``kv_cache``: keys and values of rows that leave and join. ``memory``: what a model remembers
-  while it generates, tried on the model. ``whole_passes``: models that keep no cache.
-* ``responses``: what has been written of a call, on the model's device.
+* ``kv_cache``: keys and values of rows that leave and join. ``memory``: the kind of cache that a
+  model supports, measured on the model. ``whole_passes``: models without a cache.
+* ``responses``: the responses of a call during generation, on the model's device.
 * ``vllm_server``: an engine over HTTP, on a vLLM server. ``vllm_engine``: on vLLM in this process,
-  the one module that imports it. ``vllm_requests``: what both ask for and take as an answer.
-* ``vllm_client``, ``server_answers``: a server's protocol, and its answers read part by part.
-* ``served_student``, ``engine_probe``, ``weights``: whether an engine elsewhere has the student's
-  weights, and how it gets them.
+  the only module that imports it. ``vllm_requests``: requests and checks common to both.
+* ``vllm_client``, ``server_answers``: a server's protocol, and the parsing of its answers.
+* ``served_student``, ``engine_probe``, ``weights``: whether an external engine has the student's
+  weights, and their transfer.
 * ``tool_rollouts``: any engine, with tools between the turns.
 """
 

@@ -1,4 +1,4 @@
-"""One token a row, drawn from a model's logits or from a mixture of two models."""
+"""Sampling of one token a row, from a model's logits or from a mixture of two models."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ class Blend:
     share: float
 
     def mix(self, logits: Tensor, second: Tensor) -> Tensor:
-        """[rows, vocab] log-probabilities (nats) of the mixture."""
+        """Return [rows, vocab] log-probabilities (nats) of the mixture."""
         first = logits.log_softmax(-1) + math.log1p(-self.share)
         return torch.logaddexp(first, second.log_softmax(-1) + math.log(self.share))
 
 
 class Drawing:
-    """Draws tokens and stores them in the responses of a call.
+    """Samples tokens and stores them in the responses of a call.
 
     Args:
-        responses: Where they are stored.
-        sampling: How they are drawn.
-        vocabulary: Ids outside it are never drawn.
-        blend: How a second model is mixed in; None for one model.
-        device: Where the logits are.
+        responses: The responses.
+        sampling: Temperature, top-k and top-p.
+        vocabulary: Ids outside it are never sampled.
+        blend: A second model that is mixed in; None for one model.
+        device: Device of the logits.
     """
 
     def __init__(
@@ -62,16 +62,16 @@ class Drawing:
     def draw(
         self, tables: Sequence[Tensor], places: Tensor, last: Tensor, index: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Draw one token a row.
+        """Sample one token a row.
 
         Args:
-            tables: [rows, table] of each model, as its head gives them.
-            places: [rows] where the token goes.
+            tables: [rows, table] head outputs of each model.
+            places: [rows] place of the token in the responses.
             last: [rows] see ``Responses.last_places``.
-            index: [rows] the row of ``tables`` for each; None for its own.
+            index: [rows] row of ``tables`` for each row; None for the same row.
 
         Returns:
-            [rows] where the next token goes, and [rows] ids.
+            [rows] place of the next token, and [rows] ids.
         """
         found = [self._vocabulary.cut(table.float()) for table in tables]
         logits = found[0] if self._blend is None else self._blend.mix(*found)

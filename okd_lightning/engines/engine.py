@@ -1,4 +1,4 @@
-"""The protocols of rollouts: an engine turns prompts into responses, a writer picks the engine."""
+"""Protocols of rollouts: an engine generates responses, a writer chooses the engine."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ Author: TypeAlias = Literal["student", "teacher"]
 
 
 class Progress(Protocol):
-    """Told while responses are written."""
+    """Callback for progress during generation."""
 
     def __call__(self, rows: int, tokens: int = 0) -> None:
-        """Called as often as something has happened.
+        """Report progress.
 
         Args:
             rows: Responses that have ended since the last call.
-            tokens: Tokens that were written since then, of all rows, to a few; 0 from an engine
-                that does not say.
+            tokens: Tokens generated since the last call, over all rows, approximately; 0 if the
+                engine does not count them.
         """
 
 
 ProgressFactory: TypeAlias = Callable[[str, int], AbstractContextManager[Progress | None]]
-"""Description and number of responses → what shows them while they are written."""
+"""Creates a progress display from a description and the number of responses."""
 
 
 def silent_progress(description: str, total: int) -> AbstractContextManager[None]:
-    """Show nothing."""
+    """Return a progress display that shows nothing."""
     del description, total
     return nullcontext()
 
 
 class RolloutEngine(Protocol):
-    """Writes responses to any number of prompts; batching and sorting are its own business."""
+    """Generates responses to any number of prompts, which it sorts and batches itself."""
 
     def generate(
         self,
@@ -51,19 +51,19 @@ class RolloutEngine(Protocol):
         max_new_tokens: int,
         progress: Progress | None = None,
     ) -> Rollout:
-        """One response a prompt, in the order of the prompts.
+        """Generate one response a prompt, in the order of the prompts.
 
         Args:
-            prompts: What to continue; rows with ``limits`` of their own are cut there.
-            sampling: How tokens are chosen; the rollout's log-probs are under this distribution.
-            generator: The noise, keyed by (seed, epoch, prompt, sample, position) alone.
-            max_new_tokens: Cut a response here; a cut response has no end-of-sequence id.
-            progress: Told about finished rows.
+            prompts: The prompts; rows with ``limits`` are cut there.
+            sampling: Temperature, top-k, top-p; the rollout's log-probs are of this distribution.
+            generator: The noise, keyed by (seed, epoch, prompt, sample, position) only.
+            max_new_tokens: Longest response; a cut response has no end-of-sequence id.
+            progress: Called with finished rows.
         """
 
 
 class EngineSource(ABC):
-    """Where the student's responses are written in place of the built-in engine.
+    """Source of the engine for the student's responses, in place of the built-in engine.
 
     A complete one, with which the built-in engine computes in another number format:
 
@@ -78,36 +78,36 @@ class EngineSource(ABC):
     def engine(
         self, model: PreTrainedModel, vocabulary: Vocabulary, eos_ids: tuple[int, ...]
     ) -> RolloutEngine:
-        """An engine that samples from ``model`` as it is now.
+        """Return an engine that samples from ``model`` with its present weights.
 
         Args:
-            model: The student, in eval mode, with whatever adapters it has.
-            vocabulary: Ids outside it are never drawn.
+            model: The student, in eval mode, with its adapters.
+            vocabulary: Ids outside it are never sampled.
             eos_ids: Ids that end a response.
         """
 
     def check_sampling(self, sampling: Sampling) -> None:
-        """Refuse, before training, sampling that the engine does not do; by default nothing.
+        """Refuse, before training, sampling that the engine does not support; default: none.
 
         Raises:
-            ConfigError: Naming what it does.
+            ConfigError: Not supported; the message says what is.
         """
         del sampling
 
     def check_length(self, num_tokens: int) -> None:
-        """Refuse, before training, what the engine has no room for; by default nothing.
+        """Refuse, before training, sequences that are too long for the engine; default: none.
 
         Args:
-            num_tokens: The longest prompt with response.
+            num_tokens: Tokens of the longest prompt with response.
 
         Raises:
-            ConfigError: Naming both lengths.
+            ConfigError: Too long; the message names both lengths.
         """
         del num_tokens
 
 
 class Writer(Protocol):
-    """Who a RolloutLoader asks for responses: the module, which knows both models' engines."""
+    """Source of a RolloutLoader's responses: the module, which has both models' engines."""
 
     def write(
         self,
@@ -118,4 +118,4 @@ class Writer(Protocol):
         max_new_tokens: int,
         progress: Progress | None = None,
     ) -> Rollout:
-        """Responses by one of the models; see ``RolloutEngine.generate``."""
+        """Generate responses by one of the models; see ``RolloutEngine.generate``."""

@@ -1,8 +1,9 @@
-"""Whether an engine elsewhere has the student's weights: a probe, and a few re-scored rows.
+"""Check that an external engine has the student's weights: a probe, and a few re-scored rows.
 
-The probe is some ids that both score after every transfer of weights. A difference may come from
-number formats, or from a part of the weights that has not arrived; the second grows as the student
-moves and the first does not, so what is allowed depends on how far the student has moved.
+The probe is a sequence of ids that both score after every transfer of weights. A difference may
+come from number formats, or from weights that were not transferred. The second grows as the student
+trains and the first does not, so the allowed difference depends on the student's change since the
+first transfer.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _LENGTH = 12
 _CERTAIN = 1e-3
 _FLOAT32_TOLERANCE = 0.01
 _LEAST_GAP = 1e-5
-"""Nats by which float32 computed in another order differs."""
+"""Difference (nats) of float32 results computed in another order."""
 
 _TIMES_FIRST = 4.0
 _SHARE_OF_MOVE = 0.05
@@ -36,11 +37,11 @@ _GROWN = 10.0
 
 @dataclass(frozen=True)
 class Probe:
-    """Some ids, and what the student says about them.
+    """A sequence of ids and the student's log-probabilities for it.
 
     Attributes:
-        ids: Any, also such that no token has.
-        logprobs: [place, ids that there are] nats, of the token after each place.
+        ids: Any ids of the table, also without a token.
+        logprobs: [position, table rows] nats, of the token after each position.
         dtype: The student's number format.
     """
 
@@ -51,11 +52,11 @@ class Probe:
     @classmethod
     @torch.no_grad()
     def of(cls, model: PreTrainedModel, num_rows: int) -> Probe:
-        """What ``model`` says, in its own number format.
+        """Compute the probe with ``model``, in its own number format.
 
         Args:
-            model: In eval mode.
-            num_rows: Ids that it gives logits for.
+            model: The student, in eval mode.
+            num_rows: Number of ids in its logits.
         """
         drawn = hashed_uniform(NoiseDomain.ENGINE_PROBE, num_rows, torch.arange(_LENGTH).numpy())
         ids = tuple(int(value) for value in drawn * num_rows)
@@ -64,7 +65,7 @@ class Probe:
 
     @property
     def requests(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """One that has the probe scored, and one that draws a token that is certain."""
+        """Two requests: one to score the probe, one to sample a token with top_k 1."""
         least_certain = int(self.logprobs[:-1].amax(-1).argmin())
         fields = {"max_tokens": 1, "temperature": 1.0, "ignore_eos": True}
         scored = {**fields, "prompt": list(self.ids), "prompt_logprobs": 1}
@@ -73,7 +74,7 @@ class Probe:
 
     @property
     def own(self) -> tuple[float, ...]:
-        """Log-probability (nats) of each id of the probe but the first, by the student."""
+        """The student's log-probability (nats) of each id of the probe but the first."""
         pairs = enumerate(self.ids[1:])
         return tuple(float(self.logprobs[place, token]) for place, token in pairs)
 
@@ -83,7 +84,7 @@ class EngineGaps:
     """Differences between an engine's log-probabilities and the student's, over a run.
 
     Attributes:
-        tolerance: Mean difference on the probe (nats) that number formats may make.
+        tolerance: Allowed mean difference on the probe (nats) by number formats.
     """
 
     tolerance: float
@@ -95,21 +96,21 @@ class EngineGaps:
     def check_probe(
         self, probe: Probe, said: Sequence[float], drawn: float, where: str, dtype: str | None
     ) -> None:
-        """Refuse another model, old weights, parts of them, and log-probs of another distribution.
+        """Refuse another model, old or incomplete weights, and log-probs of another distribution.
 
-        After the first transfer the difference may be ``tolerance`` (0.01 where both compute in
-        float32). Later it may be four times the first one or 5 % of how far the student has moved
-        on the probe since then, whichever is more.
+        After the first transfer the difference may be ``tolerance`` (0.01 if both compute in
+        float32). Later it may be four times the first one or 5 % of the student's change on the
+        probe since then, whichever is more, but at most ``tolerance``.
 
         Args:
-            probe: What the student says.
-            said: What the engine gave to each id of the probe but the first (nats).
-            drawn: The log-probability that it reports of the token that is certain.
+            probe: The probe, with the student's log-probabilities.
+            said: The engine's log-probability (nats) of each id of the probe but the first.
+            drawn: The engine's log-probability of the token sampled with top_k 1; should be 0.
             where: The host, for messages.
-            dtype: The engine's number format, where it is known.
+            dtype: The engine's number format, if known.
 
         Raises:
-            ServerError: Naming what to change.
+            ServerError: The difference is too large; the message says what to change.
         """
         own, allowed = probe.own, self.tolerance
         gap = _mean_distance(said, own)
@@ -138,7 +139,7 @@ class EngineGaps:
             self._first_probe, self._first_gap = own, gap
 
     def note_rescored(self, gap: float, where: str) -> None:
-        """Warn, once, where re-scored responses differ tenfold from those of the first rollout."""
+        """Warn, once, if the gap of re-scored responses is ten times that of the first rollout."""
         if self._first_rescored is None:
             self._first_rescored = gap
         if gap > _GROWN * max(self._first_rescored, _LEAST_GAP) and not self._has_warned:
@@ -162,17 +163,17 @@ def rescored_gap(
     sampling: Sampling,
     rows: Sequence[tuple[Sequence[int], Sequence[int], Sequence[float]]],
 ) -> float | None:
-    """Mean difference (nats) of some tokens' log-probabilities, the student's and an engine's.
+    """Return the mean difference (nats) of some tokens' log-probs between student and engine.
 
     Args:
         model: The student, in eval mode.
-        vocabulary: What can be drawn.
-        sampling: How the responses were drawn; greedy ones have no log-probabilities to compare.
-        rows: Prompt, response, and the engine's log-probabilities of the response. The first few
-            are read, up to 256 tokens of each response.
+        vocabulary: Ids that can be sampled.
+        sampling: Sampling of the responses; greedy ones have no log-probabilities to compare.
+        rows: Prompt, response, and the engine's log-probabilities of the response. The first four
+            rows are used, up to 256 tokens of each response.
 
     Returns:
-        None where there is nothing to compare.
+        None if there is nothing to compare.
     """
     distances: list[float] = []
     head = LMHead.of(model, vocabulary)
@@ -185,6 +186,6 @@ def rescored_gap(
         own = sampling.logprobs(head(hidden[0, len(prompt) - 1 : -1]))
         drawn = own.gather(-1, read[0, len(prompt) :, None])[:, 0].tolist()
         both = zip(drawn, logprobs, strict=False)
-        # at the edge of top-p the engine may keep an id that is cut here: log 0
+        # near the top-p threshold the engine may keep an id that is cut here: log 0
         distances += [abs(a - b) for a, b in both if math.isfinite(a)]
     return sum(distances) / len(distances) if distances else None

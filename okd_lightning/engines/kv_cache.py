@@ -1,9 +1,9 @@
 """A key-value cache whose rows leave and join while it grows.
 
-transformers' own classes, but for the storage of attention layers: their dynamic layer copies
-everything it holds for each token, and their static one attends to all of its columns. Here spare
-columns are allocated ahead and written in place; the model sees the filled ones. Sliding windows
-are left to the attention mask, which transformers builds from the config.
+Uses transformers' classes, except for the storage of attention layers: the dynamic layer copies all
+its content for each token, and the static layer attends to all of its columns. Here spare columns
+are allocated ahead and written in place; the model sees only the filled ones. The attention mask,
+which transformers builds from the config, implements sliding windows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SPARE_COLUMNS = 64
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer: views of buffers with spare columns behind the filled ones."""
+    """Keys and values of one layer: views of buffers with spare columns after the filled ones."""
 
     keys: Tensor
     values: Tensor
@@ -33,7 +33,7 @@ class RoomyLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append [rows, heads, tokens, dim]; returns all keys and values, as transformers' does."""
+        """Append [rows, heads, tokens, dim] and return all keys and values, like transformers."""
         del args, kwargs
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -55,8 +55,8 @@ class RoomyLayer(DynamicLayer):
 
         Args:
             keep: [any] rows that stay.
-            num_leading: Columns that none of them attends to.
-            joining: Other layers, each with the rows [any] of it that join.
+            num_leading: Leading columns that none of these rows attends to; dropped.
+            joining: Other layers, each with its rows [any] that join.
         """
         staying = [] if not self.is_initialized else [(self, keep, num_leading)]
         parts = [*staying, *((layer, rows, 0) for layer, rows in joining)]
@@ -88,7 +88,7 @@ def _with_spare(states: Tensor, spare: int) -> Tensor:
 
 
 def _assembled(parts: Sequence[tuple[Tensor, Tensor, int]]) -> Tensor:
-    """[rows, heads, columns, dim] with spare columns on the right and zeros on the left."""
+    """Join rows to [rows, heads, columns, dim], zeros on the left, spare columns on the right."""
     width = max(states.shape[-2] - lead for states, _, lead in parts)
     _, heads, _, dim = parts[0][0].shape
     num_rows = sum(len(rows) for _, rows, _ in parts)
@@ -104,10 +104,10 @@ def _assembled(parts: Sequence[tuple[Tensor, Tensor, int]]) -> Tensor:
 
 
 def is_rearrangeable(model: PreTrainedModel) -> bool:
-    """Whether all that a model remembers is keys and values by position.
+    """Return whether a model's cache consists of keys and values by position only.
 
-    State-space and other recurrent models keep states that rows cannot be moved in and out of, nor
-    padded on the left.
+    The states of state-space and other recurrent models allow no rows to join or leave, and no
+    padding on the left.
     """
     if getattr(model, "_is_stateful", False):
         return False
@@ -119,11 +119,11 @@ def is_rearrangeable(model: PreTrainedModel) -> bool:
 
 
 def empty_cache(model: PreTrainedModel, is_roomy: bool) -> DynamicCache:
-    """A cache for a batch of any size.
+    """Return an empty cache for a batch of any size.
 
     Args:
-        model: What fills it.
-        is_roomy: Its attention layers can be rearranged; see ``is_rearrangeable``.
+        model: The model that fills it.
+        is_roomy: Whether its rows can be rearranged; see ``is_rearrangeable``.
     """
     cache = DynamicCache(config=model.config)
     if is_roomy:
@@ -139,13 +139,13 @@ def rearrange(
     num_leading: int,
     joining: Sequence[tuple[DynamicCache, Tensor]],
 ) -> None:
-    """Drop rows and leading columns of a roomy cache, and let rows of others join.
+    """Drop rows and leading columns of a roomy cache, and add rows of other caches.
 
     Args:
-        cache: What is changed.
+        cache: The cache that is changed.
         keep: [any] rows that stay.
-        num_leading: Columns that none of them attends to.
-        joining: Other caches, each with the rows [any] of it that join.
+        num_leading: Leading columns that none of these rows attends to; dropped.
+        joining: Other caches, each with its rows [any] that join.
     """
     for i, layer in enumerate(cache.layers):
         if isinstance(layer, RoomyLayer):

@@ -1,9 +1,9 @@
-"""What a model remembers of the tokens it has read while it generates, tried on the model.
+"""Kind of cache that a model supports during generation, measured on the model.
 
-Three ways, fastest first: keys and values by position, whose rows leave and join; a cache of the
-model's own kind, for rows of one length; nothing, where every token is a pass over the whole row.
-A model may take a cache and not continue from it, or name none at all, so each way is tried against
-whole passes before it is used.
+Three kinds, fastest first: keys and values by position, whose rows leave and join; the model's own
+kind of cache, for rows of one length; none, with a pass over the whole row for every token. A model
+may accept a cache and not continue from it, or have no argument for one, so each kind is tested
+against whole passes before it is used.
 """
 
 from __future__ import annotations
@@ -35,25 +35,26 @@ _FAULTS = (
     NotImplementedError,
     RuntimeError,
 )
-"""What models raise that are handed a cache of another kind than their own."""
+"""Errors of models that get a cache of another kind than their own."""
 
 _TOLERANCE: dict[torch.dtype | None, float] = {torch.float64: 1e-3, torch.float32: 1e-2}
 _ROUNDED = 0.2
-"""Of a distance relative to the norm: above rounding, and experts that it chooses differently."""
+"""Allowed median distance relative to the norm in 16 bits: rounding also changes chosen experts."""
 
 _PROMPTS = ((0, 2, 3, 4, 5, 6), (1, 2, 3, 4, 5, 6), (5, 3), (4, 1, 2, 6))
-"""The first two differ in the token furthest back alone; the others are shorter, the last joins."""
+"""Test prompts: the first two differ in their first token only; the others are shorter; the last
+joins later."""
 
 _STEPS = (7, 3)
 
 
 def memory_of(model: PreTrainedModel) -> Memory:
-    """The fastest way in which ``model`` generates what whole passes do; tried once and kept.
+    """Return the fastest kind with the results of whole passes; measured once and kept.
 
-    On the meta device nothing can be tried, and whole passes are what always holds.
+    On the meta device it cannot be measured, and whole passes are used.
 
     Args:
-        model: A causal LM, not wrapped; its weights and mode stay as they are.
+        model: A causal LM, not wrapped; its weights and mode are not changed.
     """
     known: Memory | None = getattr(model, "_okd_memory", None)
     if known is None:
@@ -70,7 +71,7 @@ def memory_of(model: PreTrainedModel) -> Memory:
 
 
 def cache_argument(model: PreTrainedModel) -> str | None:
-    """What the model's forward pass calls its cache; None where it names none."""
+    """Return the name of the cache argument of the model's forward pass; None without one."""
     names = named_arguments(model)
     return next((name for name in ("past_key_values", "cache_params") if name in names), None)
 
@@ -78,19 +79,19 @@ def cache_argument(model: PreTrainedModel) -> str | None:
 def cached_logits(
     model: PreTrainedModel, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: DynamicCache
 ) -> Tensor:
-    """[rows, table] for the token after ``ids``, which are appended to ``cache``.
+    """Return [rows, table] logits for the token after ``ids``, which are appended to ``cache``.
 
     Args:
         model: A causal LM, not wrapped.
         ids: [rows, tokens].
-        positions: [rows, tokens] from each row's own first token; some models count them
-            themselves, of whom ``memory_of`` has seen that they count right.
+        positions: [rows, tokens] from each row's first token; models without this argument count
+            positions themselves, which ``memory_of`` has checked.
         mask: [rows, columns] True on each row's own columns of the cache, these tokens included;
-            None where all rows fill all columns.
-        cache: Of this model; see ``empty_cache``.
+            None if all rows fill all columns.
+        cache: A cache of this model; see ``empty_cache``.
 
     Raises:
-        ModelError: The model has no argument for the cache, or for a mask that is given.
+        ModelError: The model has no argument for the cache, or for the given mask.
     """
     name = cache_argument(model) or "past_key_values"
     needed = {"input_ids": ids, "attention_mask": mask, name: cache}
@@ -98,11 +99,11 @@ def cached_logits(
 
 
 def whole_logits(model: PreTrainedModel, rows: list[tuple[int, ...]]) -> Tensor:
-    """[rows, table] for the token after each row, from one pass without a cache.
+    """Return [rows, table] logits for the token after each row, from one pass without a cache.
 
     Args:
         model: A causal LM, not wrapped.
-        rows: Ids, ragged; rows that the model may read in one pass.
+        rows: Ids, ragged; rows that may share a pass.
     """
     device = next(model.parameters()).device
     width = max(map(len, rows))
@@ -126,7 +127,7 @@ def _tried(model: PreTrainedModel) -> Memory:
 
 
 def _holds(model: PreTrainedModel, memory: Memory) -> bool:
-    """Whether steps from the cache are what whole passes are, for rows that differ far back."""
+    """Return whether steps from the cache equal whole passes, for rows with different starts."""
     if cache_argument(model) is None:
         return False
     config = model.config.get_text_config()
@@ -142,7 +143,7 @@ def _holds(model: PreTrainedModel, memory: Memory) -> bool:
     distances = (found - truth).norm(dim=-1) / truth.norm(dim=-1).clamp(min=1e-30)
     ignores_context = bool((found[0] == found[1]).all() and (truth[0] != truth[1]).any())
     tolerance = _TOLERANCE.get(next(model.parameters()).dtype)
-    if tolerance is None or isinstance(model, FSDPModule):  # which may compute in another format
+    if tolerance is None or isinstance(model, FSDPModule):  # FSDP may compute in 16 bits
         return bool(distances.median() < _ROUNDED) and not ignores_context
     return bool(distances.max() < tolerance) and not ignores_context
 
@@ -150,7 +151,7 @@ def _holds(model: PreTrainedModel, memory: Memory) -> bool:
 def _with_rows(
     model: PreTrainedModel, prompts: list[tuple[int, ...]], steps: list[int]
 ) -> tuple[Tensor, list[tuple[int, ...]]]:
-    """Logits after steps of rows that leave, change places and join; and what they have read."""
+    """Return logits after steps of rows that leave, are reordered and join; and their ids."""
     first, second, short, later = prompts
     cache, joining = empty_cache(model, True), empty_cache(model, True)
     starts = [0, 0, len(first) - len(short)]
@@ -176,7 +177,7 @@ def _read_rows(
     column: int,
     cache: DynamicCache,
 ) -> Tensor:
-    """Append rows, padded on the left, from a column of the cache on."""
+    """Append rows, padded on the left, starting at a column of the cache."""
     device = next(model.parameters()).device
     num_tokens = max(map(len, rows))
     ids = torch.tensor([(0,) * (num_tokens - len(row)) + row for row in rows], device=device)
@@ -189,7 +190,7 @@ def _read_rows(
 def _with_batch(
     model: PreTrainedModel, prompts: list[tuple[int, ...]], steps: list[int]
 ) -> tuple[Tensor, list[tuple[int, ...]]]:
-    """Logits after steps of two rows of one length."""
+    """Return logits after steps of two rows of one length; and their ids."""
     rows, cache = prompts[:2], empty_cache(model, False)
     device = next(model.parameters()).device
     found: list[Tensor] = []

@@ -1,7 +1,6 @@
-"""Counter-based random numbers: a pure function of what is being decided.
+"""Counter-based random numbers: a pure function of integer keys.
 
-No generator state exists, so nothing has to be saved, and neither the batch that a row happens to
-stand in nor the rank that samples it changes the row's noise.
+There is no generator state to save, and a row's noise depends neither on its batch nor on its rank.
 """
 
 from __future__ import annotations
@@ -56,12 +55,12 @@ def hashed_uniform(*keys: int | np.ndarray) -> np.ndarray:
 
 
 def hashed_choice(num_items: int, num_chosen: int, *keys: int) -> list[int]:
-    """Some of ``num_items`` indices, in order: the same for the same keys; all where there are few.
+    """Choose some of ``num_items`` indices, ascending; equal keys give equal choices.
 
     Args:
-        num_items: To choose from.
-        num_chosen: How many, at most.
-        keys: What the choice depends on, such as its purpose and a seed.
+        num_items: Number of indices to choose from.
+        num_chosen: Most indices to choose.
+        keys: Keys of the choice, such as its purpose and a seed.
     """
     drawn = hashed_uniform(*keys, np.arange(num_items))
     return sorted(drawn.argsort(kind="stable")[:num_chosen].tolist())
@@ -73,9 +72,9 @@ class NoiseStream:
 
     Attributes:
         seed: The run's seed.
-        epoch: Which pass over the prompts; validation uses a constant of its own.
-        starts: How many tokens of a response are there already, by (prompt, sample): its noise goes
-            on behind them.
+        epoch: Number of the pass over the prompts; validation uses its own constant.
+        starts: Tokens that a response already has, by (prompt, sample): its noise continues after
+            them.
     """
 
     seed: int
@@ -83,7 +82,7 @@ class NoiseStream:
     starts: Mapping[tuple[int, int], int] = field(default_factory=dict)
 
     def uniform(self, index: Sequence[int], sample: Sequence[int], num_positions: int) -> Tensor:
-        """[rows, num_positions] float64 in (0, 1), a row keyed by its prompt and sample number."""
+        """Return [rows, num_positions] float64 in (0, 1), keyed by prompt and sample number."""
         rows = np.asarray(index)[:, None], np.asarray(sample)[:, None]
         keys = zip(index, sample, strict=True)
         starts = np.asarray([self.starts.get(key, 0) for key in keys], dtype=np.int64)
@@ -91,9 +90,9 @@ class NoiseStream:
         return torch.from_numpy(hashed_uniform(self.seed, self.epoch, *rows, positions))
 
     def seeds(self, index: Sequence[int], sample: Sequence[int]) -> list[int]:
-        """One seed a row, below 2^52, for a sampler that draws with noise of its own.
+        """Return one seed a row, below 2^52, for a sampler with its own noise.
 
-        Keyed like ``uniform``: a response that goes on behind a tool's answer gets another one.
+        Keyed like ``uniform``: a response that continues after a tool result gets another seed.
         """
         keys = zip(index, sample, strict=True)
         starts = np.asarray([self.starts.get(key, 0) for key in keys], dtype=np.int64)
@@ -102,7 +101,7 @@ class NoiseStream:
         return [int(value) for value in np.atleast_1d(drawn) * 2.0**52]
 
     def starting_at(self, starts: Mapping[tuple[int, int], int]) -> NoiseStream:
-        """The same stream for responses that have these many tokens, by (prompt, sample)."""
+        """Return the stream for responses that have ``starts`` tokens, by (prompt, sample)."""
         return replace(self, starts=starts)
 
 

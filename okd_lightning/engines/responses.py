@@ -1,9 +1,9 @@
-"""Responses while they are being written: one buffer a call, on the model's device.
+"""Responses during generation: one buffer a call, on the model's device.
 
-Every row has ``max_new_tokens`` places; a row in a batch carries the place of its next token, and a
-row that has ended carries the waste place, so that a step is the same few operations whichever rows
-are still writing, and nothing is copied to the host until all have ended. A call may take several
-rounds, over rows of growing lengths.
+Every row has ``max_new_tokens`` places. A row in a batch carries the place of its next token; a
+row that has ended carries the waste place. A step is therefore the same few operations whichever
+rows have ended, and nothing is copied to the host until all have. A call may take several rounds,
+over rows of growing lengths.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _UNWRITTEN = -1
 
 
 class Responses:
-    """What has been written of a call.
+    """The responses of a call during generation.
 
     Args:
-        noise: [rows, max_new_tokens] float64 in (0, 1), what each place is drawn with.
+        noise: [rows, max_new_tokens] float64 in (0, 1), the random number of each place.
         eos_ids: Ids that end a response.
-        vocab: Ids that can be drawn.
-        device: Where the model is.
+        vocab: Number of ids that can be sampled.
+        device: The model's device.
         limits: Longest response of each row, in tokens; () for ``max_new_tokens`` everywhere.
     """
 
@@ -52,26 +52,26 @@ class Responses:
         self._is_end[[i for i in eos_ids if i < vocab]] = True
 
     def next_places(self, rows: Sequence[int]) -> Tensor:
-        """[rows] place of the first token that each row writes in this round."""
+        """Return [rows] place of each row's first token in this round."""
         places = [row * self._max_new_tokens + self._begun[row] for row in rows]
         return torch.tensor(places, dtype=torch.int64, device=self._ids.device)
 
     def last_places(self, rows: Sequence[int]) -> Tensor:
-        """[rows] place of the last token that each row may have in this round."""
+        """Return [rows] place of the last token that each row may have in this round."""
         places = [row * self._max_new_tokens + self._ends[row] - 1 for row in rows]
         return torch.tensor(places, dtype=torch.int64, device=self._ids.device)
 
     def begin_round(
         self, prompts: Sequence[tuple[int, ...]], longest: int | None
     ) -> dict[int, tuple[int, ...]]:
-        """Rows that are still to be written, and that a round over rows of some lengths may write.
+        """Begin a round and return the unfinished rows that are not too long for it.
 
         Args:
             prompts: One a row.
-            longest: A pass in this round reads no more than these tokens; None for any number.
+            longest: Most tokens of a row in a pass of this round; None for any number.
 
         Returns:
-            Prompt and what has been written so far, by the row's number.
+            Prompt and response so far, by row number.
         """
         written = self._written() if self._num_rounds else [()] * self._num_rows
         self._num_rounds += 1
@@ -86,33 +86,33 @@ class Responses:
             self._ends = self._limits
             return texts
         self._ends = [
-            min(limit, longest - len(prompt) + 1)  # the last pass draws one more
+            min(limit, longest - len(prompt) + 1)  # the last pass samples one more
             for limit, prompt in zip(self._limits, prompts, strict=True)
         ]
         return {row: text for row, text in texts.items() if len(text) <= longest}
 
     def num_ended(self) -> int:
-        """Rows that are written to their end."""
+        """Return the number of rows that have ended."""
         return sum(
             len(ids) >= limit or bool(ids and ids[-1] in self._eos_ids)
             for ids, limit in zip(self._written(), self._limits, strict=True)
         )
 
     def noise(self, places: Tensor) -> Tensor:
-        """[rows] float64 for the tokens of these places."""
+        """Return [rows] float64 random numbers of these places."""
         return self._noise.index_select(0, places)
 
     def write(self, places: Tensor, ids: Tensor, logprobs: Tensor, last: Tensor) -> Tensor:
         """Store one token a row.
 
         Args:
-            places: [rows] where.
-            ids: [rows] what was drawn.
-            logprobs: [rows] with which log-probability.
+            places: [rows] place of each token.
+            ids: [rows] the sampled ids.
+            logprobs: [rows] their log-probabilities (nats).
             last: [rows] see ``last_places``.
 
         Returns:
-            [rows] where each row's next token goes: the waste place once the row has ended.
+            [rows] place of each row's next token; the waste place once the row has ended.
         """
         self._ids.index_copy_(0, places, ids)
         self._logprobs.index_copy_(0, places, logprobs.float())
@@ -120,14 +120,14 @@ class Responses:
         return torch.where(has_ended, self._waste, places + 1)
 
     def is_writing(self, places: Tensor) -> Tensor:
-        """[rows] False on rows that have ended."""
+        """Return [rows], False on rows that have ended."""
         return places < self._waste
 
     def rollout(self, num_row_steps: int) -> Rollout:
-        """All responses, in the order of the rows.
+        """Return all responses, in the order of the rows.
 
         Args:
-            num_row_steps: Rows of all forward passes, which the writing took.
+            num_row_steps: Rows summed over all forward passes of the generation.
         """
         written = self._written()
         shape = (self._num_rows, self._max_new_tokens)
@@ -144,7 +144,7 @@ class Responses:
         )
 
     def _written(self) -> list[tuple[int, ...]]:
-        """The ids of each row so far."""
+        """Return the response ids of each row so far."""
         ids = self._ids[:-1].view(self._num_rows, self._max_new_tokens)
         lengths = (ids != _UNWRITTEN).sum(-1).tolist()
         return [tuple(row[:n]) for row, n in zip(ids.tolist(), lengths, strict=True)]

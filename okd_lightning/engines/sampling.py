@@ -1,9 +1,9 @@
-"""How a next token is chosen from logits: temperature, top-k and top-p, then one draw.
+"""Sampling of a next token from logits: temperature, top-k and top-p, then one draw.
 
-A draw is the inverse of the cumulated distribution at one uniform number, in the order of ids, so
-that a row's choice depends on its own logits and noise alone. The vocabulary is gone over three
-times (greatest, exponential, sums of blocks); only the sums and the block in which the number falls
-are cumulated, in float64, so that no tail is lost to rounding.
+A draw is the inverse of the cumulative distribution at one uniform number, in the order of ids, so
+that a row's token depends on its own logits and noise only. There are three passes over the
+vocabulary (maximum, exponential, sums of blocks). Only the sums and the chosen block are
+accumulated, in float64, so that no tail is lost to rounding.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from torch.nn import functional
 from okd_lightning.errors import ConfigError
 
 _BLOCK = 256
-"""Ids that are summed in float32 before anything is cumulated."""
+"""Ids in a block, which is summed in float32."""
 
 _NUCLEUS = 1024
-"""How many of the likeliest ids are sorted for top-p, before the whole vocabulary has to be."""
+"""Most likely ids that are sorted for top-p; the whole vocabulary is sorted if they are too few."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn.
+    """Sampling settings of responses.
 
     Args:
         temperature: 1 samples from the model itself; 0 takes the most likely token (greedy).
-        top_p: Keep the smallest set of tokens with at least this probability, and what ties with
-            its last one; 1 keeps all.
-        top_k: Keep this many tokens, and what ties with the last one; 0 keeps all.
+        top_p: Keep the smallest set of tokens with at least this probability, and ties with its
+            last one; 1 keeps all.
+        top_k: Keep this many tokens, and ties with the last one; 0 keeps all.
     """
 
     temperature: float = 1.0
@@ -49,9 +49,9 @@ class Sampling:
 
     @property
     def support_cuts(self) -> tuple[str, ...]:
-        """The settings, if any, by which some tokens can never be drawn.
+        """Settings, if any, that exclude some tokens from sampling.
 
-        A temperature above 0 is none: the log-probabilities that are kept are the tempered ones, so
+        A temperature above 0 is not one: the stored log-probabilities are the tempered ones, so
         that an importance ratio corrects for it.
         """
         found = {
@@ -62,7 +62,7 @@ class Sampling:
         return tuple(name for name, is_set in found.items() if is_set)
 
     def warp(self, logits: Tensor) -> Tensor:
-        """[rows, vocab] logits → logits of the distribution that the draw is made from."""
+        """[rows, vocab] logits → logits of the sampling distribution."""
         if self.temperature == 0:
             best = logits.argmax(-1, keepdim=True)
             return torch.full_like(logits, float("-inf")).scatter_(-1, best, 0.0)
@@ -77,17 +77,17 @@ class Sampling:
         return logits
 
     def logprobs(self, logits: Tensor) -> Tensor:
-        """[rows, vocab] logits → log-probabilities (nats) that the draw is made from."""
+        """[rows, vocab] logits → log-probabilities (nats) of the sampling distribution."""
         return self.warp(logits).log_softmax(-1)
 
     def choose(
         self, logits: Tensor, uniform: Tensor, workspace: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """One token a row: [rows] ids, and [rows] log-probs under the warped distribution.
+        """Sample one token a row: [rows] ids, and [rows] log-probs under the sampling distribution.
 
         Args:
-            logits: [rows, vocab] float32; minus infinity is never drawn.
-            uniform: [rows] float64 in (0, 1); greedy reads none of it.
+            logits: [rows, vocab] float32; minus infinity is never sampled.
+            uniform: [rows] float64 in (0, 1); not used by greedy.
             workspace: See ``draw``.
         """
         if self.temperature == 0:
@@ -96,17 +96,17 @@ class Sampling:
 
 
 def workspace_for(num_rows: int, vocab: int, device: torch.device) -> Tensor:
-    """[rows, vocab rounded up] zeros, for any number of draws of up to so many rows."""
+    """Return [rows, vocab rounded up] zeros, for repeated draws of up to ``num_rows`` rows."""
     return torch.zeros(num_rows, -(-vocab // _BLOCK) * _BLOCK, device=device)
 
 
 def draw(logits: Tensor, uniform: Tensor, workspace: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """One token a row by inverse CDF.
+    """Sample one token a row by inverse CDF.
 
     Args:
         logits: [rows, vocab] log-probabilities, up to a constant a row.
         uniform: [rows] float64 in (0, 1).
-        workspace: From ``workspace_for`` this vocabulary; allocated where missing.
+        workspace: From ``workspace_for`` this vocabulary; allocated if None.
 
     Returns:
         [rows] ids and [rows] their log-probabilities (nats).
@@ -129,12 +129,12 @@ def draw(logits: Tensor, uniform: Tensor, workspace: Tensor | None = None) -> tu
 
 
 def _locate(ends: Tensor, widths: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """In which of some adjoining intervals a number falls, and how far into it.
+    """Return the interval in which a number falls, and its relative position in the interval.
 
     Args:
-        ends: [rows, intervals] float64, cumulated.
-        widths: [rows, intervals]; an interval without width is never found.
-        uniform: [rows, 1] in [0, 1), as a share of the whole.
+        ends: [rows, intervals] float64, cumulative widths.
+        widths: [rows, intervals]; an interval of width 0 is never found.
+        uniform: [rows, 1] in [0, 1), as a share of the total width.
 
     Returns:
         [rows, 1] interval, and [rows, 1] share of it in [0, 1).
@@ -153,11 +153,11 @@ def _cut_below(logits: Tensor, floor: Tensor) -> Tensor:
 
 
 def _nucleus_floor(logits: Tensor, likeliest: Tensor | None, top_p: float) -> Tensor:
-    """[rows, 1] the smallest logit in the smallest set of ids with probability ``top_p``.
+    """Return [rows, 1], the smallest logit in the smallest set of ids with probability ``top_p``.
 
     Args:
         logits: [rows, vocab].
-        likeliest: [rows, any] the greatest logits, falling, if nothing else has probability.
+        likeliest: [rows, any] the largest logits, descending, if all others are -inf; else None.
         top_p: Below 1.
     """
     total = logits.double().logsumexp(-1, keepdim=True)

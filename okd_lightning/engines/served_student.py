@@ -1,7 +1,7 @@
-"""Whether a server serves the student's own model: compared before any weights are sent to it.
+"""Check that a server serves the student's model, before any weights are sent to it.
 
-vLLM drops the weights that it has before it reads new ones: weights of another architecture leave
-it without any, and the next request ends it. A teacher's server given by mistake must not be hit.
+vLLM drops its weights before it reads new ones: weights of another architecture leave it without
+any, and the next request crashes it. This protects a teacher's server that is named by mistake.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _SHAPE = (
     *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "intermediate_size", _TIED),
 )
-"""Settings of config.json that decide which weights there are."""
+"""Settings of config.json that determine the weights."""
 
 _PROCESSED = "processed_logprobs"
 
 
 def served_config(served: ServedModel, where: str) -> Mapping[str, Any] | None:
-    """The served model's config.json, where its folder is on this machine too.
+    """Return the served model's config.json, if its folder is visible on this machine.
 
-    vLLM (0.32) says of its model where it is, and not of what shape.
+    vLLM (0.32) reports the location of its model, but not its shape.
     """
     if served.root is None or "\0" in served.root:
         return None
@@ -46,19 +46,19 @@ def check_served_student(
     info: ServerInfo,
     where: str,
 ) -> None:
-    """Refuse a server whose model is not the student's, or that says other log-probabilities.
+    """Refuse a server of another model, or one that returns other log-probabilities.
 
-    What the server does not say is not compared.
+    Unknown values are not compared.
 
     Args:
         student: The student's config.
         served: From ``/v1/models``.
-        found: The served model's config.json; None where it is not known.
+        found: The served model's config.json; None if unknown.
         info: From ``/server_info``.
         where: The engine, for messages.
 
     Raises:
-        ServerError: Naming the difference and what to do.
+        ServerError: There is a difference; the message names it and the remedy.
     """
     if info.logprobs_mode not in (None, _PROCESSED):
         raise ServerError(
@@ -80,29 +80,29 @@ def check_served_student(
 
 
 def is_untied(found: Mapping[str, Any] | None) -> bool:
-    """Whether the served model is known to have a head of its own."""
+    """Return whether the served model is known to have a head separate from its embedding."""
     return found is not None and found.get(_TIED) is False
 
 
 def keeps_old_head(found: Mapping[str, Any] | None, info: ServerInfo) -> bool:
-    """Whether the head of a served model that shares its table would not get new weights.
+    """Return whether the server would keep the old head of a model with tied embeddings.
 
-    vLLM on CPUs (0.32) computes the head with a packed copy of its weights, and renews the copies
-    of those layers alone whose own weights it loads: a head that shares the embedding's table is
-    none of them.
+    vLLM on CPUs (0.32) computes the head with a packed copy of its weights. It updates the copies
+    only of layers whose own weights are loaded, which excludes a head that shares the embedding's
+    table.
     """
     return info.device == "cpu" and not is_untied(found)
 
 
 def _difference(student: PretrainedConfig, found: Mapping[str, Any]) -> str | None:
-    """The first setting that both have and that differs, in words."""
+    """Describe the first setting that both configs have and that differs; None if none does."""
     text = student.get_text_config()
     own = {"model_type": student.model_type}
     own |= {name: getattr(text, name) for name in _SHAPE[1:] if hasattr(text, name)}
     inner = found.get("text_config")
     other = {**found, **(inner if isinstance(inner, Mapping) else {})}
     other["model_type"] = found.get("model_type")
-    if other.get(_TIED) is False:  # a table written twice serves a model that shares it
+    if other.get(_TIED) is False:  # an untied copy can serve a student with tied embeddings
         own.pop(_TIED, None)
     for name in _SHAPE:
         given = other.get(name)

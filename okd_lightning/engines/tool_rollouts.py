@@ -1,9 +1,9 @@
-"""Rollouts of several turns: the model calls tools, reads what they answer, and goes on.
+"""Rollouts of several turns: the model calls tools, reads their results, and continues.
 
-Owns the turns and who wrote which token; the wrapped engine writes, and how an answer looks in the
-middle of a chat is a ``Conversation``'s business. Rows that go on are one batch in every round. The
-noise of a position is the same whatever turn it belongs to, so that a row does not depend on the
-others' turns. What stands behind the prompt is read anew in every round: engines keep no cache.
+Owns the turns and the mask of sampled tokens. The wrapped engine generates; a ``Conversation``
+formats tool results. Unfinished rows are one batch in every round. The noise of a position does not
+depend on its turn, so that a row does not depend on the others' turns. Prompt and response so far
+are read again in every round: engines keep no cache.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ from okd_lightning.tools.tool_calls import ToolCall, parse_tool_calls
 
 @dataclass(frozen=True)
 class Exchange:
-    """The calls of one turn, and what they were answered with."""
+    """The calls of one turn and their results."""
 
     calls: tuple[ToolCall, ...]
     results: tuple[str, ...]
 
 
 class Conversation(Protocol):
-    """How turns look as text and ids: a tokenizer and its chat template."""
+    """Formatting of turns as text and ids: a tokenizer and its chat template."""
 
     def read(self, ids: Sequence[int]) -> str:
-        """What a model wrote in a turn, without the token that ended it."""
+        """Return the text of a generated turn, without the token that ended it."""
 
     def continuations(
         self, chats: Sequence[tuple[Chat, Sequence[Exchange]]]
     ) -> list[tuple[int, ...]]:
-        """What stands between the end of a chat's last turn and the beginning of its next one.
+        """Return the ids between the end of each chat's last turn and the start of its next one.
 
         Args:
-            chats: Each with its exchanges so far, of which the last is to be shown.
+            chats: Chats with their exchanges so far; the last exchange is to be formatted.
         """
 
 
 @dataclass(frozen=True)
 class ToolRounds:
-    """How a run's rollouts use tools.
+    """Tool settings of a run's rollouts.
 
     Attributes:
         toolbox: The tools.
-        conversation: Writes their answers into the chat.
-        max_turns: Turns of a response at most; calls in the last one are not answered.
+        conversation: Formats their results in the chat.
+        max_turns: Most turns of a response; calls in the last turn are not executed.
     """
 
     toolbox: Toolbox
@@ -61,7 +61,7 @@ class ToolRounds:
 
 @dataclass
 class _Row:
-    """One response while it is written; the lists go on together."""
+    """One response during generation; its lists have equal lengths."""
 
     prompt: tuple[int, ...]
     chat: Chat | None
@@ -75,7 +75,7 @@ class _Row:
 
     @property
     def room(self) -> int:
-        """Tokens that are left."""
+        """Tokens that may still be added."""
         return self.limit - len(self.ids)
 
     def append(self, ids: Sequence[int], logprobs: Sequence[float], *, is_own: bool) -> None:
@@ -86,11 +86,11 @@ class _Row:
 
 @dataclass
 class ToolEngine:
-    """Any engine, with tools: writes turn by turn until nothing is called any more.
+    """Any engine, with tools: generates turn by turn until a turn has no calls.
 
-    A response ends with a turn that calls nothing ("eos"), with a call in turn ``max_turns``
-    ("turns"), or where prompt and answers leave no room ("length"): all tokens behind the prompt
-    count. Prompts without a chat are written by the wrapped engine alone.
+    A response ends with a turn without calls ("eos"), with a call in turn ``max_turns`` ("turns"),
+    or at its length limit ("length"), for which all tokens after the prompt count. If no prompt has
+    a chat, the wrapped engine generates alone.
     """
 
     engine: RolloutEngine
@@ -104,7 +104,7 @@ class ToolEngine:
         max_new_tokens: int,
         progress: Progress | None = None,
     ) -> Rollout:
-        """One response a prompt, in the order of the prompts; see ``RolloutEngine``."""
+        """Generate one response a prompt, in the order of the prompts; see ``RolloutEngine``."""
         if not any(prompts.chats):
             return self.engine.generate(prompts, sampling, generator, max_new_tokens, progress)
         limits = prompts.limits or (max_new_tokens,) * len(prompts)
@@ -143,7 +143,7 @@ class ToolEngine:
         sampling: Sampling,
         generator: NoiseStream,
     ) -> Rollout:
-        """One turn of every row that is still being written, as one call; returns what came."""
+        """Generate one turn of every unfinished row in one call; return the engine's rollout."""
         keys = [(prompts.index[i], prompts.sample[i]) for i in writing]
         batch = PromptBatch(
             input_ids=tuple((*rows[i].prompt, *rows[i].ids) for i in writing),
@@ -181,7 +181,7 @@ class ToolEngine:
         return Exchange(calls, tuple(result.text for result in results))
 
     def _answer(self, rows: list[_Row]) -> None:
-        """Put the answers behind the calls; a row without room for its next turn ends here."""
+        """Append tool results after their calls; a row without room for a next turn ends here."""
         chats = [(row.chat, row.exchanges) for row in rows if row.chat is not None]
         for row, ids in zip(rows, self.rounds.conversation.continuations(chats), strict=True):
             is_cut = len(ids) > row.room

@@ -1,19 +1,19 @@
-"""The built-in engine: any transformers causal LM, writing in this process.
+"""The built-in engine: any transformers causal LM, generating in this process.
 
 All prompts of a call are one queue, longest first. A batch holds as many rows as the token budget
-has room for; rows that have ended leave it and waiting prompts take their place (continuous
-batching). All rows share their columns: what joins is aligned on the right, and each row attends
-from its own first column on.
+allows; rows that have ended leave it and waiting prompts take their place (continuous batching).
+All rows share their columns: joining rows are aligned on the right, and each row attends from its
+own first column on.
 
-The loop is our own. ``generate`` of transformers keeps finished rows in its batch, and its noise
-depends on the batch. Its continuous batching lays rows out in pages, for which it changes the
-model's attention while it runs, draws from the global generator, and takes twice our time on a CPU
-(benchmarks/rollouts.md). What is used of transformers is the model and its cache.
+Only the model and its cache are transformers'. Its ``generate`` keeps finished rows in the batch,
+and its noise depends on the batch. Its continuous batching stores rows in pages, for which it
+changes the model's attention while it runs; it samples from the global generator, and takes twice
+our time on a CPU (benchmarks/rollouts.md).
 
-A second model may be mixed in: both read the same, and every token is drawn from the mixture of
-their distributions.
+A second model may be mixed in: both read the same ids, and every token is sampled from the mixture
+of their distributions.
 
-In float32 a row's samples do not depend on the rows beside it, but for ties.
+In float32 a row's samples do not depend on the other rows of its batch, except for ties.
 """
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ from okd_lightning.models import Vocabulary, forget_lengths, row_groups
 from okd_lightning.records.batches import PromptBatch, Rollout
 
 _ADMIT_AT = 0.875
-"""Waiting prompts join once no more than this share of the batch is still writing."""
+"""Waiting prompts join once no more than this share of the batch is unfinished."""
 
 _SHRINK_AT = 0.75
-"""Finished rows leave at this share where nobody waits: moving the others costs a copy."""
+"""Without waiting prompts, finished rows leave at this share: moving the others costs a copy."""
 
 _PREFILL_TOKENS = 8192
-"""Prompt tokens of one forward pass at most, so that a long queue's activations fit."""
+"""Most prompt tokens of one forward pass, so that a long queue's activations fit in memory."""
 
 
 @dataclass
 class TransformersEngine:
-    """Generates with a model that lives in this process.
+    """Generates with a model in this process.
 
     Args:
-        model: The causal LM; put into eval mode by the caller.
-        vocabulary: Ids outside it are never drawn.
+        model: The causal LM; the caller sets eval mode.
+        vocabulary: Ids outside it are never sampled.
         eos_ids: Ids that end a response.
-        token_budget: Prompt plus response tokens of a batch at most.
+        token_budget: Most prompt and response tokens of a batch.
         dtype: Number format to compute in, by autocast: the weights are cast once a call and the
-            copy is dropped at its end. None leaves it to the caller; in float32 a sample does not
+            copy is dropped at its end. None leaves it to the caller. In float32 a sample does not
             depend on its batch, in bfloat16 it may.
         blend: A second model that is mixed into every draw.
     """
@@ -80,7 +80,7 @@ class TransformersEngine:
         max_new_tokens: int,
         progress: Progress | None = None,
     ) -> Rollout:
-        """One response a prompt, in the order of the prompts; see ``RolloutEngine``."""
+        """Generate one response a prompt, in the order of the prompts; see ``RolloutEngine``."""
         noise = generator.uniform(prompts.index, prompts.sample, max_new_tokens)
         responses = Responses(
             noise, self.eos_ids, self.vocabulary.size, self.model.device, prompts.limits
@@ -105,10 +105,10 @@ class TransformersEngine:
     def _rounds(
         self, prompts: PromptBatch, drawing: Drawing, max_new_tokens: int
     ) -> Iterator[tuple[_Writing | WholePasses, bool]]:
-        """One (True), or one (False) a side of each length at which rotary frequencies change.
+        """Yield one round (True), or one (False) for each range of lengths with own frequencies.
 
-        A row that grows over such a length is read again from its start: its cache is of the other
-        side.
+        A row that grows beyond a length at which rotary frequencies change is read again from its
+        start, because its cache has the old frequencies.
         """
         models = [self.model] + ([self.blend.model] if self.blend else [])
         memories = [memory_of(model) for model in models]
@@ -135,11 +135,11 @@ class TransformersEngine:
 
 @dataclass
 class _Prefilled:
-    """Prompts that have been read: what a batch needs in order to take them in."""
+    """Prompts after their forward pass, ready to join a batch."""
 
     rows: list[int]
     caches: list[DynamicCache]  # one a model
-    index: Tensor  # [rows] the row of the caches that each one takes
+    index: Tensor  # [rows] row of the caches
     starts: Tensor  # [rows] first column
     width: int  # columns
     places: Tensor  # [rows] of the second token
@@ -147,10 +147,10 @@ class _Prefilled:
 
 
 class _Writing:
-    """One call: its queue, the batch that is running, and what it has cost.
+    """One round of a call: its queue, the running batch, and its row-steps.
 
     The batch's fields are aligned: ``rows`` (numbers in the call), ``places`` and ``last`` in the
-    responses, ``tokens`` (drawn, not yet read), ``starts`` (first column), all [rows].
+    responses, ``tokens`` (sampled, not yet read), ``starts`` (first column), all [rows].
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class _Writing:
         self._token_budget = token_budget
         self._device = models[0].device
         self._is_roomy = is_roomy
-        # equal prompts stand together, so that they are read once
+        # equal prompts are neighbours, so that they are read once
         self._queue = deque(sorted(texts, key=lambda row: (-len(texts[row]), row)))
         self.num_row_steps = 0
         self._clear()
@@ -189,9 +189,9 @@ class _Writing:
         return [empty_cache(model, self._is_roomy) for model in self._models]
 
     def run(self) -> Iterator[tuple[int, int]]:
-        """Write everything; yields how many rows have ended since the last time, and new tokens.
+        """Generate all rows; yield the rows ended since the last yield, and new tokens.
 
-        (Rows that end between two looks at an accelerator count as if they wrote to the second.)
+        On an accelerator, rows that end between two checks count tokens up to the second one.
         """
         steps_per_check = _steps_per_check(self._device)
         while self._queue or self._num_writing:
@@ -207,7 +207,7 @@ class _Writing:
     # ---------------------------------------------------------------- who is in the batch
 
     def _make_room(self) -> int:
-        """Let ended rows leave and waiting ones join, where it pays; returns how many joined."""
+        """Let ended rows leave and waiting rows join if it pays; return the number that joined."""
         if not self._is_roomy:
             return self._next_equal_prompts() if not self._num_writing else 0
         share = _ADMIT_AT if self._queue else _SHRINK_AT
@@ -221,7 +221,7 @@ class _Writing:
         return len(rows)
 
     def _admitted(self, staying: list[int]) -> list[int]:
-        """Taken from the queue: as many as fit beside the rows that stay, at least one in all."""
+        """Take rows from the queue: as many as fit with the rows that stay, at least one in all."""
         if not self._queue:
             return []
         longest = max(len(self._texts[row]) for row in [*staying, self._queue[0]])
@@ -230,7 +230,7 @@ class _Writing:
         return [self._queue.popleft() for _ in range(num)]
 
     def _pieces(self, rows: list[int]) -> Iterator[list[int]]:
-        """Cut into forward passes; rows are sorted, the longest first."""
+        """Divide rows, sorted with the longest first, into forward passes."""
         while rows:
             size = max(1, _PREFILL_TOKENS // len(self._texts[rows[0]]))
             yield rows[:size]
@@ -259,7 +259,7 @@ class _Writing:
         self._width = width
 
     def _next_equal_prompts(self) -> int:
-        """A batch for a model whose memory cannot be rearranged: nobody leaves it, nobody joins."""
+        """Start a fixed batch for a model whose cache cannot be rearranged; return its rows."""
         self._clear()
         length = len(self._texts[self._queue[0]])
         size = max(1, self._token_budget // (length + self._max_new_tokens))
@@ -274,7 +274,7 @@ class _Writing:
     # ---------------------------------------------------------------- the model
 
     def _read(self, rows: list[int]) -> _Prefilled:
-        """Read some prompts and draw their first tokens; equal prompts are read once."""
+        """Read some prompts and sample their first tokens; equal prompts are read once."""
         prompts = [self._texts[row] for row in rows]
         unique = list(dict.fromkeys(prompts)) if self._is_roomy else prompts
         number = {prompt: i for i, prompt in enumerate(unique)}
@@ -291,7 +291,7 @@ class _Writing:
         return _Prefilled(rows, caches, index, starts[index], ids.shape[1], places, tokens)
 
     def _step(self) -> None:
-        """One token for every row."""
+        """Generate one token for every row."""
         is_writing = self._responses.is_writing(self._places)
         positions = torch.where(is_writing, self._width - self._starts, 0)[:, None]
         self._width += 1
@@ -309,9 +309,9 @@ class _Writing:
         width: int,
         caches: list[DynamicCache],
     ) -> list[Tensor]:
-        """[rows, table] of each model for the token after ``ids``."""
+        """Return [rows, table] logits of each model for the token after ``ids``."""
         mask = None
-        if self._is_roomy:  # others have equal prompts, and some of them misread a mask
+        if self._is_roomy:  # else all prompts have one length, and some models misread a mask
             mask = (torch.arange(width, device=self._device) >= starts[:, None]).long()
         return [
             cached_logits(model, ids, positions, mask, cache)
@@ -320,12 +320,12 @@ class _Writing:
 
 
 def _steps_per_check(device: torch.device) -> int:
-    """Steps between two looks at who has ended: a look stalls an accelerator's queue of work."""
+    """Return the steps between checks for ended rows: a check stalls an accelerator's queue."""
     return 1 if device.type == "cpu" else 4
 
 
 def _left_pad(rows: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """[rows, longest] ids, and [rows] the first column of each."""
+    """Return [rows, longest] ids, and [rows] the first column of each row."""
     width = max(len(row) for row in rows)
     padded = [(0,) * (width - len(row)) + row for row in rows]
     starts = torch.tensor([width - len(row) for row in rows], device=device)

@@ -1,7 +1,7 @@
-"""vLLM's HTTP protocol as far as it is used: each answer is checked and becomes a record.
+"""The used part of vLLM's HTTP protocol: each answer is checked and becomes a record.
 
-Owns what an answer must look like: whatever else a server sends is a ServerError that says what was
-expected. What the numbers are used for belongs to the engine and to the served teacher.
+Owns the expected form of answers: anything else is a ServerError that names the expectation. The
+engine and the served teacher use the records.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from okd_lightning.errors import ServerError, one_line
 
 _SHOWN = 200
 _BYTES_PER_NUMBER = 400
-"""JSON of one token with its log-probability, rank and decoded text: 100 bytes are usual."""
+"""Most JSON bytes of a token with log-probability, rank and decoded text; 100 are usual."""
 
 _SPARE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model that a server has.
+    """A model of a server.
 
     Attributes:
-        name: What requests call it.
-        root: Where the server has it from; None where it does not say.
-        max_model_len: Longest prompt with response, in tokens; None where it does not say.
+        name: Its name in requests.
+        root: Its folder or hub id on the server; None if unknown.
+        max_model_len: Longest prompt with response, in tokens; None if unknown.
     """
 
     name: str
@@ -39,14 +39,14 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a server in dev mode says of itself; None for what it does not say.
+    """Settings that a server in dev mode reports; None for unknown ones.
 
     Attributes:
         dtype: Number format, such as "float32".
         logprobs_mode: Such as "processed_logprobs".
         quantization: Such as "fp8".
         max_logprobs: Most log-probabilities a token.
-        device: Where it computes, such as "cuda" or "cpu".
+        device: Its device, such as "cuda" or "cpu".
     """
 
     dtype: str | None = None
@@ -61,11 +61,11 @@ class Completion:
     """One response.
 
     Attributes:
-        ids: Of the response.
-        logprobs: [response] nats, each of the token that was drawn; empty unless asked for.
+        ids: Ids of the response.
+        logprobs: [response] nats, each of the sampled token; empty unless requested.
         finish_reason: Why it ended.
         prompt_logprobs: [prompt - 1] by id, nats, for each token of the prompt but the first; empty
-            unless asked for.
+            unless requested.
     """
 
     ids: tuple[int, ...]
@@ -79,8 +79,8 @@ class VLLMClient:
     """Requests to one server.
 
     Args:
-        endpoint: Where it is.
-        model: Name under which it serves the model; None for the only one that it has.
+        endpoint: Its address.
+        model: Name of the served model; None for the server's only model.
     """
 
     endpoint: Endpoint
@@ -88,17 +88,17 @@ class VLLMClient:
     _served: ServedModel | None = None
 
     def served(self) -> ServedModel:
-        """The model that requests name; asked for once.
+        """Return the served model of the requests; read from the server once.
 
         Raises:
-            ServerError: The server has no such model, or several to choose from.
+            ServerError: The server has no such model, or several and none is named.
         """
         if self._served is None:
             self._served = self.read_served()
         return self._served
 
     def read_served(self) -> ServedModel:
-        """The model that requests name, as the server has it now; see ``served``."""
+        """Read the served model of the requests from the server again; see ``served``."""
         path = "/v1/models"
         answer = AnswerPart(self.endpoint.get(path), self.endpoint.at(path))
         found = [_served_model(entry) for entry in answer.member("data").items()]
@@ -115,10 +115,10 @@ class VLLMClient:
         )
 
     def info(self) -> ServerInfo:
-        """What it says of itself; nothing where it is not in dev mode.
+        """Read the server's settings; empty if it is not in dev mode.
 
         Raises:
-            ServerError: An answer of another kind.
+            ServerError: An unexpected answer.
         """
         path = "/server_info?config_format=json"
         try:
@@ -143,10 +143,10 @@ class VLLMClient:
         )
 
     def complete(self, request: Mapping[str, Any]) -> Completion:
-        """The one response to a /v1/completions request with ids as its prompt.
+        """Return the response to a /v1/completions request whose prompt is a list of ids.
 
         Raises:
-            ServerError: It fails, or answers with something else.
+            ServerError: The request fails, or the answer is unexpected.
         """
         path, prompt = "/v1/completions", request["prompt"]
         of_prompt, of_response = request.get("prompt_logprobs"), request.get("logprobs")
@@ -178,10 +178,10 @@ class VLLMClient:
         return Completion(ids, logprobs, choice.member("finish_reason").text(), scored)
 
     def tokenize(self, text: str) -> tuple[int, ...]:
-        """The ids of a text, without special tokens.
+        """Return the ids of a text, without special tokens.
 
         Raises:
-            ServerError: It fails, or answers with something else.
+            ServerError: The request fails, or the answer is unexpected.
         """
         body = {"model": self.served().name, "prompt": text, "add_special_tokens": False}
         path = "/tokenize"
@@ -191,10 +191,10 @@ class VLLMClient:
     # --------------------------------------------------------------- dev mode
 
     def version(self) -> str:
-        """What the server's weights are called.
+        """Return the label of the server's weights.
 
         Raises:
-            ServerError: It does not say.
+            ServerError: The server reports none.
         """
         path = "/weight_info"
         try:
@@ -210,19 +210,19 @@ class VLLMClient:
         return AnswerPart(given, self.endpoint.at(path)).member("weight_version").text()
 
     def name_version(self, label: str) -> None:
-        """Call the server's weights ``label``."""
+        """Set the label of the server's weights."""
         self.endpoint.post("/update_weight_version", {"new_version": label})
 
     def reload(self, folder: str, seconds: float) -> None:
-        """Have the server load the weights in ``folder``, which it sees under this path."""
+        """Make the server load the weights in ``folder``, which must be at this path for it too."""
         body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
         self.endpoint.post("/collective_rpc", body, seconds)
 
     def drop_cache(self) -> bool:
-        """Have the server drop its cache of prefixes; False where requests hold it."""
+        """Make the server drop its prefix cache; return False if running requests hold it."""
         path = "/reset_prefix_cache"
         answer = AnswerPart(self.endpoint.post(path, {}), self.endpoint.at(path))
-        if answer.value is None:  # an empty one
+        if answer.value is None:  # an empty answer
             return True
         return answer.optional("success", bool) is not False
 
@@ -235,7 +235,7 @@ def _served_model(entry: AnswerPart) -> ServedModel:
 
 
 def _scored(rows: AnswerPart, prompt: Sequence[int]) -> tuple[Mapping[int, float], ...]:
-    """Log-probabilities by id of every token of the prompt but the first."""
+    """Return log-probabilities by id of every token of the prompt but the first."""
     found = rows.items()
     if len(found) != len(prompt):
         raise rows.wrong(f"{len(found)} rows", f"{len(prompt)}, one a token of the prompt,")

@@ -1,16 +1,16 @@
 """The student's responses from vLLM in this process, on the student's own GPU.
 
-The one module that imports vllm, and only when the engine first writes. vLLM is given the student's
-weights as a folder, as the server is. Between two calls it sleeps, so that training has the memory:
-its weights and its cache are dropped, and loaded anew at the next call.
+The only module that imports vllm, and only when the engine first generates. vLLM gets the student's
+weights as a folder, like the server. Between two calls it sleeps, so that training has the memory:
+its weights and cache are dropped, and loaded again at the next call.
 
-What is used of vllm: ``LLM(model, ...)`` with the arguments below, ``LLM.generate`` of
+Used parts of vllm: ``LLM(model, ...)`` with the arguments below, ``LLM.generate`` of
 ``{"prompt_token_ids": ids}`` with one ``SamplingParams`` each, ``LLM.collective_rpc``
 ("reload_weights", kwargs weights_path), ``LLM.sleep``, ``LLM.wake_up`` and
 ``LLM.reset_prefix_cache``; of its answers ``outputs[0].token_ids``, ``.logprobs``,
 ``.finish_reason`` and ``prompt_logprobs``; of its platform ``is_sleep_mode_available`` and
-``is_cpu``. tests/real_vllm runs all of it on a CPU but for ``sleep`` and ``wake_up``, which need a
-GPU.
+``is_cpu``. tests/real_vllm runs all of these on a CPU, except ``sleep`` and ``wake_up``, which need
+a GPU.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ from okd_lightning.errors import ConfigError, ServerError
 from okd_lightning.models import Vocabulary
 
 _DROP_ALL = 2
-"""vLLM's sleep level at which weights and cache are dropped, and not kept in main memory."""
+"""vLLM's sleep level that drops weights and cache, without a copy in main memory."""
 
 
 @dataclass
 class VLLMEngine(EngineSource):
-    """Write the student's responses with vLLM on the GPU that trains it.
+    """Generate the student's responses with vLLM on the GPU that trains it.
 
     Args:
-        gpu_memory_utilization: Share of the GPU's memory for vLLM while it writes.
+        gpu_memory_utilization: Share of the GPU's memory for vLLM during generation.
         max_model_len: Longest prompt with response, in tokens; by default the model's own.
         dtype: Number format that vLLM computes in; "auto" is that of the student's weights.
         sleep: Drop vLLM's weights and cache while the student trains.
-        enforce_eager: Leave CUDA graphs out: a faster start and slower writing.
-        sync_folder: Where the student's weights are handed over; by default a temporary folder.
-        tolerance: Mean difference (nats) between vLLM's and the student's log-probs of a probe
-            that number formats may make.
+        enforce_eager: Leave CUDA graphs out: a faster start and slower generation.
+        sync_folder: Folder for the transfer of the student's weights; by default a temporary one.
+        tolerance: Allowed mean difference (nats) between vLLM's and the student's log-probs of a
+            probe, from different number formats.
         engine_args: Further arguments of vllm.LLM.
 
     Raises:
@@ -90,17 +90,17 @@ class VLLMEngine(EngineSource):
 
     @property
     def name(self) -> str:
-        """Where it is, for messages."""
+        """Name of the engine, for messages."""
         return "model.engine: vLLM in this process"
 
     def engine(
         self, model: PreTrainedModel, vocabulary: Vocabulary, eos_ids: tuple[int, ...]
     ) -> RolloutEngine:
-        """An engine that gives ``model``'s weights to vLLM and has it write.
+        """Return an engine that transfers ``model``'s weights to vLLM and generates with it.
 
         Raises:
             ConfigError: vllm is not installed, the run has several processes, or ``sleep`` is on
-                where vLLM cannot sleep.
+                and vLLM cannot sleep on this platform.
         """
         _vllm()
         if self.sleep and not _platform().is_sleep_mode_available():
@@ -125,10 +125,10 @@ class VLLMEngine(EngineSource):
 
     @contextmanager
     def holding(self, model: PreTrainedModel, label: str, num_rows: int) -> Iterator[None]:
-        """Within it vLLM is awake with ``model``'s weights; see ``Host``.
+        """Within the context, vLLM is awake with ``model``'s weights; see ``Host``.
 
         Raises:
-            ServerError: It does not say what the student says.
+            ServerError: Its log-probabilities differ from the student's.
             OutputError: The folder cannot be written.
         """
         if torch.cuda.is_available():
@@ -148,7 +148,7 @@ class VLLMEngine(EngineSource):
     def write(
         self, requests: Sequence[Mapping[str, Any]], progress: Progress | None
     ) -> list[Written]:
-        """One response a request; see ``Host``."""
+        """Generate one response a request; see ``Host``."""
         found = []
         for answer in self._ask(requests):
             response = answer.outputs[0]
@@ -179,7 +179,7 @@ class VLLMEngine(EngineSource):
         return answers
 
     def _load(self, model: PreTrainedModel, label: str) -> None:
-        """Hand the weights over; the first time, vLLM is started on them."""
+        """Transfer the weights; the first time, start vLLM on them."""
         if self._llm is None:
             given = self.sync_folder or tempfile.mkdtemp(prefix="okd-lightning-vllm-")
             self._folder = Path(given).expanduser()
@@ -199,15 +199,15 @@ class VLLMEngine(EngineSource):
         self._held = label
 
     def _written(self, model: PreTrainedModel, name: str) -> Path:
-        """The weights as a folder; see ``write_weights`` for what is different on CPUs."""
+        """Write the weights to a folder, untied on CPUs; see ``write_weights``."""
         return write_weights(model, self._folder / name, is_untied=_platform().is_cpu())
 
     def _start(self, folder: Path) -> None:
         """Start vLLM.
 
         Raises:
-            ConfigError: It does not take its settings.
-            ServerError: It does not start.
+            ConfigError: vLLM refuses its settings.
+            ServerError: vLLM does not start.
         """
         arguments = {
             "model": str(folder),
@@ -244,19 +244,19 @@ class VLLMEngine(EngineSource):
         self.gaps.check_probe(probe, said, drawn_logprob, self.name, self._dtype(probe))
 
     def _dtype(self, probe: Probe) -> str | None:
-        """The number format that vLLM computes in: "auto" takes float32 weights as float16."""
+        """Return vLLM's number format; None for "auto" with float32 weights (it takes float16)."""
         if self.dtype != "auto":
             return self.dtype
         return None if probe.dtype == torch.float32 else str(probe.dtype).removeprefix("torch.")
 
 
 def _platform() -> Any:
-    """What vLLM computes on."""
+    """Return vLLM's platform object."""
     return importlib.import_module("vllm.platforms").current_platform
 
 
 def _vllm() -> Any:
-    """The package.
+    """Import and return the package vllm.
 
     Raises:
         ConfigError: It is not installed.

@@ -1,11 +1,10 @@
-"""What vLLM is asked and what an answer has to be: the same for a server and in this process.
+"""Requests to vLLM and checks of its responses, common to a server and vLLM in this process.
 
-Owns the engine that is common to both; where vLLM runs and how it comes by the student's weights is
-a ``Host``'s business.
+Owns the common engine. A ``Host`` owns the place where vLLM runs and the transfer of weights.
 
-Sampling means here what it means in the built-in engine: the model's own defaults (its
-``generation_config.json``) are overruled one by one, our end-of-sequence ids alone end a response,
-and ids that no token has are ruled out. Log-probabilities are those of the distribution drawn from.
+Sampling is the same as in the built-in engine: the model's defaults (``generation_config.json``)
+are overridden one by one, only our end-of-sequence ids end a response, and ids without a token are
+excluded. Log-probabilities are those of the sampling distribution.
 """
 
 from __future__ import annotations
@@ -27,10 +26,11 @@ from okd_lightning.models import Vocabulary
 from okd_lightning.records.batches import PromptBatch, Rollout
 
 _HOTTEST, _COLDEST = 2.0, 0.01
-"""vLLM refuses temperatures above the first and raises those below the second to it."""
+"""vLLM's temperature limits: it refuses values above the first, and raises lower values to the
+second."""
 
 _RULED_OUT = -100.0
-"""vLLM's lowest bias: what it leaves of a probability is below 1e-43 of its logit's."""
+"""vLLM's lowest logit bias: it multiplies a probability by less than 1e-43."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Written:
 
 
 def check_vllm_sampling(sampling: Sampling) -> None:
-    """Refuse temperatures that vLLM does not sample at.
+    """Refuse temperatures that vLLM does not support.
 
     Raises:
-        ConfigError: Naming the range.
+        ConfigError: Not supported; the message names the range.
     """
     temperature = sampling.temperature
     if temperature and not _COLDEST <= temperature <= _HOTTEST:
@@ -57,15 +57,15 @@ def check_vllm_sampling(sampling: Sampling) -> None:
 
 
 def check_vllm_length(num_tokens: int, limit: int | None, where: str) -> None:
-    """Refuse sequences for which vLLM has no room: it would cut their responses.
+    """Refuse sequences that are too long for vLLM, which would cut their responses.
 
     Args:
-        num_tokens: The longest prompt with response.
-        limit: vLLM's max_model_len; None where it is not known.
+        num_tokens: Tokens of the longest prompt with response.
+        limit: vLLM's max_model_len; None if unknown.
         where: The engine, for messages.
 
     Raises:
-        ConfigError: Naming both lengths.
+        ConfigError: Too long; the message names both lengths.
     """
     if limit is not None and num_tokens > limit:
         raise ConfigError(
@@ -78,12 +78,12 @@ def check_vllm_length(num_tokens: int, limit: int | None, where: str) -> None:
 def _sampling_fields(
     sampling: Sampling, vocabulary: Vocabulary, num_rows: int, eos_ids: Sequence[int]
 ) -> dict[str, Any]:
-    """What all requests of a call share.
+    """Return the fields that all requests of a call share.
 
     Args:
-        sampling: How tokens are drawn.
-        vocabulary: What can be drawn.
-        num_rows: Ids that the served model gives logits for.
+        sampling: Temperature, top-k and top-p.
+        vocabulary: Ids that can be sampled.
+        num_rows: Number of ids in the served model's logits.
         eos_ids: Ids that end a response.
     """
     invalid = [*vocabulary.invalid_ids, *range(vocabulary.size, num_rows)]
@@ -97,7 +97,7 @@ def _sampling_fields(
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
         "logprobs": 0,
-        "ignore_eos": True,  # the model's own; ours are below
+        "ignore_eos": True,  # the model's own; stop_token_ids has ours
         "stop_token_ids": list(eos_ids),
         "skip_special_tokens": False,
     }
@@ -109,17 +109,17 @@ def _sampling_fields(
 def _check_written(
     written: Written, limit: int, vocabulary: Vocabulary, eos_ids: Sequence[int], where: str
 ) -> None:
-    """Refuse an answer that is not a response as it was asked for.
+    """Refuse a response that does not match its request.
 
     Args:
-        written: The answer.
-        limit: Tokens that were asked for at most.
-        vocabulary: What can be drawn.
+        written: The response.
+        limit: Requested most tokens.
+        vocabulary: Ids that can be sampled.
         eos_ids: Ids that end a response.
         where: The engine, for messages.
 
     Raises:
-        ServerError: Naming what is wrong.
+        ServerError: It does not match; the message names the problem.
     """
     invalid = set(vocabulary.invalid_ids)
     strange = [i for i in written.ids if not 0 <= i < vocabulary.size or i in invalid]
@@ -147,7 +147,7 @@ def _check_written(
 
 
 def _rollout_of(rows: Sequence[Written], sampling: Sampling, eos_ids: Sequence[int]) -> Rollout:
-    """Checked responses as a rollout; greedy ones have the log-probability 0 of a certain draw."""
+    """Return checked responses as a rollout; greedy ones get log-probability 0."""
     return Rollout(
         response_ids=tuple(row.ids for row in rows),
         logprobs=tuple(
@@ -160,45 +160,45 @@ def _rollout_of(rows: Sequence[Written], sampling: Sampling, eos_ids: Sequence[i
 
 
 _NOTHING = Written((), (), "length")
-"""A row that has no room for a token."""
+"""Response of a row whose limit is 0 tokens."""
 
 
 class Host(Protocol):
-    """A vLLM somewhere."""
+    """A vLLM instance: on a server or in this process."""
 
     @property
     def name(self) -> str:
-        """Where it is, for messages."""
+        """Location of the instance, for messages."""
 
     @property
     def gaps(self) -> EngineGaps:
-        """How far its log-probabilities are from the student's."""
+        """Differences between its log-probabilities and the student's."""
 
     def holding(
         self, model: PreTrainedModel, label: str, num_rows: int
     ) -> AbstractContextManager[None]:
-        """Within it vLLM samples from ``model`` as it is now; what else it had done is an error.
+        """Within the context, vLLM samples from ``model``'s present weights, or an error is raised.
 
         Args:
             model: The student.
-            label: What its weights are called.
-            num_rows: Ids that it gives logits for.
+            label: Label of its weights.
+            num_rows: Number of ids in its logits.
         """
 
     def write(
         self, requests: Sequence[Mapping[str, Any]], progress: Progress | None
     ) -> list[Written]:
-        """One response a request, in order; a request has vLLM's sampling fields and a prompt."""
+        """Generate one response a request, in order; requests are vLLM's fields with a prompt."""
 
 
 @dataclass
 class HostedEngine:
-    """One student on a host.
+    """Engine for one student on a host.
 
     Attributes:
-        host: Where vLLM is.
+        host: The vLLM instance.
         model: The student, in eval mode.
-        vocabulary: Ids outside it are never drawn.
+        vocabulary: Ids outside it are never sampled.
         eos_ids: Ids that end a response.
     """
 
@@ -215,12 +215,12 @@ class HostedEngine:
         max_new_tokens: int,
         progress: Progress | None = None,
     ) -> Rollout:
-        """One response a prompt, in the order of the prompts; see ``RolloutEngine``.
+        """Generate one response a prompt, in the order of the prompts; see ``RolloutEngine``.
 
         Raises:
             ServerTimeoutError: vLLM has not answered in time.
-            ServerError: It cannot be reached or updated, or answers with something else.
-            ConfigError: A temperature that vLLM does not sample at.
+            ServerError: vLLM cannot be reached or updated, or the answer is unexpected.
+            ConfigError: A temperature that vLLM does not support.
         """
         check_vllm_sampling(sampling)
         longest = prompts.limits or (max_new_tokens,) * len(prompts)
@@ -251,7 +251,7 @@ class HostedEngine:
     def _rescored(
         self, prompts: PromptBatch, written: Sequence[Written], sampling: Sampling
     ) -> float | None:
-        """Mean difference (nats) of the first responses' log-probs to the student's own."""
+        """Return the mean difference (nats) of the first responses' log-probs to the student's."""
         pairs = zip(prompts.input_ids, written, strict=True)
         rows = [(prompt, row.ids, row.logprobs) for prompt, row in pairs if row.ids]
         gap = rescored_gap(self.model, self.vocabulary, sampling, rows)

@@ -1,13 +1,13 @@
-"""The student's responses from a vLLM server: an engine over HTTP that needs no vllm here.
+"""The student's responses from a vLLM server: an engine over HTTP, without vllm in this process.
 
-Before it asks for responses, the engine makes the server sample from the student's weights: it
-writes them to a folder that both see, has the server load them, drops the server's cache of
-prefixes, and names the server's weights after what they are. The name is read again after writing.
-A probe compares what the server says with what the student says, so that a server that reports the
-right name over other weights is found out.
+Before generation, the engine makes the server sample from the student's weights: it writes them to
+a folder that both can read, makes the server load them, drops the server's prefix cache, and sets
+the label of the server's weights to their hash. The label is read again after generation. A probe
+compares the server's log-probabilities with the student's, to detect a server with the right label
+and other weights.
 
-The student's processes take turns under a lock on the folder: the first brings the weights, the
-others find them there.
+The student's processes take turns under a lock on the folder: the first one updates the server, the
+others find it updated.
 """
 
 from __future__ import annotations
@@ -50,30 +50,30 @@ _OPTION = "model.engine.url"
 _TOKEN = "OKD_ENGINE_TOKEN"
 _UPDATING = "okd-updating"
 _OWN = "default"
-"""What vLLM calls the weights that it was started with."""
+"""vLLM's label of the weights that it was started with."""
 
 _NUM_RESETS = 5
 
 
 @dataclass
 class VLLMServer(EngineSource):
-    """Have a vLLM server write the student's responses.
+    """Generate the student's responses on a vLLM server.
 
     The server runs the student's architecture with VLLM_SERVER_DEV_MODE=1 and
     ``--logprobs-mode processed_logprobs``; see docs/vllm.md for the whole command.
 
     Args:
-        url: Of the server, such as http://localhost:8000.
-        sync_folder: Where the student's weights are handed over: a folder that this machine and the
-            server's both have under this path.
-        model: Name under which the server serves it; by default the only one that it has.
+        url: Address of the server, such as http://localhost:8000.
+        sync_folder: Folder for the transfer of the student's weights, which this machine and the
+            server's both have at this path.
+        model: Name of the served model; by default the server's only model.
         timeout_seconds: Longest wait for one response, which includes the server's queue.
         update_seconds: Longest wait for the server to load the weights.
-        concurrency: Requests under way at once.
-        num_retries: Repeats of a request whose connection failed; 12 last 64 seconds, in which a
+        concurrency: Requests in flight at once.
+        num_retries: Retries of a request whose connection failed; 12 last 64 seconds, in which a
             server can restart.
-        tolerance: Mean difference (nats) between the server's and the student's log-probs of the
-            probe that number formats may make.
+        tolerance: Allowed mean difference (nats) between the server's and the student's log-probs
+            of a probe, from different number formats.
 
     Raises:
         ConfigError: A number out of its range, or no address.
@@ -102,12 +102,12 @@ class VLLMServer(EngineSource):
     def engine(
         self, model: PreTrainedModel, vocabulary: Vocabulary, eos_ids: tuple[int, ...]
     ) -> RolloutEngine:
-        """An engine that brings ``model``'s weights to the server and has it write."""
+        """Return an engine that transfers ``model``'s weights to the server and generates there."""
         return HostedEngine(self, model, vocabulary, eos_ids)
 
     @property
     def name(self) -> str:
-        """Where it is, for messages."""
+        """Name of the engine, for messages."""
         return f"{_OPTION}: {self.url}"
 
     def check_sampling(self, sampling: Sampling) -> None:
@@ -115,16 +115,16 @@ class VLLMServer(EngineSource):
         check_vllm_sampling(sampling)
 
     def check_length(self, num_tokens: int) -> None:
-        """See ``EngineSource``; asks the server."""
+        """See ``EngineSource``; reads the limit from the server."""
         check_vllm_length(num_tokens, self._client.served().max_model_len, self.name)
 
     @contextmanager
     def holding(self, model: PreTrainedModel, label: str, num_rows: int) -> Iterator[None]:
-        """Within it the server samples from ``model``; see ``Host``.
+        """Within the context, the server samples from ``model``; see ``Host``.
 
         Raises:
-            ServerError: The server cannot be updated, does not say what the student says, or has
-                other weights at the end.
+            ServerError: The server cannot be updated, its log-probabilities differ from the
+                student's, or it has other weights at the end.
             OutputError: The folder cannot be written.
         """
         self._bring(model, label, num_rows)
@@ -140,7 +140,7 @@ class VLLMServer(EngineSource):
     def write(
         self, requests: Sequence[Mapping[str, Any]], progress: Progress | None
     ) -> list[Written]:
-        """One response a request; see ``Host``."""
+        """Generate one response a request; see ``Host``."""
         calls = [partial(self._write, request) for request in requests]
         told = partial(progress, 1) if progress is not None else lambda: None
         return in_parallel(calls, self.concurrency, told)
@@ -173,13 +173,13 @@ class VLLMServer(EngineSource):
             ) from error
 
     def _update(self, model: PreTrainedModel, label: str, folder: Path) -> None:
-        served = self._client.read_served()  # anew: the server may have been restarted
+        served = self._client.read_served()  # again: the server may have been restarted
         self._info = self._client.info()
         config = served_config(served, self.name)
         check_served_student(model.config, served, config, self._info, self.name)
         if shares_table(model) and keeps_old_head(config, self._info):
             raise self._without_head(model, folder, served)
-        self._name(_UPDATING)  # what fails halfway is not taken for what was there before
+        self._name(_UPDATING)  # a failed update must not keep the old label
         handed = write_weights(model, folder / label, is_untied=is_untied(config))
         try:
             self._client.reload(str(handed), self.update_seconds)
@@ -196,7 +196,7 @@ class VLLMServer(EngineSource):
     def _without_head(
         self, model: PreTrainedModel, folder: Path, served: ServedModel
     ) -> ServerError:
-        """The error for a server that would keep the old head; writes what to start it on."""
+        """Return the error for a server that would keep the old head; write it an untied copy."""
         copy = write_weights(model, folder / "untied", is_untied=True)
         return ServerError(
             f"{self.name} runs vLLM on a CPU, which keeps the old head of a model that shares one "
@@ -206,9 +206,9 @@ class VLLMServer(EngineSource):
         )
 
     def _restore(self, root: str | None) -> str:
-        """Have the server load its own weights again after a failed transfer; says what came of it.
+        """Make the server load its own weights again after a failed transfer; return the outcome.
 
-        What has failed leaves weights without values, with which the next completion ends vLLM.
+        A failed transfer leaves weights without values, with which the next request crashes vLLM.
         """
         if root is None:
             return "it does not say where its own weights are: restart it"

@@ -1,4 +1,4 @@
-"""The student's weights for an engine elsewhere: which they are, and as a folder it can load."""
+"""The student's weights for an external engine: their label, and a folder that it can load."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @torch.no_grad()
 def weights_label(model: PreTrainedModel) -> str:
-    """A name that changes with any weight: of all names, shapes and sums of the weights' bits.
+    """Return a hash of all names, shapes, types and sums of the weights' bits.
 
-    It is worked out from what the weights are, so that nothing that changes them can be missed, on
-    any rank and after a resume.
+    It is computed from the weights themselves, so that no change is missed, on any rank and after a
+    resume.
 
     Raises:
-        ConfigError: Weights that are sharded over processes.
+        ConfigError: The weights are sharded over processes.
     """
     state: dict[str, Tensor] = model.state_dict()
     if any(isinstance(tensor, DTensor) for tensor in state.values()):
@@ -50,7 +50,7 @@ def weights_label(model: PreTrainedModel) -> str:
 
 @contextmanager
 def _without_progress_bar() -> Iterator[None]:
-    """Weights are written at every step: transformers would show each time."""
+    """Within the context, hide transformers' progress bar: weights are written at every step."""
     was_shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -61,12 +61,12 @@ def _without_progress_bar() -> Iterator[None]:
 
 
 def shares_table(model: PreTrainedModel) -> bool:
-    """Whether embedding and head are one table (``tie_word_embeddings``)."""
+    """Return whether embedding and head are one table (``tie_word_embeddings``)."""
     return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
 
 
 def _untie(plain: PreTrainedModel) -> dict[str, Tensor]:
-    """Have the config say that the head has a table of its own; returns the state with it."""
+    """Set ``tie_word_embeddings`` to False, and return the state with a separate head."""
     for config in (plain.config, plain.config.get_text_config()):
         config.tie_word_embeddings = False
     head = plain.get_output_embeddings()
@@ -79,18 +79,18 @@ def write_weights(model: PreTrainedModel, folder: Path, *, is_untied: bool = Fal
     """Write a plain model, adapters merged, as a Hugging Face folder.
 
     Args:
-        model: Stays as it is.
-        folder: Made anew; nothing else may lie in it.
+        model: The model; not changed.
+        folder: Deleted and created again.
         is_untied: Write a shared table twice, for an engine that keeps two: vLLM on CPUs computes
-            with a packed copy of the head, which it renews only where the head itself is loaded.
+            with a packed copy of the head, which it updates only if the head itself is loaded.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: The folder cannot be written.
         ConfigError: See ``merged_copy``.
     """
     plain: Any = merged_copy(model)
     state = _untie(plain) if is_untied and shares_table(model) else None
-    # transformers writes on the first rank alone; here whoever holds the lock does
+    # transformers writes on the first rank only; here the rank that holds the lock writes
     plain.should_save_on_this_rank = lambda is_main_process: is_main_process
     try:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""Generation without a cache: every token is a pass over the whole row, padded on the right.
+"""Generation without a cache: a pass over the whole row for every token, padded on the right.
 
-For models that keep no cache, or whose cache is of no use beyond a length, because each length has
-its own rotary frequencies. The cost grows with the square of the length.
+For models without a cache, or whose cache is useless beyond a length because each length has its
+own rotary frequencies. The cost grows with the square of the length.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from okd_lightning.engines.memory import whole_logits
 from okd_lightning.models import forget_lengths, row_groups
 
 _PASS_TOKENS = 8192
-"""Tokens of one forward pass at most, so that its activations fit."""
+"""Most tokens of one forward pass, so that its activations fit in memory."""
 
 
 class WholePasses:
-    """Rows that are written by whole passes.
+    """Generation of rows by whole passes.
 
     Args:
-        models: One, or two that are mixed.
-        texts: What each row has so far, by its number in the call.
-        drawing: Draws and stores.
-        token_budget: Tokens of a batch at most.
-        max_new_tokens: Of a response.
+        models: One model, or two that are mixed.
+        texts: Ids of each row so far, by its number in the call.
+        drawing: Samples and stores tokens.
+        token_budget: Most tokens of a batch.
+        max_new_tokens: Longest response, in tokens.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class WholePasses:
         self.num_row_steps = 0
 
     def run(self) -> Iterator[tuple[int, int]]:
-        """Write everything; yields how many rows have ended since the last time, and new tokens."""
+        """Generate all rows; yield the rows ended since the last yield, and new tokens."""
         queue = sorted(self._texts, key=lambda row: (-len(self._texts[row]), row))
         while queue:
             longest = len(self._texts[queue[0]]) + self._max_new_tokens
@@ -73,7 +73,7 @@ class WholePasses:
 
 
 def _next_logits(model: PreTrainedModel, texts: Sequence[tuple[int, ...]]) -> Tensor:
-    """[rows, table] for the token after each text, from as many passes as the rows need."""
+    """Return [rows, table] logits for the token after each text, from as many passes as needed."""
     groups = row_groups(model)
     lengths = [len(text) for text in texts]
     order, found = [], []

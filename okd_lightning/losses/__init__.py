@@ -1,16 +1,16 @@
-"""Losses: from hidden states and heads to numbers a token, tile by tile.
+"""Losses: per-token quantities from hidden states and heads, computed in tiles of positions.
 
-* ``quantities``: what a method may ask for (exact divergence, drawn-token log-prob, entropy, ...).
-* ``closed_form``: their values with gradients written out.
-* ``outcomes``, ``cached``: where a few ids and the rest are all that is known of the teacher.
-* ``sampled``: policy gradient on drawn tokens, with its importance ratio.
-* ``terms``: what a method hands to the module, and the records that go with it.
-* ``side``, ``projection``: one model's half; its head forwards and backwards, tile by tile.
-* ``tiling``: how many positions are handled at once.
+* ``quantities``: what a method can measure (exact divergence, sampled-token log-prob, entropy).
+* ``closed_form``: their values with closed-form gradients.
+* ``outcomes``, ``cached``: quantities of a teacher known by k ids and the rest.
+* ``sampled``: policy gradient on sampled tokens, with its importance ratio.
+* ``terms``: the interface between method and module, and its records.
+* ``side``, ``projection``: one model's inputs to the loss; forward and backward of its head.
+* ``tiling``: sizes of tiles and blocks.
 * ``fused``: the training loss and its gradient from one pass over the tiles.
-* ``reduction``: the one division by the optimizer step's normaliser.
+* ``reduction``: the division by the optimizer step's divisor.
 * ``cpu_linear``: products with the head on CPUs, by oneDNN's kernels.
-* ``exact``: the measured quantities themselves, for evaluation and for terms over whole sequences.
+* ``exact``: the quantities themselves, for evaluation and for terms over whole sequences.
 """
 
 from okd_lightning.losses.cached import (

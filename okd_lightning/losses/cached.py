@@ -1,7 +1,7 @@
-"""What can be measured where k ids and the rest are all that is known of the teacher.
+"""Quantities of a teacher that is known by k ids and the rest only.
 
-A cached teacher's rows come packed (``outcomes.pack_outcomes``). Owns which quantities can be read
-from them, and as what; where the rows lie is not its business.
+A cached teacher's rows are packed (``outcomes.pack_outcomes``). Owns which quantities can be read
+from them, and in which form; not where the rows are stored.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from okd_lightning.records.shapes import PositionValues
 
 @dataclass(frozen=True)
 class CachedDivergence(Quantity):
-    """TopK(divergence, k) of a teacher that comes as packed rows: at most the exact one.
+    """TopK(divergence, k) with a teacher given as packed rows; at most the exact divergence.
 
     Gradient flows to the student; the teacher is a constant.
 
     Args:
-        divergence: What is measured between the k + 1 outcomes.
+        divergence: Divergence between the k + 1 outcomes.
         k: Ids that keep their own probability, at most those of the rows.
     """
 
@@ -71,12 +71,12 @@ class CachedAgreement(Quantity):
 
 @dataclass(frozen=True)
 class CachedDrawnOutcome(Quantity):
-    """One side's log-prob (nats) of the token that stands there, or of the outcome it belongs to.
+    """One side's log-probability (nats) of the target token, or of its outcome.
 
     Args:
-        role: Whose.
-        k: Tokens are seen through the teacher's k likeliest ids and the rest, as by a TopK; None
-            for the token itself, whose log-prob is in the rows.
+        role: The side.
+        k: Outcomes are the teacher's k most likely ids and the rest, as in a TopK; None for the
+            token itself, whose log-probability is in the rows.
     """
 
     role: ModelRole
@@ -100,10 +100,10 @@ class CachedDrawnOutcome(Quantity):
 
 @dataclass(frozen=True)
 class CachedExpectedWeight(Quantity):
-    """E_p[w_f(u)] over k ids of the teacher and the rest: a baseline as good as any of a state.
+    """E_p[w_f(u)] over k ids of the teacher and the rest: a baseline for the exact advantage.
 
-    It depends on nothing that was drawn there, so subtracting it leaves the expected gradient of
-    the exact credit as it is; the variance is another one than with the exact mean.
+    It does not depend on the sampled token, so subtracting it leaves the expected gradient
+    unchanged. Its variance differs from that of the exact mean.
     """
 
     divergence: Divergence
@@ -123,13 +123,13 @@ _FORMS = (CachedDivergence, CachedAgreement, CachedDrawnOutcome, CachedExpectedW
 
 
 def cached_form(quantity: Quantity, k: int, vocab_size: int) -> Quantity:
-    """What a quantity is read as where k ids of the teacher are known.
+    """Return the form of a quantity for a teacher known by k ids and the rest.
 
-    A divergence becomes its TopK; one that is a TopK already stays what it is. What it says of a
-    token that was drawn stays exact; its mean over tokens becomes another baseline of the state.
+    A divergence becomes its TopK; a TopK stays unchanged. Log-probabilities of sampled tokens stay
+    exact. An expected weight becomes one over outcomes, another valid baseline.
 
     Raises:
-        ConfigError: It needs more of the teacher than that.
+        ConfigError: The quantity needs the teacher's whole distribution.
     """
     if not quantity.needs_teacher or isinstance(quantity, _FORMS):
         return quantity

@@ -1,7 +1,7 @@
-"""Values with their gradients in the logits written out: few passes over the vocabulary.
+"""Values with closed-form gradients in the logits, which need few passes over the vocabulary.
 
-What autograd would differentiate op by op (log-softmax, ratio, f, product, sum) is one formula of
-METHODS 1.1 here. Softmaxes are handed in, so that all quantities of a tile share them.
+The formulas of METHODS 1.1 replace autograd through log-softmax, ratio, f, product and sum.
+Softmaxes are arguments, so that all quantities of a tile share them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ModelRole: TypeAlias = Literal["student", "teacher"]
 class _SoftmaxSum(torch.autograd.Function):
     """sum_a g(a) of softmaxed logits, whose gradient in them is probs * total - slopes.
 
-    The total is the sum of the slopes. Where all of these are 0, so is the gradient, exactly.
+    The total is the sum of the slopes. Where all slopes are 0, the gradient is exactly 0.
     """
 
     @staticmethod
@@ -71,13 +71,13 @@ def divergence_value(
     learner: ModelRole,
     logits: PerId,
 ) -> PositionValues:
-    """The exact divergence at every position; its gradient is a closed form.
+    """Return the exact divergence at every position, with a closed-form gradient.
 
     Args:
-        divergence: Whose summands are taken.
+        divergence: The divergence.
         pair: Both sides at ``temperature``, finite.
-        temperature: The divergence's.
-        learner: Whose gradient is wanted; the other side is a constant.
+        temperature: The divergence's softmax temperature.
+        learner: The side that gets gradient; the other side is a constant.
         logits: [positions, vocab] the learner's, at temperature 1; gradient flows to them.
 
     Returns:
@@ -108,17 +108,17 @@ def outcome_value(
     learner: ModelRole,
     logits: PerId,
 ) -> PositionValues:
-    """The divergence between k ids and one outcome for all others; its gradient is a closed form.
+    """Return the divergence over k ids and one outcome for all others, with closed-form gradient.
 
-    The slope of the last outcome is that of each id in it, in proportion to its probability.
+    The slope of the last outcome is distributed over its ids in proportion to their probability.
 
     Args:
-        divergence: Whose summands are taken.
+        divergence: The divergence.
         pair: Both sides' outcomes, [positions, k + 1], finite.
-        ids: [positions, k] those that are outcomes of their own.
+        ids: [positions, k] ids that are single outcomes.
         logprobs: [positions, vocab] the learner's at ``temperature``, without gradient.
-        temperature: The divergence's.
-        learner: Whose gradient is wanted; the other side is a constant.
+        temperature: The divergence's softmax temperature.
+        learner: The side that gets gradient; the other side is a constant.
         logits: [positions, vocab] the learner's, at temperature 1; gradient flows to them.
 
     Returns:
@@ -141,7 +141,7 @@ def outcome_value(
 def _terms_and_slopes(
     divergence: Divergence, pair: LogProbPair, learner: ModelRole
 ) -> tuple[PerId, PerId]:
-    """The summands p f(u), and minus their centred slopes in the learner's log-probabilities."""
+    """Return the summands p f(u), and minus their centred slopes in the learner's log-probs."""
     parts = divergence.summands(pair)
     if learner == "student":
         return parts.terms, parts.weights

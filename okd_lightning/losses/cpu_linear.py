@@ -1,8 +1,8 @@
 """Float32 matrix products on x86 CPUs by oneDNN's kernels instead of MKL's.
 
-The arithmetic is float32 all the same, summed in another order. On an AMD processor with AVX-512,
-where MKL does not use the wide registers, products are 1.2 to 2.5 times as fast; a head over 32,000
-ids takes 7 ms instead of 18 for 64 rows. Figures in benchmarks/README.md and rollouts.md.
+The arithmetic is float32 too, summed in another order. On an AMD processor with AVX-512, where MKL
+does not use the wide registers, products are 1.2 to 2.5 times as fast; a head over 32,000 ids takes
+7 ms instead of 18 ms for 64 rows. Figures in benchmarks/README.md and rollouts.md.
 
 The environment variable ``OKD_ONEDNN`` overrides the choice: 0 keeps MKL's kernels, 1 takes
 oneDNN's on any processor. It is read once, at the first product.
@@ -23,17 +23,17 @@ from torch.nn import functional
 from okd_lightning.errors import ConfigError
 
 _MIN_WEIGHTS = {False: 1 << 16, True: 1 << 14}
-"""Smaller layers stay as they are, without gradient (for a few rows at a time) and with one: a call
-of oneDNN costs 20 microseconds, one of MKL 5. The rows do not enter into it, so that the batch's
-size does not change the kernel and with it the rounding."""
+"""Fewest weights of a layer that is replaced, by whether gradient is needed. A oneDNN call has an
+overhead of 20 microseconds, an MKL call 5. The number of rows is not considered, so that the batch
+size does not change the kernel and its rounding."""
 
 
 @cache
 def has_fast_linear() -> bool:
-    """Whether float32 products run on oneDNN: with AVX-512 and torch's kernels, or as asked.
+    """Return whether float32 products run on oneDNN: with AVX-512, or as ``OKD_ONEDNN`` says.
 
     Raises:
-        ConfigError: ``OKD_ONEDNN`` is neither 0 nor 1, or asks for kernels that are not there.
+        ConfigError: ``OKD_ONEDNN`` is neither 0 nor 1, or 1 and torch has no oneDNN kernels.
     """
     asked = os.environ.get("OKD_ONEDNN", "")
     if asked not in ("", "0", "1"):
@@ -54,7 +54,7 @@ def has_fast_linear() -> bool:
 
 
 def matrix_product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Rows · weightᵀ + bias, without gradient, by the faster kernels where they apply.
+    """Rows · weightᵀ + bias, without gradient, by oneDNN's kernels where they apply.
 
     Args:
         rows: [rows, inputs].
@@ -72,13 +72,13 @@ def matrix_product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 
 @contextmanager
 def fast_linears(model: nn.Module, learns: bool = False) -> Iterator[None]:
-    """Within it, a model's plain float32 layers on the CPU run on oneDNN; nothing is copied.
+    """Run a model's plain float32 layers on the CPU on oneDNN within the context, without copies.
 
     Args:
-        model: Layers with a ``forward`` of their own, in other number formats or on other devices
-            are left alone.
-        learns: Whether the model runs with gradient; its backward pass may come after the context,
-            but nothing may be recomputed there (gradient checkpointing).
+        model: Layers with a patched ``forward``, other number formats or other devices stay
+            unchanged.
+        learns: Whether the model runs with gradient. The backward pass may run after the context,
+            but must not recompute layers then (gradient checkpointing).
     """
     least, modules = _MIN_WEIGHTS[learns], model.modules() if has_fast_linear() else ()
     patched = [m for m in modules if isinstance(m, nn.Linear) and _is_plain(m, least)]

@@ -1,9 +1,9 @@
-"""Quantities at every position, from heads over tiles of positions, in bounded memory.
+"""Quantities at every position from hidden states, in bounded memory.
 
-Hidden states go in and one number a position comes out: for evaluation, and for terms that need
-all positions of a batch at once. Logits exist for one tile at a time: where a batch needs several
-tiles, each is recomputed in the backward pass (activation checkpointing), so that memory does not
-grow with tokens × vocabulary. ``fused`` is the faster path for terms that can be summed by parts.
+For evaluation, and for terms that need all positions of a batch at once. Logits exist for one tile
+at a time: where a batch needs several tiles, each is recomputed in the backward pass (activation
+checkpointing), so that memory does not grow with tokens × vocabulary. ``fused`` is the faster path
+for positionwise terms.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ def measure(
     """Measure every quantity at every position.
 
     Args:
-        quantities: What to measure; duplicates are measured once.
-        student: The student's half.
-        teacher: The teacher's half, or None where no quantity needs it.
-        targets: [positions] the ids that stand there.
-        vocab_size: Width of the logits; decides the tile.
+        quantities: Quantities; duplicates are measured once.
+        student: The student's hidden states and head.
+        teacher: The teacher's, or None where no quantity needs it.
+        targets: [positions] ids of the target tokens.
+        vocab_size: Width of the logits; determines the tile size.
         tile_positions: Positions a tile; None chooses from ``vocab_size``.
-        base: The teacher's half without its online module, or None where no quantity needs it; a
+        base: The teacher's without its online module, or None where no quantity needs it; a
             constant.
 
     Returns:
-        [positions] a quantity. Gradient flows through the hidden states and the heads, to
-        whichever model the quantity says; the values do not depend on the tile.
+        [positions] for each quantity. Gradient flows through the hidden states and heads of the
+        models that the quantity trains. The values do not depend on the tile size.
     """
     asked = tuple(dict.fromkeys(quantities))
     device = student.hidden.device
@@ -90,7 +90,7 @@ def _over_blocks(
     targets: Tensor,
     base_logits: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """Every quantity of a tile, block by block."""
+    """Measure every quantity of a tile, block by block."""
     found: list[tuple[Tensor, ...]] = []
     for rows in slices(len(targets), block):
         of_teacher = None if teacher_logits is None else teacher_logits[rows]

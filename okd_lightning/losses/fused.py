@@ -1,10 +1,9 @@
 """The training loss with its gradient from one pass over tiles of positions.
 
-A term's loss is a sum over positions, and what it will be multiplied with is known before the
-backward pass. So each tile is projected, measured, summed, differentiated down to the hidden states
-and the heads' trained parameters, and dropped; nothing is computed twice, and what is alive at once
-does not grow with tokens × vocabulary. Within a tile the vocabulary-wide work runs over blocks that
-fit a processor's cache.
+A term's loss is a sum over positions, and its factor is known before the backward pass. Each tile
+is therefore projected, measured, summed, differentiated to the hidden states and the heads' trained
+parameters, and released. Nothing is computed twice, and memory does not grow with tokens ×
+vocabulary. Within a tile, vocabulary-wide work runs over blocks that fit a processor's cache.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ from okd_lightning.records.shapes import PositionIds
 
 
 class _GradientInForward(torch.autograd.Function):
-    """A scalar whose gradients, times ``unit``, are known: the backward pass scales them.
+    """A scalar with precomputed gradients, times ``unit``: the backward pass only scales them.
 
-    Gradients of float16 inputs come in float32: what a loss scaler is there for, lifting them into
-    that type's range, happens to them in the backward pass.
+    Gradients of float16 inputs are kept in float32 until the backward pass has applied the loss
+    scaler's factor, which brings them into float16's range.
     """
 
     @staticmethod
@@ -57,16 +56,16 @@ class _GradientInForward(torch.autograd.Function):
 
 
 def _unit(terms: Sequence[WeightedTerm]) -> float:
-    """A power of two that brings the terms' factors, one over thousands of tokens, close to 1.
+    """Return a power of two that scales the terms' factors, 1 / thousands of tokens, close to 1.
 
-    Gradients are computed times it, so that a head in float16 does not round them to zero.
+    Gradients are computed times this unit, so that a head in float16 does not round them to zero.
     """
     largest = max((abs(weighted.factor) for weighted in terms), default=0.0)
     return 2.0 ** -math.frexp(largest)[1] if largest > 0 else 1.0
 
 
 class _Run:
-    """The sums of one micro-batch while its tiles go by."""
+    """Running sums of one micro-batch over its tiles."""
 
     def __init__(
         self, terms: Sequence[WeightedTerm], sides: Mapping[str, Projection], checks: bool
@@ -77,7 +76,7 @@ class _Run:
         self.unit, self.checks = 1.0, checks
 
     def add_tile(self, tile: slice, block: int, targets: Tensor, about: Measured) -> None:
-        """One tile: both heads, the blocks of the vocabulary-wide work, both heads backwards."""
+        """Add one tile: heads forward, vocabulary-wide work by blocks, heads backward."""
         raw = [side.project(tile) for side in self.sides]
         if any(outputs.dtype == torch.float16 for outputs in raw):
             self.unit = _unit(self.terms)
@@ -91,7 +90,7 @@ class _Run:
     def _add_block(
         self, raw: list[Tensor], targets: Tensor, about: Measured, positions: slice
     ) -> None:
-        """Measure, sum and differentiate; a learning side's outputs become their gradient."""
+        """Measure, sum and differentiate; overwrite a learning side's outputs by their gradient."""
         learns = [side.learns for side in self.sides]
         with torch.set_grad_enabled(any(learns)):
             leaves = [r.detach().requires_grad_(own) for r, own in zip(raw, learns, strict=True)]
@@ -118,7 +117,7 @@ class _Run:
         )
 
     def result(self) -> WeightedLoss:
-        """The loss, connected to all that it has gradients for."""
+        """Return the loss, connected in autograd to all inputs that have gradients."""
         parts = [w.factor * o.sum for w, o in zip(self.terms, self.outputs, strict=True)]
         total = torch.stack(parts).sum()
         inputs = [tensor for side in self.sides for tensor in side.inputs]
@@ -139,24 +138,23 @@ def fused_loss(
     base: Side | None = None,
     checks: bool = False,
 ) -> WeightedLoss:
-    """The weighted loss of a micro-batch, every term of which is positionwise.
+    """Return the weighted loss of a micro-batch whose terms are all positionwise.
 
     Args:
-        terms: What is summed, each with its factor.
-        student: The student's half.
-        teacher: The teacher's half, or None where no term needs it.
-        targets: [positions] the ids that stand there.
-        about: Whose rows the positions are; its values are not read.
+        terms: The terms and their factors.
+        student: The student's hidden states and head.
+        teacher: The teacher's, or None where no term needs it.
+        targets: [positions] ids of the target tokens.
+        about: Source, row and sampler of the positions; its values are not read.
         vocab_size: Width of the logits.
         tile_positions: Positions a tile; None chooses from the sizes.
-        base: The teacher's half without its online module, or None where no term asks for it; a
-            constant.
-        checks: See whether the terms are positionwise, as they say; it costs a little.
+        base: The teacher's without its online module, or None where no term needs it; a constant.
+        checks: Check that the terms are positionwise, as they declare; costs a little time.
 
     Returns:
-        The loss and each term's sums. Gradient flows through the hidden states that have any and to
-        the heads' trained parameters; by which numbers is settled here, so a backward pass through
-        ``total`` computes nothing but a product. It cannot be differentiated twice.
+        The loss and each term's sums. Gradient flows through the hidden states that require it and
+        to the heads' trained parameters. The gradients are computed here; the backward pass through
+        ``total`` only scales them, and cannot be differentiated again.
     """
     given = {"student": student, "teacher": teacher}
     sides = {n: projection(side, vocab_size) for n, side in given.items() if side is not None}

@@ -1,7 +1,7 @@
-"""A distribution as k of its ids and one outcome for all others, with the gradient written out.
+"""Distributions as k ids and one outcome for all others, with closed-form gradient.
 
-Owns how a side of which only that much is known travels through the loss layer: its "logits" are
-packed rows of ids and log-probabilities, and the other side is looked at through the same ids.
+Owns the format of a side of which only this is known: its "logits" are packed rows of ids and
+log-probabilities. The other side is reduced to the same ids.
 """
 
 from __future__ import annotations
@@ -23,48 +23,48 @@ from okd_lightning.records.shapes import (
 
 
 class PackedHead:
-    """The head of a side whose hidden states are packed rows: what it gives are these rows."""
+    """The head of a side whose hidden states are packed rows; returns these rows."""
 
     def __init__(self) -> None:
         self.module = nn.Identity()
 
     def finish(self, raw: Tensor) -> Tensor:
-        """The rows."""
+        """Return the rows unchanged."""
         return raw
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """The rows."""
+        """Return the rows unchanged."""
         return hidden
 
 
 def pack_outcomes(
     ids: Tensor, logprobs: OutcomeLogProbs, drawn: PositionValues | None = None
 ) -> PositionHidden:
-    """[positions, 2k + 1] k ids (exact in float32 below 2^24), their log-probs and the rest's.
+    """Return [positions, 2k + 1]: k ids (exact in float32 below 2^24), their log-probs, the rest's.
 
     Args:
-        ids: [positions, k] likeliest first.
+        ids: [positions, k] most likely first.
         logprobs: [positions, k + 1] log q (nats) of the ids and of all others together.
-        drawn: [positions] log q of the token that stands there, where it is known: one more column.
+        drawn: [positions] log q of the target token if known: one more column.
     """
     columns = [ids.to(logprobs.dtype), logprobs]
     return torch.cat(columns if drawn is None else [*columns, drawn[:, None]], dim=-1)
 
 
 def unpack_outcomes(packed: Tensor) -> tuple[Tensor, OutcomeLogProbs]:
-    """The ids and log-probs of ``pack_outcomes``."""
+    """Return the ids and log-probabilities of ``pack_outcomes``."""
     k = (packed.shape[-1] - 1) // 2
     return packed[:, :k].long(), packed[:, k : 2 * k + 1]
 
 
 def unpack_drawn(packed: Tensor) -> PositionValues:
-    """[positions] log q of the tokens that stand there; the rows must have been given it."""
+    """Return [positions] log q of the target tokens; the rows must have been packed with it."""
     assert packed.shape[-1] % 2 == 0, "rows without the log-prob of the token that stands there"
     return packed[:, -1]
 
 
 def first_outcomes(ids: Tensor, logprobs: OutcomeLogProbs, k: int) -> tuple[Tensor, Tensor]:
-    """The same distribution through its k likeliest ids alone; the others join the rest."""
+    """Reduce a distribution to its k most likely ids; the others are merged into the rest."""
     if k >= ids.shape[-1]:
         return ids, logprobs
     rest = logprobs[:, k:].logsumexp(-1, keepdim=True)
@@ -72,10 +72,10 @@ def first_outcomes(ids: Tensor, logprobs: OutcomeLogProbs, k: int) -> tuple[Tens
 
 
 class _Outcomes(torch.autograd.Function):
-    """log p of k ids and of the rest; the gradient in the logits follows from both softmaxes.
+    """log p of k ids and of the rest, with closed-form gradient in the logits.
 
-    With g the gradient in the outcomes, G its sum and r = log p of the rest, it is
-    g_a - p_a G for a chosen id and (p_a / exp r) g_rest - p_a G for every other one.
+    With g the gradient in the outcomes, G its sum and r = log p of the rest, the gradient is
+    g_a - p_a G for a chosen id and (p_a / exp r) g_rest - p_a G for every other id.
     """
 
     @staticmethod
@@ -106,7 +106,7 @@ def outcomes(logits: PerId, logprobs: LogProbs, ids: Tensor) -> OutcomeLogProbs:
         ids: [positions, k] without repeats in a row.
 
     Returns:
-        The last one is -inf where there are no others.
+        The last column is -inf where there are no others.
     """
     found: OutcomeLogProbs = _Outcomes.apply(logits, logprobs.detach(), ids)
     return found

@@ -1,8 +1,8 @@
-"""A head's matrix product over tiles of positions, and its gradient, without a graph over them.
+"""A head's matrix product by tiles of positions, and its gradient, without a graph over all tiles.
 
-A plain linear head is multiplied out by hand, so that its weight's gradient is accumulated in place
-and is not computed where it is frozen. Any other module (an adapter on the head, a quantised layer)
-is differentiated by autograd, tile by tile.
+A plain linear head is computed by explicit products, so that its weight's gradient is accumulated
+in place, and not computed for a frozen weight. Any other module (an adapter on the head, a
+quantised layer) is differentiated by autograd, tile by tile.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from okd_lightning.losses.cpu_linear import has_fast_linear, matrix_product
 from okd_lightning.losses.side import Side
 
 _HEADROOM = 64.0
-"""By how much a product over positions is kept smaller where the head is in 16 bits."""
+"""Factor by which a product over positions is scaled down where the head is in 16 bits."""
 
 
 class Projection(ABC):
-    """One side's head, run forwards and backwards over one tile after the other.
+    """Forward and backward of one side's head, tile by tile.
 
     Args:
-        side: Whose head it is.
-        width: Ids that the logits have.
+        side: Hidden states and head.
+        width: Number of ids in the logits.
 
     Attributes:
-        learns: Whether any gradient is wanted of this side.
-        inputs: What gradient flows to: the hidden states and the head's trained parameters.
+        learns: True if any gradient is needed for this side.
+        inputs: Tensors that get gradient: the hidden states and the head's trained parameters.
     """
 
     def __init__(self, side: Side, width: int) -> None:
@@ -44,15 +44,15 @@ class Projection(ABC):
 
     @abstractmethod
     def project(self, tile: slice) -> Tensor:
-        """[positions of the tile, width or more] raw outputs; the caller may overwrite them."""
+        """Return [tile positions, width or more] raw outputs; the caller may overwrite them."""
 
     @abstractmethod
     def pull_back(self, tile: slice, gradient: Tensor) -> None:
-        """Add up what a gradient in the last tile's raw outputs means for ``inputs``."""
+        """Accumulate the gradient of ``inputs`` from that of the last tile's raw outputs."""
 
     @property
     def gradients(self) -> list[Tensor]:
-        """The gradient in each of ``inputs``, in its type; in float32 where that is float16."""
+        """Gradient of each of ``inputs``, in its type; float32 for a float16 input."""
         return [
             total if tensor.dtype == torch.float16 else total.to(tensor.dtype)
             for total, tensor in zip(self._sums, self.inputs, strict=True)
@@ -60,7 +60,7 @@ class Projection(ABC):
 
 
 class LinearProjection(Projection):
-    """``nn.Linear`` without hooks, under autocast or not; only the rows of valid ids take part."""
+    """``nn.Linear`` without hooks, also under autocast; only the rows of valid ids are used."""
 
     def __init__(self, side: Side, width: int) -> None:
         super().__init__(side, width)
@@ -73,7 +73,7 @@ class LinearProjection(Projection):
         self._outputs: Tensor | None = None
 
     def project(self, tile: slice) -> Tensor:
-        """[positions of the tile, valid ids]; where it can be, in one buffer for all tiles."""
+        """Return [tile positions, valid ids], in one buffer for all tiles unless oneDNN is used."""
         hidden = self._hidden(tile)
         if self._is_fast:
             return matrix_product(hidden, self._weight, self._bias)
@@ -85,7 +85,7 @@ class LinearProjection(Projection):
         return torch.addmm(self._bias, hidden, self._weight.t(), out=out)
 
     def pull_back(self, tile: slice, gradient: Tensor) -> None:
-        """Two matrix products, or one where the weight is frozen."""
+        """Accumulate with two matrix products, or one if the weight is frozen."""
         sums = iter(self._sums)
         if self.trains_hidden:
             next(sums)[tile] = matrix_product(gradient, self._weight.t())
@@ -97,7 +97,7 @@ class LinearProjection(Projection):
                 rows += matrix_product(gradient.t(), self._hidden(tile).t())
             elif rows.dtype == gradient.dtype:
                 rows.addmm_(gradient.t(), self._hidden(tile))
-            else:  # a sum over positions may leave float16's range
+            else:  # a sum over positions may overflow float16
                 product = gradient.t() @ (self._hidden(tile) / _HEADROOM)
                 rows.add_(product, alpha=_HEADROOM)
 
@@ -106,17 +106,17 @@ class LinearProjection(Projection):
 
 
 class GraphProjection(Projection):
-    """Any module, with a graph over one tile at a time."""
+    """Any module as head, with an autograd graph over one tile at a time."""
 
     def project(self, tile: slice) -> Tensor:
-        """[positions of the tile, vocab] a copy; the graph is kept until ``pull_back``."""
+        """Return [tile positions, vocab], a copy; the graph is kept until ``pull_back``."""
         self._leaf = self.hidden[tile].requires_grad_(self.trains_hidden)
         with torch.set_grad_enabled(self.learns):
             self._raw = self.module(self._leaf)
         return self._raw.detach().clone()
 
     def pull_back(self, tile: slice, gradient: Tensor) -> None:
-        """Autograd through the tile's graph."""
+        """Accumulate by autograd through the tile's graph."""
         wanted = [*[self._leaf] * self.trains_hidden, *self.trained]
         found = torch.autograd.grad(
             self._raw, wanted, gradient, allow_unused=True, materialize_grads=True
@@ -129,7 +129,7 @@ class GraphProjection(Projection):
 
 
 def projection(side: Side, width: int) -> Projection:
-    """The projection that fits a side's head."""
+    """Return the projection for a side's head."""
     module = side.module
     is_plain = type(module) is nn.Linear and not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
@@ -138,7 +138,7 @@ def projection(side: Side, width: int) -> Projection:
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype:
-    """In which type a linear layer multiplies: its own, or that of autocast."""
+    """Return the type in which a linear layer multiplies: its own, or that of autocast."""
     device = weight.device.type
     if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -146,5 +146,5 @@ def _product_dtype(weight: Tensor) -> torch.dtype:
 
 
 def _zeros_like(tensor: Tensor) -> Tensor:
-    """Zeros to add to, float32 where the tensor is half as wide."""
+    """Return zeros to accumulate into, in at least float32."""
     return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))

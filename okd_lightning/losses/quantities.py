@@ -1,7 +1,7 @@
-"""What a method may ask for: one number a token, measured from both models' log-probabilities.
+"""Quantities that a method can measure: one number a token from both models' log-probabilities.
 
-Owns the vocabulary of requests. A request is a frozen, hashable object, so that two methods that
-ask for the same thing share one computation. Methods see these numbers and never logits.
+A quantity is a frozen, hashable object, so that two methods that need the same one share one
+computation. Methods see these numbers and never logits.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from okd_lightning.records.shapes import PositionIds, PositionValues
 class Tile:
     """Some positions of a batch with both models' logits over the vocabulary.
 
-    Softmaxes and what else several quantities need are computed once.
+    Softmaxes and other values that several quantities need are computed once.
 
     Args:
         student_logits: [positions, vocab].
-        teacher_logits: [positions, vocab], or None where nothing asks for the teacher.
-        targets: [positions] the ids that were drawn or given.
+        teacher_logits: [positions, vocab], or None where no quantity needs the teacher.
+        targets: [positions] ids of the sampled or dataset tokens.
         base_logits: [positions, vocab] of the teacher without its online module, without
-            gradient, or None where nothing asks for it.
+            gradient, or None where no quantity needs it.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Tile:
         self._pairs: dict[float, LogProbPair] = {}
 
     def logits(self, role: ModelRole) -> Tensor:
-        """[positions, vocab] of one model, float32 or wider, with gradient to it."""
+        """Return [positions, vocab] logits of one model, float32 or wider, with gradient to it."""
         logits = self._logits[role]
         assert logits is not None
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -57,7 +57,7 @@ class Tile:
 
     @cached_property
     def teacher_logprobs(self) -> Tensor:
-        """[positions, vocab] nats, with gradient to the teacher where it learns."""
+        """[positions, vocab] nats, with gradient to the teacher if it is trained."""
         return self.logits("teacher").log_softmax(-1)
 
     @cached_property
@@ -67,13 +67,13 @@ class Tile:
         return self._base_logits.log_softmax(-1)
 
     def logprobs(self, role: ModelRole) -> Tensor:
-        """The log-probabilities of one model."""
+        """Return the log-probabilities of one model."""
         return self.student_logprobs if role == "student" else self.teacher_logprobs
 
     def pair(self, temperature: float) -> LogProbPair:
-        """Both models' log-probabilities at a temperature, without gradient.
+        """Return both models' log-probabilities at a temperature, without gradient.
 
-        Ids that neither side allows are given a finite log-probability, at which they count 0.
+        Ids that are -inf on both sides get a finite log-probability and contribute 0.
         """
         if temperature not in self._pairs:
             pair = LogProbPair(
@@ -84,7 +84,7 @@ class Tile:
         return self._pairs[temperature]
 
     def shift_pair(self, temperature: float) -> LogProbPair:
-        """The adapted teacher in the student's place and its base in the teacher's."""
+        """Return the pair with the adapted teacher as student and its base as teacher."""
         assert self._base_logits is not None
         base = self.base_logprobs
         if temperature != 1.0:
@@ -101,7 +101,7 @@ class Tile:
 class Quantity(ABC):
     """One number a token; subclass it to measure something new.
 
-    A frozen dataclass is the natural form:
+    A complete one, as a frozen dataclass:
 
         @dataclass(frozen=True)
         class TeacherTopMass(Quantity):
@@ -111,9 +111,9 @@ class Quantity(ABC):
                 return tile.teacher_logprobs.amax(-1).exp()
 
     Attributes:
-        needs_teacher: Whether the teacher has to be run for it.
-        trains_teacher: Whether gradient flows to the teacher's online module.
-        needs_base_teacher: Whether the teacher has to be run once more, without its online module.
+        needs_teacher: True if the teacher must be run.
+        trains_teacher: True if gradient flows to the teacher's online module.
+        needs_base_teacher: True if the teacher must also be run without its online module.
     """
 
     needs_teacher: bool
@@ -122,14 +122,14 @@ class Quantity(ABC):
 
     @abstractmethod
     def measure(self, tile: Tile) -> PositionValues:
-        """[positions] from a tile; where gradient flows is the quantity's to say."""
+        """Return [positions] values of a tile; the quantity decides where gradient flows."""
 
 
 @dataclass(frozen=True)
 class ExactDivergence(Quantity):
     """D(student, teacher) in nats, summed over the whole vocabulary.
 
-    Gradient flows to ``learner`` alone; the other model's distribution is a constant.
+    Gradient flows to ``learner`` only; the other model's distribution is a constant.
     """
 
     divergence: Divergence
@@ -141,7 +141,7 @@ class ExactDivergence(Quantity):
 
     @property
     def trains_teacher(self) -> bool:  # type: ignore[override]
-        """Where the teacher is the learner."""
+        """True if the teacher is the learner."""
         return self.learner == "teacher"
 
     def measure(self, tile: Tile) -> PositionValues:
@@ -158,11 +158,11 @@ class ExactDivergence(Quantity):
 
 @dataclass(frozen=True)
 class TeacherShift(Quantity):
-    """D(adapted teacher, base teacher) in nats: how far the online module has moved its teacher.
+    """D(adapted teacher, base teacher) in nats: the shift of the teacher by its online module.
 
-    The adapted teacher stands where the student does elsewhere, the base where the teacher does:
-    with forward KL, the default, it is KL(base‖adapted). Gradient flows to the adapted teacher
-    where it ``learns``; the base is a constant, and no student takes part.
+    The adapted teacher takes the student's role in the divergence, the base the teacher's: with
+    forward KL, the default, it is KL(base‖adapted). Gradient flows to the adapted teacher if
+    ``learns``; the base is a constant, and the student is not used.
     """
 
     divergence: Divergence = field(default_factory=ForwardKL)
@@ -175,7 +175,7 @@ class TeacherShift(Quantity):
 
     @property
     def trains_teacher(self) -> bool:  # type: ignore[override]
-        """Where the adapted teacher learns from it."""
+        """True if the adapted teacher gets gradient."""
         return self.learns
 
     def measure(self, tile: Tile) -> PositionValues:
@@ -192,18 +192,18 @@ class TeacherShift(Quantity):
 
 @dataclass(frozen=True)
 class DrawnLogProb(Quantity):
-    """Log-probability (nats) of the token that stands there, with gradient to ``role``."""
+    """Log-probability (nats) of the target token, with gradient to ``role``."""
 
     role: ModelRole = "student"
 
     @property
     def needs_teacher(self) -> bool:  # type: ignore[override]
-        """Only for the teacher's own log-probability."""
+        """True for the teacher's log-probability."""
         return self.role == "teacher"
 
     @property
     def trains_teacher(self) -> bool:  # type: ignore[override]
-        """Only the teacher's own log-probability."""
+        """True for the teacher's log-probability."""
         return self.role == "teacher"
 
     def measure(self, tile: Tile) -> PositionValues:
@@ -213,9 +213,9 @@ class DrawnLogProb(Quantity):
 
 @dataclass(frozen=True)
 class DrawnOutcome(Quantity):
-    """The token that stands there as a divergence sees it: one side's log-prob, a constant.
+    """One side's log-probability (nats) of the target token as a divergence reads it, a constant.
 
-    For most divergences the log-prob itself; for a TopK that of the outcome it belongs to.
+    For most divergences the token's own; for a TopK that of the token's outcome.
     """
 
     role: ModelRole
@@ -236,7 +236,7 @@ class DrawnOutcome(Quantity):
 
 @dataclass(frozen=True)
 class ExpectedWeight(Quantity):
-    """E_{a~p}[w_f(u)]: the value baseline of a state, a constant (vOPD, arXiv 2605.07865)."""
+    """E_{a~p}[w_f(u)]: the value baseline of a position, a constant (vOPD, arXiv 2605.07865)."""
 
     divergence: Divergence
     max_log_ratio: float = math.inf
@@ -260,13 +260,13 @@ class Entropy(Quantity):
 
     @property
     def needs_teacher(self) -> bool:  # type: ignore[override]
-        """Only for the teacher's entropy."""
+        """True for the teacher's entropy."""
         return self.role == "teacher"
 
     def measure(self, tile: Tile) -> PositionValues:
         """[positions] nats, at least 0."""
         logprobs = tile.logprobs(self.role)
-        finite = logprobs.masked_fill(logprobs == float("-inf"), 0.0)  # 0 · inf, also backward
+        finite = logprobs.masked_fill(logprobs == float("-inf"), 0.0)  # 0 · inf is NaN
         return -(logprobs.exp() * finite).sum(-1)
 
 

@@ -1,8 +1,8 @@
-"""Masked sums and the one division.
+"""Masked sums and their divisor.
 
-Owns: how per-token values become a scalar, and what a scalar is divided by. Every loss of the
-library ends here, so that its gradient does not depend on how a batch was cut into micro-batches,
-ranks or chunks.
+Owns the reduction of per-token values to a scalar, and the divisor of that scalar. Every loss of
+the library ends here, so that its gradient does not depend on how a batch is divided into
+micro-batches, ranks or tiles.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.records.batches import SOURCES, DistillBatch, LossOutput, SampledCounts, Source
 
 NormalizationName: TypeAlias = Literal["running_mean", "constant", "token_mean"]
-"""By what the sum over the student's sampled rows is divided; see ``Normalization``."""
+"""Divisor of the sum over the student's sampled rows; see ``Normalization``."""
 
 
 @dataclass(frozen=True)
 class Normalization:
-    """What a term's sum over an optimizer step is divided by.
+    """Divisor of a term's sum over an optimizer step.
 
-    Rows of the data set and of the teacher count by their loss tokens. Rows that the student
-    sampled (from a mixture with the teacher or replayed as well) count by their number times
+    Rows of the dataset and of the teacher count by their loss tokens. Rows that the student
+    sampled (also from a mixture with the teacher, or replayed) count by their number times
 
     * ``running_mean``: the mean of loss tokens per rollout in earlier rollout batches;
     * ``constant``: the longest response (``data.max_response_length``);
-    * a number: so many tokens;
+    * a number: that many tokens.
 
-    none of which depends on what this step sampled, so that the expected gradient is that of the
-    expected sum; or, with ``token_mean``, by their loss tokens, a ratio estimator whose bias falls
-    with the number of rollouts (docs/opd.md). A term with several sources adds their counts.
+    None of these depends on what this step sampled, so that the expected gradient is that of the
+    expected sum. With ``token_mean`` they count by their loss tokens, a ratio estimator whose bias
+    falls with the number of rollouts (docs/opd.md). A term with several sources adds their counts.
 
     Args:
         by: One of these names, or the number.
@@ -55,14 +55,14 @@ class Normalization:
             )
 
     def divisor(self, batch: DistillBatch, sources: Sequence[Source]) -> int | float:
-        """What the sum over all rows of some sources in the batch's optimizer step is divided by.
+        """Return the divisor of the sum over all rows of some sources in the optimizer step.
 
         Args:
-            batch: One micro-batch of the step, stamped with the step's counts.
-            sources: Of a term.
+            batch: One micro-batch of the step, with the step's counts.
+            sources: A term's sources.
 
         Raises:
-            ConfigError: The batch does not say what is needed.
+            ConfigError: The batch lacks the counts.
         """
         tokens = dict(zip(SOURCES, step_tokens(batch), strict=True))
         given = sum(tokens[source] for source in sources if source != "student")
@@ -87,10 +87,10 @@ class Normalization:
 
 
 def step_tokens(batch: DistillBatch) -> tuple[int, ...]:
-    """Loss tokens of the batch's whole optimizer step, one number a source.
+    """Return the loss tokens of the batch's whole optimizer step, one number a source.
 
     Raises:
-        ConfigError: The batch does not say.
+        ConfigError: The batch lacks them.
     """
     if batch.step_counts is None:
         raise ConfigError(
@@ -103,28 +103,28 @@ def step_tokens(batch: DistillBatch) -> tuple[int, ...]:
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     """Sum ``values`` where ``mask`` is True, in float32 or wider.
 
-    Masked-out values may be infinite or NaN: they contribute exactly zero to the sum and zero to
-    the gradient (a product with 0 would give NaN). With nothing masked in, the result is a zero
-    that is still connected to the graph, so that a rank with nothing to say takes part in the
-    backward pass and its collectives.
+    Masked-out values may be infinite or NaN: they contribute exactly zero to the sum and to the
+    gradient (a product with 0 would give NaN). If the mask is all False, the result is a zero that
+    is still connected to the graph, so that the rank takes part in the backward pass and its
+    collectives.
 
     Args:
         values: Any shape, nats a token.
         mask: Same shape, boolean, True = contributes.
 
     Returns:
-        Scalar; gradient flows to the masked-in values.
+        Scalar; gradient flows to values whose mask is True.
     """
     wide = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
     return torch.where(mask, wide, torch.zeros_like(wide)).sum()
 
 
 def loss_output(values: Tensor, mask: Tensor, **metrics: Tensor) -> LossOutput:
-    """A term's LossOutput from per-token values (nats) and the mask of the tokens it acts on.
+    """Return a term's LossOutput from per-token values (nats) and the term's mask.
 
     Args:
         values: [positions] nats, with gradient.
-        mask: [positions] True where the term acts.
+        mask: [positions] True where the term applies.
         **metrics: Further [positions] values, summed over the same mask without gradient.
     """
     return LossOutput(
@@ -135,11 +135,11 @@ def loss_output(values: Tensor, mask: Tensor, **metrics: Tensor) -> LossOutput:
 
 
 def step_factor(divisor: int | float, accumulate_grad_batches: int, world_size: int) -> float:
-    """What a micro-batch's sum is multiplied with: one over the divisor of its whole step.
+    """Return the factor on a micro-batch's sum: one over the divisor of its whole step.
 
     Lightning divides every micro-batch's loss by ``accumulate_grad_batches``, and DDP and FSDP
-    average gradients over ranks; both are multiplied back here, so that what reaches the optimizer
-    is (sum over all tokens of the step) / divisor.
+    average gradients over ranks; the factor cancels both, so that the optimizer gets the gradient
+    of (sum over all tokens of the step) / divisor.
 
     Args:
         divisor: See ``Normalization``; 0 where the step has no tokens.

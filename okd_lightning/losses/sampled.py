@@ -1,7 +1,6 @@
-"""The sampled loss: policy gradient on the drawn tokens, -Σ ρ A, token by token.
+"""The sampled loss: policy gradient on the sampled tokens, -Σ ρ A.
 
-Owns the importance ratio and its truncation or clip. Where the credit A comes from is the
-business of ``advantages``.
+Owns the importance ratio and its truncation or clip. The advantage A comes from ``advantages``.
 """
 
 from __future__ import annotations
@@ -18,16 +17,17 @@ from okd_lightning.records.shapes import PositionValues
 
 @dataclass(frozen=True)
 class ImportanceRatio:
-    """ρ = p_θ(token) / p_sampler(token), and what keeps it in bounds.
+    """Importance ratio ρ = p_θ(token) / p_sampler(token) with an optional bound.
 
-    Strictly on-policy ρ is 1 up to the two engines' numerics; on responses of an earlier student
-    it corrects for what has been learned since. Both bounds bias the gradient where they act.
+    Strictly on-policy, ρ is 1 up to numerical differences of the engines. On responses of an
+    earlier student it corrects for the training since. Both bounds bias the gradient where they
+    apply.
 
     Args:
         max_ratio: Truncation: min(ρ, max_ratio) is the coefficient (Espeholt et al., arXiv
             1802.01561); inf for off.
-        clip: PPO's ε (Schulman et al., arXiv 1707.06347, Eq. 7): no gradient where ρ has left
-            [1-ε, 1+ε] in the direction that the credit pulls; None for off.
+        clip: PPO's ε (Schulman et al., arXiv 1707.06347, Eq. 7): no gradient where ρ is outside
+            [1-ε, 1+ε] and the advantage would move it further out; None for off.
 
     Raises:
         ConfigError: A bound that is not above 0, an ε that is not in (0, 1), or both at once.
@@ -48,18 +48,18 @@ class ImportanceRatio:
 
     @property
     def is_bounded(self) -> bool:
-        """Whether either bound is set."""
+        """True if a bound is set."""
         return self.clip is not None or math.isfinite(self.max_ratio)
 
     def loss(
         self, logprobs: PositionValues, sampler_logprobs: PositionValues, credit: PositionValues
     ) -> PositionValues:
-        """-ρ A of every token.
+        """Return -ρ A of every token.
 
         Args:
-            logprobs: [positions] log p_θ of the drawn tokens (nats), with gradient.
-            sampler_logprobs: [positions] the same under the distribution that they were drawn from.
-            credit: [positions] A; detached here.
+            logprobs: [positions] log p_θ of the sampled tokens (nats), with gradient.
+            sampler_logprobs: [positions] the same under the sampling distribution.
+            credit: [positions] the advantage A; detached here.
 
         Returns:
             [positions]; its gradient is -ρ A ∇log p_θ within the bounds, and flows to ``logprobs``.
@@ -70,11 +70,12 @@ class ImportanceRatio:
             bounded = ratio.clamp(1 - self.clip, 1 + self.clip)
             return -torch.minimum(ratio * credit, bounded * credit)
         coefficient = ratio.detach().clamp(max=self.max_ratio)
+        # the last factor is 1, with gradient ∇log p_θ
         return -coefficient * credit * (logprobs - logprobs.detach()).exp()
 
     @torch.no_grad()
     def metrics(self, logprobs: Tensor, sampler_logprobs: Tensor) -> dict[str, Tensor]:
-        """[positions] what is logged: 1 where ρ is out of bounds, if there are any."""
+        """Return [positions] to be logged: 1 where ρ is out of bounds; empty without a bound."""
         if not self.is_bounded:
             return {}
         low = 1 - self.clip if self.clip is not None else 0.0

@@ -1,4 +1,4 @@
-"""One model's half of the loss layer: hidden states, and the head that reads them."""
+"""One model's inputs to the loss layer: hidden states and head."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from okd_lightning.records.shapes import PositionHidden
 
 @runtime_checkable
 class Head(Protocol):
-    """A head in two steps, so that the matrix product can be differentiated by itself.
+    """A head in two steps, so that the matrix product can be differentiated separately.
 
     Attributes:
-        module: From [positions, hidden] to raw outputs; holds all that is trained of the head.
+        module: From [positions, hidden] to raw outputs; holds all trained parameters of the head.
     """
 
     @property
@@ -23,19 +23,19 @@ class Head(Protocol):
         """The model's output layer."""
 
     def finish(self, raw: Tensor) -> Tensor:
-        """From the module's outputs to logits, element by element; nothing here is trained."""
+        """Return logits from the module's outputs, element by element, without parameters."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Both steps."""
+        """Apply both steps."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """One model's half of the loss layer.
+    """One model's hidden states and head.
 
     Attributes:
-        hidden: [positions, hidden] what its head reads at the masked-in positions.
-        head: From hidden states to [positions, vocab] logits; a plain module is its own head.
+        hidden: [positions, hidden] the head's inputs that predict the loss tokens.
+        head: From hidden states to [positions, vocab] logits; a plain module has no second step.
     """
 
     hidden: PositionHidden
@@ -43,9 +43,9 @@ class Side:
 
     @property
     def module(self) -> nn.Module:
-        """The head's own module."""
+        """The head's module."""
         return self.head if isinstance(self.head, nn.Module) else self.head.module
 
     def finish(self, raw: Tensor) -> Tensor:
-        """Logits from the module's outputs."""
+        """Return logits from the module's outputs."""
         return raw if isinstance(self.head, nn.Module) else self.head.finish(raw)

@@ -1,4 +1,6 @@
-"""The contract between a method and the module: a term asks, the module measures, the term sums."""
+"""The interface between method and module: a term lists quantities, the module measures them, the
+term sums them.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,14 @@ from okd_lightning.records.shapes import PositionMask, PositionValues
 
 @dataclass(frozen=True)
 class Measured:
-    """What the module measured on one micro-batch, at its masked-in positions laid end to end.
+    """Measured quantities of one micro-batch at its loss positions, flattened.
 
     Attributes:
-        values: [positions] a quantity that some term asked for.
-        source: [positions] who wrote the row of each position (index into ``SOURCES``).
-        row: [positions] which row of the batch each position belongs to.
-        sampler_logprobs: [positions] the sampler's own log-prob (nats) of the drawn token.
-        credits: [positions] a reward term: the credit of the row that each position belongs to.
+        values: [positions] for each quantity that a term needs.
+        source: [positions] generator of each position's row (index into ``SOURCES``).
+        row: [positions] each position's row in the batch.
+        sampler_logprobs: [positions] the sampler's log-probability (nats) of the sampled token.
+        credits: [positions] for each reward term: the advantage of each position's row.
     """
 
     values: Mapping[Quantity, PositionValues]
@@ -36,7 +38,7 @@ class Measured:
 
     @classmethod
     def about(cls, batch: DistillBatch) -> Measured:
-        """Whose the masked-in positions of a batch are; nothing is measured yet."""
+        """Return the source, row and sampler of a batch's loss positions, without values."""
         places = batch.student_reads.places
         rows = places.row
         return cls(
@@ -56,7 +58,7 @@ class Measured:
         return self.values[quantity]
 
     def part(self, positions: slice, values: Mapping[Quantity, PositionValues]) -> Measured:
-        """Some of the positions, with what was measured there."""
+        """Return some of the positions, with their values."""
         cut: dict[str, Any] = {
             name: value[positions]
             for name, value in vars(self).items()
@@ -66,7 +68,7 @@ class Measured:
         return replace(self, values=values, **cut)
 
     def mask(self, sources: Sequence[Source]) -> PositionMask:
-        """[positions] True where the row was written by one of ``sources``."""
+        """Return [positions], True where the row comes from one of ``sources``."""
         codes = [SOURCES.index(source) for source in sources]
         mask = self.source == codes[0]
         for code in codes[1:]:
@@ -76,11 +78,11 @@ class Measured:
 
 @runtime_checkable
 class RowScorer(Protocol):
-    """Gives every response that the student wrote a credit, such as a reward."""
+    """Scorer of the student's responses that gives each an advantage, such as a reward."""
 
     @property
     def reads_last_turn(self) -> bool:
-        """Whether it reads the last turn of a response that called tools, or all of them.
+        """True: read the last turn of a response that called tools; False: read all turns.
 
         Turns are the student's own, with a line break between them.
         """
@@ -88,10 +90,10 @@ class RowScorer(Protocol):
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]
     ) -> list[float]:
-        """One raw score a response; NaN where there is none."""
+        """Return one raw score a response; NaN where there is none."""
 
     def credit_rows(self, scores: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
-        """One credit a response, from the scores of all responses to all prompts of a chunk."""
+        """Return one advantage a response, from the scores of all responses of a rollout batch."""
 
 
 @runtime_checkable
@@ -101,22 +103,20 @@ class Term(Protocol):
     Attributes:
         name: Logged as ``train/<name>``; unique in a run.
         weight: Factor on the term's mean.
-        sources: The rows that it acts on; it is masked and counted there.
-        on_policy_fraction: Share of optimizer steps whose responses the student writes, or None
-            where the term takes what others ask for.
-        quantities: What has to be measured for it.
-        window: First optimizer step that it acts in, and the first one that it does not (None: it
-            acts to the end).
-        scorer: What gives its rows a credit when they have been written, or None.
-        is_positionwise: Whether ``loss`` of some positions depends on these positions alone, so
-            that the loss of a batch may be summed part by part. Where one term of a run says
-            False, every term gets all positions of a batch at once, at the price of computing the
-            heads twice.
-        mixes_rows: Whether it wants both the student's rows and given ones in every optimizer step
-            in which it acts.
-        share_at: The share of ``on_policy_fraction`` in an optimizer step, where it changes while
-            the run goes on; None where it does not.
-        needs_teacher_prompt: Whether it has no meaning where both models read the same prompt.
+        sources: Sources of the rows that it applies to; only these are masked in and counted.
+        on_policy_fraction: Share of optimizer steps with on-policy samples, or None to use the
+            rows that other terms need.
+        quantities: Quantities that must be measured.
+        window: First optimizer step that it acts in, and first step after it (None: no end).
+        scorer: Scorer that gives its rows an advantage after generation, or None.
+        is_positionwise: True if ``loss`` of some positions depends on these positions alone, so
+            that the loss of a batch may be summed in parts. If one term of a run is False, every
+            term gets all positions of a batch at once, and the heads are computed twice.
+        mixes_rows: True if it needs both on-policy and dataset rows in every optimizer step in
+            which it acts.
+        share_at: ``on_policy_fraction`` by optimizer step, if it changes during the run; else
+            None.
+        needs_teacher_prompt: True if it needs a teacher prompt that differs from the student's.
     """
 
     name: str
@@ -128,41 +128,41 @@ class Term(Protocol):
 
     @property
     def window(self) -> tuple[int, int | None]:
-        """The optimizer steps that it acts in."""
+        """First optimizer step in which it acts, and first step after that (None: no end)."""
 
     @property
     def scorer(self) -> RowScorer | None:
-        """What gives its rows a credit."""
+        """Scorer that gives its rows an advantage, or None."""
 
     def weight_at(self, step: int) -> float:
-        """The factor in optimizer step ``step``."""
+        """Return the factor in optimizer step ``step``."""
 
     def wrap_writer(self, writer: Any) -> Any:
-        """What writes the training's responses in the place of a ``rollouts.Writer``, or it."""
+        """Return the ``rollouts.Writer`` of training, unchanged or replaced by another one."""
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The rows that it acts on."""
+        """Sources of the rows that it applies to."""
 
     @property
     def on_policy_fraction(self) -> float | None:
-        """Share of optimizer steps that are the student's own generations."""
+        """Share of optimizer steps with on-policy samples, or None."""
 
     @property
     def quantities(self) -> tuple[Quantity, ...]:
-        """What has to be measured for it."""
+        """Quantities that must be measured."""
 
     def loss(self, measured: Measured) -> LossOutput:
-        """Sum over the positions of ``sources``."""
+        """Return the sum over the positions of ``sources``."""
 
 
 @dataclass(frozen=True)
 class WeightedTerm:
-    """A term and what its sum over a micro-batch is multiplied with.
+    """A term and the factor on its sum over a micro-batch.
 
     Attributes:
-        term: The method's.
-        factor: Its weight over the loss tokens of the optimizer step.
+        term: The method's term.
+        factor: Its weight divided by the step's divisor (``reduction.step_factor``).
     """
 
     term: Term
@@ -175,7 +175,7 @@ class WeightedLoss:
 
     Attributes:
         total: Scalar, the weighted sum over terms, with gradient.
-        outputs: Each term's own sum, count and metrics, without gradient.
+        outputs: Each term's sum, count and metrics, without gradient.
     """
 
     total: Tensor
@@ -183,10 +183,10 @@ class WeightedLoss:
 
 
 def weighted_loss(terms: Sequence[WeightedTerm], measured: Measured) -> WeightedLoss:
-    """The weighted sum of every term's loss, with gradient to what was measured.
+    """Return the weighted sum of the terms' losses, with gradient to the measured values.
 
     Raises:
-        ConfigError: A term returns something else than a LossOutput, or one without gradient.
+        ConfigError: A term returns no LossOutput, or one without gradient.
     """
     outputs = [weighted.term.loss(measured) for weighted in terms]
     is_trained = any(values.requires_grad for values in measured.values.values())
@@ -212,15 +212,15 @@ def _check_output(name: str, output: object, is_trained: bool) -> None:
 def check_positionwise(
     terms: Sequence[WeightedTerm], measured: Measured, outputs: Sequence[LossOutput]
 ) -> None:
-    """Whether terms that say that they can be summed by parts sum to the same in two parts.
+    """Check that terms that declare themselves positionwise give the same sum in two parts.
 
     Args:
-        terms: All of them positionwise, as they say.
+        terms: Terms that declare themselves positionwise.
         measured: Some positions.
-        outputs: What the terms say about these positions as a whole.
+        outputs: The terms' outputs for all these positions.
 
     Raises:
-        ConfigError: One does not.
+        ConfigError: A term's parts do not add up to its whole.
     """
     num = len(measured.row)
     halves = slice(0, num // 2), slice(num // 2, num)
@@ -230,7 +230,7 @@ def check_positionwise(
     ]
     for weighted, whole in zip(terms, outputs, strict=True):
         if int(whole.count) != int(measured.mask(weighted.term.sources).sum()):
-            continue  # what is wrong with it is its mask, which others see to
+            continue  # its mask is wrong, which is checked elsewhere
         first, second = (float(weighted.term.loss(part).sum.detach()) for part in parts)
         size = max(abs(first), abs(second), abs(float(whole.sum)))
         is_off = abs(first + second - float(whole.sum)) > 1e-3 * size + 1e-4 * num

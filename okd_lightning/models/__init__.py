@@ -1,19 +1,19 @@
 """Models: loading, vocabulary agreement, and a causal LM as (hidden states, head).
 
-* ``loading``: folders, hub ids, configs and adapters become models, with readable errors.
+* ``loading``: models from folders, hub ids, configs and adapters, with one-line errors.
 * ``sources``: a folder, a hub id with or without a revision, or a GGUF file.
-* ``weight_files``, ``weight_checks``: safetensors that are whole, and models that have them all.
+* ``weight_files``, ``weight_checks``: complete safetensors, and models with all their weights.
 * ``adapter_folders``, ``adapters``: PEFT on disk and in memory.
-* ``gguf_files``: models that llama.cpp's format holds.
-* ``lengths``: the positions that a model was made for.
-* ``text_ids``: texts to ids, in one place. ``schedules``: learning-rate schedules.
-* ``vocabulary``: tokenizers are compared by content; ids outside the tokenizer are masked.
-* ``causality``: whether a model looks at later tokens.
-* ``forward_arguments``: what a forward pass names, and what it would swallow.
-* ``grouping``: which rows may share a forward pass.
-* ``reading``: hidden states where loss lies, from packed rows or padded ones.
+* ``gguf_files``: models in llama.cpp's format.
+* ``lengths``: the longest sequence that a model was made for.
+* ``text_ids``: texts to ids. ``schedules``: learning-rate schedules.
+* ``vocabulary``: comparison of tokenizers by content; ids outside the tokenizer are masked.
+* ``causality``: check that a model does not attend to later tokens.
+* ``forward_arguments``: arguments that a forward pass accepts by name.
+* ``grouping``: rows that may share a forward pass.
+* ``reading``: hidden states at loss positions, from packed or padded rows.
 * ``pair``: the tokenizer that a student and its teacher share.
-* ``merging``: adapters folded into the layers under them.
+* ``merging``: adapters merged into their base layers.
 * ``recompute``: gradient checkpointing, also of a teacher in eval mode.
 * ``compilation``: torch.compile on a model's blocks.
 * ``causal_lm``: hidden states at the head's input, and the head as a function of positions.

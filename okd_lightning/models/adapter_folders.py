@@ -1,7 +1,7 @@
-"""Models as PEFT writes them: a folder or hub id with adapter_config.json, and the base it names.
+"""PEFT folders: a folder or hub id with adapter_config.json, and the base that it names.
 
-Owns finding the base, the adapter's completeness, and merging it. The result is a plain model: a
-teacher is frozen as ever, and a student's merged weights are trained as those of any other folder.
+Owns finding the base, checking that the adapter is complete, and merging it. The result is a plain
+model: a teacher is frozen as usual, and a student trains all merged weights.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _TABLES = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out")
-"""Last names of the layers that PEFT saves whole where their number of rows was changed."""
+"""Last names of layers that PEFT saves completely if their number of rows was changed."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class AdapterFolder:
     """An adapter on disk.
 
     Attributes:
-        source: Where it is.
+        source: Its location.
         where: Option and folder, for messages.
-        config: What PEFT wrote.
-        base: The model it was trained on, as ``--model.teacher`` would name it.
+        config: Its PEFT config.
+        base: The model it was trained on, as for ``--model.teacher``.
         weights: Its safetensors file.
     """
 
@@ -56,11 +56,11 @@ class AdapterFolder:
 
 
 def adapter_folder(source: Source, option: str) -> AdapterFolder | None:
-    """The adapter at a location; None where there is a plain model.
+    """Return the adapter at a location; None for a plain model.
 
     Raises:
         ModelError: A broken adapter_config.json, one that names no base, pickled weights, or a
-            folder that holds a whole model as well.
+            folder that also holds a whole model.
         ModelNotFoundError: A hub id that cannot be reached.
     """
     if source.gguf_file is not None:
@@ -93,7 +93,7 @@ def adapter_folder(source: Source, option: str) -> AdapterFolder | None:
 
 @contextmanager
 def naming_base(adapter: AdapterFolder) -> Iterator[None]:
-    """Within it a base that is not found is reported with the file that names it."""
+    """Within the context, report a base that is not found with the file that names it."""
     try:
         yield
     except ModelNotFoundError as error:
@@ -104,7 +104,7 @@ def naming_base(adapter: AdapterFolder) -> Iterator[None]:
 
 
 def adapted_config(adapter: AdapterFolder, base: PretrainedConfig) -> PretrainedConfig:
-    """The base's config with as many rows as the adapter saves of the embedding.
+    """Return the base's config with the adapter's number of embedding rows.
 
     Raises:
         ModelError: The adapter's file cannot be opened.
@@ -121,11 +121,11 @@ def merge_into_base(adapter: AdapterFolder, base: PreTrainedModel) -> PreTrained
     """Merge an adapter into its base, in place.
 
     Args:
-        adapter: What to merge, with saved modules and resized embeddings.
-        base: A plain model; the random numbers that PEFT draws for it change no other stream.
+        adapter: The adapter, with saved modules and resized embeddings.
+        base: A plain model. PEFT's random initialisation does not change torch's random state.
 
     Returns:
-        ``base`` without any adapter, all of it with requires_grad on.
+        ``base`` without any adapter, with requires_grad on for all parameters.
 
     Raises:
         ModelError: A quantised base, or an adapter that is broken, incomplete or of another base.
@@ -142,7 +142,7 @@ def merge_into_base(adapter: AdapterFolder, base: PreTrainedModel) -> PreTrained
         raise ModelError(not_finite(broken, where))
     number_format = base.dtype
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's advice to those who go on training the adapter
+        warnings.simplefilter("ignore")  # PEFT's advice for further training of the adapter
         _resize(base, weights)
         try:
             adapted = PeftModel(base, adapter.config)
@@ -158,7 +158,7 @@ def merge_into_base(adapter: AdapterFolder, base: PreTrainedModel) -> PreTrained
         plain.config.tie_word_embeddings = False
     if hasattr(plain, "peft_config"):
         del plain.peft_config
-    cast(nn.Module, plain).to(number_format)  # saved modules are float32 until now
+    cast(nn.Module, plain).to(number_format)  # saved modules are in float32
     return plain.requires_grad_(True).eval()
 
 
@@ -198,7 +198,7 @@ def _base_of(config: PeftConfig, source: Source, where: str) -> str:
 
 
 def _local_base(named: str, folder: Path | None) -> str:
-    """A relative path is looked up from the working folder, then from the adapter's and upwards."""
+    """Resolve a relative path from the working folder, then from the adapter's folder upwards."""
     if Path(named).expanduser().exists() or Path(named).is_absolute() or folder is None:
         return named
     for start in (folder.resolve(), *folder.resolve().parents):
@@ -211,7 +211,7 @@ def _local_base(named: str, folder: Path | None) -> str:
 
 
 def _saved_rows(adapter: AdapterFolder, hidden_size: int) -> int | None:
-    """Rows of the embedding or head that the adapter saves whole; None where it saves neither."""
+    """Return the rows of an embedding or head in the adapter's file; None if it has neither."""
     try:
         with safe_open(adapter.weights, framework="pt") as opened:
             names = list(opened.keys())
@@ -235,7 +235,7 @@ def _read_weights(adapter: AdapterFolder) -> dict[str, Tensor]:
 
 
 def _resize(base: PreTrainedModel, weights: dict[str, Tensor]) -> None:
-    """Give the base as many rows as the adapter saves; their values come from the adapter."""
+    """Resize the base to the adapter's number of rows, whose values the adapter has."""
     names = {id(module): name for name, module in base.named_modules()}
     tables = (base.get_input_embeddings(), base.get_output_embeddings())
     for table in tables:
@@ -248,7 +248,7 @@ def _resize(base: PreTrainedModel, weights: dict[str, Tensor]) -> None:
 def _check_complete(
     adapter: AdapterFolder, own: list[str], missing: list[str], unexpected: list[str]
 ) -> None:
-    """Refuse an adapter that lacks weights, or has some for layers that its base has not."""
+    """Refuse an adapter that lacks weights, or has weights for layers that the base lacks."""
     lacking = sorted(set(own).intersection(missing))
     if lacking:
         raise ModelError(
@@ -264,6 +264,6 @@ def _check_complete(
 
 
 def _reason(error: Exception) -> str:
-    """Of a size mismatch the line that names it."""
+    """Return the line that names a size mismatch, else the first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if "size mismatch" in line), first_line(error))

@@ -1,8 +1,8 @@
-"""PEFT adapters on models in memory: a new one on a student, or one that a model was given with.
+"""PEFT adapters on models in memory: a new one on a student, or one that a model already has.
 
-A ``PeftModel`` is read as the model inside it, with the adapter's layers in their places: the same
-that ``add_adapter`` makes. As a student its adapter is trained; as a teacher it is merged into a
-copy of the layers under it.
+A ``PeftModel`` is used as the model inside it, with the adapter's layers in place, as after
+``add_adapter``. As a student its adapter is trained; as a teacher it is merged into a copy of its
+base layers.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ if TYPE_CHECKING:
 
 
 def adapter_layers(model: nn.Module) -> list[Any]:
-    """The layers of a model that PEFT has put adapters on."""
+    """Return the layers of a model that have PEFT adapters."""
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 @dataclass(frozen=True)
 class GivenPair:
-    """Student and teacher as they were given, each ``PeftModel`` as the model inside it.
+    """Student and teacher as the user passed them, each ``PeftModel`` as the model inside it.
 
     Attributes:
         student: Location, config or model.
-        teacher: The same; None without one.
-        adapter: What is trained of the student in place of its own weights; None for those.
-        has_adapter: Whether the student was given with that adapter on it.
+        teacher: Location, config or model; None without a teacher.
+        adapter: The student's trained adapter; None to train its own weights.
+        has_adapter: True if the student already has that adapter.
     """
 
     student: ModelSource
@@ -60,11 +60,11 @@ class GivenPair:
         teacher: ModelArgument | None,
         adapter: PeftConfig | None,
     ) -> GivenPair:
-        """Read what the user gave.
+        """Read the user's arguments.
 
         Raises:
             ConfigError: One object as student and teacher, a second adapter for a student, or
-                something that is no model.
+                an argument that is no model.
             ModelError: A ``PeftModel`` of prompt learning.
         """
         own = _unwrapped(student, "student")
@@ -85,9 +85,9 @@ class GivenPair:
 
 
 def _unwrapped(source: object, side: str) -> ModelSource:
-    """The model inside a ``PeftModel``, its adapter's layers included; a path as text.
+    """Return the model inside a ``PeftModel``, with the adapter's layers; a path as text.
 
-    Prompt learning is in the wrapper and not in the model's layers.
+    Prompt learning is refused: it is in the wrapper, not in the model's layers.
     """
     if isinstance(source, os.PathLike):
         return os.fspath(source)
@@ -116,7 +116,7 @@ def _no_model(source: object, side: str) -> str:
 
 
 def _carried_adapter(source: ModelSource) -> PeftConfig | None:
-    """The config of the active adapter that a model in memory was given with; None without one."""
+    """Return the config of the active adapter of a model in memory; None without one."""
     if not isinstance(source, PreTrainedModel):
         return None
     active = [name for layer in adapter_layers(source) for name in layer.active_adapters]
@@ -132,10 +132,10 @@ def widen_trained(model: torch.nn.Module, base: torch.dtype) -> None:
 
 
 def add_adapter(model: PreTrainedModel, adapter: PeftConfig, option: str) -> None:
-    """Put a trainable PEFT adapter on ``model`` in place and freeze everything else.
+    """Put a trainable PEFT adapter on ``model`` in place and freeze all other parameters.
 
     A missing ``task_type`` is filled in. Prompt-learning configs are refused: they need a wrapper
-    around the model that a student cannot be exported from.
+    around the model, from which a student cannot be exported.
 
     Raises:
         ConfigError: A prompt-learning config, or target modules that the model does not have.
@@ -148,7 +148,7 @@ def add_adapter(model: PreTrainedModel, adapter: PeftConfig, option: str) -> Non
     adapter.task_type = adapter.task_type or "CAUSAL_LM"
     try:
         with stand_ins(model, option), warnings.catch_warnings():
-            # PEFT sets it to what the layer is (GPT-2's are transposed) and says so
+            # PEFT corrects fan_in_fan_out for transposed layers (GPT-2) and warns
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
             model.add_adapter(adapter)
         widen_trained(model, model.dtype)
@@ -168,10 +168,10 @@ def add_adapter(model: PreTrainedModel, adapter: PeftConfig, option: str) -> Non
 
 
 def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
-    """A model with its adapters merged; ``model`` itself stays as it is.
+    """Return a model with its adapters merged; ``model`` itself is not changed.
 
-    What no adapter changes is shared in memory, as frozen parameters; adapted layers are copied. A
-    quantised model keeps its adapter on its layers: merging would round it away.
+    Parameters without an adapter are shared in memory, frozen; adapted layers are copied. A
+    quantised model keeps its adapter unmerged: merging would lose it to rounding.
     """
     layers = adapter_layers(model)
     if not layers or is_quantised(model):
@@ -182,6 +182,7 @@ def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
         for p in model.parameters()
         if id(p) not in adapted
     }
+    # deepcopy's memo: parameters in ``shared`` are taken from it and not copied
     plain = deepcopy(model, cast("dict[int, object]", shared))
     with torch.no_grad():
         is_taken_apart = merge_adapters(plain)

@@ -1,8 +1,8 @@
-"""A causal LM as (hidden states, head): the one way in which this library runs a model.
+"""A causal LM as (hidden states, head): the way in which this library runs a model.
 
-The loss layer projects only the positions that carry loss, so a forward pass stops at the head's
-input. The hidden states are taken there by a hook on the head of the *whole* model, which is right
-for every wrapper (adapters, prompt learning, sharding), where calling a backbone is not.
+The loss layer projects only the positions that carry loss, so only the head's inputs are needed.
+A hook on the head of the *whole* model takes them, which is correct for every wrapper (adapters,
+prompt learning, sharding); calling the backbone is not.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from okd_lightning.models.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class LMHead:
-    """From hidden states to logits over the valid ids: module, scale, soft-cap, vocabulary.
+    """Logits over the valid ids from hidden states: module, scale, soft-cap, vocabulary.
 
     Attributes:
-        module: The model's own output layer (an adapter on it, or a bias, takes part).
-        vocabulary: What the logits are cut to.
+        module: The model's output layer, with its bias and adapter.
+        vocabulary: The valid ids, to which the logits are cut.
         scale: Factor on the logits (Cohere's ``logit_scale``, Falcon-H1's
             ``lm_head_multiplier``, one over Granite's ``logits_scaling``).
         softcap: Gemma's ``final_logit_softcapping`` c: logits become c·tanh(logits/c).
@@ -39,7 +39,7 @@ class LMHead:
 
     @classmethod
     def of(cls, model: PreTrainedModel, vocabulary: Vocabulary) -> LMHead:
-        """The head of a model, with the transforms that its config names."""
+        """Return the head of a model, with the transforms in its config."""
         config = model.config.get_text_config()
         softcap = getattr(config, "final_logit_softcapping", None)
         return cls(
@@ -50,16 +50,16 @@ class LMHead:
         )
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """[..., hidden] → [..., vocab] logits, float32 or the input's wider type."""
+        """[..., hidden] → [..., vocab] logits in float32, or float64 if the head's are."""
         return self.finish(self.module(hidden))
 
     def finish(self, raw: Tensor) -> Tensor:
-        """Logits over the valid ids from what ``module`` gives."""
+        """Return logits over the valid ids from the outputs of ``module``."""
         logits = self.vocabulary.cut(self.transform(raw))
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def transform(self, logits: Tensor) -> Tensor:
-        """Scale and soft-cap raw logits as the model itself does."""
+        """Scale and soft-cap raw logits as the model does."""
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -84,26 +84,26 @@ def head_inputs(
     attention_mask: Tensor | None,
     position_ids: Tensor | None = None,
 ) -> Tensor:
-    """Run ``model`` over right-padded or packed rows and return what its head would have read.
+    """Run ``model`` over right-padded or packed rows and return its head's inputs.
 
     Args:
         model: A causal LM, wrapped or not.
         input_ids: [batch, seq].
-        attention_mask: [batch, seq] True on real tokens; None for packed rows. A causal model that
-            knows no mask reads right-padded rows without it.
-        position_ids: [batch, seq] of packed rows, from 0 in each; None where each row is one.
+        attention_mask: [batch, seq] True on real tokens; None for packed rows. Left out for a
+            model without this argument: a causal model ignores padding on the right.
+        position_ids: [batch, seq] of packed rows, from 0 in each; None for unpacked rows.
 
     Returns:
         [batch, seq, hidden]; gradient flows to the model's parameters.
 
     Raises:
-        ModelError: The model has no argument for position ids, and they are given.
+        ModelError: ``position_ids`` are set, and the model has no argument for them.
     """
     taken: list[Tensor] = []
 
     def take(hidden: Tensor) -> Tensor:
         taken.append(hidden)
-        return hidden[:, :1]
+        return hidden[:, :1]  # the head then projects one position only
 
     with _before_the_head(model, take):
         model(
@@ -114,7 +114,7 @@ def head_inputs(
             )
         )
     (hidden,) = taken
-    return hidden[:, -input_ids.shape[1] :]  # prompt learning puts virtual tokens in front
+    return hidden[:, -input_ids.shape[1] :]  # prompt learning prepends virtual tokens
 
 
 def last_logits(
@@ -127,15 +127,15 @@ def last_logits(
 
     Args:
         model: A causal LM, not wrapped.
-        needed: Arguments without which it computes something else; see ``forward_arguments``.
-        wanted: Arguments that it may leave out.
-        last: [rows] the column of each; None for the last one.
+        needed: Arguments that change the result; see ``forward_arguments``.
+        wanted: Arguments that the model may lack.
+        last: [rows] the column of each row; None for the last column.
 
     Returns:
         [rows, table] the head's output, with the model's own transforms.
 
     Raises:
-        ModelError: It has no argument for something that is needed.
+        ModelError: The model lacks a needed argument.
     """
 
     def select(hidden: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def last_logits(
 
 @contextmanager
 def _before_the_head(model: PreTrainedModel, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within it the head of ``model`` reads what ``change`` makes of its input."""
+    """Within the context, apply ``change`` to the input of the head of ``model``."""
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
         return (change(args[0]),)

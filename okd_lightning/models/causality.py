@@ -1,4 +1,4 @@
-"""Whether a model is causal: what it says at a position may depend on earlier tokens alone."""
+"""Check that a model is causal: its output at a position depends on no later token."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _NUM_TOKENS = 4
 
 @contextmanager
 def attention_of_any_device(model: PreTrainedModel) -> Iterator[None]:
-    """A model on the CPU takes its eager attention within, where its own is made for a GPU.
+    """Within the context, a model on the CPU with a GPU-only attention uses eager attention.
 
-    Flash attention and its kin do not run on a CPU, and flex attention has no gradient there.
+    Flash attention does not run on a CPU, and flex attention has no gradient there.
     """
     attention = model.config._attn_implementation
     is_on_cpu = next(model.parameters()).device.type == "cpu"
@@ -34,18 +34,18 @@ def attention_of_any_device(model: PreTrainedModel) -> Iterator[None]:
 
 
 def own_precision(model: PreTrainedModel) -> AbstractContextManager[object]:
-    """Within it ``model`` computes in the number format of its weights, whatever autocast is on."""
+    """Within the context, ``model`` computes in the type of its weights, without autocast."""
     return torch.autocast(next(model.parameters()).device.type, enabled=False)
 
 
 def embedding_gradient(model: PreTrainedModel, hidden_states: Callable[[], Tensor]) -> Tensor:
-    """How what the model makes of some tokens depends on the embedding of every token.
+    """Return the gradient of some tokens' hidden states in the embeddings of all tokens.
 
-    A token that is masked away gets a gradient of exactly 0, in every number format.
+    A masked token gets a gradient of exactly 0, in every number format.
 
     Args:
-        model: Its weights, gradients and mode stay as they are.
-        hidden_states: Runs it once and returns [..., hidden] of the tokens that are asked about.
+        model: Its weights, gradients and mode are not changed.
+        hidden_states: Runs the model once and returns [..., hidden] of the chosen tokens.
 
     Returns:
         [batch, seq, hidden] the gradient in the embeddings of that run.
@@ -63,7 +63,7 @@ def embedding_gradient(model: PreTrainedModel, hidden_states: Callable[[], Tenso
         with torch.enable_grad(), attention_of_any_device(model):
             hidden = hidden_states().float()
             direction = torch.arange(hidden.shape[-1], device=hidden.device).cos()
-            scalar = (hidden * direction).sum()  # not a plain sum: that may be a norm's null space
+            scalar = (hidden * direction).sum()  # a plain sum is constant after some norms
             (gradient,) = torch.autograd.grad(scalar, embedded[:1])
     finally:
         handle.remove()
@@ -72,18 +72,18 @@ def embedding_gradient(model: PreTrainedModel, hidden_states: Callable[[], Tenso
 
 
 def check_causal(model: PreTrainedModel, option: str) -> None:
-    """Refuse a model that looks at later tokens, as BERT and its kin load without a word.
+    """Refuse a model that attends to later tokens; BERT and similar models load without an error.
 
-    The gradient of all but the last position in the last token's embedding is exactly 0 for a
-    causal model, in every number format. One pass over four tokens forward and back, on the device
-    where the weights are; left out where they are on the meta device.
+    For a causal model, the gradient of all positions but the last in the last token's embedding is
+    exactly 0, in every number format. The check is one forward and backward pass over four tokens,
+    on the device of the weights; it is skipped on the meta device.
 
     Args:
-        model: A language model; its weights, gradients and mode stay as they are.
+        model: A language model; its weights, gradients and mode are not changed.
         option: How the user named it, for messages.
 
     Raises:
-        ModelError: It is bidirectional, or refuses to be run so.
+        ModelError: The model is bidirectional, or cannot be run for the check.
     """
     embedding = model.get_input_embeddings()
     device = next(embedding.parameters()).device

@@ -1,4 +1,4 @@
-"""Compiled blocks: torch.compile on a model's repeated layers, one graph for all of them."""
+"""torch.compile on a model's repeated blocks, one graph for all of them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _BACKEND: str | Callable[..., Any] = "inductor"
 def compile_blocks(*models: PreTrainedModel | None) -> None:
     """Compile every block of some models in place, for rows of any length.
 
-    Blocks are what transformers never splits over devices (``_no_split_modules``). Embedding and
-    head stay as they are (the loss layer runs the head itself), and so do names of parameters.
+    Blocks are the modules that transformers never splits over devices (``_no_split_modules``).
+    Embedding, head (run by the loss layer) and parameter names are not changed.
 
     Args:
-        *models: Causal LMs; None is passed over.
+        *models: Causal LMs; None is skipped.
 
     Raises:
-        ConfigError: An architecture does not say what its blocks are.
+        ConfigError: An architecture names no blocks.
     """
     for model in models:
         if model is None:

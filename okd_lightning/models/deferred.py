@@ -1,8 +1,8 @@
-"""Models whose weights stay on disk until somebody asks for a part of them.
+"""Models whose weights stay on disk until a rank reads its part of them.
 
-Within ``deferred_weights`` a model from a folder or hub id is built without its weights: they are
-on torch's ``meta`` device. Whoever has cut the model into shards reads its own rows of each from
-the safetensors files, so that the whole model is nowhere.
+Within ``deferred_weights`` a model from a folder or hub id is built with its weights on torch's
+``meta`` device. After sharding, each rank reads its own rows of each weight from the safetensors
+files, so that no rank holds the whole model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _IS_DEFERRED: ContextVar[bool] = ContextVar("is_deferred", default=False)
 
 @contextmanager
 def deferred_weights(is_wanted: bool = True) -> Iterator[None]:
-    """Within it ``load_causal_lm`` leaves the weights of folders and hub ids on disk, or not."""
+    """Set, within the context, whether ``load_causal_lm`` leaves weights on disk."""
     token = _IS_DEFERRED.set(is_wanted)
     try:
         yield
@@ -34,13 +34,13 @@ def deferred_weights(is_wanted: bool = True) -> Iterator[None]:
 
 
 def is_deferred() -> bool:
-    """Whether weights are to stay on disk."""
+    """Return whether weights stay on disk."""
     return _IS_DEFERRED.get()
 
 
 @dataclass(frozen=True)
 class Deferred:
-    """Where the weights of a model are, and what is trained of it."""
+    """Location of a model's weights, and which part of the model is trained."""
 
     source: Source
     option: str
@@ -56,12 +56,12 @@ def causal_lm_without_weights(
     attn_implementation: str | None,
     learns: Learns,
 ) -> PreTrainedModel:
-    """The architecture with its parameters on ``meta``; buffers are real.
+    """Return the architecture with its parameters on ``meta`` and real buffers.
 
-    ``deferred(model)`` tells what belongs in them.
+    ``deferred(model)`` returns the location of the weights.
 
     Raises:
-        ModelError: A quantised model, whose weights are not read by rows.
+        ModelError: A quantised model, whose weights cannot be read by rows.
     """
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
@@ -77,19 +77,19 @@ def causal_lm_without_weights(
 
 
 def deferred(model: nn.Module) -> Deferred | None:
-    """Where the weights of such a model are; None where it has them."""
+    """Return the location of such a model's weights; None if they are loaded."""
     return getattr(model, "deferred_from", None)
 
 
 @contextmanager
 def stand_ins(model: nn.Module, option: str) -> Iterator[None]:
-    """Within it a base without weights has NaN for all of them, so that adapters can be put on it.
+    """Within the context, give a base on ``meta`` NaN weights, so that adapters can be added.
 
-    PEFT puts its own weights on the base's device, which must not be ``meta``: they are drawn here
-    and now. The stand-ins take no memory: one number a weight, read as often as it has elements.
+    PEFT creates its weights on the base's device; on ``meta`` they would have no values. The NaN
+    weights take no memory: each is one number, expanded.
 
     Raises:
-        ConfigError: An adapter that is made out of the base's weights, such as DoRA or PiSSA.
+        ConfigError: An adapter that is computed from the base's weights, such as DoRA or PiSSA.
     """
     places = [
         (module, name, parameter)
@@ -128,7 +128,7 @@ def stand_ins(model: nn.Module, option: str) -> Iterator[None]:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Every parameter that a module gets goes to ``meta``; not buffers, which are computed."""
+    """Within the context, create parameters on ``meta``; buffers stay real: they are computed."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

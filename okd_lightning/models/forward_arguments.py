@@ -1,8 +1,7 @@
-"""Arguments of a model's forward pass: which ones it names, and which it would silently swallow.
+"""Arguments of a model's forward pass: those that it names, and those that it would ignore.
 
-Most forward passes of transformers end in ``**kwargs``: an argument that nobody reads is no error
-there, and the model computes something else than what was asked for. Everything that this library
-passes by name goes through here.
+Most forward passes of transformers end in ``**kwargs``: an unknown argument is silently ignored,
+and the result is wrong. Every keyword argument of this library goes through here.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from okd_lightning.errors import ModelError
 
 
 def named_arguments(model: PreTrainedModel) -> frozenset[str]:
-    """Names in the signature of the model's forward pass.
+    """Return the argument names of the model's forward pass.
 
-    A head that hands its ``**kwargs`` on names what its backbone names too.
+    A model that passes its ``**kwargs`` on also accepts its backbone's names.
 
     Args:
-        model: A causal LM; of a PEFT wrapper its base is asked, which gets the arguments.
+        model: A causal LM; of a PEFT wrapper, the base model is read.
     """
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
     names = _signature(_function(plain))
@@ -37,15 +36,15 @@ def named_arguments(model: PreTrainedModel) -> frozenset[str]:
 def forward_arguments(
     model: PreTrainedModel, needed: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Arguments for one call of the model; what is None is left out.
+    """Return the arguments for one call of the model, without those that are None.
 
     Args:
         model: A causal LM, wrapped or not.
-        needed: Without these the result would be another one.
-        wanted: Left out where the model does not name them, because its result is the same.
+        needed: Arguments that change the result.
+        wanted: Arguments that are left out if the model lacks them, with the same result.
 
     Raises:
-        ModelError: The model does not name something that is needed.
+        ModelError: The model lacks a needed argument.
     """
     names = named_arguments(model)
     given = {name: value for name, value in needed.items() if value is not None}
@@ -59,7 +58,7 @@ def forward_arguments(
 
 
 def _function(module: nn.Module) -> Callable[..., Any]:
-    """The class's function, past wrappers that hand ``(*args, **kwargs)`` on to the class above."""
+    """Return the class's forward, past overrides that pass ``(*args, **kwargs)`` to the parent."""
     functions: list[Callable[..., Any]] = [
         vars(kind)["forward"] for kind in type(module).__mro__ if "forward" in vars(kind)
     ]
@@ -68,6 +67,6 @@ def _function(module: nn.Module) -> Callable[..., Any]:
 
 @lru_cache(maxsize=256)
 def _signature(function: Callable[..., Any]) -> frozenset[str | None]:
-    """Names, and None where the rest is taken as keywords."""
+    """Return the parameter names, with None for ``**kwargs``."""
     parameters = inspect.signature(function).parameters.values()
     return frozenset(None if p.kind is p.VAR_KEYWORD else p.name for p in parameters)

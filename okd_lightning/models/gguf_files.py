@@ -1,8 +1,8 @@
-"""GGUF files: the package that reads them, and models that are plain again after loading.
+"""GGUF files: the package that reads them, and their conversion to plain models.
 
-transformers converts config, tokenizer and weights; here are the demand for its optional package
-and the removal of what marks the loaded model as quantised. Weights are unpacked to the number
-format that was asked for, so that such a model is trained, saved and adapted as any other.
+transformers converts config, tokenizer and weights. Owns the check for its optional package, and
+the removal of the attributes that mark the loaded model as quantised. Weights are dequantised to
+the requested number format, so that the model is trained, saved and adapted like any other.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def require_gguf(source: str, option: str) -> None:
 
 
 def unpacking(gguf_file: str | None) -> dict[str, Any]:
-    """What ``from_pretrained`` is told so that no weight stays in GGUF blocks."""
-    config = getattr(transformers, "GgufConfig", None)  # older versions always unpack
+    """Return the ``from_pretrained`` arguments that dequantise all weights of a GGUF file."""
+    config = getattr(transformers, "GgufConfig", None)  # older versions always dequantise
     if gguf_file is None or config is None:
         return {}
     return {"quantization_config": config(dequantize=True)}
 
 
 def as_unpacked(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without the marks of a quantised one, in place."""
+    """Remove, in place, the attributes that mark a model as quantised, and return it."""
     for mark in _MARKS:
         model.__dict__.pop(mark, None)
     model.config.__dict__.pop("quantization_config", None)

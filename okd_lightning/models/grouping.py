@@ -1,9 +1,9 @@
-"""Rows that may share a forward pass: what a model computes for a row must not depend on others.
+"""Rows that may share a forward pass: a row's result must not depend on the other rows.
 
-Some rotary embeddings choose their frequencies by the longest row of a batch: ``longrope`` (Phi-3)
-has one set for each side of a length, ``dynamic`` has another one for each length beyond it, and
-keeps the last one until a short row comes. Such rows are read beside rows of their own side, or of
-their own length. Which of them it is, if any, is tried on the model.
+Some rotary embeddings choose their frequencies by the longest row of a batch. ``longrope`` (Phi-3)
+has one set up to a length and one above it. ``dynamic`` has a different set for each length above
+it, and keeps the last one until a short row is read. Rows are then grouped by side, or by length.
+The behaviour is measured on the model.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from okd_lightning.models.causality import attention_of_any_device, own_precisio
 from okd_lightning.models.forward_arguments import named_arguments
 
 _MARGIN = 8.0
-"""A change counts from this many times the change that rounding alone makes on."""
+"""Smallest change that counts, in multiples of the change by rounding alone."""
 
 
 @dataclass(frozen=True)
 class RowGroups:
-    """Which rows a model may read in one pass.
+    """Groups of rows that a model may read in one pass.
 
     Attributes:
-        switch: Rows of more tokens are read apart from the others; None where any rows may share a
-            pass.
-        by_length: Rows beyond the switch are read beside rows of their own length alone, and after
-            a short row, which makes the model forget the length before.
-        virtual_tokens: In front of each row where prompt learning acts, which it does not always.
+        switch: Rows of more tokens are read separately from the others; None if any rows may share
+            a pass.
+        by_length: Rows above the switch share a pass only with rows of the same length, and follow
+            a short row, which resets the model's remembered length.
+        virtual_tokens: Tokens that prompt learning prepends to a row (it does not always).
     """
 
     switch: int | None = None
@@ -44,20 +44,20 @@ class RowGroups:
     virtual_tokens: int = 0
 
     def group(self, length: int) -> int:
-        """Equal for rows that may share a pass; grows with the length."""
+        """Return a number that is equal for rows that may share a pass; grows with the length."""
         if self.switch is None or length + self.virtual_tokens <= self.switch:
             return 0
         return length if self.by_length else 1 + (length > self.switch)
 
     def split(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Numbers of the rows of each pass, short rows first."""
+        """Return the row numbers of each pass, short rows first."""
         groups: dict[int, list[int]] = {}
         for number, length in enumerate(lengths):
             groups.setdefault(self.group(length), []).append(number)
         return [groups[key] for key in sorted(groups)]
 
     def follows_a_short_row(self, length: int) -> bool:
-        """Whether a first pass over rows of up to ``length`` tokens has to be preceded by one."""
+        """Return whether a first pass of rows up to ``length`` tokens needs a short row before."""
         if self.switch is None or not self.by_length:
             return False
         return length + self.virtual_tokens >= self.switch
@@ -67,16 +67,16 @@ ANY_ROWS = RowGroups()
 
 
 def row_groups(model: PreTrainedModel) -> RowGroups:
-    """Which rows ``model`` may read in one pass; tried once and kept with the model.
+    """Return the rows that ``model`` may read in one pass; measured once and kept on the model.
 
-    Nothing is tried where the config names no scaled rotary embedding. On the meta device nothing
-    can be tried: it is when the weights are there.
+    Skipped for a config without a scaled rotary embedding. On the meta device it is postponed
+    until the weights are loaded.
 
     Args:
-        model: A causal LM, wrapped or not; its weights and mode stay as they are.
+        model: A causal LM, wrapped or not; its weights and mode are not changed.
 
     Raises:
-        ModelError: What it computes for a row depends on the rows before it.
+        ModelError: A row's result depends on rows of earlier passes.
     """
     if isinstance(model, PeftModel):
         own = row_groups(model.get_base_model())
@@ -95,11 +95,11 @@ def row_groups(model: PreTrainedModel) -> RowGroups:
 
 
 def say_row_groups(model: PreTrainedModel, role: str) -> None:
-    """Say it where rows cannot be read as they come.
+    """Log if rows must be read in groups.
 
     Args:
         model: The student or the teacher.
-        role: Which of the two, for the message.
+        role: Its role, for the message.
     """
     groups = row_groups(model)
     if groups.switch is not None:
@@ -111,14 +111,14 @@ def say_row_groups(model: PreTrainedModel, role: str) -> None:
 
 
 def forget_lengths(model: PreTrainedModel) -> None:
-    """Read one token, after which a model computes every row as if it were its first."""
+    """Run the model over one token, which resets its remembered length."""
     ids = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
     with torch.no_grad():
         head_inputs(model, ids, torch.ones_like(ids))
 
 
 def _switches(config: PretrainedConfig) -> list[int]:
-    """Lengths in a config at which a scaled rotary embedding may change its frequencies."""
+    """Return the lengths in a config at which a scaled rotary embedding may change."""
     text = config.get_text_config()
     scaled = [p for p in _rope_parameters(text) if p.get("rope_type", "default") != "default"]
     if not scaled:
@@ -130,7 +130,7 @@ def _switches(config: PretrainedConfig) -> list[int]:
 
 
 def _rope_parameters(config: PretrainedConfig) -> Iterator[Mapping[str, Any]]:
-    """One mapping, or one for each type of layer."""
+    """Yield the config's rope parameters: one mapping, or one for each type of layer."""
     parameters = getattr(config, "rope_parameters", None) or {}
     if "rope_type" in parameters:
         yield parameters
@@ -139,7 +139,7 @@ def _rope_parameters(config: PretrainedConfig) -> Iterator[Mapping[str, Any]]:
 
 
 def _tried(model: PreTrainedModel) -> RowGroups:
-    """Read short rows beside rows on either side of each length that the config names."""
+    """Measure short rows together with rows on either side of each length in the config."""
     switches = _switches(model.config)
     was_training = model.training
     model.eval()
@@ -165,7 +165,7 @@ def _tried(model: PreTrainedModel) -> RowGroups:
 
 
 def _searched(model: PreTrainedModel, same: int, other: int) -> int:
-    """The longest row beside which one of ``same`` tokens is what it is alone, by bisection."""
+    """Find by bisection the longest row that does not change a row of ``same`` tokens."""
     own = same
     while other - same > 1:
         middle = (same + other) // 2
@@ -179,8 +179,8 @@ def _differs(model: PreTrainedModel, own: int, beside: int) -> bool:
 
 
 def _compared(model: PreTrainedModel, own: int, beside: int) -> tuple[bool, Tensor]:
-    """Whether a row of ``own`` tokens is another one beside a row of ``beside`` tokens; and the row
-    as it is beside one of its own length.
+    """Return whether a row of ``own`` tokens changes in a pass with a longer row, and its result
+    in a pass with a row of its own length.
     """
     truth = _read(model, own, own)
     rounding = _read(model, own, own - 1) - truth  # 0 but for mixtures of experts
@@ -189,8 +189,8 @@ def _compared(model: PreTrainedModel, own: int, beside: int) -> tuple[bool, Tens
 
 
 def _read(model: PreTrainedModel, own: int, beside: int) -> Tensor:
-    """[positions, hidden] of a row of ``own`` tokens beside one of ``beside``; both are sketched by
-    four tokens, because the positions alone matter.
+    """Return [positions, hidden] of the first of two rows of given lengths in one pass; each is
+    represented by four tokens, because only the positions matter.
     """
     device = next(model.parameters()).device
     positions = torch.stack([_spread(own), _spread(beside)]).to(device)
@@ -200,5 +200,5 @@ def _read(model: PreTrainedModel, own: int, beside: int) -> Tensor:
 
 
 def _spread(length: int) -> Tensor:
-    """Positions of four tokens of a row of ``length``, so that frequencies show."""
+    """Return the positions of four tokens, spread over a row of ``length``."""
     return torch.tensor([0, length // 3, 2 * length // 3, length - 1])

@@ -1,4 +1,4 @@
-"""Whether sequences fit into the positions that a model was made for."""
+"""Check that sequences fit into the positions that a model was made for."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from okd_lightning.errors import ConfigError
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
-    """The longest sequence that a model was made for, where its config says so.
+    """Return the longest sequence that a model was made for; None if its config has no such field.
 
-    A scaled rotary embedding (YaRN, linear, dynamic, Llama 3) stretches the original context by its
-    factor. Some configs give the stretched length as ``max_position_embeddings`` (Llama 3.1), some
-    the original one (Qwen 2.5 with YaRN): the longer of the two counts. Where layer types have
-    their own scaling (Gemma 3), the shortest reach counts.
+    A scaled rotary embedding (YaRN, linear, dynamic, Llama 3) extends the original context by its
+    factor. ``max_position_embeddings`` is the extended length in some configs (Llama 3.1) and the
+    original one in others (Qwen 2.5 with YaRN): the longer of the two is used. If layer types have
+    their own scaling (Gemma 3), the shortest is used.
     """
     text = config.get_text_config()
     positions: int | None = getattr(text, "max_position_embeddings", None)
@@ -29,7 +29,7 @@ def max_positions(config: PretrainedConfig) -> int | None:
 
 
 def _reach(scaling: Mapping[str, Any], positions: int) -> int:
-    """The original context times the factor; ``positions`` where nothing is scaled."""
+    """Return the original context times the factor; ``positions`` without scaling."""
     factor = scaling.get("factor")
     if not isinstance(factor, int | float):
         return positions
@@ -45,8 +45,8 @@ def check_lengths(
     """Refuse sequences that are longer than a model was made for.
 
     Args:
-        student: The student's config; None for one that is not there yet.
-        teacher: The teacher's; None where there is none.
+        student: The student's config; None if not yet known.
+        teacher: The teacher's; None without a teacher.
         student_tokens: The longest sequence that the student reads.
         teacher_tokens: The longest that the teacher reads.
 

@@ -1,7 +1,7 @@
-"""Loading: a folder, a hub id or a config becomes a causal LM, or one readable error.
+"""Loading of a causal LM from a folder, a hub id or a config, with one-line errors.
 
 Owns what may be loaded (safetensors only, no remote code) and in which number format. Does not own
-devices or sharding: models come back on the CPU, in training mode off, with gradients as loaded.
+devices or sharding: models are returned on the CPU, in eval mode, with requires_grad as loaded.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ else:  # what can be typed: --help would else list every architecture of transfo
 
 
 _UNREADABLE = (Exception,)
-"""What transformers raises for a config, a tokenizer or weights that are broken.
+"""Errors that transformers raises for a broken config, tokenizer or weights.
 
-It is anything: tokenizers raises plain ``Exception``, nesting is a ``RecursionError``, and wrong
-types in a config end in whatever is computed with them first. --debug shows it.
+Any type occurs: tokenizers raises plain ``Exception``, deep nesting a ``RecursionError``, and a
+wrong type in a config the error of its first use. --debug shows the original error.
 """
 
 _SIZES = ("num_hidden_layers", "hidden_size", "vocab_size")
@@ -95,14 +95,14 @@ def check_precision(precision: str) -> None:
 
 
 def dtype_of(source: ModelArgument | None, asked: DTypeName) -> DTypeName:
-    """The number format of a model's weights: a loaded one keeps its own."""
+    """Return the number format of a model's weights: a loaded model keeps its own."""
     if not isinstance(source, PreTrainedModel | PeftModel):
         return asked
     return cast(DTypeName, str(source.dtype).removeprefix("torch."))
 
 
 def load_model_config(source: ModelSource, option: str, vocab_size: int) -> PretrainedConfig:
-    """The configuration of a model, without its weights.
+    """Return the configuration of a model, without its weights.
 
     Args:
         source: Folder, file or hub id (see ``locate``), config mapping (``model_type`` and the
@@ -136,7 +136,7 @@ def load_model_config(source: ModelSource, option: str, vocab_size: int) -> Pret
 
 
 def load_tokenizer(source: str, option: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, file or hub id; of an adapter without one, its base's.
+    """Load the tokenizer of a folder, file or hub id; of an adapter without one, its base's.
 
     Raises:
         ModelNotFoundError: No such folder or hub id, or no tokenizer in it.
@@ -161,22 +161,22 @@ def load_causal_lm(
     attn_implementation: str | None = None,
     learns: Learns = "nothing",
 ) -> PreTrainedModel:
-    """A causal LM: loaded weights, or random ones where ``source`` is a config mapping.
+    """Load a causal LM, or create one with random weights if ``source`` is a config mapping.
 
     Args:
-        source: What ``config`` was loaded from. A PEFT folder gives its base with the adapter
-            merged, a GGUF file its weights dequantised.
+        source: Source of ``config``. A PEFT folder gives its base with the adapter merged, a GGUF
+            file its weights dequantised.
         config: From ``load_model_config``.
         option: How the user named it, for messages.
         dtype: Number format of the weights.
         attn_implementation: Such as "sdpa" or "flash_attention_2"; None lets transformers choose.
-        learns: What is trained of it: quantised weights can be frozen, and not trained.
+        learns: Which part is trained: quantised weights cannot be.
 
     Raises:
         ModelError: Weights that are missing, broken, not finite, not safetensors, or that do not
             fit the architecture.
     """
-    if isinstance(source, PreTrainedModel):  # in the number format and with the kernel that it has
+    if isinstance(source, PreTrainedModel):  # keeps its number format and attention kernel
         check_values(source, option, learns)
         return source
     number_format = getattr(torch, dtype)
@@ -218,10 +218,10 @@ def _from_files(
     attn_implementation: str | None,
     learns: Learns,
 ) -> PreTrainedModel:
-    """A model with all weights of its files, and with no others."""
+    """Load a model with exactly the weights of its files."""
     where = f"{option} {found.given!r}"
     is_local = found.folder is not None and found.gguf_file is None
-    files = WeightFiles(found, option) if is_local else None  # broken ones in words of our own
+    files = WeightFiles(found, option) if is_local else None  # raises our errors for broken files
     if files is not None:
         files.check_sizes(config)
     try:
@@ -232,7 +232,7 @@ def _from_files(
                 dtype=number_format,
                 attn_implementation=attn_implementation,
                 use_safetensors=True,
-                ignore_mismatched_sizes=True,  # refused below, by name and in one line
+                ignore_mismatched_sizes=True,  # check_loaded refuses them in one line
                 output_loading_info=True,
                 **found.arguments,
                 **unpacking(found.gguf_file),
@@ -257,7 +257,7 @@ def _from_files(
 
 
 def _downloaded(found: Source) -> Source:
-    """The local copy of a hub repository that has been downloaded just now."""
+    """Return the local copy of a hub repository that has just been downloaded."""
     config = found.file("config.json")
     assert config is not None
     return Source(found.given, str(config.parent))
@@ -273,17 +273,17 @@ def _adapter_at(found: Source, option: str) -> AdapterFolder | None:
 
 
 def eos_token_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """All ids that end a response; the first is the one that training data gets.
+    """Return all ids that end a response; the first is appended to training data.
 
-    Taken from the student's generation config, else from the one beside the tokenizer, else from
-    the tokenizer.
+    Taken from the student's generation config, else from the one in the tokenizer's folder, else
+    from the tokenizer.
 
     Args:
         source: The student.
         tokenizer: Its tokenizer.
 
     Raises:
-        ModelError: None of them names an end-of-sequence id, or it is no id of the tokenizer.
+        ModelError: None of these has an end-of-sequence id, or it is no id of the tokenizer.
     """
     ids = _generation_eos(source)
     if ids is None and Path(tokenizer.name_or_path or "").is_dir():
@@ -311,7 +311,7 @@ def _generation_eos(source: ModelSource) -> int | list[int] | None:
     if isinstance(source, Mapping):
         return source.get("eos_token_id")
     found = locate(source, "--model.student")
-    if found.gguf_file is not None:  # its tokenizer names the end of a chat's turn
+    if found.gguf_file is not None:  # its tokenizer has the end of a chat turn
         return None
     own = _eos_beside(found)
     adapter = _adapter_at(found, "--model.student") if own is None else None

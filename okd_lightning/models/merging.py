@@ -1,4 +1,4 @@
-"""Folding an adapter into the layers under it, on the live model."""
+"""Merging adapters into their base layers, on a model in memory."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from okd_lightning.errors import ConfigError
 
 
 def merge_adapters(model: PreTrainedModel) -> bool:
-    """Put plain layers with merged weights in place of all adapters, in place.
+    """Replace all adapters of ``model`` in place by plain layers with merged weights.
 
-    Where embedding and head share their weights and either is adapted, they become two: what is
-    merged into one must not reach the other.
+    If embedding and head share their weights and one is adapted, they are untied first: an adapter
+    merged into one must not change the other.
 
     Args:
-        model: With adapters that change its layers.
+        model: A model with adapters on its layers.
 
     Returns:
-        Whether a shared embedding and head were taken apart: the config's ``tie_word_embeddings``
-        has to become False.
+        True if embedding and head were untied: the caller must set the config's
+        ``tie_word_embeddings`` to False.
     """
     is_taken_apart = _take_apart(model.get_input_embeddings(), model.get_output_embeddings())
     _merge_below(model)
@@ -34,13 +34,13 @@ def merge_adapters(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def merged_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A plain model with all adapters folded in, to be saved; ``model`` stays as it is.
+    """Return a plain model with all adapters merged, to be saved; ``model`` is not changed.
 
-    What no adapter changes is shared with ``model``; adapted layers are copied one at a time.
+    Weights without an adapter are shared with ``model``; adapted layers are copied one at a time.
 
     Raises:
-        ConfigError: Embedding and head share their weights and either is adapted: as one plain
-            model of this config they cannot be told apart.
+        ConfigError: Embedding and head share their weights and one is adapted: a plain model of
+            this config cannot have two different tables.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     is_adapted = (_under(embedding), _under(head)) != (embedding, head)
@@ -62,7 +62,7 @@ def merged_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _collect(module: nn.Module, prefix: str, state: dict[str, Tensor]) -> None:
-    """The state of ``module`` as it is when all adapters below are merged."""
+    """Add the state of ``module`` with all adapters below it merged to ``state``."""
     for name, child in module.named_children():
         if isinstance(child, AuxiliaryTrainingWrapper | BaseTunerLayer):
             merged = _plain(deepcopy(child))

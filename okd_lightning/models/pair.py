@@ -1,4 +1,4 @@
-"""A student and its teacher: both loaded alike, on one tokenizer, and whether they compare."""
+"""A student and its teacher: their tokenizer, their loading, and their common vocabulary."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def find_tokenizer(
     student: ModelSource,
     teacher: ModelSource | None,
 ) -> PreTrainedTokenizerBase:
-    """The run's tokenizer: the one that was named, else the student's, else the teacher's.
+    """Return the run's tokenizer: the given one, else the student's, else the teacher's.
 
     Raises:
-        ConfigError: None of them has one, or what was given is none.
+        ConfigError: There is none, or ``tokenizer`` is of another type.
         ModelNotFoundError: It cannot be loaded.
     """
     if isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -67,12 +67,12 @@ def load_checked(
     attn_implementation: str | None,
     learns: Learns = "nothing",
 ) -> PreTrainedModel:
-    """A causal LM that looks at no later token; see ``load_causal_lm`` for the arguments.
+    """Load a model and check that it is causal; see ``load_causal_lm`` for the arguments.
 
-    The adapter of a model in memory is merged into a copy where nothing is trained of it.
+    If nothing is trained, the adapter of a model in memory is merged into a copy.
 
     Raises:
-        ModelError: It cannot be loaded, or is not causal.
+        ModelError: The model cannot be loaded, or is not causal.
     """
     config = load_model_config(source, option, vocab_size)
     model = load_causal_lm(
@@ -92,7 +92,7 @@ def load_checked(
 def check_pair(
     tokenizer: PreTrainedTokenizerBase, student: ModelSource, teacher: ModelSource | None
 ) -> Vocabulary:
-    """The vocabulary on which both models are compared: ids that both tables have rows for.
+    """Return the vocabulary on which both models are compared: ids with a row in both tables.
 
     Raises:
         VocabularyError: A model's own tokenizer differs.
@@ -116,7 +116,7 @@ def check_pair(
 
 
 def _table_rows(source: ModelSource, option: str, vocab_size: int) -> int:
-    """Rows of a model's embedding, or of its head where that has fewer."""
+    """Return the rows of a model's embedding or head, whichever has fewer."""
     rows = int(load_model_config(source, option, vocab_size).get_text_config().vocab_size)
     if not isinstance(source, PreTrainedModel):
         return rows

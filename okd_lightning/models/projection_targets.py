@@ -21,22 +21,22 @@ VALUE_NAMES = frozenset({"v_proj", "value", "v", "wv", "v_lin", "value_proj"})
 FUSED_NAMES = frozenset({"c_attn", "query_key_value", "Wqkv", "qkv_proj", "qkv", "kv_b_proj"})
 
 Layout: TypeAlias = tuple[int, Sequence[tuple[str, int]]]
-"""A fused projection's output rows: how often, which roles of how many rows each, in order."""
+"""Output rows of a fused projection: number of repeats, and (role, rows) in order in each."""
 
 
 def choose_targets(teacher: PreTrainedModel, config: PeftConfig) -> bool:
     """Fill in ``config.target_modules`` with the teacher's query and value projections.
 
-    Nothing is changed where the user named targets, where the adapter has none (prompt learning),
-    or where its targets have other roles by definition ((IA)³).
+    Nothing is changed if the user named targets, if the adapter has none (prompt learning), or if
+    its targets have other roles by definition ((IA)³).
 
     Args:
         teacher: The base model, before the adapter is put on it.
-        config: Changed in place. Where no projection is recognised it stays without targets, and
-            PEFT's own default for the architecture, or its error, applies.
+        config: Changed in place. If no projection is recognised it stays without targets, and
+            PEFT's default for the architecture, or its error, applies.
 
     Returns:
-        Whether targets were chosen here.
+        True if targets were chosen here.
     """
     has_own_roles = config.is_prompt_learning or config.peft_type == PeftType.IA3
     if has_own_roles or getattr(config, "target_modules", None) is not None:
@@ -55,20 +55,20 @@ def keep_keys(teacher: PreTrainedModel, config: PeftConfig) -> list[str]:
 
     The rows of B (Hu et al., arXiv 2106.09685: B A is added to the layer's weight) that belong to
     keys are zeroed and their outputs masked, so that no gradient reaches them: the adapter changes
-    queries and values alone. It is done for plain LoRA, whose output is B's; in other adapters the
-    keys learn too.
+    queries and values only. Applies to plain LoRA, whose output is B's; other adapters train the
+    keys too.
 
     Args:
-        teacher: With the adapter on it.
-        config: The adapter's.
+        teacher: The model with the adapter.
+        config: The adapter's config.
 
     Returns:
-        The names of the fused layers whose keys stay as they are.
+        The names of the fused layers whose keys are not adapted.
     """
     layout = fused_layout(teacher.config)
     if type(config) is not LoraConfig or config.use_dora or layout is None:
         return []
-    if config.init_lora_weights not in (True, False, "gaussian"):  # the base is changed with it
+    if config.init_lora_weights not in (True, False, "gaussian"):  # others change the base weights
         return []
     masked = set()
     for name, module in teacher.named_modules():
@@ -83,9 +83,9 @@ def describe_adapter(teacher: PreTrainedModel, config: PeftConfig, masked: Seque
     """List the layers that an adapter sits on, and whether it adapts keys, in one line.
 
     Args:
-        teacher: With the adapter on it.
-        config: The adapter's.
-        masked: What ``keep_keys`` returned.
+        teacher: The model with the adapter.
+        config: The adapter's config.
+        masked: Result of ``keep_keys``.
     """
     adapted = [name for name, module in teacher.named_modules() if hasattr(module, "base_layer")]
     leaves = sorted({name.rpartition(".")[2] for name in adapted})
@@ -103,7 +103,7 @@ def key_rows(layout: Layout) -> Tensor:
 
 
 def fused_layout(config: PreTrainedConfig) -> Layout | None:
-    """Look up how an architecture lays out its fused projection; None where it is not known."""
+    """Return the layout of an architecture's fused projection; None if unknown."""
     known = _LAYOUTS.get(config.model_type)
     return None if known is None else known(config)
 

@@ -1,9 +1,9 @@
-"""How a model reads a micro-batch: packed where its attention can, else right-padded.
+"""Hidden states of a micro-batch: from packed rows if the model supports them, else right-padded.
 
-A packed row holds several of the batch's rows; position ids that begin again tell transformers'
-masks (and flash attention's lengths) where, as long as neither a cache nor an attention mask is
-passed. A model that carries a state along (Mamba, recurrent layers) or knows no position ids would
-let rows leak into each other without a word, so every model is tried once.
+A packed row holds several of the batch's rows. transformers' masks (and flash attention's lengths)
+find their starts from position ids that restart at 0, if neither a cache nor an attention mask is
+passed. In a model with a recurrent state (Mamba) or without position ids, rows would silently leak
+into each other, so every model is tested once.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from okd_lightning.records.sequences import Sequences
 
 _TRIAL_LENGTHS = (5, 4, 3, 2)
 _TOLERANCE = 0.1
-"""Of a distance relative to the norm: above the rounding of deep models in 16 bits."""
+"""Allowed distance relative to the norm: above the rounding of deep models in 16 bits."""
 
 
 def hidden_at_loss(model: PreTrainedModel, read: Sequences, packs: bool) -> Tensor:
-    """Run ``model`` over a micro-batch and return what its head reads where loss lies.
+    """Run ``model`` over a micro-batch and return its head's inputs at the loss positions.
 
-    Rows that may not share a pass (``row_groups``) are read in several.
+    Rows that may not share a pass (``row_groups``) are read in several passes.
 
     Args:
         model: A causal LM, wrapped or not.
         read: The rows.
-        packs: Whether it reads packed rows (``reads_packed_rows``).
+        packs: Whether the model gets packed rows (``reads_packed_rows``).
 
     Returns:
-        [positions, hidden] at the position before each masked-in token, row by row; gradient flows
-        to the model's parameters.
+        [positions, hidden] at the position before each loss token, row by row; gradient flows to
+        the model's parameters.
     """
     groups = row_groups(model)
     if groups.switch is None:
@@ -69,7 +69,7 @@ def _hidden_of_pass(model: PreTrainedModel, read: Sequences, packs: bool) -> Ten
 
 
 def _idle_passes(model: PreTrainedModel, read: Sequences, num_passes: int) -> Tensor:
-    """Zero, from passes over one token, which leave the model as a short row does."""
+    """Run passes over one token, which reset the model like a short row, and return zero."""
     idle = torch.zeros((), device=read.input_ids.device)
     for _ in range(num_passes):
         ids = read.input_ids[:1, :1]
@@ -78,7 +78,7 @@ def _idle_passes(model: PreTrainedModel, read: Sequences, num_passes: int) -> Te
 
 
 def _most_of_all_ranks(model: PreTrainedModel, num_passes: int) -> int:
-    """Passes of a sharded model are collective: all ranks do as many as the one with most."""
+    """Return the most passes of any rank: a sharded model's passes are collective."""
     if not isinstance(model, FSDPModule):
         return num_passes
     most = torch.tensor(num_passes, device=next(model.parameters()).device)
@@ -87,7 +87,7 @@ def _most_of_all_ranks(model: PreTrainedModel, num_passes: int) -> int:
 
 
 def _fast_layers(model: PreTrainedModel, read_on: torch.device) -> AbstractContextManager[None]:
-    """A CPU's faster products, but for models that are compiled or that transformers recomputes."""
+    """Use oneDNN products on CPUs, unless the model is compiled or transformers recomputes it."""
     if not has_fast_linear() or read_on.type != "cpu":
         return nullcontext()
     has_other_ways = any(
@@ -98,7 +98,7 @@ def _fast_layers(model: PreTrainedModel, read_on: torch.device) -> AbstractConte
 
 
 def _packed_states(model: PreTrainedModel, read: Sequences) -> Tensor:
-    """[packed_batch, packed_seq, hidden], for flash attention in one packed row."""
+    """Return [packed_batch, packed_seq, hidden]; one single packed row for flash attention."""
     packing = read.packing
     ids, positions = read.input_ids[packing.row, packing.column], packing.position_ids
     if _is_flash(model):
@@ -107,16 +107,16 @@ def _packed_states(model: PreTrainedModel, read: Sequences) -> Tensor:
 
 
 def reads_packed_rows(model: PreTrainedModel) -> bool:
-    """Whether a model reads packed rows as it reads each by itself.
+    """Return whether a model gives the same result for packed rows as for separate rows.
 
-    Tried on four short rows in two packed ones, on the device where the weights are: what the
-    model makes of a row may not depend on the one packed before it (exactly, by the gradient), and
-    has to be what it makes of the row alone (within rounding, where that tells of its positions).
-    A model on the meta device cannot be tried and is not packed.
+    Tested with four short rows in two packed ones, on the device of the weights. A row's result
+    must not depend on the row packed before it (exactly, by the gradient), and must equal that of
+    the row alone (within rounding, which tests the positions). A model on the meta device cannot be
+    tested and does not pack.
 
     Args:
-        model: Its weights and mode stay as they are. Prompt learning puts virtual tokens in front
-            of a packed row's first row alone, so it never packs.
+        model: Its weights and mode are not changed. Prompt learning never packs: it prepends its
+            virtual tokens to the first row of a packed row only.
     """
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return False
@@ -130,12 +130,12 @@ def reads_packed_rows(model: PreTrainedModel) -> bool:
 
 
 def packs_rows(model: PreTrainedModel, is_wanted: bool, role: str) -> bool:
-    """Whether a model of a run gets packed rows; said where it cannot read them.
+    """Return whether a model of a run gets packed rows; log if it does not support them.
 
     Args:
         model: The student or the teacher.
         is_wanted: Whether the run packs.
-        role: Which of the two, for the message.
+        role: Its role, for the message.
     """
     packs = is_wanted and reads_packed_rows(model)
     if is_wanted and not packs:
@@ -147,7 +147,7 @@ def packs_rows(model: PreTrainedModel, is_wanted: bool, role: str) -> bool:
 
 
 def _trial_rows(model: PreTrainedModel) -> Sequences:
-    """Rows of different ids with loss everywhere."""
+    """Return rows of different ids with loss on all tokens."""
     lengths = torch.tensor(_TRIAL_LENGTHS)
     shape = len(lengths), int(lengths.max())
     num_ids = model.config.get_text_config().vocab_size
@@ -156,7 +156,7 @@ def _trial_rows(model: PreTrainedModel) -> Sequences:
 
 
 def _leaks(model: PreTrainedModel, read: Sequences) -> bool:
-    """Whether the last row of a packed row depends on the others in it."""
+    """Return whether the last row of a packed row depends on the other rows in it."""
     is_last = read.packing.row == read.packing.row.max(dim=1, keepdim=True).values
     packed = embedding_gradient(model, lambda: _packed_states(model, read)[is_last])
     return bool((packed[~is_last] != 0).any())

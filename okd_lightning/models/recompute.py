@@ -1,8 +1,8 @@
-"""Gradient checkpointing in whatever mode a model is in: students train, teachers are in eval mode.
+"""Gradient checkpointing in training mode (students) and in eval mode (teachers).
 
-transformers' own acts on layers in training mode only, and putting a teacher's layers into training
-mode also switches the dropout on that some architectures apply in the layer itself. Here a layer's
-forward is recomputed as it is, wherever gradients are recorded.
+transformers' checkpointing acts on layers in training mode only. A teacher's layers in training
+mode would also apply the dropout that some architectures have in the layer itself. Here a layer's
+forward is recomputed in its own mode, wherever gradients are recorded.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from okd_lightning.losses.cpu_linear import fast_linears
 
 
 def recompute_activations(model: PreTrainedModel, option: str) -> None:
-    """Keep only the inputs of ``model``'s layers, and run each again in the backward pass.
+    """Keep only the inputs of ``model``'s layers, and recompute each layer in the backward pass.
 
-    Random streams are kept for the second run where a layer is in training mode.
+    The random state is restored for the recomputation if a layer is in training mode.
 
     Args:
-        model: Changed in place, once.
+        model: Changed in place; a second call changes nothing.
         option: How the user named it, for messages.
 
     Raises:
-        ConfigError: The architecture has no layers that can be recomputed.
+        ConfigError: The architecture has no layers that support it.
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
@@ -50,7 +50,7 @@ def _recomputed(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwa
         return forward(*args, **kwargs)
 
     def run(*args: Any) -> Any:
-        with fast_linears(layer, learns=True):  # both times the same kernels
+        with fast_linears(layer, learns=True):  # the same kernels in both runs
             return forward(*args, **kwargs)
 
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=layer.training)

@@ -1,6 +1,6 @@
-"""Step → factor: the learning-rate schedules, as pure functions.
+"""Learning-rate schedules, as pure functions from optimizer step to factor.
 
-Owns the shapes; the optimizer's hook-up is the module's business. Steps are optimizer steps.
+The module connects them to the optimizer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def check_schedule(name: str, option: str = "model.schedule") -> None:
     """Refuse an unknown schedule.
 
     Raises:
-        ConfigError: Naming ``option`` and what there is.
+        ConfigError: The name is unknown; the message lists the schedules.
     """
     if name not in get_args(ScheduleName):
         raise ConfigError(
@@ -26,10 +26,10 @@ def check_schedule(name: str, option: str = "model.schedule") -> None:
 
 
 def schedule_factor(name: ScheduleName, step: int, warmup_steps: int, total_steps: float) -> float:
-    """What the learning rate is multiplied by at ``step``.
+    """Return the factor on the learning rate at ``step``.
 
-    Warm-up rises linearly from 1/warmup_steps to 1; after it the rate stays, or falls to 0 at
-    ``total_steps`` along a line or half a cosine.
+    Warm-up rises linearly from 1/warmup_steps to 1. After it the rate is constant, or falls to 0 at
+    ``total_steps`` linearly or as half a cosine.
 
     Args:
         name: "constant", "linear" or "cosine".

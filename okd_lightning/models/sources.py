@@ -1,7 +1,7 @@
-"""The location of a model's files: a folder, a hub id with or without a revision, a GGUF file.
+"""Location of a model's files: a folder, a hub id with or without a revision, or a GGUF file.
 
-Owns how ``--model.student`` and ``--model.teacher`` are read as text, and the one-line error for
-each way in which such a location cannot be reached. Does not own what is in the files.
+Owns the parsing of ``--model.student`` and ``--model.teacher``, and one-line errors for locations
+that cannot be reached. Does not own the content of the files.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _REMOTE_CODE = ("trust_remote_code", "custom code")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's files are.
+    """Location of a model's files.
 
     Attributes:
-        given: What the user wrote.
-        name: A folder or a hub id, as transformers takes it.
+        given: The user's text.
+        name: A folder or a hub id, for transformers.
         revision: Branch, tag or commit of a hub id; None for its main branch.
         gguf_file: The file within ``name`` that holds config, tokenizer and weights; None for a
             folder of config.json and safetensors.
@@ -58,16 +58,16 @@ class Source:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What every ``from_pretrained`` of transformers gets beside ``name``.
+        """Arguments of transformers' ``from_pretrained`` besides ``name``.
 
-        Code of a repository is never run: without the explicit False transformers asks on stdin.
+        Code of a repository is never run: without the explicit False, transformers asks on stdin.
         """
         known = {"revision": self.revision, "gguf_file": self.gguf_file}
         given = {name: value for name, value in known.items() if value is not None}
         return {"trust_remote_code": False, **given}
 
     def file(self, name: str) -> Path | None:
-        """A file of the folder or repository, downloaded where it has to be; None without it."""
+        """Return a file of the folder or repository, downloaded if necessary; None if missing."""
         if self.folder is not None:
             path = self.folder / name
             return path if path.is_file() else None
@@ -82,10 +82,10 @@ class Source:
 
 
 def _check_settings(folder: Path, where: str) -> None:
-    """Refuse settings and tokenizers of a size that no such file has: they are read whole.
+    """Refuse settings and tokenizer files that are too large: they are read whole into memory.
 
     Raises:
-        ModelError: Naming the file.
+        ModelError: A file is too large; the message names it.
     """
     for path in folder.glob("*"):
         is_large = path.suffix in _SETTINGS and path.is_file() and path.stat().st_size > _LARGEST
@@ -97,18 +97,18 @@ def _check_settings(folder: Path, where: str) -> None:
 
 
 def locate(source: str, option: str) -> Source:
-    """Read what the user wrote as a location.
+    """Parse the user's text as a location.
 
-    In this order: a folder; a ``.gguf`` file; ``owner/name[@revision]`` on the hub;
-    ``owner/name/FILE.gguf[@revision]`` on the hub. A folder may have @ in its name.
+    Tried in this order: a folder (its name may contain @); a ``.gguf`` file;
+    ``owner/name[@revision]`` on the hub; ``owner/name/FILE.gguf[@revision]`` on the hub.
 
     Args:
         source: Folder, file or hub id.
         option: How the user named it, for messages.
 
     Raises:
-        ModelNotFoundError: No such folder or file, or another file than GGUF.
-        ModelError: A GGUF file where the package that reads them is not installed.
+        ModelNotFoundError: No such folder or file, or a file that is not GGUF.
+        ModelError: A GGUF file, and the package that reads it is not installed.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -139,13 +139,13 @@ def locate(source: str, option: str) -> Source:
 
 
 def unreachable(source: Source, option: str, what: str, error: Exception) -> ModelNotFoundError:
-    """The error for a model or tokenizer that does not load, on one line.
+    """Return the one-line error for a model or tokenizer that does not load.
 
     Args:
-        source: Where it should be.
+        source: Its location.
         option: How the user named it.
         what: "model" or "tokenizer".
-        error: What transformers raised.
+        error: The error from transformers.
     """
     start = f"{option} {source.given!r}"
     if needs_remote_code(error):
@@ -167,18 +167,18 @@ REMOTE_CODE_ADVICE = (
 
 
 def needs_remote_code(error: Exception) -> bool:
-    """Whether transformers refused because it would have to run a repository's code."""
+    """Return whether transformers refused to run a repository's code."""
     return any(text in str(error) for text in _REMOTE_CODE)
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a message, or the exception's name."""
+    """Return the first line of a message, or the exception's name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
 def _hub_reason(source: Source, error: Exception) -> str:
-    """Why a hub id cannot be read, and what to do."""
+    """Return the reason why a hub id cannot be read, and the remedy."""
     kinds = {type(cause) for cause in _causes(error)}
 
     def is_any(*wanted: type[Exception]) -> bool:
@@ -219,7 +219,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _other_contents(folder: Path) -> str:
-    """A hint at what else the folder has: a GGUF file, or models in its folders."""
+    """Return a hint at other models in the folder: a GGUF file, or a model in a subfolder."""
     files = sorted(folder.glob(f"*{SUFFIX}"))
     if files:
         return f"; it holds {files[0].name}: give {str(files[0])!r}"

@@ -1,17 +1,16 @@
-"""Text to token ids: the one place for prompts, continuations and the ends of responses.
+"""Text to token ids: prompts, continuations and the ends of responses.
 
-Text rows, chats, the teacher's own prompts, answers of tools and the evaluation of exports all
-tokenize here. The rules:
+Text rows, chats, teacher prompts, tool results and the evaluation of exports all tokenize here. The
+rules:
 
-* Prompt ids are a function of the prompt alone, as the tokenizer gives them: one opening (bos)
-  where the tokenizer or the text brings one, and no closing id that the tokenizer adds.
+* Prompt ids depend on the prompt alone: one opening id (bos) if the tokenizer or the text has one,
+  and no closing id that the tokenizer adds.
 * Continuation ids are the rest of the tokenizer's ids of context + text, so that both together are
-  the ids of the whole text and decode to it. Where a token of the whole text reaches over the edge,
-  the continuation is tokenized by itself, without what the tokenizer adds to or strips from the
-  start of a text.
-* A response has one end: the first end-of-sequence id among the special tokens and blanks that
-  close it. Ends are recognised by their ids.
-* Text of a special token inside a prompt or response is that token, as the tokenizer reads it.
+  the ids of the whole text. Where a token of the whole text crosses the boundary, the continuation
+  is tokenized separately, without what the tokenizer adds to or strips from the start of a text.
+* A response has one end: the first end-of-sequence id among its final special tokens and blanks.
+  Ends are recognised by their ids.
+* The text of a special token inside a prompt or response becomes that token.
 """
 
 from __future__ import annotations
@@ -30,27 +29,27 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from okd_lightning.errors import DataError
 
 RULES_VERSION = 2
-"""Changes whenever the ids of a row may change: runs and caches of other rules are told apart."""
+"""Version of the rules, changed whenever the ids of a row may change; kept by runs and caches."""
 
 _TEXTS_PER_CALL = 1024
 _CHARACTERS_PER_CALL = 1_000_000
 """A fast tokenizer needs about 150 bytes per character for offsets and masks of a call."""
 
 MARGIN = 64
-"""Tokens beyond a limit that are tokenized too: what a cut text changes is at its end."""
+"""Tokens beyond a limit that are tokenized too, because cutting a text changes ids at its end."""
 
 _Encode = Callable[[Sequence[int], Sequence[str]], list[list[int]]]
 
 
 class TextEncoder:
-    """Turn texts into ids with one tokenizer; never pads, never warns about long texts.
+    """Encode texts with one tokenizer; never pads, never warns about long texts.
 
     ``limit`` is the number of ids that a caller keeps. A text that is certain to have more is cut
-    before it is tokenized: its first ``limit`` ids are unchanged, and more than these come back.
+    before it is tokenized: its first ``limit`` ids are unchanged, and more than these are returned.
 
     Args:
-        tokenizer: Fast ones are exact at every edge. One without a ``tokenizers`` backend is used
-            as it is where a token reaches over the edge of two texts.
+        tokenizer: A fast one is exact at every boundary. One without a ``tokenizers`` backend is
+            used unchanged where a token crosses the boundary of two texts.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -58,7 +57,7 @@ class TextEncoder:
         self._closing: dict[int, bool] = {}
 
     def plain(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts by themselves, without the special tokens that the tokenizer adds.
+        """Return the ids of separate texts, without the special tokens that the tokenizer adds.
 
         Raises:
             DataError: The tokenizer has neither a token nor an unknown token for a character.
@@ -68,16 +67,16 @@ class TextEncoder:
     def prompts(
         self, texts: Sequence[str], *, is_rendered: bool = False, limit: int | None = None
     ) -> list[list[int]]:
-        """Ids of the beginnings of sequences.
+        """Return the ids of prompts.
 
         Args:
             texts: Prompts.
-            is_rendered: Whether a chat template has written all special tokens already, so that the
-                tokenizer adds none.
+            is_rendered: True if a chat template has already added all special tokens; the tokenizer
+                then adds none.
             limit: Ids of a prompt that are kept.
 
         Returns:
-            For each text its opening once, then its own ids, without closing ids that the tokenizer
+            For each text one opening id, then its own ids, without closing ids that the tokenizer
             adds.
 
         Raises:
@@ -88,7 +87,7 @@ class TextEncoder:
             found: list[list[int]] = []
             for batch in _batches(cut):
                 encoded = self._call(batch, adds_special_tokens=not is_rendered)
-                masks = encoded["special_tokens_mask"]  # 1 on what the tokenizer has added
+                masks = encoded["special_tokens_mask"]  # 1 on ids that the tokenizer has added
                 found += map(self._opened, encoded["input_ids"], masks)
             return found
 
@@ -97,10 +96,10 @@ class TextEncoder:
     def continuations(
         self, contexts: Sequence[str], texts: Sequence[str], *, limit: int | None = None
     ) -> list[list[int]]:
-        """Ids of texts that follow other texts.
+        """Return the ids of texts that follow other texts.
 
         Args:
-            contexts: What stands before each text.
+            contexts: The text before each text.
             texts: The continuations.
             limit: Ids of a continuation that are kept.
 
@@ -118,12 +117,12 @@ class TextEncoder:
     def end_of(
         self, ids: Sequence[int], eos_ids: Collection[int], *, any_special: bool = False
     ) -> int | None:
-        """Count the ids of a response with the one that ends it; None where none does.
+        """Count the ids of a response up to and with its end; None if it has no end.
 
         Args:
             ids: A response that may close with special tokens and blanks.
             eos_ids: Ids that end a response.
-            any_special: Whether the last special token is the end where no eos is among them.
+            any_special: Whether the last special token is the end if there is no eos.
         """
         start = len(ids)
         while start and (ids[start - 1] in eos_ids or self._closes(ids[start - 1])):
@@ -135,7 +134,7 @@ class TextEncoder:
         return start + closing.index(ends[0]) + 1 if ends else None
 
     def text_of(self, token: int) -> str:
-        """What stands in a text for one token."""
+        """Return the text of one token."""
         added = self.tokenizer.added_tokens_decoder.get(token)
         return str(self.tokenizer.decode([token])) if added is None else added.content
 
@@ -150,11 +149,11 @@ class TextEncoder:
                 truncation=False,
                 return_attention_mask=False,
                 return_special_tokens_mask=True,
-                verbose=False,  # no warning about model_max_length: our own limits come later
+                verbose=False,  # no warning about model_max_length: our limits apply later
             )
 
     def _opened(self, ids: list[int], is_added: list[int]) -> list[int]:
-        """The ids without added closing ones, and with one opening also where the text has it."""
+        """Return the ids without added closing ids, and with one opening id at most."""
         own = [place for place, added in enumerate(is_added) if not added]
         bos = [self.tokenizer.bos_token_id]
         if own:
@@ -168,12 +167,12 @@ class TextEncoder:
         return opening + rest
 
     def _rests(self, contexts: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
-        """What the ids of context + text have beyond those of the context."""
+        """Return the ids of context + text without those of the context."""
         try:
             before = self.plain(contexts)
             whole = self.plain([a + b for a, b in zip(contexts, texts, strict=True)])
         except DataError:
-            if len(texts) == 1:  # words that only exist apart
+            if len(texts) == 1:  # the concatenation cannot be encoded, only the parts can
                 return self._middles(texts)
             pairs = zip(contexts, texts, strict=True)
             return [self._rests([context], [text])[0] for context, text in pairs]
@@ -186,7 +185,7 @@ class TextEncoder:
         return [next(middles) if ids is None else ids for ids in found]
 
     def _middles(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts by themselves, without what happens at the start of a text."""
+        """Return the ids of separate texts, without the normalisation of a text's start."""
         if self._inner is None or not texts:
             return self.plain(texts)
         found: list[list[int]] = []
@@ -198,7 +197,7 @@ class TextEncoder:
 
     @cached_property
     def _inner(self) -> Tokenizer | None:
-        """The fast tokenizer as it is in the middle of a text; None for a slow one."""
+        """The fast tokenizer without normalisation of a text's start; None for a slow one."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             return None
@@ -215,19 +214,19 @@ class TextEncoder:
     # ---------------------------------------------------------------- long texts
 
     def _room(self, limit: int | None) -> int | None:
-        """Characters that have more than ``limit`` ids, whatever they are."""
+        """Return a number of characters that always gives more than ``limit`` ids."""
         return None if limit is None else (limit + MARGIN) * self._longest_token
 
     @cached_property
     def _longest_token(self) -> int:
-        """Characters of the longest token; byte-level tokens count one a byte."""
+        """Characters of the longest token; of a byte-level token, its bytes."""
         return max(map(len, self.tokenizer.get_vocab()))
 
     def _within(self, limit: int | None, texts: Sequence[str], encode: _Encode) -> list[list[int]]:
-        """Encode as much of each text as decides its first ``limit`` ids.
+        """Encode as much of each text as determines its first ``limit`` ids.
 
-        A text whose normalisation or unknown tokens take more characters than any token has is
-        tokenized further, at last as a whole.
+        If that gives too few ids (normalisation or unknown tokens can use more characters than any
+        token has), longer parts are encoded, in the end the whole text.
         """
         room = self._room(limit)
         rows: Sequence[int] = range(len(texts))
@@ -252,7 +251,7 @@ class TextEncoder:
         return frozenset(found - {self.tokenizer.unk_token_id})
 
     def _closes(self, token: int) -> bool:
-        """Whether a token may stand behind the end of a response: special, or blank."""
+        """Return whether a token may follow the end of a response: special, or blank."""
         if token not in self._closing:
             is_blank = not str(self.tokenizer.decode([token])).strip()
             self._closing[token] = is_blank or token in self._special_ids
@@ -261,7 +260,7 @@ class TextEncoder:
 
 @contextmanager
 def _encoding(texts: Sequence[str]) -> Iterator[None]:
-    """Turn what the tokenizers library raises, a plain Exception, into an error of ours."""
+    """Convert the plain Exception of the tokenizers library into a DataError."""
     try:
         yield
     except Exception as error:
@@ -274,7 +273,7 @@ def _encoding(texts: Sequence[str]) -> Iterator[None]:
 
 
 def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
-    """Consecutive texts, as many as one call takes."""
+    """Yield consecutive texts, as many as fit in one call."""
     batch: list[str] = []
     size = 0
     for text in texts:
@@ -288,12 +287,12 @@ def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _read(part: Normalizer | PreTokenizer | None) -> Any:
-    """A normalizer or pre-tokenizer as it is written to tokenizer.json."""
+    """Return a normalizer or pre-tokenizer in its tokenizer.json form."""
     return None if part is None else json.loads(part.__getstate__())
 
 
 def _without_start(part: Any) -> Any:
-    """A serialized normalizer or pre-tokenizer that treats the start of a text like its middle."""
+    """Return a serialized normalizer or pre-tokenizer without its treatment of a text's start."""
     match part:
         case {"type": "Sequence"}:
             name = "normalizers" if "normalizers" in part else "pretokenizers"

@@ -1,6 +1,6 @@
-"""Differences between the supported releases of transformers (5.19 to 5.23), in one place.
+"""Differences between the supported releases of transformers (5.19 to 5.23).
 
-Owns names that only some releases have. Nothing else asks which release is installed.
+Owns names that only some releases have. No other file depends on the release.
 """
 
 from __future__ import annotations
@@ -10,6 +10,6 @@ from transformers import cache_utils
 STATELESS_LAYERS: tuple[type, ...] = (
     (cache_utils.DummyLayer,) if hasattr(cache_utils, "DummyLayer") else ()
 )
-"""Cache layers that keep nothing: of blocks without attention, or that share another's keys and
+"""Cache layers without content: of blocks without attention, or that share another block's keys and
 values. 5.23 has a class for them; before, the former are ``LinearAttentionLayer``, and the latter
 have no cache layer."""

@@ -1,8 +1,8 @@
-"""Vocabulary agreement: two models can be compared token by token only if their ids mean the same.
+"""Vocabulary agreement: a comparison by token needs the same ids for the same tokens.
 
-Owns the comparison by content and the set of valid ids. Embedding tables are often padded beyond
-the tokenizer (Qwen2.5: 151,665 tokens in tables of 151,936 and 152,064 rows); the padding is masked
-on both sides, never compared.
+Owns the comparison of tokenizers by content and the set of valid ids. Embedding tables are often
+padded beyond the tokenizer (Qwen2.5: 151,665 tokens in tables of 151,936 and 152,064 rows); the
+padding is masked on both sides and never compared.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _PROBE = "The 3 quick foxes' naïve café — 12,345.60€!\n\tdef f(x): return 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The ids that a tokenizer knows and the models have rows for.
+    """Ids that the tokenizer has and the models have rows for.
 
     Attributes:
         size: One more than the largest such id; logits are cut to this width.
-        invalid_ids: Ids below ``size`` that no token has (nearly always none).
+        invalid_ids: Ids below ``size`` without a token (nearly always none).
     """
 
     size: int
@@ -34,13 +34,13 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-        """The valid ids of a tokenizer."""
+        """Return the valid ids of a tokenizer."""
         ids = set(tokenizer.get_vocab().values())
         size = max(ids) + 1
         return cls(size, tuple(sorted(set(range(size)) - ids)))
 
     def cut(self, logits: Tensor) -> Tensor:
-        """Logits over valid ids only: [..., any] → [..., size], minus infinity where invalid."""
+        """Cut logits to valid ids: [..., any] → [..., size], minus infinity where invalid."""
         valid = logits[..., : self.size]
         if not self.invalid_ids:
             return valid
@@ -48,10 +48,10 @@ class Vocabulary:
         return valid.index_fill(-1, index, float("-inf"))
 
     def within(self, rows: int) -> Vocabulary:
-        """The ids that a table of ``rows`` rows has as well.
+        """Return the ids that a table of ``rows`` rows also has.
 
-        A tokenizer may know more (Gemma 3 1B: 262,145 ids, 262,144 rows): those beyond are never
-        sampled, have no probability, and no row of the data may use one.
+        A tokenizer may have more ids (Gemma 3 1B: 262,145 ids, 262,144 rows). These have no
+        probability, are never sampled, and must not occur in the data.
         """
         if rows >= self.size:
             return self
@@ -61,12 +61,12 @@ class Vocabulary:
         """Refuse ids that a model's table has no row for.
 
         Args:
-            ids: Which.
-            what: Where they come from, such as "the student's end-of-sequence ids".
+            ids: The ids.
+            what: Their origin, such as "the student's end-of-sequence ids".
             tokenizer: Names the token in the message.
 
         Raises:
-            VocabularyError: Naming the first of them.
+            VocabularyError: An id has no row; the message names the first one.
         """
         beyond = [i for i in ids if i >= self.size]
         if beyond:
@@ -79,16 +79,16 @@ class Vocabulary:
 
 
 def _probes(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> tuple[str, str]:
-    """A text of many kinds of characters, and one of the tokenizer's own tokens."""
+    """Return a text of many kinds of characters, and a text of the tokenizer's tokens."""
     size = min(len(tokenizer), rows or len(tokenizer))
     ids = range(0, size, 1 + size // 64)
     return _PROBE, str(tokenizer.decode(list(ids)))
 
 
 def probe_texts(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[int]]]:
-    """Texts in which tokenizers differ if they differ, with the ids that this one cuts them into.
+    """Return texts that reveal differences between tokenizers, with this tokenizer's ids.
 
-    A text for which it has no tokens is left out.
+    A text that it cannot encode is left out.
     """
     found = [(text, _cut(tokenizer, text)) for text in _probes(tokenizer)]
     return [(text, ids) for text, ids in found if ids is not None]
@@ -97,15 +97,15 @@ def probe_texts(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[int]
 def check_vocabulary_agreement(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, rows: int | None = None
 ) -> None:
-    """Refuse two tokenizers that give the same id to different tokens, or cut text differently.
+    """Refuse two tokenizers that give an id to different tokens, or split text differently.
 
     Args:
-        student: One of them.
-        teacher: The other.
-        rows: Rows of the model's table: ids beyond are not compared. None compares all.
+        student: The student's tokenizer.
+        teacher: The teacher's tokenizer.
+        rows: Rows of the model's table: ids beyond it are not compared. None compares all.
 
     Raises:
-        VocabularyError: Naming what differs and what can be used instead.
+        VocabularyError: They differ; the message names the difference and the alternatives.
     """
     student_ids, teacher_ids = _ids(student, rows), _ids(teacher, rows)
     if student_ids != teacher_ids:
@@ -118,7 +118,7 @@ def check_vocabulary_agreement(
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> dict[str, int]:
-    """Token → id, without ids beyond ``rows`` and without the names that GGUF gives to padding."""
+    """Return token → id, without ids beyond ``rows`` and without GGUF's names for padding."""
     vocabulary = tokenizer.get_vocab()
     if rows is None:
         return vocabulary
@@ -126,7 +126,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> dict[str, int]
 
 
 def _cut(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int] | None:
-    """Ids of a text; None where the tokenizer has no token for some of its characters."""
+    """Return the ids of a text; None if the tokenizer has no token for a character."""
     try:
         return TextEncoder(tokenizer).plain([text])[0]
     except DataError:

@@ -1,7 +1,7 @@
-"""Checks that a model has the weights of its files: all of them, finite, and trainable if trained.
+"""Checks that a model has all weights of its files, finite, and trainable if trained.
 
-transformers fills what a folder lacks with random numbers and logs a table; a run would go on from
-there. Here every such case is an error that names the weights. Owns no loading.
+transformers fills missing weights with random numbers and only logs a table. Here every such case
+is an error that names the weights. Owns no loading.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from okd_lightning.errors import ModelError
 from okd_lightning.models.weight_files import WeightFiles
 
 Learns: TypeAlias = Literal["all", "adapter", "nothing"]
-"""What is trained of a model: its own weights, an adapter on frozen ones, or nothing."""
+"""Trained part of a model: its own weights, an adapter on frozen ones, or nothing."""
 
 _SHOWN = 3
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -31,9 +31,9 @@ _WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @contextmanager
 def without_load_report() -> Iterator[None]:
-    """Within it transformers logs no table of missing weights: ``check_loaded`` raises in one line.
+    """Within the context, suppress transformers' table of missing weights; ``check_loaded`` raises.
 
-    A filter and not a level, so that everything else that transformers says is still seen.
+    A filter and not a log level, so that all other messages are still shown.
     """
     logger = logging.getLogger("transformers.modeling_utils")
 
@@ -48,16 +48,16 @@ def without_load_report() -> Iterator[None]:
 
 
 def check_loaded(model: PreTrainedModel, info: Mapping[str, Any], where: str) -> None:
-    """Refuse a model that has not got all its weights from its files.
+    """Refuse a model whose files do not have all its weights.
 
     Args:
-        model: As ``from_pretrained`` returned it.
+        model: The model that ``from_pretrained`` returned.
         info: Its loading info (``output_loading_info=True``): tied weights and buffers that are
             computed are not among the missing ones.
         where: Option and folder, for messages.
 
     Raises:
-        ModelError: Weights are missing, or of another shape.
+        ModelError: Weights are missing, or have another shape.
     """
     num_weights = len(model.state_dict())
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
@@ -86,9 +86,9 @@ def check_loaded(model: PreTrainedModel, info: Mapping[str, Any], where: str) ->
 
 
 def note_untied(model: PreTrainedModel) -> None:
-    """Let the config say it where the files hold an embedding and another head despite it.
+    """Set ``tie_word_embeddings`` to False if head and embedding of the files are separate.
 
-    transformers leaves such tables apart; a model built from the config again would tie them.
+    transformers keeps such tables separate; a model built from the config again would tie them.
     """
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
     first, second = (getattr(table, "weight", None) for table in tables)
@@ -100,7 +100,7 @@ def note_untied(model: PreTrainedModel) -> None:
 
 
 def warn_unexpected(names: Collection[str], where: str) -> None:
-    """Say once which stored weights have no place in the model."""
+    """Warn about stored weights that the model does not have."""
     warnings.warn(
         f"{where}: {len(names)} stored weights have no place in this architecture and are not used "
         f"({_some(sorted(names))})",
@@ -117,18 +117,18 @@ def check_stored_formats(
 ) -> None:
     """Refuse stored numbers that are no weights, or too coarse to be trained.
 
-    Integers without a quantization_config have lost their scales: read as numbers they are another
-    model. The same holds for fp8, but that a frozen model may be stored in it without scales.
+    Integers without a quantization_config lack their scales and give wrong weights. The same holds
+    for fp8, except that a frozen model may be stored in fp8 without scales.
 
     Args:
-        model: With its parameters, maybe on the meta device.
-        files: What it was loaded from.
+        model: The loaded model; parameters may be on the meta device.
+        files: Its files.
         where: Option and folder, for messages.
-        learns: What is trained of it.
-        unexpected: Stored names that have no place in the model.
+        learns: Which part is trained.
+        unexpected: Stored names that the model does not have.
 
     Raises:
-        ModelError: Naming the weights and their number format.
+        ModelError: There are such weights; the message names them and their number format.
     """
     if is_quantised(model):
         return
@@ -154,17 +154,17 @@ def check_stored_formats(
 
 
 def check_values(model: PreTrainedModel, where: str, learns: Learns) -> None:
-    """Refuse weights that are not finite, or that cannot be trained and are to be.
+    """Refuse weights that are not finite, or that are to be trained and cannot be.
 
-    One pass over all weights. What is on the meta device is looked at when it is filled.
+    One pass over all weights. Weights on the meta device are checked when they are loaded.
 
     Args:
-        model: A loaded model; stays as it is.
+        model: A loaded model; not changed.
         where: Option and folder, for messages.
-        learns: What is trained of it.
+        learns: Which part is trained.
 
     Raises:
-        ModelError: Naming the weights.
+        ModelError: There are such weights; the message names them.
     """
     parameters = dict(model.named_parameters())
     broken = [name for name, value in parameters.items() if not is_finite(value)]
@@ -175,7 +175,7 @@ def check_values(model: PreTrainedModel, where: str, learns: Learns) -> None:
 
 
 def not_finite(names: Collection[str], where: str) -> str:
-    """The message for weights with NaN or infinity in them."""
+    """Return the message for weights with NaN or infinity."""
     return (
         f"{where}: {len(names)} weights hold NaN or infinity ({_some(sorted(names))}); the model "
         "was broken when it was saved: use an earlier checkpoint of it"
@@ -186,7 +186,7 @@ def check_trainable(parameters: Iterable[tuple[str, nn.Parameter]], where: str) 
     """Refuse to train integers or fp8.
 
     Raises:
-        ModelError: Naming the weights and their number format.
+        ModelError: There are such weights; the message names them and their number format.
     """
     found = {name: value.dtype for name, value in parameters if value.dtype not in _WIDE}
     if found:
@@ -200,18 +200,18 @@ def check_trainable(parameters: Iterable[tuple[str, nn.Parameter]], where: str) 
 
 
 def is_finite(value: Tensor) -> bool:
-    """Whether all elements are finite, without a copy of the tensor (fp8 is widened)."""
+    """Return whether all elements are finite, without a copy of the tensor (fp8 is widened)."""
     if value.is_meta or not value.numel() or not value.dtype.is_floating_point:
         return True
     value = value.detach()
     if value.dtype not in _WIDE:
         value = value.to(torch.bfloat16)
-    lowest, highest = torch.aminmax(value)  # NaN goes through both
+    lowest, highest = torch.aminmax(value)  # both are NaN if any element is
     return bool(lowest.isfinite() & highest.isfinite())
 
 
 def is_quantised(model: PreTrainedModel) -> bool:
-    """Whether transformers loaded the model as a quantised one, packed or unpacked again."""
+    """Return whether transformers loaded the model as a quantised one, dequantised or not."""
     return (
         getattr(model, "hf_quantizer", None) is not None
         or getattr(model.config, "quantization_config", None) is not None
@@ -219,7 +219,7 @@ def is_quantised(model: PreTrainedModel) -> bool:
 
 
 def computed_buffers(model: nn.Module) -> set[str]:
-    """Names of buffers that are worked out from the config and in no file."""
+    """Return the names of buffers that are computed from the config and stored in no file."""
     return {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
@@ -228,7 +228,7 @@ def computed_buffers(model: nn.Module) -> set[str]:
 
 
 def is_ignored(name: str, patterns: Iterable[str] | None) -> bool:
-    """Whether one of a model class's patterns excuses a name."""
+    """Return whether one of a model class's ignore patterns matches a name."""
     return any(re.search(pattern, name) for pattern in patterns or ())
 
 

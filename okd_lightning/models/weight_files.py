@@ -1,7 +1,7 @@
-"""The safetensors files of one model: which there are, what they hold, and rows of it.
+"""The safetensors files of one model: their names, headers, and rows of their weights.
 
-Owns the choice of files (the one that transformers makes), their headers, and one readable error
-for every way in which such files are broken. Reads no weights until rows are asked for.
+Owns the choice of files (the same as transformers'), their headers, and one-line errors for broken
+files. Reads no weights until rows are requested.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _WIDTHS = ("hidden_size", "vocab_size", "intermediate_size", "num_attention_heads")
 _MOST_PACKED = 16
-"""Numbers of 2 bits that one of 32 bits holds."""
+"""2-bit numbers in one 32-bit number."""
 
 _SPARE_LAYERS, _SPARE_NUMBERS = 1000, 1 << 28
-"""What may be built in vain: smaller differences are found, and named, after loading."""
+"""Tolerated excess of the config over the files: smaller differences are found after loading."""
 
 _LFS_POINTER = b"version https://git-lfs"
 
 
 def safetensors_in(folder: Path) -> list[Path]:
-    """The files that transformers loads from a folder, by name; empty where there are none.
+    """Return the files that transformers loads from a folder, sorted by name; may be empty.
 
     Raises:
-        ModelError: An index that cannot be read, or that names files which are not there.
+        ModelError: An index that cannot be read, or that names missing files.
     """
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
@@ -88,7 +88,7 @@ class WeightFiles:
 
     @cached_property
     def dtypes(self) -> dict[str, str]:
-        """Name → number format as safetensors writes it, such as BF16 or F8_E4M3."""
+        """Number format of each name, in safetensors' notation, such as BF16 or F8_E4M3."""
         found = {}
         for file in sorted(set(self._files.values())):
             with safe_open(file, framework="pt") as opened:
@@ -98,7 +98,7 @@ class WeightFiles:
 
     @cached_property
     def num_elements(self) -> int:
-        """Numbers in all files; of quantised weights what they are packed into."""
+        """Numbers in all files; of quantised weights, the packed numbers."""
         total = 0
         for file in sorted(set(self._files.values())):
             with safe_open(file, framework="pt") as opened:
@@ -107,12 +107,12 @@ class WeightFiles:
         return total
 
     def check_sizes(self, config: PretrainedConfig) -> None:
-        """Refuse a config of a model that is far larger than what is stored.
+        """Refuse a config of a model that is far larger than the stored weights.
 
-        It would be built, and initialised, before any difference is noticed.
+        Otherwise the model would be built and initialised before the difference is found.
 
         Raises:
-            ModelError: Naming the setting.
+            ModelError: The config is too large; the message names the setting.
         """
         text = config.get_text_config()
         layers, width = (getattr(text, n, None) for n in ("num_hidden_layers", "hidden_size"))
@@ -126,25 +126,25 @@ class WeightFiles:
             )
 
     def _is_too_wide(self, size: object, width: object) -> bool:
-        """Whether a table of ``size`` rows has far more numbers than are stored."""
+        """Return whether a table of ``size`` rows has far more numbers than are stored."""
         if not (isinstance(size, int) and isinstance(width, int)):
             return False
         return size * width > _MOST_PACKED * self.num_elements + _SPARE_NUMBERS
 
     def stored_under(self, names: Sequence[str]) -> str | None:
-        """The first of ``names`` under which a weight is stored."""
+        """Return the first of ``names`` under which a weight is stored; None if there is none."""
         return next((name for name in names if name in self._files), None)
 
     def rows(
         self, names: Sequence[str], start: int, end: int, shape: Sequence[int] | None = None
     ) -> Tensor:
-        """[end - start, ...] rows of the weight that is stored under one of ``names``.
+        """Return [end - start, ...] rows of the weight that is stored under one of ``names``.
 
         Args:
-            names: What it may be called.
+            names: Possible names.
             start: First row.
-            end: After the last one.
-            shape: What the whole weight should be; None accepts any.
+            end: One after the last row.
+            shape: Expected shape of the whole weight; None accepts any.
 
         Raises:
             ModelError: It is stored under none of them, or in another shape.
@@ -167,7 +167,7 @@ class WeightFiles:
         return part
 
     def whole(self, name: str) -> Tensor:
-        """All of the weight that is stored under ``name``."""
+        """Return the whole weight that is stored under ``name``."""
         with safe_open(self._files[name], framework="pt") as opened:
             return cast(Tensor, opened.get_tensor(name))
 
@@ -205,7 +205,7 @@ class WeightFiles:
 
 
 def read_safetensors_error(file: Path, error: Exception) -> str:
-    """What is wrong with a safetensors file that could not be opened."""
+    """Return the message for a safetensors file that could not be opened."""
     size = file.stat().st_size
     with file.open("rb") as content:
         is_pointer = content.read(len(_LFS_POINTER)) == _LFS_POINTER
@@ -232,7 +232,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _named_in_config(folder: Path) -> str | None:
-    """The file that config.json names as ``transformers_weights``."""
+    """Return the file that config.json names as ``transformers_weights``; None without one."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

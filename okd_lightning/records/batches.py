@@ -252,7 +252,7 @@ class DistillBatch:
         sampled: Counts of the student's responses in the step, for the divisor of their loss.
             None outside training.
         metrics: Rollout speed and lengths of this batch, to be logged.
-        credits: [batch] advantage of each reward term, by the term's name; 0 on rows without one.
+        credits: [batch] advantage of each reward term, by its name; 0 on rows without one.
         teacher_input_ids: [batch, teacher_seq] the teacher's own prompts with the same responses;
             rows without an own prompt are as in ``input_ids``. None if it reads ``input_ids``.
         teacher_lengths: [batch] real tokens of each of these rows.

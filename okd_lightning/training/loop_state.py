@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning
 
+from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError
 
 STOPPED = "okd_lightning_stopped"
@@ -49,6 +50,29 @@ def settle_loops(checkpoint: dict[str, Any], accumulate_grad_batches: int) -> No
     if total["completed"] == total["processed"]:  # before a rollout, or at the end of the run
         for part in (current, total):
             part["completed"] = part["processed"] - 1
+
+
+def validation_follows(trainer: lightning.Trainer) -> bool:
+    """Return whether the validation after this batch is still to come: a resume would skip it."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if isinstance(data, RolloutDataModule) and data.sources["val"] is None:
+        return False
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None
+    return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+
+
+def mark_due_validation(trainer: lightning.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Record that a checkpoint written in ``on_train_batch_end`` precedes a validation.
+
+    Lightning takes that validation for done, so that a run resumed from a ``ModelCheckpoint`` with
+    ``every_n_train_steps`` would skip it.
+    """
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current
+    # a batch is completed only after the callbacks' on_train_batch_end
+    is_open = batches.processed > batches.completed  # type: ignore[attr-defined]
+    if trainer.training and is_open and validation_follows(trainer):
+        checkpoint.setdefault(STOPPED, {"validation_is_due": True})
 
 
 def record_hparams(module: lightning.LightningModule, settings: Mapping[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ from okd_lightning.checkpoints.signature import run_signature
 from okd_lightning.errors import CheckpointError
 from okd_lightning.teachers import OnlineModuleSettings
 from okd_lightning.training.arguments import peft_config_of
-from okd_lightning.training.loop_state import settle_loops
+from okd_lightning.training.loop_state import mark_due_validation, settle_loops
 from okd_lightning.training.step_metrics import unlogged_row
 from okd_lightning.training.step_terms import kind_of
 
@@ -46,6 +46,7 @@ def add_state(module: DistillationModule, checkpoint: dict[str, Any]) -> None:
     }
     check_finite(trained, f"the checkpoint of step {trainer.global_step}")
     make_durable(trainer)
+    mark_due_validation(trainer, checkpoint)
     hparams = checkpoint.get("hyper_parameters", {})
     for name in module.recorded:  # of the run; a subclass's own hyper-parameters stay
         hparams.pop(name, None)

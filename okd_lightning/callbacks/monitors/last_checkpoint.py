@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from okd_lightning.checkpoints.files import read_checkpoint
-from okd_lightning.data import RolloutDataModule
 from okd_lightning.durable_files import sync_file
 from okd_lightning.errors import CheckpointError, ConfigError
+from okd_lightning.training.loop_state import validation_follows
 
 _RECORDS = ("*.csv", "*.jsonl")
 
@@ -192,13 +192,3 @@ def move_to_end(trainer: lightning.Trainer, kind: type[Checkpoint]) -> None:
     """Have Lightning call the callbacks of one kind behind all others."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     trainer.callbacks = sorted(callbacks, key=lambda c: isinstance(c, kind))  # type: ignore[attr-defined]
-
-
-def validation_follows(trainer: lightning.Trainer) -> bool:
-    """Whether this batch's validation is still to come: a run resumed here would skip it."""
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    if isinstance(data, RolloutDataModule) and data.sources["val"] is None:
-        return False
-    loop = trainer.fit_loop
-    assert loop._data_fetcher is not None
-    return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))

@@ -24,13 +24,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from okd_lightning.callbacks.monitors.last_checkpoint import (
     LastCheckpoint,
     move_to_end,
-    validation_follows,
 )
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.durable_files import write_json
 from okd_lightning.errors import OutputError, PreemptedError
 from okd_lightning.rollouts.agreement import StopRequest
-from okd_lightning.training.loop_state import STOPPED
+from okd_lightning.training.loop_state import STOPPED, validation_follows
 from okd_lightning.training.run_records import STOPPED_FILE
 
 
