@@ -1,7 +1,7 @@
 """Knowledge distillation of autoregressive language models on PyTorch Lightning.
 
-The names that a script starts with; they are imported when they are first used, because torch and
-transformers take seconds:
+Main names for scripts. They are imported at first use, because importing torch and transformers
+takes seconds:
 
     from okd_lightning import GKD, DistillationModule, RolloutDataModule
 """
@@ -22,11 +22,11 @@ _DENIED = (
     *("torch.hub", "torch.load", "torch.multiprocessing", "torch.package", "torch.serialization"),
     *("torch.utils.cpp_extension", "torch.utils.model_zoo"),
 )
-"""Besides jsonargparse's own list: os, subprocess, pickle, importlib and the like."""
+"""Additions to jsonargparse's own list (os, subprocess, pickle, importlib and the like)."""
 
-# For the whole process, a script's own parsers too: a value of a type that takes anything
+# For the whole process, a script's own parsers too: a value of a type that accepts anything
 # (``dict[str, Any]``) never becomes an object, and nothing that runs programs or reads pickles can
-# be named, wherever a config comes from. What a checkpoint's config may name: ``config_trust``.
+# be named, wherever a config comes from. ``config_trust``: what a checkpoint's config may name.
 set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[*_DENIED])
 
 if TYPE_CHECKING:

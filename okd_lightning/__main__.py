@@ -1,6 +1,6 @@
-"""The front door: ``okd-lightning`` and ``python -m okd_lightning``.
+"""Entry point: ``okd-lightning`` and ``python -m okd_lightning``.
 
-Answers ``--version``, ``--help`` and a mistyped command at once; everything else imports the
+Handles ``--version``, ``--help`` and a mistyped command at once; everything else imports the
 command line (several seconds of torch and transformers) and runs it.
 """
 
@@ -44,7 +44,7 @@ first steps:
 
 
 def usage() -> str:
-    """The overview that ``--help`` prints."""
+    """Return the overview that ``--help`` prints."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
     return _USAGE.format(commands="\n".join(lines))
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: The arguments behind the program's name; None takes ``sys.argv``.
+        argv: The arguments after the program's name; None for ``sys.argv``.
 
     Returns:
         The exit status: 0, or 1 for an error, 2 for wrong usage.
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    # seconds of imports, not paid for --version
+    # takes seconds, avoided for --version
     from okd_lightning.commands.cli import run  # noqa: PLC0415
     from okd_lightning.commands.compare.command import compare_command  # noqa: PLC0415
     from okd_lightning.commands.diagnose.command import diagnose_command  # noqa: PLC0415

@@ -1,8 +1,8 @@
-"""Files and texts of others, read within limits: regular files, of some size, of some nesting.
+"""Untrusted files and texts, read within limits: regular files of limited size and nesting.
 
-A path that a user types may be a pipe that nobody writes to or a device without end; JSON may hold
-numbers and nesting that Python refuses with errors of its own; YAML aliases let ten lines stand for
-a billion values. Each becomes an error of the class that the caller names.
+A path that a user types may be a pipe without a writer or an endless device; JSON may hold numbers
+and nesting that Python refuses with its own errors; YAML aliases can expand ten lines to a billion
+values. Each becomes an error of the class that the caller names.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from okd_lightning.errors import OKDLightningError, one_line
 Refusal = type[OKDLightningError]
 
 _LARGEST = 64 << 20
-"""Bytes of a file of settings; tokenizers of 250,000 ids take 35 MB."""
+"""Bytes of a settings file; tokenizers of 250,000 ids take 35 MB."""
 
 _MOST_NODES = 100_000
-"""Values that a YAML text may stand for, with its aliases followed."""
+"""Values that a YAML text may expand to, with its aliases followed."""
 
 _DEEPEST = 100
 _MOST_BITS = 14_284  # of 4300 digits
 _MOST_TIMES, _UNCHECKED = 250, 1 << 30
-"""A gzip file may grow by this factor, beyond the first GiB; texts grow by 3 to 30."""
+"""A gzip file may grow by this factor beyond the first GiB; texts grow by 3 to 30."""
 
 _PIECE = 1 << 20
 
@@ -37,7 +37,7 @@ def require_regular(path: Path, error: Refusal, what: str) -> None:
     """Refuse a pipe, a device or a folder where a file is expected.
 
     Args:
-        path: May be absent; who opens it says so.
+        path: May be missing; opening it raises then.
         error: Class of the error.
         what: For the message, such as "--config 'run.yaml'".
 
@@ -56,10 +56,10 @@ def require_regular(path: Path, error: Refusal, what: str) -> None:
 
 
 def read_limited(path: Path, error: Refusal, what: str, largest: int = _LARGEST) -> bytes:
-    """The content of a regular file of limited size.
+    """Return the content of a regular file of limited size.
 
     Raises:
-        OKDLightningError: Of class ``error``, also where it cannot be opened.
+        OKDLightningError: Of class ``error``, also where the file cannot be opened.
     """
     require_regular(path, error, what)
     try:
@@ -74,7 +74,7 @@ def read_limited(path: Path, error: Refusal, what: str, largest: int = _LARGEST)
 
 
 def read_text(path: Path, error: Refusal, what: str) -> str:
-    """The UTF-8 text of a regular file of limited size; see ``read_limited``."""
+    """Return the UTF-8 text of a regular file of limited size; see ``read_limited``."""
     try:
         return read_limited(path, error, what).decode("utf-8-sig")
     except UnicodeDecodeError as problem:
@@ -82,11 +82,11 @@ def read_text(path: Path, error: Refusal, what: str) -> str:
 
 
 def parse_json(text: str | bytes, error: Refusal, what: str) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
     Raises:
         OKDLightningError: Of class ``error``: not JSON, nested too deeply, or with a number that
-            Python does not read (beyond 4300 digits).
+            Python does not read (more than 4300 digits).
     """
     try:
         return json.loads(text)
@@ -100,7 +100,7 @@ def parse_json(text: str | bytes, error: Refusal, what: str) -> Any:
 
 
 def json_problem(problem: ValueError | RecursionError) -> str:
-    """Why ``json.loads`` gave up, where it does not say at which character."""
+    """Describe an error of ``json.loads`` that names no character."""
     if isinstance(problem, RecursionError):
         return "nested too deeply"
     if isinstance(problem, UnicodeDecodeError):
@@ -111,15 +111,15 @@ def json_problem(problem: ValueError | RecursionError) -> str:
 
 
 def read_json(path: Path, error: Refusal, what: str) -> Any:
-    """The value of a JSON file; see ``read_text`` and ``parse_json``."""
+    """Return the value of a JSON file; see ``read_text`` and ``parse_json``."""
     return parse_json(read_text(path, error, what), error, what)
 
 
 def read_json_object(path: Path, error: Refusal, what: str) -> dict[str, Any]:
-    """The object of a JSON file; see ``read_json``.
+    """Return the object of a JSON file; see ``read_json``.
 
     Raises:
-        OKDLightningError: Of class ``error``, also where it holds something else.
+        OKDLightningError: Of class ``error``, also where the file holds something else.
     """
     found = read_json(path, error, what)
     if not isinstance(found, dict):
@@ -128,13 +128,13 @@ def read_json_object(path: Path, error: Refusal, what: str) -> dict[str, Any]:
 
 
 class BoundedYAMLLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, for texts that stand for a limited number of values.
+    """PyYAML's safe loader, for texts that expand to a limited number of values.
 
-    All that goes wrong is a ``yaml.YAMLError``, also nesting and numbers that Python refuses.
+    Every error is a ``yaml.YAMLError``, including nesting and numbers that Python refuses.
     """
 
     def get_single_node(self) -> yaml.Node | None:
-        """The text's tree, refused where its aliases make too much of it."""
+        """Return the text's tree; refuse one that its aliases make too large."""
         try:
             node: yaml.Node | None = super().get_single_node()
             if node is not None:
@@ -144,7 +144,7 @@ class BoundedYAMLLoader(yaml.SafeLoader):
         return node
 
     def construct_document(self, node: yaml.Node) -> Any:
-        """The value of the tree."""
+        """Return the value of the tree."""
         try:
             return super().construct_document(node)
         except (ValueError, TypeError, OverflowError, RecursionError) as problem:
@@ -153,7 +153,7 @@ class BoundedYAMLLoader(yaml.SafeLoader):
             raise yaml.YAMLError(one_line(str(problem), 200)) from problem
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """A whole number; one that Python cannot write out as digits is refused."""
+        """Return an integer; refuse one that Python cannot write as digits."""
         found = int(super().construct_yaml_int(node))
         if found.bit_length() > _MOST_BITS:
             raise yaml.YAMLError("a number of more than 4300 digits")
@@ -164,26 +164,26 @@ BoundedYAMLLoader.add_constructor("tag:yaml.org,2002:int", BoundedYAMLLoader.con
 
 
 def load_yaml(text: str) -> Any:
-    """The value of a YAML text.
+    """Return the value of a YAML text.
 
     Raises:
-        yaml.YAMLError: It is broken, or stands for more than 100,000 values.
+        yaml.YAMLError: It is broken, or expands to more than 100,000 values.
     """
     return yaml.load(text, BoundedYAMLLoader)
 
 
 def check_yaml(text: str) -> None:
-    """Refuse a YAML text that stands for too much, before another loader reads it.
+    """Refuse a YAML text that expands to too many values, before another loader reads it.
 
     Raises:
-        yaml.YAMLError: It is broken, or stands for more than 100,000 values.
+        yaml.YAMLError: It is broken, or expands to more than 100,000 values.
     """
-    if "*" in text or len(text) > _DEEPEST:  # an alias, or room for nesting
+    if "*" in text or len(text) > _DEEPEST:  # an alias, or long enough for deep nesting
         yaml.compose(text, BoundedYAMLLoader)
 
 
 def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:
-    """How many values a tree stands for, each alias counted as what it stands for."""
+    """Count the values of a tree, each alias with the values of its anchor."""
     if depth > _DEEPEST:
         raise yaml.YAMLError("nested too deeply, or an alias within what it stands for")
     if id(node) not in known:
@@ -199,11 +199,11 @@ def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:
 
 
 def decompressed(content: bytes) -> bytes:
-    """What a gzip file holds; all of its members.
+    """Return the content of a gzip file, with all of its members.
 
     Raises:
-        zlib.error, EOFError: It is not a whole gzip file.
-        OverflowError: It grows more than texts do: a few KB that stand for many GB.
+        zlib.error, EOFError: The file is not a complete gzip file.
+        OverflowError: The content grows more than texts do: a few KB that expand to many GB.
     """
     pieces: list[bytes] = []
     size, rest = 0, content

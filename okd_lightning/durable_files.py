@@ -1,8 +1,9 @@
-"""Files that are there whole or not at all, whatever ends the process or the machine.
+"""Atomic file writes: a file is complete or absent, even if process or machine stops.
 
-A file is written aside in its own folder, flushed to the disk, and renamed over the one before; the
-folder's entry is flushed as well. (fsspec's transactions, which Lightning saves with, write into
-the system's temporary folder: on another file system the last move is a copy, which can be cut.)
+A file is written aside in its own folder, flushed to the disk, and renamed over the old one; the
+folder's entry is flushed as well. (fsspec's transactions, which Lightning uses for saving, write
+into the system's temporary folder: on another file system the last move is a copy, which can be cut
+off.)
 """
 
 from __future__ import annotations
@@ -23,17 +24,18 @@ _ASIDE = ".new"
 
 
 class _Watched(io.FileIO):
-    """A file that remembers what the system said: torch hides it behind an error of its own."""
+    """A file that keeps the system's error: torch hides it in an error of its own."""
 
     problem: OSError | None = None
 
     def write(self, data: object) -> int:
-        """All of ``data``, or an error that is remembered.
+        """Write all of ``data``; keep an error.
 
         Raises:
             OSError: The system's.
         """
         view = memoryview(data).cast("B")  # type: ignore[arg-type]
+        # FileIO.write may write a part only
         try:
             written = 0
             while written < len(view):
@@ -49,7 +51,7 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError:  # some network file systems know no such thing
+    except OSError:  # some network file systems do not support this
         pass
     finally:
         os.close(descriptor)
@@ -57,17 +59,17 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path, aside: Path | None = None) -> Iterator[io.FileIO]:
-    """A file that takes the place of ``path`` when the block has ended without an error.
+    """Open a file that replaces ``path`` when the block has ended without an error.
 
     Args:
         path: Its folder must exist.
-        aside: Where it is written first, in the same folder. By default one name for all processes,
-            so that what a killed one has left is written over; give another where several may write
+        aside: Path in the same folder that is written first. By default one name for all processes,
+            so that a killed process's leftover is overwritten; give another where several may write
             at the same time.
 
     Raises:
-        OutputError: It cannot be written, such as on a full disk. What was there before is
-            untouched, and nothing is left aside.
+        OutputError: The file cannot be written, such as on a full disk. The old file is untouched,
+            and nothing is left aside.
     """
     aside = aside or path.with_name(f".{path.name}{_ASIDE}")
     file: _Watched | None = None
@@ -90,9 +92,9 @@ def replacing(path: Path, aside: Path | None = None) -> Iterator[io.FileIO]:
 
 
 def own_aside(path: Path) -> Path:
-    """A place to write ``path`` aside that no other process takes.
+    """Return a path to write ``path`` aside that no other process uses.
 
-    What processes of this machine have left there when they were killed is removed.
+    Leftovers of killed processes of this machine are removed.
     """
     stem = f".{path.name}.{socket.gethostname()}."
     for left in path.parent.glob(f"{glob.escape(stem)}*{_ASIDE}"):
@@ -107,13 +109,13 @@ def _is_running(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # somebody else's
+    except OSError:  # another user's process
         pass
     return True
 
 
 def write_whole(path: Path, content: str | bytes, aside: Path | None = None) -> None:
-    """Put ``content`` in the place of ``path``; see ``replacing``.
+    """Replace ``path`` by ``content``; see ``replacing``.
 
     Raises:
         OutputError: See ``replacing``.
@@ -123,7 +125,7 @@ def write_whole(path: Path, content: str | bytes, aside: Path | None = None) -> 
 
 
 def write_json(path: Path, content: Any, aside: Path | None = None) -> None:
-    """A JSON file in the place of ``path``; see ``replacing``.
+    """Replace ``path`` by a JSON file; see ``replacing``.
 
     Raises:
         OutputError: See ``replacing``.
@@ -132,7 +134,7 @@ def write_json(path: Path, content: Any, aside: Path | None = None) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What ``write_json`` wrote.
+    """Read a file of ``write_json``.
 
     Raises:
         ValueError: It is not JSON any more.
@@ -144,13 +146,13 @@ def read_json(path: Path) -> Any:
 
 
 def sync_file(path: Path) -> None:
-    """Flush what was appended to a file to the disk; nothing where there is no such file."""
+    """Flush data that was appended to a file to the disk; a missing file is no error."""
     if path.is_file():
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes were writing aside in ``folder``."""
+    """Remove files that killed processes were writing aside in ``folder``."""
     for path in folder.glob(f".*{_ASIDE}"):
         path.unlink(missing_ok=True)

@@ -1,10 +1,10 @@
-"""Requests to a JSON server over HTTP: limits of time and size, retries, one line of error.
+"""Requests to a JSON server over HTTP: limits of time and size, retries, one-line errors.
 
-Owns the transport alone; what is asked and what an answer means is in ``vllm_client``. The standard
-library's client is used because it does what is needed and nothing more: it follows no redirects,
-takes no proxy or password from the environment, and hands over its socket, which a timer shuts down
-at the deadline. (The timeouts of urllib and requests hold for one read: an answer that arrives byte
-by byte never reaches them.)
+Owns the transport only; ``vllm_client`` owns the contents of requests and replies. The standard
+library's client is used because it has no further features: it follows no redirects, takes no proxy
+or password from the environment, and gives access to its socket, which a timer shuts down at the
+deadline. (The timeouts of urllib and requests hold for one read: a reply that arrives byte by byte
+never reaches them.)
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from okd_lightning.errors import ConfigError, ServerError, ServerTimeoutError, o
 _FIRST_PAUSE_SECONDS = 0.25
 _LONGEST_PAUSE_SECONDS = 8.0
 _FIRST_CONTACT_RETRIES = 5
-"""Of a server that has not answered yet, 8 seconds in all: its address may be wrong."""
+"""Retries of a server that has never replied, 8 seconds in all: its address may be wrong."""
 
 _BUSY = (429, 502, 503, 504)
 _REDIRECTS = range(300, 400)
 _SHOWN = 300
 _LONGEST_SECONDS = 1e6
-"""Sockets take no more than 24 days."""
+"""Limit of socket timeouts is 24 days."""
 
 _PIECE = 1 << 16
 SMALL = 8 << 20
-"""Bytes that an answer has at most where its request does not say otherwise."""
+"""Default for the most bytes of a reply."""
 
 Answer = TypeVar("Answer")
 
@@ -48,13 +48,13 @@ class Endpoint:
 
     Args:
         url: Such as http://localhost:8000, without user name, password, ? or #.
-        option: How the user named it, for messages.
-        timeout_seconds: Longest wait for one whole answer.
+        option: Name of the user's option, for messages.
+        timeout_seconds: Longest wait for one whole reply.
         num_retries: How often a request is repeated where the connection failed or the server was
-            busy, once it has answered; the pauses between double, from a quarter of a second to
-            eight. At most five times before the first answer.
-        token_variable: Environment variable whose value is sent as the Authorization header: whole
-            where it has a blank ("Basic ..."), else as a bearer token.
+            busy, once it has replied; the pauses double, from a quarter of a second to eight. At
+            most five times before the first reply.
+        token_variable: Environment variable whose value is sent as the Authorization header:
+            unchanged if it contains a blank ("Basic ..."), else as a bearer token.
 
     Raises:
         ConfigError: Not an http address, one with a password, or a number out of its range.
@@ -80,7 +80,7 @@ class Endpoint:
             )
 
     def get(self, path: str, max_bytes: int = SMALL) -> Any:
-        """The answer to a GET; see ``post``."""
+        """Return the reply to a GET; see ``post``."""
         return self._ask(path, None, None, max_bytes)
 
     def post(
@@ -90,23 +90,23 @@ class Endpoint:
         timeout_seconds: float | None = None,
         max_bytes: int = SMALL,
     ) -> Any:
-        """The answer to a POST, from JSON; None for an empty one.
+        """Return the reply to a POST, from JSON; None for an empty one.
 
         Args:
             path: Such as /v1/completions.
-            body: What becomes JSON.
+            body: Sent as JSON.
             timeout_seconds: For this request alone.
-            max_bytes: Longest answer.
+            max_bytes: Longest reply.
 
         Raises:
-            ServerTimeoutError: No whole answer in time.
-            ServerError: No connection after all retries, a status that is not 2xx, an answer that
-                is longer than ``max_bytes`` or not JSON.
+            ServerTimeoutError: No complete reply in time.
+            ServerError: No connection after all retries, a status that is not 2xx, a reply that is
+                longer than ``max_bytes`` or not JSON.
         """
         return self._ask(path, json.dumps(body).encode(), timeout_seconds, max_bytes)
 
     def at(self, path: str) -> str:
-        """The option and the address of ``path``, for messages."""
+        """Return the option and the address of ``path``, for messages."""
         return f"{self.option}: {self.url}{path}"
 
     def _ask(
@@ -148,7 +148,7 @@ class Endpoint:
     def _exchange(
         self, path: str, body: bytes | None, seconds: float, max_bytes: int
     ) -> tuple[int, bytes]:
-        """The status and the body of one answer."""
+        """Return the status and the body of one reply."""
         address, seconds = urlsplit(self.url + path), min(seconds, _LONGEST_SECONDS)
         connection, late = _connection(address, seconds), threading.Event()
         timer: threading.Timer | None = None
@@ -163,10 +163,10 @@ class Endpoint:
             connection.request("GET" if body is None else "POST", target, body, self._headers())
             with connection.getresponse() as answer:
                 content = self._content(answer, path, max_bytes)
-            if late.is_set():  # an answer without a length ends where the connection does
+            if late.is_set():  # a reply without a length ends where the connection does
                 raise TimeoutError
             return answer.status, content
-        except ServerError:  # it is an OSError too
+        except ServerError:  # ServerError is an OSError too
             raise
         except (OSError, http.client.HTTPException) as error:
             if late.is_set() or isinstance(error, TimeoutError):
@@ -191,7 +191,7 @@ class Endpoint:
                     f"{self.at(path)} answers with more than {max_bytes:,} bytes, which no answer "
                     "to this request has; is this an OpenAI-compatible vLLM server?"
                 )
-        if answer.length:  # the connection ended before what was announced had come
+        if answer.length:  # the connection ended before the announced length
             raise http.client.IncompleteRead(b"", answer.length)
         return b"".join(pieces)
 
@@ -232,17 +232,17 @@ class ServerStatusError(ServerError):
 
 
 class _PassingError(Exception):
-    """What may be gone at the next attempt."""
+    """An error that may not occur at the next attempt."""
 
 
 def _check_address(url: str, option: str, token_variable: str) -> None:
-    """Refuse what is not the address of a server; the message never repeats a password."""
+    """Refuse a text that is not a server's address; the message never repeats a password."""
     try:
         parts = urlsplit(url)
         is_address = parts.scheme in ("http", "https") and bool(parts.hostname)
         is_address = is_address and (parts.port is None or parts.port > 0) and url.isascii()
         has_secret = "@" in parts.netloc or "@" in url.partition("://")[2].partition("/")[0]
-    except ValueError:  # brackets or a port that are none
+    except ValueError:  # invalid brackets or port
         is_address, has_secret = False, "@" in url
     if has_secret:
         raise ConfigError(
@@ -267,7 +267,7 @@ def _connection(address: SplitResult, seconds: float) -> http.client.HTTPConnect
 
 
 def _shut_down(sock: socket.socket, late: threading.Event) -> None:
-    """End whatever waits for ``sock``, in another thread."""
+    """End any wait for ``sock``, from another thread."""
     late.set()
     with suppress(OSError):  # it has ended by itself
         # not TLS's own shutdown, which waits for the other side
@@ -283,12 +283,12 @@ def in_parallel(
     concurrency: int,
     done: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
-    """The answers of some calls, in their order, made by threads.
+    """Return the results of some calls, in their order, made by threads.
 
     Args:
-        calls: Made once each; the first error ends the others that have not begun, and is raised.
-        concurrency: Calls under way at once.
-        done: Called in this thread after each one.
+        calls: Made once each; the first error cancels those that have not begun, and is raised.
+        concurrency: Number of calls at the same time.
+        done: Called in this thread after each call.
     """
     with ThreadPoolExecutor(max(1, min(concurrency, len(calls)))) as pool:
         waiting: list[Future[Answer]] = [pool.submit(call) for call in calls]

@@ -1,12 +1,12 @@
-"""The exception tree: every mistake that a user can make has a class here.
+"""The exception tree: every error that a user can cause has a class here.
 
-Each class also inherits the standard-library class it refines, so that ``except ValueError`` in a
-user's script keeps working. A message says what was wrong, what was given, what was expected,
+Each class also inherits the standard-library class that it refines, so that ``except ValueError``
+in a user's script keeps working. A message says what was wrong, what was given, what was expected,
 where, and what to do; the command line prints it as one line and exits with a non-zero status.
 
-``printable`` and ``one_line`` make text of data, models and servers fit for a terminal, which acts
+``printable`` and ``one_line`` make text of data, models and servers safe for a terminal, which acts
 on control characters: escape sequences move the cursor, recolour or rename the window, a carriage
-return overwrites the line, bidirectional controls reorder what is read.
+return overwrites the line, bidirectional controls reorder the text.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _KEPT = frozenset("\u200c\u200d\u00ad")
 
 
 def printable(text: str, keep: str = "") -> str:
-    r"""Replace each character that is not visible by its escape, such as ``\x1b`` or ``\u202e``.
+    r"""Replace each invisible character by its escape, such as ``\x1b`` or ``\u202e``.
 
     Args:
-        text: Any.
+        text: Any text.
         keep: Characters that stay, such as a newline.
     """
     if text.isprintable():
@@ -36,16 +36,16 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def escaped(character: str) -> str:
-    """A character as Python writes it in a string."""
+    """Return a character as Python writes it in a string."""
     return character.encode("unicode_escape").decode("ascii")
 
 
 def one_line(text: str, longest: int = 4000) -> str:
-    """Text on one line: white space becomes one blank, what is not visible is escaped.
+    """Return text on one line: white space becomes one blank, invisible characters are escaped.
 
     Args:
-        text: Any.
-        longest: Characters after which it is cut, with three dots.
+        text: Any text.
+        longest: Most characters; a longer text is cut, with three dots.
     """
     line = printable(" ".join(text.split()))
     return line if len(line) <= longest else line[:longest] + "..."
@@ -62,7 +62,7 @@ class OKDLightningError(Exception):
     """
 
     def __str__(self) -> str:
-        """The message, as it may be written to a terminal."""
+        """Return the message, safe for a terminal."""
         return one_line(super().__str__())
 
 
@@ -75,7 +75,7 @@ class UsageError(ConfigError):
 
 
 class DataError(OKDLightningError, ValueError):
-    """A data set that is empty, broken, or lacks the columns that are needed."""
+    """A dataset that is empty, broken, or lacks required columns."""
 
 
 class DataNotFoundError(DataError, FileNotFoundError):
@@ -91,7 +91,7 @@ class ModelNotFoundError(ModelError, FileNotFoundError):
 
 
 class VocabularyError(ModelError):
-    """Student and teacher whose tokenizers do not agree."""
+    """Student and teacher whose tokenizers differ."""
 
 
 class CheckpointError(OKDLightningError, RuntimeError):
@@ -99,7 +99,7 @@ class CheckpointError(OKDLightningError, RuntimeError):
 
 
 class RewardError(OKDLightningError, ValueError):
-    """A reward function that raised, or returned something that is not one number a response."""
+    """A reward function that raised, or returned something that is not one number per response."""
 
 
 class OutputError(OKDLightningError, OSError):
@@ -122,7 +122,7 @@ class CacheError(OKDLightningError, RuntimeError):
 
 
 class RolloutTimeoutError(OKDLightningError, TimeoutError):
-    """An engine that did not answer in time while it wrote responses; raised on all ranks."""
+    """An engine that did not reply in time while it generated responses; raised on all ranks."""
 
 
 class LostRankError(OKDLightningError, ConnectionError):
@@ -134,12 +134,12 @@ class DifferingRanksError(OKDLightningError, RuntimeError):
 
 
 class PreemptedError(OKDLightningError, InterruptedError):
-    """A run that was asked to stop (SIGTERM), behind a checkpoint; exit status 143."""
+    """A run that was asked to stop (SIGTERM), after a checkpoint; exit status 143."""
 
 
 class ServerError(OKDLightningError, ConnectionError):
-    """A server that cannot be reached, refuses, or is not what this run needs."""
+    """A server that cannot be reached, refuses, or does not fit this run."""
 
 
 class ServerTimeoutError(ServerError, TimeoutError):
-    """A server that did not answer in time."""
+    """A server that did not reply in time."""

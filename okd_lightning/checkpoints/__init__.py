@@ -1,1 +1,1 @@
-"""What a checkpoint holds, how it lies on disk, and how it gets there whole."""
+"""Contents of checkpoints, their forms on disk, and atomic writing."""

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beyond Lightning's own state, and what it leaves out."""
+"""Contents of a checkpoint beyond Lightning's own state, and what it leaves out."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from okd_lightning.models.text_ids import RULES_VERSION
 
 
 def weights_to_save(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights that could not be loaded again: what is trained, and random-init bases.
+    """Return the weights that cannot be loaded again: trained ones, and random initial ones.
 
-    Frozen weights of a model that came from a folder or hub id are left out. Of a student that is
-    its own teacher, the moving average is kept as the student is; the student as it was at the
-    start is kept where it came from memory, because that model has been trained since.
+    Frozen weights of a model that came from a folder or hub id are left out. Of a self-teacher, the
+    moving average is kept as the student is; the initial copy of the student is kept where it came
+    from memory, because that model has been trained since.
 
     Args:
         module: A DistillationModule with both models built.
@@ -53,9 +53,9 @@ def weights_to_save(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict
 
 
 def without_left_out(value: Any, module: nn.Module) -> Any:
-    """A part of a checkpoint without the tensors that ``weights_to_save`` leaves out of it.
+    """Return a part of a checkpoint without the tensors that ``weights_to_save`` leaves out.
 
-    Averaged copies of a module share its frozen tensors; their states need not keep them either.
+    Averaged copies of a module share its frozen tensors; their states need not hold them either.
 
     Args:
         value: Nested mappings, such as the callbacks' states.
@@ -63,6 +63,7 @@ def without_left_out(value: Any, module: nn.Module) -> Any:
     """
     state = module.state_dict()
     kept = weights_to_save(module, state)
+    # shared memory identifies copies; 0 is the pointer of empty tensors
     frozen = {value.data_ptr() for name, value in state.items() if name not in kept} - {0}
 
     def is_frozen(own: Any) -> bool:
@@ -79,11 +80,11 @@ def without_left_out(value: Any, module: nn.Module) -> Any:
 def check_finite(weights: Mapping[str, Tensor], what: str) -> None:
     """Refuse to write weights that hold NaN or infinite values; all ranks of a run call this.
 
-    One pass over the tensors; of those in shards each rank looks at its own.
+    One pass over the tensors; of sharded ones each rank checks its own shard.
 
     Args:
-        weights: What would be written, by name.
-        what: What is not written then, for the message.
+        weights: To be written, by name.
+        what: Description of what is then not written, for the message.
 
     Raises:
         NonFiniteError: On all ranks; names a weight.
@@ -110,7 +111,7 @@ def _local(value: Tensor) -> Tensor:
 
 
 def allow_left_out(module: nn.Module, keys: _IncompatibleKeys) -> None:
-    """A hook after ``load_state_dict``: what checkpoints leave out is not missing.
+    """Remove what checkpoints leave out from the missing keys; a hook after ``load_state_dict``.
 
     Args:
         module: A DistillationModule, which may be a part of a larger one (an averaged model).
@@ -122,7 +123,7 @@ def allow_left_out(module: nn.Module, keys: _IncompatibleKeys) -> None:
 
 
 def _tails(name: str) -> set[str]:
-    """A dotted name without its first parts: a.b.c gives a.b.c, b.c and c."""
+    """Return a dotted name's suffixes: a.b.c gives a.b.c, b.c and c."""
     parts = name.split(".")
     return {".".join(parts[i:]) for i in range(len(parts))}
 
@@ -131,7 +132,7 @@ def check_methods(saved: Sequence[str], configured: Sequence[str]) -> None:
     """Refuse to resume one method's run with another's.
 
     Raises:
-        CheckpointError: Naming both.
+        CheckpointError: The methods differ; the message names both.
     """
     if list(saved) != list(configured):
         raise CheckpointError(
@@ -142,10 +143,10 @@ def check_methods(saved: Sequence[str], configured: Sequence[str]) -> None:
 
 
 def check_teacher_kind(saved: str | None, configured: str | None) -> None:
-    """Refuse to resume a run of one self-teacher with another's, or with none.
+    """Refuse to resume a run of one self-teacher with another, or with none.
 
     Raises:
-        CheckpointError: Naming both.
+        CheckpointError: The self-teachers differ; the message names both.
     """
     if saved != configured:
         raise CheckpointError(
@@ -156,15 +157,15 @@ def check_teacher_kind(saved: str | None, configured: str | None) -> None:
 
 
 def check_normalization(saved: str | float, own: str | float) -> None:
-    """Refuse to go on with another divisor of the student's sampled responses.
+    """Refuse to resume with another divisor of on-policy samples.
 
     Args:
-        saved: The checkpoint's ``model.normalization``; token_mean for those that were written
-            before there was a choice.
+        saved: The checkpoint's ``model.normalization``; token_mean for checkpoints from before the
+            option existed.
         own: This run's.
 
     Raises:
-        CheckpointError: They differ, so that the objective would change its scale.
+        CheckpointError: They differ, so the objective would change its scale.
     """
     if saved != own:
         raise CheckpointError(
@@ -175,11 +176,11 @@ def check_normalization(saved: str | float, own: str | float) -> None:
 
 
 def check_text_rules(saved: int, sources: Collection[str]) -> None:
-    """Refuse to resume on dataset responses whose ids may be others than they were.
+    """Refuse to resume on dataset responses whose token ids may have changed.
 
     Args:
         saved: ``text_ids.RULES_VERSION`` of the run that wrote the checkpoint.
-        sources: What the run's rows come from; generated ones are no texts.
+        sources: Sources of the run's rows; generated rows are not tokenized from text.
 
     Raises:
         CheckpointError: Other rules than this version's.
@@ -197,11 +198,11 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor])
     """Refuse a checkpoint of another model.
 
     Args:
-        weights: The checkpoint's.
-        expected: What this run would save.
+        weights: The checkpoint's weights.
+        expected: The weights that this run would save.
 
     Raises:
-        CheckpointError: Weights are missing, more than there should be, or of another shape.
+        CheckpointError: Weights are missing, unknown, or of another shape.
     """
     missing = [
         name for name in expected if name not in weights and not name.startswith("evaluation.")
@@ -226,7 +227,7 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor])
 
 
 def rng_state() -> dict[str, Any]:
-    """All random streams of this process (CUDA's of its own device), as tensors and primitives."""
+    """Return this process's random streams (CUDA's of its device), as tensors and primitives."""
     _, keys, position, has_gauss, gauss = np.random.get_state()
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
@@ -244,10 +245,10 @@ def rng_state() -> dict[str, Any]:
 
 
 def rng_state_of(states: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
-    """A rank's streams out of ``rng_states``.
+    """Return a rank's streams out of ``rng_states``.
 
-    In a run of another number of ranks every rank gets a torch seed of its own, made of a saved
-    stream and its number, so that no two ranks draw the same dropout.
+    In a run of another number of ranks every rank gets its own torch seed, made of a saved stream
+    and its number, so that no two ranks draw the same dropout.
     """
     state = dict(states[rank % len(states)])
     if len(states) != world_size:
@@ -256,7 +257,7 @@ def rng_state_of(states: Sequence[Mapping[str, Any]], rank: int, world_size: int
 
 
 def rng_states(world_size: int) -> list[dict[str, Any]]:
-    """The streams of every rank, on all of them: only rank 0's part of a checkpoint is written."""
+    """Return the streams of every rank, on all of them: only rank 0's part of a file is written."""
     own = rng_state()
     if world_size == 1:
         return [own]
@@ -266,7 +267,7 @@ def rng_states(world_size: int) -> list[dict[str, Any]]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Continue the streams of ``rng_state``."""
+    """Restore the streams of ``rng_state``."""
     torch.set_rng_state(state["torch"].cpu())
     numpy_state = state["numpy"]
     np.random.set_state(

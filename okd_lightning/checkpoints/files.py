@@ -1,4 +1,4 @@
-"""Reading a checkpoint without a module: is it there, is it ours, what does it say."""
+"""Reading of checkpoints without a module: existence, origin, contents."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def read_checkpoint(
 
     Args:
         path: The file or folder.
-        with_weights: Put the weights of a folder together as well; a file always has them.
+        with_weights: Load a folder's weights too; a file always has them.
         has_checks: Compare a file with its checksums, which reads all of it once.
 
     Raises:
-        CheckpointError: It is not there, broken, damaged, or of another program.
+        CheckpointError: It does not exist, is broken or damaged, or is of another program.
     """
     file = settled(Path(path).expanduser())
     if is_checkpoint_folder(file):
@@ -57,13 +57,13 @@ def read_checkpoint(
 
 
 def newest_checkpoint(folder: Path) -> str | None:
-    """The checkpoint to go on from: ``last.ckpt``, or the newest whole one where that is broken.
+    """Return the checkpoint to resume: ``last.ckpt``, or the newest readable one if that is broken.
 
     Args:
         folder: A run's folder.
 
     Returns:
-        Its path; None where there are none.
+        Its path; None where there are no checkpoints.
 
     Raises:
         CheckpointError: There are some, and none can be read.
@@ -91,7 +91,7 @@ def newest_checkpoint(folder: Path) -> str | None:
 
 
 def _age(path: Path) -> tuple[bool, float]:
-    """``last.ckpt`` first, then from new to old."""
+    """Return a sort key: ``last.ckpt`` first, then from new to old."""
     return path.name != "last.ckpt", -settled(path).stat().st_mtime
 
 

@@ -1,9 +1,9 @@
-"""A checkpoint folder's index (``.metadata``) and shards, read without running what they hold.
+"""Index (``.metadata``) and shards of a checkpoint folder, read without running their content.
 
-The index is a pickle, and a pickle can run a program. Here it may hold the classes of
-``torch.distributed.checkpoint.metadata``, sizes, dtypes and plain containers alone, every entry is
-a tensor (torch unpickles entries of bytes without restrictions), and every shard lies in the
-folder. What was read is built again from plain numbers and names.
+The index is a pickle, and a pickle can run a program. Here it may hold only the classes of
+``torch.distributed.checkpoint.metadata``, sizes, dtypes and plain containers; every entry is a
+tensor (torch unpickles entries of bytes without restrictions), and every shard is in the folder.
+The index is then rebuilt from plain numbers and names.
 """
 
 from __future__ import annotations
@@ -58,17 +58,18 @@ _LAYOUT = ("torch.serialization", "_get_layout")
 
 
 class ShardReader(dcp.FileSystemReader):
-    """Reads a checkpoint folder of one's own or of somebody else's; for ``dcp.load`` as well.
+    """Reads a checkpoint folder, trusted or not; usable with ``dcp.load``.
 
     Args:
         folder: The checkpoint.
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index.
+        """Return the index.
 
         Raises:
-            CheckpointError: It is missing, broken, or holds anything but an index of tensors.
+            CheckpointError: The index is missing, broken, or holds anything but an index of
+                tensors.
         """
         del args, kwargs
         try:
@@ -89,7 +90,7 @@ class ShardReader(dcp.FileSystemReader):
         return metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """The tensors of a plan, each compared with its checksums first.
+        """Read the tensors of a plan, after a comparison of each with its checksums.
 
         Raises:
             CheckpointError: A shard is missing or damaged.
@@ -115,16 +116,16 @@ def load_shards(state: dict[str, Any], folder: pathlib.Path, no_dist: bool = Fal
     """Fill tensors in place from a checkpoint folder.
 
     Args:
-        state: By their keys; whole tensors or shards.
+        state: Tensors by key; whole or in shards.
         folder: The checkpoint.
-        no_dist: Read in this one process; else all ranks call this, each for its part.
+        no_dist: Read in this one process; otherwise all ranks call this, each for its part.
 
     Raises:
         CheckpointError: A shard is missing, damaged, or holds other tensors; on all ranks.
     """
     try:
         dcp.load(state, storage_reader=ShardReader(folder), no_dist=no_dist)
-    except CheckpointException as error:  # around what was raised on the ranks
+    except CheckpointException as error:  # wraps the errors of the ranks
         first = next(iter(error.failures.values()))[0]
         if isinstance(first, CheckpointError):
             raise first from error
@@ -134,11 +135,11 @@ def load_shards(state: dict[str, Any], folder: pathlib.Path, no_dist: bool = Fal
 
 
 class _ForeignIndexError(Exception):
-    """Something in an index that is not of an index."""
+    """Content that does not belong in an index of tensors."""
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Finds the classes of an index and nothing else."""
+    """Resolves the classes of an index and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _CLASSES:
@@ -161,7 +162,7 @@ def _strided(name: object) -> torch.layout:
 
 
 def _plain(read: Any) -> Metadata:
-    """An index of whole numbers, names, dtypes and sizes, whatever attributes were pickled."""
+    """Rebuild an index from integers, names, dtypes and sizes, without other attributes."""
     if type(read) is not Metadata:
         raise _ForeignIndexError(f"a {type(read).__name__} in place of an index")
     entries = dict(vars(read)["state_dict_metadata"])

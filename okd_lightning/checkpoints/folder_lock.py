@@ -1,8 +1,8 @@
-"""One process at a time writes in a folder: a lock of the operating system.
+"""Lock of a folder, so that one process at a time writes in it: the operating system's lock.
 
-It ends with the process that holds it, however that ends, so that nothing is left to be removed by
-hand. Beside the lock's file lies the name of its holder: for messages, and as a mark of unfinished
-work, since it stays where work that has begun ends with an error or its process is killed.
+The lock ends with its process in every case, so no stale lock has to be removed by hand. Next to
+the lock file a second file names the holder: for messages, and as a mark of unfinished work, since
+it stays where started work ends with an error or its process is killed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ LOCK_FILE = ".lock"
 HOLDER_FILE = ".holder.json"
 LOCK_FILES = frozenset((LOCK_FILE, HOLDER_FILE))
 
-# newer releases put a marker file in the place of a lock that the file system does not know, and a
-# marker outlives its process
+# newer releases use a marker file where the file system has no locks, and a marker outlives its
+# process
 _NATIVE: dict[str, Any] = (
     {"fallback_to_soft": False}
     if "fallback_to_soft" in inspect.signature(FileLock.__init__).parameters
@@ -37,10 +37,10 @@ _NATIVE: dict[str, Any] = (
 
 @dataclass
 class Hold:
-    """What the holder of a folder says about its work.
+    """State of a locked folder's work.
 
     Attributes:
-        has_begun: Whether something of it stays where it ends with an error.
+        has_begun: Whether some of the work stays where it ends with an error.
     """
 
     has_begun: bool = False
@@ -48,17 +48,17 @@ class Hold:
 
 @contextmanager
 def folder_lock(folder: Path, what: str, waits: bool = False) -> Iterator[Hold]:
-    """Hold ``folder`` for this process; the first process of a run does this for all of them.
+    """Lock ``folder`` for this process; rank 0 does this for all ranks.
 
-    On a file system without locks a warning says that nothing keeps other runs away.
+    On a file system without locks, warn that nothing prevents other runs from writing there.
 
     Args:
         folder: It must exist, and be writable.
         what: The option and the folder, for messages, such as ``--out 'x'``.
-        waits: Wait for another process in place of refusing.
+        waits: Wait for another process instead of refusing.
 
     Raises:
-        FolderInUseError: Another process holds it.
+        FolderInUseError: Another process holds the lock.
     """
     lock = FileLock(folder / LOCK_FILE, timeout=0, **_NATIVE)
     try:
@@ -90,14 +90,14 @@ def folder_lock(folder: Path, what: str, waits: bool = False) -> Iterator[Hold]:
             _put_back(path, before)
         raise
     finally:
-        (folder / LOCK_FILE).unlink(missing_ok=True)  # who waits for it notices, and tries again
+        (folder / LOCK_FILE).unlink(missing_ok=True)  # waiting processes notice this, and try again
         lock.release()
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
 
 def _put_back(path: Path, content: bytes | None) -> None:
-    """Let the mark of unfinished work be what it was."""
+    """Restore the mark of unfinished work."""
     if content is None:
         path.unlink(missing_ok=True)
     else:

@@ -1,4 +1,4 @@
-"""Sharded checkpoints as they lie on disk: a folder of tensor parts, and one file of the rest.
+"""Sharded checkpoints on disk: a folder of tensor parts, and one file of everything else.
 
 Owns the names in it and reading it in one process; ``folder_index`` reads the index of the parts.
 """
@@ -23,35 +23,35 @@ from okd_lightning.durable_files import sync_folder
 from okd_lightning.errors import CheckpointError
 
 REST = "meta.pt"
-"""Everything but tensors of models and optimizers."""
+"""File of everything but the tensors of models and optimizers."""
 
 SHARED = "shared_weights"
-"""In the rest: further names of weights, each with the name under which it is written."""
+"""Key in ``REST``: further names of shared weights, each with the name that is written."""
 
 WEIGHTS, OPTIMIZER = "state_dict", "optimizer"
-"""How the tensors' keys begin."""
+"""Prefixes of the tensors' keys."""
 
 
 def flat_key(*parts: str) -> str:
-    """The key of a tensor."""
+    """Join the parts of a tensor's key."""
     return ".".join(parts)
 
 
 def is_checkpoint_folder(path: Path) -> bool:
-    """Whether a path is a folder that holds a sharded checkpoint."""
+    """Return whether a path is a folder that holds a sharded checkpoint."""
     return (path / REST).is_file()
 
 
 def beside(path: Path, kind: Literal["new", "old"]) -> Path:
-    """Where a folder is while it is written, and where the one before it waits to be removed."""
+    """Return the path of a folder being written ("new"), or of a replaced one ("old")."""
     return path.with_name(f"{path.name}.{kind}")
 
 
 def settled(path: Path) -> Path:
-    """What stands for ``path``: another one where a process ended between two renames.
+    """Return the path of the whole checkpoint: another one if a process ended between two renames.
 
-    What is whole has its ``REST``, which is written last; a file (of a run without shards) that
-    waits to be removed was whole.
+    A whole folder has its ``REST``, which is written last. A file (of an unsharded run) at the
+    "old" path is whole.
     """
     old = beside(path, "old")
     found = [p for p in (path, beside(path, "new"), old) if is_checkpoint_folder(p)]
@@ -60,10 +60,10 @@ def settled(path: Path) -> Path:
 
 
 def make_room(path: Path) -> Path:
-    """Prepare for a new folder ``path``: what stands for it gets its name, half of one goes.
+    """Prepare for a new folder ``path``: rename a whole one to ``path``, remove half-written ones.
 
     Returns:
-        An empty folder to write in, which ``put_in_place`` takes.
+        An empty folder to write in, for ``put_in_place``.
     """
     found = settled(path)
     if found != path:
@@ -75,9 +75,9 @@ def make_room(path: Path) -> Path:
 
 
 def put_in_place(new: Path, path: Path) -> None:
-    """Two renames, whether there is a file, a folder or nothing.
+    """Replace ``path``, be it a file, a folder or missing, by ``new`` in two renames.
 
-    At every moment one whole checkpoint is there, which ``settled`` finds.
+    At every moment one whole checkpoint exists, which ``settled`` finds.
     """
     old = beside(path, "old")
     _remove(old)
@@ -89,10 +89,10 @@ def put_in_place(new: Path, path: Path) -> None:
 
 
 def tensors_in(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder by their keys, without their data (on ``meta``).
+    """Return all tensors of a checkpoint folder by key, without their data (on ``meta``).
 
     Raises:
-        CheckpointError: Its index is missing, broken, or of something else than tensors.
+        CheckpointError: The index is missing, broken, or of something other than tensors.
     """
     index = ShardReader(folder).read_metadata().state_dict_metadata
     return {
@@ -103,7 +103,7 @@ def tensors_in(folder: Path) -> dict[str, Tensor]:
 
 
 def weights_in(folder: Path) -> dict[str, Tensor]:
-    """The models' weights of a checkpoint folder by name, without their data (on ``meta``)."""
+    """Return the models' weights of a checkpoint folder by name, without data (on ``meta``)."""
     prefix = flat_key(WEIGHTS, "")
     found = tensors_in(folder)
     weights = {key[len(prefix) :]: v for key, v in found.items() if key.startswith(prefix)}
@@ -111,15 +111,15 @@ def weights_in(folder: Path) -> dict[str, Tensor]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The models' weights, put together in this one process; optimizer states are not read."""
+    """Return the models' weights, assembled in this one process, without optimizer states."""
     return _with_shared(folder, _read(folder, flat_key(WEIGHTS, "")))
 
 
 def read_rest(folder: Path) -> dict[str, Any]:
-    """Everything but the tensors, weights-only.
+    """Read everything but the tensors, weights-only.
 
     Raises:
-        CheckpointError: Broken, damaged, or more than plain values.
+        CheckpointError: The file is broken or damaged, or holds more than plain values.
     """
     require_sound(folder / REST, folder)
     try:
@@ -137,7 +137,7 @@ def require_sound(file: Path, given: str | Path) -> None:
     """Compare a file with its checksums, once as long as it does not change.
 
     Raises:
-        CheckpointError: It is damaged.
+        CheckpointError: The file is damaged.
     """
     if (damage := damage_of(file)) is not None:
         others = sorted(str(p) for p in Path(given).parent.glob("*.ckpt") if p != Path(given))
@@ -149,7 +149,7 @@ def require_sound(file: Path, given: str | Path) -> None:
 
 
 def read_whole(folder: Path) -> dict[str, Any]:
-    """A checkpoint folder as one that was never in shards: what any strategy goes on from."""
+    """Read a checkpoint folder as an unsharded checkpoint, from which any strategy can resume."""
     checkpoint = read_rest(folder)
     for number, state in enumerate(checkpoint.get("optimizer_states", ())):
         state["state"] = {}
@@ -160,34 +160,34 @@ def read_whole(folder: Path) -> dict[str, Any]:
 
 
 class FolderReadingIO(TorchCheckpointIO):
-    """Lightning's own way to files, which goes on from a checkpoint folder as well."""
+    """Lightning's file access that also resumes from a checkpoint folder."""
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """A file as Lightning reads it, or a folder put together; weights-only unless asked.
+        """Load a file as Lightning does, or an assembled folder; weights-only by default.
 
         Raises:
-            CheckpointError: It is damaged.
+            CheckpointError: The file is damaged.
         """
         folder = settled(Path(path))
         if is_checkpoint_folder(folder):
             return read_whole(folder)
         if folder.is_file():
             require_sound(folder, path)
-        if not args and kwargs.get("weights_only") is None:  # Lightning's own: False for a URL
+        if not args and kwargs.get("weights_only") is None:  # Lightning: False for a URL
             kwargs["weights_only"] = True
         checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
         return checkpoint
 
 
 def read_folders(trainer: lightning.Trainer) -> None:
-    """Let a Trainer go on from folders, unless somebody has given it another way to files."""
+    """Let a Trainer resume from folders, unless the user has set another checkpoint_io."""
     strategy = trainer.strategy
     if type(strategy.checkpoint_io) is TorchCheckpointIO:
         strategy.checkpoint_io = FolderReadingIO()
 
 
 def _with_shared(folder: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A tensor that several names share is written under one of them."""
+    """Add the further names of tensors that several names share: they are written under one."""
     names = read_rest(folder).get(SHARED, {})
     return weights | {name: weights[first] for name, first in names.items()}
 
@@ -200,7 +200,7 @@ def _remove(path: Path) -> None:
 
 
 def _read(folder: Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors whose keys begin so, without that beginning, in this one process."""
+    """Read the tensors whose keys begin with ``prefix``, which is cut off, in this one process."""
     state = {
         key: torch.empty_like(value, device="cpu")
         for key, value in tensors_in(folder).items()

@@ -1,4 +1,4 @@
-"""Checksums of what torch.save wrote: compared once, when a checkpoint is loaded.
+"""Checksums of files that torch.save wrote: compared once, when a checkpoint is loaded.
 
 ``torch.save`` writes a zip whose records carry a CRC-32, and ``torch.load`` does not compare them:
 a flipped bit of a weight would be loaded as another number.
@@ -17,10 +17,10 @@ _UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplem
 
 
 def damage_of(file: Path) -> str | None:
-    """What is wrong with a file that ``torch.save`` wrote; None for a sound one.
+    """Return the damage of a file that ``torch.save`` wrote; None for a sound file.
 
-    A file is read once, as long as it does not change. What is no zip at all is left to
-    ``torch.load``, which says so.
+    A file is read once, as long as it does not change. A file that is not a zip is left to
+    ``torch.load``, which reports it.
 
     Args:
         file: On a local file system.
@@ -30,7 +30,7 @@ def damage_of(file: Path) -> str | None:
 
 
 def damage_in(stream: IO[bytes]) -> str | None:
-    """The same for an open file, or for a part of one; read from wherever it stands."""
+    """Return the damage of an open file, or of a part of one; read from the current position."""
     try:
         with zipfile.ZipFile(stream) as archive:
             record = archive.testzip()
@@ -41,6 +41,7 @@ def damage_in(stream: IO[bytes]) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def _damage_of(path: str, inode: int, size: int, changed: int) -> str | None:
+    # the arguments are the cache's key: a changed file is read again
     del inode, size, changed
     with open(path, "rb") as stream:
         return damage_in(stream) if zipfile.is_zipfile(stream) else None

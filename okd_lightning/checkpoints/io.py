@@ -1,4 +1,4 @@
-"""How checkpoints reach the disk: whole or not at all."""
+"""Atomic writing of checkpoints."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from okd_lightning.durable_files import replacing
 
 
 class DurableCheckpointIO(FolderReadingIO):
-    """Writes a checkpoint aside, flushes it and renames it; addresses such as s3:// as Lightning.
+    """Writes a checkpoint aside, flushes it and renames it; URLs such as s3:// as Lightning does.
 
-    Its memory need is the checkpoint's largest tensor, where Lightning's own holds the whole file
-    twice.
+    Needs memory for the checkpoint's largest tensor, where Lightning's own needs twice the whole
+    file.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Save, also in the place of a folder of shards.
+        """Save, also over a sharded folder.
 
         Raises:
-            OutputError: The disk is full, or the folder cannot be written; the checkpoint that was
-                there is untouched.
+            OutputError: The disk is full, or the folder cannot be written; an earlier checkpoint is
+                untouched.
         """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -50,7 +50,7 @@ class DurableCheckpointIO(FolderReadingIO):
 
 
 def make_durable(trainer: lightning.Trainer) -> None:
-    """Have a Trainer save so, unless somebody has given it another way of saving."""
+    """Make a Trainer save atomically, unless the user has set another checkpoint_io."""
     strategy = trainer.strategy
     if type(strategy.checkpoint_io) in (TorchCheckpointIO, FolderReadingIO):
         strategy.checkpoint_io = DurableCheckpointIO()

@@ -1,4 +1,4 @@
-"""Signatures of checkpoints: whether a config was written by this user.
+"""Signatures of checkpoints: whether this user wrote a config.
 
 A config can name code to run. A run signs its config with a key that only its user can read, so
 that the user's own checkpoints resume whatever they name. The key is made at the first checkpoint,
@@ -26,13 +26,13 @@ _NUM_BYTES = 32
 
 
 def signature_of(content: Any) -> str | None:
-    """An HMAC-SHA256 of plain values, with this user's key; None where there can be no key."""
+    """Return an HMAC-SHA256 of plain values with this user's key; None where no key can be made."""
     key = _user_key(makes=True)
     return None if key is None else _signed(key, content)
 
 
 def is_own(content: Any, signature: object) -> bool:
-    """Whether ``signature`` is that of ``content``, by this user."""
+    """Return whether ``signature`` is this user's signature of ``content``."""
     if not isinstance(signature, str):
         return False
     key = _user_key(makes=False)
@@ -40,14 +40,14 @@ def is_own(content: Any, signature: object) -> bool:
 
 
 def can_sign() -> bool:
-    """Whether this user has a key, or can have one."""
+    """Return whether this user has a key, or can have one."""
     return _user_key(makes=True) is not None
 
 
 def run_signature(
     config: str | None, started_in: str | None, arguments: Mapping[str, Any]
 ) -> str | None:
-    """What a run's checkpoint keeps beside what it can be built from again.
+    """Return the signature of what a run can be rebuilt from, for its checkpoint.
 
     Args:
         config: The resolved config; None in a run from Python.
@@ -58,7 +58,7 @@ def run_signature(
 
 
 def is_own_run(own: Mapping[str, Any]) -> bool:
-    """Whether a run of this user wrote what a checkpoint's run can be built from.
+    """Return whether this user signed what a checkpoint's run can be rebuilt from.
 
     Args:
         own: ``okd_lightning`` of the checkpoint.
@@ -101,7 +101,7 @@ def _key_file() -> Path | None:
 
 
 def _make_key(path: Path) -> None:
-    """Write a key aside and link it: of several processes that do so at once, one has its way."""
+    """Write a key aside and link it: if several processes do so at once, the first link counts."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     aside = path.with_name(f".{_FILE}.{secrets.token_hex(8)}")
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -1,4 +1,4 @@
-"""Metrics: what a run is judged by.
+"""Metrics of runs.
 
 * ``measures``: divergences, agreement and cross-entropy of validation, as torchmetrics.
 * ``exact_match``: answers against references, as text.

@@ -1,7 +1,7 @@
-"""ExAccErr: how much of a student's error comes from reading its own words (exposure bias).
+"""ExAccErr: the part of a student's error that comes from its own prefixes (exposure bias).
 
 Arora et al., arXiv 2204.01171, as used by OKD (arXiv 2409.12512, Eq. 5-7). Owns the arithmetic on
-per-step divergences; who wrote the prefixes is the caller's business.
+per-step divergences; the caller samples the prefixes.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torchmetrics import Metric
 
 
 def excess_accumulated_error(student_prefix_kl: Tensor, teacher_prefix_kl: Tensor) -> Tensor:
-    """ExAccErr(l) = (R(l) - l·ε(l)) / (l·ε(l)) · 100, in percent.
+    """Compute ExAccErr(l) = (R(l) - l·ε(l)) / (l·ε(l)) · 100, in percent.
 
-    R(l) is the sum over steps of KL(q‖p) behind prefixes that the *student* drew (Eq. 6) and ε(l)
-    the mean over steps of KL(q‖p) behind prefixes that the *teacher* drew (Eq. 7): 0 means that the
-    student errs no more behind its own words than behind the teacher's.
+    R(l) is the sum over steps of KL(q‖p) after prefixes that the *student* sampled (Eq. 6) and ε(l)
+    the mean over steps of KL(q‖p) after prefixes that the *teacher* sampled (Eq. 7). 0 means that
+    the student's error is no larger after its own prefixes than after the teacher's.
 
     Args:
         student_prefix_kl: [steps] nats, mean over responses at each step.
@@ -36,7 +36,7 @@ class ExcessAccumulatedError(Metric):
     """ExAccErr over sampled responses.
 
     A step's divergence is the mean over the responses that reach it; l is the number of steps that
-    at least half of either model's responses reach, so that no step rests on a few long ones.
+    at least half of either model's responses reach, so that no step depends on a few long ones.
 
     Args:
         max_steps: Tokens of the longest response.
@@ -55,19 +55,19 @@ class ExcessAccumulatedError(Metric):
         self.add_state("counts", zeros.clone(), dist_reduce_fx="sum")
 
     def update(self, kl: Tensor, step: Tensor, is_student_prefix: bool) -> None:
-        """Take in KL(q‖p) at some positions.
+        """Add KL(q‖p) at some positions.
 
         Args:
             kl: [positions] nats.
-            step: [positions] how many tokens of the response stand before it.
-            is_student_prefix: Whether the student drew the responses, or the teacher.
+            step: [positions] number of response tokens before the position.
+            is_student_prefix: Whether the student sampled the responses, or the teacher.
         """
         author = 0 if is_student_prefix else 1
         self.sums[author].index_add_(0, step, kl.detach().double())
         self.counts[author].index_add_(0, step, torch.ones_like(step, dtype=torch.float64))
 
     def compute(self) -> Tensor:
-        """Percent; NaN without responses of both models."""
+        """Return percent; NaN without responses of both models."""
         is_reached = (2 * self.counts >= self.counts[:, :1]) & (self.counts > 0)
         means = (self.sums / self.counts)[:, is_reached.all(0)]
         return excess_accumulated_error(means[0], means[1])

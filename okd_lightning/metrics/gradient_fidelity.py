@@ -1,4 +1,4 @@
-"""How faithful an estimated gradient is: its bias against the exact one, and its noise.
+"""Fidelity of an estimated gradient: its bias against the exact one, and its noise.
 
 Owns the arithmetic on gradients of several batches; knows no model. Products of means are taken
 over pairs of different batches, so that the noise of one batch is not multiplied with itself.
@@ -20,15 +20,15 @@ class GradientFidelity:
     """An estimator against the exact gradient, over several batches.
 
     Attributes:
-        along_exact: The mean's component along the exact mean, over the latter's norm: 1 where
-            there is no bias, below 0 where it points the other way.
+        along_exact: The mean's component along the exact mean, divided by the latter's norm: 1
+            without bias, below 0 for the opposite direction.
         along_error: Its standard error (jackknife over batches); NaN below three batches.
-        cosine: Between both means; NaN where a mean is lost in its noise.
+        cosine: Between both means; NaN where noise hides a mean.
         cosine_error: Its standard error.
         noise: Trace of the covariance of one batch's gradient over the exact mean's squared norm:
-            where it is 100, a batch's noise is ten times as long as what it is about.
-        noise_over_exact: How many times the batches the exact gradient needs for the same variance.
-        batches: How many were looked at.
+            at 100, a batch's noise is ten times as long as the exact mean.
+        noise_over_exact: Variance over that of the exact gradient.
+        batches: Number of batches.
     """
 
     along_exact: float
@@ -41,17 +41,17 @@ class GradientFidelity:
 
     @property
     def signal_to_noise(self) -> float:
-        """Of one batch: the length of the exact mean over that of the noise; NaN without a mean."""
+        """The length of the exact mean over that of one batch's noise; NaN without a mean."""
         return 1 / math.sqrt(self.noise) if self.noise > 0 else math.nan
 
     @property
     def is_biased(self) -> bool:
-        """Whether the component along the exact mean is off 1 by more than three errors."""
+        """True where the component along the exact mean is off 1 by more than three errors."""
         return abs(self.along_exact - 1) > 3 * self.along_error
 
 
 class GradientProducts:
-    """Inner products of mean gradients, and how far chance moves what is made of them.
+    """Inner products of mean gradients, and standard errors of their ratios.
 
     Args:
         own: [batches, parameters] of the estimator, at least two batches.
@@ -65,7 +65,7 @@ class GradientProducts:
             gram.fill_diagonal_(0.0)  # pairs of different batches only
 
     def jackknife(self, ratio: Callable[[_Totals], float]) -> tuple[float, float]:
-        """A ratio of products and its standard error, by leaving out one batch at a time."""
+        """Return a ratio of products and its standard error, by leaving out one batch at a time."""
         totals = {name: float(gram.sum()) for name, gram in self._grams.items()}
         num = len(self._grams["own"])
         if num < 3:
@@ -83,25 +83,25 @@ class GradientProducts:
 
     @property
     def exact_square(self) -> float:
-        """Squared norm of the exact mean; below 0 where it is lost in its noise."""
+        """Squared norm of the exact mean; can be below 0 where noise hides it."""
         num = len(self._grams["exact"])
         return float(self._grams["exact"].sum()) / (num * (num - 1))
 
 
 def variance_trace(gradients: Tensor) -> float:
-    """Trace of the covariance of one batch's gradient, of [batches, parameters]."""
+    """Return the trace of the covariance of one batch's gradient, from [batches, parameters]."""
     return float(gradients.var(0).sum())
 
 
 def gradient_fidelity(own: Tensor, exact: Tensor) -> GradientFidelity:
-    """Bias and noise of an estimator.
+    """Return bias and noise of an estimator.
 
-    Given the prefixes, the exact gradient is the expectation of an unbiased sampled one, so that
-    both have to be taken on the same rollouts and divided by the same number.
+    Given the prefixes, the exact gradient is the expectation of an unbiased sampled one, so both
+    have to be taken on the same rollouts and divided by the same number.
 
     Args:
         own: [batches, parameters], at least two batches, no gradient.
-        exact: The same of the exact loss.
+        exact: [batches, parameters] of the exact loss.
     """
     products = GradientProducts(own, exact)
     along, along_error = products.jackknife(_along)
@@ -125,5 +125,5 @@ def _along(products: _Totals) -> float:
 
 def _cosine(products: _Totals) -> float:
     if products["own"] <= 0 or products["exact"] <= 0:
-        return math.nan  # a mean is lost in its noise
+        return math.nan  # noise hides a mean
     return products["mixed"] / math.sqrt(products["own"] * products["exact"])

@@ -1,4 +1,4 @@
-"""Standard deviation of logits over the vocabulary: how far a distribution is from flat."""
+"""Standard deviation of logits over the vocabulary; 0 for a flat distribution."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from okd_lightning.records.shapes import PositionValues
 
 
 def logit_std(logprobs: Tensor) -> Tensor:
-    """Population standard deviation of each row's logits.
+    """Return the population standard deviation of each row's logits.
 
-    Log-probabilities are logits minus one number a row, which a deviation does not see.
+    Log-probabilities are logits minus one number per row, which does not change the deviation.
 
     Args:
         logprobs: [positions, vocab] nats; ids at minus infinity do not exist and do not count.
@@ -37,9 +37,9 @@ class LogitStd(Quantity):
 
     @property
     def needs_teacher(self) -> bool:  # type: ignore[override]
-        """Only for the teacher's."""
+        """True for the teacher's only."""
         return self.role == "teacher"
 
     def measure(self, tile: Tile) -> PositionValues:
-        """[positions], at least 0."""
+        """Return [positions], at least 0."""
         return logit_std(tile.logprobs(self.role).detach())

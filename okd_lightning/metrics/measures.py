@@ -1,7 +1,7 @@
-"""The measures of validation and test: what is taken on given and on the student's own responses.
+"""Measures of validation and test, on dataset responses and on on-policy samples.
 
-All at temperature 1 against the base teacher, in nats a token, averaged over the loss tokens of the
-whole set and all ranks.
+All at temperature 1 against the base teacher, in nats per token, averaged over the loss tokens of
+the whole set and all ranks.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _ON_OWN: Mapping[str, Quantity] = {"entropy": Entropy()}
 
 
 def measures(stage: str, is_own: bool, has_teacher: bool) -> dict[str, Quantity]:
-    """Metric name → quantity, for one kind of responses.
+    """Return metric name → quantity, for one kind of responses.
 
     Args:
         stage: "val" or "test".
-        is_own: Responses by the student itself (``on_policy_*``), or given ones.
+        is_own: On-policy samples (``on_policy_*``), or dataset responses.
         has_teacher: Without a teacher only the student's own numbers are taken.
     """
     prefix = f"{stage}/on_policy_" if is_own else f"{stage}/"
@@ -59,11 +59,11 @@ def measures(stage: str, is_own: bool, has_teacher: bool) -> dict[str, Quantity]
 def cached_measures(
     stage: str, is_own: bool, k: int, reads_new_rows: bool = False
 ) -> dict[str, Quantity]:
-    """Metric name → quantity, where k ids of the teacher are all that is known.
+    """Return metric name → quantity, where only k ids of the teacher are known.
 
-    ``top_k_*`` are lower bounds of what they are called after, through these ids and the rest;
-    agreement is exact. On the student's own responses only its own numbers are taken, but where the
-    teacher can be asked about new ones.
+    ``top_k_*`` are lower bounds of the divergences in their names, computed on these ids and the
+    rest; agreement is exact. On on-policy samples only the student's own numbers are taken, unless
+    the teacher can score new responses.
     """
     quantities = measures(stage, is_own, has_teacher=False)
     if not is_own or reads_new_rows:
@@ -73,7 +73,7 @@ def cached_measures(
 
 
 def adapted_measures(stage: str) -> dict[str, Quantity]:
-    """Metric name → quantity, against the adapted teacher on given responses (OKD).
+    """Return metric name → quantity, against the adapted teacher on dataset responses (OKD).
 
     ``adapted_teacher_shift`` is KL(base‖adapted): how far the online module has moved its teacher.
     """
@@ -82,7 +82,7 @@ def adapted_measures(stage: str) -> dict[str, Quantity]:
 
 
 def measure_metrics() -> nn.ModuleDict:
-    """A running mean for every measure; Lightning resets, reduces and logs them."""
+    """Return a running mean for every measure; Lightning resets, reduces and logs them."""
     names = [
         name
         for stage in ("val", "test")

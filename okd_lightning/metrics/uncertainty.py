@@ -1,4 +1,4 @@
-"""UNC: how little of its probability a model gives to the target, by difficulty.
+"""UNC: the probability that a model does not give to the target, by difficulty.
 
 arXiv 2409.12512, Eq. 4. Owns the arithmetic on probabilities of responses; knows no model.
 """
@@ -16,12 +16,12 @@ DIFFICULTIES = ("easy", "medium", "hard")
 
 
 def response_uncertainty(target_logprobs: Tensor, row: Tensor, num_rows: int) -> Tensor:
-    """UNC of each response: the mean over its tokens of 1 - softmax probability of the target.
+    """Return UNC of each response: the token mean of 1 - softmax probability of the target.
 
     Args:
         target_logprobs: [positions] nats.
-        row: [positions] which response each position belongs to.
-        num_rows: Responses.
+        row: [positions] index of each position's response.
+        num_rows: Number of responses.
 
     Returns:
         [num_rows] in [0, 1]; NaN for a response without a position. No gradient.
@@ -33,7 +33,7 @@ def response_uncertainty(target_logprobs: Tensor, row: Tensor, num_rows: int) ->
 
 
 def by_difficulty(values: Tensor, difficulty: Tensor) -> dict[str, Tensor]:
-    """Mean of ``values`` in the easy, the medium and the hard third of the responses.
+    """Return the means of ``values`` in the easy, the medium and the hard third of the responses.
 
     Args:
         values: [rows].
@@ -65,12 +65,12 @@ class Uncertainty(Metric):
         self.add_state("teacher", [], dist_reduce_fx="cat")
 
     def update(self, student: Tensor, teacher: Tensor) -> None:
-        """Take in UNC of some responses under both models, [rows] each."""
+        """Add UNC of some responses under both models, [rows] each."""
         self.student.append(student)
         self.teacher.append(teacher)
 
     def compute(self) -> dict[str, Tensor]:
-        """Means over all responses so far."""
+        """Return the means over all responses so far."""
         student, teacher = (
             values if isinstance(values, Tensor) else torch.cat(values)
             for values in (self.student, self.teacher)

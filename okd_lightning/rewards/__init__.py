@@ -1,6 +1,6 @@
 """Rewards: a number for a whole response.
 
-* ``functions``: ``RewardFunction`` and the ones that are included; ``baselined``, group baselines.
+* ``functions``: ``RewardFunction`` and the included ones; ``baselined``, group baselines.
 * ``answers``: final answers, compared as text, numbers or mathematics.
 * ``math_answers``, ``math_worker``: mathematical equality, in a process with a time limit.
 * ``rouge``: ``rouge_l`` of texts in any script.

@@ -1,7 +1,7 @@
-"""Final answers in a text, and whether two texts give the same one.
+"""Final answers in a text, and comparison of two texts' answers.
 
-Patterns are those of the ``regex`` package, which reads what ``re`` does and ends a search after
-some time: nested repetition such as ``(a+)+b`` takes years on one response.
+Patterns are those of the ``regex`` package, which has the syntax of ``re`` and can end a search
+after some time: nested repetition such as ``(a+)+b`` can take years on one response.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.rewards.math_answers import is_same_answer
 
 Comparison: TypeAlias = Literal["text", "math"]
-"""How two answers are compared: as texts, or as what they say in mathematics."""
+"""Comparison of two answers: as texts, or by their mathematical value."""
 
 _MARKED_ANSWER = regex.compile(r"####(.+)")
 _SECONDS = 1.0
 _SHARED_FLAGS = re.IGNORECASE | re.MULTILINE | re.DOTALL | re.VERBOSE
-"""Those with one number in both packages."""
+"""Flags with the same number in both packages."""
 
 Pattern: TypeAlias = "regex.Pattern[str] | re.Pattern[str]"
 
 
 def answer_pattern(pattern: str | None) -> regex.Pattern[str] | None:
-    """A compiled pattern whose first group is the answer; None stays None.
+    """Compile a pattern whose first group is the answer; None stays None.
 
     Raises:
-        ConfigError: It is no regular expression, or has no group.
+        ConfigError: The pattern is not a regular expression, or has no group.
     """
     if pattern is None:
         return None
@@ -44,16 +44,16 @@ def answer_pattern(pattern: str | None) -> regex.Pattern[str] | None:
 
 
 def final_answer(text: str, pattern: Pattern | None) -> str | None:
-    """The answer in a response: the first group of the pattern's last match, or the whole text.
+    """Return a response's answer: the first group of the pattern's last match, or the whole text.
 
     Returns:
-        Without surrounding white space; None where the pattern does not occur, or where looking
-        for it takes more than a second, of which is warned.
+        Without surrounding white space; None where the pattern does not occur, or where the search
+        takes more than a second, with a warning.
     """
     if pattern is None:
         return text.strip()
     timed: Any = pattern
-    if isinstance(pattern, re.Pattern):  # whose searches cannot be ended
+    if isinstance(pattern, re.Pattern):  # ``re`` searches cannot be stopped
         timed = regex.compile(pattern.pattern, pattern.flags & _SHARED_FLAGS)
     try:
         found = [
@@ -73,10 +73,10 @@ def final_answer(text: str, pattern: Pattern | None) -> str | None:
 
 
 def checked_comparison(compare: str) -> Comparison:
-    """A way to compare answers.
+    """Check the name of a comparison.
 
     Raises:
-        ConfigError: There is no such way.
+        ConfigError: There is no such comparison.
     """
     for known in get_args(Comparison):
         if compare == known:
@@ -90,14 +90,14 @@ def matches(
     pattern: Pattern | None = None,
     compare: Comparison = "text",
 ) -> bool:
-    """Whether a response gives the reference's answer; a response without one does not.
+    """Return whether a response gives the reference's answer; False for a response without one.
 
     Args:
-        response: What was written.
-        reference: What is right.
-        pattern: Cuts the answer out of either. Without one, mathematical answers are what stands
-            behind the last ####, and else what math-verify finds in the text.
-        compare: As texts, or as what they say in mathematics.
+        response: The generated text.
+        reference: The text with the right answer.
+        pattern: Extracts the answer from both. Without one, a mathematical answer is the text after
+            the last ####, or else what math-verify finds in the text.
+        compare: As texts, or by mathematical value.
     """
     answer, wanted = final_answer(response, pattern), final_answer(reference, pattern)
     if answer is None or wanted is None:

@@ -1,4 +1,4 @@
-"""Rewards: a number a response, from its text; and what a prompt's other samples take off it."""
+"""Rewards: one number per response, from its text; group baselines over a prompt's samples."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from okd_lightning.rewards.rouge import rouge_l
 from okd_lightning.tools.tool_calls import match_tool_calls
 
 GroupBaseline: TypeAlias = Literal["none", "group_mean", "leave_one_out"]
-"""What is subtracted from a response's reward: see ``baselined``."""
+"""Baseline that is subtracted from a response's reward: see ``baselined``."""
 
 
 class RewardFunction(ABC):
-    """A number for every response, larger is better; subclass it to bring your own.
+    """A number for every response, larger is better; subclass it for your own.
 
     A complete one:
 
@@ -35,9 +35,9 @@ class RewardFunction(ABC):
                 return [-float(len(response)) for response in responses]
 
     Attributes:
-        reads_last_turn: What it is given of a response that called tools: the student's last turn,
-            or (False) all of the student's turns, a line break between them. What tools answered
-            is never among it.
+        reads_last_turn: Part of a response with tool calls that the function gets: the student's
+            last turn, or (False) all of the student's turns, joined by line breaks. Tool results
+            are never included.
     """
 
     reads_last_turn: bool = False
@@ -50,21 +50,21 @@ class RewardFunction(ABC):
 
         Args:
             prompts: As text.
-            responses: What the student wrote itself, as text without special tokens.
-            references: The data set's own responses; empty texts where it has none.
+            responses: The student's own text, without special tokens.
+            references: The dataset responses; empty texts where the dataset has none.
 
         Returns:
-            One number a response, any unit; NaN says that a response could not be scored.
+            One number per response, any unit; NaN for a response that could not be scored.
         """
 
 
 class PlainFunction(RewardFunction):
     """A plain Python function of one prompt, response and reference as a reward.
 
-    Only Python can hand one over: a config names a ``RewardFunction`` class, never a function.
+    Functions can be given from Python only: a config names a ``RewardFunction`` class.
 
     Raises:
-        ConfigError: It cannot be called.
+        ConfigError: ``function`` cannot be called.
     """
 
     def __init__(self, function: object) -> None:
@@ -78,22 +78,22 @@ class PlainFunction(RewardFunction):
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]
     ) -> Sequence[float]:
-        """One call a response."""
+        """Call the function once per response."""
         return [self.function(*row) for row in zip(prompts, responses, references, strict=True)]
 
 
 class AnswerMatch(RewardFunction):
-    r"""1 where a response (its last turn) gives the reference's answer, else 0.
+    r"""Reward 1 where a response (its last turn) gives the reference's answer, else 0.
 
     Args:
         pattern: A regular expression whose first group is the answer (the last match counts), such
             as '#### (.+)'; None takes whole responses.
         compare: "text" for the same characters; "math" for the same mathematics (math-verify):
             1,234 is 1234.00, and \frac12 is 0.5. Without a pattern it finds the answer itself:
-            behind the last ####, in \boxed{}, behind "the answer is", or the last number.
+            after the last ####, in \boxed{}, after "the answer is", or the last number.
 
     Raises:
-        ConfigError: The pattern is no regular expression, or has no group; an unknown compare.
+        ConfigError: The pattern is not a regular expression, or has no group; an unknown compare.
     """
 
     reads_last_turn = True
@@ -105,7 +105,7 @@ class AnswerMatch(RewardFunction):
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]
     ) -> Sequence[float]:
-        """0 or 1; NaN where the reference gives no answer."""
+        """Return 0 or 1 per response; NaN where the reference gives no answer."""
         del prompts
         return [
             math.nan
@@ -116,10 +116,10 @@ class AnswerMatch(RewardFunction):
 
 
 class ToolCallMatch(RewardFunction):
-    """Share of a response's tool calls that are the reference's, by name and arguments.
+    """Share of a response's tool calls that match the reference's, by name and arguments.
 
-    Half of a call is its name, half its arguments (action and argument match), over all turns; a
-    call too many or too few counts as wrong. See ``tool_calls`` for the forms.
+    A call counts half for its name and half for its arguments (action and argument match), over all
+    turns; an extra or missing call counts as wrong. See ``tool_calls`` for the forms.
 
     Args:
         ordered: Compare calls in order; otherwise each with any call of the reference, as suits
@@ -132,7 +132,7 @@ class ToolCallMatch(RewardFunction):
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]
     ) -> Sequence[float]:
-        """Between 0 and 1; NaN where the reference calls nothing."""
+        """Return a number from 0 to 1 per response; NaN where the reference has no calls."""
         del prompts
         pairs = zip(responses, references, strict=True)
         return [_call_match(response, wanted, self.ordered) for response, wanted in pairs]
@@ -153,7 +153,7 @@ class RougeL(RewardFunction):
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]
     ) -> Sequence[float]:
-        """F1 of the longest common subsequence of words."""
+        """Return F1 of the longest common subsequence of words, per response."""
         del prompts
         pairs = zip(responses, references, strict=True)
         return [rouge_l(response, reference, self.stem) for response, reference in pairs]
@@ -165,13 +165,14 @@ def checked_rewards(
     responses: Sequence[str],
     references: Sequence[str],
 ) -> list[float]:
-    """What a reward function says, checked.
+    """Call a reward function and check its values.
 
     Returns:
-        One number a response; NaN where it is not finite, for the caller to count.
+        One number per response; NaN where it is not finite, for the caller to count.
 
     Raises:
-        RewardError: It raised, returned another number of values, or something that is no number.
+        RewardError: The function raised, returned another number of values, or a value that is not
+            a number.
     """
     name = type(function).__name__
     if not responses:
@@ -196,20 +197,21 @@ def checked_rewards(
 def baselined(
     rewards: Sequence[float], groups: Sequence[Hashable], baseline: GroupBaseline
 ) -> list[float]:
-    """Rewards minus what the samples of the same prompt have in common.
+    """Return advantages: rewards minus a baseline over the samples of the same prompt.
 
-    ``group_mean`` subtracts the mean of the group, the sample itself included (Shao et al.,
-    arXiv 2402.03300, without its division by the standard deviation); ``leave_one_out`` the mean
-    of the others, which leaves the expected gradient as it is (Ahmadian et al., arXiv 2402.14740).
+    ``group_mean`` subtracts the mean of the group, the sample itself included (Shao et al., arXiv
+    2402.03300, without its division by the standard deviation). ``leave_one_out`` subtracts the
+    mean of the others, which leaves the expected gradient unchanged (Ahmadian et al., arXiv
+    2402.14740).
 
     Args:
-        rewards: One a response; NaN for one that could not be scored.
-        groups: Which prompt (and which turn of it) each response answers.
-        baseline: What is subtracted.
+        rewards: One per response; NaN for one that could not be scored.
+        groups: The prompt (and its turn) that each response answers.
+        baseline: The baseline to subtract.
 
     Returns:
-        One credit a response: 0 where the reward is NaN, and where a group has a single scored
-        sample but a baseline needs others.
+        One advantage per response: 0 where the reward is NaN, and where a baseline needs other
+            samples but the group has a single scored one.
     """
     totals: dict[Hashable, float] = defaultdict(float)
     counts: dict[Hashable, int] = defaultdict(int)
@@ -235,7 +237,7 @@ def baselined(
 def _number(value: object, name: str, response: str) -> float:
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError) as error:  # the last: a Tensor of several numbers
+    except (TypeError, ValueError, RuntimeError) as error:  # the last: a multi-element Tensor
         raise RewardError(
             f"reward {name} returned {value!r} for the response {response[:60]!r}; "
             "expected a number"

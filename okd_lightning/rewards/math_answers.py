@@ -1,8 +1,8 @@
-"""Whether two texts give the same mathematical answer: math-verify, in a process of its own.
+"""Mathematical equality of two texts' answers: math-verify, in a separate process.
 
-The library ends what takes too long by an alarm signal, which works in the main thread alone, takes
-the alarms of others away, and does not reach into one long multiplication. In a process of its own
-it does none of this to a training run: there it can be killed.
+The library limits time by an alarm signal, which works in the main thread only, removes other
+users' alarms, and cannot interrupt one long multiplication. A separate process protects a training
+run from this, and can be killed.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from okd_lightning.errors import OKDLightningError
 
 _PROGRAM = Path(__file__).with_name("math_worker.py")
 _LONGEST = 20_000
-"""Characters at the end of a text that are read: a model that repeats itself writes without end."""
+"""Characters read at the end of a text: a model that repeats itself generates long texts."""
 
 _SECONDS = 10.0
-"""Behind the library's own limits, which are a fraction of it."""
+"""Time limit of a comparison; the library's own limits are a fraction of it."""
 
 
 class _Worker:
-    """One process, started at the first question and again after one that it did not survive."""
+    """One process, started at the first comparison and again after one that it did not survive."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, answer: str, reference: str) -> bool:
-        """What the process says; False where it says nothing in time."""
+        """Return the process's result; False where there is none in time."""
         with self._lock:
             process = self._running()
             limit = threading.Timer(_SECONDS, process.kill)
@@ -45,7 +45,7 @@ class _Worker:
                 said = _exchange(process, json.dumps([answer[-_LONGEST:], reference[-_LONGEST:]]))
             finally:
                 limit.cancel()
-                if not said.endswith("\n"):  # killed, or left in the middle: it may answer late
+                if not said.endswith("\n"):  # killed or interrupted: it may still reply later
                     self.close()
             return said == "true\n"
 
@@ -65,7 +65,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
-            start_new_session=True,  # an interrupt from the terminal is for the run
+            start_new_session=True,  # keep the terminal's interrupt from the process
         )
         assert self._process.stdout is not None
         if self._process.stdout.readline() != "ready\n":
@@ -90,7 +90,7 @@ def _exchange(process: subprocess.Popen[str], question: str) -> str:
 
 @cache
 def _worker(process_id: int) -> _Worker:
-    """The worker of this process: a fork must not speak through its parent's pipes."""
+    """Return the worker of this process: a fork must not use its parent's pipes."""
     del process_id
     worker = _Worker()
     atexit.register(worker.close)
@@ -98,12 +98,12 @@ def _worker(process_id: int) -> _Worker:
 
 
 def is_same_answer(answer: str, reference: str) -> bool:
-    r"""Whether two texts give the same answer: 1,234 and 1234.0, \boxed{\frac{1}{2}} and 0.5.
+    r"""Return whether two texts give the same answer: 1,234 is 1234.0, \boxed{\frac{1}{2}} is 0.5.
 
     Args:
-        answer: Any text; math-verify finds the answer in it (in a box, behind "the answer is", or
+        answer: Any text; math-verify finds the answer in it (in a box, after "the answer is", or
             the last formula or number).
-        reference: The same.
+        reference: Any text, like ``answer``.
 
     Returns:
         False also where a comparison takes more than some seconds.

@@ -1,6 +1,6 @@
-"""The program of a process that compares mathematical answers; imports nothing of this package.
+"""Program of a process that compares mathematical answers; imports nothing of this package.
 
-Reads a JSON list [answer, reference] a line and writes true or false a line; see ``math_answers``.
+Reads one JSON list [answer, reference] per line and writes true or false; see ``math_answers``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MARKED_OR_PROSE = re.compile(r"\$|\\boxed|\\\(|\\\[|(?<![\\A-Za-z])[A-Za-z]{2,}
 
 
 def _parse(text: str) -> list[object]:
-    """What math-verify finds; a bare formula, which it would read a number of, is marked as one."""
+    """Parse a text; mark a bare formula as one, of which math-verify would read only a number."""
     if _EXPRESSION.search(text) and not _MARKED_OR_PROSE.search(text):
         found = parse(f"${text.strip()}$", parsing_timeout=_SECONDS)
         if found:
@@ -30,20 +30,20 @@ def _parse(text: str) -> list[object]:
 
 
 def is_same(answer: str, reference: str) -> bool:
-    """Whether two texts give the same answer, by math-verify; what takes too long does not."""
+    """Return whether two texts give the same answer, by math-verify; False after its time limit."""
     return bool(verify(_parse(reference), _parse(answer), timeout_seconds=_SECONDS))
 
 
 def _limit_memory() -> None:
-    """Let a number that grows without end be an error here, and not the end of the machine."""
-    with contextlib.suppress(OSError, ValueError):  # a lower limit is set, or the system has none
+    """Limit memory, so that an exploding number raises here instead of exhausting the machine."""
+    with contextlib.suppress(OSError, ValueError):  # a lower limit exists, or the system has none
         resource.setrlimit(resource.RLIMIT_AS, (_MOST_BYTES, _MOST_BYTES))
 
 
 def main() -> None:
-    """Answer until the input ends."""
+    """Reply to lines until the input ends."""
     _limit_memory()
-    logging.disable()  # of timeouts; they are answered with false
+    logging.disable()  # about timeouts, which give false
     print("ready", flush=True)
     for line in sys.stdin:
         print(json.dumps(is_same(*json.loads(line))), flush=True)

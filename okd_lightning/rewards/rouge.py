@@ -22,10 +22,10 @@ def rouge_l(response: str, references: str | Sequence[str], stem: bool = True) -
     """Measure ROUGE-L (F1 of the longest common subsequence of words), in [0, 1].
 
     Args:
-        response: The text that is scored.
-        references: One text or several; of several the best score counts.
-        stem: Compare words of more than three letters by their Porter stems, as MiniLLM
-            (arXiv 2306.08543) and the evaluation code it shares with later papers do.
+        response: The text to score.
+        references: One text or several; the best score counts.
+        stem: Compare words of more than three letters by their Porter stems, as MiniLLM (arXiv
+            2306.08543) and later papers with its evaluation code do.
 
     Returns:
         The score by torchmetrics; 0 where either side has no word.
@@ -43,10 +43,10 @@ def rouge_l(response: str, references: str | Sequence[str], stem: bool = True) -
 
 
 def _only_words(text: str) -> str:
-    """Lower-case words with blanks between them; each character of an unspaced script is a word.
+    """Return lower-case words separated by blanks; each character of an unspaced script is a word.
 
-    On ASCII text this is the normalisation of the ``rouge_score`` package. That one drops every
-    other letter, so that a text in Chinese scores 0 against itself.
+    On ASCII text this is the normalisation of the ``rouge_score`` package. That package drops all
+    other letters, so a Chinese text scores 0 against itself.
     """
     kept = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text.lower())
     return _UNSPACED.sub(r" \1 ", kept)

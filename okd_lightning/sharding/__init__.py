@@ -1,7 +1,7 @@
-"""Models in shards over all devices (FSDP2): the only place that says FSDP, DTensor or mesh.
+"""Models in shards over all devices (FSDP2); no other package uses FSDP, DTensor or meshes.
 
-* ``plan``: which modules of a model form a unit that is gathered and freed together.
-* ``placement``: how the rest of the library runs a model: whole, or in shards that are gathered.
+* ``plan``: the modules of a model that are gathered and freed together as units.
+* ``placement``: how other packages run a model: whole, or in shards that are gathered.
 * ``loading``: filling shards from files, so that no rank ever holds a whole model.
 * ``state``: weights and optimizer states, from shards to files and back.
 * ``strategy``: ``--trainer.strategy fsdp2``.
@@ -14,7 +14,7 @@ from okd_lightning.sharding.plan import ShardSettings, blocks_of, shard
 from okd_lightning.sharding.state import whole
 from okd_lightning.sharding.strategy import FSDP2Strategy
 
-FSDP2Strategy.register_strategies(StrategyRegistry)  # as Lightning does with its own
+FSDP2Strategy.register_strategies(StrategyRegistry)  # as Lightning does for its own
 
 __all__ = [
     "FSDP2Strategy",

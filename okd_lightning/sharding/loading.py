@@ -1,4 +1,4 @@
-"""Filling the shards of a model whose weights were left on disk: every rank reads its own rows."""
+"""Filling of shards from weight files: every rank reads its own rows."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from okd_lightning.models.weight_checks import (
 from okd_lightning.models.weight_files import WeightFiles
 
 _ADAPTED = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
-"""What PEFT puts between a layer's name and its weight's."""
+"""Parts that PEFT inserts between a layer's name and its weight's."""
 _OUTDATED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
-"""Buffers that older checkpoints hold and that are worked out now."""
+"""Buffers that older checkpoints hold and that are computed now."""
 
 
 @torch.no_grad()
 def fill_from_files(model: nn.Module, device: torch.device) -> int:
-    """Give every parameter that is on ``meta`` its data, in place; others stay as they are.
+    """Load every parameter that is on ``meta``, in place; others are not changed.
 
     Args:
         model: In shards, as ``causal_lm_without_weights`` built it, with adapters or without.
-        device: Where the shards go.
+        device: Device of the shards.
 
     Returns:
-        Bytes that this rank has read.
+        Number of bytes that this rank has read.
 
     Raises:
         ModelError: A weight is not in the files under its name, is of another shape or not finite,
-            or is stored in a format that is no weight's.
+            or is stored in a format that no weight has.
     """
     about = deferred(model)
     if about is None:
@@ -78,7 +78,7 @@ def fill_from_files(model: nn.Module, device: torch.device) -> int:
 
 
 def _parameters_on_meta(model: nn.Module) -> tuple[dict[str, nn.Parameter], list[list[str]]]:
-    """All parameters by name, and the names of each one that is on ``meta`` (tied: several)."""
+    """Return all parameters by name, and the names of each one on ``meta`` (several if tied)."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names: dict[int, list[str]] = {}
     for name, parameter in parameters.items():
@@ -88,9 +88,9 @@ def _parameters_on_meta(model: nn.Module) -> tuple[dict[str, nn.Parameter], list
 
 
 def _check_tied(model: nn.Module, files: WeightFiles, names: list[list[str]], where: str) -> None:
-    """Refuse files that hold two tables for a weight that the config shares.
+    """Refuse files that hold two tables for a weight that the config ties.
 
-    Read whole, transformers leaves them apart; here they are one parameter by now.
+    transformers, loading whole models, keeps them apart; here they are one parameter already.
     """
     for own in names:
         stored = {files.stored_under(_stored(model, name)) for name in own} - {None}
@@ -104,7 +104,7 @@ def _check_tied(model: nn.Module, files: WeightFiles, names: list[list[str]], wh
 
 
 def _stored_buffers(model: nn.Module, files: WeightFiles) -> dict[str, list[str]]:
-    """Buffers that belong to a model's state (DeepSeek's routing bias), and their stored names."""
+    """Return buffers of a model's state (DeepSeek's routing bias), with their stored names."""
     computed = computed_buffers(model)
     ignored = getattr(model, "_keys_to_ignore_on_load_missing", None)
     found = {}
@@ -117,7 +117,7 @@ def _stored_buffers(model: nn.Module, files: WeightFiles) -> dict[str, list[str]
 
 
 def _warn_unused(model: nn.Module, names: set[str], where: str) -> None:
-    """What transformers says while it loads; here the class's own patterns excuse names as well."""
+    """Warn of unused weights as transformers does; the class's own patterns excuse names too."""
     ignored = (*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_OUTDATED)
     unused = [name for name in names if not is_ignored(name, ignored)]
     if unused and _is_first_rank():
@@ -129,7 +129,7 @@ def _is_first_rank() -> bool:
 
 
 def _of_all_ranks(names: list[str]) -> list[str]:
-    """Names that any rank has found: all of them raise, so that none waits for another."""
+    """Return the names that any rank has found: all ranks then raise, and none waits."""
     if not torch.distributed.is_initialized():
         return names
     found: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
@@ -142,24 +142,25 @@ def _num_rows(value: Tensor) -> int:
 
 
 def _read(files: WeightFiles, names: list[str], old: Tensor, device: torch.device) -> Tensor:
-    """This rank's rows of a weight that has one of ``names``, in ``old``'s number format."""
+    """Return this rank's rows of a weight that has one of ``names``, in ``old``'s number format."""
     if not isinstance(old, DTensor):
         return files.rows(names, 0, _num_rows(old), old.shape).to(device, old.dtype, copy=True)
     (placement,) = old.placements
     assert placement == Shard(0)
     mesh, num_rows = old.device_mesh, old.shape[0]
+    # FSDP2's rule for uneven shards: rounded-up rows per rank, fewer on the last ones
     size = -(-num_rows // mesh.size())
     start = min(mesh.get_local_rank() * size, num_rows)
     end = min(start + size, num_rows)
     part = files.rows(names, start, end, old.shape)
-    part = part.to(device, old.dtype, copy=True)  # not the file's map
+    part = part.to(device, old.dtype, copy=True)  # a copy instead of the file's memory map
     return DTensor.from_local(
         part, mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
     )
 
 
 def _stored(model: nn.Module, name: str) -> list[str]:
-    """What a parameter may be called in the files: its name, or its name without the head's."""
+    """Return a parameter's possible names in the files, with and without the base's prefix."""
     plain = _ADAPTED.sub("", name)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     return [plain, plain.removeprefix(prefix)]

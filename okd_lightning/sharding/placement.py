@@ -1,8 +1,8 @@
-"""How a model is run: whole, as on one device, or in shards that ranks gather together.
+"""Placement of models: whole, as on one device, or in shards that ranks gather together.
 
-``PairModule`` has a Placement and asks it; which one is the strategy's business. In shards every
-forward pass is a collective operation, so two things need care: a phase in which ranks run a model
-by themselves (rollouts), and what is left gathered behind a pass without gradient.
+The strategy sets the Placement of a ``PairModule``. In shards every forward pass is a collective
+operation, so two cases need care: a phase in which each rank runs a model on its own (rollouts),
+and weights that stay gathered after a pass without gradient.
 """
 
 from __future__ import annotations
@@ -26,44 +26,44 @@ RolloutMode: TypeAlias = Literal["gathered", "layerwise"]
 
 
 class Placement(Protocol):
-    """What ``PairModule`` needs to know of where its models are."""
+    """Operations that ``PairModule`` needs on its models' placement."""
 
     def alone(self, *models: nn.Module | None) -> ExitStack:
-        """Within it each rank may run ``models`` as often as it likes, without gradient.
+        """Let each rank run ``models`` any number of times within the block, without gradient.
 
         All ranks enter and leave it together, also those that have nothing to run.
         """
 
     def release(self, *models: nn.Module | None) -> None:
-        """Free what a pass that needs no backward pass has left gathered."""
+        """Free weights that a pass without a backward pass has left gathered."""
 
     def tied_to_loss(self, parameters: Iterable[nn.Parameter]) -> Iterable[nn.Parameter]:
-        """Which of the idle parameters the loss has to be tied to, with a zero."""
+        """Return which of the idle parameters the loss has to be tied to, with a zero."""
 
 
 class WholeModels:
-    """Every rank has the whole models: nothing to do."""
+    """Whole models on every rank: nothing to do."""
 
     def alone(self, *models: nn.Module | None) -> ExitStack:
-        """Nothing."""
+        """Do nothing."""
         del models
         return ExitStack()
 
     def release(self, *models: nn.Module | None) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def tied_to_loss(self, parameters: Iterable[nn.Parameter]) -> Iterable[nn.Parameter]:
-        """All of them, as DDP expects."""
+        """Return all of them, as DDP expects."""
         return parameters
 
 
 class ShardedModels:
-    """Both models are in shards.
+    """Both models in shards.
 
     Args:
-        rollouts: How ranks run a model by themselves.
-        reshard_after_forward: What the blocks were given; a gathered phase suspends it.
-        device: Where flags are exchanged.
+        rollouts: How each rank runs a model on its own.
+        reshard_after_forward: Setting of the blocks; a gathered phase suspends it.
+        device: Device on which flags are exchanged.
     """
 
     def __init__(
@@ -75,9 +75,9 @@ class ShardedModels:
         self._running: set[int] = set()
 
     def alone(self, *models: nn.Module | None) -> ExitStack:
-        """Gather the models for the phase, or keep all ranks in step until the last is through.
+        """Gather the models for the phase, or keep all ranks in step until the last is done.
 
-        Models that are in such a phase already are left alone, so phases may be nested.
+        Models that are in such a phase already are skipped, so phases may be nested.
         """
         entered = ExitStack()
         new = [m for m in models if m is not None and id(m) not in self._running]
@@ -97,7 +97,7 @@ class ShardedModels:
 
     @contextmanager
     def _gathered(self, models: list[nn.Module]) -> Iterator[None]:
-        """One all-gather a unit for the whole phase; the price is the models' full size."""
+        """Gather every unit once for the whole phase; costs memory of the models' full size."""
         for model in models:
             settle_root(model)
             for unit in units_of(model):
@@ -116,7 +116,7 @@ class ShardedModels:
 
     @contextmanager
     def _in_step(self, models: list[nn.Module]) -> Iterator[None]:
-        """Before every forward pass ranks agree on the model that runs; the others run along."""
+        """Before every forward pass, agree on the model that runs; all other ranks run it too."""
         _check_stepwise(models)
         turns = _Turns(models, self._device)
         handles = [
@@ -125,7 +125,7 @@ class ShardedModels:
         ]
         try:
             yield
-        finally:  # whatever ends this rank's part, the others need it in theirs
+        finally:  # other ranks need this one until they are done, even after an error
             turns.see_others_through()
             for handle in handles:
                 handle.remove()
@@ -133,23 +133,23 @@ class ShardedModels:
             _reshard(model)
 
     def release(self, *models: nn.Module | None) -> None:
-        """Free the gathered weights: kept, they would be stale behind the next optimizer step."""
+        """Free the gathered weights: they would be stale after the next optimizer step."""
         for model in models:
             if isinstance(model, FSDPModule) and id(model) not in self._running:
                 _reshard(model)
 
     def tied_to_loss(self, parameters: Iterable[nn.Parameter]) -> Iterable[nn.Parameter]:
-        """None: the strategy gives them their zero gradients, shard by shard."""
+        """Return none: the strategy gives them zero gradients, shard by shard."""
         del parameters
         return ()
 
 
 class _Turns:
-    """Ranks that run different models different numbers of times, in step.
+    """Keeps ranks in step that run different models different numbers of times.
 
-    Every gather needs all ranks. So before a forward pass each says which model it is about to run;
-    the highest number goes first, and whoever wanted another, or is through, runs the shortest pass
-    of that one along.
+    Every gather needs all ranks. So before a forward pass each rank announces its model's number.
+    The highest number goes first, and every other rank, or one that is done, takes part with the
+    shortest possible pass of that model.
     """
 
     def __init__(self, models: list[nn.Module], device: torch.device) -> None:
@@ -158,7 +158,7 @@ class _Turns:
         self._is_running_along = False
 
     def wait_for(self, number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        """A hook that returns when it is the turn of model ``number``, counted from 1."""
+        """Return a hook that waits for the turn of model ``number``, counted from 1."""
 
         def wait(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             del module, args
@@ -168,7 +168,7 @@ class _Turns:
         return wait
 
     def see_others_through(self) -> None:
-        """Run along until all ranks are here."""
+        """Take part in the other ranks' passes until all ranks are done."""
         self._run_along_until(0)
 
     def _run_along_until(self, number: int) -> None:

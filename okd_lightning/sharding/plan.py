@@ -1,9 +1,9 @@
-"""Which modules of a model form a unit: gathered before it runs, freed behind it.
+"""Units of a model: modules that are gathered before they run and freed after it.
 
-A unit is one block of the architecture, as the model itself names them. What is left (final norm,
-head, an embedding that shares the head's weights) belongs to the model as a whole: it is gathered
-once a forward pass and stays until the backward pass is through, so that the loss reads the head
-from it, whatever the number of its tiles.
+A unit is one block of the architecture, as named by the model. The rest (final norm, head, an
+embedding that shares the head's weights) belongs to the model as a whole: it is gathered once per
+forward pass and stays until the backward pass is done, so that the loss can read the head, whatever
+its number of tiles.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from okd_lightning.errors import ConfigError
 
 @dataclass(frozen=True)
 class ShardSettings:
-    """How shards are kept and computed with.
+    """Settings of shards.
 
     Attributes:
-        precision: In which number formats a gathered unit computes and gradients are summed.
-        reshard_after_forward: Free a block's weights behind its forward pass and gather them again
+        precision: Number formats in which a gathered unit computes and gradients are summed.
+        reshard_after_forward: Free a block's weights after its forward pass and gather them again
             for the backward pass.
         offload: Keep the shards (and with them the optimizer's state) in the host's memory.
     """
@@ -44,14 +44,14 @@ class ShardSettings:
 
 
 def blocks_of(model: nn.Module, option: str) -> list[nn.Module]:
-    """The outermost repeated blocks of a model, in the order in which they stand in it.
+    """Return the outermost repeated blocks of a model, in order.
 
     Args:
-        model: A transformers model, in PEFT's wrapper or not.
-        option: How the user named it, for messages.
+        model: A transformers model, with or without PEFT's wrapper.
+        option: Name of the user's option, for messages.
 
     Raises:
-        ConfigError: The architecture does not say what its blocks are.
+        ConfigError: The architecture does not name its blocks.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     names = set(getattr(base, "_no_split_modules", None) or ())
@@ -72,12 +72,12 @@ def shard(model: nn.Module, mesh: DeviceMesh, settings: ShardSettings, option: s
     Args:
         model: Whole, on any device; the same on all ranks.
         mesh: One dimension, all ranks.
-        settings: How.
-        option: How the user named it, for messages.
+        settings: Of the shards.
+        option: Name of the user's option, for messages.
 
     Raises:
-        ConfigError: The model is in shards already and has got parameters that are not, or its
-            architecture does not say what its blocks are.
+        ConfigError: The model is sharded already and has parameters that are not, or its
+            architecture does not name its blocks.
     """
     if isinstance(model, FSDPModule):
         _check_all_sharded(model, option)
@@ -103,7 +103,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, settings: ShardSettings, option: s
 
 
 def _no_narrower(precision: MixedPrecisionPolicy, model: nn.Module) -> MixedPrecisionPolicy:
-    """The policy with gradients of float64 weights summed in float64 where it says float32."""
+    """Return the policy, with float64 gradient sums for float64 weights where it says float32."""
     is_double = any(p.dtype == torch.float64 and p.requires_grad for p in model.parameters())
     if is_double and precision.reduce_dtype == torch.float32:
         return replace(precision, reduce_dtype=torch.float64)
@@ -111,22 +111,23 @@ def _no_narrower(precision: MixedPrecisionPolicy, model: nn.Module) -> MixedPrec
 
 
 def units_of(model: nn.Module) -> list[FSDPModule]:
-    """The units of a sharded model, the model as a whole first; none of a whole one."""
+    """Return the units of a sharded model, the whole model first; none of an unsharded one."""
     return [m for m in model.modules() if isinstance(m, FSDPModule)]
 
 
 def settle_root(model: nn.Module) -> None:
-    """Let FSDP know that ``model`` is the whole, before a part of it runs by itself.
+    """Mark ``model`` as FSDP's root, before a part of it runs by itself.
 
-    It takes what runs first for the whole, and then refuses the whole: with PEFT's wrapper around
-    a teacher, its base may be what runs first.
+    FSDP makes the first module that runs the root, and later refuses the real one. With PEFT's
+    wrapper around a teacher, its base may run first.
     """
     if isinstance(model, FSDPModule):
+        # private: FSDP2 has no public call for this
         model._get_fsdp_state()._lazy_init()
 
 
 def _lone_embedding(model: nn.Module) -> list[nn.Module]:
-    """The input embedding where nothing else has its weights: needed for a moment only."""
+    """Return the input embedding if no other module has its weights: it is needed only briefly."""
     if isinstance(model, PeftModel):
         return []
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]

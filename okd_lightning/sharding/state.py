@@ -1,8 +1,8 @@
 """Weights and optimizer states: from shards to whole tensors or folders, and back.
 
-Both checkpoint forms hold the same: what ``weights_to_save`` keeps, and the optimizer's state under
-the numbers that torch's own ``state_dict`` gives its parameters. A file of whole tensors is that of
-a run without shards; in a folder every rank writes its part of each tensor.
+Both checkpoint forms hold the same: the weights of ``weights_to_save``, and the optimizer's state
+under the parameter numbers of torch's own ``state_dict``. A file of whole tensors is like that of
+an unsharded run; in a folder every rank writes its part of each tensor.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OptimizerState: TypeAlias = dict[str, Any]
 
 
 def whole(value: Any) -> Any:
-    """A sharded tensor put together, on all ranks (a collective call); anything else as it is."""
+    """Return a sharded tensor assembled on all ranks (a collective call), or any other value."""
     if not isinstance(value, DTensor):
         return value
     mesh_device = value.device_mesh.device_type
@@ -33,7 +33,7 @@ def whole(value: Any) -> Any:
 
 
 def to_host(value: Any) -> Any:
-    """``whole``, detached and on the CPU, without the padding of uneven shards."""
+    """Return ``whole(value)``, detached and on the CPU, without the padding of uneven shards."""
     if not isinstance(value, Tensor):
         return value
     host = whole(value.detach()).cpu()
@@ -42,7 +42,7 @@ def to_host(value: Any) -> Any:
 
 
 def like(value: Tensor, pattern: Tensor) -> Tensor:
-    """A whole tensor that all ranks have, in shards where ``pattern`` is; nothing is sent."""
+    """Shard a whole tensor, which all ranks have, like ``pattern``; nothing is sent."""
     if not isinstance(pattern, DTensor) or value.shape != pattern.shape:
         return value
     mesh = pattern.device_mesh
@@ -62,7 +62,7 @@ def fill(target: Tensor, value: Tensor) -> None:
 
 
 def optimizer_parts(state: OptimizerState) -> tuple[OptimizerState, dict[str, Tensor]]:
-    """Of an optimizer's ``state_dict``: its groups, and its tensors under ``number.name``."""
+    """Split an optimizer's ``state_dict``: its groups, and its tensors under ``number.name``."""
     tensors = {
         flat_key(str(number), name): torch.as_tensor(value)
         for number, values in state["state"].items()
@@ -72,7 +72,7 @@ def optimizer_parts(state: OptimizerState) -> tuple[OptimizerState, dict[str, Te
 
 
 def map_state(state: OptimizerState, function: Callable[[Any], Any]) -> OptimizerState:
-    """An optimizer's ``state_dict`` with ``function`` on every value of its state."""
+    """Return an optimizer's ``state_dict`` with ``function`` applied to every state value."""
     mapped = {
         number: {name: function(value) for name, value in values.items()}
         for number, values in state["state"].items()
@@ -81,7 +81,7 @@ def map_state(state: OptimizerState, function: Callable[[Any], Any]) -> Optimize
 
 
 def load_whole_optimizer(optimizer: Optimizer, state: OptimizerState) -> None:
-    """Take a state of whole tensors, each rank its part of it."""
+    """Load a state of whole tensors; each rank keeps its part."""
     parameters = _numbered(optimizer)
     mapped = {
         int(number): {
@@ -96,7 +96,7 @@ def load_whole_optimizer(optimizer: Optimizer, state: OptimizerState) -> None:
 def write_folder(
     folder: Path, weights: Mapping[str, Tensor], optimizers: list[dict[str, Tensor]]
 ) -> None:
-    """Every rank writes its part of all tensors (a collective call)."""
+    """Write this rank's part of all tensors (a collective call)."""
     state = {flat_key(WEIGHTS, name): value for name, value in weights.items()}
     for number, tensors in enumerate(optimizers):
         state |= {flat_key(OPTIMIZER, str(number), key): v for key, v in tensors.items()}
@@ -109,7 +109,7 @@ def read_folder(
     optimizers: list[Optimizer],
     groups: list[OptimizerState],
 ) -> None:
-    """Every rank reads its part of all tensors, whatever number of ranks wrote them.
+    """Read this rank's part of all tensors, independent of the number of ranks that wrote them.
 
     Args:
         folder: From ``write_folder``.
@@ -136,12 +136,12 @@ def read_folder(
 
 
 def _numbered(optimizer: Optimizer) -> list[Tensor]:
-    """Parameters in the order of ``state_dict``'s numbers."""
+    """Return the parameters in the order of ``state_dict``'s numbers."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _empty(saved: Tensor, parameter: Tensor) -> Tensor:
-    """Room for a saved tensor: in the parameter's shards, or whole (a step's count)."""
+    """Allocate a saved tensor: sharded like the parameter, or whole (a step count)."""
     if saved.shape == parameter.shape:
         return torch.empty_like(parameter, dtype=saved.dtype, requires_grad=False)
     return torch.empty_like(saved, device="cpu")

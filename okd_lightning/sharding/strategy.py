@@ -1,7 +1,7 @@
 """``--trainer.strategy fsdp2``: student and teacher in shards over all devices.
 
-Lightning's ModelParallelStrategy brings processes, mesh and checkpoint hooks; here are the plan's
-application to both models, the gradient's way while accumulating, and what a checkpoint holds.
+Lightning's ModelParallelStrategy provides processes, mesh and checkpoint hooks. This module shards
+both models, handles gradients while accumulating, and writes and reads checkpoints.
 """
 
 from __future__ import annotations
@@ -50,26 +50,26 @@ class FSDP2Strategy(ModelParallelStrategy):
     """Fully sharded data parallelism (FSDP2) of a DistillationModule, over all devices and nodes.
 
     Student, teacher, gradients and optimizer states are in equal parts on all devices; a block is
-    gathered when it runs and freed behind it.
+    gathered when it runs and freed after it.
 
     Args:
         param_dtype: Number format in which gathered weights compute, such as bfloat16; by default
-            that of the weights. The shards, and with them the optimizer's steps, stay as they are.
+            that of the weights. The shards, and with them the optimizer's steps, keep their format.
         reduce_dtype: Number format in which gradients are summed over ranks; float32 is float64 for
             float64 weights.
-        reshard_after_forward: Free a block behind its forward pass and gather it again for the
+        reshard_after_forward: Free a block after its forward pass and gather it again for the
             backward pass; false keeps the whole models on every device in between.
         cpu_offload: Keep shards and optimizer states in the host's memory.
         checkpoint_form: "sharded": a folder in which every rank writes its part; "single_file":
-            gathered on rank 0, the same as a run without shards writes.
-        rollouts: "gathered": a model that writes is gathered once for the phase, whole on every
-            device. "layerwise": block by block at every token, all ranks in step: slower, for
-            models that do not fit.
-        loading: "every_rank": each process loads the whole models into the host's memory and cuts
-            its shards out; "by_shard": it builds them without weights and reads its own rows of
-            each from the safetensors files. PEFT folders, random models and models in memory are
-            loaded whole either way.
-        reduce_every_micro_batch: Sum gradients over ranks in every micro-batch; by default once an
+            gathered on rank 0, as a run without shards writes it.
+        rollouts: "gathered": a generating model is gathered once per phase, whole on every device.
+            "layerwise": block by block at every token, all ranks in step: slower, for models that
+            do not fit.
+        loading: "every_rank": each process loads the whole models into the host's memory and keeps
+            its shards; "by_shard": it builds them without weights and reads its own rows from the
+            safetensors files. PEFT folders, random models and models in memory are always loaded
+            whole.
+        reduce_every_micro_batch: Sum gradients over ranks in every micro-batch; by default once per
             optimizer step, for which every device keeps the student's whole gradient while
             gradients accumulate.
 
@@ -120,20 +120,20 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @classmethod
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
-        """Let the Trainer find it by its name."""
+        """Register the strategy under its name for the Trainer."""
         strategy_registry.register(cls.strategy_name, cls, description=cls.__name__)
 
     # ---------------------------------------------------------------- setting up
 
     def setup_environment(self) -> None:
-        """All devices of all nodes share the data and the models: a mesh of (world, 1)."""
+        """Set up a mesh of (world, 1): all devices of all nodes share the data and the models."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
         super().setup_environment()
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Around ``configure_model``: weights stay on disk where they are to be read by shard."""
+        """Wrap ``configure_model``: weights stay on disk where they are to be read by shard."""
         with deferred_weights() if self._loading == "by_shard" else nullcontext():
             yield
 
@@ -142,7 +142,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         return torch.device("cpu") if self._settings.offload else self.root_device
 
     def setup(self, trainer: lightning.Trainer) -> None:
-        """Shard both models, then Lightning's own."""
+        """Shard both models, then run Lightning's own setup."""
         module = self._distilled
         if self._settings.offload and self.root_device.type == "cpu":
             raise ConfigError(
@@ -167,13 +167,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         )
         super().setup(trainer)
         for side in (module.student, module.teacher):
-            if side is not None:  # all ranks together: what was on disk could not be tried before
+            if side is not None:  # all ranks together: weights on disk could not be tried before
                 row_groups(side)
         module.placement.release(module.student, module.teacher)
 
     @property
     def _distilled(self) -> Any:
-        """The DistillationModule; this floor knows of it what is named here."""
+        """The DistillationModule, of which only the attributes used here are known."""
         module = self.lightning_module
         if not hasattr(module, "placement") or getattr(module, "student", None) is None:
             raise ConfigError(
@@ -182,7 +182,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         return module
 
     def model_to_device(self) -> None:
-        """Shards are where they belong; the rest (buffers, metrics) goes to the device."""
+        """Move all but the shards (buffers, metrics) to the device."""
         if not self._settings.offload:
             super().model_to_device()
             return
@@ -200,7 +200,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Within it gradients are added up on each rank and not sent."""
+        """Add up gradients on each rank within the block, without communication."""
         if self._reduce_every_micro_batch:
             yield
             return
@@ -214,9 +214,9 @@ class FSDP2Strategy(ModelParallelStrategy):
                 root.set_requires_gradient_sync(True)
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Free what is still gathered; an online module that no term trained gets zeros.
+        """Free gathered weights; give zero gradients to an online module that no term trained.
 
-        Zeros, not nothing: hooks behind the backward pass find what they find on one device.
+        Zeros instead of None, so that hooks after the backward pass see the same as on one device.
         """
         super().post_backward(closure_loss)
         module = self._distilled
@@ -232,7 +232,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     # ---------------------------------------------------------------- state
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: in shards, or whole on rank 0 and empty elsewhere."""
+        """Return the weights of a checkpoint: in shards, or whole on rank 0 and empty elsewhere."""
         kept = self._kept_weights()
         if self._save_distributed_checkpoint:
             return dict(kept)
@@ -241,12 +241,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         return {name: gathered[first[name]] for name in kept} if self.is_global_zero else {}
 
     def _kept_weights(self) -> dict[str, Tensor]:
-        """The weights in this rank's shards; writing into them changes the models."""
+        """Return the weights in this rank's shards; writing into them changes the models."""
         module = self._distilled
         return weights_to_save(module, module.state_dict())
 
     def _first_names(self, kept: Mapping[str, Tensor]) -> dict[str, str]:
-        """Each weight's name → the first name of the same weight (tied heads have two)."""
+        """Return each weight's name → the first name of the same weight (tied heads have two)."""
         of_parameter: dict[int, str] = {}
         parameters = dict(self._distilled.named_parameters(remove_duplicate=False))
         return {
@@ -254,7 +254,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         }
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """As torch's own ``state_dict``: in shards, or whole on rank 0."""
+        """Return the state as torch's own ``state_dict``: in shards, or whole on rank 0."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
         own = optimizer.state_dict()
@@ -265,10 +265,10 @@ class FSDP2Strategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
-        """Write a file, or a folder: beside the one that is there, then in its place.
+        """Write a file, or a folder: next to an existing one, then in its place.
 
         Raises:
-            TypeError: ``storage_options``, which this strategy has no use for.
+            TypeError: ``storage_options``, which this strategy does not support.
         """
         if storage_options is not None:
             raise TypeError("fsdp2 takes no storage_options")
@@ -298,10 +298,10 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Fill the shards from a file or folder, of this strategy or another, always weights-only.
+        """Fill the shards from a file or folder of any strategy, always weights-only.
 
         Raises:
-            CheckpointError: It is not there, broken, or of another model.
+            CheckpointError: It does not exist, is broken, or is of another model.
         """
         del weights_only
         path = settled(Path(self.broadcast(checkpoint_path)))

@@ -1,9 +1,9 @@
-"""Tools that a model may call while it writes a rollout.
+"""Tools that a model may call in a rollout.
 
-* ``base``: what a tool is, and plain Python functions as tools.
+* ``base``: the Tool class, and plain Python functions as tools.
 * ``calculator``: arithmetic, without evaluating code.
-* ``tool_calls``: the calls in a response, in the forms that models write.
-* ``toolbox``: several tools by name; whatever goes wrong in a call becomes its result.
+* ``tool_calls``: the calls in a response, in the forms that models generate.
+* ``toolbox``: several tools by name; an error in a call becomes its result.
 """
 
 from okd_lightning.tools.base import FunctionTool, Tool

@@ -1,4 +1,4 @@
-"""What a tool is: a name and a schema that the model reads, and what happens when it is called."""
+"""Tools: a name and a schema that the model reads, and a call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from okd_lightning.errors import ConfigError
 
 
 class Tool(ABC):
-    """Something that a model may call by name while it writes; subclass it to bring your own.
+    """Something that a model may call by name during a rollout; subclass it for your own.
 
     A complete one:
 
@@ -32,29 +32,29 @@ class Tool(ABC):
             def __call__(self, zone: str) -> str:
                 return datetime.now(ZoneInfo(zone)).strftime("%H:%M")
 
-    What a call raises becomes the call's result, as an error text that the model reads. A tool
-    that answers the same call differently makes runs differ; a resumed run keeps the answers that
-    its checkpoint holds.
+    An exception in a call becomes the call's result, as an error text that the model reads. A tool
+    that returns different results for the same call makes runs differ; a resumed run keeps the
+    results that its checkpoint holds.
     """
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What the model calls it by."""
+        """Name by which the model calls the tool."""
 
     @property
     @abstractmethod
     def description(self) -> str:
-        """What it does, for the model."""
+        """Description of the tool, for the model."""
 
     @property
     @abstractmethod
     def parameters(self) -> Mapping[str, Any]:
-        """JSON schema of its arguments: an object with properties."""
+        """JSON schema of the arguments: an object with properties."""
 
     @abstractmethod
     def __call__(self, *_: Any, **arguments: Any) -> str:
-        """The result, as text that the model reads.
+        """Return the result, as text that the model reads.
 
         Args:
             **arguments: Those of the call, by name; they agree with ``parameters``. A subclass
@@ -63,7 +63,7 @@ class Tool(ABC):
 
     @property
     def schema(self) -> dict[str, Any]:
-        """What chat templates list: name, description and parameters as a JSON schema."""
+        """Entry for chat templates: name, description and parameters as a JSON schema."""
         function = {"name": self.name, "description": self.description}
         return {"type": "function", "function": {**function, "parameters": dict(self.parameters)}}
 
@@ -71,14 +71,14 @@ class Tool(ABC):
 class FunctionTool(Tool):
     """A plain Python function with annotations and a Google-style docstring, as a tool.
 
-    Name, description and parameters are what transformers' ``get_json_schema`` reads from it. Only
-    Python can hand a function over; a config names a ``Tool`` class of your own.
+    transformers' ``get_json_schema`` reads name, description and parameters from it. Functions can
+    be given from Python only; a config names a ``Tool`` class of your own.
 
     Args:
-        function: The function; what it returns is the result, turned to text where it is none.
+        function: The function; its return value is the result, converted to text if needed.
 
     Raises:
-        ConfigError: It is no function, or lacks annotations or a docstring.
+        ConfigError: ``function`` is not a function, or lacks annotations or a docstring.
     """
 
     def __init__(self, function: object) -> None:
@@ -100,17 +100,17 @@ class FunctionTool(Tool):
 
     @property
     def name(self) -> str:
-        """The function's."""
+        """The function's name."""
         return str(self._schema["name"])
 
     @property
     def description(self) -> str:
-        """The first part of its docstring."""
+        """The first part of the function's docstring."""
         return str(self._schema["description"])
 
     @property
     def parameters(self) -> Mapping[str, Any]:
-        """Those of its signature."""
+        """JSON schema of the function's signature."""
         parameters: Mapping[str, Any] = self._schema["parameters"]
         return parameters
 

@@ -1,4 +1,4 @@
-"""Arithmetic as a tool; an expression is parsed and walked through, never executed."""
+"""Arithmetic as a tool; an expression is parsed and its tree evaluated, never executed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from okd_lightning.tools.base import Tool
 _Number: TypeAlias = int | float
 
 _LONGEST_EXPRESSION = 200  # characters
-_MOST_BITS = 4096  # of a whole number
+_MOST_BITS = 4096  # of an integer
 
 _BINARY: dict[type[ast.operator], Callable[[_Number, _Number], _Number]] = {
     ast.Add: operator.add,
@@ -48,10 +48,10 @@ class Calculator(Tool):
     }
 
     def __call__(self, expression: str) -> str:
-        """The value with up to 12 significant digits; whole numbers as such.
+        """Return the value with up to 12 significant digits; integers in full.
 
         Raises:
-            ValueError: It is no arithmetic, or too long or too large.
+            ValueError: The expression is not arithmetic, or is too long or too large.
             ArithmeticError: It has no value, such as a division by zero.
         """
         if len(expression) > _LONGEST_EXPRESSION:
@@ -80,7 +80,7 @@ def _value(node: ast.expr) -> _Number:
 
 
 def _checked(value: object) -> _Number:
-    """A number of a size that can be worked with; complex numbers and texts are none."""
+    """Return ``value`` if it is a real number of a limited size; raise otherwise."""
     if isinstance(value, complex):
         raise ArithmeticError("the value is no real number")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -91,7 +91,7 @@ def _checked(value: object) -> _Number:
 
 
 def _check_power(base: _Number, exponent: _Number) -> None:
-    """Refuse what would take long before it turns out to be too large."""
+    """Refuse a power that would take long to compute before it turns out to be too large."""
     if not (isinstance(base, int) and isinstance(exponent, int)):
         return
     if exponent * (base.bit_length() - 1) > _MOST_BITS:

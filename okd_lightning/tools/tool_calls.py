@@ -1,12 +1,12 @@
-"""Calls of tools as models write them: text in, name and arguments out. Knows no tool.
+"""Parser of tool calls in generated text: text in, name and arguments out. Knows no tool.
 
-Understood, wherever they stand in a text: Qwen's and Hermes' ``<tool_call>{"name": ...,
-"arguments": {...}}</tool_call>``, ReAct's ``Action: name`` with ``Action Input: {...}`` on a line
-behind it, and a text that is a JSON call, or a list of them, as a whole (Llama 3: "parameters") or
-on lines of its own among others, where it has a name and arguments.
+Recognised anywhere in a text: Qwen's and Hermes' ``<tool_call>{"name": ..., "arguments":
+{...}}</tool_call>``, ReAct's ``Action: name`` with ``Action Input: {...}`` on a later line, and
+JSON calls or lists of them, either as the whole text (Llama 3: "parameters") or on lines of their
+own, where they have a name and arguments.
 
-A text is read in a time linear in its length, whatever a model that repeats itself has generated:
-the places where a call may begin are found one after the other, and the first 64 are looked at.
+Parsing takes time linear in the text's length, even for a model that repeats itself: the possible
+starts of calls are found one after the other, and only the first 64 are examined.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _MOST_STARTS = 64
 _TAG, _END_TAG = "<tool_call>", "</tool_call>"
 _ACTION, _INPUTS = "Action:", ("Action Input:", "Action_Input:")
 _LONGEST_FIELD = 100
-"""Characters of a name such as "Observation", which ends an action's input."""
+"""Most characters of a field name such as "Observation", which ends an action's input."""
 
 _DECODER = json.JSONDecoder()
 _ARGUMENTS = ("arguments", "parameters", "Action_Input")
 
 
 _NOT_JSON = (ValueError, RecursionError)
-"""What reading JSON that a model has written can raise: brackets without end, endless numbers."""
+"""Errors of reading a model's JSON: endless brackets, endless numbers."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ToolCall:
 
     Attributes:
         name: The tool's.
-        arguments: By name; None where they are no JSON object.
+        arguments: By name; None where they are not a JSON object.
     """
 
     name: str
@@ -45,9 +45,9 @@ class ToolCall:
 
 
 def parse_tool_calls(text: str) -> tuple[ToolCall, ...]:
-    """The calls in a model's text, in order; none where it calls nothing.
+    """Return the calls in a model's text, in order; empty without calls.
 
-    A call whose JSON is broken is one without arguments, named by what stands for its name.
+    A call whose JSON is broken has no arguments (None), and the name "" where that cannot be read.
     """
     tagged = list(_tagged(text))
     if tagged:
@@ -69,8 +69,8 @@ class CallShares:
         names: Share with the right name.
         arguments: Share with the right name and the right arguments.
         all_equal: 1 where the multiset of names and the multiset of (argument, value) pairs over
-            all calls are the reference's, else 0: the all-or-nothing measure of OPD+'s tool task
-            (Zhao et al., arXiv 2606.01039), free of order.
+            all calls equal the reference's, else 0: the all-or-nothing measure of OPD+'s tool task
+            (Zhao et al., arXiv 2606.01039), independent of order.
     """
 
     names: float
@@ -79,7 +79,7 @@ class CallShares:
 
 
 def match_tool_calls(response: str, reference: str, ordered: bool = True) -> CallShares | None:
-    """Compare the calls of two texts; one too many or too few counts as wrong.
+    """Compare the calls of two texts; an extra or missing call counts as wrong.
 
     Values are compared as the Berkeley function-calling leaderboard does: ``true`` is not ``1``,
     ``1`` is ``1.0``.
@@ -87,11 +87,11 @@ def match_tool_calls(response: str, reference: str, ordered: bool = True) -> Cal
     Args:
         response: A model's text.
         reference: The text with the right calls.
-        ordered: Compare the first call with the first one, and so on; otherwise each call of the
-            response with any one of the reference that no other call has taken.
+        ordered: Compare calls in order; otherwise each call of the response with any call of the
+            reference that is not matched yet.
 
     Returns:
-        None where the reference calls nothing.
+        None where the reference has no calls.
     """
     wanted, given = parse_tool_calls(reference), parse_tool_calls(response)
     if not wanted:
@@ -110,12 +110,12 @@ def match_tool_calls(response: str, reference: str, ordered: bool = True) -> Cal
 
 
 def _call_key(call: ToolCall) -> str:
-    """A text that two calls share where name and arguments are equal."""
+    """Return a text that is the same for two calls with equal name and arguments."""
     return _canonical([call.name, call.arguments])
 
 
 def _merged(calls: Sequence[ToolCall]) -> tuple[Counter[str], Counter[str]]:
-    """How often each tool is called, and each argument given with each value."""
+    """Count the calls of each tool, and of each argument with each value."""
     pairs = Counter(
         _canonical([key, value])
         for call in calls
@@ -125,7 +125,7 @@ def _merged(calls: Sequence[ToolCall]) -> tuple[Counter[str], Counter[str]]:
 
 
 def _canonical(value: Any) -> str:
-    """JSON with sorted keys; a float that is a whole number is written as one."""
+    """Return JSON with sorted keys; a float with an integer value is written as an integer."""
     try:
         return json.dumps(_whole_numbers(value), sort_keys=True)
     except RecursionError:  # readable, but too deep to compare: equal to nothing else
@@ -143,7 +143,7 @@ def _whole_numbers(value: Any) -> Any:
 
 
 def _starts(text: str, mark: str) -> Iterator[int]:
-    """Where a mark ends, at its first 64 places."""
+    """Yield the end of a mark at its first 64 occurrences."""
     end = 0
     for _ in range(_MOST_STARTS):
         start = text.find(mark, end)
@@ -154,7 +154,7 @@ def _starts(text: str, mark: str) -> Iterator[int]:
 
 
 def _tagged(text: str) -> Iterator[str]:
-    """What stands between tags; a tag within another call's text begins none."""
+    """Yield the text between tags; a tag within another call's text is skipped."""
     done = 0
     for start in _starts(text, _TAG):
         if start < done:
@@ -167,7 +167,7 @@ def _tagged(text: str) -> Iterator[str]:
 
 
 def _react_steps(text: str) -> Iterator[tuple[str, str]]:
-    """Name and input of each ``Action:`` with an ``Action Input:`` on a line after it."""
+    """Yield name and input of each ``Action:`` with an ``Action Input:`` on a later line."""
     done = 0
     for start in _starts(text, _ACTION):
         if start < done:
@@ -182,14 +182,14 @@ def _react_steps(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _after_space(text: str, start: int) -> int:
-    """The first place from ``start`` on without white space."""
+    """Return the first position from ``start`` on without white space."""
     while start < len(text) and text[start].isspace():
         start += 1
     return start
 
 
 def _end_of_input(text: str, begin: int) -> int:
-    """Where the next line begins that names a field, such as ``Observation:``."""
+    """Return the start of the next line that names a field, such as ``Observation:``."""
     end = text.find("\n", begin)
     while end >= 0:
         line = _after_space(text, end)
@@ -201,7 +201,7 @@ def _end_of_input(text: str, begin: int) -> int:
 
 
 def _line_starts(text: str) -> Iterator[int]:
-    """Where a line begins with a bracket of JSON, at the first 64 of these lines."""
+    """Yield the starts of lines that begin with a JSON bracket, for the first 64 such lines."""
     num_found, end = 0, -1
     while num_found < _MOST_STARTS:
         line = end + 1
@@ -220,7 +220,7 @@ def _from_values(whole: Any) -> tuple[ToolCall, ...]:
 
 
 def _json_lines(text: str) -> Iterator[Any]:
-    """The JSON objects and lists that stand on lines of their own and say "arguments"."""
+    """Yield JSON objects and lists on lines of their own that have an "arguments" key."""
     done = 0
     for start in _line_starts(text):
         if start < done:
@@ -244,7 +244,7 @@ def _from_json(body: str) -> ToolCall | None:
 
 
 def _from_value(value: Any) -> ToolCall | None:
-    """A call from {"name", "arguments"}, {"function": {...}} or ToolAlpaca's {"Action", ...}."""
+    """Read a call: {"name", "arguments"}, {"function": {...}} or ToolAlpaca's {"Action", ...}."""
     if not isinstance(value, Mapping):
         return None
     value = value.get("function", value)
@@ -260,7 +260,7 @@ def _from_value(value: Any) -> ToolCall | None:
 
 
 def _object(value: Any) -> Mapping[str, Any] | None:
-    """A JSON object, also where it is written as text."""
+    """Return a JSON object, also from its text; None for anything else."""
     if isinstance(value, str):
         try:
             value = json.loads(value)

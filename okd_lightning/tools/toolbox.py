@@ -1,4 +1,4 @@
-"""Several tools by name. Whatever goes wrong in a call is its result: the model reads it."""
+"""Several tools by name. An error in a call is its result, which the model reads."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class ToolResult:
-    """What a call was answered with.
+    """Result of a call.
 
     Attributes:
-        text: What the model reads.
+        text: Text that the model reads.
         is_error: Whether the call failed.
     """
 
@@ -41,7 +41,7 @@ class Toolbox:
         tools: With different names; plain functions become ``FunctionTool``s.
 
     Raises:
-        ConfigError: Two tools of one name, or something that is no tool.
+        ConfigError: Two tools of one name, or something that is not a tool.
     """
 
     def __init__(self, tools: Iterable[Tool] = ()) -> None:
@@ -59,11 +59,11 @@ class Toolbox:
 
     @property
     def schemas(self) -> tuple[dict[str, Any], ...]:
-        """What chat templates list."""
+        """Entries for chat templates."""
         return tuple(tool.schema for tool in self._tools.values())
 
     def run(self, call: ToolCall) -> ToolResult:
-        """Answer one call; an unknown tool, bad arguments and what a tool raises are its result."""
+        """Run one call; an unknown tool, bad arguments and a tool's exceptions are its result."""
         tool = self._tools.get(call.name)
         if tool is None:
             return _failed(
@@ -76,7 +76,7 @@ class Toolbox:
             return _failed(problem)
         try:
             result = tool(**call.arguments)
-        except Exception as error:  # noqa: BLE001  (the model reads whatever it is)
+        except Exception as error:  # noqa: BLE001  (the model reads any error)
             return _failed(f"{type(error).__name__}: {error}")
         return ToolResult(str(result))
 
@@ -86,7 +86,7 @@ def _failed(problem: str) -> ToolResult:
 
 
 def _problem(tool: Tool, arguments: dict[str, Any]) -> str:
-    """What is wrong with a call's arguments, by the tool's schema; empty where nothing is."""
+    """Return the error in a call's arguments, by the tool's schema; empty if there is none."""
     properties = tool.parameters.get("properties", {})
     for name in tool.parameters.get("required", ()):
         if name not in arguments:
