@@ -46,6 +46,10 @@ WORDS = {
 ALLOWED: set[tuple[str, str]] = {
     # ``credit`` and ``credits`` are names in the code
     (
+        "okd_lightning/rollouts/scoring.py",
+        "credits: One advantage a response, by the term's name.",
+    ),
+    (
         "okd_lightning/losses/sampled.py",
         "credit: [positions] the advantage A; detached here.",
     ),

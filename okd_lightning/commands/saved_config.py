@@ -22,6 +22,15 @@ from okd_lightning.training.config_paths import relocate, user_path
 from okd_lightning.training.importable_classes import allowed_class, class_here
 
 _CHECKPOINTS = "checkpoints"
+_MOVED = {
+    f"okd_lightning.{before}.{name}": f"okd_lightning.{now}.{name}"
+    for before, now, names in (
+        ("rollouts", "engines", ("TransformersEngine", "VLLMEngine", "VLLMServer")),
+        ("advantages", "rewards", ("AnswerMatch", "PlainFunction", "RougeL", "ToolCallMatch")),
+    )
+    for name in names
+}
+"""Import paths in configs of earlier checkpoints, and where the classes are now."""
 
 
 def config_of(path: str, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -116,7 +125,17 @@ def _read(path: str, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
             f"--ckpt_path {path!r}: what it holds as its config is none; no run wrote it: take "
             "another checkpoint"
         )
-    return config
+    moved: dict[str, Any] = _with_moved(config)
+    return moved
+
+
+def _with_moved(value: Any) -> Any:
+    """Return a copy of a config's value in which moved classes have their present import path."""
+    if isinstance(value, dict):
+        return {name: _with_moved(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_moved(inner) for inner in value]
+    return _MOVED.get(value, value) if isinstance(value, str) else value
 
 
 def _leave_out_foreign(

@@ -1,7 +1,7 @@
-"""Data sets that the ``datasets`` library knows: saved folders, folders of data files, hub ids.
+"""Datasets of the ``datasets`` library: saved folders, folders of data files, hub ids.
 
-``datasets`` finds the files and their splits; JSON, CSV and Parquet files are read as a file given
-by its path is (``data_files``). Turns the many exceptions of that library into one clear line.
+``datasets`` finds the files and their splits; JSON, CSV and Parquet files are read by
+``data_files``, like a file given by its path. Exceptions of the library become one-line errors.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from okd_lightning.errors import DataError, DataNotFoundError
 Row: TypeAlias = dict[str, Any]
 
 _READ_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError)
-"""What ``datasets`` and ``huggingface_hub`` raise for missing, unreachable or unreadable sets."""
+"""Errors of ``datasets`` and ``huggingface_hub`` for missing or unreadable datasets."""
 
 _SPLIT_OPTIONS = "--data.train_split, --data.val_split or --data.test_split"
 
@@ -50,7 +50,7 @@ def _no_split(where: str, split: str, found: Sequence[object]) -> DataError:
 
 
 def rows_of_splits(splits: Mapping[Any, Dataset], *, split: str, where: str) -> list[Row]:
-    """Rows of one split of a ``DatasetDict``.
+    """Return the rows of one split of a ``DatasetDict``.
 
     Raises:
         DataError: It has no such split.
@@ -61,9 +61,9 @@ def rows_of_splits(splits: Mapping[Any, Dataset], *, split: str, where: str) -> 
 
 
 def _own_files(builder: DatasetBuilder, where: str, split: str) -> list[tuple[Path, str]] | None:
-    """The files of one split with their kinds, where all of them are of kinds that we read.
+    """Return the files of one split with their kinds, if ``data_files`` can read all of them.
 
-    None where they are not, or where the data set's card asks for a reading of its own.
+    None if it cannot, or if the dataset card sets special options.
 
     Raises:
         DataError: There is no such split.
@@ -77,18 +77,18 @@ def _own_files(builder: DatasetBuilder, where: str, split: str) -> list[tuple[Pa
     addresses = [str(address) for address in files[split]]
     if not all(kind_of_file(address) in FILE_KINDS for address in addresses):
         return None
-    local = DownloadManager().download(addresses)  # a path that is here already stays as it is
+    local = DownloadManager().download(addresses)  # local paths are not changed
     return [(Path(p), kind_of_file(address)) for p, address in zip(local, addresses, strict=True)]
 
 
 def _rows_of(name: str, subset: str | None, split: str) -> list[Row]:
-    """Rows of one split of a folder of data files or a hub id; ``train[:100]`` cuts it."""
+    """Return the rows of a split of a folder of data files or a hub id, or ``train[:100]`` of it."""
     builder = load_dataset_builder(name, subset)
     part, is_cut, _ = split.partition("[")
     files = _own_files(builder, name, part)
     if files is None:
         return rows_of_dataset(load_dataset(name, subset, split=split))
-    named = getattr(builder.config, "sep", ",")  # by the data set's card
+    named = getattr(builder.config, "sep", ",")  # from the dataset card
     delimiter = None if named == "," else named
     rows = [row for path, kind in files for row in read_file(path, kind, delimiter)]
     if not is_cut:
@@ -98,13 +98,13 @@ def _rows_of(name: str, subset: str | None, split: str) -> list[Row]:
 
 
 def read_folder(folder: Path, *, split: str, subset: str | None) -> list[Row]:
-    """Rows of a folder that ``save_to_disk`` made, or of a folder of data files.
+    """Return the rows of a folder made by ``save_to_disk``, or of a folder of data files.
 
     Args:
         folder: An existing folder.
-        split: Which split to take of a saved ``DatasetDict`` or of a folder of data files; a saved
-            ``Dataset`` has none.
-        subset: Which configuration of a folder of data files.
+        split: Split of a saved ``DatasetDict`` or of a folder of data files; a saved ``Dataset``
+            has none.
+        subset: Configuration of a folder of data files.
 
     Raises:
         DataError: The folder is neither, is broken, or lacks the split.
@@ -127,11 +127,11 @@ def read_folder(folder: Path, *, split: str, subset: str | None) -> list[Row]:
 
 
 def read_hub(hub_id: str, *, split: str, subset: str | None) -> list[Row]:
-    """Rows of one split of a data set on the Hugging Face Hub (or in its local cache).
+    """Return the rows of one split of a dataset on the Hugging Face Hub (or in its local cache).
 
     Raises:
-        DataNotFoundError: The Hub has no such data set or cannot be reached.
-        DataError: The data set has no such split or subset, or cannot be read.
+        DataNotFoundError: The Hub has no such dataset or cannot be reached.
+        DataError: The dataset has no such split or subset, or cannot be read.
     """
     try:
         return _rows_of(hub_id, subset, split)

@@ -1,7 +1,7 @@
-"""The ids of rendered chats: an opening, then assistant turns and what stands between them.
+"""The ids of rendered chats: an opening, then assistant turns and the text between them.
 
-A turn's ids continue those of the text before it, so that no token reaches over the edge of a turn:
-masks are exact, and what a rollout continues ends where the generation prompt ends.
+A turn's ids continue those of the text before it, and no token crosses the boundary of a turn:
+masks are exact, and the prompt of a rollout ends with the generation prompt.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ class TurnIds:
     """The ids of an assistant turn.
 
     Attributes:
-        ids: Its own, with the one that ends it where the template writes one.
-        end_id: The id that ends it; None where its text just stops.
-        text: Its text without what ends it.
-        after_ids: What the template writes from the end of the turn on.
+        ids: Its ids, with its end id if the template has one.
+        end_id: The id that ends it; None if there is none.
+        text: Its text without the end.
+        after_ids: Ids of the template's text from the end of the turn on.
     """
 
     ids: list[int]
@@ -32,7 +32,7 @@ class TurnIds:
 
 @dataclass(frozen=True)
 class ChatIds:
-    """The ids of a rendered chat, see ``RenderedChat``."""
+    """The ids of a rendered chat; see ``RenderedChat``."""
 
     opening: list[int]
     turns: tuple[TurnIds, ...]
@@ -40,7 +40,7 @@ class ChatIds:
 
 @dataclass(frozen=True)
 class _Split:
-    """A turn's text: its own part, the token that ends it, and what stands after that."""
+    """A turn's text in three parts: its own text, the token that ends it, and the rest."""
 
     own: str
     end: str
@@ -56,14 +56,14 @@ def encode_chats(
 ) -> list[ChatIds]:
     """Tokenize rendered chats.
 
-    A turn ends at the first eos among the special tokens and blanks that close it, else at the last
-    special token; without any, where the message's own text ends.
+    A turn ends at the first eos among its final special tokens and blanks, else at the last special
+    token; without any, at the end of the message's text.
 
     Args:
-        encoder: With the run's tokenizer.
+        encoder: Encoder of the run's tokenizer.
         chats: The chats.
         eos_ids: Ids that end a response.
-        limit: Ids of an opening, of a turn, or of what follows one, that are kept.
+        limit: Ids that are kept of an opening, of a turn, and of the text after it.
     """
     openings = encoder.prompts([chat.opening for chat in chats], is_rendered=True, limit=limit)
     contexts = [
@@ -87,7 +87,7 @@ def encode_turns(
     *,
     limit: int | None = None,
 ) -> list[TurnIds]:
-    """Tokenize turns, each with the text that stands before it; see ``encode_chats``."""
+    """Tokenize turns, each with the text before it; see ``encode_chats``."""
     closed = encoder.continuations(contexts, [turn.text for turn in turns], limit=limit)
     lengths = [encoder.end_of(ids, eos_ids, any_special=True) for ids in closed]
     splits = [
@@ -118,18 +118,18 @@ def encode_turns(
 
 
 def _split(encoder: TextEncoder, turn: Turn, ids: list[int], length: int) -> _Split:
-    """Cut a turn's text at the token that ends its ids: the last but as many as come after it."""
+    """Divide a turn's text at the token that ends its ids; equal tokens may follow the end."""
     end = encoder.text_of(ids[length - 1])
     stop = len(turn.text)
     for _ in range(1 + ids[length:].count(ids[length - 1])):
         stop = turn.text.rfind(end, 0, stop)
-        if stop < 0:  # the tokenizer's normalisation made the token of another text
+        if stop < 0:  # the tokenizer's normalisation changed the token's text
             return _Split(turn.text, end, "")
     return _Split(turn.text[:stop], end, turn.text[stop + len(end) :])
 
 
 def _split_behind_text(turn: Turn) -> _Split:
-    """Cut a turn that nothing ends where its message ends, else before the last blanks."""
+    """Divide a turn without an end at the end of its message, else before the final blanks."""
     start = turn.text.rfind(turn.content)
     length = start + len(turn.content) if start >= 0 else 0
     if turn.text[length:].strip():

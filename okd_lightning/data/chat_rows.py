@@ -1,7 +1,7 @@
 """Rows of chat messages to examples: rendered by the template, loss on the assistant's tokens only.
 
-Templates that treat the last answer apart leave its beginning and end known, not those of earlier
-ones: such chats are learned from their last turn, or give a prompt only.
+Templates that render the last answer differently make only its start and end known, not those of
+earlier answers: such chats have loss on their last turn only, or give a prompt only.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class _Chat:
     """A rendered row.
 
     Attributes:
-        turns: What it was rendered from.
-        tools: What the template was told may be called.
+        turns: The messages.
+        tools: Tools passed to the template.
         rendered: The text.
-        shortfall: What of it cannot be learned, as a text with a place for the chats; "" for
-            nothing.
+        shortfall: Message about turns that cannot be learned, with a field for the chats; "" for
+            none.
     """
 
     turns: ChatTurns
@@ -50,7 +50,7 @@ class _Chat:
 def _read_chat(
     row: RawRow, columns: Columns, renderer: ChatRenderer, at: str, *, needs_response: bool
 ) -> _Chat:
-    """The row as text, with as many of its learned turns cut out as the template allows."""
+    """Render a row, with as many of its learned turns located as the template allows."""
     turns, tools = read_turns(row, columns, at), read_tools(row, columns, at)
     rendered = renderer.render(turns.messages, tools, at, turns.learned)
     if not rendered.unplaced:
@@ -76,7 +76,7 @@ def _example(index: int, chat: _Chat, found: ChatIds, eos_id: int, *, keeps_chat
         last = found.turns[-1]
         response_ids = [*last.ids, eos_id] if last.end_id is None else last.ids
         response = chat.turns.messages[-1]["content"] or last.text.strip()
-    elif chat.turns.is_answered:  # a reference for measures, which nothing is learned from
+    elif chat.turns.is_answered:  # a reference for metrics, without loss
         response = chat.turns.messages[-1]["content"]
     schemas = None if chat.tools is None else tuple(chat.tools)
     return Example(
@@ -101,18 +101,17 @@ def examples_from_chats(
     needs_response: bool,
     where: str,
 ) -> tuple[list[Example], tuple[str, ...]]:
-    """One example a row; a blank last turn becomes no response.
+    """Return one example a row; a blank last turn becomes no response.
 
-    The last assistant turn is the response, closed by the template's end-of-turn token or, where
-    it writes none, by the first of ``eos_ids``. Earlier assistant turns are prompt tokens that
-    carry loss, unless the row switches it off. A chat that ends with another role is answered by
-    the response column; without one it has no response, and its prompt ends with the generation
-    prompt. Ids of prompts and responses that are longer than their limits go on for some tokens
-    more.
+    The last assistant turn is the response, closed by the template's end-of-turn token or, without
+    one, by the first of ``eos_ids``. Earlier assistant turns are prompt tokens that carry loss,
+    unless the row switches it off. A chat that ends with another role is completed by the response
+    column; without one it has no response, and its prompt ends with the generation prompt. Prompts
+    and responses above their limits keep some tokens beyond them.
 
     Returns:
-        The examples, and what cannot be learned because the template treats the last answer apart,
-        as one line a kind.
+        The examples, and a message for each kind of turn that cannot be learned because the
+        template renders the last answer differently.
 
     Raises:
         DataError: The tokenizer has no chat template, a row is not a chat, or one whose response is
@@ -127,7 +126,7 @@ def examples_from_chats(
     limit = max(max_prompt_length, max_response_length)
     rendered = [chat.rendered for chat in chats]
     found = encode_chats(encoder, rendered, eos_ids, limit=limit)
-    keeps_chat = bool(columns.declared_tools)  # rollouts go on with it
+    keeps_chat = bool(columns.declared_tools)  # rollouts append tool results to it
     examples = [
         _example(index, chat, ids, eos_ids[0], keeps_chat=keeps_chat)
         for index, (chat, ids) in enumerate(zip(chats, found, strict=True))

@@ -1,7 +1,7 @@
-"""The messages of a chat row, and which of its assistant turns are learned.
+"""The messages of a chat row, and which of its assistant turns carry loss.
 
-Owns what messages say beyond role and content: arguments of tool calls, which the OpenAI format
-writes as JSON text, and the keys with which other formats take the loss off a turn.
+Owns message keys besides role and content: arguments of tool calls, which are JSON text in the
+OpenAI format, and the keys with which other formats switch off the loss of a turn.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _LOSS_KEYS = ("weight", "train", "training", "trainable", "loss", "loss_weight",
 """1 or true: the turn carries loss; 0 or false: it is context."""
 
 _REFUSED_KEYS = ("train_detail", "training_detail", "loss_mask", "mask", "masked", "function_call")
-"""Keys that say something about a part of a turn, or in a form that templates do not read."""
+"""Keys about a part of a turn, or in a form that templates do not read."""
 
 
 @dataclass(frozen=True)
 class ChatTurns:
-    """A chat that ends with a turn that is learned, or with one that waits for an answer.
+    """A chat that ends with a turn that carries loss, or with one that needs an answer.
 
     Attributes:
-        messages: As the chat template reads them.
+        messages: The messages for the chat template.
         learned: Numbers (from 0) of the assistant messages that carry loss.
     """
 
@@ -37,7 +37,7 @@ class ChatTurns:
 
     @property
     def is_answered(self) -> bool:
-        """Whether the last message is the response."""
+        """True if the last message is the response."""
         return self.messages[-1]["role"] == "assistant"
 
     @property
@@ -47,14 +47,14 @@ class ChatTurns:
 
 
 def read_turns(row: RawRow, columns: Columns, at: str) -> ChatTurns:
-    """The chat of a row, answered by the response column where it ends with another role.
+    """Return the chat of a row, completed by the response column if it ends with another role.
 
-    The turns of a prompt carry no loss where a response completes it (TRL's prompt and completion).
-    A blank answer at the end is left out. So is an answer at the end whose loss is switched off,
-    with all that comes after the last turn that is learned.
+    Turns of a prompt carry no loss if a response completes it (TRL's prompt and completion). A
+    blank final answer is removed. A final answer whose loss is switched off is removed too, with
+    all messages after the last turn that carries loss.
 
     Raises:
-        DataError: The row is not a chat, or a message has a key whose meaning cannot be kept.
+        DataError: The row is not a chat, or a message has an unsupported key.
     """
     messages = read_messages(row, columns, at)
     if _is_blank_answer(messages[-1]):
@@ -78,7 +78,7 @@ def read_turns(row: RawRow, columns: Columns, at: str) -> ChatTurns:
 
 
 def _without_loss(message: Message) -> Message:
-    """A message of a prompt: it carries loss only where it says so itself."""
+    """Switch off the loss of a prompt's message, unless the message has its own setting."""
     if message["role"] != "assistant" or any(key in message for key in _LOSS_KEYS):
         return message
     return {**message, "weight": 0}
@@ -90,7 +90,7 @@ def _is_blank_answer(message: Message) -> bool:
 
 
 def _carries_loss(message: Message, at: str) -> bool:
-    """Whether a message is an assistant's whose loss is not switched off."""
+    """Return whether a message is an assistant's whose loss is not switched off."""
     for key in _REFUSED_KEYS:
         if key in message:
             raise DataError(
@@ -114,7 +114,7 @@ def _carries_loss(message: Message, at: str) -> bool:
 
 
 def _as_rendered(message: Message, at: str) -> Message:
-    """The message without keys about loss, arguments of its tool calls as objects."""
+    """Return the message without loss keys, with arguments of its tool calls as objects."""
     kept = {key: value for key, value in message.items() if key not in _LOSS_KEYS}
     calls = kept.get("tool_calls")
     if not calls:
@@ -126,7 +126,7 @@ def _as_rendered(message: Message, at: str) -> Message:
 
 
 def _call(call: Any, at: str) -> Any:
-    """One call, in either form: {"function": {"name", "arguments"}} or {"name", "arguments"}."""
+    """Read a call, as {"function": {"name", "arguments"}} or {"name", "arguments"}."""
     if not isinstance(call, Mapping):
         raise DataError(
             f"{at} is {type(call).__name__}, expected an object "

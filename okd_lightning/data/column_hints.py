@@ -1,8 +1,8 @@
-"""Which options would read rows whose columns have other names: what errors advise.
+"""Hints in errors: the options that read rows whose columns have other names.
 
-A hint is a promise: with the options that it names the rows are read whole. Columns that belong to
-the prompt (Alpaca's ``input``, Dolly's ``context``, OpenOrca's ``system_prompt``) are therefore
-part of it, as a template. Names are compared without regard to case.
+With the options of a hint, all of a row is read. Columns that belong to the prompt (Alpaca's
+``input``, Dolly's ``context``, OpenOrca's ``system_prompt``) are therefore included, as a template.
+Names are compared without regard to case.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ _CONTEXT = ("input", "context", "passage", "article", "document")
 _ROWS_LOOKED_AT = 1000  # for the warning; an error looks at all
 _WHOLE_TEXTS = ("text", "content")
 _ASKED_LAST = ("question", "query")
-"""Prompts that stand behind their context; an instruction stands before it."""
+"""Prompt columns that follow their context; an instruction precedes it."""
 
 
 @dataclass(frozen=True)
 class Cells:
-    """The columns of a data set, each with the first cell of it that is neither null nor empty.
+    """The columns of a dataset, each with its first cell that is neither null nor empty.
 
     Attributes:
-        samples: Column → cell, in the order in which rows name them.
+        samples: Column → cell, in the order of the rows' columns.
     """
 
     samples: Mapping[str, Any]
 
     @classmethod
     def of(cls, rows: Iterable[RawRow]) -> Cells:
-        """Look at all rows: the first one may lack what others have."""
+        """Read all rows: the first one may lack columns of others."""
         samples: dict[str, Any] = {}
         for row in rows:
             for name, cell in row.items():
@@ -62,23 +62,23 @@ class Cells:
         return cls(samples)
 
     def texts(self) -> list[str]:
-        """Columns of plain text."""
+        """Return the columns of plain text."""
         return [
             n for n, cell in self.samples.items() if isinstance(cell, str) and not is_chat(cell)
         ]
 
     def chats(self) -> list[str]:
-        """Columns of messages."""
+        """Return the columns of messages."""
         return [name for name, cell in self.samples.items() if is_chat(cell)]
 
     def lists(self) -> list[str]:
-        """Columns of lists that are no chats (LIMA's texts in turn, Axolotl's segments)."""
+        """Return the columns of lists that are no chats (LIMA's texts, Axolotl's segments)."""
         return [
             n for n, cell in self.samples.items() if isinstance(cell, list) and not is_chat(cell)
         ]
 
     def find(self, role: Role, wanted: str | None, among: Sequence[str]) -> str | None:
-        """The column that seems to be meant: of nearly the name wanted, or of a well-known one."""
+        """Return the likely column: of a name similar to ``wanted``, or of a well-known name."""
         passed_over = _SYSTEM if role == "prompt" else ()
         by_name = {
             name.lower(): name
@@ -95,22 +95,22 @@ class Cells:
 
 
 def hint_for_response(cells: Cells, columns: Columns) -> str | None:
-    """The option that names the responses of rows whose prompts are found; None where none is."""
+    """Return the likely response column of rows whose prompts are found; None without one."""
     others = [name for name in (*cells.texts(), *cells.chats()) if name != columns.prompt]
     belongs = set(_beside_prompt(cells, columns.prompt))
     return cells.find("response", columns.response, [n for n in others if n not in belongs])
 
 
 def hint_for_rows(cells: Cells, columns: Columns, *, needs_response: bool) -> str:
-    """The options for rows with neither a prompt column nor a chat column of the names wanted.
+    """Return the options for rows that have neither the prompt column nor the chat column.
 
     Args:
-        cells: Of the rows.
-        columns: What was looked for.
-        needs_response: Whether the run learns from given responses.
+        cells: Columns of the rows.
+        columns: The configured column names.
+        needs_response: Whether the run learns from dataset responses.
 
     Returns:
-        Options with their values; NAME where no column seems to be the one.
+        Options with their values; NAME if no column is likely.
     """
     chat = cells.find("messages", columns.messages, cells.chats())
     prompt = cells.find("prompt", columns.prompt, cells.texts() or cells.chats())
@@ -132,7 +132,7 @@ def hint_for_rows(cells: Cells, columns: Columns, *, needs_response: bool) -> st
 
 
 def _pair_option(cells: Cells, prompt: str, wanted: str, *, needs_response: bool) -> str:
-    """Read a prompt with its response; where there is none and has to be, a whole text."""
+    """Return the options for a prompt with its response; if it is missing, for whole texts."""
     response = hint_for_response(cells, Columns(prompt=prompt, response=wanted))
     if response is not None:
         return f"{prompt_option(cells, prompt)} --data.response_column {response}"
@@ -142,14 +142,14 @@ def _pair_option(cells: Cells, prompt: str, wanted: str, *, needs_response: bool
 
 
 def messages_option(name: str, cells: Cells, columns: Columns) -> str:
-    """Read the chats of a column, and nothing else."""
+    """Return the options that read only the chats of a column."""
     option = f"--data.messages_column {name}"
     has_prompt = columns.prompt is not None and columns.prompt in cells.samples
     return f"{option} --data.prompt_column null" if has_prompt else option
 
 
 def prompt_option(cells: Cells, prompt: str) -> str:
-    """Read a prompt together with the columns that belong to it."""
+    """Return the option that reads a prompt with the columns that belong to it."""
     beside = _beside_prompt(cells, prompt)
     if not beside:
         return f"--data.prompt_column {prompt}"
@@ -168,7 +168,7 @@ def prompt_option(cells: Cells, prompt: str) -> str:
 
 
 def unread_beside(cells: Cells, columns: Columns) -> list[str]:
-    """Text columns that seem to belong to plain prompts and are not read."""
+    """Return the text columns that seem to belong to plain prompts and are not read."""
     read = {columns.prompt, columns.response, *_fields(columns)}
     return [name for name in _beside_prompt(cells, columns.prompt) if name not in read]
 
@@ -178,11 +178,11 @@ def _fields(columns: Columns) -> list[str]:
 
 
 def unread_warning(rows: Sequence[RawRow], columns: Columns) -> str | None:
-    """What rows say beside what is read of them, with the option that reads it; None for nothing.
+    """Return a warning about columns that are not read, with the option; None for none.
 
     Args:
-        rows: Those that can be read.
-        columns: What is read of them.
+        rows: The rows.
+        columns: The columns that are read.
     """
     cells = Cells.of(rows[:_ROWS_LOOKED_AT])
     has_chats = columns.as_chat or columns.messages in cells.samples
@@ -191,7 +191,7 @@ def unread_warning(rows: Sequence[RawRow], columns: Columns) -> str | None:
         read = {columns.system, columns.prompt, *_fields(columns)}
         unread = [n for n in names if n not in read] if columns.system is not None else []
         option = f"--data.system_column {unread[0]}" if unread else ""
-    elif columns.templates or columns.prompt is None:  # made of what somebody chose
+    elif columns.templates or columns.prompt is None:  # the user chose the columns
         return None
     else:
         unread = unread_beside(cells, columns)
@@ -208,7 +208,7 @@ def unread_warning(rows: Sequence[RawRow], columns: Columns) -> str | None:
 
 
 def _beside_prompt(cells: Cells, prompt: str | None) -> list[str]:
-    """The system prompt and the context of a row, where it has such columns, with any text."""
+    """Return the columns of system prompt and context, if there are any with text."""
     names = [n for n in cells.texts() if n != prompt and cells.samples[n].strip()]
     found = [next((n for n in names if n.lower() in kind), None) for kind in (_SYSTEM, _CONTEXT)]
     return [name for name in found if name is not None]

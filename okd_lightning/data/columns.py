@@ -1,6 +1,6 @@
-"""Which column of a row is the prompt, the response or the chat; checks names and types.
+"""Columns of a row: prompt, response, chat and tools, with checks of names and types.
 
-Owns the reading of raw cells and the messages about them. Nothing here knows a tokenizer.
+Owns the reading of raw cells and the errors about them. Nothing here knows a tokenizer.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ class Columns:
     Attributes:
         prompt: Text that the model continues; None: rows are chats or, without any, whole texts,
             which are their responses.
-        response: The text that follows it.
+        response: The text that follows the prompt.
         messages: A chat, a list of ``{"role": ..., "content": ...}``; None: never read as a chat.
-        tools: The tools that a chat may call (JSON schemas), where there are any.
-        declared_tools: What chats may call whose row names no tools; () for nothing.
-        templates: What prompts are made of: texts with {COLUMN} fields, of which a row takes the
-            first that it fills; () to read the prompt column as it is.
-        as_chat: Whether a prompt is a user's message, which the chat template renders.
-        chat_template_kwargs: What the chat template is told beside the chat.
+        tools: The tools that a chat may call (JSON schemas), if any.
+        declared_tools: Tools of chats whose row has none; () for none.
+        templates: Texts with {COLUMN} fields for prompts, of which a row uses the first that it
+            fills; () to read the prompt column unchanged.
+        as_chat: Whether a prompt is a user message, rendered by the chat template.
+        chat_template_kwargs: Further arguments of the chat template.
         system: Text that becomes the first message of a chat; None to read no such column.
         chats_are_prompts: Whether ``messages`` are the prompts of rows whose response is in another
-            column (TRL's prompt and completion), so that a completed prompt carries no loss itself.
+            column (TRL's prompt and completion), so that a completed prompt carries no loss.
     """
 
     prompt: str | None = "prompt"
@@ -55,15 +55,15 @@ class Columns:
 
 
 def quoted(names: Collection[str]) -> str:
-    """Names as messages list them."""
+    """Return names as a list for messages."""
     return ", ".join(repr(name) for name in names) or "none"
 
 
 def require_column(row: RawRow, role: str, name: str, where: str) -> None:
-    """Refuse a data set without a column that ``--data.<role>_column`` names.
+    """Refuse a dataset without a column that ``--data.<role>_column`` names.
 
     Raises:
-        DataError: Naming the columns that there are.
+        DataError: The column is missing; the message names those that exist.
     """
     if name not in row:
         near = get_close_matches(name, list(row), n=1)
@@ -81,14 +81,14 @@ def _cell(row: RawRow, name: str, at: str) -> Any:
 
 
 def require_whole_characters(text: str, what: str) -> None:
-    """Refuse a text that no tokenizer takes: half of a surrogate pair, which JSON can hold.
+    """Refuse a lone surrogate, which JSON can contain and no tokenizer accepts.
 
     Args:
-        text: What will be tokenized.
+        text: The text.
         what: File, row and cell, for the message.
 
     Raises:
-        DataError: Naming the half and where it stands.
+        DataError: There is one; the message names it and its position.
     """
     try:
         text.encode("utf-8")
@@ -101,10 +101,10 @@ def require_whole_characters(text: str, what: str) -> None:
 
 
 def read_prompt(row: RawRow, columns: Columns, at: str) -> str:
-    """The prompt of a row; ``at`` names file and row for messages.
+    """Return the prompt of a row; ``at`` names file and row for messages.
 
     Raises:
-        DataError: It is missing, not text, empty, or holds half a character.
+        DataError: It is missing, not text, empty, or has a lone surrogate.
     """
     assert columns.prompt is not None
     value = _cell(row, columns.prompt, at)
@@ -120,11 +120,11 @@ def read_prompt(row: RawRow, columns: Columns, at: str) -> str:
 
 
 def read_response(row: RawRow, columns: Columns, at: str, *, needs_response: bool) -> str:
-    """The response of a row; empty where it has none.
+    """Return the response of a row; empty if there is none.
 
     Raises:
-        DataError: It is not text, or it is needed and the row has no such column; or it holds half
-            a character.
+        DataError: It is not text, it is needed and the column is missing, or it has a lone
+            surrogate.
     """
     value = _cell(row, columns.response, at) if needs_response else row.get(columns.response)
     if value is None:
@@ -166,7 +166,7 @@ def _read_message(message: object, at: str) -> dict[str, Any]:
 
 
 def _listed(value: object, at: str, what: str) -> list[dict[str, Any]]:
-    """Messages of a cell, which ``what`` names."""
+    """Return the messages of a cell, which ``what`` names."""
     found = listed_messages(value)
     if not isinstance(found, list) or not found:
         kind = "an empty list" if found == [] else type(value).__name__
@@ -181,7 +181,7 @@ def _listed(value: object, at: str, what: str) -> list[dict[str, Any]]:
 
 
 def _system_message(row: RawRow, columns: Columns, at: str) -> list[dict[str, Any]]:
-    """The system column as a message, where the row has any text there."""
+    """Return the system column as a message, if it has text."""
     value = row.get(columns.system) if columns.system is not None else None
     if value is None or value == "":
         return []
@@ -194,11 +194,11 @@ def _system_message(row: RawRow, columns: Columns, at: str) -> list[dict[str, An
 
 
 def read_messages(row: RawRow, columns: Columns, at: str) -> list[dict[str, Any]]:
-    """The chat of a row, fields that are null left out, "content" always text.
+    """Return the chat of a row without null fields, with "content" always as text.
 
     Raises:
         DataError: It is not a list of messages with a role and text, begins with the assistant, or
-            has another system message than the system column.
+            its system message differs from the system column.
     """
     assert columns.messages is not None
     value = _cell(row, columns.messages, at)
@@ -219,9 +219,9 @@ def read_messages(row: RawRow, columns: Columns, at: str) -> list[dict[str, Any]
 
 
 def read_answer(row: RawRow, columns: Columns, at: str) -> list[dict[str, Any]]:
-    """The response column as the messages behind a chat; none where it is missing or blank.
+    """Return the response column as messages that follow a chat; none if it is missing or blank.
 
-    It is text, or itself a list of messages, as TRL's conversational completions are.
+    It is text, or a list of messages, like TRL's conversational completions.
 
     Raises:
         DataError: It is neither, or does not begin with the assistant.
@@ -243,14 +243,14 @@ def read_answer(row: RawRow, columns: Columns, at: str) -> list[dict[str, Any]]:
 
 
 def _schema(tool: Any, what: str) -> Any:
-    """One tool, which may itself be JSON text."""
+    """Return one tool, parsed if it is JSON text."""
     if not isinstance(tool, str):
         return tool
     return parse_json(tool, DataError, f"{what} hold one that is broken")
 
 
 def read_tools(row: RawRow, columns: Columns, at: str) -> list[Any] | None:
-    """The tools of a chat row (a list, or its JSON text), else the declared ones; None for none.
+    """Return the tools of a chat row (a list, or its JSON text), else the declared ones, else None.
 
     Raises:
         DataError: They are not a list.

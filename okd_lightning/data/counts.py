@@ -1,4 +1,4 @@
-"""Numbers of rows, prompts and tokens that are too small to mean anything."""
+"""Check of numbers of rows, prompts and tokens that are too small."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from okd_lightning.errors import ConfigError
 
 
 def check_counts(least: int, **counts: int | None) -> None:
-    """Refuse settings of the data section below ``least``; None is not set.
+    """Refuse settings of the data section below ``least``; None is ignored.
 
     Raises:
-        ConfigError: Naming the first one.
+        ConfigError: A setting is too small; the message names the first one.
     """
     for name, value in counts.items():
         if value is not None and value < least:

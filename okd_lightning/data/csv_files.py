@@ -1,4 +1,4 @@
-"""Rows of a CSV or TSV file: the first line names the columns, and every cell is text as it stands.
+"""Rows of a CSV or TSV file: the first line names the columns, and every cell is unchanged text.
 
 No cell is interpreted: ``007`` keeps its zeros, ``NA`` is no null, an empty cell is an empty text.
 """
@@ -19,9 +19,9 @@ _OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"
 
 
 def _cells(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Each record with the number of the line that it ends in; blank lines are passed over."""
+    """Yield each record with the number of its last line; blank lines are skipped."""
     reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
-    limit = csv.field_size_limit(sys.maxsize)  # the library's own is 131,072 characters a cell
+    limit = csv.field_size_limit(sys.maxsize)  # the library's default: 131,072 characters a cell
     try:
         for cells in reader:
             if cells:
@@ -54,11 +54,11 @@ def _check_header(path: Path, names: list[str], delimiter: str) -> None:
 
 
 def read_csv_rows(path: Path, delimiter: str) -> list[dict[str, str]]:
-    """All rows of a CSV file, in order.
+    """Return all rows of a CSV file, in order.
 
     Args:
         path: UTF-8, with or without byte order mark, also compressed (.gz).
-        delimiter: What separates cells.
+        delimiter: Separator of cells.
 
     Raises:
         DataError: The file cannot be read, has no usable first line, or has a row with more or

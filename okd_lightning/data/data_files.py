@@ -1,4 +1,4 @@
-"""Rows of a data file, by its suffix: the one place that knows which kinds of files are read."""
+"""Rows of a data file, by its suffix."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from okd_lightning.errors import DataError
 Row = dict[str, Any]
 
 FILE_KINDS = (*JSON_SUFFIXES, *CSV_DELIMITERS, ".parquet")
-"""What is read; all but Parquet also with ``.gz`` behind it."""
+"""Suffixes that are read; all but Parquet also followed by ``.gz``."""
 
 _EXPECTED = (
     "expected .jsonl (an object a line), .json (a list of objects), .csv or .tsv (also .gz of "
@@ -26,7 +26,7 @@ _EXPECTED = (
 
 
 def without_nulls(value: Any) -> Any:
-    """Drop the nulls that Arrow writes where one struct lacks a field that another one has."""
+    """Drop the nulls that Arrow adds to a struct for fields of other structs."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -35,7 +35,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def rows_of_dataset(dataset: Dataset) -> list[Row]:
-    """All rows as dictionaries; nested fields that a row does not have are absent, not None."""
+    """Return all rows as dictionaries; missing nested fields are absent, not None."""
     return [
         {name: without_nulls(value) for name, value in row.items()} for row in dataset.to_list()
     ]
@@ -50,15 +50,15 @@ def _read_parquet(path: Path) -> list[Row]:
 
 
 def read_file(path: Path, kind: str | None = None, delimiter: str | None = None) -> list[Row]:
-    """All rows of one file, in order.
+    """Return all rows of one file, in order.
 
-    JSON keeps its types; cells of CSV are text; neither is interpreted any further (``datasets``'
-    own readers make 7.0 of ``007`` and a timestamp of a date).
+    JSON keeps its types; cells of CSV are text. Neither is interpreted further (``datasets``' own
+    readers convert ``007`` to 7.0 and a date to a timestamp).
 
     Args:
         path: An existing file.
-        kind: Its suffix, where the file does not bear it.
-        delimiter: Of CSV; by default the suffix's.
+        kind: Its kind, if it differs from the file's suffix.
+        delimiter: Separator of CSV cells; by default the suffix's.
 
     Raises:
         DataError: The file is of another kind, or broken.

@@ -1,4 +1,4 @@
-"""What data and rollouts need to know of the module that they feed, and what both must agree on."""
+"""The module's interface for data and rollouts, and checks that both agree."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from okd_lightning.teachers import SelfTeacher
 
 
 class DistilledModule(Writer, Protocol):
-    """The side of a DistillationModule that its data sees."""
+    """The part of a DistillationModule that its data uses."""
 
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
@@ -26,34 +26,34 @@ class DistilledModule(Writer, Protocol):
 
     @property
     def has_teacher(self) -> bool:
-        """Whether there is a teacher, be it the student itself."""
+        """True if there is a teacher, including a self-teacher."""
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """The ids that end a response."""
 
     def add_eos_ids(self, ids: Iterable[int]) -> None:
-        """Let further ids end a response."""
+        """Add ids that end a response."""
 
     def check_lengths(self, num_tokens: int, teacher_tokens: int | None = None) -> None:
-        """Refuse sequences that the models were not made for."""
+        """Refuse sequences that are too long for the models."""
 
     def check_sampling(self, sampling: Sampling) -> None:
-        """Refuse sampling that the student's engine does not do."""
+        """Refuse sampling that the student's engine does not support."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of some ids."""
+        """Return the text of some ids."""
 
 
 def check_teacher_prompts(module: DistilledModule, *, are_given: bool) -> None:
-    """Refuse teacher prompts that nobody reads, and runs that cannot do without them.
+    """Refuse teacher prompts without a teacher, and runs that need them and have none.
 
     Args:
-        module: With the run's terms.
+        module: The module, with the run's terms.
         are_given: Whether the data has teacher prompts.
 
     Raises:
-        ConfigError: Naming what to give or to leave out.
+        ConfigError: They do not agree; the message says what to set or leave out.
     """
     options = "--data.teacher_prompt_template or --data.teacher_prompt_column"
     if are_given and not module.has_teacher:

@@ -1,7 +1,7 @@
-"""Raw rows to the examples that a run uses: read, tokenized, limited in length, counted.
+"""Raw rows to examples: read, tokenized, limited in length, counted.
 
-Owns the limits and what is said about rows that are left out; ``text_rows`` and ``chat_rows`` make
-the ids. Deterministic: the same rows and tokenizer give the same examples.
+Owns the limits and the errors about skipped rows; ``text_rows`` and ``chat_rows`` make the ids.
+Deterministic: the same rows and tokenizer give the same examples.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from okd_lightning.models.text_ids import MARGIN, TextEncoder
 from okd_lightning.records.batches import Example
 
 OnOverlong: TypeAlias = Literal["skip", "error"]
-"""What happens to a row whose prompt is too long."""
+"""Action for a row whose prompt is too long."""
 
 OVERLONG_PROMPT = "overlong prompt"
 EMPTY_RESPONSE = "empty response"
@@ -36,16 +36,15 @@ OVERLONG_TEACHER_PROMPT = "overlong teacher prompt"
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """The examples of a data set, and what happened to its other rows.
+    """The examples of a dataset, and counts of its other rows.
 
     Attributes:
-        examples: In the data set's order; ``index`` is the row's number in it (from 0).
-        skipped: How many rows were left out, by reason (``OVERLONG_PROMPT``, ``EMPTY_RESPONSE``,
-            ``OVERLONG_TEACHER_PROMPT``, and what ``TeacherPrompts.reason_for_none`` says).
-        num_cut: Examples whose response was cut and so has no eos.
-        notes: What of the rows cannot be learned, one line a kind.
-        usual_length: Tokens that 95 % of the responses have at most, before any is cut; 0 where
-            there are none.
+        examples: In the dataset's order; ``index`` is the row's number in it (from 0).
+        skipped: Number of skipped rows, by reason (``OVERLONG_PROMPT``, ``EMPTY_RESPONSE``,
+            ``OVERLONG_TEACHER_PROMPT``, ``TeacherPrompts.reason_for_none``).
+        num_cut: Examples whose response was cut and therefore has no eos.
+        notes: Messages about content that cannot be learned, one a kind.
+        usual_length: 95th percentile of the responses' tokens before cutting; 0 without any.
     """
 
     examples: tuple[Example, ...]
@@ -56,30 +55,30 @@ class ExampleSet:
 
     @property
     def num_skipped(self) -> int:
-        """Rows left out, for whatever reason."""
+        """Skipped rows, for any reason."""
         return sum(self.skipped.values())
 
     @property
     def share_cut(self) -> float:
-        """Share of the responses that are cut."""
+        """Share of cut responses."""
         return self.num_cut / max(1, sum(bool(e.response_ids) for e in self.examples))
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def ends_of_turn(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """The special ids that whole responses end with, in id order."""
+        """Return the special ids that end uncut responses, in id order."""
         specials = set(tokenizer.all_special_ids)
         specials |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         longest = max(len(example.response_ids) for example in self.examples)
-        limit = longest if self.num_cut else longest + 1  # what was cut is as long as can be
+        limit = longest if self.num_cut else longest + 1  # cut responses have the longest length
         whole = [e.response_ids[-1] for e in self.examples if 0 < len(e.response_ids) < limit]
         return sorted(specials & set(whole))
 
 
 @dataclass(frozen=True)
 class _Limits:
-    """What a row must keep to; see ``build_examples``."""
+    """Limits of a row; see ``build_examples``."""
 
     max_prompt_length: int
     max_response_length: int
@@ -98,7 +97,7 @@ class _Limits:
             )
 
     def reason_to_skip(self, example: Example) -> str | None:
-        """Why this row is left out, or None; raises where that was asked for."""
+        """Return why this row is skipped, or None; raise if ``on_overlong`` is "error"."""
         num_tokens = len(example.prompt_ids)
         if num_tokens > self.max_prompt_length:
             self._stop_if_asked(example, "prompt", num_tokens, self.max_prompt_length)
@@ -126,7 +125,7 @@ class _Limits:
             )
 
     def none_left(self, examples: Sequence[Example], skipped: Mapping[str, int]) -> DataError:
-        """The error for a data set of which nothing remains."""
+        """Return the error for a dataset without remaining rows."""
         lengths = [len(example.prompt_ids) for example in examples]
         reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
         if OVERLONG_PROMPT in skipped:
@@ -153,7 +152,7 @@ class _Limits:
         )
 
     def apply(self, examples: Sequence[Example]) -> ExampleSet:
-        """Leave out and cut."""
+        """Skip and cut rows."""
         kept: list[Example] = []
         skipped: Counter[str] = Counter()
         lengths: list[int] = []
@@ -173,13 +172,13 @@ class _Limits:
 
 
 def _usual_length(lengths: Sequence[int]) -> int:
-    """What 95 % of the responses do not exceed; 0 without any."""
+    """Return the 95th percentile of the responses' lengths; 0 without any."""
     given = sorted(length for length in lengths if length)
     return given[math.ceil(0.95 * len(given)) - 1] if given else 0
 
 
 def _counted(num_tokens: int, limit: int) -> str:
-    """A length for people: texts that are much too long are not tokenized to their end."""
+    """Format a length for messages; texts that are much too long are not tokenized to their end."""
     return f"{'at least ' if num_tokens >= limit + MARGIN else ''}{num_tokens}"
 
 
@@ -200,23 +199,23 @@ def build_examples(
     where: str,
     teacher_prompts: TeacherPrompts | None = None,
 ) -> ExampleSet:
-    """Tokenize rows into examples: prompt + response + eos; ``text_ids`` says how.
+    """Tokenize rows into examples: prompt + response + eos; see ``text_ids`` for the rules.
 
     Args:
         rows: At least one; all of the layout of the first (prompt and response, or chat messages),
-            where ``columns`` has no templates.
-        tokenizer: Turns text to ids, and renders chats.
-        eos_id: What ends a response that was not cut and brings no end itself: this id, or the
+            unless ``columns`` has templates.
+        tokenizer: Encodes text, and renders chats.
+        eos_id: Appended to a response that was not cut and does not end with it or with the
             tokenizer's eos.
         columns: Which columns to read.
-        max_prompt_length: Tokens; what happens to longer prompts says ``on_overlong``.
+        max_prompt_length: Tokens; ``on_overlong`` decides about longer prompts.
         max_response_length: Tokens, the eos included; longer responses are cut and get no eos.
-        on_overlong: "skip" leaves the row out and counts it, "error" raises.
-        needs_response: Whether the run learns from given responses: rows without one are then
-            skipped, and a data set without such a column is refused.
-        where: The data set's name for messages (``describe_source``).
-        teacher_prompts: What the teacher reads in place of the prompts; None: the same. Rows for
-            which none can be made, or whose is too long, are left out as others are.
+        on_overlong: "skip" skips and counts the row, "error" raises.
+        needs_response: Whether the run learns from dataset responses: rows without one are then
+            skipped, and a dataset without such a column is refused.
+        where: The dataset's name for messages (``describe_source``).
+        teacher_prompts: The teacher's own prompts; None: the same prompts. Rows whose teacher
+            prompt is missing or too long are skipped like others.
 
     Raises:
         ConfigError: A limit below 1 or an unknown ``on_overlong``.
@@ -269,6 +268,6 @@ def build_examples(
 
 
 def warn_of(found: ExampleSet, where: str) -> None:
-    """Warn once of each thing in a data set that cannot be learned."""
+    """Warn of the content of a dataset that cannot be learned."""
     for note in found.notes:
         rank_zero_warn(f"{where}: {note}")

@@ -1,9 +1,9 @@
-"""Chats as others write them, in the one form that the rest reads: ``role`` and ``content``.
+"""Conversion of other chat formats to messages with ``role`` and ``content``.
 
 ShareGPT's ``from`` and ``value`` (FastChat, Axolotl, LLaMA-Factory), content as a list of parts
 (OpenAI, vLLM), chats as JSON text (cells of CSV), lists of ``input`` and ``output`` (Capybara), and
-columns of a ``datasets.Sequence``. Whatever else a message says (``weight``, ``tool_calls``,
-``name``) stays as it is.
+columns of a ``datasets.Sequence``. Other keys of a message (``weight``, ``tool_calls``, ``name``)
+are not changed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _KEYS = {"from": "role", "value": "content"}
 
 
 def is_chat(cell: object) -> bool:
-    """Whether a cell holds messages, as a list, as JSON text of one, or column by column."""
+    """Return whether a cell holds messages: as a list, as its JSON text, or as columns."""
     if isinstance(cell, str) and not cell.lstrip().startswith("[{"):
         return False
     found = listed_messages(cell)
@@ -43,7 +43,7 @@ def is_chat(cell: object) -> bool:
 
 
 def listed_messages(cell: object) -> object:
-    """The list of messages that a cell holds; the cell itself where it holds none."""
+    """Return the list of messages in a cell; the cell itself if it holds none."""
     if isinstance(cell, str):
         try:
             parsed = json.loads(cell)
@@ -58,7 +58,7 @@ def listed_messages(cell: object) -> object:
         ]
     if isinstance(cell, Mapping) and cell and all(isinstance(v, list) for v in cell.values()):
         lengths = {len(values) for values in cell.values()}
-        if len(lengths) == 1:  # a struct of lists, as datasets.Sequence keeps a list of structs
+        if len(lengths) == 1:  # datasets.Sequence stores a list of structs as a struct of lists
             return [
                 dict(zip(cell, values, strict=True)) for values in zip(*cell.values(), strict=True)
             ]
@@ -66,19 +66,19 @@ def listed_messages(cell: object) -> object:
 
 
 def _is_exchange(item: object) -> bool:
-    """Whether an item is a question with its answer, as in LDJnr/Capybara."""
+    """Return whether an item is a question with its answer, as in LDJnr/Capybara."""
     return isinstance(item, Mapping) and set(item) == {"input", "output"}
 
 
 def with_known_keys(message: Mapping[str, Any], at: str) -> dict[str, Any]:
-    """A message with ``role`` and ``content``, whichever names it had for them.
+    """Rename a message's keys to ``role`` and ``content``, and its role to a known one.
 
     Args:
-        message: Without nulls.
+        message: A message without nulls.
         at: File, row and message, for the error.
 
     Raises:
-        DataError: A call of a tool that is no JSON text of one.
+        DataError: A tool call that is not valid JSON text of a call.
     """
     renamed = {key: name for key, name in _KEYS.items() if name not in message}
     found = {renamed.get(key, key): value for key, value in message.items()}
@@ -106,7 +106,7 @@ def _read_calls(value: Any, at: str) -> list[dict[str, Any]]:
 
 
 def text_of_parts(content: Sequence[Any], at: str) -> str:
-    """The text of a content that is a list of parts, ``{"type": "text", "text": "..."}``.
+    """Return the text of a content that is a list of parts, ``{"type": "text", "text": "..."}``.
 
     Raises:
         DataError: A part of another type: models here read text.

@@ -1,6 +1,6 @@
 """Rows of a JSONL file (an object a line) or a JSON file (one list of objects).
 
-Owns the messages about broken files; which columns a row has is not its business.
+Owns the errors about broken files; not the columns of a row.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _read_list(text: str, path: Path) -> list[Row]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            return _read_lines(text, path)  # an object a line, as Dataset.to_json writes it
+            return _read_lines(text, path)  # an object a line, the format of Dataset.to_json
         raise DataError(
             f"{path}, line {error.lineno}: not valid JSON ({error.msg} at character "
             f"{error.colno}); expected one list of objects, or an object a line"
@@ -86,7 +86,7 @@ def _no_list(found: object, path: Path) -> str:
 
 
 def read_json_rows(path: Path, kind: str) -> list[Row]:
-    """All rows of a JSON file, in order; blank lines are passed over.
+    """Return all rows of a JSON file, in order; blank lines are skipped.
 
     Args:
         path: UTF-8, with or without byte order mark, also compressed (.gz).

@@ -1,7 +1,7 @@
-"""What the rows of a data set are: prompts with responses, chats, or whole texts.
+"""Layout of a dataset's rows: prompts with responses, chats, or whole texts.
 
-Owns the choice between them and the errors about missing columns; ``column_hints`` knows what they
-advise.
+Owns the choice of the layout and the errors about missing columns; ``column_hints`` owns their
+advice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from okd_lightning.errors import DataError
 Layout: TypeAlias = Literal["text", "chat"]
 
 _MESSAGE_OF_A_TREE = {"parent_id", "role", "text"}
-"""Columns of OpenAssistant's trees, whose rows are no conversations."""
+"""Columns of OpenAssistant's message trees, whose rows are single messages."""
 
 _A_CHAT = (
     '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
@@ -33,7 +33,7 @@ _A_CHAT = (
 
 
 def with_chat_prompts(rows: Sequence[RawRow], columns: Columns) -> Columns:
-    """Columns that read prompts which are messages (TRL's conversational rows) as chats."""
+    """Return columns that read prompts made of messages (TRL's conversational rows) as chats."""
     if columns.prompt is None or columns.messages in rows[0]:
         return columns
     if not is_chat(rows[0].get(columns.prompt)):
@@ -42,7 +42,7 @@ def with_chat_prompts(rows: Sequence[RawRow], columns: Columns) -> Columns:
 
 
 def _check_mapped(row: RawRow, columns: Columns, where: str) -> None:
-    """A column that the user named must be there, needed or not."""
+    """Refuse rows without a column that the user named, needed or not."""
     default = Columns()
     for role in ("prompt", "response", "messages", "tools", "system"):
         name = getattr(columns, role)
@@ -51,7 +51,7 @@ def _check_mapped(row: RawRow, columns: Columns, where: str) -> None:
 
 
 def _check_labels(rows: Sequence[RawRow], where: str) -> None:
-    """Refuse TRL's unpaired preference rows that show what not to answer."""
+    """Refuse TRL's unpaired preference rows with a rejected completion."""
     for number, row in enumerate(rows, start=1):
         if row.get("label") is not False or "completion" not in row:
             continue
@@ -109,7 +109,7 @@ def _no_response(
 
 
 def _is_whole_chat(cell: object) -> bool:
-    """Whether a cell holds a chat from its beginning, not an answer alone."""
+    """Return whether a cell holds a chat from its beginning, not an answer alone."""
     messages = listed_messages(cell)
     if not is_chat(cell) or not isinstance(messages, list):
         return False
@@ -117,7 +117,7 @@ def _is_whole_chat(cell: object) -> bool:
 
 
 def _unused(cells: Cells, options: str) -> str:
-    """What is said where options read one of two responses."""
+    """Return a note if the options read one of two responses."""
     is_preference = options.endswith(" chosen") or " chosen " in options
     return "; 'rejected' is not used" if is_preference and "rejected" in cells.samples else ""
 
@@ -139,18 +139,18 @@ def _both(
 def choose_layout(
     rows: Sequence[RawRow], columns: Columns, *, needs_response: bool, where: str
 ) -> Layout:
-    """Tell from a data set's first row whether it holds prompts or chats.
+    """Return the layout of a dataset, from its first row.
 
     Whole texts ("text" with ``columns.prompt`` None) are responses without a prompt.
 
     Args:
-        rows: At least one; all of them are looked at for the error alone.
-        columns: What to look for.
-        needs_response: Whether the run learns from given responses.
-        where: The data set's name for messages.
+        rows: At least one; further rows are read only for errors.
+        columns: The configured columns.
+        needs_response: Whether the run learns from dataset responses.
+        where: The dataset's name for messages.
 
     Raises:
-        DataError: A column is missing, or both kinds are there and nothing says which one to read.
+        DataError: A column is missing, or there are prompts and chats and no option chooses.
     """
     row = rows[0]
     _check_mapped(row, columns, where)
@@ -193,7 +193,7 @@ def _check_chat_columns(columns: Columns, where: str) -> None:
 
 
 def _is_open(cell: object) -> bool:
-    """Whether a chat ends before an answer."""
+    """Return whether a chat ends with a user message."""
     messages = listed_messages(cell)
     if not is_chat(cell) or not isinstance(messages, list) or not isinstance(messages[-1], dict):
         return False
@@ -201,7 +201,7 @@ def _is_open(cell: object) -> bool:
 
 
 def _require_answers(rows: Sequence[RawRow], columns: Columns, where: str) -> None:
-    """Refuse open chats whose answers are in a column that nobody named."""
+    """Refuse chats without answers if another column seems to have the answers."""
     others = [name for name in (columns.messages, columns.tools, columns.system) if name]
     cells = Cells({n: c for n, c in Cells.of(rows).samples.items() if n not in others})
     if hint_for_response(cells, columns) is not None:

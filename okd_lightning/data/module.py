@@ -1,8 +1,8 @@
-"""The RolloutDataModule: from a data set's name to the loaders of fit, validate, test and predict.
+"""The RolloutDataModule: from a dataset's name to the loaders of fit, validate, test and predict.
 
-Owns the settings of data and rollouts; reading is in ``sources``, tokenizing in ``examples``, and
-what a batch is made of in ``rollouts``. The tokenizer, the end-of-sequence id and who writes which
-rows come from the module and the method callbacks of the run.
+Owns the settings of data and rollouts. ``sources`` reads, ``examples`` tokenizes, ``rollouts``
+makes batches. The tokenizer, the end-of-sequence id and the sources of rows come from the module
+and the method callbacks of the run.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from okd_lightning.tools import Tool, Toolbox
 
 
 class RolloutDataModule(NewDataModule):
-    """Prompts, given responses, and batches that the student writes anew every epoch.
+    """Prompts, dataset responses, and on-policy batches that are generated in every epoch.
 
-    A data set is a file (JSON, JSONL, CSV, TSV, Parquet), a folder written by datasets'
-    save_to_disk, a folder of data files, a hub id, or (in Python) a map-style data set of mappings,
+    A dataset is a file (JSON, JSONL, CSV, TSV, Parquet), a folder written by datasets'
+    save_to_disk, a folder of data files, a hub id, or (in Python) a map-style dataset of mappings,
     such as a list. A row has prompt and response, or chat messages.
 
     Args:
@@ -58,46 +58,46 @@ class RolloutDataModule(NewDataModule):
         batch_size: Sequences a micro-batch (a device's forward pass).
         global_batch_size: Sequences an optimizer step over all devices; gradient accumulation is
             derived from it.
-        max_prompt_length: Tokens; on_overlong says what happens to longer prompts.
-        max_response_length: Tokens; given responses are cut here (a cut response gets no eos) and
+        max_prompt_length: Tokens; on_overlong decides about longer prompts.
+        max_response_length: Tokens; dataset responses are cut here (a cut response gets no eos) and
             generation stops here.
-        on_overlong: Leave rows with longer prompts out and count them, or stop.
-        prompts_per_epoch: Prompts an epoch takes; by default the whole set.
-        prompts_per_rollout: Prompts that are written to at a time; by default one optimizer
-            step's, which is strictly on-policy.
-        samples_per_prompt: Responses that are written to each prompt.
-        sampling: How responses are drawn in training and predict; the on-policy measures of
+        on_overlong: Skip and count rows with longer prompts, or stop with an error.
+        prompts_per_epoch: Prompts an epoch; by default the whole dataset.
+        prompts_per_rollout: Prompts a rollout batch; by default those of one optimizer step, which
+            is strictly on-policy.
+        samples_per_prompt: Responses generated to each prompt.
+        sampling: Sampling of responses in training and predict; the on-policy metrics of
             validation and test always sample from the student itself (temperature 1).
-        val_rollouts: Validation prompts that the student answers for the on-policy measures; 0
-            for none.
-        prompt_column: Name of the column with prompts; null where the rows are chats, or whole
-            texts (the responses).
+        val_rollouts: Validation prompts with on-policy responses for the on-policy metrics; 0 for
+            none.
+        prompt_column: Name of the column with prompts; null if the rows are chats, or whole texts
+            (the responses).
         response_column: Name of the column with responses.
-        messages_column: Name of the column with chats; null where the rows are plain prompts.
-        prompt_template: What prompts are made of: a text with {COLUMN} fields, or several, of which
-            a row takes the first whose columns it fills.
-        as_chat: A prompt is a user's message, rendered by the tokenizer's chat template.
-        chat_template_kwargs: What that template is told, such as enable_thinking: false (Qwen3).
-        subset: Configuration of a hub data set, such as main.
-        train_split: Split of a hub data set for training.
-        val_split: Split of a hub data set for validation.
-        test_split: Split of a hub data set for test.
-        seed: Keys order, coin and sampling noise; by default seed_everything's.
-        teacher_prompt_column: Name of the column with what the teacher reads in place of the
-            prompt: text, or messages where the rows are chats. Both models judge the same response;
-            earlier assistant turns of a prompt then carry no loss.
-        teacher_prompt_template: The same as a text with {prompt} and/or {reference} (the row's
-            response); in a chat it replaces the last user message's content.
-        max_teacher_prompt_length: Tokens; on_overlong says what happens to longer ones. By default
+        messages_column: Name of the column with chats; null if the rows are plain prompts.
+        prompt_template: Text with {COLUMN} fields for prompts, or several, of which a row uses the
+            first whose columns it fills.
+        as_chat: Render each prompt as a user message by the tokenizer's chat template.
+        chat_template_kwargs: Arguments of that template, such as enable_thinking: false (Qwen3).
+        subset: Configuration of a hub dataset, such as main.
+        train_split: Split of a hub dataset for training.
+        val_split: Split of a hub dataset for validation.
+        test_split: Split of a hub dataset for test.
+        seed: Keys order, sources and sampling noise; by default seed_everything's.
+        teacher_prompt_column: Name of the column with the teacher's own prompts: text, or messages
+            if the rows are chats. Both models score the same response; earlier assistant turns of a
+            prompt then carry no loss.
+        teacher_prompt_template: The teacher's own prompts as a text with {prompt} and/or
+            {reference} (the row's response); in a chat it replaces the last user message's content.
+        max_teacher_prompt_length: Tokens; on_overlong decides about longer ones. By default
             max_prompt_length + max_response_length.
         tools_column: Name of the column with the tools that a chat may call (JSON schemas).
-        tools: What chats may call while responses are written, such as Calculator; the template
-            lists them in prompts whose rows name no tools. Python functions too, from Python.
-        max_turns: Turns of a response that calls tools, at most (4 by default); max_response_length
-            holds for all of them together with what the tools answer.
-        token_cache: Folder in which tokenized data is kept, from 1000 rows on; auto is
-            okd_lightning/tokens in the Hugging Face cache (HF_HOME), null keeps nothing.
-        system_column: Name of the column with a chat's system prompt, where rows have one beside
+        tools: Tools that rollouts may call, such as Calculator; the template lists them in prompts
+            whose rows name no tools. In Python, functions too.
+        max_turns: Most turns of a response that calls tools (4 by default); max_response_length
+            limits all turns and tool results together.
+        token_cache: Folder for tokenized data, from 1000 rows on; auto is okd_lightning/tokens in
+            the Hugging Face cache (HF_HOME), null keeps nothing.
+        system_column: Name of the column with a chat's system prompt, if rows have one besides
             their messages; null reads no such column.
 
     Raises:
@@ -192,11 +192,11 @@ class RolloutDataModule(NewDataModule):
         self._text_rules = RULES_VERSION  # of the run's checkpoint
 
     def setup(self, stage: str) -> None:
-        """Derive the accumulation from ``global_batch_size``; hand the tools to the module.
+        """Derive the accumulation from ``global_batch_size``; set the module's tools.
 
         Raises:
             ConfigError: It does not fit the batch size, the devices or the accumulation; or the
-                Trainer would cut an epoch inside an optimizer step, or change the steps' rows.
+                Trainer would end an epoch inside an optimizer step, or change the steps' rows.
         """
         equip(self._module, self.toolbox, self.max_turns, self.columns.chat_template_kwargs)
         if stage == "fit":
@@ -205,12 +205,12 @@ class RolloutDataModule(NewDataModule):
             )
 
     def read_ahead(self, stage: str) -> None:
-        """Read and tokenize what a stage needs, so that broken rows are told before models load.
+        """Read and tokenize a stage's data, so that broken rows raise before models load.
 
         The module calls it when the run's methods are known.
 
         Raises:
-            OKDLightningError: What the loaders would raise later.
+            OKDLightningError: An error that the loaders would raise later.
         """
         self._module.check_sampling(self.sampling)
         if stage == "fit" and self.sources["train"] is not None:
@@ -226,7 +226,7 @@ class RolloutDataModule(NewDataModule):
         return plan, self.examples("train", needs_response="dataset" in plan.sources)
 
     def train_dataloader(self) -> RolloutLoader:
-        """The loader of the run's methods, stateful and regenerated every epoch."""
+        """Return the loader for the run's methods, stateful, with new rollouts in every epoch."""
         module, trainer = self._module, self._trainer
         plan, examples = self._train_examples()
         check_text_rules(self._text_rules, plan.sources)  # a checkpoint's, restored by now
@@ -264,7 +264,7 @@ class RolloutDataModule(NewDataModule):
         return self._train_loader
 
     def _scorer(self, module: DistilledModule) -> ChunkScorer:
-        """What asks the run's rewards, if it has any."""
+        """Return the scorer of the run's rewards, if it has any."""
         terms = [term for term in module.terms if term.scorer is not None]
         if not terms:
             return unscored
@@ -272,44 +272,44 @@ class RolloutDataModule(NewDataModule):
         return TermScorer(terms, module.decode, self.samples_per_prompt, self.gather, rank)
 
     def val_dataloader(self) -> list[GivenResponses | OwnResponses]:
-        """Given responses, and the student's own to a fixed set of prompts."""
+        """Return loaders of dataset responses and of on-policy responses to fixed prompts."""
         return self._evaluation_loaders("val")
 
     def test_dataloader(self) -> list[GivenResponses | OwnResponses]:
-        """The same of the test data."""
+        """Return the same loaders for the test data."""
         return self._evaluation_loaders("test")
 
     def predict_dataloader(self) -> OwnResponses:
-        """The student's responses to all prompts.
+        """Return the loader of the student's responses to all prompts.
 
         Raises:
-            DataError: No prompts were named.
+            DataError: There are no prompts.
         """
         if self.sources["predict"] is None:
             raise DataError("nothing to predict: give --data.predict a file of prompts")
         return self._own_responses(self.examples("predict").examples, self.sampling)
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch to come, the mean length of rollouts, and the rules by which texts become ids.
+        """Return the next epoch, the mean length of rollouts, and the version of the text rules.
 
-        (Lightning gives the loader its own state back only in the middle of an epoch.)
+        (Lightning restores the loader's own state only in the middle of an epoch.)
         """
         loader = self._train_loader
         position = self._resumed if loader is None else loader.position()
         return {**position, "text_rules": RULES_VERSION}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Begin with that epoch, whether the loader exists by now or not."""
+        """Begin with that epoch, whether the loader already exists or not."""
         self._resumed = dict(state_dict)
         self._text_rules = state_dict.get("text_rules", 1)
         if self._train_loader is not None:
             self._train_loader.begin(self._resumed)
 
     def examples(self, part: str, needs_response: bool = False) -> ExampleSet:
-        """The tokenized rows of train, val, test or predict; read once.
+        """Return the tokenized rows of train, val, test or predict; read once.
 
         Raises:
-            DataError: The part was not given, or cannot be read.
+            DataError: The part is not set, or cannot be read.
         """
         source = self.sources[part]
         if source is None:
@@ -366,7 +366,7 @@ class RolloutDataModule(NewDataModule):
         )
 
     def agreement(self) -> Agreement:
-        """How the ranks of this run stop together while responses are written."""
+        """Return the agreement by which this run's ranks stop together during generation."""
         return Agreement(self.gather, self.stop)
 
     @property
@@ -385,7 +385,7 @@ class RolloutDataModule(NewDataModule):
         return cast(Tensor, total).cpu()
 
     def gather(self, state: Any) -> list[Any]:
-        """One object of every rank, on every rank; all ranks call this."""
+        """Collect one object of every rank, on every rank; all ranks call this."""
         if self._trainer.world_size == 1:
             return [state]
         states: list[Any] = [None] * self._trainer.world_size

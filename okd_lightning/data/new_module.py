@@ -1,4 +1,4 @@
-"""A LightningDataModule that is made of arguments given now, never of what a checkpoint says."""
+"""A LightningDataModule that is constructed from arguments only, never from a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from okd_lightning.errors import ConfigError
 
 
 class NewDataModule(lightning.LightningDataModule):
-    """Lightning's, without its way to build one out of a file."""
+    """LightningDataModule without construction from a checkpoint file."""
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: Lightning's own imports and calls what the file names as its hyperparameters.
+        """Refuse: Lightning's method imports and calls what the file names as hyperparameters.
 
         Raises:
             ConfigError: Always.

@@ -18,8 +18,8 @@ def part_sources(
     test: DataSource | None,
     predict: DataSource | None,
 ) -> dict[str, DataSource | None]:
-    """What each part is read from; test and predict fall back where they are not given at all."""
-    held_out = test if test is not None else val  # an empty list is a data set, and refused as one
+    """Return the source of each part; test and predict have defaults if they are None."""
+    held_out = test if test is not None else val  # an empty list is a dataset, refused later
     return {
         "train": train,
         "val": val,
@@ -38,19 +38,19 @@ def read_part(
     token_cache: str | None,
     **settings: Any,
 ) -> ExampleSet:
-    """The tokenized rows of one part; says how many there are, and what was left out.
+    """Return the tokenized rows of one part, and log their number and the skipped rows.
 
     Args:
         part: "train", "val", "test" or "predict".
-        source: What it is read from.
-        module: With its tokenizer; the ends of the data's own responses become its own.
-        split: Of a data set that has several.
-        subset: Configuration of a hub data set.
+        source: Its source.
+        module: The module; the end ids of the dataset responses are added to its eos ids.
+        split: Split of a dataset that has several.
+        subset: Configuration of a hub dataset.
         token_cache: See ``cached_examples``.
-        **settings: What else ``build_examples`` takes.
+        **settings: Further arguments of ``build_examples``.
 
     Raises:
-        DataError: It cannot be read, or a row holds an id that a model has no row for.
+        DataError: It cannot be read, or a row has an id without a row in a model's table.
         ConfigError: Its rows are longer than a model was made for.
     """
     where = describe_source(source)

@@ -1,4 +1,4 @@
-"""Shows how far the models are with what they write or read, on the Trainer's own bar."""
+"""Progress of generation and of the teacher's reading, on the Trainer's progress bar."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from okd_lightning.engines import engine
 
 @runtime_checkable
 class ShowsWriting(Protocol):
-    """A progress bar with a row of its own for what a model writes or reads."""
+    """A progress bar with a separate row for what a model generates or reads."""
 
     def writing(
         self, description: str, total: int
     ) -> AbstractContextManager[engine.Progress | None]:
-        """Within it that row is shown.
+        """Show that row within the context.
 
         Args:
             description: Such as "student writes".
-            total: Rows to be written or read.
+            total: Rows to be generated or read.
         """
 
 
@@ -33,12 +33,12 @@ class ShowsWriting(Protocol):
 def rollout_progress(
     trainer: lightning.Trainer, description: str, total: int
 ) -> Iterator[engine.Progress | None]:
-    """A task beside the Trainer's own that counts finished rows; nothing where bars are off.
+    """Show a task next to the Trainer's that counts finished rows; nothing if bars are off.
 
     Args:
-        trainer: Whose bar is used.
+        trainer: The Trainer with the bar.
         description: Such as "student writes".
-        total: Rows to be written or read.
+        total: Rows to be generated or read.
     """
     bar = trainer.progress_bar_callback
     if isinstance(bar, ShowsWriting):
@@ -51,7 +51,7 @@ def rollout_progress(
             yield lambda rows, tokens=0: progress.update(task, advance=rows, refresh=rows > 0)
         finally:
             progress.remove_task(task)
-    elif isinstance(bar, RichProgressBar) and bar.is_enabled:  # the Trainer's own comes later
+    elif isinstance(bar, RichProgressBar) and bar.is_enabled:  # the Trainer's bar starts later
         with alone(description, total) as told:
             yield told
     elif isinstance(bar, TQDMProgressBar) and not bar.is_disabled:
@@ -63,7 +63,7 @@ def rollout_progress(
 
 @contextmanager
 def alone(description: str, total: int) -> Iterator[engine.Progress]:
-    """A bar of its own, for what happens before the Trainer's; see ``rollout_progress``."""
+    """Show a separate bar, before the Trainer's has started; see ``rollout_progress``."""
     with Progress(transient=True) as progress:
         task = progress.add_task(description, total=total)
         yield lambda rows, tokens=0: progress.update(task, advance=rows)

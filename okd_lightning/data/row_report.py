@@ -1,4 +1,4 @@
-"""What a run says of the rows that it has read: how many, what was left out, cut or not read."""
+"""Log and warnings about the rows of a run: number, skipped, cut and unread content."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from okd_lightning.data.columns import Columns, RawRow
 from okd_lightning.data.examples import ExampleSet
 
 MANY_CUT = 0.2
-"""Share of cut responses from which on it is a warning: what is cut never shows an end."""
+"""Share of cut responses from which on a run warns: a cut response has no end to learn."""
 
 
 def report_rows(
     part: str, where: str, found: ExampleSet, limit: int, *, teaches_responses: bool
 ) -> None:
-    """Count the rows of a part, and warn where many responses are cut.
+    """Log the rows of a part, and warn if many responses are cut.
 
     Args:
         part: "train", "val", "test" or "predict".
-        where: The data set's name.
+        where: The dataset's name.
         found: Its examples.
-        limit: Tokens that responses were cut at.
+        limit: Length limit of responses, in tokens.
         teaches_responses: Whether the run learns from them.
     """
     skipped = ", ".join(f"{count} {reason}" for reason, count in found.skipped.items())
@@ -36,7 +36,7 @@ def report_rows(
 
 
 def cut_advice(found: ExampleSet, limit: int) -> str:
-    """How many responses are cut, what that costs, and the limit that would cut few."""
+    """Return the share of cut responses, its effect, and a limit that cuts few."""
     return (
         f"{found.share_cut:.0%} of the responses are cut at --data.max_response_length {limit}, "
         "and what is cut never teaches the student to end; "
@@ -46,7 +46,7 @@ def cut_advice(found: ExampleSet, limit: int) -> str:
 
 
 def warn_of_unread(rows: Sequence[RawRow], columns: Columns, where: str) -> None:
-    """Name columns that seem to belong to the prompts and are not read."""
+    """Warn of columns that seem to belong to the prompts and are not read."""
     warning = unread_warning(rows, columns)
     if warning is not None:
         rank_zero_warn(f"{where}: {warning}")

@@ -1,7 +1,7 @@
-"""Texts with fields: what a row's prompt is made of, and the checks that both kinds share.
+"""Prompt templates, texts with column fields, and the checks that all templates share.
 
-A prompt template names columns: ``{instruction} {context}``. Of several templates a row takes the
-first whose columns it fills, so that an optional context needs no empty heading.
+A prompt template names columns: ``{instruction} {context}``. Of several templates a row uses the
+first whose columns it fills, so that an optional context leaves no empty heading.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from okd_lightning.errors import ConfigError, DataError
 
 
 def fields_of(template: str, option: str, expected: str) -> list[str]:
-    """The names between braces, with whatever stands behind them.
+    """Return the names between braces, with their conversion and format.
 
     Args:
         template: A text; {{ and }} are literal braces.
         option: How the user named it, for messages.
-        expected: What may stand between braces, for messages.
+        expected: Allowed fields, for messages.
 
     Raises:
         ConfigError: Braces that do not match, or no field at all.
@@ -48,7 +48,7 @@ _COLUMNS = "expected {COLUMN} ({{ and }} for literal braces)"
 
 
 def prompt_templates(given: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The prompt templates as the data module's option says; () for none.
+    """Return the prompt templates of the data module's option; () for none.
 
     Raises:
         ConfigError: A template that is malformed, or has a field that is no plain column name.
@@ -67,13 +67,13 @@ def prompt_templates(given: str | Sequence[str] | None) -> tuple[str, ...]:
 def with_prompts(
     rows: Sequence[RawRow], columns: Columns, *, needs_response: bool, where: str
 ) -> tuple[Sequence[RawRow], Columns]:
-    """Rows as they are read: with prompts from templates, and as chats where that was asked for.
+    """Return the rows with prompts from templates, as chats if ``columns.as_chat``.
 
     Args:
-        rows: As they came; those of ``--data.as_chat`` become chats of one user message.
-        columns: With the templates, and whether prompts are a user's message.
-        needs_response: Whether the run learns from given responses.
-        where: The data set's name for messages.
+        rows: The raw rows; with ``--data.as_chat`` they become chats of one user message.
+        columns: The columns, with templates and ``as_chat``.
+        needs_response: Whether the run learns from dataset responses.
+        where: The dataset's name for messages.
 
     Raises:
         DataError: A field that is no column, a cell that is not text, a row that fills no

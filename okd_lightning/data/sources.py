@@ -1,7 +1,7 @@
-"""Where rows come from: a file, a folder, a hub id, or what the caller already holds.
+"""Sources of rows: a file, a folder, a hub id, or rows in memory.
 
-Owns telling these apart and the message when nothing is there. Reading is in ``data_files`` and
-``arrow``; what the columns mean is in ``columns``.
+Owns their distinction and the error for a missing source. ``data_files`` and ``arrow`` read;
+``columns`` interprets the columns.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class MapStyleDataset(Protocol):
     """Rows by their number: a list, a ``torch.utils.data.Dataset``, a ``datasets.Dataset``."""
 
     def __len__(self) -> int:
-        """How many rows there are."""
+        """Return the number of rows."""
 
     def __getitem__(self, index: Any, /) -> Any:
-        """The row of that number, a mapping from column to cell."""
+        """Return the row of a number, a mapping from column to cell."""
 
 
 DataSource: TypeAlias = str | Path | MapStyleDataset | DatasetDict
@@ -43,7 +43,7 @@ _FILE_SUFFIXES = (*FILE_KINDS, ".txt", ".arrow", ".gz", ".zst", ".zip", ".xlsx")
 
 
 def describe_source(source: DataSource) -> str:
-    """How messages call this source: its path or hub id, or "rows in memory"."""
+    """Return the source's name for messages: its path or hub id, or "rows in memory"."""
     return str(source) if isinstance(source, (str, Path)) else "rows in memory"
 
 
@@ -122,26 +122,26 @@ def _read(source: DataSource, *, split: str, subset: str | None) -> list[dict[st
 def load_rows(
     source: DataSource, *, split: str = "train", subset: str | None = None
 ) -> list[dict[str, Any]]:
-    """Read all rows of a data set, in order.
+    """Read all rows of a dataset, in order.
 
-    A string is a path where something exists there, or where it looks like one (starts with ``.``,
-    ``/`` or ``~``, ends in a data file's suffix, has more than one slash); else it is a hub id.
+    A string is a path if the path exists, or if it looks like one (starts with ``.``, ``/`` or
+    ``~``, ends in a data file's suffix, has more than one slash); else it is a hub id.
 
     Args:
         source: A file (``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``; all but the last
             also ``.gz``), a folder made by ``save_to_disk``, a folder of data files, a hub id, or
-            from Python a map-style data set of mappings (a list, a ``datasets.Dataset``, a torch
+            in Python a map-style dataset of mappings (a list, a ``datasets.Dataset``, a torch
             ``Dataset``) or a ``DatasetDict``.
-        split: Which split of a hub id, a ``DatasetDict`` or a folder that has several; files and
-            other rows in memory have none.
-        subset: Which configuration of a hub id.
+        split: Split of a hub id, a ``DatasetDict`` or a folder that has several; files and other
+            rows in memory have none.
+        subset: Configuration of a hub id.
 
     Returns:
         The rows as dictionaries, at least one.
 
     Raises:
-        DataNotFoundError: Nothing is there.
-        DataError: What is there is empty, broken, or not a list of objects.
+        DataNotFoundError: The source does not exist.
+        DataError: It is empty, broken, or not a list of objects.
     """
     if isinstance(source, str) and not source.strip():
         raise DataError("a data set was given as an empty name; expected a path or a hub id")

@@ -1,7 +1,7 @@
-"""Tokenized examples as bytes and back: ragged rows as flat arrays, behind their checksum.
+"""Serialization of tokenized examples: ragged rows as flat arrays, with a checksum.
 
-The bytes are a safetensors file (no pickle) with 16 bytes in front of it. What comes out equals
-what went in; what is not whole is refused.
+The bytes are a 16-byte checksum followed by a safetensors file (no pickle). Incomplete or changed
+bytes are refused.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _TEXTS = ("prompt", "response", "chat", "about")
 
 
 def pack_examples(found: ExampleSet) -> bytes:
-    """The set as bytes.
+    """Return the examples as bytes.
 
     Raises:
-        TypeError: A chat holds something that JSON cannot.
+        TypeError: A chat has a value that JSON cannot represent.
     """
     examples = found.examples
     arrays = {"index": np.array([example.index for example in examples], np.int64)}
@@ -59,10 +59,10 @@ def pack_examples(found: ExampleSet) -> bytes:
 
 
 def unpack_examples(content: bytes) -> ExampleSet:
-    """The set that ``pack_examples`` was given.
+    """Return the examples of ``pack_examples``.
 
     Raises:
-        CacheError: The bytes are cut, or others than were written.
+        CacheError: The bytes are incomplete or changed.
     """
     digest, tensors = content[:_DIGEST_SIZE], content[_DIGEST_SIZE:]
     if blake2b(tensors, digest_size=_DIGEST_SIZE).digest() != digest:

@@ -1,4 +1,4 @@
-"""Rows whose ids the models have no embedding for, as a tokenizer with more ids can make them."""
+"""Check for ids without an embedding, which a tokenizer with more ids than the models can make."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ def check_table_ids(
 ) -> None:
     """Refuse a row with an id that is beyond the models' embedding tables.
 
-    Where the tables have a row for every id of the tokenizer, which is nearly always, no row is
-    looked at.
+    Skipped if the tables have a row for every id of the tokenizer, which is nearly always so.
 
     Args:
         examples: Tokenized rows.
         vocabulary: The ids that both tables have.
-        tokenizer: What made the ids.
-        where: The data set's name for messages.
+        tokenizer: Tokenizer of the rows.
+        where: The dataset's name for messages.
 
     Raises:
-        DataError: Naming the row and the token.
+        DataError: There is such a row; the message names the row and the token.
     """
     if Vocabulary.of(tokenizer).size <= vocabulary.size:
         return

@@ -1,8 +1,8 @@
-"""What the teacher reads in place of a row's prompt: a column of its own, or a filled template.
+"""The teacher's own prompts: from a column, or from a template.
 
-A privileged teacher (OPSD, arXiv 2601.18734) knows more than the student, such as the reference
-solution, and judges the same response. Owns the settings and the making of these prompts' ids; the
-response's ids are the student's own, so that both sides' loss tokens are the same ones.
+A privileged teacher (OPSD, arXiv 2601.18734) reads more than the student, such as the reference
+solution, and scores the same response. Owns the settings and the ids of these prompts; the
+response's ids are the student's, so that both sides have the same loss tokens.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _EXPECTED = "expected {prompt} and/or {reference} ({{ and }} for literal braces)
 
 @dataclass(frozen=True)
 class TeacherPrompts:
-    """How the teacher's prompts are made; exactly one of ``column`` and ``template`` is given.
+    """Settings of the teacher's own prompts; exactly one of ``column`` and ``template`` is set.
 
     Attributes:
-        max_length: Tokens of a teacher prompt at most.
-        column: A column that holds them: text, or messages where rows are chats.
+        max_length: Most tokens of a teacher prompt.
+        column: Column of the prompts: text, or messages if the rows are chats.
         template: A text with {prompt} and/or {reference}; {{ and }} are literal braces.
 
     Raises:
@@ -65,16 +65,16 @@ class TeacherPrompts:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the template shows the row's given response."""
+        """True if the template includes the row's dataset response."""
         return self.template is not None and "reference" in _fields(self.template)
 
     @property
     def reason_for_none(self) -> str:
-        """Why a row has no teacher prompt, where it has none."""
+        """Reason for a row without a teacher prompt."""
         return f"no {'reference for the ' if self.needs_reference else ''}teacher prompt"
 
     def fill(self, prompt: str, reference: str) -> str:
-        """The template with both put in, as they are; empty where the reference is missing."""
+        """Fill the template; empty if the reference is missing."""
         assert self.template is not None
         if self.needs_reference and not reference:
             return ""
@@ -98,7 +98,7 @@ def _check_template(template: str) -> None:
 def teacher_prompts_from(
     column: str | None, template: str | None, max_length: int | None, default_length: int
 ) -> TeacherPrompts | None:
-    """The settings as the data module's options say; None where the teacher reads the prompt.
+    """Return the settings of the data module's options; None if the teacher reads the prompt.
 
     Raises:
         ConfigError: See ``TeacherPrompts``; or a limit on prompts that do not exist.
@@ -135,7 +135,7 @@ def _text(prompts: TeacherPrompts, example: Example, row: RawRow, at: str) -> st
 def _chat(
     prompts: TeacherPrompts, columns: Columns, example: Example, row: RawRow, at: str
 ) -> list[Message]:
-    """The messages that the teacher reads before it answers; empty where there are none."""
+    """Return the messages of the teacher's prompt; empty if there are none."""
     if prompts.template is None:
         if not _cell(prompts, row):
             return []
@@ -172,19 +172,19 @@ def with_teacher_prompts(
     teacher_prompts: TeacherPrompts,
     where: str,
 ) -> list[Example]:
-    """Give every example its teacher's prompt; an example for which none can be made gets none.
+    """Add the teacher's prompt to every example for which there is one.
 
-    A plain prompt is tokenized as the student's is. In a chat the template replaces the last user
+    A plain prompt is tokenized like the student's. In a chat the template replaces the last user
     message's content, and the chat before the response is rendered again by the chat template.
 
     Args:
         examples: One a row, in the rows' order, of any length.
-        rows: What they were made of.
-        encoder: With the run's tokenizer.
-        columns: Which columns were read.
-        layout: What the rows are.
+        rows: The raw rows.
+        encoder: Encoder of the run's tokenizer.
+        columns: The columns that were read.
+        layout: Layout of the rows.
         teacher_prompts: The settings.
-        where: The data set's name for messages.
+        where: The dataset's name for messages.
 
     Raises:
         DataError: The column is missing or of the wrong type, or a chat cannot be rendered.

@@ -1,9 +1,9 @@
-"""A tokenizer's chat template, rendered in a process of its own: limited in time and memory.
+"""Rendering of a tokenizer's chat template in a separate process, limited in time and memory.
 
-A template is a program that comes with a model. jinja's sandbox keeps it from files and Python, not
-from nested loops, ``9**9**9`` or a text that doubles for every message: some of these are one
-operation in C, which nothing within a process can end. The process is a fork, so that it starts in
-milliseconds with the tokenizer in memory, and does nothing but render.
+A template is a program that comes with a model. jinja's sandbox prevents access to files and
+Python, but not nested loops, ``9**9**9`` or a text that doubles with every message. Some of these
+are one operation in C, which cannot be interrupted from the same process. The process is a fork, so
+that it starts in milliseconds with the tokenizer in memory; it only renders.
 """
 
 from __future__ import annotations
@@ -28,40 +28,40 @@ from transformers import PreTrainedTokenizerBase
 from okd_lightning.errors import DataError, one_line
 
 _SECONDS = 10
-"""Of processor time: a machine that is busy is no template that loops."""
+"""Limit in processor time, so that a busy machine is not taken for a template that loops."""
 
 _LONGEST_WAIT = 600.0
 _MORE_BYTES = 1 << 30
 _SPARE_CHARACTERS, _TIMES = 1 << 22, 32
-"""A rendering may be longer than its chat by this factor, beyond four million characters."""
+"""Longest rendering: four million characters plus this factor times the chat's size."""
 
 Rendering: TypeAlias = tuple[Sequence[Any], Mapping[str, Any]]
 
 
 class TemplateProcess:
-    """Renders chats; its process starts with the first one and ends with this object.
+    """Renders chats; its process starts with the first chat and ends with this object.
 
     Args:
-        tokenizer: With a chat template; later changes of it are not seen.
+        tokenizer: A tokenizer with a chat template; later changes of it have no effect.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._owner = 0  # the process that has started it: a fork of ours must start its own
+        self._owner = 0  # the process that started it: a fork of this one starts its own
         self._child = 0
         self._pipe: Connection | None = None
         self._stop: Any = None
 
     def render(self, chats: Sequence[Rendering], what: str) -> list[str]:
-        """What the template makes of some chats; one exchange with the process for all of them.
+        """Render some chats in one request to the process.
 
         Args:
-            chats: Messages, and what else ``apply_chat_template`` takes.
-            what: For messages, such as "data.jsonl, row 3: the chat template".
+            chats: Messages, and further arguments of ``apply_chat_template``.
+            what: Subject of error messages, such as "data.jsonl, row 3: the chat template".
 
         Raises:
-            DataError: It refuses the chat, takes more than ten seconds of processor time or a GiB,
-                or writes far more than the chat.
+            DataError: The template refuses the chat, takes more than ten seconds of processor time
+                or a GiB, or renders far more text than the chat has.
         """
         try:
             request = pickle.dumps(list(chats))
@@ -87,7 +87,7 @@ class TemplateProcess:
         return list(answer)
 
     def _ended_by(self) -> int:
-        """The signal that has ended the process; 0 for none."""
+        """Return the signal that ended the process; 0 for none."""
         with suppress(ChildProcessError):
             _, status = os.waitpid(self._child, 0)
             return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
@@ -103,7 +103,7 @@ class TemplateProcess:
         if self._pipe is None or self._owner != os.getpid():
             here, there = Pipe()
             with warnings.catch_warnings():
-                # Python 3.12 warns of threads: the child takes no lock that one could hold
+                # Python 3.12 warns of forks with threads; the child uses none of their locks
                 warnings.simplefilter("ignore", DeprecationWarning)
                 child = os.fork()
             if child == 0:
@@ -119,15 +119,15 @@ def _end(pipe: Connection, child: int, owner: int) -> None:
     pipe.close()
     if os.getpid() != owner:  # a fork that inherited the object
         return
-    with suppress(ProcessLookupError, ChildProcessError):  # it has ended by itself
+    with suppress(ProcessLookupError, ChildProcessError):  # it has already ended
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
 
 
 def _serve(tokenizer: PreTrainedTokenizerBase, pipe: Connection) -> None:
-    """Answer until the other side is gone; never returns."""
+    """Answer requests until the pipe is closed; never returns."""
     try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the run, which ends this process
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # left to the run, which ends this process
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGXCPU, signal.SIG_DFL)
         _limit_memory()
@@ -140,7 +140,7 @@ def _serve(tokenizer: PreTrainedTokenizerBase, pipe: Connection) -> None:
 
 
 def _limit_time() -> None:
-    """Have the system end this process after some more processor time."""
+    """Make the system end this process after ten more seconds of processor time."""
     most = math.ceil(time.process_time()) + _SECONDS
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
@@ -148,7 +148,7 @@ def _limit_time() -> None:
 
 
 def _limit_memory() -> None:
-    """Allow some memory beyond what is in use, where the system says how much that is."""
+    """Limit memory to a GiB more than is in use, if the system reports the use."""
     with suppress(OSError, ValueError):
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * os.sysconf("SC_PAGE_SIZE") + _MORE_BYTES
@@ -156,7 +156,7 @@ def _limit_memory() -> None:
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, request: bytes) -> list[str] | str:
-    """The renderings, or why there are none."""
+    """Return the renderings, or the reason why there are none."""
     texts = []
     try:
         for messages, settings in pickle.loads(request):
@@ -168,6 +168,6 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, request: bytes) -> list[str] |
         return "needs more than 1 GiB of memory for one chat"
     except RecursionError:
         return "calls itself without end"
-    except Exception as error:  # noqa: BLE001  a template is a program: it raises what it likes
+    except Exception as error:  # noqa: BLE001  a template is a program and can raise any error
         return f"refuses this chat ({one_line(str(error), 500) or type(error).__name__})"
     return texts

@@ -1,9 +1,9 @@
-"""Chats as text: rendered by the tokenizer's template, cut where assistant turns begin and end.
+"""Chats as text: rendered by the tokenizer's template, divided at assistant turns.
 
-Where a turn begins and ends is found by rendering prefixes of the chat: what the template writes
-for the first k messages must be how the whole rendering begins. Templates that treat the last
-answer apart (thinking that is only shown there, an end that is written once) do so for some turns
-and not for others; a turn for which it does not hold has no place. Nothing here knows token ids.
+The start and end of a turn are found by rendering prefixes of the chat: the rendering of the first
+k messages must be a prefix of the whole rendering. With templates that render the last answer
+differently (thinking that is only shown there, an end that is written once) this holds for some
+turns only; the other turns are unplaced. Nothing here knows token ids.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Turn:
     """An assistant turn in a rendered chat.
 
     Attributes:
-        text: What the template wrote for it, from the end of its generation prompt on, with what
-            closes the turn.
-        after: What follows up to the next turn that was asked for, or to the end.
+        text: Its text in the rendering, from the end of its generation prompt on, with the
+            template's end of the turn.
+        after: Text up to the next requested turn, or to the end.
         content: The message's own text.
     """
 
@@ -43,10 +43,10 @@ class RenderedChat:
 
     Attributes:
         opening: Everything before the first turn.
-        turns: The turns that were asked for and have a place.
+        turns: The requested turns that were found.
         is_answered: Whether the last turn is the end of the chat; else the text ends with the
             generation prompt.
-        unplaced: Numbers (from 0) of messages that were asked for and have no place.
+        unplaced: Numbers (from 0) of requested messages that were not found.
     """
 
     opening: str
@@ -56,7 +56,7 @@ class RenderedChat:
 
     @property
     def prompt(self) -> str:
-        """Everything before the response; all of it where the chat is not answered."""
+        """Everything before the response; the whole text if the chat is not answered."""
         turns = self.turns[:-1] if self.is_answered else self.turns
         return self.opening + "".join(turn.text + turn.after for turn in turns)
 
@@ -66,8 +66,8 @@ class ChatRenderer:
 
     Args:
         tokenizer: Must have a chat template.
-        where: The data set's name for messages.
-        settings: What the template is told beside the chat, such as Qwen3's enable_thinking.
+        where: The dataset's name for messages.
+        settings: Further arguments of the template, such as Qwen3's enable_thinking.
 
     Raises:
         DataError: The tokenizer has no chat template.
@@ -89,17 +89,17 @@ class ChatRenderer:
         self._settings, self._process = settings or {}, TemplateProcess(tokenizer)
 
     def prompt(self, messages: Sequence[Message], tools: list[Any] | None, at: str) -> str:
-        """The rendering that a response continues, with the generation prompt.
+        """Return the rendering that a response continues, with the generation prompt.
 
         Raises:
-            DataError: The template refuses the chat, or the chat holds half a character.
+            DataError: The template refuses the chat, or the chat has a lone surrogate.
         """
         return self._render([(messages, True)], tools, at)[0]
 
     def _render(
         self, chats: Sequence[tuple[Sequence[Message], bool]], tools: list[Any] | None, at: str
     ) -> list[str]:
-        """The renderings of beginnings of one chat, each with a generation prompt or without."""
+        """Render prefixes of one chat, each with or without a generation prompt."""
         wanted = [
             (messages, {"tools": tools, "add_generation_prompt": prompt, **self._settings})
             for messages, prompt in chats
@@ -119,17 +119,17 @@ class ChatRenderer:
     def render(
         self, messages: Sequence[Message], tools: list[Any] | None, at: str, turns: Sequence[int]
     ) -> RenderedChat:
-        """Render one chat and cut out some of its assistant turns.
+        """Render one chat and locate some of its assistant turns.
 
         Args:
             messages: At least one; the first is not the assistant's.
-            tools: What the template may list as callable.
+            tools: Tools that the template may list.
             at: File and row, for messages.
-            turns: Which messages to cut out, as numbers from 0 in ascending order. A chat that ends
-                with the assistant is answered only if its last message is among them.
+            turns: Messages to locate, as numbers from 0 in ascending order. A chat that ends with
+                the assistant is answered only if its last message is among them.
 
         Raises:
-            DataError: The template refuses the chat, or the chat holds half a character.
+            DataError: The template refuses the chat, or the chat has a lone surrogate.
         """
         is_answered = messages[-1]["role"] == "assistant"
         beginnings = [(messages[: turn + own], not own) for turn in turns for own in (0, 1)]
@@ -153,7 +153,7 @@ class ChatRenderer:
 
 
 def not_prefix_stable(turn: int, at: str) -> DataError:
-    """The error for a turn that has no place and cannot be done without.
+    """Return the error for a required turn that was not found.
 
     Args:
         turn: The message's number, from 0.

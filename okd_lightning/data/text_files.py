@@ -1,6 +1,6 @@
-"""The text of a data file: decompressed, decoded, and with one clear line where it cannot be.
+"""The text of a data file: decompressed and decoded, with one-line errors.
 
-Owns compression and encodings; ``json_files`` and ``csv_files`` know what the text means.
+Owns compression and encodings; ``json_files`` and ``csv_files`` interpret the text.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from okd_lightning.bounded_files import decompressed, require_regular
 from okd_lightning.errors import DataError
 
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-_GZIP_MARK = b"\x1f\x8b"  # what a download is called says nothing about it
+_GZIP_MARK = b"\x1f\x8b"  # a downloaded file may lack the suffix .gz
 
 
 def kind_of_file(path: Path | str) -> str:
-    """The suffix that says what a file holds, in lower case: ``.jsonl`` for ``rows.jsonl.gz``."""
+    """Return the suffix of a file's format, in lower case: ``.jsonl`` for ``rows.jsonl.gz``."""
     name = Path(path)
     suffix = name.suffix.lower()
     return Path(name.stem).suffix.lower() if suffix == ".gz" else suffix
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file, decompressed where it is gzip.
+    """Return the content of a file, decompressed if it is gzip.
 
     Raises:
-        DataError: It cannot be opened, or is no whole gzip file.
+        DataError: It cannot be opened, or is no complete gzip file.
     """
     require_regular(path, DataError, str(path))
     try:
@@ -47,7 +47,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, without its byte order mark; line endings stay as they are.
+    """Return the text of a file, without its byte order mark, with its line endings.
 
     Raises:
         DataError: The file is not UTF-8, or cannot be read.

@@ -21,10 +21,10 @@ def examples_from_texts(
     needs_response: bool,
     where: str,
 ) -> list[Example]:
-    """One example a row; a blank response becomes no response.
+    """Return one example a row; a blank response becomes no response.
 
-    A response ends with the eos that its text brings, else with the first of ``eos_ids``. Ids of
-    prompts and responses that are longer than their limits go on for some tokens more.
+    A response ends with the eos in its text, else with the first of ``eos_ids``. Prompts and
+    responses above their limits keep some tokens beyond them.
 
     Raises:
         DataError: A cell is missing or not text, or a prompt is empty.
@@ -42,7 +42,7 @@ def examples_from_texts(
     asked = [
         row
         for row, ids in enumerate(prompt_ids)
-        if responses[row].strip() and len(ids) <= max_prompt_length  # others are left out
+        if responses[row].strip() and len(ids) <= max_prompt_length  # others are skipped later
     ]
     found = encoder.continuations(
         [prompts[row] for row in asked],
@@ -64,7 +64,7 @@ def examples_from_texts(
 
 
 def ended(ids: list[int], encoder: TextEncoder, eos_ids: Sequence[int]) -> list[int]:
-    """A response's ids with one end; none where there are none."""
+    """Return a response's ids with one end id; empty ids stay empty."""
     end = encoder.end_of(ids, eos_ids)
     if end is not None:
         return ids[:end]

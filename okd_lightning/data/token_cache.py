@@ -1,8 +1,7 @@
-"""Tokenized data kept on disk, by the content of everything that it depends on.
+"""Cache of tokenized data on disk, keyed by the content of everything that it depends on.
 
-The key holds the rows, the tokenizer with its chat template, all settings, and the code that
-tokenizes: where nothing has changed the ids are read, and where anything has they are another
-entry. Entries are never changed, so they can be deleted at any time.
+The key is a hash of the rows, the tokenizer with its chat template, all settings, and the code that
+tokenizes; any change gives another entry. Entries are never changed and can be deleted at any time.
 """
 
 from __future__ import annotations
@@ -31,22 +30,22 @@ from okd_lightning.models.text_ids import RULES_VERSION
 
 AUTO = "auto"
 FEWEST_ROWS = 1000
-"""Fewer are tokenized in less time than it takes to see whether they have been."""
+"""Fewest rows to cache: fewer are tokenized faster than their key is computed."""
 
 _PLACES = ("name_or_path", "tokenizer_file", "vocab_file", "merges_file")
-"""Where a tokenizer was loaded from, which does not change what it does."""
+"""Settings about a tokenizer's location, which do not change its ids."""
 
 
 def cached_examples(
     folder: str | None, rows: Sequence[RawRow], tokenizer: PreTrainedTokenizerBase, **settings: Any
 ) -> ExampleSet:
-    """``build_examples``, read from disk where it was done before.
+    """Return the result of ``build_examples``, from disk if it is cached.
 
     Args:
-        folder: Where entries lie; "auto" for okd_lightning/tokens in the Hugging Face cache
+        folder: Folder of entries; "auto" for okd_lightning/tokens in the Hugging Face cache
             (``HF_HOME``); None for no cache.
         rows: At least one.
-        tokenizer: The run's.
+        tokenizer: The run's tokenizer.
         **settings: The other arguments of ``build_examples``.
 
     Raises:
@@ -75,7 +74,7 @@ def _folder(folder: str) -> Path:
 
 
 def _read(path: Path) -> ExampleSet | None:
-    """What is there; None where nothing is, and with a warning where it is broken."""
+    """Return an entry; None if it is missing, or, with a warning, broken."""
     try:
         return unpack_examples(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -86,7 +85,7 @@ def _read(path: Path) -> ExampleSet | None:
 
 
 def _write(path: Path, found: ExampleSet) -> None:
-    """Put it in place; a folder that cannot be written costs a warning and no more."""
+    """Write an entry; warn if the folder cannot be written."""
     try:
         content = pack_examples(found)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +101,7 @@ def _write(path: Path, found: ExampleSet) -> None:
 def _key(
     rows: Sequence[RawRow], tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]
 ) -> str | None:
-    """A digest of all that decides the ids; None where rows hold what JSON cannot say."""
+    """Return a digest of all that determines the ids; None if JSON cannot represent a row."""
     found = blake2b(digest_size=20)
     try:
         for row in rows:
@@ -119,7 +118,7 @@ def _key(
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> bytes:
-    """Of what a tokenizer does, wherever it was loaded from."""
+    """Return a digest of a tokenizer's behaviour, independent of its location."""
     found = blake2b(type(tokenizer).__qualname__.encode())
     kept = {k: v for k, v in tokenizer.init_kwargs.items() if k not in _PLACES}
     for part in (kept, tokenizer.special_tokens_map, tokenizer.chat_template):
@@ -137,7 +136,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> bytes:
 
 
 def _backend_text(backend: tokenizers.Tokenizer) -> str:
-    """All of a fast tokenizer but what its last call has left in it: cutting and padding."""
+    """Serialize a fast tokenizer without truncation and padding, which its last call has set."""
     truncation, padding = backend.truncation, backend.padding
     backend.no_truncation()
     backend.no_padding()
@@ -152,7 +151,7 @@ def _backend_text(backend: tokenizers.Tokenizer) -> str:
 
 @cache
 def _code_digest() -> bytes:
-    """Of what turns rows to ids: this package's source, the rules, and the libraries' versions."""
+    """Return a digest of the tokenizing code: this package's source, rules, library versions."""
     versions = f"{RULES_VERSION} {transformers.__version__} {tokenizers.__version__}"
     found = blake2b(versions.encode())
     package = Path(__file__).parent

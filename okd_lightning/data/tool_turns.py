@@ -1,9 +1,9 @@
-"""Tools in chats: how a tokenizer's chat template writes their answers between two turns.
+"""Tool results in chats: their rendering by the chat template between two turns.
 
-The template renders the chat with the calls and their results; what it writes after the end of the
-assistant's turn, up to where the next one begins, is appended to the model's own ids. What the
-model generated itself is never rendered again. Templates that are not prefix-stable, show no
-results, or close no turns are refused before anything is generated.
+The template renders the chat with the calls and their results. Its text from the end of the
+assistant's turn to the start of the next one is appended to the sampled ids. Sampled ids are never
+rendered again. Templates that are not prefix-stable, show no results, or close no turns are refused
+before generation.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _PROBE_RESULT = "what the tool answers"
 
 
 def checked_turns(max_turns: int | None, toolbox: Toolbox) -> int:
-    """Turns of a response at most.
+    """Return the most turns of a response.
 
     Args:
-        max_turns: What was asked for; None for 4.
-        toolbox: What may be called.
+        max_turns: The setting; None for 4.
+        toolbox: The tools.
 
     Raises:
-        ConfigError: Turns without tools, which nothing would end.
+        ConfigError: ``max_turns`` is set without tools.
     """
     if max_turns is not None and not len(toolbox):
         raise ConfigError(
@@ -52,13 +52,13 @@ def equip(
     max_turns: int,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Let a module's rollouts call tools; with an empty toolbox they call none.
+    """Set the tools of a module's rollouts; an empty toolbox sets none.
 
-    What the template closes a turn with ends a turn from now on.
+    The ids with which the template closes a turn are added to the module's eos ids.
 
     Raises:
-        ConfigError: The tokenizer has no chat template, or one that cannot show tools' answers.
-        DataError: A template that is not prefix-stable.
+        ConfigError: The tokenizer has no chat template, or one that cannot show tool results.
+        DataError: The template is not prefix-stable.
     """
     if not len(toolbox):
         module.tool_rounds = None
@@ -69,12 +69,12 @@ def equip(
 
 
 class ToolTurns:
-    """A tokenizer and its template, as ``rollouts.tool_rollouts`` needs them.
+    """A tokenizer and its template as the ``Conversation`` of ``engines.tool_rollouts``.
 
     Args:
         tokenizer: Must have a chat template.
         eos_id: The token that ends a response.
-        settings: What the template is told beside the chat.
+        settings: Further arguments of the template.
 
     Raises:
         ConfigError: The tokenizer has no chat template.
@@ -98,13 +98,13 @@ class ToolTurns:
         self._renderer = ChatRenderer(tokenizer, where="data.tools", settings=settings)
 
     def check(self, schemas: Sequence[dict[str, Any]]) -> list[int]:
-        """Try the template on a chat with two exchanges.
+        """Test the template on a chat with two exchanges.
 
         Returns:
-            The ids that it closes turns with.
+            The ids with which it closes turns.
 
         Raises:
-            ConfigError: It shows no results, or closes a turn with no special token.
+            ConfigError: It shows no results, or closes a turn without a special token.
             DataError: It is not prefix-stable, or refuses such a chat.
         """
         exchange = Exchange((ToolCall(schemas[0]["function"]["name"], {}),), (_PROBE_RESULT,))
@@ -136,7 +136,7 @@ class ToolTurns:
         return sorted(end for end in ends if end is not None)
 
     def read(self, ids: Sequence[int]) -> str:
-        """Text of a turn, special tokens included: some tokenizers mark calls with them."""
+        """Return the text of a turn with special tokens, with which some tokenizers mark calls."""
         return str(
             self._encoder.tokenizer.decode(
                 list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
@@ -146,17 +146,17 @@ class ToolTurns:
     def continuations(
         self, chats: Sequence[tuple[Chat, Sequence[Exchange]]]
     ) -> list[tuple[int, ...]]:
-        """What the template writes after the last turn of each chat, up to the next one."""
+        """Return the ids after the last turn of each chat, up to the next turn."""
         turns = self._turns([self._render(*pair) for pair in chats])
         return [tuple(turn.after_ids) for turn in turns]
 
     def _turns(self, chats: Sequence[RenderedChat]) -> list[TurnIds]:
-        """The ids of each chat's last assistant turn, and of what follows it."""
+        """Return the ids of each chat's last assistant turn, and of the text after it."""
         contexts, turns = [chat.opening for chat in chats], [chat.turns[-1] for chat in chats]
         return encode_turns(self._encoder, contexts, turns, self._eos_ids)
 
     def _rendered(self, messages: list[Message], tools: list[Any] | None) -> RenderedChat:
-        """A chat with its last assistant turn cut out."""
+        """Render a chat and locate its last assistant turn."""
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
         rendered = self._renderer.render(messages, tools, "data.tools", [last])
         if rendered.unplaced:
@@ -164,7 +164,7 @@ class ToolTurns:
         return rendered
 
     def _render(self, chat: Chat, exchanges: Sequence[Exchange]) -> RenderedChat:
-        """The chat with all exchanges; templates that take one call a turn are shown the first."""
+        """Render the chat with all exchanges; with the first call if only one a turn is allowed."""
         try:
             return self._render_calls(chat, exchanges, None)
         except DataError:
@@ -185,7 +185,7 @@ class ToolTurns:
 
 
 def _messages(exchange: Exchange, num_before: int, num_calls: int | None) -> list[Message]:
-    """The assistant's turn with its calls (``num_calls`` of them), and a message a result."""
+    """Return the assistant's turn with ``num_calls`` calls (None: all), and a message a result."""
     names = [f"call{num_before + i:05}" for i in range(len(exchange.calls))]
     calls = [
         {

@@ -1,4 +1,4 @@
-"""Optimizer steps are whole: how many micro-batches make one, what would cut one, what is said."""
+"""Complete optimizer steps: their micro-batches, and checks of Trainer settings that cut them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from okd_lightning.rollouts import LoaderShape, StagedPlan
 def _accumulation_for(
     global_batch_size: int, batch_size: int, world_size: int, configured: int
 ) -> int:
-    """Micro-batches an optimizer step, so that it has ``global_batch_size`` rows.
+    """Return the micro-batches of an optimizer step with ``global_batch_size`` rows.
 
     Raises:
-        ConfigError: The rows cannot be cut so, or the accumulation was set to something else.
+        ConfigError: It is no multiple of the micro-batches' rows, or contradicts the accumulation.
     """
     rows = batch_size * world_size
     if global_batch_size % rows:
@@ -39,16 +39,16 @@ def settle_steps(
     global_batch_size: int | None,
     samples_per_prompt: int = 1,
 ) -> None:
-    """Set the accumulation; refuse what would cut an epoch where a step is not complete.
+    """Set the accumulation; refuse settings that end an epoch inside an optimizer step.
 
     Args:
-        trainer: Of the run.
+        trainer: The run's Trainer.
         batch_size: Rows of a micro-batch.
-        global_batch_size: Rows of an optimizer step; None: the Trainer's accumulation decides.
-        samples_per_prompt: Responses to each prompt, of which every one is a row.
+        global_batch_size: Rows of an optimizer step; None to use the Trainer's accumulation.
+        samples_per_prompt: Responses to each prompt, one a row.
 
     Raises:
-        ConfigError: Naming what to use.
+        ConfigError: A setting is refused; the message says what to use.
     """
     if global_batch_size is not None:
         trainer.accumulate_grad_batches = _accumulation_for(
@@ -76,7 +76,7 @@ def settle_steps(
 
 
 def _no_overfitting(trainer: lightning.Trainer, prompts_per_step: int) -> str:
-    """What to give in place of overfit_batches, which would train and measure on a few batches."""
+    """Return the error about overfit_batches, with the alternative."""
     batches = trainer.overfit_batches  # type: ignore[attr-defined]
     refused = f"trainer.overfit_batches {batches} would train and measure on the same few batches"
     if not isinstance(batches, int):
@@ -94,15 +94,15 @@ def _no_overfitting(trainer: lightning.Trainer, prompts_per_step: int) -> str:
 def check_limit(trainer: lightning.Trainer, shape: LoaderShape, num_batches: int) -> None:
     """Refuse a limit whose epochs would not end together with the loader's.
 
-    An epoch that was cut goes on in the next one.
+    The rest of a cut epoch is used in the Trainer's next epoch.
 
     Args:
-        trainer: Of the run.
-        shape: How an epoch is cut.
+        trainer: The run's Trainer.
+        shape: Division of an epoch.
         num_batches: Micro-batches of an epoch.
 
     Raises:
-        ConfigError: Naming the limit and what to use.
+        ConfigError: The limit is refused; the message says what to use.
     """
     limit = trainer.limit_train_batches
     batches = limit if isinstance(limit, int) else int(limit * num_batches)
@@ -117,7 +117,7 @@ def check_limit(trainer: lightning.Trainer, shape: LoaderShape, num_batches: int
 
 
 def announce(plan: StagedPlan, shape: LoaderShape) -> None:
-    """Say what an epoch is and who writes its rows."""
+    """Log the steps of an epoch and the sources of its rows."""
     rank_zero_info(
         f"an epoch is {shape.steps_per_epoch} optimizer steps of {shape.rows_per_step} rows; "
         + ", ".join(

@@ -21,10 +21,10 @@ def examples_from_whole_texts(
     max_response_length: int,
     where: str,
 ) -> list[Example]:
-    """One example a row; ids of texts that are longer than both limits go on for some tokens more.
+    """Return one example a row; texts above both limits keep some tokens beyond them.
 
-    The prompt is the token that nothing stands before: the bos where the tokenizer adds one, else
-    the text's first token. All others are the response, with one eos at the end.
+    The prompt is the first token: the bos if the tokenizer adds one, else the text's first token.
+    All others are the response, with one eos at the end.
 
     Raises:
         DataError: A cell is missing, not text, or blank.

@@ -1,14 +1,14 @@
-"""Rollouts: which rows an optimizer step holds, and the loader that hands them to Lightning.
+"""Rollouts: the rows of an optimizer step, and the loader that passes them to Lightning.
 
-* ``plan``: which rows of a step are the student's, the teacher's or the data set's.
-* ``scoring``: rewards of what was written. ``agreement``: ranks that write stop together.
-* ``stored``: rollouts in checkpoints; ``resharing``: dealt out to another number of ranks.
+* ``plan``: the source of each row: student, teacher or dataset.
+* ``scoring``: rewards of responses. ``agreement``: all ranks stop together during generation.
+* ``stored``: rollouts in checkpoints; ``resharing``: their distribution to other ranks.
 * ``replay``: responses that are used again. ``evaluation``: responses to held-out prompts.
 * ``lengths``: the running mean of responses' lengths, which divides sums over samples.
-* ``loader_shape``: how an epoch is cut into optimizer steps and rollout batches.
-* ``loader``: the sized, stateful iterable that regenerates on-policy batches every epoch.
+* ``loader_shape``: division of an epoch into optimizer steps and rollout batches.
+* ``loader``: the sized, stateful iterable that generates on-policy batches in every epoch.
 
-What an engine is and how it samples is in ``engines``.
+Engines and sampling are in ``engines``.
 """
 
 from okd_lightning.rollouts.loader import RolloutLoader

@@ -1,7 +1,7 @@
-"""Ranks that write responses stop together: what befalls one of them is heard by all.
+"""Agreement of ranks after generation: an error or a stop on one rank stops all ranks.
 
-Each rank writes alone, for minutes; a rank that gave up by itself would leave the others waiting in
-their next collective call. Owns the request to stop a run, too, which may come while one writes.
+Each rank generates alone, for minutes; if one stopped by itself, the others would wait in their
+next collective call. Also owns the request to stop a run, which may come during generation.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ _MOST_PROMPTS = 5
 
 @dataclass
 class StopRequest:
-    """Whether this process was asked to stop.
+    """A request to this process to stop.
 
     Attributes:
-        is_made: Set by a signal's handler.
+        is_made: Set by a signal handler.
     """
 
     is_made: bool = False
 
 
 class _AbandonedError(Exception):
-    """Leaves an engine in the middle of its work."""
+    """Interrupts an engine during generation."""
 
 
 def _alone(state: Any) -> list[Any]:
@@ -40,7 +40,7 @@ def _alone(state: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What the ranks of a run tell one another when they have written.
+    """Exchange of outcomes between the ranks of a run after generation.
 
     Attributes:
         gather: Collects one object of every rank, on every rank.
@@ -51,7 +51,7 @@ class Agreement:
     stop: StopRequest = field(default_factory=StopRequest)
 
     def progress(self, shown: Progress | None) -> Progress:
-        """Told how the writing goes; leaves the engine where a stop is asked for."""
+        """Return a progress callback that also interrupts the engine on a stop request."""
 
         def tell(rows: int, tokens: int = 0) -> None:
             if shown is not None:
@@ -62,19 +62,19 @@ class Agreement:
         return tell
 
     def together(self, write: Callable[[], _T]) -> _T:
-        """What ``write`` returns, where it has gone well on every rank.
+        """Return the result of ``write`` if it succeeded on every rank.
 
         Args:
-            write: All that is written before the next collective call; every rank calls this.
+            write: All generation before the next collective call; every rank calls this.
 
         Raises:
-            RolloutTimeoutError: An engine timed out, here or on another rank.
-            PreemptedError: Some rank was asked to stop; nothing that was written is to be kept.
+            RolloutTimeoutError: An engine timed out, on this or another rank.
+            PreemptedError: A rank was requested to stop; the responses are discarded.
         """
         problem: RolloutTimeoutError | None = None
         written: list[_T] = []
         try:
-            written.append(write())  # also where a stop is asked for: models may be in shards
+            written.append(write())  # also after a stop request: a sharded model needs all ranks
         except _AbandonedError:
             pass
         except RolloutTimeoutError as error:
@@ -92,10 +92,10 @@ class Agreement:
 
 @contextmanager
 def naming_the_prompts(author: Author, prompts: PromptBatch) -> Iterator[None]:
-    """An engine's timeout, with what it was writing and what to do.
+    """Add the prompts and the remedy to an engine's timeout.
 
     Raises:
-        RolloutTimeoutError: Around a TimeoutError of the block.
+        RolloutTimeoutError: The block raised a TimeoutError.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What validation reads: the given responses, and the student's own on a fixed set of prompts."""
+"""Validation batches: dataset responses, and on-policy responses to a fixed set of prompts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from okd_lightning.rollouts.agreement import Agreement, naming_the_prompts
 
 
 class GivenResponses:
-    """This rank's share of a data set's own responses, in batches of like lengths.
+    """This rank's share of dataset responses, in batches of similar lengths.
 
     Args:
-        examples: The tokenized data set.
+        examples: The tokenized dataset.
         batch_size: Sequences a batch.
         rank: This rank.
         world_size: Ranks; all of them get the same number of batches.
@@ -44,21 +44,21 @@ class GivenResponses:
 
 
 class OwnResponses:
-    """The student's responses to a fixed set of prompts, written anew at every pass.
+    """The student's responses to a fixed set of prompts, generated again at every pass.
 
-    The noise is the same at every pass, so that two validations differ by the student alone.
+    The noise is the same at every pass, so that two validations differ only by the student.
 
     Args:
         examples: The prompts.
         batch_size: Sequences a batch.
-        writer: Writes the responses.
-        sampling: How they are drawn.
+        writer: Generates the responses.
+        sampling: Temperature, top-k and top-p.
         max_new_tokens: Longest response, in tokens.
         seed: Keys the noise.
         rank: This rank.
         world_size: Ranks; all of them get the same number of batches.
-        progress: Shows how far the writing is.
-        agreement: Lets all ranks stop together.
+        progress: Shows the progress of generation.
+        agreement: Makes all ranks stop together.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class OwnResponses:
 
 
 def prompt_batch(examples: Sequence[Example], author: Author = "student") -> PromptBatch:
-    """One prompt an example: what ``author`` reads."""
+    """Return one prompt an example: the one that ``author`` reads."""
     return PromptBatch(
         input_ids=tuple(example.prompt_ids_of(author) for example in examples),
         index=tuple(example.index for example in examples),

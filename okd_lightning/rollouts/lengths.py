@@ -1,9 +1,8 @@
-"""The running mean of loss tokens per rollout, from rollout batches that were consumed before.
+"""The running mean of loss tokens per rollout, from earlier rollout batches.
 
-What a step's sum is divided by must not depend on what the step itself sampled: a sum over sampled
-tokens over the number of sampled tokens is a ratio estimator, and biased (docs/opd.md). So rows
-that the student sampled are divided by their number times a mean length that earlier rollout
-batches have decided.
+The divisor of a step's sum must not depend on the step's own samples: a sum over sampled tokens
+divided by their number is a ratio estimator, and biased (docs/opd.md). The divisor of rows that the
+student sampled is therefore their number times the mean length of earlier rollout batches.
 """
 
 from __future__ import annotations
@@ -18,23 +17,23 @@ from okd_lightning.records.batches import SOURCES, SampledCounts
 _STUDENT = SOURCES.index("student")
 
 WINDOW_ROLLOUTS = 256
-"""About how many earlier rollouts the mean is over; a larger batch counts by itself."""
+"""Approximate number of earlier rollouts in the mean; a larger batch dominates it."""
 
 
 @dataclass
 class RolloutLengths:
-    """Decayed sums over earlier rollout batches, and the sums of the one in use.
+    """Decayed sums over earlier rollout batches, and the sums of the current one.
 
-    A batch of R rollouts lets what was before count W/(W + R), W = ``WINDOW_ROLLOUTS``. All numbers
-    come from integer sums over all ranks, in the order in which batches are trained on, so that
-    every rank and every resumed run has the same ones.
+    A batch of R rollouts multiplies the earlier sums by W/(W + R), W = ``WINDOW_ROLLOUTS``. All
+    numbers come from integer sums over all ranks, in the order of training, so that they are equal
+    on every rank and in every resumed run.
 
     Attributes:
         tokens: Loss tokens of earlier batches, decayed.
-        rollouts: Their rollouts, decayed.
-        own_tokens: Loss tokens of the batch in use.
-        own_rollouts: Its rollouts.
-        batch: Which batch that is: its epoch, and its first optimizer step in it.
+        rollouts: Rollouts of earlier batches, decayed.
+        own_tokens: Loss tokens of the current batch.
+        own_rollouts: Rollouts of the current batch.
+        batch: Epoch of the current batch, and its first optimizer step in the epoch.
     """
 
     tokens: float = 0.0
@@ -44,10 +43,10 @@ class RolloutLengths:
     batch: list[int] = field(default_factory=list)
 
     def begin(self, epoch: int, first_step: int, counts: Tensor) -> None:
-        """Use a batch: the one before it becomes an earlier one. Repeated calls change nothing.
+        """Set the current batch; the previous one joins the earlier ones. Repeats change nothing.
 
         Args:
-            epoch: Of the batch.
+            epoch: Epoch of the batch.
             first_step: Its first optimizer step in the epoch.
             counts: [2, sources] loss tokens and number of its rows over all ranks
                 (``count_by_source``).
@@ -60,23 +59,23 @@ class RolloutLengths:
         self.own_tokens, self.own_rollouts = counts[:, _STUDENT].tolist()
 
     def stamp(self, counts: Tensor, max_tokens: int) -> SampledCounts:
-        """What a step's batches say about the student's responses in it.
+        """Return the counts of the student's responses in a step, for its batches.
 
         Args:
             counts: [2, sources] of the step, as in ``begin``.
-            max_tokens: The longest that a response may be.
+            max_tokens: Longest allowed response, in tokens.
         """
         return SampledCounts(int(counts[1, _STUDENT]), self.mean, max_tokens)
 
     @property
     def mean(self) -> float:
-        """Loss tokens per rollout of earlier batches; of the first batch its own mean."""
+        """Mean loss tokens per rollout of earlier batches; for the first batch, its own mean."""
         if self.rollouts and self.tokens:
             return self.tokens / self.rollouts
         return self.own_tokens / self.own_rollouts if self.own_rollouts else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
+        """Return all fields as plain numbers."""
         return {**vars(self), "batch": list(self.batch)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,9 +1,10 @@
 """The RolloutLoader: a sized, re-iterable, stateful source of training batches.
 
-Owns the order of prompts, the chunks in which the student writes, and the cursor. Lightning saves
-its state with every checkpoint and gives it back before the first batch; the chunk's rollouts are
-part of the state, so that a resumed run trains on what the interrupted one had written. A chunk is
-a whole number of optimizer steps; the same number of batches comes out on every rank.
+Owns the order of prompts, the rollout batches (``chunk`` in the code) in which responses are
+generated, and the cursor. Lightning saves its state with every checkpoint and restores it before
+the first batch. The state includes the rollouts of the current rollout batch, so that a resumed run
+trains on the same responses. A rollout batch is a whole number of optimizer steps; every rank gets
+the same number of batches.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ _NOTHING = Rollout((), (), ())
 
 @dataclass(frozen=True)
 class _Turn:
-    """One row's turn in an epoch: which example, and which of its samples in that epoch."""
+    """One row of an epoch: its example, and its sample number in that epoch."""
 
     example: Example
     sample: int
@@ -62,18 +63,18 @@ class RolloutLoader:
     """Yields an epoch's training batches; see the module's docstring.
 
     Args:
-        examples: The tokenized data set.
-        plan: Who writes which rows.
-        shape: How an epoch is cut.
-        writer: Writes the student's and the teacher's responses.
-        sampling: How responses are drawn.
+        examples: The tokenized dataset.
+        plan: The sources of rows.
+        shape: Division of an epoch.
+        writer: Generates the student's and the teacher's responses.
+        sampling: Temperature, top-k and top-p.
         max_new_tokens: Longest response, in tokens.
-        seed: Keys the order, the coin and the sampling noise.
+        seed: Keys the order, the choice of sources and the sampling noise.
         reduce_sum: Sums an int64 tensor over all ranks.
         gather: Collects one object of every rank, on every rank.
-        progress: Shows how far a chunk is written.
-        score: Gives the student's responses their credits.
-        stop: This rank's request to stop, which leaves a chunk unwritten.
+        progress: Shows the progress of a rollout batch.
+        score: Gives the student's responses their advantages.
+        stop: This rank's request to stop, which discards an unfinished rollout batch.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class RolloutLoader:
         self._delivered = 0  # micro-batches of this epoch
         self._written: dict[Author, Rollout] = {}
         self._credits: dict[str, list[float]] | None = None  # of the student's responses
-        self._written_for = 0  # the first optimizer step of the chunk that was written
+        self._written_for = 0  # first optimizer step of the current rollout batch
         self._is_written = False  # on all ranks
         self.lengths = RolloutLengths()
         self._unreported: list[tuple[Rollout, float]] = []  # with the seconds that each took
@@ -137,12 +138,12 @@ class RolloutLoader:
         return self._epoch + (self._delivered >= len(self))
 
     def position(self) -> dict[str, Any]:
-        """The epoch to come and what decides its rows and their divisor, as ``begin`` takes it."""
+        """Return the next epoch, the fingerprint of its rows and their divisor, for ``begin``."""
         rows, lengths = self.fingerprint(), self.lengths.state_dict()
         return {"epoch": self.epoch_to_come, "rows": rows, "lengths": lengths}
 
     def begin(self, position: dict[str, Any]) -> None:
-        """Begin with an epoch; its rows must be those of a checkpoint's position, checked once."""
+        """Begin with an epoch, after a check that its rows are those of the checkpoint."""
         if (saved := position.pop("rows", None)) is not None:
             self.check_same(saved)
         if "lengths" in position:  # a checkpoint of an earlier version has none
@@ -159,7 +160,7 @@ class RolloutLoader:
         self._written_for, self._is_written = chunk_start, False
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch, cursor and this chunk's rollouts, of all ranks."""
+        """Return epoch, cursor and the current rollout batch of all ranks."""
         own = {author: pack_rollout(rollout) for author, rollout in self._written.items()}
         return {
             "epoch": self._epoch,
@@ -174,7 +175,7 @@ class RolloutLoader:
         }
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides which rows an optimizer step has, as ``check_same`` takes it."""
+        """Return what determines the rows of an optimizer step, for ``check_same``."""
         return {"rows_per_step": self.shape.rows_per_step, "identity": self._identity}
 
     def check_same(self, state: Mapping[str, Any]) -> None:
@@ -184,8 +185,8 @@ class RolloutLoader:
             state: ``fingerprint`` or ``state_dict`` of the checkpoint.
 
         Raises:
-            ConfigError: The optimizer step has another number of rows now, or prompts, seed or
-                chunks differ.
+            ConfigError: The number of rows of an optimizer step, prompts, seed or rollout batches
+                differ.
         """
         if state["rows_per_step"] != self.shape.rows_per_step:
             raise ConfigError(
@@ -215,7 +216,7 @@ class RolloutLoader:
             self._delivered = num_steps * self.shape.accumulate_grad_batches
         self._forget_written(state["written_for"])
         if state.get("sources", own := self._sources_of(self._written_for)) != own:
-            return  # another on-policy share: the chunk's responses are written again
+            return  # another on-policy share: the responses are generated again
         self._is_written = any(state["written"])
         self._take(
             [{by: unpack_rollout(part) for by, part in own.items()} for own in state["written"]],
@@ -223,7 +224,7 @@ class RolloutLoader:
         )
 
     def _sources_of(self, first: int) -> list[str]:
-        """Who writes each row of the chunk that begins with optimizer step ``first``."""
+        """Return the source of each row of the rollout batch that begins at step ``first``."""
         turns = self._turns(self._epoch)
         last = min(first + self.shape.steps_per_chunk, self.shape.steps_per_epoch)
         steps = range(first, last)
@@ -234,7 +235,7 @@ class RolloutLoader:
         written: list[dict[Author, Rollout]],
         credits: list[dict[str, list[float]] | None],
     ) -> None:
-        """This rank's part of what the ranks of a checkpoint had written to its chunk."""
+        """Take this rank's part of a checkpoint's rollout batch of all ranks."""
         rank, world_size = self.shape.rank, self.shape.world_size
         if len(written) == world_size:
             self._written, self._credits = written[rank], credits[rank]
@@ -248,7 +249,7 @@ class RolloutLoader:
         )
 
     def _keys(self, turns: list[_Turn], rank: int, world_size: int) -> dict[Author, list[RowKey]]:
-        """The rows of the stored chunk that a rank of ``world_size`` has to write, in order."""
+        """Return the rows of the stored rollout batch that a rank generates, in order."""
         keys: dict[Author, list[RowKey]] = {author: [] for author in _AUTHORS}
         first = self._written_for
         last = min(first + self.shape.steps_per_chunk, self.shape.steps_per_epoch)
@@ -261,7 +262,7 @@ class RolloutLoader:
 
     @cached_property
     def _identity(self) -> list[int]:
-        """What decides which prompt is where: equal lists mean equal batches."""
+        """Numbers that determine the order of prompts: equal lists mean equal batches."""
         shape = self.shape
         read = [(example.prompt_ids, example.teacher_prompt_ids) for example in self.examples]
         prompts = zlib.crc32(repr(read).encode())
@@ -269,7 +270,7 @@ class RolloutLoader:
         return [self._seed, len(self.examples), prompts, *cut]
 
     def _turns(self, epoch: int) -> list[_Turn]:
-        """The epoch's prompts: the next ones of an endless row of shuffled passes."""
+        """Return the epoch's prompts: the next ones of an endless sequence of shuffled passes."""
         num, length = self.shape.prompts_per_epoch, len(self.examples)
         samples = self.shape.samples_per_prompt
         positions = range(epoch * num, (epoch + 1) * num)
@@ -289,7 +290,7 @@ class RolloutLoader:
         return turns
 
     def _chunk(self, turns: list[_Turn], start: int, end: int) -> list[list[TrainingRow]]:
-        """This rank's rows of the optimizer steps start..end, with what the models wrote."""
+        """Return this rank's rows of the optimizer steps start..end, with generated responses."""
         of_all = [self._rows_of_step(turns, step) for step in range(start, end)]
         rank, world_size = self.shape.rank, self.shape.world_size
         steps = [list(share(rows, rank, world_size)) for rows in of_all]
@@ -321,14 +322,14 @@ class RolloutLoader:
     def _write_all(
         self, own: dict[Author, list[_Turn]], asked: set[Author]
     ) -> dict[Author, Rollout]:
-        """Who is asked on any rank writes on all of them, if to no prompt.
+        """Generate by each model that any rank needs, also without prompts on this rank.
 
-        (A sharded model is gathered by all ranks together.)
+        (All ranks of a sharded model take part in its forward passes.)
         """
         return {by: self._write(by, turns) for by, turns in own.items() if by in asked}
 
     def _ask_credits(self, turns: list[_Turn], steps: list[int]) -> None:
-        """Once a chunk on every rank, whether it has written to the student's turns or not."""
+        """Score once a rollout batch on every rank, also without student responses on it."""
         if self._credits is not None:
             return
         first = self._epoch * self.shape.steps_per_epoch
@@ -342,13 +343,13 @@ class RolloutLoader:
         self._credits, self._unreported_scores = scores.credits, scores.metrics
 
     def _rows_of(self, author: Author, turns: list[_Turn]) -> list[TrainingRow]:
-        """What an author has written to its prompts of a chunk."""
+        """Return the rows of a generator's responses in the current rollout batch."""
         credits = (self._credits or {}) if author == "student" else {}
         rollout = self._written.get(author, _NOTHING)
         return written_rows([turn.example for turn in turns], author, rollout, credits)
 
     def _rows_of_step(self, turns: list[_Turn], step: int) -> list[tuple[_Turn, Any]]:
-        """All ranks' rows of a step: every sample of a prompt, or its given response."""
+        """Return all ranks' rows of a step: every sample of a prompt, or its dataset response."""
         per_step = self.shape.prompts_per_step
         of_step = turns[step * per_step : (step + 1) * per_step]
         number = self._epoch * self.shape.steps_per_epoch + step
@@ -379,7 +380,7 @@ class RolloutLoader:
         return rollout
 
     def _step(self, step: int, rows: list[TrainingRow]) -> Iterator[DistillBatch]:
-        """One optimizer step's micro-batches, stamped with the step's counts over all ranks."""
+        """Yield an optimizer step's micro-batches, with the step's counts over all ranks."""
         accumulate = self.shape.accumulate_grad_batches
         if self._delivered >= (step + 1) * accumulate:
             return

@@ -1,4 +1,4 @@
-"""How an epoch is cut into optimizer steps, chunks and micro-batches."""
+"""Division of an epoch into optimizer steps, rollout batches and micro-batches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from okd_lightning.errors import ConfigError
 
 @dataclass(frozen=True)
 class LoaderShape:
-    """How an epoch is cut: all numbers that decide which rows make an optimizer step.
+    """Division of an epoch: all numbers that determine the rows of an optimizer step.
 
     Attributes:
         batch_size: Sequences a micro-batch on one rank.
@@ -17,8 +17,8 @@ class LoaderShape:
         world_size: Ranks.
         rank: This rank.
         prompts_per_epoch: Prompts an epoch, over all ranks.
-        prompts_per_rollout: Prompts a chunk; None for one optimizer step's.
-        samples_per_prompt: Responses that are written to each prompt.
+        prompts_per_rollout: Prompts a rollout batch; None for those of one optimizer step.
+        samples_per_prompt: Responses generated to each prompt.
     """
 
     batch_size: int
@@ -54,10 +54,10 @@ class LoaderShape:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps an epoch; the last one is short where the prompts do not fill it."""
+        """Optimizer steps an epoch; the last one is short if the prompts do not fill it."""
         return -(-self.prompts_per_epoch // self.prompts_per_step)
 
     @property
     def steps_per_chunk(self) -> int:
-        """Optimizer steps between two times of writing."""
+        """Optimizer steps a rollout batch."""
         return (self.prompts_per_rollout or self.prompts_per_step) // self.prompts_per_step

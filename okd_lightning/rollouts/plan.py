@@ -1,7 +1,7 @@
-"""Who writes the rows of an optimizer step: the data set, the student, or the teacher.
+"""Sources of the rows of an optimizer step: dataset, student, or teacher.
 
-Owns the deterministic coin of GKD (arXiv 2306.13649, Algorithm 1). The coin is a hash of (seed,
-step), so that all micro-batches, ranks and resumed runs see the same one.
+Owns the random choice of GKD (arXiv 2306.13649, Algorithm 1). It is a hash of (seed, step), so that
+all micro-batches, ranks and resumed runs make the same choice.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class RolloutPlan:
     """The mix of sources in a run.
 
     Attributes:
-        on_policy_fraction: Share of rows that the student writes, in [0, 1].
-        off_policy_source: Who writes the others.
-        is_mixed_within_step: False: one coin an optimizer step decides for all its rows (GKD).
-            True: every step holds both kinds, in that proportion.
-        share_at: The share in an optimizer step, where it changes in the run; None where it is
-            on_policy_fraction throughout.
+        on_policy_fraction: Share of rows with on-policy samples, in [0, 1].
+        off_policy_source: Source of the other rows.
+        is_mixed_within_step: False: one random choice for all rows of an optimizer step (GKD).
+            True: every step has both kinds, in that proportion.
+        share_at: The share by optimizer step, if it changes during the run; None for a constant
+            on_policy_fraction.
     """
 
     on_policy_fraction: float
@@ -36,7 +36,7 @@ class RolloutPlan:
     share_at: Callable[[int], float] | None = None
 
     def share(self, step: int) -> float:
-        """Share of rows that the student writes in optimizer step ``step``."""
+        """Return the share of rows with on-policy samples in optimizer step ``step``."""
         return self.on_policy_fraction if self.share_at is None else self.share_at(step)
 
     @property
@@ -65,10 +65,10 @@ class RolloutPlan:
 
 @dataclass(frozen=True)
 class StagedPlan:
-    """Plans that follow one another, for methods that act in a part of the run.
+    """A sequence of plans, for methods that act in a part of the run.
 
     Attributes:
-        stages: Each with the optimizer step that it begins at; the first begins at 0.
+        stages: First optimizer step and plan of each stage; the first stage begins at 0.
     """
 
     stages: tuple[tuple[int, RolloutPlan], ...]
@@ -85,7 +85,7 @@ class StagedPlan:
 
 
 def _common_fraction(asked: set[float]) -> float:
-    """What all agree on; half and half for 0 beside 1; else the one share that lies between."""
+    """Return the common share; 0.5 for 0 and 1; else the only share strictly between 0 and 1."""
     if len(asked) <= 1:
         return next(iter(asked), 0.0)
     between = asked - {0.0, 1.0}
@@ -98,16 +98,16 @@ def _common_fraction(asked: set[float]) -> float:
 
 
 def plan_for(terms: Sequence[Term]) -> StagedPlan:
-    """The plan that serves all terms of a run, stage by stage.
+    """Return the plan for all terms of a run, by stages.
 
-    Terms that agree on the on-policy share get GKD's coin a step. Terms that disagree (KD on the
-    data set beside a method on rollouts) get both kinds of rows in every step, in the share that
-    one of them asks for or half and half, and each is counted on its own rows; so does a term that
-    says that it compares both kinds (``mixes_rows``).
+    Terms with equal on-policy shares get GKD's random choice a step. Terms with different shares
+    (KD on the dataset with a method on rollouts) get both kinds of rows in every step, in the share
+    that one of them has or half and half; each is counted on its own rows. The same holds for a
+    term with ``mixes_rows``.
 
     Raises:
-        ConfigError: No terms, steps in which none acts, terms that need both the data set's and the
-            teacher's responses or different shares, or a term that acts on no source of the plan.
+        ConfigError: No terms, steps in which none acts, terms that need both dataset and teacher
+            responses or different shares, or a term that acts on no source of the plan.
     """
     if not terms:
         raise ConfigError(
@@ -120,7 +120,7 @@ def plan_for(terms: Sequence[Term]) -> StagedPlan:
         acting = [term for term in terms if acts_in(term, step)]
         if not acting:
             if all(term.window[1] is not None and term.window[1] <= step for term in terms):
-                break  # the run is expected to end here; DistillationModule says so if it does not
+                break  # the run should end here; DistillationModule raises if it does not
             raise ConfigError(
                 f"no method acts from optimizer step {step} on; let one stage begin where the "
                 "other ends"
@@ -130,14 +130,14 @@ def plan_for(terms: Sequence[Term]) -> StagedPlan:
 
 
 def writer_of(terms: Sequence[Term], writer: Writer) -> Writer:
-    """What writes a run's responses: ``writer``, within what its terms put around it, in order."""
+    """Return the run's writer: ``writer``, wrapped by the terms in order."""
     for term in terms:
         writer = term.wrap_writer(writer)
     return writer
 
 
 def acts_in(term: Term, step: int) -> bool:
-    """Whether a term takes part in optimizer step ``step``."""
+    """Return whether a term acts in optimizer step ``step``."""
     start, end = term.window
     return start <= step and (end is None or step < end)
 

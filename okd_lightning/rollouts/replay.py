@@ -1,4 +1,4 @@
-"""Responses that are used again: the last one to every prompt, also in checkpoints."""
+"""Replay of responses: the last one to every prompt, also kept in checkpoints."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from okd_lightning.records.batches import PromptBatch, Rollout
 from okd_lightning.rollouts.stored import pack_rollout, unpack_rollout
 
 Row: TypeAlias = tuple[tuple[int, ...], tuple[float, ...], str, tuple[bool, ...]]
-"""Ids, the sampler's log-probs, stop reason, and which ids are the model's own."""
+"""Ids, the sampler's log-probs, stop reason, and the mask of sampled ids."""
 
 
 class KeptResponses:
-    """The last response of this process to every prompt; how tools were used is not kept.
+    """The last response of this process to every prompt, without tool use.
 
-    A prompt that stands several times in a call has as many responses.
+    A prompt that occurs several times in a call has as many responses.
     """
 
     def __init__(self) -> None:
@@ -32,14 +32,14 @@ class KeptResponses:
         return len(self._rows)
 
     def state_dict(self) -> dict[str, Any]:
-        """What ``weights_only`` loading accepts."""
+        """Return a state that ``weights_only`` loading accepts."""
         if not self._rows:
             return {}
         rollout = _rollout_of(list(self._rows.values()))
         return {"prompts": torch.tensor(list(self._rows)), "rollout": pack_rollout(rollout)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keep what ``state_dict`` was taken of, and nothing else."""
+        """Replace all kept responses by those of ``state_dict``."""
         self._rows = {}
         if state:
             keys = [(index, number) for index, number in state["prompts"].tolist()]
@@ -49,12 +49,12 @@ class KeptResponses:
     def answer(
         self, prompts: PromptBatch, write: Callable[[PromptBatch], Rollout], *, replays: bool
     ) -> Rollout:
-        """One response a prompt, in their order; what ``write`` writes is kept.
+        """Return one response a prompt, in order; new responses are kept.
 
         Args:
             prompts: At least one.
-            write: Answers some of them anew.
-            replays: Take what is kept where there is something, and write the others.
+            write: Generates responses to some of them.
+            replays: Use kept responses where there are any, and generate the others.
         """
         times: Counter[int] = Counter()
         keys = []
@@ -69,12 +69,12 @@ class KeptResponses:
 
 
 class ReplayWriter:
-    """Lets the student's responses be used again.
+    """A writer that can replay the student's responses.
 
     Args:
-        writer: Writes what is new.
-        kept: What can be replayed.
-        replays: Whether a call does, from the run's seed; it has to say the same after a resume.
+        writer: Generates new responses.
+        kept: Responses that can be replayed.
+        replays: Whether a call replays, from the run's seed; must not change after a resume.
     """
 
     def __init__(self, writer: Writer, kept: KeptResponses, replays: Callable[[int], bool]) -> None:
@@ -114,6 +114,6 @@ def _rows_of(rollout: Rollout) -> list[Row]:
 
 
 def _rollout_of(rows: list[Row]) -> Rollout:
-    """At least one response, as if they had been written together."""
+    """Return at least one response as one rollout."""
     ids, logprobs, reasons, masks = zip(*rows, strict=True)
     return Rollout(ids, logprobs, reasons, masks)

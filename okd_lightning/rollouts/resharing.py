@@ -1,4 +1,4 @@
-"""Stored rollouts dealt out anew: saved by so many ranks, read by another number of them."""
+"""Redistribution of stored rollouts to another number of ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from okd_lightning.engines.engine import Author
 from okd_lightning.records.batches import Rollout
 
 RowKey: TypeAlias = tuple[int, int]
-"""An optimizer step of the chunk, and the row's place in it over all ranks."""
+"""An optimizer step of the rollout batch, and the row's place in it over all ranks."""
 
 Credits: TypeAlias = dict[str, list[float]] | None
 
@@ -19,11 +19,11 @@ def reshared(
     owners: Sequence[Mapping[Author, Sequence[RowKey]]],
     own: Mapping[Author, Sequence[RowKey]],
 ) -> dict[Author, Rollout]:
-    """This rank's part of what all ranks had written to a chunk.
+    """Return this rank's part of all ranks' responses of a rollout batch.
 
     Args:
-        stored: What each of the saving ranks had written.
-        owners: Which rows those are, in the same order.
+        stored: Responses of each saving rank.
+        owners: Their rows, in the same order.
         own: The rows of this rank.
     """
     found: dict[Author, Rollout] = {}
@@ -43,7 +43,7 @@ def reshared(
 def reshared_credits(
     stored: Sequence[Credits], owners: Sequence[Sequence[RowKey]], own: Sequence[RowKey]
 ) -> Credits:
-    """The same of credits, which stand beside the student's rows; None where none were given."""
+    """Redistribute the advantages of the student's rows likewise; None if there are none."""
     if any(part is None for part in stored):
         return None
     names = {name for part in stored for name in part or ()}

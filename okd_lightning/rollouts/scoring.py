@@ -1,8 +1,7 @@
-"""Credits of whole responses: rewards, asked for once when a chunk has been written.
+"""Advantages of whole responses: rewards, computed once for each rollout batch.
 
-Owns the texts that scorers read, and the groups: all samples of one prompt's turn, on whichever
-rank they were written. What tools have answered is in none of these texts: the model did not write
-it, so nothing is earned by it.
+Owns the texts that scorers read, and the groups: all samples of one prompt, on any rank. Tool
+results are not in these texts, because the model did not generate them.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from okd_lightning.rollouts.plan import acts_in
 
 
 class ChunkScorer(Protocol):
-    """What a RolloutLoader asks for the credits of a chunk."""
+    """Computes the advantages of a rollout batch for a RolloutLoader."""
 
     def __call__(
         self,
@@ -28,22 +27,22 @@ class ChunkScorer(Protocol):
         rollout: Rollout,
         steps: Sequence[int],
     ) -> ChunkScores:
-        """Called on every rank for every chunk, also where this rank wrote nothing.
+        """Score responses; called on every rank for every rollout batch, also without responses.
 
         Args:
-            examples: What was answered, one a response.
-            samples: Which sample of its prompt each response is.
+            examples: The examples of the prompts, one a response.
+            samples: Sample number of each response.
             rollout: The responses.
-            steps: The optimizer step that each response is trained on in.
+            steps: The optimizer step in which each response is trained on.
         """
 
 
 @dataclass(frozen=True)
 class ChunkScores:
-    """What scorers said about this rank's responses of a chunk.
+    """Scores of this rank's responses of a rollout batch.
 
     Attributes:
-        credits: One number a response, by the term's name.
+        credits: One advantage a response, by the term's name.
         metrics: Means over all ranks, to be logged.
     """
 
@@ -54,19 +53,19 @@ class ChunkScores:
 def unscored(
     examples: Sequence[Example], samples: Sequence[int], rollout: Rollout, steps: Sequence[int]
 ) -> ChunkScores:
-    """A run without rewards."""
+    """Return empty scores, for a run without rewards."""
     del examples, samples, rollout, steps
     return ChunkScores({}, {})
 
 
 @dataclass(frozen=True)
 class TermScorer:
-    """Asks the terms of a run that score responses, each about the steps that it acts in.
+    """Scores responses by a run's terms with scorers, each in the steps in which it acts.
 
     Attributes:
         terms: The terms that have a scorer; at least one.
         decode: Ids to text.
-        samples_per_prompt: Responses that answer one turn of a prompt: a group.
+        samples_per_prompt: Responses of a group: one occurrence of a prompt.
         gather: Collects one object of every rank, on every rank.
         rank: This rank.
     """
@@ -84,10 +83,10 @@ class TermScorer:
         rollout: Rollout,
         steps: Sequence[int],
     ) -> ChunkScores:
-        """Score this rank's responses; baselines are those of all ranks' responses.
+        """Score this rank's responses; baselines use all ranks' responses.
 
         Raises:
-            RewardError: What a scorer raises, on whichever rank; raised on all of them.
+            RewardError: A scorer raised it on some rank; raised on all ranks.
         """
         turns = [[self.decode(ids) for ids in rollout.turns(i)] for i in range(len(rollout))]
         groups = [
@@ -122,7 +121,7 @@ class TermScorer:
 def _scores(
     scorer: RowScorer, prompts: list[str], responses: list[str], references: list[str]
 ) -> tuple[list[float], str | None]:
-    """Scores of this rank's responses, or none and what is wrong with them."""
+    """Return the scores of this rank's responses, or none and the error message."""
     if not responses:
         return [], None
     try:

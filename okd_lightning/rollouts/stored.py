@@ -1,4 +1,4 @@
-"""Rollouts and credits as flat tensors, for checkpoints: what ``weights_only`` loading accepts."""
+"""Rollouts and advantages as flat tensors, which ``weights_only`` loading accepts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from okd_lightning.records.batches import STOP_REASONS, Rollout
 
 
 def pack_rollout(rollout: Rollout) -> dict[str, Tensor]:
-    """What ``unpack_rollout`` makes the same rows of; how tools were used is not kept."""
+    """Pack a rollout for ``unpack_rollout``; tool use is not kept."""
     return {
         "lengths": torch.tensor([len(ids) for ids in rollout.response_ids]),
         "ids": torch.tensor([i for ids in rollout.response_ids for i in ids], dtype=torch.int64),
@@ -20,7 +20,7 @@ def pack_rollout(rollout: Rollout) -> dict[str, Tensor]:
 
 
 def unpack_rollout(packed: dict[str, Tensor]) -> Rollout:
-    """The rows of ``pack_rollout``."""
+    """Return the rollout of ``pack_rollout``."""
     lengths = packed["lengths"].tolist()
     return Rollout(
         response_ids=tuple(tuple(part.tolist()) for part in packed["ids"].split(lengths)),
@@ -31,12 +31,12 @@ def unpack_rollout(packed: dict[str, Tensor]) -> Rollout:
 
 
 def pack_credits(credits: dict[str, list[float]] | None) -> dict[str, Tensor] | None:
-    """Credits by the term's name; None stays None."""
+    """Pack advantages by the term's name; None stays None."""
     if credits is None:
         return None
     return {name: torch.tensor(row, dtype=torch.float64) for name, row in credits.items()}
 
 
 def unpack_credits(packed: dict[str, Tensor] | None) -> dict[str, list[float]] | None:
-    """What ``pack_credits`` packed."""
+    """Return the advantages of ``pack_credits``."""
     return None if packed is None else {name: row.tolist() for name, row in packed.items()}

@@ -1,12 +1,12 @@
-"""Teachers: who teaches.
+"""Teachers: self-teachers, online modules, and teachers on disk or on a server.
 
 * ``self_teacher``: the student as its own teacher.
 * ``online_module``: a small trainable part on a frozen teacher (OKD).
-* ``cached_teacher``: a teacher on disk, its likeliest ids and the rest for every loss token:
-  ``settings`` where it lies and how much it keeps, ``identity`` which teacher it is of, ``layout``
-  which rows it holds, ``store`` an entry on disk, whole or not there.
-* ``served_teacher``: the same side from a teacher on a server, which is asked every time.
-* ``terms``: which methods a cached or served teacher can serve, and as what.
+* ``cached_teacher``: a teacher on disk, its most likely ids and the rest for every loss token.
+  ``settings``: folder and size; ``identity``: a digest of the teacher; ``layout``: the rows of the
+  cache; ``store``: a complete entry on disk.
+* ``served_teacher``: the same from a teacher on a server, requested for every batch.
+* ``terms``: the methods that work with a cached or served teacher, and the form they take.
 """
 
 from okd_lightning.teachers.cached_teacher import CachedTeacher

@@ -1,4 +1,4 @@
-"""The teacher of a run as the rows of its cache: one side of the loss layer, without a model."""
+"""A run's teacher read from its cache: one side of the loss layer, without a model."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _FORMAT = 2
 _DATASET = SOURCES.index("dataset")
 
 Reader: TypeAlias = Callable[[Sequences], Side]
-"""The teacher's half at the loss tokens of some rows."""
+"""Computes the teacher's side at the loss tokens of some rows."""
 
 
 @dataclass(frozen=True)
 class TeacherKey:
-    """All that a teacher's probabilities depend on beside the rows.
+    """Everything that a teacher's probabilities depend on, besides the rows.
 
     Attributes:
-        identity: Of its weights and config.
+        identity: Digest of its weights and config.
         dtype: Number format of its weights.
         precision: The Trainer's.
-        vocabulary: What its logits are cut to.
+        vocabulary: The valid ids, to which its logits are cut.
     """
 
     identity: str
@@ -47,7 +47,7 @@ class TeacherKey:
     vocabulary: Vocabulary
 
     def entries(self) -> dict[str, Any]:
-        """As it stands in an entry's index."""
+        """Return the key as entries of an index."""
         ids = np.asarray(self.vocabulary.invalid_ids, dtype="<i4").tobytes()
         return {
             "teacher": self.identity,
@@ -58,14 +58,14 @@ class TeacherKey:
 
 
 class CachedTeacher:
-    """Looks up what the teacher had to say about a batch.
+    """Reads the teacher's log-probabilities of a batch from its cache.
 
     Args:
-        settings: Where the cache lies and how much it keeps.
-        vocabulary: The run's.
+        settings: Folder and size of the cache.
+        vocabulary: The run's vocabulary.
 
     Attributes:
-        part_positions: Loss tokens a file, about.
+        part_positions: Approximate loss tokens a file.
     """
 
     option = "--model.teacher_cache"
@@ -82,11 +82,11 @@ class CachedTeacher:
 
     @property
     def folder(self) -> Path:
-        """Where all entries lie."""
+        """Folder of all entries."""
         return Path(self.settings.folder).expanduser()
 
     def entry(self, key: TeacherKey, examples: Sequence[Example]) -> Entry:
-        """Where the cache of one data set lies, whether it is there or not."""
+        """Return the cache entry of one dataset, existing or not."""
         layout = layout_of(examples, self.part_positions)
         full = {
             "format": _FORMAT,
@@ -100,10 +100,10 @@ class CachedTeacher:
         return Entry(self.folder / name, full, layout, self.record)
 
     def open(self, entries: Sequence[Entry]) -> None:
-        """Read from these entries from now on.
+        """Open these entries for ``side``.
 
         Raises:
-            CacheError: One is not whole.
+            CacheError: One is incomplete.
         """
         for entry in entries:
             entry.open()
@@ -113,18 +113,17 @@ class CachedTeacher:
         }
 
     def side(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Side:
-        """The teacher's half: packed rows at the masked-in positions; a constant.
+        """Return the teacher's side: packed rows at the loss positions; a constant.
 
-        Where the student wrote the response, no method asks for the teacher; what stands there is
-        some row of the cache.
+        No method uses the teacher on on-policy rows; these get an arbitrary record of the cache.
 
         Args:
-            batch: Rows of the data sets whose entries are open.
-            quantities: What will be measured with it.
+            batch: Rows of the datasets whose entries are open.
+            quantities: Quantities that will be measured.
 
         Raises:
-            ConfigError: A quantity for which the teacher has to be run.
-            CacheError: A row of the data set that is not in the cache, or a broken file.
+            ConfigError: A quantity that needs the teacher to be run.
+            CacheError: A dataset row that is not in the cache, or a broken file.
         """
         check_known(quantities, self.k, self.vocabulary.size, self.option)
         reads = batch.teacher_reads
@@ -139,7 +138,7 @@ class CachedTeacher:
         return Side(packed.to(device, non_blocking=True), PackedHead())
 
     def _row(self, ids: np.ndarray, mask: np.ndarray, source: int) -> np.ndarray:
-        """[positions] the records of one row."""
+        """Return [positions] records of one row."""
         count = int(mask[1:].sum())
         if not count:
             return np.empty(0, self.record)
@@ -165,18 +164,18 @@ def write_entry(
     own: Callable[[int], bool],
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Have the teacher read the rows of this rank's files, and write what it says.
+    """Run the teacher over the rows of this rank's files, and write the files.
 
     Args:
-        entry: Prepared; files that are there are kept.
+        entry: A prepared entry; existing files are kept.
         read: Runs the teacher.
         batch_size: Rows a forward pass.
-        device: Where the teacher is.
-        own: Whether a file, by its number, is this rank's.
-        progress: Told of finished rows.
+        device: The teacher's device.
+        own: Whether the file of a number is this rank's.
+        progress: Called with the number of finished rows.
 
     Raises:
-        ModelError: The teacher gives something that is no distribution.
+        ModelError: The teacher's log-probabilities are NaN.
     """
     for number, part in enumerate(entry.layout.parts):
         if not own(number) or entry.has_part(number):
@@ -194,7 +193,7 @@ def write_entry(
 
 @torch.no_grad()
 def _records(reads: Sequences, read: Reader, entry: Entry) -> np.ndarray:
-    """[positions] one batch's, from full distributions over one tile at a time."""
+    """Return [positions] records of a batch, from full distributions by tiles."""
     side, targets = read(reads), reads.targets
     vocab_size = entry.key["vocabulary"][0]
     tiles = []

@@ -1,7 +1,7 @@
-"""Which teacher it is: a digest of its config and weights, taken once for each file.
+"""Identity of a teacher: a digest of its config and weights, computed once for each file.
 
-A file's digest is kept beside the caches with the file's size and time of change, so that a second
-run does not read the weights again.
+A file's digest is stored with the caches, with the file's size and modification time, so that a
+second run does not read the weights again.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _BLOCK = 2**24
 
 
 def teacher_identity(source: ModelSource, vocab_size: int, folder: Path) -> str:
-    """A digest that is equal for equal weights and configs, wherever they lie.
+    """Return a digest that is equal for equal weights and configs, independent of their location.
 
     Args:
         source: A folder (of a model, or of an adapter with its base), a hub id, or a model in
             memory.
-        vocab_size: Handed on to ``load_model_config``.
-        folder: Where digests of files are kept.
+        vocab_size: Passed to ``load_model_config``.
+        folder: Folder of the files' digests.
 
     Raises:
         ConfigError: Random weights, which no other run has.
-        ModelError: A hub id whose version is not known, or a folder without weights.
+        ModelError: A hub id of unknown version, or a folder without weights.
     """
     if isinstance(source, PreTrainedModel):
         return _of_memory(source)
@@ -91,7 +91,7 @@ def _of_folder(source: Source, vocab_size: int, folder: Path) -> str:
 
 
 def _digests(files: Iterable[Path], folder: Path) -> list[str]:
-    """Each file's digest, read from the memo where size and time of change are the same."""
+    """Return each file's digest, from the memo if size and modification time are the same."""
     memo = folder / _MEMO
     try:
         known = read_json(memo) if memo.is_file() else {}

@@ -1,4 +1,4 @@
-"""Which rows a cache holds, told apart by what the teacher reads, and where each of them lies.
+"""Layout of a cache: its distinct rows, by the sequence that the teacher reads, and their places.
 
 Pure: the same examples give the same layout on every rank and in every run.
 """
@@ -16,12 +16,12 @@ from okd_lightning.records.batches import Example, TrainingRow
 from okd_lightning.records.rows import given_row
 
 PART_POSITIONS = 2**15
-"""Loss tokens a file holds, about: what a killed writer has to do again."""
+"""Approximate loss tokens a file: the work that is lost if the writing process is killed."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row's records lie: the file, the first of them, and how many."""
+    """Place of a row's records: file, first record, and number of records."""
 
     part: int
     start: int
@@ -33,8 +33,8 @@ class Part:
     """The rows of one file, longest first.
 
     Attributes:
-        rows: As the teacher reads them.
-        num_positions: Loss tokens of all of them.
+        rows: The rows with the teacher's prompts.
+        num_positions: Loss tokens of all rows.
     """
 
     rows: tuple[TrainingRow, ...]
@@ -43,12 +43,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Layout:
-    """The distinct rows of a data set in the files of its cache.
+    """The distinct rows of a dataset in the files of its cache.
 
     Attributes:
         parts: The files.
-        places: By ``reading_key``.
-        digest: Of all readings in order.
+        places: Place of each row, by ``reading_key``.
+        digest: Digest of all reading keys in order.
     """
 
     parts: tuple[Part, ...]
@@ -62,10 +62,10 @@ class Layout:
 
 
 def reading_key(ids: Any, mask: Any) -> bytes:
-    """What tells one reading from another: the ids, and which of them carry loss.
+    """Return the key of a sequence: a hash of its ids and its loss mask.
 
     Args:
-        ids: [seq] what the teacher reads, without padding.
+        ids: [seq] ids that the teacher reads, without padding.
         mask: [seq] True on loss tokens.
     """
     text = np.asarray(ids, dtype="<i4").tobytes()
@@ -73,11 +73,11 @@ def reading_key(ids: Any, mask: Any) -> bytes:
 
 
 def layout_of(examples: Sequence[Example], part_positions: int) -> Layout:
-    """The layout of the given responses of a data set; rows without loss are left out.
+    """Return the layout of a dataset's responses; rows without loss are left out.
 
     Args:
-        examples: The tokenized data set.
-        part_positions: Loss tokens a file, about.
+        examples: The tokenized dataset.
+        part_positions: Approximate loss tokens a file.
     """
     rows: dict[bytes, TrainingRow] = {}
     for example in examples:

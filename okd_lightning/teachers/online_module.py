@@ -1,9 +1,9 @@
 """The online module: a small trainable PEFT part on a frozen teacher (OKD, arXiv 2409.12512).
 
-Owns putting it on, switching it off, and its weights. The base stays frozen and bit-identical, and
-may be in bfloat16; the module's own weights are float32 or wider. Adapters that change layers (LoRA
-and its kin) go into the model in place; prompt learning (prefix, P-tuning) needs PEFT's wrapper
-around it.
+Owns attaching the module, switching it off, and its weights. The base stays frozen and
+bit-identical, and may be in bfloat16; the module's weights are float32 or wider. Adapters on layers
+(such as LoRA) are added to the model in place; prompt learning (prefix, P-tuning) needs PEFT's
+wrapper around it.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _IN_THE_CACHE = (PeftType.PREFIX_TUNING, "CARTRIDGE")
 
 @dataclass(frozen=True)
 class OnlineModuleSettings:
-    """What a method asks for on the teacher.
+    """A method's online module for the teacher.
 
     Attributes:
         config: Any PEFT config.
-        learning_rate: Of the module; None for the student's.
-        clip_norm: Gradient norm of the module; None for the student's.
-        warmup_steps: Of the module's learning rate; None for the student's.
-        schedule: Of the module's learning rate after warm-up; None for the student's.
+        learning_rate: Learning rate of the module; None for the student's.
+        clip_norm: Largest gradient norm of the module; None for the student's.
+        warmup_steps: Warm-up steps of the module's learning rate; None for the student's.
+        schedule: Schedule of the module's learning rate; None for the student's.
     """
 
     config: PeftConfig
@@ -58,7 +58,7 @@ class OnlineModuleSettings:
         object.__setattr__(self, "config", _completed(self.config))
 
     def to_dict(self) -> dict[str, Any]:
-        """The completed config in primitives, as a checkpoint holds it."""
+        """Return the completed config as primitives, for a checkpoint."""
         values = self.config.to_dict()
         return {
             key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
@@ -75,18 +75,18 @@ def check_online_module(
     self_teacher: SelfTeacher | None,
     is_built_without: bool,
 ) -> None:
-    """Refuse an online module that this run's teacher cannot carry.
+    """Refuse an online module that this run's teacher cannot have.
 
     Args:
-        settings: What a method asks for.
-        known: What another one has asked for before.
-        has_teacher: Whether there is a teacher at all.
-        is_cached: Whether it is read from a cache.
-        self_teacher: Whether it is the student itself, and which.
-        is_built_without: Whether the models are built, and the teacher is the student's base.
+        settings: The method's online module.
+        known: Another method's online module, if any.
+        has_teacher: Whether the run has a teacher.
+        is_cached: Whether the teacher is read from a cache.
+        self_teacher: Kind of self-teacher; None for another teacher.
+        is_built_without: Whether the models are already built, with the student's base as teacher.
 
     Raises:
-        ConfigError: Naming what to change.
+        ConfigError: Not possible; the message says what to change.
     """
     if known is not None and known != settings:
         raise ConfigError(
@@ -122,14 +122,14 @@ def attach_online_module(
 
     Args:
         teacher: The base; changed in place.
-        config: Any PEFT config; its ``task_type`` is filled in, and a LoRA config without its own
-            ``lora_alpha`` gets ``lora_alpha = r`` (scale 1), which is said once. Without its own
-            ``target_modules`` it sits on the query and value projections.
+        config: Any PEFT config; its ``task_type`` is filled in. A LoRA config with the default
+            ``lora_alpha`` gets ``lora_alpha = r`` (scale 1), which is logged. Without
+            ``target_modules`` it adapts the query and value projections.
         option: How the user named it, for messages.
         gradient_checkpointing: Recompute the teacher's activations in the backward pass.
 
     Returns:
-        What to call in place of the teacher, in eval mode: its module is deterministic.
+        The model to use as teacher, in eval mode: its module is deterministic.
 
     Raises:
         ConfigError: The config matches no layer of the teacher, would train the base's own biases,
@@ -161,8 +161,8 @@ class WithinContext(nn.Module):
     """A module that always runs within a context, such as that of ``base_teacher``.
 
     Args:
-        module: What is run.
-        context: Makes the context of one call.
+        module: The module.
+        context: Returns the context of one call.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class WithinContext(nn.Module):
         self.module, self.context = module, context
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """The module's own output."""
+        """Return the module's output."""
         with self.context():
             output: Tensor = self.module(hidden)
         return output
@@ -180,9 +180,9 @@ class WithinContext(nn.Module):
 
 @contextmanager
 def base_teacher(teacher: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """The teacher without its online module, for as long as the block lasts; no second copy.
+    """Switch the teacher's online module off within the context, without a copy of the teacher.
 
-    Blocks may be nested: the module comes back at the end of the outermost one.
+    Contexts may be nested: the outermost one switches the module on again.
     """
     if isinstance(teacher, PeftModel):
         with teacher.disable_adapter():
@@ -193,7 +193,7 @@ def base_teacher(teacher: PreTrainedModel | PeftModel) -> Iterator[None]:
         yield
         return
     learns = {parameter: parameter.requires_grad for parameter in teacher.parameters()}
-    for layer in layers:  # not the model's own enable_adapters, which leaves modules_to_save off
+    for layer in layers:  # not model.enable_adapters, which does not re-enable modules_to_save
         layer.enable_adapters(False)
     try:
         yield
@@ -223,7 +223,7 @@ def _check_no_cache(config: PeftConfig, option: str) -> None:
 
 
 def _completed(config: PeftConfig) -> PeftConfig:
-    """A copy with task type and LoRA scale filled in; the user's object stays as it is."""
+    """Return a copy with task type and LoRA scale filled in."""
     config = deepcopy(config)
     config.task_type = config.task_type or "CAUSAL_LM"
     if (

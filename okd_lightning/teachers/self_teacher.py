@@ -1,6 +1,6 @@
-"""The student as its own teacher: frozen at the start, its moving average, or as it is now.
+"""The student as its own teacher: frozen at the start, its moving average, or its present weights.
 
-Owns the copies and what follows them; which prompt such a teacher reads is the data's business.
+Owns the copies and their updates; the data module owns the prompts of such a teacher.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from okd_lightning.errors import ConfigError
 
 SelfTeacher: TypeAlias = Literal["frozen", "ema", "live"]
-"""The student as it was, its exponential moving average, or as it is at this moment."""
+"""The initial student, its exponential moving average, or the present student."""
 
 DEFAULT_EMA_DECAY = 0.99
 
@@ -33,14 +33,14 @@ def check_self_teacher(
     """Refuse settings that contradict each other.
 
     Args:
-        kind: Which one, or None for a teacher of its own.
-        ema_decay: As the user gave it.
-        has_teacher: Whether a teacher of its own was given as well.
-        has_dtype: Whether the teacher was given a number format of its own.
+        kind: The kind; None for a separate teacher.
+        ema_decay: The user's setting.
+        has_teacher: Whether a separate teacher is set.
+        has_dtype: Whether a number format of the teacher is set.
         is_rounded: Whether the trained weights are in 16 bits.
 
     Raises:
-        ConfigError: Naming what to leave out or to give.
+        ConfigError: There is a contradiction; the message says what to change.
     """
     if kind not in (None, "frozen", "ema", "live"):
         raise ConfigError(f"model.self_teacher is {kind!r}; expected frozen, ema or live")
@@ -69,7 +69,7 @@ def check_self_teacher(
 
 
 def teacher_copy(student: PreTrainedModel) -> PreTrainedModel:
-    """A frozen copy of ``student`` in eval mode; they share the weights that are not trained."""
+    """Return a frozen copy of ``student`` in eval mode, which shares the untrained weights."""
     shared = {id(p): p for p in student.parameters() if not p.requires_grad}
     return deepcopy(student, shared).requires_grad_(False).eval()
 
@@ -78,7 +78,7 @@ def teacher_copy(student: PreTrainedModel) -> PreTrainedModel:
 def follow(teacher: nn.Module, student: nn.Module, decay: float) -> None:
     """Move a ``teacher_copy`` towards the student: t ← decay · t + (1 - decay) · s, in place.
 
-    Only what is trained of the student is averaged; nothing carries gradient.
+    Only the student's trained weights are averaged; nothing carries gradient.
     """
     pairs = [
         (own, trained)
@@ -90,7 +90,7 @@ def follow(teacher: nn.Module, student: nn.Module, decay: float) -> None:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """``model`` without dropout for as long as the block lasts."""
+    """Set ``model`` to eval mode (no dropout) within the context."""
     was_training = model.training
     model.eval()
     try:
@@ -100,7 +100,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def detached(module: nn.Module) -> nn.Module:
-    """A frozen twin of ``module`` as it is now, in the same memory: no gradient reaches it."""
+    """Return a frozen copy of ``module`` that shares its memory and gets no gradient."""
     memo: dict[int, torch.Tensor] = {id(buffer): buffer for buffer in module.buffers()}
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)

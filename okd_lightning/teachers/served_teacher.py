@@ -1,9 +1,9 @@
-"""A teacher on a server: its likeliest ids for every loss token, asked for batch by batch.
+"""A teacher on a server: its most likely ids for every loss token, requested for each batch.
 
-The server is an OpenAI-compatible vLLM, which scores prompts (``prompt_logprobs``). A row of a
-batch, prompt and response, is one prompt to it; what it says of the loss tokens becomes the packed
-rows of ``losses.outcomes``, as they come from the cache. Unlike a cache it reads what the student
-writes in this run.
+The server is an OpenAI-compatible vLLM, which scores prompts (``prompt_logprobs``). Prompt and
+response of a row are one prompt of a request. The log-probabilities of the loss tokens become the
+packed rows of ``losses.outcomes``, like those of the cache. Unlike a cache, it scores on-policy
+responses too.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from okd_lightning.teachers.settings import TeacherServer
 from okd_lightning.teachers.terms import check_known
 
 _SPARE = 8
-"""Ids that are asked for beyond k, in place of such that no token has."""
+"""Ids that are requested beyond k, to replace ids without a token."""
 
 _NEGLIGIBLE = 1e-3
-"""Probability that ids without a token may have."""
+"""Largest probability of ids without a token."""
 
 _SHARE_OF_UNIFORM = 0.5
-"""Of the k likeliest ids' least probability: the server's table may have padding rows."""
+"""Allowed share of the k ids' least possible probability: the server's table may have padding."""
 
 _TOKEN = "OKD_TEACHER_TOKEN"
 
 _LEAST_REST = 1e-7
-"""What a sum of k float32 probabilities cannot be told apart from one by."""
+"""Resolution of 1 minus a sum of k float32 probabilities."""
 
 
 class ServedTeacher:
-    """Asks a server what the teacher has to say about a batch.
+    """Requests the teacher's log-probabilities of a batch from a server.
 
     Args:
-        settings: Which server, and what to ask of it.
-        vocabulary: The run's.
-        tokenizer: The run's, which the server's has to agree with.
-        dtype: Number format of the log-probabilities that are handed over.
+        settings: Address and request settings.
+        vocabulary: The run's vocabulary.
+        tokenizer: The run's tokenizer; the server's must agree with it.
+        dtype: Number format of the returned log-probabilities.
     """
 
     option = "--model.teacher_server"
@@ -77,7 +77,7 @@ class ServedTeacher:
 
         Raises:
             ServerError: The server cannot be reached, or does not serve the model.
-            VocabularyError: It cuts text into other ids than the run's tokenizer.
+            VocabularyError: Its tokenizer gives other ids than the run's.
         """
         if self._is_connected:
             return
@@ -91,13 +91,13 @@ class ServedTeacher:
         )
 
     def check_length(self, num_tokens: int) -> None:
-        """Refuse rows that are longer than the server reads; asks it.
+        """Refuse rows that are longer than the server's limit, which is requested from it.
 
         Args:
-            num_tokens: The longest that the teacher reads.
+            num_tokens: Tokens of the longest row that the teacher reads.
 
         Raises:
-            ConfigError: Naming both lengths.
+            ConfigError: Too long; the message names both lengths.
         """
         limit = self._client.served().max_model_len
         if limit is not None and num_tokens + 1 > limit:
@@ -108,15 +108,15 @@ class ServedTeacher:
             )
 
     def side(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Side:
-        """The teacher's half: packed rows at the masked-in positions; a constant.
+        """Return the teacher's side: packed rows at the loss positions; a constant.
 
         Args:
-            batch: Any rows, also such that the student has just written.
-            quantities: What will be measured with it.
+            batch: Any rows, on-policy ones too.
+            quantities: Quantities that will be measured.
 
         Raises:
-            ConfigError: A quantity for which the teacher has to be run here.
-            ServerError: The server fails, or answers with something else.
+            ConfigError: A quantity that needs the teacher to be run in this process.
+            ServerError: The server fails, or its answer is unexpected.
         """
         check_known(quantities, self.k, self.vocabulary.size, self.option)
         self.connect()
@@ -142,7 +142,7 @@ class ServedTeacher:
         return f"{self.option}: {self._client.endpoint.url}"
 
     def _score(self, ids: list[int], places: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Of one row [places, k] ids, [places, k + 1] log-probs, [places] those of its tokens."""
+        """Return a row's [places, k] ids, [places, k + 1] log-probs, [places] target log-probs."""
         body = {
             "prompt": ids,
             "max_tokens": 1,
@@ -165,9 +165,9 @@ class ServedTeacher:
     def _read(
         self, said: Mapping[int, float], token: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """[k] ids, likeliest first, [k + 1] log-probs (nats) of them and the rest, [] the token's.
+        """Return [k] ids, most likely first, [k + 1] log-probs (nats), [] the target token's.
 
-        vLLM gives a prompt's own tokens beside the likeliest, however unlikely they are.
+        vLLM returns a prompt's own tokens besides the most likely ids, however unlikely they are.
         """
         entries = sorted((-logprob, known) for known, logprob in said.items())
         ids = np.asarray([known for _, known in entries])
@@ -190,7 +190,7 @@ class ServedTeacher:
         return ids, outcomes - np.logaddexp.reduce(outcomes), drawn
 
     def _check_mass(self, logprobs: np.ndarray) -> None:
-        """Refuse k ids that cannot be the likeliest, which have k / vocabulary at least."""
+        """Refuse k ids that cannot be the most likely: those have at least k / vocabulary."""
         mass, least = float(np.exp(logprobs).sum()), self.k / self.vocabulary.size
         if mass < _SHARE_OF_UNIFORM * least:
             raise ServerError(

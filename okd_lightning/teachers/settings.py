@@ -1,4 +1,4 @@
-"""What a user says of a teacher that is not run here: its cache, or its server."""
+"""User settings of a teacher that is not run in this process: its cache, or its server."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ LogProbFormat: TypeAlias = Literal["float16", "float32"]
 
 @dataclass(frozen=True)
 class TeacherCache:
-    """The teacher's k likeliest ids, the rest and the token's own, for every loss token, on disk.
+    """Log-probabilities of the teacher's k most likely ids, the rest and the target, on disk.
 
     Args:
-        folder: Where caches lie; each teacher, data set and k gets an entry of its own there.
-        k: Ids that keep their own log-probability; 48 are 296 bytes a token at most in
-            float16.
+        folder: Folder of caches, with one entry for each teacher, dataset and k.
+        k: Ids that keep their own log-probability; 48 take at most 296 bytes a token in float16.
         dtype: Number format of the log-probabilities.
     """
 
@@ -28,9 +27,10 @@ class TeacherCache:
 
     @classmethod
     def of(cls, given: str | TeacherCache) -> TeacherCache:
-        """The settings, also where only a folder is given; checked here, not when they are made.
+        """Return the checked settings; a text is the folder.
 
-        (The command line would take an error of the constructor for a value of another type.)
+        They are not checked in the constructor: the command line would take its error for a value
+        of another type.
         """
         settings = cls(folder=given) if isinstance(given, str) else given
         if settings.k < 1:
@@ -47,12 +47,12 @@ class TeacherServer:
     """A teacher on an OpenAI-compatible vLLM server, which scores every row of a batch.
 
     Args:
-        url: Of the server, such as http://localhost:8000.
-        model: Name under which it serves the teacher; by default the only one that it has.
+        url: Address of the server, such as http://localhost:8000.
+        model: Name of the served teacher; by default the server's only model.
         k: Ids that keep their own log-probability; the server needs --max-logprobs k + 8.
         timeout_seconds: Longest wait for one row, which includes the server's queue.
-        concurrency: Requests under way at once.
-        num_retries: Repeats of a request whose connection failed; 12 last 64 seconds, in which a
+        concurrency: Requests in flight at once.
+        num_retries: Retries of a request whose connection failed; 12 last 64 seconds, in which a
             server can restart.
     """
 
@@ -65,10 +65,10 @@ class TeacherServer:
 
     @classmethod
     def of(cls, given: str | TeacherServer) -> TeacherServer:
-        """The settings, also where only an address is given; checked.
+        """Return the checked settings; a text is the address.
 
-        The check is not made where they are built: the command line tries whether they fit, and
-        would take its message for "they do not".
+        They are not checked in the constructor: the command line would take its error for a value
+        of another type.
 
         Raises:
             ConfigError: A number out of its range.
@@ -82,14 +82,14 @@ class TeacherServer:
 
 
 def check_served_teacher(server: object, others: Mapping[str, object]) -> None:
-    """Refuse a served teacher beside settings of another one.
+    """Refuse a served teacher together with settings of another teacher.
 
     Args:
         server: The setting.
-        others: What else was said of a teacher, by option; None for nothing.
+        others: Other settings of a teacher, by option; None for unset ones.
 
     Raises:
-        ConfigError: Naming what to leave out.
+        ConfigError: Both are set; the message says what to leave out.
     """
     given = [f"model.{name}" for name, value in others.items() if value is not None]
     if server is not None and given:
@@ -100,10 +100,10 @@ def check_served_teacher(server: object, others: Mapping[str, object]) -> None:
 
 
 def check_cached_teacher(cache: object, self_teacher: str | None, has_teacher: bool) -> None:
-    """Refuse a cache of a teacher that is not there, or that does not stay as it is.
+    """Refuse a cache without a teacher, or of a self-teacher.
 
     Raises:
-        ConfigError: Naming what to leave out.
+        ConfigError: Not possible; the message says what to leave out.
     """
     if cache is None:
         return

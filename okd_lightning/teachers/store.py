@@ -1,8 +1,8 @@
-"""One entry of the cache on disk: numpy files of records, and an index that makes it whole.
+"""One entry of the cache on disk: numpy files of records, and an index that completes it.
 
-A record is a loss token: k ids, their log-probabilities, the rest's and the token's own. Files are
-written in one piece each; the index is written last and holds every file's size and checksum, so
-that an entry without it is one whose writing goes on.
+A record is a loss token: k ids, their log-probabilities, the rest's and the token's own. Each file
+is written atomically. The index is written last, with the key and every file's checksum: an entry
+without it is incomplete.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _OPEN_FILES = 256
 
 
 def record_type(k: int, vocab_size: int, dtype: str) -> np.dtype[Any]:
-    """What is stored of a loss token: two bytes an id where the vocabulary allows it.
+    """Return the record type of a loss token, with two bytes an id if the vocabulary allows it.
 
     Args:
-        k: Ids.
-        vocab_size: Ids that there are.
+        k: Number of stored ids.
+        vocab_size: Ids of the vocabulary.
         dtype: "float16" or "float32", of the log-probabilities of the k ids.
     """
     of_id = "<u2" if vocab_size <= 2**16 else "<u4"
@@ -41,13 +41,13 @@ def record_type(k: int, vocab_size: int, dtype: str) -> np.dtype[Any]:
 
 
 def to_records(logprobs: LogProbs, targets: PositionIds, record: np.dtype[Any]) -> np.ndarray:
-    """[positions] records of full distributions.
+    """Return [positions] records of full distributions.
 
-    The ids are chosen, and the rest summed, before anything is rounded.
+    The ids are chosen, and the rest summed, before rounding.
 
     Args:
         logprobs: [positions, vocab] log q (nats).
-        targets: [positions] the tokens that stand there.
+        targets: [positions] the target tokens.
         record: From ``record_type``.
     """
     k = record["ids"].shape[0]
@@ -62,7 +62,7 @@ def to_records(logprobs: LogProbs, targets: PositionIds, record: np.dtype[Any]) 
 
 
 def from_records(records: np.ndarray) -> PositionHidden:
-    """[positions, 2k + 2] packed rows; rounded probabilities are scaled so as to sum to one."""
+    """Return [positions, 2k + 2] packed rows; rounded probabilities are scaled to sum to one."""
     ids = torch.from_numpy(records["ids"].astype(np.int64))
     known = torch.from_numpy(records["logprobs"].astype(np.float32))
     rest = torch.from_numpy(records["rest"].astype(np.float32))[:, None]
@@ -72,16 +72,16 @@ def from_records(records: np.ndarray) -> PositionHidden:
 
 
 def make_folder(folder: Path) -> None:
-    """Make ``folder`` where it is not there.
+    """Create ``folder`` if it does not exist.
 
     Raises:
-        OutputError: It cannot be made or written.
+        OutputError: It cannot be created or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write-test"
         probe.touch()
-        probe.unlink(missing_ok=True)  # another run on the same folder may have been here
+        probe.unlink(missing_ok=True)  # another run may have removed it
     except OSError as error:
         raise OutputError(
             f"--model.teacher_cache: {str(folder)!r} cannot be written ({error.strerror}); choose "
@@ -90,13 +90,13 @@ def make_folder(folder: Path) -> None:
 
 
 class Entry:
-    """The cache of one teacher's reading of one data set.
+    """The cache of one teacher and one dataset.
 
     Args:
-        folder: Its own folder.
-        key: All that decides what is in it.
-        layout: Which rows.
-        record: What is stored of a loss token.
+        folder: Folder of the entry.
+        key: Everything that determines its content.
+        layout: Its rows.
+        record: Record type of a loss token.
     """
 
     def __init__(
@@ -109,11 +109,11 @@ class Entry:
 
     @property
     def num_bytes(self) -> int:
-        """Of all records."""
+        """Bytes of all records."""
         return self.layout.num_positions * self.record.itemsize
 
     def state(self) -> tuple[bool, str]:
-        """Whether it is whole; if it is not, what is wrong with what is there ("" for nothing)."""
+        """Return whether it is complete, and else the problem ("" if nothing is there)."""
         path = self.folder / _INDEX
         if not path.is_file():
             return False, ""
@@ -129,7 +129,7 @@ class Entry:
         return True, ""
 
     def has_part(self, number: int) -> bool:
-        """Whether a file is there, of the right type and size."""
+        """Return whether a file exists with the right type and size."""
         try:
             records = np.load(self._path(number), mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError):  # no such file, or one that ends too early
@@ -138,10 +138,10 @@ class Entry:
         return records.dtype == self.record and records.shape == expected
 
     def prepare(self) -> None:
-        """Make the folder, without an index.
+        """Create the folder, without an index.
 
         Raises:
-            OutputError: It cannot be written, or the disk has no room for it.
+            OutputError: It cannot be written, or the disk has too little space.
         """
         make_folder(self.folder)
         if not self.state()[0]:  # else another run has just finished it
@@ -161,23 +161,23 @@ class Entry:
             )
 
     def write_part(self, number: int, records: np.ndarray) -> None:
-        """Put one file in place; another run may write the same one at the same time."""
+        """Write one file atomically; another run may write the same file at the same time."""
         path = self._path(number)
         with replacing(path, own_aside(path)) as file:
             np.save(file, records, allow_pickle=False)
 
     def finish(self) -> None:
-        """Write the index: from now on the entry is whole."""
+        """Write the index, which completes the entry."""
         parts = range(len(self.layout.parts))
         checksums = [_checksum(self._load(number)) for number in parts]
         index = self.folder / _INDEX
         write_json(index, {"key": self.key, "checksums": checksums}, own_aside(index))
 
     def open(self) -> None:
-        """Get ready to read.
+        """Prepare for ``read``.
 
         Raises:
-            CacheError: It is not whole, as seen from here.
+            CacheError: It is incomplete, as seen from this process.
         """
         is_whole, problem = self.state()
         if not is_whole:
@@ -188,10 +188,10 @@ class Entry:
         self._checksums = read_json(self.folder / _INDEX)["checksums"]
 
     def read(self, place: Place) -> np.ndarray:
-        """The records of one row.
+        """Return the records of one row.
 
         Raises:
-            CacheError: The file is not what was written.
+            CacheError: The file's checksum differs.
         """
         records = self._open.get(place.part)
         if records is None:

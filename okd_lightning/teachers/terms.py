@@ -1,4 +1,4 @@
-"""Which methods a cached teacher can serve, and a method as it is read from the cache."""
+"""Methods that work with a cached teacher, and their form for one."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from okd_lightning.records.batches import LossOutput
 
 
 def check_known(quantities: Sequence[Quantity], k: int, vocab_size: int, option: str) -> None:
-    """Refuse to measure what needs more of the teacher than k ids; it is our own measures' guard.
+    """Refuse quantities that need more of the teacher than k ids; a guard for our own metrics.
 
     Args:
-        quantities: What is asked for.
-        k: Ids that are known.
-        vocab_size: Ids that there are.
-        option: How the user chose such a teacher.
+        quantities: The quantities.
+        k: Ids of the teacher that are known.
+        vocab_size: Ids of the vocabulary.
+        option: The user's option for such a teacher.
 
     Raises:
         ConfigError: One of them is not in its cached form.
@@ -47,15 +47,15 @@ def check_cached_term(
     """Refuse a method that needs the teacher itself.
 
     Args:
-        term: The method's.
-        k: Ids that are known of the teacher.
-        vocab_size: Ids that there are.
-        option: How the user chose such a teacher.
-        reads_new_rows: Whether it can be asked about what the student writes.
+        term: The method's term.
+        k: Ids of the teacher that are known.
+        vocab_size: Ids of the vocabulary.
+        option: The user's option for such a teacher.
+        reads_new_rows: Whether the teacher can score on-policy responses.
 
     Raises:
-        ConfigError: It acts on rows that only the run itself brings forth, has the teacher write
-            or learn, or asks for more than k probabilities.
+        ConfigError: It needs a cached teacher on on-policy rows, makes the teacher generate or
+            learn, or needs more than k probabilities.
     """
     advice = f"; leave {option} out for this run"
     if "teacher" in term.sources:
@@ -80,12 +80,12 @@ def check_cached_term(
 
 
 class CachedTerm:
-    """A term that asks for what is cached, and reads it as what it had asked for.
+    """A term whose quantities are measured in their cached form.
 
     Args:
-        term: The method's; everything else is its own.
-        k: Ids that the cache holds.
-        vocab_size: Ids that there are.
+        term: The method's term; all other attributes are its own.
+        k: Ids of the teacher that are known.
+        vocab_size: Ids of the vocabulary.
     """
 
     def __init__(self, term: Term, k: int, vocab_size: int) -> None:
@@ -97,11 +97,11 @@ class CachedTerm:
 
     @property
     def quantities(self) -> tuple[Quantity, ...]:
-        """The term's, in their cached form."""
+        """The term's quantities in their cached form."""
         return tuple(self._forms.values())
 
     def loss(self, measured: Measured) -> LossOutput:
-        """The term's."""
+        """Return the term's loss of the cached forms' values."""
         values = {quantity: measured[form] for quantity, form in self._forms.items()}
         return self._term.loss(replace(measured, values=values))
 
@@ -109,7 +109,7 @@ class CachedTerm:
 def cached_terms(
     terms: Sequence[WeightedTerm], k: int, vocab_size: int
 ) -> tuple[WeightedTerm, ...]:
-    """The same terms with the same factors, as they are read from the cache."""
+    """Return the terms with their factors in the form for a cached teacher."""
     return tuple(
         replace(weighted, term=cast(Term, CachedTerm(weighted.term, k, vocab_size)))
         for weighted in terms

@@ -225,3 +225,15 @@ def test_resuming_leaves_a_failed_attempt_no_trace(fit: Fit, okd: Fit) -> None:
         result = okd("fit", "--ckpt_path", "kept/at-step=4.ckpt", "--method", "SFT")
     assert result.status == 1
     assert {p: p.read_bytes() for p in RUN.iterdir() if p.is_file()} == before
+
+
+def test_a_config_of_an_earlier_version_names_classes_where_they_were(fit: Fit, okd: Fit) -> None:
+    reward = "Reward", "--method.function", "okd_lightning.rewards.AnswerMatch"
+    fit("--method", *reward, "--method.baseline", "none", "--trainer.max_steps", "1")
+    checkpoint = torch.load(LAST, weights_only=True)
+    config = checkpoint["okd_lightning"]["config"]
+    assert "okd_lightning.rewards.AnswerMatch" in config
+    checkpoint["okd_lightning"]["config"] = config.replace("rewards.Ans", "advantages.Ans")
+    torch.save(checkpoint, LAST)
+    result = okd("fit", "--ckpt_path", str(LAST), "--trainer.max_steps", "2")
+    assert result.status == 0, result.err
