@@ -109,7 +109,7 @@ def enumerate_truth(student: PreTrainedModel, teacher: PreTrainedModel) -> Truth
 
 
 class Steps(Callback):
-    """Records every optimizer step's sum over its rollouts, and its factor rollouts / tokens.
+    """Every optimizer step's sum over its rollouts, and its factor rollouts / tokens.
 
     Args:
         seconds: CPU time after which the run ends.

@@ -17,7 +17,7 @@ _ROUNDS, _STEPS, _UNCOUNTED = 5, 14, 4
 
 
 class _StepTimes(Callback):
-    """Records CPU time at the end of every step; the interval covers rollouts, data and update."""
+    """CPU time at the end of every step; an interval covers rollouts, data and update."""
 
     def __init__(self) -> None:
         self.marks: list[float] = []

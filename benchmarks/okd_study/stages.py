@@ -35,14 +35,14 @@ def main(task: str, steps: int, seed: int) -> Iterator[Arm]:
 
 
 def ablation(task: str, steps: int, seed: int) -> Iterator[Arm]:
-    """Yield a small Table V: three divergences with and without the online module."""
+    """Yield a small version of Table V: three divergences with and without the online module."""
     for alone, suffix in (("KD", ""), ("reverse KD", " reverse KL"), ("JSD KD", " JSD")):
         adaptive = [f"OKD α={alpha:g} rate×1{suffix}" for alpha in (0.3, 0.5)]
         yield from arms_of((alone, *adaptive), task, steps, seed)
 
 
 def controls(task: str, steps: int, seed: int) -> Iterator[Arm]:
-    """Yield a certain teacher softened without learning (τ), and α above one half."""
+    """Yield runs with a teacher softened without learning (τ), and with α above one half."""
     adaptive = [f"OKD α={alpha:g} rate×1" for alpha in (0.5, 0.7, 0.9)]
     yield from arms_of(("KD", *adaptive, "KD τ=2", "KD τ=4"), task, steps, seed)
 
@@ -57,7 +57,7 @@ def shift(task: str, steps: int, seed: int) -> Iterator[Arm]:
 
 
 def grid(task: str, steps: int, seed: int) -> Iterator[Arm]:
-    """Yield few rows read many times or many read once, with a certain or a soft teacher."""
+    """Yield runs on few rows read often or many read once, with a certain or a soft teacher."""
     rows, sharpness = _GRID[task]
     for num_rows in rows:
         for factor in sharpness:
@@ -65,7 +65,7 @@ def grid(task: str, steps: int, seed: int) -> Iterator[Arm]:
 
 
 def size(task: str, steps: int, seed: int) -> Iterator[Arm]:
-    """Yield students of half the quickstart's width, its own, and the teacher's."""
+    """Yield runs with students of half the quickstart's width, its own, and the teacher's."""
     for width in (16, None, 64):
         yield from arms_of(_COMPARED, task, steps, seed, Conditions(hidden_size=width))
 

@@ -1,4 +1,4 @@
-"""Models and data of the three tasks; trains an arm and measures it."""
+"""Models and data of the three tasks; training and measuring of an arm."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Prepared:
 
 
 class Tasks:
-    """Prepares, trains and measures arms.
+    """Preparation, training and measuring of arms.
 
     Args:
         shared: Folder with models/student75K, models/stories260K and datasets/.

@@ -30,7 +30,7 @@ _VAL = {"tinystories": 50, "arithmetic": 150}  # optimizer steps between two val
 
 
 class Runner:
-    """Runs arms on the tasks' models and data.
+    """Runner of arms on the tasks' models and data.
 
     Args:
         shared: Folder with models/student75K, models/stories260K and datasets/.

@@ -76,12 +76,12 @@ def larger() -> Iterator[Arm]:
 
 
 def samples() -> Iterator[Arm]:
-    """Yield four responses per prompt."""
+    """Yield an arm with four responses per prompt."""
     yield replace(opd_plus(REVERSE, "value_baseline"), samples=4, steps=100)
 
 
 def arithmetic() -> Iterator[Arm]:
-    """Yield the quickstart's task: stopped reward, correction, exact loss."""
+    """Yield arms on the quickstart's task: stopped reward, correction, exact loss."""
     arms = [opd_plus(REVERSE, "value_baseline"), opd_plus(JSD), opd(JSD), gkd(REVERSE)]
     arms += [opd_plus(REVERSE, "value_baseline", _CLIP), opd(REVERSE), opd_plus(FORWARD)]
     arms += [opd(FORWARD), gkd(FORWARD), gkd(JSD)]
@@ -89,13 +89,13 @@ def arithmetic() -> Iterator[Arm]:
 
 
 def hotter() -> Iterator[Arm]:
-    """Yield arithmetic at the quickstart's learning rate."""
+    """Yield arms on arithmetic at the quickstart's learning rate."""
     arms = [opd(REVERSE), opd_plus(REVERSE, "value_baseline"), gkd(REVERSE)]
     yield from (on_arithmetic(arm, rate=1e-2) for arm in arms)
 
 
 def rewards() -> Iterator[Arm]:
-    """Yield a verifiable reward alone, and together with OPD+, with four samples per prompt."""
+    """Yield arms with a verifiable reward alone and with OPD+, four samples per prompt."""
     alone = ("--method", "Reward", "--method.function", "AnswerMatch")
     alone += ("--method.baseline", "leave_one_out")
     beside = opd_plus(REVERSE, "value_baseline")

@@ -70,7 +70,7 @@ def summary(own: Tensor, exact: Tensor) -> dict[str, float | None]:
 
 
 class VarianceStudy:
-    """Measures both tables on the TinyStories pair.
+    """Measurement of both tables on the TinyStories pair.
 
     Args:
         shared: Folder with models/ and datasets/.

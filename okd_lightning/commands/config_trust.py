@@ -114,7 +114,7 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 class _Walk:
-    """Walks a config, with the type of every value from the parameters of its class."""
+    """Walk through a config, with the type of every value from the parameters of its class."""
 
     def __init__(self, given: frozenset[str]) -> None:
         self.given = given

@@ -75,7 +75,7 @@ def only_run() -> Path | None:
 
 
 class SharedFolder(Callback):
-    """Makes all ranks write to rank 0's folder: each process chose a name of its own."""
+    """Callback that makes all ranks write to rank 0's folder: each process chose its own."""
 
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 class FrozenPartsModule(lightning.LightningModule):
-    """Shares frozen tensors with its deep copies; hides them from callbacks that change weights.
+    """LightningModule that hides frozen tensors from callbacks, and shares them with its copies.
 
     From callbacks' ``setup`` until the module's own, ``modules()``, ``parameters()`` and
     ``buffers()`` list only trained parts, so a callback never gets the teacher or an adapter's

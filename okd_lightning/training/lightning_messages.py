@@ -57,7 +57,7 @@ class PrintableConsole(Console):
 
 
 class _CurrentStderr(logging.StreamHandler[TextIO]):
-    """Writes to the current ``sys.stderr``, such as a progress bar's."""
+    """Log handler for the current ``sys.stderr``, such as a progress bar's."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)

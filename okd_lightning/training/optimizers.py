@@ -199,7 +199,7 @@ def with_schedule(
 
 
 class _OwnGroupsLR(LambdaLR):
-    """Schedules the initial groups; a callback that adds a group sets that group's rate.
+    """LambdaLR of the initial groups; a callback that adds a group sets that group's rate.
 
     Lightning's BackboneFinetuning adds a group for the parameters that it unfreezes, and torch's
     LambdaLR refuses an optimizer with more groups than schedules.

@@ -69,7 +69,7 @@ class Budget:
 
 
 class BudgetStop(Callback):
-    """Ends a run after the optimizer step that uses up its budget; all ranks at the same step.
+    """Callback that ends a run after the step that uses up its budget, on all ranks alike.
 
     Has to be called after the ``Throughput`` that counts. A run that is resumed after its budget
     was spent ends at once.

@@ -159,7 +159,7 @@ def comparison_lock(path: Path) -> Iterator[None]:
 
 
 class ComparisonFolder:
-    """Opens a comparison's folder, new or existing.
+    """A comparison's folder, new or existing.
 
     Args:
         path: The folder.

@@ -68,7 +68,7 @@ def probed_parameters(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
 
 
 class GradientProbe:
-    """Collects gradients batch by batch.
+    """Collection of gradients, batch by batch.
 
     Args:
         module: Its models are on their devices.

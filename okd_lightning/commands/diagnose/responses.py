@@ -66,7 +66,7 @@ def given_responses(examples: Sequence[Example], eos_ids: Sequence[int]) -> Resp
 
 
 class ResponseWriter:
-    """Generates responses of one of the two models; the same seed gives the same responses.
+    """Generator of one model's responses; the same seed gives the same responses.
 
     Args:
         module: Its models are on their devices.

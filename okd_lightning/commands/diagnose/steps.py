@@ -31,7 +31,7 @@ _REPETITIONS = 2
 
 
 class StepProbe:
-    """Runs training steps on existing batches.
+    """Training steps on existing batches.
 
     Args:
         module: Its models are on their devices.

@@ -49,7 +49,7 @@ _ADVICE = {
 
 
 class HealthWarnings(Callback):
-    """Warns of collapsing entropy, exploding length, cut responses and extreme log-ratios.
+    """Warnings of collapsing entropy, exploding length, cut responses and extreme log-ratios.
 
     Every so many optimizer steps it examines the step's on-policy samples and judges smoothed
     values over all ranks. It uses values that are computed anyway, with one collective call per
