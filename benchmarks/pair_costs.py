@@ -31,8 +31,8 @@ class Sizes:
 
     Attributes:
         parameters: All parameters.
-        block: Of one block.
-        head: Of the head; the input embedding has as many.
+        block: Parameters of one block.
+        head: Parameters of the head; the input embedding has as many.
         layers: Number of blocks.
         hidden: Width.
         intermediate: Width of the feed-forward part.
@@ -40,7 +40,7 @@ class Sizes:
         key_value: Width of its keys, and of its values.
         heads: Number of query heads.
         vocab: Rows of the head.
-        adapter: Of LoRA with OKD's default rank on PEFT's default layers.
+        adapter: Parameters of LoRA with OKD's default rank on PEFT's default layers.
         is_eager: Whether attention stores its matrices (no fused kernel soft-caps).
     """
 
@@ -141,9 +141,9 @@ class Hardware:
     """Devices and the models' placement on them.
 
     Attributes:
-        name: For tables.
+        name: Name in tables.
         overlay: The config that requests it; None for one device.
-        devices: Over all nodes.
+        devices: Number of devices on all nodes.
         nodes: Number of machines.
         is_sharded: Whether each device holds a part (FSDP2), or everything (DDP).
     """

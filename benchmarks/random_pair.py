@@ -119,10 +119,10 @@ def train_in_turns(
 
     Args:
         method: The method.
-        dtype: Of both models' weights.
+        dtype: Number format of both models' weights.
         lengths: Tokens of each row's prompt and response; by default 1 and 254, and an eos.
-        teacher: A folder to load it from; None makes it in memory.
-        **settings: Of the DistillationModule.
+        teacher: Folder of the teacher; None makes it in memory.
+        **settings: Settings of the DistillationModule.
     """
     turns = Turns()
     warnings.simplefilter("ignore")

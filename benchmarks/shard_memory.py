@@ -78,7 +78,7 @@ def per_device(
         student: Weights, gradients and AdamW's moments in float32, gathered in bfloat16.
         teacher: Frozen, in bfloat16.
         devices: Number of devices that share all of these.
-        tokens: Of a micro-batch on one device, padding included.
+        tokens: Tokens of a micro-batch on one device, padding included.
         adapts: Whether a gradient goes through the teacher too.
     """
     return {

@@ -22,7 +22,7 @@ class Conditions:
         sharpness: Factor on the base teacher's logits: above 1 it is more certain, below 1 less.
         teacher_steps: Optimizer steps of full SFT of the teacher on the training rows before
             distillation.
-        hidden_size: Of the student (arithmetic only); None for the quickstart's.
+        hidden_size: The student's (arithmetic only); None for the quickstart's.
     """
 
     num_rows: int | None = None
@@ -46,10 +46,10 @@ class Arm:
 
     Attributes:
         task: "tinystories", "arithmetic" or "gsm8k".
-        name: Of the method with its settings.
+        name: Name of the method with its settings.
         method: Builds the method.
         steps: Optimizer steps.
-        seed: Of the data order, the warm start and the online module.
+        seed: Seed of the data order, the warm start and the online module.
         conditions: Changes of the task's settings.
     """
 

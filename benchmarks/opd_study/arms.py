@@ -14,13 +14,13 @@ class Arm:
 
     Attributes:
         task: "tinystories" or "arithmetic".
-        name: Of the method with its settings; with task, steps, rows, rate and seed it is unique.
+        name: Name of the method with its settings; unique with task, steps, rows, rate and seed.
         options: Command-line options of the method: ``--method`` and its settings.
         steps: Optimizer steps.
         rows: Sequences per optimizer step.
         rate: Learning rate.
         samples: Responses per prompt.
-        seed: Of data order and sampling.
+        seed: Seed of data order and sampling.
     """
 
     task: str

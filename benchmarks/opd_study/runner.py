@@ -34,7 +34,7 @@ class Runner:
 
     Args:
         shared: Folder with models/student75K, models/stories260K and datasets/.
-        root: For run folders and warm-started students.
+        root: Folder of run folders and warm-started students.
     """
 
     def __init__(self, shared: Path, root: Path) -> None:
@@ -138,9 +138,9 @@ class Said:
     """Result of a command.
 
     Attributes:
-        code: Its exit status.
-        output: Its standard output.
-        error: Its error output.
+        code: Exit status.
+        output: Standard output.
+        error: Error output.
     """
 
     code: int

@@ -52,9 +52,9 @@ class ForeignPart:
     """A part of a config that is used only if it is trusted.
 
     Attributes:
-        option: Its place, as one types it, without the dashes.
-        value: Its value.
-        what: Its kind, for messages.
+        option: Place in the config, as one types it, without the dashes.
+        value: Value, as text.
+        what: Kind of the part, for messages.
     """
 
     option: str

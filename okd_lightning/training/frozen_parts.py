@@ -98,6 +98,7 @@ class FrozenPartsModule(lightning.LightningModule):
         memo[id(self)] = copy
         if is_running:
             self._lists_trained_parts = self._was_copied = True
+        # the default deep copy, with ``memo`` filled in advance
         copy.__setstate__(deepcopy(self.__getstate__(), memo))
         copy._left_alone = frozenset(map(id, shared)) if is_running else frozenset()
         return copy

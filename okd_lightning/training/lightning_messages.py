@@ -40,7 +40,7 @@ class PrintableConsole(Console):
     text.
 
     Args:
-        settings: Of rich's Console.
+        settings: Arguments of rich's Console.
     """
 
     def __init__(self, **settings: Any) -> None:

@@ -74,7 +74,7 @@ class DistillationModule(OptimizedModule):
             .gguf file, or a config to start from random weights: a mapping with model_type and that
             architecture's fields. From Python also a model (the adapter of a PeftModel is trained);
             docs/concepts/models.md.
-        teacher: The same for the teacher; none for plain SFT.
+        teacher: The teacher, in the same forms; none for plain SFT.
         tokenizer: Folder or hub id of the tokenizer; the student's by default, else the teacher's.
         learning_rate: After warm-up; 5e-5 by default, or the one set in ``optimizer``.
         weight_decay: Of matrices only (not of biases and norms); 0 by default, or the one set in

@@ -77,8 +77,8 @@ class OptimizedModule(MeasuredModule):
     """Both models of a distillation, with their optimizer.
 
     Attributes:
-        learning_rate: The student's, before the schedule.
-        weight_decay: Of the student's matrices.
+        learning_rate: The student's learning rate, before the schedule.
+        weight_decay: Weight decay of the student's matrices.
         terms: The methods of the run.
         chosen_options: Command → options that the user chose for it; None in a run from Python.
     """

@@ -19,8 +19,8 @@ def run_settings(module: OptimizedModule, trainer: lightning.Trainer) -> dict[st
     """Collect method, optimizer, rates, clipping, precision and device of a run.
 
     Args:
-        module: With all methods of the run.
-        trainer: Of the run.
+        module: A module with all methods of the run.
+        trainer: The run's Trainer.
 
     Returns:
         Primitives, and mappings of them.
@@ -95,8 +95,8 @@ def given_arguments(kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
     Args:
         kind: The class.
-        args: Of its constructor.
-        kwargs: Of its constructor.
+        args: Positional arguments of the constructor.
+        kwargs: Keyword arguments of the constructor.
     """
     try:
         bound = inspect.signature(kind).bind(*args, **kwargs)

@@ -23,7 +23,7 @@ class Budget:
 
     Attributes:
         unit: What is counted.
-        amount: In that unit, above 0.
+        amount: Number of units, above 0.
     """
 
     unit: Unit
@@ -75,7 +75,7 @@ class BudgetStop(Callback):
     was spent ends at once.
 
     Args:
-        budget: Of the run.
+        budget: The run's budget.
     """
 
     def __init__(self, budget: Budget) -> None:

@@ -119,7 +119,7 @@ def in_setup_order(callbacks: Sequence[Callback]) -> list[Callback]:
     """Return callbacks with ``precedes_models``, ``ModelsFirst``, and the others, each in order.
 
     Args:
-        callbacks: Of a Trainer; a ``ModelsFirst`` among them is kept, else one is added.
+        callbacks: A Trainer's callbacks; a ``ModelsFirst`` among them is kept, else one is added.
     """
     builder = next((c for c in callbacks if isinstance(c, ModelsFirst)), None) or ModelsFirst()
     others = [c for c in callbacks if c is not builder]
