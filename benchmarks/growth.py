@@ -1,8 +1,8 @@
-"""How costs grow: with tokens a step, with the vocabulary, and with prompts an epoch.
+"""Growth of costs with tokens per step, with the vocabulary, and with prompts per epoch.
 
-The first two are KD steps with JSD(1/2) on random Llamas (three layers, heads untied); the third is
+The first two are KD steps with JSD(1/2) on random Llamas (three layers, heads untied). The third is
 the loader alone, on prompts of 16 tokens with responses of 16: set-up, the first batch of an epoch,
-a batch, and what a checkpoint asks of it.
+a batch, and its state for a checkpoint.
 
     python benchmarks/growth.py [--steps 3]
 """
@@ -34,7 +34,7 @@ PROMPTS = [1_000, 10_000, 100_000]
 
 
 def make_model(width: int, vocab: int, seed: int) -> PreTrainedModel:
-    """A random Llama of three layers."""
+    """Make a random Llama of three layers."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -52,7 +52,7 @@ def make_model(width: int, vocab: int, seed: int) -> PreTrainedModel:
 
 
 def run_steps(rows: int, vocab: int) -> None:
-    """Forward and backward of a KD step, one a turn."""
+    """Run forward and backward of a KD step, one per turn."""
     turns = Turns()
     student, teacher = make_model(256, vocab, 0), make_model(512, vocab, 1)
     teacher.requires_grad_(False).eval()
@@ -76,7 +76,7 @@ def run_steps(rows: int, vocab: int) -> None:
 
 
 def loader_costs(num_prompts: int) -> dict[str, Any]:
-    """Seconds of each thing that the loader does, in an epoch over all prompts."""
+    """Return the seconds of each operation of the loader, in an epoch over all prompts."""
     ids = torch.randint(3, 32000, (num_prompts, 32)).tolist()
     examples = [
         Example(i, tuple(row[:16]), (False,) * 16, tuple(row[16:]), "", "")
@@ -88,7 +88,7 @@ def loader_costs(num_prompts: int) -> dict[str, Any]:
         examples,
         plan_for([KD()]),
         LoaderShape(batch_size=8, prompts_per_epoch=num_prompts),
-        cast(Writer, None),  # all responses are given
+        cast(Writer, None),  # all responses are the dataset's
         sampling=Sampling(),
         max_new_tokens=16,
         seed=0,
@@ -114,7 +114,7 @@ def loader_costs(num_prompts: int) -> dict[str, Any]:
 
 
 def step_costs(rows: int, vocab: int, steps: int) -> dict[str, Any]:
-    """Medians of one size, over its logits."""
+    """Return the medians of one size, also per logit."""
     size = ["step", "--rows", str(rows), "--vocab", str(vocab)]
     found = take_turns(__file__, {"ours": size}, steps)["ours"]
     logits = rows * (LENGTH - 1) * vocab
@@ -127,7 +127,7 @@ def step_costs(rows: int, vocab: int, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure all parts, or be one step's process."""
+    """Measure all parts, or run as one step's process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--contender", choices=["step"], help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)

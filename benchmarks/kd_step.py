@@ -1,4 +1,4 @@
-"""A KD step with JSD(1/2) against TRL's GKD trainer: 16M <- 41M, V = 32000, 8 x 256 tokens.
+"""KD step with JSD(1/2) against TRL's GKD trainer: 16M <- 41M, V = 32000, 8 x 256 tokens.
 
 Both train the same random Llamas on the same rows, off-policy, with AdamW and gradient clipping at
 1, without gradient checkpointing. With ``--shared FOLDER`` the rows have the lengths of GSM8K's
@@ -25,14 +25,14 @@ NUM_ROWS = 512
 
 
 def lengths_of(shared: str | None) -> list[tuple[int, int]]:
-    """Tokens of every row's prompt and response; by default 1 and 254."""
+    """Return the tokens of every row's prompt and response; by default 1 and 254."""
     if shared is None:
         return [(1, pair.LENGTH - 2)] * 64
     return pair.gsm8k_lengths(shared, NUM_ROWS)
 
 
 def token_rows(shared: str | None) -> list[dict[str, Any]]:
-    """The same rows as ids, each with an end."""
+    """Return the rows as ids, each with an eos."""
     lengths = lengths_of(shared)
     ids = pair.make_ids(len(lengths)).tolist()
     return [
@@ -42,18 +42,18 @@ def token_rows(shared: str | None) -> list[dict[str, Any]]:
 
 
 def run_ours(dtype: str, shared: str | None, packing: bool = True) -> None:
-    """DistillationModule and Trainer."""
+    """Train with DistillationModule and Trainer."""
     method = KD(divergence=JensenShannon(0.5))
     pair.train_in_turns(method, dtype, lengths_of(shared), packing=packing)
 
 
 def run_ours_padded(dtype: str, shared: str | None) -> None:
-    """The same without packing."""
+    """Train with ours without packing."""
     run_ours(dtype, shared, packing=False)
 
 
 def run_trl(dtype: str, shared: str | None) -> None:
-    """TRL's GKDTrainer on given rows (lmbda 0)."""
+    """Train with TRL's GKDTrainer on dataset responses (lmbda 0)."""
     from datasets import Dataset  # noqa: PLC0415
     from transformers import TrainerCallback  # noqa: PLC0415
     from trl.experimental.gkd import GKDConfig, GKDTrainer  # noqa: PLC0415
@@ -113,7 +113,7 @@ CONTENDERS = {"ours": run_ours, "ours, padded": run_ours_padded, "trl": run_trl}
 
 
 def main() -> None:
-    """Measure all, or be one of them."""
+    """Measure all contenders, or run as one of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")

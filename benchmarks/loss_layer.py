@@ -1,9 +1,8 @@
-"""The loss layer alone: JSD(1/2) and its gradients from hidden states and heads.
+"""Loss layer alone: JSD(1/2) and its gradients from hidden states and heads.
 
-Ours against all logits in eager torch and against TRL's chunked divergence, over growing numbers
+Ours against all logits in eager torch and against TRL's chunked divergence, for increasing numbers
 of tokens and vocabularies; student width 256, teacher width 512, both heads without bias, the
-student's trained. Extra memory is the peak beyond what was there before the step, without the
-gradients.
+student's trained. Extra memory is the peak above the memory before the step, without the gradients.
 
     python benchmarks/loss_layer.py [--steps 5]
 """
@@ -36,19 +35,19 @@ Loss = Callable[[Tensor, nn.Linear, Tensor, nn.Linear], Tensor]
 
 
 class Divergence:
-    """The term: mean JSD(1/2)."""
+    """Term for the mean JSD(1/2)."""
 
     name, weight, on_policy_fraction, is_positionwise = "jsd", 1.0, 0.0, True
     sources: tuple[Source, ...] = ("dataset",)
     quantities: tuple[Quantity, ...] = (ExactDivergence(JensenShannon(0.5)),)
 
     def loss(self, measured: Measured) -> LossOutput:
-        """Sum over all positions."""
+        """Return the sum over all positions."""
         return loss_output(measured[self.quantities[0]], measured.mask(self.sources))
 
 
 def ours(student: Tensor, head: nn.Linear, teacher: Tensor, teacher_head: nn.Linear) -> Tensor:
-    """The fused loss."""
+    """Compute the fused loss."""
     zeros = torch.zeros(len(student), dtype=torch.int64)
     about = Measured({}, zeros, zeros, torch.zeros(len(student)))
     terms = [WeightedTerm(Divergence(), 1.0 / len(student))]
@@ -57,7 +56,7 @@ def ours(student: Tensor, head: nn.Linear, teacher: Tensor, teacher_head: nn.Lin
 
 
 def eager(student: Tensor, head: nn.Linear, teacher: Tensor, teacher_head: nn.Linear) -> Tensor:
-    """All logits, and autograd."""
+    """Compute the loss from all logits, with autograd."""
     log_p = head(student).log_softmax(-1)
     with torch.no_grad():
         log_q = teacher_head(teacher).log_softmax(-1)
@@ -68,7 +67,7 @@ def eager(student: Tensor, head: nn.Linear, teacher: Tensor, teacher_head: nn.Li
 
 
 def trl(student: Tensor, head: nn.Linear, teacher: Tensor, teacher_head: nn.Linear) -> Tensor:
-    """TRL's ChunkedDivergenceFunction."""
+    """Compute TRL's ChunkedDivergenceFunction."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # noqa: PLC0415
 
     sides = (student, head.weight, None, teacher, teacher_head.weight, None)
@@ -80,7 +79,7 @@ CONTENDERS: dict[str, Loss] = {"ours": ours, "eager": eager, "trl": trl}
 
 
 def run(loss: Loss, tokens: int, vocab: int) -> None:
-    """One step a turn."""
+    """Run one step per turn."""
     turns = Turns()
     torch.manual_seed(0)
     student = torch.randn(tokens, STUDENT_WIDTH).requires_grad_()
@@ -96,7 +95,7 @@ def run(loss: Loss, tokens: int, vocab: int) -> None:
 
 
 def measure(tokens: int, vocab: int, steps: int) -> dict[str, Any]:
-    """All contenders at one size."""
+    """Measure all contenders at one size."""
     size = ["--tokens", str(tokens), "--vocab", str(vocab)]
     found = take_turns(__file__, {name: [name, *size] for name in CONTENDERS}, steps)
     gradients_mb = (tokens + vocab) * STUDENT_WIDTH * 4 / 2**20
@@ -114,7 +113,7 @@ def measure(tokens: int, vocab: int, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure all sizes, or be one contender at one of them."""
+    """Measure all sizes, or run as one contender at one of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--tokens", type=int, help=argparse.SUPPRESS)

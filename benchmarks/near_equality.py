@@ -1,13 +1,14 @@
-"""Float32 error of gradients where student and teacher are nearly equal, before and after centring.
+"""Float32 error of gradients for nearly equal student and teacher, before and after centring.
 
     python benchmarks/near_equality.py [--vocab 1000 50000 152000 262144] [--rows 3] [--output FILE]
 
-Logits are 4 z with z normal, the teacher's are delta z' away. Errors are those of the gradient in
-the logits against the same in float64, relative to its norm; at delta 0 (identical logits), where
-the truth is 0, the norm itself. *Uncentred* are the weights w_f as they were used before: two
-numbers of size p cancel, and what log_softmax rounds is left. *TRL* is autograd through the loss of
-its GKDTrainer, where that has the divergence. The last table is what AdamW makes of the rounding:
-the largest change of any logit in 200 steps at rate 1e-3 of a student that starts as its teacher.
+Logits are 4 z with z normal; the teacher's differ by delta z'. Errors are those of the gradient in
+the logits against float64, relative to the norm of the true gradient; at delta 0 (identical
+logits), where the true gradient is 0, the norm itself. *Uncentred* are the weights w_f without
+centring: two numbers of size p cancel, and the rounding of log_softmax is left. *TRL* is autograd
+through the loss of its GKDTrainer, where that has the divergence. The last table is the effect of
+the rounding under AdamW: the largest change of any logit in 200 steps at rate 1e-3, for a student
+that starts equal to its teacher.
 """
 
 from __future__ import annotations
@@ -57,20 +58,20 @@ TRL_BETAS = {"forward KL": 0.0, "reverse KL": 1.0, "JSD(1/2)": 0.5}
 
 @dataclass(frozen=True)
 class Uncentred(Divergence):
-    """The same divergence with the summands that were used before: p w_f, and q f' likewise."""
+    """A divergence with uncentred summands: p w_f, and q f' likewise."""
 
     divergence: Divergence
 
     def generator(self, log_ratio: Tensor) -> Tensor:
-        """The inner one's."""
+        """Return the inner divergence's f."""
         return self.divergence.generator(log_ratio)
 
     def weight(self, log_ratio: Tensor) -> Tensor:
-        """The inner one's, said to be 0 at 1, so that nothing is centred."""
+        """Return the inner divergence's weight, but 0 at 1, so that nothing is centred."""
         return self.divergence.weight(log_ratio) * (log_ratio != 0)
 
     def summands(self, pair: LogProbPair) -> Summands:
-        """The terms p f(u), and p w_f(u) for the weights."""
+        """Return the terms p f(u), and p w_f(u) for the weights."""
         inner = self.divergence.summands(pair)
         return Summands(
             inner.terms, inner.weights + self.divergence.weight_at_one * pair.student_probs
@@ -78,7 +79,7 @@ class Uncentred(Divergence):
 
 
 def uncentred(divergence: Divergence) -> Divergence:
-    """``Uncentred``, within a temperature or a top-k where there is one."""
+    """Wrap in ``Uncentred``, inside a temperature or a top-k where there is one."""
     if isinstance(divergence, Tempered):
         return Tempered(Uncentred(divergence.divergence), divergence.temperature)
     if isinstance(divergence, TopK):
@@ -87,7 +88,7 @@ def uncentred(divergence: Divergence) -> Divergence:
 
 
 def by_library(divergence: Divergence, learner: ModelRole) -> Gradient:
-    """The gradient in the learner's logits, by the closed form."""
+    """Return the gradient in the learner's logits, by the closed form."""
 
     def gradient(student: Tensor, teacher: Tensor) -> Tensor:
         sides = {"student": student.clone(), "teacher": teacher.clone()}
@@ -101,7 +102,7 @@ def by_library(divergence: Divergence, learner: ModelRole) -> Gradient:
 
 
 def by_trl(beta: float) -> Gradient:
-    """The same of TRL's loss."""
+    """Return the gradient in the student's logits, by TRL's loss."""
 
     def gradient(student: Tensor, teacher: Tensor) -> Tensor:
         leaf = student.clone().requires_grad_()
@@ -114,7 +115,7 @@ def by_trl(beta: float) -> Gradient:
 
 
 def gradients(name: str) -> dict[str, Gradient]:
-    """Every way to compute a case's gradient."""
+    """Return all ways to compute a case's gradient."""
     divergence, learner = CASES[name]
     found = {
         "uncentred": by_library(uncentred(divergence), learner),
@@ -126,7 +127,7 @@ def gradients(name: str) -> dict[str, Gradient]:
 
 
 def errors(vocab: int, rows: int, seed: int = 0) -> Iterator[dict[str, float | str | int]]:
-    """One record a case, way and distance."""
+    """Yield one record per case, way and distance."""
     generator = torch.Generator().manual_seed(seed)
     student = 4 * torch.randn(rows, vocab, generator=generator)
     for delta in DELTAS:
@@ -141,7 +142,7 @@ def errors(vocab: int, rows: int, seed: int = 0) -> Iterator[dict[str, float | s
 
 
 def adam_walk(gradient: Gradient, steps: int = 200, rate: float = 1e-3) -> float:
-    """Largest change of a logit of a student that starts as its teacher."""
+    """Return the largest change of a logit of a student that starts equal to its teacher."""
     start = 4 * torch.randn(8, 1000, generator=torch.Generator().manual_seed(0))
     weights = torch.nn.Parameter(start.clone())
     optimizer = torch.optim.AdamW([weights], lr=rate, weight_decay=0.0)
@@ -152,7 +153,7 @@ def adam_walk(gradient: Gradient, steps: int = 200, rate: float = 1e-3) -> float
 
 
 def main() -> None:
-    """Measure, print tables, and write the records where asked."""
+    """Measure, print tables, and write the records to ``--output``."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

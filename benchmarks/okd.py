@@ -1,11 +1,10 @@
-"""When does a teacher that learns help? OKD beside KD, reverse KD and GKD, through the public API.
+"""OKD against KD, reverse KD and GKD, through the public API: when does a learning teacher help?
 
 Three tasks: ``tinystories`` (75K student, 260K teacher that was pretrained on it), ``arithmetic``
 (the quickstart's student after its warm start, and its teacher, which is trained on the task) and
-``gsm8k`` (the models of the first on short word problems, which neither has ever seen). All
+``gsm8k`` (the models of the first on short word problems, which neither was trained on). All
 divergences are to the *base* teacher, on held-out rows. Finished runs are kept in the JSON file and
-not repeated; so are the seconds a step behind the stage ``equal-seconds``, until
-``--measure-again``.
+not repeated; so are the seconds per step of the stage ``equal-seconds``, until ``--measure-again``.
 
     python benchmarks/okd.py --shared FOLDER --task tinystories --stage main --steps 200
     python benchmarks/okd.py --shared FOLDER --task arithmetic --stage equal-seconds --steps 700
@@ -39,7 +38,7 @@ class Kept:
     """Finished runs and measured seconds, on disk.
 
     Args:
-        path: Of the JSON file.
+        path: The JSON file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,7 +48,7 @@ class Kept:
         self.rounds: dict[str, dict[str, list[float]]] = known.get("cpu_seconds_a_step", {})
 
     def write(self) -> None:
-        """All of it, with the versions of what ran last."""
+        """Write everything, with the package versions of the last run."""
         packages = ("torch", "lightning", "transformers", "peft", "torchmetrics")
         content: dict[str, Any] = {
             "versions": {name: version(name) for name in packages}
@@ -63,7 +62,7 @@ class Kept:
 
 
 def arms_of(stage: str, task: str, options: argparse.Namespace, kept: Kept) -> list[Arm]:
-    """The runs of a stage on a task, over the asked seeds."""
+    """Return the runs of a stage on a task, over the requested seeds."""
     arms = []
     for seed in range(options.seeds):
         if stage == EQUAL_SECONDS:

@@ -1,4 +1,4 @@
-"""An OKD step over a KD step on the pair of ``kd_step``, and what each option costs in memory.
+"""OKD step relative to a KD step on the pair of ``kd_step``, and memory of each option.
 
 python benchmarks/okd_step.py [--steps 5]
 """
@@ -16,7 +16,7 @@ from okd_lightning.callbacks import KD, OKD
 
 
 def lora() -> LoraConfig:
-    """An adapter on the student; its own weights, the head's among them, are frozen."""
+    """Return an adapter for the student, whose other weights (the head too) are frozen."""
     return LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
 
 
@@ -30,13 +30,13 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def run(method: Any, student_adapter: Any = None, **settings: Any) -> None:
-    """One step a turn."""
+    """Run one step per turn."""
     adapter = student_adapter() if student_adapter is not None else None
     pair.train_in_turns(method(), student_adapter=adapter, **settings)
 
 
 def main() -> None:
-    """Measure all runs, or be one of them."""
+    """Measure all runs, or run as one of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--contender", choices=RUNS, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=5)

@@ -1,9 +1,9 @@
-"""What does OPD+'s correction do? OPD, OPD+ and the exact on-policy loss, by the command line.
+"""OPD, OPD+ and the exact on-policy loss, by the command line: the effect of OPD+'s correction.
 
 Two tasks: ``tinystories`` (75K student, 260K teacher) and ``arithmetic`` (the quickstart's student
 after its warm start, and its teacher). Finished runs are kept in the JSON file and not repeated;
-seeds are outermost, so that what there is can be compared. ``variance`` measures bias and variance
-of the sampled gradients on the first pair.
+seeds are the outermost loop, so that finished runs can be compared early. ``variance`` measures
+bias and variance of the sampled gradients on the first pair.
 
     python benchmarks/opd.py --shared FOLDER --stage collapse variance --seeds 3
     python benchmarks/opd.py --shared FOLDER --picture docs/opd.png
@@ -36,10 +36,10 @@ VARIANCE = "variance"
 
 
 class Kept:
-    """What has been measured, on disk.
+    """Measurements on disk.
 
     Args:
-        path: Of the JSON file.
+        path: The JSON file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,7 +50,7 @@ class Kept:
         self.variance: dict[str, dict[str, Any]] = known.get(VARIANCE, {})
 
     def write(self) -> None:
-        """All of it, with the versions of what ran last."""
+        """Write everything, with the package versions of the last run."""
         packages = ("torch", "lightning", "transformers", "torchmetrics")
         content = {
             "versions": {name: version(name) for name in packages}
@@ -64,7 +64,7 @@ class Kept:
 
 
 def run_arm(runner: Runner, arm: Arm, kept: Kept) -> None:
-    """Run what has not been run, and the measures before the first step of its task and seed."""
+    """Run an arm that has not been run, after the initial measures of its task and seed."""
     start = f"{arm.task} / seed {arm.seed}"
     if start not in kept.starts:
         kept.starts[start] = runner.start(arm)
@@ -75,7 +75,7 @@ def run_arm(runner: Runner, arm: Arm, kept: Kept) -> None:
 
 
 def run_variance(shared: Path, root: Path, kept: Kept, num_batches: int, steps: int) -> None:
-    """At the start, and after some steps of training."""
+    """Measure at the start, and after some steps of training."""
     at_start, after = "at the start", f"after {steps} steps of GKD with reverse KL"
     if at_start in kept.variance and after in kept.variance:
         return
@@ -91,7 +91,7 @@ def run_variance(shared: Path, root: Path, kept: Kept, num_batches: int, steps: 
 
 
 def main() -> None:
-    """Run what has not been run, print the tables, write the JSON and the picture."""
+    """Run what has not been run, print the tables, write the JSON and the plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shared", type=Path, help="folder with models/ and datasets/")
     parser.add_argument("--stage", nargs="+", choices=[*STAGES, VARIANCE], default=())

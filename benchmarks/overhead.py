@@ -1,6 +1,7 @@
-"""What the framework costs: its KD step over a bare loop of the same loss, on ``kd_step``'s pair.
+"""Framework overhead: its KD step over a bare loop of the same loss, on ``kd_step``'s pair.
 
-The bare loop calls both models and the fused loss itself; no Trainer, module, callback or loader.
+The bare loop calls both models and the fused loss itself, without Trainer, module, callback or
+loader.
 
     python benchmarks/overhead.py [--steps 10]
 """
@@ -23,17 +24,17 @@ from okd_lightning.models.causal_lm import head_inputs
 
 
 def method() -> KD:
-    """What both train on."""
+    """Return the method of both contenders."""
     return KD(divergence=JensenShannon(0.5))
 
 
 def run_ours() -> None:
-    """DistillationModule and Trainer."""
+    """Train with DistillationModule and Trainer."""
     pair.train_in_turns(method())
 
 
 def run_bare() -> None:
-    """A loop."""
+    """Train with a plain loop."""
     turns = Turns()
     student, teacher = pair.make_model("student").train(), pair.make_model("teacher").eval()
     teacher.requires_grad_(False)
@@ -69,7 +70,7 @@ CONTENDERS = {"ours": run_ours, "bare": run_bare}
 
 
 def main() -> None:
-    """Measure both, or be one of them."""
+    """Measure both contenders, or run as one of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=10)

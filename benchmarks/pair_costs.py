@@ -1,7 +1,7 @@
-"""What a distillation step takes of memory and time, by formula: from sizes, not measured.
+"""Memory and time of a distillation step, computed from sizes by formula, not measured.
 
-Sizes are counted on architectures that are built without weights. What the formulas assume is in
-docs/recipes.md; recipe_tables.py applies them to the configs.
+Sizes are counted on architectures that are built without weights. docs/recipes.md lists the
+assumptions of the formulas; recipe_tables.py applies them to the configs.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from okd_lightning.engines import TransformersEngine
 
-# One H100 (80 GB, SXM), from its data sheet, and how much of it is taken to be reached.
+# One H100 (80 GB, SXM), from its data sheet, and the share of it that is assumed to be reached.
 PEAK_FLOPS, PEAK_SHARE = 989e12, 0.4
 MEMORY_BANDWIDTH, BANDWIDTH_SHARE = 3.35e12, 0.6
-LINKS = {"in a node": 450e9, "between nodes": 50e9}  # bytes a second and GPU, each direction
-BLOCK_LAUNCHES = 2.5e-4  # seconds that a block takes for one token at least: 25 kernels of 10 us
+LINKS = {"in a node": 450e9, "between nodes": 50e9}  # bytes per second and GPU, each direction
+BLOCK_LAUNCHES = 2.5e-4  # least seconds per block and token: 25 kernels of 10 us
 
 ADAPTER_RANK, ADAPTER_BYTES = 32, 16  # OKD's default module: float32, gradient, two moments
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the formulas need to know of a model; counts are of parameters.
+    """Sizes of a model for the formulas; counts are of parameters.
 
     Attributes:
-        parameters: All of them.
-        block: One block.
-        head: The head; the input embedding has as many.
-        layers: Blocks.
+        parameters: All parameters.
+        block: Parameters of one block.
+        head: Parameters of the head; the input embedding has as many.
+        layers: Number of blocks.
         hidden: Width.
         intermediate: Width of the feed-forward part.
         query: Width of all queries of a token.
         key_value: Width of its keys, and of its values.
-        heads: Query heads.
+        heads: Number of query heads.
         vocab: Rows of the head.
-        adapter: Of LoRA with OKD's default rank on the layers that PEFT takes by itself.
-        is_eager: Whether attention holds its matrices (no fused kernel soft-caps).
+        adapter: Parameters of LoRA with OKD's default rank on PEFT's default layers.
+        is_eager: Whether attention stores its matrices (no fused kernel soft-caps).
     """
 
     parameters: int
@@ -64,14 +64,14 @@ class Sizes:
 
 
 def build(fields: Mapping[str, Any]) -> PreTrainedModel:
-    """A model without weights, from its config's fields."""
+    """Return a model without weights, from its config's fields."""
     config = AutoConfig.for_model(**fields)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
 def sizes_of(model: PreTrainedModel) -> Sizes:
-    """Counted on the model."""
+    """Count the sizes of a model."""
     config: PretrainedConfig = model.config
     kinds = set(model._no_split_modules)
     blocks = [m for m in model.modules() if type(m).__name__ in kinds]
@@ -99,19 +99,19 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A pair with its task: the settings that decide what a step costs.
+    """A pair with its task: the settings that decide the cost of a step.
 
     Attributes:
         name: As in ``--config pairs/NAME``.
-        task: As in ``--config tasks/TASK``; None where the pair brings its own.
+        task: As in ``--config tasks/TASK``; None where the pair has its own.
         method: The method's class.
         student: Trained.
-        teacher: Frozen, but for OKD's module.
+        teacher: Frozen, except for OKD's module.
         micro_rows: Rows of a micro-batch on one device.
-        rows: Of an optimizer step.
-        prompt: Tokens at most.
-        response: Tokens at most.
-        written: Share of the steps whose responses the student writes.
+        rows: Rows of an optimizer step.
+        prompt: Most tokens of a prompt.
+        response: Most tokens of a response.
+        written: Share of the steps whose responses the student generates.
     """
 
     name: str
@@ -127,24 +127,24 @@ class Recipe:
 
     @property
     def length(self) -> int:
-        """Tokens of a row at most."""
+        """Most tokens of a row."""
         return self.prompt + self.response
 
     @property
     def adapts(self) -> bool:
-        """Whether the teacher carries a module that learns."""
+        """True where the teacher has a trained module."""
         return self.method == "OKD"
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Devices and how the models lie on them.
+    """Devices and the models' placement on them.
 
     Attributes:
-        name: For tables.
-        overlay: The config that asks for it; None for one device.
-        devices: Over all nodes.
-        nodes: Machines.
+        name: Name in tables.
+        overlay: The config that requests it; None for one device.
+        devices: Number of devices on all nodes.
+        nodes: Number of machines.
         is_sharded: Whether each device holds a part (FSDP2), or everything (DDP).
     """
 
@@ -164,7 +164,7 @@ HARDWARE = (
 
 
 def kept(recipe: Recipe, hardware: Hardware) -> dict[str, float]:
-    """Bytes that a device holds from the first optimizer step on, by what they are for."""
+    """Return the bytes that a device holds from the first optimizer step on, by purpose."""
     parts = hardware.devices if hardware.is_sharded else 1
     whole = per_device(recipe.student, recipe.teacher, parts, tokens=0)
     names = ("student's weights", "gradients", "AdamW", "teacher's weights")
@@ -177,14 +177,14 @@ def kept(recipe: Recipe, hardware: Hardware) -> dict[str, float]:
 
 
 def passing(recipe: Recipe, hardware: Hardware) -> dict[str, float]:
-    """Bytes that come and go within a micro-batch, by what they are for."""
+    """Return the temporary bytes of a micro-batch, by purpose."""
     student, teacher = recipe.student, recipe.teacher
     tokens = recipe.micro_rows * recipe.length
     found = per_device(student, teacher, hardware.devices, tokens, recipe.adapts)
     for name in kept(recipe, hardware):
         found.pop(name, None)
     if not hardware.is_sharded:
-        found["student's block inputs"] *= 2  # autocast leaves the sums in float32
+        found["student's block inputs"] *= 2  # autocast keeps the sums in float32
         del found["gathered: heads, two blocks"]
         found["student in bfloat16"] = 2 * student.parameters  # autocast's copies
     elif recipe.rows > recipe.micro_rows * hardware.devices:
@@ -197,7 +197,7 @@ def passing(recipe: Recipe, hardware: Hardware) -> dict[str, float]:
 
 
 def writing(recipe: Recipe, hardware: Hardware) -> float:
-    """Bytes that come and go while the student writes: its copy, keys and values, logits."""
+    """Return the temporary bytes of generation: the student's copy, keys and values, logits."""
     if not recipe.written:
         return 0.0
     student, rows = recipe.student, written_at_once(recipe, hardware)
@@ -206,13 +206,13 @@ def writing(recipe: Recipe, hardware: Hardware) -> float:
 
 
 def written_at_once(recipe: Recipe, hardware: Hardware) -> int:
-    """Rows that a device writes side by side."""
+    """Return the number of rows that a device generates at once."""
     rows = -(-recipe.rows // hardware.devices)
     return min(rows, TransformersEngine.token_budget // recipe.length)
 
 
 def memory(recipe: Recipe, hardware: Hardware) -> float:
-    """Bytes a device at the worst moment: micro-batch, optimizer step or rollout."""
+    """Return the peak bytes of a device: in a micro-batch, optimizer step or rollout."""
     parts = hardware.devices if hardware.is_sharded else 1
     step = 4 * recipe.student.parameters / parts  # AdamW's square roots
     worst = max(sum(passing(recipe, hardware).values()), step, writing(recipe, hardware))
@@ -220,13 +220,13 @@ def memory(recipe: Recipe, hardware: Hardware) -> float:
 
 
 def operations(recipe: Recipe) -> float:
-    """Floating-point operations of an optimizer step, all rows at their full length.
+    """Return the floating-point operations of an optimizer step, all rows at their full length.
 
-    A product costs 2 a parameter and token: 1 forward, 1 recomputed, 2 backward. The head meets
+    A product costs 2 per parameter and token: 1 forward, 1 recomputed, 2 backward. The head reads
     responses only.
     """
     student, teacher = recipe.student, recipe.teacher
-    teacher_body, teacher_head = (3, 2) if recipe.adapts else (1, 1)  # to its inputs, not weights
+    teacher_body, teacher_head = (3, 2) if recipe.adapts else (1, 1)  # for its inputs, not weights
     return _passes(student, recipe, body=4, head=3) + _passes(
         teacher, recipe, body=teacher_body, head=teacher_head
     )
@@ -239,7 +239,7 @@ def _passes(model: Sizes, recipe: Recipe, body: int, head: int) -> float:
 
 
 def sent(recipe: Recipe, hardware: Hardware) -> float:
-    """Bytes that a device receives in an optimizer step."""
+    """Return the bytes that a device receives in an optimizer step."""
     if hardware.devices == 1:
         return 0.0
     student, teacher = recipe.student.parameters, recipe.teacher.parameters
@@ -252,14 +252,14 @@ def sent(recipe: Recipe, hardware: Hardware) -> float:
 
 
 def training_seconds(recipe: Recipe, hardware: Hardware) -> float:
-    """Of a step behind its rollouts: products or transfers, whichever takes longer."""
+    """Return the seconds of a step without rollouts: products or transfers, whichever is longer."""
     computed = operations(recipe) / (hardware.devices * PEAK_FLOPS * PEAK_SHARE)
     link = LINKS["in a node" if hardware.nodes == 1 else "between nodes"]
     return max(computed, sent(recipe, hardware) / link)
 
 
 def writing_seconds(recipe: Recipe, hardware: Hardware) -> float:
-    """Of the rollouts of a step, all responses at their full length, by the built-in engine."""
+    """Return the seconds of a step's rollouts, at full length, by the built-in engine."""
     student, at_once = recipe.student, written_at_once(recipe, hardware)
     batches = -(-recipe.rows // (hardware.devices * at_once))
     cache = 4 * student.layers * student.key_value * at_once * (recipe.length - recipe.response / 2)
@@ -272,6 +272,6 @@ def writing_seconds(recipe: Recipe, hardware: Hardware) -> float:
 
 
 def seconds(recipe: Recipe, hardware: Hardware) -> float:
-    """Of an optimizer step, averaged over steps with and without rollouts."""
+    """Return the seconds of an optimizer step, averaged over steps with and without rollouts."""
     rollouts = recipe.written * writing_seconds(recipe, hardware)
     return training_seconds(recipe, hardware) + rollouts

@@ -1,7 +1,7 @@
-"""The pair of the step benchmarks: random Llamas of 16M and 41M parameters, V = 32000.
+"""Pair of the step benchmarks: random Llamas of 16M and 41M parameters, V = 32000.
 
-Head and embedding are two matrices each, three layers lie between them.
-Rows are random ids, 8 × 256 a batch, every position but the first carries loss.
+Three layers; head and embedding are separate matrices. Rows are random ids, 8 × 256 per batch;
+every position but the first has loss.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LEARNING_RATE, CLIP_NORM = 5e-5, 1.0
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One id a word: t3, t4, ... behind pad, end and begin."""
+    """Make a tokenizer with one id per word: t3, t4, ... after pad, end and begin."""
     special = ["<pad>", "<end>", "<begin>"]
     words = {word: i for i, word in enumerate([*special, *(f"t{i}" for i in range(3, NUM_IDS))])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
@@ -47,7 +47,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(role: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The student (16M) or the teacher (41M)."""
+    """Make the student (16M) or the teacher (41M)."""
     width, inner, heads, seed = (224, 640, 4, 0) if role == "student" else (512, 1088, 8, 1)
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -67,13 +67,13 @@ def make_model(role: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
 
 
 def make_ids(num: int) -> torch.Tensor:
-    """[num, 255] random ids; the end of sequence is the last one of every row."""
+    """Return [num, 255] random ids; the 256th id of every row is eos."""
     generator = torch.Generator().manual_seed(2)
     return torch.randint(3, NUM_IDS, (num, LENGTH - 1), generator=generator)
 
 
 def gsm8k_lengths(shared: str | Path, num: int) -> list[tuple[int, int]]:
-    """Tokens of question and answer (Llama 2's tokenizer, which has as many ids), cut at 255."""
+    """Return tokens of question and answer (Llama 2's tokenizer, with as many ids), cut at 255."""
     tokenizer = AutoTokenizer.from_pretrained(Path(shared) / "data/tokenizers/llama2")
     lines = (Path(shared) / "data/datasets/gsm8k/train.jsonl").read_text("utf-8").splitlines()
     texts = [(row["question"], row["answer"]) for row in map(json.loads, lines[:num])]
@@ -84,7 +84,7 @@ def gsm8k_lengths(shared: str | Path, num: int) -> list[tuple[int, int]]:
 
 
 def make_rows(num: int, lengths: Sequence[tuple[int, int]] = ()) -> list[dict[str, str]]:
-    """The same as text: a prompt of one word, or prompts and responses of some lengths."""
+    """Return the rows as text: a prompt of one word, or prompts and responses of some lengths."""
     words = [[f"t{i}" for i in ids] for ids in make_ids(num).tolist()]
     return [
         {
@@ -96,7 +96,7 @@ def make_rows(num: int, lengths: Sequence[tuple[int, int]] = ()) -> list[dict[st
 
 
 class InTurns(Callback):
-    """Lightning's end of ``Turns``: a step lasts from one batch's start to the next one's."""
+    """Lightning's side of ``Turns``: a step lasts from one batch's start to the next one's."""
 
     def __init__(self, turns: Turns) -> None:
         self.turns = turns
@@ -115,14 +115,14 @@ def train_in_turns(
     teacher: str | None = None,
     **settings: Any,
 ) -> None:
-    """Distil by Lightning, one optimizer step a turn.
+    """Distil by Lightning, one optimizer step per turn.
 
     Args:
         method: The method.
-        dtype: Of both models' weights.
-        lengths: Tokens of each row's prompt and response; by default 1 and 254, and an end.
-        teacher: A folder to load it from; None makes it in memory.
-        **settings: Of the DistillationModule.
+        dtype: Number format of both models' weights.
+        lengths: Tokens of each row's prompt and response; by default 1 and 254, and an eos.
+        teacher: Folder of the teacher; None makes it in memory.
+        **settings: Settings of the DistillationModule.
     """
     turns = Turns()
     warnings.simplefilter("ignore")

@@ -1,10 +1,10 @@
-"""Costs of the recipes in configs/pairs, for the heads of their configs and for docs/recipes.md.
+"""Costs of the recipes in configs/pairs, for the headers of their configs and for docs/recipes.md.
 
-Settings come from the configs, sizes from pair_models.json: the public config.json files, as far as
-they decide sizes, with the public counts of parameters. Formulas are in pair_costs.py.
+Settings come from the configs, sizes from pair_models.json: the parts of the public config.json
+files that decide sizes, with the public parameter counts. Formulas are in pair_costs.py.
 
     python benchmarks/recipe_tables.py            # show them
-    python benchmarks/recipe_tables.py --write    # put them where they belong
+    python benchmarks/recipe_tables.py --write    # write them into the files
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from okd_lightning.commands.cli_arguments import load_config
 ROOT = Path(__file__).parents[1]
 MODELS = json.loads((ROOT / "benchmarks" / "pair_models.json").read_text(encoding="utf-8"))
 LOCAL = {"gpt2_xl_dolly": "openai-community/gpt2-xl"}
-"""What a recipe makes itself, and of which model."""
+"""Models that a recipe makes itself → their base model."""
 
 ROOM = 75 * GIB
-"""Of a device of 80 GB, without CUDA's own and what fragmentation takes."""
+"""Usable bytes of a device of 80 GB, without CUDA's own memory and fragmentation."""
 
 RECIPES = (
     ("qwen3", "gsm8k"),
@@ -47,11 +47,11 @@ RECIPES = (
     ("gemma2", "gsm8k"),
     ("gpt2_dolly", None),
 )
-"""Pair and task; None for the pair's own. A pair's first task is the one of its config's head."""
+"""Pair and task; None for the pair's own. A pair's first task is the one of its config's header."""
 
 
 def read_recipe(name: str, task: str | None) -> Recipe:
-    """From the configs, merged as the command line merges them."""
+    """Read a recipe from the configs, merged as the command line merges them."""
     config = load_config(f"pairs/{name}")
     for section, settings in (load_config(f"tasks/{task}") if task else {}).items():
         config[section] = {**config.get(section, {}), **settings}
@@ -76,7 +76,7 @@ def read_recipe(name: str, task: str | None) -> Recipe:
 
 
 def architecture(source: str) -> dict[str, Any]:
-    """The config's fields of a hub id, or of what a recipe makes itself."""
+    """Return the config fields of a hub id, or of a model that a recipe makes itself."""
     return dict(MODELS[LOCAL.get(source, source)]["config"])
 
 
@@ -90,7 +90,7 @@ def _time(value: float) -> str:
 
 
 def header(recipe: Recipe) -> list[str]:
-    """Comment lines for the head of a pair's config."""
+    """Return comment lines for the header of a pair's config."""
     task = f"with tasks/{recipe.task}, " if recipe.task else ""
     lines = [f"# By formula, not measured (docs/recipes.md): {task}full rows, GPUs of 80 GB"]
     for hardware in HARDWARE:
@@ -101,7 +101,7 @@ def header(recipe: Recipe) -> list[str]:
 
 
 def table(recipes: list[Recipe]) -> Iterator[str]:
-    """Markdown: a row a recipe and hardware."""
+    """Yield Markdown: a row per recipe and hardware."""
     yield "| pair, task | method | hardware | GiB a GPU | training | writing | **a step** |"
     yield "|---|---|---|---|---|---|---|"
     for recipe in recipes:
@@ -122,18 +122,18 @@ def table(recipes: list[Recipe]) -> Iterator[str]:
 
 
 def documents(recipes: list[Recipe]) -> dict[Path, tuple[re.Pattern[str], str]]:
-    """File → where in it the costs stand, and what has to stand there."""
+    """Return file → pattern of the costs in it, and their new text."""
     rows = re.compile(r"\| pair, task \|.*?(?=\n\n|\Z)", re.DOTALL)
     found = {ROOT / "docs" / "recipes.md": (rows, "\n".join(table(recipes)))}
     lines = re.compile(r"# By formula, not measured.*?(?=\n#\n)", re.DOTALL)
-    for recipe in reversed(recipes):  # a pair's first task is the one of its head
+    for recipe in reversed(recipes):  # the first task comes last: it is its header's
         path = ROOT / "configs" / "pairs" / f"{recipe.name}.yaml"
         found[path] = (lines, "\n".join(header(recipe)))
     return found
 
 
 def main() -> None:
-    """Print, or write."""
+    """Print the tables, or write them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()

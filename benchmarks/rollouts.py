@@ -1,8 +1,8 @@
-"""The rollout engine against transformers' ``generate``, and an on-policy epoch against TRL's.
+"""Rollout engine against transformers' ``generate``, and an on-policy epoch against TRL's.
 
 Two pairs: ``random`` (Llamas of 16M and 41M parameters, V = 32000, with a bias on the stop token so
-that lengths spread) and ``tinystories`` (75K and 260K parameters that were trained on stories). The
-same prompts, limits, batch of 8 and float32 on both sides; a turn is all prompts once.
+that lengths vary) and ``tinystories`` (75K and 260K parameters, trained on stories). Both sides
+have the same prompts, limits, batch of 8 and float32; a turn is all prompts once.
 
     python benchmarks/rollouts.py [--what write epoch] [--pair random] [--shared FOLDER] [--turns 3]
 """
@@ -36,7 +36,7 @@ from okd_lightning.records.batches import PromptBatch
 from okd_lightning.training.module import DistillationModule
 
 BATCH, EOS, MANY = 8, 1, 1_000_000
-MEAN_SHARE = 0.6  # of the limit, of a response that nothing cuts
+MEAN_SHARE = 0.6  # of the limit, for a response that is not cut
 
 
 class Pair:
@@ -45,7 +45,7 @@ class Pair:
     Args:
         name: "random" or "tinystories".
         shared: Folder with the small trained models and their data.
-        num_prompts: Prompts a turn.
+        num_prompts: Prompts per turn.
         limit: Longest response, in tokens.
     """
 
@@ -72,11 +72,11 @@ class Pair:
 
     @property
     def eos_id(self) -> int:
-        """What ends a response."""
+        """Id that ends a response."""
         return EOS if self._is_random else int(self.tokenizer.eos_token_id)
 
     def model(self, role: str) -> PreTrainedModel:
-        """The student or the teacher; a random one stops with the same probability everywhere."""
+        """Return student or teacher; a random one has the same stop probability everywhere."""
         if not self._is_random:
             folder = self._models / ("student75K" if role == "student" else "stories260K")
             return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -96,7 +96,7 @@ class Pair:
 
 
 def write_with_engine(pair: Pair, turns: Turns) -> None:
-    """All prompts in one call of the built-in engine."""
+    """Generate for all prompts in one call of the built-in engine."""
     model = pair.model("student").eval()
     engine = TransformersEngine(model, Vocabulary.of(pair.tokenizer), (pair.eos_id,))
     number = range(pair.num_prompts)
@@ -108,7 +108,7 @@ def write_with_engine(pair: Pair, turns: Turns) -> None:
 
 
 def write_with_generate(pair: Pair, turns: Turns, size: int) -> None:
-    """``generate`` on batches of a size, in the order of the prompts."""
+    """Generate with ``generate`` on batches of a size, in the order of the prompts."""
     model, ids = pair.model("student").eval(), pair.prompt_ids
     torch.manual_seed(0)
     while True:
@@ -132,7 +132,7 @@ def write_with_generate(pair: Pair, turns: Turns, size: int) -> None:
 
 
 def train_with_ours(pair: Pair, turns: Turns, prompts_per_rollout: int) -> None:
-    """GKD on the student's own responses, by Lightning; a turn is an epoch."""
+    """Train GKD on on-policy samples with Lightning; a turn is an epoch."""
 
     class InTurns(Callback):
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -167,7 +167,7 @@ def train_with_ours(pair: Pair, turns: Turns, prompts_per_rollout: int) -> None:
 
 
 def train_with_trl(pair: Pair, turns: Turns) -> None:
-    """TRL's DistillationTrainer, which writes for one optimizer step at a time."""
+    """Train with TRL's DistillationTrainer, which generates for one optimizer step at a time."""
     from datasets import Dataset  # noqa: PLC0415
     from transformers import TrainerCallback  # noqa: PLC0415
     from trl import DistillationConfig, DistillationTrainer  # noqa: PLC0415
@@ -225,7 +225,7 @@ CONTENDERS: dict[str, dict[str, Callable[[Pair, Turns], None]]] = {
 
 
 def main() -> None:
-    """Measure all contenders, or be one of them."""
+    """Measure all contenders, or run as one of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--what", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--pair", nargs="*", choices=["random", "tinystories"], default=["random"])
@@ -263,7 +263,7 @@ def main() -> None:
 
 
 def _ratios(found: dict[str, dict[str, Any]], measure: str) -> dict[str, dict[str, float]]:
-    """Every other contender's time over each of ours."""
+    """Return every other contender's time over each of ours."""
     ours = [name for name in found if name.startswith("ours")]
     return {
         name: {own: round(numbers[measure] / found[own][measure], 2) for own in ours}

@@ -1,4 +1,4 @@
-"""Memory a device under FSDP2, computed from sizes (not measured): the table of docs/scaling.md.
+"""Memory per device under FSDP2, computed from sizes (not measured): the table of docs/scaling.md.
 
 Run: python benchmarks/shard_memory.py
 """
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 GIB = 2**30
 TILE, BLOCK = 2**27, 2**25
-"""Logits of a tile and of a block of the loss, as okd_lightning.losses.tiling has them."""
+"""Logits of a tile and of a block of the loss, as in okd_lightning.losses.tiling."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """What a formula needs to know of a model.
+    """Sizes of a model for the formulas.
 
     Attributes:
-        layers: Blocks.
+        layers: Number of blocks.
         hidden: Width.
         intermediate: Width of the feed-forward part.
         key_value: Width of keys, and of values.
@@ -60,9 +60,9 @@ LLAMA_70B = Model(80, 8192, 28672, 1024, 128256, is_tied=False)
 
 
 def block_at_work(model: Model, learns: bool) -> float:
-    """Bytes a token of one block: what it saves for its backward pass, or needs for a forward one.
+    """Return bytes per token of one block: saved for the backward pass, or used in a forward one.
 
-    Attention's matrices are counted apart. Under autocast norms and what they read are float32.
+    Attention's matrices are counted separately. Under autocast norms and their inputs are float32.
     """
     if not learns:
         return 2 * (8 * model.hidden + 3 * model.intermediate)
@@ -72,13 +72,13 @@ def block_at_work(model: Model, learns: bool) -> float:
 def per_device(
     student: Model, teacher: Model, devices: int, tokens: int, adapts: bool = False
 ) -> dict[str, float]:
-    """Bytes by what they are for.
+    """Return bytes by purpose.
 
     Args:
         student: Weights, gradients and AdamW's moments in float32, gathered in bfloat16.
         teacher: Frozen, in bfloat16.
-        devices: Over which all of them are cut.
-        tokens: Of a micro-batch on one device, padding included.
+        devices: Number of devices that share all of these.
+        tokens: Tokens of a micro-batch on one device, padding included.
         adapts: Whether a gradient goes through the teacher too.
     """
     return {

@@ -1,8 +1,8 @@
-"""Contenders of a benchmark, each in a process of its own, taking turns.
+"""Contenders of a benchmark, each in its own process, taking turns.
 
-A benchmark script starts itself once for every contender. Each prepares, says that it is ready, and
-then does one step whenever it is told to; nobody works while another one does, so what else the
-machine is busy with hits all of them alike. Memory is the peak resident size of the process.
+A benchmark script starts itself once per contender. Each process prepares, reports that it is
+ready, and then does one step per command. Only one process works at a time, so other load of the
+machine affects all alike. Memory is the peak resident size of the process.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ NUM_THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 
 
 class Turns:
-    """The contender's end: call ``next`` before every step; it ends the process after the last."""
+    """The contender's side: call ``next`` before every step; it ends the process after the last."""
 
     def __init__(self) -> None:
         self._replies = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # what libraries print is no reply
+        os.dup2(2, 1)  # output of libraries is not a reply
         self._started: float | None = None
         self._cpu_started = 0.0
         torch.set_num_threads(NUM_THREADS)
 
     def next(self) -> None:
-        """Report the step that is done and wait for the next turn."""
+        """Report the finished step and wait for the next turn."""
         if self._started is None:
             self._reply(before_mb=peak_mb())
         else:
@@ -46,7 +46,7 @@ class Turns:
             cpu_seconds = time.process_time() - self._cpu_started
             self._reply(seconds=seconds, cpu_seconds=cpu_seconds, peak_mb=peak_mb())
         if not sys.stdin.readline().startswith("go"):
-            os._exit(0)  # whatever loop it is in
+            os._exit(0)  # from within any loop
         self._started, self._cpu_started = time.perf_counter(), time.process_time()
 
     def _reply(self, **values: float) -> None:
@@ -54,7 +54,7 @@ class Turns:
 
 
 class _Contender:
-    """The other end."""
+    """The parent's side of a contender."""
 
     def __init__(self, script: str, arguments: Sequence[str]) -> None:
         self._process = subprocess.Popen(
@@ -65,7 +65,7 @@ class _Contender:
             env={
                 **os.environ,
                 "OMP_NUM_THREADS": str(NUM_THREADS),
-                "OMP_WAIT_POLICY": "passive",  # threads that wait take no time from the others
+                "OMP_WAIT_POLICY": "passive",  # waiting threads take no time from the others
             },
         )
         self.before_mb = self._answer()["before_mb"]
@@ -98,18 +98,18 @@ class _Contender:
 
 
 def peak_mb() -> float:
-    """Largest resident size of this process so far."""
+    """Return the largest resident size of this process so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def take_turns(
     script: str, contenders: Mapping[str, Sequence[str]], steps: int, warmup: int = 1
 ) -> dict[str, dict[str, Any]]:
-    """Steps of every contender in turn; medians and peaks by name.
+    """Run steps of every contender in turn; return medians and peaks by name.
 
     Args:
         script: The benchmark's own file.
-        contenders: Name → what its process is started with.
+        contenders: Name → arguments of its process.
         steps: Measured steps of each.
         warmup: Steps of each before that.
     """
@@ -135,7 +135,7 @@ def take_turns(
 
 
 def write_results(name: str, content: Mapping[str, Any], path: Path | None = None) -> None:
-    """Keep and print a benchmark's numbers, with what they were measured on."""
+    """Write and print a benchmark's numbers, with a description of the machine."""
     machine = {
         "processor": _processor(),
         "threads": NUM_THREADS,

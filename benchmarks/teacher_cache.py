@@ -1,8 +1,8 @@
 """Training from a teacher's cache against training with the teacher: step, memory, quality.
 
-Step and memory are taken on ``kd_step``'s pair, 16M <- 41M, V = 32000, 8 x 256 tokens; with
-``--models`` the quality on a trained pair as well: the same steps with the teacher and from its
-cache, both measured by a validation with the teacher.
+Step and memory are measured on ``kd_step``'s pair, 16M <- 41M, V = 32000, 8 x 256 tokens. With
+``--models`` quality is measured on a trained pair: the same steps with the teacher and from its
+cache, both followed by a validation with the teacher.
 
     python benchmarks/teacher_cache.py [--steps 5] [--dtype float32|bfloat16]
     python benchmarks/teacher_cache.py --models STUDENT TEACHER --data TRAIN.jsonl VAL.jsonl
@@ -37,7 +37,7 @@ QUALITY_STEPS = 200
 
 
 def contend(name: str, dtype: str, folder: str) -> None:
-    """One step a turn: with the teacher, the same through TopK, or from the cache."""
+    """Run one step per turn: with the teacher, with the teacher through TopK, or from the cache."""
     divergence: Divergence = ForwardKL()
     if name == "top-k":
         divergence = TopK(divergence, TeacherCache("").k)
@@ -46,7 +46,7 @@ def contend(name: str, dtype: str, folder: str) -> None:
 
 
 def measure_steps(steps: int, dtype: str) -> dict[str, Any]:
-    """Medians and peaks of all contenders, in turns; the cache is written before that."""
+    """Return medians and peaks of all contenders, in turns; the cache is written before."""
     with tempfile.TemporaryDirectory() as folder:
         pair.make_model("teacher", getattr(torch, dtype)).save_pretrained(f"{folder}/teacher")
         pair.make_tokenizer().save_pretrained(f"{folder}/teacher")
@@ -67,7 +67,7 @@ def measure_steps(steps: int, dtype: str) -> dict[str, Any]:
 def train(
     models: tuple[str, str], data: tuple[str, str], divergence: Divergence, cache: Any
 ) -> dict[str, float]:
-    """Some steps of KD; what a validation with the teacher says, and the seconds they took."""
+    """Train some steps of KD; return a validation with the teacher, and the training's seconds."""
     lightning.seed_everything(0, verbose=False)
     module = DistillationModule(*models, learning_rate=1e-3, teacher_cache=cache)
     settings: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
@@ -93,7 +93,7 @@ def train(
 
 
 def measure_quality(models: tuple[str, str], data: tuple[str, str]) -> dict[str, Any]:
-    """The same steps with the teacher and from its cache, for several divergences."""
+    """Compare the same steps with the teacher and from its cache, for several divergences."""
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -112,7 +112,7 @@ def measure_quality(models: tuple[str, str], data: tuple[str, str]) -> dict[str,
 
 
 def main() -> None:
-    """Measure, or be a contender."""
+    """Measure, or run as a contender."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)

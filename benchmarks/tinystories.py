@@ -1,8 +1,8 @@
 """Measure an exported TinyStories student by a plain loop that imports nothing of the library.
 
 Rows are bos + prompt + response + eos, cut at 128 tokens; forward KL is taken on the response. The
-on-policy reverse KL is taken on the student's own continuations of the first 100 prompts, cut to 16
-tokens, 96 new ones at temperature 1.
+on-policy reverse KL is taken on the student's continuations of the first 100 prompts, cut to 16
+tokens, 96 new tokens at temperature 1.
 
     python benchmarks/tinystories.py STUDENT TEACHER VAL.jsonl
 """
@@ -20,7 +20,7 @@ EOS = 1
 
 
 def divergences(student, teacher, ids: list[int], start: int) -> torch.Tensor:
-    """Sums of forward KL, reverse KL and tokens behind ``start``."""
+    """Return sums of forward KL, reverse KL and tokens from ``start`` on."""
     batch = torch.tensor([ids])
     p = student(batch).logits[0, start - 1 : -1].log_softmax(-1)
     q = teacher(batch).logits[0, start - 1 : -1].log_softmax(-1)

@@ -1,6 +1,6 @@
-"""How long a run takes to have its data as ids: tokenized anew, and read from the cache.
+"""CPU time until a run has its data as ids: tokenized again, and read from the cache.
 
-Every start is a process of its own that has loaded the tokenizer; seconds are CPU time.
+Every start is a separate process that has loaded the tokenizer; seconds are CPU time.
 
     python benchmarks/token_cache.py DATA.jsonl TOKENIZER [--prompt question --response answer]
 """
@@ -22,7 +22,7 @@ from okd_lightning.data.token_cache import cached_examples
 
 
 def start(options: argparse.Namespace) -> dict[str, float]:
-    """Rows to examples, once."""
+    """Convert rows to examples, once."""
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     columns = Columns(prompt=options.prompt, response=options.response, messages=None)
     begin, cpu_begin = time.perf_counter(), time.process_time()

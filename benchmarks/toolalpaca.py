@@ -1,9 +1,10 @@
-"""Turn ToolAlpaca's files into rows that okd-lightning reads; imports nothing of it.
+"""Convert ToolAlpaca's files to rows that okd-lightning reads; imports nothing of it.
 
 A row has messages (the instruction), tools (the API's functions as JSON schemas) and response (the
-golden calls, or those of the training data's instance, as Qwen and Hermes write them). Instructions
-whose golden arguments are no JSON, because they stand for what an earlier call returns, are left
-out; so are instances without calls. Questions back to the user (getDetails) are no calls.
+golden calls, or those of the training data's instance, as Qwen and Hermes generate them).
+Instructions whose golden arguments are not JSON, because they refer to the result of an earlier
+call, are left out; so are instances without calls. Questions to the user (getDetails) are not
+calls.
 
     python benchmarks/toolalpaca.py eval_simulated.json OUT.jsonl
     python benchmarks/toolalpaca.py train_data.json OUT.jsonl
@@ -21,7 +22,7 @@ TYPES = ("string", "integer", "number", "boolean", "array", "object")
 
 
 def schema_of(name: str, text: str) -> dict[str, Any]:
-    """A function's JSON schema, from "what it does / Parameters: {...} / Output: ..."."""
+    """Return a function's JSON schema, from "what it does / Parameters: {...} / Output: ..."."""
     described = re.match(r"(.*?)\nParameters: (\{.*?\})\n(?:Output|$)", text + "\n", re.DOTALL)
     description, parameters = described.groups() if described else (text, "{}")
     properties, required = {}, []
@@ -37,7 +38,7 @@ def schema_of(name: str, text: str) -> dict[str, Any]:
 
 
 def golden_response(calls: list[dict[str, str]]) -> str | None:
-    """The calls as a model would write them; None where an argument stands for a result."""
+    """Return calls as a model would generate them; None where an argument refers to a result."""
     written = []
     for call in calls:
         try:
@@ -50,7 +51,7 @@ def golden_response(calls: list[dict[str, str]]) -> str | None:
 
 
 def asked_of(api: dict[str, Any]) -> list[tuple[str, list[dict[str, str]]]]:
-    """Instructions with their calls, of an evaluation file or of the training data."""
+    """Return instructions with their calls, of an evaluation file or of the training data."""
     if "Golden_Answers" in api:
         return list(zip(api["Instructions"], api["Golden_Answers"], strict=True))
     found = []
@@ -64,7 +65,7 @@ def asked_of(api: dict[str, Any]) -> list[tuple[str, list[dict[str, str]]]]:
 
 
 def rows_of(apis: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row an instruction that has calls."""
+    """Return one row per instruction that has calls."""
     rows = []
     for api in apis:
         described = api.get("Function_Description")

@@ -4,12 +4,12 @@
     python benchmarks/unbiased.py --enumerate
 
 Every response of a tabular student (``tests/losses/test_unbiased.py``) has its exact gradient and
-probability; steps of 1, 2, 8 and 64 rollouts are drawn from them. *Along* is the mean step along
+probability; steps of 1, 2, 8 and 64 rollouts are sampled from them. *Along* is the mean step along
 the true gradient over its length (1 = unbiased) with its standard error; *RMSE* is the error of one
 step over that length, and again with steps clipped to twice that length. ``running_mean`` divides
-by the mean length of 256 rollouts drawn before. ``--enumerate`` draws nothing: it prints the bias
-of a step of one rollout over the length of the true gradient, for every divergence, variant and
-discount.
+by the mean length of 256 rollouts sampled before. ``--enumerate`` samples nothing: it prints the
+bias of a step of one rollout over the length of the true gradient, for every divergence, variant
+and discount.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ VARIANTS = ("as_published", "centred", "value_baseline")
 
 
 def figures(steps: Tensor, truth: Tensor) -> str:
-    """Along with its standard error, and both errors, of [steps, parameters]."""
+    """Return along with its standard error, and both errors, from [steps, parameters]."""
     size = truth.norm()
     along = steps @ truth / size**2
     norms = steps.norm(dim=1, keepdim=True)
@@ -54,7 +54,7 @@ def figures(steps: Tensor, truth: Tensor) -> str:
 
 
 def biases(student: Student, method: DistillationCallback, truth: Tensor) -> tuple[float, float]:
-    """Of a step of one rollout, over the truth's length: by ``running_mean``, by ``token_mean``."""
+    """Return the relative bias of a step of one rollout, by ``running_mean`` and ``token_mean``."""
     chances = torch.tensor([student.chance(r) for r in RESPONSES], dtype=torch.float64)
     lengths = torch.tensor([float(len(response)) for response in RESPONSES]).double()
     found = torch.stack([student.gradient_of(method, r).flatten() for r in RESPONSES])
@@ -64,7 +64,7 @@ def biases(student: Student, method: DistillationCallback, truth: Tensor) -> tup
 
 
 def enumerated() -> None:
-    """The table of every divergence: the largest bias by ``running_mean``, each by token_mean."""
+    """Print all divergences: the largest bias by ``running_mean``, all by token_mean."""
     student = Student()
     print("| divergence | γ | running_mean, at most | exact | " + " | ".join(VARIANTS) + " |")
     print("|---|---|---|---|" + "---|" * len(VARIANTS))

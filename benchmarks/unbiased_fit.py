@@ -2,16 +2,15 @@
 
     python benchmarks/unbiased_fit.py [--seconds 20]
 
-A tiny Llama of five ids answers one prompt with up to four tokens, so that all 85 prefixes, their
+A tiny Llama with five ids answers one prompt with up to four tokens, so that all 85 prefixes, their
 probabilities and the gradient of the objective can be enumerated in float64. Each method then runs
 through ``Trainer.fit`` at learning rate 0, with new rollouts for every optimizer step, for
-``--seconds`` of CPU time a row. Recorded are the gradients that the optimizer is given, times m,
-the mean length of earlier rollouts that the step was divided by: m changes slowly, so that its own
-noise (0.02 of a run of 1000 steps of one rollout) would not show in the standard error.
+``--seconds`` of CPU time per row. Recorded are the gradients that the optimizer gets, times m, the
+mean length of earlier rollouts by which the step was divided: m changes slowly, so its own noise
+(0.02 of a run of 1000 steps of one rollout) would not show in the standard error.
 
-* *along*: the mean step along the true gradient over its length, with its standard error;
-  1 is unbiased. ``token_mean`` is what the same steps are with that divisor, times the true mean
-  length.
+* *along*: the mean step along the true gradient over its length, with its standard error; 1 is
+  unbiased. ``token_mean`` is the same for steps with that divisor, times the true mean length.
 * *error²*: the squared error of the mean step over what its own noise explains; 1 is unbiased.
 * *RMSE*: the root mean square error of one step over the length of the true gradient.
 
@@ -52,7 +51,7 @@ STEPS_PER_EPOCH = 200
 
 
 def pair() -> tuple[PreTrainedModel, PreTrainedModel]:
-    """A student, and a teacher that is the student with noise on its weights."""
+    """Return a student, and a teacher that is the student with noise on its weights."""
     tiny.NUM_IDS = 3 + len(LETTERS)
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
@@ -68,7 +67,7 @@ def pair() -> tuple[PreTrainedModel, PreTrainedModel]:
 
 @dataclass(frozen=True)
 class Truth:
-    """The gradients at discount 0 and 1, flat and sorted by name, and the lengths of responses."""
+    """Gradients at discount 0 and 1, flat and sorted by name, and the lengths of responses."""
 
     gradients: tuple[Tensor, Tensor]
     mean_length: float
@@ -76,12 +75,12 @@ class Truth:
 
 
 def flat(gradients: dict[str, Tensor]) -> Tensor:
-    """[parameters] float64, sorted by name."""
+    """Return [parameters] float64, sorted by name."""
     return torch.cat([gradients[name].double().flatten() for name in sorted(gradients)])
 
 
 def enumerate_truth(student: PreTrainedModel, teacher: PreTrainedModel) -> Truth:
-    """Every prefix that has not ended, level by level, without the library's losses."""
+    """Enumerate all prefixes that have not ended, level by level, without the library's losses."""
     student, teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
     prompt = tiny.make_tokenizer(LETTERS)(PROMPT)["input_ids"]
     going = [token for token in range(tiny.NUM_IDS) if token != tiny.EOS]
@@ -110,7 +109,7 @@ def enumerate_truth(student: PreTrainedModel, teacher: PreTrainedModel) -> Truth
 
 
 class Steps(Callback):
-    """The sum of every optimizer step over its rollouts, and these over its tokens.
+    """Every optimizer step's sum over its rollouts, and its factor rollouts / tokens.
 
     Args:
         seconds: CPU time after which the run ends.
@@ -122,16 +121,16 @@ class Steps(Callback):
         self.by_tokens: list[float] = []
 
     def on_train_start(self, trainer, pl_module):
-        """Set-up does not count."""
+        """Start the clock: set-up does not count."""
         self.end = time.process_time() + self.seconds
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        """Remember both divisors."""
+        """Record both divisors."""
         self.mean_tokens = batch.sampled.mean_tokens
         self.by_tokens.append(batch.sampled.rollouts / sum(batch.step_counts))
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        """Keep the gradient, without m."""
+        """Record the gradient, without m."""
         found = {name: p.grad for name, p in pl_module.student.named_parameters()}
         self.gradients.append(flat(found) * self.mean_tokens)
         trainer.should_stop = time.process_time() > self.end
@@ -144,7 +143,7 @@ def steps_of(
     seconds: float,
     seed: int,
 ) -> Steps:
-    """A run of one method."""
+    """Run one method."""
     student, teacher = map(copy.deepcopy, models)
     module = DistillationModule(
         student, teacher, tokenizer=tiny.make_tokenizer(LETTERS), learning_rate=0.0
@@ -160,7 +159,7 @@ def steps_of(
 
 
 def figures(steps: Steps, truth: Tensor, mean_length: float) -> str:
-    """The cells of a row."""
+    """Return the cells of a row."""
     size = truth.norm()
     found = torch.stack(steps.gradients)
     tokens = torch.tensor(steps.by_tokens[: len(found)]).double()[:, None] * mean_length

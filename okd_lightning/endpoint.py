@@ -95,7 +95,7 @@ class Endpoint:
         Args:
             path: Such as /v1/completions.
             body: Sent as JSON.
-            timeout_seconds: For this request alone.
+            timeout_seconds: Timeout of this request alone.
             max_bytes: Longest reply.
 
         Raises:

@@ -1,10 +1,10 @@
-"""Makes what the study starts from: arithmetic problems, and students behind a warm start.
+"""Prepare the study's data and students: arithmetic problems, and students after a warm start.
 
 * ``many.jsonl``: 25,600 problems, so that 400 steps of 64 read each of them once;
-* ``hinted.jsonl``: the quickstart's 400 problems, and 3,200 others behind their solution;
+* ``hinted.jsonl``: the quickstart's 400 problems, and 3,200 others after their solution;
 * ``student``: the quickstart's student after its warm start on its 400 problems;
 * ``reader``: the same architecture after SFT on ``hinted.jsonl``: it solves some problems, and
-  copies a solution that stands before the problem. OPSD's teacher has to be able to read one.
+  copies a solution that precedes the problem. OPSD's teacher has to be able to read one.
 
     python benchmarks/claims/prepare.py --work build/claims
 """
@@ -33,7 +33,7 @@ WARM_STEPS, READER_STEPS = 500, 1500
 
 
 def main() -> None:
-    """Write all of it; what is there already is left alone."""
+    """Write all files; existing ones are kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Plain)
     parser.add_argument("--work", type=Path, default=Path("build/claims"))
     work: Path = parser.parse_args().work
@@ -58,7 +58,7 @@ def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def _warm_start(folder: Path, train: str, steps: int, learning_rate: float) -> None:
-    """SFT from random weights, and its export."""
+    """Train with SFT from random weights, and export the student."""
     if folder.is_dir():
         return
     run = folder.with_name(f"{folder.name}-run")

@@ -1,10 +1,11 @@
-"""Does ``diagnose`` foretell the order that ``compare`` finds?
+"""Comparison of the order that ``diagnose`` forecasts with the order that ``compare`` finds.
 
-``diagnose`` takes a few steps of each of seven methods from the same weights and puts the weights
-back; the order of the divergences behind them is its forecast. Here it runs on the pairs of the
-study's tables, and every pair of methods is looked at: is the one that was to be better the better
-one after whole runs? Where the first steps of every method make a measure worse, ``diagnose`` makes
-no forecast: counted apart. Needs ``run.py``'s results; writes ``results/ranking.json``.
+``diagnose`` takes a few steps of each of seven methods from the same weights and then restores the
+weights; the order of the divergences after these steps is its forecast. Here it runs on the pairs
+of the study's tables. For every pair of methods: is the method with the better forecast better
+after whole runs? Where the first steps of every method make a measure worse, ``diagnose`` makes no
+forecast; these cases are counted separately. Needs the results of ``run.py``; writes
+``results/ranking.json``.
 
     python benchmarks/claims/ranking.py --shared FOLDER
 """
@@ -35,14 +36,14 @@ CONTENDERS = {
     "OPD": "opd_reverse",
     "OPDPlus": "opdplus_value_reverse",
 }
-"""A trial's name and the study's."""
+"""Name of a trial → name in the study."""
 
 MEASURES = {
     "given/forward_kl": "val/forward_kl",
     "given/reverse_kl": "val/reverse_kl",
     "student/reverse_kl": "val/on_policy_reverse_kl",
 }
-"""What a trial measures, and what a run does."""
+"""Measure of a trial → measure of a run."""
 
 
 def main() -> None:
@@ -65,7 +66,7 @@ def main() -> None:
 
 
 def forecast(table: str, seed: int, shared: Path, work: Path) -> dict[str, Mapping[str, float]]:
-    """What ``diagnose`` says: trial → measure → change."""
+    """Return the forecast of ``diagnose``: trial → measure → change."""
     out = work / "diagnoses" / f"{table}-seed{seed}"
     if not (out / "diagnosis.json").is_file():
         words = [*pair_of(table, shared, work), "--out", str(out), "--data.seed", str(seed)]
@@ -83,7 +84,7 @@ def judge(
     changes: Mapping[str, Mapping[str, float]],
     runs: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
-    """How many pairs of methods come in the order that was foretold."""
+    """Count the pairs of methods whose order was forecast correctly."""
     tried = [name for name, run in CONTENDERS.items() if name in changes and run in runs]
     foretold = {name: changes[name][measure] for name in tried}
     came = {name: runs[CONTENDERS[name]][MEASURES[measure]] for name in tried}
@@ -104,7 +105,7 @@ def judge(
 
 
 def summary(found: list[dict[str, Any]]) -> Table:
-    """A line a table and measure, over seeds."""
+    """Return a table with a line per table and measure, over seeds."""
     shown = Table(title="Forecasts of diagnose against what compare found")
     for name in ("table", "measure", "seeds", "pairs in order", "first method right"):
         shown.add_column(name)

@@ -1,12 +1,11 @@
-"""Runs the study: `okd-lightning compare` once a table, each continued where it was left.
+"""Run the study: `okd-lightning compare` once per table; unfinished comparisons continue.
 
     python benchmarks/claims/prepare.py
     python benchmarks/claims/run.py --shared FOLDER [--only few,many] [--seeds 0,1,2]
 
-FOLDER holds models/ and datasets/. Contenders are the YAML files beside this one; everything is
-run from the project's root, one thread. What a comparison leaves for readers (results.json,
-metrics.csv) is added to ``results/``, so that seeds can be run apart; its pictures stay in
-``build/claims``.
+FOLDER holds models/ and datasets/. Contenders are the YAML files next to this one; everything runs
+from the project's root, with one thread. A comparison's results.json and metrics.csv are added to
+``results/``, so that seeds can be run separately; its plots stay in ``build/claims``.
 """
 
 from __future__ import annotations
@@ -48,11 +47,11 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("KD", "gkd_lambda1_beta1", *_SAMPLED),
     ),
 }
-"""Of every table: its configs, from the general to the special, and its contenders."""
+"""Table → its configs, from the general to the special, and its contenders."""
 
 
 def command(table: str, shared: Path, work: Path, seeds: str) -> list[str]:
-    """The comparison's command line."""
+    """Return the comparison's command line."""
     methods = ",".join(_entries(TABLES[table][1]))
     out = str(work / "runs" / table)
     own = ["--methods", methods, "--out", out, "--seeds", seeds]
@@ -60,7 +59,7 @@ def command(table: str, shared: Path, work: Path, seeds: str) -> list[str]:
 
 
 def pair_of(table: str, shared: Path, work: Path) -> list[str]:
-    """The options that name a table's models, data and optimization."""
+    """Return the options that name a table's models, data and optimization."""
     configs = TABLES[table][0]
     words = [word for name in configs for word in ("--config", str(HERE / f"{name}.yaml"))]
     if configs[0] == "tinystories":
@@ -75,7 +74,7 @@ def pair_of(table: str, shared: Path, work: Path) -> list[str]:
 
 
 def main() -> None:
-    """Run what was asked for, table after table."""
+    """Run the requested tables, one after the other."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--shared", type=Path, required=True, help="folder of models/, datasets/")
     parser.add_argument("--work", type=Path, default=Path("build/claims"))
@@ -90,7 +89,7 @@ def main() -> None:
 
 
 def keep(source: Path, target: Path) -> None:
-    """Add a comparison's runs to those that are in ``target``, in the place of the same ones."""
+    """Add a comparison's runs to those in ``target``; the same runs are replaced."""
     results = json.loads((source / "results.json").read_text(encoding="utf-8"))
     curves = _rows(source / "metrics.csv")
     again = {(run["method"], str(run["seed"])) for run in results}

@@ -1,4 +1,4 @@
-"""The study's tables and picture, from ``results/``: writes ``tables.md`` and ``claims.png``.
+"""Make the study's tables and plot from ``results/``: writes ``tables.md`` and ``claims.png``.
 
 python benchmarks/claims/tables.py [--results FOLDER]
 """
@@ -48,7 +48,7 @@ _SAMPLED = (
 
 
 def main() -> None:
-    """Write both."""
+    """Write both files."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--results", type=Path, default=HERE / "results")
     folder: Path = parser.parse_args().results
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def read(folder: Path) -> list[RunResult]:
-    """A comparison's runs with their curves."""
+    """Return a comparison's runs with their curves."""
     records = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     with (folder / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -85,7 +85,7 @@ def _curve(record: dict[str, object], rows: Sequence[dict[str, str]]) -> list[Po
 
 
 def table(results: Sequence[RunResult]) -> list[str]:
-    """Markdown: a line a contender, mean ± standard error over its seeds."""
+    """Return Markdown: a line per contender, mean ± standard error over its seeds."""
     columns = {h: n for h, n in _COLUMNS.items() if any(n in r.after for r in results)}
     lines = [
         f"| method | seeds | {' | '.join(columns)} | CPU s |",
@@ -110,7 +110,7 @@ def _is_grid(results: Sequence[RunResult]) -> bool:
 
 
 def grid(results: Sequence[RunResult]) -> list[str]:
-    """Markdown: λ × β, forward KL on given responses / on-policy reverse KL [/ exact match]."""
+    """Return Markdown: λ × β, dataset forward KL / on-policy reverse KL [/ exact match]."""
     names = ["val/forward_kl", "val/on_policy_reverse_kl", "val/exact_match"]
     names = [name for name in names if name in results[0].after]
     heads = " / ".join(name.removeprefix("val/") for name in names)
@@ -134,7 +134,7 @@ def grid(results: Sequence[RunResult]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Panel:
-    """Of the picture: which curves."""
+    """Curves of one panel of the plot."""
 
     table: str
     measure: str
@@ -159,9 +159,10 @@ _AXES = {"cpu_seconds": "CPU seconds", "step": "optimizer steps"}
 
 
 def picture(path: Path, found: dict[str, list[RunResult]]) -> None:
-    """Four panels: quality over CPU seconds on three tasks, and OPD beside OPD+ over steps."""
+    """Draw four panels: quality over CPU seconds on three tasks, and OPD with OPD+ over steps."""
     panels = [panel for panel in _PANELS if panel.table in found]
     figure = Figure(figsize=(11, 4.2 * ((len(panels) + 1) // 2)), layout="constrained")
+    # -(-a // b) rounds up
     for axes, panel in zip(figure.subplots(-(-len(panels) // 2), 2).flat, panels, strict=False):
         _draw(axes, panel, found[panel.table])
     figure.savefig(path, dpi=110)

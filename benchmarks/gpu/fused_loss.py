@@ -1,7 +1,7 @@
-"""The loss layer on an accelerator: 8192 tokens, width 4096, 128256 ids, bf16, JSD(1/2).
+"""Loss layer on an accelerator: 8192 tokens, width 4096, 128256 ids, bf16, JSD(1/2).
 
 Ours over several tiles and blocks, with the student's head trained and frozen, against eager torch
-(in as many positions at once as the memory holds) and Liger's fused JSD where it is installed.
+(in as many positions at once as fit in memory) and Liger's fused JSD where it is installed.
 
     python benchmarks/gpu/fused_loss.py [--tokens 8192 --width 4096 --vocab 128256] [--steps 10]
 """
@@ -30,7 +30,7 @@ BLOCKS = [2**23, 2**25, 2**27]
 
 
 def liger(student: Tensor, head: nn.Linear, teacher: Tensor, teacher_head: nn.Linear) -> Tensor:
-    """Liger's fused linear JSD."""
+    """Compute Liger's fused linear JSD."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # noqa: PLC0415
 
     targets = torch.zeros(len(student), dtype=torch.int64, device=student.device)
@@ -40,7 +40,7 @@ def liger(student: Tensor, head: nn.Linear, teacher: Tensor, teacher_head: nn.Li
 
 
 def in_parts(loss: Loss, num_parts: int) -> Loss:
-    """The same over parts of the positions, each with its own backward pass."""
+    """Return ``loss`` over parts of the positions, each with its own backward pass."""
 
     def summed(student: Tensor, head: nn.Linear, teacher: Tensor, other: nn.Linear) -> Tensor:
         parts = zip(student.chunk(num_parts), teacher.chunk(num_parts), strict=True)
@@ -52,7 +52,7 @@ def in_parts(loss: Loss, num_parts: int) -> Loss:
 
 
 def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row a contender."""
+    """Return one row per contender."""
     device, width, vocab = the_device(), options.width, options.vocab
     torch.manual_seed(0)
     numbers = {"device": device, "dtype": torch.bfloat16}

@@ -1,4 +1,4 @@
-"""Times and memory on an accelerator, and the file that they go to."""
+"""Time and memory on an accelerator, and the results file."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import torch
 
 RESULTS = Path(__file__).parent.parent / "results"
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0}
-"""Dense bf16, of the makers' data sheets; what MFU is a share of."""
+"""Dense bf16, from the makers' data sheets; MFU is relative to these."""
 
 
 def the_device() -> torch.device:
-    """The accelerator, else the CPU (to try a script, at small sizes)."""
+    """Return the accelerator, else the CPU (to test a script, at small sizes)."""
     accelerator = torch.accelerator.current_accelerator()
     return accelerator or torch.device("cpu")
 
 
 def measure(step: Callable[[], object], steps: int, warmup: int = 2) -> dict[str, float]:
-    """Median and fastest milliseconds of a step, and its peak memory beyond what was there."""
+    """Return median and fastest milliseconds of a step, and its peak memory above the start."""
     for _ in range(warmup):
         step()
     _finish()
@@ -47,14 +47,14 @@ def measure(step: Callable[[], object], steps: int, warmup: int = 2) -> dict[str
 
 
 def mfu(flops: float, milliseconds: float) -> float | None:
-    """Share of the device's peak that some operations a step are; None where it is not known."""
+    """Return a step's operations as a share of the device's peak; None where that is unknown."""
     name = torch.cuda.get_device_name() if the_device().type == "cuda" else ""
     peaks = [peak for key, peak in PEAK_TFLOPS.items() if key in name]
     return round(flops / (milliseconds * 1e-3) / (peaks[0] * 1e12), 3) if peaks else None
 
 
 def write(name: str, content: dict[str, Any]) -> None:
-    """Print the figures, and keep them where they come from an accelerator."""
+    """Print the figures, and write them to a file if they come from an accelerator."""
     is_real = the_device().type != "cpu"
     machine = {
         "device": torch.cuda.get_device_name() if the_device().type == "cuda" else "cpu",

@@ -1,9 +1,9 @@
 """Distillation steps at the shapes of real pairs, random weights, bf16, on one accelerator.
 
 Llama-3.2-1B from Llama-3.1-8B and Qwen3-0.6B from Qwen3-8B (shapes of the published configs): a KD
-step with JSD(1/2) through our loss layer, forward and backward, and what an online module on the
-teacher adds. Operations are those of all matrix products and of attention; MFU is their share of
-the device's peak.
+step with JSD(1/2) through our loss layer, forward and backward, and the extra cost of an online
+module on the teacher. Operations are those of all matrix products and of attention; MFU is their
+share of the device's peak.
 
     python benchmarks/gpu/steps.py [--rows 8 --length 1024] [--pairs llama qwen3] [--compile]
 """
@@ -83,7 +83,7 @@ PAIRS = {
 
 
 def make_model(fields: dict[str, Any]) -> PreTrainedModel:
-    """Random weights, made where they are used."""
+    """Make a model with random weights on its device."""
     fields = dict(fields)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     with torch.device(the_device()):
@@ -92,7 +92,7 @@ def make_model(fields: dict[str, Any]) -> PreTrainedModel:
 
 
 def make_batch(rows: int, length: int, vocab: int, spread: bool) -> DistillBatch:
-    """Rows of one length, or of 20 to 100 % of it; loss on all but the first quarter."""
+    """Return rows of one length, or of 20 to 100 % of it; loss on all but the first quarter."""
     torch.manual_seed(0)
     shares = torch.linspace(0.2, 1.0, rows) if spread else torch.ones(rows)
     lengths = (shares * length).int().tolist()
@@ -110,7 +110,7 @@ def make_batch(rows: int, length: int, vocab: int, spread: bool) -> DistillBatch
 
 
 def forward_flops(config: PretrainedConfig, batch: DistillBatch) -> tuple[float, float]:
-    """Operations of one forward pass: body (matrix products and attention), and head."""
+    """Return the operations of one forward pass: body (matrix products and attention), and head."""
     heads, width = config.num_attention_heads, config.head_dim
     attended = config.hidden_size * width * 2 * (heads + config.num_key_value_heads)
     layer = attended + 3 * config.hidden_size * config.intermediate_size
@@ -123,7 +123,7 @@ def forward_flops(config: PretrainedConfig, batch: DistillBatch) -> tuple[float,
 
 
 def run(name: str, options: argparse.Namespace, learns: bool, spread: bool) -> dict[str, Any]:
-    """One configuration: milliseconds, memory, MFU."""
+    """Measure one configuration: milliseconds, memory, MFU."""
     student, teacher = (make_model(fields) for fields in PAIRS[name])
     if learns:
         config = LoraConfig(r=16, target_modules=["q_proj", "v_proj"])
@@ -154,7 +154,7 @@ def run(name: str, options: argparse.Namespace, learns: bool, spread: bool) -> d
     )
     flops = 3 * (own_body + own_head) + its_body + its_head
     if learns:
-        flops += its_body + its_head  # back through frozen weights: the inputs' gradients alone
+        flops += its_body + its_head  # back through frozen weights: gradients of inputs alone
     found: dict[str, Any] = dict(measure(step, options.steps))
     tokens = int(batch.lengths.sum())
     return {

@@ -1,8 +1,8 @@
-"""The study behind docs/okd.md; ``benchmarks/okd.py`` is its command.
+"""Study for docs/okd.md; ``benchmarks/okd.py`` is its command.
 
 * ``arms``: a run: a method on a task under some conditions.
-* ``stages``: which runs make a table.
+* ``stages``: the runs of each table.
 * ``tasks``: models and data; runs an arm and measures it.
-* ``pace``: CPU seconds a step, measured side by side; which steps take equally long.
+* ``pace``: CPU seconds per step, measured side by side; step counts of equal time.
 * ``tables``: means over seeds.
 """

@@ -15,14 +15,14 @@ Method = Callable[[float], DistillationCallback]
 
 @dataclass(frozen=True)
 class Conditions:
-    """In what a task differs from its own settings.
+    """Changes of a task's own settings.
 
     Attributes:
         num_rows: Training rows; None for the task's own.
         sharpness: Factor on the base teacher's logits: above 1 it is more certain, below 1 less.
-        teacher_steps: Optimizer steps of SFT, of all its weights, that the teacher takes on the
-            training rows before it teaches.
-        hidden_size: Of the student (arithmetic only); None for the quickstart's.
+        teacher_steps: Optimizer steps of full SFT of the teacher on the training rows before
+            distillation.
+        hidden_size: The student's (arithmetic only); None for the quickstart's.
     """
 
     num_rows: int | None = None
@@ -46,11 +46,11 @@ class Arm:
 
     Attributes:
         task: "tinystories", "arithmetic" or "gsm8k".
-        name: Of the method with its settings.
-        method: Builds it.
+        name: Name of the method with its settings.
+        method: Builds the method.
         steps: Optimizer steps.
-        seed: Of the data order, the warm start and the online module.
-        conditions: In what the task is changed.
+        seed: Seed of the data order, the warm start and the online module.
+        conditions: Changes of the task's settings.
     """
 
     task: str
@@ -62,13 +62,13 @@ class Arm:
 
     @property
     def key(self) -> str:
-        """Under which the run is kept."""
+        """Key under which the run is kept."""
         conditions = f" ({self.conditions})" if str(self.conditions) else ""
         return f"{self.task}{conditions} / {self.name} / {self.steps} steps / seed {self.seed}"
 
 
 def okd(alpha: float, rate: float = 1.0, **settings: Any) -> Method:
-    """OKD with a module learning rate relative to the student's."""
+    """Return OKD with a module learning rate relative to the student's."""
     return lambda student_rate: OKD(alpha=alpha, learning_rate=rate * student_rate, **settings)
 
 
@@ -84,8 +84,9 @@ METHODS: dict[str, Method] = {
     "GKD forward KL": lambda _: GKD(beta=0.0, on_policy_fraction=1.0),
     "GKD forward KL λ=0.5": lambda _: GKD(beta=0.0, on_policy_fraction=0.5),
 }
-"""The methods without an online module. GKD is on the student's own responses alone unless λ is
-given; "GKD forward KL" is the quickstart's."""
+"""Methods without an online module.
+
+GKD trains on on-policy samples alone unless λ is given; "GKD forward KL" is the quickstart's."""
 
 for _alpha in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9):
     for _rate in (1.0, 0.1, 0.01):

@@ -1,4 +1,4 @@
-"""CPU seconds a step, measured side by side in one process."""
+"""CPU seconds per step, measured side by side in one process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ROUNDS, _STEPS, _UNCOUNTED = 5, 14, 4
 
 
 class _StepTimes(Callback):
-    """CPU time at the end of every step; between two of them lie rollouts, data and update."""
+    """CPU time at the end of every step; an interval covers rollouts, data and update."""
 
     def __init__(self) -> None:
         self.marks: list[float] = []
@@ -25,18 +25,18 @@ class _StepTimes(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any
     ) -> None:
-        """Look at the clock."""
+        """Record the CPU time."""
         self.marks.append(time.process_time())
 
     @property
     def seconds_a_step(self) -> float:
-        """Mean over the counted steps: rows differ in length."""
+        """Mean over the counted steps, because rows differ in length."""
         counted = self.marks[_UNCOUNTED:]
         return (counted[-1] - counted[0]) / (len(counted) - 1)
 
 
 def measure_rounds(tasks: Tasks, task: str, names: Iterable[str]) -> dict[str, list[float]]:
-    """CPU seconds a step of interleaved short runs from the same start, on the same rows."""
+    """Return CPU seconds per step of interleaved short runs with the same start and rows."""
     rounds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(_ROUNDS):
         for name, found in rounds.items():
@@ -50,7 +50,7 @@ def measure_rounds(tasks: Tasks, task: str, names: Iterable[str]) -> dict[str, l
 
 
 def relative_seconds(rounds: dict[str, list[float]], reference: str) -> dict[str, float]:
-    """Seconds a step over ``reference``'s: the median over rounds of the ratio within a round."""
+    """Return seconds per step over ``reference``'s: the median of the ratios per round."""
     return {
         name: statistics.median(
             own / base for own, base in zip(found, rounds[reference], strict=True)

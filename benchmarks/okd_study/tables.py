@@ -1,4 +1,4 @@
-"""Tables of the study: means over seeds, one row a method."""
+"""Tables of the study: means over seeds, one row per method."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLUMNS = {
 
 
 def table(title: str, results: dict[str, dict[str, float]], arms: list[Arm]) -> Table:
-    """The finished runs among ``arms``."""
+    """Return a table of the finished runs among ``arms``."""
     shown = Table(title=title, expand=False)
     for name in ("conditions", "method", "steps", "seeds", *COLUMNS):
         shown.add_column(name, no_wrap=True)
@@ -40,7 +40,7 @@ def table(title: str, results: dict[str, dict[str, float]], arms: list[Arm]) -> 
 
 
 def line(arm: Arm, measured: dict[str, float]) -> str:
-    """What a finished run says."""
+    """Return a finished run's measures as a line."""
     values = {label: measured[key] for label, key in COLUMNS.items() if key in measured}
     return f"{arm.key} {values}"
 

@@ -1,4 +1,4 @@
-"""Models and data of the three tasks; trains an arm and measures it."""
+"""Models and data of the three tasks; training and measuring of an arm."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Prepared:
-    """What an arm trains.
+    """Models, data and monitors of an arm.
 
     Attributes:
         module: Student and teacher.
         data: Rows in the arm's order.
-        monitors: What its validation measures beside divergences.
+        monitors: Callbacks of its validation, besides divergences.
     """
 
     module: DistillationModule
@@ -40,11 +40,11 @@ class Prepared:
 
 
 class Tasks:
-    """Prepares, trains and measures.
+    """Preparation, training and measuring of arms.
 
     Args:
         shared: Folder with models/student75K, models/stories260K and datasets/.
-        root: Where Trainers may write.
+        root: Folder in which Trainers may write.
     """
 
     def __init__(self, shared: Path, root: Path) -> None:
@@ -53,9 +53,9 @@ class Tasks:
         self._tuned: dict[Arm, PreTrainedModel] = {}
 
     def run(self, arm: Arm) -> dict[str, float]:
-        """Train and measure: every measure of the last validation, and the training's seconds.
+        """Return all measures of the last validation, and the training's seconds.
 
-        Seconds are the training's alone; those of the CPU do not depend on what else is running.
+        Seconds are those of training alone; CPU seconds do not depend on other processes.
         """
         prepared = self.prepare(arm)
         method = arm.method(prepared.module.learning_rate)
@@ -71,7 +71,7 @@ class Tasks:
         return spent | {n: round(float(v), 5) for n, v in trainer.callback_metrics.items()}
 
     def prepare(self, arm: Arm) -> Prepared:
-        """Models in their first state, seeded by the arm."""
+        """Return models in their initial state, seeded by the arm."""
         if arm.task == "arithmetic":
             student: str | PreTrainedModel = copy.deepcopy(self._warm_start(arm))
             source, settings = TEACHER_DIR, _optimization(Recipe.learning_rate)
@@ -88,7 +88,7 @@ class Tasks:
         return Prepared(module, self._data(arm), monitors)
 
     def trainer(self, steps: int, callbacks: list[Callback], **settings: Any) -> lightning.Trainer:
-        """A quiet one on the CPU."""
+        """Return a Trainer on the CPU without output."""
         return lightning.Trainer(
             accelerator="cpu",
             max_steps=steps,
@@ -108,12 +108,12 @@ class Tasks:
     # ---------------------------------------------------------------- models
 
     def _teacher(self, arm: Arm, source: Path) -> PreTrainedModel:
-        """A fresh one every time: an online module changes it in place."""
+        """Return a new teacher every time: an online module changes it in place."""
         if arm.conditions.teacher_steps:
             teacher = copy.deepcopy(self._fine_tuned(arm, source))
         else:
             teacher = AutoModelForCausalLM.from_pretrained(source)
-        with torch.no_grad():  # the final norm's scale is the logits'
+        with torch.no_grad():  # scaling the final norm scales the logits
             teacher.model.norm.weight.mul_(arm.conditions.sharpness)
         return teacher
 
@@ -129,7 +129,7 @@ class Tasks:
         return self._tuned[own]
 
     def _warm_start(self, arm: Arm) -> PreTrainedModel:
-        """The quickstart's student, on the quickstart's rows; kept beside the runs."""
+        """Return the quickstart's student after its warm start; kept in memory."""
         recipe = replace(Recipe(), hidden_size=arm.conditions.hidden_size or Recipe.hidden_size)
         known = (arm.seed, recipe.hidden_size)
         if known not in self._warm:
@@ -179,7 +179,7 @@ class Tasks:
         return list(train)[:num], list(val)
 
     def _gsm8k_rows(self, num: int | None) -> tuple[Rows, Rows]:
-        """Short problems, so that a row of 512-token BPE fits."""
+        """Return short problems, so that a row fits with a BPE of 512 tokens."""
         train, val = (
             [
                 {"prompt": row["question"], "response": row["answer"]}
@@ -191,7 +191,7 @@ class Tasks:
         return train[:num], val
 
     def _arithmetic_rows(self, num: int | None) -> tuple[Rows, Rows]:
-        """The quickstart's problems, or the first ``num`` of the list that they begin."""
+        """Return the quickstart's problems, or the first ``num`` of the list they start."""
         val = list(load_rows(str(VAL_FILE)))
         if num is None:
             return list(load_rows(str(TRAIN_FILE))), val

@@ -1,8 +1,8 @@
-"""The parts of ``benchmarks/opd.py``.
+"""Parts of ``benchmarks/opd.py``.
 
 * ``arms``: one run, as a line for the command line.
-* ``stages``: which runs make a table.
-* ``runner``: runs an arm through the command line and reads what it measured.
+* ``stages``: the runs of each table.
+* ``runner``: runs an arm through the command line and reads its measures.
 * ``variance``: bias and variance of the sampled gradients against the exact one.
-* ``tables``, ``picture``: what is shown of finished runs.
+* ``tables``, ``picture``: tables and plot of finished runs.
 """

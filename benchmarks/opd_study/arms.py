@@ -1,4 +1,4 @@
-"""One run of the study: a task, a method with its settings, and how long it learns."""
+"""One run of the study: a task, a method with its settings, and the length of training."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Arm:
 
     Attributes:
         task: "tinystories" or "arithmetic".
-        name: Of the method with its settings; with task, steps, rows, rate and seed it is unique.
-        options: What the command line gets for it: ``--method`` and what belongs to it.
+        name: Name of the method with its settings; unique with task, steps, rows, rate and seed.
+        options: Command-line options of the method: ``--method`` and its settings.
         steps: Optimizer steps.
-        rows: Sequences an optimizer step.
+        rows: Sequences per optimizer step.
         rate: Learning rate.
-        samples: Responses to each prompt.
-        seed: Of data order and sampling.
+        samples: Responses per prompt.
+        seed: Seed of data order and sampling.
     """
 
     task: str
@@ -34,18 +34,18 @@ class Arm:
 
     @property
     def setting(self) -> str:
-        """What a table puts together."""
+        """Setting by which a table groups runs."""
         samples = f" x {self.samples} samples" if self.samples > 1 else ""
         return f"{self.task}, {self.steps} steps of {self.rows} rows{samples}, rate {self.rate:g}"
 
     @property
     def key(self) -> str:
-        """Under which the run is kept."""
+        """Key under which the run is kept."""
         return f"{self.setting} / {self.name} / seed {self.seed}"
 
 
 def opd(divergence: str, clip: float | None = None, task: str = "tinystories") -> Arm:
-    """The stopped reward, as commonly run."""
+    """Return an arm with the stopped reward, as commonly run."""
     return _sampled(task, "OPD", divergence, "", (), clip)
 
 
@@ -55,20 +55,20 @@ def opd_plus(
     clip: float | None = None,
     task: str = "tinystories",
 ) -> Arm:
-    """The corrected credit."""
+    """Return an arm with the corrected advantage."""
     options = ("--method.variant", variant)
     return _sampled(task, "OPDPlus", divergence, f" {variant}", options, clip)
 
 
 def gkd(divergence: str, task: str = "tinystories") -> Arm:
-    """The exact loss on the student's own responses."""
+    """Return an arm with the exact loss on on-policy samples."""
     options = ("--method", "GKD", "--method.divergence", divergence)
     options += ("--method.on_policy_fraction", "1.0")
     return Arm(task, f"GKD {divergence}", options)
 
 
 def on_arithmetic(arm: Arm, rate: float = 3e-3, steps: int = 300) -> Arm:
-    """The same method on the quickstart's rows, in fewer steps."""
+    """Return the method on the quickstart's rows, in fewer steps."""
     return replace(arm, task="arithmetic", steps=steps, rows=64, rate=rate)
 
 

@@ -1,4 +1,4 @@
-"""The picture: collapse and rescue over optimizer steps."""
+"""Plot of collapse and rescue over optimizer steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TICKS = (0.8, 1, 2, 5, 10, 20)
 
 
 def draw(path: Path, starts: Mapping[str, Any], runs: Mapping[str, Any]) -> None:
-    """One panel a divergence, one line a seed, as far as each has run."""
+    """Draw one panel per divergence, one line per seed, as far as each has run."""
     figure = Figure(figsize=(12.5, 3.9), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(DIVERGENCES), sharey=True)

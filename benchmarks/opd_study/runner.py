@@ -1,4 +1,4 @@
-"""Runs an arm through the command line, in this process, and reads what it measured."""
+"""Run an arm through the command line, in this process, and read its measures."""
 
 from __future__ import annotations
 
@@ -30,34 +30,34 @@ _VAL = {"tinystories": 50, "arithmetic": 150}  # optimizer steps between two val
 
 
 class Runner:
-    """Knows the tasks' models and data.
+    """Runner of arms on the tasks' models and data.
 
     Args:
         shared: Folder with models/student75K, models/stories260K and datasets/.
-        root: For run folders and warm-started students.
+        root: Folder of run folders and warm-started students.
     """
 
     def __init__(self, shared: Path, root: Path) -> None:
         self.shared, self.root = shared, root
 
     def run(self, arm: Arm) -> dict[str, Any]:
-        """Train, with validations on the way.
+        """Train, with validations during training.
 
         Returns:
-            CPU seconds (validations included), the curve as step → measures, and what stopped the
-            run if it did not reach its end.
+            CPU seconds (validations included), the curve as step → measures, and the error that
+            stopped the run if it did not finish.
         """
         folder = Path(tempfile.mkdtemp(dir=self.root))
         task = self._task(arm)
         start = time.process_time()
-        # an overlay's own settings come before the typed ones
+        # an overlay's settings come before the typed ones
         said = _command("fit", *task, *self._budget(arm), *arm.options, *_quiet(folder))
         spent = round(time.process_time() - start, 1)
         found: dict[str, Any] = {"cpu_seconds": spent, "curve": _curve(folder / "metrics.csv")}
         return found | ({"stopped": said.error[-300:]} if said.code else {})
 
     def start(self, arm: Arm) -> dict[str, float]:
-        """The same measures before the first step; of GKD's, which changes none of them."""
+        """Return the measures before the first step, with GKD, which does not change them."""
         said = _command(
             "validate", *self._task(arm), "--method", "GKD", *_quiet(Path(tempfile.mkdtemp()))
         )
@@ -105,7 +105,7 @@ class Runner:
         return [str(part) for pair in options.items() for part in pair]
 
     def _warm_start(self, seed: int) -> Path:
-        """The quickstart's student after its warm start; kept beside the runs."""
+        """Return the quickstart's student after its warm start; kept in the root folder."""
         out = self.root / f"warm{seed}"
         if out.exists():
             return out
@@ -135,12 +135,12 @@ class Runner:
 
 @dataclasses.dataclass(frozen=True)
 class Said:
-    """How a command ended.
+    """Result of a command.
 
     Attributes:
-        code: Its exit status.
-        output: What it printed.
-        error: What it printed as an error.
+        code: Exit status.
+        output: Standard output.
+        error: Error output.
     """
 
     code: int
@@ -163,7 +163,7 @@ def _problems(seed: int) -> dict[str, Any]:
 
 
 def _quiet(folder: Path) -> list[str]:
-    """No checkpoints and no progress bar."""
+    """Return options for no checkpoints and no progress bar."""
     return [
         *("--trainer.enable_progress_bar", "false"),
         *("--trainer.enable_checkpointing", "false"),
@@ -179,7 +179,7 @@ def _command(*arguments: str) -> Said:
 
 
 def _curve(path: Path) -> dict[str, dict[str, float]]:
-    """Step → measures of the validation after it."""
+    """Return step → measures of the validation after it."""
     if not path.exists():
         return {}
     with path.open(encoding="utf-8", newline="") as file:

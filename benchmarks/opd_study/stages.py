@@ -1,4 +1,4 @@
-"""Which runs make a table."""
+"""Runs of each table."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ _REWARD = {
 
 
 def collapse() -> Iterator[Arm]:
-    """Stopped reward, correction and exact loss; OPD+ with reverse KL is OPD (stage variants)."""
+    """Yield stopped reward, correction and exact loss; OPD+ with reverse KL is in ``variants``."""
     yield from (opd(divergence) for divergence in DIVERGENCES)
     yield from (opd_plus(divergence) for divergence in (FORWARD, JSD))
     yield from (gkd(divergence) for divergence in DIVERGENCES)
 
 
 def half() -> Iterator[Arm]:
-    """The same in 100 steps."""
+    """Yield the arms of ``collapse`` in 100 steps."""
     arms = [opd(FORWARD), opd(JSD), opd_plus(FORWARD), opd_plus(JSD), opd(REVERSE)]
     arms += [opd_plus(REVERSE, "value_baseline"), *(gkd(d) for d in DIVERGENCES)]
     yield from (replace(arm, steps=100) for arm in arms)
 
 
 def clipped() -> Iterator[Arm]:
-    """The same with ln u clipped to ±6."""
+    """Yield arms with ln u clipped to ±6."""
     arms = [opd(FORWARD, _CLIP), opd(JSD, _CLIP), opd(REVERSE, _CLIP)]
     arms += [opd_plus(FORWARD, clip=_CLIP)]
     yield from (replace(arm, steps=100) for arm in arms)
 
 
 def variants() -> Iterator[Arm]:
-    """The credits of OPD+ that differ.
+    """Yield the variants of OPD+ whose advantages differ.
 
-    Centred reverse KL is OPD's; centred forward KL has value zero (E_p[u] = 1) and so is its
+    Centred reverse KL is OPD's; centred forward KL has value zero (E_p[u] = 1), so it equals its
     value_baseline; JSD is centred as published.
     """
     arms = [opd_plus(REVERSE, "value_baseline"), opd_plus(JSD, "value_baseline")]
@@ -57,31 +57,31 @@ def variants() -> Iterator[Arm]:
 
 
 def tighter() -> Iterator[Arm]:
-    """A clip that acts often."""
+    """Yield arms with a clip that acts often."""
     yield replace(opd_plus(FORWARD, clip=2.0), steps=100)
     yield replace(opd_plus(REVERSE, "value_baseline", clip=2.0), steps=100)
 
 
 def slower() -> Iterator[Arm]:
-    """A third of the learning rate."""
+    """Yield arms with a third of the learning rate."""
     for arm in (opd(REVERSE), opd_plus(REVERSE, "value_baseline"), opd_plus(FORWARD)):
         yield replace(arm, rate=3e-4, steps=100)
 
 
 def larger() -> Iterator[Arm]:
-    """64 rows a step, 80 steps."""
+    """Yield arms of 64 rows per step, 80 steps."""
     arms = [opd(REVERSE), opd_plus(REVERSE, "value_baseline"), opd_plus(JSD, "value_baseline")]
     arms += [opd_plus(FORWARD), gkd(REVERSE)]
     yield from (replace(arm, rows=64, steps=80, rate=3e-4) for arm in arms)
 
 
 def samples() -> Iterator[Arm]:
-    """Four responses to each prompt."""
+    """Yield an arm with four responses per prompt."""
     yield replace(opd_plus(REVERSE, "value_baseline"), samples=4, steps=100)
 
 
 def arithmetic() -> Iterator[Arm]:
-    """The quickstart's task: stopped reward, correction, exact loss."""
+    """Yield arms on the quickstart's task: stopped reward, correction, exact loss."""
     arms = [opd_plus(REVERSE, "value_baseline"), opd_plus(JSD), opd(JSD), gkd(REVERSE)]
     arms += [opd_plus(REVERSE, "value_baseline", _CLIP), opd(REVERSE), opd_plus(FORWARD)]
     arms += [opd(FORWARD), gkd(FORWARD), gkd(JSD)]
@@ -89,13 +89,13 @@ def arithmetic() -> Iterator[Arm]:
 
 
 def hotter() -> Iterator[Arm]:
-    """Arithmetic at the quickstart's learning rate."""
+    """Yield arms on arithmetic at the quickstart's learning rate."""
     arms = [opd(REVERSE), opd_plus(REVERSE, "value_baseline"), gkd(REVERSE)]
     yield from (on_arithmetic(arm, rate=1e-2) for arm in arms)
 
 
 def rewards() -> Iterator[Arm]:
-    """A verifiable reward alone, and beside OPD+, with four samples a prompt."""
+    """Yield arms with a verifiable reward alone and with OPD+, four samples per prompt."""
     alone = ("--method", "Reward", "--method.function", "AnswerMatch")
     alone += ("--method.baseline", "leave_one_out")
     beside = opd_plus(REVERSE, "value_baseline")
@@ -109,7 +109,7 @@ def rewards() -> Iterator[Arm]:
 
 
 def compositions() -> Iterator[Arm]:
-    """The packaged overlays and their parts."""
+    """Yield the packaged overlays and their parts."""
     for name, options in {
         "OKD + OPD+": ("--config", "overlays/okd_opd_plus"),
         "OKD": ("--method", "OKD"),

@@ -1,4 +1,4 @@
-"""Finished runs as tables for the terminal."""
+"""Tables of finished runs for the terminal."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _COLUMNS = {
 
 
 def last(run: Mapping[str, Any]) -> dict[str, float]:
-    """The last measured point of a run; empty where it stopped before one."""
+    """Return the last measured point of a run; empty where it stopped before one."""
     curve = run["curve"]
     return curve[max(curve, key=int)] if curve else {}
 
 
 def runs_table(title: str, runs: Mapping[str, Any], arms: Sequence[Arm]) -> Table:
-    """Means over seeds at the end of the runs, with every seed's first column."""
+    """Return means over seeds at the end of the runs, with every seed's first column."""
     shown = Table(title=title)
     for name in ("setting", "method", *_COLUMNS, "seeds", "CPU s"):
         shown.add_column(name, no_wrap=True)
@@ -46,7 +46,7 @@ def runs_table(title: str, runs: Mapping[str, Any], arms: Sequence[Arm]) -> Tabl
 
 
 def variance_table(title: str, measured: Mapping[str, Mapping[str, Any]]) -> Table:
-    """One row an estimator."""
+    """Return a table with one row per estimator."""
     shown = Table(title=title)
     columns = ("along_exact", "along_exact_error", "cosine", "cosine_error", "variance")
     for name in ("divergence", "credit", *columns):

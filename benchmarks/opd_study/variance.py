@@ -2,9 +2,9 @@
 
 All estimators see the same rollouts and share one forward pass. Gradients are taken with respect to
 all of the student's parameters; both losses are divided by the same number of tokens. Given the
-prefixes the exact gradient is the sampled one's expectation, so that their difference has mean zero
-where a credit is unbiased. Products of means are taken over pairs of different batches, so that the
-noise of one batch is not multiplied with itself.
+prefixes, the exact gradient is the expectation of the sampled one, so their difference has mean
+zero where an advantage is unbiased. Products of means are taken over pairs of different batches, so
+that the noise of one batch is not multiplied with itself.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ LENGTH = 32
 
 
 def estimators(divergence: Divergence) -> dict[str, DistillationCallback]:
-    """The exact term first, then the credits that differ from each other."""
+    """Return the exact term first, then the distinct advantages."""
     found: dict[str, DistillationCallback] = {
         EXACT: GKD(divergence=divergence, on_policy_fraction=1.0),
         "centred": OPDPlus(divergence, "centred"),
     }
-    if isinstance(divergence, ReverseKL):  # its stopped_reward is the centred one
+    if isinstance(divergence, ReverseKL):  # stopped_reward equals centred here
         found["centred, clip 6"] = OPDPlus(divergence, "centred", max_log_ratio=6.0)
     else:
         found["stopped_reward"] = OPD(divergence)
-    if not isinstance(divergence, JensenShannon):  # is centred as published
+    if not isinstance(divergence, JensenShannon):  # JSD's as_published is the centred one
         found["as_published"] = OPDPlus(divergence, "as_published")
         found["centred, clip 2"] = OPDPlus(divergence, "centred", max_log_ratio=2.0)
-    if not isinstance(divergence, ForwardKL):  # has the value that centring takes off
+    if not isinstance(divergence, ForwardKL):  # forward KL's value is what centring subtracts
         found["value_baseline"] = OPDPlus(divergence, "value_baseline")
     return found
 
 
 def summary(own: Tensor, exact: Tensor) -> dict[str, float | None]:
-    """The numbers of one row of the table; ``variance`` is GradientFidelity's ``noise``."""
+    """Return the numbers of one row; ``variance`` is GradientFidelity's ``noise``."""
     found = gradient_fidelity(own, exact)
     row: dict[str, float | None] = {"variance": round(found.noise, 3), "batches": found.batches}
     for name, value, error in (
@@ -70,12 +70,12 @@ def summary(own: Tensor, exact: Tensor) -> dict[str, float | None]:
 
 
 class VarianceStudy:
-    """Measures both tables on the TinyStories pair.
+    """Measurement of both tables on the TinyStories pair.
 
     Args:
         shared: Folder with models/ and datasets/.
-        root: Where Trainers may write.
-        rows: Rollouts a batch.
+        root: Folder in which Trainers may write.
+        rows: Rollouts per batch.
     """
 
     def __init__(self, shared: Path, root: Path, rows: int = 16) -> None:
@@ -94,7 +94,7 @@ class VarianceStudy:
         )
 
     def train(self, steps: int) -> None:
-        """On-policy, exact reverse KL."""
+        """Train on-policy with exact reverse KL."""
         lightning.Trainer(
             accelerator="cpu",
             max_steps=steps,
@@ -110,7 +110,7 @@ class VarianceStudy:
         ).fit(self.module, self.data)
 
     def measure(self, num_batches: int) -> dict[str, dict[str, Any]]:
-        """Divergence → estimator → the row of its table."""
+        """Return divergence → estimator → its row."""
         examples = self.data.examples("train").examples
         terms = {name: estimators(divergence) for name, divergence in _DIVERGENCES.items()}
         self.module.train()
@@ -132,7 +132,7 @@ class VarianceStudy:
     def _batch(
         self, examples: list[Example], terms: Mapping[str, Mapping[str, DistillationCallback]]
     ) -> dict[str, dict[str, Tensor]]:
-        """Every estimator's gradient on the student's own responses to some prompts."""
+        """Return every estimator's gradient on on-policy samples of some prompts."""
         rollout = self.module.write(
             "student", prompt_batch(examples), Sampling(), NoiseStream(1, 0), LENGTH
         )

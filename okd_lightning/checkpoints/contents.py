@@ -83,7 +83,7 @@ def check_finite(weights: Mapping[str, Tensor], what: str) -> None:
     One pass over the tensors; of sharded ones each rank checks its own shard.
 
     Args:
-        weights: To be written, by name.
+        weights: Weights to be written, by name.
         what: Description of what is then not written, for the message.
 
     Raises:
@@ -115,7 +115,7 @@ def allow_left_out(module: nn.Module, keys: _IncompatibleKeys) -> None:
 
     Args:
         module: A DistillationModule, which may be a part of a larger one (an averaged model).
-        keys: Of the whole load; names that ``weights_to_save`` leaves out are removed from it.
+        keys: Keys of the whole load; names that ``weights_to_save`` leaves out are removed.
     """
     state = module.state_dict()
     left_out = state.keys() - weights_to_save(module, state).keys()

@@ -58,7 +58,7 @@ _LAYOUT = ("torch.serialization", "_get_layout")
 
 
 class ShardReader(dcp.FileSystemReader):
-    """Reads a checkpoint folder, trusted or not; usable with ``dcp.load``.
+    """Reader of a checkpoint folder, trusted or not; usable with ``dcp.load``.
 
     Args:
         folder: The checkpoint.
@@ -139,7 +139,7 @@ class _ForeignIndexError(Exception):
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Resolves the classes of an index and nothing else."""
+    """Unpickler that resolves the classes of an index and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _CLASSES:

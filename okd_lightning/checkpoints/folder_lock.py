@@ -53,7 +53,7 @@ def folder_lock(folder: Path, what: str, waits: bool = False) -> Iterator[Hold]:
     On a file system without locks, warn that nothing prevents other runs from writing there.
 
     Args:
-        folder: It must exist, and be writable.
+        folder: An existing, writable folder.
         what: The option and the folder, for messages, such as ``--out 'x'``.
         waits: Wait for another process instead of refusing.
 

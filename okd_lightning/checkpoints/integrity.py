@@ -23,7 +23,7 @@ def damage_of(file: Path) -> str | None:
     ``torch.load``, which reports it.
 
     Args:
-        file: On a local file system.
+        file: A file on a local file system.
     """
     about = file.stat()
     return _damage_of(str(file), about.st_ino, about.st_size, about.st_mtime_ns)

@@ -19,7 +19,7 @@ from okd_lightning.durable_files import replacing
 
 
 class DurableCheckpointIO(FolderReadingIO):
-    """Writes a checkpoint aside, flushes it and renames it; URLs such as s3:// as Lightning does.
+    """Atomic checkpoint files: written aside, flushed and renamed; URLs as by Lightning.
 
     Needs memory for the checkpoint's largest tensor, where Lightning's own needs twice the whole
     file.

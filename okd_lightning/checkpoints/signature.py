@@ -52,7 +52,7 @@ def run_signature(
     Args:
         config: The resolved config; None in a run from Python.
         started_in: The folder that its paths are relative to.
-        arguments: Of the module's constructor, as primitives.
+        arguments: The module's constructor arguments, as primitives.
     """
     return signature_of([config, started_in, arguments])
 

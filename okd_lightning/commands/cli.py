@@ -146,6 +146,7 @@ class DistillationCLI(LightningCLI):
         self._chosen = chosen_options(self.config.get("subcommand"), words, defaults)
 
     def _option_strings(self) -> list[str]:
+        # private: argparse has no public list of option strings
         parsers = [self.parser, *getattr(self, "_subcommand_parsers", {}).values()]
         return [option for parser in parsers for option in parser._option_string_actions]
 
@@ -165,7 +166,7 @@ class DistillationCLI(LightningCLI):
         """Return the Trainer, with default loggers, monitors and checkpoints where none are set."""
         config = self._get(self.config_init, "trainer")
         method = self._get(self.config_init, "method")
-        given = config["callbacks"] or []  # one alone is no list
+        given = config["callbacks"] or []  # a single callback is not in a list
         configured = [*(given if isinstance(given, list) else [given]), *filter(None, [method])]
         folder = config["default_root_dir"]
         if (loggers := config["logger"]) is not False:

@@ -34,7 +34,7 @@ ENDS = tuple(
     f"--trainer.{name}"
     for name in ("max_steps", "max_epochs", "max_time", "min_steps", "min_epochs")
 )
-"""Options that say when a run ends."""
+"""Options that end a run."""
 
 OF_ONE_RUN = {
     "--method": "name the methods in --methods, and settings of one in a YAML file given there",
@@ -71,7 +71,7 @@ def prepare(arguments: Sequence[str], can_type: bool = True) -> list[str]:
     if checkpoint == LAST:
         folder = _run_folder(rest, [c for _, c in configs])
         if folder is None and is_whole and command == "fit":
-            pass  # the run is looked for by its settings, when they have been parsed
+            pass  # the run is found later, by its parsed settings
         else:
             folder = folder or only_run() or RUNS
             checkpoint = last_checkpoint(command, folder)
@@ -241,7 +241,7 @@ def chosen_options(
 
     Args:
         command: Such as "fit"; None for an instance without a command.
-        arguments: From ``prepare``.
+        arguments: Result of ``prepare``.
         defaults: Option → default.
     """
     if command is None:

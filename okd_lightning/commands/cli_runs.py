@@ -23,7 +23,7 @@ def choose_folder(config: Any, settings: dict[str, Any]) -> list[str]:
     """Choose the run's folder where none is given; ``last`` finds a run with the same settings.
 
     Args:
-        config: Of the command; its trainer.default_root_dir and ckpt_path are set.
+        config: The command's config; its trainer.default_root_dir and ckpt_path are set.
         settings: All settings, as sections.
 
     Returns:
@@ -47,9 +47,9 @@ def train_in_folder(trainer: lightning.Trainer, run_config: str, **kwargs: Any) 
     restores the folder.
 
     Args:
-        trainer: Of the run.
+        trainer: The run's Trainer.
         run_config: All settings of the run, as YAML.
-        kwargs: Of ``Trainer.fit``.
+        kwargs: Arguments of ``Trainer.fit``.
 
     Raises:
         FolderInUseError: Another run writes there.

@@ -52,9 +52,9 @@ class ForeignPart:
     """A part of a config that is used only if it is trusted.
 
     Attributes:
-        option: Its place, as one types it, without the dashes.
-        value: Its value.
-        what: Its kind, for messages.
+        option: Place in the config, as one types it, without the dashes.
+        value: Value, as text.
+        what: Kind of the part, for messages.
     """
 
     option: str
@@ -114,7 +114,7 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 class _Walk:
-    """Walks a config, with the type of every value from the parameters of its class."""
+    """Walk through a config, with the type of every value from the parameters of its class."""
 
     def __init__(self, given: frozenset[str]) -> None:
         self.given = given

@@ -29,7 +29,7 @@ def new_folder(name: str) -> str:
     """Return a name for a new run's folder that no other run takes, even in the same second.
 
     Args:
-        name: Its beginning: the method's class.
+        name: Beginning of the name: the method's class.
     """
     moment = time.strftime("%Y%m%d-%H%M%S")
     return str(RUNS / f"{name}-{moment}-{secrets.token_hex(2)}")
@@ -75,7 +75,7 @@ def only_run() -> Path | None:
 
 
 class SharedFolder(Callback):
-    """Makes all ranks write to rank 0's folder: each process chose a name of its own."""
+    """Callback that makes all ranks write to rank 0's folder: each process chose its own."""
 
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str

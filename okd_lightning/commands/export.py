@@ -174,7 +174,7 @@ def _located(source: ModelSource | None, option: str) -> Source:
 
 
 def _check_base(module: DistillationModule) -> None:
-    """Refuse to write an adapter apart whose base no PEFT folder can name.
+    """Refuse to write an adapter alone whose base no PEFT folder can name.
 
     Raises:
         ConfigError: The base is itself an adapter merged into another, or a GGUF file.

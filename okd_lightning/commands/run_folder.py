@@ -75,7 +75,7 @@ def require_writable(folder: Path, option: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink(missing_ok=True)  # another process may have been here
+        probe.unlink(missing_ok=True)  # another process may have removed it
     except OSError as error:
         raise OutputError(
             f"{option} {str(folder)!r} cannot be written ({error.strerror}); choose another folder"
@@ -147,7 +147,7 @@ def resume_run(folder: Path, step: int, row: Mapping[str, float] | None = None) 
     for name, table in tables.items():
         if table is not None:
             write_whole(folder / name, table)
-    hparams.unlink(missing_ok=True)  # its logger writes it only where there is none
+    hparams.unlink(missing_ok=True)  # its logger writes it only if it is missing
     kept = frozenset(name for name in (*_FILES, *_FOLDERS) if (folder / name).exists())
     return PreparedRun(folder, kept=kept, contents=contents)
 

@@ -22,9 +22,9 @@ class GradientFidelity:
     Attributes:
         along_exact: The mean's component along the exact mean, divided by the latter's norm: 1
             without bias, below 0 for the opposite direction.
-        along_error: Its standard error (jackknife over batches); NaN below three batches.
+        along_error: Standard error of ``along_exact`` (jackknife over batches); NaN below three.
         cosine: Between both means; NaN where noise hides a mean.
-        cosine_error: Its standard error.
+        cosine_error: Standard error of ``cosine``.
         noise: Trace of the covariance of one batch's gradient over the exact mean's squared norm:
             at 100, a batch's noise is ten times as long as the exact mean.
         noise_over_exact: Variance over that of the exact gradient.

@@ -49,7 +49,7 @@ class RewardFunction(ABC):
         """Score responses.
 
         Args:
-            prompts: As text.
+            prompts: Texts of the prompts.
             responses: The student's own text, without special tokens.
             references: The dataset responses; empty texts where the dataset has none.
 
@@ -205,7 +205,7 @@ def baselined(
     2402.14740).
 
     Args:
-        rewards: One per response; NaN for one that could not be scored.
+        rewards: One number per response; NaN for one that could not be scored.
         groups: The prompt (and its turn) that each response answers.
         baseline: The baseline to subtract.
 

@@ -33,7 +33,7 @@ def fill_from_files(model: nn.Module, device: torch.device) -> int:
     """Load every parameter that is on ``meta``, in place; others are not changed.
 
     Args:
-        model: In shards, as ``causal_lm_without_weights`` built it, with adapters or without.
+        model: A sharded model built by ``causal_lm_without_weights``, with or without adapters.
         device: Device of the shards.
 
     Returns:
@@ -72,6 +72,7 @@ def fill_from_files(model: nn.Module, device: torch.device) -> int:
         used.update(candidates)
         read = files.rows(candidates, 0, _num_rows(buffer), buffer.shape)
         filled[name] = read.to(buffer.device, buffer.dtype, copy=True)
+    # assign: a parameter on meta has no memory to copy into
     model.load_state_dict(filled, strict=False, assign=True)
     _warn_unused(model, set(files.names) - used, where)
     return num_bytes
@@ -90,7 +91,7 @@ def _parameters_on_meta(model: nn.Module) -> tuple[dict[str, nn.Parameter], list
 def _check_tied(model: nn.Module, files: WeightFiles, names: list[list[str]], where: str) -> None:
     """Refuse files that hold two tables for a weight that the config ties.
 
-    transformers, loading whole models, keeps them apart; here they are one parameter already.
+    transformers, loading whole models, loads both; here they are one parameter already.
     """
     for own in names:
         stored = {files.stored_under(_stored(model, name)) for name in own} - {None}

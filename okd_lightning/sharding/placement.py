@@ -116,7 +116,7 @@ class ShardedModels:
 
     @contextmanager
     def _in_step(self, models: list[nn.Module]) -> Iterator[None]:
-        """Before every forward pass, agree on the model that runs; all other ranks run it too."""
+        """Agree before every forward pass on the model that runs; all other ranks run it too."""
         _check_stepwise(models)
         turns = _Turns(models, self._device)
         handles = [
@@ -145,7 +145,7 @@ class ShardedModels:
 
 
 class _Turns:
-    """Keeps ranks in step that run different models different numbers of times.
+    """Turns of ranks that run different models different numbers of times.
 
     Every gather needs all ranks. So before a forward pass each rank announces its model's number.
     The highest number goes first, and every other rank, or one that is done, takes part with the

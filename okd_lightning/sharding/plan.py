@@ -70,9 +70,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, settings: ShardSettings, option: s
     """Replace all of a model's parameters by this rank's shards of them, in place.
 
     Args:
-        model: Whole, on any device; the same on all ranks.
-        mesh: One dimension, all ranks.
-        settings: Of the shards.
+        model: A whole model on any device, the same on all ranks.
+        mesh: A mesh of one dimension with all ranks.
+        settings: Settings of the shards.
         option: Name of the user's option, for messages.
 
     Raises:

@@ -112,9 +112,9 @@ def read_folder(
     """Read this rank's part of all tensors, independent of the number of ranks that wrote them.
 
     Args:
-        folder: From ``write_folder``.
-        weights: Filled in place; the folder must hold them all.
-        optimizers: Their states are replaced.
+        folder: A folder written by ``write_folder``.
+        weights: Weights to fill in place; the folder must hold them all.
+        optimizers: Optimizers whose states are replaced.
         groups: The first part of ``optimizer_parts`` of each.
     """
     state = {flat_key(WEIGHTS, name): value for name, value in weights.items()}

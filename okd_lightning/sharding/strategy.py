@@ -194,7 +194,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         for module in (m for side in sides if side is not None for m in side.modules()):
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.root_device)
-        distilled._device = self.root_device
+        distilled._device = self.root_device  # private: what LightningModule.to would set
 
     # ---------------------------------------------------------------- gradients
 

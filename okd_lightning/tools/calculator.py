@@ -32,7 +32,7 @@ _UNARY: dict[type[ast.unaryop], Callable[[_Number], _Number]] = {
 
 
 class Calculator(Tool):
-    """Evaluates an arithmetic expression: numbers, parentheses, + - * / // % and **."""
+    """Evaluator of an arithmetic expression: numbers, parentheses, + - * / // % and **."""
 
     name = "calculator"
     description = "Evaluates an arithmetic expression and returns its value."

@@ -38,7 +38,7 @@ class Toolbox:
     """The tools of a run.
 
     Args:
-        tools: With different names; plain functions become ``FunctionTool``s.
+        tools: Tools with different names; plain functions become ``FunctionTool``s.
 
     Raises:
         ConfigError: Two tools of one name, or something that is not a tool.

@@ -60,8 +60,8 @@ def prepare_cache(
 
     Args:
         module: The teacher's module.
-        trainer: Of the run that begins.
-        terms: The run's.
+        trainer: Trainer of the run that begins.
+        terms: The run's terms.
         read: Runs a model.
 
     Raises:

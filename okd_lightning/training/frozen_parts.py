@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 class FrozenPartsModule(lightning.LightningModule):
-    """Shares frozen tensors with its deep copies; hides them from callbacks that change weights.
+    """LightningModule that hides frozen tensors from callbacks, and shares them with its copies.
 
     From callbacks' ``setup`` until the module's own, ``modules()``, ``parameters()`` and
     ``buffers()`` list only trained parts, so a callback never gets the teacher or an adapter's
@@ -98,6 +98,7 @@ class FrozenPartsModule(lightning.LightningModule):
         memo[id(self)] = copy
         if is_running:
             self._lists_trained_parts = self._was_copied = True
+        # the default deep copy, with ``memo`` filled in advance
         copy.__setstate__(deepcopy(self.__getstate__(), memo))
         copy._left_alone = frozenset(map(id, shared)) if is_running else frozenset()
         return copy

@@ -22,8 +22,8 @@ def settle_kept(trainer: lightning.Trainer, checkpoint: dict[str, Any]) -> None:
     A state whose files are not in its folder is dropped: that callback starts again.
 
     Args:
-        trainer: With its callbacks set up.
-        checkpoint: Its callbacks' states are replaced.
+        trainer: A Trainer whose callbacks are set up.
+        checkpoint: The checkpoint; its callbacks' states are replaced.
     """
     states = dict(checkpoint.get("callbacks", {}))
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]

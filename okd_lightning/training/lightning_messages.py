@@ -40,7 +40,7 @@ class PrintableConsole(Console):
     text.
 
     Args:
-        settings: Of rich's Console.
+        settings: Arguments of rich's Console.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -57,7 +57,7 @@ class PrintableConsole(Console):
 
 
 class _CurrentStderr(logging.StreamHandler[TextIO]):
-    """Writes to the current ``sys.stderr``, such as a progress bar's."""
+    """Log handler for the current ``sys.stderr``, such as a progress bar's."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)

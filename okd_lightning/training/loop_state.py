@@ -25,7 +25,7 @@ def settle_loops(checkpoint: dict[str, Any], accumulate_grad_batches: int) -> No
     """Bring a loaded checkpoint's counters into a form that resumes correctly, in place.
 
     Args:
-        checkpoint: As loaded; one without loops is not changed.
+        checkpoint: The loaded checkpoint; one without loops is not changed.
         accumulate_grad_batches: Micro-batches per optimizer step in this run.
     """
     loop = checkpoint.get("loops", {}).get("fit_loop")

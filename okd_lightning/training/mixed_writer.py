@@ -12,7 +12,7 @@ from okd_lightning.training.pair_module import PairModule
 
 
 class MixedWriter:
-    """Samples the student's responses from α q + (1-α) p, token by token (arXiv 2306.08543, Eq. 4).
+    """Generator of student responses from α q + (1-α) p, token by token (arXiv 2306.08543, Eq. 4).
 
     The rollout's log-probs are the mixture's, so that an importance ratio corrects for it. Both
     models read the student's prompt. A method returns this writer from ``wrap_writer``.

@@ -52,7 +52,7 @@ from okd_lightning.training.loop_state import begin_step
 from okd_lightning.training.opening import open_run
 from okd_lightning.training.optimized_module import Optimization, OptimizedModule
 from okd_lightning.training.rank_agreement import check_ranks_agree
-from okd_lightning.training.run_settings import one_line, run_settings
+from okd_lightning.training.run_settings import one_line
 from okd_lightning.training.run_state import add_state, check_state, load_weights
 from okd_lightning.training.safeguards import SAFEGUARDS, in_setup_order
 from okd_lightning.training.step_metrics import forget_last_step
@@ -74,7 +74,7 @@ class DistillationModule(OptimizedModule):
             .gguf file, or a config to start from random weights: a mapping with model_type and that
             architecture's fields. From Python also a model (the adapter of a PeftModel is trained);
             docs/concepts/models.md.
-        teacher: The same for the teacher; none for plain SFT.
+        teacher: The teacher, in the same forms; none for plain SFT.
         tokenizer: Folder or hub id of the tokenizer; the student's by default, else the teacher's.
         learning_rate: After warm-up; 5e-5 by default, or the one set in ``optimizer``.
         weight_decay: Of matrices only (not of biases and norms); 0 by default, or the one set in
@@ -358,7 +358,7 @@ class DistillationModule(OptimizedModule):
     def on_fit_start(self) -> None:
         """Report what is trained, and open or write the teacher's cache."""
         open_run(self, self.terms, self.learning_rate)
-        rank_zero_info(one_line(self.run_settings or run_settings(self, self.trainer)))
+        rank_zero_info(one_line(self.run_settings or self.settings_of_run()))
 
     def on_train_start(self) -> None:
         """Compare what the ranks have read; apply optimizer settings that a resume changes."""

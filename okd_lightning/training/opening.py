@@ -15,9 +15,9 @@ def open_run(module: PairModule, terms: Sequence[Term], learning_rate: float) ->
     """Report what is trained, warn of updates lost to rounding, and open the cache.
 
     Args:
-        module: Inside a Trainer, with its models on their devices.
-        terms: The run's.
-        learning_rate: The student's.
+        module: A module inside a Trainer, with its models on their devices.
+        terms: The run's terms.
+        learning_rate: The student's learning rate.
 
     Raises:
         OKDLightningError: See ``prepare_cache``.

@@ -6,6 +6,7 @@ settings a resumed run takes from its own config. ``module`` owns the losses.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -39,7 +40,7 @@ from okd_lightning.training.resumed_rates import (
     rebase,
     regroup,
 )
-from okd_lightning.training.run_settings import run_settings
+from okd_lightning.training.run_settings import of_term, plain
 from okd_lightning.training.step_terms import teaching_window, trains_teacher
 
 
@@ -77,8 +78,8 @@ class OptimizedModule(MeasuredModule):
     """Both models of a distillation, with their optimizer.
 
     Attributes:
-        learning_rate: The student's, before the schedule.
-        weight_decay: Of the student's matrices.
+        learning_rate: The student's learning rate, before the schedule.
+        weight_decay: Weight decay of the student's matrices.
         terms: The methods of the run.
         chosen_options: Command → options that the user chose for it; None in a run from Python.
     """
@@ -107,8 +108,39 @@ class OptimizedModule(MeasuredModule):
         if stage == "fit":
             for name in self.recorded:  # of an earlier fit
                 self.hparams.pop(name, None)
-            self.run_settings = run_settings(self, self.trainer)
+            self.run_settings = self.settings_of_run()
             self.recorded = record_hparams(self, self.run_settings)
+
+    def settings_of_run(self) -> dict[str, Any]:
+        """Collect method, optimizer, rates, clipping, precision and device of a run.
+
+        Returns:
+            Primitives, and mappings of them.
+        """
+        own = self.optimizer_settings
+        settings: dict[str, Any] = {
+            "method": {term.name: of_term(term) for term in self.terms},
+            "optimizer": own.optimizer,
+            "learning_rate": own.learning_rate,
+            "weight_decay": own.weight_decay,
+        }
+        if own.has_own_scheduler:
+            settings["lr_scheduler"] = {"class": own.scheduler, **own.scheduler_settings}
+        else:
+            settings |= {"schedule": self.schedule, "warmup_steps": self.warmup_steps}
+        settings |= {
+            "gradient_clip_val": self.trainer.gradient_clip_val,
+            "gradient_clip_algorithm": str(self.trainer.gradient_clip_algorithm or "norm"),
+            "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
+            "precision": str(self.trainer.precision),
+            "device": f"{self.trainer.world_size} x {self.trainer.strategy.root_device.type}",
+        }
+        if self.self_teacher is not None:
+            settings["self_teacher"] = self.self_teacher
+        if (online := self.online_module) is not None:
+            values = {f.name: getattr(online, f.name) for f in dataclasses.fields(online)}
+            settings["online_module"] = {k: plain(v) for k, v in values.items() if v is not None}
+        return settings
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build one optimizer over the student and the online module, each with its schedule."""

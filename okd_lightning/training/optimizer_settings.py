@@ -40,7 +40,7 @@ class OptimizerSettings:
 
     Attributes:
         optimizer: Class name.
-        defaults: Its settings, with the run's learning rate and weight decay.
+        defaults: The optimizer's settings, with the run's learning rate and weight decay.
         scheduler: Class name; "schedule" for ``model.schedule`` with ``model.warmup_steps``.
         scheduler_settings: Settings of a user's scheduler.
     """

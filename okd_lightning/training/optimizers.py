@@ -76,9 +76,9 @@ def build_optimizer(
     Args:
         student: The student's parameters; frozen ones are left out.
         online_module: The teacher's parameters; only those of its online module are trainable.
-        learning_rate: Of the student, before the schedule.
-        weight_decay: Of matrices only, not of biases and norms; none on the online module.
-        online_learning_rate: Of the online module; None for the student's.
+        learning_rate: The student's learning rate, before the schedule.
+        weight_decay: Applied to the student's matrices only, not to biases and norms.
+        online_learning_rate: The online module's learning rate; None for the student's.
         factory: Builds another optimizer from the groups.
 
     Raises:
@@ -165,11 +165,11 @@ def with_schedule(
 
     Args:
         optimizer: Each of its groups gets its own side's schedule.
-        student: Of the student's groups.
+        student: Schedule of the student's groups.
         total_steps: Called only from the first step on. Lightning loads the training data to return
             it; before Lightning has restored their state from a checkpoint, this would make a
             resumed run start the data from the beginning.
-        online_module: Of the groups of ``online_parameters``; None for the student's.
+        online_module: Schedule of the groups of ``online_parameters``; None for the student's.
         online_parameters: Trained parameters of the teacher.
     """
     online = {id(parameter) for parameter in online_parameters}
@@ -199,7 +199,7 @@ def with_schedule(
 
 
 class _OwnGroupsLR(LambdaLR):
-    """Schedules the initial groups; a callback that adds a group sets that group's rate.
+    """LambdaLR of the initial groups; a callback that adds a group sets that group's rate.
 
     Lightning's BackboneFinetuning adds a group for the parameters that it unfreezes, and torch's
     LambdaLR refuses an optimizer with more groups than schedules.

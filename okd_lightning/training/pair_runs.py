@@ -1,4 +1,4 @@
-"""The PairRuns: run both models of a module over batches, to measure, to train, and to generate.
+"""The PairRuns: both models of a module run over batches, to measure, train and generate.
 
 Does not build them: that is ``pair_module``.
 """

@@ -25,7 +25,7 @@ def tried_model(model: PreTrainedModel, packing: bool, role: Author) -> bool:
     """Test how a model reads rows and, for the student, generates; report slow fallbacks.
 
     Args:
-        model: On its device, or on meta, where nothing can be tested yet.
+        model: A model on its device, or on meta, where nothing can be tested yet.
         packing: Whether the run packs rows.
         role: Student or teacher.
 
@@ -51,8 +51,8 @@ class PairSides:
     """A student and its teacher.
 
     Attributes:
-        student: In the mode and with the gradients of the caller.
-        teacher: In eval mode; None where the student teaches itself, or there is no teacher.
+        student: Student, in the mode and with the gradients of the caller.
+        teacher: Teacher in eval mode; None without one, or for a self-teacher that is no copy.
         vocabulary: Vocabulary to which both heads are cut.
         self_teacher: How the student teaches itself, if it does.
         packs: Whether student and teacher get packed rows.
@@ -113,8 +113,8 @@ class PairSides:
         """Prepare models for generation in the block: unsharded, in eval mode, no gradient.
 
         Args:
-            authors: Whose models.
-            placement: Where they are.
+            authors: Student, teacher or both.
+            placement: Placement of the models.
             precision: The number formats of the run's computation.
 
         Yields:

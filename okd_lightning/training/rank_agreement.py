@@ -53,7 +53,7 @@ def check_ranks_agree(module: DistillationModule) -> None:
     """Compare what all ranks have read: one collective call; none in a run of one process.
 
     Args:
-        module: In a run that is about to train.
+        module: A module in a run that is about to train.
 
     Raises:
         DifferingRanksError: On all ranks; names a rank and what differs from rank 0.

@@ -31,7 +31,7 @@ def check_optimizer(saved: Mapping[str, Any] | None, own: OptimizerSettings) -> 
 
     Args:
         saved: ``OptimizerSettings.to_dict`` of the checkpoint; None in an older one.
-        own: This run's.
+        own: This run's settings.
 
     Raises:
         CheckpointError: They differ; the message names both.
@@ -86,11 +86,11 @@ def reapply(
     """Apply this run's settings to an optimizer that was restored from a checkpoint.
 
     Args:
-        optimizer: Restored.
-        scheduler: Restored; the rates of a ``LambdaLR`` are computed for its step.
+        optimizer: The restored optimizer.
+        scheduler: The restored scheduler; rates of a ``LambdaLR`` are computed for its step.
         configured: ``groups_of`` the optimizer as it was built.
         saved: The checkpoint's settings; None in an older one.
-        own: This run's.
+        own: This run's settings.
 
     Raises:
         CheckpointError: Another learning rate of a group that a user's scheduler sets.
@@ -114,6 +114,7 @@ def reapply(
         step = scheduler.last_epoch
         for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
             group["lr"] = group["initial_lr"] * factor(step)
+        # private: what get_last_lr returns
         scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 

@@ -5,54 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-import lightning
+from typing import Any
 
 from okd_lightning.losses import Term
 
-if TYPE_CHECKING:
-    from okd_lightning.training.optimized_module import OptimizedModule
-
-
-def run_settings(module: OptimizedModule, trainer: lightning.Trainer) -> dict[str, Any]:
-    """Collect method, optimizer, rates, clipping, precision and device of a run.
-
-    Args:
-        module: With all methods of the run.
-        trainer: Of the run.
-
-    Returns:
-        Primitives, and mappings of them.
-    """
-    own = module.optimizer_settings
-    settings: dict[str, Any] = {
-        "method": {term.name: _of_term(term) for term in module.terms},
-        "optimizer": own.optimizer,
-        "learning_rate": own.learning_rate,
-        "weight_decay": own.weight_decay,
-    }
-    if own.has_own_scheduler:
-        settings["lr_scheduler"] = {"class": own.scheduler, **own.scheduler_settings}
-    else:
-        settings |= {"schedule": module.schedule, "warmup_steps": module.warmup_steps}
-    settings |= {
-        "gradient_clip_val": trainer.gradient_clip_val,
-        "gradient_clip_algorithm": str(trainer.gradient_clip_algorithm or "norm"),
-        "accumulate_grad_batches": trainer.accumulate_grad_batches,
-        "precision": str(trainer.precision),
-        "device": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
-    }
-    if module.self_teacher is not None:
-        settings["self_teacher"] = module.self_teacher
-    if (online := module.online_module) is not None:
-        values = {f.name: getattr(online, f.name) for f in dataclasses.fields(online)}
-        settings["online_module"] = {k: plain(v) for k, v in values.items() if v is not None}
-    return settings
-
 
 def one_line(settings: Mapping[str, Any]) -> str:
-    """Return ``run_settings`` as one line."""
+    """Return the settings of a run (``OptimizedModule.settings_of_run``) as one line."""
     methods = " + ".join(_call(values) for values in settings["method"].values())
     optimizer = (
         f"{settings['optimizer']}, learning rate {settings['learning_rate']:g}, weight decay "
@@ -95,8 +54,8 @@ def given_arguments(kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
     Args:
         kind: The class.
-        args: Of its constructor.
-        kwargs: Of its constructor.
+        args: Positional arguments of the constructor.
+        kwargs: Keyword arguments of the constructor.
     """
     try:
         bound = inspect.signature(kind).bind(*args, **kwargs)
@@ -106,7 +65,8 @@ def given_arguments(kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return {name: plain(value) for name, value in bound.arguments.items() if value is not None}
 
 
-def _of_term(term: Term) -> dict[str, Any]:
+def of_term(term: Term) -> dict[str, Any]:
+    """Return a method's class and its arguments, as primitives."""
     return {"class": type(term).__name__, **getattr(term, "given_arguments", {})}
 
 

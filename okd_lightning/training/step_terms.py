@@ -136,7 +136,7 @@ def check_fits(term: Term, others: Sequence[Term], *, has_teacher: bool) -> None
     """Check that a term fits into a run.
 
     Args:
-        term: To be added.
+        term: The term to add.
         others: The terms that the run has.
         has_teacher: Whether the run has a teacher, including the student itself.
 

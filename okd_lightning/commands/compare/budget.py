@@ -23,7 +23,7 @@ class Budget:
 
     Attributes:
         unit: What is counted.
-        amount: In that unit, above 0.
+        amount: Number of units, above 0.
     """
 
     unit: Unit
@@ -69,13 +69,13 @@ class Budget:
 
 
 class BudgetStop(Callback):
-    """Ends a run after the optimizer step that uses up its budget; all ranks at the same step.
+    """Callback that ends a run after the step that uses up its budget, on all ranks alike.
 
     Has to be called after the ``Throughput`` that counts. A run that is resumed after its budget
     was spent ends at once.
 
     Args:
-        budget: Of the run.
+        budget: The run's budget.
     """
 
     def __init__(self, budget: Budget) -> None:

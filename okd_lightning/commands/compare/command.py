@@ -99,7 +99,7 @@ def compare_command(arguments: Sequence[str], debug: bool = False) -> int:
 
 
 class Comparison:
-    """Runs the unfinished runs of a comparison and reports all runs.
+    """The unfinished runs of a comparison, and the report of all runs.
 
     Args:
         folder: The comparison's folder.

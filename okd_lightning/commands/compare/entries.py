@@ -64,7 +64,7 @@ class Entry:
     """One contender.
 
     Attributes:
-        label: Its name in tables and folders.
+        label: Name in tables and folders.
         config: Settings of its own runs: ``method``, ``trainer.callbacks+``, ``model``, ``data``.
     """
 

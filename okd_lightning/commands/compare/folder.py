@@ -49,7 +49,7 @@ class Plan:
     Attributes:
         entries: The contenders.
         seeds: Every contender runs with each of them.
-        budget: Of every run; None where the config itself sets the length.
+        budget: Budget of every run; None where the config itself sets the length.
         configs: Shared by all runs, from the general to the special.
         options: Typed for all runs.
     """
@@ -77,7 +77,7 @@ class RunFolder:
 
     Attributes:
         entry: The contender.
-        seed: Of the run.
+        seed: The run's seed.
         path: The run's folder.
     """
 
@@ -159,11 +159,11 @@ def comparison_lock(path: Path) -> Iterator[None]:
 
 
 class ComparisonFolder:
-    """Opens a comparison's folder, new or existing.
+    """A comparison's folder, new or existing.
 
     Args:
         path: The folder.
-        plan: Of this command; contenders and seeds already in the folder are kept.
+        plan: This command's plan; contenders and seeds already in the folder are kept.
         is_trusted: Whether the user trusts the origin of the folder's files.
 
     Raises:

@@ -26,8 +26,8 @@ class ComparedCLI(DistillationCLI):
 
     Args:
         args: The words to parse.
-        budget: Of the run; None where its Trainer settings set the length.
-        kwargs: Of DistillationCLI.
+        budget: The run's budget; None where its Trainer settings set the length.
+        kwargs: Arguments of DistillationCLI.
     """
 
     monitors = tuple(kind for kind in MONITORS if kind is not SampleTable)  # no table per run

@@ -32,7 +32,7 @@ _MOST_STEPS = 4  # of the drift
 
 
 class Examination(Callback):
-    """Measures both models when ``trainer.validate`` begins and they are on their devices.
+    """Callback that measures both models when ``trainer.validate`` begins, on their devices.
 
     Args:
         rows: Responses of each kind.

@@ -34,7 +34,7 @@ class Estimate:
 
     Attributes:
         mean: Mean of the values.
-        error: Its standard error, over responses: tokens of one response are not independent.
+        error: Standard error over responses: tokens of one response are not independent.
     """
 
     mean: float
@@ -58,8 +58,8 @@ class PositionBin:
         first: First position, from 1.
         last: Last position.
         tokens: Number of tokens at these positions.
-        reverse_kl: Their mean.
-        forward_kl: Their mean.
+        reverse_kl: Mean reverse KL of these tokens.
+        forward_kl: Mean forward KL of these tokens.
         share: Share of the total reverse KL at these positions.
     """
 
@@ -104,7 +104,7 @@ class EstimatorFinding:
     """One estimator of a divergence's gradient.
 
     Attributes:
-        divergence: Its name.
+        divergence: Name of the divergence.
         estimator: "exact", a variant of OPD/OPD+, or "top-k".
         fidelity: Against the exact gradient on the same rollouts.
     """
@@ -162,7 +162,7 @@ class Trial:
     """Effect of some optimizer steps of one method.
 
     Attributes:
-        method: Its name.
+        method: Name of the method.
         steps: Number of steps.
         change: Of held-out divergences, after minus before, by responses and measure
             ("given/forward_kl", "student/reverse_kl"); errors are those of paired differences.
@@ -221,16 +221,16 @@ class Diagnosis:
     Attributes:
         student: Description of the student.
         teacher: Description of the teacher.
-        checks: Of data and tokenizer.
-        rows: On dataset responses, on those of the student and on those of the teacher.
-        gradients: Bias and noise.
-        drift: After some numbers of steps.
+        checks: Checks of data and tokenizer.
+        rows: Measures on dataset responses, the student's responses and the teacher's.
+        gradients: Bias and noise of gradient estimators.
+        drift: Drift after several numbers of steps.
         trials: Effects of a few steps of each of several methods.
-        cost: Of a step.
+        cost: Cost of a step.
         part: The held-out part of the data, "val" or "train".
-        learning_rate: Of the simulated steps.
-        schedule: The run's.
-        seed: Of all random numbers.
+        learning_rate: Learning rate of the simulated steps.
+        schedule: The run's schedule.
+        seed: Seed of all random numbers.
     """
 
     student: str

@@ -68,10 +68,10 @@ def probed_parameters(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
 
 
 class GradientProbe:
-    """Collects gradients batch by batch.
+    """Collection of gradients, batch by batch.
 
     Args:
-        module: Its models are on their devices.
+        module: A module whose models are on their devices.
     """
 
     def __init__(self, module: DistillationModule) -> None:
@@ -87,7 +87,7 @@ class GradientProbe:
         """Add one batch of on-policy samples.
 
         Args:
-            batch: On the models' device.
+            batch: A batch on the models' device.
         """
         module = self.module
         terms = {

@@ -24,7 +24,7 @@ class Responses:
         author: "given" (dataset responses), "student" or "teacher".
         rows: Ready to be collated.
         ended: True for each row that ends by itself.
-        seconds: Of the generation.
+        seconds: Seconds of the generation.
     """
 
     author: str
@@ -66,11 +66,11 @@ def given_responses(examples: Sequence[Example], eos_ids: Sequence[int]) -> Resp
 
 
 class ResponseWriter:
-    """Generates responses of one of the two models; the same seed gives the same responses.
+    """Generator of one model's responses; the same seed gives the same responses.
 
     Args:
-        module: Its models are on their devices.
-        sampling: Of the student's responses; the teacher samples from its own distribution.
+        module: A module whose models are on their devices.
+        sampling: Sampling of the student's responses; the teacher's are from its own distribution.
         max_new_tokens: Longest response.
         seed: Key of the noise.
     """

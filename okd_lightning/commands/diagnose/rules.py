@@ -113,7 +113,7 @@ def first_steps(found: Diagnosis) -> Advice | None:
 
 
 def rough_start(found: Diagnosis) -> Advice | None:
-    """Report when all methods' first steps raise the divergences: their order then says nothing."""
+    """Report when all methods' first steps raise the divergences: no forecast is possible then."""
     least = {m: found.forecast(m)[0].change[m] for m in _FORECASTS if found.forecast(m)}
     if not least or any(change.mean < 0 for change in least.values()):
         return None
@@ -237,7 +237,7 @@ def coarse_teacher(found: Diagnosis) -> Advice | None:
 
 
 def what_counts(found: Diagnosis) -> Advice | None:
-    """Remind that no method is best on every measure; said where there is a choice."""
+    """Remind that no method is best on every measure, where there is a choice."""
     if found.of("given") is None:
         return None
     return Advice(

@@ -31,11 +31,11 @@ _REPETITIONS = 2
 
 
 class StepProbe:
-    """Runs training steps on existing batches.
+    """Training steps on existing batches.
 
     Args:
-        module: Its models are on their devices.
-        clip_norm: The Trainer's; None for off.
+        module: A module whose models are on their devices.
+        clip_norm: The Trainer's gradient clipping norm; None for off.
     """
 
     def __init__(self, module: DistillationModule, clip_norm: float | None) -> None:
@@ -161,7 +161,7 @@ def drift_between(steps: int, before: Tensor, after: Tensor) -> Drift:
     """Return how far log-probabilities of sampled tokens have moved.
 
     Args:
-        steps: Number of steps between.
+        steps: Number of steps between both.
         before: [tokens] nats.
         after: [tokens] nats.
     """

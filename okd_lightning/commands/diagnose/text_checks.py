@@ -32,8 +32,8 @@ def text_checks(
     """Return all checks that need no model.
 
     Args:
-        module: For its tokenizer.
-        data: Inside a Trainer.
+        module: A module with its tokenizer.
+        data: A data module inside a Trainer.
         part: "train" or "val".
         found: All examples of that part.
         examples: The examples that are checked.

@@ -51,7 +51,7 @@ def run_trials(
     The student is in eval mode, there is no warm-up, and all rollouts were generated before.
 
     Args:
-        steps: Takes them.
+        steps: Probe that takes the steps.
         on_given: Steps on dataset responses; without them the methods that need them are left out.
         on_own: As many steps on on-policy samples.
         held_out: Responses whose divergences are measured before and after: dataset responses and
@@ -84,9 +84,9 @@ def change_of(before: Tokens, after: Tokens, measure: str) -> Estimate:
     """Return the mean change over tokens; its standard error is that of the paired differences.
 
     Args:
-        before: Of some responses.
-        after: Of the same responses.
-        measure: Its name in both.
+        before: Measures of some responses.
+        after: Later measures of the same responses.
+        measure: Name of the measure in both.
     """
     values = {measure: after.values[measure] - before.values[measure]}
     if not bool(torch.isfinite(values[measure]).all()):

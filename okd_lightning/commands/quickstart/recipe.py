@@ -18,18 +18,18 @@ GKD_DEFAULTS = ("--method", "GKD", "--method.beta", "0.0", "--method.on_policy_f
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes and budgets.
+    """Sizes of the models and lengths of the stages.
 
     Attributes:
-        hidden_size: Of the student; 64 for the teacher.
-        num_layers: Of the student.
+        hidden_size: The student's width; the teacher's is 64.
+        num_layers: The student's number of layers.
         warm_steps: Optimizer steps of SFT from random weights.
         method_steps: Optimizer steps of the method, and of SFT continued.
         batch_size: Rows per optimizer step.
         warm_learning_rate: Peak of the warm start.
         learning_rate: Peak of both runs.
-        weight_decay: Of AdamW.
-        warmup_steps: Of every stage.
+        weight_decay: AdamW's weight decay.
+        warmup_steps: Warm-up steps of every stage.
         val_every: Optimizer steps between two points of the learning curve.
         val_rollouts: Problems whose on-policy samples are measured.
         num_answers: Problems that are shown with all answers.

@@ -16,7 +16,7 @@ from okd_lightning.errors import ConfigError
 
 
 class CurveLog(Callback):
-    """Keeps the ``val/*`` measures of a run, before the first step and during training.
+    """Callback that keeps the ``val/*`` measures of a run, before the first step and after it.
 
     The one before is that of a ``trainer.validate`` before ``trainer.fit``. The state goes into
     checkpoints, so that a resumed run's curve has no gap. The Trainer needs a ``Throughput``, and

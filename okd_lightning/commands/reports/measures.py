@@ -14,9 +14,9 @@ class Measure:
     """A metric with its label.
 
     Attributes:
-        name: Of the metric.
-        label: In tables and sentences.
-        unit: On axes.
+        name: Name of the metric.
+        label: Label in tables and sentences.
+        unit: Unit on axes.
         is_gain: Whether higher is better.
     """
 

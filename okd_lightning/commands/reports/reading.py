@@ -18,7 +18,7 @@ def reading(results: Sequence[RunResult]) -> str:
     seed, that chance would exceed in fewer than 5 of 100 cases (Student's t over the seeds).
 
     Args:
-        results: Of at least one run.
+        results: Results of at least one run.
     """
     methods, measures = methods_of(results), shown_measures(results)
     if len(methods) < 2:

@@ -18,9 +18,9 @@ class Point:
     Attributes:
         step: Optimizer steps.
         tokens: Loss tokens trained on.
-        seconds: Training and rollouts.
+        seconds: Seconds of training and rollouts.
         metrics: Measures by name.
-        cpu_seconds: Of this process, over its threads.
+        cpu_seconds: CPU time of this process, over its threads.
     """
 
     step: int
@@ -39,15 +39,15 @@ class RunResult:
     """One method's run.
 
     Attributes:
-        method: Its name.
-        seconds: Training and rollouts, without warm start, validation and imports.
+        method: Name of the method.
+        seconds: Seconds of training and rollouts, without warm start, validation and imports.
         steps: Optimizer steps.
         tokens: Loss tokens trained on.
-        generated_tokens: Tokens that a model generated for it.
+        generated_tokens: Tokens generated for the run.
         before: Metrics before the first step, by name.
         after: Metrics after the last step.
         history: Every validation after the first step; in metrics.csv, not in results.json.
-        seed: Of the run; None where runs differ by their method alone.
+        seed: The run's seed; None where runs differ by their method alone.
         cpu_seconds: Like ``seconds``, in CPU time of this process over its threads.
     """
 

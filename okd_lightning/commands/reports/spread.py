@@ -25,8 +25,8 @@ class Spread:
     """A mean over runs.
 
     Attributes:
-        mean: Of the values.
-        error: Its standard error; NaN for a single value.
+        mean: Mean of the values.
+        error: Standard error of the mean; NaN for a single value.
         count: Number of values.
     """
 

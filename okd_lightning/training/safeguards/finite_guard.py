@@ -12,7 +12,7 @@ from okd_lightning.sharding import whole
 
 
 class FiniteGuard(Callback):
-    """Logs ``train/grad_norm``; raises before ``optimizer.step`` if it or the loss is not finite.
+    """Stop before a step with a non-finite loss or gradient norm; logs ``train/grad_norm``.
 
     Loss and gradients are equal on all ranks at this point, so all ranks stop together. Where a
     loss scaler (precision 16-mixed) has overflowed, it skips the step itself and lowers its scale:

@@ -49,7 +49,7 @@ _ADVICE = {
 
 
 class HealthWarnings(Callback):
-    """Warns of collapsing entropy, exploding length, cut responses and extreme log-ratios.
+    """Warnings of collapsing entropy, exploding length, cut responses and extreme log-ratios.
 
     Every so many optimizer steps it examines the step's on-policy samples and judges smoothed
     values over all ranks. It uses values that are computed anyway, with one collective call per
@@ -62,9 +62,9 @@ class HealthWarnings(Callback):
         entropy_share: Warn when the samples' entropy is below this share of the initial one; where
             reverse KL is measured (by validation or a sampled method), it must also be above the
             entropy. null for off.
-        length_growth: Warn when the mean length is above this multiple of the initial one, null for
-            off, and
-        length_share: above this share of ``data.max_response_length``.
+        length_growth: Warn when the mean length is above this multiple of the initial one, and
+            above ``length_share``. null for off.
+        length_share: Share of ``data.max_response_length`` for this warning.
         truncated_share: Warn when this share of responses is cut at ``data.max_response_length``
             and dataset responses are cut less often. null for off.
         outlier_share: Warn when this share of sampled tokens has |log teacher - log student| above

@@ -34,9 +34,9 @@ class _Run:
     """A run whose methods are registered and whose data is read.
 
     Attributes:
-        trainer: Of the run.
-        module: With its terms.
-        data: The run's.
+        trainer: The run's Trainer.
+        module: The run's module, with its terms.
+        data: The run's data module.
         stage: "fit", "validate", "test" or "predict".
     """
 
@@ -189,8 +189,8 @@ def warn_of_idle_options(
     """Warn of each option that the user chose and that does nothing in this run.
 
     Args:
-        trainer: With its data module.
-        module: With the run's terms.
+        trainer: The Trainer, with its data module.
+        module: The module, with the run's terms.
         stage: "fit", "validate", "test" or "predict".
     """
     data = trainer.datamodule  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Build both models before foreign callbacks' ``setup``, after checks of run and data.
+"""Construction of both models before foreign callbacks' ``setup``, after checks.
 
 Lightning calls ``setup`` of the data module, of the callbacks in their order, and of the module,
 and only then ``configure_model``. Callbacks that copy, average or prune the module in ``setup``
@@ -38,7 +38,7 @@ _NEED_WHOLE_MODELS = (ModelPruning, StochasticWeightAveraging, WeightAveraging)
 
 
 class ModelsFirst(Callback):
-    """Builds the models of a PairModule, in the contexts in which Lightning would.
+    """Callback that builds a PairModule's models, in the contexts in which Lightning would.
 
     Under fsdp2 the models are built and sharded later, and callbacks that copy or change whole
     models are refused.
@@ -119,7 +119,7 @@ def in_setup_order(callbacks: Sequence[Callback]) -> list[Callback]:
     """Return callbacks with ``precedes_models``, ``ModelsFirst``, and the others, each in order.
 
     Args:
-        callbacks: Of a Trainer; a ``ModelsFirst`` among them is kept, else one is added.
+        callbacks: A Trainer's callbacks; a ``ModelsFirst`` among them is kept, else one is added.
     """
     builder = next((c for c in callbacks if isinstance(c, ModelsFirst)), None) or ModelsFirst()
     others = [c for c in callbacks if c is not builder]

@@ -11,9 +11,9 @@ from okd_lightning.errors import ConfigError
 
 
 class StepIntervals(Callback):
-    """Makes an integer ``trainer.val_check_interval`` count optimizer steps over the whole run.
+    """Callback that makes an integer ``trainer.val_check_interval`` count optimizer steps.
 
-    Lightning's own counts micro-batches within an epoch.
+    These are counted over the whole run; Lightning counts micro-batches within an epoch.
     """
 
     precedes_models: bool = True  # a wrong interval is refused before models are built
