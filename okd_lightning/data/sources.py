@@ -35,7 +35,7 @@ DataSource: TypeAlias = str | Path | MapStyleDataset | DatasetDict
 
 if TYPE_CHECKING:
     DataArgument: TypeAlias = DataSource
-else:  # what can be typed on a command line
+else:  # types of the command line
     DataArgument = str
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

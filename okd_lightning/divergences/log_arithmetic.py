@@ -1,8 +1,8 @@
 """Numerically safe arithmetic on log-probabilities and log-ratios; knows no divergence.
 
 Each function and its gradient are exact to rounding where the naive formula overflows, cancels or
-divides zero by zero. Arguments are clamped before ``torch.where``: autograd multiplies the gradient
-of the branch not taken by zero, which is NaN if that gradient is infinite.
+divides zero by zero. Arguments of both branches of ``torch.where`` get safe values first: autograd
+multiplies the gradient of the branch not taken by zero, which is NaN if that gradient is infinite.
 """
 
 from __future__ import annotations

@@ -204,7 +204,7 @@ class _Writing:
             num_ended = num_before + num_joined - self._num_writing
             yield num_ended, num_joined or num_before * steps_per_check
 
-    # ---------------------------------------------------------------- who is in the batch
+    # ---------------------------------------------------------------- rows of the batch
 
     def _make_room(self) -> int:
         """Let ended rows leave and waiting rows join if it pays; return the number that joined."""

@@ -108,6 +108,7 @@ class _Run:
         self._add(loss.outputs)
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         for leaf, gradient in zip(wanted, _gradients(total, wanted), strict=True):
+            # in place, in the memory of ``raw``: no second buffer of logits
             leaf.detach().copy_(gradient)
 
     def _add(self, outputs: Sequence[LossOutput]) -> None:

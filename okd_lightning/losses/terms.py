@@ -162,7 +162,7 @@ class WeightedTerm:
 
     Attributes:
         term: The method's term.
-        factor: Its weight divided by the step's divisor (``reduction.step_factor``).
+        factor: Its weight times ``reduction.step_factor``.
     """
 
     term: Term

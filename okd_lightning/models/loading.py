@@ -58,7 +58,7 @@ ModelSource: TypeAlias = str | dict[str, Any] | PreTrainedModel
 
 if TYPE_CHECKING:
     ModelArgument: TypeAlias = ModelSource | PathLike[str] | PeftModel
-else:  # what can be typed: --help would else list every architecture of transformers
+else:  # types of the command line: --help would else list every architecture of transformers
     ModelArgument = str | dict[str, Any]
 
 
@@ -84,7 +84,7 @@ def check_precision(precision: str) -> None:
     """Refuse Lightning's "true" precisions: models are loaded in their own number format.
 
     Raises:
-        ConfigError: Naming what to give instead.
+        ConfigError: A "true" precision; the message names the alternatives.
     """
     if precision.endswith("-true") and precision != "32-true":
         raise ConfigError(

@@ -223,7 +223,7 @@ def computed_buffers(model: nn.Module) -> set[str]:
     return {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
-        for name in module._non_persistent_buffers_set
+        for name in module._non_persistent_buffers_set  # private: torch has no public list
     }
 
 

@@ -324,7 +324,7 @@ class RolloutLoader:
     ) -> dict[Author, Rollout]:
         """Generate by each model that any rank needs, also without prompts on this rank.
 
-        (All ranks of a sharded model take part in its forward passes.)
+        (All ranks gather a sharded model together.)
         """
         return {by: self._write(by, turns) for by, turns in own.items() if by in asked}
 

@@ -55,7 +55,7 @@ class RolloutPlan:
         if not self.is_mixed_within_step:
             is_student = hashed_uniform(NoiseDomain.DATA_SOURCE, seed, step) < share
             return ("student" if is_student else self.off_policy_source,) * num_prompts
-        # a random offset: no position of the step is always the data set's
+        # a random offset: no position of the step is always the dataset's
         offset = float(hashed_uniform(NoiseDomain.DATA_SOURCE, seed, step))
         shares = [int(share * i + offset) for i in range(num_prompts + 1)]
         return tuple(

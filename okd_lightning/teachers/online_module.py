@@ -192,6 +192,7 @@ def base_teacher(teacher: PreTrainedModel | PeftModel) -> Iterator[None]:
     if any(layer.disable_adapters for layer in layers):
         yield
         return
+    # PEFT's enable_adapters changes requires_grad, which is restored below
     learns = {parameter: parameter.requires_grad for parameter in teacher.parameters()}
     for layer in layers:  # not model.enable_adapters, which does not re-enable modules_to_save
         layer.enable_adapters(False)

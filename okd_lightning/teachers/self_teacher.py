@@ -70,6 +70,7 @@ def check_self_teacher(
 
 def teacher_copy(student: PreTrainedModel) -> PreTrainedModel:
     """Return a frozen copy of ``student`` in eval mode, which shares the untrained weights."""
+    # deepcopy's memo: these parameters are shared and not copied
     shared = {id(p): p for p in student.parameters() if not p.requires_grad}
     return deepcopy(student, shared).requires_grad_(False).eval()
 
@@ -101,6 +102,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 def detached(module: nn.Module) -> nn.Module:
     """Return a frozen copy of ``module`` that shares its memory and gets no gradient."""
+    # deepcopy's memo: the copy gets these buffers and detached parameters
     memo: dict[int, torch.Tensor] = {id(buffer): buffer for buffer in module.buffers()}
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)

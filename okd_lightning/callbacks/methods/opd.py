@@ -69,7 +69,7 @@ class OPDPlus(AdvantageCallback):
     """The corrected advantage w_f(u) = -f(u) + u f'(u): unbiased for any f (arXiv 2606.01039).
 
     OPD omits the reward's dependence on the student, which is a constant only for reverse KL.
-    Trains on on-policy responses, by default without discount or clipping.
+    Trains on on-policy responses, without normalisation, by default without discount and clipping.
 
     Args:
         divergence: f; reverse KL by default.

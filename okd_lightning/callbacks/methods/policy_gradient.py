@@ -68,6 +68,7 @@ class PolicyGradientCallback(DistillationCallback):
         """Return the sum of -ρ A over the sampled tokens."""
         mask = measured.mask(self.sources)
         logprobs, sampler = measured[_STUDENT], measured.sampler_logprobs
+        # ρ is 1 on other rows, where there are no sampler log-probs
         sampler = sampler.to(logprobs.dtype).where(mask, logprobs.detach())
         credit, logged = self.credit(measured)
         logged = {**logged, **self.ratio.metrics(logprobs, sampler)}

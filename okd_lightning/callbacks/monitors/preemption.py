@@ -90,6 +90,7 @@ class Preemption(Checkpoint):
         if threading.current_thread() is not threading.main_thread():
             return
         self._listen(signal.SIGTERM, self._on_sigterm(trainer))
+        # private: Lightning's Trainer has no public access to the cluster environment
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._listen(environment.requeue_signal or signal.SIGUSR1, self._on_warning)
@@ -205,7 +206,7 @@ class Preemption(Checkpoint):
             saver.save_now(trainer)
             self._is_saved = True
 
-    # ---------------------------------------------------------------- leaving
+    # ---------------------------------------------------------------- stopping
 
     def on_save_checkpoint(
         self,

@@ -149,7 +149,7 @@ class SampleTable(Callback):
                         clocks.enter_context(callback.stopped())
                 self._show(trainer, self._samples(trainer, pl_module))
 
-    # ---------------------------------------------------------------- asking
+    # ---------------------------------------------------------------- answers
 
     def _samples(self, trainer: lightning.Trainer, module: DistillationModule) -> list[Sample]:
         data = trainer.datamodule  # type: ignore[attr-defined]
