@@ -1,27 +1,24 @@
-"""DistiLLM: skew KL, and the student's own responses as rarely and as used as will do.
+"""DistiLLM: skew KL, with an adaptive share of on-policy samples and their replay.
 
 Ko et al., "DistiLLM: Towards Streamlined Distillation for Large Language Models", arXiv 2402.03898,
-sections 3.1 and 3.2: a step is on the student's responses with probability φ, which begins at
-nothing and rises when the validation loss does; such a step writes new ones with probability
-1 - t/T and else takes what was written before.
+sections 3.1 and 3.2: a step is on-policy with probability φ, which begins at 0 and rises when the
+validation loss rises; such a step generates new responses with probability 1 - t/T and else replays
+earlier ones.
 
 Differs from the paper:
 
-- A replayed step answers its own prompts with the last responses to them. The paper draws prompts
-  and responses from a buffer of 1000, so that replay begins here with the second pass over the
-  data.
-- The loss that φ is first compared with is that of the first validation, and not the untrained
-  student's.
-- No language-model loss on a plain-text corpus stands beside it; in the paper's GPT-2 and OPT runs
-  one does. ``SFT`` on rows of such a corpus is a second run.
+- A replayed step uses the last responses to its own prompts. The paper draws prompts and responses
+  from a buffer of 1000; here replay begins with the second pass over the data.
+- φ is first compared with the loss of the first validation, not with the untrained student's.
+- There is no language-model loss on a plain-text corpus; in the paper's GPT-2 and OPT runs there
+  is. ``SFT`` on rows of such a corpus is a second run.
 
 Differs from the released code (jongwooko/distillm, commit d47e77f):
 
 - Its scripts train GPT-2 0.1B with the skew *forward* KL, and 0.3B and 0.7B with the skew reverse
   KL; the default here is the skew reverse KL for every size.
-- While its buffer holds fewer responses than its capacity, every step of the share φ generates, and
-  replay begins when the buffer is full. Here the coin 1 - t/T decides from the start, and a prompt
-  without a kept response is generated.
+- It generates in every step of the share φ until its buffer is full, and replays from then on. Here
+  the probability 1 - t/T applies from the start, and a prompt without a kept response is generated.
 """
 
 from __future__ import annotations
@@ -37,20 +34,20 @@ from okd_lightning.engines import Writer, hashed_uniform
 from okd_lightning.errors import ConfigError
 from okd_lightning.rollouts import KeptResponses, ReplayWriter
 
-_COIN = 0x5245504C  # replay's own coin
+_COIN = 0x5245504C  # domain separation of the replay decision
 
 
 class DistiLLM(DivergenceCallback):
-    """Skew reverse KL on given responses, and on the student's, new or replayed, in a share φ.
+    """Skew reverse KL on dataset responses, and on new or replayed student responses in a share φ.
 
-    Needs validation data, one process, and rollouts of one optimizer step. φ, the steps at which it
-    rose and the kept responses are in checkpoints.
+    Needs validation data, one process, and rollout batches of one optimizer step. φ, the steps at
+    which it rose and the kept responses are in checkpoints.
 
     Args:
         divergence: Skew reverse KL with α = 0.1 by default; SkewForwardKL is the paper's other one.
         share: φ at the start.
-        rise: What φ grows by, up to 1.
-        tolerance: ε, nats: φ rises when val/cross_entropy is that much above the last one compared.
+        rise: Increase of φ, up to 1.
+        tolerance: ε, nats: φ rises when val/cross_entropy exceeds the last compared one by it.
         weight: Factor on this term's mean loss.
         name: Logged as ``train/<name>``.
     """
@@ -73,11 +70,11 @@ class DistiLLM(DivergenceCallback):
         self.kept = KeptResponses()
 
     def share_at(self, step: int) -> float:
-        """φ in optimizer step ``step``."""
+        """Return φ in optimizer step ``step``."""
         return min(1.0, self.share + self.rise * sum(at <= step for at in self.rises))
 
     def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
-        """Refuse runs in which φ cannot rise, or whose responses cannot be found again."""
+        """Refuse runs in which φ cannot rise, or responses cannot be replayed."""
         self._trainer = trainer
         data = getattr(trainer, "datamodule", None)
         if stage == "fit" and trainer.world_size > 1:
@@ -97,13 +94,13 @@ class DistiLLM(DivergenceCallback):
             raise ConfigError(f"{self.name}: replay grows to the end; set max_steps or max_epochs")
 
     def wrap_writer(self, writer: Writer) -> Writer:
-        """Writes anew, or hands out what is kept."""
+        """Return a writer that generates or replays responses."""
         return ReplayWriter(writer, self.kept, self.is_replayed)
 
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Let φ rise where the loss did."""
+        """Raise φ if the loss has risen."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         loss = float(trainer.callback_metrics["val/cross_entropy"])
@@ -114,16 +111,16 @@ class DistiLLM(DivergenceCallback):
             self.rises.append(trainer.global_step)
 
     def is_replayed(self, seed: int) -> bool:
-        """The coin of the step to come, the same after a resume."""
+        """Decide whether the next step replays; the same after a resume."""
         step, end = self._trainer.global_step, self._trainer.estimated_stepping_batches
         return bool(hashed_uniform(_COIN, seed, step) < step / end)
 
     def state_dict(self) -> dict[str, Any]:
-        """φ's history and the kept responses."""
+        """Return φ's history and the kept responses."""
         history = {"compared": self.compared, "rises": list(self.rises)}
         return {**history, "kept": self.kept.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore φ's history and the kept responses."""
         self.compared, self.rises = state_dict["compared"], list(state_dict["rises"])
         self.kept.load_state_dict(state_dict["kept"])

@@ -1,22 +1,22 @@
-"""DistiLLM-2: pull up on the teacher's responses, push down on the student's.
+"""DistiLLM-2: skew KL on the teacher's responses, skew reverse KL on the student's.
 
 Ko et al., "DistiLLM-2: A Contrastive Approach Boosts the Distillation of LLMs", arXiv 2503.07067,
-Eq. 5: skew KL on what the teacher wrote, skew reverse KL on what the student wrote, the mean of
-both, each divided by its own count.
+Eq. 5: the mean of skew KL on the teacher's responses and skew reverse KL on the student's, each
+divided by its own count.
 
 Differs from the paper:
 
-- Every token counts alike, and not every response.
-- A prompt is answered by one of the two, in halves of every optimizer step.
-- The student writes anew for each step, or for each rollout batch of ``data.prompts_per_rollout``,
-  and not once an epoch.
+- Every token has the same weight, instead of every response.
+- A prompt is answered by one of the two models, in halves of every optimizer step.
+- The student generates for each step, or for each rollout batch of ``data.prompts_per_rollout``,
+  instead of once an epoch.
 - The curricula of β and α (section 3.3) are left out; ``beta`` is a constant.
 
 Differs from the released code (jongwooko/distillm-2, commit fe4cf9b, ``src/distillm_trainer.py``):
 
 - It stops the gradient through the student inside the mixture of the skew reverse KL (lines 1196
-  and 1208): the value is the same and the gradient another one, Σ_a ∇p_a (log p_a - log m_a) with m
-  a constant. The formula, KL(p‖(1-α)q + αp), has the student in both places and no stop; its
+  and 1208): the value is the same, but the gradient is Σ_a ∇p_a (log p_a - log m_a) with m a
+  constant. The formula, KL(p‖(1-α)q + αp), has the student in both places and no stop; its
   gradient is the default here, ``stop_mixture: true`` gives the code's.
 - It adds the two halves with the weights 2 - β and β, β = 1 unless its option ``gradual_beta`` is
   set, which is twice the mean: ``weight: 2.0`` gives that.
@@ -39,14 +39,14 @@ from okd_lightning.records.batches import LossOutput
 
 
 class TeacherHalf(DivergenceCallback):
-    """A divergence on the teacher's responses alone."""
+    """A divergence on the teacher's responses only."""
 
     sources = ("teacher",)
 
 
 @dataclass(frozen=True)
 class StoppedSkewReverseKL(Quantity):
-    """Σ p (log p - log m), m = (1-α)q + αp a constant, with gradient to the other p's."""
+    """Σ p (log p - log m), m = (1-α)q + αp a constant, with gradient to the p outside m."""
 
     alpha: float
     needs_teacher = True
@@ -65,7 +65,7 @@ class StoppedSkewReverseKL(Quantity):
 class DistiLLM2(DistillationCallback):
     """KL(p‖(1-α)q + αp) on the student's responses and KL(q‖αq + (1-α)p) on the teacher's.
 
-    They are terms of their own, with the weights β/2 and (2-β)/2: ``train/<name>`` and
+    These are two terms with the weights β/2 and (2-β)/2: ``train/<name>`` and
     ``train/<name>_teacher``.
 
     Args:
@@ -73,7 +73,7 @@ class DistiLLM2(DistillationCallback):
         weight: Factor on the mean of both losses.
         name: Logged as ``train/<name>``.
         beta: β, above 0 and below 2: the weight of the student's half over the mean.
-        stop_mixture: No gradient flows through the student inside the mixture of its half.
+        stop_mixture: Stop the gradient through the student inside the mixture of its half.
     """
 
     sources = ("student",)
@@ -101,5 +101,5 @@ class DistiLLM2(DistillationCallback):
         return (self.push,)
 
     def loss(self, measured: Measured) -> LossOutput:
-        """The sum over the student's rows, in nats."""
+        """Return the sum over the student's rows, in nats."""
         return loss_output(measured[self.push], measured.mask(self.sources))

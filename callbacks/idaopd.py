@@ -1,18 +1,18 @@
-"""IDA-OPD: OPD whose updates shrink where they would lower the student's entropy.
+"""IDA-OPD: OPD with smaller updates where they would lower the student's entropy.
 
 Yang et al., "Influence-Directed Distillation: Solving the Diversity Bottleneck in Sampled-Token
 On-Policy Distillation", arXiv 2608.29846. A step of size η along A ∇log p_y in the logits changes
 the entropy H of the student's distribution by η I + O(η²) with I = A D (Theorem 1). With
-A = log q_y - log p_y the credit is A where I >= 0, and w A with w = |q_y - p_y|/(q_y + p_y)
+A = log q_y - log p_y the advantage is A where I >= 0, and w A with w = |q_y - p_y|/(q_y + p_y)
 elsewhere.
 
 Differs from the paper:
 
 - D = Σ_a p_a² (log p_a + H) - p_y (log p_y + H) is derived here from the statement of Theorem 1
   (dH/dz_a = -p_a (log p_a + H), and the step is A (1[a = y] - p_a)); it was not compared with the
-  paper's Eq. 1, whose text was not at hand.
-- The credit is of the current student, also where a rollout batch serves several steps; ρ weighs
-  it, without a clip unless ``clip`` is given.
+  paper's Eq. 1, whose text was not available.
+- The advantage uses the current student, also if a rollout batch serves several steps; ρ weights
+  it, without a clip unless ``clip`` is set.
 
 No code of the authors was published when this was written.
 """
@@ -33,13 +33,13 @@ _STUDENT, _TEACHER = DrawnLogProb("student"), DrawnOutcome("teacher", ReverseKL(
 
 @dataclass(frozen=True)
 class EntropyResponse(Quantity):
-    """D: what the student's entropy changes by, a unit of credit on the sampled token, nats."""
+    """D: change of the student's entropy (nats) per unit of advantage on the sampled token."""
 
     needs_teacher = False
 
     @torch.no_grad()
     def measure(self, tile: Tile) -> Tensor:
-        """[positions] without gradient."""
+        """Return [positions] nats, without gradient."""
         logprobs = tile.student_logprobs
         probs = logprobs.exp()
         finite = logprobs.masked_fill(logprobs == float("-inf"), 0.0)
@@ -50,7 +50,7 @@ class EntropyResponse(Quantity):
 class IDAOPD(PolicyGradientCallback):
     """Policy gradient with log(q/p), times |q - p|/(q + p) where it would lower the entropy.
 
-    Logged besides: ``train/<name>_contracting``, the share of such tokens.
+    Also logged: ``train/<name>_contracting``, the share of such tokens.
 
     Args:
         max_ratio: Truncation of ρ; inf for off.
@@ -63,11 +63,11 @@ class IDAOPD(PolicyGradientCallback):
 
     @property
     def quantities(self) -> tuple[Quantity, ...]:
-        """Both sides' log-probs of the sampled token, and D."""
+        """Both sides' log-probabilities of the sampled token, and D."""
         return (_STUDENT, _TEACHER, self.response)
 
     def credit(self, measured: Measured) -> tuple[Tensor, dict[str, Tensor]]:
-        """A, shrunk by tanh(|A|/2) = |q - p|/(q + p) where A D < 0."""
+        """Return A, times tanh(|A|/2) = |q - p|/(q + p) where A D < 0."""
         log_ratio = (measured[_TEACHER] - measured[_STUDENT]).detach()
         contracts = log_ratio * measured[self.response] < 0
         shrunk = (log_ratio.abs() / 2).tanh() * log_ratio

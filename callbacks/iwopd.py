@@ -1,14 +1,14 @@
-"""IW-OPD: early tokens of a rollout weigh more than those behind a prefix that has drifted away.
+"""IW-OPD: early tokens of a rollout have more weight than those after a prefix that has drifted.
 
 Xie et al., "On the Position Bias of On-Policy Distillation", arXiv 2606.22600, Algorithm 1.
 
 Differs from the paper:
 
-- The paper optimises it with PPO's clip, 0.2; here the clip is off by default, as a rollout serves
-  one optimizer step unless ``data.prompts_per_rollout`` asks for more.
-- The credit is of the current student's log-probabilities; in the paper they are those at rollout
-  time. Both are equal where a rollout batch serves one optimizer step; ``frozen_credit`` gives the
-  paper's where it serves several.
+- The paper uses PPO's clip, 0.2; here the clip is off by default, because a rollout batch serves
+  one optimizer step unless ``data.prompts_per_rollout`` is larger.
+- The advantage uses the current student's log-probabilities, in the paper those at rollout time.
+  Both are equal if a rollout batch serves one optimizer step; ``frozen_credit`` gives the paper's
+  if it serves several.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class PrefixWeighted(Advantage):
     def credit(
         self, student_logprobs: Tensor, teacher_logprobs: Tensor, mask: Tensor, state_value=None
     ) -> Tensor:
-        """[rows, tokens] nats, without gradient."""
+        """Return [rows, tokens] nats, without gradient."""
         credit = (teacher_logprobs - student_logprobs).where(mask, 0.0).detach()
         size = credit.abs()
         before = size.cumsum(-1) - size
@@ -46,14 +46,14 @@ class PrefixWeighted(Advantage):
 
 
 class IWOPD(AdvantageCallback):
-    """OPD with reverse KL, weighted by how little of a response's discrepancy lies before a token.
+    """OPD with reverse KL, weighted by the share of a response's discrepancy from a token on.
 
     Args:
-        gamma: γ, how much the first token weighs beyond the last one; 0 is OPD.
+        gamma: γ, additional weight of the first token; 0 is OPD.
         clip: PPO's ε; None for off.
         weight: Factor on this term's mean loss.
         name: Logged as ``train/<name>``.
-        frozen_credit: The credit is of the student at rollout time.
+        frozen_credit: Compute the advantage with the student at rollout time.
     """
 
     def __init__(

@@ -1,29 +1,29 @@
-"""MiniLLM: reverse KL of whole responses by policy gradient, made to work.
+"""MiniLLM: reverse KL of whole responses by policy gradient with variance reduction.
 
 Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models", arXiv 2306.08543, Eqs. 3-7:
-the exact gradient of every single step; behind it the reward-to-go, normalised by its length;
-sampling from a mixture with the teacher, with its importance weight w = p/(α q + (1-α) p) of the
-own token; PPO's clip; and a language-model loss, divided by its own tokens.
+the exact gradient of every single step; the reward-to-go after it, normalised by its length;
+sampling from a mixture with the teacher, with the importance weight w = p/(α q + (1-α) p) of the
+sampled token; PPO's clip; and a language-model loss, divided by its own tokens.
 
 Differs from the paper:
 
-- The mean of the rewards to come is taken over their number (Eq. 6 divides by one less).
-- The language-model loss is on the data set's responses, which are half of every optimizer step,
-  and not on a pretraining corpus.
-- Rewards are the current student's, not those at rollout time. Both are equal where a rollout batch
+- The mean of the later rewards is over their number (Eq. 6 divides by one less).
+- The language-model loss is on dataset responses, which are half of every optimizer step, instead
+  of a pretraining corpus.
+- Rewards use the current student, not the one at rollout time. Both are equal if a rollout batch
   serves one optimizer step.
 
 Differs from the released code (microsoft/LMOps, commit 4f2a9de, folder minillm; its GPT-2 scripts):
 
 - It divides rewards by 0.5 and clips them to ±100 (``reward_scale: 2.0`` gives the first), and
   whitens the advantages of a batch, which is left out.
-- It takes the mean of the own token's reward and those to come (``counts_own: true``), those to
-  come discounted by 0.95 a token, the default of its ``--gamma``.
-- It does not weigh the single-step gradient by w; the paper's Eq. 7 and this file do.
+- It takes the mean of the token's own reward and the later ones (``counts_own: true``), with a
+  discount of 0.95 a token, the default of its ``--gamma``.
+- It does not weight the single-step gradient by w; the paper's Eq. 7 and this file do.
 - Its loss on the corpus is half cross-entropy and half the teacher's (``lm_kd: 0.5``, which is half
   forward KL and has the same gradient).
-- It makes 4 epochs of PPO over a batch of rollouts. ``data.prompts_per_rollout`` gives several
-  steps over one batch, never an epoch more.
+- It does 4 epochs of PPO over a rollout batch. ``data.prompts_per_rollout`` gives several steps
+  over one rollout batch, but one epoch only.
 """
 
 from __future__ import annotations
@@ -56,21 +56,21 @@ _SINGLE = ExactDivergence(ReverseKL())
 
 
 class MiniLLM(DistillationCallback):
-    """w KL(p‖q) - clipped w R on the student's rows; beside it CE on the data set's, as SFT.
+    """w KL(p‖q) - clipped w R on the student's rows, and CE on dataset rows, as in SFT.
 
-    R is the mean of log q - log p over the tokens after the own one, 0 at the last. Gradient flows
-    to the student through the KL and the clipped ratio; w before the KL and R are constants. The
-    cross-entropy is a term of its own, ``train/<name>_lm``. Teacher and student must read the same
+    R is the mean of log q - log p over the tokens after the token, 0 at the last. Gradient flows to
+    the student through the KL and the clipped ratio; w before the KL and R are constants. The
+    cross-entropy is a separate term, ``train/<name>_lm``. Teacher and student must read the same
     prompts.
 
     Args:
-        teacher_share: α of the mixture that responses are drawn from, in [0, 1).
+        teacher_share: α of the mixture from which responses are sampled, in [0, 1).
         clip: PPO's ε on w; None for off.
-        lm_weight: Factor on the cross-entropy; 0 leaves it, and the data set's responses, out.
+        lm_weight: Factor on the cross-entropy; 0 for none, and for no dataset responses.
         weight: Factor on this term's mean loss.
         name: Logged as ``train/<name>``.
         reward_scale: Factor on R.
-        counts_own: R is the mean over the own token and those after it.
+        counts_own: R is the mean over the token and those after it.
         lm_kd: Share of forward KL to the teacher in the language-model loss, in [0, 1).
     """
 
@@ -112,7 +112,7 @@ class MiniLLM(DistillationCallback):
             self.further_terms = (SFT(**about),)
 
     def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
-        """Remember whose models are mixed; refuse prompts that only one of them reads."""
+        """Keep the module whose models are mixed; refuse separate teacher prompts."""
         self._module = module
         if getattr(getattr(trainer, "datamodule", None), "teacher_prompts", None) is not None:
             raise ConfigError(
@@ -121,12 +121,12 @@ class MiniLLM(DistillationCallback):
             )
 
     def wrap_writer(self, writer: Writer) -> Writer:
-        """The student's responses come from the mixture."""
+        """Return a writer that samples the student's responses from the mixture."""
         share = self.teacher_share
         return MixedWriter(self._module, share, writer) if share else writer
 
     def loss(self, measured: Measured) -> LossOutput:
-        """The sum over the student's rows, in nats."""
+        """Return the sum over the student's rows, in nats."""
         own = measured.mask(("student",))
         logprobs = measured[_STUDENT]
         sampler = measured.sampler_logprobs.to(logprobs.dtype).where(own, logprobs.detach())
@@ -137,7 +137,7 @@ class MiniLLM(DistillationCallback):
         return loss_output(values, own)
 
     def rewards_to_come(self, rewards: Tensor, own: Tensor, row: Tensor) -> Tensor:
-        """[positions] the mean reward after each token of its response, or from it on."""
+        """Return [positions], the mean reward after each token of its response, or from it on."""
         rows = Rows(row, own, is_split=True)
         split = rows.split(rewards)
         total = reward_to_go(split, rows.mask, 1.0)

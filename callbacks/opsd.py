@@ -1,16 +1,16 @@
-"""OPSD: a model learns on its own responses from itself, reading a privileged prompt.
+"""OPSD: on-policy self-distillation, with a privileged prompt for the model as its own teacher.
 
 Zhao et al., "Self-Distilled Reasoner: On-Policy Self-Distillation for Large Language Models", arXiv
 2601.18734 v3, Eqs. 6 and 8 with forward KL, and the pointwise clip of section 3.2.
 
 Differs from the paper:
 
-- Every token counts alike; in the paper every response.
+- Every token has the same weight; in the paper every response.
 - The value of the clip, 0.05 nats, is ours.
 
 Differs from the released code (siyan-zhao/OPSD, commit 590ec26):
 
-- Neither that commit nor one before it has a clip: its scripts minimise the Jensen-Shannon
+- Neither that commit nor an earlier one has a clip: its scripts minimise the Jensen-Shannon
   divergence with β = ½ (GKD with ``JensenShannon`` here).
 - It samples at temperature 1.1 with top-p 0.95 and top-k 20, and trains LoRA of rank 64 on all
   projections; here these are options of the data (``--data.sampling``) and the model
@@ -32,23 +32,23 @@ from okd_lightning.records.batches import LossOutput
 
 @dataclass(frozen=True)
 class ClippedForwardKL(Quantity):
-    """Σ_a min(q (log q - log p), τ): what an id adds is cut from above, and it may be negative."""
+    """Σ_a min(q (log q - log p), τ): every summand is clipped from above; it may be negative."""
 
     clip: float
     needs_teacher = True
 
     def measure(self, tile: Tile) -> Tensor:
-        """[positions] nats, with gradient to the student, none from ids that are cut."""
+        """Return [positions] nats, with gradient to the student except from clipped summands."""
         teacher = tile.teacher_logprobs.detach()
         terms = teacher.exp() * (teacher - tile.student_logprobs)
         return terms.masked_fill(teacher == float("-inf"), 0.0).clamp(max=self.clip).sum(-1)
 
 
 class OPSD(DistillationCallback):
-    """Clipped forward KL to the privileged teacher on the student's own responses.
+    """Clipped forward KL to the privileged teacher on on-policy responses.
 
-    The teacher is the student itself: --model.self_teacher frozen (the paper's: its first weights),
-    with a --data.teacher_prompt_template that holds the reference solution.
+    The teacher is the student itself: --model.self_teacher frozen (the paper's: its initial
+    weights), with a --data.teacher_prompt_template that contains the reference solution.
 
     Args:
         clip: τ, nats an id; inf for plain forward KL.
@@ -68,5 +68,5 @@ class OPSD(DistillationCallback):
         self.quantities = (ClippedForwardKL(clip),)
 
     def loss(self, measured: Measured) -> LossOutput:
-        """The sum over the student's own tokens, in nats."""
+        """Return the sum over the sampled tokens, in nats."""
         return loss_output(measured[self.quantities[0]], measured.mask(self.sources))

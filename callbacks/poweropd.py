@@ -1,17 +1,17 @@
-"""PowerOPD: a reward that is bounded by itself.
+"""PowerOPD: OPD with a bounded reward.
 
 Zhao et al., "PowerOPD: Stabilizing On-Policy Distillation with Bounded Power Transformation", arXiv
-2606.17199, section 3: the Box-Cox power transformation in the place of the logarithm of OPD's
-reward log q - log p.
+2606.17199, section 3: the Box-Cox power transformation in place of the logarithm of OPD's reward
+log q - log p.
 
 Differs from the paper:
 
-- The factor 1/α of the transformation is left out, with which the reward would tend to OPD's for
-  α → 0; the paper's code leaves it out too.
+- The factor 1/α of the transformation is left out, as in the paper's code. With it the reward would
+  tend to OPD's for α → 0.
 - The reward is stopped, as in the paper, so that its expected gradient is that of no divergence;
-  q^α - p^α is of the current student, also where a rollout batch serves several steps.
+  q^α - p^α uses the current student, also if a rollout batch serves several steps.
 
-Differs from the released code: nothing that we know of; α = 5 is its default.
+Differs from the released code: no known differences; α = 5 is its default.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from okd_lightning.errors import ConfigError
 
 @dataclass(frozen=True)
 class PowerReward(Advantage):
-    """q^α - p^α of the drawn token, in [-1, 1], with the sign of log q - log p."""
+    """q^α - p^α of the sampled token, in [-1, 1], with the sign of log q - log p."""
 
     alpha: float = 5.0
 
@@ -41,13 +41,13 @@ class PowerReward(Advantage):
     def credit(
         self, student_logprobs: Tensor, teacher_logprobs: Tensor, mask: Tensor, state_value=None
     ) -> Tensor:
-        """[rows, tokens], without gradient."""
+        """Return [rows, tokens], without gradient."""
         student, teacher = self.alpha * student_logprobs, self.alpha * teacher_logprobs
         return (teacher.exp() - student.exp()).where(mask, 0.0).detach()
 
 
 class PowerOPD(AdvantageCallback):
-    """Policy gradient with A = q^α - p^α on the student's own tokens.
+    """Policy gradient with A = q^α - p^α on the sampled tokens.
 
     Args:
         alpha: α, above 0; 5 is the default of the paper's code.

@@ -1,7 +1,7 @@
 """TOP-D: OPD towards a proximal teacher, a mixture of the teacher and the student.
 
-Xie et al., "Trust Region Policy Distillation", arXiv 2607.04751, section 3: the student p is not
-drawn to the teacher q but to αq + (1-α)p with the student stopped. The reward of a token is
+Xie et al., "Trust Region Policy Distillation", arXiv 2607.04751, section 3: the target of the
+student p is not the teacher q but αq + (1-α)p with the student stopped. The reward of a token is
 ln(αu + 1-α), u = q/p, which is at least ln(1-α); at α = 1 it is OPD's.
 
 Differs from the paper:
@@ -10,13 +10,13 @@ Differs from the paper:
   student. ``variant: centred`` and ``value_baseline`` give the corrected weight
   w_f = ln(αu + 1-α) - αu/(αu + 1-α) in its place (OPD+, arXiv 2606.01039), whose expected gradient
   is that of this divergence. It points the same way at every token, and both vanish where q = p.
-- Rewards are not z-normalised over a group: that turns the sign of small ones.
-- u is of the current student; with the paper's it is of the student at rollout time. Both are
-  equal where a rollout batch serves one optimizer step; ``frozen_credit`` gives the paper's.
-- PPO's clip on ρ is off by default, as a rollout batch serves one optimizer step unless
-  ``data.prompts_per_rollout`` asks for more.
-- The paper's text was read through two public implementations and reviews of it; α = 0.2 is the
-  example in NVIDIA NeMo RL's documentation, not a value of the paper that we have seen.
+- Rewards are not z-normalised over a group: that changes the sign of small ones.
+- u uses the current student, in the paper the student at rollout time. Both are equal if a rollout
+  batch serves one optimizer step; ``frozen_credit`` gives the paper's.
+- PPO's clip on ρ is off by default, because a rollout batch serves one optimizer step unless
+  ``data.prompts_per_rollout`` is larger.
+- The paper is known from two public implementations and reviews of it; α = 0.2 is the example in
+  NVIDIA NeMo RL's documentation, not a value that we have seen in the paper.
 
 Differs from PrimeIntellect-ai/prime-rl (``orchestrator/algo/topd.py``, commit af74547), which
 
@@ -40,7 +40,7 @@ from okd_lightning.errors import ConfigError
 
 @dataclass(frozen=True)
 class ProximalReward(Advantage):
-    """The credit of the skew reverse KL whose mixture holds a share α of the teacher."""
+    """The advantage of the skew reverse KL whose mixture has a share α of the teacher."""
 
     alpha: float = 0.2
     variant: str = "stopped_reward"
@@ -59,7 +59,7 @@ class ProximalReward(Advantage):
 
     @property
     def is_positionwise(self) -> bool:  # type: ignore[override]
-        """Only without the later rewards."""
+        """True without the later rewards."""
         return not self.future
 
     @property
@@ -75,7 +75,7 @@ class ProximalReward(Advantage):
         mask: Tensor,
         state_value: Tensor | None = None,
     ) -> Tensor:
-        """[rows, tokens] nats: the token's own credit, and the mean of the later rewards."""
+        """Return [rows, tokens] nats: the token's advantage, plus the mean of the later rewards."""
         credit = self._own.credit(student_logprobs, teacher_logprobs, mask, state_value)
         if not self.future:
             return credit
@@ -87,7 +87,7 @@ class ProximalReward(Advantage):
 
 
 class TOPD(AdvantageCallback):
-    """Policy gradient with A = ln(α q/p + 1-α) on the student's own tokens.
+    """Policy gradient with A = ln(α q/p + 1-α) on the sampled tokens.
 
     Args:
         alpha: α, the teacher's share of the proximal teacher, above 0 and below 1.
@@ -97,7 +97,7 @@ class TOPD(AdvantageCallback):
         clip: PPO's ε; None for off.
         weight: Factor on this term's mean loss.
         name: Logged as ``train/<name>``.
-        frozen_credit: The credit is of the student at rollout time.
+        frozen_credit: Compute the advantage with the student at rollout time.
     """
 
     def __init__(

@@ -1,16 +1,15 @@
-"""TrOPD: reverse KL where the teacher can be trusted, forward KL where it cannot.
+"""TrOPD: reverse KL where the teacher is trusted, forward KL elsewhere.
 
 Xing et al., "Trust Region On-Policy Distillation", arXiv 2606.01249, section 3: a token is trusted
 with probability min(q/p, 1), the acceptance of speculative decoding.
 
 Differs from the paper:
 
-- No coin is drawn: both terms are weighted with its probabilities, which is the same in expectation
-  and does not depend on how batches are cut.
-- The off-policy guidance (β = 0.001, annealed to 0) is left out: the student would have to go on
-  from a prefix of the teacher's, but a row has one author.
-- The credit and the trust are of the current student, also where a rollout batch serves several
-  steps.
+- Trust is not sampled: both terms are weighted by its probabilities, which is the same in
+  expectation and does not depend on how batches are divided.
+- The off-policy guidance (β = 0.001, annealed to 0) is left out: the student would have to continue
+  a prefix of the teacher's, but a row has one generator.
+- Advantage and trust use the current student, also if a rollout batch serves several steps.
 
 Differs from the released code: it was not compared.
 """
@@ -33,7 +32,7 @@ _STUDENT, _TEACHER = DrawnLogProb("student"), DrawnOutcome("teacher", ReverseKL(
 
 @dataclass(frozen=True)
 class TopForwardKL(Quantity):
-    """Σ q (log q - log p) over the teacher's k likeliest ids, nats, with gradient to the student.
+    """Σ q (log q - log p) over the teacher's top-k ids, nats, with gradient to the student.
 
     Not a divergence: without the tail it may be negative.
     """
@@ -52,10 +51,10 @@ class TopForwardKL(Quantity):
 class TrOPD(PolicyGradientCallback):
     """m ρ log(q/p) by policy gradient, and (1 - m) Σ_top-k q log(q/p) directly, m = min(q/p, 1).
 
-    On the student's own responses; m is a constant, its mean is logged as ``train/<name>_trusted``.
+    On on-policy responses; m is a constant, its mean is logged as ``train/<name>_trusted``.
 
     Args:
-        top_k: Ids of the teacher that the forward KL is summed over.
+        top_k: Number of the teacher's most likely ids in the forward KL.
         weight: Factor on this term's mean loss.
         name: Logged as ``train/<name>``.
     """
@@ -68,17 +67,17 @@ class TrOPD(PolicyGradientCallback):
 
     @property
     def quantities(self) -> tuple[Quantity, ...]:
-        """Both sides' log-probs of the drawn token, and the forward KL."""
+        """Both sides' log-probabilities of the sampled token, and the forward KL."""
         return (_STUDENT, _TEACHER, self.outliers)
 
     def credit(self, measured: Measured) -> tuple[Tensor, dict[str, Tensor]]:
-        """The trusted share times log(q/p): 0 where the teacher rules a token out."""
+        """Return the trusted share times log(q/p): 0 where the token has q = 0."""
         log_ratio = (measured[_TEACHER] - measured[_STUDENT]).detach()
         trusted = log_ratio.clamp(max=0.0).exp()
         return (trusted * log_ratio).nan_to_num(nan=0.0), {"trusted": trusted}
 
     def loss(self, measured: Measured) -> LossOutput:
-        """Both sums over the student's own tokens."""
+        """Return both sums over the sampled tokens."""
         inside = super().loss(measured)
         outside = (1 - self.credit(measured)[1]["trusted"]) * measured[self.outliers]
         own = measured.mask(self.sources)

@@ -1,14 +1,14 @@
 """vOPD: on-policy distillation with a control variate.
 
 Oh et al., "KL for a KL: On-Policy Distillation with Control Variate Baseline", arXiv 2605.07865,
-Eqs. 9-15: the credit of a token is log q - log p minus the value of its state, which in closed form
-is -KL(p‖q).
+Eqs. 9-15: the advantage of a token is log q - log p minus the value of its state, -KL(p‖q) in
+closed form.
 
 Differs from the paper:
 
-- Its cheaper baseline over the student's top k is left out: the whole vocabulary's comes out of
-  the pass that measures log p.
-- The credit is of the current student, also where a rollout batch serves several steps.
+- Its cheaper baseline over the student's top k is left out: the baseline over the whole vocabulary
+  is computed in the pass that measures log p.
+- The advantage uses the current student, also if a rollout batch serves several steps.
 
 Differs from the released code: it was not compared.
 """
@@ -25,8 +25,8 @@ from okd_lightning.divergences import ReverseKL
 class VOPD(AdvantageCallback):
     """Policy gradient with A = ln(q/p) + KL(p‖q), which has mean zero in every state.
 
-    The same expected gradient as OPD's ln(q/p), with less variance; it is OPDPlus with reverse KL
-    and its value baseline.
+    It has the expected gradient of OPD's ln(q/p) with less variance: OPDPlus with reverse KL and
+    its value baseline.
 
     Args:
         max_ratio: Truncation of ρ; inf for off.

@@ -1,14 +1,14 @@
-"""Method callbacks and monitors: what a Trainer is given to distil by.
+"""Callbacks of a Trainer: methods, task metrics and monitors.
 
-* ``base``: ``DistillationCallback``, the contract of a method.
-* ``divergence``: ``DivergenceCallback``, the brick of every exact method.
-* ``policy_gradient``: ``AdvantageCallback``, the brick of every sampled method.
-* ``sft``, ``kd``, ``gkd``, ``okd``, ``opd``: the published methods, as constructions with their
-  defaults; ``reward``: a task's reward beside them; ``stage``: a method for a part of the run.
+* ``base``: ``DistillationCallback``, the interface of a method.
+* ``divergence``: ``DivergenceCallback``, the base of every exact method.
+* ``policy_gradient``: ``AdvantageCallback``, the base of every sampled method.
+* ``sft``, ``kd``, ``gkd``, ``okd``, ``opd``: the published methods with their defaults;
+  ``reward``: a task reward, besides them; ``stage``: a method for a part of the run.
 * task measures: ``exact_match``, ``avg_at_k`` (avg@k and pass@k), ``tool_call_score``,
   ``task_score`` (any reward function, such as ROUGE-L), on the base ``answer_scores``.
 * monitors: ``paper_measures`` (OKD's), ``teacher_drift``, ``rollout_log`` (responses of training
-  on disk), ``sample_table`` (the same prompts before and now) with ``sample_views``,
+  on disk), ``sample_table`` (answers before training and now) with ``sample_views``,
   ``predictions`` (generations on disk), ``progress_bar`` with ``pace``, ``best_checkpoint``,
   ``last_checkpoint``, ``preemption`` (SIGTERM), ``throughput``; ``monitors``:
   those that every run of the command line has. ``FiniteGuard`` and ``HealthWarnings``, which

@@ -82,7 +82,7 @@ def _own_files(builder: DatasetBuilder, where: str, split: str) -> list[tuple[Pa
 
 
 def _rows_of(name: str, subset: str | None, split: str) -> list[Row]:
-    """Return the rows of a split of a folder of data files or a hub id, or ``train[:100]`` of it."""
+    """Return the rows of a split (or ``train[:100]``) of a folder of data files or a hub id."""
     builder = load_dataset_builder(name, subset)
     part, is_cut, _ = split.partition("[")
     files = _own_files(builder, name, part)

@@ -1,1 +1,1 @@
-"""Measures: what scores the student's responses in validation and tests."""
+"""Metrics of the student's responses in validation and tests."""

@@ -1,7 +1,7 @@
-"""What all task measures share: the student answers the prompts of a set, and answers are scored.
+"""Base of task metrics: the student answers the prompts of a dataset, and the answers are scored.
 
-Prompts are shared over the ranks; the noise of a sample depends on the seed, the row's number in
-its data set and the sample's number alone, so that neither ranks nor batches change a number.
+Prompts are distributed over the ranks. The noise of a sample depends only on the seed, the row's
+number in its dataset and the sample's number, so that ranks and batches do not change results.
 """
 
 from __future__ import annotations
@@ -31,35 +31,35 @@ from okd_lightning.training.module import DistillationModule
 
 @dataclass(frozen=True)
 class Answers:
-    """Some prompts, and what the student has answered.
+    """Prompts and the student's answers.
 
     Attributes:
         examples: The prompts with their references.
-        turns: What it wrote itself, by example and by sample: the texts of its turns, of which
-            there are several where it called tools.
+        turns: Texts of the student's turns, by example and by sample; several turns if it called
+            tools.
     """
 
     examples: Sequence[Example]
     turns: Sequence[Sequence[Sequence[str]]]
 
     def texts(self, sample: int, is_last_turn: bool) -> list[str]:
-        """One answer an example: its last turn, or all of them with a line break between."""
+        """Return one answer an example: its last turn, or all turns joined by line breaks."""
         rows = [samples[sample] for samples in self.turns]
         return ["\n".join(turns[-1:] if is_last_turn else turns) for turns in rows]
 
     @property
     def prompts(self) -> list[str]:
-        """As text."""
+        """The prompts as text."""
         return [example.prompt for example in self.examples]
 
     @property
     def references(self) -> list[str]:
-        """The data set's own responses."""
+        """The dataset responses."""
         return [example.response for example in self.examples]
 
 
 class AnswerScores(EvaluationCallback):
-    """Has the student answer prompts, and logs the means over them of what ``score`` says.
+    """Generates the student's answers to prompts, and logs the means of ``score`` over them.
 
     A complete subclass:
 
@@ -70,9 +70,8 @@ class AnswerScores(EvaluationCallback):
                 return {"answer_length": [len(text) for text in answers.texts(0, True)]}
 
     Args:
-        num_prompts: How many prompts of the set, from its start; None for all.
-        num_val_prompts: Fewer in validation, where measuring must not hold up a run; None for as
-            many as in test.
+        num_prompts: Number of prompts, from the start of the dataset; None for all.
+        num_val_prompts: A smaller number in validation, to save time; None for ``num_prompts``.
 
     Raises:
         ConfigError: No prompts at all, or more in validation than otherwise.
@@ -99,7 +98,7 @@ class AnswerScores(EvaluationCallback):
         """Score this rank's answers.
 
         Returns:
-            Numbers by name (those of ``measured``), one an example; NaN where there is none.
+            Scores by name (the names of ``measured``), one an example; NaN where there is none.
         """
 
     def _log(self, trainer: lightning.Trainer, pl_module: Any, part: str) -> None:
@@ -128,7 +127,7 @@ class AnswerScores(EvaluationCallback):
         part: str,
         answers: Answers,
     ) -> None:
-        """Log the mean of each measure over all ranks' answers."""
+        """Log the mean of each metric over all ranks' answers."""
         scores = self._score_together(data, answers)
         name = type(self).__name__
         for measure in self.measured:
@@ -145,13 +144,13 @@ class AnswerScores(EvaluationCallback):
                 total[0] / total[1],
                 prog_bar=measure == self.measured[0],
                 batch_size=1,
-                sync_dist=True,  # the same on all ranks, and on all of them for "best"
+                sync_dist=True,  # equal on all ranks, which all read it for the best checkpoint
             )
 
     def _score_together(
         self, data: RolloutDataModule, answers: Answers
     ) -> Mapping[str, Sequence[float]]:
-        """This rank's scores; what one rank cannot score stops all of them."""
+        """Return this rank's scores; an error on one rank is raised on all ranks."""
         scores: Mapping[str, Sequence[float]] = {}
         problem = None
         try:
@@ -170,7 +169,7 @@ class AnswerScores(EvaluationCallback):
         data: RolloutDataModule,
         examples: Sequence[Example],
     ) -> Rollout:
-        """Every sample of every example; ranks stop together where one is asked to."""
+        """Generate every sample of every example; a stop request stops all ranks together."""
         prompts = sampled_prompts(examples, self.num_samples)
         agreement = data.agreement()
 
@@ -190,7 +189,7 @@ class AnswerScores(EvaluationCallback):
 
 
 def sampled_prompts(examples: Sequence[Example], num_samples: int) -> PromptBatch:
-    """Every prompt several times in a row, numbered."""
+    """Return every prompt ``num_samples`` times in succession, with sample numbers."""
     repeated = [example for example in examples for _ in range(num_samples)]
     numbers = tuple(range(num_samples)) * len(examples)
     return PromptBatch(
@@ -207,7 +206,7 @@ def greedy_answers(
     examples: list[Example],
     author: Author = "student",
 ) -> list[str]:
-    """The most likely responses (their last turns) of the student or the teacher, as text."""
+    """Return the greedy responses (their last turns) of the student or the teacher, as text."""
     rollout = module.write(
         author,
         prompt_batch(examples, author),

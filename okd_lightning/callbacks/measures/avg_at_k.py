@@ -13,7 +13,7 @@ from okd_lightning.rewards.answers import Comparison
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Probability that one of k answers, drawn without replacement from those there are, is right.
+    """Return the probability that one of k answers, drawn without replacement, is right.
 
     1 - C(n - c, k) / C(n, k): unbiased for pass@k with n ≥ k samples, of which c are right (Chen
     et al., arXiv 2107.03374, Eq. 1).
@@ -24,19 +24,19 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 class AvgAtK(AnswerScores):
     r"""Logs ``avg_at_<k>`` and ``pass_at_<k>`` of k sampled answers a prompt, under val/ or test/.
 
-    avg@k is the share of the answers that are right, averaged over prompts; pass@j, for each j of
-    ``pass_at``, the unbiased estimate of how often one of j answers is right. The samples are the
-    same at every evaluation of the same weights, whatever the batches and ranks.
+    avg@k is the share of right answers, averaged over prompts. pass@j, for each j of ``pass_at``,
+    is the unbiased estimate of the probability that one of j answers is right. The same weights
+    give the same samples at every evaluation, independent of batches and ranks.
 
     Args:
         k: Answers a prompt.
         pattern: See ``ExactMatch``.
         compare: See ``ExactMatch``.
-        temperature: Of the answers, above 0.
-        top_p: Of the answers; 1 keeps all tokens.
-        pass_at: For which numbers of answers pass@ is logged, k at most; by default k.
-        num_prompts: How many prompts of the set, from its start; None for all.
-        num_val_prompts: Fewer in validation; None for as many as in test.
+        temperature: Sampling temperature, above 0.
+        top_p: Top-p of the sampling; 1 keeps all tokens.
+        pass_at: Values of j for which pass@j is logged, k at most; by default k.
+        num_prompts: Number of prompts, from the start of the dataset; None for all.
+        num_val_prompts: A smaller number in validation; None for ``num_prompts``.
         seed: Keys the sampling noise.
 
     Raises:
@@ -73,7 +73,7 @@ class AvgAtK(AnswerScores):
         self.measured = (f"avg_at_{k}", *(f"pass_at_{number}" for number in self.pass_at))
 
     def score(self, answers: Answers) -> Mapping[str, Sequence[float]]:
-        """Both measures of each prompt; NaN where the reference gives no answer."""
+        """Return both metrics of each prompt; NaN if the reference has no answer."""
         k = self.num_samples
         rights = [
             self.function(answers.prompts, answers.texts(sample, True), answers.references)

@@ -1,4 +1,4 @@
-"""What measures at the end of every validation and test, beside the module's own measures."""
+"""Base of callbacks that log metrics after validation and test, besides the module's metrics."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from okd_lightning.errors import ConfigError
 
 
 class EvaluationCallback(Callback, ABC):
-    """Calls ``_log`` with "val" or "test" when an epoch of either ends; not in sanity checks.
+    """Calls ``_log`` with "val" or "test" at the end of such an epoch; not in sanity checks.
 
     Attributes:
-        measured: What it logs, without ``val/`` and ``test/``.
+        measured: Names of the logged metrics, without ``val/`` and ``test/``.
         precedes_models: Its ``setup`` runs before the models are built.
-        generates: It may have the student generate responses.
+        generates: It may make the student generate responses.
     """
 
     measured: tuple[str, ...] = ()
@@ -27,10 +27,10 @@ class EvaluationCallback(Callback, ABC):
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
-        """Refuse a second callback of the same measures: Lightning would log the mean of both.
+        """Refuse a second callback with the same metrics: Lightning would log the mean of both.
 
         Raises:
-            ConfigError: Two callbacks measure something under one name.
+            ConfigError: Two callbacks log a metric of the same name.
         """
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if other is self or not isinstance(other, EvaluationCallback):

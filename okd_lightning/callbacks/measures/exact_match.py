@@ -8,20 +8,20 @@ from okd_lightning.rewards.answers import Comparison
 
 
 class ExactMatch(TaskScore):
-    r"""Logs ``val/exact_match`` and ``test/exact_match``: the share of prompts that are solved.
+    r"""Logs ``val/exact_match`` and ``test/exact_match``: the share of solved prompts.
 
-    The student answers greedily; the answer and the data set's response are compared after
-    ``pattern`` has cut the final answer out of either. Where it calls tools (``data.tools``), its
-    last turn is the answer: neither a tool's result nor an earlier turn counts.
+    The student answers greedily. Answer and dataset response are compared after ``pattern`` has
+    extracted the final answer of both. With tools (``data.tools``), the answer is the last turn:
+    tool results and earlier turns do not count.
 
     Args:
         pattern: A regular expression whose first group is the answer (the last match counts), such
             as '#### (.+)'; None takes whole responses.
-        num_prompts: How many prompts of the set, from its start; None for all.
-        num_val_prompts: Fewer in validation; None for as many as in test.
+        num_prompts: Number of prompts, from the start of the dataset; None for all.
+        num_val_prompts: A smaller number in validation; None for ``num_prompts``.
         compare: "text" for the same characters; "math" for the same mathematics (math-verify):
             1,234 is 1234.00, and \frac12 is 0.5. Without a pattern it finds the answer itself:
-            behind the last ####, in \boxed{}, behind "the answer is", or the last number.
+            after the last ####, in \boxed{}, after "the answer is", or the last number.
 
     Raises:
         ConfigError: The pattern is no regular expression, or has no group; an unknown compare.

@@ -1,4 +1,4 @@
-"""The further measures of the OKD paper, on request: UNC, ExAccErr, spread of logits, ROUGE-L."""
+"""Further metrics of the OKD paper, optional: UNC, ExAccErr, logit spread, ROUGE-L."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ _STUDENT_STD, _TEACHER_STD = LogitStd("student"), LogitStd("teacher")
 
 @dataclass(frozen=True)
 class _Pass:
-    """One validation's or test's inputs.
+    """Inputs of one validation or test.
 
     Attributes:
-        module: Student and base teacher.
-        data: The prompts' settings.
+        module: The module with student and base teacher.
+        data: The data module.
         examples: This rank's prompts with their references.
     """
 
@@ -51,29 +51,29 @@ class _Pass:
     examples: Sequence[Example]
 
     def alone(self) -> AbstractContextManager[object]:
-        """Within it ranks may run the models different numbers of times."""
+        """Return a context in which ranks may run the models different numbers of times."""
         return self.module.placement.alone(self.module.student, self.module.teacher)
 
 
 class PaperMeasures(EvaluationCallback):
-    """Logs what the OKD paper looks at beside divergences (arXiv 2409.12512), against the base.
+    """Logs the OKD paper's metrics besides divergences (arXiv 2409.12512), with the base teacher.
 
-    On given responses: ``uncertainty`` (UNC, Eq. 4: 1 - the student's probability of the target;
+    On dataset responses: ``uncertainty`` (UNC, Eq. 4: 1 - the student's probability of the target;
     mean over a response's tokens, then over responses) and ``uncertainty_easy``, ``_medium`` and
     ``_hard`` (thirds of the responses by the teacher's UNC); ``student_logit_std`` and
     ``teacher_logit_std`` (over the vocabulary, mean over tokens). On responses that each model
-    draws at temperature 1: ``excess_accumulated_error`` (Eq. 5-7, percent), and ``rouge_l`` of the
-    student's against the references (F measure, 0 to 1; a reference is cut at
-    max_response_length, as the student's responses are). Names start with ``val/`` or ``test/``.
+    samples at temperature 1: ``excess_accumulated_error`` (Eq. 5-7, percent), and ``rouge_l`` of
+    the student's against the references (F measure, 0 to 1; a reference is cut at
+    max_response_length, like the student's responses). Names start with ``val/`` or ``test/``.
 
-    Two generations a validation make it slow: hence on request.
+    Slow, because both models generate at every validation.
 
     Args:
-        num_prompts: How many prompts of the set, from its start; None for all.
-        seed: Of the draws, which are the same at every validation.
+        num_prompts: Number of prompts, from the start of the dataset; None for all.
+        seed: Seed of the samples, which are the same at every validation.
 
     Raises:
-        ConfigError: Fewer than 3 prompts, which cannot be cut into thirds.
+        ConfigError: Fewer than 3 prompts, which cannot be divided into thirds.
     """
 
     measured = (
@@ -90,11 +90,11 @@ class PaperMeasures(EvaluationCallback):
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
-        """Refuse a teacher that is not run here, and so writes nothing.
+        """Refuse a teacher that is not run in this process and cannot generate.
 
         Raises:
-            ConfigError: This run trains from a cache or a server; or another callback measures the
-                same.
+            ConfigError: The run uses a cached or served teacher; or another callback logs the same
+                metrics.
         """
         super().setup(trainer, pl_module, stage)
         if isinstance(pl_module, DistillationModule) and pl_module.cache_in_use is not None:
@@ -184,6 +184,6 @@ def _batches(inputs: _Pass, rows: Sequence[TrainingRow]) -> Iterator[DistillBatc
 
 
 def _steps(batch: DistillBatch, measured: Measured) -> tuple[Tensor, Tensor]:
-    """KL(q‖p) at every sampled position, and how many sampled tokens stand before it."""
+    """Return KL(q‖p) at every sampled position, and the number of sampled tokens before it."""
     mask = batch.mask[:, 1:]
     return measured[_FORWARD_KL], (mask.cumsum(1) - 1)[mask]

@@ -1,4 +1,4 @@
-"""Any reward function or text metric as a measure of validation and test."""
+"""Any reward function or text metric as a metric of validation and test."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from okd_lightning.training.module import DistillationModule
 class TaskScore(AnswerScores):
     """Logs ``val/<name>`` and ``test/<name>``: the mean score of the student's greedy answers.
 
-    ``TaskScore(RougeL())`` is ROUGE-L (``test/rouge_l``) against the data set's responses. Answers
+    ``TaskScore(RougeL())`` is ROUGE-L (``test/rouge_l``) against the dataset responses. Answers
     that the function cannot score (NaN) are left out.
 
-    In Python a metric of torchmetrics.text, such as ``TaskScore(CHRFScore())``, measures all
-    answers at once: it is updated with the answers and the references (texts) of all ranks and
-    computed; of a metric that gives several numbers each is logged under its own name.
+    In Python, a metric of torchmetrics.text, such as ``TaskScore(CHRFScore())``, is computed from
+    the answers and references (texts) of all ranks at once. If it returns several numbers, each is
+    logged under its own name.
 
     Args:
         function: Scores answers; in Python also a plain function of prompt, response and reference,
             or a torchmetrics Metric of predicted and target texts.
-        name: What it is logged as; by default the function's own name, in snake case.
-        num_prompts: How many prompts of the set, from its start; None for all.
-        num_val_prompts: Fewer in validation; None for as many as in test.
+        name: Logged name; by default the function's name in snake case.
+        num_prompts: Number of prompts, from the start of the dataset; None for all.
+        num_val_prompts: A smaller number in validation; None for ``num_prompts``.
 
     Raises:
-        ConfigError: No prompts at all, or something that is no function.
+        ConfigError: No prompts at all, or ``function`` is no function.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class TaskScore(AnswerScores):
         self.metric: Metric | None = None
         if isinstance(function, Metric):
             self.metric = deepcopy(function)
-            self.metric.sync_on_compute = False  # it is given the texts of all ranks
+            self.metric.sync_on_compute = False  # it gets the texts of all ranks
             self.measured = (name or snake_case(type(function).__name__),)
             return
         self.function = as_function(function)
@@ -59,10 +59,10 @@ class TaskScore(AnswerScores):
         self.measured = (name or snake_case(getattr(of, "__name__", type(of).__name__)),)
 
     def score(self, answers: Answers) -> Mapping[str, Sequence[float]]:
-        """What the function says of each answer.
+        """Return the function's score of each answer.
 
         Raises:
-            RewardError: It raised, or returned something else than numbers.
+            RewardError: The function raised, or did not return numbers.
         """
         texts = answers.texts(0, self.function.reads_last_turn)
         found = checked_rewards(self.function, answers.prompts, texts, answers.references)
@@ -76,7 +76,7 @@ class TaskScore(AnswerScores):
         part: str,
         answers: Answers,
     ) -> None:
-        """Log the function's mean, or the metric of all answers."""
+        """Log the function's mean score, or the metric of all answers."""
         if self.metric is None:
             super()._log_scores(trainer, module, data, part, answers)
             return
@@ -89,10 +89,10 @@ class TaskScore(AnswerScores):
     def _computed(
         self, metric: Metric, responses: Sequence[str], references: Sequence[str]
     ) -> dict[str, float]:
-        """The metric's numbers by name.
+        """Return the metric's numbers by name.
 
         Raises:
-            RewardError: It does not take texts, or gives something else than numbers.
+            RewardError: It does not accept texts, or does not return numbers.
         """
         name = type(metric).__name__
         metric.reset()

@@ -1,4 +1,4 @@
-"""Tool calls against golden ones: names, arguments, and both."""
+"""Comparison of tool calls with reference calls: names, arguments, and both."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from okd_lightning.tools.tool_calls import CallShares, match_tool_calls
 class ToolCallScore(AnswerScores):
     """Log ``tool_call_match``, ``tool_name_match``, ``tool_arguments_match``, ``tool_calls_equal``.
 
-    The student answers greedily, and its calls over all turns are compared with those of the data
-    set's response: the share with the right name, the share with the right name and the right
-    arguments, and whether all are equal (``CallShares``). A call too many or too few counts as
-    wrong. ``tool_call_match`` is the mean of both shares, which is what ``ToolCallMatch`` rewards.
-    Rows whose response calls nothing are left out.
+    The student answers greedily, and its calls over all turns are compared with those of the
+    dataset response: the share with the right name, the share with the right name and the right
+    arguments, and whether all are equal (``CallShares``). Missing and extra calls count as wrong.
+    ``tool_call_match`` is the mean of both shares, the reward of ``ToolCallMatch``. Rows whose
+    response has no calls are left out.
 
     Args:
-        num_prompts: How many prompts of the set, from its start; None for all.
-        num_val_prompts: Fewer in validation; None for as many as in test.
-        ordered: Compare calls in order; otherwise each with any call of the reference, as suits
-            parallel calls. ``tool_calls_equal`` is free of order either way.
+        num_prompts: Number of prompts, from the start of the dataset; None for all.
+        num_val_prompts: A smaller number in validation; None for ``num_prompts``.
+        ordered: Compare calls in order; otherwise each with any call of the reference, for parallel
+            calls. ``tool_calls_equal`` ignores order in both cases.
 
     Raises:
         ConfigError: No prompts at all.
@@ -45,7 +45,7 @@ class ToolCallScore(AnswerScores):
         self.ordered = ordered
 
     def score(self, answers: Answers) -> Mapping[str, Sequence[float]]:
-        """Shares of each answer's calls."""
+        """Return the shares of each answer's calls."""
         pairs = zip(answers.texts(0, is_last_turn=False), answers.references, strict=True)
         found = [match_tool_calls(*pair, self.ordered) for pair in pairs]
         rows = [(math.nan,) * 4 if shares is None else _measures(shares) for shares in found]

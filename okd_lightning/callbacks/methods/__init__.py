@@ -1,1 +1,1 @@
-"""Methods: what trains. Each is a Lightning callback that adds one weighted term to the loss."""
+"""Methods: Lightning callbacks, each of which adds one weighted term to the loss."""

@@ -1,4 +1,4 @@
-"""The contract of a method: declare what is needed, turn one step's quantities into a sum."""
+"""The interface of a method: it declares quantities, and turns their values into a loss sum."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from okd_lightning.training.run_settings import given_arguments
 class DistillationCallback(Callback, ABC):
     """A method, as a Lightning callback: one weighted term of a run's loss.
 
-    Several on one Trainer add up, each divided by its own count. A method never sees logits:
-    it names quantities, the module measures each of them once, and ``loss`` sums them over the
-    positions that the method acts on. A complete method:
+    Several methods on one Trainer are summed, each divided by its own count. A method never sees
+    logits: it names quantities, the module measures each of them once, and ``loss`` sums them over
+    the method's positions. A complete method:
 
         class TopMass(DistillationCallback):
-            'Pulls the student where the teacher is sure of itself.'
+            'Forward KL, weighted by the certainty of the teacher.'
 
             on_policy_fraction = 0.0
             sources = ("dataset",)
@@ -44,28 +44,27 @@ class DistillationCallback(Callback, ABC):
             one class need different names.
 
     Attributes:
-        sources: Who writes the rows that it acts on: "dataset", "student" or "teacher".
-        on_policy_fraction: Share of optimizer steps whose responses the student writes, in [0, 1],
-            or None where the method takes whatever rows others ask for.
-        quantities: What the module has to measure for it.
-        window: First optimizer step that it acts in, and the first one that it does not (Stage).
-        scorer: What gives the student's responses a credit when they have been written, or None.
-        is_positionwise: Whether ``loss`` of some positions depends on these positions alone, and
-            learns nothing but through the measured values. The module then calls ``loss`` part by
-            part and differentiates on the way, which is faster and needs less memory. Set it to
-            False where a position's loss depends on others (reward-to-go over a response).
-        mixes_rows: Whether every optimizer step holds both rows that the student wrote and given
-            ones, in the share that it asks for, and not one kind by a coin a step.
-        share_at: The on-policy share in an optimizer step, where it changes in a run (a method of
-            one argument), or None. What it says of a step may not change once the step's rows are
-            there. ``on_policy_fraction`` then only says which sources occur.
+        sources: Sources of the rows that it acts on: "dataset", "student" or "teacher".
+        on_policy_fraction: Share of optimizer steps with on-policy samples, in [0, 1], or None to
+            use the rows that other methods need.
+        quantities: Quantities that the module measures for it.
+        window: First optimizer step in which it acts, and first step after that (Stage).
+        scorer: Scorer that gives the student's responses an advantage, or None.
+        is_positionwise: Whether ``loss`` of some positions depends on these positions alone, with
+            gradient only through the measured values. The module then calls ``loss`` on parts of a
+            batch and differentiates each part at once, which is faster and needs less memory. Set
+            it to False if a position's loss depends on others (reward-to-go over a response).
+        mixes_rows: Whether every optimizer step has both on-policy and other rows, in the share of
+            ``on_policy_fraction``, instead of one random kind a step.
+        share_at: The on-policy share by optimizer step, if it changes in a run (a method of one
+            argument), or None. Its value for a step must not change once the step's rows exist.
+            ``on_policy_fraction`` then only determines which sources occur.
         precedes_models: Its ``setup`` runs before the models are built, so that they are built for
-            the run's methods, and not at all where a setting is refused.
-        needs_teacher_prompt: Whether the teacher must read prompts of its own (a privileged
-            teacher); a run on data without them is then refused.
-        further_terms: Terms that come with the method, each with rows, a count and a divisor of its
-            own: losses on other rows that are not to share the method's divisor. The same ones at
-            every call.
+            the run's methods, and not at all if a setting is refused.
+        needs_teacher_prompt: Whether the teacher needs its own prompts (a privileged teacher); a
+            run on data without them is then refused.
+        further_terms: Further terms of the method, each with its own rows, count and divisor. The
+            same objects at every call.
         given_arguments: The constructor's arguments, as primitives.
     """
 
@@ -79,7 +78,7 @@ class DistillationCallback(Callback, ABC):
     given_arguments: Mapping[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Keep what the constructor is given, for the run's first line and its loggers."""
+        """Record the constructor's arguments, for the run's first log line and its loggers."""
         made = super().__new__(cls)
         made.given_arguments = given_arguments(cls, args, kwargs)
         return made
@@ -93,25 +92,25 @@ class DistillationCallback(Callback, ABC):
     @property
     @abstractmethod
     def sources(self) -> tuple[Source, ...]:
-        """Who writes the rows that the method acts on."""
+        """Sources of the rows that the method acts on."""
 
     @property
     @abstractmethod
     def on_policy_fraction(self) -> float | None:
-        """Share of optimizer steps that are the student's own generations."""
+        """Share of optimizer steps with on-policy samples, or None."""
 
     @property
     @abstractmethod
     def quantities(self) -> tuple[Quantity, ...]:
-        """What has to be measured."""
+        """Quantities that the module measures."""
 
     @abstractmethod
     def loss(self, measured: Measured) -> LossOutput:
-        """The sum over this method's positions of one micro-batch, with its count."""
+        """Return the sum over this method's positions of one micro-batch, with its count."""
 
     @property
     def window(self) -> tuple[int, int | None]:
-        """The whole run."""
+        """The optimizer steps of the whole run."""
         return (0, None)
 
     @property
@@ -120,27 +119,26 @@ class DistillationCallback(Callback, ABC):
         return (self, *self.further_terms)
 
     def weight_at(self, step: int) -> float:
-        """The factor on this term's mean loss in optimizer step ``step``."""
+        """Return the factor on this term's mean loss in optimizer step ``step``."""
         del step
         return self.weight
 
     @property
     def kind(self) -> str:
-        """What checkpoints remember of it: a run is resumed with the same kinds of methods."""
+        """Kind of the method in checkpoints: a run resumes with the same kinds of methods."""
         return type(self).__name__
 
     @property
     def state_key(self) -> str:
-        """Stable key of this callback's state in checkpoints, also beside others of its class."""
+        """Key of this callback's state in checkpoints, unique among callbacks of its class."""
         return f"{type(self).__qualname__}.{self.name}"
 
     def wrap_writer(self, writer: Writer) -> Writer:
-        """What writes the training's responses in the place of ``writer``, which is given.
+        """Return the writer of training's responses; ``writer`` unchanged by default.
 
-        A method that changes how responses come about (drawn from a mixture, taken from an earlier
-        step) returns a ``Writer`` of its own, which calls ``writer`` for what it does not write
-        itself. It is asked once a run, after ``prepare``; all methods of the run get its rows, and
-        validation does not.
+        A method that changes the generation (sampling from a mixture, replay of earlier responses)
+        returns its own ``Writer``, which calls ``writer`` for the rest. It is called once a run,
+        after ``prepare``. All methods of the run get its rows; validation does not use it.
         """
         return writer
 
@@ -163,11 +161,11 @@ class DistillationCallback(Callback, ABC):
                 pl_module.add_term(term)
 
     def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
-        """What the method needs of the run beside its term, in every stage; nothing by default."""
+        """Prepare the run for the method, in every stage; nothing by default."""
 
 
 def check_fraction(name: str, value: float) -> float:
-    """A share in [0, 1].
+    """Return ``value`` if it is in [0, 1].
 
     Raises:
         ConfigError: It is outside.
@@ -178,6 +176,6 @@ def check_fraction(name: str, value: float) -> float:
 
 
 def snake_case(name: str) -> str:
-    """A class's name as metrics are called: RougeL becomes rouge_l."""
+    """Convert a class name to a metric name: RougeL becomes rouge_l."""
     words = r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"
     return re.sub(words, "_", name).lower()

@@ -1,4 +1,4 @@
-"""The brick of every exact method: a divergence between student and teacher, on chosen rows."""
+"""Base of every exact method: a divergence between student and teacher, on chosen rows."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from okd_lightning.records.batches import LossOutput, Source
 
 
 class DivergenceCallback(DistillationCallback):
-    """Minimise D(student, teacher), exact over the vocabulary, on given and own responses.
+    """Minimise D(student, teacher), exact over the vocabulary, on dataset and on-policy responses.
 
     The loss of a token is (1 - w) τ² D(p^τ, q^τ) + w CE, with p^τ = softmax(z/τ), and w the
-    ``cross_entropy_weight``. Gradient flows to the student; never to the teacher and never through
-    sampling. Cross-entropy acts only on rows that the student did not write itself: on its own
-    samples it would teach it to repeat itself.
+    ``cross_entropy_weight``. Gradient flows to the student, not to the teacher and not through
+    sampling. Cross-entropy acts only on rows that the student did not sample: on its own samples it
+    would train the student to repeat itself.
 
     Args:
-        divergence: What is minimised; forward KL by default.
+        divergence: The minimised divergence; forward KL by default.
         temperature: τ of both distributions; scales loss and gradient by τ².
         cross_entropy_weight: w, in [0, 1).
-        on_policy_fraction: Share of optimizer steps whose responses the student writes, in [0, 1].
-        seq_kd: The other steps train on the teacher's generations and not the data set's.
+        on_policy_fraction: Share of optimizer steps with on-policy samples, in [0, 1].
+        seq_kd: Train the other steps on the teacher's generations instead of dataset responses.
         weight: Factor on this term's mean loss.
         name: Logged as ``train/<name>``; two methods of one class need different names.
 
@@ -64,31 +64,31 @@ class DivergenceCallback(DistillationCallback):
 
     @property
     def on_policy_fraction(self) -> float:
-        """Share of optimizer steps that are the student's own generations."""
+        """Share of optimizer steps with on-policy samples."""
         return self._on_policy_fraction
 
     @property
     def given_sources(self) -> tuple[Source, ...]:
-        """Who writes the rows that the student does not write."""
+        """Sources of the rows that are not on-policy."""
         if self.on_policy_fraction == 1:
             return ()
         return ("teacher",) if self.seq_kd else ("dataset",)
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The given rows, the student's, or both."""
+        """The off-policy sources, the student, or both."""
         own: tuple[Source, ...] = ("student",) if self.on_policy_fraction > 0 else ()
         return self.given_sources + own
 
     @property
     def quantities(self) -> tuple[Quantity, ...]:
-        """The exact divergence, and the target's log-prob where cross-entropy takes part."""
+        """The exact divergence, and the target's log-probability if cross-entropy is used."""
         if self.cross_entropy_weight:
             return (self._exact, DrawnLogProb())
         return (self._exact,)
 
     def loss(self, measured: Measured) -> LossOutput:
-        """The sum over the given and the student's rows, in nats."""
+        """Return the sum over the rows of all sources, in nats."""
         values = measured[self._exact]
         mask = measured.mask(self.sources)
         w = self.cross_entropy_weight

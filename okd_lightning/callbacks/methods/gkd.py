@@ -1,4 +1,4 @@
-"""Generalised knowledge distillation: also on the student's own generations, any divergence."""
+"""Generalised knowledge distillation: any divergence, also on on-policy samples."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from okd_lightning.errors import ConfigError
 class GKD(DivergenceCallback):
     """On-policy distillation with an exact divergence (Agarwal et al., arXiv 2306.13649, Alg. 1).
 
-    A coin decides each optimizer step: with probability λ the student writes the responses, else
-    they are given; the loss is D(student, teacher) on them, without gradient through sampling.
+    Each optimizer step uses on-policy samples with probability λ, else dataset responses; the loss
+    is D(student, teacher) on them, without gradient through sampling.
 
     Args:
-        beta: Of the generalised Jensen-Shannon divergence β KL(q‖m) + (1-β) KL(p‖m),
+        beta: β of the generalised Jensen-Shannon divergence β KL(q‖m) + (1-β) KL(p‖m),
             m = βq + (1-β)p, in [0, 1]; 0 is forward KL and 1 reverse KL. None means 0.5.
         on_policy_fraction: λ, in [0, 1].
         divergence: Any other divergence, in place of beta.
         temperature: τ of both distributions; scales loss and gradient by τ².
-        seq_kd: The other steps train on the teacher's generations and not the data set's.
+        seq_kd: Train the other steps on the teacher's generations instead of dataset responses.
         weight: Factor on this term's mean loss.
         name: Logged as ``train/<name>``; two methods of one class need different names.
 

@@ -1,4 +1,4 @@
-"""Knowledge distillation on given responses."""
+"""Knowledge distillation on dataset responses."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from okd_lightning.divergences import Divergence
 
 
 class KD(DivergenceCallback):
-    """Match the teacher's distribution on given responses (Hinton et al., arXiv 1503.02531).
+    """Match the teacher's distribution on dataset responses (Hinton et al., arXiv 1503.02531).
 
     The loss of a token is (1 - w) τ² KL(q^τ‖p^τ) + w CE, teacher q, student p; Eq. 2 of OKD
-    (arXiv 2409.12512). With another ``divergence`` it is reverse KD and the like.
+    (arXiv 2409.12512). Another ``divergence`` gives other methods, such as reverse KD.
 
     Args:
-        divergence: What is minimised; forward KL by default.
+        divergence: The minimised divergence; forward KL by default.
         temperature: τ of both distributions; scales loss and gradient by τ².
         cross_entropy_weight: w, in [0, 1).
-        seq_kd: Train on the teacher's generations and not the data set's responses.
+        seq_kd: Train on the teacher's generations instead of dataset responses.
         weight: Factor on this term's mean loss.
         name: Logged as ``train/<name>``; two methods of one class need different names.
 

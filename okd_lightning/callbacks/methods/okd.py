@@ -1,4 +1,4 @@
-"""Online knowledge distillation: the teacher adapts to the student while it teaches."""
+"""Online knowledge distillation: the teacher adapts to the student during training."""
 
 from __future__ import annotations
 
@@ -23,53 +23,52 @@ from okd_lightning.training.module import DistillationModule
 class OKD(DistillationCallback):
     """Student and a small online module on the teacher learn from each other (Rao et al., Alg. 1).
 
-    With student p, adaptive teacher q and temperature τ (arXiv 2409.12512, Eq. 2; its roles are
-    written the other way round there), the two losses of a token are:
+    With student p, adaptive teacher q and temperature τ (arXiv 2409.12512, Eq. 2, which names the
+    roles the other way round), the two losses of a token are:
 
         student:        τ² KL(q^τ‖p^τ)                             q is a constant
         online module:  α τ² KL(p^τ‖q^τ) + (1-α) CE(y; q)          p is a constant
                         + anchor_weight τ² KL(q0^τ‖q^τ)            q0, the base, is a constant
 
     Each side is detached for the other, and their parameters are disjoint: one backward pass over
-    the sum is the paper's simultaneous update. The cross-entropy holds the teacher to the data; on
-    rows that the student wrote itself it is left out. The paper does not state α, τ, the module's
-    scale or its learning rate: the defaults are ours.
+    the sum is the paper's simultaneous update. The cross-entropy keeps the teacher close to the
+    data; on-policy rows do not have it. The paper does not state α, τ, the module's scale or its
+    learning rate: the defaults are ours.
 
-    The anchor is our addition, not in the paper: it holds the teacher to its own base, on rows of
-    every source. Its direction is that of the cross-entropy, with the base's distribution in
-    the place of the one-hot target: the gradient in a logit, q - q0, stays bounded where the base
-    is certain, which KL(q‖q0) does not, and no mode of the base may be given up. It costs a second
+    The anchor is our addition, not in the paper: it keeps the teacher close to its base, on rows of
+    every source. It has the direction of the cross-entropy, with the base's distribution in place
+    of the one-hot target: the gradient in a logit, q - q0, is bounded where the base is certain,
+    unlike that of KL(q‖q0), and the teacher must keep all modes of the base. It costs a second
     forward pass of the teacher, without gradient and without a second copy of its weights.
 
     Logged as train/..., in nats a token (mean over the term's tokens): ``student_loss``;
     ``online_module_loss`` and its parts before their weights, ``online_module_divergence`` (to the
-    student), ``teacher_cross_entropy`` (on all rows) and, where it is measured, ``teacher_shift``,
-    the τ² KL to the base. Validation always has it at τ = 1, as ``val/adapted_teacher_shift``.
+    student), ``teacher_cross_entropy`` (on all rows) and, if it is measured, ``teacher_shift``,
+    the τ² KL to the base. Validation always logs it at τ = 1, as ``val/adapted_teacher_shift``.
 
     Args:
         alpha: Weight of the divergence against the cross-entropy in the module's loss, in [0, 1),
-            or 1 with an anchor; docs/okd.md has the figures behind the default.
+            or 1 with an anchor; docs/okd.md has the figures for the default.
         temperature: τ of both distributions; scales losses and gradients by τ².
         divergence: The student's; forward KL by default.
         teacher_divergence: The module's, D(student, teacher); reverse KL, KL(p‖q), by default.
         online_module: Any PEFT config; LoRA of rank 32 on the query and value projections by
             default.
-        learning_rate: Of the online module; the student's by default.
-        clip_norm: Gradient norm of the online module; the student's by default.
-        warmup_steps: Optimizer steps over which the module's learning rate rises; the student's by
-            default.
-        schedule: What the module's learning rate does after warm-up; the student's by default.
-        anchor_weight: Factor on the KL to the base; 0 leaves it out.
+        learning_rate: Learning rate of the online module; the student's by default.
+        clip_norm: Largest gradient norm of the online module; the student's by default.
+        warmup_steps: Warm-up steps of the module's learning rate; the student's by default.
+        schedule: Schedule of the module's learning rate after warm-up; the student's by default.
+        anchor_weight: Factor on the KL to the base; 0 for none.
         log_shift: Measure ``teacher_shift`` in training also without an anchor, at the cost of the
             second forward pass.
-        on_policy_fraction: Share of optimizer steps whose responses the student writes; 0 is the
-            paper's. 1 asks for an anchor, as no cross-entropy holds the teacher there.
+        on_policy_fraction: Share of optimizer steps with on-policy samples; 0 is the paper's. 1
+            needs an anchor, because these rows have no cross-entropy.
         weight: Factor on this term's mean loss.
         name: Logged as ``train/<name>``; two methods of one class need different names.
 
     Raises:
         ConfigError: A setting out of its range, or two temperatures; without an anchor, alpha = 1
-            or on_policy_fraction = 1, which leave nothing to hold the teacher.
+            or on_policy_fraction = 1, because nothing would keep the teacher close to the data.
     """
 
     def __init__(
@@ -140,24 +139,24 @@ class OKD(DistillationCallback):
 
     @property
     def on_policy_fraction(self) -> float:
-        """Share of optimizer steps that are the student's own generations."""
+        """Share of optimizer steps with on-policy samples."""
         return self._on_policy_fraction
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The data set's rows, the student's, or both."""
+        """The dataset, the student, or both."""
         given: tuple[Source, ...] = ("dataset",) if self.on_policy_fraction < 1 else ()
         own: tuple[Source, ...] = ("student",) if self.on_policy_fraction > 0 else ()
         return given + own
 
     @property
     def quantities(self) -> tuple[Quantity, ...]:
-        """Both divergences, the adaptive teacher's log-prob of the target, and its shift."""
+        """Both divergences, the adaptive teacher's log-probability of the target, and its shift."""
         shift = (self._shift,) if self._has_shift else ()
         return (self._student, self._module, self._target, *shift)
 
     def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
-        """Ask for the online module, in every stage: checkpoints hold its weights."""
+        """Add the online module to the module, in every stage: checkpoints hold its weights."""
         module.add_online_module(self.settings)
         if stage == "fit" and self.alpha > 0 and isinstance(self.divergence, ReverseKL):
             rank_zero_warn(
@@ -169,7 +168,7 @@ class OKD(DistillationCallback):
             )
 
     def loss(self, measured: Measured) -> LossOutput:
-        """Both sides' sums, in nats; their gradients reach disjoint parameters."""
+        """Return the sum of both losses, in nats; their gradients reach disjoint parameters."""
         student, divergence = measured[self._student], measured[self._module]
         is_given = measured.mask(("dataset",))
         cross_entropy = -measured[self._target]

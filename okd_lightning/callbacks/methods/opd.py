@@ -1,4 +1,4 @@
-"""On-policy distillation as policy gradient: as commonly run (OPD) and corrected (OPD+)."""
+"""On-policy distillation as policy gradient: as commonly used (OPD) and corrected (OPD+)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from okd_lightning.training.module import DistillationModule
 
 
 class OPD(AdvantageCallback):
-    """The stopped reward -f(u) on the student's own tokens, as commonly run; the baseline.
+    """The stopped reward -f(u) on the student's sampled tokens, as commonly used; a baseline.
 
-    For reverse KL the credit is ln u and the method is unbiased (Thinking Machines, "On-Policy
+    For reverse KL the advantage is ln u and the method is unbiased (Thinking Machines, "On-Policy
     Distillation", 2025). For every other divergence it is **biased**: forward KL and JSD get worse
-    while they train (OPD+, arXiv 2606.01039, Table 2; docs/opd.md). Use OPDPlus for those.
+    during training (OPD+, arXiv 2606.01039, Table 2; docs/opd.md). Use OPDPlus for those.
 
     Args:
         divergence: f; reverse KL by default.
@@ -29,8 +29,8 @@ class OPD(AdvantageCallback):
         clip: PPO's ε; None for off.
         weight: Factor on this term's mean loss.
         name: Logged as ``train/<name>``; two methods of one class need different names.
-        frozen_credit: ln u is of the student that sampled the token, as in tinker, and not of the
-            current one; the same where a rollout batch serves one optimizer step.
+        frozen_credit: Compute ln u with the student that sampled the token, as in tinker, not the
+            current one; the same if a rollout batch is one optimizer step.
 
     Raises:
         ConfigError: A setting out of its range.
@@ -56,7 +56,7 @@ class OPD(AdvantageCallback):
         super().__init__(advantage, max_ratio, clip, weight, name, frozen_credit)
 
     def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
-        """Say what a divergence other than reverse KL does here."""
+        """Warn of the bias of a divergence other than reverse KL."""
         divergence = self.advantage.divergence
         if stage == "fit" and not isinstance(divergence, ReverseKL):
             rank_zero_warn(
@@ -66,10 +66,10 @@ class OPD(AdvantageCallback):
 
 
 class OPDPlus(AdvantageCallback):
-    """The corrected credit w_f(u) = -f(u) + u f'(u): unbiased for any f (arXiv 2606.01039).
+    """The corrected advantage w_f(u) = -f(u) + u f'(u): unbiased for any f (arXiv 2606.01039).
 
-    What OPD leaves out is the reward's own dependence on the student. Only for reverse KL it is a
-    constant. On the student's own responses, without discount, clipping or normalisation.
+    OPD omits the reward's dependence on the student, which is a constant only for reverse KL.
+    Trains on on-policy responses, by default without discount or clipping.
 
     Args:
         divergence: f; reverse KL by default.
@@ -84,7 +84,7 @@ class OPDPlus(AdvantageCallback):
         name: Logged as ``train/<name>``; two methods of one class need different names.
 
     Raises:
-        ConfigError: A setting out of its range; a variant that is a known trap.
+        ConfigError: A setting out of its range; a variant that is a known mistake.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class OPDPlus(AdvantageCallback):
         super().__init__(advantage, max_ratio, clip, weight, name)
 
     def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
-        """Warn of what a constant costs where some tokens cannot be drawn, or ρ is bounded."""
+        """Warn if the constant in w_f adds bias: some tokens cannot be sampled, or ρ is bounded."""
         divergence = self.advantage.divergence
         assert divergence is not None
         has_constant = self.variant == "as_published" and divergence.weight_at_one != 0

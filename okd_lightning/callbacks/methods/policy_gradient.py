@@ -1,4 +1,4 @@
-"""The brick of every sampled method: a credit for the tokens that the student drew itself."""
+"""Base of every sampled method: an advantage for the tokens that the student sampled."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _STUDENT = DrawnLogProb("student")
 
 
 class PolicyGradientCallback(DistillationCallback):
-    """Minimise -Σ ρ A over the tokens of the student's own responses; abstract in A.
+    """Minimise -Σ ρ A over the sampled tokens of on-policy responses; abstract in A.
 
-    Gradient flows to the student through ρ alone, the credit A is a constant. One optimizer step a
-    rollout is strictly on-policy; with larger chunks (``data.prompts_per_rollout``) ρ corrects for
-    what the student has learned since it wrote. Logged besides the loss: ``sampler_gap``, the mean
+    Gradient flows to the student through ρ only; the advantage A is a constant. One optimizer step
+    a rollout batch is strictly on-policy; with larger ones (``data.prompts_per_rollout``) ρ
+    corrects for the training since generation. Logged besides the loss: ``sampler_gap``, the mean
     |log p_θ - log p_sampler| in nats.
 
     Args:
@@ -57,15 +57,15 @@ class PolicyGradientCallback(DistillationCallback):
 
     @abstractmethod
     def credit(self, measured: Measured) -> tuple[Tensor, dict[str, Tensor]]:
-        """[positions] A (nats, zero off this term's rows), and [positions] values to be logged."""
+        """Return [positions] A (nats, 0 on other rows), and [positions] values to be logged."""
 
     @property
     def quantities(self) -> tuple[Quantity, ...]:
-        """The student's log-prob of the drawn token."""
+        """The student's log-probability of the sampled token."""
         return (_STUDENT,)
 
     def loss(self, measured: Measured) -> LossOutput:
-        """The sum of -ρ A over the student's own tokens."""
+        """Return the sum of -ρ A over the sampled tokens."""
         mask = measured.mask(self.sources)
         logprobs, sampler = measured[_STUDENT], measured.sampler_logprobs
         sampler = sampler.to(logprobs.dtype).where(mask, logprobs.detach())
@@ -91,25 +91,25 @@ class PolicyGradientCallback(DistillationCallback):
 
 
 class AdvantageCallback(PolicyGradientCallback):
-    """Policy gradient with an ``Advantage`` of the drawn tokens' log-probs.
+    """Policy gradient with an ``Advantage`` of the sampled tokens' log-probabilities.
 
-    Logged besides: ``<name>_log_ratio``, the mean of log teacher - log student, and
-    ``<name>_extreme_log_ratio``, the share of tokens where it is more than 10 nats either way.
+    Also logged: ``<name>_log_ratio``, the mean of log teacher - log student, and
+    ``<name>_extreme_log_ratio``, the share of tokens where it exceeds ±10 nats.
 
     Args:
-        advantage: From student's and teacher's log-probs to a credit.
+        advantage: The advantage from the student's and the teacher's log-probabilities.
         max_ratio: Truncation of ρ; inf for off.
         clip: PPO's ε; None for off.
         weight: Factor on this term's mean loss.
         name: Logged as ``train/<name>``; two methods of one class need different names.
-        frozen_credit: The credit reads the log-probs that the student's tokens were sampled with,
-            and not the current ones: the same where ρ = 1, and elsewhere the credit that tinker and
-            verl compute once a rollout batch. At a sampling temperature other than 1 they are
-            those of the tempered distribution.
+        frozen_credit: Compute the advantage from the log-probs of sampling, not the current ones:
+            the same where ρ = 1, and elsewhere the advantage that tinker and verl compute once a
+            rollout batch. At a sampling temperature other than 1 these log-probs are those of the
+            tempered distribution.
 
     Raises:
-        ConfigError: Something that is no advantage, or one without a detached, finite credit of the
-            log-probs' shape; a frozen credit that needs the current student.
+        ConfigError: ``advantage`` is no advantage, or its values are not detached, finite and of
+            the log-probs' shape; or ``frozen_credit`` with one that needs the current student.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class AdvantageCallback(PolicyGradientCallback):
         self.frozen_credit = frozen_credit
         self.advantage = advantage = as_advantage(advantage)
         self.is_positionwise = advantage.is_positionwise
-        seen_by = advantage.divergence or ReverseKL()  # which reads a token as it is
+        seen_by = advantage.divergence or ReverseKL()  # ReverseKL reads log-probs unchanged
         self._student = DrawnOutcome("student", seen_by)
         self._teacher = DrawnOutcome("teacher", seen_by)
         valued = advantage.state_value_of
@@ -141,12 +141,12 @@ class AdvantageCallback(PolicyGradientCallback):
 
     @property
     def quantities(self) -> tuple[Quantity, ...]:
-        """Both sides' log-probs of the drawn token, and the state's value where it is needed."""
+        """Both sides' log-probabilities of the sampled token, and the state value if needed."""
         value = () if self._value is None else (self._value,)
         return (*super().quantities, self._student, self._teacher, *value)
 
     def credit(self, measured: Measured) -> tuple[Tensor, dict[str, Tensor]]:
-        """The advantage's, row by row."""
+        """Return the advantage's values, computed row by row."""
         mask = measured.mask(self.sources)
         rows = Rows(measured.row, mask, not self.is_positionwise)
         current = measured[self._student]
@@ -164,12 +164,12 @@ class AdvantageCallback(PolicyGradientCallback):
 
 
 class Rows:
-    """Positions laid end to end, as [rows, tokens] and back.
+    """Conversion of flattened positions to [rows, tokens] and back.
 
     Args:
-        row: [positions] the row of each; rows stand one after the other.
+        row: [positions] the row of each position; rows are consecutive.
         mask: [positions] True where the term acts.
-        is_split: Whether rows are told apart; else all positions are one row.
+        is_split: Whether to separate rows; else all positions are one row.
     """
 
     def __init__(self, row: Tensor, mask: Tensor, is_split: bool) -> None:
@@ -185,7 +185,7 @@ class Rows:
         self.mask = self.split(mask)
 
     def split(self, values: Tensor) -> Tensor:
-        """[positions] → [rows, tokens], zero (False) behind a row's end."""
+        """[positions] → [rows, tokens], zero (False) after a row's end."""
         return values.new_zeros(self._shape).index_put(self._at, values)
 
     def join(self, values: Tensor) -> Tensor:

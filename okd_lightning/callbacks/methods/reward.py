@@ -1,4 +1,4 @@
-"""A verifiable reward beside distillation: GKD with a reward, OPD+ with a reward."""
+"""A verifiable reward next to distillation, such as GKD or OPD+ with a reward."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ from okd_lightning.training.module import DistillationModule
 
 
 class Reward(PolicyGradientCallback):
-    """Maximise E[r(response)] over the student's own responses (GKD, arXiv 2306.13649, Eq. 5).
+    """Maximise E[r(response)] over on-policy responses (GKD, arXiv 2306.13649, Eq. 5).
 
-    Every token of a response gets the response's reward, minus its baseline. Beside GKD with
-    weight 1-α and this term with weight α it is the paper's combination; beside OPDPlus it adds to
-    its credit. Rewards are not divided by their standard deviation. Logged: ``rollout/<name>``, the
-    mean raw reward of what was written, and ``rollout/<name>_failures``, how many had none.
+    Every token of a response gets the response's reward minus its baseline as its advantage. GKD
+    with weight 1-α and this term with weight α are the paper's combination; with OPDPlus it is
+    added to that method's advantage. Rewards are not divided by their standard deviation. Logged:
+    ``rollout/<name>``, the mean raw reward of the responses, and ``rollout/<name>_failures``, the
+    number without one.
 
     Args:
         function: Scores responses; in Python also a plain function of prompt, response and
             reference.
         baseline: none, group_mean or leave_one_out over the samples of a prompt; the latter two
             need data.samples_per_prompt above 1.
-        on_failure: What happens to a response whose reward is not a finite number: "skip" gives
-            it no credit, counts it and warns once, "error" stops the run. A function that raises
-            always does.
+        on_failure: Action for a response whose reward is not a finite number: "skip" gives it
+            advantage 0, counts it and warns once; "error" stops the run. A function that raises
+            always stops the run.
         max_ratio: Truncation of ρ; inf for off.
         clip: PPO's ε; None for off.
         weight: Factor on this term's mean loss.
@@ -75,17 +76,17 @@ class Reward(PolicyGradientCallback):
 
     @property
     def reads_last_turn(self) -> bool:
-        """What the function is given of responses that call tools."""
+        """True if the function gets only the last turn of responses that call tools."""
         return self.function.reads_last_turn
 
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]
     ) -> list[float]:
-        """One reward a response, NaN for those that have none.
+        """Return one reward a response, NaN for those that have none.
 
         Raises:
-            RewardError: The function raised or returned something else; or a reward that is not
-                finite, with ``on_failure="error"``.
+            RewardError: The function raised or did not return numbers; or a reward is not finite,
+                with ``on_failure="error"``.
         """
         rewards = checked_rewards(self.function, prompts, responses, references)
         if self.on_failure == "error" and any(map(math.isnan, rewards)):
@@ -97,11 +98,11 @@ class Reward(PolicyGradientCallback):
         return rewards
 
     def credit_rows(self, scores: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
-        """One credit a response: its reward minus its group's baseline.
+        """Return one advantage a response: its reward minus its group's baseline.
 
         Args:
-            scores: Of all ranks' responses; NaN of those without a reward, which get no credit.
-            groups: Which samples are compared.
+            scores: Rewards of all ranks' responses; NaN for none, which gives advantage 0.
+            groups: Group of each response; the baseline is computed over a group.
         """
         num_failures = sum(map(math.isnan, scores))
         if num_failures and not self._has_warned:
@@ -114,10 +115,10 @@ class Reward(PolicyGradientCallback):
         return baselined(scores, groups, self.baseline)
 
     def credit(self, measured: Measured) -> tuple[Tensor, dict[str, Tensor]]:
-        """The credit of each token's row.
+        """Return the advantage of each token's row.
 
         Raises:
-            ConfigError: The batch comes from a loader that asked no rewards.
+            ConfigError: The batch has no rewards.
         """
         if self.name not in measured.credits:
             raise ConfigError(
@@ -127,7 +128,7 @@ class Reward(PolicyGradientCallback):
         return measured.credits[self.name], {}
 
     def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
-        """Refuse a baseline that every response would have to give itself.
+        """Refuse a group baseline with one sample a prompt.
 
         Raises:
             ConfigError: A baseline over samples, and one sample a prompt.
@@ -142,12 +143,12 @@ class Reward(PolicyGradientCallback):
 
 
 def as_function(function: RewardFunction | Callable[[str, str, str], float]) -> RewardFunction:
-    """A plain function wrapped, or a RewardFunction, its class or name as an object.
+    """Return a RewardFunction from a plain function, an object, a class or a class name.
 
-    Only Python can hand over a function; configs name classes.
+    Plain functions can only be passed in Python; configs name classes.
 
     Raises:
-        ConfigError: It cannot be called, or is a class that needs arguments or is none of rewards.
+        ConfigError: It cannot be called, is a class that needs arguments, or is no RewardFunction.
     """
     if isinstance(function, Metric):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: cross-entropy on given responses."""
+"""Supervised fine-tuning: cross-entropy on dataset responses."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from okd_lightning.records.batches import LossOutput, Source
 
 
 class SFT(DistillationCallback):
-    """Cross-entropy of the student on the data set's responses; needs no teacher.
+    """Cross-entropy of the student on dataset responses; needs no teacher.
 
-    With ``seq_kd`` it is sequence-level KD (Kim & Rush, arXiv 1606.07947): the teacher writes the
-    responses. Gradient flows to the student.
+    With ``seq_kd`` it is sequence-level KD (Kim & Rush, arXiv 1606.07947): the teacher generates
+    the responses. Gradient flows to the student.
 
     Args:
-        seq_kd: Train on the teacher's generations and not the data set's responses.
+        seq_kd: Train on the teacher's generations instead of dataset responses.
         weight: Factor on this term's mean loss.
         name: Logged as ``train/<name>``; two methods of one class need different names.
     """
@@ -29,9 +29,9 @@ class SFT(DistillationCallback):
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The data set's rows, or the teacher's."""
+        """The dataset, or the teacher."""
         return ("teacher",) if self.seq_kd else ("dataset",)
 
     def loss(self, measured: Measured) -> LossOutput:
-        """Cross-entropy summed over the given rows, in nats."""
+        """Return the cross-entropy summed over the rows of ``sources``, in nats."""
         return loss_output(-measured[DrawnLogProb()], measured.mask(self.sources))

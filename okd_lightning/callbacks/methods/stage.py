@@ -16,24 +16,24 @@ from okd_lightning.training.module import DistillationModule
 
 
 class Stage(DistillationCallback):
-    """Lets a method act from one optimizer step to another, and its weight change on the way.
+    """Limits a method to a range of optimizer steps, and can change its weight within it.
 
-    Who writes the rows of a step is decided by the methods that act in it, so the on-policy share
-    changes with them:
+    The methods that act in a step determine the sources of its rows, so the on-policy share changes
+    with them:
 
         callbacks=[Stage(SFT(), end=100), Stage(GKD(), start=100, end=300), Stage(OPDPlus(), 300)]
 
     Args:
-        method: What acts; its own weight is multiplied by the factors here.
+        method: The method; its own weight is multiplied by the factors here.
         start: First optimizer step, from 0.
         end: First optimizer step in which it no longer acts; None for the end of the run.
-        first_factor: Of the method's weight at ``start``.
-        last_factor: Of the method's weight in the last step before ``end``, on a straight line
-            from ``first_factor``; None for no change.
+        first_factor: Factor on the method's weight at ``start``.
+        last_factor: Factor on the method's weight in the last step before ``end``, with linear
+            interpolation from ``first_factor``; None for no change.
 
     Raises:
         ConfigError: An empty window, a factor below 0 or 0 throughout, a change without an end, a
-            stage in a stage, or a method with hooks of its own, which nobody would call.
+            stage in a stage, or a method with its own Lightning hooks, which are not called.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Stage(DistillationCallback):
 
     @property
     def kind(self) -> str:
-        """With the method's, so that a run is not resumed with another in its place."""
+        """Kind with the method's, so that a run resumes with the same method in the stage."""
         return f"Stage({self.method.kind})"
 
     @property
@@ -81,7 +81,7 @@ class Stage(DistillationCallback):
         return (self.start, self.end)
 
     def weight_at(self, step: int) -> float:
-        """0 outside the window; in it the method's weight times the factor on its line."""
+        """Return the method's weight times the interpolated factor; 0 outside the window."""
         if step < self.start or (self.end is not None and step >= self.end):
             return 0.0
         share = 0.0
@@ -92,31 +92,31 @@ class Stage(DistillationCallback):
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The method's."""
+        """Sources of the method."""
         return self.method.sources
 
     @property
     def on_policy_fraction(self) -> float | None:
-        """The method's, while it acts."""
+        """Fraction of the method, while it acts."""
         return self.method.on_policy_fraction
 
     @property
     def quantities(self) -> tuple[Quantity, ...]:
-        """The method's."""
+        """Quantities of the method."""
         return self.method.quantities
 
     @property
     def scorer(self) -> RowScorer | None:  # type: ignore[override]
-        """The method's."""
+        """Scorer of the method."""
         return self.method.scorer
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Refuse a stage that the run never comes to.
+        """Refuse a stage that the run never reaches.
 
         Raises:
-            ConfigError: It begins at or behind the run's last step.
+            ConfigError: It begins after the run's last step.
         """
         end = trainer.estimated_stepping_batches
         if self.start >= end and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -127,16 +127,16 @@ class Stage(DistillationCallback):
             )
 
     def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
-        """The method's."""
+        """Call the method's ``prepare``."""
         self.method.prepare(trainer, module, stage)
 
     def loss(self, measured: Measured) -> LossOutput:
-        """The method's."""
+        """Return the method's loss."""
         return self.method.loss(measured)
 
 
 def _check_method(method: DistillationCallback) -> None:
-    """A stage hands on what makes a term, and none of Lightning's hooks."""
+    """Refuse methods with Lightning hooks or a writer: a stage passes on only the term."""
     if type(method).wrap_writer is not DistillationCallback.wrap_writer:
         raise ConfigError(
             f"Stage of {method.name}: {type(method).__name__} changes how responses are written, "

@@ -1,1 +1,1 @@
-"""Monitors: what watches a run, and keeps its checkpoints and logs."""
+"""Monitors: checkpoints, logs, progress and alarms of a run."""

@@ -1,4 +1,4 @@
-"""The monitors that every run of the command line has, where its config brings none of a kind."""
+"""The default monitors of every run of the command line, unless its config has one of a kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``best-step=N.ckpt``: where validation liked the student most."""
+"""``best-step=N.ckpt``: the checkpoints with the best validation metric."""
 
 from __future__ import annotations
 
@@ -19,21 +19,20 @@ MONITORS = (
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps the checkpoints that validation liked most: by default the lowest reverse KL.
+    """Keeps the checkpoints with the best validation metric: by default the lowest reverse KL.
 
-    What is watched is ``metric``, or the first of ``MONITORS`` that validation takes: on given
-    responses, on the student's own where the data hold prompts alone, through the ids that are
-    known of a cached teacher, or cross-entropy where there is no teacher. Where it takes none of
-    them nothing is kept.
+    The metric is ``metric``, or the first of ``MONITORS`` that validation logs: reverse KL on
+    dataset responses, on on-policy responses if the data has only prompts, over the known ids of a
+    cached teacher, or cross-entropy without a teacher. If it logs none of them, nothing is kept.
 
     Args:
-        folder: Where the checkpoints go; by default checkpoints/ of the run's folder.
-        metric: A measure of validation, such as val/exact_match.
-        mode: Whether a low (min) or a high (max) value is good.
-        keep: How many stay.
+        folder: Folder of the checkpoints; by default checkpoints/ of the run's folder.
+        metric: A validation metric, such as val/exact_match.
+        mode: Whether a low (min) or a high (max) value is better.
+        keep: Number of checkpoints to keep.
 
     Raises:
-        ConfigError: keep below 1, or a mode that does not exist.
+        ConfigError: keep below 1, or an unknown mode.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class BestCheckpoint(ModelCheckpoint):
         self._begin(self._folder)
 
     def _begin(self, folder: Path | None) -> None:
-        """Nothing was seen so far."""
+        """Reset to the state before any validation."""
         super().__init__(
             folder,
             filename="best-{step}",
@@ -61,13 +60,13 @@ class BestCheckpoint(ModelCheckpoint):
             mode=self._mode,
             save_top_k=self._keep,
             save_on_train_epoch_end=False,
-            enable_version_counter=False,  # a run that was killed behind a best one writes it again
+            enable_version_counter=False,  # a resumed run may write the same checkpoint again
         )
 
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
-        """Settle the folder; a run that begins knows nothing of one with another Trainer."""
+        """Set the folder; a new run resets the state of an earlier one."""
         own = self._folder or Path(trainer.default_root_dir).absolute() / "checkpoints"
         if stage == "fit" and trainer.global_step == 0:
             self._begin(own)
@@ -76,16 +75,16 @@ class BestCheckpoint(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """Stable, whatever is watched."""
+        """Key of the state, independent of the metric."""
         return type(self).__qualname__
 
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Save if this validation was one of the best so far.
+        """Save if this validation is one of the best so far.
 
         Raises:
-            ConfigError: It has not taken the measure that was asked for.
+            ConfigError: It has not logged ``metric``.
         """
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return

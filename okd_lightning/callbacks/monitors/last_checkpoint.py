@@ -1,4 +1,4 @@
-"""``last.ckpt``: always where the run is, whatever "best" says."""
+"""``last.ckpt``: the latest state of the run, independent of the best checkpoint."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _RECORDS = ("*.csv", "*.jsonl")
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes ``checkpoints/last.ckpt`` of the run's folder, atomically, over the one before.
+    """Writes ``checkpoints/last.ckpt`` of the run's folder, atomically, over the previous one.
 
-    After every validation, at the end of every epoch and of the run, and every so many optimizer
-    steps where that is asked for. (ModelCheckpoint's ``save_last`` follows its monitor: after a
-    worse validation its "last" is old.) Whatever the order given, it is called behind all other
-    callbacks: behind "best", so that it holds what "best" has just seen.
+    It saves after every validation, at the end of every epoch and of the run, and every
+    ``every_n_steps``. (ModelCheckpoint's ``save_last`` follows its monitor: after a worse
+    validation its "last" is old.) It is always called after all other callbacks, so that it
+    contains the present state of BestCheckpoint.
 
     Args:
-        every_n_steps: Optimizer steps between two checkpoints, besides those.
-        keep: Checkpoints that stay: the last one, and before it ``last-step=N.ckpt``.
+        every_n_steps: Optimizer steps between two further checkpoints.
+        keep: Number of checkpoints to keep: the last one, and earlier ones as ``last-step=N.ckpt``.
 
     Raises:
         ConfigError: every_n_steps or keep below 1.
@@ -47,9 +47,10 @@ class LastCheckpoint(Checkpoint):
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
-        """Settle the folder, wherever the process goes from here, and the place behind the others.
+        """Set the absolute folder, and move this callback after all others.
 
-        One that was saved before "best" has seen a validation would make a resumed run forget it.
+        A checkpoint saved before BestCheckpoint has read a validation would lose that validation on
+        resume.
         """
         move_to_end(trainer, LastCheckpoint)
         self._folder = Path(trainer.default_root_dir).absolute() / "checkpoints"
@@ -57,18 +58,18 @@ class LastCheckpoint(Checkpoint):
 
     @property
     def path(self) -> Path:
-        """Where the last checkpoint is; known from ``setup`` on."""
+        """Path of the last checkpoint; available after ``setup``."""
         assert self._folder is not None
         return self._folder / "last.ckpt"
 
     @property
     def has_saved(self) -> bool:
-        """Whether it has written a checkpoint since ``setup``."""
+        """True if it has written a checkpoint since ``setup``."""
         return self._saved_at >= 0
 
     @property
     def shown_path(self) -> Path:
-        """The same, as one would type it here."""
+        """Path of the last checkpoint, relative to the working folder if possible."""
         return self.path.relative_to(Path.cwd()) if Path.cwd() in self.path.parents else self.path
 
     def on_train_batch_end(
@@ -79,9 +80,9 @@ class LastCheckpoint(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Save when the interval is full, and behind the last batch of an epoch.
+        """Save at the interval, and after the last batch of an epoch.
 
-        Not in ``on_train_epoch_end``: where the last validation was in the middle of the epoch,
+        Not in ``on_train_epoch_end``: if the last validation was in the middle of the epoch,
         Lightning counts the epoch of such a checkpoint twice, and a resumed run ends too early.
         """
         is_due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
@@ -91,7 +92,7 @@ class LastCheckpoint(Checkpoint):
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Save with the measures of this validation."""
+        """Save with the metrics of this validation."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._saved_at = -1
             self._save(trainer)
@@ -108,23 +109,23 @@ class LastCheckpoint(Checkpoint):
         pl_module: lightning.LightningModule,
         exception: BaseException,
     ) -> None:
-        """Say where a run that was stopped can be taken up again."""
+        """Log the command that resumes the stopped run."""
         if self.has_saved:
             rank_zero_info(self.resume_command(trainer))
 
     def resume_command(self, trainer: lightning.Trainer) -> str:
-        """What continues the run, as one types it."""
+        """Return the command that resumes the run."""
         flag = getattr(trainer.lightning_module, "resume_flag", "")
         return f"resume: okd-lightning fit --ckpt_path {self.shown_path}{flag}"
 
     def _save(self, trainer: lightning.Trainer) -> None:
         if (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches:
-            return  # within an optimizer step: its gradient would be lost
+            return  # inside an optimizer step: its accumulated gradient would be lost
         if trainer.global_step != self._saved_at:
             self.save_now(trainer)
 
     def save_now(self, trainer: lightning.Trainer) -> None:
-        """Save between two optimizer steps, whatever was saved before; all ranks call this."""
+        """Save between two optimizer steps, even if this step is saved; all ranks call this."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if trainer.is_global_zero:
@@ -139,9 +140,9 @@ class LastCheckpoint(Checkpoint):
             self._drop_oldest()
 
     def _keep_one_more(self, now: int) -> None:
-        """Give the last checkpoint a second name: at no moment is there no ``last.ckpt``.
+        """Link the last checkpoint under a second name, so that ``last.ckpt`` always exists.
 
-        Not where it is of step ``now`` or later: the run has been taken up before it.
+        Skipped if it is of step ``now`` or later: the run was resumed from before it.
         """
         if not self.path.exists():
             return
@@ -155,7 +156,7 @@ class LastCheckpoint(Checkpoint):
             _name_again(self.path, kept)
 
     def _drop_oldest(self) -> None:
-        """Keep the newest; those of later steps, of a run that went on from before, are left."""
+        """Remove the oldest; keep those of later steps, of a run that was resumed from before."""
         found = {
             int(path.stem.removeprefix("last-step=")): path
             for path in self.path.parent.glob("last-step=*.ckpt")
@@ -167,7 +168,7 @@ class LastCheckpoint(Checkpoint):
 
 
 def _name_again(path: Path, other: Path) -> None:
-    """A second name for a file, or for a folder's files, that takes no room."""
+    """Hard-link a file, or a folder's files, under a second name."""
     if path.is_dir():
         shutil.copytree(path, other, copy_function=_link)
     else:
@@ -177,7 +178,7 @@ def _name_again(path: Path, other: Path) -> None:
 def _link(path: str | Path, other: str | Path) -> None:
     try:
         os.link(path, other)
-    except OSError:  # a file system without second names
+    except OSError:  # a file system without hard links
         shutil.copyfile(path, other)
 
 
@@ -189,6 +190,6 @@ def _remove(path: Path) -> None:
 
 
 def move_to_end(trainer: lightning.Trainer, kind: type[Checkpoint]) -> None:
-    """Have Lightning call the callbacks of one kind behind all others."""
+    """Move the callbacks of one kind after all others, so that Lightning calls them last."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     trainer.callbacks = sorted(callbacks, key=lambda c: isinstance(c, kind))  # type: ignore[attr-defined]

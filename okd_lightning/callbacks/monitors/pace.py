@@ -1,8 +1,8 @@
-"""How fast a run goes, and how long it will still take.
+"""Speed and remaining time of a run.
 
-A chunk's responses are written at once and then trained on for some steps, so that seconds a step
-say little within the first chunk: what is written is counted by the steps that it is for, and all
-else (training, validation, checkpoints) by the steps that were done.
+A rollout batch is generated at once and then used for some steps, so that seconds a step are not
+meaningful within the first rollout batch. Generation is therefore divided by the steps that it is
+for, and all else (training, validation, checkpoints) by the finished steps.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from contextlib import contextmanager
 
 
 class Pace:
-    """The seconds of one process's part of a run.
+    """Timer of one process's part of a run.
 
     Args:
-        clock: Seconds from wherever.
+        clock: Returns seconds, from any origin.
 
     Attributes:
-        written_to: The optimizer step before which nothing more has to be written.
+        written_to: The optimizer step up to which responses are generated.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -28,7 +28,7 @@ class Pace:
         self.start(0)
 
     def start(self, step: int) -> None:
-        """A run begins, or goes on, with ``step`` optimizer steps done."""
+        """Start a run, or resume it with ``step`` finished optimizer steps."""
         self._began = self._clock()
         self._first_step = self._step = step
         self._written_from: int | None = None
@@ -39,7 +39,7 @@ class Pace:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Within it responses for training are written."""
+        """Count the time within the context as generation for training."""
         began = self._clock()
         try:
             yield
@@ -47,14 +47,14 @@ class Pace:
             self._writing += self._clock() - began
 
     def batch_begins(self, chunk_end: int) -> None:
-        """A micro-batch is there, and all of its chunk, which ends before a step, is written."""
-        if self._written_from is None:  # what a run had written before it was stopped took no time
+        """Record the start of a micro-batch, whose rollout batch ends before step ``chunk_end``."""
+        if self._written_from is None:  # restored responses took no time in this process
             self._written_from = self._step if self._writing else chunk_end
         self.written_to = chunk_end
         self._batch_began = self._clock()
 
     def batch_ends(self, step: int, tokens: int) -> None:
-        """It is done, as are ``step`` optimizer steps, and ``tokens`` more were trained on."""
+        """Record its end, with the finished optimizer steps and the tokens trained on since."""
         if self._batch_began is not None:
             self._training += self._clock() - self._batch_began
         self._step = step
@@ -62,24 +62,24 @@ class Pace:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the start, of all kinds."""
+        """Seconds since the start."""
         return self._clock() - self._began
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens trained on a second, of all kinds; None before the first step's end."""
+        """Tokens trained on per second of total time; None before the first step's end."""
         return self._tokens / max(self.elapsed, 1e-9) if self._tokens else None
 
     @property
     def training_tokens_per_second(self) -> float | None:
-        """Tokens trained on a second of training alone; None before the first step's end."""
+        """Tokens trained on per second of training only; None before the first step's end."""
         return self._tokens / max(self._training, 1e-9) if self._tokens else None
 
     def seconds_left(self, num_steps: float) -> float | None:
-        """Until ``num_steps`` steps are done; None where that cannot be said (yet).
+        """Return the seconds until ``num_steps`` steps are finished; None if unknown.
 
         Args:
-            num_steps: Optimizer steps of the whole run; infinity where it has no end.
+            num_steps: Optimizer steps of the whole run; infinity if it has no end.
         """
         num_done = self._step - self._first_step
         if not num_done or not math.isfinite(num_steps):

@@ -1,4 +1,4 @@
-"""What ``predict`` leaves behind: one JSON line a prompt."""
+"""Output of ``predict``: one JSON line a prompt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from okd_lightning.records.batches import DistillBatch
 
 
 class PredictionLog(Callback):
-    """Writes ``predictions.jsonl`` in the run's folder (one a rank where there are several)."""
+    """Writes ``predictions.jsonl`` in the run's folder (one file a rank if there are several)."""
 
     def __init__(self) -> None:
         self._records: list[dict[str, Any]] = []
@@ -34,7 +34,7 @@ class PredictionLog(Callback):
     def on_predict_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Write all records in the order of the data set."""
+        """Write all records in the order of the dataset."""
         suffix = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)

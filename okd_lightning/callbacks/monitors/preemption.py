@@ -1,7 +1,7 @@
-"""A run that is asked to stop stops behind a checkpoint: SIGTERM, and SLURM's warning signal.
+"""Stop of a run after a checkpoint on SIGTERM or SLURM's warning signal.
 
-Lightning's own handlers talk to other ranks from within a signal's handler, wherever the process
-is; here a handler sets a mark, and all ranks look at their marks at the same places.
+Lightning's handlers communicate with other ranks inside the signal handler, at any point of the
+program. Here a handler sets a flag, and all ranks check their flags at the same points.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from okd_lightning.training.run_records import STOPPED_FILE
 
 
 class Preemption(Checkpoint):
-    """Ends a run that gets SIGTERM behind a checkpoint of a whole optimizer step, on all ranks.
+    """Ends a run that gets SIGTERM after a checkpoint of a complete optimizer step, on all ranks.
 
-    Within a step the step is finished first. Responses that are being written are abandoned, and a
-    validation is; the resumed run writes them anew, and begins with that validation. It is enough
-    that one rank gets the signal. Where SLURM requeues (``#SBATCH --requeue --signal=SIGUSR1@60``)
-    its warning signal does the same, and ``scontrol requeue`` puts the job back into the queue;
-    SIGTERM does not, as ``scancel`` sends it too.
+    A running step is finished first. A running generation or validation is abandoned; the resumed
+    run generates again, or begins with that validation. One rank with the signal is enough. If
+    SLURM requeues (``#SBATCH --requeue --signal=SIGUSR1@60``), its warning signal does the same and
+    ``scontrol requeue`` requeues the job. SIGTERM does not requeue, because ``scancel`` sends it
+    too.
 
     The checkpoint is that of the Trainer's ``LastCheckpoint``. ``stopped.json`` in the run's folder
-    says that a run was stopped, for launchers that change a process's exit status (torchrun): the
-    signal, the step, the checkpoint and the command that resumes. It goes when training goes on.
+    records the stop, for launchers that change a process's exit status (torchrun): the signal, the
+    step, the checkpoint and the command that resumes. It is deleted when training continues.
     """
 
     def __init__(self) -> None:
@@ -52,15 +52,15 @@ class Preemption(Checkpoint):
         self._is_agreed = False
         self._is_saved = False
         self._is_validating = False
-        self._is_due = False  # of a resumed run, which may write responses before it
+        self._is_due = False  # a resumed run's validation, before which it may generate
         self._has_to_requeue = False
-        self._signal = 0  # the number of the one that came; 0 on ranks that got none
+        self._signal = 0  # number of the received signal; 0 on ranks without one
         self._handlers: dict[int, Any] = {}
 
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
-        """Take the place behind all other callbacks: they have done what belongs to a step."""
+        """Move this callback after all others, which have then finished their work on a step."""
         move_to_end(trainer, Preemption)
         self._is_due = False
 
@@ -69,13 +69,13 @@ class Preemption(Checkpoint):
     def on_sanity_check_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Listen, in place of Lightning's own handlers."""
+        """Install the handlers, in place of Lightning's."""
         self._start(trainer)
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Listen, where there was no sanity check."""
+        """Install the handlers, if there was no sanity check."""
         if not self._handlers:
             self._start(trainer)
 
@@ -117,7 +117,7 @@ class Preemption(Checkpoint):
     def on_train_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Listen no more."""
+        """Restore the previous handlers."""
         self._stop_listening()
 
     def _stop_listening(self) -> None:
@@ -135,7 +135,7 @@ class Preemption(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Agree behind every optimizer step, and save there."""
+        """Agree after every optimizer step, and save if a stop is agreed."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and self._agree(trainer):
             self._is_validating = validation_follows(trainer)
             self._save(trainer)
@@ -147,10 +147,10 @@ class Preemption(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Leave before the next step; what was fetched for it will be fetched again.
+        """Stop before the next step; its batch will be fetched again.
 
         Raises:
-            PreemptedError: A stop was agreed on.
+            PreemptedError: A stop was agreed.
         """
         if self._is_agreed:
             raise self._stopped(trainer)
@@ -158,10 +158,10 @@ class Preemption(Checkpoint):
     def on_validation_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Leave before a validation.
+        """Stop before a validation.
 
         Raises:
-            PreemptedError: A stop was agreed on.
+            PreemptedError: A stop was agreed.
         """
         self._is_validating = trainer.state.fn == "fit" and not trainer.sanity_checking
         if self._is_agreed and self._is_validating:
@@ -176,10 +176,10 @@ class Preemption(Checkpoint):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Leave within a validation.
+        """Stop within a validation.
 
         Raises:
-            PreemptedError: Some rank was asked to stop.
+            PreemptedError: A rank was requested to stop.
         """
         if self._is_validating and self._agree(trainer):
             raise self._stopped(trainer)
@@ -187,11 +187,11 @@ class Preemption(Checkpoint):
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Validation is done."""
+        """Record that the validation is finished."""
         self._is_validating = self._is_due = False
 
     def _agree(self, trainer: lightning.Trainer) -> bool:
-        """Whether any rank was asked to stop."""
+        """Return whether any rank was requested to stop."""
         is_made = self._request.is_made
         if trainer.world_size > 1:
             mark = torch.tensor(float(is_made), device=trainer.strategy.root_device)
@@ -213,7 +213,7 @@ class Preemption(Checkpoint):
         pl_module: lightning.LightningModule,
         checkpoint: dict[str, Any],
     ) -> None:
-        """Say that a validation is due, which Lightning would take for done."""
+        """Record a validation that is due, which Lightning would consider finished."""
         if self._is_agreed:
             checkpoint[STOPPED] = {"validation_is_due": self._is_validating or self._is_due}
 
@@ -223,7 +223,7 @@ class Preemption(Checkpoint):
         pl_module: lightning.LightningModule,
         checkpoint: dict[str, Any],
     ) -> None:
-        """Remember a validation that is due, until it is done."""
+        """Restore whether a validation is due."""
         self._is_due = bool(checkpoint.get(STOPPED, {}).get("validation_is_due"))
 
     def on_exception(
@@ -232,7 +232,7 @@ class Preemption(Checkpoint):
         pl_module: lightning.LightningModule,
         exception: BaseException,
     ) -> None:
-        """Save where the stop came while responses were written or within a validation."""
+        """Save if the stop came during generation or validation."""
         self._stop_listening()
         if not isinstance(exception, PreemptedError):
             return
@@ -245,7 +245,7 @@ class Preemption(Checkpoint):
             _requeue()
 
     def _leave_record(self, trainer: lightning.Trainer) -> None:
-        """Write ``stopped.json``; all ranks call this, as any of them may have got the signal."""
+        """Write ``stopped.json``; all ranks call this, because any of them may have the signal."""
         mark = torch.tensor(float(self._signal), device=trainer.strategy.root_device)
         number = int(trainer.strategy.reduce(mark, reduce_op="max"))
         saver = _saver(trainer)
@@ -264,7 +264,7 @@ class Preemption(Checkpoint):
             try:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 write_json(place, record)
-            except (OSError, OutputError) as error:  # the stop matters more
+            except (OSError, OutputError) as error:  # the stop itself must not fail
                 rank_zero_warn(f"no {STOPPED_FILE} is left behind: {error}")
 
     def _stopped(self, trainer: lightning.Trainer) -> PreemptedError:
@@ -290,7 +290,7 @@ def _saver(trainer: lightning.Trainer) -> LastCheckpoint | None:
 
 
 def _requeue() -> None:
-    """Ask SLURM to start the job again."""
+    """Requeue the job in SLURM."""
     job = os.environ.get("SLURM_JOB_ID", "")
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"

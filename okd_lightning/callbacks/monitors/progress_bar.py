@@ -1,6 +1,6 @@
-"""Lightning's rich bar over the steps of the whole run, with a row for each of its phases.
+"""Lightning's rich progress bar over the steps of the whole run, with a row for each phase.
 
-Where nobody watches (output goes to a file) there is no bar, but a plain line now and then.
+If output is no terminal (a file), plain lines are logged at intervals instead of a bar.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TRAINING = "training"
 
 
 class _Cell(ProgressColumn):
-    """Text about a task that is never broken into two lines."""
+    """Text about a task, without line breaks."""
 
     def __init__(self, text: Callable[[Task], str], style: str | Style) -> None:
         super().__init__(Column(no_wrap=True, justify="right"))
@@ -46,18 +46,18 @@ class _Cell(ProgressColumn):
 class RunProgressBar(RichProgressBar):
     """RichProgressBar over the optimizer steps of the whole run.
 
-    Its row shows the tokens trained on a second (of writing, training and validation together) and
-    the time that is left of the run. Below it, where responses are written, stand how far the chunk
-    is written and trained on, each with its own speed.
+    Its row shows the tokens trained on per second (of generation, training and validation together)
+    and the remaining time of the run. With rollouts, the rows below it show the progress of
+    generation and training of the rollout batch, each with its speed.
 
-    Where output is no terminal the same is said in one line, behind the first step, behind the
-    last, and every so many seconds between them.
+    If output is no terminal, the same is logged in one line, after the first step, after the last,
+    and at intervals between them.
 
     Args:
-        refresh_rate: Redraws a second at most; 0 for no bar and no lines.
+        refresh_rate: Most redraws a second; 0 for no bar and no lines.
         leave: Keep the bar of every epoch.
-        seconds_between_lines: Where output is no terminal.
-        console_kwargs: For rich's Console.
+        seconds_between_lines: Interval of lines if output is no terminal.
+        console_kwargs: Arguments of rich's Console.
 
     Raises:
         ConfigError: seconds_between_lines not above 0.
@@ -84,17 +84,17 @@ class RunProgressBar(RichProgressBar):
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
-        """No bar where nobody watches."""
+        """Replace the bar by lines if output is no terminal."""
         super().setup(trainer, pl_module, stage)
         console = Console(**self._console_kwargs)
         is_watched = console.is_interactive or console.is_jupyter
-        if self.is_enabled and not is_watched:  # in a second fit it is disabled by now
+        if self.is_enabled and not is_watched:  # in a second fit it is already disabled
             self._has_lines = trainer.is_global_zero
             self.disable()
         follow_stderr()
 
     def configure_columns(self, trainer: lightning.Trainer) -> list[ProgressColumn]:
-        """What, bar, how many, tokens a second, time left; the bar gives way in narrow windows."""
+        """Return columns: description, bar (shrinks if narrow), count, tokens/second, time left."""
         theme = self.theme
         return [
             TextColumn("{task.description}", table_column=Column(no_wrap=True)),
@@ -112,7 +112,7 @@ class RunProgressBar(RichProgressBar):
     def get_metrics(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> dict[str, Any]:
-        """Those that were logged for the bar; train/loss as loss."""
+        """Return the metrics logged for the bar, with train/loss as loss."""
         metrics = super().get_metrics(trainer, pl_module)
         return {name.removeprefix("train/"): value for name, value in metrics.items()}
 
@@ -132,7 +132,7 @@ class RunProgressBar(RichProgressBar):
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Start the clock and show the run's row, also where a run goes on within an epoch."""
+        """Start the clock and show the run's row, also for a run resumed within an epoch."""
         super().on_train_start(trainer, pl_module)
         self._num_steps = trainer.estimated_stepping_batches
         self._pace.start(trainer.global_step)
@@ -143,7 +143,7 @@ class RunProgressBar(RichProgressBar):
     def on_train_epoch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """The run's row goes on where it was."""
+        """Restore the run's row, which Lightning resets."""
         super().on_train_epoch_start(trainer, pl_module)
         self._show_run(trainer.global_step)
 
@@ -154,7 +154,7 @@ class RunProgressBar(RichProgressBar):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Begin the chunk's training, where one was written."""
+        """Show the training of the rollout batch, if one was generated."""
         start, end = _chunk(trainer, batch_idx)
         first = trainer.global_step - batch_idx // trainer.accumulate_grad_batches
         self._pace.batch_begins(first + end)
@@ -164,7 +164,7 @@ class RunProgressBar(RichProgressBar):
         done, total = batch_idx - start * accumulate, (end - start) * accumulate
         self._show(_TRAINING, done, total, self._pace.training_tokens_per_second)
         if (speed := batch.metrics.get("rollout/tokens_per_second")) is not None:
-            for name in self._written_rows:  # also from engines that tell nothing while they write
+            for name in self._written_rows:  # also of engines that report no tokens
                 self.progress.update(self._rows[name], speed=speed)  # type: ignore[union-attr]
 
     def on_train_batch_end(
@@ -175,7 +175,7 @@ class RunProgressBar(RichProgressBar):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Count steps; Lightning's own counts micro-batches of the epoch."""
+        """Count steps; Lightning's bar counts micro-batches of the epoch."""
         accumulate, step = trainer.accumulate_grad_batches, trainer.global_step
         is_whole = (batch_idx + 1) % accumulate == 0
         self._pace.batch_ends(step, sum(batch.step_counts or ()) if is_whole else 0)
@@ -191,7 +191,7 @@ class RunProgressBar(RichProgressBar):
     def on_train_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Leave the run's row alone on the screen, and say where the run has ended."""
+        """Hide all rows but the run's, and log the last line."""
         for task in self._own_rows.values():
             self.progress.update(task, visible=False)  # type: ignore[union-attr]
         super().on_train_end(trainer, pl_module)
@@ -200,7 +200,7 @@ class RunProgressBar(RichProgressBar):
     def on_validation_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Hold the run's time left, which will be known anew when a step has been done."""
+        """Hold the displayed time left until the next step has finished."""
         super().on_validation_start(trainer, pl_module)
         if self.is_enabled and trainer.state.fn == "fit" and not trainer.sanity_checking:
             assert self.progress is not None
@@ -223,7 +223,7 @@ class RunProgressBar(RichProgressBar):
         self.refresh()
 
     def _seconds_left(self) -> float | None:
-        """Of the run, by its steps or by a time limit."""
+        """Return the remaining seconds of the run, by its steps or by a time limit."""
         left = self._pace.seconds_left(self._num_steps)
         limits = [
             timer.time_remaining()
@@ -236,7 +236,7 @@ class RunProgressBar(RichProgressBar):
 
     @property
     def _own_rows(self) -> dict[str, TaskID]:
-        """By name; Lightning begins a new display where epochs' bars are kept."""
+        """Row ids by name; reset when Lightning starts a new display (``leave``)."""
         if self._rows_of is not self.progress:
             self._rows_of, self._rows = self.progress, {}
         return self._rows
@@ -246,7 +246,7 @@ class RunProgressBar(RichProgressBar):
         return [name for name in self._own_rows if name != _TRAINING]
 
     def _show(self, name: str, done: int, total: int, speed: float | None) -> None:
-        """Make or set a phase's row."""
+        """Create or update a phase's row."""
         if self.progress is None or self.is_disabled:
             return
         rows = self._own_rows
@@ -257,7 +257,7 @@ class RunProgressBar(RichProgressBar):
 
     @contextmanager
     def writing(self, description: str, total: int) -> Iterator[Progress | None]:
-        """A row for what a model writes or reads; see ``ShowsWriting``."""
+        """Show a row for what a model generates or reads; see ``ShowsWriting``."""
         is_for_training = self.trainer.training
         with self._pace.writing() if is_for_training else nullcontext():
             if self._has_lines:
@@ -279,7 +279,7 @@ class RunProgressBar(RichProgressBar):
     def _telling(
         self, name: str, total: int, show: Callable[[str, int, int, float | None], None]
     ) -> Progress:
-        """What an engine is given; it tells much more often than anybody looks."""
+        """Return the progress callback of an engine, which limits the rate of updates."""
         pause = self.seconds_between_lines if self._has_lines else 1 / self.refresh_rate
         began = shown = time.monotonic()
         num_rows = num_tokens = 0
@@ -331,7 +331,7 @@ class RunProgressBar(RichProgressBar):
 
 
 def _chunk(trainer: lightning.Trainer, batch_idx: int) -> tuple[int, int]:
-    """The optimizer steps of this epoch whose responses are written together with a batch's."""
+    """Return the optimizer steps of this epoch in the rollout batch of a micro-batch."""
     step, loader = batch_idx // trainer.accumulate_grad_batches, trainer.train_dataloader
     if not isinstance(loader, RolloutLoader):
         return step, step + 1

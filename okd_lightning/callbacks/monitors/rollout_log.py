@@ -1,4 +1,4 @@
-"""Samples of what the student writes while it trains, on disk."""
+"""Log of sampled training responses on disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from okd_lightning.training.module import DistillationModule
 class RolloutLog(Callback):
     """Appends a few generated responses to ``rollouts.jsonl`` of the run's folder.
 
-    They are records of the kind "rollout"; see ``SampleTable`` for those of the kind "sample".
+    The records have the kind "rollout"; those of ``SampleTable`` have the kind "sample".
 
     Args:
         every_n_steps: Optimizer steps between two samples.
@@ -37,11 +37,11 @@ class RolloutLog(Callback):
         self._next_step = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """When the next sample is due."""
+        """Return the step of the next sample."""
         return {"next_step": self._next_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the rhythm of the interrupted run."""
+        """Continue the interval of the interrupted run."""
         self._next_step = state_dict["next_step"]
 
     def on_train_batch_start(
@@ -51,7 +51,7 @@ class RolloutLog(Callback):
         batch: DistillBatch,
         batch_idx: int,
     ) -> None:
-        """Write the first rows of a batch that holds generations."""
+        """Write the first generated rows of a batch at the interval."""
         assert isinstance(pl_module, DistillationModule)
         sources = [SOURCES[code] for code in batch.source.tolist()]
         rows = [i for i, source in enumerate(sources) if source != "dataset"]

@@ -1,4 +1,4 @@
-"""A few prompts with the teacher's answer, the student's before training, and the student's now."""
+"""Table of a few prompts with the teacher's answer, the student's before training, and now."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from okd_lightning.training.module import DistillationModule
 
 
 class SampleTable(Callback):
-    """Shows the same few prompts every so many optimizer steps and behind the last, with answers.
+    """Shows the same few prompts with answers, every few optimizer steps and after the last one.
 
     Answers are greedy; one that is cut at ``max_tokens`` ends in an ellipsis. They are the base
-    teacher's, the student's before training (kept in checkpoints) and the student's now. A teacher
-    that is not in memory (a cache, a server) gives none; one that follows the student is asked anew
-    every time. Prompts are of the validation data, or of the training data where nothing is
-    validated, chosen by ``data.seed``.
+    teacher's, the student's before training (kept in checkpoints) and the present student's. A
+    teacher that is not in memory (a cache, a server) gives no answers; a self-teacher that follows
+    the student answers again every time. Prompts are from the validation data, or from the training
+    data without validation, chosen by ``data.seed``.
 
     They go to the terminal, to TensorBoard or Weights & Biases, and to ``rollouts.jsonl`` as
-    records of the kind "sample". Nothing is drawn at random: training is the same with and without.
+    records of the kind "sample". No random numbers are used: training is not changed.
 
     Args:
         every_n_steps: Optimizer steps between two tables.
         num_prompts: Prompts a table; 0 for no tables.
-        max_tokens: Of an answer; never more than ``data.max_response_length``.
-        terminal: Whether to print it; by default where output is a terminal.
+        max_tokens: Most tokens of an answer; never more than ``data.max_response_length``.
+        terminal: Whether to print it; by default if output is a terminal.
 
     Raises:
         ConfigError: A number below its least.
@@ -77,17 +77,17 @@ class SampleTable(Callback):
         self._before: list[str] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The prompts with what teacher and student answered before training."""
+        """Return the prompts with the teacher's answers and the student's before training."""
         return {"prompts": self._prompts, "teacher": self._teacher, "before": self._before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What the student was before training is not to be had again."""
+        """Restore the answers before training, which cannot be generated again."""
         self._prompts = list(state_dict["prompts"])
         self._teacher, self._before = state_dict["teacher"], state_dict["before"]
 
     @property
     def generates(self) -> bool:
-        """Whether it has the models generate responses."""
+        """True if it makes the models generate responses."""
         return self.num_prompts > 0
 
     # ---------------------------------------------------------------- hooks
@@ -95,7 +95,7 @@ class SampleTable(Callback):
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Choose the prompts; at the start of a run, ask teacher and student.
+        """Choose the prompts; at the start of a run, generate the teacher's and student's answers.
 
         Raises:
             ConfigError: The run's data is no RolloutDataModule, or its module no
@@ -137,7 +137,7 @@ class SampleTable(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Show them when the interval is full, and behind the last step."""
+        """Show the table at the interval, and after the last step."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches or not self._examples:
             return
         step = trainer.global_step
@@ -171,7 +171,7 @@ class SampleTable(Callback):
     def _answers(
         self, module: DistillationModule, data: RolloutDataModule, author: Author
     ) -> list[str]:
-        """Greedy answers to all prompts, on every rank; each rank writes its share."""
+        """Return greedy answers to all prompts, on every rank; each rank generates its share."""
         trainer = module.trainer
         own = list(share(self._examples, trainer.global_rank, trainer.world_size))
         prompts = prompt_batch(own, author)
@@ -195,7 +195,7 @@ class SampleTable(Callback):
     def _show(self, trainer: lightning.Trainer, samples: Sequence[Sample]) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        step = trainer.global_step - 1  # numbered as in metrics.csv: the step that was just done
+        step = trainer.global_step - 1  # as in metrics.csv: the number of the finished step
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "rollouts.jsonl").open("a", encoding="utf-8") as file:
@@ -218,15 +218,15 @@ class SampleTable(Callback):
 def _prompts_of(
     trainer: lightning.Trainer, data: RolloutDataModule
 ) -> tuple[str, Sequence[Example]]:
-    """Whose prompts are shown, and all of them."""
+    """Return the part whose prompts are shown, and its examples."""
     if data.sources["val"] is not None and trainer.limit_val_batches != 0:
         return "val", data.examples("val").examples
     loader = trainer.train_dataloader
-    if isinstance(loader, RolloutLoader):  # which has read them as its methods need them
+    if isinstance(loader, RolloutLoader):  # read with the needs of its methods
         return "train", loader.examples
     return "train", data.examples("train").examples
 
 
 def _has_teacher(module: DistillationModule) -> bool:
-    """Whether there is one in memory that can be asked."""
+    """Return whether there is a teacher in memory."""
     return module.teacher is not None or module.self_teacher is not None

@@ -1,4 +1,4 @@
-"""One prompt with everybody's answers, as a terminal, Markdown and a line of JSON show it."""
+"""Views of a prompt with its answers: terminal table, Markdown and JSON record."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _MARKUP = "&<>|`*_[]\\~#"
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and its answers, as text; None where nobody can give one.
+    """A prompt and its answers, as text; None for a missing answer.
 
     Attributes:
-        index: Row of the data set.
-        prompt: As the student reads it.
+        index: Row of the dataset.
+        prompt: The student's prompt.
         teacher: The teacher's answer.
         student_before: The student's before training.
         student_now: The student's now.
@@ -36,7 +36,7 @@ class Sample:
 
     @property
     def answers(self) -> dict[str, str]:
-        """Those that are there, by who gives them."""
+        """The existing answers, by their generator."""
         given = {
             "teacher": self.teacher,
             "student before": self.student_before,
@@ -45,19 +45,19 @@ class Sample:
         return {who: text for who, text in given.items() if text is not None}
 
     def record(self) -> dict[str, Any]:
-        """As it stands in ``rollouts.jsonl``."""
+        """Return the record for ``rollouts.jsonl``."""
         answers = {who.replace(" ", "_"): text for who, text in self.answers.items()}
         return {"index": self.index, "prompt": self.prompt, **answers}
 
 
 def samples_table(samples: Sequence[Sample], title: str, console: Console, lines: int = 2) -> Table:
-    """A block a prompt, a row an answer; what is longer than some lines ends in an ellipsis.
+    """Return a table with a block a prompt and a row an answer; long texts end in an ellipsis.
 
     Args:
         samples: At least one.
-        title: What stands above it.
-        console: Where it will be shown; its width decides what fits.
-        lines: Of a text at most.
+        title: Title above the table.
+        console: The console, whose width determines the layout.
+        lines: Most lines of a text.
     """
     table = Table(title=title, title_justify="left", box=SIMPLE, show_header=False, expand=True)
     table.add_column(style="dim", no_wrap=True)
@@ -72,7 +72,7 @@ def samples_table(samples: Sequence[Sample], title: str, console: Console, lines
 
 
 def samples_markdown(samples: Sequence[Sample]) -> str:
-    """A Markdown table, a line a prompt, whole texts; nothing in them is taken for markup."""
+    """Return a Markdown table, a line a prompt, with whole texts and escaped markup."""
     header = ["prompt", *samples[0].answers]
     rows = [[sample.prompt, *sample.answers.values()] for sample in samples]
     cells = [header, ["---"] * len(header), *([_cell(text) for text in row] for row in rows)]
@@ -80,7 +80,7 @@ def samples_markdown(samples: Sequence[Sample]) -> str:
 
 
 def _cut(text: str, console: Console, width: int, num_lines: int) -> Text:
-    """On few lines; white space is one blank, and what would steer the terminal is escaped."""
+    """Cut a text to a few lines, with collapsed white space and escaped control characters."""
     readable = printable(_blanks(text))
     lines = Text(readable or "(nothing)", style="" if readable else "dim").wrap(console, width)
     kept = list(lines[:num_lines])
@@ -96,5 +96,5 @@ def _blanks(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """Neither Markdown nor HTML finds anything in it."""
+    """Escape the markup of Markdown and HTML."""
     return "".join(f"&#{ord(c)};" if c in _MARKUP else c for c in _blanks(text) or "(nothing)")

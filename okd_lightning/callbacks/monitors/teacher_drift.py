@@ -1,4 +1,4 @@
-"""An alarm for an adaptive teacher that leaves the data behind."""
+"""Alarm for an adaptive teacher that moves away from the data."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ DriftAction: TypeAlias = Literal["warn", "freeze", "stop"]
 class TeacherDrift(Callback):
     """Compares the adapted teacher's cross-entropy with its base's at every validation.
 
-    ``val/adapted_teacher_cross_entropy`` more than ``margin`` above ``val/teacher_cross_entropy``
-    means that the teacher has moved towards the student further than the data bears. It is said
-    once, and again after it went away.
+    If ``val/adapted_teacher_cross_entropy`` is more than ``margin`` above
+    ``val/teacher_cross_entropy``, the teacher has moved from the data towards the student. It warns
+    once, and again if the drift returns after it has ended.
 
     Args:
-        margin: Nats a token.
-        action: "warn" says so; "freeze" also stops training the online module for the rest of the
-            run; "stop" ends the run.
+        margin: Allowed difference, in nats a token.
+        action: "warn" only warns; "freeze" also stops training the online module for the rest of
+            the run; "stop" ends the run.
 
     Raises:
         ConfigError: A margin that is not above 0.
@@ -41,18 +41,18 @@ class TeacherDrift(Callback):
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
-        """A new run's module is not frozen; a resumed one's state is loaded behind this."""
+        """Reset for a new run; a resumed run's state is loaded after this."""
         if stage == "fit" and trainer.global_step == 0:
             self.is_frozen = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether the module was frozen, and whether a drift was reported."""
+        """Return whether the module is frozen, and whether a drift is reported."""
         return {"is_frozen": self.is_frozen, "is_drifting": self.is_drifting}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """A module that was frozen stays so."""
+        """Restore the state: a frozen module stays frozen."""
         self.is_frozen = state_dict["is_frozen"]
-        self.is_drifting = state_dict.get("is_drifting", False)  # older checkpoints have no such
+        self.is_drifting = state_dict.get("is_drifting", False)  # missing in older checkpoints
 
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -84,7 +84,7 @@ class TeacherDrift(Callback):
         pl_module: lightning.LightningModule,
         optimizer: Any,
     ) -> None:
-        """A frozen module gets no gradient, so that the optimizer leaves it alone."""
+        """Remove the gradient of a frozen module, so that the optimizer skips it."""
         if self.is_frozen:
             assert isinstance(pl_module, DistillationModule)
             assert pl_module.teacher is not None
