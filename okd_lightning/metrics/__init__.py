@@ -1,7 +1,6 @@
 """Metrics of runs.
 
 * ``measures``: divergences, agreement and cross-entropy of validation, as torchmetrics.
-* ``exact_match``: answers against references, as text.
 * ``gradient_fidelity``: bias and noise of an estimated gradient.
 * ``uncertainty``, ``excess_accumulated_error``, ``logit_std``: further measures of the OKD paper.
 """

@@ -60,6 +60,7 @@ class _Worker:
         if self._process is not None and self._process.poll() is None:
             return self._process
         self.close()
+        # -P: this folder is not on the process's sys.path
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-W", "ignore", str(_PROGRAM)],
             stdin=subprocess.PIPE,

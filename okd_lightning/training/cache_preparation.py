@@ -185,7 +185,7 @@ def _write(
                 own=lambda number: number % world_size == rank,
                 progress=progress,
             )
-    del teacher
+    del teacher  # training needs its memory
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

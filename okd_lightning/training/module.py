@@ -236,7 +236,7 @@ class DistillationModule(OptimizedModule):
             follow(self.teacher, self.student, self.ema_decay)
 
     def training_step(self, batch: DistillBatch, batch_idx: int) -> Tensor:
-        """Return this micro-batch's sum over terms, each over its divisor of the whole step."""
+        """Return this micro-batch's loss: each term's sum over its divisor of the whole step."""
         trainer = self.trainer
         terms = acting_terms(
             self.terms,

@@ -102,6 +102,7 @@ class RunFolder:
         if not (self.path / _RESULT).is_file():
             return None
         record = read_json(self.path / _RESULT)
+        # the history is popped before from_record reads the rest of the record
         return RunResult.from_record(record, record.pop("history"))
 
     @property

@@ -21,7 +21,7 @@ _MARKERS = {"given": "o", "student": "s", "teacher": "^"}
 _SIZE = (4.4, 3.0)  # inches; wide enough to be read on a phone, where it fills the page
 _SETTINGS: Any = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "diagnosis",
+    "svg.hashsalt": "diagnosis",  # the same ids in every run
     "font.size": 10,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), _INK),
     **dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), _INK),

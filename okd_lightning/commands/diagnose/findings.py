@@ -105,7 +105,7 @@ class EstimatorFinding:
 
     Attributes:
         divergence: Name of the divergence.
-        estimator: "exact", a variant of OPD/OPD+, or "top-k".
+        estimator: "exact", "exact, top 16", or a variant of OPD/OPD+.
         fidelity: Against the exact gradient on the same rollouts.
     """
 

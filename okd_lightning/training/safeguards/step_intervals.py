@@ -40,4 +40,4 @@ class StepIntervals(Callback):
                 self._asked, self._trainer = interval, weakref.ref(trainer)
             assert self._asked is not None  # a second fit finds the converted interval
             trainer.val_check_interval = self._asked * trainer.accumulate_grad_batches
-            trainer.check_val_every_n_epoch = None
+            trainer.check_val_every_n_epoch = None  # so Lightning counts across epochs
