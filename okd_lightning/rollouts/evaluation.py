@@ -34,7 +34,7 @@ class GivenResponses:
         batches = micro_batches(own, _num_batches(len(examples), batch_size, world_size))
         keys = hashed_uniform(NoiseDomain.BATCH_ORDER, np.arange(len(batches)))
         order = keys.argsort(kind="stable")
-        self._batches = [batches[i] for i in order]  # so that the first batches have representative lengths
+        self._batches = [batches[i] for i in order]  # early ones have typical lengths
 
     def __len__(self) -> int:
         return len(self._batches)
