@@ -21,7 +21,7 @@ from okd_lightning.errors import DataError, DataNotFoundError
 
 @runtime_checkable
 class MapStyleDataset(Protocol):
-    """Rows by their number: a list, a ``torch.utils.data.Dataset``, a ``datasets.Dataset``."""
+    """Rows by number: a list, a ``torch.utils.data.Dataset``, a ``datasets.Dataset``."""
 
     def __len__(self) -> int:
         """Return the number of rows."""

@@ -20,10 +20,10 @@ _MARKS = ("hf_quantizer", "is_quantized", "quantization_method", "_weight_conver
 
 
 def require_gguf(source: str, option: str) -> None:
-    """Refuse a GGUF file where the package that reads it is not installed.
+    """Refuse a GGUF file if the package that reads it is not installed.
 
     Raises:
-        ModelError: Naming the package.
+        ModelError: It is not installed; the message names the package.
     """
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(

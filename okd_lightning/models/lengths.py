@@ -51,7 +51,7 @@ def check_lengths(
         teacher_tokens: The longest that the teacher reads.
 
     Raises:
-        ConfigError: Naming the model and both lengths.
+        ConfigError: Too long; the message names the model and both lengths.
     """
     for role, config, tokens in (
         ("student", student, student_tokens),

@@ -1,8 +1,8 @@
 """Choose the layers of an online module by role: the query and value projections (OKD, § IV-A).
 
-Owns the choice where the user names no ``target_modules``, and the key rows of fused projections.
-PEFT's own defaults are per architecture and differ in role: on phi they include the MLP, and on
-GPT-2, BLOOM or Falcon the one layer that they name projects queries, keys and values.
+Owns the choice if the user names no ``target_modules``, and the key rows of fused projections.
+PEFT's defaults differ in role by architecture: on phi they include the MLP, and on GPT-2, BLOOM or
+Falcon their only layer projects queries, keys and values.
 """
 
 from __future__ import annotations

@@ -202,7 +202,7 @@ class RolloutLoader:
             )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where ``state_dict`` was taken.
+        """Continue from ``state_dict``.
 
         Raises:
             ConfigError: See ``check_same``.

@@ -113,7 +113,7 @@ class Throughput(Callback):
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Start it again (``trainer.training`` is still False here)."""
+        """Start the clock again (``trainer.training`` is still False here)."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._mark = _now()
 
