@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from okd_lightning.durable_files import write_json
+from okd_lightning.durable_files import write_json, write_whole
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,9 @@ def write_metrics_csv(path: Path, results: Sequence[RunResult]) -> None:
 
 def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
     """Write a CSV file atomically; None is an empty cell."""
-    partial = path.with_name(f"{path.name}.rows")
-    with partial.open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
-    partial.replace(path)
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    write_whole(path, text.getvalue().encode())
 
 
 def write_table_csv(path: Path, results: Sequence[RunResult]) -> None:
