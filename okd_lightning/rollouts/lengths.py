@@ -79,7 +79,7 @@ class RolloutLengths:
         return {**vars(self), "batch": list(self.batch)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where ``state_dict`` was taken."""
+        """Continue from ``state_dict``."""
         for name in vars(self):
             setattr(self, name, state[name])
         self.batch = list(state["batch"])

@@ -50,7 +50,7 @@ class RolloutPlan:
         return frozenset(found)
 
     def assign(self, seed: int, step: int, num_prompts: int) -> tuple[Source, ...]:
-        """Return the source of each prompt of optimizer step ``step`` (counted over the whole run)."""
+        """Return the source of each prompt in optimizer step ``step``, counted over the run."""
         share = self.share(step)
         if not self.is_mixed_within_step:
             is_student = hashed_uniform(NoiseDomain.DATA_SOURCE, seed, step) < share
@@ -79,7 +79,7 @@ class StagedPlan:
         return frozenset(source for _, plan in self.stages for source in plan.sources)
 
     def assign(self, seed: int, step: int, num_prompts: int) -> tuple[Source, ...]:
-        """Return the source of each prompt of optimizer step ``step`` (counted over the whole run)."""
+        """Return the source of each prompt in optimizer step ``step``, counted over the run."""
         plan = next(plan for start, plan in reversed(self.stages) if start <= step)
         return plan.assign(seed, step, num_prompts)
 
