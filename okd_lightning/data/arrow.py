@@ -70,7 +70,7 @@ def _own_files(builder: DatasetBuilder, where: str, split: str) -> list[tuple[Pa
     """
     files = getattr(builder.config, "data_files", None)
     is_special = getattr(builder.config, "field", None) is not None  # rows within a JSON object
-    if not files or is_special or "+" in split or split == "all":
+    if not files or is_special or split == "all":
         return None
     if split not in files:
         raise _no_split(where, split, list(files))
@@ -82,19 +82,26 @@ def _own_files(builder: DatasetBuilder, where: str, split: str) -> list[tuple[Pa
 
 
 def _rows_of(name: str, subset: str | None, split: str) -> list[Row]:
-    """Return the rows of a split (or ``train[:100]``) of a folder of data files or a hub id."""
+    """Return the rows of a split of a folder of data files or a hub id.
+
+    As in ``datasets``: also ``train[:100]``, sums such as ``train+validation``, and ``all``.
+    """
     builder = load_dataset_builder(name, subset)
-    part, is_cut, _ = split.partition("[")
-    files = _own_files(builder, name, part)
-    if files is None:
+    if split == "all":
+        split = "+".join(map(str, getattr(builder.config, "data_files", None) or [split]))
+    parts = dict.fromkeys(part.partition("[")[0].strip() for part in split.split("+"))
+    files = {part: _own_files(builder, name, part) for part in parts}
+    if None in files.values():
         return rows_of_dataset(load_dataset(name, subset, split=split))
     named = getattr(builder.config, "sep", ",")  # from the dataset card
     delimiter = None if named == "," else named
-    rows = [row for path, kind in files for row in read_file(path, kind, delimiter)]
-    if not is_cut:
-        return rows
-    (cut,) = ReadInstruction.from_spec(split).to_absolute({part: len(rows)})
-    return rows[cut.from_ : cut.to]
+    rows = {
+        part: [row for path, kind in own or () for row in read_file(path, kind, delimiter)]
+        for part, own in files.items()
+    }
+    lengths = {part: len(own) for part, own in rows.items()}
+    cuts = ReadInstruction.from_spec(split).to_absolute(lengths)
+    return [row for cut in cuts for row in rows[cut.splitname][cut.from_ : cut.to]]
 
 
 def read_folder(folder: Path, *, split: str, subset: str | None) -> list[Row]:
