@@ -66,7 +66,7 @@ def _plot(
         run = next((runs[key] for key in longest if key in runs), None)
         if run is None:
             continue
-        points = [(0, starts[f"{arm.task} / seed {seed}"][_METRIC])]
+        points = [(0, starts[replace(arm, seed=seed).start_key][_METRIC])]
         points += [(int(step), values[_METRIC]) for step, values in run["curve"].items()]
         steps, values = zip(*points, strict=True)
         axes.plot(steps, values, style, color=colour, linewidth=1.2, label=label)
