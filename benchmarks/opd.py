@@ -7,7 +7,7 @@ so that what there is can be compared. ``variance`` measures bias and variance o
 gradients on the first pair.
 
     python benchmarks/opd.py --shared FOLDER --stage collapse variance --seeds 3
-    python benchmarks/opd.py --shared FOLDER --picture docs/opd.png
+    python benchmarks/opd.py --normalization token_mean --picture docs/opd.png
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def main() -> None:
     for when, measured in kept.variance.items():
         console.print(variance_table(f"{VARIANCE} {when}", measured))
     if options.picture:
-        draw(options.picture, kept.starts, kept.runs)
+        draw(options.picture, kept.starts, kept.runs, options.normalization)
 
 
 if __name__ == "__main__":

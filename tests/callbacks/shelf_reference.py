@@ -8,7 +8,6 @@ import pytest
 import reference_loss as reference
 import tiny
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 DATASET, STUDENT, TEACHER = 0, 1, 2
@@ -18,16 +17,6 @@ Values = Callable[..., Tensor]
 
 Of a method with a third model, that one's log-probs come last.
 """
-
-
-class Snapshots(Callback):
-    """A float64 copy of the student before every optimizer step."""
-
-    def __init__(self) -> None:
-        self.students = []
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.students.append(reference.double(pl_module.student))
 
 
 def step_losses(student, teacher, batches, values: Values, others=()) -> dict[int, Tensor]:
@@ -61,7 +50,7 @@ def check(tmp_path, module, method, values: Values, others=(), **settings):
 
     The loss is the sum of the means over each source's rows. ``others``: further frozen models.
     """
-    snapshots = Snapshots()
+    snapshots = reference.Snapshots()
     recorder = tiny.fit(
         tmp_path,
         module,
