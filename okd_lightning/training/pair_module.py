@@ -172,7 +172,7 @@ class PairModule(PairRuns):
             self._check_one_base()
             self.teacher_base.load(self.teacher_dtype_name, self.attn_implementation, self.packing)
         if self._trainer is not None and self._trainer.world_size > 1:
-            base = self.teacher_base and self.teacher_base.model
+            base = None if self.teacher_base is None else self.teacher_base.model
             self.weights_read = weights_digest((self.student, self.teacher, base))
 
     def _build_student(self) -> None:
