@@ -11,7 +11,8 @@ Differs from the paper:
   a prefix of the teacher's, but a row has one generator.
 - Advantage and trust use the current student, also if a rollout batch serves several steps.
 
-Differs from the released code: it was not compared.
+Not compared with released code: the authors' repository (Xingrun-Xing2/TrOPD, commit b4bee6f)
+holds a description and a log, and no code.
 """
 
 from __future__ import annotations

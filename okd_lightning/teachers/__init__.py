@@ -6,6 +6,7 @@
   ``settings``: folder and size; ``identity``: a digest of the teacher; ``layout``: the rows of the
   cache; ``store``: a complete entry on disk.
 * ``served_teacher``: the same from a teacher on a server, requested for every batch.
+* ``teacher_base``: the model that the teacher was trained from, for methods that compare both.
 * ``terms``: the methods that work with a cached or served teacher, and the form they take.
 """
 
@@ -33,6 +34,7 @@ from okd_lightning.teachers.settings import (
     check_cached_teacher,
     check_served_teacher,
 )
+from okd_lightning.teachers.teacher_base import TeacherBase
 from okd_lightning.teachers.terms import cached_terms, check_cached_term
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "OnlineModuleSettings",
     "SelfTeacher",
     "ServedTeacher",
+    "TeacherBase",
     "TeacherCache",
     "TeacherServer",
     "WithinContext",

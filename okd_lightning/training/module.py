@@ -222,8 +222,8 @@ class DistillationModule(OptimizedModule):
         return [kind() for kind in SAFEGUARDS if not any(isinstance(c, kind) for c in present)]
 
     def teardown(self, stage: str) -> None:
-        """Remove the terms, so that another Trainer can add its own."""
-        self.terms, self._checked = [], []
+        """Remove the terms and the teacher's base, so that another Trainer can add its own."""
+        self.terms, self._checked, self.teacher_base = [], [], None
 
     # ---------------------------------------------------------------- training
 

@@ -26,10 +26,21 @@ from okd_lightning.losses import (
     measure,
     weighted_loss,
 )
-from okd_lightning.models import ModelSource, Vocabulary, check_lengths, load_model_config
+from okd_lightning.models import (
+    ModelSource,
+    Vocabulary,
+    check_lengths,
+    load_model_config,
+)
 from okd_lightning.records.batches import DistillBatch, PromptBatch, Rollout
 from okd_lightning.sharding import Placement
-from okd_lightning.teachers import CachedTeacher, SelfTeacher, ServedTeacher, cached_terms
+from okd_lightning.teachers import (
+    CachedTeacher,
+    SelfTeacher,
+    ServedTeacher,
+    TeacherBase,
+    cached_terms,
+)
 from okd_lightning.training.frozen_parts import FrozenPartsModule
 from okd_lightning.training.pair_sides import PairSides
 
@@ -49,6 +60,7 @@ class PairRuns(FrozenPartsModule):
     engine: EngineSource | None
     tool_rounds: ToolRounds | None
     placement: Placement
+    teacher_base: TeacherBase | None
     _has_online_module: bool
 
     @property
@@ -73,10 +85,11 @@ class PairRuns(FrozenPartsModule):
     def measure(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Measured:
         """Run the models once over a batch and measure at its unmasked positions.
 
-        The student runs in the caller's gradient mode. The teacher runs without gradient, except
-        where a quantity trains its online module. It runs a second time without that module where a
-        quantity compares with the base teacher. It reads its own prompts where the batch has them;
-        the positions are those of the same response tokens on both sides.
+        The student runs in the caller's gradient mode; the teacher runs without gradient, except
+        where a quantity trains its online module. Where a quantity compares with the base, that
+        runs as well: ``teacher_base``, or the teacher a second time without its online module. The
+        teacher reads its own prompts where the batch has them; the positions are those of the same
+        response tokens on both sides.
         """
         student, teacher, base = self.sides.of(batch, quantities)
         values = measure(
@@ -130,6 +143,7 @@ class PairRuns(FrozenPartsModule):
             packs=(self.packs_student, self.packs_teacher),
             has_online_module=self._has_online_module,
             absent=self.cache_in_use,
+            teacher_base=self.teacher_base,
         )
 
     def write(
@@ -187,6 +201,8 @@ class PairRuns(FrozenPartsModule):
         if self.self_teacher is None and self.teacher_source is not None:
             teacher = load_model_config(self.teacher_source, "--model.teacher", size)
         check_lengths(student, teacher, num_tokens, teacher_tokens or num_tokens)
+        if self.teacher_base is not None:
+            self.teacher_base.check_length(teacher_tokens or num_tokens)
         if self.engine is not None:
             self.engine.check_length(num_tokens)
         if isinstance(self.cache_in_use, ServedTeacher):

@@ -14,11 +14,24 @@ from transformers import PreTrainedModel
 from okd_lightning.engines.engine import Author
 from okd_lightning.engines.memory import memory_of
 from okd_lightning.losses import Quantity, Side
-from okd_lightning.models import LMHead, Vocabulary, hidden_at_loss, packs_rows, say_row_groups
+from okd_lightning.models import (
+    LMHead,
+    Vocabulary,
+    hidden_at_loss,
+    packs_rows,
+    say_row_groups,
+)
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.records.sequences import Sequences
 from okd_lightning.sharding import Placement
-from okd_lightning.teachers import SelfTeacher, WithinContext, base_teacher, detached, in_eval_mode
+from okd_lightning.teachers import (
+    SelfTeacher,
+    TeacherBase,
+    WithinContext,
+    base_teacher,
+    detached,
+    in_eval_mode,
+)
 
 
 def tried_model(model: PreTrainedModel, packing: bool, role: Author) -> bool:
@@ -58,6 +71,8 @@ class PairSides:
         packs: Whether student and teacher get packed rows.
         has_online_module: Whether the teacher has one.
         absent: Replacement of a teacher that is not in memory.
+        teacher_base: Model with which the teacher is compared, instead of the teacher without its
+            online module.
     """
 
     student: PreTrainedModel
@@ -67,14 +82,15 @@ class PairSides:
     packs: tuple[bool, bool]
     has_online_module: bool
     absent: AbsentTeacher | None
+    teacher_base: TeacherBase | None = None
 
     def of(
         self, batch: DistillBatch, quantities: Sequence[Quantity]
     ) -> tuple[Side, Side | None, Side | None]:
         """Return hidden states at unmasked positions, with heads: student, teacher, base teacher.
 
-        Gradient flows to the teacher where a quantity trains it. The base teacher is the teacher
-        without its online module, for quantities that compare with it; it has no gradient.
+        Gradient flows to the teacher where a quantity trains it. The base is ``teacher_base``, or
+        the teacher without its online module, for quantities that compare with it.
         """
         student = self.side(self.student, batch.student_reads)
         teacher = base = None
@@ -91,7 +107,11 @@ class PairSides:
 
     def side(self, model: PreTrainedModel, read: Sequences) -> Side:
         """Return one model's side for some rows."""
-        packs = self.packs[0] if model is self.student else self.packs[1]
+        return self._one_side(
+            model, read, self.packs[0] if model is self.student else self.packs[1]
+        )
+
+    def _one_side(self, model: PreTrainedModel, read: Sequences, packs: bool) -> Side:
         hidden = hidden_at_loss(model, read, packs)
         return Side(hidden=hidden, head=LMHead.of(model, self.vocabulary))
 
@@ -152,7 +172,14 @@ class PairSides:
             yield
 
     def _base_side(self, read: Sequences) -> Side:
-        """Return the teacher's side without its online module, which may be on the head as well."""
+        """Return the base's side: another model, or the teacher without its online module.
+
+        The online module may be on the head as well.
+        """
+        if self.teacher_base is not None:
+            with torch.no_grad():
+                model = self.teacher_base.on(read.input_ids.device)
+                return self._one_side(model, read, self.teacher_base.packs)
         with self.as_base_teacher():
             side = self._teacher_side(read, learns=False)
         assert isinstance(side.head, LMHead)
