@@ -14,7 +14,7 @@ Differs from the paper:
 - Temperature 1 in rollouts and softmaxes; the paper has 0.7 in both.
 - The paper multiplies advantages by 0.1 and optimises PPO's clipped loss of TRL's ``GRPOTrainer``;
   here ``weight`` and ``clip`` do, by default 1 and off.
-- The credit is of the current student, also where a rollout batch serves several steps.
+- The advantage is of the current student, also where a rollout batch serves several steps.
 
 Differs from the released code (naver-ai/opd2): that repository could not be read. What is known of
 it is a transcription, in a port to verl: ``log_softmax`` is in bfloat16, the sampled id replaces

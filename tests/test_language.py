@@ -36,7 +36,7 @@ WORDS = {
     r"\bmuted?\b": "fully masked",
     r"\bgiven (responses?|stories|answers?)\b": "dataset responses",
     r"\bown (responses?|rollouts|stories|answers?)\b": "on-policy samples, on-policy responses",
-    r"\bcredits?\b": "advantage",
+    r"(?<!--)\bcredits?\b": "advantage",
     r"\bbehind\b": "after",
     r"\bbeside\b": "besides, next to, with",
     r"\basked? (once|again|every time)\b": "name the action: query, request",

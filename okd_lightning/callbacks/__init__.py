@@ -1,18 +1,23 @@
 """Callbacks of a Trainer: methods, task metrics and monitors.
 
-* ``base``: ``DistillationCallback``, the interface of a method.
-* ``divergence``: ``DivergenceCallback``, the base of every exact method.
-* ``policy_gradient``: ``AdvantageCallback``, the base of every sampled method.
-* ``sft``, ``kd``, ``gkd``, ``okd``, ``opd``: the published methods with their defaults;
-  ``reward``: a task reward, besides them; ``stage``: a method for a part of the run.
-* task measures: ``exact_match``, ``avg_at_k`` (avg@k and pass@k), ``tool_call_score``,
-  ``task_score`` (any reward function, such as ROUGE-L), on the base ``answer_scores``.
-* monitors: ``paper_measures`` (OKD's), ``teacher_drift``, ``rollout_log`` (responses of training
-  on disk), ``sample_table`` (answers before training and now) with ``sample_views``,
-  ``predictions`` (generations on disk), ``progress_bar`` with ``pace``, ``best_checkpoint``,
-  ``last_checkpoint``, ``preemption`` (SIGTERM), ``throughput``; ``monitors``:
-  those that every run of the command line has. ``FiniteGuard`` and ``HealthWarnings``, which
-  every Trainer has, are in ``okd_lightning.training.safeguards``.
+``methods``
+    ``base``: ``DistillationCallback``, the interface of a method. ``divergence``:
+    ``DivergenceCallback``, the base of every exact method. ``policy_gradient``:
+    ``AdvantageCallback``, the base of every sampled method. ``sft``, ``kd``, ``gkd``, ``okd``,
+    ``opd``: the published methods with their defaults. ``reward``: a task reward. ``stage``: a
+    method for a part of the run.
+``measures``
+    ``answer_scores``: the base of ``exact_match``, ``avg_at_k`` (avg@k and pass@k),
+    ``tool_call_score`` and ``task_score`` (any reward function, such as ROUGE-L).
+    ``paper_measures``: those of OKD's paper.
+``monitors``
+    ``teacher_drift``, ``throughput``; ``rollout_log`` (training responses on disk),
+    ``predictions`` (generations on disk), ``sample_table`` with ``sample_views`` (answers before
+    training and now); ``progress_bar`` with ``pace``; ``best_checkpoint``, ``last_checkpoint``,
+    ``preemption`` (SIGTERM). ``always``: those that every run of the command line has.
+
+``FiniteGuard`` and ``HealthWarnings``, which every Trainer has, are in
+``okd_lightning.training.safeguards``.
 """
 
 from okd_lightning.callbacks.measures.answer_scores import AnswerScores

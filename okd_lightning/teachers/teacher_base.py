@@ -21,7 +21,7 @@ from okd_lightning.models.vocabulary import Vocabulary
 
 @dataclass
 class TeacherBase:
-    """A frozen model beside student and teacher.
+    """Frozen third model, besides student and teacher.
 
     Attributes:
         source: What it is loaded from.

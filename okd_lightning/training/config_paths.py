@@ -147,7 +147,7 @@ def _changed(name: str, value: str, kind: PathKind, change: Change) -> str:
 
 
 def _kind(owner: Any, name: str) -> PathKind | None:
-    """What a class's parameter names, if it is a path."""
+    """Return what a class's parameter names, if it is a path."""
     parameter = None if owner is None else inspect.signature(owner).parameters.get(name)
     if parameter is None:
         return None
