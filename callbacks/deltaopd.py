@@ -46,7 +46,7 @@ class CentredLogRatio(Quantity):
 
     @property
     def needs_base_teacher(self) -> bool:  # type: ignore[override]
-        """Where r is the base."""
+        """Return whether the reference is the base."""
         return self.reference == "base"
 
     @torch.no_grad()
