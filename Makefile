@@ -80,6 +80,7 @@ soak: install  ## kill runs with SIGKILL and compare them with runs left alone (
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills 20
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills 6 --ranks 2
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --hang 10
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --torchrun
 
 fuzz: install  ## give hostile rows, templates, model folders, servers and configs (some minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz_program.py

@@ -5,12 +5,15 @@
   (``--ckpt_path last``) ends with the weights, metrics.csv and rollouts.jsonl of the run that was
   left alone;
 * so does a run that is stopped twice: it trains the epochs that were asked for;
+* ``stopped.json`` holds the signal, the step, the checkpoint and a command that resumes;
 * under SLURM its warning signal does the same and asks for the job to be put into the queue again.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import shutil
 import signal
 from collections.abc import Callable
@@ -120,6 +123,34 @@ def test_a_stopped_run_goes_on(
     assert_same_weights(LAST, truth / "checkpoints" / "last.ckpt")
     assert read_metrics(RUN / "metrics.csv") == read_metrics(truth / "metrics.csv")
     assert (RUN / "rollouts.jsonl").read_text() == (truth / "rollouts.jsonl").read_text()
+
+
+def test_the_record_says_how_to_go_on(
+    okd: Fit, assets: Assets, whole: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its command is typed as it stands there; the record goes when training goes on."""
+    truth = left_alone(okd, assets, whole, "--trainer.enable_checkpointing", "true")
+    with monkeypatch.context() as patched:
+        signal_at(patched, "training", 5)
+        assert okd("fit", *options(assets)).status == 143
+    record = json.loads((RUN / "stopped.json").read_text())
+    resume = f"okd-lightning fit --ckpt_path {LAST}"
+    assert record == {"signal": "SIGTERM", "step": 3, "checkpoint": str(LAST), "resume": resume}
+    resumed = okd(*shlex.split(record["resume"])[1:])
+    assert resumed.status == 0, resumed.err
+    assert not (RUN / "stopped.json").exists()
+    assert_same_weights(LAST, truth / "checkpoints" / "last.ckpt")
+
+
+def test_the_record_of_a_run_without_checkpoints(
+    okd: Fit, assets: Assets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        signal_at(patched, "rollout", 1)
+        stopped = okd("fit", *options(assets))
+    assert stopped.status == 143
+    record = json.loads((RUN / "stopped.json").read_text())
+    assert record == {"signal": "SIGTERM", "step": 0, "checkpoint": None, "resume": None}
 
 
 TWICE = [
