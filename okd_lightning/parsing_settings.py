@@ -23,7 +23,6 @@ _DENIED = (
 """Besides jsonargparse's own list: os, subprocess, pickle, importlib and the like."""
 
 
-
 class _PlainDumper(yaml.SafeDumper):
     """Writes text of a class of its own, such as the member of an enum, as plain text."""
 

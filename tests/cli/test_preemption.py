@@ -19,10 +19,14 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 from cli_workbench import QUIET, Assets, Result, assert_same_weights, read_metrics
 
+from okd_lightning.callbacks import KD, Preemption
+from okd_lightning.data import RolloutDataModule
+from okd_lightning.errors import PreemptedError
 from okd_lightning.module import DistillationModule
 from okd_lightning.rollouts import RolloutLoader
 from okd_lightning.rollouts.evaluation import OwnResponses
@@ -145,12 +149,22 @@ def test_the_record_says_how_to_go_on(
 def test_the_record_of_a_run_without_checkpoints(
     okd: Fit, assets: Assets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patched:
-        signal_at(patched, "rollout", 1)
-        stopped = okd("fit", *options(assets))
-    assert stopped.status == 143
+    """From Python, where nothing says that there have to be any."""
+    signal_at(monkeypatch, "training", 2)
+    module = DistillationModule(assets.student, assets.teacher, learning_rate=1e-3)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=5,
+        logger=False,
+        enable_progress_bar=False,
+        default_root_dir=RUN,
+        callbacks=[KD(), Preemption()],
+    )
+    with pytest.raises(PreemptedError, match="no LastCheckpoint"):
+        trainer.fit(module, RolloutDataModule(assets.train, batch_size=2, max_response_length=8))
     record = json.loads((RUN / "stopped.json").read_text())
-    assert record == {"signal": "SIGTERM", "step": 0, "checkpoint": None, "resume": None}
+    assert record == {"signal": "SIGTERM", "step": 2, "checkpoint": None, "resume": None}
 
 
 TWICE = [

@@ -20,7 +20,6 @@ from fuzz_program import Bench, Case
 from option_draws import (
     Draw,
     draw_callbacks,
-    draw_engine,
     draw_methods,
     draw_models,
     draw_optimizer,
@@ -83,8 +82,11 @@ def _write_rows(folder: Path, name: str, form: str, rows: list[dict[str, Any]]) 
 _FORMS = ("jsonl", "jsonl", "json", "jsonl.gz", "csv", "tsv", "parquet", "saved")
 
 
-def _data(draw: Draw, folder: Path) -> Words:
-    kind = draw.choices(list(_KINDS), (6, 2, 1, 1, 1, 1, 1))[0]
+def _draw_kind(draw: Draw) -> str:
+    return draw.choices(list(_KINDS), (6, 2, 1, 1, 1, 1, 1))[0]
+
+
+def _data(draw: Draw, folder: Path, kind: str) -> Words:
     is_flat = kind in ("plain", "named", "text", "fields")
     form = draw.choice([form for form in _FORMS if is_flat or form not in ("csv", "tsv")])
     rows = [_row_of(kind, row) for row in make_rows(draw.choice((7, 12)), draw.randrange(99))]
@@ -99,10 +101,9 @@ def _data(draw: Draw, folder: Path) -> Words:
 def _lengths(draw: Draw, kind: str) -> Words:
     is_long = "chat" in kind or kind == "trl"
     return [
-        *("--data.max_prompt_length", "96" if is_long else draw.choice(("5", "16"))),
+        *("--data.max_prompt_length", "96" if is_long else draw.choice(("7", "16", "16"))),
         *("--data.max_response_length", draw.choice(("1", "4", "8"))),
         *maybe(draw, 0.05, ["--data.on_overlong", "error"]),
-        *maybe(draw, 0.08, ["--data.as_chat", "true"]),
         *maybe(draw, 0.2, ["--data.token_cache", "null"]),
         *maybe(draw, 0.2, ["--data.seed", "5"]),
     ]
@@ -111,7 +112,7 @@ def _lengths(draw: Draw, kind: str) -> Words:
 def _batches(draw: Draw) -> Words:
     size = draw.choice((1, 2, 3))
     steps = draw.choice((1, 1, 2, 3))
-    samples = draw.choice((1, 1, 1, 2))
+    samples = draw.choice((1, 1, 1 + (size * steps + 1) % 2))
     words = ["--data.batch_size", str(size)]
     if steps > 1:
         words += draw.choice(
@@ -144,15 +145,14 @@ def option_set(seed: int, assets: Path, folder: Path, url: str) -> Words:
         url: Of a server for those that take one.
     """
     draw = random.Random(seed)
+    methods, kind = draw_methods(draw), _draw_kind(draw)
+    is_chat = "chat" in kind or kind == "trl"
     return [
         *("fit", "--ckpt_path", "last", "--trainer.default_root_dir", "run"),
         *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
-        *(
-            *draw_methods(draw),
-            *draw_models(draw, assets, folder, url),
-            *draw_engine(draw, folder, url),
-        ),
-        *(*draw_optimizer(draw), *_data(draw, folder), *draw_trainer(draw), *draw_callbacks(draw)),
+        *(*methods, *draw_models(draw, assets, folder, url, methods, is_chat)),
+        *(*draw_optimizer(draw), *_data(draw, folder, kind)),
+        *(*draw_trainer(draw), *draw_callbacks(draw)),
     ]
 
 

@@ -79,9 +79,9 @@ def _gkd(draw: Draw, at: str) -> Words:
     shape = maybe(draw, 0.5, [f"{at}.beta", draw.choice(("0", "0.1", "0.5", "1"))])
     return [
         *("GKD", *(shape or _divergence(draw, f"{at}.divergence"))),
-        *(f"{at}.on_policy_fraction", draw.choice(("0", "0.3", "0.5", "1"))),
+        *(f"{at}.on_policy_fraction", share := draw.choice(("0", "0.3", "0.5", "1"))),
         *maybe(draw, 0.3, [f"{at}.temperature", "2"]),
-        *maybe(draw, 0.2, [f"{at}.seq_kd", "true"]),
+        *maybe(draw, 0.2 * (share != "1"), [f"{at}.seq_kd", "true"]),
     ]
 
 
@@ -129,7 +129,7 @@ def _exact(draw: Draw, at: str) -> Words:
     return [
         *("DivergenceCallback", *_under(f"{at}.divergence", draw.choice(_DIVERGENCES))),
         *maybe(draw, 0.5, [f"{at}.on_policy_fraction", "0.5"]),
-        *maybe(draw, 0.3, [f"{at}.cross_entropy_weight", "1"]),
+        *maybe(draw, 0.3, [f"{at}.cross_entropy_weight", "0.3"]),
         *maybe(draw, 0.3, [f"{at}.weight", "0.3"]),
     ]
 
@@ -182,7 +182,7 @@ _METHODS: tuple[Callable[[Draw, str], Words], ...] = (
 
 def draw_methods(draw: Draw) -> Words:
     words = ["--method", *draw.choice(_METHODS)(draw, "--method")]
-    if draw.random() < 0.25:
+    if draw.random() < 0.15:
         at = "--trainer.callbacks"
         words += [f"{at}+={(second := draw.choice(_METHODS)(draw, at))[0]}", *second[1:]]
         words += [f"{at}.name", "second"] if second[0] != "Stage" else []
@@ -192,26 +192,23 @@ def draw_methods(draw: Draw) -> Words:
 # ---------------------------------------------------------------- models and teachers
 
 
-def draw_models(draw: Draw, assets: Path, folder: Path, url: str) -> Words:
-    student = draw.choice(("student", "student", "gpt2", "tied", "narrow", "chats"))
-    fresh = "{model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1}"
+def draw_models(
+    draw: Draw, assets: Path, folder: Path, url: str, methods: Words, is_chat: bool
+) -> Words:
+    """Student and teacher of some methods, and at times a server that writes."""
+    has_engine = "on_policy_fraction" in " ".join(methods) and draw.random() < 0.25
+    names = ("student", "student", "gpt2", "tied", "narrow")
+    student = "chats" if is_chat else "student" if has_engine else draw.choice(names)
     words = ["--model.student", str(assets / student)]
-    if draw.random() < 0.08:
+    if not (is_chat or has_engine) and draw.random() < 0.08:
+        fresh = "{model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1}"
         words = ["--model.student", fresh, "--model.tokenizer", str(assets / "student")]
     if draw.random() < 0.25:
         words += _under("--model.student_adapter", draw.choice(_ADAPTERS))
-    teacher = ["--model.teacher", str(assets / draw.choice(("teacher", "gpt2")))]
-    template = ["--data.teacher_prompt_template", "{prompt}{reference}"]
-    kinds: tuple[tuple[float, Words], ...] = (
-        (0.6, teacher),
-        (0.08, [*teacher, *template]),
-        (0.08, ["--model.self_teacher", draw.choice(("frozen", "ema", "live")), *template]),
-        (0.12, [*teacher, "--model.teacher_cache", str(folder / "cache")]),
-        (0.08, ["--model.teacher_server.url", url, "--model.teacher_server.k", "6"]),
-        (0.04, []),
-    )
-    weights = [weight for weight, _ in kinds]
-    words += draw.choices([kind for _, kind in kinds], weights)[0]
+    words += draw.choice(_teachers(draw, assets, folder, url, methods))
+    if has_engine:
+        at = "--model.engine"
+        words += [at, "VLLMServer", f"{at}.url", url, f"{at}.sync_folder", str(folder / "weights")]
     return [
         *words,
         *maybe(draw, 0.15, ["--model.dtype", draw.choice(("bfloat16", "float64"))]),
@@ -224,14 +221,26 @@ def draw_models(draw: Draw, assets: Path, folder: Path, url: str) -> Words:
     ]
 
 
+def _teachers(draw: Draw, assets: Path, folder: Path, url: str, methods: Words) -> list[Words]:
+    """The teachers that some methods can have; a loaded one more often than others."""
+    said = " ".join(methods)
+    teacher = ["--model.teacher", str(assets / draw.choice(("teacher", "gpt2")))]
+    template = ["--data.teacher_prompt_template", "{prompt}{reference}"]
+    found = [teacher, teacher, teacher, [*teacher, *template]]
+    found.append(["--model.self_teacher", "frozen", *template])
+    if "OKD" not in methods:
+        found.append(["--model.self_teacher", draw.choice(("ema", "live")), *template])
+    if not any(part in said for part in ("OKD", "seq_kd", "temperature", "Tempered", "callbacks.")):
+        server = "--model.teacher_server"
+        found.append([f"{server}.url", url, f"{server}.k", "6"])
+        if not any(part in said for part in ("OPD", "GKD", "on_policy", "Advantage")):
+            found += [[*teacher, "--model.teacher_cache", str(folder / "cache")]] * 2
+    if methods[1:] in (["SFT"],) or (methods[1] == "Reward" and "+=" not in said):
+        found = [[]]
+    return found
+
+
 _NORMALIZATIONS = ("running_mean", "constant", "token_mean", "7.5")
-
-
-def draw_engine(draw: Draw, folder: Path, url: str) -> Words:
-    if draw.random() > 0.1:
-        return []
-    at = "--model.engine"
-    return [at, "VLLMServer", f"{at}.url", url, f"{at}.sync_folder", str(folder / "weights")]
 
 
 # ---------------------------------------------------------------- optimizers
@@ -277,13 +286,13 @@ def draw_callbacks(draw: Draw) -> Words:
         (0.2, ["HealthWarnings", ".every_n_steps", "2"]),
         (0.1, ["ExactMatch"]),
         (0.1, ["AvgAtK", ".k", "2"]),
-        (0.1, ["TaskScore", ".function", "RougeL"]),
+        (0.1, ["TaskScore", ".function", "RougeL", ".name", "rouge"]),
         (0.1, ["PaperMeasures", ".num_prompts", "3"]),
         (0.1, ["TeacherDrift"]),
         (0.1, ["LearningRateMonitor"]),
         (0.1, ["BestCheckpoint", ".keep", "2"]),
         (0.05, ["EarlyStopping", ".monitor", "val/cross_entropy", ".patience", "1"]),
-        (0.05, ["GradientAccumulationScheduler", ".scheduling", "{0: 1, 1: 2}"]),
+        (0.02, ["GradientAccumulationScheduler", ".scheduling", "{0: 1, 1: 2}"]),
         (0.05, ["StochasticWeightAveraging", ".swa_lrs", "1e-3"]),
         (0.05, ["WeightAveraging"]),
         (0.05, ["Timer"]),
@@ -306,7 +315,7 @@ def draw_trainer(draw: Draw) -> Words:
         (0.1, "gradient_clip_algorithm", "value"),
         (0.1, "log_every_n_steps", "3"),
         (0.1, "num_sanity_val_steps", "1"),
-        (0.1, "limit_train_batches", draw.choice(("3", "0.5"))),
+        (0.03, "limit_train_batches", draw.choice(("3", "0.5"))),
         (0.1, "limit_val_batches", draw.choice(("1", "0.5", "0"))),
         (0.1, "deterministic", "true"),
         (0.05, "detect_anomaly", "true"),
