@@ -52,6 +52,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
                 "last_model_path",
             ):
                 own.pop(name)
+    state["callbacks"].pop("Timer", None)
     counters = state["callbacks"]["Throughput"]
     state["callbacks"]["Throughput"] = {k: v for k, v in counters.items() if k not in CLOCKS}
     row = state["okd_lightning"]["row"] or {}

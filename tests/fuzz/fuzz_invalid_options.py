@@ -86,9 +86,9 @@ def _wrong_value(draw: random.Random) -> Words:
 
 
 def _misspelt(word: str, draw: random.Random) -> str:
-    place = draw.randrange(len(word) - 1)
+    place = draw.randrange(max(1, len(word) - 1))
     change = draw.choice(("drop", "double", "swap", "add"))
-    a, b = word[place], word[place + 1]
+    a, b = word[place], word[place + 1 : place + 2]
     if change == "drop":
         return word[:place] + word[place + 1 :]
     if change == "double":
