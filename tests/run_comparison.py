@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from okd_lightning.loop_state import STOPPED
+
 TIMINGS = {"train/seconds", "train/tokens_per_second", "rollout/seconds"}
 TIMINGS |= {"rollout/tokens_per_second"}
 CLOCKS = {"seconds", "cpu_seconds", "rollout_seconds"}
@@ -53,6 +55,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             ):
                 own.pop(name)
     state["callbacks"].pop("Timer", None)
+    stopped = state.pop(STOPPED, {})  # a run that was stopped at its last step has ended
+    state["due"] = bool(stopped.get("validation_is_due"))
     counters = state["callbacks"]["Throughput"]
     state["callbacks"]["Throughput"] = {k: v for k, v in counters.items() if k not in CLOCKS}
     row = state["okd_lightning"]["row"] or {}

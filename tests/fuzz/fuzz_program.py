@@ -41,7 +41,7 @@ KINDS = (
     *("valid_options", "invalid_options"),
 )
 SECONDS = 60.0
-_CLOCK_FACTOR = 5
+_CLOCK_FACTOR = 20
 _MEMORY = 6 << 30
 _MARK, _PRINTED = "RAN", "printed.txt"
 _STEERING = ("\x1b", "\u202e", "\u2066", "\x07", "\x08")

@@ -23,6 +23,10 @@ from soak import RUN
 from soak_marks import PLACES, Board, Kill, Marks, mark_everything
 from transformers import GPT2Config, GPT2LMHeadModel
 
+# what commands import when they are typed: once here, in place of once a case
+import okd_lightning.compare.command
+import okd_lightning.diagnose.command
+import okd_lightning.export_command  # noqa: F401
 from okd_lightning.__main__ import main
 from okd_lightning.errors import OKDLightningError
 
