@@ -39,7 +39,7 @@ def weights_digest(models: Iterable[nn.Module | None]) -> str:
     Of weights that are left on disk the sample is of the files, of which each rank reads its rows.
 
     Args:
-        models: Student and teacher; None where there is none.
+        models: Student, teacher and its base; None where there is none.
     """
     found = blake2b(digest_size=16)
     for model in models:
