@@ -10,10 +10,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ import pytest
 import torch
 import yaml
 from cli_workbench import QUIET, Assets, Result, assert_same_weights, read_metrics
+from forked import type_command
 from lightning import Trainer
 
 Fit = Callable[..., Result]
@@ -124,10 +122,10 @@ def test_a_killed_run_loses_nothing_before_its_checkpoint(
     fit(*options)
     shutil.move(RUN, "whole")
     (here / "cli_killer.py").write_text(KILLER)
-    command = [sys.executable, "-m", "okd_lightning", "fit", *assets.models, *assets.data, *QUIET]
+    command = ["fit", *assets.models, *assets.data, *QUIET]
     command += ["--trainer.default_root_dir", "run", *options]
     command += ["--trainer.callbacks+=cli_killer.Killer"]
-    killed = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    killed = type_command(command, here)
     assert killed.returncode == -9, killed.stderr
     with (RUN / "metrics.csv").open("a") as file:
         file.write("1,2")  # and half a line was written
