@@ -12,6 +12,7 @@ import no_network
 import pytest
 import tiny
 import torch
+from longest_files import place_of
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from vllm_servers import ServerPool
 
@@ -22,26 +23,13 @@ SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
 # the key that signs checkpoints is not the developer's own
 os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="okd-config-")
 
-# the longest files, which start first, so that no worker is left with one at the end
-LONGEST = (
-    *("cli/test_preemption.py", "test_fsdp2.py", "cli/test_checkpoints.py", "cli/test_compare.py"),
-    *("test_packaged_configs.py", "cli/test_diagnose.py", "test_fsdp2_checkpoints.py"),
-    *("test_resume.py", "cli/test_fit.py", "callbacks/test_health_warnings.py", "test_ddp.py"),
-    *("cli/test_wheel.py", "cli/test_self_teaching.py", "cli/test_tools_from_files.py"),
-    *("test_real_pairs.py", "callbacks/test_okd_training.py", "test_ddp_faults.py"),
-    *("test_soak.py", "teacher_cache/test_served_teacher.py", "docs/test_pages.py"),
-    *("cli/test_evaluation_doc.py", "cli/test_mistakes.py", "golden/test_golden.py"),
-    *("cli/test_configs.py", "cli/test_foreign_checkpoints.py", "cli/test_damaged_folders.py"),
-)
-
 # tiny tensors: more threads only wait for each other; make test-portable asks for two
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first; with ``--no-loadscope-reorder`` the workers take them in order."""
-    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path, len(places)))
+    """The longest files first."""
+    items.sort(key=lambda item: place_of(item.path))
 
 
 @pytest.fixture(autouse=True)
