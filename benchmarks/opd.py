@@ -1,12 +1,13 @@
 """What does OPD+'s correction do? OPD, OPD+ and the exact on-policy loss, by the command line.
 
 Two tasks: ``tinystories`` (75K student, 260K teacher) and ``arithmetic`` (the quickstart's student
-after its warm start, and its teacher). Finished runs are kept in the JSON file and not repeated;
-seeds are outermost, so that what there is can be compared. ``variance`` measures bias and variance
-of the sampled gradients on the first pair.
+after its warm start, and its teacher). Finished runs are kept in the JSON file and not repeated,
+those of another divisor (``--normalization``) under keys that end in its name; seeds are outermost,
+so that what there is can be compared. ``variance`` measures bias and variance of the sampled
+gradients on the first pair.
 
     python benchmarks/opd.py --shared FOLDER --stage collapse variance --seeds 3
-    python benchmarks/opd.py --shared FOLDER --picture docs/opd.png
+    python benchmarks/opd.py --normalization token_mean --picture docs/opd.png
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from opd_study.arms import Arm
+from opd_study.arms import DEFAULT_NORMALIZATION, Arm
 from opd_study.picture import draw
 from opd_study.runner import Runner
 from opd_study.stages import STAGES
@@ -45,16 +46,18 @@ class Kept:
     def __init__(self, path: Path) -> None:
         self.path = path
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.versions: dict[str, dict[str, str]] = known.get("versions", {})
         self.starts: dict[str, dict[str, float]] = known.get("starts", {})
         self.runs: dict[str, dict[str, Any]] = known.get("runs", {})
         self.variance: dict[str, dict[str, Any]] = known.get(VARIANCE, {})
 
-    def write(self) -> None:
-        """All of it, with the versions of what ran last."""
+    def write(self, normalization: str) -> None:
+        """Write all of it, with the versions of what ran last with each divisor."""
         packages = ("torch", "lightning", "transformers", "torchmetrics")
+        versions = {name: version(name) for name in packages}
+        self.versions[normalization] = versions | {"python": platform.python_version()}
         content = {
-            "versions": {name: version(name) for name in packages}
-            | {"python": platform.python_version()},
+            "versions": self.versions,
             "starts": self.starts,
             VARIANCE: self.variance,
             "runs": self.runs,
@@ -65,12 +68,11 @@ class Kept:
 
 def run_arm(runner: Runner, arm: Arm, kept: Kept) -> None:
     """Run what has not been run, and the measures before the first step of its task and seed."""
-    start = f"{arm.task} / seed {arm.seed}"
-    if start not in kept.starts:
-        kept.starts[start] = runner.start(arm)
+    if arm.start_key not in kept.starts:
+        kept.starts[arm.start_key] = runner.start(arm)
     if arm.key not in kept.runs:
         kept.runs[arm.key] = found = runner.run(arm)
-        kept.write()
+        kept.write(arm.normalization)
         print(arm.key, found["cpu_seconds"], found.get("stopped", ""), last(found), flush=True)
 
 
@@ -83,10 +85,10 @@ def run_variance(shared: Path, root: Path, kept: Kept, num_batches: int, steps: 
     study = VarianceStudy(shared, root)
     study.train(0)  # builds the models and reads the data
     kept.variance[at_start] = study.measure(num_batches)
-    kept.write()
+    kept.write(DEFAULT_NORMALIZATION)
     study.train(steps)
     kept.variance[after] = study.measure(num_batches)
-    kept.write()
+    kept.write(DEFAULT_NORMALIZATION)
     print(VARIANCE, round(time.process_time() - begin, 1), "CPU seconds", flush=True)
 
 
@@ -96,6 +98,11 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, help="folder with models/ and datasets/")
     parser.add_argument("--stage", nargs="+", choices=[*STAGES, VARIANCE], default=())
     parser.add_argument("--seeds", type=int, nargs="+", default=(0,), help="such as 0 1 2")
+    parser.add_argument(
+        "--normalization",
+        default=DEFAULT_NORMALIZATION,
+        help="divisor of sampled rows in the training runs",
+    )
     parser.add_argument("--only", nargs="*", default=(), help="names of runs; all by default")
     parser.add_argument("--batches", type=int, default=64, help="of the variance table")
     parser.add_argument("--picture", type=Path, help="draw the collapse here")
@@ -105,8 +112,12 @@ def main() -> None:
     torch.set_num_threads(1)
     kept = Kept(options.out)
     arms = {
-        stage: [replace(arm, seed=seed) for seed in options.seeds for arm in STAGES[stage]()]
-        for stage in STAGES
+        stage: [
+            replace(arm, seed=seed, normalization=options.normalization)
+            for seed in options.seeds
+            for arm in build()
+        ]
+        for stage, build in STAGES.items()
     }
     with tempfile.TemporaryDirectory() as root:
         runner = Runner(options.shared or Path(), Path(root))
@@ -125,7 +136,7 @@ def main() -> None:
     for when, measured in kept.variance.items():
         console.print(variance_table(f"{VARIANCE} {when}", measured))
     if options.picture:
-        draw(options.picture, kept.starts, kept.runs)
+        draw(options.picture, kept.starts, kept.runs, options.normalization)
 
 
 if __name__ == "__main__":

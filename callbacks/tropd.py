@@ -12,7 +12,8 @@ Differs from the paper:
 - The credit and the trust are of the current student, also where a rollout batch serves several
   steps.
 
-Differs from the released code: it was not compared.
+Not compared with released code: the authors' repository (Xingrun-Xing2/TrOPD, commit b4bee6f)
+holds a description and a log, and no code.
 """
 
 from __future__ import annotations

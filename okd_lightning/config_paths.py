@@ -37,6 +37,9 @@ _OPTIONS: dict[str, PathKind] = {
 _NAMES = ("folder", "dirpath", "save_dir", "sync_folder")
 """Parameters of classes in the settings that are paths; besides those annotated as ``Path``."""
 
+_SOURCES = ("teacher_base",)
+"""Parameters of classes in the settings that name a model: a folder or a hub id."""
+
 _KEYWORDS = {"data.token_cache": ("auto",), "ckpt_path": ("last", "best", "hpc", "registry")}
 
 Find: TypeAlias = Callable[[str], type | None]
@@ -131,7 +134,7 @@ def _walk(name: str, node: Any, owner: Any, change: Change, find: Find) -> None:
         return
     for key, value in list(items.items()):
         option = f"{name}.{key}"
-        kind = _OPTIONS.get(option) or ("path" if _is_path(owner, key) else None)
+        kind = _OPTIONS.get(option) or _kind(owner, key)
         if isinstance(value, str) and kind is not None:
             items[key] = _changed(option, value, kind, change)
         elif not isinstance(value, str):
@@ -143,11 +146,14 @@ def _changed(name: str, value: str, kind: PathKind, change: Change) -> str:
     return change(name, value, kind) if is_path else value
 
 
-def _is_path(owner: Any, name: str) -> bool:
-    if owner is None:
-        return False
-    parameter = inspect.signature(owner).parameters.get(name)
-    return parameter is not None and (name in _NAMES or "Path" in str(parameter.annotation))
+def _kind(owner: Any, name: str) -> PathKind | None:
+    """What a class's parameter names, if it is a path."""
+    parameter = None if owner is None else inspect.signature(owner).parameters.get(name)
+    if parameter is None:
+        return None
+    if name in _SOURCES:
+        return "source"
+    return "path" if name in _NAMES or "Path" in str(parameter.annotation) else None
 
 
 def _items(node: Any) -> dict[str, Any]:

@@ -225,8 +225,8 @@ class DistillationModule(OptimizedModule):
         return [kind() for kind in SAFEGUARDS if not any(isinstance(c, kind) for c in present)]
 
     def teardown(self, stage: str) -> None:
-        """Forget the terms, so that another Trainer can bring its own."""
-        self.terms, self._checked = [], []
+        """Forget the terms and the teacher's base, so that another Trainer can bring its own."""
+        self.terms, self._checked, self.teacher_base = [], [], None
 
     # ---------------------------------------------------------------- training
 

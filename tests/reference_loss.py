@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 INF = float("inf")
@@ -17,6 +18,16 @@ INF = float("inf")
 def double(model):
     """A float64 copy in eval mode."""
     return copy.deepcopy(model).double().eval()
+
+
+class Snapshots(Callback):
+    """Keep a float64 copy of the student before every optimizer step."""
+
+    def __init__(self) -> None:
+        self.students = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.students.append(double(pl_module.student))
 
 
 def row_logprobs(model, ids: list[int], num_ids: int, temperature: float = 1.0) -> Tensor:

@@ -6,6 +6,12 @@ from dataclasses import dataclass, replace
 
 FORWARD, REVERSE, JSD = "ForwardKL", "ReverseKL", "JensenShannon"
 DIVERGENCES = (REVERSE, FORWARD, JSD)
+DEFAULT_NORMALIZATION = "running_mean"
+
+
+def kept_under(key: str, normalization: str) -> str:
+    """Add the divisor of sampled rows to a key of the JSON file; the default adds nothing."""
+    return key if normalization == DEFAULT_NORMALIZATION else f"{key} / {normalization}"
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,7 @@ class Arm:
         rate: Learning rate.
         samples: Responses to each prompt.
         seed: Of data order and sampling.
+        normalization: Divisor of sampled rows, ``--model.normalization``.
     """
 
     task: str
@@ -31,17 +38,24 @@ class Arm:
     rate: float = 1e-3
     samples: int = 1
     seed: int = 0
+    normalization: str = DEFAULT_NORMALIZATION
 
     @property
     def setting(self) -> str:
         """What a table puts together."""
         samples = f" x {self.samples} samples" if self.samples > 1 else ""
-        return f"{self.task}, {self.steps} steps of {self.rows} rows{samples}, rate {self.rate:g}"
+        budget = f"{self.steps} steps of {self.rows} rows{samples}, rate {self.rate:g}"
+        return f"{self.task}, {budget}"
 
     @property
     def key(self) -> str:
-        """Under which the run is kept."""
-        return f"{self.setting} / {self.name} / seed {self.seed}"
+        """Key of the run in the JSON file."""
+        return kept_under(f"{self.setting} / {self.name} / seed {self.seed}", self.normalization)
+
+    @property
+    def start_key(self) -> str:
+        """Key of the measures before the first step."""
+        return kept_under(f"{self.task} / seed {self.seed}", self.normalization)
 
 
 def opd(divergence: str, clip: float | None = None, task: str = "tinystories") -> Arm:

@@ -18,14 +18,17 @@ _SEEDS = (0, 1, 2)
 _TICKS = (0.8, 1, 2, 5, 10, 20)
 
 
-def draw(path: Path, starts: Mapping[str, Any], runs: Mapping[str, Any]) -> None:
-    """One panel a divergence, one line a seed, as far as each has run."""
+def draw(
+    path: Path, starts: Mapping[str, Any], runs: Mapping[str, Any], normalization: str
+) -> None:
+    """One panel a divergence, one line a seed, as far as each has run with this divisor."""
     figure = Figure(figsize=(12.5, 3.9), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(DIVERGENCES), sharey=True)
     for axes, divergence in zip(panels, DIVERGENCES, strict=True):
         for arm, colour, style in _lines(divergence):
-            _plot(axes, arm, colour, style, starts, runs)
+            own = replace(arm, normalization=normalization)
+            _plot(axes, own, colour, style, starts, runs)
         axes.set_title(divergence)
         axes.set_yscale("log")
         axes.set_yticks(_TICKS, labels=map(str, _TICKS))
@@ -66,7 +69,7 @@ def _plot(
         run = next((runs[key] for key in longest if key in runs), None)
         if run is None:
             continue
-        points = [(0, starts[f"{arm.task} / seed {seed}"][_METRIC])]
+        points = [(0, starts[replace(arm, seed=seed).start_key][_METRIC])]
         points += [(int(step), values[_METRIC]) for step, values in run["curve"].items()]
         steps, values = zip(*points, strict=True)
         axes.plot(steps, values, style, color=colour, linewidth=1.2, label=label)

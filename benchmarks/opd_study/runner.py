@@ -69,6 +69,7 @@ class Runner:
             "--data.batch_size": arm.rows,
             "--data.samples_per_prompt": arm.samples,
             "--model.learning_rate": arm.rate,
+            "--model.normalization": arm.normalization,
             "--trainer.max_steps": arm.steps,
             "--trainer.val_check_interval": min(arm.steps // 2, _VAL[arm.task]),
             "--trainer.limit_val_batches": 1.0 if arm.rows > 16 else 4,

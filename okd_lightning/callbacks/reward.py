@@ -92,7 +92,7 @@ class Reward(PolicyGradientCallback):
             response = responses[[math.isnan(reward) for reward in rewards].index(True)]
             raise RewardError(
                 f"reward {type(self.function).__name__} is not a finite number for the response "
-                f"{response[:60]!r}; mend it, or leave such responses out with on_failure skip"
+                f"{response[:60]!r}; repair it, or leave such responses out with on_failure skip"
             )
         return rewards
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from okd_lightning.divergences.base import Divergence
 from okd_lightning.divergences.kl import ForwardKL, ReverseKL
 from okd_lightning.divergences.log_arithmetic import finite, mixture_log_ratios
@@ -39,10 +41,10 @@ class _MixtureDivergence(Divergence):
 
     def summands(self, pair: LogProbPair) -> Summands:
         over_larger = pair.over_larger(self.beta, 1.0 - self.beta)
-        of_teacher = (over_larger - pair.log_ratio.clamp(max=0.0)).mul_(pair.teacher_probs)
-        of_student = over_larger.add_(pair.log_ratio.clamp(min=0.0)).mul_(pair.student_probs)
-        weights = of_student.mul_(self.scale * (1.0 - self.beta))
-        terms = of_teacher.mul_(-self.scale * self.beta).sub_(weights)
+        over_student = pair.log_ratio.clamp(min=0.0).add_(over_larger)
+        over_teacher = torch.sub(over_student, pair.log_ratio, out=over_larger)
+        weights = over_student.mul_(pair.student_probs).mul_(self.scale * (1.0 - self.beta))
+        terms = over_teacher.mul_(pair.teacher_probs).mul_(-self.scale * self.beta).sub_(weights)
         return Summands(terms, weights)
 
     @property

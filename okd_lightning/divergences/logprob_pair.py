@@ -11,6 +11,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import leaky_relu
 
 from okd_lightning.divergences.log_arithmetic import THIN_SHARE
 from okd_lightning.shapes import LogProbs, LogRatio, PerId
@@ -66,9 +67,15 @@ class LogProbPair:
         return LogProbPair(*(side.masked_fill(gaps, _NO_PROBABILITY) for side in sides))
 
     def mixture(self, share: float, rest: float) -> Tensor:
-        """[*lead, vocab] m = share q + rest p, kept above zero so that p ln m is 0 at p = 0."""
-        mixed = self.teacher_probs * share
-        mixed.add_(self.student_probs, alpha=rest)
+        """[*lead, vocab] m = share q + rest p, kept above zero so that p ln m is 0 at p = 0.
+
+        Exactly p where both sides agree: it starts from one of them and adds a part of q - p. The
+        smaller share is the factor, because 1 - share would round a small one.
+        """
+        near, far, part = self.student_probs, self.teacher_probs, share
+        if rest < share:
+            near, far, part = far, near, rest
+        mixed = torch.lerp(near, far, part)
         return mixed.clamp_(min=torch.finfo(mixed.dtype).tiny)
 
     def over_larger(self, share: float, rest: float) -> Tensor:
@@ -78,13 +85,27 @@ class LogProbPair:
         exponentials rounds. From it, log m - log p adds max(λ, 0) and log m - log q takes off
         min(λ, 0).
         """
-        larger = torch.maximum(self.student_probs, self.teacher_probs)
-        larger.clamp_(min=torch.finfo(larger.dtype).tiny)
-        fall = torch.minimum(self.difference * share, self.difference * -rest).div_(larger)
+        larger = self._larger()
+        # min(share x, -rest x) / larger of x = q - p, in one buffer: memory bounds these passes
+        fall = self.teacher_probs - self.student_probs
         if min(share, rest) >= THIN_SHARE:
-            return fall.log1p_()
-        far = (self.mixture(share, rest) / larger).log_()  # 1 + fall loses a thin share
+            leaky_relu(fall, -share / rest, inplace=True)
+            return fall.div_(larger).mul_(-rest).log1p_()
+        fall = torch.minimum(fall * share, fall * -rest).div_(larger)
+        far = self.mixture(share, rest).div_(larger).log_()  # 1 + fall loses a thin share
         return torch.where(fall > -0.5, fall.log1p(), far)
+
+    def log_over_larger(self, mixture: Tensor) -> Tensor:
+        """The same of a mixture that is there already, and is overwritten.
+
+        Its absolute error is that of a number close to 1; ``over_larger`` keeps the relative one.
+        """
+        return mixture.div_(self._larger()).log_()
+
+    def _larger(self) -> Tensor:
+        """[*lead, vocab] max(p, q), above zero."""
+        larger = torch.maximum(self.student_probs, self.teacher_probs)
+        return larger.clamp_(min=torch.finfo(larger.dtype).tiny)
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,9 @@ class SkewForwardKL(Divergence):
     def summands(self, pair: LogProbPair) -> Summands:
         """p·f(u) = q (log q - log m) and p (w_f(u) - w_f(1)) = (1 - alpha)^2 p (q - p)/m."""
         share, rest = self.alpha, 1.0 - self.alpha
-        weights = (pair.student_probs / pair.mixture(share, rest)).mul_(pair.difference)
-        over_teacher = pair.over_larger(share, rest).sub_(pair.log_ratio.clamp(max=0.0))
+        mixture = pair.mixture(share, rest)
+        weights = (pair.student_probs / mixture).mul_(pair.difference)
+        over_teacher = pair.log_over_larger(mixture).sub_(pair.log_ratio.clamp(max=0.0))
         return Summands(over_teacher.mul_(pair.teacher_probs).neg_(), weights.mul_(rest**2))
 
     @property
@@ -109,8 +110,9 @@ class SkewReverseKL(Divergence):
         r = alpha (1 - alpha), because q/m - 1 = alpha (q - p)/m.
         """
         share, rest = 1.0 - self.alpha, self.alpha
-        drift = (pair.student_probs / pair.mixture(share, rest)).mul_(pair.difference)
-        over_student = pair.over_larger(share, rest).add_(pair.log_ratio.clamp(min=0.0))
+        mixture = pair.mixture(share, rest)
+        drift = (pair.student_probs / mixture).mul_(pair.difference)
+        over_student = pair.log_over_larger(mixture).add_(pair.log_ratio.clamp(min=0.0))
         weighted = over_student.mul_(pair.student_probs)
         return Summands(-weighted, drift.mul_(-share * rest).add_(weighted))
 

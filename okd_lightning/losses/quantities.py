@@ -28,8 +28,8 @@ class Tile:
         student_logits: [positions, vocab].
         teacher_logits: [positions, vocab], or None where nothing asks for the teacher.
         targets: [positions] the ids that were drawn or given.
-        base_logits: [positions, vocab] of the teacher without its online module, without
-            gradient, or None where nothing asks for it.
+        base_logits: [positions, vocab] of the teacher's base (without its online module, or the
+            module's ``teacher_base``), without gradient, or None where nothing asks for it.
     """
 
     def __init__(
@@ -62,9 +62,8 @@ class Tile:
 
     @cached_property
     def base_logprobs(self) -> Tensor:
-        """[positions, vocab] nats, of the teacher without its online module; a constant."""
-        assert self._base_logits is not None
-        return self._base_logits.log_softmax(-1)
+        """[positions, vocab] nats, of the teacher's base; a constant."""
+        return self._base_at(1.0)
 
     def logprobs(self, role: ModelRole) -> Tensor:
         """The log-probabilities of one model."""
@@ -85,12 +84,15 @@ class Tile:
 
     def shift_pair(self, temperature: float) -> LogProbPair:
         """The adapted teacher in the student's place and its base in the teacher's."""
-        assert self._base_logits is not None
-        base = self.base_logprobs
-        if temperature != 1.0:
-            base = (self._base_logits / temperature).log_softmax(-1)
-        pair = LogProbPair(self._constant_logprobs("teacher", temperature), base.detach())
+        base = self.base_logprobs if temperature == 1.0 else self._base_at(temperature)
+        pair = LogProbPair(self._constant_logprobs("teacher", temperature), base)
         return pair if pair.is_finite else pair.without_common_gaps()
+
+    def _base_at(self, temperature: float) -> Tensor:
+        assert self._base_logits is not None
+        logits = self._base_logits.detach()
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return (wide / temperature if temperature != 1.0 else wide).log_softmax(-1)
 
     def _constant_logprobs(self, role: ModelRole, temperature: float) -> Tensor:
         if temperature == 1.0:
@@ -113,7 +115,8 @@ class Quantity(ABC):
     Attributes:
         needs_teacher: Whether the teacher has to be run for it.
         trains_teacher: Whether gradient flows to the teacher's online module.
-        needs_base_teacher: Whether the teacher has to be run once more, without its online module.
+        needs_base_teacher: Whether the teacher's base has to be run: the teacher without its online
+            module, or the model of ``add_teacher_base``.
     """
 
     needs_teacher: bool

@@ -15,6 +15,7 @@
 * ``online_module``: a small trainable part on a frozen teacher.
 * ``merging``: adapters folded into the layers under them.
 * ``recompute``: gradient checkpointing, also of a teacher in eval mode.
+* ``teacher_base``: the model that a teacher was trained from.
 * ``self_teacher``: the student as its own teacher.
 * ``compilation``: torch.compile on a model's blocks.
 * ``causal_lm``: hidden states at the head's input, and the head as a function of positions.
@@ -57,6 +58,7 @@ from okd_lightning.models.self_teacher import (
     in_eval_mode,
     teacher_copy,
 )
+from okd_lightning.models.teacher_base import TeacherBase
 from okd_lightning.models.vocabulary import (
     Vocabulary,
     check_vocabulary_agreement,
@@ -72,6 +74,7 @@ __all__ = [
     "ModelSource",
     "OnlineModuleSettings",
     "SelfTeacher",
+    "TeacherBase",
     "Vocabulary",
     "WithinContext",
     "add_adapter",

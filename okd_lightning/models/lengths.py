@@ -41,6 +41,7 @@ def check_lengths(
     teacher: PretrainedConfig | None,
     student_tokens: int,
     teacher_tokens: int,
+    teacher_role: str = "teacher",
 ) -> None:
     """Refuse sequences that are longer than a model was made for.
 
@@ -49,17 +50,18 @@ def check_lengths(
         teacher: The teacher's; None where there is none.
         student_tokens: The longest sequence that the student reads.
         teacher_tokens: The longest that the teacher reads.
+        teacher_role: What the teacher is called in the message.
 
     Raises:
         ConfigError: Naming the model and both lengths.
     """
     for role, config, tokens in (
         ("student", student, student_tokens),
-        ("teacher", teacher, teacher_tokens),
+        (teacher_role, teacher, teacher_tokens),
     ):
         limit = max_positions(config) if config is not None else None
         if limit is not None and tokens > limit:
-            is_own = role == "teacher" and teacher_tokens != student_tokens
+            is_own = role == teacher_role and teacher_tokens != student_tokens
             kind = "teacher prompt" if is_own else "prompt"
             raise ConfigError(
                 f"{kind} and response together take up to {tokens} tokens, but the {role} was "

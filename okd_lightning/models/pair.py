@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from okd_lightning.errors import ConfigError, ModelNotFoundError
+from okd_lightning.errors import ConfigError, ModelNotFoundError, VocabularyError
 from okd_lightning.models.adapters import without_adapter
 from okd_lightning.models.causality import check_causal
 from okd_lightning.models.loading import (
@@ -113,6 +113,30 @@ def check_pair(
             "and a row that uses one is an error"
         )
     return vocabulary
+
+
+def check_joins(
+    tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, source: ModelSource, option: str
+) -> None:
+    """Refuse a further model that cannot be compared with a pair.
+
+    Args:
+        tokenizer: The pair's.
+        vocabulary: What both models of the pair have rows for.
+        source: The further model.
+        option: How the user named it, for messages.
+
+    Raises:
+        VocabularyError: Its own tokenizer differs, or its table has fewer rows.
+    """
+    rows = _table_rows(source, option, vocabulary.size)
+    if rows < vocabulary.size:
+        raise VocabularyError(
+            f"{option} has rows for ids up to {rows - 1}, and student and teacher are compared on "
+            f"ids up to {vocabulary.size - 1}; give a model of the teacher's own family"
+        )
+    if isinstance(source, str) and source != tokenizer.name_or_path:
+        _check_own_tokenizer(tokenizer, source, option, rows)
 
 
 def _table_rows(source: ModelSource, option: str, vocab_size: int) -> int:

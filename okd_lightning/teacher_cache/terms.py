@@ -67,7 +67,12 @@ def check_cached_term(
             f"run, and no cache can hold those{advice}, or set on_policy_fraction to 0"
         )
     for quantity in term.quantities:
-        if quantity.trains_teacher or quantity.needs_base_teacher:
+        if quantity.needs_base_teacher and not quantity.trains_teacher:
+            raise ConfigError(
+                f"method {term.name} compares the teacher with its base, and here there is no "
+                f"teacher in memory{advice}"
+            )
+        if quantity.trains_teacher:
             raise ConfigError(
                 f"method {term.name} has a teacher that learns, and this one stays as it was"
                 f"{advice}"

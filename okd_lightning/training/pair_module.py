@@ -25,6 +25,7 @@ from okd_lightning.models import (
     ModelSource,
     OnlineModuleSettings,
     SelfTeacher,
+    TeacherBase,
     add_adapter,
     attach_online_module,
     check_online_module,
@@ -67,6 +68,7 @@ class PairModule(PairRuns):
         "served_teacher",
         "tool_rounds",
         "placement",
+        "teacher_base",
     )
 
     def __init__(
@@ -121,6 +123,7 @@ class PairModule(PairRuns):
         self.student: PreTrainedModel | None = None
         self.teacher: PreTrainedModel | None = None
         self.online_module: OnlineModuleSettings | None = None
+        self.teacher_base: TeacherBase | None = None
         self._has_online_module = False
         self._online_weights: dict[str, Any] = {}  # of a module that is yet to be put on
         self.tool_rounds: ToolRounds | None = None
@@ -165,8 +168,12 @@ class PairModule(PairRuns):
                 self.teacher = None
             elif self.teacher_source is not None:
                 self._build_teacher()
+        if self.teacher_base is not None:
+            self._check_one_base()
+            self.teacher_base.load(self.teacher_dtype_name, self.attn_implementation, self.packing)
         if self._trainer is not None and self._trainer.world_size > 1:
-            self.weights_read = weights_digest((self.student, self.teacher))
+            base = None if self.teacher_base is None else self.teacher_base.model
+            self.weights_read = weights_digest((self.student, self.teacher, base))
 
     def _build_student(self) -> None:
         self.student = load_checked(
@@ -278,6 +285,40 @@ class PairModule(PairRuns):
         if self.teacher is not None and not self._has_online_module:
             with _drawing_from_the_seed():
                 self._attach_online_module()
+
+    def add_teacher_base(self, source: ModelSource, option: str) -> None:
+        """Compare the teacher with another frozen model; callbacks call this at ``setup`` of a fit.
+
+        Quantities with ``needs_base_teacher`` read that model then. It is loaded in the teacher's
+        number format, is in no checkpoint, and is forgotten when the run ends.
+
+        Args:
+            source: Folder or hub id, such as that of the teacher before its post-training.
+            option: How the user named it, for messages, such as ``--method.teacher_base``.
+
+        Raises:
+            ConfigError: Another method of the run compares with another model.
+            ModelError, VocabularyError: It cannot be read, or has other ids.
+        """
+        if self.teacher_base is not None:
+            if self.teacher_base.source != source:
+                raise ConfigError(
+                    f"{option} {source!r} and {self.teacher_base.source!r}: the methods of a run "
+                    "compare the teacher with one model; name the same one"
+                )
+            return
+        base = TeacherBase(source, option, self.vocabulary)
+        base.check(self.tokenizer)
+        self.teacher_base = base
+
+    def _check_one_base(self) -> None:
+        if self.online_module is not None:
+            assert self.teacher_base is not None
+            raise ConfigError(
+                f"{self.teacher_base.option} names the teacher's base, and a method of this run "
+                "(OKD) puts an online module on the teacher, whose base is the teacher without it; "
+                "use one of both methods"
+            )
 
     def _attach_online_module(self) -> None:
         assert self.teacher is not None

@@ -26,6 +26,7 @@ from okd_lightning.losses import (
 from okd_lightning.models import (
     ModelSource,
     SelfTeacher,
+    TeacherBase,
     Vocabulary,
     check_lengths,
     load_model_config,
@@ -55,6 +56,7 @@ class PairRuns(FrozenPartsModule):
     engine: EngineSource | None
     tool_rounds: ToolRounds | None
     placement: Placement
+    teacher_base: TeacherBase | None
     _has_online_module: bool
 
     @property
@@ -80,9 +82,10 @@ class PairRuns(FrozenPartsModule):
         """Run the models once over a batch and measure at its masked-in positions.
 
         The student runs in the caller's gradient mode; the teacher runs without gradient, but
-        where a quantity trains its online module, and a second time without that module, where a
-        quantity compares with the base. It reads its own prompts where the batch has them; the
-        positions are those of the same response tokens on both sides.
+        where a quantity trains its online module. Where a quantity compares with the base, that
+        runs as well: ``teacher_base``, or the teacher a second time without its online module. The
+        teacher reads its own prompts where the batch has them; the positions are those of the same
+        response tokens on both sides.
         """
         student, teacher, base = self.sides.of(batch, quantities)
         values = measure(
@@ -135,6 +138,7 @@ class PairRuns(FrozenPartsModule):
             packs=(self.packs_student, self.packs_teacher),
             has_online_module=self._has_online_module,
             absent=self.cache_in_use,
+            teacher_base=self.teacher_base,
         )
 
     def write(
@@ -192,6 +196,8 @@ class PairRuns(FrozenPartsModule):
         if self.self_teacher is None and self.teacher_source is not None:
             teacher = load_model_config(self.teacher_source, "--model.teacher", size)
         check_lengths(student, teacher, num_tokens, teacher_tokens or num_tokens)
+        if self.teacher_base is not None:
+            self.teacher_base.check_length(teacher_tokens or num_tokens)
         if self.engine is not None:
             self.engine.check_length(num_tokens)
         if isinstance(self.cache_in_use, ServedTeacher):

@@ -15,6 +15,7 @@ from okd_lightning.losses import Quantity, Side
 from okd_lightning.models import (
     LMHead,
     SelfTeacher,
+    TeacherBase,
     Vocabulary,
     WithinContext,
     base_teacher,
@@ -68,6 +69,8 @@ class PairSides:
         packs: Whether student and teacher get packed rows.
         has_online_module: Whether the teacher carries one.
         absent: What stands for a teacher that is not in memory.
+        teacher_base: The model that the teacher is compared with, in place of the teacher without
+            its online module.
     """
 
     student: PreTrainedModel
@@ -77,14 +80,15 @@ class PairSides:
     packs: tuple[bool, bool]
     has_online_module: bool
     absent: AbsentTeacher | None
+    teacher_base: TeacherBase | None = None
 
     def of(
         self, batch: DistillBatch, quantities: Sequence[Quantity]
     ) -> tuple[Side, Side | None, Side | None]:
         """Hidden states at the masked-in positions, with heads: student, teacher, base teacher.
 
-        The teacher learns where a quantity trains it; the base is the teacher without its online
-        module, for quantities that compare with it.
+        The teacher learns where a quantity trains it; the base is ``teacher_base``, or the teacher
+        without its online module, for quantities that compare with it.
         """
         student = self.side(self.student, batch.student_reads)
         teacher = base = None
@@ -101,7 +105,9 @@ class PairSides:
 
     def side(self, model: PreTrainedModel, read: Sequences) -> Side:
         """One model's half for some rows."""
-        packs = self.packs[0] if model is self.student else self.packs[1]
+        return self._half(model, read, self.packs[0] if model is self.student else self.packs[1])
+
+    def _half(self, model: PreTrainedModel, read: Sequences, packs: bool) -> Side:
         hidden = hidden_at_loss(model, read, packs)
         return Side(hidden=hidden, head=LMHead.of(model, self.vocabulary))
 
@@ -162,7 +168,14 @@ class PairSides:
             yield
 
     def _base_side(self, read: Sequences) -> Side:
-        """The teacher's half without its online module, which may sit on the head as well."""
+        """The base's half: another model, or the teacher without its online module.
+
+        The online module may sit on the head as well.
+        """
+        if self.teacher_base is not None:
+            with torch.no_grad():
+                model = self.teacher_base.on(read.input_ids.device)
+                return self._half(model, read, self.teacher_base.packs)
         with self.as_base_teacher():
             side = self._teacher_side(read, learns=False)
         assert isinstance(side.head, LMHead)

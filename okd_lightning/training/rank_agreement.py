@@ -35,7 +35,7 @@ def weights_digest(models: Iterable[nn.Module | None]) -> str:
     """Digest a sample of every weight that a process holds whole, before ranks share theirs.
 
     Args:
-        models: Student and teacher; None where there is none.
+        models: Student, teacher and its base; None where there is none.
     """
     found = blake2b(digest_size=16)
     for model in models:

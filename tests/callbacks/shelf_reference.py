@@ -8,26 +8,18 @@ import pytest
 import reference_loss as reference
 import tiny
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 DATASET, STUDENT, TEACHER = 0, 1, 2
 
-Values = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
-"""(log p, log q: [tokens, vocab]; drawn; the sampler's log-probs; source) → a loss a token."""
+Values = Callable[..., Tensor]
+"""(log p, log q: [tokens, vocab]; drawn; the sampler's log-probs; source) → a loss a token.
+
+Of a method with a third model, that one's log-probs come last.
+"""
 
 
-class Snapshots(Callback):
-    """A float64 copy of the student before every optimizer step."""
-
-    def __init__(self) -> None:
-        self.students = []
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.students.append(reference.double(pl_module.student))
-
-
-def step_losses(student, teacher, batches, values: Values) -> dict[int, Tensor]:
+def step_losses(student, teacher, batches, values: Values, others=()) -> dict[int, Tensor]:
     """The mean of ``values`` over the loss tokens of each source in some batches, row by row."""
     found_of: dict[int, list[Tensor]] = {}
     for batch in batches:
@@ -42,20 +34,23 @@ def step_losses(student, teacher, batches, values: Values) -> dict[int, Tensor]:
                 at = batch.teacher_mask[i, 1:length]
             log_p = reference.row_logprobs(student, ids, tiny.NUM_IDS)[keep]
             with torch.no_grad():
-                log_q = reference.row_logprobs(teacher, read, tiny.NUM_IDS)[at]
+                constant = [
+                    reference.row_logprobs(model, read, tiny.NUM_IDS)[at]
+                    for model in (teacher, *others)
+                ]
             drawn = torch.tensor(ids[1:])[keep]
             sampler = batch.sampler_logprobs[i, 1 : len(ids)][keep].double()
-            found = values(log_p, log_q, drawn, sampler, int(batch.source[i]))
+            found = values(log_p, constant[0], drawn, sampler, int(batch.source[i]), *constant[1:])
             found_of.setdefault(int(batch.source[i]), []).append(found)
     return {source: torch.cat(parts).mean() for source, parts in found_of.items()}
 
 
-def check(tmp_path, module, method, values: Values, **settings):
+def check(tmp_path, module, method, values: Values, others=(), **settings):
     """Fit with it, and compare every step's loss and gradient; returns what was recorded.
 
-    The loss is the sum of the means over each source's rows.
+    The loss is the sum of the means over each source's rows. ``others``: further frozen models.
     """
-    snapshots = Snapshots()
+    snapshots = reference.Snapshots()
     recorder = tiny.fit(
         tmp_path,
         module,
@@ -67,7 +62,7 @@ def check(tmp_path, module, method, values: Values, **settings):
     )
     teacher = reference.double(module.teacher or module.student)
     for i, losses in enumerate(recorder.losses):
-        means = step_losses(snapshots.students[i], teacher, recorder.steps[i], values)
+        means = step_losses(snapshots.students[i], teacher, recorder.steps[i], values, others)
         loss = method.weight * sum(means.values())
         assert losses["train/loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
         shared = [recorder.token_share(i, source) * mean for source, mean in means.items()]

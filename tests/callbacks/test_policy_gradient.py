@@ -139,7 +139,7 @@ CREDITS = {
 def test_loss_and_gradient_of_every_step(name, is_stale, tmp_path, make_module):
     make_method, credit = CREDITS[name]
     module = make_module(learning_rate=0.02 if is_stale else 0.0)
-    snapshots = Snapshots()
+    snapshots = reference.Snapshots()
     method = make_method()
     recorder = tiny.fit(
         tmp_path,
@@ -162,16 +162,6 @@ def test_loss_and_gradient_of_every_step(name, is_stale, tmp_path, make_module):
     gaps = [losses["train/sampler_gap"] for losses in recorder.losses]
     assert gaps[0] < 1e-5
     assert (gaps[1] > 1e-3) == is_stale  # the second step of a chunk has learned from the first
-
-
-class Snapshots(Callback):
-    """A float64 copy of the student before every optimizer step."""
-
-    def __init__(self) -> None:
-        self.students = []
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.students.append(reference.double(pl_module.student))
 
 
 def length_of(prompt: str, response: str, reference: str) -> float:

@@ -190,6 +190,34 @@ def test_lightning_opd(tmp_path, make_module):
     assert losses["train/lightning_opd_log_ratio"] == pytest.approx(-losses["train/lightning_opd"])
 
 
+@pytest.mark.parametrize("is_stale", [False, True], ids=["fresh", "stale"])
+def test_delta_distillation(is_stale, tmp_path, make_module, tiny_tokenizer):
+    """Against a plain loop that runs the base by itself; both signs of the gate occur."""
+    tiny.make_llama(7).save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    base = reference.double(tiny.make_llama(7))
+    gates = set()
+
+    def values(log_p, log_q, drawn, sampler, source, log_q0):
+        assert source == STUDENT
+        credit = []
+        for p, q, q0, y in zip(log_p.detach(), log_q, log_q0, drawn.tolist(), strict=True):
+            mean = [float((p.exp() * (q - r)).sum()) for r in (q0, p)]
+            shift, gap = float(q[y] - q0[y]) - mean[0], float(q[y] - p[y]) - mean[1]
+            gates.add(shift * gap > 0)
+            credit.append(shift if shift * gap > 0 else 0.0)
+        return -(at(log_p, drawn) - sampler).exp() * torch.tensor(credit).double()
+
+    method = shelf.method("deltaopd.DeltaOPD", teacher_base=str(tmp_path / "base"), weight=0.5)
+    data = {"data": {"prompts_per_rollout": 16}} if is_stale else {}
+    module = make_module(learning_rate=0.02)
+    recorder = check(tmp_path, module, method, values, [base], **data)
+    assert gates == {True, False}
+    assert all(0 < losses["train/delta_opd_kept"] < 1 for losses in recorder.losses)
+    assert module.teacher_base is None
+    assert not any("base" in name for name in module.state_dict())
+
+
 @pytest.mark.parametrize("top_k", [4, 64])
 @pytest.mark.parametrize("is_stale", [False, True], ids=["fresh", "stale"])
 def test_tropd(top_k, is_stale, tmp_path, make_module):

@@ -24,7 +24,8 @@ COMMANDS = re.findall(r"`(--method callbacks[^`]*)`", (SHELF / "README.md").read
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split(".")[2].split()[0])
 def test_every_command_of_the_table(command, checkout, fit, assets):
-    words = command.replace("…", "{reference}{prompt}").split()
+    filled = command.replace("…", "{reference}{prompt}").replace("FOLDER", assets.teacher)
+    words = filled.split()
     teaches_itself = "--model.self_teacher" in words
     models = ["--model.student", assets.student] if teaches_itself else assets.models
     fit(words, models, "--trainer.max_steps", "1", models=False)
@@ -50,6 +51,27 @@ def test_sampled_methods_resume_and_export(name, checkout, fit, okd):
     fit("--ckpt_path", str(last), "--trainer.max_steps", "2")
     resumed = torch.load(last, weights_only=True)["state_dict"]
     assert all(torch.equal(whole[name], weight) for name, weight in resumed.items())
+    exported = okd("export", "--ckpt_path", str(last), "--out", "student")
+    assert exported.status == 0, exported.err
+    assert (checkout / "student" / "model.safetensors").is_file()
+
+
+def test_delta_distillation_reads_its_base_by_path(checkout, fit, okd, assets, tmp_path_factory):
+    """Resumed from another folder, too; the base is in no checkpoint and in no export."""
+    shutil.copytree(assets.student, checkout / "base")
+    method = ("--method", "callbacks.deltaopd.DeltaOPD", "--method.teacher_base", "base")
+    last = checkout / "run" / "checkpoints" / "last.ckpt"
+    fit(*method, "--trainer.max_steps", "2", "--trainer.val_check_interval", "1")
+    content = torch.load(last, weights_only=True)
+    whole = content["state_dict"]
+    assert all(name.startswith("student.") for name in whole)
+    assert last.stat().st_size < 4 * sum(w.numel() * w.element_size() for w in whole.values())
+    shutil.rmtree(checkout / "run")
+    fit(*method, "--trainer.max_steps", "1")
+    resumed = okd("fit", "--ckpt_path", str(last), "--trainer.max_steps", "2")
+    assert resumed.status == 0, resumed.err
+    found = torch.load(last, weights_only=True)["state_dict"]
+    assert all(torch.equal(whole[name], weight) for name, weight in found.items())
     exported = okd("export", "--ckpt_path", str(last), "--out", "student")
     assert exported.status == 0, exported.err
     assert (checkout / "student" / "model.safetensors").is_file()

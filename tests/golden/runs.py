@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny
+import tool_chats
 import torch
 from parallel_runs import Killed, Killer, spawn
 from peft import LoraConfig
@@ -33,6 +34,8 @@ from okd_lightning.callbacks import (
 from okd_lightning.divergences import ForwardKL, JensenShannon, TopK
 from okd_lightning.module import DistillationModule
 from okd_lightning.rollouts import Sampling
+from okd_lightning.teacher_cache import TeacherCache
+from okd_lightning.tools import Calculator
 
 STEPS = 4
 
@@ -92,6 +95,33 @@ def run(
     rows = [{**row, "hint": row["response"][::-1]} for row in tiny.make_rows(24)]
     options = {"max_epochs": -1, "max_steps": STEPS, "gradient_clip_val": 1.0, **settings}
     record = tiny.fit(root, module, methods(), rows, data=dict(data or {}), **options)
+    return Golden(tuple(step["train/loss"] for step in record.losses), digest_of(module))
+
+
+def from_cache(root: Path) -> Golden:
+    """The teacher's six most likely ids, from files."""
+    cache = TeacherCache(str(root / "cache"), 6)
+    return run(root, lambda: [KD(cross_entropy_weight=0.3)], model={"teacher_cache": cache})
+
+
+def with_tools(root: Path) -> Golden:
+    """The student calls a calculator in its own responses."""
+    tokenizer = tool_chats.make_tokenizer()
+    student, teacher = tool_chats.make_caller(0), tool_chats.make_caller(1)
+    module = DistillationModule(student, teacher, tokenizer=tokenizer, learning_rate=1e-3)
+    chats = [
+        {"messages": [{"role": "user", "content": "Q" * (i % 5 + 1)}], "response": call}
+        for i, call in enumerate(tool_chats.CALLS * 3)
+    ]
+    options = {
+        "batch_size": 2,
+        "max_prompt_length": 80,
+        "max_response_length": 120,
+        "tools": [Calculator()],
+        "max_turns": 3,
+    }
+    methods = [GKD(on_policy_fraction=1.0), OPDPlus()]
+    record = tiny.fit(root, module, methods, chats, data=options, max_epochs=-1, max_steps=STEPS)
     return Golden(tuple(step["train/loss"] for step in record.losses), digest_of(module))
 
 
@@ -171,5 +201,7 @@ RUNS: dict[str, Callable[[Path], Golden]] = {
     "sampling": partial(
         run, methods=lambda: [OPDPlus()], data={"sampling": Sampling(temperature=0.8, top_p=0.9)}
     ),
+    "teacher_cache": from_cache,
+    "tools": with_tools,
     "two_ranks": two_ranks,
 }

@@ -1,0 +1,82 @@
+"""The model that a teacher was trained from, where a method compares both.
+
+Owns its loading and its checks. It is frozen, outside of the module's weights, and therefore in no
+checkpoint, optimizer or shard: every rank holds it whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from okd_lightning.models.deferred import deferred_weights
+from okd_lightning.models.lengths import check_lengths
+from okd_lightning.models.loading import DTypeName, ModelSource, load_model_config
+from okd_lightning.models.pair import check_joins, load_checked
+from okd_lightning.models.reading import packs_rows
+from okd_lightning.models.vocabulary import Vocabulary
+
+
+@dataclass
+class TeacherBase:
+    """A frozen model beside student and teacher.
+
+    Attributes:
+        source: What it is loaded from.
+        option: How the user named it, for messages.
+        vocabulary: The run's.
+        model: In eval mode; None before ``load``.
+        packs: Whether it gets packed rows.
+    """
+
+    source: ModelSource
+    option: str
+    vocabulary: Vocabulary
+    model: PreTrainedModel | None = None
+    packs: bool = False
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse one that has other ids than the run.
+
+        Raises:
+            VocabularyError: Its tokenizer differs, or its table has no rows for some ids.
+            ModelError: Its config cannot be read.
+        """
+        check_joins(tokenizer, self.vocabulary, self.source, self.option)
+
+    def check_length(self, num_tokens: int) -> None:
+        """Refuse sequences that are longer than it was made for.
+
+        Raises:
+            ConfigError: Naming both lengths.
+        """
+        config = load_model_config(self.source, self.option, self.vocabulary.size)
+        check_lengths(None, config, num_tokens, num_tokens, "teacher's base")
+
+    def load(self, dtype: DTypeName, attn_implementation: str | None, packing: bool) -> None:
+        """Load it, once, also where a strategy leaves the pair's own weights on disk.
+
+        Raises:
+            ModelError: It cannot be loaded, or is not causal.
+        """
+        if self.model is not None:
+            return
+        with deferred_weights(False):
+            model = load_checked(
+                self.source,
+                self.option,
+                self.vocabulary.size,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+            )
+        self.model = model.requires_grad_(False).eval()
+        self.packs = packs_rows(self.model, packing, "teacher")
+
+    def on(self, device: torch.device) -> PreTrainedModel:
+        """The model, moved to where a batch is."""
+        assert self.model is not None
+        if self.model.device != device:
+            self.model.to(device)  # type: ignore[arg-type]
+        return self.model

@@ -1,0 +1,85 @@
+"""What people type and import, as text.
+
+Frozen here: the config that ``fit --print_config`` prints, the names of the options of ``fit``, and
+the signature of everything that ``docs/api`` lists. ``make golden`` writes the three files anew.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from golden.sections import WRITES
+from process_state import unchanged_process
+
+from okd_lightning.__main__ import main
+
+SURFACE = Path(__file__).parent / "surface"
+API = Path(__file__).parents[2] / "docs" / "api"
+
+
+def check(name: str, found: str) -> None:
+    path = SURFACE / name
+    if WRITES:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(found)
+    assert found.splitlines() == path.read_text().splitlines()
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    capsys.readouterr()
+    with unchanged_process(), pytest.raises(SystemExit) as ended:
+        main(list(words))
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_printed_config(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ("--model.student", "S", "--model.teacher", "T", "--data.train", "rows.jsonl")
+    check("print_config.yaml", printed(capsys, "fit", "--method", "GKD", *words, "--print_config"))
+
+
+def test_the_options_of_fit(capsys):
+    options = re.findall(r"^ {2,8}(?:-\w, )?(--[\w.+]+)", printed(capsys, "fit", "--help"), re.M)
+    check("fit_options.txt", "\n".join(options) + "\n")
+    assert "--model.student" in options
+    assert "--trainer.max_steps" in options
+
+
+def found_at(path: str) -> Any:
+    """The object that a dotted name means."""
+    module, names = path, []
+    while True:
+        try:
+            found = importlib.import_module(module)
+            break
+        except ModuleNotFoundError:
+            module, _, name = module.rpartition(".")
+            names.insert(0, name)
+    for name in names:
+        found = getattr(found, name)
+    return found
+
+
+def signature_of(found: Any) -> str:
+    """As it is written; errors take what every exception takes."""
+    if isinstance(found, type) and issubclass(found, Exception):
+        return f"({found.__base__.__name__})"
+    shown = str(inspect.signature(found)) if callable(found) else type(found).__name__
+    return re.sub(r" at 0x[0-9a-f]+", "", shown)
+
+
+def signatures() -> Iterator[str]:
+    for page in sorted(API.glob("*.md")):
+        for path in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.M):
+            yield f"{path}: {signature_of(found_at(path))}"
+
+
+def test_signatures_of_what_the_pages_list():
+    check("signatures.txt", "\n".join(signatures()) + "\n")
