@@ -21,7 +21,7 @@ quickstart: install  ## watch a student learn; results in quickstart-out/
 	$(BIN)/okd-lightning quickstart --out quickstart-out
 
 test: install  ## the whole CPU suite, a process for each of TEST_WORKERS
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Every pair of settings occurs: vector instructions, threads, and oneDNN's kernels (OKD_ONEDNN).
 PORTABLE := default:1:0 default:2:1 avx2:1:1 avx2:2:0 :1:1 :2:0
