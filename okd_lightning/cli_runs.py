@@ -12,10 +12,10 @@ from okd_lightning.callbacks import LastCheckpoint
 from okd_lightning.checkpoints.files import read_checkpoint
 from okd_lightning.cli_arguments import LAST, class_name, last_checkpoint
 from okd_lightning.default_folder import find_run, new_folder
-from okd_lightning.durable_files import write_whole
+from okd_lightning.durable_files import require_writable, write_whole
 from okd_lightning.folder_lock import folder_lock
 from okd_lightning.resume_rules import check_resume
-from okd_lightning.run_folder import CONFIG_FILE, require_writable, resume_run, start_run
+from okd_lightning.run_folder import CONFIG_FILE, resume_run, start_run
 from okd_lightning.saved_config import config_of
 
 

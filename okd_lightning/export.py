@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from okd_lightning import __version__
 from okd_lightning.bounded_files import load_yaml
 from okd_lightning.checkpoints.contents import check_finite
+from okd_lightning.durable_files import require_writable
 from okd_lightning.errors import CheckpointError, ConfigError, OutputError
 from okd_lightning.models import (
     ModelSource,
@@ -26,7 +27,7 @@ from okd_lightning.models import (
 from okd_lightning.models.adapter_folders import adapter_folder
 from okd_lightning.models.sources import Source, locate
 from okd_lightning.module import DistillationModule
-from okd_lightning.run_folder import CONFIG_FILE, require_writable
+from okd_lightning.run_folder import CONFIG_FILE
 from okd_lightning.training.arguments import peft_config_of
 
 ExportPart: TypeAlias = Literal["student", "online_module"]

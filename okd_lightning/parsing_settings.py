@@ -8,7 +8,10 @@ checkpoint's config may name is decided in ``config_trust``.
 
 from __future__ import annotations
 
-from jsonargparse import set_parsing_settings
+from typing import Any
+
+import yaml
+from jsonargparse import set_dumper, set_parsing_settings
 
 _DENIED = (
     *("IPython", "cffi", "cloudpickle", "dill", "joblib", "pexpect", "ptyprocess"),
@@ -19,4 +22,20 @@ _DENIED = (
 )
 """Besides jsonargparse's own list: os, subprocess, pickle, importlib and the like."""
 
+
+class _PlainDumper(yaml.SafeDumper):
+    """Writes text of a class of its own, such as the member of an enum, as plain text."""
+
+
+_PlainDumper.add_multi_representer(
+    str, lambda dumper, text: dumper.represent_str(str.__str__(text))
+)
+
+
+def _dump(values: Any) -> str:
+    """Settings as YAML; defaults of Lightning's callbacks may be members of enums."""
+    return str(yaml.dump(values, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True))
+
+
+set_dumper("yaml", _dump)
 set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[*_DENIED])

@@ -28,11 +28,10 @@ from okd_lightning.compare.entries import (
     checked_settings,
 )
 from okd_lightning.config_trust import FLAG, foreign_parts, texts_in
-from okd_lightning.durable_files import read_json, write_json
+from okd_lightning.durable_files import read_json, require_writable, write_json
 from okd_lightning.errors import ConfigError, OutputError
 from okd_lightning.folder_lock import LOCK_FILES, folder_lock
 from okd_lightning.reports import RunResult
-from okd_lightning.run_folder import require_writable
 
 MARKER = ".comparison-run"
 """Lies in a run's folder that a comparison has made, and alone may remove."""

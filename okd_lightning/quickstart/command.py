@@ -11,11 +11,11 @@ import jsonargparse
 
 from okd_lightning.callbacks import DistillationCallback
 from okd_lightning.config_paths import output_folder
+from okd_lightning.durable_files import require_writable
 from okd_lightning.errors import ConfigError
 from okd_lightning.lightning_messages import PrintableConsole
 from okd_lightning.quickstart.recipe import GKD_DEFAULTS, Recipe
 from okd_lightning.quickstart.run import Quickstart
-from okd_lightning.run_folder import require_writable
 
 
 def quickstart_parser() -> jsonargparse.ArgumentParser:

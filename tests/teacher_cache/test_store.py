@@ -20,10 +20,10 @@ import tiny
 import torch
 
 from okd_lightning import durable_files
+from okd_lightning.durable_files import require_writable
 from okd_lightning.errors import CacheError, OutputError
 from okd_lightning.losses.outcomes import unpack_drawn, unpack_outcomes
 from okd_lightning.records import Example
-from okd_lightning.run_folder import require_writable
 from okd_lightning.teacher_cache.layout import layout_of, reading_key
 from okd_lightning.teacher_cache.settings import TeacherCache
 from okd_lightning.teacher_cache.store import Entry, from_records, record_type, to_records
