@@ -21,7 +21,7 @@ quickstart: install  ## watch a student learn; results in quickstart-out/
 	$(BIN)/okd-lightning quickstart --out quickstart-out
 
 test: install  ## the whole CPU suite, a process for each of TEST_WORKERS
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Every pair of settings occurs: vector instructions, threads, and oneDNN's kernels (OKD_ONEDNN).
 PORTABLE := default:1:0 default:2:1 avx2:1:1 avx2:2:0 :1:1 :2:0
@@ -80,6 +80,7 @@ soak: install  ## kill runs with SIGKILL and compare them with runs left alone (
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills 20
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills 6 --ranks 2
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --hang 10
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --torchrun
 
 fuzz: install  ## give hostile rows, templates, model folders, servers and configs (some minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz_program.py

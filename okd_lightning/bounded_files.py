@@ -198,6 +198,11 @@ def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:
     return known[id(node)]
 
 
+def most_bytes(stored: int) -> int:
+    """Return how many bytes a compressed file of ``stored`` bytes may expand to."""
+    return max(_UNCHECKED, _MOST_TIMES * stored)
+
+
 def decompressed(content: bytes) -> bytes:
     """Return the content of a gzip file, with all of its members.
 
@@ -207,7 +212,7 @@ def decompressed(content: bytes) -> bytes:
     """
     pieces: list[bytes] = []
     size, rest = 0, content
-    most = max(_UNCHECKED, _MOST_TIMES * len(content))
+    most = most_bytes(len(content))
     while rest:
         reader = zlib.decompressobj(wbits=31)
         while not reader.eof:

@@ -145,6 +145,23 @@ def read_json(path: Path) -> Any:
         raise ValueError("nested too deeply") from error
 
 
+def require_writable(folder: Path, option: str) -> None:
+    """Make ``folder`` and try to write in it.
+
+    Raises:
+        OutputError: It cannot be made or written.
+    """
+    probe = folder / ".write-test"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink(missing_ok=True)  # another process may have been here
+    except OSError as error:
+        raise OutputError(
+            f"{option} {str(folder)!r} cannot be written ({error.strerror}); choose another folder"
+        ) from error
+
+
 def sync_file(path: Path) -> None:
     """Flush data that was appended to a file to the disk; a missing file is no error."""
     if path.is_file():

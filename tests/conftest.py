@@ -8,9 +8,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import no_network
 import pytest
 import tiny
 import torch
+from longest_files import place_of
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from vllm_servers import ServerPool
 
@@ -25,6 +27,11 @@ os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="okd-config-")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first."""
+    items.sort(key=lambda item: place_of(item.path))
+
+
 @pytest.fixture(autouse=True)
 def _same_environment() -> Iterator[None]:
     """Lightning tells its processes by variables where they are; other tests' are not there."""
@@ -35,6 +42,14 @@ def _same_environment() -> Iterator[None]:
     os.environ.update(
         {name: value for name, value in before.items() if not name.startswith("PYTEST_")}
     )
+
+
+@pytest.fixture(autouse=True)
+def _reaches_no_network() -> Iterator[None]:
+    """A test that asks a server elsewhere waits, and passes or fails with what it answers."""
+    no_network.attempts.clear()
+    yield
+    assert no_network.attempts == []
 
 
 @pytest.fixture(scope="session")

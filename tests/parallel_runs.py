@@ -14,6 +14,7 @@ from typing import Any
 import tiny
 import torch
 import torch.multiprocessing as mp
+from forked import SERVER
 from lightning.pytorch.callbacks import Callback
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
@@ -137,11 +138,20 @@ def _spawn(function: Callable[[int, Path], None], root: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_of_one_rank, (function, root, port), nprocs=2)
+    given = function, root, port, dict(os.environ)
+    mp.start_processes(_of_one_rank, given, nprocs=2, start_method=SERVER.get_start_method())
 
 
-def _of_one_rank(rank: int, function: Callable[[int, Path], None], root: Path, port: int) -> None:
+def _of_one_rank(
+    rank: int,
+    function: Callable[[int, Path], None],
+    root: Path,
+    port: int,
+    variables: dict[str, str],
+) -> None:
     faulthandler.dump_traceback_later(_SECONDS, exit=True)  # ranks that wait for each other
+    os.environ.clear()  # they are the server's, of when it was started
+    os.environ.update(variables)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     os.environ.pop("PL_GLOBAL_SEED", None)  # a run before has left it; it would seed anew
     os.environ.update(

@@ -2,6 +2,7 @@
 
     python tests/soak.py --kills 20                 # GKD, OKD and OPD+, twenty kills each
     python tests/soak.py --kills 6 --ranks 2        # one rank of two is killed
+    python tests/soak.py --torchrun                 # SIGTERM to two ranks under torchrun
 
 Runs are the real command line in processes of their own, forked behind the imports. They end after
 a number of epochs, and most are ended more than once: by SIGKILL and SIGTERM in turn, after some
@@ -16,12 +17,13 @@ from __future__ import annotations
 
 import argparse
 import collections
-import csv
 import json
 import os
 import random
+import shlex
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,15 +36,13 @@ from typing import Any
 
 import tiny
 import torch
+from run_comparison import differences
 from soak_marks import PLACES, Board, Kill, Marks, mark_everything
 
 from okd_lightning.__main__ import main
 
 NUM_EPOCHS = 4
-TIMINGS = {"train/seconds", "train/tokens_per_second", "rollout/seconds"}
-TIMINGS |= {"rollout/tokens_per_second"}
 STOPPED = 128 + signal.SIGTERM
-CLOCKS = {"seconds", "cpu_seconds", "rollout_seconds"}
 RUN = Path("run")
 
 METHODS = {
@@ -236,6 +236,46 @@ def hang(work: Path, assets: Path, timeout: int) -> list[str]:
     return [] if ended.others == [1] and is_said and is_in_time else [_tail(work)]
 
 
+def torchrun(work: Path, assets: Path) -> list[str]:
+    """Two ranks under torchrun get SIGTERM; the command in stopped.json must end the run."""
+    truth, place = work / "truth", work / "stopped"
+    argv = command(assets, "GKD", 2)
+    for folder in (truth, place):
+        folder.mkdir(parents=True)
+    ended = attempt(truth, argv, 2, None)
+    if ended.status or any(ended.others):
+        return [f"the run that is left alone failed: {_tail(truth)}"]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with (place / "log").open("wb") as log:
+        run = subprocess.Popen(
+            [sys.executable, "-m", *launcher, "-m", "okd_lightning", *argv],
+            **{"cwd": place, "stdout": log, "stderr": log},
+        )
+        while run.poll() is None and not _has_trained(place / RUN):
+            time.sleep(0.05)
+        run.terminate()
+        status = run.wait()
+        record = json.loads((place / RUN / "stopped.json").read_text())
+        print(f"torchrun ended with status {status}; stopped.json: {record}")
+        words = shlex.split(record["resume"])
+        resumed = subprocess.run(
+            [sys.executable, "-m", "okd_lightning", *words[1:]],
+            **{"cwd": place, "stdout": log, "stderr": log},
+        )
+    problems = differences(truth / RUN, place / RUN)
+    if record["signal"] != "SIGTERM" or not record["step"] > 0 or not status:
+        problems.append(f"not stopped by SIGTERM: {record}, status {status}")
+    if resumed.returncode or (place / RUN / "stopped.json").exists():
+        problems.append(f"{record['resume']} ended with status {resumed.returncode}")
+    print(f"torchrun: {'EQUAL' if not problems else 'DIFFERENT'}")
+    return [*problems, _tail(place)] if problems else []
+
+
+def _has_trained(run: Path) -> bool:
+    path = run / "metrics.csv"
+    return path.is_file() and len(path.read_bytes().splitlines()) > 2
+
+
 def _not_told(folder: Path, ended: Ended) -> list[str]:
     """What is wrong with how the other ranks ended: by themselves, with a line that says why."""
     if not ended.others or ended.phase == "start":
@@ -248,64 +288,6 @@ def _not_told(folder: Path, ended: Ended) -> list[str]:
 
 def _tail(folder: Path) -> str:
     return "\n".join(p.read_text(errors="replace")[-1500:] for p in sorted(folder.glob("log*")))
-
-
-def differences(one: Path, other: Path) -> list[str]:
-    """What two run folders differ in, but for the time it took."""
-    found = []
-    for name, read in (
-        ("metrics.csv", read_metrics),
-        ("rollouts.jsonl", Path.read_text),
-        ("checkpoints/last.ckpt", read_checkpoint),
-    ):
-        first, second = read(one / name), read(other / name)
-        found += [f"{other / name}: {what}" for what in unequal(first, second)][:3]
-    files = [sorted(p.name for p in folder.glob("checkpoints/*")) for folder in (one, other)]
-    return found + ([f"{other}: files {files}"] if files[0] != files[1] else [])
-
-
-def read_metrics(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if v and k not in TIMINGS} for row in rows]
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Without the clock, and without the folder, which is another one's."""
-    state = torch.load(path, weights_only=True)
-    for name in (
-        "current_score",
-        "best_model_path",
-        "kth_best_model_path",
-        "dirpath",
-        "last_model_path",
-    ):
-        state["callbacks"]["BestCheckpoint"].pop(name)
-    best = state["callbacks"]["BestCheckpoint"].pop("best_k_models")
-    state["best"] = {Path(name).name: float(value) for name, value in best.items()}
-    counters = state["callbacks"]["Throughput"]
-    state["callbacks"]["Throughput"] = {k: v for k, v in counters.items() if k not in CLOCKS}
-    row = state["okd_lightning"]["row"] or {}
-    state["okd_lightning"]["row"] = {k: v for k, v in row.items() if k not in TIMINGS}
-    del state["okd_lightning"]["started_in"], state["okd_lightning"]["signature"]
-    del state["loops"]  # counters of validation batches and the like, which Lightning resets
-    return state
-
-
-def unequal(one: Any, other: Any, at: str = "") -> list[str]:
-    """Where two nested values differ; tensors bit for bit."""
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return [] if torch.equal(one, other) else [f"{at} differs"]
-    if isinstance(one, dict) and isinstance(other, dict):
-        if one.keys() != other.keys():
-            return [f"{at} has {sorted(map(str, one.keys() ^ other.keys()))} on one side alone"]
-        return [what for key in one for what in unequal(one[key], other[key], f"{at}.{key}")]
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        if len(one) != len(other):
-            return [f"{at} has {len(one)} and {len(other)} entries"]
-        pairs = enumerate(zip(one, other, strict=True))
-        return [what for i, (a, b) in pairs for what in unequal(a, b, f"{at}[{i}]")]
-    return [] if one == other else [f"{at} is {one!r} and {other!r}"]
 
 
 def report(method: str, ranks: int, tally: Tally, seconds: float, say: Callable = print) -> None:
@@ -330,12 +312,17 @@ def run() -> int:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hang", type=int, metavar="SECONDS", help="stop one rank, time the other")
+    parser.add_argument("--torchrun", action="store_true", help="SIGTERM to a real launcher")
     options = parser.parse_args()
     torch.set_num_threads(1)
     num_problems = 0
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make_assets(root)
+        if options.torchrun:
+            problems = torchrun(root / "torchrun", root)
+            print("\n".join(problems))
+            return bool(problems)
         if options.hang:
             problems = hang(root / "hang", root, options.hang)
             print("\n".join(problems))

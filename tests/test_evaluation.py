@@ -16,8 +16,10 @@ import tiny
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from okd_lightning import durable_files
 from okd_lightning.callbacks import GKD, KD, PredictionLog
 from okd_lightning.data import RolloutDataModule
+from okd_lightning.errors import OutputError
 
 MEASURES = {
     "forward_kl": lambda p, q, y, s: reference.kl(q, p),
@@ -142,6 +144,22 @@ def test_a_set_of_prompts_alone_is_measured_on_the_students_words(tmp_path, make
     (found,) = trainer.validate(make_module(), data_of(rows), verbose=False)
     assert found
     assert all(name.startswith("val/on_policy_") for name in found)
+
+
+def test_predictions_of_before_stay_where_new_ones_cannot_be_written(
+    tmp_path, make_module, monkeypatch
+):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(durable_files.os, "replace", fail)
+    (tmp_path / "predictions.jsonl").write_text("before")
+    data = RolloutDataModule(predict=tiny.make_rows(2), max_response_length=2)
+    trainer = tiny.make_trainer(tmp_path, [PredictionLog()])
+    with pytest.raises(OutputError, match=r"predictions\.jsonl cannot be written \(No space"):
+        trainer.predict(make_module(), data)
+    assert [p.name for p in tmp_path.iterdir()] == ["predictions.jsonl"]
+    assert (tmp_path / "predictions.jsonl").read_text() == "before"
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

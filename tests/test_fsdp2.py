@@ -1,7 +1,8 @@
 """FSDP2 and DDP on two gloo processes against one process without either (METHODS.md, test 7).
 
 Frozen here: losses, gradients and weights of KD, GKD, OKD and OPD+ over ten steps are those of one
-process, with and without accumulation, for full students and LoRA students, with ranks that have no
+process, with and without accumulation (under DDP: test_ddp.py), for full students and LoRA
+students, with ranks that have no
 rows in a step and shorter last batches; so are self-teachers, stages, rewards, prompt learning, and
 every way of sharding; ranks that write different numbers of responses wait for each other;
 gradients are sent, and heads and writing students gathered, once.
@@ -9,6 +10,7 @@ gradients are sent, and heads and writing students gathered, once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
@@ -72,6 +74,10 @@ MATRIX = {
     for adapter in (None, lora())
     for accumulate in (1, 3)
 }
+PAIRS = [
+    *((name, "fsdp2") for name in MATRIX),
+    *((name, "ddp") for name in MATRIX if MATRIX[name]["accumulate"] == 1),
+]
 ANCHORED = {"on_policy_fraction": 0.5, "anchor_weight": 0.5, "learning_rate": 0.5}
 SELF_TAUGHT = {
     f"{kind} self-teacher{', LoRA' if adapter else ''}": {
@@ -239,9 +245,8 @@ def traffic(root: Path) -> dict[str, Traffic]:
 
 def both_ranks(rank: int, root: Path) -> None:
     results = {}
-    for name, settings in MATRIX.items():
-        for strategy in ("ddp", "fsdp2"):
-            results[name, strategy] = run(root, strategy, **settings_of(root, settings))
+    for name, strategy in PAIRS:
+        results[name, strategy] = run(root, strategy, **settings_of(root, MATRIX[name]))
     for name, settings in MORE.items():
         results[name, "fsdp2"] = run(root, "fsdp2", **settings_of(root, settings))
     for name, arguments in WAYS.items():
@@ -293,6 +298,20 @@ def ranks(folder):
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
+@pytest.fixture(scope="module")
+def alone(folder) -> Callable[..., dict]:
+    """Runs on one process, each made once."""
+    made = {}
+
+    def run_alone(kind: dict, name: str, **more) -> dict:
+        key = name, *sorted(more.items())
+        if key not in made:
+            made[key] = run(folder, None, **settings_of(folder, kind[name]), **more)
+        return made[key]
+
+    return run_alone
+
+
 def check(found: dict, alone: dict) -> None:
     """The same run: float64 weights and gradients, numbers logged in float32."""
     assert found["steps"] == alone["steps"] == len(alone["losses"])
@@ -306,34 +325,31 @@ def check(found: dict, alone: dict) -> None:
     assert found["measures"] == pytest.approx(alone["measures"], rel=1e-5)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", MATRIX)
-def test_two_ranks_do_what_one_does(name, strategy, folder, ranks):
-    alone = run(folder, None, **settings_of(folder, MATRIX[name]))
-    assert alone["steps"] == MATRIX[name]["settings"].get("max_steps", 10)
+@pytest.mark.parametrize(("name", "strategy"), PAIRS)
+def test_two_ranks_do_what_one_does(name, strategy, alone, ranks):
+    expected = alone(MATRIX, name)
+    assert expected["steps"] == MATRIX[name]["settings"].get("max_steps", 10)
     for rank in ranks:
-        check(rank[name, strategy], alone)
+        check(rank[name, strategy], expected)
 
 
 @pytest.mark.parametrize("name", MORE)
-def test_sharded_ranks_do_what_one_does(name, folder, ranks):
-    alone = run(folder, None, **settings_of(folder, MORE[name]))
+def test_sharded_ranks_do_what_one_does(name, alone, ranks):
     for rank in ranks:
-        check(rank[name, "fsdp2"], alone)
+        check(rank[name, "fsdp2"], alone(MORE, name))
 
 
 @pytest.mark.parametrize("name", BY_SHARD)
-def test_shards_read_from_disk_are_those_of_a_loaded_model(name, folder, ranks):
-    alone = run(folder, None, **settings_of(folder, BY_SHARD[name]))
+def test_shards_read_from_disk_are_those_of_a_loaded_model(name, alone, ranks):
     for rank in ranks:
-        check(rank[name], alone)
+        check(rank[name], alone(BY_SHARD, name))
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_every_way_of_sharding_gives_the_same(name, folder, ranks):
-    alone = run(folder, None, **settings_of(folder, MORE["one prompt left"]), accumulate=2)
+def test_every_way_of_sharding_gives_the_same(name, alone, ranks):
+    expected = alone(MORE, "one prompt left", accumulate=2)
     for rank in ranks:
-        check(rank[name], alone)
+        check(rank[name], expected)
 
 
 def test_all_ranks_refuse_weights_that_one_rank_sees_broken(ranks):

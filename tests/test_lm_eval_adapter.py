@@ -18,6 +18,7 @@ from okd_lightning.callbacks import KD, LastCheckpoint
 from okd_lightning.callbacks.measures.answer_scores import greedy_answers
 from okd_lightning.commands.export import export_student
 from okd_lightning.data import RolloutDataModule
+from okd_lightning.errors import DataError
 from okd_lightning.records.batches import Example
 
 pytest.importorskip("lm_eval")
@@ -98,6 +99,27 @@ def test_its_greedy_answers_are_ours(make_module, student_folder):
     assert any(expected)
     assert answers(ExportedLM) == expected
     assert answers(HFLM) != expected
+
+
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+    "{% endif %}{{ m.content }}{% endfor %}"
+)
+
+
+def test_templates_have_limits_and_systems_may_be_left_out(tmp_path):
+    from okd_lightning.commands.lm_eval_adapter import ExportedLM
+
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.chat_template = NO_SYSTEM
+    tiny.make_llama(1).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = ExportedLM(pretrained=str(tmp_path), device="cpu")
+    chat = [{"role": "system", "content": "b"}, {"role": "user", "content": "a"}]
+    assert model.apply_chat_template(chat) == "a"
+    model.tokenizer.chat_template, model._templates = "{{ 'a' * 10 ** 11 }}", None
+    with pytest.raises(DataError, match="the chat template needs more than 1 GiB"):
+        model.apply_chat_template(chat)
 
 
 def test_prompts_are_opened_and_not_closed(tmp_path):

@@ -59,6 +59,7 @@ def test_the_rate_and_decay_of_an_optimizer(given, optimizer, expected):
         ((None, float("nan")), AdamW, r"weight_decay must be a number from 0 on"),
         ((None, None), lambda p: None, r"returned a NoneType; expected a torch Optimizer"),
         ((None, None), torch.optim.LBFGS, r"cannot be built from parameter groups"),
+        ((None, None), torch.optim.SparseAdam, r"SparseAdam takes sparse gradients alone"),
     ],
 )
 def test_what_cannot_act_is_refused(given, optimizer, message):

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import real_pairs
 from fake_vllm_server import FakeVLLM, serving
+from forked import ForkedCommand, type_on_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from okd_lightning.__main__ import main
@@ -188,25 +189,32 @@ def run(folder: Path, arguments: list[str], **environment: str) -> str:
 
 @pytest.mark.parametrize("overlay", LAUNCHED)
 def test_an_overlay_of_two_processes_trains(overlay, tmp_path):
-    assert "MEMBER: 2/2" in run(tmp_path, command(tmp_path, overlay, *LAUNCHED[overlay]))
+    """The first starts its second process by Lightning's launcher, the others find both."""
+    words = command(tmp_path, overlay, *LAUNCHED[overlay])
+    by_launcher = overlay == next(iter(LAUNCHED))
+    started = run(tmp_path, words) if by_launcher else type_on_ranks(words[2:], tmp_path)
+    assert "MEMBER: 2/2" in started
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
 
 
-def test_the_sharded_overlay_trains_resumes_and_exports(tmp_path):
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the libraries', not ours
+def test_the_sharded_overlay_trains_resumes_and_exports(tmp_path, monkeypatch, capsys):
     """By torchrun on two processes; a folder of shards is a checkpoint like another."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     run(tmp_path, [*torchrun, *command(tmp_path, TORCHRUN, "--trainer.devices", "2")])
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert sorted(path.name for path in last.glob("*.distcp")) == ["__0_0.distcp", "__1_0.distcp"]
-    again = ["-m", "okd_lightning", "fit", "--ckpt_path", str(last), "--trainer.max_steps", "3"]
-    run(tmp_path, [*torchrun, *again])
+    type_on_ranks(["fit", "--ckpt_path", str(last), "--trainer.max_steps", "3"], tmp_path)
     metrics = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     steps = [row["step"] for row in csv.DictReader(metrics) if row["train/loss"]]
     assert steps == ["0", "1", "2"]
-    run(tmp_path, ["-m", "okd_lightning", "export", "--ckpt_path", str(last), "--out", "student"])
+    monkeypatch.chdir(tmp_path)
+    exported = ["export", "--ckpt_path", str(last), "--out", "student"]
+    assert main(exported) == 0, capsys.readouterr().err
     assert (tmp_path / "student" / "model.safetensors").is_file()
     one = ["--trainer.strategy", "auto", "--trainer.devices", "1"]
-    run(tmp_path, ["-m", "okd_lightning", "validate", "--ckpt_path", str(last), *one])
+    assert main(["validate", "--ckpt_path", str(last), *one]) == 0, capsys.readouterr().err
 
 
 def test_the_slurm_overlay_trains_on_two_nodes(tmp_path):
@@ -220,12 +228,10 @@ def test_the_slurm_overlay_trains_on_two_nodes(tmp_path):
         **{"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
     }
     tasks = [
-        subprocess.Popen(
-            [sys.executable, *command(tmp_path, SLURM, "--trainer.devices", "1")],
-            cwd=tmp_path,
-            env={**os.environ, **job, **_task(node)},
-            stderr=subprocess.PIPE,
-            text=True,
+        ForkedCommand(
+            command(tmp_path, SLURM, "--trainer.devices", "1")[2:],
+            tmp_path,
+            {**os.environ, **job, **_task(node)},
         )
         for node in range(2)
     ]

@@ -1,6 +1,7 @@
 """Frozen here: ranks that have not read the same end before the first step, and are named.
 
 * other rows, rows in another order and other weights on one rank are refused on all of them;
+* with loading: by_shard the files are compared, of which each rank reads its rows;
 * paths may differ, where what lies there is the same.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -38,7 +40,9 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def fit_on_two_ranks(places: list[Path], run: Path) -> tuple[list[int], str]:
+def fit_on_two_ranks(
+    places: list[Path], run: Path, more: Sequence[str] = ()
+) -> tuple[list[int], str]:
     """Every rank works in a folder of its own, as on another node."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -47,7 +51,7 @@ def fit_on_two_ranks(places: list[Path], run: Path) -> tuple[list[int], str]:
     for rank, place in enumerate(places):
         environment = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        argv = [*OPTIONS, "--trainer.default_root_dir", str(run)]
+        argv = [*OPTIONS, *more, "--trainer.default_root_dir", str(run)]
         children.append(soak.fork(place, argv, environment, None)[0])
     return soak._status_of(children), "".join(soak._tail(place) for place in places)
 
@@ -61,21 +65,29 @@ def other_weights(place: Path) -> None:
     tiny.make_gpt2(4).save_pretrained(place / "student")
 
 
+BY_SHARD = [
+    *("--trainer.strategy", "okd_lightning.sharding.FSDP2Strategy"),
+    *("--trainer.strategy.loading", "by_shard", "--model.packing", "false"),
+]
+
+
 @pytest.mark.parametrize(
-    ("change", "what"),
+    ("change", "what", "more"),
     [
-        (None, None),
-        (other_rows, "the training rows or their order"),
-        (other_weights, "the models' weights"),
+        (None, None, []),
+        (other_rows, "the training rows or their order", []),
+        (other_weights, "the models' weights", []),
+        (None, None, BY_SHARD),
+        (other_weights, "the models' weights", BY_SHARD),
     ],
 )
-def test_ranks_compare_what_they_read(change, what, assets: Path, tmp_path: Path) -> None:
+def test_ranks_compare_what_they_read(change, what, more, assets: Path, tmp_path: Path) -> None:
     places = [tmp_path / "one", tmp_path / "two"]
     for place in places:
         shutil.copytree(assets, place)
     if change is not None:
         change(places[1])
-    statuses, said = fit_on_two_ranks(places, tmp_path / "run")
+    statuses, said = fit_on_two_ranks(places, tmp_path / "run", more)
     if what is None:
         assert statuses == [0, 0], said
         return

@@ -11,14 +11,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import real_pairs
 import torch
+from forked import type_on_ranks
 from lightning.pytorch.callbacks import Callback
 from real_pairs import RUNS, benchmark
 from safetensors.torch import load_file
@@ -133,16 +131,8 @@ def test_prompts_are_what_the_recipe_says(tmp_path, monkeypatch):
 def test_a_pair_trains_in_shards_on_two_processes(tmp_path):
     """Soft caps, windows and mixed precision under FSDP2, as pairs/gemma2 advises."""
     words = command("gemma2", "gsm8k", tmp_path, "overlays/fsdp2")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words += ["--trainer.devices", "2", "--trainer.max_steps", "1", "--data.val_rollouts", "0"]
-    done = subprocess.run(
-        [sys.executable, *torchrun, "-m", "okd_lightning", *words],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    type_on_ranks(words, tmp_path)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert sorted(path.name for path in last.glob("*.distcp")) == ["__0_0.distcp", "__1_0.distcp"]
 

@@ -35,6 +35,10 @@ _NATIVE: dict[str, Any] = (
 )
 
 
+_HELD: set[Path] = set()
+"""Folders that this process holds; a fork inherits them, as the ranks of one run do."""
+
+
 @dataclass
 class Hold:
     """State of a locked folder's work.
@@ -78,6 +82,8 @@ def folder_lock(folder: Path, what: str, waits: bool = False) -> Iterator[Hold]:
         )
         yield Hold()
         return
+    held = folder.resolve()
+    _HELD.add(held)
     hold, path = Hold(), folder / HOLDER_FILE
     before = path.read_bytes() if path.is_file() else None
     try:
@@ -90,10 +96,17 @@ def folder_lock(folder: Path, what: str, waits: bool = False) -> Iterator[Hold]:
             _put_back(path, before)
         raise
     finally:
+        _HELD.discard(held)
         (folder / LOCK_FILE).unlink(missing_ok=True)  # waiting processes notice this, and try again
         lock.release()
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def is_held_here(folder: Path) -> bool:
+    """Return whether this process holds ``folder``, or the one that has started it as a rank."""
+    own = {"host": socket.gethostname(), "process": os.getppid()}
+    return folder.resolve() in _HELD or _named_holder(folder) == own
 
 
 def _put_back(path: Path, content: bytes | None) -> None:
@@ -104,9 +117,17 @@ def _put_back(path: Path, content: bytes | None) -> None:
         path.write_bytes(content)
 
 
-def _holder(folder: Path) -> str:
+def _named_holder(folder: Path) -> Any:
+    """Return what a holder has written about itself; None if nothing can be read."""
     try:
-        own = read_json(folder / HOLDER_FILE)
+        return read_json(folder / HOLDER_FILE)
+    except (OSError, ValueError):
+        return None
+
+
+def _holder(folder: Path) -> str:
+    own = _named_holder(folder)
+    try:
         return f"process {int(own['process'])} on host {own['host']!s}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return "another process"

@@ -102,6 +102,9 @@ class DistillationCLI(LightningCLI):
         **kwargs: Any,
     ) -> None:
         read_comments_as_text()
+        args = kwargs.get("args")
+        words = sys.argv[1:] if args is None else args
+        self._typed = str(words[0]) if isinstance(words, list) and words else None
         super().__init__(
             model_class,
             datamodule_class,
@@ -113,6 +116,11 @@ class DistillationCLI(LightningCLI):
             load_from_checkpoint_support=False,
             **kwargs,
         )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The command that was typed, or all of them: every one costs a parser of 400 options."""
+        every = super().subcommands()
+        return {self._typed: every[self._typed]} if self._typed in every else every
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the ``--method`` section; ``--help`` shows it first and the Trainer's flags last."""

@@ -14,9 +14,9 @@ from okd_lightning.checkpoints.folder_lock import folder_lock
 from okd_lightning.commands.cli_arguments import LAST, class_name, last_checkpoint
 from okd_lightning.commands.default_folder import find_run, new_folder
 from okd_lightning.commands.resume_rules import check_resume
-from okd_lightning.commands.run_folder import CONFIG_FILE, require_writable, resume_run, start_run
+from okd_lightning.commands.run_folder import CONFIG_FILE, resume_run, start_run
 from okd_lightning.commands.saved_config import config_of
-from okd_lightning.durable_files import write_whole
+from okd_lightning.durable_files import require_writable, write_whole
 
 
 def choose_folder(config: Any, settings: dict[str, Any]) -> list[str]:

@@ -15,7 +15,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from okd_lightning import __version__
 from okd_lightning.bounded_files import load_yaml
 from okd_lightning.checkpoints.contents import check_finite
-from okd_lightning.commands.run_folder import CONFIG_FILE, require_writable
+from okd_lightning.commands.run_folder import CONFIG_FILE
+from okd_lightning.durable_files import require_writable
 from okd_lightning.errors import CheckpointError, ConfigError, OutputError
 from okd_lightning.models import ModelSource, load_causal_lm, load_model_config, merge_adapters
 from okd_lightning.models.adapter_folders import adapter_folder

@@ -12,7 +12,6 @@ Extra: ``lm-eval``. The harness has no plug-ins, so its command line is started 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,9 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from okd_lightning.errors import ModelError
+from okd_lightning.bounded_files import read_json_object
+from okd_lightning.data.template_process import TemplateProcess
+from okd_lightning.errors import DataError, ModelError
 from okd_lightning.models import Vocabulary
 from okd_lightning.models.text_ids import TextEncoder
 
@@ -31,7 +32,8 @@ def _base_of(folder: str) -> str | None:
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
         return None
-    base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    config = read_json_object(path, ModelError, f"{path}: cannot be read")
+    base = config.get("base_model_name_or_path")
     if not base:
         raise ModelError(
             f"{folder} holds an adapter and does not say of which model; export it merged "
@@ -57,14 +59,38 @@ class ExportedLM(HFLM):
         if base is not None:
             settings = {"peft": pretrained, "tokenizer": pretrained, **settings}
         self._reads_chats = False
+        self._templates: TemplateProcess | None = None
         super().__init__(base or pretrained, backend="causal", **settings)
         self._vocabulary = Vocabulary.of(self.tokenizer)
         self._encoder = TextEncoder(self.tokenizer)
 
-    def apply_chat_template(self, *args: Any, **settings: Any) -> str:
-        """Render a chat as the harness does; from then on the template adds the bos."""
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Render a chat as the harness does, with training's limits of time and memory.
+
+        A template that refuses the chat gets it again without its system prompt. From then on the
+        template adds the bos.
+
+        Raises:
+            DataError: The template refuses the chat, loops, or needs too much memory.
+        """
         self._reads_chats = True
-        return str(super().apply_chat_template(*args, **settings))
+        settings = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+            **self.chat_template_args,
+        }
+        if self._templates is None:
+            self._templates = TemplateProcess(self.tokenizer)
+        what = "the chat template"
+        try:
+            return self._templates.render([(chat_history, settings)], what)[0]
+        except DataError:
+            plain = [message for message in chat_history if message["role"] != "system"]
+            if len(plain) == len(chat_history):
+                raise
+        return self._templates.render([(plain, settings)], what)[0]
 
     def tok_encode(
         self,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from okd_lightning.durable_files import remove_leftovers, write_whole
+from okd_lightning.durable_files import remove_leftovers, require_writable, write_whole
 from okd_lightning.errors import OutputError
 from okd_lightning.training.run_records import (
     MEASURES_FILE,
@@ -63,23 +63,6 @@ class PreparedRun:
             _remove_empty(self.earlier.parent)
             rank_zero_info(f"nothing was trained; the run of before is back in {self.folder}")
         _remove_empty(self.folder)
-
-
-def require_writable(folder: Path, option: str) -> None:
-    """Make ``folder`` and try to write in it.
-
-    Raises:
-        OutputError: The folder cannot be made or written.
-    """
-    probe = folder / ".write-test"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink(missing_ok=True)  # another process may have removed it
-    except OSError as error:
-        raise OutputError(
-            f"{option} {str(folder)!r} cannot be written ({error.strerror}); choose another folder"
-        ) from error
 
 
 def start_run(folder: Path) -> PreparedRun:

@@ -122,7 +122,7 @@ def read_folder(folder: Path, *, split: str, subset: str | None) -> list[Row]:
         found = load_from_disk(str(folder))
     except DataError:
         raise
-    except _READ_ERRORS as error:
+    except (*_READ_ERRORS, AttributeError, LookupError, TypeError) as error:  # of its JSON files
         raise DataError(
             f"{folder}: not a folder that `datasets` can read ({_first_line(error)}); expected one "
             f"made by Dataset.save_to_disk, or data files with a split {split!r}; "

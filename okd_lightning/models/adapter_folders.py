@@ -23,6 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from okd_lightning.bounded_files import read_json_object
 from okd_lightning.errors import ModelError, ModelNotFoundError
+from okd_lightning.models.adapters import adapter_sizes
 from okd_lightning.models.merging import merge_adapters
 from okd_lightning.models.sources import Source, first_line
 from okd_lightning.models.weight_checks import is_finite, is_quantised, not_finite
@@ -145,9 +146,10 @@ def merge_into_base(adapter: AdapterFolder, base: PreTrainedModel) -> PreTrained
         warnings.simplefilter("ignore")  # PEFT's advice for further training of the adapter
         _resize(base, weights)
         try:
-            adapted = PeftModel(base, adapter.config)
+            with adapter_sizes(base):
+                adapted = PeftModel(base, adapter.config)
             result: Any = set_peft_model_state_dict(adapted, weights)
-        except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        except (ArithmeticError, ValueError, RuntimeError, KeyError, TypeError) as error:
             raise ModelError(
                 f"{where}: the adapter does not fit its base {adapter.base!r}: {_reason(error)}"
             ) from error

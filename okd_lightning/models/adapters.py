@@ -7,9 +7,11 @@ base layers.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +21,7 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from okd_lightning.errors import ConfigError, ModelError
@@ -26,6 +29,13 @@ from okd_lightning.models.deferred import stand_ins
 from okd_lightning.models.merging import merge_adapters
 from okd_lightning.models.sources import first_line
 from okd_lightning.models.weight_checks import is_quantised
+
+_MAKERS = {
+    *(torch.ops.aten.empty, torch.ops.aten.zeros, torch.ops.aten.ones, torch.ops.aten.full),
+    *(torch.ops.aten.randn, torch.ops.aten.rand),
+}
+_MOST_TIMES, _SPARE_NUMBERS = 8, 1 << 26
+"""Numbers of an adapter: some times the model's; or 256 MiB, whatever the model."""
 
 if TYPE_CHECKING:
     from okd_lightning.models.loading import ModelArgument, ModelSource
@@ -123,6 +133,67 @@ def _carried_adapter(source: ModelSource) -> PeftConfig | None:
     return cast("dict[str, PeftConfig]", source.peft_config)[active[0]] if active else None
 
 
+class _Sizes(TorchDispatchMode):
+    """Counts the numbers of new tensors, before any memory is taken."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most, self._made = most, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Refuse a tensor that is one too many.
+
+        Raises:
+            OverflowError: With the numbers that were asked for.
+        """
+        if func.overloadpacket in _MAKERS and isinstance(args[0], list | tuple):
+            self._made += math.prod(args[0])
+            if self._made > self._most:
+                raise OverflowError(
+                    f"an adapter of more than {self._most:,} numbers, {_MOST_TIMES} times the "
+                    "model's own, is refused; lower its sizes, such as its rank r."
+                )
+        return func(*args, **(kwargs or {}))
+
+
+def adapter_sizes(model: nn.Module) -> _Sizes:
+    """Within it no more numbers are made than an adapter of ``model`` can sensibly have.
+
+    A low-rank adapter of full rank on all layers has twice the model's numbers. What goes beyond is
+    an OverflowError, before memory is taken.
+    """
+    own = sum(parameter.numel() for parameter in model.parameters())
+    return _Sizes(max(_MOST_TIMES * own, _SPARE_NUMBERS))
+
+
+@contextmanager
+def fitting_adapter(model: nn.Module, option: str) -> Iterator[None]:
+    """Within it an adapter is made for ``model``; one that does not fit is refused.
+
+    Raises:
+        ConfigError: PEFT's refusal, or an adapter far larger than the model.
+    """
+    try:
+        with adapter_sizes(model):
+            yield
+    except (ConfigError, torch.OutOfMemoryError):
+        raise
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        layers = sorted(
+            {
+                name.rsplit(".", 1)[-1]
+                for name, module in model.named_modules()
+                if isinstance(module, nn.Linear)
+            }
+        )
+        hint = f" Linear layers of this model: {', '.join(layers)}"
+        raise ConfigError(
+            f"{option}: {first_line(error)}{hint if isinstance(error, ValueError) else ''}"
+        ) from error
+
+
 def widen_trained(model: torch.nn.Module, base: torch.dtype) -> None:
     """Convert trained weights in place to float32, or to the base's format if that is wider."""
     wide = torch.promote_types(base, torch.float32)
@@ -146,25 +217,11 @@ def add_adapter(model: PreTrainedModel, adapter: PeftConfig, option: str) -> Non
             "adapters that change its layers, such as LoraConfig"
         )
     adapter.task_type = adapter.task_type or "CAUSAL_LM"
-    try:
-        with stand_ins(model, option), warnings.catch_warnings():
-            # PEFT corrects fan_in_fan_out for transposed layers (GPT-2) and warns
-            warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
-            model.add_adapter(adapter)
+    with fitting_adapter(model, option), stand_ins(model, option), warnings.catch_warnings():
+        # PEFT sets it to what the layer is (GPT-2's are transposed) and says so
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+        model.add_adapter(adapter)
         widen_trained(model, model.dtype)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        layers = sorted(
-            {
-                name.rsplit(".", 1)[-1]
-                for name, module in model.named_modules()
-                if isinstance(module, nn.Linear)
-            }
-        )
-        raise ConfigError(
-            f"{option}: {first_line(error)} Linear layers of this model: {', '.join(layers)}"
-        ) from error
 
 
 def without_adapter(model: PreTrainedModel) -> PreTrainedModel:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import cast
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
@@ -170,6 +171,23 @@ class WeightFiles:
         """Return the whole weight that is stored under ``name``."""
         with safe_open(self._files[name], framework="pt") as opened:
             return cast(Tensor, opened.get_tensor(name))
+
+    def samples(self, num_numbers: int) -> Iterator[tuple[str, list[int], Tensor]]:
+        """Name, shape and about ``num_numbers`` numbers of every weight, by name.
+
+        They are of the first, the middle and the last row; no more than those rows is read.
+        """
+        for name in sorted(self._files):
+            with safe_open(self._files[name], framework="pt") as opened:
+                whole = opened.get_slice(name)
+                shape = list(whole.get_shape())
+                if not shape:
+                    yield name, shape, opened.get_tensor(name)
+                    continue
+                places = sorted({0, shape[0] // 2, max(shape[0] - 1, 0)})
+                rows = [whole[row : row + 1].reshape(-1) for row in places]
+                step = max(1, math.prod(shape[1:]) * len(rows) // num_numbers)
+                yield name, shape, torch.cat([row[::step] for row in rows])
 
     def _names_in(self, files: Sequence[Path]) -> dict[str, Path]:
         found: dict[str, Path] = {}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.models.adapters import add_adapter, widen_trained
+from okd_lightning.models.adapters import add_adapter, fitting_adapter, widen_trained
 from okd_lightning.models.projection_targets import (
     choose_targets,
     describe_adapter,
@@ -152,7 +152,8 @@ def attach_online_module(
             f"{option}: {type(config).__name__} is made out of the teacher's weights, which "
             "loading: by_shard leaves on disk; use loading: every_rank, or LoraConfig"
         )
-    wrapped = get_peft_model(teacher, config)
+    with fitting_adapter(teacher, option):
+        wrapped = get_peft_model(teacher, config)
     widen_trained(wrapped, teacher.dtype)
     return wrapped.eval()
 

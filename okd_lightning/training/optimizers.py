@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, Reduce
 from lightning.pytorch.utilities.types import OptimizerLRScheduler, OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LambdaLR
 
 from okd_lightning.errors import ConfigError
@@ -119,7 +119,7 @@ def called(factory: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimize
     """Return the optimizer that a user's ``factory`` builds from parameter groups.
 
     Raises:
-        ConfigError: The factory raises, or returns something else.
+        ConfigError: It raises, returns something else, or takes no dense gradients.
     """
     try:
         optimizer: Any = factory(groups)
@@ -131,6 +131,11 @@ def called(factory: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimize
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(
             f"model.optimizer returned a {type(optimizer).__name__}; expected a torch Optimizer"
+        )
+    if isinstance(optimizer, SparseAdam):
+        raise ConfigError(
+            "model.optimizer SparseAdam takes sparse gradients alone, and those of a language "
+            "model are dense; use Adam, or leave it out for AdamW"
         )
     return optimizer
 

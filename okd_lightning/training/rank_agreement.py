@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from okd_lightning.data.token_cache import tokenizer_digest
 from okd_lightning.errors import DifferingRanksError
+from okd_lightning.models.deferred import deferred
+from okd_lightning.models.weight_files import WeightFiles
 from okd_lightning.rollouts import RolloutLoader
 from okd_lightning.training.config_paths import without_paths
 
@@ -32,7 +34,9 @@ _SAMPLES = 256
 
 
 def weights_digest(models: Iterable[nn.Module | None]) -> str:
-    """Return a digest of a sample of every weight that a process holds whole, before sharding.
+    """Digest a sample of every weight that a process has read, before ranks share theirs.
+
+    Of weights that are left on disk the sample is of the files, of which each rank reads its rows.
 
     Args:
         models: Student, teacher and its base; None where there is none.
@@ -44,9 +48,17 @@ def weights_digest(models: Iterable[nn.Module | None]) -> str:
             if isinstance(weight, DTensor) or weight.is_meta or not weight.numel():
                 continue
             flat = weight.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // _SAMPLES)]
-            found.update(sample.float().cpu().numpy().tobytes())
+            found.update(_in_bytes(flat[:: max(1, flat.numel() // _SAMPLES)]))
+        about = None if model is None else deferred(model)
+        if about is not None:
+            for name, shape, sample in WeightFiles(about.source, about.option).samples(_SAMPLES):
+                found.update(f"{name} {shape}".encode())
+                found.update(_in_bytes(sample))
     return found.hexdigest()
+
+
+def _in_bytes(sample: Tensor) -> bytes:
+    return sample.float().cpu().numpy().tobytes()
 
 
 def check_ranks_agree(module: DistillationModule) -> None:

@@ -308,3 +308,10 @@ def test_the_same_seed_gives_the_same_numbers(fit: Fit) -> None:
 def test_a_run_that_is_given_a_time_alone_goes_on_for_it(fit: Fit) -> None:
     fit("--method", "KD", "--trainer.max_time", "00:00:00:03", "--trainer.limit_val_batches", "0")
     assert int(read_metrics(RUN / "metrics.csv")[-1]["epoch"]) > 1
+
+
+def test_a_default_that_is_an_enum_is_saved_as_text(fit: Fit) -> None:
+    """Lightning's Timer has one, though its parameter is text."""
+    fit("--method", "SFT", "--trainer.callbacks+=Timer", "--trainer.max_steps", "1")
+    (timer,) = yaml.safe_load((RUN / "config.yaml").read_text())["trainer"]["callbacks"]
+    assert timer["init_args"]["interval"] == "step"

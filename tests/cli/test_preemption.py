@@ -5,21 +5,28 @@
   (``--ckpt_path last``) ends with the weights, metrics.csv and rollouts.jsonl of the run that was
   left alone;
 * so does a run that is stopped twice: it trains the epochs that were asked for;
+* ``stopped.json`` holds the signal, the step, the checkpoint and a command that resumes;
 * under SLURM its warning signal does the same and asks for the job to be put into the queue again.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 from cli_workbench import QUIET, Assets, Result, assert_same_weights, read_metrics
 
+from okd_lightning.callbacks import KD, Preemption
+from okd_lightning.data import RolloutDataModule
+from okd_lightning.errors import PreemptedError
 from okd_lightning.rollouts import RolloutLoader
 from okd_lightning.rollouts.evaluation import OwnResponses
 from okd_lightning.training.module import DistillationModule
@@ -83,10 +90,11 @@ def left_alone(okd: Fit, assets: Assets, whole: dict[str, Path], *more: str) -> 
 
 
 MOMENTS = [
-    *(("training", n) for n in (1, 2, 5, 6, 12, 13, 23, 24)),
-    *(("rollout", n) for n in (1, 2, 3, 4)),
-    *(("validation", n) for n in (1, 3, 7, 16)),
-    *(("validation's rollout", n) for n in (1, 2, 4)),
+    # a step's first and second batch: of a run's beginning, before a validation, of an epoch's end
+    *(("training", n) for n in (1, 2, 6, 12, 13, 24)),
+    *(("rollout", n) for n in (1, 3, 4)),
+    *(("validation", n) for n in (1, 7, 16)),
+    *(("validation's rollout", n) for n in (1, 4)),
 ]
 
 
@@ -120,6 +128,44 @@ def test_a_stopped_run_goes_on(
     assert_same_weights(LAST, truth / "checkpoints" / "last.ckpt")
     assert read_metrics(RUN / "metrics.csv") == read_metrics(truth / "metrics.csv")
     assert (RUN / "rollouts.jsonl").read_text() == (truth / "rollouts.jsonl").read_text()
+
+
+def test_the_record_says_how_to_go_on(
+    okd: Fit, assets: Assets, whole: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its command is typed as it stands there; the record goes when training goes on."""
+    truth = left_alone(okd, assets, whole, "--trainer.enable_checkpointing", "true")
+    with monkeypatch.context() as patched:
+        signal_at(patched, "training", 5)
+        assert okd("fit", *options(assets)).status == 143
+    record = json.loads((RUN / "stopped.json").read_text())
+    resume = f"okd-lightning fit --ckpt_path {LAST}"
+    assert record == {"signal": "SIGTERM", "step": 3, "checkpoint": str(LAST), "resume": resume}
+    resumed = okd(*shlex.split(record["resume"])[1:])
+    assert resumed.status == 0, resumed.err
+    assert not (RUN / "stopped.json").exists()
+    assert_same_weights(LAST, truth / "checkpoints" / "last.ckpt")
+
+
+def test_the_record_of_a_run_without_checkpoints(
+    okd: Fit, assets: Assets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From Python, where nothing says that there have to be any."""
+    signal_at(monkeypatch, "training", 2)
+    module = DistillationModule(assets.student, assets.teacher, learning_rate=1e-3)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=5,
+        logger=False,
+        enable_progress_bar=False,
+        default_root_dir=RUN,
+        callbacks=[KD(), Preemption()],
+    )
+    with pytest.raises(PreemptedError, match="no LastCheckpoint"):
+        trainer.fit(module, RolloutDataModule(assets.train, batch_size=2, max_response_length=8))
+    record = json.loads((RUN / "stopped.json").read_text())
+    assert record == {"signal": "SIGTERM", "step": 2, "checkpoint": None, "resume": None}
 
 
 TWICE = [

@@ -8,9 +8,6 @@ in one line.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,9 +15,8 @@ import pytest
 import yaml
 from cli_workbench import QUIET, Assets, Result, assert_same_weights, make_tokenizer, metric_names
 from fake_vllm_server import FakeVLLM, serving
+from forked import type_on_ranks
 from transformers import AutoModelForCausalLM
-
-import okd_lightning
 
 Fit = Callable[..., Result]
 LAST = Path("run/checkpoints/last.ckpt")
@@ -73,17 +69,13 @@ def test_two_processes_share_both_servers(assets: Assets, fake, here: Path) -> N
     with serving(student):
         engine = ["--model.engine", "VLLMServer", "--model.engine.url", student.url]
         command = [
-            *(sys.executable, "-m", "okd_lightning", "fit", *METHOD, *assets.data, *QUIET),
+            *("fit", *METHOD, *assets.data, *QUIET),
             *("--config", "overlays/cpu2", "--model.student", assets.student, *engine),
             *("--model.engine.sync_folder", str(here / "weights"), "--trainer.max_steps", "3"),
             *("--model.teacher_server", fake.url, "--trainer.default_root_dir", str(here / "run")),
             *("--trainer.callbacks+=SampleTable", "--trainer.callbacks.num_prompts", "0"),
         ]
-        root = str(Path(okd_lightning.__file__).parents[1])  # "here" is elsewhere
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert "MEMBER: 2/2" in done.stderr
+        assert "MEMBER: 2/2" in type_on_ranks(command, here)
     assert student.num_reloads == 4  # once a step, and for validation
     written = [b for b in student.bodies("/v1/completions") if "seed" in b]
     assert len({(tuple(b["prompt"]), b["seed"]) for b in written}) == len(written) == 14

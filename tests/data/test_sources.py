@@ -10,11 +10,14 @@ import gzip
 import json
 from types import SimpleNamespace
 
+import pyarrow
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetNotFoundError
 
+from okd_lightning import bounded_files
 from okd_lightning.data import RolloutDataModule, arrow, describe_source, load_rows
 from okd_lightning.errors import DataError, DataNotFoundError
 
@@ -281,6 +284,50 @@ def test_a_broken_saved_folder_is_refused(tmp_path):
     with pytest.raises(DataError) as error:
         load_rows(tmp_path / "rows")
     assert_one_line(error, "rows", "not a folder that `datasets` can read")
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
+def test_a_saved_folder_of_other_json_is_refused(name, tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / name).write_text('{"splits": 7, "_data_files": 7}')
+    with pytest.raises(DataError) as error:
+        load_rows(tmp_path / "rows")
+    assert_one_line(error, "rows", "not a folder that `datasets` can read")
+
+
+def _nested(texts: pyarrow.Array) -> pyarrow.Array:
+    return pyarrow.ListArray.from_arrays([0, len(texts)], texts)
+
+
+TEXTS = pyarrow.array(["a" * (1 << 16)] * 1000)  # 64 MiB
+HUGE = {
+    "a repeated text": TEXTS,
+    "a nested text": _nested(pyarrow.StructArray.from_arrays([TEXTS], ["content"])),
+    "a dictionary": TEXTS.dictionary_encode(),
+    "nothing, often": _nested(pyarrow.nulls(20_000_000, pyarrow.int8())),
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_a_parquet_file_that_stands_for_too_much_is_refused(name, tmp_path, monkeypatch):
+    """Before it is in memory: the limits are lowered, so that the test takes none either."""
+    monkeypatch.setattr(bounded_files, "_UNCHECKED", 1 << 24)
+    table = pyarrow.table({"prompt": HUGE[name]})
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 1 << 16
+    before = pyarrow.total_allocated_bytes()
+    with pytest.raises(DataError) as error:
+        load_rows(tmp_path / "a.parquet")
+    assert_one_line(error, "a.parquet", "stand for more than 16,777,216")
+    assert pyarrow.total_allocated_bytes() - before < 1 << 25
+
+
+def test_texts_of_a_parquet_dictionary_are_read(tmp_path):
+    """What pandas writes of a categorical column; in batches that are shorter than the file."""
+    texts = ["a" * 1000, "b"] * 3000
+    table = pyarrow.table({"prompt": pyarrow.array(texts).dictionary_encode()})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert load_rows(tmp_path / "a.parquet") == [{"prompt": text} for text in texts]
 
 
 @pytest.mark.parametrize(

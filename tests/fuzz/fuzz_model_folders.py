@@ -58,25 +58,30 @@ _CONFIG: dict[str, dict[str, Any]] = {
     "escapes": {"model_type": "\x1b[2J\u202e"},
     "named weights": {"transformers_weights": "../../../etc/passwd"},
 }
+_JSON_FILES = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "adapter_config.json"),
+)
+_BROKEN = {
+    "empty": b"",
+    "a list": b"[]",
+    "deep": b"[" * 100_000,
+    "digits": b'{"vocab_size": ' + b"9" * 5000 + b"}",
+    "zeros": b"\0" * 1000,
+    "bytes": b'{"a": "\xff"}',
+    "twice": b'{"model_type": "llama"} {}',
+}
 _RAW: dict[str, tuple[str, bytes]] = {
-    "config file: empty": ("config.json", b""),
-    "config file: list": ("config.json", b"[]"),
-    "config file: deep": ("config.json", b"[" * 100_000),
-    "config file: digits": ("config.json", b'{"vocab_size": ' + b"9" * 5000 + b"}"),
-    "config file: zeros": ("config.json", b"\0" * 1000),
-    "config file: bytes": ("config.json", b'{"a": "\xff"}'),
-    "config file: twice": ("config.json", b'{"model_type": "llama"} {}'),
-    "generation: deep": ("generation_config.json", b"[" * 100_000),
-    "generation: list": ("generation_config.json", b"[]"),
+    **{
+        f"{name}: {what}": (name, content)
+        for name in _JSON_FILES
+        for what, content in _BROKEN.items()
+    },
     "generation: ids": ("generation_config.json", b'{"eos_token_id": "x"}'),
     "generation: float": ("generation_config.json", b'{"eos_token_id": [1.5, null]}'),
-    "tokenizer: empty": ("tokenizer.json", b""),
     "tokenizer: object": ("tokenizer.json", b"{}"),
-    "tokenizer: deep": ("tokenizer.json", b'{"model":' * 50_000),
-    "tokenizer: bytes": ("tokenizer.json", b"\xff\xfe" * 100),
+    "tokenizer: deep objects": ("tokenizer.json", b'{"model":' * 50_000),
     "tokenizer: type": ("tokenizer.json", b'{"version":"1.0","model":{"type":"Nothing"}}'),
-    "tokenizer settings: list": ("tokenizer_config.json", b"[]"),
-    "tokenizer settings: deep": ("tokenizer_config.json", b"[" * 100_000),
     "tokenizer settings: class": ("tokenizer_config.json", b'{"tokenizer_class": "os.system"}'),
     "tokenizer settings: number": ("tokenizer_config.json", b'{"tokenizer_class": 7}'),
     "tokenizer settings: eos": ("tokenizer_config.json", b'{"eos_token": {"a": 1}}'),
@@ -92,9 +97,7 @@ _RAW: dict[str, tuple[str, bytes]] = {
     "weights: object": ("model.safetensors", (2).to_bytes(8, "little") + b"{}"),
     "added tokens": ("added_tokens.json", b'{"a": -1, "b": 99999999999}'),
     "template: folder": ("chat_template.jinja/x", b""),
-    "adapter: deep": ("adapter_config.json", b"[" * 100_000),
-    "adapter: list": ("adapter_config.json", b"[]"),
-    "adapter: type": ("adapter_config.json", b'{"peft_type": "os.system"}'),
+    "adapter beside a model": ("adapter_config.json", b'{"peft_type": "os.system"}'),
 }
 
 
@@ -180,6 +183,49 @@ def _turn(tensors: dict[str, torch.Tensor]) -> None:
     tensors["lm_head.weight"] = tensors["lm_head.weight"].T.contiguous()
 
 
+def _adapter(**changes: Any) -> Callable[[Path], None]:
+    """The folder becomes an adapter on the model that it held."""
+
+    def change(folder: Path) -> None:
+        base = folder.rename(folder.with_name("base"))
+        name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+        shapes = {"A": (2, 32), "B": (32, 2)}
+        folder.mkdir()
+        save_file(
+            {name.format(side): torch.ones(shape) for side, shape in shapes.items()},
+            folder / "adapter_model.safetensors",
+        )
+        config = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": 2}
+        config |= {"target_modules": r"model\.layers\.0\.self_attn\.q_proj", **changes}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+
+    return change
+
+
+_ADAPTERS: dict[str, dict[str, Any]] = {
+    "good": {},
+    "huge rank": {"r": 10**9},
+    "enormous rank": {"r": 10**30},
+    "no rank": {"r": 0},
+    "negative rank": {"r": -5},
+    "rank of text": {"r": "x"},
+    "rank of a list": {"r": [2]},
+    "huge pattern": {"rank_pattern": {"q_proj": 10**9}},
+    "targets": {"target_modules": 7},
+    "slow targets": {"target_modules": "(m+)+$" + "x" * 40},
+    "everything": {"target_modules": ".*"},
+    "scale": {"lora_alpha": "x"},
+    "initialisation": {"init_lora_weights": "../x"},
+    "saved": {"modules_to_save": ["nothing"]},
+    "base of itself": {"base_model_name_or_path": "."},
+    "base outside": {"base_model_name_or_path": "/etc"},
+    "base of a number": {"base_model_name_or_path": 7},
+    "class": {"auto_mapping": {"parent_library": "os", "base_model_class": "system"}},
+    "runtime": {"runtime_config": 7},
+    "kind": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 10**9},
+}
+
+
 def _mutate(seed: int) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         rng = random.Random(seed)
@@ -225,5 +271,6 @@ def cases(seed: int) -> list[Case]:
         *(_case(f"config: {name}", _with_config(changes)) for name, changes in _CONFIG.items()),
         *(_case(name, _with_file(*given)) for name, given in _RAW.items()),
         *(_case(name, change) for name, change in special.items()),
+        *(_case(f"adapter: {name}", _adapter(**how)) for name, how in _ADAPTERS.items()),
         *(_case(f"mutated {i}", _mutate(seed * 1000 + i)) for i in range(10)),
     ]

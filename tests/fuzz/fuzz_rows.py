@@ -9,6 +9,8 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 from fuzz_program import Bench, Case
 
 _ROW = '{"prompt": "ab", "response": "ba"}\n'
@@ -65,6 +67,29 @@ def _link(target: str, name: str) -> Callable[[Bench], None]:
 def _bomb(bench: Bench) -> None:
     piece = gzip.compress(b" " * (64 << 20))
     bench.train(str(bench.write("rows.jsonl.gz", piece * 40)))
+
+
+def _parquet(table: pyarrow.Table) -> Callable[[Bench], None]:
+    def act(bench: Bench) -> None:
+        pyarrow.parquet.write_table(table, bench.folder / "a.parquet", compression="zstd")
+        bench.train(str(bench.folder / "a.parquet"))
+
+    return act
+
+
+def _tables() -> dict[str, pyarrow.Table]:
+    """A few kilobytes that stand for much."""
+    texts = pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array([0] * 20_000, pyarrow.int32()), ["a" * (1 << 20)]
+    )
+    nulls = pyarrow.ListArray.from_arrays([0, 3 << 27], pyarrow.nulls(3 << 27, pyarrow.null()))
+    return {
+        "20 GiB of text": pyarrow.table({"prompt": texts, "response": texts}),
+        "nulls": pyarrow.table({"prompt": nulls}),
+        "numbers": pyarrow.table({"prompt": [1.5], "response": [None]}),
+        "bytes": pyarrow.table({"prompt": [b"\xff"], "response": [b""]}),
+        "no rows": pyarrow.table({"prompt": pyarrow.array([], pyarrow.string())}),
+    }
 
 
 def _texts() -> list[Case]:
@@ -157,4 +182,5 @@ def cases(seed: int) -> list[Case]:
         Case("file: /proc/self/mem", _link("/proc/self/mem", "rows.jsonl")),
         Case("file: gzip of 2.5 GiB", _bomb),
     ]
-    return [*_files(), *special, *_texts(), *_values(), *_mutated(seed, 12)]
+    tables = [Case(f"parquet: {name}", _parquet(table)) for name, table in _tables().items()]
+    return [*_files(), *special, *tables, *_texts(), *_values(), *_mutated(seed, 12)]

@@ -18,6 +18,8 @@ SAMPLE = {
     "templates": ("self", "repeated text", "globals"),
     "model_folders": ("config: many layers", "config: deep", "tokenizer: type", "config: code"),
     "server_answers": ("engine: large id", "teacher: no mass", "raw: NaN", "tokens: deep"),
+    "valid_options": ("option set 132",),
+    "invalid_options": ("huge adapter", "config: code", "junk", "--lmbda"),
     "configs": ("config: a billion merges", "config: tag", "pattern: nested repetition"),
 }
 
@@ -33,17 +35,23 @@ def _raise(bench: Bench) -> None:
     raise RuntimeError("x")
 
 
-BAD = {
-    "unexpected": _raise,
-    "program-run": lambda bench: bench.mark.touch(),
-    "hang": lambda bench: time.sleep(9),
-    "killed": lambda bench: os.kill(os.getpid(), 9),
-    "steers": lambda bench: os.write(1, b"\x1b[2J") and None,
-}
+def _loop(bench: Bench) -> None:
+    while True:
+        pass
 
 
-@pytest.mark.parametrize("verdict", BAD)
-def test_what_does_not_hold_is_told(verdict, tmp_path):
-    outcome = run_case(Case("x", BAD[verdict]), Bench(tmp_path / "x", tmp_path), seconds=2.0)
+BAD = (
+    ("unexpected", _raise),
+    ("program-run", lambda bench: bench.mark.touch()),
+    ("hang", lambda bench: time.sleep(99)),
+    ("hang", _loop),
+    ("killed", lambda bench: os.kill(os.getpid(), 9)),
+    ("steers", lambda bench: os.write(1, b"\x1b[2J") and None),
+)
+
+
+@pytest.mark.parametrize(("verdict", "act"), BAD)
+def test_what_does_not_hold_is_told(verdict, act, tmp_path):
+    outcome = run_case(Case("x", act), Bench(tmp_path / "x", tmp_path), seconds=0.25)
     assert outcome.verdict == verdict
     assert not outcome.holds

@@ -20,7 +20,7 @@ import tiny
 import torch
 
 from okd_lightning import durable_files
-from okd_lightning.commands.run_folder import require_writable
+from okd_lightning.durable_files import require_writable
 from okd_lightning.errors import CacheError, OutputError
 from okd_lightning.losses.outcomes import unpack_drawn, unpack_outcomes
 from okd_lightning.records.batches import Example

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from okd_lightning.checkpoints.files import read_checkpoint
-from okd_lightning.durable_files import sync_file
-from okd_lightning.errors import CheckpointError, ConfigError
+from okd_lightning.checkpoints.folder_lock import folder_lock, is_held_here
+from okd_lightning.durable_files import require_writable, sync_file
+from okd_lightning.errors import CheckpointError, ConfigError, OutputError
 from okd_lightning.training.loop_state import validation_follows
 
 _RECORDS = ("*.csv", "*.jsonl")
@@ -42,6 +44,7 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.keep = keep
         self._folder: Path | None = None
+        self._lock = ExitStack()
         self._saved_at = -1
 
     def setup(
@@ -51,10 +54,35 @@ class LastCheckpoint(Checkpoint):
 
         A checkpoint saved before BestCheckpoint has read a validation would lose that validation on
         resume.
+
+        Raises:
+            FolderInUseError: Another run trains in the folder; raised on all ranks.
+            OutputError: The folder cannot be written; raised on all ranks.
         """
         move_to_end(trainer, LastCheckpoint)
         self._folder = Path(trainer.default_root_dir).absolute() / "checkpoints"
         self._saved_at = -1
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._hold(trainer, self._folder.parent)
+
+    def _hold(self, trainer: lightning.Trainer, folder: Path) -> None:
+        """Keep other runs out of the run's folder; the command line has done so before."""
+        problem = None
+        if trainer.is_global_zero and not is_held_here(folder):
+            try:
+                require_writable(folder, "default_root_dir")
+                self._lock.enter_context(folder_lock(folder, f"default_root_dir {str(folder)!r}"))
+            except OutputError as error:
+                problem = error
+        problem = trainer.strategy.broadcast(problem)
+        if problem is not None:
+            raise problem
+
+    def teardown(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """Let other runs into the folder."""
+        self._lock.close()
 
     @property
     def path(self) -> Path:
@@ -110,6 +138,7 @@ class LastCheckpoint(Checkpoint):
         exception: BaseException,
     ) -> None:
         """Log the command that resumes the stopped run."""
+        self._lock.close()
         if self.has_saved:
             rank_zero_info(self.resume_command(trainer))
 

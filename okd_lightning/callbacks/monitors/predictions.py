@@ -10,6 +10,7 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
+from okd_lightning.durable_files import own_aside, write_whole
 from okd_lightning.records.batches import DistillBatch
 
 
@@ -34,13 +35,17 @@ class PredictionLog(Callback):
     def on_predict_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Write all records in the order of the dataset."""
+        """Write all records in the order of the dataset; an earlier file stays until then.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
         suffix = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         records = sorted(self._records, key=lambda record: record["index"])
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         path = folder / f"predictions{suffix}.jsonl"
-        path.write_text("".join(lines), encoding="utf-8")
+        write_whole(path, "".join(lines), own_aside(path))
         rank_zero_info(f"{len(records)} answers written to {path}")
         self._records = []

@@ -30,8 +30,7 @@ from okd_lightning.commands.compare.entries import (
 )
 from okd_lightning.commands.config_trust import FLAG, foreign_parts, texts_in
 from okd_lightning.commands.reports import RunResult
-from okd_lightning.commands.run_folder import require_writable
-from okd_lightning.durable_files import read_json, write_json
+from okd_lightning.durable_files import read_json, require_writable, write_json
 from okd_lightning.errors import ConfigError, OutputError
 
 MARKER = ".comparison-run"

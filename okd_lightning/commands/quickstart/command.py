@@ -12,7 +12,7 @@ import jsonargparse
 from okd_lightning.callbacks import DistillationCallback
 from okd_lightning.commands.quickstart.recipe import GKD_DEFAULTS, Recipe
 from okd_lightning.commands.quickstart.run import Quickstart
-from okd_lightning.commands.run_folder import require_writable
+from okd_lightning.durable_files import require_writable
 from okd_lightning.errors import ConfigError
 from okd_lightning.training.config_paths import output_folder
 from okd_lightning.training.lightning_messages import PrintableConsole
