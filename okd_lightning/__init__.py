@@ -11,23 +11,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import set_parsing_settings
+import okd_lightning.training.parsing_settings  # noqa: F401 - in force for every parser
 
 __version__ = "0.1.0"
-
-_DENIED = (
-    *("IPython", "cffi", "cloudpickle", "dill", "joblib", "pexpect", "ptyprocess"),
-    *("numpy.ctypeslib", "numpy.f2py", "numpy.load", "pandas.eval", "pandas.read_pickle"),
-    *("torch.distributed.elastic", "torch.distributed.launch", "torch.distributed.run"),
-    *("torch.hub", "torch.load", "torch.multiprocessing", "torch.package", "torch.serialization"),
-    *("torch.utils.cpp_extension", "torch.utils.model_zoo"),
-)
-"""Additions to jsonargparse's own list (os, subprocess, pickle, importlib and the like)."""
-
-# For the whole process, a script's own parsers too: a value of a type that accepts anything
-# (``dict[str, Any]``) never becomes an object, and nothing that runs programs or reads pickles can
-# be named, wherever a config comes from. ``config_trust``: what a checkpoint's config may name.
-set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[*_DENIED])
 
 if TYPE_CHECKING:
     from okd_lightning.callbacks import (
