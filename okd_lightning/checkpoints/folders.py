@@ -44,7 +44,7 @@ def is_checkpoint_folder(path: Path) -> bool:
 
 def beside(path: Path, kind: Literal["new", "old"]) -> Path:
     """Return the path of a folder being written ("new"), or of a replaced one ("old")."""
-    return path.with_name(f"{path.name}.{kind}")
+    return path.parent / f"{path.name}.{kind}"  # also of "." and "/", which have no name
 
 
 def settled(path: Path) -> Path:

@@ -78,6 +78,7 @@ _KNOWN = (OSError, MisconfigurationException, OKDLightningError, torch.OutOfMemo
 _AGREED = (DifferingRanksError, NonFiniteError, PreemptedError, RewardError, RolloutTimeoutError)
 """Raised on all ranks alike; rank 0 prints the message."""
 
+_LIGHTNING = Path(lightning.__file__).parent
 _TERMINATED = 128 + signal.SIGTERM
 
 
@@ -321,9 +322,22 @@ def _failed(error: Exception) -> int:
         advice = _OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else ""
         print(f"okd-lightning: {one_line(str(error))}{advice}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    if _is_lightnings(error):
+        print(f"okd-lightning: {one_line(str(error))}", file=sys.stderr)
+        return 1
     unexpected = f"unexpected {type(error).__name__}: {one_line(str(error))} (--debug shows where)"
     print(f"okd-lightning: {as_lost_rank(error) or unexpected}", file=sys.stderr)
     return 1
+
+
+def _is_lightnings(error: Exception) -> bool:
+    """Return whether Lightning itself has refused a setting, such as a monitor without values."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    if frame is None or not isinstance(error, RuntimeError | ValueError):
+        return False
+    return _LIGHTNING in Path(frame.tb_frame.f_code.co_filename).parents
 
 
 def _stopped_together(error: Exception) -> int:

@@ -225,7 +225,10 @@ def _leaf(content: str, branch: Sequence[tuple[int, str, str]]) -> _Complaint:
 def _annotation(class_path: str | None, parameter: str) -> str | None:
     """Return the class that a constructor's parameter is annotated with, if it is a single one."""
     kind = _imported(class_path) if class_path else None
-    hint = None if kind is None else get_type_hints(kind.__init__).get(parameter)
+    try:
+        hint = None if kind is None else get_type_hints(kind.__init__).get(parameter)
+    except NameError:  # PEFT imports the names of some annotations for type checkers only
+        return None
     return f"{hint.__module__}.{hint.__qualname__}" if isinstance(hint, type) else None
 
 

@@ -57,6 +57,13 @@ def settle_steps(
     accumulate, limit = trainer.accumulate_grad_batches, trainer.limit_train_batches
     if accumulate < 1:
         raise ConfigError(f"trainer.accumulate_grad_batches must be at least 1, got {accumulate}")
+    if not limit:
+        raise ConfigError(
+            "trainer.limit_train_batches 0 trains on no rows; leave it out, or use validate or test"
+        )
+    for name in ("min_epochs", "min_steps"):
+        if (least := getattr(trainer, name, None)) is not None and least < 0:
+            raise ConfigError(f"trainer.{name} must not be negative, got {least}")
     prompts_per_step = max(1, accumulate * batch_size * trainer.world_size // samples_per_prompt)
     if trainer.overfit_batches:  # type: ignore[attr-defined]
         raise ConfigError(_no_overfitting(trainer, prompts_per_step))

@@ -7,7 +7,8 @@ devices or sharding: models are returned on the CPU, in eval mode, with requires
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
@@ -181,9 +182,10 @@ def load_causal_lm(
         return source
     number_format = getattr(torch, dtype)
     if isinstance(source, Mapping):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=number_format, attn_implementation=attn_implementation
-        )
+        with _enough_memory(option):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=number_format, attn_implementation=attn_implementation
+            )
     found = locate(source, option)
     adapter = _adapter_at(found, option)
     if adapter is not None:
@@ -316,6 +318,24 @@ def _generation_eos(source: ModelSource) -> int | list[int] | None:
     own = _eos_beside(found)
     adapter = _adapter_at(found, "--model.student") if own is None else None
     return own if adapter is None else _generation_eos(adapter.base)
+
+
+@contextmanager
+def _enough_memory(option: str) -> Iterator[None]:
+    """Name the option where torch cannot allocate the random weights of a config.
+
+    Raises:
+        ModelError: Around torch's RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        raise ModelError(
+            f"{option}: there is no memory for the weights of this config "
+            f"({first_line(error)}); give smaller sizes"
+        ) from error
 
 
 def _eos_beside(found: Source) -> int | list[int] | None:

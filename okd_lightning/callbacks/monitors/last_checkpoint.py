@@ -58,7 +58,14 @@ class LastCheckpoint(Checkpoint):
         Raises:
             FolderInUseError: Another run trains in the folder; raised on all ranks.
             OutputError: The folder cannot be written; raised on all ranks.
+            ConfigError: The Trainer has two; both would write last.ckpt.
         """
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(callback, LastCheckpoint) for callback in callbacks) > 1:
+            raise ConfigError(
+                "the Trainer has two LastCheckpoint callbacks, which would both write last.ckpt; "
+                "leave one of them out"
+            )
         move_to_end(trainer, LastCheckpoint)
         self._folder = Path(trainer.default_root_dir).absolute() / "checkpoints"
         self._saved_at = -1
