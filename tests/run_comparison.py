@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,15 @@ def differences(one: Path, other: Path) -> list[str]:
             continue
         first, second = read(one / name), read(other / name)
         found += [f"{other / name}: {what}" for what in unequal(first, second)][:3]
-    files = [sorted(p.name for p in folder.glob("checkpoints/*")) for folder in (one, other)]
+    files = [kept_files(folder) for folder in (one, other)]
     return found + ([f"{other}: files {files}"] if files[0] != files[1] else [])
+
+
+def kept_files(folder: Path) -> list[str]:
+    """Names of the checkpoints; one that was written where a run was stopped has another step."""
+    return sorted(
+        re.sub(r"last-step=\d+", "last-step", path.name) for path in folder.glob("checkpoints/*")
+    )
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:

@@ -228,7 +228,7 @@ def load_config(name: str) -> dict[str, Any]:
             f"--config {name!r}: expected sections such as model:, data:, method:, trainer:, "
             f"got {found}"
         )
-    for section in ("model", "data", "trainer"):
+    for section in ("model", "data", "method", "trainer"):
         if isinstance(config.get(section), list):
             raise ConfigError(
                 f"--config {name!r}: the section {section} holds a list, {config[section]!r}; "
