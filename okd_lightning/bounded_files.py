@@ -185,7 +185,7 @@ def check_yaml(text: str) -> None:
 def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:
     """Count the values of a tree, each alias with the values of its anchor."""
     if depth > _DEEPEST:
-        raise yaml.YAMLError("nested too deeply, or an alias within what it stands for")
+        raise yaml.YAMLError("nested too deeply, or an alias within its own value")
     if id(node) not in known:
         parts: list[yaml.Node] = []
         if isinstance(node, yaml.MappingNode):
@@ -194,7 +194,7 @@ def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:
             parts = node.value
         known[id(node)] = 1 + sum(_count(part, known, depth + 1) for part in parts)
     if known[id(node)] > _MOST_NODES:
-        raise yaml.YAMLError(f"aliases that stand for more than {_MOST_NODES:,} values")
+        raise yaml.YAMLError(f"aliases that expand to more than {_MOST_NODES:,} values")
     return known[id(node)]
 
 
@@ -223,6 +223,6 @@ def decompressed(content: bytes) -> bytes:
             pieces.append(piece)
             size += len(piece)
             if size > most:
-                raise OverflowError(f"{len(content):,} bytes that stand for more than {size:,}")
+                raise OverflowError(f"{len(content):,} bytes that expand to more than {size:,}")
         rest = reader.unused_data.lstrip(b"\0")
     return b"".join(pieces)

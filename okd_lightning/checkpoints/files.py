@@ -85,7 +85,7 @@ def newest_checkpoint(folder: Path) -> str | None:
     if problems:
         raise CheckpointError(
             f"--ckpt_path last: none of the checkpoints in {folder / 'checkpoints'} can be read "
-            f"({', '.join(path.name for path in found)}); move them away to begin anew"
+            f"({', '.join(path.name for path in found)}); move them away to begin again"
         ) from problems[0]
     return None
 
@@ -97,7 +97,7 @@ def _age(path: Path) -> tuple[bool, float]:
 
 def _others(file: Path) -> str:
     found = sorted(str(p) for p in file.parent.glob("*.ckpt") if p.name != file.name)
-    return f"; take another: beside it there are {', '.join(found[:5])}" if found else ""
+    return f"; take another: next to it there are {', '.join(found[:5])}" if found else ""
 
 
 def _nearby(file: Path) -> str:

@@ -106,7 +106,7 @@ def take_flag(arguments: Sequence[str]) -> tuple[bool, list[str]]:
         if not equals and words and words[0].lower() in ("true", "false"):
             value, equals = words.pop(0), "="
         if equals and value.lower() not in ("true", "false"):
-            raise UsageError(f"{FLAG} {value!r}: expected nothing behind it, or true or false")
+            raise UsageError(f"{FLAG} {value!r}: expected nothing after it, or true or false")
         is_trusted = value.lower() != "false"
     return is_trusted, kept
 
@@ -326,7 +326,7 @@ def _split_equals(arguments: Sequence[str]) -> list[str]:
 
 def _values(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
     if arguments and arguments[-1] in options:
-        raise UsageError(f"{arguments[-1]} needs a value behind it")
+        raise UsageError(f"{arguments[-1]} needs a value after it")
     return [b for a, b in itertools.pairwise(arguments) if a in options]
 
 

@@ -137,7 +137,7 @@ def readable(error: Exception, options: Sequence[str] = ()) -> str:
         return f"{missing} must be given (on the command line, or in a --config file)"
     no_value = _NO_VALUE.search(text)
     if no_value:
-        return f"{no_value.group(1)} needs a value behind it"
+        return f"{no_value.group(1)} needs a value after it"
     unknown = _UNKNOWN.search(text)
     if unknown:
         return _unknown_option(unknown.group(1), options)

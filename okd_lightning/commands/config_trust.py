@@ -94,7 +94,7 @@ def add_trust_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         FLAG,
         action="store_true",
-        help="trust whoever wrote the checkpoint or comparison: import the code and use the "
+        help="trust the author of the checkpoint or comparison: import the code and use the "
         "servers that it names (your own are signed, and need no flag)",
     )
 

@@ -110,7 +110,7 @@ TRL: Mapping[str, str] = {
     "save_steps": "--trainer.callbacks+=LastCheckpoint with its every_n_steps",
     "save_strategy": "--trainer.callbacks+=LastCheckpoint with its every_n_steps",
     "save_total_limit": "--trainer.callbacks+=LastCheckpoint with its keep",
-    "load_best_model_at_end": "nothing: best-step=N.ckpt is kept beside last.ckpt",
+    "load_best_model_at_end": "nothing: best-step=N.ckpt is kept next to last.ckpt",
     "metric_for_best_model": "--trainer.callbacks+=BestCheckpoint with its metric",
     "resume_from_checkpoint": "--ckpt_path last",
     "seed": "--seed_everything",

@@ -156,7 +156,7 @@ def _leave_out_foreign(
             instead = f"give --{part.setting} yourself, or " if can_type else ""
             raise CheckpointError(
                 f"--ckpt_path {path!r} was not signed by you, and its config names {part}: "
-                f"{instead}add {FLAG} if you trust whoever wrote it"
+                f"{instead}add {FLAG} if you trust its author"
             )
         if name:
             config.get(section, {}).pop(name, None)

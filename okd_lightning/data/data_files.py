@@ -70,7 +70,7 @@ def _table_of(file: pq.ParquetFile, size: int) -> pa.Table:
     chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
     named = sum(max(c.total_uncompressed_size, _LEAST * c.num_values) for c in chunks)
     if named > most:
-        raise OverflowError(f"{size:,} bytes that stand for more than {most:,}")
+        raise OverflowError(f"{size:,} bytes that expand to more than {most:,}")
     largest = max([c.total_uncompressed_size for c in chunks], default=0)
     found, read = [], 0
     rows = max(1, min(_ROWS, most // max(1, largest)))
@@ -79,7 +79,7 @@ def _table_of(file: pq.ParquetFile, size: int) -> pa.Table:
         found.append(batch.cast(plain))
         read += found[-1].nbytes
         if read > most:
-            raise OverflowError(f"{size:,} bytes that stand for more than {most:,}")
+            raise OverflowError(f"{size:,} bytes that expand to more than {most:,}")
     return pa.Table.from_batches(found, plain)
 
 

@@ -89,7 +89,7 @@ def _no_response(
 ) -> DataError:
     cells = Cells.of(rows)
     start = (
-        f"{where}: no column {columns.response!r}, and this run learns from given responses; "
+        f"{where}: no column {columns.response!r}, and this run learns from dataset responses; "
         f"found: {quoted(cells.samples)}"
     )
     name = hint_for_response(cells, columns)

@@ -80,7 +80,7 @@ def _read(path: Path) -> ExampleSet | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, CacheError) as error:
-        rank_zero_warn(f"tokenized data {path}: {error}; the rows are tokenized anew")
+        rank_zero_warn(f"tokenized data {path}: {error}; the rows are tokenized again")
         return None
 
 
@@ -94,7 +94,7 @@ def _write(path: Path, found: ExampleSet) -> None:
     except OSError as error:
         rank_zero_warn(
             f"tokenized data cannot be kept in {path.parent} ({error}), so every run tokenizes "
-            "anew; give --data.token_cache a folder, or null"
+            "again; give --data.token_cache a folder, or null"
         )
 
 

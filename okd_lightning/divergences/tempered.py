@@ -33,8 +33,8 @@ def at_temperature(divergence: Divergence, temperature: float) -> Divergence:
         return divergence
     if isinstance(divergence, Tempered):
         raise ConfigError(
-            f"temperature {temperature} is given beside {divergence}, and both would act; give one "
-            "of them"
+            f"temperature {temperature} is given together with {divergence}, and both would act; "
+            "give one of them"
         )
     return Tempered(divergence, temperature)
 

@@ -148,7 +148,7 @@ class CachedTeacher:
         place_of = self._places.get(reading_key(ids, mask))
         if place_of is None:
             raise CacheError(
-                "a row of this run is not in the teacher's cache, which holds the given responses "
+                "a row of this run is not in the teacher cache, which holds the dataset responses "
                 "of data.train and data.val; leave --model.teacher_cache out for other loaders"
             )
         entry, place = place_of

@@ -206,7 +206,7 @@ class Entry:
         if number not in self._checked and _checksum(records) != self._checksums[number]:
             raise CacheError(
                 f"{self._path(number)} is not what was written there; delete it, and the next run "
-                "writes it anew"
+                "writes it again"
             )
         self._checked.add(number)
         return records

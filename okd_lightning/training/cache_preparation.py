@@ -132,7 +132,7 @@ def _missing(entries: Sequence[Entry]) -> list[int]:
     for number, entry in enumerate(entries):
         is_whole, problem = entry.state()
         if problem:
-            rank_zero_warn(f"{problem}: this part of the teacher's cache is written anew")
+            rank_zero_warn(f"{problem}: this part of the teacher's cache is written again")
         if not is_whole:
             entry.prepare()
             found.append(number)
@@ -204,5 +204,5 @@ def _announce(cached: CachedTeacher, is_new: bool) -> None:
         f"teacher: {'written to' if is_new else 'read from'} its cache, {cached.k} ids a token, "
         f"{positions:,} tokens of {size} bytes ({names or 'nothing to keep'}); methods read their "
         f"divergences as TopK(., {cached.k}), at most the exact ones; validation takes these as "
-        "val/top_k_*, and nothing of the teacher on the student's own responses"
+        "val/top_k_*, and nothing of the teacher on on-policy samples"
     )

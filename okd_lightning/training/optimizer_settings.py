@@ -139,7 +139,7 @@ def check_own_scheduler(
     for option, value in others.items():
         if value is not None:
             raise ConfigError(
-                f"{option} {value} does nothing beside model.lr_scheduler, which decides the "
+                f"{option} {value} does nothing with model.lr_scheduler, which decides the "
                 "learning rates of all groups: leave one of them out"
             )
 

@@ -228,7 +228,7 @@ def test_refusals(tmp_path):
             OKD(temperature=2.0, **both)
     with pytest.raises(ConfigError, match="alpha 1 leaves nothing"):
         OKD(alpha=1.0)
-    with pytest.raises(ConfigError, match="on_policy_fraction 1 leaves no given responses"):
+    with pytest.raises(ConfigError, match="on_policy_fraction 1 leaves no dataset responses"):
         OKD(on_policy_fraction=1.0)
     for name in ("learning_rate", "clip_norm"):
         for value in (0.0, -1.0, float("nan")):

@@ -1,6 +1,6 @@
 """Rewards where a micro-batch has none, and baselines that need company.
 
-Frozen here: a reward beside a method on given responses does not depend on how a step's rows are
+Frozen here: a reward beside a method on dataset responses does not depend on how a step's rows are
 cut into micro-batches, also where one of them holds no response of the student's; a batch that
 nobody scored is refused by name; a baseline over samples is refused where there is one of each;
 what fails on one rank stops all of them.

@@ -1,6 +1,6 @@
 """``okd-lightning diagnose`` as a person types it.
 
-* Exact divergences, agreement, entropies and top-k mass on given responses are those of a direct
+* Exact divergences, agreement, entropies and top-k mass on dataset responses are those of a direct
   computation from both models' logits, and so are the bins by place.
 * Nothing on disk changes, and the same seed gives the same numbers.
 * One self-contained page, a JSON file, a contender for ``compare``, and a summary that fits 80

@@ -66,7 +66,7 @@ def test_a_broken_one_is_passed_over(fit: Fit, okd: Fit, assets: Assets) -> None
     assert broken.status == 1
     line = next(x for x in broken.err.splitlines() if x.startswith("okd-lightning: "))
     assert "last.ckpt' is cut off or broken" in line
-    assert "take another: beside it there are run/checkpoints/" in line
+    assert "take another: next to it there are run/checkpoints/" in line
     with pytest.warns(UserWarning, match=r"last\.ckpt cannot be read; the run goes on from run/"):
         fit(*OPTIONS, "--trainer.max_steps", "8", "--trainer.max_epochs", "2")
     assert step_of(LAST) == 8

@@ -130,7 +130,7 @@ FIT = [
     ),
     (
         [*KD, "--model.lr_scheduler", "ConstantLR", "--model.warmup_steps", "2"],
-        ["model.warmup_steps 2 does nothing beside model.lr_scheduler"],
+        ["model.warmup_steps 2 does nothing with model.lr_scheduler"],
     ),
     # methods
     (

@@ -47,7 +47,7 @@ MISTAKES = [
     (["--method.anchor_wight", "1"], ["no setting 'anchor_wight'", "mean anchor_weight?"]),
     (
         ["--method.on_policy_fraction", "1"],
-        ["on_policy_fraction 1", "no given responses", "[0, 1)", "anchor_weight above 0"],
+        ["on_policy_fraction 1", "no dataset responses", "[0, 1)", "anchor_weight above 0"],
     ),
     (["--method.warmup_steps", "-1"], ["warmup_steps", "from 0 on", "-1"]),
     (["--method.schedule", "cosin"], ["constant or linear or cosine", "'cosin'"]),

@@ -1,6 +1,6 @@
 """``--model.teacher_server`` on the command line.
 
-Frozen here: an address is enough, with GKD on the student's own responses; k and the model have
+Frozen here: an address is enough, with GKD on on-policy samples; k and the model have
 flags of their own; resuming, validating, testing and exporting work without a teacher here; both
 the student's and the teacher's servers in one run of two processes, which share them; mistakes end
 in one line.

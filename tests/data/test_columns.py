@@ -32,7 +32,7 @@ MISSING_COLUMNS = {
     "response": (
         {"prompt": "a", "completion": "b"},
         Columns(),
-        ["no column 'response'", "given responses", "--data.response_column completion"],
+        ["no column 'response'", "dataset responses", "--data.response_column completion"],
     ),
     "mapped prompt": (
         {"question": "a", "response": "b"},

@@ -135,7 +135,7 @@ REFUSED = {
     ),
     "prompts alone": (
         [{"prompt": "one"}],
-        ["given responses", "--method GKD --method.on_policy_fraction 1"],
+        ["dataset responses", "--method GKD --method.on_policy_fraction 1"],
     ),
     "two system prompts": (
         [{"system": "a", "messages": [{"role": "system", "content": "b"}, user("one")]}],

@@ -60,7 +60,7 @@ def test_what_is_too_long_is_told_before_weights_are_read(stage, hollow, tmp_pat
 
 def test_prompts_alone_are_enough_for_methods_that_generate(hollow, tmp_path):
     rows = [{"prompt": "ab"}]
-    with pytest.raises(DataError, match="learns from given responses"):
+    with pytest.raises(DataError, match="learns from dataset responses"):
         run("fit", hollow, tmp_path, rows, method=KD)
     with pytest.raises(Exception, match=r"safetensors|weights") as error:
         run(

@@ -3,7 +3,7 @@
 Frozen here: what is read is what was built, of every layout; a changed row, order, template,
 tokenizer, length or setting, changed code and another day where a template asks for it are other
 entries; where a tokenizer lies, and what its last call left in it, is not; small sets, rows that
-JSON cannot say and null are not kept; broken entries are tokenized anew with a warning; processes
+JSON cannot say and null are not kept; broken entries are tokenized again with a warning; processes
 that write at the same time end with one whole entry; a folder that cannot be written costs a
 warning and no more.
 """
@@ -219,7 +219,7 @@ def test_a_broken_entry_is_made_anew(folder, builds, damage):
     expected = get(folder)
     (path,) = folder.iterdir()
     damage(path)
-    with pytest.warns(UserWarning, match="the rows are tokenized anew"):
+    with pytest.warns(UserWarning, match="the rows are tokenized again"):
         assert get(folder) == expected
     assert get(folder) == expected
     assert len(builds) == 2

@@ -2,7 +2,7 @@
 
 * A trial's change is that of the same steps made by hand, and the weights come back bit for bit.
 * Exact reverse KL on the student's own rows lowers reverse KL there, KD forward KL on given ones.
-* Without given responses the methods that read them are left out.
+* Without dataset responses the methods that read them are left out.
 * The forecast is in the order of the change; an advice names its first ones.
 """
 
@@ -138,6 +138,6 @@ def test_the_forecast_and_its_advice():
     assert rules.first_steps(found()) is None
     assert rules.rough_start(diagnosis) is None
     rough = rules.rough_start(found(trials=(trial("SFT", 0.1, 0.2), trial("KD", 0.3, 0.1))))
-    assert "forward KL on given responses +0.100±0.010" in rough.because
+    assert "forward KL on dataset responses +0.100±0.010" in rough.because
     assert "0.001" in rough.title
     assert rules.rough_start(found()) is None

@@ -91,7 +91,7 @@ def test_a_broken_file_is_written_anew_and_said(tmp_path, make_module, cache, lo
     assert len(files) > 3
     untouched = files[0].stat().st_mtime_ns
     files[1].write_bytes(files[1].read_bytes()[:-2])
-    with pytest.warns(UserWarning, match=r"part-00001.npy is missing or cut short: .* anew"):
+    with pytest.warns(UserWarning, match=r"part-00001.npy is missing or cut short: .* again"):
         found, _ = train(tmp_path, make_module, [KD()], k=5, cache=cache)
     assert len(loaded) == 2
     assert found.losses == expected.losses

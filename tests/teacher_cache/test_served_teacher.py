@@ -1,7 +1,7 @@
 """Runs whose teacher is on a server, against a server that speaks vLLM's protocol.
 
-Frozen here: losses, gradients and weights of the live run with TopK, on given responses and on what
-the student writes; at k = vocabulary those of the exact run; teacher prompts; validation's names;
+Frozen here: losses, gradients and weights of the live run with TopK, on dataset responses and on
+on-policy samples; at k = vocabulary those of the exact run; teacher prompts; validation's names;
 no teacher in memory; what needs the teacher itself is refused; another tokenizer, another model, a
 teacher with padding that it gives probability to, logits for log-probs, too few log-probs, dropped
 connections, a slow server.

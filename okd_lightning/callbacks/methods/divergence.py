@@ -53,7 +53,7 @@ class DivergenceCallback(DistillationCallback):
         if cross_entropy_weight and on_policy_fraction == 1:
             raise ConfigError(
                 f"cross_entropy_weight {cross_entropy_weight} has nothing to act on with "
-                "on_policy_fraction 1: there is no given response; set one of them to 0"
+                "on_policy_fraction 1: there is no dataset response; set one of them to 0"
             )
         if seq_kd and on_policy_fraction == 1:
             raise ConfigError(

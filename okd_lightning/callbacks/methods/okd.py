@@ -132,7 +132,7 @@ class OKD(DistillationCallback):
             )
         if self._on_policy_fraction == 1:
             raise ConfigError(
-                "OKD: on_policy_fraction 1 leaves no given responses, whose cross-entropy holds "
+                "OKD: on_policy_fraction 1 leaves no dataset responses, whose cross-entropy holds "
                 "the teacher to the data: it would move to wherever the student is; expected a "
                 "number in [0, 1), or an anchor_weight above 0"
             )

@@ -155,5 +155,5 @@ def _check_method(method: DistillationCallback) -> None:
     if hooks:
         raise ConfigError(
             f"Stage of {method.name}: {type(method).__name__} has {', '.join(hooks)} of its own, "
-            "which a Stage does not call; put that into a callback beside it (or into prepare)"
+            "which a Stage does not call; put that into another callback (or into prepare)"
         )

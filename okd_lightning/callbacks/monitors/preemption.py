@@ -266,7 +266,7 @@ class Preemption(Checkpoint):
                 place.parent.mkdir(parents=True, exist_ok=True)
                 write_json(place, record)
             except (OSError, OutputError) as error:  # the stop itself must not fail
-                rank_zero_warn(f"no {STOPPED_FILE} is left behind: {error}")
+                rank_zero_warn(f"no {STOPPED_FILE} is left: {error}")
 
     def _stopped(self, trainer: lightning.Trainer) -> PreemptedError:
         return PreemptedError(f"the run was asked to stop at step {trainer.global_step}")

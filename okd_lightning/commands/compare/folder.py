@@ -279,7 +279,7 @@ def _check_contenders(manifest: Path, known: Plan, asked: Plan) -> None:
             raise ConfigError(
                 f"{manifest} was not signed by you, and its contender {entry.label} names {part}: "
                 f"name that contender in --methods yourself, choose another --out, or add {FLAG} "
-                "if you trust whoever wrote it"
+                "if you trust its author"
             )
 
 

@@ -124,7 +124,7 @@ def check_shared(plan: Plan) -> None:
     if len(methods) > 1:
         shared = [name for name in methods if name != "SFT"] or ["SFT"]
         raise ConfigError(
-            f"every contender would run with {' and '.join(shared)} beside its own method: "
+            f"every contender would run with {' and '.join(shared)} besides its own method: "
             "trainer.callbacks of the shared configs or options holds it; put it into a file of "
             "its own and name that in --methods"
         )

@@ -27,24 +27,24 @@ method:
 """
 CONTENDERS = {
     GKD_REVERSE_KL: _CONTENDER.format(
-        what="exact reverse KL on the student's own responses",
+        what="exact reverse KL on on-policy samples",
         method="GKD",
         settings="divergence: ReverseKL\n    on_policy_fraction: 1.0",
     ),
     GKD_FORWARD_KL: _CONTENDER.format(
-        what="exact forward KL on the student's own responses",
+        what="exact forward KL on on-policy samples",
         method="GKD",
         settings="divergence: ForwardKL\n    on_policy_fraction: 1.0",
     ),
     KD_REVERSE_KL: _CONTENDER.format(
-        what="reverse KL on given responses", method="KD", settings="divergence: ReverseKL"
+        what="reverse KL on dataset responses", method="KD", settings="divergence: ReverseKL"
     ),
 }
 """Contenders that are not a class's defaults, as files that are written next to the diagnosis."""
 
 _FORECASTS = {
-    "given/forward_kl": "forward KL on given responses",
-    "student/reverse_kl": "reverse KL behind the student's own words",
+    "given/forward_kl": "forward KL on dataset responses",
+    "student/reverse_kl": "reverse KL after on-policy prefixes",
 }
 _AS_CONTENDER = {
     "SFT": "SFT",
@@ -74,7 +74,7 @@ def mend_first(found: Diagnosis) -> Advice | None:
     if not broken:
         return None
     text = "; ".join(f"{check.name}: {check.text}" for check in broken)
-    return Advice("Mend the data, its limits or the tokenizer first", text, "measured")
+    return Advice("Fix the data, its limits or the tokenizer first", text, "measured")
 
 
 def prompts_alone(found: Diagnosis) -> Advice | None:
@@ -82,7 +82,7 @@ def prompts_alone(found: Diagnosis) -> Advice | None:
     if found.of("given") is not None:
         return None
     return Advice(
-        "GKD on the student's own responses (--method GKD --method.on_policy_fraction 1)",
+        "GKD on on-policy samples (--method GKD --method.on_policy_fraction 1)",
         "the data hold prompts alone, which leaves KD and OKD nothing to learn from",
         "measured",
         (GKD_REVERSE_KL, "OPDPlus"),
@@ -138,7 +138,7 @@ def learn_to_end(found: Diagnosis) -> Advice | None:
     if own is None or teachers is None or own.eos_share >= _RARELY_ENDS * teachers.eos_share:
         return None
     return Advice(
-        "SFT or KD on given responses first, then on-policy (a Stage, or two runs)",
+        "SFT or KD on dataset responses first, then on-policy (a Stage, or two runs)",
         f"{own.eos_share:.0%} of the student's responses end by themselves, "
         f"{teachers.eos_share:.0%} of the teacher's: rollouts would mostly be text that neither "
         "model should write",
@@ -155,12 +155,12 @@ def exposure(found: Diagnosis) -> Advice | None:
     there, here = given.measures["reverse_kl"], own.measures["reverse_kl"]
     error = math.hypot(there.error, here.error)
     numbers = (
-        f"reverse KL is {here.text()} behind the student's own words and {there.text()} on given "
+        f"reverse KL is {here.text()} after on-policy prefixes and {there.text()} on dataset "
         "responses"
     )
     if here.mean > _CLEARLY_WORSE * there.mean and here.mean - there.mean > 2 * error:
         return Advice(
-            "GKD with reverse KL on the student's own responses (--method GKD "
+            "GKD with reverse KL on on-policy samples (--method GKD "
             "--method.divergence ReverseKL --method.on_policy_fraction 1)",
             f"{numbers}: what goes wrong, goes wrong where the student leads itself",
             "likely",
@@ -183,7 +183,7 @@ def coverage(found: Diagnosis) -> Advice | None:
     if mass.mean >= _LOW_MASS:
         return None
     return Advice(
-        "KD (forward KL) before, or beside, anything on-policy",
+        "KD (forward KL) before, or together with, anything on-policy",
         f"the teacher puts {1 - mass.mean:.0%} of its mass outside the student's {_LOW_MASS_K} "
         "likeliest tokens: samples of the student hardly ever show it what is missing",
         "guess",
@@ -242,8 +242,8 @@ def what_counts(found: Diagnosis) -> Advice | None:
         return None
     return Advice(
         "Decide what counts before comparing",
-        "losses on given responses lower the divergence there, losses on the student's own "
-        "responses the one behind its own words (docs/comparing.md); answers that can be checked "
+        "losses on dataset responses lower the divergence there, losses on on-policy "
+        "samples the one after on-policy prefixes (docs/comparing.md); answers that can be checked "
         "(ExactMatch) decide better than either",
         "likely",
         (GKD_REVERSE_KL, "KD"),
@@ -278,7 +278,7 @@ def quietest_credit(found: Diagnosis) -> Advice | None:
     best = min(noise, key=lambda name: noise[name])
     listed = ", ".join(f"{name} {value:.1f}" for name, value in noise.items())
     return Advice(
-        "Where it has to be policy gradient (a reward beside it, a discount): OPDPlus with variant "
+        "Where it has to be policy gradient (with a reward or a discount): OPDPlus with variant "
         f"{best}",
         f"variance over the exact gradient's, reverse KL: {listed}; a teacher that only scores "
         "drawn tokens allows no value_baseline",

@@ -83,7 +83,7 @@ def _vocabulary(module: DistillationModule) -> Check:
     padded = ", ".join(f"{name} {rows - size}" for name, rows in tables.items() if rows > size)
     text = f"student and teacher agree on {size:,} ids"
     if padded:
-        text += f"; rows behind them ({padded}) are masked on both sides"
+        text += f"; rows after them ({padded}) are masked on both sides"
     if module.vocabulary.invalid_ids:
         text += f"; {len(module.vocabulary.invalid_ids)} ids below have no token and are masked"
     return Check("vocabulary", "good", text)
@@ -178,11 +178,11 @@ def _lengths(data: RolloutDataModule, found: ExampleSet) -> Check:
 def _given_ends(data: RolloutDataModule, found: ExampleSet) -> Check:
     given = sum(bool(example.response_ids) for example in found.examples)
     if not given:
-        return Check("given responses", "look", "there are none: on-policy methods only")
+        return Check("dataset responses", "look", "there are none: on-policy methods only")
     if found.share_cut >= MANY_CUT:
-        return Check("given responses", "bad", cut_advice(found, data.max_response_length))
+        return Check("dataset responses", "bad", cut_advice(found, data.max_response_length))
     return Check(
-        "given responses",
+        "dataset responses",
         "good",
         f"{found.share_cut:.1%} of {given:,} are cut at --data.max_response_length "
         f"{data.max_response_length} and get no eos",

@@ -30,17 +30,17 @@ _ADVICE = {
     "entropy": "the student's own responses carry {now.entropy:.2f} nats a token, after "
     "{first.entropy:.2f} at the start{beside}: its entropy collapses, and it writes the same over "
     "and over. Lower --model.learning_rate; take a divergence that covers the teacher "
-    "(JensenShannon, ForwardKL) in place of reverse KL; or train on given responses beside "
+    "(JensenShannon, ForwardKL) in place of reverse KL; or also train on dataset responses "
     "(--method.on_policy_fraction below 1, or KD as a second method)",
     "length": "the student's responses have {now.mean_length:.0f} tokens on average, after "
     "{first.mean_length:.0f} at the start, and the longest that fits is {max_length}: they grow "
-    "without an end. Train on given responses beside, which end (--method.on_policy_fraction below "
+    "without an end. Also train on dataset responses, which end (--method.on_policy_fraction below "
     "1, or KD as a second method), lower --model.learning_rate, and see that no reward pays for "
     "length",
     "truncated": "{now.truncated:.0%} of the student's responses are cut at {max_length} tokens, "
     "where {data_truncated:.0%} of the data's own are, so that it learns from beginnings alone. "
-    "Raise --data.max_response_length; where answers wander on without an end (rollouts.jsonl), "
-    "train on given responses first (--method SFT or KD)",
+    "Raise --data.max_response_length; where answers do not end (rollouts.jsonl), "
+    "train on dataset responses first (--method SFT or KD)",
     "outliers": "for {now.outliers:.1%} of the tokens that the student draws, the teacher's "
     f"log-probability is more than {EXTREME_LOG_RATIO:g} nats away from the student's: a few "
     "tokens make the gradient. Set --method.max_log_ratio 5; see that the teacher reads "
