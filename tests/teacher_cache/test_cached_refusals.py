@@ -91,7 +91,7 @@ def test_a_row_that_is_not_there_is_no_other_row(tmp_path, make_module, cache):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             batch.input_ids[0, 0] = 3 + (int(batch.input_ids[0, 0]) - 2) % 16
 
-    with pytest.raises(CacheError, match="a row of this run is not in the teacher's cache"):
+    with pytest.raises(CacheError, match="a row of this run is not in the teacher cache"):
         train(tmp_path, make_module, [KD()], k=5, cache=cache, callbacks=[Swapped()])
 
 
