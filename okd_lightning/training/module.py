@@ -362,7 +362,7 @@ class DistillationModule(OptimizedModule):
 
     def on_train_start(self) -> None:
         """Compare what the ranks have read; apply optimizer settings that a resume changes."""
-        check_ranks_agree(self)
+        check_ranks_agree(self.trainer, self.weights_read, self.run_config, self.tokenizer)
         super().on_train_start()
 
     def on_train_batch_start(self, batch: DistillBatch, batch_idx: int) -> None:

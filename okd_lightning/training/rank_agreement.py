@@ -11,12 +11,14 @@ import importlib.metadata
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import lightning
 import torch
 import yaml
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.data.token_cache import tokenizer_digest
 from okd_lightning.errors import DifferingRanksError
@@ -24,9 +26,6 @@ from okd_lightning.models.deferred import deferred
 from okd_lightning.models.weight_files import WeightFiles
 from okd_lightning.rollouts import RolloutLoader
 from okd_lightning.training.config_paths import without_paths
-
-if TYPE_CHECKING:
-    from okd_lightning.training.module import DistillationModule
 
 _LIBRARIES = ("torch", "transformers", "lightning", "peft", "tokenizers", "okd-lightning")
 _SAMPLES = 256
@@ -61,20 +60,28 @@ def _in_bytes(sample: Tensor) -> bytes:
     return sample.float().cpu().numpy().tobytes()
 
 
-def check_ranks_agree(module: DistillationModule) -> None:
+def check_ranks_agree(
+    trainer: lightning.Trainer,
+    weights: str,
+    config: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
     """Compare what all ranks have read: one collective call; none in a run of one process.
 
     Args:
-        module: A module in a run that is about to train.
+        trainer: The Trainer of a run that is about to train.
+        weights: Result of ``weights_digest`` for the run's models.
+        config: The run's config as YAML; None in a run from Python.
+        tokenizer: The run's tokenizer, if there is one.
 
     Raises:
         DifferingRanksError: On all ranks; names a rank and what differs from rank 0.
     """
-    world_size = module.trainer.world_size
-    if world_size == 1:
+    if trainer.world_size == 1:
         return
-    found: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(found, _what_was_read(module))
+    read = {"the models' weights": weights, **_what_was_read(trainer, config, tokenizer)}
+    found: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(found, read)
     for rank, own in enumerate(found):
         if differing := _differing(found[0], own):
             raise DifferingRanksError(
@@ -83,16 +90,17 @@ def check_ranks_agree(module: DistillationModule) -> None:
             )
 
 
-def _what_was_read(module: DistillationModule) -> dict[str, str]:
-    trainer = module.trainer
-    read = {"the models' weights": module.weights_read}
-    if module.run_config is not None:
-        read["the settings"] = _digest([repr(without_paths(yaml.safe_load(module.run_config)))])
+def _what_was_read(
+    trainer: lightning.Trainer, config: str | None, tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, str]:
+    read = {}
+    if config is not None:
+        read["the settings"] = _digest([repr(without_paths(yaml.safe_load(config)))])
     if isinstance(loader := trainer.train_dataloader, RolloutLoader):
         rows = ((e.prompt_ids, e.teacher_prompt_ids, e.response_ids) for e in loader.examples)
         read["the training rows or their order"] = _digest_of_rows(rows)
-    if module.tokenizer is not None:
-        read["the tokenizer"] = tokenizer_digest(module.tokenizer).hex()
+    if tokenizer is not None:
+        read["the tokenizer"] = tokenizer_digest(tokenizer).hex()
     return read | {f"the version of {name}": _version(name) for name in _LIBRARIES}
 
 
