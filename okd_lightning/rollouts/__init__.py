@@ -8,9 +8,11 @@
 * ``loader_shape``: division of an epoch into optimizer steps and rollout batches.
 * ``loader``: the sized, stateful iterable that generates on-policy batches in every epoch.
 
-Engines and sampling are in ``engines``.
+Engines and sampling are in ``engines``; the names with which a script generates are exported here
+too.
 """
 
+from okd_lightning.engines import NoiseStream, Sampling, TransformersEngine
 from okd_lightning.rollouts.loader import RolloutLoader
 from okd_lightning.rollouts.loader_shape import LoaderShape
 from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan, plan_for, writer_of
@@ -19,10 +21,13 @@ from okd_lightning.rollouts.replay import KeptResponses, ReplayWriter
 __all__ = [
     "KeptResponses",
     "LoaderShape",
+    "NoiseStream",
     "ReplayWriter",
     "RolloutLoader",
     "RolloutPlan",
+    "Sampling",
     "StagedPlan",
+    "TransformersEngine",
     "plan_for",
     "writer_of",
 ]

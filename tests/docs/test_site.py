@@ -56,6 +56,7 @@ INNER = {  # public for the library's own floors; people neither call nor write 
     "okd_lightning.rewards": {"GroupBaseline", "checked_rewards"},
     "okd_lightning.rollouts": {
         *("KeptResponses", "LoaderShape", "plan_for", "RolloutPlan", "StagedPlan", "writer_of"),
+        *("NoiseStream", "Sampling", "TransformersEngine"),  # on the page as names of engines
     },
     "okd_lightning.tools": {"FunctionTool", "ToolResult"},
 }
