@@ -11,8 +11,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import okd_lightning.training.parsing_settings  # noqa: F401 - in force for every parser
-
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:

@@ -60,7 +60,8 @@ def _table_of(file: pq.ParquetFile, size: int) -> pa.Table:
     """All rows of a Parquet file, read in batches of limited size.
 
     A page of a dictionary and run lengths can encode any number of values: what a column holds is
-    not known before it is read, but one row of it is no more than its dictionary.
+    not known before it is read. One row of a flat column is no more than its dictionary; a row of
+    a list is decoded whole.
 
     Raises:
         OverflowError: The file expands to more than rows of text do.

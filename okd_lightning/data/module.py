@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+import okd_lightning.data.parsing_settings  # noqa: F401 - for configs that name it
 from okd_lightning.checkpoints.contents import check_text_rules
 from okd_lightning.data.columns import Columns
 from okd_lightning.data.counts import check_counts

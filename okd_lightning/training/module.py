@@ -20,6 +20,7 @@ from peft import PeftConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+import okd_lightning.data.parsing_settings  # noqa: F401 - for configs that name it
 from okd_lightning.checkpoints.contents import set_rng_state
 from okd_lightning.checkpoints.files import read_checkpoint
 from okd_lightning.checkpoints.signature import is_own_run

@@ -41,7 +41,7 @@ COMMANDS = {
 MODULE = """
 from pathlib import Path
 Path("ran").touch()
-from okd_lightning.advantages import RewardFunction
+from okd_lightning.rewards import RewardFunction
 from okd_lightning.callbacks import KD
 
 class Brevity(RewardFunction):
@@ -272,7 +272,7 @@ def test_a_server_that_is_typed_is_used(forge: Type, okd: Type) -> None:
     option, value, _ = FORGED["a teacher's server"]
     forge(option, value)
     assert okd(*COMMANDS["test"], "--model.teacher_server", "null").status == 0
-    typed = okd(*COMMANDS["test"], "--model.teacher_server", "http://h")
+    typed = okd(*COMMANDS["test"], "--model.teacher_server", "http://127.0.0.1:9")
     assert typed.status == 1
     assert "signed" not in typed.err
 

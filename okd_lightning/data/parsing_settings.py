@@ -1,9 +1,9 @@
 """Settings of jsonargparse: what a config may import, and how values are written as YAML.
 
-The package imports this module first, so that the settings are in force for every parser of the
-process, those of a user's script too. A value of a type that takes anything (``dict[str, Any]``)
-never becomes an object, and nothing that runs programs or reads pickles can be named, wherever a
-config comes from. ``config_trust`` decides what a checkpoint's config may name.
+The modules of the classes that a config builds import this one, so that the settings are in force
+for every parser of the process, those of a user's script too. A value of a type that takes anything
+(``dict[str, Any]``) never becomes an object, and nothing that runs programs or reads pickles can be
+named, wherever a config comes from. ``config_trust`` decides what a checkpoint's config may name.
 """
 
 from __future__ import annotations
