@@ -133,7 +133,7 @@ def test_a_plateau_watches_its_monitor(tmp_path, make_module):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"warmup_steps": 3}, r"model\.warmup_steps 3 does nothing beside model\.lr_scheduler"),
+        ({"warmup_steps": 3}, r"model\.warmup_steps 3 does nothing with model\.lr_scheduler"),
         ({"schedule": "cosine"}, r"model\.schedule cosine does nothing"),
         ({"lr_scheduler": TorchPlateau}, r"take lightning\.pytorch\.cli\.ReduceLROnPlateau"),
         ({"lr_scheduler": StepLR}, r"model\.lr_scheduler cannot be built"),

@@ -204,7 +204,7 @@ def test_killed_behind_the_last_step(compare, budget):
         (["--methods", "KD", "--data.bach_size", "3"], "did you mean --data.batch_size"),
         (["--methods", "KD", "--budget", "tokens=9", "--model.schedule", "cosine"], "last step"),
         (["--methods", "KD", "--trainer.callbacks+", "GKD"], "trainer.callbacks of the shared"),
-        (["--methods", "measured.yaml", "--trainer.callbacks+", "GKD"], "GKD beside its own"),
+        (["--methods", "measured.yaml", "--trainer.callbacks+", "GKD"], "GKD besides its own"),
         (["--methods", "KD", "--budget", "steps=1", "--trainer.min_epochs", "3"], "give one of"),
     ],
     ids=lambda value: "-".join(value[-2:]) if isinstance(value, list) else "",

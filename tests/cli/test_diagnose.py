@@ -182,7 +182,7 @@ def test_another_end_is_found(diagnose, assets, here):
     assert said.status == 0, said.err
     check = next(check for check in read()["checks"] if check["name"] == "eos")
     assert check["verdict"] == "bad"
-    assert read()["advice"][0]["title"].startswith("Mend")
+    assert read()["advice"][0]["title"].startswith("Fix")
 
 
 @pytest.mark.parametrize(
