@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: configs/ lies beside the package and is installed inside it."""
+"""Packages and their data: configs/ lies next to the package and is installed inside it."""
 
 from setuptools import find_packages, setup
 

@@ -1,4 +1,4 @@
-"""OPD²: a student learns what a teacher's post-training has changed, not the teacher as a whole.
+"""OPD²: on-policy distillation of the change that post-training made to the teacher.
 
 Heo et al., "On-Policy Delta Distillation", arXiv 2607.15161, section 4: with teacher q, its base
 q₀ from before its post-training, and A the advantages centred under the student p,
