@@ -114,11 +114,13 @@ class ToolEngine:
         ]
         writing, num_row_steps = list(range(len(rows))), 0
         gaps: list[float] = []
+        merges_ends = False
         while writing:
             num_before = sum(sum(row.own) for row in rows)
             turn = self._write_turn(rows, writing, prompts, sampling, generator)
             num_row_steps += turn.num_row_steps
             gaps += [turn.engine_gap] if turn.engine_gap is not None else []
+            merges_ends = any(turn.merges_ends)  # one engine generates all turns
             num_tokens = sum(sum(row.own) for row in rows) - num_before
             self._answer([rows[i] for i in writing if not rows[i].stop_reason])
             still = [i for i in writing if not rows[i].stop_reason]
@@ -133,6 +135,7 @@ class ToolEngine:
             tool_use=tuple(row.use for row in rows),
             num_row_steps=num_row_steps,
             engine_gap=max(gaps, default=None),
+            merges_ends=(True,) * len(rows) if merges_ends else (),
         )
 
     def _write_turn(

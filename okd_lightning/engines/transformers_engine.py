@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,7 +55,8 @@ class TransformersEngine:
 
     Args:
         model: The causal LM; the caller sets eval mode.
-        vocabulary: Ids outside it are never sampled.
+        vocabulary: Ids outside it are never sampled; the log-probability of one of its end ids is
+            that of all of them together.
         eos_ids: Ids that end a response.
         token_budget: Most prompt and response tokens of a batch.
         dtype: Number format to compute in, by autocast: the weights are cast once a call and the
@@ -100,7 +101,9 @@ class TransformersEngine:
                 if progress is not None and not is_only:
                     told, num_before = responses.num_ended(), told
                     progress(told - num_before)
-        return responses.rollout(num_row_steps)
+        rollout = responses.rollout(num_row_steps)
+        merges_ends = len(self.vocabulary.end_ids) > 1
+        return replace(rollout, merges_ends=(True,) * len(rollout)) if merges_ends else rollout
 
     def _rounds(
         self, prompts: PromptBatch, drawing: Drawing, max_new_tokens: int

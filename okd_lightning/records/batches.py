@@ -128,6 +128,8 @@ class Rollout:
         num_row_steps: Rows summed over all forward passes of the generation; 0 if unknown.
         engine_gap: Mean difference (nats) between the engine's log-probabilities of a few responses
             and the student's; None where the student itself generates.
+        merges_ends: True for each row whose log-probability of an end-of-sequence id is that of all
+            of the vocabulary's end ids together; () if all are those of the sampled id.
     """
 
     response_ids: tuple[tuple[int, ...], ...]
@@ -137,6 +139,7 @@ class Rollout:
     tool_use: tuple[ToolUse, ...] = ()
     num_row_steps: int = 0
     engine_gap: float | None = None
+    merges_ends: tuple[bool, ...] = ()
 
     def __len__(self) -> int:
         return len(self.response_ids)
@@ -145,6 +148,11 @@ class Rollout:
     def own_masks(self) -> tuple[tuple[bool, ...], ...]:
         """``masks``, written out where all tokens are sampled."""
         return self.masks or tuple((True,) * len(ids) for ids in self.response_ids)
+
+    @property
+    def row_merges_ends(self) -> tuple[bool, ...]:
+        """``merges_ends``, written out where it is empty."""
+        return self.merges_ends or (False,) * len(self)
 
     @property
     def num_tokens(self) -> int:
@@ -181,6 +189,7 @@ class TrainingRow:
         teacher_prompt_ids: The teacher's own prompt; empty if it reads the student's. A row with
             one has no loss on its prompt.
         stop_reason: Why a sampled response ends; empty for other rows.
+        merges_ends: Whether the sampler's log-probability of an end is that of all end ids.
     """
 
     index: int
@@ -192,6 +201,7 @@ class TrainingRow:
     credits: Mapping[str, float] = field(default_factory=dict)
     teacher_prompt_ids: tuple[int, ...] = ()
     stop_reason: str = ""
+    merges_ends: bool = False
 
     @property
     def teacher_row(self) -> TrainingRow:
@@ -260,6 +270,8 @@ class DistillBatch:
             in the same order.
         stop_reasons: Why each row's sampled response ends; empty texts for other rows, () if not
             recorded.
+        merges_ends: [batch] True where the sampler's log-probability of an end is that of all end
+            ids together; None for no row.
     """
 
     input_ids: Tensor
@@ -277,6 +289,7 @@ class DistillBatch:
     teacher_lengths: Tensor | None = None
     teacher_mask: Tensor | None = None
     stop_reasons: tuple[str, ...] = ()
+    merges_ends: Tensor | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]

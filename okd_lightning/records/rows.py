@@ -50,6 +50,7 @@ def written_row(
     credits: Mapping[str, float] | None = None,
     own: tuple[bool, ...] | None = None,
     stop_reason: str = "",
+    merges_ends: bool = False,
 ) -> TrainingRow:
     """Return a row with a sampled response; only sampled tokens carry loss.
 
@@ -61,6 +62,7 @@ def written_row(
         credits: The response's advantage in each reward term, by the term's name.
         own: True on the sampled tokens of the response; None if all are sampled.
         stop_reason: One of ``STOP_REASONS``.
+        merges_ends: Whether an end's log-probability is that of all end ids together.
     """
     return TrainingRow(
         index=example.index,
@@ -72,6 +74,7 @@ def written_row(
         credits=credits or {},
         teacher_prompt_ids=example.teacher_prompt_ids,
         stop_reason=stop_reason,
+        merges_ends=merges_ends,
     )
 
 
@@ -99,9 +102,10 @@ def written_rows(
             {name: values[i] for name, values in (credits or {}).items()},
             own,
             reason,
+            merges,
         )
-        for i, (example, ids, logprobs, own, reason) in enumerate(
-            zip(examples, *columns, strict=True)
+        for i, (example, ids, logprobs, own, reason, merges) in enumerate(
+            zip(examples, *columns, rollout.row_merges_ends, strict=True)
         )
     ]
 

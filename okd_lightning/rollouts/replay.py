@@ -15,8 +15,8 @@ from okd_lightning.engines.sampling import Sampling
 from okd_lightning.records.batches import PromptBatch, Rollout
 from okd_lightning.rollouts.stored import pack_rollout, unpack_rollout
 
-Row: TypeAlias = tuple[tuple[int, ...], tuple[float, ...], str, tuple[bool, ...]]
-"""Ids, the sampler's log-probs, stop reason, and the mask of sampled ids."""
+Row: TypeAlias = tuple[tuple[int, ...], tuple[float, ...], str, tuple[bool, ...], bool]
+"""Ids, the sampler's log-probs, stop reason, mask of sampled ids, and ``merges_ends``."""
 
 
 class KeptResponses:
@@ -110,10 +110,11 @@ def _some(prompts: PromptBatch, chosen: Sequence[int]) -> PromptBatch:
 
 def _rows_of(rollout: Rollout) -> list[Row]:
     columns = (rollout.response_ids, rollout.logprobs, rollout.stop_reasons, rollout.own_masks)
-    return list(zip(*columns, strict=True))
+    return list(zip(*columns, rollout.row_merges_ends, strict=True))
 
 
 def _rollout_of(rows: list[Row]) -> Rollout:
     """Return at least one response as one rollout."""
-    ids, logprobs, reasons, masks = zip(*rows, strict=True)
-    return Rollout(ids, logprobs, reasons, masks)
+    ids, logprobs, reasons, masks, merges_ends = zip(*rows, strict=True)
+    merges_ends = merges_ends if any(merges_ends) else ()
+    return Rollout(ids, logprobs, reasons, masks, merges_ends=merges_ends)

@@ -32,11 +32,14 @@ def reshared(
         for part, part_keys in zip(stored, owners, strict=True):
             rollout = part.get(author, Rollout((), (), ()))
             columns = (rollout.response_ids, rollout.logprobs, rollout.stop_reasons)
-            named = zip(part_keys[author], *columns, rollout.own_masks, strict=True)
+            flags = (rollout.own_masks, rollout.row_merges_ends)
+            named = zip(part_keys[author], *columns, *flags, strict=True)
             rows.update({key: row for key, *row in named})
         if keys:
-            ids, logprobs, reasons, masks = zip(*(rows[key] for key in keys), strict=True)
-            found[author] = Rollout(ids, logprobs, reasons, masks)
+            taken = zip(*(rows[key] for key in keys), strict=True)
+            ids, logprobs, reasons, masks, merges_ends = taken
+            merges_ends = merges_ends if any(merges_ends) else ()
+            found[author] = Rollout(ids, logprobs, reasons, masks, merges_ends=merges_ends)
     return found
 
 

@@ -16,6 +16,7 @@ def pack_rollout(rollout: Rollout) -> dict[str, Tensor]:
         "logprobs": torch.tensor([p for row in rollout.logprobs for p in row], dtype=torch.float64),
         "own": torch.tensor([own for mask in rollout.own_masks for own in mask], dtype=torch.bool),
         "reasons": torch.tensor([STOP_REASONS.index(reason) for reason in rollout.stop_reasons]),
+        **({"merges_ends": torch.tensor(rollout.merges_ends)} if rollout.merges_ends else {}),
     }
 
 
@@ -27,6 +28,7 @@ def unpack_rollout(packed: dict[str, Tensor]) -> Rollout:
         logprobs=tuple(tuple(part.tolist()) for part in packed["logprobs"].split(lengths)),
         stop_reasons=tuple(STOP_REASONS[code] for code in packed["reasons"].tolist()),
         masks=tuple(tuple(part.tolist()) for part in packed["own"].split(lengths)),
+        merges_ends=tuple(packed["merges_ends"].tolist()) if "merges_ends" in packed else (),
     )
 
 

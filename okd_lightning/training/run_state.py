@@ -20,6 +20,7 @@ from okd_lightning.checkpoints.signature import run_signature
 from okd_lightning.errors import CheckpointError
 from okd_lightning.teachers import OnlineModuleSettings
 from okd_lightning.training.arguments import peft_config_of
+from okd_lightning.training.loaded_ends import loaded_ends
 from okd_lightning.training.loop_state import mark_due_validation, settle_loops
 from okd_lightning.training.step_metrics import unlogged_row
 from okd_lightning.training.step_terms import kind_of
@@ -62,6 +63,7 @@ def add_state(module: DistillationModule, checkpoint: dict[str, Any]) -> None:
         "started_in": module.started_in,
         "signature": run_signature(module.run_config, module.started_in, module.arguments),
         "eos_ids": list(module.eos_ids),
+        "end_ids": list(module.ends.end_ids),
         "online_module": None if module.online_module is None else module.online_module.to_dict(),
         "methods": [kind_of(term) for term in module.terms],
         "self_teacher": module.self_teacher,
@@ -89,7 +91,7 @@ def check_state(module: DistillationModule, checkpoint: dict[str, Any]) -> dict[
     own = checkpoint.get("okd_lightning")
     if own is None:
         raise CheckpointError("this checkpoint was not written by okd-lightning")
-    module.eos_ids = tuple(own["eos_ids"])
+    module.use_ends(loaded_ends(own, module.ends, resumes=bool(module.terms)))
     rng = None
     if module.terms:
         trainer = module.trainer
