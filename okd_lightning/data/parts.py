@@ -44,8 +44,8 @@ def read_part(
     Args:
         part: "train", "val", "test" or "predict".
         source: Its source.
-        module: The module; the end ids of the dataset responses are added to its ends, and those
-            that a response holds before another end are taken out.
+        module: The module; generation also stops at the end ids of the dataset responses; ids
+            that a response holds before another end are taken out of its end ids.
         split: Split of a dataset that has several.
         subset: Configuration of a hub dataset.
         token_cache: See ``cached_examples``.

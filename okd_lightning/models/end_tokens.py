@@ -1,7 +1,7 @@
 """Ids that end a response: where generation stops, and which of them are one outcome.
 
-Owns what models, tokenizer and user name. Data may add ids, and take out those that are written
-before further tokens of the same response (``data.end_tokens``).
+Owns what models, tokenizer and user name. Data may add ids at which generation stops, and take out
+those that are written before further tokens of the same response (``data.end_tokens``).
 """
 
 from __future__ import annotations
@@ -33,31 +33,24 @@ class EndTokens:
     Attributes:
         end_ids: Ids that are one outcome of both models, "the response ends here". The first is the
             student's own where it is among them.
-        stop_ids: Ids at which generation stops: ``end_ids``, and others after which a response may
-            go on (a call of a tool). The first is appended to dataset responses.
-        is_given: Whether the user named ``end_ids``; data then change only ``stop_ids``.
-        apart: Ids that never join ``end_ids``.
+        stop_ids: Ids at which generation stops: ``end_ids``, those that close the data's own turns,
+            and others after which a response may go on (a call of a tool). The first is appended to
+            dataset responses.
+        is_given: Whether the user named ``end_ids``, which then stay.
     """
 
     end_ids: tuple[int, ...]
     stop_ids: tuple[int, ...]
     is_given: bool = False
-    apart: tuple[int, ...] = ()
 
-    def with_ends(self, ids: Iterable[int]) -> EndTokens:
-        """Return these with further ids that end responses of the data."""
-        found = list(ids)
-        ends = self.end_ids
-        if not self.is_given:
-            ends = _joined(ends, (i for i in found if i not in self.apart))
-        return replace(self, end_ids=ends, stop_ids=_joined(self.stop_ids, found))
+    def with_stops(self, ids: Iterable[int]) -> EndTokens:
+        """Return these with further ids at which generation stops."""
+        return replace(self, stop_ids=_joined(self.stop_ids, ids))
 
     def without(self, ids: Collection[int]) -> EndTokens:
         """Return these with ids after which a response goes on: they stop, and are no end."""
-        if self.is_given:
-            return self
         ends = tuple(i for i in self.end_ids if i not in ids)
-        return replace(self, end_ids=ends, apart=_joined(self.apart, ids))
+        return self if self.is_given or not ends else replace(self, end_ids=ends)
 
     def described(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """Return the message for the start of a run."""

@@ -206,7 +206,7 @@ class PairRuns(FrozenPartsModule):
         """Let further ids end a response, such as a chat template's end of turn; logged once."""
         found = list(ids)
         new = [i for i in found if i not in self.eos_ids]
-        self.use_ends(self.ends.with_ends(found))
+        self.use_ends(self.ends.with_stops(found))
         if new:
             names = ", ".join(repr(self.tokenizer.decode([i])) for i in new)
             rank_zero_info(f"responses also end at {names}, as the data's own responses do")
