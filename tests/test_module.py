@@ -44,17 +44,17 @@ class Modes(Callback):
         self.training, self.writing = set(), set()
 
     def setup(self, trainer, pl_module, stage):
-        generate = TransformersEngine.generate
+        respond = TransformersEngine.respond
 
         def watched(engine, *args, **kwargs):
             self.writing.add(any(m.training for m in engine.model.modules()))
-            return generate(engine, *args, **kwargs)
+            return respond(engine, *args, **kwargs)
 
-        self.restore = (TransformersEngine, generate)
-        TransformersEngine.generate = watched
+        self.restore = (TransformersEngine, respond)
+        TransformersEngine.respond = watched
 
     def teardown(self, trainer, pl_module, stage):
-        TransformersEngine.generate = self.restore[1]
+        TransformersEngine.respond = self.restore[1]
 
     def on_before_zero_grad(self, trainer, pl_module, optimizer):
         self.training.add(

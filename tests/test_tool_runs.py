@@ -31,7 +31,7 @@ from okd_lightning.callbacks import (
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import DataError
 from okd_lightning.records import Response
-from okd_lightning.records.batches import Rollout
+from okd_lightning.records.requests import Rollout
 from okd_lightning.rewards import RewardFunction, ToolCallMatch
 from okd_lightning.tools import Calculator
 from okd_lightning.training.module import DistillationModule

@@ -61,14 +61,16 @@ class Writing(Callback):
         self.prompts = {}
 
     def on_fit_start(self, trainer, pl_module):
-        write = pl_module.write
+        respond = pl_module.respond
 
-        def counted(author, prompts, *call):
+        def counted(request):
             if trainer.training:
-                self.prompts.setdefault(trainer.global_step, []).append(prompts.index)
-            return write(author, prompts, *call)
+                self.prompts.setdefault(trainer.global_step, []).append(
+                    tuple(prompt.index for prompt in request.prompts)
+                )
+            return respond(request)
 
-        pl_module.write = counted
+        pl_module.respond = counted
 
 
 def test_replayed_steps(tmp_path, make_module):

@@ -115,7 +115,7 @@ def test_whole_passes_in_pieces_and_with_limits(monkeypatch):
     monkeypatch.setattr("okd_lightning.engines.whole_passes._PASS_TOKENS", 11)
     rollout = check(model, prompts)
     assert rollout.num_row_steps == rollout.num_tokens
-    limits = replace(prompts, limits=(2,) * len(prompts))
+    limits = tuple(replace(prompt, limit=2) for prompt in prompts)
     short = write(model, limits)
     assert short.response_ids == tuple(ids[:2] for ids in rollout.response_ids)
 
