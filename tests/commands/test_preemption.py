@@ -28,7 +28,7 @@ from okd_lightning.callbacks import KD, Preemption
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import PreemptedError
 from okd_lightning.rollouts import RolloutLoader
-from okd_lightning.rollouts.evaluation import OwnResponses
+from okd_lightning.rollouts.evaluation import StudentResponses
 from okd_lightning.training.module import DistillationModule
 
 Fit = Callable[..., Result]
@@ -37,9 +37,9 @@ LAST = RUN / "checkpoints" / "last.ckpt"
 
 PLACES = {
     "training": (DistillationModule, "training_step"),
-    "rollout": (RolloutLoader, "_write"),
+    "rollout": (RolloutLoader, "_generate"),
     "validation": (DistillationModule, "validation_step"),
-    "validation's rollout": (OwnResponses, "_write"),
+    "validation's rollout": (StudentResponses, "_generate"),
 }
 
 
