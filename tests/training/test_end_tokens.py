@@ -23,8 +23,9 @@ from okd_lightning.divergences import ReverseKL
 from okd_lightning.engines import EngineSource, TransformersEngine
 from okd_lightning.errors import CheckpointError, ConfigError
 from okd_lightning.losses import DrawnLogProb, ExactDivergence
-from okd_lightning.records.batches import Example, PromptBatch
+from okd_lightning.records.batches import Example
 from okd_lightning.records.noise import NoiseDomain, NoiseStream
+from okd_lightning.records.requests import Prompt
 from okd_lightning.records.sampling import Sampling
 from okd_lightning.training.module import DistillationModule
 from tests import tiny
@@ -156,8 +157,7 @@ def rollout_of(module, vocabulary, sampling=None, noise=3):
     module.configure_model()
     model = module.student.eval()
     engine = TransformersEngine(model, vocabulary, module.eos_ids)
-    ids = tuple((3 + i, 4 + i, 5 + i) for i in range(8))
-    prompts = PromptBatch(ids, tuple(range(8)), (0,) * 8)
+    prompts = [Prompt((3 + i, 4 + i, 5 + i), i) for i in range(8)]
     stream = NoiseStream(noise, NoiseDomain.DIAGNOSIS)
     return engine.generate(prompts, sampling or Sampling(), stream, LONGEST), prompts
 
@@ -168,18 +168,17 @@ def test_a_sampled_end_has_the_log_probability_of_all_ends(sampling):
     rollout, prompts = rollout_of(module, module.vocabulary, sampling)
     alone, _ = rollout_of(module, replace(module.vocabulary, end_ids=(OWN,)), sampling)
     assert rollout.response_ids == alone.response_ids
-    assert rollout.merges_ends == (True,) * 8
-    assert alone.merges_ends == ()
+    assert all(response.merges_ends for response in rollout)
+    assert not any(response.merges_ends for response in alone)
     num_ends = 0
-    for prompt, ids, merged, single in zip(
-        prompts.input_ids, rollout.response_ids, rollout.logprobs, alone.logprobs, strict=True
-    ):
-        assert merged[:-1] == single[:-1]
+    for prompt, response, single in zip(prompts, rollout, alone, strict=True):
+        ids, merged = response.ids, response.logprobs
+        assert merged[:-1] == single.logprobs[:-1]
         if ids[-1] not in module.eos_ids:
             continue
         num_ends += 1
         with torch.no_grad():
-            logits = module.student(torch.tensor([prompt + ids[:-1]])).logits[:, -1]
+            logits = module.student(torch.tensor([prompt.ids + ids[:-1]])).logits[:, -1]
         known = sampling.logprobs(module.vocabulary.cut(logits))[0]
         expected = float(known[[OWN, OTHER]].logsumexp(0))
         assert merged[-1] == pytest.approx(expected, abs=1e-5)
