@@ -47,7 +47,7 @@ def handed_over(examples: Iterable[Example], end_ids: Collection[int]) -> list[i
 def written_elsewhere(
     tokenizer: PreTrainedTokenizerBase, end_ids: Collection[int], settings: Mapping[str, Any]
 ) -> list[int]:
-    """Return the end ids that the chat template writes, but not behind a plain response.
+    """Return the end ids that the chat template writes, but not after a plain response.
 
     Args:
         tokenizer: The run's.

@@ -52,7 +52,7 @@ class EndOutcome:
     """Ids that are one outcome of a tile's distributions; none is merged if there is only one.
 
     Args:
-        end_ids: The ids; the first stands for the outcome.
+        end_ids: The ids; the outcome has the first one's place.
         device: Device of the tile.
     """
 
