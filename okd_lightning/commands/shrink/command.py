@@ -42,6 +42,7 @@ from okd_lightning.models.shrinking import (
     choose_layers,
     choose_widths,
     cut_model,
+    wanted_sizes,
     without,
 )
 from okd_lightning.training.lightning_messages import PrintableConsole, only_warnings
@@ -70,6 +71,7 @@ def shrink_command(arguments: list[str], debug: bool = False) -> int:
     device = chosen_device(options.device)
     config = load_model_config(options.model, _MODEL, 0)
     num_dropped = num_dropped_layers(config, options)
+    wanted_sizes(config, widths)  # refuses before anything is loaded
     check_model_folder(out, {_MODEL: options.model}, options.overwrite, replaces_exports=False)
     console = PrintableConsole(file=sys.stdout, highlight=False)
     with only_warnings(), torch.no_grad():

@@ -135,6 +135,11 @@ def layer_numbers(text: str | None, have: int) -> tuple[int, ...]:
 
 
 def chosen_device(name: str) -> torch.device:
+    """Return the device of ``--device``.
+
+    Raises:
+        UsageError: It is not available.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

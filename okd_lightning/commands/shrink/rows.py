@@ -12,7 +12,7 @@ from okd_lightning.data import RolloutDataModule
 from okd_lightning.engines import NoiseStream, Sampling, TransformersEngine
 from okd_lightning.engines.noise import NoiseDomain, hashed_choice
 from okd_lightning.errors import DataError
-from okd_lightning.models import Vocabulary
+from okd_lightning.models import Vocabulary, max_positions
 from okd_lightning.records.batches import Example, PromptBatch, TrainingRow
 from okd_lightning.records.rows import given_row, micro_batches
 from okd_lightning.records.sequences import Sequences
@@ -70,11 +70,12 @@ def sampled_rows(
         num_rows: Number of rows.
         seed: Key of the noise.
     """
+    longest = min(_SAMPLED_TOKENS, (max_positions(model.config) or _SAMPLED_TOKENS + 1) - 1)
     bos = tokenizer.bos_token_id
     first = eos_ids[0] if bos is None else int(bos)
     prompts = PromptBatch(((first,),) * num_rows, tuple(range(num_rows)), (0,) * num_rows)
     rollout = TransformersEngine(model, vocabulary, eos_ids).generate(
-        prompts, Sampling(), NoiseStream(seed, NoiseDomain.CALIBRATION), _SAMPLED_TOKENS
+        prompts, Sampling(), NoiseStream(seed, NoiseDomain.CALIBRATION), longest
     )
     return [
         TrainingRow(number, "teacher", (first, *ids), (False, *(True,) * len(ids)), 1)

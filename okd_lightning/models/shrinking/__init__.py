@@ -15,7 +15,7 @@ from okd_lightning.models.shrinking.calibration import Calibration, Loss
 from okd_lightning.models.shrinking.cutting import cut_model
 from okd_lightning.models.shrinking.depth import DepthCandidate, choose_layers, without
 from okd_lightning.models.shrinking.layers import DecoderLayers
-from okd_lightning.models.shrinking.widths import WidthCut, Widths, choose_widths
+from okd_lightning.models.shrinking.widths import WidthCut, Widths, choose_widths, wanted_sizes
 
 __all__ = [
     "Calibration",
@@ -27,5 +27,6 @@ __all__ = [
     "choose_layers",
     "choose_widths",
     "cut_model",
+    "wanted_sizes",
     "without",
 ]

@@ -1,10 +1,14 @@
-"""Choice of the layers that are dropped: the least rise of the loss on calibration rows.
+"""Choice of the layers that are dropped: the least loss of distillation on calibration rows.
 
 Layers are dropped one after the other. In each round the remaining layers with the least block
 influence (Men et al., ShortGPT, arXiv 2403.03853, Eq. 1, measured without the layers that are
-dropped already) are tried, and the one goes whose absence raises the loss least. Two more sets are
-tried at the end: the layers of least influence in the whole model, and the neighbouring ones with
-the least sum.
+dropped already) are tried, and the one goes whose absence raises KL(teacher‖student) least. Two
+more sets are tried at the end: the layers of least influence in the whole model, and the
+neighbouring ones with the least sum.
+
+The KL is the loss that a student is then trained on. On the teacher's own samples it is the
+expected rise of the cross-entropy. On a dataset the cross-entropy may fall where a layer that the
+teacher uses is missing, so it is shown and does not decide.
 """
 
 from __future__ import annotations
@@ -53,7 +57,7 @@ def choose_layers(
     others = _whole_sets(start.loss.influences, num_dropped) - {chosen.dropped}
     if num_dropped > 1 and others:
         other = _best(calibration, sorted(others), tell)
-        chosen = min(chosen, other, key=lambda c: c.loss.cross_entropy)
+        chosen = min(chosen, other, key=lambda c: c.loss.forward_kl)
     return chosen
 
 
@@ -68,7 +72,7 @@ def _best(calibration: Calibration, sets: Sequence[Sequence[int]], tell: Tell) -
     best: DepthCandidate | None = None
     for numbers in sets:
         candidate = without(calibration, numbers)
-        is_best = best is None or candidate.loss.cross_entropy < best.loss.cross_entropy
+        is_best = best is None or candidate.loss.forward_kl < best.loss.forward_kl
         tell(candidate, is_best)
         best = candidate if is_best or best is None else best
     assert best is not None

@@ -41,14 +41,14 @@ def residual_norms(model: PreTrainedModel) -> list[str]:
     for name in names:
         if _subtracts_the_mean(model.get_submodule(name)):
             raise refusal(
-                model,
+                model.config,
                 "--hidden",
                 "its LayerNorm subtracts the mean over all channels, which changes with them",
             )
     of_channels = {axis.module for axis in channel_axes(model)}  # not OLMo 2's norms over heads
     found = [name for name in names if name in of_channels]
     if not found:
-        raise refusal(model, "--hidden", "its norms have no weights")
+        raise refusal(model.config, "--hidden", "its norms have no weights")
     return found
 
 

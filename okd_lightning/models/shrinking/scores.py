@@ -119,7 +119,7 @@ def _one_reader_each(model: PreTrainedModel, axes: Iterable[Axis], option: str) 
     reading = readers(model, axes)
     for axis in axes:
         if axis.owner not in reading:
-            raise refusal(model, option, f"{axis.owner} has not one last projection")
+            raise refusal(model.config, option, f"{axis.owner} has not one last projection")
     return reading
 
 

@@ -120,7 +120,9 @@ def neuron_axes(model: PreTrainedModel, size_name: str) -> list[Axis]:
     for parameter, dim, more in grown:
         count, rest = divmod(more, num)
         if rest or size % num or more != _length(model, parameter, dim):
-            raise refusal(model, "--intermediate", f"{parameter} has other units on one axis")
+            raise refusal(
+                model.config, "--intermediate", f"{parameter} has other units on one axis"
+            )
         holder = model.get_submodule(parameter.rpartition(".")[0])
         is_interleaved = not getattr(holder, "is_concatenated", True)  # experts of GPT-OSS
         whole = (Block("neuron", num, count),) if is_interleaved else None
@@ -150,10 +152,10 @@ def head_axes(model: PreTrainedModel) -> list[Axis]:
         for_queries = of_queries.pop((parameter, dim), 0)
         blocks = _head_blocks(for_queries, more - for_queries, queries, keys)
         if blocks is None or more != _length(model, parameter, dim):
-            raise refusal(model, "--heads", f"{parameter} has other units on one axis")
+            raise refusal(model.config, "--heads", f"{parameter} has other units on one axis")
         axes.append(Axis(parameter, dim, blocks))
     if not axes or of_queries:
-        raise refusal(model, "--heads", "its config has no field for the width of a head")
+        raise refusal(model.config, "--heads", "its config has no field for the width of a head")
     return axes
 
 
@@ -169,14 +171,14 @@ def channel_axes(model: PreTrainedModel) -> list[Axis]:
     grown = _grown(model, {**fixed, "hidden_size": num}, {**fixed, "hidden_size": 2 * num})
     for parameter, dim, more in grown:
         if more != num or num != _length(model, parameter, dim):
-            raise refusal(model, "--hidden", f"the width of {parameter} is computed from it")
+            raise refusal(model.config, "--hidden", f"the width of {parameter} is computed from it")
         axes.append(Axis(parameter, dim, (Block("channel", num, 1),)))
     return axes
 
 
-def refusal(model: PreTrainedModel, option: str, reason: str) -> ModelError:
+def refusal(config: PretrainedConfig, option: str, reason: str) -> ModelError:
     """Return the error for a cut that an architecture does not allow."""
-    kind = model.config.get_text_config().model_type
+    kind = config.get_text_config().model_type
     return ModelError(f"{option}: {kind} cannot be cut in this way ({reason}); leave {option} out")
 
 
@@ -204,7 +206,9 @@ def _grown(
     option = next(iter(set(after) - {"head_dim"}))
     old, new = _shapes(model, before, option), _shapes(model, after, option)
     if old != _own_shapes(model) or old.keys() != new.keys():
-        raise refusal(model, _OPTIONS.get(option, "--intermediate"), "its weights do not follow it")
+        raise refusal(
+            model.config, _OPTIONS.get(option, "--intermediate"), "its weights do not follow it"
+        )
     return [
         (name, dim, longer - shape[dim])
         for name, shape in old.items()
@@ -228,7 +232,7 @@ def _shapes(
             built = AutoModelForCausalLM.from_config(set_sizes(model.config, sizes))
     except (ValueError, TypeError, RuntimeError, AttributeError, AssertionError) as error:
         option = _OPTIONS.get(size_name, "--intermediate")
-        raise refusal(model, option, first_line(error)) from error
+        raise refusal(model.config, option, first_line(error)) from error
     return {name: p.shape for name, p in built.named_parameters()}
 
 

@@ -2,17 +2,18 @@
 
 Each MLP keeps the neurons with the highest scores, and all of them keep as many. With grouped
 queries, whole groups can go, or heads of each group; every combination that gives the wanted number
-is measured, and the one with the least loss is kept. Channels are the same in all layers.
+is measured, and the one with the least KL(teacher‖student) is kept. Channels are the same in all layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.models.shrinking.calibration import Calibration, Loss
@@ -98,7 +99,7 @@ def choose_widths(
         ConfigError: A number that the model cannot have.
         ModelError: An architecture that cannot be cut in this way.
     """
-    sizes = wanted_sizes(calibration, widths)
+    sizes = wanted_sizes(calibration.model.config, widths)
     gone = tuple(f"{calibration.layers.name}.{number}." for number in dropped)
 
     def staying(axes: list[Axis]) -> list[Axis]:
@@ -118,37 +119,41 @@ def choose_widths(
     return chosen
 
 
-def wanted_sizes(calibration: Calibration, widths: Widths) -> dict[str, int]:
+def wanted_sizes(config: PretrainedConfig, widths: Widths) -> dict[str, int]:
     """Return the config fields that change, and their new values.
 
     Raises:
         ConfigError: A number that the model cannot have.
+        ModelError: A model without heads.
     """
-    config = calibration.model.config
     found: dict[str, int] = {}
     if widths.intermediate is not None:
         found |= _wanted_neurons(neuron_sizes(config), widths.intermediate)
+    text = config.get_text_config()
+    has_heads = getattr(text, "num_attention_heads", None) is not None
+    if widths.heads is not None and not has_heads:
+        raise refusal(config, "--heads", "it has no attention heads")
     if widths.heads is None and widths.hidden is None:
         return found
-    text = config.get_text_config()
-    if widths.heads is not None and getattr(text, "num_attention_heads", None) is None:
-        raise refusal(calibration.model, "--heads", "it has no attention heads")
     heads, keys = head_sizes(config)
     width = text.hidden_size
     must_divide = width % heads == 0
     new_heads = heads
     if widths.heads is not None:
-        whole = 1 if widths.hidden is not None or not must_divide else width
-        possible = [n for n in range(1, heads + 1) if list(_groupings(n, heads, keys))]
-        if whole > 1:
-            possible = [n for n in possible if whole % n == 0]
-        new_heads = _nearest("--heads", widths.heads, heads, possible, f"hidden size {width}")
+        # with --hidden, the channels follow the heads
+        whole = width if must_divide and widths.hidden is None else 0
+        possible = [
+            n for n in range(1, heads + 1) if list(_groupings(n, heads, keys)) and whole % n == 0
+        ]
+        rule = f"heads must divide the hidden size {width}" if whole else "groups must be equal"
+        new_heads = _nearest("--heads", widths.heads, heads, possible, rule)
         found["num_attention_heads"] = new_heads
     if widths.hidden is not None:
         step = new_heads if must_divide else 1
-        possible = list(range(step, width + 1, step))
-        reason = f"a multiple of the {new_heads} heads"
-        found["hidden_size"] = _nearest("--hidden", widths.hidden, width, possible, reason)
+        rule = f"the {new_heads} heads must divide it"
+        found["hidden_size"] = _nearest(
+            "--hidden", widths.hidden, width, range(step, width + 1, step), rule
+        )
     return found
 
 
@@ -167,21 +172,22 @@ def _wanted_neurons(have: Mapping[str, int], wanted: float) -> dict[str, int]:
     }
 
 
-def _nearest(option: str, wanted: float, have: int, possible: object, reason: str) -> int:
-    """Return the possible number that is nearest to a share, or the wanted number itself."""
-    numbers = sorted(possible)  # type: ignore[call-overload]
-    near = min(numbers, key=lambda n: (abs(n - (wanted * have if wanted < 1 else wanted)), -n))
-    if wanted >= 1 and near != wanted:
-        if wanted > have:
-            raise ConfigError(f"{option} {wanted:g}: the model has {have}; give a smaller number")
-        shown = (
-            numbers if len(numbers) <= 12 else [n for n in numbers if abs(n - wanted) < have / 8]
-        )
-        raise ConfigError(
-            f"{option} {wanted:g}: heads must divide the hidden size, and groups of queries must "
-            f"be equal ({reason}); possible near it: {', '.join(map(str, shown)) or near}"
-        )
-    return near
+def _nearest(option: str, wanted: float, have: int, possible: Sequence[int], rule: str) -> int:
+    """Return the possible number that is nearest to a share, or the wanted number itself.
+
+    Raises:
+        ConfigError: The wanted number is not possible.
+    """
+    target = wanted * have if wanted < 1 else wanted
+    near = min(possible, key=lambda n: (abs(n - target), -n))
+    if wanted < 1 or near == wanted:
+        return near
+    if wanted > have:
+        raise ConfigError(f"{option} {wanted:g}: the model has {have}; give a smaller number")
+    shown = sorted(sorted(possible, key=lambda n: abs(n - wanted))[:8])
+    raise ConfigError(
+        f"{option} {wanted:g}: {rule}; possible near it: {', '.join(map(str, shown))}"
+    )
 
 
 def _groupings(wanted: int, heads: int, keys: int) -> Iterator[tuple[int, int]]:
@@ -195,15 +201,15 @@ def _groupings(wanted: int, heads: int, keys: int) -> Iterator[tuple[int, int]]:
 def _measured(
     calibration: Calibration, cuts: list[WidthCut], tell: Tell, before: WidthCut
 ) -> WidthCut:
-    """Return the cut with the least loss, added to those before."""
+    """Return the cut with the least KL(teacher‖student), added to those before."""
     best, least = cuts[0], float("inf")
     for cut in cuts:
         with zeroed(calibration.model, (before + cut).selection):
             loss = calibration.loss()
-        is_best = loss.cross_entropy < least
+        is_best = loss.forward_kl < least
         tell(cut.label, loss, is_best)
         if is_best:
-            best, least = cut, loss.cross_entropy
+            best, least = cut, loss.forward_kl
     return before + best
 
 
@@ -222,7 +228,7 @@ def _neurons(calibration: Calibration, sizes: Mapping[str, int], staying: Stayin
         found += WidthCut(Selection(tuple(axes), chosen), {name: new_size})
         labels.append(f"{name} {size} → {new_size}")
     if not labels:
-        raise refusal(calibration.model, "--intermediate", "no weight has its config's size")
+        raise refusal(calibration.model.config, "--intermediate", "no weight has its config's size")
     return WidthCut(found.selection, found.sizes, ", ".join(labels))
 
 
