@@ -10,10 +10,10 @@ from okd_lightning.commands.cli import DistillationCLI
 from okd_lightning.commands.cli_arguments import prepare
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.engines import NoiseStream, Sampling, TransformersEngine
-from okd_lightning.engines.noise import NoiseDomain, hashed_choice
 from okd_lightning.errors import DataError
 from okd_lightning.models import Vocabulary, max_positions
 from okd_lightning.records.batches import Example, PromptBatch, TrainingRow
+from okd_lightning.records.noise import NoiseDomain, hashed_choice
 from okd_lightning.records.rows import given_row, micro_batches
 from okd_lightning.records.sequences import Sequences
 

@@ -2,7 +2,8 @@
 
 Each MLP keeps the neurons with the highest scores, and all of them keep as many. With grouped
 queries, whole groups can go, or heads of each group; every combination that gives the wanted number
-is measured, and the one with the least KL(teacher‖student) is kept. Channels are the same in all layers.
+is measured, and the one with the least KL(teacher‖student) is kept. Channels are the same in all
+layers.
 """
 
 from __future__ import annotations
