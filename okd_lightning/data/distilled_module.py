@@ -7,7 +7,7 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from okd_lightning.engines import Sampling, Writer
+from okd_lightning.engines import RolloutEngine, Sampling
 from okd_lightning.engines.tool_rollouts import ToolRounds
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term
@@ -15,7 +15,7 @@ from okd_lightning.models import Vocabulary
 from okd_lightning.teachers import SelfTeacher
 
 
-class DistilledModule(Writer, Protocol):
+class DistilledModule(RolloutEngine, Protocol):
     """The part of a DistillationModule that its data uses."""
 
     tokenizer: PreTrainedTokenizerBase

@@ -2,7 +2,7 @@
 
 * ``module``: the DistillationModule, on ``optimized_module`` (optimizer), ``measured_module``
   (validation), ``pair_module`` (building), ``pair_runs`` (running) and ``frozen_parts``.
-* ``pair_sides``, ``mixed_writer``: both models as inputs of the loss layer, and as generators.
+* ``pair_sides``, ``mixture_engine``: both models as inputs of the loss layer, and as generators.
 * ``step_terms``, ``step_metrics``: terms and logged metrics of an optimizer step.
 * ``optimizers``, ``optimizer_settings``, ``resumed_rates``: parameter groups, schedules, resume.
 * ``run_state``, ``loop_state``, ``arguments``, ``kept_checkpoints``: state in checkpoints.

@@ -14,8 +14,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from okd_lightning.engines import NoiseStream, RolloutEngine, Sampling, TransformersEngine
-from okd_lightning.engines.engine import Author, EngineSource, Progress
+from okd_lightning.engines import RolloutEngine, Sampling, TransformersEngine
+from okd_lightning.engines.engine import EngineSource
 from okd_lightning.engines.tool_rollouts import ToolEngine, ToolRounds
 from okd_lightning.losses import (
     Measured,
@@ -32,7 +32,8 @@ from okd_lightning.models import (
     check_lengths,
     load_model_config,
 )
-from okd_lightning.records.batches import DistillBatch, PromptBatch, Rollout
+from okd_lightning.records.batches import DistillBatch
+from okd_lightning.records.requests import Generator, Request, Rollout
 from okd_lightning.sharding import Placement
 from okd_lightning.teachers import (
     CachedTeacher,
@@ -146,32 +147,24 @@ class PairRuns(FrozenPartsModule):
             teacher_base=self.teacher_base,
         )
 
-    def write(
-        self,
-        author: Author,
-        prompts: PromptBatch,
-        sampling: Sampling,
-        generator: NoiseStream,
-        max_new_tokens: int,
-        progress: Progress | None = None,
-    ) -> Rollout:
+    def respond(self, request: Request) -> Rollout:
         """Generate responses with the student or the teacher, in eval mode and without gradient.
 
         Where the data has tools (``tool_rounds``), prompts that are chats may call them.
         """
-        with self.writing(author) as (model,):
-            if author == "student" and self.engine is not None:
+        with self.writing(request.generator) as (model,):
+            if request.generator == "student" and self.engine is not None:
                 engine = self.engine.engine(model, self.vocabulary, self.eos_ids)
             else:
                 engine = self.build_engine(model)
             if self.tool_rounds is not None:
                 engine = ToolEngine(engine, self.tool_rounds)
-            return engine.generate(prompts, sampling, generator, max_new_tokens, progress)
+            return engine.respond(request)
 
-    def writing(self, *authors: Author) -> AbstractContextManager[list[PreTrainedModel]]:
-        """Prepare the authors' models for generation in the block; see ``PairSides.writing``."""
+    def writing(self, *generators: Generator) -> AbstractContextManager[list[PreTrainedModel]]:
+        """Prepare the models for generation in the block; see ``PairSides.writing``."""
         precision = self._trainer.precision_plugin.forward_context if self._trainer else nullcontext
-        return self.sides.writing(authors, self.placement, precision())
+        return self.sides.writing(generators, self.placement, precision())
 
     def build_engine(self, model: PreTrainedModel) -> RolloutEngine:
         """Build the built-in engine on ``model``; override to use another for both models."""

@@ -11,7 +11,6 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from okd_lightning.engines.engine import Author
 from okd_lightning.engines.memory import memory_of
 from okd_lightning.losses import Quantity, Side
 from okd_lightning.models import (
@@ -22,6 +21,7 @@ from okd_lightning.models import (
     say_row_groups,
 )
 from okd_lightning.records.batches import DistillBatch
+from okd_lightning.records.requests import Generator
 from okd_lightning.records.sequences import Sequences
 from okd_lightning.sharding import Placement
 from okd_lightning.teachers import (
@@ -34,7 +34,7 @@ from okd_lightning.teachers import (
 )
 
 
-def tried_model(model: PreTrainedModel, packing: bool, role: Author) -> bool:
+def tried_model(model: PreTrainedModel, packing: bool, role: Generator) -> bool:
     """Test how a model reads rows and, for the student, generates; report slow fallbacks.
 
     Args:
@@ -115,7 +115,7 @@ class PairSides:
         hidden = hidden_at_loss(model, read, packs)
         return Side(hidden=hidden, head=LMHead.of(model, self.vocabulary))
 
-    def speaking(self, author: Author) -> tuple[PreTrainedModel, AbstractContextManager[None]]:
+    def speaking(self, author: Generator) -> tuple[PreTrainedModel, AbstractContextManager[None]]:
         """Return the model that generates as student or teacher, and the context that it needs."""
         if author == "student":
             return self.student, nullcontext()
@@ -126,7 +126,7 @@ class PairSides:
     @contextmanager
     def writing(
         self,
-        authors: Sequence[Author],
+        authors: Sequence[Generator],
         placement: Placement,
         precision: AbstractContextManager[None],
     ) -> Iterator[list[PreTrainedModel]]:
