@@ -12,9 +12,10 @@ from okd_lightning.data import RolloutDataModule
 from okd_lightning.engines import NoiseStream, Sampling, TransformersEngine
 from okd_lightning.errors import DataError
 from okd_lightning.models import Vocabulary, max_positions
-from okd_lightning.records.batches import Example, PromptBatch, TrainingRow
+from okd_lightning.records.batches import Example, TrainingRow
 from okd_lightning.records.noise import NoiseDomain, hashed_choice
-from okd_lightning.records.rows import given_row, micro_batches
+from okd_lightning.records.requests import Prompt, Request
+from okd_lightning.records.rows import dataset_row, micro_batches
 from okd_lightning.records.sequences import Sequences
 
 _BATCH_SIZE = 8
@@ -73,13 +74,12 @@ def sampled_rows(
     longest = min(_SAMPLED_TOKENS, (max_positions(model.config) or _SAMPLED_TOKENS + 1) - 1)
     bos = tokenizer.bos_token_id
     first = eos_ids[0] if bos is None else int(bos)
-    prompts = PromptBatch(((first,),) * num_rows, tuple(range(num_rows)), (0,) * num_rows)
-    rollout = TransformersEngine(model, vocabulary, eos_ids).generate(
-        prompts, Sampling(), NoiseStream(seed, NoiseDomain.CALIBRATION), longest
-    )
+    prompts = tuple(Prompt((first,), number) for number in range(num_rows))
+    request = Request(prompts, Sampling(), NoiseStream(seed, NoiseDomain.CALIBRATION), longest)
+    rollout = TransformersEngine(model, vocabulary, eos_ids).respond(request)
     return [
         TrainingRow(number, "teacher", (first, *ids), (False, *(True,) * len(ids)), 1)
-        for number, ids in enumerate(rollout.response_ids)
+        for number, ids in enumerate(response.ids for response in rollout)
     ]
 
 
@@ -90,7 +90,7 @@ def batches(rows: Sequence[TrainingRow]) -> list[Sequences]:
 
 
 def _row(example: Example) -> TrainingRow:
-    row = given_row(example)
+    row = dataset_row(example)
     if row.num_loss_tokens:
         return row
     ids = example.prompt_ids
