@@ -16,6 +16,7 @@
 * ``pair``: the tokenizer that a student and its teacher share.
 * ``merging``: adapters merged into their base layers.
 * ``recompute``: gradient checkpointing, also of a teacher in eval mode.
+* ``shrinking``: a student that is a part of its teacher.
 * ``compilation``: torch.compile on a model's blocks.
 * ``causal_lm``: hidden states at the head's input, and the head as a function of positions.
 """

@@ -346,7 +346,7 @@ class DistillationModule(OptimizedModule):
                 "its optimizer and loops ended with them: have the run write its checkpoints, by "
                 "LastCheckpoint or ModelCheckpoint among the Trainer's callbacks"
             )
-        add_state(self, checkpoint)
+        add_state(self, checkpoint, self.arguments)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is one of this run's methods and models.
