@@ -22,7 +22,6 @@ from okd_lightning.teachers import OnlineModuleSettings
 from okd_lightning.training.arguments import peft_config_of
 from okd_lightning.training.loop_state import mark_due_validation, settle_loops
 from okd_lightning.training.step_metrics import unlogged_row
-from okd_lightning.training.step_terms import kind_of
 
 if TYPE_CHECKING:
     from okd_lightning.training.module import DistillationModule
@@ -63,7 +62,7 @@ def add_state(module: DistillationModule, checkpoint: dict[str, Any]) -> None:
         "signature": run_signature(module.run_config, module.started_in, module.arguments),
         "eos_ids": list(module.eos_ids),
         "online_module": None if module.online_module is None else module.online_module.to_dict(),
-        "methods": [kind_of(term) for term in module.terms],
+        "methods": [term.kind for term in module.terms],
         "self_teacher": module.self_teacher,
         "normalization": module.normalization.by,
         "optimizer": module.optimizer_settings.to_dict(),
@@ -93,7 +92,7 @@ def check_state(module: DistillationModule, checkpoint: dict[str, Any]) -> dict[
     rng = None
     if module.terms:
         trainer = module.trainer
-        check_methods(own["methods"], [kind_of(term) for term in module.terms])
+        check_methods(own["methods"], [term.kind for term in module.terms])
         check_teacher_kind(own.get("self_teacher"), module.self_teacher)
         if any("student" in term.sources for term in module.terms):
             check_normalization(own.get("normalization", "token_mean"), module.normalization.by)
