@@ -168,6 +168,7 @@ def test_the_record_of_a_run_without_checkpoints(
     assert record == {"signal": "SIGTERM", "step": 2, "checkpoint": None, "resume": None}
 
 
+DROPOUT = ("--model.student_adapter", "LoraConfig", "--model.student_adapter.lora_dropout", "0.3")
 TWICE = [
     ((("training", 12), ("training", 4)), "3"),  # at an epoch's end, then within the next
     ((("rollout", 4), ("training", 2)), "3"),
@@ -185,14 +186,13 @@ def test_a_run_that_is_stopped_twice_ends_like_the_others(
     whole: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    truth = left_alone(okd, assets, whole, "--trainer.val_check_interval", interval)
+    more = ("--trainer.val_check_interval", interval, *DROPOUT)
+    truth = left_alone(okd, assets, whole, *more)
     for place in places:
         with monkeypatch.context() as patched:
             signal_at(patched, *place)
-            assert (
-                okd("fit", *options(assets, "--trainer.val_check_interval", interval)).status == 143
-            )
-    resumed = okd("fit", *options(assets, "--trainer.val_check_interval", interval))
+            assert okd("fit", *options(assets, *more)).status == 143
+    resumed = okd("fit", *options(assets, *more))
     assert resumed.status == 0, resumed.err
     assert torch.load(LAST, weights_only=True)["global_step"] == 12
     assert_same_weights(LAST, truth / "checkpoints" / "last.ckpt")
