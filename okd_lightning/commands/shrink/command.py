@@ -24,7 +24,7 @@ from okd_lightning.commands.shrink.options import (
 from okd_lightning.commands.shrink.report import Report, card, numbers
 from okd_lightning.commands.shrink.rows import batches, dataset_rows, sampled_rows
 from okd_lightning.durable_files import write_json
-from okd_lightning.errors import UsageError
+from okd_lightning.errors import ModelError, UsageError
 from okd_lightning.models import (
     DTypeName,
     Vocabulary,
@@ -81,6 +81,11 @@ def shrink_command(arguments: list[str], debug: bool = False) -> int:
         model = load_checked(
             options.model, _MODEL, len(tokenizer), dtype=dtype, attn_implementation=None
         )
+        if getattr(model.config, "quantization_config", None) is not None:
+            raise ModelError(
+                f"{_MODEL} {options.model!r} is quantised, and its weights cannot be cut; give the "
+                "unquantised model, or a .gguf file of it"
+            )
         model.to(device)  # type: ignore[arg-type]
         calibration = _calibration(model, tokenizer, rows, options, of_data, console)
         shrinking = _Shrinking(options, calibration, console)
