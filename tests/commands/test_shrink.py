@@ -190,6 +190,19 @@ def test_a_folder_with_files_is_left(okd: Okd, teacher: str, here: Path) -> None
     assert AutoModelForCausalLM.from_pretrained("used").config.num_hidden_layers == 3
 
 
+def test_an_export_does_not_replace_a_cut_student_unasked(
+    okd: Okd, fit: Okd, teacher: str, here: Path
+) -> None:
+    assert okd("shrink", "--model", teacher, "--drop_layers", "1", QUICK, "--out", "s").status == 0
+    fit("--method", "KD", "--trainer.max_steps", "1")
+    export = ["export", "--ckpt_path", "run/checkpoints/last.ckpt", "--out", "s"]
+    result = okd(export)
+    assert (result.status, "something else than an export" in result.err) == (1, True)
+    assert okd(export, "--overwrite").status == 0
+    assert not (here / "s" / "shrink.json").exists()
+    assert okd(export).status == 0
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "no space"), SafetensorError("no space")])
 def test_a_full_disk_leaves_no_half_folder(
     error: Exception, okd: Okd, teacher: str, here: Path, monkeypatch: pytest.MonkeyPatch

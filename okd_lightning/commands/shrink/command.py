@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from okd_lightning.commands.cli_errors import parse
-from okd_lightning.commands.model_folder import check_model_folder, replaced_model
+from okd_lightning.commands.model_folder import CUT_RECORD, check_model_folder, replaced_model
 from okd_lightning.commands.shrink.options import (
     checked_options,
     chosen_device,
@@ -94,7 +94,7 @@ def shrink_command(arguments: list[str], debug: bool = False) -> int:
         with replaced_model(out) as folder:
             student.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            write_json(folder / "shrink.json", record)
+            write_json(folder / CUT_RECORD, record)
             (folder / "README.md").write_text(card(options.model, record), encoding="utf-8")
     console.print(f"student written to {out} in {record['seconds']:.0f} s")
     return 0
