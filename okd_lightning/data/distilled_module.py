@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -34,6 +34,9 @@ class DistilledModule(RolloutEngine, Protocol):
 
     def add_eos_ids(self, ids: Iterable[int]) -> None:
         """Add ids that end a response."""
+
+    def keep_apart(self, ids: Collection[int]) -> None:
+        """Take ids after which a response goes on out of the ends."""
 
     def check_lengths(self, num_tokens: int, teacher_tokens: int | None = None) -> None:
         """Refuse sequences that are too long for the models."""

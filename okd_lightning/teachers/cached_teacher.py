@@ -13,6 +13,7 @@ import torch
 
 from okd_lightning.errors import CacheError, ModelError
 from okd_lightning.losses import PackedHead, Quantity, Side
+from okd_lightning.losses.end_outcome import EndOutcome
 from okd_lightning.losses.tiling import slices, tile_size
 from okd_lightning.models import Vocabulary
 from okd_lightning.records.batches import SOURCES, DistillBatch, Example
@@ -38,7 +39,7 @@ class TeacherKey:
         identity: Digest of its weights and config.
         dtype: Number format of its weights.
         precision: The Trainer's.
-        vocabulary: The valid ids, to which its logits are cut.
+        vocabulary: The valid ids, to which its logits are cut, and the end ids, which are merged.
     """
 
     identity: str
@@ -49,7 +50,9 @@ class TeacherKey:
     def entries(self) -> dict[str, Any]:
         """Return the key as entries of an index."""
         ids = np.asarray(self.vocabulary.invalid_ids, dtype="<i4").tobytes()
+        ends = sorted(self.vocabulary.end_ids)
         return {
+            **({"end_ids": ends} if len(ends) > 1 else {}),
             "teacher": self.identity,
             "teacher_dtype": self.dtype,
             "precision": self.precision,
@@ -198,11 +201,12 @@ def _records(reads: Sequences, read: Reader, entry: Entry) -> np.ndarray:
     vocab_size = entry.key["vocabulary"][0]
     tiles = []
     for tile in slices(len(side.hidden), tile_size(vocab_size, side.hidden.device)):
-        logprobs = side.head(side.hidden[tile]).log_softmax(-1)
+        ends = EndOutcome(side.end_ids, side.hidden.device)
+        logprobs = ends.merge(side.head(side.hidden[tile])).log_softmax(-1)
         if logprobs.isnan().any():
             raise ModelError(
                 "--model.teacher gives NaN for a row of the data, so that nothing can be learned "
                 "from it; check its weights and --model.teacher_dtype"
             )
-        tiles.append(to_records(logprobs, targets[tile], entry.record))
+        tiles.append(to_records(logprobs, ends.outcomes(targets[tile]), entry.record))
     return np.concatenate(tiles)

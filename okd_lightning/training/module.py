@@ -31,7 +31,7 @@ from okd_lightning.losses import (
     WeightedTerm,
 )
 from okd_lightning.losses.reduction import Normalization, NormalizationName
-from okd_lightning.models import DTypeName, ModelArgument, dtype_of
+from okd_lightning.models import DTypeName, EndTokensArgument, ModelArgument, dtype_of
 from okd_lightning.models.schedules import ScheduleName
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.teachers import (
@@ -114,6 +114,9 @@ class DistillationModule(OptimizedModule):
             of earlier rollout batches (running_mean), times data.max_response_length (constant) or
             times a number; or their tokens (token_mean, which biases a step of few rollouts);
             docs/concepts/losses.md.
+        end_tokens: Ids or tokens that mean "the response ends here", one outcome for both models;
+            by default those of both generation configs, the tokenizer and the data;
+            docs/concepts/end-tokens.md.
 
     Raises:
         ConfigError: A number out of its range, or no tokenizer.
@@ -149,6 +152,7 @@ class DistillationModule(OptimizedModule):
         teacher_server: str | TeacherServer | None = None,
         engine: EngineSource | None = None,
         normalization: NormalizationName | float = "running_mean",
+        end_tokens: EndTokensArgument | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in _ARGUMENTS}
         if tile_positions is not None and tile_positions < 1:
@@ -181,6 +185,7 @@ class DistillationModule(OptimizedModule):
             teacher_cache=teacher_cache,
             teacher_server=teacher_server,
             engine=engine,
+            end_tokens=end_tokens,
         )
         self.normalization = Normalization(normalization)
         self._constructed_with = given
@@ -341,7 +346,7 @@ class DistillationModule(OptimizedModule):
                 "its optimizer and loops ended with them: have the run write its checkpoints, by "
                 "LastCheckpoint or ModelCheckpoint among the Trainer's callbacks"
             )
-        add_state(self, checkpoint)
+        add_state(self, checkpoint, self.arguments)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is one of this run's methods and models.

@@ -22,6 +22,7 @@ from okd_lightning.engines.tool_rollouts import ToolRounds
 from okd_lightning.errors import ConfigError
 from okd_lightning.models import (
     DTypeName,
+    EndTokensArgument,
     GivenPair,
     ModelArgument,
     ModelSource,
@@ -30,7 +31,7 @@ from okd_lightning.models import (
     check_precision,
     compile_blocks,
     dtype_of,
-    eos_token_ids,
+    find_end_tokens,
     find_tokenizer,
     load_checked,
     recompute_activations,
@@ -63,6 +64,7 @@ class PairModule(PairRuns):
     shared_by_copies: tuple[str, ...] = (
         "tokenizer",
         "vocabulary",
+        "ends",
         "engine",
         "cached_teacher",
         "served_teacher",
@@ -89,6 +91,7 @@ class PairModule(PairRuns):
         teacher_cache: TeacherCache | str | None = None,
         teacher_server: TeacherServer | str | None = None,
         engine: EngineSource | None = None,
+        end_tokens: EndTokensArgument | None = None,
     ) -> None:
         super().__init__()
         others = {"teacher": teacher, "self_teacher": self_teacher, "teacher_cache": teacher_cache}
@@ -109,8 +112,9 @@ class PairModule(PairRuns):
         self.packs_student = self.packs_teacher = False  # before there are models
         self.tokenizer = find_tokenizer(tokenizer, given.student, given.teacher)
         self.vocabulary = check_pair(self.tokenizer, given.student, given.teacher)
-        self.eos_ids = eos_token_ids(given.student, self.tokenizer)
-        self.vocabulary.check_ids(self.eos_ids, "the end-of-sequence ids", self.tokenizer)
+        ends = find_end_tokens(
+            given.student, given.teacher, self.tokenizer, self.vocabulary, end_tokens
+        )
         self.cached_teacher: CachedTeacher | None = None
         if teacher_cache is not None:
             self.cached_teacher = CachedTeacher(TeacherCache.of(teacher_cache), self.vocabulary)
@@ -119,6 +123,7 @@ class PairModule(PairRuns):
             server = TeacherServer.of(teacher_server)
             wide = torch.promote_types(getattr(torch, self.dtype_name), torch.float32)
             self.served_teacher = ServedTeacher(server, self.vocabulary, self.tokenizer, wide)
+        self.use_ends(ends)
         self.weights_read = ""  # digest of the weights, in a run of several processes
         self.student: PreTrainedModel | None = None
         self.teacher: PreTrainedModel | None = None

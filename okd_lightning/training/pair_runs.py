@@ -6,7 +6,7 @@ Does not build them: that is ``pair_module``.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -27,6 +27,7 @@ from okd_lightning.losses import (
     weighted_loss,
 )
 from okd_lightning.models import (
+    EndTokens,
     ModelSource,
     Vocabulary,
     check_lengths,
@@ -54,7 +55,7 @@ class PairRuns(FrozenPartsModule):
     self_teacher: SelfTeacher | None
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
-    eos_ids: tuple[int, ...]
+    ends: EndTokens
     tile_positions: int | None
     packs_student: bool
     packs_teacher: bool
@@ -62,6 +63,8 @@ class PairRuns(FrozenPartsModule):
     tool_rounds: ToolRounds | None
     placement: Placement
     teacher_base: TeacherBase | None
+    cached_teacher: CachedTeacher | None
+    served_teacher: ServedTeacher | None
     _has_online_module: bool
 
     @property
@@ -101,6 +104,7 @@ class PairRuns(FrozenPartsModule):
             self.vocabulary.size,
             self.tile_positions,
             base,
+            Measured.about(batch).merges_ends,
         )
         if not torch.is_grad_enabled():
             self.placement.release(self.student, self.teacher)
@@ -170,11 +174,33 @@ class PairRuns(FrozenPartsModule):
         """Build the built-in engine on ``model``; override to use another for both models."""
         return TransformersEngine(model, self.vocabulary, self.eos_ids)
 
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids at which generation stops; the first ends dataset responses without an end."""
+        return self.ends.stop_ids
+
+    def use_ends(self, ends: EndTokens) -> None:
+        """Take these ids as the ends of a response; before training, and equal on all ranks."""
+        self.ends = ends
+        self.vocabulary = replace(self.vocabulary, end_ids=ends.end_ids)
+        for absent in (self.cached_teacher, self.served_teacher):
+            if absent is not None:
+                absent.vocabulary = self.vocabulary
+
+    def keep_apart(self, ids: Collection[int]) -> None:
+        """Take ids after which a response goes on out of the ends; logged once."""
+        ends = self.ends.without(ids)
+        if ends.end_ids != self.ends.end_ids:
+            names = ", ".join(repr(self.tokenizer.decode([i])) for i in ids)
+            rank_zero_info(f"a response goes on after {names}, so it is no end of it")
+        self.use_ends(ends)
+
     def add_eos_ids(self, ids: Iterable[int]) -> None:
         """Let further ids end a response, such as a chat template's end of turn; logged once."""
-        new = [i for i in ids if i not in self.eos_ids]
+        found = list(ids)
+        new = [i for i in found if i not in self.eos_ids]
+        self.use_ends(self.ends.with_stops(found))
         if new:
-            self.eos_ids = (*self.eos_ids, *new)
             names = ", ".join(repr(self.tokenizer.decode([i])) for i in new)
             rank_zero_info(f"responses also end at {names}, as the data's own responses do")
 

@@ -113,7 +113,8 @@ class PairSides:
 
     def _one_side(self, model: PreTrainedModel, read: Sequences, packs: bool) -> Side:
         hidden = hidden_at_loss(model, read, packs)
-        return Side(hidden=hidden, head=LMHead.of(model, self.vocabulary))
+        head = LMHead.of(model, self.vocabulary)
+        return Side(hidden=hidden, head=head, end_ids=self.vocabulary.end_ids)
 
     def speaking(self, author: Generator) -> tuple[PreTrainedModel, AbstractContextManager[None]]:
         """Return the model that generates as student or teacher, and the context that it needs."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from okd_lightning.checkpoints.contents import (
     check_finite,
@@ -20,18 +20,20 @@ from okd_lightning.checkpoints.signature import run_signature
 from okd_lightning.errors import CheckpointError
 from okd_lightning.teachers import OnlineModuleSettings
 from okd_lightning.training.arguments import peft_config_of
+from okd_lightning.training.loaded_ends import loaded_ends
 from okd_lightning.training.loop_state import mark_due_validation, settle_loops
+from okd_lightning.training.optimized_module import OptimizedModule
 from okd_lightning.training.step_metrics import unlogged_row
 from okd_lightning.training.step_terms import kind_of
 
-if TYPE_CHECKING:
-    from okd_lightning.training.module import DistillationModule
 
-
-def add_state(module: DistillationModule, checkpoint: dict[str, Any]) -> None:
+def add_state(
+    module: OptimizedModule, checkpoint: dict[str, Any], arguments: dict[str, Any]
+) -> None:
     """Leave frozen weights out; add the resolved config, the methods and the RNG streams.
 
-    All ranks call this. The checkpoint is then written atomically.
+    All ranks call this. The checkpoint is then written atomically. ``arguments`` are those with
+    which the module was constructed.
 
     Raises:
         NonFiniteError: A trained weight is NaN or infinite.
@@ -58,10 +60,11 @@ def add_state(module: DistillationModule, checkpoint: dict[str, Any]) -> None:
             checkpoint[part] = without_left_out(checkpoint[part], module)
     checkpoint["okd_lightning"] = {
         "config": module.run_config,
-        "arguments": module.arguments,
+        "arguments": arguments,
         "started_in": module.started_in,
-        "signature": run_signature(module.run_config, module.started_in, module.arguments),
+        "signature": run_signature(module.run_config, module.started_in, arguments),
         "eos_ids": list(module.eos_ids),
+        "end_ids": list(module.ends.end_ids),
         "online_module": None if module.online_module is None else module.online_module.to_dict(),
         "methods": [kind_of(term) for term in module.terms],
         "self_teacher": module.self_teacher,
@@ -77,7 +80,7 @@ def add_state(module: DistillationModule, checkpoint: dict[str, Any]) -> None:
     }
 
 
-def check_state(module: DistillationModule, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+def check_state(module: OptimizedModule, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
     """Check that a checkpoint is one of this run's methods and models; set where the run continues.
 
     Returns:
@@ -89,7 +92,7 @@ def check_state(module: DistillationModule, checkpoint: dict[str, Any]) -> dict[
     own = checkpoint.get("okd_lightning")
     if own is None:
         raise CheckpointError("this checkpoint was not written by okd-lightning")
-    module.eos_ids = tuple(own["eos_ids"])
+    module.use_ends(loaded_ends(own, module.ends, resumes=bool(module.terms)))
     rng = None
     if module.terms:
         trainer = module.trainer
@@ -104,9 +107,7 @@ def check_state(module: DistillationModule, checkpoint: dict[str, Any]) -> dict[
     return rng
 
 
-def load_weights(
-    module: DistillationModule, checkpoint: dict[str, Any], strict: bool = False
-) -> None:
+def load_weights(module: OptimizedModule, checkpoint: dict[str, Any], strict: bool = False) -> None:
     """Build a module's models outside a Trainer and load the weights of a checkpoint.
 
     Raises:
