@@ -177,7 +177,8 @@ def _edges(values: list[float]) -> tuple[float, float]:
 
 def table(runs: dict[str, Any], seeds: list[int]) -> Table:
     """Return lengths and shares that ended: the first and the last ten steps, each seed."""
-    shown = Table("method", "ends", "length before", "after", "ended before", "after")
+    first, last = f"steps 1-{EDGE}", f"steps {STEPS - EDGE + 1}-{STEPS}"
+    shown = Table("method", "ends", f"length, {first}", last, f"ended, {first}", last)
     for method in METHODS:
         for arm in ARMS:
             found = [runs[k] for s in seeds if (k := key_of(method, arm, s)) in runs]
@@ -204,15 +205,15 @@ def draw(path: Path, runs: dict[str, Any], seeds: list[int]) -> None:
             found = [runs[k] for s in seeds if (k := key_of(method, arm, s)) in runs]
             for number, one in enumerate(found):
                 values = torch.tensor(one["lengths"])
-                smooth = values.unfold(0, 5, 1).mean(-1)
-                steps = torch.arange(3, 3 + len(smooth))
+                smooth = values.unfold(0, 3, 1).mean(-1)
+                steps = torch.arange(2, 2 + len(smooth))
                 label = arm if number == 0 else None
                 axis.plot(steps, smooth, color=COLOURS[arm], alpha=0.8, linewidth=1.2, label=label)
         axis.axhline(LONGEST, color="grey", linewidth=0.8, linestyle=":")
         axis.set(title=method, xlabel="optimizer step", ylim=(0, LONGEST + 3))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("mean response length, tokens")
-    axes[0].legend(frameon=False, loc="center right")
+    axes[0].legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=120)
 
 
