@@ -33,10 +33,10 @@ from okd_lightning.data.token_cache import AUTO
 from okd_lightning.data.tool_turns import checked_turns, equip
 from okd_lightning.data.whole_steps import announce, check_limit, settle_steps
 from okd_lightning.engines import Sampling
-from okd_lightning.engines.noise import NoiseDomain, hashed_choice
 from okd_lightning.errors import ConfigError, DataError
 from okd_lightning.models.text_ids import RULES_VERSION
 from okd_lightning.records.batches import Example
+from okd_lightning.records.noise import NoiseDomain, hashed_choice
 from okd_lightning.rollouts import LoaderShape, RolloutLoader, StagedPlan, plan_for, writer_of
 from okd_lightning.rollouts.agreement import Agreement, StopRequest
 from okd_lightning.rollouts.evaluation import GivenResponses, OwnResponses

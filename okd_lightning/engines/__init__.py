@@ -1,7 +1,6 @@
 """Engines: they generate responses to prompts.
 
-* ``engine``: the protocol of an engine. ``sampling``: temperature, top-k, top-p, and the draw.
-* ``noise``: counter-based random numbers, keyed by prompt, sample and position.
+* ``engine``: the protocol of an engine; requests, sampling and noise are in ``records``.
 * ``transformers_engine``: the built-in engine, on transformers' models: the queue and the batch.
 * ``drawing``: one token a row, from one model or a mixture of two.
 * ``kv_cache``: keys and values of rows that leave and join. ``memory``: the kind of cache that a
@@ -17,11 +16,11 @@
 
 from okd_lightning.engines.drawing import Blend
 from okd_lightning.engines.engine import EngineSource, RolloutEngine, Writer
-from okd_lightning.engines.noise import NoiseStream, hashed_uniform
-from okd_lightning.engines.sampling import Sampling
 from okd_lightning.engines.transformers_engine import TransformersEngine
 from okd_lightning.engines.vllm_engine import VLLMEngine
 from okd_lightning.engines.vllm_server import VLLMServer
+from okd_lightning.records.noise import NoiseStream, hashed_uniform
+from okd_lightning.records.sampling import Sampling
 
 __all__ = [
     "Blend",

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from okd_lightning.engines.responses import Responses
-from okd_lightning.engines.sampling import Sampling, workspace_for
 from okd_lightning.models import Vocabulary
+from okd_lightning.records.sampling import Sampling, workspace_for
 
 
 @dataclass(frozen=True)

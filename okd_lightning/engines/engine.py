@@ -9,10 +9,10 @@ from typing import Literal, Protocol, TypeAlias
 
 from transformers import PreTrainedModel
 
-from okd_lightning.engines.noise import NoiseStream
-from okd_lightning.engines.sampling import Sampling
 from okd_lightning.models import Vocabulary
 from okd_lightning.records.batches import PromptBatch, Rollout
+from okd_lightning.records.noise import NoiseStream
+from okd_lightning.records.sampling import Sampling
 
 Author: TypeAlias = Literal["student", "teacher"]
 

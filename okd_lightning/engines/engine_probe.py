@@ -18,10 +18,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from okd_lightning.engines.noise import NoiseDomain, hashed_uniform
-from okd_lightning.engines.sampling import Sampling
 from okd_lightning.errors import ServerError
 from okd_lightning.models import LMHead, Vocabulary, head_inputs
+from okd_lightning.records.noise import NoiseDomain, hashed_uniform
+from okd_lightning.records.sampling import Sampling
 
 _LENGTH = 12
 _CERTAIN = 1e-3

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from okd_lightning.engines.engine import Progress, RolloutEngine
-from okd_lightning.engines.noise import NoiseStream
-from okd_lightning.engines.sampling import Sampling
 from okd_lightning.records.batches import Chat, PromptBatch, Rollout, ToolUse
+from okd_lightning.records.noise import NoiseStream
+from okd_lightning.records.sampling import Sampling
 from okd_lightning.tools import Toolbox
 from okd_lightning.tools.tool_calls import ToolCall, parse_tool_calls
 

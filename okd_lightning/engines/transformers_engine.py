@@ -31,13 +31,13 @@ from okd_lightning.engines.drawing import Blend, Drawing
 from okd_lightning.engines.engine import Progress
 from okd_lightning.engines.kv_cache import empty_cache, rearrange
 from okd_lightning.engines.memory import MEMORIES, cached_logits, memory_of
-from okd_lightning.engines.noise import NoiseStream
 from okd_lightning.engines.responses import Responses
-from okd_lightning.engines.sampling import Sampling
 from okd_lightning.engines.whole_passes import WholePasses
 from okd_lightning.losses.cpu_linear import fast_linears
 from okd_lightning.models import Vocabulary, forget_lengths, row_groups
 from okd_lightning.records.batches import PromptBatch, Rollout
+from okd_lightning.records.noise import NoiseStream
+from okd_lightning.records.sampling import Sampling
 
 _ADMIT_AT = 0.875
 """Waiting prompts join once no more than this share of the batch is unfinished."""

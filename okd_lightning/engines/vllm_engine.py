@@ -32,7 +32,6 @@ from transformers import PreTrainedModel
 
 from okd_lightning.engines.engine import EngineSource, Progress, RolloutEngine
 from okd_lightning.engines.engine_probe import EngineGaps, Probe
-from okd_lightning.engines.sampling import Sampling
 from okd_lightning.engines.vllm_requests import (
     HostedEngine,
     Written,
@@ -42,6 +41,7 @@ from okd_lightning.engines.vllm_requests import (
 from okd_lightning.engines.weights import write_weights
 from okd_lightning.errors import ConfigError, ServerError
 from okd_lightning.models import Vocabulary
+from okd_lightning.records.sampling import Sampling
 
 _DROP_ALL = 2
 """vLLM's sleep level that drops weights and cache, without a copy in main memory."""

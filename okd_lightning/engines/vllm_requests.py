@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 
 from okd_lightning.engines.engine import Progress
 from okd_lightning.engines.engine_probe import EngineGaps, rescored_gap
-from okd_lightning.engines.noise import NoiseStream
-from okd_lightning.engines.sampling import Sampling
 from okd_lightning.engines.weights import weights_label
 from okd_lightning.errors import ConfigError, ServerError
 from okd_lightning.models import Vocabulary
 from okd_lightning.records.batches import PromptBatch, Rollout
+from okd_lightning.records.noise import NoiseStream
+from okd_lightning.records.sampling import Sampling
 
 _HOTTEST, _COLDEST = 2.0, 0.01
 """vLLM's temperature limits: it refuses values above the first, and raises lower values to the

@@ -28,7 +28,6 @@ from transformers import PreTrainedModel
 from okd_lightning.endpoint import Endpoint, in_parallel
 from okd_lightning.engines.engine import EngineSource, Progress, RolloutEngine
 from okd_lightning.engines.engine_probe import EngineGaps, Probe
-from okd_lightning.engines.sampling import Sampling
 from okd_lightning.engines.served_student import (
     check_served_student,
     is_untied,
@@ -45,6 +44,7 @@ from okd_lightning.engines.vllm_requests import (
 from okd_lightning.engines.weights import shares_table, write_weights
 from okd_lightning.errors import ConfigError, OutputError, ServerError, ServerTimeoutError
 from okd_lightning.models import Vocabulary
+from okd_lightning.records.sampling import Sampling
 
 _OPTION = "model.engine.url"
 _TOKEN = "OKD_ENGINE_TOKEN"

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from okd_lightning.engines.engine import Author, ProgressFactory, Writer, silent_progress
-from okd_lightning.engines.noise import NoiseDomain, NoiseStream, hashed_uniform
-from okd_lightning.engines.sampling import Sampling
 from okd_lightning.records.batches import DistillBatch, Example, PromptBatch, Rollout
+from okd_lightning.records.noise import NoiseDomain, NoiseStream, hashed_uniform
 from okd_lightning.records.rows import given_row, micro_batches, muted, share, written_rows
+from okd_lightning.records.sampling import Sampling
 from okd_lightning.rollouts.agreement import Agreement, naming_the_prompts
 
 

@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from okd_lightning.engines.engine import Author, ProgressFactory, Writer, silent_progress
-from okd_lightning.engines.noise import NoiseDomain, NoiseStream, hashed_uniform
-from okd_lightning.engines.sampling import Sampling
 from okd_lightning.errors import ConfigError
 from okd_lightning.records.batches import DistillBatch, Example, PromptBatch, Rollout, TrainingRow
+from okd_lightning.records.noise import NoiseDomain, NoiseStream, hashed_uniform
 from okd_lightning.records.rows import (
     count_by_source,
     given_row,
@@ -34,6 +33,7 @@ from okd_lightning.records.rows import (
     share,
     written_rows,
 )
+from okd_lightning.records.sampling import Sampling
 from okd_lightning.rollouts.agreement import Agreement, StopRequest, naming_the_prompts
 from okd_lightning.rollouts.lengths import RolloutLengths
 from okd_lightning.rollouts.loader_shape import LoaderShape

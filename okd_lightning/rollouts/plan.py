@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from okd_lightning.engines.engine import Writer
-from okd_lightning.engines.noise import NoiseDomain, hashed_uniform
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term
 from okd_lightning.records.batches import SOURCES, Source
+from okd_lightning.records.noise import NoiseDomain, hashed_uniform
 
 
 @dataclass(frozen=True)

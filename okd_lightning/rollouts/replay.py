@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 import torch
 
 from okd_lightning.engines.engine import Author, Progress, Writer
-from okd_lightning.engines.noise import NoiseStream
-from okd_lightning.engines.sampling import Sampling
 from okd_lightning.records.batches import PromptBatch, Rollout
+from okd_lightning.records.noise import NoiseStream
+from okd_lightning.records.sampling import Sampling
 from okd_lightning.rollouts.stored import pack_rollout, unpack_rollout
 
 Row: TypeAlias = tuple[tuple[int, ...], tuple[float, ...], str, tuple[bool, ...]]

@@ -15,8 +15,8 @@ from peft import LoraConfig
 
 from okd_lightning.callbacks import OKD, SFT, PaperMeasures
 from okd_lightning.engines import NoiseStream, Sampling
-from okd_lightning.engines.noise import NoiseDomain
 from okd_lightning.errors import ConfigError
+from okd_lightning.records.noise import NoiseDomain
 from okd_lightning.rewards import functions as rewards
 from okd_lightning.rollouts.evaluation import prompt_batch
 from okd_lightning.training.module import DistillationModule

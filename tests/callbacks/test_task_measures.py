@@ -36,9 +36,9 @@ from okd_lightning.callbacks.measures.avg_at_k import pass_at_k
 from okd_lightning.commands.cli_arguments import load_config
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.engines import NoiseStream, Sampling
-from okd_lightning.engines.noise import NoiseDomain
 from okd_lightning.errors import ConfigError, RewardError
 from okd_lightning.records.batches import Example, PromptBatch
+from okd_lightning.records.noise import NoiseDomain
 from okd_lightning.rewards import RougeL, ToolCallMatch
 
 K = 6

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from okd_lightning.engines import NoiseStream, hashed_uniform
-from okd_lightning.engines.noise import hashed_choice
+from okd_lightning.records.noise import hashed_choice
 
 NUM = 20_000
 

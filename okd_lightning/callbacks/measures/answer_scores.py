@@ -20,9 +20,9 @@ from okd_lightning.data import RolloutDataModule
 from okd_lightning.data.progress import rollout_progress
 from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.engines.engine import Author
-from okd_lightning.engines.noise import NoiseDomain
 from okd_lightning.errors import ConfigError, RewardError
 from okd_lightning.records.batches import Example, PromptBatch, Rollout
+from okd_lightning.records.noise import NoiseDomain
 from okd_lightning.records.rows import share
 from okd_lightning.rollouts.agreement import naming_the_prompts
 from okd_lightning.rollouts.evaluation import prompt_batch

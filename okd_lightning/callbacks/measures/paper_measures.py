@@ -16,7 +16,6 @@ from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import ForwardKL
 from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.engines.engine import Author
-from okd_lightning.engines.noise import NoiseDomain
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import DrawnLogProb, ExactDivergence, Measured
 from okd_lightning.metrics import (
@@ -26,6 +25,7 @@ from okd_lightning.metrics import (
     response_uncertainty,
 )
 from okd_lightning.records.batches import DistillBatch, Example, Rollout, TrainingRow
+from okd_lightning.records.noise import NoiseDomain
 from okd_lightning.records.rows import given_row, micro_batches, share, written_rows
 from okd_lightning.rewards.rouge import rouge_l
 from okd_lightning.rollouts.evaluation import prompt_batch

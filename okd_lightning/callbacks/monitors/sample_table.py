@@ -19,9 +19,9 @@ from okd_lightning.callbacks.monitors.throughput import Throughput
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.engines.engine import Author
-from okd_lightning.engines.noise import NoiseDomain, hashed_choice
 from okd_lightning.errors import ConfigError
 from okd_lightning.records.batches import Example
+from okd_lightning.records.noise import NoiseDomain, hashed_choice
 from okd_lightning.records.rows import share
 from okd_lightning.rollouts import RolloutLoader
 from okd_lightning.rollouts.agreement import Agreement, naming_the_prompts

@@ -10,8 +10,8 @@ import torch
 
 from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.engines.engine import Author
-from okd_lightning.engines.noise import NoiseDomain, hashed_choice
 from okd_lightning.records.batches import DistillBatch, Example, PromptBatch, TrainingRow
+from okd_lightning.records.noise import NoiseDomain, hashed_choice
 from okd_lightning.records.rows import given_row, micro_batches, written_rows
 from okd_lightning.training.module import DistillationModule
 
