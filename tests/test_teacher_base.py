@@ -23,6 +23,7 @@ from okd_lightning.losses import Measured, Quantity, Tile
 from okd_lightning.losses.reduction import loss_output
 from okd_lightning.records.batches import LossOutput
 from okd_lightning.sharding import FSDP2Strategy
+from okd_lightning.teachers import CachedTeacher
 from okd_lightning.training.config_paths import relocate
 
 
@@ -96,8 +97,10 @@ def test_one_base_a_run(tmp_path, make_module, folders):
 
 
 def test_a_teacher_that_is_not_in_memory_is_refused(tmp_path, make_module, folders):
-    module = make_module(teacher_cache=str(tmp_path / "cache"))
-    message = r"no teacher in memory; leave --model\.teacher_cache out"
+    module = make_module(kind=lambda teacher: CachedTeacher(teacher, str(tmp_path / "cache")))
+    message = (
+        r"no teacher in memory; give --model\.teacher a folder or hub id in place of CachedTeacher"
+    )
     with pytest.raises(ConfigError, match=message):
         tiny.fit(tmp_path, module, [Shifted(str(folders / "base"))], tiny.make_rows(8))
 

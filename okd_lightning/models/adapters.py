@@ -82,7 +82,7 @@ class GivenPair:
         if isinstance(own, PreTrainedModel) and own is other:
             raise ConfigError(
                 "student and teacher are the same object: the teacher is frozen, so the student "
-                "would not train; load it twice, or give self_teacher in place of the teacher"
+                "would not train; load it twice, or give FrozenSelf() as the teacher"
             )
         carried = _carried_adapter(own)
         if adapter is not None and carried is not None:

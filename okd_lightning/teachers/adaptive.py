@@ -58,6 +58,11 @@ class AdaptiveTeacher(Teacher):
         return self.inner.own_source
 
     @property
+    def arguments(self) -> Mapping[str, Any]:
+        """The inner teacher and the module."""
+        return {"inner": self.inner, "settings": self._settings}
+
+    @property
     def source(self) -> ModelSource | None:
         """The inner teacher's."""
         return self.inner.source

@@ -23,7 +23,6 @@ class AveragedSelf(SelfTeacher):
     To know more than the student, give it its own prompts: data.teacher_prompt_template.
     """
 
-    word = "ema"
     follows_student = True
 
     def check_options(self, options: TeacherOptions) -> None:
@@ -33,7 +32,7 @@ class AveragedSelf(SelfTeacher):
             raise ConfigError(f"model.ema_decay must be between 0 and 1 (exclusive), got {decay}")
         if options.rounds_steps:
             raise ConfigError(
-                "model.self_teacher ema adds up small steps, which 16 bits round away: use "
+                "model.teacher AveragedSelf adds up small steps, which 16 bits round away: use "
                 "--model.dtype float32 with --trainer.precision bf16-mixed, or train an adapter"
             )
         super().check_options(TeacherOptions(options.teacher_dtype))

@@ -6,7 +6,7 @@ A kind is one final class in a file of its own; no other code asks which kind a 
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy, deepcopy
@@ -102,7 +102,7 @@ class Opening:
     terms: Sequence[Term]
     device: torch.device
     read_rows: Callable[[str], tuple[list[Sequence[Example]], int]]
-    progress: Callable[[Any, str, int], AbstractContextManager[Callable[[int], None]]]
+    progress: Callable[[Any, str, int], AbstractContextManager[Callable[[int], None] | None]]
 
 
 class Teacher(ABC):
@@ -150,6 +150,11 @@ class Teacher(ABC):
         return None
 
     @property
+    @abstractmethod
+    def arguments(self) -> Mapping[str, Any]:
+        """The constructor's arguments, as a checkpoint stores them."""
+
+    @property
     def source(self) -> ModelSource | None:
         """Source of its weights, the student's for a self-teacher; None where none are loaded."""
         return self.own_source
@@ -173,7 +178,7 @@ class Teacher(ABC):
         if options.ema_decay is not None:
             raise ConfigError(
                 f"model.ema_decay {options.ema_decay} has nothing to act on: give "
-                "--model.self_teacher ema, or leave it out"
+                "--model.teacher AveragedSelf, or leave it out"
             )
 
     def join(self, run: TeacherRun) -> Self:
@@ -224,14 +229,17 @@ class Teacher(ABC):
         Raises:
             ConfigError: The message says what to change.
         """
+        return
 
     # ---------------------------------------------------------------- building
 
     def student_loaded(self, student: PreTrainedModel) -> None:
         """Take what it needs of the loaded student, before a new adapter is put on it."""
+        del student
 
     def student_adapted(self, student: PreTrainedModel) -> None:
         """Take what it needs of the student with its trained parameters."""
+        del student
 
     def student_ready(self, student: PreTrainedModel, packs: bool) -> None:
         """Keep the student, as it runs in the loss and in generation."""
@@ -309,6 +317,7 @@ class Teacher(ABC):
 
     def after_step(self) -> None:
         """Do what follows an optimizer step of the student."""
+        return
 
     def keeps(self, name: str, trained: Collection[str], frozen: Collection[str]) -> bool:
         """Return whether a checkpoint holds a weight of ``model``: what cannot be loaded again.
@@ -340,13 +349,18 @@ class NoTeacher(Teacher):
     exists = False
     generates = False
 
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """None."""
+        return {}
+
     def check_prompts(self, are_given: bool) -> None:
         """Refuse prompts that nothing reads."""
         if are_given:
             raise ConfigError(
                 "there is no teacher to read the teacher's prompts: leave "
                 "--data.teacher_prompt_template or --data.teacher_prompt_column out, or give "
-                "--model.teacher or --model.self_teacher"
+                "--model.teacher a folder, a hub id or FrozenSelf"
             )
 
     def check_term(self, term: Term) -> None:
@@ -354,7 +368,7 @@ class NoTeacher(Teacher):
         if "teacher" in term.sources or any(q.needs_teacher for q in term.quantities):
             raise ConfigError(
                 f"method {term.name} needs a teacher: give --model.teacher a folder or hub id, "
-                "or --model.self_teacher"
+                "or the student itself: --model.teacher FrozenSelf"
             )
 
     def check_adaptable(self) -> None:

@@ -27,7 +27,7 @@ from okd_lightning.teachers.identity import teacher_identity
 from okd_lightning.teachers.loaded import LoadedTeacher
 from okd_lightning.teachers.store import Entry, make_folder
 
-_OPTION = "--model.teacher_cache"
+_OPTION = "--model.teacher CachedTeacher"
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _alone(
     """Lock the cache where parts are missing, so that only one run writes it."""
     if not trainer.is_global_zero or all(entry.state()[0] for entry in entries):
         return nullcontext()
-    return folder_lock(folder, f"{_OPTION} {str(folder)!r}", waits=True)
+    return folder_lock(folder, f"--model.teacher.folder {str(folder)!r}", waits=True)
 
 
 def _key(teacher: LoadedTeacher, folder: Path, trainer: lightning.Trainer) -> TeacherKey:
@@ -107,7 +107,7 @@ def _key(teacher: LoadedTeacher, folder: Path, trainer: lightning.Trainer) -> Te
     run = teacher.run
     make_folder(folder)
     return TeacherKey(
-        identity=teacher_identity(teacher.source, run.vocabulary.size, folder),
+        identity=teacher_identity(teacher.own_source, run.vocabulary.size, folder),
         dtype=run.dtype,
         precision=str(trainer.precision),
         vocabulary=run.vocabulary,
@@ -132,7 +132,7 @@ def _check_shared(entries: Sequence[Entry], trainer: lightning.Trainer) -> None:
     is_seen = all(entry.folder.is_dir() for entry in entries)
     if not trainer.strategy.reduce_boolean_decision(is_seen, all=True):
         raise CacheError(
-            f"{_OPTION}: {entries[0].folder.parent} is not one folder for all "
+            f"--model.teacher.folder: {entries[0].folder.parent} is not one folder for all "
             "processes of this run, and each of them writes a part of the cache; choose one that "
             "they share"
         )

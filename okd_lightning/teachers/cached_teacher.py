@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from hashlib import sha256
 from pathlib import Path
@@ -48,7 +48,7 @@ class CachedTeacher(PackedTeacher):
         ConfigError: A number out of its range.
     """
 
-    option = "--model.teacher_cache"
+    option = "--model.teacher CachedTeacher"
     part_positions = PART_POSITIONS
 
     def __init__(
@@ -59,15 +59,14 @@ class CachedTeacher(PackedTeacher):
         dtype: LogProbFormat = "float16",
     ) -> None:
         if k < 1:
-            raise ConfigError(f"model.teacher_cache.k must be at least 1, got {k}")
+            raise ConfigError(f"model.teacher.k must be at least 1, got {k}")
         if dtype not in get_args(LogProbFormat):
-            raise ConfigError(
-                f"model.teacher_cache.dtype is {dtype!r}; expected float16 or float32"
-            )
+            raise ConfigError(f"model.teacher.dtype is {dtype!r}; expected float16 or float32")
         self.inner = LoadedTeacher(model)
         self.dtype = dtype
-        self.k = k
+        self.k = self._wanted = k
         self._folder = folder
+        self.record = record_type(k, k, dtype)  # of the run's vocabulary, once it is known
         self.entries: tuple[Entry, ...] = ()
         self._places: dict[bytes, tuple[Entry, Place]] = {}
 
@@ -76,11 +75,17 @@ class CachedTeacher(PackedTeacher):
         """The user's model."""
         return self.inner.own_source
 
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """Model, folder and size."""
+        own = {"folder": self._folder, "k": self._wanted, "dtype": self.dtype}
+        return {**self.inner.arguments, **own}
+
     def join(self, run: TeacherRun) -> Self:
         """Return a copy for ``run``, with the size of its vocabulary."""
         own = super().join(run)
         own.inner = self.inner.join(run)
-        own.k = min(self.k, run.vocabulary.size)
+        own.k = min(self._wanted, run.vocabulary.size)
         own.record = record_type(own.k, run.vocabulary.size, self.dtype)
         return own
 
@@ -178,7 +183,8 @@ class CachedTeacher(PackedTeacher):
         if place_of is None:
             raise CacheError(
                 "a row of this run is not in the teacher cache, which holds the dataset responses "
-                "of data.train and data.val; leave --model.teacher_cache out for other loaders"
+                "of data.train and data.val; give --model.teacher a folder or hub id for "
+                "other loaders"
             )
         entry, place = place_of
         return entry.read(place)

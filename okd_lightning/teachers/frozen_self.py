@@ -20,7 +20,6 @@ class FrozenSelf(SelfTeacher):
     To know more than the student, give it its own prompts: data.teacher_prompt_template.
     """
 
-    word = "frozen"
     _stands_alone = False
 
     @property

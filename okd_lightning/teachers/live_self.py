@@ -15,14 +15,13 @@ class LiveSelf(SelfTeacher):
     Give them by data.teacher_prompt_template.
     """
 
-    word = "live"
     follows_student = True
 
     def check_prompts(self, are_given: bool) -> None:
         """Refuse data without prompts for the teacher: both sides would be equal."""
         if not are_given:
             raise ConfigError(
-                "model.self_teacher live without teacher prompts has nothing to teach: both sides "
+                "model.teacher LiveSelf without teacher prompts has nothing to teach: both sides "
                 "are one model that reads one text; give --data.teacher_prompt_template or "
                 "--data.teacher_prompt_column"
             )

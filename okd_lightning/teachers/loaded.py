@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, Self
 
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel
 
 from okd_lightning.models import ModelArgument, ModelSource, compile_blocks, load_checked
 from okd_lightning.models.adapters import model_source
-from okd_lightning.teachers.base import Teacher, tried
+from okd_lightning.teachers.base import NoTeacher, Teacher, tried
 
 
 class LoadedTeacher(Teacher):
@@ -28,6 +29,11 @@ class LoadedTeacher(Teacher):
     def own_source(self) -> ModelSource:
         """The user's model."""
         return self._given
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """The user's model."""
+        return {"model": self._given}
 
     def build(self) -> None:
         """Load it once."""
@@ -59,3 +65,10 @@ class LoadedTeacher(Teacher):
         if self.model is None:
             own._given = deepcopy(self._given, memo)
         return own
+
+
+def teacher_of(given: ModelArgument | Teacher | None) -> Teacher:
+    """Return a user's teacher: none, a model in any of its forms, or a Teacher."""
+    if isinstance(given, Teacher):
+        return given
+    return NoTeacher() if given is None else LoadedTeacher(given)

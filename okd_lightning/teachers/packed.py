@@ -1,4 +1,4 @@
-"""The PackedTeacher: a teacher of which k ids a token are known, and no model is in this process."""
+"""The PackedTeacher: a teacher of which k ids a token are known, without a model in memory."""
 
 from __future__ import annotations
 

@@ -6,10 +6,11 @@ such a teacher.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -29,13 +30,15 @@ class SelfTeacher(Teacher):
     Without ``model``, the student itself is run: in eval mode, without gradient.
     """
 
-    word = ""
-    """The kind in messages and in checkpoints."""
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """None."""
+        return {}
 
     @property
     def mark(self) -> str:
         """The kind: the weights of another one are not in the checkpoint."""
-        return self.word
+        return type(self).__name__
 
     @property
     def source(self) -> ModelSource:
@@ -46,7 +49,7 @@ class SelfTeacher(Teacher):
         """Refuse a number format of the teacher: it is the student's."""
         if options.teacher_dtype is not None:
             raise ConfigError(
-                f"model.self_teacher {self.word} has the student's number format: leave "
+                f"model.teacher {type(self).__name__} has the student's number format: leave "
                 "model.teacher_dtype out (--model.teacher_dtype null)"
             )
         super().check_options(options)
@@ -58,15 +61,15 @@ class SelfTeacher(Teacher):
     def check_adaptable(self) -> None:
         """Refuse: a teacher that follows the student has no weights that stay."""
         raise ConfigError(
-            f"model.self_teacher {self.word} follows the student, and an online module "
-            "is trained on a teacher that stays: use --model.self_teacher frozen, or another "
-            "method"
+            f"model.teacher {type(self).__name__} follows the student, and an online module "
+            "is trained on a teacher that stays: use --model.teacher FrozenSelf, or "
+            "another method"
         )
 
     def open(self, opening: Opening) -> None:
         """Say that the student is its own teacher."""
         del opening
-        rank_zero_info(f"the student is its own teacher ({self.word})")
+        rank_zero_info(f"the student is its own teacher ({type(self).__name__})")
 
     def side(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Side:
         """Return the side of the copy, or of the student with a head that gets no gradient."""
@@ -97,9 +100,9 @@ class SelfTeacher(Teacher):
         """Set the student's state that teaches; by default its present one."""
         return nullcontext()
 
-    def settings(self) -> dict[str, str]:
+    def settings(self) -> Mapping[str, Any]:
         """Return the kind."""
-        return {"self_teacher": self.word}
+        return {"teacher": type(self).__name__}
 
 
 def teacher_copy(student: PreTrainedModel) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Self, final
+from typing import Any, Self, final
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ class ServedTeacher(PackedTeacher):
         ConfigError: A number out of its range.
     """
 
-    option = "--model.teacher_server"
+    option = "--model.teacher ServedTeacher"
     reads_new_rows = True
 
     def __init__(
@@ -73,26 +73,39 @@ class ServedTeacher(PackedTeacher):
     ) -> None:
         for name, value in (("k", k), ("concurrency", concurrency)):
             if value < 1:
-                raise ConfigError(f"model.teacher_server.{name} must be at least 1, got {value}")
-        self.k = k
+                raise ConfigError(f"model.teacher.{name} must be at least 1, got {value}")
+        self._arguments = {
+            "url": url,
+            "model": model,
+            "k": k,
+            "timeout_seconds": timeout_seconds,
+            "concurrency": concurrency,
+            "num_retries": num_retries,
+        }
+        self.k = self._wanted = k
         self.concurrency = concurrency
-        endpoint = Endpoint(url, self.option, timeout_seconds, num_retries, _TOKEN)
+        endpoint = Endpoint(url, "--model.teacher.url", timeout_seconds, num_retries, _TOKEN)
         self._client = VLLMClient(endpoint, model)
         self._is_connected = False
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """Address and request settings."""
+        return self._arguments
 
     def check_options(self, options: TeacherOptions) -> None:
         """Refuse a number format of the teacher: it is the server's."""
         if options.teacher_dtype is not None:
             raise ConfigError(
-                "model.teacher_server names a teacher that runs on a server, and "
-                "model.teacher_dtype says something of another one: leave one of them out"
+                "model.teacher ServedTeacher runs on a server, which chooses its number format: "
+                "leave model.teacher_dtype out (--model.teacher_dtype null)"
             )
         super().check_options(options)
 
     def join(self, run: TeacherRun) -> Self:
         """Return a copy for ``run``, with the size of its vocabulary."""
         own = super().join(run)
-        own.k = min(self.k, run.vocabulary.size - len(run.vocabulary.invalid_ids))
+        own.k = min(self._wanted, run.vocabulary.size - len(run.vocabulary.invalid_ids))
         return own
 
     def open(self, opening: Opening) -> None:
@@ -162,12 +175,13 @@ class ServedTeacher(PackedTeacher):
             np.empty(0),
         ]
         known, logprobs, drawn = (torch.from_numpy(part) for part in said)
-        packed = pack_outcomes(known, logprobs.to(self.run.logprob_dtype), drawn.to(self.run.logprob_dtype))
+        dtype = self.run.logprob_dtype
+        packed = pack_outcomes(known, logprobs.to(dtype), drawn.to(dtype))
         return Side(packed.to(reads.input_ids.device), PackedHead())
 
     @property
     def _name(self) -> str:
-        return f"{self.option}: {self._client.endpoint.url}"
+        return f"--model.teacher.url: {self._client.endpoint.url}"
 
     def _score(self, ids: list[int], places: np.ndarray) -> tuple[np.ndarray, ...]:
         """Return a row's [places, k] ids, [places, k + 1] log-probs, [places] target log-probs."""
@@ -185,7 +199,7 @@ class ServedTeacher(PackedTeacher):
             raise ServerError(
                 f"{error}; it has to take prompts of {len(ids)} tokens (--max-model-len "
                 f"{len(ids) + 1} at least) and to give {self.k + _SPARE} log-probabilities "
-                f"(--max-logprobs {self.k + _SPARE}); or lower {self.option}.k"
+                f"(--max-logprobs {self.k + _SPARE}); or lower --model.teacher.k"
             ) from error
         read = [self._read(found[place - 1], ids[place]) for place in places]
         return tuple(np.stack(parts) for parts in zip(*read, strict=True))

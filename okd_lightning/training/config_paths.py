@@ -24,8 +24,6 @@ _OPTIONS: dict[str, PathKind] = {
     "model.student": "source",
     "model.teacher": "source",
     "model.tokenizer": "source",
-    "model.teacher_cache": "path",
-    "model.teacher_cache.folder": "path",
     "data.train": "source",
     "data.val": "source",
     "data.test": "source",
@@ -37,7 +35,7 @@ _OPTIONS: dict[str, PathKind] = {
 _NAMES = ("folder", "dirpath", "save_dir", "sync_folder")
 """Parameters of classes in the settings that are paths, besides those annotated as ``Path``."""
 
-_SOURCES = ("teacher_base",)
+_SOURCES = ("teacher_base", "model.teacher.model")
 """Parameters of classes in the settings that name a model: a folder or a hub id."""
 
 _KEYWORDS = {"data.token_cache": ("auto",), "ckpt_path": ("last", "best", "hpc", "registry")}

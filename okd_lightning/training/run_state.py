@@ -8,7 +8,7 @@ from okd_lightning.checkpoints.contents import (
     check_finite,
     check_methods,
     check_normalization,
-    check_teacher_kind,
+    check_teacher_mark,
     check_weights,
     rng_state_of,
     rng_states,
@@ -20,6 +20,7 @@ from okd_lightning.checkpoints.signature import run_signature
 from okd_lightning.errors import CheckpointError
 from okd_lightning.teachers import OnlineModuleSettings
 from okd_lightning.training.arguments import peft_config_of
+from okd_lightning.training.earlier_options import present_mark
 from okd_lightning.training.loop_state import mark_due_validation, settle_loops
 from okd_lightning.training.step_metrics import unlogged_row
 from okd_lightning.training.step_terms import kind_of
@@ -64,7 +65,7 @@ def add_state(module: DistillationModule, checkpoint: dict[str, Any]) -> None:
         "eos_ids": list(module.eos_ids),
         "online_module": None if module.online_module is None else module.online_module.to_dict(),
         "methods": [kind_of(term) for term in module.terms],
-        "self_teacher": module.self_teacher,
+        "teacher": module.pair.teacher.mark,
         "normalization": module.normalization.by,
         "optimizer": module.optimizer_settings.to_dict(),
         "accumulate": trainer.accumulate_grad_batches,
@@ -89,12 +90,12 @@ def check_state(module: DistillationModule, checkpoint: dict[str, Any]) -> dict[
     own = checkpoint.get("okd_lightning")
     if own is None:
         raise CheckpointError("this checkpoint was not written by okd-lightning")
-    module.eos_ids = tuple(own["eos_ids"])
+    module.pair.eos_ids = tuple(own["eos_ids"])
     rng = None
     if module.terms:
         trainer = module.trainer
         check_methods(own["methods"], [kind_of(term) for term in module.terms])
-        check_teacher_kind(own.get("self_teacher"), module.self_teacher)
+        check_teacher_mark(present_mark(own), module.pair.teacher.mark)
         if any("student" in term.sources for term in module.terms):
             check_normalization(own.get("normalization", "token_mean"), module.normalization.by)
         module.measured_before = dict(own["metrics"])

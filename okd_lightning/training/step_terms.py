@@ -132,27 +132,20 @@ def check_term(term: Term) -> None:
         )
 
 
-def check_fits(term: Term, others: Sequence[Term], *, has_teacher: bool) -> None:
-    """Check that a term fits into a run.
+def check_fits(term: Term, others: Sequence[Term]) -> None:
+    """Check that a term fits beside those of a run.
 
     Args:
         term: The term to add.
         others: The terms that the run has.
-        has_teacher: Whether the run has a teacher, including the student itself.
 
     Raises:
-        ConfigError: Its name is taken, or it needs a teacher where there is none.
+        ConfigError: Its name is taken.
     """
     if any(term.name == other.name for other in others):
         raise ConfigError(
             f"two methods of this run are called {term.name!r}; give one of them another name "
             "(--method.name, or name= in Python)"
-        )
-    needs_teacher = "teacher" in term.sources or any(q.needs_teacher for q in term.quantities)
-    if needs_teacher and not has_teacher:
-        raise ConfigError(
-            f"method {term.name} needs a teacher: give --model.teacher a folder or hub id, "
-            "or --model.self_teacher"
         )
 
 

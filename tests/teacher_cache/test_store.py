@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from okd_lightning.teachers.settings import TeacherCache
 
 from okd_lightning import durable_files
 from okd_lightning.durable_files import require_writable
@@ -25,7 +26,6 @@ from okd_lightning.errors import CacheError, OutputError
 from okd_lightning.losses.outcomes import unpack_drawn, unpack_outcomes
 from okd_lightning.records.batches import Example
 from okd_lightning.teachers.layout import layout_of, reading_key
-from okd_lightning.teachers.settings import TeacherCache
 from okd_lightning.teachers.store import Entry, from_records, record_type, to_records
 
 VOCAB, K = tiny.NUM_IDS, 5
