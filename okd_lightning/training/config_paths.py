@@ -35,8 +35,8 @@ _OPTIONS: dict[str, PathKind] = {
 _NAMES = ("folder", "dirpath", "save_dir", "sync_folder")
 """Parameters of classes in the settings that are paths, besides those annotated as ``Path``."""
 
-_SOURCES = ("teacher_base", "model.teacher.model")
-"""Parameters of classes in the settings that name a model: a folder or a hub id."""
+_SOURCES = ("teacher_base",)
+"""Parameters of classes in the settings that name a model, besides those annotated as such."""
 
 _KEYWORDS = {"data.token_cache": ("auto",), "ckpt_path": ("last", "best", "hpc", "registry")}
 
@@ -149,7 +149,7 @@ def _kind(owner: Any, name: str) -> PathKind | None:
     parameter = None if owner is None else inspect.signature(owner).parameters.get(name)
     if parameter is None:
         return None
-    if name in _SOURCES:
+    if name in _SOURCES or "ModelArgument" in str(parameter.annotation):
         return "source"
     return "path" if name in _NAMES or "Path" in str(parameter.annotation) else None
 

@@ -13,8 +13,8 @@ from typing import Any
 _SELF = {"frozen": "FrozenSelf", "ema": "AveragedSelf", "live": "LiveSelf"}
 _CACHE, _SERVER = ("teacher_cache", "folder"), ("teacher_server", "url")
 
-EARLIER = ("self_teacher", "teacher_cache", "teacher_server")
-"""Settings of ``model`` that are replaced by a class of teacher."""
+EARLIER = {"self_teacher": "", **dict((_CACHE, _SERVER))}
+"""Settings of ``model`` that are replaced by a class of teacher, and what a text in them is."""
 
 
 def present_model(model: Mapping[str, Any]) -> dict[str, Any]:

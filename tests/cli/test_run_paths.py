@@ -85,8 +85,10 @@ def test_a_checkpoint_from_any_folder(
 CONFIG = {
     "model": {
         "student": "student",
-        "teacher": "org/teacher",
-        "teacher_cache": {"folder": "cache", "k": 4},
+        "teacher": {
+            "class_path": "okd_lightning.teachers.CachedTeacher",
+            "init_args": {"model": "teacher", "folder": "cache", "k": 4},
+        },
         "engine": {
             "class_path": "okd_lightning.engines.VLLMServer",
             "init_args": {"url": "http://h"},
@@ -115,12 +117,14 @@ def copy() -> dict:
 
 def test_what_is_a_path(tmp_path: Path) -> None:
     (tmp_path / "student").mkdir()
+    (tmp_path / "teacher").mkdir()
     (tmp_path / "val.jsonl").touch()
     config = copy()
     relocate(config, str(tmp_path), "last.ckpt")
     expected = copy()
     expected["model"]["student"] = str(tmp_path / "student")
-    expected["model"]["teacher_cache"]["folder"] = str(tmp_path / "cache")
+    teacher = expected["model"]["teacher"]["init_args"]
+    teacher |= {"model": str(tmp_path / "teacher"), "folder": str(tmp_path / "cache")}
     expected["data"]["val"] = str(tmp_path / "val.jsonl")
     expected["trainer"]["default_root_dir"] = str(tmp_path / "run")
     expected["trainer"]["callbacks"][0]["init_args"]["dirpath"] = str(tmp_path / "kept")
