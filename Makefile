@@ -25,11 +25,10 @@ test: install  ## the whole CPU suite, a process for each of TEST_WORKERS
 
 # Every pair of settings occurs: vector instructions, threads, and oneDNN's kernels (OKD_ONEDNN).
 PORTABLE := default:1:0 default:2:1 avx2:1:1 avx2:2:0 :1:1 :2:0
-NUMERIC := advantages divergences losses metrics rollouts teacher_cache models/test_causal_lm.py \
-  $(addprefix callbacks/test_,compositions.py methods.py okd.py okd_anchor.py okd_training.py \
-    own_methods.py paper_measures.py policy_gradient.py rewards.py shelf_formulas.py) \
-  $(addprefix test_,cpu_linear.py ddp.py evaluation.py fsdp2.py fsdp2_checkpoints.py invariance.py \
-    module.py packing.py privileged.py reduction.py self_teacher.py sharding.py)
+NUMERIC := advantages callbacks/methods divergences engines losses metrics rollouts sharding teachers \
+  callbacks/test_shelf_formulas.py models/test_causal_lm.py records/test_packing.py \
+  $(addprefix callbacks/measures/test_,evaluation.py paper_measures.py) \
+  $(addprefix training/test_,ddp.py invariance.py module.py)
 
 test-portable: install  ## numeric tests on each kind of CPU kernel, with one thread and two
 	set -e; for run in $(PORTABLE); do \
@@ -39,9 +38,10 @@ test-portable: install  ## numeric tests on each kind of CPU kernel, with one th
 	done
 
 # Tests of what calls transformers, PEFT, Lightning and jsonargparse: a few CPU minutes.
-VERSIONED := $(addprefix tests/,models/test_loading.py models/test_causal_lm.py rollouts/test_engine.py \
-  callbacks/test_okd_training.py callbacks/test_watching_parallel.py cli/test_okd_runs.py \
-  cli/test_export.py test_adapter_export.py test_packing.py test_resume.py)
+VERSIONED := $(addprefix tests/,models/test_loading.py models/test_causal_lm.py engines/test_engine.py \
+    callbacks/methods/test_okd_training.py callbacks/monitors/test_watching_parallel.py \
+    records/test_packing.py training/test_resume.py) \
+  $(addprefix tests/commands/test_,okd_runs.py export.py adapter_export.py)
 TEST_TOOLS := pytest pytest-xdist hypothesis beartype
 TORCH := $(shell grep '^torch==' constraints.txt)
 
@@ -73,7 +73,7 @@ $(VLLM_INSTALLED):
 	touch $@
 
 test-vllm: $(VLLM_INSTALLED)  ## against real servers of a CPU build of vLLM, started on 127.0.0.1
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m real_vllm tests/rollouts/test_vllm_server.py \
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m real_vllm tests/engines/test_vllm_server.py \
 	  tests/real_vllm
 
 soak: install  ## kill runs with SIGKILL and compare them with runs left alone (about ten minutes)

@@ -9,14 +9,40 @@ from __future__ import annotations
 from pathlib import Path
 
 LONGEST = (
-    *("cli/test_preemption.py", "test_fsdp2.py", "cli/test_checkpoints.py", "cli/test_compare.py"),
-    *("test_packaged_configs.py", "cli/test_diagnose.py", "test_fsdp2_checkpoints.py"),
-    *("test_resume.py", "cli/test_fit.py", "callbacks/test_health_warnings.py", "test_ddp.py"),
-    *("cli/test_wheel.py", "cli/test_self_teaching.py", "cli/test_tools_from_files.py"),
-    *("test_real_pairs.py", "callbacks/test_okd_training.py", "test_ddp_faults.py"),
-    *("test_soak.py", "teacher_cache/test_served_teacher.py", "docs/test_pages.py"),
-    *("cli/test_evaluation_doc.py", "cli/test_mistakes.py", "golden/test_golden.py"),
-    *("cli/test_configs.py", "cli/test_foreign_checkpoints.py", "cli/test_damaged_folders.py"),
+    *(
+        "commands/test_preemption.py",
+        "sharding/test_fsdp2.py",
+        "commands/test_checkpoints.py",
+        "commands/compare/test_compare.py",
+    ),
+    *(
+        "commands/test_packaged_configs.py",
+        "commands/diagnose/test_diagnose.py",
+        "sharding/test_fsdp2_checkpoints.py",
+    ),
+    *(
+        "training/test_resume.py",
+        "commands/test_fit.py",
+        "training/safeguards/test_health_warnings.py",
+        "training/test_ddp.py",
+    ),
+    *(
+        "commands/test_wheel.py",
+        "commands/test_self_teaching.py",
+        "commands/test_tools_from_files.py",
+    ),
+    *(
+        "commands/test_real_pairs.py",
+        "callbacks/methods/test_okd_training.py",
+        "training/test_ddp_faults.py",
+    ),
+    *("test_soak.py", "teachers/test_served_teacher.py", "docs/test_pages.py"),
+    *("commands/test_evaluation_doc.py", "commands/test_mistakes.py", "golden/test_golden.py"),
+    *(
+        "commands/test_configs.py",
+        "commands/test_foreign_checkpoints.py",
+        "commands/test_damaged_folders.py",
+    ),
 )
 
 _PLACES = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}

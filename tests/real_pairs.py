@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from data.byte_tokenizer import make_byte_tokenizer
+from byte_tokenizer import make_byte_tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,

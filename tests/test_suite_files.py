@@ -1,7 +1,8 @@
 """The files of the test suite itself.
 
-Frozen here: no two modules have one name, as pytest imports them without their folders; files that
-are listed elsewhere (the longest ones, those of the Makefile's shorter runs) exist.
+Frozen here: folders mirror those of the package; no two modules have one name, as pytest imports
+them without their folders; files that are listed elsewhere (the longest ones, those of the
+Makefile's shorter runs) exist.
 """
 
 from __future__ import annotations
@@ -13,6 +14,27 @@ from pathlib import Path
 from longest_files import LONGEST, place_of
 
 TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "okd_lightning"
+
+OF_THE_REPOSITORY = {"docs", "fuzz", "golden", "real_vllm"}
+"""Folders of tests that are not of one package."""
+
+OF_ALL_PACKAGES = {
+    *("language", "layers", "markup", "printable", "soak", "suite_files", "versions"),
+    "vllm_servers",
+}
+"""Tests on the ground floor that are not of one module of the package's ground floor."""
+
+
+def test_folders_mirror_the_package():
+    folders = {path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py")}
+    others = {f for f in folders if f.parts and f.parts[0] not in OF_THE_REPOSITORY}
+    assert {f for f in others if not (PACKAGE / f / "__init__.py").is_file()} == set()
+
+
+def test_loose_files_are_of_loose_modules():
+    loose = {path.stem.removeprefix("test_") for path in TESTS.glob("test_*.py")}
+    assert {n for n in loose - OF_ALL_PACKAGES if not (PACKAGE / f"{n}.py").is_file()} == set()
 
 
 def test_no_two_modules_have_one_name():

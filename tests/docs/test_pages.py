@@ -4,8 +4,8 @@
   with the reason, and is counted here.
 * Blocks run page by page, in order, in one folder and one namespace: Python as it stands; files
   that a title names are saved; YAML parses as a config of ``fit``; every ``okd-lightning`` command
-  runs on a small pair, shortened to a few steps (quickstart: tests/quickstart), make targets and
-  scripts exist. Mistakes fail with the message that the page shows.
+  runs on a small pair, shortened to a few steps (quickstart: tests/commands/quickstart), make
+  targets and scripts exist. Mistakes fail with the message that the page shows.
 * Commands of blocks that do not run are parsed by the command line's own parser.
 """
 
@@ -58,7 +58,7 @@ NUM_NOT_RUN = {
     "docs/vllm.md": 3,  # vLLM
 }
 """Blocks that say so in their title; the README's own Python blocks run in test_readme."""
-RUN_ELSEWHERE = {"docs/evaluation.md": "tests/cli/test_evaluation_doc.py"}
+RUN_ELSEWHERE = {"docs/evaluation.md": "tests/commands/test_evaluation_doc.py"}
 """Pages whose blocks another test runs, and checks what comes of them."""
 
 TINY = [

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS / "fuzz"), str(TESTS / "cli"), str(TESTS), str(TESTS.parent)]
+sys.path[:0] = [str(TESTS / "fuzz"), str(TESTS), str(TESTS.parent)]
 
 import lightning  # noqa: E402
 import torch  # noqa: E402

@@ -30,7 +30,7 @@ from okd_lightning.engines import Sampling
 from okd_lightning.errors import CheckpointError, ConfigError
 from okd_lightning.training.module import DistillationModule
 
-PAGE = Path(__file__).parent.parent / "docs" / "state.md"
+PAGE = Path(__file__).parents[2] / "docs" / "state.md"
 TABLE = PAGE.read_text().split("## Options at a resume")[1].split("\n## ")[0]
 ROWS = {
     option: cells[1].strip()
@@ -206,14 +206,14 @@ def test_another_on_policy_share_writes_the_chunk_again(before, after, fit, tmp_
 
 
 SEEN_ELSEWHERE = {
-    "model.teacher": "teacher_cache/test_cached_runs.py",
-    "model.tokenizer": "test_resumed_options.py",  # as other prompts
-    "model.ema_decay": "test_self_teacher.py",
+    "model.teacher": "teachers/test_cached_runs.py",
+    "model.tokenizer": "commands/test_resumed_options.py",  # as other prompts
+    "model.ema_decay": "teachers/test_self_teacher.py",
     "model.compile_blocks": "models/test_compilation.py",
-    "model.engine": "rollouts/test_vllm_engine.py",
-    "method.*": "test_resumed_options.py",
-    "trainer.callbacks": "cli/test_retyped_callbacks.py",
-    "trainer.default_root_dir": "cli/test_run_paths.py",
+    "model.engine": "engines/test_vllm_engine.py",
+    "method.*": "commands/test_resumed_options.py",
+    "trainer.callbacks": "commands/test_retyped_callbacks.py",
+    "trainer.default_root_dir": "commands/test_run_paths.py",
 }
 """Options that act, and the test that has them in effect."""
 
@@ -225,7 +225,7 @@ def test_every_option_that_acts_is_seen_to():
     acting = {option for option, what in ROWS.items() if what == "acts"}
     unseen = acting - ACTING.keys() - SEEN_ELSEWHERE.keys()
     assert {option for option in unseen if not option.startswith(OTHER_RUNS)} == set()
-    assert all((Path(__file__).parent / test).is_file() for test in SEEN_ELSEWHERE.values())
+    assert all((Path(__file__).parents[1] / test).is_file() for test in SEEN_ELSEWHERE.values())
 
 
 # ---------------------------------------------------------------- what is refused

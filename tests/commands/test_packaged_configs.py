@@ -28,7 +28,7 @@ from okd_lightning.__main__ import main
 from okd_lightning.commands.cli_arguments import packaged_configs
 from okd_lightning.commands.quickstart.recipe import TEACHER_DIR, TRAIN_FILE, VAL_FILE
 
-SHELF = Path(__file__).parents[1] / "callbacks"
+SHELF = Path(__file__).parents[2] / "callbacks"
 MODELS = ["--model.student", str(TEACHER_DIR), "--model.teacher", str(TEACHER_DIR)]
 TOKENIZER = ["--model.tokenizer", str(TEACHER_DIR)]
 DATA = ["--data.train", str(TRAIN_FILE), "--data.val", str(VAL_FILE)]

@@ -19,11 +19,11 @@ from okd_lightning.commands.cli_arguments import packaged_configs
 from okd_lightning.commands.cli_errors import method_names
 from okd_lightning.commands.quickstart.recipe import TEACHER_DIR, TRAIN_FILE, Recipe
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-SHELF = sorted((Path(__file__).parents[1] / "callbacks").glob("*.py"))
+SHELF = sorted((Path(__file__).parents[2] / "callbacks").glob("*.py"))
 
 
 def run_block(word: str) -> dict:
@@ -108,4 +108,4 @@ def test_listed_names_exist():
     for name in re.findall(r"^okd-lightning (\w+)", README, re.MULTILINE):
         assert name in COMMANDS
     for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
-        assert f"\n{target}:" in (Path(__file__).parents[1] / "Makefile").read_text()
+        assert f"\n{target}:" in (Path(__file__).parents[2] / "Makefile").read_text()

@@ -322,7 +322,7 @@ def test_a_module_is_its_own_after_a_run_in_shards(make_module, tmp_path, mesh):
 
 
 def test_the_table_of_the_docs_is_the_formulas():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     script = root / "benchmarks" / "shard_memory.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() in (root / "docs" / "scaling.md").read_text(encoding="utf-8")

@@ -211,7 +211,7 @@ def test_without_a_teacher(diagnose, assets):
 
 
 def test_tokenizer_without_some_characters(diagnose, okd, here):
-    quickstart = Path(__file__).parents[2] / "okd_lightning" / "commands" / "quickstart"
+    quickstart = Path(__file__).parents[3] / "okd_lightning" / "commands" / "quickstart"
     rows = [{"prompt": "1+2-3+4-1=", "response": f"{i};0"} for i in range(6)]
     rows[0]["prompt"] = "one+2="
     data = write_jsonl(here / "rows.jsonl", rows)
