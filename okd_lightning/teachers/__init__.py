@@ -25,7 +25,11 @@ from okd_lightning.teachers.cached_teacher import CachedTeacher
 from okd_lightning.teachers.frozen_self import FrozenSelf
 from okd_lightning.teachers.live_self import LiveSelf
 from okd_lightning.teachers.loaded import LoadedTeacher, teacher_of
-from okd_lightning.teachers.online_module import OnlineModuleSettings
+from okd_lightning.teachers.online_module import (
+    OnlineModuleSettings,
+    attach_online_module,
+    base_teacher,
+)
 from okd_lightning.teachers.self_teacher import in_eval_mode
 from okd_lightning.teachers.served_teacher import ServedTeacher
 from okd_lightning.teachers.teacher_base import TeacherBase
@@ -45,6 +49,8 @@ __all__ = [
     "TeacherBase",
     "TeacherOptions",
     "TeacherRun",
+    "attach_online_module",
+    "base_teacher",
     "in_eval_mode",
     "model_side",
     "teacher_of",

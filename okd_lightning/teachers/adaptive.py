@@ -63,6 +63,11 @@ class AdaptiveTeacher(Teacher):
         return {"inner": self.inner, "settings": self._settings}
 
     @property
+    def base(self) -> Teacher:
+        """The inner teacher: a checkpoint holds the module by itself."""
+        return self.inner.base
+
+    @property
     def source(self) -> ModelSource | None:
         """The inner teacher's."""
         return self.inner.source

@@ -155,6 +155,11 @@ class Teacher(ABC):
         """The constructor's arguments, as a checkpoint stores them."""
 
     @property
+    def base(self) -> Teacher:
+        """The teacher without what methods of a run have put on it."""
+        return self
+
+    @property
     def source(self) -> ModelSource | None:
         """Source of its weights, the student's for a self-teacher; None where none are loaded."""
         return self.own_source

@@ -163,6 +163,7 @@ def _kept(value: Any) -> dict[str, Any]:
 
 def _stored_teacher(teacher: Teacher) -> dict[str, Any]:
     """Return class and settings; a class that is not of this package is code."""
+    teacher = teacher.base
     name = type(teacher).__name__
     settings = {n: _stored(value) for n, value in teacher.arguments.items() if value is not None}
     is_own = getattr(teachers, name, None) is type(teacher)
