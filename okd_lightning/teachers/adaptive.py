@@ -34,7 +34,7 @@ from okd_lightning.teachers.online_module import (
 
 @final
 class AdaptiveTeacher(Teacher):
-    """A frozen teacher with an online module that the optimizer trains beside the student.
+    """A frozen teacher with an online module that the optimizer trains with the student.
 
     Methods add it (``DistillationModule.add_online_module``). Measures and generation use the
     teacher without the module.
@@ -79,7 +79,7 @@ class AdaptiveTeacher(Teacher):
 
     @property
     def online_module(self) -> OnlineModuleSettings:
-        """How the module is optimised."""
+        """Settings of the module and of its optimizer group."""
         return self._settings
 
     def check_options(self, options: TeacherOptions) -> None:

@@ -109,13 +109,18 @@ class Teacher(ABC):
     """The teacher of a run, as everything else sees it.
 
     This class answers for a frozen model in memory (``model``); a kind overrides what differs. An
-    instance holds a user's settings until ``join`` ties it to a run. A complete one, whose answers
-    are another teacher's at half the temperature:
+    instance holds a user's settings until ``join`` ties it to a run. A complete one, for which all
+    ids are equally likely:
 
-        class Sharpened(LoadedTeacher):
+        class Uniform(Teacher):
+            generates = False
+            arguments = {}
+
             def side(self, batch, quantities):
-                side = super().side(batch, quantities)
-                return replace(side, hidden=2 * side.hidden)
+                positions = len(batch.teacher_reads.targets)
+                return Side(torch.zeros(positions, self.run.vocabulary.size), nn.Identity())
+
+    ``--model.teacher my_module.Uniform`` chooses it.
 
     Attributes:
         model: Weights in memory, which the module registers as ``teacher``; None without any.
@@ -125,16 +130,16 @@ class Teacher(ABC):
     """
 
     option: ClassVar[str] = "--model.teacher"
-    """How a user names this teacher, for messages."""
+    """Option of this teacher, for messages."""
 
     exists: ClassVar[bool] = True
-    """Whether there is a teacher at all."""
+    """True where there is a teacher at all."""
 
     generates: ClassVar[bool] = True
-    """Whether it can generate responses."""
+    """True where it can generate responses."""
 
     follows_student: ClassVar[bool] = False
-    """Whether it changes while the student is trained, apart from trained parameters of its own."""
+    """True where it changes with the student, apart from trained parameters of its own."""
 
     model: PreTrainedModel | None = None
     packs: bool = False
@@ -171,7 +176,7 @@ class Teacher(ABC):
 
     @property
     def online_module(self) -> OnlineModuleSettings | None:
-        """How its trained parameters are optimised; None where it has none."""
+        """Settings of its trained parameters and of their optimizer group; None without any."""
         return None
 
     def check_options(self, options: TeacherOptions) -> None:
@@ -226,7 +231,11 @@ class Teacher(ABC):
         Raises:
             ConfigError: The message says what is missing.
         """
-        del term
+        if "teacher" in term.sources and not self.generates:
+            raise ConfigError(
+                f"method {term.name} has the teacher write responses, and "
+                f"{type(self).__name__} generates none: give --model.teacher a folder or hub id"
+            )
 
     def check_adaptable(self) -> None:
         """Refuse to get an online module, and otherwise have a model of its own for it.
@@ -356,7 +365,7 @@ class NoTeacher(Teacher):
 
     @property
     def arguments(self) -> Mapping[str, Any]:
-        """None."""
+        """No arguments."""
         return {}
 
     def check_prompts(self, are_given: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any, Self
+from typing import Any, Self, final
 
 from transformers import PreTrainedModel
 
@@ -13,6 +13,7 @@ from okd_lightning.models.adapters import model_source
 from okd_lightning.teachers.base import NoTeacher, Teacher, tried
 
 
+@final
 class LoadedTeacher(Teacher):
     """A frozen model in memory: what ``--model.teacher PATH`` means.
 

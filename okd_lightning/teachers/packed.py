@@ -28,7 +28,7 @@ class PackedTeacher(Teacher):
 
     generates = False
     reads_new_rows: ClassVar[bool] = False
-    """Whether it can score on-policy responses."""
+    """True where it can score on-policy responses."""
 
     k: int
 

@@ -32,7 +32,7 @@ class SelfTeacher(Teacher):
 
     @property
     def arguments(self) -> Mapping[str, Any]:
-        """None."""
+        """No arguments."""
         return {}
 
     @property

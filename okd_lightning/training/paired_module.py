@@ -73,7 +73,7 @@ class PairedModule(FrozenPartsModule):
 
     @property
     def online_module(self) -> OnlineModuleSettings | None:
-        """How the teacher's trained parameters are optimised; None where it has none."""
+        """Settings of the teacher's online module; None where it has none."""
         return self.pair.teacher.online_module
 
     @property

@@ -133,7 +133,7 @@ def check_term(term: Term) -> None:
 
 
 def check_fits(term: Term, others: Sequence[Term]) -> None:
-    """Check that a term fits beside those of a run.
+    """Check that a term fits the others of a run.
 
     Args:
         term: The term to add.

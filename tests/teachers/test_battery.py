@@ -10,6 +10,7 @@ that it cannot serve is refused before training; every class of teacher is in th
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -17,11 +18,13 @@ import torch
 from fake_vllm_server import FakeVLLM, serving
 from parallel_runs import spawn
 from teacher_kinds import ALL, KINDS, Kind, Place
+from torch import nn
 
 from okd_lightning import teachers
 from okd_lightning.callbacks import KD, LastCheckpoint
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError
+from okd_lightning.losses import Side
 from okd_lightning.teachers import Teacher
 from okd_lightning.training.module import DistillationModule
 
@@ -170,6 +173,33 @@ def test_every_class_is_in_the_battery():
     classes = {getattr(teachers, name) for name in teachers.__all__}
     kinds = {c for c in classes if isinstance(c, type) and issubclass(c, Teacher)}
     assert made == kinds - {Teacher, teachers.NoTeacher}
+
+
+class Uniform(Teacher):
+    """The example of ``Teacher``: all ids are equally likely."""
+
+    generates = False
+    arguments = {}
+
+    def side(self, batch, quantities):
+        positions = len(batch.teacher_reads.targets)
+        return Side(torch.zeros(positions, self.run.vocabulary.size), nn.Identity())
+
+
+def test_a_kind_of_ones_own_is_one_class(place, tmp_path):
+    module = make(Kind(lambda at: Uniform()), place)
+    recorder = train(tmp_path, module, [KD()], max_steps=1)
+    start = make(KINDS["loaded"], place)
+    start.configure_model()
+
+    def uniform(ids):
+        return SimpleNamespace(logits=torch.zeros(*ids.shape, ALL, dtype=torch.float64))
+
+    with torch.no_grad():
+        expected = divergence_of(start, recorder.steps[0][0], uniform)
+    assert recorder.losses[0]["train/kd"] == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ConfigError, match=r"Uniform generates none: give --model\.teacher a folder"):
+        train(tmp_path, make(Kind(lambda at: Uniform()), place), [KD(seq_kd=True)])
 
 
 # ------------------------------------------------------------------- two ranks
