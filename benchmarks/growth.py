@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from okd_lightning.callbacks import KD
 from okd_lightning.divergences import JensenShannon
-from okd_lightning.engines import Sampling, Writer
+from okd_lightning.engines import RolloutEngine, Sampling
 from okd_lightning.losses import Measured, Side, WeightedTerm, fused_loss
 from okd_lightning.models import LMHead, Vocabulary, hidden_at_loss
 from okd_lightning.records.batches import Example, TrainingRow
@@ -88,7 +88,7 @@ def loader_costs(num_prompts: int) -> dict[str, Any]:
         examples,
         plan_for([KD()]),
         LoaderShape(batch_size=8, prompts_per_epoch=num_prompts),
-        cast(Writer, None),  # all responses are the dataset's
+        cast(RolloutEngine, None),  # all responses are the dataset's
         sampling=Sampling(),
         max_new_tokens=16,
         seed=0,

@@ -32,7 +32,7 @@ from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import JensenShannon
 from okd_lightning.engines import NoiseStream, Sampling, TransformersEngine
 from okd_lightning.models import Vocabulary
-from okd_lightning.records.batches import PromptBatch
+from okd_lightning.records.requests import PromptBatch
 from okd_lightning.training.module import DistillationModule
 
 BATCH, EOS, MANY = 8, 1, 1_000_000

@@ -30,9 +30,9 @@ import lightning
 from okd_lightning import DistillationModule, Divergence, DivergenceCallback
 from okd_lightning.callbacks.methods.base import check_fraction
 from okd_lightning.divergences import SkewReverseKL
-from okd_lightning.engines import Writer, hashed_uniform
+from okd_lightning.engines import RolloutEngine, hashed_uniform
 from okd_lightning.errors import ConfigError
-from okd_lightning.rollouts import KeptResponses, ReplayWriter
+from okd_lightning.rollouts import KeptResponses, ReplayEngine
 
 _COIN = 0x5245504C  # domain separation of the replay decision
 
@@ -93,9 +93,9 @@ class DistiLLM(DivergenceCallback):
         if stage == "fit" and trainer.max_epochs == trainer.max_steps == -1:
             raise ConfigError(f"{self.name}: replay grows to the end; set max_steps or max_epochs")
 
-    def wrap_writer(self, writer: Writer) -> Writer:
-        """Return a writer that generates or replays responses."""
-        return ReplayWriter(writer, self.kept, self.is_replayed)
+    def wrap_engine(self, engine: RolloutEngine) -> RolloutEngine:
+        """Return an engine that generates or replays responses."""
+        return ReplayEngine(engine, self.kept, self.is_replayed)
 
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule

@@ -38,7 +38,7 @@ from okd_lightning.callbacks import SFT
 from okd_lightning.callbacks.methods.base import check_fraction
 from okd_lightning.callbacks.methods.policy_gradient import Rows
 from okd_lightning.divergences import ReverseKL
-from okd_lightning.engines import Writer
+from okd_lightning.engines import RolloutEngine
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import (
     DrawnLogProb,
@@ -49,7 +49,7 @@ from okd_lightning.losses import (
 )
 from okd_lightning.losses.reduction import loss_output
 from okd_lightning.records.batches import LossOutput, Source
-from okd_lightning.training.mixed_writer import MixedWriter
+from okd_lightning.training.mixture_engine import MixtureEngine
 
 _STUDENT, _TEACHER = DrawnLogProb("student"), DrawnOutcome("teacher", ReverseKL())
 _SINGLE = ExactDivergence(ReverseKL())
@@ -120,10 +120,10 @@ class MiniLLM(DistillationCallback):
                 "same prompts; leave the teacher's prompts out"
             )
 
-    def wrap_writer(self, writer: Writer) -> Writer:
-        """Return a writer that samples the student's responses from the mixture."""
+    def wrap_engine(self, engine: RolloutEngine) -> RolloutEngine:
+        """Return an engine that samples the student's responses from the mixture."""
         share = self.teacher_share
-        return MixedWriter(self._module, share, writer) if share else writer
+        return MixtureEngine(self._module, share, engine) if share else engine
 
     def loss(self, measured: Measured) -> LossOutput:
         """Return the sum over the student's rows, in nats."""

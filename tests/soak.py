@@ -141,10 +141,11 @@ def attempt(work: Path, argv: Sequence[str], ranks: int, kill: Kill | None) -> E
     if is_stopped:
         statuses, seconds = _status_of(others), time.monotonic() - died
         os.kill(child, signal.SIGKILL)
-        return Ended(*_status_of([child]), board.phase, statuses, seconds)
+        return Ended(*_status_of([child]), board.phase, statuses, seconds, board.has_trained)
     (first,) = _status_of([child])
     died = time.monotonic()
-    return Ended(first, board.phase, _status_of(others), time.monotonic() - died)
+    statuses = _status_of(others)
+    return Ended(first, board.phase, statuses, time.monotonic() - died, board.has_trained)
 
 
 def _status_of(children: Sequence[int]) -> list[int]:
@@ -162,12 +163,23 @@ def _signal_in_time(child: int, board: Board, kill: Kill) -> None:
 
 @dataclass(frozen=True)
 class Ended:
-    """How an attempt ended: the victim's status and phase, the others', and what they took."""
+    """How an attempt ended: the victim's status and phase, the others', and what they took.
+
+    A SIGTERM before the first step ends the process as it ends any other (status -15): the run has
+    not begun, and nothing is lost.
+    """
 
     status: int
     phase: str
     others: list[int]
     seconds: float
+    has_trained: bool
+
+    @property
+    def is_kill(self) -> bool:
+        """Whether it ended by the signal, and not by itself."""
+        before_training = self.status == -signal.SIGTERM and not self.has_trained
+        return self.status in (-signal.SIGKILL, STOPPED) or before_training
 
 
 @dataclass
@@ -209,7 +221,7 @@ def soak(work: Path, assets: Path, method: str, ranks: int, num_kills: int, seed
             wanted = draw_kill(draw, tries) if tally.kills.total() < num_kills else None
             tries += 1
             ended = attempt(place, argv, ranks, wanted)
-            if ended.status in (-signal.SIGKILL, STOPPED):
+            if ended.is_kill:
                 tally.kills[ended.phase] += 1
                 tally.places[wanted.place or "by the clock"] += 1
                 tally.resumes += 1

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from okd_lightning.data.tool_turns import ToolTurns
 from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.engines.tool_rollouts import ToolEngine, ToolRounds
-from okd_lightning.records.batches import Chat, PromptBatch, Rollout
+from okd_lightning.records import Chat, Prompt, Request, Response, Rollout
 from okd_lightning.tools import Calculator, Tool, Toolbox
 
 SPECIALS = ["<pad>", "</s>", "<|im_start|>", "<|im_end|>"]
@@ -130,21 +130,19 @@ class ScriptedEngine:
         self._ends = set(tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"])) - {None}
         self.seen: list[dict[int, str]] = []
 
-    def generate(self, prompts, sampling, generator, max_new_tokens, progress=None):
-        contexts = [self._tokenizer.decode(ids) for ids in prompts.input_ids]
-        self.seen.append(dict(zip(prompts.index, contexts, strict=True)))
-        written = []
-        for index, limit in zip(prompts.index, prompts.limits, strict=True):
-            text = self._script[index].pop(0)
-            written.append(tuple(self._tokenizer(text, add_special_tokens=False).input_ids)[:limit])
-        noise = generator.uniform(prompts.index, prompts.sample, max_new_tokens).tolist()
-        return Rollout(
-            tuple(written),
-            tuple(
-                tuple(-u for u in row[: len(ids)]) for row, ids in zip(noise, written, strict=True)
-            ),
-            tuple("eos" if ids and ids[-1] in self._ends else "length" for ids in written),
-        )
+    def respond(self, request):
+        prompts = request.prompts
+        contexts = {prompt.index: self._tokenizer.decode(prompt.ids) for prompt in prompts}
+        self.seen.append(contexts)
+        keys = [prompt.index for prompt in prompts], [prompt.sample for prompt in prompts]
+        noise = request.noise.uniform(*keys, request.max_new_tokens).tolist()
+        found = []
+        for prompt, limit, row in zip(prompts, request.limits, noise, strict=True):
+            text = self._script[prompt.index].pop(0)
+            ids = tuple(self._tokenizer(text, add_special_tokens=False).input_ids)[:limit]
+            reason = "eos" if ids and ids[-1] in self._ends else "length"
+            found.append(Response(ids, tuple(-u for u in row[: len(ids)]), reason))
+        return Rollout(tuple(found))
 
 
 def rounds_of(tokenizer, max_turns: int = 4, tools: Sequence[Tool] | None = None) -> ToolRounds:
@@ -155,18 +153,18 @@ def rounds_of(tokenizer, max_turns: int = 4, tools: Sequence[Tool] | None = None
     return ToolRounds(toolbox, turns, max_turns)
 
 
-def prompts_of(tokenizer, questions: Mapping[int, str], samples: int = 1) -> PromptBatch:
+def prompts_of(tokenizer, questions: Mapping[int, str], samples: int = 1) -> tuple[Prompt, ...]:
     """One chat a question, keyed by its index, without declared tools."""
     rows = [(i, text, k) for i, text in questions.items() for k in range(samples)]
     chats = [Chat(({"role": "user", "content": text},)) for _, text, _ in rows]
-    return PromptBatch(
-        input_ids=tuple(
-            tuple(tokenizer(render(tokenizer, chat.messages), add_special_tokens=False).input_ids)
-            for chat in chats
-        ),
-        index=tuple(index for index, _, _ in rows),
-        sample=tuple(sample for _, _, sample in rows),
-        chats=tuple(chats),
+    return tuple(
+        Prompt(
+            tuple(tokenizer(render(tokenizer, chat.messages), add_special_tokens=False).input_ids),
+            index,
+            sample,
+            chat,
+        )
+        for chat, (index, _, sample) in zip(chats, rows, strict=True)
     )
 
 
@@ -189,7 +187,13 @@ def run(
     """Let a script be written, each of its rows asked "Q<index>"."""
     engine = ScriptedEngine(tokenizer, script)
     questions = {index: f"Q{index}" for index in order or script}
-    rollout = ToolEngine(engine, rounds_of(tokenizer, max_turns)).generate(
-        prompts_of(tokenizer, questions), Sampling(), NoiseStream(3, 1), limit, progress
+    rollout = ToolEngine(engine, rounds_of(tokenizer, max_turns)).respond(
+        Request(
+            prompts_of(tokenizer, questions),
+            Sampling(),
+            NoiseStream(3, 1),
+            limit,
+            progress=progress,
+        )
     )
     return rollout, engine

@@ -25,8 +25,8 @@ from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.metrics import gradient_fidelity
 from okd_lightning.records.batches import Example
 from okd_lightning.records.collation import collate
-from okd_lightning.records.rows import written_row
-from okd_lightning.rollouts.evaluation import prompt_batch
+from okd_lightning.records.requests import Request
+from okd_lightning.records.rows import sampled_rows
 from okd_lightning.training.module import DistillationModule
 
 _DIVERGENCES: Mapping[str, Divergence] = {
@@ -133,17 +133,9 @@ class VarianceStudy:
         self, examples: list[Example], terms: Mapping[str, Mapping[str, DistillationCallback]]
     ) -> dict[str, dict[str, Tensor]]:
         """Return every estimator's gradient on on-policy samples of some prompts."""
-        rollout = self.module.write(
-            "student", prompt_batch(examples), Sampling(), NoiseStream(1, 0), LENGTH
-        )
-        batch = collate(
-            [
-                written_row(example, "student", ids, logprobs)
-                for example, ids, logprobs in zip(
-                    examples, rollout.response_ids, rollout.logprobs, strict=True
-                )
-            ]
-        )
+        prompts = tuple(example.prompt_for("student") for example in examples)
+        rollout = self.module.respond(Request(prompts, Sampling(), NoiseStream(1, 0), LENGTH))
+        batch = collate(sampled_rows(examples, "student", rollout))
         asked = [q for group in terms.values() for term in group.values() for q in term.quantities]
         measured = self.module.measure(batch, asked)
         parameters = self.module.trained_parameters(self.module.student)

@@ -255,9 +255,16 @@ def rng_state_of(states: Sequence[Mapping[str, Any]], rank: int, world_size: int
     return state
 
 
-def rng_states(world_size: int) -> list[dict[str, Any]]:
-    """Return the streams of every rank, on all of them: only rank 0's part of a file is written."""
-    own = rng_state()
+def rng_states(world_size: int, pending: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Return the streams of every rank, on all of them: only rank 0's part of a file is written.
+
+    Args:
+        world_size: Number of ranks.
+        pending: Streams that this rank has loaded and not restored yet: a resumed run can write a
+            checkpoint before its first step (after a validation that was due, or when it is
+            stopped in its first rollout).
+    """
+    own = rng_state() if pending is None else pending
     if world_size == 1:
         return [own]
     states: list[Any] = [None] * world_size

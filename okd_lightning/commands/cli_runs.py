@@ -17,6 +17,7 @@ from okd_lightning.commands.resume_rules import check_resume
 from okd_lightning.commands.run_folder import CONFIG_FILE, resume_run, start_run
 from okd_lightning.commands.saved_config import config_of
 from okd_lightning.durable_files import require_writable, write_whole
+from okd_lightning.training.loop_state import validation_is_due
 
 
 def choose_folder(config: Any, settings: dict[str, Any]) -> list[str]:
@@ -67,7 +68,7 @@ def train_in_folder(trainer: lightning.Trainer, run_config: str, **kwargs: Any) 
             if (saved := config_of(path, checkpoint)) is not None:
                 check_resume(saved, yaml.safe_load(run_config), path)
             start, row = int(checkpoint["global_step"]), checkpoint["okd_lightning"].get("row")
-            prepared = resume_run(folder, start, row)
+            prepared = resume_run(folder, start, row, validation_is_due(checkpoint))
         else:
             prepared = start_run(folder)
         try:

@@ -93,7 +93,12 @@ def start_run(folder: Path) -> PreparedRun:
     return PreparedRun(folder, earlier=target)
 
 
-def resume_run(folder: Path, step: int, row: Mapping[str, float] | None = None) -> PreparedRun:
+def resume_run(
+    folder: Path,
+    step: int,
+    row: Mapping[str, float] | None = None,
+    validation_is_due: bool = False,
+) -> PreparedRun:
     """Cut metrics.csv and rollouts.jsonl at a checkpoint's step.
 
     Args:
@@ -102,6 +107,8 @@ def resume_run(folder: Path, step: int, row: Mapping[str, float] | None = None) 
         row: Row that the checkpoint's own step logs. Lightning logs it after the checkpoint was
             written, so a run killed between the two has not logged it: it is added where it is
             missing.
+        validation_is_due: True if the checkpoint precedes the validation after its last step,
+            which the resumed run repeats: a killed attempt may have logged it.
 
     Returns:
         The prepared run, which can be withdrawn.
@@ -124,7 +131,7 @@ def resume_run(folder: Path, step: int, row: Mapping[str, float] | None = None) 
         if (content := read_or_set_aside(path, Path.read_bytes)) is not None
     }
     tables = {
-        METRICS_FILE: cut_metrics(folder / METRICS_FILE, step, row),
+        METRICS_FILE: cut_metrics(folder / METRICS_FILE, step, row, validation_is_due),
         ROLLOUTS_FILE: cut_rollouts(folder / ROLLOUTS_FILE, step),
     }
     for name, table in tables.items():

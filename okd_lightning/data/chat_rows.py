@@ -17,7 +17,7 @@ from okd_lightning.data.chat_turns import ChatTurns, read_turns
 from okd_lightning.data.columns import Columns, RawRow, read_tools
 from okd_lightning.data.templates import ChatRenderer, RenderedChat, not_prefix_stable
 from okd_lightning.models.text_ids import TextEncoder
-from okd_lightning.records.batches import Chat, Example
+from okd_lightning.records import Chat, Example
 
 _ONLY_LAST = (
     "the chat template renders assistant turns otherwise once more follows, so that in {} earlier "

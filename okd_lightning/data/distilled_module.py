@@ -7,14 +7,14 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from okd_lightning.engines import Sampling, Writer
+from okd_lightning.engines import RolloutEngine, Sampling
 from okd_lightning.engines.tool_rollouts import ToolRounds
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term
 from okd_lightning.models import Vocabulary
 
 
-class DistilledModule(Writer, Protocol):
+class DistilledModule(RolloutEngine, Protocol):
     """The part of a DistillationModule that its data uses."""
 
     tokenizer: PreTrainedTokenizerBase

@@ -37,10 +37,10 @@ from okd_lightning.errors import ConfigError, DataError
 from okd_lightning.models.text_ids import RULES_VERSION
 from okd_lightning.records.batches import Example
 from okd_lightning.records.noise import NoiseDomain, hashed_choice
-from okd_lightning.rollouts import LoaderShape, RolloutLoader, StagedPlan, plan_for, writer_of
+from okd_lightning.rollouts import LoaderShape, RolloutLoader, StagedPlan, engine_of, plan_for
 from okd_lightning.rollouts.agreement import Agreement, StopRequest
-from okd_lightning.rollouts.evaluation import GivenResponses, OwnResponses
-from okd_lightning.rollouts.scoring import ChunkScorer, TermScorer, unscored
+from okd_lightning.rollouts.evaluation import DatasetResponses, StudentResponses
+from okd_lightning.rollouts.scoring import RolloutScorer, TermScorer, unscored
 from okd_lightning.tools import Tool, Toolbox
 
 
@@ -250,7 +250,7 @@ class RolloutDataModule(NewDataModule):
             examples.examples,
             plan,
             shape,
-            writer_of(module.terms, module),
+            engine_of(module.terms, module),
             sampling=self.sampling,
             max_new_tokens=self.max_response_length,
             seed=self.seed,
@@ -264,7 +264,7 @@ class RolloutDataModule(NewDataModule):
         self._train_loader.begin(self._resumed)
         return self._train_loader
 
-    def _scorer(self, module: DistilledModule) -> ChunkScorer:
+    def _scorer(self, module: DistilledModule) -> RolloutScorer:
         """Return the scorer of the run's rewards, if it has any."""
         terms = [term for term in module.terms if term.scorer is not None]
         if not terms:
@@ -272,15 +272,15 @@ class RolloutDataModule(NewDataModule):
         rank = self._trainer.global_rank
         return TermScorer(terms, module.decode, self.samples_per_prompt, self.gather, rank)
 
-    def val_dataloader(self) -> list[GivenResponses | OwnResponses]:
+    def val_dataloader(self) -> list[DatasetResponses | StudentResponses]:
         """Return loaders of dataset responses and of on-policy responses to fixed prompts."""
         return self._evaluation_loaders("val")
 
-    def test_dataloader(self) -> list[GivenResponses | OwnResponses]:
+    def test_dataloader(self) -> list[DatasetResponses | StudentResponses]:
         """Return the same loaders for the test data."""
         return self._evaluation_loaders("test")
 
-    def predict_dataloader(self) -> OwnResponses:
+    def predict_dataloader(self) -> StudentResponses:
         """Return the loader of the student's responses to all prompts.
 
         Raises:
@@ -333,16 +333,16 @@ class RolloutDataModule(NewDataModule):
             )
         return self._examples[key]
 
-    def _evaluation_loaders(self, part: str) -> list[GivenResponses | OwnResponses]:
+    def _evaluation_loaders(self, part: str) -> list[DatasetResponses | StudentResponses]:
         trainer = self._trainer
         if self.sources[part] is None and trainer.state.fn == TrainerFn.FITTING:
             return []
         examples = self.examples(part).examples
-        loaders: list[GivenResponses | OwnResponses] = []
+        loaders: list[DatasetResponses | StudentResponses] = []
         given = [example for example in examples if example.response_ids]
         if given:
             loaders.append(
-                GivenResponses(given, self.batch_size, trainer.global_rank, trainer.world_size)
+                DatasetResponses(given, self.batch_size, trainer.global_rank, trainer.world_size)
             )
         if self.val_rollouts:
             chosen = hashed_choice(
@@ -351,9 +351,9 @@ class RolloutDataModule(NewDataModule):
             loaders.append(self._own_responses([examples[i] for i in chosen], Sampling()))
         return loaders
 
-    def _own_responses(self, examples: Sequence[Example], sampling: Sampling) -> OwnResponses:
+    def _own_responses(self, examples: Sequence[Example], sampling: Sampling) -> StudentResponses:
         trainer = self._trainer
-        return OwnResponses(
+        return StudentResponses(
             examples,
             self.batch_size,
             self._module,

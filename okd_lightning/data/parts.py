@@ -10,6 +10,7 @@ from okd_lightning.data.row_report import report_rows, warn_of_unread
 from okd_lightning.data.sources import DataSource, describe_source, load_rows
 from okd_lightning.data.table_ids import check_table_ids
 from okd_lightning.data.token_cache import cached_examples
+from okd_lightning.records.requests import Generator
 
 
 def part_sources(
@@ -63,9 +64,10 @@ def read_part(
     limit = settings["max_response_length"]
     module.add_eos_ids(found.ends_of_turn(module.tokenizer))
     report_rows(part, where, found, limit, teaches_responses=settings["needs_response"])
+    generators: tuple[Generator, ...] = ("student", "teacher")
     longest = [
-        max(len(e.prompt_ids_of(author)) for e in found.examples) + limit
-        for author in ("student", "teacher")
+        max(len(e.prompt_for(generator).ids) for e in found.examples) + limit
+        for generator in generators
     ]
     module.check_lengths(*longest)
     return found

@@ -18,7 +18,7 @@ from safetensors.numpy import load, save
 
 from okd_lightning.data.examples import ExampleSet
 from okd_lightning.errors import CacheError
-from okd_lightning.records.batches import Chat, Example
+from okd_lightning.records import Chat, Example
 
 _DIGEST_SIZE = 16
 _IDS = ("prompt_ids", "response_ids", "teacher_prompt_ids")

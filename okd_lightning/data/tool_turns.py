@@ -20,7 +20,7 @@ from okd_lightning.data.templates import ChatRenderer, Message, RenderedChat, no
 from okd_lightning.engines.tool_rollouts import Exchange, ToolRounds
 from okd_lightning.errors import ConfigError, DataError
 from okd_lightning.models.text_ids import TextEncoder
-from okd_lightning.records.batches import Chat
+from okd_lightning.records.requests import Chat
 from okd_lightning.tools import Toolbox
 from okd_lightning.tools.tool_calls import ToolCall
 

@@ -15,7 +15,7 @@
 """
 
 from okd_lightning.engines.drawing import Blend
-from okd_lightning.engines.engine import EngineSource, RolloutEngine, Writer
+from okd_lightning.engines.engine import EngineSource, RolloutEngine
 from okd_lightning.engines.transformers_engine import TransformersEngine
 from okd_lightning.engines.vllm_engine import VLLMEngine
 from okd_lightning.engines.vllm_server import VLLMServer
@@ -31,6 +31,5 @@ __all__ = [
     "TransformersEngine",
     "VLLMEngine",
     "VLLMServer",
-    "Writer",
     "hashed_uniform",
 ]

@@ -81,4 +81,4 @@ class Drawing:
             self._workspace = workspace_for(len(logits), self._vocabulary.size, self._device)
         noise = self.responses.noise(places)
         ids, logprobs = self._sampling.choose(logits, noise, self._workspace)
-        return self.responses.write(places, ids, logprobs, last), ids
+        return self.responses.store(places, ids, logprobs, last), ids

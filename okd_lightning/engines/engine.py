@@ -1,34 +1,17 @@
-"""Protocols of rollouts: an engine generates responses, a writer chooses the engine."""
+"""The protocol of an engine, and of a source of engines."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 from transformers import PreTrainedModel
 
 from okd_lightning.models import Vocabulary
-from okd_lightning.records.batches import PromptBatch, Rollout
-from okd_lightning.records.noise import NoiseStream
+from okd_lightning.records.requests import Progress, Request, Rollout
 from okd_lightning.records.sampling import Sampling
-
-Author: TypeAlias = Literal["student", "teacher"]
-
-
-class Progress(Protocol):
-    """Callback for progress during generation."""
-
-    def __call__(self, rows: int, tokens: int = 0) -> None:
-        """Report progress.
-
-        Args:
-            rows: Responses that have ended since the last call.
-            tokens: Tokens generated since the last call, over all rows, approximately; 0 if the
-                engine does not count them.
-        """
-
 
 ProgressFactory: TypeAlias = Callable[[str, int], AbstractContextManager[Progress | None]]
 """Creates a progress display from a description and the number of responses."""
@@ -41,25 +24,13 @@ def silent_progress(description: str, total: int) -> AbstractContextManager[None
 
 
 class RolloutEngine(Protocol):
-    """Generates responses to any number of prompts, which it sorts and batches itself."""
+    """Generates responses to any number of prompts, which it sorts and batches itself.
 
-    def generate(
-        self,
-        prompts: PromptBatch,
-        sampling: Sampling,
-        generator: NoiseStream,
-        max_new_tokens: int,
-        progress: Progress | None = None,
-    ) -> Rollout:
-        """Generate one response a prompt, in the order of the prompts.
+    A DistillationModule is one too: it has the engines of both its models.
+    """
 
-        Args:
-            prompts: The prompts; rows with ``limits`` are cut there.
-            sampling: Temperature, top-k, top-p; the rollout's log-probs are of this distribution.
-            generator: The noise, keyed by (seed, epoch, prompt, sample, position) only.
-            max_new_tokens: Longest response; a cut response has no end-of-sequence id.
-            progress: Called with finished rows.
-        """
+    def respond(self, request: Request) -> Rollout:
+        """Generate one response a prompt, in the order of the prompts."""
 
 
 class EngineSource(ABC):
@@ -104,18 +75,3 @@ class EngineSource(ABC):
             ConfigError: Too long; the message names both lengths.
         """
         del num_tokens
-
-
-class Writer(Protocol):
-    """Source of a RolloutLoader's responses: the module, which has both models' engines."""
-
-    def write(
-        self,
-        author: Author,
-        prompts: PromptBatch,
-        sampling: Sampling,
-        generator: NoiseStream,
-        max_new_tokens: int,
-        progress: Progress | None = None,
-    ) -> Rollout:
-        """Generate responses by one of the models; see ``RolloutEngine.generate``."""

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from okd_lightning.errors import ServerError
 from okd_lightning.models import LMHead, Vocabulary, head_inputs
 from okd_lightning.records.noise import NoiseDomain, hashed_uniform
+from okd_lightning.records.requests import Prompt, Response
 from okd_lightning.records.sampling import Sampling
 
 _LENGTH = 12
@@ -161,7 +162,7 @@ def rescored_gap(
     model: PreTrainedModel,
     vocabulary: Vocabulary,
     sampling: Sampling,
-    rows: Sequence[tuple[Sequence[int], Sequence[int], Sequence[float]]],
+    pairs: Sequence[tuple[Prompt, Response]],
 ) -> float | None:
     """Return the mean difference (nats) of some tokens' log-probs between student and engine.
 
@@ -169,23 +170,23 @@ def rescored_gap(
         model: The student, in eval mode.
         vocabulary: Ids that can be sampled.
         sampling: Sampling of the responses; greedy ones have no log-probabilities to compare.
-        rows: Prompt, response, and the engine's log-probabilities of the response. The first four
-            rows are used, up to 256 tokens of each response.
+        pairs: Prompts with the engine's responses. The first four are used, up to 256 tokens of
+            each response.
 
     Returns:
         None if there is nothing to compare.
     """
     distances: list[float] = []
     head = LMHead.of(model, vocabulary)
-    for prompt, response, logprobs in rows[:_NUM_RESCORED] if sampling.temperature else ():
-        ids = list(response[:_MOST_RESCORED])
+    for prompt, response in pairs[:_NUM_RESCORED] if sampling.temperature else ():
+        ids = list(response.ids[:_MOST_RESCORED])
         if not ids:
             continue
-        read = torch.tensor([[*prompt, *ids]], device=model.device)
+        read = torch.tensor([[*prompt.ids, *ids]], device=model.device)
         hidden = head_inputs(model, read, torch.ones_like(read, dtype=torch.bool))
-        own = sampling.logprobs(head(hidden[0, len(prompt) - 1 : -1]))
-        drawn = own.gather(-1, read[0, len(prompt) :, None])[:, 0].tolist()
-        both = zip(drawn, logprobs, strict=False)
+        own = sampling.logprobs(head(hidden[0, len(prompt.ids) - 1 : -1]))
+        drawn = own.gather(-1, read[0, len(prompt.ids) :, None])[:, 0].tolist()
+        both = zip(drawn, response.logprobs, strict=False)
         # near the top-p threshold the engine may keep an id that is cut here: log 0
         distances += [abs(a - b) for a, b in both if math.isfinite(a)]
     return sum(distances) / len(distances) if distances else None

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from okd_lightning.records.batches import Rollout
+from okd_lightning.records.requests import Response, Rollout
 
-_UNWRITTEN = -1
+_UNSET = -1
 
 
 class Responses:
@@ -26,7 +26,7 @@ class Responses:
         eos_ids: Ids that end a response.
         vocab: Number of ids that can be sampled.
         device: The model's device.
-        limits: Longest response of each row, in tokens; () for ``max_new_tokens`` everywhere.
+        limits: Longest response of each row, in tokens.
     """
 
     def __init__(
@@ -35,18 +35,17 @@ class Responses:
         eos_ids: Sequence[int],
         vocab: int,
         device: torch.device,
-        limits: Sequence[int] = (),
+        limits: Sequence[int],
     ) -> None:
         self._num_rows, self._max_new_tokens = noise.shape
         self._eos_ids = eos_ids
-        longest = self._max_new_tokens
-        self._limits = [min(limit, longest) for limit in limits] or [longest] * self._num_rows
+        self._limits = list(limits)
         self._num_rounds = 0
         self._begun = [0] * self._num_rows  # tokens of each row before the present round
         self._ends = self._limits  # and at its end
         self._waste = noise.numel()
         self._noise = torch.cat([noise.flatten(), noise.new_full((1,), 0.5)]).to(device)
-        self._ids = torch.full((self._waste + 1,), _UNWRITTEN, device=device)
+        self._ids = torch.full((self._waste + 1,), _UNSET, device=device)
         self._logprobs = torch.zeros(self._waste + 1, device=device)
         self._is_end = torch.zeros(vocab, dtype=torch.bool, device=device)
         self._is_end[[i for i in eos_ids if i < vocab]] = True
@@ -73,15 +72,15 @@ class Responses:
         Returns:
             Prompt and response so far, by row number.
         """
-        written = self._written() if self._num_rounds else [()] * self._num_rows
+        sampled = self._sampled() if self._num_rounds else [()] * self._num_rows
         self._num_rounds += 1
-        self._begun = [len(ids) for ids in written]
+        self._begun = [len(ids) for ids in sampled]
         open_rows = [
             row
-            for row, ids in enumerate(written)
+            for row, ids in enumerate(sampled)
             if len(ids) < self._limits[row] and not (ids and ids[-1] in self._eos_ids)
         ]
-        texts = {row: prompts[row] + written[row] for row in open_rows}
+        texts = {row: prompts[row] + sampled[row] for row in open_rows}
         if longest is None:
             self._ends = self._limits
             return texts
@@ -95,14 +94,14 @@ class Responses:
         """Return the number of rows that have ended."""
         return sum(
             len(ids) >= limit or bool(ids and ids[-1] in self._eos_ids)
-            for ids, limit in zip(self._written(), self._limits, strict=True)
+            for ids, limit in zip(self._sampled(), self._limits, strict=True)
         )
 
     def noise(self, places: Tensor) -> Tensor:
         """Return [rows] float64 random numbers of these places."""
         return self._noise.index_select(0, places)
 
-    def write(self, places: Tensor, ids: Tensor, logprobs: Tensor, last: Tensor) -> Tensor:
+    def store(self, places: Tensor, ids: Tensor, logprobs: Tensor, last: Tensor) -> Tensor:
         """Store one token a row.
 
         Args:
@@ -119,7 +118,7 @@ class Responses:
         has_ended = self._is_end.index_select(0, ids) | (places >= last)
         return torch.where(has_ended, self._waste, places + 1)
 
-    def is_writing(self, places: Tensor) -> Tensor:
+    def is_unfinished(self, places: Tensor) -> Tensor:
         """Return [rows], False on rows that have ended."""
         return places < self._waste
 
@@ -129,22 +128,20 @@ class Responses:
         Args:
             num_row_steps: Rows summed over all forward passes of the generation.
         """
-        written = self._written()
         shape = (self._num_rows, self._max_new_tokens)
         logprobs = self._logprobs[:-1].view(shape).tolist()
-        return Rollout(
-            response_ids=tuple(written),
-            logprobs=tuple(
-                tuple(row[: len(ids)]) for row, ids in zip(logprobs, written, strict=True)
-            ),
-            stop_reasons=tuple(
-                "eos" if row and row[-1] in self._eos_ids else "length" for row in written
-            ),
-            num_row_steps=num_row_steps,
+        responses = tuple(
+            Response(
+                ids=ids,
+                logprobs=tuple(row[: len(ids)]),
+                stop_reason="eos" if ids and ids[-1] in self._eos_ids else "length",
+            )
+            for ids, row in zip(self._sampled(), logprobs, strict=True)
         )
+        return Rollout(responses, num_row_steps)
 
-    def _written(self) -> list[tuple[int, ...]]:
+    def _sampled(self) -> list[tuple[int, ...]]:
         """Return the response ids of each row so far."""
         ids = self._ids[:-1].view(self._num_rows, self._max_new_tokens)
-        lengths = (ids != _UNWRITTEN).sum(-1).tolist()
+        lengths = (ids != _UNSET).sum(-1).tolist()
         return [tuple(row[:n]) for row, n in zip(ids.tolist(), lengths, strict=True)]

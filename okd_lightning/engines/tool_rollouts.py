@@ -12,10 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from okd_lightning.engines.engine import Progress, RolloutEngine
-from okd_lightning.records.batches import Chat, PromptBatch, Rollout, ToolUse
-from okd_lightning.records.noise import NoiseStream
-from okd_lightning.records.sampling import Sampling
+from okd_lightning.engines.engine import RolloutEngine
+from okd_lightning.records.requests import Chat, Prompt, Request, Response, Rollout, ToolUse
 from okd_lightning.tools import Toolbox
 from okd_lightning.tools.tool_calls import ToolCall, parse_tool_calls
 
@@ -63,12 +61,11 @@ class ToolRounds:
 class _Row:
     """One response during generation; its lists have equal lengths."""
 
-    prompt: tuple[int, ...]
-    chat: Chat | None
+    prompt: Prompt
     limit: int
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    own: list[bool] = field(default_factory=list)
+    mask: list[bool] = field(default_factory=list)
     exchanges: list[Exchange] = field(default_factory=list)
     use: ToolUse = field(default_factory=lambda: ToolUse(turns=0))
     stop_reason: str = ""
@@ -78,10 +75,17 @@ class _Row:
         """Tokens that may still be added."""
         return self.limit - len(self.ids)
 
+    @property
+    def response(self) -> Response:
+        """The finished response."""
+        return Response(
+            tuple(self.ids), tuple(self.logprobs), self.stop_reason, tuple(self.mask), self.use
+        )
+
     def append(self, ids: Sequence[int], logprobs: Sequence[float], *, is_own: bool) -> None:
         self.ids += ids
         self.logprobs += logprobs
-        self.own += [is_own] * len(ids)
+        self.mask += [is_own] * len(ids)
 
 
 @dataclass
@@ -96,80 +100,66 @@ class ToolEngine:
     engine: RolloutEngine
     rounds: ToolRounds
 
-    def generate(
-        self,
-        prompts: PromptBatch,
-        sampling: Sampling,
-        generator: NoiseStream,
-        max_new_tokens: int,
-        progress: Progress | None = None,
-    ) -> Rollout:
+    def respond(self, request: Request) -> Rollout:
         """Generate one response a prompt, in the order of the prompts; see ``RolloutEngine``."""
-        if not any(prompts.chats):
-            return self.engine.generate(prompts, sampling, generator, max_new_tokens, progress)
-        limits = prompts.limits or (max_new_tokens,) * len(prompts)
+        if not any(prompt.chat for prompt in request.prompts):
+            return self.engine.respond(request)
         rows = [
-            _Row(ids, chat, min(limit, max_new_tokens))
-            for ids, chat, limit in zip(prompts.input_ids, prompts.chats, limits, strict=True)
+            _Row(prompt, limit)
+            for prompt, limit in zip(request.prompts, request.limits, strict=True)
         ]
-        writing, num_row_steps = list(range(len(rows))), 0
+        unfinished, num_row_steps = rows, 0
         gaps: list[float] = []
-        while writing:
-            num_before = sum(sum(row.own) for row in rows)
-            turn = self._write_turn(rows, writing, prompts, sampling, generator)
+        while unfinished:
+            turn = self._generate_turn(unfinished, request)
             num_row_steps += turn.num_row_steps
             gaps += [turn.engine_gap] if turn.engine_gap is not None else []
-            num_tokens = sum(sum(row.own) for row in rows) - num_before
-            self._answer([rows[i] for i in writing if not rows[i].stop_reason])
-            still = [i for i in writing if not rows[i].stop_reason]
-            if progress is not None:
-                progress(len(writing) - len(still), num_tokens)
-            writing = still
+            self._answer([row for row in unfinished if not row.stop_reason])
+            num_before = len(unfinished)
+            unfinished = [row for row in unfinished if not row.stop_reason]
+            if request.progress is not None:
+                request.progress(num_before - len(unfinished), turn.num_tokens)
         return Rollout(
-            response_ids=tuple(tuple(row.ids) for row in rows),
-            logprobs=tuple(tuple(row.logprobs) for row in rows),
-            stop_reasons=tuple(row.stop_reason for row in rows),
-            masks=tuple(tuple(row.own) for row in rows),
-            tool_use=tuple(row.use for row in rows),
+            responses=tuple(row.response for row in rows),
             num_row_steps=num_row_steps,
             engine_gap=max(gaps, default=None),
         )
 
-    def _write_turn(
-        self,
-        rows: list[_Row],
-        writing: list[int],
-        prompts: PromptBatch,
-        sampling: Sampling,
-        generator: NoiseStream,
-    ) -> Rollout:
+    def _generate_turn(self, rows: list[_Row], request: Request) -> Rollout:
         """Generate one turn of every unfinished row in one call; return the engine's rollout."""
-        keys = [(prompts.index[i], prompts.sample[i]) for i in writing]
-        batch = PromptBatch(
-            input_ids=tuple((*rows[i].prompt, *rows[i].ids) for i in writing),
-            index=tuple(index for index, _ in keys),
-            sample=tuple(sample for _, sample in keys),
-            limits=tuple(rows[i].room for i in writing),
+        prompts = tuple(
+            replace(row.prompt, ids=(*row.prompt.ids, *row.ids), chat=None, limit=row.room)
+            for row in rows
         )
-        starts = {key: len(rows[i].ids) for key, i in zip(keys, writing, strict=True)}
-        noise = generator.starting_at(starts)
-        written = self.engine.generate(batch, sampling, noise, max(batch.limits))
-        columns = (written.response_ids, written.logprobs, written.stop_reasons)
-        for i, ids, logprobs, reason in zip(writing, *columns, strict=True):
-            row, room = rows[i], rows[i].room
-            row.append(ids[:room], logprobs[:room], is_own=True)
-            row.use = replace(row.use, turns=row.use.turns + 1)
-            if reason != "eos" or len(ids) > room:
-                row.stop_reason = "length"
-                continue
-            calls = parse_tool_calls(self.rounds.conversation.read(ids[:-1]))
-            if not calls or row.chat is None:
-                row.stop_reason = "eos"
-            elif row.use.turns == self.rounds.max_turns:
-                row.stop_reason = "turns"
-            else:
-                row.exchanges.append(self._run(row, calls))
-        return written
+        starts = {(row.prompt.index, row.prompt.sample): len(row.ids) for row in rows}
+        turn = self.engine.respond(
+            replace(
+                request,
+                prompts=prompts,
+                noise=request.noise.starting_at(starts),
+                max_new_tokens=max(row.room for row in rows),
+                progress=None,
+            )
+        )
+        for row, response in zip(rows, turn, strict=True):
+            self._read_turn(row, response)
+        return turn
+
+    def _read_turn(self, row: _Row, turn: Response) -> None:
+        """Append a turn; run its calls, or end the row."""
+        room = row.room
+        row.append(turn.ids[:room], turn.logprobs[:room], is_own=True)
+        row.use = replace(row.use, turns=row.use.turns + 1)
+        if turn.stop_reason != "eos" or len(turn.ids) > room:
+            row.stop_reason = "length"
+            return
+        calls = parse_tool_calls(self.rounds.conversation.read(turn.ids[:-1]))
+        if not calls or row.prompt.chat is None:
+            row.stop_reason = "eos"
+        elif row.use.turns == self.rounds.max_turns:
+            row.stop_reason = "turns"
+        else:
+            row.exchanges.append(self._run(row, calls))
 
     def _run(self, row: _Row, calls: tuple[ToolCall, ...]) -> Exchange:
         results = [self.rounds.toolbox.run(call) for call in calls]
@@ -182,7 +172,7 @@ class ToolEngine:
 
     def _answer(self, rows: list[_Row]) -> None:
         """Append tool results after their calls; a row without room for a next turn ends here."""
-        chats = [(row.chat, row.exchanges) for row in rows if row.chat is not None]
+        chats = [(row.prompt.chat, row.exchanges) for row in rows if row.prompt.chat is not None]
         for row, ids in zip(rows, self.rounds.conversation.continuations(chats), strict=True):
             is_cut = len(ids) > row.room
             if len(ids) >= row.room:

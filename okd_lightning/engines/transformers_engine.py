@@ -28,15 +28,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from okd_lightning.engines.drawing import Blend, Drawing
-from okd_lightning.engines.engine import Progress
 from okd_lightning.engines.kv_cache import empty_cache, rearrange
 from okd_lightning.engines.memory import MEMORIES, cached_logits, memory_of
 from okd_lightning.engines.responses import Responses
 from okd_lightning.engines.whole_passes import WholePasses
 from okd_lightning.losses.cpu_linear import fast_linears
 from okd_lightning.models import Vocabulary, forget_lengths, row_groups
-from okd_lightning.records.batches import PromptBatch, Rollout
 from okd_lightning.records.noise import NoiseStream
+from okd_lightning.records.requests import Prompt, Request, Rollout
 from okd_lightning.records.sampling import Sampling
 
 _ADMIT_AT = 0.875
@@ -72,60 +71,68 @@ class TransformersEngine:
     blend: Blend | None = None
 
     @torch.no_grad()
-    def generate(
-        self,
-        prompts: PromptBatch,
-        sampling: Sampling,
-        generator: NoiseStream,
-        max_new_tokens: int,
-        progress: Progress | None = None,
-    ) -> Rollout:
+    def respond(self, request: Request) -> Rollout:
         """Generate one response a prompt, in the order of the prompts; see ``RolloutEngine``."""
-        noise = generator.uniform(prompts.index, prompts.sample, max_new_tokens)
+        prompts, progress = request.prompts, request.progress
+        keys = [prompt.index for prompt in prompts], [prompt.sample for prompt in prompts]
+        noise = request.noise.uniform(*keys, request.max_new_tokens)
         responses = Responses(
-            noise, self.eos_ids, self.vocabulary.size, self.model.device, prompts.limits
+            noise, self.eos_ids, self.vocabulary.size, self.model.device, request.limits
         )
         if not noise.numel():
             return responses.rollout(0)
         as_it_is = torch.compiler.set_stance("force_eager")  # a step changes its shapes each time
         second = nullcontext() if self.blend is None else fast_linears(self.blend.model)
-        told = num_row_steps = 0
+        num_reported = num_row_steps = 0
         with self._precision(), fast_linears(self.model), second, as_it_is:
-            drawing = Drawing(responses, sampling, self.vocabulary, self.blend, self.model.device)
-            for writing, is_only in self._rounds(prompts, drawing, max_new_tokens):
-                for num_ended, num_tokens in writing.run():
+            drawing = Drawing(
+                responses, request.sampling, self.vocabulary, self.blend, self.model.device
+            )
+            for generation, is_only in self._rounds(request, drawing):
+                for num_ended, num_tokens in generation.run():
                     if progress is not None:
                         progress(num_ended if is_only else 0, num_tokens)
-                num_row_steps += writing.num_row_steps
+                num_row_steps += generation.num_row_steps
                 if progress is not None and not is_only:
-                    told, num_before = responses.num_ended(), told
-                    progress(told - num_before)
+                    num_reported, num_before = responses.num_ended(), num_reported
+                    progress(num_reported - num_before)
         return responses.rollout(num_row_steps)
 
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        noise: NoiseStream,
+        max_new_tokens: int,
+    ) -> Rollout:
+        """Generate one response a prompt, for scripts: ``respond`` to a request of these."""
+        return self.respond(Request(tuple(prompts), sampling, noise, max_new_tokens))
+
     def _rounds(
-        self, prompts: PromptBatch, drawing: Drawing, max_new_tokens: int
-    ) -> Iterator[tuple[_Writing | WholePasses, bool]]:
+        self, request: Request, drawing: Drawing
+    ) -> Iterator[tuple[_Round | WholePasses, bool]]:
         """Yield one round (True), or one (False) for each range of lengths with own frequencies.
 
         A row that grows beyond a length at which rotary frequencies change is read again from its
         start, because its cache has the old frequencies.
         """
+        prompts = [prompt.ids for prompt in request.prompts]
         models = [self.model] + ([self.blend.model] if self.blend else [])
         memories = [memory_of(model) for model in models]
         groups = [row_groups(model) for model in models]
         switches = sorted({g.switch for g in groups if g.switch is not None})
         for shortest, longest in zip((0, *switches), (*switches, None), strict=True):
-            texts = drawing.responses.begin_round(prompts.input_ids, longest)
+            texts = drawing.responses.begin_round(prompts, longest)
             by_length = any(g.by_length and shortest >= (g.switch or 0) for g in groups)
             memory = "none" if by_length else max(memories, key=MEMORIES.index)
-            call = (models, texts, drawing, self.token_budget, max_new_tokens)
+            call = (models, texts, drawing, self.token_budget, request.max_new_tokens)
             if memory == "none":
                 yield WholePasses(*call), not switches
                 continue
             for model, own in zip(models, groups, strict=True):
                 if own.by_length:
                     forget_lengths(model)
-            yield _Writing(*call, is_roomy=memory == "rows"), not switches
+            yield _Round(*call, is_roomy=memory == "rows"), not switches
 
     def _precision(self) -> AbstractContextManager[object]:
         if self.dtype is None:
@@ -146,7 +153,7 @@ class _Prefilled:
     tokens: Tensor  # [rows] the first token
 
 
-class _Writing:
+class _Round:
     """One round of a call: its queue, the running batch, and its row-steps.
 
     The batch's fields are aligned: ``rows`` (numbers in the call), ``places`` and ``last`` in the
@@ -180,7 +187,7 @@ class _Writing:
         self._rows: list[int] = []
         self._caches = self._empty_caches()
         self._width = 0
-        self._num_writing = 0
+        self._num_unfinished = 0
         self._places = self._last = self._tokens = self._starts = torch.zeros(
             0, dtype=torch.int64, device=self._device
         )
@@ -194,14 +201,14 @@ class _Writing:
         On an accelerator, rows that end between two checks count tokens up to the second one.
         """
         steps_per_check = _steps_per_check(self._device)
-        while self._queue or self._num_writing:
-            num_before = self._num_writing
+        while self._queue or self._num_unfinished:
+            num_before = self._num_unfinished
             num_joined = self._make_room()
             if not num_joined:
                 for _ in range(steps_per_check):
                     self._step()
-            self._num_writing = int(self._responses.is_writing(self._places).sum())
-            num_ended = num_before + num_joined - self._num_writing
+            self._num_unfinished = int(self._responses.is_unfinished(self._places).sum())
+            num_ended = num_before + num_joined - self._num_unfinished
             yield num_ended, num_joined or num_before * steps_per_check
 
     # ---------------------------------------------------------------- rows of the batch
@@ -209,11 +216,11 @@ class _Writing:
     def _make_room(self) -> int:
         """Let ended rows leave and waiting rows join if it pays; return the number that joined."""
         if not self._is_roomy:
-            return self._next_equal_prompts() if not self._num_writing else 0
+            return self._next_equal_prompts() if not self._num_unfinished else 0
         share = _ADMIT_AT if self._queue else _SHRINK_AT
-        if self._num_writing > share * len(self._rows):
+        if self._num_unfinished > share * len(self._rows):
             return 0
-        keep = self._responses.is_writing(self._places).nonzero().squeeze(-1)
+        keep = self._responses.is_unfinished(self._places).nonzero().squeeze(-1)
         kept = keep.tolist()
         rows = self._admitted([self._rows[i] for i in kept])
         joining = [self._read(piece) for piece in self._pieces(rows)]
@@ -292,8 +299,8 @@ class _Writing:
 
     def _step(self) -> None:
         """Generate one token for every row."""
-        is_writing = self._responses.is_writing(self._places)
-        positions = torch.where(is_writing, self._width - self._starts, 0)[:, None]
+        is_unfinished = self._responses.is_unfinished(self._places)
+        positions = torch.where(is_unfinished, self._width - self._starts, 0)[:, None]
         self._width += 1
         tables = self._logits(
             self._tokens[:, None], positions, self._starts, self._width, self._caches

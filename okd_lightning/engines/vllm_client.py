@@ -71,7 +71,7 @@ class Completion:
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: str
-    prompt_logprobs: tuple[Mapping[int, float], ...]
+    prompt_logprobs: tuple[Mapping[int, float], ...] = ()
 
 
 @dataclass

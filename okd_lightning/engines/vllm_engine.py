@@ -30,17 +30,18 @@ import torch
 from torch import distributed
 from transformers import PreTrainedModel
 
-from okd_lightning.engines.engine import EngineSource, Progress, RolloutEngine
+from okd_lightning.engines.engine import EngineSource, RolloutEngine
 from okd_lightning.engines.engine_probe import EngineGaps, Probe
+from okd_lightning.engines.vllm_client import Completion
 from okd_lightning.engines.vllm_requests import (
     HostedEngine,
-    Written,
     check_vllm_length,
     check_vllm_sampling,
 )
 from okd_lightning.engines.weights import write_weights
 from okd_lightning.errors import ConfigError, ServerError
 from okd_lightning.models import Vocabulary
+from okd_lightning.records.requests import Progress
 from okd_lightning.records.sampling import Sampling
 
 _DROP_ALL = 2
@@ -145,15 +146,15 @@ class VLLMEngine(EngineSource):
                 self._held = ""
                 self._llm.sleep(level=_DROP_ALL)
 
-    def write(
+    def complete(
         self, requests: Sequence[Mapping[str, Any]], progress: Progress | None
-    ) -> list[Written]:
+    ) -> list[Completion]:
         """Generate one response a request; see ``Host``."""
         found = []
         for answer in self._ask(requests):
             response = answer.outputs[0]
             found.append(
-                Written(
+                Completion(
                     ids=tuple(response.token_ids),
                     logprobs=tuple(
                         row[token].logprob
@@ -163,7 +164,7 @@ class VLLMEngine(EngineSource):
                 )
             )
         if progress is not None:
-            progress(len(found), sum(len(written.ids) for written in found))
+            progress(len(found), sum(len(completion.ids) for completion in found))
         return found
 
     def _ask(self, requests: Sequence[Mapping[str, Any]]) -> list[Any]:

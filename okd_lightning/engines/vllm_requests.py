@@ -11,18 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
-from okd_lightning.engines.engine import Progress
 from okd_lightning.engines.engine_probe import EngineGaps, rescored_gap
+from okd_lightning.engines.vllm_client import Completion
 from okd_lightning.engines.weights import weights_label
 from okd_lightning.errors import ConfigError, ServerError
 from okd_lightning.models import Vocabulary
-from okd_lightning.records.batches import PromptBatch, Rollout
-from okd_lightning.records.noise import NoiseStream
+from okd_lightning.records.requests import Progress, Request, Response, Rollout
 from okd_lightning.records.sampling import Sampling
 
 _HOTTEST, _COLDEST = 2.0, 0.01
@@ -31,15 +30,6 @@ second."""
 
 _RULED_OUT = -100.0
 """vLLM's lowest logit bias: it multiplies a probability by less than 1e-43."""
-
-
-@dataclass(frozen=True)
-class Written:
-    """One response: ids, their log-probs (nats), and vLLM's reason to stop."""
-
-    ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finish_reason: str
 
 
 def check_vllm_sampling(sampling: Sampling) -> None:
@@ -106,13 +96,13 @@ def _sampling_fields(
     return fields
 
 
-def _check_written(
-    written: Written, limit: int, vocabulary: Vocabulary, eos_ids: Sequence[int], where: str
+def _check_completion(
+    found: Completion, limit: int, vocabulary: Vocabulary, eos_ids: Sequence[int], where: str
 ) -> None:
     """Refuse a response that does not match its request.
 
     Args:
-        written: The response.
+        found: The response.
         limit: Requested most tokens.
         vocabulary: Ids that can be sampled.
         eos_ids: Ids that end a response.
@@ -122,23 +112,23 @@ def _check_written(
         ServerError: It does not match; the message names the problem.
     """
     invalid = set(vocabulary.invalid_ids)
-    strange = [i for i in written.ids if not 0 <= i < vocabulary.size or i in invalid]
+    strange = [i for i in found.ids if not 0 <= i < vocabulary.size or i in invalid]
     problem = ""
-    if len(written.ids) != len(written.logprobs):
-        problem = f"{len(written.ids)} ids with {len(written.logprobs)} log-probabilities"
-    elif not written.ids or len(written.ids) > limit:
-        problem = f"{len(written.ids)} tokens where 1 to {limit} were asked for"
+    if len(found.ids) != len(found.logprobs):
+        problem = f"{len(found.ids)} ids with {len(found.logprobs)} log-probabilities"
+    elif not found.ids or len(found.ids) > limit:
+        problem = f"{len(found.ids)} tokens where 1 to {limit} were asked for"
     elif strange:
         problem = f"id {strange[0]}, which the student's tokenizer does not have"
-    elif written.finish_reason not in ("stop", "length"):
-        problem = f"finish_reason {written.finish_reason!r}"
-    elif written.finish_reason == "length" and len(written.ids) < limit:
+    elif found.finish_reason not in ("stop", "length"):
+        problem = f"finish_reason {found.finish_reason!r}"
+    elif found.finish_reason == "length" and len(found.ids) < limit:
         problem = (
-            f"a response that was cut at {len(written.ids)} of {limit} tokens (a --max-model-len "
+            f"a response that was cut at {len(found.ids)} of {limit} tokens (a --max-model-len "
             "that has no room for prompt and response)"
         )
-    elif written.finish_reason == "stop" and written.ids[-1] not in eos_ids:
-        problem = f"a response that ends at id {written.ids[-1]}, which ends none of this run's"
+    elif found.finish_reason == "stop" and found.ids[-1] not in eos_ids:
+        problem = f"a response that ends at id {found.ids[-1]}, which ends none of this run's"
     if problem:
         raise ServerError(
             f"{where} gives {problem}; check that it serves the student's model with the student's "
@@ -146,20 +136,16 @@ def _check_written(
         )
 
 
-def _rollout_of(rows: Sequence[Written], sampling: Sampling, eos_ids: Sequence[int]) -> Rollout:
-    """Return checked responses as a rollout; greedy ones get log-probability 0."""
-    return Rollout(
-        response_ids=tuple(row.ids for row in rows),
-        logprobs=tuple(
-            (0.0,) * len(row.ids) if sampling.temperature == 0 else row.logprobs for row in rows
-        ),
-        stop_reasons=tuple(
-            "eos" if row.ids and row.ids[-1] in eos_ids else "length" for row in rows
-        ),
+def _response_of(found: Completion, sampling: Sampling, eos_ids: Sequence[int]) -> Response:
+    """Return a checked completion as a response; greedy ones get log-probability 0."""
+    return Response(
+        ids=found.ids,
+        logprobs=(0.0,) * len(found.ids) if sampling.temperature == 0 else found.logprobs,
+        stop_reason="eos" if found.ids[-1] in eos_ids else "length",
     )
 
 
-_NOTHING = Written((), (), "length")
+_EMPTY = Response((), (), "length")
 """Response of a row whose limit is 0 tokens."""
 
 
@@ -185,9 +171,9 @@ class Host(Protocol):
             num_rows: Number of ids in its logits.
         """
 
-    def write(
+    def complete(
         self, requests: Sequence[Mapping[str, Any]], progress: Progress | None
-    ) -> list[Written]:
+    ) -> list[Completion]:
         """Generate one response a request, in order; requests are vLLM's fields with a prompt."""
 
 
@@ -207,14 +193,7 @@ class HostedEngine:
     vocabulary: Vocabulary
     eos_ids: tuple[int, ...]
 
-    def generate(
-        self,
-        prompts: PromptBatch,
-        sampling: Sampling,
-        generator: NoiseStream,
-        max_new_tokens: int,
-        progress: Progress | None = None,
-    ) -> Rollout:
+    def respond(self, request: Request) -> Rollout:
         """Generate one response a prompt, in the order of the prompts; see ``RolloutEngine``.
 
         Raises:
@@ -222,39 +201,40 @@ class HostedEngine:
             ServerError: vLLM cannot be reached or updated, or the answer is unexpected.
             ConfigError: A temperature that vLLM does not support.
         """
-        check_vllm_sampling(sampling)
-        longest = prompts.limits or (max_new_tokens,) * len(prompts)
-        limits = [min(limit, max_new_tokens) for limit in longest]
-        written = [_NOTHING] * len(prompts)
+        check_vllm_sampling(request.sampling)
+        responses = [_EMPTY] * len(request.prompts)
+        limits = request.limits
         rows = [row for row, limit in enumerate(limits) if limit > 0]
         if rows:
             num_rows = self.model.config.get_text_config().vocab_size
-            fields = _sampling_fields(sampling, self.vocabulary, num_rows, self.eos_ids)
-            seeds = generator.seeds(prompts.index, prompts.sample)
-            requests = [
-                {
-                    **fields,
-                    "prompt": list(prompts.input_ids[row]),
-                    "max_tokens": limits[row],
-                    "seed": seeds[row],
-                }
-                for row in rows
-            ]
+            fields = self._fields(request, num_rows)
             with self.host.holding(self.model, weights_label(self.model), num_rows):
-                found = self.host.write(requests, progress)
-            for row, response in zip(rows, found, strict=True):
-                _check_written(response, limits[row], self.vocabulary, self.eos_ids, self.host.name)
-                written[row] = response
-        gap = self._rescored(prompts, written, sampling)
-        return replace(_rollout_of(written, sampling, self.eos_ids), engine_gap=gap)
+                found = self.host.complete([fields[row] for row in rows], request.progress)
+            for row, completion in zip(rows, found, strict=True):
+                _check_completion(
+                    completion, limits[row], self.vocabulary, self.eos_ids, self.host.name
+                )
+                responses[row] = _response_of(completion, request.sampling, self.eos_ids)
+        return Rollout(tuple(responses), engine_gap=self._rescored(request, responses))
 
-    def _rescored(
-        self, prompts: PromptBatch, written: Sequence[Written], sampling: Sampling
-    ) -> float | None:
+    def _fields(self, request: Request, num_rows: int) -> list[dict[str, Any]]:
+        """Return vLLM's fields of the request for each prompt."""
+        common = _sampling_fields(request.sampling, self.vocabulary, num_rows, self.eos_ids)
+        prompts = request.prompts
+        seeds = request.noise.seeds([p.index for p in prompts], [p.sample for p in prompts])
+        return [
+            {**common, "prompt": list(prompt.ids), "max_tokens": limit, "seed": seed}
+            for prompt, limit, seed in zip(prompts, request.limits, seeds, strict=True)
+        ]
+
+    def _rescored(self, request: Request, responses: Sequence[Response]) -> float | None:
         """Return the mean difference (nats) of the first responses' log-probs to the student's."""
-        pairs = zip(prompts.input_ids, written, strict=True)
-        rows = [(prompt, row.ids, row.logprobs) for prompt, row in pairs if row.ids]
-        gap = rescored_gap(self.model, self.vocabulary, sampling, rows)
+        pairs = [
+            (prompt, response)
+            for prompt, response in zip(request.prompts, responses, strict=True)
+            if response.ids
+        ]
+        gap = rescored_gap(self.model, self.vocabulary, request.sampling, pairs)
         if gap is not None:
             self.host.gaps.note_rescored(gap, self.host.name)
         return gap

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedModel
 
 from okd_lightning.endpoint import Endpoint, in_parallel
-from okd_lightning.engines.engine import EngineSource, Progress, RolloutEngine
+from okd_lightning.engines.engine import EngineSource, RolloutEngine
 from okd_lightning.engines.engine_probe import EngineGaps, Probe
 from okd_lightning.engines.served_student import (
     check_served_student,
@@ -34,16 +34,16 @@ from okd_lightning.engines.served_student import (
     keeps_old_head,
     served_config,
 )
-from okd_lightning.engines.vllm_client import ServedModel, ServerInfo, VLLMClient
+from okd_lightning.engines.vllm_client import Completion, ServedModel, ServerInfo, VLLMClient
 from okd_lightning.engines.vllm_requests import (
     HostedEngine,
-    Written,
     check_vllm_length,
     check_vllm_sampling,
 )
 from okd_lightning.engines.weights import shares_table, write_weights
 from okd_lightning.errors import ConfigError, OutputError, ServerError, ServerTimeoutError
 from okd_lightning.models import Vocabulary
+from okd_lightning.records.requests import Progress
 from okd_lightning.records.sampling import Sampling
 
 _OPTION = "model.engine.url"
@@ -137,17 +137,13 @@ class VLLMServer(EngineSource):
                 "server of its own and continue from the last checkpoint"
             )
 
-    def write(
+    def complete(
         self, requests: Sequence[Mapping[str, Any]], progress: Progress | None
-    ) -> list[Written]:
+    ) -> list[Completion]:
         """Generate one response a request; see ``Host``."""
-        calls = [partial(self._write, request) for request in requests]
+        calls = [partial(self._client.complete, request) for request in requests]
         told = partial(progress, 1) if progress is not None else lambda: None
         return in_parallel(calls, self.concurrency, told)
-
-    def _write(self, request: Mapping[str, Any]) -> Written:
-        found = self._client.complete(request)
-        return Written(found.ids, found.logprobs, found.finish_reason)
 
     def _bring(self, model: PreTrainedModel, label: str, num_rows: int) -> None:
         folder = Path(self.sync_folder).expanduser()

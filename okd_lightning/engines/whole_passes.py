@@ -52,10 +52,10 @@ class WholePasses:
         while queue:
             longest = len(self._texts[queue[0]]) + self._max_new_tokens
             size = max(1, self._token_budget // longest)
-            yield from self._write(queue[:size])
+            yield from self._generate(queue[:size])
             queue = queue[size:]
 
-    def _write(self, rows: list[int]) -> Iterator[tuple[int, int]]:
+    def _generate(self, rows: list[int]) -> Iterator[tuple[int, int]]:
         responses = self._drawing.responses
         places, last = responses.next_places(rows), responses.last_places(rows)
         while rows:
@@ -65,7 +65,7 @@ class WholePasses:
             self.num_row_steps += len(rows)
             for row, token in zip(rows, ids.tolist(), strict=True):
                 self._texts[row] += (token,)
-            goes_on = responses.is_writing(places)
+            goes_on = responses.is_unfinished(places)
             places, last = places[goes_on], last[goes_on]
             num_before = len(rows)
             rows = [row for row, stays in zip(rows, goes_on.tolist(), strict=True) if stays]

@@ -137,8 +137,8 @@ class Term(Protocol):
     def weight_at(self, step: int) -> float:
         """Return the factor in optimizer step ``step``."""
 
-    def wrap_writer(self, writer: Any) -> Any:
-        """Return the ``rollouts.Writer`` of training, unchanged or replaced by another one."""
+    def wrap_engine(self, engine: Any) -> Any:
+        """Return the ``RolloutEngine`` of training, unchanged or replaced by another one."""
 
     @property
     def sources(self) -> tuple[Source, ...]:

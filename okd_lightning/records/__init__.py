@@ -1,6 +1,7 @@
 """Records of a run, from examples to batches, and the packing of rows.
 
-* ``batches``: ``Example``, ``Rollout``, ``TrainingRow``, ``DistillBatch`` and their parts.
+* ``requests``: ``Request`` and its ``Response`` objects, in a ``Rollout``.
+* ``batches``: ``Example``, ``TrainingRow``, ``DistillBatch`` and their parts.
 * ``rows``: training rows from examples and rollouts, micro-batches from rows.
 * ``collation``: rows of different lengths in one padded batch.
 * ``sampling``: temperature, top-k, top-p, and the draw of a token.
@@ -13,17 +14,23 @@ Pure: nothing here knows models or Lightning.
 
 from okd_lightning.records.batches import (
     SOURCES,
-    STOP_REASONS,
-    Chat,
     DistillBatch,
     Example,
     LossOutput,
-    PromptBatch,
-    Rollout,
     SampledCounts,
     Source,
-    ToolUse,
     TrainingRow,
+)
+from okd_lightning.records.requests import (
+    STOP_REASONS,
+    Chat,
+    Generator,
+    Prompt,
+    PromptBatch,
+    Request,
+    Response,
+    Rollout,
+    ToolUse,
     stretches,
 )
 
@@ -33,8 +40,12 @@ __all__ = [
     "Chat",
     "DistillBatch",
     "Example",
+    "Generator",
     "LossOutput",
+    "Prompt",
     "PromptBatch",
+    "Request",
+    "Response",
     "Rollout",
     "SampledCounts",
     "Source",

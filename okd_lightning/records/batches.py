@@ -1,4 +1,4 @@
-"""Frozen records that cross a layer: examples, prompts, rollouts, batches and loss outputs.
+"""Frozen records that cross a layer: examples, training rows, batches and loss outputs.
 
 Owns the shapes only: no tokenizer, no model and no Lightning. Rows of token ids are ragged tuples
 until a batch is collated (``collation``).
@@ -6,9 +6,7 @@ until a batch is collated (``collation``).
 
 from __future__ import annotations
 
-import itertools
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -16,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from okd_lightning.records.requests import Chat, Generator, Prompt
 from okd_lightning.records.sequences import Sequences
 
 Source: TypeAlias = Literal["dataset", "student", "teacher"]
@@ -23,22 +22,6 @@ Source: TypeAlias = Literal["dataset", "student", "teacher"]
 
 SOURCES: tuple[Source, ...] = ("dataset", "student", "teacher")
 """A row's source is stored as the index into this tuple."""
-
-STOP_REASONS: tuple[str, ...] = ("eos", "length", "turns")
-"""Why a response ends: end-of-sequence id, length limit, or a call in its last allowed turn."""
-
-
-@dataclass(frozen=True)
-class Chat:
-    """Messages and tools that a prompt was rendered from, kept where rollouts may call tools.
-
-    Attributes:
-        messages: Messages before the response, as passed to the chat template.
-        tools: JSON schemas of the tools, passed to the chat template; None for no tools.
-    """
-
-    messages: tuple[Mapping[str, Any], ...]
-    tools: tuple[Mapping[str, Any], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,103 +50,11 @@ class Example:
     teacher_prompt_ids: tuple[int, ...] = ()
     chat: Chat | None = None
 
-    def prompt_ids_of(self, author: Source) -> tuple[int, ...]:
-        """Return the prompt of the given generator: the teacher's own one if it has one."""
-        is_privileged = author == "teacher" and bool(self.teacher_prompt_ids)
-        return self.teacher_prompt_ids if is_privileged else self.prompt_ids
-
-
-@dataclass(frozen=True)
-class PromptBatch:
-    """Any number of prompts for a rollout engine, which sorts and batches them itself.
-
-    Attributes:
-        input_ids: The prompts, ragged.
-        index: The dataset row of each prompt.
-        sample: Number of this sample among the samples of its prompt, from 0.
-        chats: Messages and tools of the prompts; () if rollouts call no tools.
-        limits: Longest response of each row, in tokens, where that is less than the call's; () for
-            none.
-    """
-
-    input_ids: tuple[tuple[int, ...], ...]
-    index: tuple[int, ...]
-    sample: tuple[int, ...]
-    chats: tuple[Chat | None, ...] = ()
-    limits: tuple[int, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-
-@dataclass(frozen=True)
-class ToolUse:
-    """Counts of turns and tool calls in one response.
-
-    Attributes:
-        turns: Turns that the model generated.
-        calls: Executed tool calls.
-        errors: Executed calls that returned an error.
-        cuts: Tool results that were cut at the response's limit.
-    """
-
-    turns: int = 1
-    calls: int = 0
-    errors: int = 0
-    cuts: int = 0
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """Responses of an engine to a PromptBatch, one a row, in the same order.
-
-    Attributes:
-        response_ids: Ids after the prompt, ragged: the sampled ids with the end-of-sequence id
-            where one was drawn, and tool results between turns.
-        logprobs: Log-probability (nats) of each sampled id under the distribution it was drawn
-            from (after temperature, top-k and top-p); 0 where an id was not sampled.
-        stop_reasons: One of ``STOP_REASONS`` for each row.
-        masks: True on sampled tokens, ragged; () if all are sampled.
-        tool_use: One a row where tools could be called, else ().
-        num_row_steps: Rows summed over all forward passes of the generation; 0 if unknown.
-        engine_gap: Mean difference (nats) between the engine's log-probabilities of a few responses
-            and the student's; None where the student itself generates.
-    """
-
-    response_ids: tuple[tuple[int, ...], ...]
-    logprobs: tuple[tuple[float, ...], ...]
-    stop_reasons: tuple[str, ...]
-    masks: tuple[tuple[bool, ...], ...] = ()
-    tool_use: tuple[ToolUse, ...] = ()
-    num_row_steps: int = 0
-    engine_gap: float | None = None
-
-    def __len__(self) -> int:
-        return len(self.response_ids)
-
-    @property
-    def own_masks(self) -> tuple[tuple[bool, ...], ...]:
-        """``masks``, written out where all tokens are sampled."""
-        return self.masks or tuple((True,) * len(ids) for ids in self.response_ids)
-
-    @property
-    def num_tokens(self) -> int:
-        """Sampled tokens in all rows."""
-        return sum(sum(mask) for mask in self.own_masks)
-
-    def turns(self, row: int) -> list[tuple[int, ...]]:
-        """Return the ids of each generated turn of a row; one empty turn if there is none."""
-        parts = stretches(self.response_ids[row], self.own_masks[row])
-        return [ids for ids, is_own in parts if is_own] or [()]
-
-
-def stretches(ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[tuple[int, ...], bool]]:
-    """Split a response into stretches of equal mask: (ids, whether the model sampled them)."""
-    pairs = zip(ids, mask, strict=True)
-    return [
-        (tuple(token for token, _ in part), is_own)
-        for is_own, part in itertools.groupby(pairs, key=operator.itemgetter(1))
-    ]
+    def prompt_for(self, generator: Generator, sample: int = 0) -> Prompt:
+        """Return the prompt of a request to a generator: the teacher's own one if it has one."""
+        is_privileged = generator == "teacher" and bool(self.teacher_prompt_ids)
+        ids = self.teacher_prompt_ids if is_privileged else self.prompt_ids
+        return Prompt(ids, self.index, sample, self.chat)
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,16 @@ from okd_lightning.records.batches import (
     SOURCES,
     DistillBatch,
     Example,
-    Rollout,
     Source,
-    ToolUse,
     TrainingRow,
-    stretches,
 )
 from okd_lightning.records.collation import collate
+from okd_lightning.records.requests import Response, Rollout, ToolUse, stretches
 
 _T = TypeVar("_T")
 
 
-def given_row(example: Example) -> TrainingRow:
+def dataset_row(example: Example) -> TrainingRow:
     """Return a row with the dataset response.
 
     Loss lies on the response and on earlier assistant turns of the prompt. Where the teacher has
@@ -42,67 +40,51 @@ def given_row(example: Example) -> TrainingRow:
     )
 
 
-def written_row(
+def sampled_row(
     example: Example,
     source: Source,
-    ids: tuple[int, ...],
-    logprobs: tuple[float, ...],
+    response: Response,
     credits: Mapping[str, float] | None = None,
-    own: tuple[bool, ...] | None = None,
-    stop_reason: str = "",
 ) -> TrainingRow:
     """Return a row with a sampled response; only sampled tokens carry loss.
 
     Args:
         example: The example of the prompt.
         source: Generator of the response.
-        ids: The response.
-        logprobs: The sampler's log-probabilities (nats), one a response token.
+        response: The response.
         credits: The response's advantage in each reward term, by the term's name.
-        own: True on the sampled tokens of the response; None if all are sampled.
-        stop_reason: One of ``STOP_REASONS``.
     """
     return TrainingRow(
         index=example.index,
         source=source,
-        input_ids=example.prompt_ids + ids,
-        mask=(False,) * len(example.prompt_ids) + ((True,) * len(ids) if own is None else own),
+        input_ids=example.prompt_ids + response.ids,
+        mask=(False,) * len(example.prompt_ids) + response.mask,
         prompt_length=len(example.prompt_ids),
-        sampler_logprobs=logprobs,
+        sampler_logprobs=response.logprobs,
         credits=credits or {},
         teacher_prompt_ids=example.teacher_prompt_ids,
-        stop_reason=stop_reason,
+        stop_reason=response.stop_reason,
     )
 
 
-def written_rows(
+def sampled_rows(
     examples: Sequence[Example],
     source: Source,
-    rollout: Rollout,
+    responses: Sequence[Response],
     credits: Mapping[str, Sequence[float]] | None = None,
 ) -> list[TrainingRow]:
-    """Return one row a response; see ``written_row``.
+    """Return one row a response; see ``sampled_row``.
 
     Args:
-        examples: The examples of the prompts, in the order of the rollout.
+        examples: The examples of the prompts, in the order of the responses.
         source: Generator of the responses.
-        rollout: The responses.
+        responses: The responses.
         credits: One advantage a response, by the reward term's name.
     """
-    columns = (rollout.response_ids, rollout.logprobs, rollout.own_masks, rollout.stop_reasons)
+    columns = credits or {}
     return [
-        written_row(
-            example,
-            source,
-            ids,
-            logprobs,
-            {name: values[i] for name, values in (credits or {}).items()},
-            own,
-            reason,
-        )
-        for i, (example, ids, logprobs, own, reason) in enumerate(
-            zip(examples, *columns, strict=True)
-        )
+        sampled_row(example, source, response, {name: columns[name][i] for name in columns})
+        for i, (example, response) in enumerate(zip(examples, responses, strict=True))
     ]
 
 
@@ -128,7 +110,7 @@ def micro_batches(rows: Sequence[TrainingRow], num_batches: int) -> list[Distill
     size = -(-len(rows) // num_batches)
     batches = [collate(by_length[i : i + size]) for i in range(0, len(rows), size)]
     while len(batches) < num_batches:
-        batches.append(collate([muted(by_length[-1])]))
+        batches.append(collate([fully_masked(by_length[-1])]))
     return batches
 
 
@@ -137,7 +119,7 @@ def share(items: Sequence[_T], rank: int, world_size: int) -> Sequence[_T]:
     return items[len(items) * rank // world_size : len(items) * (rank + 1) // world_size]
 
 
-def muted(row: TrainingRow) -> TrainingRow:
+def fully_masked(row: TrainingRow) -> TrainingRow:
     """Return the row fully masked: it is computed and contributes zero."""
     return TrainingRow(
         index=row.index,
@@ -162,8 +144,9 @@ def rollout_metrics(rollouts: Sequence[tuple[Rollout, float]]) -> dict[str, floa
         return {}
     seconds = sum(time for _, time in rollouts)
     num_tokens = sum(rollout.num_tokens for rollout, _ in rollouts)
-    lengths = [len(ids) for rollout, _ in rollouts for ids in rollout.response_ids]
-    ended = sum(reason == "eos" for rollout, _ in rollouts for reason in rollout.stop_reasons)
+    responses = [response for rollout, _ in rollouts for response in rollout]
+    lengths = [len(response.ids) for response in responses]
+    ended = sum(response.stop_reason == "eos" for response in responses)
     num_row_steps = sum(rollout.num_row_steps for rollout, _ in rollouts)
     utilisation = {"rollout/utilisation": num_tokens / num_row_steps} if num_row_steps else {}
     gaps = [rollout.engine_gap for rollout, _ in rollouts if rollout.engine_gap is not None]
@@ -174,7 +157,7 @@ def rollout_metrics(rollouts: Sequence[tuple[Rollout, float]]) -> dict[str, floa
         "rollout/mean_length": sum(lengths) / len(lengths),
         "rollout/eos_share": ended / len(lengths),
         "rollout/empty_share": lengths.count(0) / len(lengths),
-        **_tool_metrics([use for rollout, _ in rollouts for use in rollout.tool_use]),
+        **_tool_metrics([r.tool_use for r in responses if r.tool_use is not None]),
         **utilisation,
         **({"rollout/engine_gap": max(gaps)} if gaps else {}),
     }

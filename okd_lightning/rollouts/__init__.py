@@ -15,19 +15,19 @@ too.
 from okd_lightning.engines import NoiseStream, Sampling, TransformersEngine
 from okd_lightning.rollouts.loader import RolloutLoader
 from okd_lightning.rollouts.loader_shape import LoaderShape
-from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan, plan_for, writer_of
-from okd_lightning.rollouts.replay import KeptResponses, ReplayWriter
+from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan, engine_of, plan_for
+from okd_lightning.rollouts.replay import KeptResponses, ReplayEngine
 
 __all__ = [
     "KeptResponses",
     "LoaderShape",
     "NoiseStream",
-    "ReplayWriter",
+    "ReplayEngine",
     "RolloutLoader",
     "RolloutPlan",
     "Sampling",
     "StagedPlan",
     "TransformersEngine",
+    "engine_of",
     "plan_for",
-    "writer_of",
 ]

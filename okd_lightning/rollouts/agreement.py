@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from okd_lightning.engines.engine import Author, Progress
 from okd_lightning.errors import PreemptedError, RolloutTimeoutError
-from okd_lightning.records.batches import PromptBatch
+from okd_lightning.records.requests import Progress, Request
 
 _T = TypeVar("_T")
 _MOST_PROMPTS = 5
@@ -53,28 +52,28 @@ class Agreement:
     def progress(self, shown: Progress | None) -> Progress:
         """Return a progress callback that also interrupts the engine on a stop request."""
 
-        def tell(rows: int, tokens: int = 0) -> None:
+        def report(rows: int, tokens: int = 0) -> None:
             if shown is not None:
                 shown(rows, tokens)
             if self.stop.is_made:
                 raise _AbandonedError
 
-        return tell
+        return report
 
-    def together(self, write: Callable[[], _T]) -> _T:
-        """Return the result of ``write`` if it succeeded on every rank.
+    def together(self, generate: Callable[[], _T]) -> _T:
+        """Return the result of ``generate`` if it succeeded on every rank.
 
         Args:
-            write: All generation before the next collective call; every rank calls this.
+            generate: All generation before the next collective call; every rank calls this.
 
         Raises:
             RolloutTimeoutError: An engine timed out, on this or another rank.
             PreemptedError: A rank was requested to stop; the responses are discarded.
         """
         problem: RolloutTimeoutError | None = None
-        written: list[_T] = []
+        results: list[_T] = []
         try:
-            written.append(write())  # also after a stop request: a sharded model needs all ranks
+            results.append(generate())  # also after a stop request: a sharded model needs all ranks
         except _AbandonedError:
             pass
         except RolloutTimeoutError as error:
@@ -87,11 +86,11 @@ class Agreement:
             raise RolloutTimeoutError(where + text) from problem
         if any(is_made for is_made, _ in outcomes):
             raise PreemptedError("the run was asked to stop while responses were written")
-        return written[0]
+        return results[0]
 
 
 @contextmanager
-def naming_the_prompts(author: Author, prompts: PromptBatch) -> Iterator[None]:
+def naming_the_prompts(request: Request) -> Iterator[None]:
     """Add the prompts and the remedy to an engine's timeout.
 
     Raises:
@@ -102,11 +101,12 @@ def naming_the_prompts(author: Author, prompts: PromptBatch) -> Iterator[None]:
     except TimeoutError as error:
         if isinstance(error, RolloutTimeoutError):
             raise
-        rows = ", ".join(map(str, prompts.index[:_MOST_PROMPTS]))
+        prompts = request.prompts
+        rows = ", ".join(str(prompt.index) for prompt in prompts[:_MOST_PROMPTS])
         more = len(prompts) - _MOST_PROMPTS
         raise RolloutTimeoutError(
-            f"the engine did not answer in time while the {author} wrote to {len(prompts)} prompts "
-            f"(rows {rows}{f' and {more} more' if more > 0 else ''} of the data)"
-            f"{f': {error}' if str(error) else ''}; see to the engine and resume, or have it write "
-            "less at once (--data.prompts_per_rollout, --data.max_response_length)"
+            f"the engine did not answer in time while the {request.generator} wrote to "
+            f"{len(prompts)} prompts (rows {rows}{f' and {more} more' if more > 0 else ''} of the "
+            f"data){f': {error}' if str(error) else ''}; see to the engine and resume, or have it "
+            "write less at once (--data.prompts_per_rollout, --data.max_response_length)"
         ) from error

@@ -7,15 +7,23 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from okd_lightning.engines.engine import Author, ProgressFactory, Writer, silent_progress
-from okd_lightning.records.batches import DistillBatch, Example, PromptBatch, Rollout
+from okd_lightning.engines.engine import ProgressFactory, RolloutEngine, silent_progress
+from okd_lightning.records.batches import DistillBatch, Example
 from okd_lightning.records.noise import NoiseDomain, NoiseStream, hashed_uniform
-from okd_lightning.records.rows import given_row, micro_batches, muted, share, written_rows
+from okd_lightning.records.requests import Request, Response, Rollout
+from okd_lightning.records.rows import (
+    dataset_row,
+    fully_masked,
+    micro_batches,
+    sampled_row,
+    sampled_rows,
+    share,
+)
 from okd_lightning.records.sampling import Sampling
 from okd_lightning.rollouts.agreement import Agreement, naming_the_prompts
 
 
-class GivenResponses:
+class DatasetResponses:
     """This rank's share of dataset responses, in batches of similar lengths.
 
     Args:
@@ -29,8 +37,8 @@ class GivenResponses:
         self, examples: Sequence[Example], batch_size: int, rank: int = 0, world_size: int = 1
     ) -> None:
         self.examples = examples
-        own = [given_row(example) for example in share(examples, rank, world_size)]
-        own = own or [muted(given_row(examples[0]))]
+        own = [dataset_row(example) for example in share(examples, rank, world_size)]
+        own = own or [fully_masked(dataset_row(examples[0]))]
         batches = micro_batches(own, _num_batches(len(examples), batch_size, world_size))
         keys = hashed_uniform(NoiseDomain.BATCH_ORDER, np.arange(len(batches)))
         order = keys.argsort(kind="stable")
@@ -43,7 +51,7 @@ class GivenResponses:
         return iter(self._batches)
 
 
-class OwnResponses:
+class StudentResponses:
     """The student's responses to a fixed set of prompts, generated again at every pass.
 
     The noise is the same at every pass, so that two validations differ only by the student.
@@ -51,7 +59,7 @@ class OwnResponses:
     Args:
         examples: The prompts.
         batch_size: Sequences a batch.
-        writer: Generates the responses.
+        engine: Generates the responses.
         sampling: Temperature, top-k and top-p.
         max_new_tokens: Longest response, in tokens.
         seed: Keys the noise.
@@ -65,7 +73,7 @@ class OwnResponses:
         self,
         examples: Sequence[Example],
         batch_size: int,
-        writer: Writer,
+        engine: RolloutEngine,
         *,
         sampling: Sampling,
         max_new_tokens: int,
@@ -78,7 +86,7 @@ class OwnResponses:
         self.examples = examples
         self._own = list(share(examples, rank, world_size))
         self._batch_size = batch_size
-        self._writer = writer
+        self._engine = engine
         self._sampling = sampling
         self._max_new_tokens = max_new_tokens
         self._seed = seed
@@ -90,34 +98,23 @@ class OwnResponses:
         return _num_batches(len(self.examples), self._batch_size, self._world_size)
 
     def __iter__(self) -> Iterator[DistillBatch]:
-        rollout = self._agreement.together(self._write)
-        rows = written_rows(self._own, "student", rollout)
-        nothing = Rollout(((),), ((),), ("",))
-        rows = rows or [muted(row) for row in written_rows(self.examples[:1], "student", nothing)]
-        yield from micro_batches(rows, len(self))
+        rollout = self._agreement.together(self._generate)
+        rows = sampled_rows(self._own, "student", rollout)
+        empty = sampled_row(self.examples[0], "student", Response((), (), ""))
+        yield from micro_batches(rows or [fully_masked(empty)], len(self))
 
-    def _write(self) -> Rollout:
-        prompts = prompt_batch(self._own)
-        shown = self._progress("student writes", len(prompts))
-        with naming_the_prompts("student", prompts), shown as progress:
-            return self._writer.write(
-                "student",
-                prompts,
-                self._sampling,
-                NoiseStream(self._seed, NoiseDomain.VALIDATION),
-                self._max_new_tokens,
-                self._agreement.progress(progress),
+    def _generate(self) -> Rollout:
+        shown = self._progress("student writes", len(self._own))
+        with shown as progress:
+            request = Request(
+                prompts=tuple(example.prompt_for("student") for example in self._own),
+                sampling=self._sampling,
+                noise=NoiseStream(self._seed, NoiseDomain.VALIDATION),
+                max_new_tokens=self._max_new_tokens,
+                progress=self._agreement.progress(progress),
             )
-
-
-def prompt_batch(examples: Sequence[Example], author: Author = "student") -> PromptBatch:
-    """Return one prompt an example: the one that ``author`` reads."""
-    return PromptBatch(
-        input_ids=tuple(example.prompt_ids_of(author) for example in examples),
-        index=tuple(example.index for example in examples),
-        sample=(0,) * len(examples),
-        chats=tuple(example.chat for example in examples),
-    )
+            with naming_the_prompts(request):
+                return self._engine.respond(request)
 
 
 def _num_batches(num_examples: int, batch_size: int, world_size: int) -> int:

@@ -1,10 +1,10 @@
 """The RolloutLoader: a sized, re-iterable, stateful source of training batches.
 
-Owns the order of prompts, the rollout batches (``chunk`` in the code) in which responses are
-generated, and the cursor. Lightning saves its state with every checkpoint and restores it before
-the first batch. The state includes the rollouts of the current rollout batch, so that a resumed run
-trains on the same responses. A rollout batch is a whole number of optimizer steps; every rank gets
-the same number of batches.
+Owns the order of prompts, the rollout batches in which responses are generated, and the cursor.
+Lightning saves its state with every checkpoint and restores it before the first batch. The state
+includes the rollouts of the current rollout batch, so that a resumed run trains on the same
+responses. A rollout batch is a whole number of optimizer steps; every rank gets the same number of
+batches.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from okd_lightning.engines.engine import Author, ProgressFactory, Writer, silent_progress
+from okd_lightning.engines.engine import ProgressFactory, RolloutEngine, silent_progress
 from okd_lightning.errors import ConfigError
-from okd_lightning.records.batches import DistillBatch, Example, PromptBatch, Rollout, TrainingRow
+from okd_lightning.records.batches import DistillBatch, Example, TrainingRow
 from okd_lightning.records.noise import NoiseDomain, NoiseStream, hashed_uniform
+from okd_lightning.records.requests import Generator, Request, Rollout
 from okd_lightning.records.rows import (
     count_by_source,
-    given_row,
+    dataset_row,
+    fully_masked,
     micro_batches,
-    muted,
     rollout_metrics,
+    sampled_rows,
     share,
-    written_rows,
 )
 from okd_lightning.records.sampling import Sampling
 from okd_lightning.rollouts.agreement import Agreement, StopRequest, naming_the_prompts
@@ -39,7 +40,7 @@ from okd_lightning.rollouts.lengths import RolloutLengths
 from okd_lightning.rollouts.loader_shape import LoaderShape
 from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan
 from okd_lightning.rollouts.resharing import RowKey, reshared, reshared_credits
-from okd_lightning.rollouts.scoring import ChunkScorer, unscored
+from okd_lightning.rollouts.scoring import RolloutScorer, SampledResponse, unscored
 from okd_lightning.rollouts.stored import (
     pack_credits,
     pack_rollout,
@@ -47,8 +48,7 @@ from okd_lightning.rollouts.stored import (
     unpack_rollout,
 )
 
-_AUTHORS: tuple[Author, ...] = ("student", "teacher")
-_NOTHING = Rollout((), (), ())
+_GENERATORS: tuple[Generator, ...] = ("student", "teacher")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class RolloutLoader:
         examples: The tokenized dataset.
         plan: The sources of rows.
         shape: Division of an epoch.
-        writer: Generates the student's and the teacher's responses.
+        engine: Generates the student's and the teacher's responses.
         sampling: Temperature, top-k and top-p.
         max_new_tokens: Longest response, in tokens.
         seed: Keys the order, the choice of sources and the sampling noise.
@@ -82,7 +82,7 @@ class RolloutLoader:
         examples: Sequence[Example],
         plan: RolloutPlan | StagedPlan,
         shape: LoaderShape,
-        writer: Writer,
+        engine: RolloutEngine,
         *,
         sampling: Sampling,
         max_new_tokens: int,
@@ -90,13 +90,13 @@ class RolloutLoader:
         reduce_sum: Callable[[Tensor], Tensor] = lambda counts: counts,
         gather: Callable[[Any], list[Any]] = lambda state: [state],
         progress: ProgressFactory = silent_progress,
-        score: ChunkScorer = unscored,
+        score: RolloutScorer = unscored,
         stop: StopRequest | None = None,
     ) -> None:
         self.examples = examples
         self.plan = plan
         self.shape = shape
-        self._writer = writer
+        self._engine = engine
         self._sampling = sampling
         self._max_new_tokens = max_new_tokens
         self._seed = seed
@@ -107,10 +107,10 @@ class RolloutLoader:
         self._agreement = Agreement(gather, stop or StopRequest())
         self._epoch = 0
         self._delivered = 0  # micro-batches of this epoch
-        self._written: dict[Author, Rollout] = {}
+        self._rollouts: dict[Generator, Rollout] = {}
         self._credits: dict[str, list[float]] | None = None  # of the student's responses
-        self._written_for = 0  # first optimizer step of the current rollout batch
-        self._is_written = False  # on all ranks
+        self._first_step = 0  # first optimizer step of the current rollout batch
+        self._is_generated = False  # on all ranks
         self.lengths = RolloutLengths()
         self._unreported: list[tuple[Rollout, float]] = []  # with the seconds that each took
         self._unreported_scores: dict[str, float] = {}
@@ -123,13 +123,15 @@ class RolloutLoader:
             self.start_at(self._epoch + 1)
         turns = self._turns(self._epoch)
         accumulate = self.shape.accumulate_grad_batches
-        for chunk_start in range(0, self.shape.steps_per_epoch, self.shape.steps_per_chunk):
-            chunk_end = min(chunk_start + self.shape.steps_per_chunk, self.shape.steps_per_epoch)
-            if self._delivered >= chunk_end * accumulate:
+        for batch_start in range(0, self.shape.steps_per_epoch, self.shape.steps_per_rollout):
+            batch_end = min(batch_start + self.shape.steps_per_rollout, self.shape.steps_per_epoch)
+            if self._delivered >= batch_end * accumulate:
                 continue
-            if self._written_for != chunk_start:
-                self._forget_written(chunk_start)
-            for step, rows in enumerate(self._chunk(turns, chunk_start, chunk_end), chunk_start):
+            if self._first_step != batch_start:
+                self._forget_rollouts(batch_start)
+            for step, rows in enumerate(
+                self._rollout_batch(turns, batch_start, batch_end), batch_start
+            ):
                 yield from self._step(step, rows)
 
     @property
@@ -153,22 +155,22 @@ class RolloutLoader:
     def start_at(self, epoch: int) -> None:
         """Begin with the first batch of an epoch."""
         self._epoch, self._delivered = epoch, 0
-        self._forget_written(0)
+        self._forget_rollouts(0)
 
-    def _forget_written(self, chunk_start: int) -> None:
-        self._written, self._credits = {}, None
-        self._written_for, self._is_written = chunk_start, False
+    def _forget_rollouts(self, batch_start: int) -> None:
+        self._rollouts, self._credits = {}, None
+        self._first_step, self._is_generated = batch_start, False
 
     def state_dict(self) -> dict[str, Any]:
         """Return epoch, cursor and the current rollout batch of all ranks."""
-        own = {author: pack_rollout(rollout) for author, rollout in self._written.items()}
+        own = {by: pack_rollout(rollout) for by, rollout in self._rollouts.items()}
         return {
             "epoch": self._epoch,
             "delivered": self._delivered,
             "accumulate": self.shape.accumulate_grad_batches,
             **self.fingerprint(),
-            "sources": self._sources_of(self._written_for),
-            "written_for": self._written_for,
+            "sources": self._sources_of(self._first_step),
+            "written_for": self._first_step,
             "written": self._gather(own),
             "credits": self._gather(pack_credits(self._credits)),
             "lengths": self.lengths.state_dict(),
@@ -214,10 +216,10 @@ class RolloutLoader:
         if state["accumulate"] != self.shape.accumulate_grad_batches:  # whole steps are done
             num_steps = state["delivered"] // state["accumulate"]
             self._delivered = num_steps * self.shape.accumulate_grad_batches
-        self._forget_written(state["written_for"])
-        if state.get("sources", own := self._sources_of(self._written_for)) != own:
+        self._forget_rollouts(state["written_for"])
+        if state.get("sources", own := self._sources_of(self._first_step)) != own:
             return  # another on-policy share: the responses are generated again
-        self._is_written = any(state["written"])
+        self._is_generated = any(state["written"])
         self._take(
             [{by: unpack_rollout(part) for by, part in own.items()} for own in state["written"]],
             [unpack_credits(credits) for credits in state["credits"]],
@@ -226,38 +228,40 @@ class RolloutLoader:
     def _sources_of(self, first: int) -> list[str]:
         """Return the source of each row of the rollout batch that begins at step ``first``."""
         turns = self._turns(self._epoch)
-        last = min(first + self.shape.steps_per_chunk, self.shape.steps_per_epoch)
+        last = min(first + self.shape.steps_per_rollout, self.shape.steps_per_epoch)
         steps = range(first, last)
         return [str(source) for step in steps for _, source in self._rows_of_step(turns, step)]
 
     def _take(
         self,
-        written: list[dict[Author, Rollout]],
+        written: list[dict[Generator, Rollout]],
         credits: list[dict[str, list[float]] | None],
     ) -> None:
         """Take this rank's part of a checkpoint's rollout batch of all ranks."""
         rank, world_size = self.shape.rank, self.shape.world_size
         if len(written) == world_size:
-            self._written, self._credits = written[rank], credits[rank]
+            self._rollouts, self._credits = written[rank], credits[rank]
             return
         turns = self._turns(self._epoch)
         owners = [self._keys(turns, old, len(written)) for old in range(len(written))]
         own = self._keys(turns, rank, world_size)
-        self._written = reshared(written, owners, own)
+        self._rollouts = reshared(written, owners, own)
         self._credits = reshared_credits(
             credits, [keys["student"] for keys in owners], own["student"]
         )
 
-    def _keys(self, turns: list[_Turn], rank: int, world_size: int) -> dict[Author, list[RowKey]]:
+    def _keys(
+        self, turns: list[_Turn], rank: int, world_size: int
+    ) -> dict[Generator, list[RowKey]]:
         """Return the rows of the stored rollout batch that a rank generates, in order."""
-        keys: dict[Author, list[RowKey]] = {author: [] for author in _AUTHORS}
-        first = self._written_for
-        last = min(first + self.shape.steps_per_chunk, self.shape.steps_per_epoch)
+        keys: dict[Generator, list[RowKey]] = {generator: [] for generator in _GENERATORS}
+        first = self._first_step
+        last = min(first + self.shape.steps_per_rollout, self.shape.steps_per_epoch)
         for step in range(first, last):
             rows = list(enumerate(self._rows_of_step(turns, step)))
-            for place, (_, author) in share(rows, rank, world_size):
-                if author != "dataset":
-                    keys[author].append((step, place))
+            for place, (_, source) in share(rows, rank, world_size):
+                if source != "dataset":
+                    keys[source].append((step, place))
         return keys
 
     @cached_property
@@ -266,7 +270,7 @@ class RolloutLoader:
         shape = self.shape
         read = [(example.prompt_ids, example.teacher_prompt_ids) for example in self.examples]
         prompts = zlib.crc32(repr(read).encode())
-        cut = [shape.prompts_per_epoch, shape.steps_per_chunk, shape.samples_per_prompt]
+        cut = [shape.prompts_per_epoch, shape.steps_per_rollout, shape.samples_per_prompt]
         return [self._seed, len(self.examples), prompts, *cut]
 
     def _turns(self, epoch: int) -> list[_Turn]:
@@ -289,64 +293,63 @@ class RolloutLoader:
             seen[index] = seen.get(index, 0) + 1
         return turns
 
-    def _chunk(self, turns: list[_Turn], start: int, end: int) -> list[list[TrainingRow]]:
+    def _rollout_batch(self, turns: list[_Turn], start: int, end: int) -> list[list[TrainingRow]]:
         """Return this rank's rows of the optimizer steps start..end, with generated responses."""
         of_all = [self._rows_of_step(turns, step) for step in range(start, end)]
         rank, world_size = self.shape.rank, self.shape.world_size
         steps = [list(share(rows, rank, world_size)) for rows in of_all]
-        own: dict[Author, list[_Turn]] = {
-            author: [turn for step in steps for turn, by in step if by == author]
-            for author in _AUTHORS
+        own: dict[Generator, list[_Turn]] = {
+            generator: [turn for step in steps for turn, by in step if by == generator]
+            for generator in _GENERATORS
         }
         asked = {by for rows in of_all for _, by in rows if by != "dataset"}
-        if asked and not self._is_written:
-            self._written = self._agreement.together(lambda: self._write_all(own, asked))
-            self._is_written = True
+        if asked and not self._is_generated:
+            self._rollouts = self._agreement.together(lambda: self._generate_all(own, asked))
+            self._is_generated = True
         numbers = [
             step for step, rows in enumerate(steps, start) for _, by in rows if by == "student"
         ]
-        self._ask_credits(own["student"], numbers)
-        written = {author: iter(self._rows_of(author, own[author])) for author in _AUTHORS}
-        chunk = []
+        self._score_responses(own["student"], numbers)
+        sampled = {by: iter(self._rows_of(by, own[by])) for by in _GENERATORS}
+        found = []
         for step in steps:
             rows = [
-                given_row(turn.example) if by == "dataset" else next(written[by])
+                dataset_row(turn.example) if by == "dataset" else next(sampled[by])
                 for turn, by in step
             ]
-            chunk.append(rows or [muted(given_row(self.examples[0]))])
+            found.append(rows or [fully_masked(dataset_row(self.examples[0]))])
         if "student" in asked:
-            counts = self._reduce_sum(count_by_source([row for rows in chunk for row in rows]))
+            counts = self._reduce_sum(count_by_source([row for rows in found for row in rows]))
             self.lengths.begin(self._epoch, start, counts)
-        return chunk
+        return found
 
-    def _write_all(
-        self, own: dict[Author, list[_Turn]], asked: set[Author]
-    ) -> dict[Author, Rollout]:
+    def _generate_all(
+        self, own: dict[Generator, list[_Turn]], asked: set[Generator]
+    ) -> dict[Generator, Rollout]:
         """Generate by each model that any rank needs, also without prompts on this rank.
 
         (All ranks gather a sharded model together.)
         """
-        return {by: self._write(by, turns) for by, turns in own.items() if by in asked}
+        return {by: self._generate(by, turns) for by, turns in own.items() if by in asked}
 
-    def _ask_credits(self, turns: list[_Turn], steps: list[int]) -> None:
+    def _score_responses(self, turns: list[_Turn], steps: list[int]) -> None:
         """Score once a rollout batch on every rank, also without student responses on it."""
         if self._credits is not None:
             return
         first = self._epoch * self.shape.steps_per_epoch
-        rollout = self._written.get("student", _NOTHING)
-        scores = self._score(
-            [turn.example for turn in turns],
-            [turn.sample for turn in turns],
-            rollout,
-            [first + step for step in steps],
-        )
+        rollout = self._rollouts.get("student", ())
+        found = [
+            SampledResponse(turn.example, turn.sample, response, first + step)
+            for turn, response, step in zip(turns, rollout, steps, strict=True)
+        ]
+        scores = self._score(found)
         self._credits, self._unreported_scores = scores.credits, scores.metrics
 
-    def _rows_of(self, author: Author, turns: list[_Turn]) -> list[TrainingRow]:
+    def _rows_of(self, generator: Generator, turns: list[_Turn]) -> list[TrainingRow]:
         """Return the rows of a generator's responses in the current rollout batch."""
-        credits = (self._credits or {}) if author == "student" else {}
-        rollout = self._written.get(author, _NOTHING)
-        return written_rows([turn.example for turn in turns], author, rollout, credits)
+        examples, rollout = [turn.example for turn in turns], self._rollouts.get(generator, ())
+        credits = self._credits if generator == "student" else None
+        return sampled_rows(examples, generator, rollout, credits)
 
     def _rows_of_step(self, turns: list[_Turn], step: int) -> list[tuple[_Turn, Any]]:
         """Return all ranks' rows of a step: every sample of a prompt, or its dataset response."""
@@ -360,21 +363,20 @@ class RolloutLoader:
             for k in range(1 if source == "dataset" else self.shape.samples_per_prompt)
         ]
 
-    def _write(self, author: Author, turns: list[_Turn]) -> Rollout:
-        prompts = PromptBatch(
-            input_ids=tuple(turn.example.prompt_ids_of(author) for turn in turns),
-            index=tuple(turn.example.index for turn in turns),
-            sample=tuple(turn.sample for turn in turns),
-            chats=tuple(turn.example.chat for turn in turns),
-        )
-        noise = NoiseStream(self._seed, self._epoch)
+    def _generate(self, generator: Generator, turns: list[_Turn]) -> Rollout:
         start = time.perf_counter()
-        shown = self._progress(f"{author} writes", len(prompts))
-        with naming_the_prompts(author, prompts), shown as progress:
-            told = self._agreement.progress(progress)
-            rollout = self._writer.write(
-                author, prompts, self._sampling, noise, self._max_new_tokens, told
+        shown = self._progress(f"{generator} writes", len(turns))
+        with shown as progress:
+            request = Request(
+                prompts=tuple(turn.example.prompt_for(generator, turn.sample) for turn in turns),
+                sampling=self._sampling,
+                noise=NoiseStream(self._seed, self._epoch),
+                max_new_tokens=self._max_new_tokens,
+                generator=generator,
+                progress=self._agreement.progress(progress),
             )
+            with naming_the_prompts(request):
+                rollout = self._engine.respond(request)
         if turns:
             self._unreported.append((rollout, time.perf_counter() - start))
         return rollout

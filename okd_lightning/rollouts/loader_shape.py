@@ -58,6 +58,6 @@ class LoaderShape:
         return -(-self.prompts_per_epoch // self.prompts_per_step)
 
     @property
-    def steps_per_chunk(self) -> int:
+    def steps_per_rollout(self) -> int:
         """Optimizer steps a rollout batch."""
         return (self.prompts_per_rollout or self.prompts_per_step) // self.prompts_per_step

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from okd_lightning.engines.engine import Writer
+from okd_lightning.engines.engine import RolloutEngine
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term
 from okd_lightning.records.batches import SOURCES, Source
@@ -129,11 +129,11 @@ def plan_for(terms: Sequence[Term]) -> StagedPlan:
     return StagedPlan(tuple(stages))
 
 
-def writer_of(terms: Sequence[Term], writer: Writer) -> Writer:
-    """Return the run's writer: ``writer``, wrapped by the terms in order."""
+def engine_of(terms: Sequence[Term], engine: RolloutEngine) -> RolloutEngine:
+    """Return the run's engine: ``engine``, wrapped by the terms in order."""
     for term in terms:
-        writer = term.wrap_writer(writer)
-    return writer
+        engine = term.wrap_engine(engine)
+    return engine
 
 
 def acts_in(term: Term, step: int) -> bool:

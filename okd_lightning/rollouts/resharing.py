@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
-from okd_lightning.engines.engine import Author
-from okd_lightning.records.batches import Rollout
+from okd_lightning.records.requests import Generator, Response, Rollout
 
 RowKey: TypeAlias = tuple[int, int]
 """An optimizer step of the rollout batch, and the row's place in it over all ranks."""
@@ -15,10 +14,10 @@ Credits: TypeAlias = dict[str, list[float]] | None
 
 
 def reshared(
-    stored: Sequence[Mapping[Author, Rollout]],
-    owners: Sequence[Mapping[Author, Sequence[RowKey]]],
-    own: Mapping[Author, Sequence[RowKey]],
-) -> dict[Author, Rollout]:
+    stored: Sequence[Mapping[Generator, Rollout]],
+    owners: Sequence[Mapping[Generator, Sequence[RowKey]]],
+    own: Mapping[Generator, Sequence[RowKey]],
+) -> dict[Generator, Rollout]:
     """Return this rank's part of all ranks' responses of a rollout batch.
 
     Args:
@@ -26,17 +25,14 @@ def reshared(
         owners: Their rows, in the same order.
         own: The rows of this rank.
     """
-    found: dict[Author, Rollout] = {}
-    for author, keys in own.items():
-        rows = {}
+    found: dict[Generator, Rollout] = {}
+    for generator, keys in own.items():
+        rows: dict[RowKey, Response] = {}
         for part, part_keys in zip(stored, owners, strict=True):
-            rollout = part.get(author, Rollout((), (), ()))
-            columns = (rollout.response_ids, rollout.logprobs, rollout.stop_reasons)
-            named = zip(part_keys[author], *columns, rollout.own_masks, strict=True)
-            rows.update({key: row for key, *row in named})
+            rollout = part.get(generator, Rollout())
+            rows.update(zip(part_keys[generator], rollout, strict=True))
         if keys:
-            ids, logprobs, reasons, masks = zip(*(rows[key] for key in keys), strict=True)
-            found[author] = Rollout(ids, logprobs, reasons, masks)
+            found[generator] = Rollout(tuple(rows[key] for key in keys))
     return found
 
 

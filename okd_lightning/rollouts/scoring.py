@@ -13,32 +13,37 @@ from typing import Any, Protocol
 
 from okd_lightning.errors import RewardError
 from okd_lightning.losses import RowScorer, Term
-from okd_lightning.records.batches import Example, Rollout
+from okd_lightning.records.batches import Example
+from okd_lightning.records.requests import Response
 from okd_lightning.rollouts.plan import acts_in
 
 
-class ChunkScorer(Protocol):
+@dataclass(frozen=True)
+class SampledResponse:
+    """One response of the student that trains.
+
+    Attributes:
+        example: The example of its prompt.
+        sample: Its sample number.
+        response: The response.
+        step: The optimizer step in which it is trained on.
+    """
+
+    example: Example
+    sample: int
+    response: Response
+    step: int
+
+
+class RolloutScorer(Protocol):
     """Computes the advantages of a rollout batch for a RolloutLoader."""
 
-    def __call__(
-        self,
-        examples: Sequence[Example],
-        samples: Sequence[int],
-        rollout: Rollout,
-        steps: Sequence[int],
-    ) -> ChunkScores:
-        """Score responses; called on every rank for every rollout batch, also without responses.
-
-        Args:
-            examples: The examples of the prompts, one a response.
-            samples: Sample number of each response.
-            rollout: The responses.
-            steps: The optimizer step in which each response is trained on.
-        """
+    def __call__(self, responses: Sequence[SampledResponse]) -> RolloutScores:
+        """Score responses; called on every rank for every rollout batch, also without responses."""
 
 
 @dataclass(frozen=True)
-class ChunkScores:
+class RolloutScores:
     """Scores of this rank's responses of a rollout batch.
 
     Attributes:
@@ -50,12 +55,10 @@ class ChunkScores:
     metrics: dict[str, float]
 
 
-def unscored(
-    examples: Sequence[Example], samples: Sequence[int], rollout: Rollout, steps: Sequence[int]
-) -> ChunkScores:
+def unscored(responses: Sequence[SampledResponse]) -> RolloutScores:
     """Return empty scores, for a run without rewards."""
-    del examples, samples, rollout, steps
-    return ChunkScores({}, {})
+    del responses
+    return RolloutScores({}, {})
 
 
 @dataclass(frozen=True)
@@ -76,34 +79,25 @@ class TermScorer:
     gather: Callable[[Any], list[Any]]
     rank: int
 
-    def __call__(
-        self,
-        examples: Sequence[Example],
-        samples: Sequence[int],
-        rollout: Rollout,
-        steps: Sequence[int],
-    ) -> ChunkScores:
+    def __call__(self, responses: Sequence[SampledResponse]) -> RolloutScores:
         """Score this rank's responses; baselines use all ranks' responses.
 
         Raises:
             RewardError: A scorer raised it on some rank; raised on all ranks.
         """
-        turns = [[self.decode(ids) for ids in rollout.turns(i)] for i in range(len(rollout))]
-        groups = [
-            (example.index, sample // self.samples_per_prompt)
-            for example, sample in zip(examples, samples, strict=True)
-        ]
+        turns = [[self.decode(ids) for ids in row.response.turns] for row in responses]
+        groups = [(row.example.index, row.sample // self.samples_per_prompt) for row in responses]
         credits, metrics = {}, {}
         for term in self.terms:
             scorer = term.scorer
             assert scorer is not None
-            rows = [row for row, step in enumerate(steps) if acts_in(term, step)]
+            rows = [i for i, row in enumerate(responses) if acts_in(term, row.step)]
             read = [turns[row][-1:] if scorer.reads_last_turn else turns[row] for row in rows]
             own, problem = _scores(
                 scorer,
-                [examples[row].prompt for row in rows],
+                [responses[row].example.prompt for row in rows],
                 ["\n".join(texts) for texts in read],
-                [examples[row].response for row in rows],
+                [responses[row].example.response for row in rows],
             )
             everyone = self.gather((own, [groups[row] for row in rows], problem))
             for *_, found in everyone:  # all ranks stop together
@@ -113,9 +107,9 @@ class TermScorer:
             credit = scorer.credit_rows(scores, [key for _, keys, _ in everyone for key in keys])
             first = sum(len(part) for part, _, _ in everyone[: self.rank])
             given = dict(zip(rows, credit[first : first + len(own)], strict=True))
-            credits[term.name] = [given.get(row, 0.0) for row in range(len(steps))]
+            credits[term.name] = [given.get(row, 0.0) for row in range(len(responses))]
             metrics.update(_summary(term.name, scores))
-        return ChunkScores(credits, metrics)
+        return RolloutScores(credits, metrics)
 
 
 def _scores(

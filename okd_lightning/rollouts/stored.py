@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from okd_lightning.records.batches import STOP_REASONS, Rollout
+from okd_lightning.records.requests import STOP_REASONS, Response, Rollout
 
 
-def pack_rollout(rollout: Rollout) -> dict[str, Tensor]:
+def pack_rollout(rollout: Sequence[Response]) -> dict[str, Tensor]:
     """Pack a rollout for ``unpack_rollout``; tool use is not kept."""
     return {
-        "lengths": torch.tensor([len(ids) for ids in rollout.response_ids]),
-        "ids": torch.tensor([i for ids in rollout.response_ids for i in ids], dtype=torch.int64),
-        "logprobs": torch.tensor([p for row in rollout.logprobs for p in row], dtype=torch.float64),
-        "own": torch.tensor([own for mask in rollout.own_masks for own in mask], dtype=torch.bool),
-        "reasons": torch.tensor([STOP_REASONS.index(reason) for reason in rollout.stop_reasons]),
+        "lengths": torch.tensor([len(row.ids) for row in rollout]),
+        "ids": torch.tensor([i for row in rollout for i in row.ids], dtype=torch.int64),
+        "logprobs": torch.tensor([p for row in rollout for p in row.logprobs], dtype=torch.float64),
+        "own": torch.tensor([own for row in rollout for own in row.mask], dtype=torch.bool),
+        "reasons": torch.tensor([STOP_REASONS.index(row.stop_reason) for row in rollout]),
     }
 
 
 def unpack_rollout(packed: dict[str, Tensor]) -> Rollout:
     """Return the rollout of ``pack_rollout``."""
     lengths = packed["lengths"].tolist()
-    return Rollout(
-        response_ids=tuple(tuple(part.tolist()) for part in packed["ids"].split(lengths)),
-        logprobs=tuple(tuple(part.tolist()) for part in packed["logprobs"].split(lengths)),
-        stop_reasons=tuple(STOP_REASONS[code] for code in packed["reasons"].tolist()),
-        masks=tuple(tuple(part.tolist()) for part in packed["own"].split(lengths)),
-    )
+    parts = [packed[name].split(lengths) for name in ("ids", "logprobs", "own")]
+    columns = [[tuple(part.tolist()) for part in column] for column in parts]
+    reasons = [STOP_REASONS[code] for code in packed["reasons"].tolist()]
+    rows = zip(*columns, reasons, strict=True)
+    return Rollout(tuple(Response(ids, logprobs, why, own) for ids, logprobs, own, why in rows))
 
 
 def pack_credits(credits: dict[str, list[float]] | None) -> dict[str, Tensor] | None:

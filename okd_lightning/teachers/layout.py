@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from okd_lightning.records.batches import Example, TrainingRow
-from okd_lightning.records.rows import given_row
+from okd_lightning.records.rows import dataset_row
 
 PART_POSITIONS = 2**15
 """Approximate loss tokens a file: the work that is lost if the writing process is killed."""
@@ -81,7 +81,7 @@ def layout_of(examples: Sequence[Example], part_positions: int) -> Layout:
     """
     rows: dict[bytes, TrainingRow] = {}
     for example in examples:
-        row = replace(given_row(example).teacher_row, teacher_prompt_ids=())
+        row = replace(dataset_row(example).teacher_row, teacher_prompt_ids=())
         if row.num_loss_tokens:
             rows.setdefault(reading_key(row.input_ids, row.mask), row)
     digest = blake2b(b"".join(rows), digest_size=32).hexdigest()

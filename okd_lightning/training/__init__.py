@@ -2,8 +2,8 @@
 
 * ``module``: the DistillationModule, on ``optimized_module`` (optimizer), ``measured_module``
   (validation), ``paired_module`` (building) and ``frozen_parts``.
-* ``pair``: a student and its teacher, which are built, measured and run. ``mixed_writer``: both as
-  one generator.
+* ``pair``: a student and its teacher, which are built, measured and run. ``mixture_engine``: both
+  as one engine.
 * ``step_terms``, ``step_metrics``: terms and logged metrics of an optimizer step.
 * ``optimizers``, ``optimizer_settings``, ``resumed_rates``: parameter groups, schedules, resume.
 * ``run_state``, ``loop_state``, ``arguments``, ``kept_checkpoints``: state in checkpoints.

@@ -36,7 +36,7 @@ def settle_loops(checkpoint: dict[str, Any], accumulate_grad_batches: int) -> No
     epochs["current"] = dict(epochs["total"])
     saved = checkpoint["okd_lightning"].get("accumulate", accumulate_grad_batches)
     _rescale(loop["epoch_loop.batch_progress"], saved, accumulate_grad_batches)
-    if checkpoint.get(STOPPED, {}).get("validation_is_due"):
+    if validation_is_due(checkpoint):
         _before_validation(loop)
         return
     _behind_validation(loop)
@@ -50,6 +50,11 @@ def settle_loops(checkpoint: dict[str, Any], accumulate_grad_batches: int) -> No
     if total["completed"] == total["processed"]:  # before a rollout, or at the end of the run
         for part in (current, total):
             part["completed"] = part["processed"] - 1
+
+
+def validation_is_due(checkpoint: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint precedes the validation after its last step."""
+    return bool(checkpoint.get(STOPPED, {}).get("validation_is_due"))
 
 
 def validation_follows(trainer: lightning.Trainer) -> bool:

@@ -165,7 +165,7 @@ class DistillationModule(OptimizedModule):
         self._terms_of: int | None = None
         self._step_sums: dict[str, Tensor] = {}
         self.measured_before: dict[str, float] = {}  # by the last validation before a resume
-        self._rng_to_restore: dict[str, Any] | None = None
+        self.rng_to_restore: dict[str, Any] | None = None  # at the first step after a resume
 
     # ---------------------------------------------------------------- setting up
 
@@ -317,7 +317,7 @@ class DistillationModule(OptimizedModule):
         Raises:
             CheckpointError: Another method's, model's or optimizer's checkpoint.
         """
-        self._rng_to_restore = check_state(self, checkpoint)
+        self.rng_to_restore = check_state(self, checkpoint)
         if self._trainer is not None:
             settle_kept(self._trainer, checkpoint)
         if self.terms:
@@ -336,9 +336,9 @@ class DistillationModule(OptimizedModule):
 
     def on_train_batch_start(self, batch: DistillBatch, batch_idx: int) -> None:
         """Restore a resumed run's random streams (dropout), once; drop the last step's metrics."""
-        if self._rng_to_restore is not None:
-            set_rng_state(self._rng_to_restore)
-            self._rng_to_restore = None
+        if self.rng_to_restore is not None:
+            set_rng_state(self.rng_to_restore)
+            self.rng_to_restore = None
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             forget_last_step(self.trainer)
             begin_step(self.trainer)

@@ -18,7 +18,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from okd_lightning.engines.engine import Author
 from okd_lightning.engines.memory import memory_of
 from okd_lightning.engines.tool_rollouts import ToolRounds
 from okd_lightning.errors import ConfigError
@@ -51,6 +50,7 @@ from okd_lightning.models import (
     say_row_groups,
 )
 from okd_lightning.records.batches import DistillBatch
+from okd_lightning.records.requests import Generator
 from okd_lightning.sharding import Placement, WholeModels
 from okd_lightning.teachers import (
     AdaptiveTeacher,
@@ -336,26 +336,26 @@ class Pair:
         )
 
     @contextmanager
-    def writing(self, *authors: Author) -> Iterator[list[PreTrainedModel]]:
+    def writing(self, *generators: Generator) -> Iterator[list[PreTrainedModel]]:
         """Prepare models for generation in the block: unsharded, in eval mode, no gradient.
 
         Args:
-            authors: Student, teacher or both.
+            generators: Student, teacher or both.
 
         Yields:
-            Each author's model within its PEFT wrapper, adapters included.
+            Each one's model within its PEFT wrapper, adapters included.
         """
         trainer = self._trainer_of()
         precision = nullcontext if trainer is None else trainer.precision_plugin.forward_context
-        models, contexts = zip(*map(self._generator, authors), strict=True)
+        models, contexts = zip(*map(self._generator, generators), strict=True)
         plain = [_within_peft(model) for model in models]
         with torch.no_grad(), precision(), self.placement.alone(*models), ExitStack() as stack:
             for context in (*map(in_eval_mode, plain), *contexts):
                 stack.enter_context(context)
             yield plain
 
-    def _generator(self, author: Author) -> tuple[PreTrainedModel, AbstractContextManager[None]]:
-        if author != "student":
+    def _generator(self, who: Generator) -> tuple[PreTrainedModel, AbstractContextManager[None]]:
+        if who != "student":
             return self.teacher.generator()
         assert self.student is not None
         return self.student, nullcontext()

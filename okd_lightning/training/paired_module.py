@@ -15,13 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from okd_lightning.checkpoints.contents import allow_left_out
 from okd_lightning.checkpoints.folders import read_folders
-from okd_lightning.engines import NoiseStream, RolloutEngine, Sampling, TransformersEngine
-from okd_lightning.engines.engine import Author, EngineSource, Progress
+from okd_lightning.engines import RolloutEngine, Sampling, TransformersEngine
+from okd_lightning.engines.engine import EngineSource
 from okd_lightning.engines.tool_rollouts import ToolEngine, ToolRounds
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Measured, Quantity, WeightedLoss, WeightedTerm
 from okd_lightning.models import ModelSource, Vocabulary, check_precision
-from okd_lightning.records.batches import DistillBatch, PromptBatch, Rollout
+from okd_lightning.records.batches import DistillBatch
+from okd_lightning.records.requests import Request, Rollout
 from okd_lightning.teachers import OnlineModuleSettings, trained
 from okd_lightning.training.frozen_parts import FrozenPartsModule
 from okd_lightning.training.optimizers import float16_refusal
@@ -209,27 +210,19 @@ class PairedModule(FrozenPartsModule):
         """
         return self.pair.loss_of(batch, terms, checks)
 
-    def write(
-        self,
-        author: Author,
-        prompts: PromptBatch,
-        sampling: Sampling,
-        generator: NoiseStream,
-        max_new_tokens: int,
-        progress: Progress | None = None,
-    ) -> Rollout:
+    def respond(self, request: Request) -> Rollout:
         """Generate responses with the student or the teacher, in eval mode and without gradient.
 
         Where the data has tools (``tool_rounds``), prompts that are chats may call them.
         """
-        with self.pair.writing(author) as (model,):
-            if author == "student" and self.engine is not None:
+        with self.pair.writing(request.generator) as (model,):
+            if request.generator == "student" and self.engine is not None:
                 engine = self.engine.engine(model, self.vocabulary, self.eos_ids)
             else:
                 engine = self.build_engine(model)
             if self.tool_rounds is not None:
                 engine = ToolEngine(engine, self.tool_rounds)
-            return engine.generate(prompts, sampling, generator, max_new_tokens, progress)
+            return engine.respond(request)
 
     def build_engine(self, model: PreTrainedModel) -> RolloutEngine:
         """Build the built-in engine on ``model``; override to use another for both models."""

@@ -70,13 +70,18 @@ class _AppendingWriter(ExperimentWriter):
         write_whole(path, _as_csv(fieldnames, found[1] if found is not None else []))
 
 
-def cut_metrics(path: Path, step: int, row: Mapping[str, float] | None) -> str | None:
-    """Return ``metrics.csv`` without the rows from ``step`` on.
+def cut_metrics(
+    path: Path, step: int, row: Mapping[str, float] | None, validation_is_due: bool
+) -> str | None:
+    """Return ``metrics.csv`` without the rows that the resumed run will write again.
+
+    These are the rows from ``step`` on and, where a validation is due, that of the last step's.
 
     Args:
         path: The file; not changed, but renamed where it cannot be read.
         step: Optimizer steps done.
         row: Row of the last of these steps; added where it is missing.
+        validation_is_due: True if the checkpoint precedes the validation after the last step.
 
     Returns:
         None where there is no table.
@@ -86,6 +91,8 @@ def cut_metrics(path: Path, step: int, row: Mapping[str, float] | None) -> str |
         return None
     names, rows = found
     kept: list[Mapping[str, Any]] = [row for row in rows if _step_of(row) < step]
+    if validation_is_due:
+        kept = [row for row in kept if _step_of(row) < step - 1 or not _is_of_validation(row)]
     if row is not None and not _is_logged(row, kept):
         names = sorted({*names, *row})
         kept.append(row)
@@ -192,6 +199,10 @@ def _is_logged(row: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> b
     own = row.keys() - {"step", "epoch"}
     same_step = [r for r in rows if _step_of(r) == row["step"]]
     return not own or any(r.get(name) for r in same_step for name in own)
+
+
+def _is_of_validation(row: Mapping[str, Any]) -> bool:
+    return any(value and name.startswith("val/") for name, value in row.items())
 
 
 def _as_csv(names: list[str], rows: Sequence[Mapping[str, Any]]) -> str:

@@ -74,7 +74,7 @@ def add_state(module: DistillationModule, checkpoint: dict[str, Any]) -> None:
             **{n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")},
         },
         "row": unlogged_row(trainer) if trainer.training else None,
-        "rng": rng_states(trainer.world_size),
+        "rng": rng_states(trainer.world_size, module.rng_to_restore),
     }
 
 

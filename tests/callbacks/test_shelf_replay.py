@@ -16,9 +16,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from okd_lightning.callbacks import LastCheckpoint
-from okd_lightning.engines import hashed_uniform
+from okd_lightning.engines import NoiseStream, Sampling, hashed_uniform
 from okd_lightning.errors import ConfigError
-from okd_lightning.records.batches import PromptBatch, Rollout
+from okd_lightning.records import PromptBatch, Request, Response, Rollout
 from okd_lightning.rollouts import KeptResponses
 
 STUDENT = 1
@@ -61,14 +61,16 @@ class Writing(Callback):
         self.prompts = {}
 
     def on_fit_start(self, trainer, pl_module):
-        write = pl_module.write
+        respond = pl_module.respond
 
-        def counted(author, prompts, *call):
+        def counted(request):
             if trainer.training:
-                self.prompts.setdefault(trainer.global_step, []).append(prompts.index)
-            return write(author, prompts, *call)
+                self.prompts.setdefault(trainer.global_step, []).append(
+                    tuple(prompt.index for prompt in request.prompts)
+                )
+            return respond(request)
 
-        pl_module.write = counted
+        pl_module.respond = counted
 
 
 def test_replayed_steps(tmp_path, make_module):
@@ -130,23 +132,26 @@ def test_a_resumed_run_is_the_uninterrupted_one(step, tmp_path, make_module):
 
 
 def test_a_prompt_that_stands_twice_has_two_responses():
-    def write(prompts: PromptBatch) -> Rollout:
-        asked.append(prompts.index)
-        ids = tuple((index, len(asked), i) for i, index in enumerate(prompts.index))
-        return Rollout(ids, tuple((0.0,) * 3 for _ in ids), ("eos",) * len(ids))
+    def generate(request: Request) -> Rollout:
+        asked.append(tuple(prompt.index for prompt in request.prompts))
+        ids = [(index, len(asked), i) for i, index in enumerate(asked[-1])]
+        return Rollout(tuple(Response(row, (0.0,) * 3, "eos") for row in ids))
+
+    def request(*columns) -> Request:
+        return Request(PromptBatch(*columns), Sampling(), NoiseStream(0, 0), 3)
 
     asked, kept = [], KeptResponses()
-    prompts = PromptBatch(((1,), (2,), (1,)), (5, 6, 5), (0, 0, 1))
-    first = kept.answer(prompts, write, replays=True)
+    prompts = request(((1,), (2,), (1,)), (5, 6, 5), (0, 0, 1))
+    first = kept.respond(prompts, generate, replays=True)
     assert first.response_ids == ((5, 1, 0), (6, 1, 1), (5, 1, 2))
-    more = PromptBatch(((1,), (3,), (1,)), (5, 7, 5), (2, 0, 3))
-    second = kept.answer(more, write, replays=True)
+    more = request(((1,), (3,), (1,)), (5, 7, 5), (2, 0, 3))
+    second = kept.respond(more, generate, replays=True)
     assert second.response_ids == ((5, 1, 0), (7, 2, 0), (5, 1, 2))
     assert asked == [(5, 6, 5), (7,)]
     other = KeptResponses()
     other.load_state_dict(kept.state_dict())
-    assert other.answer(more, write, replays=True) == second
-    assert kept.answer(prompts, write, replays=False).response_ids[2] == (5, 3, 2)
+    assert other.respond(more, generate, replays=True) == second
+    assert kept.respond(prompts, generate, replays=False).response_ids[2] == (5, 3, 2)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from okd_lightning.callbacks import KD, Preemption
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import PreemptedError
 from okd_lightning.rollouts import RolloutLoader
-from okd_lightning.rollouts.evaluation import OwnResponses
+from okd_lightning.rollouts.evaluation import StudentResponses
 from okd_lightning.training.module import DistillationModule
 
 Fit = Callable[..., Result]
@@ -37,9 +37,9 @@ LAST = RUN / "checkpoints" / "last.ckpt"
 
 PLACES = {
     "training": (DistillationModule, "training_step"),
-    "rollout": (RolloutLoader, "_write"),
+    "rollout": (RolloutLoader, "_generate"),
     "validation": (DistillationModule, "validation_step"),
-    "validation's rollout": (OwnResponses, "_write"),
+    "validation's rollout": (StudentResponses, "_generate"),
 }
 
 
@@ -168,6 +168,7 @@ def test_the_record_of_a_run_without_checkpoints(
     assert record == {"signal": "SIGTERM", "step": 2, "checkpoint": None, "resume": None}
 
 
+DROPOUT = ("--model.student_adapter", "LoraConfig", "--model.student_adapter.lora_dropout", "0.3")
 TWICE = [
     ((("training", 12), ("training", 4)), "3"),  # at an epoch's end, then within the next
     ((("rollout", 4), ("training", 2)), "3"),
@@ -185,14 +186,13 @@ def test_a_run_that_is_stopped_twice_ends_like_the_others(
     whole: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    truth = left_alone(okd, assets, whole, "--trainer.val_check_interval", interval)
+    more = ("--trainer.val_check_interval", interval, *DROPOUT)
+    truth = left_alone(okd, assets, whole, *more)
     for place in places:
         with monkeypatch.context() as patched:
             signal_at(patched, *place)
-            assert (
-                okd("fit", *options(assets, "--trainer.val_check_interval", interval)).status == 143
-            )
-    resumed = okd("fit", *options(assets, "--trainer.val_check_interval", interval))
+            assert okd("fit", *options(assets, *more)).status == 143
+    resumed = okd("fit", *options(assets, *more))
     assert resumed.status == 0, resumed.err
     assert torch.load(LAST, weights_only=True)["global_step"] == 12
     assert_same_weights(LAST, truth / "checkpoints" / "last.ckpt")

@@ -64,6 +64,14 @@ def test_a_row_of_validation_is_not_that_of_its_step(folder: Path) -> None:
     assert rows(folder) == [BEFORE[0], ("1", "", "0.4"), ("1", "0.3", "")]
 
 
+def test_a_validation_that_is_due_is_logged_once(folder: Path) -> None:
+    """A killed attempt has logged it, and the next one begins with it again."""
+    resume_run(folder, 3, None, validation_is_due=True)  # this one is of an earlier step
+    assert rows(folder) == BEFORE
+    resume_run(folder, 2, None, validation_is_due=True)
+    assert rows(folder) == BEFORE[:2]
+
+
 def test_a_new_column_comes_in_one_move(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resume_run(folder, 2, None)
     before = (folder / "metrics.csv").read_bytes()

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from okd_lightning.callbacks import GKD
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.engines import VLLMServer
-from okd_lightning.records.batches import Rollout
+from okd_lightning.records import Rollout
 from okd_lightning.tools import Calculator
 from okd_lightning.training.module import DistillationModule
 
@@ -49,12 +49,13 @@ def flags(fake: FakeVLLM) -> list[str]:
 def gaps(monkeypatch) -> list[float]:
     """How far each rollout's log-probs are from the student's own, right after it was written."""
     found: list[float] = []
-    original = DistillationModule.write
+    original = DistillationModule.respond
 
-    def write(self, author, prompts, *args, **kwargs):
-        rollout = original(self, author, prompts, *args, **kwargs)
-        rows = zip(prompts.input_ids, rollout.response_ids, rollout.logprobs, strict=True)
-        for prompt, ids, logprobs in rows if author == "student" else ():
+    def respond(self, request):
+        rollout = original(self, request)
+        prompts = request.prompts
+        rows = ((p.ids, r.ids, r.logprobs) for p, r in zip(prompts, rollout, strict=True))
+        for prompt, ids, logprobs in rows if request.generator == "student" else ():
             read = torch.tensor([[*prompt, *ids]], device=self.device)
             was_training = self.student.training
             with torch.no_grad():
@@ -64,7 +65,7 @@ def gaps(monkeypatch) -> list[float]:
             found.append(float((own - torch.tensor(logprobs)).abs().max()))
         return rollout
 
-    monkeypatch.setattr(DistillationModule, "write", write)
+    monkeypatch.setattr(DistillationModule, "respond", respond)
     return found
 
 
@@ -128,11 +129,12 @@ def test_tools_are_called_on_the_server(fake, tmp_path) -> None:
     students: list[Rollout] = []
 
     class Kept(DistillationModule):
-        def write(self, author, prompts, *args, **kwargs):
-            rollout = super().write(author, prompts, *args, **kwargs)
+        def respond(self, request):
+            rollout = super().respond(request)
             students.append(rollout)
-            rows = zip(prompts.input_ids, rollout.response_ids, rollout.logprobs, strict=True)
-            for (prompt, ids, logprobs), own in zip(rows, rollout.own_masks, strict=True):
+            for asked, response in zip(request.prompts, rollout, strict=True):
+                prompt, ids, logprobs = asked.ids, response.ids, response.logprobs
+                own = response.mask
                 with torch.no_grad():
                     logits = self.student.eval()(torch.tensor([[*prompt, *ids]])).logits[0]
                 known = self.vocabulary.cut(logits[len(prompt) - 1 : -1]).log_softmax(-1)
@@ -149,7 +151,7 @@ def test_tools_are_called_on_the_server(fake, tmp_path) -> None:
     method = GKD(on_policy_fraction=1.0)
     tiny.make_trainer(tmp_path, [method], max_steps=2).fit(module, data)
     assert fake.num_reloads == 2
-    used = [use for rollout in students for use in rollout.tool_use]
+    used = [use for rollout in students for use in (r.tool_use for r in rollout)]
     assert len(used) == 4
     assert max(use.calls for use in used) > 0
     seeds = [body["seed"] for body in fake.bodies("/v1/completions") if "seed" in body]

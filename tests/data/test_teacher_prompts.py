@@ -13,7 +13,7 @@ import pytest
 from okd_lightning.data.teacher_prompts import TeacherPrompts, teacher_prompts_from
 from okd_lightning.errors import ConfigError, DataError
 from okd_lightning.records.collation import collate
-from okd_lightning.records.rows import given_row
+from okd_lightning.records.rows import dataset_row
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 CHAT = [
@@ -92,7 +92,7 @@ def test_response_tokens_are_aligned(chatml, build):
     ]
     settings = prompts(template="{reference}{reference} {prompt}")
     examples = build(rows, chatml, teacher_prompts=settings).examples
-    batch = collate([given_row(example) for example in examples])
+    batch = collate([dataset_row(example) for example in examples])
     teacher = batch.teacher_reads
     assert teacher.input_ids.shape[1] != batch.input_ids.shape[1]
     for i, example in enumerate(examples):
@@ -109,8 +109,8 @@ def test_earlier_turns_carry_loss_only_without_a_teacher_prompt(chat_tokenizer, 
     (plain,) = build([{"messages": CHAT}], chat_tokenizer).examples
     settings = prompts(template="{prompt}!")
     (own,) = build([{"messages": CHAT}], chat_tokenizer, teacher_prompts=settings).examples
-    assert given_row(plain).num_loss_tokens > given_row(own).num_loss_tokens
-    assert given_row(own).num_loss_tokens == len(own.response_ids)
+    assert dataset_row(plain).num_loss_tokens > dataset_row(own).num_loss_tokens
+    assert dataset_row(own).num_loss_tokens == len(own.response_ids)
 
 
 def test_the_reference_is_whole_where_the_response_is_cut(byte_tokenizer, build):

@@ -18,8 +18,9 @@ from okd_lightning.data.tool_turns import ToolTurns
 from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.engines.tool_rollouts import Exchange, ToolEngine
 from okd_lightning.errors import ConfigError, DataError
-from okd_lightning.records.batches import Chat
-from okd_lightning.records.rows import given_row
+from okd_lightning.records import Request
+from okd_lightning.records.requests import Chat
+from okd_lightning.records.rows import dataset_row
 from okd_lightning.tools import Calculator, Toolbox
 from okd_lightning.tools.tool_calls import ToolCall
 
@@ -62,15 +63,13 @@ def test_what_is_written_in_turns_is_the_row_of_the_whole_chat(tokenizer, build)
     ]
     own = [rendered[k][len(rendered[k - 1]) :].rstrip("\n") for k in (1, 3, 5)]
     engine = tool_chats.ScriptedEngine(tokenizer, {0: own})
-    from okd_lightning.rollouts.evaluation import prompt_batch
-
     rounds = tool_chats.rounds_of(tokenizer, tools=[Calculator()])
-    rollout = ToolEngine(engine, rounds).generate(
-        prompt_batch([prompt]), Sampling(), NoiseStream(0, 0), 4000
+    rollout = ToolEngine(engine, rounds).respond(
+        Request((prompt.prompt_for("student"),), Sampling(), NoiseStream(0, 0), 4000)
     )
-    given = given_row(whole)
+    given = dataset_row(whole)
     assert prompt.prompt_ids + rollout.response_ids[0] == given.input_ids
-    assert (False,) * len(prompt.prompt_ids) + rollout.masks[0] == given.mask
+    assert (False,) * len(prompt.prompt_ids) + rollout[0].mask == given.mask
     assert [seen[0] for seen in engine.seen] == [rendered[0], rendered[2], rendered[4]]
 
 

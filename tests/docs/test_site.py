@@ -55,7 +55,7 @@ INNER = {  # public for the library's own floors; people neither call nor write 
     "okd_lightning.engines": {"Blend", "hashed_uniform"},
     "okd_lightning.rewards": {"GroupBaseline", "checked_rewards"},
     "okd_lightning.rollouts": {
-        *("KeptResponses", "LoaderShape", "plan_for", "RolloutPlan", "StagedPlan", "writer_of"),
+        *("KeptResponses", "LoaderShape", "plan_for", "RolloutPlan", "StagedPlan", "engine_of"),
         *("NoiseStream", "Sampling", "TransformersEngine"),  # on the page as names of engines
     },
     "okd_lightning.tools": {"FunctionTool", "ToolResult"},

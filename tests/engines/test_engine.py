@@ -18,12 +18,12 @@ from architectures import build
 
 from okd_lightning.engines import NoiseStream, Sampling, TransformersEngine
 from okd_lightning.models import Vocabulary, recompute_activations
-from okd_lightning.records.batches import PromptBatch
+from okd_lightning.records.requests import Prompt, PromptBatch, Request
 
 GREEDY = Sampling(temperature=0)
 
 
-def prompts_of(num: int, seed: int = 0, longest: int = 7) -> PromptBatch:
+def prompts_of(num: int, seed: int = 0, longest: int = 7) -> tuple[Prompt, ...]:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, longest + 1, (num,), generator=generator).tolist()
     return PromptBatch(
@@ -36,12 +36,8 @@ def prompts_of(num: int, seed: int = 0, longest: int = 7) -> PromptBatch:
     )
 
 
-def select(prompts: PromptBatch, rows: list[int]) -> PromptBatch:
-    return PromptBatch(
-        tuple(prompts.input_ids[i] for i in rows),
-        tuple(prompts.index[i] for i in rows),
-        tuple(prompts.sample[i] for i in rows),
-    )
+def select(prompts: PromptBatch, rows: list[int]) -> tuple[Prompt, ...]:
+    return tuple(prompts[i] for i in rows)
 
 
 def engine_of(model, eos_ids=(tiny.EOS,), vocabulary=None, **settings) -> TransformersEngine:
@@ -51,7 +47,7 @@ def engine_of(model, eos_ids=(tiny.EOS,), vocabulary=None, **settings) -> Transf
 def write(model, prompts, sampling=None, max_new_tokens=12, seed=5, **settings):
     engine = engine_of(model, **settings)
     noise = NoiseStream(seed, 0)
-    return engine.generate(prompts, sampling or Sampling(), noise, max_new_tokens)
+    return engine.respond(Request(prompts, sampling or Sampling(), noise, max_new_tokens))
 
 
 MODELS = {
@@ -68,7 +64,7 @@ def test_greedy_is_generate(name, eos_ids):
     model = MODELS[name]()
     prompts = prompts_of(7)
     rollout = write(model, prompts, GREEDY, eos_ids=eos_ids)
-    for prompt, written in zip(prompts.input_ids, rollout.response_ids, strict=True):
+    for prompt, written in ((p.ids, r.ids) for p, r in zip(prompts, rollout, strict=True)):
         expected = model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
@@ -119,9 +115,8 @@ def test_the_samplers_logprobs_are_the_trainers(sampling, name):
     model = MODELS[name]()
     prompts = prompts_of(8)
     rollout = write(model, prompts, sampling)
-    for prompt, ids, logprobs in zip(
-        prompts.input_ids, rollout.response_ids, rollout.logprobs, strict=True
-    ):
+    for asked, response in zip(prompts, rollout, strict=True):
+        prompt, ids, logprobs = asked.ids, response.ids, response.logprobs
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
         teacher_forced = sampling.logprobs(logits).gather(-1, torch.tensor(ids)[:, None])[:, 0]
@@ -143,8 +138,8 @@ def test_samples_depend_on_neither_batch_order_nor_budget(name):
         at = order.index(i)
         for other, j in ((one_by_one[i], 0), (shuffled, at), (small, i)):
             assert other.response_ids[j] == whole.response_ids[i]
-            assert other.stop_reasons[j] == whole.stop_reasons[i]
-            assert other.logprobs[j] == pytest.approx(whole.logprobs[i], abs=ROUNDING)
+            assert other[j].stop_reason == whole[i].stop_reason
+            assert other[j].logprobs == pytest.approx(whole[i].logprobs, abs=ROUNDING)
     assert len({len(ids) for ids in whole.response_ids}) > 2  # rows did leave at different times
 
 
@@ -153,11 +148,10 @@ def test_samples_of_one_prompt_differ_and_a_limit_cuts_without_changing():
     prompts = PromptBatch(((5, 6),) * 8, (3,) * 8, tuple(range(8)))
     long, short = (write(model, prompts, max_new_tokens=n) for n in (12, 3))
     assert len(set(long.response_ids)) > 4
-    for ids, cut, reason in zip(
-        long.response_ids, short.response_ids, short.stop_reasons, strict=True
-    ):
-        assert cut == ids[:3]
-        assert reason == ("eos" if len(ids) <= 3 and ids[-1] == tiny.EOS else "length")
+    for whole, cut in zip(long, short, strict=True):
+        ids = whole.ids
+        assert cut.ids == ids[:3]
+        assert cut.stop_reason == ("eos" if len(ids) <= 3 and ids[-1] == tiny.EOS else "length")
 
 
 def test_other_seeds_and_epochs_write_something_else():
@@ -173,10 +167,8 @@ def test_where_a_response_ends():
     model = tiny.make_llama(1)
     rollout = write(model, prompts_of(60), eos_ids=(4, 9, tiny.EOS), max_new_tokens=5)
     assert {ids[-1] for ids in rollout.response_ids} >= {4, 9, tiny.EOS}
-    assert set(rollout.stop_reasons) == {"eos", "length"}
-    for ids, logprobs, reason in zip(
-        rollout.response_ids, rollout.logprobs, rollout.stop_reasons, strict=True
-    ):
+    assert {r.stop_reason for r in rollout} == {"eos", "length"}
+    for ids, logprobs, reason in ((r.ids, r.logprobs, r.stop_reason) for r in rollout):
         assert len(ids) == len(logprobs) > 0
         assert not set(ids[:-1]) & {4, 9, tiny.EOS}
         assert (reason == "eos") == (ids[-1] in (4, 9, tiny.EOS))
@@ -199,8 +191,14 @@ def test_pad_is_an_id_like_others():
 def test_progress_counts_every_row_and_token_once():
     told: list[tuple[int, int]] = []
     engine = engine_of(tiny.make_llama(1), token_budget=80)
-    rollout = engine.generate(
-        prompts_of(20), Sampling(), NoiseStream(0, 0), 6, lambda *seen: told.append(seen)
+    rollout = engine.respond(
+        Request(
+            prompts_of(20),
+            Sampling(),
+            NoiseStream(0, 0),
+            6,
+            progress=lambda *seen: told.append(seen),
+        )
     )
     assert sum(rows for rows, _ in told) == 20
     assert sum(tokens for _, tokens in told) == rollout.num_tokens
@@ -210,7 +208,7 @@ def test_progress_counts_every_row_and_token_once():
 def test_an_engine_can_be_used_again():
     engine = engine_of(tiny.make_llama(1))
     first, second = (
-        engine.generate(prompts_of(5), Sampling(), NoiseStream(0, 0), 6) for _ in range(2)
+        engine.respond(Request(prompts_of(5), Sampling(), NoiseStream(0, 0), 6)) for _ in range(2)
     )
     assert first == second
 

@@ -23,7 +23,7 @@ from okd_lightning.engines import Blend, NoiseStream, Sampling, TransformersEngi
 from okd_lightning.engines import transformers_engine as engine_module
 from okd_lightning.losses import cpu_linear
 from okd_lightning.models import Vocabulary
-from okd_lightning.records.batches import PromptBatch, Rollout
+from okd_lightning.records.requests import Prompt, PromptBatch, Request, Rollout
 from okd_lightning.records.rows import rollout_metrics
 
 NUM_IDS = 20
@@ -67,7 +67,7 @@ def model_of(name: str):
         return AutoModelForCausalLM.from_config(config).eval()
 
 
-def prompts_of(lengths: list[int], seed: int = 0) -> PromptBatch:
+def prompts_of(lengths: list[int], seed: int = 0) -> tuple[Prompt, ...]:
     generator = torch.Generator().manual_seed(seed)
     return PromptBatch(
         tuple(
@@ -111,18 +111,20 @@ def slowly(model, prompt, noise, sampling, eos_ids=EOS_IDS):
 def write(model, prompts, sampling=None, max_new_tokens=10, eos_ids=EOS_IDS, **settings) -> Rollout:
     engine = TransformersEngine(model, Vocabulary(NUM_IDS), eos_ids, **settings)
     noise = NoiseStream(3, 1)
-    return engine.generate(prompts, sampling or Sampling(), noise, max_new_tokens)
+    return engine.respond(Request(prompts, sampling or Sampling(), noise, max_new_tokens))
 
 
 def check(model, prompts, sampling=None, max_new_tokens=10, eos_ids=EOS_IDS, **settings) -> Rollout:
     sampling = sampling or Sampling()
     rollout = write(model, prompts, sampling, max_new_tokens, eos_ids, **settings)
-    noise = NoiseStream(3, 1).uniform(prompts.index, prompts.sample, max_new_tokens)
-    for i, prompt in enumerate(prompts.input_ids):
+    noise = NoiseStream(3, 1).uniform(
+        [p.index for p in prompts], [p.sample for p in prompts], max_new_tokens
+    )
+    for i, prompt in enumerate(p.ids for p in prompts):
         ids, logprobs = slowly(model, prompt, noise[i], sampling, eos_ids)
         assert rollout.response_ids[i] == ids
-        assert rollout.logprobs[i] == pytest.approx(logprobs, abs=1e-4)
-        assert rollout.stop_reasons[i] == ("eos" if ids[-1] in eos_ids else "length")
+        assert rollout[i].logprobs == pytest.approx(logprobs, abs=1e-4)
+        assert rollout[i].stop_reason == ("eos" if ids[-1] in eos_ids else "length")
     return rollout
 
 
@@ -180,7 +182,7 @@ def test_nothing_to_write():
     assert len(nobody) == nobody.num_row_steps == 0
     no_tokens = write(model, prompts_of([2, 3]), max_new_tokens=0)
     assert no_tokens.response_ids == ((), ())
-    assert no_tokens.stop_reasons == ("length", "length")
+    assert [response.stop_reason for response in no_tokens] == ["length", "length"]
 
 
 def test_prompts_are_read_in_pieces(monkeypatch):
@@ -225,17 +227,7 @@ def test_bfloat16_is_near_and_leaves_the_weights():
     rollout = write(model, prompts, max_new_tokens=1, dtype=torch.bfloat16)
     exact = write(model, prompts, max_new_tokens=1)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    same = [
-        (a, b)
-        for a, b, x, y in zip(
-            rollout.logprobs,
-            exact.logprobs,
-            rollout.response_ids,
-            exact.response_ids,
-            strict=True,
-        )
-        if x == y
-    ]
+    same = [(a.logprobs, b.logprobs) for a, b in zip(rollout, exact, strict=True) if a.ids == b.ids]
     assert len(same) > 25
     assert any(a != b for a, b in same)
     for a, b in same:
@@ -293,11 +285,11 @@ def test_a_second_model_is_mixed_into_every_draw(second, sampling):
     prompts, share = prompts_of(LENGTHS), 0.35
     settings = {"blend": Blend(second, share), "token_budget": 70}
     rollout = write(first, prompts, sampling, **settings)
-    noise = NoiseStream(3, 1).uniform(prompts.index, prompts.sample, 10)
+    noise = NoiseStream(3, 1).uniform([p.index for p in prompts], [p.sample for p in prompts], 10)
     mixture = Mixture(first, second, share)
-    for i, prompt in enumerate(prompts.input_ids):
+    for i, prompt in enumerate(p.ids for p in prompts):
         ids, logprobs = slowly(mixture, prompt, noise[i], sampling)
         assert rollout.response_ids[i] == ids
-        assert rollout.logprobs[i] == pytest.approx(logprobs, abs=1e-4)
+        assert rollout[i].logprobs == pytest.approx(logprobs, abs=1e-4)
     assert rollout.response_ids != write(first, prompts, sampling).response_ids
     assert rollout.response_ids != write(second, prompts, sampling).response_ids

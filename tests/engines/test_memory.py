@@ -115,7 +115,7 @@ def test_whole_passes_in_pieces_and_with_limits(monkeypatch):
     monkeypatch.setattr("okd_lightning.engines.whole_passes._PASS_TOKENS", 11)
     rollout = check(model, prompts)
     assert rollout.num_row_steps == rollout.num_tokens
-    limits = replace(prompts, limits=(2,) * len(prompts))
+    limits = tuple(replace(prompt, limit=2) for prompt in prompts)
     short = write(model, limits)
     assert short.response_ids == tuple(ids[:2] for ids in rollout.response_ids)
 
@@ -125,11 +125,11 @@ def test_a_mixture_takes_the_slower_way(pair):
     first, second = (make(name) for name in pair)
     prompts = prompts_of(LENGTHS)
     rollout = write(first, prompts, blend=Blend(second, 0.4), token_budget=70)
-    noise = NoiseStream(3, 1).uniform(prompts.index, prompts.sample, 10)
-    for i, prompt in enumerate(prompts.input_ids):
+    noise = NoiseStream(3, 1).uniform([p.index for p in prompts], [p.sample for p in prompts], 10)
+    for i, prompt in enumerate(p.ids for p in prompts):
         ids, logprobs = slowly(Mixture(first, second, 0.4), prompt, noise[i], Sampling())
         assert rollout.response_ids[i] == ids
-        assert rollout.logprobs[i] == pytest.approx(logprobs, abs=1e-4)
+        assert rollout[i].logprobs == pytest.approx(logprobs, abs=1e-4)
 
 
 class Forgetful(LlamaForCausalLM):

@@ -18,7 +18,7 @@ from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.engines.vllm_server import VLLMServer
 from okd_lightning.errors import ConfigError, ServerError
 from okd_lightning.models import Vocabulary
-from okd_lightning.records.batches import PromptBatch
+from okd_lightning.records.requests import PromptBatch, Request
 
 VOCABULARY = Vocabulary.of(tiny.make_tokenizer())
 NOISE, SAMPLING = NoiseStream(3, 0), Sampling()
@@ -42,7 +42,7 @@ def generate(fake, tmp_path):
         given = {"sync_folder": str(tmp_path / "weights"), "timeout_seconds": 20.0}
         call.source = source or VLLMServer(fake.url, **given)
         engine = call.source.engine(student, VOCABULARY, (tiny.EOS,))
-        return engine.generate(PROMPTS, sampling, NOISE, 6)
+        return engine.respond(Request(PROMPTS, sampling, NOISE, 6))
 
     return call
 

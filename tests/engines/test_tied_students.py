@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from okd_lightning.engines import NoiseStream, Sampling, VLLMServer
 from okd_lightning.errors import ServerError
 from okd_lightning.models import Vocabulary
-from okd_lightning.records.batches import PromptBatch
+from okd_lightning.records.requests import PromptBatch, Request
 
 VOCABULARY = Vocabulary.of(tiny.make_tokenizer())
 PROMPTS = PromptBatch(((3, 4), (5,), (6, 7, 8)), (0, 1, 2), (0, 0, 0))
@@ -55,8 +55,8 @@ def serve(tmp_path):
 
 def generate(fake, student, tmp_path):
     engine = VLLMServer(fake.url, str(tmp_path / "weights"))
-    return engine.engine(student, VOCABULARY, (tiny.EOS,)).generate(
-        PROMPTS, Sampling(), NoiseStream(3, 0), 6
+    return engine.engine(student, VOCABULARY, (tiny.EOS,)).respond(
+        Request(PROMPTS, Sampling(), NoiseStream(3, 0), 6)
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import tool_chats
@@ -20,9 +21,9 @@ from tool_chats import call_of
 from okd_lightning.engines import NoiseStream, Sampling, TransformersEngine
 from okd_lightning.engines.tool_rollouts import ToolEngine
 from okd_lightning.models import Vocabulary
-from okd_lightning.records.batches import PromptBatch
 from okd_lightning.records.collation import collate
-from okd_lightning.records.rows import generation_records, rollout_metrics, written_row
+from okd_lightning.records.requests import Prompt, Request
+from okd_lightning.records.rows import generation_records, rollout_metrics, sampled_row
 from okd_lightning.rollouts.stored import pack_rollout, unpack_rollout
 
 END = "<|im_end|>"
@@ -35,7 +36,7 @@ def tokenizer():
 
 def parts(tokenizer, rollout, row):
     """(text, is own) of every stretch of a row."""
-    pairs = zip(rollout.response_ids[row], rollout.masks[row], strict=True)
+    pairs = zip(rollout[row].ids, rollout[row].mask, strict=True)
     grouped = itertools.groupby(pairs, key=lambda pair: pair[1])
     return [(tokenizer.decode([i for i, _ in group]), own) for own, group in grouped]
 
@@ -56,8 +57,8 @@ def test_a_conversation_of_three_turns(tokenizer):
         (answer("20"), False),
         (script[2], True),
     ]
-    assert rollout.stop_reasons == ("eos",)
-    (use,) = rollout.tool_use
+    assert rollout[0].stop_reason == "eos"
+    (use,) = (response.tool_use for response in rollout)
     assert (use.turns, use.calls, use.errors, use.cuts) == (3, 2, 0, 0)
     prompt = f"<|im_start|>user\nQ5{END}\n<|im_start|>assistant\n"
     contexts = [seen[5] for seen in engine.seen]
@@ -81,7 +82,7 @@ def test_the_ids_are_the_rendering_of_the_whole_conversation_in_stretches(tokeni
     stretches = [after[1][a:b] for a, b in itertools.pairwise(edges)]
     wanted = [tokenizer(text, add_special_tokens=False).input_ids for text in stretches]
     assert rollout.response_ids[0] == tuple(i for ids in wanted for i in ids)
-    assert rollout.masks[0] == tuple(
+    assert rollout[0].mask == tuple(
         own for k, ids in enumerate(wanted) for own in [k != 1] * len(ids)
     )
 
@@ -90,7 +91,7 @@ def test_logprobs_and_noise_go_on_over_the_turns(tokenizer):
     script = [f"{call_of('1')}{END}", f"{call_of('2')}{END}", f"ok{END}"]
     rollout, _ = tool_chats.run(tokenizer, {9: script})
     noise = NoiseStream(3, 1).uniform([9], [0], len(rollout.response_ids[0]))[0].tolist()
-    for own, logprob, u in zip(rollout.masks[0], rollout.logprobs[0], noise, strict=True):
+    for own, logprob, u in zip(rollout[0].mask, rollout[0].logprobs, noise, strict=True):
         assert logprob == (-u if own else 0.0)
 
 
@@ -110,23 +111,22 @@ def test_rows_go_on_as_one_batch_and_do_not_depend_on_each_other(order, tokenize
     assert [set(seen) for seen in engine.seen] == [set(SCRIPTS), {1, 2, 4}, {2}]
     for row, index in enumerate(order):
         alone, _ = tool_chats.run(tokenizer, {index: SCRIPTS[index]})
-        for name in ("response_ids", "logprobs", "masks", "stop_reasons", "tool_use"):
-            assert getattr(together, name)[row] == getattr(alone, name)[0], (index, name)
+        assert together[row] == alone[0], index
 
 
 def test_several_calls_in_a_turn_are_answered_in_order(tokenizer):
     script = [f"{call_of('1+1')}{call_of('3+4')}{END}", END]
     rollout, _ = tool_chats.run(tokenizer, {4: script})
     assert parts(tokenizer, rollout, 0)[1:] == [(answer("2", "7"), False), (END, True)]
-    assert (rollout.tool_use[0].calls, rollout.stop_reasons) == (2, ("eos",))
+    assert (rollout[0].tool_use.calls, rollout[0].stop_reason) == (2, "eos")
 
 
 def test_an_empty_turn_and_an_empty_response(tokenizer):
     rollout, _ = tool_chats.run(tokenizer, {0: [END], 1: [""]})
-    assert rollout.stop_reasons == ("eos", "length")
+    assert [response.stop_reason for response in rollout] == ["eos", "length"]
     assert [len(ids) for ids in rollout.response_ids] == [1, 0]
-    assert rollout.turns(1) == [()]
-    assert [use.turns for use in rollout.tool_use] == [1, 1]
+    assert rollout[1].turns == [()]
+    assert [use.turns for use in (r.tool_use for r in rollout)] == [1, 1]
 
 
 ERRORS = {
@@ -162,16 +162,16 @@ def test_what_goes_wrong_is_the_answer(name, tokenizer):
     assert problem in text
     assert not is_own
     assert last == (f"sorry{END}", True)
-    assert (rollout.tool_use[0].calls, rollout.tool_use[0].errors) == (1, 1)
+    assert (rollout[0].tool_use.calls, rollout[0].tool_use.errors) == (1, 1)
 
 
 def test_the_last_allowed_turn_is_not_answered(tokenizer):
     script = [f"{call_of(str(k))}{END}" for k in range(4)]
     rollout, engine = tool_chats.run(tokenizer, {0: script}, max_turns=2)
-    assert rollout.stop_reasons == ("turns",)
+    assert rollout[0].stop_reason == "turns"
     assert len(engine.seen) == 2
     assert parts(tokenizer, rollout, 0)[-1] == (script[1], True)
-    assert (rollout.tool_use[0].turns, rollout.tool_use[0].calls) == (2, 1)
+    assert (rollout[0].tool_use.turns, rollout[0].tool_use.calls) == (2, 1)
 
 
 @pytest.mark.parametrize("limit", range(1, 140))
@@ -179,14 +179,14 @@ def test_the_limit_holds_for_everything_behind_the_prompt(limit, tokenizer):
     script = [f"{call_of('3*7')}{END}", f"It is 21.{END}"]
     whole, _ = tool_chats.run(tokenizer, {0: script})
     cut, _ = tool_chats.run(tokenizer, {0: script}, limit=limit)
-    for name in ("response_ids", "masks", "logprobs"):
-        assert getattr(cut, name)[0] == getattr(whole, name)[0][:limit]
+    for name in ("ids", "mask", "logprobs"):
+        assert getattr(cut[0], name) == getattr(whole[0], name)[:limit]
     num_turn = len(tokenizer(script[0]).input_ids)
     num_answer = len(tokenizer(answer("21")).input_ids)
     is_whole = limit >= len(whole.response_ids[0])
-    assert cut.stop_reasons == (("eos" if is_whole else "length"),)
-    assert cut.tool_use[0].cuts == (num_turn <= limit < num_turn + num_answer)
-    assert cut.tool_use[0].calls == (limit >= num_turn)
+    assert cut[0].stop_reason == ("eos" if is_whole else "length")
+    assert cut[0].tool_use.cuts == (num_turn <= limit < num_turn + num_answer)
+    assert cut[0].tool_use.calls == (limit >= num_turn)
 
 
 def test_rows_of_different_room_are_cut_each_at_its_own(tokenizer):
@@ -210,11 +210,12 @@ def test_progress_counts_every_row_once(tokenizer):
 
 def test_prompts_without_chats_are_the_engines_own(tokenizer):
     prompts = tool_chats.prompts_of(tokenizer, {0: "Q"})
-    plain = PromptBatch(prompts.input_ids, (0,), (0,), limits=(50,))
+    plain = (Prompt(prompts[0].ids, 0, limit=50),)
     engine = tool_chats.ScriptedEngine(tokenizer, {0: [f"{call_of('1')}{END}"]})
     tooled = ToolEngine(engine, tool_chats.rounds_of(tokenizer))
-    rollout = tooled.generate(plain, Sampling(), NoiseStream(0, 0), 50)
-    assert (rollout.masks, rollout.tool_use) == ((), ())
+    rollout = tooled.respond(Request(plain, Sampling(), NoiseStream(0, 0), 50))
+    assert all(rollout[0].mask)
+    assert rollout[0].tool_use is None
     assert len(engine.seen) == 1
 
 
@@ -222,15 +223,14 @@ def test_rows_metrics_records_and_state(tokenizer):
     script = {0: [f"{call_of('1/0')}{END}", f"no{END}"], 1: [f"plain{END}"]}
     rollout, _ = tool_chats.run(tokenizer, script)
     metrics = rollout_metrics([(rollout, 1.0)])
-    own = sum(sum(mask) for mask in rollout.masks)
+    own = sum(sum(response.mask) for response in rollout)
     assert rollout.num_tokens == own < sum(map(len, rollout.response_ids))
     assert metrics["rollout/tokens"] == own
     assert metrics["rollout/mean_length"] == sum(map(len, rollout.response_ids)) / 2
     assert metrics["rollout/tool_calls"] == metrics["rollout/tool_errors"] == 1
     assert (metrics["rollout/tool_cuts"], metrics["rollout/mean_turns"]) == (0, 1.5)
     back = unpack_rollout(pack_rollout(rollout))
-    for name in ("response_ids", "logprobs", "stop_reasons", "masks"):
-        assert getattr(back, name) == getattr(rollout, name)
+    assert list(back) == [replace(response, tool_use=None) for response in rollout]
     assert unpack_rollout(pack_rollout(back)) == back
 
 
@@ -240,21 +240,14 @@ def test_records_show_who_wrote_what(tokenizer):
     script = [f"{call_of('3*7')}{END}", f"21{END}"]
     rollout, _ = tool_chats.run(tokenizer, {0: script}, max_turns=2)
     example = Example(0, (10, 11), (False, False), (), "p", "")
-    row = written_row(
-        example,
-        "student",
-        rollout.response_ids[0],
-        rollout.logprobs[0],
-        own=rollout.masks[0],
-        stop_reason=rollout.stop_reasons[0],
-    )
+    row = sampled_row(example, "student", rollout[0])
     batch = collate([row])
-    assert batch.mask[0].tolist() == [False, False, *rollout.masks[0]]
+    assert batch.mask[0].tolist() == [False, False, *rollout[0].mask]
     assert (batch.sampler_logprobs[0] == 0).tolist() == [not own for own in batch.mask[0]]
     (record,) = generation_records(batch, lambda ids: tokenizer.decode(ids))
     assert json.loads(json.dumps(record)) == record
     assert record["response"] == script[0] + answer("21") + script[1]
-    assert record["num_tokens"] == sum(rollout.masks[0])
+    assert record["num_tokens"] == sum(rollout[0].mask)
     assert record["stop_reason"] == "eos"
     assert [turn["by"] for turn in record["turns"]] == ["model", "tools", "model"]
 
@@ -268,18 +261,18 @@ def test_a_models_rows_do_not_depend_on_their_batch(tokenizer):
         engine = ToolEngine(inner, tool_chats.rounds_of(tokenizer, max_turns=2))
         prompts = tool_chats.prompts_of(tokenizer, questions, samples)
         with torch.no_grad():
-            return engine.generate(prompts, Sampling(), NoiseStream(1, 0), 200)
+            return engine.respond(Request(prompts, Sampling(), NoiseStream(1, 0), 200))
 
     questions = {i: "Q" * (i % 7 + 1) for i in range(14)}
     together = write(questions, samples=2)
-    assert sum(use.calls for use in together.tool_use) > 5
-    assert {"eos", "length", "turns"} == set(together.stop_reasons)
+    assert sum(use.calls for use in (r.tool_use for r in together)) > 5
+    assert {"eos", "length", "turns"} == {r.stop_reason for r in together}
     small = write(questions, samples=2, budget=300)
     assert small.response_ids == together.response_ids
     for index, question in questions.items():
         alone = write({index: question})
         row = 2 * index
         assert alone.response_ids[0] == together.response_ids[row]
-        assert alone.masks[0] == together.masks[row]
-        found, expected = torch.tensor(alone.logprobs[0]), torch.tensor(together.logprobs[row])
+        assert alone[0].mask == together[row].mask
+        found, expected = torch.tensor(alone[0].logprobs), torch.tensor(together[row].logprobs)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)  # float32 logits up to 30

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -29,7 +30,8 @@ from okd_lightning.callbacks import (
 )
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import DataError
-from okd_lightning.records.batches import Rollout
+from okd_lightning.records import Response
+from okd_lightning.records.requests import Rollout
 from okd_lightning.rewards import RewardFunction, ToolCallMatch
 from okd_lightning.tools import Calculator
 from okd_lightning.training.module import DistillationModule
@@ -205,14 +207,15 @@ class Parrot:
     def __init__(self, tokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def generate(self, prompts, sampling, generator, max_new_tokens, progress=None):
-        rows = []
-        for ids in prompts.input_ids:
-            text = self._tokenizer.decode(ids)
+    def respond(self, request):
+        found = []
+        for prompt in request.prompts:
+            text = self._tokenizer.decode(prompt.ids)
             has_called = "<|im_start|>tool" in text
             said = "#### 2<|im_end|>" if has_called else tool_chats.CALLS[0] + "<|im_end|>"
-            rows.append(tuple(self._tokenizer(said).input_ids))
-        return Rollout(tuple(rows), tuple((-1.0,) * len(row) for row in rows), ("eos",) * len(rows))
+            ids = tuple(self._tokenizer(said).input_ids)
+            found.append(Response(ids, (-1.0,) * len(ids), "eos"))
+        return Rollout(tuple(found))
 
 
 def with_parrot(module, tokenizer) -> DistillationModule:
@@ -278,10 +281,9 @@ def test_the_models_end_of_text_ends_a_turn_too(tmp_path, module, tokenizer):
     """Whatever ended the turn stands in its place; the template's text follows behind it."""
 
     class Ender(Parrot):
-        def generate(self, *args, **kwargs):
-            rollout = super().generate(*args, **kwargs)
-            ids = tuple((*row[:-1], EOS) for row in rollout.response_ids)
-            return Rollout(ids, rollout.logprobs, rollout.stop_reasons)
+        def respond(self, request):
+            found = super().respond(request)
+            return Rollout(tuple(replace(r, ids=(*r.ids[:-1], EOS)) for r in found))
 
     module.build_engine = lambda model: Ender(tokenizer)
     recorder = tiny.Recorder()

@@ -24,7 +24,7 @@ from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.engines.vllm_engine import VLLMEngine
 from okd_lightning.errors import ConfigError, ServerError
 from okd_lightning.models import Vocabulary
-from okd_lightning.records.batches import PromptBatch
+from okd_lightning.records.requests import PromptBatch, Request
 
 VOCABULARY = Vocabulary.of(tiny.make_tokenizer())
 PROMPTS = PromptBatch(((3, 4), (5,), (6, 7, 8), (3, 4)), (0, 1, 2, 0), (0, 0, 0, 1))
@@ -42,13 +42,12 @@ def fake(monkeypatch):
 
 def write(source, model, sampling=PLAIN, max_new_tokens=6, **more):
     engine = source.engine(model, VOCABULARY, (tiny.EOS,))
-    return engine.generate(PROMPTS, sampling, NoiseStream(3, 0), max_new_tokens, **more)
+    return engine.respond(Request(PROMPTS, sampling, NoiseStream(3, 0), max_new_tokens, **more))
 
 
 def check_own(model, rollout, sampling=PLAIN) -> None:
-    for prompt, ids, logprobs in zip(
-        PROMPTS.input_ids, rollout.response_ids, rollout.logprobs, strict=True
-    ):
+    for asked, response in zip(PROMPTS, rollout, strict=True):
+        prompt, ids, logprobs = asked.ids, response.ids, response.logprobs
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
         own = sampling.logprobs(VOCABULARY.cut(logits.double()))
@@ -65,7 +64,7 @@ def test_it_samples_from_the_students_weights(sleep, fake):
         student.model.norm.weight *= 1.2
     second = write(source, student)
     check_own(student, second)
-    assert second.logprobs != first.logprobs
+    assert [r.logprobs for r in second] != [r.logprobs for r in first]
     told: list[int] = []
     warm = Sampling(temperature=0.5, top_k=4)
 

@@ -62,7 +62,7 @@ class Sum:
     def weight_at(self, step: int) -> float:
         return self.weight
 
-    def wrap_writer(self, writer):
+    def wrap_engine(self, writer):
         return writer
 
     def loss(self, measured: Measured) -> LossOutput:

@@ -22,7 +22,7 @@ from okd_lightning.engines import Blend, NoiseStream, Sampling, TransformersEngi
 from okd_lightning.errors import ModelError
 from okd_lightning.models import Vocabulary, hidden_at_loss, recompute_activations, row_groups
 from okd_lightning.models.grouping import ANY_ROWS, RowGroups
-from okd_lightning.records.batches import PromptBatch
+from okd_lightning.records.requests import Prompt, PromptBatch, Request
 from okd_lightning.records.sequences import Sequences
 from okd_lightning.teachers import attach_online_module, base_teacher
 
@@ -270,7 +270,7 @@ def slowly(models, share, prompt, num_tokens):
     return tuple(ids)
 
 
-def prompts_of(lengths, limits=()) -> PromptBatch:
+def prompts_of(lengths, limits=()) -> tuple[Prompt, ...]:
     generator = torch.Generator().manual_seed(2)
     ids = [torch.randint(3, tiny.NUM_IDS, (n,), generator=generator).tolist() for n in lengths]
     rows = tuple(map(tuple, ids))
@@ -283,18 +283,19 @@ def test_generation_across_the_switch(kind, token_budget):
     prompts = prompts_of([3, 11, 12, 13, 8, 18, 5], limits=(9, 9, 9, 9, 4, 9, 7))
     told = []
     engine = TransformersEngine(make(kind), Vocabulary(tiny.NUM_IDS), (1,), token_budget)
-    rollout = engine.generate(
-        prompts,
-        Sampling(temperature=0),
-        NoiseStream(0, 0),
-        9,
-        lambda rows, tokens=0: told.append(rows),
+    rollout = engine.respond(
+        Request(
+            prompts,
+            Sampling(temperature=0),
+            NoiseStream(0, 0),
+            9,
+            progress=lambda rows, tokens=0: told.append(rows),
+        )
     )
     fresh = make(kind)
-    for prompt, limit, ids in zip(
-        prompts.input_ids, prompts.limits, rollout.response_ids, strict=True
-    ):
-        assert ids == slowly([fresh], 0.0, prompt, limit)
+    for prompt, response in zip(prompts, rollout, strict=True):
+        ids, limit = response.ids, prompt.limit
+        assert ids == slowly([fresh], 0.0, prompt.ids, limit)
     assert sum(told) == len(prompts)
     assert min(told) >= 0
 
@@ -303,17 +304,17 @@ def test_samples_across_the_switch_are_drawn_with_their_own_noise():
     """The noise of a place is that of the place, whichever round it is written in."""
     prompts, noise = prompts_of([3, 10, 13]), NoiseStream(0, 0)
     engine = TransformersEngine(make("phi3"), Vocabulary(tiny.NUM_IDS), ())
-    rollout = engine.generate(prompts, Sampling(), noise, 14)
-    uniform = noise.uniform(prompts.index, prompts.sample, 14)
+    rollout = engine.respond(Request(prompts, Sampling(), noise, 14))
+    uniform = noise.uniform([p.index for p in prompts], [p.sample for p in prompts], 14)
     model = make("phi3")
-    for i, (prompt, ids) in enumerate(zip(prompts.input_ids, rollout.response_ids, strict=True)):
+    for i, ids in enumerate(rollout.response_ids):
         for place, token in enumerate(ids):
-            text = torch.tensor([[*prompt, *ids[:place]]])
+            text = torch.tensor([[*prompts[i].ids, *ids[:place]]])
             with torch.no_grad():
                 logits = model(text, use_cache=False).logits[0, -1, : tiny.NUM_IDS].double()
             cdf = logits.softmax(-1).cumsum(0)
             assert token == int((cdf <= uniform[i, place]).sum())
-            assert rollout.logprobs[i][place] == pytest.approx(
+            assert rollout[i].logprobs[place] == pytest.approx(
                 float(logits.log_softmax(-1)[token]), abs=1e-4
             )
 
@@ -324,9 +325,9 @@ def test_a_mixture_across_both_switches(second):
     prompts = prompts_of([3, 11, 15])
     vocabulary = Vocabulary(tiny.NUM_IDS)
     engine = TransformersEngine(models[0], vocabulary, (1,), blend=Blend(models[1], 0.5))
-    rollout = engine.generate(prompts, Sampling(temperature=0), NoiseStream(0, 0), 8)
+    rollout = engine.respond(Request(prompts, Sampling(temperature=0), NoiseStream(0, 0), 8))
     fresh = [make("phi3"), make(second, seed=2)]
-    for prompt, ids in zip(prompts.input_ids, rollout.response_ids, strict=True):
+    for prompt, ids in ((p.ids, r.ids) for p, r in zip(prompts, rollout, strict=True)):
         assert ids == slowly(fresh, 0.5, prompt, 8)
 
 

@@ -22,7 +22,7 @@ from vllm_proxy import ask, restore
 from okd_lightning.callbacks import GKD
 from okd_lightning.engines import NoiseStream, Sampling, VLLMServer
 from okd_lightning.models import Vocabulary
-from okd_lightning.records.batches import PromptBatch
+from okd_lightning.records.requests import PromptBatch, Request
 from okd_lightning.teachers import ServedTeacher
 from okd_lightning.training.module import DistillationModule
 
@@ -129,10 +129,10 @@ def test_what_the_engine_asks(student_pair, tmp_path):
     student, vocabulary = served_models.make_student(9), Vocabulary.of(tiny.make_tokenizer())
     engine = VLLMServer(fake.url, str(tmp_path)).engine(student, vocabulary, (tiny.EOS,))
     for sampling in SAMPLINGS:
-        engine.generate(PROMPTS, sampling, NoiseStream(3, 0), 6)
+        engine.respond(Request(PROMPTS, sampling, NoiseStream(3, 0), 6))
     with torch.no_grad():
         student.model.norm.weight *= 1.2
-    engine.generate(PROMPTS, SAMPLINGS[0], NoiseStream(3, 1), 6)
+    engine.respond(Request(PROMPTS, SAMPLINGS[0], NoiseStream(3, 1), 6))
     paths = {path for path, _ in fake.requests}
     assert {"/v1/models", "/v1/completions", "/collective_rpc", "/weight_info"} <= paths
     assert {"/reset_prefix_cache", "/update_weight_version", "/server_info"} <= paths

@@ -32,11 +32,11 @@ LAST = Path("checkpoints/last.ckpt")
 class Watched(DistillationModule):
     """Keeps the largest distance of each rollout's log-probs from the student's own."""
 
-    def write(self, author, prompts, *args, **kwargs):
-        rollout = super().write(author, prompts, *args, **kwargs)
+    def respond(self, request):
+        rollout = super().respond(request)
         found = self.__dict__.setdefault("gaps", [])
-        rows = zip(prompts.input_ids, rollout.response_ids, rollout.logprobs, strict=True)
-        for prompt, ids, logprobs in rows if author == "student" else ():
+        rows = ((p.ids, r.ids, r.logprobs) for p, r in zip(request.prompts, rollout, strict=True))
+        for prompt, ids, logprobs in rows if request.generator == "student" else ():
             with torch.no_grad():
                 logits = self.student(torch.tensor([[*prompt, *ids]])).logits[0]
             known = self.vocabulary.cut(logits[len(prompt) - 1 : -1]).log_softmax(-1)

@@ -29,8 +29,8 @@ pytestmark = pytest.mark.real_vllm
 class Gaps(DistillationModule):
     """Keeps how far the first responses of each rollout are from the student."""
 
-    def write(self, author, prompts, *args, **kwargs):
-        rollout = super().write(author, prompts, *args, **kwargs)
+    def respond(self, request):
+        rollout = super().respond(request)
         self.__dict__.setdefault("gaps", []).append(rollout.engine_gap)
         return rollout
 

@@ -15,7 +15,7 @@ import torch
 from okd_lightning.engines import NoiseStream, Sampling, VLLMEngine
 from okd_lightning.errors import ConfigError
 from okd_lightning.models import Vocabulary
-from okd_lightning.records.batches import PromptBatch
+from okd_lightning.records.requests import PromptBatch, Request
 
 pytestmark = [
     pytest.mark.real_vllm,
@@ -30,7 +30,7 @@ SETTINGS = {"dtype": "float32", "enforce_eager": True, "max_model_len": served_m
 
 def write(source, student):
     engine = source.engine(student, VOCABULARY, (tiny.EOS,))
-    return engine.generate(PROMPTS, Sampling(), NoiseStream(3, 0), 6)
+    return engine.respond(Request(PROMPTS, Sampling(), NoiseStream(3, 0), 6))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_it_samples_from_the_students_weights(make, sleep, vllm_servers):
     for _ in range(3):
         rollout = write(source, student)
         assert rollout.engine_gap < 1e-5
-        found.append(rollout.logprobs)
+        found.append([response.logprobs for response in rollout])
         with torch.no_grad():
             student.model.embed_tokens.weight *= 1.2
     assert found[0] != found[1] != found[2]

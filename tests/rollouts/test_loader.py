@@ -19,7 +19,7 @@ import torch
 
 from okd_lightning.engines import Sampling
 from okd_lightning.errors import ConfigError
-from okd_lightning.records.batches import SOURCES, Example, Rollout, SampledCounts
+from okd_lightning.records import SOURCES, Example, Response, Rollout, SampledCounts
 from okd_lightning.rollouts import LoaderShape, RolloutLoader, RolloutPlan
 
 
@@ -45,18 +45,17 @@ class Scribe:
         self.version = 0  # of the student's weights
         self.calls: list[tuple] = []
 
-    def write(self, author, prompts, sampling, generator, max_new_tokens, progress=None):
-        self.calls.append((author, prompts.index, prompts.sample))
-        noise = generator.uniform(prompts.index, prompts.sample, 1)[:, 0].tolist()
-        ids = tuple(
-            (1000 + self.version, index, int(1e6 * u), sample)[: 3 + int(2 * u)]
-            for index, sample, u in zip(prompts.index, prompts.sample, noise, strict=True)
-        )
-        return Rollout(
-            ids,
-            tuple((-0.125,) * len(row) for row in ids),
-            tuple("eos" if len(row) < 4 else "length" for row in ids),
-        )
+    def respond(self, request):
+        prompts = request.prompts
+        keys = [prompt.index for prompt in prompts], [prompt.sample for prompt in prompts]
+        self.calls.append((request.generator, *map(tuple, keys)))
+        noise = request.noise.uniform(*keys, 1)[:, 0].tolist()
+        found = []
+        for prompt, u in zip(prompts, noise, strict=True):
+            row = (1000 + self.version, prompt.index, int(1e6 * u), prompt.sample)
+            ids = row[: 3 + int(2 * u)]
+            found.append(Response(ids, (-0.125,) * len(ids), "eos" if len(ids) < 4 else "length"))
+        return Rollout(tuple(found))
 
 
 class Ranks:

@@ -194,7 +194,7 @@ class Traffic:
 
     def __init__(self) -> None:
         self.gathers, self.reductions, self.while_writing = 0, 0, []
-        self._write = DistillationModule.write
+        self._write = DistillationModule.respond
 
     def __enter__(self) -> Traffic:
         gather, reduce = DefaultAllGather.__call__, DefaultReduceScatter.__call__
@@ -217,7 +217,7 @@ class Traffic:
         self._stack = ExitStack()
         self._stack.enter_context(patch.object(DefaultAllGather, "__call__", counted_gather))
         self._stack.enter_context(patch.object(DefaultReduceScatter, "__call__", counted_reduce))
-        self._stack.enter_context(patch.object(DistillationModule, "write", counted_write))
+        self._stack.enter_context(patch.object(DistillationModule, "respond", counted_write))
         return self
 
     def __exit__(self, *error) -> None:

@@ -198,7 +198,9 @@ def test_a_kind_of_ones_own_is_one_class(place, tmp_path):
     with torch.no_grad():
         expected = divergence_of(start, recorder.steps[0][0], uniform)
     assert recorder.losses[0]["train/kd"] == pytest.approx(expected, rel=1e-6)
-    with pytest.raises(ConfigError, match=r"Uniform generates none: give --model\.teacher a folder"):
+    with pytest.raises(
+        ConfigError, match=r"Uniform generates none: give --model\.teacher a folder"
+    ):
         train(tmp_path, make(Kind(lambda at: Uniform()), place), [KD(seq_kd=True)])
 
 

@@ -23,7 +23,8 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.losses import DrawnLogProb, ExactDivergence
 from okd_lightning.records.batches import Example
 from okd_lightning.records.collation import collate
-from okd_lightning.records.rows import given_row, muted, written_row
+from okd_lightning.records.requests import Response
+from okd_lightning.records.rows import dataset_row, fully_masked, sampled_row
 
 TEMPLATE = {"teacher_prompt_template": "{reference}p{prompt}"}
 KL, TEACHER, STUDENT = (
@@ -78,7 +79,9 @@ def test_each_side_measures_its_own_sequence(batch, row, make_module):
     module.configure_model()
     module.eval()
     rows = [
-        given_row(e) if row == "given" else written_row(e, "student", e.response_ids, ())
+        dataset_row(e)
+        if row == "given"
+        else sampled_row(e, "student", Response(e.response_ids, (), ""))
         for e in batch
     ]
     measured = module.measure(collate(rows, pad_id=11), (KL, TEACHER, STUDENT))
@@ -99,7 +102,7 @@ def test_padding_of_either_side_is_never_read(make_module):
     module = make_module()
     module.configure_model()
     module.eval()
-    batch = collate([given_row(e) for e in EXAMPLES])
+    batch = collate([dataset_row(e) for e in EXAMPLES])
     narrow = module.measure(batch, (KL, TEACHER))
 
     def widened(ids, mask, amount):
@@ -123,15 +126,15 @@ def test_padding_of_either_side_is_never_read(make_module):
 
 
 def test_records_carry_both_sequences():
-    batch = collate([given_row(e) for e in EXAMPLES])
+    batch = collate([dataset_row(e) for e in EXAMPLES])
     assert batch.mask.sum(1).tolist() == batch.teacher_mask.sum(1).tolist()
     assert batch.teacher_lengths.tolist() == [14, 5, 11, 15]
     moved = batch.to("meta")
     assert moved.teacher_input_ids.device.type == moved.teacher_mask.device.type == "meta"
-    silent = collate([muted(given_row(e)) for e in EXAMPLES])
+    silent = collate([fully_masked(dataset_row(e)) for e in EXAMPLES])
     assert torch.equal(silent.teacher_input_ids, batch.teacher_input_ids)
     assert not silent.teacher_mask.any()
-    without = collate([given_row(EXAMPLES[2])])
+    without = collate([dataset_row(EXAMPLES[2])])
     assert without.teacher_input_ids is None
     assert without.teacher_reads.input_ids is without.input_ids
 
@@ -277,5 +280,5 @@ def test_the_teachers_longer_sequence_has_to_fit(tmp_path, make_module):
 
 def test_the_length_of_the_longer_side_sorts():
     """Micro-batches of like lengths count the teacher's sequence too."""
-    loader_rows = [given_row(e) for e in EXAMPLES]
+    loader_rows = [dataset_row(e) for e in EXAMPLES]
     assert [row.num_tokens for row in loader_rows] == [14, 9, 11, 15]

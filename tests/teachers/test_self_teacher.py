@@ -24,7 +24,7 @@ from okd_lightning.divergences import ForwardKL, ReverseKL, TopK
 from okd_lightning.errors import CheckpointError, ConfigError
 from okd_lightning.losses import DrawnLogProb, Entropy, ExactDivergence
 from okd_lightning.records.collation import collate
-from okd_lightning.records.rows import given_row
+from okd_lightning.records.rows import dataset_row
 from okd_lightning.teachers import AveragedSelf, FrozenSelf, LiveSelf
 from okd_lightning.training.module import DistillationModule
 
@@ -83,7 +83,7 @@ def some_rows(module):
         where="rows",
         teacher_prompts=TeacherPrompts(32, template=TEMPLATE["teacher_prompt_template"]),
     )
-    return [given_row(example) for example in found.examples]
+    return [dataset_row(example) for example in found.examples]
 
 
 def some_batch(module):

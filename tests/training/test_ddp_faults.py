@@ -62,7 +62,7 @@ class Signal(Callback):
 
     def setup(self, trainer, pl_module, stage):
         calls = []
-        original = pl_module.write
+        original = pl_module.respond
 
         def write(*args, **kwargs):
             calls.append(1)
@@ -70,7 +70,7 @@ class Signal(Callback):
                 os.kill(os.getpid(), signal.SIGTERM)
             return original(*args, **kwargs)
 
-        pl_module.write = write
+        pl_module.respond = write
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         is_now = (self.place, self.number) == ("step", trainer.global_step)
@@ -88,11 +88,11 @@ class LateEngine(TransformersEngine):
 
     calls = 0
 
-    def generate(self, prompts, *args, **kwargs):
+    def respond(self, request):
         LateEngine.calls += 1
         if LateEngine.calls == 3 and int(os.environ.get("LOCAL_RANK", 0)) == 1:
             raise TimeoutError("no answer in 600 s")
-        return super().generate(prompts, *args, **kwargs)
+        return super().respond(request)
 
 
 class LateModule(DistillationModule):

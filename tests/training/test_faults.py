@@ -221,11 +221,11 @@ class LateEngine(TransformersEngine):
 
     asked, late_at = 0, 3
 
-    def generate(self, prompts, *args, **kwargs):
+    def respond(self, request):
         LateEngine.asked += 1
         if LateEngine.asked == LateEngine.late_at:
             raise TimeoutError("no answer in 600 s")
-        return super().generate(prompts, *args, **kwargs)
+        return super().respond(request)
 
 
 class LateModule(DistillationModule):

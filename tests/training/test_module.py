@@ -33,7 +33,7 @@ from okd_lightning.engines import TransformersEngine
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Entropy, ExactDivergence, Measured
 from okd_lightning.losses.reduction import loss_output
-from okd_lightning.records.batches import LossOutput, Rollout
+from okd_lightning.records import LossOutput, Response, Rollout
 from okd_lightning.training.module import DistillationModule
 
 
@@ -44,17 +44,17 @@ class Modes(Callback):
         self.training, self.writing = set(), set()
 
     def setup(self, trainer, pl_module, stage):
-        generate = TransformersEngine.generate
+        respond = TransformersEngine.respond
 
         def watched(engine, *args, **kwargs):
             self.writing.add(any(m.training for m in engine.model.modules()))
-            return generate(engine, *args, **kwargs)
+            return respond(engine, *args, **kwargs)
 
-        self.restore = (TransformersEngine, generate)
-        TransformersEngine.generate = watched
+        self.restore = (TransformersEngine, respond)
+        TransformersEngine.respond = watched
 
     def teardown(self, trainer, pl_module, stage):
-        TransformersEngine.generate = self.restore[1]
+        TransformersEngine.respond = self.restore[1]
 
     def on_before_zero_grad(self, trainer, pl_module, optimizer):
         self.training.add(
@@ -326,9 +326,9 @@ def test_a_users_method_trains_and_logs(tmp_path, make_module):
 class Parrot:
     """A user's engine: repeats the prompt."""
 
-    def generate(self, prompts, sampling, generator, max_new_tokens, progress=None):
-        ids = tuple((*prompt[:3], tiny.EOS) for prompt in prompts.input_ids)
-        return Rollout(ids, tuple((0.0,) * len(row) for row in ids), ("eos",) * len(ids))
+    def respond(self, request):
+        found = [(*prompt.ids[:3], tiny.EOS) for prompt in request.prompts]
+        return Rollout(tuple(Response(ids, (0.0,) * len(ids), "eos") for ids in found))
 
 
 class Mine(DistillationModule):

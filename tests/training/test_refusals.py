@@ -24,7 +24,7 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.losses import ExactDivergence
 from okd_lightning.losses.reduction import loss_output
 from okd_lightning.records.batches import Example
-from okd_lightning.rollouts.evaluation import GivenResponses
+from okd_lightning.rollouts.evaluation import DatasetResponses
 from okd_lightning.training.module import DistillationModule
 
 
@@ -142,7 +142,7 @@ def test_the_first_batches_of_validation_are_of_all_lengths():
     examples = [
         Example(i, (3,), (False,), tuple([4] * (1 + i)), "a", "b" * (1 + i)) for i in range(64)
     ]
-    batches = list(GivenResponses(examples, batch_size=4))
+    batches = list(DatasetResponses(examples, batch_size=4))
     lengths = [float(batch.lengths.float().mean()) for batch in batches]
     overall = sum(lengths) / len(lengths)
     assert abs(sum(lengths[:6]) / 6 - overall) < 0.35 * overall

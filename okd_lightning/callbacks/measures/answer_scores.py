@@ -19,13 +19,12 @@ from okd_lightning.callbacks.measures.evaluation import EvaluationCallback
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.data.progress import rollout_progress
 from okd_lightning.engines import NoiseStream, Sampling
-from okd_lightning.engines.engine import Author
 from okd_lightning.errors import ConfigError, RewardError
-from okd_lightning.records.batches import Example, PromptBatch, Rollout
+from okd_lightning.records.batches import Example
 from okd_lightning.records.noise import NoiseDomain
+from okd_lightning.records.requests import Generator, Prompt, Request, Rollout
 from okd_lightning.records.rows import share
 from okd_lightning.rollouts.agreement import naming_the_prompts
-from okd_lightning.rollouts.evaluation import prompt_batch
 from okd_lightning.training.module import DistillationModule
 
 
@@ -114,8 +113,8 @@ class AnswerScores(EvaluationCallback):
                 f"(column {data.columns.response!r}; another name: --data.response_column)"
             )
         own = list(share(examples, trainer.global_rank, trainer.world_size))
-        rollout = self._write(trainer, pl_module, data, own)
-        turns = [[pl_module.decode(ids) for ids in rollout.turns(i)] for i in range(len(rollout))]
+        rollout = self._generate(trainer, pl_module, data, own)
+        turns = [[pl_module.decode(ids) for ids in response.turns] for response in rollout]
         samples = [turns[i : i + self.num_samples] for i in range(0, len(turns), self.num_samples)]
         self._log_scores(trainer, pl_module, data, part, Answers(own, samples))
 
@@ -162,7 +161,7 @@ class AnswerScores(EvaluationCallback):
                 raise RewardError(found)
         return scores
 
-    def _write(
+    def _generate(
         self,
         trainer: lightning.Trainer,
         module: DistillationModule,
@@ -173,45 +172,40 @@ class AnswerScores(EvaluationCallback):
         prompts = sampled_prompts(examples, self.num_samples)
         agreement = data.agreement()
 
-        def write() -> Rollout:
+        def generate() -> Rollout:
             shown = rollout_progress(trainer, "student answers", len(prompts))
-            with naming_the_prompts("student", prompts), shown as progress:
-                return module.write(
-                    "student",
-                    prompts,
-                    self.sampling,
-                    NoiseStream(self.seed, NoiseDomain.TASK_MEASURES),
-                    data.max_response_length,
-                    agreement.progress(progress),
+            with shown as progress:
+                request = Request(
+                    prompts=prompts,
+                    sampling=self.sampling,
+                    noise=NoiseStream(self.seed, NoiseDomain.TASK_MEASURES),
+                    max_new_tokens=data.max_response_length,
+                    progress=agreement.progress(progress),
                 )
+                with naming_the_prompts(request):
+                    return module.respond(request)
 
-        return agreement.together(write)
+        return agreement.together(generate)
 
 
-def sampled_prompts(examples: Sequence[Example], num_samples: int) -> PromptBatch:
+def sampled_prompts(examples: Sequence[Example], num_samples: int) -> tuple[Prompt, ...]:
     """Return every prompt ``num_samples`` times in succession, with sample numbers."""
-    repeated = [example for example in examples for _ in range(num_samples)]
-    numbers = tuple(range(num_samples)) * len(examples)
-    return PromptBatch(
-        input_ids=tuple(example.prompt_ids for example in repeated),
-        index=tuple(example.index for example in repeated),
-        sample=numbers,
-        chats=tuple(example.chat for example in repeated),
-    )
+    numbers = range(num_samples)
+    return tuple(example.prompt_for("student", i) for example in examples for i in numbers)
 
 
 def greedy_answers(
     module: DistillationModule,
     data: RolloutDataModule,
     examples: list[Example],
-    author: Author = "student",
+    generator: Generator = "student",
 ) -> list[str]:
     """Return the greedy responses (their last turns) of the student or the teacher, as text."""
-    rollout = module.write(
-        author,
-        prompt_batch(examples, author),
-        Sampling(temperature=0),
-        NoiseStream(0, 0),
-        data.max_response_length,
+    request = Request(
+        prompts=tuple(example.prompt_for(generator) for example in examples),
+        sampling=Sampling(temperature=0),
+        noise=NoiseStream(0, 0),
+        max_new_tokens=data.max_response_length,
+        generator=generator,
     )
-    return [module.decode(rollout.turns(row)[-1]) for row in range(len(rollout))]
+    return [module.decode(response.turns[-1]) for response in module.respond(request)]

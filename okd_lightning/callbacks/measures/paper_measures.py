@@ -15,7 +15,6 @@ from okd_lightning.callbacks.measures.evaluation import EvaluationCallback
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import ForwardKL
 from okd_lightning.engines import NoiseStream, Sampling
-from okd_lightning.engines.engine import Author
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import DrawnLogProb, ExactDivergence, Measured
 from okd_lightning.metrics import (
@@ -24,11 +23,11 @@ from okd_lightning.metrics import (
     Uncertainty,
     response_uncertainty,
 )
-from okd_lightning.records.batches import DistillBatch, Example, Rollout, TrainingRow
+from okd_lightning.records.batches import DistillBatch, Example, TrainingRow
 from okd_lightning.records.noise import NoiseDomain
-from okd_lightning.records.rows import given_row, micro_batches, share, written_rows
+from okd_lightning.records.requests import Generator, Request, Rollout
+from okd_lightning.records.rows import dataset_row, micro_batches, sampled_rows, share
 from okd_lightning.rewards.rouge import rouge_l
-from okd_lightning.rollouts.evaluation import prompt_batch
 from okd_lightning.training.module import DistillationModule
 
 _FORWARD_KL = ExactDivergence(ForwardKL())
@@ -136,7 +135,7 @@ def _on_given(inputs: _Pass) -> dict[str, Tensor]:
     }
     quantities = (_STUDENT_TARGET, _TEACHER_TARGET, _STUDENT_STD, _TEACHER_STD)
     with inputs.alone():
-        for batch in _batches(inputs, [given_row(example) for example in inputs.examples]):
+        for batch in _batches(inputs, [dataset_row(example) for example in inputs.examples]):
             measured = inputs.module.measure(batch, quantities)
             uncertainty.update(
                 *(
@@ -156,28 +155,30 @@ def _on_written(inputs: _Pass, seed: int) -> dict[str, Tensor]:
     module, device = inputs.module, inputs.module.device
     error = ExcessAccumulatedError(inputs.data.max_response_length).to(device)
     rouge = MeanMetric().to(device)
-    for author in ("student", "teacher"):
-        rollout = _write(inputs, author, seed)
-        rows = written_rows(inputs.examples, author, rollout)
+    generators: tuple[Generator, ...] = ("student", "teacher")
+    for generator in generators:
+        rollout = _rollout(inputs, generator, seed)
+        rows = sampled_rows(inputs.examples, generator, rollout)
         with inputs.alone():
             for batch in _batches(inputs, rows):
                 measured = module.measure(batch, (_FORWARD_KL,))
-                error.update(*_steps(batch, measured), is_student_prefix=author == "student")
-        if author == "student":
-            for row, example in enumerate(inputs.examples):
+                error.update(*_steps(batch, measured), is_student_prefix=generator == "student")
+        if generator == "student":
+            for example, response in zip(inputs.examples, rollout, strict=True):
                 reference = module.decode(example.response_ids)
-                rouge.update(rouge_l(module.decode(rollout.turns(row)[-1]), reference))
+                rouge.update(rouge_l(module.decode(response.turns[-1]), reference))
     return {"excess_accumulated_error": error.compute(), "rouge_l": rouge.compute()}
 
 
-def _write(inputs: _Pass, author: Author, seed: int) -> Rollout:
-    return inputs.module.write(
-        author,
-        prompt_batch(inputs.examples, author),
-        Sampling(),
-        NoiseStream(seed, NoiseDomain.PAPER_MEASURES),
-        inputs.data.max_response_length,
+def _rollout(inputs: _Pass, generator: Generator, seed: int) -> Rollout:
+    request = Request(
+        prompts=tuple(example.prompt_for(generator) for example in inputs.examples),
+        sampling=Sampling(),
+        noise=NoiseStream(seed, NoiseDomain.PAPER_MEASURES),
+        max_new_tokens=inputs.data.max_response_length,
+        generator=generator,
     )
+    return inputs.module.respond(request)
 
 
 def _batches(inputs: _Pass, rows: Sequence[TrainingRow]) -> Iterator[DistillBatch]:

@@ -11,7 +11,7 @@ from typing import Any, Self
 import lightning
 from lightning.pytorch.callbacks import Callback
 
-from okd_lightning.engines import Writer
+from okd_lightning.engines import RolloutEngine
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Measured, Quantity, RowScorer
 from okd_lightning.records.batches import LossOutput, Source
@@ -133,14 +133,14 @@ class DistillationCallback(Callback, ABC):
         """Key of this callback's state in checkpoints, unique among callbacks of its class."""
         return f"{type(self).__qualname__}.{self.name}"
 
-    def wrap_writer(self, writer: Writer) -> Writer:
-        """Return the writer of training's responses; ``writer`` unchanged by default.
+    def wrap_engine(self, engine: RolloutEngine) -> RolloutEngine:
+        """Return the engine of training's responses; ``engine`` unchanged by default.
 
         A method that changes the generation (sampling from a mixture, replay of earlier responses)
-        returns its own ``Writer``, which calls ``writer`` for the rest. It is called once a run,
-        after ``prepare``. All methods of the run get its rows; validation does not use it.
+        returns its own ``RolloutEngine``, which calls ``engine`` for the rest. It is called once a
+        run, after ``prepare``. All methods of the run get its rows; validation does not use it.
         """
-        return writer
+        return engine
 
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str

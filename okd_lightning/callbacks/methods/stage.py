@@ -136,8 +136,8 @@ class Stage(DistillationCallback):
 
 
 def _check_method(method: DistillationCallback) -> None:
-    """Refuse methods with Lightning hooks or a writer: a stage passes on only the term."""
-    if type(method).wrap_writer is not DistillationCallback.wrap_writer:
+    """Refuse methods with Lightning hooks or an engine: a stage passes on only the term."""
+    if type(method).wrap_engine is not DistillationCallback.wrap_engine:
         raise ConfigError(
             f"Stage of {method.name}: {type(method).__name__} changes how responses are written, "
             "for the whole run; it cannot act in a part of it"

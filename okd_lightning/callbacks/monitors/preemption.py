@@ -29,7 +29,7 @@ from okd_lightning.data import RolloutDataModule
 from okd_lightning.durable_files import write_json
 from okd_lightning.errors import OutputError, PreemptedError
 from okd_lightning.rollouts.agreement import StopRequest
-from okd_lightning.training.loop_state import STOPPED, validation_follows
+from okd_lightning.training.loop_state import STOPPED, validation_follows, validation_is_due
 from okd_lightning.training.run_records import STOPPED_FILE
 
 
@@ -225,7 +225,7 @@ class Preemption(Checkpoint):
         checkpoint: dict[str, Any],
     ) -> None:
         """Restore whether a validation is due."""
-        self._is_due = bool(checkpoint.get(STOPPED, {}).get("validation_is_due"))
+        self._is_due = validation_is_due(checkpoint)
 
     def on_exception(
         self,

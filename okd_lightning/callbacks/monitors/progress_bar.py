@@ -335,7 +335,7 @@ def _chunk(trainer: lightning.Trainer, batch_idx: int) -> tuple[int, int]:
     step, loader = batch_idx // trainer.accumulate_grad_batches, trainer.train_dataloader
     if not isinstance(loader, RolloutLoader):
         return step, step + 1
-    size = loader.shape.steps_per_chunk
+    size = loader.shape.steps_per_rollout
     start = step // size * size
     return start, min(start + size, loader.shape.steps_per_epoch)
 

@@ -18,14 +18,13 @@ from okd_lightning.callbacks.monitors.sample_views import Sample, samples_markdo
 from okd_lightning.callbacks.monitors.throughput import Throughput
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.engines import NoiseStream, Sampling
-from okd_lightning.engines.engine import Author
 from okd_lightning.errors import ConfigError
 from okd_lightning.records.batches import Example
 from okd_lightning.records.noise import NoiseDomain, hashed_choice
+from okd_lightning.records.requests import Generator, Request
 from okd_lightning.records.rows import share
 from okd_lightning.rollouts import RolloutLoader
 from okd_lightning.rollouts.agreement import Agreement, naming_the_prompts
-from okd_lightning.rollouts.evaluation import prompt_batch
 from okd_lightning.training.module import DistillationModule
 
 
@@ -169,26 +168,29 @@ class SampleTable(Callback):
         ]
 
     def _answers(
-        self, module: DistillationModule, data: RolloutDataModule, author: Author
+        self, module: DistillationModule, data: RolloutDataModule, generator: Generator
     ) -> list[str]:
         """Return greedy answers to all prompts, on every rank; each rank generates its share."""
         trainer = module.trainer
         own = list(share(self._examples, trainer.global_rank, trainer.world_size))
-        prompts = prompt_batch(own, author)
-        limit = min(self.max_tokens, data.max_response_length)
+        request = Request(
+            prompts=tuple(example.prompt_for(generator) for example in own),
+            sampling=Sampling(temperature=0),
+            noise=NoiseStream(0, 0),
+            max_new_tokens=min(self.max_tokens, data.max_response_length),
+            generator=generator,
+        )
 
-        def write() -> list[str]:
-            with naming_the_prompts(author, prompts):
-                rollout = module.write(
-                    author, prompts, Sampling(temperature=0), NoiseStream(0, 0), limit
-                )
+        def generate() -> list[str]:
+            with naming_the_prompts(request):
+                rollout = module.respond(request)
             return [
-                module.decode(ids) + ("…" if reason == "length" else "")
-                for ids, reason in zip(rollout.response_ids, rollout.stop_reasons, strict=True)
+                module.decode(response.ids) + ("…" if response.stop_reason == "length" else "")
+                for response in rollout
             ]
 
-        written = Agreement(data.gather).together(write)
-        return [text for of_rank in data.gather(written) for text in of_rank]
+        answers = Agreement(data.gather).together(generate)
+        return [text for of_rank in data.gather(answers) for text in of_rank]
 
     # ---------------------------------------------------------------- showing
 

@@ -15,8 +15,8 @@ from okd_lightning.commands.diagnose.findings import Cost, Diagnosis, Rows
 from okd_lightning.commands.diagnose.gradients import GradientProbe
 from okd_lightning.commands.diagnose.positions import measure_tokens, summarise
 from okd_lightning.commands.diagnose.responses import (
+    ResponseGenerator,
     Responses,
-    ResponseWriter,
     chosen,
     given_responses,
 )
@@ -63,10 +63,13 @@ class Examination(Callback):
     ) -> Diagnosis:
         examples, learnt = _split(data, self.rows)
         checks = text_checks(module, data, "val", data.examples("val"), examples)
-        writer = ResponseWriter(module, data.sampling, data.max_response_length, data.seed)
+        generator = ResponseGenerator(module, data.sampling, data.max_response_length, data.seed)
         given = given_responses(examples, module.eos_ids)
         self._say(f"both models answer {len(examples)} prompts")
-        own, teachers = writer.write("student", examples), writer.write("teacher", examples)
+        own, teachers = (
+            generator.generate("student", examples),
+            generator.generate("teacher", examples),
+        )
         checks += writing_checks(own, teachers, data.max_response_length)
         self._say("divergences on given, own and the teacher's responses")
         rows = tuple(
@@ -80,7 +83,7 @@ class Examination(Callback):
         written: list[Responses] = []
         on_given, on_own = [], []
         for number, group in enumerate(_groups(learnt, self.batches, per_step, data.seed)):
-            written.append(writer.write("student", group, sample=1 + number))
+            written.append(generator.generate("student", group, sample=1 + number))
             on_own.append(list(written[-1].batches(data.batch_size, module.device)))
             answers = given_responses(group, module.eos_ids)
             on_given.append(list(answers.batches(data.batch_size, module.device)))

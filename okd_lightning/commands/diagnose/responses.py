@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from okd_lightning.engines import NoiseStream, Sampling
-from okd_lightning.engines.engine import Author
-from okd_lightning.records.batches import DistillBatch, Example, PromptBatch, TrainingRow
+from okd_lightning.records.batches import DistillBatch, Example, TrainingRow
 from okd_lightning.records.noise import NoiseDomain, hashed_choice
-from okd_lightning.records.rows import given_row, micro_batches, written_rows
+from okd_lightning.records.requests import Generator, Request
+from okd_lightning.records.rows import dataset_row, micro_batches, sampled_rows
 from okd_lightning.training.module import DistillationModule
 
 
@@ -62,10 +62,10 @@ def given_responses(examples: Sequence[Example], eos_ids: Sequence[int]) -> Resp
     """Return the dataset responses; empty where the dataset holds prompts alone."""
     answered = [example for example in examples if example.response_ids]
     ended = tuple(example.response_ids[-1] in eos_ids for example in answered)
-    return Responses("given", tuple(given_row(example) for example in answered), ended)
+    return Responses("given", tuple(dataset_row(example) for example in answered), ended)
 
 
-class ResponseWriter:
+class ResponseGenerator:
     """Generator of one model's responses; the same seed gives the same responses.
 
     Args:
@@ -83,29 +83,26 @@ class ResponseWriter:
         self.max_new_tokens = max_new_tokens
         self.seed = seed
 
-    def write(self, author: Author, examples: Sequence[Example], sample: int = 0) -> Responses:
+    def generate(
+        self, generator: Generator, examples: Sequence[Example], sample: int = 0
+    ) -> Responses:
         """Generate responses to some prompts.
 
         Args:
-            author: The generator.
+            generator: The model that generates.
             examples: The prompts.
             sample: Another number gives other responses.
         """
-        prompts = PromptBatch(
-            input_ids=tuple(example.prompt_ids_of(author) for example in examples),
-            index=tuple(example.index for example in examples),
-            sample=(sample,) * len(examples),
-            chats=tuple(example.chat for example in examples),
+        request = Request(
+            prompts=tuple(example.prompt_for(generator, sample) for example in examples),
+            sampling=self.sampling if generator == "student" else Sampling(),
+            noise=NoiseStream(self.seed, NoiseDomain.DIAGNOSIS),
+            max_new_tokens=self.max_new_tokens,
+            generator=generator,
         )
-        sampling = self.sampling if author == "student" else Sampling()
         start = time.perf_counter()
-        rollout = self.module.write(
-            author,
-            prompts,
-            sampling,
-            NoiseStream(self.seed, NoiseDomain.DIAGNOSIS),
-            self.max_new_tokens,
-        )
+        rollout = self.module.respond(request)
         seconds = time.perf_counter() - start
-        ended = tuple(reason == "eos" for reason in rollout.stop_reasons)
-        return Responses(author, tuple(written_rows(examples, author, rollout)), ended, seconds)
+        ended = tuple(response.stop_reason == "eos" for response in rollout)
+        rows = sampled_rows(examples, generator, rollout)
+        return Responses(generator, tuple(rows), ended, seconds)

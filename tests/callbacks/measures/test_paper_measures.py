@@ -16,9 +16,9 @@ from peft import LoraConfig
 from okd_lightning.callbacks import OKD, SFT, PaperMeasures
 from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.errors import ConfigError
+from okd_lightning.records import Request
 from okd_lightning.records.noise import NoiseDomain
 from okd_lightning.rewards import functions as rewards
-from okd_lightning.rollouts.evaluation import prompt_batch
 from okd_lightning.training.module import DistillationModule
 
 VAL = tiny.make_rows(9, seed=1)
@@ -105,13 +105,9 @@ def test_against_a_slow_loop(tmp_path):
 
     kls, rouges = {}, []
     for author in ("student", "teacher"):
-        rollout = module.write(
-            author,
-            prompt_batch(examples),
-            Sampling(),
-            NoiseStream(3, NoiseDomain.PAPER_MEASURES),
-            8,
-        )
+        noise = NoiseStream(3, NoiseDomain.PAPER_MEASURES)
+        prompts = tuple(example.prompt_for("student") for example in examples)
+        rollout = module.respond(Request(prompts, Sampling(), noise, 8, author))
         kls[author] = []
         for example, response in zip(examples, rollout.response_ids, strict=True):
             ids, start = list(example.prompt_ids + response), len(example.prompt_ids)

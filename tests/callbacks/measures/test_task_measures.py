@@ -37,7 +37,7 @@ from okd_lightning.commands.cli_arguments import load_config
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.errors import ConfigError, RewardError
-from okd_lightning.records.batches import Example, PromptBatch
+from okd_lightning.records import Example, PromptBatch, Request
 from okd_lightning.records.noise import NoiseDomain
 from okd_lightning.rewards import RougeL, ToolCallMatch
 
@@ -56,7 +56,7 @@ def drawn_alone(module, prompt: str, index: int, sample: int, temperature: float
     ids = tuple(module.tokenizer(prompt).input_ids)
     batch = PromptBatch(input_ids=(ids,), index=(index,), sample=(sample,))
     noise = NoiseStream(3, NoiseDomain.TASK_MEASURES)
-    rollout = module.write("student", batch, Sampling(temperature), noise, 2)
+    rollout = module.respond(Request(batch, Sampling(temperature), noise, 2))
     return module.decode(rollout.response_ids[0])
 
 
@@ -99,9 +99,9 @@ def test_pass_at_k_is_the_mean_over_all_subsets(n):
 def test_samples_of_a_prompt_are_numbered():
     examples = [example(prompt_ids=(3,), index=5), example(prompt_ids=(4, 5), index=8)]
     prompts = sampled_prompts(examples, 3)
-    assert prompts.input_ids == ((3,),) * 3 + ((4, 5),) * 3
-    assert prompts.index == (5, 5, 5, 8, 8, 8)
-    assert prompts.sample == (0, 1, 2) * 2
+    assert [prompt.ids for prompt in prompts] == [(3,)] * 3 + [(4, 5)] * 3
+    assert [prompt.index for prompt in prompts] == [5, 5, 5, 8, 8, 8]
+    assert [prompt.sample for prompt in prompts] == [0, 1, 2] * 2
 
 
 def example(response="", index=0, prompt_ids=(3,)):

@@ -13,8 +13,9 @@ import tiny
 
 from okd_lightning.callbacks import KD, Reward
 from okd_lightning.errors import ConfigError, RewardError
-from okd_lightning.records.batches import Example, Rollout
-from okd_lightning.rollouts.scoring import TermScorer
+from okd_lightning.records import Response
+from okd_lightning.records.batches import Example
+from okd_lightning.rollouts.scoring import SampledResponse, TermScorer
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_what_fails_on_one_rank_stops_both(broken):
 
     scorer = TermScorer([Reward(function)], str, 1, gather, rank=0)
     example = Example(0, (3,), (False,), (), "a", "")
-    rollout = Rollout(((4, 1),), ((-1.0, -1.0),), ("eos",))
+    response = Response((4, 1), (-1.0, -1.0), "eos")
     with pytest.raises(RewardError, match="raised KeyError"):
-        scorer([example], [0], rollout, [0])
+        scorer([SampledResponse(example, 0, response, 0)])
     assert len(handed) == 1

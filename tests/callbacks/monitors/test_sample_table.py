@@ -27,7 +27,7 @@ from okd_lightning.callbacks.monitors.sample_views import Sample, samples_markdo
 from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.engines.transformers_engine import TransformersEngine
 from okd_lightning.errors import ConfigError
-from okd_lightning.records.batches import PromptBatch
+from okd_lightning.records.requests import PromptBatch, Request
 from okd_lightning.teachers import AveragedSelf, CachedTeacher, FrozenSelf
 
 STEPS = {"max_epochs": -1, "max_steps": 7, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
@@ -42,10 +42,10 @@ def greedy(model, module, prompts: list[str], limit: int) -> list[str]:
     engine = TransformersEngine(model.eval(), module.vocabulary, module.eos_ids)
     ids = tuple(tuple(module.tokenizer(prompt).input_ids) for prompt in prompts)
     batch = PromptBatch(ids, tuple(range(len(ids))), (0,) * len(ids))
-    written = engine.generate(batch, Sampling(temperature=0), NoiseStream(5, 9), limit)
+    written = engine.respond(Request(batch, Sampling(temperature=0), NoiseStream(5, 9), limit))
     return [
         module.decode(answer) + ("" if reason == "eos" else "…")
-        for answer, reason in zip(written.response_ids, written.stop_reasons, strict=True)
+        for answer, reason in ((r.ids, r.stop_reason) for r in written)
     ]
 
 

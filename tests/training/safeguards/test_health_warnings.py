@@ -32,7 +32,7 @@ from okd_lightning.divergences import ReverseKL
 from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.engines.transformers_engine import TransformersEngine
 from okd_lightning.errors import ConfigError
-from okd_lightning.records.batches import PromptBatch
+from okd_lightning.records.requests import PromptBatch, Request
 from okd_lightning.training.safeguards.health_warnings import HealthWarnings
 from okd_lightning.training.safeguards.vital_signs import (
     Course,
@@ -78,7 +78,7 @@ def answered_by(model, module) -> list[dict[str, str]]:
     rows = tiny.make_rows(12)
     ids = tuple(tuple(module.tokenizer(row["prompt"]).input_ids) for row in rows)
     prompts = PromptBatch(ids, tuple(range(12)), (0,) * 12)
-    written = engine.generate(prompts, Sampling(temperature=0), NoiseStream(0, 0), 8)
+    written = engine.respond(Request(prompts, Sampling(temperature=0), NoiseStream(0, 0), 8))
     return [
         {**row, "response": module.decode(answer)}
         for row, answer in zip(rows, written.response_ids, strict=True)

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from okd_lightning.engines import Blend, NoiseStream, Sampling, TransformersEngine, Writer
-from okd_lightning.engines.engine import Author, Progress
+from okd_lightning.engines import Blend, RolloutEngine, TransformersEngine
 from okd_lightning.errors import ConfigError
-from okd_lightning.records.batches import PromptBatch, Rollout
+from okd_lightning.records.requests import Request, Rollout
 from okd_lightning.training.paired_module import PairedModule
 
 
-class MixedWriter:
-    """Generator of student responses from α q + (1-α) p, token by token (arXiv 2306.08543, Eq. 4).
+class MixtureEngine:
+    """Engine of student responses from α q + (1-α) p, token by token (arXiv 2306.08543, Eq. 4).
 
     The rollout's log-probs are the mixture's, so that an importance ratio corrects for it. Both
-    models read the student's prompt. A method returns this writer from ``wrap_writer``.
+    models read the student's prompt. A method returns this engine from ``wrap_engine``.
 
     Args:
         module: Student and teacher.
         share: α, strictly between 0 and 1; q is the teacher's distribution.
-        writer: Generates all other responses.
+        engine: Generates all other responses.
 
     Raises:
         ConfigError: ``share`` is outside (0, 1).
     """
 
-    def __init__(self, module: PairedModule, share: float, writer: Writer) -> None:
+    def __init__(self, module: PairedModule, share: float, engine: RolloutEngine) -> None:
         if not 0 < share < 1:
             raise ConfigError(
                 f"the teacher's share in a draw must be between 0 and 1, got {share}; 0 and 1 are "
@@ -34,26 +33,17 @@ class MixedWriter:
             )
         self._module = module
         self._share = share
-        self._writer = writer
+        self._engine = engine
 
-    def write(
-        self,
-        author: Author,
-        prompts: PromptBatch,
-        sampling: Sampling,
-        generator: NoiseStream,
-        max_new_tokens: int,
-        progress: Progress | None = None,
-    ) -> Rollout:
-        """Generate responses; see ``Writer.write``.
+    def respond(self, request: Request) -> Rollout:
+        """Generate responses; see ``RolloutEngine.respond``.
 
         Raises:
             ConfigError: There is no second model, tools are called between the turns, or the engine
                 cannot mix.
         """
-        call = (prompts, sampling, generator, max_new_tokens, progress)
-        if author != "student":
-            return self._writer.write(author, *call)
+        if request.generator != "student":
+            return self._engine.respond(request)
         module = self._module
         if module.teacher is None:
             raise ConfigError(
@@ -78,4 +68,4 @@ class MixedWriter:
                     "teacher and student need the built-in engine"
                 )
             mixed = replace(engine, blend=Blend(teacher, self._share))
-            return mixed.generate(*call)
+            return mixed.respond(request)
