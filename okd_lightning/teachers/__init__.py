@@ -1,6 +1,7 @@
 """Teachers: one protocol, and one class for each kind.
 
-* ``base``: the ``Teacher``, as the rest of the package sees it; ``NoTeacher``.
+* ``base``: the ``Teacher``, as the rest of the package sees it; ``NoTeacher``. ``run``: the records
+  that a run gives it.
 * ``loaded``: a frozen model in memory. ``frozen_self``, ``averaged_self``, ``live_self``: the
   student as its own teacher, on what they share (``self_teacher``).
 * ``adaptive``: another teacher with a small trainable part (OKD), which ``online_module`` attaches.
@@ -12,15 +13,7 @@
 
 from okd_lightning.teachers.adaptive import AdaptiveTeacher
 from okd_lightning.teachers.averaged_self import AveragedSelf
-from okd_lightning.teachers.base import (
-    NoTeacher,
-    Opening,
-    Teacher,
-    TeacherOptions,
-    TeacherRun,
-    model_side,
-    trained,
-)
+from okd_lightning.teachers.base import NoTeacher, Teacher, model_side, trained
 from okd_lightning.teachers.cached_teacher import CachedTeacher
 from okd_lightning.teachers.frozen_self import FrozenSelf
 from okd_lightning.teachers.live_self import LiveSelf
@@ -30,6 +23,7 @@ from okd_lightning.teachers.online_module import (
     attach_online_module,
     base_teacher,
 )
+from okd_lightning.teachers.run import Opening, TeacherOptions, TeacherRun
 from okd_lightning.teachers.self_teacher import in_eval_mode
 from okd_lightning.teachers.served_teacher import ServedTeacher
 from okd_lightning.teachers.teacher_base import TeacherBase

@@ -16,20 +16,14 @@ from okd_lightning.losses import Side, Term
 from okd_lightning.metrics import adapted_measures
 from okd_lightning.models import LMHead, ModelSource
 from okd_lightning.records.batches import DistillBatch
-from okd_lightning.teachers.base import (
-    Measurement,
-    Opening,
-    Teacher,
-    TeacherOptions,
-    TeacherRun,
-    tried,
-)
+from okd_lightning.teachers.base import Measurement, Teacher, tried
 from okd_lightning.teachers.online_module import (
     OnlineModuleSettings,
     WithinContext,
     attach_online_module,
     base_teacher,
 )
+from okd_lightning.teachers.run import Opening, TeacherOptions, TeacherRun
 
 
 @final

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.teachers.base import TeacherOptions
+from okd_lightning.teachers.run import TeacherOptions
 from okd_lightning.teachers.self_teacher import SelfTeacher, teacher_copy
 
 DEFAULT_EMA_DECAY = 0.99

@@ -7,22 +7,19 @@ A kind is one final class in a file of its own; no other code asks which kind a 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy, deepcopy
-from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeAlias, final
 
-import lightning
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Quantity, Side, Term, WeightedTerm
 from okd_lightning.metrics import measures
 from okd_lightning.models import (
-    DTypeName,
     LMHead,
     ModelSource,
     Vocabulary,
@@ -31,78 +28,13 @@ from okd_lightning.models import (
     packs_rows,
     say_row_groups,
 )
-from okd_lightning.records.batches import DistillBatch, Example
+from okd_lightning.records.batches import DistillBatch
 from okd_lightning.records.sequences import Sequences
 from okd_lightning.teachers.online_module import OnlineModuleSettings
+from okd_lightning.teachers.run import Opening, TeacherOptions, TeacherRun
 
 Measurement: TypeAlias = tuple[AbstractContextManager[None], dict[str, Quantity]]
 """A context, and metric name → quantity, to be measured within it."""
-
-
-@dataclass(frozen=True)
-class TeacherRun:
-    """The run that a teacher belongs to.
-
-    Attributes:
-        student: Source of the student.
-        tokenizer: The run's tokenizer.
-        vocabulary: Ids on which both sides are compared.
-        dtype: Number format of a loaded teacher's weights.
-        logprob_dtype: Number format of log-probabilities that come from elsewhere.
-        attn_implementation: Attention implementation of loaded models.
-        packing: Whether rows are packed, where the model supports it.
-        compile_blocks: Whether the model's blocks are compiled.
-        gradient_checkpointing: Whether a trained part's activations are recomputed.
-        ema_decay: Share of a moving average that an optimizer step keeps; None for the default.
-        adds_adapter: Whether a new adapter is put on the student, whose base then stays as it was.
-    """
-
-    student: ModelSource
-    tokenizer: PreTrainedTokenizerBase
-    vocabulary: Vocabulary
-    dtype: DTypeName
-    logprob_dtype: torch.dtype = torch.float32
-    attn_implementation: str | None = None
-    packing: bool = True
-    compile_blocks: bool = False
-    gradient_checkpointing: bool = False
-    ema_decay: float | None = None
-    adds_adapter: bool = False
-
-
-@dataclass(frozen=True)
-class TeacherOptions:
-    """Options of a run that only some kinds of teacher take.
-
-    Attributes:
-        teacher_dtype: ``model.teacher_dtype``; None where it is not set.
-        ema_decay: ``model.ema_decay``; None where it is not set.
-        rounds_steps: Whether the student's trained weights are in 16 bits.
-    """
-
-    teacher_dtype: DTypeName | None = None
-    ema_decay: float | None = None
-    rounds_steps: bool = False
-
-
-@dataclass(frozen=True)
-class Opening:
-    """The start of a training run, with the models on their devices.
-
-    Attributes:
-        trainer: The run's Trainer.
-        terms: The run's terms.
-        device: Device of the student.
-        read_rows: From the user's option to the dataset responses for which training and validation
-            need the teacher, and the rows of a forward pass.
-        progress: From trainer, text and number of rows to a context that yields a callback.
-    """
-
-    trainer: lightning.Trainer
-    terms: Sequence[Term]
-    device: torch.device
-    read_rows: Callable[[str], tuple[list[Sequence[Example]], int]]
-    progress: Callable[[Any, str, int], AbstractContextManager[Callable[[int], None] | None]]
 
 
 class Teacher(ABC):

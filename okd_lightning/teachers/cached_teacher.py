@@ -15,11 +15,12 @@ from okd_lightning.errors import CacheError, ConfigError
 from okd_lightning.losses import PackedHead, Quantity, Side
 from okd_lightning.models import ModelArgument, ModelSource
 from okd_lightning.records.batches import SOURCES, DistillBatch, Example
-from okd_lightning.teachers.base import Opening, Teacher, TeacherRun
+from okd_lightning.teachers.base import Teacher
 from okd_lightning.teachers.cache_preparation import TeacherKey, prepared_entries
 from okd_lightning.teachers.layout import PART_POSITIONS, Place, layout_of, reading_key
 from okd_lightning.teachers.loaded import LoadedTeacher
 from okd_lightning.teachers.packed import PackedTeacher
+from okd_lightning.teachers.run import Opening, TeacherRun
 from okd_lightning.teachers.store import Entry, LogProbFormat, from_records, record_type
 from okd_lightning.teachers.terms import check_known
 

@@ -13,7 +13,8 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Quantity, Side, Term, WeightedTerm
 from okd_lightning.metrics import cached_measures
 from okd_lightning.records.batches import DistillBatch
-from okd_lightning.teachers.base import Measurement, Opening, Teacher
+from okd_lightning.teachers.base import Measurement, Teacher
+from okd_lightning.teachers.run import Opening
 from okd_lightning.teachers.terms import cached_terms, check_cached_term
 
 

@@ -23,8 +23,8 @@ from okd_lightning.errors import ConfigError, ServerError, VocabularyError, one_
 from okd_lightning.losses import PackedHead, Quantity, Side, pack_outcomes
 from okd_lightning.models import probe_texts
 from okd_lightning.records.batches import DistillBatch
-from okd_lightning.teachers.base import Opening, TeacherOptions, TeacherRun
 from okd_lightning.teachers.packed import PackedTeacher
+from okd_lightning.teachers.run import Opening, TeacherOptions, TeacherRun
 from okd_lightning.teachers.terms import check_known
 
 _SPARE = 8

@@ -89,7 +89,7 @@ def test_a_real_model_teaches_itself(kind: str, real: list[str], okd: Type) -> N
     if "LoRA" not in kind:
         assert all(torch.equal(v, saved[f"student.{n}"]) for n, v in exported.named_parameters())
     own = SELF_TEACHERS[kind][1]
-    assert f"the student itself ({own})" in Path("out/README.md").read_text()
+    assert f"* teacher: {own}\n" in Path("out/README.md").read_text()
     result = okd("test", "--ckpt_path", str(LAST))
     assert result.status == 0, result.err
     assert "test/forward_kl" in result.out

@@ -182,10 +182,10 @@ def test_validation_takes_bounds_on_both_kinds_of_responses(train):
 
 REFUSED = {
     "asks for Entropy": lambda: [Curious()],
-    "an online module needs a teacher": lambda: [OKD()],
+    "an online module is trained on a teacher": lambda: [OKD()],
     "its temperature is 2": lambda: [KD(temperature=2.0)],
     "takes 19 ids, and 5 are known": lambda: [KD(divergence=TopK(ReverseKL(), 20))],
-    "PaperMeasures has the teacher write": lambda: [KD(), PaperMeasures()],
+    "PaperMeasures has the teacher generate": lambda: [KD(), PaperMeasures()],
 }
 
 

@@ -107,7 +107,7 @@ def test_a_teacher_that_is_not_in_memory_is_refused(tmp_path, make_module, folde
 
 class Seen(Callback):
     def on_train_start(self, trainer, pl_module):
-        self.base = pl_module.teacher_base.model
+        self.base = pl_module.pair.teacher_base.model
         self.before = {n: w.clone() for n, w in self.base.state_dict().items()}
         self.listed = [n for n, _ in pl_module.named_parameters()]
 
@@ -119,7 +119,7 @@ def test_it_is_frozen_and_forgotten(tmp_path, make_module, folders):
     averaging = EMAWeightAveraging(decay=0.5)
     methods = [Shifted(str(folders / "base"))]
     tiny.fit(tmp_path, module, methods, tiny.make_rows(8), callbacks=[seen, averaging])
-    assert module.teacher_base is None
+    assert module.pair.teacher_base is None
     assert not any(weight.requires_grad for weight in seen.base.parameters())
     after = seen.base.state_dict()
     assert all(torch.equal(weight, after[name]) for name, weight in seen.before.items())
