@@ -21,6 +21,7 @@ COMMANDS = {
     "compare": "several methods under one budget: --config FILE|NAME --methods KD,GKD --out DIR",
     "diagnose": "look at a pair and its prompts before a long run: --config FILE|NAME --out DIR",
     "export": "write a Hugging Face folder: --ckpt_path FILE --out FOLDER",
+    "shrink": "cut a student from a teacher: --model TEACHER --layers N --out FOLDER",
 }
 
 _USAGE = """\
@@ -82,8 +83,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from okd_lightning.commands.compare.command import compare_command  # noqa: PLC0415
     from okd_lightning.commands.diagnose.command import diagnose_command  # noqa: PLC0415
     from okd_lightning.commands.export_command import export_command  # noqa: PLC0415
+    from okd_lightning.commands.shrink.command import shrink_command  # noqa: PLC0415
 
-    own = {"compare": compare_command, "diagnose": diagnose_command, "export": export_command}
+    own = {
+        "compare": compare_command,
+        "diagnose": diagnose_command,
+        "export": export_command,
+        "shrink": shrink_command,
+    }
     return run(arguments, debug, own)
 
 

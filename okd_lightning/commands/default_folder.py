@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from okd_lightning.checkpoints.folder_lock import HOLDER_FILE
 from okd_lightning.commands.run_folder import CONFIG_FILE
 from okd_lightning.errors import CheckpointError
+from okd_lightning.training.lightning_privates import set_root_dir
 
 RUNS = Path("runs")
 _MOST_NAMES = 8
@@ -82,8 +83,7 @@ class SharedFolder(Callback):
     ) -> None:
         """Take rank 0's folder, before the Trainer's folder is read."""
         folder = trainer.strategy.broadcast(trainer.default_root_dir)
-        # private: the Trainer has no setter for it
-        trainer._default_root_dir = folder  # type: ignore[attr-defined]
+        set_root_dir(trainer, folder)
 
 
 def _runs() -> list[Path]:

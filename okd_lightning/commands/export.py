@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import yaml
-from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 
 from okd_lightning import __version__
 from okd_lightning.bounded_files import load_yaml
 from okd_lightning.checkpoints.contents import check_finite
-from okd_lightning.commands.run_folder import CONFIG_FILE
-from okd_lightning.durable_files import require_writable
-from okd_lightning.errors import CheckpointError, ConfigError, OutputError
+from okd_lightning.commands.model_folder import check_model_folder, replaced_model
+from okd_lightning.errors import CheckpointError, ConfigError
 from okd_lightning.models import ModelSource, load_causal_lm, load_model_config, merge_adapters
 from okd_lightning.models.adapter_folders import adapter_folder
 from okd_lightning.models.sources import Source, locate
@@ -28,9 +24,6 @@ from okd_lightning.training.module import DistillationModule
 
 ExportPart: TypeAlias = Literal["student", "online_module"]
 AdapterForm: TypeAlias = Literal["merged", "apart"]
-
-_MARKER = ".okd-lightning-export"
-_WEIGHTS = ("model*.safetensors*", "adapter_config.json", "adapter_model.*")
 
 
 def export_student(
@@ -72,7 +65,7 @@ def export_student(
         pad_token_id=_pad_id(module),
     )
     check_finite(dict(student.named_parameters()), f"--out {str(out)!r}")
-    with _replaced_model(out) as folder:
+    with replaced_model(out) as folder:
         student.save_pretrained(folder)
         module.tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(model_card(checkpoint))
@@ -122,7 +115,7 @@ def export_online_module(
         {name: p for name, p in module.teacher.named_parameters() if p.requires_grad},
         f"--out {str(out)!r}",
     )
-    with _replaced_model(out) as folder:
+    with replaced_model(out) as folder:
         module.teacher.save_pretrained(folder)
         module.teacher.config.save_pretrained(folder)
         module.tokenizer.save_pretrained(folder)
@@ -193,63 +186,10 @@ def _check_base(module: DistillationModule) -> None:
 
 
 def _check_out(out: Path, module: DistillationModule, overwrite: bool) -> None:
-    """Refuse a folder that is needed again: older weights in the output folder are removed.
-
-    Raises:
-        OutputError: The folder holds a model of the run, or something that is not an export.
-    """
+    """Refuse a folder that is needed again: older weights in the output folder are removed."""
     sources = {"student": module.pair.student_source, "teacher": module.pair.teacher.source}
-    for name, source in sources.items():
-        is_folder = isinstance(source, str) and Path(source).is_dir()
-        if is_folder and Path(str(source)).resolve() == out.resolve():
-            raise OutputError(
-                f"--out {str(out)!r} is the folder that --model.{name} is loaded from; choose "
-                "another one"
-            )
-    is_other = out.is_dir() and any(out.iterdir()) and not _is_export(out)
-    if is_other and not overwrite:
-        kind = "a run" if (out / CONFIG_FILE).is_file() else "something else than an export"
-        raise OutputError(
-            f"--out {str(out)!r} holds {kind}: choose another folder, or give --overwrite to write "
-            "among its files"
-        )
-    require_writable(out, "--out")
-
-
-def _is_export(folder: Path) -> bool:
-    """Return whether an export wrote this folder: by its marker, or by the card of old versions."""
-    card = folder / "README.md"
-    is_ours = card.is_file() and "okd-lightning" in card.read_text(errors="replace")
-    return (folder / _MARKER).is_file() or (is_ours and (folder / "config.json").is_file())
-
-
-@contextmanager
-def _replaced_model(out: Path) -> Iterator[Path]:
-    """Yield a folder next to the files of ``out``; its files replace them when all are written.
-
-    Weights of an earlier export are removed then: they would be read instead of the new ones.
-
-    Raises:
-        OutputError: An error such as a full disk. The files that ``out`` held before are untouched.
-    """
-    aside = out / ".new"
-    shutil.rmtree(aside, ignore_errors=True)  # left by a killed export
-    try:
-        aside.mkdir()
-        yield aside
-        (aside / _MARKER).touch()
-        for old in [path for pattern in _WEIGHTS for path in out.glob(pattern)]:
-            old.unlink()
-        for path in aside.iterdir():
-            if (out / path.name).is_dir():
-                shutil.rmtree(out / path.name)
-            path.replace(out / path.name)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            f"--out {str(out)!r} cannot be written ({error}); make room, or choose another folder"
-        ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    named = {f"--model.{name}": s for name, s in sources.items() if isinstance(s, str)}
+    check_model_folder(out, named, overwrite)
 
 
 def _merged(module: DistillationModule) -> PreTrainedModel:

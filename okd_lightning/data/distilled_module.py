@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -31,6 +31,9 @@ class DistilledModule(RolloutEngine, Protocol):
 
     def check_teacher_prompts(self, are_given: bool) -> None:
         """Refuse prompts that the teacher cannot use, or data without those that it needs."""
+
+    def keep_apart(self, ids: Collection[int]) -> None:
+        """Take ids after which a response goes on out of the ends."""
 
     def check_lengths(self, num_tokens: int, teacher_tokens: int | None = None) -> None:
         """Refuse sequences that are too long for the models."""

@@ -28,6 +28,8 @@ class Measured:
         row: [positions] each position's row in the batch.
         sampler_logprobs: [positions] the sampler's log-probability (nats) of the sampled token.
         credits: [positions] for each reward term: the advantage of each position's row.
+        merges_ends: [positions] True where the sampler's log-probability of an end is that of all
+            end ids together; None for nowhere.
     """
 
     values: Mapping[Quantity, PositionValues]
@@ -35,6 +37,7 @@ class Measured:
     row: Tensor
     sampler_logprobs: PositionValues
     credits: Mapping[str, PositionValues] = field(default_factory=dict)
+    merges_ends: PositionMask | None = None
 
     @classmethod
     def about(cls, batch: DistillBatch) -> Measured:
@@ -47,6 +50,7 @@ class Measured:
             row=rows,
             sampler_logprobs=batch.sampler_logprobs[rows, places.column],
             credits={name: values[rows] for name, values in batch.credits.items()},
+            merges_ends=None if batch.merges_ends is None else batch.merges_ends[rows],
         )
 
     def __getitem__(self, quantity: Quantity) -> PositionValues:

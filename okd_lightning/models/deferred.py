@@ -68,7 +68,7 @@ def causal_lm_without_weights(
             f"{option} {source.given!r} is quantised, and its weights cannot be read by rows; use "
             "loading: every_rank"
         )
-    with _parameters_on_meta():
+    with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation
         )
@@ -127,7 +127,7 @@ def stand_ins(model: nn.Module, option: str) -> Iterator[None]:
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Within the context, create parameters on ``meta``; buffers stay real: they are computed."""
     register = nn.Module.register_parameter
 

@@ -27,6 +27,7 @@ class NoiseDomain(IntEnum):
     """
 
     BATCH_ORDER = 0x42415443
+    CALIBRATION_ROWS = 0x43414C49
     DATA_SOURCE = 0x434F494E
     DIAGNOSED_PROMPTS = 0x44494147
     ENGINE_PROBE = 0x50524F42
@@ -39,6 +40,7 @@ class NoiseDomain(IntEnum):
     PAPER_MEASURES = 2**31 + 1
     TASK_MEASURES = 2**31 + 2
     DIAGNOSIS = 2**31 + 3
+    CALIBRATION = 2**31 + 4
 
 
 def hashed_uniform(*keys: int | np.ndarray) -> np.ndarray:

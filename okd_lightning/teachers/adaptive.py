@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from okd_lightning.losses import Side, Term
 from okd_lightning.metrics import adapted_measures
-from okd_lightning.models import LMHead, ModelSource
+from okd_lightning.models import LMHead, ModelSource, Vocabulary
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.teachers.base import Measurement, Teacher, tried
 from okd_lightning.teachers.online_module import (
@@ -79,6 +79,11 @@ class AdaptiveTeacher(Teacher):
     def check_options(self, options: TeacherOptions) -> None:
         """Check them for the inner teacher."""
         self.inner.check_options(options)
+
+    def use_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Take it, and hand it to the inner teacher."""
+        super().use_vocabulary(vocabulary)
+        self.inner.use_vocabulary(vocabulary)
 
     def join(self, run: TeacherRun) -> Self:
         """Return a copy for ``run``, with a copy of the inner teacher."""

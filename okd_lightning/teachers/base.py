@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy, deepcopy
+from dataclasses import replace
 from typing import Any, ClassVar, Self, TypeAlias, final
 
 import torch
@@ -128,6 +129,10 @@ class Teacher(ABC):
         own = copy(self)
         own.run = run
         return own
+
+    def use_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Take the run's vocabulary with other end ids; before training."""
+        self.run = replace(self.run, vocabulary=vocabulary)
 
     def during(self, is_training: bool) -> Teacher:
         """Return the teacher that acts while a run trains, or in any other command."""
@@ -333,7 +338,8 @@ def model_side(
         packs: Whether it gets packed rows.
         vocabulary: Ids to which the head is cut.
     """
-    return Side(hidden=hidden_at_loss(model, reads, packs), head=LMHead.of(model, vocabulary))
+    hidden = hidden_at_loss(model, reads, packs)
+    return Side(hidden=hidden, head=LMHead.of(model, vocabulary), end_ids=vocabulary.end_ids)
 
 
 def tried(model: PreTrainedModel, packing: bool) -> bool:

@@ -39,7 +39,7 @@ class TeacherKey:
         identity: Digest of its weights and config.
         dtype: Number format of its weights.
         precision: The Trainer's.
-        vocabulary: The valid ids, to which its logits are cut.
+        vocabulary: The valid ids, to which its logits are cut, and the end ids, which are merged.
     """
 
     identity: str
@@ -50,7 +50,9 @@ class TeacherKey:
     def entries(self) -> dict[str, Any]:
         """Return the key as entries of an index."""
         ids = np.asarray(self.vocabulary.invalid_ids, dtype="<i4").tobytes()
+        ends = sorted(self.vocabulary.end_ids)
         return {
+            **({"end_ids": ends} if len(ends) > 1 else {}),
             "teacher": self.identity,
             "teacher_dtype": self.dtype,
             "precision": self.precision,

@@ -10,6 +10,7 @@ import torch
 
 from okd_lightning.errors import ModelError
 from okd_lightning.losses import Side
+from okd_lightning.losses.end_outcome import EndOutcome
 from okd_lightning.losses.tiling import slices, tile_size
 from okd_lightning.records.collation import collate
 from okd_lightning.records.sequences import Sequences
@@ -62,11 +63,12 @@ def _records(reads: Sequences, read: Reader, entry: Entry) -> np.ndarray:
     vocab_size = entry.key["vocabulary"][0]
     tiles = []
     for tile in slices(len(side.hidden), tile_size(vocab_size, side.hidden.device)):
-        logprobs = side.head(side.hidden[tile]).log_softmax(-1)
+        ends = EndOutcome(side.end_ids, side.hidden.device)
+        logprobs = ends.merge(side.head(side.hidden[tile])).log_softmax(-1)
         if logprobs.isnan().any():
             raise ModelError(
                 "--model.teacher gives NaN for a row of the data, so that nothing can be learned "
                 "from it; check its weights and --model.teacher_dtype"
             )
-        tiles.append(to_records(logprobs, targets[tile], entry.record))
+        tiles.append(to_records(logprobs, ends.outcomes(targets[tile]), entry.record))
     return np.concatenate(tiles)

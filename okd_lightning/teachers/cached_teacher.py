@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from okd_lightning.errors import CacheError, ConfigError
 from okd_lightning.losses import PackedHead, Quantity, Side
-from okd_lightning.models import ModelArgument, ModelSource
+from okd_lightning.models import ModelArgument, ModelSource, Vocabulary
 from okd_lightning.records.batches import SOURCES, DistillBatch, Example
 from okd_lightning.teachers.base import Teacher
 from okd_lightning.teachers.cache_preparation import TeacherKey, prepared_entries
@@ -81,6 +81,11 @@ class CachedTeacher(PackedTeacher):
         """Model, folder and size."""
         own = {"folder": self._folder, "k": self._wanted, "dtype": self.dtype}
         return {**self.inner.arguments, **own}
+
+    def use_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Take it, and hand it to the inner teacher."""
+        super().use_vocabulary(vocabulary)
+        self.inner.use_vocabulary(vocabulary)
 
     def join(self, run: TeacherRun) -> Self:
         """Return a copy for ``run``, with the size of its vocabulary."""

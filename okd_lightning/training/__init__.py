@@ -7,6 +7,7 @@
 * ``step_terms``, ``step_metrics``: terms and logged metrics of an optimizer step.
 * ``optimizers``, ``optimizer_settings``, ``resumed_rates``: parameter groups, schedules, resume.
 * ``run_state``, ``loop_state``, ``arguments``, ``kept_checkpoints``: state in checkpoints.
+* ``lightning_privates``: all use of Lightning's private attributes.
 * ``run_records``, ``run_settings``, ``opening``, ``lightning_messages``: tables and messages.
 * ``rank_agreement``, ``rank_faults``: differing and lost ranks.
 * ``config_paths``, ``importable_classes``: paths and classes in configs.

@@ -9,13 +9,18 @@ start, or before a validation that is still due.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 from typing import Any
 
 import lightning
 
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError
+from okd_lightning.training.lightning_privates import (
+    add_hparams,
+    set_logged_step,
+    validation_seconds,
+    will_validate,
+)
 
 STOPPED = "okd_lightning_stopped"
 """Key of a checkpoint for whether its run was stopped, and whether a validation is still due."""
@@ -62,9 +67,7 @@ def validation_follows(trainer: lightning.Trainer) -> bool:
     data = trainer.datamodule  # type: ignore[attr-defined]
     if isinstance(data, RolloutDataModule) and data.sources["val"] is None:
         return False
-    loop = trainer.fit_loop
-    assert loop._data_fetcher is not None
-    return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+    return will_validate(trainer)
 
 
 def mark_due_validation(trainer: lightning.Trainer, checkpoint: dict[str, Any]) -> None:
@@ -83,16 +86,13 @@ def mark_due_validation(trainer: lightning.Trainer, checkpoint: dict[str, Any]) 
 def record_hparams(module: lightning.LightningModule, settings: Mapping[str, Any]) -> list[str]:
     """Make settings a module's hyper-parameters, which Lightning passes to every logger.
 
-    Those that a subclass has saved itself stay. (``save_hyperparameters`` reads the constructor's
-    frame, which does not exist here; so private attributes are set.)
+    Those that a subclass has saved itself stay.
 
     Returns:
         The names that were added.
     """
     added = {name: value for name, value in settings.items() if name not in module.hparams}
-    module._set_hparams(added)
-    module._hparams_initial = deepcopy(module.hparams)  # type: ignore[assignment]
-    module._log_hyperparams = True
+    add_hparams(module, added)
     return list(added)
 
 
@@ -125,7 +125,7 @@ def close_epoch(checkpoint: dict[str, Any]) -> None:
 
 def count_steps(trainer: lightning.Trainer, num_done: int) -> None:
     """Set the step that Lightning's loggers use; Lightning counts resumed steps twice."""
-    trainer.fit_loop.epoch_loop._batches_that_stepped = num_done
+    set_logged_step(trainer, num_done)
 
 
 def begin_step(trainer: lightning.Trainer) -> None:
@@ -139,7 +139,7 @@ def begin_step(trainer: lightning.Trainer) -> None:
     """
     count_steps(trainer, trainer.global_step)
     accumulate = trainer.accumulate_grad_batches
-    seconds = trainer._val_check_time_interval  # type: ignore[attr-defined]
+    seconds = validation_seconds(trainer)
     if accumulate > 1 and seconds is not None:
         raise ConfigError(
             f"trainer.val_check_interval of {seconds:g} seconds would validate within an optimizer "

@@ -31,7 +31,7 @@ from okd_lightning.losses import (
     WeightedTerm,
 )
 from okd_lightning.losses.reduction import Normalization, NormalizationName
-from okd_lightning.models import DTypeName, ModelArgument
+from okd_lightning.models import DTypeName, EndTokensArgument, ModelArgument
 from okd_lightning.models.schedules import ScheduleName
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.teachers import Teacher
@@ -44,7 +44,8 @@ from okd_lightning.training.kept_checkpoints import settle_kept
 from okd_lightning.training.loop_state import begin_step
 from okd_lightning.training.opening import open_run
 from okd_lightning.training.optimized_module import Optimization, OptimizedModule
-from okd_lightning.training.pair import Pair, PairSettings
+from okd_lightning.training.pair import Pair
+from okd_lightning.training.pair_settings import PairSettings
 from okd_lightning.training.rank_agreement import check_ranks_agree
 from okd_lightning.training.run_settings import one_line
 from okd_lightning.training.run_state import add_state, check_state, load_weights
@@ -102,6 +103,9 @@ class DistillationModule(OptimizedModule):
             of earlier rollout batches (running_mean), times data.max_response_length (constant) or
             times a number; or their tokens (token_mean, which biases a step of few rollouts);
             docs/concepts/losses.md.
+        end_tokens: Ids or tokens that mean "the response ends here", one outcome for both models;
+            by default those of both generation configs, the tokenizer and the data;
+            docs/concepts/end-tokens.md.
 
     Raises:
         ConfigError: A number out of its range, or no tokenizer.
@@ -134,6 +138,7 @@ class DistillationModule(OptimizedModule):
         compile_blocks: bool = False,
         engine: EngineSource | None = None,
         normalization: NormalizationName | float = "running_mean",
+        end_tokens: EndTokensArgument | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in _ARGUMENTS}
         if tile_positions is not None and tile_positions < 1:
@@ -152,6 +157,7 @@ class DistillationModule(OptimizedModule):
             tile_positions=tile_positions,
             packing=packing,
             compile_blocks=compile_blocks,
+            end_tokens=end_tokens,
         )
         pair = Pair(student, teacher, settings, self._current_trainer)
         super().__init__(optimization, pair, engine)
@@ -309,7 +315,7 @@ class DistillationModule(OptimizedModule):
                 "its optimizer and loops ended with them: have the run write its checkpoints, by "
                 "LastCheckpoint or ModelCheckpoint among the Trainer's callbacks"
             )
-        add_state(self, checkpoint)
+        add_state(self, checkpoint, self.arguments)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is one of this run's methods and models.

@@ -33,6 +33,7 @@ def open_run(module: PairedModule, terms: Sequence[Term], learning_rate: float) 
             sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
             total, trained = sum(n for n, _ in sizes), sum(n for n, t in sizes if t)
             rank_zero_info(f"{name}: {total:,} parameters, {trained:,} trained")
+    rank_zero_info(module.pair.ends.described(module.tokenizer))
     if module.pair.dtype == "bfloat16" and module.pair.student_adapter is None:
         rank_zero_warn(
             "the student's own weights are bfloat16, which keeps 8 bits of each: steps of a "

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term
+from okd_lightning.losses.reduction import Normalization
 from okd_lightning.models.schedules import ScheduleName, check_schedule
 from okd_lightning.training.loop_state import record_hparams
 from okd_lightning.training.measured_module import MeasuredModule
@@ -81,7 +82,18 @@ class OptimizedModule(MeasuredModule):
         weight_decay: Weight decay of the student's matrices.
         terms: The methods of the run.
         chosen_options: Command → options that the user chose for it; None in a run from Python.
+        normalization: The divisor of sums over on-policy samples.
+        run_config: The resolved config as YAML, where the command line made the run.
+        started_in: Folder to which the config's relative paths refer.
+        measured_before: Values of the last validation before a resume.
+        rng_to_restore: Random streams for the first step after a resume.
     """
+
+    normalization: Normalization
+    run_config: str | None
+    started_in: str | None
+    measured_before: dict[str, float]
+    rng_to_restore: dict[str, Any] | None
 
     def __init__(self, optimization: Optimization, *args: Any, **kwargs: Any) -> None:
         settings = optimization.settled()

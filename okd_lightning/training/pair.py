@@ -6,17 +6,17 @@ what is trained nor by which loss, and does not know which kind of teacher it ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy, deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Self, cast
 
 import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from okd_lightning.engines.memory import memory_of
 from okd_lightning.engines.tool_rollouts import ToolRounds
@@ -33,6 +33,7 @@ from okd_lightning.losses import (
 )
 from okd_lightning.models import (
     DTypeName,
+    EndTokens,
     GivenPair,
     ModelArgument,
     ModelSource,
@@ -41,7 +42,7 @@ from okd_lightning.models import (
     check_pair,
     compile_blocks,
     dtype_of,
-    eos_token_ids,
+    find_end_tokens,
     find_tokenizer,
     load_checked,
     load_model_config,
@@ -57,30 +58,13 @@ from okd_lightning.teachers import (
     OnlineModuleSettings,
     Teacher,
     TeacherBase,
-    TeacherOptions,
-    TeacherRun,
     in_eval_mode,
     model_side,
     teacher_of,
     trained,
 )
 from okd_lightning.training.frozen_parts import own_memory
-
-
-@dataclass(frozen=True)
-class PairSettings:
-    """The arguments of a DistillationModule that are about its models; see there."""
-
-    tokenizer: str | PreTrainedTokenizerBase | None = None
-    dtype: DTypeName = "float32"
-    teacher_dtype: DTypeName | None = None
-    attn_implementation: str | None = None
-    gradient_checkpointing: bool = False
-    student_adapter: PeftConfig | None = None
-    ema_decay: float | None = None
-    tile_positions: int | None = None
-    packing: bool = True
-    compile_blocks: bool = False
+from okd_lightning.training.pair_settings import PairSettings
 
 
 class Pair:
@@ -96,7 +80,7 @@ class Pair:
         student: The student's model; None before ``build``.
         tokenizer: The run's tokenizer.
         vocabulary: Ids on which both sides are compared.
-        eos_ids: Ids that end a response.
+        ends: Ids that end a response, one outcome for both models.
         placement: The models' placement; a sharding strategy replaces it.
         packs_student: Whether the student gets packed rows.
         teacher_base: The model with which the teacher is compared, where a method names one.
@@ -114,43 +98,31 @@ class Pair:
         trainer_of: Callable[[], lightning.Trainer | None],
     ) -> None:
         given_teacher = teacher_of(teacher)
-        own_dtype = dtype_of(student, settings.dtype)
-        is_rounded = own_dtype in ("bfloat16", "float16") and settings.student_adapter is None
-        given_teacher.check_options(
-            TeacherOptions(settings.teacher_dtype, settings.ema_decay, is_rounded)
-        )
+        given_teacher.check_options(settings.teacher_options(student))
         given = GivenPair.of(student, given_teacher.own_source, settings.student_adapter)
         self._given = given
         self._trainer_of = trainer_of
         self.settings = settings
-        self.dtype: DTypeName = own_dtype
+        self.dtype: DTypeName = dtype_of(given.student, settings.dtype)
         self.student_adapter = given.adapter
         self.tokenizer = find_tokenizer(settings.tokenizer, given.student, given.teacher)
         self.vocabulary = check_pair(self.tokenizer, given.student, given.teacher)
-        self.eos_ids = eos_token_ids(given.student, self.tokenizer)
-        self.vocabulary.check_ids(self.eos_ids, "the end-of-sequence ids", self.tokenizer)
+        ends = find_end_tokens(
+            given.student, given.teacher, self.tokenizer, self.vocabulary, settings.end_tokens
+        )
         self.student: PreTrainedModel | None = None
         self.packs_student = False
         self.placement: Placement = WholeModels()
         self.teacher_base: TeacherBase | None = None
         self.tool_rounds: ToolRounds | None = None
-        self.given_teacher = given_teacher.join(self._teacher_run())
+        run = settings.teacher_run(given, self.tokenizer, self.vocabulary)
+        self.given_teacher = given_teacher.join(run)
+        self.use_ends(ends)
 
-    def _teacher_run(self) -> TeacherRun:
-        settings, given = self.settings, self._given
-        return TeacherRun(
-            student=given.student,
-            tokenizer=self.tokenizer,
-            vocabulary=self.vocabulary,
-            dtype=dtype_of(given.teacher, settings.teacher_dtype or settings.dtype),
-            logprob_dtype=torch.promote_types(getattr(torch, self.dtype), torch.float32),
-            attn_implementation=settings.attn_implementation,
-            packing=settings.packing,
-            compile_blocks=settings.compile_blocks,
-            gradient_checkpointing=settings.gradient_checkpointing,
-            ema_decay=settings.ema_decay,
-            adds_adapter=self.adds_adapter,
-        )
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids at which generation stops; the first ends dataset responses without an end."""
+        return self.ends.stop_ids
 
     @property
     def student_source(self) -> ModelSource:
@@ -248,11 +220,26 @@ class Pair:
                 "use one of both methods"
             )
 
+    def use_ends(self, ends: EndTokens) -> None:
+        """Take these ids as the ends of a response; before training, and equal on all ranks."""
+        self.ends = ends
+        self.vocabulary = replace(self.vocabulary, end_ids=ends.end_ids)
+        self.given_teacher.use_vocabulary(self.vocabulary)
+
+    def keep_apart(self, ids: Collection[int]) -> None:
+        """Take ids after which a response goes on out of the ends; logged once."""
+        ends = self.ends.without(ids)
+        if ends.end_ids != self.ends.end_ids:
+            names = ", ".join(repr(self.tokenizer.decode([i])) for i in ids)
+            rank_zero_info(f"a response goes on after {names}, so it is no end of it")
+        self.use_ends(ends)
+
     def add_eos_ids(self, ids: Iterable[int]) -> None:
         """Let further ids end a response, such as a chat template's end of turn; logged once."""
-        new = [i for i in ids if i not in self.eos_ids]
+        found = list(ids)
+        new = [i for i in found if i not in self.eos_ids]
+        self.use_ends(self.ends.with_stops(found))
         if new:
-            self.eos_ids = (*self.eos_ids, *new)
             names = ", ".join(repr(self.tokenizer.decode([i])) for i in new)
             rank_zero_info(f"responses also end at {names}, as the data's own responses do")
 
@@ -309,6 +296,7 @@ class Pair:
             self.vocabulary.size,
             self.settings.tile_positions,
             base,
+            Measured.about(batch).merges_ends,
         )
         if not torch.is_grad_enabled():
             self.placement.release(self.student, self.teacher.model)

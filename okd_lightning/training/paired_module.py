@@ -6,7 +6,7 @@ the loading of their weights. The pair runs them; ``module`` decides what is tra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Self
 
@@ -20,7 +20,7 @@ from okd_lightning.engines.engine import EngineSource
 from okd_lightning.engines.tool_rollouts import ToolEngine, ToolRounds
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Measured, Quantity, WeightedLoss, WeightedTerm
-from okd_lightning.models import ModelSource, Vocabulary, check_precision
+from okd_lightning.models import EndTokens, ModelSource, Vocabulary, check_precision
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.records.requests import Request, Rollout
 from okd_lightning.teachers import OnlineModuleSettings, trained
@@ -66,6 +66,11 @@ class PairedModule(FrozenPartsModule):
     def eos_ids(self) -> tuple[int, ...]:
         """Ids that end a response."""
         return self.pair.eos_ids
+
+    @property
+    def ends(self) -> EndTokens:
+        """Ids that end a response, one outcome for both models."""
+        return self.pair.ends
 
     @property
     def has_teacher(self) -> bool:
@@ -227,6 +232,14 @@ class PairedModule(FrozenPartsModule):
     def build_engine(self, model: PreTrainedModel) -> RolloutEngine:
         """Build the built-in engine on ``model``; override to use another for both models."""
         return TransformersEngine(model, self.vocabulary, self.eos_ids)
+
+    def use_ends(self, ends: EndTokens) -> None:
+        """Take these ids as the ends of a response; before training, and equal on all ranks."""
+        self.pair.use_ends(ends)
+
+    def keep_apart(self, ids: Collection[int]) -> None:
+        """Take ids after which a response goes on out of the ends; logged once."""
+        self.pair.keep_apart(ids)
 
     def add_eos_ids(self, ids: Iterable[int]) -> None:
         """Let further ids end a response, such as a chat template's end of turn; logged once."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from okd_lightning.checkpoints.contents import (
     check_finite,
@@ -21,18 +21,20 @@ from okd_lightning.errors import CheckpointError
 from okd_lightning.teachers import OnlineModuleSettings
 from okd_lightning.training.arguments import peft_config_of
 from okd_lightning.training.earlier_options import present_mark
+from okd_lightning.training.loaded_ends import loaded_ends
 from okd_lightning.training.loop_state import mark_due_validation, settle_loops
+from okd_lightning.training.optimized_module import OptimizedModule
 from okd_lightning.training.step_metrics import unlogged_row
 from okd_lightning.training.step_terms import kind_of
 
-if TYPE_CHECKING:
-    from okd_lightning.training.module import DistillationModule
 
-
-def add_state(module: DistillationModule, checkpoint: dict[str, Any]) -> None:
+def add_state(
+    module: OptimizedModule, checkpoint: dict[str, Any], arguments: dict[str, Any]
+) -> None:
     """Leave frozen weights out; add the resolved config, the methods and the RNG streams.
 
-    All ranks call this. The checkpoint is then written atomically.
+    All ranks call this. The checkpoint is then written atomically. ``arguments`` are those with
+    which the module was constructed.
 
     Raises:
         NonFiniteError: A trained weight is NaN or infinite.
@@ -59,10 +61,11 @@ def add_state(module: DistillationModule, checkpoint: dict[str, Any]) -> None:
             checkpoint[part] = without_left_out(checkpoint[part], module)
     checkpoint["okd_lightning"] = {
         "config": module.run_config,
-        "arguments": module.arguments,
+        "arguments": arguments,
         "started_in": module.started_in,
-        "signature": run_signature(module.run_config, module.started_in, module.arguments),
+        "signature": run_signature(module.run_config, module.started_in, arguments),
         "eos_ids": list(module.eos_ids),
+        "end_ids": list(module.ends.end_ids),
         "online_module": None if module.online_module is None else module.online_module.to_dict(),
         "methods": [kind_of(term) for term in module.terms],
         "teacher": module.pair.teacher.mark,
@@ -78,7 +81,7 @@ def add_state(module: DistillationModule, checkpoint: dict[str, Any]) -> None:
     }
 
 
-def check_state(module: DistillationModule, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+def check_state(module: OptimizedModule, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
     """Check that a checkpoint is one of this run's methods and models; set where the run continues.
 
     Returns:
@@ -90,7 +93,7 @@ def check_state(module: DistillationModule, checkpoint: dict[str, Any]) -> dict[
     own = checkpoint.get("okd_lightning")
     if own is None:
         raise CheckpointError("this checkpoint was not written by okd-lightning")
-    module.pair.eos_ids = tuple(own["eos_ids"])
+    module.use_ends(loaded_ends(own, module.ends, resumes=bool(module.terms)))
     rng = None
     if module.terms:
         trainer = module.trainer
@@ -105,9 +108,7 @@ def check_state(module: DistillationModule, checkpoint: dict[str, Any]) -> dict[
     return rng
 
 
-def load_weights(
-    module: DistillationModule, checkpoint: dict[str, Any], strict: bool = False
-) -> None:
+def load_weights(module: OptimizedModule, checkpoint: dict[str, Any], strict: bool = False) -> None:
     """Build a module's models outside a Trainer and load the weights of a checkpoint.
 
     Raises:

@@ -1,8 +1,7 @@
 """Lightning's records of logged training metrics: values of one optimizer step only.
 
 Lightning writes the last known value of every metric into each row until the epoch ends: a metric
-that is logged only in some steps (a rollout's length, a stage's loss) would seem constant. All
-access to Lightning's own records of logged values is here.
+that is logged only in some steps (a rollout's length, a stage's loss) would seem constant.
 """
 
 from __future__ import annotations
@@ -10,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import lightning
+
+from okd_lightning.training.lightning_privates import logged_results, row_for_loggers
 
 _HOOK_BEFORE = "on_train_batch_start"
 
@@ -19,8 +20,7 @@ def forget_last_step(trainer: lightning.Trainer) -> None:
 
     Epoch means and metric objects continue; ``trainer.callback_metrics`` keeps its values.
     """
-    # private: Lightning has no public way to drop a logged value
-    for metric in (trainer._results or {}).values():
+    for metric in logged_results(trainer):
         meta = metric.meta
         if meta.on_step and not meta.on_epoch and metric.is_tensor and meta.fx != _HOOK_BEFORE:
             metric.reset()
@@ -33,10 +33,10 @@ def unlogged_row(trainer: lightning.Trainer) -> dict[str, float] | None:
         Values by name, with epoch and step; None outside ``on_train_batch_end``, or where this step
         is not logged.
     """
-    loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
-    progress: Any = loop.batch_progress.current
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     is_open = progress.completed < progress.processed
-    if not is_open or trainer.validating or not connector.should_update_logs:
+    row = row_for_loggers(trainer) if is_open and not trainer.validating else None
+    if row is None:
         return None
-    values = {name: float(value) for name, value in connector.metrics["log"].items()}
+    values = {name: float(value) for name, value in row.items()}
     return {**values, "epoch": trainer.current_epoch, "step": trainer.global_step - 1}

@@ -20,7 +20,10 @@ import okd_lightning
 from okd_lightning.__main__ import COMMANDS, main, usage
 from okd_lightning.callbacks import KD
 
-OWN_HELP = {"quickstart": "--steps", "compare": "--methods", "diagnose": "--rows"}
+OWN_HELP = {
+    **{"quickstart": "--steps", "compare": "--methods", "diagnose": "--rows"},
+    "shrink": "--drop_layers",
+}
 
 WATCHED = """
 import sys

@@ -43,6 +43,7 @@ from okd_lightning.commands.compare.command import compare_parser
 from okd_lightning.commands.diagnose.command import diagnose_parser
 from okd_lightning.commands.export_command import export_parser
 from okd_lightning.commands.quickstart.command import quickstart_parser, with_default_method
+from okd_lightning.commands.shrink.options import data_options, shrink_parser
 from okd_lightning.errors import OKDLightningError
 
 LANGUAGES = {"bash", "json", "python", "text", "yaml"}
@@ -71,6 +72,7 @@ SHORTER = {
     "fit": TINY,
     "diagnose": ["--rows", "4", "--batches", "3", *TINY[:4], *TINY[6:10]],
     "compare": ["--budget", "steps=2", "--seeds", "0", *TINY],
+    "shrink": ["--rows", "4", "--data.max_prompt_length", "12", "--data.max_response_length", "12"],
 }
 PLACEHOLDERS = ["--model.student", "STUDENT", "--model.teacher", "TEACHER"]
 """What a YAML block that is a part of a config is put on."""
@@ -93,6 +95,11 @@ def parse(arguments: list[str]) -> None:
     assert command in COMMANDS, command
     if command == "export":
         export_parser().parse_args(rest)
+    elif command == "shrink":
+        own, of_data = data_options(rest)
+        shrink_parser().parse_args(own)
+        if of_data:
+            parse(["fit", *PLACEHOLDERS[:2], *of_data])
     elif command == "quickstart":
         quickstart_parser().parse_args(with_default_method(rest))
     else:

@@ -18,7 +18,6 @@ import lightning
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 
 from okd_lightning.callbacks.monitors.last_checkpoint import (
@@ -29,6 +28,7 @@ from okd_lightning.data import RolloutDataModule
 from okd_lightning.durable_files import write_json
 from okd_lightning.errors import OutputError, PreemptedError
 from okd_lightning.rollouts.agreement import StopRequest
+from okd_lightning.training.lightning_privates import cluster_environment, started_ranks
 from okd_lightning.training.loop_state import STOPPED, validation_follows, validation_is_due
 from okd_lightning.training.run_records import STOPPED_FILE
 
@@ -90,8 +90,7 @@ class Preemption(Checkpoint):
         if threading.current_thread() is not threading.main_thread():
             return
         self._listen(signal.SIGTERM, self._on_sigterm(trainer))
-        # private: Lightning's Trainer has no public access to the cluster environment
-        environment = trainer._accelerator_connector.cluster_environment
+        environment = cluster_environment(trainer)
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._listen(environment.requeue_signal or signal.SIGUSR1, self._on_warning)
 
@@ -102,8 +101,8 @@ class Preemption(Checkpoint):
     def _on_sigterm(self, trainer: lightning.Trainer) -> Callable[[int, Any], None]:
         def handle(number: int, frame: Any) -> None:
             del frame
-            launcher = trainer.strategy.launcher
-            if not self._request.is_made and isinstance(launcher, _SubprocessScriptLauncher):
+            launcher = started_ranks(trainer)
+            if not self._request.is_made and launcher is not None:
                 launcher.kill(signal.Signals(number))
             self._signal = number
             self._request.is_made = True

@@ -24,6 +24,7 @@ from okd_lightning.data.token_cache import FEWEST_ROWS
 from okd_lightning.engines import Sampling
 from okd_lightning.records.batches import Source
 from okd_lightning.rollouts import plan_for
+from okd_lightning.training.lightning_privates import uses_distributed_sampler
 from okd_lightning.training.optimized_module import OptimizedModule
 
 _LIBRARIES = ("okd_lightning", "lightning")
@@ -222,7 +223,6 @@ def _chosen(run: _Run) -> Mapping[str, Any]:
     if run.stage != "fit":
         return {}
     data, trainer = run.data, run.trainer
-    connector = trainer._accelerator_connector  # private: stored nowhere else
     given = {
         "model.engine": run.module.engine,
         "model.attn_implementation": run.module.pair.settings.attn_implementation,
@@ -230,7 +230,7 @@ def _chosen(run: _Run) -> Mapping[str, Any]:
         "data.train_split": data.splits["train"],
         "data.val_split": data.splits["val"],
         "trainer.gradient_clip_algorithm": trainer.gradient_clip_algorithm,
-        "trainer.use_distributed_sampler": connector.use_distributed_sampler,
+        "trainer.use_distributed_sampler": uses_distributed_sampler(trainer),
     }
     for name in ("prompts_per_rollout", "val_rollouts", "subset", "token_cache"):
         given[f"data.{name}"] = getattr(data, name)
