@@ -1,4 +1,4 @@
-"""What a run and its teacher tell each other: records without behaviour."""
+"""Records that a run and its teacher exchange; they have no behaviour."""
 
 from __future__ import annotations
 
