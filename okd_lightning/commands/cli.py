@@ -19,10 +19,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from okd_lightning.callbacks import (
     BestCheckpoint,
-    DistillationCallback,
     LastCheckpoint,
     Preemption,
 )
+from okd_lightning.callbacks.methods.base import Method
 from okd_lightning.callbacks.monitors.always import MONITORS
 from okd_lightning.callbacks.monitors.progress_bar import RunProgressBar
 from okd_lightning.checkpoints.folders import settled
@@ -126,9 +126,7 @@ class DistillationCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the ``--method`` section; ``--help`` shows it first and the Trainer's flags last."""
-        parser.add_lightning_class_args(
-            DistillationCallback, "method", subclass_mode=True, required=False
-        )
+        parser.add_lightning_class_args(Method, "method", subclass_mode=True, required=False)
         add_trust_flag(parser)
         parser.usage = "okd-lightning COMMAND [--config FILE|NAME] [--SECTION.OPTION VALUE ...]"
         # private: argparse has no public way to order the groups of --help

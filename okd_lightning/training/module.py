@@ -55,9 +55,7 @@ from okd_lightning.training.step_terms import (
     acting_terms,
     check_counts,
     check_fits,
-    check_term,
     step_means,
-    trains_teacher,
 )
 
 
@@ -168,7 +166,6 @@ class DistillationModule(OptimizedModule):
         self.run_config: str | None = None
         self.resume_flag = ""  # that a printed command needs to resume this run
         self.started_in: str | None = None  # base of the config's relative paths
-        self._terms_of: int | None = None
         self._step_sums: dict[str, Tensor] = {}
         self.measured_before: dict[str, float] = {}  # by the last validation before a resume
         self.rng_to_restore: dict[str, Any] | None = None  # at the first step after a resume
@@ -181,17 +178,13 @@ class DistillationModule(OptimizedModule):
         Raises:
             ConfigError: Two terms of one name, or a term that needs a teacher where there is none.
         """
-        if self._terms_of != id(self._trainer):  # drop the terms of another Trainer's failed run
-            self.terms, self._terms_of = [], id(self._trainer)
-        if any(term is known for known in self.terms):
-            return
-        check_term(term)
         check_fits(term, self.terms)
         self.pair.teacher.check_term(term)
         self.terms.append(term)
 
     def configure_callbacks(self) -> list[Callback]:
         """Return the safeguards that the Trainer lacks; move ModelsFirst to the front."""
+        self.terms = []  # a run begins; one that failed has left its own
         trainer = self._trainer
         present: list[Callback] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
         if trainer is not None:
@@ -231,7 +224,7 @@ class DistillationModule(OptimizedModule):
     def _idle_loss(self, terms: Sequence[WeightedTerm]) -> Tensor:
         """Return 0, tied to an online module that no term trains in this step, as DDP expects."""
         idle = torch.zeros((), device=self.device)
-        if not any(trains_teacher(weighted.term) for weighted in terms):
+        if not any(weighted.term.trains_teacher for weighted in terms):
             own = self.pair.teacher.trained_parameters()
             for parameter in self.pair.placement.tied_to_loss(own):
                 idle = idle + 0.0 * parameter.sum()

@@ -40,8 +40,8 @@ from okd_lightning.training.resumed_rates import (
     rebase,
     regroup,
 )
-from okd_lightning.training.run_settings import of_term, plain
-from okd_lightning.training.step_terms import teaching_window, trains_teacher
+from okd_lightning.training.run_settings import plain
+from okd_lightning.training.step_terms import teaching_window
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class OptimizedModule(MeasuredModule):
         """
         own = self.optimizer_settings
         settings: dict[str, Any] = {
-            "method": {term.name: of_term(term) for term in self.terms},
+            "method": {term.name: dict(term.settings) for term in self.terms},
             "optimizer": own.optimizer,
             "learning_rate": own.learning_rate,
             "weight_decay": own.weight_decay,
@@ -202,7 +202,7 @@ class OptimizedModule(MeasuredModule):
         then skips its weights and moments, and counts no step for it.
         """
         own = self.online_module
-        if not any(map(trains_teacher, self._checked)):
+        if not any(term.trains_teacher for term in self._checked):
             for parameter in self.pair.teacher.trained_parameters():
                 parameter.grad = None
         if own is not None and own.clip_norm and gradient_clip_algorithm == "value":

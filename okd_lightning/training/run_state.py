@@ -25,7 +25,6 @@ from okd_lightning.training.loaded_ends import loaded_ends
 from okd_lightning.training.loop_state import mark_due_validation, settle_loops
 from okd_lightning.training.optimized_module import OptimizedModule
 from okd_lightning.training.step_metrics import unlogged_row
-from okd_lightning.training.step_terms import kind_of
 
 
 def add_state(
@@ -67,7 +66,7 @@ def add_state(
         "eos_ids": list(module.eos_ids),
         "end_ids": list(module.ends.end_ids),
         "online_module": None if module.online_module is None else module.online_module.to_dict(),
-        "methods": [kind_of(term) for term in module.terms],
+        "methods": [term.kind for term in module.terms],
         "teacher": module.pair.teacher.mark,
         "normalization": module.normalization.by,
         "optimizer": module.optimizer_settings.to_dict(),
@@ -97,7 +96,7 @@ def check_state(module: OptimizedModule, checkpoint: dict[str, Any]) -> dict[str
     rng = None
     if module.terms:
         trainer = module.trainer
-        check_methods(own["methods"], [kind_of(term) for term in module.terms])
+        check_methods(own["methods"], [term.kind for term in module.terms])
         check_teacher_mark(present_mark(own), module.pair.teacher.mark)
         if any("student" in term.sources for term in module.terms):
             check_normalization(own.get("normalization", "token_mean"), module.normalization.by)

@@ -76,7 +76,7 @@ class GradientProbe:
 
     def __init__(self, module: DistillationModule) -> None:
         self.module = module
-        self.terms = estimators(module.vocabulary.size)
+        self.methods = estimators(module.vocabulary.size)
         trained = module.trained_parameters(module.student)
         self.parameters = probed_parameters(trained)
         self.of_parameters = sum(p.numel() for p in trained)
@@ -91,9 +91,9 @@ class GradientProbe:
         """
         module = self.module
         terms = {
-            (divergence, name): term
-            for divergence, group in self.terms.items()
-            for name, term in group.items()
+            (divergence, name): method.term
+            for divergence, group in self.methods.items()
+            for name, method in group.items()
         }
         asked = [quantity for term in terms.values() for quantity in term.quantities]
         with torch.enable_grad():

@@ -14,7 +14,6 @@ from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError
 from okd_lightning.records.batches import SOURCES, DistillBatch
 from okd_lightning.rollouts import RolloutLoader
-from okd_lightning.rollouts.plan import acts_in
 from okd_lightning.training.paired_module import PairedModule
 from okd_lightning.training.safeguards.vital_signs import (
     EXTREME_LOG_RATIO,
@@ -212,7 +211,7 @@ def _sums_of(batch: DistillBatch) -> Tensor:
 def _log_ratios(trainer: lightning.Trainer, module: Any) -> tuple[float, float | None]:
     """Return the share of extreme log-ratios, and minus the mean, from sampled methods' logs."""
     step, logged = trainer.global_step - 1, trainer.callback_metrics
-    names = [term.name for term in module.terms if acts_in(term, step)]
+    names = [term.name for term in module.terms if term.acts_in(step)]
     outliers = [logged.get(f"train/{name}_extreme_log_ratio") for name in names]
     means = [logged.get(f"train/{name}_log_ratio") for name in names]
     shares = [float(value) for value in outliers if value is not None]

@@ -55,7 +55,7 @@ class _Run:
     @property
     def methods(self) -> str:
         """The run's methods, for messages."""
-        return " and ".join(type(term).__name__ for term in self.module.terms)
+        return " and ".join(term.kind for term in self.module.terms)
 
     @property
     def is_measured(self) -> bool:
