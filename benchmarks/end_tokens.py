@@ -3,8 +3,8 @@
 The models of ``--shared`` (75K student, 260K teacher) are trained on single sentences of
 TinyStories, the student to stop with id 1 and the teacher with id 2. Reverse KL (GKD), OPD and OPD+
 then train the student on on-policy responses, which stop at either id in both arms; "one outcome"
-is the default, "by id" is ``end_tokens`` of the student's id alone. Finished runs are kept in the JSON
-file and not repeated; seeds are outermost.
+is the default, "by id" is ``end_tokens`` of the student's id alone. Finished runs are kept in the
+JSON file and not repeated; seeds are outermost.
 
     python benchmarks/end_tokens.py --shared FOLDER --seeds 0 1 2 --picture docs/end_tokens.png
 """

@@ -65,7 +65,7 @@ def _last_masses(module: DistillationModule, responses: Responses, batch_size: i
     ended = replace(responses, rows=tuple(row for row, has_ended in pairs if has_ended), ended=())
     total, count = torch.zeros(2, module.vocabulary.size, dtype=torch.float64), 0
     for batch in ended.batches(batch_size, module.device):
-        student, teacher, _ = module.sides.of(batch, [Agreement()])
+        student, teacher, _ = module.pair.sides(batch, [Agreement()])
         assert teacher is not None
         row = batch.student_reads.places.row
         is_last = torch.ones_like(row, dtype=torch.bool)
@@ -79,8 +79,9 @@ def _last_masses(module: DistillationModule, responses: Responses, batch_size: i
 
 def _candidates(module: DistillationModule, masses: Sequence[Tensor]) -> list[int]:
     """Return the known end ids, and special tokens that a model puts probability on there."""
+    pair = module.pair
     usual = find_end_tokens(
-        module.student_source, module.teacher_source, module.tokenizer, module.vocabulary
+        pair.student_source, pair.teacher.source, module.tokenizer, module.vocabulary
     )
     known = list(dict.fromkeys([*module.vocabulary.end_ids, *module.eos_ids, *usual.end_ids]))
     tokenizer = module.tokenizer
