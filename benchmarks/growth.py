@@ -60,7 +60,7 @@ def run_steps(rows: int, vocab: int) -> None:
     ids = torch.randint(3, vocab, (rows, LENGTH)).tolist()
     loss = (False,) + (True,) * (LENGTH - 1)
     batch = collate([TrainingRow(i, "dataset", tuple(row), loss, 1) for i, row in enumerate(ids)])
-    terms = [WeightedTerm(KD(divergence=JensenShannon(0.5)), 1.0 / (rows * LENGTH))]
+    terms = [WeightedTerm(KD(divergence=JensenShannon(0.5)).term, 1.0 / (rows * LENGTH))]
     read = batch.student_reads
     while True:
         turns.next()

@@ -17,40 +17,31 @@ import torch
 from side_by_side import Turns, take_turns, write_results
 from torch import Tensor, nn
 
+from okd_lightning.callbacks import DivergenceCallback
 from okd_lightning.divergences import JensenShannon
 from okd_lightning.losses import (
-    ExactDivergence,
     Measured,
-    Quantity,
     Side,
+    Term,
     WeightedTerm,
     fused_loss,
 )
-from okd_lightning.losses.reduction import loss_output
-from okd_lightning.records.batches import LossOutput, Source
 
 STUDENT_WIDTH, TEACHER_WIDTH = 256, 512
 SIZES = [(512, 8192), (512, 32768), (2048, 8192), (2048, 32768), (8192, 8192)]
 Loss = Callable[[Tensor, nn.Linear, Tensor, nn.Linear], Tensor]
 
 
-class Divergence:
-    """Term for the mean JSD(1/2)."""
-
-    name, weight, on_policy_fraction, is_positionwise = "jsd", 1.0, 0.0, True
-    sources: tuple[Source, ...] = ("dataset",)
-    quantities: tuple[Quantity, ...] = (ExactDivergence(JensenShannon(0.5)),)
-
-    def loss(self, measured: Measured) -> LossOutput:
-        """Return the sum over all positions."""
-        return loss_output(measured[self.quantities[0]], measured.mask(self.sources))
+def jensen_shannon() -> Term:
+    """Return the term for the mean JSD(1/2)."""
+    return DivergenceCallback(JensenShannon(0.5)).term
 
 
 def ours(student: Tensor, head: nn.Linear, teacher: Tensor, teacher_head: nn.Linear) -> Tensor:
     """Compute the fused loss."""
     zeros = torch.zeros(len(student), dtype=torch.int64)
     about = Measured({}, zeros, zeros, torch.zeros(len(student)))
-    terms = [WeightedTerm(Divergence(), 1.0 / len(student))]
+    terms = [WeightedTerm(jensen_shannon(), 1.0 / len(student))]
     sides = Side(student, head), Side(teacher, teacher_head)
     return fused_loss(terms, *sides, zeros, about, head.out_features).total
 

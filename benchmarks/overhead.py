@@ -43,7 +43,7 @@ def run_bare() -> None:
     num = pair.BATCH * (pair.LENGTH - 1)
     zeros = torch.zeros(num, dtype=torch.int64)
     about = Measured({}, zeros, zeros, torch.zeros(num))
-    terms = [WeightedTerm(method(), 1.0 / num)]
+    terms = [WeightedTerm(method().term, 1.0 / num)]
     rows = torch.nn.functional.pad(pair.make_ids(64), (0, 1), value=1)
     step = 0
     while True:

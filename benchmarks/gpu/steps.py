@@ -135,7 +135,7 @@ def run(name: str, options: argparse.Namespace, learns: bool, spread: bool) -> d
     vocabulary = Vocabulary(student.config.vocab_size)
     batch = make_batch(options.rows, options.length, vocabulary.size, spread)
     method = OKD() if learns else KD(divergence=JensenShannon(0.5))
-    terms = [WeightedTerm(method, 1.0 / batch.student_reads.places.row.numel())]
+    terms = [WeightedTerm(method.term, 1.0 / batch.student_reads.places.row.numel())]
 
     def side(model: PreTrainedModel) -> Side:
         return Side(hidden_at_loss(model, batch.student_reads, True), LMHead.of(model, vocabulary))

@@ -19,10 +19,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from okd_lightning.callbacks import (
     BestCheckpoint,
-    DistillationCallback,
     LastCheckpoint,
     Preemption,
 )
+from okd_lightning.callbacks.methods.base import Method
 from okd_lightning.callbacks.monitors.always import MONITORS
 from okd_lightning.callbacks.monitors.progress_bar import RunProgressBar
 from okd_lightning.checkpoints.folders import settled
@@ -40,6 +40,7 @@ from okd_lightning.commands.quickstart.command import (
 )
 from okd_lightning.commands.saved_config import flag_needed, run_folder_of
 from okd_lightning.commands.settled_options import settle_rates
+from okd_lightning.commands.teacher_options import check_teacher
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.data.sources import describe_source
 from okd_lightning.errors import (
@@ -125,9 +126,7 @@ class DistillationCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the ``--method`` section; ``--help`` shows it first and the Trainer's flags last."""
-        parser.add_lightning_class_args(
-            DistillationCallback, "method", subclass_mode=True, required=False
-        )
+        parser.add_lightning_class_args(Method, "method", subclass_mode=True, required=False)
         add_trust_flag(parser)
         parser.usage = "okd-lightning COMMAND [--config FILE|NAME] [--SECTION.OPTION VALUE ...]"
         # private: argparse has no public way to order the groups of --help
@@ -143,8 +142,9 @@ class DistillationCLI(LightningCLI):
         """Parse ``args``, without Lightning's own warning that ``sys.argv`` is ignored."""
         self.config = parse(parser, args, self._option_strings())
         config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
-        expand_home(config)
         words = [str(word) for word in args or ()]
+        check_teacher(config.model.teacher, words)
+        expand_home(config)
         settle_rates(config.model, layers(words))
         if config.trainer.default_root_dir is not None:
             output_folder(config.trainer.default_root_dir, "--trainer.default_root_dir")

@@ -18,7 +18,7 @@ from typing import Any, get_type_hints
 
 import jsonargparse
 
-from okd_lightning.callbacks import DistillationCallback
+from okd_lightning.callbacks.methods.base import Method
 from okd_lightning.commands.foreign_options import hint_for
 from okd_lightning.errors import ConfigError, OKDLightningError, UsageError, one_line
 
@@ -41,6 +41,7 @@ _TYPE = re.compile(r"Expected an? (?:<class '([\w.]+)'>|([\w.]+))(?:\. Got value
 _LITERAL = re.compile(r"Expected a typing\.Literal\[(.*)\](?:\. Got value: (.*))?$")
 
 _KINDS = {
+    "Method": "method",
     "DistillationCallback": "method",
     "Divergence": "divergence",
     "Callback": "callback",
@@ -50,6 +51,7 @@ _KINDS = {
     "RewardFunction": "reward",
     "Advantage": "advantage",
     "EngineSource": "engine",
+    "Teacher": "teacher",
 }
 _MOST_NAMES = 25
 _TYPE_NAMES = {
@@ -176,7 +178,7 @@ def subclass_names(base: type, within: str = "") -> list[str]:
 
 def method_names() -> list[str]:
     """Return the class names of the imported methods."""
-    return subclass_names(DistillationCallback)
+    return subclass_names(Method)
 
 
 def _complaints(text: str) -> Iterator[_Complaint]:

@@ -18,7 +18,10 @@ from okd_lightning.durable_files import require_writable, sync_file, sync_folder
 from okd_lightning.errors import OutputError
 
 _MARKER = ".okd-lightning-export"
-_WEIGHTS = ("model*.safetensors*", "adapter_config.json", "adapter_model.*")
+CUT_RECORD = "shrink.json"
+"""Record of a student that was cut from a teacher: an export does not replace it unasked."""
+
+_OLD_MODEL = ("model*.safetensors*", "adapter_config.json", "adapter_model.*", CUT_RECORD)
 
 
 def check_model_folder(
@@ -59,7 +62,7 @@ def replaced_model(out: Path) -> Iterator[Path]:
     """Yield an empty folder; it becomes ``out`` when the block has ended without an error.
 
     A new or empty folder is replaced in one step. In a folder with files, the new ones are moved in
-    one by one, and weights of an earlier model are removed: they would be read instead.
+    one by one; weights and record of an earlier model are removed, as they would be read instead.
 
     Raises:
         OutputError: An error such as a full disk. The files that ``out`` held before are untouched.
@@ -71,7 +74,8 @@ def replaced_model(out: Path) -> Iterator[Path]:
     try:
         aside.mkdir(parents=True)
         yield aside
-        (aside / _MARKER).touch()
+        if not (aside / CUT_RECORD).exists():
+            (aside / _MARKER).touch()
         for path in aside.rglob("*"):
             sync_file(path)
         sync_folder(aside)
@@ -89,7 +93,7 @@ def replaced_model(out: Path) -> Iterator[Path]:
 
 
 def _move_in(aside: Path, out: Path) -> None:
-    for old in [path for pattern in _WEIGHTS for path in out.glob(pattern)]:
+    for old in [path for pattern in _OLD_MODEL for path in out.glob(pattern)]:
         old.unlink()
     for path in aside.iterdir():
         if (out / path.name).is_dir():
@@ -100,6 +104,8 @@ def _move_in(aside: Path, out: Path) -> None:
 
 def _is_export(folder: Path) -> bool:
     """Return whether an export wrote this folder: by its marker, or by the card of old versions."""
+    if (folder / CUT_RECORD).is_file():
+        return False
     card = folder / "README.md"
     is_ours = card.is_file() and "okd-lightning" in card.read_text(errors="replace")
     return (folder / _MARKER).is_file() or (is_ours and (folder / "config.json").is_file())

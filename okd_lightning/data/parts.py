@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from okd_lightning.data.distilled_module import DistilledModule
+from okd_lightning.data.end_tokens import handed_over, written_elsewhere
 from okd_lightning.data.examples import ExampleSet
 from okd_lightning.data.row_report import report_rows, warn_of_unread
 from okd_lightning.data.sources import DataSource, describe_source, load_rows
@@ -44,7 +45,8 @@ def read_part(
     Args:
         part: "train", "val", "test" or "predict".
         source: Its source.
-        module: The module; the end ids of the dataset responses are added to its eos ids.
+        module: The module; generation also stops at the end ids of the dataset responses; ids
+            that a response holds before another end are taken out of its end ids.
         split: Split of a dataset that has several.
         subset: Configuration of a hub dataset.
         token_cache: See ``cached_examples``.
@@ -63,6 +65,10 @@ def read_part(
     check_table_ids(found.examples, module.vocabulary, module.tokenizer, where=where)
     limit = settings["max_response_length"]
     module.add_eos_ids(found.ends_of_turn(module.tokenizer))
+    ends, template = module.vocabulary.end_ids, settings["columns"].chat_template_kwargs
+    module.keep_apart(
+        [*written_elsewhere(module.tokenizer, ends, template), *handed_over(found.examples, ends)]
+    )
     report_rows(part, where, found, limit, teaches_responses=settings["needs_response"])
     generators: tuple[Generator, ...] = ("student", "teacher")
     longest = [

@@ -39,7 +39,8 @@ class Drawing:
     Args:
         responses: The responses.
         sampling: Temperature, top-k and top-p.
-        vocabulary: Ids outside it are never sampled.
+        vocabulary: Ids outside it are never sampled; its end ids are one outcome, whose
+            log-probability is stored with whichever of them is sampled.
         blend: A second model that is mixed in; None for one model.
         device: Device of the logits.
     """
@@ -58,6 +59,8 @@ class Drawing:
         self._blend = blend
         self._device = device
         self._workspace = workspace_for(0, vocabulary.size, device)
+        ends = vocabulary.end_ids
+        self._end_ids = torch.tensor(ends, device=device) if len(ends) > 1 else None
 
     def draw(
         self, tables: Sequence[Tensor], places: Tensor, last: Tensor, index: Tensor | None = None
@@ -80,5 +83,5 @@ class Drawing:
         if len(self._workspace) < len(logits):
             self._workspace = workspace_for(len(logits), self._vocabulary.size, self._device)
         noise = self.responses.noise(places)
-        ids, logprobs = self._sampling.choose(logits, noise, self._workspace)
+        ids, logprobs = self._sampling.choose(logits, noise, self._workspace, self._end_ids)
         return self.responses.store(places, ids, logprobs, last), ids

@@ -27,6 +27,7 @@ class Responses:
         vocab: Number of ids that can be sampled.
         device: The model's device.
         limits: Longest response of each row, in tokens.
+        merges_ends: See ``Response``.
     """
 
     def __init__(
@@ -36,9 +37,11 @@ class Responses:
         vocab: int,
         device: torch.device,
         limits: Sequence[int],
+        merges_ends: bool = False,
     ) -> None:
         self._num_rows, self._max_new_tokens = noise.shape
         self._eos_ids = eos_ids
+        self._merges_ends = merges_ends
         self._limits = list(limits)
         self._num_rounds = 0
         self._begun = [0] * self._num_rows  # tokens of each row before the present round
@@ -135,6 +138,7 @@ class Responses:
                 ids=ids,
                 logprobs=tuple(row[: len(ids)]),
                 stop_reason="eos" if ids and ids[-1] in self._eos_ids else "length",
+                merges_ends=self._merges_ends,
             )
             for ids, row in zip(self._sampled(), logprobs, strict=True)
         )

@@ -69,6 +69,7 @@ class _Row:
     exchanges: list[Exchange] = field(default_factory=list)
     use: ToolUse = field(default_factory=lambda: ToolUse(turns=0))
     stop_reason: str = ""
+    merges_ends: bool = False
 
     @property
     def room(self) -> int:
@@ -79,7 +80,12 @@ class _Row:
     def response(self) -> Response:
         """The finished response."""
         return Response(
-            tuple(self.ids), tuple(self.logprobs), self.stop_reason, tuple(self.mask), self.use
+            tuple(self.ids),
+            tuple(self.logprobs),
+            self.stop_reason,
+            tuple(self.mask),
+            self.use,
+            self.merges_ends,
         )
 
     def append(self, ids: Sequence[int], logprobs: Sequence[float], *, is_own: bool) -> None:
@@ -150,6 +156,7 @@ class ToolEngine:
         room = row.room
         row.append(turn.ids[:room], turn.logprobs[:room], is_own=True)
         row.use = replace(row.use, turns=row.use.turns + 1)
+        row.merges_ends = turn.merges_ends  # one engine generates all turns
         if turn.stop_reason != "eos" or len(turn.ids) > room:
             row.stop_reason = "length"
             return

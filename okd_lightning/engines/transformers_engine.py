@@ -54,7 +54,8 @@ class TransformersEngine:
 
     Args:
         model: The causal LM; the caller sets eval mode.
-        vocabulary: Ids outside it are never sampled.
+        vocabulary: Ids outside it are never sampled; the log-probability of one of its end ids is
+            that of all of them together.
         eos_ids: Ids that end a response.
         token_budget: Most prompt and response tokens of a batch.
         dtype: Number format to compute in, by autocast: the weights are cast once a call and the
@@ -77,7 +78,12 @@ class TransformersEngine:
         keys = [prompt.index for prompt in prompts], [prompt.sample for prompt in prompts]
         noise = request.noise.uniform(*keys, request.max_new_tokens)
         responses = Responses(
-            noise, self.eos_ids, self.vocabulary.size, self.model.device, request.limits
+            noise,
+            self.eos_ids,
+            self.vocabulary.size,
+            self.model.device,
+            request.limits,
+            merges_ends=len(self.vocabulary.end_ids) > 1,
         )
         if not noise.numel():
             return responses.rollout(0)

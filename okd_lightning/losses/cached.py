@@ -49,7 +49,7 @@ class CachedDivergence(Quantity):
 
     def measure(self, tile: Tile) -> PositionValues:
         """[positions] nats."""
-        ids, teacher = first_outcomes(*unpack_outcomes(tile.logits("teacher")), self.k)
+        ids, teacher = first_outcomes(*unpack_outcomes(tile.teacher_rows), self.k)
         logits, logprobs = tile.logits("student"), tile.student_logprobs.detach()
         pair = LogProbPair(merged(logprobs, ids), teacher)
         if pair.is_finite:
@@ -65,7 +65,7 @@ class CachedAgreement(Quantity):
 
     def measure(self, tile: Tile) -> PositionValues:
         """[positions] 0 or 1, without gradient."""
-        ids, _ = unpack_outcomes(tile.logits("teacher"))
+        ids, _ = unpack_outcomes(tile.teacher_rows)
         return (tile.student_logprobs.argmax(-1) == ids[:, 0]).to(tile.student_logprobs.dtype)
 
 
@@ -86,7 +86,7 @@ class CachedDrawnOutcome(Quantity):
     @torch.no_grad()
     def measure(self, tile: Tile) -> PositionValues:
         """[positions] nats, at most 0, without gradient."""
-        rows, student, at = tile.logits("teacher"), tile.student_logprobs, tile.targets[:, None]
+        rows, student, at = tile.teacher_rows, tile.student_logprobs, tile.targets[:, None]
         if self.k is None:
             is_student = self.role == "student"
             return student.gather(-1, at)[:, 0] if is_student else unpack_drawn(rows)
@@ -114,7 +114,7 @@ class CachedExpectedWeight(Quantity):
     @torch.no_grad()
     def measure(self, tile: Tile) -> PositionValues:
         """[positions] nats, without gradient."""
-        ids, teacher = first_outcomes(*unpack_outcomes(tile.logits("teacher")), self.k)
+        ids, teacher = first_outcomes(*unpack_outcomes(tile.teacher_rows), self.k)
         student = outcomes(tile.logits("student"), tile.student_logprobs, ids)
         return self.divergence.expected_weight(student, teacher, self.max_log_ratio)
 
@@ -161,8 +161,8 @@ def _cached_divergence(divergence: Divergence, k: int, vocab_size: int) -> Cache
         wanted = min(divergence.k, vocab_size)
         if wanted > known:
             raise ConfigError(
-                f"its TopK takes {wanted} ids, and {known} are known of this teacher: raise the k "
-                "of --model.teacher_cache or --model.teacher_server, or lower the method's k"
+                f"its TopK takes {wanted} ids, and {known} are known of this teacher: raise "
+                "--model.teacher.k, or lower the method's k"
             )
         divergence, known = divergence.divergence, wanted
     if divergence.softmax_temperature != 1.0 or isinstance(divergence, TopK):

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from okd_lightning.losses.quantities import Quantity, Tile
 from okd_lightning.losses.side import Side
 from okd_lightning.losses.tiling import block_positions, slices, tile_size
-from okd_lightning.records.shapes import PositionIds, PositionValues
+from okd_lightning.records.shapes import PositionIds, PositionMask, PositionValues
 
 
 def measure(
@@ -28,6 +28,7 @@ def measure(
     vocab_size: int,
     tile_positions: int | None = None,
     base: Side | None = None,
+    merges_ends: PositionMask | None = None,
 ) -> dict[Quantity, PositionValues]:
     """Measure every quantity at every position.
 
@@ -40,6 +41,7 @@ def measure(
         tile_positions: Positions a tile; None chooses from ``vocab_size``.
         base: The teacher's without its online module, or None where no quantity needs it; a
             constant.
+        merges_ends: [positions] see ``Tile``.
 
     Returns:
         [positions] for each quantity. Gradient flows through the hidden states and heads of the
@@ -55,6 +57,7 @@ def measure(
         teacher_hidden: Tensor | None,
         base_hidden: Tensor | None,
         ids: Tensor,
+        merged: Tensor | None,
     ) -> tuple[Tensor, ...]:
         teacher_logits = None
         if teacher is not None and teacher_hidden is not None:
@@ -63,15 +66,18 @@ def measure(
         if base is not None and base_hidden is not None:
             with torch.no_grad():
                 base_logits = base.head(base_hidden)
-        student_logits = student.head(student_hidden)
-        return _over_blocks(asked, block, student_logits, teacher_logits, ids, base_logits)
+        logits = (student.head(student_hidden), teacher_logits, base_logits)
+        return _over_blocks(asked, block, logits, ids, student.end_ids, merged)
 
     hidden = student.hidden.split(size)
     teacher_hidden, base_hidden = (
         side.hidden.split(size) if side is not None else [None] * len(hidden)
         for side in (teacher, base)
     )
-    inputs = list(zip(hidden, teacher_hidden, base_hidden, targets.split(size), strict=True))
+    merged = [None] * len(hidden) if merges_ends is None else merges_ends.split(size)
+    inputs = list(
+        zip(hidden, teacher_hidden, base_hidden, targets.split(size), merged, strict=True)
+    )
     if len(inputs) == 1 or not torch.is_grad_enabled():
         tiles = [run(*tile) for tile in inputs]
     else:
@@ -85,16 +91,17 @@ def measure(
 def _over_blocks(
     asked: tuple[Quantity, ...],
     block: int,
-    student_logits: Tensor,
-    teacher_logits: Tensor | None,
+    logits: tuple[Tensor, Tensor | None, Tensor | None],
     targets: Tensor,
-    base_logits: Tensor | None,
+    end_ids: tuple[int, ...],
+    merges_ends: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """Measure every quantity of a tile, block by block."""
+    """Measure every quantity of a tile, block by block; logits are student, teacher and base."""
     found: list[tuple[Tensor, ...]] = []
     for rows in slices(len(targets), block):
-        of_teacher = None if teacher_logits is None else teacher_logits[rows]
-        of_base = None if base_logits is None else base_logits[rows]
-        tile = Tile(student_logits[rows], of_teacher, targets[rows], of_base)
+        of_student, of_teacher, of_base = (None if one is None else one[rows] for one in logits)
+        assert of_student is not None
+        merged = None if merges_ends is None else merges_ends[rows]
+        tile = Tile(of_student, of_teacher, targets[rows], of_base, end_ids, merged)
         found.append(tuple(quantity.measure(tile) for quantity in asked))
     return tuple(torch.cat(values) for values in zip(*found, strict=True))

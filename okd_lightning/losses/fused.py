@@ -71,6 +71,7 @@ class _Run:
         self, terms: Sequence[WeightedTerm], sides: Mapping[str, Projection], checks: bool
     ) -> None:
         self.terms, self.names, self.sides = terms, list(sides), list(sides.values())
+        self.end_ids = sides["student"].side.end_ids
         self.quantities = dict.fromkeys(q for weighted in terms for q in weighted.term.quantities)
         self.outputs: list[LossOutput] = []
         self.unit, self.checks = 1.0, checks
@@ -98,7 +99,14 @@ class _Run:
                 name: projected.side.finish(leaf)
                 for name, projected, leaf in zip(self.names, self.sides, leaves, strict=True)
             }
-            tile = Tile(logits["student"], logits.get("teacher"), targets, logits.get("base"))
+            tile = Tile(
+                logits["student"],
+                logits.get("teacher"),
+                targets,
+                logits.get("base"),
+                self.end_ids,
+                None if about.merges_ends is None else about.merges_ends[positions],
+            )
             values = {quantity: quantity.measure(tile) for quantity in self.quantities}
             measured = about.part(positions, values)
             loss = weighted_loss(self.terms, measured)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -16,20 +17,30 @@ from torch import Tensor
 
 from okd_lightning.divergences import Divergence, ForwardKL, LogProbPair, as_divergence
 from okd_lightning.losses.closed_form import ModelRole, divergence_value, target_logprob
-from okd_lightning.records.shapes import PositionIds, PositionValues
+from okd_lightning.losses.end_outcome import EndOutcome
+from okd_lightning.records.shapes import PositionIds, PositionMask, PositionValues
 
 
 class Tile:
     """Some positions of a batch with both models' logits over the vocabulary.
 
-    Softmaxes and other values that several quantities need are computed once.
+    Softmaxes and other values that several quantities need are computed once. Several end ids are
+    one outcome: ``logits``, all log-probabilities and ``targets`` have it under the first of these
+    ids, and the others have log-probability -inf.
 
     Args:
         student_logits: [positions, vocab].
-        teacher_logits: [positions, vocab], or None where no quantity needs the teacher.
+        teacher_logits: [positions, vocab], or None where no quantity needs the teacher; packed rows
+            (``teacher_rows``) of a teacher that is known by k outcomes.
         targets: [positions] ids of the sampled or dataset tokens.
         base_logits: [positions, vocab] of the teacher's base (without its online module, or the
             module's ``teacher_base``), without gradient, or None where no quantity needs it.
+        end_ids: Ids that mean "the response ends here".
+        merges_ends: [positions] True where the sampler's log-probability of an end is that of all
+            ends together, so that ``DrawnLogProb`` is too; None for nowhere.
+
+    Attributes:
+        targets: [positions] outcomes of the targets.
     """
 
     def __init__(
@@ -38,17 +49,48 @@ class Tile:
         teacher_logits: Tensor | None,
         targets: PositionIds,
         base_logits: Tensor | None = None,
+        end_ids: Sequence[int] = (),
+        merges_ends: PositionMask | None = None,
     ) -> None:
-        self._logits = {"student": student_logits, "teacher": teacher_logits}
-        self._base_logits = base_logits
-        self.targets = targets
+        self._raw = {"student": student_logits, "teacher": teacher_logits, "base": base_logits}
+        self._ends = EndOutcome(end_ids, student_logits.device)
+        self._merged: dict[str, Tensor] = {}
+        self._target_ids, self._merges_ends = targets, merges_ends
+        self.targets = self._ends.outcomes(targets)
         self._pairs: dict[float, LogProbPair] = {}
 
     def logits(self, role: ModelRole) -> Tensor:
         """Return [positions, vocab] logits of one model, float32 or wider, with gradient to it."""
-        logits = self._logits[role]
+        return self._logits_of(role)
+
+    def _logits_of(self, side: str) -> Tensor:
+        if not self._ends.is_merged:
+            return self._wide(side)
+        if side not in self._merged:
+            self._merged[side] = self._ends.merge(self._wide(side))
+        return self._merged[side]
+
+    def _wide(self, side: str) -> Tensor:
+        """Return [positions, vocab] logits before the merge of the ends, float32 or wider."""
+        logits = self._raw[side]
         assert logits is not None
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    @property
+    def teacher_rows(self) -> Tensor:
+        """The packed rows of a teacher that is known by k outcomes, with its ends merged."""
+        return self._wide("teacher")
+
+    def target_share(self, role: ModelRole) -> PositionValues | None:
+        """Return [positions] log-probability (nats) of the target's id given its outcome.
+
+        0 where the target is no end, or is one whose sampler has all ends together. None if there
+        is only one end id.
+        """
+        if not self._ends.is_merged:
+            return None
+        share = self._ends.log_share(self._wide(role), self._target_ids)
+        return share if self._merges_ends is None else share.where(~self._merges_ends, 0.0)
 
     @cached_property
     def student_logprobs(self) -> Tensor:
@@ -89,10 +131,8 @@ class Tile:
         return pair if pair.is_finite else pair.without_common_gaps()
 
     def _base_at(self, temperature: float) -> Tensor:
-        assert self._base_logits is not None
-        logits = self._base_logits.detach()
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return (wide / temperature if temperature != 1.0 else wide).log_softmax(-1)
+        logits = self._logits_of("base").detach()
+        return (logits / temperature if temperature != 1.0 else logits).log_softmax(-1)
 
     def _constant_logprobs(self, role: ModelRole, temperature: float) -> Tensor:
         if temperature == 1.0:
@@ -195,7 +235,12 @@ class TeacherShift(Quantity):
 
 @dataclass(frozen=True)
 class DrawnLogProb(Quantity):
-    """Log-probability (nats) of the target token, with gradient to ``role``."""
+    """Log-probability (nats) of the target token, with gradient to ``role``.
+
+    Of several end ids, a dataset target is the id itself, so that cross-entropy teaches the
+    template's own end; a sampled token is the outcome, as in the sampler's log-probability. Where
+    an engine gives only the id's (``DistillBatch.merges_ends``), it is the id in both.
+    """
 
     role: ModelRole = "student"
 
@@ -211,7 +256,9 @@ class DrawnLogProb(Quantity):
 
     def measure(self, tile: Tile) -> PositionValues:
         """[positions] nats, at most 0."""
-        return target_logprob(tile.logits(self.role), tile.logprobs(self.role), tile.targets)
+        found = target_logprob(tile.logits(self.role), tile.logprobs(self.role), tile.targets)
+        share = tile.target_share(self.role)
+        return found if share is None else found + share
 
 
 @dataclass(frozen=True)

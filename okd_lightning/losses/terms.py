@@ -1,5 +1,8 @@
 """The interface between method and module: a term lists quantities, the module measures them, the
 term sums them.
+
+A method builds its terms once per run (``DistillationCallback.terms``). Another form of a term (in
+a stage, with a cached teacher) is ``dataclasses.replace`` of it.
 """
 
 from __future__ import annotations
@@ -7,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -28,6 +32,8 @@ class Measured:
         row: [positions] each position's row in the batch.
         sampler_logprobs: [positions] the sampler's log-probability (nats) of the sampled token.
         credits: [positions] for each reward term: the advantage of each position's row.
+        merges_ends: [positions] True where the sampler's log-probability of an end is that of all
+            end ids together; None for nowhere.
     """
 
     values: Mapping[Quantity, PositionValues]
@@ -35,6 +41,7 @@ class Measured:
     row: Tensor
     sampler_logprobs: PositionValues
     credits: Mapping[str, PositionValues] = field(default_factory=dict)
+    merges_ends: PositionMask | None = None
 
     @classmethod
     def about(cls, batch: DistillBatch) -> Measured:
@@ -47,6 +54,7 @@ class Measured:
             row=rows,
             sampler_logprobs=batch.sampler_logprobs[rows, places.column],
             credits={name: values[rows] for name, values in batch.credits.items()},
+            merges_ends=None if batch.merges_ends is None else batch.merges_ends[rows],
         )
 
     def __getitem__(self, quantity: Quantity) -> PositionValues:
@@ -96,64 +104,67 @@ class RowScorer(Protocol):
         """Return one advantage a response, from the scores of all responses of a rollout batch."""
 
 
-@runtime_checkable
-class Term(Protocol):
+def _unchanged(engine: Any) -> Any:
+    return engine
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
     """One summand of a run's loss.
 
     Attributes:
         name: Logged as ``train/<name>``; unique in a run.
-        weight: Factor on the term's mean.
         sources: Sources of the rows that it applies to; only these are masked in and counted.
+        quantities: Quantities that must be measured.
+        loss: Returns the sum over the measured positions of ``sources``.
+        weight: Factor on the term's mean, by optimizer step.
+        window: First optimizer step that it acts in, and first step after it (None: no end).
         on_policy_fraction: Share of optimizer steps with on-policy samples, or None to use the
             rows that other terms need.
-        quantities: Quantities that must be measured.
-        window: First optimizer step that it acts in, and first step after it (None: no end).
-        scorer: Scorer that gives its rows an advantage after generation, or None.
+        share_at: ``on_policy_fraction`` by optimizer step, if it changes during the run; else
+            None.
+        mixes_rows: True if it needs both on-policy and dataset rows in every optimizer step in
+            which it acts.
         is_positionwise: True if ``loss`` of some positions depends on these positions alone, so
             that the loss of a batch may be summed in parts. If one term of a run is False, every
             term gets all positions of a batch at once, and the heads are computed twice.
-        mixes_rows: True if it needs both on-policy and dataset rows in every optimizer step in
-            which it acts.
-        share_at: ``on_policy_fraction`` by optimizer step, if it changes during the run; else
-            None.
+        scorer: Scorer that gives its rows an advantage after generation, or None.
         needs_teacher_prompt: True if it needs a teacher prompt that differs from the student's.
+        wrap_engine: Returns the ``RolloutEngine`` of training, from the one before.
+        kind: Kind of its method in checkpoints: a run resumes with the same kinds.
+        settings: The method's class and arguments, for loggers.
     """
 
     name: str
-    weight: float
-    is_positionwise: bool
-    mixes_rows: bool
-    share_at: Callable[[int], float] | None
-    needs_teacher_prompt: bool
+    sources: tuple[Source, ...]
+    quantities: tuple[Quantity, ...]
+    loss: Callable[[Measured], LossOutput]
+    weight: Callable[[int], float]
+    window: tuple[int, int | None] = (0, None)
+    on_policy_fraction: float | None = None
+    share_at: Callable[[int], float] | None = None
+    mixes_rows: bool = False
+    is_positionwise: bool = True
+    scorer: RowScorer | None = None
+    needs_teacher_prompt: bool = False
+    wrap_engine: Callable[[Any], Any] = _unchanged
+    kind: str = "Term"
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def window(self) -> tuple[int, int | None]:
-        """First optimizer step in which it acts, and first step after that (None: no end)."""
+    def acts_in(self, step: int) -> bool:
+        """Return whether it acts in optimizer step ``step``."""
+        start, end = self.window
+        return start <= step and (end is None or step < end)
 
-    @property
-    def scorer(self) -> RowScorer | None:
-        """Scorer that gives its rows an advantage, or None."""
+    @cached_property
+    def source_codes(self) -> tuple[int, ...]:
+        """``sources`` as indices into ``SOURCES``."""
+        return tuple(SOURCES.index(source) for source in self.sources)
 
-    def weight_at(self, step: int) -> float:
-        """Return the factor in optimizer step ``step``."""
-
-    def wrap_engine(self, engine: Any) -> Any:
-        """Return the ``RolloutEngine`` of training, unchanged or replaced by another one."""
-
-    @property
-    def sources(self) -> tuple[Source, ...]:
-        """Sources of the rows that it applies to."""
-
-    @property
-    def on_policy_fraction(self) -> float | None:
-        """Share of optimizer steps with on-policy samples, or None."""
-
-    @property
-    def quantities(self) -> tuple[Quantity, ...]:
-        """Quantities that must be measured."""
-
-    def loss(self, measured: Measured) -> LossOutput:
-        """Return the sum over the positions of ``sources``."""
+    @cached_property
+    def trains_teacher(self) -> bool:
+        """True if it trains the teacher's online module while it acts."""
+        return any(quantity.trains_teacher for quantity in self.quantities)
 
 
 @dataclass(frozen=True)

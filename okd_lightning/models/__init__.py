@@ -8,6 +8,7 @@
 * ``lengths``: the longest sequence that a model was made for.
 * ``text_ids``: texts to ids. ``schedules``: learning-rate schedules.
 * ``vocabulary``: comparison of tokenizers by content; ids outside the tokenizer are masked.
+* ``end_tokens``: ids that end a response, and those that are one outcome.
 * ``causality``: check that a model does not attend to later tokens.
 * ``forward_arguments``: arguments that a forward pass accepts by name.
 * ``grouping``: rows that may share a forward pass.
@@ -24,6 +25,7 @@ from okd_lightning.models.adapters import GivenPair, add_adapter
 from okd_lightning.models.causal_lm import LMHead, head_inputs
 from okd_lightning.models.causality import check_causal
 from okd_lightning.models.compilation import compile_blocks
+from okd_lightning.models.end_tokens import EndTokens, EndTokensArgument, find_end_tokens
 from okd_lightning.models.grouping import forget_lengths, row_groups, say_row_groups
 from okd_lightning.models.lengths import check_lengths, max_positions
 from okd_lightning.models.loading import (
@@ -49,6 +51,8 @@ from okd_lightning.models.vocabulary import (
 
 __all__ = [
     "DTypeName",
+    "EndTokens",
+    "EndTokensArgument",
     "GivenPair",
     "LMHead",
     "ModelArgument",
@@ -63,6 +67,7 @@ __all__ = [
     "compile_blocks",
     "dtype_of",
     "eos_token_ids",
+    "find_end_tokens",
     "find_tokenizer",
     "forget_lengths",
     "head_inputs",

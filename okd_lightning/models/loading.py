@@ -287,7 +287,7 @@ def eos_token_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> tu
     Raises:
         ModelError: None of these has an end-of-sequence id, or it is no id of the tokenizer.
     """
-    ids = _generation_eos(source)
+    ids = generation_eos(source, "--model.student")
     if ids is None and Path(tokenizer.name_or_path or "").is_dir():
         ids = _eos_beside(Source("", tokenizer.name_or_path))
     if ids is None:
@@ -307,17 +307,23 @@ def eos_token_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> tu
     return found
 
 
-def _generation_eos(source: ModelSource) -> int | list[int] | None:
+def generation_eos(source: ModelSource, option: str) -> int | list[int] | None:
+    """Return the end-of-sequence ids of a model's generation config; None if it names none.
+
+    Args:
+        source: The model.
+        option: How the user named it, for messages.
+    """
     if isinstance(source, PreTrainedModel):
         return source.generation_config.eos_token_id if source.generation_config else None
     if isinstance(source, Mapping):
         return source.get("eos_token_id")
-    found = locate(source, "--model.student")
+    found = locate(source, option)
     if found.gguf_file is not None:  # its tokenizer has the end of a chat turn
         return None
     own = _eos_beside(found)
-    adapter = _adapter_at(found, "--model.student") if own is None else None
-    return own if adapter is None else _generation_eos(adapter.base)
+    adapter = _adapter_at(found, option) if own is None else None
+    return own if adapter is None else generation_eos(adapter.base, option)
 
 
 @contextmanager

@@ -27,10 +27,14 @@ class Vocabulary:
     Attributes:
         size: One more than the largest such id; logits are cut to this width.
         invalid_ids: Ids below ``size`` without a token (nearly always none).
+        end_ids: Ids that mean "the response ends here". Several are one outcome of both models'
+            distributions, whose probability is their sum (``losses.end_outcome``). The first is the
+            student's own.
     """
 
     size: int
     invalid_ids: tuple[int, ...] = ()
+    end_ids: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
@@ -55,7 +59,10 @@ class Vocabulary:
         """
         if rows >= self.size:
             return self
-        return Vocabulary(rows, tuple(i for i in self.invalid_ids if i < rows))
+        invalid, ends = (
+            tuple(i for i in ids if i < rows) for ids in (self.invalid_ids, self.end_ids)
+        )
+        return Vocabulary(rows, invalid, ends)
 
     def check_ids(self, ids: Iterable[int], what: str, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse ids that a model's table has no row for.

@@ -72,6 +72,7 @@ class TrainingRow:
         teacher_prompt_ids: The teacher's own prompt; empty if it reads the student's. A row with
             one has no loss on its prompt.
         stop_reason: Why a sampled response ends; empty for other rows.
+        merges_ends: Whether the sampler's log-probability of an end is that of all end ids.
     """
 
     index: int
@@ -83,6 +84,7 @@ class TrainingRow:
     credits: Mapping[str, float] = field(default_factory=dict)
     teacher_prompt_ids: tuple[int, ...] = ()
     stop_reason: str = ""
+    merges_ends: bool = False
 
     @property
     def teacher_row(self) -> TrainingRow:
@@ -151,6 +153,8 @@ class DistillBatch:
             in the same order.
         stop_reasons: Why each row's sampled response ends; empty texts for other rows, () if not
             recorded.
+        merges_ends: [batch] True where the sampler's log-probability of an end is that of all end
+            ids together; None for no row.
     """
 
     input_ids: Tensor
@@ -168,6 +172,7 @@ class DistillBatch:
     teacher_lengths: Tensor | None = None
     teacher_mask: Tensor | None = None
     stop_reasons: tuple[str, ...] = ()
+    merges_ends: Tensor | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]

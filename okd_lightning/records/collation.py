@@ -54,4 +54,9 @@ def collate(rows: Sequence[TrainingRow], pad_id: int = 0) -> DistillBatch:
         teacher_lengths=teacher[1],
         teacher_mask=teacher[2],
         stop_reasons=tuple(row.stop_reason for row in rows),
+        merges_ends=(
+            torch.tensor([row.merges_ends for row in rows])
+            if any(row.merges_ends for row in rows)
+            else None
+        ),
     )

@@ -145,6 +145,8 @@ class Response:
         stop_reason: One of ``STOP_REASONS``.
         mask: True on the sampled ids; by default on all.
         tool_use: Turns and calls, where tools could be called; else None.
+        merges_ends: Whether the log-probability of a vocabulary's end id is that of all its end ids
+            together, not of the sampled one alone.
     """
 
     ids: tuple[int, ...]
@@ -152,6 +154,7 @@ class Response:
     stop_reason: str
     mask: tuple[bool, ...] = ()
     tool_use: ToolUse | None = None
+    merges_ends: bool = False
 
     def __post_init__(self) -> None:
         if not self.mask:

@@ -64,6 +64,7 @@ def sampled_row(
         credits=credits or {},
         teacher_prompt_ids=example.teacher_prompt_ids,
         stop_reason=response.stop_reason,
+        merges_ends=response.merges_ends,
     )
 
 

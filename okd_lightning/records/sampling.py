@@ -81,7 +81,11 @@ class Sampling:
         return self.warp(logits).log_softmax(-1)
 
     def choose(
-        self, logits: Tensor, uniform: Tensor, workspace: Tensor | None = None
+        self,
+        logits: Tensor,
+        uniform: Tensor,
+        workspace: Tensor | None = None,
+        end_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Sample one token a row: [rows] ids, and [rows] log-probs under the sampling distribution.
 
@@ -89,10 +93,11 @@ class Sampling:
             logits: [rows, vocab] float32; minus infinity is never sampled.
             uniform: [rows] float64 in (0, 1); not used by greedy.
             workspace: See ``draw``.
+            end_ids: See ``draw``.
         """
         if self.temperature == 0:
             return logits.argmax(-1), logits.new_zeros(len(logits))
-        return draw(self.warp(logits), uniform, workspace)
+        return draw(self.warp(logits), uniform, workspace, end_ids)
 
 
 def workspace_for(num_rows: int, vocab: int, device: torch.device) -> Tensor:
@@ -100,13 +105,20 @@ def workspace_for(num_rows: int, vocab: int, device: torch.device) -> Tensor:
     return torch.zeros(num_rows, -(-vocab // _BLOCK) * _BLOCK, device=device)
 
 
-def draw(logits: Tensor, uniform: Tensor, workspace: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def draw(
+    logits: Tensor,
+    uniform: Tensor,
+    workspace: Tensor | None = None,
+    end_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Sample one token a row by inverse CDF.
 
     Args:
         logits: [rows, vocab] log-probabilities, up to a constant a row.
         uniform: [rows] float64 in (0, 1).
         workspace: From ``workspace_for`` this vocabulary; allocated if None.
+        end_ids: [ends] ids that are one outcome: an end's log-probability is that of all of them
+            together. None for none.
 
     Returns:
         [rows] ids and [rows] their log-probabilities (nats).
@@ -124,8 +136,12 @@ def draw(logits: Tensor, uniform: Tensor, workspace: Tensor | None = None) -> tu
     block, share = _locate(ends, sums, uniform.to(ends)[:, None])
     inside = blocks.gather(1, block[:, :, None].expand(-1, 1, _BLOCK)).squeeze(1).double()
     within, _ = _locate(inside.cumsum(-1), inside, share)
-    logprobs = (inside.gather(1, within) / ends[:, -1:]).log().to(logits.dtype)
-    return (block * _BLOCK + within).squeeze(1), logprobs.squeeze(1)
+    ids, mass = block * _BLOCK + within, inside.gather(1, within)
+    if end_ids is not None:
+        of_ends = valid.index_select(1, end_ids).double().sum(-1, keepdim=True)
+        mass = torch.where((ids == end_ids).any(-1, keepdim=True), of_ends, mass)
+    logprobs = (mass / ends[:, -1:]).log().to(logits.dtype)
+    return ids.squeeze(1), logprobs.squeeze(1)
 
 
 def _locate(ends: Tensor, widths: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -117,7 +117,7 @@ def plan_for(terms: Sequence[Term]) -> StagedPlan:
     edges = {0} | {edge for term in terms for edge in term.window if edge is not None}
     stages = []
     for step in sorted(edges):
-        acting = [term for term in terms if acts_in(term, step)]
+        acting = [term for term in terms if term.acts_in(step)]
         if not acting:
             if all(term.window[1] is not None and term.window[1] <= step for term in terms):
                 break  # the run should end here; DistillationModule raises if it does not
@@ -134,12 +134,6 @@ def engine_of(terms: Sequence[Term], engine: RolloutEngine) -> RolloutEngine:
     for term in terms:
         engine = term.wrap_engine(engine)
     return engine
-
-
-def acts_in(term: Term, step: int) -> bool:
-    """Return whether a term acts in optimizer step ``step``."""
-    start, end = term.window
-    return start <= step and (end is None or step < end)
 
 
 def _plan_for_stage(terms: Sequence[Term]) -> RolloutPlan:

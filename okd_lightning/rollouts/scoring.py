@@ -15,7 +15,6 @@ from okd_lightning.errors import RewardError
 from okd_lightning.losses import RowScorer, Term
 from okd_lightning.records.batches import Example
 from okd_lightning.records.requests import Response
-from okd_lightning.rollouts.plan import acts_in
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class TermScorer:
         for term in self.terms:
             scorer = term.scorer
             assert scorer is not None
-            rows = [i for i, row in enumerate(responses) if acts_in(term, row.step)]
+            rows = [i for i, row in enumerate(responses) if term.acts_in(row.step)]
             read = [turns[row][-1:] if scorer.reads_last_turn else turns[row] for row in rows]
             own, problem = _scores(
                 scorer,

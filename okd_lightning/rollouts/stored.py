@@ -18,6 +18,7 @@ def pack_rollout(rollout: Sequence[Response]) -> dict[str, Tensor]:
         "logprobs": torch.tensor([p for row in rollout for p in row.logprobs], dtype=torch.float64),
         "own": torch.tensor([own for row in rollout for own in row.mask], dtype=torch.bool),
         "reasons": torch.tensor([STOP_REASONS.index(row.stop_reason) for row in rollout]),
+        "merges_ends": torch.tensor([row.merges_ends for row in rollout], dtype=torch.bool),
     }
 
 
@@ -27,8 +28,17 @@ def unpack_rollout(packed: dict[str, Tensor]) -> Rollout:
     parts = [packed[name].split(lengths) for name in ("ids", "logprobs", "own")]
     columns = [[tuple(part.tolist()) for part in column] for column in parts]
     reasons = [STOP_REASONS[code] for code in packed["reasons"].tolist()]
-    rows = zip(*columns, reasons, strict=True)
-    return Rollout(tuple(Response(ids, logprobs, why, own) for ids, logprobs, own, why in rows))
+    # not in checkpoints that were written before end ids were one outcome
+    merges_ends = (
+        packed["merges_ends"].tolist() if "merges_ends" in packed else [False] * len(lengths)
+    )
+    rows = zip(*columns, reasons, merges_ends, strict=True)
+    return Rollout(
+        tuple(
+            Response(ids, logprobs, why, own, merges_ends=merges)
+            for ids, logprobs, own, why, merges in rows
+        )
+    )
 
 
 def pack_credits(credits: dict[str, list[float]] | None) -> dict[str, Tensor] | None:

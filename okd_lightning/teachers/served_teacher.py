@@ -11,19 +11,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any, Self, final
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.endpoint import Endpoint, ServerStatusError, in_parallel
 from okd_lightning.engines.vllm_client import VLLMClient
 from okd_lightning.errors import ConfigError, ServerError, VocabularyError, one_line
 from okd_lightning.losses import PackedHead, Quantity, Side, pack_outcomes
-from okd_lightning.models import Vocabulary, probe_texts
+from okd_lightning.models import probe_texts
 from okd_lightning.records.batches import DistillBatch
-from okd_lightning.teachers.settings import TeacherServer
+from okd_lightning.teachers.packed import PackedTeacher
+from okd_lightning.teachers.run import Opening, TeacherOptions, TeacherRun
 from okd_lightning.teachers.terms import check_known
 
 _SPARE = 8
@@ -41,36 +42,76 @@ _LEAST_REST = 1e-7
 """Resolution of 1 minus a sum of k float32 probabilities."""
 
 
-class ServedTeacher:
-    """Requests the teacher's log-probabilities of a batch from a server.
+@final
+class ServedTeacher(PackedTeacher):
+    """A teacher on an OpenAI-compatible vLLM server, which scores every row of a batch.
 
     Args:
-        settings: Address and request settings.
-        vocabulary: The run's vocabulary.
-        tokenizer: The run's tokenizer; the server's must agree with it.
-        dtype: Number format of the returned log-probabilities.
+        url: Address of the server, such as http://localhost:8000.
+        model: Name of the served teacher; by default the server's only model.
+        k: Ids that keep their own log-probability; the server needs --max-logprobs k + 8.
+        timeout_seconds: Longest wait for one row, which includes the server's queue.
+        concurrency: Requests in flight at once.
+        num_retries: Retries of a request whose connection failed; 12 last 64 seconds, in which a
+            server can restart.
+
+    Raises:
+        ConfigError: A number out of its range.
     """
 
-    option = "--model.teacher_server"
+    option = "--model.teacher ServedTeacher"
     reads_new_rows = True
 
     def __init__(
         self,
-        settings: TeacherServer,
-        vocabulary: Vocabulary,
-        tokenizer: PreTrainedTokenizerBase,
-        dtype: torch.dtype = torch.float32,
+        url: str,
+        model: str | None = None,
+        k: int = 12,
+        timeout_seconds: float = 600.0,
+        concurrency: int = 16,
+        num_retries: int = 12,
     ) -> None:
-        self.settings = settings
-        self.vocabulary = vocabulary
-        self.k = min(settings.k, vocabulary.size - len(vocabulary.invalid_ids))
-        self._tokenizer = tokenizer
-        self._dtype = dtype
-        endpoint = Endpoint(
-            settings.url, self.option, settings.timeout_seconds, settings.num_retries, _TOKEN
-        )
-        self._client = VLLMClient(endpoint, settings.model)
+        for name, value in (("k", k), ("concurrency", concurrency)):
+            if value < 1:
+                raise ConfigError(f"model.teacher.{name} must be at least 1, got {value}")
+        self._arguments = {
+            "url": url,
+            "model": model,
+            "k": k,
+            "timeout_seconds": timeout_seconds,
+            "concurrency": concurrency,
+            "num_retries": num_retries,
+        }
+        self.k = self._wanted = k
+        self.concurrency = concurrency
+        endpoint = Endpoint(url, "--model.teacher.url", timeout_seconds, num_retries, _TOKEN)
+        self._client = VLLMClient(endpoint, model)
         self._is_connected = False
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """Address and request settings."""
+        return self._arguments
+
+    def check_options(self, options: TeacherOptions) -> None:
+        """Refuse a number format of the teacher: it is the server's."""
+        if options.teacher_dtype is not None:
+            raise ConfigError(
+                "model.teacher ServedTeacher runs on a server, which chooses its number format: "
+                "leave model.teacher_dtype out (--model.teacher_dtype null)"
+            )
+        super().check_options(options)
+
+    def join(self, run: TeacherRun) -> Self:
+        """Return a copy for ``run``, with the size of its vocabulary."""
+        own = super().join(run)
+        own.k = min(self._wanted, run.vocabulary.size - len(run.vocabulary.invalid_ids))
+        return own
+
+    def open(self, opening: Opening) -> None:
+        """Connect to the server."""
+        del opening
+        self.connect()
 
     def connect(self) -> None:
         """Find the model and compare the tokenizers, once.
@@ -118,7 +159,7 @@ class ServedTeacher:
             ConfigError: A quantity that needs the teacher to be run in this process.
             ServerError: The server fails, or its answer is unexpected.
         """
-        check_known(quantities, self.k, self.vocabulary.size, self.option)
+        check_known(quantities, self.k, self.run.vocabulary.size, self.option)
         self.connect()
         reads = batch.teacher_reads
         ids, mask = reads.input_ids.tolist(), reads.mask.cpu().numpy()
@@ -127,19 +168,20 @@ class ServedTeacher:
             for row, length in enumerate(reads.lengths.tolist())
         ]
         calls = [partial(self._score, row, places) for row, places in rows if len(places)]
-        found = in_parallel(calls, self.settings.concurrency)
+        found = in_parallel(calls, self.concurrency)
         said = [np.concatenate(parts) for parts in zip(*found, strict=True)] or [
             np.empty((0, self.k), np.int64),
             np.empty((0, self.k + 1)),
             np.empty(0),
         ]
         known, logprobs, drawn = (torch.from_numpy(part) for part in said)
-        packed = pack_outcomes(known, logprobs.to(self._dtype), drawn.to(self._dtype))
+        dtype = self.run.logprob_dtype
+        packed = pack_outcomes(known, logprobs.to(dtype), drawn.to(dtype))
         return Side(packed.to(reads.input_ids.device), PackedHead())
 
     @property
     def _name(self) -> str:
-        return f"{self.option}: {self._client.endpoint.url}"
+        return f"--model.teacher.url: {self._client.endpoint.url}"
 
     def _score(self, ids: list[int], places: np.ndarray) -> tuple[np.ndarray, ...]:
         """Return a row's [places, k] ids, [places, k + 1] log-probs, [places] target log-probs."""
@@ -157,7 +199,7 @@ class ServedTeacher:
             raise ServerError(
                 f"{error}; it has to take prompts of {len(ids)} tokens (--max-model-len "
                 f"{len(ids) + 1} at least) and to give {self.k + _SPARE} log-probabilities "
-                f"(--max-logprobs {self.k + _SPARE}); or lower {self.option}.k"
+                f"(--max-logprobs {self.k + _SPARE}); or lower --model.teacher.k"
             ) from error
         read = [self._read(found[place - 1], ids[place]) for place in places]
         return tuple(np.stack(parts) for parts in zip(*read, strict=True))
@@ -172,7 +214,7 @@ class ServedTeacher:
         entries = sorted((-logprob, known) for known, logprob in said.items())
         ids = np.asarray([known for _, known in entries])
         logprobs = -np.asarray([negative for negative, _ in entries], dtype=np.float64)
-        is_token = (ids < self.vocabulary.size) & ~np.isin(ids, self.vocabulary.invalid_ids)
+        is_token = (ids < self.run.vocabulary.size) & ~np.isin(ids, self.run.vocabulary.invalid_ids)
         strange = float(np.exp(logprobs[~is_token]).sum())
         if strange > _NEGLIGIBLE or is_token.sum() < self.k:
             raise VocabularyError(
@@ -183,7 +225,7 @@ class ServedTeacher:
             )
         ids, logprobs = ids[is_token][: self.k], logprobs[is_token][: self.k] - np.log1p(-strange)
         self._check_mass(logprobs)
-        is_all = self.k == self.vocabulary.size - len(self.vocabulary.invalid_ids)
+        is_all = self.k == self.run.vocabulary.size - len(self.run.vocabulary.invalid_ids)
         rest = -math.inf if is_all else math.log(max(1 - np.exp(logprobs).sum(), _LEAST_REST))
         outcomes = np.append(logprobs, rest)
         drawn = np.asarray(said[token] - np.log1p(-strange))
@@ -191,7 +233,7 @@ class ServedTeacher:
 
     def _check_mass(self, logprobs: np.ndarray) -> None:
         """Refuse k ids that cannot be the most likely: those have at least k / vocabulary."""
-        mass, least = float(np.exp(logprobs).sum()), self.k / self.vocabulary.size
+        mass, least = float(np.exp(logprobs).sum()), self.k / self.run.vocabulary.size
         if mass < _SHARE_OF_UNIFORM * least:
             raise ServerError(
                 f"{self._name} gives its {self.k} likeliest ids a probability of {mass:.3g} in "
@@ -200,7 +242,7 @@ class ServedTeacher:
             )
 
     def _check_tokenizer(self) -> None:
-        for text, ids in probe_texts(self._tokenizer):
+        for text, ids in probe_texts(self.run.tokenizer):
             found = list(self._client.tokenize(text))
             if found != ids:
                 place = next(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import (
@@ -32,8 +31,8 @@ def check_known(quantities: Sequence[Quantity], k: int, vocab_size: int, option:
     for quantity in quantities:
         if cached_form(quantity, k, vocab_size) != quantity:
             raise ConfigError(
-                f"{quantity} was asked of a teacher of whom {k} ids are known: measure it without "
-                f"{option}, or where nothing is trained (okd-lightning validate)"
+                f"{quantity} was asked of a teacher of whom {k} ids are known: measure it with a "
+                f"loaded teacher in place of {option.rpartition(' ')[2]} (--model.teacher FOLDER)"
             )
 
 
@@ -41,7 +40,7 @@ def check_cached_term(
     term: Term,
     k: int,
     vocab_size: int,
-    option: str = "--model.teacher_cache",
+    option: str = "--model.teacher CachedTeacher",
     reads_new_rows: bool = False,
 ) -> None:
     """Refuse a method that needs the teacher itself.
@@ -57,7 +56,7 @@ def check_cached_term(
         ConfigError: It needs a cached teacher on on-policy rows, makes the teacher generate or
             learn, or needs more than k probabilities.
     """
-    advice = f"; leave {option} out for this run"
+    advice = f"; give --model.teacher a folder or hub id in place of {option.rpartition(' ')[2]}"
     if "teacher" in term.sources:
         raise ConfigError(f"method {term.name} has the teacher write responses{advice}")
     needs_teacher = any(quantity.needs_teacher for quantity in term.quantities)
@@ -84,31 +83,21 @@ def check_cached_term(
             raise ConfigError(f"method {term.name} with a {kind} teacher: {error}") from error
 
 
-class CachedTerm:
-    """A term whose quantities are measured in their cached form.
+def cached_term(term: Term, k: int, vocab_size: int) -> Term:
+    """Return a term whose quantities are measured in their cached form.
 
     Args:
-        term: The method's term; all other attributes are its own.
+        term: The method's term.
         k: Ids of the teacher that are known.
         vocab_size: Ids of the vocabulary.
     """
+    forms = {quantity: cached_form(quantity, k, vocab_size) for quantity in term.quantities}
 
-    def __init__(self, term: Term, k: int, vocab_size: int) -> None:
-        self._term = term
-        self._forms = {q: cached_form(q, k, vocab_size) for q in term.quantities}
+    def loss(measured: Measured) -> LossOutput:
+        values = {quantity: measured[form] for quantity, form in forms.items()}
+        return term.loss(replace(measured, values=values))
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._term, name)
-
-    @property
-    def quantities(self) -> tuple[Quantity, ...]:
-        """The term's quantities in their cached form."""
-        return tuple(self._forms.values())
-
-    def loss(self, measured: Measured) -> LossOutput:
-        """Return the term's loss of the cached forms' values."""
-        values = {quantity: measured[form] for quantity, form in self._forms.items()}
-        return self._term.loss(replace(measured, values=values))
+    return replace(term, quantities=tuple(forms.values()), loss=loss)
 
 
 def cached_terms(
@@ -116,6 +105,5 @@ def cached_terms(
 ) -> tuple[WeightedTerm, ...]:
     """Return the terms with their factors in the form for a cached teacher."""
     return tuple(
-        replace(weighted, term=cast(Term, CachedTerm(weighted.term, k, vocab_size)))
-        for weighted in terms
+        replace(weighted, term=cached_term(weighted.term, k, vocab_size)) for weighted in terms
     )

@@ -7,18 +7,16 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from okd_lightning.losses import Term
-
 
 def one_line(settings: Mapping[str, Any]) -> str:
     """Return the settings of a run (``OptimizedModule.settings_of_run``) as one line."""
-    methods = " + ".join(_call(values) for values in settings["method"].values())
+    methods = " + ".join(call_text(values) for values in settings["method"].values())
     optimizer = (
         f"{settings['optimizer']}, learning rate {settings['learning_rate']:g}, weight decay "
         f"{settings['weight_decay']:g}"
     )
     if "lr_scheduler" in settings:
-        schedule = _call(settings["lr_scheduler"])
+        schedule = call_text(settings["lr_scheduler"])
     else:
         steps = settings["warmup_steps"]
         schedule = f"schedule {settings['schedule']}, warm-up {steps:g} steps"
@@ -43,9 +41,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple, set)):
         return [plain(entry) for entry in value]
     if hasattr(value, "given_arguments"):  # a method nested in a method
-        return _call({"class": type(value).__name__, **value.given_arguments})
+        return call_text({"class": type(value).__name__, **value.given_arguments})
     if dataclasses.is_dataclass(value):
-        return _call({"class": type(value).__name__, **_changed(value)})
+        return call_text({"class": type(value).__name__, **_changed(value)})
     return getattr(value, "__name__", type(value).__name__)
 
 
@@ -65,11 +63,6 @@ def given_arguments(kind: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return {name: plain(value) for name, value in bound.arguments.items() if value is not None}
 
 
-def of_term(term: Term) -> dict[str, Any]:
-    """Return a method's class and its arguments, as primitives."""
-    return {"class": type(term).__name__, **getattr(term, "given_arguments", {})}
-
-
 def _changed(value: Any) -> dict[str, Any]:
     """Return the fields of a dataclass that are not at their defaults."""
     found = {}
@@ -84,7 +77,7 @@ def _changed(value: Any) -> dict[str, Any]:
     return found
 
 
-def _call(values: Mapping[str, Any]) -> str:
+def call_text(values: Mapping[str, Any]) -> str:
     """Format as ``Class(setting=value, ...)``."""
     return f"{values['class']}({_listed({k: v for k, v in values.items() if k != 'class'})})"
 

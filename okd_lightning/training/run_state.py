@@ -8,7 +8,7 @@ from okd_lightning.checkpoints.contents import (
     check_finite,
     check_methods,
     check_normalization,
-    check_teacher_kind,
+    check_teacher_mark,
     check_weights,
     rng_state_of,
     rng_states,
@@ -20,10 +20,11 @@ from okd_lightning.checkpoints.signature import run_signature
 from okd_lightning.errors import CheckpointError
 from okd_lightning.teachers import OnlineModuleSettings
 from okd_lightning.training.arguments import peft_config_of
+from okd_lightning.training.earlier_options import present_mark
+from okd_lightning.training.loaded_ends import loaded_ends
 from okd_lightning.training.loop_state import mark_due_validation, settle_loops
 from okd_lightning.training.optimized_module import OptimizedModule
 from okd_lightning.training.step_metrics import unlogged_row
-from okd_lightning.training.step_terms import kind_of
 
 
 def add_state(
@@ -63,9 +64,10 @@ def add_state(
         "started_in": module.started_in,
         "signature": run_signature(module.run_config, module.started_in, arguments),
         "eos_ids": list(module.eos_ids),
+        "end_ids": list(module.ends.end_ids),
         "online_module": None if module.online_module is None else module.online_module.to_dict(),
-        "methods": [kind_of(term) for term in module.terms],
-        "self_teacher": module.self_teacher,
+        "methods": [term.kind for term in module.terms],
+        "teacher": module.pair.teacher.mark,
         "normalization": module.normalization.by,
         "optimizer": module.optimizer_settings.to_dict(),
         "accumulate": trainer.accumulate_grad_batches,
@@ -90,12 +92,12 @@ def check_state(module: OptimizedModule, checkpoint: dict[str, Any]) -> dict[str
     own = checkpoint.get("okd_lightning")
     if own is None:
         raise CheckpointError("this checkpoint was not written by okd-lightning")
-    module.eos_ids = tuple(own["eos_ids"])
+    module.use_ends(loaded_ends(own, module.ends, resumes=bool(module.terms)))
     rng = None
     if module.terms:
         trainer = module.trainer
-        check_methods(own["methods"], [kind_of(term) for term in module.terms])
-        check_teacher_kind(own.get("self_teacher"), module.self_teacher)
+        check_methods(own["methods"], [term.kind for term in module.terms])
+        check_teacher_mark(present_mark(own), module.pair.teacher.mark)
         if any("student" in term.sources for term in module.terms):
             check_normalization(own.get("normalization", "token_mean"), module.normalization.by)
         module.measured_before = dict(own["metrics"])

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.losses import Quantity, Term, WeightedLoss, WeightedTerm
+from okd_lightning.losses import Term, WeightedLoss, WeightedTerm
 from okd_lightning.losses.reduction import Normalization, step_factor, step_tokens
-from okd_lightning.records.batches import SOURCES, DistillBatch, LossOutput
-from okd_lightning.rollouts.plan import acts_in
+from okd_lightning.records.batches import DistillBatch, LossOutput
 
 
 def acting_terms(
@@ -27,7 +26,7 @@ def acting_terms(
     Raises:
         ConfigError: No term acts, or the batch does not say how many tokens its step has.
     """
-    acting = [term for term in terms if acts_in(term, step)]
+    acting = [term for term in terms if term.acts_in(step)]
     if not acting:
         raise ConfigError(
             f"no method acts from optimizer step {step} on; end the run there "
@@ -36,7 +35,7 @@ def acting_terms(
     windows = (accumulate_grad_batches, world_size)
     divisors = [normalization.divisor(batch, term.sources) for term in acting]
     return [
-        WeightedTerm(term, term.weight_at(step) * step_factor(divisor, *windows))
+        WeightedTerm(term, term.weight(step) * step_factor(divisor, *windows))
         for term, divisor in zip(acting, divisors, strict=True)
     ]
 
@@ -55,14 +54,9 @@ def check_batch(batch: object) -> None:
         )
 
 
-def trains_teacher(term: Term) -> bool:
-    """Return whether a term trains the teacher's online module while it acts."""
-    return any(quantity.trains_teacher for quantity in term.quantities)
-
-
 def teaching_window(terms: Sequence[Term]) -> tuple[int, int | None]:
     """Return start and end of the steps that train the online module; end None: the run's end."""
-    windows = [term.window for term in terms if trains_teacher(term)] or [(0, None)]
+    windows = [term.window for term in terms if term.trains_teacher] or [(0, None)]
     ends = [end for _, end in windows if end is not None]
     return min(start for start, _ in windows), max(ends) if len(ends) == len(windows) else None
 
@@ -80,7 +74,7 @@ def step_means(
         if count:
             parts = {term.name: output.sum, **output.metrics}
             means.update({name: value / count for name, value in parts.items()})
-            means["loss"] = means.get("loss", 0) + term.weight_at(step) * means[term.name]
+            means["loss"] = means.get("loss", 0) + term.weight(step) * means[term.name]
     return means
 
 
@@ -94,7 +88,7 @@ def check_counts(
     """
     for weighted, output in zip(terms, outputs, strict=True):
         term = weighted.term
-        is_own = torch.isin(batch.source, batch.source.new_tensor(_codes(term)))
+        is_own = torch.isin(batch.source, batch.source.new_tensor(term.source_codes))
         own, expected = int(output.count), int(batch.mask[is_own, 1:].sum())
         if own != expected:
             raise ConfigError(
@@ -104,61 +98,23 @@ def check_counts(
             )
 
 
-def check_term(term: Term) -> None:
-    """Check a term for common errors in a user's method.
-
-    Raises:
-        ConfigError: A reserved name, sources that do not exist, or quantities that cannot be
-            measured once and looked up.
-    """
-    if term.name == "loss":
-        raise ConfigError("a method cannot be called 'loss': train/loss is the sum of all methods")
-    sources, quantities = term.sources, term.quantities
-    if isinstance(sources, str) or not sources or set(sources) - set(SOURCES):
-        raise ConfigError(
-            f"method {term.name}: sources is {sources!r}; expected a tuple of one or more of "
-            f"{', '.join(SOURCES)}"
-        )
-    for quantity in quantities:
-        if not isinstance(quantity, Quantity) or not hasattr(quantity, "needs_teacher"):
-            raise ConfigError(
-                f"method {term.name}: {quantity!r} is no Quantity with needs_teacher (True or "
-                "False) set; see the class Quantity for a complete one"
-            )
-    if type(quantities) is not tuple or quantities != term.quantities:
-        raise ConfigError(
-            f"method {term.name}: quantities are not a tuple that is equal at every call; make "
-            "each Quantity a frozen dataclass"
-        )
-
-
-def check_fits(term: Term, others: Sequence[Term], *, has_teacher: bool) -> None:
-    """Check that a term fits into a run.
+def check_fits(term: Term, others: Sequence[Term]) -> None:
+    """Check that a term fits the others of a run.
 
     Args:
         term: The term to add.
         others: The terms that the run has.
-        has_teacher: Whether the run has a teacher, including the student itself.
 
     Raises:
-        ConfigError: Its name is taken, or it needs a teacher where there is none.
+        ConfigError: Its name is reserved or taken.
     """
+    if term.name == "loss":
+        raise ConfigError("a method cannot be called 'loss': train/loss is the sum of all methods")
     if any(term.name == other.name for other in others):
         raise ConfigError(
             f"two methods of this run are called {term.name!r}; give one of them another name "
             "(--method.name, or name= in Python)"
         )
-    needs_teacher = "teacher" in term.sources or any(q.needs_teacher for q in term.quantities)
-    if needs_teacher and not has_teacher:
-        raise ConfigError(
-            f"method {term.name} needs a teacher: give --model.teacher a folder or hub id, "
-            "or --model.self_teacher"
-        )
-
-
-def kind_of(term: Term) -> str:
-    """Return a term's name in checkpoints: its own ``kind``, or its class."""
-    return str(getattr(term, "kind", type(term).__name__))
 
 
 def step_count(batch: DistillBatch, term: Term) -> int:
@@ -168,8 +124,4 @@ def step_count(batch: DistillBatch, term: Term) -> int:
         ConfigError: The batch does not have the counts.
     """
     counts = step_tokens(batch)
-    return sum(counts[code] for code in _codes(term))
-
-
-def _codes(term: Term) -> list[int]:
-    return [SOURCES.index(source) for source in term.sources]
+    return sum(counts[code] for code in term.source_codes)

@@ -31,6 +31,7 @@ from okd_lightning.losses import (
     Measured,
     Quantity,
     Side,
+    Term,
     Tile,
     WeightedTerm,
     fused_loss,
@@ -43,32 +44,16 @@ from okd_lightning.models import LMHead, Vocabulary
 from okd_lightning.records.batches import LossOutput
 
 
-@dataclass(frozen=True)
-class Sum:
+def Sum(
+    quantities: tuple[Quantity, ...], sources: tuple[str, ...] = ("dataset", "student")
+) -> Term:
     """A term: the sum of its quantities, each times its number, over its sources."""
 
-    quantities: tuple[Quantity, ...]
-    sources: tuple[str, ...] = ("dataset", "student")
-    name: str = "sum"
-    weight: float = 1.0
-    on_policy_fraction: float = 0.0
-    is_positionwise: bool = True
-    mixes_rows: bool = False
-    share_at: None = None
-    needs_teacher_prompt: bool = False
-    window: tuple = (0, None)
-    scorer: None = None
+    def loss(measured: Measured) -> LossOutput:
+        values = sum((i + 1) * measured[q] for i, q in enumerate(quantities))
+        return loss_output(values, measured.mask(sources), first=measured[quantities[0]])
 
-    def weight_at(self, step: int) -> float:
-        return self.weight
-
-    def wrap_engine(self, writer):
-        return writer
-
-    def loss(self, measured: Measured) -> LossOutput:
-        values = sum((i + 1) * measured[q] for i, q in enumerate(self.quantities))
-        first = measured[self.quantities[0]]
-        return loss_output(values, measured.mask(self.sources), first=first)
+    return Term("sum", sources, quantities, loss, lambda step: 1.0)
 
 
 JSD = WeightedTerm(Sum((ExactDivergence(JensenShannon(0.5)),)), 0.3)

@@ -122,7 +122,7 @@ def test_identical_models_give_the_fused_loss_no_gradient(case, learner):
         sides.append(Side(hidden, head))
     zeros = torch.zeros(5, dtype=torch.long)
     loss = fused_loss(
-        [WeightedTerm(Divergent(case.divergence, learner), 1.0)],
+        [WeightedTerm(Divergent(case.divergence, learner).term, 1.0)],
         *sides,
         zeros,
         Measured({}, zeros, zeros, zeros.float()),

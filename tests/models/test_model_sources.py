@@ -19,6 +19,7 @@ import tiny
 import torch
 from huggingface_hub import constants
 
+from okd_lightning.__main__ import main
 from okd_lightning.callbacks import KD
 from okd_lightning.errors import ModelError, ModelNotFoundError
 from okd_lightning.models import (
@@ -272,6 +273,21 @@ def test_a_gguf_file_is_read_unpacked_and_trains(is_quantised, tmp_path):
     module = DistillationModule(str(path), str(path), learning_rate=1e-2)
     assert module.eos_ids == (tiny.EOS,)
     tiny.fit(tmp_path, module, [KD()], tiny.make_rows(8))
+
+
+def test_a_student_is_cut_from_a_gguf_file(tmp_path, monkeypatch, capsys):
+    path, student = tmp_path / "m.gguf", tmp_path / "student"
+    write_gguf(path, tiny.make_llama(1), False)
+    words = ["shrink", "--model", str(path), "--drop_layers", "0", "--rows", "2", "--out"]
+    assert main([*words, str(student)]) == 0
+    loaded = load(student)
+    assert loaded.config.num_hidden_layers == 1
+    assert torch.equal(loaded.lm_head.weight, tiny.make_llama(1).lm_head.weight)
+    assert load_tokenizer(str(student), STUDENT).get_vocab()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main([*words, str(tmp_path / "other")]) == 1
+    assert f"--model '{path}': GGUF files are read with" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_gguf_teacher_of_a_folder_of_the_same_tokens(tmp_path):

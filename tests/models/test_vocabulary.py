@@ -164,7 +164,7 @@ def test_an_id_without_a_row_is_never_sampled(side, tmp_path, tiny_pair):
         pair = dict(zip(("student", "teacher"), copy.deepcopy(tiny_pair), strict=True))
         pair[side] = tiny.make_llama(5, tiny.NUM_IDS)
         module = DistillationModule(**pair, tokenizer=tokenizer, learning_rate=1e-2)
-        assert module.vocabulary == Vocabulary(tiny.NUM_IDS)
+        assert module.vocabulary == Vocabulary(tiny.NUM_IDS, end_ids=(tiny.EOS,))
         recorder = tiny.fit(tmp_path, module, [GKD(on_policy_fraction=1.0)], tiny.make_rows(8))
         found.append((recorder.losses, [recorder.rows(i) for i in range(2)]))
     assert found[0] == found[1]

@@ -8,13 +8,13 @@ a term whose source nobody produces, and terms that contradict each other, are r
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 
 from okd_lightning.callbacks import GKD, KD, SFT, DivergenceCallback, OPDPlus, Stage
+from okd_lightning.callbacks.methods.base import Method
 from okd_lightning.errors import ConfigError
+from okd_lightning.losses import Term
 from okd_lightning.rollouts import RolloutPlan, StagedPlan, plan_for
 
 
@@ -75,18 +75,14 @@ def test_two_shares_between_are_refused():
         plan_for(terms)
 
 
-@dataclass
-class Taker:
+def Taker(sources, on_policy_fraction=None, name="taker", **more) -> Term:
     """A term that takes what it gets from one source."""
+    more["on_policy_fraction"] = on_policy_fraction
+    return Term(name, sources, (), lambda measured: None, lambda step: 1.0, **more)
 
-    sources: tuple
-    on_policy_fraction: float | None = None
-    name: str = "taker"
-    weight: float = 1.0
-    quantities: tuple = ()
-    window: tuple = (0, None)
-    mixes_rows: bool = False
-    share_at: Callable[[int], float] | None = None
+
+def terms_of(given) -> list[Term]:
+    return [term for one in given for term in (one.terms if isinstance(one, Method) else (one,))]
 
 
 PLANS = {
@@ -108,7 +104,8 @@ PLANS = {
 
 @pytest.mark.parametrize("case", PLANS)
 def test_the_plan_of_a_run(case):
-    terms, expected = PLANS[case]
+    given, expected = PLANS[case]
+    terms = terms_of(given)
     assert plan_for(terms) == StagedPlan(((0, expected),))
     assert plan_for(terms[::-1]) == plan_for(terms)
 
@@ -121,7 +118,7 @@ def test_stages_follow_one_another():
         Stage(OPDPlus(), start=5),
         Stage(KD(), start=5, end=7),
     ]
-    plan = plan_for(terms)
+    plan = plan_for(terms_of(terms))
     assert plan.stages == (
         (0, RolloutPlan(0.0)),
         (3, RolloutPlan(0.3)),
@@ -160,7 +157,7 @@ class Both(DivergenceCallback):
 def test_a_stage_hands_on_how_rows_are_mixed():
     method = Both(on_policy_fraction=0.5)
     expected = RolloutPlan(0.5, "dataset", True, method.share_at)
-    assert plan_for([Stage(method, end=3), Stage(SFT(), start=3)]).stages == (
+    assert plan_for(terms_of([Stage(method, end=3), Stage(SFT(), start=3)])).stages == (
         (0, expected),
         (3, RolloutPlan(0.0)),
     )
@@ -168,7 +165,8 @@ def test_a_stage_hands_on_how_rows_are_mixed():
 
 def test_a_weight_changes_on_a_line():
     stage = Stage(KD(weight=2.0), start=2, end=5, first_factor=1.0, last_factor=0.0)
-    assert [stage.weight_at(step) for step in range(6)] == [0.0, 0.0, 2.0, 1.0, 0.0, 0.0]
+    (term,) = stage.terms
+    assert [term.weight(step) for step in range(6)] == [0.0, 0.0, 2.0, 1.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -198,6 +196,6 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_runs_that_are_refused(case):
-    terms, message = REFUSED[case]
+    given, message = REFUSED[case]
     with pytest.raises(ConfigError, match=message):
-        plan_for(terms)
+        plan_for(terms_of(given))

@@ -41,6 +41,7 @@ from okd_lightning.checkpoints.contents import check_finite
 from okd_lightning.divergences import JensenShannon
 from okd_lightning.errors import NonFiniteError
 from okd_lightning.sharding import FSDP2Strategy
+from okd_lightning.teachers import AveragedSelf, FrozenSelf, LiveSelf
 from okd_lightning.training.module import DistillationModule
 from okd_lightning.training.safeguards.finite_guard import FiniteGuard
 
@@ -80,15 +81,15 @@ PAIRS = [
 ]
 ANCHORED = {"on_policy_fraction": 0.5, "anchor_weight": 0.5, "learning_rate": 0.5}
 SELF_TAUGHT = {
-    f"{kind} self-teacher{', LoRA' if adapter else ''}": {
+    f"{kind.__name__}{', LoRA' if adapter else ''}": {
         "methods": METHODS["GKD"],
         "accumulate": 2,
         "data": {"teacher_prompt_template": "{reference}p{prompt}"},
-        "model": {"teacher": None, "self_teacher": kind},
+        "model": {"teacher": kind()},
         "adapter": adapter,
         "settings": FEW,
     }
-    for kind in ("frozen", "ema", "live")
+    for kind in (FrozenSelf, AveragedSelf, LiveSelf)
     for adapter in (None, lora("q_proj", "lm_head"))
 }
 

@@ -25,6 +25,7 @@ from okd_lightning.checkpoints.folders import tensors_in
 from okd_lightning.commands.export import export_online_module, export_student
 from okd_lightning.errors import CheckpointError
 from okd_lightning.sharding import FSDP2Strategy
+from okd_lightning.teachers import AveragedSelf
 from okd_lightning.training.module import DistillationModule
 
 pytestmark = [
@@ -61,7 +62,7 @@ RUNS = {
     "LoRA on a random base": {"methods": lambda: [KD()], "student": RANDOM, "adapter": lora()},
     "moving average": {
         "methods": lambda: [GKD(0.5, on_policy_fraction=0.5)],
-        "model": {"teacher": None, "self_teacher": "ema"},
+        "model": {"teacher": AveragedSelf()},
         "data": {"teacher_prompt_template": "{reference}p{prompt}"},
     },
 }

@@ -21,7 +21,7 @@ from okd_lightning.divergences import ForwardKL, JensenShannon, ReverseKL, TopK
 from okd_lightning.errors import ConfigError, ServerError, ServerTimeoutError, VocabularyError
 from okd_lightning.losses import Entropy
 from okd_lightning.rewards import AnswerMatch
-from okd_lightning.teachers import TeacherServer
+from okd_lightning.teachers import ServedTeacher
 
 
 class Curious(KD):
@@ -67,9 +67,8 @@ def train(tmp_path, make_module, fake, unpadded):
 
     def run(methods, k=None, rows=ROWS, served=(), **settings):
         torch.manual_seed(5)
-        server = None if k is None else TeacherServer(fake.url, **{"k": k, **dict(served)})
-        given = {"teacher": str(unpadded)} if k is None else {"teacher": None}
-        own = {"optimizer": sgd, "teacher_server": server, "dtype": "float64", **given}
+        server = None if k is None else ServedTeacher(fake.url, **{"k": k, **dict(served)})
+        own = {"optimizer": sgd, "teacher": server or str(unpadded), "dtype": "float64"}
         own.update(settings.pop("model", {}))
         module = make_module(**own)
         return tiny.fit(tmp_path, module, methods, rows, **settings), module
@@ -183,10 +182,10 @@ def test_validation_takes_bounds_on_both_kinds_of_responses(train):
 
 REFUSED = {
     "asks for Entropy": lambda: [Curious()],
-    "an online module needs a teacher": lambda: [OKD()],
+    "an online module is trained on a teacher": lambda: [OKD()],
     "its temperature is 2": lambda: [KD(temperature=2.0)],
     "takes 19 ids, and 5 are known": lambda: [KD(divergence=TopK(ReverseKL(), 20))],
-    "PaperMeasures has the teacher write": lambda: [KD(), PaperMeasures()],
+    "PaperMeasures has the teacher generate": lambda: [KD(), PaperMeasures()],
 }
 
 
@@ -196,18 +195,11 @@ def test_what_needs_the_teacher_itself_is_refused(words, train):
         train(REFUSED[words](), k=5)
 
 
-def test_nothing_else_of_a_teacher_may_be_given(make_module, teacher_folder):
-    for option, value in (
-        ("teacher", str(teacher_folder)),
-        ("self_teacher", "live"),
-        ("teacher_cache", "folder"),
-        ("teacher_dtype", "bfloat16"),
-    ):
-        given = {"teacher": None, option: value}
-        with pytest.raises(ConfigError, match=f"and model.{option} says something of another"):
-            make_module(teacher_server="http://x", **given)
+def test_settings_that_do_not_fit(make_module):
+    with pytest.raises(ConfigError, match=r"leave model\.teacher_dtype out"):
+        make_module(teacher=ServedTeacher("http://x"), teacher_dtype="bfloat16")
     with pytest.raises(ConfigError, match="k must be at least 1"):
-        make_module(teacher=None, teacher_server=TeacherServer("http://x", k=0))
+        ServedTeacher("http://x", k=0)
 
 
 # ------------------------------------------------------------------- what goes wrong
@@ -220,7 +212,7 @@ def test_another_tokenizer(train, fake):
 
 
 def test_another_model(train, fake):
-    with pytest.raises(ServerError, match=r"serves teacher, not 'other'; .*teacher_server.model"):
+    with pytest.raises(ServerError, match=r"serves teacher, not 'other'; .*--model.teacher.model"):
         train([KD()], k=5, served={"model": "other"})
 
 
@@ -248,7 +240,7 @@ def test_padding_without_probability_is_passed_over(train, fake):
 
 def test_too_few_logprobs(train, fake):
     fake.max_logprobs = 10
-    with pytest.raises(ServerError, match=r"--max-logprobs 13.* lower --model.teacher_server.k"):
+    with pytest.raises(ServerError, match=r"--max-logprobs 13.* lower --model.teacher.k"):
         train([KD()], k=5)
 
 

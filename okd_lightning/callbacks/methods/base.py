@@ -13,13 +13,78 @@ from lightning.pytorch.callbacks import Callback
 
 from okd_lightning.engines import RolloutEngine
 from okd_lightning.errors import ConfigError
-from okd_lightning.losses import Measured, Quantity, RowScorer
-from okd_lightning.records.batches import LossOutput, Source
+from okd_lightning.losses import Measured, Quantity, RowScorer, Term
+from okd_lightning.records.batches import SOURCES, LossOutput, Source
 from okd_lightning.training.module import DistillationModule
 from okd_lightning.training.run_settings import given_arguments
 
 
-class DistillationCallback(Callback, ABC):
+class Method(Callback, ABC):
+    """A training method, as a Lightning callback: it adds its terms to a run.
+
+    Args:
+        name: See ``DistillationCallback``.
+
+    Attributes:
+        precedes_models: Its ``setup`` runs before the models are built, so that they are built for
+            the run's methods, and not at all if a setting is refused.
+        given_arguments: The constructor's arguments, as primitives.
+    """
+
+    precedes_models: bool = True
+    given_arguments: Mapping[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Record the constructor's arguments, for the run's first log line and its loggers."""
+        made = super().__new__(cls)
+        made.given_arguments = given_arguments(cls, args, kwargs)
+        return made
+
+    def __init__(self, name: str | None = None) -> None:
+        self.name = name or snake_case(type(self).__name__)
+
+    @property
+    @abstractmethod
+    def terms(self) -> tuple[Term, ...]:
+        """Terms of the method, from its present attributes; built once per run, at ``setup``."""
+
+    @property
+    def state_key(self) -> str:
+        """Key of this callback's state in checkpoints, unique among callbacks of its class."""
+        return f"{type(self).__qualname__}.{self.name}"
+
+    def wrap_engine(self, engine: RolloutEngine) -> RolloutEngine:
+        """Return the engine of training's responses; ``engine`` unchanged by default.
+
+        A method that changes the generation (sampling from a mixture, replay of earlier responses)
+        returns its own ``RolloutEngine``, which calls ``engine`` for the rest. It is called once a
+        run, after ``prepare``. All methods of the run get its rows; validation does not use it.
+        """
+        return engine
+
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """Register the terms with the module.
+
+        Raises:
+            ConfigError: The module is not a DistillationModule.
+        """
+        if not isinstance(pl_module, DistillationModule):
+            raise ConfigError(
+                f"{type(self).__name__} works on a DistillationModule, "
+                f"this Trainer fits a {type(pl_module).__name__}"
+            )
+        self.prepare(trainer, pl_module, stage)
+        if stage == "fit":
+            for term in self.terms:
+                pl_module.add_term(term)
+
+    def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
+        """Prepare the run for the method, in every stage; nothing by default."""
+
+
+class DistillationCallback(Method):
     """A method, as a Lightning callback: one weighted term of a run's loss.
 
     Several methods on one Trainer are summed, each divided by its own count. A method never sees
@@ -48,7 +113,6 @@ class DistillationCallback(Callback, ABC):
         on_policy_fraction: Share of optimizer steps with on-policy samples, in [0, 1], or None to
             use the rows that other methods need.
         quantities: Quantities that the module measures for it.
-        window: First optimizer step in which it acts, and first step after that (Stage).
         scorer: Scorer that gives the student's responses an advantage, or None.
         is_positionwise: Whether ``loss`` of some positions depends on these positions alone, with
             gradient only through the measured values. The module then calls ``loss`` on parts of a
@@ -59,13 +123,10 @@ class DistillationCallback(Callback, ABC):
         share_at: The on-policy share by optimizer step, if it changes in a run (a method of one
             argument), or None. Its value for a step must not change once the step's rows exist.
             ``on_policy_fraction`` then only determines which sources occur.
-        precedes_models: Its ``setup`` runs before the models are built, so that they are built for
-            the run's methods, and not at all if a setting is refused.
         needs_teacher_prompt: Whether the teacher needs its own prompts (a privileged teacher); a
             run on data without them is then refused.
-        further_terms: Further terms of the method, each with its own rows, count and divisor. The
-            same objects at every call.
-        given_arguments: The constructor's arguments, as primitives.
+        further_terms: Further methods that act with this one, each with its own rows, count and
+            divisor.
     """
 
     scorer: RowScorer | None = None
@@ -73,21 +134,13 @@ class DistillationCallback(Callback, ABC):
     mixes_rows: bool = False
     share_at: Callable[[int], float] | None = None
     needs_teacher_prompt: bool = False
-    precedes_models: bool = True
     further_terms: tuple[DistillationCallback, ...] = ()
-    given_arguments: Mapping[str, Any]
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Record the constructor's arguments, for the run's first log line and its loggers."""
-        made = super().__new__(cls)
-        made.given_arguments = given_arguments(cls, args, kwargs)
-        return made
 
     def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
         if not (math.isfinite(weight) and weight > 0):
             raise ConfigError(f"weight must be a number above 0, got {weight}")
+        super().__init__(name)
         self.weight = weight
-        self.name = name or snake_case(type(self).__name__)
 
     @property
     @abstractmethod
@@ -109,59 +162,66 @@ class DistillationCallback(Callback, ABC):
         """Return the sum over this method's positions of one micro-batch, with its count."""
 
     @property
-    def window(self) -> tuple[int, int | None]:
-        """The optimizer steps of the whole run."""
-        return (0, None)
+    def term(self) -> Term:
+        """The method's own term, from its present attributes; built once per run, at ``setup``.
+
+        Raises:
+            ConfigError: Sources that do not exist, or quantities that cannot be measured once and
+                looked up.
+        """
+        sources, quantities = self.sources, self.quantities
+        _check_sources(self.name, sources)
+        _check_quantities(self.name, quantities, self.quantities)
+        return Term(
+            name=self.name,
+            sources=sources,
+            quantities=quantities,
+            loss=self.loss,
+            weight=self.weight_at,
+            on_policy_fraction=self.on_policy_fraction,
+            share_at=self.share_at,
+            mixes_rows=self.mixes_rows,
+            is_positionwise=self.is_positionwise,
+            scorer=self.scorer,
+            needs_teacher_prompt=self.needs_teacher_prompt,
+            wrap_engine=self.wrap_engine,
+            kind=type(self).__name__,
+            settings={"class": type(self).__name__, **self.given_arguments},
+        )
 
     @property
-    def terms(self) -> tuple[DistillationCallback, ...]:
-        """All terms of the method: itself and its further ones."""
-        return (self, *self.further_terms)
+    def terms(self) -> tuple[Term, ...]:
+        """All terms of the method: its own and its further ones."""
+        return (self.term, *(term for method in self.further_terms for term in method.terms))
 
     def weight_at(self, step: int) -> float:
         """Return the factor on this term's mean loss in optimizer step ``step``."""
         del step
         return self.weight
 
-    @property
-    def kind(self) -> str:
-        """Kind of the method in checkpoints: a run resumes with the same kinds of methods."""
-        return type(self).__name__
 
-    @property
-    def state_key(self) -> str:
-        """Key of this callback's state in checkpoints, unique among callbacks of its class."""
-        return f"{type(self).__qualname__}.{self.name}"
+def _check_sources(name: str, sources: tuple[Source, ...]) -> None:
+    if isinstance(sources, str) or not sources or set(sources) - set(SOURCES):
+        raise ConfigError(
+            f"method {name}: sources is {sources!r}; expected a tuple of one or more of "
+            f"{', '.join(SOURCES)}"
+        )
 
-    def wrap_engine(self, engine: RolloutEngine) -> RolloutEngine:
-        """Return the engine of training's responses; ``engine`` unchanged by default.
 
-        A method that changes the generation (sampling from a mixture, replay of earlier responses)
-        returns its own ``RolloutEngine``, which calls ``engine`` for the rest. It is called once a
-        run, after ``prepare``. All methods of the run get its rows; validation does not use it.
-        """
-        return engine
-
-    def setup(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
-    ) -> None:
-        """Register the term with the module.
-
-        Raises:
-            ConfigError: The module is not a DistillationModule.
-        """
-        if not isinstance(pl_module, DistillationModule):
+def _check_quantities(
+    name: str, quantities: tuple[Quantity, ...], again: tuple[Quantity, ...]
+) -> None:
+    for quantity in quantities:
+        if not isinstance(quantity, Quantity) or not hasattr(quantity, "needs_teacher"):
             raise ConfigError(
-                f"{type(self).__name__} works on a DistillationModule, "
-                f"this Trainer fits a {type(pl_module).__name__}"
+                f"method {name}: {quantity!r} is no Quantity with needs_teacher (True or "
+                "False) set; see the class Quantity for a complete one"
             )
-        self.prepare(trainer, pl_module, stage)
-        if stage == "fit":
-            for term in self.terms:
-                pl_module.add_term(term)
-
-    def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
-        """Prepare the run for the method, in every stage; nothing by default."""
+    if type(quantities) is not tuple or quantities != again:
+        raise ConfigError(
+            f"method {name}: quantities are not a tuple that is equal at every call; make "
+            "each Quantity a frozen dataclass"
+        )
 
 
 def check_fraction(name: str, value: float) -> float:

@@ -151,7 +151,10 @@ class AdvantageCallback(PolicyGradientCallback):
         mask = measured.mask(self.sources)
         rows = Rows(measured.row, mask, not self.is_positionwise)
         current = measured[self._student]
-        sampled = measured.sampler_logprobs.to(current.dtype).where(mask, current)
+        # of a sampled end id, an engine may give the log-prob alone, and the outcome's is needed:
+        # this adds the share of all ends; exactly 0 for every other token
+        outcome = current - measured[_STUDENT].detach()
+        sampled = (measured.sampler_logprobs.to(current.dtype) + outcome).where(mask, current)
         student = rows.split(sampled if self.frozen_credit else current)
         teacher = rows.split(measured[self._teacher])
         value = None if self._value is None else rows.split(measured[self._value])

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import lightning
 from lightning.pytorch.callbacks import Callback
 
-from okd_lightning.callbacks.methods.base import DistillationCallback
+from okd_lightning.callbacks.methods.base import Method
 from okd_lightning.divergences.named_classes import as_object
 from okd_lightning.errors import ConfigError
-from okd_lightning.losses import Measured, Quantity, RowScorer
-from okd_lightning.records.batches import LossOutput, Source
+from okd_lightning.losses import Term
 from okd_lightning.training.module import DistillationModule
+from okd_lightning.training.run_settings import call_text
 
 
-class Stage(DistillationCallback):
+class Stage(Method):
     """Limits a method to a range of optimizer steps, and can change its weight within it.
 
     The methods that act in a step determine the sources of its rows, so the on-policy share changes
@@ -38,14 +41,14 @@ class Stage(DistillationCallback):
 
     def __init__(
         self,
-        method: DistillationCallback,
+        method: Method,
         start: int = 0,
         end: int | None = None,
         first_factor: float = 1.0,
         last_factor: float | None = None,
     ) -> None:
-        method = as_object(method, DistillationCallback, "method of a Stage", "KD()")
-        super().__init__(method.weight, method.name)
+        method = as_object(method, Method, "method of a Stage", "KD()")
+        super().__init__(method.name)
         _check_method(method)
         if start < 0 or (end is not None and end <= start):
             raise ConfigError(f"Stage of {method.name}: no step lies from {start} to before {end}")
@@ -62,53 +65,34 @@ class Stage(DistillationCallback):
         self.start, self.end = start, end
         self.first_factor = first_factor
         self.last_factor = first_factor if last_factor is None else last_factor
-        self.is_positionwise = method.is_positionwise
-        self.mixes_rows = method.mixes_rows
-        self.share_at = method.share_at
-        self.needs_teacher_prompt = method.needs_teacher_prompt
-        self.further_terms = tuple(
-            Stage(term, start, end, first_factor, last_factor) for term in method.further_terms
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The method's terms, with the stage's window and factor."""
+        return tuple(
+            replace(
+                term,
+                weight=partial(self._weight, term.weight),
+                window=(self.start, self.end),
+                kind=f"Stage({term.kind})",
+                settings={
+                    "class": type(self).__name__,
+                    **self.given_arguments,
+                    "method": call_text(term.settings),
+                },
+            )
+            for term in self.method.terms
         )
 
-    @property
-    def kind(self) -> str:
-        """Kind with the method's, so that a run resumes with the same method in the stage."""
-        return f"Stage({self.method.kind})"
-
-    @property
-    def window(self) -> tuple[int, int | None]:
-        """From ``start`` to before ``end``."""
-        return (self.start, self.end)
-
-    def weight_at(self, step: int) -> float:
-        """Return the method's weight times the interpolated factor; 0 outside the window."""
+    def _weight(self, weight: Callable[[int], float], step: int) -> float:
+        """Return a term's weight times the interpolated factor; 0 outside the window."""
         if step < self.start or (self.end is not None and step >= self.end):
             return 0.0
         share = 0.0
         if self.end is not None and self.end - self.start > 1:
             share = (step - self.start) / (self.end - self.start - 1)
         factor = self.first_factor + share * (self.last_factor - self.first_factor)
-        return factor * self.method.weight_at(step)
-
-    @property
-    def sources(self) -> tuple[Source, ...]:
-        """Sources of the method."""
-        return self.method.sources
-
-    @property
-    def on_policy_fraction(self) -> float | None:
-        """Fraction of the method, while it acts."""
-        return self.method.on_policy_fraction
-
-    @property
-    def quantities(self) -> tuple[Quantity, ...]:
-        """Quantities of the method."""
-        return self.method.quantities
-
-    @property
-    def scorer(self) -> RowScorer | None:  # type: ignore[override]
-        """Scorer of the method."""
-        return self.method.scorer
+        return factor * weight(step)
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -130,14 +114,10 @@ class Stage(DistillationCallback):
         """Call the method's ``prepare``."""
         self.method.prepare(trainer, module, stage)
 
-    def loss(self, measured: Measured) -> LossOutput:
-        """Return the method's loss."""
-        return self.method.loss(measured)
 
-
-def _check_method(method: DistillationCallback) -> None:
+def _check_method(method: Method) -> None:
     """Refuse methods with Lightning hooks or an engine: a stage passes on only the term."""
-    if type(method).wrap_engine is not DistillationCallback.wrap_engine:
+    if type(method).wrap_engine is not Method.wrap_engine:
         raise ConfigError(
             f"Stage of {method.name}: {type(method).__name__} changes how responses are written, "
             "for the whole run; it cannot act in a part of it"
@@ -149,8 +129,7 @@ def _check_method(method: DistillationCallback) -> None:
     hooks = [
         name
         for name in vars(Callback)
-        if not name.startswith("_")
-        and getattr(type(method), name) is not getattr(DistillationCallback, name)
+        if not name.startswith("_") and getattr(type(method), name) is not getattr(Method, name)
     ]
     if hooks:
         raise ConfigError(

@@ -11,7 +11,8 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
-from okd_lightning.callbacks import DistillationCallback, SampleTable
+from okd_lightning.callbacks import SampleTable
+from okd_lightning.callbacks.methods.base import Method
 from okd_lightning.callbacks.monitors.always import MONITORS
 from okd_lightning.commands.cli import DistillationCLI
 from okd_lightning.commands.compare.budget import Budget, BudgetStop
@@ -119,7 +120,7 @@ def check_shared(plan: Plan) -> None:
     methods = [
         type(c).__name__
         for c in bare.trainer.callbacks  # type: ignore[attr-defined]
-        if isinstance(c, DistillationCallback)
+        if isinstance(c, Method)
     ]
     if len(methods) > 1:
         shared = [name for name in methods if name != "SFT"] or ["SFT"]

@@ -91,8 +91,8 @@ class Examination(Callback):
         self._say(f"{self.batches} steps of each of several methods, taken back again")
         has_answers = all(on_given)
         return Diagnosis(
-            student=_described(module.student_source, module.student),
-            teacher=_described(module.teacher_source, module.teacher),
+            student=_described(module.pair.student_source, module.student),
+            teacher=_described(module.pair.teacher.source, module.teacher),
             checks=tuple(checks),
             rows=rows,
             gradients=probe.finding(),

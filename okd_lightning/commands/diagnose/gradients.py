@@ -76,7 +76,7 @@ class GradientProbe:
 
     def __init__(self, module: DistillationModule) -> None:
         self.module = module
-        self.terms = estimators(module.vocabulary.size)
+        self.methods = estimators(module.vocabulary.size)
         trained = module.trained_parameters(module.student)
         self.parameters = probed_parameters(trained)
         self.of_parameters = sum(p.numel() for p in trained)
@@ -91,13 +91,13 @@ class GradientProbe:
         """
         module = self.module
         terms = {
-            (divergence, name): term
-            for divergence, group in self.terms.items()
-            for name, term in group.items()
+            (divergence, name): method.term
+            for divergence, group in self.methods.items()
+            for name, method in group.items()
         }
         asked = [quantity for term in terms.values() for quantity in term.quantities]
         with torch.enable_grad():
-            student, teacher, base = module.sides.of(batch, asked)
+            student, teacher, base = module.pair.sides(batch, asked)
             for key, term in terms.items():
                 loss = fused_loss(
                     [WeightedTerm(term, 1.0 / len(batch))],
@@ -106,7 +106,7 @@ class GradientProbe:
                     batch.student_reads.targets,
                     Measured.about(batch),
                     module.vocabulary.size,
-                    module.tile_positions,
+                    module.pair.settings.tile_positions,
                     base,
                 )
                 self._found.setdefault(key, []).append(self._gradient(loss.total))

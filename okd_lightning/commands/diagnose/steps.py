@@ -139,7 +139,7 @@ class StepProbe:
         weighted = []
         for term in method.terms:
             count = sum(tokens[source] for source in term.sources)
-            weighted.append(WeightedTerm(term, term.weight / max(1, count)))
+            weighted.append(WeightedTerm(term, term.weight(0) / max(1, count)))
         with torch.enable_grad():
             self.module.loss_of(batch, weighted).total.backward()
 

@@ -114,7 +114,7 @@ def _ends(module: DistillationModule) -> Check:
     """Check that both models have an eos id in common."""
     own = module.eos_ids
     names = ", ".join(f"{i} {module.tokenizer.decode([i])!r}" for i in own)
-    source = module.teacher_source
+    source = module.pair.teacher.source
     theirs = own if source is None else eos_token_ids(source, module.tokenizer)
     if set(own) & set(theirs):
         return Check("eos", "good", f"responses end at {names}; the teacher knows one of them too")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import jsonargparse
 
-from okd_lightning.callbacks import DistillationCallback
+from okd_lightning.callbacks.methods.base import Method
 from okd_lightning.commands.quickstart.recipe import GKD_DEFAULTS, Recipe
 from okd_lightning.commands.quickstart.run import Quickstart
 from okd_lightning.durable_files import require_writable
@@ -26,7 +26,7 @@ def quickstart_parser() -> jsonargparse.ArgumentParser:
         description="Watch a student learn arithmetic: embedded task and teacher, no network.",
     )
     parser.add_subclass_arguments(
-        DistillationCallback, "method", help="KD, GKD, ...; compared with SFT continued"
+        Method, "method", help="KD, GKD, ...; compared with SFT continued"
     )
     parser.add_argument("--out", type=str, default="quickstart-out", help="results go here")
     parser.add_argument("--seed", type=int, default=0, help="decides everything but the timings")
@@ -50,7 +50,7 @@ def with_default_method(arguments: Sequence[str]) -> list[str]:
     return [*defaults, *_without_method(arguments)]
 
 
-def quickstart_command(options: jsonargparse.Namespace, method: DistillationCallback) -> None:
+def quickstart_command(options: jsonargparse.Namespace, method: Method) -> None:
     """Run the quickstart.
 
     Raises:

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from okd_lightning.callbacks import SFT, DistillationCallback, ExactMatch, Throughput
+from okd_lightning.callbacks import SFT, ExactMatch, Throughput
 from okd_lightning.callbacks.measures.answer_scores import greedy_answers
+from okd_lightning.callbacks.methods.base import Method
 from okd_lightning.callbacks.monitors.progress_bar import RunProgressBar
 from okd_lightning.commands.quickstart.recipe import TEACHER_DIR, TRAIN_FILE, VAL_FILE, Recipe
 from okd_lightning.commands.reports import (
@@ -58,7 +59,7 @@ class Quickstart:
 
     def __init__(
         self,
-        method: DistillationCallback,
+        method: Method,
         out: Path,
         seed: int = 0,
         recipe: Recipe | None = None,
@@ -115,7 +116,7 @@ class Quickstart:
         return module.student
 
     def _distil(
-        self, student: PreTrainedModel, method: DistillationCallback, label: str
+        self, student: PreTrainedModel, method: Method, label: str
     ) -> tuple[RunResult, list[str], list[str], list[str]]:
         """Train one run; also return the shown answers before, after, and the teacher's."""
         recipe = self.recipe

@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from okd_lightning.commands.cli_errors import parse
-from okd_lightning.commands.model_folder import check_model_folder, replaced_model
+from okd_lightning.commands.model_folder import CUT_RECORD, check_model_folder, replaced_model
 from okd_lightning.commands.shrink.options import (
     checked_options,
     chosen_device,
@@ -24,7 +24,7 @@ from okd_lightning.commands.shrink.options import (
 from okd_lightning.commands.shrink.report import Report, card, numbers
 from okd_lightning.commands.shrink.rows import batches, dataset_rows, sampled_rows
 from okd_lightning.durable_files import write_json
-from okd_lightning.errors import UsageError
+from okd_lightning.errors import ModelError, UsageError
 from okd_lightning.models import (
     DTypeName,
     Vocabulary,
@@ -81,6 +81,11 @@ def shrink_command(arguments: list[str], debug: bool = False) -> int:
         model = load_checked(
             options.model, _MODEL, len(tokenizer), dtype=dtype, attn_implementation=None
         )
+        if getattr(model.config, "quantization_config", None) is not None:
+            raise ModelError(
+                f"{_MODEL} {options.model!r} is quantised, and its weights cannot be cut; give the "
+                "unquantised model, or a .gguf file of it"
+            )
         model.to(device)  # type: ignore[arg-type]
         calibration = _calibration(model, tokenizer, rows, options, of_data, console)
         shrinking = _Shrinking(options, calibration, console)
@@ -89,7 +94,7 @@ def shrink_command(arguments: list[str], debug: bool = False) -> int:
         with replaced_model(out) as folder:
             student.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            write_json(folder / "shrink.json", record)
+            write_json(folder / CUT_RECORD, record)
             (folder / "README.md").write_text(card(options.model, record), encoding="utf-8")
     console.print(f"student written to {out} in {record['seconds']:.0f} s")
     return 0

@@ -224,7 +224,7 @@ def _is_same(
 
 def _all_logits(model: PreTrainedModel, ids: Tensor, wanted: Mapping[str, Any]) -> Tensor:
     columns = [
-        last_logits(model, {"input_ids": ids}, wanted, torch.full((len(ids),), column))
+        last_logits(model, {"input_ids": ids}, wanted, torch.full_like(ids[:, 0], column))
         for column in range(3, ids.shape[1], 4)
     ]
     return torch.stack(columns).double()

@@ -297,5 +297,5 @@ def test_a_reward_alone_needs_no_teacher(tmp_path, tiny_pair, tiny_tokenizer):
 def test_the_advantage_names_what_it_is():
     assert not OPDPlus(discount=0.5).is_positionwise
     assert OPDPlus().is_positionwise
-    assert Stage(OPDPlus(discount=1.0)).is_positionwise is False
+    assert Stage(OPDPlus(discount=1.0)).terms[0].is_positionwise is False
     assert FDivergenceAdvantage(ReverseKL()).state_value_of is None

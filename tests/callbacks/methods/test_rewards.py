@@ -74,7 +74,7 @@ def test_what_fails_on_one_rank_stops_both(broken):
     def function(prompt, response, reference):
         return {}["here"] if broken == 0 else 1.0
 
-    scorer = TermScorer([Reward(function)], str, 1, gather, rank=0)
+    scorer = TermScorer([Reward(function).term], str, 1, gather, rank=0)
     example = Example(0, (3,), (False,), (), "a", "")
     response = Response((4, 1), (-1.0, -1.0), "eos")
     with pytest.raises(RewardError, match="raised KeyError"):

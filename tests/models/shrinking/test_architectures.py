@@ -66,7 +66,7 @@ def _more_architectures(monkeypatch):
 def test_every_cut(model_type, tmp_path):
     model = architectures.build(model_type)
     before = logits(model)
-    calibration = Calibration(model, rows(), Vocabulary(VOCAB))
+    calibration = Calibration(model, rows(3), Vocabulary(VOCAB))
     for name, widths in CUTS.items():
         reason = REFUSED.get((name, model_type))
         if reason is not None:
@@ -75,7 +75,7 @@ def test_every_cut(model_type, tmp_path):
             continue
         dropped = ()
         if name == "layers":
-            dropped = choose_layers(calibration, 1, 4, lambda *_: None).dropped
+            dropped = choose_layers(calibration, 1, 2, lambda *_: None).dropped
         cut = choose_widths(calibration, widths, lambda *_: None, dropped)
         student = cut_model(model, calibration.layers, dropped, cut.sizes, cut.selection)
         student.save_pretrained(tmp_path / name)

@@ -48,7 +48,7 @@ def is_equal(found: PreTrainedModel, wanted: PreTrainedModel, tolerance: float =
     return bool((logits(found) - expected).norm() <= tolerance * expected.norm())
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "phi", "gemma3_text", "cohere"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi", "gemma3_text", "cohere"])
 def test_neurons_of_zeros(model_type):
     small = architectures.build(model_type)
     found = narrowed(with_more_neurons(small), Widths(intermediate=48))
@@ -76,7 +76,7 @@ def with_more_heads(small: PreTrainedModel, groups: list[int], queries: list[int
     return widened(small, sizes, axes)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gemma2", "granite"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma2"])
 @pytest.mark.parametrize(
     ("queries", "per_group"),
     [([0, 1, 4, 5], 2), ([0, 3, 9, 10], 4)],  # a whole group; two queries of each group as well
@@ -114,7 +114,7 @@ def test_everything_at_once():
     assert is_equal(found, small, 1e-4)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text", "falcon_h1", "cohere"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text", "cohere"])
 def test_layers_that_return_their_input(model_type):
     field = "n_layer" if model_type == "gpt2" else "num_hidden_layers"
     model = architectures.build(model_type, **{field: 4})

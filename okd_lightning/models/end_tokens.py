@@ -1,0 +1,142 @@
+"""Ids that end a response: where generation stops, and which of them are one outcome.
+
+Owns what models, tokenizer and user name. Data may add ids at which generation stops, and take out
+those that are written before further tokens of the same response (``data.end_tokens``).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from transformers import PreTrainedTokenizerBase
+
+from okd_lightning.errors import ConfigError
+from okd_lightning.models.loading import (
+    ModelSource,
+    eos_token_ids,
+    generation_eos,
+    load_tokenizer,
+)
+from okd_lightning.models.vocabulary import Vocabulary
+
+EndTokensArgument: TypeAlias = list[int | str] | int | str
+"""Ids or tokens, or one of them."""
+
+
+@dataclass(frozen=True)
+class EndTokens:
+    """Ids that end a response, of a pair.
+
+    Attributes:
+        end_ids: Ids that are one outcome of both models, "the response ends here". The first is the
+            student's own where it is among them.
+        stop_ids: Ids at which generation stops: ``end_ids``, those that close the data's own turns,
+            and others after which a response may go on (a call of a tool). The first is appended to
+            dataset responses.
+        is_given: Whether the user named ``end_ids``, which then stay.
+    """
+
+    end_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...]
+    is_given: bool = False
+
+    def with_stops(self, ids: Iterable[int]) -> EndTokens:
+        """Return these with further ids at which generation stops."""
+        return replace(self, stop_ids=_joined(self.stop_ids, ids))
+
+    def without(self, ids: Collection[int]) -> EndTokens:
+        """Return these with ids after which a response goes on: they stop, and are no end."""
+        ends = tuple(i for i in self.end_ids if i not in ids)
+        return self if self.is_given or not ends else replace(self, end_ids=ends)
+
+    def described(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Return the message for the start of a run."""
+        names = _names(self.end_ids, tokenizer)
+        text = f"responses end at {names}"
+        if len(self.end_ids) > 1:
+            text += ", one outcome for both models (--model.end_tokens names others)"
+        others = [i for i in self.stop_ids if i not in self.end_ids]
+        if others:
+            text += f"; generation also stops at {_names(others, tokenizer)}"
+        return text
+
+
+def find_end_tokens(
+    student: ModelSource,
+    teacher: ModelSource | None,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: Vocabulary,
+    asked: EndTokensArgument | None = None,
+) -> EndTokens:
+    """Return the ends of a pair: of both generation configs and the tokenizer, or those asked for.
+
+    A teacher's id without a token is left out: both models are masked there.
+
+    Args:
+        student: Source of the student.
+        teacher: Source of the teacher; None where it is not read from files.
+        tokenizer: The run's.
+        vocabulary: Ids with a row in both models' tables.
+        asked: The user's ids or tokens; None for none.
+
+    Raises:
+        ModelError: There is no end-of-sequence id, or the student's is no id of the tokenizer.
+        ConfigError: ``asked`` names no token of the tokenizer.
+    """
+    own = eos_token_ids(student, tokenizer)
+    vocabulary.check_ids(own, "the end-of-sequence ids", tokenizer)
+    if asked is not None:
+        ends = _asked_ids(asked, tokenizer)
+        vocabulary.check_ids(ends, "model.end_tokens", tokenizer)
+        ends = _joined([i for i in own if i in ends], ends)
+        return EndTokens(ends, _joined(ends, own), is_given=True)
+    others = [*_teachers_ids(teacher), tokenizer.eos_token_id]
+    known = set(tokenizer.get_vocab().values())
+    ends = _joined(own, (i for i in others if i in known and i < vocabulary.size))
+    return EndTokens(ends, ends)
+
+
+def _teachers_ids(teacher: ModelSource | None) -> Sequence[int]:
+    """Return the ids of a teacher's generation config, else of its own tokenizer."""
+    if teacher is None:
+        return ()
+    found = generation_eos(teacher, "--model.teacher")
+    if found is None and isinstance(teacher, str):
+        found = load_tokenizer(teacher, "--model.teacher").eos_token_id
+    if found is None:
+        return ()
+    return [found] if isinstance(found, int) else list(found)
+
+
+def _asked_ids(asked: EndTokensArgument, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    given = asked if isinstance(asked, list | tuple) else [asked]
+    vocabulary = tokenizer.get_vocab()
+    ids = set(vocabulary.values())
+    found = []
+    for one in given:
+        is_id = isinstance(one, int) and not isinstance(one, bool) and one in ids
+        if not is_id and one not in vocabulary:
+            near = difflib.get_close_matches(str(one), vocabulary, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "give its ids or tokens"
+            raise ConfigError(
+                f"model.end_tokens holds {one!r}, which is no id and no token of the tokenizer; "
+                f"{hint}"
+            )
+        found.append(int(one) if is_id else vocabulary[str(one)])
+    if not found:
+        raise ConfigError(
+            "model.end_tokens is empty: a response has to end; give ids or tokens, such as "
+            f"[{tokenizer.eos_token_id}], or leave it out"
+        )
+    return _joined((), found)
+
+
+def _joined(first: Iterable[int], more: Iterable[int]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys([*first, *more]))
+
+
+def _names(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return ", ".join(f"{tokenizer.decode([i])!r} ({i})" for i in ids)
