@@ -29,6 +29,7 @@ from transformers import (
 
 from okd_lightning.callbacks import DistillationCallback
 from okd_lightning.data import RolloutDataModule
+from okd_lightning.teachers import Teacher
 from okd_lightning.training.module import DistillationModule
 
 NUM_IDS, BATCH, LENGTH, STEPS = 32000, 8, 256, 1000
@@ -112,7 +113,7 @@ def train_in_turns(
     method: DistillationCallback,
     dtype: str = "float32",
     lengths: Sequence[tuple[int, int]] = (),
-    teacher: str | None = None,
+    teacher: str | Teacher | None = None,
     **settings: Any,
 ) -> None:
     """Distil by Lightning, one optimizer step per turn.
@@ -121,7 +122,7 @@ def train_in_turns(
         method: The method.
         dtype: Number format of both models' weights.
         lengths: Tokens of each row's prompt and response; by default 1 and 254, and an eos.
-        teacher: Folder of the teacher; None makes it in memory.
+        teacher: Folder of the teacher, or a Teacher; None makes it in memory.
         **settings: Settings of the DistillationModule.
     """
     turns = Turns()

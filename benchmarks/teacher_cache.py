@@ -15,6 +15,7 @@ import logging
 import tempfile
 import time
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import lightning
@@ -25,7 +26,7 @@ from side_by_side import NUM_THREADS, take_turns, write_results
 from okd_lightning.callbacks import KD
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import Divergence, ForwardKL, JensenShannon, ReverseKL, TopK
-from okd_lightning.teachers import TeacherCache
+from okd_lightning.teachers import CachedTeacher, Teacher
 from okd_lightning.training.module import DistillationModule
 
 DIVERGENCES: dict[str, Divergence] = {
@@ -40,9 +41,11 @@ def contend(name: str, dtype: str, folder: str) -> None:
     """Run one step per turn: with the teacher, with the teacher through TopK, or from the cache."""
     divergence: Divergence = ForwardKL()
     if name == "top-k":
-        divergence = TopK(divergence, TeacherCache("").k)
-    cache = {"teacher_cache": f"{folder}/cache"} if name == "cached" else {}
-    pair.train_in_turns(KD(divergence=divergence), dtype, f"{folder}/teacher", **cache)
+        divergence = TopK(divergence, 48)
+    teacher: str | Teacher = f"{folder}/teacher"
+    if name == "cached":
+        teacher = CachedTeacher(f"{folder}/teacher", f"{folder}/cache", k=48)
+    pair.train_in_turns(KD(divergence=divergence), dtype, teacher)
 
 
 def measure_steps(steps: int, dtype: str) -> dict[str, Any]:
@@ -65,11 +68,16 @@ def measure_steps(steps: int, dtype: str) -> dict[str, Any]:
 
 
 def train(
-    models: tuple[str, str], data: tuple[str, str], divergence: Divergence, cache: Any
+    models: tuple[str, str],
+    data: tuple[str, str],
+    divergence: Divergence,
+    cache: Mapping[str, Any] | None,
 ) -> dict[str, float]:
     """Train some steps of KD; return a validation with the teacher, and the training's seconds."""
     lightning.seed_everything(0, verbose=False)
-    module = DistillationModule(*models, learning_rate=1e-3, teacher_cache=cache)
+    student, teacher = models
+    given = teacher if cache is None else CachedTeacher(teacher, **cache)
+    module = DistillationModule(student, given, learning_rate=1e-3)
     settings: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
     settings |= {"enable_progress_bar": False, "enable_model_summary": False}
     settings |= {"accelerator": "cpu", "gradient_clip_val": 1.0}
@@ -100,9 +108,10 @@ def measure_quality(models: tuple[str, str], data: tuple[str, str]) -> dict[str,
     torch.set_num_threads(NUM_THREADS)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        caches = {"live": None, "cached": folder, "cached again": folder}
-        caches["cached, float32"] = TeacherCache(f"{folder}/32", dtype="float32")
-        caches["cached, k = 128"] = TeacherCache(f"{folder}/128", k=128)
+        caches: dict[str, dict[str, Any] | None] = {"live": None}
+        caches |= {name: {"folder": folder} for name in ("cached", "cached again")}
+        caches["cached, float32"] = {"folder": f"{folder}/32", "dtype": "float32"}
+        caches["cached, k = 128"] = {"folder": f"{folder}/128", "k": 128}
         for name, divergence in DIVERGENCES.items():
             found[name] = {}
             for kind, cache in caches.items():

@@ -47,7 +47,7 @@ class ClippedForwardKL(Quantity):
 class OPSD(DistillationCallback):
     """Clipped forward KL to the privileged teacher on on-policy responses.
 
-    The teacher is the student itself: --model.self_teacher frozen (the paper's: its initial
+    The teacher is the student itself: --model.teacher FrozenSelf (the paper's: its initial
     weights), with a --data.teacher_prompt_template that contains the reference solution.
 
     Args:

@@ -118,10 +118,16 @@ def teacher_folder(tmp_path_factory, tiny_tokenizer) -> Path:
 
 @pytest.fixture
 def make_module(student_folder, teacher_folder) -> Callable[..., DistillationModule]:
-    """A module of the two Llama folders; whatever is given by name overrides them."""
+    """A module of the two Llama folders; whatever is given by name overrides them.
 
-    def make(**overrides) -> DistillationModule:
+    ``kind`` makes a Teacher of the teacher's folder.
+    """
+
+    def make(kind=None, **overrides) -> DistillationModule:
         settings = {"student": str(student_folder), "teacher": str(teacher_folder)}
-        return DistillationModule(**{"learning_rate": 1e-2, **settings, **overrides})
+        settings = {"learning_rate": 1e-2, **settings, **overrides}
+        if kind is not None:
+            settings["teacher"] = kind(settings["teacher"])
+        return DistillationModule(**settings)
 
     return make

@@ -20,9 +20,8 @@ from okd_lightning.models.text_ids import RULES_VERSION
 def weights_to_save(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights that cannot be loaded again: trained ones, and random initial ones.
 
-    Frozen weights of a model that came from a folder or hub id are left out. Of a self-teacher, the
-    moving average is kept as the student is; the initial copy of the student is kept where it came
-    from memory, because that model has been trained since.
+    Frozen weights of a model that came from a folder or hub id are left out. The teacher decides
+    about its own.
 
     Args:
         module: A DistillationModule with both models built.
@@ -37,19 +36,15 @@ def weights_to_save(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict
     }
     trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
     frozen = parameters.keys() - trained
-    kept = {}
-    for name, value in state_dict.items():
-        is_teacher = name.startswith("teacher.")
-        source = module.teacher_source if is_teacher else module.student_source
-        is_reloadable = not isinstance(source, Mapping)
-        is_trained = name in trained
-        if is_teacher and module.self_teacher == "ema":
-            is_teacher, is_trained = False, name.replace("teacher.", "student.", 1) in trained
-        elif is_teacher and module.self_teacher == "frozen":
-            is_reloadable = isinstance(source, str)
-        if is_trained or not is_reloadable or not (is_teacher or name in frozen):
-            kept[name] = value
-    return kept
+    pair: Any = module.pair
+    is_random = isinstance(pair.student_source, Mapping)
+
+    def is_kept(name: str) -> bool:
+        if name.startswith("teacher."):
+            return bool(pair.teacher.keeps(name, trained, frozen))
+        return name in trained or is_random or name not in frozen
+
+    return {name: value for name, value in state_dict.items() if is_kept(name)}
 
 
 def without_left_out(value: Any, module: nn.Module) -> Any:
@@ -142,17 +137,21 @@ def check_methods(saved: Sequence[str], configured: Sequence[str]) -> None:
         )
 
 
-def check_teacher_kind(saved: str | None, configured: str | None) -> None:
-    """Refuse to resume a run of one self-teacher with another, or with none.
+def check_teacher_mark(saved: str | None, configured: str | None) -> None:
+    """Refuse to resume with another kind of teacher where the weights depend on it.
+
+    Args:
+        saved: ``Teacher.mark`` of the run that wrote the checkpoint.
+        configured: This run's.
 
     Raises:
-        CheckpointError: The self-teachers differ; the message names both.
+        CheckpointError: They differ; the message names both.
     """
     if saved != configured:
         raise CheckpointError(
-            f"the checkpoint's model.self_teacher is {saved or 'null'}, this run's is "
-            f"{configured or 'null'}; resume with the same, or start a new run from the exported "
-            "student: --model.student FOLDER"
+            f"the checkpoint's teacher is {saved or 'another model'}, this run's is "
+            f"{configured or 'another model'}; resume with the same, or start a new run from the "
+            "exported student: --model.student FOLDER"
         )
 
 

@@ -40,6 +40,7 @@ from okd_lightning.commands.quickstart.command import (
 )
 from okd_lightning.commands.saved_config import flag_needed, run_folder_of
 from okd_lightning.commands.settled_options import settle_rates
+from okd_lightning.commands.teacher_options import check_teacher
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.data.sources import describe_source
 from okd_lightning.errors import (
@@ -141,8 +142,9 @@ class DistillationCLI(LightningCLI):
         """Parse ``args``, without Lightning's own warning that ``sys.argv`` is ignored."""
         self.config = parse(parser, args, self._option_strings())
         config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
-        expand_home(config)
         words = [str(word) for word in args or ()]
+        check_teacher(config.model.teacher, words)
+        expand_home(config)
         settle_rates(config.model, layers(words))
         if config.trainer.default_root_dir is not None:
             output_folder(config.trainer.default_root_dir, "--trainer.default_root_dir")

@@ -24,6 +24,7 @@ from okd_lightning.commands.config_trust import FLAG
 from okd_lightning.commands.default_folder import RUNS, only_run
 from okd_lightning.commands.given_options import Layer, flattened, layers
 from okd_lightning.commands.saved_config import config_to_use
+from okd_lightning.commands.teacher_options import check_earlier_options
 from okd_lightning.errors import CheckpointError, ConfigError, UsageError, one_line
 from okd_lightning.training.config_paths import user_path
 
@@ -66,6 +67,7 @@ def prepare(arguments: Sequence[str], can_type: bool = True) -> list[str]:
     is_trusted, rest = take_flag(rest)
     rest = _expand_homes(_split_equals(_spell_infinity(rest)))
     configs = [(name, load_config(name)) for name in _values(rest, _CONFIG_OPTIONS)]
+    check_earlier_options(_without(rest, _CONFIG_OPTIONS), [config for _, config in configs])
     checkpoint = _last(_values(rest, ("--ckpt_path",)))
     is_whole = checkpoint == LAST and _can_begin(rest, [c for _, c in configs])
     if checkpoint == LAST:

@@ -51,6 +51,7 @@ _KINDS = {
     "RewardFunction": "reward",
     "Advantage": "advantage",
     "EngineSource": "engine",
+    "Teacher": "teacher",
 }
 _MOST_NAMES = 25
 _TYPE_NAMES = {

@@ -36,13 +36,14 @@ FLAG = "--trust_checkpoint"
 
 _CLASSES = {"model": DistillationModule, "data": RolloutDataModule, "trainer": lightning.Trainer}
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_SERVERS = ("model.engine", "model.teacher_server", "trainer.model_registry")
+_SERVERS = ("model.engine", "trainer.model_registry")
+_ADDRESSES = ("url",)
 _MODULE_NAMES = ("megatron_core", "parent_library", "auto_map", "auto_mapping")
 """Settings of peft and transformers that are imported by name."""
 _KERNELS = "_implementation"
 """transformers downloads and runs a kernel where attn_implementation names a repository."""
 _PLACES = ("dirpath", "folder", "save_dir", "sync_folder")
-_CACHES = ("model.teacher_cache", "data.token_cache")
+_CACHES = ("data.token_cache",)
 _UNWRITTEN = "which no run writes"
 _CLASS, _SETTINGS, _MORE = "class_path", "init_args", "dict_kwargs"
 
@@ -189,7 +190,7 @@ def _named(option: str, name: str, value: Any) -> Iterator[ForeignPart]:
     """Check a setting by its name, independent of its class."""
     text = _text(value)
     what = None
-    if option in _SERVERS:
+    if option in _SERVERS or name in _ADDRESSES:
         what = "a server, or an engine of its own"
     elif name in _MODULE_NAMES and value != "megatron.core":
         what = "a module to import"

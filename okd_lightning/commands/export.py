@@ -19,6 +19,7 @@ from okd_lightning.models.adapter_folders import adapter_folder
 from okd_lightning.models.sources import Source, locate
 from okd_lightning.teachers import OnlineModuleSettings
 from okd_lightning.training.arguments import peft_config_of
+from okd_lightning.training.earlier_options import present_model
 from okd_lightning.training.module import DistillationModule
 
 ExportPart: TypeAlias = Literal["student", "online_module"]
@@ -56,7 +57,7 @@ def export_student(
     module.load_state_dict(checkpoint["state_dict"], strict=False)
     assert module.student is not None
     student = module.student.eval()
-    if module.student_adapter is not None and adapter == "merged":
+    if module.pair.student_adapter is not None and adapter == "merged":
         student = _merged(module)
     student.generation_config = GenerationConfig(
         bos_token_id=module.tokenizer.bos_token_id,
@@ -105,7 +106,7 @@ def export_online_module(
     module.on_load_checkpoint(dict(checkpoint))
     module.load_state_dict(checkpoint["state_dict"], strict=False)
     assert module.teacher is not None
-    source = _located(module.teacher_source, "--model.teacher")
+    source = _located(module.pair.teacher.source, "--model.teacher")
     configs: dict[str, Any] = dict(module.teacher.peft_config)
     for own in configs.values():
         own.base_model_name_or_path = source.given if source.gguf_file else source.name
@@ -174,8 +175,8 @@ def _check_base(module: DistillationModule) -> None:
         ConfigError: The base is itself an adapter merged into another, or a GGUF file.
     """
     option = "--model.student"
-    source = _located(module.student_source, option)
-    is_merged = isinstance(module.student_source, str) and adapter_folder(source, option)
+    source = _located(module.pair.student_source, option)
+    is_merged = isinstance(module.pair.student_source, str) and adapter_folder(source, option)
     if source.gguf_file is not None or is_merged:
         raise ConfigError(
             f"--adapter apart: the student's adapter was trained on {option} {source.given!r}, "
@@ -186,7 +187,7 @@ def _check_base(module: DistillationModule) -> None:
 
 def _check_out(out: Path, module: DistillationModule, overwrite: bool) -> None:
     """Refuse a folder that is needed again: older weights in the output folder are removed."""
-    sources = {"student": module.student_source, "teacher": module.teacher_source}
+    sources = {"student": module.pair.student_source, "teacher": module.pair.teacher.source}
     named = {f"--model.{name}": s for name, s in sources.items() if isinstance(s, str)}
     check_model_folder(out, named, overwrite)
 
@@ -195,10 +196,10 @@ def _merged(module: DistillationModule) -> PreTrainedModel:
     """Return a plain model with the adapter merged in; the module's own student is consumed."""
     assert module.student is not None
     option = "--model.student"
-    config = load_model_config(module.student_source, option, module.vocabulary.size)
+    config = load_model_config(module.pair.student_source, option, module.vocabulary.size)
     if merge_adapters(module.student):
         config.tie_word_embeddings = False
-    plain = load_causal_lm({}, config, option, dtype=module.dtype_name)  # weights are loaded below
+    plain = load_causal_lm({}, config, option, dtype=module.pair.dtype)  # weights are loaded below
     plain.load_state_dict(module.student.state_dict())
     return plain.eval()
 
@@ -209,10 +210,12 @@ def _pad_id(module: DistillationModule) -> int:
 
 
 def _teacher(model: Mapping[str, Any]) -> str:
-    own = model.get("self_teacher")
-    if model.get("teacher_server"):
-        return "on a server, of whom the likeliest ids are known"
-    return f"the student itself ({own})" if own else f"`{_shown(model.get('teacher'))}`"
+    given = present_model(model).get("teacher")
+    if not isinstance(given, Mapping) or "class_path" not in given:
+        return f"`{_shown(given)}`"
+    kind, settings = str(given["class_path"]).rpartition(".")[2], given.get("init_args") or {}
+    own = settings.get("model")
+    return kind if own is None else f"{kind} of `{_shown(own)}`"
 
 
 def _shown(source: Any) -> str:

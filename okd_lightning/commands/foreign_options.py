@@ -179,7 +179,7 @@ OTHERS: Mapping[str, str] = {
     "devices": "--trainer.devices",
     "gpus": "--trainer.devices",
     "precision": "--trainer.precision",
-    "ema": "--model.self_teacher ema",
+    "ema": "--model.teacher AveragedSelf",
     "resume": "--ckpt_path last",
     "checkpoint": "--ckpt_path",
 }

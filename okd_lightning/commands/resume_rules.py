@@ -25,7 +25,6 @@ REFUSED: Mapping[str, tuple[Verdict, str]] = {
     "seed_everything": ("refused", _STREAMS),
     "model.student": ("refused", _WEIGHTS),
     "model.student_adapter": ("new run", _TRAINED),
-    "model.self_teacher": ("new run", _TRAINED),
     "model.optimizer": ("refused", _STATE),
     "model.lr_scheduler": ("refused", _STATE),
     "method": ("new run", _TRAINED),
@@ -35,7 +34,7 @@ REFUSED: Mapping[str, tuple[Verdict, str]] = {
 
 _CLASS_ONLY = ("model.optimizer", "method")
 
-_BY_MODULE = ("method", "model.self_teacher")
+_BY_MODULE = ("method",)
 """Refused by the module, which knows them in a run from Python too."""
 
 BY_CONTENT = (

@@ -19,6 +19,7 @@ from okd_lightning.commands.config_trust import FLAG, foreign_parts, texts_in
 from okd_lightning.commands.given_options import flattened, layers, options_of, parsed
 from okd_lightning.errors import CheckpointError
 from okd_lightning.training.config_paths import relocate, user_path
+from okd_lightning.training.earlier_options import present_model
 from okd_lightning.training.importable_classes import allowed_class, class_here
 
 _CHECKPOINTS = "checkpoints"
@@ -126,6 +127,8 @@ def _read(path: str, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
             "another checkpoint"
         )
     moved: dict[str, Any] = _with_moved(config)
+    if isinstance(model := moved.get("model"), dict):
+        moved["model"] = present_model(model)
     return moved
 
 

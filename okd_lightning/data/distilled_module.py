@@ -12,7 +12,6 @@ from okd_lightning.engines.tool_rollouts import ToolRounds
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term
 from okd_lightning.models import Vocabulary
-from okd_lightning.teachers import SelfTeacher
 
 
 class DistilledModule(RolloutEngine, Protocol):
@@ -21,12 +20,7 @@ class DistilledModule(RolloutEngine, Protocol):
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
     terms: list[Term]
-    self_teacher: SelfTeacher | None
     tool_rounds: ToolRounds | None
-
-    @property
-    def has_teacher(self) -> bool:
-        """True if there is a teacher, including a self-teacher."""
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -34,6 +28,9 @@ class DistilledModule(RolloutEngine, Protocol):
 
     def add_eos_ids(self, ids: Iterable[int]) -> None:
         """Add ids that end a response."""
+
+    def check_teacher_prompts(self, are_given: bool) -> None:
+        """Refuse prompts that the teacher cannot use, or data without those that it needs."""
 
     def keep_apart(self, ids: Collection[int]) -> None:
         """Take ids after which a response goes on out of the ends."""
@@ -58,19 +55,10 @@ def check_teacher_prompts(module: DistilledModule, *, are_given: bool) -> None:
     Raises:
         ConfigError: They do not agree; the message says what to set or leave out.
     """
-    options = "--data.teacher_prompt_template or --data.teacher_prompt_column"
-    if are_given and not module.has_teacher:
-        raise ConfigError(
-            f"there is no teacher to read the teacher's prompts: leave {options} out, or give "
-            "--model.teacher or --model.self_teacher"
-        )
-    if are_given:
-        return
     for term in module.terms:
-        if term.needs_teacher_prompt:
-            raise ConfigError(f"method {term.name} needs prompts for the teacher: give {options}")
-    if module.self_teacher == "live":
-        raise ConfigError(
-            "model.self_teacher live without teacher prompts has nothing to teach: both sides are "
-            f"one model that reads one text; give {options}"
-        )
+        if term.needs_teacher_prompt and not are_given:
+            raise ConfigError(
+                f"method {term.name} needs prompts for the teacher: give "
+                "--data.teacher_prompt_template or --data.teacher_prompt_column"
+            )
+    module.check_teacher_prompts(are_given)

@@ -161,8 +161,8 @@ def _cached_divergence(divergence: Divergence, k: int, vocab_size: int) -> Cache
         wanted = min(divergence.k, vocab_size)
         if wanted > known:
             raise ConfigError(
-                f"its TopK takes {wanted} ids, and {known} are known of this teacher: raise the k "
-                "of --model.teacher_cache or --model.teacher_server, or lower the method's k"
+                f"its TopK takes {wanted} ids, and {known} are known of this teacher: raise "
+                "--model.teacher.k, or lower the method's k"
             )
         divergence, known = divergence.divergence, wanted
     if divergence.softmax_temperature != 1.0 or isinstance(divergence, TopK):

@@ -77,12 +77,12 @@ class GivenPair:
                 an argument that is no model.
             ModelError: A ``PeftModel`` of prompt learning.
         """
-        own = _unwrapped(student, "student")
-        other = None if teacher is None else _unwrapped(teacher, "teacher")
+        own = model_source(student, "student")
+        other = None if teacher is None else model_source(teacher, "teacher")
         if isinstance(own, PreTrainedModel) and own is other:
             raise ConfigError(
                 "student and teacher are the same object: the teacher is frozen, so the student "
-                "would not train; load it twice, or give self_teacher in place of the teacher"
+                "would not train; load it twice, or give FrozenSelf() as the teacher"
             )
         carried = _carried_adapter(own)
         if adapter is not None and carried is not None:
@@ -94,7 +94,7 @@ class GivenPair:
         return cls(own, other, adapter or carried, carried is not None)
 
 
-def _unwrapped(source: object, side: str) -> ModelSource:
+def model_source(source: object, side: str) -> ModelSource:
     """Return the model inside a ``PeftModel``, with the adapter's layers; a path as text.
 
     Prompt learning is refused: it is in the wrapper, not in the model's layers.

@@ -1,6 +1,6 @@
 """Placement of models: whole, as on one device, or in shards that ranks gather together.
 
-The strategy sets the Placement of a ``PairModule``. In shards every forward pass is a collective
+The strategy sets the Placement of a ``Pair``. In shards every forward pass is a collective
 operation, so two cases need care: a phase in which each rank runs a model on its own (rollouts),
 and weights that stay gathered after a pass without gradient.
 """
@@ -26,7 +26,7 @@ RolloutMode: TypeAlias = Literal["gathered", "layerwise"]
 
 
 class Placement(Protocol):
-    """Operations that ``PairModule`` needs on its models' placement."""
+    """Operations that ``Pair`` needs on its models' placement."""
 
     def alone(self, *models: nn.Module | None) -> ExitStack:
         """Let each rank run ``models`` any number of times within the block, without gradient.

@@ -162,20 +162,20 @@ class FSDP2Strategy(ModelParallelStrategy):
             if side is not None:
                 shard(side, mesh, self._settings, option)
                 fill_from_files(side, self._shard_device)
-        module.placement = ShardedModels(
+        module.pair.placement = ShardedModels(
             self._rollouts, self._settings.reshard_after_forward, self.root_device
         )
         super().setup(trainer)
         for side in (module.student, module.teacher):
             if side is not None:  # all ranks together: weights on disk could not be tried before
                 row_groups(side)
-        module.placement.release(module.student, module.teacher)
+        module.pair.placement.release(module.student, module.teacher)
 
     @property
     def _distilled(self) -> Any:
         """The DistillationModule, of which only the attributes used here are known."""
         module = self.lightning_module
-        if not hasattr(module, "placement") or getattr(module, "student", None) is None:
+        if not hasattr(module, "pair") or getattr(module, "student", None) is None:
             raise ConfigError(
                 f"fsdp2 shards the models of a DistillationModule; got {type(module).__name__}"
             )
@@ -220,7 +220,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """
         super().post_backward(closure_loss)
         module = self._distilled
-        module.placement.release(module.student, module.teacher)
+        module.pair.placement.release(module.student, module.teacher)
         for parameter in module.trained_parameters(module.teacher):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

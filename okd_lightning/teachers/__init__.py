@@ -1,62 +1,52 @@
-"""Teachers: self-teachers, online modules, and teachers on disk or on a server.
+"""Teachers: one protocol, and one class for each kind.
 
-* ``self_teacher``: the student as its own teacher.
-* ``online_module``: a small trainable part on a frozen teacher (OKD).
-* ``cached_teacher``: a teacher on disk, its most likely ids and the rest for every loss token.
-  ``settings``: folder and size; ``identity``: a digest of the teacher; ``layout``: the rows of the
-  cache; ``store``: a complete entry on disk.
-* ``served_teacher``: the same from a teacher on a server, requested for every batch.
+* ``base``: the ``Teacher``, as the rest of the package sees it; ``NoTeacher``. ``run``: the records
+  that a run gives it.
+* ``loaded``: a frozen model in memory. ``frozen_self``, ``averaged_self``, ``live_self``: the
+  student as its own teacher, on what they share (``self_teacher``).
+* ``adaptive``: another teacher with a small trainable part (OKD), which ``online_module`` attaches.
+* ``cached_teacher``, ``served_teacher``: a teacher on disk or on a server, of which k ids a token
+  are known (``packed``); ``terms``: the methods that work with these, and the form they take.
+  ``cache_preparation``, ``cache_writing``, ``identity``, ``layout``, ``store``: the cache on disk.
 * ``teacher_base``: the model that the teacher was trained from, for methods that compare both.
-* ``terms``: the methods that work with a cached or served teacher, and the form they take.
 """
 
+from okd_lightning.teachers.adaptive import AdaptiveTeacher
+from okd_lightning.teachers.averaged_self import AveragedSelf
+from okd_lightning.teachers.base import NoTeacher, Teacher, model_side, trained
 from okd_lightning.teachers.cached_teacher import CachedTeacher
+from okd_lightning.teachers.frozen_self import FrozenSelf
+from okd_lightning.teachers.live_self import LiveSelf
+from okd_lightning.teachers.loaded import LoadedTeacher, teacher_of
 from okd_lightning.teachers.online_module import (
     OnlineModuleSettings,
-    WithinContext,
     attach_online_module,
     base_teacher,
-    check_online_module,
 )
-from okd_lightning.teachers.self_teacher import (
-    DEFAULT_EMA_DECAY,
-    SelfTeacher,
-    check_self_teacher,
-    detached,
-    follow,
-    in_eval_mode,
-    teacher_copy,
-)
+from okd_lightning.teachers.run import Opening, TeacherOptions, TeacherRun
+from okd_lightning.teachers.self_teacher import in_eval_mode
 from okd_lightning.teachers.served_teacher import ServedTeacher
-from okd_lightning.teachers.settings import (
-    TeacherCache,
-    TeacherServer,
-    check_cached_teacher,
-    check_served_teacher,
-)
 from okd_lightning.teachers.teacher_base import TeacherBase
-from okd_lightning.teachers.terms import cached_terms, check_cached_term
 
 __all__ = [
-    "DEFAULT_EMA_DECAY",
+    "AdaptiveTeacher",
+    "AveragedSelf",
     "CachedTeacher",
+    "FrozenSelf",
+    "LiveSelf",
+    "LoadedTeacher",
+    "NoTeacher",
     "OnlineModuleSettings",
-    "SelfTeacher",
+    "Opening",
     "ServedTeacher",
+    "Teacher",
     "TeacherBase",
-    "TeacherCache",
-    "TeacherServer",
-    "WithinContext",
+    "TeacherOptions",
+    "TeacherRun",
     "attach_online_module",
     "base_teacher",
-    "cached_terms",
-    "check_cached_teacher",
-    "check_cached_term",
-    "check_online_module",
-    "check_self_teacher",
-    "check_served_teacher",
-    "detached",
-    "follow",
     "in_eval_mode",
-    "teacher_copy",
+    "model_side",
+    "teacher_of",
+    "trained",
 ]

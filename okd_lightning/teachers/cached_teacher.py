@@ -1,92 +1,129 @@
-"""A run's teacher read from its cache: one side of the loss layer, without a model."""
+"""The CachedTeacher: a loaded teacher whose log-probabilities are read from disk in training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Self, final, get_args
 
 import numpy as np
-import torch
+from lightning.pytorch.utilities import rank_zero_info
 
-from okd_lightning.errors import CacheError, ModelError
+from okd_lightning.errors import CacheError, ConfigError
 from okd_lightning.losses import PackedHead, Quantity, Side
-from okd_lightning.losses.end_outcome import EndOutcome
-from okd_lightning.losses.tiling import slices, tile_size
-from okd_lightning.models import Vocabulary
+from okd_lightning.models import ModelArgument, ModelSource, Vocabulary
 from okd_lightning.records.batches import SOURCES, DistillBatch, Example
-from okd_lightning.records.collation import collate
-from okd_lightning.records.sequences import Sequences
+from okd_lightning.teachers.base import Teacher
+from okd_lightning.teachers.cache_preparation import TeacherKey, prepared_entries
 from okd_lightning.teachers.layout import PART_POSITIONS, Place, layout_of, reading_key
-from okd_lightning.teachers.settings import TeacherCache
-from okd_lightning.teachers.store import Entry, from_records, record_type, to_records
+from okd_lightning.teachers.loaded import LoadedTeacher
+from okd_lightning.teachers.packed import PackedTeacher
+from okd_lightning.teachers.run import Opening, TeacherRun
+from okd_lightning.teachers.store import Entry, LogProbFormat, from_records, record_type
 from okd_lightning.teachers.terms import check_known
 
 _FORMAT = 2
 _DATASET = SOURCES.index("dataset")
 
-Reader: TypeAlias = Callable[[Sequences], Side]
-"""Computes the teacher's side at the loss tokens of some rows."""
 
+@final
+class CachedTeacher(PackedTeacher):
+    """A loaded teacher's log-probabilities, written to disk once: training reads them from there.
 
-@dataclass(frozen=True)
-class TeacherKey:
-    """Everything that a teacher's probabilities depend on, besides the rows.
-
-    Attributes:
-        identity: Digest of its weights and config.
-        dtype: Number format of its weights.
-        precision: The Trainer's.
-        vocabulary: The valid ids, to which its logits are cut, and the end ids, which are merged.
-    """
-
-    identity: str
-    dtype: str
-    precision: str
-    vocabulary: Vocabulary
-
-    def entries(self) -> dict[str, Any]:
-        """Return the key as entries of an index."""
-        ids = np.asarray(self.vocabulary.invalid_ids, dtype="<i4").tobytes()
-        ends = sorted(self.vocabulary.end_ids)
-        return {
-            **({"end_ids": ends} if len(ends) > 1 else {}),
-            "teacher": self.identity,
-            "teacher_dtype": self.dtype,
-            "precision": self.precision,
-            "vocabulary": [self.vocabulary.size, sha256(ids).hexdigest()],
-        }
-
-
-class CachedTeacher:
-    """Reads the teacher's log-probabilities of a batch from its cache.
+    The teacher is in memory while they are written, and outside of training (validate, test). For
+    every loss token of the dataset responses there are its k most likely ids, the rest and the
+    target.
 
     Args:
-        settings: Folder and size of the cache.
-        vocabulary: The run's vocabulary.
+        model: The teacher; see LoadedTeacher.
+        folder: Folder of caches, with one entry for each teacher, dataset and k.
+        k: Ids that keep their own log-probability; 48 take at most 296 bytes a token in float16.
+        dtype: Number format of the log-probabilities.
 
     Attributes:
         part_positions: Approximate loss tokens a file.
+
+    Raises:
+        ConfigError: A number out of its range.
     """
 
-    option = "--model.teacher_cache"
-    reads_new_rows = False
+    option = "--model.teacher CachedTeacher"
     part_positions = PART_POSITIONS
 
-    def __init__(self, settings: TeacherCache, vocabulary: Vocabulary) -> None:
-        self.settings = settings
-        self.vocabulary = vocabulary
-        self.k = min(settings.k, vocabulary.size)
-        self.record = record_type(self.k, vocabulary.size, settings.dtype)
+    def __init__(
+        self,
+        model: ModelArgument,
+        folder: str,
+        k: int = 48,
+        dtype: LogProbFormat = "float16",
+    ) -> None:
+        if k < 1:
+            raise ConfigError(f"model.teacher.k must be at least 1, got {k}")
+        if dtype not in get_args(LogProbFormat):
+            raise ConfigError(f"model.teacher.dtype is {dtype!r}; expected float16 or float32")
+        self.inner = LoadedTeacher(model)
+        self.dtype = dtype
+        self.k = self._wanted = k
+        self._folder = folder
+        self.record = record_type(k, k, dtype)  # of the run's vocabulary, once it is known
         self.entries: tuple[Entry, ...] = ()
         self._places: dict[bytes, tuple[Entry, Place]] = {}
 
     @property
+    def own_source(self) -> ModelSource:
+        """The user's model."""
+        return self.inner.own_source
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """Model, folder and size."""
+        own = {"folder": self._folder, "k": self._wanted, "dtype": self.dtype}
+        return {**self.inner.arguments, **own}
+
+    def use_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Take it, and hand it to the inner teacher."""
+        super().use_vocabulary(vocabulary)
+        self.inner.use_vocabulary(vocabulary)
+
+    def join(self, run: TeacherRun) -> Self:
+        """Return a copy for ``run``, with the size of its vocabulary."""
+        own = super().join(run)
+        own.inner = self.inner.join(run)
+        own.k = min(self._wanted, run.vocabulary.size)
+        own.record = record_type(own.k, run.vocabulary.size, self.dtype)
+        return own
+
+    def during(self, is_training: bool) -> Teacher:
+        """Return this teacher in training, and the loaded one in other commands."""
+        return self if is_training else self.inner
+
+    def build(self) -> None:
+        """Have no model in memory."""
+        self.inner.model = None
+
+    def open(self, opening: Opening) -> None:
+        """Open the cache of this run's teacher and data; write it first where it does not exist.
+
+        Raises:
+            OKDLightningError: See ``prepared_entries``.
+        """
+        entries, is_new = prepared_entries(self.inner, self.folder, self.entry, opening)
+        self.open_entries(entries)
+        positions = sum(entry.layout.num_positions for entry in entries)
+        names = " and ".join(str(entry.folder) for entry in entries)
+        rank_zero_info(
+            f"teacher: {'written to' if is_new else 'read from'} its cache, {self.k} ids a token, "
+            f"{positions:,} tokens of {self.record.itemsize} bytes ({names or 'nothing to keep'}); "
+            f"methods read their divergences as TopK(., {self.k}), at most the exact ones; "
+            "validation takes these as val/top_k_*, and nothing of the teacher on on-policy samples"
+        )
+
+    @property
     def folder(self) -> Path:
         """Folder of all entries."""
-        return Path(self.settings.folder).expanduser()
+        return Path(self._folder).expanduser()
 
     def entry(self, key: TeacherKey, examples: Sequence[Example]) -> Entry:
         """Return the cache entry of one dataset, existing or not."""
@@ -95,14 +132,14 @@ class CachedTeacher:
             "format": _FORMAT,
             **key.entries(),
             "k": self.k,
-            "logprobs": self.settings.dtype,
+            "logprobs": self.dtype,
             "rows": layout.digest,
             "parts": [part.num_positions for part in layout.parts],
         }
         name = sha256(repr(sorted(full.items())).encode()).hexdigest()[:24]
         return Entry(self.folder / name, full, layout, self.record)
 
-    def open(self, entries: Sequence[Entry]) -> None:
+    def open_entries(self, entries: Sequence[Entry]) -> None:
         """Open these entries for ``side``.
 
         Raises:
@@ -128,7 +165,7 @@ class CachedTeacher:
             ConfigError: A quantity that needs the teacher to be run.
             CacheError: A dataset row that is not in the cache, or a broken file.
         """
-        check_known(quantities, self.k, self.vocabulary.size, self.option)
+        check_known(quantities, self.k, self.run.vocabulary.size, self.option)
         reads = batch.teacher_reads
         device = reads.input_ids.device
         ids, mask = reads.input_ids.cpu().numpy(), reads.mask.cpu().numpy()
@@ -152,61 +189,14 @@ class CachedTeacher:
         if place_of is None:
             raise CacheError(
                 "a row of this run is not in the teacher cache, which holds the dataset responses "
-                "of data.train and data.val; leave --model.teacher_cache out for other loaders"
+                "of data.train and data.val; give --model.teacher a folder or hub id for "
+                "other loaders"
             )
         entry, place = place_of
         return entry.read(place)
 
-
-def write_entry(
-    entry: Entry,
-    read: Reader,
-    *,
-    batch_size: int,
-    device: torch.device,
-    own: Callable[[int], bool],
-    progress: Callable[[int], None] | None = None,
-) -> None:
-    """Run the teacher over the rows of this rank's files, and write the files.
-
-    Args:
-        entry: A prepared entry; existing files are kept.
-        read: Runs the teacher.
-        batch_size: Rows a forward pass.
-        device: The teacher's device.
-        own: Whether the file of a number is this rank's.
-        progress: Called with the number of finished rows.
-
-    Raises:
-        ModelError: The teacher's log-probabilities are NaN.
-    """
-    for number, part in enumerate(entry.layout.parts):
-        if not own(number) or entry.has_part(number):
-            continue
-        records = np.empty(part.num_positions, entry.record)
-        done = 0
-        for rows in slices(len(part.rows), batch_size):
-            found = _records(collate(part.rows[rows]).to(device).teacher_reads, read, entry)
-            records[done : done + len(found)] = found
-            done += len(found)
-            if progress is not None:
-                progress(rows.stop - rows.start)
-        entry.write_part(number, records)
-
-
-@torch.no_grad()
-def _records(reads: Sequences, read: Reader, entry: Entry) -> np.ndarray:
-    """Return [positions] records of a batch, from full distributions by tiles."""
-    side, targets = read(reads), reads.targets
-    vocab_size = entry.key["vocabulary"][0]
-    tiles = []
-    for tile in slices(len(side.hidden), tile_size(vocab_size, side.hidden.device)):
-        ends = EndOutcome(side.end_ids, side.hidden.device)
-        logprobs = ends.merge(side.head(side.hidden[tile])).log_softmax(-1)
-        if logprobs.isnan().any():
-            raise ModelError(
-                "--model.teacher gives NaN for a row of the data, so that nothing can be learned "
-                "from it; check its weights and --model.teacher_dtype"
-            )
-        tiles.append(to_records(logprobs, ends.outcomes(targets[tile]), entry.record))
-    return np.concatenate(tiles)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy the loaded teacher, and share the open files."""
+        own = super().__deepcopy__(memo)
+        own.inner = deepcopy(self.inner, memo)
+        return own

@@ -42,8 +42,8 @@ def teacher_identity(source: ModelSource, vocab_size: int, folder: Path) -> str:
         return _of_memory(source)
     if isinstance(source, Mapping):
         raise ConfigError(
-            "model.teacher_cache keeps what a teacher says for later runs, and --model.teacher is "
-            "a config with random weights: save the model and name its folder"
+            "--model.teacher CachedTeacher keeps log-probabilities for later runs, and its model "
+            "is a config with random weights: save the model and name its folder"
         )
     found = locate(source, "--model.teacher")
     if found.folder is not None and found.gguf_file is not None:

@@ -30,7 +30,6 @@ from okd_lightning.models.projection_targets import (
 )
 from okd_lightning.models.recompute import recompute_activations
 from okd_lightning.models.schedules import ScheduleName
-from okd_lightning.teachers.self_teacher import SelfTeacher
 
 _PEFT_DEFAULT_ALPHA = 8
 _IN_THE_CACHE = (PeftType.PREFIX_TUNING, "CARTRIDGE")
@@ -64,52 +63,6 @@ class OnlineModuleSettings:
             key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
             for key, value in values.items()
         }
-
-
-def check_online_module(
-    settings: OnlineModuleSettings,
-    known: OnlineModuleSettings | None,
-    *,
-    has_teacher: bool,
-    is_cached: bool,
-    self_teacher: SelfTeacher | None,
-    is_built_without: bool,
-) -> None:
-    """Refuse an online module that this run's teacher cannot have.
-
-    Args:
-        settings: The method's online module.
-        known: Another method's online module, if any.
-        has_teacher: Whether the run has a teacher.
-        is_cached: Whether the teacher is read from a cache.
-        self_teacher: Kind of self-teacher; None for another teacher.
-        is_built_without: Whether the models are already built, with the student's base as teacher.
-
-    Raises:
-        ConfigError: Not possible; the message says what to change.
-    """
-    if known is not None and known != settings:
-        raise ConfigError(
-            "two methods ask for different online modules on one teacher; give both the same"
-        )
-    if not has_teacher:
-        raise ConfigError("an online module needs a teacher: give --model.teacher")
-    if is_cached:
-        raise ConfigError(
-            "an online module is trained on a teacher that is run, and model.teacher_cache keeps "
-            "one that stays as it was: leave it out, or use another method"
-        )
-    if self_teacher in ("ema", "live"):
-        raise ConfigError(
-            f"model.self_teacher {self_teacher} follows the student, and an online module "
-            "is trained on a teacher that stays: use --model.self_teacher frozen, or another "
-            "method"
-        )
-    if is_built_without:
-        raise ConfigError(
-            "this module was built for a method without an online module, with the student's "
-            "base as its teacher; make a new DistillationModule for this one"
-        )
 
 
 def attach_online_module(

@@ -1,71 +1,109 @@
-"""The student as its own teacher: frozen at the start, its moving average, or its present weights.
+"""The student as its own teacher: what its three kinds share.
 
-Owns the copies and their updates; the data module owns the prompts of such a teacher.
+Owns copies of the student, and the student run as a teacher. The data module owns the prompts of
+such a teacher.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from typing import Literal, TypeAlias
+from dataclasses import replace
+from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from okd_lightning.errors import ConfigError
+from okd_lightning.losses import Quantity, Side
+from okd_lightning.models import LMHead, ModelSource
+from okd_lightning.records.batches import DistillBatch
+from okd_lightning.teachers.base import Teacher, model_side
+from okd_lightning.teachers.run import Opening, TeacherOptions
 
-SelfTeacher: TypeAlias = Literal["frozen", "ema", "live"]
-"""The initial student, its exponential moving average, or the present student."""
 
-DEFAULT_EMA_DECAY = 0.99
+class SelfTeacher(Teacher):
+    """The student as its own teacher; the kinds say which of its states.
 
-
-def check_self_teacher(
-    kind: SelfTeacher | None,
-    ema_decay: float | None,
-    *,
-    has_teacher: bool,
-    has_dtype: bool,
-    is_rounded: bool,
-) -> None:
-    """Refuse settings that contradict each other.
-
-    Args:
-        kind: The kind; None for a separate teacher.
-        ema_decay: The user's setting.
-        has_teacher: Whether a separate teacher is set.
-        has_dtype: Whether a number format of the teacher is set.
-        is_rounded: Whether the trained weights are in 16 bits.
-
-    Raises:
-        ConfigError: There is a contradiction; the message says what to change.
+    Without ``model``, the student itself is run: in eval mode, without gradient.
     """
-    if kind not in (None, "frozen", "ema", "live"):
-        raise ConfigError(f"model.self_teacher is {kind!r}; expected frozen, ema or live")
-    if kind is not None and has_teacher:
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """No arguments."""
+        return {}
+
+    @property
+    def mark(self) -> str:
+        """The kind: the weights of another one are not in the checkpoint."""
+        return type(self).__name__
+
+    @property
+    def source(self) -> ModelSource:
+        """The student's source."""
+        return self.run.student
+
+    def check_options(self, options: TeacherOptions) -> None:
+        """Refuse a number format of the teacher: it is the student's."""
+        if options.teacher_dtype is not None:
+            raise ConfigError(
+                f"model.teacher {type(self).__name__} has the student's number format: leave "
+                "model.teacher_dtype out (--model.teacher_dtype null)"
+            )
+        super().check_options(options)
+
+    def config(self, student: PretrainedConfig) -> PretrainedConfig:
+        """Return the student's config."""
+        return student
+
+    def check_adaptable(self) -> None:
+        """Refuse: a teacher that follows the student has no weights that stay."""
         raise ConfigError(
-            f"model.self_teacher {kind} makes the student its own teacher, and model.teacher names "
-            "another one: leave one of them out (--model.teacher null)"
+            f"model.teacher {type(self).__name__} follows the student, and an online module "
+            "is trained on a teacher that stays: use --model.teacher FrozenSelf, or "
+            "another method"
         )
-    if kind is not None and has_dtype:
-        raise ConfigError(
-            f"model.self_teacher {kind} has the student's number format: leave model.teacher_dtype "
-            "out (--model.teacher_dtype null)"
-        )
-    if ema_decay is not None and kind != "ema":
-        raise ConfigError(
-            f"model.ema_decay {ema_decay} has nothing to act on: give --model.self_teacher ema, or "
-            "leave it out"
-        )
-    if ema_decay is not None and not 0 < ema_decay < 1:
-        raise ConfigError(f"model.ema_decay must be between 0 and 1 (exclusive), got {ema_decay}")
-    if kind == "ema" and is_rounded:
-        raise ConfigError(
-            "model.self_teacher ema adds up small steps, which 16 bits round away: use "
-            "--model.dtype float32 with --trainer.precision bf16-mixed, or train an adapter"
-        )
+
+    def open(self, opening: Opening) -> None:
+        """Say that the student is its own teacher."""
+        del opening
+        rank_zero_info(f"the student is its own teacher ({type(self).__name__})")
+
+    def side(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Side:
+        """Return the side of the copy, or of the student with a head that gets no gradient."""
+        if self.model is not None:
+            return super().side(batch, quantities)
+        assert self.student is not None
+        vocabulary = self.run.vocabulary
+        with torch.no_grad(), self.as_teacher():
+            side = model_side(self.student, batch.teacher_reads, self.packs_student, vocabulary)
+            head = LMHead.of(self.student, vocabulary)
+            return replace(side, head=replace(head, module=detached(head.module)))
+
+    def generator(self) -> tuple[PreTrainedModel, AbstractContextManager[None]]:
+        """Return the copy, or the student as a teacher."""
+        if self.model is not None:
+            return super().generator()
+        assert self.student is not None
+        return self.student, self.as_teacher()
+
+    @contextmanager
+    def as_teacher(self) -> Iterator[None]:
+        """Put the student into eval mode within the block, in the state that teaches."""
+        assert self.student is not None
+        with in_eval_mode(self.student), self.state_of_student():
+            yield
+
+    def state_of_student(self) -> AbstractContextManager[None]:
+        """Set the student's state that teaches; by default its present one."""
+        return nullcontext()
+
+    def settings(self) -> Mapping[str, Any]:
+        """Return the kind."""
+        return {"teacher": type(self).__name__}
 
 
 def teacher_copy(student: PreTrainedModel) -> PreTrainedModel:
@@ -73,20 +111,6 @@ def teacher_copy(student: PreTrainedModel) -> PreTrainedModel:
     # deepcopy's memo: these parameters are shared and not copied
     shared = {id(p): p for p in student.parameters() if not p.requires_grad}
     return deepcopy(student, shared).requires_grad_(False).eval()
-
-
-@torch.no_grad()
-def follow(teacher: nn.Module, student: nn.Module, decay: float) -> None:
-    """Move a ``teacher_copy`` towards the student: t ← decay · t + (1 - decay) · s, in place.
-
-    Only the student's trained weights are averaged; nothing carries gradient.
-    """
-    pairs = [
-        (own, trained)
-        for own, trained in zip(teacher.parameters(), student.parameters(), strict=True)
-        if trained.requires_grad
-    ]
-    torch._foreach_lerp_([own for own, _ in pairs], [new for _, new in pairs], 1 - decay)
 
 
 @contextmanager

@@ -11,19 +11,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any, Self, final
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.endpoint import Endpoint, ServerStatusError, in_parallel
 from okd_lightning.engines.vllm_client import VLLMClient
 from okd_lightning.errors import ConfigError, ServerError, VocabularyError, one_line
-from okd_lightning.losses import PackedHead, Quantity, Side, pack_outcomes
+from okd_lightning.losses import CachedDrawnOutcome, PackedHead, Quantity, Side, pack_outcomes
 from okd_lightning.models import Vocabulary, probe_texts
 from okd_lightning.records.batches import DistillBatch
-from okd_lightning.teachers.settings import TeacherServer
+from okd_lightning.teachers.packed import PackedTeacher
+from okd_lightning.teachers.run import Opening, TeacherOptions, TeacherRun
 from okd_lightning.teachers.terms import check_known
 
 _SPARE = 8
@@ -41,36 +42,88 @@ _LEAST_REST = 1e-7
 """Resolution of 1 minus a sum of k float32 probabilities."""
 
 
-class ServedTeacher:
-    """Requests the teacher's log-probabilities of a batch from a server.
+@final
+class ServedTeacher(PackedTeacher):
+    """A teacher on an OpenAI-compatible vLLM server, which scores every row of a batch.
 
     Args:
-        settings: Address and request settings.
-        vocabulary: The run's vocabulary.
-        tokenizer: The run's tokenizer; the server's must agree with it.
-        dtype: Number format of the returned log-probabilities.
+        url: Address of the server, such as http://localhost:8000.
+        model: Name of the served teacher; by default the server's only model.
+        k: Ids that keep their own log-probability; the server needs --max-logprobs k + 8.
+        timeout_seconds: Longest wait for one row, which includes the server's queue.
+        concurrency: Requests in flight at once.
+        num_retries: Retries of a request whose connection failed; 12 last 64 seconds, in which a
+            server can restart.
+
+    Raises:
+        ConfigError: A number out of its range.
     """
 
-    option = "--model.teacher_server"
+    option = "--model.teacher ServedTeacher"
     reads_new_rows = True
 
     def __init__(
         self,
-        settings: TeacherServer,
-        vocabulary: Vocabulary,
-        tokenizer: PreTrainedTokenizerBase,
-        dtype: torch.dtype = torch.float32,
+        url: str,
+        model: str | None = None,
+        k: int = 12,
+        timeout_seconds: float = 600.0,
+        concurrency: int = 16,
+        num_retries: int = 12,
     ) -> None:
-        self.settings = settings
-        self.vocabulary = vocabulary
-        self.k = min(settings.k, vocabulary.size - len(vocabulary.invalid_ids))
-        self._tokenizer = tokenizer
-        self._dtype = dtype
-        endpoint = Endpoint(
-            settings.url, self.option, settings.timeout_seconds, settings.num_retries, _TOKEN
-        )
-        self._client = VLLMClient(endpoint, settings.model)
+        for name, value in (("k", k), ("concurrency", concurrency)):
+            if value < 1:
+                raise ConfigError(f"model.teacher.{name} must be at least 1, got {value}")
+        self._arguments = {
+            "url": url,
+            "model": model,
+            "k": k,
+            "timeout_seconds": timeout_seconds,
+            "concurrency": concurrency,
+            "num_retries": num_retries,
+        }
+        self.k = self._wanted = k
+        self.concurrency = concurrency
+        endpoint = Endpoint(url, "--model.teacher.url", timeout_seconds, num_retries, _TOKEN)
+        self._client = VLLMClient(endpoint, model)
         self._is_connected = False
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """Address and request settings."""
+        return self._arguments
+
+    def check_options(self, options: TeacherOptions) -> None:
+        """Refuse a number format of the teacher: it is the server's."""
+        if options.teacher_dtype is not None:
+            raise ConfigError(
+                "model.teacher ServedTeacher runs on a server, which chooses its number format: "
+                "leave model.teacher_dtype out (--model.teacher_dtype null)"
+            )
+        super().check_options(options)
+
+    def join(self, run: TeacherRun) -> Self:
+        """Return a copy for ``run``, with the size of its vocabulary."""
+        own = super().join(run)
+        own.k = min(self._wanted, own._num_outcomes)
+        return own
+
+    def use_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Take the vocabulary with the run's present end ids."""
+        super().use_vocabulary(vocabulary)
+        self.k = min(self._wanted, self._num_outcomes)
+
+    @property
+    def _num_outcomes(self) -> int:
+        """Outcomes of the vocabulary: all ends of a response are one."""
+        vocabulary = self.run.vocabulary
+        num_merged = max(0, len(vocabulary.end_ids) - 1)
+        return vocabulary.size - len(vocabulary.invalid_ids) - num_merged
+
+    def open(self, opening: Opening) -> None:
+        """Connect to the server."""
+        del opening
+        self.connect()
 
     def connect(self) -> None:
         """Find the model and compare the tokenizers, once.
@@ -118,31 +171,42 @@ class ServedTeacher:
             ConfigError: A quantity that needs the teacher to be run in this process.
             ServerError: The server fails, or its answer is unexpected.
         """
-        check_known(quantities, self.k, self.vocabulary.size, self.option)
+        check_known(quantities, self.k, self.run.vocabulary.size, self.option)
         self.connect()
+        asks_ends = any(isinstance(quantity, CachedDrawnOutcome) for quantity in quantities)
         reads = batch.teacher_reads
         ids, mask = reads.input_ids.tolist(), reads.mask.cpu().numpy()
         rows = [
             (ids[row][:length], np.flatnonzero(mask[row, :length][1:]) + 1)
             for row, length in enumerate(reads.lengths.tolist())
         ]
-        calls = [partial(self._score, row, places) for row, places in rows if len(places)]
-        found = in_parallel(calls, self.settings.concurrency)
+        calls = [
+            partial(self._score, row, places, asks_ends) for row, places in rows if len(places)
+        ]
+        found = in_parallel(calls, self.concurrency)
         said = [np.concatenate(parts) for parts in zip(*found, strict=True)] or [
             np.empty((0, self.k), np.int64),
             np.empty((0, self.k + 1)),
             np.empty(0),
         ]
         known, logprobs, drawn = (torch.from_numpy(part) for part in said)
-        packed = pack_outcomes(known, logprobs.to(self._dtype), drawn.to(self._dtype))
+        dtype = self.run.logprob_dtype
+        packed = pack_outcomes(known, logprobs.to(dtype), drawn.to(dtype))
         return Side(packed.to(reads.input_ids.device), PackedHead())
 
     @property
     def _name(self) -> str:
-        return f"{self.option}: {self._client.endpoint.url}"
+        return f"--model.teacher.url: {self._client.endpoint.url}"
 
-    def _score(self, ids: list[int], places: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Return a row's [places, k] ids, [places, k + 1] log-probs, [places] target log-probs."""
+    def _score(self, ids: list[int], places: np.ndarray, asks_ends: bool) -> tuple[np.ndarray, ...]:
+        """Return a row's [places, k] ids, [places, k + 1] log-probs, [places] target log-probs.
+
+        Args:
+            ids: The row.
+            places: Its loss tokens.
+            asks_ends: Whether all of several end ids are needed where the row has one of them: each
+                that is not among the likeliest costs a request.
+        """
         body = {
             "prompt": ids,
             "max_tokens": 1,
@@ -157,9 +221,13 @@ class ServedTeacher:
             raise ServerError(
                 f"{error}; it has to take prompts of {len(ids)} tokens (--max-model-len "
                 f"{len(ids) + 1} at least) and to give {self.k + _SPARE} log-probabilities "
-                f"(--max-logprobs {self.k + _SPARE}); or lower {self.option}.k"
+                f"(--max-logprobs {self.k + _SPARE}); or lower --model.teacher.k"
             ) from error
-        read = [self._read(found[place - 1], ids[place]) for place in places]
+        said = [dict(found[place - 1]) for place in places]
+        if asks_ends:
+            for of_place, place in zip(said, places, strict=True):
+                of_place.update(self._other_ends(ids[: place + 1], of_place))
+        read = [self._read(one, ids[place]) for one, place in zip(said, places, strict=True)]
         return tuple(np.stack(parts) for parts in zip(*read, strict=True))
 
     def _read(
@@ -168,11 +236,13 @@ class ServedTeacher:
         """Return [k] ids, most likely first, [k + 1] log-probs (nats), [] the target token's.
 
         vLLM returns a prompt's own tokens besides the most likely ids, however unlikely they are.
+        Several end ids are one outcome if all of them are known; else they are part of the rest.
         """
+        said, drawn_logprob, of_ends = self._merged(said, token)
         entries = sorted((-logprob, known) for known, logprob in said.items())
         ids = np.asarray([known for _, known in entries])
         logprobs = -np.asarray([negative for negative, _ in entries], dtype=np.float64)
-        is_token = (ids < self.vocabulary.size) & ~np.isin(ids, self.vocabulary.invalid_ids)
+        is_token = (ids < self.run.vocabulary.size) & ~np.isin(ids, self.run.vocabulary.invalid_ids)
         strange = float(np.exp(logprobs[~is_token]).sum())
         if strange > _NEGLIGIBLE or is_token.sum() < self.k:
             raise VocabularyError(
@@ -182,16 +252,51 @@ class ServedTeacher:
                 "tokenizer, without padding rows that it gives probability to"
             )
         ids, logprobs = ids[is_token][: self.k], logprobs[is_token][: self.k] - np.log1p(-strange)
-        self._check_mass(logprobs)
-        is_all = self.k == self.vocabulary.size - len(self.vocabulary.invalid_ids)
+        self._check_mass(float(np.exp(logprobs).sum()) + of_ends)
+        is_all = self.k == self._num_outcomes
         rest = -math.inf if is_all else math.log(max(1 - np.exp(logprobs).sum(), _LEAST_REST))
         outcomes = np.append(logprobs, rest)
-        drawn = np.asarray(said[token] - np.log1p(-strange))
+        drawn = np.asarray(drawn_logprob - np.log1p(-strange))
         return ids, outcomes - np.logaddexp.reduce(outcomes), drawn
 
-    def _check_mass(self, logprobs: np.ndarray) -> None:
+    def _merged(
+        self, said: Mapping[int, float], token: int
+    ) -> tuple[Mapping[int, float], float, float]:
+        """Return log-probs (nats) by outcome, the target's, and the mass of ends that are left out.
+
+        With an end id missing, the known ones are left out, so that the outcome is in the rest.
+        """
+        ends = self.run.vocabulary.end_ids
+        if len(ends) < 2:
+            return said, said[token], 0.0
+        known = [said[i] for i in ends if i in said]
+        others = {i: logprob for i, logprob in said.items() if i not in ends}
+        if len(known) < len(ends):
+            return others, said[token], float(np.exp(known).sum())
+        merged = float(np.logaddexp.reduce(known))
+        return {**others, ends[0]: merged}, merged if token in ends else said[token], 0.0
+
+    def _other_ends(self, ids: list[int], said: Mapping[int, float]) -> dict[int, float]:
+        """Request the log-probs (nats) of the end ids that are missing where a row has an end.
+
+        Args:
+            ids: The row up to the token in question.
+            said: What is known there.
+        """
+        ends = self.run.vocabulary.end_ids
+        if len(ends) < 2 or ids[-1] not in ends:
+            return {}
+        body = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 1}
+        found = {}
+        for end in ends:
+            if end not in said:
+                completion = self._client.complete({**body, "prompt": [*ids[:-1], end]})
+                found[end] = completion.prompt_logprobs[-1][end]
+        return found
+
+    def _check_mass(self, mass: float) -> None:
         """Refuse k ids that cannot be the most likely: those have at least k / vocabulary."""
-        mass, least = float(np.exp(logprobs).sum()), self.k / self.vocabulary.size
+        least = self.k / self.run.vocabulary.size
         if mass < _SHARE_OF_UNIFORM * least:
             raise ServerError(
                 f"{self._name} gives its {self.k} likeliest ids a probability of {mass:.3g} in "
@@ -200,7 +305,7 @@ class ServedTeacher:
             )
 
     def _check_tokenizer(self) -> None:
-        for text, ids in probe_texts(self._tokenizer):
+        for text, ids in probe_texts(self.run.tokenizer):
             found = list(self._client.tokenize(text))
             if found != ids:
                 place = next(

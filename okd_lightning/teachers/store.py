@@ -11,7 +11,7 @@ import shutil
 import zlib
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from okd_lightning.teachers.layout import Layout, Place
 
 _INDEX = "index.json"
 _OPEN_FILES = 256
+
+LogProbFormat: TypeAlias = Literal["float16", "float32"]
+"""Number format of the k ids' log-probabilities."""
 
 
 def record_type(k: int, vocab_size: int, dtype: str) -> np.dtype[Any]:
@@ -84,7 +87,7 @@ def make_folder(folder: Path) -> None:
         probe.unlink(missing_ok=True)  # another run may have removed it
     except OSError as error:
         raise OutputError(
-            f"--model.teacher_cache: {str(folder)!r} cannot be written ({error.strerror}); choose "
+            f"--model.teacher.folder: {str(folder)!r} cannot be written ({error.strerror}); choose "
             "another folder"
         ) from error
 
@@ -155,9 +158,9 @@ class Entry:
         needed = sum(missing) * self.record.itemsize
         if needed > free:
             raise OutputError(
-                f"--model.teacher_cache: {self.folder} needs {needed / 1e9:.2f} GB more and the "
+                f"--model.teacher.folder: {self.folder} needs {needed / 1e9:.2f} GB more and the "
                 f"disk has {free / 1e9:.2f} GB; choose another folder, or a smaller "
-                "--model.teacher_cache.k"
+                "--model.teacher.k"
             )
 
     def write_part(self, number: int, records: np.ndarray) -> None:
@@ -182,7 +185,7 @@ class Entry:
         is_whole, problem = self.state()
         if not is_whole:
             raise CacheError(
-                f"--model.teacher_cache: {problem or f'{self.folder} is not there'}, as seen by "
+                f"--model.teacher.folder: {problem or f'{self.folder} is not there'}, as seen by "
                 "this process; all processes of a run need one folder that they share"
             )
         self._checksums = read_json(self.folder / _INDEX)["checksums"]

@@ -31,8 +31,8 @@ def check_known(quantities: Sequence[Quantity], k: int, vocab_size: int, option:
     for quantity in quantities:
         if cached_form(quantity, k, vocab_size) != quantity:
             raise ConfigError(
-                f"{quantity} was asked of a teacher of whom {k} ids are known: measure it without "
-                f"{option}, or where nothing is trained (okd-lightning validate)"
+                f"{quantity} was asked of a teacher of whom {k} ids are known: measure it with a "
+                f"loaded teacher in place of {option.rpartition(' ')[2]} (--model.teacher FOLDER)"
             )
 
 
@@ -40,7 +40,7 @@ def check_cached_term(
     term: Term,
     k: int,
     vocab_size: int,
-    option: str = "--model.teacher_cache",
+    option: str = "--model.teacher CachedTeacher",
     reads_new_rows: bool = False,
 ) -> None:
     """Refuse a method that needs the teacher itself.
@@ -56,7 +56,7 @@ def check_cached_term(
         ConfigError: It needs a cached teacher on on-policy rows, makes the teacher generate or
             learn, or needs more than k probabilities.
     """
-    advice = f"; leave {option} out for this run"
+    advice = f"; give --model.teacher a folder or hub id in place of {option.rpartition(' ')[2]}"
     if "teacher" in term.sources:
         raise ConfigError(f"method {term.name} has the teacher write responses{advice}")
     needs_teacher = any(quantity.needs_teacher for quantity in term.quantities)

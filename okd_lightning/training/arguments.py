@@ -18,9 +18,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftConfig
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from okd_lightning import teachers
 from okd_lightning.errors import CheckpointError
+from okd_lightning.teachers import Teacher
+from okd_lightning.training.earlier_options import present_model
 
 _CONFIG, _FILES, _PEFT, _CODE = "config", "files", "peft_config", "code"
+_CLASS, _SETTINGS = "class_path", "init_args"
 
 
 def stored_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,6 +56,7 @@ def restored_arguments(
                 "load_from_checkpoint(path, student=..., teacher=...)"
             )
         stored = {}
+    stored = present_model(stored)
     student = None if "student" in given else stored.get("student")
     if _is(student, _CODE) or (_is(student, _CONFIG) and "student_adapter" in stored):
         raise CheckpointError(
@@ -62,7 +67,7 @@ def restored_arguments(
     for name, value in stored.items():
         if name in given:
             continue
-        if name == "teacher" and (_is(value, _CONFIG) or _is(value, _CODE)):
+        if name == "teacher" and _is_in_memory(value):
             rank_zero_info(
                 "the checkpoint's teacher was a model in memory, which it does not hold: the "
                 "module has none; give load_from_checkpoint(path, teacher=MODEL OR FOLDER)"
@@ -109,11 +114,10 @@ def check_arguments(
     Raises:
         CheckpointError: There is such an argument; the message names the first.
     """
-    for name, value in (stored or {}).items():
+    for name, value in present_model(stored or {}).items():
         if name in given:
             continue
-        is_server = name == "teacher_server" and value is not None
-        what = "a server" if is_server else _kernel_in({name: value})
+        what = _foreign_part({name: value})
         if what is not None:
             raise CheckpointError(
                 f"{checkpoint} was not signed by you, and its {name} names {what}: give "
@@ -121,12 +125,14 @@ def check_arguments(
             )
 
 
-def _kernel_in(value: Any) -> str | None:
-    """Describe a repository from which transformers would download and run an attention kernel."""
+def _foreign_part(value: Any) -> str | None:
+    """Describe a server, or a repository whose attention kernel transformers would run."""
     waiting = [value]
     while waiting:
         node = waiting.pop()
         for key, entry in node.items():
+            if key == "url" and entry is not None:
+                return "a server"
             is_kernel = str(key).endswith("attn_implementation") and isinstance(entry, str)
             if is_kernel and set("/:") & set(entry):
                 return f"the kernel {entry!r}, which is downloaded and run"
@@ -135,20 +141,58 @@ def _kernel_in(value: Any) -> str | None:
 
 
 def _stored(value: Any) -> Any:
+    if isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, Teacher):
+        return _stored_teacher(value)
+    if isinstance(value, str | os.PathLike):
+        return str(Path(value).absolute()) if Path(value).is_dir() else str(value)
+    return json.loads(json.dumps(dict(value))) if isinstance(value, Mapping) else _kept(value)
+
+
+def _kept(value: Any) -> dict[str, Any]:
+    """Return what an object in memory can be rebuilt from."""
     if isinstance(value, PreTrainedModel):
         return {"kept": _CONFIG, "value": json.loads(value.config.to_json_string(use_diff=False))}
     if isinstance(value, PreTrainedTokenizerBase):
         return {"kept": _FILES, "value": _files_of(value)}
     if isinstance(value, PeftConfig):
         return {"kept": _PEFT, "value": plain_peft_config(value)}
-    if isinstance(value, str | os.PathLike):
-        return str(Path(value).absolute()) if Path(value).is_dir() else str(value)
-    if isinstance(value, Mapping):
-        return json.loads(json.dumps(dict(value)))
-    return value if isinstance(value, bool | int | float) else {"kept": _CODE, "value": None}
+    return {"kept": _CODE, "value": None}
+
+
+def _stored_teacher(teacher: Teacher) -> dict[str, Any]:
+    """Return class and settings; a class that is not of this package is code."""
+    teacher = teacher.base
+    name = type(teacher).__name__
+    settings = {n: _stored(value) for n, value in teacher.arguments.items() if value is not None}
+    is_own = getattr(teachers, name, None) is type(teacher)
+    if not is_own or any(_is(value, _CODE) for value in settings.values()):
+        return {"kept": _CODE, "value": None}
+    return {_CLASS: f"{teachers.__name__}.{name}", _SETTINGS: settings}
+
+
+def _restored_teacher(stored: Mapping[str, Any]) -> Teacher:
+    package, _, name = str(stored[_CLASS]).rpartition(".")
+    kind = getattr(teachers, name, None) if package == teachers.__name__ else None
+    if not (isinstance(kind, type) and issubclass(kind, Teacher)):
+        raise CheckpointError(
+            f"the checkpoint's teacher is a {stored[_CLASS]!r}, which is no teacher of "
+            "okd-lightning; give load_from_checkpoint(path, teacher=...)"
+        )
+    settings = stored.get(_SETTINGS) or {}
+    return kind(**{name: _restored(value) for name, value in settings.items()})
+
+
+def _is_in_memory(value: Any) -> bool:
+    """Return whether a stored teacher was a model in memory, or holds one."""
+    settings = (value.get(_SETTINGS) or {}) if isinstance(value, Mapping) else {}
+    return any(_is(v, _CONFIG) or _is(v, _CODE) for v in (value, *settings.values()))
 
 
 def _restored(value: Any) -> Any:
+    if isinstance(value, Mapping) and _CLASS in value:
+        return _restored_teacher(value)
     if _is(value, _PEFT):
         return peft_config_of(value["value"])
     if _is(value, _FILES):

@@ -24,8 +24,6 @@ _OPTIONS: dict[str, PathKind] = {
     "model.student": "source",
     "model.teacher": "source",
     "model.tokenizer": "source",
-    "model.teacher_cache": "path",
-    "model.teacher_cache.folder": "path",
     "data.train": "source",
     "data.val": "source",
     "data.test": "source",
@@ -38,7 +36,7 @@ _NAMES = ("folder", "dirpath", "save_dir", "sync_folder")
 """Parameters of classes in the settings that are paths, besides those annotated as ``Path``."""
 
 _SOURCES = ("teacher_base",)
-"""Parameters of classes in the settings that name a model: a folder or a hub id."""
+"""Parameters of classes in the settings that name a model, besides those annotated as such."""
 
 _KEYWORDS = {"data.token_cache": ("auto",), "ckpt_path": ("last", "best", "hpc", "registry")}
 
@@ -151,7 +149,7 @@ def _kind(owner: Any, name: str) -> PathKind | None:
     parameter = None if owner is None else inspect.signature(owner).parameters.get(name)
     if parameter is None:
         return None
-    if name in _SOURCES:
+    if name in _SOURCES or "ModelArgument" in str(parameter.annotation):
         return "source"
     return "path" if name in _NAMES or "Path" in str(parameter.annotation) else None
 

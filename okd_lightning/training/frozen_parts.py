@@ -31,7 +31,6 @@ class FrozenPartsModule(lightning.LightningModule):
         shared_by_copies: Names of attributes that a deep copy shares, besides frozen tensors.
     """
 
-    student: nn.Module | None
     shared_by_copies: tuple[str, ...] = ()
 
     def __init__(self) -> None:
@@ -90,8 +89,7 @@ class FrozenPartsModule(lightning.LightningModule):
             is_parameter = isinstance(tensor, nn.Parameter)
             own = nn.Parameter(tensor.detach(), False) if is_parameter else tensor
             memo[id(tensor)] = tensor if is_running else own
-        built = ("_given",) if self.student is not None else ()  # else copies train one object
-        for name in (*self.shared_by_copies, *built):
+        for name in self.shared_by_copies:
             value = getattr(self, name)
             memo[id(value)] = value
         copy = type(self).__new__(type(self))

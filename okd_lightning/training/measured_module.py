@@ -8,20 +8,15 @@ from typing import Any, cast
 from torchmetrics import Metric
 
 from okd_lightning.losses import DrawnLogProb, Measured, Quantity
-from okd_lightning.metrics import (
-    adapted_measures,
-    cached_measures,
-    measure_metrics,
-    measures,
-)
+from okd_lightning.metrics import measure_metrics
 from okd_lightning.records.batches import SOURCES, DistillBatch
 from okd_lightning.records.rows import generation_records
 from okd_lightning.training.loop_state import count_steps
-from okd_lightning.training.pair_module import PairModule
+from okd_lightning.training.paired_module import PairedModule
 
 
-class MeasuredModule(PairModule):
-    """A pair that is compared on validation and test data; the arguments are PairModule's."""
+class MeasuredModule(PairedModule):
+    """A pair that is compared on validation and test data; the arguments are PairedModule's."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -51,14 +46,9 @@ class MeasuredModule(PairModule):
 
     def _evaluate(self, stage: str, batch: DistillBatch, dataloader_idx: int) -> None:
         is_own = SOURCES[int(batch.source[0])] == "student"
-        wanted = measures(stage, is_own, has_teacher=self.has_teacher)
-        if (known := self.cache_in_use) is not None:
-            wanted = cached_measures(stage, is_own, known.k, known.reads_new_rows)
-        with self.as_base_teacher():
-            self._update_measures(wanted, self.measure(batch, tuple(wanted.values())))
-        if self._has_online_module and not is_own:
-            wanted = adapted_measures(stage)
-            self._update_measures(wanted, self.measure(batch, tuple(wanted.values())))
+        for context, wanted in self.pair.teacher.measurements(stage, is_own):
+            with context:
+                self._update_measures(wanted, self.measure(batch, tuple(wanted.values())))
 
     def _update_measures(self, wanted: Mapping[str, Quantity], measured: Measured) -> None:
         for name, quantity in wanted.items():

@@ -7,7 +7,7 @@ from dataclasses import replace
 from okd_lightning.engines import Blend, RolloutEngine, TransformersEngine
 from okd_lightning.errors import ConfigError
 from okd_lightning.records.requests import Request, Rollout
-from okd_lightning.training.pair_module import PairModule
+from okd_lightning.training.paired_module import PairedModule
 
 
 class MixtureEngine:
@@ -25,7 +25,7 @@ class MixtureEngine:
         ConfigError: ``share`` is outside (0, 1).
     """
 
-    def __init__(self, module: PairModule, share: float, engine: RolloutEngine) -> None:
+    def __init__(self, module: PairedModule, share: float, engine: RolloutEngine) -> None:
         if not 0 < share < 1:
             raise ConfigError(
                 f"the teacher's share in a draw must be between 0 and 1, got {share}; 0 and 1 are "
@@ -47,8 +47,8 @@ class MixtureEngine:
         module = self._module
         if module.teacher is None:
             raise ConfigError(
-                "responses from a mixture of teacher and student need a teacher in memory: give "
-                "--model.teacher, without model.self_teacher or model.teacher_cache"
+                "responses from a mixture of teacher and student need a second model in memory: "
+                "give --model.teacher a folder or hub id"
             )
         if module.tool_rounds is not None:
             raise ConfigError(
@@ -60,7 +60,7 @@ class MixtureEngine:
                 f"{type(module.engine).__name__} writes with one model; responses from a mixture "
                 "of teacher and student need the built-in engine: leave --model.engine out"
             )
-        with module.writing("student", "teacher") as (student, teacher):
+        with module.pair.writing("student", "teacher") as (student, teacher):
             engine = module.build_engine(student)
             if not isinstance(engine, TransformersEngine):
                 raise ConfigError(

@@ -1,6 +1,6 @@
 """The DistillationModule: terms, the one training step, validation, and state.
 
-Wiring only: ``pair_module`` holds both models, the mathematics is in ``divergences`` and
+Wiring only: ``pair`` holds both models, the mathematics is in ``divergences`` and
 ``losses``, the data in ``rollouts`` and ``data``, and a method is a callback that registers its
 term here. All of Lightning's hooks stay free for a subclass.
 """
@@ -31,18 +31,10 @@ from okd_lightning.losses import (
     WeightedTerm,
 )
 from okd_lightning.losses.reduction import Normalization, NormalizationName
-from okd_lightning.models import DTypeName, EndTokensArgument, ModelArgument, dtype_of
+from okd_lightning.models import DTypeName, EndTokensArgument, ModelArgument
 from okd_lightning.models.schedules import ScheduleName
 from okd_lightning.records.batches import DistillBatch
-from okd_lightning.teachers import (
-    DEFAULT_EMA_DECAY,
-    SelfTeacher,
-    TeacherCache,
-    TeacherServer,
-    check_cached_term,
-    check_self_teacher,
-    follow,
-)
+from okd_lightning.teachers import Teacher
 from okd_lightning.training.arguments import (
     check_arguments,
     restored_arguments,
@@ -52,6 +44,8 @@ from okd_lightning.training.kept_checkpoints import settle_kept
 from okd_lightning.training.loop_state import begin_step
 from okd_lightning.training.opening import open_run
 from okd_lightning.training.optimized_module import Optimization, OptimizedModule
+from okd_lightning.training.pair import Pair
+from okd_lightning.training.pair_settings import PairSettings
 from okd_lightning.training.rank_agreement import check_ranks_agree
 from okd_lightning.training.run_settings import one_line
 from okd_lightning.training.run_state import add_state, check_state, load_weights
@@ -73,7 +67,9 @@ class DistillationModule(OptimizedModule):
             .gguf file, or a config to start from random weights: a mapping with model_type and that
             architecture's fields. From Python also a model (the adapter of a PeftModel is trained);
             docs/concepts/models.md.
-        teacher: The teacher, in the same forms; none for plain SFT.
+        teacher: The teacher, in the same forms; or a class of okd_lightning.teachers with its
+            settings: FrozenSelf, AveragedSelf or LiveSelf (the student itself), CachedTeacher (its
+            log-probabilities on disk), ServedTeacher (on a server). None for plain SFT.
         tokenizer: Folder or hub id of the tokenizer; the student's by default, else the teacher's.
         learning_rate: After warm-up; 5e-5 by default, or the one set in ``optimizer``.
         weight_decay: Of matrices only (not of biases and norms); 0 by default, or the one set in
@@ -92,20 +88,13 @@ class DistillationModule(OptimizedModule):
             teacher's where its online module is trained.
         student_adapter: A PEFT config (such as LoraConfig): the student's weights stay frozen and
             the adapter is trained.
-        self_teacher: The student is its own teacher: "frozen" as it was at the start (with a
-            student_adapter: its base), "ema" as the exponential moving average of its trained
-            weights, "live" as it is, without dropout and gradient. To know more than the student,
-            give it its own prompts: data.teacher_prompt_template.
-        ema_decay: Share of the moving average that an optimizer step keeps, between 0 and 1; 0.99
-            by default.
+        ema_decay: Share of an AveragedSelf that an optimizer step keeps, between 0 and 1; 0.99 by
+            default.
         tile_positions: Positions per tile of the loss, whose logits are in memory at once; by
             default chosen from the vocabulary size.
         packing: Concatenate rows of a micro-batch to avoid padding, where the model supports it.
         compile_blocks: Compile the blocks of both models with torch.compile, for training and
             measuring; takes seconds to a minute at the start, and needs a C++ compiler on a CPU.
-        teacher_cache: A folder, or settings: the teacher's top-k log-probabilities of dataset
-            responses are written there once; training reads them, without the teacher in memory.
-        teacher_server: An address, or settings: the teacher runs on a server; docs/vllm.md.
         engine: Generates the student's responses instead of the built-in engine, such as
             VLLMServer; docs/vllm.md.
         normalization: Divisor of the sum over on-policy samples: their number times the mean length
@@ -127,7 +116,7 @@ class DistillationModule(OptimizedModule):
     def __init__(
         self,
         student: ModelArgument,
-        teacher: ModelArgument | None = None,
+        teacher: Teacher | ModelArgument | None = None,
         *,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         learning_rate: float | None = None,
@@ -141,13 +130,10 @@ class DistillationModule(OptimizedModule):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         student_adapter: PeftConfig | None = None,
-        self_teacher: SelfTeacher | None = None,
         ema_decay: float | None = None,
         tile_positions: int | None = None,
         packing: bool = True,
         compile_blocks: bool = False,
-        teacher_cache: str | TeacherCache | None = None,
-        teacher_server: str | TeacherServer | None = None,
         engine: EngineSource | None = None,
         normalization: NormalizationName | float = "running_mean",
         end_tokens: EndTokensArgument | None = None,
@@ -158,38 +144,25 @@ class DistillationModule(OptimizedModule):
         optimization = Optimization(
             learning_rate, weight_decay, warmup_steps, schedule, optimizer, lr_scheduler
         )
-        check_self_teacher(
-            self_teacher,
-            ema_decay,
-            has_teacher=teacher is not None,
-            has_dtype=teacher_dtype is not None,
-            is_rounded=dtype_of(student, dtype) in ("bfloat16", "float16")
-            and student_adapter is None,
-        )
-        super().__init__(
-            optimization,
-            student,
-            teacher,
+        settings = PairSettings(
             tokenizer=tokenizer,
             dtype=dtype,
             teacher_dtype=teacher_dtype,
             attn_implementation=attn_implementation,
             gradient_checkpointing=gradient_checkpointing,
             student_adapter=student_adapter,
-            self_teacher=self_teacher,
+            ema_decay=ema_decay,
             tile_positions=tile_positions,
             packing=packing,
             compile_blocks=compile_blocks,
-            teacher_cache=teacher_cache,
-            teacher_server=teacher_server,
-            engine=engine,
             end_tokens=end_tokens,
         )
+        pair = Pair(student, teacher, settings, self._current_trainer)
+        super().__init__(optimization, pair, engine)
         self.normalization = Normalization(normalization)
         self._constructed_with = given
         self._arguments: dict[str, Any] | None = None
         self.strict_loading = False  # frozen weights are not in checkpoints; see on_load_checkpoint
-        self.ema_decay = DEFAULT_EMA_DECAY if ema_decay is None else ema_decay
         self.run_config: str | None = None
         self.resume_flag = ""  # that a printed command needs to resume this run
         self.started_in: str | None = None  # base of the config's relative paths
@@ -205,10 +178,8 @@ class DistillationModule(OptimizedModule):
         Raises:
             ConfigError: Two terms of one name, or a term that needs a teacher where there is none.
         """
-        check_fits(term, self.terms, has_teacher=self.has_teacher)
-        if (known := self.cache_in_use) is not None:
-            size = self.vocabulary.size
-            check_cached_term(term, known.k, size, known.option, known.reads_new_rows)
+        check_fits(term, self.terms)
+        self.pair.teacher.check_term(term)
         self.terms.append(term)
 
     def configure_callbacks(self) -> list[Callback]:
@@ -222,17 +193,14 @@ class DistillationModule(OptimizedModule):
 
     def teardown(self, stage: str) -> None:
         """Remove the terms and the teacher's base, so that another Trainer can add its own."""
-        self.terms, self._checked, self.teacher_base = [], [], None
+        self.terms, self._checked, self.pair.teacher_base = [], [], None
 
     # ---------------------------------------------------------------- training
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step; then update a moving-average teacher, once per optimizer step."""
+        """Step; then let the teacher follow, once per optimizer step."""
         super().optimizer_step(*args, **kwargs)
-        if self.self_teacher == "ema":
-            assert self.teacher is not None
-            assert self.student is not None
-            follow(self.teacher, self.student, self.ema_decay)
+        self.pair.teacher.after_step()
 
     def training_step(self, batch: DistillBatch, batch_idx: int) -> Tensor:
         """Return this micro-batch's loss: each term's sum over its divisor of the whole step."""
@@ -257,7 +225,8 @@ class DistillationModule(OptimizedModule):
         """Return 0, tied to an online module that no term trains in this step, as DDP expects."""
         idle = torch.zeros((), device=self.device)
         if not any(weighted.term.trains_teacher for weighted in terms):
-            for parameter in self.placement.tied_to_loss(self.trained_parameters(self.teacher)):
+            own = self.pair.teacher.trained_parameters()
+            for parameter in self.pair.placement.tied_to_loss(own):
                 idle = idle + 0.0 * parameter.sum()
         return idle
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
+import lightning
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from okd_lightning.data import RolloutDataModule
+from okd_lightning.data.progress import rollout_progress
+from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term
-from okd_lightning.training.cache_preparation import prepare_cache
-from okd_lightning.training.pair_module import PairModule
+from okd_lightning.records.batches import Example
+from okd_lightning.teachers import Opening
+from okd_lightning.training.paired_module import PairedModule
 
 
-def open_run(module: PairModule, terms: Sequence[Term], learning_rate: float) -> None:
-    """Report what is trained, warn of updates lost to rounding, and open the cache.
+def open_run(module: PairedModule, terms: Sequence[Term], learning_rate: float) -> None:
+    """Report what is trained, warn of updates lost to rounding, and open the teacher.
 
     Args:
         module: A module inside a Trainer, with its models on their devices.
@@ -20,25 +26,41 @@ def open_run(module: PairModule, terms: Sequence[Term], learning_rate: float) ->
         learning_rate: The student's learning rate.
 
     Raises:
-        OKDLightningError: See ``prepare_cache``.
+        OKDLightningError: The teacher cannot serve this run.
     """
     for name, model in (("student", module.student), ("teacher", module.teacher)):
         if model is not None:
             sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
             total, trained = sum(n for n, _ in sizes), sum(n for n, t in sizes if t)
             rank_zero_info(f"{name}: {total:,} parameters, {trained:,} trained")
-    rank_zero_info(module.ends.described(module.tokenizer))
-    if module.dtype_name == "bfloat16" and module.student_adapter is None:
+    rank_zero_info(module.pair.ends.described(module.tokenizer))
+    if module.pair.dtype == "bfloat16" and module.pair.student_adapter is None:
         rank_zero_warn(
             "the student's own weights are bfloat16, which keeps 8 bits of each: steps of a "
             f"small learning rate (here {learning_rate:g}) mostly round to nothing; give "
             "--model.dtype float32 with --trainer.precision bf16-mixed, or a student_adapter"
         )
-    if module.self_teacher is not None:
-        rank_zero_info(f"the student is its own teacher ({module.self_teacher})")
-    if module.served_teacher is not None:
-        module.served_teacher.connect()
-    elif module.cache_in_use is not None:
-        prepare_cache(  # packing is known once the teacher is loaded, so ``sides`` is read late
-            module, module.trainer, terms, lambda model, read: module.sides.side(model, read)
+    trainer = module.trainer
+    module.pair.teacher.open(
+        Opening(
+            trainer, terms, module.device, partial(_read_rows, trainer, terms), rollout_progress
         )
+    )
+
+
+def _read_rows(
+    trainer: lightning.Trainer, terms: Sequence[Term], option: str
+) -> tuple[list[Sequence[Example]], int]:
+    """Return the dataset responses for which training and validation need the teacher."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, RolloutDataModule):
+        raise ConfigError(
+            f"{option} reads its rows from a RolloutDataModule: train on one, or give "
+            "--model.teacher a folder or hub id"
+        )
+    sets: list[Sequence[Example]] = []
+    if any(q.needs_teacher for term in terms for q in term.quantities):
+        sets.append(data.examples("train", needs_response=True).examples)
+    if data.sources["val"] is not None and trainer.limit_val_batches:
+        sets.append([e for e in data.examples("val").examples if e.response_ids])
+    return [examples for examples in sets if examples], data.batch_size

@@ -6,7 +6,6 @@ settings a resumed run takes from its own config. ``module`` owns the losses.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -147,17 +146,12 @@ class OptimizedModule(MeasuredModule):
             "precision": str(self.trainer.precision),
             "device": f"{self.trainer.world_size} x {self.trainer.strategy.root_device.type}",
         }
-        if self.self_teacher is not None:
-            settings["self_teacher"] = self.self_teacher
-        if (online := self.online_module) is not None:
-            values = {f.name: getattr(online, f.name) for f in dataclasses.fields(online)}
-            settings["online_module"] = {k: plain(v) for k, v in values.items() if v is not None}
-        return settings
+        return settings | {k: plain(v) for k, v in self.pair.teacher.settings().items()}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build one optimizer over the student and the online module, each with its schedule."""
         online = self.online_module
-        online_parameters = self.trained_parameters(self.teacher)
+        online_parameters = self.pair.teacher.trained_parameters()
         optimizer = build_optimizer(
             self.trained_parameters(self.student),
             online_parameters,
@@ -209,7 +203,7 @@ class OptimizedModule(MeasuredModule):
         """
         own = self.online_module
         if not any(term.trains_teacher for term in self._checked):
-            for parameter in self.trained_parameters(self.teacher):
+            for parameter in self.pair.teacher.trained_parameters():
                 parameter.grad = None
         if own is not None and own.clip_norm and gradient_clip_algorithm == "value":
             raise ConfigError(

@@ -8,7 +8,7 @@ from okd_lightning.checkpoints.contents import (
     check_finite,
     check_methods,
     check_normalization,
-    check_teacher_kind,
+    check_teacher_mark,
     check_weights,
     rng_state_of,
     rng_states,
@@ -20,6 +20,7 @@ from okd_lightning.checkpoints.signature import run_signature
 from okd_lightning.errors import CheckpointError
 from okd_lightning.teachers import OnlineModuleSettings
 from okd_lightning.training.arguments import peft_config_of
+from okd_lightning.training.earlier_options import present_mark
 from okd_lightning.training.loaded_ends import loaded_ends
 from okd_lightning.training.loop_state import mark_due_validation, settle_loops
 from okd_lightning.training.optimized_module import OptimizedModule
@@ -66,7 +67,7 @@ def add_state(
         "end_ids": list(module.ends.end_ids),
         "online_module": None if module.online_module is None else module.online_module.to_dict(),
         "methods": [term.kind for term in module.terms],
-        "self_teacher": module.self_teacher,
+        "teacher": module.pair.teacher.mark,
         "normalization": module.normalization.by,
         "optimizer": module.optimizer_settings.to_dict(),
         "accumulate": trainer.accumulate_grad_batches,
@@ -96,7 +97,7 @@ def check_state(module: OptimizedModule, checkpoint: dict[str, Any]) -> dict[str
     if module.terms:
         trainer = module.trainer
         check_methods(own["methods"], [term.kind for term in module.terms])
-        check_teacher_kind(own.get("self_teacher"), module.self_teacher)
+        check_teacher_mark(present_mark(own), module.pair.teacher.mark)
         if any("student" in term.sources for term in module.terms):
             check_normalization(own.get("normalization", "token_mean"), module.normalization.by)
         module.measured_before = dict(own["metrics"])

@@ -98,16 +98,15 @@ def check_counts(
             )
 
 
-def check_fits(term: Term, others: Sequence[Term], *, has_teacher: bool) -> None:
-    """Check that a term fits into a run.
+def check_fits(term: Term, others: Sequence[Term]) -> None:
+    """Check that a term fits the others of a run.
 
     Args:
         term: The term to add.
         others: The terms that the run has.
-        has_teacher: Whether the run has a teacher, including the student itself.
 
     Raises:
-        ConfigError: Its name is reserved or taken, or it needs a teacher where there is none.
+        ConfigError: Its name is reserved or taken.
     """
     if term.name == "loss":
         raise ConfigError("a method cannot be called 'loss': train/loss is the sum of all methods")
@@ -115,12 +114,6 @@ def check_fits(term: Term, others: Sequence[Term], *, has_teacher: bool) -> None
         raise ConfigError(
             f"two methods of this run are called {term.name!r}; give one of them another name "
             "(--method.name, or name= in Python)"
-        )
-    needs_teacher = "teacher" in term.sources or any(q.needs_teacher for q in term.quantities)
-    if needs_teacher and not has_teacher:
-        raise ConfigError(
-            f"method {term.name} needs a teacher: give --model.teacher a folder or hub id, "
-            "or --model.self_teacher"
         )
 
 

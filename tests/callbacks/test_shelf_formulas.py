@@ -214,7 +214,7 @@ def test_delta_distillation(is_stale, tmp_path, make_module, tiny_tokenizer):
     recorder = check(tmp_path, module, method, values, [base], **data)
     assert gates == {True, False}
     assert all(0 < losses["train/delta_opd_kept"] < 1 for losses in recorder.losses)
-    assert module.teacher_base is None
+    assert module.pair.teacher_base is None
     assert not any("base" in name for name in module.state_dict())
 
 

@@ -21,6 +21,7 @@ from okd_lightning.callbacks import Stage
 from okd_lightning.engines import EngineSource, TransformersEngine
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Tile
+from okd_lightning.teachers import FrozenSelf
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def test_opsd(clip, tmp_path, make_module):
     )
     recorder = check(
         tmp_path,
-        make_module(learning_rate=0.0, teacher=None, self_teacher="frozen"),
+        make_module(learning_rate=0.0, teacher=FrozenSelf()),
         shelf.method("opsd.OPSD", clip=clip),
         values,
         data={"teacher_prompt_template": "{reference}p{prompt}"},
@@ -138,9 +139,9 @@ class BuiltIn(EngineSource):
     [
         ({}, {"teacher_prompt_template": "{prompt}p"}, "must read the same prompts"),
         (
-            {"teacher": None, "self_teacher": "frozen", "student_adapter": LoraConfig(r=2)},
+            {"teacher": FrozenSelf(), "student_adapter": LoraConfig(r=2)},
             {},
-            "need a teacher in memory",
+            "need a second model in memory",
         ),
         ({"engine": BuiltIn()}, {}, "BuiltIn writes with one model"),
     ],

@@ -107,7 +107,7 @@ FORGED: dict[str, tuple[str, Any, str]] = {
         callback("okd_lightning.engines.VLLMServer", url="http://h", sync_folder="s"),
         "--model.engine",
     ),
-    "a teacher's server": ("model.teacher_server", "http://h", "--model.teacher_server 'http://h'"),
+    "a teacher's server": ("model.teacher_server", "http://h", "--model.teacher.url 'http://h'"),
     "a logger that sends": (
         "trainer.logger",
         callback("lightning.pytorch.loggers.WandbLogger"),
@@ -135,7 +135,7 @@ FORGED: dict[str, tuple[str, Any, str]] = {
         {"default_root_dir": "a", "default_root_dir.x": "b"},
         "no run:--trainer.default_root_dir.x",
     ),
-    "a cache to write": ("model.teacher_cache", "/somewhere", "--model.teacher_cache"),
+    "a cache to write": ("model.teacher_cache", "/somewhere", "--model.teacher.folder"),
     "a folder to write in": (
         "trainer.callbacks",
         [callback("lightning.pytorch.callbacks.ModelCheckpoint", dirpath="/somewhere")],
@@ -267,12 +267,13 @@ def test_each_way_out_is_one(forge: Type, okd: Type, monkeypatch: Any) -> None:
     assert "true or false" in wrong.err
 
 
-def test_a_server_that_is_typed_is_used(forge: Type, okd: Type) -> None:
+def test_a_server_that_is_typed_is_used(forge: Type, okd: Type, assets: Assets) -> None:
     """And one that is typed away is not."""
     option, value, _ = FORGED["a teacher's server"]
     forge(option, value)
-    assert okd(*COMMANDS["test"], "--model.teacher_server", "null").status == 0
-    typed = okd(*COMMANDS["test"], "--model.teacher_server", "http://127.0.0.1:9")
+    assert okd(*COMMANDS["test"], "--model.teacher", assets.teacher).status == 0
+    server = ["--model.teacher", "ServedTeacher", "--model.teacher.url", "http://127.0.0.1:9"]
+    typed = okd(*COMMANDS["test"], *server)
     assert typed.status == 1
     assert "signed" not in typed.err
 
@@ -365,7 +366,11 @@ def test_load_from_checkpoint_builds_nothing_that_a_file_names(begun: Path, here
         with pytest.raises(CheckpointError, match=message):
             DistillationModule.load_from_checkpoint("forged.ckpt", **given)
 
-    refuse("teacher_server", "http://h", "forged.ckpt was not signed by you, and its teacher_serv")
+    refuse(
+        "teacher_server",
+        "http://h",
+        "forged.ckpt was not signed by you, and its teacher names a server",
+    )
     refuse("attn_implementation", "org/kernel", "the kernel 'org/kernel'")
     refuse("student", {"model_type": "llama", "attn_implementation": "a/b"}, "the kernel 'a/b'")
     files = {"kept": "files", "value": {"../../ran": "x"}}

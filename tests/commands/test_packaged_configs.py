@@ -75,7 +75,7 @@ LAUNCHED = {  # overlays of several processes, with what makes this machine one 
 TORCHRUN, SLURM = "overlays/fsdp2", "overlays/slurm"
 SERVERS = {  # with the option that says where the server is
     "overlays/vllm_server": ("--model.engine.url", {"val/on_policy_reverse_kl"}),
-    "overlays/teacher_server": ("--model.teacher_server.url", {"val/on_policy_top_k_reverse_kl"}),
+    "overlays/teacher_server": ("--model.teacher.url", {"val/on_policy_top_k_reverse_kl"}),
 }
 
 

@@ -139,8 +139,8 @@ ACTING = {
         True,
         lambda run: run.module.gradient_checkpointing,
     ),
-    "model.tile_positions": (3, lambda run: run.module.tile_positions == 3),
-    "model.packing": (False, lambda run: not run.module.packs_student),
+    "model.tile_positions": (3, lambda run: run.module.pair.settings.tile_positions == 3),
+    "model.packing": (False, lambda run: not run.module.pair.packs_student),
     "data.max_response_length": (3, lambda run: run.data._train_loader._max_new_tokens == 3),
     "data.sampling": (HOT, lambda run: run.data._train_loader._sampling is HOT),
     "data.max_prompt_length": (40, lambda run: run.data.max_prompt_length == 40),
@@ -207,8 +207,6 @@ def test_another_on_policy_share_writes_the_chunk_again(before, after, fit, tmp_
 
 SEEN_ELSEWHERE = {
     "model.teacher": "teachers/test_cached_runs.py",
-    "model.teacher_cache": "teachers/test_cached_runs.py",
-    "model.teacher_server": "teachers/test_served_teacher.py",
     "model.tokenizer": "commands/test_resumed_options.py",  # as other prompts
     "model.ema_decay": "teachers/test_self_teacher.py",
     "model.compile_blocks": "models/test_compilation.py",

@@ -85,8 +85,10 @@ def test_a_checkpoint_from_any_folder(
 CONFIG = {
     "model": {
         "student": "student",
-        "teacher": "org/teacher",
-        "teacher_cache": {"folder": "cache", "k": 4},
+        "teacher": {
+            "class_path": "okd_lightning.teachers.CachedTeacher",
+            "init_args": {"model": "org/teacher", "folder": "cache", "k": 4},
+        },
         "engine": {
             "class_path": "okd_lightning.engines.VLLMServer",
             "init_args": {"url": "http://h"},
@@ -120,7 +122,7 @@ def test_what_is_a_path(tmp_path: Path) -> None:
     relocate(config, str(tmp_path), "last.ckpt")
     expected = copy()
     expected["model"]["student"] = str(tmp_path / "student")
-    expected["model"]["teacher_cache"]["folder"] = str(tmp_path / "cache")
+    expected["model"]["teacher"]["init_args"]["folder"] = str(tmp_path / "cache")
     expected["data"]["val"] = str(tmp_path / "val.jsonl")
     expected["trainer"]["default_root_dir"] = str(tmp_path / "run")
     expected["trainer"]["callbacks"][0]["init_args"]["dirpath"] = str(tmp_path / "kept")
@@ -142,6 +144,6 @@ def test_a_hub_id_is_no_folder_of_here(
 ) -> None:
     (here / "org" / "teacher").mkdir(parents=True)
     with pytest.raises(
-        ConfigError, match=r"--model\.teacher 'org/teacher' of last\.ckpt was no path"
+        ConfigError, match=r"--model\.teacher\.model 'org/teacher' of last\.ckpt was no path"
     ):
         relocate(copy(), str(tmp_path_factory.mktemp("start")), "last.ckpt")

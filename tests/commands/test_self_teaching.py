@@ -2,7 +2,7 @@
 
 * a real model teaches itself on real rows, from a config's template to an exported student, and a
   resumed run is the uninterrupted one, bit for bit;
-* a config that says ``self_teacher`` survives its checkpoint;
+* a config that says ``FrozenSelf`` survives its checkpoint;
 * every mistake is one line that says what to do.
 """
 
@@ -44,11 +44,11 @@ KEPT = [
     *("--trainer.callbacks.save_top_k", "-1"),
 ]
 SELF_TEACHERS = {
-    "frozen": ["--model.self_teacher", "frozen"],
-    "ema": ["--model.self_teacher", "ema", "--model.ema_decay", "0.9"],
-    "live": ["--model.self_teacher", "live"],
+    "frozen": ["--model.teacher", "FrozenSelf"],
+    "ema": ["--model.teacher", "AveragedSelf", "--model.ema_decay", "0.9"],
+    "live": ["--model.teacher", "LiveSelf"],
     "frozen, LoRA": [
-        *("--model.self_teacher", "frozen", "--model.student_adapter", "LoraConfig"),
+        *("--model.teacher", "FrozenSelf", "--model.student_adapter", "LoraConfig"),
         *("--model.student_adapter.r", "4"),
     ],
 }
@@ -89,24 +89,24 @@ def test_a_real_model_teaches_itself(kind: str, real: list[str], okd: Type) -> N
     if "LoRA" not in kind:
         assert all(torch.equal(v, saved[f"student.{n}"]) for n, v in exported.named_parameters())
     own = SELF_TEACHERS[kind][1]
-    assert f"the student itself ({own})" in Path("out/README.md").read_text()
+    assert f"* teacher: {own}\n" in Path("out/README.md").read_text()
     result = okd("test", "--ckpt_path", str(LAST))
     assert result.status == 0, result.err
     assert "test/forward_kl" in result.out
 
 
 def test_the_run_says_what_it_does(fit: Type, assets: Assets) -> None:
-    student = ["--model.student", assets.student, "--model.self_teacher", "frozen"]
+    student = ["--model.student", assets.student, "--model.teacher", "FrozenSelf"]
     template = ["--data.teacher_prompt_template", "{prompt}"]
     result = fit("--method", "GKD", *student, *template, models=False)
-    assert "the student is its own teacher (frozen)" in result.log
+    assert "the student is its own teacher (FrozenSelf)" in result.log
     config = yaml.safe_load((RUN / "config.yaml").read_text())
     assert config["data"]["teacher_prompt_template"] == "{prompt}"
-    assert config["model"]["self_teacher"] == "frozen"
+    assert config["model"]["teacher"] == {"class_path": "okd_lightning.teachers.FrozenSelf"}
 
 
 ROWS = [{"prompt": "ab=", "response": "c", "hint": "xyz"}, {"prompt": "a=", "response": ""}]
-SELF = ["--model.self_teacher"]
+SELF = ["--model.teacher"]
 TEMPLATED = "--data.teacher_prompt_template"
 COLUMN = "--data.teacher_prompt_column"
 
@@ -129,19 +129,19 @@ MISTAKES = [
         [COLUMN, "hint", "--data.max_teacher_prompt_length", "2", "--data.on_overlong", "error"],
         ["row 1", "the teacher prompt has 3 tokens", "--data.max_teacher_prompt_length 2"],
     ),
-    ([*SELF, "frozen"], ["self_teacher frozen", "model.teacher", "leave one of them out"]),
-    ([*SELF, "mean"], ["--model.self_teacher", "frozen or ema or live", "'mean'"]),
-    (["--model.ema_decay", "0.5"], ["ema_decay 0.5 has nothing to act on", "self_teacher ema"]),
+    ([*SELF, "FrozenSelff"], ["--model.teacher FrozenSelff", "did you mean FrozenSelf?"]),
+    ([*SELF, "FrozenSelf", "--model.teacher.k", "4"], ["FrozenSelf has no setting 'k'"]),
+    (["--model.ema_decay", "0.5"], ["ema_decay 0.5 has nothing to act on", "AveragedSelf"]),
 ]
 ALONE = [
-    ([*SELF, "ema", "--model.ema_decay", "1"], ["ema_decay", "between 0 and 1", "1.0"]),
-    ([*SELF, "live"], ["live without teacher prompts", TEMPLATED]),
+    ([*SELF, "AveragedSelf", "--model.ema_decay", "1"], ["ema_decay", "between 0 and 1", "1.0"]),
+    ([*SELF, "LiveSelf"], ["LiveSelf without teacher prompts", TEMPLATED]),
     (
-        [*SELF, "ema", "--method", "OKD"],
-        ["self_teacher ema follows", "--model.self_teacher frozen"],
+        [*SELF, "AveragedSelf", "--method", "OKD"],
+        ["AveragedSelf follows", "--model.teacher FrozenSelf"],
     ),
-    ([TEMPLATED, "{prompt}", "--method", "SFT"], ["no teacher to read", "--model.self_teacher"]),
-    (["--method", "KD"], ["kd needs a teacher", "--model.self_teacher"]),
+    ([TEMPLATED, "{prompt}", "--method", "SFT"], ["no teacher to read", "FrozenSelf"]),
+    (["--method", "KD"], ["kd needs a teacher", "--model.teacher FrozenSelf"]),
 ]
 
 
@@ -169,10 +169,10 @@ def test_a_mistake_without_a_teacher(options, words, okd: Type, assets: Assets) 
 
 
 def test_another_self_teacher_does_not_resume(fit: Type, okd: Type, assets: Assets) -> None:
-    student = ["--model.student", assets.student, "--model.self_teacher", "frozen"]
+    student = ["--model.student", assets.student, "--model.teacher", "FrozenSelf"]
     fit("--method", "KD", *student, "--trainer.max_steps", "1", models=False)
-    line = okd("fit", "--ckpt_path", str(LAST), "--model.self_teacher", "ema")
-    check_line(line, ["checkpoint's model.self_teacher is frozen, this run's is ema"])
+    line = okd("fit", "--ckpt_path", str(LAST), "--model.teacher", "AveragedSelf")
+    check_line(line, ["checkpoint's teacher is FrozenSelf, this run's is AveragedSelf"])
 
 
 def test_chat_rows_without_a_user(okd: Type, assets: Assets, here: Path) -> None:
@@ -183,6 +183,6 @@ def test_chat_rows_without_a_user(okd: Type, assets: Assets, here: Path) -> None
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
     chat = [{"role": "system", "content": "a"}, {"role": "assistant", "content": "b"}]
     rows = write_jsonl(here / "chats.jsonl", [{"messages": chat}])
-    student = ["--model.student", str(tokenizer), "--model.self_teacher", "frozen"]
+    student = ["--model.student", str(tokenizer), "--model.teacher", "FrozenSelf"]
     options = ["--data.train", str(rows), "--method", "KD", TEMPLATED, "{prompt}", *QUIET]
     check_line(okd("fit", student, options), ["chats.jsonl, row 1", "no user message", COLUMN])

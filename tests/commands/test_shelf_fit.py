@@ -26,7 +26,7 @@ COMMANDS = re.findall(r"`(--method callbacks[^`]*)`", (SHELF / "README.md").read
 def test_every_command_of_the_table(command, checkout, fit, assets):
     filled = command.replace("…", "{reference}{prompt}").replace("FOLDER", assets.teacher)
     words = filled.split()
-    teaches_itself = "--model.self_teacher" in words
+    teaches_itself = "FrozenSelf" in words
     models = ["--model.student", assets.student] if teaches_itself else assets.models
     fit(words, models, "--trainer.max_steps", "1", models=False)
     assert "train/loss" in metric_names(checkout / "run" / "metrics.csv")
@@ -35,7 +35,12 @@ def test_every_command_of_the_table(command, checkout, fit, assets):
 RESUMED = {
     "topd.TOPD": ("--method.future", "true"),
     "idaopd.IDAOPD": (),
-    "lightningopd.LightningOPD": ("--model.teacher_cache", "cache"),
+    "lightningopd.LightningOPD": (
+        "--model.teacher",
+        "CachedTeacher",
+        "--model.teacher.folder",
+        "cache",
+    ),
 }
 
 

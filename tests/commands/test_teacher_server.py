@@ -1,4 +1,4 @@
-"""``--model.teacher_server`` on the command line.
+"""``--model.teacher ServedTeacher`` on the command line.
 
 Frozen here: an address is enough, with GKD on on-policy samples; k and the model have
 flags of their own; resuming, validating, testing and exporting work without a teacher here; both
@@ -33,7 +33,8 @@ def fake(assets: Assets):
 
 @pytest.mark.parametrize("method", [METHOD, ("--method", "OPDPlus")], ids=["gkd", "opd_plus"])
 def test_fit_resume_validate_and_export(fit: Fit, okd: Fit, assets: Assets, fake, method) -> None:
-    command = [*method, "--model.student", assets.student, "--model.teacher_server", fake.url]
+    server = ["--model.teacher", "ServedTeacher", "--model.teacher.url", fake.url]
+    command = [*method, "--model.student", assets.student, *server]
     whole = fit(
         command, "--trainer.max_epochs", "2", "--trainer.default_root_dir", "whole", models=False
     )
@@ -51,17 +52,18 @@ def test_fit_resume_validate_and_export(fit: Fit, okd: Fit, assets: Assets, fake
     assert tested.status == 0, tested.err
     assert "test/top_k_forward_kl" in tested.out
     assert okd("export", "--ckpt_path", str(LAST), "--out", "out").status == 0
-    assert "on a server" in Path("out/README.md").read_text()
+    assert "ServedTeacher" in Path("out/README.md").read_text()
 
 
 def test_settings_of_its_own(fit: Fit, assets: Assets, fake) -> None:
-    flags = ["--model.teacher_server.url", fake.url, "--model.teacher_server.k", "5"]
-    flags += ["--model.teacher_server.model", "big", "--model.student", assets.student]
+    flags = ["--model.teacher", "ServedTeacher", "--model.teacher.url", fake.url]
+    flags += ["--model.teacher.k", "5", "--model.teacher.model", "big"]
+    flags += ["--model.student", assets.student]
     result = fit(METHOD, flags, "--trainer.max_steps", "1", models=False)
     assert "5 ids a token" in result.log
     assert {body["prompt_logprobs"] for body in fake.bodies("/v1/completions")} == {13}
     config = yaml.safe_load(Path("run/config.yaml").read_text())
-    assert config["model"]["teacher_server"]["k"] == 5
+    assert config["model"]["teacher"]["init_args"]["k"] == 5
 
 
 def test_two_processes_share_both_servers(assets: Assets, fake, here: Path) -> None:
@@ -72,7 +74,8 @@ def test_two_processes_share_both_servers(assets: Assets, fake, here: Path) -> N
             *("fit", *METHOD, *assets.data, *QUIET),
             *("--config", "overlays/cpu2", "--model.student", assets.student, *engine),
             *("--model.engine.sync_folder", str(here / "weights"), "--trainer.max_steps", "3"),
-            *("--model.teacher_server", fake.url, "--trainer.default_root_dir", str(here / "run")),
+            *("--model.teacher", "ServedTeacher", "--model.teacher.url", fake.url),
+            *("--trainer.default_root_dir", str(here / "run")),
             *("--trainer.callbacks+=SampleTable", "--trainer.callbacks.num_prompts", "0"),
         ]
         assert "MEMBER: 2/2" in type_on_ranks(command, here)
@@ -84,18 +87,18 @@ def test_two_processes_share_both_servers(assets: Assets, fake, here: Path) -> N
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--method", "OKD"], "an online module needs a teacher"),
+        (["--method", "OKD"], "an online module is trained on a teacher that is run"),
         (["--method", "KD", "--method.temperature", "2"], "with a served teacher: its temperature"),
-        (["--method", "KD", "--model.teacher", "{teacher}"], "leave one of them out"),
-        (["--method", "KD", "--model.teacher_server.k", "0"], "k must be at least 1"),
-        (["--method", "KD", "--model.teacher_server.model", "small"], "serves big, not 'small'"),
-        (["--method", "KD", "--model.teacher_server.url", "nowhere"], "is no address"),
+        (["--method", "KD", "--model.teacher_dtype", "float32"], "leave model.teacher_dtype out"),
+        (["--method", "KD", "--model.teacher.k", "0"], "k must be at least 1"),
+        (["--method", "KD", "--model.teacher.model", "small"], "serves big, not 'small'"),
+        (["--method", "KD", "--model.teacher.url", "nowhere"], "is no address"),
     ],
 )
 def test_one_line_for_what_cannot_be(okd: Fit, assets: Assets, fake, flags, words) -> None:
     own = [word.format(teacher=assets.teacher) for word in flags]
     base = ["--model.student", assets.student, "--trainer.accelerator", "cpu"]
-    server = ["--model.teacher_server.url", fake.url]
+    server = ["--model.teacher", "ServedTeacher", "--model.teacher.url", fake.url]
     result = okd("fit", assets.data, base, server, own)
     assert result.status in (1, 2)
     assert words in result.err.splitlines()[-1]

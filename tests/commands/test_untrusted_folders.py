@@ -106,7 +106,9 @@ def test_a_foreign_folder_is_left_as_it_is(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-MODULE = SimpleNamespace(student_source=None, teacher_source=None)
+MODULE = SimpleNamespace(
+    pair=SimpleNamespace(student_source=None, teacher=SimpleNamespace(source=None))
+)
 
 
 @pytest.mark.parametrize(

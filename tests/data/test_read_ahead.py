@@ -12,7 +12,7 @@ import tiny
 from okd_lightning import DistillationModule, RolloutDataModule
 from okd_lightning.callbacks import GKD, KD
 from okd_lightning.errors import ConfigError, DataError
-from okd_lightning.training import pair_module
+from okd_lightning.training import pair
 
 GOOD = [{"prompt": "ab", "response": "c"}] * 4
 BROKEN = [*GOOD, {"prompt": 3, "response": "c"}]
@@ -41,7 +41,7 @@ def run(stage, hollow, tmp_path, rows, method=KD, **data):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_broken_row_is_told_before_weights_are_read(stage, hollow, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        pair_module, "load_checked", lambda *a, **k: pytest.fail("a model is loaded first")
+        pair, "load_checked", lambda *a, **k: pytest.fail("a model is loaded first")
     )
     with pytest.raises(DataError, match="row 5: the prompt"):
         run(stage, hollow, tmp_path, BROKEN)

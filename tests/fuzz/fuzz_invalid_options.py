@@ -20,7 +20,7 @@ _WHOLE_NUMBERS = (
     *("model.tile_positions", "trainer.max_steps", "trainer.max_epochs", "trainer.min_epochs"),
     *("trainer.accumulate_grad_batches", "trainer.log_every_n_steps"),
     *("trainer.check_val_every_n_epoch", "trainer.num_sanity_val_steps", "data.sampling.top_k"),
-    *("model.teacher_cache.k", "model.student_adapter.r", "trainer.callbacks.every_n_steps"),
+    *("model.teacher.k", "model.student_adapter.r", "trainer.callbacks.every_n_steps"),
 )
 _NO_WHOLE_NUMBERS = ("many", "1.5", "[2]", "{a: 1}", "", "1e400", "-7", "9" * 400, "0x1g")
 _NUMBERS = (
@@ -36,7 +36,7 @@ _SWITCHES = (
 )
 _NO_SWITCHES = ("maybe", "2", "[true]", "{a: true}", "")
 _CHOICES = (
-    *("model.schedule", "model.dtype", "model.teacher_dtype", "model.self_teacher"),
+    *("model.schedule", "model.dtype", "model.teacher_dtype"),
     *("data.on_overlong", "trainer.precision", "model.normalization", "trainer.accelerator"),
     *("trainer.strategy", "model.attn_implementation", "trainer.gradient_clip_algorithm"),
     "trainer.profiler",
@@ -54,7 +54,10 @@ _CLASSES = {
 }
 _NEEDED: dict[str, Words] = {
     "model.student_adapter.": ["--model.student_adapter", "LoraConfig"],
-    "model.teacher_cache.": ["--model.teacher_cache.folder", "cache"],
+    "model.teacher.": [
+        *("--model.teacher", "CachedTeacher", "--model.teacher.model", "teacher"),
+        *("--model.teacher.folder", "cache"),
+    ],
     "trainer.callbacks.": ["--trainer.callbacks+", "RolloutLog"],
 }
 _FREE = {
@@ -137,11 +140,13 @@ _FOREIGN = (
 _COMBINATIONS: dict[str, str] = {
     "beta and divergence": "--method GKD --method.beta 0.1 --method.divergence ForwardKL",
     "ema_decay alone": "--model.ema_decay 0.9",
-    "own teacher and teacher": "--model.self_teacher ema",
-    "cache on-policy": "--method GKD --model.teacher_cache cache",
-    "cache and temperature": "--method.temperature 2 --model.teacher_cache cache",
+    "a teacher of an earlier version": "--model.self_teacher ema",
+    "cache on-policy": "--method GKD --model.teacher CachedTeacher --model.teacher.folder cache "
+    "--model.teacher.model teacher",
+    "cache and temperature": "--method.temperature 2 --model.teacher CachedTeacher "
+    "--model.teacher.folder cache --model.teacher.model teacher",
     "cache and server": "--model.teacher_cache cache --model.teacher_server http://127.0.0.1:9",
-    "teacher and server": "--model.teacher_server http://127.0.0.1:9",
+    "settings of a path": "--model.teacher.url http://127.0.0.1:9",
     "no teacher": "--model.teacher null",
     "samples alone": "--data.samples_per_prompt 3",
     "seq_kd of on-policy": "--method GKD --method.on_policy_fraction 1 --method.seq_kd true",
@@ -205,9 +210,9 @@ _COMBINATIONS: dict[str, str] = {
     "--model.engine.sync_folder w",
     "engine without sampling": "--model.engine VLLMServer --model.engine.url http://127.0.0.1:9 "
     "--model.engine.sync_folder w",
-    "server nobody answers": "--model.teacher null --model.teacher_server.url "
-    "http://127.0.0.1:9 --model.teacher_server.num_retries 0",
-    "password in an address": "--model.teacher null --model.teacher_server http://a:b@localhost",
+    "server nobody answers": "--model.teacher ServedTeacher --model.teacher.url "
+    "http://127.0.0.1:9 --model.teacher.num_retries 0",
+    "password in an address": "--model.teacher ServedTeacher --model.teacher.url http://a:b@localhost",
     "devices": "--trainer.devices 0",
     "many devices": "--trainer.accelerator gpu --trainer.devices 64",
     "device of a name": "--trainer.devices x",
@@ -286,7 +291,8 @@ _COMBINATIONS: dict[str, str] = {
     "root below a file": "--trainer.default_root_dir rows.bin/x",
     "root of no name": "--trainer.default_root_dir=",
     "root of the system": "--trainer.default_root_dir /proc/nothing",
-    "cache of a file": "--model.teacher_cache rows.bin",
+    "cache of a file": "--model.teacher CachedTeacher --model.teacher.model teacher "
+    "--model.teacher.folder rows.bin",
 }
 _CONFIGS: dict[str, str] = {
     "config: list": "- a\n",

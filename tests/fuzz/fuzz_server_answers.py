@@ -14,7 +14,7 @@ from raw_server import Reply, as_json, head, raw_server, whole
 from okd_lightning.endpoint import Endpoint
 from okd_lightning.engines.vllm_client import VLLMClient
 from okd_lightning.models import Vocabulary
-from okd_lightning.teachers import ServedTeacher, TeacherServer
+from okd_lightning.teachers import ServedTeacher, TeacherRun
 
 _PROMPT = [3, 4, 5]
 _K = 4
@@ -148,9 +148,9 @@ def _teacher(reply: Reply) -> Callable[[Bench], None]:
     def act(bench: Bench) -> None:
         tokenizer = tiny.make_tokenizer()
         with raw_server(_after_models(reply)) as server:
-            settings = TeacherServer(server.url, k=_K, timeout_seconds=0.5, num_retries=0)
-            teacher = ServedTeacher(settings, Vocabulary.of(tokenizer), tokenizer)
-            teacher._score(_PROMPT, [1, 2])
+            settings = ServedTeacher(server.url, k=_K, timeout_seconds=0.5, num_retries=0)
+            run = TeacherRun("student", tokenizer, Vocabulary.of(tokenizer), "float32")
+            settings.join(run)._score(_PROMPT, [1, 2])
 
     return act
 

@@ -226,15 +226,16 @@ def _teachers(draw: Draw, assets: Path, folder: Path, url: str, methods: Words) 
     said = " ".join(methods)
     teacher = ["--model.teacher", str(assets / draw.choice(("teacher", "gpt2")))]
     template = ["--data.teacher_prompt_template", "{prompt}{reference}"]
+    served = ["--model.teacher", "ServedTeacher"]
+    cached = ["--model.teacher", "CachedTeacher", "--model.teacher.model", teacher[1]]
     found = [teacher, teacher, teacher, [*teacher, *template]]
-    found.append(["--model.self_teacher", "frozen", *template])
+    found.append(["--model.teacher", "FrozenSelf", *template])
     if "OKD" not in methods:
-        found.append(["--model.self_teacher", draw.choice(("ema", "live")), *template])
+        found.append(["--model.teacher", draw.choice(("AveragedSelf", "LiveSelf")), *template])
     if not any(part in said for part in ("OKD", "seq_kd", "temperature", "Tempered", "callbacks.")):
-        server = "--model.teacher_server"
-        found.append([f"{server}.url", url, f"{server}.k", "6"])
+        found.append([*served, "--model.teacher.url", url, "--model.teacher.k", "6"])
         if not any(part in said for part in ("OPD", "GKD", "on_policy", "Advantage")):
-            found += [[*teacher, "--model.teacher_cache", str(folder / "cache")]] * 2
+            found += [[*cached, "--model.teacher.folder", str(folder / "cache")]] * 2
     if methods[1:] in (["SFT"],) or (methods[1] == "Reward" and "+=" not in said):
         found = [[]]
     return found

@@ -33,7 +33,7 @@ from okd_lightning.callbacks import (
 )
 from okd_lightning.divergences import ForwardKL, JensenShannon, TopK
 from okd_lightning.engines import Sampling
-from okd_lightning.teachers import TeacherCache
+from okd_lightning.teachers import AveragedSelf, CachedTeacher
 from okd_lightning.tools import Calculator
 from okd_lightning.training.module import DistillationModule
 
@@ -72,7 +72,7 @@ def make_module(dtype: str = "float64", **settings: Any) -> DistillationModule:
     """A tiny pair; PEFT's adapters draw their weights from the seed."""
     torch.manual_seed(3)
     overrides = {"attention_dropout": 0.1} if settings.pop("dropout", False) else {}
-    teacher = None if "self_teacher" in settings else tiny.make_llama(2, tiny.TEACHER_ROWS)
+    teacher = settings.pop("teacher", None) or tiny.make_llama(2, tiny.TEACHER_ROWS)
     return DistillationModule(
         tiny.make_llama(1, **overrides),
         teacher,
@@ -100,8 +100,8 @@ def run(
 
 def from_cache(root: Path) -> Golden:
     """The teacher's six most likely ids, from files."""
-    cache = TeacherCache(str(root / "cache"), 6)
-    return run(root, lambda: [KD(cross_entropy_weight=0.3)], model={"teacher_cache": cache})
+    teacher = CachedTeacher(tiny.make_llama(2, tiny.TEACHER_ROWS), str(root / "cache"), 6)
+    return run(root, lambda: [KD(cross_entropy_weight=0.3)], model={"teacher": teacher})
 
 
 def with_tools(root: Path) -> Golden:
@@ -186,7 +186,7 @@ RUNS: dict[str, Callable[[Path], Golden]] = {
     "ema_self_teacher": partial(
         run,
         methods=lambda: [GKD(0.5)],
-        model={"self_teacher": "ema", "ema_decay": 0.7},
+        model={"teacher": AveragedSelf(), "ema_decay": 0.7},
         data={"teacher_prompt_column": "hint"},
     ),
     "privileged_prompts": partial(

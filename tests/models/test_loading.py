@@ -144,9 +144,9 @@ def test_a_model_in_memory_keeps_its_number_format(student_folder):
     student, teacher = (tiny.make_llama(i).to(torch.bfloat16) for i in (1, 2))
     tokenizer = tiny.make_tokenizer()
     module = DistillationModule(student, teacher, tokenizer=tokenizer)
-    assert (module.dtype_name, module.teacher_dtype_name) == ("bfloat16", "bfloat16")
+    assert (module.pair.dtype, module.pair.teacher.run.dtype) == ("bfloat16", "bfloat16")
     module = DistillationModule(student, str(student_folder), tokenizer=tokenizer)
-    assert (module.dtype_name, module.teacher_dtype_name) == ("bfloat16", "float32")
+    assert (module.pair.dtype, module.pair.teacher.run.dtype) == ("bfloat16", "float32")
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "other shapes"])

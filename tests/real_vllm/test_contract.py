@@ -23,7 +23,7 @@ from okd_lightning.callbacks import GKD
 from okd_lightning.engines import NoiseStream, Sampling, VLLMServer
 from okd_lightning.models import Vocabulary
 from okd_lightning.records.requests import PromptBatch, Request
-from okd_lightning.teachers import TeacherServer
+from okd_lightning.teachers import ServedTeacher
 from okd_lightning.training.module import DistillationModule
 
 pytestmark = pytest.mark.real_vllm
@@ -144,7 +144,7 @@ def test_what_a_served_teacher_is_asked(teacher_pair, tmp_path):
     module = DistillationModule(
         served_models.make_student(),
         tokenizer=tiny.make_tokenizer(),
-        teacher_server=TeacherServer(fake.url, k=6),
+        teacher=ServedTeacher(fake.url, k=6),
         learning_rate=1e-2,
     )
     tiny.fit(tmp_path, module, [GKD(on_policy_fraction=1.0)], tiny.make_rows(4), max_steps=1)

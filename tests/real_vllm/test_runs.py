@@ -20,7 +20,7 @@ from served_models import STUDENT, TEACHER
 from okd_lightning.callbacks import GKD, OPD, LastCheckpoint, OPDPlus
 from okd_lightning.divergences import JensenShannon, TopK
 from okd_lightning.engines import VLLMServer
-from okd_lightning.teachers import TeacherServer
+from okd_lightning.teachers import ServedTeacher
 from okd_lightning.training.module import DistillationModule
 
 pytestmark = pytest.mark.real_vllm
@@ -50,7 +50,7 @@ def train(vllm_servers, tmp_path):
     """Train in a folder of ``tmp_path``; returns the recorder and the module."""
 
     def run(method, folder="run", *, served=True, callbacks=(), ckpt_path=None, steps=STEPS):
-        teacher = TeacherServer(vllm_servers.url(TEACHER), k=K) if served else None
+        teacher = ServedTeacher(vllm_servers.url(TEACHER), k=K) if served else None
         root = tmp_path / folder
         engine = VLLMServer(
             vllm_servers.url(STUDENT),
@@ -60,9 +60,8 @@ def train(vllm_servers, tmp_path):
         )
         module = Watched(
             served_models.make_student(),
-            None if served else served_models.make_teacher(),
+            teacher or served_models.make_teacher(),
             tokenizer=tiny.make_tokenizer(),
-            teacher_server=teacher,
             engine=engine,
             learning_rate=3e-2,
         )

@@ -20,7 +20,7 @@ from vllm_servers import Server
 from okd_lightning.callbacks import OPDPlus
 from okd_lightning.engines import VLLMServer
 from okd_lightning.errors import ServerError
-from okd_lightning.teachers import TeacherServer
+from okd_lightning.teachers import ServedTeacher
 from okd_lightning.training.module import DistillationModule
 
 pytestmark = pytest.mark.real_vllm
@@ -41,7 +41,7 @@ def train(vllm_servers, tmp_path):
         module = Gaps(
             served_models.make_tied(),
             tokenizer=tiny.make_tokenizer(),
-            teacher_server=TeacherServer(vllm_servers.url(TEACHER), k=6),
+            teacher=ServedTeacher(vllm_servers.url(TEACHER), k=6),
             engine=VLLMServer(vllm_servers.url(server), str(tmp_path / "weights")),
             learning_rate=3e-2,
         )

@@ -27,8 +27,7 @@ from okd_lightning.records.batches import TrainingRow
 from okd_lightning.records.collation import collate
 from okd_lightning.records.packing import pack
 from okd_lightning.records.sequences import Sequences
-from okd_lightning.teachers import attach_online_module
-from okd_lightning.training import pair_sides
+from okd_lightning.teachers import CachedTeacher, attach_online_module, base
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT's use of transformers
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -235,9 +234,9 @@ def test_runs_are_the_same_packed_and_padded(name, tmp_path, make_module):
     methods, data = RUNS[name]
     padded = train(tmp_path, make_module, methods, data, packing=False)
     packed = train(tmp_path, make_module, methods, data)
-    assert packed[2].packs_student
-    assert packed[2].packs_teacher
-    assert not padded[2].packs_student
+    assert packed[2].pair.packs_student
+    assert packed[2].pair.teacher.packs
+    assert not padded[2].pair.packs_student
     for gradients, truth in zip(packed[0].gradients, padded[0].gradients, strict=True):
         assert tiny.distance(gradients, truth) < 1e-9
     assert tiny.distance(packed[1], padded[1]) < 1e-9
@@ -267,7 +266,7 @@ def test_what_is_derived_follows_a_changed_batch():
 def test_a_model_that_cannot_pack_says_so_once(make_module, caplog):
     module = make_module(student=build("falcon_h1", vocab_size=tiny.STUDENT_ROWS))
     module.configure_model()
-    assert not module.packs_student
+    assert not module.pair.packs_student
     said = [
         r.getMessage()
         for r in caplog.records
@@ -302,11 +301,11 @@ def test_wasted_positions(packing, tmp_path, make_module):
 def test_a_cache_is_written_of_packed_rows(tmp_path, make_module, monkeypatch):
     """What can be packed is known when the teacher has been loaded."""
     packed = []
-    read = pair_sides.hidden_at_loss
+    read = base.hidden_at_loss
     monkeypatch.setattr(
-        pair_sides, "hidden_at_loss", lambda m, r, packs: packed.append(packs) or read(m, r, packs)
+        base, "hidden_at_loss", lambda m, r, packs: packed.append(packs) or read(m, r, packs)
     )
-    module = make_module(teacher_cache=str(tmp_path / "cache"))
+    module = make_module(kind=lambda teacher: CachedTeacher(teacher, str(tmp_path / "cache")))
     tiny.fit(tmp_path, module, [KD()], tiny.make_rows(8), max_steps=1)
     assert packed == [True] * len(packed)
     assert len(packed) > 1

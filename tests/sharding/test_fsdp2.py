@@ -1,11 +1,10 @@
 """FSDP2 and DDP on two gloo processes against one process without either (METHODS.md, test 7).
 
 Frozen here: losses, gradients and weights of KD, GKD, OKD and OPD+ over ten steps are those of one
-process, with and without accumulation (under DDP: test_ddp.py), for full students and LoRA
-students, with ranks that have no
-rows in a step and shorter last batches; so are self-teachers, stages, rewards, prompt learning, and
-every way of sharding; ranks that write different numbers of responses wait for each other;
-gradients are sent, and heads and writing students gathered, once.
+process, with accumulation and for LoRA students over five (under DDP also: test_ddp.py), with ranks
+that have no rows in a step and shorter last batches; so are self-teachers, stages, rewards, prompt
+learning, and every way of sharding; ranks that write different numbers of responses wait for each
+other; gradients are sent, and heads and writing students gathered, once.
 """
 
 from __future__ import annotations
@@ -42,6 +41,7 @@ from okd_lightning.checkpoints.contents import check_finite
 from okd_lightning.divergences import JensenShannon
 from okd_lightning.errors import NonFiniteError
 from okd_lightning.sharding import FSDP2Strategy
+from okd_lightning.teachers import AveragedSelf, FrozenSelf, LiveSelf
 from okd_lightning.training.module import DistillationModule
 from okd_lightning.training.safeguards.finite_guard import FiniteGuard
 
@@ -68,7 +68,7 @@ MATRIX = {
         "methods": METHODS[method],
         "adapter": adapter,
         "accumulate": accumulate,
-        "settings": {} if accumulate == 1 else FEW,
+        "settings": {} if accumulate == 1 and adapter is None else FEW,
     }
     for method in METHODS
     for adapter in (None, lora())
@@ -76,19 +76,20 @@ MATRIX = {
 }
 PAIRS = [
     *((name, "fsdp2") for name in MATRIX),
-    *((name, "ddp") for name in MATRIX if MATRIX[name]["accumulate"] == 1),
+    *((f"{method}, full, accumulation 1", "ddp") for method in ("KD", "OKD")),
+    *((f"{method}, LoRA, accumulation 1", "ddp") for method in ("GKD", "OPD+")),
 ]
 ANCHORED = {"on_policy_fraction": 0.5, "anchor_weight": 0.5, "learning_rate": 0.5}
 SELF_TAUGHT = {
-    f"{kind} self-teacher{', LoRA' if adapter else ''}": {
+    f"{kind.__name__}{', LoRA' if adapter else ''}": {
         "methods": METHODS["GKD"],
         "accumulate": 2,
         "data": {"teacher_prompt_template": "{reference}p{prompt}"},
-        "model": {"teacher": None, "self_teacher": kind},
+        "model": {"teacher": kind()},
         "adapter": adapter,
         "settings": FEW,
     }
-    for kind in ("frozen", "ema", "live")
+    for kind in (FrozenSelf, AveragedSelf, LiveSelf)
     for adapter in (None, lora("q_proj", "lm_head"))
 }
 

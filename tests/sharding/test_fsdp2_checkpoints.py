@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from parallel_runs import Killer, run, spawn
+from parallel_runs import Killer, Snapshot, run, spawn
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -25,6 +25,7 @@ from okd_lightning.checkpoints.folders import tensors_in
 from okd_lightning.commands.export import export_online_module, export_student
 from okd_lightning.errors import CheckpointError
 from okd_lightning.sharding import FSDP2Strategy
+from okd_lightning.teachers import AveragedSelf
 from okd_lightning.training.module import DistillationModule
 
 pytestmark = [
@@ -61,7 +62,7 @@ RUNS = {
     "LoRA on a random base": {"methods": lambda: [KD()], "student": RANDOM, "adapter": lora()},
     "moving average": {
         "methods": lambda: [GKD(0.5, on_policy_fraction=0.5)],
-        "model": {"teacher": None, "self_teacher": "ema"},
+        "model": {"teacher": AveragedSelf()},
         "data": {"teacher_prompt_template": "{reference}p{prompt}"},
     },
 }
@@ -98,8 +99,8 @@ def both_ranks(rank: int, root: Path) -> None:
         for form in FORMS:
             here = root / form / name.replace(" ", "_")
             sharded = partial(FSDP2Strategy, checkpoint_form=form)
-            whole = train(root, name, sharded(), here / "whole")
-            train(root, name, sharded(), here / "killed", callbacks=[Killer(KILLED_AT)])
+            snapshot = Snapshot(KILLED_AT, here / "killed")
+            whole = train(root, name, sharded(), here / "whole", callbacks=[snapshot])
             resumed = train(root, name, sharded(), here / "again", ckpt_path=last(here / "killed"))
             results[name, form] = whole, resumed
     results["from one process"] = train(

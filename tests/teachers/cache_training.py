@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from okd_lightning.teachers import TeacherCache
+from okd_lightning.teachers import CachedTeacher
 
 ROWS, VAL = tiny.make_rows(22), tiny.make_rows(6, seed=2)
 ALL = tiny.NUM_IDS
@@ -22,8 +22,9 @@ def sgd(parameters):
 def train(root, make_module, methods, k=None, cache=None, rows=ROWS, dtype="float32", **settings):
     """A recorder and the module; from a cache where k is given."""
     torch.manual_seed(5)
-    given = {} if k is None else {"teacher_cache": TeacherCache(str(cache), k, dtype)}
-    own = {"optimizer": sgd, "dtype": "float64", **given, **settings.pop("model", {})}
+    own = {"optimizer": sgd, "dtype": "float64", **settings.pop("model", {})}
+    if k is not None:
+        own["kind"] = lambda teacher: CachedTeacher(teacher, str(cache), k, dtype)
     module = make_module(**own)
     return tiny.fit(root, module, methods, rows, **settings), module
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
-import okd_lightning.training.pair_module
 from okd_lightning.teachers import CachedTeacher
+from okd_lightning.teachers import loaded as loaded_module
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 def loaded(monkeypatch) -> list[weakref.ref[PreTrainedModel]]:
     """Every teacher that is loaded, weakly."""
     found = []
-    original = okd_lightning.training.pair_module.load_checked
+    original = loaded_module.load_checked
 
     def load(source, option, *args, **kwargs):
         model = original(source, option, *args, **kwargs)
@@ -30,5 +30,5 @@ def loaded(monkeypatch) -> list[weakref.ref[PreTrainedModel]]:
             found.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(okd_lightning.training.pair_module, "load_checked", load)
+    monkeypatch.setattr(loaded_module, "load_checked", load)
     return found

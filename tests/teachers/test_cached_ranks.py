@@ -14,12 +14,13 @@ import tiny
 import torch
 from parallel_runs import spawn
 
-import okd_lightning.training.pair_module
 from okd_lightning.callbacks import KD
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import CacheError
-from okd_lightning.teachers import CachedTeacher, TeacherCache
+from okd_lightning.teachers import CachedTeacher
+from okd_lightning.teachers import loaded as loaded_module
 from okd_lightning.teachers.store import Entry
+from okd_lightning.training import pair as pair_module
 from okd_lightning.training.module import DistillationModule
 
 
@@ -28,14 +29,13 @@ def run(root: Path, devices: int, cache: Path) -> dict:
     torch.manual_seed(3)
     module = DistillationModule(
         str(root / "student"),
-        str(root / "teacher"),
+        CachedTeacher(str(root / "teacher"), str(cache), 5),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
-        teacher_cache=TeacherCache(str(cache), 5),
         dtype="float64",
     )
     written: list[str] = []
     loaded: list[str] = []
-    put, load = Entry.write_part, okd_lightning.training.pair_module.load_checked
+    put, load = Entry.write_part, loaded_module.load_checked
 
     def write_part(self: Entry, number: int, records) -> None:
         written.append(f"{self.folder.name}/{number}")
@@ -64,7 +64,8 @@ def run(root: Path, devices: int, cache: Path) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CachedTeacher, "part_positions", 12)
         patch.setattr(Entry, "write_part", write_part)
-        patch.setattr(okd_lightning.training.pair_module, "load_checked", load_checked)
+        for module in (pair_module, loaded_module):
+            patch.setattr(module, "load_checked", load_checked)
         trainer.fit(module, data)
     logged = trainer.callback_metrics
     return {

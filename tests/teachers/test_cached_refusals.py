@@ -23,7 +23,7 @@ from okd_lightning.callbacks import (
 )
 from okd_lightning.divergences import ReverseKL, TopK
 from okd_lightning.errors import CacheError, ConfigError
-from okd_lightning.teachers import TeacherCache
+from okd_lightning.teachers import CachedTeacher
 
 
 class Adapted(DivergenceCallback):
@@ -48,7 +48,7 @@ class Adapted(DivergenceCallback):
         ([Adapted()], "adapted with a cached teacher: it asks for Entropy"),
         ([OKD(online_module=LoraConfig(r=2))], "an online module is trained on a teacher"),
         ([Stage(KD(temperature=3.0), start=0)], "its temperature is 3"),
-        ([KD(), PaperMeasures()], "PaperMeasures has the teacher write"),
+        ([KD(), PaperMeasures()], "PaperMeasures has the teacher generate"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -61,16 +61,14 @@ def test_what_needs_the_teacher_is_refused_before_anything_is_loaded(
     assert not cache.exists()
 
 
-def test_settings_that_contradict_each_other(make_module, student_folder, cache):
+def test_settings_out_of_their_range(cache):
     folder = str(cache)
     with pytest.raises(ConfigError, match="k must be at least 1, got 0"):
-        TeacherCache.of(TeacherCache(folder, 0))
+        CachedTeacher("teacher", folder, 0)
     with pytest.raises(ConfigError, match="dtype is 'int8'; expected float16 or float32"):
-        TeacherCache.of(TeacherCache(folder, 5, "int8"))
-    with pytest.raises(ConfigError, match=r"model.teacher_cache has no teacher to keep"):
-        make_module(teacher=None, teacher_cache=folder)
-    with pytest.raises(ConfigError, match=r"model.self_teacher frozen makes the student its own"):
-        make_module(teacher=None, self_teacher="frozen", teacher_cache=folder)
+        CachedTeacher("teacher", folder, 5, "int8")
+    with pytest.raises(ConfigError, match=r"model.teacher is a NoneType; expected a folder"):
+        CachedTeacher(None, folder)
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
@@ -78,7 +76,7 @@ def test_random_weights_and_other_loaders_are_refused(tmp_path, make_module, cac
     random = tiny.make_llama(2).config.to_dict()
     with pytest.raises(ConfigError, match="a config with random weights: save the model"):
         train(tmp_path, make_module, [KD()], k=5, cache=cache, model={"teacher": random})
-    module = make_module(teacher_cache=str(cache))
+    module = make_module(kind=lambda teacher: CachedTeacher(teacher, str(cache)))
     trainer = tiny.make_trainer(tmp_path, [KD()], limit_val_batches=0)
     with pytest.raises(ConfigError, match="reads its rows from a RolloutDataModule"):
         trainer.fit(module, train_dataloaders=[0])

@@ -21,7 +21,7 @@ from okd_lightning.divergences import ForwardKL, JensenShannon, ReverseKL, TopK
 from okd_lightning.errors import ConfigError, ServerError, ServerTimeoutError, VocabularyError
 from okd_lightning.losses import Entropy
 from okd_lightning.rewards import AnswerMatch
-from okd_lightning.teachers import TeacherServer
+from okd_lightning.teachers import ServedTeacher
 
 
 class Curious(KD):
@@ -67,9 +67,8 @@ def train(tmp_path, make_module, fake, unpadded):
 
     def run(methods, k=None, rows=ROWS, served=(), **settings):
         torch.manual_seed(5)
-        server = None if k is None else TeacherServer(fake.url, **{"k": k, **dict(served)})
-        given = {"teacher": str(unpadded)} if k is None else {"teacher": None}
-        own = {"optimizer": sgd, "teacher_server": server, "dtype": "float64", **given}
+        server = None if k is None else ServedTeacher(fake.url, **{"k": k, **dict(served)})
+        own = {"optimizer": sgd, "teacher": server or str(unpadded), "dtype": "float64"}
         own.update(settings.pop("model", {}))
         module = make_module(**own)
         return tiny.fit(tmp_path, module, methods, rows, **settings), module
@@ -183,10 +182,10 @@ def test_validation_takes_bounds_on_both_kinds_of_responses(train):
 
 REFUSED = {
     "asks for Entropy": lambda: [Curious()],
-    "an online module needs a teacher": lambda: [OKD()],
+    "an online module is trained on a teacher": lambda: [OKD()],
     "its temperature is 2": lambda: [KD(temperature=2.0)],
     "takes 19 ids, and 5 are known": lambda: [KD(divergence=TopK(ReverseKL(), 20))],
-    "PaperMeasures has the teacher write": lambda: [KD(), PaperMeasures()],
+    "PaperMeasures has the teacher generate": lambda: [KD(), PaperMeasures()],
 }
 
 
@@ -196,18 +195,11 @@ def test_what_needs_the_teacher_itself_is_refused(words, train):
         train(REFUSED[words](), k=5)
 
 
-def test_nothing_else_of_a_teacher_may_be_given(make_module, teacher_folder):
-    for option, value in (
-        ("teacher", str(teacher_folder)),
-        ("self_teacher", "live"),
-        ("teacher_cache", "folder"),
-        ("teacher_dtype", "bfloat16"),
-    ):
-        given = {"teacher": None, option: value}
-        with pytest.raises(ConfigError, match=f"and model.{option} says something of another"):
-            make_module(teacher_server="http://x", **given)
+def test_settings_that_do_not_fit(make_module):
+    with pytest.raises(ConfigError, match=r"leave model\.teacher_dtype out"):
+        make_module(teacher=ServedTeacher("http://x"), teacher_dtype="bfloat16")
     with pytest.raises(ConfigError, match="k must be at least 1"):
-        make_module(teacher=None, teacher_server=TeacherServer("http://x", k=0))
+        ServedTeacher("http://x", k=0)
 
 
 # ------------------------------------------------------------------- what goes wrong
@@ -220,7 +212,7 @@ def test_another_tokenizer(train, fake):
 
 
 def test_another_model(train, fake):
-    with pytest.raises(ServerError, match=r"serves teacher, not 'other'; .*teacher_server.model"):
+    with pytest.raises(ServerError, match=r"serves teacher, not 'other'; .*--model.teacher.model"):
         train([KD()], k=5, served={"model": "other"})
 
 
@@ -248,7 +240,7 @@ def test_padding_without_probability_is_passed_over(train, fake):
 
 def test_too_few_logprobs(train, fake):
     fake.max_logprobs = 10
-    with pytest.raises(ServerError, match=r"--max-logprobs 13.* lower --model.teacher_server.k"):
+    with pytest.raises(ServerError, match=r"--max-logprobs 13.* lower --model.teacher.k"):
         train([KD()], k=5)
 
 
@@ -280,3 +272,39 @@ def test_dropped_connections_and_a_slow_server(train, fake):
     with pytest.raises(ServerTimeoutError, match=r"not answered within 0\.2 seconds"):
         train([KD()], k=5, served={"timeout_seconds": 0.2})
     fake.faults = []
+
+
+# ---------------------------------------------------------------- several end ids
+
+
+def merging(module_settings=None):
+    return {"end_tokens": [tiny.EOS, tiny.BOS], **(module_settings or {})}
+
+
+@pytest.mark.parametrize("k", [2, 5])
+@pytest.mark.parametrize("name", ["reverse KL", "corrected, clipped"])
+def test_a_sampled_end_is_credited_as_by_the_teacher_itself(name, k, train, fake):
+    """Also where an end id is not among the likeliest: it costs a request of its own."""
+    live = train([OWN[name]()], model=merging())
+    found = train([OWN[name]()], k=k, model=merging())
+    check_same(found, live)
+    prompts = [tuple(body["prompt"]) for body in fake.bodies("/v1/completions")]
+    ends = {prompt[-1] for prompt in prompts if prompt[-1] in (tiny.EOS, tiny.BOS)}
+    assert ends == {tiny.EOS, tiny.BOS}
+
+
+def test_at_all_ids_it_is_the_exact_run_of_the_merged_outcomes(train):
+    live = train([KD(divergence=ReverseKL())], model=merging())
+    check_same(train([KD(divergence=ReverseKL())], k=ALL, model=merging()), live)
+
+
+def test_a_divergence_is_a_lower_bound_and_costs_no_request(train, fake):
+    """Ends that are not all known are part of the rest, on both sides."""
+    live = train([KD(divergence=ReverseKL())], model=merging())
+    fake.requests.clear()
+    found = train([KD(divergence=ReverseKL())], k=2, model=merging())
+    losses = zip(found[0].losses, live[0].losses, strict=True)
+    first, exact = next(losses)
+    assert 0 <= first["train/kd"] <= exact["train/kd"] + 1e-9
+    sent = [tuple(body["prompt"]) for body in fake.bodies("/v1/completions")]
+    assert len(sent) == sum(len(batch) for step in found[0].steps for batch in step)

@@ -24,8 +24,8 @@ from okd_lightning.durable_files import require_writable
 from okd_lightning.errors import CacheError, OutputError
 from okd_lightning.losses.outcomes import unpack_drawn, unpack_outcomes
 from okd_lightning.records.batches import Example
+from okd_lightning.teachers import CachedTeacher
 from okd_lightning.teachers.layout import layout_of, reading_key
-from okd_lightning.teachers.settings import TeacherCache
 from okd_lightning.teachers.store import Entry, from_records, record_type, to_records
 
 VOCAB, K = tiny.NUM_IDS, 5
@@ -41,7 +41,7 @@ VOCAB, K = tiny.NUM_IDS, 5
     ],
 )
 def test_bytes_a_token(vocab_size, dtype, expected):
-    record = record_type(TeacherCache("anywhere").k, vocab_size, dtype)
+    record = record_type(CachedTeacher("teacher", "anywhere").k, vocab_size, dtype)
     assert record.itemsize == expected
     assert record.itemsize <= 300
     ids = np.zeros(1, record)

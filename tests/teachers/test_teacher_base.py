@@ -23,6 +23,7 @@ from okd_lightning.losses import Measured, Quantity, Tile
 from okd_lightning.losses.reduction import loss_output
 from okd_lightning.records.batches import LossOutput
 from okd_lightning.sharding import FSDP2Strategy
+from okd_lightning.teachers import CachedTeacher
 from okd_lightning.training.config_paths import relocate
 
 
@@ -96,15 +97,17 @@ def test_one_base_a_run(tmp_path, make_module, folders):
 
 
 def test_a_teacher_that_is_not_in_memory_is_refused(tmp_path, make_module, folders):
-    module = make_module(teacher_cache=str(tmp_path / "cache"))
-    message = r"no teacher in memory; leave --model\.teacher_cache out"
+    module = make_module(kind=lambda teacher: CachedTeacher(teacher, str(tmp_path / "cache")))
+    message = (
+        r"no teacher in memory; give --model\.teacher a folder or hub id in place of CachedTeacher"
+    )
     with pytest.raises(ConfigError, match=message):
         tiny.fit(tmp_path, module, [Shifted(str(folders / "base"))], tiny.make_rows(8))
 
 
 class Seen(Callback):
     def on_train_start(self, trainer, pl_module):
-        self.base = pl_module.teacher_base.model
+        self.base = pl_module.pair.teacher_base.model
         self.before = {n: w.clone() for n, w in self.base.state_dict().items()}
         self.listed = [n for n, _ in pl_module.named_parameters()]
 
@@ -116,7 +119,7 @@ def test_it_is_frozen_and_forgotten(tmp_path, make_module, folders):
     averaging = EMAWeightAveraging(decay=0.5)
     methods = [Shifted(str(folders / "base"))]
     tiny.fit(tmp_path, module, methods, tiny.make_rows(8), callbacks=[seen, averaging])
-    assert module.teacher_base is None
+    assert module.pair.teacher_base is None
     assert not any(weight.requires_grad for weight in seen.base.parameters())
     after = seen.base.state_dict()
     assert all(torch.equal(weight, after[name]) for name, weight in seen.before.items())

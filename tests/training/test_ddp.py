@@ -37,6 +37,7 @@ from okd_lightning.callbacks import (
 )
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import JensenShannon
+from okd_lightning.teachers import AveragedSelf, FrozenSelf, LiveSelf
 from okd_lightning.training.module import DistillationModule
 
 
@@ -95,14 +96,14 @@ RUNS = {
         "accumulate": 2,
     },
     **{
-        f"{kind} self-teacher{', LoRA' if adapter else ''}": {
+        f"{kind.__name__}{', LoRA' if adapter else ''}": {
             "methods": lambda: [GKD(1.0, on_policy_fraction=0.5)],
             "accumulate": 2,
             "data": {"teacher_prompt_template": "{reference}p{prompt}"},
             "adapter": adapter,
-            "self_teacher": kind,
+            "teacher": kind,
         }
-        for kind, adapter in (("frozen", True), ("ema", False), ("live", True))
+        for kind, adapter in ((FrozenSelf, True), (AveragedSelf, False), (LiveSelf, True))
     },
 }
 
@@ -126,8 +127,7 @@ def run(root: Path, devices: int, methods, num=22, accumulate=1, adapter=None, d
     torch.manual_seed(3)
     module = DistillationModule(
         more.pop("student", None) or str(root / "student"),
-        None if "self_teacher" in more else str(root / "teacher"),
-        self_teacher=more.get("self_teacher"),
+        more["teacher"]() if "teacher" in more else str(root / "teacher"),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
         student_adapter=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if adapter else None,
         dtype="float64",

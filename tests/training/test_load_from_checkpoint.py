@@ -22,6 +22,7 @@ from peft import LoraConfig
 
 from okd_lightning.callbacks import KD, OKD, SFT
 from okd_lightning.errors import CheckpointError, ConfigError
+from okd_lightning.teachers import AveragedSelf, FrozenSelf
 from okd_lightning.training.module import DistillationModule
 
 
@@ -59,8 +60,8 @@ FOLDERS = {
     "adapter": ({"student_adapter": LoraConfig(r=2)}, KD),
     "online module": ({}, OKD),
     "online module beside an adapter": ({"student_adapter": LoraConfig(r=2)}, OKD),
-    "moving average": ({"teacher": None, "self_teacher": "ema"}, beside_references),
-    "frozen start": ({"teacher": None, "self_teacher": "frozen"}, beside_references),
+    "moving average": ({"teacher": AveragedSelf()}, beside_references),
+    "frozen start": ({"teacher": FrozenSelf()}, beside_references),
 }
 
 

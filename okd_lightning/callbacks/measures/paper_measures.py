@@ -51,7 +51,7 @@ class _Pass:
 
     def alone(self) -> AbstractContextManager[object]:
         """Return a context in which ranks may run the models different numbers of times."""
-        return self.module.placement.alone(self.module.student, self.module.teacher)
+        return self.module.pair.placement.alone(self.module.student, self.module.teacher)
 
 
 class PaperMeasures(EvaluationCallback):
@@ -96,10 +96,13 @@ class PaperMeasures(EvaluationCallback):
                 metrics.
         """
         super().setup(trainer, pl_module, stage)
-        if isinstance(pl_module, DistillationModule) and pl_module.cache_in_use is not None:
+        if not isinstance(pl_module, DistillationModule):
+            return
+        teacher = pl_module.pair.teacher
+        if teacher.exists and not teacher.generates:
             raise ConfigError(
-                f"PaperMeasures has the teacher write, and {pl_module.cache_in_use.option} leaves "
-                "it out of this run: leave one of them out, or measure afterwards "
+                f"PaperMeasures has the teacher generate, and {teacher.option} has no teacher in "
+                "memory in this run: leave one of them out, or measure afterwards "
                 "(okd-lightning test)"
             )
 

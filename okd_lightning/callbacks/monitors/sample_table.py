@@ -125,7 +125,7 @@ class SampleTable(Callback):
             self._prompts, self._teacher = prompts, None
             is_new = trainer.global_step == 0
             self._before = self._answers(pl_module, data, "student") if is_new else None
-        if self._teacher is None and _has_teacher(pl_module):
+        if self._teacher is None and pl_module.pair.teacher.generates:
             self._teacher = self._answers(pl_module, data, "teacher")
 
     def on_train_batch_end(
@@ -154,7 +154,7 @@ class SampleTable(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         now = self._answers(module, data, "student")
         teacher = self._teacher
-        if module.self_teacher in ("ema", "live"):
+        if module.pair.teacher.follows_student:
             teacher = self._answers(module, data, "teacher")
         return [
             Sample(
@@ -227,8 +227,3 @@ def _prompts_of(
     if isinstance(loader, RolloutLoader):  # read with the needs of its methods
         return "train", loader.examples
     return "train", data.examples("train").examples
-
-
-def _has_teacher(module: DistillationModule) -> bool:
-    """Return whether there is a teacher in memory."""
-    return module.teacher is not None or module.self_teacher is not None

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from okd_lightning.callbacks import GKD, KD, OPDPlus
+from okd_lightning.commands.diagnose.ends import end_check
 from okd_lightning.commands.diagnose.findings import Cost, Diagnosis, Rows
 from okd_lightning.commands.diagnose.gradients import GradientProbe
 from okd_lightning.commands.diagnose.positions import measure_tokens, summarise
@@ -71,6 +72,7 @@ class Examination(Callback):
             generator.generate("teacher", examples),
         )
         checks += writing_checks(own, teachers, data.max_response_length)
+        checks.append(end_check(module, (given, own, teachers), data.batch_size))
         self._say("divergences on given, own and the teacher's responses")
         rows = tuple(
             self._measured(module, responses, data.batch_size)
@@ -91,8 +93,8 @@ class Examination(Callback):
         self._say(f"{self.batches} steps of each of several methods, taken back again")
         has_answers = all(on_given)
         return Diagnosis(
-            student=_described(module.student_source, module.student),
-            teacher=_described(module.teacher_source, module.teacher),
+            student=_described(module.pair.student_source, module.student),
+            teacher=_described(module.pair.teacher.source, module.teacher),
             checks=tuple(checks),
             rows=rows,
             gradients=probe.finding(),

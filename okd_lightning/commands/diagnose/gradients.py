@@ -97,7 +97,7 @@ class GradientProbe:
         }
         asked = [quantity for term in terms.values() for quantity in term.quantities]
         with torch.enable_grad():
-            student, teacher, base = module.sides.of(batch, asked)
+            student, teacher, base = module.pair.sides(batch, asked)
             for key, term in terms.items():
                 loss = fused_loss(
                     [WeightedTerm(term, 1.0 / len(batch))],
@@ -106,7 +106,7 @@ class GradientProbe:
                     batch.student_reads.targets,
                     Measured.about(batch),
                     module.vocabulary.size,
-                    module.tile_positions,
+                    module.pair.settings.tile_positions,
                     base,
                 )
                 self._found.setdefault(key, []).append(self._gradient(loss.total))

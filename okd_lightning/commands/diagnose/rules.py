@@ -229,7 +229,7 @@ def coarse_teacher(found: Diagnosis) -> Advice | None:
     if not lost:
         return None
     return Advice(
-        "Where only the teacher's top k would be known (--model.teacher_cache): a larger k",
+        "Where only the teacher's top k would be known (CachedTeacher): a larger k",
         f"with its {TOP_K} likeliest tokens and a tail, the mean along the exact gradient, where 1 "
         f"is all of it: {', '.join(lost)}",
         "measured",

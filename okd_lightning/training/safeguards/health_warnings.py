@@ -14,7 +14,7 @@ from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError
 from okd_lightning.records.batches import SOURCES, DistillBatch
 from okd_lightning.rollouts import RolloutLoader
-from okd_lightning.training.pair_module import PairModule
+from okd_lightning.training.paired_module import PairedModule
 from okd_lightning.training.safeguards.vital_signs import (
     EXTREME_LOG_RATIO,
     Course,
@@ -131,7 +131,7 @@ class HealthWarnings(Callback):
         data, loader = trainer.datamodule, trainer.train_dataloader  # type: ignore[attr-defined]
         if not isinstance(data, RolloutDataModule) or not isinstance(loader, RolloutLoader):
             return
-        assert isinstance(pl_module, PairModule)
+        assert isinstance(pl_module, PairedModule)
         self._max_length = data.max_response_length
         ends = [e.response_ids[-1] in pl_module.eos_ids for e in loader.examples if e.response_ids]
         self._data_truncated = 1 - sum(ends) / len(ends) if ends else 0.0
@@ -168,7 +168,7 @@ class HealthWarnings(Callback):
         tokens, nats, rows, cut = sums.tolist()
         if not rows or not tokens:
             return
-        assert isinstance(pl_module, PairModule)
+        assert isinstance(pl_module, PairedModule)
         outliers, excess = _log_ratios(trainer, pl_module)
         self.course.add(VitalSigns(nats / tokens, tokens / rows, cut / rows, outliers))
         excess = self._excess if excess is None else excess

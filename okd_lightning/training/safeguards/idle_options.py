@@ -157,7 +157,7 @@ def _teacher_dtype(run: _Run) -> str | None:
 
 
 def _attention(run: _Run) -> str | None:
-    models = (run.module.student_source, run.module.teacher_source)
+    models = (run.module.pair.student_source, run.module.pair.teacher.source)
     is_loaded = all(model is None or isinstance(model, PreTrainedModel) for model in models)
     return "models in memory keep their attention" if is_loaded else None
 
@@ -225,7 +225,7 @@ def _chosen(run: _Run) -> Mapping[str, Any]:
     data, trainer = run.data, run.trainer
     given = {
         "model.engine": run.module.engine,
-        "model.attn_implementation": run.module.attn_implementation,
+        "model.attn_implementation": run.module.pair.settings.attn_implementation,
         "data.sampling": None if data.sampling == Sampling() else data.sampling,
         "data.train_split": data.splits["train"],
         "data.val_split": data.splits["val"],

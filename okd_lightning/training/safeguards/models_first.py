@@ -30,7 +30,7 @@ from lightning.pytorch.callbacks import (
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError
 from okd_lightning.sharding import FSDP2Strategy
-from okd_lightning.training.pair_module import PairModule
+from okd_lightning.training.paired_module import PairedModule
 from okd_lightning.training.safeguards.idle_options import warn_of_idle_options
 from okd_lightning.training.step_terms import check_batch
 
@@ -38,7 +38,7 @@ _NEED_WHOLE_MODELS = (ModelPruning, StochasticWeightAveraging, WeightAveraging)
 
 
 class ModelsFirst(Callback):
-    """Callback that builds a PairModule's models, in the contexts in which Lightning would.
+    """Callback that builds a PairedModule's models, in the contexts in which Lightning would.
 
     Under fsdp2 the models are built and sharded later, and callbacks that copy or change whole
     models are refused.
@@ -52,10 +52,10 @@ class ModelsFirst(Callback):
         """Check the run, read the data, then build the models.
 
         Raises:
-            OKDLightningError: See ``PairModule.check_run``, ``RolloutDataModule.read_ahead`` and
+            OKDLightningError: See ``PairedModule.check_run``, ``RolloutDataModule.read_ahead`` and
                 ``configure_model``; or a callback that needs whole models, under fsdp2.
         """
-        assert isinstance(pl_module, PairModule)
+        assert isinstance(pl_module, PairedModule)
         pl_module.check_run(stage)
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, RolloutDataModule):
@@ -111,7 +111,7 @@ class ModelsFirst(Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
         """Let the module list all its weights again, even where copies of it were averaged."""
-        assert isinstance(pl_module, PairModule)
+        assert isinstance(pl_module, PairedModule)
         pl_module.list_all_parts(is_run_over=True)
 
 

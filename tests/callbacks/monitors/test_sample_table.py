@@ -28,6 +28,7 @@ from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.engines.transformers_engine import TransformersEngine
 from okd_lightning.errors import ConfigError
 from okd_lightning.records.requests import PromptBatch, Request
+from okd_lightning.teachers import AveragedSelf, CachedTeacher, FrozenSelf
 
 STEPS = {"max_epochs": -1, "max_steps": 7, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
 
@@ -133,19 +134,19 @@ def test_other_prompts_than_the_checkpoints_have_no_before(tmp_path, make_module
 WHO = {
     "nobody validates": ({"val": None}, {}, [KD()], {"teacher"}),
     "no teacher": ({}, {"teacher": None}, [SFT()], set()),
-    "a teacher's cache": ({}, {"teacher_cache": "cache"}, [KD()], set()),
-    "a frozen self": ({}, {"teacher": None, "self_teacher": "frozen"}, None, {"teacher"}),
-    "a moving average": ({}, {"teacher": None, "self_teacher": "ema"}, None, {"teacher"}),
+    "a teacher's cache": ({}, {"teacher": CachedTeacher}, [KD()], set()),
+    "a frozen self": ({}, {"teacher": FrozenSelf()}, None, {"teacher"}),
+    "a moving average": ({}, {"teacher": AveragedSelf()}, None, {"teacher"}),
 }
 TOLD = {"teacher_prompt_template": "{reference}p{prompt}"}
 
 
 @pytest.mark.parametrize("name", WHO)
-def test_who_is_asked(name, tmp_path, make_module):
+def test_who_is_asked(name, tmp_path, make_module, teacher_folder):
     settings, model, methods, teacher = WHO[name]
-    if "teacher_cache" in model:
-        model = {"teacher_cache": str(tmp_path / "cache")}
-    if "self_teacher" in model:
+    if model.get("teacher") is CachedTeacher:
+        model = {"teacher": CachedTeacher(str(teacher_folder), str(tmp_path / "cache"))}
+    elif model.get("teacher") is not None:
         settings = {**settings, "data": TOLD}
     fit(tmp_path, make_module(**model), methods, [SampleTable(2)], **settings)
     found = records(tmp_path)

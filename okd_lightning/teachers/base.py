@@ -1,0 +1,359 @@
+"""The teacher of a run: one protocol for all kinds.
+
+Owns what the rest of the package asks of a teacher, with the answers of a frozen model in memory.
+A kind is one final class in a file of its own; no other code asks which kind a run has.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from copy import copy, deepcopy
+from dataclasses import replace
+from typing import Any, ClassVar, Self, TypeAlias, final
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from okd_lightning.errors import ConfigError
+from okd_lightning.losses import Quantity, Side, Term, WeightedTerm
+from okd_lightning.metrics import measures
+from okd_lightning.models import (
+    LMHead,
+    ModelSource,
+    Vocabulary,
+    hidden_at_loss,
+    load_model_config,
+    packs_rows,
+    say_row_groups,
+)
+from okd_lightning.records.batches import DistillBatch
+from okd_lightning.records.sequences import Sequences
+from okd_lightning.teachers.online_module import OnlineModuleSettings
+from okd_lightning.teachers.run import Opening, TeacherOptions, TeacherRun
+
+Measurement: TypeAlias = tuple[AbstractContextManager[None], dict[str, Quantity]]
+"""A context, and metric name → quantity, to be measured within it."""
+
+
+class Teacher(ABC):
+    """The teacher of a run, as everything else sees it.
+
+    This class answers for a frozen model in memory (``model``); a kind overrides what differs. An
+    instance holds a user's settings until ``join`` ties it to a run. A complete one, for which all
+    ids are equally likely:
+
+        class Uniform(Teacher):
+            generates = False
+            arguments = {}
+
+            def side(self, batch, quantities):
+                positions = len(batch.teacher_reads.targets)
+                return Side(torch.zeros(positions, self.run.vocabulary.size), nn.Identity())
+
+    ``--model.teacher my_module.Uniform`` chooses it.
+
+    Attributes:
+        model: Weights in memory, which the module registers as ``teacher``; None without any.
+        packs: Whether ``model`` gets packed rows.
+        student: The student, for kinds that read it; None before it is built.
+        packs_student: Whether the student gets packed rows.
+    """
+
+    option: ClassVar[str] = "--model.teacher"
+    """Option of this teacher, for messages."""
+
+    exists: ClassVar[bool] = True
+    """True where there is a teacher at all."""
+
+    generates: ClassVar[bool] = True
+    """True where it can generate responses."""
+
+    follows_student: ClassVar[bool] = False
+    """True where it changes with the student, apart from trained parameters of its own."""
+
+    model: PreTrainedModel | None = None
+    packs: bool = False
+    student: PreTrainedModel | None = None
+    packs_student: bool = False
+    run: TeacherRun
+
+    # ---------------------------------------------------------------- settings
+
+    @property
+    def own_source(self) -> ModelSource | None:
+        """Source of weights of its own; None for one that is the student, or is not loaded."""
+        return None
+
+    @property
+    @abstractmethod
+    def arguments(self) -> Mapping[str, Any]:
+        """The constructor's arguments, as a checkpoint stores them."""
+
+    @property
+    def base(self) -> Teacher:
+        """The teacher without what methods of a run have put on it."""
+        return self
+
+    @property
+    def source(self) -> ModelSource | None:
+        """Source of its weights, the student's for a self-teacher; None where none are loaded."""
+        return self.own_source
+
+    @property
+    def mark(self) -> str | None:
+        """Name of it in checkpoints: a run resumes only with the same; None if others will do."""
+        return None
+
+    @property
+    def online_module(self) -> OnlineModuleSettings | None:
+        """Settings of its trained parameters and of their optimizer group; None without any."""
+        return None
+
+    def check_options(self, options: TeacherOptions) -> None:
+        """Refuse options that have nothing to act on, or contradict this teacher.
+
+        Raises:
+            ConfigError: The message says what to change.
+        """
+        if options.ema_decay is not None:
+            raise ConfigError(
+                f"model.ema_decay {options.ema_decay} has nothing to act on: give "
+                "--model.teacher AveragedSelf, or leave it out"
+            )
+
+    def join(self, run: TeacherRun) -> Self:
+        """Return a copy of this teacher that belongs to ``run``."""
+        own = copy(self)
+        own.run = run
+        return own
+
+    def use_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Take the run's vocabulary with other end ids; before training."""
+        self.run = replace(self.run, vocabulary=vocabulary)
+
+    def during(self, is_training: bool) -> Teacher:
+        """Return the teacher that acts while a run trains, or in any other command."""
+        del is_training
+        return self
+
+    def config(self, student: PretrainedConfig) -> PretrainedConfig | None:
+        """Return the model config that limits what it reads; None where there is none here."""
+        del student
+        if self.source is None:
+            return None
+        return load_model_config(self.source, "--model.teacher", self.run.vocabulary.size)
+
+    def check_length(self, num_tokens: int) -> None:
+        """Refuse, before training, sequences that are too long, beyond what ``config`` says.
+
+        Raises:
+            ConfigError: Too long; the message names both lengths.
+        """
+        del num_tokens
+
+    def check_prompts(self, are_given: bool) -> None:
+        """Refuse data with, or without, prompts for the teacher.
+
+        Raises:
+            ConfigError: This teacher cannot use them, or needs them.
+        """
+        del are_given
+
+    def check_term(self, term: Term) -> None:
+        """Refuse a method that this teacher cannot serve.
+
+        Raises:
+            ConfigError: The message says what is missing.
+        """
+        if "teacher" in term.sources and not self.generates:
+            raise ConfigError(
+                f"method {term.name} has the teacher write responses, and "
+                f"{type(self).__name__} generates none: give --model.teacher a folder or hub id"
+            )
+
+    def check_adaptable(self) -> None:
+        """Refuse to get an online module, and otherwise have a model of its own for it.
+
+        Raises:
+            ConfigError: The message says what to change.
+        """
+        return
+
+    # ---------------------------------------------------------------- building
+
+    def student_loaded(self, student: PreTrainedModel) -> None:
+        """Take what it needs of the loaded student, before a new adapter is put on it."""
+        del student
+
+    def student_adapted(self, student: PreTrainedModel) -> None:
+        """Take what it needs of the student with its trained parameters."""
+        del student
+
+    def student_ready(self, student: PreTrainedModel, packs: bool) -> None:
+        """Keep the student, as it runs in the loss and in generation."""
+        self.student, self.packs_student = student, packs
+
+    def build(self) -> None:
+        """Have ``model`` in memory where it is needed; called again for every command.
+
+        Raises:
+            ModelError: It cannot be loaded.
+        """
+        if self.model is not None:
+            self.packs = tried(self.model, self.run.packing)
+
+    def open(self, opening: Opening) -> None:
+        """Prepare a training run, once models and data are known.
+
+        Raises:
+            OKDLightningError: It cannot serve this run.
+        """
+        del opening
+
+    # ---------------------------------------------------------------- running
+
+    def side(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Side:
+        """Return the teacher's side of a batch, at its loss positions.
+
+        Gradient flows to the teacher's trained parameters where a quantity trains them, and nowhere
+        else.
+
+        Args:
+            batch: The rows.
+            quantities: Quantities that will be measured.
+
+        Raises:
+            OKDLightningError: A row or quantity that it cannot serve.
+        """
+        assert self.model is not None
+        learns = torch.is_grad_enabled() and any(q.trains_teacher for q in quantities)
+        with torch.set_grad_enabled(learns):
+            return self.read(batch.teacher_reads)
+
+    def base_side(self, batch: DistillBatch) -> Side:
+        """Return the side of the teacher without its trained parameters; a constant."""
+        with torch.no_grad():
+            return self.side(batch, ())
+
+    def read(self, reads: Sequences) -> Side:
+        """Return the side of ``model`` for some rows."""
+        assert self.model is not None
+        return model_side(self.model, reads, self.packs, self.run.vocabulary)
+
+    def generator(self) -> tuple[PreTrainedModel, AbstractContextManager[None]]:
+        """Return the model that generates as the (base) teacher, and the context it needs."""
+        assert self.model is not None
+        return self.model, self.as_base()
+
+    def as_base(self) -> AbstractContextManager[None]:
+        """Disable its trained parameters within the block."""
+        return nullcontext()
+
+    def forms(self, terms: Sequence[WeightedTerm]) -> Sequence[WeightedTerm]:
+        """Return the terms with quantities that can be measured with this teacher."""
+        return terms
+
+    def measurements(self, stage: str, is_own: bool) -> Iterator[Measurement]:
+        """Yield what validation and test measure; see ``metrics.measures``."""
+        yield self.as_base(), measures(stage, is_own, has_teacher=self.exists)
+
+    # ---------------------------------------------------------------- training and state
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return its parameters that the optimizer steps."""
+        return trained(self.model)
+
+    def after_step(self) -> None:
+        """Do what follows an optimizer step of the student."""
+        return
+
+    def keeps(self, name: str, trained: Collection[str], frozen: Collection[str]) -> bool:
+        """Return whether a checkpoint holds a weight of ``model``: what cannot be loaded again.
+
+        Args:
+            name: The weight's name in the module, ``teacher.`` included.
+            trained: Names of all trained parameters of the module.
+            frozen: Names of its other parameters.
+        """
+        del frozen
+        return name in trained or isinstance(self.source, Mapping)
+
+    def settings(self) -> Mapping[str, Any]:
+        """Return what the run's record says of it."""
+        return {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy the models, with ``memo`` deciding what they share; share everything else."""
+        own = copy(self)
+        memo[id(self)] = own
+        own.model, own.student = deepcopy(self.model, memo), deepcopy(self.student, memo)
+        return own
+
+
+@final
+class NoTeacher(Teacher):
+    """A run without a teacher: plain SFT."""
+
+    exists = False
+    generates = False
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """No arguments."""
+        return {}
+
+    def check_prompts(self, are_given: bool) -> None:
+        """Refuse prompts that nothing reads."""
+        if are_given:
+            raise ConfigError(
+                "there is no teacher to read the teacher's prompts: leave "
+                "--data.teacher_prompt_template or --data.teacher_prompt_column out, or give "
+                "--model.teacher a folder, a hub id or FrozenSelf"
+            )
+
+    def check_term(self, term: Term) -> None:
+        """Refuse a method that needs a teacher."""
+        if "teacher" in term.sources or any(q.needs_teacher for q in term.quantities):
+            raise ConfigError(
+                f"method {term.name} needs a teacher: give --model.teacher a folder or hub id, "
+                "or the student itself: --model.teacher FrozenSelf"
+            )
+
+    def check_adaptable(self) -> None:
+        """Refuse: there is nothing to put a module on."""
+        raise ConfigError("an online module needs a teacher: give --model.teacher")
+
+
+def model_side(
+    model: PreTrainedModel, reads: Sequences, packs: bool, vocabulary: Vocabulary
+) -> Side:
+    """Return one model's hidden states at unmasked positions, with its head.
+
+    Args:
+        model: In the mode and with the gradients of the caller.
+        reads: The rows.
+        packs: Whether it gets packed rows.
+        vocabulary: Ids to which the head is cut.
+    """
+    hidden = hidden_at_loss(model, reads, packs)
+    return Side(hidden=hidden, head=LMHead.of(model, vocabulary), end_ids=vocabulary.end_ids)
+
+
+def tried(model: PreTrainedModel, packing: bool) -> bool:
+    """Test how a teacher reads rows, and report slow fallbacks; return whether it packs them.
+
+    Args:
+        model: A model on its device, or on meta, where nothing can be tested yet.
+        packing: Whether the run packs rows.
+    """
+    packs = packs_rows(model, packing, "teacher")
+    say_row_groups(model, "teacher")
+    return packs
+
+
+def trained(model: nn.Module | None) -> list[nn.Parameter]:
+    """Return a model's trained parameters; none without a model."""
+    return [] if model is None else [p for p in model.parameters() if p.requires_grad]

@@ -1,0 +1,110 @@
+"""Every kind of teacher, with what the battery needs to know of it: one entry a kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import tiny
+from lightning.pytorch.callbacks import Callback
+from peft import LoraConfig
+
+from okd_lightning.callbacks import GKD, KD, OKD
+from okd_lightning.teachers import (
+    AdaptiveTeacher,
+    AveragedSelf,
+    CachedTeacher,
+    FrozenSelf,
+    LiveSelf,
+    LoadedTeacher,
+    ServedTeacher,
+    Teacher,
+)
+
+ALL = tiny.NUM_IDS
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a kind finds its teacher.
+
+    Attributes:
+        teacher: Folder of a model without padding rows.
+        cache: Folder for a cache.
+        url: Address of a server with the same model, in float64.
+    """
+
+    teacher: str
+    cache: str
+    url: str
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of teacher.
+
+    Attributes:
+        make: Makes it, as a user does.
+        model: Further arguments of the module.
+        method: A method that it serves on dataset responses.
+        refuses: A method that it cannot serve, and the message's words.
+        logged: The metric of the divergence to it.
+        generates: Whether it can generate responses.
+        is_student: Whether its first weights are the student's.
+        moves: Whether its own weights change in training.
+        trained: What the names of its trained parameters hold; empty where nothing is trained.
+    """
+
+    make: Callable[[Place], Teacher]
+    model: Mapping[str, Any] = field(default_factory=dict)
+    method: Callable[[], Callback] = KD
+    refuses: tuple[Callable[[], Callback], str] | None = None
+    logged: str = "train/kd"
+    generates: bool = True
+    is_student: bool = False
+    moves: bool = False
+    trained: str = ""
+
+
+def okd() -> OKD:
+    return OKD(0.3, online_module=LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+def another_module() -> OKD:
+    return OKD(online_module=LoraConfig(r=3))
+
+
+LORA = {"student_adapter": LoraConfig(r=2, target_modules=["v_proj"])}
+FOLLOWS = (another_module, "follows the student")
+KINDS: dict[str, Kind] = {
+    "loaded": Kind(lambda at: LoadedTeacher(at.teacher)),
+    "frozen self": Kind(lambda at: FrozenSelf(), is_student=True),
+    "frozen self, LoRA": Kind(lambda at: FrozenSelf(), LORA, is_student=True),
+    "averaged self": Kind(
+        lambda at: AveragedSelf(),
+        {"ema_decay": 0.5},
+        refuses=FOLLOWS,
+        is_student=True,
+        moves=True,
+    ),
+    "live self": Kind(lambda at: LiveSelf(), refuses=FOLLOWS, is_student=True),
+    "adaptive": Kind(
+        lambda at: AdaptiveTeacher(LoadedTeacher(at.teacher), okd().settings),
+        method=okd,
+        logged="train/student_loss",
+        refuses=(another_module, "two methods ask for different online modules"),
+        moves=True,
+        trained="lora_",
+    ),
+    "cached": Kind(
+        lambda at: CachedTeacher(at.teacher, at.cache, ALL, "float32"),
+        refuses=(lambda: GKD(on_policy_fraction=1.0), "no cache can hold those"),
+        generates=False,
+    ),
+    "served": Kind(
+        lambda at: ServedTeacher(at.url, k=ALL),
+        refuses=(another_module, "is trained on a teacher"),
+        generates=False,
+    ),
+}

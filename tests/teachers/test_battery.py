@@ -1,0 +1,243 @@
+"""One battery for every kind of teacher (``teacher_kinds.KINDS``).
+
+Frozen here, for each: the first step's loss is that of the teacher's own distribution, computed row
+by row from full logits; gradients reach the student and the teacher's trained parameters alone; it
+generates, or refuses methods that have it generate; a resumed run is the uninterrupted one, with
+the teacher's weights; a checkpoint's module has the same teacher; two ranks train as one; a method
+that it cannot serve is refused before training; every class of teacher is in the battery.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from fake_vllm_server import FakeVLLM, serving
+from parallel_runs import spawn
+from teacher_kinds import ALL, KINDS, Kind, Place
+from torch import nn
+
+from okd_lightning import teachers
+from okd_lightning.callbacks import KD, LastCheckpoint
+from okd_lightning.data import RolloutDataModule
+from okd_lightning.errors import ConfigError
+from okd_lightning.losses import Side
+from okd_lightning.teachers import Teacher
+from okd_lightning.training.module import DistillationModule
+
+TEMPLATE = {"teacher_prompt_template": "{reference}p{prompt}"}
+ROWS = tiny.make_rows(12)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, tiny_tokenizer) -> Path:
+    """Folders of a student with more rows than the tokenizer has ids, and of a teacher without."""
+    root = tmp_path_factory.mktemp("kinds")
+    for name, model in (("student", tiny.make_llama(1)), ("teacher", tiny.make_llama(2, ALL))):
+        model.save_pretrained(root / name)
+        tiny_tokenizer.save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def url(tiny_tokenizer):
+    with serving(FakeVLLM(tiny.make_llama(2, ALL).double(), tiny_tokenizer)) as engine:
+        yield engine.url
+
+
+@pytest.fixture
+def place(models, url, tmp_path) -> Place:
+    return Place(str(models / "teacher"), str(tmp_path / "cache"), url)
+
+
+def make(kind: Kind, place: Place) -> DistillationModule:
+    student = str(Path(place.teacher).parent / "student")
+    torch.manual_seed(3)
+    return DistillationModule(
+        student,
+        kind.make(place),
+        dtype="float64",
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
+        **kind.model,
+    )
+
+
+def train(root: Path, module: DistillationModule, methods, **settings) -> tiny.Recorder:
+    """Three steps of four rows, in which the teacher reads prompts of its own."""
+    given = {"max_steps": 3, "callbacks": [LastCheckpoint(1)], **settings}
+    return tiny.fit(root, module, methods, ROWS, data=TEMPLATE, **given)
+
+
+def divergence_of(module: DistillationModule, batch, teacher) -> float:
+    """KL(teacher || student) per loss token, in nats, from full logits of one row at a time."""
+    total, count = 0.0, 0
+    student = module.student
+    for row in range(len(batch)):
+        sides = []
+        for model, reads in ((student, batch.student_reads), (teacher, batch.teacher_reads)):
+            length = int(reads.lengths[row])
+            ids, mask = reads.input_ids[row, :length], reads.mask[row, 1:length]
+            logits = model(ids[None]).logits[0, :-1, :ALL]
+            sides.append(logits[mask].log_softmax(-1))
+        log_p, log_q = sides
+        total += float((log_q.exp() * (log_q - log_p)).sum())
+        count += len(log_p)
+    return total / count
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_loss_is_that_of_its_distribution(name, place, tmp_path):
+    kind = KINDS[name]
+    module = make(kind, place)
+    recorder = train(tmp_path, module, [kind.method()], max_steps=1)
+    start = make(KINDS["loaded"], place)
+    start.configure_model()
+    reference = start.student if kind.is_student else start.teacher
+    batch = recorder.steps[0][0]
+    assert batch.teacher_input_ids is not None
+    with torch.no_grad():
+        expected = divergence_of(start, batch, reference.eval())
+    assert expected > 0.01
+    assert recorder.losses[0][kind.logged] == pytest.approx(expected, rel=2e-5)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_gradient_reaches_the_student_and_trained_parameters_alone(name, place, tmp_path):
+    kind = KINDS[name]
+    module = make(kind, place)
+    module.configure_model()
+    before = {n: p.clone() for n, p in module.named_parameters()}
+    (*_, last) = train(tmp_path, module, [kind.method()]).gradients
+    own = {name for name in last if name.startswith("teacher.")}
+    assert last.keys() - own
+    assert bool(own) == bool(kind.trained)
+    assert all(kind.trained in name for name in own)
+    assert {id(p) for p in module.pair.teacher.trained_parameters()} == {
+        id(p) for n, p in module.named_parameters() if n in own
+    }
+    moved = {n for n, p in module.named_parameters() if not torch.equal(p, before.get(n, p))}
+    assert any(n.startswith("student.") for n in moved)
+    assert any(n.startswith("teacher.") for n in moved) == kind.moves
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_it_generates_or_says_that_it_cannot(name, place, tmp_path):
+    kind = KINDS[name]
+    module = make(kind, place)
+    if kind.generates:
+        recorder = train(tmp_path, module, [KD(seq_kd=True)], max_steps=1)
+        assert recorder.sources() == [{2}]
+        return
+    with pytest.raises(ConfigError, match=r"has the teacher write responses; give --model\.teach"):
+        train(tmp_path, module, [KD(seq_kd=True)])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_resumed_run_is_the_uninterrupted_one(name, place, tmp_path):
+    kind = KINDS[name]
+    whole, first, second = (make(kind, place) for _ in range(3))
+    expected = train(tmp_path / "whole", whole, [kind.method()])
+    train(tmp_path / "cut", first, [kind.method()], max_steps=2)
+    last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    found = train(tmp_path / "cut", second, [kind.method()], ckpt_path=str(last))
+    assert found.losses == expected.losses[2:]
+    for one, other in ((whole.student, second.student), (whole.teacher, second.teacher)):
+        assert (one is None) == (other is None)
+        if one is not None:
+            states = one.state_dict(), other.state_dict()
+            assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    stored = DistillationModule.load_from_checkpoint(str(last))
+    given, kept = make(kind, place).pair.given_teacher, stored.pair.given_teacher
+    assert type(kept) is type(given)
+    assert dict(kept.base.arguments) == dict(given.base.arguments)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if KINDS[name].refuses])
+def test_what_it_cannot_serve_is_refused_before_training(name, place, tmp_path):
+    kind = KINDS[name]
+    method, words = kind.refuses
+    methods = [method(), *([kind.method()] if kind.trained else [])]
+    for second in methods[1:]:
+        second.name = "second"
+    module = make(kind, place)
+    with pytest.raises(ConfigError, match=words):
+        train(tmp_path, module, methods)
+    assert module.student is None
+
+
+def test_every_class_is_in_the_battery():
+    made = {type(kind.make(Place("t", "c", "http://x"))) for kind in KINDS.values()}
+    classes = {getattr(teachers, name) for name in teachers.__all__}
+    kinds = {c for c in classes if isinstance(c, type) and issubclass(c, Teacher)}
+    assert made == kinds - {Teacher, teachers.NoTeacher}
+
+
+class Uniform(Teacher):
+    """The example of ``Teacher``: all ids are equally likely."""
+
+    generates = False
+    arguments = {}
+
+    def side(self, batch, quantities):
+        positions = len(batch.teacher_reads.targets)
+        return Side(torch.zeros(positions, self.run.vocabulary.size), nn.Identity())
+
+
+def test_a_kind_of_ones_own_is_one_class(place, tmp_path):
+    module = make(Kind(lambda at: Uniform()), place)
+    recorder = train(tmp_path, module, [KD()], max_steps=1)
+    start = make(KINDS["loaded"], place)
+    start.configure_model()
+
+    def uniform(ids):
+        return SimpleNamespace(logits=torch.zeros(*ids.shape, ALL, dtype=torch.float64))
+
+    with torch.no_grad():
+        expected = divergence_of(start, recorder.steps[0][0], uniform)
+    assert recorder.losses[0]["train/kd"] == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(
+        ConfigError, match=r"Uniform generates none: give --model\.teacher a folder"
+    ):
+        train(tmp_path, make(Kind(lambda at: Uniform()), place), [KD(seq_kd=True)])
+
+
+# ------------------------------------------------------------------- two ranks
+
+
+def run(root: Path, devices: int, name: str, url: str) -> dict[str, torch.Tensor]:
+    kind = KINDS[name]
+    module = make(kind, Place(str(root / "teacher"), str(root / f"cache {name}"), url))
+    trainer = tiny.make_trainer(
+        root / f"{name} {devices}",
+        [kind.method()],
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        max_steps=2,
+        limit_val_batches=0,
+    )
+    options = {"batch_size": 4 // devices, "max_response_length": 8, "seed": 7, "val_rollouts": 0}
+    trainer.fit(module, RolloutDataModule(ROWS, **options, **TEMPLATE))
+    return {n: p.detach().clone() for n, p in module.named_parameters()}
+
+
+def of_one_rank(rank: int, root: Path) -> None:
+    """What a spawned process does."""
+    url = (root / "url").read_text()
+    torch.save({name: run(root, 2, name, url) for name in KINDS}, root / f"rank{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks(models, url):
+    (models / "url").write_text(url)
+    spawn(of_one_rank, models)
+    return [torch.load(models / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_two_ranks_train_as_one(name, ranks, models, url):
+    alone = run(models, 1, name, url)
+    for rank in ranks:
+        assert tiny.distance(rank[name], alone) < 1e-9
