@@ -38,10 +38,10 @@ test-portable: install  ## numeric tests on each kind of CPU kernel, with one th
 	done
 
 # Tests of what calls transformers, PEFT, Lightning and jsonargparse: a few CPU minutes.
-VERSIONED := $(addprefix tests/,models/test_loading.py models/test_causal_lm.py engines/test_engine.py \
+VERSIONED := $(addprefix tests/,models/test_loading.py models/test_causal_lm.py models/shrinking engines/test_engine.py \
     callbacks/methods/test_okd_training.py callbacks/monitors/test_watching_parallel.py \
     records/test_packing.py training/test_resume.py) \
-  $(addprefix tests/commands/test_,okd_runs.py export.py adapter_export.py)
+  $(addprefix tests/commands/test_,okd_runs.py export.py adapter_export.py shrink.py)
 TEST_TOOLS := pytest pytest-xdist hypothesis beartype
 TORCH := $(shell grep '^torch==' constraints.txt)
 

@@ -9,40 +9,23 @@ from __future__ import annotations
 from pathlib import Path
 
 LONGEST = (
-    *(
-        "commands/test_preemption.py",
-        "sharding/test_fsdp2.py",
-        "commands/test_checkpoints.py",
-        "commands/compare/test_compare.py",
-    ),
-    *(
-        "commands/test_packaged_configs.py",
-        "commands/diagnose/test_diagnose.py",
-        "sharding/test_fsdp2_checkpoints.py",
-    ),
-    *(
-        "training/test_resume.py",
-        "commands/test_fit.py",
-        "training/safeguards/test_health_warnings.py",
-        "training/test_ddp.py",
-    ),
-    *(
-        "commands/test_wheel.py",
-        "commands/test_self_teaching.py",
-        "commands/test_tools_from_files.py",
-    ),
-    *(
-        "commands/test_real_pairs.py",
-        "callbacks/methods/test_okd_training.py",
-        "training/test_ddp_faults.py",
-    ),
-    *("test_soak.py", "teachers/test_served_teacher.py", "docs/test_pages.py"),
-    *("commands/test_evaluation_doc.py", "commands/test_mistakes.py", "golden/test_golden.py"),
-    *(
-        "commands/test_configs.py",
-        "commands/test_foreign_checkpoints.py",
-        "commands/test_damaged_folders.py",
-    ),
+    *("sharding/test_fsdp2.py", "commands/test_packaged_configs.py"),
+    *("commands/test_preemption.py", "commands/compare/test_compare.py"),
+    *("sharding/test_fsdp2_checkpoints.py", "commands/test_checkpoints.py"),
+    *("commands/diagnose/test_diagnose.py", "training/test_resume.py"),
+    *("docs/test_pages.py", "commands/test_tools_from_files.py"),
+    *("test_soak.py", "commands/test_wheel.py"),
+    *("training/test_ddp.py", "commands/test_fit.py"),
+    *("engines/test_tool_rollouts.py", "training/safeguards/test_health_warnings.py"),
+    *("training/test_ddp_faults.py", "commands/test_real_pairs.py"),
+    *("teachers/test_served_teacher.py", "commands/test_self_teaching.py"),
+    *("commands/test_evaluation_doc.py", "callbacks/methods/test_okd_training.py"),
+    *("commands/test_mistakes.py", "advantages/test_f_divergence.py"),
+    *("commands/test_shelf_fit.py", "commands/test_export.py"),
+    *("teachers/test_cached_runs.py", "teachers/test_self_teacher.py"),
+    *("commands/quickstart/test_run.py", "commands/test_teacher_server.py"),
+    *("commands/test_foreign_checkpoints.py", "commands/test_damaged_folders.py"),
+    *("commands/test_configs.py", "golden/test_golden.py"),
 )
 
 _PLACES = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import shutil
 import socket
 import warnings
 from collections.abc import Callable
@@ -28,6 +29,19 @@ _SECONDS = 900
 
 class Killed(Exception):
     """What ends a run in the middle."""
+
+
+class Snapshot(Callback):
+    """Copies the run's folder before a step: what ranks that are killed there leave."""
+
+    def __init__(self, step: int, copy: Path) -> None:
+        self.step, self.copy = step, copy
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step and not batch_idx % trainer.accumulate_grad_batches:
+            if trainer.is_global_zero:
+                shutil.copytree(trainer.default_root_dir, self.copy)
+            trainer.strategy.barrier()
 
 
 class Killer(Callback):
@@ -95,6 +109,7 @@ def run(
         devices=devices,
         strategy=strategy or "auto",
         accumulate_grad_batches=accumulate,
+        num_sanity_val_steps=0,
         **{"max_steps": 10, "max_epochs": 9, "gradient_clip_val": 1.0, **(settings or {})},
     )
     options = {"batch_size": 4 // devices, "max_response_length": 6, "seed": 7, "val_rollouts": 3}

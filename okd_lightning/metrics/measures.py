@@ -83,7 +83,7 @@ def adapted_measures(stage: str) -> dict[str, Quantity]:
 
 def measure_metrics() -> nn.ModuleDict:
     """Return a running mean for every measure; Lightning resets, reduces and logs them."""
-    names = [
+    names = dict.fromkeys(
         name
         for stage in ("val", "test")
         for is_own in (False, True)
@@ -92,5 +92,5 @@ def measure_metrics() -> nn.ModuleDict:
             **cached_measures(stage, is_own, k=1, reads_new_rows=True),
             **adapted_measures(stage),
         }
-    ]
+    )
     return nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})

@@ -20,8 +20,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from okd_lightning.endpoint import Endpoint, ServerStatusError, in_parallel
 from okd_lightning.engines.vllm_client import VLLMClient
 from okd_lightning.errors import ConfigError, ServerError, VocabularyError, one_line
-from okd_lightning.losses import PackedHead, Quantity, Side, pack_outcomes
-from okd_lightning.models import probe_texts
+from okd_lightning.losses import CachedDrawnOutcome, PackedHead, Quantity, Side, pack_outcomes
+from okd_lightning.models import Vocabulary, probe_texts
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.teachers.packed import PackedTeacher
 from okd_lightning.teachers.run import Opening, TeacherOptions, TeacherRun
@@ -105,8 +105,20 @@ class ServedTeacher(PackedTeacher):
     def join(self, run: TeacherRun) -> Self:
         """Return a copy for ``run``, with the size of its vocabulary."""
         own = super().join(run)
-        own.k = min(self._wanted, run.vocabulary.size - len(run.vocabulary.invalid_ids))
+        own.k = min(self._wanted, own._num_outcomes)
         return own
+
+    def use_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Take the vocabulary with the run's present end ids."""
+        super().use_vocabulary(vocabulary)
+        self.k = min(self._wanted, self._num_outcomes)
+
+    @property
+    def _num_outcomes(self) -> int:
+        """Outcomes of the vocabulary: all ends of a response are one."""
+        vocabulary = self.run.vocabulary
+        num_merged = max(0, len(vocabulary.end_ids) - 1)
+        return vocabulary.size - len(vocabulary.invalid_ids) - num_merged
 
     def open(self, opening: Opening) -> None:
         """Connect to the server."""
@@ -161,13 +173,16 @@ class ServedTeacher(PackedTeacher):
         """
         check_known(quantities, self.k, self.run.vocabulary.size, self.option)
         self.connect()
+        asks_ends = any(isinstance(quantity, CachedDrawnOutcome) for quantity in quantities)
         reads = batch.teacher_reads
         ids, mask = reads.input_ids.tolist(), reads.mask.cpu().numpy()
         rows = [
             (ids[row][:length], np.flatnonzero(mask[row, :length][1:]) + 1)
             for row, length in enumerate(reads.lengths.tolist())
         ]
-        calls = [partial(self._score, row, places) for row, places in rows if len(places)]
+        calls = [
+            partial(self._score, row, places, asks_ends) for row, places in rows if len(places)
+        ]
         found = in_parallel(calls, self.concurrency)
         said = [np.concatenate(parts) for parts in zip(*found, strict=True)] or [
             np.empty((0, self.k), np.int64),
@@ -183,8 +198,15 @@ class ServedTeacher(PackedTeacher):
     def _name(self) -> str:
         return f"--model.teacher.url: {self._client.endpoint.url}"
 
-    def _score(self, ids: list[int], places: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Return a row's [places, k] ids, [places, k + 1] log-probs, [places] target log-probs."""
+    def _score(self, ids: list[int], places: np.ndarray, asks_ends: bool) -> tuple[np.ndarray, ...]:
+        """Return a row's [places, k] ids, [places, k + 1] log-probs, [places] target log-probs.
+
+        Args:
+            ids: The row.
+            places: Its loss tokens.
+            asks_ends: Whether all of several end ids are needed where the row has one of them: each
+                that is not among the likeliest costs a request.
+        """
         body = {
             "prompt": ids,
             "max_tokens": 1,
@@ -201,7 +223,11 @@ class ServedTeacher(PackedTeacher):
                 f"{len(ids) + 1} at least) and to give {self.k + _SPARE} log-probabilities "
                 f"(--max-logprobs {self.k + _SPARE}); or lower --model.teacher.k"
             ) from error
-        read = [self._read(found[place - 1], ids[place]) for place in places]
+        said = [dict(found[place - 1]) for place in places]
+        if asks_ends:
+            for of_place, place in zip(said, places, strict=True):
+                of_place.update(self._other_ends(ids[: place + 1], of_place))
+        read = [self._read(one, ids[place]) for one, place in zip(said, places, strict=True)]
         return tuple(np.stack(parts) for parts in zip(*read, strict=True))
 
     def _read(
@@ -210,7 +236,9 @@ class ServedTeacher(PackedTeacher):
         """Return [k] ids, most likely first, [k + 1] log-probs (nats), [] the target token's.
 
         vLLM returns a prompt's own tokens besides the most likely ids, however unlikely they are.
+        Several end ids are one outcome if all of them are known; else they are part of the rest.
         """
+        said, drawn_logprob, of_ends = self._merged(said, token)
         entries = sorted((-logprob, known) for known, logprob in said.items())
         ids = np.asarray([known for _, known in entries])
         logprobs = -np.asarray([negative for negative, _ in entries], dtype=np.float64)
@@ -224,16 +252,51 @@ class ServedTeacher(PackedTeacher):
                 "tokenizer, without padding rows that it gives probability to"
             )
         ids, logprobs = ids[is_token][: self.k], logprobs[is_token][: self.k] - np.log1p(-strange)
-        self._check_mass(logprobs)
-        is_all = self.k == self.run.vocabulary.size - len(self.run.vocabulary.invalid_ids)
+        self._check_mass(float(np.exp(logprobs).sum()) + of_ends)
+        is_all = self.k == self._num_outcomes
         rest = -math.inf if is_all else math.log(max(1 - np.exp(logprobs).sum(), _LEAST_REST))
         outcomes = np.append(logprobs, rest)
-        drawn = np.asarray(said[token] - np.log1p(-strange))
+        drawn = np.asarray(drawn_logprob - np.log1p(-strange))
         return ids, outcomes - np.logaddexp.reduce(outcomes), drawn
 
-    def _check_mass(self, logprobs: np.ndarray) -> None:
+    def _merged(
+        self, said: Mapping[int, float], token: int
+    ) -> tuple[Mapping[int, float], float, float]:
+        """Return log-probs (nats) by outcome, the target's, and the mass of ends that are left out.
+
+        With an end id missing, the known ones are left out, so that the outcome is in the rest.
+        """
+        ends = self.run.vocabulary.end_ids
+        if len(ends) < 2:
+            return said, said[token], 0.0
+        known = [said[i] for i in ends if i in said]
+        others = {i: logprob for i, logprob in said.items() if i not in ends}
+        if len(known) < len(ends):
+            return others, said[token], float(np.exp(known).sum())
+        merged = float(np.logaddexp.reduce(known))
+        return {**others, ends[0]: merged}, merged if token in ends else said[token], 0.0
+
+    def _other_ends(self, ids: list[int], said: Mapping[int, float]) -> dict[int, float]:
+        """Request the log-probs (nats) of the end ids that are missing where a row has an end.
+
+        Args:
+            ids: The row up to the token in question.
+            said: What is known there.
+        """
+        ends = self.run.vocabulary.end_ids
+        if len(ends) < 2 or ids[-1] not in ends:
+            return {}
+        body = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 1}
+        found = {}
+        for end in ends:
+            if end not in said:
+                completion = self._client.complete({**body, "prompt": [*ids[:-1], end]})
+                found[end] = completion.prompt_logprobs[-1][end]
+        return found
+
+    def _check_mass(self, mass: float) -> None:
         """Refuse k ids that cannot be the most likely: those have at least k / vocabulary."""
-        mass, least = float(np.exp(logprobs).sum()), self.k / self.run.vocabulary.size
+        least = self.k / self.run.vocabulary.size
         if mass < _SHARE_OF_UNIFORM * least:
             raise ServerError(
                 f"{self._name} gives its {self.k} likeliest ids a probability of {mass:.3g} in "

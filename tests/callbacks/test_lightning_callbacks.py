@@ -4,16 +4,14 @@ Frozen here:
 * all classes of ``lightning.pytorch.callbacks`` are in the table, and each does what it is for;
 * the frozen teacher is bit-identical afterwards, whatever averages, prunes or unfreezes weights;
 * averages are those of plain arithmetic on the student's weights of each step or epoch;
-* an averaged copy shares the teacher's memory, and checkpoints do not hold the teacher;
 * adapters: what averages and prunes touches what is trained alone;
 * fsdp2 refuses by name what needs whole models in ``setup``.
+
+(Copies of the module, and checkpoints of averages: test_averaged_copies.py.)
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +48,20 @@ from lightning.pytorch.callbacks import (
     TQDMProgressBar,
     WeightAveraging,
 )
-from lightning.pytorch.loggers import CSVLogger
+from lightning_runs import (
+    Case,
+    Run,
+    check_teacher,
+    close,
+    make_data,
+    make_module,
+    run_with,
+    weights,
+)
 from peft import LoraConfig
 from torch import Tensor
 
-from okd_lightning import KD, OKD, DistillationModule, RolloutDataModule
+from okd_lightning import KD, OKD, DistillationModule
 from okd_lightning.errors import ConfigError
 from okd_lightning.sharding import FSDP2Strategy
 from okd_lightning.training.safeguards.models_first import ModelsFirst
@@ -79,20 +86,6 @@ class FirstLayer(BaseFinetuning):
         if epoch == 1:
             layer = pl_module.student.model.layers[0]
             self.unfreeze_and_add_param_group(layer, optimizer, lr=1e-2)
-
-
-class Weights(Callback):
-    """The student's weights after every step and epoch."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict[str, Tensor]] = []
-        self.epochs: list[dict[str, Tensor]] = []
-
-    def on_train_batch_end(self, trainer, pl_module, *args):
-        self.steps.append(weights(pl_module.student))
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        self.epochs.append(weights(pl_module.student))
 
 
 class Predictions(BasePredictionWriter):
@@ -137,38 +130,6 @@ class Raises(Callback):
     def on_train_batch_end(self, trainer, *args):
         if trainer.global_step == 2:
             raise Stop
-
-
-@dataclass
-class Run:
-    """A finished run, to look at its effect."""
-
-    trainer: lightning.Trainer
-    module: DistillationModule
-    data: RolloutDataModule
-    callback: Callback
-    weights: Weights
-    folder: Path
-    output: str
-
-
-@dataclass(frozen=True)
-class Case:
-    """One callback: how it is made, what it must have done, and how the Trainer is set."""
-
-    make: Callable[[Path], Callback]
-    effect: Callable[[Run], bool]
-    settings: dict[str, Any] = field(default_factory=dict)
-    module: type[DistillationModule] = DistillationModule
-
-
-def weights(model) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
-
-
-def close(model, wanted: dict[str, Tensor]) -> bool:
-    found = weights(model)
-    return all(torch.allclose(found[n], w, atol=1e-6) for n, w in wanted.items())
 
 
 def mean(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -305,63 +266,6 @@ def total(run: Run) -> float:
     return sum(p.numel() for p in run.module.parameters()) / 1000
 
 
-def make_module(kind: type[DistillationModule] = DistillationModule, **settings: Any):
-    return kind(
-        tiny.make_llama(1),
-        tiny.make_llama(2, tiny.TEACHER_ROWS),
-        tokenizer=tiny.make_tokenizer(),
-        learning_rate=1e-2,
-        **settings,
-    )
-
-
-def make_data(num_rows: int, val: list[dict[str, Any]] | None = None) -> RolloutDataModule:
-    return RolloutDataModule(
-        tiny.make_rows(num_rows),
-        val,
-        batch_size=4,
-        max_prompt_length=24,
-        max_response_length=24,
-        val_rollouts=0,
-        token_cache=None,
-    )
-
-
-def run_with(callback: Callback, tmp_path: Path, capfd, case: Case, method: Callback) -> Run:
-    module = make_module(case.module)
-    data = make_data(8, tiny.make_rows(4, seed=5))
-    recorded = Weights()
-    trainer = lightning.Trainer(
-        callbacks=[recorded, callback, method],
-        **{
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": CSVLogger(tmp_path),
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "enable_checkpointing": isinstance(callback, Checkpoint),
-            "num_sanity_val_steps": 0,
-            "default_root_dir": tmp_path,
-            "log_every_n_steps": 1,
-            "max_epochs": 2,
-            **case.settings,
-        },
-    )
-    trainer.fit(module, data)
-    if isinstance(callback, BasePredictionWriter):
-        trainer.predict(module, data)
-    captured = capfd.readouterr()
-    output = captured.out + captured.err
-    return Run(trainer, module, data, callback, recorded, tmp_path, output)
-
-
-def check_teacher(module: DistillationModule) -> None:
-    assert module.teacher is not None
-    found = {n.replace(".base_layer", ""): p for n, p in module.teacher.named_parameters()}
-    for name, value in tiny.make_llama(2, tiny.TEACHER_ROWS).named_parameters():
-        assert torch.equal(found[name], value), name
-
-
 def test_every_callback_of_lightning_is_tried():
     kinds = {getattr(lightning_callbacks, name) for name in lightning_callbacks.__all__}
     assert kinds == CASES.keys() | ELSEWHERE
@@ -409,67 +313,6 @@ def test_the_base_under_an_online_module_stays(kind, tmp_path, capfd):
     assert online
     if kind is ModelPruning:
         assert sum(int((p == 0).sum()) for p in online) / sum(p.numel() for p in online) > 0.5
-
-
-class Copied(Callback):
-    """Copies in ``setup``, as averaging does, and keeps what a checkpoint holds."""
-
-    copied: DistillationModule
-
-    def setup(self, trainer, pl_module, stage):
-        self.listed = {id(p) for p in pl_module.parameters()}
-        self.copied = copy.deepcopy(pl_module)
-
-    def on_train_end(self, trainer, pl_module):
-        pairs = zip(self.copied.parameters(), pl_module.parameters(), strict=True)
-        assert all(own is not other for own, other in pairs)
-
-
-def test_a_copy_in_a_run_shares_the_teacher_and_lists_what_is_trained(tmp_path, capfd):
-    callback = Copied()
-    case = Case(lambda f: callback, lambda r: True, {"max_epochs": 1})
-    run = run_with(callback, tmp_path, capfd, case, KD())
-    teachers = zip(
-        callback.copied.teacher.parameters(), run.module.teacher.parameters(), strict=True
-    )
-    assert all(own is other for own, other in teachers)
-    assert callback.listed == {id(p) for p in run.module.student.parameters()}
-    everything = {n for n, _ in run.module.named_parameters()}  # again, behind the run
-    assert any(name.startswith("teacher.") for name in everything)
-    callback.copied.to(torch.float64)  # moves its own weights alone
-    assert next(run.module.teacher.parameters()).dtype == torch.float32
-    assert next(callback.copied.student.parameters()).dtype == torch.float64
-
-
-@pytest.mark.parametrize("kind", ["EMA", "SWA"])
-def test_checkpoints_of_averages_hold_no_teacher_and_go_on(kind, tmp_path):
-    def fit(ckpt_path: Path | None = None):
-        module = make_module()
-        averaging = EMAWeightAveraging(decay=0.5) if kind == "EMA" else swa()
-        saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4, save_top_k=-1)
-        trainer = tiny.make_trainer(tmp_path, [KD(), averaging, saving], max_epochs=3)
-        trainer.fit(module, make_data(8), ckpt_path=ckpt_path)
-        return module
-
-    whole = fit()
-    path = tmp_path / "step=4.ckpt"
-    names = names_in(torch.load(path, weights_only=True))
-    assert not [name for name in names if "teacher." in name]
-    assert sum("up_proj" in name for name in names) >= 2 * 2  # the current weights, and the average
-    assert close(fit(path).student, weights(whole.student))
-
-
-def swa() -> StochasticWeightAveraging:
-    return StochasticWeightAveraging(1e-2, swa_epoch_start=1, annealing_epochs=1)
-
-
-def names_in(value: Any, prefix: str = "") -> list[str]:
-    """The names of all tensors in nested mappings."""
-    if isinstance(value, Tensor):
-        return [prefix]
-    if isinstance(value, dict):
-        return [n for k, v in value.items() for n in names_in(v, f"{prefix}.{k}")]
-    return []
 
 
 @pytest.mark.parametrize("kind", [ModelPruning, EMAWeightAveraging, StochasticWeightAveraging])

@@ -13,14 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_workbench import (
-    QUIET,
-    STUDENT_FIELDS,
-    Assets,
-    Result,
-    save_model,
-    write_jsonl,
-)
+from cli_workbench import QUIET, STUDENT_FIELDS, Assets, Result, save_model, write_jsonl
 
 Type = Callable[..., Result]
 RUN = Path("run")

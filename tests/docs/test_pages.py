@@ -54,6 +54,7 @@ NUM_NOT_RUN = {
     "docs/recipes.md": 1,  # models from the hub, GPUs
     "docs/running.md": 1,  # wandb
     "docs/scaling.md": 3,  # several devices, twice; SLURM
+    "docs/shrink.md": 1,  # SmolLM2
     "docs/state.md": 1,  # SLURM
     "docs/tools.md": 1,  # Qwen
     "docs/vllm.md": 3,  # vLLM

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from parallel_runs import Killer, run, spawn
+from parallel_runs import Killer, Snapshot, run, spawn
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -99,8 +99,8 @@ def both_ranks(rank: int, root: Path) -> None:
         for form in FORMS:
             here = root / form / name.replace(" ", "_")
             sharded = partial(FSDP2Strategy, checkpoint_form=form)
-            whole = train(root, name, sharded(), here / "whole")
-            train(root, name, sharded(), here / "killed", callbacks=[Killer(KILLED_AT)])
+            snapshot = Snapshot(KILLED_AT, here / "killed")
+            whole = train(root, name, sharded(), here / "whole", callbacks=[snapshot])
             resumed = train(root, name, sharded(), here / "again", ckpt_path=last(here / "killed"))
             results[name, form] = whole, resumed
     results["from one process"] = train(

@@ -272,3 +272,39 @@ def test_dropped_connections_and_a_slow_server(train, fake):
     with pytest.raises(ServerTimeoutError, match=r"not answered within 0\.2 seconds"):
         train([KD()], k=5, served={"timeout_seconds": 0.2})
     fake.faults = []
+
+
+# ---------------------------------------------------------------- several end ids
+
+
+def merging(module_settings=None):
+    return {"end_tokens": [tiny.EOS, tiny.BOS], **(module_settings or {})}
+
+
+@pytest.mark.parametrize("k", [2, 5])
+@pytest.mark.parametrize("name", ["reverse KL", "corrected, clipped"])
+def test_a_sampled_end_is_credited_as_by_the_teacher_itself(name, k, train, fake):
+    """Also where an end id is not among the likeliest: it costs a request of its own."""
+    live = train([OWN[name]()], model=merging())
+    found = train([OWN[name]()], k=k, model=merging())
+    check_same(found, live)
+    prompts = [tuple(body["prompt"]) for body in fake.bodies("/v1/completions")]
+    ends = {prompt[-1] for prompt in prompts if prompt[-1] in (tiny.EOS, tiny.BOS)}
+    assert ends == {tiny.EOS, tiny.BOS}
+
+
+def test_at_all_ids_it_is_the_exact_run_of_the_merged_outcomes(train):
+    live = train([KD(divergence=ReverseKL())], model=merging())
+    check_same(train([KD(divergence=ReverseKL())], k=ALL, model=merging()), live)
+
+
+def test_a_divergence_is_a_lower_bound_and_costs_no_request(train, fake):
+    """Ends that are not all known are part of the rest, on both sides."""
+    live = train([KD(divergence=ReverseKL())], model=merging())
+    fake.requests.clear()
+    found = train([KD(divergence=ReverseKL())], k=2, model=merging())
+    losses = zip(found[0].losses, live[0].losses, strict=True)
+    first, exact = next(losses)
+    assert 0 <= first["train/kd"] <= exact["train/kd"] + 1e-9
+    sent = [tuple(body["prompt"]) for body in fake.bodies("/v1/completions")]
+    assert len(sent) == sum(len(batch) for step in found[0].steps for batch in step)

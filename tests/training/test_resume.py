@@ -2,24 +2,27 @@
 
 Frozen here: a run that was killed at any moment and resumed from its last checkpoint ends with the
 weights, optimizer state and losses of the run that was not, bit for bit, with dropout,
-accumulation, several optimizer steps a rollout chunk and GKD's coin; what a checkpoint holds; whose
-checkpoint is refused.
+accumulation, several optimizer steps a rollout batch and GKD's coin, also where it is killed twice
+or next to a validation. (What a checkpoint holds, and whose is refused: test_saved_state.py.)
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import shutil
+from collections import Counter
+from collections.abc import Collection
+from functools import partial
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from lightning.pytorch.callbacks import Callback
-from peft import LoraConfig
 
-from okd_lightning.callbacks import GKD, KD, SFT, ExactMatch, LastCheckpoint, RolloutLog, Throughput
+from okd_lightning.callbacks import GKD, KD, ExactMatch, LastCheckpoint, RolloutLog, Throughput
 from okd_lightning.data import RolloutDataModule
-from okd_lightning.errors import CheckpointError
-from okd_lightning.models.text_ids import RULES_VERSION
 from okd_lightning.training.module import DistillationModule
 
 SHORT = {"max_response_length": 8, "val_rollouts": 0}
@@ -53,18 +56,59 @@ class Losses(Callback):
         self.seen[trainer.current_epoch, batch_idx] = float(outputs["loss"])
 
 
-def train(root, folders, killer=None, ckpt_path=None, every_n_steps=1, val=None, **settings):
-    """Two epochs of 5 optimizer steps of 2 micro-batches; the last step is short."""
+class Snapshots(Callback):
+    """Copies the run's folder at calls of hooks, as a run that is killed there leaves it.
+
+    ``found`` maps (hook, number of the call) to the folder, or None before the first checkpoint,
+    and to the losses until then.
+    """
+
+    def __init__(self, out: Path, moments: Collection[tuple[str, int]], losses: Losses) -> None:
+        self.out, self.moments, self.losses = out, moments, losses
+        self.calls: Counter[str] = Counter()
+        self.found: dict[tuple[str, int], tuple[Path | None, dict]] = {}
+        for hook in {hook for hook, _ in moments}:
+            setattr(self, hook, partial(self.count, hook))
+
+    def count(self, hook: str, trainer, *args, **kwargs) -> None:
+        if trainer.sanity_checking:
+            return
+        self.calls[hook] += 1
+        moment = hook, self.calls[hook]
+        if moment in self.moments:
+            self.found[moment] = self.copy(Path(trainer.default_root_dir)), dict(self.losses.seen)
+
+    def copy(self, folder: Path) -> Path | None:
+        """Return one copy for each state of the checkpoint."""
+        last = folder / "checkpoints" / "last.ckpt"
+        if not last.exists():
+            return None
+        copy = self.out / hashlib.sha256(last.read_bytes()).hexdigest()
+        if not copy.exists():
+            shutil.copytree(folder, copy)
+        return copy
+
+
+def train(
+    root, folders, killer=None, ckpt_path=None, every_n_steps=1, val=None, moments=(), **settings
+):
+    """Two epochs of 5 optimizer steps of 2 micro-batches; the last step is short.
+
+    Returns:
+        The module, its Trainer, the losses, and the snapshots at the moments.
+    """
     student, teacher = folders
     torch.manual_seed(11)
     module = DistillationModule(
         str(student), str(teacher), learning_rate=3e-3, warmup_steps=3, schedule="cosine"
     )
     losses = Losses()
+    snapshots = Snapshots(root.with_name(f"{root.name} snapshots"), moments, losses)
     callbacks = [
         GKD(0.5, on_policy_fraction=0.5),
         LastCheckpoint(every_n_steps=every_n_steps),
         losses,
+        snapshots,
         *([killer] if killer else []),
     ]
     trainer = tiny.make_trainer(
@@ -83,7 +127,8 @@ def train(root, folders, killer=None, ckpt_path=None, every_n_steps=1, val=None,
         trainer.fit(module, data, ckpt_path=ckpt_path)
     except Killed:
         assert killer is not None
-    return module, trainer, losses.seen
+    assert killer or snapshots.found.keys() == set(moments)
+    return module, trainer, losses.seen, snapshots.found
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +137,32 @@ def folders(dropout_folder, teacher_folder):
 
 
 @pytest.fixture(scope="module")
-def truth(folders, tmp_path_factory):
-    module, trainer, losses = train(tmp_path_factory.mktemp("truth"), folders)
+def resumed(folders):
+    """Runs that go on from a snapshot, each made once: equal files are the same start."""
+    made = {}
+
+    def resume(folder: Path, **settings):
+        key = folder, repr(sorted(settings.items()))
+        if key not in made:
+            torch.manual_seed(99)  # whatever the new process did before
+            here = folder.with_name(f"{folder.name} {len(made)}")
+            shutil.copytree(folder, here)
+            last = str(here / "checkpoints" / "last.ckpt")
+            made[key] = train(here, folders, ckpt_path=last, **settings)
+        return made[key]
+
+    return resume
+
+
+@pytest.fixture(scope="module")
+def whole(folders, tmp_path_factory):
+    """The run that nothing disturbs, and what a run killed at any moment leaves."""
+    return train(tmp_path_factory.mktemp("whole"), folders, moments={*MOMENTS, *TWICE})
+
+
+@pytest.fixture(scope="module")
+def truth(whole):
+    module, trainer, losses, _ = whole
     assert trainer.global_step == 10
     return tiny.weights(module), trainer.optimizers[0].state_dict(), losses
 
@@ -119,58 +188,59 @@ MOMENTS = [
     ("on_train_epoch_start", 2),
     ("on_train_epoch_end", 2),
 ]
+TWICE = [
+    ("on_train_batch_start", 4),
+    ("on_train_batch_end", 10),  # the end of an epoch
+    ("on_train_epoch_end", 1),
+    ("on_train_epoch_start", 2),
+    ("on_train_batch_start", 12),  # within the second epoch
+]
+AGAIN = [("on_train_batch_start", 3), ("on_train_epoch_end", 1)]
 
 
 @pytest.mark.parametrize(("hook", "number"), MOMENTS)
-def test_a_killed_run_ends_like_the_other(hook, number, folders, truth, tmp_path):
-    train(tmp_path, folders, Killer(hook, number))
-    last = tmp_path / "checkpoints" / "last.ckpt"
-    if not last.exists():
+def test_a_killed_run_ends_like_the_other(hook, number, whole, truth, resumed):
+    folder, _ = whole[3][hook, number]
+    if folder is None:
         assert (hook, number) in (("on_train_batch_start", 2), ("on_train_batch_end", 2))
         return
+    last = folder / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] >= 1
-    torch.manual_seed(99)  # whatever the new process did before
-    module, trainer, losses = train(tmp_path, folders, ckpt_path=str(last))
+    module, trainer, losses, _ = resumed(folder)
     if trainer.global_step == 10 and not losses:
         assert (hook, number) in (("on_train_epoch_end", 2), ("on_train_batch_end", 20))
         losses = truth[2]
     check_identical((module, trainer), truth, losses)
 
 
-@pytest.mark.parametrize("number", [11, 12, 15])
-def test_a_run_whose_last_checkpoint_is_an_epochs_end(number, folders, truth, tmp_path):
+@pytest.mark.parametrize("first", TWICE, ids=str)
+@pytest.mark.parametrize("second", AGAIN, ids=str)
+def test_a_run_that_is_killed_twice_trains_its_epochs(first, second, whole, truth, resumed):
+    """Lightning counts an epoch that a resumed run begins in one of its two counters alone."""
+    folder, until_first = whole[3][first]
+    found = resumed(folder, moments=tuple(AGAIN))
+    check_identical(found[:2], truth, found[2])
+    folder, until_second = found[3][second]
+    module, trainer, losses, _ = resumed(folder)
+    check_identical((module, trainer), truth, losses or truth[2])
+    assert until_first | until_second | losses == truth[2]
+
+
+EPOCH_STARTS = [("on_train_batch_start", number) for number in (11, 12, 15)]
+
+
+@pytest.fixture(scope="module")
+def saved_at_epochs(folders, tmp_path_factory):
+    root = tmp_path_factory.mktemp("epochs")
+    return train(root, folders, every_n_steps=None, moments=EPOCH_STARTS)[3]
+
+
+@pytest.mark.parametrize("moment", EPOCH_STARTS)
+def test_a_run_whose_last_checkpoint_is_an_epochs_end(moment, saved_at_epochs, truth, resumed):
     """Lightning gives a loader its state back only in the middle of an epoch."""
-    train(tmp_path, folders, Killer("on_train_batch_start", number), every_n_steps=None)
-    last = str(tmp_path / "checkpoints" / "last.ckpt")
-    module, trainer, losses = train(tmp_path, folders, None, last, None)
+    module, trainer, losses, _ = resumed(saved_at_epochs[moment][0], every_n_steps=None)
     assert len(losses) == 10
     check_identical((module, trainer), truth, losses)
-
-
-@pytest.mark.parametrize("val_check_interval", [None, 4])
-@pytest.mark.parametrize("max_steps", [-1, 99], ids=["by epochs", "by steps"])
-def test_a_finished_run_goes_on_with_more_epochs(val_check_interval, max_steps, folders, tmp_path):
-    def run(root, max_epochs, ckpt_path=None):
-        module = DistillationModule(*map(str, folders), learning_rate=3e-3)
-        callbacks = [GKD(0.5), LastCheckpoint()]
-        val = {"val_check_interval": val_check_interval} if val_check_interval else {}
-        trainer = tiny.make_trainer(
-            root, callbacks, max_epochs=max_epochs, max_steps=max_steps, **val
-        )
-        settings = {"max_response_length": 6, "val_rollouts": 2, "seed": 7, "batch_size": 4}
-        data = RolloutDataModule(tiny.make_rows(19), tiny.make_rows(3), **settings)
-        trainer.fit(module, data, ckpt_path=ckpt_path)
-        return tiny.weights(module), trainer.global_step
-
-    torch.manual_seed(0)
-    whole, steps = run(tmp_path / "a", 3)
-    torch.manual_seed(0)
-    run(tmp_path / "b", 1)
-    path = str(tmp_path / "b" / "checkpoints" / "last.ckpt")
-    for max_epochs in (2, 3):
-        resumed, resumed_steps = run(tmp_path / "b", max_epochs, path)
-    assert (steps, resumed_steps) == (15, 15)
-    assert tiny.distance(resumed, whole) == 0
 
 
 def test_no_checkpoint_is_half_of_a_step(folders, tmp_path):
@@ -203,197 +273,51 @@ def test_a_run_that_is_killed_again_and_again(every_n_steps, folders, truth, tmp
     for number in (2, 2, 3, 8):
         killer = Killer("on_train_batch_start", number)
         train(tmp_path, folders, killer, str(last), every_n_steps)
-    module, trainer, losses = train(tmp_path, folders, None, str(last), every_n_steps)
+    module, trainer, losses, _ = train(tmp_path, folders, None, str(last), every_n_steps)
     check_identical((module, trainer), truth, losses)
 
 
-@pytest.mark.parametrize(
-    ("hook", "number"),
-    [
-        ("on_validation_start", 1),
-        ("on_validation_end", 1),
-        ("on_train_batch_start", 9),
-        ("on_validation_end", 2),
-        ("on_train_epoch_end", 1),
-        ("on_train_batch_start", 11),
-        ("on_train_batch_start", 13),
-    ],
-)
-@pytest.mark.parametrize("interval", [1.0, 4], ids=["every epoch", "in the middle"])
-@pytest.mark.parametrize("every", [None, 2])
-def test_validation_does_not_disturb_a_resume(
-    hook, number, interval, every, folders, truth, tmp_path
-):
-    settings = {"val": tiny.make_rows(4, seed=1), "val_check_interval": interval}
-    train(tmp_path, folders, Killer(hook, number), every_n_steps=every, **settings)
-    if not (tmp_path / "checkpoints" / "last.ckpt").exists():
-        assert every is None or interval == 4  # none is written before a validation that is due
-        assert (hook, number) in (
-            ("on_validation_start", 1),
-            ("on_validation_end", 1),
-            ("on_train_batch_start", 9),
-        )
-        return
-    last = str(tmp_path / "checkpoints" / "last.ckpt")
-    module, trainer, losses = train(tmp_path, folders, ckpt_path=last, **settings)
-    assert losses or (hook, number) == ("on_validation_end", 2)
-    check_identical((module, trainer), truth, losses or truth[2])
-
-
-TWICE = [
-    ("on_train_batch_start", 4),
-    ("on_train_batch_end", 10),  # the end of an epoch
+VALIDATED = [
+    ("on_validation_start", 1),
+    ("on_validation_end", 1),
+    ("on_train_batch_start", 9),
+    ("on_validation_end", 2),
     ("on_train_epoch_end", 1),
-    ("on_train_epoch_start", 2),
-    ("on_train_batch_start", 12),  # within the second epoch
+    ("on_train_batch_start", 11),
+    ("on_train_batch_start", 13),
 ]
-AGAIN = [("on_train_batch_start", 3), ("on_train_epoch_end", 1)]
 
 
-@pytest.mark.parametrize("first", TWICE, ids=str)
-@pytest.mark.parametrize("second", AGAIN, ids=str)
-def test_a_run_that_is_killed_twice_trains_its_epochs(first, second, folders, truth, tmp_path):
-    """Lightning counts an epoch that a resumed run begins in one of its two counters alone."""
-    last, seen = tmp_path / "checkpoints" / "last.ckpt", {}
-    for place in (first, second, None):
-        killer = None if place is None else Killer(*place)
-        path = str(last) if last.exists() else None
-        module, trainer, losses = train(tmp_path, folders, killer, path)
-        seen |= losses
-    assert {epoch for epoch, _ in seen} == {0, 1}
-    check_identical((module, trainer), truth, losses or seen)
+@pytest.fixture(scope="module", params=[None, 2])
+def every(request):
+    return request.param
 
 
-def test_what_a_checkpoint_holds(folders, tmp_path):
-    module, _, _ = train(tmp_path, folders, val=tiny.make_rows(3))
-    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
-    names = set(checkpoint["state_dict"])
-    student = {f"student.{name}" for name in module.student.state_dict()}
-    assert student <= names
-    assert not any("teacher" in name for name in names)
-    assert all(name in student or name.startswith("evaluation.") for name in names)
-    assert checkpoint["okd_lightning"]["methods"] == ["GKD"]
-    assert {"val/forward_kl", "val/agreement"} <= set(checkpoint["okd_lightning"]["metrics"])
+@pytest.fixture(scope="module", params=[1.0, 4], ids=["every epoch", "in the middle"])
+def interval(request):
+    return request.param
 
 
-def save(root, module, methods) -> str:
-    trainer = tiny.make_trainer(root, [*methods, LastCheckpoint()], max_steps=1)
-    trainer.fit(module, RolloutDataModule(tiny.make_rows(4), batch_size=4, seed=7, **SHORT))
-    return str(root / "checkpoints" / "last.ckpt")
+@pytest.fixture(scope="module")
+def validated(every, interval, folders, tmp_path_factory):
+    """The settings of a run that validates, and what it leaves where it is killed."""
+    settings = {"val": tiny.make_rows(4, seed=1), "val_check_interval": interval}
+    root = tmp_path_factory.mktemp("validated")
+    run = train(root, folders, every_n_steps=every, moments=VALIDATED, **settings)
+    return settings, run[3]
 
 
-def test_loaded_models_are_saved_once_and_the_teacher_not(tmp_path, tiny_pair, tiny_tokenizer):
-    module = DistillationModule(*tiny_pair, tokenizer=tiny_tokenizer)
-    path = save(tmp_path, module, [KD()])
-    names = torch.load(path, weights_only=True)["state_dict"]
-    wanted = {f"student.{name}" for name in tiny_pair[0].state_dict()}
-    assert {name for name in names if not name.startswith("evaluation.")} == wanted
-
-
-def test_under_an_adapter_only_the_adapter_is_saved(tmp_path, make_module):
-    adapter = LoraConfig(r=2, target_modules=["q_proj"])
-    names = torch.load(save(tmp_path, make_module(student_adapter=adapter), [KD()]))["state_dict"]
-    saved = [name for name in names if not name.startswith("evaluation.")]
-    assert saved
-    assert all("lora_" in name for name in saved)
-
-
-def test_random_bases_are_saved_whole(tmp_path, teacher_folder):
-    student = {
-        "model_type": "llama",
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    adapter = LoraConfig(r=2, target_modules=["q_proj"])
-    module = DistillationModule(dict(student), str(teacher_folder), student_adapter=adapter)
-    path = save(tmp_path, module, [KD()])
-    torch.manual_seed(5)
-    other = DistillationModule(
-        dict(student),
-        str(teacher_folder),
-        student_adapter=LoraConfig(r=2, target_modules=["q_proj"]),
-    )
-    trainer = tiny.make_trainer(tmp_path)
-    data = RolloutDataModule(val=tiny.make_rows(3), **SHORT)
-    trainer.validate(other, data, ckpt_path=path, verbose=False)
-    assert tiny.distance(tiny.weights(other), tiny.weights(module)) == 0
-
-
-def resume(root, path, module, methods) -> None:
-    trainer = tiny.make_trainer(root, methods, max_steps=2)
-    data = RolloutDataModule(tiny.make_rows(4), batch_size=4, seed=7, **SHORT)
-    trainer.fit(module, data, ckpt_path=path)
-
-
-def test_another_methods_checkpoint_is_refused(tmp_path, make_module):
-    path = save(tmp_path, make_module(), [KD()])
-    with pytest.raises(CheckpointError, match=r"is of KD.*configured for SFT"):
-        resume(tmp_path, path, make_module(), [SFT()])
-    resume(tmp_path, path, make_module(), [KD()])
-
-
-def test_responses_that_became_ids_by_other_rules_are_refused(tmp_path, make_module):
-    """A run goes on with the rows it began with; on its own rollouts they do not matter."""
-    for method, is_refused in ((KD(), True), (GKD(on_policy_fraction=1.0), False)):
-        path = save(tmp_path / method.__class__.__name__, make_module(), [method])
-        checkpoint = torch.load(path, weights_only=True)
-        assert checkpoint["RolloutDataModule"].pop("text_rules") == RULES_VERSION
-        torch.save(checkpoint, path)
-        if is_refused:
-            with pytest.raises(CheckpointError, match=r"by rules 1, this version has rules 2"):
-                resume(tmp_path, path, make_module(), [method])
-        else:
-            resume(tmp_path, path, make_module(), [method])
-
-
-def test_another_divisor_of_samples_is_refused(tmp_path, make_module):
-    """Checkpoints from before there was a choice go on with token_mean, as the message says."""
-    method = GKD(on_policy_fraction=1.0)
-    path = save(tmp_path, make_module(), [method])
-    with pytest.raises(CheckpointError, match=r"by running_mean, this run by constant"):
-        resume(tmp_path, path, make_module(normalization="constant"), [method])
-    checkpoint = torch.load(path, weights_only=True)
-    assert checkpoint["okd_lightning"].pop("normalization") == "running_mean"
-    torch.save(checkpoint, path)
-    with pytest.raises(CheckpointError, match=r"resume with --model.normalization token_mean"):
-        resume(tmp_path, path, make_module(), [method])
-    resume(tmp_path, path, make_module(normalization="token_mean"), [method])
-
-
-OTHERS = {
-    "wider": {"hidden_size": 64},
-    "another architecture": None,
-    "more layers": {"num_hidden_layers": 3},
-    "fewer layers": {"num_hidden_layers": 1},
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_another_models_checkpoint_is_refused(name, tmp_path, make_module, tiny_tokenizer):
-    path = save(tmp_path, make_module(), [KD()])
-    fields = OTHERS[name]
-    other = tiny.make_gpt2(1) if fields is None else tiny.make_llama(1, **fields)
-    module = make_module(student=other, tokenizer=tiny_tokenizer)
-    with pytest.raises(CheckpointError, match="belongs to another model"):
-        resume(tmp_path, path, module, [KD()])
-    with pytest.raises(CheckpointError, match="belongs to another model"):
-        tiny.make_trainer(tmp_path).validate(
-            make_module(student=other, tokenizer=tiny_tokenizer),
-            RolloutDataModule(val=tiny.make_rows(3), **SHORT),
-            ckpt_path=path,
-            verbose=False,
-        )
-
-
-def test_a_foreign_checkpoint_is_refused(tmp_path, make_module):
-    path = save(tmp_path, make_module(), [KD()])
-    checkpoint = torch.load(path, weights_only=True)
-    del checkpoint["okd_lightning"]
-    torch.save(checkpoint, path)
-    with pytest.raises(CheckpointError, match="not written by okd-lightning"):
-        resume(tmp_path, path, make_module(), [KD()])
+@pytest.mark.parametrize("moment", VALIDATED)
+def test_validation_does_not_disturb_a_resume(moment, interval, every, validated, truth, resumed):
+    settings, found = validated
+    folder, _ = found[moment]
+    if folder is None:
+        assert every is None or interval == 4  # none is written before a validation that is due
+        assert moment in VALIDATED[:3]
+        return
+    module, trainer, losses, _ = resumed(folder, **settings)
+    assert losses or moment == ("on_validation_end", 2)
+    check_identical((module, trainer), truth, losses or truth[2])
 
 
 def test_two_methods_of_one_class_and_the_monitors_resume(tmp_path, make_module):
@@ -428,25 +352,3 @@ def test_two_methods_of_one_class_and_the_monitors_resume(tmp_path, make_module)
     resumed, counters, _ = run(tmp_path / "b", ckpt_path=last)
     assert tiny.distance(tiny.weights(resumed), tiny.weights(module)) == 0
     assert counters.tokens == throughput.tokens > 0
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_run_that_ended_within_an_epoch_is_prolonged(tmp_path, make_module, accumulate):
-    def fit(folder, **settings):
-        recorder = tiny.fit(
-            folder,
-            make_module(),
-            [GKD(0.5, on_policy_fraction=0.5), LastCheckpoint()],
-            tiny.make_rows(24),
-            data={"batch_size": 4, "seed": 7, **SHORT},
-            accumulate_grad_batches=accumulate,
-            **settings,
-        )
-        return recorder.losses
-
-    whole = fit(tmp_path / "whole", max_epochs=2)
-    end = len(whole) // 4
-    short = fit(tmp_path / "short", max_epochs=-1, max_steps=end)
-    last = tmp_path / "short" / "checkpoints" / "last.ckpt"
-    prolonged = fit(tmp_path / "short", max_epochs=2, max_steps=-1, ckpt_path=str(last))
-    assert short + prolonged == whole

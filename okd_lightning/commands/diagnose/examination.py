@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from okd_lightning.callbacks import GKD, KD, OPDPlus
+from okd_lightning.commands.diagnose.ends import end_check
 from okd_lightning.commands.diagnose.findings import Cost, Diagnosis, Rows
 from okd_lightning.commands.diagnose.gradients import GradientProbe
 from okd_lightning.commands.diagnose.positions import measure_tokens, summarise
@@ -71,6 +72,7 @@ class Examination(Callback):
             generator.generate("teacher", examples),
         )
         checks += writing_checks(own, teachers, data.max_response_length)
+        checks.append(end_check(module, (given, own, teachers), data.batch_size))
         self._say("divergences on given, own and the teacher's responses")
         rows = tuple(
             self._measured(module, responses, data.batch_size)

@@ -13,7 +13,6 @@ from okd_lightning.data.row_report import MANY_CUT, cut_advice
 from okd_lightning.data.row_templates import with_prompts
 from okd_lightning.data.sources import describe_source
 from okd_lightning.data.template_process import TemplateProcess
-from okd_lightning.models import eos_token_ids
 from okd_lightning.models.text_ids import TextEncoder
 from okd_lightning.records.batches import Example
 from okd_lightning.training.module import DistillationModule
@@ -42,7 +41,6 @@ def text_checks(
         _given_ends(data, found),  # first: where most are cut, no other number means much
         _vocabulary(module),
         _round_trip(module, examples),
-        _ends(module),
         _template(module, data, part),
         _lengths(data, found),
     ]
@@ -107,23 +105,6 @@ def _round_trip(module: DistillationModule, examples: Sequence[Example]) -> Chec
         "bad" if share > _MANY_SKIPPED else "look",
         f"{share:.0%} of {len(texts)} texts do not come back as they were (such as {sample!r}): "
         "the tokenizer has no tokens for some characters, or normalises text",
-    )
-
-
-def _ends(module: DistillationModule) -> Check:
-    """Check that both models have an eos id in common."""
-    own = module.eos_ids
-    names = ", ".join(f"{i} {module.tokenizer.decode([i])!r}" for i in own)
-    source = module.pair.teacher.source
-    theirs = own if source is None else eos_token_ids(source, module.tokenizer)
-    if set(own) & set(theirs):
-        return Check("eos", "good", f"responses end at {names}; the teacher knows one of them too")
-    other = ", ".join(f"{i} {module.tokenizer.decode([i])!r}" for i in theirs)
-    return Check(
-        "eos",
-        "bad",
-        f"responses end at {names}, but the teacher ends its own at {other}: it would teach the "
-        "student never to stop; set eos_token_id in the student's generation_config.json",
     )
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_workbench import LENGTHS, QUIET, save_model, write_jsonl
+from cli_workbench import LENGTHS, QUIET, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SMALL = ["--rows", "8", "--batches", "4"]
@@ -174,15 +174,43 @@ def test_prompts_alone(diagnose, assets, here):
     assert "the data hold prompts alone" in said.out.replace("\n  ", " ")
 
 
-def test_another_end_is_found(diagnose, assets, here):
-    save_model(here / "other", seed=2)
-    config = here / "other" / "generation_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": 5}))
-    said = diagnose("--model.teacher", str(here / "other"))
+def ending_with(folder: Path, assets, end: int) -> None:
+    """The student, made to end often, with that id and not the other one."""
+    model = AutoModelForCausalLM.from_pretrained(assets.student)
+    with torch.no_grad():
+        embedding = model.get_input_embeddings().weight
+        embedding += 20 * embedding.std() * torch.linspace(-1, 1, embedding.shape[1])  # one text
+        usual = model.model(torch.arange(3, 16)[None]).last_hidden_state[0].mean(0)
+        weight = model.get_output_embeddings().weight
+        largest = float((weight @ usual).amax())
+        weight[end] = (largest + 2.0) * usual / usual.square().sum()
+        weight[EOS if end != EOS else 2] = -weight[end]
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(assets.tokenizer).save_pretrained(folder)
+    config = folder / "generation_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": end}))
+
+
+def test_models_that_end_with_different_ids_are_found_and_the_remedy_mends_it(
+    diagnose, assets, here
+):
+    ending_with(here / "own", assets, EOS)
+    ending_with(here / "other", assets, 2)
+    pair = ["--model.student", str(here / "own"), "--model.teacher", str(here / "other")]
+    said = diagnose(*pair, "--model.end_tokens", str(EOS))
     assert said.status == 0, said.err
     check = next(check for check in read()["checks"] if check["name"] == "eos")
-    assert check["verdict"] == "bad"
+    assert check["verdict"] == "bad", check["text"]
+    assert "id 1 student" in check["text"]
     assert read()["advice"][0]["title"].startswith("Fix")
+    remedy = re.search(r"--model\.end_tokens \[[0-9,]+\]", check["text"]).group()
+    assert remedy == "--model.end_tokens [1,2]"
+    for typed in ([], remedy.split()):  # the default is the same
+        said = diagnose(*pair, *typed)
+        assert said.status == 0, said.err
+        check = next(check for check in read()["checks"] if check["name"] == "eos")
+        assert check["verdict"] == "good", check
+        assert "one outcome" in check["text"]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +248,7 @@ def test_tokenizer_without_some_characters(diagnose, okd, here):
     said = diagnose(models=models, data=["--data.val", str(data), *LENGTHS])
     assert said.status == 0, said.err
     check = next(check for check in read()["checks"] if check["name"] == "round trip")
-    assert check["verdict"] == "bad"
+    assert check["verdict"] == "bad", check["text"]
     assert "'one+2='" in check["text"]
 
 
