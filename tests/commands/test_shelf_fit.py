@@ -36,18 +36,20 @@ RESUMED = {
     "topd.TOPD": ("--method.future", "true"),
     "idaopd.IDAOPD": (),
     "lightningopd.LightningOPD": (
-        "--model.teacher",
-        "CachedTeacher",
-        "--model.teacher.folder",
-        "cache",
+        *("--model.teacher", "CachedTeacher", "--model.teacher.folder", "cache"),
+        *("--model.teacher.model", "TEACHER"),
     ),
 }
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_sampled_methods_resume_and_export(name, checkout, fit, okd):
+def test_sampled_methods_resume_and_export(name, checkout, fit, okd, assets):
     """Two steps at once are one step and a resumed one; the student is a folder of its own."""
-    method = ("--method", f"callbacks.{name}", *RESUMED[name])
+    method = (
+        "--method",
+        f"callbacks.{name}",
+        *(word.replace("TEACHER", assets.teacher) for word in RESUMED[name]),
+    )
     last = checkout / "run" / "checkpoints" / "last.ckpt"
     fit(*method, "--trainer.max_steps", "2")
     whole = torch.load(last, weights_only=True)["state_dict"]
