@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.data.chat_rows import examples_from_chats
 from okd_lightning.data.columns import Columns, RawRow
-from okd_lightning.data.layouts import choose_layout
+from okd_lightning.data.layouts import Layout, choose_layout
 from okd_lightning.data.row_templates import with_prompts
 from okd_lightning.data.teacher_prompts import TeacherPrompts, with_teacher_prompts
 from okd_lightning.data.text_rows import examples_from_texts
@@ -223,48 +223,51 @@ def build_examples(
             exact masks, a prompt is too long (``on_overlong="error"``), or no row is left.
     """
     limits = _Limits(
-        max_prompt_length,
-        max_response_length,
-        on_overlong,
-        needs_response,
-        where,
-        teacher_prompts,
+        max_prompt_length, max_response_length, on_overlong, needs_response, where, teacher_prompts
     )
     if not rows:
         raise DataError(f"{where}: no rows; expected at least one")
     rows, columns = with_prompts(rows, columns, needs_response=needs_response, where=where)
     layout = choose_layout(rows, columns, needs_response=needs_response, where=where)
-    if layout == "text" and columns.chat_template_kwargs:
-        raise DataError(
-            f"{where}: the rows are plain prompts, and --data.chat_template_kwargs are for a chat "
-            "template; set --data.as_chat true, or leave them out"
-        )
     encoder = TextEncoder(tokenizer)
     own_eos = tokenizer.eos_token_id
-    cells: dict[str, Any] = {"columns": columns, "where": where}
-    read: dict[str, Any] = {
-        "eos_ids": [eos_id] if own_eos in (None, eos_id) else [eos_id, own_eos],
-        "max_prompt_length": max_prompt_length,
-        "max_response_length": max_response_length,
-    }
-    notes: tuple[str, ...] = ()
-    if layout == "chat":
-        examples, notes = examples_from_chats(
-            rows, encoder, needs_response=needs_response, **cells, **read
-        )
-    elif columns.prompt is None:
-        examples = examples_from_whole_texts(rows, encoder, **cells, **read)
-    else:
-        examples = examples_from_texts(
-            rows, encoder, needs_response=needs_response, **cells, **read
-        )
+    eos_ids = [eos_id] if own_eos in (None, eos_id) else [eos_id, own_eos]
+    examples, notes = _read(rows, encoder, columns, layout, limits, eos_ids)
     if teacher_prompts is not None:
-        examples = with_teacher_prompts(
-            examples, rows, encoder, layout=layout, teacher_prompts=teacher_prompts, **cells
-        )
+        settings = {"layout": layout, "teacher_prompts": teacher_prompts}
+        cells: dict[str, Any] = {"columns": columns, "where": where, **settings}
+        examples = with_teacher_prompts(examples, rows, encoder, **cells)
     found = replace(limits.apply(examples), notes=notes)
     warn_of(found, where)
     return found
+
+
+def _read(
+    rows: Sequence[RawRow],
+    encoder: TextEncoder,
+    columns: Columns,
+    layout: Layout,
+    limits: _Limits,
+    eos_ids: list[int],
+) -> tuple[list[Example], tuple[str, ...]]:
+    """Tokenize rows by the reader of their layout; return the examples, and notes on the set."""
+    read: dict[str, Any] = {
+        "columns": columns,
+        "where": limits.where,
+        "eos_ids": eos_ids,
+        "max_prompt_length": limits.max_prompt_length,
+        "max_response_length": limits.max_response_length,
+    }
+    if layout == "chat":
+        return examples_from_chats(rows, encoder, needs_response=limits.needs_response, **read)
+    if columns.chat_template_kwargs:
+        raise DataError(
+            f"{limits.where}: the rows are plain prompts, and --data.chat_template_kwargs are for "
+            "a chat template; set --data.as_chat true, or leave them out"
+        )
+    if columns.prompt is None:
+        return examples_from_whole_texts(rows, encoder, **read), ()
+    return examples_from_texts(rows, encoder, needs_response=limits.needs_response, **read), ()
 
 
 def warn_of(found: ExampleSet, where: str) -> None:

@@ -170,7 +170,7 @@ BY_SHARD = {
         "methods": lambda: [OKD(online_module=lora("q_proj", "lm_head"), **ANCHORED)],
         "adapter": lora("v_proj", "lm_head"),
     },
-    "read by shard, moving average": SELF_TAUGHT["ema self-teacher"],
+    "read by shard, moving average": SELF_TAUGHT["AveragedSelf"],
     "read by shard, GPT-2": MORE["a reward, checkpointed GPT-2"],
     "read by shard, rotary switches": MORE["rows on both sides of rotary switches"],
 }
@@ -181,7 +181,7 @@ def settings_of(root: Path, run_settings: dict) -> dict:
     found = dict(run_settings)
     model = dict(found.get("model", {}))
     for side in ("student", "teacher"):
-        if model.get(side) is not None:
+        if isinstance(model.get(side), str):
             model[side] = str(root / model[side])
     found["model"] = model
     if "callbacks" in found:
