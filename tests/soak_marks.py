@@ -97,7 +97,7 @@ class Marks:
 
 def mark_everything(marks: Marks, board: Board) -> None:
     """In a child: the phases and places of a run."""
-    marks.around(RolloutLoader, "_write_all", "rollout", "rollout begins", "rollout ends")
+    marks.around(RolloutLoader, "_generate_all", "rollout", "rollout begins", "rollout ends")
     marks.around(DistillationModule, "training_step", "training", "step begins", "step ends")
     marks.around(_EvaluationLoop, "run", "validation", "validation begins", "validation ends")
     marks.around(DistillationModule, "validation_step", "validation", "validation step")

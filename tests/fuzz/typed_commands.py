@@ -128,7 +128,10 @@ def kill_during(argv: Sequence[str], kill: Kill) -> int:
             status = type_command(argv)[0]
         finally:
             os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    # before the first step a SIGTERM ends the process as any other: nothing has begun
+    is_early = ended == -signal.SIGTERM and not board.has_trained
+    return 128 + signal.SIGTERM if is_early else ended
 
 
 def draw_kill(draw: random.Random) -> Kill:
