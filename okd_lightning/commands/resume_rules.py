@@ -47,9 +47,10 @@ BY_CONTENT = (
     "data.seed",
     "trainer.accumulate_grad_batches",
     "model.normalization",
+    "model.end_tokens",
 )
 """Options that are refused where they change which prompts an optimizer step has (by the loader),
-or the divisor of rows that the student samples (by the module)."""
+or the objective: the divisor of rows that the student samples, the end ids (by the module)."""
 
 
 def verdict(option: str) -> Verdict:

@@ -137,7 +137,7 @@ ACTING = {
     ),
     "model.gradient_checkpointing": (
         True,
-        lambda run: run.module.gradient_checkpointing,
+        lambda run: run.module.pair.settings.gradient_checkpointing,
     ),
     "model.tile_positions": (3, lambda run: run.module.pair.settings.tile_positions == 3),
     "model.packing": (False, lambda run: not run.module.pair.packs_student),
@@ -242,6 +242,7 @@ REFUSED = {
     "trainer.accumulate_grad_batches": {"trainer__accumulate_grad_batches": 2},
     "model.optimizer": {"model__optimizer": SGD},
     "model.lr_scheduler": {"model__lr_scheduler": partial(StepLR, step_size=1)},
+    "model.end_tokens": {"model__end_tokens": [1, 5]},
     "method": {"method": SFT()},
 }
 

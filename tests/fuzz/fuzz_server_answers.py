@@ -150,7 +150,7 @@ def _teacher(reply: Reply) -> Callable[[Bench], None]:
         with raw_server(_after_models(reply)) as server:
             settings = ServedTeacher(server.url, k=_K, timeout_seconds=0.5, num_retries=0)
             run = TeacherRun("student", tokenizer, Vocabulary.of(tokenizer), "float32")
-            settings.join(run)._score(_PROMPT, [1, 2])
+            settings.join(run)._score(_PROMPT, [1, 2], False)
 
     return act
 

@@ -64,8 +64,8 @@ def run(root: Path, devices: int, cache: Path) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CachedTeacher, "part_positions", 12)
         patch.setattr(Entry, "write_part", write_part)
-        for module in (pair_module, loaded_module):
-            patch.setattr(module, "load_checked", load_checked)
+        for place in (pair_module, loaded_module):
+            patch.setattr(place, "load_checked", load_checked)
         trainer.fit(module, data)
     logged = trainer.callback_metrics
     return {
