@@ -31,13 +31,20 @@ def differences(one: Path, other: Path) -> list[str]:
         first, second = read(one / name), read(other / name)
         found += [f"{other / name}: {what}" for what in unequal(first, second)][:3]
     files = [kept_files(folder) for folder in (one, other)]
-    return found + ([f"{other}: files {files}"] if files[0] != files[1] else [])
+    more = [name for name in files[1] if name not in files[0]]
+    is_same = not set(files[0]) - set(files[1]) and all(map(_MORE.match, more))
+    return found + ([] if is_same else [f"{other}: files {files}"])
+
+
+_MORE = re.compile(r"last-step$|best-step=")
+"""A run that was stopped keeps a checkpoint of there, and the one from which it was resumed."""
 
 
 def kept_files(folder: Path) -> list[str]:
     """Names of the checkpoints; one that was written where a run was stopped has another step."""
     return sorted(
-        re.sub(r"last-step=\d+", "last-step", path.name) for path in folder.glob("checkpoints/*")
+        re.sub(r"last-step=\d+", "last-step", path.name).removesuffix(".ckpt")
+        for path in folder.glob("checkpoints/*")
     )
 
 

@@ -61,6 +61,11 @@ def settle_steps(
         raise ConfigError(
             "trainer.limit_train_batches 0 trains on no rows; leave it out, or use validate or test"
         )
+    if every := getattr(trainer, "reload_dataloaders_every_n_epochs", 0):
+        raise ConfigError(
+            f"trainer.reload_dataloaders_every_n_epochs {every} would lose the place in the data "
+            "at a resume, and the loader generates new responses every epoch; leave it out"
+        )
     for name in ("min_epochs", "min_steps"):
         if (least := getattr(trainer, name, None)) is not None and least < 0:
             raise ConfigError(f"trainer.{name} must not be negative, got {least}")

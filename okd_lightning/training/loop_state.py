@@ -55,6 +55,8 @@ def settle_loops(checkpoint: dict[str, Any], accumulate_grad_batches: int) -> No
     if total["completed"] == total["processed"]:  # before a rollout, or at the end of the run
         for part in (current, total):
             part["completed"] = part["processed"] - 1
+    # Lightning adds one to it at such a resume; callbacks log with it before the first step
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"] - 1
 
 
 def validation_is_due(checkpoint: Mapping[str, Any]) -> bool:

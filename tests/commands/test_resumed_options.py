@@ -56,6 +56,7 @@ def test_the_table_has_every_option():
 @pytest.mark.parametrize("option", [name for name in ROWS if name != "method.*"])
 def test_the_table_says_what_the_command_line_does(option):
     loaders_own = ("trainer.limit_train_batches", "trainer.overfit_batches")
+    loaders_own += ("trainer.reload_dataloaders_every_n_epochs",)
     assert ROWS[option] == ("refused" if option in loaders_own else verdict(option))
 
 

@@ -117,8 +117,14 @@ class Preemption(Checkpoint):
     def on_train_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Restore the previous handlers."""
+        """Restore the previous handlers; save again if the run was stopped at its last step.
+
+        That checkpoint lacks what other callbacks do at a run's end, and the run has ended.
+        """
         self._stop_listening()
+        if self._is_agreed and self._is_saved:
+            self._is_agreed = False
+            self._save(trainer)
 
     def _stop_listening(self) -> None:
         for number, handler in self._handlers.items():
