@@ -103,6 +103,11 @@ class LastCheckpoint(Checkpoint):
         return self._saved_at >= 0
 
     @property
+    def saved_at(self) -> int:
+        """Optimizer steps of its latest checkpoint since ``setup``; -1 without one."""
+        return self._saved_at
+
+    @property
     def shown_path(self) -> Path:
         """Path of the last checkpoint, relative to the working folder if possible."""
         return self.path.relative_to(Path.cwd()) if Path.cwd() in self.path.parents else self.path

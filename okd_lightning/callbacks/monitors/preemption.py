@@ -51,6 +51,7 @@ class Preemption(Checkpoint):
         self._request = StopRequest()
         self._is_agreed = False
         self._is_saved = False
+        self._has_saved_early = False  # at a step at which LastCheckpoint had not
         self._is_validating = False
         self._is_due = False  # a resumed run's validation, before which it may generate
         self._has_to_requeue = False
@@ -83,6 +84,7 @@ class Preemption(Checkpoint):
         data = trainer.datamodule  # type: ignore[attr-defined]
         self._request = data.stop if isinstance(data, RolloutDataModule) else StopRequest()
         self._is_agreed = self._is_saved = self._is_validating = False
+        self._has_saved_early = False
         self._request.is_made = self._has_to_requeue = False
         self._signal = 0
         if trainer.is_global_zero:
@@ -117,12 +119,13 @@ class Preemption(Checkpoint):
     def on_train_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Restore the previous handlers; save again if the run was stopped at its last step.
+        """Restore the previous handlers.
 
-        That checkpoint lacks what other callbacks do at a run's end, and the run has ended.
+        Where a run was stopped at its last step, LastCheckpoint would have saved only now, after
+        what other callbacks do at a run's end, and does so.
         """
         self._stop_listening()
-        if self._is_agreed and self._is_saved:
+        if self._has_saved_early:
             self._is_agreed = False
             self._save(trainer)
 
@@ -144,6 +147,8 @@ class Preemption(Checkpoint):
         """Agree after every optimizer step, and save if a stop is agreed."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and self._agree(trainer):
             self._is_validating = validation_follows(trainer)
+            saver = _saver(trainer)
+            self._has_saved_early = saver is not None and saver.saved_at != trainer.global_step
             self._save(trainer)
 
     def on_train_batch_start(
