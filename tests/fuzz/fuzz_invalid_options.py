@@ -171,7 +171,6 @@ _COMBINATIONS: dict[str, str] = {
     "prompt column": "--data.prompt_column nothing",
     "response column": "--data.response_column nothing",
     "messages column alone": "--data.prompt_column null --data.response_column nothing",
-    "subset of a file": "--data.subset main",
     "PPO clip of a greedy": "--method OPDPlus --method.clip -1",
     "reward without baseline's group": "--method Reward --method.function RougeL "
     "--method.baseline leave_one_out",
