@@ -20,6 +20,7 @@ import okd_lightning
 from okd_lightning.bounded_files import check_yaml, load_yaml, read_text, require_regular
 from okd_lightning.checkpoints.files import newest_checkpoint
 from okd_lightning.commands.cli_callbacks import replace_retyped
+from okd_lightning.commands.cli_errors import method_names
 from okd_lightning.commands.config_trust import FLAG
 from okd_lightning.commands.default_folder import RUNS, only_run
 from okd_lightning.commands.given_options import Layer, flattened, layers
@@ -274,20 +275,28 @@ def _is_part(layer: Layer, config: Layer) -> bool:
 
 def class_name(method: Any) -> str | None:
     """Return the class that a ``method`` entry of a config names, without its module."""
+    return class_path(method).rsplit(".", 1)[-1] or None
+
+
+def class_path(method: Any) -> str:
+    """Return the name or class path in a ``method`` entry of a config; empty without one."""
     path = method.get("class_path") if isinstance(method, dict) else method
-    return path.rsplit(".", 1)[-1] if isinstance(path, str) else None
+    return path if isinstance(path, str) else ""
 
 
 def _drop_other_methods(configs: list[tuple[str, dict[str, Any]]], typed: str | None) -> None:
-    """Keep a ``method`` section only where it is of the class that the run will have."""
-    wanted = class_name(typed)
+    """Keep a ``method`` section only where it is of the class that the run will have.
+
+    A section of a class that does not exist is kept too: the parser refuses it.
+    """
+    wanted, known = class_name(typed), method_names()
     for name, config in reversed(configs):
         found = class_name(config.get("method"))
         if found is None:
             continue
         if wanted is None:
             wanted = found
-        elif found != wanted:
+        elif found != wanted and ("." in class_path(config["method"]) or found in known):
             method = config.pop("method")
             if isinstance(method, dict) and method.get("init_args"):
                 rank_zero_warn(
