@@ -7,7 +7,7 @@ what is trained nor by which loss, and does not know which kind of teacher it ha
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import replace
 from typing import Any, Self, cast
@@ -55,6 +55,7 @@ from okd_lightning.records.requests import Generator
 from okd_lightning.sharding import Placement, WholeModels
 from okd_lightning.teachers import (
     AdaptiveTeacher,
+    GeneratingModels,
     OnlineModuleSettings,
     Teacher,
     TeacherBase,
@@ -99,16 +100,19 @@ class Pair:
     ) -> None:
         given_teacher = teacher_of(teacher)
         given_teacher.check_options(settings.teacher_options(student))
-        given = GivenPair.of(student, given_teacher.own_source, settings.student_adapter)
+        sources = given_teacher.own_sources
+        given = GivenPair.of(
+            student, given_teacher.own_source, settings.student_adapter, sources[1:]
+        )
         self._given = given
         self._trainer_of = trainer_of
         self.settings = settings
         self.dtype: DTypeName = dtype_of(given.student, settings.dtype)
         self.student_adapter = given.adapter
         self.tokenizer = find_tokenizer(settings.tokenizer, given.student, given.teacher)
-        self.vocabulary = check_pair(self.tokenizer, given.student, given.teacher)
+        self.vocabulary = check_pair(self.tokenizer, given.student, sources)
         ends = find_end_tokens(
-            given.student, given.teacher, self.tokenizer, self.vocabulary, settings.end_tokens
+            given.student, sources, self.tokenizer, self.vocabulary, settings.end_tokens
         )
         self.student: PreTrainedModel | None = None
         self.packs_student = False
@@ -193,9 +197,9 @@ class Pair:
                     "same"
                 )
             return
-        adaptive = AdaptiveTeacher(self.given_teacher, settings)
-        self.given_teacher = adaptive.join(self.given_teacher.run)
-        if adaptive.inner.model is not None:
+        adapted = self.given_teacher.adapted(lambda teacher: AdaptiveTeacher(teacher, settings))
+        self.given_teacher = adapted.join(self.given_teacher.run)
+        if self.student is not None:
             with drawing_from_the_seed():
                 self.given_teacher.build()
 
@@ -299,7 +303,7 @@ class Pair:
             Measured.about(batch).merges_ends,
         )
         if not torch.is_grad_enabled():
-            self.placement.release(self.student, self.teacher.model)
+            self.placement.release(*self.models)
         return replace(Measured.about(batch), values=values)
 
     def loss_of(
@@ -324,29 +328,36 @@ class Pair:
         )
 
     @contextmanager
-    def writing(self, *generators: Generator) -> Iterator[list[PreTrainedModel]]:
+    def writing(self, *generators: Generator) -> Iterator[list[GeneratingModels]]:
         """Prepare models for generation in the block: unsharded, in eval mode, no gradient.
 
         Args:
             generators: Student, teacher or both.
 
         Yields:
-            Each one's model within its PEFT wrapper, adapters included.
+            Each one's models within their PEFT wrappers, adapters included.
         """
         trainer = self._trainer_of()
         precision = nullcontext if trainer is None else trainer.precision_plugin.forward_context
-        models, contexts = zip(*map(self._generator, generators), strict=True)
-        plain = [_within_peft(model) for model in models]
+        found = [self._generator(who) for who in generators]
+        models = [model for one in found for model in one.models]
+        plain = [replace(one, models=tuple(map(_within_peft, one.models))) for one in found]
         with torch.no_grad(), precision(), self.placement.alone(*models), ExitStack() as stack:
-            for context in (*map(in_eval_mode, plain), *contexts):
-                stack.enter_context(context)
+            for one in plain:
+                for context in (*map(in_eval_mode, one.models), one.context):
+                    stack.enter_context(context)
             yield plain
 
-    def _generator(self, who: Generator) -> tuple[PreTrainedModel, AbstractContextManager[None]]:
+    def _generator(self, who: Generator) -> GeneratingModels:
         if who != "student":
             return self.teacher.generator()
         assert self.student is not None
-        return self.student, nullcontext()
+        return GeneratingModels((self.student,))
+
+    @property
+    def models(self) -> list[PreTrainedModel]:
+        """All models in memory, each of which is placed by itself: student, then teachers."""
+        return [*([] if self.student is None else [self.student]), *self.teacher.models]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy the models, with ``memo`` deciding what they share; share everything else.
