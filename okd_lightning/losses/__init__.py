@@ -4,6 +4,7 @@
 * ``closed_form``: their values with closed-form gradients.
 * ``outcomes``, ``cached``: quantities of a teacher known by k ids and the rest.
 * ``sampled``: policy gradient on sampled tokens, with its importance ratio.
+* ``states``: quantities of hidden states and routers, which need no logits.
 * ``terms``: the interface between method and module, and its records.
 * ``mixtures``: several models' hidden states and heads as one side.
 * ``side``, ``projection``: one model's inputs to the loss; forward and backward of its head.
@@ -38,7 +39,14 @@ from okd_lightning.losses.quantities import (
     Tile,
 )
 from okd_lightning.losses.sampled import ImportanceRatio
-from okd_lightning.losses.side import Head, Side
+from okd_lightning.losses.side import Head, Side, States
+from okd_lightning.losses.states import (
+    HiddenDistance,
+    HiddenLoss,
+    RouterBalance,
+    StateQuantity,
+    layers_read,
+)
 from okd_lightning.losses.terms import (
     Measured,
     RowScorer,
@@ -60,6 +68,8 @@ __all__ = [
     "ExactDivergence",
     "ExpectedWeight",
     "Head",
+    "HiddenDistance",
+    "HiddenLoss",
     "ImportanceRatio",
     "Measured",
     "Mixing",
@@ -68,8 +78,11 @@ __all__ = [
     "PackedHead",
     "Product",
     "Quantity",
+    "RouterBalance",
     "RowScorer",
     "Side",
+    "StateQuantity",
+    "States",
     "TeacherShift",
     "Term",
     "Tile",
@@ -77,6 +90,7 @@ __all__ = [
     "WeightedTerm",
     "cached_form",
     "fused_loss",
+    "layers_read",
     "measure",
     "mixed_side",
     "pack_outcomes",

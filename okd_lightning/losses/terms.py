@@ -173,6 +173,16 @@ class Term:
         return tuple(SOURCES.index(source) for source in self.sources)
 
     @cached_property
+    def reads_states(self) -> bool:
+        """True if it is measured from hidden states or routers, and not from logits."""
+        return any(quantity.reads_states for quantity in self.quantities)
+
+    @property
+    def follows_others(self) -> bool:
+        """True if it acts on the rows of any source that the run's other terms need."""
+        return self.on_policy_fraction is None and set(self.sources) == set(SOURCES)
+
+    @cached_property
     def trains_teacher(self) -> bool:
         """True if it trains the teacher's online module while it acts."""
         return any(quantity.trains_teacher for quantity in self.quantities)

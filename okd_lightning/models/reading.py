@@ -8,6 +8,7 @@ into each other, so every model is tested once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -22,6 +23,7 @@ from okd_lightning.models.causal_lm import head_inputs
 from okd_lightning.models.causality import attention_of_any_device, embedding_gradient
 from okd_lightning.models.forward_arguments import named_arguments
 from okd_lightning.models.grouping import row_groups
+from okd_lightning.models.taps import Taps
 from okd_lightning.records.sequences import Sequences
 
 _TRIAL_LENGTHS = (5, 4, 3, 2)
@@ -29,7 +31,9 @@ _TOLERANCE = 0.1
 """Allowed distance relative to the norm: above the rounding of deep models in 16 bits."""
 
 
-def hidden_at_loss(model: PreTrainedModel, read: Sequences, packs: bool) -> Tensor:
+def hidden_at_loss(
+    model: PreTrainedModel, read: Sequences, packs: bool, taps: Taps | None = None
+) -> Tensor:
     """Run ``model`` over a micro-batch and return its head's inputs at the loss positions.
 
     Rows that may not share a pass (``row_groups``) are read in several passes.
@@ -38,6 +42,7 @@ def hidden_at_loss(model: PreTrainedModel, read: Sequences, packs: bool) -> Tens
         model: A causal LM, wrapped or not.
         read: The rows.
         packs: Whether the model gets packed rows (``reads_packed_rows``).
+        taps: Takes states and routings of the passes; None for nothing.
 
     Returns:
         [positions, hidden] at the position before each loss token, row by row; gradient flows to
@@ -45,26 +50,40 @@ def hidden_at_loss(model: PreTrainedModel, read: Sequences, packs: bool) -> Tens
     """
     groups = row_groups(model)
     if groups.switch is None:
-        return _hidden_of_pass(model, read, packs)
+        return _hidden_of_pass(model, read, packs, taps)
     passes = groups.split(read.row_lengths)
     first = max(read.row_lengths[row] for row in passes[0])
     num_passes = len(passes) + groups.follows_a_short_row(first)
     idle = _idle_passes(model, read, _most_of_all_ranks(model, num_passes) - len(passes))
-    parts = [_hidden_of_pass(model, read.of_rows(rows), packs) for rows in passes]
+    parts = [_hidden_of_pass(model, read.of_rows(rows), packs, taps, rows) for rows in passes]
     order = [torch.isin(read.places.row, read.places.row.new_tensor(rows)) for rows in passes]
-    places = torch.cat([part.nonzero().squeeze(-1) for part in order])
-    return torch.cat(parts)[places.argsort()] + idle
+    places = torch.cat([part.nonzero().squeeze(-1) for part in order]).argsort()
+    if taps is not None:
+        taps.reorder(places)
+    return torch.cat(parts)[places] + idle
 
 
-def _hidden_of_pass(model: PreTrainedModel, read: Sequences, packs: bool) -> Tensor:
+def _hidden_of_pass(
+    model: PreTrainedModel,
+    read: Sequences,
+    packs: bool,
+    taps: Taps | None = None,
+    rows: Sequence[int] | None = None,
+) -> Tensor:
+    """Return the head's inputs of one pass; ``rows`` are its rows' numbers in the batch."""
     places = read.places
-    with _fast_layers(model, read.input_ids.device):
+    with _fast_layers(model, read.input_ids.device), taps.listening() if taps else nullcontext():
         if packs:
             hidden = _packed_states(model, read)
-            before = read.packing.start[places.row] + places.column - 1
+            starts = read.packing.start
         else:
             hidden = head_inputs(model, read.input_ids, read.attention_mask)
-            before = places.row * hidden.shape[1] + places.column - 1
+            starts = torch.arange(len(read.lengths), device=hidden.device) * hidden.shape[1]
+    before = starts[places.row] + places.column - 1
+    if taps is not None:
+        row, column = read.attention_mask.nonzero(as_tuple=True)
+        own = row if rows is None else row.new_tensor(rows)[row]
+        taps.gather(hidden, before, starts[row] + column, own)
     return hidden.flatten(0, 1).index_select(0, before)
 
 

@@ -14,12 +14,13 @@
 
 from okd_lightning.teachers.adaptive import AdaptiveTeacher
 from okd_lightning.teachers.averaged_self import AveragedSelf
-from okd_lightning.teachers.base import NoTeacher, Teacher, model_side, trained
+from okd_lightning.teachers.base import NoTeacher, Teacher, trained
 from okd_lightning.teachers.cached_teacher import CachedTeacher
 from okd_lightning.teachers.ensemble import TeacherEnsemble
 from okd_lightning.teachers.frozen_self import FrozenSelf
 from okd_lightning.teachers.live_self import LiveSelf
 from okd_lightning.teachers.loaded import LoadedTeacher, teacher_of
+from okd_lightning.teachers.model_side import model_side
 from okd_lightning.teachers.online_module import (
     OnlineModuleSettings,
     attach_online_module,

@@ -18,19 +18,18 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.losses import Quantity, Side, Term, WeightedTerm
+from okd_lightning.losses import Quantity, Side, Term, WeightedTerm, layers_read
 from okd_lightning.metrics import measures
 from okd_lightning.models import (
-    LMHead,
     ModelSource,
     Vocabulary,
-    hidden_at_loss,
     load_model_config,
     packs_rows,
     say_row_groups,
 )
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.records.sequences import Sequences
+from okd_lightning.teachers.model_side import model_side
 from okd_lightning.teachers.online_module import OnlineModuleSettings
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun
 
@@ -73,6 +72,9 @@ class Teacher(ABC):
 
     covers_vocabulary: ClassVar[bool] = True
     """True where its side has a logit for every id."""
+
+    has_layers: ClassVar[bool] = False
+    """True where ``side`` gives the states of its layers."""
 
     follows_student: ClassVar[bool] = False
     """True where it changes with the student, apart from trained parameters of its own."""
@@ -193,7 +195,14 @@ class Teacher(ABC):
         Raises:
             ConfigError: The message says what is missing.
         """
-        if "teacher" in term.sources and not self.generates:
+        reads = layers_read(term.quantities, "teacher")
+        if reads and not self.has_layers:
+            raise ConfigError(
+                f"method {term.name} reads hidden states of the teacher's layers, and "
+                f"{type(self).__name__} gives none: give --model.teacher a folder or hub id, or "
+                "leave the method out"
+            )
+        if "teacher" in term.sources and not term.follows_others and not self.generates:
             raise ConfigError(
                 f"method {term.name} has the teacher write responses, and "
                 f"{type(self).__name__} generates none: give --model.teacher a folder or hub id"
@@ -260,17 +269,17 @@ class Teacher(ABC):
         assert self.model is not None
         learns = torch.is_grad_enabled() and any(q.trains_teacher for q in quantities)
         with torch.set_grad_enabled(learns):
-            return self.read(batch.teacher_reads)
+            return self.read(batch.teacher_reads, layers_read(quantities, "teacher"))
 
     def base_side(self, batch: DistillBatch) -> Side:
         """Return the side of the teacher without its trained parameters; a constant."""
         with torch.no_grad():
             return self.side(batch, ())
 
-    def read(self, reads: Sequences) -> Side:
-        """Return the side of ``model`` for some rows."""
+    def read(self, reads: Sequences, layers: tuple[int, ...] = ()) -> Side:
+        """Return the side of ``model`` for some rows, with the states of some layers."""
         assert self.model is not None
-        return model_side(self.model, reads, self.packs, self.run.vocabulary)
+        return model_side(self.model, reads, self.packs, self.run.vocabulary, layers)
 
     def generator(self) -> GeneratingModels:
         """Return the model that generates as the (base) teacher."""
@@ -345,7 +354,8 @@ class NoTeacher(Teacher):
 
     def check_term(self, term: Term) -> None:
         """Refuse a method that needs a teacher."""
-        if "teacher" in term.sources or any(q.needs_teacher for q in term.quantities):
+        is_asked = "teacher" in term.sources and not term.follows_others
+        if is_asked or any(q.needs_teacher for q in term.quantities):
             raise ConfigError(
                 f"method {term.name} needs a teacher: give --model.teacher a folder or hub id, "
                 "or the student itself: --model.teacher FrozenSelf"
@@ -354,21 +364,6 @@ class NoTeacher(Teacher):
     def check_adaptable(self) -> None:
         """Refuse: there is nothing to put a module on."""
         raise ConfigError("an online module needs a teacher: give --model.teacher")
-
-
-def model_side(
-    model: PreTrainedModel, reads: Sequences, packs: bool, vocabulary: Vocabulary
-) -> Side:
-    """Return one model's hidden states at unmasked positions, with its head.
-
-    Args:
-        model: In the mode and with the gradients of the caller.
-        reads: The rows.
-        packs: Whether it gets packed rows.
-        vocabulary: Ids to which the head is cut.
-    """
-    hidden = hidden_at_loss(model, reads, packs)
-    return Side(hidden=hidden, head=LMHead.of(model, vocabulary), end_ids=vocabulary.end_ids)
 
 
 def tried(model: PreTrainedModel, packing: bool) -> bool:

@@ -18,10 +18,11 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.losses import Quantity, Side
+from okd_lightning.losses import Quantity, Side, layers_read
 from okd_lightning.models import LMHead, ModelSource
 from okd_lightning.records.batches import DistillBatch
-from okd_lightning.teachers.base import Teacher, model_side
+from okd_lightning.teachers.base import Teacher
+from okd_lightning.teachers.model_side import model_side
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions
 
 
@@ -30,6 +31,8 @@ class SelfTeacher(Teacher):
 
     Without ``model``, the student itself is run: in eval mode, without gradient.
     """
+
+    has_layers = True
 
     @property
     def arguments(self) -> Mapping[str, Any]:
@@ -77,9 +80,10 @@ class SelfTeacher(Teacher):
         if self.model is not None:
             return super().side(batch, quantities)
         assert self.student is not None
-        vocabulary = self.run.vocabulary
+        vocabulary, layers = self.run.vocabulary, layers_read(quantities, "teacher")
         with torch.no_grad(), self.as_teacher():
-            side = model_side(self.student, batch.teacher_reads, self.packs_student, vocabulary)
+            reads, packs = batch.teacher_reads, self.packs_student
+            side = model_side(self.student, reads, packs, vocabulary, layers)
             head = LMHead.of(self.student, vocabulary)
             return replace(side, head=replace(head, module=detached(head.module)))
 

@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftConfig
 from torch import Tensor
+from torch.nn import Parameter
 from transformers import PreTrainedTokenizerBase
 
 import okd_lightning.data.parsing_settings  # noqa: F401 - for configs that name it
@@ -184,7 +185,7 @@ class DistillationModule(OptimizedModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Return the safeguards that the Trainer lacks; move ModelsFirst to the front."""
-        self.terms = []  # a run begins; one that failed has left its own
+        self.terms, self.pair.layer_pairs = [], ()  # a run begins; one that failed has left its own
         trainer = self._trainer
         present: list[Callback] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
         if trainer is not None:
@@ -194,6 +195,7 @@ class DistillationModule(OptimizedModule):
     def teardown(self, stage: str) -> None:
         """Remove the terms and the teacher's base, so that another Trainer can add its own."""
         self.terms, self._checked, self.pair.teacher_base = [], [], None
+        self.pair.layer_pairs = ()
 
     # ---------------------------------------------------------------- training
 
@@ -222,12 +224,17 @@ class DistillationModule(OptimizedModule):
         return loss.total + self._idle_loss(terms)
 
     def _idle_loss(self, terms: Sequence[WeightedTerm]) -> Tensor:
-        """Return 0, tied to an online module that no term trains in this step, as DDP expects."""
+        """Return 0, tied to parameters that no term trains in this step, as DDP expects."""
         idle = torch.zeros((), device=self.device)
+        own: list[Parameter] = []
         if not any(weighted.term.trains_teacher for weighted in terms):
-            own = self.pair.teacher.trained_parameters()
-            for parameter in self.pair.placement.tied_to_loss(own):
-                idle = idle + 0.0 * parameter.sum()
+            own += self.pair.teacher.trained_parameters()
+        if not any(weighted.term.reads_states for weighted in terms):
+            own += self.trained_parameters(self.projectors)
+        if all(weighted.term.reads_states for weighted in terms):  # of the head and later layers
+            own += self.trained_parameters(self.student)
+        for parameter in self.pair.placement.tied_to_loss(own):
+            idle = idle + 0.0 * parameter.sum()
         return idle
 
     def _log_step(self, batch: DistillBatch, sums: Mapping[str, Tensor], batch_idx: int) -> None:

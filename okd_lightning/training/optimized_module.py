@@ -159,6 +159,7 @@ class OptimizedModule(MeasuredModule):
             self.weight_decay,
             online.learning_rate if online is not None else None,
             self.optimizer_factory,
+            self.trained_parameters(self.projectors),
         )
         trainer = self.trainer
         if self.scheduler_factory is not None:
@@ -196,14 +197,17 @@ class OptimizedModule(MeasuredModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the student by the Trainer's value and the online module by its own norm.
+        """Clip student and projectors by the Trainer's value, the online module by its own norm.
 
-        Gradients of an online module that no method trains in this step are removed: the optimizer
-        then skips its weights and moments, and counts no step for it.
+        Gradients of an online module or projectors that no method trains in this step are removed:
+        the optimizer then skips their weights and moments, and counts no step for them.
         """
         own = self.online_module
         if not any(term.trains_teacher for term in self._checked):
             for parameter in self.pair.teacher.trained_parameters():
+                parameter.grad = None
+        if not any(term.reads_states for term in self._checked):
+            for parameter in self.trained_parameters(self.projectors):
                 parameter.grad = None
         if own is not None and own.clip_norm and gradient_clip_algorithm == "value":
             raise ConfigError(
@@ -214,9 +218,11 @@ class OptimizedModule(MeasuredModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         limits = (gradient_clip_val, own.clip_norm or gradient_clip_val)
-        for side, limit in zip((self.student, self.teacher), limits, strict=True):
+        student, teacher = map(self.trained_parameters, (self.student, self.teacher))
+        student = [*student, *self.trained_parameters(self.projectors)]
+        for parameters, limit in zip((student, teacher), limits, strict=True):
             if limit:
-                clip_grad_norm_(self.trained_parameters(side), limit)
+                clip_grad_norm_(parameters, limit)
 
     # ---------------------------------------------------------------- resuming
 

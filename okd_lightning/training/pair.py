@@ -25,18 +25,20 @@ from okd_lightning.losses import (
     Measured,
     Quantity,
     Side,
+    StateQuantity,
     WeightedLoss,
     WeightedTerm,
-    fused_loss,
+    layers_read,
     measure,
-    weighted_loss,
 )
 from okd_lightning.models import (
     DTypeName,
     EndTokens,
     GivenPair,
+    LayerPair,
     ModelArgument,
     ModelSource,
+    Projectors,
     add_adapter,
     check_lengths,
     check_pair,
@@ -47,6 +49,7 @@ from okd_lightning.models import (
     load_checked,
     load_model_config,
     packs_rows,
+    projectors_for,
     recompute_activations,
     say_row_groups,
 )
@@ -64,6 +67,7 @@ from okd_lightning.teachers import (
     teacher_of,
     trained,
 )
+from okd_lightning.training.batch_loss import batch_loss
 from okd_lightning.training.frozen_parts import own_memory
 from okd_lightning.training.pair_settings import PairSettings
 
@@ -86,6 +90,8 @@ class Pair:
         packs_student: Whether the student gets packed rows.
         teacher_base: The model with which the teacher is compared, where a method names one.
         tool_rounds: The tools of the data, where it has some.
+        layer_pairs: Pairs of layers whose hidden states methods compare.
+        projectors: Maps of the student's states to the teacher's widths, where these differ.
 
     Raises:
         OKDLightningError: Models, tokenizer and settings do not fit together.
@@ -119,6 +125,8 @@ class Pair:
         self.placement: Placement = WholeModels()
         self.teacher_base: TeacherBase | None = None
         self.tool_rounds: ToolRounds | None = None
+        self.layer_pairs: tuple[LayerPair, ...] = ()
+        self.projectors: Projectors | None = None
         run = settings.teacher_run(given, self.tokenizer, self.vocabulary)
         self.given_teacher = given_teacher.join(run)
         self.use_ends(ends)
@@ -156,6 +164,9 @@ class Pair:
             if self.student is None:
                 self._build_student()
             self.teacher.build()
+            if self.layer_pairs:
+                models = self.student, self.teacher.model
+                self.projectors = projectors_for(self.layer_pairs, *models, self.projectors)
         if self.teacher_base is not None:
             self._check_one_base(self.teacher_base)
             run = self.given_teacher.run
@@ -272,8 +283,14 @@ class Pair:
         the teacher without its online module, for quantities that compare with it.
         """
         assert self.student is not None
-        reads = batch.student_reads
-        student = model_side(self.student, reads, self.packs_student, self.vocabulary)
+        student = model_side(
+            self.student,
+            batch.student_reads,
+            self.packs_student,
+            self.vocabulary,
+            layers_read(quantities, "student"),
+            any(isinstance(q, StateQuantity) and q.reads_routers for q in quantities),
+        )
         teacher = base = None
         if any(quantity.needs_teacher for quantity in quantities):
             teacher = self.teacher.side(batch, quantities)
@@ -312,19 +329,14 @@ class Pair:
         """Run both sides once and sum the terms; see ``DistillationModule.loss_of``."""
         terms = self.teacher.forms(terms)
         quantities = [quantity for weighted in terms for quantity in weighted.term.quantities]
-        if not all(weighted.term.is_positionwise for weighted in terms):
-            return weighted_loss(terms, self.measure(batch, quantities))
-        student, teacher, base = self.sides(batch, quantities)
-        return fused_loss(
+        return batch_loss(
             terms,
-            student,
-            teacher,
-            batch.student_reads.targets,
-            Measured.about(batch),
+            self.sides(batch, quantities),
+            batch,
             self.vocabulary.size,
             self.settings.tile_positions,
-            base,
             checks,
+            self.projectors,
         )
 
     @contextmanager
@@ -368,6 +380,7 @@ class Pair:
         own = copy(self)
         memo[id(self)] = own
         own.student = deepcopy(self.student, memo)
+        own.projectors = deepcopy(self.projectors, memo)
         own.given_teacher = deepcopy(self.given_teacher, memo)
         own._trainer_of = deepcopy(self._trainer_of, memo)
         if self.student is None:

@@ -21,7 +21,14 @@ from okd_lightning.engines.engine import EngineSource
 from okd_lightning.engines.tool_rollouts import ToolEngine, ToolRounds
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Measured, Quantity, WeightedLoss, WeightedTerm
-from okd_lightning.models import EndTokens, ModelSource, Vocabulary, check_precision
+from okd_lightning.models import (
+    EndTokens,
+    LayerPair,
+    ModelSource,
+    Projectors,
+    Vocabulary,
+    check_precision,
+)
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.records.requests import Request, Rollout
 from okd_lightning.teachers import GeneratingModels, OnlineModuleSettings, trained
@@ -38,6 +45,7 @@ class PairedModule(FrozenPartsModule):
         pair: The student, its teacher, their vocabulary and their placement.
         student: The student's model, registered here for Lightning; None before it is built.
         teacher: The teacher's models; None before it is built, and where it has none.
+        projectors: Maps between hidden states of other widths; None without any.
         engine: Source of the engine for the student's responses.
     """
 
@@ -49,6 +57,7 @@ class PairedModule(FrozenPartsModule):
         self.engine = engine
         self.student: PreTrainedModel | None = None
         self.teacher: nn.Module | None = None
+        self.projectors: Projectors | None = None
         self.weights_read = ""  # digest of the weights, in a run of several processes
         self._online_weights: dict[str, Any] = {}  # of an online module that is not attached yet
         self.register_load_state_dict_post_hook(allow_left_out)
@@ -106,6 +115,7 @@ class PairedModule(FrozenPartsModule):
     def _register(self) -> None:
         """Register the pair's models, and load weights that waited for an online module."""
         self.student, self.teacher = self.pair.student, self.pair.teacher.module
+        self.projectors = self.pair.projectors if self.pair.layer_pairs else None
         if self._online_weights and self.online_module is not None:
             super().load_state_dict(self._online_weights, strict=False)
             self._online_weights = {}
@@ -174,6 +184,16 @@ class PairedModule(FrozenPartsModule):
             ModelError, VocabularyError: It cannot be read, or has other ids.
         """
         self.pair.add_teacher_base(source, option)
+
+    def add_projectors(self, pairs: tuple[LayerPair, ...]) -> None:
+        """Have projectors where layers differ in width; callbacks call this at ``setup`` of a fit.
+
+        They are built with the models, from the seed; equal ones of an earlier fit stay.
+
+        Args:
+            pairs: The layers that a method compares.
+        """
+        self.pair.layer_pairs = (*self.pair.layer_pairs, *pairs)
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode for the student; the teacher stays in eval mode."""

@@ -41,7 +41,11 @@ def add_state(
     trainer = module.trainer
     trained = {
         f"{side}.{name}": parameter
-        for side, model in (("student", module.student), ("teacher", module.teacher))
+        for side, model in (
+            ("student", module.student),
+            ("teacher", module.teacher),
+            ("projectors", module.projectors),
+        )
         if model is not None
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
@@ -118,6 +122,11 @@ def load_weights(module: OptimizedModule, checkpoint: dict[str, Any], strict: bo
     if config is not None and module.has_teacher:
         module.add_online_module(OnlineModuleSettings(peft_config_of(config)))
     module.configure_model()
+    checkpoint["state_dict"] = {  # projectors belong to a run
+        name: value
+        for name, value in checkpoint["state_dict"].items()
+        if module.projectors is not None or not name.startswith("projectors.")
+    }
     module.on_load_checkpoint(checkpoint)
     try:
         module.load_state_dict(checkpoint["state_dict"], strict=strict)
