@@ -46,6 +46,7 @@ from okd_lightning.losses.states import (
     RouterBalance,
     StateQuantity,
     layers_read,
+    projectors_of,
 )
 from okd_lightning.losses.terms import (
     Measured,
@@ -94,5 +95,6 @@ __all__ = [
     "measure",
     "mixed_side",
     "pack_outcomes",
+    "projectors_of",
     "weighted_loss",
 ]

@@ -19,7 +19,7 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.losses.closed_form import ModelRole
 from okd_lightning.losses.quantities import Quantity, Tile
 from okd_lightning.losses.side import Routing, States
-from okd_lightning.losses.terms import WeightedLoss, WeightedTerm
+from okd_lightning.losses.terms import Term, WeightedLoss, WeightedTerm
 from okd_lightning.records.shapes import PositionValues
 
 HiddenLoss: TypeAlias = Literal["mse", "cosine"]
@@ -43,6 +43,7 @@ class StateQuantity(Quantity):
     student_layers: tuple[int, ...] = ()
     teacher_layers: tuple[int, ...] = ()
     reads_routers: bool = False
+    projectors: tuple[str, ...] = ()
 
     def measure(self, tile: Tile) -> PositionValues:
         """Refuse: logits do not have it."""
@@ -70,6 +71,13 @@ def layers_read(quantities: Iterable[Quantity], role: ModelRole) -> tuple[int, .
     name = f"{role}_layers"
     states = [q for q in quantities if isinstance(q, StateQuantity)]
     return tuple(sorted({layer for quantity in states for layer in getattr(quantity, name)}))
+
+
+def projectors_of(terms: Iterable[Term]) -> set[str]:
+    """Return the names of the projectors that some terms train."""
+    quantities = [quantity for term in terms for quantity in term.quantities]
+    states = [quantity for quantity in quantities if isinstance(quantity, StateQuantity)]
+    return {name for quantity in states for name in quantity.projectors}
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,11 @@ class HiddenDistance(StateQuantity):
     def teacher_layers(self) -> tuple[int, ...]:  # type: ignore[override]
         """The teacher's layers."""
         return tuple(teacher for _, teacher in self.pairs)
+
+    @property
+    def projectors(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Names of the projectors of all pairs; those of equal widths do not exist."""
+        return tuple(map(self.projector, self.pairs))
 
     def projector(self, pair: tuple[int, int]) -> str:
         """Return the name of a pair's projector."""

@@ -5,7 +5,7 @@ They belong to the run: seeded, in the optimizer and in checkpoints, and in no e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,11 @@ class Projectors(nn.Module):
             own = maps.get(name)
             found[name] = state if own is None else own(state.to(own.weight.dtype))
         return found
+
+    def idle(self, used: Collection[str]) -> list[nn.Parameter]:
+        """Return the parameters of the projectors without these names."""
+        others = [own for name, own in self.maps.items() if name not in used]
+        return [parameter for own in others for parameter in own.parameters()]
 
 
 def projectors_for(

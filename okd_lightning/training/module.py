@@ -229,8 +229,7 @@ class DistillationModule(OptimizedModule):
         own: list[Parameter] = []
         if not any(weighted.term.trains_teacher for weighted in terms):
             own += self.pair.teacher.trained_parameters()
-        if not any(weighted.term.reads_states for weighted in terms):
-            own += self.trained_parameters(self.projectors)
+        own += self.idle_projectors(weighted.term for weighted in terms)
         if all(weighted.term.reads_states for weighted in terms):  # of the head and later layers
             own += self.trained_parameters(self.student)
         for parameter in self.pair.placement.tied_to_loss(own):

@@ -206,9 +206,8 @@ class OptimizedModule(MeasuredModule):
         if not any(term.trains_teacher for term in self._checked):
             for parameter in self.pair.teacher.trained_parameters():
                 parameter.grad = None
-        if not any(term.reads_states for term in self._checked):
-            for parameter in self.trained_parameters(self.projectors):
-                parameter.grad = None
+        for parameter in self.idle_projectors(self._checked):
+            parameter.grad = None
         if own is not None and own.clip_norm and gradient_clip_algorithm == "value":
             raise ConfigError(
                 f"clip_norm {own.clip_norm} of the online module is a norm, and "

@@ -20,7 +20,14 @@ from okd_lightning.engines import MixedDraws, RolloutEngine, Sampling, Transform
 from okd_lightning.engines.engine import EngineSource
 from okd_lightning.engines.tool_rollouts import ToolEngine, ToolRounds
 from okd_lightning.errors import ConfigError
-from okd_lightning.losses import Measured, Quantity, WeightedLoss, WeightedTerm
+from okd_lightning.losses import (
+    Measured,
+    Quantity,
+    Term,
+    WeightedLoss,
+    WeightedTerm,
+    projectors_of,
+)
 from okd_lightning.models import (
     EndTokens,
     LayerPair,
@@ -194,6 +201,10 @@ class PairedModule(FrozenPartsModule):
             pairs: The layers that a method compares.
         """
         self.pair.layer_pairs = (*self.pair.layer_pairs, *pairs)
+
+    def idle_projectors(self, terms: Iterable[Term]) -> list[nn.Parameter]:
+        """Return the parameters of the projectors that none of some terms trains."""
+        return [] if self.projectors is None else self.projectors.idle(projectors_of(terms))
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode for the student; the teacher stays in eval mode."""

@@ -4,6 +4,7 @@ Frozen here: its value against a slow reference on raw router logits over real t
 architectures; that transformers' own takes a softmax of a softmax where a router returns a softmax,
 and ours does not; 1 for equal shares and E for one expert; the cut of a step, packing and
 recomputation change nothing; routers get a gradient; students without such routers are refused.
+Runs are in float32, as transformers' grouped products of experts have no float64.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def make_module(make_module, tmp_path, tiny_tokenizer):
         if not folder.exists():
             make(kind).save_pretrained(folder)
             tiny_tokenizer.save_pretrained(folder)
-        return make_module(student=str(folder), dtype="float64", **settings)
+        return make_module(student=str(folder), **settings)
 
     return build
 
@@ -84,8 +85,8 @@ def reference(model, ids: torch.Tensor, top_k: int = 2) -> float:
         handle.remove()
     found = []
     for router, hidden in zip(routers, inputs, strict=True):
-        logits = hidden.reshape(-1, hidden.shape[-1]) @ router.weight.T
-        logits = logits + (getattr(router, "bias", None) if hasattr(router, "bias") else 0)
+        logits = hidden.reshape(-1, hidden.shape[-1]) @ router.weight.detach().T
+        logits = logits + (router.bias.detach() if hasattr(router, "bias") else 0)
         num = logits.shape[-1]
         counts, mass = [0.0] * num, [0.0] * num
         for row in logits:
@@ -108,7 +109,7 @@ def test_the_value_is_that_of_raw_logits_over_real_tokens(kind, tmp_path, make_m
         tokens = int(batch.mask[row, 1:].sum())
         total += tokens * reference(module.student, batch.input_ids[row, :length])
         count += tokens
-    assert recorder.losses[0]["train/expert_balance"] == pytest.approx(total / count, rel=1e-6)
+    assert recorder.losses[0]["train/expert_balance"] == pytest.approx(total / count, rel=1e-4)
     gradients = recorder.gradients[0]
     routers = [name for name in gradients if name.rpartition(".")[0].endswith(("gate", "router"))]
     assert routers
@@ -151,8 +152,8 @@ def test_a_router_that_returns_a_softmax_is_not_softmaxed_again(tmp_path, make_m
 
     monkeypatch.setattr(kind, "forward", soft)
     softmax = tiny.fit(tmp_path / "2", make_module(learning_rate=0.0), methods, rows, max_steps=1)
-    assert softmax.losses[0] == pytest.approx(raw.losses[0], rel=1e-6)
-    assert tiny.distance(softmax.gradients[0], raw.gradients[0]) < 1e-9
+    assert softmax.losses[0] == pytest.approx(raw.losses[0], rel=1e-4)
+    assert tiny.distance(softmax.gradients[0], raw.gradients[0]) < 1e-4
     logits = 3 * torch.randn(50, 4, generator=torch.Generator().manual_seed(0)).double()
     twice = load_balancing_loss_func((logits.softmax(-1),), 4, 2)
     once = load_balancing_loss_func((logits,), 4, 2)
@@ -183,9 +184,9 @@ def test_the_cut_of_a_step_changes_nothing(tmp_path, make_module):
         found.append((recorder.gradients, recorder.losses))
     for gradients, losses in found[1:]:
         for own, expected in zip(gradients, found[0][0], strict=True):
-            assert tiny.distance(own, expected) < 1e-9
+            assert tiny.distance(own, expected) < 1e-3
         for own, expected in zip(losses, found[0][1], strict=True):
-            assert own == pytest.approx(expected, rel=1e-5)
+            assert own == pytest.approx(expected, rel=1e-3)
 
 
 def test_it_balances(tmp_path, make_module):

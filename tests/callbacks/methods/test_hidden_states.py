@@ -78,12 +78,8 @@ def test_the_loss_is_that_of_transformers_hidden_states(tmp_path, make_module, w
 @pytest.mark.parametrize("loss", ["mse", "cosine"])
 def test_equal_models_have_loss_and_gradient_zero(loss, tmp_path, make_module, student_folder):
     module = make_module(teacher=str(student_folder))
-    recorder = run(
-        tmp_path,
-        module,
-        [HiddenStates(dict.fromkeys([0, 1, 2, -1], 1) | {0: 0, 1: 1, 2: 2, -1: -1}, loss)],
-        max_steps=2,
-    )
+    states = HiddenStates({0: 0, 1: 1, 2: 2, -1: -1}, loss)
+    recorder = run(tmp_path, module, [states], max_steps=2)
     assert module.projectors is None
     for step, gradients in enumerate(recorder.gradients):
         assert recorder.losses[step]["train/hidden_states"] == 0.0
