@@ -90,4 +90,4 @@ def _checked_layers(layers: Mapping[int, int], name: str) -> dict[int, int]:
             f"{name}: layers is {layers!r}; expected numbers of the student's layers with those of "
             "the teacher's, such as {2: 4, -1: -1}"
         )
-    return dict(layers)
+    return dict(sorted(layers.items()))  # a saved config has another order: that of the projectors
