@@ -42,11 +42,8 @@ from okd_lightning.losses.sampled import ImportanceRatio
 from okd_lightning.losses.side import Head, Side, States
 from okd_lightning.losses.states import (
     HiddenDistance,
-    HiddenLoss,
     RouterBalance,
     StateQuantity,
-    layers_read,
-    projectors_of,
 )
 from okd_lightning.losses.terms import (
     Measured,
@@ -70,7 +67,6 @@ __all__ = [
     "ExpectedWeight",
     "Head",
     "HiddenDistance",
-    "HiddenLoss",
     "ImportanceRatio",
     "Measured",
     "Mixing",
@@ -91,10 +87,8 @@ __all__ = [
     "WeightedTerm",
     "cached_form",
     "fused_loss",
-    "layers_read",
     "measure",
     "mixed_side",
     "pack_outcomes",
-    "projectors_of",
     "weighted_loss",
 ]

@@ -53,7 +53,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class States:
-    """What was taken of one model's passes over a batch.
+    """States of one model's layers over a batch, and its routers' outputs.
 
     Attributes:
         layers: [positions, hidden] states at the positions that predict the loss tokens, by layer:

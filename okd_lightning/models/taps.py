@@ -21,7 +21,7 @@ from okd_lightning.models.routers import is_softmax, raw_logits, routers_of
 
 
 class Taps:
-    """What is taken of one model's passes over a micro-batch.
+    """Hooks that take states and routings of one model's passes over a micro-batch.
 
     Args:
         model: A causal LM, wrapped or not.

@@ -18,7 +18,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.losses import Quantity, Side, Term, WeightedTerm, layers_read
+from okd_lightning.losses import Quantity, Side, Term, WeightedTerm
+from okd_lightning.losses.states import layers_read
 from okd_lightning.metrics import measures
 from okd_lightning.models import (
     ModelSource,

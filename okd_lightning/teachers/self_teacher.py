@@ -18,7 +18,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.losses import Quantity, Side, layers_read
+from okd_lightning.losses import Quantity, Side
+from okd_lightning.losses.states import layers_read
 from okd_lightning.models import LMHead, ModelSource
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.teachers.base import Teacher

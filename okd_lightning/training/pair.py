@@ -28,9 +28,9 @@ from okd_lightning.losses import (
     StateQuantity,
     WeightedLoss,
     WeightedTerm,
-    layers_read,
     measure,
 )
+from okd_lightning.losses.states import layers_read
 from okd_lightning.models import (
     DTypeName,
     EndTokens,

@@ -26,8 +26,8 @@ from okd_lightning.losses import (
     Term,
     WeightedLoss,
     WeightedTerm,
-    projectors_of,
 )
+from okd_lightning.losses.states import projectors_of
 from okd_lightning.models import (
     EndTokens,
     LayerPair,

@@ -9,8 +9,9 @@ import lightning
 
 from okd_lightning.callbacks.methods.base import DistillationCallback
 from okd_lightning.errors import ConfigError
-from okd_lightning.losses import HiddenDistance, HiddenLoss, Measured, Quantity
+from okd_lightning.losses import HiddenDistance, Measured, Quantity
 from okd_lightning.losses.reduction import loss_output
+from okd_lightning.losses.states import HiddenLoss
 from okd_lightning.models import LayerPair, check_layers, load_model_config
 from okd_lightning.records.batches import SOURCES, LossOutput, Source
 from okd_lightning.training.module import DistillationModule
