@@ -43,6 +43,8 @@ from okd_lightning.rollouts.evaluation import DatasetResponses, StudentResponses
 from okd_lightning.rollouts.scoring import RolloutScorer, TermScorer, unscored
 from okd_lightning.tools import Tool, Toolbox
 
+_PART_OF_STAGE = {"fit": "val", "validate": "val", "test": "test", "predict": "predict"}
+
 
 class RolloutDataModule(NewDataModule):
     """Prompts, dataset responses, and on-policy batches that are generated in every epoch.
@@ -216,7 +218,7 @@ class RolloutDataModule(NewDataModule):
         self._module.check_sampling(self.sampling)
         if stage == "fit" and self.sources["train"] is not None:
             self._train_examples()
-        part = {"fit": "val", "validate": "val"}.get(stage, stage)
+        part = _PART_OF_STAGE[stage]
         if self.sources[part] is not None:
             self.examples(part)
 
