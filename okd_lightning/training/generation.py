@@ -1,13 +1,30 @@
-"""Generation by student and teacher together: every token is sampled from a mixture of both."""
+"""Generation by one model of a run, or by both: every token is sampled from their mixture."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from okd_lightning.engines import Blend, RolloutEngine, TransformersEngine
+from okd_lightning.engines.tool_rollouts import ToolEngine
 from okd_lightning.errors import ConfigError
 from okd_lightning.records.requests import Request, Rollout
-from okd_lightning.training.paired_module import PairedModule
+from okd_lightning.training.distilled_run import DistilledRun
+
+
+def respond(module: DistilledRun, request: Request) -> Rollout:
+    """Generate responses with the student or the teacher, in eval mode and without gradient.
+
+    Where the data has tools, prompts that are chats may call them.
+    """
+    pair = module.pair
+    with pair.writing(request.generator) as (model,):
+        if request.generator == "student" and pair.engine is not None:
+            engine = pair.engine.engine(model, pair.vocabulary, pair.eos_ids)
+        else:
+            engine = module.build_engine(model)
+        if pair.tool_rounds is not None:
+            engine = ToolEngine(engine, pair.tool_rounds)
+        return engine.respond(request)
 
 
 class MixtureEngine:
@@ -25,7 +42,7 @@ class MixtureEngine:
         ConfigError: ``share`` is outside (0, 1).
     """
 
-    def __init__(self, module: PairedModule, share: float, engine: RolloutEngine) -> None:
+    def __init__(self, module: DistilledRun, share: float, engine: RolloutEngine) -> None:
         if not 0 < share < 1:
             raise ConfigError(
                 f"the teacher's share in a draw must be between 0 and 1, got {share}; 0 and 1 are "
@@ -50,15 +67,15 @@ class MixtureEngine:
                 "responses from a mixture of teacher and student need a second model in memory: "
                 "give --model.teacher a folder or hub id"
             )
-        if module.tool_rounds is not None:
+        if module.pair.tool_rounds is not None:
             raise ConfigError(
                 "responses from a mixture of teacher and student cannot call tools: leave "
                 "--data.tools out"
             )
-        if module.engine is not None:
+        if module.pair.engine is not None:
             raise ConfigError(
-                f"{type(module.engine).__name__} writes with one model; responses from a mixture "
-                "of teacher and student need the built-in engine: leave --model.engine out"
+                f"{type(module.pair.engine).__name__} writes with one model; responses from a "
+                "mixture of teacher and student need the built-in engine: leave --model.engine out"
             )
         with module.pair.writing("student", "teacher") as (student, teacher):
             engine = module.build_engine(student)
