@@ -5,6 +5,7 @@
 * ``outcomes``, ``cached``: quantities of a teacher known by k ids and the rest.
 * ``sampled``: policy gradient on sampled tokens, with its importance ratio.
 * ``terms``: the interface between method and module, and its records.
+* ``mixtures``: several models' hidden states and heads as one side.
 * ``side``, ``projection``: one model's inputs to the loss; forward and backward of its head.
 * ``tiling``: sizes of tiles and blocks.
 * ``fused``: the training loss and its gradient from one pass over the tiles.
@@ -23,6 +24,7 @@ from okd_lightning.losses.cached import (
 from okd_lightning.losses.closed_form import ModelRole
 from okd_lightning.losses.exact import measure
 from okd_lightning.losses.fused import fused_loss
+from okd_lightning.losses.mixtures import Mixing, Mixture, Product, mixed_side
 from okd_lightning.losses.outcomes import PackedHead, pack_outcomes
 from okd_lightning.losses.quantities import (
     Agreement,
@@ -60,8 +62,11 @@ __all__ = [
     "Head",
     "ImportanceRatio",
     "Measured",
+    "Mixing",
+    "Mixture",
     "ModelRole",
     "PackedHead",
+    "Product",
     "Quantity",
     "RowScorer",
     "Side",
@@ -73,6 +78,7 @@ __all__ = [
     "cached_form",
     "fused_loss",
     "measure",
+    "mixed_side",
     "pack_outcomes",
     "weighted_loss",
 ]

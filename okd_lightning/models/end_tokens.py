@@ -66,20 +66,20 @@ class EndTokens:
 
 def find_end_tokens(
     student: ModelSource,
-    teacher: ModelSource | None,
+    teachers: Sequence[ModelSource],
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: Vocabulary,
     asked: EndTokensArgument | None = None,
 ) -> EndTokens:
-    """Return the ends of a pair: of both generation configs and the tokenizer, or those asked for.
+    """Return the ends of a pair: of all generation configs and the tokenizer, or those asked for.
 
     A teacher's id without a token is left out: both models are masked there.
 
     Args:
         student: Source of the student.
-        teacher: Source of the teacher; None where it is not read from files.
+        teachers: Sources of the teacher's models; none where it is not read from files.
         tokenizer: The run's.
-        vocabulary: Ids with a row in both models' tables.
+        vocabulary: Ids with a row in all models' tables.
         asked: The user's ids or tokens; None for none.
 
     Raises:
@@ -93,16 +93,14 @@ def find_end_tokens(
         vocabulary.check_ids(ends, "model.end_tokens", tokenizer)
         ends = _joined([i for i in own if i in ends], ends)
         return EndTokens(ends, _joined(ends, own), is_given=True)
-    others = [*_teachers_ids(teacher), tokenizer.eos_token_id]
+    others = [*(i for one in teachers for i in _teachers_ids(one)), tokenizer.eos_token_id]
     known = set(tokenizer.get_vocab().values())
     ends = _joined(own, (i for i in others if i in known and i < vocabulary.size))
     return EndTokens(ends, ends)
 
 
-def _teachers_ids(teacher: ModelSource | None) -> Sequence[int]:
+def _teachers_ids(teacher: ModelSource) -> Sequence[int]:
     """Return the ids of a teacher's generation config, else of its own tokenizer."""
-    if teacher is None:
-        return ()
     found = generation_eos(teacher, "--model.teacher")
     if found is None and isinstance(teacher, str):
         found = load_tokenizer(teacher, "--model.teacher").eos_token_id

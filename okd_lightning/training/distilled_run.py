@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 
 import lightning
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from okd_lightning.engines import RolloutEngine
@@ -26,7 +27,7 @@ class DistilledRun(Protocol):
     Attributes:
         pair: The student, its teacher, their vocabulary, placement and engine.
         student: The student's model, registered for Lightning; None before it is built.
-        teacher: The teacher's model; None before it is built, and where it has none.
+        teacher: The teacher's models; None before it is built, and where it has none.
         frozen_parts: What is hidden from callbacks.
         terms: The methods of the run.
         normalization: The divisor of sums over on-policy samples.
@@ -37,7 +38,7 @@ class DistilledRun(Protocol):
 
     pair: Pair
     student: PreTrainedModel | None
-    teacher: PreTrainedModel | None
+    teacher: nn.Module | None
     frozen_parts: FrozenParts
     terms: list[Term]
     normalization: Normalization

@@ -2,13 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 
-from okd_lightning.engines import Blend, RolloutEngine, TransformersEngine
+import torch
+from torch import Tensor
+
+from okd_lightning.engines import Blend, MixedDraws, RolloutEngine, TransformersEngine
 from okd_lightning.engines.tool_rollouts import ToolEngine
 from okd_lightning.errors import ConfigError
-from okd_lightning.records.requests import Request, Rollout
+from okd_lightning.records.requests import Generator, Request, Rollout
+from okd_lightning.teachers import GeneratingModels, in_eval_mode
 from okd_lightning.training.distilled_run import DistilledRun
+from okd_lightning.training.pair import Pair
+from okd_lightning.training.pair_settings import within_peft
+
+
+@contextmanager
+def writing(pair: Pair, *generators: Generator) -> Iterator[list[GeneratingModels]]:
+    """Prepare models for generation in the block: unsharded, in eval mode, no gradient.
+
+    Args:
+        pair: The student and its teacher.
+        generators: Student, teacher or both.
+
+    Yields:
+        Each one's models within their PEFT wrappers, adapters included.
+    """
+    trainer = pair.trainer_of()
+    precision = nullcontext if trainer is None else trainer.precision_plugin.forward_context
+    found = [_models_of(pair, who) for who in generators]
+    models = [model for one in found for model in one.models]
+    plain = [replace(one, models=tuple(map(within_peft, one.models))) for one in found]
+    with torch.no_grad(), precision(), pair.placement.alone(*models), ExitStack() as stack:
+        for one in plain:
+            for context in (*map(in_eval_mode, one.models), one.context):
+                stack.enter_context(context)
+        yield plain
+
+
+def _models_of(pair: Pair, who: Generator) -> GeneratingModels:
+    if who != "student":
+        return pair.teacher.generator()
+    assert pair.student is not None
+    return GeneratingModels((pair.student,))
 
 
 def respond(module: DistilledRun, request: Request) -> Rollout:
@@ -17,14 +55,26 @@ def respond(module: DistilledRun, request: Request) -> Rollout:
     Where the data has tools, prompts that are chats may call them.
     """
     pair = module.pair
-    with pair.writing(request.generator) as (model,):
+    with writing(pair, request.generator) as (own,):
         if request.generator == "student" and pair.engine is not None:
-            engine = pair.engine.engine(model, pair.vocabulary, pair.eos_ids)
+            engine = pair.engine.engine(own.models[0], pair.vocabulary, pair.eos_ids)
         else:
-            engine = module.build_engine(model)
+            engine = _built_in(module, own)
         if pair.tool_rounds is not None:
             engine = ToolEngine(engine, pair.tool_rounds)
         return engine.respond(request)
+
+
+def _built_in(module: DistilledRun, own: GeneratingModels) -> RolloutEngine:
+    engine = module.build_engine(own.models[0])
+    if own.mix is None:
+        return engine
+    if not isinstance(engine, TransformersEngine):
+        raise ConfigError(
+            f"{type(engine).__name__} writes with one model, and the teacher has "
+            f"{len(own.models)}: leave build_engine to the built-in engine"
+        )
+    return replace(engine, blend=MixedDraws(own.models[1:], own.mix))
 
 
 class MixtureEngine:
@@ -77,12 +127,17 @@ class MixtureEngine:
                 f"{type(module.pair.engine).__name__} writes with one model; responses from a "
                 "mixture of teacher and student need the built-in engine: leave --model.engine out"
             )
-        with module.pair.writing("student", "teacher") as (student, teacher):
-            engine = module.build_engine(student)
+        with writing(module.pair, "student", "teacher") as (student, teacher):
+            engine = module.build_engine(student.models[0])
             if not isinstance(engine, TransformersEngine):
                 raise ConfigError(
                     f"{type(engine).__name__} writes with one model; responses from a mixture of "
                     "teacher and student need the built-in engine"
                 )
-            mixed = replace(engine, blend=Blend(teacher, self._share))
+            own, mix = Blend(teacher.models[0], self._share), teacher.mix
+
+            def mixing(logits: Sequence[Tensor]) -> Tensor:
+                return own.mix(logits[0], logits[1] if mix is None else mix(logits[1:]))
+
+            mixed = replace(engine, blend=MixedDraws(teacher.models, mixing))
             return mixed.respond(request)

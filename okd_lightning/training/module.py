@@ -142,7 +142,7 @@ class DistillationModule(lightning.LightningModule):
         self.frozen_parts = FrozenParts(shared_by_copies=("terms",))
         self.evaluation = Evaluation()
         self.student: PreTrainedModel | None = None  # the pair's models, registered for Lightning
-        self.teacher: PreTrainedModel | None = None
+        self.teacher: nn.Module | None = None
         self.learning_rate = self.optimization.settings.learning_rate
         self.weight_decay = self.optimization.settings.weight_decay
         self.normalization = Normalization(normalization)
@@ -187,11 +187,7 @@ class DistillationModule(lightning.LightningModule):
         self.terms.append(term)
 
     def add_online_module(self, settings: OnlineModuleSettings) -> None:
-        """Add a trainable module to the teacher; callbacks call this at ``setup``.
-
-        Raises:
-            ConfigError: A teacher that cannot have one, or two methods that need different modules.
-        """
+        """Add a trainable module to the teacher; callbacks call this at ``setup``; see ``Pair``."""
         self.pair.add_online_module(settings)
         if self.student is not None:
             self._register()
@@ -212,11 +208,11 @@ class DistillationModule(lightning.LightningModule):
         self.pair.build()
         self._register()
         if self._trainer is not None and self._trainer.world_size > 1:
-            self.run_state.weights_read = weights_digest(self.pair.models)
+            self.run_state.weights_read = weights_digest(self.pair.models_read)
 
     def _register(self) -> None:
         """Register the pair's models, and load weights that waited for an online module."""
-        self.student, self.teacher = self.pair.student, self.pair.teacher.model
+        self.student, self.teacher = self.pair.student, self.pair.teacher.module
         if self._online_weights and self.pair.teacher.online_module is not None:
             super().load_state_dict(self._online_weights, strict=False)
             self._online_weights = {}
@@ -288,8 +284,8 @@ class DistillationModule(lightning.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip the student by the Trainer's value and the online module by its own norm."""
-        is_idle = not self.step_loss.trains_teacher
-        if not clip_by_side(self, gradient_clip_val, gradient_clip_algorithm, is_idle):
+        idle = not self.step_loss.trains_teacher
+        if not clip_by_side(self, gradient_clip_val, gradient_clip_algorithm, idle):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -6,8 +6,7 @@ what is trained nor by which loss, and does not know which kind of teacher it ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Sequence
 from copy import copy, deepcopy
 from dataclasses import replace
 from typing import Any, Self, cast
@@ -48,18 +47,16 @@ from okd_lightning.models import (
     load_model_config,
 )
 from okd_lightning.records.batches import DistillBatch
-from okd_lightning.records.requests import Generator
 from okd_lightning.sharding import Placement, WholeModels
 from okd_lightning.teachers import (
     AdaptiveTeacher,
     OnlineModuleSettings,
     Teacher,
     TeacherBase,
-    in_eval_mode,
     model_side,
     teacher_of,
 )
-from okd_lightning.training.pair_settings import PairSettings, drawing_from_the_seed, within_peft
+from okd_lightning.training.pair_settings import PairSettings, drawing_from_the_seed
 
 
 class Pair:
@@ -97,17 +94,20 @@ class Pair:
     ) -> None:
         given_teacher = teacher_of(teacher)
         given_teacher.check_options(settings.teacher_options(student))
-        given = GivenPair.of(student, given_teacher.own_source, settings.student_adapter)
+        sources = given_teacher.own_sources
+        given = GivenPair.of(
+            student, given_teacher.own_source, settings.student_adapter, sources[1:]
+        )
         self._given = given
-        self._trainer_of = trainer_of
+        self.trainer_of = trainer_of
         self.engine = engine
         self.settings = settings
         self.dtype: DTypeName = dtype_of(given.student, settings.dtype)
         self.student_adapter = given.adapter
         self.tokenizer = find_tokenizer(settings.tokenizer, given.student, given.teacher)
-        self.vocabulary = check_pair(self.tokenizer, given.student, given.teacher)
+        self.vocabulary = check_pair(self.tokenizer, given.student, sources)
         ends = find_end_tokens(
-            given.student, given.teacher, self.tokenizer, self.vocabulary, settings.end_tokens
+            given.student, sources, self.tokenizer, self.vocabulary, settings.end_tokens
         )
         self.student: PreTrainedModel | None = None
         self.packs_student = False
@@ -125,10 +125,15 @@ class Pair:
         return self.ends.stop_ids
 
     @property
-    def models(self) -> tuple[PreTrainedModel | None, ...]:
-        """The models in memory: student, teacher, and the teacher's base."""
+    def models(self) -> list[PreTrainedModel]:
+        """All models in memory, each of which is placed by itself: student, then teachers."""
+        return [*([] if self.student is None else [self.student]), *self.teacher.models]
+
+    @property
+    def models_read(self) -> list[PreTrainedModel | None]:
+        """``models``, and the teacher's base where a method compares with it."""
         base = self.teacher_base
-        return self.student, self.teacher.model, None if base is None else base.model
+        return [*self.models, None if base is None else base.model]
 
     @property
     def student_source(self) -> ModelSource:
@@ -144,7 +149,7 @@ class Pair:
 
     def begin(self) -> None:
         """Take the teacher that acts in the command that begins: a training run, or another one."""
-        trainer = self._trainer_of()
+        trainer = self.trainer_of()
         is_training = trainer is not None and trainer.state.fn == "fit"
         self.teacher = self.given_teacher.during(is_training)
 
@@ -182,7 +187,11 @@ class Pair:
         teacher.student_ready(student, self.packs_student)
 
     def add_online_module(self, settings: OnlineModuleSettings) -> None:
-        """Put a trainable module on the teacher; see ``DistillationModule.add_online_module``."""
+        """Put a trainable module on the teacher.
+
+        Raises:
+            ConfigError: A teacher that cannot have one, or two methods that need different modules.
+        """
         known = self.given_teacher.online_module
         if known is not None:
             if known != settings:
@@ -191,9 +200,10 @@ class Pair:
                     "same"
                 )
             return
-        adaptive = AdaptiveTeacher(self.given_teacher, settings)
-        self.teacher = self.given_teacher = adaptive.join(self.given_teacher.run)
-        if adaptive.inner.model is not None:
+        adapted = self.given_teacher.adapted(lambda teacher: AdaptiveTeacher(teacher, settings))
+        self.given_teacher = adapted.join(self.given_teacher.run)
+        self.begin()
+        if self.student is not None:
             with drawing_from_the_seed():
                 self.given_teacher.build()
 
@@ -327,7 +337,7 @@ class Pair:
             Measured.about(batch).merges_ends,
         )
         if not torch.is_grad_enabled():
-            self.placement.release(self.student, self.teacher.model)
+            self.placement.release(*self.models)
         return replace(Measured.about(batch), values=values)
 
     def loss_of(
@@ -354,31 +364,6 @@ class Pair:
             checks,
         )
 
-    @contextmanager
-    def writing(self, *generators: Generator) -> Iterator[list[PreTrainedModel]]:
-        """Prepare models for generation in the block: unsharded, in eval mode, no gradient.
-
-        Args:
-            generators: Student, teacher or both.
-
-        Yields:
-            Each one's model within its PEFT wrapper, adapters included.
-        """
-        trainer = self._trainer_of()
-        precision = nullcontext if trainer is None else trainer.precision_plugin.forward_context
-        models, contexts = zip(*map(self._generator, generators), strict=True)
-        plain = [within_peft(model) for model in models]
-        with torch.no_grad(), precision(), self.placement.alone(*models), ExitStack() as stack:
-            for context in (*map(in_eval_mode, plain), *contexts):
-                stack.enter_context(context)
-            yield plain
-
-    def _generator(self, who: Generator) -> tuple[PreTrainedModel, AbstractContextManager[None]]:
-        if who != "student":
-            return self.teacher.generator()
-        assert self.student is not None
-        return self.student, nullcontext()
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy the models, with ``memo`` deciding what they share; share everything else.
 
@@ -390,7 +375,7 @@ class Pair:
         own.student = deepcopy(self.student, memo)
         own.given_teacher = deepcopy(self.given_teacher, memo)
         own.teacher = deepcopy(self.teacher, memo)
-        own._trainer_of = deepcopy(self._trainer_of, memo)
+        own.trainer_of = deepcopy(self.trainer_of, memo)
         if self.student is None:
             own._given = deepcopy(self._given, memo)
         return own

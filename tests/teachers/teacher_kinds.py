@@ -20,6 +20,7 @@ from okd_lightning.teachers import (
     LoadedTeacher,
     ServedTeacher,
     Teacher,
+    TeacherEnsemble,
 )
 
 ALL = tiny.NUM_IDS
@@ -91,6 +92,20 @@ KINDS: dict[str, Kind] = {
     "live self": Kind(lambda at: LiveSelf(), refuses=FOLLOWS, is_student=True),
     "adaptive": Kind(
         lambda at: AdaptiveTeacher(LoadedTeacher(at.teacher), okd().settings),
+        method=okd,
+        logged="train/student_loss",
+        refuses=(another_module, "two methods ask for different online modules"),
+        moves=True,
+        trained="lora_",
+    ),
+    "mixture of equals": Kind(lambda at: TeacherEnsemble([at.teacher, at.teacher], [0.3, 0.7])),
+    "product of equals": Kind(
+        lambda at: TeacherEnsemble([at.teacher, at.teacher], [0.5, 0.5], "product")
+    ),
+    "mixture with a module": Kind(
+        lambda at: TeacherEnsemble(
+            [AdaptiveTeacher(LoadedTeacher(at.teacher), okd().settings), at.teacher]
+        ),
         method=okd,
         logged="train/student_loss",
         refuses=(another_module, "two methods ask for different online modules"),
