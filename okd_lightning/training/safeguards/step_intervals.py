@@ -50,7 +50,7 @@ class StepIntervals(Callback):
     ) -> None:
         """Place the validation of a run shorter than an epoch; report a run without validation."""
         epoch = trainer.num_training_batches
-        batches = trainer.max_steps * trainer.accumulate_grad_batches
+        batches: float = trainer.max_steps * trainer.accumulate_grad_batches
         if batches < 0:  # no end in steps
             epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
             batches = epoch * epochs if epochs >= 0 else math.inf
