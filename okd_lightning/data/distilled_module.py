@@ -12,6 +12,7 @@ from okd_lightning.engines.tool_rollouts import ToolRounds
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term
 from okd_lightning.models import Vocabulary
+from okd_lightning.records.batches import TrainingRow
 
 
 class DistilledModule(RolloutEngine, Protocol):
@@ -21,6 +22,13 @@ class DistilledModule(RolloutEngine, Protocol):
     vocabulary: Vocabulary
     terms: list[Term]
     tool_rounds: ToolRounds | None
+
+    @property
+    def teacher_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Tokenizer of a teacher that has another one; else None."""
+
+    def retokenized(self, rows: Sequence[TrainingRow]) -> list[TrainingRow]:
+        """Return rows as the teacher reads them."""
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

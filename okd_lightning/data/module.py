@@ -258,6 +258,7 @@ class RolloutDataModule(NewDataModule):
             gather=self.gather,
             progress=partial(rollout_progress, trainer),
             score=self._scorer(module),
+            teacher_rows=module.retokenized,
             stop=self.stop,
         )
         check_limit(trainer, shape, len(self._train_loader))
@@ -330,6 +331,7 @@ class RolloutDataModule(NewDataModule):
                 on_overlong=self.on_overlong,
                 needs_response=needs_response,
                 teacher_prompts=self.teacher_prompts if part != "predict" else None,
+                teacher_tokenizer=self._module.teacher_tokenizer if part != "predict" else None,
             )
         return self._examples[key]
 
@@ -342,16 +344,24 @@ class RolloutDataModule(NewDataModule):
         given = [example for example in examples if example.response_ids]
         if given:
             loaders.append(
-                DatasetResponses(given, self.batch_size, trainer.global_rank, trainer.world_size)
+                DatasetResponses(
+                    given,
+                    self.batch_size,
+                    trainer.global_rank,
+                    trainer.world_size,
+                    self._module.retokenized,
+                )
             )
         if self.val_rollouts:
             chosen = hashed_choice(
                 len(examples), self.val_rollouts, NoiseDomain.VALIDATION_PROMPTS, self.seed
             )
-            loaders.append(self._own_responses([examples[i] for i in chosen], Sampling()))
+            loaders.append(self._own_responses([examples[i] for i in chosen], Sampling(), True))
         return loaders
 
-    def _own_responses(self, examples: Sequence[Example], sampling: Sampling) -> StudentResponses:
+    def _own_responses(
+        self, examples: Sequence[Example], sampling: Sampling, is_measured: bool = False
+    ) -> StudentResponses:
         trainer = self._trainer
         return StudentResponses(
             examples,
@@ -364,6 +374,7 @@ class RolloutDataModule(NewDataModule):
             world_size=trainer.world_size,
             progress=partial(rollout_progress, trainer),
             agreement=self.agreement(),
+            teacher_rows=self._module.retokenized if is_measured else list,
         )
 
     def agreement(self) -> Agreement:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from okd_lightning.data.distilled_module import DistilledModule
@@ -62,7 +63,10 @@ def read_part(
         token_cache, rows, module.tokenizer, eos_id=module.eos_ids[0], where=where, **settings
     )
     warn_of_unread(rows, settings["columns"], where)
-    check_table_ids(found.examples, module.vocabulary, module.tokenizer, where=where)
+    own = found.examples
+    if settings.get("teacher_tokenizer") is not None:  # its prompts are not in the student's ids
+        own = tuple(replace(example, teacher_prompt_ids=()) for example in own)
+    check_table_ids(own, module.vocabulary, module.tokenizer, where=where)
     limit = settings["max_response_length"]
     module.add_eos_ids(found.ends_of_turn(module.tokenizer))
     ends, template = module.vocabulary.end_ids, settings["columns"].chat_template_kwargs

@@ -47,6 +47,11 @@ class EndTokens:
         """Return these with further ids at which generation stops."""
         return replace(self, stop_ids=_joined(self.stop_ids, ids))
 
+    def with_ends(self, ids: Iterable[int]) -> EndTokens:
+        """Return these with further ids that end a response, unless the user named the ends."""
+        found = self.with_stops(ids)
+        return found if self.is_given else replace(found, end_ids=_joined(self.end_ids, ids))
+
     def without(self, ids: Collection[int]) -> EndTokens:
         """Return these with ids after which a response goes on: they stop, and are no end."""
         ends = tuple(i for i in self.end_ids if i not in ids)

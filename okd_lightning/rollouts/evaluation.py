@@ -12,6 +12,7 @@ from okd_lightning.records.batches import DistillBatch, Example
 from okd_lightning.records.noise import NoiseDomain, NoiseStream, hashed_uniform
 from okd_lightning.records.requests import Request, Response, Rollout
 from okd_lightning.records.rows import (
+    RowReader,
     dataset_row,
     fully_masked,
     micro_batches,
@@ -31,14 +32,20 @@ class DatasetResponses:
         batch_size: Sequences a batch.
         rank: This rank.
         world_size: Ranks; all of them get the same number of batches.
+        teacher_rows: From rows to rows as the teacher reads them.
     """
 
     def __init__(
-        self, examples: Sequence[Example], batch_size: int, rank: int = 0, world_size: int = 1
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        teacher_rows: RowReader = list,
     ) -> None:
         self.examples = examples
         own = [dataset_row(example) for example in share(examples, rank, world_size)]
-        own = own or [fully_masked(dataset_row(examples[0]))]
+        own = teacher_rows(own or [fully_masked(dataset_row(examples[0]))])
         batches = micro_batches(own, _num_batches(len(examples), batch_size, world_size))
         keys = hashed_uniform(NoiseDomain.BATCH_ORDER, np.arange(len(batches)))
         order = keys.argsort(kind="stable")
@@ -67,6 +74,7 @@ class StudentResponses:
         world_size: Ranks; all of them get the same number of batches.
         progress: Shows the progress of generation.
         agreement: Makes all ranks stop together.
+        teacher_rows: From rows to rows as the teacher reads them.
     """
 
     def __init__(
@@ -82,6 +90,7 @@ class StudentResponses:
         world_size: int = 1,
         progress: ProgressFactory = silent_progress,
         agreement: Agreement | None = None,
+        teacher_rows: RowReader = list,
     ) -> None:
         self.examples = examples
         self._own = list(share(examples, rank, world_size))
@@ -92,6 +101,7 @@ class StudentResponses:
         self._seed = seed
         self._world_size = world_size
         self._progress = progress
+        self._teacher_rows = teacher_rows
         self._agreement = agreement or Agreement()
 
     def __len__(self) -> int:
@@ -101,7 +111,7 @@ class StudentResponses:
         rollout = self._agreement.together(self._generate)
         rows = sampled_rows(self._own, "student", rollout)
         empty = sampled_row(self.examples[0], "student", Response((), (), ""))
-        yield from micro_batches(rows or [fully_masked(empty)], len(self))
+        yield from micro_batches(self._teacher_rows(rows or [fully_masked(empty)]), len(self))
 
     def _generate(self) -> Rollout:
         shown = self._progress("student writes", len(self._own))

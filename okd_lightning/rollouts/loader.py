@@ -26,7 +26,10 @@ from okd_lightning.records.batches import DistillBatch, Example, TrainingRow
 from okd_lightning.records.noise import NoiseDomain, NoiseStream, hashed_uniform
 from okd_lightning.records.requests import Generator, Request, Rollout
 from okd_lightning.records.rows import (
+    RowReader,
+    chunk_metrics,
     count_by_source,
+    count_chunks,
     dataset_row,
     fully_masked,
     micro_batches,
@@ -74,6 +77,7 @@ class RolloutLoader:
         gather: Collects one object of every rank, on every rank.
         progress: Shows the progress of a rollout batch.
         score: Gives the student's responses their advantages.
+        teacher_rows: From rows to rows as the teacher reads them.
         stop: This rank's request to stop, which discards an unfinished rollout batch.
     """
 
@@ -91,6 +95,7 @@ class RolloutLoader:
         gather: Callable[[Any], list[Any]] = lambda state: [state],
         progress: ProgressFactory = silent_progress,
         score: RolloutScorer = unscored,
+        teacher_rows: RowReader = list,
         stop: StopRequest | None = None,
     ) -> None:
         self.examples = examples
@@ -104,6 +109,7 @@ class RolloutLoader:
         self._gather = gather
         self._progress = progress
         self._score = score
+        self._teacher_rows = teacher_rows
         self._agreement = Agreement(gather, stop or StopRequest())
         self._epoch = 0
         self._delivered = 0  # micro-batches of this epoch
@@ -317,7 +323,8 @@ class RolloutLoader:
                 dataset_row(turn.example) if by == "dataset" else next(sampled[by])
                 for turn, by in step
             ]
-            found.append(rows or [fully_masked(dataset_row(self.examples[0]))])
+            rows = rows or [fully_masked(dataset_row(self.examples[0]))]
+            found.append(self._teacher_rows(rows))
         if "student" in asked:
             counts = self._reduce_sum(count_by_source([row for rows in found for row in rows]))
             self.lengths.begin(self._epoch, start, counts)
@@ -389,11 +396,16 @@ class RolloutLoader:
         counts = self._reduce_sum(count_by_source(rows))
         sampled = self.lengths.stamp(counts, self._max_new_tokens)
         stamp = partial(replace, step_counts=tuple(counts[0].tolist()), sampled=sampled)
+        in_chunks: dict[str, float] = {}
+        if any(row.aligned is not None for row in rows):  # of every row, on every rank
+            of_chunks = self._reduce_sum(count_chunks(rows))
+            stamp = partial(stamp, teacher_counts=tuple(of_chunks[0].tolist()))
+            in_chunks = chunk_metrics(of_chunks)
         batches = micro_batches(rows, accumulate)
         for batch in batches[self._delivered - step * accumulate :]:
             self._delivered += 1
-            metrics = rollout_metrics(self._unreported) | self._unreported_scores
-            self._unreported, self._unreported_scores = [], {}
+            metrics = rollout_metrics(self._unreported) | self._unreported_scores | in_chunks
+            self._unreported, self._unreported_scores, in_chunks = [], {}, {}
             none = {name: torch.zeros(len(batch)) for name in self._credits or ()}
             credits = none | dict(batch.credits)  # also where no row of a batch has any
             yield stamp(batch, metrics=metrics, credits=credits)

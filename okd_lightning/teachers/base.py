@@ -7,7 +7,7 @@ A kind is one final class in a file of its own; no other code asks which kind a 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import replace
@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self, TypeAlias, final
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Quantity, Side, Term, WeightedTerm
@@ -29,7 +29,7 @@ from okd_lightning.models import (
     packs_rows,
     say_row_groups,
 )
-from okd_lightning.records.batches import DistillBatch
+from okd_lightning.records.batches import DistillBatch, TrainingRow
 from okd_lightning.records.sequences import Sequences
 from okd_lightning.teachers.online_module import OnlineModuleSettings
 from okd_lightning.teachers.run import Opening, TeacherOptions, TeacherRun
@@ -56,6 +56,7 @@ class Teacher(ABC):
     ``--model.teacher my_module.Uniform`` chooses it.
 
     Attributes:
+        tokenizer: Its own, where that is not the run's; None where it reads the run's ids.
         model: Weights in memory, which the module registers as ``teacher``; None without any.
         packs: Whether ``model`` gets packed rows.
         student: The student, for kinds that read it; None before it is built.
@@ -74,6 +75,7 @@ class Teacher(ABC):
     follows_student: ClassVar[bool] = False
     """True where it changes with the student, apart from trained parameters of its own."""
 
+    tokenizer: PreTrainedTokenizerBase | None = None
     model: PreTrainedModel | None = None
     packs: bool = False
     student: PreTrainedModel | None = None
@@ -182,6 +184,14 @@ class Teacher(ABC):
         """
         return
 
+    def with_module(self, adapt: Callable[[Teacher], Teacher]) -> Teacher:
+        """Return the teacher with an online module on its model.
+
+        Args:
+            adapt: From a teacher with a model to one with the module.
+        """
+        return adapt(self)
+
     # ---------------------------------------------------------------- building
 
     def student_loaded(self, student: PreTrainedModel) -> None:
@@ -214,6 +224,10 @@ class Teacher(ABC):
         del opening
 
     # ---------------------------------------------------------------- running
+
+    def retokenized(self, rows: Sequence[TrainingRow]) -> list[TrainingRow]:
+        """Return rows as it reads them, where it has a ``tokenizer`` of its own."""
+        return list(rows)
 
     def side(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Side:
         """Return the teacher's side of a batch, at its loss positions.

@@ -6,7 +6,7 @@ what is trained nor by which loss, and does not know which kind of teacher it ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import replace
@@ -22,13 +22,16 @@ from okd_lightning.engines.memory import memory_of
 from okd_lightning.engines.tool_rollouts import ToolRounds
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import (
+    ChunkValues,
     Measured,
     Quantity,
     Side,
     WeightedLoss,
     WeightedTerm,
+    chunked_loss,
     fused_loss,
     measure,
+    measure_chunks,
     weighted_loss,
 )
 from okd_lightning.models import (
@@ -193,9 +196,10 @@ class Pair:
                     "same"
                 )
             return
-        adaptive = AdaptiveTeacher(self.given_teacher, settings)
-        self.given_teacher = adaptive.join(self.given_teacher.run)
-        if adaptive.inner.model is not None:
+        given = self.given_teacher
+        adaptive = given.with_module(lambda inner: AdaptiveTeacher(inner, settings))
+        self.given_teacher = adaptive.join(given.run)
+        if given.model is not None:
             with drawing_from_the_seed():
                 self.given_teacher.build()
 
@@ -235,10 +239,14 @@ class Pair:
         self.use_ends(ends)
 
     def add_eos_ids(self, ids: Iterable[int]) -> None:
-        """Let further ids end a response, such as a chat template's end of turn; logged once."""
+        """Let further ids end a response, such as a chat template's end of turn; logged once.
+
+        A teacher with another tokenizer has ends of its own: then the student's are one outcome.
+        """
         found = list(ids)
         new = [i for i in found if i not in self.eos_ids]
-        self.use_ends(self.ends.with_stops(found))
+        is_joined = self.given_teacher.tokenizer is not None
+        self.use_ends((self.ends.with_ends if is_joined else self.ends.with_stops)(found))
         if new:
             names = ", ".join(repr(self.tokenizer.decode([i])) for i in new)
             rank_zero_info(f"responses also end at {names}, as the data's own responses do")
@@ -273,7 +281,10 @@ class Pair:
         teacher = base = None
         if any(quantity.needs_teacher for quantity in quantities):
             teacher = self.teacher.side(batch, quantities)
-            assert len(teacher.hidden) == len(student.hidden), "other loss tokens than the student"
+            is_one_text = batch.chunks is None
+            assert not is_one_text or len(teacher.hidden) == len(student.hidden), (
+                "other loss tokens than the student"
+            )
         if any(quantity.needs_base_teacher for quantity in quantities):
             base = self._base_side(batch)
         return student, teacher, base
@@ -287,6 +298,9 @@ class Pair:
 
     def measure(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Measured:
         """Run both sides once and measure; see ``DistillationModule.measure``."""
+        if self.teacher.tokenizer is not None and any(q.needs_teacher for q in quantities):
+            found = self._chunk_values(batch, quantities)
+            return replace(Measured.about(batch), values=found.all_at_positions(quantities))
         student, teacher, base = self.sides(batch, quantities)
         values = measure(
             quantities,
@@ -308,6 +322,9 @@ class Pair:
         """Run both sides once and sum the terms; see ``DistillationModule.loss_of``."""
         terms = self.teacher.forms(terms)
         quantities = [quantity for weighted in terms for quantity in weighted.term.quantities]
+        if self.teacher.tokenizer is not None and any(q.needs_teacher for q in quantities):
+            values = self._chunk_values(batch, quantities)
+            return chunked_loss(terms, Measured.about(batch), values)
         if not all(weighted.term.is_positionwise for weighted in terms):
             return weighted_loss(terms, self.measure(batch, quantities))
         student, teacher, base = self.sides(batch, quantities)
@@ -322,6 +339,25 @@ class Pair:
             base,
             checks,
         )
+
+    def _chunk_values(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> ChunkValues:
+        """Run both sides over their own texts, for a teacher with another tokenizer."""
+        if batch.chunks is None:
+            raise ConfigError(
+                "the teacher has another tokenizer, and these rows have no text in its ids: "
+                "measures and commands that compare single tokens need a teacher with the "
+                "student's tokenizer; leave them out"
+            )
+        values = measure_chunks(
+            batch,
+            quantities,
+            self.sides(batch, quantities),
+            (self.vocabulary.size, len(cast(Sized, self.teacher.tokenizer))),
+            self.settings.tile_positions,
+        )
+        if not torch.is_grad_enabled():
+            self.placement.release(self.student, self.teacher.model)
+        return values
 
     @contextmanager
     def writing(self, *generators: Generator) -> Iterator[list[PreTrainedModel]]:

@@ -21,7 +21,7 @@ from okd_lightning.engines.tool_rollouts import ToolEngine, ToolRounds
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Measured, Quantity, WeightedLoss, WeightedTerm
 from okd_lightning.models import EndTokens, ModelSource, Vocabulary, check_precision
-from okd_lightning.records.batches import DistillBatch
+from okd_lightning.records.batches import DistillBatch, TrainingRow
 from okd_lightning.records.requests import Request, Rollout
 from okd_lightning.teachers import OnlineModuleSettings, trained
 from okd_lightning.training.frozen_parts import FrozenPartsModule
@@ -83,12 +83,23 @@ class PairedModule(FrozenPartsModule):
         return self.pair.teacher.online_module
 
     @property
+    def teacher_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Tokenizer of a teacher that has another one than the run; else None."""
+        return self.pair.teacher.tokenizer
+
+    @property
     def tool_rounds(self) -> ToolRounds | None:
         """The tools of the data, which prompts that are chats may call."""
         return self.pair.tool_rounds
 
     @tool_rounds.setter
     def tool_rounds(self, rounds: ToolRounds | None) -> None:
+        if rounds is not None and self.teacher_tokenizer is not None:
+            raise ConfigError(
+                "data.tools: a teacher with another tokenizer would render turns and tool results "
+                "by its own template, which is not offered; leave data.tools out, or give a "
+                "teacher with the student's tokenizer"
+            )
         self.pair.tool_rounds = rounds
 
     # ---------------------------------------------------------------- building
@@ -214,6 +225,10 @@ class PairedModule(FrozenPartsModule):
         they are.
         """
         return self.pair.loss_of(batch, terms, checks)
+
+    def retokenized(self, rows: Sequence[TrainingRow]) -> list[TrainingRow]:
+        """Return rows as the teacher reads them, where it has another tokenizer."""
+        return self.pair.teacher.retokenized(rows)
 
     def respond(self, request: Request) -> Rollout:
         """Generate responses with the student or the teacher, in eval mode and without gradient.
