@@ -4,8 +4,8 @@ Owns the text contract of a pair with two tokenizers. The response crosses as by
 its own end, and what does not survive is left without loss and counted:
 
 * bytes that the teacher's tokenizer changes, characters that it lacks, invalid UTF-8, control ids;
-* the last chunk of a response that was cut: the text behind it could have changed its tokens;
-* what lies behind the last sync point that fits into the teacher's context;
+* the last chunk of a response that was cut: the text after it could have changed its tokens;
+* what follows the last sync point that fits into the teacher's context;
 * sampled chunks that the student's tokenizer would write otherwise: every segmentation of a text
   gets the teacher's one probability, so that rare ones would be rewarded for being rare.
 """

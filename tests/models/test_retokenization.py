@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pytest
 import tiny
+from pair_tokenizers import merging
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -18,17 +19,6 @@ from okd_lightning.models.token_bytes import TokenBytes
 from okd_lightning.records.batches import TrainingRow
 
 LETTERS = tiny.LETTERS
-
-
-def merging(*pairs: str, letters: str = LETTERS) -> PreTrainedTokenizerFast:
-    """Letters, and the pairs into which they are merged, after <pad>, <eos> and <bos>."""
-    tokens = ["<pad>", "<eos>", "<bos>", *letters, *pairs]
-    model = models.BPE({t: i for i, t in enumerate(tokens)}, [tuple(pair) for pair in pairs])
-    tokenizer = Tokenizer(model)
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
-    )
 
 
 def bytewise() -> PreTrainedTokenizerFast:
