@@ -11,6 +11,7 @@ setup(
     package_data={
         "okd_lightning": ["py.typed"],
         "okd_lightning.configs": ["**/*.yaml"],
+        "okd_lightning.commands": ["*.json"],
         "okd_lightning.commands.quickstart": ["data/*", "teacher/*", "tokenizer/*"],
         "okd_lightning.commands.diagnose": ["*.html"],
     },

@@ -6,7 +6,7 @@ those of another divisor (``--normalization``) under keys that end in its name; 
 so that what there is can be compared. ``variance`` measures bias and variance of the sampled
 gradients on the first pair.
 
-    python benchmarks/opd.py --shared FOLDER --stage collapse variance --seeds 3
+    python benchmarks/opd.py --shared FOLDER --stage collapse variance --seeds 0 1 2
     python benchmarks/opd.py --normalization token_mean --picture docs/opd.png
 """
 

@@ -1,7 +1,7 @@
 """Entry point: ``okd-lightning`` and ``python -m okd_lightning``.
 
-Handles ``--version``, ``--help`` and a mistyped command at once; everything else imports the
-command line (several seconds of torch and transformers) and runs it.
+Handles ``--version``, ``--help`` and a mistyped command, option or method at once; everything else
+imports the command line (several seconds of torch and transformers) and runs it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 
 from okd_lightning import __version__
+from okd_lightning.commands.unknown_options import check_names
+from okd_lightning.errors import UsageError
 
 COMMANDS = {
     "quickstart": "watch a student learn: embedded task and teacher, no network, a few minutes",
@@ -78,6 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if not debug and "lightning" not in sys.modules:  # else nothing is saved
+        try:
+            check_names(arguments[0], arguments[1:])
+        except UsageError as error:
+            print(f"okd-lightning: {error}", file=sys.stderr)
+            return 2
     # takes seconds, avoided for --version
     from okd_lightning.commands.cli import run  # noqa: PLC0415
     from okd_lightning.commands.compare.command import compare_command  # noqa: PLC0415

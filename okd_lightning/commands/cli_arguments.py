@@ -19,7 +19,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 import okd_lightning
 from okd_lightning.bounded_files import check_yaml, load_yaml, read_text, require_regular
 from okd_lightning.checkpoints.files import newest_checkpoint
+from okd_lightning.commands.class_options import classes_first
 from okd_lightning.commands.cli_callbacks import replace_retyped
+from okd_lightning.commands.cli_errors import method_names
 from okd_lightning.commands.config_trust import FLAG
 from okd_lightning.commands.default_folder import RUNS, only_run
 from okd_lightning.commands.given_options import Layer, flattened, layers
@@ -62,6 +64,7 @@ def prepare(arguments: Sequence[str], can_type: bool = True) -> list[str]:
     Raises:
         ConfigError: A config does not exist or is broken.
         CheckpointError: A ``--ckpt_path`` does not exist, is not ours, or is not trusted.
+        UsageError: A setting of a class that is not named.
     """
     command, *rest = arguments
     is_trusted, rest = take_flag(rest)
@@ -90,7 +93,8 @@ def prepare(arguments: Sequence[str], can_type: bool = True) -> list[str]:
     typed = _last(_values(rest, ("--method", "--method.class_path")))
     _drop_other_methods(configs, typed)
     inlined = [part for _, c in configs for part in ("--config", yaml.safe_dump(c))]
-    return [command, *inlined, *_without(rest, _CONFIG_OPTIONS)]
+    ordered = classes_first(_without(rest, _CONFIG_OPTIONS), [config for _, config in configs])
+    return [command, *inlined, *ordered]
 
 
 def take_flag(arguments: Sequence[str]) -> tuple[bool, list[str]]:
@@ -274,20 +278,28 @@ def _is_part(layer: Layer, config: Layer) -> bool:
 
 def class_name(method: Any) -> str | None:
     """Return the class that a ``method`` entry of a config names, without its module."""
+    return class_path(method).rsplit(".", 1)[-1] or None
+
+
+def class_path(method: Any) -> str:
+    """Return the name or class path in a ``method`` entry of a config; empty without one."""
     path = method.get("class_path") if isinstance(method, dict) else method
-    return path.rsplit(".", 1)[-1] if isinstance(path, str) else None
+    return path if isinstance(path, str) else ""
 
 
 def _drop_other_methods(configs: list[tuple[str, dict[str, Any]]], typed: str | None) -> None:
-    """Keep a ``method`` section only where it is of the class that the run will have."""
-    wanted = class_name(typed)
+    """Keep a ``method`` section only where it is of the class that the run will have.
+
+    A section of a class that does not exist is kept too: the parser refuses it.
+    """
+    wanted, known = class_name(typed), method_names()
     for name, config in reversed(configs):
         found = class_name(config.get("method"))
         if found is None:
             continue
         if wanted is None:
             wanted = found
-        elif found != wanted:
+        elif found != wanted and ("." in class_path(config["method"]) or found in known):
             method = config.pop("method")
             if isinstance(method, dict) and method.get("init_args"):
                 rank_zero_warn(

@@ -7,7 +7,6 @@ the parsing of such messages; other modules decide what is refused.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import re
@@ -20,6 +19,12 @@ import jsonargparse
 
 from okd_lightning.callbacks.methods.base import Method
 from okd_lightning.commands.foreign_options import hint_for
+from okd_lightning.commands.unknown_options import (
+    MOST_NAMES,
+    did_you_mean,
+    no_such_class,
+    unknown_option,
+)
 from okd_lightning.errors import ConfigError, OKDLightningError, UsageError, one_line
 
 _MISSING = re.compile(r"the following arguments are required: (.+)")
@@ -53,7 +58,6 @@ _KINDS = {
     "EngineSource": "engine",
     "Teacher": "teacher",
 }
-_MOST_NAMES = 25
 _TYPE_NAMES = {
     "int": "a whole number",
     "float": "a number",
@@ -142,14 +146,14 @@ def readable(error: Exception, options: Sequence[str] = ()) -> str:
         return f"{no_value.group(1)} needs a value after it"
     unknown = _UNKNOWN.search(text)
     if unknown:
-        return _unknown_option(unknown.group(1), options)
+        return unknown_option(unknown.group(1), options)
     not_a_key = _NOT_A_KEY.search(text)
     if not_a_key:
         key = not_a_key.group(1)
         foreign = hint_for(key)
         if foreign:
             return f"unknown setting {key!r} in the configuration; {foreign}"
-        hint = _did_you_mean(key, [option.removeprefix("--") for option in options])
+        hint = did_you_mean(key, [option.removeprefix("--") for option in options])
         return f"unknown setting {key!r} in the configuration{hint or '; --help lists all'}"
     return _explain(_worth_saying(list(_complaints(text)))) or one_line(str(error))
 
@@ -282,8 +286,8 @@ def _not_accepted(complaint: _Complaint) -> str | None:
     name = (path or "it").rsplit(".", 1)[-1]
     accepted = _parameters_of(path)
     foreign = hint_for(".".join([*map(_bare, complaint.keys), option]))
-    hint = f"; {foreign}" if foreign else _did_you_mean(option, accepted)
-    is_worth_listing = accepted and not (hint and len(accepted) > _MOST_NAMES)
+    hint = f"; {foreign}" if foreign else did_you_mean(option, accepted)
+    is_worth_listing = accepted and not (hint and len(accepted) > MOST_NAMES)
     known = f" (it takes {', '.join(accepted)})" if is_worth_listing else ""
     return f"{name} has no setting {option!r}{hint}{known}"
 
@@ -296,13 +300,9 @@ def _no_such_class(complaint: _Complaint) -> str | None:
         return None
     name = found.group(1).strip() if found else str(complaint.given)
     names = subclass_names(base)
-    hint = _did_you_mean(name, names, cutoff=0.5)
-    if len(names) > _MOST_NAMES:
-        names = subclass_names(base, within="okd_lightning.")
-    listed = f"there are {', '.join(names)}, or " if 0 < len(names) <= _MOST_NAMES else ""
+    own = subclass_names(base, within="okd_lightning.") if len(names) > MOST_NAMES else names
     problem = "is abstract" if is_abstract else f"there is no such {_KINDS[base.__name__]}"
-    advice = f"{hint or ';'} {listed}give the import path of your own"
-    return f"{complaint.option} {name}: {problem}{advice}"
+    return no_such_class(complaint.option, name, problem, names, own)
 
 
 def _not_importable(complaint: _Complaint) -> str | None:
@@ -350,26 +350,6 @@ def _not_settings(complaint: _Complaint) -> str | None:
         known = "".join(f"{name}, " for name in subclass_names(base))
         return f"expected {known}or the import path of your own, got {complaint.given!r}"
     return f"expected settings ({complaint.option}.{names[0]}, ...), got {complaint.given!r}"
-
-
-def _unknown_option(rest: str, options: Sequence[str]) -> str:
-    given = next((word for word in rest.split() if word.startswith("-")), rest.split()[0])
-    bare = given.split("=")[0]
-    if not bare.startswith("-"):
-        return f"unknown argument {bare!r}; options begin with --, and --help lists them"
-    foreign = hint_for(bare)
-    if foreign:
-        return f"unknown option {bare}; {foreign}"
-    hint = _did_you_mean(bare, options)
-    return f"unknown option {bare}{hint or '; --help lists the options'}"
-
-
-def _did_you_mean(given: str, names: Sequence[str], cutoff: float = 0.6) -> str:
-    """Return a hint at the nearest name, by spelling in any case or by ending; empty if none."""
-    lower = {name.lower(): name for name in names}
-    near = difflib.get_close_matches(given.lower(), lower, n=1, cutoff=cutoff)
-    near = near or [name for name in lower if name.endswith("." + given.lower().lstrip("-"))][:1]
-    return f"; did you mean {lower[near[0]]}?" if near else ""
 
 
 def _base_class(subtypes: str | None) -> type | None:

@@ -105,19 +105,19 @@ def export_online_module(
     module.configure_model()
     module.on_load_checkpoint(dict(checkpoint))
     module.load_state_dict(checkpoint["state_dict"], strict=False)
-    assert module.teacher is not None
-    source = _located(module.pair.teacher.source, "--model.teacher")
-    configs: dict[str, Any] = dict(module.teacher.peft_config)
+    ((teacher, base),) = module.pair.teacher.adapted_models
+    source = _located(base, "--model.teacher")
+    configs: dict[str, Any] = dict(teacher.peft_config)
     for own in configs.values():
         own.base_model_name_or_path = source.given if source.gguf_file else source.name
         own.revision = source.revision
     check_finite(
-        {name: p for name, p in module.teacher.named_parameters() if p.requires_grad},
+        {name: p for name, p in teacher.named_parameters() if p.requires_grad},
         f"--out {str(out)!r}",
     )
     with replaced_model(out) as folder:
-        module.teacher.save_pretrained(folder)
-        module.teacher.config.save_pretrained(folder)
+        teacher.save_pretrained(folder)
+        teacher.config.save_pretrained(folder)
         module.tokenizer.save_pretrained(folder)
 
 
@@ -187,8 +187,13 @@ def _check_base(module: DistillationModule) -> None:
 
 def _check_out(out: Path, module: DistillationModule, overwrite: bool) -> None:
     """Refuse a folder that is needed again: older weights in the output folder are removed."""
-    sources = {"student": module.pair.student_source, "teacher": module.pair.teacher.source}
-    named = {f"--model.{name}": s for name, s in sources.items() if isinstance(s, str)}
+    teacher = module.pair.teacher
+    sources = {
+        "--model.student": module.pair.student_source,
+        "--model.teacher": teacher.source,
+        **{f"--model.teacher.teachers {one}": one for one in teacher.own_sources[1:]},
+    }
+    named = {option: s for option, s in sources.items() if isinstance(s, str)}
     check_model_folder(out, named, overwrite)
 
 
@@ -214,8 +219,18 @@ def _teacher(model: Mapping[str, Any]) -> str:
     if not isinstance(given, Mapping) or "class_path" not in given:
         return f"`{_shown(given)}`"
     kind, settings = str(given["class_path"]).rpartition(".")[2], given.get("init_args") or {}
-    own = settings.get("model")
-    return kind if own is None else f"{kind} of `{_shown(own)}`"
+    own = settings.get("model") or settings.get("teachers")
+    return kind if own is None else f"{kind} of {_listed(own)}"
+
+
+def _listed(sources: Any) -> str:
+    if isinstance(sources, list):
+        return ", ".join(map(_listed, sources))
+    if isinstance(sources, Mapping) and "class_path" in sources:
+        return _teacher({"teacher": sources})
+    if isinstance(sources, Mapping) and "model_type" not in sources:
+        return ", ".join(f"{name}: {_listed(one)}" for name, one in sources.items())
+    return f"`{_shown(sources)}`"
 
 
 def _shown(source: Any) -> str:

@@ -37,6 +37,7 @@ from okd_lightning.errors import ConfigError, DataError
 from okd_lightning.models.text_ids import RULES_VERSION
 from okd_lightning.records.batches import Example
 from okd_lightning.records.noise import NoiseDomain, hashed_choice
+from okd_lightning.records.rows import RowReader
 from okd_lightning.rollouts import LoaderShape, RolloutLoader, StagedPlan, engine_of, plan_for
 from okd_lightning.rollouts.agreement import Agreement, StopRequest
 from okd_lightning.rollouts.evaluation import DatasetResponses, StudentResponses
@@ -343,24 +344,19 @@ class RolloutDataModule(NewDataModule):
         loaders: list[DatasetResponses | StudentResponses] = []
         given = [example for example in examples if example.response_ids]
         if given:
-            loaders.append(
-                DatasetResponses(
-                    given,
-                    self.batch_size,
-                    trainer.global_rank,
-                    trainer.world_size,
-                    self._module.retokenized,
-                )
-            )
+            place = trainer.global_rank, trainer.world_size
+            rows = self._module.retokenized
+            loaders.append(DatasetResponses(given, self.batch_size, *place, teacher_rows=rows))
         if self.val_rollouts:
             chosen = hashed_choice(
                 len(examples), self.val_rollouts, NoiseDomain.VALIDATION_PROMPTS, self.seed
             )
-            loaders.append(self._own_responses([examples[i] for i in chosen], Sampling(), True))
+            asked = [examples[i] for i in chosen]
+            loaders.append(self._own_responses(asked, Sampling(), self._module.retokenized))
         return loaders
 
     def _own_responses(
-        self, examples: Sequence[Example], sampling: Sampling, is_measured: bool = False
+        self, examples: Sequence[Example], sampling: Sampling, rows: RowReader = list
     ) -> StudentResponses:
         trainer = self._trainer
         return StudentResponses(
@@ -374,7 +370,7 @@ class RolloutDataModule(NewDataModule):
             world_size=trainer.world_size,
             progress=partial(rollout_progress, trainer),
             agreement=self.agreement(),
-            teacher_rows=self._module.retokenized if is_measured else list,
+            teacher_rows=rows,
         )
 
     def agreement(self) -> Agreement:

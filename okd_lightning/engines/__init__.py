@@ -14,7 +14,7 @@
 * ``tool_rollouts``: any engine, with tools between the turns.
 """
 
-from okd_lightning.engines.drawing import Blend
+from okd_lightning.engines.drawing import Blend, MixedDraws
 from okd_lightning.engines.engine import EngineSource, RolloutEngine
 from okd_lightning.engines.transformers_engine import TransformersEngine
 from okd_lightning.engines.vllm_engine import VLLMEngine
@@ -25,6 +25,7 @@ from okd_lightning.records.sampling import Sampling
 __all__ = [
     "Blend",
     "EngineSource",
+    "MixedDraws",
     "NoiseStream",
     "RolloutEngine",
     "Sampling",

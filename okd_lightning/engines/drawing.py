@@ -1,10 +1,11 @@
-"""Sampling of one token a row, from a model's logits or from a mixture of two models."""
+"""Sampling of one token a row, from a model's logits or from several models'."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,34 @@ from transformers import PreTrainedModel
 from okd_lightning.engines.responses import Responses
 from okd_lightning.models import Vocabulary
 from okd_lightning.records.sampling import Sampling, workspace_for
+
+
+class DrawnFrom(Protocol):
+    """Further models, with which an engine's own is one distribution."""
+
+    @property
+    def models(self) -> tuple[PreTrainedModel, ...]:
+        """The further models, of the same tokenizer, in eval mode."""
+
+    def mix(self, *logits: Tensor) -> Tensor:
+        """Return [rows, vocab] logits of the distribution, from those of each model."""
+
+
+@dataclass(frozen=True)
+class MixedDraws:
+    """A function of all models' logits, from which every token is sampled.
+
+    Attributes:
+        models: The further models.
+        mixing: From each model's [rows, vocab] logits to those of the distribution.
+    """
+
+    models: tuple[PreTrainedModel, ...]
+    mixing: Callable[[Sequence[Tensor]], Tensor]
+
+    def mix(self, *logits: Tensor) -> Tensor:
+        """Return [rows, vocab] logits of the distribution."""
+        return self.mixing(logits)
 
 
 @dataclass(frozen=True)
@@ -26,6 +55,11 @@ class Blend:
 
     model: PreTrainedModel
     share: float
+
+    @property
+    def models(self) -> tuple[PreTrainedModel, ...]:
+        """The second model."""
+        return (self.model,)
 
     def mix(self, logits: Tensor, second: Tensor) -> Tensor:
         """Return [rows, vocab] log-probabilities (nats) of the mixture."""
@@ -41,7 +75,7 @@ class Drawing:
         sampling: Temperature, top-k and top-p.
         vocabulary: Ids outside it are never sampled; its end ids are one outcome, whose
             log-probability is stored with whichever of them is sampled.
-        blend: A second model that is mixed in; None for one model.
+        blend: Further models that are mixed in; None for one model.
         device: Device of the logits.
     """
 
@@ -50,7 +84,7 @@ class Drawing:
         responses: Responses,
         sampling: Sampling,
         vocabulary: Vocabulary,
-        blend: Blend | None,
+        blend: DrawnFrom | None,
         device: torch.device,
     ) -> None:
         self.responses = responses

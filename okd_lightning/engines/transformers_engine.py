@@ -10,8 +10,8 @@ and its noise depends on the batch. Its continuous batching stores rows in pages
 changes the model's attention while it runs; it samples from the global generator, and takes twice
 our time on a CPU (benchmarks/rollouts.md).
 
-A second model may be mixed in: both read the same ids, and every token is sampled from the mixture
-of their distributions.
+Further models may be mixed in: all read the same ids, and every token is sampled from a mixture of
+their distributions.
 
 In float32 a row's samples do not depend on the other rows of its batch, except for ties.
 """
@@ -20,14 +20,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from okd_lightning.engines.drawing import Blend, Drawing
+from okd_lightning.engines.drawing import Drawing, DrawnFrom
 from okd_lightning.engines.kv_cache import empty_cache, rearrange
 from okd_lightning.engines.memory import MEMORIES, cached_logits, memory_of
 from okd_lightning.engines.responses import Responses
@@ -61,7 +61,7 @@ class TransformersEngine:
         dtype: Number format to compute in, by autocast: the weights are cast once a call and the
             copy is dropped at its end. None leaves it to the caller. In float32 a sample does not
             depend on its batch, in bfloat16 it may.
-        blend: A second model that is mixed into every draw.
+        blend: Further models that are mixed into every draw.
     """
 
     model: PreTrainedModel
@@ -69,7 +69,7 @@ class TransformersEngine:
     eos_ids: tuple[int, ...]
     token_budget: int = 65536
     dtype: torch.dtype | None = None
-    blend: Blend | None = None
+    blend: DrawnFrom | None = None
 
     @torch.no_grad()
     def respond(self, request: Request) -> Rollout:
@@ -88,9 +88,11 @@ class TransformersEngine:
         if not noise.numel():
             return responses.rollout(0)
         as_it_is = torch.compiler.set_stance("force_eager")  # a step changes its shapes each time
-        second = nullcontext() if self.blend is None else fast_linears(self.blend.model)
+        others = () if self.blend is None else self.blend.models
         num_reported = num_row_steps = 0
-        with self._precision(), fast_linears(self.model), second, as_it_is:
+        with self._precision(), ExitStack() as fast, as_it_is:
+            for model in (self.model, *others):
+                fast.enter_context(fast_linears(model))
             drawing = Drawing(
                 responses, request.sampling, self.vocabulary, self.blend, self.model.device
             )
@@ -123,7 +125,7 @@ class TransformersEngine:
         start, because its cache has the old frequencies.
         """
         prompts = [prompt.ids for prompt in request.prompts]
-        models = [self.model] + ([self.blend.model] if self.blend else [])
+        models = [self.model, *(self.blend.models if self.blend else ())]
         memories = [memory_of(model) for model in models]
         groups = [row_groups(model) for model in models]
         switches = sorted({g.switch for g in groups if g.switch is not None})

@@ -5,6 +5,7 @@
 * ``outcomes``, ``cached``: quantities of a teacher known by k ids and the rest.
 * ``sampled``: policy gradient on sampled tokens, with its importance ratio.
 * ``terms``: the interface between method and module, and its records.
+* ``mixtures``: several models' hidden states and heads as one side.
 * ``side``, ``projection``: one model's inputs to the loss; forward and backward of its head.
 * ``tiling``: sizes of tiles and blocks.
 * ``fused``: the training loss and its gradient from one pass over the tiles.
@@ -30,6 +31,7 @@ from okd_lightning.losses.chunked import (
 from okd_lightning.losses.closed_form import ModelRole
 from okd_lightning.losses.exact import measure
 from okd_lightning.losses.fused import fused_loss
+from okd_lightning.losses.mixtures import Mixing, Mixture, Product, mixed_side
 from okd_lightning.losses.outcomes import PackedHead, pack_outcomes
 from okd_lightning.losses.quantities import (
     Agreement,
@@ -68,8 +70,11 @@ __all__ = [
     "Head",
     "ImportanceRatio",
     "Measured",
+    "Mixing",
+    "Mixture",
     "ModelRole",
     "PackedHead",
+    "Product",
     "Quantity",
     "RowScorer",
     "Side",
@@ -83,6 +88,7 @@ __all__ = [
     "fused_loss",
     "measure",
     "measure_chunks",
+    "mixed_side",
     "pack_outcomes",
     "token_values",
     "weighted_loss",

@@ -145,12 +145,14 @@ class ChunkValues:
     Attributes:
         chunks: The chunks.
         tokens: Values of both texts' tokens, [positions] or [teacher positions].
+        quantities: What was asked for.
         teacher_scale: Factor on the teacher's cross-entropy, which is a mean over its own tokens:
             tokens of the student in the step over those of the teacher.
     """
 
     chunks: Chunks
     tokens: Mapping[TokenValue, Tensor]
+    quantities: tuple[Quantity, ...] = ()
     teacher_scale: float = 1.0
 
     def of(self, quantity: Quantity) -> Tensor:
@@ -182,17 +184,12 @@ class ChunkValues:
         index = self.chunks.student if is_own else self.chunks.teacher
         return self.chunks.sums(self.tokens[key], index)
 
-    def all_at_positions(self, quantities: Sequence[Quantity]) -> dict[Quantity, Tensor]:
-        """[positions] values of quantities; see ``at_positions``."""
-        own = {
-            quantity: found
-            for (reader, quantity), found in self.tokens.items()
-            if reader == "student"
-        }
-        return {q: self.at_positions(q) if q.needs_teacher else own[q] for q in quantities}
+    def at_positions(self) -> dict[Quantity, Tensor]:
+        """[positions] values of all quantities, those of chunks at their first student token."""
+        of_student = {q: v for (reader, q), v in self.tokens.items() if reader == "student"}
+        return {q: self._spread(q) if q.needs_teacher else of_student[q] for q in self.quantities}
 
-    def at_positions(self, quantity: Quantity) -> Tensor:
-        """[positions] the chunk's value at its first student token, 0 at all other tokens."""
+    def _spread(self, quantity: Quantity) -> Tensor:
         values = self.of(quantity)
         return values.new_zeros(len(self.chunks.student)).index_put((self.chunks.first,), values)
 
@@ -206,7 +203,6 @@ def measure_chunks(
     batch: DistillBatch,
     quantities: Sequence[Quantity],
     sides: tuple[Side, Side | None, Side | None],
-    vocab_sizes: tuple[int, int],
     tile_positions: int | None = None,
 ) -> ChunkValues:
     """Measure the tokens of both texts, once each, for quantities at chunks.
@@ -215,7 +211,6 @@ def measure_chunks(
         batch: Rows with chunks.
         quantities: Quantities; those without a teacher are measured at tokens.
         sides: The student's, the teacher's and its base's, each at its own loss positions.
-        vocab_sizes: Width of the student's and of the teacher's logits.
         tile_positions: Positions a tile; None chooses from the vocabulary.
 
     Returns:
@@ -240,12 +235,12 @@ def measure_chunks(
             side,
             None,
             reads["student" if is_own else "teacher"].targets,
-            vocab_sizes[0 if is_own else 1],
+            side.width,
             tile_positions,
             merges_ends=about.merges_ends if is_own else None,
         )
         tokens.update({(reader, quantity): found for quantity, found in values.items()})
-    return ChunkValues(chunks, tokens, _teacher_scale(batch))
+    return ChunkValues(chunks, tokens, tuple(quantities), _teacher_scale(batch))
 
 
 def _teacher_scale(batch: DistillBatch) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -69,8 +69,9 @@ class GivenPair:
         student: ModelArgument,
         teacher: ModelArgument | None,
         adapter: PeftConfig | None,
+        others: Sequence[ModelSource] = (),
     ) -> GivenPair:
-        """Read the user's arguments.
+        """Read the user's arguments; ``others`` are further teachers.
 
         Raises:
             ConfigError: One object as student and teacher, a second adapter for a student, or
@@ -79,7 +80,7 @@ class GivenPair:
         """
         own = model_source(student, "student")
         other = None if teacher is None else model_source(teacher, "teacher")
-        if isinstance(own, PreTrainedModel) and own is other:
+        if isinstance(own, PreTrainedModel) and any(own is one for one in (other, *others)):
             raise ConfigError(
                 "student and teacher are the same object: the teacher is frozen, so the student "
                 "would not train; load it twice, or give FrozenSelf() as the teacher"

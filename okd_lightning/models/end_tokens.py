@@ -43,14 +43,16 @@ class EndTokens:
     stop_ids: tuple[int, ...]
     is_given: bool = False
 
-    def with_stops(self, ids: Iterable[int]) -> EndTokens:
-        """Return these with further ids at which generation stops."""
-        return replace(self, stop_ids=_joined(self.stop_ids, ids))
+    def with_stops(self, ids: Collection[int], are_ends: bool = False) -> EndTokens:
+        """Return these with further ids at which generation stops.
 
-    def with_ends(self, ids: Iterable[int]) -> EndTokens:
-        """Return these with further ids that end a response, unless the user named the ends."""
-        found = self.with_stops(ids)
-        return found if self.is_given else replace(found, end_ids=_joined(self.end_ids, ids))
+        Args:
+            ids: The ids.
+            are_ends: Whether they also are ends, unless the user named those: where the teacher
+                has another tokenizer, no generation config but the student's names ends of these.
+        """
+        ends = _joined(self.end_ids, ids) if are_ends and not self.is_given else self.end_ids
+        return replace(self, end_ids=ends, stop_ids=_joined(self.stop_ids, ids))
 
     def without(self, ids: Collection[int]) -> EndTokens:
         """Return these with ids after which a response goes on: they stop, and are no end."""
@@ -71,20 +73,20 @@ class EndTokens:
 
 def find_end_tokens(
     student: ModelSource,
-    teacher: ModelSource | None,
+    teachers: Sequence[ModelSource],
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: Vocabulary,
     asked: EndTokensArgument | None = None,
 ) -> EndTokens:
-    """Return the ends of a pair: of both generation configs and the tokenizer, or those asked for.
+    """Return the ends of a pair: of all generation configs and the tokenizer, or those asked for.
 
     A teacher's id without a token is left out: both models are masked there.
 
     Args:
         student: Source of the student.
-        teacher: Source of the teacher; None where it is not read from files.
+        teachers: Sources of the teacher's models; none where it is not read from files.
         tokenizer: The run's.
-        vocabulary: Ids with a row in both models' tables.
+        vocabulary: Ids with a row in all models' tables.
         asked: The user's ids or tokens; None for none.
 
     Raises:
@@ -98,16 +100,14 @@ def find_end_tokens(
         vocabulary.check_ids(ends, "model.end_tokens", tokenizer)
         ends = _joined([i for i in own if i in ends], ends)
         return EndTokens(ends, _joined(ends, own), is_given=True)
-    others = [*_teachers_ids(teacher), tokenizer.eos_token_id]
+    others = [*(i for one in teachers for i in _teachers_ids(one)), tokenizer.eos_token_id]
     known = set(tokenizer.get_vocab().values())
     ends = _joined(own, (i for i in others if i in known and i < vocabulary.size))
     return EndTokens(ends, ends)
 
 
-def _teachers_ids(teacher: ModelSource | None) -> Sequence[int]:
+def _teachers_ids(teacher: ModelSource) -> Sequence[int]:
     """Return the ids of a teacher's generation config, else of its own tokenizer."""
-    if teacher is None:
-        return ()
     found = generation_eos(teacher, "--model.teacher")
     if found is None and isinstance(teacher, str):
         found = load_tokenizer(teacher, "--model.teacher").eos_token_id

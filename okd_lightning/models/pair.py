@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from os import PathLike, fspath
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -90,17 +91,16 @@ def load_checked(
 
 
 def check_pair(
-    tokenizer: PreTrainedTokenizerBase, student: ModelSource, teacher: ModelSource | None
+    tokenizer: PreTrainedTokenizerBase, student: ModelSource, teachers: Sequence[ModelSource]
 ) -> Vocabulary:
-    """Return the vocabulary on which both models are compared: ids with a row in both tables.
+    """Return the vocabulary on which all models are compared: ids with a row in every table.
 
     Raises:
         VocabularyError: A model's own tokenizer differs.
     """
     known = vocabulary = Vocabulary.of(tokenizer)
-    for option, source in (("--model.student", student), ("--model.teacher", teacher)):
-        if source is None:
-            continue
+    named = [("--model.student", student), *(("--model.teacher", one) for one in teachers)]
+    for option, source in named:
         rows = _table_rows(source, option, known.size)
         vocabulary = vocabulary.within(rows)
         if isinstance(source, str) and source != tokenizer.name_or_path:

@@ -155,21 +155,17 @@ class FSDP2Strategy(ModelParallelStrategy):
                 "from; use the strategy's param_dtype: bfloat16, or --trainer.precision bf16-mixed"
             )
         mesh = self.device_mesh["data_parallel"]
-        for side, option in (
-            (module.student, "--model.student"),
-            (module.teacher, "--model.teacher"),
-        ):
-            if side is not None:
-                shard(side, mesh, self._settings, option)
-                fill_from_files(side, self._shard_device)
+        for model in module.pair.models:
+            option = "--model.student" if model is module.student else "--model.teacher"
+            shard(model, mesh, self._settings, option)
+            fill_from_files(model, self._shard_device)
         module.pair.placement = ShardedModels(
             self._rollouts, self._settings.reshard_after_forward, self.root_device
         )
         super().setup(trainer)
-        for side in (module.student, module.teacher):
-            if side is not None:  # all ranks together: weights on disk could not be tried before
-                row_groups(side)
-        module.pair.placement.release(module.student, module.teacher)
+        for model in module.pair.models:
+            row_groups(model)  # all ranks together: weights on disk could not be tried before
+        module.pair.placement.release(*module.pair.models)
 
     @property
     def _distilled(self) -> Any:
@@ -220,14 +216,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         """
         super().post_backward(closure_loss)
         module = self._distilled
-        module.pair.placement.release(module.student, module.teacher)
+        module.pair.placement.release(*module.pair.models)
         for parameter in module.trained_parameters(module.teacher):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
     def _roots(self) -> list[FSDPModule]:
         module = self._distilled
-        return [side for side in (module.student, module.teacher) if isinstance(side, FSDPModule)]
+        return [model for model in module.pair.models if isinstance(model, FSDPModule)]
 
     # ---------------------------------------------------------------- state
 

@@ -6,6 +6,7 @@
   student as its own teacher, on what they share (``self_teacher``).
 * ``adaptive``: another teacher with a small trainable part (OKD), which ``online_module`` attaches.
 * ``foreign_teacher``: a teacher with another tokenizer, which reads the text in its own ids.
+* ``ensemble``: several models as one distribution, on what ``several`` gives them.
 * ``cached_teacher``, ``served_teacher``: a teacher on disk or on a server, of which k ids a token
   are known (``packed``); ``terms``: the methods that work with these, and the form they take.
   ``cache_preparation``, ``cache_writing``, ``identity``, ``layout``, ``store``: the cache on disk.
@@ -16,6 +17,7 @@ from okd_lightning.teachers.adaptive import AdaptiveTeacher
 from okd_lightning.teachers.averaged_self import AveragedSelf
 from okd_lightning.teachers.base import NoTeacher, Teacher, model_side, trained
 from okd_lightning.teachers.cached_teacher import CachedTeacher
+from okd_lightning.teachers.ensemble import TeacherEnsemble
 from okd_lightning.teachers.foreign_teacher import ForeignTeacher
 from okd_lightning.teachers.frozen_self import FrozenSelf
 from okd_lightning.teachers.live_self import LiveSelf
@@ -25,7 +27,7 @@ from okd_lightning.teachers.online_module import (
     attach_online_module,
     base_teacher,
 )
-from okd_lightning.teachers.run import Opening, TeacherOptions, TeacherRun
+from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun
 from okd_lightning.teachers.self_teacher import in_eval_mode
 from okd_lightning.teachers.served_teacher import ServedTeacher
 from okd_lightning.teachers.teacher_base import TeacherBase
@@ -36,6 +38,7 @@ __all__ = [
     "CachedTeacher",
     "ForeignTeacher",
     "FrozenSelf",
+    "GeneratingModels",
     "LiveSelf",
     "LoadedTeacher",
     "NoTeacher",
@@ -44,6 +47,7 @@ __all__ = [
     "ServedTeacher",
     "Teacher",
     "TeacherBase",
+    "TeacherEnsemble",
     "TeacherOptions",
     "TeacherRun",
     "attach_online_module",

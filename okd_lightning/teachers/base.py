@@ -32,7 +32,7 @@ from okd_lightning.models import (
 from okd_lightning.records.batches import DistillBatch, TrainingRow
 from okd_lightning.records.sequences import Sequences
 from okd_lightning.teachers.online_module import OnlineModuleSettings
-from okd_lightning.teachers.run import Opening, TeacherOptions, TeacherRun
+from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun
 
 Measurement: TypeAlias = tuple[AbstractContextManager[None], dict[str, Quantity]]
 """A context, and metric name → quantity, to be measured within it."""
@@ -72,6 +72,9 @@ class Teacher(ABC):
     generates: ClassVar[bool] = True
     """True where it can generate responses."""
 
+    covers_vocabulary: ClassVar[bool] = True
+    """True where its side has a logit for every id."""
+
     follows_student: ClassVar[bool] = False
     """True where it changes with the student, apart from trained parameters of its own."""
 
@@ -88,6 +91,11 @@ class Teacher(ABC):
     def own_source(self) -> ModelSource | None:
         """Source of weights of its own; None for one that is the student, or is not loaded."""
         return None
+
+    @property
+    def own_sources(self) -> tuple[ModelSource, ...]:
+        """Sources of all models of its own."""
+        return () if self.own_source is None else (self.own_source,)
 
     @property
     @abstractmethod
@@ -113,6 +121,23 @@ class Teacher(ABC):
     def online_module(self) -> OnlineModuleSettings | None:
         """Settings of its trained parameters and of their optimizer group; None without any."""
         return None
+
+    @property
+    def adapted_models(self) -> list[tuple[PreTrainedModel, ModelSource | None]]:
+        """Models with an online module, each with the source of its base."""
+        if self.model is None or self.online_module is None:
+            return []
+        return [(self.model, self.source)]
+
+    @property
+    def models(self) -> tuple[PreTrainedModel, ...]:
+        """Its models in memory; each is placed and checked by itself."""
+        return () if self.model is None else (self.model,)
+
+    @property
+    def module(self) -> nn.Module | None:
+        """What the run's module registers as ``teacher``."""
+        return self.model
 
     def check_options(self, options: TeacherOptions) -> None:
         """Refuse options that have nothing to act on, or contradict this teacher.
@@ -184,12 +209,8 @@ class Teacher(ABC):
         """
         return
 
-    def with_module(self, adapt: Callable[[Teacher], Teacher]) -> Teacher:
-        """Return the teacher with an online module on its model.
-
-        Args:
-            adapt: From a teacher with a model to one with the module.
-        """
+    def adapted(self, adapt: Callable[[Teacher], Teacher]) -> Teacher:
+        """Return it with an online module, which ``adapt`` puts on a teacher of one model."""
         return adapt(self)
 
     # ---------------------------------------------------------------- building
@@ -257,10 +278,10 @@ class Teacher(ABC):
         assert self.model is not None
         return model_side(self.model, reads, self.packs, self.run.vocabulary)
 
-    def generator(self) -> tuple[PreTrainedModel, AbstractContextManager[None]]:
-        """Return the model that generates as the (base) teacher, and the context it needs."""
+    def generator(self) -> GeneratingModels:
+        """Return the model that generates as the (base) teacher."""
         assert self.model is not None
-        return self.model, self.as_base()
+        return GeneratingModels((self.model,), self.as_base())
 
     def as_base(self) -> AbstractContextManager[None]:
         """Disable its trained parameters within the block."""
@@ -353,7 +374,12 @@ def model_side(
         vocabulary: Ids to which the head is cut.
     """
     hidden = hidden_at_loss(model, reads, packs)
-    return Side(hidden=hidden, head=LMHead.of(model, vocabulary), end_ids=vocabulary.end_ids)
+    return Side(
+        hidden=hidden,
+        head=LMHead.of(model, vocabulary),
+        end_ids=vocabulary.end_ids,
+        width=vocabulary.size,
+    )
 
 
 def tried(model: PreTrainedModel, packing: bool) -> bool:

@@ -34,7 +34,7 @@ from okd_lightning.records.batches import DistillBatch, TrainingRow
 from okd_lightning.teachers.base import Measurement, Teacher
 from okd_lightning.teachers.loaded import LoadedTeacher
 from okd_lightning.teachers.online_module import OnlineModuleSettings
-from okd_lightning.teachers.run import Opening, TeacherOptions, TeacherRun
+from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun
 
 _OPTION = "--model.teacher ForeignTeacher"
 
@@ -99,7 +99,7 @@ class ForeignTeacher(Teacher):
         """Check them for the inner teacher."""
         self.inner.check_options(options)
 
-    def with_module(self, adapt: Callable[[Teacher], Teacher]) -> Teacher:
+    def adapted(self, adapt: Callable[[Teacher], Teacher]) -> Teacher:
         """Return the teacher with a module on the inner one."""
         own = copy(self)
         own.inner = adapt(self.inner)
@@ -122,7 +122,7 @@ class ForeignTeacher(Teacher):
         _check_differs(run.tokenizer, tokenizer)
         own.tokenizer = tokenizer
         vocabulary = vocabulary_of(tokenizer, source, "--model.teacher")
-        ends = find_end_tokens(source, None, tokenizer, vocabulary, self._end_tokens)
+        ends = find_end_tokens(source, (), tokenizer, vocabulary, self._end_tokens)
         vocabulary = replace(vocabulary, end_ids=ends.end_ids)
         own.inner = self.inner.join(replace(run, tokenizer=tokenizer, vocabulary=vocabulary))
         config = load_model_config(source, "--model.teacher", vocabulary.size)
@@ -185,14 +185,24 @@ class ForeignTeacher(Teacher):
         return [self._retokenizer.row(row, self.run.vocabulary.end_ids) for row in rows]
 
     def side(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Side:
-        """Return the teacher's side at its own loss positions (``DistillBatch.chunks``)."""
+        """Return the teacher's side at its own loss positions (``DistillBatch.chunks``).
+
+        Raises:
+            ConfigError: The rows have no text in its ids.
+        """
+        if batch.chunks is None:
+            raise ConfigError(
+                "the teacher has another tokenizer, and these rows have no text in its ids: "
+                "measures and commands that compare single tokens need a teacher with the "
+                "student's tokenizer; leave them out"
+            )
         return self.inner.side(batch, quantities)
 
     def base_side(self, batch: DistillBatch) -> Side:
         """Return the inner teacher's."""
         return self.inner.base_side(batch)
 
-    def generator(self) -> tuple[PreTrainedModel, AbstractContextManager[None]]:
+    def generator(self) -> GeneratingModels:
         """Refuse: what it generates is in its own ids."""
         raise ConfigError(f"{_OPTION} generates no responses: they would be in its own ids")
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import ClassVar
-
-from transformers import PreTrainedModel
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Quantity, Side, Term, WeightedTerm
 from okd_lightning.metrics import cached_measures
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.teachers.base import Measurement, Teacher
-from okd_lightning.teachers.run import Opening
+from okd_lightning.teachers.run import GeneratingModels, Opening
 from okd_lightning.teachers.terms import cached_terms, check_cached_term
 
 
@@ -28,6 +26,7 @@ class PackedTeacher(Teacher):
     """
 
     generates = False
+    covers_vocabulary = False
     reads_new_rows: ClassVar[bool] = False
     """True where it can score on-policy responses."""
 
@@ -56,7 +55,7 @@ class PackedTeacher(Teacher):
             f"{self.option} has one that stays as it was: leave it out, or use another method"
         )
 
-    def generator(self) -> tuple[PreTrainedModel, AbstractContextManager[None]]:
+    def generator(self) -> GeneratingModels:
         """Refuse: there is no model here."""
         raise ConfigError(
             f"{self.option} has no model in this process that could generate as the teacher: give "

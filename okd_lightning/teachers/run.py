@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning
 import torch
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from okd_lightning.losses import Term
 from okd_lightning.models import DTypeName, ModelSource, Vocabulary
@@ -80,3 +81,19 @@ class Opening:
     device: torch.device
     read_rows: Callable[[str], tuple[list[Sequence[Example]], int]]
     progress: Callable[[Any, str, int], AbstractContextManager[Callable[[int], None] | None]]
+
+
+@dataclass(frozen=True)
+class GeneratingModels:
+    """The models that generate as one.
+
+    Attributes:
+        models: At least one.
+        context: Context that they need.
+        mix: From each model's [rows, vocab] logits to those of the distribution that is sampled;
+            None for one model.
+    """
+
+    models: tuple[PreTrainedModel, ...]
+    context: AbstractContextManager[None] = field(default_factory=nullcontext)
+    mix: Callable[[Sequence[Tensor]], Tensor] | None = None

@@ -22,7 +22,7 @@ from okd_lightning.losses import Quantity, Side
 from okd_lightning.models import LMHead, ModelSource
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.teachers.base import Teacher, model_side
-from okd_lightning.teachers.run import Opening, TeacherOptions
+from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions
 
 
 class SelfTeacher(Teacher):
@@ -83,12 +83,12 @@ class SelfTeacher(Teacher):
             head = LMHead.of(self.student, vocabulary)
             return replace(side, head=replace(head, module=detached(head.module)))
 
-    def generator(self) -> tuple[PreTrainedModel, AbstractContextManager[None]]:
+    def generator(self) -> GeneratingModels:
         """Return the copy, or the student as a teacher."""
         if self.model is not None:
             return super().generator()
         assert self.student is not None
-        return self.student, self.as_teacher()
+        return GeneratingModels((self.student,), self.as_teacher())
 
     @contextmanager
     def as_teacher(self) -> Iterator[None]:

@@ -130,13 +130,18 @@ def _foreign_part(value: Any) -> str | None:
     waiting = [value]
     while waiting:
         node = waiting.pop()
+        if isinstance(node, list):
+            waiting += node
+            continue
+        if not isinstance(node, Mapping):
+            continue
         for key, entry in node.items():
             if key == "url" and entry is not None:
                 return "a server"
             is_kernel = str(key).endswith("attn_implementation") and isinstance(entry, str)
             if is_kernel and set("/:") & set(entry):
                 return f"the kernel {entry!r}, which is downloaded and run"
-            waiting += [entry] if isinstance(entry, Mapping) else []
+            waiting.append(entry)
     return None
 
 
@@ -147,6 +152,10 @@ def _stored(value: Any) -> Any:
         return _stored_teacher(value)
     if isinstance(value, str | os.PathLike):
         return str(Path(value).absolute()) if Path(value).is_dir() else str(value)
+    if isinstance(value, list | tuple):
+        return [_stored(entry) for entry in value]
+    if _is_by_name(value):
+        return {str(name): _stored(entry) for name, entry in value.items()}
     return json.loads(json.dumps(dict(value))) if isinstance(value, Mapping) else _kept(value)
 
 
@@ -167,7 +176,7 @@ def _stored_teacher(teacher: Teacher) -> dict[str, Any]:
     name = type(teacher).__name__
     settings = {n: _stored(value) for n, value in teacher.arguments.items() if value is not None}
     is_own = getattr(teachers, name, None) is type(teacher)
-    if not is_own or any(_is(value, _CODE) for value in settings.values()):
+    if not is_own or _holds(list(settings.values()), _CODE):
         return {"kept": _CODE, "value": None}
     return {_CLASS: f"{teachers.__name__}.{name}", _SETTINGS: settings}
 
@@ -186,8 +195,21 @@ def _restored_teacher(stored: Mapping[str, Any]) -> Teacher:
 
 def _is_in_memory(value: Any) -> bool:
     """Return whether a stored teacher was a model in memory, or holds one."""
-    settings = (value.get(_SETTINGS) or {}) if isinstance(value, Mapping) else {}
-    return any(_is(v, _CONFIG) or _is(v, _CODE) for v in (value, *settings.values()))
+    return _holds(value, _CONFIG) or _holds(value, _CODE)
+
+
+def _is_by_name(value: Any) -> bool:
+    """Return whether a value maps names to values, and is no model's config."""
+    return isinstance(value, Mapping) and "model_type" not in value
+
+
+def _holds(value: Any, kind: str) -> bool:
+    """Return whether a stored value, or one of those in it, is of a kind."""
+    if isinstance(value, list):
+        return any(_holds(entry, kind) for entry in value)
+    if not isinstance(value, Mapping):
+        return False
+    return _is(value, kind) or any(_holds(entry, kind) for entry in value.values())
 
 
 def _restored(value: Any) -> Any:
@@ -197,6 +219,10 @@ def _restored(value: Any) -> Any:
         return peft_config_of(value["value"])
     if _is(value, _FILES):
         return _tokenizer_of(value["value"])
+    if isinstance(value, list):
+        return [_restored(entry) for entry in value]
+    if _is_by_name(value) and "kept" not in value:
+        return {name: _restored(entry) for name, entry in value.items()}
     return value["value"] if _is(value, _CONFIG) else value
 
 

@@ -35,7 +35,7 @@ _OPTIONS: dict[str, PathKind] = {
 _NAMES = ("folder", "dirpath", "save_dir", "sync_folder")
 """Parameters of classes in the settings that are paths, besides those annotated as ``Path``."""
 
-_SOURCES = ("teacher_base",)
+_SOURCES = ("teacher_base", "path")
 """Parameters of classes in the settings that name a model, besides those annotated as such."""
 
 _KEYWORDS = {"data.token_cache": ("auto",), "ckpt_path": ("last", "best", "hpc", "registry")}
@@ -135,8 +135,22 @@ def _walk(name: str, node: Any, owner: Any, change: Change, find: Find) -> None:
         kind = _OPTIONS.get(option) or _kind(owner, key)
         if isinstance(value, str) and kind is not None:
             items[key] = _changed(option, value, kind, change)
+        elif kind is not None and (several := _several(value)):
+            for place, entry in several.items():
+                if isinstance(entry, str):
+                    value[place] = _changed(option, entry, kind, change)
+                else:
+                    _walk(option, entry, None, change, find)
         elif not isinstance(value, str):
             _walk(option, value, None, change, find)
+
+
+def _several(value: Any) -> dict[Any, Any]:
+    """Return the entries of a parameter that takes several sources, by place; {} for any other."""
+    if isinstance(value, list):
+        return dict(enumerate(value))
+    is_one = isinstance(value, Mapping) and {"model_type", "class_path"} & value.keys()
+    return dict(value) if isinstance(value, dict) and not is_one else {}
 
 
 def _changed(name: str, value: str, kind: PathKind, change: Change) -> str:

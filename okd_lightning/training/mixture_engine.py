@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from okd_lightning.engines import Blend, RolloutEngine, TransformersEngine
+from torch import Tensor
+
+from okd_lightning.engines import Blend, MixedDraws, RolloutEngine, TransformersEngine
 from okd_lightning.errors import ConfigError
 from okd_lightning.records.requests import Request, Rollout
 from okd_lightning.training.paired_module import PairedModule
@@ -61,11 +64,16 @@ class MixtureEngine:
                 "of teacher and student need the built-in engine: leave --model.engine out"
             )
         with module.pair.writing("student", "teacher") as (student, teacher):
-            engine = module.build_engine(student)
+            engine = module.build_engine(student.models[0])
             if not isinstance(engine, TransformersEngine):
                 raise ConfigError(
                     f"{type(engine).__name__} writes with one model; responses from a mixture of "
                     "teacher and student need the built-in engine"
                 )
-            mixed = replace(engine, blend=Blend(teacher, self._share))
+            own, mix = Blend(teacher.models[0], self._share), teacher.mix
+
+            def mixing(logits: Sequence[Tensor]) -> Tensor:
+                return own.mix(logits[0], logits[1] if mix is None else mix(logits[1:]))
+
+            mixed = replace(engine, blend=MixedDraws(teacher.models, mixing))
             return mixed.respond(request)

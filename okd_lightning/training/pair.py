@@ -6,8 +6,8 @@ what is trained nor by which loss, and does not know which kind of teacher it ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import replace
 from typing import Any, Self, cast
@@ -22,7 +22,6 @@ from okd_lightning.engines.memory import memory_of
 from okd_lightning.engines.tool_rollouts import ToolRounds
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import (
-    ChunkValues,
     Measured,
     Quantity,
     Side,
@@ -58,6 +57,7 @@ from okd_lightning.records.requests import Generator
 from okd_lightning.sharding import Placement, WholeModels
 from okd_lightning.teachers import (
     AdaptiveTeacher,
+    GeneratingModels,
     OnlineModuleSettings,
     Teacher,
     TeacherBase,
@@ -102,16 +102,19 @@ class Pair:
     ) -> None:
         given_teacher = teacher_of(teacher)
         given_teacher.check_options(settings.teacher_options(student))
-        given = GivenPair.of(student, given_teacher.own_source, settings.student_adapter)
+        sources = given_teacher.own_sources
+        given = GivenPair.of(
+            student, given_teacher.own_source, settings.student_adapter, sources[1:]
+        )
         self._given = given
         self._trainer_of = trainer_of
         self.settings = settings
         self.dtype: DTypeName = dtype_of(given.student, settings.dtype)
         self.student_adapter = given.adapter
         self.tokenizer = find_tokenizer(settings.tokenizer, given.student, given.teacher)
-        self.vocabulary = check_pair(self.tokenizer, given.student, given.teacher)
+        self.vocabulary = check_pair(self.tokenizer, given.student, sources)
         ends = find_end_tokens(
-            given.student, given.teacher, self.tokenizer, self.vocabulary, settings.end_tokens
+            given.student, sources, self.tokenizer, self.vocabulary, settings.end_tokens
         )
         self.student: PreTrainedModel | None = None
         self.packs_student = False
@@ -196,10 +199,9 @@ class Pair:
                     "same"
                 )
             return
-        given = self.given_teacher
-        adaptive = given.with_module(lambda inner: AdaptiveTeacher(inner, settings))
-        self.given_teacher = adaptive.join(given.run)
-        if given.model is not None:
+        adapted = self.given_teacher.adapted(lambda teacher: AdaptiveTeacher(teacher, settings))
+        self.given_teacher = adapted.join(self.given_teacher.run)
+        if self.student is not None:
             with drawing_from_the_seed():
                 self.given_teacher.build()
 
@@ -239,14 +241,11 @@ class Pair:
         self.use_ends(ends)
 
     def add_eos_ids(self, ids: Iterable[int]) -> None:
-        """Let further ids end a response, such as a chat template's end of turn; logged once.
-
-        A teacher with another tokenizer has ends of its own: then the student's are one outcome.
-        """
+        """Let further ids end a response, such as a chat template's end of turn; logged once."""
         found = list(ids)
         new = [i for i in found if i not in self.eos_ids]
-        is_joined = self.given_teacher.tokenizer is not None
-        self.use_ends((self.ends.with_ends if is_joined else self.ends.with_stops)(found))
+        has_own = self.given_teacher.tokenizer is not None
+        self.use_ends(self.ends.with_stops(found, are_ends=has_own))
         if new:
             names = ", ".join(repr(self.tokenizer.decode([i])) for i in new)
             rank_zero_info(f"responses also end at {names}, as the data's own responses do")
@@ -281,10 +280,8 @@ class Pair:
         teacher = base = None
         if any(quantity.needs_teacher for quantity in quantities):
             teacher = self.teacher.side(batch, quantities)
-            is_one_text = batch.chunks is None
-            assert not is_one_text or len(teacher.hidden) == len(student.hidden), (
-                "other loss tokens than the student"
-            )
+            is_same = batch.chunks is not None or len(teacher.hidden) == len(student.hidden)
+            assert is_same, "other loss tokens than the student"
         if any(quantity.needs_base_teacher for quantity in quantities):
             base = self._base_side(batch)
         return student, teacher, base
@@ -298,22 +295,23 @@ class Pair:
 
     def measure(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Measured:
         """Run both sides once and measure; see ``DistillationModule.measure``."""
-        if self.teacher.tokenizer is not None and any(q.needs_teacher for q in quantities):
-            found = self._chunk_values(batch, quantities)
-            return replace(Measured.about(batch), values=found.all_at_positions(quantities))
-        student, teacher, base = self.sides(batch, quantities)
-        values = measure(
-            quantities,
-            student,
-            teacher,
-            batch.student_reads.targets,
-            self.vocabulary.size,
-            self.settings.tile_positions,
-            base,
-            Measured.about(batch).merges_ends,
-        )
+        sides, size = self.sides(batch, quantities), self.settings.tile_positions
+        student, teacher, base = sides
+        if batch.chunks is not None:
+            values = measure_chunks(batch, quantities, sides, size).at_positions()
+        else:
+            values = measure(
+                quantities,
+                student,
+                teacher,
+                batch.student_reads.targets,
+                self.vocabulary.size,
+                size,
+                base,
+                Measured.about(batch).merges_ends,
+            )
         if not torch.is_grad_enabled():
-            self.placement.release(self.student, self.teacher.model)
+            self.placement.release(*self.models)
         return replace(Measured.about(batch), values=values)
 
     def loss_of(
@@ -322,9 +320,10 @@ class Pair:
         """Run both sides once and sum the terms; see ``DistillationModule.loss_of``."""
         terms = self.teacher.forms(terms)
         quantities = [quantity for weighted in terms for quantity in weighted.term.quantities]
-        if self.teacher.tokenizer is not None and any(q.needs_teacher for q in quantities):
-            values = self._chunk_values(batch, quantities)
-            return chunked_loss(terms, Measured.about(batch), values)
+        if batch.chunks is not None:
+            sides, size = self.sides(batch, quantities), self.settings.tile_positions
+            found = measure_chunks(batch, quantities, sides, size)
+            return chunked_loss(terms, Measured.about(batch), found)
         if not all(weighted.term.is_positionwise for weighted in terms):
             return weighted_loss(terms, self.measure(batch, quantities))
         student, teacher, base = self.sides(batch, quantities)
@@ -340,49 +339,37 @@ class Pair:
             checks,
         )
 
-    def _chunk_values(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> ChunkValues:
-        """Run both sides over their own texts, for a teacher with another tokenizer."""
-        if batch.chunks is None:
-            raise ConfigError(
-                "the teacher has another tokenizer, and these rows have no text in its ids: "
-                "measures and commands that compare single tokens need a teacher with the "
-                "student's tokenizer; leave them out"
-            )
-        values = measure_chunks(
-            batch,
-            quantities,
-            self.sides(batch, quantities),
-            (self.vocabulary.size, len(cast(Sized, self.teacher.tokenizer))),
-            self.settings.tile_positions,
-        )
-        if not torch.is_grad_enabled():
-            self.placement.release(self.student, self.teacher.model)
-        return values
-
     @contextmanager
-    def writing(self, *generators: Generator) -> Iterator[list[PreTrainedModel]]:
+    def writing(self, *generators: Generator) -> Iterator[list[GeneratingModels]]:
         """Prepare models for generation in the block: unsharded, in eval mode, no gradient.
 
         Args:
             generators: Student, teacher or both.
 
         Yields:
-            Each one's model within its PEFT wrapper, adapters included.
+            Each one's models within their PEFT wrappers, adapters included.
         """
         trainer = self._trainer_of()
         precision = nullcontext if trainer is None else trainer.precision_plugin.forward_context
-        models, contexts = zip(*map(self._generator, generators), strict=True)
-        plain = [_within_peft(model) for model in models]
+        found = [self._generator(who) for who in generators]
+        models = [model for one in found for model in one.models]
+        plain = [replace(one, models=tuple(map(_within_peft, one.models))) for one in found]
         with torch.no_grad(), precision(), self.placement.alone(*models), ExitStack() as stack:
-            for context in (*map(in_eval_mode, plain), *contexts):
-                stack.enter_context(context)
+            for one in plain:
+                for context in (*map(in_eval_mode, one.models), one.context):
+                    stack.enter_context(context)
             yield plain
 
-    def _generator(self, who: Generator) -> tuple[PreTrainedModel, AbstractContextManager[None]]:
+    def _generator(self, who: Generator) -> GeneratingModels:
         if who != "student":
             return self.teacher.generator()
         assert self.student is not None
-        return self.student, nullcontext()
+        return GeneratingModels((self.student,))
+
+    @property
+    def models(self) -> list[PreTrainedModel]:
+        """All models in memory, each of which is placed by itself: student, then teachers."""
+        return [*([] if self.student is None else [self.student]), *self.teacher.models]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy the models, with ``memo`` deciding what they share; share everything else.

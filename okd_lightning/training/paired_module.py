@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Self
 
 from torch import nn
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from okd_lightning.checkpoints.contents import allow_left_out
 from okd_lightning.checkpoints.folders import read_folders
-from okd_lightning.engines import RolloutEngine, Sampling, TransformersEngine
+from okd_lightning.engines import MixedDraws, RolloutEngine, Sampling, TransformersEngine
 from okd_lightning.engines.engine import EngineSource
 from okd_lightning.engines.tool_rollouts import ToolEngine, ToolRounds
 from okd_lightning.errors import ConfigError
@@ -23,7 +24,7 @@ from okd_lightning.losses import Measured, Quantity, WeightedLoss, WeightedTerm
 from okd_lightning.models import EndTokens, ModelSource, Vocabulary, check_precision
 from okd_lightning.records.batches import DistillBatch, TrainingRow
 from okd_lightning.records.requests import Request, Rollout
-from okd_lightning.teachers import OnlineModuleSettings, trained
+from okd_lightning.teachers import GeneratingModels, OnlineModuleSettings, trained
 from okd_lightning.training.frozen_parts import FrozenPartsModule
 from okd_lightning.training.optimizers import float16_refusal
 from okd_lightning.training.pair import Pair
@@ -36,7 +37,7 @@ class PairedModule(FrozenPartsModule):
     Attributes:
         pair: The student, its teacher, their vocabulary and their placement.
         student: The student's model, registered here for Lightning; None before it is built.
-        teacher: The teacher's model; None before it is built, and where it has none.
+        teacher: The teacher's models; None before it is built, and where it has none.
         engine: Source of the engine for the student's responses.
     """
 
@@ -47,7 +48,7 @@ class PairedModule(FrozenPartsModule):
         self.pair = pair
         self.engine = engine
         self.student: PreTrainedModel | None = None
-        self.teacher: PreTrainedModel | None = None
+        self.teacher: nn.Module | None = None
         self.weights_read = ""  # digest of the weights, in a run of several processes
         self._online_weights: dict[str, Any] = {}  # of an online module that is not attached yet
         self.register_load_state_dict_post_hook(allow_left_out)
@@ -110,12 +111,12 @@ class PairedModule(FrozenPartsModule):
         self._register()
         if self._trainer is not None and self._trainer.world_size > 1:
             base = self.pair.teacher_base
-            models = (self.student, self.teacher, None if base is None else base.model)
-            self.weights_read = weights_digest(models)
+            own = None if base is None else base.model
+            self.weights_read = weights_digest([*self.pair.models, own])
 
     def _register(self) -> None:
         """Register the pair's models, and load weights that waited for an online module."""
-        self.student, self.teacher = self.pair.student, self.pair.teacher.model
+        self.student, self.teacher = self.pair.student, self.pair.teacher.module
         if self._online_weights and self.online_module is not None:
             super().load_state_dict(self._online_weights, strict=False)
             self._online_weights = {}
@@ -235,14 +236,25 @@ class PairedModule(FrozenPartsModule):
 
         Where the data has tools (``tool_rounds``), prompts that are chats may call them.
         """
-        with self.pair.writing(request.generator) as (model,):
+        with self.pair.writing(request.generator) as (own,):
             if request.generator == "student" and self.engine is not None:
-                engine = self.engine.engine(model, self.vocabulary, self.eos_ids)
+                engine = self.engine.engine(own.models[0], self.vocabulary, self.eos_ids)
             else:
-                engine = self.build_engine(model)
+                engine = self._engine_of(own)
             if self.tool_rounds is not None:
                 engine = ToolEngine(engine, self.tool_rounds)
             return engine.respond(request)
+
+    def _engine_of(self, own: GeneratingModels) -> RolloutEngine:
+        engine = self.build_engine(own.models[0])
+        if own.mix is None:
+            return engine
+        if not isinstance(engine, TransformersEngine):
+            raise ConfigError(
+                f"{type(engine).__name__} writes with one model, and the teacher has "
+                f"{len(own.models)}: leave build_engine to the built-in engine"
+            )
+        return replace(engine, blend=MixedDraws(own.models[1:], own.mix))
 
     def build_engine(self, model: PreTrainedModel) -> RolloutEngine:
         """Build the built-in engine on ``model``; override to use another for both models."""

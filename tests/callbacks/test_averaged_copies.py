@@ -81,6 +81,23 @@ def test_checkpoints_of_averages_hold_no_teacher_and_go_on(kind, tmp_path):
     assert close(fit(path).student, weights(whole.student))
 
 
+def test_an_average_goes_on_in_the_middle_of_an_epoch(tmp_path):
+    """The schedule of stochastic weight averaging is the same after a resume at any step."""
+
+    def fit(folder: Path, ckpt_path: Path | None = None) -> dict[str, Tensor]:
+        module = make_module()
+        averaging = StochasticWeightAveraging(1e-3, swa_epoch_start=2, annealing_epochs=3)
+        saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer = tiny.make_trainer(folder, [KD(), averaging, saving], max_epochs=4)
+        trainer.fit(module, make_data(12), ckpt_path=ckpt_path)
+        return weights(module.student)
+
+    whole = fit(tmp_path / "whole")
+    for step in (1, 4, 5, 7):  # of 3 an epoch; the averaging begins with step 3
+        resumed = fit(tmp_path / f"from {step}", tmp_path / "whole" / f"step={step}.ckpt")
+        assert all(torch.equal(resumed[name], whole[name]) for name in whole), step
+
+
 def swa() -> StochasticWeightAveraging:
     return StochasticWeightAveraging(1e-2, swa_epoch_start=1, annealing_epochs=1)
 

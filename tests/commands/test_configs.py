@@ -92,6 +92,16 @@ def test_another_method_drops_the_old_ones_settings(
     assert resolved()["method"]["init_args"]["temperature"] == 1.0
 
 
+@pytest.mark.parametrize("method", ["KDD", {"class_path": "KDD", "init_args": {"a": 1}}])
+def test_a_misspelt_method_is_refused_beside_a_typed_one(
+    okd: Type, config: str, here: Path, method: object
+) -> None:
+    (here / "overlay.yaml").write_text(yaml.safe_dump({"method": method}))
+    result = okd("fit", "--config", config, "--config", "overlay.yaml", "--method", "KD")
+    assert result.status != 0
+    assert "KDD: there is no such method; did you mean KD?" in result.err
+
+
 def test_an_overlays_method_drops_them_too(okd: Type, config: str, here: Path) -> None:
     (here / "gkd.yaml").write_text("method: {class_path: GKD, init_args: {beta: 0.2}}\n")
     with pytest.warns(UserWarning, match=r"run\.yaml sets up KD"):

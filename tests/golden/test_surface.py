@@ -1,13 +1,15 @@
 """What people type and import, as text.
 
 Frozen here: the config that ``fit --print_config`` prints, the names of the options of ``fit``, and
-the signature of everything that ``docs/api`` lists. ``make golden`` writes the three files anew.
+the signature of everything that ``docs/api`` lists. ``make golden`` writes the three files anew,
+and the index of options that is in the package.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,12 @@ from golden.sections import WRITES
 from process_state import unchanged_process
 
 from okd_lightning.__main__ import main
+from okd_lightning.callbacks.methods.base import Method
+from okd_lightning.commands import unknown_options
+from okd_lightning.commands.cli import DistillationCLI
+from okd_lightning.commands.cli_errors import subclass_names
+from okd_lightning.commands.compare.command import compare_parser
+from okd_lightning.commands.diagnose.command import diagnose_parser
 
 SURFACE = Path(__file__).parent / "surface"
 API = Path(__file__).parents[2] / "docs" / "api"
@@ -50,6 +58,28 @@ def test_the_options_of_fit(capsys):
     check("fit_options.txt", "\n".join(options) + "\n")
     assert "--model.student" in options
     assert "--trainer.max_steps" in options
+
+
+class ParsersBuilt(Exception):
+    """Ends a command once its parsers are built; its argument has them by command."""
+
+
+class ParsersOnly(DistillationCLI):
+    def parse_arguments(self, parser, args):
+        raise ParsersBuilt(self._subcommand_parsers)
+
+
+def test_the_index_of_options_is_that_of_the_parser():
+    with unchanged_process(), pytest.raises(ParsersBuilt) as built:
+        ParsersOnly(args=[])
+    (parsers,) = built.value.args
+    parsers |= {"compare": compare_parser(), "diagnose": diagnose_parser()}
+    options = {name: sorted(parser._option_string_actions) for name, parser in parsers.items()}
+    index = {"options": options, "methods": subclass_names(Method, within="okd_lightning.")}
+    path = Path(unknown_options.__file__).with_name(unknown_options.INDEX)
+    if WRITES:
+        path.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    assert json.loads(path.read_text(encoding="utf-8")) == index
 
 
 def found_at(path: str) -> Any:

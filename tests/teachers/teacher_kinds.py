@@ -21,6 +21,7 @@ from okd_lightning.teachers import (
     LoadedTeacher,
     ServedTeacher,
     Teacher,
+    TeacherEnsemble,
 )
 
 ALL = tiny.NUM_IDS
@@ -104,6 +105,20 @@ KINDS: dict[str, Kind] = {
         moves=True,
         trained="lora_",
     ),
+    "mixture of equals": Kind(lambda at: TeacherEnsemble([at.teacher, at.teacher], [0.3, 0.7])),
+    "product of equals": Kind(
+        lambda at: TeacherEnsemble([at.teacher, at.teacher], [0.5, 0.5], "product")
+    ),
+    "mixture with a module": Kind(
+        lambda at: TeacherEnsemble(
+            [AdaptiveTeacher(LoadedTeacher(at.teacher), okd().settings), at.teacher]
+        ),
+        method=okd,
+        logged="train/student_loss",
+        refuses=(another_module, "two methods ask for different online modules"),
+        moves=True,
+        trained="lora_",
+    ),
     "cached": Kind(
         lambda at: CachedTeacher(at.teacher, at.cache, ALL, "float32"),
         refuses=(lambda: GKD(on_policy_fraction=1.0), "no cache can hold those"),
@@ -116,7 +131,7 @@ KINDS: dict[str, Kind] = {
         has_cells=True,
     ),
     "foreign, adaptive": Kind(
-        lambda at: ForeignTeacher(at.teacher, at.foreign).with_module(
+        lambda at: ForeignTeacher(at.teacher, at.foreign).adapted(
             lambda inner: AdaptiveTeacher(inner, okd().settings)
         ),
         method=okd,

@@ -51,7 +51,7 @@ class _Pass:
 
     def alone(self) -> AbstractContextManager[object]:
         """Return a context in which ranks may run the models different numbers of times."""
-        return self.module.pair.placement.alone(self.module.student, self.module.teacher)
+        return self.module.pair.placement.alone(*self.module.pair.models)
 
 
 class PaperMeasures(EvaluationCallback):

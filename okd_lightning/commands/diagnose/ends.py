@@ -80,9 +80,8 @@ def _last_masses(module: DistillationModule, responses: Responses, batch_size: i
 def _candidates(module: DistillationModule, masses: Sequence[Tensor]) -> list[int]:
     """Return the known end ids, and special tokens that a model puts probability on there."""
     pair = module.pair
-    usual = find_end_tokens(
-        pair.student_source, pair.teacher.source, module.tokenizer, module.vocabulary
-    )
+    teachers = pair.teacher.own_sources
+    usual = find_end_tokens(pair.student_source, teachers, module.tokenizer, module.vocabulary)
     known = list(dict.fromkeys([*module.vocabulary.end_ids, *module.eos_ids, *usual.end_ids]))
     tokenizer = module.tokenizer
     specials = set(tokenizer.all_special_ids)

@@ -74,11 +74,13 @@ def writing_checks(own: Responses, teachers: Responses, limit: int) -> list[Chec
 def _vocabulary(module: DistillationModule) -> Check:
     """Report padding ids; student and teacher with different vocabularies were refused before."""
     size = module.vocabulary.size
-    tables = {}
-    for name, model in (("student", module.student), ("teacher", module.teacher)):
-        if model is not None:
-            tables[name] = int(model.config.get_text_config().vocab_size)
-    padded = ", ".join(f"{name} {rows - size}" for name, rows in tables.items() if rows > size)
+    tables = [
+        ("student" if model is module.student else "teacher", model.config.get_text_config())
+        for model in module.pair.models
+    ]
+    padded = ", ".join(
+        f"{name} {config.vocab_size - size}" for name, config in tables if config.vocab_size > size
+    )
     text = f"student and teacher agree on {size:,} ids"
     if padded:
         text += f"; rows after them ({padded}) are masked on both sides"

@@ -76,8 +76,16 @@ class ModelsFirst(Callback):
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Warn of options without effect; only now is it known whether the run is resumed."""
+        """Warn of options without effect; only now is it known whether the run is resumed.
+
+        An epoch that is resumed in its middle does not call ``on_train_epoch_start``, where
+        ``StochasticWeightAveraging`` installs its schedule: it is called here.
+        """
         warn_of_idle_options(trainer, pl_module, "fit")
+        if trainer.fit_loop.restarted_mid_epoch:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, StochasticWeightAveraging):
+                    callback.on_train_epoch_start(trainer, pl_module)
 
     def on_train_batch_start(
         self,
