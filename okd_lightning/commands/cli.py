@@ -205,9 +205,9 @@ class DistillationCLI(LightningCLI):
         check_callbacks(configured)
         self.model.chosen_options = self._chosen
         resolved = self.resolved_config()
-        self.model.run_config = yaml.safe_dump(resolved, sort_keys=False)
-        self.model.resume_flag = flag_needed(resolved)
-        self.model.started_in = str(Path.cwd())
+        self.model.run_state.config = yaml.safe_dump(resolved, sort_keys=False)
+        self.model.run_state.resume_flag = flag_needed(resolved)
+        self.model.run_state.started_in = str(Path.cwd())
         return self.trainer_class(**{**config, **kwargs, "callbacks": configured})
 
     def resolved_config(self) -> dict[str, Any]:
@@ -226,7 +226,7 @@ class DistillationCLI(LightningCLI):
         if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.trainer.fit(**kwargs)
             return
-        train_in_folder(self.trainer, self.model.run_config, **kwargs)
+        train_in_folder(self.trainer, self.model.run_state.config, **kwargs)
 
     def validate(self, verbose: bool = True, **kwargs: Any) -> None:
         """Measure on the validation data and print one line per number."""
@@ -250,7 +250,7 @@ class DistillationCLI(LightningCLI):
         folder = Path(self.trainer.default_root_dir)
         last = folder / "checkpoints" / "last.ckpt"
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or last
-        shown = f"{best}{self.model.resume_flag}"
+        shown = f"{best}{self.model.run_state.resume_flag}"
         is_here = run_folder_of(str(best)).resolve() == folder.resolve()
         place = "" if is_here else f" --trainer.default_root_dir {folder}"
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]

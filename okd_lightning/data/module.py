@@ -200,7 +200,7 @@ class RolloutDataModule(NewDataModule):
             ConfigError: It does not fit the batch size, the devices or the accumulation; or the
                 Trainer would end an epoch inside an optimizer step, or change the steps' rows.
         """
-        equip(self._module, self.toolbox, self.max_turns, self.columns.chat_template_kwargs)
+        equip(self._module.pair, self.toolbox, self.max_turns, self.columns.chat_template_kwargs)
         if stage == "fit":
             settle_steps(
                 self._trainer, self.batch_size, self.global_batch_size, self.samples_per_prompt
@@ -214,7 +214,7 @@ class RolloutDataModule(NewDataModule):
         Raises:
             OKDLightningError: An error that the loaders would raise later.
         """
-        self._module.check_sampling(self.sampling)
+        self._module.pair.check_sampling(self.sampling)
         if stage == "fit" and self.sources["train"] is not None:
             self._train_examples()
         part = {"fit": "val", "validate": "val"}.get(stage, stage)
@@ -259,7 +259,7 @@ class RolloutDataModule(NewDataModule):
             gather=self.gather,
             progress=partial(rollout_progress, trainer),
             score=self._scorer(module),
-            teacher_rows=module.retokenized,
+            teacher_rows=module.pair.teacher.retokenized,
             stop=self.stop,
         )
         check_limit(trainer, shape, len(self._train_loader))
@@ -319,10 +319,11 @@ class RolloutDataModule(NewDataModule):
             raise DataError(f"no data: give --data.{part} a JSONL file, a folder or a hub id")
         key = f"{part}:{needs_response}"
         if key not in self._examples:
+            prompted = part != "predict"
             self._examples[key] = read_part(
                 part,
                 source,
-                self._module,
+                self._module.pair,
                 split=self.splits[part],
                 subset=self.subset,
                 token_cache=self.token_cache,
@@ -331,8 +332,8 @@ class RolloutDataModule(NewDataModule):
                 max_response_length=self.max_response_length,
                 on_overlong=self.on_overlong,
                 needs_response=needs_response,
-                teacher_prompts=self.teacher_prompts if part != "predict" else None,
-                teacher_tokenizer=self._module.teacher_tokenizer if part != "predict" else None,
+                teacher_prompts=self.teacher_prompts if prompted else None,
+                teacher_tokenizer=self._module.pair.teacher.tokenizer if prompted else None,
             )
         return self._examples[key]
 
@@ -340,19 +341,17 @@ class RolloutDataModule(NewDataModule):
         trainer = self._trainer
         if self.sources[part] is None and trainer.state.fn == TrainerFn.FITTING:
             return []
-        examples = self.examples(part).examples
+        examples, rows = self.examples(part).examples, self._module.pair.teacher.retokenized
         loaders: list[DatasetResponses | StudentResponses] = []
         given = [example for example in examples if example.response_ids]
         if given:
             place = trainer.global_rank, trainer.world_size
-            rows = self._module.retokenized
-            loaders.append(DatasetResponses(given, self.batch_size, *place, teacher_rows=rows))
+            loaders.append(DatasetResponses(given, self.batch_size, *place, rows))
         if self.val_rollouts:
             chosen = hashed_choice(
                 len(examples), self.val_rollouts, NoiseDomain.VALIDATION_PROMPTS, self.seed
             )
-            asked = [examples[i] for i in chosen]
-            loaders.append(self._own_responses(asked, Sampling(), self._module.retokenized))
+            loaders.append(self._own_responses([examples[i] for i in chosen], Sampling(), rows))
         return loaders
 
     def _own_responses(

@@ -29,6 +29,7 @@ from okd_lightning.records.collation import collate
 from okd_lightning.records.requests import Response
 from okd_lightning.records.rows import sampled_rows
 from okd_lightning.teachers import CachedTeacher, ForeignTeacher, FrozenSelf
+from okd_lightning.tools import Calculator
 from okd_lightning.training.module import DistillationModule
 
 ROWS = tiny.make_rows(16)
@@ -94,7 +95,7 @@ def sampled_batch(module):
         on_overlong="skip",
         needs_response=True,
         where="rows",
-        teacher_tokenizer=module.teacher_tokenizer,
+        teacher_tokenizer=module.pair.teacher.tokenizer,
     ).examples
     torch.manual_seed(0)
     responses = [
@@ -106,7 +107,7 @@ def sampled_batch(module):
         )
         for e in examples
     ]
-    return collate(module.retokenized(sampled_rows(examples, "student", responses)))
+    return collate(module.pair.teacher.retokenized(sampled_rows(examples, "student", responses)))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_one_to_one_tokens_train_like_the_same_tokenizer(method, root):
     for module in (make(root, str(root / "teacher")), foreign(root, "other")):
         module.configure_model()
         batch = sampled_batch(module)
-        loss = module.loss_of(batch, [WeightedTerm(method.term, 0.1)])
+        loss = module.pair.loss_of(batch, [WeightedTerm(method.term, 0.1)])
         loss.total.backward()
         found.append((loss, {n: p.grad for n, p in module.student.named_parameters()}))
     assert int((batch.chunks.student < 0).sum()) == 0
@@ -230,11 +231,11 @@ def test_whole_texts_have_a_teachers_prompt_without_text():
 
 def test_ends_of_the_data_are_one_outcome(root):
     module = foreign(root)
-    module.add_eos_ids([2])
-    assert module.vocabulary.end_ids == (1, 2)
+    module.pair.add_eos_ids([2])
+    assert module.pair.vocabulary.end_ids == (1, 2)
     same = make(root, str(root / "teacher"))
-    same.add_eos_ids([2])
-    assert same.vocabulary.end_ids == (1,)
+    same.pair.add_eos_ids([2])
+    assert same.pair.vocabulary.end_ids == (1,)
 
 
 @pytest.mark.parametrize(
@@ -267,9 +268,9 @@ def test_teachers_that_are_not_offered(teacher, words, root):
         make(root, teacher(at))
 
 
-def test_tools_are_refused(root):
+def test_tools_are_refused(root, tmp_path):
     with pytest.raises(ConfigError, match=r"leave data\.tools out"):
-        foreign(root).tool_rounds = object()
+        train(tmp_path, foreign(root), [OPDPlus()], data={"tools": [Calculator()]})
 
 
 def test_rows_without_the_teachers_ids_are_refused(root, tmp_path):
