@@ -26,6 +26,10 @@ class DistilledModule(RolloutEngine, Protocol):
     def eos_ids(self) -> tuple[int, ...]:
         """The ids that end a response."""
 
+    @property
+    def teacher_names(self) -> tuple[str, ...]:
+        """Names of the teachers that rows choose from; none where there is one for all rows."""
+
     def add_eos_ids(self, ids: Iterable[int]) -> None:
         """Add ids that end a response."""
 

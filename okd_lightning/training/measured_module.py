@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from torch import Tensor
 from torchmetrics import Metric
 
 from okd_lightning.losses import DrawnLogProb, Measured, Quantity
@@ -21,7 +22,7 @@ class MeasuredModule(PairedModule):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._loaded_step = 0
-        self.evaluation = measure_metrics()
+        self.evaluation = measure_metrics(len(self.teacher_names))
 
     def validation_step(self, batch: DistillBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure divergences to the base teacher at temperature 1, in nats per token."""
@@ -48,14 +49,26 @@ class MeasuredModule(PairedModule):
         is_own = SOURCES[int(batch.source[0])] == "student"
         for context, wanted in self.pair.teacher.measurements(stage, is_own):
             with context:
-                self._update_measures(wanted, self.measure(batch, tuple(wanted.values())))
+                measured = self.measure(batch, tuple(wanted.values()))
+                self._update_measures(wanted, measured, batch.teachers_present or ())
 
-    def _update_measures(self, wanted: Mapping[str, Quantity], measured: Measured) -> None:
+    def _update_measures(
+        self, wanted: Mapping[str, Quantity], measured: Measured, teachers: Sequence[int]
+    ) -> None:
         for name, quantity in wanted.items():
             values = measured[quantity]
-            metric = cast(Metric, self.evaluation[name])
-            metric.update(-values if isinstance(quantity, DrawnLogProb) else values)
-            self.log(name, metric, on_epoch=True, add_dataloader_idx=False, batch_size=1)
+            values = -values if isinstance(quantity, DrawnLogProb) else values
+            self._update(name, name, values)
+            for number in teachers:
+                assert measured.teacher is not None
+                own = values[measured.teacher == number]
+                self._update(f"{name}/{number}", f"{name}/{self.teacher_names[number]}", own)
+
+    def _update(self, key: str, name: str, values: Tensor) -> None:
+        """Add values to a measure, and log it; all ranks call this, also without values."""
+        metric = cast(Metric, self.evaluation[key])
+        metric.update(values)
+        self.log(name, metric, on_epoch=True, add_dataloader_idx=False, batch_size=1)
 
     def predict_step(
         self, batch: DistillBatch, batch_idx: int, dataloader_idx: int = 0

@@ -63,7 +63,14 @@ class MixtureEngine:
                 f"{type(module.engine).__name__} writes with one model; responses from a mixture "
                 "of teacher and student need the built-in engine: leave --model.engine out"
             )
-        with module.pair.writing("student", "teacher") as (student, teacher):
+        with module.pair.writing("student", "teacher") as ((student,), teachers):
+            if len(teachers) > 1:
+                raise ConfigError(
+                    "responses from a mixture of teacher and student need one teacher for all "
+                    f"rows, and {type(module.pair.teacher).__name__} has {len(teachers)}: give "
+                    "--model.teacher a folder, a hub id or TeacherEnsemble"
+                )
+            (teacher,) = teachers
             engine = module.build_engine(student.models[0])
             if not isinstance(engine, TransformersEngine):
                 raise ConfigError(

@@ -68,7 +68,8 @@ class DistillationModule(OptimizedModule):
             architecture's fields. From Python also a model (the adapter of a PeftModel is trained);
             docs/concepts/models.md.
         teacher: The teacher, in the same forms; or a class of okd_lightning.teachers with its
-            settings: FrozenSelf, AveragedSelf or LiveSelf (the student itself), CachedTeacher (its
+            settings: FrozenSelf, AveragedSelf or LiveSelf (the student itself), TeacherEnsemble
+            (several models as one), RoutedTeachers (one for each row), CachedTeacher (its
             log-probabilities on disk), ServedTeacher (on a server). None for plain SFT.
         tokenizer: Folder or hub id of the tokenizer; the student's by default, else the teacher's.
         learning_rate: After warm-up; 5e-5 by default, or the one set in ``optimizer``.
@@ -218,7 +219,9 @@ class DistillationModule(OptimizedModule):
         loss = self.loss_of(batch, terms, checks=is_new)
         if is_new:
             check_counts(terms, loss.outputs, batch)
-        self._log_step(batch, step_means(terms, loss, batch, trainer.global_step), batch_idx)
+        names = self.teacher_names
+        means = step_means(terms, loss, batch, trainer.global_step, names)
+        self._log_step(batch, means, batch_idx)
         return loss.total + self._idle_loss(terms)
 
     def _idle_loss(self, terms: Sequence[WeightedTerm]) -> Tensor:

@@ -6,6 +6,7 @@ what is trained nor by which loss, and does not know which kind of teacher it ha
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy, deepcopy
@@ -328,31 +329,35 @@ class Pair:
         )
 
     @contextmanager
-    def writing(self, *generators: Generator) -> Iterator[list[GeneratingModels]]:
+    def writing(self, *generators: Generator) -> Iterator[list[list[GeneratingModels]]]:
         """Prepare models for generation in the block: unsharded, in eval mode, no gradient.
 
         Args:
             generators: Student, teacher or both.
 
         Yields:
-            Each one's models within their PEFT wrappers, adapters included.
+            For each, the models of its parts (``Teacher.generators``), within their PEFT wrappers,
+            adapters included.
         """
         trainer = self._trainer_of()
         precision = nullcontext if trainer is None else trainer.precision_plugin.forward_context
-        found = [self._generator(who) for who in generators]
-        models = [model for one in found for model in one.models]
-        plain = [replace(one, models=tuple(map(_within_peft, one.models))) for one in found]
+        found = [self._generators(who) for who in generators]
+        models = [model for parts in found for one in parts for model in one.models]
+        plain = [
+            [replace(one, models=tuple(map(_within_peft, one.models))) for one in parts]
+            for parts in found
+        ]
         with torch.no_grad(), precision(), self.placement.alone(*models), ExitStack() as stack:
-            for one in plain:
+            for one in itertools.chain(*plain):
                 for context in (*map(in_eval_mode, one.models), one.context):
                     stack.enter_context(context)
             yield plain
 
-    def _generator(self, who: Generator) -> GeneratingModels:
+    def _generators(self, who: Generator) -> Sequence[GeneratingModels]:
         if who != "student":
-            return self.teacher.generator()
+            return self.teacher.generators()
         assert self.student is not None
-        return GeneratingModels((self.student,))
+        return [GeneratingModels((self.student,))]
 
     @property
     def models(self) -> list[PreTrainedModel]:

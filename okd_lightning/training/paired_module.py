@@ -23,7 +23,7 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Measured, Quantity, WeightedLoss, WeightedTerm
 from okd_lightning.models import EndTokens, ModelSource, Vocabulary, check_precision
 from okd_lightning.records.batches import DistillBatch
-from okd_lightning.records.requests import Request, Rollout
+from okd_lightning.records.requests import Generator, Request, Response, Rollout
 from okd_lightning.teachers import GeneratingModels, OnlineModuleSettings, trained
 from okd_lightning.training.frozen_parts import FrozenPartsModule
 from okd_lightning.training.optimizers import float16_refusal
@@ -77,6 +77,11 @@ class PairedModule(FrozenPartsModule):
     def has_teacher(self) -> bool:
         """True where there is a teacher; ``teacher`` may be None all the same."""
         return self.pair.teacher.exists
+
+    @property
+    def teacher_names(self) -> tuple[str, ...]:
+        """Names of the teachers that rows choose from; none where there is one for all rows."""
+        return self.pair.given_teacher.names
 
     @property
     def online_module(self) -> OnlineModuleSettings | None:
@@ -221,16 +226,29 @@ class PairedModule(FrozenPartsModule):
 
         Where the data has tools (``tool_rounds``), prompts that are chats may call them.
         """
-        with self.pair.writing(request.generator) as (own,):
-            if request.generator == "student" and self.engine is not None:
-                engine = self.engine.engine(own.models[0], self.vocabulary, self.eos_ids)
-            else:
-                engine = self._engine_of(own)
-            if self.tool_rounds is not None:
-                engine = ToolEngine(engine, self.tool_rounds)
-            return engine.respond(request)
+        with self.pair.writing(request.generator) as (parts,):
+            if len(parts) == 1:
+                return self._engine_of(parts[0], request.generator).respond(request)
+            numbers = [self.pair.teacher.generator_of(prompt) for prompt in request.prompts]
+            written: dict[int, Response] = {}
+            row_steps = 0
+            for number, own in enumerate(parts):
+                rows = [row for row, part in enumerate(numbers) if part == number]
+                prompts = tuple(request.prompts[row] for row in rows)
+                engine = self._engine_of(own, request.generator)
+                rollout = engine.respond(replace(request, prompts=prompts))
+                written |= dict(zip(rows, rollout, strict=True))
+                row_steps += rollout.num_row_steps
+            return Rollout(tuple(written[row] for row in range(len(numbers))), row_steps)
 
-    def _engine_of(self, own: GeneratingModels) -> RolloutEngine:
+    def _engine_of(self, own: GeneratingModels, who: Generator) -> RolloutEngine:
+        if who == "student" and self.engine is not None:
+            engine = self.engine.engine(own.models[0], self.vocabulary, self.eos_ids)
+        else:
+            engine = self._built_in_engine(own)
+        return engine if self.tool_rounds is None else ToolEngine(engine, self.tool_rounds)
+
+    def _built_in_engine(self, own: GeneratingModels) -> RolloutEngine:
         engine = self.build_engine(own.models[0])
         if own.mix is None:
             return engine
