@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 import okd_lightning
 from okd_lightning.bounded_files import check_yaml, load_yaml, read_text, require_regular
 from okd_lightning.checkpoints.files import newest_checkpoint
+from okd_lightning.commands.class_options import classes_first
 from okd_lightning.commands.cli_callbacks import replace_retyped
 from okd_lightning.commands.cli_errors import method_names
 from okd_lightning.commands.config_trust import FLAG
@@ -63,6 +64,7 @@ def prepare(arguments: Sequence[str], can_type: bool = True) -> list[str]:
     Raises:
         ConfigError: A config does not exist or is broken.
         CheckpointError: A ``--ckpt_path`` does not exist, is not ours, or is not trusted.
+        UsageError: A setting of a class that is not named.
     """
     command, *rest = arguments
     is_trusted, rest = take_flag(rest)
@@ -91,7 +93,8 @@ def prepare(arguments: Sequence[str], can_type: bool = True) -> list[str]:
     typed = _last(_values(rest, ("--method", "--method.class_path")))
     _drop_other_methods(configs, typed)
     inlined = [part for _, c in configs for part in ("--config", yaml.safe_dump(c))]
-    return [command, *inlined, *_without(rest, _CONFIG_OPTIONS)]
+    ordered = classes_first(_without(rest, _CONFIG_OPTIONS), [config for _, config in configs])
+    return [command, *inlined, *ordered]
 
 
 def take_flag(arguments: Sequence[str]) -> tuple[bool, list[str]]:

@@ -38,6 +38,9 @@ _CLASSES = {"model": DistillationModule, "data": RolloutDataModule, "trainer": l
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _SERVERS = ("model.engine", "trainer.model_registry")
 _ADDRESSES = ("url",)
+_REWARD_MODELS = ("path",)
+_KEYS = ("key_variable", "token_variable")
+"""Names of environment variables whose value is sent to a server."""
 _MODULE_NAMES = ("megatron_core", "parent_library", "auto_map", "auto_mapping")
 """Settings of peft and transformers that are imported by name."""
 _KERNELS = "_implementation"
@@ -192,6 +195,10 @@ def _named(option: str, name: str, value: Any) -> Iterator[ForeignPart]:
     what = None
     if option in _SERVERS or name in _ADDRESSES:
         what = "a server, or an engine of its own"
+    elif name in _REWARD_MODELS:
+        what = "a reward model"
+    elif name in _KEYS:
+        what = "a key to send to a server"
     elif name in _MODULE_NAMES and value != "megatron.core":
         what = "a module to import"
     elif name == "trust_remote_code" and value is not False:

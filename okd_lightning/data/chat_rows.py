@@ -65,7 +65,7 @@ def _read_chat(
     return _Chat(turns, tools, renderer.render(turns.asked, tools, at, ()), _ONLY_PROMPT)
 
 
-def _example(index: int, chat: _Chat, found: ChatIds, eos_id: int, *, keeps_chat: bool) -> Example:
+def _example(index: int, chat: _Chat, found: ChatIds, eos_id: int) -> Example:
     is_answered = chat.rendered.is_answered
     earlier = found.turns[:-1] if is_answered else found.turns
     spans = [(found.opening, False)]
@@ -86,7 +86,7 @@ def _example(index: int, chat: _Chat, found: ChatIds, eos_id: int, *, keeps_chat
         response_ids=tuple(response_ids),
         prompt=chat.rendered.prompt,
         response=response,
-        chat=Chat(chat.turns.asked, schemas) if keeps_chat else None,
+        chat=Chat(chat.turns.asked, schemas),
     )
 
 
@@ -126,9 +126,8 @@ def examples_from_chats(
     limit = max(max_prompt_length, max_response_length)
     rendered = [chat.rendered for chat in chats]
     found = encode_chats(encoder, rendered, eos_ids, limit=limit)
-    keeps_chat = bool(columns.declared_tools)  # rollouts append tool results to it
     examples = [
-        _example(index, chat, ids, eos_ids[0], keeps_chat=keeps_chat)
+        _example(index, chat, ids, eos_ids[0])
         for index, (chat, ids) in enumerate(zip(chats, found, strict=True))
     ]
     shortfalls = Counter(chat.shortfall for chat in chats if chat.shortfall)

@@ -96,6 +96,24 @@ class ChatRenderer:
         """
         return self._render([(messages, True)], tools, at)[0]
 
+    def texts(
+        self, chats: Sequence[tuple[Sequence[Message], list[Any] | None]], what: str
+    ) -> list[str]:
+        """Return the renderings of whole chats with their tools, without a generation prompt.
+
+        Args:
+            chats: Messages and tools of each.
+            what: Subject of error messages.
+
+        Raises:
+            DataError: The template refuses one of them.
+        """
+        wanted = [
+            (messages, {"tools": tools, "add_generation_prompt": False, **self._settings})
+            for messages, tools in chats
+        ]
+        return self._process.render(wanted, what)
+
     def _render(
         self, chats: Sequence[tuple[Sequence[Message], bool]], tools: list[Any] | None, at: str
     ) -> list[str]:

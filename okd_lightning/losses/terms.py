@@ -19,6 +19,7 @@ from torch import Tensor
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses.quantities import Quantity
 from okd_lightning.records.batches import SOURCES, DistillBatch, LossOutput, Source
+from okd_lightning.records.requests import Chat
 from okd_lightning.records.shapes import PositionMask, PositionValues
 
 
@@ -107,9 +108,19 @@ class RowScorer(Protocol):
         """
 
     def score(
-        self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        references: Sequence[str],
+        chats: Sequence[Chat | None] = (),
     ) -> list[float]:
         """Return one raw score a response; NaN where there is none."""
+
+    def new_scores(self) -> Mapping[str, float]:
+        """Return this rank's scores since the last call that all ranks remember, by key."""
+
+    def remember(self, scores: Mapping[str, float]) -> None:
+        """Take the new scores of all ranks."""
 
     def credit_rows(self, scores: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
         """Return one advantage a response, from the scores of all responses of a rollout batch."""

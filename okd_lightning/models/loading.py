@@ -120,7 +120,7 @@ def load_model_config(source: ModelSource, option: str, vocab_size: int) -> Pret
     if isinstance(source, Mapping):
         return _config_from_mapping(dict(source), option, vocab_size)
     found = locate(source, option)
-    adapter = _adapter_at(found, option)
+    adapter = adapter_at(found, option)
     if adapter is not None:
         with naming_base(adapter):
             base = load_model_config(adapter.base, option, vocab_size)
@@ -143,7 +143,7 @@ def load_tokenizer(source: str, option: str) -> PreTrainedTokenizerBase:
         ModelNotFoundError: No such folder or hub id, or no tokenizer in it.
     """
     found = locate(source, option)
-    adapter = _adapter_at(found, option)
+    adapter = adapter_at(found, option)
     if adapter is not None and not any(found.file(name) for name in _TOKENIZER_FILES):
         with naming_base(adapter):
             return load_tokenizer(adapter.base, option)
@@ -187,7 +187,7 @@ def load_causal_lm(
                 config, dtype=number_format, attn_implementation=attn_implementation
             )
     found = locate(source, option)
-    adapter = _adapter_at(found, option)
+    adapter = adapter_at(found, option)
     if adapter is not None:
         with naming_base(adapter), deferred_weights(False):
             base_config = load_model_config(adapter.base, option, 0)
@@ -209,18 +209,34 @@ def load_causal_lm(
             attn_implementation=attn_implementation,
             learns=learns,
         )
-    return _from_files(found, config, option, number_format, attn_implementation, learns)
+    return weights_from_files(found, config, option, number_format, attn_implementation, learns)
 
 
-def _from_files(
+def weights_from_files(
     found: Source,
     config: PretrainedConfig,
     option: str,
-    number_format: torch.dtype,
+    number_format: torch.dtype | Literal["auto"],
     attn_implementation: str | None,
     learns: Learns,
+    kind: Any = AutoModelForCausalLM,
+    named: str = "causal language model",
 ) -> PreTrainedModel:
-    """Load a model with exactly the weights of its files."""
+    """Load a model with exactly the weights of its files.
+
+    Args:
+        found: Location of the files; not an adapter.
+        config: The model's config.
+        option: How the user named it, for messages.
+        number_format: Of the weights; "auto" for that of the files.
+        attn_implementation: None lets transformers choose.
+        learns: Which part is trained.
+        kind: The auto class of transformers that builds the model.
+        named: The kind of model, for messages.
+
+    Raises:
+        ModelError: See ``load_causal_lm``.
+    """
     where = f"{option} {found.given!r}"
     is_local = found.folder is not None and found.gguf_file is None
     files = WeightFiles(found, option) if is_local else None  # raises our errors for broken files
@@ -228,7 +244,7 @@ def _from_files(
         files.check_sizes(config)
     try:
         with without_load_report():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = kind.from_pretrained(
                 found.name,
                 config=config,
                 dtype=number_format,
@@ -243,7 +259,7 @@ def _from_files(
         if found.folder is None and isinstance(error, OSError):
             raise unreachable(found, option, "model", error) from error
         raise ModelError(
-            f"{where}: the weights could not be loaded as a causal language model "
+            f"{where}: the weights could not be loaded as a {named} "
             f"(safetensors are needed): {first_line(error)}"
         ) from error
     model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
@@ -265,7 +281,12 @@ def _downloaded(found: Source) -> Source:
     return Source(found.given, str(config.parent))
 
 
-def _adapter_at(found: Source, option: str) -> AdapterFolder | None:
+def adapter_at(found: Source, option: str) -> AdapterFolder | None:
+    """Return the PEFT adapter at a location; None where there is a model.
+
+    Raises:
+        ModelNotFoundError: The location cannot be reached.
+    """
     try:
         return adapter_folder(found, option)
     except OSError as error:
@@ -322,7 +343,7 @@ def generation_eos(source: ModelSource, option: str) -> int | list[int] | None:
     if found.gguf_file is not None:  # its tokenizer has the end of a chat turn
         return None
     own = _eos_beside(found)
-    adapter = _adapter_at(found, option) if own is None else None
+    adapter = adapter_at(found, option) if own is None else None
     return own if adapter is None else generation_eos(adapter.base, option)
 
 

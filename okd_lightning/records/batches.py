@@ -38,7 +38,7 @@ class Example:
         response: The dataset response as text; the reference of task metrics. Empty if there is
             none.
         teacher_prompt_ids: The teacher's own prompt; empty if it reads ``prompt_ids``.
-        chat: Messages and tools of the prompt, where rollouts may call tools.
+        chat: Messages and tools of the prompt; None if it is plain text.
         teacher: Number of the row's teacher, where there are several to choose from; else -1.
     """
 

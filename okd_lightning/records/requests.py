@@ -24,7 +24,9 @@ STOP_REASONS: tuple[str, ...] = ("eos", "length", "turns")
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages and tools that a prompt was rendered from, kept where rollouts may call tools.
+    """Messages and tools that a prompt was rendered from.
+
+    Tool results are appended to it, and a reward model renders it by its own template.
 
     Attributes:
         messages: Messages before the response, as passed to the chat template.
@@ -43,7 +45,7 @@ class Prompt:
         ids: Token ids that the response continues.
         index: The prompt's row in its dataset.
         sample: Number of this sample among the samples of its prompt, from 0.
-        chat: Messages and tools of the prompt; None if its response calls no tools.
+        chat: Messages and tools of the prompt; None for plain text, whose response calls no tools.
         limit: Longest response, in tokens, where that is less than the request's; None otherwise.
         teacher: Number of the teacher that may answer it, where there are several; else -1.
     """

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import regex
+import torch
 
 from okd_lightning.errors import ConfigError, RewardError
+from okd_lightning.records.requests import Chat
 from okd_lightning.rewards.answers import (
     Comparison,
     answer_pattern,
@@ -23,6 +26,23 @@ from okd_lightning.tools.tool_calls import match_tool_calls
 
 GroupBaseline: TypeAlias = Literal["none", "group_mean", "leave_one_out"]
 """Baseline that is subtracted from a response's reward: see ``baselined``."""
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """A response to score.
+
+    Attributes:
+        prompt: Text of the prompt; a chat as the run's template renders it.
+        response: The student's own text, without special tokens.
+        reference: The dataset response; empty where the dataset has none.
+        chat: Messages and tools of the prompt; None if it is plain text.
+    """
+
+    prompt: str
+    response: str
+    reference: str = ""
+    chat: Chat | None = None
 
 
 class RewardFunction(ABC):
@@ -38,9 +58,11 @@ class RewardFunction(ABC):
         reads_last_turn: Part of a response with tool calls that the function gets: the student's
             last turn, or (False) all of the student's turns, joined by line breaks. Tool results
             are never included.
+        max_failures: Share of the latest 100 responses without a score above which a run stops.
     """
 
     reads_last_turn: bool = False
+    max_failures: float = 1.0
 
     @abstractmethod
     def __call__(
@@ -56,6 +78,42 @@ class RewardFunction(ABC):
         Returns:
             One number per response, any unit; NaN for a response that could not be scored.
         """
+
+    def score(self, rows: Sequence[ScoredRow]) -> Sequence[float]:
+        """Score responses with all that is known of their prompts; by default from the texts.
+
+        Args:
+            rows: The responses.
+        """
+        return self(
+            [row.prompt for row in rows],
+            [row.response for row in rows],
+            [row.reference for row in rows],
+        )
+
+    def open(self, device: torch.device) -> None:
+        """Load what scoring needs, before a run trains; nothing by default.
+
+        Args:
+            device: The device of the run.
+
+        Raises:
+            OKDLightningError: A model or server that cannot be used.
+        """
+        del device
+
+    def new_scores(self) -> Mapping[str, float]:
+        """Return the scores to remember that this rank has found since the last call, by key."""
+        return {}
+
+    def remember(self, scores: Mapping[str, float]) -> None:
+        """Take scores of all ranks, or of a checkpoint, so that they are not asked for again."""
+        del scores
+
+    @property
+    def remembered(self) -> Mapping[str, float]:
+        """The scores that a checkpoint holds; none by default."""
+        return {}
 
 
 class PlainFunction(RewardFunction):
@@ -164,8 +222,16 @@ def checked_rewards(
     prompts: Sequence[str],
     responses: Sequence[str],
     references: Sequence[str],
+    chats: Sequence[Chat | None] = (),
 ) -> list[float]:
     """Call a reward function and check its values.
+
+    Args:
+        function: The function.
+        prompts: Texts of the prompts.
+        responses: The student's own texts.
+        references: The dataset responses, or empty texts.
+        chats: Messages of the prompts; () for none.
 
     Returns:
         One number per response; NaN where it is not finite, for the caller to count.
@@ -177,8 +243,10 @@ def checked_rewards(
     name = type(function).__name__
     if not responses:
         return []
+    columns = (prompts, responses, references, chats or [None] * len(responses))
+    rows = [ScoredRow(*row) for row in zip(*columns, strict=True)]
     try:
-        values = list(function(prompts, responses, references))
+        values = list(function.score(rows))
     except Exception as error:
         raise RewardError(
             f"reward {name} raised {type(error).__name__}: {error}; it was given "

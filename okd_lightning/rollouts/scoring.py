@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from okd_lightning.errors import RewardError
 from okd_lightning.losses import RowScorer, Term
 from okd_lightning.records.batches import Example
-from okd_lightning.records.requests import Response
+from okd_lightning.records.requests import Chat, Response
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,18 @@ class TermScorer:
                 [responses[row].example.prompt for row in rows],
                 ["\n".join(texts) for texts in read],
                 [responses[row].example.response for row in rows],
+                [responses[row].example.chat for row in rows],
             )
-            everyone = self.gather((own, [groups[row] for row in rows], problem))
+            keys = [groups[row] for row in rows]
+            everyone = self.gather((own, keys, scorer.new_scores(), problem))
             for *_, found in everyone:  # all ranks stop together
                 if found is not None:
                     raise RewardError(found)
-            scores = [score for part, _, _ in everyone for score in part]
-            credit = scorer.credit_rows(scores, [key for _, keys, _ in everyone for key in keys])
-            first = sum(len(part) for part, _, _ in everyone[: self.rank])
+            for _, _, new, _ in everyone:
+                scorer.remember(new)
+            scores = [score for part, *_ in everyone for score in part]
+            credit = scorer.credit_rows(scores, [key for _, part, *_ in everyone for key in part])
+            first = sum(len(part) for part, *_ in everyone[: self.rank])
             given = dict(zip(rows, credit[first : first + len(own)], strict=True))
             credits[term.name] = [given.get(row, 0.0) for row in range(len(responses))]
             metrics.update(_summary(term.name, scores))
@@ -112,13 +116,17 @@ class TermScorer:
 
 
 def _scores(
-    scorer: RowScorer, prompts: list[str], responses: list[str], references: list[str]
+    scorer: RowScorer,
+    prompts: list[str],
+    responses: list[str],
+    references: list[str],
+    chats: list[Chat | None],
 ) -> tuple[list[float], str | None]:
     """Return the scores of this rank's responses, or none and the error message."""
     if not responses:
         return [], None
     try:
-        return scorer.score(prompts, responses, references), None
+        return scorer.score(prompts, responses, references, chats), None
     except RewardError as error:
         return [], str(error)
 

@@ -35,7 +35,7 @@ _OPTIONS: dict[str, PathKind] = {
 _NAMES = ("folder", "dirpath", "save_dir", "sync_folder")
 """Parameters of classes in the settings that are paths, besides those annotated as ``Path``."""
 
-_SOURCES = ("teacher_base",)
+_SOURCES = ("teacher_base", "path")
 """Parameters of classes in the settings that name a model, besides those annotated as such."""
 
 _KEYWORDS = {"data.token_cache": ("auto",), "ckpt_path": ("last", "best", "hpc", "registry")}

@@ -58,7 +58,7 @@ REWARD = {
 }
 
 
-def callback(path: str, **settings: Any) -> dict[str, Any]:
+def callback(path: str, /, **settings: Any) -> dict[str, Any]:
     return {"class_path": path, "init_args": settings}
 
 
@@ -70,6 +70,32 @@ FORGED: dict[str, tuple[str, Any, str]] = {
     "a method's name": ("method", "wicked.Method", "wicked.Method"),
     "a dotted key": ("method.class_path", "wicked.Method", "no run:wicked.Method"),
     "a reward": ("trainer.callbacks", [REWARD], "--trainer.callbacks.function 'wicked.Brevity'"),
+    "a reward model": (
+        "trainer.callbacks",
+        [
+            callback(
+                "okd_lightning.callbacks.Reward",
+                function=callback("okd_lightning.rewards.RewardModel", path="org/reward"),
+            )
+        ],
+        "--trainer.callbacks.function.path 'org/reward'",
+    ),
+    "a judge": (
+        "method",
+        callback(
+            "okd_lightning.callbacks.Reward",
+            function=callback("okd_lightning.rewards.Judge", url="http://h"),
+        ),
+        "--method.function.url 'http://h'",
+    ),
+    "another key for a judge": (
+        "method",
+        callback(
+            "okd_lightning.callbacks.Reward",
+            function=callback("okd_lightning.rewards.Judge", key_variable="PASSWORD"),
+        ),
+        "--method.function.key_variable 'PASSWORD'",
+    ),
     "more callbacks": ("trainer.callbacks+", REWARD, "wicked.Brevity"),
     "a tool": ("data.tools", [{"class_path": "wicked.Tool"}], "wicked.Tool"),
     "a re-exported module": (

@@ -20,9 +20,15 @@ from pathlib import Path
 
 import pytest
 import real_pairs
+from fake_judge import fake_judge
 from fake_vllm_server import FakeVLLM, serving
 from forked import ForkedCommand, type_on_ranks
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from okd_lightning.__main__ import main
 from okd_lightning.commands.cli_arguments import packaged_configs
@@ -77,10 +83,14 @@ SERVERS = {  # with the option that says where the server is
     "overlays/vllm_server": ("--model.engine.url", {"val/on_policy_reverse_kl"}),
     "overlays/teacher_server": ("--model.teacher.url", {"val/on_policy_top_k_reverse_kl"}),
 }
+REWARDS = {  # overlays with a reward from a model, with the option that says which
+    "overlays/kd_opd_plus_reward_model": "--trainer.callbacks.function.path",
+    "overlays/kd_opd_plus_judge": "--trainer.callbacks.function.url",
+}
 
 
 def test_every_config_is_run_here():
-    run = {*RUNS, *OVERLAYS, *LAUNCHED, *SERVERS, TORCHRUN, SLURM}
+    run = {*RUNS, *OVERLAYS, *LAUNCHED, *SERVERS, *REWARDS, TORCHRUN, SLURM}
     assert set(packaged_configs()) == run | real_pairs.CONFIGS
 
 
@@ -163,6 +173,26 @@ def test_overlay_with_a_server_trains(overlay, tmp_path, monkeypatch, capsys):
     assert fake.bodies("/v1/completions")
     (folder,) = (tmp_path / "runs").iterdir()
     assert expected <= set((folder / "metrics.csv").read_text().splitlines()[0].split(","))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the libraries', not ours
+@pytest.mark.parametrize("overlay", REWARDS)
+def test_overlay_with_a_reward_from_a_model_trains(overlay, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fields = {"vocab_size": 512, "hidden_size": 16, "intermediate_size": 16, "num_labels": 1}
+    fields |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    LlamaForSequenceClassification(LlamaConfig(**fields)).save_pretrained("reward")
+    AutoTokenizer.from_pretrained(TEACHER_DIR).save_pretrained("reward")
+    with fake_judge(lambda content: "Score: 7") as judge:
+        place = "reward" if "model" in overlay else judge.url
+        words = ["--config", "tinystories", *MODELS, *DATA, *SHORT, "--data.batch_size", "8"]
+        status = main(["fit", *words, "--config", overlay, REWARDS[overlay], place])
+    assert status == 0, capsys.readouterr().err
+    (folder,) = (tmp_path / "runs").iterdir()
+    columns = set((folder / "metrics.csv").read_text().splitlines()[0].split(","))
+    assert {"train/kd", "train/opd_plus", "train/reward", "rollout/reward"} <= columns
+    assert bool(judge.bodies) == ("judge" in overlay)
 
 
 def command(folder: Path, overlay: str, *more: str) -> list[str]:

@@ -65,7 +65,8 @@ class TaskScore(AnswerScores):
             RewardError: The function raised, or did not return numbers.
         """
         texts = answers.texts(0, self.function.reads_last_turn)
-        found = checked_rewards(self.function, answers.prompts, texts, answers.references)
+        chats = [example.chat for example in answers.examples]
+        found = checked_rewards(self.function, answers.prompts, texts, answers.references, chats)
         return {self.measured[0]: found}
 
     def _log_scores(

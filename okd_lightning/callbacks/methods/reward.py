@@ -1,10 +1,11 @@
-"""A verifiable reward next to distillation, such as GKD or OPD+ with a reward."""
+"""A reward next to distillation: verifiable, of a reward model, or of a judge."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
-from typing import get_args
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, get_args
 
 import lightning
 from lightning.pytorch.utilities import rank_zero_warn
@@ -15,6 +16,7 @@ from okd_lightning.callbacks.methods.policy_gradient import PolicyGradientCallba
 from okd_lightning.divergences.named_classes import as_object
 from okd_lightning.errors import ConfigError, RewardError
 from okd_lightning.losses import Measured
+from okd_lightning.records.requests import Chat
 from okd_lightning.rewards import (
     GroupBaseline,
     PlainFunction,
@@ -23,6 +25,9 @@ from okd_lightning.rewards import (
     checked_rewards,
 )
 from okd_lightning.training.module import DistillationModule
+
+_LATEST = 100
+"""Responses over which the share without a score is taken."""
 
 
 class Reward(PolicyGradientCallback):
@@ -73,6 +78,7 @@ class Reward(PolicyGradientCallback):
         self.on_failure = on_failure
         self.scorer = self
         self._has_warned = False
+        self._latest: deque[bool] = deque(maxlen=_LATEST)  # whether the latest responses have none
 
     @property
     def reads_last_turn(self) -> bool:
@@ -80,7 +86,11 @@ class Reward(PolicyGradientCallback):
         return self.function.reads_last_turn
 
     def score(
-        self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        references: Sequence[str],
+        chats: Sequence[Chat | None] = (),
     ) -> list[float]:
         """Return one reward a response, NaN for those that have none.
 
@@ -88,7 +98,7 @@ class Reward(PolicyGradientCallback):
             RewardError: The function raised or did not return numbers; or a reward is not finite,
                 with ``on_failure="error"``.
         """
-        rewards = checked_rewards(self.function, prompts, responses, references)
+        rewards = checked_rewards(self.function, prompts, responses, references, chats)
         if self.on_failure == "error" and any(map(math.isnan, rewards)):
             response = responses[[math.isnan(reward) for reward in rewards].index(True)]
             raise RewardError(
@@ -105,6 +115,7 @@ class Reward(PolicyGradientCallback):
             groups: Group of each response; the baseline is computed over a group.
         """
         num_failures = sum(map(math.isnan, scores))
+        self._check_failures(scores)
         if num_failures and not self._has_warned:
             self._has_warned = True
             rank_zero_warn(
@@ -113,6 +124,39 @@ class Reward(PolicyGradientCallback):
                 "on_failure error stops the run at the first one and shows it"
             )
         return baselined(scores, groups, self.baseline)
+
+    def _check_failures(self, scores: Sequence[float]) -> None:
+        """Stop where more of the latest responses have no score than the function allows.
+
+        Raises:
+            RewardError: On all ranks, which have the same scores.
+        """
+        limit, latest = self.function.max_failures, self._latest
+        latest.extend(map(math.isnan, scores))
+        failed, name = sum(latest), type(self.function).__name__
+        if limit < 1 and (failed > limit * _LATEST or (scores and all(map(math.isnan, scores)))):
+            raise RewardError(
+                f"reward {name}: {failed} of the latest {len(latest)} responses have no "
+                f"score, more than the {limit:.0%} of {_LATEST} that max_failures allows; the "
+                "first warning of this run says why"
+            )
+
+    def new_scores(self) -> Mapping[str, float]:
+        """Return the function's new scores that all ranks remember."""
+        return self.function.new_scores()
+
+    def remember(self, scores: Mapping[str, float]) -> None:
+        """Hand the scores of all ranks to the function."""
+        self.function.remember(scores)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the function's remembered scores, the same on all ranks; empty without any."""
+        remembered = dict(self.function.remembered)
+        return {"scores": remembered} if remembered else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the scores of a checkpoint."""
+        self.function.remember(state_dict.get("scores", {}))
 
     def credit(self, measured: Measured) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the advantage of each token's row.
@@ -128,10 +172,11 @@ class Reward(PolicyGradientCallback):
         return measured.credits[self.name], {}
 
     def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
-        """Refuse a group baseline with one sample a prompt.
+        """Refuse a group baseline with one sample a prompt; load what the function needs.
 
         Raises:
             ConfigError: A baseline over samples, and one sample a prompt.
+            OKDLightningError: A reward model or a judge that cannot be used.
         """
         samples = getattr(getattr(trainer, "datamodule", None), "samples_per_prompt", None)
         if stage == "fit" and self.baseline != "none" and samples == 1:
@@ -140,6 +185,8 @@ class Reward(PolicyGradientCallback):
                 "there is one: every credit would be 0; give --data.samples_per_prompt 2 or more, "
                 "or baseline none"
             )
+        if stage == "fit":
+            self.function.open(trainer.strategy.root_device)
 
 
 def as_function(function: RewardFunction | Callable[[str, str, str], float]) -> RewardFunction:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import Callback
@@ -16,6 +17,9 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term
 from okd_lightning.training.module import DistillationModule
 from okd_lightning.training.run_settings import call_text
+
+_PASSED_ON = ("state_dict", "load_state_dict")
+"""Hooks that a stage calls on its method."""
 
 
 class Stage(Method):
@@ -84,6 +88,14 @@ class Stage(Method):
             for term in self.method.terms
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the method's state."""
+        return self.method.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Hand it to the method."""
+        self.method.load_state_dict(state_dict)
+
     def _weight(self, weight: Callable[[int], float], step: int) -> float:
         """Return a term's weight times the interpolated factor; 0 outside the window."""
         if step < self.start or (self.end is not None and step >= self.end):
@@ -129,7 +141,9 @@ def _check_method(method: Method) -> None:
     hooks = [
         name
         for name in vars(Callback)
-        if not name.startswith("_") and getattr(type(method), name) is not getattr(Method, name)
+        if not name.startswith("_")
+        and name not in _PASSED_ON
+        and getattr(type(method), name) is not getattr(Method, name)
     ]
     if hooks:
         raise ConfigError(
