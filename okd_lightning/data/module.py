@@ -43,6 +43,8 @@ from okd_lightning.rollouts.evaluation import DatasetResponses, StudentResponses
 from okd_lightning.rollouts.scoring import RolloutScorer, TermScorer, unscored
 from okd_lightning.tools import Tool, Toolbox
 
+_PART_OF_STAGE = {"fit": "val", "validate": "val", "test": "test", "predict": "predict"}
+
 
 class RolloutDataModule(NewDataModule):
     """Prompts, dataset responses, and on-policy batches that are generated in every epoch.
@@ -201,7 +203,7 @@ class RolloutDataModule(NewDataModule):
             ConfigError: It does not fit the batch size, the devices or the accumulation; or the
                 Trainer would end an epoch inside an optimizer step, or change the steps' rows.
         """
-        equip(self._module, self.toolbox, self.max_turns, self.columns.chat_template_kwargs)
+        equip(self._module.pair, self.toolbox, self.max_turns, self.columns.chat_template_kwargs)
         if stage == "fit":
             settle_steps(
                 self._trainer, self.batch_size, self.global_batch_size, self.samples_per_prompt
@@ -215,10 +217,10 @@ class RolloutDataModule(NewDataModule):
         Raises:
             OKDLightningError: An error that the loaders would raise later.
         """
-        self._module.check_sampling(self.sampling)
+        self._module.pair.check_sampling(self.sampling)
         if stage == "fit" and self.sources["train"] is not None:
             self._train_examples()
-        part = {"fit": "val", "validate": "val"}.get(stage, stage)
+        part = _PART_OF_STAGE[stage]
         if self.sources[part] is not None:
             self.examples(part)
 
@@ -322,7 +324,7 @@ class RolloutDataModule(NewDataModule):
             self._examples[key] = read_part(
                 part,
                 source,
-                self._module,
+                self._module.pair,
                 split=self.splits[part],
                 subset=self.subset,
                 token_cache=self.token_cache,

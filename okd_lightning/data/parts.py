@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from okd_lightning.data.distilled_module import DistilledModule
+from okd_lightning.data.distilled_module import DistilledPair
 from okd_lightning.data.end_tokens import handed_over, written_elsewhere
 from okd_lightning.data.examples import ExampleSet
 from okd_lightning.data.row_report import report_rows, warn_of_unread
@@ -35,7 +35,7 @@ def part_sources(
 def read_part(
     part: str,
     source: DataSource,
-    module: DistilledModule,
+    pair: DistilledPair,
     *,
     split: str,
     subset: str | None,
@@ -48,7 +48,7 @@ def read_part(
     Args:
         part: "train", "val", "test" or "predict".
         source: Its source.
-        module: The module; generation also stops at the end ids of the dataset responses; ids
+        pair: The models; generation also stops at the end ids of the dataset responses; ids
             that a response holds before another end are taken out of its end ids.
         split: Split of a dataset that has several.
         subset: Configuration of a hub dataset.
@@ -61,23 +61,23 @@ def read_part(
         ConfigError: Its rows are longer than a model was made for.
     """
     where = describe_source(source)
-    check_choice(teacher_column, module.teacher_names)
+    check_choice(teacher_column, pair.teacher.names)
     rows = load_rows(source, split=split, subset=subset)
     found = cached_examples(
-        token_cache, rows, module.tokenizer, eos_id=module.eos_ids[0], where=where, **settings
+        token_cache, rows, pair.tokenizer, eos_id=pair.eos_ids[0], where=where, **settings
     )
     if teacher_column is not None and part != "predict":
-        chosen = teachers_of(rows, teacher_column, module.teacher_names, where)
+        chosen = teachers_of(rows, teacher_column, pair.teacher.names, where)
         found = replace(
             found, examples=tuple(replace(e, teacher=chosen[e.index]) for e in found.examples)
         )
     warn_of_unread(rows, settings["columns"], where)
-    check_table_ids(found.examples, module.vocabulary, module.tokenizer, where=where)
+    check_table_ids(found.examples, pair.vocabulary, pair.tokenizer, where=where)
     limit = settings["max_response_length"]
-    module.add_eos_ids(found.ends_of_turn(module.tokenizer))
-    ends, template = module.vocabulary.end_ids, settings["columns"].chat_template_kwargs
-    module.keep_apart(
-        [*written_elsewhere(module.tokenizer, ends, template), *handed_over(found.examples, ends)]
+    pair.add_eos_ids(found.ends_of_turn(pair.tokenizer))
+    ends, template = pair.vocabulary.end_ids, settings["columns"].chat_template_kwargs
+    pair.keep_apart(
+        [*written_elsewhere(pair.tokenizer, ends, template), *handed_over(found.examples, ends)]
     )
     report_rows(part, where, found, limit, teaches_responses=settings["needs_response"])
     generators: tuple[Generator, ...] = ("student", "teacher")
@@ -85,5 +85,5 @@ def read_part(
         max(len(e.prompt_for(generator).ids) for e in found.examples) + limit
         for generator in generators
     ]
-    module.check_lengths(*longest)
+    pair.check_lengths(*longest)
     return found

@@ -23,7 +23,7 @@ from okd_lightning.records.noise import NoiseStream
 from okd_lightning.records.requests import Prompt, Request
 from okd_lightning.records.sampling import Sampling
 from okd_lightning.teachers import FrozenSelf, LoadedTeacher, ServedTeacher, TeacherEnsemble
-from okd_lightning.training.mixture_engine import MixtureEngine
+from okd_lightning.training.generation import MixtureEngine
 from okd_lightning.training.module import DistillationModule
 
 ROWS = tiny.make_rows(12)

@@ -24,7 +24,7 @@ from okd_lightning.records.noise import NoiseStream
 from okd_lightning.records.requests import Prompt, Request
 from okd_lightning.records.sampling import Sampling
 from okd_lightning.teachers import LoadedTeacher, RoutedTeachers, ServedTeacher
-from okd_lightning.training.mixture_engine import MixtureEngine
+from okd_lightning.training.generation import MixtureEngine
 from okd_lightning.training.module import DistillationModule
 
 ROWS = [{**row, "of": ("math", "code", "math")[i % 3]} for i, row in enumerate(tiny.make_rows(12))]
@@ -78,7 +78,7 @@ def kl_of_rows(module: DistillationModule, batch) -> list[tuple[float, int]]:
     found = []
     for row, length in enumerate(batch.lengths.tolist()):
         ids, mask = batch.input_ids[row, :length], batch.mask[row, 1:length]
-        name = models[module.teacher_names[batch.teacher_of_rows[row]]]
+        name = models[module.pair.teacher.names[batch.teacher_of_rows[row]]]
         teacher = next(model for kind, model in of.items() if kind.startswith(name))
         log_p, log_q = (
             model(ids[None]).logits[0, :-1, : tiny.NUM_IDS].log_softmax(-1)[mask]
@@ -99,7 +99,7 @@ def test_each_row_has_the_loss_of_its_own_teacher(folders, tmp_path):
     logged = recorder.losses[0]
     tokens = sum(count for _, count in rows)
     assert logged["train/kd"] == pytest.approx(sum(kl for kl, _ in rows) / tokens, rel=1e-9)
-    for number, name in enumerate(start.teacher_names):
+    for number, name in enumerate(start.pair.teacher.names):
         own = [row for row, of in zip(rows, batch.teacher_of_rows, strict=True) if of == number]
         count = sum(count for _, count in own)
         assert logged[f"train/tokens/{name}"] == count
@@ -114,7 +114,7 @@ def test_the_order_of_rows_does_not_matter(folders, tmp_path):
     totals = []
     for rows in ([0, 1, 2, 3], [3, 1, 0, 2]):
         module.zero_grad()
-        loss = module.loss_of(batch.of_rows(rows), terms).total
+        loss = module.pair.loss_of(batch.of_rows(rows), terms).total
         loss.backward()
         grads = [p.grad.clone() for p in module.student.parameters() if p.grad is not None]
         totals.append((float(loss.detach()), grads))
@@ -172,7 +172,7 @@ def test_parts_of_on_policy_terms_add_up(folders, tmp_path):
             total = sum(counts[i][code] for i in range(2))
             parts = sum(
                 counts[i][code] * logged.get(f"train/{term}/{name}", 0.0)
-                for i, name in enumerate(module.teacher_names)
+                for i, name in enumerate(module.pair.teacher.names)
             )
             if total:
                 assert parts / total == pytest.approx(logged[f"train/{term}"], rel=1e-5, abs=1e-9)
@@ -270,7 +270,7 @@ def test_a_batch_of_ones_own_names_its_teachers(folders, tmp_path):
     (batch,) = recorder.steps[0]
     object.__setattr__(batch, "teacher", None)
     with pytest.raises(ConfigError, match="the rows of a batch name no teacher"):
-        module.loss_of(batch, [WeightedTerm(term, 1.0) for term in method.terms])
+        module.pair.loss_of(batch, [WeightedTerm(term, 1.0) for term in method.terms])
 
 
 def test_it_resumes_with_the_same_models_by_name(folders, tmp_path):

@@ -1,8 +1,9 @@
-"""Terms that act in an optimizer step, with their factors, and checks of terms."""
+"""The loss of a training step: the acting terms with their factors, and what is logged of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term, WeightedLoss, WeightedTerm
 from okd_lightning.losses.reduction import Normalization, step_factor, step_tokens
 from okd_lightning.records.batches import DistillBatch, LossOutput
+from okd_lightning.training.distilled_run import DistilledRun
 
 
 def acting_terms(
@@ -146,3 +148,85 @@ def step_count(batch: DistillBatch, term: Term) -> int:
     """
     counts = step_tokens(batch)
     return sum(counts[code] for code in term.source_codes)
+
+
+class StepLoss:
+    """The loss of a run's micro-batches, and the metrics of its optimizer steps.
+
+    Attributes:
+        acting: Terms of the last micro-batch.
+    """
+
+    def __init__(self) -> None:
+        self.acting: list[Term] = []
+        self._sums: dict[str, Tensor] = {}
+
+    def loss(self, run: DistilledRun, batch: DistillBatch, batch_idx: int) -> Tensor:
+        """Return a micro-batch's loss: each term's sum over its divisor of the whole step.
+
+        Args:
+            run: The module, within ``training_step``.
+            batch: The micro-batch.
+            batch_idx: Its number in the epoch.
+
+        Raises:
+            ConfigError: No term acts, or the sums of one are not over its sources' tokens.
+        """
+        trainer = run.trainer
+        terms = acting_terms(
+            run.terms,
+            batch,
+            trainer.global_step,
+            trainer.accumulate_grad_batches,
+            trainer.world_size,
+            run.normalization,
+        )
+        acting = [weighted.term for weighted in terms]
+        is_new, self.acting = acting != self.acting, acting
+        loss = run.pair.loss_of(batch, terms, checks=is_new)
+        if is_new:
+            check_counts(terms, loss.outputs, batch)
+        is_last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        names = run.pair.teacher.names
+        self._log(run, batch, step_means(terms, loss, batch, trainer.global_step, names), is_last)
+        return loss.total + self._idle_loss(run)
+
+    @property
+    def trains_teacher(self) -> bool:
+        """True if a term of the last micro-batch trains the online module."""
+        return any(term.trains_teacher for term in self.acting)
+
+    def _idle_loss(self, run: DistilledRun) -> Tensor:
+        """Return 0, tied to an online module that no term trains in this step, as DDP expects."""
+        idle = torch.zeros((), device=run.device)
+        if not self.trains_teacher:
+            own = run.pair.teacher.trained_parameters()
+            for parameter in run.pair.placement.tied_to_loss(own):
+                idle = idle + 0.0 * parameter.sum()
+        return idle
+
+    def _log(
+        self, run: DistilledRun, batch: DistillBatch, means: Mapping[str, Tensor], is_last: bool
+    ) -> None:
+        """Add up the metrics of a step's micro-batches and log them at the last one."""
+        run.log_dict(dict(batch.metrics), batch_size=1)
+        for name, value in means.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+        if is_last:
+            for name, value in self._sums.items():
+                run.log(
+                    f"train/{name}",
+                    value,
+                    prog_bar=name == "loss",
+                    on_step=True,
+                    reduce_fx="sum",
+                    sync_dist=True,
+                    batch_size=1,
+                )
+            self._sums = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Share the terms: they belong to the callbacks of the run."""
+        own = type(self)()
+        own.acting, own._sums = list(self.acting), dict(self._sums)
+        return own
