@@ -44,6 +44,8 @@ from okd_lightning.rollouts.evaluation import DatasetResponses, StudentResponses
 from okd_lightning.rollouts.scoring import RolloutScorer, TermScorer, unscored
 from okd_lightning.tools import Tool, Toolbox
 
+_PART_OF_STAGE = {"fit": "val", "validate": "val", "test": "test", "predict": "predict"}
+
 
 class RolloutDataModule(NewDataModule):
     """Prompts, dataset responses, and on-policy batches that are generated in every epoch.
@@ -101,6 +103,7 @@ class RolloutDataModule(NewDataModule):
             the Hugging Face cache (HF_HOME), null keeps nothing.
         system_column: Name of the column with a chat's system prompt, if rows have one besides
             their messages; null reads no such column.
+        teacher_column: Name of the column with a row's teacher, one of RoutedTeachers.
 
     Raises:
         ConfigError: A number out of its range.
@@ -143,6 +146,7 @@ class RolloutDataModule(NewDataModule):
         max_turns: int | None = None,
         token_cache: str | None = AUTO,
         system_column: str | None = "system",
+        teacher_column: str | None = None,
     ) -> None:
         super().__init__()
         check_counts(1, batch_size=batch_size, global_batch_size=global_batch_size)
@@ -184,7 +188,7 @@ class RolloutDataModule(NewDataModule):
             max_teacher_prompt_length,
             default_length=max_prompt_length + max_response_length,
         )
-        self.subset = subset
+        self.subset, self.teacher_column = subset, teacher_column
         self.token_cache = token_cache
         self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
         self._examples: dict[str, ExampleSet] = {}
@@ -209,15 +213,13 @@ class RolloutDataModule(NewDataModule):
     def read_ahead(self, stage: str) -> None:
         """Read and tokenize a stage's data, so that broken rows raise before models load.
 
-        The module calls it when the run's methods are known.
-
         Raises:
             OKDLightningError: An error that the loaders would raise later.
         """
         self._module.pair.check_sampling(self.sampling)
         if stage == "fit" and self.sources["train"] is not None:
             self._train_examples()
-        part = {"fit": "val", "validate": "val"}.get(stage, stage)
+        part = _PART_OF_STAGE[stage]
         if self.sources[part] is not None:
             self.examples(part)
 
@@ -293,10 +295,7 @@ class RolloutDataModule(NewDataModule):
         return self._own_responses(self.examples("predict").examples, self.sampling)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the next epoch, the mean length of rollouts, and the version of the text rules.
-
-        (Lightning restores the loader's own state only in the middle of an epoch.)
-        """
+        """Return the next epoch, the mean length of rollouts, and the version of the text rules."""
         loader = self._train_loader
         position = self._resumed if loader is None else loader.position()
         return {**position, "text_rules": RULES_VERSION}
@@ -334,6 +333,7 @@ class RolloutDataModule(NewDataModule):
                 needs_response=needs_response,
                 teacher_prompts=self.teacher_prompts if prompted else None,
                 teacher_tokenizer=self._module.pair.teacher.tokenizer if prompted else None,
+                teacher_column=self.teacher_column,
             )
         return self._examples[key]
 

@@ -31,7 +31,7 @@ from okd_lightning.losses.chunked import (
 from okd_lightning.losses.closed_form import ModelRole
 from okd_lightning.losses.exact import measure
 from okd_lightning.losses.fused import fused_loss
-from okd_lightning.losses.mixtures import Mixing, Mixture, Product, mixed_side
+from okd_lightning.losses.mixtures import Mixing, Mixture, Product, mixed_side, routed_side
 from okd_lightning.losses.outcomes import PackedHead, pack_outcomes
 from okd_lightning.losses.quantities import (
     Agreement,
@@ -90,6 +90,7 @@ __all__ = [
     "measure_chunks",
     "mixed_side",
     "pack_outcomes",
+    "routed_side",
     "token_values",
     "weighted_loss",
 ]

@@ -246,9 +246,9 @@ def measure_chunks(
 def _teacher_scale(batch: DistillBatch) -> float:
     """Return the dataset's tokens in the step over the teacher's; 1 outside of training."""
     dataset = SOURCES.index("dataset")
-    if batch.step_counts is None or not batch.teacher_counts:
+    if batch.step_counts is None or not batch.teacher_tokens:
         return 1.0
-    return batch.step_counts[dataset] / max(1, batch.teacher_counts[dataset])
+    return batch.step_counts[dataset] / max(1, batch.teacher_tokens[dataset])
 
 
 def chunked_loss(

@@ -81,4 +81,9 @@ def collate(rows: Sequence[TrainingRow], pad_id: int = 0) -> DistillBatch:
             else None
         ),
         chunks=_chunks(rows),
+        teacher=(
+            torch.tensor([row.teacher for row in rows])
+            if any(row.teacher >= 0 for row in rows)
+            else None
+        ),
     )

@@ -41,6 +41,7 @@ def dataset_row(example: Example) -> TrainingRow:
         mask=prompt_mask + (True,) * len(example.response_ids),
         prompt_length=len(example.prompt_ids),
         teacher_prompt_ids=example.teacher_prompt_ids,
+        teacher=example.teacher,
     )
 
 
@@ -69,6 +70,7 @@ def sampled_row(
         teacher_prompt_ids=example.teacher_prompt_ids,
         stop_reason=response.stop_reason,
         merges_ends=response.merges_ends,
+        teacher=example.teacher,
     )
 
 
@@ -139,6 +141,32 @@ def chunk_metrics(counts: Tensor) -> dict[str, float]:
     return {f"train/{name}_tokens": float(s) for name, s in zip(names, shares, strict=True)}
 
 
+def by_teacher(
+    rows: Sequence[TrainingRow],
+    examples: Sequence[Example],
+    reduce_sum: Callable[[Tensor], Tensor],
+) -> dict[str, Any]:
+    """Return an optimizer step's counts by teacher, as fields of its batches.
+
+    Args:
+        rows: This rank's rows of the step.
+        examples: The whole dataset, the same on all ranks.
+        reduce_sum: Sums an int64 tensor over all ranks; called where there are several teachers.
+
+    Returns:
+        ``teacher_counts`` and ``teachers_present``; nothing where there is one teacher for all.
+    """
+    num_teachers = 1 + max(example.teacher for example in examples)
+    if not num_teachers:
+        return {}
+    counts = torch.zeros(num_teachers, len(SOURCES), dtype=torch.int64)
+    for row in rows:
+        counts[row.teacher, SOURCES.index(row.source)] += row.num_loss_tokens
+    of_step = tuple(tuple(of_one) for of_one in reduce_sum(counts).tolist())
+    present = tuple(number for number, of_one in enumerate(of_step) if any(of_one))
+    return {"teacher_counts": of_step, "teachers_present": present}
+
+
 def micro_batches(rows: Sequence[TrainingRow], num_batches: int) -> list[DistillBatch]:
     """Cut one rank's rows of an optimizer step into micro-batches of similar lengths.
 
@@ -172,6 +200,7 @@ def fully_masked(row: TrainingRow) -> TrainingRow:
         prompt_length=row.prompt_length,
         teacher_prompt_ids=row.teacher_prompt_ids,
         aligned=None if row.aligned is None else AlignedResponse(row.aligned.teacher_ids),
+        teacher=row.teacher,
     )
 
 

@@ -26,6 +26,7 @@ from okd_lightning.records.noise import NoiseStream
 from okd_lightning.records.requests import Generator, Request, Rollout
 from okd_lightning.records.rows import (
     RowReader,
+    by_teacher,
     chunk_metrics,
     count_by_source,
     count_chunks,
@@ -105,10 +106,7 @@ class RolloutLoader:
         self._agreement = Agreement(gather, stop or StopRequest())
         self._epoch = 0
         self._delivered = 0  # micro-batches of this epoch
-        self._rollouts: dict[Generator, Rollout] = {}
-        self._credits: dict[str, list[float]] | None = None  # of the student's responses
-        self._first_step = 0  # first optimizer step of the current rollout batch
-        self._is_generated = False  # on all ranks
+        self._forget_rollouts(0)
         self.lengths = RolloutLengths()
         self._unreported: list[tuple[Rollout, float]] = []  # with the seconds that each took
         self._unreported_scores: dict[str, float] = {}
@@ -156,8 +154,10 @@ class RolloutLoader:
         self._forget_rollouts(0)
 
     def _forget_rollouts(self, batch_start: int) -> None:
-        self._rollouts, self._credits = {}, None
-        self._first_step, self._is_generated = batch_start, False
+        self._rollouts: dict[Generator, Rollout] = {}
+        self._credits: dict[str, list[float]] | None = None  # of the student's responses
+        self._first_step = batch_start  # first optimizer step of the current rollout batch
+        self._is_generated = False  # on all ranks
 
     def state_dict(self) -> dict[str, Any]:
         """Return epoch, cursor and the current rollout batch of all ranks."""
@@ -264,7 +264,8 @@ class RolloutLoader:
     def _identity(self) -> list[int]:
         """Numbers that determine the order of prompts: equal lists mean equal batches."""
         shape = self.shape
-        read = [(example.prompt_ids, example.teacher_prompt_ids) for example in self.examples]
+        read: list[Any] = [(e.prompt_ids, e.teacher_prompt_ids) for e in self.examples]
+        read += [e.teacher for e in self.examples if e.teacher >= 0]
         prompts = zlib.crc32(repr(read).encode())
         cut = [shape.prompts_per_epoch, shape.steps_per_rollout, shape.samples_per_prompt]
         return [self._seed, len(self.examples), prompts, *cut]
@@ -303,10 +304,7 @@ class RolloutLoader:
     def _generate_all(
         self, own: dict[Generator, list[Turn]], asked: set[Generator]
     ) -> dict[Generator, Rollout]:
-        """Generate by each model that any rank needs, also without prompts on this rank.
-
-        (All ranks gather a sharded model together.)
-        """
+        """Generate by each model that any rank needs: all ranks gather a sharded one together."""
         return {by: self._generate(by, turns) for by, turns in own.items() if by in asked}
 
     def _score_responses(self, turns: list[Turn], steps: list[int]) -> None:
@@ -365,10 +363,11 @@ class RolloutLoader:
             return
         counts = self._reduce_sum(count_by_source(rows))
         sampled = self.lengths.stamp(counts, self._max_new_tokens)
-        stamp = partial(replace, step_counts=tuple(counts[0].tolist()), sampled=sampled)
+        counted = {"step_counts": tuple(counts[0].tolist()), "sampled": sampled}
+        stamp = partial(replace, **counted, **by_teacher(rows, self.examples, self._reduce_sum))
         if rows[0].aligned is not None:  # then all rows of all ranks have chunks
             of_chunks = self._reduce_sum(count_chunks(rows))
-            stamp = partial(stamp, teacher_counts=tuple(of_chunks[0].tolist()))
+            stamp = partial(stamp, teacher_tokens=tuple(of_chunks[0].tolist()))
             self._unreported_scores = self._unreported_scores | chunk_metrics(of_chunks)
         batches = micro_batches(rows, accumulate)
         for batch in batches[self._delivered - step * accumulate :]:

@@ -19,6 +19,7 @@ from okd_lightning.teachers import (
     FrozenSelf,
     LiveSelf,
     LoadedTeacher,
+    RoutedTeachers,
     ServedTeacher,
     Teacher,
     TeacherEnsemble,
@@ -35,11 +36,17 @@ class Place:
         teacher: Folder of a model without padding rows.
         cache: Folder for a cache.
         url: Address of a server with the same model, in float64.
+        copy: Folder of another copy of the teacher.
     """
 
     teacher: str
     cache: str
     url: str
+    copy: str = ""
+
+    @property
+    def both(self) -> list[tuple[str, str]]:
+        return [("a", self.teacher), ("b", self.copy)]
 
     @property
     def foreign(self) -> str:
@@ -61,6 +68,7 @@ class Kind:
         moves: Whether its own weights change in training.
         has_cells: Whether a token is compared as {token, any other}.
         trained: What the names of its trained parameters hold; empty where nothing is trained.
+        data: Further arguments of the data module; rows have the column "of".
     """
 
     make: Callable[[Place], Teacher]
@@ -73,6 +81,7 @@ class Kind:
     moves: bool = False
     has_cells: bool = False
     trained: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 def okd() -> OKD:
@@ -83,6 +92,7 @@ def another_module() -> OKD:
     return OKD(online_module=LoraConfig(r=3))
 
 
+ROUTED = {"teacher_column": "of"}
 LORA = {"student_adapter": LoraConfig(r=2, target_modules=["v_proj"])}
 FOLLOWS = (another_module, "follows the student")
 KINDS: dict[str, Kind] = {
@@ -118,6 +128,20 @@ KINDS: dict[str, Kind] = {
         refuses=(another_module, "two methods ask for different online modules"),
         moves=True,
         trained="lora_",
+    ),
+    "routed to equals": Kind(
+        lambda at: RoutedTeachers({"a": at.teacher, "b": at.copy}), data=ROUTED
+    ),
+    "routed, with modules": Kind(
+        lambda at: RoutedTeachers(
+            {name: AdaptiveTeacher(LoadedTeacher(one), okd().settings) for name, one in at.both}
+        ),
+        method=okd,
+        logged="train/student_loss",
+        refuses=(another_module, "two methods ask for different online modules"),
+        moves=True,
+        trained="lora_",
+        data=ROUTED,
     ),
     "cached": Kind(
         lambda at: CachedTeacher(at.teacher, at.cache, ALL, "float32"),

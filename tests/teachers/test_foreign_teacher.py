@@ -141,7 +141,7 @@ def test_shares_of_tokens_are_logged_and_dataset_rows_count_aligned_tokens(root,
     (batch,) = recorder.steps[0]
     # abcde<eos> is ab cd e <eos>; the second response is cut at 8 tokens, in its third chunk
     assert batch.step_counts[0] == int(batch.mask.sum()) == 6 + 7
-    assert batch.teacher_counts[0] == len(batch.chunks.teacher)
+    assert batch.teacher_tokens[0] == len(batch.chunks.teacher)
     assert recorder.losses[0]["train/unaligned_tokens"] == pytest.approx(1 / 14)
     assert recorder.losses[0]["train/noncanonical_tokens"] == 0
 
