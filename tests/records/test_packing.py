@@ -27,7 +27,7 @@ from okd_lightning.records.batches import TrainingRow
 from okd_lightning.records.collation import collate
 from okd_lightning.records.packing import pack
 from okd_lightning.records.sequences import Sequences
-from okd_lightning.teachers import CachedTeacher, attach_online_module, base
+from okd_lightning.teachers import CachedTeacher, attach_online_module, model_sides
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT's use of transformers
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
