@@ -15,22 +15,16 @@ from typing import Any, ClassVar, Self, TypeAlias, final
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Quantity, Side, Term, WeightedTerm
 from okd_lightning.metrics import measures
-from okd_lightning.models import (
-    LMHead,
-    ModelSource,
-    Vocabulary,
-    hidden_at_loss,
-    load_model_config,
-    packs_rows,
-    say_row_groups,
-)
-from okd_lightning.records.batches import DistillBatch
+from okd_lightning.models import ModelSource, Vocabulary, load_model_config
+from okd_lightning.records.batches import DistillBatch, TrainingRow
+from okd_lightning.records.requests import Prompt
 from okd_lightning.records.sequences import Sequences
+from okd_lightning.teachers.model_sides import model_side, trained, tried
 from okd_lightning.teachers.online_module import OnlineModuleSettings
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun
 
@@ -56,6 +50,7 @@ class Teacher(ABC):
     ``--model.teacher my_module.Uniform`` chooses it.
 
     Attributes:
+        tokenizer: Its own, where that is not the run's; None where it reads the run's ids.
         model: Weights in memory, which the module registers as ``teacher``; None without any.
         packs: Whether ``model`` gets packed rows.
         student: The student, for kinds that read it; None before it is built.
@@ -77,6 +72,7 @@ class Teacher(ABC):
     follows_student: ClassVar[bool] = False
     """True where it changes with the student, apart from trained parameters of its own."""
 
+    tokenizer: PreTrainedTokenizerBase | None = None
     model: PreTrainedModel | None = None
     packs: bool = False
     student: PreTrainedModel | None = None
@@ -94,6 +90,11 @@ class Teacher(ABC):
     def own_sources(self) -> tuple[ModelSource, ...]:
         """Sources of all models of its own."""
         return () if self.own_source is None else (self.own_source,)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the teachers that rows choose from; none where there is one for all rows."""
+        return ()
 
     @property
     @abstractmethod
@@ -129,12 +130,12 @@ class Teacher(ABC):
 
     @property
     def models(self) -> tuple[PreTrainedModel, ...]:
-        """Its models in memory; each is placed and checked by itself."""
+        """Models in memory; each is placed and checked by itself."""
         return () if self.model is None else (self.model,)
 
     @property
     def module(self) -> nn.Module | None:
-        """What the run's module registers as ``teacher``."""
+        """Module that the run's module registers as ``teacher``."""
         return self.model
 
     def check_options(self, options: TeacherOptions) -> None:
@@ -244,6 +245,10 @@ class Teacher(ABC):
 
     # ---------------------------------------------------------------- running
 
+    def retokenized(self, rows: Sequence[TrainingRow]) -> list[TrainingRow]:
+        """Return rows as it reads them, where it has a ``tokenizer`` of its own."""
+        return list(rows)
+
     def side(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Side:
         """Return the teacher's side of a batch, at its loss positions.
 
@@ -276,6 +281,15 @@ class Teacher(ABC):
         """Return the model that generates as the (base) teacher."""
         assert self.model is not None
         return GeneratingModels((self.model,), self.as_base())
+
+    def generators(self) -> Sequence[GeneratingModels]:
+        """Return all that generate, each its own prompts: one for all prompts by default."""
+        return [self.generator()]
+
+    def generator_of(self, prompt: Prompt) -> int:
+        """Return which of ``generators`` a prompt belongs to."""
+        del prompt
+        return 0
 
     def as_base(self) -> AbstractContextManager[None]:
         """Disable its trained parameters within the block."""
@@ -354,35 +368,3 @@ class NoTeacher(Teacher):
     def check_adaptable(self) -> None:
         """Refuse: there is nothing to put a module on."""
         raise ConfigError("an online module needs a teacher: give --model.teacher")
-
-
-def model_side(
-    model: PreTrainedModel, reads: Sequences, packs: bool, vocabulary: Vocabulary
-) -> Side:
-    """Return one model's hidden states at unmasked positions, with its head.
-
-    Args:
-        model: In the mode and with the gradients of the caller.
-        reads: The rows.
-        packs: Whether it gets packed rows.
-        vocabulary: Ids to which the head is cut.
-    """
-    hidden = hidden_at_loss(model, reads, packs)
-    return Side(hidden=hidden, head=LMHead.of(model, vocabulary), end_ids=vocabulary.end_ids)
-
-
-def tried(model: PreTrainedModel, packing: bool) -> bool:
-    """Test how a teacher reads rows, and report slow fallbacks; return whether it packs them.
-
-    Args:
-        model: A model on its device, or on meta, where nothing can be tested yet.
-        packing: Whether the run packs rows.
-    """
-    packs = packs_rows(model, packing, "teacher")
-    say_row_groups(model, "teacher")
-    return packs
-
-
-def trained(model: nn.Module | None) -> list[nn.Parameter]:
-    """Return a model's trained parameters; none without a model."""
-    return [] if model is None else [p for p in model.parameters() if p.requires_grad]
