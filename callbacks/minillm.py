@@ -49,7 +49,7 @@ from okd_lightning.losses import (
 )
 from okd_lightning.losses.reduction import loss_output
 from okd_lightning.records.batches import LossOutput, Source
-from okd_lightning.training.mixture_engine import MixtureEngine
+from okd_lightning.training.generation import MixtureEngine
 
 _STUDENT, _TEACHER = DrawnLogProb("student"), DrawnOutcome("teacher", ReverseKL())
 _SINGLE = ExactDivergence(ReverseKL())

@@ -54,7 +54,7 @@ from okd_lightning.errors import (
     one_line,
 )
 from okd_lightning.training.config_paths import expand_home, output_folder
-from okd_lightning.training.lightning_messages import quiet_libraries
+from okd_lightning.training.lightning_messages import quiet
 from okd_lightning.training.module import DistillationModule
 from okd_lightning.training.rank_faults import as_lost_rank
 from okd_lightning.training.run_records import RunCSVLogger, note_measures
@@ -205,9 +205,9 @@ class DistillationCLI(LightningCLI):
         check_callbacks(configured)
         self.model.chosen_options = self._chosen
         resolved = self.resolved_config()
-        self.model.run_config = yaml.safe_dump(resolved, sort_keys=False)
-        self.model.resume_flag = flag_needed(resolved)
-        self.model.started_in = str(Path.cwd())
+        self.model.run_state.config = yaml.safe_dump(resolved, sort_keys=False)
+        self.model.run_state.resume_flag = flag_needed(resolved)
+        self.model.run_state.started_in = str(Path.cwd())
         return self.trainer_class(**{**config, **kwargs, "callbacks": configured})
 
     def resolved_config(self) -> dict[str, Any]:
@@ -226,7 +226,7 @@ class DistillationCLI(LightningCLI):
         if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.trainer.fit(**kwargs)
             return
-        train_in_folder(self.trainer, self.model.run_config, **kwargs)
+        train_in_folder(self.trainer, self.model.run_state.config, **kwargs)
 
     def validate(self, verbose: bool = True, **kwargs: Any) -> None:
         """Measure on the validation data and print one line per number."""
@@ -239,18 +239,11 @@ class DistillationCLI(LightningCLI):
     def after_fit(self) -> None:
         """Print the last validation's measures and the places of the run's files."""
         metrics = self.trainer.callback_metrics
-        if self.datamodule.sources["val"] is not None and not any(
-            name.startswith("val/") for name in metrics
-        ):
-            rank_zero_info(
-                "no validation took place in this run: give --trainer.val_check_interval STEPS "
-                "below its length"
-            )
         self._print({n: float(v) for n, v in metrics.items() if n.startswith("val/")})
         folder = Path(self.trainer.default_root_dir)
         last = folder / "checkpoints" / "last.ckpt"
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or last
-        shown = f"{best}{self.model.resume_flag}"
+        shown = f"{best}{self.model.run_state.resume_flag}"
         is_here = run_folder_of(str(best)).resolve() == folder.resolve()
         place = "" if is_here else f" --trainer.default_root_dir {folder}"
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -297,7 +290,7 @@ def run(
     """Run one command; turn any error into one line on stderr."""
     if "" not in sys.path:
         sys.path.append("")  # callbacks of the current folder, after everything installed
-    quiet_libraries()
+    quiet()
     try:
         command, *rest = arguments
         own = (commands or {}).get(command)

@@ -12,34 +12,45 @@ from okd_lightning.engines.tool_rollouts import ToolRounds
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term
 from okd_lightning.models import Vocabulary
+from okd_lightning.teachers import Teacher
 
 
-class DistilledModule(RolloutEngine, Protocol):
-    """The part of a DistillationModule that its data uses."""
+class DistilledPair(Protocol):
+    """The part of a module's pair that its data uses."""
 
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
-    terms: list[Term]
     tool_rounds: ToolRounds | None
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """The ids that end a response."""
 
+    @property
+    def teacher(self) -> Teacher:
+        """The run's teacher."""
+
     def add_eos_ids(self, ids: Iterable[int]) -> None:
         """Add ids that end a response."""
-
-    def check_teacher_prompts(self, are_given: bool) -> None:
-        """Refuse prompts that the teacher cannot use, or data without those that it needs."""
 
     def keep_apart(self, ids: Collection[int]) -> None:
         """Take ids after which a response goes on out of the ends."""
 
-    def check_lengths(self, num_tokens: int, teacher_tokens: int | None = None) -> None:
+    def check_lengths(self, num_tokens: int, teacher_tokens: int) -> None:
         """Refuse sequences that are too long for the models."""
 
     def check_sampling(self, sampling: Sampling) -> None:
         """Refuse sampling that the student's engine does not support."""
+
+
+class DistilledModule(RolloutEngine, Protocol):
+    """The part of a DistillationModule that its data uses."""
+
+    terms: list[Term]
+
+    @property
+    def pair(self) -> DistilledPair:
+        """The student and its teacher."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of some ids."""
@@ -61,4 +72,4 @@ def check_teacher_prompts(module: DistilledModule, *, are_given: bool) -> None:
                 f"method {term.name} needs prompts for the teacher: give "
                 "--data.teacher_prompt_template or --data.teacher_prompt_column"
             )
-    module.check_teacher_prompts(are_given)
+    module.pair.teacher.check_prompts(are_given)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from okd_lightning.data.distilled_module import DistilledModule
+from okd_lightning.data.distilled_module import DistilledPair
 from okd_lightning.data.end_tokens import handed_over, written_elsewhere
 from okd_lightning.data.examples import ExampleSet
 from okd_lightning.data.row_report import report_rows, warn_of_unread
 from okd_lightning.data.sources import DataSource, describe_source, load_rows
 from okd_lightning.data.table_ids import check_table_ids
+from okd_lightning.data.teacher_choice import check_choice, teachers_of
 from okd_lightning.data.token_cache import cached_examples
 from okd_lightning.records.requests import Generator
 
@@ -33,11 +35,12 @@ def part_sources(
 def read_part(
     part: str,
     source: DataSource,
-    module: DistilledModule,
+    pair: DistilledPair,
     *,
     split: str,
     subset: str | None,
     token_cache: str | None,
+    teacher_column: str | None,
     **settings: Any,
 ) -> ExampleSet:
     """Return the tokenized rows of one part, and log their number and the skipped rows.
@@ -45,11 +48,12 @@ def read_part(
     Args:
         part: "train", "val", "test" or "predict".
         source: Its source.
-        module: The module; generation also stops at the end ids of the dataset responses; ids
+        pair: The models; generation also stops at the end ids of the dataset responses; ids
             that a response holds before another end are taken out of its end ids.
         split: Split of a dataset that has several.
         subset: Configuration of a hub dataset.
         token_cache: See ``cached_examples``.
+        teacher_column: Column with each row's teacher; None for one teacher.
         **settings: Further arguments of ``build_examples``.
 
     Raises:
@@ -57,17 +61,26 @@ def read_part(
         ConfigError: Its rows are longer than a model was made for.
     """
     where = describe_source(source)
+    check_choice(teacher_column, pair.teacher.names)
     rows = load_rows(source, split=split, subset=subset)
     found = cached_examples(
-        token_cache, rows, module.tokenizer, eos_id=module.eos_ids[0], where=where, **settings
+        token_cache, rows, pair.tokenizer, eos_id=pair.eos_ids[0], where=where, **settings
     )
+    if teacher_column is not None and part != "predict":
+        chosen = teachers_of(rows, teacher_column, pair.teacher.names, where)
+        found = replace(
+            found, examples=tuple(replace(e, teacher=chosen[e.index]) for e in found.examples)
+        )
     warn_of_unread(rows, settings["columns"], where)
-    check_table_ids(found.examples, module.vocabulary, module.tokenizer, where=where)
+    own = found.examples
+    if settings.get("teacher_tokenizer") is not None:  # its prompts are not in the student's ids
+        own = tuple(replace(example, teacher_prompt_ids=()) for example in own)
+    check_table_ids(own, pair.vocabulary, pair.tokenizer, where=where)
     limit = settings["max_response_length"]
-    module.add_eos_ids(found.ends_of_turn(module.tokenizer))
-    ends, template = module.vocabulary.end_ids, settings["columns"].chat_template_kwargs
-    module.keep_apart(
-        [*written_elsewhere(module.tokenizer, ends, template), *handed_over(found.examples, ends)]
+    pair.add_eos_ids(found.ends_of_turn(pair.tokenizer))
+    ends, template = pair.vocabulary.end_ids, settings["columns"].chat_template_kwargs
+    pair.keep_apart(
+        [*written_elsewhere(pair.tokenizer, ends, template), *handed_over(found.examples, ends)]
     )
     report_rows(part, where, found, limit, teaches_responses=settings["needs_response"])
     generators: tuple[Generator, ...] = ("student", "teacher")
@@ -75,5 +88,5 @@ def read_part(
         max(len(e.prompt_for(generator).ids) for e in found.examples) + limit
         for generator in generators
     ]
-    module.check_lengths(*longest)
+    pair.check_lengths(*longest)
     return found

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.data.chat_ids import TurnIds, encode_turns
-from okd_lightning.data.distilled_module import DistilledModule
+from okd_lightning.data.distilled_module import DistilledPair
 from okd_lightning.data.templates import ChatRenderer, Message, RenderedChat, not_prefix_stable
 from okd_lightning.engines.tool_rollouts import Exchange, ToolRounds
 from okd_lightning.errors import ConfigError, DataError
@@ -47,25 +47,32 @@ def checked_turns(max_turns: int | None, toolbox: Toolbox) -> int:
 
 
 def equip(
-    module: DistilledModule,
+    pair: DistilledPair,
     toolbox: Toolbox,
     max_turns: int,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Set the tools of a module's rollouts; an empty toolbox sets none.
+    """Set the tools of a pair's rollouts; an empty toolbox sets none.
 
-    The ids with which the template closes a turn are added to the module's eos ids.
+    The ids with which the template closes a turn are added to its end ids.
 
     Raises:
-        ConfigError: The tokenizer has no chat template, or one that cannot show tool results.
+        ConfigError: The tokenizer has no chat template, or one that cannot show tool results; or
+            the teacher has another tokenizer.
         DataError: The template is not prefix-stable.
     """
     if not len(toolbox):
-        module.tool_rounds = None
+        pair.tool_rounds = None
         return
-    turns = ToolTurns(module.tokenizer, eos_id=module.eos_ids[0], settings=settings)
-    module.add_eos_ids(turns.check(toolbox.schemas))
-    module.tool_rounds = ToolRounds(toolbox, turns, max_turns)
+    if pair.teacher.tokenizer is not None:
+        raise ConfigError(
+            "data.tools: a teacher with another tokenizer would render turns and tool results by "
+            "its own template, which is not offered; leave data.tools out, or give a teacher with "
+            "the student's tokenizer"
+        )
+    turns = ToolTurns(pair.tokenizer, eos_id=pair.eos_ids[0], settings=settings)
+    pair.add_eos_ids(turns.check(toolbox.schemas))
+    pair.tool_rounds = ToolRounds(toolbox, turns, max_turns)
 
 
 class ToolTurns:

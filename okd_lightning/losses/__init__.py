@@ -12,6 +12,7 @@
 * ``fused``: the training loss and its gradient from one pass over the tiles.
 * ``reduction``: the division by the optimizer step's divisor.
 * ``cpu_linear``: products with the head on CPUs, by oneDNN's kernels.
+* ``chunked``: the same for a teacher with another tokenizer, over chunks of text.
 * ``exact``: the quantities themselves, for evaluation and for terms over whole sequences.
 """
 
@@ -22,10 +23,16 @@ from okd_lightning.losses.cached import (
     CachedExpectedWeight,
     cached_form,
 )
+from okd_lightning.losses.chunked import (
+    ChunkValues,
+    chunked_loss,
+    measure_chunks,
+    token_values,
+)
 from okd_lightning.losses.closed_form import ModelRole
 from okd_lightning.losses.exact import measure
 from okd_lightning.losses.fused import fused_loss
-from okd_lightning.losses.mixtures import Mixing, Mixture, Product, mixed_side
+from okd_lightning.losses.mixtures import Mixing, Mixture, Product, mixed_side, routed_side
 from okd_lightning.losses.outcomes import PackedHead, pack_outcomes
 from okd_lightning.losses.quantities import (
     Agreement,
@@ -60,6 +67,7 @@ __all__ = [
     "CachedDivergence",
     "CachedDrawnOutcome",
     "CachedExpectedWeight",
+    "ChunkValues",
     "DrawnLogProb",
     "DrawnOutcome",
     "Entropy",
@@ -86,9 +94,13 @@ __all__ = [
     "WeightedLoss",
     "WeightedTerm",
     "cached_form",
+    "chunked_loss",
     "fused_loss",
     "measure",
+    "measure_chunks",
     "mixed_side",
     "pack_outcomes",
+    "routed_side",
+    "token_values",
     "weighted_loss",
 ]

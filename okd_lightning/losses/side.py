@@ -72,6 +72,7 @@ class Side:
     Attributes:
         hidden: [positions, hidden] the head's inputs that predict the loss tokens.
         head: From hidden states to [positions, vocab] logits; a plain module has no second step.
+        width: Number of logits, where it is known: it determines the size of a tile.
         end_ids: Ids of these logits that are one outcome, "the response ends here".
         states: What was taken of the model's passes besides; None where no quantity reads it.
     """
@@ -79,6 +80,7 @@ class Side:
     hidden: PositionHidden
     head: Head | nn.Module
     end_ids: tuple[int, ...] = ()
+    width: int = 1
     states: States | None = None
 
     @property

@@ -73,6 +73,12 @@ def layers_read(quantities: Iterable[Quantity], role: ModelRole) -> tuple[int, .
     return tuple(sorted({layer for quantity in states for layer in getattr(quantity, name)}))
 
 
+def routers_read(quantities: Iterable[Quantity], role: ModelRole) -> bool:
+    """Return whether some quantities read the routers of one model."""
+    states = [q for q in quantities if isinstance(q, StateQuantity)]
+    return role == "student" and any(quantity.reads_routers for quantity in states)
+
+
 def projectors_of(terms: Iterable[Term]) -> set[str]:
     """Return the names of the projectors that some terms train."""
     quantities = [quantity for term in terms for quantity in term.quantities]

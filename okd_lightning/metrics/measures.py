@@ -72,6 +72,25 @@ def cached_measures(
     return quantities
 
 
+def chunk_measures(stage: str, is_own: bool) -> dict[str, Quantity]:
+    """Return metric name → quantity, against a teacher with another tokenizer.
+
+    ``chunk_*`` are the divergences in their names over chunks of text (``losses.chunked``), in nats
+    per token of the student.
+    """
+    prefix = f"{stage}/on_policy_chunk_" if is_own else f"{stage}/chunk_"
+    names = ("forward_kl", "reverse_kl", "jsd")
+    own = measures(stage, is_own, has_teacher=False)
+    fit = {} if is_own else {f"{stage}/{name}": q for name, q in _TEACHER_FIT.items()}
+    return own | fit | {prefix + name: _AGAINST_TEACHER[name] for name in names}
+
+
+def adapted_chunk_measures(stage: str) -> dict[str, Quantity]:
+    """Return metric name → quantity, of the adapted teacher with another tokenizer (OKD)."""
+    quantities = {**_TEACHER_FIT, **_TEACHER_SHIFT}
+    return {f"{stage}/adapted_{name}": quantity for name, quantity in quantities.items()}
+
+
 def adapted_measures(stage: str) -> dict[str, Quantity]:
     """Return metric name → quantity, against the adapted teacher on dataset responses (OKD).
 
@@ -81,8 +100,12 @@ def adapted_measures(stage: str) -> dict[str, Quantity]:
     return {f"{stage}/adapted_{name}": quantity for name, quantity in quantities.items()}
 
 
-def measure_metrics() -> nn.ModuleDict:
-    """Return a running mean for every measure; Lightning resets, reduces and logs them."""
+def measure_metrics(num_teachers: int = 0) -> nn.ModuleDict:
+    """Return a running mean for every measure; Lightning resets, reduces and logs them.
+
+    Args:
+        num_teachers: Teachers that have means of their own, ``NAME/NUMBER``.
+    """
     names = dict.fromkeys(
         name
         for stage in ("val", "test")
@@ -91,6 +114,10 @@ def measure_metrics() -> nn.ModuleDict:
             **measures(stage, is_own, has_teacher=True),
             **cached_measures(stage, is_own, k=1, reads_new_rows=True),
             **adapted_measures(stage),
+            **chunk_measures(stage, is_own),
         }
     )
-    return nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
+    of_teachers = [f"{name}/{number}" for name in names for number in range(num_teachers)]
+    return nn.ModuleDict(
+        {name: MeanMetric(nan_strategy="disable") for name in (*names, *of_teachers)}
+    )

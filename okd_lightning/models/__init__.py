@@ -42,7 +42,12 @@ from okd_lightning.models.loading import (
     load_tokenizer,
 )
 from okd_lightning.models.merging import merge_adapters, merged_copy
-from okd_lightning.models.pair import check_pair, find_tokenizer, load_checked
+from okd_lightning.models.pair import (
+    check_pair,
+    find_tokenizer,
+    load_checked,
+    vocabulary_of,
+)
 from okd_lightning.models.projectors import (
     LayerPair,
     Projectors,
@@ -97,4 +102,5 @@ __all__ = [
     "recompute_activations",
     "row_groups",
     "say_row_groups",
+    "vocabulary_of",
 ]

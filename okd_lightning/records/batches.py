@@ -6,7 +6,7 @@ until a batch is collated (``collation``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from okd_lightning.records.chunks import AlignedResponse, Chunks
 from okd_lightning.records.requests import Chat, Generator, Prompt
 from okd_lightning.records.sequences import Sequences
 
@@ -39,6 +40,7 @@ class Example:
             none.
         teacher_prompt_ids: The teacher's own prompt; empty if it reads ``prompt_ids``.
         chat: Messages and tools of the prompt; None if it is plain text.
+        teacher: Number of the row's teacher, where there are several to choose from; else -1.
     """
 
     index: int
@@ -49,12 +51,18 @@ class Example:
     response: str
     teacher_prompt_ids: tuple[int, ...] = ()
     chat: Chat | None = None
+    teacher: int = -1
+
+    @property
+    def question(self) -> str:
+        """The prompt for a reader: a chat's last user message, or the whole prompt."""
+        return (self.chat.question if self.chat is not None else "") or self.prompt
 
     def prompt_for(self, generator: Generator, sample: int = 0) -> Prompt:
         """Return the prompt of a request to a generator: the teacher's own one if it has one."""
         is_privileged = generator == "teacher" and bool(self.teacher_prompt_ids)
         ids = self.teacher_prompt_ids if is_privileged else self.prompt_ids
-        return Prompt(ids, self.index, sample, self.chat)
+        return Prompt(ids, self.index, sample, self.chat, teacher=self.teacher)
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,9 @@ class TrainingRow:
             one has no loss on its prompt.
         stop_reason: Why a sampled response ends; empty for other rows.
         merges_ends: Whether the sampler's log-probability of an end is that of all end ids.
+        aligned: The response in the ids of a teacher with another tokenizer; None for a teacher
+            that reads the student's ids.
+        teacher: Number of the row's teacher, where there are several to choose from; else -1.
     """
 
     index: int
@@ -85,10 +96,14 @@ class TrainingRow:
     teacher_prompt_ids: tuple[int, ...] = ()
     stop_reason: str = ""
     merges_ends: bool = False
+    aligned: AlignedResponse | None = None
+    teacher: int = -1
 
     @property
     def teacher_row(self) -> TrainingRow:
-        """The row with the teacher's own prompt; the row itself if it has none."""
+        """The row as the teacher reads it; the row itself if it reads the student's."""
+        if self.aligned is not None:
+            return self._retokenized(self.aligned)
         if not self.teacher_prompt_ids:
             return self
         assert not any(self.mask[: self.prompt_length]), "loss on a prompt that one side reads"
@@ -100,9 +115,24 @@ class TrainingRow:
             prompt_length=length,
         )
 
+    def _retokenized(self, response: AlignedResponse) -> TrainingRow:
+        """Return the row in the teacher's ids, with loss on the tokens within chunks."""
+        length = len(self.teacher_prompt_ids)
+        inside = {place for span in response.spans for place in range(*span.teacher)}
+        own = tuple(place in inside for place in range(len(response.teacher_ids)))
+        return replace(
+            self,
+            input_ids=self.teacher_prompt_ids + response.teacher_ids,
+            mask=(False,) * length + own,
+            prompt_length=length,
+        )
+
     @property
     def num_tokens(self) -> int:
         """Tokens of the student's or the teacher's sequence, whichever is longer."""
+        if self.aligned is not None:
+            num_read = len(self.teacher_prompt_ids) + len(self.aligned.teacher_ids)
+            return max(len(self.input_ids), num_read)
         num_more = max(0, len(self.teacher_prompt_ids) - self.prompt_length)
         return len(self.input_ids) + num_more
 
@@ -155,6 +185,16 @@ class DistillBatch:
             recorded.
         merges_ends: [batch] True where the sampler's log-probability of an end is that of all end
             ids together; None for no row.
+        chunks: Units that both models give a probability to, where the teacher has another
+            tokenizer, whose ids ``teacher_input_ids`` holds then; None for a teacher that reads the
+            student's ids.
+        teacher_tokens: As ``step_counts``, of the teacher's loss tokens where it has another
+            tokenizer; () otherwise.
+        teacher: [batch] number of each row's teacher; None where there is one for all rows.
+        teachers_present: Numbers of the teachers that have rows in the optimizer step (in
+            evaluation: in the whole set), the same on all ranks; None if not known.
+        teacher_counts: Loss tokens of the whole optimizer step by teacher and source. () outside
+            training, and where there is one teacher for all rows.
     """
 
     input_ids: Tensor
@@ -173,6 +213,11 @@ class DistillBatch:
     teacher_mask: Tensor | None = None
     stop_reasons: tuple[str, ...] = ()
     merges_ends: Tensor | None = None
+    chunks: Chunks | None = None
+    teacher_tokens: tuple[int, ...] = ()
+    teacher: Tensor | None = None
+    teachers_present: tuple[int, ...] | None = None
+    teacher_counts: tuple[tuple[int, ...], ...] = ()
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -196,6 +241,32 @@ class DistillBatch:
         assert self.teacher_mask is not None
         return Sequences(self.teacher_input_ids, self.teacher_lengths, self.teacher_mask)
 
+    @cached_property
+    def teacher_of_rows(self) -> list[int]:
+        """``teacher``, on the host; empty where there is one for all rows."""
+        numbers: list[int] = [] if self.teacher is None else self.teacher.tolist()
+        return numbers
+
+    def of_rows(self, rows: Sequence[int]) -> DistillBatch:
+        """Return some of the rows.
+
+        Args:
+            rows: At least one, ascending.
+        """
+        index = torch.tensor(rows, device=self.input_ids.device)
+        part: dict[str, Any] = {
+            name: getattr(self, name)[index]
+            for name in self.__dataclass_fields__
+            if isinstance(getattr(self, name), Tensor)
+        }
+        part["credits"] = {name: values[index] for name, values in self.credits.items()}
+        part["stop_reasons"] = tuple(self.stop_reasons[row] for row in rows if self.stop_reasons)
+        batch = replace(self, **part)
+        vars(batch)["student_reads"] = self.student_reads.of_rows(rows)
+        if self.teacher_input_ids is not None:
+            vars(batch)["teacher_reads"] = self.teacher_reads.of_rows(rows)
+        return batch
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> DistillBatch:
         """Return the batch on another device (Lightning calls this)."""
         moved: dict[str, Any] = {
@@ -207,11 +278,14 @@ class DistillBatch:
             name: values.to(device, non_blocking=non_blocking)
             for name, values in self.credits.items()
         }
+        if self.chunks is not None:
+            moved["chunks"] = self.chunks.to(device, non_blocking)
         batch = replace(self, **moved)
         # cached properties are moved too: computing them on the device would wait for it
         vars(batch)["student_reads"] = self.student_reads.to(device, non_blocking)
         if self.teacher_input_ids is not None:
             vars(batch)["teacher_reads"] = self.teacher_reads.to(device, non_blocking)
+        vars(batch)["teacher_of_rows"] = self.teacher_of_rows
         return batch
 
 
@@ -223,18 +297,24 @@ class LossOutput:
         sum: Scalar, nats summed over the term's tokens, with gradient.
         count: Scalar, number of these tokens in this micro-batch.
         metrics: Further detached sums over the same tokens, by name.
+        by_teacher: [teachers] detached part of the sum over each teacher's tokens; None where there
+            is one for all rows.
     """
 
     sum: Tensor
     count: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    by_teacher: Tensor | None = None
 
     def detached(self) -> LossOutput:
         """Return the same numbers without gradient."""
         metrics = {name: value.detach() for name, value in self.metrics.items()}
-        return LossOutput(self.sum.detach(), self.count, metrics)
+        return LossOutput(self.sum.detach(), self.count, metrics, self.by_teacher)
 
     def __add__(self, other: LossOutput) -> LossOutput:
         """Add the sums and counts of two disjoint sets of positions."""
         metrics = {name: value + other.metrics[name] for name, value in self.metrics.items()}
-        return LossOutput(self.sum + other.sum, self.count + other.count, metrics)
+        parts = self.by_teacher
+        if parts is not None and other.by_teacher is not None:
+            parts = parts + other.by_teacher
+        return LossOutput(self.sum + other.sum, self.count + other.count, metrics, parts)

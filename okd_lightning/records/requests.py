@@ -36,6 +36,12 @@ class Chat:
     messages: tuple[Mapping[str, Any], ...]
     tools: tuple[Mapping[str, Any], ...] | None = None
 
+    @property
+    def question(self) -> str:
+        """The last message of the user; empty without one that is text."""
+        texts = [m.get("content") for m in self.messages if m.get("role") == "user"]
+        return texts[-1] if texts and isinstance(texts[-1], str) else ""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -47,6 +53,7 @@ class Prompt:
         sample: Number of this sample among the samples of its prompt, from 0.
         chat: Messages and tools of the prompt; None for plain text, whose response calls no tools.
         limit: Longest response, in tokens, where that is less than the request's; None otherwise.
+        teacher: Number of the teacher that may answer it, where there are several; else -1.
     """
 
     ids: tuple[int, ...]
@@ -54,6 +61,7 @@ class Prompt:
     sample: int = 0
     chat: Chat | None = None
     limit: int | None = None
+    teacher: int = -1
 
 
 def PromptBatch(  # noqa: N802 - a contract name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,10 +15,21 @@ from okd_lightning.records.batches import (
     Source,
     TrainingRow,
 )
+from okd_lightning.records.chunks import AlignedResponse
 from okd_lightning.records.collation import collate
 from okd_lightning.records.requests import Response, Rollout, ToolUse, stretches
 
 _T = TypeVar("_T")
+
+RowReader: TypeAlias = Callable[[Sequence[TrainingRow]], list[TrainingRow]]
+"""From rows to rows as the teacher reads them."""
+
+
+class Decode(Protocol):
+    """Ids to text, with or without special tokens."""
+
+    def __call__(self, ids: Sequence[int], special_tokens: bool = False) -> str:
+        """Return the text of ``ids``."""
 
 
 def dataset_row(example: Example) -> TrainingRow:
@@ -37,6 +48,7 @@ def dataset_row(example: Example) -> TrainingRow:
         mask=prompt_mask + (True,) * len(example.response_ids),
         prompt_length=len(example.prompt_ids),
         teacher_prompt_ids=example.teacher_prompt_ids,
+        teacher=example.teacher,
     )
 
 
@@ -65,6 +77,7 @@ def sampled_row(
         teacher_prompt_ids=example.teacher_prompt_ids,
         stop_reason=response.stop_reason,
         merges_ends=response.merges_ends,
+        teacher=example.teacher,
     )
 
 
@@ -95,6 +108,70 @@ def count_by_source(rows: Sequence[TrainingRow]) -> Tensor:
     for row in rows:
         counts[:, SOURCES.index(row.source)] += torch.tensor([row.num_loss_tokens, 1])
     return counts
+
+
+def count_chunks(rows: Sequence[TrainingRow]) -> Tensor:
+    """Count the tokens of rows whose teacher has another tokenizer: [5, sources], int64.
+
+    Returns:
+        The teacher's tokens in chunks; the student's in responses; and of these, those that are one
+        token of the teacher, that have no chunk, and whose chunk its tokenizer would write
+        otherwise.
+    """
+    counts = torch.zeros(5, len(SOURCES), dtype=torch.int64)
+    for row in rows:
+        found = row.aligned or AlignedResponse()
+        own, others = (
+            sum(end - start for start, end in spans)
+            for spans in (
+                [span.student for span in found.spans],
+                [span.teacher for span in found.spans],
+            )
+        )
+        total = own + found.num_unaligned + found.num_noncanonical
+        numbers = [
+            others,
+            total,
+            found.num_one_to_one,
+            found.num_unaligned,
+            found.num_noncanonical,
+        ]
+        counts[:, SOURCES.index(row.source)] += torch.tensor(numbers)
+    return counts
+
+
+def chunk_metrics(counts: Tensor) -> dict[str, float]:
+    """Return logged shares of a step's response tokens, from ``count_chunks`` over all ranks."""
+    total = max(1, int(counts[1].sum()))
+    names = ("one_to_one", "unaligned", "noncanonical")
+    shares = counts[2:].sum(-1) / total
+    return {f"train/{name}_tokens": float(s) for name, s in zip(names, shares, strict=True)}
+
+
+def by_teacher(
+    rows: Sequence[TrainingRow],
+    examples: Sequence[Example],
+    reduce_sum: Callable[[Tensor], Tensor],
+) -> dict[str, Any]:
+    """Return an optimizer step's counts by teacher, as fields of its batches.
+
+    Args:
+        rows: This rank's rows of the step.
+        examples: The whole dataset, the same on all ranks.
+        reduce_sum: Sums an int64 tensor over all ranks; called where there are several teachers.
+
+    Returns:
+        ``teacher_counts`` and ``teachers_present``; nothing where there is one teacher for all.
+    """
+    num_teachers = 1 + max(example.teacher for example in examples)
+    if not num_teachers:
+        return {}
+    counts = torch.zeros(num_teachers, len(SOURCES), dtype=torch.int64)
+    for row in rows:
+        counts[row.teacher, SOURCES.index(row.source)] += row.num_loss_tokens
+    of_step = tuple(tuple(of_one) for of_one in reduce_sum(counts).tolist())
+    present = tuple(number for number, of_one in enumerate(of_step) if any(of_one))
+    return {"teacher_counts": of_step, "teachers_present": present}
 
 
 def micro_batches(rows: Sequence[TrainingRow], num_batches: int) -> list[DistillBatch]:
@@ -129,6 +206,8 @@ def fully_masked(row: TrainingRow) -> TrainingRow:
         mask=(False,) * len(row.mask),
         prompt_length=row.prompt_length,
         teacher_prompt_ids=row.teacher_prompt_ids,
+        aligned=None if row.aligned is None else AlignedResponse(row.aligned.teacher_ids),
+        teacher=row.teacher,
     )
 
 
@@ -175,13 +254,12 @@ def _tool_metrics(uses: Sequence[ToolUse]) -> dict[str, float]:
     }
 
 
-def response_record(
-    batch: DistillBatch, row: int, decode: Callable[[Sequence[int]], str]
-) -> dict[str, Any]:
+def response_record(batch: DistillBatch, row: int, decode: Decode) -> dict[str, Any]:
     """Return a row for the generations on disk: prompt and response as text.
 
-    The response is the whole conversation after the prompt. ``num_tokens`` counts sampled tokens.
-    With tool results, ``turns`` lists the parts of model and tools.
+    ``text`` is both of them with all special tokens. The response is the whole conversation after
+    the prompt. ``num_tokens`` counts sampled tokens. With tool results, ``turns`` lists the parts
+    of model and tools.
     """
     start, end = int(batch.prompt_lengths[row]), int(batch.lengths[row])
     ids, own = batch.input_ids[row, :end].tolist(), batch.mask[row, :end].tolist()
@@ -190,6 +268,7 @@ def response_record(
         "index": int(batch.index[row]),
         "prompt": decode(ids[:start]),
         "response": decode(ids[start:]),
+        "text": decode(ids, special_tokens=True),
         "num_tokens": sum(own[start:]),
     }
     if len(parts) > 1:
@@ -199,14 +278,12 @@ def response_record(
     return record
 
 
-def generation_records(
-    batch: DistillBatch, decode: Callable[[Sequence[int]], str]
-) -> list[dict[str, Any]]:
+def generation_records(batch: DistillBatch, decode: Decode) -> list[dict[str, Any]]:
     """Return a record of every sampled response of a batch; rows without one are left out.
 
     Args:
         batch: Rows with sampled responses.
-        decode: Ids to text.
+        decode: See ``Decode``.
     """
     return [
         response_record(batch, row, decode) | {"stop_reason": reason}

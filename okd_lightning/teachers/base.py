@@ -15,22 +15,17 @@ from typing import Any, ClassVar, Self, TypeAlias, final
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Quantity, Side, Term, WeightedTerm
 from okd_lightning.losses.states import layers_read
 from okd_lightning.metrics import measures
-from okd_lightning.models import (
-    ModelSource,
-    Vocabulary,
-    load_model_config,
-    packs_rows,
-    say_row_groups,
-)
-from okd_lightning.records.batches import DistillBatch
+from okd_lightning.models import ModelSource, Vocabulary, load_model_config
+from okd_lightning.records.batches import DistillBatch, TrainingRow
+from okd_lightning.records.requests import Prompt
 from okd_lightning.records.sequences import Sequences
-from okd_lightning.teachers.model_side import model_side
+from okd_lightning.teachers.model_sides import model_side, trained, tried
 from okd_lightning.teachers.online_module import OnlineModuleSettings
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun
 
@@ -56,6 +51,7 @@ class Teacher(ABC):
     ``--model.teacher my_module.Uniform`` chooses it.
 
     Attributes:
+        tokenizer: Its own, where that is not the run's; None where it reads the run's ids.
         model: Weights in memory, which the module registers as ``teacher``; None without any.
         packs: Whether ``model`` gets packed rows.
         student: The student, for kinds that read it; None before it is built.
@@ -80,6 +76,7 @@ class Teacher(ABC):
     follows_student: ClassVar[bool] = False
     """True where it changes with the student, apart from trained parameters of its own."""
 
+    tokenizer: PreTrainedTokenizerBase | None = None
     model: PreTrainedModel | None = None
     packs: bool = False
     student: PreTrainedModel | None = None
@@ -97,6 +94,11 @@ class Teacher(ABC):
     def own_sources(self) -> tuple[ModelSource, ...]:
         """Sources of all models of its own."""
         return () if self.own_source is None else (self.own_source,)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the teachers that rows choose from; none where there is one for all rows."""
+        return ()
 
     @property
     @abstractmethod
@@ -132,12 +134,12 @@ class Teacher(ABC):
 
     @property
     def models(self) -> tuple[PreTrainedModel, ...]:
-        """Its models in memory; each is placed and checked by itself."""
+        """Models in memory; each is placed and checked by itself."""
         return () if self.model is None else (self.model,)
 
     @property
     def module(self) -> nn.Module | None:
-        """What the run's module registers as ``teacher``."""
+        """Module that the run's module registers as ``teacher``."""
         return self.model
 
     def check_options(self, options: TeacherOptions) -> None:
@@ -196,14 +198,13 @@ class Teacher(ABC):
         Raises:
             ConfigError: The message says what is missing.
         """
-        reads = layers_read(term.quantities, "teacher")
-        if reads and not self.has_layers:
+        if layers_read(term.quantities, "teacher") and not self.has_layers:
             raise ConfigError(
                 f"method {term.name} reads hidden states of the teacher's layers, and "
                 f"{type(self).__name__} gives none: give --model.teacher a folder or hub id, or "
                 "leave the method out"
             )
-        if "teacher" in term.sources and not term.follows_others and not self.generates:
+        if term.asks_teacher and not self.generates:
             raise ConfigError(
                 f"method {term.name} has the teacher write responses, and "
                 f"{type(self).__name__} generates none: give --model.teacher a folder or hub id"
@@ -254,6 +255,10 @@ class Teacher(ABC):
 
     # ---------------------------------------------------------------- running
 
+    def retokenized(self, rows: Sequence[TrainingRow]) -> list[TrainingRow]:
+        """Return rows as it reads them, where it has a ``tokenizer`` of its own."""
+        return list(rows)
+
     def side(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Side:
         """Return the teacher's side of a batch, at its loss positions.
 
@@ -270,22 +275,31 @@ class Teacher(ABC):
         assert self.model is not None
         learns = torch.is_grad_enabled() and any(q.trains_teacher for q in quantities)
         with torch.set_grad_enabled(learns):
-            return self.read(batch.teacher_reads, layers_read(quantities, "teacher"))
+            return self.read(batch.teacher_reads, quantities)
 
     def base_side(self, batch: DistillBatch) -> Side:
         """Return the side of the teacher without its trained parameters; a constant."""
         with torch.no_grad():
             return self.side(batch, ())
 
-    def read(self, reads: Sequences, layers: tuple[int, ...] = ()) -> Side:
-        """Return the side of ``model`` for some rows, with the states of some layers."""
+    def read(self, reads: Sequences, quantities: Sequence[Quantity] = ()) -> Side:
+        """Return the side of ``model`` for some rows, with the states that quantities read."""
         assert self.model is not None
-        return model_side(self.model, reads, self.packs, self.run.vocabulary, layers)
+        return model_side(self.model, reads, self.packs, self.run.vocabulary, quantities)
 
     def generator(self) -> GeneratingModels:
         """Return the model that generates as the (base) teacher."""
         assert self.model is not None
         return GeneratingModels((self.model,), self.as_base())
+
+    def generators(self) -> Sequence[GeneratingModels]:
+        """Return all that generate, each its own prompts: one for all prompts by default."""
+        return [self.generator()]
+
+    def generator_of(self, prompt: Prompt) -> int:
+        """Return which of ``generators`` a prompt belongs to."""
+        del prompt
+        return 0
 
     def as_base(self) -> AbstractContextManager[None]:
         """Disable its trained parameters within the block."""
@@ -355,8 +369,7 @@ class NoTeacher(Teacher):
 
     def check_term(self, term: Term) -> None:
         """Refuse a method that needs a teacher."""
-        is_asked = "teacher" in term.sources and not term.follows_others
-        if is_asked or any(q.needs_teacher for q in term.quantities):
+        if term.asks_teacher or any(q.needs_teacher for q in term.quantities):
             raise ConfigError(
                 f"method {term.name} needs a teacher: give --model.teacher a folder or hub id, "
                 "or the student itself: --model.teacher FrozenSelf"
@@ -365,20 +378,3 @@ class NoTeacher(Teacher):
     def check_adaptable(self) -> None:
         """Refuse: there is nothing to put a module on."""
         raise ConfigError("an online module needs a teacher: give --model.teacher")
-
-
-def tried(model: PreTrainedModel, packing: bool) -> bool:
-    """Test how a teacher reads rows, and report slow fallbacks; return whether it packs them.
-
-    Args:
-        model: A model on its device, or on meta, where nothing can be tested yet.
-        packing: Whether the run packs rows.
-    """
-    packs = packs_rows(model, packing, "teacher")
-    say_row_groups(model, "teacher")
-    return packs
-
-
-def trained(model: nn.Module | None) -> list[nn.Parameter]:
-    """Return a model's trained parameters; none without a model."""
-    return [] if model is None else [p for p in model.parameters() if p.requires_grad]

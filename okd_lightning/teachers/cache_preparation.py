@@ -24,7 +24,7 @@ from okd_lightning.records.batches import Example
 from okd_lightning.teachers.cache_writing import write_entry
 from okd_lightning.teachers.identity import teacher_identity
 from okd_lightning.teachers.loaded import LoadedTeacher
-from okd_lightning.teachers.model_side import model_side
+from okd_lightning.teachers.model_sides import model_side
 from okd_lightning.teachers.run import Opening
 from okd_lightning.teachers.store import Entry, make_folder
 

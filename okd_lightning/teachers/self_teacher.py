@@ -19,11 +19,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Quantity, Side
-from okd_lightning.losses.states import layers_read
 from okd_lightning.models import LMHead, ModelSource
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.teachers.base import Teacher
-from okd_lightning.teachers.model_side import model_side
+from okd_lightning.teachers.model_sides import model_side
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions
 
 
@@ -81,10 +80,10 @@ class SelfTeacher(Teacher):
         if self.model is not None:
             return super().side(batch, quantities)
         assert self.student is not None
-        vocabulary, layers = self.run.vocabulary, layers_read(quantities, "teacher")
+        vocabulary = self.run.vocabulary
         with torch.no_grad(), self.as_teacher():
             reads, packs = batch.teacher_reads, self.packs_student
-            side = model_side(self.student, reads, packs, vocabulary, layers)
+            side = model_side(self.student, reads, packs, vocabulary, quantities)
             head = LMHead.of(self.student, vocabulary)
             return replace(side, head=replace(head, module=detached(head.module)))
 

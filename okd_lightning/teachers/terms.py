@@ -57,7 +57,7 @@ def check_cached_term(
             learn, or needs more than k probabilities.
     """
     advice = f"; give --model.teacher a folder or hub id in place of {option.rpartition(' ')[2]}"
-    if "teacher" in term.sources:
+    if term.asks_teacher:
         raise ConfigError(f"method {term.name} has the teacher write responses{advice}")
     needs_teacher = any(quantity.needs_teacher for quantity in term.quantities)
     if needs_teacher and "student" in term.sources and not reads_new_rows:

@@ -1,12 +1,12 @@
 """Parts of a training run: the pair, the step over both models, generation, and saved state.
 
-* ``module``: the DistillationModule, on ``optimized_module`` (optimizer), ``measured_module``
-  (validation), ``paired_module`` (building) and ``frozen_parts``.
-* ``pair``: a student and its teacher, which are built, measured and run. ``mixture_engine``: both
-  as one engine.
-* ``step_terms``, ``step_metrics``: terms and logged metrics of an optimizer step.
+* ``module``: the DistillationModule; ``distilled_run``: its interface for the parts it is made of.
+* Its parts: ``pair``, ``optimization`` (optimizer), ``step`` (loss of a step), ``evaluation``
+  (measures), ``frozen_parts`` (hidden from callbacks), ``run_state`` (in checkpoints).
+* ``pair``: a student and its teacher, which are built, measured and run. ``generation``: by
+  one model, or by a mixture of both.
 * ``optimizers``, ``optimizer_settings``, ``resumed_rates``: parameter groups, schedules, resume.
-* ``run_state``, ``loop_state``, ``arguments``, ``kept_checkpoints``: state in checkpoints.
+* ``loop_state``, ``loaded_ends``, ``arguments``, ``kept_checkpoints``: state in checkpoints.
 * ``lightning_privates``: all use of Lightning's private attributes.
 * ``run_records``, ``run_settings``, ``opening``, ``lightning_messages``: tables and messages.
 * ``rank_agreement``, ``rank_faults``: differing and lost ranks.

@@ -1,7 +1,7 @@
 """The loss of one micro-batch from both models' sides.
 
 Owns which terms take which path: one pass over tiles of logits, all positions at once (terms that
-are not positionwise), or hidden states and routers.
+are not positionwise), chunks (a teacher with another tokenizer), or hidden states and routers.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from okd_lightning.losses import (
     StateQuantity,
     WeightedLoss,
     WeightedTerm,
+    chunked_loss,
     fused_loss,
     measure,
+    measure_chunks,
     weighted_loss,
 )
 from okd_lightning.losses.states import Project, joined, reads_states
@@ -72,6 +74,8 @@ def _loss_of_logits(
     quantities = _quantities(terms)
     teacher = teacher if any(quantity.needs_teacher for quantity in quantities) else None
     targets, about = batch.student_reads.targets, Measured.about(batch)
+    if batch.chunks is not None:
+        return chunked_loss(terms, about, measure_chunks(batch, quantities, sides, tile_positions))
     if all(weighted.term.is_positionwise for weighted in terms):
         return fused_loss(
             terms, student, teacher, targets, about, vocab_size, tile_positions, base, checks

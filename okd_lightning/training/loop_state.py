@@ -4,6 +4,9 @@ Lightning repairs the counters of a checkpoint by guessing in which hook it was 
 wrong at an epoch's end, before a rollout and before a validation. This module brings a loaded
 checkpoint into one of three forms: within an epoch after a whole optimizer step, at an epoch's
 start, or before a validation that is still due.
+
+It also owns the numbers of a step in the loops: its number for loggers, and the logged values, of
+which Lightning would write the last known one into every row until the epoch ends.
 """
 
 from __future__ import annotations
@@ -17,10 +20,14 @@ from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError
 from okd_lightning.training.lightning_privates import (
     add_hparams,
+    logged_results,
+    row_for_loggers,
     set_logged_step,
     validation_seconds,
     will_validate,
 )
+
+_HOOK_BEFORE = "on_train_batch_start"
 
 STOPPED = "okd_lightning_stopped"
 """Key of a checkpoint for whether its run was stopped, and whether a validation is still due."""
@@ -131,7 +138,7 @@ def count_steps(trainer: lightning.Trainer, num_done: int) -> None:
 
 
 def begin_step(trainer: lightning.Trainer) -> None:
-    """Prepare an optimizer step: set its logged number; round validation up to whole steps.
+    """Prepare an optimizer step: its logged number and values; validation after whole steps.
 
     Lightning's own interval is in micro-batches: a checkpoint of a validation within a step would
     lack the gradient of the step's first micro-batches.
@@ -139,6 +146,7 @@ def begin_step(trainer: lightning.Trainer) -> None:
     Raises:
         ConfigError: An interval of time, which can end within a step.
     """
+    forget_last_step(trainer)
     count_steps(trainer, trainer.global_step)
     accumulate = trainer.accumulate_grad_batches
     seconds = validation_seconds(trainer)
@@ -149,6 +157,33 @@ def begin_step(trainer: lightning.Trainer) -> None:
         )
     if isinstance(trainer.val_check_batch, int):
         trainer.val_check_batch = -(-trainer.val_check_batch // accumulate) * accumulate
+
+
+def forget_last_step(trainer: lightning.Trainer) -> None:
+    """Omit the last step's values from later rows; for ``on_train_batch_start``.
+
+    Epoch means and metric objects continue; ``trainer.callback_metrics`` keeps its values.
+    """
+    for metric in logged_results(trainer):
+        meta = metric.meta
+        if meta.on_step and not meta.on_epoch and metric.is_tensor and meta.fx != _HOOK_BEFORE:
+            metric.reset()
+
+
+def unlogged_row(trainer: lightning.Trainer) -> dict[str, float] | None:
+    """Return the row of the step that was just done, if its loggers have not received it yet.
+
+    Returns:
+        Values by name, with epoch and step; None outside ``on_train_batch_end``, or where this step
+        is not logged.
+    """
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    is_open = progress.completed < progress.processed
+    row = row_for_loggers(trainer) if is_open and not trainer.validating else None
+    if row is None:
+        return None
+    values = {name: float(value) for name, value in row.items()}
+    return {**values, "epoch": trainer.current_epoch, "step": trainer.global_step - 1}
 
 
 def _before_validation(loop: dict[str, Any]) -> None:

@@ -1,66 +1,64 @@
-"""The DistillationModule: terms, the one training step, validation, and state.
+"""The DistillationModule: the terms of a run, and its one training step.
 
-Wiring only: ``pair`` holds both models, the mathematics is in ``divergences`` and
-``losses``, the data in ``rollouts`` and ``data``, and a method is a callback that registers its
-term here. All of Lightning's hooks stay free for a subclass.
+Wiring only: a LightningModule that has a ``pair`` (student, teacher, vocabulary, placement), an
+optimizer (``optimization``), measures (``evaluation``) and ``frozen_parts``. The mathematics is in
+``divergences`` and ``losses``, the data in ``rollouts`` and ``data``, and a method is a callback
+that registers its term here. All of Lightning's hooks stay free for a subclass.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
-from torch import Tensor
-from torch.nn import Parameter
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import okd_lightning.data.parsing_settings  # noqa: F401 - for configs that name it
-from okd_lightning.checkpoints.contents import set_rng_state
-from okd_lightning.checkpoints.files import read_checkpoint
-from okd_lightning.checkpoints.signature import is_own_run
-from okd_lightning.engines import EngineSource
-from okd_lightning.errors import CheckpointError, ConfigError
-from okd_lightning.losses import (
-    Term,
-    WeightedTerm,
-)
+from okd_lightning.checkpoints.contents import allow_left_out
+from okd_lightning.engines import EngineSource, RolloutEngine, TransformersEngine
+from okd_lightning.errors import ConfigError
+from okd_lightning.losses import Measured, Quantity, Term
 from okd_lightning.losses.reduction import Normalization, NormalizationName
-from okd_lightning.models import DTypeName, EndTokensArgument, ModelArgument
+from okd_lightning.models import (
+    DTypeName,
+    EndTokensArgument,
+    ModelArgument,
+    ModelSource,
+    Projectors,
+    Vocabulary,
+)
 from okd_lightning.models.schedules import ScheduleName
 from okd_lightning.records.batches import DistillBatch
-from okd_lightning.teachers import Teacher
-from okd_lightning.training.arguments import (
-    check_arguments,
-    restored_arguments,
-    stored_arguments,
-)
-from okd_lightning.training.kept_checkpoints import settle_kept
-from okd_lightning.training.loop_state import begin_step
+from okd_lightning.records.requests import Request, Rollout
+from okd_lightning.records.rows import generation_records
+from okd_lightning.teachers import OnlineModuleSettings, Teacher, trained
+from okd_lightning.training.evaluation import Evaluation
+from okd_lightning.training.frozen_parts import FrozenParts
+from okd_lightning.training.generation import respond
+from okd_lightning.training.loop_state import begin_step, count_steps
 from okd_lightning.training.opening import open_run
-from okd_lightning.training.optimized_module import Optimization, OptimizedModule
+from okd_lightning.training.optimization import Optimization, OptimizerBuilder, clip_by_side
 from okd_lightning.training.pair import Pair
 from okd_lightning.training.pair_settings import PairSettings
-from okd_lightning.training.rank_agreement import check_ranks_agree
+from okd_lightning.training.rank_agreement import check_ranks_agree, weights_digest
 from okd_lightning.training.run_settings import one_line
-from okd_lightning.training.run_state import add_state, check_state, load_weights
-from okd_lightning.training.safeguards import SAFEGUARDS, in_setup_order
-from okd_lightning.training.step_metrics import forget_last_step
-from okd_lightning.training.step_terms import (
-    acting_terms,
-    check_counts,
-    check_fits,
-    step_means,
-)
+from okd_lightning.training.run_state import REFUSED_ARGUMENTS, RunState, module_of_checkpoint
+from okd_lightning.training.safeguards import with_safeguards
+from okd_lightning.training.step import StepLoss, check_fits
 
 
-class DistillationModule(OptimizedModule):
+class DistillationModule(lightning.LightningModule):
     """A student that learns from a teacher by the Trainer's method callbacks.
 
     Args:
@@ -69,7 +67,8 @@ class DistillationModule(OptimizedModule):
             architecture's fields. From Python also a model (the adapter of a PeftModel is trained);
             docs/concepts/models.md.
         teacher: The teacher, in the same forms; or a class of okd_lightning.teachers with its
-            settings: FrozenSelf, AveragedSelf or LiveSelf (the student itself), CachedTeacher (its
+            settings: FrozenSelf, AveragedSelf or LiveSelf (the student itself), TeacherEnsemble
+            (several models as one), RoutedTeachers (one for each row), CachedTeacher (its
             log-probabilities on disk), ServedTeacher (on a server). None for plain SFT.
         tokenizer: Folder or hub id of the tokenizer; the student's by default, else the teacher's.
         learning_rate: After warm-up; 5e-5 by default, or the one set in ``optimizer``.
@@ -112,8 +111,6 @@ class DistillationModule(OptimizedModule):
         VocabularyError: Tokenizers that differ.
     """
 
-    shared_by_copies = (*OptimizedModule.shared_by_copies, "terms", "_checked", "_constructed_with")
-
     def __init__(
         self,
         student: ModelArgument,
@@ -140,36 +137,45 @@ class DistillationModule(OptimizedModule):
         end_tokens: EndTokensArgument | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in _ARGUMENTS}
-        if tile_positions is not None and tile_positions < 1:
-            raise ConfigError(f"model.tile_positions must be at least 1, got {tile_positions}")
-        optimization = Optimization(
-            learning_rate, weight_decay, warmup_steps, schedule, optimizer, lr_scheduler
-        )
-        settings = PairSettings(
-            tokenizer=tokenizer,
-            dtype=dtype,
-            teacher_dtype=teacher_dtype,
-            attn_implementation=attn_implementation,
-            gradient_checkpointing=gradient_checkpointing,
-            student_adapter=student_adapter,
-            ema_decay=ema_decay,
-            tile_positions=tile_positions,
-            packing=packing,
-            compile_blocks=compile_blocks,
-            end_tokens=end_tokens,
-        )
-        pair = Pair(student, teacher, settings, self._current_trainer)
-        super().__init__(optimization, pair, engine)
+        super().__init__()
+        optimization, settings = Optimization.of(given), PairSettings.of(given)
+        self.pair = Pair(student, teacher, settings, self._current_trainer, engine)
+        self.optimization = OptimizerBuilder(optimization)
+        self.frozen_parts = FrozenParts(shared_by_copies=("terms",))
+        self.evaluation = Evaluation(len(self.pair.teacher.names))
+        self.student: PreTrainedModel | None = None  # the pair's models, registered for Lightning
+        self.teacher: nn.Module | None = None
+        self.projectors: Projectors | None = None
+        self.learning_rate = self.optimization.settings.learning_rate
+        self.weight_decay = self.optimization.settings.weight_decay
         self.normalization = Normalization(normalization)
-        self._constructed_with = given
-        self._arguments: dict[str, Any] | None = None
+        self.terms: list[Term] = []
+        self.step_loss = StepLoss()
+        self.run_state = RunState(given)
+        self.chosen_options: Mapping[str, Mapping[str, Any]] | None = None
+        self._online_weights: dict[str, Any] = {}  # of an online module that is not attached yet
         self.strict_loading = False  # frozen weights are not in checkpoints; see on_load_checkpoint
-        self.run_config: str | None = None
-        self.resume_flag = ""  # that a printed command needs to resume this run
-        self.started_in: str | None = None  # base of the config's relative paths
-        self._step_sums: dict[str, Tensor] = {}
-        self.measured_before: dict[str, float] = {}  # by the last validation before a resume
-        self.rng_to_restore: dict[str, Any] | None = None  # at the first step after a resume
+        self.register_load_state_dict_post_hook(allow_left_out)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The run's tokenizer."""
+        return self.pair.tokenizer
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Ids on which both sides are compared."""
+        return self.pair.vocabulary
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end a response."""
+        return self.pair.eos_ids
+
+    @property
+    def has_teacher(self) -> bool:
+        """True where there is a teacher; ``teacher`` may be None all the same."""
+        return self.pair.teacher.exists
 
     # ---------------------------------------------------------------- setting up
 
@@ -183,21 +189,107 @@ class DistillationModule(OptimizedModule):
         self.pair.teacher.check_term(term)
         self.terms.append(term)
 
+    def add_online_module(self, settings: OnlineModuleSettings) -> None:
+        """Add a trainable module to the teacher; callbacks call this at ``setup``; see ``Pair``."""
+        self.pair.add_online_module(settings)
+        if self.student is not None:
+            self._register()
+
+    def add_teacher_base(self, source: ModelSource, option: str) -> None:
+        """Compare the teacher with another frozen model in this fit; see ``Pair``."""
+        self.pair.add_teacher_base(source, option)
+
     def configure_callbacks(self) -> list[Callback]:
         """Return the safeguards that the Trainer lacks; move ModelsFirst to the front."""
         self.terms, self.pair.layer_pairs = [], ()  # a run begins; one that failed has left its own
-        trainer = self._trainer
-        present: list[Callback] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
-        if trainer is not None:
-            trainer.callbacks = in_setup_order(present)  # type: ignore[attr-defined]
-        return [kind() for kind in SAFEGUARDS if not any(isinstance(c, kind) for c in present)]
+        self.pair.begin()
+        return [] if self._trainer is None else with_safeguards(self._trainer)
+
+    def configure_model(self) -> None:
+        """Build the pair once; Lightning calls this again for every entry point."""
+        self.pair.begin()
+        self.pair.build()
+        self._register()
+        if self._trainer is not None and self._trainer.world_size > 1:
+            self.run_state.weights_read = weights_digest(self.pair.models_read)
+
+    def _register(self) -> None:
+        """Register the pair's models, and load weights that waited for an online module."""
+        self.student, self.teacher = self.pair.student, self.pair.teacher.module
+        self.projectors = self.pair.projectors if self.pair.layer_pairs else None
+        if self._online_weights and self.pair.teacher.online_module is not None:
+            super().load_state_dict(self._online_weights, strict=False)
+            self._online_weights = {}
+
+    def setup(self, stage: str) -> None:
+        """List all weights again, and record the run's settings, after the callbacks' ``setup``."""
+        self.frozen_parts.show()
+        if stage == "fit":
+            self.run_state.begin(self, self.optimization.described(self))
 
     def teardown(self, stage: str) -> None:
         """Remove the terms and the teacher's base, so that another Trainer can add its own."""
-        self.terms, self._checked, self.pair.teacher_base = [], [], None
-        self.pair.layer_pairs = ()
+        self.terms, self.step_loss.acting = [], []
+        self.pair.teacher_base, self.pair.layer_pairs = None, ()
 
-    # ---------------------------------------------------------------- training
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode for the student; the teacher stays in eval mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    trained_parameters = staticmethod(trained)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Yield all modules; while callbacks set up, those without trained parts are omitted."""
+        found = super().named_modules(memo, prefix, remove_duplicate)
+        return self.frozen_parts.listed(self, found)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy trained parts; share frozen tensors, terms and arguments."""
+        return self.frozen_parts.copy_of(self, memo)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or convert; a copy within a run does not change the original's tensors."""
+        return super()._apply(self.frozen_parts.moving(fn), recurse)
+
+    def _current_trainer(self) -> Any:
+        return self._trainer
+
+    def measure(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Measured:
+        """Run both sides once over a batch and measure at its unmasked positions; see ``Pair``."""
+        return self.pair.measure(batch, quantities)
+
+    def respond(self, request: Request) -> Rollout:
+        """Generate responses with the student or the teacher, in eval mode and without gradient."""
+        return respond(self, request)
+
+    def build_engine(self, model: PreTrainedModel) -> RolloutEngine:
+        """Build the built-in engine on ``model``; override to use another for both models."""
+        return TransformersEngine(model, self.vocabulary, self.eos_ids)
+
+    def decode(self, ids: Sequence[int], special_tokens: bool = False) -> str:
+        """Return the text of some ids, with or without special tokens."""
+        kept = {"skip_special_tokens": not special_tokens, "clean_up_tokenization_spaces": False}
+        return str(self.tokenizer.decode(list(ids), **kept))
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build one optimizer over the student and the online module, each with its schedule."""
+        return self.optimization.build(self)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip student and projectors by the Trainer's value, the online module by its own norm."""
+        idle = self.step_loss.idle_parameters(self)
+        if not clip_by_side(self, gradient_clip_val, gradient_clip_algorithm, idle):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step; then let the teacher follow, once per optimizer step."""
@@ -206,53 +298,27 @@ class DistillationModule(OptimizedModule):
 
     def training_step(self, batch: DistillBatch, batch_idx: int) -> Tensor:
         """Return this micro-batch's loss: each term's sum over its divisor of the whole step."""
-        trainer = self.trainer
-        terms = acting_terms(
-            self.terms,
-            batch,
-            trainer.global_step,
-            trainer.accumulate_grad_batches,
-            trainer.world_size,
-            self.normalization,
-        )
-        acting = [weighted.term for weighted in terms]
-        is_new, self._checked = acting != self._checked, acting
-        loss = self.loss_of(batch, terms, checks=is_new)
-        if is_new:
-            check_counts(terms, loss.outputs, batch)
-        self._log_step(batch, step_means(terms, loss, batch, trainer.global_step), batch_idx)
-        return loss.total + self._idle_loss(terms)
+        return self.step_loss.loss(self, batch, batch_idx)
 
-    def _idle_loss(self, terms: Sequence[WeightedTerm]) -> Tensor:
-        """Return 0, tied to parameters that no term trains in this step, as DDP expects."""
-        idle = torch.zeros((), device=self.device)
-        own: list[Parameter] = []
-        if not any(weighted.term.trains_teacher for weighted in terms):
-            own += self.pair.teacher.trained_parameters()
-        own += self.idle_projectors(weighted.term for weighted in terms)
-        if all(weighted.term.reads_states for weighted in terms):  # of the head and later layers
-            own += self.trained_parameters(self.student)
-        for parameter in self.pair.placement.tied_to_loss(own):
-            idle = idle + 0.0 * parameter.sum()
-        return idle
+    def on_validation_start(self) -> None:
+        """Reset the measures; log them at the step of the weights, resumed or loaded."""
+        self.evaluation.reset()
+        if not self.trainer.sanity_checking:
+            count_steps(self.trainer, self.run_state.measured_step(self.trainer))
 
-    def _log_step(self, batch: DistillBatch, sums: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Add up the metrics of a step's micro-batches and log them at the last one."""
-        self.log_dict(dict(batch.metrics), batch_size=1)
-        for name, value in sums.items():
-            self._step_sums[name] = self._step_sums.get(name, torch.zeros_like(value)) + value
-        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
-            for name, value in self._step_sums.items():
-                self.log(
-                    f"train/{name}",
-                    value,
-                    prog_bar=name == "loss",
-                    on_step=True,
-                    reduce_fx="sum",
-                    sync_dist=True,
-                    batch_size=1,
-                )
-            self._step_sums = {}
+    on_test_start = on_validation_start
+
+    def validation_step(self, batch: DistillBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measure divergences to the base teacher at temperature 1, in nats per token."""
+        self.evaluation.update_from(self, "test" if self.trainer.testing else "val", batch)
+
+    test_step = validation_step
+
+    def predict_step(
+        self, batch: DistillBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> list[dict[str, Any]]:
+        """Return prompt and generated response of every row, as text."""
+        return generation_records(batch, self.decode)
 
     # ---------------------------------------------------------------- state
 
@@ -269,83 +335,63 @@ class DistillationModule(OptimizedModule):
         """Return a module with the models and weights of a checkpoint; both models are built.
 
         Args:
-            checkpoint_path: A file, or a sharded checkpoint's folder; always read weights-only.
+            checkpoint_path: A file, or a sharded checkpoint's folder.
             map_location: Device to move the module to; by default it stays on the CPU.
-            hparams_file: Refused: checkpoints hold the constructor's arguments.
-            strict: Refuse unknown weights; frozen weights are never missing, as checkpoints lack
-                them.
-            weights_only: True or None.
+            hparams_file: None: checkpoints hold the constructor's arguments.
+            strict: Refuse unknown weights; frozen weights, which are not stored, are never missing.
+            weights_only: True or None: checkpoints are always read weights-only.
             kwargs: Arguments of the constructor that replace the checkpoint's.
 
         Raises:
-            CheckpointError: The checkpoint cannot be read or rebuilt, is of another model, or names
-                a server and is not signed by this user.
+            CheckpointError: See ``module_of_checkpoint``.
             ConfigError: ``hparams_file`` or ``weights_only=False``.
         """
         if hparams_file is not None or weights_only is False:
-            raise ConfigError(
-                "load_from_checkpoint reads a checkpoint's own arguments and weights alone: leave "
-                "hparams_file and weights_only=False out, and name what to change as arguments"
-            )
-        checkpoint = read_checkpoint(str(checkpoint_path), with_weights=True)
-        own = checkpoint["okd_lightning"]
-        if not is_own_run(own):
-            check_arguments(own.get("arguments"), kwargs, str(checkpoint_path))
-        module = cls(**restored_arguments(own.get("arguments"), kwargs))
-        load_weights(module, checkpoint, strict=bool(strict))
+            raise ConfigError(REFUSED_ARGUMENTS)
+        module: Self = module_of_checkpoint(cls, str(checkpoint_path), kwargs, bool(strict))
         return module if map_location is None else module.to(map_location)
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Constructor arguments of the module, as a checkpoint stores them."""
-        if self._arguments is None:
-            self._arguments = stored_arguments(self._constructed_with)
-        return self._arguments
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load weights; build the models first where they are missing.
+
+        Strategies with processes of their own (ddp_notebook, ddp_fork, ddp_spawn) return weights
+        this way. Those of an online module are kept until a method adds one.
+        """
+        if self.student is None and any(name.startswith("student.") for name in state_dict):
+            self.configure_model()
+            if self.teacher is not None and self.pair.teacher.online_module is None:
+                unknown = state_dict.keys() - self.state_dict().keys()
+                self._online_weights = {name: state_dict[name] for name in unknown}
+        return super().load_state_dict(state_dict, strict, assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave frozen weights out; add the resolved config, the methods and the RNG streams.
-
-        Raises:
-            CheckpointError: The run was in processes that have ended.
-        """
-        if self._trainer is None:
-            raise CheckpointError(
-                "the run was in processes of its own (ddp_fork, ddp_spawn or ddp_notebook), and "
-                "its optimizer and loops ended with them: have the run write its checkpoints, by "
-                "LastCheckpoint or ModelCheckpoint among the Trainer's callbacks"
-            )
-        add_state(self, checkpoint, self.arguments)
+        """Leave frozen weights out; add the resolved config, the methods and the RNG streams."""
+        self.run_state.save(self, checkpoint, self.optimization.settings.to_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint is one of this run's methods and models.
-
-        Raises:
-            CheckpointError: Another method's, model's or optimizer's checkpoint.
-        """
-        self.rng_to_restore = check_state(self, checkpoint)
-        if self._trainer is not None:
-            settle_kept(self._trainer, checkpoint)
+        """Check that the checkpoint is one of this run's methods, models and optimizers."""
+        self.run_state.load(self, checkpoint)
         if self.terms:
-            self.resume_optimizer(checkpoint)
-        self._loaded_step = checkpoint["global_step"]
+            self.optimization.resume(checkpoint, self.student)
 
     def on_fit_start(self) -> None:
         """Report what is trained, and open or write the teacher's cache."""
-        open_run(self, self.terms, self.learning_rate)
-        rank_zero_info(one_line(self.run_settings or self.settings_of_run()))
+        open_run(self)
+        rank_zero_info(one_line(self.run_state.settings or self.optimization.described(self)))
 
     def on_train_start(self) -> None:
         """Compare what the ranks have read; apply optimizer settings that a resume changes."""
-        check_ranks_agree(self.trainer, self.weights_read, self.run_config, self.tokenizer)
-        super().on_train_start()
+        state = self.run_state
+        check_ranks_agree(self.trainer, state.weights_read, state.config, self.tokenizer)
+        optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        self.optimization.start(optimizer, scheduler, self.learning_rate)
 
     def on_train_batch_start(self, batch: DistillBatch, batch_idx: int) -> None:
         """Restore a resumed run's random streams (dropout), once; drop the last step's metrics."""
-        if self.rng_to_restore is not None:
-            set_rng_state(self.rng_to_restore)
-            self.rng_to_restore = None
+        self.run_state.restore_streams()
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            forget_last_step(self.trainer)
             begin_step(self.trainer)
 
 

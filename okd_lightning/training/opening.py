@@ -14,16 +14,14 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term
 from okd_lightning.records.batches import Example
 from okd_lightning.teachers import Opening
-from okd_lightning.training.paired_module import PairedModule
+from okd_lightning.training.distilled_run import DistilledRun
 
 
-def open_run(module: PairedModule, terms: Sequence[Term], learning_rate: float) -> None:
+def open_run(module: DistilledRun) -> None:
     """Report what is trained, warn of updates lost to rounding, and open the teacher.
 
     Args:
         module: A module inside a Trainer, with its models on their devices.
-        terms: The run's terms.
-        learning_rate: The student's learning rate.
 
     Raises:
         OKDLightningError: The teacher cannot serve this run.
@@ -33,14 +31,14 @@ def open_run(module: PairedModule, terms: Sequence[Term], learning_rate: float) 
             sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
             total, trained = sum(n for n, _ in sizes), sum(n for n, t in sizes if t)
             rank_zero_info(f"{name}: {total:,} parameters, {trained:,} trained")
-    rank_zero_info(module.pair.ends.described(module.tokenizer))
+    rank_zero_info(module.pair.ends.described(module.pair.tokenizer))
     if module.pair.dtype == "bfloat16" and module.pair.student_adapter is None:
         rank_zero_warn(
             "the student's own weights are bfloat16, which keeps 8 bits of each: steps of a "
-            f"small learning rate (here {learning_rate:g}) mostly round to nothing; give "
+            f"small learning rate (here {module.learning_rate:g}) mostly round to nothing; give "
             "--model.dtype float32 with --trainer.precision bf16-mixed, or a student_adapter"
         )
-    trainer = module.trainer
+    trainer, terms = module.trainer, module.terms
     module.pair.teacher.open(
         Opening(
             trainer, terms, module.device, partial(_read_rows, trainer, terms), rollout_progress

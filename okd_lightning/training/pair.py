@@ -6,8 +6,7 @@ what is trained nor by which loss, and does not know which kind of teacher it ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Sequence
 from copy import copy, deepcopy
 from dataclasses import replace
 from typing import Any, Self, cast
@@ -15,22 +14,22 @@ from typing import Any, Self, cast
 import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from transformers import PreTrainedModel
 
-from okd_lightning.engines.memory import memory_of
+from okd_lightning.engines import Sampling
+from okd_lightning.engines.engine import EngineSource
 from okd_lightning.engines.tool_rollouts import ToolRounds
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import (
     Measured,
     Quantity,
     Side,
-    StateQuantity,
     WeightedLoss,
     WeightedTerm,
     measure,
+    measure_chunks,
 )
-from okd_lightning.losses.states import layers_read
 from okd_lightning.models import (
     DTypeName,
     EndTokens,
@@ -42,34 +41,25 @@ from okd_lightning.models import (
     add_adapter,
     check_lengths,
     check_pair,
-    compile_blocks,
     dtype_of,
     find_end_tokens,
     find_tokenizer,
     load_checked,
     load_model_config,
-    packs_rows,
     projectors_for,
-    recompute_activations,
-    say_row_groups,
 )
 from okd_lightning.records.batches import DistillBatch
-from okd_lightning.records.requests import Generator
 from okd_lightning.sharding import Placement, WholeModels
 from okd_lightning.teachers import (
     AdaptiveTeacher,
-    GeneratingModels,
     OnlineModuleSettings,
     Teacher,
     TeacherBase,
-    in_eval_mode,
     model_side,
     teacher_of,
-    trained,
 )
 from okd_lightning.training.batch_loss import batch_loss
-from okd_lightning.training.frozen_parts import own_memory
-from okd_lightning.training.pair_settings import PairSettings
+from okd_lightning.training.pair_settings import PairSettings, drawing_from_the_seed
 
 
 class Pair:
@@ -80,10 +70,12 @@ class Pair:
         teacher: The user's teacher, in any form.
         settings: How both are loaded and run.
         trainer_of: Returns the Trainer of the run that is under way; None outside of one.
+        engine: Source of the engine for the student's responses; None for the built-in engine.
 
     Attributes:
         student: The student's model; None before ``build``.
         tokenizer: The run's tokenizer.
+        teacher: The teacher that acts in the command that is under way.
         vocabulary: Ids on which both sides are compared.
         ends: Ids that end a response, one outcome for both models.
         placement: The models' placement; a sharding strategy replaces it.
@@ -103,6 +95,7 @@ class Pair:
         teacher: ModelArgument | Teacher | None,
         settings: PairSettings,
         trainer_of: Callable[[], lightning.Trainer | None],
+        engine: EngineSource | None = None,
     ) -> None:
         given_teacher = teacher_of(teacher)
         given_teacher.check_options(settings.teacher_options(student))
@@ -111,7 +104,8 @@ class Pair:
             student, given_teacher.own_source, settings.student_adapter, sources[1:]
         )
         self._given = given
-        self._trainer_of = trainer_of
+        self.trainer_of = trainer_of
+        self.engine = engine
         self.settings = settings
         self.dtype: DTypeName = dtype_of(given.student, settings.dtype)
         self.student_adapter = given.adapter
@@ -128,13 +122,25 @@ class Pair:
         self.layer_pairs: tuple[LayerPair, ...] = ()
         self.projectors: Projectors | None = None
         run = settings.teacher_run(given, self.tokenizer, self.vocabulary)
-        self.given_teacher = given_teacher.join(run)
+        self.teacher = self.given_teacher = given_teacher.join(run)
+        self.begin()
         self.use_ends(ends)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """Ids at which generation stops; the first ends dataset responses without an end."""
         return self.ends.stop_ids
+
+    @property
+    def models(self) -> list[PreTrainedModel]:
+        """All models in memory, each of which is placed by itself: student, then teachers."""
+        return [*([] if self.student is None else [self.student]), *self.teacher.models]
+
+    @property
+    def models_read(self) -> list[PreTrainedModel | None]:
+        """``models``, and the teacher's base where a method compares with it."""
+        base = self.teacher_base
+        return [*self.models, None if base is None else base.model]
 
     @property
     def student_source(self) -> ModelSource:
@@ -146,13 +152,13 @@ class Pair:
         """True where a new adapter is put on the student."""
         return self.student_adapter is not None and not self._given.has_adapter
 
-    @property
-    def teacher(self) -> Teacher:
-        """The teacher, as it acts in the command that is under way."""
-        trainer = self._trainer_of()
-        return self.given_teacher.during(trainer is not None and trainer.state.fn == "fit")
-
     # ---------------------------------------------------------------- building
+
+    def begin(self) -> None:
+        """Take the teacher that acts in the command that begins: a training run, or another one."""
+        trainer = self.trainer_of()
+        is_training = trainer is not None and trainer.state.fn == "fit"
+        self.teacher = self.given_teacher.during(is_training)
 
     def build(self) -> None:
         """Have both models in memory, where they are needed; called again for every command.
@@ -165,8 +171,8 @@ class Pair:
                 self._build_student()
             self.teacher.build()
             if self.layer_pairs:
-                models = self.student, self.teacher.model
-                self.projectors = projectors_for(self.layer_pairs, *models, self.projectors)
+                sides = self.student, self.teacher.model
+                self.projectors = projectors_for(self.layer_pairs, *sides, self.projectors)
         if self.teacher_base is not None:
             self._check_one_base(self.teacher_base)
             run = self.given_teacher.run
@@ -187,19 +193,15 @@ class Pair:
         if self.adds_adapter:
             add_adapter(student, cast(PeftConfig, self.student_adapter), "--model.student_adapter")
         teacher.student_adapted(student)
-        if settings.gradient_checkpointing:
-            recompute_activations(student, "--model.student")
-        self.packs_student = packs_rows(student, settings.packing, "student")
-        say_row_groups(student, "student")
-        memory_of(_within_peft(student))
-        if settings.compile_blocks:
-            compile_blocks(student)
-        own_memory(trained(student))
-        student.train()
+        self.packs_student = settings.prepare(student)
         teacher.student_ready(student, self.packs_student)
 
     def add_online_module(self, settings: OnlineModuleSettings) -> None:
-        """Put a trainable module on the teacher; see ``DistillationModule.add_online_module``."""
+        """Put a trainable module on the teacher.
+
+        Raises:
+            ConfigError: A teacher that cannot have one, or two methods that need different modules.
+        """
         known = self.given_teacher.online_module
         if known is not None:
             if known != settings:
@@ -210,12 +212,24 @@ class Pair:
             return
         adapted = self.given_teacher.adapted(lambda teacher: AdaptiveTeacher(teacher, settings))
         self.given_teacher = adapted.join(self.given_teacher.run)
+        self.begin()
         if self.student is not None:
             with drawing_from_the_seed():
                 self.given_teacher.build()
 
     def add_teacher_base(self, source: ModelSource, option: str) -> None:
-        """Compare the teacher with a third model; see ``DistillationModule.add_teacher_base``."""
+        """Compare the teacher with another frozen model, which is in no checkpoint, for one run.
+
+        Quantities with ``needs_base_teacher`` read it then, in the teacher's number format.
+
+        Args:
+            source: Folder or hub id, such as that of the teacher before its post-training.
+            option: How the user named it, for messages, such as ``--method.teacher_base``.
+
+        Raises:
+            ConfigError: Another method of the run compares with another model.
+            ModelError, VocabularyError: It cannot be read, or has other ids.
+        """
         if self.teacher_base is not None:
             if self.teacher_base.source != source:
                 raise ConfigError(
@@ -253,13 +267,18 @@ class Pair:
         """Let further ids end a response, such as a chat template's end of turn; logged once."""
         found = list(ids)
         new = [i for i in found if i not in self.eos_ids]
-        self.use_ends(self.ends.with_stops(found))
+        has_own = self.given_teacher.tokenizer is not None
+        self.use_ends(self.ends.with_stops(found, are_ends=has_own))
         if new:
             names = ", ".join(repr(self.tokenizer.decode([i])) for i in new)
             rank_zero_info(f"responses also end at {names}, as the data's own responses do")
 
     def check_lengths(self, num_tokens: int, teacher_tokens: int) -> None:
         """Refuse sequences that are longer than a model's maximum.
+
+        Args:
+            num_tokens: The longest that the student reads.
+            teacher_tokens: The longest that the teacher reads.
 
         Raises:
             ConfigError: A sequence is too long; the message names the model and both lengths.
@@ -271,6 +290,17 @@ class Pair:
         if self.teacher_base is not None:
             self.teacher_base.check_length(teacher_tokens)
         teacher.check_length(teacher_tokens)
+        if self.engine is not None:
+            self.engine.check_length(num_tokens)
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Refuse, before training, sampling settings that the student's engine does not support.
+
+        Raises:
+            ConfigError: The engine does not support them; the message names what it does support.
+        """
+        if self.engine is not None:
+            self.engine.check_sampling(sampling)
 
     # ---------------------------------------------------------------- running
 
@@ -283,18 +313,13 @@ class Pair:
         the teacher without its online module, for quantities that compare with it.
         """
         assert self.student is not None
-        student = model_side(
-            self.student,
-            batch.student_reads,
-            self.packs_student,
-            self.vocabulary,
-            layers_read(quantities, "student"),
-            any(isinstance(q, StateQuantity) and q.reads_routers for q in quantities),
-        )
+        own = (self.student, batch.student_reads, self.packs_student, self.vocabulary)
+        student = model_side(*own, quantities, "student")
         teacher = base = None
         if any(quantity.needs_teacher for quantity in quantities):
             teacher = self.teacher.side(batch, quantities)
-            assert len(teacher.hidden) == len(student.hidden), "other loss tokens than the student"
+            is_same = batch.chunks is not None or len(teacher.hidden) == len(student.hidden)
+            assert is_same, "other loss tokens than the student"
         if any(quantity.needs_base_teacher for quantity in quantities):
             base = self._base_side(batch)
         return student, teacher, base
@@ -307,18 +332,26 @@ class Pair:
             return model_side(own.on(read.input_ids.device), read, own.packs, self.vocabulary)
 
     def measure(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Measured:
-        """Run both sides once and measure; see ``DistillationModule.measure``."""
-        student, teacher, base = self.sides(batch, quantities)
-        values = measure(
-            quantities,
-            student,
-            teacher,
-            batch.student_reads.targets,
-            self.vocabulary.size,
-            self.settings.tile_positions,
-            base,
-            Measured.about(batch).merges_ends,
-        )
+        """Run both sides once over a batch and measure at its unmasked positions.
+
+        The student runs in the caller's gradient mode. The teacher reads its own prompts where the
+        batch has them; the positions are those of the same response tokens on both sides.
+        """
+        sides, size = self.sides(batch, quantities), self.settings.tile_positions
+        student, teacher, base = sides
+        if batch.chunks is not None:
+            values = measure_chunks(batch, quantities, sides, size).at_positions()
+        else:
+            values = measure(
+                quantities,
+                student,
+                teacher,
+                batch.student_reads.targets,
+                self.vocabulary.size,
+                size,
+                base,
+                Measured.about(batch).merges_ends,
+            )
         if not torch.is_grad_enabled():
             self.placement.release(*self.models)
         return replace(Measured.about(batch), values=values)
@@ -326,7 +359,10 @@ class Pair:
     def loss_of(
         self, batch: DistillBatch, terms: Sequence[WeightedTerm], checks: bool = False
     ) -> WeightedLoss:
-        """Run both sides once and sum the terms; see ``DistillationModule.loss_of``."""
+        """Run both sides once over a batch and sum the weighted terms, which decide the gradient.
+
+        The sum is computed tile by tile where all terms are positionwise, which ``checks`` tests.
+        """
         terms = self.teacher.forms(terms)
         quantities = [quantity for weighted in terms for quantity in weighted.term.quantities]
         return batch_loss(
@@ -339,38 +375,6 @@ class Pair:
             self.projectors,
         )
 
-    @contextmanager
-    def writing(self, *generators: Generator) -> Iterator[list[GeneratingModels]]:
-        """Prepare models for generation in the block: unsharded, in eval mode, no gradient.
-
-        Args:
-            generators: Student, teacher or both.
-
-        Yields:
-            Each one's models within their PEFT wrappers, adapters included.
-        """
-        trainer = self._trainer_of()
-        precision = nullcontext if trainer is None else trainer.precision_plugin.forward_context
-        found = [self._generator(who) for who in generators]
-        models = [model for one in found for model in one.models]
-        plain = [replace(one, models=tuple(map(_within_peft, one.models))) for one in found]
-        with torch.no_grad(), precision(), self.placement.alone(*models), ExitStack() as stack:
-            for one in plain:
-                for context in (*map(in_eval_mode, one.models), one.context):
-                    stack.enter_context(context)
-            yield plain
-
-    def _generator(self, who: Generator) -> GeneratingModels:
-        if who != "student":
-            return self.teacher.generator()
-        assert self.student is not None
-        return GeneratingModels((self.student,))
-
-    @property
-    def models(self) -> list[PreTrainedModel]:
-        """All models in memory, each of which is placed by itself: student, then teachers."""
-        return [*([] if self.student is None else [self.student]), *self.teacher.models]
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy the models, with ``memo`` deciding what they share; share everything else.
 
@@ -382,19 +386,8 @@ class Pair:
         own.student = deepcopy(self.student, memo)
         own.projectors = deepcopy(self.projectors, memo)
         own.given_teacher = deepcopy(self.given_teacher, memo)
-        own._trainer_of = deepcopy(self._trainer_of, memo)
+        own.teacher = deepcopy(self.teacher, memo)
+        own.trainer_of = deepcopy(self.trainer_of, memo)
         if self.student is None:
             own._given = deepcopy(self._given, memo)
         return own
-
-
-def _within_peft(model: PreTrainedModel) -> PreTrainedModel:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-@contextmanager
-def drawing_from_the_seed() -> Iterator[None]:
-    """Make random weights depend on the seed alone, not on earlier random numbers."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch.initial_seed())
-        yield

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
-from peft import PeftConfig
-from transformers import PreTrainedTokenizerBase
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from okd_lightning.engines.memory import memory_of
+from okd_lightning.errors import ConfigError
 from okd_lightning.models import (
     DTypeName,
     EndTokensArgument,
     GivenPair,
     ModelArgument,
     Vocabulary,
+    compile_blocks,
     dtype_of,
+    packs_rows,
+    recompute_activations,
+    say_row_groups,
 )
-from okd_lightning.teachers import TeacherOptions, TeacherRun
+from okd_lightning.teachers import TeacherOptions, TeacherRun, trained
+from okd_lightning.training.frozen_parts import own_memory
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,28 @@ class PairSettings:
     packing: bool = True
     compile_blocks: bool = False
     end_tokens: EndTokensArgument | None = None
+
+    def __post_init__(self) -> None:
+        if self.tile_positions is not None and self.tile_positions < 1:
+            raise ConfigError(f"model.tile_positions must be at least 1, got {self.tile_positions}")
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> PairSettings:
+        """Return the settings among the arguments of a DistillationModule."""
+        return cls(**{field.name: given[field.name] for field in fields(cls)})
+
+    def prepare(self, student: PreTrainedModel) -> bool:
+        """Set a student with its adapter up for training; return whether it gets packed rows."""
+        if self.gradient_checkpointing:
+            recompute_activations(student, "--model.student")
+        packs = packs_rows(student, self.packing, "student")
+        say_row_groups(student, "student")
+        memory_of(within_peft(student))  # tried before the blocks are compiled
+        if self.compile_blocks:
+            compile_blocks(student)
+        own_memory(trained(student))
+        student.train()
+        return packs
 
     def teacher_options(self, student: ModelArgument) -> TeacherOptions:
         """Return the options that only some kinds of teacher take."""
@@ -59,3 +91,16 @@ class PairSettings:
             ema_decay=self.ema_decay,
             adds_adapter=given.adapter is not None and not given.has_adapter,
         )
+
+
+def within_peft(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model within a PEFT wrapper, adapters included."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@contextmanager
+def drawing_from_the_seed() -> Iterator[None]:
+    """Make random weights depend on the seed alone, not on earlier random numbers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch.initial_seed())
+        yield

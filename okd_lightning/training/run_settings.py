@@ -9,7 +9,7 @@ from typing import Any
 
 
 def one_line(settings: Mapping[str, Any]) -> str:
-    """Return the settings of a run (``OptimizedModule.settings_of_run``) as one line."""
+    """Return the settings of a run (``OptimizerBuilder.described``) as one line."""
     methods = " + ".join(call_text(values) for values in settings["method"].values())
     optimizer = (
         f"{settings['optimizer']}, learning rate {settings['learning_rate']:g}, weight decay "

@@ -1,8 +1,12 @@
-"""State that a DistillationModule adds to a checkpoint, and checks of it at loading."""
+"""The RunState: what a DistillationModule adds to a checkpoint, and checks of it at loading."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping, MutableMapping
+from copy import copy
+from typing import Any, Self, cast
+
+import lightning
 
 from okd_lightning.checkpoints.contents import (
     check_finite,
@@ -12,123 +16,219 @@ from okd_lightning.checkpoints.contents import (
     check_weights,
     rng_state_of,
     rng_states,
+    set_rng_state,
     weights_to_save,
     without_left_out,
 )
+from okd_lightning.checkpoints.files import read_checkpoint
 from okd_lightning.checkpoints.io import make_durable
-from okd_lightning.checkpoints.signature import run_signature
+from okd_lightning.checkpoints.signature import is_own_run, run_signature
 from okd_lightning.errors import CheckpointError
 from okd_lightning.teachers import OnlineModuleSettings
-from okd_lightning.training.arguments import peft_config_of
+from okd_lightning.training.arguments import (
+    check_arguments,
+    peft_config_of,
+    restored_arguments,
+    stored_arguments,
+)
+from okd_lightning.training.distilled_run import DistilledRun
 from okd_lightning.training.earlier_options import present_mark
+from okd_lightning.training.kept_checkpoints import settle_kept
 from okd_lightning.training.loaded_ends import loaded_ends
-from okd_lightning.training.loop_state import mark_due_validation, settle_loops
-from okd_lightning.training.optimized_module import OptimizedModule
-from okd_lightning.training.step_metrics import unlogged_row
+from okd_lightning.training.loop_state import (
+    mark_due_validation,
+    record_hparams,
+    settle_loops,
+    unlogged_row,
+)
+
+REFUSED_ARGUMENTS = (
+    "load_from_checkpoint reads a checkpoint's own arguments and weights alone: leave "
+    "hparams_file and weights_only=False out, and name what to change as arguments"
+)
 
 
-def add_state(
-    module: OptimizedModule, checkpoint: dict[str, Any], arguments: dict[str, Any]
-) -> None:
-    """Leave frozen weights out; add the resolved config, the methods and the RNG streams.
+class RunState:
+    """The state of a run besides its weights and its optimizer.
 
-    All ranks call this. The checkpoint is then written atomically. ``arguments`` are those with
-    which the module was constructed.
+    Args:
+        constructed_with: The arguments of the module's constructor.
+
+    Attributes:
+        config: The resolved config as YAML, where the command line made the run.
+        started_in: Folder to which the config's relative paths refer.
+        resume_flag: What a printed command needs to resume this run.
+        settings: Method, optimizer, rates, precision and device, for loggers and messages.
+        weights_read: Digest of the weights, in a run of several processes.
+    """
+
+    def __init__(self, constructed_with: dict[str, Any]) -> None:
+        self.config: str | None = None
+        self.started_in: str | None = None
+        self.resume_flag = ""
+        self.settings: dict[str, Any] = {}
+        self.weights_read = ""
+        self._constructed_with = constructed_with
+        self._arguments: dict[str, Any] | None = None
+        self._recorded: list[str] = []  # names of ``settings`` that were added to ``hparams``
+        self._measured_before: dict[str, float] = {}  # by the last validation before a resume
+        self._rng: dict[str, Any] | None = None  # random streams for the first step after a resume
+        self._loaded_step = 0
+
+    def begin(self, module: lightning.LightningModule, settings: dict[str, Any]) -> None:
+        """Make a run's settings the module's hyper-parameters."""
+        self._forget(module.hparams)
+        self.settings = settings
+        self._recorded = record_hparams(module, settings)
+
+    def _forget(self, hparams: MutableMapping[str, Any]) -> None:
+        """Remove the settings of a run; hyper-parameters of a subclass's own stay."""
+        for name in self._recorded:
+            hparams.pop(name, None)
+
+    def restore_streams(self) -> None:
+        """Restore a resumed run's random streams (dropout), once."""
+        if self._rng is not None:
+            set_rng_state(self._rng)
+            self._rng = None
+
+    def measured_step(self, trainer: lightning.Trainer) -> int:
+        """Return the last step of the weights that are measured, resumed or loaded."""
+        return max(0, (trainer.global_step or self._loaded_step) - 1)
+
+    def save(
+        self, module: DistilledRun, checkpoint: dict[str, Any], optimizer: dict[str, Any]
+    ) -> None:
+        """Leave frozen weights out; add the resolved config, the methods and the RNG streams.
+
+        All ranks call this. The checkpoint is then written atomically.
+
+        Args:
+            module: The module within a run.
+            checkpoint: Lightning's checkpoint, which is changed.
+            optimizer: Settings of the optimizer, as primitives.
+
+        Raises:
+            CheckpointError: The run was in processes that have ended.
+            NonFiniteError: A trained weight is NaN or infinite.
+        """
+        whole = cast(lightning.LightningModule, module)
+        if whole._trainer is None:
+            raise CheckpointError(
+                "the run was in processes of its own (ddp_fork, ddp_spawn or ddp_notebook), and "
+                "its optimizer and loops ended with them: have the run write its checkpoints, by "
+                "LastCheckpoint or ModelCheckpoint among the Trainer's callbacks"
+            )
+        trainer, pair = module.trainer, module.pair
+        trained = {
+            f"{side}.{name}": parameter
+            for side, model in (
+                ("student", module.student),
+                ("teacher", module.teacher),
+                ("projectors", module.projectors),
+            )
+            if model is not None
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+        check_finite(trained, f"the checkpoint of step {trainer.global_step}")
+        make_durable(trainer)
+        mark_due_validation(trainer, checkpoint)
+        self._forget(checkpoint.get("hyper_parameters", {}))
+        if not checkpoint.get("hyper_parameters"):
+            checkpoint.pop("hyper_parameters", None)
+        checkpoint["state_dict"] = weights_to_save(whole, checkpoint["state_dict"])
+        for part in ("callbacks", "current_model_state"):
+            if part in checkpoint:
+                checkpoint[part] = without_left_out(checkpoint[part], whole)
+        if self._arguments is None:
+            self._arguments = stored_arguments(self._constructed_with)
+        online = pair.teacher.online_module
+        checkpoint["okd_lightning"] = {
+            "config": self.config,
+            "arguments": self._arguments,
+            "started_in": self.started_in,
+            "signature": run_signature(self.config, self.started_in, self._arguments),
+            "eos_ids": list(pair.eos_ids),
+            "end_ids": list(pair.ends.end_ids),
+            "online_module": None if online is None else online.to_dict(),
+            "methods": [term.kind for term in module.terms],
+            "teacher": pair.teacher.mark,
+            "normalization": module.normalization.by,
+            "optimizer": optimizer,
+            "accumulate": trainer.accumulate_grad_batches,
+            "metrics": {
+                **self._measured_before,
+                **{n: float(v) for n, v in trainer.callback_metrics.items() if n[:4] == "val/"},
+            },
+            "row": unlogged_row(trainer) if trainer.training else None,
+            "rng": rng_states(trainer.world_size, self._rng),
+        }
+
+    def load(self, module: DistilledRun, checkpoint: dict[str, Any]) -> None:
+        """Check that a checkpoint is one of this run's methods and models; continue from it.
+
+        Raises:
+            CheckpointError: Another method's or model's checkpoint.
+        """
+        own = checkpoint.get("okd_lightning")
+        if own is None:
+            raise CheckpointError("this checkpoint was not written by okd-lightning")
+        whole = cast(lightning.LightningModule, module)
+        pair, terms = module.pair, module.terms
+        pair.use_ends(loaded_ends(own, pair.ends, resumes=bool(terms)))
+        self._rng = None
+        if terms:
+            trainer = module.trainer
+            check_methods(own["methods"], [term.kind for term in terms])
+            check_teacher_mark(present_mark(own), pair.teacher.mark)
+            if any("student" in term.sources for term in terms):
+                saved = own.get("normalization", "token_mean")
+                check_normalization(saved, module.normalization.by)
+            self._measured_before = dict(own["metrics"])
+            self._rng = rng_state_of(own["rng"], trainer.global_rank, trainer.world_size)
+            settle_loops(checkpoint, trainer.accumulate_grad_batches)
+        check_weights(checkpoint["state_dict"], weights_to_save(whole, whole.state_dict()))
+        if whole._trainer is not None:
+            settle_kept(whole._trainer, checkpoint)
+        self._loaded_step = checkpoint["global_step"]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Share everything: models among the constructor's arguments are not copied."""
+        return copy(self)
+
+
+def module_of_checkpoint(
+    kind: Callable[..., Any], path: str, given: Mapping[str, Any], is_strict: bool
+) -> Any:
+    """Build the module of a checkpoint outside a Trainer, with its models and weights.
+
+    Args:
+        kind: Class of the module.
+        path: A file, or a sharded checkpoint's folder; always read weights-only.
+        given: Arguments of the constructor that replace the checkpoint's.
+        is_strict: Refuse unknown weights.
 
     Raises:
-        NonFiniteError: A trained weight is NaN or infinite.
+        CheckpointError: It cannot be read or rebuilt, is of another model, or names a server and is
+            not signed by this user.
     """
-    trainer = module.trainer
-    trained = {
-        f"{side}.{name}": parameter
-        for side, model in (
-            ("student", module.student),
-            ("teacher", module.teacher),
-            ("projectors", module.projectors),
-        )
-        if model is not None
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-    check_finite(trained, f"the checkpoint of step {trainer.global_step}")
-    make_durable(trainer)
-    mark_due_validation(trainer, checkpoint)
-    hparams = checkpoint.get("hyper_parameters", {})
-    for name in module.recorded:  # of the run; a subclass's own hyper-parameters stay
-        hparams.pop(name, None)
-    if not hparams:
-        checkpoint.pop("hyper_parameters", None)
-    checkpoint["state_dict"] = weights_to_save(module, checkpoint["state_dict"])
-    for part in ("callbacks", "current_model_state"):
-        if part in checkpoint:
-            checkpoint[part] = without_left_out(checkpoint[part], module)
-    checkpoint["okd_lightning"] = {
-        "config": module.run_config,
-        "arguments": arguments,
-        "started_in": module.started_in,
-        "signature": run_signature(module.run_config, module.started_in, arguments),
-        "eos_ids": list(module.eos_ids),
-        "end_ids": list(module.ends.end_ids),
-        "online_module": None if module.online_module is None else module.online_module.to_dict(),
-        "methods": [term.kind for term in module.terms],
-        "teacher": module.pair.teacher.mark,
-        "normalization": module.normalization.by,
-        "optimizer": module.optimizer_settings.to_dict(),
-        "accumulate": trainer.accumulate_grad_batches,
-        "metrics": {
-            **module.measured_before,
-            **{n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")},
-        },
-        "row": unlogged_row(trainer) if trainer.training else None,
-        "rng": rng_states(trainer.world_size, module.rng_to_restore),
-    }
-
-
-def check_state(module: OptimizedModule, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
-    """Check that a checkpoint is one of this run's methods and models; set where the run continues.
-
-    Returns:
-        The random streams of this rank where a run is resumed.
-
-    Raises:
-        CheckpointError: Another method's or another model's checkpoint.
-    """
-    own = checkpoint.get("okd_lightning")
-    if own is None:
-        raise CheckpointError("this checkpoint was not written by okd-lightning")
-    module.use_ends(loaded_ends(own, module.ends, resumes=bool(module.terms)))
-    rng = None
-    if module.terms:
-        trainer = module.trainer
-        check_methods(own["methods"], [term.kind for term in module.terms])
-        check_teacher_mark(present_mark(own), module.pair.teacher.mark)
-        if any("student" in term.sources for term in module.terms):
-            check_normalization(own.get("normalization", "token_mean"), module.normalization.by)
-        module.measured_before = dict(own["metrics"])
-        rng = rng_state_of(own["rng"], trainer.global_rank, trainer.world_size)
-        settle_loops(checkpoint, trainer.accumulate_grad_batches)
-    check_weights(checkpoint["state_dict"], weights_to_save(module, module.state_dict()))
-    return rng
-
-
-def load_weights(module: OptimizedModule, checkpoint: dict[str, Any], strict: bool = False) -> None:
-    """Build a module's models outside a Trainer and load the weights of a checkpoint.
-
-    Raises:
-        CheckpointError: The checkpoint is of another model; with ``strict``, it holds unknown
-            weights.
-    """
-    config = checkpoint["okd_lightning"].get("online_module")
+    checkpoint = read_checkpoint(path, with_weights=True)
+    own = checkpoint["okd_lightning"]
+    if not is_own_run(own):
+        check_arguments(own.get("arguments"), given, path)
+    module = kind(**restored_arguments(own.get("arguments"), given))
+    config = own.get("online_module")
     if config is not None and module.has_teacher:
         module.add_online_module(OnlineModuleSettings(peft_config_of(config)))
     module.configure_model()
+    weights = checkpoint["state_dict"]
     checkpoint["state_dict"] = {  # projectors belong to a run
-        name: value
-        for name, value in checkpoint["state_dict"].items()
-        if module.projectors is not None or not name.startswith("projectors.")
+        name: value for name, value in weights.items() if not name.startswith("projectors.")
     }
     module.on_load_checkpoint(checkpoint)
     try:
-        module.load_state_dict(checkpoint["state_dict"], strict=strict)
+        module.load_state_dict(checkpoint["state_dict"], strict=is_strict)
     except RuntimeError as error:
         raise CheckpointError(f"the checkpoint does not fit the module: {error}") from error
+    return module

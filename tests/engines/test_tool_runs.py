@@ -263,10 +263,10 @@ def test_another_run_without_tools_writes_without_them(tmp_path, module):
     with_tools, without = tiny.Recorder(), tiny.Recorder()
     trainer = tiny.make_trainer(tmp_path, [GKD(on_policy_fraction=1.0), with_tools], max_steps=1)
     trainer.fit(module, make_data())
-    assert module.tool_rounds is not None
+    assert module.pair.tool_rounds is not None
     trainer = tiny.make_trainer(tmp_path, [GKD(on_policy_fraction=1.0), without], max_steps=1)
     trainer.fit(module, make_data(tools=None, max_turns=None))
-    assert module.tool_rounds is None
+    assert module.pair.tool_rounds is None
     assert all(own_stretches(ids, mask)[1:] == [True] for ids, mask, _ in without.rows(0))
 
 

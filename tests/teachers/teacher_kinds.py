@@ -10,14 +10,16 @@ import tiny
 from lightning.pytorch.callbacks import Callback
 from peft import LoraConfig
 
-from okd_lightning.callbacks import GKD, KD, OKD
+from okd_lightning.callbacks import GKD, KD, OKD, OPDPlus
 from okd_lightning.teachers import (
     AdaptiveTeacher,
     AveragedSelf,
     CachedTeacher,
+    ForeignTeacher,
     FrozenSelf,
     LiveSelf,
     LoadedTeacher,
+    RoutedTeachers,
     ServedTeacher,
     Teacher,
     TeacherEnsemble,
@@ -34,11 +36,21 @@ class Place:
         teacher: Folder of a model without padding rows.
         cache: Folder for a cache.
         url: Address of a server with the same model, in float64.
+        copy: Folder of another copy of the teacher.
     """
 
     teacher: str
     cache: str
     url: str
+    copy: str = ""
+
+    @property
+    def both(self) -> list[tuple[str, str]]:
+        return [("a", self.teacher), ("b", self.copy)]
+
+    @property
+    def foreign(self) -> str:
+        return f"{self.teacher} tokenizer"
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,9 @@ class Kind:
         generates: Whether it can generate responses.
         is_student: Whether its first weights are the student's.
         moves: Whether its own weights change in training.
+        has_cells: Whether a token is compared as {token, any other}.
         trained: What the names of its trained parameters hold; empty where nothing is trained.
+        data: Further arguments of the data module; rows have the column "of".
     """
 
     make: Callable[[Place], Teacher]
@@ -65,7 +79,9 @@ class Kind:
     generates: bool = True
     is_student: bool = False
     moves: bool = False
+    has_cells: bool = False
     trained: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 def okd() -> OKD:
@@ -76,6 +92,7 @@ def another_module() -> OKD:
     return OKD(online_module=LoraConfig(r=3))
 
 
+ROUTED = {"teacher_column": "of"}
 LORA = {"student_adapter": LoraConfig(r=2, target_modules=["v_proj"])}
 FOLLOWS = (another_module, "follows the student")
 KINDS: dict[str, Kind] = {
@@ -112,10 +129,41 @@ KINDS: dict[str, Kind] = {
         moves=True,
         trained="lora_",
     ),
+    "routed to equals": Kind(
+        lambda at: RoutedTeachers({"a": at.teacher, "b": at.copy}), data=ROUTED
+    ),
+    "routed, with modules": Kind(
+        lambda at: RoutedTeachers(
+            {name: AdaptiveTeacher(LoadedTeacher(one), okd().settings) for name, one in at.both}
+        ),
+        method=okd,
+        logged="train/student_loss",
+        refuses=(another_module, "two methods ask for different online modules"),
+        moves=True,
+        trained="lora_",
+        data=ROUTED,
+    ),
     "cached": Kind(
         lambda at: CachedTeacher(at.teacher, at.cache, ALL, "float32"),
         refuses=(lambda: GKD(on_policy_fraction=1.0), "no cache can hold those"),
         generates=False,
+    ),
+    "foreign": Kind(
+        lambda at: ForeignTeacher(at.teacher, at.foreign),
+        refuses=(lambda: OPDPlus(discount=0.5), "has discount 0.5"),
+        generates=False,
+        has_cells=True,
+    ),
+    "foreign, adaptive": Kind(
+        lambda at: ForeignTeacher(at.teacher, at.foreign).adapted(
+            lambda inner: AdaptiveTeacher(inner, okd().settings)
+        ),
+        method=okd,
+        logged="train/student_loss",
+        generates=False,
+        has_cells=True,
+        moves=True,
+        trained="lora_",
     ),
     "served": Kind(
         lambda at: ServedTeacher(at.url, k=ALL),

@@ -292,7 +292,7 @@ def test_the_teacher_may_write_and_validation_measures(kind, tmp_path, make_own)
     recorder = train(tmp_path, module, [KD(seq_kd=True)], data=data, val=rows, max_steps=2)
     assert recorder.sources() == [{2}, {2}]
     assert recorder.steps[0][0].teacher_input_ids is not None
-    with module.as_base_teacher():
+    with module.pair.teacher.as_base():
         assert module.measure(some_batch(module), QUANTITIES)[QUANTITIES[0]].isfinite().all()
 
 

@@ -120,7 +120,7 @@ class PaperMeasures(EvaluationCallback):
             )
         own = share(examples, trainer.global_rank, trainer.world_size)
         inputs = _Pass(pl_module, data, own)
-        with pl_module.as_base_teacher(), trainer.precision_plugin.forward_context():
+        with pl_module.pair.teacher.as_base(), trainer.precision_plugin.forward_context():
             values = {**_on_given(inputs), **_on_written(inputs, self.seed)}
         for name, value in values.items():
             pl_module.log(f"{part}/{name}", value.float(), batch_size=1, rank_zero_only=True)

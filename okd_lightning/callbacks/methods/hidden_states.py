@@ -75,9 +75,8 @@ class HiddenStates(DistillationCallback):
         student = load_model_config(pair.student_source, "--model.student", size)
         check_layers(self.layers, student, pair.teacher.config(student), self.name)
         distance = self._distance
-        module.add_projectors(
-            tuple(LayerPair(distance.projector(pair), *pair) for pair in distance.pairs)
-        )
+        pairs = (LayerPair(distance.projector(pair), *pair) for pair in distance.pairs)
+        module.pair.layer_pairs = (*module.pair.layer_pairs, *pairs)
 
     def loss(self, measured: Measured) -> LossOutput:
         """Return the sum of the mean distances, without unit."""

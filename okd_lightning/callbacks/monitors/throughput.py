@@ -11,7 +11,7 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 
 from okd_lightning.records.batches import DistillBatch
-from okd_lightning.training.paired_module import PairedModule
+from okd_lightning.training.distilled_run import DistilledRun
 
 
 class Throughput(Callback):
@@ -88,7 +88,7 @@ class Throughput(Callback):
         self._tick()
         read = batch.student_reads
         self._step_tokens += read.num_tokens
-        self._step_positions += read.num_positions(cast(PairedModule, pl_module).pair.packs_student)
+        self._step_positions += read.num_positions(cast(DistilledRun, pl_module).pair.packs_student)
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and batch.step_counts:
             self.tokens += sum(batch.step_counts)
             training = max(self.seconds - self.rollout_seconds, 1e-9)

@@ -31,7 +31,7 @@ def end_check(module: DistillationModule, responses: Sequence[Responses], batch_
         responses: Responses of each kind.
         batch_size: Rows of a forward pass.
     """
-    named = module.ends.described(module.tokenizer)
+    named = module.pair.ends.described(module.tokenizer)
     masses = {
         one.author: _last_masses(module, one, batch_size) for one in responses if any(one.ended)
     }

@@ -116,7 +116,7 @@ class Examination(Callback):
             ),
             part=self.part,
             learning_rate=module.learning_rate,
-            schedule=module.schedule,
+            schedule=module.optimization.given.schedule,
             seed=data.seed,
         )
 

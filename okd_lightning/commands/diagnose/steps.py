@@ -90,7 +90,7 @@ class StepProbe:
             [],
             module.learning_rate,
             module.weight_decay,
-            factory=module.optimizer_factory,
+            factory=module.optimization.given.optimizer,
         )
         for step, batches in enumerate(steps, 1):
             tokens = _tokens_of(batches)
@@ -141,7 +141,7 @@ class StepProbe:
             count = sum(tokens[source] for source in term.sources)
             weighted.append(WeightedTerm(term, term.weight(0) / max(1, count)))
         with torch.enable_grad():
-            self.module.loss_of(batch, weighted).total.backward()
+            self.module.pair.loss_of(batch, weighted).total.backward()
 
     @torch.no_grad()
     def _drawn(self, batch: DistillBatch) -> Tensor:

@@ -7,6 +7,9 @@
 * ``idle_options``: the warning about options that have no effect in a run.
 """
 
+import lightning
+from lightning.pytorch.callbacks import Callback
+
 from okd_lightning.training.safeguards.finite_guard import FiniteGuard
 from okd_lightning.training.safeguards.health_warnings import HealthWarnings
 from okd_lightning.training.safeguards.models_first import ModelsFirst, in_setup_order
@@ -15,11 +18,19 @@ from okd_lightning.training.safeguards.step_intervals import StepIntervals
 SAFEGUARDS = (FiniteGuard, HealthWarnings, StepIntervals)
 """Added where a Trainer has no callback of the class."""
 
+
+def with_safeguards(trainer: lightning.Trainer) -> list[Callback]:
+    """Return the safeguards that a Trainer lacks; move its ModelsFirst to the front."""
+    present: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    trainer.callbacks = in_setup_order(present)  # type: ignore[attr-defined]
+    return [kind() for kind in SAFEGUARDS if not any(isinstance(c, kind) for c in present)]
+
+
 __all__ = [
     "SAFEGUARDS",
     "FiniteGuard",
     "HealthWarnings",
     "ModelsFirst",
     "StepIntervals",
-    "in_setup_order",
+    "with_safeguards",
 ]

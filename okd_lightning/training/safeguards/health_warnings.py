@@ -14,7 +14,7 @@ from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError
 from okd_lightning.records.batches import SOURCES, DistillBatch
 from okd_lightning.rollouts import RolloutLoader
-from okd_lightning.training.paired_module import PairedModule
+from okd_lightning.training.distilled_run import DistilledRun, distilled_run
 from okd_lightning.training.safeguards.vital_signs import (
     EXTREME_LOG_RATIO,
     Course,
@@ -131,9 +131,11 @@ class HealthWarnings(Callback):
         data, loader = trainer.datamodule, trainer.train_dataloader  # type: ignore[attr-defined]
         if not isinstance(data, RolloutDataModule) or not isinstance(loader, RolloutLoader):
             return
-        assert isinstance(pl_module, PairedModule)
+        run = distilled_run(pl_module)
+        assert run is not None
         self._max_length = data.max_response_length
-        ends = [e.response_ids[-1] in pl_module.eos_ids for e in loader.examples if e.response_ids]
+        stops = run.pair.eos_ids
+        ends = [e.response_ids[-1] in stops for e in loader.examples if e.response_ids]
         self._data_truncated = 1 - sum(ends) / len(ends) if ends else 0.0
 
     def on_train_batch_start(
@@ -168,8 +170,9 @@ class HealthWarnings(Callback):
         tokens, nats, rows, cut = sums.tolist()
         if not rows or not tokens:
             return
-        assert isinstance(pl_module, PairedModule)
-        outliers, excess = _log_ratios(trainer, pl_module)
+        run = distilled_run(pl_module)
+        assert run is not None
+        outliers, excess = _log_ratios(trainer, run)
         self.course.add(VitalSigns(nats / tokens, tokens / rows, cut / rows, outliers))
         excess = self._excess if excess is None else excess
         around = Surroundings(self._max_length, self._data_truncated, excess)
@@ -208,10 +211,10 @@ def _sums_of(batch: DistillBatch) -> Tensor:
     return torch.stack([mask.sum().to(nats.dtype), nats, *counted])
 
 
-def _log_ratios(trainer: lightning.Trainer, module: Any) -> tuple[float, float | None]:
+def _log_ratios(trainer: lightning.Trainer, run: DistilledRun) -> tuple[float, float | None]:
     """Return the share of extreme log-ratios, and minus the mean, from sampled methods' logs."""
     step, logged = trainer.global_step - 1, trainer.callback_metrics
-    names = [term.name for term in module.terms if term.acts_in(step)]
+    names = [term.name for term in run.terms if term.acts_in(step)]
     outliers = [logged.get(f"train/{name}_extreme_log_ratio") for name in names]
     means = [logged.get(f"train/{name}_log_ratio") for name in names]
     shares = [float(value) for value in outliers if value is not None]

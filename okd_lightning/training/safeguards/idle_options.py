@@ -24,8 +24,8 @@ from okd_lightning.data.token_cache import FEWEST_ROWS
 from okd_lightning.engines import Sampling
 from okd_lightning.records.batches import Source
 from okd_lightning.rollouts import plan_for
+from okd_lightning.training.distilled_run import DistilledRun, distilled_run
 from okd_lightning.training.lightning_privates import uses_distributed_sampler
-from okd_lightning.training.optimized_module import OptimizedModule
 
 _LIBRARIES = ("okd_lightning", "lightning")
 
@@ -42,7 +42,7 @@ class _Run:
     """
 
     trainer: lightning.Trainer
-    module: OptimizedModule
+    module: DistilledRun
     data: RolloutDataModule
     stage: str
 
@@ -143,7 +143,7 @@ def _token_cache(run: _Run) -> str | None:
 
 
 def _clip_algorithm(run: _Run) -> str | None:
-    own = run.module.online_module
+    own = run.module.pair.teacher.online_module
     clips = run.trainer.gradient_clip_val or (own is not None and own.clip_norm)
     return None if clips else "no gradients are clipped; give --trainer.gradient_clip_val"
 
@@ -153,7 +153,7 @@ def _distributed_sampler(run: _Run) -> str | None:
 
 
 def _teacher_dtype(run: _Run) -> str | None:
-    return None if run.module.has_teacher else "there is no teacher"
+    return None if run.module.pair.teacher.exists else "there is no teacher"
 
 
 def _attention(run: _Run) -> str | None:
@@ -194,12 +194,12 @@ def warn_of_idle_options(
         module: The module, with the run's terms.
         stage: "fit", "validate", "test" or "predict".
     """
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    if not isinstance(data, RolloutDataModule) or not isinstance(module, OptimizedModule):
+    data, own = trainer.datamodule, distilled_run(module)  # type: ignore[attr-defined]
+    if not isinstance(data, RolloutDataModule) or own is None:
         return
     if stage == "fit" and trainer.ckpt_path is not None:
         return
-    run = _Run(trainer, module, data, stage)
+    run = _Run(trainer, own, data, stage)
     chosen = _chosen(run)
     for name, rule in RULES.items():
         given = {o: v for o, v in chosen.items() if f"{o}.".startswith(f"{name}.") and _is_on(v)}
@@ -224,7 +224,7 @@ def _chosen(run: _Run) -> Mapping[str, Any]:
         return {}
     data, trainer = run.data, run.trainer
     given = {
-        "model.engine": run.module.engine,
+        "model.engine": run.module.pair.engine,
         "model.attn_implementation": run.module.pair.settings.attn_implementation,
         "data.sampling": None if data.sampling == Sampling() else data.sampling,
         "data.train_split": data.splits["train"],

@@ -6,7 +6,7 @@ would find it empty. The order here:
 
 1. the data module's ``setup``;
 2. callbacks with ``precedes_models``: methods register their terms, measures check themselves;
-3. ``ModelsFirst``: the module checks the run, the data is read (broken rows are reported before any
+3. ``ModelsFirst``: it checks the run, the data is read (broken rows are reported before any
    weights are loaded), and the module builds its models;
 4. all other callbacks, the module's ``setup``, and ``configure_model``, which finds them built.
 
@@ -27,18 +27,22 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 
+from okd_lightning.checkpoints.folders import read_folders
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError
+from okd_lightning.models import check_precision
 from okd_lightning.sharding import FSDP2Strategy
-from okd_lightning.training.paired_module import PairedModule
+from okd_lightning.training.distilled_run import distilled_run
+from okd_lightning.training.optimizers import float16_refusal
+from okd_lightning.training.pair import Pair
 from okd_lightning.training.safeguards.idle_options import warn_of_idle_options
-from okd_lightning.training.step_terms import check_batch
+from okd_lightning.training.step import check_batch
 
 _NEED_WHOLE_MODELS = (ModelPruning, StochasticWeightAveraging, WeightAveraging)
 
 
 class ModelsFirst(Callback):
-    """Callback that builds a PairedModule's models, in the contexts in which Lightning would.
+    """Callback that builds a DistillationModule's models, in the contexts in which Lightning would.
 
     Under fsdp2 the models are built and sharded later, and callbacks that copy or change whole
     models are refused.
@@ -52,11 +56,12 @@ class ModelsFirst(Callback):
         """Check the run, read the data, then build the models.
 
         Raises:
-            OKDLightningError: See ``PairedModule.check_run``, ``RolloutDataModule.read_ahead`` and
+            OKDLightningError: See ``check_run``, ``RolloutDataModule.read_ahead`` and
                 ``configure_model``; or a callback that needs whole models, under fsdp2.
         """
-        assert isinstance(pl_module, PairedModule)
-        pl_module.check_run(stage)
+        run = distilled_run(pl_module)
+        assert run is not None
+        check_run(pl_module, run.pair, stage)
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, RolloutDataModule):
             data.read_ahead(stage)
@@ -71,7 +76,7 @@ class ModelsFirst(Callback):
             trainer.precision_plugin.module_init_context(),
         ):
             pl_module.configure_model()
-        pl_module.list_trained_parts()
+        run.frozen_parts.hide()
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -119,8 +124,33 @@ class ModelsFirst(Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
         """Let the module list all its weights again, even where copies of it were averaged."""
-        assert isinstance(pl_module, PairedModule)
-        pl_module.list_all_parts(is_run_over=True)
+        run = distilled_run(pl_module)
+        assert run is not None
+        run.frozen_parts.show(is_run_over=True)
+
+
+def check_run(module: lightning.LightningModule, pair: Pair, stage: str) -> None:
+    """Check everything that needs no models.
+
+    Args:
+        module: A DistillationModule within a Trainer.
+        pair: Its pair.
+        stage: "fit", "validate", "test" or "predict".
+
+    Raises:
+        ConfigError: One of Lightning's "true" precisions (models are loaded in their own number
+            format), float16 weights that would be trained, or a module that torch.compile wraps.
+    """
+    if stage == "fit" and pair.dtype == "float16" and pair.student_adapter is None:
+        raise ConfigError(float16_refusal("the student"))
+    read_folders(module.trainer)
+    check_precision(str(module.trainer.precision))
+    if module._compiler_ctx is not None or module._compiled_call_impl is not None:
+        raise ConfigError(
+            "the module is wrapped by torch.compile, which cannot trace rollouts and losses; "
+            "give the module as it is, and compile the blocks of both models with "
+            "model.compile_blocks (--model.compile_blocks true, or compile_blocks=True)"
+        )
 
 
 def in_setup_order(callbacks: Sequence[Callback]) -> list[Callback]:

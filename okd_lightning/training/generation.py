@@ -1,0 +1,169 @@
+"""Generation by one model of a run, or by both: every token is sampled from their mixture."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from okd_lightning.engines import Blend, MixedDraws, RolloutEngine, TransformersEngine
+from okd_lightning.engines.tool_rollouts import ToolEngine
+from okd_lightning.errors import ConfigError
+from okd_lightning.records.requests import Generator, Request, Response, Rollout
+from okd_lightning.teachers import GeneratingModels, in_eval_mode
+from okd_lightning.training.distilled_run import DistilledRun
+from okd_lightning.training.pair import Pair
+from okd_lightning.training.pair_settings import within_peft
+
+
+@contextmanager
+def writing(pair: Pair, *generators: Generator) -> Iterator[list[list[GeneratingModels]]]:
+    """Prepare models for generation in the block: unsharded, in eval mode, no gradient.
+
+    Args:
+        pair: The student and its teacher.
+        generators: Student, teacher or both.
+
+    Yields:
+        For each, the models of its parts (``Teacher.generators``), within their PEFT wrappers,
+        adapters included.
+    """
+    trainer = pair.trainer_of()
+    precision = nullcontext if trainer is None else trainer.precision_plugin.forward_context
+    found = [_models_of(pair, who) for who in generators]
+    models = [model for parts in found for one in parts for model in one.models]
+    plain = [
+        [replace(one, models=tuple(map(within_peft, one.models))) for one in parts]
+        for parts in found
+    ]
+    with torch.no_grad(), precision(), pair.placement.alone(*models), ExitStack() as stack:
+        for one in itertools.chain(*plain):
+            for context in (*map(in_eval_mode, one.models), one.context):
+                stack.enter_context(context)
+        yield plain
+
+
+def _models_of(pair: Pair, who: Generator) -> Sequence[GeneratingModels]:
+    if who != "student":
+        return pair.teacher.generators()
+    assert pair.student is not None
+    return [GeneratingModels((pair.student,))]
+
+
+def respond(module: DistilledRun, request: Request) -> Rollout:
+    """Generate responses with the student or the teacher, in eval mode and without gradient.
+
+    Where the data has tools, prompts that are chats may call them.
+    """
+    who, teacher = request.generator, module.pair.teacher
+    with writing(module.pair, who) as (parts,):
+        if len(parts) == 1:
+            return _engine(module, parts[0], who).respond(request)
+        numbers = [teacher.generator_of(prompt) for prompt in request.prompts]
+        written: dict[int, Response] = {}
+        num_row_steps = 0
+        for number, own in enumerate(parts):
+            rows = [row for row, part in enumerate(numbers) if part == number]
+            prompts = tuple(request.prompts[row] for row in rows)
+            rollout = _engine(module, own, who).respond(replace(request, prompts=prompts))
+            written |= dict(zip(rows, rollout, strict=True))
+            num_row_steps += rollout.num_row_steps
+    return Rollout(tuple(written[row] for row in range(len(numbers))), num_row_steps)
+
+
+def _engine(module: DistilledRun, own: GeneratingModels, who: Generator) -> RolloutEngine:
+    pair = module.pair
+    if who == "student" and pair.engine is not None:
+        engine = pair.engine.engine(own.models[0], pair.vocabulary, pair.eos_ids)
+    else:
+        engine = _built_in(module, own)
+    return engine if pair.tool_rounds is None else ToolEngine(engine, pair.tool_rounds)
+
+
+def _built_in(module: DistilledRun, own: GeneratingModels) -> RolloutEngine:
+    engine = module.build_engine(own.models[0])
+    if own.mix is None:
+        return engine
+    if not isinstance(engine, TransformersEngine):
+        raise ConfigError(
+            f"{type(engine).__name__} writes with one model, and the teacher has "
+            f"{len(own.models)}: leave build_engine to the built-in engine"
+        )
+    return replace(engine, blend=MixedDraws(own.models[1:], own.mix))
+
+
+class MixtureEngine:
+    """Engine of student responses from α q + (1-α) p, token by token (arXiv 2306.08543, Eq. 4).
+
+    The rollout's log-probs are the mixture's, so that an importance ratio corrects for it. Both
+    models read the student's prompt. A method returns this engine from ``wrap_engine``.
+
+    Args:
+        module: Student and teacher.
+        share: α, strictly between 0 and 1; q is the teacher's distribution.
+        engine: Generates all other responses.
+
+    Raises:
+        ConfigError: ``share`` is outside (0, 1).
+    """
+
+    def __init__(self, module: DistilledRun, share: float, engine: RolloutEngine) -> None:
+        if not 0 < share < 1:
+            raise ConfigError(
+                f"the teacher's share in a draw must be between 0 and 1, got {share}; 0 and 1 are "
+                "the student's and the teacher's own responses"
+            )
+        self._module = module
+        self._share = share
+        self._engine = engine
+
+    def respond(self, request: Request) -> Rollout:
+        """Generate responses; see ``RolloutEngine.respond``.
+
+        Raises:
+            ConfigError: There is no second model, tools are called between the turns, or the engine
+                cannot mix.
+        """
+        if request.generator != "student":
+            return self._engine.respond(request)
+        module = self._module
+        if module.teacher is None:
+            raise ConfigError(
+                "responses from a mixture of teacher and student need a second model in memory: "
+                "give --model.teacher a folder or hub id"
+            )
+        if module.pair.tool_rounds is not None:
+            raise ConfigError(
+                "responses from a mixture of teacher and student cannot call tools: leave "
+                "--data.tools out"
+            )
+        if module.pair.engine is not None:
+            raise ConfigError(
+                f"{type(module.pair.engine).__name__} writes with one model; responses from a "
+                "mixture of teacher and student need the built-in engine: leave --model.engine out"
+            )
+        with writing(module.pair, "student", "teacher") as ((student,), teachers):
+            if len(teachers) > 1:
+                raise ConfigError(
+                    "responses from a mixture of teacher and student need one teacher for all "
+                    f"rows, and {type(module.pair.teacher).__name__} has {len(teachers)}: give "
+                    "--model.teacher a folder, a hub id or TeacherEnsemble"
+                )
+            (teacher,) = teachers
+            engine = module.build_engine(student.models[0])
+            if not isinstance(engine, TransformersEngine):
+                raise ConfigError(
+                    f"{type(engine).__name__} writes with one model; responses from a mixture of "
+                    "teacher and student need the built-in engine"
+                )
+            own, mix = Blend(teacher.models[0], self._share), teacher.mix
+
+            def mixing(logits: Sequence[Tensor]) -> Tensor:
+                return own.mix(logits[0], logits[1] if mix is None else mix(logits[1:]))
+
+            mixed = replace(engine, blend=MixedDraws(teacher.models, mixing))
+            return mixed.respond(request)
