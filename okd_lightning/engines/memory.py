@@ -17,9 +17,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, PreTrainedModel
 
 from okd_lightning.engines.kv_cache import empty_cache, is_rearrangeable, rearrange
-from okd_lightning.models.causal_lm import last_logits
+from okd_lightning.models.causal_lm import last_logits, named_arguments
 from okd_lightning.models.causality import attention_of_any_device, own_precision
-from okd_lightning.models.forward_arguments import named_arguments
 
 Memory: TypeAlias = Literal["rows", "batch", "none"]
 

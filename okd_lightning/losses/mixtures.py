@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from okd_lightning.losses.end_outcome import EndOutcome
-from okd_lightning.losses.side import Side
+from okd_lightning.losses.projection import Side
 from okd_lightning.records.shapes import LogProbs, PerId
 
 

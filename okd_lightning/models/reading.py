@@ -18,9 +18,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from okd_lightning.losses.cpu_linear import fast_linears, has_fast_linear
-from okd_lightning.models.causal_lm import head_inputs
+from okd_lightning.models.causal_lm import head_inputs, named_arguments
 from okd_lightning.models.causality import attention_of_any_device, embedding_gradient
-from okd_lightning.models.forward_arguments import named_arguments
 from okd_lightning.models.grouping import row_groups
 from okd_lightning.records.sequences import Sequences
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term, WeightedLoss, WeightedTerm
-from okd_lightning.losses.reduction import Normalization, step_factor, step_tokens
+from okd_lightning.losses.reduction import Normalization, step_tokens
 from okd_lightning.records.batches import DistillBatch, LossOutput
 from okd_lightning.training.distilled_run import DistilledRun
 
@@ -35,25 +35,11 @@ def acting_terms(
             f"(--trainer.max_steps {step}), or leave the last stage's end out"
         )
     windows = (accumulate_grad_batches, world_size)
-    divisors = [normalization.divisor(batch, term.sources) for term in acting]
+    weights = [term.weight(step) for term in acting]
     return [
-        WeightedTerm(term, term.weight(step) * step_factor(divisor, *windows))
-        for term, divisor in zip(acting, divisors, strict=True)
+        WeightedTerm(term, weight * normalization.factor(batch, term.sources, *windows))
+        for term, weight in zip(acting, weights, strict=True)
     ]
-
-
-def check_batch(batch: object) -> None:
-    """Refuse a batch that another loader has made.
-
-    Raises:
-        ConfigError: The batch is not a DistillBatch.
-    """
-    if not isinstance(batch, DistillBatch):
-        raise ConfigError(
-            f"a batch is a {type(batch).__name__}; expected a DistillBatch: fit on a "
-            "RolloutDataModule, or give a DataLoader a collate_fn that makes DistillBatch objects "
-            "(docs/concepts/extending.md, batches of one's own)"
-        )
 
 
 def teaching_window(terms: Sequence[Term]) -> tuple[int, int | None]:
@@ -179,7 +165,7 @@ class StepLoss:
         idle = torch.zeros((), device=run.device)
         if not self.trains_teacher:
             own = run.pair.teacher.trained_parameters()
-            for parameter in run.pair.placement.tied_to_loss(own):
+            for parameter in run.pair.placement.tied_to_loss(own) if own else ():
                 idle = idle + 0.0 * parameter.sum()
         return idle
 

@@ -25,8 +25,7 @@ from okd_lightning.models.reading import _packed_states
 from okd_lightning.records import packing
 from okd_lightning.records.batches import TrainingRow
 from okd_lightning.records.collation import collate
-from okd_lightning.records.packing import pack
-from okd_lightning.records.sequences import Sequences
+from okd_lightning.records.sequences import Sequences, pack
 from okd_lightning.teachers import CachedTeacher, attach_online_module, base
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT's use of transformers

@@ -31,12 +31,13 @@ from okd_lightning.checkpoints.folders import read_folders
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError
 from okd_lightning.models import check_precision
+from okd_lightning.records.batches import DistillBatch
 from okd_lightning.sharding import FSDP2Strategy
 from okd_lightning.training.distilled_run import distilled_run
+from okd_lightning.training.lightning_privates import is_compiled
 from okd_lightning.training.optimizers import float16_refusal
 from okd_lightning.training.pair import Pair
 from okd_lightning.training.safeguards.idle_options import warn_of_idle_options
-from okd_lightning.training.step import check_batch
 
 _NEED_WHOLE_MODELS = (ModelPruning, StochasticWeightAveraging, WeightAveraging)
 
@@ -145,11 +146,25 @@ def check_run(module: lightning.LightningModule, pair: Pair, stage: str) -> None
         raise ConfigError(float16_refusal("the student"))
     read_folders(module.trainer)
     check_precision(str(module.trainer.precision))
-    if module._compiler_ctx is not None or module._compiled_call_impl is not None:
+    if is_compiled(module):
         raise ConfigError(
             "the module is wrapped by torch.compile, which cannot trace rollouts and losses; "
             "give the module as it is, and compile the blocks of both models with "
             "model.compile_blocks (--model.compile_blocks true, or compile_blocks=True)"
+        )
+
+
+def check_batch(batch: object) -> None:
+    """Refuse a batch that another loader has made.
+
+    Raises:
+        ConfigError: The batch is not a DistillBatch.
+    """
+    if not isinstance(batch, DistillBatch):
+        raise ConfigError(
+            f"a batch is a {type(batch).__name__}; expected a DistillBatch: fit on a "
+            "RolloutDataModule, or give a DataLoader a collate_fn that makes DistillBatch objects "
+            "(docs/concepts/extending.md, batches of one's own)"
         )
 
 
