@@ -22,7 +22,7 @@ from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig
 from okd_lightning.callbacks import GKD, KD, OKD, OPDPlus, Throughput
 from okd_lightning.models import add_adapter, hidden_at_loss, reads_packed_rows
 from okd_lightning.models.reading import _packed_states
-from okd_lightning.records import packing
+from okd_lightning.records import sequences
 from okd_lightning.records.batches import TrainingRow
 from okd_lightning.records.collation import collate
 from okd_lightning.records.sequences import Sequences, pack
@@ -90,8 +90,8 @@ def test_a_spread_of_lengths_costs_little():
 def test_a_large_micro_batch_is_planned_with_few_trials(monkeypatch):
     """And a model that does not pack has nothing planned."""
     trials = []
-    spread = packing._spread
-    monkeypatch.setattr(packing, "_spread", lambda *call: trials.append(call) or spread(*call))
+    spread = sequences._spread
+    monkeypatch.setattr(sequences, "_spread", lambda *call: trials.append(call) or spread(*call))
     generator = random.Random(0)
     lengths = [generator.randint(20, 512) for _ in range(512)]
     read = Sequences(torch.zeros(512, 512), torch.tensor(lengths), torch.ones(512, 512) > 0)
