@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from okd_lightning.data import RolloutDataModule
     from okd_lightning.divergences import Divergence
+    from okd_lightning.training.lightning_messages import quiet
     from okd_lightning.training.module import DistillationModule
 
 __all__ = [
@@ -47,12 +48,14 @@ __all__ = [
     "RolloutDataModule",
     "Stage",
     "__version__",
+    "quiet",
 ]
 
 _HOMES = {
     "DistillationModule": "okd_lightning.training.module",
     "Divergence": "okd_lightning.divergences",
     "RolloutDataModule": "okd_lightning.data",
+    "quiet": "okd_lightning.training.lightning_messages",
 }
 
 

@@ -88,6 +88,8 @@ def run(
     callbacks: list[Callback] = (),
     ckpt_path: str | None = None,
     optimizer: Callable | None = None,
+    rows: list[dict[str, Any]] | None = None,
+    val: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """4 rows a micro-batch over all ranks; what happened, with whole tensors.
 
@@ -114,7 +116,9 @@ def run(
     )
     options = {"batch_size": 4 // devices, "max_response_length": 6, "seed": 7, "val_rollouts": 3}
     loaders = RolloutDataModule(
-        tiny.make_rows(num), tiny.make_rows(5, seed=2), **{**options, **(data or {})}
+        rows or tiny.make_rows(num),
+        val or tiny.make_rows(5, seed=2),
+        **{**options, **(data or {})},
     )
     with contextlib.suppress(Killed):
         trainer.fit(module, loaders, ckpt_path=ckpt_path)

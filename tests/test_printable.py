@@ -10,11 +10,14 @@ import io
 import logging
 import warnings
 
+import lightning
 import pytest
+import tiny
+from process_state import unchanged_process
 from rich.table import Table
 from rich.text import Text
 
-from okd_lightning.commands.cli import quiet_libraries
+import okd_lightning
 from okd_lightning.errors import DataError, ServerError, one_line, printable
 from okd_lightning.training.lightning_messages import PrintableConsole
 
@@ -61,10 +64,33 @@ def test_messages_and_warnings_of_the_command_line_are_printable(monkeypatch):
     logger = logging.getLogger("lightning.pytorch")
     logger.addHandler(handler)
     try:
-        quiet_libraries()
+        okd_lightning.quiet()
         logger.warning("rows of %s", HOSTILE)
         assert file.getvalue() == f"rows of {SHOWN}\n"
     finally:
         logger.removeHandler(handler)
     line = warnings.formatwarning(UserWarning(HOSTILE), UserWarning, "x.py", 1)
     assert SHOWN in line
+
+
+def test_quiet_leaves_what_a_run_says_of_itself(tmp_path, monkeypatch, capfd, caplog):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    caplog.set_level("INFO")
+    rows = tiny.make_rows(4)
+    with unchanged_process(), warnings.catch_warnings(record=True) as warned:
+        okd_lightning.quiet()
+        lightning.seed_everything(0)
+        tiny.make_llama(1).save_pretrained(tmp_path / "student")
+        tiny.make_tokenizer().save_pretrained(tmp_path / "student")
+        module = okd_lightning.DistillationModule(
+            str(tmp_path / "student"),
+            tiny.make_llama(2, tiny.TEACHER_ROWS),
+            tokenizer=tiny.make_tokenizer(),
+        )
+        data = okd_lightning.RolloutDataModule(rows, max_prompt_length=8, max_response_length=4)
+        trainer = tiny.make_trainer(tmp_path, [okd_lightning.KD()], max_steps=1)
+        trainer.fit(module, data)
+    output = caplog.text + "".join(capfd.readouterr()) + "".join(str(w.message) for w in warned)
+    assert "rows from" in output
+    for noise in ("Seed set", "GPU available", "Loading weights", "eval mode", "LeafSpec", "zero"):
+        assert noise not in output

@@ -54,7 +54,7 @@ from okd_lightning.errors import (
     one_line,
 )
 from okd_lightning.training.config_paths import expand_home, output_folder
-from okd_lightning.training.lightning_messages import quiet_libraries
+from okd_lightning.training.lightning_messages import quiet
 from okd_lightning.training.module import DistillationModule
 from okd_lightning.training.rank_faults import as_lost_rank
 from okd_lightning.training.run_records import RunCSVLogger, note_measures
@@ -239,13 +239,6 @@ class DistillationCLI(LightningCLI):
     def after_fit(self) -> None:
         """Print the last validation's measures and the places of the run's files."""
         metrics = self.trainer.callback_metrics
-        if self.datamodule.sources["val"] is not None and not any(
-            name.startswith("val/") for name in metrics
-        ):
-            rank_zero_info(
-                "no validation took place in this run: give --trainer.val_check_interval STEPS "
-                "below its length"
-            )
         self._print({n: float(v) for n, v in metrics.items() if n.startswith("val/")})
         folder = Path(self.trainer.default_root_dir)
         last = folder / "checkpoints" / "last.ckpt"
@@ -297,7 +290,7 @@ def run(
     """Run one command; turn any error into one line on stderr."""
     if "" not in sys.path:
         sys.path.append("")  # callbacks of the current folder, after everything installed
-    quiet_libraries()
+    quiet()
     try:
         command, *rest = arguments
         own = (commands or {}).get(command)

@@ -43,6 +43,8 @@ from okd_lightning.rollouts.evaluation import DatasetResponses, StudentResponses
 from okd_lightning.rollouts.scoring import RolloutScorer, TermScorer, unscored
 from okd_lightning.tools import Tool, Toolbox
 
+_PART_OF_STAGE = {"fit": "val", "validate": "val", "test": "test", "predict": "predict"}
+
 
 class RolloutDataModule(NewDataModule):
     """Prompts, dataset responses, and on-policy batches that are generated in every epoch.
@@ -100,6 +102,7 @@ class RolloutDataModule(NewDataModule):
             the Hugging Face cache (HF_HOME), null keeps nothing.
         system_column: Name of the column with a chat's system prompt, if rows have one besides
             their messages; null reads no such column.
+        teacher_column: Name of the column with a row's teacher, one of RoutedTeachers.
 
     Raises:
         ConfigError: A number out of its range.
@@ -142,6 +145,7 @@ class RolloutDataModule(NewDataModule):
         max_turns: int | None = None,
         token_cache: str | None = AUTO,
         system_column: str | None = "system",
+        teacher_column: str | None = None,
     ) -> None:
         super().__init__()
         check_counts(1, batch_size=batch_size, global_batch_size=global_batch_size)
@@ -183,7 +187,7 @@ class RolloutDataModule(NewDataModule):
             max_teacher_prompt_length,
             default_length=max_prompt_length + max_response_length,
         )
-        self.subset = subset
+        self.subset, self.teacher_column = subset, teacher_column
         self.token_cache = token_cache
         self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
         self._examples: dict[str, ExampleSet] = {}
@@ -216,7 +220,7 @@ class RolloutDataModule(NewDataModule):
         self._module.pair.check_sampling(self.sampling)
         if stage == "fit" and self.sources["train"] is not None:
             self._train_examples()
-        part = {"fit": "val", "validate": "val"}.get(stage, stage)
+        part = _PART_OF_STAGE[stage]
         if self.sources[part] is not None:
             self.examples(part)
 
@@ -330,6 +334,7 @@ class RolloutDataModule(NewDataModule):
                 on_overlong=self.on_overlong,
                 needs_response=needs_response,
                 teacher_prompts=self.teacher_prompts if part != "predict" else None,
+                teacher_column=self.teacher_column,
             )
         return self._examples[key]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from okd_lightning.data.distilled_module import DistilledPair
@@ -10,6 +11,7 @@ from okd_lightning.data.examples import ExampleSet
 from okd_lightning.data.row_report import report_rows, warn_of_unread
 from okd_lightning.data.sources import DataSource, describe_source, load_rows
 from okd_lightning.data.table_ids import check_table_ids
+from okd_lightning.data.teacher_choice import check_choice, teachers_of
 from okd_lightning.data.token_cache import cached_examples
 from okd_lightning.records.requests import Generator
 
@@ -38,6 +40,7 @@ def read_part(
     split: str,
     subset: str | None,
     token_cache: str | None,
+    teacher_column: str | None,
     **settings: Any,
 ) -> ExampleSet:
     """Return the tokenized rows of one part, and log their number and the skipped rows.
@@ -50,6 +53,7 @@ def read_part(
         split: Split of a dataset that has several.
         subset: Configuration of a hub dataset.
         token_cache: See ``cached_examples``.
+        teacher_column: Column with each row's teacher; None for one teacher.
         **settings: Further arguments of ``build_examples``.
 
     Raises:
@@ -57,10 +61,16 @@ def read_part(
         ConfigError: Its rows are longer than a model was made for.
     """
     where = describe_source(source)
+    check_choice(teacher_column, pair.teacher.names)
     rows = load_rows(source, split=split, subset=subset)
     found = cached_examples(
         token_cache, rows, pair.tokenizer, eos_id=pair.eos_ids[0], where=where, **settings
     )
+    if teacher_column is not None and part != "predict":
+        chosen = teachers_of(rows, teacher_column, pair.teacher.names, where)
+        found = replace(
+            found, examples=tuple(replace(e, teacher=chosen[e.index]) for e in found.examples)
+        )
     warn_of_unread(rows, settings["columns"], where)
     check_table_ids(found.examples, pair.vocabulary, pair.tokenizer, where=where)
     limit = settings["max_response_length"]

@@ -23,7 +23,7 @@ from okd_lightning.losses.cached import (
 from okd_lightning.losses.closed_form import ModelRole
 from okd_lightning.losses.exact import measure
 from okd_lightning.losses.fused import fused_loss
-from okd_lightning.losses.mixtures import Mixing, Mixture, Product, mixed_side
+from okd_lightning.losses.mixtures import Mixing, Mixture, Product, mixed_side, routed_side
 from okd_lightning.losses.outcomes import PackedHead, pack_outcomes
 from okd_lightning.losses.projection import Head, Side
 from okd_lightning.losses.quantities import (
@@ -79,5 +79,6 @@ __all__ = [
     "measure",
     "mixed_side",
     "pack_outcomes",
+    "routed_side",
     "weighted_loss",
 ]

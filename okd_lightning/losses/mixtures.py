@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from okd_lightning.losses.end_outcome import EndOutcome
 from okd_lightning.losses.projection import Side
@@ -45,7 +46,7 @@ class _LogSum(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Mixing(ABC):
-    """How several models' distributions become one.
+    """Function from several models' distributions to one.
 
     Attributes:
         weights: One positive weight a model.
@@ -150,6 +151,67 @@ class MixedHead:
     def __call__(self, hidden: Tensor) -> LogProbs:
         """Apply both steps."""
         return self.finish(self.module(hidden))
+
+
+class _HeadOfPosition(nn.Module):
+    """A head for each position, whose number is the last column of the hidden states.
+
+    Args:
+        sides: The models; of those without gradient the hidden states get none.
+    """
+
+    def __init__(self, sides: Sequence[Side]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList([side.module for side in sides])
+        self._sides = tuple(sides)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return [positions, vocab] logits."""
+        number, found, places = hidden[:, -1].detach(), [], []
+        for i, side in enumerate(self._sides):
+            place = (number == i).nonzero().squeeze(-1)
+            own = hidden[place, : side.hidden.shape[-1]].to(side.hidden.dtype)
+            own = own if side.hidden.requires_grad else own.detach()
+            found.append(side.finish(side.module(own)))
+            places.append(place)
+        return torch.cat(found)[torch.cat(places).argsort()]
+
+
+class RoutedHead:
+    """The head of positions that belong to different models.
+
+    Args:
+        sides: The models, each at its own positions.
+    """
+
+    def __init__(self, sides: Sequence[Side]) -> None:
+        self.module = _HeadOfPosition(sides)
+
+    def finish(self, raw: Tensor) -> Tensor:
+        """Return the logits unchanged: each model's head has finished them."""
+        return raw
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Apply each position's head."""
+        logits: Tensor = self.module(hidden)
+        return logits
+
+
+def routed_side(sides: Sequence[Side], places: Sequence[Tensor]) -> Side:
+    """Return the side of a batch whose positions belong to different models.
+
+    Args:
+        sides: The models at their own positions.
+        places: Of each model, its positions in the batch; together all of them.
+
+    Returns:
+        Hidden states of the widest model's width and one more column, the model's number.
+    """
+    width = max(side.hidden.shape[-1] for side in sides)
+    parts = [functional.pad(s.hidden, (0, width - s.hidden.shape[-1])) for s in sides]
+    numbers = [part.new_full((len(part), 1), i) for i, part in enumerate(parts)]
+    rows = torch.cat([torch.cat(pair, dim=-1) for pair in zip(parts, numbers, strict=True)])
+    return Side(rows[torch.cat(list(places)).argsort()], RoutedHead(sides), sides[0].end_ids)
 
 
 def mixed_side(sides: Sequence[Side], mixing: Mixing) -> Side:

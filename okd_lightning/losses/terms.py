@@ -35,6 +35,8 @@ class Measured:
         credits: [positions] for each reward term: the advantage of each position's row.
         merges_ends: [positions] True where the sampler's log-probability of an end is that of all
             end ids together; None for nowhere.
+        teacher: [positions] number of each position's teacher; None where there is one for all.
+        num_teachers: Teachers of which each term's sum is logged; 0 where there is one for all.
     """
 
     values: Mapping[Quantity, PositionValues]
@@ -43,6 +45,8 @@ class Measured:
     sampler_logprobs: PositionValues
     credits: Mapping[str, PositionValues] = field(default_factory=dict)
     merges_ends: PositionMask | None = None
+    teacher: Tensor | None = None
+    num_teachers: int = 0
 
     @classmethod
     def about(cls, batch: DistillBatch) -> Measured:
@@ -56,6 +60,8 @@ class Measured:
             sampler_logprobs=batch.sampler_logprobs[rows, places.column],
             credits={name: values[rows] for name, values in batch.credits.items()},
             merges_ends=None if batch.merges_ends is None else batch.merges_ends[rows],
+            teacher=None if batch.teacher is None else batch.teacher[rows],
+            num_teachers=0 if batch.teacher is None else len(batch.teacher_counts),
         )
 
     def __getitem__(self, quantity: Quantity) -> PositionValues:
@@ -75,6 +81,11 @@ class Measured:
         }
         cut["credits"] = {name: credit[positions] for name, credit in self.credits.items()}
         return replace(self, values=values, **cut)
+
+    def of_teacher(self, number: int) -> Measured:
+        """Return these positions, those of other teachers as of no source."""
+        assert self.teacher is not None
+        return replace(self, source=self.source.where(self.teacher == number, -1))
 
     def mask(self, sources: Sequence[Source]) -> PositionMask:
         """Return [positions], True where the row comes from one of ``sources``."""
@@ -210,12 +221,22 @@ def weighted_loss(terms: Sequence[WeightedTerm], measured: Measured) -> Weighted
     Raises:
         ConfigError: A term returns no LossOutput, or one without gradient.
     """
-    outputs = [weighted.term.loss(measured) for weighted in terms]
+    outputs = [_by_teacher(weighted.term, measured) for weighted in terms]
     is_trained = any(values.requires_grad for values in measured.values.values())
     for weighted, output in zip(terms, outputs, strict=True):
         _check_output(weighted.term.name, output, is_trained)
     parts = [w.factor * o.sum for w, o in zip(terms, outputs, strict=True)]
     return WeightedLoss(torch.stack(parts).sum(), tuple(output.detached() for output in outputs))
+
+
+def _by_teacher(term: Term, measured: Measured) -> LossOutput:
+    """Return the term's loss, with its part of each teacher where there are several."""
+    output = term.loss(measured)
+    if not measured.num_teachers or not isinstance(output, LossOutput):
+        return output
+    with torch.no_grad():
+        parts = [term.loss(measured.of_teacher(i)).sum for i in range(measured.num_teachers)]
+    return replace(output, by_teacher=torch.stack(parts))
 
 
 def _check_output(name: str, output: object, is_trained: bool) -> None:

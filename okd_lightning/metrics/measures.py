@@ -81,8 +81,12 @@ def adapted_measures(stage: str) -> dict[str, Quantity]:
     return {f"{stage}/adapted_{name}": quantity for name, quantity in quantities.items()}
 
 
-def measure_metrics() -> nn.ModuleDict:
-    """Return a running mean for every measure; Lightning resets, reduces and logs them."""
+def measure_metrics(num_teachers: int = 0) -> nn.ModuleDict:
+    """Return a running mean for every measure; Lightning resets, reduces and logs them.
+
+    Args:
+        num_teachers: Teachers that have means of their own, ``NAME/NUMBER``.
+    """
     names = dict.fromkeys(
         name
         for stage in ("val", "test")
@@ -93,4 +97,7 @@ def measure_metrics() -> nn.ModuleDict:
             **adapted_measures(stage),
         }
     )
-    return nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
+    of_teachers = [f"{name}/{number}" for name in names for number in range(num_teachers)]
+    return nn.ModuleDict(
+        {name: MeanMetric(nan_strategy="disable") for name in (*names, *of_teachers)}
+    )

@@ -6,7 +6,7 @@ until a batch is collated (``collation``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -39,6 +39,7 @@ class Example:
             none.
         teacher_prompt_ids: The teacher's own prompt; empty if it reads ``prompt_ids``.
         chat: Messages and tools of the prompt; None if it is plain text.
+        teacher: Number of the row's teacher, where there are several to choose from; else -1.
     """
 
     index: int
@@ -49,12 +50,13 @@ class Example:
     response: str
     teacher_prompt_ids: tuple[int, ...] = ()
     chat: Chat | None = None
+    teacher: int = -1
 
     def prompt_for(self, generator: Generator, sample: int = 0) -> Prompt:
         """Return the prompt of a request to a generator: the teacher's own one if it has one."""
         is_privileged = generator == "teacher" and bool(self.teacher_prompt_ids)
         ids = self.teacher_prompt_ids if is_privileged else self.prompt_ids
-        return Prompt(ids, self.index, sample, self.chat)
+        return Prompt(ids, self.index, sample, self.chat, teacher=self.teacher)
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class TrainingRow:
             one has no loss on its prompt.
         stop_reason: Why a sampled response ends; empty for other rows.
         merges_ends: Whether the sampler's log-probability of an end is that of all end ids.
+        teacher: Number of the row's teacher, where there are several to choose from; else -1.
     """
 
     index: int
@@ -85,6 +88,7 @@ class TrainingRow:
     teacher_prompt_ids: tuple[int, ...] = ()
     stop_reason: str = ""
     merges_ends: bool = False
+    teacher: int = -1
 
     @property
     def teacher_row(self) -> TrainingRow:
@@ -155,6 +159,11 @@ class DistillBatch:
             recorded.
         merges_ends: [batch] True where the sampler's log-probability of an end is that of all end
             ids together; None for no row.
+        teacher: [batch] number of each row's teacher; None where there is one for all rows.
+        teachers_present: Numbers of the teachers that have rows in the optimizer step (in
+            evaluation: in the whole set), the same on all ranks; None if not known.
+        teacher_counts: Loss tokens of the whole optimizer step by teacher and source. () outside
+            training, and where there is one teacher for all rows.
     """
 
     input_ids: Tensor
@@ -173,6 +182,9 @@ class DistillBatch:
     teacher_mask: Tensor | None = None
     stop_reasons: tuple[str, ...] = ()
     merges_ends: Tensor | None = None
+    teacher: Tensor | None = None
+    teachers_present: tuple[int, ...] | None = None
+    teacher_counts: tuple[tuple[int, ...], ...] = ()
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -196,6 +208,32 @@ class DistillBatch:
         assert self.teacher_mask is not None
         return Sequences(self.teacher_input_ids, self.teacher_lengths, self.teacher_mask)
 
+    @cached_property
+    def teacher_of_rows(self) -> list[int]:
+        """``teacher``, on the host; empty where there is one for all rows."""
+        numbers: list[int] = [] if self.teacher is None else self.teacher.tolist()
+        return numbers
+
+    def of_rows(self, rows: Sequence[int]) -> DistillBatch:
+        """Return some of the rows.
+
+        Args:
+            rows: At least one, ascending.
+        """
+        index = torch.tensor(rows, device=self.input_ids.device)
+        part: dict[str, Any] = {
+            name: getattr(self, name)[index]
+            for name in self.__dataclass_fields__
+            if isinstance(getattr(self, name), Tensor)
+        }
+        part["credits"] = {name: values[index] for name, values in self.credits.items()}
+        part["stop_reasons"] = tuple(self.stop_reasons[row] for row in rows if self.stop_reasons)
+        batch = replace(self, **part)
+        vars(batch)["student_reads"] = self.student_reads.of_rows(rows)
+        if self.teacher_input_ids is not None:
+            vars(batch)["teacher_reads"] = self.teacher_reads.of_rows(rows)
+        return batch
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> DistillBatch:
         """Return the batch on another device (Lightning calls this)."""
         moved: dict[str, Any] = {
@@ -212,6 +250,7 @@ class DistillBatch:
         vars(batch)["student_reads"] = self.student_reads.to(device, non_blocking)
         if self.teacher_input_ids is not None:
             vars(batch)["teacher_reads"] = self.teacher_reads.to(device, non_blocking)
+        vars(batch)["teacher_of_rows"] = self.teacher_of_rows
         return batch
 
 
@@ -223,18 +262,24 @@ class LossOutput:
         sum: Scalar, nats summed over the term's tokens, with gradient.
         count: Scalar, number of these tokens in this micro-batch.
         metrics: Further detached sums over the same tokens, by name.
+        by_teacher: [teachers] detached part of the sum over each teacher's tokens; None where there
+            is one for all rows.
     """
 
     sum: Tensor
     count: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    by_teacher: Tensor | None = None
 
     def detached(self) -> LossOutput:
         """Return the same numbers without gradient."""
         metrics = {name: value.detach() for name, value in self.metrics.items()}
-        return LossOutput(self.sum.detach(), self.count, metrics)
+        return LossOutput(self.sum.detach(), self.count, metrics, self.by_teacher)
 
     def __add__(self, other: LossOutput) -> LossOutput:
         """Add the sums and counts of two disjoint sets of positions."""
         metrics = {name: value + other.metrics[name] for name, value in self.metrics.items()}
-        return LossOutput(self.sum + other.sum, self.count + other.count, metrics)
+        parts = self.by_teacher
+        if parts is not None and other.by_teacher is not None:
+            parts = parts + other.by_teacher
+        return LossOutput(self.sum + other.sum, self.count + other.count, metrics, parts)

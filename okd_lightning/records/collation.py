@@ -59,4 +59,9 @@ def collate(rows: Sequence[TrainingRow], pad_id: int = 0) -> DistillBatch:
             if any(row.merges_ends for row in rows)
             else None
         ),
+        teacher=(
+            torch.tensor([row.teacher for row in rows])
+            if any(row.teacher >= 0 for row in rows)
+            else None
+        ),
     )

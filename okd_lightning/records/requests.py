@@ -47,6 +47,7 @@ class Prompt:
         sample: Number of this sample among the samples of its prompt, from 0.
         chat: Messages and tools of the prompt; None for plain text, whose response calls no tools.
         limit: Longest response, in tokens, where that is less than the request's; None otherwise.
+        teacher: Number of the teacher that may answer it, where there are several; else -1.
     """
 
     ids: tuple[int, ...]
@@ -54,6 +55,7 @@ class Prompt:
     sample: int = 0
     chat: Chat | None = None
     limit: int | None = None
+    teacher: int = -1
 
 
 def PromptBatch(  # noqa: N802 - a contract name

@@ -37,6 +37,7 @@ def dataset_row(example: Example) -> TrainingRow:
         mask=prompt_mask + (True,) * len(example.response_ids),
         prompt_length=len(example.prompt_ids),
         teacher_prompt_ids=example.teacher_prompt_ids,
+        teacher=example.teacher,
     )
 
 
@@ -65,6 +66,7 @@ def sampled_row(
         teacher_prompt_ids=example.teacher_prompt_ids,
         stop_reason=response.stop_reason,
         merges_ends=response.merges_ends,
+        teacher=example.teacher,
     )
 
 
@@ -95,6 +97,32 @@ def count_by_source(rows: Sequence[TrainingRow]) -> Tensor:
     for row in rows:
         counts[:, SOURCES.index(row.source)] += torch.tensor([row.num_loss_tokens, 1])
     return counts
+
+
+def by_teacher(
+    rows: Sequence[TrainingRow],
+    examples: Sequence[Example],
+    reduce_sum: Callable[[Tensor], Tensor],
+) -> dict[str, Any]:
+    """Return an optimizer step's counts by teacher, as fields of its batches.
+
+    Args:
+        rows: This rank's rows of the step.
+        examples: The whole dataset, the same on all ranks.
+        reduce_sum: Sums an int64 tensor over all ranks; called where there are several teachers.
+
+    Returns:
+        ``teacher_counts`` and ``teachers_present``; nothing where there is one teacher for all.
+    """
+    num_teachers = 1 + max(example.teacher for example in examples)
+    if not num_teachers:
+        return {}
+    counts = torch.zeros(num_teachers, len(SOURCES), dtype=torch.int64)
+    for row in rows:
+        counts[row.teacher, SOURCES.index(row.source)] += row.num_loss_tokens
+    of_step = tuple(tuple(of_one) for of_one in reduce_sum(counts).tolist())
+    present = tuple(number for number, of_one in enumerate(of_step) if any(of_one))
+    return {"teacher_counts": of_step, "teachers_present": present}
 
 
 def micro_batches(rows: Sequence[TrainingRow], num_batches: int) -> list[DistillBatch]:
@@ -129,6 +157,7 @@ def fully_masked(row: TrainingRow) -> TrainingRow:
         mask=(False,) * len(row.mask),
         prompt_length=row.prompt_length,
         teacher_prompt_ids=row.teacher_prompt_ids,
+        teacher=row.teacher,
     )
 
 

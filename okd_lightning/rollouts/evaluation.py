@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -40,6 +41,7 @@ class DatasetResponses:
         own = [dataset_row(example) for example in share(examples, rank, world_size)]
         own = own or [fully_masked(dataset_row(examples[0]))]
         batches = micro_batches(own, _num_batches(len(examples), batch_size, world_size))
+        batches = [replace(batch, teachers_present=present_in(examples)) for batch in batches]
         keys = hashed_uniform(NoiseDomain.BATCH_ORDER, np.arange(len(batches)))
         order = keys.argsort(kind="stable")
         self._batches = [batches[i] for i in order]  # early ones have typical lengths
@@ -101,7 +103,8 @@ class StudentResponses:
         rollout = self._agreement.together(self._generate)
         rows = sampled_rows(self._own, "student", rollout)
         empty = sampled_row(self.examples[0], "student", Response((), (), ""))
-        yield from micro_batches(rows or [fully_masked(empty)], len(self))
+        for batch in micro_batches(rows or [fully_masked(empty)], len(self)):
+            yield replace(batch, teachers_present=present_in(self.examples))
 
     def _generate(self) -> Rollout:
         shown = self._progress("student writes", len(self._own))
@@ -115,6 +118,11 @@ class StudentResponses:
             )
             with naming_the_prompts(request):
                 return self._engine.respond(request)
+
+
+def present_in(examples: Sequence[Example]) -> tuple[int, ...]:
+    """Return the numbers of the teachers of some rows; none where there is one for all."""
+    return tuple(sorted({example.teacher for example in examples} - {-1}))
 
 
 def _num_batches(num_examples: int, batch_size: int, world_size: int) -> int:

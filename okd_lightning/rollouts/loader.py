@@ -26,6 +26,7 @@ from okd_lightning.records.batches import DistillBatch, Example, TrainingRow
 from okd_lightning.records.noise import NoiseDomain, NoiseStream, hashed_uniform
 from okd_lightning.records.requests import Generator, Request, Rollout
 from okd_lightning.records.rows import (
+    by_teacher,
     count_by_source,
     dataset_row,
     fully_masked,
@@ -107,10 +108,7 @@ class RolloutLoader:
         self._agreement = Agreement(gather, stop or StopRequest())
         self._epoch = 0
         self._delivered = 0  # micro-batches of this epoch
-        self._rollouts: dict[Generator, Rollout] = {}
-        self._credits: dict[str, list[float]] | None = None  # of the student's responses
-        self._first_step = 0  # first optimizer step of the current rollout batch
-        self._is_generated = False  # on all ranks
+        self._forget_rollouts(0)
         self.lengths = RolloutLengths()
         self._unreported: list[tuple[Rollout, float]] = []  # with the seconds that each took
         self._unreported_scores: dict[str, float] = {}
@@ -158,8 +156,10 @@ class RolloutLoader:
         self._forget_rollouts(0)
 
     def _forget_rollouts(self, batch_start: int) -> None:
-        self._rollouts, self._credits = {}, None
-        self._first_step, self._is_generated = batch_start, False
+        self._rollouts: dict[Generator, Rollout] = {}
+        self._credits: dict[str, list[float]] | None = None  # of the student's responses
+        self._first_step = batch_start  # first optimizer step of the current rollout batch
+        self._is_generated = False  # on all ranks
 
     def state_dict(self) -> dict[str, Any]:
         """Return epoch, cursor and the current rollout batch of all ranks."""
@@ -268,7 +268,8 @@ class RolloutLoader:
     def _identity(self) -> list[int]:
         """Numbers that determine the order of prompts: equal lists mean equal batches."""
         shape = self.shape
-        read = [(example.prompt_ids, example.teacher_prompt_ids) for example in self.examples]
+        read: list[Any] = [(e.prompt_ids, e.teacher_prompt_ids) for e in self.examples]
+        read += [e.teacher for e in self.examples if e.teacher >= 0]
         prompts = zlib.crc32(repr(read).encode())
         cut = [shape.prompts_per_epoch, shape.steps_per_rollout, shape.samples_per_prompt]
         return [self._seed, len(self.examples), prompts, *cut]
@@ -326,10 +327,7 @@ class RolloutLoader:
     def _generate_all(
         self, own: dict[Generator, list[_Turn]], asked: set[Generator]
     ) -> dict[Generator, Rollout]:
-        """Generate by each model that any rank needs, also without prompts on this rank.
-
-        (All ranks gather a sharded model together.)
-        """
+        """Generate by each model that any rank needs: all ranks gather a sharded one together."""
         return {by: self._generate(by, turns) for by, turns in own.items() if by in asked}
 
     def _score_responses(self, turns: list[_Turn], steps: list[int]) -> None:
@@ -388,7 +386,8 @@ class RolloutLoader:
             return
         counts = self._reduce_sum(count_by_source(rows))
         sampled = self.lengths.stamp(counts, self._max_new_tokens)
-        stamp = partial(replace, step_counts=tuple(counts[0].tolist()), sampled=sampled)
+        counted = {"step_counts": tuple(counts[0].tolist()), "sampled": sampled}
+        stamp = partial(replace, **counted, **by_teacher(rows, self.examples, self._reduce_sum))
         batches = micro_batches(rows, accumulate)
         for batch in batches[self._delivered - step * accumulate :]:
             self._delivered += 1

@@ -1,11 +1,13 @@
 """Teachers: one protocol, and one class for each kind.
 
-* ``base``: the ``Teacher``, as the rest of the package sees it; ``NoTeacher``. ``run``: the records
+* ``base``: the ``Teacher``, as the rest of the package sees it; ``NoTeacher``. ``model_sides``: one
+  model as a teacher. ``run``: the records
   that a run gives it.
 * ``loaded``: a frozen model in memory. ``frozen_self``, ``averaged_self``, ``live_self``: the
   student as its own teacher, on what they share (``self_teacher``).
 * ``adaptive``: another teacher with a small trainable part (OKD), which ``online_module`` attaches.
-* ``ensemble``: several models as one distribution, on what ``several`` gives them.
+* ``ensemble``, ``routed``: several models as one distribution, or one for each row, on what
+  ``several`` gives them.
 * ``cached_teacher``, ``served_teacher``: a teacher on disk or on a server, of which k ids a token
   are known (``packed``); ``terms``: the methods that work with these, and the form they take.
   ``cache_preparation``, ``cache_writing``, ``identity``, ``layout``, ``store``: the cache on disk.
@@ -14,17 +16,19 @@
 
 from okd_lightning.teachers.adaptive import AdaptiveTeacher
 from okd_lightning.teachers.averaged_self import AveragedSelf
-from okd_lightning.teachers.base import NoTeacher, Teacher, model_side, trained
+from okd_lightning.teachers.base import NoTeacher, Teacher
 from okd_lightning.teachers.cached_teacher import CachedTeacher
 from okd_lightning.teachers.ensemble import TeacherEnsemble
 from okd_lightning.teachers.frozen_self import FrozenSelf
 from okd_lightning.teachers.live_self import LiveSelf
 from okd_lightning.teachers.loaded import LoadedTeacher, teacher_of
+from okd_lightning.teachers.model_sides import model_side, trained
 from okd_lightning.teachers.online_module import (
     OnlineModuleSettings,
     attach_online_module,
     base_teacher,
 )
+from okd_lightning.teachers.routed import RoutedTeachers
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun
 from okd_lightning.teachers.self_teacher import in_eval_mode
 from okd_lightning.teachers.served_teacher import ServedTeacher
@@ -41,6 +45,7 @@ __all__ = [
     "NoTeacher",
     "OnlineModuleSettings",
     "Opening",
+    "RoutedTeachers",
     "ServedTeacher",
     "Teacher",
     "TeacherBase",

@@ -20,17 +20,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Quantity, Side, Term, WeightedTerm
 from okd_lightning.metrics import measures
-from okd_lightning.models import (
-    LMHead,
-    ModelSource,
-    Vocabulary,
-    hidden_at_loss,
-    load_model_config,
-    packs_rows,
-    say_row_groups,
-)
+from okd_lightning.models import ModelSource, Vocabulary, load_model_config
 from okd_lightning.records.batches import DistillBatch
+from okd_lightning.records.requests import Prompt
 from okd_lightning.records.sequences import Sequences
+from okd_lightning.teachers.model_sides import model_side, trained, tried
 from okd_lightning.teachers.online_module import OnlineModuleSettings
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun
 
@@ -96,6 +90,11 @@ class Teacher(ABC):
         return () if self.own_source is None else (self.own_source,)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the teachers that rows choose from; none where there is one for all rows."""
+        return ()
+
+    @property
     @abstractmethod
     def arguments(self) -> Mapping[str, Any]:
         """The constructor's arguments, as a checkpoint stores them."""
@@ -129,12 +128,12 @@ class Teacher(ABC):
 
     @property
     def models(self) -> tuple[PreTrainedModel, ...]:
-        """Its models in memory; each is placed and checked by itself."""
+        """Models in memory; each is placed and checked by itself."""
         return () if self.model is None else (self.model,)
 
     @property
     def module(self) -> nn.Module | None:
-        """What the run's module registers as ``teacher``."""
+        """Module that the run's module registers as ``teacher``."""
         return self.model
 
     def check_options(self, options: TeacherOptions) -> None:
@@ -277,6 +276,15 @@ class Teacher(ABC):
         assert self.model is not None
         return GeneratingModels((self.model,), self.as_base())
 
+    def generators(self) -> Sequence[GeneratingModels]:
+        """Return all that generate, each its own prompts: one for all prompts by default."""
+        return [self.generator()]
+
+    def generator_of(self, prompt: Prompt) -> int:
+        """Return which of ``generators`` a prompt belongs to."""
+        del prompt
+        return 0
+
     def as_base(self) -> AbstractContextManager[None]:
         """Disable its trained parameters within the block."""
         return nullcontext()
@@ -354,35 +362,3 @@ class NoTeacher(Teacher):
     def check_adaptable(self) -> None:
         """Refuse: there is nothing to put a module on."""
         raise ConfigError("an online module needs a teacher: give --model.teacher")
-
-
-def model_side(
-    model: PreTrainedModel, reads: Sequences, packs: bool, vocabulary: Vocabulary
-) -> Side:
-    """Return one model's hidden states at unmasked positions, with its head.
-
-    Args:
-        model: In the mode and with the gradients of the caller.
-        reads: The rows.
-        packs: Whether it gets packed rows.
-        vocabulary: Ids to which the head is cut.
-    """
-    hidden = hidden_at_loss(model, reads, packs)
-    return Side(hidden=hidden, head=LMHead.of(model, vocabulary), end_ids=vocabulary.end_ids)
-
-
-def tried(model: PreTrainedModel, packing: bool) -> bool:
-    """Test how a teacher reads rows, and report slow fallbacks; return whether it packs them.
-
-    Args:
-        model: A model on its device, or on meta, where nothing can be tested yet.
-        packing: Whether the run packs rows.
-    """
-    packs = packs_rows(model, packing, "teacher")
-    say_row_groups(model, "teacher")
-    return packs
-
-
-def trained(model: nn.Module | None) -> list[nn.Parameter]:
-    """Return a model's trained parameters; none without a model."""
-    return [] if model is None else [p for p in model.parameters() if p.requires_grad]

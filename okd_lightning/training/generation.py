@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -12,7 +13,7 @@ from torch import Tensor
 from okd_lightning.engines import Blend, MixedDraws, RolloutEngine, TransformersEngine
 from okd_lightning.engines.tool_rollouts import ToolEngine
 from okd_lightning.errors import ConfigError
-from okd_lightning.records.requests import Generator, Request, Rollout
+from okd_lightning.records.requests import Generator, Request, Response, Rollout
 from okd_lightning.teachers import GeneratingModels, in_eval_mode
 from okd_lightning.training.distilled_run import DistilledRun
 from okd_lightning.training.pair import Pair
@@ -20,7 +21,7 @@ from okd_lightning.training.pair_settings import within_peft
 
 
 @contextmanager
-def writing(pair: Pair, *generators: Generator) -> Iterator[list[GeneratingModels]]:
+def writing(pair: Pair, *generators: Generator) -> Iterator[list[list[GeneratingModels]]]:
     """Prepare models for generation in the block: unsharded, in eval mode, no gradient.
 
     Args:
@@ -28,25 +29,29 @@ def writing(pair: Pair, *generators: Generator) -> Iterator[list[GeneratingModel
         generators: Student, teacher or both.
 
     Yields:
-        Each one's models within their PEFT wrappers, adapters included.
+        For each, the models of its parts (``Teacher.generators``), within their PEFT wrappers,
+        adapters included.
     """
     trainer = pair.trainer_of()
     precision = nullcontext if trainer is None else trainer.precision_plugin.forward_context
     found = [_models_of(pair, who) for who in generators]
-    models = [model for one in found for model in one.models]
-    plain = [replace(one, models=tuple(map(within_peft, one.models))) for one in found]
+    models = [model for parts in found for one in parts for model in one.models]
+    plain = [
+        [replace(one, models=tuple(map(within_peft, one.models))) for one in parts]
+        for parts in found
+    ]
     with torch.no_grad(), precision(), pair.placement.alone(*models), ExitStack() as stack:
-        for one in plain:
+        for one in itertools.chain(*plain):
             for context in (*map(in_eval_mode, one.models), one.context):
                 stack.enter_context(context)
         yield plain
 
 
-def _models_of(pair: Pair, who: Generator) -> GeneratingModels:
+def _models_of(pair: Pair, who: Generator) -> Sequence[GeneratingModels]:
     if who != "student":
-        return pair.teacher.generator()
+        return pair.teacher.generators()
     assert pair.student is not None
-    return GeneratingModels((pair.student,))
+    return [GeneratingModels((pair.student,))]
 
 
 def respond(module: DistilledRun, request: Request) -> Rollout:
@@ -54,15 +59,29 @@ def respond(module: DistilledRun, request: Request) -> Rollout:
 
     Where the data has tools, prompts that are chats may call them.
     """
+    who, teacher = request.generator, module.pair.teacher
+    with writing(module.pair, who) as (parts,):
+        if len(parts) == 1:
+            return _engine(module, parts[0], who).respond(request)
+        numbers = [teacher.generator_of(prompt) for prompt in request.prompts]
+        written: dict[int, Response] = {}
+        num_row_steps = 0
+        for number, own in enumerate(parts):
+            rows = [row for row, part in enumerate(numbers) if part == number]
+            prompts = tuple(request.prompts[row] for row in rows)
+            rollout = _engine(module, own, who).respond(replace(request, prompts=prompts))
+            written |= dict(zip(rows, rollout, strict=True))
+            num_row_steps += rollout.num_row_steps
+    return Rollout(tuple(written[row] for row in range(len(numbers))), num_row_steps)
+
+
+def _engine(module: DistilledRun, own: GeneratingModels, who: Generator) -> RolloutEngine:
     pair = module.pair
-    with writing(pair, request.generator) as (own,):
-        if request.generator == "student" and pair.engine is not None:
-            engine = pair.engine.engine(own.models[0], pair.vocabulary, pair.eos_ids)
-        else:
-            engine = _built_in(module, own)
-        if pair.tool_rounds is not None:
-            engine = ToolEngine(engine, pair.tool_rounds)
-        return engine.respond(request)
+    if who == "student" and pair.engine is not None:
+        engine = pair.engine.engine(own.models[0], pair.vocabulary, pair.eos_ids)
+    else:
+        engine = _built_in(module, own)
+    return engine if pair.tool_rounds is None else ToolEngine(engine, pair.tool_rounds)
 
 
 def _built_in(module: DistilledRun, own: GeneratingModels) -> RolloutEngine:
@@ -127,7 +146,14 @@ class MixtureEngine:
                 f"{type(module.pair.engine).__name__} writes with one model; responses from a "
                 "mixture of teacher and student need the built-in engine: leave --model.engine out"
             )
-        with writing(module.pair, "student", "teacher") as (student, teacher):
+        with writing(module.pair, "student", "teacher") as ((student,), teachers):
+            if len(teachers) > 1:
+                raise ConfigError(
+                    "responses from a mixture of teacher and student need one teacher for all "
+                    f"rows, and {type(module.pair.teacher).__name__} has {len(teachers)}: give "
+                    "--model.teacher a folder, a hub id or TeacherEnsemble"
+                )
+            (teacher,) = teachers
             engine = module.build_engine(student.models[0])
             if not isinstance(engine, TransformersEngine):
                 raise ConfigError(

@@ -20,6 +20,7 @@ _EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # the teacher stays in eval mode on purpose
     r".*isinstance\(treespec, LeafSpec\).*",  # Lightning's own use of torch's pytree
     r".*does not have many workers.*",  # rollouts and tokenized rows need no worker processes
+    r".*Total length of `list` across ranks is zero.*",  # no validation data; we say so
     r"Checkpoint directory .* exists and is not empty",  # a resumed run's own
     r".*`ModelCheckpoint\(monitor=.*could not find the monitored key.*",  # before any validation
     r".*`loftq_config` specified but will be ignored.*",  # PEFT's own default, spelt out
@@ -28,6 +29,15 @@ _EXPECTED_WARNINGS = (
     r"(?s).*instantiate_classes.*deprecated",  # ... in instantiate_classes
     r"(?s).*skip_none parameter was deprecated",  # ours, for versions without skip_unset
 )
+
+_BANNERS = (
+    "GPU available: ",
+    "TPU available: ",
+    "HPU available: ",
+    "Seed set to ",
+    "\N{ELECTRIC LIGHT BULB} Tip",
+)
+"""Beginnings of log lines that a user cannot act on; the first lines of a run name its devices."""
 
 _LOGGERS = ("lightning.pytorch", "lightning.fabric")
 
@@ -112,17 +122,29 @@ def only_warnings() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def quiet_libraries() -> None:
-    """Disable output of libraries that a user cannot act on."""
+def quiet() -> None:
+    """Disable output of libraries that a user cannot act on, as the command line does.
+
+    For scripts and notebooks: no loading bars of transformers, no banners of Lightning, and none of
+    the warnings that every distillation would cause (a teacher in eval mode, rollouts without
+    worker processes). Warnings of this package are printed without their place in its source.
+    """
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage()
-    )
+    for name in (
+        "pytorch.utilities.rank_zero",
+        "fabric.utilities.rank_zero",
+        "fabric.utilities.seed",
+    ):
+        logging.getLogger(f"lightning.{name}").addFilter(_is_no_banner)
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     keep_messages_printable()
     warnings.formatwarning = _format_warning
+
+
+def _is_no_banner(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_BANNERS)
 
 
 def _format_warning(

@@ -66,7 +66,8 @@ class DistillationModule(lightning.LightningModule):
             architecture's fields. From Python also a model (the adapter of a PeftModel is trained);
             docs/concepts/models.md.
         teacher: The teacher, in the same forms; or a class of okd_lightning.teachers with its
-            settings: FrozenSelf, AveragedSelf or LiveSelf (the student itself), CachedTeacher (its
+            settings: FrozenSelf, AveragedSelf or LiveSelf (the student itself), TeacherEnsemble
+            (several models as one), RoutedTeachers (one for each row), CachedTeacher (its
             log-probabilities on disk), ServedTeacher (on a server). None for plain SFT.
         tokenizer: Folder or hub id of the tokenizer; the student's by default, else the teacher's.
         learning_rate: After warm-up; 5e-5 by default, or the one set in ``optimizer``.
@@ -140,7 +141,7 @@ class DistillationModule(lightning.LightningModule):
         self.pair = Pair(student, teacher, settings, self._current_trainer, engine)
         self.optimization = OptimizerBuilder(optimization)
         self.frozen_parts = FrozenParts(shared_by_copies=("terms",))
-        self.evaluation = Evaluation()
+        self.evaluation = Evaluation(len(self.pair.teacher.names))
         self.student: PreTrainedModel | None = None  # the pair's models, registered for Lightning
         self.teacher: nn.Module | None = None
         self.learning_rate = self.optimization.settings.learning_rate

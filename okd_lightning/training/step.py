@@ -50,11 +50,16 @@ def teaching_window(terms: Sequence[Term]) -> tuple[int, int | None]:
 
 
 def step_means(
-    terms: Sequence[WeightedTerm], loss: WeightedLoss, batch: DistillBatch, step: int
+    terms: Sequence[WeightedTerm],
+    loss: WeightedLoss,
+    batch: DistillBatch,
+    step: int,
+    teachers: Sequence[str] = (),
 ) -> Mapping[str, Tensor]:
     """Return the micro-batch's contribution to the logged means per token, without gradient.
 
-    In nats per token, independent of the gradient's divisor.
+    In nats per token, independent of the gradient's divisor; where rows choose among ``teachers``,
+    also by teacher, with each one's tokens.
     """
     means: dict[str, Tensor] = {}
     for weighted, output in zip(terms, loss.outputs, strict=True):
@@ -63,7 +68,23 @@ def step_means(
             parts = {term.name: output.sum, **output.metrics}
             means.update({name: value / count for name, value in parts.items()})
             means["loss"] = means.get("loss", 0) + term.weight(step) * means[term.name]
-    return means
+        for number, of_one in enumerate(batch.teacher_counts):
+            tokens = sum(of_one[code] for code in term.source_codes)
+            if tokens and output.by_teacher is not None:
+                means[f"{term.name}/{teachers[number]}"] = output.by_teacher[number] / tokens
+    return {**means, **_teacher_tokens(batch, teachers)}
+
+
+def _teacher_tokens(batch: DistillBatch, teachers: Sequence[str]) -> dict[str, Tensor]:
+    """Return the micro-batch's loss tokens of each teacher that has rows in the step."""
+    if batch.teacher is None:
+        return {}
+    tokens = batch.mask[:, 1:].sum(1)
+    return {
+        f"tokens/{teachers[number]}": (tokens * (batch.teacher == number)).sum().float()
+        for number, of_one in enumerate(batch.teacher_counts)
+        if any(of_one)
+    }
 
 
 def check_counts(
@@ -152,7 +173,8 @@ class StepLoss:
         if is_new:
             check_counts(terms, loss.outputs, batch)
         is_last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        self._log(run, batch, step_means(terms, loss, batch, trainer.global_step), is_last)
+        names = run.pair.teacher.names
+        self._log(run, batch, step_means(terms, loss, batch, trainer.global_step, names), is_last)
         return loss.total + self._idle_loss(run)
 
     @property

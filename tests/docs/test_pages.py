@@ -37,7 +37,7 @@ from lightning import Trainer
 
 from okd_lightning import KD, DistillationModule, RolloutDataModule
 from okd_lightning.__main__ import COMMANDS, main
-from okd_lightning.commands.cli import DistillationCLI, quiet_libraries
+from okd_lightning.commands.cli import DistillationCLI, quiet
 from okd_lightning.commands.cli_arguments import prepare
 from okd_lightning.commands.compare.command import compare_parser
 from okd_lightning.commands.diagnose.command import diagnose_parser
@@ -209,7 +209,7 @@ def test_block_that_does_not_run_parses(block, here, checkpoint):
         compile(block.text, block.place, "exec", dont_inherit=True)
         return
     assert block.language == "bash"
-    quiet_libraries()
+    quiet()
     for words in commands_of(block):
         arguments = own_arguments(words)
         for path in re.findall(r"--ckpt_path (\S+\.ckpt)", " ".join(arguments or [])):

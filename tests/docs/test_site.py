@@ -49,10 +49,11 @@ INNER = {  # public for the library's own floors; people neither call nor write 
     "okd_lightning.losses": {
         *("CachedAgreement", "CachedDivergence", "CachedDrawnOutcome", "CachedExpectedWeight"),
         *("cached_form", "fused_loss", "Head", "measure"),
+        *("Mixing", "Mixture", "Product", "mixed_side", "routed_side"),
         *("ModelRole", "pack_outcomes", "PackedHead", "Side", "weighted_loss", "WeightedLoss"),
         "WeightedTerm",
     },
-    "okd_lightning.engines": {"Blend", "hashed_uniform"},
+    "okd_lightning.engines": {"Blend", "MixedDraws", "hashed_uniform"},
     "okd_lightning.rewards": {"GroupBaseline", "checked_rewards"},
     "okd_lightning.rollouts": {
         *("KeptResponses", "LoaderShape", "plan_for", "RolloutPlan", "StagedPlan", "engine_of"),

@@ -18,6 +18,7 @@ from okd_lightning.teachers import (
     FrozenSelf,
     LiveSelf,
     LoadedTeacher,
+    RoutedTeachers,
     ServedTeacher,
     Teacher,
     TeacherEnsemble,
@@ -34,11 +35,17 @@ class Place:
         teacher: Folder of a model without padding rows.
         cache: Folder for a cache.
         url: Address of a server with the same model, in float64.
+        copy: Folder of another copy of the teacher.
     """
 
     teacher: str
     cache: str
     url: str
+    copy: str = ""
+
+    @property
+    def both(self) -> list[tuple[str, str]]:
+        return [("a", self.teacher), ("b", self.copy)]
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class Kind:
         is_student: Whether its first weights are the student's.
         moves: Whether its own weights change in training.
         trained: What the names of its trained parameters hold; empty where nothing is trained.
+        data: Further arguments of the data module; rows have the column "of".
     """
 
     make: Callable[[Place], Teacher]
@@ -66,6 +74,7 @@ class Kind:
     is_student: bool = False
     moves: bool = False
     trained: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 def okd() -> OKD:
@@ -76,6 +85,7 @@ def another_module() -> OKD:
     return OKD(online_module=LoraConfig(r=3))
 
 
+ROUTED = {"teacher_column": "of"}
 LORA = {"student_adapter": LoraConfig(r=2, target_modules=["v_proj"])}
 FOLLOWS = (another_module, "follows the student")
 KINDS: dict[str, Kind] = {
@@ -111,6 +121,20 @@ KINDS: dict[str, Kind] = {
         refuses=(another_module, "two methods ask for different online modules"),
         moves=True,
         trained="lora_",
+    ),
+    "routed to equals": Kind(
+        lambda at: RoutedTeachers({"a": at.teacher, "b": at.copy}), data=ROUTED
+    ),
+    "routed, with modules": Kind(
+        lambda at: RoutedTeachers(
+            {name: AdaptiveTeacher(LoadedTeacher(one), okd().settings) for name, one in at.both}
+        ),
+        method=okd,
+        logged="train/student_loss",
+        refuses=(another_module, "two methods ask for different online modules"),
+        moves=True,
+        trained="lora_",
+        data=ROUTED,
     ),
     "cached": Kind(
         lambda at: CachedTeacher(at.teacher, at.cache, ALL, "float32"),

@@ -29,14 +29,19 @@ from okd_lightning.teachers import Teacher
 from okd_lightning.training.module import DistillationModule
 
 TEMPLATE = {"teacher_prompt_template": "{reference}p{prompt}"}
-ROWS = tiny.make_rows(12)
+ROWS = [{**row, "of": "ab"[i % 2]} for i, row in enumerate(tiny.make_rows(12))]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, tiny_tokenizer) -> Path:
     """Folders of a student with more rows than the tokenizer has ids, and of a teacher without."""
     root = tmp_path_factory.mktemp("kinds")
-    for name, model in (("student", tiny.make_llama(1)), ("teacher", tiny.make_llama(2, ALL))):
+    teacher = tiny.make_llama(2, ALL)
+    for name, model in (
+        ("student", tiny.make_llama(1)),
+        ("teacher", teacher),
+        ("copy", teacher),
+    ):
         model.save_pretrained(root / name)
         tiny_tokenizer.save_pretrained(root / name)
     return root
@@ -50,7 +55,7 @@ def url(tiny_tokenizer):
 
 @pytest.fixture
 def place(models, url, tmp_path) -> Place:
-    return Place(str(models / "teacher"), str(tmp_path / "cache"), url)
+    return Place(str(models / "teacher"), str(tmp_path / "cache"), url, str(models / "copy"))
 
 
 def make(kind: Kind, place: Place) -> DistillationModule:
@@ -65,10 +70,10 @@ def make(kind: Kind, place: Place) -> DistillationModule:
     )
 
 
-def train(root: Path, module: DistillationModule, methods, **settings) -> tiny.Recorder:
+def train(root: Path, kind: Kind, module: DistillationModule, methods, **settings):
     """Three steps of four rows, in which the teacher reads prompts of its own."""
     given = {"max_steps": 3, "callbacks": [LastCheckpoint(1)], **settings}
-    return tiny.fit(root, module, methods, ROWS, data=TEMPLATE, **given)
+    return tiny.fit(root, module, methods, ROWS, data={**TEMPLATE, **kind.data}, **given)
 
 
 def divergence_of(module: DistillationModule, batch, teacher) -> float:
@@ -92,7 +97,7 @@ def divergence_of(module: DistillationModule, batch, teacher) -> float:
 def test_the_loss_is_that_of_its_distribution(name, place, tmp_path):
     kind = KINDS[name]
     module = make(kind, place)
-    recorder = train(tmp_path, module, [kind.method()], max_steps=1)
+    recorder = train(tmp_path, kind, module, [kind.method()], max_steps=1)
     start = make(KINDS["loaded"], place)
     start.configure_model()
     reference = start.student if kind.is_student else start.teacher
@@ -110,7 +115,7 @@ def test_gradient_reaches_the_student_and_trained_parameters_alone(name, place, 
     module = make(kind, place)
     module.configure_model()
     before = {n: p.clone() for n, p in module.named_parameters()}
-    (*_, last) = train(tmp_path, module, [kind.method()]).gradients
+    (*_, last) = train(tmp_path, kind, module, [kind.method()]).gradients
     own = {name for name in last if name.startswith("teacher.")}
     assert last.keys() - own
     assert bool(own) == bool(kind.trained)
@@ -128,21 +133,21 @@ def test_it_generates_or_says_that_it_cannot(name, place, tmp_path):
     kind = KINDS[name]
     module = make(kind, place)
     if kind.generates:
-        recorder = train(tmp_path, module, [KD(seq_kd=True)], max_steps=1)
+        recorder = train(tmp_path, kind, module, [KD(seq_kd=True)], max_steps=1)
         assert recorder.sources() == [{2}]
         return
     with pytest.raises(ConfigError, match=r"has the teacher write responses; give --model\.teach"):
-        train(tmp_path, module, [KD(seq_kd=True)])
+        train(tmp_path, kind, module, [KD(seq_kd=True)])
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_resumed_run_is_the_uninterrupted_one(name, place, tmp_path):
     kind = KINDS[name]
     whole, first, second = (make(kind, place) for _ in range(3))
-    expected = train(tmp_path / "whole", whole, [kind.method()])
-    train(tmp_path / "cut", first, [kind.method()], max_steps=2)
+    expected = train(tmp_path / "whole", kind, whole, [kind.method()])
+    train(tmp_path / "cut", kind, first, [kind.method()], max_steps=2)
     last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
-    found = train(tmp_path / "cut", second, [kind.method()], ckpt_path=str(last))
+    found = train(tmp_path / "cut", kind, second, [kind.method()], ckpt_path=str(last))
     assert found.losses == expected.losses[2:]
     for one, other in ((whole.student, second.student), (whole.teacher, second.teacher)):
         assert (one is None) == (other is None)
@@ -164,12 +169,12 @@ def test_what_it_cannot_serve_is_refused_before_training(name, place, tmp_path):
         second.name = "second"
     module = make(kind, place)
     with pytest.raises(ConfigError, match=words):
-        train(tmp_path, module, methods)
+        train(tmp_path, kind, module, methods)
     assert module.student is None
 
 
 def test_every_class_is_in_the_battery():
-    made = {type(kind.make(Place("t", "c", "http://x"))) for kind in KINDS.values()}
+    made = {type(kind.make(Place("t", "c", "http://x", "d"))) for kind in KINDS.values()}
     classes = {getattr(teachers, name) for name in teachers.__all__}
     kinds = {c for c in classes if isinstance(c, type) and issubclass(c, Teacher)}
     assert made == kinds - {Teacher, teachers.NoTeacher}
@@ -187,8 +192,9 @@ class Uniform(Teacher):
 
 
 def test_a_kind_of_ones_own_is_one_class(place, tmp_path):
-    module = make(Kind(lambda at: Uniform()), place)
-    recorder = train(tmp_path, module, [KD()], max_steps=1)
+    kind = Kind(lambda at: Uniform())
+    module = make(kind, place)
+    recorder = train(tmp_path, kind, module, [KD()], max_steps=1)
     start = make(KINDS["loaded"], place)
     start.configure_model()
 
@@ -201,7 +207,7 @@ def test_a_kind_of_ones_own_is_one_class(place, tmp_path):
     with pytest.raises(
         ConfigError, match=r"Uniform generates none: give --model\.teacher a folder"
     ):
-        train(tmp_path, make(Kind(lambda at: Uniform()), place), [KD(seq_kd=True)])
+        train(tmp_path, kind, make(kind, place), [KD(seq_kd=True)])
 
 
 # ------------------------------------------------------------------- two ranks
@@ -209,7 +215,8 @@ def test_a_kind_of_ones_own_is_one_class(place, tmp_path):
 
 def run(root: Path, devices: int, name: str, url: str) -> dict[str, torch.Tensor]:
     kind = KINDS[name]
-    module = make(kind, Place(str(root / "teacher"), str(root / f"cache {name}"), url))
+    cache, copy = root / f"cache {name}", root / "copy"
+    module = make(kind, Place(str(root / "teacher"), str(cache), url, str(copy)))
     trainer = tiny.make_trainer(
         root / f"{name} {devices}",
         [kind.method()],
@@ -219,7 +226,7 @@ def run(root: Path, devices: int, name: str, url: str) -> dict[str, torch.Tensor
         limit_val_batches=0,
     )
     options = {"batch_size": 4 // devices, "max_response_length": 8, "seed": 7, "val_rollouts": 0}
-    trainer.fit(module, RolloutDataModule(ROWS, **options, **TEMPLATE))
+    trainer.fit(module, RolloutDataModule(ROWS, **options, **TEMPLATE, **kind.data))
     return {n: p.detach().clone() for n, p in module.named_parameters()}
 
 

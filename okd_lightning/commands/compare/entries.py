@@ -25,6 +25,7 @@ _OWN_DATA = (
     "teacher_prompt_column",
     "teacher_prompt_template",
     "max_teacher_prompt_length",
+    "teacher_column",
 )
 """Data settings of a method's training; all others decide what is measured."""
 
