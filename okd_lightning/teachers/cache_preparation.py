@@ -20,11 +20,11 @@ from torch import nn
 from okd_lightning.checkpoints.folder_lock import folder_lock
 from okd_lightning.errors import CacheError
 from okd_lightning.models import Vocabulary
+from okd_lightning.models.reading import model_side
 from okd_lightning.records.batches import Example
 from okd_lightning.teachers.cache_writing import write_entry
 from okd_lightning.teachers.identity import teacher_identity
 from okd_lightning.teachers.loaded import LoadedTeacher
-from okd_lightning.teachers.model_sides import model_side
 from okd_lightning.teachers.run import Opening
 from okd_lightning.teachers.store import Entry, make_folder
 
