@@ -177,9 +177,10 @@ def fused_loss(
             sides["base"] = projection(base, vocab_size)
     size = tile_positions or tile_size(vocab_size, student.hidden.device)
     block = block_positions(vocab_size, student.hidden.device)
+    tiles = slices(len(targets), size)
     run = _Run(terms, sides, checks)
     with torch.no_grad():
-        for tile in slices(len(targets), size):
+        for tile in tiles:
             run.add_tile(tile, block, targets, about)
     return run.result()
 

@@ -182,7 +182,7 @@ class ExactDivergence(Quantity):
     def __post_init__(self) -> None:
         object.__setattr__(self, "divergence", as_divergence(self.divergence))
 
-    @property
+    @cached_property
     def trains_teacher(self) -> bool:  # type: ignore[override]
         """True if the teacher is the learner."""
         return self.learner == "teacher"

@@ -250,8 +250,3 @@ def _before_the_head(model: PreTrainedModel, change: Callable[[Tensor], Tensor])
         yield
     finally:
         handle.remove()
-
-
-def trained(model: nn.Module | None) -> list[nn.Parameter]:
-    """Return a model's trained parameters; none without a model."""
-    return [] if model is None else [p for p in model.parameters() if p.requires_grad]

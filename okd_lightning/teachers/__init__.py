@@ -13,11 +13,10 @@
 * ``teacher_base``: the model that the teacher was trained from, for methods that compare both.
 """
 
-from okd_lightning.models.causal_lm import trained
 from okd_lightning.models.reading import model_side
 from okd_lightning.teachers.adaptive import AdaptiveTeacher
 from okd_lightning.teachers.averaged_self import AveragedSelf
-from okd_lightning.teachers.base import NoTeacher, Teacher
+from okd_lightning.teachers.base import NoTeacher, Teacher, trained
 from okd_lightning.teachers.cached_teacher import CachedTeacher
 from okd_lightning.teachers.ensemble import TeacherEnsemble
 from okd_lightning.teachers.frozen_self import FrozenSelf

@@ -226,7 +226,8 @@ class DistillationModule(lightning.LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Remove the terms and the teacher's base, so that another Trainer can add its own."""
-        self.terms, self.step_loss.acting, self.pair.teacher_base = [], [], None
+        self.terms, self.pair.teacher_base = [], None
+        self.step_loss.forget()
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode for the student; the teacher stays in eval mode."""
