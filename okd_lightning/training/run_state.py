@@ -21,7 +21,6 @@ from okd_lightning.checkpoints.contents import (
     without_left_out,
 )
 from okd_lightning.checkpoints.files import read_checkpoint
-from okd_lightning.checkpoints.io import make_durable
 from okd_lightning.checkpoints.signature import is_own_run, run_signature
 from okd_lightning.errors import CheckpointError
 from okd_lightning.teachers import OnlineModuleSettings
@@ -102,7 +101,7 @@ class RunState:
     ) -> None:
         """Leave frozen weights out; add the resolved config, the methods and the RNG streams.
 
-        All ranks call this. The checkpoint is then written atomically.
+        All ranks call this.
 
         Args:
             module: The module within a run.
@@ -129,7 +128,6 @@ class RunState:
             if parameter.requires_grad
         }
         check_finite(trained, f"the checkpoint of step {trainer.global_step}")
-        make_durable(trainer)
         mark_due_validation(trainer, checkpoint)
         self._forget(checkpoint.get("hyper_parameters", {}))
         if not checkpoint.get("hyper_parameters"):

@@ -6,8 +6,8 @@ would find it empty. The order here:
 
 1. the data module's ``setup``;
 2. callbacks with ``precedes_models``: methods register their terms, measures check themselves;
-3. ``ModelsFirst``: it checks the run, the data is read (broken rows are reported before any
-   weights are loaded), and the module builds its models;
+3. ``ModelsFirst``: it checks the run and sets how checkpoints are written, the data is read (broken
+   rows are reported before any weights are loaded), and the module builds its models;
 4. all other callbacks, the module's ``setup``, and ``configure_model``, which finds them built.
 
 ``ModelsFirst`` also precedes callbacks that read batches, and refuses a batch that is not a
@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 
-from okd_lightning.checkpoints.folders import read_folders
+from okd_lightning.checkpoints.io import use_durable_checkpoints
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError
 from okd_lightning.models import check_precision
@@ -63,6 +63,7 @@ class ModelsFirst(Callback):
         run = distilled_run(pl_module)
         assert run is not None
         check_run(pl_module, run.pair, stage)
+        use_durable_checkpoints(trainer)
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, RolloutDataModule):
             data.read_ahead(stage)
@@ -144,7 +145,6 @@ def check_run(module: lightning.LightningModule, pair: Pair, stage: str) -> None
     """
     if stage == "fit" and pair.dtype == "float16" and pair.student_adapter is None:
         raise ConfigError(float16_refusal("the student"))
-    read_folders(module.trainer)
     check_precision(str(module.trainer.precision))
     if is_compiled(module):
         raise ConfigError(
