@@ -20,13 +20,13 @@ from architectures import ARCHITECTURES, build
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig
 
 from okd_lightning.callbacks import GKD, KD, OKD, OPDPlus, Throughput
-from okd_lightning.models import add_adapter, hidden_at_loss, reads_packed_rows
+from okd_lightning.models import add_adapter, hidden_at_loss, reading, reads_packed_rows
 from okd_lightning.models.reading import _packed_states
 from okd_lightning.records import sequences
 from okd_lightning.records.batches import TrainingRow
 from okd_lightning.records.collation import collate
 from okd_lightning.records.sequences import Sequences, pack
-from okd_lightning.teachers import CachedTeacher, attach_online_module, base
+from okd_lightning.teachers import CachedTeacher, attach_online_module
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT's use of transformers
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -300,9 +300,9 @@ def test_wasted_positions(packing, tmp_path, make_module):
 def test_a_cache_is_written_of_packed_rows(tmp_path, make_module, monkeypatch):
     """What can be packed is known when the teacher has been loaded."""
     packed = []
-    read = base.hidden_at_loss
+    read = reading.hidden_at_loss
     monkeypatch.setattr(
-        base, "hidden_at_loss", lambda m, r, packs: packed.append(packs) or read(m, r, packs)
+        reading, "hidden_at_loss", lambda m, r, packs: packed.append(packs) or read(m, r, packs)
     )
     module = make_module(kind=lambda teacher: CachedTeacher(teacher, str(tmp_path / "cache")))
     tiny.fit(tmp_path, module, [KD()], tiny.make_rows(8), max_steps=1)
