@@ -133,6 +133,12 @@ class SeveralTeachers(Teacher):
         if self._registered is None:
             self._registered = nn.ModuleList([one for one in modules if one is not None])
 
+    def unload(self) -> None:
+        """Have none of the members' models in memory."""
+        self._registered = None
+        for member in self.members:
+            member.unload()
+
     def open(self, opening: Opening) -> None:
         """Open all members."""
         for member in self.members:

@@ -141,6 +141,11 @@ KINDS: dict[str, Kind] = {
         refuses=(lambda: GKD(on_policy_fraction=1.0), "no cache can hold those"),
         generates=False,
     ),
+    "cached ensemble": Kind(
+        lambda at: CachedTeacher(TeacherEnsemble([at.teacher, at.copy]), at.cache, ALL, "float32"),
+        refuses=(another_module, "has one that stays as it was"),
+        generates=False,
+    ),
     "served": Kind(
         lambda at: ServedTeacher(at.url, k=ALL),
         refuses=(another_module, "is trained on a teacher"),
