@@ -30,11 +30,13 @@ class Advantage(ABC):
         state_value_of: Divergence whose E_p[w_f] is computed at each position and passed as
             ``state_value``; None for none.
         max_log_ratio: Clip of the log-ratio within ``state_value``, in nats.
+        discount: Weight of a later token's reward in an earlier one's advantage; 0 for none.
         is_positionwise: True if a token's advantage depends on that token alone, so that a row may
             be processed in pieces.
     """
 
     divergence: Divergence | None = None
+    discount: float = 0.0
     is_positionwise: bool = True
     max_log_ratio: float = math.inf
 

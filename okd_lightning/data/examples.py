@@ -19,7 +19,11 @@ from okd_lightning.data.chat_rows import examples_from_chats
 from okd_lightning.data.columns import Columns, RawRow
 from okd_lightning.data.layouts import Layout, choose_layout
 from okd_lightning.data.row_templates import with_prompts
-from okd_lightning.data.teacher_prompts import TeacherPrompts, with_teacher_prompts
+from okd_lightning.data.teacher_prompts import (
+    TeacherPrompts,
+    with_foreign_prompts,
+    with_teacher_prompts,
+)
 from okd_lightning.data.text_rows import examples_from_texts
 from okd_lightning.data.whole_texts import examples_from_whole_texts
 from okd_lightning.errors import ConfigError, DataError
@@ -198,6 +202,7 @@ def build_examples(
     needs_response: bool,
     where: str,
     teacher_prompts: TeacherPrompts | None = None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> ExampleSet:
     """Tokenize rows into examples: prompt + response + eos; see ``text_ids`` for the rules.
 
@@ -216,6 +221,8 @@ def build_examples(
         where: The dataset's name for messages (``describe_source``).
         teacher_prompts: The teacher's own prompts; None: the same prompts. Rows whose teacher
             prompt is missing or too long are skipped like others.
+        teacher_tokenizer: Tokenizer of a teacher that has another one, which makes the teacher's
+            prompts; None for a teacher that reads the student's ids.
 
     Raises:
         ConfigError: A limit below 1 or an unknown ``on_overlong``.
@@ -233,9 +240,11 @@ def build_examples(
     own_eos = tokenizer.eos_token_id
     eos_ids = [eos_id] if own_eos in (None, eos_id) else [eos_id, own_eos]
     examples, notes = _read(rows, encoder, columns, layout, limits, eos_ids)
-    if teacher_prompts is not None:
-        settings = {"layout": layout, "teacher_prompts": teacher_prompts}
-        cells: dict[str, Any] = {"columns": columns, "where": where, **settings}
+    settings = {"layout": layout, "teacher_prompts": teacher_prompts}
+    cells: dict[str, Any] = {"columns": columns, "where": where, **settings}
+    if teacher_tokenizer is not None:
+        examples = with_foreign_prompts(examples, rows, teacher_tokenizer, tokenizer, **cells)
+    elif teacher_prompts is not None:
         examples = with_teacher_prompts(examples, rows, encoder, **cells)
     found = replace(limits.apply(examples), notes=notes)
     warn_of(found, where)

@@ -37,6 +37,7 @@ from okd_lightning.errors import ConfigError, DataError
 from okd_lightning.models.text_ids import RULES_VERSION
 from okd_lightning.records.batches import Example
 from okd_lightning.records.noise import NoiseDomain, hashed_choice
+from okd_lightning.records.rows import RowReader
 from okd_lightning.rollouts import LoaderShape, RolloutLoader, StagedPlan, engine_of, plan_for
 from okd_lightning.rollouts.agreement import Agreement, StopRequest
 from okd_lightning.rollouts.evaluation import DatasetResponses, StudentResponses
@@ -212,8 +213,6 @@ class RolloutDataModule(NewDataModule):
     def read_ahead(self, stage: str) -> None:
         """Read and tokenize a stage's data, so that broken rows raise before models load.
 
-        The module calls it when the run's methods are known.
-
         Raises:
             OKDLightningError: An error that the loaders would raise later.
         """
@@ -262,6 +261,7 @@ class RolloutDataModule(NewDataModule):
             gather=self.gather,
             progress=partial(rollout_progress, trainer),
             score=self._scorer(module),
+            teacher_rows=module.pair.teacher.retokenized,
             stop=self.stop,
         )
         check_limit(trainer, shape, len(self._train_loader))
@@ -295,10 +295,7 @@ class RolloutDataModule(NewDataModule):
         return self._own_responses(self.examples("predict").examples, self.sampling)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the next epoch, the mean length of rollouts, and the version of the text rules.
-
-        (Lightning restores the loader's own state only in the middle of an epoch.)
-        """
+        """Return the next epoch, the mean length of rollouts, and the version of the text rules."""
         loader = self._train_loader
         position = self._resumed if loader is None else loader.position()
         return {**position, "text_rules": RULES_VERSION}
@@ -321,6 +318,7 @@ class RolloutDataModule(NewDataModule):
             raise DataError(f"no data: give --data.{part} a JSONL file, a folder or a hub id")
         key = f"{part}:{needs_response}"
         if key not in self._examples:
+            prompted = part != "predict"
             self._examples[key] = read_part(
                 part,
                 source,
@@ -333,7 +331,8 @@ class RolloutDataModule(NewDataModule):
                 max_response_length=self.max_response_length,
                 on_overlong=self.on_overlong,
                 needs_response=needs_response,
-                teacher_prompts=self.teacher_prompts if part != "predict" else None,
+                teacher_prompts=self.teacher_prompts if prompted else None,
+                teacher_tokenizer=self._module.pair.teacher.tokenizer if prompted else None,
                 teacher_column=self.teacher_column,
             )
         return self._examples[key]
@@ -342,21 +341,22 @@ class RolloutDataModule(NewDataModule):
         trainer = self._trainer
         if self.sources[part] is None and trainer.state.fn == TrainerFn.FITTING:
             return []
-        examples = self.examples(part).examples
+        examples, rows = self.examples(part).examples, self._module.pair.teacher.retokenized
         loaders: list[DatasetResponses | StudentResponses] = []
         given = [example for example in examples if example.response_ids]
         if given:
-            loaders.append(
-                DatasetResponses(given, self.batch_size, trainer.global_rank, trainer.world_size)
-            )
+            place = trainer.global_rank, trainer.world_size
+            loaders.append(DatasetResponses(given, self.batch_size, *place, rows))
         if self.val_rollouts:
             chosen = hashed_choice(
                 len(examples), self.val_rollouts, NoiseDomain.VALIDATION_PROMPTS, self.seed
             )
-            loaders.append(self._own_responses([examples[i] for i in chosen], Sampling()))
+            loaders.append(self._own_responses([examples[i] for i in chosen], Sampling(), rows))
         return loaders
 
-    def _own_responses(self, examples: Sequence[Example], sampling: Sampling) -> StudentResponses:
+    def _own_responses(
+        self, examples: Sequence[Example], sampling: Sampling, rows: RowReader = list
+    ) -> StudentResponses:
         trainer = self._trainer
         return StudentResponses(
             examples,
@@ -369,6 +369,7 @@ class RolloutDataModule(NewDataModule):
             world_size=trainer.world_size,
             progress=partial(rollout_progress, trainer),
             agreement=self.agreement(),
+            teacher_rows=rows,
         )
 
     def agreement(self) -> Agreement:

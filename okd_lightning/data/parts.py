@@ -72,7 +72,10 @@ def read_part(
             found, examples=tuple(replace(e, teacher=chosen[e.index]) for e in found.examples)
         )
     warn_of_unread(rows, settings["columns"], where)
-    check_table_ids(found.examples, pair.vocabulary, pair.tokenizer, where=where)
+    own = found.examples
+    if settings.get("teacher_tokenizer") is not None:  # its prompts are not in the student's ids
+        own = tuple(replace(example, teacher_prompt_ids=()) for example in own)
+    check_table_ids(own, pair.vocabulary, pair.tokenizer, where=where)
     limit = settings["max_response_length"]
     pair.add_eos_ids(found.ends_of_turn(pair.tokenizer))
     ends, template = pair.vocabulary.end_ids, settings["columns"].chat_template_kwargs

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from okd_lightning.data.chat_turns import read_turns
 from okd_lightning.data.columns import (
     Columns,
@@ -169,37 +171,47 @@ def with_teacher_prompts(
     *,
     columns: Columns,
     layout: Layout,
-    teacher_prompts: TeacherPrompts,
+    teacher_prompts: TeacherPrompts | None,
     where: str,
 ) -> list[Example]:
     """Add the teacher's prompt to every example for which there is one.
 
     A plain prompt is tokenized like the student's. In a chat the template replaces the last user
     message's content, and the chat before the response is rendered again by the chat template.
+    Without settings, for a teacher with another tokenizer, it is the prompt of the student: its
+    text, or its messages by the teacher's chat template.
 
     Args:
         examples: One a row, in the rows' order, of any length.
         rows: The raw rows.
-        encoder: Encoder of the run's tokenizer.
+        encoder: Encoder of the tokenizer that the teacher reads with.
         columns: The columns that were read.
         layout: Layout of the rows.
-        teacher_prompts: The settings.
+        teacher_prompts: The settings; None for the student's prompts.
         where: The dataset's name for messages.
 
     Raises:
         DataError: The column is missing or of the wrong type, or a chat cannot be rendered.
     """
-    if teacher_prompts.column is not None:
+    if teacher_prompts is not None and teacher_prompts.column is not None:
         require_column(rows[0], "teacher_prompt", teacher_prompts.column, where)
     places = [f"{where}, row {number}" for number in range(1, len(rows) + 1)]
     triples = list(zip(examples, rows, places, strict=True))
     if layout == "text":
-        texts = [_text(teacher_prompts, *triple) for triple in triples]
+        texts = [
+            example.prompt if teacher_prompts is None else _text(teacher_prompts, example, row, at)
+            for example, row, at in triples
+        ]
     else:
         renderer = ChatRenderer(
             encoder.tokenizer, where=where, settings=columns.chat_template_kwargs
         )
-        chats = [_chat(teacher_prompts, columns, *triple) for triple in triples]
+        chats = [
+            list(read_turns(row, columns, at).asked)
+            if teacher_prompts is None
+            else _chat(teacher_prompts, columns, example, row, at)
+            for example, row, at in triples
+        ]
         texts = [
             renderer.prompt(chat, read_tools(row, columns, at), at) if chat else ""
             for chat, row, at in zip(chats, rows, places, strict=True)
@@ -208,10 +220,48 @@ def with_teacher_prompts(
         encoder.prompts(
             [text for text in texts if text],
             is_rendered=layout == "chat",
-            limit=teacher_prompts.max_length,
+            limit=None if teacher_prompts is None else teacher_prompts.max_length,
         )
     )
     return [
         replace(example, teacher_prompt_ids=tuple(next(encoded) if text else ()))
         for example, text in zip(examples, texts, strict=True)
     ]
+
+
+def with_foreign_prompts(
+    examples: Sequence[Example],
+    rows: Sequence[RawRow],
+    tokenizer: PreTrainedTokenizerBase,
+    student: PreTrainedTokenizerBase,
+    **settings: Any,
+) -> list[Example]:
+    """Add the prompt of a teacher with another tokenizer to every example.
+
+    A whole text has its first token as prompt; the teacher reads that token's text, and none where
+    it is a special one. A prompt without any of the teacher's ids becomes its bos or, without one,
+    its eos: something has to stand before the first token that it predicts.
+
+    Args:
+        examples: One a row, in the rows' order, of any length.
+        rows: The raw rows.
+        tokenizer: The teacher's.
+        student: The run's.
+        **settings: Further arguments of ``with_teacher_prompts``.
+
+    Raises:
+        DataError: See ``with_teacher_prompts``; the teacher's tokenizer has no chat template.
+    """
+    columns, prompts = settings["columns"], settings["teacher_prompts"]
+    if settings["layout"] == "text" and columns.prompt is None:
+        special = {*student.all_special_ids}
+        examples = [
+            replace(e, prompt="" if e.prompt_ids[0] in special else e.prompt) for e in examples
+        ]
+    found = with_teacher_prompts(examples, rows, TextEncoder(tokenizer), **settings)
+    opening = (
+        tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    )
+    if opening is None or prompts is not None:
+        return found
+    return [e if e.teacher_prompt_ids else replace(e, teacher_prompt_ids=(opening,)) for e in found]

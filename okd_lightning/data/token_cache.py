@@ -109,10 +109,14 @@ def _key(
     except TypeError:
         return None
     told = {name: value for name, value in settings.items() if name != "where"}
+    teacher = told.pop("teacher_tokenizer", None)
+    if teacher is not None:
+        found.update(tokenizer_digest(teacher))
     found.update(repr(sorted(told.items())).encode())
     found.update(tokenizer_digest(tokenizer))
     found.update(_code_digest())
-    if "strftime_now" in str(tokenizer.chat_template):
+    templates = [str(one.chat_template) for one in (tokenizer, teacher) if one is not None]
+    if any("strftime_now" in template for template in templates):
         found.update(date.today().isoformat().encode())
     return found.hexdigest()
 

@@ -57,12 +57,19 @@ def equip(
     The ids with which the template closes a turn are added to its end ids.
 
     Raises:
-        ConfigError: The tokenizer has no chat template, or one that cannot show tool results.
+        ConfigError: The tokenizer has no chat template, or one that cannot show tool results; or
+            the teacher has another tokenizer.
         DataError: The template is not prefix-stable.
     """
     if not len(toolbox):
         pair.tool_rounds = None
         return
+    if pair.teacher.tokenizer is not None:
+        raise ConfigError(
+            "data.tools: a teacher with another tokenizer would render turns and tool results by "
+            "its own template, which is not offered; leave data.tools out, or give a teacher with "
+            "the student's tokenizer"
+        )
     turns = ToolTurns(pair.tokenizer, eos_id=pair.eos_ids[0], settings=settings)
     pair.add_eos_ids(turns.check(toolbox.schemas))
     pair.tool_rounds = ToolRounds(toolbox, turns, max_turns)

@@ -11,6 +11,7 @@
 * ``fused``: the training loss and its gradient from one pass over the tiles.
 * ``reduction``: the division by the optimizer step's divisor.
 * ``cpu_linear``: products with the head on CPUs, by oneDNN's kernels.
+* ``chunked``: the same for a teacher with another tokenizer, over chunks of text.
 * ``exact``: the quantities themselves, for evaluation and for terms over whole sequences.
 """
 
@@ -20,6 +21,12 @@ from okd_lightning.losses.cached import (
     CachedDrawnOutcome,
     CachedExpectedWeight,
     cached_form,
+)
+from okd_lightning.losses.chunked import (
+    ChunkValues,
+    chunked_loss,
+    measure_chunks,
+    token_values,
 )
 from okd_lightning.losses.closed_form import ModelRole
 from okd_lightning.losses.exact import measure
@@ -54,6 +61,7 @@ __all__ = [
     "CachedDivergence",
     "CachedDrawnOutcome",
     "CachedExpectedWeight",
+    "ChunkValues",
     "DrawnLogProb",
     "DrawnOutcome",
     "Entropy",
@@ -76,10 +84,13 @@ __all__ = [
     "WeightedLoss",
     "WeightedTerm",
     "cached_form",
+    "chunked_loss",
     "fused_loss",
     "measure",
+    "measure_chunks",
     "mixed_side",
     "pack_outcomes",
     "routed_side",
+    "token_values",
     "weighted_loss",
 ]

@@ -36,12 +36,14 @@ class Side:
     Attributes:
         hidden: [positions, hidden] the head's inputs that predict the loss tokens.
         head: From hidden states to [positions, vocab] logits; a plain module has no second step.
+        width: Number of logits, where it is known: it determines the size of a tile.
         end_ids: Ids of these logits that are one outcome, "the response ends here".
     """
 
     hidden: PositionHidden
     head: Head | nn.Module
     end_ids: tuple[int, ...] = ()
+    width: int = 1
 
     @property
     def module(self) -> nn.Module:

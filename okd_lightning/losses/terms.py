@@ -151,6 +151,8 @@ class Term:
             that the loss of a batch may be summed in parts. If one term of a run is False, every
             term gets all positions of a batch at once, and the heads are computed twice.
         scorer: Scorer that gives its rows an advantage after generation, or None.
+        discount: Weight of a later token's reward in an earlier one's advantage, where the term
+            has such; 0 elsewhere.
         needs_teacher_prompt: True if it needs a teacher prompt that differs from the student's.
         wrap_engine: Returns the ``RolloutEngine`` of training, from the one before.
         kind: Kind of its method in checkpoints: a run resumes with the same kinds.
@@ -168,6 +170,7 @@ class Term:
     mixes_rows: bool = False
     is_positionwise: bool = True
     scorer: RowScorer | None = None
+    discount: float = 0.0
     needs_teacher_prompt: bool = False
     wrap_engine: Callable[[Any], Any] = _unchanged
     kind: str = "Term"

@@ -17,8 +17,10 @@ from okd_lightning.metrics.gradient_fidelity import (
 )
 from okd_lightning.metrics.logit_std import LogitStd, logit_std
 from okd_lightning.metrics.measures import (
+    adapted_chunk_measures,
     adapted_measures,
     cached_measures,
+    chunk_measures,
     measure_metrics,
     measures,
 )
@@ -36,9 +38,11 @@ __all__ = [
     "GradientProducts",
     "LogitStd",
     "Uncertainty",
+    "adapted_chunk_measures",
     "adapted_measures",
     "by_difficulty",
     "cached_measures",
+    "chunk_measures",
     "excess_accumulated_error",
     "gradient_fidelity",
     "logit_std",

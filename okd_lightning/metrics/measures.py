@@ -72,6 +72,25 @@ def cached_measures(
     return quantities
 
 
+def chunk_measures(stage: str, is_own: bool) -> dict[str, Quantity]:
+    """Return metric name → quantity, against a teacher with another tokenizer.
+
+    ``chunk_*`` are the divergences in their names over chunks of text (``losses.chunked``), in nats
+    per token of the student.
+    """
+    prefix = f"{stage}/on_policy_chunk_" if is_own else f"{stage}/chunk_"
+    names = ("forward_kl", "reverse_kl", "jsd")
+    own = measures(stage, is_own, has_teacher=False)
+    fit = {} if is_own else {f"{stage}/{name}": q for name, q in _TEACHER_FIT.items()}
+    return own | fit | {prefix + name: _AGAINST_TEACHER[name] for name in names}
+
+
+def adapted_chunk_measures(stage: str) -> dict[str, Quantity]:
+    """Return metric name → quantity, of the adapted teacher with another tokenizer (OKD)."""
+    quantities = {**_TEACHER_FIT, **_TEACHER_SHIFT}
+    return {f"{stage}/adapted_{name}": quantity for name, quantity in quantities.items()}
+
+
 def adapted_measures(stage: str) -> dict[str, Quantity]:
     """Return metric name → quantity, against the adapted teacher on dataset responses (OKD).
 
@@ -95,6 +114,7 @@ def measure_metrics(num_teachers: int = 0) -> nn.ModuleDict:
             **measures(stage, is_own, has_teacher=True),
             **cached_measures(stage, is_own, k=1, reads_new_rows=True),
             **adapted_measures(stage),
+            **chunk_measures(stage, is_own),
         }
     )
     of_teachers = [f"{name}/{number}" for name in names for number in range(num_teachers)]

@@ -40,7 +40,12 @@ from okd_lightning.models.loading import (
     load_tokenizer,
 )
 from okd_lightning.models.merging import merge_adapters, merged_copy
-from okd_lightning.models.pair import check_pair, find_tokenizer, load_checked
+from okd_lightning.models.pair import (
+    check_pair,
+    find_tokenizer,
+    load_checked,
+    vocabulary_of,
+)
 from okd_lightning.models.reading import hidden_at_loss, packs_rows, reads_packed_rows
 from okd_lightning.models.recompute import recompute_activations
 from okd_lightning.models.vocabulary import (
@@ -85,4 +90,5 @@ __all__ = [
     "recompute_activations",
     "row_groups",
     "say_row_groups",
+    "vocabulary_of",
 ]

@@ -43,9 +43,16 @@ class EndTokens:
     stop_ids: tuple[int, ...]
     is_given: bool = False
 
-    def with_stops(self, ids: Iterable[int]) -> EndTokens:
-        """Return these with further ids at which generation stops."""
-        return replace(self, stop_ids=_joined(self.stop_ids, ids))
+    def with_stops(self, ids: Collection[int], are_ends: bool = False) -> EndTokens:
+        """Return these with further ids at which generation stops.
+
+        Args:
+            ids: The ids.
+            are_ends: Whether they also are ends, unless the user named those: where the teacher
+                has another tokenizer, no generation config but the student's names ends of these.
+        """
+        ends = _joined(self.end_ids, ids) if are_ends and not self.is_given else self.end_ids
+        return replace(self, end_ids=ends, stop_ids=_joined(self.stop_ids, ids))
 
     def without(self, ids: Collection[int]) -> EndTokens:
         """Return these with ids after which a response goes on: they stop, and are no end."""

@@ -115,6 +115,14 @@ def check_pair(
     return vocabulary
 
 
+def vocabulary_of(
+    tokenizer: PreTrainedTokenizerBase, source: ModelSource, option: str
+) -> Vocabulary:
+    """Return the ids of a model by itself: those of its tokenizer with a row in its tables."""
+    known = Vocabulary.of(tokenizer)
+    return known.within(_table_rows(source, option, known.size))
+
+
 def check_joins(
     tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, source: ModelSource, option: str
 ) -> None:
@@ -158,4 +166,12 @@ def _check_own_tokenizer(
     except ModelNotFoundError as error:
         warnings.warn(f"{error}; the run's tokenizer is taken on trust", stacklevel=2)
         return
-    check_vocabulary_agreement(tokenizer, own, rows)
+    try:
+        check_vocabulary_agreement(tokenizer, own, rows)
+    except VocabularyError as error:
+        if option != "--model.teacher":
+            raise
+        raise VocabularyError(
+            f"{error}; or have the texts of both compared: --model.teacher ForeignTeacher "
+            f"--model.teacher.model {source}"
+        ) from error

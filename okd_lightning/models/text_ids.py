@@ -114,6 +114,21 @@ class TextEncoder:
 
         return self._within(limit, texts, encode)
 
+    def middles(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of separate texts, without the normalisation of a text's start.
+
+        Raises:
+            DataError: See ``plain``.
+        """
+        if self._inner is None or not texts:
+            return self.plain(texts)
+        found: list[list[int]] = []
+        for batch in _batches(texts):
+            with _encoding(batch):
+                encoded = self._inner.encode_batch_fast(batch, add_special_tokens=False)
+            found += [encoding.ids for encoding in encoded]
+        return found
+
     def end_of(
         self, ids: Sequence[int], eos_ids: Collection[int], *, any_special: bool = False
     ) -> int | None:
@@ -173,7 +188,7 @@ class TextEncoder:
             whole = self.plain([a + b for a, b in zip(contexts, texts, strict=True)])
         except DataError:
             if len(texts) == 1:  # the concatenation cannot be encoded, only the parts can
-                return self._middles(texts)
+                return self.middles(texts)
             pairs = zip(contexts, texts, strict=True)
             return [self._rests([context], [text])[0] for context, text in pairs]
         found = [
@@ -181,19 +196,8 @@ class TextEncoder:
             for first, ids in zip(before, whole, strict=True)
         ]
         over = [text for text, ids in zip(texts, found, strict=True) if ids is None]
-        middles = iter(self._middles(over))
+        middles = iter(self.middles(over))
         return [next(middles) if ids is None else ids for ids in found]
-
-    def _middles(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of separate texts, without the normalisation of a text's start."""
-        if self._inner is None or not texts:
-            return self.plain(texts)
-        found: list[list[int]] = []
-        for batch in _batches(texts):
-            with _encoding(batch):
-                encoded = self._inner.encode_batch_fast(batch, add_special_tokens=False)
-            found += [encoding.ids for encoding in encoded]
-        return found
 
     @cached_property
     def _inner(self) -> Tokenizer | None:

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from okd_lightning.records.chunks import AlignedResponse, Chunks
 from okd_lightning.records.requests import Chat, Generator, Prompt
 from okd_lightning.records.sequences import Sequences
 
@@ -75,6 +76,8 @@ class TrainingRow:
             one has no loss on its prompt.
         stop_reason: Why a sampled response ends; empty for other rows.
         merges_ends: Whether the sampler's log-probability of an end is that of all end ids.
+        aligned: The response in the ids of a teacher with another tokenizer; None for a teacher
+            that reads the student's ids.
         teacher: Number of the row's teacher, where there are several to choose from; else -1.
     """
 
@@ -88,11 +91,14 @@ class TrainingRow:
     teacher_prompt_ids: tuple[int, ...] = ()
     stop_reason: str = ""
     merges_ends: bool = False
+    aligned: AlignedResponse | None = None
     teacher: int = -1
 
     @property
     def teacher_row(self) -> TrainingRow:
-        """The row with the teacher's own prompt; the row itself if it has none."""
+        """The row as the teacher reads it; the row itself if it reads the student's."""
+        if self.aligned is not None:
+            return self._retokenized(self.aligned)
         if not self.teacher_prompt_ids:
             return self
         assert not any(self.mask[: self.prompt_length]), "loss on a prompt that one side reads"
@@ -104,9 +110,24 @@ class TrainingRow:
             prompt_length=length,
         )
 
+    def _retokenized(self, response: AlignedResponse) -> TrainingRow:
+        """Return the row in the teacher's ids, with loss on the tokens within chunks."""
+        length = len(self.teacher_prompt_ids)
+        inside = {place for span in response.spans for place in range(*span.teacher)}
+        own = tuple(place in inside for place in range(len(response.teacher_ids)))
+        return replace(
+            self,
+            input_ids=self.teacher_prompt_ids + response.teacher_ids,
+            mask=(False,) * length + own,
+            prompt_length=length,
+        )
+
     @property
     def num_tokens(self) -> int:
         """Tokens of the student's or the teacher's sequence, whichever is longer."""
+        if self.aligned is not None:
+            num_read = len(self.teacher_prompt_ids) + len(self.aligned.teacher_ids)
+            return max(len(self.input_ids), num_read)
         num_more = max(0, len(self.teacher_prompt_ids) - self.prompt_length)
         return len(self.input_ids) + num_more
 
@@ -159,6 +180,11 @@ class DistillBatch:
             recorded.
         merges_ends: [batch] True where the sampler's log-probability of an end is that of all end
             ids together; None for no row.
+        chunks: Units that both models give a probability to, where the teacher has another
+            tokenizer, whose ids ``teacher_input_ids`` holds then; None for a teacher that reads the
+            student's ids.
+        teacher_tokens: As ``step_counts``, of the teacher's loss tokens where it has another
+            tokenizer; () otherwise.
         teacher: [batch] number of each row's teacher; None where there is one for all rows.
         teachers_present: Numbers of the teachers that have rows in the optimizer step (in
             evaluation: in the whole set), the same on all ranks; None if not known.
@@ -182,6 +208,8 @@ class DistillBatch:
     teacher_mask: Tensor | None = None
     stop_reasons: tuple[str, ...] = ()
     merges_ends: Tensor | None = None
+    chunks: Chunks | None = None
+    teacher_tokens: tuple[int, ...] = ()
     teacher: Tensor | None = None
     teachers_present: tuple[int, ...] | None = None
     teacher_counts: tuple[tuple[int, ...], ...] = ()
@@ -245,6 +273,8 @@ class DistillBatch:
             name: values.to(device, non_blocking=non_blocking)
             for name, values in self.credits.items()
         }
+        if self.chunks is not None:
+            moved["chunks"] = self.chunks.to(device, non_blocking)
         batch = replace(self, **moved)
         # cached properties are moved too: computing them on the device would wait for it
         vars(batch)["student_reads"] = self.student_reads.to(device, non_blocking)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from okd_lightning.records.batches import SOURCES, DistillBatch, TrainingRow
+from okd_lightning.records.chunks import Chunks
 
 
 def _padded(rows: Sequence[TrainingRow], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -20,6 +21,26 @@ def _padded(rows: Sequence[TrainingRow], pad_id: int) -> tuple[Tensor, Tensor, T
         input_ids[i, : lengths[i]] = torch.tensor(row.input_ids)
         mask[i, : lengths[i]] = torch.tensor(row.mask)
     return input_ids, lengths, mask
+
+
+def _chunks(rows: Sequence[TrainingRow]) -> Chunks | None:
+    """Number the chunks of all rows; None where the teacher reads the student's ids."""
+    if all(row.aligned is None for row in rows):
+        return None
+    student: list[int] = []
+    teacher: list[int] = []
+    num = 0
+    for row in rows:
+        assert row.aligned is not None, "rows with and without a response in the teacher's ids"
+        own, other = dict[int, int](), dict[int, int]()
+        for number, span in enumerate(row.aligned.spans, start=num):
+            own.update((row.prompt_length + place, number) for place in range(*span.student))
+            other.update((place, number) for place in range(*span.teacher))
+        num += len(row.aligned.spans)
+        student += [own.get(i, -1) for i, has_loss in enumerate(row.mask) if i and has_loss]
+        teacher += [other[place] for place in sorted(other)]
+    ids = torch.int64
+    return Chunks(torch.tensor(student, dtype=ids), torch.tensor(teacher, dtype=ids), num)
 
 
 def collate(rows: Sequence[TrainingRow], pad_id: int = 0) -> DistillBatch:
@@ -36,7 +57,7 @@ def collate(rows: Sequence[TrainingRow], pad_id: int = 0) -> DistillBatch:
             end = len(row.input_ids)
             logprobs[i, row.prompt_length : end] = torch.tensor(row.sampler_logprobs)
     teacher: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-    if any(row.teacher_prompt_ids for row in rows):
+    if any(row.teacher_prompt_ids or row.aligned is not None for row in rows):
         teacher = _padded([row.teacher_row for row in rows], pad_id)
     return DistillBatch(
         input_ids=input_ids,
@@ -59,6 +80,7 @@ def collate(rows: Sequence[TrainingRow], pad_id: int = 0) -> DistillBatch:
             if any(row.merges_ends for row in rows)
             else None
         ),
+        chunks=_chunks(rows),
         teacher=(
             torch.tensor([row.teacher for row in rows])
             if any(row.teacher >= 0 for row in rows)

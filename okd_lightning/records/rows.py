@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,10 +15,14 @@ from okd_lightning.records.batches import (
     Source,
     TrainingRow,
 )
+from okd_lightning.records.chunks import AlignedResponse
 from okd_lightning.records.collation import collate
 from okd_lightning.records.requests import Response, Rollout, ToolUse, stretches
 
 _T = TypeVar("_T")
+
+RowReader: TypeAlias = Callable[[Sequence[TrainingRow]], list[TrainingRow]]
+"""From rows to rows as the teacher reads them."""
 
 
 def dataset_row(example: Example) -> TrainingRow:
@@ -99,6 +103,44 @@ def count_by_source(rows: Sequence[TrainingRow]) -> Tensor:
     return counts
 
 
+def count_chunks(rows: Sequence[TrainingRow]) -> Tensor:
+    """Count the tokens of rows whose teacher has another tokenizer: [5, sources], int64.
+
+    Returns:
+        The teacher's tokens in chunks; the student's in responses; and of these, those that are one
+        token of the teacher, that have no chunk, and whose chunk its tokenizer would write
+        otherwise.
+    """
+    counts = torch.zeros(5, len(SOURCES), dtype=torch.int64)
+    for row in rows:
+        found = row.aligned or AlignedResponse()
+        own, others = (
+            sum(end - start for start, end in spans)
+            for spans in (
+                [span.student for span in found.spans],
+                [span.teacher for span in found.spans],
+            )
+        )
+        total = own + found.num_unaligned + found.num_noncanonical
+        numbers = [
+            others,
+            total,
+            found.num_one_to_one,
+            found.num_unaligned,
+            found.num_noncanonical,
+        ]
+        counts[:, SOURCES.index(row.source)] += torch.tensor(numbers)
+    return counts
+
+
+def chunk_metrics(counts: Tensor) -> dict[str, float]:
+    """Return logged shares of a step's response tokens, from ``count_chunks`` over all ranks."""
+    total = max(1, int(counts[1].sum()))
+    names = ("one_to_one", "unaligned", "noncanonical")
+    shares = counts[2:].sum(-1) / total
+    return {f"train/{name}_tokens": float(s) for name, s in zip(names, shares, strict=True)}
+
+
 def by_teacher(
     rows: Sequence[TrainingRow],
     examples: Sequence[Example],
@@ -157,6 +199,7 @@ def fully_masked(row: TrainingRow) -> TrainingRow:
         mask=(False,) * len(row.mask),
         prompt_length=row.prompt_length,
         teacher_prompt_ids=row.teacher_prompt_ids,
+        aligned=None if row.aligned is None else AlignedResponse(row.aligned.teacher_ids),
         teacher=row.teacher,
     )
 

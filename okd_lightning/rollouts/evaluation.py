@@ -13,6 +13,7 @@ from okd_lightning.records.batches import DistillBatch, Example
 from okd_lightning.records.noise import NoiseDomain, NoiseStream, hashed_uniform
 from okd_lightning.records.requests import Request, Response, Rollout
 from okd_lightning.records.rows import (
+    RowReader,
     dataset_row,
     fully_masked,
     micro_batches,
@@ -32,14 +33,20 @@ class DatasetResponses:
         batch_size: Sequences a batch.
         rank: This rank.
         world_size: Ranks; all of them get the same number of batches.
+        teacher_rows: From rows to rows as the teacher reads them.
     """
 
     def __init__(
-        self, examples: Sequence[Example], batch_size: int, rank: int = 0, world_size: int = 1
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        teacher_rows: RowReader = list,
     ) -> None:
         self.examples = examples
         own = [dataset_row(example) for example in share(examples, rank, world_size)]
-        own = own or [fully_masked(dataset_row(examples[0]))]
+        own = teacher_rows(own or [fully_masked(dataset_row(examples[0]))])
         batches = micro_batches(own, _num_batches(len(examples), batch_size, world_size))
         batches = [replace(batch, teachers_present=present_in(examples)) for batch in batches]
         keys = hashed_uniform(NoiseDomain.BATCH_ORDER, np.arange(len(batches)))
@@ -69,6 +76,7 @@ class StudentResponses:
         world_size: Ranks; all of them get the same number of batches.
         progress: Shows the progress of generation.
         agreement: Makes all ranks stop together.
+        teacher_rows: From rows to rows as the teacher reads them.
     """
 
     def __init__(
@@ -84,6 +92,7 @@ class StudentResponses:
         world_size: int = 1,
         progress: ProgressFactory = silent_progress,
         agreement: Agreement | None = None,
+        teacher_rows: RowReader = list,
     ) -> None:
         self.examples = examples
         self._own = list(share(examples, rank, world_size))
@@ -94,6 +103,7 @@ class StudentResponses:
         self._seed = seed
         self._world_size = world_size
         self._progress = progress
+        self._teacher_rows = teacher_rows
         self._agreement = agreement or Agreement()
 
     def __len__(self) -> int:
@@ -103,7 +113,8 @@ class StudentResponses:
         rollout = self._agreement.together(self._generate)
         rows = sampled_rows(self._own, "student", rollout)
         empty = sampled_row(self.examples[0], "student", Response((), (), ""))
-        for batch in micro_batches(rows or [fully_masked(empty)], len(self)):
+        rows = self._teacher_rows(rows or [fully_masked(empty)])
+        for batch in micro_batches(rows, len(self)):
             yield replace(batch, teachers_present=present_in(self.examples))
 
     def _generate(self) -> Rollout:

@@ -12,22 +12,24 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from okd_lightning.engines.engine import ProgressFactory, RolloutEngine, silent_progress
 from okd_lightning.errors import ConfigError
 from okd_lightning.records.batches import DistillBatch, Example, TrainingRow
-from okd_lightning.records.noise import NoiseDomain, NoiseStream, hashed_uniform
+from okd_lightning.records.noise import NoiseStream
 from okd_lightning.records.requests import Generator, Request, Rollout
 from okd_lightning.records.rows import (
+    RowReader,
     by_teacher,
+    chunk_metrics,
     count_by_source,
+    count_chunks,
     dataset_row,
     fully_masked,
     micro_batches,
@@ -39,6 +41,7 @@ from okd_lightning.records.sampling import Sampling
 from okd_lightning.rollouts.agreement import Agreement, StopRequest, naming_the_prompts
 from okd_lightning.rollouts.lengths import RolloutLengths
 from okd_lightning.rollouts.loader_shape import LoaderShape
+from okd_lightning.rollouts.order import Turn, epoch_turns
 from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan
 from okd_lightning.rollouts.resharing import RowKey, reshared, reshared_credits
 from okd_lightning.rollouts.scoring import RolloutScorer, SampledResponse, unscored
@@ -50,14 +53,6 @@ from okd_lightning.rollouts.stored import (
 )
 
 _GENERATORS: tuple[Generator, ...] = ("student", "teacher")
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """One row of an epoch: its example, and its sample number in that epoch."""
-
-    example: Example
-    sample: int
 
 
 class RolloutLoader:
@@ -75,6 +70,7 @@ class RolloutLoader:
         gather: Collects one object of every rank, on every rank.
         progress: Shows the progress of a rollout batch.
         score: Gives the student's responses their advantages.
+        teacher_rows: From rows to rows as the teacher reads them.
         stop: This rank's request to stop, which discards an unfinished rollout batch.
     """
 
@@ -92,6 +88,7 @@ class RolloutLoader:
         gather: Callable[[Any], list[Any]] = lambda state: [state],
         progress: ProgressFactory = silent_progress,
         score: RolloutScorer = unscored,
+        teacher_rows: RowReader = list,
         stop: StopRequest | None = None,
     ) -> None:
         self.examples = examples
@@ -105,6 +102,7 @@ class RolloutLoader:
         self._gather = gather
         self._progress = progress
         self._score = score
+        self._teacher_rows = teacher_rows
         self._agreement = Agreement(gather, stop or StopRequest())
         self._epoch = 0
         self._delivered = 0  # micro-batches of this epoch
@@ -119,7 +117,7 @@ class RolloutLoader:
     def __iter__(self) -> Iterator[DistillBatch]:
         if self._delivered >= len(self):
             self.start_at(self._epoch + 1)
-        turns = self._turns(self._epoch)
+        turns = epoch_turns(self.examples, self.shape, self._seed, self._epoch)
         accumulate = self.shape.accumulate_grad_batches
         for batch_start in range(0, self.shape.steps_per_epoch, self.shape.steps_per_rollout):
             batch_end = min(batch_start + self.shape.steps_per_rollout, self.shape.steps_per_epoch)
@@ -227,7 +225,7 @@ class RolloutLoader:
 
     def _sources_of(self, first: int) -> list[str]:
         """Return the source of each row of the rollout batch that begins at step ``first``."""
-        turns = self._turns(self._epoch)
+        turns = epoch_turns(self.examples, self.shape, self._seed, self._epoch)
         last = min(first + self.shape.steps_per_rollout, self.shape.steps_per_epoch)
         steps = range(first, last)
         return [str(source) for step in steps for _, source in self._rows_of_step(turns, step)]
@@ -242,7 +240,7 @@ class RolloutLoader:
         if len(written) == world_size:
             self._rollouts, self._credits = written[rank], credits[rank]
             return
-        turns = self._turns(self._epoch)
+        turns = epoch_turns(self.examples, self.shape, self._seed, self._epoch)
         owners = [self._keys(turns, old, len(written)) for old in range(len(written))]
         own = self._keys(turns, rank, world_size)
         self._rollouts = reshared(written, owners, own)
@@ -250,9 +248,7 @@ class RolloutLoader:
             credits, [keys["student"] for keys in owners], own["student"]
         )
 
-    def _keys(
-        self, turns: list[_Turn], rank: int, world_size: int
-    ) -> dict[Generator, list[RowKey]]:
+    def _keys(self, turns: list[Turn], rank: int, world_size: int) -> dict[Generator, list[RowKey]]:
         """Return the rows of the stored rollout batch that a rank generates, in order."""
         keys: dict[Generator, list[RowKey]] = {generator: [] for generator in _GENERATORS}
         first = self._first_step
@@ -274,32 +270,12 @@ class RolloutLoader:
         cut = [shape.prompts_per_epoch, shape.steps_per_rollout, shape.samples_per_prompt]
         return [self._seed, len(self.examples), prompts, *cut]
 
-    def _turns(self, epoch: int) -> list[_Turn]:
-        """Return the epoch's prompts: the next ones of an endless sequence of shuffled passes."""
-        num, length = self.shape.prompts_per_epoch, len(self.examples)
-        samples = self.shape.samples_per_prompt
-        positions = range(epoch * num, (epoch + 1) * num)
-        orders: dict[int, np.ndarray] = {}
-        seen: dict[int, int] = {}
-        turns = []
-        for position in positions:
-            number, offset = divmod(position, length)
-            if number not in orders:
-                keys = hashed_uniform(
-                    NoiseDomain.PROMPT_ORDER, self._seed, number, np.arange(length)
-                )
-                orders[number] = keys.argsort(kind="stable")
-            index = int(orders[number][offset])
-            turns.append(_Turn(self.examples[index], seen.get(index, 0) * samples))
-            seen[index] = seen.get(index, 0) + 1
-        return turns
-
-    def _rollout_batch(self, turns: list[_Turn], start: int, end: int) -> list[list[TrainingRow]]:
+    def _rollout_batch(self, turns: list[Turn], start: int, end: int) -> list[list[TrainingRow]]:
         """Return this rank's rows of the optimizer steps start..end, with generated responses."""
         of_all = [self._rows_of_step(turns, step) for step in range(start, end)]
         rank, world_size = self.shape.rank, self.shape.world_size
         steps = [list(share(rows, rank, world_size)) for rows in of_all]
-        own: dict[Generator, list[_Turn]] = {
+        own: dict[Generator, list[Turn]] = {
             generator: [turn for step in steps for turn, by in step if by == generator]
             for generator in _GENERATORS
         }
@@ -318,19 +294,20 @@ class RolloutLoader:
                 dataset_row(turn.example) if by == "dataset" else next(sampled[by])
                 for turn, by in step
             ]
-            found.append(rows or [fully_masked(dataset_row(self.examples[0]))])
+            rows = rows or [fully_masked(dataset_row(self.examples[0]))]
+            found.append(self._teacher_rows(rows))
         if "student" in asked:
             counts = self._reduce_sum(count_by_source([row for rows in found for row in rows]))
             self.lengths.begin(self._epoch, start, counts)
         return found
 
     def _generate_all(
-        self, own: dict[Generator, list[_Turn]], asked: set[Generator]
+        self, own: dict[Generator, list[Turn]], asked: set[Generator]
     ) -> dict[Generator, Rollout]:
         """Generate by each model that any rank needs: all ranks gather a sharded one together."""
         return {by: self._generate(by, turns) for by, turns in own.items() if by in asked}
 
-    def _score_responses(self, turns: list[_Turn], steps: list[int]) -> None:
+    def _score_responses(self, turns: list[Turn], steps: list[int]) -> None:
         """Score once a rollout batch on every rank, also without student responses on it."""
         if self._credits is not None:
             return
@@ -343,25 +320,25 @@ class RolloutLoader:
         scores = self._score(found)
         self._credits, self._unreported_scores = scores.credits, scores.metrics
 
-    def _rows_of(self, generator: Generator, turns: list[_Turn]) -> list[TrainingRow]:
+    def _rows_of(self, generator: Generator, turns: list[Turn]) -> list[TrainingRow]:
         """Return the rows of a generator's responses in the current rollout batch."""
         examples, rollout = [turn.example for turn in turns], self._rollouts.get(generator, ())
         credits = self._credits if generator == "student" else None
         return sampled_rows(examples, generator, rollout, credits)
 
-    def _rows_of_step(self, turns: list[_Turn], step: int) -> list[tuple[_Turn, Any]]:
+    def _rows_of_step(self, turns: list[Turn], step: int) -> list[tuple[Turn, Any]]:
         """Return all ranks' rows of a step: every sample of a prompt, or its dataset response."""
         per_step = self.shape.prompts_per_step
         of_step = turns[step * per_step : (step + 1) * per_step]
         number = self._epoch * self.shape.steps_per_epoch + step
         sources = self.plan.assign(self._seed, number, len(of_step))
         return [
-            (_Turn(turn.example, turn.sample + k), source)
+            (Turn(turn.example, turn.sample + k), source)
             for turn, source in zip(of_step, sources, strict=True)
             for k in range(1 if source == "dataset" else self.shape.samples_per_prompt)
         ]
 
-    def _generate(self, generator: Generator, turns: list[_Turn]) -> Rollout:
+    def _generate(self, generator: Generator, turns: list[Turn]) -> Rollout:
         start = time.perf_counter()
         shown = self._progress(f"{generator} writes", len(turns))
         with shown as progress:
@@ -388,6 +365,10 @@ class RolloutLoader:
         sampled = self.lengths.stamp(counts, self._max_new_tokens)
         counted = {"step_counts": tuple(counts[0].tolist()), "sampled": sampled}
         stamp = partial(replace, **counted, **by_teacher(rows, self.examples, self._reduce_sum))
+        if rows[0].aligned is not None:  # then all rows of all ranks have chunks
+            of_chunks = self._reduce_sum(count_chunks(rows))
+            stamp = partial(stamp, teacher_tokens=tuple(of_chunks[0].tolist()))
+            self._unreported_scores = self._unreported_scores | chunk_metrics(of_chunks)
         batches = micro_batches(rows, accumulate)
         for batch in batches[self._delivered - step * accumulate :]:
             self._delivered += 1

@@ -6,6 +6,7 @@
 * ``loaded``: a frozen model in memory. ``frozen_self``, ``averaged_self``, ``live_self``: the
   student as its own teacher, on what they share (``self_teacher``).
 * ``adaptive``: another teacher with a small trainable part (OKD), which ``online_module`` attaches.
+* ``foreign_teacher``: a teacher with another tokenizer, which reads the text in its own ids.
 * ``ensemble``, ``routed``: several models as one distribution, or one for each row, on what
   ``several`` gives them.
 * ``cached_teacher``, ``served_teacher``: a teacher on disk or on a server, of which k ids a token
@@ -19,6 +20,7 @@ from okd_lightning.teachers.averaged_self import AveragedSelf
 from okd_lightning.teachers.base import NoTeacher, Teacher
 from okd_lightning.teachers.cached_teacher import CachedTeacher
 from okd_lightning.teachers.ensemble import TeacherEnsemble
+from okd_lightning.teachers.foreign_teacher import ForeignTeacher
 from okd_lightning.teachers.frozen_self import FrozenSelf
 from okd_lightning.teachers.live_self import LiveSelf
 from okd_lightning.teachers.loaded import LoadedTeacher, teacher_of
@@ -38,6 +40,7 @@ __all__ = [
     "AdaptiveTeacher",
     "AveragedSelf",
     "CachedTeacher",
+    "ForeignTeacher",
     "FrozenSelf",
     "GeneratingModels",
     "LiveSelf",

@@ -15,13 +15,13 @@ from typing import Any, ClassVar, Self, TypeAlias, final
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Quantity, Side, Term, WeightedTerm
 from okd_lightning.metrics import measures
 from okd_lightning.models import ModelSource, Vocabulary, load_model_config
-from okd_lightning.records.batches import DistillBatch
+from okd_lightning.records.batches import DistillBatch, TrainingRow
 from okd_lightning.records.requests import Prompt
 from okd_lightning.records.sequences import Sequences
 from okd_lightning.teachers.model_sides import model_side, trained, tried
@@ -50,6 +50,7 @@ class Teacher(ABC):
     ``--model.teacher my_module.Uniform`` chooses it.
 
     Attributes:
+        tokenizer: Its own, where that is not the run's; None where it reads the run's ids.
         model: Weights in memory, which the module registers as ``teacher``; None without any.
         packs: Whether ``model`` gets packed rows.
         student: The student, for kinds that read it; None before it is built.
@@ -71,6 +72,7 @@ class Teacher(ABC):
     follows_student: ClassVar[bool] = False
     """True where it changes with the student, apart from trained parameters of its own."""
 
+    tokenizer: PreTrainedTokenizerBase | None = None
     model: PreTrainedModel | None = None
     packs: bool = False
     student: PreTrainedModel | None = None
@@ -255,6 +257,10 @@ class Teacher(ABC):
         del opening
 
     # ---------------------------------------------------------------- running
+
+    def retokenized(self, rows: Sequence[TrainingRow]) -> list[TrainingRow]:
+        """Return rows as it reads them, where it has a ``tokenizer`` of its own."""
+        return list(rows)
 
     def side(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Side:
         """Return the teacher's side of a batch, at its loss positions.

@@ -22,7 +22,8 @@ def model_side(
         vocabulary: Ids to which the head is cut.
     """
     hidden = hidden_at_loss(model, reads, packs)
-    return Side(hidden=hidden, head=LMHead.of(model, vocabulary), end_ids=vocabulary.end_ids)
+    head = LMHead.of(model, vocabulary)
+    return Side(hidden, head, vocabulary.end_ids, vocabulary.size)
 
 
 def tried(model: PreTrainedModel, packing: bool) -> bool:

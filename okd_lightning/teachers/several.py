@@ -44,7 +44,7 @@ class SeveralTeachers(Teacher):
             if member.own_source is None or not member.covers_vocabulary:
                 raise ConfigError(
                     f"{kind} holds a {type(member).__name__}, and its teachers are models of their "
-                    "own in this process: give folders or hub ids"
+                    "own in this process, over the run's tokens: give folders or hub ids"
                 )
         self.members = tuple(members)
         self._registered: nn.ModuleList | None = None

@@ -27,8 +27,10 @@ from okd_lightning.losses import (
     Side,
     WeightedLoss,
     WeightedTerm,
+    chunked_loss,
     fused_loss,
     measure,
+    measure_chunks,
     weighted_loss,
 )
 from okd_lightning.models import (
@@ -257,7 +259,8 @@ class Pair:
         """Let further ids end a response, such as a chat template's end of turn; logged once."""
         found = list(ids)
         new = [i for i in found if i not in self.eos_ids]
-        self.use_ends(self.ends.with_stops(found))
+        has_own = self.given_teacher.tokenizer is not None
+        self.use_ends(self.ends.with_stops(found, are_ends=has_own))
         if new:
             names = ", ".join(repr(self.tokenizer.decode([i])) for i in new)
             rank_zero_info(f"responses also end at {names}, as the data's own responses do")
@@ -307,7 +310,8 @@ class Pair:
         teacher = base = None
         if any(quantity.needs_teacher for quantity in quantities):
             teacher = self.teacher.side(batch, quantities)
-            assert len(teacher.hidden) == len(student.hidden), "other loss tokens than the student"
+            is_same = batch.chunks is not None or len(teacher.hidden) == len(student.hidden)
+            assert is_same, "other loss tokens than the student"
         if any(quantity.needs_base_teacher for quantity in quantities):
             base = self._base_side(batch)
         return student, teacher, base
@@ -325,17 +329,21 @@ class Pair:
         The student runs in the caller's gradient mode. The teacher reads its own prompts where the
         batch has them; the positions are those of the same response tokens on both sides.
         """
-        student, teacher, base = self.sides(batch, quantities)
-        values = measure(
-            quantities,
-            student,
-            teacher,
-            batch.student_reads.targets,
-            self.vocabulary.size,
-            self.settings.tile_positions,
-            base,
-            Measured.about(batch).merges_ends,
-        )
+        sides, size = self.sides(batch, quantities), self.settings.tile_positions
+        student, teacher, base = sides
+        if batch.chunks is not None:
+            values = measure_chunks(batch, quantities, sides, size).at_positions()
+        else:
+            values = measure(
+                quantities,
+                student,
+                teacher,
+                batch.student_reads.targets,
+                self.vocabulary.size,
+                size,
+                base,
+                Measured.about(batch).merges_ends,
+            )
         if not torch.is_grad_enabled():
             self.placement.release(*self.models)
         return replace(Measured.about(batch), values=values)
@@ -349,6 +357,10 @@ class Pair:
         """
         terms = self.teacher.forms(terms)
         quantities = [quantity for weighted in terms for quantity in weighted.term.quantities]
+        if batch.chunks is not None:
+            sides, size = self.sides(batch, quantities), self.settings.tile_positions
+            found = measure_chunks(batch, quantities, sides, size)
+            return chunked_loss(terms, Measured.about(batch), found)
         if not all(weighted.term.is_positionwise for weighted in terms):
             return weighted_loss(terms, self.measure(batch, quantities))
         student, teacher, base = self.sides(batch, quantities)

@@ -27,7 +27,7 @@ from okd_lightning.records.batches import TrainingRow
 from okd_lightning.records.collation import collate
 from okd_lightning.records.packing import pack
 from okd_lightning.records.sequences import Sequences
-from okd_lightning.teachers import CachedTeacher, attach_online_module, base
+from okd_lightning.teachers import CachedTeacher, attach_online_module, model_sides
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT's use of transformers
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -301,9 +301,9 @@ def test_wasted_positions(packing, tmp_path, make_module):
 def test_a_cache_is_written_of_packed_rows(tmp_path, make_module, monkeypatch):
     """What can be packed is known when the teacher has been loaded."""
     packed = []
-    read = base.hidden_at_loss
+    read = model_sides.hidden_at_loss
     monkeypatch.setattr(
-        base, "hidden_at_loss", lambda m, r, packs: packed.append(packs) or read(m, r, packs)
+        model_sides, "hidden_at_loss", lambda m, r, packs: packed.append(packs) or read(m, r, packs)
     )
     module = make_module(kind=lambda teacher: CachedTeacher(teacher, str(tmp_path / "cache")))
     tiny.fit(tmp_path, module, [KD()], tiny.make_rows(8), max_steps=1)

@@ -10,11 +10,12 @@ import tiny
 from lightning.pytorch.callbacks import Callback
 from peft import LoraConfig
 
-from okd_lightning.callbacks import GKD, KD, OKD
+from okd_lightning.callbacks import GKD, KD, OKD, OPDPlus
 from okd_lightning.teachers import (
     AdaptiveTeacher,
     AveragedSelf,
     CachedTeacher,
+    ForeignTeacher,
     FrozenSelf,
     LiveSelf,
     LoadedTeacher,
@@ -47,6 +48,10 @@ class Place:
     def both(self) -> list[tuple[str, str]]:
         return [("a", self.teacher), ("b", self.copy)]
 
+    @property
+    def foreign(self) -> str:
+        return f"{self.teacher} tokenizer"
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -61,6 +66,7 @@ class Kind:
         generates: Whether it can generate responses.
         is_student: Whether its first weights are the student's.
         moves: Whether its own weights change in training.
+        has_cells: Whether a token is compared as {token, any other}.
         trained: What the names of its trained parameters hold; empty where nothing is trained.
         data: Further arguments of the data module; rows have the column "of".
     """
@@ -73,6 +79,7 @@ class Kind:
     generates: bool = True
     is_student: bool = False
     moves: bool = False
+    has_cells: bool = False
     trained: str = ""
     data: Mapping[str, Any] = field(default_factory=dict)
 
@@ -145,6 +152,23 @@ KINDS: dict[str, Kind] = {
         lambda at: CachedTeacher(TeacherEnsemble([at.teacher, at.copy]), at.cache, ALL, "float32"),
         refuses=(another_module, "has one that stays as it was"),
         generates=False,
+    ),
+    "foreign": Kind(
+        lambda at: ForeignTeacher(at.teacher, at.foreign),
+        refuses=(lambda: OPDPlus(discount=0.5), "has discount 0.5"),
+        generates=False,
+        has_cells=True,
+    ),
+    "foreign, adaptive": Kind(
+        lambda at: ForeignTeacher(at.teacher, at.foreign).adapted(
+            lambda inner: AdaptiveTeacher(inner, okd().settings)
+        ),
+        method=okd,
+        logged="train/student_loss",
+        generates=False,
+        has_cells=True,
+        moves=True,
+        trained="lora_",
     ),
     "served": Kind(
         lambda at: ServedTeacher(at.url, k=ALL),

@@ -120,6 +120,8 @@ class DistillationCallback(Method):
             it to False if a position's loss depends on others (reward-to-go over a response).
         mixes_rows: Whether every optimizer step has both on-policy and other rows, in the share of
             ``on_policy_fraction``, instead of one random kind a step.
+        discount: Weight of a later token's reward in an earlier one's advantage, where there are
+            such; 0 elsewhere.
         share_at: The on-policy share by optimizer step, if it changes in a run (a method of one
             argument), or None. Its value for a step must not change once the step's rows exist.
             ``on_policy_fraction`` then only determines which sources occur.
@@ -132,6 +134,7 @@ class DistillationCallback(Method):
     scorer: RowScorer | None = None
     is_positionwise: bool = True
     mixes_rows: bool = False
+    discount: float = 0.0
     share_at: Callable[[int], float] | None = None
     needs_teacher_prompt: bool = False
     further_terms: tuple[DistillationCallback, ...] = ()
@@ -183,6 +186,7 @@ class DistillationCallback(Method):
             mixes_rows=self.mixes_rows,
             is_positionwise=self.is_positionwise,
             scorer=self.scorer,
+            discount=self.discount,
             needs_teacher_prompt=self.needs_teacher_prompt,
             wrap_engine=self.wrap_engine,
             kind=type(self).__name__,

@@ -126,6 +126,7 @@ class AdvantageCallback(PolicyGradientCallback):
         self.frozen_credit = frozen_credit
         self.advantage = advantage = as_advantage(advantage)
         self.is_positionwise = advantage.is_positionwise
+        self.discount = advantage.discount
         seen_by = advantage.divergence or ReverseKL()  # ReverseKL reads log-probs unchanged
         self._student = DrawnOutcome("student", seen_by)
         self._teacher = DrawnOutcome("teacher", seen_by)

@@ -1,0 +1,186 @@
+"""One response under two tokenizers: sync points, and the chunks between them.
+
+Both models' tokens spell the same bytes. A position where both have a token end is a *sync point*,
+and a *chunk* lies between two neighbouring ones: the smallest unit that both models give a
+probability to. Where the bytes differ (a character that one tokenizer lacks or normalises, a
+control id) there is no chunk. Owns the alignment and its records; it knows no tokenizer.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Piece: TypeAlias = bytes | None
+"""Bytes of a token; None for a token without text."""
+
+_WINDOW = 8
+"""Equal bytes, or all that is left, after which two texts that differ are in step again."""
+
+_REACH = 64
+"""Most bytes of both texts together that may be skipped for that."""
+
+_NO_TEXT = (256, 257)
+"""Symbols of a token without text, student's and teacher's: equal to nothing."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A chunk of one response, in places of the response's tokens.
+
+    Attributes:
+        student: First of the student's tokens, and the one after the last.
+        teacher: The same of the teacher's tokens.
+    """
+
+    student: tuple[int, int]
+    teacher: tuple[int, int]
+
+    @property
+    def is_one_to_one(self) -> bool:
+        """True where one token stands on either side."""
+        return self.student[1] - self.student[0] == 1 == self.teacher[1] - self.teacher[0]
+
+
+def aligned(student: Sequence[Piece], teacher: Sequence[Piece]) -> list[Span]:
+    """Return the chunks of a response: spans of equal bytes between neighbouring sync points.
+
+    A token of no bytes belongs to the chunk before it, at the beginning to the first one.
+
+    Args:
+        student: Bytes of the student's tokens.
+        teacher: Bytes of the teacher's tokens.
+    """
+    own, own_ends = _symbols(student, _NO_TEXT[0])
+    other, other_ends = _symbols(teacher, _NO_TEXT[1])
+    places = {0, len(own)}, {0, len(other)}
+    points = [(0, 0)]
+    for start, other_start, length in _equal_runs(own, other):
+        for place in range(length + 1):
+            point = start + place, other_start + place
+            if _ends(point[0], own_ends, places[0]) and _ends(point[1], other_ends, places[1]):
+                points.append(point)
+    points.append((len(own), len(other)))
+    found = []
+    for (a, b), (c, d) in itertools.pairwise(points):
+        if a < c and own[a:c] == other[b:d]:
+            student_start = own_ends[a] if a else 0
+            teacher_start = other_ends[b] if b else 0
+            found.append(Span((student_start, own_ends[c]), (teacher_start, other_ends[d])))
+    return found
+
+
+def _ends(place: int, ends: dict[int, int], outer: set[int]) -> bool:
+    return place in ends or place in outer
+
+
+def _symbols(pieces: Sequence[Piece], no_text: int) -> tuple[list[int], dict[int, int]]:
+    """Return all bytes, and from each place where a token ends to the number of tokens so far."""
+    symbols: list[int] = []
+    ends: dict[int, int] = {}
+    for number, piece in enumerate(pieces, start=1):
+        symbols += [no_text] if piece is None else piece
+        ends[len(symbols)] = number
+    return symbols, ends
+
+
+def _equal_runs(one: list[int], other: list[int]) -> list[tuple[int, int, int]]:
+    """Return runs of equal symbols, in order: place in one, place in the other, length."""
+    if one == other:
+        return [(0, 0, len(one))]
+    runs, i, j = [], 0, 0
+    while i < len(one) and j < len(other):
+        length = 0
+        while (
+            i + length < len(one)
+            and j + length < len(other)
+            and one[i + length] == other[j + length]
+        ):
+            length += 1
+        if length:
+            runs.append((i, j, length))
+        i, j = i + length, j + length
+        skip = _skip(one[i : i + _REACH + _WINDOW], other[j : j + _REACH + _WINDOW])
+        if skip is None:
+            break
+        i, j = i + skip[0], j + skip[1]
+    return runs
+
+
+def _skip(one: list[int], other: list[int]) -> tuple[int, int] | None:
+    """Return the fewest symbols of both to skip, after which they are equal; None for none."""
+    for total in range(1, _REACH + 1):
+        for i in range(total + 1):
+            j = total - i
+            length = min(_WINDOW, len(one) - i, len(other) - j)
+            if length > 0 and one[i : i + length] == other[j : j + length]:
+                return i, j
+    return None
+
+
+@dataclass(frozen=True)
+class AlignedResponse:
+    """A row's response as the teacher's tokens, with its chunks.
+
+    Attributes:
+        teacher_ids: The response in the teacher's ids, with the teacher's own end.
+        spans: Chunks that carry loss, in order.
+        num_unaligned: Student's loss tokens without a chunk: other bytes on the teacher's side, a
+            response's end that was cut off, what the teacher's context does not hold.
+        num_noncanonical: Student's loss tokens in chunks that its tokenizer would write otherwise.
+    """
+
+    teacher_ids: tuple[int, ...] = ()
+    spans: tuple[Span, ...] = ()
+    num_unaligned: int = 0
+    num_noncanonical: int = 0
+
+    @property
+    def num_one_to_one(self) -> int:
+        """Student's loss tokens that are one token of the teacher."""
+        return sum(span.is_one_to_one for span in self.spans)
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The chunks of a micro-batch.
+
+    Attributes:
+        student: [positions] chunk of each loss token of the student, from 0; -1 for none.
+        teacher: [teacher positions] chunk of each loss token of the teacher.
+        num: Number of chunks.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    num: int
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Chunks:
+        """Return the chunks on another device."""
+        student, teacher = (
+            index.to(device, non_blocking=non_blocking) for index in (self.student, self.teacher)
+        )
+        return Chunks(student, teacher, self.num)
+
+    def sums(self, values: Tensor, index: Tensor) -> Tensor:
+        """[positions] → [chunks]: the sum over each chunk's tokens, with gradient.
+
+        Args:
+            values: One number a position.
+            index: ``student`` or ``teacher``.
+        """
+        inside = index >= 0
+        return values.new_zeros(self.num).index_add(0, index[inside], values[inside])
+
+    @property
+    def first(self) -> Tensor:
+        """[chunks] the position of each chunk's first student token."""
+        places = torch.arange(len(self.student), device=self.student.device)
+        inside = self.student >= 0
+        first = places.new_full((self.num,), len(self.student))
+        return first.scatter_reduce(0, self.student[inside], places[inside], "amin")

@@ -1,0 +1,256 @@
+"""A teacher with another tokenizer: it reads the text of each row in its own ids.
+
+Owns which rows and terms it can serve. ``models.retokenization`` gives rows their second set of
+ids, ``losses.chunked`` the losses over chunks of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from copy import copy, deepcopy
+from dataclasses import replace
+from typing import Any, Self, final
+
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from okd_lightning.errors import ConfigError, VocabularyError
+from okd_lightning.losses import Quantity, Side, Term, token_values
+from okd_lightning.metrics import adapted_chunk_measures, chunk_measures
+from okd_lightning.models import (
+    EndTokensArgument,
+    ModelArgument,
+    ModelSource,
+    check_vocabulary_agreement,
+    find_end_tokens,
+    load_model_config,
+    load_tokenizer,
+    max_positions,
+    vocabulary_of,
+)
+from okd_lightning.models.retokenization import Retokenizer
+from okd_lightning.records.batches import DistillBatch, TrainingRow
+from okd_lightning.teachers.base import Measurement, Teacher
+from okd_lightning.teachers.loaded import LoadedTeacher
+from okd_lightning.teachers.online_module import OnlineModuleSettings
+from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun
+
+_OPTION = "--model.teacher ForeignTeacher"
+
+
+@final
+class ForeignTeacher(Teacher):
+    """A teacher whose tokenizer is not the student's; both are compared on the text.
+
+    Its prompt is rendered by its own chat template, and a response reaches it as bytes. Losses are
+    over chunks: spans of text between positions where both tokenizations have a token end;
+    docs/concepts/another-tokenizer.md says what each method then minimises, and its bias.
+
+    Args:
+        model: The teacher, as ``--model.teacher PATH`` takes it; from Python also a LoadedTeacher.
+        tokenizer: Folder or hub id of its tokenizer; by default the model's own.
+        end_tokens: Its ids or tokens that mean "the response ends here", one outcome; by default
+            those of its generation config and tokenizer.
+
+    Raises:
+        ConfigError: A kind of teacher that has no ids of its own, or no tokenizer.
+    """
+
+    option = _OPTION
+    generates = False
+
+    def __init__(
+        self,
+        model: ModelArgument | Teacher,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        end_tokens: EndTokensArgument | None = None,
+    ) -> None:
+        inner = model if isinstance(model, Teacher) else LoadedTeacher(model)
+        if not isinstance(inner, LoadedTeacher):
+            raise ConfigError(
+                f"{_OPTION}: model is a {type(inner).__name__}, which reads the student's ids; "
+                "expected a folder, a hub id or a LoadedTeacher"
+            )
+        self._arguments = {"model": model, "tokenizer": tokenizer, "end_tokens": end_tokens}
+        self.inner: Teacher = inner
+        self._own_tokenizer = tokenizer
+        self._end_tokens = end_tokens
+        self._retokenizer: Retokenizer | None = None
+
+    # ---------------------------------------------------------------- settings
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """The model and its tokenizer."""
+        return self._arguments
+
+    @property
+    def source(self) -> ModelSource | None:
+        """The inner teacher's; there is no ``own_source``, whose tokenizer would be compared."""
+        return self.inner.source
+
+    @property
+    def online_module(self) -> OnlineModuleSettings | None:
+        """The inner teacher's."""
+        return self.inner.online_module
+
+    def check_options(self, options: TeacherOptions) -> None:
+        """Check them for the inner teacher."""
+        self.inner.check_options(options)
+
+    def adapted(self, adapt: Callable[[Teacher], Teacher]) -> Teacher:
+        """Return the teacher with a module on the inner one."""
+        own = copy(self)
+        own.inner = adapt(self.inner)
+        return own
+
+    def check_adaptable(self) -> None:
+        """Check it for the inner teacher."""
+        self.inner.check_adaptable()
+
+    def join(self, run: TeacherRun) -> Self:
+        """Return a copy for ``run``; the inner teacher's run has its own tokenizer.
+
+        Raises:
+            VocabularyError: Both tokenizers are the same, or one cannot be read as bytes.
+        """
+        own = super().join(run)
+        source = self.inner.own_source
+        assert source is not None
+        tokenizer = _tokenizer(self._own_tokenizer, source)
+        _check_differs(run.tokenizer, tokenizer)
+        own.tokenizer = tokenizer
+        vocabulary = vocabulary_of(tokenizer, source, "--model.teacher")
+        ends = find_end_tokens(source, (), tokenizer, vocabulary, self._end_tokens)
+        vocabulary = replace(vocabulary, end_ids=ends.end_ids)
+        own.inner = self.inner.join(replace(run, tokenizer=tokenizer, vocabulary=vocabulary))
+        config = load_model_config(source, "--model.teacher", vocabulary.size)
+        own._retokenizer = Retokenizer(
+            run.tokenizer, tokenizer, ends.end_ids[0], vocabulary.size, max_positions(config)
+        )
+        return own
+
+    def config(self, student: PretrainedConfig) -> PretrainedConfig | None:
+        """Return None: rows that are too long for it carry loss as far as it reads."""
+        del student
+        return None
+
+    def check_term(self, term: Term) -> None:
+        """Refuse a method that compares single tokens, or whose responses it would generate."""
+        if "teacher" in term.sources:
+            raise ConfigError(
+                f"method {term.name} has the teacher write responses; give --model.teacher a "
+                "folder or hub id of a model with the student's tokenizer: another one's responses "
+                "are not in the student's ids"
+            )
+        if not any(quantity.needs_teacher for quantity in term.quantities):
+            return
+        for quantity in term.quantities:
+            try:
+                token_values(quantity)
+            except ConfigError as error:
+                raise ConfigError(f"method {term.name} with {_OPTION}: {error}") from error
+        if term.discount:
+            raise ConfigError(
+                f"method {term.name} has discount {term.discount:g}, and with {_OPTION} sums over "
+                "the rest of a response are biased: which chunks they begin with depends on later "
+                "bytes; set discount to 0"
+            )
+
+    # ---------------------------------------------------------------- building
+
+    def build(self) -> None:
+        """Build the inner teacher."""
+        self.inner.build()
+        self.model, self.packs = self.inner.model, self.inner.packs
+
+    def open(self, opening: Opening) -> None:
+        """Open the inner teacher, and say what is compared."""
+        self.inner.open(opening)
+        assert self.tokenizer is not None
+        sampled = any("student" in term.sources for term in opening.terms)
+        centred = "; OPDPlus is centred: a state value is not known" if sampled else ""
+        rank_zero_info(
+            f"teacher: another tokenizer ({len(self.tokenizer):,} tokens, the student's "
+            f"{len(self.run.tokenizer):,}): methods compare chunks of text, in train/... and in "
+            f"val/chunk_*, per token of the student{centred}"
+        )
+
+    # ---------------------------------------------------------------- running
+
+    def retokenized(self, rows: Sequence[TrainingRow]) -> list[TrainingRow]:
+        """Return rows with their response in its ids."""
+        assert self._retokenizer is not None
+        return [self._retokenizer.row(row, self.run.vocabulary.end_ids) for row in rows]
+
+    def side(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Side:
+        """Return the teacher's side at its own loss positions (``DistillBatch.chunks``).
+
+        Raises:
+            ConfigError: The rows have no text in its ids.
+        """
+        if batch.chunks is None:
+            raise ConfigError(
+                "the teacher has another tokenizer, and these rows have no text in its ids: "
+                "measures and commands that compare single tokens need a teacher with the "
+                "student's tokenizer; leave them out"
+            )
+        return self.inner.side(batch, quantities)
+
+    def base_side(self, batch: DistillBatch) -> Side:
+        """Return the inner teacher's."""
+        return self.inner.base_side(batch)
+
+    def generator(self) -> GeneratingModels:
+        """Refuse: what it generates is in its own ids."""
+        raise ConfigError(f"{_OPTION} generates no responses: they would be in its own ids")
+
+    def as_base(self) -> AbstractContextManager[None]:
+        """Disable the module within the block."""
+        return self.inner.as_base()
+
+    def measurements(self, stage: str, is_own: bool) -> Iterator[Measurement]:
+        """Yield the base's measures over chunks; on dataset responses also those of a module."""
+        yield self.as_base(), chunk_measures(stage, is_own)
+        if self.online_module is not None and not is_own:
+            yield nullcontext(), adapted_chunk_measures(stage)
+
+    def keeps(self, name: str, trained: Collection[str], frozen: Collection[str]) -> bool:
+        """Keep what the inner teacher keeps."""
+        return self.inner.keeps(name, trained, frozen)
+
+    def settings(self) -> Mapping[str, Any]:
+        """Return the inner teacher's."""
+        return self.inner.settings()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy the inner teacher too."""
+        own = super().__deepcopy__(memo)
+        own.inner = deepcopy(self.inner, memo)
+        return own
+
+
+def _tokenizer(
+    given: str | PreTrainedTokenizerBase | None, source: ModelSource
+) -> PreTrainedTokenizerBase:
+    if isinstance(given, PreTrainedTokenizerBase):
+        return given
+    name = given or (source.name_or_path if isinstance(source, PreTrainedModel) else source)
+    if not isinstance(name, str) or not name:
+        raise ConfigError(
+            f"{_OPTION}: its model is no folder or hub id, so that its tokenizer is not known; "
+            "give --model.teacher.tokenizer a folder or hub id"
+        )
+    return load_tokenizer(name, "--model.teacher")
+
+
+def _check_differs(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    try:
+        check_vocabulary_agreement(student, teacher)
+    except VocabularyError:
+        return
+    raise ConfigError(
+        f"{_OPTION}: the teacher has the student's tokenizer, with which ids are compared one by "
+        "one: give --model.teacher its folder or hub id itself"
+    )
