@@ -268,10 +268,12 @@ class DistillationModule(lightning.LightningModule):
         """Build the built-in engine on ``model``; override to use another for both models."""
         return TransformersEngine(model, self.vocabulary, self.eos_ids)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of some ids, without special tokens."""
+    def decode(self, ids: Sequence[int], special_tokens: bool = False) -> str:
+        """Return the text of some ids, with or without special tokens."""
         found = self.tokenizer.decode(
-            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            list(ids),
+            skip_special_tokens=not special_tokens,
+            clean_up_tokenization_spaces=False,
         )
         return str(found)
 

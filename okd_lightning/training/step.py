@@ -193,11 +193,12 @@ class StepLoss:
         for name, value in means.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
         if is_last:
+            shown = [name for name in self._sums if name.endswith("student_loss")] or ["loss"]
             for name, value in self._sums.items():
                 run.log(
                     f"train/{name}",
                     value,
-                    prog_bar=name == "loss",
+                    prog_bar=name in shown,
                     on_step=True,
                     reduce_fx="sum",
                     sync_dist=True,
