@@ -4,8 +4,8 @@ Frozen here: an upper limit of the files that one optimizer step enters, and of 
 function of one file to a function of another, for a KD step and an on-policy GKD step on a tiny
 pair with the built-in engine. Counted by ``sys.setprofile`` from the end of the first step to the
 end of the second, without comprehensions and lambdas. A reader who follows a row opens these files;
-a step that needs one more is a reason to look for a shorter way. ``python tests/training/test_journey.py``
-prints both journeys.
+a step that needs one more is a reason to look for a shorter way. Run as a program, this file prints
+both journeys.
 """
 
 from __future__ import annotations
