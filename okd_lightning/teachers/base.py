@@ -235,6 +235,19 @@ class Teacher(ABC):
         if self.model is not None:
             self.packs = tried(self.model, self.run.packing)
 
+    def unload(self) -> None:
+        """Have no models in memory."""
+        self.model = None
+
+    def identity(self, digest: Callable[[ModelSource], str]) -> str:
+        """Return what is equal for teachers of equal distributions.
+
+        Args:
+            digest: Returns what is equal for equal models.
+        """
+        assert self.own_source is not None
+        return digest(self.own_source)
+
     def open(self, opening: Opening) -> None:
         """Prepare a training run, once models and data are known.
 

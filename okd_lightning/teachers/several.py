@@ -44,7 +44,7 @@ class SeveralTeachers(Teacher):
             if member.own_source is None or not member.covers_vocabulary:
                 raise ConfigError(
                     f"{kind} holds a {type(member).__name__}, and its teachers are models of their "
-                    "own in this process: give folders or hub ids"
+                    "own in this process, over the run's tokens: give folders or hub ids"
                 )
         self.members = tuple(members)
         self._registered: nn.ModuleList | None = None
@@ -132,6 +132,12 @@ class SeveralTeachers(Teacher):
         modules = [member.module for member in self.members]
         if self._registered is None:
             self._registered = nn.ModuleList([one for one in modules if one is not None])
+
+    def unload(self) -> None:
+        """Have none of the members' models in memory."""
+        self._registered = None
+        for member in self.members:
+            member.unload()
 
     def open(self, opening: Opening) -> None:
         """Open all members."""
