@@ -59,7 +59,7 @@ def kd() -> None:
 
 def kd_states() -> None:
     """KD and three pairs of layers, with projectors from 224 to 512."""
-    pair.train_in_turns(KD(), beside=[HiddenStates(LAYERS, weight=0.1)])
+    pair.train_in_turns(KD(), further=[HiddenStates(LAYERS, weight=0.1)])
 
 
 def kd_experts() -> None:
@@ -69,7 +69,7 @@ def kd_experts() -> None:
 
 def kd_experts_balance() -> None:
     """KD of the mixture of experts, and its balancing loss."""
-    pair.train_in_turns(KD(), student=experts(), beside=[ExpertBalance()])
+    pair.train_in_turns(KD(), student=experts(), further=[ExpertBalance()])
 
 
 def opd_plus() -> None:
@@ -93,7 +93,7 @@ def opd_plus_reward_model() -> None:
         LlamaForSequenceClassification(config).save_pretrained(folder)
         pair.make_tokenizer().save_pretrained(folder)
         reward = Reward(RewardModel(folder), weight=0.1)
-        pair.train_in_turns(OPDPlus(), beside=[reward], max_response_length=RESPONSE)
+        pair.train_in_turns(OPDPlus(), further=[reward], max_response_length=RESPONSE)
 
 
 def kd_nf4() -> None:

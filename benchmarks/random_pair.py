@@ -115,7 +115,7 @@ def train_in_turns(
     lengths: Sequence[tuple[int, int]] = (),
     teacher: str | Teacher | None = None,
     student: PreTrainedModel | None = None,
-    beside: Sequence[Callback] = (),
+    further: Sequence[Callback] = (),
     max_response_length: int = LENGTH,
     **settings: Any,
 ) -> None:
@@ -127,7 +127,7 @@ def train_in_turns(
         lengths: Tokens of each row's prompt and response; by default 1 and 254, and an eos.
         teacher: Folder of the teacher, or a Teacher; None makes it in memory.
         student: A student instead of the Llama of 16M.
-        beside: Further methods.
+        further: Further methods.
         max_response_length: Longest response, in tokens.
         **settings: Settings of the DistillationModule.
     """
@@ -155,7 +155,7 @@ def train_in_turns(
     with tempfile.TemporaryDirectory() as root:
         trainer = lightning.Trainer(
             accelerator="cpu",
-            callbacks=[method, *beside, InTurns(turns)],
+            callbacks=[method, *further, InTurns(turns)],
             max_steps=STEPS,
             gradient_clip_val=CLIP_NORM,
             logger=False,

@@ -7,8 +7,7 @@
 * ``states``: quantities of hidden states and routers, which need no logits.
 * ``terms``: the interface between method and module, and its records.
 * ``mixtures``: several models' hidden states and heads as one side.
-* ``side``, ``projection``: one model's inputs to the loss; forward and backward of its head.
-* ``tiling``: sizes of tiles and blocks.
+* ``projection``: one model's hidden states and head; its logits and their gradient, by tiles.
 * ``fused``: the training loss and its gradient from one pass over the tiles.
 * ``reduction``: the division by the optimizer step's divisor.
 * ``cpu_linear``: products with the head on CPUs, by oneDNN's kernels.
@@ -31,9 +30,10 @@ from okd_lightning.losses.chunked import (
 )
 from okd_lightning.losses.closed_form import ModelRole
 from okd_lightning.losses.exact import measure
-from okd_lightning.losses.fused import fused_loss
+from okd_lightning.losses.fused import batch_loss, fused_loss
 from okd_lightning.losses.mixtures import Mixing, Mixture, Product, mixed_side, routed_side
 from okd_lightning.losses.outcomes import PackedHead, pack_outcomes
+from okd_lightning.losses.projection import Head, Side
 from okd_lightning.losses.quantities import (
     Agreement,
     DrawnLogProb,
@@ -46,7 +46,6 @@ from okd_lightning.losses.quantities import (
     Tile,
 )
 from okd_lightning.losses.sampled import ImportanceRatio
-from okd_lightning.losses.side import Head, Side, States
 from okd_lightning.losses.states import (
     HiddenDistance,
     RouterBalance,
@@ -87,12 +86,12 @@ __all__ = [
     "RowScorer",
     "Side",
     "StateQuantity",
-    "States",
     "TeacherShift",
     "Term",
     "Tile",
     "WeightedLoss",
     "WeightedTerm",
+    "batch_loss",
     "cached_form",
     "chunked_loss",
     "fused_loss",

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,10 +17,19 @@ from torch.nn.functional import one_hot
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses.closed_form import ModelRole
+from okd_lightning.losses.fused import batch_loss
+from okd_lightning.losses.projection import Side
 from okd_lightning.losses.quantities import Quantity, Tile
-from okd_lightning.losses.side import Routing, States
-from okd_lightning.losses.terms import Term, WeightedLoss, WeightedTerm
-from okd_lightning.records.shapes import PositionValues
+from okd_lightning.losses.terms import (
+    Measured,
+    Term,
+    WeightedLoss,
+    WeightedTerm,
+    weighted_loss,
+)
+from okd_lightning.records.batches import DistillBatch
+from okd_lightning.records.shapes import PositionIds, PositionValues
+from okd_lightning.records.states import Routing, States
 
 HiddenLoss: TypeAlias = Literal["mse", "cosine"]
 """Distance of two hidden states; see ``HiddenDistance``."""
@@ -190,35 +199,80 @@ def _wide(state: Tensor) -> Tensor:
     return state.to(torch.promote_types(state.dtype, torch.float32))
 
 
-def reads_states(term: WeightedTerm) -> bool:
+def loss_with_states(
+    terms: Sequence[WeightedTerm],
+    sides: tuple[Side, Side | None, Side | None],
+    batch: DistillBatch,
+    targets: PositionIds,
+    about: Measured,
+    vocab_size: int,
+    tile_positions: int | None,
+    checks: bool,
+    project: Project | None,
+) -> WeightedLoss:
+    """Return the weighted loss of a micro-batch where some terms are measured from states.
+
+    Args:
+        terms: All terms, in the order of the outputs.
+        sides: Student, teacher and base teacher; None where no quantity needs one.
+        batch: The rows.
+        targets: [positions] ids of the target tokens.
+        about: Source, row and sampler of the positions; its values are not read.
+        vocab_size: Width of the logits.
+        tile_positions: Positions a tile; None chooses from the sizes.
+        checks: Check that terms are positionwise, as they declare.
+        project: Applies the run's projectors; None where it has none.
+
+    Raises:
+        ConfigError: A term has quantities of both kinds.
+    """
+    of_states = [weighted for weighted in terms if _reads_states(weighted)]
+    others = [weighted for weighted in terms if not weighted.term.reads_states]
+    parts = [(of_states, _loss_of_states(of_states, sides, about, project))]
+    if others:
+        student, teacher, base = sides
+        needs_teacher = any(q.needs_teacher for one in others for q in one.term.quantities)
+        read = student, teacher if needs_teacher else None, base
+        sizes = vocab_size, tile_positions, checks
+        found = batch_loss(others, read, batch, targets, about, *sizes)
+        parts.append((others, found))
+    outputs = {
+        weighted.term.name: output
+        for members, loss in parts
+        for weighted, output in zip(members, loss.outputs, strict=True)
+    }
+    total = torch.stack([loss.total for _, loss in parts]).sum()
+    return WeightedLoss(total, tuple(outputs[weighted.term.name] for weighted in terms))
+
+
+def _reads_states(weighted: WeightedTerm) -> bool:
     """Return whether a term is measured from states.
 
     Raises:
         ConfigError: It has quantities of both kinds.
     """
-    kinds = {quantity.reads_states for quantity in term.term.quantities}
+    kinds = {quantity.reads_states for quantity in weighted.term.quantities}
     if len(kinds) > 1:
         raise ConfigError(
-            f"method {term.term.name}: its quantities are of states and of logits; make two "
+            f"method {weighted.term.name}: its quantities are of states and of logits; make two "
             "methods of it, one for each kind"
         )
     return kinds == {True}
 
 
-def joined(
-    terms: Sequence[WeightedTerm], parts: Sequence[tuple[Sequence[WeightedTerm], WeightedLoss]]
+def _loss_of_states(
+    terms: Sequence[WeightedTerm],
+    sides: tuple[Side, Side | None, Side | None],
+    about: Measured,
+    project: Project | None,
 ) -> WeightedLoss:
-    """Return the loss of all terms from the losses of some of them each.
-
-    Args:
-        terms: All terms, in the order of the outputs.
-        parts: Disjoint sets of them, with their loss.
-    """
-    outputs: dict[str, Any] = {}
-    for members, loss in parts:
-        outputs |= {
-            weighted.term.name: output
-            for weighted, output in zip(members, loss.outputs, strict=True)
-        }
-    total = torch.stack([loss.total for _, loss in parts]).sum()
-    return WeightedLoss(total, tuple(outputs[weighted.term.name] for weighted in terms))
+    student, teacher, _ = sides
+    assert student.states is not None
+    of_teacher = None if teacher is None else teacher.states
+    values: dict[Quantity, Tensor] = {
+        quantity: quantity.measure_states(student.states, of_teacher, about.row, project)
+        for weighted in terms
+        for quantity in weighted.term.quantities
+        if isinstance(quantity, StateQuantity)
+    }
+    return weighted_loss(terms, replace(about, values=values))

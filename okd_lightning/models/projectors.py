@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.losses.side import NORMED
+from okd_lightning.records.states import NORMED
 
 
 @dataclass(frozen=True)

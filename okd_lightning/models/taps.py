@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from okd_lightning.errors import ModelError
-from okd_lightning.losses.side import NORMED, Routing, States
 from okd_lightning.models.routers import is_softmax, raw_logits, routers_of
+from okd_lightning.records.states import NORMED, Routing, States
 
 
 class Taps:

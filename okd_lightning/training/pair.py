@@ -27,9 +27,11 @@ from okd_lightning.losses import (
     Side,
     WeightedLoss,
     WeightedTerm,
+    batch_loss,
     measure,
     measure_chunks,
 )
+from okd_lightning.losses.states import loss_with_states
 from okd_lightning.models import (
     DTypeName,
     EndTokens,
@@ -58,7 +60,6 @@ from okd_lightning.teachers import (
     model_side,
     teacher_of,
 )
-from okd_lightning.training.batch_loss import batch_loss
 from okd_lightning.training.pair_settings import PairSettings, drawing_from_the_seed
 
 
@@ -365,15 +366,12 @@ class Pair:
         """
         terms = self.teacher.forms(terms)
         quantities = [quantity for weighted in terms for quantity in weighted.term.quantities]
-        return batch_loss(
-            terms,
-            self.sides(batch, quantities),
-            batch,
-            self.vocabulary.size,
-            self.settings.tile_positions,
-            checks,
-            self.projectors,
-        )
+        rows = self.sides(batch, quantities), batch, batch.student_reads.targets
+        sizes = self.vocabulary.size, self.settings.tile_positions
+        given = terms, *rows, Measured.about(batch), *sizes, checks
+        if any(weighted.term.reads_states for weighted in terms):
+            return loss_with_states(*given, self.projectors)
+        return batch_loss(*given)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy the models, with ``memo`` deciding what they share; share everything else.

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term, WeightedLoss, WeightedTerm
-from okd_lightning.losses.reduction import Normalization, step_factor, step_tokens
+from okd_lightning.losses.reduction import Normalization
 from okd_lightning.losses.states import projectors_of
 from okd_lightning.records.batches import DistillBatch, LossOutput
 from okd_lightning.teachers import trained
@@ -38,25 +38,11 @@ def acting_terms(
             f"(--trainer.max_steps {step}), or leave the last stage's end out"
         )
     windows = (accumulate_grad_batches, world_size)
-    divisors = [normalization.divisor(batch, term.sources) for term in acting]
+    weights = [term.weight(step) for term in acting]
     return [
-        WeightedTerm(term, term.weight(step) * step_factor(divisor, *windows))
-        for term, divisor in zip(acting, divisors, strict=True)
+        WeightedTerm(term, weight * normalization.factor(batch, term.sources, *windows), weight)
+        for term, weight in zip(acting, weights, strict=True)
     ]
-
-
-def check_batch(batch: object) -> None:
-    """Refuse a batch that another loader has made.
-
-    Raises:
-        ConfigError: The batch is not a DistillBatch.
-    """
-    if not isinstance(batch, DistillBatch):
-        raise ConfigError(
-            f"a batch is a {type(batch).__name__}; expected a DistillBatch: fit on a "
-            "RolloutDataModule, or give a DataLoader a collate_fn that makes DistillBatch objects "
-            "(docs/concepts/extending.md, batches of one's own)"
-        )
 
 
 def teaching_window(terms: Sequence[Term]) -> tuple[int, int | None]:
@@ -70,7 +56,6 @@ def step_means(
     terms: Sequence[WeightedTerm],
     loss: WeightedLoss,
     batch: DistillBatch,
-    step: int,
     teachers: Sequence[str] = (),
 ) -> Mapping[str, Tensor]:
     """Return the micro-batch's contribution to the logged means per token, without gradient.
@@ -79,12 +64,15 @@ def step_means(
     also by teacher, with each one's tokens.
     """
     means: dict[str, Tensor] = {}
+    counts = batch.step_counts
+    assert counts is not None
     for weighted, output in zip(terms, loss.outputs, strict=True):
-        term, count = weighted.term, step_count(batch, weighted.term)
+        term = weighted.term
+        count = sum(counts[code] for code in term.source_codes)
         if count:
             parts = {term.name: output.sum, **output.metrics}
             means.update({name: value / count for name, value in parts.items()})
-            means["loss"] = means.get("loss", 0) + term.weight(step) * means[term.name]
+            means["loss"] = means.get("loss", 0) + weighted.weight * means[term.name]
         for number, of_one in enumerate(batch.teacher_counts):
             tokens = sum(of_one[code] for code in term.source_codes)
             if tokens and output.by_teacher is not None:
@@ -143,25 +131,19 @@ def check_fits(term: Term, others: Sequence[Term]) -> None:
         )
 
 
-def step_count(batch: DistillBatch, term: Term) -> int:
-    """Return the loss tokens of a term in the whole optimizer step.
-
-    Raises:
-        ConfigError: The batch does not have the counts.
-    """
-    counts = step_tokens(batch)
-    return sum(counts[code] for code in term.source_codes)
-
-
 class StepLoss:
     """The loss of a run's micro-batches, and the metrics of its optimizer steps.
 
     Attributes:
         acting: Terms of the last micro-batch.
+        trains_teacher: True if one of them trains the online module.
+        idle: Parameters of the online module and of projectors that none of them trains.
     """
 
     def __init__(self) -> None:
         self.acting: list[Term] = []
+        self.trains_teacher = False
+        self.idle: list[Parameter] = []
         self._sums: dict[str, Tensor] = {}
         self._shown: dict[str, bool] = {}
 
@@ -187,29 +169,29 @@ class StepLoss:
         )
         acting = [weighted.term for weighted in terms]
         is_new, self.acting = acting != self.acting, acting
+        self.trains_teacher = any(term.trains_teacher for term in acting)
         loss = run.pair.loss_of(batch, terms, checks=is_new)
         if is_new:
             check_counts(terms, loss.outputs, batch)
         is_last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         names = run.pair.teacher.names
-        self._log(run, batch, step_means(terms, loss, batch, trainer.global_step, names), is_last)
+        self._log(run, batch, step_means(terms, loss, batch, names), is_last)
         return loss.total + self._idle_loss(run)
 
-    def idle_parameters(self, run: DistilledRun) -> list[Parameter]:
-        """Return parameters of online module and projectors that no acting term trains."""
-        is_idle = not any(term.trains_teacher for term in self.acting)
-        idle = run.pair.teacher.trained_parameters() if is_idle else []
-        if run.projectors is not None:
-            idle = [*idle, *run.projectors.idle(projectors_of(self.acting))]
-        return idle
+    def forget(self) -> None:
+        """Forget the terms of a run that has ended."""
+        self.acting, self.trains_teacher, self.idle = [], False, []
 
     def _idle_loss(self, run: DistilledRun) -> Tensor:
         """Return 0, tied to parameters that no term trains in this step, as DDP expects."""
-        own = self.idle_parameters(run)
+        own = [] if self.trains_teacher else run.pair.teacher.trained_parameters()
+        if run.projectors is not None:
+            own = [*own, *run.projectors.idle(projectors_of(self.acting))]
+        self.idle = own
         if all(term.reads_states for term in self.acting):  # the head and later layers may be
             own = [*own, *trained(run.student)]
         idle = torch.zeros((), device=run.device)
-        for parameter in run.pair.placement.tied_to_loss(own):
+        for parameter in run.pair.placement.tied_to_loss(own) if own else ():
             idle = idle + 0.0 * parameter.sum()
         return idle
 
@@ -239,5 +221,6 @@ class StepLoss:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Share the terms: they belong to the callbacks of the run."""
         own = type(self)()
-        own.acting, own._sums = list(self.acting), dict(self._sums)
+        own.acting, own.trains_teacher = list(self.acting), self.trains_teacher
+        own._sums = dict(self._sums)
         return own

@@ -17,9 +17,9 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from okd_lightning.callbacks import KD, SFT, ExpertBalance
 from okd_lightning.errors import ConfigError, ModelError
-from okd_lightning.losses import RouterBalance, States
-from okd_lightning.losses.side import Routing
+from okd_lightning.losses import RouterBalance
 from okd_lightning.models.routers import routers_of
+from okd_lightning.records.states import Routing, States
 from okd_lightning.teachers import CachedTeacher
 
 SMALL = {

@@ -18,8 +18,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from okd_lightning.callbacks import GKD, KD, OKD, SFT, HiddenStates, Stage
 from okd_lightning.errors import ConfigError
-from okd_lightning.losses import HiddenDistance, States
+from okd_lightning.losses import HiddenDistance
 from okd_lightning.models import Projectors
+from okd_lightning.records.states import States
 from okd_lightning.teachers import CachedTeacher, FrozenSelf, ServedTeacher, TeacherEnsemble
 from okd_lightning.training.module import DistillationModule
 
