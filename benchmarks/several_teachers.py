@@ -171,6 +171,7 @@ class Study:
 
     def cost(self) -> dict[str, list[float]]:
         """Return CPU seconds of a step with each kind of teacher, the median of each round."""
+        self.train = self.train[: COST_STEPS * ROWS]  # the rest is only tokenized
         found: dict[str, list[float]] = {kind: [] for kind in KINDS}
         for seed in range(COST_ROUNDS):
             for kind, rounds in found.items():
