@@ -21,10 +21,10 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Quantity, Side, Term, WeightedTerm
 from okd_lightning.metrics import measures
 from okd_lightning.models import ModelSource, Vocabulary, load_model_config
+from okd_lightning.models.reading import model_side, tried
 from okd_lightning.records.batches import DistillBatch, TrainingRow
 from okd_lightning.records.requests import Prompt
 from okd_lightning.records.sequences import Sequences
-from okd_lightning.teachers.model_sides import model_side, trained, tried
 from okd_lightning.teachers.online_module import OnlineModuleSettings
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun
 
@@ -381,3 +381,8 @@ class NoTeacher(Teacher):
     def check_adaptable(self) -> None:
         """Refuse: there is nothing to put a module on."""
         raise ConfigError("an online module needs a teacher: give --model.teacher")
+
+
+def trained(model: nn.Module | None) -> list[nn.Parameter]:
+    """Return a model's trained parameters; none without a model."""
+    return [] if model is None else [p for p in model.parameters() if p.requires_grad]

@@ -11,7 +11,7 @@ import torch
 from okd_lightning.errors import ModelError
 from okd_lightning.losses import Side
 from okd_lightning.losses.end_outcome import EndOutcome
-from okd_lightning.losses.tiling import slices, tile_size
+from okd_lightning.losses.projection import slices, tile_size
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.records.collation import collate
 from okd_lightning.teachers.store import Entry, to_records

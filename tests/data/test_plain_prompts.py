@@ -1,7 +1,7 @@
 """Plain prompts beside a tokenizer for chats.
 
-Frozen here: ``fit`` says that a chat model wants messages, once, for the training data alone; chats,
-whole texts and tokenizers without a template have nothing to say.
+Frozen here: ``fit`` says that a chat model wants messages, once, for the training data alone; with
+chats, whole texts, or no template it says nothing.
 """
 
 from __future__ import annotations
