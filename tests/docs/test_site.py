@@ -50,6 +50,7 @@ INNER = {  # public for the library's own floors; people neither call nor write 
         *("CachedAgreement", "CachedDivergence", "CachedDrawnOutcome", "CachedExpectedWeight"),
         *("cached_form", "fused_loss", "Head", "measure"),
         *("Mixing", "Mixture", "Product", "mixed_side", "routed_side"),
+        *("ChunkValues", "chunked_loss", "measure_chunks", "token_values"),
         *("ModelRole", "pack_outcomes", "PackedHead", "Side", "weighted_loss", "WeightedLoss"),
         "WeightedTerm",
     },
