@@ -30,7 +30,7 @@ from okd_lightning.losses.chunked import (
 )
 from okd_lightning.losses.closed_form import ModelRole
 from okd_lightning.losses.exact import measure
-from okd_lightning.losses.fused import batch_loss, fused_loss
+from okd_lightning.losses.fused import fused_loss
 from okd_lightning.losses.mixtures import Mixing, Mixture, Product, mixed_side, routed_side
 from okd_lightning.losses.outcomes import PackedHead, pack_outcomes
 from okd_lightning.losses.projection import Head, Side
@@ -91,7 +91,6 @@ __all__ = [
     "Tile",
     "WeightedLoss",
     "WeightedTerm",
-    "batch_loss",
     "cached_form",
     "chunked_loss",
     "fused_loss",

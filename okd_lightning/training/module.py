@@ -287,8 +287,8 @@ class DistillationModule(lightning.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip student and projectors by the Trainer's value, the online module by its own norm."""
-        idle = self.step_loss.idle
-        if not clip_by_side(self, gradient_clip_val, gradient_clip_algorithm, idle):
+        acting = self.step_loss.acting
+        if not clip_by_side(self, gradient_clip_val, gradient_clip_algorithm, acting):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term
+from okd_lightning.losses.states import projectors_of
 from okd_lightning.teachers import OnlineModuleSettings, trained
 from okd_lightning.teachers.online_module import ScheduleName, check_schedule
 from okd_lightning.training.distilled_run import DistilledRun
@@ -194,7 +195,7 @@ class OptimizerBuilder:
 
 
 def clip_by_side(
-    run: DistilledRun, limit: float | None, algorithm: str | None, idle: Sequence[nn.Parameter]
+    run: DistilledRun, limit: float | None, algorithm: str | None, acting: Sequence[Term]
 ) -> bool:
     """Clip student and projectors by the Trainer's value and the online module by its own norm.
 
@@ -202,9 +203,9 @@ def clip_by_side(
         run: The module.
         limit: The Trainer's gradient_clip_val.
         algorithm: The Trainer's gradient_clip_algorithm.
-        idle: Parameters of the online module and projectors that no method trains in this step.
-            Their gradients are removed: the optimizer skips their weights and moments, and counts
-            no step for them.
+        acting: Terms of this step. Gradients of an online module and of projectors that none of
+            them trains are removed: the optimizer skips their weights and moments, and counts no
+            step for them.
 
     Returns:
         False where the whole module is left to the Trainer's own clipping.
@@ -212,7 +213,11 @@ def clip_by_side(
     Raises:
         ConfigError: The Trainer clips values, and the online module a norm.
     """
-    own = run.pair.teacher.online_module
+    own, idle = run.pair.teacher.online_module, list[nn.Parameter]()
+    if not any(term.trains_teacher for term in acting):
+        idle = run.pair.teacher.trained_parameters()
+    if run.projectors is not None:
+        idle = [*idle, *run.projectors.idle(projectors_of(acting))]
     for parameter in idle:
         parameter.grad = None
     if own is None:

@@ -27,10 +27,10 @@ from okd_lightning.losses import (
     Side,
     WeightedLoss,
     WeightedTerm,
-    batch_loss,
     measure,
     measure_chunks,
 )
+from okd_lightning.losses.fused import batch_loss
 from okd_lightning.losses.states import loss_with_states
 from okd_lightning.models import (
     DTypeName,

@@ -137,13 +137,11 @@ class StepLoss:
     Attributes:
         acting: Terms of the last micro-batch.
         trains_teacher: True if one of them trains the online module.
-        idle: Parameters of the online module and of projectors that none of them trains.
     """
 
     def __init__(self) -> None:
         self.acting: list[Term] = []
         self.trains_teacher = False
-        self.idle: list[Parameter] = []
         self._sums: dict[str, Tensor] = {}
         self._shown: dict[str, bool] = {}
 
@@ -180,14 +178,15 @@ class StepLoss:
 
     def forget(self) -> None:
         """Forget the terms of a run that has ended."""
-        self.acting, self.trains_teacher, self.idle = [], False, []
+        self.acting, self.trains_teacher = [], False
 
     def _idle_loss(self, run: DistilledRun) -> Tensor:
         """Return 0, tied to parameters that no term trains in this step, as DDP expects."""
-        own = [] if self.trains_teacher else run.pair.teacher.trained_parameters()
+        own: list[Parameter] = []
+        if not self.trains_teacher:
+            own = run.pair.teacher.trained_parameters()
         if run.projectors is not None:
             own = [*own, *run.projectors.idle(projectors_of(self.acting))]
-        self.idle = own
         if all(term.reads_states for term in self.acting):  # the head and later layers may be
             own = [*own, *trained(run.student)]
         idle = torch.zeros((), device=run.device)
