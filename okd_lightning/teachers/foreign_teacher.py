@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import replace
-from typing import Any, Self, final
+from typing import Any, Self, final, get_args
 
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +29,7 @@ from okd_lightning.models import (
     max_positions,
     vocabulary_of,
 )
-from okd_lightning.models.retokenization import Retokenizer
+from okd_lightning.models.retokenization import Retokenizer, TextLoss
 from okd_lightning.records.batches import DistillBatch, TrainingRow
 from okd_lightning.teachers.base import Measurement, Teacher
 from okd_lightning.teachers.loaded import LoadedTeacher
@@ -52,6 +52,11 @@ class ForeignTeacher(Teacher):
         tokenizer: Folder or hub id of its tokenizer; by default the model's own.
         end_tokens: Its ids or tokens that mean "the response ends here", one outcome; by default
             those of its generation config and tokenizer.
+        loss: What a divergence compares at each chunk. chunk: {this chunk, anything else}, by the
+            probability of both models' own tokens. text: the same, by the probability that a text
+            begins so, through any token that reaches or passes its end. next_byte: the next byte's
+            distribution at the chunk's beginning, and the end. Methods on sampled tokens compare
+            chunks.
 
     Raises:
         ConfigError: A kind of teacher that has no ids of its own, or no tokenizer.
@@ -65,7 +70,12 @@ class ForeignTeacher(Teacher):
         model: ModelArgument | Teacher,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         end_tokens: EndTokensArgument | None = None,
+        loss: TextLoss = "chunk",
     ) -> None:
+        if loss not in get_args(TextLoss):
+            raise ConfigError(
+                f"model.teacher.loss is {loss!r}; expected one of {', '.join(get_args(TextLoss))}"
+            )
         inner = model if isinstance(model, Teacher) else LoadedTeacher(model)
         if not isinstance(inner, LoadedTeacher):
             raise ConfigError(
@@ -73,6 +83,7 @@ class ForeignTeacher(Teacher):
                 "expected a folder, a hub id or a LoadedTeacher"
             )
         self._arguments = {"model": model, "tokenizer": tokenizer, "end_tokens": end_tokens}
+        self._arguments["loss"] = self._loss = loss
         self.inner: Teacher = inner
         self._own_tokenizer = tokenizer
         self._end_tokens = end_tokens
@@ -127,7 +138,12 @@ class ForeignTeacher(Teacher):
         own.inner = self.inner.join(replace(run, tokenizer=tokenizer, vocabulary=vocabulary))
         config = load_model_config(source, "--model.teacher", vocabulary.size)
         own._retokenizer = Retokenizer(
-            run.tokenizer, tokenizer, ends.end_ids[0], vocabulary.size, max_positions(config)
+            run.tokenizer,
+            tokenizer,
+            ends.end_ids[0],
+            vocabulary.size,
+            max_positions(config),
+            self._loss,
         )
         return own
 

@@ -9,6 +9,7 @@ outcome; what is not offered is refused by name; the advice of the error about t
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -19,7 +20,7 @@ from process_state import unchanged_process
 from transformers import AutoModelForCausalLM
 
 from okd_lightning.__main__ import main
-from okd_lightning.callbacks import KD, OKD, OPD, SFT, OPDPlus, Reward
+from okd_lightning.callbacks import GKD, KD, OKD, OPD, SFT, OPDPlus, Reward
 from okd_lightning.data.columns import Columns
 from okd_lightning.data.examples import build_examples
 from okd_lightning.divergences import ForwardKL, JensenShannon
@@ -178,6 +179,22 @@ def test_rewards_and_cross_entropy_run_beside_it(root, tmp_path):
     assert train(tmp_path, foreign(root), methods).losses[-1]["train/reward"] != 0
     both = [KD(cross_entropy_weight=0.5, temperature=2.0), SFT()]
     assert train(tmp_path, foreign(root), both).losses[-1]["train/kd"] > 0
+
+
+@pytest.mark.parametrize("loss", ["text", "next_byte"])
+@pytest.mark.parametrize("method", [KD, lambda: GKD(on_policy_fraction=1.0), OKD])
+def test_laws_over_texts_train(loss, method, root, tmp_path):
+    module = make(root, ForeignTeacher(str(root / "pairs"), loss=loss))
+    recorder = train(tmp_path, module, [method()], val=ROWS[:4], data={"val_rollouts": 2})
+    assert all(math.isfinite(losses["train/grad_norm"]) for losses in recorder.losses)
+    assert recorder.losses[0]["train/loss"] > 0
+    plain = train(tmp_path, foreign(root), [method()], max_steps=1)
+    assert recorder.losses[0]["train/loss"] != plain.losses[0]["train/loss"]
+
+
+def test_an_unknown_loss_is_refused(root):
+    with pytest.raises(ConfigError, match=r"model\.teacher\.loss is 'uld'; expected one of chunk"):
+        ForeignTeacher(str(root / "pairs"), loss="uld")
 
 
 TEMPLATE = (
