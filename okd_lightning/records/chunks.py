@@ -203,6 +203,12 @@ class AlignedResponse:
         return AlignedResponse(self.teacher_ids, points=points)
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest chunk, on the side where it has more; 0 without any."""
+        sides = (one for span in self.spans for one in (span.student, span.teacher))
+        return max((end - start for start, end in sides), default=0)
+
+    @property
     def num_one_to_one(self) -> int:
         """Student's loss tokens that are one token of the teacher."""
         return sum(span.is_one_to_one for span in self.spans)

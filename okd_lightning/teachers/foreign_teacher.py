@@ -31,12 +31,15 @@ from okd_lightning.models import (
 )
 from okd_lightning.models.retokenization import Retokenizer, TextLoss
 from okd_lightning.records.batches import DistillBatch, TrainingRow
+from okd_lightning.records.rows import count_chunks, dataset_row
 from okd_lightning.teachers.base import Measurement, Teacher
 from okd_lightning.teachers.loaded import LoadedTeacher
 from okd_lightning.teachers.online_module import OnlineModuleSettings
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun
 
 _OPTION = "--model.teacher ForeignTeacher"
+_FIRST_ROWS = 64
+"""Dataset rows that are read before training."""
 
 
 @final
@@ -160,7 +163,7 @@ class ForeignTeacher(Teacher):
                 "folder or hub id of a model with the student's tokenizer: another one's responses "
                 "are not in the student's ids"
             )
-        if not any(quantity.needs_teacher for quantity in term.quantities):
+        if not _uses_teacher(term):
             return
         for quantity in term.quantities:
             try:
@@ -182,8 +185,15 @@ class ForeignTeacher(Teacher):
         self.model, self.packs = self.inner.model, self.inner.packs
 
     def open(self, opening: Opening) -> None:
-        """Open the inner teacher, and say what is compared."""
+        """Open the inner teacher, and say what is compared.
+
+        Raises:
+            VocabularyError: The teacher's tokenizer keeps less than half of the first rows' text.
+        """
         self.inner.open(opening)
+        if any("dataset" in t.sources and _uses_teacher(t) for t in opening.terms):
+            sets, _ = opening.read_rows(_OPTION)
+            self._report([dataset_row(example) for example in sets[0][:_FIRST_ROWS]])
         assert self.tokenizer is not None
         sampled = any("student" in term.sources for term in opening.terms)
         centred = "; OPDPlus is centred: a state value is not known" if sampled else ""
@@ -191,6 +201,23 @@ class ForeignTeacher(Teacher):
             f"teacher: another tokenizer ({len(self.tokenizer):,} tokens, the student's "
             f"{len(self.run.tokenizer):,}): methods compare chunks of text, in train/... and in "
             f"val/chunk_*, per token of the student{centred}"
+        )
+
+    def _report(self, rows: Sequence[TrainingRow]) -> None:
+        """Log how both tokenizers share the text of dataset rows."""
+        found = self.retokenized(rows)
+        _, total, one_to_one, unaligned, _ = count_chunks(found).sum(-1).tolist()
+        if unaligned > total / 2:
+            raise VocabularyError(
+                f"{_OPTION}: {unaligned} of {total} response tokens of the first {len(rows)} rows "
+                "are no text that the teacher's tokenizer keeps (characters that it lacks or "
+                "changes); give a teacher whose tokenizer knows this data"
+            )
+        longest = max((one.longest for row in found if (one := row.aligned)), default=0)
+        rank_zero_info(
+            f"first {len(rows)} rows: {one_to_one / max(1, total):.0%} of the student's response "
+            f"tokens are one token of the teacher, {unaligned / max(1, total):.1%} are unaligned "
+            f"(no loss); the longest chunk has {longest} tokens"
         )
 
     # ---------------------------------------------------------------- running
@@ -245,6 +272,11 @@ class ForeignTeacher(Teacher):
         own = super().__deepcopy__(memo)
         own.inner = deepcopy(self.inner, memo)
         return own
+
+
+def _uses_teacher(term: Term) -> bool:
+    """Return whether a term compares both models."""
+    return any(quantity.needs_teacher for quantity in term.quantities)
 
 
 def _tokenizer(

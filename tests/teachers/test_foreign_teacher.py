@@ -181,6 +181,26 @@ def test_rewards_and_cross_entropy_run_beside_it(root, tmp_path):
     assert train(tmp_path, foreign(root), both).losses[-1]["train/kd"] > 0
 
 
+def test_the_start_says_how_both_share_a_text(root, tmp_path, caplog):
+    rows = [{"prompt": "a", "response": "abcde"}]
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        train(tmp_path, foreign(root), [KD()], rows, max_steps=1)
+    # abcde<eos> is ab cd e <eos>
+    assert "33% of the student's response tokens are one token of the teacher, 0.0%" in caplog.text
+    assert "the longest chunk has 2 tokens" in caplog.text
+
+
+def test_a_teacher_that_lacks_most_characters_is_refused(root, tmp_path):
+    other = merging(letters="abc")
+    other.save_pretrained(tmp_path / "few")
+    teacher = ForeignTeacher(str(root / "pairs"), str(tmp_path / "few"))
+    rows = [{"prompt": "a", "response": "adddd"}]
+    with pytest.raises(
+        VocabularyError, match="4 of 6 response tokens of the first 1 rows are no text"
+    ):
+        train(tmp_path, make(root, teacher), [KD()], rows)
+
+
 @pytest.mark.parametrize("loss", ["text", "next_byte"])
 @pytest.mark.parametrize("method", [KD, lambda: GKD(on_policy_fraction=1.0), OKD])
 def test_laws_over_texts_train(loss, method, root, tmp_path):
