@@ -50,7 +50,7 @@ from okd_lightning.rollouts import NoiseStream, Sampling, TransformersEngine
 from okd_lightning.teachers import ForeignTeacher
 
 RESULTS = Path(__file__).parent / "results" / "foreign_tokenizer.json"
-NUM_TRAIN, NUM_TEST, LONGEST, ROWS = 512, 64, 100, 16
+NUM_TRAIN, NUM_TEST, LONGEST, ROWS = 1500, 64, 48, 16
 SECONDS, WARM_SECONDS = 30.0, 60.0
 METHODS = {
     "SFT": (SFT, "chunk"),
@@ -196,8 +196,8 @@ class Bench:
         data = RolloutDataModule(
             self.train,
             batch_size=ROWS,
-            max_prompt_length=256,
-            max_response_length=3 * LONGEST if "baby" in student else LONGEST,
+            max_prompt_length=110,
+            max_response_length=144 if "baby" in student else LONGEST,
             seed=seed,
         )
         trainer.fit(module, data)

@@ -322,6 +322,7 @@ def _over_chunks(term: Term, values: ChunkValues) -> Term:
                 row=about.row[first],
                 sampler_logprobs=chunks.sums(about.sampler_logprobs, chunks.student),
                 credits={name: credit[first] for name, credit in about.credits.items()},
+                has_chunks=True,
             )
         )
         return replace(found, count=about.mask(term.sources).sum())

@@ -108,40 +108,36 @@ class _Side:
         return self.spelling(ids, opens)
 
     def covers(
-        self, pieces: Sequence[Piece], first: int, place: int, point: int, opens: bool
+        self,
+        pieces: Sequence[Piece],
+        run: range,
+        points: Sequence[tuple[int, int]],
+        opens: bool,
+        by_byte: bool,
     ) -> Iterator[Cover]:
-        """Yield the covers of a text up to a sync point, without those that begin there.
+        """Yield the covers of a run of chunks.
 
         Args:
             pieces: Bytes of the response's tokens.
-            first: The first token from which covers may begin.
-            place: Tokens before the sync point.
-            point: Its number.
+            run: The tokens from which covers may begin.
+            points: Sync points of the run: tokens before each, ascending, and its number.
             opens: See ``spelling``.
+            by_byte: Whether the bounds are those by next byte, also for the tokens that begin at a
+                point.
         """
-        text = b""
-        for token in range(place - 1, first - 1, -1):
-            text = (pieces[token] or b"") + text
-            prefix = self.opening(token, opens) + text
-            if len(prefix) > self.ranges.longest:
-                return
-            low, high = self.ranges.bounds(prefix)
-            if low < high:
-                yield Cover(token, point, (low, high))
-
-    def opening(self, token: int, opens: bool) -> bytes:
-        """Return the bytes that a token at this place has before its text."""
-        return self.bytes.opening if opens and token == 0 else b""
-
-    def with_splits(
-        self, covers: Sequence[Cover], pieces: Sequence[Piece], place: int, point: int, opens: bool
-    ) -> Iterator[Cover]:
-        """Yield covers by next byte, and one more for the tokens that begin at the sync point."""
-        yield Cover(place, point, self.ranges.splits(self.opening(place, opens)))
-        for cover in covers:
-            text = b"".join(piece or b"" for piece in pieces[cover.token : place])
-            prefix = self.opening(cover.token, opens) + text
-            yield replace(cover, bounds=self.ranges.splits(prefix))
+        later = list(points)
+        for token in run:
+            while later and later[0][0] < token + (not by_byte):
+                later.pop(0)
+            prefix = self.bytes.opening if opens and token == 0 else b""
+            place = token
+            for end, point in later:
+                prefix += b"".join(piece or b"" for piece in pieces[place:end])
+                place = end
+                bounds = self.ranges.splits(prefix) if by_byte else self.ranges.bounds(prefix)
+                if bounds[0] == bounds[-1]:  # nor does a token begin with more of the text
+                    break
+                yield Cover(token, point, bounds)
 
 
 class Retokenizer:
@@ -275,21 +271,23 @@ class Retokenizer:
             places.append((span.student[1], span.teacher[1]))
             firsts.append(firsts[-1])
             chunks.append((len(places) - 2, len(places) - 1))
-        begins = {start for start, _ in chunks}
+        by_byte = self._loss == "next_byte"
+        wanted = {start for start, _ in chunks} if by_byte else set(range(len(places)))
         covers: tuple[list[Cover], list[Cover]] = ([], [])
         sides = ((self._student, pair.student), (self._teacher, pair.teacher))
         for number, (side, tokens) in enumerate(sides):
-            for point, (place, first) in enumerate(zip(places, firsts, strict=True)):
-                at = place[number]
-                if at > len(tokens.ids):  # after the end
-                    continue
-                found = list(side.covers(tokens.pieces, first[number], at, point, pair.opens))
-                if self._loss == "next_byte":
-                    if point not in begins:
-                        continue
-                    made = side.with_splits(found, tokens.pieces, at, point, pair.opens)
-                    found = list(made)
-                covers[number].extend(found)
+            for first in dict.fromkeys(firsts):
+                of_run = [
+                    (place[number], point)
+                    for point, place in enumerate(places)
+                    if firsts[point] == first
+                    and point in wanted
+                    and place[number] <= len(tokens.ids)
+                ]
+                if of_run:
+                    run = range(first[number], of_run[-1][0] + by_byte)
+                    found = side.covers(tokens.pieces, run, of_run, pair.opens, by_byte)
+                    covers[number].extend(found)
         own, other = map(tuple, covers)
         return SyncPoints(self._vocabularies, tuple(chunks), tuple(places), own, other)
 

@@ -13,11 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 Piece: TypeAlias = bytes | None
 """Bytes of a token; None for a token without text."""
+
+IntArray: TypeAlias = npt.NDArray[np.int64]
+"""Integers on the host."""
 
 _WINDOW = 8
 """Equal bytes, or all that is left, after which two texts that differ are in step again."""
@@ -123,7 +128,7 @@ def _skip(one: list[int], other: list[int]) -> tuple[int, int] | None:
     return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cover:
     """A way to write a response up to a sync point: a token that reaches or passes it.
 
@@ -136,7 +141,7 @@ class Cover:
 
     token: int
     point: int
-    bounds: tuple[int, ...]
+    bounds: IntArray
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from okd_lightning.records.batches import SOURCES, DistillBatch, TrainingRow
-from okd_lightning.records.chunks import AlignedResponse, Chunks, Cover, Covers, PointIndex
+from okd_lightning.records.chunks import (
+    AlignedResponse,
+    Chunks,
+    Cover,
+    Covers,
+    IntArray,
+    PointIndex,
+)
 
 _Response: TypeAlias = tuple[AlignedResponse, Mapping[int, int], Mapping[int, int]]
 """A response, and from places of both sides' tokens to their loss positions."""
@@ -75,7 +83,7 @@ class _SideCovers:
 
     def __init__(self) -> None:
         self.position, self.point, self.place = list[int](), list[int](), list[int]()
-        self.bounds: list[tuple[int, ...]] = []
+        self.bounds: list[IntArray] = []
 
     def add(
         self, covers: Sequence[Cover], places: Sequence[int], at: Mapping[int, int], first: int
@@ -95,9 +103,13 @@ class _SideCovers:
 
     def covers(self) -> Covers:
         """Return them as tensors."""
-        width = len(self.bounds[0]) if self.bounds else 2
-        bounds = torch.tensor(self.bounds, dtype=torch.int64).reshape(-1, width)
-        return Covers(_ints(self.position), _ints(self.point), bounds, _ints(self.place))
+        bounds = np.stack(self.bounds) if self.bounds else np.empty((0, 2), dtype=np.int64)
+        return Covers(
+            _ints(self.position),
+            _ints(self.point),
+            torch.from_numpy(bounds),
+            _ints(self.place),
+        )
 
 
 def _ints(values: Sequence[int]) -> Tensor:

@@ -170,11 +170,11 @@ class ForeignTeacher(Teacher):
                 token_values(quantity)
             except ConfigError as error:
                 raise ConfigError(f"method {term.name} with {_OPTION}: {error}") from error
-        if term.discount:
+        if 0 < term.discount < 1:
             raise ConfigError(
                 f"method {term.name} has discount {term.discount:g}, and with {_OPTION} sums over "
                 "the rest of a response are biased: which chunks they begin with depends on later "
-                "bytes; set discount to 0"
+                "bytes; set discount to 0, or to 1 for the sum over the whole response"
             )
 
     # ---------------------------------------------------------------- building

@@ -159,6 +159,22 @@ def test_ranges_hold_the_tokens_that_begin_so(prefix):
         assert set(ranges.order[start:end]) == own
 
 
+@pytest.mark.parametrize("loss", ["text", "next_byte"])
+@pytest.mark.parametrize("texts", [["ab"], ["<eos>"]])
+def test_batches_with_few_chunks(loss, texts):
+    batch = batch_of(texts, loss)  # the only chunk of a cut response carries no loss
+    asked = ExactDivergence(ForwardKL())
+    student = STUDENT.clone().requires_grad_()
+    if batch.chunks.num:
+        given = sides(batch, student)
+    else:
+        own = Side(student.expand(0, -1), nn.Identity(), (EOS,), 5)
+        given = (own, Side(torch.zeros(0, 6).double(), nn.Identity(), (EOS,), 6), None)
+    found = measure_chunks(batch, (asked,), given).at_positions()[asked]
+    assert found.requires_grad
+    assert abs(float(found.detach().sum())) < 1e-10
+
+
 def test_a_gap_ends_the_covers():
     teacher = merging("ab", letters="ab")
     made = Retokenizer(LETTERS, teacher, EOS, len(teacher), None, "text")
