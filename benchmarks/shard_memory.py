@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 GIB = 2**30
 TILE, BLOCK = 2**27, 2**25
-"""Logits of a tile and of a block of the loss, as in okd_lightning.losses.tiling."""
+"""Logits of a tile and of a block of the loss, as in okd_lightning.losses.projection."""
 
 
 @dataclass(frozen=True)

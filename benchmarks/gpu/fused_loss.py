@@ -19,7 +19,7 @@ import torch
 from measuring import measure, mfu, the_device, write
 from torch import Tensor, nn
 
-from okd_lightning.losses import tiling
+from okd_lightning.losses import projection
 
 sys.path.append(str(Path(__file__).parent.parent))
 from loss_layer import eager, ours
@@ -81,8 +81,8 @@ def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     for tile in TILES:
         for block in BLOCKS:
-            tiling._TILE_ELEMENTS["accelerator"] = tile
-            tiling._BLOCK_ELEMENTS["accelerator"] = block
+            projection._TILE_ELEMENTS["accelerator"] = tile
+            projection._BLOCK_ELEMENTS["accelerator"] = block
             add("ours", ours, tile_elements=tile, block_elements=block)
             if (tile, block) == (2**27, 2**25):
                 add("ours", ours, is_frozen=True, tile_elements=tile, block_elements=block)

@@ -11,7 +11,6 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
@@ -177,13 +176,6 @@ class FolderReadingIO(TorchCheckpointIO):
             kwargs["weights_only"] = True
         checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
         return checkpoint
-
-
-def read_folders(trainer: lightning.Trainer) -> None:
-    """Let a Trainer resume from folders, unless the user has set another checkpoint_io."""
-    strategy = trainer.strategy
-    if type(strategy.checkpoint_io) is TorchCheckpointIO:
-        strategy.checkpoint_io = FolderReadingIO()
 
 
 def _with_shared(folder: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:

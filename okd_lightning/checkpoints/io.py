@@ -49,8 +49,8 @@ class DurableCheckpointIO(FolderReadingIO):
             written.parent.rmdir()
 
 
-def make_durable(trainer: lightning.Trainer) -> None:
-    """Make a Trainer save atomically, unless the user has set another checkpoint_io."""
+def use_durable_checkpoints(trainer: lightning.Trainer) -> None:
+    """Make a Trainer save atomically and load folders, unless the user has set a checkpoint_io."""
     strategy = trainer.strategy
-    if type(strategy.checkpoint_io) in (TorchCheckpointIO, FolderReadingIO):
+    if type(strategy.checkpoint_io) is TorchCheckpointIO:
         strategy.checkpoint_io = DurableCheckpointIO()

@@ -33,6 +33,7 @@ from okd_lightning.commands.cli_runs import choose_folder, train_in_folder
 from okd_lightning.commands.config_trust import add_trust_flag
 from okd_lightning.commands.default_folder import SharedFolder
 from okd_lightning.commands.given_options import layers
+from okd_lightning.commands.help_format import HelpFormatter, section_order
 from okd_lightning.commands.quickstart.command import (
     quickstart_command,
     quickstart_parser,
@@ -119,6 +120,10 @@ class DistillationCLI(LightningCLI):
             **kwargs,
         )
 
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Return a parser whose help shortens lists of classes."""
+        return super().init_parser(**{"formatter_class": HelpFormatter, **kwargs})
+
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The command that was typed, or all of them: every one costs a parser of 400 options."""
         every = super().subcommands()
@@ -130,7 +135,7 @@ class DistillationCLI(LightningCLI):
         add_trust_flag(parser)
         parser.usage = "okd-lightning COMMAND [--config FILE|NAME] [--SECTION.OPTION VALUE ...]"
         # private: argparse has no public way to order the groups of --help
-        parser._action_groups = sorted(parser._action_groups, key=_help_order)
+        parser._action_groups = sorted(parser._action_groups, key=section_order)
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         """Load checkpoints with ``weights_only=True`` by default."""
@@ -349,12 +354,6 @@ def _run(arguments: list[str]) -> int:
         return 0
     DistillationCLI(args=prepare(arguments))
     return 0
-
-
-def _help_order(group: Any) -> int:
-    """Return the place of a section in ``--help``."""
-    titles = ("A method", "A student", "Prompts", "options", "Runs", "Customize")
-    return next((i for i, start in enumerate(titles) if str(group.title).startswith(start)), -1)
 
 
 def _has(callbacks: Sequence[Callback], kind: type[Callback]) -> bool:

@@ -105,7 +105,14 @@ def export_online_module(
     module.configure_model()
     module.on_load_checkpoint(dict(checkpoint))
     module.load_state_dict(checkpoint["state_dict"], strict=False)
-    ((teacher, base),) = module.pair.teacher.adapted_models
+    found = module.pair.teacher.adapted_models
+    if len(found) != 1:
+        raise ConfigError(
+            f"{type(module.pair.teacher).__name__} trained {len(found)} online modules, one on "
+            "each model, and --what online_module writes one: train with one teacher, or export "
+            "the student with --what student"
+        )
+    ((teacher, base),) = found
     source = _located(base, "--model.teacher")
     configs: dict[str, Any] = dict(teacher.peft_config)
     for own in configs.values():

@@ -41,7 +41,7 @@ from okd_lightning.records.rows import RowReader
 from okd_lightning.rollouts import LoaderShape, RolloutLoader, StagedPlan, engine_of, plan_for
 from okd_lightning.rollouts.agreement import Agreement, StopRequest
 from okd_lightning.rollouts.evaluation import DatasetResponses, StudentResponses
-from okd_lightning.rollouts.scoring import RolloutScorer, TermScorer, unscored
+from okd_lightning.rollouts.scoring import RolloutScorer, TermScorer
 from okd_lightning.tools import Tool, Toolbox
 
 _PART_OF_STAGE = {"fit": "val", "validate": "val", "test": "test", "predict": "predict"}
@@ -257,7 +257,7 @@ class RolloutDataModule(NewDataModule):
             sampling=self.sampling,
             max_new_tokens=self.max_response_length,
             seed=self.seed,
-            reduce_sum=self._reduce_sum,
+            reduce_sum=self._reduce_sum if trainer.world_size > 1 else None,
             gather=self.gather,
             progress=partial(rollout_progress, trainer),
             score=self._scorer(module),
@@ -268,11 +268,11 @@ class RolloutDataModule(NewDataModule):
         self._train_loader.begin(self._resumed)
         return self._train_loader
 
-    def _scorer(self, module: DistilledModule) -> RolloutScorer:
+    def _scorer(self, module: DistilledModule) -> RolloutScorer | None:
         """Return the scorer of the run's rewards, if it has any."""
         terms = [term for term in module.terms if term.scorer is not None]
         if not terms:
-            return unscored
+            return None
         rank = self._trainer.global_rank
         return TermScorer(terms, module.decode, self.samples_per_prompt, self.gather, rank)
 

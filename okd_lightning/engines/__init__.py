@@ -2,10 +2,9 @@
 
 * ``engine``: the protocol of an engine; requests, sampling and noise are in ``records``.
 * ``transformers_engine``: the built-in engine, on transformers' models: the queue and the batch.
-* ``drawing``: one token a row, from one model or a mixture of two.
+* ``drawing``: one token a row, from one model or a mixture, into the responses of a call.
 * ``kv_cache``: keys and values of rows that leave and join. ``memory``: the kind of cache that a
   model supports, measured on the model. ``whole_passes``: models without a cache.
-* ``responses``: the responses of a call during generation, on the model's device.
 * ``vllm_server``: an engine over HTTP, on a vLLM server. ``vllm_engine``: on vLLM in this process,
   the only module that imports it. ``vllm_requests``: requests and checks common to both.
 * ``vllm_client``, ``server_answers``: a server's protocol, and the parsing of its answers.

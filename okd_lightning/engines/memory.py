@@ -17,9 +17,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, PreTrainedModel
 
 from okd_lightning.engines.kv_cache import empty_cache, is_rearrangeable, rearrange
-from okd_lightning.models.causal_lm import last_logits
+from okd_lightning.models.causal_lm import cache_argument, cached_logits, last_logits
 from okd_lightning.models.causality import attention_of_any_device, own_precision
-from okd_lightning.models.forward_arguments import named_arguments
 
 Memory: TypeAlias = Literal["rows", "batch", "none"]
 
@@ -68,34 +67,6 @@ def memory_of(model: PreTrainedModel) -> Memory:
                 "generated token takes a pass over its whole row, which is slow for long rows"
             )
     return known
-
-
-def cache_argument(model: PreTrainedModel) -> str | None:
-    """Return the name of the cache argument of the model's forward pass; None without one."""
-    names = named_arguments(model)
-    return next((name for name in ("past_key_values", "cache_params") if name in names), None)
-
-
-def cached_logits(
-    model: PreTrainedModel, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: DynamicCache
-) -> Tensor:
-    """Return [rows, table] logits for the token after ``ids``, which are appended to ``cache``.
-
-    Args:
-        model: A causal LM, not wrapped.
-        ids: [rows, tokens].
-        positions: [rows, tokens] from each row's first token; models without this argument count
-            positions themselves, which ``memory_of`` has checked.
-        mask: [rows, columns] True on each row's own columns of the cache, these tokens included;
-            None if all rows fill all columns.
-        cache: A cache of this model; see ``empty_cache``.
-
-    Raises:
-        ModelError: The model has no argument for the cache, or for the given mask.
-    """
-    name = cache_argument(model) or "past_key_values"
-    needed = {"input_ids": ids, "attention_mask": mask, name: cache}
-    return last_logits(model, needed, {"position_ids": positions, "use_cache": True})
 
 
 def whole_logits(model: PreTrainedModel, rows: list[tuple[int, ...]]) -> Tensor:

@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from okd_lightning.engines.drawing import Drawing, DrawnFrom
+from okd_lightning.engines.drawing import Drawing, DrawnFrom, Responses
 from okd_lightning.engines.kv_cache import empty_cache, rearrange
-from okd_lightning.engines.memory import MEMORIES, cached_logits, memory_of
-from okd_lightning.engines.responses import Responses
+from okd_lightning.engines.memory import MEMORIES, memory_of
 from okd_lightning.engines.whole_passes import WholePasses
 from okd_lightning.losses.cpu_linear import fast_linears
 from okd_lightning.models import Vocabulary, forget_lengths, row_groups
+from okd_lightning.models.causal_lm import cached_logits
 from okd_lightning.records.noise import NoiseStream
 from okd_lightning.records.requests import Prompt, Request, Rollout
 from okd_lightning.records.sampling import Sampling
@@ -215,7 +215,7 @@ class _Round:
             if not num_joined:
                 for _ in range(steps_per_check):
                     self._step()
-            self._num_unfinished = int(self._responses.is_unfinished(self._places).sum())
+            self._num_unfinished = int((self._places < self._responses.waste).sum())
             num_ended = num_before + num_joined - self._num_unfinished
             yield num_ended, num_joined or num_before * steps_per_check
 
@@ -228,7 +228,7 @@ class _Round:
         share = _ADMIT_AT if self._queue else _SHRINK_AT
         if self._num_unfinished > share * len(self._rows):
             return 0
-        keep = self._responses.is_unfinished(self._places).nonzero().squeeze(-1)
+        keep = (self._places < self._responses.waste).nonzero().squeeze(-1)
         kept = keep.tolist()
         rows = self._admitted([self._rows[i] for i in kept])
         joining = [self._read(piece) for piece in self._pieces(rows)]
@@ -307,7 +307,7 @@ class _Round:
 
     def _step(self) -> None:
         """Generate one token for every row."""
-        is_unfinished = self._responses.is_unfinished(self._places)
+        is_unfinished = self._places < self._responses.waste
         positions = torch.where(is_unfinished, self._width - self._starts, 0)[:, None]
         self._width += 1
         tables = self._logits(

@@ -65,7 +65,7 @@ class WholePasses:
             self.num_row_steps += len(rows)
             for row, token in zip(rows, ids.tolist(), strict=True):
                 self._texts[row] += (token,)
-            goes_on = responses.is_unfinished(places)
+            goes_on = places < responses.waste
             places, last = places[goes_on], last[goes_on]
             num_before = len(rows)
             rows = [row for row, stays in zip(rows, goes_on.tolist(), strict=True) if stays]

@@ -6,8 +6,7 @@
 * ``sampled``: policy gradient on sampled tokens, with its importance ratio.
 * ``terms``: the interface between method and module, and its records.
 * ``mixtures``: several models' hidden states and heads as one side.
-* ``side``, ``projection``: one model's inputs to the loss; forward and backward of its head.
-* ``tiling``: sizes of tiles and blocks.
+* ``projection``: one model's hidden states and head; its logits and their gradient, by tiles.
 * ``fused``: the training loss and its gradient from one pass over the tiles.
 * ``reduction``: the division by the optimizer step's divisor.
 * ``cpu_linear``: products with the head on CPUs, by oneDNN's kernels.
@@ -33,6 +32,7 @@ from okd_lightning.losses.exact import measure
 from okd_lightning.losses.fused import fused_loss
 from okd_lightning.losses.mixtures import Mixing, Mixture, Product, mixed_side, routed_side
 from okd_lightning.losses.outcomes import PackedHead, pack_outcomes
+from okd_lightning.losses.projection import Head, Side
 from okd_lightning.losses.quantities import (
     Agreement,
     DrawnLogProb,
@@ -45,7 +45,6 @@ from okd_lightning.losses.quantities import (
     Tile,
 )
 from okd_lightning.losses.sampled import ImportanceRatio
-from okd_lightning.losses.side import Head, Side
 from okd_lightning.losses.terms import (
     Measured,
     RowScorer,

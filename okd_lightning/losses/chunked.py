@@ -29,6 +29,7 @@ from okd_lightning.divergences import Divergence, Tempered, TopK
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses.closed_form import target_logprob
 from okd_lightning.losses.exact import measure
+from okd_lightning.losses.projection import Side
 from okd_lightning.losses.quantities import (
     DrawnLogProb,
     DrawnOutcome,
@@ -38,7 +39,6 @@ from okd_lightning.losses.quantities import (
     TeacherShift,
     Tile,
 )
-from okd_lightning.losses.side import Side
 from okd_lightning.losses.terms import Measured, Term, WeightedLoss, WeightedTerm, weighted_loss
 from okd_lightning.losses.text_law import TextLaw, cover_masses
 from okd_lightning.records.batches import SOURCES, DistillBatch, LossOutput

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from okd_lightning.losses.projection import Side, block_positions, slices, tile_size
 from okd_lightning.losses.quantities import Quantity, Tile
-from okd_lightning.losses.side import Side
-from okd_lightning.losses.tiling import block_positions, slices, tile_size
 from okd_lightning.records.shapes import PositionIds, PositionMask, PositionValues
 
 

@@ -16,9 +16,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from okd_lightning.losses.projection import Projection, projection
+from okd_lightning.losses.projection import (
+    Projection,
+    Side,
+    block_positions,
+    projection,
+    slices,
+    tile_size,
+)
 from okd_lightning.losses.quantities import Tile
-from okd_lightning.losses.side import Side
 from okd_lightning.losses.terms import (
     Measured,
     WeightedLoss,
@@ -26,7 +32,6 @@ from okd_lightning.losses.terms import (
     check_positionwise,
     weighted_loss,
 )
-from okd_lightning.losses.tiling import block_positions, slices, tile_size
 from okd_lightning.records.batches import LossOutput
 from okd_lightning.records.shapes import PositionIds
 
@@ -96,7 +101,7 @@ class _Run:
         with torch.set_grad_enabled(any(learns)):
             leaves = [r.detach().requires_grad_(own) for r, own in zip(raw, learns, strict=True)]
             logits = {
-                name: projected.side.finish(leaf)
+                name: projected.finish(leaf)
                 for name, projected, leaf in zip(self.names, self.sides, leaves, strict=True)
             }
             tile = Tile(
@@ -172,9 +177,10 @@ def fused_loss(
             sides["base"] = projection(base, vocab_size)
     size = tile_positions or tile_size(vocab_size, student.hidden.device)
     block = block_positions(vocab_size, student.hidden.device)
+    tiles = slices(len(targets), size)
     run = _Run(terms, sides, checks)
     with torch.no_grad():
-        for tile in slices(len(targets), size):
+        for tile in tiles:
             run.add_tile(tile, block, targets, about)
     return run.result()
 

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from okd_lightning.losses.end_outcome import EndOutcome
-from okd_lightning.losses.side import Side
+from okd_lightning.losses.projection import Side
 from okd_lightning.records.shapes import LogProbs, PerId
 
 

@@ -1,4 +1,8 @@
-"""A head's matrix product by tiles of positions, and its gradient, without a graph over all tiles.
+"""One model's side of the loss: hidden states and head, projected to logits tile by tile.
+
+A *tile* is the positions of one matrix product of the head: large enough to be efficient, small
+enough that a few of them fit in memory. A *block* is the part of a tile for vocabulary-wide
+arithmetic: on a CPU its buffers stay in the cache, which is several times faster than memory.
 
 A plain linear head is computed by explicit products, so that its weight's gradient is accumulated
 in place, and not computed for a frozen weight. Any other module (an adapter on the head, a
@@ -8,12 +12,93 @@ quantised layer) is differentiated by autograd, tile by tile.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from okd_lightning.losses.cpu_linear import has_fast_linear, matrix_product
-from okd_lightning.losses.side import Side
+from okd_lightning.records.shapes import PositionHidden
+
+
+@runtime_checkable
+class Head(Protocol):
+    """A head in two steps, so that the matrix product can be differentiated separately.
+
+    Attributes:
+        module: From [positions, hidden] to raw outputs; holds all trained parameters of the head.
+    """
+
+    @property
+    def module(self) -> nn.Module:
+        """The model's output layer."""
+
+    def finish(self, raw: Tensor) -> Tensor:
+        """Return logits from the module's outputs, element by element, without parameters."""
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Apply both steps."""
+
+
+def _unchanged(raw: Tensor) -> Tensor:
+    return raw
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model's hidden states and head.
+
+    Attributes:
+        hidden: [positions, hidden] the head's inputs that predict the loss tokens.
+        head: From hidden states to [positions, vocab] logits; a plain module has no second step.
+        width: Number of logits, where it is known: it determines the size of a tile.
+        end_ids: Ids of these logits that are one outcome, "the response ends here".
+    """
+
+    hidden: PositionHidden
+    head: Head | nn.Module
+    end_ids: tuple[int, ...] = ()
+    width: int = 1
+
+    @property
+    def module(self) -> nn.Module:
+        """The head's module."""
+        return self.head if isinstance(self.head, nn.Module) else self.head.module
+
+    @property
+    def finish(self) -> Callable[[Tensor], Tensor]:
+        """Function from the module's outputs to logits."""
+        return _unchanged if isinstance(self.head, nn.Module) else self.head.finish
+
+
+_TILE_ELEMENTS = {"cpu": 2**23, "accelerator": 2**27}
+"""Largest number of logits in a tile."""
+
+_BLOCK_ELEMENTS = {"cpu": 2**19, "accelerator": 2**25}
+"""Largest number of logits in a block."""
+
+
+def tile_size(vocab_size: int, device: torch.device) -> int:
+    """Return the positions of a tile."""
+    return max(1, _of(_TILE_ELEMENTS, device) // vocab_size)
+
+
+def block_positions(vocab_size: int, device: torch.device) -> int:
+    """Return the positions of a block."""
+    return max(1, _of(_BLOCK_ELEMENTS, device) // vocab_size)
+
+
+def slices(total: int, size: int) -> list[slice]:
+    """Return slices of ``size`` positions; one empty slice if there are none."""
+    return [slice(i, min(i + size, total)) for i in range(0, max(1, total), size)]
+
+
+def _of(sizes: dict[str, int], device: torch.device) -> int:
+    return sizes["cpu" if device.type == "cpu" else "accelerator"]
+
 
 _HEADROOM = 64.0
 """Factor by which a product over positions is scaled down where the head is in 16 bits."""
@@ -27,13 +112,14 @@ class Projection(ABC):
         width: Number of ids in the logits.
 
     Attributes:
+        finish: From the head's raw outputs to logits.
         learns: True if any gradient is needed for this side.
         inputs: Tensors that get gradient: the hidden states and the head's trained parameters.
     """
 
     def __init__(self, side: Side, width: int) -> None:
         self.side, self.width = side, width
-        self.module = side.module
+        self.module, self.finish = side.module, side.finish
         self.hidden = side.hidden.detach()
         is_enabled = torch.is_grad_enabled()
         self.trained = [p for p in self.module.parameters() if p.requires_grad and is_enabled]
@@ -70,13 +156,14 @@ class LinearProjection(Projection):
         self._weight = weight.to(dtype)
         self._bias = None if bias is None else bias.detach()[:width].to(dtype)
         self._is_fast = dtype == torch.float32 and weight.device.type == "cpu" and has_fast_linear()
+        self._product = matrix_product if self._is_fast else functional.linear
         self._outputs: Tensor | None = None
 
     def project(self, tile: slice) -> Tensor:
         """Return [tile positions, valid ids], in one buffer for all tiles unless oneDNN is used."""
         hidden = self._hidden(tile)
         if self._is_fast:
-            return matrix_product(hidden, self._weight, self._bias)
+            return self._product(hidden, self._weight, self._bias)
         if self._outputs is None:
             self._outputs = hidden.new_empty(len(hidden), len(self._weight))
         out = self._outputs[: len(hidden)]
@@ -88,13 +175,13 @@ class LinearProjection(Projection):
         """Accumulate with two matrix products, or one if the weight is frozen."""
         sums = iter(self._sums)
         if self.trains_hidden:
-            next(sums)[tile] = matrix_product(gradient, self._weight.t())
+            next(sums)[tile] = self._product(gradient, self._weight.t())
         for parameter in self.trained:
             rows = next(sums)[: self.width]
             if parameter is self.module.bias:
                 rows += gradient.sum(0, dtype=rows.dtype)
             elif self._is_fast:
-                rows += matrix_product(gradient.t(), self._hidden(tile).t())
+                rows += self._product(gradient.t(), self._hidden(tile).t())
             elif rows.dtype == gradient.dtype:
                 rows.addmm_(gradient.t(), self._hidden(tile))
             else:  # a sum over positions may overflow float16

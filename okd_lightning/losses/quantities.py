@@ -53,10 +53,10 @@ class Tile:
         merges_ends: PositionMask | None = None,
     ) -> None:
         self._raw = {"student": student_logits, "teacher": teacher_logits, "base": base_logits}
-        self._ends = EndOutcome(end_ids, student_logits.device)
+        self._ends = EndOutcome(end_ids, student_logits.device) if len(end_ids) > 1 else None
         self._merged: dict[str, Tensor] = {}
         self._target_ids, self._merges_ends = targets, merges_ends
-        self.targets = self._ends.outcomes(targets)
+        self.targets = targets if self._ends is None else self._ends.outcomes(targets)
         self._pairs: dict[float, LogProbPair] = {}
 
     def logits(self, role: ModelRole) -> Tensor:
@@ -64,7 +64,7 @@ class Tile:
         return self._logits_of(role)
 
     def _logits_of(self, side: str) -> Tensor:
-        if not self._ends.is_merged:
+        if self._ends is None:
             return self._wide(side)
         if side not in self._merged:
             self._merged[side] = self._ends.merge(self._wide(side))
@@ -87,7 +87,7 @@ class Tile:
         0 where the target is no end, or is one whose sampler has all ends together. None if there
         is only one end id.
         """
-        if not self._ends.is_merged:
+        if self._ends is None:
             return None
         share = self._ends.log_share(self._wide(role), self._target_ids)
         return share if self._merges_ends is None else share.where(~self._merges_ends, 0.0)
@@ -182,14 +182,18 @@ class ExactDivergence(Quantity):
     def __post_init__(self) -> None:
         object.__setattr__(self, "divergence", as_divergence(self.divergence))
 
-    @property
+    @cached_property
     def trains_teacher(self) -> bool:  # type: ignore[override]
         """True if the teacher is the learner."""
         return self.learner == "teacher"
 
+    @cached_property
+    def _temperature(self) -> float | None:
+        return self.divergence.softmax_temperature
+
     def measure(self, tile: Tile) -> PositionValues:
         """[positions] nats."""
-        temperature = self.divergence.softmax_temperature
+        temperature = self._temperature
         if temperature is not None and (pair := tile.pair(temperature)).is_finite:
             logits = tile.logits(self.learner)
             return divergence_value(self.divergence, pair, temperature, self.learner, logits)

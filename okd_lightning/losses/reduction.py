@@ -80,6 +80,17 @@ class Normalization:
             )
         return given + batch.sampled.rollouts * self._tokens_per_rollout(batch.sampled)
 
+    def factor(
+        self,
+        batch: DistillBatch,
+        sources: Sequence[Source],
+        accumulate_grad_batches: int,
+        world_size: int,
+    ) -> float:
+        """Return the factor on a micro-batch's sum; see ``divisor`` and ``step_factor``."""
+        divisor = self.divisor(batch, sources)
+        return step_factor(divisor, accumulate_grad_batches, world_size)
+
     def _tokens_per_rollout(self, sampled: SampledCounts) -> float:
         if self.by == "running_mean":
             return sampled.mean_tokens

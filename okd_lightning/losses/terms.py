@@ -201,10 +201,12 @@ class WeightedTerm:
     Attributes:
         term: The method's term.
         factor: Its weight times ``reduction.step_factor``.
+        weight: Its weight in the optimizer step, for logs.
     """
 
     term: Term
     factor: float
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,10 @@
 * ``adapter_folders``, ``adapters``: PEFT on disk and in memory.
 * ``gguf_files``: models in llama.cpp's format.
 * ``lengths``: the longest sequence that a model was made for.
-* ``text_ids``: texts to ids. ``schedules``: learning-rate schedules.
+* ``text_ids``: texts to ids.
 * ``vocabulary``: comparison of tokenizers by content; ids outside the tokenizer are masked.
 * ``end_tokens``: ids that end a response, and those that are one outcome.
 * ``causality``: check that a model does not attend to later tokens.
-* ``forward_arguments``: arguments that a forward pass accepts by name.
 * ``grouping``: rows that may share a forward pass.
 * ``reading``: hidden states at loss positions, from packed or padded rows.
 * ``pair``: the tokenizer that a student and its teacher share.

@@ -3,21 +3,81 @@
 The loss layer projects only the positions that carry loss, so only the head's inputs are needed.
 A hook on the head of the *whole* model takes them, which is correct for every wrapper (adapters,
 prompt learning, sharding); calling the backbone is not.
+
+Most forward passes of transformers end in ``**kwargs``: an unknown argument is silently ignored,
+and the result is wrong. Every keyword argument of this library goes through ``forward_arguments``.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
-from okd_lightning.models.forward_arguments import forward_arguments
+from okd_lightning.errors import ModelError
 from okd_lightning.models.vocabulary import Vocabulary
+
+
+def named_arguments(model: PreTrainedModel) -> frozenset[str]:
+    """Return the argument names of the model's forward pass.
+
+    A model that passes its ``**kwargs`` on also accepts its backbone's names.
+
+    Args:
+        model: A causal LM; of a PEFT wrapper, the base model is read.
+    """
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    names = _signature(_function(plain))
+    if None in names and plain.base_model is not plain:
+        names |= _signature(_function(plain.base_model))
+    return frozenset(name for name in names if name is not None)
+
+
+def forward_arguments(
+    model: PreTrainedModel, needed: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments for one call of the model, without those that are None.
+
+    Args:
+        model: A causal LM, wrapped or not.
+        needed: Arguments that change the result.
+        wanted: Arguments that are left out if the model lacks them, with the same result.
+
+    Raises:
+        ModelError: The model lacks a needed argument.
+    """
+    names = named_arguments(model)
+    given = {name: value for name, value in needed.items() if value is not None}
+    if unknown := sorted(given.keys() - names):
+        raise ModelError(
+            f"the forward pass of {type(model).__name__} has no argument {unknown[0]}; use a model "
+            "whose forward pass reads it"
+        )
+    known = {k: v for k, v in wanted.items() if v is not None and k in names}
+    return {**given, **known}
+
+
+def _function(module: nn.Module) -> Callable[..., Any]:
+    """Return the class's forward, past overrides that pass ``(*args, **kwargs)`` to the parent."""
+    functions: list[Callable[..., Any]] = [
+        vars(kind)["forward"] for kind in type(module).__mro__ if "forward" in vars(kind)
+    ]
+    return next((f for f in functions if "input_ids" in _signature(f)), functions[0])
+
+
+@lru_cache(maxsize=256)
+def _signature(function: Callable[..., Any]) -> frozenset[str | None]:
+    """Return the parameter names, with None for ``**kwargs``."""
+    parameters = inspect.signature(function).parameters.values()
+    return frozenset(None if p.kind is p.VAR_KEYWORD else p.name for p in parameters)
 
 
 @dataclass(frozen=True)
@@ -55,7 +115,9 @@ class LMHead:
 
     def finish(self, raw: Tensor) -> Tensor:
         """Return logits over the valid ids from the outputs of ``module``."""
-        logits = self.vocabulary.cut(self.transform(raw))
+        logits = self.transform(raw)[..., : self.vocabulary.size]
+        if self.vocabulary.invalid_ids:
+            logits = self.vocabulary.cut(logits)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def transform(self, logits: Tensor) -> Tensor:
@@ -146,6 +208,34 @@ def last_logits(
     with _before_the_head(model, select):
         logits: Tensor = model(**forward_arguments(model, needed, wanted)).logits
     return logits[:, -1]
+
+
+def cache_argument(model: PreTrainedModel) -> str | None:
+    """Return the name of the cache argument of the model's forward pass; None without one."""
+    names = named_arguments(model)
+    return next((name for name in ("past_key_values", "cache_params") if name in names), None)
+
+
+def cached_logits(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: DynamicCache
+) -> Tensor:
+    """Return [rows, table] logits for the token after ``ids``, which are appended to ``cache``.
+
+    Args:
+        model: A causal LM, not wrapped.
+        ids: [rows, tokens].
+        positions: [rows, tokens] from each row's first token; models without this argument count
+            positions themselves, which ``memory_of`` has checked.
+        mask: [rows, columns] True on each row's own columns of the cache, these tokens included;
+            None if all rows fill all columns.
+        cache: A cache of this model; see ``empty_cache``.
+
+    Raises:
+        ModelError: The model has no argument for the cache, or for the given mask.
+    """
+    name = cache_argument(model) or "past_key_values"
+    needed = {"input_ids": ids, "attention_mask": mask, name: cache}
+    return last_logits(model, needed, {"position_ids": positions, "use_cache": True})
 
 
 @contextmanager

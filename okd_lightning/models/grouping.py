@@ -19,9 +19,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from okd_lightning.errors import ModelError
-from okd_lightning.models.causal_lm import head_inputs
+from okd_lightning.models.causal_lm import head_inputs, named_arguments
 from okd_lightning.models.causality import attention_of_any_device, own_precision
-from okd_lightning.models.forward_arguments import named_arguments
 
 _MARGIN = 8.0
 """Smallest change that counts, in multiples of the change by rounding alone."""

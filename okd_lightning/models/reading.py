@@ -18,10 +18,11 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from okd_lightning.losses.cpu_linear import fast_linears, has_fast_linear
-from okd_lightning.models.causal_lm import head_inputs
+from okd_lightning.losses.projection import Side
+from okd_lightning.models.causal_lm import LMHead, head_inputs, named_arguments
 from okd_lightning.models.causality import attention_of_any_device, embedding_gradient
-from okd_lightning.models.forward_arguments import named_arguments
-from okd_lightning.models.grouping import row_groups
+from okd_lightning.models.grouping import row_groups, say_row_groups
+from okd_lightning.models.vocabulary import Vocabulary
 from okd_lightning.records.sequences import Sequences
 
 _TRIAL_LENGTHS = (5, 4, 3, 2)
@@ -173,3 +174,31 @@ def _is_same(model: PreTrainedModel, read: Sequences) -> bool:
 
 def _is_flash(model: PreTrainedModel) -> bool:
     return "flash" in (model.config._attn_implementation or "")
+
+
+def model_side(
+    model: PreTrainedModel, reads: Sequences, packs: bool, vocabulary: Vocabulary
+) -> Side:
+    """Return one model's hidden states at unmasked positions, with its head.
+
+    Args:
+        model: In the mode and with the gradients of the caller.
+        reads: The rows.
+        packs: Whether it gets packed rows.
+        vocabulary: Ids to which the head is cut.
+    """
+    hidden = hidden_at_loss(model, reads, packs)
+    head = LMHead.of(model, vocabulary)
+    return Side(hidden, head, vocabulary.end_ids, vocabulary.size)
+
+
+def tried(model: PreTrainedModel, packing: bool) -> bool:
+    """Test how a teacher reads rows, and report slow fallbacks; return whether it packs them.
+
+    Args:
+        model: A model on its device, or on meta, where nothing can be tested yet.
+        packing: Whether the run packs rows.
+    """
+    packs = packs_rows(model, packing, "teacher")
+    say_row_groups(model, "teacher")
+    return packs

@@ -6,7 +6,7 @@
 * ``collation``: rows of different lengths in one padded batch.
 * ``sampling``: temperature, top-k, top-p, and the draw of a token.
 * ``noise``: counter-based random numbers, keyed by prompt, sample and position.
-* ``packing``, ``sequences``: concatenated rows, and the positions that carry loss.
+* ``sequences``: what one model reads: the positions that carry loss, and packed rows.
 * ``shapes``: the tensor types of the signatures.
 
 Pure: nothing here knows models or Lightning.

@@ -53,6 +53,11 @@ class Example:
     chat: Chat | None = None
     teacher: int = -1
 
+    @property
+    def question(self) -> str:
+        """The prompt for a reader: a chat's last user message, or the whole prompt."""
+        return (self.chat.question if self.chat is not None else "") or self.prompt
+
     def prompt_for(self, generator: Generator, sample: int = 0) -> Prompt:
         """Return the prompt of a request to a generator: the teacher's own one if it has one."""
         is_privileged = generator == "teacher" and bool(self.teacher_prompt_ids)

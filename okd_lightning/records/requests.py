@@ -36,6 +36,12 @@ class Chat:
     messages: tuple[Mapping[str, Any], ...]
     tools: tuple[Mapping[str, Any], ...] | None = None
 
+    @property
+    def question(self) -> str:
+        """The last message of the user; empty without one that is text."""
+        texts = [m.get("content") for m in self.messages if m.get("role") == "user"]
+        return texts[-1] if texts and isinstance(texts[-1], str) else ""
+
 
 @dataclass(frozen=True)
 class Prompt:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,13 @@ _T = TypeVar("_T")
 
 RowReader: TypeAlias = Callable[[Sequence[TrainingRow]], list[TrainingRow]]
 """From rows to rows as the teacher reads them."""
+
+
+class Decode(Protocol):
+    """Ids to text, with or without special tokens."""
+
+    def __call__(self, ids: Sequence[int], special_tokens: bool = False) -> str:
+        """Return the text of ``ids``."""
 
 
 def dataset_row(example: Example) -> TrainingRow:
@@ -247,13 +254,12 @@ def _tool_metrics(uses: Sequence[ToolUse]) -> dict[str, float]:
     }
 
 
-def response_record(
-    batch: DistillBatch, row: int, decode: Callable[[Sequence[int]], str]
-) -> dict[str, Any]:
+def response_record(batch: DistillBatch, row: int, decode: Decode) -> dict[str, Any]:
     """Return a row for the generations on disk: prompt and response as text.
 
-    The response is the whole conversation after the prompt. ``num_tokens`` counts sampled tokens.
-    With tool results, ``turns`` lists the parts of model and tools.
+    ``text`` is both of them with all special tokens. The response is the whole conversation after
+    the prompt. ``num_tokens`` counts sampled tokens. With tool results, ``turns`` lists the parts
+    of model and tools.
     """
     start, end = int(batch.prompt_lengths[row]), int(batch.lengths[row])
     ids, own = batch.input_ids[row, :end].tolist(), batch.mask[row, :end].tolist()
@@ -262,6 +268,7 @@ def response_record(
         "index": int(batch.index[row]),
         "prompt": decode(ids[:start]),
         "response": decode(ids[start:]),
+        "text": decode(ids, special_tokens=True),
         "num_tokens": sum(own[start:]),
     }
     if len(parts) > 1:
@@ -271,14 +278,12 @@ def response_record(
     return record
 
 
-def generation_records(
-    batch: DistillBatch, decode: Callable[[Sequence[int]], str]
-) -> list[dict[str, Any]]:
+def generation_records(batch: DistillBatch, decode: Decode) -> list[dict[str, Any]]:
     """Return a record of every sampled response of a batch; rows without one are left out.
 
     Args:
         batch: Rows with sampled responses.
-        decode: Ids to text.
+        decode: See ``Decode``.
     """
     return [
         response_record(batch, row, decode) | {"stop_reason": reason}

@@ -1,15 +1,103 @@
-"""The sequences of a micro-batch that one model reads, with their loss positions and packing."""
+"""The sequences of a micro-batch that one model reads, with their loss positions and packing.
+
+Packing concatenates rows, so that no padding is computed. It is a plan, from the rows' lengths
+alone. The model's attention keeps the rows apart: it finds where each begins from the position ids.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from heapq import heapreplace
 
 import torch
 from torch import Tensor
 
-from okd_lightning.records.packing import Packing, pack
+_WIDEST = 2
+"""Intended longest packed row, in lengths of the longest row (even filling may exceed it)."""
+
+_ATTENTION = 0.1
+"""Cost of attention within the longest row, relative to all other computation on its tokens."""
+
+
+_PLANS = 16
+"""Different numbers of packed rows that are tried, besides the largest."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Positions of the tokens in packed rows.
+
+    Rows are spread evenly over packed rows of up to about twice the longest one, so that the cost
+    of attention, which grows with the length of a packed row, stays about the same.
+
+    Attributes:
+        row: [packed_batch, packed_seq] the batch row of each packed position; 0 where a packed row
+            is not filled.
+        column: [packed_batch, packed_seq] the token of that row; 0 where there is none.
+        position_ids: [packed_batch, packed_seq] as ``column``; unfilled positions count from 0
+            again, as further rows no longer than the longest, whose outputs are not read.
+        start: [batch] first position of each row in the flattened packed rows.
+    """
+
+    row: Tensor
+    column: Tensor
+    position_ids: Tensor
+    start: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Packing:
+        """Return the plan on another device."""
+        moved = {name: t.to(device, non_blocking=non_blocking) for name, t in vars(self).items()}
+        return Packing(**moved)
+
+
+def pack(lengths: Sequence[int]) -> Packing:
+    """Plan the packing of rows.
+
+    Args:
+        lengths: Tokens of each row, at least one.
+    """
+    total, longest = sum(lengths), max(lengths)
+    fewest = -(-total // (_WIDEST * longest))
+    most = min(total // longest + 1, len(lengths))
+    step = -(-(most - fewest) // _PLANS) or 1
+    plans = [_spread(lengths, num) for num in (*range(fewest, most, step), most)]
+
+    def cost(plan: list[list[int]]) -> float:
+        width = _width(plan, lengths)
+        return len(plan) * width * (1 + _ATTENTION * width / longest)
+
+    bins = min(plans, key=cost)
+    shape = len(bins), _width(bins, lengths)
+    row, column = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    position_ids, start = torch.zeros_like(row), torch.zeros(len(lengths), dtype=torch.int64)
+    for number, members in enumerate(bins):
+        begin = 0
+        for member in members:
+            end = begin + lengths[member]
+            start[member] = number * shape[1] + begin
+            row[number, begin:end] = member
+            column[number, begin:end] = torch.arange(lengths[member])
+            begin = end
+        position_ids[number] = column[number]
+        position_ids[number, begin:] = torch.arange(shape[1] - begin) % longest
+    return Packing(row, column, position_ids, start)
+
+
+def _spread(lengths: Sequence[int], num: int) -> list[list[int]]:
+    """Divide rows into ``num`` groups of similar total length (longest first, least full first)."""
+    groups: list[list[int]] = [[] for _ in range(num)]
+    totals = [(0, group) for group in range(num)]
+    for member in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        total, group = totals[0]
+        groups[group].append(member)
+        heapreplace(totals, (total + lengths[member], group))
+    return groups
+
+
+def _width(groups: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
+    return max(sum(lengths[member] for member in group) for group in groups)
 
 
 @dataclass(frozen=True)

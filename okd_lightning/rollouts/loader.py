@@ -44,7 +44,7 @@ from okd_lightning.rollouts.loader_shape import LoaderShape
 from okd_lightning.rollouts.order import Turn, epoch_turns
 from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan
 from okd_lightning.rollouts.resharing import RowKey, reshared, reshared_credits
-from okd_lightning.rollouts.scoring import RolloutScorer, SampledResponse, unscored
+from okd_lightning.rollouts.scoring import RolloutScorer, SampledResponse
 from okd_lightning.rollouts.stored import (
     pack_credits,
     pack_rollout,
@@ -66,10 +66,10 @@ class RolloutLoader:
         sampling: Temperature, top-k and top-p.
         max_new_tokens: Longest response, in tokens.
         seed: Keys the order, the choice of sources and the sampling noise.
-        reduce_sum: Sums an int64 tensor over all ranks.
+        reduce_sum: Sums an int64 tensor over all ranks; None for one rank.
         gather: Collects one object of every rank, on every rank.
         progress: Shows the progress of a rollout batch.
-        score: Gives the student's responses their advantages.
+        score: Gives the student's responses their advantages; None without rewards.
         teacher_rows: From rows to rows as the teacher reads them.
         stop: This rank's request to stop, which discards an unfinished rollout batch.
     """
@@ -84,10 +84,10 @@ class RolloutLoader:
         sampling: Sampling,
         max_new_tokens: int,
         seed: int,
-        reduce_sum: Callable[[Tensor], Tensor] = lambda counts: counts,
+        reduce_sum: Callable[[Tensor], Tensor] | None = None,
         gather: Callable[[Any], list[Any]] = lambda state: [state],
         progress: ProgressFactory = silent_progress,
-        score: RolloutScorer = unscored,
+        score: RolloutScorer | None = None,
         teacher_rows: RowReader = list,
         stop: StopRequest | None = None,
     ) -> None:
@@ -98,7 +98,7 @@ class RolloutLoader:
         self._sampling = sampling
         self._max_new_tokens = max_new_tokens
         self._seed = seed
-        self._reduce_sum = reduce_sum
+        self._reduce_sum = reduce_sum or (lambda counts: counts)
         self._gather = gather
         self._progress = progress
         self._score = score
@@ -286,7 +286,8 @@ class RolloutLoader:
         numbers = [
             step for step, rows in enumerate(steps, start) for _, by in rows if by == "student"
         ]
-        self._score_responses(own["student"], numbers)
+        if self._score is not None:
+            self._score_responses(own["student"], numbers, self._score)
         sampled = {by: iter(self._rows_of(by, own[by])) for by in _GENERATORS}
         found = []
         for step in steps:
@@ -307,7 +308,7 @@ class RolloutLoader:
         """Generate by each model that any rank needs: all ranks gather a sharded one together."""
         return {by: self._generate(by, turns) for by, turns in own.items() if by in asked}
 
-    def _score_responses(self, turns: list[Turn], steps: list[int]) -> None:
+    def _score_responses(self, turns: list[Turn], steps: list[int], score: RolloutScorer) -> None:
         """Score once a rollout batch on every rank, also without student responses on it."""
         if self._credits is not None:
             return
@@ -317,7 +318,7 @@ class RolloutLoader:
             SampledResponse(turn.example, turn.sample, response, first + step)
             for turn, response, step in zip(turns, rollout, steps, strict=True)
         ]
-        scores = self._score(found)
+        scores = score(found)
         self._credits, self._unreported_scores = scores.credits, scores.metrics
 
     def _rows_of(self, generator: Generator, turns: list[Turn]) -> list[TrainingRow]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from okd_lightning.errors import ConfigError
 
@@ -42,22 +43,22 @@ class LoaderShape:
                 f"which take {self.prompts_per_step} prompts each"
             )
 
-    @property
+    @cached_property
     def rows_per_step(self) -> int:
         """Sequences an optimizer step, over all ranks."""
         return self.batch_size * self.accumulate_grad_batches * self.world_size
 
-    @property
+    @cached_property
     def prompts_per_step(self) -> int:
         """Prompts an optimizer step, over all ranks."""
         return self.rows_per_step // self.samples_per_prompt
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         """Optimizer steps an epoch; the last one is short if the prompts do not fill it."""
         return -(-self.prompts_per_epoch // self.prompts_per_step)
 
-    @property
+    @cached_property
     def steps_per_rollout(self) -> int:
         """Optimizer steps a rollout batch."""
         return (self.prompts_per_rollout or self.prompts_per_step) // self.prompts_per_step

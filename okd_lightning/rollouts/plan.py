@@ -52,6 +52,8 @@ class RolloutPlan:
     def assign(self, seed: int, step: int, num_prompts: int) -> tuple[Source, ...]:
         """Return the source of each prompt in optimizer step ``step``, counted over the run."""
         share = self.share(step)
+        if share in (0.0, 1.0):  # nothing to choose
+            return ("student" if share else self.off_policy_source,) * num_prompts
         if not self.is_mixed_within_step:
             is_student = hashed_uniform(NoiseDomain.DATA_SOURCE, seed, step) < share
             return ("student" if is_student else self.off_policy_source,) * num_prompts

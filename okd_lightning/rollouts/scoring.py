@@ -54,12 +54,6 @@ class RolloutScores:
     metrics: dict[str, float]
 
 
-def unscored(responses: Sequence[SampledResponse]) -> RolloutScores:
-    """Return empty scores, for a run without rewards."""
-    del responses
-    return RolloutScores({}, {})
-
-
 @dataclass(frozen=True)
 class TermScorer:
     """Scores responses by a run's terms with scorers, each in the steps in which it acts.

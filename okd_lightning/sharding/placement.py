@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.models.forward_arguments import forward_arguments
+from okd_lightning.models.causal_lm import forward_arguments
 from okd_lightning.sharding.plan import settle_root, units_of
 
 RolloutMode: TypeAlias = Literal["gathered", "layerwise"]

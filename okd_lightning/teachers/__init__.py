@@ -1,7 +1,6 @@
 """Teachers: one protocol, and one class for each kind.
 
-* ``base``: the ``Teacher``, as the rest of the package sees it; ``NoTeacher``. ``model_sides``: one
-  model as a teacher. ``run``: the records
+* ``base``: the ``Teacher``, as the rest of the package sees it; ``NoTeacher``. ``run``: the records
   that a run gives it.
 * ``loaded``: a frozen model in memory. ``frozen_self``, ``averaged_self``, ``live_self``: the
   student as its own teacher, on what they share (``self_teacher``).
@@ -15,16 +14,16 @@
 * ``teacher_base``: the model that the teacher was trained from, for methods that compare both.
 """
 
+from okd_lightning.models.reading import model_side
 from okd_lightning.teachers.adaptive import AdaptiveTeacher
 from okd_lightning.teachers.averaged_self import AveragedSelf
-from okd_lightning.teachers.base import NoTeacher, Teacher
+from okd_lightning.teachers.base import NoTeacher, Teacher, trained
 from okd_lightning.teachers.cached_teacher import CachedTeacher
 from okd_lightning.teachers.ensemble import TeacherEnsemble
 from okd_lightning.teachers.foreign_teacher import ForeignTeacher
 from okd_lightning.teachers.frozen_self import FrozenSelf
 from okd_lightning.teachers.live_self import LiveSelf
 from okd_lightning.teachers.loaded import LoadedTeacher, teacher_of
-from okd_lightning.teachers.model_sides import model_side, trained
 from okd_lightning.teachers.online_module import (
     OnlineModuleSettings,
     attach_online_module,

@@ -21,10 +21,10 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Quantity, Side, Term, WeightedTerm
 from okd_lightning.metrics import measures
 from okd_lightning.models import ModelSource, Vocabulary, load_model_config
+from okd_lightning.models.reading import model_side, tried
 from okd_lightning.records.batches import DistillBatch, TrainingRow
 from okd_lightning.records.requests import Prompt
 from okd_lightning.records.sequences import Sequences
-from okd_lightning.teachers.model_sides import model_side, trained, tried
 from okd_lightning.teachers.online_module import OnlineModuleSettings
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun
 
@@ -235,6 +235,19 @@ class Teacher(ABC):
         if self.model is not None:
             self.packs = tried(self.model, self.run.packing)
 
+    def unload(self) -> None:
+        """Have no models in memory."""
+        self.model = None
+
+    def identity(self, digest: Callable[[ModelSource], str]) -> str:
+        """Return what is equal for teachers of equal distributions.
+
+        Args:
+            digest: Returns what is equal for equal models.
+        """
+        assert self.own_source is not None
+        return digest(self.own_source)
+
     def open(self, opening: Opening) -> None:
         """Prepare a training run, once models and data are known.
 
@@ -368,3 +381,8 @@ class NoTeacher(Teacher):
     def check_adaptable(self) -> None:
         """Refuse: there is nothing to put a module on."""
         raise ConfigError("an online module needs a teacher: give --model.teacher")
+
+
+def trained(model: nn.Module | None) -> list[nn.Parameter]:
+    """Return a model's trained parameters; none without a model."""
+    return [] if model is None else [p for p in model.parameters() if p.requires_grad]

@@ -21,10 +21,9 @@ from okd_lightning.checkpoints.folder_lock import folder_lock
 from okd_lightning.errors import CacheError
 from okd_lightning.models import Vocabulary
 from okd_lightning.records.batches import Example
+from okd_lightning.teachers.base import Teacher
 from okd_lightning.teachers.cache_writing import write_entry
 from okd_lightning.teachers.identity import teacher_identity
-from okd_lightning.teachers.loaded import LoadedTeacher
-from okd_lightning.teachers.model_sides import model_side
 from okd_lightning.teachers.run import Opening
 from okd_lightning.teachers.store import Entry, make_folder
 
@@ -65,7 +64,7 @@ EntryOf: TypeAlias = Callable[[TeacherKey, Sequence[Example]], Entry]
 
 
 def prepared_entries(
-    teacher: LoadedTeacher, folder: Path, entry_of: EntryOf, opening: Opening
+    teacher: Teacher, folder: Path, entry_of: EntryOf, opening: Opening
 ) -> tuple[list[Entry], bool]:
     """Return the complete entries of this run's data, and whether some were written now.
 
@@ -105,12 +104,14 @@ def _alone(
     return folder_lock(folder, f"--model.teacher.folder {str(folder)!r}", waits=True)
 
 
-def _key(teacher: LoadedTeacher, folder: Path, trainer: lightning.Trainer) -> TeacherKey:
+def _key(teacher: Teacher, folder: Path, trainer: lightning.Trainer) -> TeacherKey:
     """Return the key; only rank 0 reads the weight files for it."""
     run = teacher.run
     make_folder(folder)
     return TeacherKey(
-        identity=teacher_identity(teacher.own_source, run.vocabulary.size, folder),
+        identity=teacher.identity(
+            partial(teacher_identity, vocab_size=run.vocabulary.size, folder=folder)
+        ),
         dtype=run.dtype,
         precision=str(trainer.precision),
         vocabulary=run.vocabulary,
@@ -141,9 +142,7 @@ def _check_shared(entries: Sequence[Entry], trainer: lightning.Trainer) -> None:
         )
 
 
-def _write(
-    entries: Sequence[Entry], teacher: LoadedTeacher, opening: Opening, batch_size: int
-) -> None:
+def _write(entries: Sequence[Entry], teacher: Teacher, opening: Opening, batch_size: int) -> None:
     trainer, device = opening.trainer, opening.device
     rank, world_size = trainer.global_rank, trainer.world_size
     num_bytes = sum(entry.num_bytes for entry in entries)
@@ -151,9 +150,9 @@ def _write(
         f"the teacher reads the data once; its cache goes to {entries[0].folder.parent} "
         f"({num_bytes / 1e6:.1f} MB)"
     )
-    model = teacher.load()
-    cast(nn.Module, model).to(device)
-    vocabulary = teacher.run.vocabulary
+    reader = teacher.join(teacher.run)
+    reader.build()
+    cast(nn.Module, reader.module).to(device)
     rows = sum(
         len(part.rows)
         for entry in entries
@@ -168,13 +167,13 @@ def _write(
         for entry in entries:
             write_entry(
                 entry,
-                partial(model_side, model, packs=teacher.packs, vocabulary=vocabulary),
+                partial(reader.side, quantities=()),
                 batch_size=batch_size,
                 device=device,
                 own=lambda number: number % world_size == rank,
                 progress=progress,
             )
-    del model  # training needs its memory
+    reader.unload()  # training needs its memory
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -11,12 +11,12 @@ import torch
 from okd_lightning.errors import ModelError
 from okd_lightning.losses import Side
 from okd_lightning.losses.end_outcome import EndOutcome
-from okd_lightning.losses.tiling import slices, tile_size
+from okd_lightning.losses.projection import slices, tile_size
+from okd_lightning.records.batches import DistillBatch
 from okd_lightning.records.collation import collate
-from okd_lightning.records.sequences import Sequences
 from okd_lightning.teachers.store import Entry, to_records
 
-Reader: TypeAlias = Callable[[Sequences], Side]
+Reader: TypeAlias = Callable[[DistillBatch], Side]
 """Computes the teacher's side at the loss tokens of some rows."""
 
 
@@ -48,7 +48,7 @@ def write_entry(
         records = np.empty(part.num_positions, entry.record)
         done = 0
         for rows in slices(len(part.rows), batch_size):
-            found = _records(collate(part.rows[rows]).to(device).teacher_reads, read, entry)
+            found = _records(collate(part.rows[rows]).to(device), read, entry)
             records[done : done + len(found)] = found
             done += len(found)
             if progress is not None:
@@ -57,9 +57,9 @@ def write_entry(
 
 
 @torch.no_grad()
-def _records(reads: Sequences, read: Reader, entry: Entry) -> np.ndarray:
+def _records(batch: DistillBatch, read: Reader, entry: Entry) -> np.ndarray:
     """Return [positions] records of a batch, from full distributions by tiles."""
-    side, targets = read(reads), reads.targets
+    side, targets = read(batch), batch.teacher_reads.targets
     vocab_size = entry.key["vocabulary"][0]
     tiles = []
     for tile in slices(len(side.hidden), tile_size(vocab_size, side.hidden.device)):

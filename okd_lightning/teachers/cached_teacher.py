@@ -21,6 +21,7 @@ from okd_lightning.teachers.layout import PART_POSITIONS, Place, layout_of, read
 from okd_lightning.teachers.loaded import LoadedTeacher
 from okd_lightning.teachers.packed import PackedTeacher
 from okd_lightning.teachers.run import Opening, TeacherRun
+from okd_lightning.teachers.several import argument_of
 from okd_lightning.teachers.store import Entry, LogProbFormat, from_records, record_type
 from okd_lightning.teachers.terms import check_known
 
@@ -30,14 +31,14 @@ _DATASET = SOURCES.index("dataset")
 
 @final
 class CachedTeacher(PackedTeacher):
-    """A loaded teacher's log-probabilities, written to disk once: training reads them from there.
+    """A teacher's log-probabilities, written to disk once: training reads them from there.
 
     The teacher is in memory while they are written, and outside of training (validate, test). For
     every loss token of the dataset responses there are its k most likely ids, the rest and the
     target.
 
     Args:
-        model: The teacher; see LoadedTeacher.
+        model: The teacher, in the forms of LoadedTeacher, or a TeacherEnsemble.
         folder: Folder of caches, with one entry for each teacher, dataset and k.
         k: Ids that keep their own log-probability; 48 take at most 296 bytes a token in float16.
         dtype: Number format of the log-probabilities.
@@ -46,7 +47,7 @@ class CachedTeacher(PackedTeacher):
         part_positions: Approximate loss tokens a file.
 
     Raises:
-        ConfigError: A number out of its range.
+        ConfigError: A number out of its range, or a teacher of a kind that cannot be cached.
     """
 
     option = "--model.teacher CachedTeacher"
@@ -54,7 +55,7 @@ class CachedTeacher(PackedTeacher):
 
     def __init__(
         self,
-        model: ModelArgument,
+        model: Teacher | ModelArgument,
         folder: str,
         k: int = 48,
         dtype: LogProbFormat = "float16",
@@ -63,7 +64,8 @@ class CachedTeacher(PackedTeacher):
             raise ConfigError(f"model.teacher.k must be at least 1, got {k}")
         if dtype not in get_args(LogProbFormat):
             raise ConfigError(f"model.teacher.dtype is {dtype!r}; expected float16 or float32")
-        self.inner = LoadedTeacher(model)
+        self.inner = model if isinstance(model, Teacher) else LoadedTeacher(model)
+        _check_cacheable(self.inner)
         self.dtype = dtype
         self.k = self._wanted = k
         self._folder = folder
@@ -72,15 +74,20 @@ class CachedTeacher(PackedTeacher):
         self._places: dict[bytes, tuple[Entry, Place]] = {}
 
     @property
-    def own_source(self) -> ModelSource:
-        """The user's model."""
+    def own_source(self) -> ModelSource | None:
+        """The inner teacher's."""
         return self.inner.own_source
+
+    @property
+    def own_sources(self) -> tuple[ModelSource, ...]:
+        """The inner teacher's."""
+        return self.inner.own_sources
 
     @property
     def arguments(self) -> Mapping[str, Any]:
         """Model, folder and size."""
         own = {"folder": self._folder, "k": self._wanted, "dtype": self.dtype}
-        return {**self.inner.arguments, **own}
+        return {"model": argument_of(self.inner), **own}
 
     def use_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Take it, and hand it to the inner teacher."""
@@ -101,7 +108,7 @@ class CachedTeacher(PackedTeacher):
 
     def build(self) -> None:
         """Have no model in memory."""
-        self.inner.model = None
+        self.inner.unload()
 
     def open(self, opening: Opening) -> None:
         """Open the cache of this run's teacher and data; write it first where it does not exist.
@@ -200,3 +207,17 @@ class CachedTeacher(PackedTeacher):
         own = super().__deepcopy__(memo)
         own.inner = deepcopy(self.inner, memo)
         return own
+
+
+def _check_cacheable(teacher: Teacher) -> None:
+    """Refuse a teacher that has no distribution of its own for every text.
+
+    Raises:
+        ConfigError: The message names what can be cached.
+    """
+    if teacher.own_source is None or not teacher.covers_vocabulary or teacher.names:
+        raise ConfigError(
+            f"--model.teacher CachedTeacher keeps one distribution for each text, and "
+            f"{type(teacher).__name__} has none: give --model.teacher.model a folder, a hub id or "
+            "TeacherEnsemble"
+        )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from typing import Any, Literal, TypeAlias, final, get_args
 
 from torch import Tensor
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Mixing, Mixture, Product, Quantity, Side, mixed_side
-from okd_lightning.models import ModelArgument
+from okd_lightning.models import ModelArgument, ModelSource
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.teachers.base import Teacher
 from okd_lightning.teachers.loaded import teacher_of
@@ -73,6 +74,11 @@ class TeacherEnsemble(SeveralTeachers):
     def adapted(self, adapt: Callable[[Teacher], Teacher]) -> Teacher:
         """Put the online module on the first member."""
         return self.with_members(lambda number, one: one if number else one.adapted(adapt))
+
+    def identity(self, digest: Callable[[ModelSource], str]) -> str:
+        """Return the members', with their weights and how they are mixed."""
+        members = [member.identity(digest) for member in self.members]
+        return sha256(repr((self._mixing, members)).encode()).hexdigest()
 
     def side(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Side:
         """Return the side of the mixed distribution, with gradient as each member gives it."""

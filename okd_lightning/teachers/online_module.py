@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from lightning.pytorch.utilities import rank_zero_info
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
@@ -29,10 +29,24 @@ from okd_lightning.models.projection_targets import (
     keep_keys,
 )
 from okd_lightning.models.recompute import recompute_activations
-from okd_lightning.models.schedules import ScheduleName
+
+ScheduleName: TypeAlias = Literal["constant", "linear", "cosine"]
+"""Course of a learning rate after its warm-up."""
 
 _PEFT_DEFAULT_ALPHA = 8
 _IN_THE_CACHE = (PeftType.PREFIX_TUNING, "CARTRIDGE")
+
+
+def check_schedule(name: str, option: str = "model.schedule") -> None:
+    """Refuse an unknown schedule.
+
+    Raises:
+        ConfigError: The name is unknown; the message lists the schedules.
+    """
+    if name not in get_args(ScheduleName):
+        raise ConfigError(
+            f"{option} is {name!r}; expected one of {', '.join(get_args(ScheduleName))}"
+        )
 
 
 @dataclass(frozen=True)

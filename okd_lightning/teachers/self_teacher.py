@@ -20,9 +20,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Quantity, Side
 from okd_lightning.models import LMHead, ModelSource
+from okd_lightning.models.reading import model_side
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.teachers.base import Teacher
-from okd_lightning.teachers.model_sides import model_side
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions
 
 

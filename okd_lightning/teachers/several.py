@@ -19,9 +19,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from okd_lightning.errors import ConfigError
 from okd_lightning.metrics import adapted_measures
 from okd_lightning.models import ModelSource, Vocabulary, check_lengths, dtype_of
-from okd_lightning.teachers.base import Measurement, Teacher
+from okd_lightning.teachers.base import Measurement, Teacher, trained
 from okd_lightning.teachers.loaded import LoadedTeacher
-from okd_lightning.teachers.model_sides import trained
 from okd_lightning.teachers.online_module import OnlineModuleSettings
 from okd_lightning.teachers.run import Opening, TeacherRun
 
@@ -44,7 +43,7 @@ class SeveralTeachers(Teacher):
             if member.own_source is None or not member.covers_vocabulary:
                 raise ConfigError(
                     f"{kind} holds a {type(member).__name__}, and its teachers are models of their "
-                    "own in this process: give folders or hub ids"
+                    "own in this process, over the run's tokens: give folders or hub ids"
                 )
         self.members = tuple(members)
         self._registered: nn.ModuleList | None = None
@@ -132,6 +131,12 @@ class SeveralTeachers(Teacher):
         modules = [member.module for member in self.members]
         if self._registered is None:
             self._registered = nn.ModuleList([one for one in modules if one is not None])
+
+    def unload(self) -> None:
+        """Have none of the members' models in memory."""
+        self._registered = None
+        for member in self.members:
+            member.unload()
 
     def open(self, opening: Opening) -> None:
         """Open all members."""

@@ -17,6 +17,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from okd_lightning.training.lightning_privates import trainer_of
+
 _Module = TypeVar("_Module", bound=lightning.LightningModule)
 
 
@@ -32,29 +34,30 @@ class FrozenParts:
     Args:
         shared_by_copies: Names of the module's attributes that a deep copy shares, besides frozen
             tensors.
+
+    Attributes:
+        are_hidden: Whether only trained parts are listed.
     """
 
     def __init__(self, shared_by_copies: tuple[str, ...]) -> None:
         self._shared_by_copies = shared_by_copies
-        self._are_hidden = False
+        self.are_hidden = False
         self._was_copied = False
         self._left_alone: frozenset[int] = frozenset()
 
     def hide(self) -> None:
         """List only trained parts, until ``show``."""
-        self._are_hidden, self._was_copied = True, False
+        self.are_hidden, self._was_copied = True, False
 
     def show(self, is_run_over: bool = False) -> None:
         """List all parts, unless a copy is being averaged in this run."""
         if is_run_over or not self._was_copied:
-            self._are_hidden = self._was_copied = False
+            self.are_hidden = self._was_copied = False
 
     def listed(
         self, module: nn.Module, named: Iterator[tuple[str, nn.Module]]
     ) -> Iterator[tuple[str, nn.Module]]:
-        """Return a module's ``named`` modules; see the class for when frozen ones are omitted."""
-        if not self._are_hidden:
-            return named
+        """Return a module's ``named`` modules without the frozen ones."""
         hidden = _frozen_modules(module)
         return ((name, part) for name, part in named if id(part) not in hidden)
 
@@ -73,9 +76,9 @@ class FrozenParts:
             value = getattr(module, name)
             memo[id(value)] = value
         if is_running:
-            self._are_hidden = self._was_copied = True
+            self.are_hidden = self._was_copied = True
         of_copy = FrozenParts(self._shared_by_copies)
-        of_copy._are_hidden, of_copy._was_copied = self._are_hidden, self._was_copied
+        of_copy.are_hidden, of_copy._was_copied = self.are_hidden, self._was_copied
         of_copy._left_alone = frozenset(map(id, shared)) if is_running else frozenset()
         memo[id(self)] = of_copy
         copy = type(module).__new__(type(module))
@@ -123,7 +126,8 @@ def _frozen_tensors(module: nn.Module) -> list[Tensor]:
 
 def _is_running(module: lightning.LightningModule) -> bool:
     try:
-        return module._trainer is not None and module._trainer.state.status == TrainerStatus.RUNNING
+        trainer = trainer_of(module)
+        return trainer is not None and trainer.state.status == TrainerStatus.RUNNING
     except ReferenceError:  # the module holds a weak reference to its last Trainer
         return False
 

@@ -1,5 +1,10 @@
 """All use of Lightning's private attributes: one function for each thing that has no public access.
 
+Among them are the numbers of an optimizer step: its number for loggers, which Lightning counts
+twice after a resume, and its logged values. Lightning writes the last known value of every metric
+into each row until the epoch ends: a metric that is logged only in some steps (a rollout's length,
+a stage's loss) would seem constant.
+
 A new release of Lightning can change these names without notice; this file is the one to read then.
 (The strategy of ``sharding`` subclasses Lightning's, and sets one attribute of its base class.)
 """
@@ -14,22 +19,16 @@ import lightning
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
+from okd_lightning.errors import ConfigError
+
+_HOOK_BEFORE = "on_train_batch_start"
+
 
 def will_validate(trainer: lightning.Trainer) -> bool:
     """Return whether Lightning will validate after the current batch."""
     loop = trainer.fit_loop
     assert loop._data_fetcher is not None
     return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
-
-
-def set_logged_step(trainer: lightning.Trainer, step: int) -> None:
-    """Set the step number that Lightning passes to loggers."""
-    trainer.fit_loop.epoch_loop._batches_that_stepped = step
-
-
-def validation_seconds(trainer: lightning.Trainer) -> float | None:
-    """Return ``val_check_interval`` where it is a time, in seconds."""
-    return trainer._val_check_time_interval  # type: ignore[attr-defined]
 
 
 def add_hparams(module: lightning.LightningModule, added: dict[str, Any]) -> None:
@@ -40,17 +39,6 @@ def add_hparams(module: lightning.LightningModule, added: dict[str, Any]) -> Non
     module._set_hparams(added)
     module._hparams_initial = deepcopy(module.hparams)  # type: ignore[assignment]
     module._log_hyperparams = True
-
-
-def logged_results(trainer: lightning.Trainer) -> list[Any]:
-    """Return Lightning's records of the values logged in the current loop."""
-    return list((trainer._results or {}).values())
-
-
-def row_for_loggers(trainer: lightning.Trainer) -> dict[str, Any] | None:
-    """Return the values that loggers receive for the current step; None in a step without."""
-    connector = trainer._logger_connector
-    return connector.metrics["log"] if connector.should_update_logs else None
 
 
 def uses_distributed_sampler(trainer: lightning.Trainer) -> bool:
@@ -72,3 +60,67 @@ def started_ranks(trainer: lightning.Trainer) -> _SubprocessScriptLauncher | Non
     """Return the launcher that started the other ranks as scripts and can send them signals."""
     launcher = trainer.strategy.launcher
     return launcher if isinstance(launcher, _SubprocessScriptLauncher) else None
+
+
+def trainer_of(module: lightning.LightningModule) -> lightning.Trainer | None:
+    """Return the module's Trainer; None outside of one."""
+    return module._trainer
+
+
+def is_compiled(module: lightning.LightningModule) -> bool:
+    """Return whether torch.compile wraps the module."""
+    return module._compiler_ctx is not None or module._compiled_call_impl is not None
+
+
+def count_steps(trainer: lightning.Trainer, num_done: int) -> None:
+    """Set the step that Lightning's loggers use; Lightning counts resumed steps twice."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = num_done
+
+
+def begin_step(trainer: lightning.Trainer) -> None:
+    """Prepare an optimizer step: its logged number and values; validation after whole steps.
+
+    Lightning's own interval is in micro-batches: a checkpoint of a validation within a step would
+    lack the gradient of the step's first micro-batches.
+
+    Raises:
+        ConfigError: An interval of time, which can end within a step.
+    """
+    forget_last_step(trainer)
+    count_steps(trainer, trainer.global_step)
+    accumulate = trainer.accumulate_grad_batches
+    seconds = trainer._val_check_time_interval  # type: ignore[attr-defined]
+    if accumulate > 1 and seconds is not None:
+        raise ConfigError(
+            f"trainer.val_check_interval of {seconds:g} seconds would validate within an optimizer "
+            f"step of {accumulate} micro-batches; give a number of optimizer steps"
+        )
+    if isinstance(trainer.val_check_batch, int):
+        trainer.val_check_batch = -(-trainer.val_check_batch // accumulate) * accumulate
+
+
+def forget_last_step(trainer: lightning.Trainer) -> None:
+    """Omit the last step's values from later rows; for ``on_train_batch_start``.
+
+    Epoch means and metric objects continue; ``trainer.callback_metrics`` keeps its values.
+    """
+    for metric in (trainer._results or {}).values():
+        meta = metric.meta
+        if meta.on_step and not meta.on_epoch and metric.is_tensor and meta.fx != _HOOK_BEFORE:
+            metric.reset()
+
+
+def unlogged_row(trainer: lightning.Trainer) -> dict[str, float] | None:
+    """Return the row of the step that was just done, if its loggers have not received it yet.
+
+    Returns:
+        Values by name, with epoch and step; None outside ``on_train_batch_end``, or where this step
+        is not logged.
+    """
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    is_open = progress.completed < progress.processed
+    connector = trainer._logger_connector
+    if not is_open or trainer.validating or not connector.should_update_logs:
+        return None
+    values = {name: float(value) for name, value in connector.metrics["log"].items()}
+    return {**values, "epoch": trainer.current_epoch, "step": trainer.global_step - 1}

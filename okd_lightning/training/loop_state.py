@@ -4,9 +4,6 @@ Lightning repairs the counters of a checkpoint by guessing in which hook it was 
 wrong at an epoch's end, before a rollout and before a validation. This module brings a loaded
 checkpoint into one of three forms: within an epoch after a whole optimizer step, at an epoch's
 start, or before a validation that is still due.
-
-It also owns the numbers of a step in the loops: its number for loggers, and the logged values, of
-which Lightning would write the last known one into every row until the epoch ends.
 """
 
 from __future__ import annotations
@@ -17,17 +14,7 @@ from typing import Any
 import lightning
 
 from okd_lightning.data import RolloutDataModule
-from okd_lightning.errors import ConfigError
-from okd_lightning.training.lightning_privates import (
-    add_hparams,
-    logged_results,
-    row_for_loggers,
-    set_logged_step,
-    validation_seconds,
-    will_validate,
-)
-
-_HOOK_BEFORE = "on_train_batch_start"
+from okd_lightning.training.lightning_privates import add_hparams, will_validate
 
 STOPPED = "okd_lightning_stopped"
 """Key of a checkpoint for whether its run was stopped, and whether a validation is still due."""
@@ -130,60 +117,6 @@ def close_epoch(checkpoint: dict[str, Any]) -> None:
     batches["current"] = dict.fromkeys(current, 0)
     batches["total"]["completed"] = batches["total"]["processed"]
     loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"] - 1
-
-
-def count_steps(trainer: lightning.Trainer, num_done: int) -> None:
-    """Set the step that Lightning's loggers use; Lightning counts resumed steps twice."""
-    set_logged_step(trainer, num_done)
-
-
-def begin_step(trainer: lightning.Trainer) -> None:
-    """Prepare an optimizer step: its logged number and values; validation after whole steps.
-
-    Lightning's own interval is in micro-batches: a checkpoint of a validation within a step would
-    lack the gradient of the step's first micro-batches.
-
-    Raises:
-        ConfigError: An interval of time, which can end within a step.
-    """
-    forget_last_step(trainer)
-    count_steps(trainer, trainer.global_step)
-    accumulate = trainer.accumulate_grad_batches
-    seconds = validation_seconds(trainer)
-    if accumulate > 1 and seconds is not None:
-        raise ConfigError(
-            f"trainer.val_check_interval of {seconds:g} seconds would validate within an optimizer "
-            f"step of {accumulate} micro-batches; give a number of optimizer steps"
-        )
-    if isinstance(trainer.val_check_batch, int):
-        trainer.val_check_batch = -(-trainer.val_check_batch // accumulate) * accumulate
-
-
-def forget_last_step(trainer: lightning.Trainer) -> None:
-    """Omit the last step's values from later rows; for ``on_train_batch_start``.
-
-    Epoch means and metric objects continue; ``trainer.callback_metrics`` keeps its values.
-    """
-    for metric in logged_results(trainer):
-        meta = metric.meta
-        if meta.on_step and not meta.on_epoch and metric.is_tensor and meta.fx != _HOOK_BEFORE:
-            metric.reset()
-
-
-def unlogged_row(trainer: lightning.Trainer) -> dict[str, float] | None:
-    """Return the row of the step that was just done, if its loggers have not received it yet.
-
-    Returns:
-        Values by name, with epoch and step; None outside ``on_train_batch_end``, or where this step
-        is not logged.
-    """
-    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    is_open = progress.completed < progress.processed
-    row = row_for_loggers(trainer) if is_open and not trainer.validating else None
-    if row is None:
-        return None
-    values = {name: float(value) for name, value in row.items()}
-    return {**values, "epoch": trainer.current_epoch, "step": trainer.global_step - 1}
 
 
 def _before_validation(loop: dict[str, Any]) -> None:

@@ -37,15 +37,15 @@ from okd_lightning.models import (
     ModelSource,
     Vocabulary,
 )
-from okd_lightning.models.schedules import ScheduleName
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.records.requests import Request, Rollout
 from okd_lightning.records.rows import generation_records
 from okd_lightning.teachers import OnlineModuleSettings, Teacher, trained
+from okd_lightning.teachers.online_module import ScheduleName
 from okd_lightning.training.evaluation import Evaluation
 from okd_lightning.training.frozen_parts import FrozenParts
 from okd_lightning.training.generation import respond
-from okd_lightning.training.loop_state import begin_step, count_steps
+from okd_lightning.training.lightning_privates import begin_step, count_steps
 from okd_lightning.training.opening import open_run
 from okd_lightning.training.optimization import Optimization, OptimizerBuilder, clip_by_side
 from okd_lightning.training.pair import Pair
@@ -226,7 +226,8 @@ class DistillationModule(lightning.LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Remove the terms and the teacher's base, so that another Trainer can add its own."""
-        self.terms, self.step_loss.acting, self.pair.teacher_base = [], [], None
+        self.terms, self.pair.teacher_base = [], None
+        self.step_loss.forget()
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode for the student; the teacher stays in eval mode."""
@@ -242,7 +243,7 @@ class DistillationModule(lightning.LightningModule):
     ) -> Iterator[tuple[str, nn.Module]]:
         """Yield all modules; while callbacks set up, those without trained parts are omitted."""
         found = super().named_modules(memo, prefix, remove_duplicate)
-        return self.frozen_parts.listed(self, found)
+        return self.frozen_parts.listed(self, found) if self.frozen_parts.are_hidden else found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy trained parts; share frozen tensors, terms and arguments."""
@@ -267,10 +268,12 @@ class DistillationModule(lightning.LightningModule):
         """Build the built-in engine on ``model``; override to use another for both models."""
         return TransformersEngine(model, self.vocabulary, self.eos_ids)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of some ids, without special tokens."""
+    def decode(self, ids: Sequence[int], special_tokens: bool = False) -> str:
+        """Return the text of some ids, with or without special tokens."""
         found = self.tokenizer.decode(
-            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            list(ids),
+            skip_special_tokens=not special_tokens,
+            clean_up_tokenization_spaces=False,
         )
         return str(found)
 
@@ -388,7 +391,8 @@ class DistillationModule(lightning.LightningModule):
 
     def on_train_batch_start(self, batch: DistillBatch, batch_idx: int) -> None:
         """Restore a resumed run's random streams (dropout), once; drop the last step's metrics."""
-        self.run_state.restore_streams()
+        if self.run_state.rng is not None:
+            self.run_state.restore_streams()
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             begin_step(self.trainer)
 

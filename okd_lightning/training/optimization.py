@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term
-from okd_lightning.models.schedules import ScheduleName, check_schedule
 from okd_lightning.teachers import OnlineModuleSettings, trained
+from okd_lightning.teachers.online_module import ScheduleName, check_schedule
 from okd_lightning.training.distilled_run import DistilledRun
 from okd_lightning.training.optimizer_settings import check_own_scheduler, optimizer_settings
 from okd_lightning.training.optimizers import (

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau as TorchReduceLROnPlateau
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.models.schedules import ScheduleName
+from okd_lightning.teachers.online_module import ScheduleName
 from okd_lightning.training.optimizers import called
 
 DEFAULT_LEARNING_RATE = 5e-5

@@ -20,7 +20,7 @@ from torch.optim import AdamW, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LambdaLR
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.models.schedules import ScheduleName, schedule_factor
+from okd_lightning.teachers.online_module import ScheduleName
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,28 @@ def with_scheduler(optimizer: Optimizer, factory: LRSchedulerCallable) -> Optimi
     else:
         config["lr_scheduler"] = {"scheduler": scheduler, "interval": "step"}
     return config
+
+
+def schedule_factor(name: ScheduleName, step: int, warmup_steps: int, total_steps: float) -> float:
+    """Return the factor on the learning rate at ``step``.
+
+    Warm-up rises linearly from 1/warmup_steps to 1. After it the rate is constant, or falls to 0 at
+    ``total_steps`` linearly or as half a cosine.
+
+    Args:
+        name: "constant", "linear" or "cosine".
+        step: Optimizer steps done so far, from 0.
+        warmup_steps: Steps of warm-up; 0 for none.
+        total_steps: Steps of the whole run.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if name == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    if name == "linear":
+        return 1.0 - progress
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def with_schedule(

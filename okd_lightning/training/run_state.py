@@ -21,7 +21,6 @@ from okd_lightning.checkpoints.contents import (
     without_left_out,
 )
 from okd_lightning.checkpoints.files import read_checkpoint
-from okd_lightning.checkpoints.io import make_durable
 from okd_lightning.checkpoints.signature import is_own_run, run_signature
 from okd_lightning.errors import CheckpointError
 from okd_lightning.teachers import OnlineModuleSettings
@@ -34,12 +33,12 @@ from okd_lightning.training.arguments import (
 from okd_lightning.training.distilled_run import DistilledRun
 from okd_lightning.training.earlier_options import present_mark
 from okd_lightning.training.kept_checkpoints import settle_kept
+from okd_lightning.training.lightning_privates import trainer_of, unlogged_row
 from okd_lightning.training.loaded_ends import loaded_ends
 from okd_lightning.training.loop_state import (
     mark_due_validation,
     record_hparams,
     settle_loops,
-    unlogged_row,
 )
 
 REFUSED_ARGUMENTS = (
@@ -59,6 +58,7 @@ class RunState:
         started_in: Folder to which the config's relative paths refer.
         resume_flag: What a printed command needs to resume this run.
         settings: Method, optimizer, rates, precision and device, for loggers and messages.
+        rng: Random streams to restore at the first step after a resume; None where it is done.
         weights_read: Digest of the weights, in a run of several processes.
     """
 
@@ -72,7 +72,7 @@ class RunState:
         self._arguments: dict[str, Any] | None = None
         self._recorded: list[str] = []  # names of ``settings`` that were added to ``hparams``
         self._measured_before: dict[str, float] = {}  # by the last validation before a resume
-        self._rng: dict[str, Any] | None = None  # random streams for the first step after a resume
+        self.rng: dict[str, Any] | None = None
         self._loaded_step = 0
 
     def begin(self, module: lightning.LightningModule, settings: dict[str, Any]) -> None:
@@ -88,9 +88,9 @@ class RunState:
 
     def restore_streams(self) -> None:
         """Restore a resumed run's random streams (dropout), once."""
-        if self._rng is not None:
-            set_rng_state(self._rng)
-            self._rng = None
+        assert self.rng is not None
+        set_rng_state(self.rng)
+        self.rng = None
 
     def measured_step(self, trainer: lightning.Trainer) -> int:
         """Return the last step of the weights that are measured, resumed or loaded."""
@@ -101,7 +101,7 @@ class RunState:
     ) -> None:
         """Leave frozen weights out; add the resolved config, the methods and the RNG streams.
 
-        All ranks call this. The checkpoint is then written atomically.
+        All ranks call this.
 
         Args:
             module: The module within a run.
@@ -113,7 +113,7 @@ class RunState:
             NonFiniteError: A trained weight is NaN or infinite.
         """
         whole = cast(lightning.LightningModule, module)
-        if whole._trainer is None:
+        if trainer_of(whole) is None:
             raise CheckpointError(
                 "the run was in processes of its own (ddp_fork, ddp_spawn or ddp_notebook), and "
                 "its optimizer and loops ended with them: have the run write its checkpoints, by "
@@ -128,7 +128,6 @@ class RunState:
             if parameter.requires_grad
         }
         check_finite(trained, f"the checkpoint of step {trainer.global_step}")
-        make_durable(trainer)
         mark_due_validation(trainer, checkpoint)
         self._forget(checkpoint.get("hyper_parameters", {}))
         if not checkpoint.get("hyper_parameters"):
@@ -158,7 +157,7 @@ class RunState:
                 **{n: float(v) for n, v in trainer.callback_metrics.items() if n[:4] == "val/"},
             },
             "row": unlogged_row(trainer) if trainer.training else None,
-            "rng": rng_states(trainer.world_size, self._rng),
+            "rng": rng_states(trainer.world_size, self.rng),
         }
 
     def load(self, module: DistilledRun, checkpoint: dict[str, Any]) -> None:
@@ -173,20 +172,20 @@ class RunState:
         whole = cast(lightning.LightningModule, module)
         pair, terms = module.pair, module.terms
         pair.use_ends(loaded_ends(own, pair.ends, resumes=bool(terms)))
-        self._rng = None
+        self.rng = None
         if terms:
-            trainer = module.trainer
+            run = module.trainer
             check_methods(own["methods"], [term.kind for term in terms])
             check_teacher_mark(present_mark(own), pair.teacher.mark)
             if any("student" in term.sources for term in terms):
                 saved = own.get("normalization", "token_mean")
                 check_normalization(saved, module.normalization.by)
             self._measured_before = dict(own["metrics"])
-            self._rng = rng_state_of(own["rng"], trainer.global_rank, trainer.world_size)
-            settle_loops(checkpoint, trainer.accumulate_grad_batches)
+            self.rng = rng_state_of(own["rng"], run.global_rank, run.world_size)
+            settle_loops(checkpoint, run.accumulate_grad_batches)
         check_weights(checkpoint["state_dict"], weights_to_save(whole, whole.state_dict()))
-        if whole._trainer is not None:
-            settle_kept(whole._trainer, checkpoint)
+        if (trainer := trainer_of(whole)) is not None:
+            settle_kept(trainer, checkpoint)
         self._loaded_step = checkpoint["global_step"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term, WeightedLoss, WeightedTerm
-from okd_lightning.losses.reduction import Normalization, step_factor, step_tokens
+from okd_lightning.losses.reduction import Normalization
 from okd_lightning.records.batches import DistillBatch, LossOutput
 from okd_lightning.training.distilled_run import DistilledRun
 
@@ -35,25 +35,11 @@ def acting_terms(
             f"(--trainer.max_steps {step}), or leave the last stage's end out"
         )
     windows = (accumulate_grad_batches, world_size)
-    divisors = [normalization.divisor(batch, term.sources) for term in acting]
+    weights = [term.weight(step) for term in acting]
     return [
-        WeightedTerm(term, term.weight(step) * step_factor(divisor, *windows))
-        for term, divisor in zip(acting, divisors, strict=True)
+        WeightedTerm(term, weight * normalization.factor(batch, term.sources, *windows), weight)
+        for term, weight in zip(acting, weights, strict=True)
     ]
-
-
-def check_batch(batch: object) -> None:
-    """Refuse a batch that another loader has made.
-
-    Raises:
-        ConfigError: The batch is not a DistillBatch.
-    """
-    if not isinstance(batch, DistillBatch):
-        raise ConfigError(
-            f"a batch is a {type(batch).__name__}; expected a DistillBatch: fit on a "
-            "RolloutDataModule, or give a DataLoader a collate_fn that makes DistillBatch objects "
-            "(docs/concepts/extending.md, batches of one's own)"
-        )
 
 
 def teaching_window(terms: Sequence[Term]) -> tuple[int, int | None]:
@@ -67,7 +53,6 @@ def step_means(
     terms: Sequence[WeightedTerm],
     loss: WeightedLoss,
     batch: DistillBatch,
-    step: int,
     teachers: Sequence[str] = (),
 ) -> Mapping[str, Tensor]:
     """Return the micro-batch's contribution to the logged means per token, without gradient.
@@ -76,12 +61,15 @@ def step_means(
     also by teacher, with each one's tokens.
     """
     means: dict[str, Tensor] = {}
+    counts = batch.step_counts
+    assert counts is not None
     for weighted, output in zip(terms, loss.outputs, strict=True):
-        term, count = weighted.term, step_count(batch, weighted.term)
+        term = weighted.term
+        count = sum(counts[code] for code in term.source_codes)
         if count:
             parts = {term.name: output.sum, **output.metrics}
             means.update({name: value / count for name, value in parts.items()})
-            means["loss"] = means.get("loss", 0) + term.weight(step) * means[term.name]
+            means["loss"] = means.get("loss", 0) + weighted.weight * means[term.name]
         for number, of_one in enumerate(batch.teacher_counts):
             tokens = sum(of_one[code] for code in term.source_codes)
             if tokens and output.by_teacher is not None:
@@ -140,25 +128,17 @@ def check_fits(term: Term, others: Sequence[Term]) -> None:
         )
 
 
-def step_count(batch: DistillBatch, term: Term) -> int:
-    """Return the loss tokens of a term in the whole optimizer step.
-
-    Raises:
-        ConfigError: The batch does not have the counts.
-    """
-    counts = step_tokens(batch)
-    return sum(counts[code] for code in term.source_codes)
-
-
 class StepLoss:
     """The loss of a run's micro-batches, and the metrics of its optimizer steps.
 
     Attributes:
         acting: Terms of the last micro-batch.
+        trains_teacher: True if one of them trains the online module.
     """
 
     def __init__(self) -> None:
         self.acting: list[Term] = []
+        self.trains_teacher = False
         self._sums: dict[str, Tensor] = {}
 
     def loss(self, run: DistilledRun, batch: DistillBatch, batch_idx: int) -> Tensor:
@@ -183,25 +163,25 @@ class StepLoss:
         )
         acting = [weighted.term for weighted in terms]
         is_new, self.acting = acting != self.acting, acting
+        self.trains_teacher = any(term.trains_teacher for term in acting)
         loss = run.pair.loss_of(batch, terms, checks=is_new)
         if is_new:
             check_counts(terms, loss.outputs, batch)
         is_last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         names = run.pair.teacher.names
-        self._log(run, batch, step_means(terms, loss, batch, trainer.global_step, names), is_last)
+        self._log(run, batch, step_means(terms, loss, batch, names), is_last)
         return loss.total + self._idle_loss(run)
 
-    @property
-    def trains_teacher(self) -> bool:
-        """True if a term of the last micro-batch trains the online module."""
-        return any(term.trains_teacher for term in self.acting)
+    def forget(self) -> None:
+        """Forget the terms of a run that has ended."""
+        self.acting, self.trains_teacher = [], False
 
     def _idle_loss(self, run: DistilledRun) -> Tensor:
         """Return 0, tied to an online module that no term trains in this step, as DDP expects."""
         idle = torch.zeros((), device=run.device)
         if not self.trains_teacher:
             own = run.pair.teacher.trained_parameters()
-            for parameter in run.pair.placement.tied_to_loss(own):
+            for parameter in run.pair.placement.tied_to_loss(own) if own else ():
                 idle = idle + 0.0 * parameter.sum()
         return idle
 
@@ -213,11 +193,12 @@ class StepLoss:
         for name, value in means.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
         if is_last:
+            shown = [name for name in self._sums if name.endswith("student_loss")] or ["loss"]
             for name, value in self._sums.items():
                 run.log(
                     f"train/{name}",
                     value,
-                    prog_bar=name == "loss",
+                    prog_bar=name in shown,
                     on_step=True,
                     reduce_fx="sum",
                     sync_dist=True,
@@ -228,5 +209,6 @@ class StepLoss:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Share the terms: they belong to the callbacks of the run."""
         own = type(self)()
-        own.acting, own._sums = list(self.acting), dict(self._sums)
+        own.acting, own.trains_teacher = list(self.acting), self.trains_teacher
+        own._sums = dict(self._sums)
         return own

@@ -94,7 +94,7 @@ def test_gkd_mixes_by_its_share(fit: Fit, share: str) -> None:
     assert ("rollout" in {r["kind"] for r in records}) == written == (share != "0")
     if share == "1":
         first = records[0]
-        names = {"step", "kind", "source", "index", "prompt", "response", "num_tokens"}
+        names = {"step", "kind", "source", "index", "prompt", "response", "text", "num_tokens"}
         assert first.keys() == names
         assert first["source"] == "student"
         assert first["prompt"].endswith("=")

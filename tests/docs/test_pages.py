@@ -58,6 +58,7 @@ NUM_NOT_RUN = {
     "docs/state.md": 1,  # SLURM
     "docs/tools.md": 1,  # Qwen
     "docs/vllm.md": 3,  # vLLM
+    "docs/concepts/advantages.md": 2,  # a reward model, a judge
 }
 """Blocks that say so in their title; the README's own Python blocks run in test_readme."""
 RUN_ELSEWHERE = {"docs/evaluation.md": "tests/commands/test_evaluation_doc.py"}

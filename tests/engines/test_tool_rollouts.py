@@ -244,7 +244,7 @@ def test_records_show_who_wrote_what(tokenizer):
     batch = collate([row])
     assert batch.mask[0].tolist() == [False, False, *rollout[0].mask]
     assert (batch.sampler_logprobs[0] == 0).tolist() == [not own for own in batch.mask[0]]
-    (record,) = generation_records(batch, lambda ids: tokenizer.decode(ids))
+    (record,) = generation_records(batch, lambda ids, special_tokens=False: tokenizer.decode(ids))
     assert json.loads(json.dumps(record)) == record
     assert record["response"] == script[0] + answer("21") + script[1]
     assert record["num_tokens"] == sum(rollout[0].mask)

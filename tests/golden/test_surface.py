@@ -57,6 +57,13 @@ def test_the_options_of_fit(capsys):
     options = re.findall(r"^ {2,8}(?:-\w, )?(--[\w.+]+)", printed(capsys, "fit", "--help"), re.M)
     check("fit_options.txt", "\n".join(options) + "\n")
     assert "--model.student" in options
+    help_text = " ".join(printed(capsys, "fit", "--help").split())
+    assert (
+        "DivergenceCallback, GKD, KD, OKD, SFT, Stage; settings of one: --method.help" in help_text
+    )
+    assert re.search(
+        r"AdamW, Adamax and \d+ more; settings of one: --model.optimizer.help", help_text
+    )
     assert "--trainer.max_steps" in options
 
 

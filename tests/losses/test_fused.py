@@ -36,7 +36,7 @@ from okd_lightning.losses import (
     WeightedTerm,
     fused_loss,
     measure,
-    tiling,
+    projection,
     weighted_loss,
 )
 from okd_lightning.losses.reduction import loss_output
@@ -130,7 +130,7 @@ def check_outputs(found, truth) -> None:
 @pytest.mark.parametrize(("tile", "block"), [(1, 1), (3, 2), (4, 4), (7, 3), (None, 100)])
 @pytest.mark.parametrize("name", TERMS)
 def test_fused_is_eager_over_tiles_and_blocks(name, tile, block, make_pair, monkeypatch):
-    monkeypatch.setattr(tiling, "_BLOCK_ELEMENTS", {"cpu": 11 * block})
+    monkeypatch.setattr(projection, "_BLOCK_ELEMENTS", {"cpu": 11 * block})
     whole, cut = make_pair(), make_pair()
     truth = eager(TERMS[name], whole, whole.student, whole.teacher)
     found = fused(TERMS[name], cut, cut.student, cut.teacher, tile)

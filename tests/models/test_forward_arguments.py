@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from okd_lightning.errors import ModelError
 from okd_lightning.models import check_causal, head_inputs, reads_packed_rows
-from okd_lightning.models.forward_arguments import forward_arguments, named_arguments
+from okd_lightning.models.causal_lm import forward_arguments, named_arguments
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT's use of transformers
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"

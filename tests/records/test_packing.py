@@ -20,14 +20,13 @@ from architectures import ARCHITECTURES, build
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig
 
 from okd_lightning.callbacks import GKD, KD, OKD, OPDPlus, Throughput
-from okd_lightning.models import add_adapter, hidden_at_loss, reads_packed_rows
+from okd_lightning.models import add_adapter, hidden_at_loss, reading, reads_packed_rows
 from okd_lightning.models.reading import _packed_states
-from okd_lightning.records import packing
+from okd_lightning.records import sequences
 from okd_lightning.records.batches import TrainingRow
 from okd_lightning.records.collation import collate
-from okd_lightning.records.packing import pack
-from okd_lightning.records.sequences import Sequences
-from okd_lightning.teachers import CachedTeacher, attach_online_module, model_sides
+from okd_lightning.records.sequences import Sequences, pack
+from okd_lightning.teachers import CachedTeacher, attach_online_module
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT's use of transformers
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -91,8 +90,8 @@ def test_a_spread_of_lengths_costs_little():
 def test_a_large_micro_batch_is_planned_with_few_trials(monkeypatch):
     """And a model that does not pack has nothing planned."""
     trials = []
-    spread = packing._spread
-    monkeypatch.setattr(packing, "_spread", lambda *call: trials.append(call) or spread(*call))
+    spread = sequences._spread
+    monkeypatch.setattr(sequences, "_spread", lambda *call: trials.append(call) or spread(*call))
     generator = random.Random(0)
     lengths = [generator.randint(20, 512) for _ in range(512)]
     read = Sequences(torch.zeros(512, 512), torch.tensor(lengths), torch.ones(512, 512) > 0)
@@ -301,9 +300,9 @@ def test_wasted_positions(packing, tmp_path, make_module):
 def test_a_cache_is_written_of_packed_rows(tmp_path, make_module, monkeypatch):
     """What can be packed is known when the teacher has been loaded."""
     packed = []
-    read = model_sides.hidden_at_loss
+    read = reading.hidden_at_loss
     monkeypatch.setattr(
-        model_sides, "hidden_at_loss", lambda m, r, packs: packed.append(packs) or read(m, r, packs)
+        reading, "hidden_at_loss", lambda m, r, packs: packed.append(packs) or read(m, r, packs)
     )
     module = make_module(kind=lambda teacher: CachedTeacher(teacher, str(tmp_path / "cache")))
     tiny.fit(tmp_path, module, [KD()], tiny.make_rows(8), max_steps=1)

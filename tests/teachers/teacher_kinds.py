@@ -148,6 +148,11 @@ KINDS: dict[str, Kind] = {
         refuses=(lambda: GKD(on_policy_fraction=1.0), "no cache can hold those"),
         generates=False,
     ),
+    "cached ensemble": Kind(
+        lambda at: CachedTeacher(TeacherEnsemble([at.teacher, at.copy]), at.cache, ALL, "float32"),
+        refuses=(another_module, "has one that stays as it was"),
+        generates=False,
+    ),
     "foreign": Kind(
         lambda at: ForeignTeacher(at.teacher, at.foreign),
         refuses=(lambda: OPDPlus(discount=0.5), "has discount 0.5"),

@@ -22,7 +22,14 @@ from okd_lightning.errors import CheckpointError, ConfigError
 from okd_lightning.records.noise import NoiseStream
 from okd_lightning.records.requests import Prompt, Request
 from okd_lightning.records.sampling import Sampling
-from okd_lightning.teachers import FrozenSelf, LoadedTeacher, ServedTeacher, TeacherEnsemble
+from okd_lightning.teachers import (
+    CachedTeacher,
+    FrozenSelf,
+    LoadedTeacher,
+    RoutedTeachers,
+    ServedTeacher,
+    TeacherEnsemble,
+)
 from okd_lightning.training.generation import MixtureEngine
 from okd_lightning.training.module import DistillationModule
 
@@ -146,6 +153,26 @@ def test_a_mixture_with_the_student_holds_all_models(folders):
         expected = (0.6 * own + 0.4 * mixed_logprobs(module, ids)[-1].exp()).log()
     for response in responses:
         assert response.logprobs[0] == pytest.approx(float(expected[response.ids[0]]), abs=1e-5)
+
+
+def test_its_cache_holds_the_mixed_distribution(folders, tmp_path):
+    expected = train(tmp_path / "a", make(folders, both(folders, [0.2, 0.8])), [KD()])
+    cache = str(tmp_path / "cache")
+
+    def cached(weights) -> tiny.Recorder:
+        teacher = CachedTeacher(both(folders, weights), cache, tiny.NUM_IDS, "float32")
+        return train(tmp_path / "b", make(folders, teacher), [KD()])
+
+    found = cached([0.2, 0.8])
+    for mine, theirs in zip(found.losses, expected.losses, strict=True):
+        assert mine["train/kd"] == pytest.approx(theirs["train/kd"], rel=1e-5)
+    entries = set((tmp_path / "cache").iterdir())
+    cached([0.2, 0.8])
+    assert set((tmp_path / "cache").iterdir()) == entries
+    cached([0.8, 0.2])
+    assert set((tmp_path / "cache").iterdir()) > entries
+    with pytest.raises(ConfigError, match="RoutedTeachers has none"):
+        CachedTeacher(RoutedTeachers({"a": folders["llama"]}), cache)
 
 
 def test_okd_trains_the_first_models_module(folders, tmp_path):

@@ -18,7 +18,7 @@ from peft import LoraConfig
 from okd_lightning.callbacks import GKD, KD, SFT
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import ReverseKL
-from okd_lightning.losses import tiling
+from okd_lightning.losses import projection
 from okd_lightning.rollouts import RolloutLoader
 from okd_lightning.training.module import DistillationModule
 
@@ -124,8 +124,8 @@ def test_amount_and_kind_of_padding(name, tmp_path, make_module, monkeypatch):
 @pytest.mark.parametrize("name", ["tempered KD + CE", "mixed sources"])
 def test_many_tiles(name, tmp_path, make_module, monkeypatch):
     truth = run(tmp_path, make_module, RUNS[name]())
-    monkeypatch.setattr(tiling, "_TILE_ELEMENTS", {"cpu": 3 * tiny.NUM_IDS})
-    monkeypatch.setattr(tiling, "_BLOCK_ELEMENTS", {"cpu": 2 * tiny.NUM_IDS})
+    monkeypatch.setattr(projection, "_TILE_ELEMENTS", {"cpu": 3 * tiny.NUM_IDS})
+    monkeypatch.setattr(projection, "_BLOCK_ELEMENTS", {"cpu": 2 * tiny.NUM_IDS})
     check_same(run(tmp_path, make_module, RUNS[name]()), truth)
 
 

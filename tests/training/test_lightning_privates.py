@@ -19,6 +19,7 @@ from torch import nn
 
 import okd_lightning
 from okd_lightning.callbacks import SFT
+from okd_lightning.errors import ConfigError
 from okd_lightning.training import lightning_privates
 
 PACKAGE = Path(okd_lightning.__file__).parent
@@ -82,12 +83,11 @@ class Seen(Callback):
     """What the functions return within a run."""
 
     def __init__(self) -> None:
-        self.due, self.rows, self.results = [], [], []
+        self.due, self.rows = [], []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.due.append(lightning_privates.will_validate(trainer))
-        self.rows.append(lightning_privates.row_for_loggers(trainer))
-        self.results.append(lightning_privates.logged_results(trainer))
+        self.rows.append(lightning_privates.unlogged_row(trainer))
 
 
 def test_values_are_those_of_the_run(make_module, tmp_path):
@@ -100,15 +100,19 @@ def test_values_are_those_of_the_run(make_module, tmp_path):
     assert seen.due == [False, True, False, True]
     assert [row is None for row in seen.rows] == [True, False, True, False]
     assert "train/loss" in seen.rows[1]
-    assert all(found for found in seen.results)
+    assert [row["step"] for row in seen.rows if row is not None] == [1, 3]
 
 
 def test_settings_of_a_trainer(tmp_path):
     trainer = tiny.make_trainer(
-        tmp_path, use_distributed_sampler=False, val_check_interval="0:1:0:0"
+        tmp_path,
+        use_distributed_sampler=False,
+        val_check_interval="0:1:0:0",
+        accumulate_grad_batches=2,
     )
     assert lightning_privates.uses_distributed_sampler(trainer) is False
-    assert lightning_privates.validation_seconds(trainer) == 3600
+    with pytest.raises(ConfigError, match="val_check_interval of 3600 seconds"):
+        lightning_privates.begin_step(trainer)
     assert isinstance(lightning_privates.cluster_environment(trainer), LightningEnvironment)
     assert lightning_privates.started_ranks(trainer) is None
     lightning_privates.set_root_dir(trainer, tmp_path / "other")

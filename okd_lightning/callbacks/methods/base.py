@@ -6,6 +6,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any, Self
 
 import lightning
@@ -48,7 +49,7 @@ class Method(Callback, ABC):
     def terms(self) -> tuple[Term, ...]:
         """Terms of the method, from its present attributes; built once per run, at ``setup``."""
 
-    @property
+    @cached_property  # Lightning's profiler reads it around every hook
     def state_key(self) -> str:
         """Key of this callback's state in checkpoints, unique among callbacks of its class."""
         return f"{type(self).__qualname__}.{self.name}"

@@ -89,8 +89,7 @@ class DivergenceCallback(DistillationCallback):
 
     def loss(self, measured: Measured) -> LossOutput:
         """Return the sum over the rows of all sources, in nats."""
-        values = measured[self._exact]
-        mask = measured.mask(self.sources)
+        mask, values = measured.mask(self.sources), measured[self._exact]
         w = self.cross_entropy_weight
         if not w:
             return loss_output(values, mask)

@@ -14,9 +14,9 @@ from okd_lightning.divergences.tempered import at_temperature
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import DrawnLogProb, ExactDivergence, Measured, Quantity, TeacherShift
 from okd_lightning.losses.reduction import loss_output
-from okd_lightning.models.schedules import ScheduleName, check_schedule
 from okd_lightning.records.batches import LossOutput, Source
 from okd_lightning.teachers import OnlineModuleSettings
+from okd_lightning.teachers.online_module import ScheduleName, check_schedule
 from okd_lightning.training.module import DistillationModule
 
 

@@ -2,7 +2,8 @@
 
 A rollout batch is generated at once and then used for some steps, so that seconds a step are not
 meaningful within the first rollout batch. Generation is therefore divided by the steps that it is
-for, and all else (training, validation, checkpoints) by the finished steps.
+for, and all else (training, checkpoints) by the finished steps. Validation and sample tables, which
+come at intervals, are not counted.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Pace:
     def start(self, step: int) -> None:
         """Start a run, or resume it with ``step`` finished optimizer steps."""
         self._began = self._clock()
+        self._stopped = 0.0
+        self.is_stopped = False
         self._first_step = self._step = step
         self._written_from: int | None = None
         self.written_to = step
@@ -40,6 +43,9 @@ class Pace:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Count the time within the context as generation for training."""
+        if self.is_stopped:
+            yield
+            return
         began = self._clock()
         try:
             yield
@@ -60,15 +66,33 @@ class Pace:
         self._step = step
         self._tokens += tokens
 
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Leave the time within the context out, but for ``elapsed``."""
+        if self.is_stopped:
+            yield
+            return
+        began, self.is_stopped = self._clock(), True
+        try:
+            yield
+        finally:
+            self._stopped += self._clock() - began
+            self.is_stopped = False
+
     @property
     def elapsed(self) -> float:
         """Seconds since the start."""
         return self._clock() - self._began
 
     @property
+    def counted(self) -> float:
+        """Seconds since the start, without those in ``stopped``."""
+        return self.elapsed - self._stopped
+
+    @property
     def tokens_per_second(self) -> float | None:
-        """Tokens trained on per second of total time; None before the first step's end."""
-        return self._tokens / max(self.elapsed, 1e-9) if self._tokens else None
+        """Tokens trained on per counted second; None before the first step's end."""
+        return self._tokens / max(self.counted, 1e-9) if self._tokens else None
 
     @property
     def training_tokens_per_second(self) -> float | None:
@@ -84,7 +108,7 @@ class Pace:
         num_done = self._step - self._first_step
         if not num_done or not math.isfinite(num_steps):
             return None
-        left = (self.elapsed - self._writing) / num_done * (num_steps - self._step)
+        left = (self.counted - self._writing) / num_done * (num_steps - self._step)
         num_written = self.written_to - (self._written_from or 0)
         if num_written > 0:
             left += self._writing / num_written * max(0.0, num_steps - self.written_to)

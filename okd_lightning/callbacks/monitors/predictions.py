@@ -10,6 +10,7 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
+from okd_lightning.data import RolloutDataModule
 from okd_lightning.durable_files import own_aside, write_whole
 from okd_lightning.records.batches import DistillBatch
 
@@ -37,6 +38,8 @@ class PredictionLog(Callback):
     ) -> None:
         """Write all records in the order of the dataset; an earlier file stays until then.
 
+        The ``prompt`` of a chat is the user's last message.
+
         Raises:
             OutputError: The file cannot be written.
         """
@@ -44,6 +47,12 @@ class PredictionLog(Callback):
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         records = sorted(self._records, key=lambda record: record["index"])
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, RolloutDataModule):
+            chats = {e.index: e for e in data.examples("predict").examples if e.chat is not None}
+            for record in records:
+                if record["index"] in chats:
+                    record["prompt"] = chats[record["index"]].question
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         path = folder / f"predictions{suffix}.jsonl"
         write_whole(path, "".join(lines), own_aside(path))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -75,6 +75,7 @@ class RunProgressBar(RichProgressBar):
         super().__init__(refresh_rate, leave, console_kwargs=console_kwargs)
         self.seconds_between_lines = seconds_between_lines
         self._pace = Pace()
+        self._validation = ExitStack()
         self._has_lines = False
         self._said_at = -math.inf
         self._rows: dict[str, TaskID] = {}
@@ -200,13 +201,25 @@ class RunProgressBar(RichProgressBar):
     def on_validation_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Hold the displayed time left until the next step has finished."""
+        """Hold the displayed time left until the next step has finished, and stop the clock."""
         super().on_validation_start(trainer, pl_module)
+        self._validation.enter_context(self._pace.stopped())
         if self.is_enabled and trainer.state.fn == "fit" and not trainer.sanity_checking:
             assert self.progress is not None
             assert self.train_progress_bar_id is not None
             task = self.train_progress_bar
             self.progress.update(task.id, held=_time_left(task))
+
+    def on_validation_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Start the clock again."""
+        super().on_validation_end(trainer, pl_module)
+        self._validation.close()
+
+    def stopped(self) -> AbstractContextManager[None]:
+        """Stop the clock within the context, for work that is no part of training."""
+        return self._pace.stopped()
 
     def _show_run(self, step: int) -> None:
         if self.progress is None or self.is_disabled or self.train_progress_bar_id is None:
@@ -258,7 +271,7 @@ class RunProgressBar(RichProgressBar):
     @contextmanager
     def writing(self, description: str, total: int) -> Iterator[Progress | None]:
         """Show a row for what a model generates or reads; see ``ShowsWriting``."""
-        is_for_training = self.trainer.training
+        is_for_training = bool(self.trainer.training) and not self._pace.is_stopped
         with self._pace.writing() if is_for_training else nullcontext():
             if self._has_lines:
                 yield self._telling(description, total, self._say_written)
@@ -308,7 +321,7 @@ class RunProgressBar(RichProgressBar):
         step, pace = trainer.global_step, self._pace
         parts = [f"step {step}" + (f"/{self._num_steps}" if self._num_steps < math.inf else "")]
         if pace.tokens_per_second is not None:
-            parts.append(f"{pace.tokens_per_second:,.0f} tok/s")
+            parts.append(_rate(pace.tokens_per_second))
         left = self._seconds_left()
         if is_last:
             parts.append(f"{_duration(pace.elapsed)} in all")
@@ -317,7 +330,7 @@ class RunProgressBar(RichProgressBar):
         self._say("  ".join([*parts, *_shown(self.get_metrics(trainer, pl_module))]))
 
     def _say_written(self, name: str, done: int, total: int, speed: float | None) -> None:
-        at = "" if speed is None else f"  {speed:,.0f} tok/s"
+        at = "" if speed is None else f"  {_rate(speed)}"
         if done < total and self._is_due():
             self._say(f"{name} {done}/{total}{at}")
 
@@ -347,7 +360,11 @@ def _count(task: Task) -> str:
 
 def _speed(task: Task) -> str:
     speed = task.fields.get("speed")
-    return "" if speed is None else f"{speed:,.0f} tok/s"
+    return "" if speed is None else _rate(speed)
+
+
+def _rate(speed: float) -> str:
+    return f"{speed:,.{int(speed < 10)}f} tok/s"
 
 
 def _time_left(task: Task) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
+from okd_lightning.callbacks.monitors.progress_bar import RunProgressBar
 from okd_lightning.callbacks.monitors.sample_views import Sample, samples_markdown, samples_table
 from okd_lightning.callbacks.monitors.throughput import Throughput
 from okd_lightning.data import RolloutDataModule
+from okd_lightning.data.progress import rollout_progress
 from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.errors import ConfigError
 from okd_lightning.records.batches import Example
@@ -124,9 +127,11 @@ class SampleTable(Callback):
                 )
             self._prompts, self._teacher = prompts, None
             is_new = trainer.global_step == 0
-            self._before = self._answers(pl_module, data, "student") if is_new else None
+            with clocks_stopped(trainer):
+                self._before = self._answers(pl_module, data, "student") if is_new else None
         if self._teacher is None and pl_module.pair.teacher.generates:
-            self._teacher = self._answers(pl_module, data, "teacher")
+            with clocks_stopped(trainer):
+                self._teacher = self._answers(pl_module, data, "teacher")
 
     def on_train_batch_end(
         self,
@@ -142,10 +147,7 @@ class SampleTable(Callback):
         step = trainer.global_step
         if step % self.every_n_steps == 0 or step >= self._last_step:
             assert isinstance(pl_module, DistillationModule)
-            with ExitStack() as clocks:
-                for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                    if isinstance(callback, Throughput):
-                        clocks.enter_context(callback.stopped())
+            with clocks_stopped(trainer):
                 self._show(trainer, self._samples(trainer, pl_module))
 
     # ---------------------------------------------------------------- answers
@@ -159,7 +161,7 @@ class SampleTable(Callback):
         return [
             Sample(
                 index=example.index,
-                prompt=self._prompts[i],
+                prompt=example.question if example.chat is not None else self._prompts[i],
                 teacher=teacher[i] if teacher is not None else None,
                 student_before=self._before[i] if self._before is not None else None,
                 student_now=now[i],
@@ -182,8 +184,9 @@ class SampleTable(Callback):
         )
 
         def generate() -> list[str]:
-            with naming_the_prompts(request):
-                rollout = module.respond(request)
+            shown = rollout_progress(trainer, f"samples of the {generator}", len(own))
+            with naming_the_prompts(request), shown as progress:
+                rollout = module.respond(replace(request, progress=progress))
             return [
                 module.decode(response.ids) + ("…" if response.stop_reason == "length" else "")
                 for response in rollout
@@ -215,6 +218,16 @@ class SampleTable(Callback):
         if console.is_terminal if self.terminal is None else self.terminal:
             what = f"{len(samples)} prompts of {self._part} after {trainer.global_step} steps"
             console.print(samples_table(samples, what, console))
+
+
+@contextmanager
+def clocks_stopped(trainer: lightning.Trainer) -> Iterator[None]:
+    """Stop the run's clocks (of ``Throughput`` and the progress bar) within the context."""
+    with ExitStack() as clocks:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Throughput | RunProgressBar):
+                clocks.enter_context(callback.stopped())
+        yield
 
 
 def _prompts_of(

@@ -22,7 +22,7 @@ class Sample:
 
     Attributes:
         index: Row of the dataset.
-        prompt: The student's prompt.
+        prompt: The student's prompt; of a chat the user's last message.
         teacher: The teacher's answer.
         student_before: The student's before training.
         student_now: The student's now.

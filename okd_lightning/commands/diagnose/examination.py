@@ -27,6 +27,7 @@ from okd_lightning.commands.diagnose.trials import run_trials
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import ReverseKL
 from okd_lightning.records.batches import DistillBatch, Example
+from okd_lightning.teachers import Teacher
 from okd_lightning.training.module import DistillationModule
 
 _MOST_STEPS = 4  # of the drift
@@ -94,7 +95,7 @@ class Examination(Callback):
         has_answers = all(on_given)
         return Diagnosis(
             student=_described(module.pair.student_source, module.student),
-            teacher=_described(module.pair.teacher.source, module.teacher),
+            teacher=_described(_name_of(module.pair.teacher), module.teacher),
             checks=tuple(checks),
             rows=rows,
             gradients=probe.finding(),
@@ -158,6 +159,10 @@ def _groups(examples: Sequence[Example], num: int, size: int, seed: int) -> Iter
 def _middle(batches: Sequence[DistillBatch]) -> DistillBatch:
     """Return the median of a step's micro-batches, which are sorted by length."""
     return batches[len(batches) // 2]
+
+
+def _name_of(teacher: Teacher) -> object:
+    return teacher.mark if len(teacher.own_sources) > 1 else teacher.source
 
 
 def _described(source: object, model: torch.nn.Module | None) -> str:

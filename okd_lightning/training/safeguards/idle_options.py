@@ -157,8 +157,9 @@ def _teacher_dtype(run: _Run) -> str | None:
 
 
 def _attention(run: _Run) -> str | None:
-    models = (run.module.pair.student_source, run.module.pair.teacher.source)
-    is_loaded = all(model is None or isinstance(model, PreTrainedModel) for model in models)
+    pair = run.module.pair
+    models = (pair.student_source, *pair.teacher.own_sources)
+    is_loaded = all(isinstance(model, PreTrainedModel) for model in models)
     return "models in memory keep their attention" if is_loaded else None
 
 

@@ -6,8 +6,8 @@ would find it empty. The order here:
 
 1. the data module's ``setup``;
 2. callbacks with ``precedes_models``: methods register their terms, measures check themselves;
-3. ``ModelsFirst``: it checks the run, the data is read (broken rows are reported before any
-   weights are loaded), and the module builds its models;
+3. ``ModelsFirst``: it checks the run and sets how checkpoints are written, the data is read (broken
+   rows are reported before any weights are loaded), and the module builds its models;
 4. all other callbacks, the module's ``setup``, and ``configure_model``, which finds them built.
 
 ``ModelsFirst`` also precedes callbacks that read batches, and refuses a batch that is not a
@@ -27,16 +27,17 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 
-from okd_lightning.checkpoints.folders import read_folders
+from okd_lightning.checkpoints.io import use_durable_checkpoints
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError
 from okd_lightning.models import check_precision
+from okd_lightning.records.batches import DistillBatch
 from okd_lightning.sharding import FSDP2Strategy
 from okd_lightning.training.distilled_run import distilled_run
+from okd_lightning.training.lightning_privates import is_compiled
 from okd_lightning.training.optimizers import float16_refusal
 from okd_lightning.training.pair import Pair
 from okd_lightning.training.safeguards.idle_options import warn_of_idle_options
-from okd_lightning.training.step import check_batch
 
 _NEED_WHOLE_MODELS = (ModelPruning, StochasticWeightAveraging, WeightAveraging)
 
@@ -62,6 +63,7 @@ class ModelsFirst(Callback):
         run = distilled_run(pl_module)
         assert run is not None
         check_run(pl_module, run.pair, stage)
+        use_durable_checkpoints(trainer)
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, RolloutDataModule):
             data.read_ahead(stage)
@@ -143,13 +145,26 @@ def check_run(module: lightning.LightningModule, pair: Pair, stage: str) -> None
     """
     if stage == "fit" and pair.dtype == "float16" and pair.student_adapter is None:
         raise ConfigError(float16_refusal("the student"))
-    read_folders(module.trainer)
     check_precision(str(module.trainer.precision))
-    if module._compiler_ctx is not None or module._compiled_call_impl is not None:
+    if is_compiled(module):
         raise ConfigError(
             "the module is wrapped by torch.compile, which cannot trace rollouts and losses; "
             "give the module as it is, and compile the blocks of both models with "
             "model.compile_blocks (--model.compile_blocks true, or compile_blocks=True)"
+        )
+
+
+def check_batch(batch: object) -> None:
+    """Refuse a batch that another loader has made.
+
+    Raises:
+        ConfigError: The batch is not a DistillBatch.
+    """
+    if not isinstance(batch, DistillBatch):
+        raise ConfigError(
+            f"a batch is a {type(batch).__name__}; expected a DistillBatch: fit on a "
+            "RolloutDataModule, or give a DataLoader a collate_fn that makes DistillBatch objects "
+            "(docs/concepts/extending.md, batches of one's own)"
         )
 
 

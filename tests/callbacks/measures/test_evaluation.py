@@ -8,6 +8,7 @@ every pass; nothing of it changes the training; validate, fit and validate work 
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 
 import pytest
@@ -177,4 +178,7 @@ def test_predictions(batch_size, tmp_path, make_module):
         assert record["num_tokens"] <= 5
         assert ended or record["num_tokens"] == 5
         assert len(record["response"]) <= record["num_tokens"] - ended
+        plain = re.sub("<(bos|eos|pad)>", "", record["text"])
+        assert plain == record["prompt"] + record["response"]
+        assert record["text"].endswith("<eos>") == ended
     assert {record["stop_reason"] for record in records} == {"eos", "length"}

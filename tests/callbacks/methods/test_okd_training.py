@@ -20,8 +20,8 @@ from test_okd_anchor import Shaken
 
 from okd_lightning.callbacks import OKD, LastCheckpoint
 from okd_lightning.errors import ConfigError
-from okd_lightning.models.schedules import schedule_factor
 from okd_lightning.training.module import DistillationModule
+from okd_lightning.training.optimizers import schedule_factor
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT's use of transformers
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"

@@ -17,10 +17,11 @@ import tiny
 from lightning.pytorch.callbacks import Callback, Timer
 from parallel_runs import Killed, Killer
 from rich.console import Console
+from rich.progress import Task, TaskID
 
-from okd_lightning.callbacks import GKD, KD, LastCheckpoint
+from okd_lightning.callbacks import GKD, KD, OKD, LastCheckpoint
 from okd_lightning.callbacks.monitors.pace import Pace
-from okd_lightning.callbacks.monitors.progress_bar import RunProgressBar
+from okd_lightning.callbacks.monitors.progress_bar import RunProgressBar, _speed
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError
 
@@ -210,9 +211,44 @@ def test_time_left_counts_writing_by_what_is_written():
         pace.batch_begins(4)
         clock.now += 1
         pace.batch_ends(step, 100)
-    clock.now += 8  # validation
+    clock.now += 8  # a checkpoint
     assert pace.seconds_left(8) == pytest.approx(4 * (4 + 8) / 4 + 40)
     assert pace.seconds_left(float("inf")) is None
+
+
+def test_the_clock_stops_for_samples_and_validation():
+    clock = Clock()
+    pace = Pace(clock)
+    pace.start(0)
+    with pace.stopped(), pace.stopped(), pace.writing():
+        clock.now += 100
+    pace.batch_begins(1)
+    clock.now += 2
+    pace.batch_ends(1, 100)
+    with pace.stopped():
+        clock.now += 50
+    assert pace.seconds_left(4) == pytest.approx(3 * 2)
+    assert pace.tokens_per_second == pytest.approx(50)
+    assert pace.elapsed == pytest.approx(152)
+
+
+def test_a_slow_rate_has_a_decimal():
+    task = Task(TaskID(0), "run", None, 0, _get_time=lambda: 0.0)
+    shown = []
+    for task.fields["speed"] in (0.42, 9.5, 10.4, 12345.6):
+        shown.append(_speed(task))
+    assert shown == ["0.4 tok/s", "9.5 tok/s", "10 tok/s", "12,346 tok/s"]
+
+
+def test_the_bar_shows_okds_student(tmp_path, make_module, caplog):
+    bar = RunProgressBar(console_kwargs={"file": io.StringIO()})
+    trainer = tiny.make_trainer(tmp_path, [OKD(), bar], enable_progress_bar=True, max_steps=1)
+    with caplog.at_level(logging.INFO):
+        trainer.fit(make_module(), RolloutDataModule(tiny.make_rows(8), seed=7, **SMALL))
+    line = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("step "))
+    student = trainer.callback_metrics["train/student_loss"]
+    assert f"student_loss {student:.3f}" in line
+    assert student < trainer.callback_metrics["train/loss"] - 1
 
 
 def test_time_left_of_a_run_that_goes_on_within_a_chunk():

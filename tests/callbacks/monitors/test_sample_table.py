@@ -23,7 +23,9 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from okd_lightning.callbacks import GKD, KD, OKD, SFT, LastCheckpoint, SampleTable, Throughput
+from okd_lightning.callbacks.monitors.predictions import PredictionLog
 from okd_lightning.callbacks.monitors.sample_views import Sample, samples_markdown, samples_table
+from okd_lightning.data import RolloutDataModule
 from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.engines.transformers_engine import TransformersEngine
 from okd_lightning.errors import ConfigError
@@ -277,3 +279,20 @@ def test_numbers_below_their_least(name):
 def test_no_prompts_are_no_tables(tmp_path, make_module):
     fit(tmp_path, make_module(), callbacks=[SampleTable(1, num_prompts=0)])
     assert not (tmp_path / "rollouts.jsonl").exists()
+
+
+def test_a_chats_last_question_is_shown(tmp_path, make_module):
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    turns = [("system", "gh"), ("user", "ab"), ("assistant", "c"), ("user", "de")]
+    chat = [{"role": role, "content": text} for role, text in turns]
+    rows = [{"messages": [*chat, {"role": "assistant", "content": "f"}]}] * 4
+    module = make_module(tokenizer=tokenizer)
+    tiny.fit(tmp_path, module, [KD()], rows, callbacks=[SampleTable(1, num_prompts=1)], max_steps=1)
+    assert {record["prompt"] for record in records(tmp_path)} == {"de"}
+    data = RolloutDataModule(predict=rows, max_response_length=2)
+    tiny.make_trainer(tmp_path, [PredictionLog()]).predict(module, data)
+    lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
+    for record in map(json.loads, lines):
+        assert record["prompt"] == "de"
+        assert record["text"].startswith("ghabcde")

@@ -11,7 +11,8 @@ import math
 import pytest
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.models.schedules import schedule_factor
+from okd_lightning.teachers.online_module import check_schedule
+from okd_lightning.training.optimizers import schedule_factor
 
 
 def factors(name, warmup_steps=4, total_steps=12):
@@ -41,4 +42,4 @@ def test_a_run_that_is_all_warm_up():
 
 def test_an_unknown_name_is_refused():
     with pytest.raises(ConfigError, match=r"schedule.*'linaer'.*constant, linear, cosine"):
-        schedule_factor("linaer", 0, 0, 10)
+        check_schedule("linaer")
