@@ -74,9 +74,9 @@ class Advantage(ABC):
     ) -> RowValues:
         """Return the advantage of every chunk of text, where the teacher has another tokenizer.
 
-        The arguments are those of ``credit``, a chunk in place of a token. Where a chunk begins may
-        depend on later bytes, so that sums over the rest of a response are biased. By default it is
-        ``credit``, for advantages without such sums.
+        The arguments are as above, a chunk in place of a token. Where a chunk begins may depend on
+        later bytes, so that sums over the rest of a response are biased. The default is for
+        advantages without such sums.
         """
         return self.credit(student_logprobs, teacher_logprobs, mask, state_value)
 

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from okd_lightning.losses.side import Side
-from okd_lightning.losses.tiling import tile_size
+from okd_lightning.losses.projection import Side, tile_size
 from okd_lightning.records.chunks import Covers
 
 _LEAST = 1e-12

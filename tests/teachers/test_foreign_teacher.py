@@ -310,6 +310,22 @@ def test_tools_are_refused(root, tmp_path):
         train(tmp_path, foreign(root), [OPDPlus()], data={"tools": [Calculator()]})
 
 
+def test_a_third_model_is_refused(root):
+    with pytest.raises(ConfigError, match="would be compared with a teacher of another tokenizer"):
+        foreign(root).pair.add_teacher_base(str(root / "teacher"), "--method.teacher_base")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_diagnose_is_refused(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.csv").write_text("prompt,response\na,b\n")
+    words = ["--model.student", str(root / "student"), "--model.teacher", "ForeignTeacher"]
+    words += ["--model.teacher.model", str(root / "pairs"), "--data.train", "rows.csv"]
+    with unchanged_process():
+        assert main(["diagnose", "--method", "KD", *words, "--trainer.accelerator", "cpu"]) == 1
+    assert "diagnose compares single tokens, and this teacher" in capsys.readouterr().err
+
+
 def test_rows_without_the_teachers_ids_are_refused(root, tmp_path):
     module = foreign(root)
     module.configure_model()
