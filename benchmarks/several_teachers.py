@@ -47,7 +47,7 @@ STUDENT = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": True,
 }
-ROWS, STEPS, LONGEST, VAL_ROWS = 16, 200, 96, 100
+ROWS, STEPS, LONGEST, VAL_ROWS = 16, 120, 64, 50
 COST_STEPS, COST_ROUNDS = 6, 5
 
 Make = Callable[[Path], Teacher | str]

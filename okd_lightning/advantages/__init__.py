@@ -3,15 +3,13 @@
 * ``base``: ``Advantage``, the interface.
 * ``checking``: ``as_advantage``, an object, class or name, with its values checked.
 * ``f_divergence``: ``FDivergenceAdvantage`` of any divergence, as commonly used (biased) and
-  corrected (OPD+), with baselines, discount and clipping.
-* ``shaping``: ``reward_to_go``.
+  corrected (OPD+), with baselines, discount and clipping; ``reward_to_go``.
 
 Pure: nothing here knows models, padding, or Lightning.
 """
 
 from okd_lightning.advantages.base import Advantage
 from okd_lightning.advantages.checking import as_advantage
-from okd_lightning.advantages.f_divergence import FDivergenceAdvantage, Variant
-from okd_lightning.advantages.shaping import reward_to_go
+from okd_lightning.advantages.f_divergence import FDivergenceAdvantage, Variant, reward_to_go
 
 __all__ = ["Advantage", "FDivergenceAdvantage", "Variant", "as_advantage", "reward_to_go"]

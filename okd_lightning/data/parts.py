@@ -8,7 +8,7 @@ from typing import Any
 from okd_lightning.data.distilled_module import DistilledPair
 from okd_lightning.data.end_tokens import handed_over, written_elsewhere
 from okd_lightning.data.examples import ExampleSet
-from okd_lightning.data.row_report import report_rows, warn_of_unread
+from okd_lightning.data.row_report import report_plain_prompts, report_rows, warn_of_unread
 from okd_lightning.data.sources import DataSource, describe_source, load_rows
 from okd_lightning.data.table_ids import check_table_ids
 from okd_lightning.data.teacher_choice import check_choice, teachers_of
@@ -83,6 +83,8 @@ def read_part(
         [*written_elsewhere(pair.tokenizer, ends, template), *handed_over(found.examples, ends)]
     )
     report_rows(part, where, found, limit, teaches_responses=settings["needs_response"])
+    if part == "train":
+        report_plain_prompts(part, found, pair.tokenizer)
     generators: tuple[Generator, ...] = ("student", "teacher")
     longest = [
         max(len(e.prompt_for(generator).ids) for e in found.examples) + limit

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.data.column_hints import unread_warning
 from okd_lightning.data.columns import Columns, RawRow
@@ -12,6 +13,12 @@ from okd_lightning.data.examples import ExampleSet
 
 MANY_CUT = 0.2
 """Share of cut responses from which on a run warns: a cut response has no end to learn."""
+
+
+PLAIN_PROMPTS = (
+    "plain prompts, though the tokenizer has a chat template: a chat model wants messages "
+    "(--data.as_chat true)"
+)
 
 
 def report_rows(
@@ -33,6 +40,16 @@ def report_rows(
     )
     if teaches_responses and found.share_cut >= MANY_CUT:
         rank_zero_warn(f"{part}: {cut_advice(found, limit)}")
+
+
+def report_plain_prompts(part: str, found: ExampleSet, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Log that a tokenizer for chats reads prompts that are none; rows without prompts are fine."""
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    is_plain = any(
+        example.chat is None and len(example.prompt_ids) > 1 for example in found.examples[:1]
+    )  # a whole text's prompt is its first id
+    if has_template and is_plain:
+        rank_zero_info(f"{part}: {PLAIN_PROMPTS}")
 
 
 def cut_advice(found: ExampleSet, limit: int) -> str:

@@ -162,9 +162,10 @@ class Comparison:
         results = self.folder.results()
         if results:
             self.console.print(comparison_table(results))
-            self.console.print(cost_table(results))
+            reasons = {run.name: str(run.failure) for run in failed}
+            self.console.print(cost_table(results, reasons))
             self.console.print(reading(results))
-        for run in failed:
+        for run in failed if not results else ():
             self.console.print(Text.assemble(("failed", "red"), f"  {run.name}: {run.failure}"))
         if failed:
             self.console.print("the same command tries failed runs once more")

@@ -9,7 +9,7 @@ from okd_lightning.commands.diagnose.responses import Responses
 from okd_lightning.data import RolloutDataModule, load_rows
 from okd_lightning.data.examples import ExampleSet
 from okd_lightning.data.layouts import choose_layout
-from okd_lightning.data.row_report import MANY_CUT, cut_advice
+from okd_lightning.data.row_report import MANY_CUT, PLAIN_PROMPTS, cut_advice
 from okd_lightning.data.row_templates import with_prompts
 from okd_lightning.data.sources import describe_source
 from okd_lightning.data.template_process import TemplateProcess
@@ -123,12 +123,7 @@ def _template(module: DistillationModule, data: RolloutDataModule, part: str) ->
             return Check(
                 "template", "good", "plain prompts, and a tokenizer without a chat template"
             )
-        return Check(
-            "template",
-            "look",
-            "plain prompts, though the tokenizer has a chat template: a chat model wants messages "
-            "(--data.as_chat true)",
-        )
+        return Check("template", "look", PLAIN_PROMPTS)
     messages = [{"role": "user", "content": "x"}]
     process, told = TemplateProcess(module.tokenizer), columns.chat_template_kwargs
     wanted = [(messages, {**told, "add_generation_prompt": on}) for on in (False, True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
@@ -81,27 +81,38 @@ def comparison_table(results: Sequence[RunResult]) -> Table:
     return table
 
 
-def cost_table(results: Sequence[RunResult]) -> Table:
-    """Return a table with a line per method: the cost of its runs, mean over seeds."""
+def cost_table(results: Sequence[RunResult], failures: Mapping[str, str] | None = None) -> Table:
+    """Return a table with a line per method: the cost of its runs, mean over seeds.
+
+    Args:
+        results: The finished runs.
+        failures: Name of each failed run → the reason, which stands below the table.
+    """
     table = Table(title="Cost of a run (mean over seeds)", box=SIMPLE_HEAD)
     table.add_column("method", overflow="fold")
-    for name in ("seeds", "steps", "seconds", "tokens", "written", "tokens/s"):
+    for name in ("seeds", "steps", "seconds", "CPU s", "tokens", "written", "tokens/s"):
         table.add_column(name, justify="right")
     for method in methods_of(results):
         own = [result for result in results if result.method == method]
         cost = {
             name: sum(getattr(result, name) for result in own) / len(own)
-            for name in ("steps", "seconds", "tokens", "generated_tokens")
+            for name in ("steps", "seconds", "cpu_seconds", "tokens", "generated_tokens")
         }
         table.add_row(
             Text(method),
             str(len(own)),
             f"{cost['steps']:,.0f}",
             f"{cost['seconds']:,.1f}",
+            f"{cost['cpu_seconds']:,.1f}",
             f"{cost['tokens']:,.0f}",
             f"{cost['generated_tokens']:,.0f}",
             f"{cost['tokens'] / max(cost['seconds'], 1e-9):,.0f}",
         )
+    for name in failures or ():
+        table.add_row(Text(name), Text("failed", style="red"))
+    if failures:
+        reasons = "\n".join(f"{name}: {reason}" for name, reason in failures.items())
+        table.caption, table.caption_justify = Text(reasons), "left"
     return table
 
 

@@ -124,8 +124,11 @@ def test_tables_fit(width):
     assert max(map(len, lines)) <= width
     assert sum(line.count("0.500±0.000") for line in lines) == 10
     assert sum(line.rstrip().endswith("0.500±0.000") for line in lines) == 2
-    costs = rendered(cost_table(results), width)
+    reason = "okd.errors.DataError: [/x] rows.jsonl: line 3 is no JSON, and so on, to its end"
+    costs = rendered(cost_table(results, {"OKD, seed 1": reason}), width)
     assert max(map(len, costs)) <= width
+    assert sum("OKD, seed 1" in line and "failed" in line for line in costs) == 1
+    assert reason in " ".join(" ".join(costs).split())
 
 
 def test_picture_has_a_line_a_method_and_a_band(tmp_path, monkeypatch):
