@@ -51,6 +51,7 @@ INNER = {  # public for the library's own floors; people neither call nor write 
         *("cached_form", "fused_loss", "Head", "measure"),
         *("ChunkValues", "chunked_loss", "measure_chunks", "token_values"),
         *("Mixing", "Mixture", "Product", "mixed_side", "routed_side"),
+        *("ChunkValues", "chunked_loss", "measure_chunks", "token_values"),
         *("ModelRole", "pack_outcomes", "PackedHead", "Side", "weighted_loss", "WeightedLoss"),
         "WeightedTerm",
     },

@@ -77,8 +77,9 @@ KINDS = {"mixture": Mixture(WEIGHTS), "product": Product(WEIGHTS)}
 FAR = (1e-7, 1e7)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "temperature"), [("mixture", 1.0), ("mixture", 2.0), ("product", 2.0)]
+)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_every_divergence_is_that_of_the_enumerated_distribution(case, kind, temperature):
     student, one, other = side(1, 4, learns=True), side(2, 3), side(3, 6)

@@ -116,9 +116,6 @@ KINDS: dict[str, Kind] = {
         trained="lora_",
     ),
     "mixture of equals": Kind(lambda at: TeacherEnsemble([at.teacher, at.teacher], [0.3, 0.7])),
-    "product of equals": Kind(
-        lambda at: TeacherEnsemble([at.teacher, at.teacher], [0.5, 0.5], "product")
-    ),
     "mixture with a module": Kind(
         lambda at: TeacherEnsemble(
             [AdaptiveTeacher(LoadedTeacher(at.teacher), okd().settings), at.teacher]
