@@ -1,11 +1,11 @@
 """Teachers with another tokenizer: nats per byte from the teacher, against SFT on its texts.
 
-The teacher stories260K (512 tokens) teaches two students: ``bpe``, the 75K student with a fresh
-1,000-token byte-level BPE that is trained here, and ``babyllama``, a model of characters. The
+The teacher stories260K (512 tokens) teaches two students: ``bpe``, a small model with a 1,000-token
+byte-level BPE, both made here and warmed by SFT, and ``babyllama``, a model of characters. The
 forward KL to the teacher is estimated on texts that the teacher generates from held-out prompts:
 the mean of log q - log p of the teacher's own tokens and of the student's, in nats per byte. Every
-method trains for equal CPU seconds on responses of the teacher to the training prompts; OPD+ and GKD
-generate their own. Finished runs are kept in the JSON file and not repeated.
+method trains for equal CPU seconds on texts of the teacher; OPD+ and GKD generate their own.
+Finished runs are kept in the JSON file and not repeated; do not run two at once.
 
     python benchmarks/foreign_tokenizer.py --shared FOLDER --seeds 0 1 2
 """
