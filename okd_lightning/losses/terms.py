@@ -37,6 +37,7 @@ class Measured:
             end ids together; None for nowhere.
         teacher: [positions] number of each position's teacher; None where there is one for all.
         num_teachers: Teachers of which each term's sum is logged; 0 where there is one for all.
+        has_chunks: Whether the positions are chunks of text, for a teacher with another tokenizer.
     """
 
     values: Mapping[Quantity, PositionValues]
@@ -47,6 +48,7 @@ class Measured:
     merges_ends: PositionMask | None = None
     teacher: Tensor | None = None
     num_teachers: int = 0
+    has_chunks: bool = False
 
     @classmethod
     def about(cls, batch: DistillBatch) -> Measured:

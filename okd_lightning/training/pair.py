@@ -229,6 +229,11 @@ class Pair:
                     "compare the teacher with one model; name the same one"
                 )
             return
+        if self.given_teacher.tokenizer is not None:
+            raise ConfigError(
+                f"{option} {source!r} would be compared with a teacher of another tokenizer, which "
+                "is not offered: give --model.teacher a model with the student's tokenizer"
+            )
         base = TeacherBase(source, option, self.vocabulary)
         base.check(self.tokenizer)
         self.teacher_base = base

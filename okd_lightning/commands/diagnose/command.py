@@ -99,7 +99,7 @@ def examine(arguments: Sequence[str], rows: int, batches: int, console: Console)
         console: For progress messages.
 
     Raises:
-        ConfigError: No teacher, a teacher in a cache, or several devices.
+        ConfigError: No teacher, a teacher in a cache or with another tokenizer, or several devices.
     """
     command, *prepared = prepare(["fit", *arguments])
     del command
@@ -107,6 +107,12 @@ def examine(arguments: Sequence[str], rows: int, batches: int, console: Console)
     module, data = cli.model, cli.datamodule
     if not module.has_teacher:
         raise ConfigError("diagnose compares two models: give --model.teacher a folder or hub id")
+    if module.pair.teacher.tokenizer is not None:
+        raise ConfigError(
+            "diagnose compares single tokens, and this teacher has another tokenizer: fit says at "
+            "its start how both share a text, and logs train/one_to_one_tokens, "
+            "train/unaligned_tokens, train/noncanonical_tokens and val/chunk_*"
+        )
     if cli.trainer.world_size > 1:
         raise ConfigError(
             f"diagnose runs on one device, this config asks for {cli.trainer.world_size}; give "
