@@ -114,6 +114,9 @@ def train_in_turns(
     dtype: str = "float32",
     lengths: Sequence[tuple[int, int]] = (),
     teacher: str | Teacher | None = None,
+    student: PreTrainedModel | None = None,
+    further: Sequence[Callback] = (),
+    max_response_length: int = LENGTH,
     **settings: Any,
 ) -> None:
     """Distil by Lightning, one optimizer step per turn.
@@ -123,6 +126,9 @@ def train_in_turns(
         dtype: Number format of both models' weights.
         lengths: Tokens of each row's prompt and response; by default 1 and 254, and an eos.
         teacher: Folder of the teacher, or a Teacher; None makes it in memory.
+        student: A student instead of the Llama of 16M.
+        further: Further methods.
+        max_response_length: Longest response, in tokens.
         **settings: Settings of the DistillationModule.
     """
     turns = Turns()
@@ -131,7 +137,7 @@ def train_in_turns(
         logging.getLogger(name).setLevel(logging.ERROR)
     number_format = getattr(torch, dtype)
     module = DistillationModule(
-        make_model("student", number_format),
+        student or make_model("student", number_format),
         teacher or make_model("teacher", number_format),
         tokenizer=make_tokenizer(),
         learning_rate=LEARNING_RATE,
@@ -140,12 +146,16 @@ def train_in_turns(
     )
     rows = make_rows(len(lengths) or 64, lengths)
     data = RolloutDataModule(
-        rows, batch_size=BATCH, max_prompt_length=LENGTH, max_response_length=LENGTH
+        rows,
+        batch_size=BATCH,
+        max_prompt_length=LENGTH,
+        max_response_length=max_response_length,
+        val_rollouts=0,
     )
     with tempfile.TemporaryDirectory() as root:
         trainer = lightning.Trainer(
             accelerator="cpu",
-            callbacks=[method, InTurns(turns)],
+            callbacks=[method, *further, InTurns(turns)],
             max_steps=STEPS,
             gradient_clip_val=CLIP_NORM,
             logger=False,

@@ -6,7 +6,7 @@ on dataset responses of TinyStories. Routed rows go to the two teachers in turn.
 kept in the JSON file and not repeated; seeds are outermost. ``--cost`` measures the CPU time of a
 step with each kind of teacher instead.
 
-    python benchmarks/several_teachers.py --shared FOLDER --seeds 0 1 2
+    python benchmarks/several_teachers.py --shared FOLDER --seeds 0 1
     python benchmarks/several_teachers.py --shared FOLDER --cost
 """
 

@@ -65,6 +65,21 @@ class Advantage(ABC):
             [rows, tokens] nats, larger is better; without gradient.
         """
 
+    def chunk_credit(
+        self,
+        student_logprobs: RowValues,
+        teacher_logprobs: RowValues,
+        mask: RowMask,
+        state_value: RowValues | None = None,
+    ) -> RowValues:
+        """Return the advantage of every chunk of text, where the teacher has another tokenizer.
+
+        The arguments are as above, a chunk in place of a token. Where a chunk begins may depend on
+        later bytes, so that sums over the rest of a response are biased. The default is for
+        advantages without such sums.
+        """
+        return self.credit(student_logprobs, teacher_logprobs, mask, state_value)
+
     def metrics(
         self, student_logprobs: Tensor, teacher_logprobs: Tensor, mask: Tensor
     ) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -151,6 +151,26 @@ class FDivergenceAdvantage(Advantage):
             rewards = -self.divergence.generator(log_ratio).where(mask, 0.0)
             credit = credit + reward_to_go(rewards, mask, self.discount) - rewards
         return credit.where(mask, 0.0)
+
+    @torch.no_grad()
+    def chunk_credit(
+        self,
+        student_logprobs: RowValues,
+        teacher_logprobs: RowValues,
+        mask: RowMask,
+        state_value: RowValues | None = None,
+    ) -> RowValues:
+        """Return the advantages of chunks; with γ = 1 those of the whole response's rewards.
+
+        A_k = Σ_n -f(u_n) + u_k f'(u_k), n over all chunks of the response: the gradient of
+        E[Σ_n f(u_n)], also where the chunks that a sum over the rest begins with depend on it.
+        """
+        sampled = student_logprobs, teacher_logprobs, mask
+        credit = replace(self, discount=0.0).credit(*sampled, state_value)
+        if not self.discount:
+            return credit
+        rewards = -self.divergence.generator(self._log_ratio(*sampled)).where(mask, 0.0)
+        return (credit + rewards.sum(-1, keepdim=True) - rewards).where(mask, 0.0)
 
     def metrics(
         self, student_logprobs: Tensor, teacher_logprobs: Tensor, mask: Tensor

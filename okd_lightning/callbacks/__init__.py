@@ -4,8 +4,9 @@
     ``base``: ``DistillationCallback``, the interface of a method. ``divergence``:
     ``DivergenceCallback``, the base of every exact method. ``policy_gradient``:
     ``AdvantageCallback``, the base of every sampled method. ``sft``, ``kd``, ``gkd``, ``okd``,
-    ``opd``: the published methods with their defaults. ``reward``: a task reward. ``stage``: a
-    method for a part of the run.
+    ``opd``: the published methods with their defaults. ``reward``: a task reward.
+    ``hidden_states``: hidden states of layers. ``balance``: a mixture of experts' balancing loss.
+    ``stage``: a method for a part of the run.
 ``measures``
     ``answer_scores``: the base of ``exact_match``, ``avg_at_k`` (avg@k and pass@k),
     ``tool_call_score`` and ``task_score`` (any reward function, such as ROUGE-L).
@@ -26,9 +27,11 @@ from okd_lightning.callbacks.measures.exact_match import ExactMatch
 from okd_lightning.callbacks.measures.paper_measures import PaperMeasures
 from okd_lightning.callbacks.measures.task_score import TaskScore
 from okd_lightning.callbacks.measures.tool_call_score import ToolCallScore
+from okd_lightning.callbacks.methods.balance import ExpertBalance
 from okd_lightning.callbacks.methods.base import DistillationCallback
 from okd_lightning.callbacks.methods.divergence import DivergenceCallback
 from okd_lightning.callbacks.methods.gkd import GKD
+from okd_lightning.callbacks.methods.hidden_states import HiddenStates
 from okd_lightning.callbacks.methods.kd import KD
 from okd_lightning.callbacks.methods.okd import OKD
 from okd_lightning.callbacks.methods.opd import OPD, OPDPlus
@@ -63,8 +66,10 @@ __all__ = [
     "DistillationCallback",
     "DivergenceCallback",
     "ExactMatch",
+    "ExpertBalance",
     "FiniteGuard",
     "HealthWarnings",
+    "HiddenStates",
     "LastCheckpoint",
     "OPDPlus",
     "PaperMeasures",

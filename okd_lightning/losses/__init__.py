@@ -4,6 +4,7 @@
 * ``closed_form``: their values with closed-form gradients.
 * ``outcomes``, ``cached``: quantities of a teacher known by k ids and the rest.
 * ``sampled``: policy gradient on sampled tokens, with its importance ratio.
+* ``states``: quantities of hidden states and routers, which need no logits.
 * ``terms``: the interface between method and module, and its records.
 * ``mixtures``: several models' hidden states and heads as one side.
 * ``projection``: one model's hidden states and head; its logits and their gradient, by tiles.
@@ -45,6 +46,11 @@ from okd_lightning.losses.quantities import (
     Tile,
 )
 from okd_lightning.losses.sampled import ImportanceRatio
+from okd_lightning.losses.states import (
+    HiddenDistance,
+    RouterBalance,
+    StateQuantity,
+)
 from okd_lightning.losses.terms import (
     Measured,
     RowScorer,
@@ -67,6 +73,7 @@ __all__ = [
     "ExactDivergence",
     "ExpectedWeight",
     "Head",
+    "HiddenDistance",
     "ImportanceRatio",
     "Measured",
     "Mixing",
@@ -75,8 +82,10 @@ __all__ = [
     "PackedHead",
     "Product",
     "Quantity",
+    "RouterBalance",
     "RowScorer",
     "Side",
+    "StateQuantity",
     "TeacherShift",
     "Term",
     "Tile",

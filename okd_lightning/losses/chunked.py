@@ -19,7 +19,7 @@ the bias). A term's sum over chunks is divided like any other, by tokens of the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -40,8 +40,9 @@ from okd_lightning.losses.quantities import (
     Tile,
 )
 from okd_lightning.losses.terms import Measured, Term, WeightedLoss, WeightedTerm, weighted_loss
+from okd_lightning.losses.text_law import TextLaw, cover_masses
 from okd_lightning.records.batches import SOURCES, DistillBatch, LossOutput
-from okd_lightning.records.chunks import Chunks
+from okd_lightning.records.chunks import Chunks, PointIndex
 from okd_lightning.records.shapes import PositionValues
 
 Reader: TypeAlias = Literal["student", "teacher", "base"]
@@ -146,6 +147,7 @@ class ChunkValues:
         chunks: The chunks.
         tokens: Values of both texts' tokens, [positions] or [teacher positions].
         quantities: What was asked for.
+        laws: Laws over texts, by reader and temperature; none for losses between chunks.
         teacher_scale: Factor on the teacher's cross-entropy, which is a mean over its own tokens:
             tokens of the student in the step over those of the teacher.
     """
@@ -153,20 +155,21 @@ class ChunkValues:
     chunks: Chunks
     tokens: Mapping[TokenValue, Tensor]
     quantities: tuple[Quantity, ...] = ()
+    laws: Mapping[tuple[Reader, float], TextLaw] = field(default_factory=dict)
     teacher_scale: float = 1.0
 
     def of(self, quantity: Quantity) -> Tensor:
         """[chunks] value of a quantity (nats), with gradient to its learner."""
         match quantity:
             case ExactDivergence():
-                student, teacher = map(self._sum, token_values(quantity))
+                student, teacher = map(self._cells, token_values(quantity))
                 if quantity.learner == "student":
                     teacher = teacher.detach()
                 else:
                     student = student.detach()
                 return _between(quantity.divergence, student, teacher)
             case TeacherShift():
-                adapted, base = map(self._sum, token_values(quantity))
+                adapted, base = map(self._cells, token_values(quantity))
                 adapted = adapted if quantity.learns else adapted.detach()
                 return _between(quantity.divergence, adapted, base.detach())
             case ExpectedWeight():
@@ -178,6 +181,18 @@ class ChunkValues:
         (of_tokens,) = token_values(quantity)
         scale = self.teacher_scale if of_tokens[0] == "teacher" else 1.0
         return self._sum(of_tokens) * scale
+
+    def _cells(self, key: TokenValue) -> Tensor:
+        """[chunks, outcomes] log-probabilities (nats) of what is compared at each chunk."""
+        reader, quantity = key
+        points = self.chunks.points
+        if points is None:
+            return two_cells(self._sum(key))
+        assert isinstance(quantity, OutcomeLogProb)
+        law = self.laws[reader, quantity.temperature]
+        if law.covers.bounds.shape[1] == 2:
+            return two_cells(law.chunk_logprobs(points.start, points.end, self._sum(key)))
+        return law.next_bytes(points.start, points.vocabularies.alphabet)
 
     def _sum(self, key: TokenValue) -> Tensor:
         is_own = key[0] == "student"
@@ -196,7 +211,7 @@ class ChunkValues:
 
 def _between(divergence: Divergence, student: Tensor, teacher: Tensor) -> Tensor:
     inner, factor = _untempered(divergence)
-    return factor * inner.value(two_cells(student), two_cells(teacher)).to(student.dtype)
+    return factor * inner.value(student, teacher)
 
 
 def measure_chunks(
@@ -226,6 +241,7 @@ def measure_chunks(
     about = Measured.about(batch)
     reads = {"student": batch.student_reads, "teacher": batch.teacher_reads}
     tokens: dict[TokenValue, Tensor] = {}
+    laws: dict[tuple[Reader, float], TextLaw] = {}
     for (reader, wanted), side in zip(asked.items(), sides, strict=True):
         if side is None or not wanted:
             continue
@@ -240,7 +256,30 @@ def measure_chunks(
             merges_ends=about.merges_ends if is_own else None,
         )
         tokens.update({(reader, quantity): found for quantity, found in values.items()})
-    return ChunkValues(chunks, tokens, tuple(quantities), _teacher_scale(batch))
+        laws.update(_laws(chunks.points, reader, side, values, tile_positions))
+    return ChunkValues(chunks, tokens, tuple(quantities), laws, _teacher_scale(batch))
+
+
+def _laws(
+    points: PointIndex | None,
+    reader: Reader,
+    side: Side,
+    values: Mapping[Quantity, Tensor],
+    tile_positions: int | None,
+) -> dict[tuple[Reader, float], TextLaw]:
+    """Return one model's laws over texts, at the temperatures at which its tokens are measured."""
+    if points is None:
+        return {}
+    is_own = reader == "student"
+    covers = points.student if is_own else points.teacher
+    order = points.vocabularies.student if is_own else points.vocabularies.teacher
+    found = {}
+    for quantity, logprobs in values.items():
+        if isinstance(quantity, OutcomeLogProb):
+            temperature = quantity.temperature
+            masses = cover_masses(side, covers, order, temperature, tile_positions)
+            found[reader, temperature] = TextLaw(covers, masses, logprobs)
+    return found
 
 
 def _teacher_scale(batch: DistillBatch) -> float:
@@ -283,6 +322,7 @@ def _over_chunks(term: Term, values: ChunkValues) -> Term:
                 row=about.row[first],
                 sampler_logprobs=chunks.sums(about.sampler_logprobs, chunks.student),
                 credits={name: credit[first] for name, credit in about.credits.items()},
+                has_chunks=True,
             )
         )
         return replace(found, count=about.mask(term.sources).sum())

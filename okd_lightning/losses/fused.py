@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from okd_lightning.losses.chunked import chunked_loss, measure_chunks
+from okd_lightning.losses.exact import measure
 from okd_lightning.losses.projection import (
     Projection,
     Side,
@@ -32,7 +35,7 @@ from okd_lightning.losses.terms import (
     check_positionwise,
     weighted_loss,
 )
-from okd_lightning.records.batches import LossOutput
+from okd_lightning.records.batches import DistillBatch, LossOutput
 from okd_lightning.records.shapes import PositionIds
 
 
@@ -183,6 +186,45 @@ def fused_loss(
         for tile in tiles:
             run.add_tile(tile, block, targets, about)
     return run.result()
+
+
+def batch_loss(
+    terms: Sequence[WeightedTerm],
+    sides: tuple[Side, Side | None, Side | None],
+    batch: DistillBatch,
+    targets: PositionIds,
+    about: Measured,
+    vocab_size: int,
+    tile_positions: int | None,
+    checks: bool,
+) -> WeightedLoss:
+    """Return the weighted loss of a micro-batch, by the path that its terms and rows need.
+
+    One pass over tiles where all terms are positionwise; else all positions at once; chunks where
+    the teacher has another tokenizer.
+
+    Args:
+        terms: The terms and their factors, measured from logits.
+        sides: Student, teacher and base teacher; None where no quantity needs one.
+        batch: The rows.
+        targets: [positions] ids of the target tokens.
+        about: Source, row and sampler of the positions; its values are not read.
+        vocab_size: Width of the logits.
+        tile_positions: Positions a tile; None chooses from the sizes.
+        checks: Check that terms are positionwise, as they declare.
+    """
+    student, teacher, base = sides
+    if batch.chunks is None and all(weighted.term.is_positionwise for weighted in terms):
+        return fused_loss(
+            terms, student, teacher, targets, about, vocab_size, tile_positions, base, checks
+        )
+    quantities = [quantity for weighted in terms for quantity in weighted.term.quantities]
+    if batch.chunks is not None:
+        return chunked_loss(terms, about, measure_chunks(batch, quantities, sides, tile_positions))
+    values = measure(
+        quantities, student, teacher, targets, vocab_size, tile_positions, base, about.merges_ends
+    )
+    return weighted_loss(terms, replace(about, values=values))
 
 
 def _gradients(total: Tensor, wanted: list[Tensor]) -> Sequence[Tensor]:

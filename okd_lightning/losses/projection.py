@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from okd_lightning.losses.cpu_linear import has_fast_linear, matrix_product
 from okd_lightning.records.shapes import PositionHidden
+from okd_lightning.records.states import States
 
 
 @runtime_checkable
@@ -56,12 +57,14 @@ class Side:
         head: From hidden states to [positions, vocab] logits; a plain module has no second step.
         width: Number of logits, where it is known: it determines the size of a tile.
         end_ids: Ids of these logits that are one outcome, "the response ends here".
+        states: What was taken of the model's passes besides; None where no quantity reads it.
     """
 
     hidden: PositionHidden
     head: Head | nn.Module
     end_ids: tuple[int, ...] = ()
     width: int = 1
+    states: States | None = None
 
     @property
     def module(self) -> nn.Module:

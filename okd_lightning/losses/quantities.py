@@ -157,11 +157,13 @@ class Quantity(ABC):
         trains_teacher: True if gradient flows to the teacher's online module.
         needs_base_teacher: True if the teacher's base must be run: the teacher without its online
             module, or the model of ``add_teacher_base``.
+        reads_states: True if it is measured from states instead of logits (``StateQuantity``).
     """
 
     needs_teacher: bool
     trains_teacher: bool = False
     needs_base_teacher: bool = False
+    reads_states: bool = False
 
     @abstractmethod
     def measure(self, tile: Tile) -> PositionValues:

@@ -37,6 +37,7 @@ class Measured:
             end ids together; None for nowhere.
         teacher: [positions] number of each position's teacher; None where there is one for all.
         num_teachers: Teachers of which each term's sum is logged; 0 where there is one for all.
+        has_chunks: Whether the positions are chunks of text, for a teacher with another tokenizer.
     """
 
     values: Mapping[Quantity, PositionValues]
@@ -47,6 +48,7 @@ class Measured:
     merges_ends: PositionMask | None = None
     teacher: Tensor | None = None
     num_teachers: int = 0
+    has_chunks: bool = False
 
     @classmethod
     def about(cls, batch: DistillBatch) -> Measured:
@@ -185,6 +187,21 @@ class Term:
     def source_codes(self) -> tuple[int, ...]:
         """``sources`` as indices into ``SOURCES``."""
         return tuple(SOURCES.index(source) for source in self.sources)
+
+    @cached_property
+    def reads_states(self) -> bool:
+        """True if it is measured from hidden states or routers, and not from logits."""
+        return any(quantity.reads_states for quantity in self.quantities)
+
+    @property
+    def follows_others(self) -> bool:
+        """True if it acts on the rows of any source that the run's other terms need."""
+        return self.on_policy_fraction is None and set(self.sources) == set(SOURCES)
+
+    @property
+    def asks_teacher(self) -> bool:
+        """True if it acts on the teacher's responses, which are then generated for it."""
+        return "teacher" in self.sources and not self.follows_others
 
     @cached_property
     def trains_teacher(self) -> bool:

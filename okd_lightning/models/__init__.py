@@ -11,6 +11,8 @@
 * ``end_tokens``: ids that end a response, and those that are one outcome.
 * ``causality``: check that a model does not attend to later tokens.
 * ``grouping``: rows that may share a forward pass.
+* ``taps``, ``routers``: states of layers and router logits, taken in a forward pass.
+* ``projectors``: maps from the student's hidden states to the teacher's.
 * ``reading``: hidden states at loss positions, from packed or padded rows.
 * ``pair``: the tokenizer that a student and its teacher share.
 * ``merging``: adapters merged into their base layers.
@@ -45,6 +47,12 @@ from okd_lightning.models.pair import (
     load_checked,
     vocabulary_of,
 )
+from okd_lightning.models.projectors import (
+    LayerPair,
+    Projectors,
+    check_layers,
+    projectors_for,
+)
 from okd_lightning.models.reading import hidden_at_loss, packs_rows, reads_packed_rows
 from okd_lightning.models.recompute import recompute_activations
 from okd_lightning.models.vocabulary import (
@@ -59,11 +67,14 @@ __all__ = [
     "EndTokensArgument",
     "GivenPair",
     "LMHead",
+    "LayerPair",
     "ModelArgument",
     "ModelSource",
+    "Projectors",
     "Vocabulary",
     "add_adapter",
     "check_causal",
+    "check_layers",
     "check_lengths",
     "check_pair",
     "check_precision",
@@ -85,6 +96,7 @@ __all__ = [
     "merged_copy",
     "packs_rows",
     "probe_texts",
+    "projectors_for",
     "reads_packed_rows",
     "recompute_activations",
     "row_groups",

@@ -8,6 +8,7 @@ into each other, so every model is tested once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -17,11 +18,15 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from okd_lightning.losses.closed_form import ModelRole
 from okd_lightning.losses.cpu_linear import fast_linears, has_fast_linear
 from okd_lightning.losses.projection import Side
+from okd_lightning.losses.quantities import Quantity
+from okd_lightning.losses.states import layers_read, routers_read
 from okd_lightning.models.causal_lm import LMHead, head_inputs, named_arguments
 from okd_lightning.models.causality import attention_of_any_device, embedding_gradient
 from okd_lightning.models.grouping import row_groups, say_row_groups
+from okd_lightning.models.taps import Taps
 from okd_lightning.models.vocabulary import Vocabulary
 from okd_lightning.records.sequences import Sequences
 
@@ -30,7 +35,9 @@ _TOLERANCE = 0.1
 """Allowed distance relative to the norm: above the rounding of deep models in 16 bits."""
 
 
-def hidden_at_loss(model: PreTrainedModel, read: Sequences, packs: bool) -> Tensor:
+def hidden_at_loss(
+    model: PreTrainedModel, read: Sequences, packs: bool, taps: Taps | None = None
+) -> Tensor:
     """Run ``model`` over a micro-batch and return its head's inputs at the loss positions.
 
     Rows that may not share a pass (``row_groups``) are read in several passes.
@@ -39,6 +46,7 @@ def hidden_at_loss(model: PreTrainedModel, read: Sequences, packs: bool) -> Tens
         model: A causal LM, wrapped or not.
         read: The rows.
         packs: Whether the model gets packed rows (``reads_packed_rows``).
+        taps: Takes states and routings of the passes; None for nothing.
 
     Returns:
         [positions, hidden] at the position before each loss token, row by row; gradient flows to
@@ -46,26 +54,40 @@ def hidden_at_loss(model: PreTrainedModel, read: Sequences, packs: bool) -> Tens
     """
     groups = row_groups(model)
     if groups.switch is None:
-        return _hidden_of_pass(model, read, packs)
+        return _hidden_of_pass(model, read, packs, taps)
     passes = groups.split(read.row_lengths)
     first = max(read.row_lengths[row] for row in passes[0])
     num_passes = len(passes) + groups.follows_a_short_row(first)
     idle = _idle_passes(model, read, _most_of_all_ranks(model, num_passes) - len(passes))
-    parts = [_hidden_of_pass(model, read.of_rows(rows), packs) for rows in passes]
+    parts = [_hidden_of_pass(model, read.of_rows(rows), packs, taps, rows) for rows in passes]
     order = [torch.isin(read.places.row, read.places.row.new_tensor(rows)) for rows in passes]
-    places = torch.cat([part.nonzero().squeeze(-1) for part in order])
-    return torch.cat(parts)[places.argsort()] + idle
+    places = torch.cat([part.nonzero().squeeze(-1) for part in order]).argsort()
+    if taps is not None:
+        taps.reorder(places)
+    return torch.cat(parts)[places] + idle
 
 
-def _hidden_of_pass(model: PreTrainedModel, read: Sequences, packs: bool) -> Tensor:
+def _hidden_of_pass(
+    model: PreTrainedModel,
+    read: Sequences,
+    packs: bool,
+    taps: Taps | None = None,
+    rows: Sequence[int] | None = None,
+) -> Tensor:
+    """Return the head's inputs of one pass; ``rows`` are its rows' numbers in the batch."""
     places = read.places
-    with _fast_layers(model, read.input_ids.device):
+    with _fast_layers(model, read.input_ids.device), taps.listening() if taps else nullcontext():
         if packs:
             hidden = _packed_states(model, read)
-            before = read.packing.start[places.row] + places.column - 1
+            starts = read.packing.start
         else:
             hidden = head_inputs(model, read.input_ids, read.attention_mask)
-            before = places.row * hidden.shape[1] + places.column - 1
+            starts = torch.arange(len(read.lengths), device=hidden.device) * hidden.shape[1]
+    before = starts[places.row] + places.column - 1
+    if taps is not None:
+        row, column = read.attention_mask.nonzero(as_tuple=True)
+        own = row if rows is None else row.new_tensor(rows)[row]
+        taps.gather(hidden, before, starts[row] + column, own)
     return hidden.flatten(0, 1).index_select(0, before)
 
 
@@ -177,7 +199,12 @@ def _is_flash(model: PreTrainedModel) -> bool:
 
 
 def model_side(
-    model: PreTrainedModel, reads: Sequences, packs: bool, vocabulary: Vocabulary
+    model: PreTrainedModel,
+    reads: Sequences,
+    packs: bool,
+    vocabulary: Vocabulary,
+    quantities: Sequence[Quantity] = (),
+    role: ModelRole = "teacher",
 ) -> Side:
     """Return one model's hidden states at unmasked positions, with its head.
 
@@ -186,10 +213,17 @@ def model_side(
         reads: The rows.
         packs: Whether it gets packed rows.
         vocabulary: Ids to which the head is cut.
+        quantities: What will be measured; states of layers and routers are taken for it.
+        role: Which of the two models it is.
     """
-    hidden = hidden_at_loss(model, reads, packs)
+    taps = None
+    if any(quantity.reads_states for quantity in quantities):
+        layers, has_routers = layers_read(quantities, role), routers_read(quantities, role)
+        taps = Taps(model, len(reads.lengths), layers, has_routers)
+    hidden = hidden_at_loss(model, reads, packs, taps)
+    states = None if taps is None else taps.states()
     head = LMHead.of(model, vocabulary)
-    return Side(hidden, head, vocabulary.end_ids, vocabulary.size)
+    return Side(hidden, head, vocabulary.end_ids, vocabulary.size, states)
 
 
 def tried(model: PreTrainedModel, packing: bool) -> bool:

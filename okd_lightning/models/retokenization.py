@@ -12,16 +12,31 @@ its own end, and what does not survive is left without loss and counted:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal, TypeAlias
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.errors import DataError
+from okd_lightning.models.byte_ranges import ByteRanges
 from okd_lightning.models.text_ids import TextEncoder
 from okd_lightning.models.token_bytes import TokenBytes
 from okd_lightning.records.batches import TrainingRow
-from okd_lightning.records.chunks import AlignedResponse, Piece, Span, aligned
+from okd_lightning.records.chunks import (
+    AlignedResponse,
+    Cover,
+    Piece,
+    SortedVocabularies,
+    Span,
+    SyncPoints,
+    aligned,
+)
+
+TextLoss: TypeAlias = Literal["chunk", "text", "next_byte"]
+"""Loss between two texts; see ForeignTeacher."""
 
 LONGEST_CHUNK = 32
 """Most tokens of a chunk on either side; real pairs have 10 or 11 (GSM8K, TinyStories)."""
@@ -36,16 +51,41 @@ class _Spelling:
         pieces: Their bytes.
     """
 
-    ids: Sequence[int]
-    pieces: Sequence[Piece]
+    ids: Sequence[int] = ()
+    pieces: Sequence[Piece] = ()
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A response on both sides.
+
+    Attributes:
+        student: The student's tokens.
+        teacher: The teacher's.
+        has_end: Whether the student's response has its end.
+        opens: Whether it begins a text.
+    """
+
+    student: _Spelling
+    teacher: _Spelling
+    has_end: bool
+    opens: bool
 
 
 class _Side:
     """One model's tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, option: str) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, option: str, num_ids: int | None = None
+    ) -> None:
         self.encoder = TextEncoder(tokenizer)
         self.bytes = TokenBytes(tokenizer, option)
+        self.pieces = self.bytes.pieces[:num_ids]
+
+    @cached_property
+    def ranges(self) -> ByteRanges:
+        """The vocabulary sorted by bytes."""
+        return ByteRanges(self.pieces)
 
     def spelling(self, ids: Sequence[int], opens: bool) -> _Spelling:
         """Return the bytes of ids.
@@ -54,8 +94,7 @@ class _Side:
             ids: The tokens.
             opens: Whether they begin a text, whose first token has ``TokenBytes.opening``.
         """
-        known = self.bytes.pieces
-        pieces = [known[i] if i < len(known) else None for i in ids]
+        pieces = [self.pieces[i] if i < len(self.pieces) else None for i in ids]
         if opens and pieces and pieces[0] is not None:
             pieces[0] = pieces[0].removeprefix(self.bytes.opening)
         return _Spelling(ids, pieces)
@@ -68,6 +107,38 @@ class _Side:
             return None
         return self.spelling(ids, opens)
 
+    def covers(
+        self,
+        pieces: Sequence[Piece],
+        run: range,
+        points: Sequence[tuple[int, int]],
+        opens: bool,
+        by_byte: bool,
+    ) -> Iterator[Cover]:
+        """Yield the covers of a run of chunks.
+
+        Args:
+            pieces: Bytes of the response's tokens.
+            run: The tokens from which covers may begin.
+            points: Sync points of the run: tokens before each, ascending, and its number.
+            opens: See ``spelling``.
+            by_byte: Whether the bounds are those by next byte, also for the tokens that begin at a
+                point.
+        """
+        later = list(points)
+        for token in run:
+            while later and later[0][0] < token + (not by_byte):
+                later.pop(0)
+            prefix = self.bytes.opening if opens and token == 0 else b""
+            place = token
+            for end, point in later:
+                prefix += b"".join(piece or b"" for piece in pieces[place:end])
+                place = end
+                bounds = self.ranges.splits(prefix) if by_byte else self.ranges.bounds(prefix)
+                if bounds[0] == bounds[-1]:  # nor does a token begin with more of the text
+                    break
+                yield Cover(token, point, bounds)
+
 
 class Retokenizer:
     """Gives rows their response in the teacher's ids, and the chunks that both models share.
@@ -75,9 +146,10 @@ class Retokenizer:
     Args:
         student: The student's tokenizer.
         teacher: The teacher's.
-        num_teacher_ids: Ids that the teacher has a row for; a text that needs others is not read.
         teacher_end: Id that ends a response of the teacher; None if it has none.
+        num_teacher_ids: Ids that the teacher has a row for; a text that needs others is not read.
         max_teacher_tokens: Tokens of prompt and response that the teacher reads; None for any.
+        loss: What the rows are for; see ForeignTeacher.
 
     Raises:
         VocabularyError: A tokenizer whose tokens cannot be read as bytes.
@@ -90,12 +162,20 @@ class Retokenizer:
         teacher_end: int | None,
         num_teacher_ids: int,
         max_teacher_tokens: int | None,
+        loss: TextLoss = "chunk",
     ) -> None:
         self._student = _Side(student, "--model.student")
-        self._teacher = _Side(teacher, "--model.teacher")
+        self._teacher = _Side(teacher, "--model.teacher", num_teacher_ids)
         self._teacher_end = teacher_end
         self._num_teacher_ids = num_teacher_ids
         self._room = max_teacher_tokens
+        self._loss = loss
+
+    @cached_property
+    def _vocabularies(self) -> SortedVocabularies:
+        own, other = self._student.ranges, self._teacher.ranges
+        alphabet = sorted(own.alphabet & other.alphabet)
+        return SortedVocabularies(*map(torch.tensor, (own.order, other.order, alphabet)))
 
     def row(self, row: TrainingRow, end_ids: Collection[int]) -> TrainingRow:
         """Return a row with its response as the teacher reads it.
@@ -108,34 +188,32 @@ class Retokenizer:
             end_ids: Ids that end a response of the student.
         """
         start = row.prompt_length
-        prompt = (
-            row.teacher_prompt_ids if self._room is None else (row.teacher_prompt_ids[: self._room])
-        )
-        opens = not any(self._student.spelling(row.input_ids[:start], False).pieces)
-        found = self._align(row.input_ids[start:], end_ids, opens)
+        prompt = row.teacher_prompt_ids
+        if self._room is not None:
+            prompt = prompt[: self._room]
+        pair = self._pair(row, end_ids)
+        spans, teacher_ids = self._spans(pair)
         room = None if self._room is None else self._room - len(prompt)
         own = row.mask[start:]
         kept = [
             span
-            for span in found.spans
+            for span in spans
             if all(own[slice(*span.student)])
             and (start or span.student[0])
             and (prompt or span.teacher[0])
             and (room is None or span.teacher[1] <= room)
             and max(_length(span.student), _length(span.teacher)) <= LONGEST_CHUNK
         ]
-        canonical = kept
-        if row.source == "student":
-            has_end = row.input_ids[-1] in end_ids
-            canonical = self._canonical(row.input_ids[start:], kept, has_end, opens)
+        canonical = self._canonical(pair, kept) if row.source == "student" else kept
         num_kept, num_canonical = (
             sum(_length(span.student) for span in spans) for spans in (kept, canonical)
         )
         response = AlignedResponse(
-            teacher_ids=found.teacher_ids[:room],
+            teacher_ids=teacher_ids[:room],
             spans=tuple(canonical),
             num_unaligned=row.num_loss_tokens - num_kept,
             num_noncanonical=num_kept - num_canonical,
+            points=None if self._loss == "chunk" else self._points(pair, canonical),
         )
         mask = row.mask
         if row.source != "student":
@@ -143,29 +221,33 @@ class Retokenizer:
             mask = (False,) * start + tuple(i in inside for i in range(len(own)))
         return replace(row, teacher_prompt_ids=prompt, aligned=response, mask=mask)
 
-    def _align(self, ids: Sequence[int], end_ids: Collection[int], opens: bool) -> AlignedResponse:
-        """Return all chunks of a response, before any is left out."""
+    def _pair(self, row: TrainingRow, end_ids: Collection[int]) -> _Pair:
+        prompt, ids = row.input_ids[: row.prompt_length], row.input_ids[row.prompt_length :]
+        opens = not any(self._student.spelling(prompt, False).pieces)
         has_end = bool(ids) and ids[-1] in end_ids
         own = self._student.spelling(ids[: len(ids) - has_end], opens)
-        other = self._teacher.encode(_text(own.pieces), opens) if own.ids else _Spelling((), ())
+        other = self._teacher.encode(_text(own.pieces), opens) if own.ids else _Spelling()
         if other is None or any(i >= self._num_teacher_ids for i in other.ids):
-            return AlignedResponse()
+            return _Pair(_Spelling(), _Spelling(), False, opens)
+        return _Pair(own, other, has_end, opens)
+
+    def _spans(self, pair: _Pair) -> tuple[list[Span], tuple[int, ...]]:
+        """Return all chunks of a response, before any is left out, and the teacher's ids."""
+        own, other = pair.student, pair.teacher
         spans = aligned(own.pieces, other.pieces)
-        if not has_end:
+        if not pair.has_end:
             is_last = bool(spans) and spans[-1].student[1] == len(own.ids)
-            return AlignedResponse(tuple(other.ids), tuple(spans[: len(spans) - is_last]))
+            return spans[: len(spans) - is_last], tuple(other.ids)
         if self._teacher_end is None:
-            return AlignedResponse(tuple(other.ids), tuple(spans))
+            return spans, tuple(other.ids)
         num, num_other = len(own.ids), len(other.ids)
         end = Span((num, num + 1), (num_other, num_other + 1))
-        return AlignedResponse((*other.ids, self._teacher_end), (*spans, end))
+        return [*spans, end], (*other.ids, self._teacher_end)
 
-    def _canonical(
-        self, ids: Sequence[int], spans: Sequence[Span], has_end: bool, opens: bool
-    ) -> list[Span]:
+    def _canonical(self, pair: _Pair, spans: Sequence[Span]) -> list[Span]:
         """Return the chunks whose student ids are the tokenizer's own for the response's text."""
-        own = self._student.spelling(ids[: len(ids) - has_end], opens)
-        usual = self._student.encode(_text(own.pieces), opens)
+        own = pair.student
+        usual = self._student.encode(_text(own.pieces), pair.opens)
         if usual is None:
             return []
         same = {
@@ -173,9 +255,41 @@ class Retokenizer:
             for span in aligned(own.pieces, usual.pieces)
             if span.is_one_to_one and own.ids[span.student[0]] == usual.ids[span.teacher[0]]
         }
-        if has_end:  # its chunk has no other segmentation
+        if pair.has_end:  # its chunk has no other segmentation
             same.add(len(own.ids))
         return [s for s in spans if same.issuperset(range(*s.student))]
+
+    def _points(self, pair: _Pair, spans: Sequence[Span]) -> SyncPoints:
+        """Return the sync points of chunks, with covers that reach back to the last gap."""
+        chunks, places = list[tuple[int, int]](), list[tuple[int, int]]()
+        firsts = list[tuple[int, int]]()  # of each point: where its run of chunks begins
+        for span in spans:
+            start = span.student[0], span.teacher[0]
+            if not places or places[-1] != start:
+                places.append(start)
+                firsts.append(start)
+            places.append((span.student[1], span.teacher[1]))
+            firsts.append(firsts[-1])
+            chunks.append((len(places) - 2, len(places) - 1))
+        by_byte = self._loss == "next_byte"
+        wanted = {start for start, _ in chunks} if by_byte else set(range(len(places)))
+        covers: tuple[list[Cover], list[Cover]] = ([], [])
+        sides = ((self._student, pair.student), (self._teacher, pair.teacher))
+        for number, (side, tokens) in enumerate(sides):
+            for first in dict.fromkeys(firsts):
+                of_run = [
+                    (place[number], point)
+                    for point, place in enumerate(places)
+                    if firsts[point] == first
+                    and point in wanted
+                    and place[number] <= len(tokens.ids)
+                ]
+                if of_run:
+                    run = range(first[number], of_run[-1][0] + by_byte)
+                    found = side.covers(tokens.pieces, run, of_run, pair.opens, by_byte)
+                    covers[number].extend(found)
+        own, other = map(tuple, covers)
+        return SyncPoints(self._vocabularies, tuple(chunks), tuple(places), own, other)
 
 
 def _text(pieces: Sequence[Piece]) -> str:

@@ -13,11 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 Piece: TypeAlias = bytes | None
 """Bytes of a token; None for a token without text."""
+
+IntArray: TypeAlias = npt.NDArray[np.int64]
+"""Integers on the host."""
 
 _WINDOW = 8
 """Equal bytes, or all that is left, after which two texts that differ are in step again."""
@@ -123,6 +128,61 @@ def _skip(one: list[int], other: list[int]) -> tuple[int, int] | None:
     return None
 
 
+@dataclass(frozen=True, eq=False)
+class Cover:
+    """A way to write a response up to a sync point: a token that reaches or passes it.
+
+    Attributes:
+        token: Place of that token among the response's; what stands before it is the response's.
+        point: The sync point.
+        bounds: Places in the vocabulary sorted by bytes: the tokens that reach or pass the point
+            are between the first and the last.
+    """
+
+    token: int
+    point: int
+    bounds: IntArray
+
+
+@dataclass(frozen=True)
+class SortedVocabularies:
+    """Both sides' ids with text, sorted by their bytes.
+
+    Attributes:
+        student: [ids] the student's.
+        teacher: [ids] the teacher's.
+        alphabet: [bytes] bytes that occur in tokens of both.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    alphabet: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SortedVocabularies:
+        """Return them on another device."""
+        moved = {name: t.to(device, non_blocking=non_blocking) for name, t in vars(self).items()}
+        return SortedVocabularies(**moved)
+
+
+@dataclass(frozen=True)
+class SyncPoints:
+    """The sync points of a response's chunks, and the covers of its text up to each of them.
+
+    Attributes:
+        vocabularies: What the covers' bounds are places in.
+        chunks: First and last sync point of each chunk.
+        places: Tokens of the student, and of the teacher, before each sync point.
+        student: Covers by the student's tokens.
+        teacher: Covers by the teacher's.
+    """
+
+    vocabularies: SortedVocabularies
+    chunks: tuple[tuple[int, int], ...] = ()
+    places: tuple[tuple[int, int], ...] = ()
+    student: tuple[Cover, ...] = ()
+    teacher: tuple[Cover, ...] = ()
+
+
 @dataclass(frozen=True)
 class AlignedResponse:
     """A row's response as the teacher's tokens, with its chunks.
@@ -133,17 +193,78 @@ class AlignedResponse:
         num_unaligned: Student's loss tokens without a chunk: other bytes on the teacher's side, a
             response's end that was cut off, what the teacher's context does not hold.
         num_noncanonical: Student's loss tokens in chunks that its tokenizer would write otherwise.
+        points: For losses between laws over texts; None for those between chunks.
     """
 
     teacher_ids: tuple[int, ...] = ()
     spans: tuple[Span, ...] = ()
     num_unaligned: int = 0
     num_noncanonical: int = 0
+    points: SyncPoints | None = None
+
+    def without_chunks(self) -> AlignedResponse:
+        """Return the response as that of a fully masked row."""
+        points = None if self.points is None else SyncPoints(self.points.vocabularies)
+        return AlignedResponse(self.teacher_ids, points=points)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest chunk, on the side where it has more; 0 without any."""
+        sides = (one for span in self.spans for one in (span.student, span.teacher))
+        return max((end - start for start, end in sides), default=0)
 
     @property
     def num_one_to_one(self) -> int:
         """Student's loss tokens that are one token of the teacher."""
         return sum(span.is_one_to_one for span in self.spans)
+
+
+@dataclass(frozen=True)
+class Covers:
+    """One side's covers of a micro-batch; see ``Cover``.
+
+    Attributes:
+        position: [covers] loss position that predicts the token.
+        point: [covers] sync point, numbered over all rows.
+        bounds: [covers, 2 or 258] places in the vocabulary sorted by bytes.
+        place: [points] loss position after each sync point; one after the last at a row's end.
+    """
+
+    position: Tensor
+    point: Tensor
+    bounds: Tensor
+    place: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Covers:
+        """Return the covers on another device."""
+        moved = {name: t.to(device, non_blocking=non_blocking) for name, t in vars(self).items()}
+        return Covers(**moved)
+
+
+@dataclass(frozen=True)
+class PointIndex:
+    """The sync points of a micro-batch.
+
+    Attributes:
+        start: [chunks] sync point before each chunk.
+        end: [chunks] sync point after it.
+        student: The student's covers.
+        teacher: The teacher's.
+        vocabularies: What their bounds are places in.
+    """
+
+    start: Tensor
+    end: Tensor
+    student: Covers
+    teacher: Covers
+    vocabularies: SortedVocabularies
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PointIndex:
+        """Return the points on another device."""
+        start, end = (t.to(device, non_blocking=non_blocking) for t in (self.start, self.end))
+        student, teacher = (side.to(device, non_blocking) for side in (self.student, self.teacher))
+        vocabularies = self.vocabularies.to(device, non_blocking)
+        return PointIndex(start, end, student, teacher, vocabularies)
 
 
 @dataclass(frozen=True)
@@ -154,18 +275,21 @@ class Chunks:
         student: [positions] chunk of each loss token of the student, from 0; -1 for none.
         teacher: [teacher positions] chunk of each loss token of the teacher.
         num: Number of chunks.
+        points: For losses between laws over texts; None for those between chunks.
     """
 
     student: Tensor
     teacher: Tensor
     num: int
+    points: PointIndex | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Chunks:
         """Return the chunks on another device."""
         student, teacher = (
             index.to(device, non_blocking=non_blocking) for index in (self.student, self.teacher)
         )
-        return Chunks(student, teacher, self.num)
+        points = None if self.points is None else self.points.to(device, non_blocking)
+        return Chunks(student, teacher, self.num, points)
 
     def sums(self, values: Tensor, index: Tensor) -> Tensor:
         """[positions] → [chunks]: the sum over each chunk's tokens, with gradient.

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from okd_lightning.records.batches import SOURCES, DistillBatch, TrainingRow
-from okd_lightning.records.chunks import Chunks
+from okd_lightning.records.chunks import (
+    AlignedResponse,
+    Chunks,
+    Cover,
+    Covers,
+    IntArray,
+    PointIndex,
+)
+
+_Response: TypeAlias = tuple[AlignedResponse, Mapping[int, int], Mapping[int, int]]
+"""A response, and from places of both sides' tokens to their loss positions."""
 
 
 def _padded(rows: Sequence[TrainingRow], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,8 +39,8 @@ def _chunks(rows: Sequence[TrainingRow]) -> Chunks | None:
     """Number the chunks of all rows; None where the teacher reads the student's ids."""
     if all(row.aligned is None for row in rows):
         return None
-    student: list[int] = []
-    teacher: list[int] = []
+    student, teacher = list[int](), list[int]()
+    responses: list[_Response] = []
     num = 0
     for row in rows:
         assert row.aligned is not None, "rows with and without a response in the teacher's ids"
@@ -37,10 +49,71 @@ def _chunks(rows: Sequence[TrainingRow]) -> Chunks | None:
             own.update((row.prompt_length + place, number) for place in range(*span.student))
             other.update((place, number) for place in range(*span.teacher))
         num += len(row.aligned.spans)
-        student += [own.get(i, -1) for i, has_loss in enumerate(row.mask) if i and has_loss]
+        carries_loss = [i for i, has_loss in enumerate(row.mask) if i and has_loss]
+        places = {i - row.prompt_length: len(student) + at for at, i in enumerate(carries_loss)}
+        places_teacher = {place: len(teacher) + at for at, place in enumerate(sorted(other))}
+        responses.append((row.aligned, places, places_teacher))
+        student += [own.get(i, -1) for i in carries_loss]
         teacher += [other[place] for place in sorted(other)]
-    ids = torch.int64
-    return Chunks(torch.tensor(student, dtype=ids), torch.tensor(teacher, dtype=ids), num)
+    points = _points(responses) if responses[0][0].points is not None else None
+    return Chunks(_ints(student), _ints(teacher), num, points)
+
+
+def _points(responses: Sequence[_Response]) -> PointIndex:
+    """Number the sync points of all responses."""
+    chunks: list[tuple[int, int]] = []
+    sides: tuple[_SideCovers, _SideCovers] = (_SideCovers(), _SideCovers())
+    num = 0
+    for response, *positions in responses:
+        points = response.points
+        assert points is not None
+        chunks += [(start + num, end + num) for start, end in points.chunks]
+        for number, side in enumerate(sides):
+            covers = (points.student, points.teacher)[number]
+            side.add(covers, [place[number] for place in points.places], positions[number], num)
+        num += len(points.places)
+    start, end = _ints([one for one, _ in chunks]), _ints([other for _, other in chunks])
+    first = responses[0][0].points
+    assert first is not None
+    return PointIndex(start, end, sides[0].covers(), sides[1].covers(), first.vocabularies)
+
+
+class _SideCovers:
+    """One side's covers, collected row by row."""
+
+    def __init__(self) -> None:
+        self.position, self.point, self.place = list[int](), list[int](), list[int]()
+        self.bounds: list[IntArray] = []
+
+    def add(
+        self, covers: Sequence[Cover], places: Sequence[int], at: Mapping[int, int], first: int
+    ) -> None:
+        """Add a row's.
+
+        Args:
+            covers: Its covers.
+            places: Tokens before each of its points.
+            at: From a token's place in the response to its loss position.
+            first: Number of its first point.
+        """
+        self.position += [at[cover.token] for cover in covers]
+        self.point += [cover.point + first for cover in covers]
+        self.bounds += [cover.bounds for cover in covers]
+        self.place += [at[place] if place in at else at[place - 1] + 1 for place in places]
+
+    def covers(self) -> Covers:
+        """Return them as tensors."""
+        bounds = np.stack(self.bounds) if self.bounds else np.empty((0, 2), dtype=np.int64)
+        return Covers(
+            _ints(self.position),
+            _ints(self.point),
+            torch.from_numpy(bounds),
+            _ints(self.place),
+        )
+
+
+def _ints(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
 
 
 def collate(rows: Sequence[TrainingRow], pad_id: int = 0) -> DistillBatch:

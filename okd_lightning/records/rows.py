@@ -206,7 +206,7 @@ def fully_masked(row: TrainingRow) -> TrainingRow:
         mask=(False,) * len(row.mask),
         prompt_length=row.prompt_length,
         teacher_prompt_ids=row.teacher_prompt_ids,
-        aligned=None if row.aligned is None else AlignedResponse(row.aligned.teacher_ids),
+        aligned=None if row.aligned is None else row.aligned.without_chunks(),
         teacher=row.teacher,
     )
 

@@ -139,7 +139,8 @@ def engine_of(terms: Sequence[Term], engine: RolloutEngine) -> RolloutEngine:
 
 
 def _plan_for_stage(terms: Sequence[Term]) -> RolloutPlan:
-    off_policy = {source for term in terms for source in term.sources if source != "student"}
+    asking = [term for term in terms if not term.follows_others]
+    off_policy = {source for term in asking for source in term.sources if source != "student"}
     if len(off_policy) > 1:
         raise ConfigError(
             "one term needs the data set's responses and another the teacher's (seq_kd); "

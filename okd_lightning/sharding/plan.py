@@ -102,6 +102,18 @@ def shard(model: nn.Module, mesh: DeviceMesh, settings: ShardSettings, option: s
     )
 
 
+def shard_whole(module: nn.Module, mesh: DeviceMesh, settings: ShardSettings) -> None:
+    """Replace the parameters of a small module by shards, in place: one unit; see ``shard``."""
+    if not isinstance(module, FSDPModule):
+        fully_shard(
+            module,
+            mesh=mesh,
+            reshard_after_forward=False,
+            mp_policy=_no_narrower(settings.precision, module),
+            offload_policy=CPUOffloadPolicy() if settings.offload else OffloadPolicy(),
+        )
+
+
 def _no_narrower(precision: MixedPrecisionPolicy, model: nn.Module) -> MixedPrecisionPolicy:
     """Return the policy, with float64 gradient sums for float64 weights where it says float32."""
     is_double = any(p.dtype == torch.float64 and p.requires_grad for p in model.parameters())

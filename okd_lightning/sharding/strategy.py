@@ -40,7 +40,7 @@ from okd_lightning.models.deferred import deferred_weights
 from okd_lightning.sharding import state
 from okd_lightning.sharding.loading import fill_from_files
 from okd_lightning.sharding.placement import RolloutMode, ShardedModels
-from okd_lightning.sharding.plan import ShardSettings, shard
+from okd_lightning.sharding.plan import ShardSettings, shard, shard_whole
 
 Loading: TypeAlias = Literal["every_rank", "by_shard"]
 CheckpointForm: TypeAlias = Literal["sharded", "single_file"]
@@ -159,6 +159,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             option = "--model.student" if model is module.student else "--model.teacher"
             shard(model, mesh, self._settings, option)
             fill_from_files(model, self._shard_device)
+        if module.projectors is not None:
+            shard_whole(module.projectors, mesh, self._settings)
         module.pair.placement = ShardedModels(
             self._rollouts, self._settings.reshard_after_forward, self.root_device
         )
@@ -183,7 +185,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             super().model_to_device()
             return
         distilled = self._distilled
-        sides = (distilled.student, distilled.teacher)
+        sides = (distilled.student, distilled.teacher, distilled.projectors)
         for child in distilled.children():
             if not any(child is side for side in sides):
                 child.to(self.root_device)
@@ -216,14 +218,16 @@ class FSDP2Strategy(ModelParallelStrategy):
         """
         super().post_backward(closure_loss)
         module = self._distilled
-        module.pair.placement.release(*module.pair.models)
-        for parameter in module.trained_parameters(module.teacher):
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        module.pair.placement.release(*module.pair.models, module.projectors)
+        for side in (module.teacher, module.projectors):
+            for parameter in module.trained_parameters(side):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
 
     def _roots(self) -> list[FSDPModule]:
         module = self._distilled
-        return [model for model in module.pair.models if isinstance(model, FSDPModule)]
+        models = (*module.pair.models, module.projectors)
+        return [model for model in models if isinstance(model, FSDPModule)]
 
     # ---------------------------------------------------------------- state
 

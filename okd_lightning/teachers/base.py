@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Quantity, Side, Term, WeightedTerm
+from okd_lightning.losses.states import layers_read
 from okd_lightning.metrics import measures
 from okd_lightning.models import ModelSource, Vocabulary, load_model_config
 from okd_lightning.models.reading import model_side, tried
@@ -68,6 +69,9 @@ class Teacher(ABC):
 
     covers_vocabulary: ClassVar[bool] = True
     """True where its side has a logit for every id."""
+
+    has_layers: ClassVar[bool] = False
+    """True where ``side`` gives the states of its layers."""
 
     follows_student: ClassVar[bool] = False
     """True where it changes with the student, apart from trained parameters of its own."""
@@ -194,7 +198,13 @@ class Teacher(ABC):
         Raises:
             ConfigError: The message says what is missing.
         """
-        if "teacher" in term.sources and not self.generates:
+        if layers_read(term.quantities, "teacher") and not self.has_layers:
+            raise ConfigError(
+                f"method {term.name} reads hidden states of the teacher's layers, and "
+                f"{type(self).__name__} gives none: give --model.teacher a folder or hub id, or "
+                "leave the method out"
+            )
+        if term.asks_teacher and not self.generates:
             raise ConfigError(
                 f"method {term.name} has the teacher write responses, and "
                 f"{type(self).__name__} generates none: give --model.teacher a folder or hub id"
@@ -278,17 +288,17 @@ class Teacher(ABC):
         assert self.model is not None
         learns = torch.is_grad_enabled() and any(q.trains_teacher for q in quantities)
         with torch.set_grad_enabled(learns):
-            return self.read(batch.teacher_reads)
+            return self.read(batch.teacher_reads, quantities)
 
     def base_side(self, batch: DistillBatch) -> Side:
         """Return the side of the teacher without its trained parameters; a constant."""
         with torch.no_grad():
             return self.side(batch, ())
 
-    def read(self, reads: Sequences) -> Side:
-        """Return the side of ``model`` for some rows."""
+    def read(self, reads: Sequences, quantities: Sequence[Quantity] = ()) -> Side:
+        """Return the side of ``model`` for some rows, with the states that quantities read."""
         assert self.model is not None
-        return model_side(self.model, reads, self.packs, self.run.vocabulary)
+        return model_side(self.model, reads, self.packs, self.run.vocabulary, quantities)
 
     def generator(self) -> GeneratingModels:
         """Return the model that generates as the (base) teacher."""
@@ -372,7 +382,7 @@ class NoTeacher(Teacher):
 
     def check_term(self, term: Term) -> None:
         """Refuse a method that needs a teacher."""
-        if "teacher" in term.sources or any(q.needs_teacher for q in term.quantities):
+        if term.asks_teacher or any(q.needs_teacher for q in term.quantities):
             raise ConfigError(
                 f"method {term.name} needs a teacher: give --model.teacher a folder or hub id, "
                 "or the student itself: --model.teacher FrozenSelf"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import replace
-from typing import Any, Self, final
+from typing import Any, Self, final, get_args
 
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -29,14 +29,17 @@ from okd_lightning.models import (
     max_positions,
     vocabulary_of,
 )
-from okd_lightning.models.retokenization import Retokenizer
+from okd_lightning.models.retokenization import Retokenizer, TextLoss
 from okd_lightning.records.batches import DistillBatch, TrainingRow
+from okd_lightning.records.rows import count_chunks, dataset_row
 from okd_lightning.teachers.base import Measurement, Teacher
 from okd_lightning.teachers.loaded import LoadedTeacher
 from okd_lightning.teachers.online_module import OnlineModuleSettings
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun
 
 _OPTION = "--model.teacher ForeignTeacher"
+_FIRST_ROWS = 64
+"""Dataset rows that are read before training."""
 
 
 @final
@@ -52,6 +55,11 @@ class ForeignTeacher(Teacher):
         tokenizer: Folder or hub id of its tokenizer; by default the model's own.
         end_tokens: Its ids or tokens that mean "the response ends here", one outcome; by default
             those of its generation config and tokenizer.
+        loss: What a divergence compares at each chunk. chunk: {this chunk, anything else}, by the
+            probability of both models' own tokens. text: the same, by the probability that a text
+            begins so, through any token that reaches or passes its end. next_byte: the next byte's
+            distribution at the chunk's beginning, and the end. Methods on sampled tokens compare
+            chunks.
 
     Raises:
         ConfigError: A kind of teacher that has no ids of its own, or no tokenizer.
@@ -65,7 +73,12 @@ class ForeignTeacher(Teacher):
         model: ModelArgument | Teacher,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         end_tokens: EndTokensArgument | None = None,
+        loss: TextLoss = "chunk",
     ) -> None:
+        if loss not in get_args(TextLoss):
+            raise ConfigError(
+                f"model.teacher.loss is {loss!r}; expected one of {', '.join(get_args(TextLoss))}"
+            )
         inner = model if isinstance(model, Teacher) else LoadedTeacher(model)
         if not isinstance(inner, LoadedTeacher):
             raise ConfigError(
@@ -73,6 +86,7 @@ class ForeignTeacher(Teacher):
                 "expected a folder, a hub id or a LoadedTeacher"
             )
         self._arguments = {"model": model, "tokenizer": tokenizer, "end_tokens": end_tokens}
+        self._arguments["loss"] = self._loss = loss
         self.inner: Teacher = inner
         self._own_tokenizer = tokenizer
         self._end_tokens = end_tokens
@@ -127,7 +141,12 @@ class ForeignTeacher(Teacher):
         own.inner = self.inner.join(replace(run, tokenizer=tokenizer, vocabulary=vocabulary))
         config = load_model_config(source, "--model.teacher", vocabulary.size)
         own._retokenizer = Retokenizer(
-            run.tokenizer, tokenizer, ends.end_ids[0], vocabulary.size, max_positions(config)
+            run.tokenizer,
+            tokenizer,
+            ends.end_ids[0],
+            vocabulary.size,
+            max_positions(config),
+            self._loss,
         )
         return own
 
@@ -138,24 +157,24 @@ class ForeignTeacher(Teacher):
 
     def check_term(self, term: Term) -> None:
         """Refuse a method that compares single tokens, or whose responses it would generate."""
-        if "teacher" in term.sources:
+        if term.asks_teacher:
             raise ConfigError(
                 f"method {term.name} has the teacher write responses; give --model.teacher a "
                 "folder or hub id of a model with the student's tokenizer: another one's responses "
                 "are not in the student's ids"
             )
-        if not any(quantity.needs_teacher for quantity in term.quantities):
+        if not _uses_teacher(term):
             return
         for quantity in term.quantities:
             try:
                 token_values(quantity)
             except ConfigError as error:
                 raise ConfigError(f"method {term.name} with {_OPTION}: {error}") from error
-        if term.discount:
+        if 0 < term.discount < 1:
             raise ConfigError(
                 f"method {term.name} has discount {term.discount:g}, and with {_OPTION} sums over "
                 "the rest of a response are biased: which chunks they begin with depends on later "
-                "bytes; set discount to 0"
+                "bytes; set discount to 0, or to 1 for the sum over the whole response"
             )
 
     # ---------------------------------------------------------------- building
@@ -166,8 +185,15 @@ class ForeignTeacher(Teacher):
         self.model, self.packs = self.inner.model, self.inner.packs
 
     def open(self, opening: Opening) -> None:
-        """Open the inner teacher, and say what is compared."""
+        """Open the inner teacher, and say what is compared.
+
+        Raises:
+            VocabularyError: The teacher's tokenizer keeps less than half of the first rows' text.
+        """
         self.inner.open(opening)
+        if any("dataset" in t.sources and _uses_teacher(t) for t in opening.terms):
+            sets, _ = opening.read_rows(_OPTION)
+            self._report([dataset_row(example) for example in sets[0][:_FIRST_ROWS]])
         assert self.tokenizer is not None
         sampled = any("student" in term.sources for term in opening.terms)
         centred = "; OPDPlus is centred: a state value is not known" if sampled else ""
@@ -175,6 +201,23 @@ class ForeignTeacher(Teacher):
             f"teacher: another tokenizer ({len(self.tokenizer):,} tokens, the student's "
             f"{len(self.run.tokenizer):,}): methods compare chunks of text, in train/... and in "
             f"val/chunk_*, per token of the student{centred}"
+        )
+
+    def _report(self, rows: Sequence[TrainingRow]) -> None:
+        """Log how both tokenizers share the text of dataset rows."""
+        found = self.retokenized(rows)
+        _, total, one_to_one, unaligned, _ = count_chunks(found).sum(-1).tolist()
+        if unaligned > total / 2:
+            raise VocabularyError(
+                f"{_OPTION}: {unaligned} of {total} response tokens of the first {len(rows)} rows "
+                "are no text that the teacher's tokenizer keeps (characters that it lacks or "
+                "changes); give a teacher whose tokenizer knows this data"
+            )
+        longest = max((one.longest for row in found if (one := row.aligned)), default=0)
+        rank_zero_info(
+            f"first {len(rows)} rows: {one_to_one / max(1, total):.0%} of the student's response "
+            f"tokens are one token of the teacher, {unaligned / max(1, total):.1%} are unaligned "
+            f"(no loss); the longest chunk has {longest} tokens"
         )
 
     # ---------------------------------------------------------------- running
@@ -229,6 +272,11 @@ class ForeignTeacher(Teacher):
         own = super().__deepcopy__(memo)
         own.inner = deepcopy(self.inner, memo)
         return own
+
+
+def _uses_teacher(term: Term) -> bool:
+    """Return whether a term compares both models."""
+    return any(quantity.needs_teacher for quantity in term.quantities)
 
 
 def _tokenizer(

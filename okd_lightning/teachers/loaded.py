@@ -24,6 +24,8 @@ class LoadedTeacher(Teacher):
             architecture's fields. From Python also a model.
     """
 
+    has_layers = True
+
     def __init__(self, model: ModelArgument) -> None:
         self._given = model_source(model, "teacher")
 

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import ClassVar
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.losses import Quantity, Side, Term, WeightedTerm
+from okd_lightning.losses import Quantity, Side, StateQuantity, Term, WeightedTerm
 from okd_lightning.metrics import cached_measures
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.teachers.base import Measurement, Teacher
@@ -45,6 +45,9 @@ class PackedTeacher(Teacher):
 
     def check_term(self, term: Term) -> None:
         """Refuse a method that needs the teacher itself."""
+        if any(isinstance(quantity, StateQuantity) for quantity in term.quantities):
+            super().check_term(term)  # the student's states alone need no teacher
+            return
         size = self.run.vocabulary.size
         check_cached_term(term, self.k, size, self.option, self.reads_new_rows)
 

@@ -32,6 +32,8 @@ class SelfTeacher(Teacher):
     Without ``model``, the student itself is run: in eval mode, without gradient.
     """
 
+    has_layers = True
+
     @property
     def arguments(self) -> Mapping[str, Any]:
         """No arguments."""
@@ -80,7 +82,8 @@ class SelfTeacher(Teacher):
         assert self.student is not None
         vocabulary = self.run.vocabulary
         with torch.no_grad(), self.as_teacher():
-            side = model_side(self.student, batch.teacher_reads, self.packs_student, vocabulary)
+            reads, packs = batch.teacher_reads, self.packs_student
+            side = model_side(self.student, reads, packs, vocabulary, quantities)
             head = LMHead.of(self.student, vocabulary)
             return replace(side, head=replace(head, module=detached(head.module)))
 

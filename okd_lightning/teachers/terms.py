@@ -57,7 +57,7 @@ def check_cached_term(
             learn, or needs more than k probabilities.
     """
     advice = f"; give --model.teacher a folder or hub id in place of {option.rpartition(' ')[2]}"
-    if "teacher" in term.sources:
+    if term.asks_teacher:
         raise ConfigError(f"method {term.name} has the teacher write responses{advice}")
     needs_teacher = any(quantity.needs_teacher for quantity in term.quantities)
     if needs_teacher and "student" in term.sources and not reads_new_rows:
@@ -103,7 +103,13 @@ def cached_term(term: Term, k: int, vocab_size: int) -> Term:
 def cached_terms(
     terms: Sequence[WeightedTerm], k: int, vocab_size: int
 ) -> tuple[WeightedTerm, ...]:
-    """Return the terms with their factors in the form for a cached teacher."""
+    """Return the terms with their factors in the form for a cached teacher.
+
+    Terms of the student's states stay as they are: the teacher does not take part in them.
+    """
     return tuple(
-        replace(weighted, term=cached_term(weighted.term, k, vocab_size)) for weighted in terms
+        weighted
+        if weighted.term.reads_states
+        else replace(weighted, term=cached_term(weighted.term, k, vocab_size))
+        for weighted in terms
     )

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from okd_lightning.engines import RolloutEngine
 from okd_lightning.losses import Measured, Quantity, Term
 from okd_lightning.losses.reduction import Normalization
+from okd_lightning.models import Projectors
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.training.frozen_parts import FrozenParts
 from okd_lightning.training.pair import Pair
@@ -28,6 +29,7 @@ class DistilledRun(Protocol):
         pair: The student, its teacher, their vocabulary, placement and engine.
         student: The student's model, registered for Lightning; None before it is built.
         teacher: The teacher's models; None before it is built, and where it has none.
+        projectors: Maps between hidden states of other widths; None without any.
         frozen_parts: What is hidden from callbacks.
         terms: The methods of the run.
         normalization: The divisor of sums over on-policy samples.
@@ -39,6 +41,7 @@ class DistilledRun(Protocol):
     pair: Pair
     student: PreTrainedModel | None
     teacher: nn.Module | None
+    projectors: Projectors | None
     frozen_parts: FrozenParts
     terms: list[Term]
     normalization: Normalization

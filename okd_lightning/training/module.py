@@ -35,6 +35,7 @@ from okd_lightning.models import (
     EndTokensArgument,
     ModelArgument,
     ModelSource,
+    Projectors,
     Vocabulary,
 )
 from okd_lightning.records.batches import DistillBatch
@@ -144,6 +145,7 @@ class DistillationModule(lightning.LightningModule):
         self.evaluation = Evaluation(len(self.pair.teacher.names))
         self.student: PreTrainedModel | None = None  # the pair's models, registered for Lightning
         self.teacher: nn.Module | None = None
+        self.projectors: Projectors | None = None
         self.learning_rate = self.optimization.settings.learning_rate
         self.weight_decay = self.optimization.settings.weight_decay
         self.normalization = Normalization(normalization)
@@ -199,7 +201,7 @@ class DistillationModule(lightning.LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Return the safeguards that the Trainer lacks; move ModelsFirst to the front."""
-        self.terms = []  # a run begins; one that failed has left its own
+        self.terms, self.pair.layer_pairs = [], ()  # a run begins; one that failed has left its own
         self.pair.begin()
         return [] if self._trainer is None else with_safeguards(self._trainer)
 
@@ -214,6 +216,7 @@ class DistillationModule(lightning.LightningModule):
     def _register(self) -> None:
         """Register the pair's models, and load weights that waited for an online module."""
         self.student, self.teacher = self.pair.student, self.pair.teacher.module
+        self.projectors = self.pair.projectors if self.pair.layer_pairs else None
         if self._online_weights and self.pair.teacher.online_module is not None:
             super().load_state_dict(self._online_weights, strict=False)
             self._online_weights = {}
@@ -226,7 +229,7 @@ class DistillationModule(lightning.LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Remove the terms and the teacher's base, so that another Trainer can add its own."""
-        self.terms, self.pair.teacher_base = [], None
+        self.terms, self.pair.teacher_base, self.pair.layer_pairs = [], None, ()
         self.step_loss.forget()
 
     def train(self, mode: bool = True) -> Self:
@@ -270,12 +273,8 @@ class DistillationModule(lightning.LightningModule):
 
     def decode(self, ids: Sequence[int], special_tokens: bool = False) -> str:
         """Return the text of some ids, with or without special tokens."""
-        found = self.tokenizer.decode(
-            list(ids),
-            skip_special_tokens=not special_tokens,
-            clean_up_tokenization_spaces=False,
-        )
-        return str(found)
+        kept = {"skip_special_tokens": not special_tokens, "clean_up_tokenization_spaces": False}
+        return str(self.tokenizer.decode(list(ids), **kept))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build one optimizer over the student and the online module, each with its schedule."""
@@ -287,9 +286,9 @@ class DistillationModule(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the student by the Trainer's value and the online module by its own norm."""
-        idle = not self.step_loss.trains_teacher
-        if not clip_by_side(self, gradient_clip_val, gradient_clip_algorithm, idle):
+        """Clip student and projectors by the Trainer's value, the online module by its own norm."""
+        acting = self.step_loss.acting
+        if not clip_by_side(self, gradient_clip_val, gradient_clip_algorithm, acting):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

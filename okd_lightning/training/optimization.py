@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term
+from okd_lightning.losses.states import projectors_of
 from okd_lightning.teachers import OnlineModuleSettings, trained
 from okd_lightning.teachers.online_module import ScheduleName, check_schedule
 from okd_lightning.training.distilled_run import DistilledRun
@@ -126,6 +127,7 @@ class OptimizerBuilder:
             run.weight_decay,
             online.learning_rate if online is not None else None,
             given.optimizer,
+            trained(run.projectors),
         )
         if given.lr_scheduler is not None:
             if online is not None:
@@ -192,15 +194,18 @@ class OptimizerBuilder:
             self.settings = replace(settings, defaults={**settings.defaults, "lr": learning_rate})
 
 
-def clip_by_side(run: DistilledRun, limit: float | None, algorithm: str | None, idle: bool) -> bool:
-    """Clip the student by the Trainer's value and the online module by its own norm.
+def clip_by_side(
+    run: DistilledRun, limit: float | None, algorithm: str | None, acting: Sequence[Term]
+) -> bool:
+    """Clip student and projectors by the Trainer's value and the online module by its own norm.
 
     Args:
         run: The module.
         limit: The Trainer's gradient_clip_val.
         algorithm: The Trainer's gradient_clip_algorithm.
-        idle: Whether no method trains the online module in this step. Its gradients are then
-            removed: the optimizer skips its weights and moments, and counts no step for it.
+        acting: Terms of this step. Gradients of an online module and of projectors that none of
+            them trains are removed: the optimizer skips their weights and moments, and counts no
+            step for them.
 
     Returns:
         False where the whole module is left to the Trainer's own clipping.
@@ -208,11 +213,13 @@ def clip_by_side(run: DistilledRun, limit: float | None, algorithm: str | None, 
     Raises:
         ConfigError: The Trainer clips values, and the online module a norm.
     """
-    teacher = run.pair.teacher
-    own = teacher.online_module
-    if idle:
-        for parameter in teacher.trained_parameters():
-            parameter.grad = None
+    own, idle = run.pair.teacher.online_module, list[nn.Parameter]()
+    if not any(term.trains_teacher for term in acting):
+        idle = run.pair.teacher.trained_parameters()
+    if run.projectors is not None:
+        idle = [*idle, *run.projectors.idle(projectors_of(acting))]
+    for parameter in idle:
+        parameter.grad = None
     if own is None:
         return False
     if algorithm == "value":
@@ -222,7 +229,8 @@ def clip_by_side(run: DistilledRun, limit: float | None, algorithm: str | None, 
                 "trainer.gradient_clip_algorithm value clips no norms: leave one of them out"
             )
         return False
-    for side, norm in ((run.student, limit), (run.teacher, own.clip_norm or limit)):
+    student = [*trained(run.student), *trained(run.projectors)]
+    for parameters, norm in ((student, limit), (trained(run.teacher), own.clip_norm or limit)):
         if norm:
-            clip_grad_norm_(trained(side), norm)
+            clip_grad_norm_(parameters, norm)
     return True

@@ -45,6 +45,9 @@ class RateSchedule:
 DECAY, NO_DECAY, ONLINE_MODULE = "student/decay", "student/no_decay", "online_module"
 """Names of the parameter groups: matrices; biases and norms; the teacher's online module."""
 
+PROJECTORS = "projectors"
+"""Name of the group of projectors between hidden states."""
+
 
 def float16_refusal(what: str) -> str:
     """Return a message: why float16 weights are not trained, and what to do.
@@ -67,6 +70,7 @@ def build_optimizer(
     weight_decay: float,
     online_learning_rate: float | None = None,
     factory: OptimizerCallable | None = None,
+    projectors: Iterable[Parameter] = (),
 ) -> Optimizer:
     """Build AdamW, or the optimizer of ``factory``, over the trainable parameters of both sides.
 
@@ -80,6 +84,7 @@ def build_optimizer(
         weight_decay: Applied to the student's matrices only, not to biases and norms.
         online_learning_rate: The online module's learning rate; None for the student's.
         factory: Builds another optimizer from the groups.
+        projectors: Projectors between hidden states: the student's rate, no weight decay.
 
     Raises:
         ConfigError: ``factory`` cannot be called with parameter groups, or weights to be trained
@@ -108,6 +113,12 @@ def build_optimizer(
             "name": ONLINE_MODULE,
             "params": [p for p in online_module if p.requires_grad],
             "lr": online_rate,
+            "weight_decay": 0.0,
+        },
+        {
+            "name": PROJECTORS,
+            "params": list(projectors),
+            "lr": learning_rate,
             "weight_decay": 0.0,
         },
     ]

@@ -27,18 +27,19 @@ from okd_lightning.losses import (
     Side,
     WeightedLoss,
     WeightedTerm,
-    chunked_loss,
-    fused_loss,
     measure,
     measure_chunks,
-    weighted_loss,
 )
+from okd_lightning.losses.fused import batch_loss
+from okd_lightning.losses.states import loss_with_states
 from okd_lightning.models import (
     DTypeName,
     EndTokens,
     GivenPair,
+    LayerPair,
     ModelArgument,
     ModelSource,
+    Projectors,
     add_adapter,
     check_lengths,
     check_pair,
@@ -47,6 +48,7 @@ from okd_lightning.models import (
     find_tokenizer,
     load_checked,
     load_model_config,
+    projectors_for,
 )
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.sharding import Placement, WholeModels
@@ -81,6 +83,8 @@ class Pair:
         packs_student: Whether the student gets packed rows.
         teacher_base: The model with which the teacher is compared, where a method names one.
         tool_rounds: The tools of the data, where it has some.
+        layer_pairs: Pairs of layers whose hidden states methods compare.
+        projectors: Maps of the student's states to the teacher's widths, where these differ.
 
     Raises:
         OKDLightningError: Models, tokenizer and settings do not fit together.
@@ -116,6 +120,8 @@ class Pair:
         self.placement: Placement = WholeModels()
         self.teacher_base: TeacherBase | None = None
         self.tool_rounds: ToolRounds | None = None
+        self.layer_pairs: tuple[LayerPair, ...] = ()
+        self.projectors: Projectors | None = None
         run = settings.teacher_run(given, self.tokenizer, self.vocabulary)
         self.teacher = self.given_teacher = given_teacher.join(run)
         self.begin()
@@ -165,6 +171,9 @@ class Pair:
             if self.student is None:
                 self._build_student()
             self.teacher.build()
+            if self.layer_pairs:
+                sides = self.student, self.teacher.model
+                self.projectors = projectors_for(self.layer_pairs, *sides, self.projectors)
         if self.teacher_base is not None:
             self._check_one_base(self.teacher_base)
             run = self.given_teacher.run
@@ -229,6 +238,11 @@ class Pair:
                     "compare the teacher with one model; name the same one"
                 )
             return
+        if self.given_teacher.tokenizer is not None:
+            raise ConfigError(
+                f"{option} {source!r} would be compared with a teacher of another tokenizer, which "
+                "is not offered: give --model.teacher a model with the student's tokenizer"
+            )
         base = TeacherBase(source, option, self.vocabulary)
         base.check(self.tokenizer)
         self.teacher_base = base
@@ -305,8 +319,8 @@ class Pair:
         the teacher without its online module, for quantities that compare with it.
         """
         assert self.student is not None
-        reads = batch.student_reads
-        student = model_side(self.student, reads, self.packs_student, self.vocabulary)
+        own = (self.student, batch.student_reads, self.packs_student, self.vocabulary)
+        student = model_side(*own, quantities, "student")
         teacher = base = None
         if any(quantity.needs_teacher for quantity in quantities):
             teacher = self.teacher.side(batch, quantities)
@@ -357,24 +371,12 @@ class Pair:
         """
         terms = self.teacher.forms(terms)
         quantities = [quantity for weighted in terms for quantity in weighted.term.quantities]
-        if batch.chunks is not None:
-            sides, size = self.sides(batch, quantities), self.settings.tile_positions
-            found = measure_chunks(batch, quantities, sides, size)
-            return chunked_loss(terms, Measured.about(batch), found)
-        if not all(weighted.term.is_positionwise for weighted in terms):
-            return weighted_loss(terms, self.measure(batch, quantities))
-        student, teacher, base = self.sides(batch, quantities)
-        return fused_loss(
-            terms,
-            student,
-            teacher,
-            batch.student_reads.targets,
-            Measured.about(batch),
-            self.vocabulary.size,
-            self.settings.tile_positions,
-            base,
-            checks,
-        )
+        rows = self.sides(batch, quantities), batch, batch.student_reads.targets
+        sizes = self.vocabulary.size, self.settings.tile_positions
+        given = terms, *rows, Measured.about(batch), *sizes, checks
+        if any(weighted.term.reads_states for weighted in terms):
+            return loss_with_states(*given, self.projectors)
+        return batch_loss(*given)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy the models, with ``memo`` deciding what they share; share everything else.
@@ -385,6 +387,7 @@ class Pair:
         own = copy(self)
         memo[id(self)] = own
         own.student = deepcopy(self.student, memo)
+        own.projectors = deepcopy(self.projectors, memo)
         own.given_teacher = deepcopy(self.given_teacher, memo)
         own.teacher = deepcopy(self.teacher, memo)
         own.trainer_of = deepcopy(self.trainer_of, memo)

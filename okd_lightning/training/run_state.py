@@ -122,7 +122,11 @@ class RunState:
         trainer, pair = module.trainer, module.pair
         trained = {
             f"{side}.{name}": parameter
-            for side, model in (("student", module.student), ("teacher", module.teacher))
+            for side, model in (
+                ("student", module.student),
+                ("teacher", module.teacher),
+                ("projectors", module.projectors),
+            )
             if model is not None
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
@@ -217,6 +221,10 @@ def module_of_checkpoint(
     if config is not None and module.has_teacher:
         module.add_online_module(OnlineModuleSettings(peft_config_of(config)))
     module.configure_model()
+    weights = checkpoint["state_dict"]
+    checkpoint["state_dict"] = {  # projectors belong to a run
+        name: value for name, value in weights.items() if not name.startswith("projectors.")
+    }
     module.on_load_checkpoint(checkpoint)
     try:
         module.load_state_dict(checkpoint["state_dict"], strict=is_strict)

@@ -7,11 +7,14 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term, WeightedLoss, WeightedTerm
 from okd_lightning.losses.reduction import Normalization
+from okd_lightning.losses.states import projectors_of
 from okd_lightning.records.batches import DistillBatch, LossOutput
+from okd_lightning.teachers import trained
 from okd_lightning.training.distilled_run import DistilledRun
 
 
@@ -140,6 +143,7 @@ class StepLoss:
         self.acting: list[Term] = []
         self.trains_teacher = False
         self._sums: dict[str, Tensor] = {}
+        self._shown: dict[str, bool] = {}
 
     def loss(self, run: DistilledRun, batch: DistillBatch, batch_idx: int) -> Tensor:
         """Return a micro-batch's loss: each term's sum over its divisor of the whole step.
@@ -177,12 +181,17 @@ class StepLoss:
         self.acting, self.trains_teacher = [], False
 
     def _idle_loss(self, run: DistilledRun) -> Tensor:
-        """Return 0, tied to an online module that no term trains in this step, as DDP expects."""
-        idle = torch.zeros((), device=run.device)
+        """Return 0, tied to parameters that no term trains in this step, as DDP expects."""
+        own: list[Parameter] = []
         if not self.trains_teacher:
             own = run.pair.teacher.trained_parameters()
-            for parameter in run.pair.placement.tied_to_loss(own) if own else ():
-                idle = idle + 0.0 * parameter.sum()
+        if run.projectors is not None:
+            own = [*own, *run.projectors.idle(projectors_of(self.acting))]
+        if all(term.reads_states for term in self.acting):  # the head and later layers may be
+            own = [*own, *trained(run.student)]
+        idle = torch.zeros((), device=run.device)
+        for parameter in run.pair.placement.tied_to_loss(own) if own else ():
+            idle = idle + 0.0 * parameter.sum()
         return idle
 
     def _log(
@@ -195,10 +204,12 @@ class StepLoss:
         if is_last:
             shown = [name for name in self._sums if name.endswith("student_loss")] or ["loss"]
             for name, value in self._sums.items():
+                # Lightning refuses another prog_bar of a name: a later stage must not change it
+                is_shown = self._shown.setdefault(name, name in shown)
                 run.log(
                     f"train/{name}",
                     value,
-                    prog_bar=name in shown,
+                    prog_bar=is_shown,
                     on_step=True,
                     reduce_fx="sum",
                     sync_dist=True,

@@ -49,6 +49,8 @@ from okd_lightning.errors import OKDLightningError
 LANGUAGES = {"bash", "json", "python", "text", "yaml"}
 NUM_NOT_RUN = {
     "README.md": 1,  # Qwen from the hub
+    "docs/concepts/advantages.md": 2,  # a reward model from the hub; a judge's server
+    "docs/concepts/models.md": 1,  # a quantised folder
     "docs/from_trl.md": 2,  # TRL's side; Qwen
     "docs/privileged.md": 1,  # GSM8K from the hub
     "docs/recipes.md": 1,  # models from the hub, GPUs
@@ -58,7 +60,6 @@ NUM_NOT_RUN = {
     "docs/state.md": 1,  # SLURM
     "docs/tools.md": 1,  # Qwen
     "docs/vllm.md": 3,  # vLLM
-    "docs/concepts/advantages.md": 2,  # a reward model, a judge
 }
 """Blocks that say so in their title; the README's own Python blocks run in test_readme."""
 RUN_ELSEWHERE = {"docs/evaluation.md": "tests/commands/test_evaluation_doc.py"}

@@ -49,6 +49,7 @@ INNER = {  # public for the library's own floors; people neither call nor write 
     "okd_lightning.losses": {
         *("CachedAgreement", "CachedDivergence", "CachedDrawnOutcome", "CachedExpectedWeight"),
         *("cached_form", "fused_loss", "Head", "measure"),
+        *("ChunkValues", "chunked_loss", "measure_chunks", "token_values"),
         *("Mixing", "Mixture", "Product", "mixed_side", "routed_side"),
         *("ChunkValues", "chunked_loss", "measure_chunks", "token_values"),
         *("ModelRole", "pack_outcomes", "PackedHead", "Side", "weighted_loss", "WeightedLoss"),

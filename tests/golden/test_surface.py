@@ -58,9 +58,7 @@ def test_the_options_of_fit(capsys):
     check("fit_options.txt", "\n".join(options) + "\n")
     assert "--model.student" in options
     help_text = " ".join(printed(capsys, "fit", "--help").split())
-    assert (
-        "DivergenceCallback, GKD, KD, OKD, SFT, Stage; settings of one: --method.help" in help_text
-    )
+    assert "GKD, KD, HiddenStates, OKD, SFT, Stage; settings of one: --method.help" in help_text
     assert re.search(
         r"AdamW, Adamax and \d+ more; settings of one: --model.optimizer.help", help_text
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from dataclasses import dataclass, field
 
 import pytest
@@ -40,7 +41,7 @@ from okd_lightning.losses import (
     token_values,
 )
 from okd_lightning.losses.chunked import OutcomeLogProb, two_cells
-from okd_lightning.records.chunks import Chunks
+from okd_lightning.records.chunks import Chunks, aligned
 
 DIVERGENCES = [
     ReverseKL(),
@@ -93,8 +94,9 @@ class Pair:
         return about, ChunkValues(chunks, found)
 
 
-def gradient_of(loss: Tensor, parameters) -> Tensor:
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+def gradient_of(loss: Tensor, parameters, keeps: bool = False) -> Tensor:
+    found = torch.autograd.grad(loss, parameters, retain_graph=keeps)
+    return torch.cat([gradient.flatten() for gradient in found])
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: type(d).__name__)
@@ -113,6 +115,81 @@ def test_the_chunk_advantage_has_the_exact_gradient(divergence, variant):
         loss = chunked_loss([WeightedTerm(term, 1 / NUM**2)], about, values)
         found = gradient_of(loss.total, pair.parameters)
         assert (found - exact).norm() < 1e-12 * exact.norm()
+
+
+TOKENS = {b"a": 0, b"b": 1, b"ab": 2}
+
+
+class Letters:
+    """A student of letters and a teacher that writes ab as one token: all texts of three."""
+
+    def __init__(self, seed):
+        torch.manual_seed(seed)
+        prefixes = [p for n in range(3) for p in itertools.product("ab", repeat=n)]
+        self.logits = {p: torch.randn(2, dtype=torch.float64, requires_grad=True) for p in prefixes}
+        self.teacher = {}
+
+    @property
+    def parameters(self):
+        return list(self.logits.values())
+
+    def row(self, text):
+        """The student's and the teacher's log-probabilities of a text's tokens, and its chunks."""
+        student = [letter.encode() for letter in text]
+        parts = re.findall("ab|a|b", "".join(text))
+        teacher = [part.encode() for part in parts]
+        own = [
+            self.logits[text[:i]].log_softmax(-1)["ab".index(letter)]
+            for i, letter in enumerate(text)
+        ]
+        other = []
+        for i, token in enumerate(teacher):
+            before = tuple(teacher[:i])
+            if before not in self.teacher:
+                self.teacher[before] = torch.randn(3, dtype=torch.float64).log_softmax(-1)
+            other.append(self.teacher[before][TOKENS[token]])
+        spans = aligned(student, teacher)
+        sides = ([s.student for s in spans], [s.teacher for s in spans])
+        index = [
+            torch.tensor([n for n, (a, b) in enumerate(side) for _ in range(a, b)])
+            for side in sides
+        ]
+        return torch.stack(own), torch.stack(other), Chunks(*index, len(spans))
+
+
+@pytest.mark.parametrize("divergence", [ReverseKL(), ForwardKL(), JensenShannon()], ids=str)
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_the_whole_return_has_the_exact_gradient(divergence, is_whole):
+    method = OPDPlus(divergence, "as_published", discount=1.0)
+    key = OutcomeLogProb()
+    for seed in range(5):
+        pair, exact, found = Letters(seed), 0.0, 0.0
+        for text in itertools.product("ab", repeat=3):
+            own, other, chunks = pair.row(text)
+            law = own.sum().exp()
+            ratio = chunks.sums(other, chunks.teacher) - chunks.sums(own, chunks.student)
+            exact = exact + law * divergence.generator(ratio).sum()
+            tokens = {
+                ("student", key): own,
+                ("student", DrawnLogProb()): own,
+                ("teacher", key): other,
+            }
+            about = Measured({}, torch.ones(3), torch.zeros(3, dtype=torch.int64), own.detach())
+            values = ChunkValues(chunks, tokens)
+            if is_whole:
+                loss = chunked_loss([WeightedTerm(method.term, 1.0)], about, values).total
+            else:  # rewards from a chunk's beginning on
+                sampled = [
+                    chunks.sums(one, index)[None].detach()
+                    for one, index in ((own, chunks.student), (other, chunks.teacher))
+                ]
+                is_all = torch.ones(1, chunks.num, dtype=torch.bool)
+                credit = method.advantage.credit(*sampled, is_all)
+                loss = -(credit[0] * chunks.sums(own, chunks.student)).sum()
+            found = found + law.detach() * loss
+        expected = gradient_of(exact, pair.parameters, keeps=True)
+        error = (gradient_of(found, pair.parameters) - expected).norm() / expected.norm()
+        assert (error < 1e-12) == is_whole
 
 
 def test_per_token_credit_would_not_be():

@@ -9,6 +9,7 @@ outcome; what is not offered is refused by name; the advice of the error about t
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -19,7 +20,7 @@ from process_state import unchanged_process
 from transformers import AutoModelForCausalLM
 
 from okd_lightning.__main__ import main
-from okd_lightning.callbacks import KD, OKD, OPD, SFT, OPDPlus, Reward
+from okd_lightning.callbacks import GKD, KD, OKD, OPD, SFT, OPDPlus, Reward
 from okd_lightning.data.columns import Columns
 from okd_lightning.data.examples import build_examples
 from okd_lightning.divergences import ForwardKL, JensenShannon
@@ -180,6 +181,42 @@ def test_rewards_and_cross_entropy_run_beside_it(root, tmp_path):
     assert train(tmp_path, foreign(root), both).losses[-1]["train/kd"] > 0
 
 
+def test_the_start_says_how_both_share_a_text(root, tmp_path, caplog):
+    rows = [{"prompt": "a", "response": "abcde"}]
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        train(tmp_path, foreign(root), [KD()], rows, max_steps=1)
+    # abcde<eos> is ab cd e <eos>
+    assert "33% of the student's response tokens are one token of the teacher, 0.0%" in caplog.text
+    assert "the longest chunk has 2 tokens" in caplog.text
+
+
+def test_a_teacher_that_lacks_most_characters_is_refused(root, tmp_path):
+    other = merging(letters="abc")
+    other.save_pretrained(tmp_path / "few")
+    teacher = ForeignTeacher(str(root / "pairs"), str(tmp_path / "few"))
+    rows = [{"prompt": "a", "response": "adddd"}]
+    with pytest.raises(
+        VocabularyError, match="4 of 6 response tokens of the first 1 rows are no text"
+    ):
+        train(tmp_path, make(root, teacher), [KD()], rows)
+
+
+@pytest.mark.parametrize("loss", ["text", "next_byte"])
+@pytest.mark.parametrize("method", [KD, lambda: GKD(on_policy_fraction=1.0), OKD])
+def test_laws_over_texts_train(loss, method, root, tmp_path):
+    module = make(root, ForeignTeacher(str(root / "pairs"), loss=loss))
+    recorder = train(tmp_path, module, [method()], val=ROWS[:4], data={"val_rollouts": 2})
+    assert all(math.isfinite(losses["train/grad_norm"]) for losses in recorder.losses)
+    assert recorder.losses[0]["train/loss"] > 0
+    plain = train(tmp_path, foreign(root), [method()], max_steps=1)
+    assert recorder.losses[0]["train/loss"] != plain.losses[0]["train/loss"]
+
+
+def test_an_unknown_loss_is_refused(root):
+    with pytest.raises(ConfigError, match=r"model\.teacher\.loss is 'uld'; expected one of chunk"):
+        ForeignTeacher(str(root / "pairs"), loss="uld")
+
+
 TEMPLATE = (
     "{% for m in messages %}{{ m.content }}{{ '<eos>' if m.role == 'assistant' }}{% endfor %}"
 )
@@ -271,6 +308,22 @@ def test_teachers_that_are_not_offered(teacher, words, root):
 def test_tools_are_refused(root, tmp_path):
     with pytest.raises(ConfigError, match=r"leave data\.tools out"):
         train(tmp_path, foreign(root), [OPDPlus()], data={"tools": [Calculator()]})
+
+
+def test_a_third_model_is_refused(root):
+    with pytest.raises(ConfigError, match="would be compared with a teacher of another tokenizer"):
+        foreign(root).pair.add_teacher_base(str(root / "teacher"), "--method.teacher_base")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_diagnose_is_refused(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.csv").write_text("prompt,response\na,b\n")
+    words = ["--model.student", str(root / "student"), "--model.teacher", "ForeignTeacher"]
+    words += ["--model.teacher.model", str(root / "pairs"), "--data.train", "rows.csv"]
+    with unchanged_process():
+        assert main(["diagnose", "--method", "KD", *words, "--trainer.accelerator", "cpu"]) == 1
+    assert "diagnose compares single tokens, and this teacher" in capsys.readouterr().err
 
 
 def test_rows_without_the_teachers_ids_are_refused(root, tmp_path):

@@ -159,7 +159,8 @@ class AdvantageCallback(PolicyGradientCallback):
         student = rows.split(sampled if self.frozen_credit else current)
         teacher = rows.split(measured[self._teacher])
         value = None if self._value is None else rows.split(measured[self._value])
-        credit = self.advantage.credit(student, teacher, rows.mask, value)
+        of = self.advantage.chunk_credit if measured.has_chunks else self.advantage.credit
+        credit = of(student, teacher, rows.mask, value)
         logged = self.advantage.metrics(student, teacher, rows.mask)
         log_ratio = (teacher - student).detach().where(rows.mask, 0.0)
         is_extreme = (log_ratio.abs() > EXTREME_LOG_RATIO).to(log_ratio.dtype)

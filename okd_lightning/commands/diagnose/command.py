@@ -17,12 +17,13 @@ from okd_lightning.commands.cli_arguments import prepare, shared_options
 from okd_lightning.commands.diagnose.examination import Examination
 from okd_lightning.commands.diagnose.findings import Advice, Diagnosis, to_record
 from okd_lightning.commands.diagnose.page import write_page
+from okd_lightning.commands.diagnose.quantisation import OPTION
 from okd_lightning.commands.diagnose.rules import CONTENDERS, advise, contenders
 from okd_lightning.commands.diagnose.terminal import show
 from okd_lightning.commands.run_folder import require_writable
 from okd_lightning.durable_files import write_json
 from okd_lightning.errors import ConfigError, UsageError, one_line
-from okd_lightning.training.config_paths import output_folder
+from okd_lightning.training.config_paths import output_folder, user_path
 from okd_lightning.training.lightning_messages import PrintableConsole, only_warnings
 
 
@@ -48,6 +49,12 @@ def diagnose_parser() -> argparse.ArgumentParser:
         default=16,
         help="optimizer steps that are tried with each method, and batches for the gradients; "
         "default: %(default)s",
+    )
+    parser.add_argument(
+        OPTION,
+        metavar="FOLDER|HUB_ID",
+        help="the model that a quantised --model.teacher was made of: reports what the "
+        "quantisation costs",
     )
     return parser
 
@@ -76,7 +83,7 @@ def diagnose_command(arguments: Sequence[str], debug: bool = False) -> int:
     require_writable(own.out, "--out")
     console = PrintableConsole(file=sys.stdout, highlight=False)
     configs = [word for name in own.config or () for word in ("--config", name)]
-    found = examine([*configs, *options], own.rows, own.batches, console)
+    found = examine([*configs, *options], own.rows, own.batches, console, own.full_teacher)
     advice = advise(found)
     command = _next_command(own, options, found, advice)
     record = to_record(found) | {"advice": to_record(list(advice)), "next": command}
@@ -89,7 +96,13 @@ def diagnose_command(arguments: Sequence[str], debug: bool = False) -> int:
     return 0
 
 
-def examine(arguments: Sequence[str], rows: int, batches: int, console: Console) -> Diagnosis:
+def examine(
+    arguments: Sequence[str],
+    rows: int,
+    batches: int,
+    console: Console,
+    full_teacher: str | None = None,
+) -> Diagnosis:
     """Return the diagnosis of the pair and prompts that options of ``fit`` name.
 
     Args:
@@ -97,9 +110,10 @@ def examine(arguments: Sequence[str], rows: int, batches: int, console: Console)
         rows: Responses of each kind.
         batches: Batches of the gradients.
         console: For progress messages.
+        full_teacher: The model that a quantised teacher was made of; None for no comparison.
 
     Raises:
-        ConfigError: No teacher, a teacher in a cache, or several devices.
+        ConfigError: No teacher, a teacher in a cache or with another tokenizer, or several devices.
     """
     command, *prepared = prepare(["fit", *arguments])
     del command
@@ -107,6 +121,12 @@ def examine(arguments: Sequence[str], rows: int, batches: int, console: Console)
     module, data = cli.model, cli.datamodule
     if not module.has_teacher:
         raise ConfigError("diagnose compares two models: give --model.teacher a folder or hub id")
+    if module.pair.teacher.tokenizer is not None:
+        raise ConfigError(
+            "diagnose compares single tokens, and this teacher has another tokenizer: fit says at "
+            "its start how both share a text, and logs train/one_to_one_tokens, "
+            "train/unaligned_tokens, train/noncanonical_tokens and val/chunk_*"
+        )
     if cli.trainer.world_size > 1:
         raise ConfigError(
             f"diagnose runs on one device, this config asks for {cli.trainer.world_size}; give "
@@ -115,6 +135,8 @@ def examine(arguments: Sequence[str], rows: int, batches: int, console: Console)
     part = "val" if data.sources["val"] is not None else "train"
     if part == "train":
         data.sources["val"], data.splits["val"] = data.sources["train"], data.splits["train"]
+    if full_teacher is not None:
+        module.add_teacher_base(str(user_path(full_teacher)), OPTION)
     data.val_rollouts = 1  # at least one, so that the validation begins with any rows
     examination = Examination(
         rows, batches, part, lambda text: console.print(Text(text, style="dim"))

@@ -15,6 +15,7 @@ from okd_lightning.commands.diagnose.ends import end_check
 from okd_lightning.commands.diagnose.findings import Cost, Diagnosis, Rows
 from okd_lightning.commands.diagnose.gradients import GradientProbe
 from okd_lightning.commands.diagnose.positions import measure_tokens, summarise
+from okd_lightning.commands.diagnose.quantisation import quantisation_check
 from okd_lightning.commands.diagnose.responses import (
     ResponseGenerator,
     Responses,
@@ -80,6 +81,10 @@ class Examination(Callback):
             for responses in (given, own, teachers)
             if responses.num_tokens
         )
+        if module.pair.teacher_base is not None:
+            forward = rows[0].measures["forward_kl"] if rows[0].source == "given" else None
+            kinds = (given, own, teachers)
+            checks.append(quantisation_check(module, kinds, forward, data.batch_size))
         per_step = data.global_batch_size or data.batch_size * trainer.accumulate_grad_batches
         self._say(f"rollouts of {self.batches} optimizer steps; gradients, sampled and exact")
         probe, steps = GradientProbe(module), StepProbe(module, trainer.gradient_clip_val)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -117,6 +117,15 @@ def measure_tokens(module: DistillationModule, batches: Iterable[DistillBatch]) 
     """Return all measures at the loss tokens of the responses, without a prompt's earlier turns."""
     quantities = dict(_MEASURES)
     quantities |= {f"top_{k}": TeacherMass(k) for k in top_ks(module.vocabulary.size)}
+    return tokens_of(module, batches, quantities)
+
+
+def tokens_of(
+    module: DistillationModule,
+    batches: Iterable[DistillBatch],
+    quantities: Mapping[str, Quantity],
+) -> Tokens:
+    """Return some quantities, by name, at the loss tokens of the responses."""
     rows, places, num_rows = [], [], 0
     values: dict[str, list[Tensor]] = {name: [] for name in quantities}
     for batch in batches:

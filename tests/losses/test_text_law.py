@@ -1,0 +1,186 @@
+"""A model's law over texts, and the losses between two of them.
+
+Frozen here: a student of letters and a teacher of letters and pairs with the same law over texts
+have divergences and gradients of 0 by the mass of texts and by next byte, and not by the
+probability of the teacher's own tokens; that mass is the sum over all texts that begin so; tiles do
+not change it; its gradient is that of finite differences.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from pair_tokenizers import merging
+from torch import nn
+
+from okd_lightning.divergences import ForwardKL, JensenShannon, ReverseKL, Tempered
+from okd_lightning.losses import ExactDivergence, Side, measure_chunks
+from okd_lightning.losses.text_law import TextLaw, cover_masses
+from okd_lightning.models.byte_ranges import ByteRanges
+from okd_lightning.models.retokenization import Retokenizer
+from okd_lightning.records.batches import TrainingRow
+from okd_lightning.records.collation import collate
+
+EOS, A, B, AB = 1, 3, 4, 5
+LETTERS = merging(letters="ab")
+PAIRS = merging("ab", letters="ab")
+LAW = {"a": 0.5, "b": 0.3, "end": 0.2}
+"""Letters are drawn independently, until the end."""
+
+STUDENT = torch.tensor([0.0, LAW["end"], 0.0, LAW["a"], LAW["b"]], dtype=torch.float64).log()
+
+
+def teacher_logits(before: int) -> torch.Tensor:
+    """The same law in tokens a, b and ab, of which a never stands before b."""
+    a, b, end = LAW["a"], LAW["b"], LAW["end"]
+    if before == A:  # no b follows
+        found = [0, end / (1 - b), 0, a, 0, a * b / (1 - b)]
+    else:
+        found = [0, end, 0, a * (1 - b), b, a * b]
+    return torch.tensor(found, dtype=torch.float64).log()
+
+
+def batch_of(texts, loss, source="dataset", teacher=PAIRS):
+    made = Retokenizer(LETTERS, teacher, EOS, len(teacher), None, loss)
+    rows = []
+    for text in texts:
+        ids = LETTERS(text)["input_ids"]
+        mask = (False, *[True] * len(ids))
+        row = TrainingRow(0, source, (B, *ids), mask, 1, teacher_prompt_ids=(B,))
+        rows.append(made.row(row, (EOS,)))
+    return collate(rows)
+
+
+def sides(batch, student=STUDENT):
+    own = student.expand(len(batch.student_reads.targets), -1)
+    reads = batch.teacher_reads
+    before = reads.input_ids[reads.places.row, reads.places.column - 1].tolist()
+    other = torch.stack([teacher_logits(one) for one in before])
+    return Side(own, nn.Identity(), (EOS,), 5), Side(other, nn.Identity(), (EOS,), 6), None
+
+
+TEXTS = ["aab<eos>", "ab<eos>", "abba<eos>", "aaa<eos>", "babaab", "<eos>", "b<eos>"]
+
+
+@pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL(), JensenShannon()])
+@pytest.mark.parametrize("loss", ["text", "next_byte"])
+@pytest.mark.parametrize("source", ["dataset", "student"])
+def test_equal_laws_have_divergence_0(divergence, loss, source):
+    batch = batch_of(TEXTS, loss, source)
+    student = STUDENT.clone().requires_grad_()
+    asked = ExactDivergence(divergence)
+    found = measure_chunks(batch, (asked,), sides(batch, student)).at_positions()[asked]
+    assert found.abs().max() < 1e-10
+    (gradient,) = torch.autograd.grad(found.sum(), student)
+    assert gradient.nan_to_num().abs().max() < 1e-7  # floors of 1e-12 in cells without mass
+
+
+def test_the_teachers_own_tokens_are_biased():
+    batch = batch_of(TEXTS, "chunk")
+    asked = ExactDivergence(ForwardKL())
+    found = measure_chunks(batch, (asked,), sides(batch)).at_positions()[asked]
+    assert found.sum() / batch.chunks.num > 0.01
+
+
+def mass(text: str) -> float:
+    return math.prod(LAW[letter] for letter in text)
+
+
+def test_reach_is_the_mass_of_all_texts_that_begin_so():
+    batch = batch_of(TEXTS, "text")
+    chunks, points = batch.chunks, batch.chunks.points
+    own, other, _ = sides(batch)
+    order = points.vocabularies.teacher
+    targets = batch.teacher_reads.targets
+    logprobs = other.hidden.gather(-1, targets[:, None])[:, 0]
+    for size in (1, 3, None):
+        masses = cover_masses(other, points.teacher, order, 1.0, size)
+        law = TextLaw(points.teacher, masses, logprobs)
+        path = chunks.sums(logprobs, chunks.teacher)
+        found = law.chunk_logprobs(points.start, points.end, path)
+        of_student = own.hidden.gather(-1, batch.student_reads.targets[:, None])[:, 0]
+        expected = chunks.sums(of_student, chunks.student)
+        torch.testing.assert_close(found, expected)
+    assert (law.reach > 1.2).any()
+
+
+def test_next_bytes_are_those_of_the_law():
+    batch = batch_of(["aab<eos>"], "next_byte")
+    points = batch.chunks.points
+    _, other, _ = sides(batch)
+    logprobs = other.hidden.gather(-1, batch.teacher_reads.targets[:, None])[:, 0]
+    masses = cover_masses(other, points.teacher, points.vocabularies.teacher, 1.0, None)
+    law = TextLaw(points.teacher, masses, logprobs)
+    found = law.next_bytes(points.start, points.vocabularies.alphabet).exp()
+    expected = torch.tensor([LAW["a"], LAW["b"], LAW["end"], 0.0], dtype=torch.float64)
+    torch.testing.assert_close(found, expected.expand_as(found))
+    assert len(found) == batch.chunks.num == 3  # a, ab and the end
+
+
+def test_the_gradient_reaches_both_models():
+    torch.manual_seed(0)
+    batch = batch_of(["aabab<eos>", "ba<eos>"], "text")
+    own = torch.randn(len(batch.student_reads.targets), 5, dtype=torch.float64, requires_grad=True)
+    other = torch.randn(
+        len(batch.teacher_reads.targets), 6, dtype=torch.float64, requires_grad=True
+    )
+
+    def value(loss, learner, student, teacher):
+        batch = batch_of(["aabab<eos>", "ba<eos>"], loss)
+        asked = ExactDivergence(Tempered(JensenShannon(), 2.0), learner)
+        pair = Side(student, nn.Identity(), (EOS,), 5), Side(teacher, nn.Identity(), (EOS,), 6)
+        return measure_chunks(batch, (asked,), (*pair, None)).at_positions()[asked].sum()
+
+    for loss in ("text", "next_byte", "chunk"):
+        assert torch.autograd.gradcheck(
+            lambda student, loss=loss: value(loss, "student", student, other.detach()), own
+        )
+        assert torch.autograd.gradcheck(
+            lambda teacher, loss=loss: value(loss, "teacher", own.detach(), teacher), other
+        )
+
+
+@pytest.mark.parametrize("prefix", [b"", b"a", b"ab", b"b", b"c", b"abc", b"\xff"])
+def test_ranges_hold_the_tokens_that_begin_so(prefix):
+    pieces = [b"b", None, b"ab", b"a", b"abc", b"\xff", b"\xff\xff", b"a", b"ac"]
+    ranges = ByteRanges(pieces)
+    low, high = ranges.bounds(prefix)
+    expected = {
+        i for i, piece in enumerate(pieces) if piece is not None and piece.startswith(prefix)
+    }
+    assert set(ranges.order[low:high]) == expected
+    splits = ranges.splits(prefix)
+    assert (splits[0], splits[-1], len(splits)) == (low, high, 258)
+    for byte, (start, end) in enumerate(itertools.pairwise(splits[1:])):
+        own = {i for i in expected if pieces[i].startswith(prefix + bytes([byte]))}
+        assert set(ranges.order[start:end]) == own
+
+
+@pytest.mark.parametrize("loss", ["text", "next_byte"])
+@pytest.mark.parametrize("texts", [["ab"], ["<eos>"]])
+def test_batches_with_few_chunks(loss, texts):
+    batch = batch_of(texts, loss)  # the only chunk of a cut response carries no loss
+    asked = ExactDivergence(ForwardKL())
+    student = STUDENT.clone().requires_grad_()
+    if batch.chunks.num:
+        given = sides(batch, student)
+    else:
+        own = Side(student.expand(0, -1), nn.Identity(), (EOS,), 5)
+        given = (own, Side(torch.zeros(0, 6).double(), nn.Identity(), (EOS,), 6), None)
+    found = measure_chunks(batch, (asked,), given).at_positions()[asked]
+    assert found.requires_grad
+    assert abs(float(found.detach().sum())) < 1e-10
+
+
+def test_a_gap_ends_the_covers():
+    teacher = merging("ab", letters="ab")
+    made = Retokenizer(LETTERS, teacher, EOS, len(teacher), None, "text")
+    ids = (B, A, 2, A, B, EOS)  # a <bos> ab <eos>
+    row = TrainingRow(0, "student", ids, (False, *[True] * 5), 1, teacher_prompt_ids=(B,))
+    points = made.row(row, (EOS,)).aligned.points
+    assert all(cover.token >= 2 for cover in points.student if points.places[cover.point][0] > 2)
+    batch = collate([made.row(row, (EOS,))])
+    assert batch.to("cpu").chunks.points.vocabularies.alphabet.tolist() == [97, 98]
