@@ -90,7 +90,7 @@ def test_rows_that_name_no_tools_are_shown_the_declared_ones(tokenizer, build):
     ]
     assert built.examples[0].chat.messages == (CHAT[0],)
     undeclared = build(rows[:1], tokenizer, needs_response=False)
-    assert undeclared.examples[0].chat is None
+    assert undeclared.examples[0].chat.tools is None
     assert "calculator" not in undeclared.examples[0].prompt
 
 
