@@ -157,7 +157,7 @@ class Study:
         return module, clock
 
     def run(self, arm: str, seed: int) -> dict[str, float]:
-        """Return the trained student's measures on validation rows, in nats a character."""
+        """Return the trained student's measures on validation rows, in nats per character."""
         module, clock = self.fit(arm, seed, STEPS)
         found = {"cpu_seconds": round(sum(clock.seconds), 1)}
         for other in MEASURED:

@@ -12,7 +12,7 @@ Differs from the paper:
 Differs from the released code (asappresearch/imitkd, commit 8b9fadd), whose "full" loss is the
 teacher's entropy more than this one on the same logits, with the same gradient, to 1e-15:
 
-- There every row has a coin of its own, and the share of the data set's responses falls from 1
+- There the source is drawn for every row, and the share of the data set's responses falls from 1
   (linearly, or as 200^(-t/N) over N steps).
 - There the student's responses are greedy, or drawn from its 5 likeliest ids, and 4 batches are
   generated at once, before the steps that train on them.

@@ -41,6 +41,15 @@ WORDS = {
     r"\bbeside\b": "besides, next to, with",
     r"\basked? (once|again|every time)\b": "name the action: query, request",
     r"\bstands? for\b": "represents, is",
+    r"\bstands? (on|in)\b": "is at; replaces",
+    r"\blaws?\b(?!:)": "distribution",
+    r"\bcoins?\b": "random draw",
+    r"\b(drawn|drew) tokens?\b": "sampled token",
+    r"\b(own|given) (forward|reverse) kl\b": "on-policy KL; KL on dataset responses",
+    r"\brescue[sd]?\b": "correct, prevent",
+    r"\bat hand\b": "available",
+    r"\b(nats|bytes|seconds|s|tokens|rows|rollouts|GiB) an? (token|step|response|row|device"
+    r"|character|byte)\b": "per: nats per token",
     r"\bwhoever\b": "name the reader or the caller",
 }
 ALLOWED: set[tuple[str, str]] = {

@@ -1,4 +1,4 @@
-"""Plot of collapse and rescue over optimizer steps."""
+"""Plot of on-policy divergence over optimizer steps, by method."""
 
 from __future__ import annotations
 

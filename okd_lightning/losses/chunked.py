@@ -1,15 +1,14 @@
 """Losses of a pair with two tokenizers, chunk by chunk (``records.chunks``).
 
 A chunk c is one action of both models: L = Σ log-probability of its tokens, student's or teacher's,
-with all ends of a response as one outcome. What a method measures at a position is measured at a
-chunk here:
+with all ends of a response as one outcome. Methods measure chunks here instead of positions:
 
 * a divergence is that between the two outcomes {c, not c} with p = exp(L_S), q = exp(L_T), for any
   f (ALM, arXiv 2503.20083, has its cross-entropy): at most the divergence over all chunks;
-* a sampled token is the chunk: u = exp(L_T - L_S), and its advantage stands on every student token
-  of it, because ∇L_S is the sum of their gradients. The importance ratio is the chunk's too;
-* the value baseline E_p[w_f] needs all chunks that could have been sampled, so w_f(1) stands in its
-  place, which gives the centred advantage.
+* a sampled token is the chunk: u = exp(L_T - L_S), and each of its student tokens has its
+  advantage, because ∇L_S is the sum of their gradients. The importance ratio is the chunk's too;
+* the value baseline E_p[w_f] needs all chunks that could have been sampled, so it is
+  replaced by w_f(1), which gives the centred advantage.
 
 Both are approximations as far as they read the teacher's one way to write a text: a teacher also
 gives the same text probability through longer tokens (docs/concepts/another-tokenizer.md measures
@@ -147,7 +146,7 @@ class ChunkValues:
         chunks: The chunks.
         tokens: Values of both texts' tokens, [positions] or [teacher positions].
         quantities: What was asked for.
-        laws: Laws over texts, by reader and temperature; none for losses between chunks.
+        laws: Distributions over texts, by reader and temperature; none for losses between chunks.
         teacher_scale: Factor on the teacher's cross-entropy, which is a mean over its own tokens:
             tokens of the student in the step over those of the teacher.
     """
@@ -267,7 +266,7 @@ def _laws(
     values: Mapping[Quantity, Tensor],
     tile_positions: int | None,
 ) -> dict[tuple[Reader, float], TextLaw]:
-    """Return one model's laws over texts, at the temperatures at which its tokens are measured."""
+    """Return one model's distributions over texts, at the temperatures of its tokens' measures."""
     if points is None:
         return {}
     is_own = reader == "student"

@@ -120,7 +120,7 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     collectives.
 
     Args:
-        values: Any shape, nats a token.
+        values: Any shape, nats per token.
         mask: Same shape, boolean, True = contributes.
 
     Returns:

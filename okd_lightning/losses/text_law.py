@@ -1,4 +1,4 @@
-"""A model's law over texts: the probability that a text begins with some bytes.
+"""A model's distribution over texts: the probability that a text begins with some bytes.
 
 M(x) is the mass of all texts that begin with the bytes x. A tokenizer's own way to write x reaches
 its end through any *cover*: the own tokens up to a boundary m before the end, then a token that
@@ -74,7 +74,7 @@ def cover_masses(
 
 @dataclass(frozen=True)
 class TextLaw:
-    """One model's law over the texts of a micro-batch, at its sync points.
+    """One model's distribution over the texts of a micro-batch, at its sync points.
 
     Attributes:
         covers: The covers.

@@ -31,8 +31,6 @@ from okd_lightning.models.grouping import forget_lengths, row_groups, say_row_gr
 from okd_lightning.models.lengths import check_lengths, max_positions
 from okd_lightning.models.loading import (
     DTypeName,
-    ModelArgument,
-    ModelSource,
     check_precision,
     dtype_of,
     eos_token_ids,
@@ -55,6 +53,7 @@ from okd_lightning.models.projectors import (
 )
 from okd_lightning.models.reading import hidden_at_loss, packs_rows, reads_packed_rows
 from okd_lightning.models.recompute import recompute_activations
+from okd_lightning.models.sources import ModelArgument, ModelSource
 from okd_lightning.models.vocabulary import (
     Vocabulary,
     check_vocabulary_agreement,

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -27,7 +27,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from okd_lightning.errors import ConfigError, ModelError
 from okd_lightning.models.deferred import stand_ins
 from okd_lightning.models.merging import merge_adapters
-from okd_lightning.models.sources import first_line
+from okd_lightning.models.sources import ModelArgument, ModelSource, first_line
 from okd_lightning.models.weight_checks import is_quantised
 
 _MAKERS = {
@@ -36,9 +36,6 @@ _MAKERS = {
 }
 _MOST_TIMES, _SPARE_NUMBERS = 8, 1 << 26
 """Numbers of an adapter: some times the model's; or 256 MiB, whatever the model."""
-
-if TYPE_CHECKING:
-    from okd_lightning.models.loading import ModelArgument, ModelSource
 
 
 def adapter_layers(model: nn.Module) -> list[Any]:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -41,7 +40,14 @@ from okd_lightning.models.deferred import (
     is_deferred,
 )
 from okd_lightning.models.gguf_files import as_unpacked, unpacking
-from okd_lightning.models.sources import Source, first_line, locate, unreachable
+from okd_lightning.models.sources import (
+    ModelArgument,
+    ModelSource,
+    Source,
+    first_line,
+    locate,
+    unreachable,
+)
 from okd_lightning.models.weight_checks import (
     Learns,
     check_loaded,
@@ -53,15 +59,6 @@ from okd_lightning.models.weight_checks import (
 from okd_lightning.models.weight_files import WeightFiles
 
 DTypeName: TypeAlias = Literal["float32", "bfloat16", "float16", "float64"]
-
-ModelSource: TypeAlias = str | dict[str, Any] | PreTrainedModel
-"""A location (``locate``); a config to start from random weights; or a model already loaded."""
-
-if TYPE_CHECKING:
-    ModelArgument: TypeAlias = ModelSource | PathLike[str] | PeftModel
-else:  # types of the command line: --help would else list every architecture of transformers
-    ModelArgument = str | dict[str, Any]
-
 
 _UNREADABLE = (Exception,)
 """Errors that transformers raises for a broken config, tokenizer or weights.

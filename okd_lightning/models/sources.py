@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import (
@@ -21,10 +22,20 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from peft import PeftModel
+from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from okd_lightning.errors import ModelError, ModelNotFoundError
 from okd_lightning.models.gguf_files import SUFFIX, require_gguf
+
+ModelSource: TypeAlias = str | dict[str, Any] | PreTrainedModel
+"""A location (``locate``); a config to start from random weights; or a model already loaded."""
+
+if TYPE_CHECKING:
+    ModelArgument: TypeAlias = ModelSource | PathLike[str] | PeftModel
+else:  # types of the command line: --help would else list every architecture of transformers
+    ModelArgument = str | dict[str, Any]
 
 _NO_FILE = ("does not appear to have a file", "Should have a `model_type` key")
 _SETTINGS = (".json", ".jinja", ".txt", ".model")

@@ -48,7 +48,7 @@ class Span:
 
     @property
     def is_one_to_one(self) -> bool:
-        """True where one token stands on either side."""
+        """True for a span of one token on each side."""
         return self.student[1] - self.student[0] == 1 == self.teacher[1] - self.teacher[0]
 
 
@@ -193,7 +193,7 @@ class AlignedResponse:
         num_unaligned: Student's loss tokens without a chunk: other bytes on the teacher's side, a
             response's end that was cut off, what the teacher's context does not hold.
         num_noncanonical: Student's loss tokens in chunks that its tokenizer would write otherwise.
-        points: For losses between laws over texts; None for those between chunks.
+        points: For losses between distributions over texts; None for those between chunks.
     """
 
     teacher_ids: tuple[int, ...] = ()
@@ -275,7 +275,7 @@ class Chunks:
         student: [positions] chunk of each loss token of the student, from 0; -1 for none.
         teacher: [teacher positions] chunk of each loss token of the teacher.
         num: Number of chunks.
-        points: For losses between laws over texts; None for those between chunks.
+        points: For losses between distributions over texts; None for those between chunks.
     """
 
     student: Tensor

@@ -40,7 +40,7 @@ class CachedTeacher(PackedTeacher):
     Args:
         model: The teacher, in the forms of LoadedTeacher, or a TeacherEnsemble.
         folder: Folder of caches, with one entry for each teacher, dataset and k.
-        k: Ids that keep their own log-probability; 48 take at most 296 bytes a token in float16.
+        k: Ids that keep their own log-probability; 48 take at most 296 bytes per token in float16.
         dtype: Number format of the log-probabilities.
 
     Attributes:

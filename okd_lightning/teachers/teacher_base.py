@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from okd_lightning.models import DTypeName, ModelSource, load_model_config
 from okd_lightning.models.deferred import deferred_weights
 from okd_lightning.models.lengths import check_lengths
-from okd_lightning.models.loading import DTypeName, ModelSource, load_model_config
 from okd_lightning.models.pair import check_joins, load_checked
 from okd_lightning.models.reading import packs_rows
 from okd_lightning.models.vocabulary import Vocabulary

@@ -41,7 +41,7 @@ class OKD(DistillationCallback):
     unlike that of KL(q‖q0), and the teacher must keep all modes of the base. It costs a second
     forward pass of the teacher, without gradient and without a second copy of its weights.
 
-    Logged as train/..., in nats a token (mean over the term's tokens): ``student_loss``;
+    Logged as train/..., in nats per token (mean over the term's tokens): ``student_loss``;
     ``online_module_loss`` and its parts before their weights, ``online_module_divergence`` (to the
     student), ``teacher_cross_entropy`` (on all rows) and, if it is measured, ``teacher_shift``,
     the τ² KL to the base. Validation always logs it at τ = 1, as ``val/adapted_teacher_shift``.

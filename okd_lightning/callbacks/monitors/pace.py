@@ -1,6 +1,6 @@
 """Speed and remaining time of a run.
 
-A rollout batch is generated at once and then used for some steps, so that seconds a step are not
+A rollout batch is generated at once and then used for some steps, so seconds per step are not
 meaningful within the first rollout batch. Generation is therefore divided by the steps that it is
 for, and all else (training, checkpoints) by the finished steps. Validation and sample tables, which
 come at intervals, are not counted.

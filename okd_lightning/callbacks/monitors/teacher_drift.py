@@ -22,7 +22,7 @@ class TeacherDrift(Callback):
     once, and again if the drift returns after it has ended.
 
     Args:
-        margin: Allowed difference, in nats a token.
+        margin: Allowed difference, in nats per token.
         action: "warn" only warns; "freeze" also stops training the online module for the rest of
             the run; "stop" ends the run.
 

@@ -102,10 +102,10 @@ def check_entry(entry: Entry, plan: Plan) -> None:
             "compare measures every run on the same validation data: give --data.val a JSONL "
             "file, a folder or a hub id"
         )
-    budget = plan.budget
-    if budget is not None and budget.unit != "steps" and cli.model.schedule != "constant":
+    budget, schedule = plan.budget, cli.model.optimization.given.schedule
+    if budget is not None and budget.unit != "steps" and schedule != "constant":
         raise ConfigError(
-            f"--model.schedule {cli.model.schedule} needs to know a run's last step, which "
+            f"--model.schedule {schedule} needs to know a run's last step, which "
             f"--budget {budget} does not say; give --budget steps=N or --model.schedule constant"
         )
 
