@@ -12,6 +12,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -68,6 +69,12 @@ class Endpoint:
     _has_answered: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.token_variable):
+            raise ConfigError(  # may be the key itself: not repeated
+                f"{self.option}: the name of the environment variable with the key is no such "
+                "name (letters, digits and _); put the key into a variable and give the "
+                "variable's name"
+            )
         _check_address(self.url, self.option, self.token_variable)
         self.url = self.url.rstrip("/").removesuffix("/v1")
         if not self.timeout_seconds > 0:

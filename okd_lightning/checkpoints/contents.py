@@ -206,6 +206,12 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor])
     missing = [
         name for name in expected if name not in weights and not name.startswith("evaluation.")
     ]
+    if missing and all(name.startswith("projectors.") for name in missing):
+        raise CheckpointError(
+            f"the checkpoint has no projectors for these layers of HiddenStates ({missing[0]}); "
+            "resume with the checkpoint's own layers, or start a new run from the exported "
+            "student: --model.student FOLDER"
+        )
     if missing:
         raise CheckpointError(
             f"the checkpoint lacks {len(missing)} of the student's weights (such as "

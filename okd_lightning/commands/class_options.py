@@ -42,7 +42,7 @@ def classes_first(words: Sequence[str], configs: Sequence[Mapping[str, Any]]) ->
         UsageError: A setting of a class that neither the words nor a config name.
     """
     ordered = list(words)
-    for option, example in _EXAMPLES.items():
+    for option in (*_EXAMPLES, *_nested(words)):
         named = [i for i, word in enumerate(ordered) if _names(word, option)]
         first = next((i for i, w in enumerate(ordered) if _is_setting(w, option)), None)
         if first is None:
@@ -51,13 +51,24 @@ def classes_first(words: Sequence[str], configs: Sequence[Mapping[str, Any]]) ->
             (place,) = named
             end = place + (1 if "=" in ordered[place] else 2)
             ordered[first:end] = [*ordered[place:end], *ordered[first:place]]
-        elif not named and option not in _MAPPINGS and not any(_has(c, option) for c in configs):
+        elif option in _EXAMPLES and not named and not _may_lack_class(option, configs):
             setting = ordered[first].partition("=")[0]
             raise UsageError(
                 f"{setting} is a setting of a class, and none is named: give the class before it, "
-                f"such as {example}"
+                f"such as {_EXAMPLES[option]}"
             )
     return ordered
+
+
+def _nested(words: Sequence[str]) -> list[str]:
+    """Return the typed settings of classes that have settings themselves, the outer ones first."""
+    typed = dict.fromkeys(word.partition("=")[0].removesuffix("+") for word in words)
+    inner = (o for o in typed if any(o.startswith(f"{outer}.") for outer in _EXAMPLES))
+    return sorted((o for o in inner if any(_is_setting(w, o) for w in words)), key=len)
+
+
+def _may_lack_class(option: str, configs: Sequence[Mapping[str, Any]]) -> bool:
+    return option in _MAPPINGS or any(_has(config, option) for config in configs)
 
 
 def _names(word: str, option: str) -> bool:

@@ -40,10 +40,15 @@ _GIVEN = re.compile(r"Given value: (.*?)(?:\. Got value: .*)?$")
 _UNION = "Does not validate against any of the Union subtypes"
 
 _NOT_ACCEPTED = re.compile(r"Option '([^']+)' is not accepted(?:.*class_path='([^']+)')?")
-_NO_IMPORT = re.compile(r"Expected a dot import path string: (.+)")
+_NO_IMPORT = re.compile(r"Expected a dot import path string:\s*(.*)")
 _NO_MODULE = re.compile(r"No module named|has no attribute|Unable to|cannot import")
 _TYPE = re.compile(r"Expected an? (?:<class '([\w.]+)'>|([\w.]+))(?:\. Got value: (.*))?$")
+_INT = re.compile(r"invalid literal for int\(\) with base 10: '(.*)'$")
+_ABSTRACT = re.compile(r"an instantiatable class, but ([\w.]+) is abstract")
 _LITERAL = re.compile(r"Expected a typing\.Literal\[(.*)\](?:\. Got value: (.*))?$")
+
+_MISTYPED = 0.85
+"""Similarity of a name to one of ours from which it is not another trainer's option."""
 
 _KINDS = {
     "Method": "method",
@@ -268,7 +273,7 @@ def _explain(complaints: Sequence[_Complaint]) -> str | None:
     if not complaints:
         return None
     for complaint in complaints:
-        for explain in (_not_accepted, _no_such_class, _not_importable):
+        for explain in (_not_accepted, _settings_without_class, _no_such_class, _not_importable):
             explained = explain(complaint)
             if explained:
                 return explained
@@ -286,10 +291,22 @@ def _not_accepted(complaint: _Complaint) -> str | None:
     name = (path or "it").rsplit(".", 1)[-1]
     accepted = _parameters_of(path)
     foreign = hint_for(".".join([*map(_bare, complaint.keys), option]))
-    hint = f"; {foreign}" if foreign else did_you_mean(option, accepted)
+    own = did_you_mean(option, accepted, cutoff=_MISTYPED if foreign else 0.6)
+    hint = own if own or not foreign else f"; {foreign}"
     is_worth_listing = accepted and not (hint and len(accepted) > MOST_NAMES)
     known = f" (it takes {', '.join(accepted)})" if is_worth_listing else ""
     return f"{name} has no setting {option!r}{hint}{known}"
+
+
+def _settings_without_class(complaint: _Complaint) -> str | None:
+    """Explain settings whose class is not named and has no default."""
+    found = _ABSTRACT.search(complaint.text)
+    kind = _imported(found.group(1)) if found else None
+    if not isinstance(kind, type):
+        return None
+    option, names = complaint.option, subclass_names(kind, within="okd_lightning.")
+    shown = f"one of {', '.join(names)}" if 0 < len(names) <= MOST_NAMES else "the import path"
+    return f"{option}: its settings need a class, and none is named; give {option} {shown} as well"
 
 
 def _no_such_class(complaint: _Complaint) -> str | None:
@@ -327,7 +344,10 @@ def _wrong_type(complaints: Sequence[_Complaint]) -> str | None:
     given = None
     for complaint in complaints:
         literal, kind = _LITERAL.search(complaint.text), _TYPE.search(complaint.text)
-        if literal:
+        if whole := _INT.search(complaint.text):
+            expected.append(_TYPE_NAMES["int"])
+            given = whole.group(1)
+        elif literal:
             choices = [c.strip().strip("'") for c in literal.group(1).split(",")]
             expected += [c for c in choices if c not in expected]
             given = literal.group(2) or complaint.given or given

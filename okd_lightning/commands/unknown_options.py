@@ -49,7 +49,7 @@ def check_names(command: str, words: Sequence[str]) -> None:
                 problem = "there is no such method"
                 raise UsageError(no_such_class("--method", name, problem, methods, methods))
         if re.fullmatch(r"--\w\S*", option) and _is_unknown(option, known):
-            raise UsageError(unknown_option(word, options))
+            raise UsageError(unknown_option(word, [*options, *index["options"][command]]))
 
 
 def unknown_option(rest: str, options: Sequence[str]) -> str:

@@ -77,6 +77,7 @@ def find_end_tokens(
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: Vocabulary,
     asked: EndTokensArgument | None = None,
+    option: str = "model.end_tokens",
 ) -> EndTokens:
     """Return the ends of a pair: of all generation configs and the tokenizer, or those asked for.
 
@@ -88,6 +89,7 @@ def find_end_tokens(
         tokenizer: The run's.
         vocabulary: Ids with a row in all models' tables.
         asked: The user's ids or tokens; None for none.
+        option: How the user named them, for messages.
 
     Raises:
         ModelError: There is no end-of-sequence id, or the student's is no id of the tokenizer.
@@ -96,8 +98,8 @@ def find_end_tokens(
     own = eos_token_ids(student, tokenizer)
     vocabulary.check_ids(own, "the end-of-sequence ids", tokenizer)
     if asked is not None:
-        ends = _asked_ids(asked, tokenizer)
-        vocabulary.check_ids(ends, "model.end_tokens", tokenizer)
+        ends = _asked_ids(asked, tokenizer, option)
+        vocabulary.check_ids(ends, option, tokenizer)
         ends = _joined([i for i in own if i in ends], ends)
         return EndTokens(ends, _joined(ends, own), is_given=True)
     others = [*(i for one in teachers for i in _teachers_ids(one)), tokenizer.eos_token_id]
@@ -116,7 +118,9 @@ def _teachers_ids(teacher: ModelSource) -> Sequence[int]:
     return [found] if isinstance(found, int) else list(found)
 
 
-def _asked_ids(asked: EndTokensArgument, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _asked_ids(
+    asked: EndTokensArgument, tokenizer: PreTrainedTokenizerBase, option: str
+) -> tuple[int, ...]:
     given = asked if isinstance(asked, list | tuple) else [asked]
     vocabulary = tokenizer.get_vocab()
     ids = set(vocabulary.values())
@@ -127,13 +131,12 @@ def _asked_ids(asked: EndTokensArgument, tokenizer: PreTrainedTokenizerBase) -> 
             near = difflib.get_close_matches(str(one), vocabulary, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "give its ids or tokens"
             raise ConfigError(
-                f"model.end_tokens holds {one!r}, which is no id and no token of the tokenizer; "
-                f"{hint}"
+                f"{option} holds {one!r}, which is no id and no token of the tokenizer; {hint}"
             )
         found.append(int(one) if is_id else vocabulary[str(one)])
     if not found:
         raise ConfigError(
-            "model.end_tokens is empty: a response has to end; give ids or tokens, such as "
+            f"{option} is empty: a response has to end; give ids or tokens, such as "
             f"[{tokenizer.eos_token_id}], or leave it out"
         )
     return _joined((), found)

@@ -121,6 +121,8 @@ def locate(source: str, option: str) -> Source:
         ModelNotFoundError: No such folder or file, or a file that is not GGUF.
         ModelError: A GGUF file, and the package that reads it is not installed.
     """
+    if not source.strip():
+        raise ModelNotFoundError(f"{option} is empty; give a folder, a .gguf file or a hub id")
     path = Path(source).expanduser()
     if path.is_dir():
         _check_settings(path, f"{option} {source!r}")

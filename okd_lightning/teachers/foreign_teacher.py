@@ -38,6 +38,7 @@ from okd_lightning.teachers.online_module import OnlineModuleSettings
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun
 
 _OPTION = "--model.teacher ForeignTeacher"
+_END_TOKENS = "model.teacher.end_tokens"
 _FIRST_ROWS = 64
 """Dataset rows that are read before training."""
 
@@ -70,7 +71,7 @@ class ForeignTeacher(Teacher):
 
     def __init__(
         self,
-        model: ModelArgument | Teacher,
+        model: Teacher | ModelArgument,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         end_tokens: EndTokensArgument | None = None,
         loss: TextLoss = "chunk",
@@ -98,6 +99,11 @@ class ForeignTeacher(Teacher):
     def arguments(self) -> Mapping[str, Any]:
         """The model and its tokenizer."""
         return self._arguments
+
+    @property
+    def mark(self) -> str:
+        """The kind and its loss: a run resumes with the same."""
+        return f"ForeignTeacher ({self._loss})"
 
     @property
     def source(self) -> ModelSource | None:
@@ -136,7 +142,7 @@ class ForeignTeacher(Teacher):
         _check_differs(run.tokenizer, tokenizer)
         own.tokenizer = tokenizer
         vocabulary = vocabulary_of(tokenizer, source, "--model.teacher")
-        ends = find_end_tokens(source, (), tokenizer, vocabulary, self._end_tokens)
+        ends = find_end_tokens(source, (), tokenizer, vocabulary, self._end_tokens, _END_TOKENS)
         vocabulary = replace(vocabulary, end_ids=ends.end_ids)
         own.inner = self.inner.join(replace(run, tokenizer=tokenizer, vocabulary=vocabulary))
         config = load_model_config(source, "--model.teacher", vocabulary.size)
@@ -290,7 +296,7 @@ def _tokenizer(
             f"{_OPTION}: its model is no folder or hub id, so that its tokenizer is not known; "
             "give --model.teacher.tokenizer a folder or hub id"
         )
-    return load_tokenizer(name, "--model.teacher")
+    return load_tokenizer(name, "--model.teacher.tokenizer" if given else "--model.teacher")
 
 
 def _check_differs(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

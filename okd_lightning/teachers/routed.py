@@ -42,9 +42,8 @@ class RoutedTeachers(SeveralTeachers):
     """
 
     def __init__(self, teachers: dict[str, Teacher | ModelArgument]) -> None:
-        if any(not isinstance(name, str) or not name.strip() for name in teachers):
-            raise ConfigError("model.teacher.teachers has an empty name; expected one a teacher")
-        self._given = {name: teacher_of(one) for name, one in sorted(teachers.items())}
+        named = {_checked_name(name): one for name, one in teachers.items()}
+        self._given = {name: teacher_of(one) for name, one in sorted(named.items())}
         distinct: dict[object, Teacher] = {}
         for one in self._given.values():
             distinct.setdefault(_key(one), one)
@@ -133,6 +132,20 @@ class RoutedTeachers(SeveralTeachers):
             return True
         is_needed = present is None or number in {self._places[one] for one in present}
         return is_needed and any(isinstance(model, FSDPModule) for model in member.models)
+
+
+def _checked_name(name: Any) -> str:
+    """Return a teacher's name as rows have it: a whole number is read as its digits."""
+    if isinstance(name, int) and not isinstance(name, bool):
+        return str(name)
+    if not isinstance(name, str):
+        raise ConfigError(
+            f"model.teacher.teachers has the name {name!r}, which YAML does not read as text; put "
+            "the name in quotes"
+        )
+    if not name.strip():
+        raise ConfigError("model.teacher.teachers has an empty name; expected one a teacher")
+    return name
 
 
 def fully_masked(batch: DistillBatch) -> DistillBatch:

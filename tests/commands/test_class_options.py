@@ -29,6 +29,11 @@ from okd_lightning.errors import UsageError
             "--trainer.callbacks+=A --trainer.callbacks.keep 3 --trainer.callbacks+=B",
         ),
         ("--method.class_path=KD --method.b 2", "--method.class_path=KD --method.b 2"),
+        ("--method.f.p 1 --method.f=R --method=X", "--method=X --method.f=R --method.f.p 1"),
+        (
+            "--model.teacher T --model.teacher.m.k 1 --model.teacher.m M",
+            "--model.teacher T --model.teacher.m M --model.teacher.m.k 1",
+        ),
         ("--model.teacher.model_type llama", "--model.teacher.model_type llama"),
     ],
 )

@@ -47,6 +47,9 @@ def test_hidden_states(okd: Type, fit: Type, here: Path) -> None:
     assert result.status == 1
     assert "the teacher has no layer 3; it has 0 (embeddings), 1 to 2" in result.err
     assert len(result.err.strip().splitlines()) == 1
+    result = okd("fit", "--ckpt_path", str(LAST), "--trainer.max_steps", "5", LAYERS, "{2: 2}")
+    assert result.status == 1
+    assert "no projectors for these layers of HiddenStates" in result.err
 
 
 def test_experts_balance(okd: Type, fit: Type, here: Path) -> None:

@@ -6,6 +6,7 @@ is left to the parser; torch is not imported for it.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +27,8 @@ MISTAKES = [
     ["fit", "--method=gkd"],
     ["validate", "--ckpt_pth", "x"],
     ["compare", "--methods", "KD", "--trainer.max_step", "3"],
+    ["compare", "--methds", "KD"],
+    ["diagnose", "--full_techer", "x"],
 ]
 
 
@@ -74,3 +77,46 @@ def test_torch_is_not_imported_for_it() -> None:
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.returncode == 2
     assert ended.stderr.endswith("did you mean --model.student?\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("diagnose --full_techer x", "--full_techer; did you mean --full_teacher?"),
+        ("compare --seds 0,1", "--seds; did you mean --seeds?"),
+    ],
+)
+def test_options_of_a_command_are_hinted_at(words: str, line: str) -> None:
+    command, *rest = words.split()
+    with pytest.raises(UsageError, match=re.escape(line)):
+        check_names(command, rest)
+
+
+TEACHERS = ["--method", "KD", "--model.teacher", "TeacherEnsemble"]
+SETTINGS = {
+    "--full_teacher needs a value after it": ["diagnose", "--full_teacher"],
+    "TeacherEnsemble has no setting 'teacher'; did you mean teachers?": [
+        *("fit", *TEACHERS, "--model.teacher.teacher", "[a, b]")
+    ],
+    "--trainer.callbacks.layers: expected a whole number, got 'a'": [
+        *("fit", "--method", "KD", "--trainer.callbacks+", "HiddenStates"),
+        *("--trainer.callbacks.layers", "{a: 1}"),
+    ],
+    "--method.function: its settings need a class, and none is named; give --method.function one "
+    "of AnswerMatch": ["fit", "--method", "Reward", "--method.function.path", "x"],
+    "--method.divergence: its settings need a class": [
+        *("fit", "--method", "KD", "--method.divergence.beta", "0.3")
+    ],
+    "--method : there is no such method; there are": ["fit", "--method="],
+}
+
+
+@pytest.mark.parametrize("line", SETTINGS)
+def test_a_mistaken_setting_is_one_line(
+    okd: Callable[..., Result], here: object, line: str
+) -> None:
+    command, *words = SETTINGS[line]
+    pair = ["--model.student", "s", "--data.train", "t.jsonl"]
+    result = okd(command, *pair, *words)
+    assert (result.status, len(result.err.strip().splitlines())) == (2, 1), result.err
+    assert line in result.err

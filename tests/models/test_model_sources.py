@@ -69,6 +69,7 @@ def test_what_stands_as_a_location(tmp_path, monkeypatch, with_gguf):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ("", "is empty; give a folder"),
         ("./nowhere", "there is no such folder"),
         ("/no/where@v2", "there is no such folder"),
         ("a/b/c", "there is no such folder"),

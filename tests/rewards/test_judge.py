@@ -131,6 +131,7 @@ def test_failed_requests_are_counted_and_bad_servers_refused():
         ({"max_failures": 2}, "max_failures must be between 0 and 1"),
         ({"url": "localhost:8000"}, "Judge url: 'localhost:8000' is no address"),
         ({"url": "http://me:word@host"}, "user name or password"),
+        ({"key_variable": "sk-word"}, "give the variable's name$"),
     ],
 )
 def test_settings_that_are_refused(settings, message):

@@ -4,7 +4,8 @@ Frozen here: with one-to-one tokens, sampled methods train like with the same to
 tokens are logged; OKD's cross-entropy is a mean over the teacher's tokens; excluded tokens count in
 the divisor of samples and not in that of dataset rows; chats are rendered by each model's own
 template; whole texts begin without the space of a sentencepiece; the data's own ends are one
-outcome; what is not offered is refused by name; the advice of the error about tokenizers is true.
+outcome; a run resumes with the same loss; what is not offered is refused by name; the advice of the
+error about tokenizers is true.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from process_state import unchanged_process
 from transformers import AutoModelForCausalLM
 
 from okd_lightning.__main__ import main
-from okd_lightning.callbacks import GKD, KD, OKD, OPD, SFT, OPDPlus, Reward
+from okd_lightning.callbacks import GKD, KD, OKD, OPD, SFT, LastCheckpoint, OPDPlus, Reward
 from okd_lightning.data.columns import Columns
 from okd_lightning.data.examples import build_examples
 from okd_lightning.divergences import ForwardKL, JensenShannon
-from okd_lightning.errors import ConfigError, VocabularyError
+from okd_lightning.errors import CheckpointError, ConfigError, VocabularyError
 from okd_lightning.losses import DrawnLogProb, WeightedTerm
 from okd_lightning.records.collation import collate
 from okd_lightning.records.requests import Response
@@ -296,6 +297,10 @@ def test_methods_that_it_cannot_serve(method, words, root, tmp_path):
         (lambda at: ForeignTeacher(at["teacher"]), "the teacher has the student's tokenizer"),
         (lambda at: ForeignTeacher(FrozenSelf()), "model is a FrozenSelf"),
         (lambda at: ForeignTeacher(CachedTeacher(at["pairs"], "x")), "model is a CachedTeacher"),
+        (
+            lambda at: ForeignTeacher(at["pairs"], end_tokens=["?"]),
+            "model.teacher.end_tokens holds",
+        ),
         (lambda at: ForeignTeacher(tiny.make_llama(1)), "give --model.teacher.tokenizer a folder"),
     ],
 )
@@ -303,6 +308,14 @@ def test_teachers_that_are_not_offered(teacher, words, root):
     at = {name: str(root / name) for name in ("teacher", "pairs")}
     with pytest.raises(ConfigError, match=re.escape(words)):
         make(root, teacher(at))
+
+
+def test_it_resumes_with_the_same_loss(root, tmp_path):
+    train(tmp_path, foreign(root), [KD()], max_steps=1, callbacks=[LastCheckpoint(1)])
+    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    other = make(root, ForeignTeacher(str(root / "pairs"), loss="text"))
+    with pytest.raises(CheckpointError, match=r"ForeignTeacher \(chunk\), this .* \(text\)"):
+        train(tmp_path, other, [KD()], ckpt_path=last)
 
 
 def test_tools_are_refused(root, tmp_path):

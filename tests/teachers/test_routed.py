@@ -254,7 +254,7 @@ def test_a_column_and_teachers_need_each_other(folders, tmp_path):
 
 def test_numbers_name_teachers_by_their_digits(folders, tmp_path):
     rows = [{**row, "of": i % 2} for i, row in enumerate(tiny.make_rows(8))]
-    module = make(folders, RoutedTeachers({"0": folders["llama"], "1": folders["gpt2"]}))
+    module = make(folders, RoutedTeachers({0: folders["llama"], "1": folders["gpt2"]}))
     assert "train/kd/1" in train(tmp_path, module, [KD()], rows).losses[0]
 
 
@@ -304,5 +304,7 @@ def test_members_that_cannot_be_routed_to_are_refused(folders):
         RoutedTeachers({})
     with pytest.raises(ConfigError, match="an empty name"):
         RoutedTeachers({" ": folders["llama"]})
+    with pytest.raises(ConfigError, match="the name True, which YAML does not read as text"):
+        RoutedTeachers({True: folders["llama"]})
     with pytest.raises(ConfigError, match="RoutedTeachers holds a ServedTeacher"):
         RoutedTeachers({"a": ServedTeacher("http://x:1")})

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from okd_lightning.commands.cli_arguments import ENDS, OF_ONE_RUN, load_config, take_flag
+from okd_lightning.commands.cli_errors import readable
 from okd_lightning.commands.compare.budget import Budget
 from okd_lightning.commands.compare.entries import checked_seed, own_method, read_entries
 from okd_lightning.commands.compare.folder import ComparisonFolder, Plan, RunFolder, comparison_lock
@@ -25,6 +26,7 @@ from okd_lightning.commands.reports import (
     write_results,
     write_table_csv,
 )
+from okd_lightning.commands.unknown_options import check_names
 from okd_lightning.errors import UsageError, one_line
 from okd_lightning.training.config_paths import output_folder
 from okd_lightning.training.lightning_messages import PrintableConsole, only_warnings
@@ -79,12 +81,13 @@ def compare_command(arguments: Sequence[str], debug: bool = False) -> int:
     Raises:
         OKDLightningError: An error that concerns the comparison as a whole.
     """
+    check_names("compare", arguments)
     parser = compare_parser()
     try:
         is_trusted, words = take_flag(arguments)
         own, options = parser.parse_known_args(words)
     except argparse.ArgumentError as error:
-        raise UsageError(one_line(str(error))) from error
+        raise UsageError(readable(error)) from error
     console = PrintableConsole(
         file=sys.stdout, quiet=getattr(rank_zero_only, "rank", 0) != 0, highlight=False
     )

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from okd_lightning.commands.cli import DistillationCLI
 from okd_lightning.commands.cli_arguments import prepare, shared_options
+from okd_lightning.commands.cli_errors import readable
 from okd_lightning.commands.diagnose.examination import Examination
 from okd_lightning.commands.diagnose.findings import Advice, Diagnosis, to_record
 from okd_lightning.commands.diagnose.page import write_page
@@ -21,9 +22,10 @@ from okd_lightning.commands.diagnose.quantisation import OPTION
 from okd_lightning.commands.diagnose.rules import CONTENDERS, advise, contenders
 from okd_lightning.commands.diagnose.terminal import show
 from okd_lightning.commands.run_folder import require_writable
+from okd_lightning.commands.unknown_options import check_names
 from okd_lightning.durable_files import write_json
-from okd_lightning.errors import ConfigError, UsageError, one_line
-from okd_lightning.training.config_paths import output_folder, user_path
+from okd_lightning.errors import ConfigError, UsageError
+from okd_lightning.training.config_paths import output_folder
 from okd_lightning.training.lightning_messages import PrintableConsole, only_warnings
 
 
@@ -70,10 +72,11 @@ def diagnose_command(arguments: Sequence[str], debug: bool = False) -> int:
         OKDLightningError: What ``fit`` would refuse, or an option out of its range.
     """
     del debug
+    check_names("diagnose", arguments)
     try:
         own, options = diagnose_parser().parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
-        raise UsageError(one_line(str(error))) from error
+        raise UsageError(readable(error)) from error
     if own.rows < 2 or own.batches < 3:
         raise UsageError(
             f"--rows {own.rows} --batches {own.batches}: expected at least 2 rows, and 3 batches "
@@ -136,7 +139,7 @@ def examine(
     if part == "train":
         data.sources["val"], data.splits["val"] = data.sources["train"], data.splits["train"]
     if full_teacher is not None:
-        module.add_teacher_base(str(user_path(full_teacher)), OPTION)
+        module.add_teacher_base(full_teacher, OPTION)
     data.val_rollouts = 1  # at least one, so that the validation begins with any rows
     examination = Examination(
         rows, batches, part, lambda text: console.print(Text(text, style="dim"))
