@@ -243,18 +243,17 @@ def weighted_loss(terms: Sequence[WeightedTerm], measured: Measured) -> Weighted
     Raises:
         ConfigError: A term returns no LossOutput, or one without gradient.
     """
-    outputs = [_by_teacher(weighted.term, measured) for weighted in terms]
     is_trained = any(values.requires_grad for values in measured.values.values())
-    for weighted, output in zip(terms, outputs, strict=True):
-        _check_output(weighted.term.name, output, is_trained)
+    outputs = [_checked_loss(weighted.term, measured, is_trained) for weighted in terms]
     parts = [w.factor * o.sum for w, o in zip(terms, outputs, strict=True)]
     return WeightedLoss(torch.stack(parts).sum(), tuple(output.detached() for output in outputs))
 
 
-def _by_teacher(term: Term, measured: Measured) -> LossOutput:
+def _checked_loss(term: Term, measured: Measured, is_trained: bool) -> LossOutput:
     """Return the term's loss, with its part of each teacher where there are several."""
     output = term.loss(measured)
-    if not measured.num_teachers or not isinstance(output, LossOutput):
+    _check_output(term.name, output, is_trained)
+    if not measured.num_teachers:
         return output
     with torch.no_grad():
         parts = [term.loss(measured.of_teacher(i)).sum for i in range(measured.num_teachers)]

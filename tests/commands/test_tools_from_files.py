@@ -138,8 +138,9 @@ def test_a_run_from_real_files_is_trained_resumed_tested_and_predicted_from(
     assert predicted.status == 0, predicted.err
     lines = (RUN / "predictions.jsonl").read_text().splitlines()
     assert {json.loads(line)["stop_reason"] for line in lines} <= {"eos", "length", "turns"}
-    assert "calculator" in json.loads(lines[-1])["prompt"]
-    assert "calculator" not in json.loads(lines[0])["prompt"]
+    first, last_record = json.loads(lines[0]), json.loads(lines[-1])
+    assert "calculator" in last_record["text"].split(last_record["prompt"])[0]  # the tools shown
+    assert "calculator" not in first["text"].split(first["prompt"])[0]
 
 
 def test_toolalpacas_rows(files: Path, toolalpaca: ModuleType) -> None:

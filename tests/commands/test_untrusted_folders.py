@@ -107,7 +107,7 @@ def test_a_foreign_folder_is_left_as_it_is(tmp_path: Path) -> None:
 
 
 MODULE = SimpleNamespace(
-    pair=SimpleNamespace(student_source=None, teacher=SimpleNamespace(source=None))
+    pair=SimpleNamespace(student_source=None, teacher=SimpleNamespace(source=None, own_sources=()))
 )
 
 

@@ -302,7 +302,9 @@ def test_a_cache_is_written_of_packed_rows(tmp_path, make_module, monkeypatch):
     packed = []
     read = reading.hidden_at_loss
     monkeypatch.setattr(
-        reading, "hidden_at_loss", lambda m, r, packs: packed.append(packs) or read(m, r, packs)
+        reading,
+        "hidden_at_loss",
+        lambda m, r, packs, *more: packed.append(packs) or read(m, r, packs, *more),
     )
     module = make_module(kind=lambda teacher: CachedTeacher(teacher, str(tmp_path / "cache")))
     tiny.fit(tmp_path, module, [KD()], tiny.make_rows(8), max_steps=1)

@@ -15,8 +15,7 @@ from okd_lightning.errors import ConfigError
 class StepIntervals(Callback):
     """Callback that makes an integer ``trainer.val_check_interval`` count optimizer steps.
 
-    These are counted over the whole run; Lightning counts micro-batches within an epoch. A run that
-    is shorter than an epoch is validated after its last step.
+    These are counted over the whole run; Lightning counts micro-batches within an epoch.
     """
 
     precedes_models: bool = True  # a wrong interval is refused before models are built
@@ -48,19 +47,22 @@ class StepIntervals(Callback):
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Place the validation of a run shorter than an epoch; report a run without validation."""
+        """Report a run without validation."""
+        if not sum(trainer.num_val_batches):
+            rank_zero_info("no validation: give --data.val for measures and a best checkpoint")
+            return
+        interval = getattr(trainer, "val_check_interval", None)  # may be an interval of time
         epoch = trainer.num_training_batches
         batches: float = trainer.max_steps * trainer.accumulate_grad_batches
         if batches < 0:  # no end in steps
             epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
             batches = epoch * epochs if epochs >= 0 else math.inf
-        is_each_epoch = trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
-        if is_each_epoch and 0 < batches < epoch:
-            trainer.val_check_batch = batches
-        if not sum(trainer.num_val_batches):
-            rank_zero_info("no validation: give --data.val for measures and a best checkpoint")
-        elif isinstance(self._asked, int) and trainer.val_check_interval > batches:
+        is_within_epoch = interval == 1.0 and trainer.check_val_every_n_epoch == 1
+        is_counted = isinstance(self._asked, int) and isinstance(interval, int)
+        first = epoch if is_within_epoch else interval if is_counted else 0
+        if first is not None and first > batches:
+            step = first // trainer.accumulate_grad_batches
             rank_zero_info(
-                f"no validation: the run ends before step {self._asked}; give "
+                f"no validation: the run ends before step {step}, its first one; give "
                 "--trainer.val_check_interval STEPS below its length"
             )

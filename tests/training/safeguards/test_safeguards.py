@@ -133,53 +133,27 @@ def test_an_interval_of_no_steps_is_refused(tmp_path, make_module):
         trainer.fit(make_module(), data(val=tiny.make_rows(4)))
 
 
-class Validations(Callback):
-    """Keeps the step of every validation."""
-
-    def __init__(self) -> None:
-        self.steps: list[int] = []
-
-    def on_validation_end(self, trainer, pl_module):
-        if not trainer.sanity_checking:
-            self.steps.append(trainer.global_step)
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize(
-    ("ends", "steps"),
-    [
-        ({"max_steps": 1}, [1]),
-        ({"max_steps": 2}, [2]),  # an epoch
-        ({"max_steps": 3}, [2]),
-        ({"max_epochs": 2}, [2, 4]),
-        ({"max_steps": 1, "limit_val_batches": 0}, []),
-    ],
-    ids=str,
-)
-def test_a_run_shorter_than_an_epoch_is_validated_at_its_end(
-    tmp_path, make_module, ends, steps, accumulate
-):
-    seen = Validations()
-    settings = {"max_epochs": -1, "accumulate_grad_batches": accumulate, **ends}
-    trainer = tiny.make_trainer(tmp_path, [KD(), seen], **settings)
-    trainer.fit(make_module(), data(batch_size=4 // accumulate, val=tiny.make_rows(4)))
-    assert seen.steps == steps
-
-
 @pytest.mark.parametrize(
     ("settings", "val", "words"),
     [
         ({}, None, "no validation: give --data.val"),
-        ({"val_check_interval": 9}, 4, "the run ends before step 9; give --trainer.val_check"),
+        ({"val_check_interval": 9}, 4, "the run ends before step 9, its first one; give --trainer"),
+        (
+            {"max_steps": 1},
+            4,
+            "the run ends before step 2, its first one; give --trainer.val_check",
+        ),
         ({"val_check_interval": 1}, 4, None),
+        ({"val_check_interval": "00:00:30:00"}, 4, None),
+        ({}, 4, None),
     ],
-    ids=["no data", "too late", "in time"],
+    ids=["no data", "too late", "within an epoch", "in time", "of time", "an epoch"],
 )
 def test_a_run_without_validation_says_so_at_its_start(
     tmp_path, make_module, caplog, settings, val, words
 ):
     caplog.set_level("INFO")
-    trainer = tiny.make_trainer(tmp_path, [KD()], max_steps=2, max_epochs=-1, **settings)
+    trainer = tiny.make_trainer(tmp_path, [KD()], **{"max_steps": 2, "max_epochs": -1, **settings})
     trainer.fit(make_module(), data(val=val and tiny.make_rows(val)))
     said = [r.getMessage() for r in caplog.records if "no validation" in r.getMessage()]
     assert len(said) == (words is not None)
