@@ -99,7 +99,7 @@ def main() -> None:
     """Print the table."""
     pairs = {"1B <- 8B": (LLAMA_1B, LLAMA_8B), "8B <- 70B": (LLAMA_8B, LLAMA_70B)}
     rows = {name: per_device(*pair, devices=8, tokens=8 * 1024) for name, pair in pairs.items()}
-    print("| GiB a device, 8 devices | " + " | ".join(pairs) + " |")
+    print("| GiB per device, 8 devices | " + " | ".join(pairs) + " |")
     print("|---|" + "---|" * len(pairs))
     for what in next(iter(rows.values())):
         print(f"| {what} | " + " | ".join(f"{r[what] / GIB:.1f}" for r in rows.values()) + " |")
