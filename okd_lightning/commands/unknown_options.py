@@ -2,8 +2,8 @@
 
 The options of ``fit`` and the names of its methods are stored in ``option_index.json``, so that a
 mistyped one is answered before torch and transformers are imported. Everything that the index
-cannot decide is left to the parser. ``make golden`` writes the index, and a test compares it with
-the parser.
+cannot decide, and every option that is refused with an explanation of its own, is left to the
+command. ``make golden`` writes the index, and a test compares it with the parsers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def check_names(command: str, words: Sequence[str]) -> None:
         return
     base = index["options"]["fit"] if command in _ON_FIT else []
     options, methods = base or index["options"][command], index["methods"]
-    known = {*options, *index["options"][command]}
+    known = {*options, *index["options"][command], *index["explained"]}
     for word, following in zip_longest(words, words[1:], fillvalue=""):
         option, equals, value = word.partition("=")
         if option in ("--method", "--method.class_path"):

@@ -52,6 +52,8 @@ def test_the_early_answer_is_the_parsers(
         ["--model.student.model_type", "llama", "--data.chat_template_kwargs.thinking", "false"],
         ["--model.student_adapter", "LoraConfig", "--model.student_adapter.r", "4"],
         ["--data.prompt_template", "--- {question}"],
+        ["--model.self_teacher", "frozen"],  # each with an explanation of its own
+        ["--model.teacher_cache.folder", "cache", "--model.teacher_server", "url"],
         ["-c", "run.yaml", "--print_config", "--trust_checkpoint", "--seed_everything=3"],
     ],
     ids=" ".join,
@@ -66,6 +68,20 @@ def test_commands_have_their_own_options() -> None:
     check_names("shrink", ["--layers", "3"])
     with pytest.raises(UsageError, match="--methods"):
         check_names("fit", ["--methods", "KD"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("fit --model.self_teacher frozen", "give --model.teacher FrozenSelf"),
+        ("compare --methods KD --seed 3", "--seed is no option of compare; give --seeds 0,1,2"),
+    ],
+)
+def test_an_option_with_an_explanation_keeps_it_in_a_new_process(words: str, said: str) -> None:
+    command = [sys.executable, "-m", "okd_lightning", *words.split()]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert said in ended.stderr
 
 
 def test_torch_is_not_imported_for_it() -> None:

@@ -23,9 +23,11 @@ from okd_lightning.__main__ import main
 from okd_lightning.callbacks.methods.base import Method
 from okd_lightning.commands import unknown_options
 from okd_lightning.commands.cli import DistillationCLI
+from okd_lightning.commands.cli_arguments import OF_ONE_RUN
 from okd_lightning.commands.cli_errors import subclass_names
 from okd_lightning.commands.compare.command import compare_parser
 from okd_lightning.commands.diagnose.command import diagnose_parser
+from okd_lightning.training.earlier_options import EARLIER
 
 SURFACE = Path(__file__).parent / "surface"
 API = Path(__file__).parents[2] / "docs" / "api"
@@ -79,7 +81,12 @@ def test_the_index_of_options_is_that_of_the_parser():
     (parsers,) = built.value.args
     parsers |= {"compare": compare_parser(), "diagnose": diagnose_parser()}
     options = {name: sorted(parser._option_string_actions) for name, parser in parsers.items()}
-    index = {"options": options, "methods": subclass_names(Method, within="okd_lightning.")}
+    explained = [*(f"--model.{name}" for name in EARLIER), *OF_ONE_RUN]
+    index = {
+        "options": options,
+        "explained": explained,
+        "methods": subclass_names(Method, within="okd_lightning."),
+    }
     path = Path(unknown_options.__file__).with_name(unknown_options.INDEX)
     if WRITES:
         path.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
