@@ -24,6 +24,7 @@ class HelpFormatter(jsonargparse.DefaultHelpFormatter):
     The lists of optimizers, adapters and Lightning's plugins are otherwise half of the text.
     """
 
+    # private: argparse has no public way to change an option's text before it is wrapped
     def _expand_help(self, action: argparse.Action) -> str:
         option = (action.option_strings or [""])[-1].rstrip("+")
 

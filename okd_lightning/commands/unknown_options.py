@@ -66,7 +66,7 @@ def unknown_option(rest: str, options: Sequence[str]) -> str:
     foreign = hint_for(bare)
     if foreign:
         return f"unknown option {bare}; {foreign}"
-    hint = did_you_mean(bare, options)
+    hint = did_you_mean(bare, [option for option in options if not option.endswith(".help")])
     return f"unknown option {bare}{hint or '; --help lists the options'}"
 
 
