@@ -28,7 +28,7 @@ PORTABLE := default:1:0 default:2:1 avx2:1:1 avx2:2:0 :1:1 :2:0
 NUMERIC := advantages callbacks/methods divergences engines losses metrics rollouts sharding teachers \
   callbacks/test_shelf_formulas.py models/test_causal_lm.py records/test_packing.py \
   $(addprefix callbacks/measures/test_,evaluation.py paper_measures.py) \
-  $(addprefix training/test_,ddp.py invariance.py module.py)
+  $(addprefix training/test_,ddp.py invariance.py module.py own_classes.py)
 
 test-portable: install  ## numeric tests on each kind of CPU kernel, with one thread and two
 	set -e; for run in $(PORTABLE); do \
