@@ -208,8 +208,8 @@ def test_a_run_stopped_in_its_last_validation_resumes_with_it(
     whole, whole_seen = run(tmp_path / "whole", folders, **settings)
     stopped = tmp_path / "stopped"
     for number in (0, 1):
+        ends = Ends(last_step, number, by)
         with pytest.raises((Killed, PreemptedError)):
-            ends = Ends(last_step, number, by)
             run(stopped, folders, [ends], resume=number == 1, **settings)
     resumed, seen = run(stopped, folders, resume=True, **settings)
     assert seen.num_batches == 0

@@ -71,7 +71,7 @@ def _places(rows: Sequence[Rows]) -> Figure:
     _log_axis(axes, [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024], rows)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("place in the response (tokens)")
-    axes.set_ylabel("reverse KL (nats a token)")
+    axes.set_ylabel("reverse KL (nats per token)")
     axes.legend(title="responses", fontsize=9, title_fontsize=9)
     return figure
 

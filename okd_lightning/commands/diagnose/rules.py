@@ -105,8 +105,8 @@ def first_steps(found: Diagnosis) -> Advice | None:
     names = tuple(dict.fromkeys(trial.method for trial in firsts))
     return Advice(
         f"By their first {firsts[0].steps} steps: {' and '.join(names)}",
-        f"change on held-out rows, nats a token; {'; '.join(words)}; other batches may order them "
-        "otherwise",
+        f"change on held-out rows, nats per token; {'; '.join(words)}; other batches may order "
+        "them otherwise",
         "likely",
         tuple(_AS_CONTENDER[name] for name in names),
     )

@@ -56,7 +56,7 @@ def _checks(found: Diagnosis) -> Table:
 
 
 def _divergences(rows: Sequence[Rows]) -> Table:
-    table = Table(title="On responses by ... (nats a token)", box=SIMPLE_HEAD)
+    table = Table(title="On responses by ... (nats per token)", box=SIMPLE_HEAD)
     table.add_column("measure")
     for own in rows:
         table.add_column(AUTHORS[own.source], justify="right")
@@ -98,7 +98,7 @@ def _estimators(found: Diagnosis) -> Table:
 
 def _trials(found: Diagnosis) -> Table:
     steps = found.trials[0].steps if found.trials else 0
-    table = Table(title=f"Where {steps} steps lead (change, nats a token)", box=SIMPLE_HEAD)
+    table = Table(title=f"Where {steps} steps lead (change, nats per token)", box=SIMPLE_HEAD)
     table.add_column("method", no_wrap=True)
     for label, _ in trial_columns(found):
         table.add_column(label, justify="right")
