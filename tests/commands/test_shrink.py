@@ -127,9 +127,7 @@ def test_a_gguf_file_is_converted_as_it_is(okd: Okd, here: Path) -> None:
     result = okd("shrink", "--model", "model.gguf", "--layers", "2", "--out", "plain")
     assert result.status == 0, result.err
     assert "the whole model, nothing cut, written to" in result.out
-    assert sorted(path.suffix for path in Path("plain").iterdir()) == [".json"] * 4 + [
-        ".safetensors"
-    ]
+    assert not Path("plain/shrink.json").exists()
     plain = AutoModelForCausalLM.from_pretrained("plain")
     for name, weight in plain.state_dict().items():
         torch.testing.assert_close(weight, model.state_dict()[name], rtol=0, atol=0)
