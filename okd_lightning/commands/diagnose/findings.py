@@ -124,6 +124,9 @@ class GradientFinding:
         rows: Responses per batch.
         parameters: Number of student parameters whose gradients were taken.
         of_parameters: Number of trained student parameters.
+        part: Their place in the student, such as "block 10 of 10".
+        sketch: Numbers to which each gradient was reduced by a random sketch; None where all of it
+            was kept.
     """
 
     estimators: tuple[EstimatorFinding, ...]
@@ -131,6 +134,8 @@ class GradientFinding:
     rows: int
     parameters: int
     of_parameters: int
+    part: str = "all trained parameters"
+    sketch: int | None = None
 
     def of(self, divergence: str, estimator: str) -> GradientFidelity | None:
         """Return the numbers of one estimator."""
