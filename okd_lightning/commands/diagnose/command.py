@@ -20,6 +20,7 @@ from okd_lightning.commands.diagnose.findings import Advice, Diagnosis, to_recor
 from okd_lightning.commands.diagnose.page import write_page
 from okd_lightning.commands.diagnose.quantisation import OPTION
 from okd_lightning.commands.diagnose.rules import CONTENDERS, advise, contenders
+from okd_lightning.commands.diagnose.stages import SKIPPABLE, skipped_stages
 from okd_lightning.commands.diagnose.terminal import show
 from okd_lightning.commands.run_folder import require_writable
 from okd_lightning.commands.unknown_options import check_names
@@ -53,6 +54,12 @@ def diagnose_parser() -> argparse.ArgumentParser:
         "default: %(default)s",
     )
     parser.add_argument(
+        "--skip",
+        metavar="STAGE,...",
+        help="stages to leave out: "
+        + "; ".join(f"{name} ({found})" for name, found in SKIPPABLE.items()),
+    )
+    parser.add_argument(
         OPTION,
         metavar="FOLDER|HUB_ID",
         help="the model that a quantised --model.teacher was made of: reports what the "
@@ -82,11 +89,13 @@ def diagnose_command(arguments: Sequence[str], debug: bool = False) -> int:
             f"--rows {own.rows} --batches {own.batches}: expected at least 2 rows, and 3 batches "
             "for a standard error"
         )
+    skipped = skipped_stages(own.skip)
     own.out = output_folder(own.out, "--out")
     require_writable(own.out, "--out")
     console = PrintableConsole(file=sys.stdout, highlight=False)
     configs = [word for name in own.config or () for word in ("--config", name)]
-    found = examine([*configs, *options], own.rows, own.batches, console, own.full_teacher)
+    words = [*configs, *options]
+    found = examine(words, own.rows, own.batches, console, own.full_teacher, skipped)
     advice = advise(found)
     command = _next_command(own, options, found, advice)
     record = to_record(found) | {"advice": to_record(list(advice)), "next": command}
@@ -105,6 +114,7 @@ def examine(
     batches: int,
     console: Console,
     full_teacher: str | None = None,
+    skipped: frozenset[str] = frozenset(),
 ) -> Diagnosis:
     """Return the diagnosis of the pair and prompts that options of ``fit`` name.
 
@@ -114,6 +124,7 @@ def examine(
         batches: Batches of the gradients.
         console: For progress messages.
         full_teacher: The model that a quantised teacher was made of; None for no comparison.
+        skipped: Stages to leave out.
 
     Raises:
         ConfigError: No teacher, a teacher in a cache or with another tokenizer, or several devices.
@@ -142,7 +153,7 @@ def examine(
         module.add_teacher_base(full_teacher, OPTION)
     data.val_rollouts = 1  # at least one, so that the validation begins with any rows
     examination = Examination(
-        rows, batches, part, lambda text: console.print(Text(text, style="dim"))
+        rows, batches, part, lambda text: console.print(Text(text, style="dim")), skipped
     )
     _validate(cli.trainer, examination, module, data)
     assert examination.found is not None

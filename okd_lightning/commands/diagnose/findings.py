@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from okd_lightning.metrics import GradientFidelity
@@ -236,6 +236,8 @@ class Diagnosis:
         learning_rate: Learning rate of the simulated steps.
         schedule: The run's schedule.
         seed: Seed of all random numbers.
+        stage_seconds: Seconds of each stage.
+        skipped: Stages that were left out (``--skip``); their findings are empty.
     """
 
     student: str
@@ -250,6 +252,8 @@ class Diagnosis:
     learning_rate: float
     schedule: str
     seed: int
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
 
     def of(self, source: str) -> Rows | None:
         """Return the measures on responses of one kind."""
