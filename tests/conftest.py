@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import os
 import tempfile
@@ -13,6 +12,7 @@ import no_network
 import pytest
 import tiny
 import torch
+from cheap_process import make_cheap
 from longest_files import place_of
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from vllm_servers import ServerPool
@@ -34,12 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Exempt what is imported by now from garbage collection: 700,000 objects at every full pass.
-
-    Objects of tests are collected as before.
-    """
-    gc.collect()
-    gc.freeze()
+    make_cheap()
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ script, torchrun, Lightning's launcher) is what a test is about, it starts one b
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import random
@@ -19,6 +18,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from cheap_process import make_cheap
 
 from okd_lightning.__main__ import main
 
@@ -131,7 +132,7 @@ def _type(
     written: Path,
 ) -> None:
     """In the child: be the process that a shell would have started."""
-    gc.freeze()  # no pass over what the server has imported
+    make_cheap()
     random.seed()  # all children are forked with one state
     os.environ.clear()
     os.environ.update(variables)
