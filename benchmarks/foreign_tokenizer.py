@@ -95,7 +95,7 @@ def pairs(shared: Path, real: Path) -> dict[str, Pair]:
     smollm2, gemma = str(real / "smollm2-135m-instruct"), str(real / "gemma-3-270m")
     return {
         "bpe": Pair(stories, "", 1e-3, 8.0, 16, 40, 64, 1500, 64, 20.0),
-        "babyllama": Pair(stories, letters, 3e-5, 20.0, 8, 110, 64, 1500, 64),
+        "babyllama": Pair(stories, letters, 1e-5, 12.0, 8, 110, 64, 1500, 64),
         "smollm2": Pair(gemma, smollm2, 1e-5, 100.0, 4, 40, 48, 80, 24),
         "gemma": Pair(smollm2, gemma, 1e-5, 150.0, 4, 40, 48, 80, 24),
     }
@@ -215,7 +215,7 @@ class Bench:
             }
             for prompt, own, one in zip(prompts, ids, found, strict=True)
         ]
-        stored.write_text(json.dumps([row for row in rows if row["response"].strip()]))
+        stored.write_text(json.dumps([row for row in rows if str(row["response"]).strip()]))
         return self._texts(prompts, seed)
 
     def _made(self, texts: list[str]) -> str:
