@@ -102,7 +102,7 @@ class _Vocabulary(SimpleNamespace):
 
 
 def _lengths(pieces: Any, size: int) -> Tensor:
-    """[ids] bytes of each token; one of an id without text, which stands for one character."""
+    """[ids] bytes of each token; 1 for an id without text, which replaces a character."""
     found = [1 if piece is None else len(piece) for piece in pieces][:size]
     return torch.tensor(found + [1] * (size - len(found)))
 
