@@ -65,9 +65,10 @@ def hold_open(trainer: lightning.Trainer) -> None:
 
 def release(trainer: lightning.Trainer) -> None:
     """Let a run that ``hold_open`` keeps open end at its limits."""
-    if isinstance(trainer.fit_loop, _HeldFitLoop):
-        trainer.fit_loop.__class__ = _FitLoop
-        trainer.fit_loop.epoch_loop.__class__ = _TrainingEpochLoop
+    loop: _FitLoop = trainer.fit_loop
+    if type(loop) is _HeldFitLoop:
+        loop.__class__ = _FitLoop  # type: ignore[assignment]
+        loop.epoch_loop.__class__ = _TrainingEpochLoop
 
 
 def add_hparams(module: lightning.LightningModule, added: dict[str, Any]) -> None:
