@@ -219,8 +219,9 @@ def _ended(process: WorkerHandle) -> str:
 def _end(pipe: Connection, process: WorkerHandle, owner: int) -> None:
     if os.getpid() != owner:  # a fork that inherited the object
         return
-    with suppress(OSError):  # wakes both readers; closing would leave the one here waiting
-        socket.socket(fileno=os.dup(pipe.fileno())).shutdown(socket.SHUT_RDWR)
+    # wakes both readers; closing would leave the one here waiting
+    with suppress(OSError), socket.socket(fileno=os.dup(pipe.fileno())) as end:
+        end.shutdown(socket.SHUT_RDWR)
     try:
         process.wait(_END_SECONDS)
     except subprocess.TimeoutExpired:
