@@ -310,10 +310,8 @@ class RolloutLoader:
             generated, waited = self.ahead.wait_for(self._number, told)
         if turns and generated.seconds:
             self._unreported.append((generated.rollout, generated.seconds))
-            self._unreported_scores |= {
-                "rollout/wait_seconds": waited,
-                "rollout/worker_cpu_seconds": generated.cpu_seconds,
-            }
+            self._unreported_scores["rollout/worker_cpu_seconds"] = generated.cpu_seconds
+            self._note_wait(waited)
         return generated.rollout
 
     def _begin_ahead(self) -> None:
@@ -364,7 +362,14 @@ class RolloutLoader:
                 rollout = self._engine.respond(request)
         if turns:
             self._unreported.append((rollout, time.perf_counter() - start))
+            self._note_wait(time.perf_counter() - start)
         return rollout
+
+    def _note_wait(self, seconds: float) -> None:
+        """Add to the seconds that training waits, which differ from those of generation."""
+        if self.ahead.lag:
+            name = "rollout/wait_seconds"
+            self._unreported_scores[name] = self._unreported_scores.get(name, 0.0) + seconds
 
     def _request(self, generator: Generator, turns: list[Turn], epoch: int) -> Request:
         return Request(
