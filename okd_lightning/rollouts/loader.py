@@ -31,7 +31,6 @@ from okd_lightning.records.rows import (
     dataset_row,
     fully_masked,
     micro_batches,
-    rollout_metrics,
     sampled_rows,
 )
 from okd_lightning.records.sampling import Sampling
@@ -43,6 +42,7 @@ from okd_lightning.rollouts.lengths import RolloutLengths
 from okd_lightning.rollouts.loader_shape import LoaderShape
 from okd_lightning.rollouts.order import Turn
 from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan
+from okd_lightning.rollouts.reports import RolloutReports
 from okd_lightning.rollouts.resharing import reshared, reshared_credits
 from okd_lightning.rollouts.scoring import RolloutScorer, SampledResponse
 from okd_lightning.rollouts.stored import (
@@ -110,8 +110,7 @@ class RolloutLoader:
         self._delivered = 0  # micro-batches of this epoch
         self._forget_rollouts(0)
         self.lengths = RolloutLengths()
-        self._unreported: list[tuple[Rollout, float]] = []  # with the seconds that each took
-        self._unreported_scores: dict[str, float] = {}
+        self._reports = RolloutReports()
 
     def __len__(self) -> int:
         return self.shape.steps_per_epoch * self.shape.accumulate_grad_batches
@@ -299,7 +298,7 @@ class RolloutLoader:
             elif by in asked:
                 found[by] = self._generate(by, turns)
         if self.ahead.lag and "student" in asked:
-            self._unreported_scores["rollout/lag"] = float(self.ahead.age(self._number))
+            self._reports.note({"rollout/lag": float(self.ahead.age(self._number))})
         self.ahead.settle()
         return found
 
@@ -309,9 +308,9 @@ class RolloutLoader:
             told = self._agreement.progress(progress)
             generated, waited = self.ahead.wait_for(self._number, told)
         if turns and generated.seconds:
-            self._unreported.append((generated.rollout, generated.seconds))
-            self._unreported_scores["rollout/worker_cpu_seconds"] = generated.cpu_seconds
-            self._note_wait(waited)
+            self._reports.add(generated.rollout, generated.seconds)
+            self._reports.note({"rollout/worker_cpu_seconds": generated.cpu_seconds})
+            self._reports.waited(waited)
         return generated.rollout
 
     def _begin_ahead(self) -> None:
@@ -344,7 +343,7 @@ class RolloutLoader:
         ]
         scores = score(found)
         self._credits = scores.credits
-        self._unreported_scores |= scores.metrics
+        self._reports.note(scores.metrics)
 
     def _rows_of(self, generator: Generator, turns: list[Turn]) -> list[TrainingRow]:
         """Return the rows of a generator's responses in the current rollout batch."""
@@ -361,15 +360,11 @@ class RolloutLoader:
             with naming_the_prompts(request):
                 rollout = self._engine.respond(request)
         if turns:
-            self._unreported.append((rollout, time.perf_counter() - start))
-            self._note_wait(time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            self._reports.add(rollout, seconds)
+            if self.ahead.lag:
+                self._reports.waited(seconds)
         return rollout
-
-    def _note_wait(self, seconds: float) -> None:
-        """Add to the seconds that training waits, which differ from those of generation."""
-        if self.ahead.lag:
-            name = "rollout/wait_seconds"
-            self._unreported_scores[name] = self._unreported_scores.get(name, 0.0) + seconds
 
     def _request(self, generator: Generator, turns: list[Turn], epoch: int) -> Request:
         return Request(
@@ -392,12 +387,11 @@ class RolloutLoader:
         if rows[0].aligned is not None:  # then all rows of all ranks have chunks
             of_chunks = self._reduce_sum(count_chunks(rows))
             stamp = partial(stamp, teacher_tokens=tuple(of_chunks[0].tolist()))
-            self._unreported_scores = self._unreported_scores | chunk_metrics(of_chunks)
+            self._reports.note(chunk_metrics(of_chunks))
         batches = micro_batches(rows, accumulate)
         for batch in batches[self._delivered - step * accumulate :]:
             self._delivered += 1
-            metrics = rollout_metrics(self._unreported) | self._unreported_scores
-            self._unreported, self._unreported_scores = [], {}
+            metrics = self._reports.take()
             none = {name: torch.zeros(len(batch)) for name in self._credits or ()}
             credits = none | dict(batch.credits)  # also where no row of a batch has any
             yield stamp(batch, metrics=metrics, credits=credits)
