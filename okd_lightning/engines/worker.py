@@ -30,7 +30,7 @@ _REPORT_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """What a worker is started with.
+    """Settings of a worker and the files that it shares with the run.
 
     Attributes:
         model_file: Descriptor of the file with the pickled model.

@@ -1,4 +1,4 @@
-"""What determines the rows of an optimizer step, for the check of a checkpoint at a resume."""
+"""Identity of the rows of an optimizer step, for the check of a checkpoint at a resume."""
 
 from __future__ import annotations
 
