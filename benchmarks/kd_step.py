@@ -3,7 +3,7 @@
 Both train the same random Llamas on the same rows, off-policy, with AdamW and gradient clipping at
 1, without gradient checkpointing. With ``--shared FOLDER`` the rows have the lengths of GSM8K's
 questions and answers, loss on the answers, and ours runs packed and padded. With ``--student`` and
-``--teacher``, folders of a real pair, the rows are GSM8K's chats, 4 a step.
+``--teacher``, folders of a real pair, every step has the same 4 chats of GSM8K.
 
     python benchmarks/kd_step.py [--steps 5] [--dtype float32|bfloat16] [--shared FOLDER]
     OMP_NUM_THREADS=1 python benchmarks/kd_step.py --shared FOLDER --student S --teacher T

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-BATCH, NUM_ROWS = 4, 64
+BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class RealPair:
         return AutoTokenizer.from_pretrained(self.teacher)
 
     def rows(self) -> list[dict[str, str]]:
-        """Return questions and answers, as GSM8K has them."""
+        """Return the questions and answers of one batch: all contenders have the same in a step."""
         path = Path(self.shared) / "data/datasets/gsm8k/train.jsonl"
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()[:NUM_ROWS]]
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()[:BATCH]]
 
     def token_rows(self) -> list[dict[str, Any]]:
         """Return the chats as ids with the length of their prompts, for a loop that reads ids."""
