@@ -126,8 +126,9 @@ def check_fits(term: Term, others: Sequence[Term]) -> None:
         raise ConfigError("a method cannot be called 'loss': train/loss is the sum of all methods")
     if any(term.name == other.name for other in others):
         raise ConfigError(
-            f"two methods of this run are called {term.name!r}; give one of them another name "
-            "(--method.name, or name= in Python)"
+            f"two methods of this run are called {term.name!r}; give one of them another name: "
+            "--method.name NAME, --trainer.callbacks.name NAME after the callback, or name= in "
+            "Python"
         )
 
 

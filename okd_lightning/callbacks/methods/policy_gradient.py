@@ -74,12 +74,12 @@ class PolicyGradientCallback(DistillationCallback):
         logged = {**logged, **self.ratio.metrics(logprobs, sampler)}
         if credit.shape != mask.shape:
             raise ConfigError(
-                f"{self.name}: credit returned a Tensor of shape {list(credit.shape)} for "
+                f"{self.name}: credit() returned a Tensor of shape {list(credit.shape)} for "
                 f"{len(mask)} positions; expected one number a position"
             )
         if credit.requires_grad:
             raise ConfigError(
-                f"{self.name}: the credit carries a gradient. Differentiated directly a sampled "
+                f"{self.name}: the advantage carries a gradient. Differentiated directly a sampled "
                 "estimator is another one's gradient (k1: zero, k2: reverse KL, k3: forward KL); "
                 "detach it"
             )

@@ -120,7 +120,7 @@ class Reward(PolicyGradientCallback):
             self._has_warned = True
             rank_zero_warn(
                 f"{self.name}: {num_failures} of {len(scores)} responses have no finite reward; "
-                f"such responses get no credit and are counted in rollout/{self.name}_failures; "
+                f"such responses get advantage 0 and are counted in rollout/{self.name}_failures; "
                 "on_failure error stops the run at the first one and shows it"
             )
         return baselined(scores, groups, self.baseline)
@@ -166,8 +166,8 @@ class Reward(PolicyGradientCallback):
         """
         if self.name not in measured.credits:
             raise ConfigError(
-                f"{self.name}: the batch holds no credits; train on a RolloutDataModule's batches, "
-                f"or set DistillBatch.credits[{self.name!r}] to one number a row"
+                f"{self.name}: the batch holds no advantages; train on batches of a "
+                f"RolloutDataModule, or set DistillBatch.credits[{self.name!r}] to one number a row"
             )
         return measured.credits[self.name], {}
 
