@@ -75,7 +75,7 @@ def has_fast_linear() -> bool:
 
 
 def _processor() -> str:
-    known = getattr(torch.cpu, "get_capabilities", dict)()
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return str(known.get("cpu_name") or platform.processor())
 
 
