@@ -202,7 +202,7 @@ def _check_base(module: DistillationModule) -> None:
         )
 
 
-def _stored(model: PreTrainedModel, dtype: StoredFormat | None) -> dict[str, nn.Parameter]:
+def _stored(model: nn.Module, dtype: StoredFormat | None) -> dict[str, nn.Parameter]:
     """Bring a model into the format that is written; return its parameters."""
     if dtype is not None:
         model.to(dtype=getattr(torch, dtype))
