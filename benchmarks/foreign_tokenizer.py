@@ -96,8 +96,8 @@ def pairs(shared: Path, real: Path) -> dict[str, Pair]:
     return {
         "bpe": Pair(stories, "", 1e-3, 8.0, 16, 40, 64, 1500, 64, 20.0),
         "babyllama": Pair(stories, letters, 1e-5, 12.0, 8, 110, 64, 1500, 64),
-        "smollm2": Pair(gemma, smollm2, 1e-5, 100.0, 4, 40, 48, 80, 24),
-        "gemma": Pair(smollm2, gemma, 1e-5, 150.0, 4, 40, 48, 80, 24),
+        "smollm2": Pair(gemma, smollm2, 1e-5, 40.0, 4, 24, 32, 40, 12),
+        "gemma": Pair(smollm2, gemma, 1e-5, 60.0, 4, 24, 32, 40, 12),
     }
 
 

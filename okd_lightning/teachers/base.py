@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import replace
-from typing import Any, ClassVar, Self, TypeAlias, final
+from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
 from torch import nn
@@ -153,6 +153,11 @@ class Teacher(ABC):
                 f"model.ema_decay {options.ema_decay} has nothing to act on: give "
                 "--model.teacher AveragedSelf, or leave it out"
             )
+
+    def for_student(self, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> Teacher:
+        """Return the teacher that serves a student with this tokenizer; before ``join``."""
+        del tokenizer
+        return self
 
     def join(self, run: TeacherRun) -> Self:
         """Return a copy of this teacher that belongs to ``run``."""
@@ -357,40 +362,6 @@ class Teacher(ABC):
         memo[id(self)] = own
         own.model, own.student = deepcopy(self.model, memo), deepcopy(self.student, memo)
         return own
-
-
-@final
-class NoTeacher(Teacher):
-    """A run without a teacher: plain SFT."""
-
-    exists = False
-    generates = False
-
-    @property
-    def arguments(self) -> Mapping[str, Any]:
-        """No arguments."""
-        return {}
-
-    def check_prompts(self, are_given: bool) -> None:
-        """Refuse prompts that nothing reads."""
-        if are_given:
-            raise ConfigError(
-                "there is no teacher to read the teacher's prompts: leave "
-                "--data.teacher_prompt_template or --data.teacher_prompt_column out, or give "
-                "--model.teacher a folder, a hub id or FrozenSelf"
-            )
-
-    def check_term(self, term: Term) -> None:
-        """Refuse a method that needs a teacher."""
-        if term.asks_teacher or any(q.needs_teacher for q in term.quantities):
-            raise ConfigError(
-                f"method {term.name} needs a teacher: give --model.teacher a folder or hub id, "
-                "or the student itself: --model.teacher FrozenSelf"
-            )
-
-    def check_adaptable(self) -> None:
-        """Refuse: there is nothing to put a module on."""
-        raise ConfigError("an online module needs a teacher: give --model.teacher")
 
 
 def trained(model: nn.Module | None) -> list[nn.Parameter]:

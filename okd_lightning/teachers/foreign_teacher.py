@@ -130,17 +130,39 @@ class ForeignTeacher(Teacher):
         """Check it for the inner teacher."""
         self.inner.check_adaptable()
 
+    def for_student(self, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> Teacher:
+        """Return the inner teacher where its tokenizer is the student's: ids pass through.
+
+        Raises:
+            ConfigError: ``end_tokens`` would then have nothing to act on.
+        """
+        source = self.inner.own_source
+        assert source is not None
+        own = copy(self)
+        own._own_tokenizer = _tokenizer(self._own_tokenizer, source)
+        if not _are_same(tokenizer(), own._own_tokenizer):
+            return own
+        if self._end_tokens is not None:
+            raise ConfigError(
+                f"{_END_TOKENS} has nothing to act on: the teacher has the student's tokenizer, "
+                "and the ends of both are --model.end_tokens"
+            )
+        rank_zero_info(
+            "teacher: the student's tokenizer, so that ids are compared one by one, as with "
+            "--model.teacher PATH; model.teacher.loss is not used"
+        )
+        return self.inner
+
     def join(self, run: TeacherRun) -> Self:
         """Return a copy for ``run``; the inner teacher's run has its own tokenizer.
 
         Raises:
-            VocabularyError: Both tokenizers are the same, or one cannot be read as bytes.
+            VocabularyError: A tokenizer that cannot be read as bytes.
         """
         own = super().join(run)
         source = self.inner.own_source
         assert source is not None
         tokenizer = _tokenizer(self._own_tokenizer, source)
-        _check_differs(run.tokenizer, tokenizer)
         own.tokenizer = tokenizer
         vocabulary = vocabulary_of(tokenizer, source, "--model.teacher")
         ends = find_end_tokens(source, (), tokenizer, vocabulary, self._end_tokens, _END_TOKENS)
@@ -302,12 +324,9 @@ def _tokenizer(
     return load_tokenizer(name, "--model.teacher.tokenizer" if given else "--model.teacher")
 
 
-def _check_differs(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+def _are_same(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> bool:
     try:
         check_vocabulary_agreement(student, teacher)
     except VocabularyError:
-        return
-    raise ConfigError(
-        f"{_OPTION}: the teacher has the student's tokenizer, with which ids are compared one by "
-        "one: give --model.teacher its folder or hub id itself"
-    )
+        return False
+    return True

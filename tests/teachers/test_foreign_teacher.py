@@ -294,7 +294,10 @@ def test_methods_that_it_cannot_serve(method, words, root, tmp_path):
 @pytest.mark.parametrize(
     ("teacher", "words"),
     [
-        (lambda at: ForeignTeacher(at["teacher"]), "the teacher has the student's tokenizer"),
+        (
+            lambda at: ForeignTeacher(at["teacher"], end_tokens=[1]),
+            "model.teacher.end_tokens has nothing to act on: the teacher has the student's",
+        ),
         (lambda at: ForeignTeacher(FrozenSelf()), "model is a FrozenSelf"),
         (lambda at: ForeignTeacher(CachedTeacher(at["pairs"], "x")), "model is a CachedTeacher"),
         (
@@ -308,6 +311,21 @@ def test_teachers_that_are_not_offered(teacher, words, root):
     at = {name: str(root / name) for name in ("teacher", "pairs")}
     with pytest.raises(ConfigError, match=re.escape(words)):
         make(root, teacher(at))
+
+
+@pytest.mark.parametrize("method", [KD, OKD, lambda: GKD(on_policy_fraction=0.5), OPDPlus])
+def test_one_tokenizer_passes_through(method, root, tmp_path, caplog):
+    """Bit by bit, with the text of the start."""
+    found = []
+    for teacher in (str(root / "teacher"), ForeignTeacher(str(root / "teacher"), loss="text")):
+        module = make(root, teacher)
+        with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+            recorder = train(tmp_path, module, [method()], val=ROWS[:4], data={"val_rollouts": 2})
+        found.append((recorder.losses, tiny.weights(module)))
+    (losses, weights), (others, same) = found
+    assert losses == others
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+    assert "the student's tokenizer, so that ids are compared one by one" in caplog.text
 
 
 def test_it_resumes_with_the_same_loss(root, tmp_path):
