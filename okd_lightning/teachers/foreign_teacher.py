@@ -60,8 +60,9 @@ class ForeignTeacher(Teacher):
         loss: What a divergence compares at each chunk. chunk: {this chunk, anything else}, by the
             probability of both models' own tokens. text: the same, by the probability that a text
             begins so, through any token that reaches or passes its end. next_byte: the next byte's
-            distribution at the chunk's beginning, and the end. Methods on sampled tokens compare
-            chunks.
+            distribution at the chunk's beginning, and the end. shared_tokens: the next token's
+            there, over the tokens that both vocabularies have, the end and everything else.
+            Methods on sampled tokens compare chunks.
 
     Raises:
         ConfigError: A kind of teacher that has no ids of its own, or no tokenizer.

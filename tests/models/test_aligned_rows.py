@@ -19,7 +19,7 @@ from okd_lightning.models.retokenization import Retokenizer
 from okd_lightning.records.batches import TrainingRow
 from okd_lightning.records.collation import collate
 
-LOSSES = ["chunk", "text", "next_byte"]
+LOSSES = ["chunk", "text", "next_byte", "shared_tokens"]
 
 
 def make(loss: str) -> Retokenizer:

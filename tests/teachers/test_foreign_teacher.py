@@ -202,7 +202,7 @@ def test_a_teacher_that_lacks_most_characters_is_refused(root, tmp_path):
         train(tmp_path, make(root, teacher), [KD()], rows)
 
 
-@pytest.mark.parametrize("loss", ["text", "next_byte"])
+@pytest.mark.parametrize("loss", ["text", "next_byte", "shared_tokens"])
 @pytest.mark.parametrize("method", [KD, lambda: GKD(on_policy_fraction=1.0), OKD])
 def test_laws_over_texts_train(loss, method, root, tmp_path):
     module = make(root, ForeignTeacher(str(root / "pairs"), loss=loss))
