@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self, final, get_args
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -32,7 +33,7 @@ from okd_lightning.models import (
 from okd_lightning.models.aligned_rows import AlignedRows
 from okd_lightning.models.retokenization import Retokenizer, TextLoss
 from okd_lightning.records.batches import DistillBatch, TrainingRow
-from okd_lightning.records.rows import count_chunks, dataset_row
+from okd_lightning.records.rows import RowReader, count_chunks, dataset_row
 from okd_lightning.teachers.base import Measurement, Teacher
 from okd_lightning.teachers.loaded import LoadedTeacher
 from okd_lightning.teachers.online_module import OnlineModuleSettings
@@ -93,6 +94,7 @@ class ForeignTeacher(Teacher):
         self.inner: Teacher = inner
         self._own_tokenizer = tokenizer
         self._end_tokens = end_tokens
+        self._made: Callable[[TextLoss], Retokenizer]
         self._rows: AlignedRows | None = None
 
     # ---------------------------------------------------------------- settings
@@ -170,16 +172,15 @@ class ForeignTeacher(Teacher):
         vocabulary = replace(vocabulary, end_ids=ends.end_ids)
         own.inner = self.inner.join(replace(run, tokenizer=tokenizer, vocabulary=vocabulary))
         config = load_model_config(source, "--model.teacher", vocabulary.size)
-        own._rows = AlignedRows(
-            Retokenizer(
-                run.tokenizer,
-                tokenizer,
-                ends.end_ids[0],
-                vocabulary.size,
-                max_positions(config),
-                self._loss,
-            )
+        own._made = partial(
+            Retokenizer,
+            run.tokenizer,
+            tokenizer,
+            ends.end_ids[0],
+            vocabulary.size,
+            max_positions(config),
         )
+        own._rows = AlignedRows(own._made(self._loss))
         return own
 
     def config(self, student: PretrainedConfig) -> PretrainedConfig | None:
@@ -259,6 +260,11 @@ class ForeignTeacher(Teacher):
         assert self._rows is not None
         return self._rows.read(rows, self.run.vocabulary.end_ids)
 
+    def text_readers(self) -> Mapping[str, RowReader]:
+        """Return a reader for each loss, of rows that are not kept."""
+        ends = self.run.vocabulary.end_ids
+        return {loss: partial(_all_rows, self._made(loss), ends) for loss in get_args(TextLoss)}
+
     def side(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Side:
         """Return the teacher's side at its own loss positions (``DistillBatch.chunks``).
 
@@ -304,6 +310,12 @@ class ForeignTeacher(Teacher):
         own = super().__deepcopy__(memo)
         own.inner = deepcopy(self.inner, memo)
         return own
+
+
+def _all_rows(
+    made: Retokenizer, end_ids: tuple[int, ...], rows: Sequence[TrainingRow]
+) -> list[TrainingRow]:
+    return [made.row(row, end_ids) for row in rows]
 
 
 def _uses_teacher(term: Term) -> bool:
