@@ -1,7 +1,7 @@
 """A pair with two tokenizers: how both share a text, and what each loss measures on it.
 
 Measured on dataset responses and on the student's. The bias of what reads the teacher's own tokens
-alone is measured against the law over texts (``losses.text_law``), on the same chunks.
+alone is measured against the distribution over texts (``losses.text_law``), on the same chunks.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _FORWARD, _REVERSE = ExactDivergence(ForwardKL()), ExactDivergence(ReverseKL())
 
 @dataclass(frozen=True)
 class SharedText:
-    """How both tokenizers share the text of some responses.
+    """Alignment of both tokenizers on some responses.
 
     Attributes:
         source: "given" (dataset responses) or "student".
