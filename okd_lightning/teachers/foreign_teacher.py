@@ -62,7 +62,8 @@ class ForeignTeacher(Teacher):
             probability of both models' own tokens. text: the same, by the probability that a text
             begins so, through any token that reaches or passes its end. next_byte: the next byte's
             distribution at the chunk's beginning, and the end. shared_tokens: the next token's
-            there, over the tokens that both vocabularies have, the end and everything else.
+            there, over the tokens that both vocabularies have, the end and everything else: for
+            tokenizers that are nearly the same, and wrong for others.
             Methods on sampled tokens compare chunks.
 
     Raises:
@@ -77,7 +78,7 @@ class ForeignTeacher(Teacher):
         model: Teacher | ModelArgument,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         end_tokens: EndTokensArgument | None = None,
-        loss: TextLoss = "chunk",
+        loss: TextLoss = "text",
     ) -> None:
         if loss not in get_args(TextLoss):
             raise ConfigError(

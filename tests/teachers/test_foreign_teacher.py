@@ -83,7 +83,7 @@ def make(root, teacher, **settings) -> DistillationModule:
 
 
 def foreign(root, name="pairs", **settings) -> DistillationModule:
-    return make(root, ForeignTeacher(str(root / name)), **settings)
+    return make(root, ForeignTeacher(str(root / name), loss="chunk"), **settings)
 
 
 def train(where, module, methods, rows=ROWS, **settings):
@@ -382,7 +382,7 @@ def test_diagnose_says_how_both_share_a_text(of, root, tmp_path, monkeypatch, ca
     assert found["biases"][0]["log_ratio"] > 0
     shown = capsys.readouterr().out
     assert "How both tokenizers share a text" in shown
-    assert "chunk (this run)" in shown
+    assert "text (this run)" in shown
     recorder = train(tmp_path, foreign(root), [KD()], read_rows(rows), max_steps=1, data=ALL)
     assert recorder.losses[0]["train/kd"] == pytest.approx(off[0], rel=1e-5)
 
