@@ -68,6 +68,9 @@ class Teacher(ABC):
     generates: ClassVar[bool] = True
     """True where it can generate responses."""
 
+    to_generate: ClassVar[str] = "give --model.teacher a folder or hub id"
+    """Advice on a teacher that can, for messages of one that cannot."""
+
     covers_vocabulary: ClassVar[bool] = True
     """True where its side has a logit for every id."""
 
@@ -213,7 +216,7 @@ class Teacher(ABC):
         if term.asks_teacher and not self.generates:
             raise ConfigError(
                 f"method {term.name} has the teacher write responses, and "
-                f"{type(self).__name__} generates none: give --model.teacher a folder or hub id"
+                f"{type(self).__name__} generates none: {self.to_generate}"
             )
 
     def check_adaptable(self) -> None:

@@ -72,6 +72,7 @@ class ForeignTeacher(Teacher):
 
     option = _OPTION
     generates = False
+    to_generate = "give --model.teacher a folder or hub id of a model with the student's tokenizer"
 
     def __init__(
         self,
@@ -193,9 +194,8 @@ class ForeignTeacher(Teacher):
         """Refuse a method that compares single tokens, or whose responses it would generate."""
         if term.asks_teacher:
             raise ConfigError(
-                f"method {term.name} has the teacher write responses; give --model.teacher a "
-                "folder or hub id of a model with the student's tokenizer: another one's responses "
-                "are not in the student's ids"
+                f"method {term.name} has the teacher write responses; {self.to_generate}: another "
+                "one's responses are not in the student's ids"
             )
         if not _uses_teacher(term):
             return

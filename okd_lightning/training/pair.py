@@ -87,6 +87,7 @@ class Pair:
         tool_rounds: The tools of the data, where it has some.
         layer_pairs: Pairs of layers whose hidden states methods compare.
         projectors: Maps of the student's states to the teacher's widths, where these differ.
+        settle: Waits for rollouts ahead of training, where the engine cannot do both; collective.
 
     Raises:
         OKDLightningError: Models, tokenizer and settings do not fit together.
@@ -125,6 +126,7 @@ class Pair:
         self.tool_rounds: ToolRounds | None = None
         self.layer_pairs: tuple[LayerPair, ...] = ()
         self.projectors: Projectors | None = None
+        self.settle: Callable[[], None] | None = None
         run = settings.teacher_run(given, self.tokenizer, self.vocabulary)
         self.teacher = self.given_teacher = given_teacher.join(run)
         self.begin()

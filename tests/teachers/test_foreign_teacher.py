@@ -22,7 +22,17 @@ from process_state import unchanged_process
 from transformers import AutoModelForCausalLM
 
 from okd_lightning.__main__ import main
-from okd_lightning.callbacks import GKD, KD, OKD, OPD, SFT, LastCheckpoint, OPDPlus, Reward
+from okd_lightning.callbacks import (
+    GKD,
+    KD,
+    OKD,
+    OPD,
+    SFT,
+    LastCheckpoint,
+    OPDPlus,
+    PaperMeasures,
+    Reward,
+)
 from okd_lightning.data.columns import Columns
 from okd_lightning.data.examples import build_examples
 from okd_lightning.divergences import ForwardKL, JensenShannon
@@ -290,6 +300,11 @@ def test_ends_of_the_data_are_one_outcome(root):
             "has discount 0.5, and with --model.teacher ForeignTeacher",
         ),
         (lambda: KD(seq_kd=True), "has the teacher write responses; give --model.teacher a"),
+        (
+            lambda: PaperMeasures(),
+            "ForeignTeacher generates no responses: give --model.teacher a folder or hub id of a "
+            "model with the student's tokenizer, or leave PaperMeasures out",
+        ),
     ],
 )
 def test_methods_that_it_cannot_serve(method, words, root, tmp_path):
