@@ -11,7 +11,7 @@ from okd_lightning.engines import RolloutEngine, Sampling
 from okd_lightning.engines.tool_rollouts import ToolRounds
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term
-from okd_lightning.models import Vocabulary
+from okd_lightning.models import PairImages, Vocabulary
 from okd_lightning.teachers import Teacher
 
 
@@ -20,6 +20,7 @@ class DistilledPair(Protocol):
 
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
+    images: PairImages
     tool_rounds: ToolRounds | None
 
     @property
@@ -29,6 +30,9 @@ class DistilledPair(Protocol):
     @property
     def teacher(self) -> Teacher:
         """The run's teacher."""
+
+    def use_images(self) -> None:
+        """Read rows with images, or refuse them."""
 
     def add_eos_ids(self, ids: Iterable[int]) -> None:
         """Add ids that end a response."""

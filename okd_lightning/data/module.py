@@ -12,10 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
-import lightning
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 
 import okd_lightning.data.parsing_settings  # noqa: F401 - for configs that name it
 from okd_lightning.checkpoints.contents import check_text_rules
@@ -104,6 +101,8 @@ class RolloutDataModule(NewDataModule):
         system_column: Name of the column with a chat's system prompt, if rows have one besides
             their messages; null reads no such column.
         teacher_column: Name of the column with a row's teacher, one of RoutedTeachers.
+        images_column: Name of the column with the images of a row (files relative to the data
+            file), one for each <image> in its text; null reads no such column; docs/images.md.
 
     Raises:
         ConfigError: A number out of its range.
@@ -147,6 +146,7 @@ class RolloutDataModule(NewDataModule):
         token_cache: str | None = AUTO,
         system_column: str | None = "system",
         teacher_column: str | None = None,
+        images_column: str | None = "images",
     ) -> None:
         super().__init__()
         check_counts(1, batch_size=batch_size, global_batch_size=global_batch_size)
@@ -181,6 +181,7 @@ class RolloutDataModule(NewDataModule):
             as_chat=as_chat,
             chat_template_kwargs=chat_template_kwargs or {},
             system=system_column,
+            images=images_column,
         )
         self.teacher_prompts = teacher_prompts_from(
             teacher_prompt_column,
@@ -377,24 +378,5 @@ class RolloutDataModule(NewDataModule):
         return Agreement(self.gather, self.stop)
 
     @property
-    def _trainer(self) -> lightning.Trainer:
-        if self.trainer is None:
-            raise ConfigError("RolloutDataModule works inside a Trainer: trainer.fit(module, data)")
-        return self.trainer
-
-    @property
     def _module(self) -> DistilledModule:
         return cast(DistilledModule, self._trainer.lightning_module)
-
-    def _reduce_sum(self, counts: Tensor) -> Tensor:
-        strategy = self._trainer.strategy
-        total = strategy.reduce(counts.to(strategy.root_device), reduce_op="sum")
-        return cast(Tensor, total).cpu()
-
-    def gather(self, state: Any) -> list[Any]:
-        """Collect one object of every rank, on every rank; all ranks call this."""
-        if self._trainer.world_size == 1:
-            return [state]
-        states: list[Any] = [None] * self._trainer.world_size
-        torch.distributed.all_gather_object(states, state)
-        return states

@@ -26,6 +26,7 @@ from okd_lightning.losses.states import layers_read, routers_read
 from okd_lightning.models.causal_lm import LMHead, head_inputs, named_arguments
 from okd_lightning.models.causality import attention_of_any_device, embedding_gradient
 from okd_lightning.models.grouping import row_groups, say_row_groups
+from okd_lightning.models.multimodal import image_arguments
 from okd_lightning.models.taps import Taps
 from okd_lightning.models.vocabulary import Vocabulary
 from okd_lightning.records.sequences import Sequences
@@ -76,12 +77,14 @@ def _hidden_of_pass(
 ) -> Tensor:
     """Return the head's inputs of one pass; ``rows`` are its rows' numbers in the batch."""
     places = read.places
+    packs = packs and read.images is None  # images are put in the places of padded rows
     with _fast_layers(model, read.input_ids.device), taps.listening() if taps else nullcontext():
         if packs:
             hidden = _packed_states(model, read)
             starts = read.packing.start
         else:
-            hidden = head_inputs(model, read.input_ids, read.attention_mask)
+            images = image_arguments(model, read.input_ids, read.images)
+            hidden = head_inputs(model, read.input_ids, read.attention_mask, images=images)
             starts = torch.arange(len(read.lengths), device=hidden.device) * hidden.shape[1]
     before = starts[places.row] + places.column - 1
     if taps is not None:

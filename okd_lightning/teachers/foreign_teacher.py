@@ -68,6 +68,7 @@ class ForeignTeacher(Teacher):
 
     option = _OPTION
     generates = False
+    reads_images = False
 
     def __init__(
         self,

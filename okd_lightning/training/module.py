@@ -104,6 +104,8 @@ class DistillationModule(lightning.LightningModule):
         end_tokens: Ids or tokens that mean "the response ends here", one outcome for both models;
             by default those of both generation configs, the tokenizer and the data;
             docs/concepts/end-tokens.md.
+        freeze_vision: Keep the vision tower of a vision-language student as it was loaded; its
+            projector and its language model are trained.
 
     Raises:
         ConfigError: A number out of its range, or no tokenizer.
@@ -135,6 +137,7 @@ class DistillationModule(lightning.LightningModule):
         engine: EngineSource | None = None,
         normalization: NormalizationName | float = "running_mean",
         end_tokens: EndTokensArgument | None = None,
+        freeze_vision: bool = True,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in _ARGUMENTS}
         super().__init__()
@@ -354,10 +357,9 @@ class DistillationModule(lightning.LightningModule):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load weights; build the models first where they are missing.
+        """Load weights (strategies with processes of their own do); build missing models first.
 
-        Strategies with processes of their own (ddp_notebook, ddp_fork, ddp_spawn) return weights
-        this way. Those of an online module are kept until a method adds one.
+        Those of an online module are kept until a method adds one.
         """
         if self.student is None and any(name.startswith("student.") for name in state_dict):
             self.configure_model()

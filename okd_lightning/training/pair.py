@@ -45,6 +45,7 @@ from okd_lightning.models import (
     check_pair,
     dtype_of,
     find_end_tokens,
+    find_images,
     find_tokenizer,
     load_checked,
     load_model_config,
@@ -60,7 +61,7 @@ from okd_lightning.teachers import (
     model_side,
     teacher_of,
 )
-from okd_lightning.training.pair_settings import PairSettings, drawing_from_the_seed
+from okd_lightning.training.pair_settings import PairSettings, drawing_from_the_seed, images_refused
 
 
 class Pair:
@@ -85,6 +86,7 @@ class Pair:
         tool_rounds: The tools of the data, where it has some.
         layer_pairs: Pairs of layers whose hidden states methods compare.
         projectors: Maps of the student's states to the teacher's widths, where these differ.
+        images: The processors of both models.
 
     Raises:
         OKDLightningError: Models, tokenizer and settings do not fit together.
@@ -112,6 +114,8 @@ class Pair:
         self.student_adapter = given.adapter
         self.tokenizer = find_tokenizer(settings.tokenizer, given.student, given.teacher)
         self.vocabulary = check_pair(self.tokenizer, given.student, sources)
+        unread = images_refused(given_teacher, engine)
+        self.images = find_images(self.tokenizer, given.student, sources, unread)
         ends = find_end_tokens(
             given.student, sources, self.tokenizer, self.vocabulary, settings.end_tokens
         )
@@ -231,21 +235,13 @@ class Pair:
             ConfigError: Another method of the run compares with another model.
             ModelError, VocabularyError: It cannot be read, or has other ids.
         """
-        if self.teacher_base is not None:
-            if self.teacher_base.source != source:
-                raise ConfigError(
-                    f"{option} {source!r} and {self.teacher_base.source!r}: the methods of a run "
-                    "compare the teacher with one model; name the same one"
-                )
-            return
         if self.given_teacher.tokenizer is not None:
             raise ConfigError(
                 f"{option} {source!r} would be compared with a teacher of another tokenizer, which "
                 "is not offered: give --model.teacher a model with the student's tokenizer"
             )
-        base = TeacherBase(source, option, self.vocabulary)
-        base.check(self.tokenizer)
-        self.teacher_base = base
+        known = self.teacher_base, source, option, self.vocabulary, self.tokenizer
+        self.teacher_base = TeacherBase.joining(*known)
 
     def _check_one_base(self, base: TeacherBase) -> None:
         if self.teacher.online_module is not None:
@@ -254,6 +250,12 @@ class Pair:
                 "(OKD) puts an online module on the teacher, whose base is the teacher without it; "
                 "use one of both methods"
             )
+
+    def use_images(self) -> None:
+        """Mask the ids that stand for images; refuse images that a model of the run cannot read."""
+        self.images.check()
+        self.vocabulary = self.vocabulary.without(self.images.mask_ids)
+        self.given_teacher.use_vocabulary(self.vocabulary)
 
     def use_ends(self, ends: EndTokens) -> None:
         """Take these ids as the ends of a response; before training, and equal on all ranks."""
@@ -319,6 +321,7 @@ class Pair:
         the teacher without its online module, for quantities that compare with it.
         """
         assert self.student is not None
+        batch = self.images.with_inputs(batch)
         own = (self.student, batch.student_reads, self.packs_student, self.vocabulary)
         student = model_side(*own, quantities, "student")
         teacher = base = None
