@@ -323,8 +323,6 @@ class DistillationModule(lightning.LightningModule):
         """Return prompt and generated response of every row, as text."""
         return generation_records(batch, self.decode)
 
-    # ---------------------------------------------------------------- state
-
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
         cls,
