@@ -13,6 +13,7 @@ from okd_lightning.models.multimodal import reads_images
 from okd_lightning.models.processors import ImageReader, load_reader
 from okd_lightning.models.sources import ModelSource
 from okd_lightning.records.batches import DistillBatch
+from okd_lightning.records.requests import Generator, Prompt
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,23 @@ class PairImages:
         """Ids that stand for images, in both models."""
         readers = [reader for reader in (self.student, self.teacher) if reader is not None]
         return frozenset[int]().union(*(reader.mask_ids for reader in readers))
+
+    def reader_of(self, generator: Generator) -> ImageReader | None:
+        """Return the processor of the model that generates."""
+        return self.student if generator == "student" else self.teacher or self.student
+
+    def shared_reader(self, prompts: Sequence[Prompt]) -> ImageReader | None:
+        """Return the processor of both models, for tokens that both sample.
+
+        Raises:
+            ConfigError: There are images, and the models have different processors.
+        """
+        if self.teacher is not None and any(prompt.images for prompt in prompts):
+            raise ConfigError(
+                "responses from a mixture of teacher and student need one processor and chat "
+                "template for both models, and theirs differ: leave the mixture out"
+            )
+        return self.student
 
     def check(self) -> None:
         """Refuse rows with images where they are not read.

@@ -80,12 +80,14 @@ def _engine(module: DistilledRun, own: GeneratingModels, who: Generator) -> Roll
     if who == "student" and pair.engine is not None:
         engine = pair.engine.engine(own.models[0], pair.vocabulary, pair.eos_ids)
     else:
-        engine = _built_in(module, own)
+        engine = _built_in(module, own, who)
     return engine if pair.tool_rounds is None else ToolEngine(engine, pair.tool_rounds)
 
 
-def _built_in(module: DistilledRun, own: GeneratingModels) -> RolloutEngine:
+def _built_in(module: DistilledRun, own: GeneratingModels, who: Generator) -> RolloutEngine:
     engine = module.build_engine(own.models[0])
+    if isinstance(engine, TransformersEngine):
+        engine = replace(engine, images=module.pair.images.reader_of(who))
     if own.mix is None:
         return engine
     if not isinstance(engine, TransformersEngine):
@@ -161,6 +163,7 @@ class MixtureEngine:
                     "teacher and student need the built-in engine"
                 )
             own, mix = Blend(teacher.models[0], self._share), teacher.mix
+            engine = replace(engine, images=module.pair.images.shared_reader(request.prompts))
 
             def mixing(logits: Sequence[Tensor]) -> Tensor:
                 return own.mix(logits[0], logits[1] if mix is None else mix(logits[1:]))
