@@ -11,7 +11,7 @@ import warnings
 from hashlib import sha256
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from okd_lightning.errors import DataError, one_line
 from okd_lightning.records.images import ImageRef
@@ -91,10 +91,11 @@ def _decoded(content: bytes, what: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise DataError(f"{what} has more than {MOST_PIXELS:,} pixels; scale it down") from error
     except _UNREADABLE as error:
-        kinds = ", ".join(FORMATS)
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        reason = "no image of these formats" if is_unknown else one_line(str(error), 200)
         raise DataError(
-            f"{what} cannot be decoded ({one_line(str(error), 200) or type(error).__name__}); "
-            f"expected a complete file of {kinds}"
+            f"{what} cannot be decoded ({reason or type(error).__name__}); expected a complete "
+            f"file of {', '.join(FORMATS)}"
         ) from error
     raise DataError(
         f"{what} has {width:,} x {height:,} pixels, more than {MOST_PIXELS:,}; scale it down"

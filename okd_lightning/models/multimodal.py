@@ -6,6 +6,7 @@ types of tokens, and positions of several axes (M-RoPE).
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from okd_lightning.errors import ConfigError
 from okd_lightning.models.causal_lm import named_arguments
 from okd_lightning.records.images import ImageInputs
 
@@ -64,13 +66,21 @@ def image_arguments(
     """Return the arguments of a forward pass for the images of its rows; none without images.
 
     Args:
-        model: A vision-language model, wrapped or not.
+        model: The model, wrapped or not.
         input_ids: [batch, seq].
         images: The inputs of these rows' images.
+
+    Raises:
+        ConfigError: There are images, and the model is a text model.
     """
     given = {} if images is None else images.arguments
     if not given:
         return {}
+    if not reads_images(model.config):
+        raise ConfigError(
+            f"the rows have images, and {type(model).__name__} reads text alone; give a "
+            "vision-language model in its place"
+        )
     is_image = (input_ids == image_token_id(model.config)).long()
     names = named_arguments(model)
     types = ("token_type_ids", "mm_token_type_ids")
@@ -119,9 +129,18 @@ def freeze_vision(model: PreTrainedModel) -> None:
 
 
 def language_model(model: PreTrainedModel) -> nn.Module:
-    """Return the language part of a model; a text model itself."""
-    if not vision_parts(model):
-        return model
-    decoder = model.get_decoder()
-    assert isinstance(decoder, nn.Module)
+    """Return the decoder of a vision-language model; a text model itself."""
+    decoder: nn.Module = model.get_decoder() if reads_images(model.config) else model
     return decoder
+
+
+def modules_outside_language(model: PreTrainedModel) -> str | None:
+    """Return a regular expression for the names of all modules but the language model and the head.
+
+    None for a text model.
+    """
+    if not reads_images(model.config):
+        return None
+    inner = (language_model(model), model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if any(module is own for own in inner)]
+    return rf"(?!({'|'.join(map(re.escape, names))})(\.|$)).*"

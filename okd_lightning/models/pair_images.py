@@ -56,14 +56,22 @@ class PairImages:
             )
         return self.student
 
-    def check(self) -> None:
+    def check(self, has_tools: bool = False) -> None:
         """Refuse rows with images where they are not read.
+
+        Args:
+            has_tools: Whether rollouts call tools.
 
         Raises:
             ConfigError: The message says which model is missing what.
         """
         if self.refusal is not None:
             raise ConfigError(f"the data has images, and {self.refusal}")
+        if has_tools:
+            raise ConfigError(
+                "the data has images, and rollouts that call tools read text alone: leave "
+                "--data.tools out"
+            )
 
     def with_inputs(self, batch: DistillBatch) -> DistillBatch:
         """Return a batch with both models' inputs for its images, on the batch's device.

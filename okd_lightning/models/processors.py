@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 from PIL import Image
@@ -24,12 +26,17 @@ from transformers import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from okd_lightning.errors import DataError, ModelError, one_line
+from okd_lightning.models.adapter_folders import adapter_folder
 from okd_lightning.models.image_files import decoded
 from okd_lightning.models.multimodal import image_token_id, placeholder_ids, reads_images
 from okd_lightning.models.sources import ModelSource, Source, first_line, locate
 from okd_lightning.records.images import ImageInputs, ImageRef, joined
 
-_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+_PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
 
 _UNUSABLE = (Exception,)
 """Errors of transformers' processors for settings or images that they cannot use, of any type."""
@@ -44,12 +51,14 @@ class ImageReader:
         option: How the user named the model, for messages.
         image_id: Id in whose places the model puts the features of images.
         mask_ids: Ids of places of images and of what is around them.
+        source: Location of its files; None for a processor that was given.
     """
 
     processor: Any
     option: str
     image_id: int
     mask_ids: frozenset[int]
+    source: Source | None = None
     _texts: dict[tuple[int, int], str] = field(default_factory=dict)
 
     @property
@@ -114,6 +123,16 @@ class ImageReader:
                 "together: set a crop or a fixed size in its preprocessor_config.json"
             ) from error
 
+    def save(self, folder: Path) -> None:
+        """Write the processor's files, besides those of its tokenizer."""
+        if self.source is None:
+            self.processor.image_processor.save_pretrained(folder)
+            return
+        for name in _PROCESSOR_FILES:
+            path = self.source.file(name)
+            if path is not None:
+                copyfile(path, folder / name)
+
     def _inputs_of_row(self, images: Sequence[ImageRef]) -> ImageInputs:
         found = self._processed([decoded(image) for image in images])
         is_nested = "rows" in found  # Idefics3: [1, crops, ...], with rows and columns of crops
@@ -161,7 +180,8 @@ def load_reader(
         return None
     found = locate(name, option)
     if not any(found.file(file) for file in _PROCESSOR_FILES):
-        return None
+        adapter = adapter_folder(found, option)
+        return None if adapter is None else load_reader(adapter.base, config, tokenizer, option)
     try:
         processor = _processor(found, config)
     except _UNUSABLE as error:
@@ -170,7 +190,7 @@ def load_reader(
             "copy preprocessor_config.json and processor_config.json again, and install "
             "okd-lightning[images]"
         ) from error
-    return reader_of(processor, config, tokenizer, option)
+    return replace(reader_of(processor, config, tokenizer, option), source=found)
 
 
 def reader_of(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from okd_lightning.records.chunks import AlignedResponse, Chunks
-from okd_lightning.records.images import ImageInputs, ImageRef
+from okd_lightning.records.images import ImageInputs, ImageRef, named
 from okd_lightning.records.requests import Chat, Generator, Prompt
 from okd_lightning.records.sequences import Sequences
 
@@ -61,7 +61,8 @@ class Example:
     @property
     def question(self) -> str:
         """The prompt for a reader: a chat's last user message, or the whole prompt."""
-        return (self.chat.question if self.chat is not None else "") or self.prompt
+        text = (self.chat.question if self.chat is not None else "") or self.prompt
+        return named(text, self.images)
 
     def prompt_for(self, generator: Generator, sample: int = 0) -> Prompt:
         """Return the prompt of a request to a generator: the teacher's own one if it has one."""

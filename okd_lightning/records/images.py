@@ -37,6 +37,15 @@ class ImageRef:
     height: int
 
 
+def named(text: str, images: Sequence[ImageRef]) -> str:
+    """Return a text for a reader: its places, the last of a prompt's, with the images' names."""
+    first, *others = text.split(MARKER)
+    if not 0 < len(others) <= len(images):
+        return text
+    names = [image.name for image in images[-len(others) :]]
+    return first + "".join(f"[{name}]{o}" for name, o in zip(names, others, strict=True))
+
+
 @dataclass(frozen=True)
 class ImageInputs:
     """Inputs of one model for the images of some rows, such as pixel values and patch grids.

@@ -196,7 +196,8 @@ class Pair:
         self.student = student
         teacher.student_loaded(student)
         if self.adds_adapter:
-            add_adapter(student, cast(PeftConfig, self.student_adapter), "--model.student_adapter")
+            adapter, on_vision = cast(PeftConfig, self.student_adapter), not settings.freeze_vision
+            add_adapter(student, adapter, "--model.student_adapter", adapts_vision=on_vision)
         teacher.student_adapted(student)
         self.packs_student = settings.prepare(student)
         teacher.student_ready(student, self.packs_student)
@@ -253,7 +254,7 @@ class Pair:
 
     def use_images(self) -> None:
         """Mask the ids that stand for images; refuse images that a model of the run cannot read."""
-        self.images.check()
+        self.images.check(has_tools=self.tool_rounds is not None)
         self.vocabulary = self.vocabulary.without(self.images.mask_ids)
         self.given_teacher.use_vocabulary(self.vocabulary)
 
