@@ -256,7 +256,7 @@ def check_image_ids(
     tokenizer: PreTrainedTokenizerBase,
     where: str,
 ) -> None:
-    """Refuse rows that would have loss on an id that stands for an image.
+    """Refuse rows that would have loss on an id of an image.
 
     Args:
         examples: Tokenized rows.
@@ -273,6 +273,6 @@ def check_image_ids(
         if found is not None:
             raise DataError(
                 f"{where}, row {example.index + 1}: a response has "
-                f"{tokenizer.convert_ids_to_tokens(found)!r}, which stands for an image and is "
+                f"{tokenizer.convert_ids_to_tokens(found)!r}, an id of images, which is "
                 "never generated; delete it or the row"
             )

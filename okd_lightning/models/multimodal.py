@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -132,6 +133,14 @@ def language_model(model: PreTrainedModel) -> nn.Module:
     """Return the decoder of a vision-language model; a text model itself."""
     decoder: nn.Module = model.get_decoder() if reads_images(model.config) else model
     return decoder
+
+
+def unused_without_images(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Return the parameters of a vision-language model that rows without images leave out."""
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = (language_model(plain), plain.get_output_embeddings())
+    used = {id(parameter) for part in inner for parameter in part.parameters()}
+    return [parameter for parameter in model.parameters() if id(parameter) not in used]
 
 
 def modules_outside_language(model: PreTrainedModel) -> str | None:

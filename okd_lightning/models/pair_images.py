@@ -35,7 +35,7 @@ class PairImages:
 
     @property
     def mask_ids(self) -> frozenset[int]:
-        """Ids that stand for images, in both models."""
+        """Ids of images, in both models."""
         readers = [reader for reader in (self.student, self.teacher) if reader is not None]
         return frozenset[int]().union(*(reader.mask_ids for reader in readers))
 

@@ -63,7 +63,7 @@ class ImageReader:
 
     @property
     def placeholder(self) -> str:
-        """The token that stands for an image in a text, before its expansion."""
+        """The token of an image in a text, before its expansion."""
         return str(self.processor.image_token)
 
     @property
@@ -75,7 +75,7 @@ class ImageReader:
 
     @property
     def digest(self) -> str:
-        """What is equal for processors that make the same of an image."""
+        """Hash of the settings, equal for processors that make the same of an image."""
         own = self.processor
         about = [
             type(own).__name__,
@@ -87,7 +87,7 @@ class ImageReader:
         return sha256(text.encode()).hexdigest()
 
     def expansion(self, width: int, height: int, what: str) -> str:
-        """Return the text that stands for an image, which depends on its size alone.
+        """Return the text of an image, which depends on its size alone.
 
         Args:
             width: Pixels.
@@ -250,6 +250,6 @@ def _unchecked(processor: Any, name: str, argument: Any) -> None:
 
 
 class _NoVideos:
-    """Stands in the place of a video processor that cannot be loaded."""
+    """Placeholder for a video processor that cannot be loaded."""
 
     model_input_names: Sequence[str] = ()

@@ -253,7 +253,7 @@ class Pair:
             )
 
     def use_images(self) -> None:
-        """Mask the ids that stand for images; refuse images that a model of the run cannot read."""
+        """Mask the ids of images; refuse images that a model of the run cannot read."""
         self.images.check(has_tools=self.tool_rounds is not None)
         self.vocabulary = self.vocabulary.without(self.images.mask_ids)
         self.given_teacher.use_vocabulary(self.vocabulary)
