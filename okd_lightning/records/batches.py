@@ -265,7 +265,7 @@ class DistillBatch:
 
     @property
     def has_own_reads(self) -> bool:
-        """Whether the teacher reads other sequences than the student, or other image inputs."""
+        """True where the teacher reads other sequences than the student, or other image inputs."""
         return self.teacher_input_ids is not None or self.teacher_image_inputs is not None
 
     @cached_property
