@@ -15,7 +15,7 @@ from typing import Any
 from okd_lightning.data.chat_ids import ChatIds, encode_chats
 from okd_lightning.data.chat_turns import ChatTurns, read_turns
 from okd_lightning.data.columns import Columns, RawRow, read_tools
-from okd_lightning.data.images import RowImages
+from okd_lightning.data.images import RowImages, num_places
 from okd_lightning.data.templates import ChatRenderer, RenderedChat, not_prefix_stable
 from okd_lightning.models.text_ids import TextEncoder
 from okd_lightning.records import Chat, Example
@@ -139,7 +139,10 @@ def examples_from_chats(
     rendered = [chat.rendered for chat in chats]
     own: list[tuple[ImageRef, ...]] = [()] * len(rows)
     if images is not None:
-        own = [images.of_row(row, columns, at) for row, at in zip(rows, places, strict=True)]
+        own = [  # of the messages that are kept: those after the last learned turn are not
+            images.of_row(row, columns, at)[: num_places(chat.turns.messages)]
+            for row, chat, at in zip(rows, chats, places, strict=True)
+        ]
         rendered = [
             images.chat(chat, refs, at)
             for chat, refs, at in zip(rendered, own, places, strict=True)

@@ -205,6 +205,11 @@ def _cells(row: RawRow, columns: Columns, at: str) -> list[Any]:
     )
 
 
+def num_places(messages: Sequence[Mapping[str, Any]]) -> int:
+    """Return the places of images in messages as ``read_turns`` returns them."""
+    return sum(str(message.get("content")).count(MARKER) for message in messages)
+
+
 def has_images(rows: Sequence[RawRow], columns: Columns) -> bool:
     """Return whether a row's images column has an image, or a message has one as a part."""
     if any(_cells(row, columns, "") for row in rows if columns.images in row):

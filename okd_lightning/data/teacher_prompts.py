@@ -22,7 +22,7 @@ from okd_lightning.data.columns import (
     require_column,
     require_whole_characters,
 )
-from okd_lightning.data.images import RowImages
+from okd_lightning.data.images import RowImages, num_places
 from okd_lightning.data.layouts import Layout
 from okd_lightning.data.row_templates import fields_of
 from okd_lightning.data.templates import ChatRenderer, Message
@@ -253,6 +253,7 @@ def with_teacher_prompts(
         require_column(rows[0], "teacher_prompt", teacher_prompts.column, where)
     places = [f"{where}, row {number}" for number in range(1, len(rows) + 1)]
     triples = list(zip(examples, rows, places, strict=True))
+    chats: list[list[Message]] = []
     if layout == "text":
         texts = [
             example.prompt if teacher_prompts is None else _text(teacher_prompts, example, row, at)
@@ -278,9 +279,10 @@ def with_teacher_prompts(
     refs: list[tuple[ImageRef, ...]] = [()] * len(rows)
     if seen is not None:
         plain = [text if layout == "text" else "" for text in texts]
+        limits = [None] * len(rows) if layout == "text" else [num_places(chat) for chat in chats]
         refs = [
-            seen.refs(teacher_prompts, columns, row, at, own) if text else ()
-            for row, at, own, text in zip(rows, places, plain, texts, strict=True)
+            seen.refs(teacher_prompts, columns, row, at, own)[:most] if text else ()
+            for row, at, own, text, most in zip(rows, places, plain, texts, limits, strict=True)
         ]
         texts = [
             seen.images.prompt(text, own, at, is_rendered=layout == "chat", reader=seen.reader)

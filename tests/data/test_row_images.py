@@ -232,6 +232,16 @@ def test_a_privileged_teacher_sees_what_the_student_does_not(build):
     assert example.images == example.teacher_images
 
 
+def test_images_after_the_last_learned_turn_are_left_out(build):
+    row = chat("x", image())
+    row["messages"] += [
+        {"role": "user", "content": [image("b.jpg"), {"type": "text", "text": "y"}]},
+        {"role": "assistant", "content": "c", "weight": 0},
+    ]
+    (example,) = build(row).examples
+    assert [ref.name for ref in example.images] == ["a.png"]
+
+
 def test_a_file_that_changes_is_noticed(tmp_path):
     vision.picture(0).save(tmp_path / "a.png")
     ref = image_ref("a.png", tmp_path / "a.png", b"", "row")
