@@ -102,7 +102,7 @@ class RolloutDataModule(NewDataModule):
             their messages; null reads no such column.
         teacher_column: Name of the column with a row's teacher, one of RoutedTeachers.
         images_column: Name of the column with the images of a row (files relative to the data
-            file), one for each <image> in its text; null reads no such column; docs/images.md.
+            file), one for each ``<image>`` in its text; null reads no such column; docs/images.md.
 
     Raises:
         ConfigError: A number out of its range.
