@@ -12,6 +12,7 @@ import no_network
 import pytest
 import tiny
 import torch
+from cheap_process import make_cheap
 from longest_files import place_of
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from vllm_servers import ServerPool
@@ -30,6 +31,10 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first."""
     items.sort(key=lambda item: place_of(item.path))
+
+
+def pytest_collection_finish() -> None:
+    make_cheap()
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from cheap_process import make_cheap
 
 from okd_lightning.__main__ import main
 
@@ -49,11 +51,18 @@ class ForkedCommand:
         argv: The words behind ``okd-lightning``.
         folder: The current folder.
         environment: All variables that it has.
+        program: A function of a module in its place; it reads ``sys.argv`` and returns a status.
     """
 
-    def __init__(self, argv: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        argv: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str],
+        program: Callable[[], int | None] = main,
+    ) -> None:
         self._written = Path(tempfile.mkdtemp())
-        given = list(map(str, argv)), str(folder), dict(environment), self._written
+        given = program, list(map(str, argv)), str(folder), dict(environment), self._written
         self._process = SERVER.Process(target=_type, args=given)
         self._process.start()
 
@@ -81,10 +90,13 @@ class ForkedCommand:
 
 
 def type_command(
-    argv: Sequence[str], folder: Path, **variables: str
+    argv: Sequence[str],
+    folder: Path,
+    program: Callable[[], int | None] = main,
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run one command to its end, with this process's variables and further ones."""
-    child = ForkedCommand(argv, folder, {**os.environ, **variables})
+    child = ForkedCommand(argv, folder, {**os.environ, **variables}, program)
     out, err = child.communicate(timeout=600)
     return subprocess.CompletedProcess(list(argv), child.returncode, out, err)
 
@@ -112,8 +124,15 @@ def type_on_ranks(argv: Sequence[str], folder: Path, num: int = 2) -> str:
     return "".join(errors)
 
 
-def _type(argv: list[str], folder: str, variables: dict[str, str], written: Path) -> None:
+def _type(
+    program: Callable[[], int | None],
+    argv: list[str],
+    folder: str,
+    variables: dict[str, str],
+    written: Path,
+) -> None:
     """In the child: be the process that a shell would have started."""
+    make_cheap()
     random.seed()  # all children are forked with one state
     os.environ.clear()
     os.environ.update(variables)
@@ -124,4 +143,4 @@ def _type(argv: list[str], folder: str, variables: dict[str, str], written: Path
         os.close(descriptor)
     sys.path.insert(0, folder)  # as behind python -m
     sys.argv = ["okd-lightning", *argv]
-    sys.exit(main())
+    sys.exit(program())

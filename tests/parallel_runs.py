@@ -15,6 +15,7 @@ from typing import Any
 import tiny
 import torch
 import torch.multiprocessing as mp
+from cheap_process import make_cheap
 from forked import SERVER
 from lightning.pytorch.callbacks import Callback
 from peft import LoraConfig
@@ -169,6 +170,7 @@ def _of_one_rank(
     variables: dict[str, str],
 ) -> None:
     faulthandler.dump_traceback_later(_SECONDS, exit=True)  # ranks that wait for each other
+    make_cheap()
     os.environ.clear()  # they are the server's, of when it was started
     os.environ.update(variables)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

@@ -7,28 +7,20 @@ NCCL say then is told from other errors.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import soak
 import torch
+from forked import type_command
 
 from okd_lightning.training.rank_faults import as_lost_rank
 
-ROOT = Path(__file__).parent
-
 
 @pytest.mark.parametrize("options", [["--kills", "3"], ["--kills", "1", "--ranks", "2"]])
-def test_killed_runs_end_like_the_others(options: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "soak.py"), "--methods", "GKD", "--seed", "1", *options],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT.parent)},
-        timeout=300,
-    )
+def test_killed_runs_end_like_the_others(options: list[str], tmp_path: Path) -> None:
+    argv = ["--methods", "GKD", "--seed", "1", *options]
+    done = type_command(argv, tmp_path, program=soak.run, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{options[1]} kills" in done.stdout
     assert "EQUAL" in done.stdout

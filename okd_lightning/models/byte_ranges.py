@@ -10,6 +10,9 @@ import numpy as np
 
 from okd_lightning.records.chunks import IntArray, Piece
 
+_MOST_BOUNDS, _MOST_SPLITS = 2**17, 2**14
+"""Prefixes whose places are kept: some 30 MB each."""
+
 
 class ByteRanges:
     """Ranges of a vocabulary's tokens by the bytes that they begin with.
@@ -42,6 +45,8 @@ class ByteRanges:
             low, high = bisect_left(self._texts, prefix), bisect_left(self._texts, after)
             if low == high:  # not kept: there is no end of texts that no token begins with
                 return np.array([low, high])
+            if len(self._bounds) == _MOST_BOUNDS:
+                self._bounds.clear()
             self._bounds[prefix] = np.array([low, high])
         return self._bounds[prefix]
 
@@ -56,5 +61,7 @@ class ByteRanges:
             if low == high:
                 return np.full(258, low)
             firsts = [bisect_left(self._texts, prefix + bytes([b]), low, high) for b in range(256)]
+            if len(self._splits) == _MOST_SPLITS:
+                self._splits.clear()
             self._splits[prefix] = np.array([low, *firsts, high])
         return self._splits[prefix]

@@ -34,7 +34,7 @@ _NO_TEXT = (256, 257)
 """Symbols of a token without text, student's and teacher's: equal to nothing."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Span:
     """A chunk of one response, in places of the response's tokens.
 
@@ -128,7 +128,7 @@ def _skip(one: list[int], other: list[int]) -> tuple[int, int] | None:
     return None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Cover:
     """A way to write a response up to a sync point: a token that reaches or passes it.
 

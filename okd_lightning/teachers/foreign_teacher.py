@@ -29,6 +29,7 @@ from okd_lightning.models import (
     max_positions,
     vocabulary_of,
 )
+from okd_lightning.models.aligned_rows import AlignedRows
 from okd_lightning.models.retokenization import Retokenizer, TextLoss
 from okd_lightning.records.batches import DistillBatch, TrainingRow
 from okd_lightning.records.rows import count_chunks, dataset_row
@@ -92,7 +93,7 @@ class ForeignTeacher(Teacher):
         self.inner: Teacher = inner
         self._own_tokenizer = tokenizer
         self._end_tokens = end_tokens
-        self._retokenizer: Retokenizer | None = None
+        self._rows: AlignedRows | None = None
 
     # ---------------------------------------------------------------- settings
 
@@ -147,13 +148,15 @@ class ForeignTeacher(Teacher):
         vocabulary = replace(vocabulary, end_ids=ends.end_ids)
         own.inner = self.inner.join(replace(run, tokenizer=tokenizer, vocabulary=vocabulary))
         config = load_model_config(source, "--model.teacher", vocabulary.size)
-        own._retokenizer = Retokenizer(
-            run.tokenizer,
-            tokenizer,
-            ends.end_ids[0],
-            vocabulary.size,
-            max_positions(config),
-            self._loss,
+        own._rows = AlignedRows(
+            Retokenizer(
+                run.tokenizer,
+                tokenizer,
+                ends.end_ids[0],
+                vocabulary.size,
+                max_positions(config),
+                self._loss,
+            )
         )
         return own
 
@@ -231,8 +234,8 @@ class ForeignTeacher(Teacher):
 
     def retokenized(self, rows: Sequence[TrainingRow]) -> list[TrainingRow]:
         """Return rows with their response in its ids."""
-        assert self._retokenizer is not None
-        return [self._retokenizer.row(row, self.run.vocabulary.end_ids) for row in rows]
+        assert self._rows is not None
+        return self._rows.read(rows, self.run.vocabulary.end_ids)
 
     def side(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Side:
         """Return the teacher's side at its own loss positions (``DistillBatch.chunks``).

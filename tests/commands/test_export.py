@@ -2,6 +2,7 @@
 
 * it loads with transformers (and PEFT) alone and gives the logits that training ended with;
 * it carries tokenizer, generation config and a card with method, data and measured numbers;
+* its generation config lists every end id of the run, its config keeps the student's own;
 * it serves as student and as teacher of the next run.
 """
 
@@ -48,6 +49,21 @@ def test_a_full_student(fit: Fit, okd: Fit, base: torch.nn.Module) -> None:
     assert AutoTokenizer.from_pretrained("out")("abc").input_ids
     assert exported.generation_config.eos_token_id in (1, [1])
     assert exported.generation_config.pad_token_id is not None
+
+
+def test_the_generation_config_lists_every_end_id(fit: Fit, okd: Fit, assets: Assets) -> None:
+    fit("--method", "KD", "--model.end_tokens", "[1, 2]")
+    okd("export", "--ckpt_path", LAST, "--out", "out")
+    exported = AutoModelForCausalLM.from_pretrained("out")
+    assert exported.generation_config.eos_token_id == [1, 2]
+    own = AutoModelForCausalLM.from_pretrained(assets.student).config.eos_token_id
+    assert exported.config.eos_token_id == own == 1
+    with torch.no_grad():  # transformers alone stops at the second one
+        head = exported.get_output_embeddings()
+        head.weight.zero_()
+        head.bias = torch.nn.Parameter(torch.zeros(len(head.weight)))
+        head.bias[2] = 9.0
+    assert exported.generate(IDS, max_new_tokens=5).tolist() == [[*IDS[0].tolist(), 2]]
 
 
 def test_the_card_says_where_it_comes_from(fit: Fit, okd: Fit, assets: Assets) -> None:

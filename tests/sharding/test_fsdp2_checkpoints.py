@@ -66,7 +66,7 @@ RUNS = {
         "data": {"teacher_prompt_template": "{reference}p{prompt}"},
     },
 }
-STEPS, KILLED_AT = 6, 3
+STEPS, KILLED_AT = 5, 3
 
 
 def train(root: Path, name: str, strategy, out: Path, **more) -> dict:

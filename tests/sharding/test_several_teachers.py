@@ -1,8 +1,10 @@
-"""Several teachers on two gloo processes against one process.
+"""Kinds of teachers on two gloo processes against one process.
 
 Frozen here: ensembles and routed teachers train as on one process under DDP and fsdp2, where a rank
 has no rows of a teacher in some steps and in validation, with OKD's modules on them, and where
-they generate; measures by teacher are those of one process; ``by_shard`` reads every teacher.
+they generate; measures by teacher are those of one process; ``by_shard`` reads every teacher. So
+does a teacher that ends responses with another id, on samples that end with either, and one with
+another tokenizer, by each of its losses, with OKD's module and on samples.
 """
 
 from __future__ import annotations
@@ -12,12 +14,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from pair_tokenizers import merging
 from parallel_runs import run, spawn
 from peft import LoraConfig
 
-from okd_lightning.callbacks import KD, OKD
+from okd_lightning.callbacks import GKD, KD, OKD, OPDPlus
+from okd_lightning.divergences import ReverseKL
 from okd_lightning.sharding import FSDP2Strategy
-from okd_lightning.teachers import RoutedTeachers, TeacherEnsemble
+from okd_lightning.teachers import ForeignTeacher, RoutedTeachers, TeacherEnsemble
 
 pytestmark = pytest.mark.filterwarnings("ignore:the teacher drifts:UserWarning")
 
@@ -43,16 +47,30 @@ def ensemble(root: Path) -> TeacherEnsemble:
     return TeacherEnsemble([str(root / "teacher"), str(root / "second")], [0.3, 0.7])
 
 
+def ends(root: Path) -> str:
+    return str(root / "ends")
+
+
+def foreign(loss: str):
+    return lambda root: ForeignTeacher(str(root / "pairs"), loss=loss)
+
+
 CASES = {
     "routed KD": (routed, lambda: [KD()]),
     "routed OKD": (routed, okd),
     "routed seq-KD": (routed, lambda: [KD(seq_kd=True)]),
     "ensemble OKD": (ensemble, okd),
     "ensemble seq-KD": (ensemble, lambda: [KD(seq_kd=True)]),
+    "two ends, GKD": (ends, lambda: [GKD(divergence=ReverseKL(), on_policy_fraction=1.0)]),
+    "two ends, OPD+": (ends, lambda: [OPDPlus()]),
+    "foreign OPD+": (foreign("chunk"), lambda: [OPDPlus()]),
+    "foreign OKD": (foreign("text"), okd),
+    "foreign GKD": (foreign("next_byte"), lambda: [GKD(on_policy_fraction=0.5)]),
 }
+OF_DDP = ("routed KD", "routed OKD", "two ends, GKD", "two ends, OPD+", "foreign OKD")
 RUNS = [
     *((name, "fsdp2") for name in CASES),
-    *((name, "ddp") for name in ("routed KD", "routed OKD")),
+    *((name, "ddp") for name in OF_DDP),
     *((name, "layerwise") for name in ("routed seq-KD", "ensemble seq-KD")),
     ("routed KD", "by_shard"),
 ]
@@ -95,6 +113,13 @@ def models(tmp_path_factory, tiny_tokenizer) -> Path:
     ):
         model.save_pretrained(root / name)
         tiny_tokenizer.save_pretrained(root / name)
+    other = tiny.make_llama(2, tiny.TEACHER_ROWS)
+    other.generation_config.eos_token_id = tiny.BOS
+    other.save_pretrained(root / "ends")
+    tiny_tokenizer.save_pretrained(root / "ends")
+    pairs = merging(*(a + b for a in "abcdefgh" for b in "ijklmnop"))
+    tiny.make_llama(4, len(pairs)).save_pretrained(root / "pairs")
+    pairs.save_pretrained(root / "pairs")
     return root
 
 
@@ -128,6 +153,12 @@ def test_two_ranks_train_as_one(key, ranks, alone):
         assert found["measures"].keys() == one["measures"].keys()
         for metric, value in one["measures"].items():
             assert found["measures"][metric] == pytest.approx(value, rel=1e-5), metric
+
+
+def test_samples_end_with_either_id(alone):
+    """So that two ends are compared at all."""
+    last = {ids[-1] for step in alone["two ends, GKD"]["ids"] for ids, _, _ in step}
+    assert {tiny.EOS, tiny.BOS} <= last
 
 
 def test_some_steps_have_one_row_or_none_of_a_teacher(ranks):

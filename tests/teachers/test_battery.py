@@ -9,6 +9,8 @@ that it cannot serve is refused before training; every class of teacher is in th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ import pytest
 import tiny
 import torch
 from fake_vllm_server import FakeVLLM, serving
+from lightning.pytorch.callbacks import Callback
 from parallel_runs import spawn
 from teacher_kinds import ALL, KINDS, Kind, Place
 from torch import nn
@@ -102,11 +105,43 @@ def divergence_of(module: DistillationModule, batch, teacher, has_cells=False) -
     return total / count
 
 
+class Start(Callback):
+    """Copies all parameters before the first step."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.parameters = {n: p.clone() for n, p in pl_module.named_parameters()}
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Three steps that nothing has disturbed."""
+
+    place: Place
+    module: DistillationModule
+    recorder: tiny.Recorder
+    before: dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def whole(models, url, tmp_path_factory) -> Callable[[str], Whole]:
+    """The run of a kind, made when a test first asks for it."""
+    made: dict[str, Whole] = {}
+
+    def run_of(name: str) -> Whole:
+        if name not in made:
+            kind, root, start = KINDS[name], tmp_path_factory.mktemp("whole"), Start()
+            place = Place(str(models / "teacher"), str(root / "cache"), url, str(models / "copy"))
+            module = make(kind, place)
+            recorder = train(root, kind, module, [kind.method(), start])
+            made[name] = Whole(place, module, recorder, start.parameters)
+        return made[name]
+
+    return run_of
+
+
 @pytest.mark.parametrize("name", KINDS)
-def test_the_loss_is_that_of_its_distribution(name, place, tmp_path):
-    kind = KINDS[name]
-    module = make(kind, place)
-    recorder = train(tmp_path, kind, module, [kind.method()], max_steps=1)
+def test_the_loss_is_that_of_its_distribution(name, place, whole):
+    kind, recorder = KINDS[name], whole(name).recorder
     start = make(KINDS["loaded"], place)
     start.configure_model()
     reference = start.student if kind.is_student else start.teacher
@@ -119,12 +154,10 @@ def test_the_loss_is_that_of_its_distribution(name, place, tmp_path):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_gradient_reaches_the_student_and_trained_parameters_alone(name, place, tmp_path):
-    kind = KINDS[name]
-    module = make(kind, place)
-    module.configure_model()
-    before = {n: p.clone() for n, p in module.named_parameters()}
-    (*_, last) = train(tmp_path, kind, module, [kind.method()]).gradients
+def test_gradient_reaches_the_student_and_trained_parameters_alone(name, whole):
+    kind, found = KINDS[name], whole(name)
+    module, before = found.module, found.before
+    (*_, last) = found.recorder.gradients
     own = {name for name in last if name.startswith("teacher.")}
     assert last.keys() - own
     assert bool(own) == bool(kind.trained)
@@ -150,15 +183,15 @@ def test_it_generates_or_says_that_it_cannot(name, place, tmp_path):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_resumed_run_is_the_uninterrupted_one(name, place, tmp_path):
-    kind = KINDS[name]
-    whole, first, second = (make(kind, place) for _ in range(3))
-    expected = train(tmp_path / "whole", kind, whole, [kind.method()])
+def test_a_resumed_run_is_the_uninterrupted_one(name, whole, tmp_path):
+    kind, place = KINDS[name], whole(name).place
+    expected, uncut = whole(name).recorder, whole(name).module
+    first, second = (make(kind, place) for _ in range(2))
     train(tmp_path / "cut", kind, first, [kind.method()], max_steps=2)
     last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
     found = train(tmp_path / "cut", kind, second, [kind.method()], ckpt_path=str(last))
     assert found.losses == expected.losses[2:]
-    for one, other in ((whole.student, second.student), (whole.teacher, second.teacher)):
+    for one, other in ((uncut.student, second.student), (uncut.teacher, second.teacher)):
         assert (one is None) == (other is None)
         if one is not None:
             states = one.state_dict(), other.state_dict()

@@ -6,12 +6,15 @@ in the id of its end keeps its length under reverse KL and OPD+, and loses its e
 id counts; the log-probability of a sampled end is that of all ends, and a rollout's noise draws the
 same ids as without the merge; with an engine that gives the id's alone, the ratio is on ids on both
 sides; cross-entropy still teaches the dataset's own id; a checkpoint keeps the ends, and a resume
-with others is refused; data take out ids after which a response goes on.
+with others is refused; one that holds none (written by an earlier version) is warned about, and the
+warning's option continues it as before; data take out ids after which a response goes on.
 """
 
 from __future__ import annotations
 
 import copy
+import re
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -251,6 +254,33 @@ def test_a_resume_with_other_ends_is_refused_and_its_hint_works(tmp_path):
         path, student=make_student(), teacher=make_student(), tokenizer=tiny.make_tokenizer()
     )
     assert loaded.vocabulary.end_ids == (OWN, OTHER)
+
+
+def test_a_checkpoint_without_ends_is_warned_about_and_the_option_named_continues_it(tmp_path):
+    def run(steps, folder, ckpt_path=None, **settings):
+        module = make_module(**settings)
+        where = tmp_path / folder
+        saver = LastCheckpoint(every_n_steps=1)
+        own = {"callbacks": [saver], "max_epochs": -1, "max_steps": steps, "ckpt_path": ckpt_path}
+        tiny.fit(where, module, [GKD(on_policy_fraction=1.0)], PROMPTS, **own)
+        return module, where / "checkpoints" / "last.ckpt"
+
+    uninterrupted, _ = run(2, "whole", end_tokens=[OWN])
+    _, path = run(1, "before", end_tokens=[OWN])
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["okd_lightning"]["end_ids"]  # as an earlier version wrote it
+    torch.save(checkpoint, path)
+    with pytest.warns(UserWarning, match=r"compared the end ids \[1, 2\] one by one") as caught:
+        module, _ = run(2, "merged", path)
+    assert module.vocabulary.end_ids == (OWN, OTHER)
+    advice = next(str(w.message) for w in caught if "one by one" in str(w.message))
+    asked = re.search(r"--model\.end_tokens \[(\d+)\]", advice)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*one by one")
+        as_before, _ = run(2, "as before", path, end_tokens=[int(asked[1])])
+    assert as_before.vocabulary.end_ids == (OWN,)
+    found, expected = tiny.weights(as_before), tiny.weights(uninterrupted)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def example(response, prompt=(3, 4), mask=None) -> Example:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from okd_lightning import GKD, KD, SFT, DistillationModule, RolloutDataModule
 from okd_lightning.__main__ import main
 from okd_lightning.callbacks import ExactMatch
+from okd_lightning.commands.quickstart import run as quickstart_run
 from okd_lightning.commands.quickstart.command import with_default_method
 from okd_lightning.commands.quickstart.recipe import TEACHER_DIR, TRAIN_FILE, VAL_FILE, Recipe
 from okd_lightning.commands.quickstart.run import Quickstart
@@ -29,6 +30,16 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
 ]
 SMALL = Recipe(warm_steps=6, method_steps=4, batch_size=16, val_every=2, val_rollouts=8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_problems(tmp_path_factory):
+    """Validation on 32 of the 512 problems."""
+    few = tmp_path_factory.mktemp("few") / "val.jsonl"
+    few.write_text("".join(VAL_FILE.read_text().splitlines(keepends=True)[:32]))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(quickstart_run, "VAL_FILE", few)
+        yield
 
 
 @pytest.fixture(scope="module")
