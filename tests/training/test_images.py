@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from okd_lightning.losses.quantities import DrawnLogProb, ExactDivergence
 from okd_lightning.records.collation import collate
 from okd_lightning.records.rows import dataset_row
 from okd_lightning.training.module import DistillationModule
+from okd_lightning.training.safeguards.idle_options import RULES
 from tests import vision
 from tests.tiny import fit, weights
 
@@ -156,6 +158,9 @@ def test_vision_tower_is_trained_on_request_alone(freezes, pair_of):
     trained = {n for n, p in module.student.named_parameters() if p.requires_grad}
     assert any("connector" in name for name in trained)
     assert any("vision_model" in name for name in trained) == (not freezes)
+    run = SimpleNamespace(module=module)
+    assert RULES["model.freeze_vision"](run) is None
+    assert RULES["data.images_column"](run) is None
 
 
 DATA = {"max_prompt_length": 250, "batch_size": 8}
