@@ -29,14 +29,12 @@ class PromptImages:
     refs: Mapping[int, tuple[ImageRef, ...]]
 
     @classmethod
-    def of(cls, reader: ImageReader | None, prompts: Sequence[Prompt]) -> PromptImages | None:
-        """Return the images of prompts; None where no prompt has one.
+    def of(cls, reader: ImageReader | None, prompts: Sequence[Prompt]) -> PromptImages:
+        """Return the images of prompts, of which at least one has one.
 
         Raises:
-            ConfigError: There are images, and no processor.
+            ConfigError: There is no processor.
         """
-        if not any(prompt.images for prompt in prompts):
-            return None
         if reader is None:
             raise ConfigError(
                 "prompts have images, and this engine has no processor: give TransformersEngine "
@@ -51,27 +49,31 @@ class PromptImages:
 
 
 def placed(
-    models: Sequence[PreTrainedModel], ids: Tensor, starts: Tensor, images: ImageInputs | None
+    models: Sequence[PreTrainedModel],
+    ids: Tensor,
+    starts: Tensor,
+    images: ImageInputs | None,
+    positions: Sequence[Tensor],
+    deltas: Tensor,
 ) -> tuple[list[Tensor], Tensor]:
-    """Return the positions of prompts for each model.
+    """Return the positions of prompts for each model, where images have several axes.
 
     Args:
         models: The models.
         ids: [rows, seq], padded on the left.
         starts: [rows] first column of each row.
         images: The inputs of their images.
+        positions: Each model's [rows, seq] positions on one axis.
+        deltas: [models, rows] zeros.
 
     Returns:
-        Each model's [rows, seq] positions, or [3, rows, seq] where images have several axes; and
-        [models, rows] how much more a later token's position is than its number in its row.
+        Each model's [rows, seq] or [3, rows, seq] positions; and [models, rows] how much more a
+        later token's position is than its number in its row.
     """
     columns = torch.arange(ids.shape[1], device=ids.device)
-    positions = [(columns - starts[:, None]).clamp(min=0)] * len(models)
-    deltas = ids.new_zeros(len(models), len(ids))
-    if images is None:
-        return positions, deltas
+    found, deltas = list(positions), deltas.clone()
     for number, model in enumerate(models):
         axes, more = positions_of(model, ids, images, columns >= starts[:, None])
         if axes is not None and more is not None:
-            positions[number], deltas[number] = axes, more
-    return positions, deltas
+            found[number], deltas[number] = axes, more
+    return found, deltas

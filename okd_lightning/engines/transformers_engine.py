@@ -148,7 +148,8 @@ class TransformersEngine:
             for model, own in zip(models, groups, strict=True):
                 if own.by_length:
                     forget_lengths(model)
-            images = PromptImages.of(self.images, request.prompts)
+            has_images = any(prompt.images for prompt in request.prompts)
+            images = PromptImages.of(self.images, request.prompts) if has_images else None
             yield _Round(*call, is_roomy=memory == "rows", images=images), not switches
 
     def _refuse_images(self, request: Request) -> None:
@@ -323,8 +324,12 @@ class _Round:
         index = torch.tensor(list(indices), device=self._device)
         ids, starts = _left_pad([self._texts[row] for row in unique], self._device)
         caches = self._empty_caches()
-        images = None if self._images is None else self._images.inputs(unique, self._device)
-        positions, deltas = placed(self._models, ids, starts, images)
+        columns = torch.arange(ids.shape[1], device=self._device)
+        positions = [(columns - starts[:, None]).clamp(min=0)] * len(self._models)
+        deltas, images = ids.new_zeros(len(self._models), len(ids)), None
+        if self._images is not None:
+            images = self._images.inputs(unique, self._device)
+            positions, deltas = placed(self._models, ids, starts, images, positions, deltas)
         tables = self._logits(ids, positions, starts, ids.shape[1], caches, images)
         self.num_row_steps += len(rows)
         places, last = self._responses.next_places(rows), self._responses.last_places(rows)
@@ -365,7 +370,14 @@ class _Round:
         if self._is_roomy:  # else all prompts have one length, and some models misread a mask
             mask = (torch.arange(width, device=self._device) >= starts[:, None]).long()
         return [
-            cached_logits(model, ids, own, mask, cache, image_arguments(model, ids, images))
+            cached_logits(
+                model,
+                ids,
+                own,
+                mask,
+                cache,
+                None if images is None else image_arguments(model, ids, images),
+            )
             for model, own, cache in zip(self._models, positions, caches, strict=True)
         ]
 

@@ -74,13 +74,11 @@ class PairImages:
             )
 
     def with_inputs(self, batch: DistillBatch) -> DistillBatch:
-        """Return a batch with both models' inputs for its images, on the batch's device.
+        """Return a batch that has images with both models' inputs, on its device.
 
         Raises:
             DataError: An image file is missing, or has changed since the data was read.
         """
-        if not batch.images and not batch.teacher_images:
-            return batch
         if batch.image_inputs is not None or batch.teacher_image_inputs is not None:
             return batch
         self.check()

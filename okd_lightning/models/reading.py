@@ -90,7 +90,8 @@ def _hidden_of_pass(
             hidden = _packed_states(model, read)
             starts = read.packing.start
         else:
-            images = image_arguments(model, read.input_ids, read.images)
+            has_none = read.images is None
+            images = None if has_none else image_arguments(model, read.input_ids, read.images)
             hidden = head_inputs(model, read.input_ids, read.attention_mask, images=images)
             starts = torch.arange(len(read.lengths), device=hidden.device) * hidden.shape[1]
     before = starts[places.row] + places.column - 1
@@ -119,7 +120,7 @@ def _idle_vision(model: PreTrainedModel, read: Sequences) -> Tensor | None:
         ConfigError: The model is sharded, and some ranks have rows with images and others have not:
             the passes of its vision tower are collective.
     """
-    if not reads_images(model.config) or not torch.distributed.is_initialized():
+    if not torch.distributed.is_initialized() or not reads_images(model.config):
         return None
     has_images = read.images is not None and bool(read.images.arguments)
     if isinstance(model, FSDPModule):

@@ -86,7 +86,7 @@ def _engine(module: DistilledRun, own: GeneratingModels, who: Generator) -> Roll
 
 def _built_in(module: DistilledRun, own: GeneratingModels, who: Generator) -> RolloutEngine:
     engine = module.build_engine(own.models[0])
-    if isinstance(engine, TransformersEngine):
+    if isinstance(engine, TransformersEngine) and module.pair.images.student is not None:
         engine = replace(engine, images=module.pair.images.reader_of(who))
     if own.mix is None:
         return engine

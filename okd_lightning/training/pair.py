@@ -322,7 +322,7 @@ class Pair:
         the teacher without its online module, for quantities that compare with it.
         """
         assert self.student is not None
-        batch = self.images.with_inputs(batch)
+        batch = self.images.with_inputs(batch) if batch.images or batch.teacher_images else batch
         own = (self.student, batch.student_reads, self.packs_student, self.vocabulary)
         student = model_side(*own, quantities, "student")
         teacher = base = None
