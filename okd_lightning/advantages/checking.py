@@ -32,16 +32,16 @@ def as_advantage(given: object, option: str = "advantage") -> Advantage:
     if not isinstance(credit, Tensor) or credit.shape != teacher.shape:
         got = list(credit.shape) if isinstance(credit, Tensor) else type(credit).__name__
         raise ConfigError(
-            f"advantage {name}: credit returned {got} for log-probs of shape "
-            f"{list(teacher.shape)}; expected a Tensor of that shape, one credit a token"
+            f"advantage {name}: credit() returned {got} for log-probs of shape "
+            f"{list(teacher.shape)}; expected a Tensor of that shape, one advantage a token"
         )
     if credit.requires_grad:
         raise ConfigError(
-            f"advantage {name}: the credit carries a gradient, so that another objective would be "
-            "trained; detach it (or decorate credit with torch.no_grad())"
+            f"advantage {name}: the advantage carries a gradient, so that another objective would "
+            "be trained; detach it (or decorate credit() with torch.no_grad())"
         )
     if not credit[mask].isfinite().all():
         raise ConfigError(
-            f"advantage {name}: the credit of an ordinary token is not finite ({credit.tolist()})"
+            f"advantage {name}: it is not finite for an ordinary token ({credit.tolist()})"
         )
     return advantage

@@ -28,7 +28,7 @@ _TRAPS = {
     "k3": "differentiated directly, k3 gives the gradient of forward KL and not of the reverse KL "
     "that it estimates; use OPDPlus with the divergence you mean",
     "z_score": "dividing by a batch's standard deviation and subtracting its mean turns the sign "
-    "of credits around zero, which say whether a token is worse or better than the teacher's "
+    "of advantages around zero, which say whether a token is worse or better than the teacher's "
     "choice; use variant centred or value_baseline",
 }
 _TRAP_NAMES = {

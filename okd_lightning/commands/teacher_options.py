@@ -74,6 +74,12 @@ def check_teacher(value: Any, words: Sequence[str]) -> None:
 
 
 def _check_name(name: str) -> None:
+    if name.startswith("[") and not user_path(name).exists():
+        raise UsageError(
+            f"--{_TEACHER} {name}: expected one folder or hub id; several models are a class with "
+            f"a list: --{_TEACHER} TeacherEnsemble --{_TEACHER}.teachers '{name}' (one "
+            "distribution), or RoutedTeachers (one for each row)"
+        )
     near = difflib.get_close_matches(name, _names(), n=1, cutoff=_NEAR)
     if near and not user_path(name).exists():
         raise UsageError(

@@ -14,12 +14,16 @@ import re
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from itertools import zip_longest
+from typing import Any
 
 from okd_lightning.commands.foreign_options import hint_for
 from okd_lightning.errors import UsageError
 
 INDEX = "option_index.json"
 MOST_NAMES = 25
+
+_MISTYPED = 0.85
+"""Similarity of two names from which one is the other, mistyped."""
 
 _ON_FIT = ("compare", "diagnose")
 """Commands with the options of ``fit`` and some of their own."""
@@ -35,7 +39,7 @@ def check_names(command: str, words: Sequence[str]) -> None:
     Raises:
         UsageError: The message that the parser would give.
     """
-    index = json.loads(resources.files(__package__).joinpath(INDEX).read_text(encoding="utf-8"))
+    index = _index()
     if command not in index["options"] or "-h" in words or "--help" in words:
         return
     base = index["options"]["fit"] if command in _ON_FIT else []
@@ -66,8 +70,9 @@ def unknown_option(rest: str, options: Sequence[str]) -> str:
     foreign = hint_for(bare)
     if foreign:
         return f"unknown option {bare}; {foreign}"
-    hint = did_you_mean(bare, [option for option in options if not option.endswith(".help")])
-    return f"unknown option {bare}{hint or '; --help lists the options'}"
+    own = [option for option in options if not option.endswith(".help")]
+    hint = did_you_mean(bare, own, cutoff=_MISTYPED) or _of_another_command(bare, options)
+    return f"unknown option {bare}{hint or did_you_mean(bare, own) or '; --help lists the options'}"
 
 
 def no_such_class(
@@ -93,6 +98,21 @@ def did_you_mean(given: str, names: Sequence[str], cutoff: float = 0.6) -> str:
     near = difflib.get_close_matches(given.lower(), lower, n=1, cutoff=cutoff)
     near = near or [name for name in lower if name.endswith("." + given.lower().lstrip("-"))][:1]
     return f"; did you mean {lower[near[0]]}?" if near else ""
+
+
+def _of_another_command(given: str, options: Sequence[str]) -> str:
+    """Return a hint at an option that only other commands have; empty if none is near."""
+    commands: dict[str, list[str]] = {}
+    for command, names in _index()["options"].items():
+        for name in set(names) - set(options):
+            commands.setdefault(name, []).append(command)
+    near = difflib.get_close_matches(given, commands, n=1, cutoff=_MISTYPED)
+    return f"; {near[0]} is an option of {' and '.join(commands[near[0]])}" if near else ""
+
+
+def _index() -> Any:
+    text = resources.files(__package__).joinpath(INDEX).read_text(encoding="utf-8")
+    return json.loads(text)
 
 
 def _is_unknown(option: str, known: set[str]) -> bool:

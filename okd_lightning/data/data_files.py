@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
@@ -48,6 +49,8 @@ def rows_of_dataset(dataset: Dataset) -> list[Row]:
 def _read_parquet(path: Path) -> list[Row]:
     try:
         with pq.ParquetFile(path) as file:
+            nested = _check_named_size(file, path.stat().st_size)
+        with pq.ParquetFile(path, read_dictionary=nested) as file:
             return rows_of_dataset(Dataset(_table_of(file, path.stat().st_size)))
     except OverflowError as error:
         raise DataError(f"{path}: {error}, which are not rows of text") from error
@@ -56,32 +59,69 @@ def _read_parquet(path: Path) -> list[Row]:
         raise DataError(f"{path}: not a Parquet file that can be read ({reason})") from error
 
 
-def _table_of(file: pq.ParquetFile, size: int) -> pa.Table:
-    """All rows of a Parquet file, read in batches of limited size.
+def _chunks(file: pq.ParquetFile) -> list[tuple[pq.ColumnSchema, pq.ColumnChunkMetaData]]:
+    groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+    columns = range(len(file.schema))
+    return [(file.schema.column(i), group.column(i)) for group in groups for i in columns]
 
-    A page of a dictionary and run lengths can encode any number of values: what a column holds is
-    not known before it is read. One row of a flat column is no more than its dictionary; a row of
-    a list is decoded whole.
+
+def _check_named_size(file: pq.ParquetFile, size: int) -> list[str]:
+    """Refuse a file whose numbers of values and sizes are too large.
+
+    Returns:
+        The columns of texts within lists. A row of them has any number of values, so they are read
+        as indices into a dictionary, of 4 bytes each, whose texts are in memory once.
 
     Raises:
         OverflowError: The file expands to more than rows of text do.
     """
-    most, metadata = most_bytes(size), file.metadata
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
-    named = sum(max(c.total_uncompressed_size, _LEAST * c.num_values) for c in chunks)
-    if named > most:
-        raise OverflowError(f"{size:,} bytes that expand to more than {most:,}")
-    largest = max([c.total_uncompressed_size for c in chunks], default=0)
-    found, read = [], 0
+    named = 0
+    for column, chunk in _chunks(file):
+        width = max(_LEAST, column.length or 0)  # of a value; the length of FIXED_LEN_BYTE_ARRAY
+        named += max(chunk.total_uncompressed_size, width * chunk.num_values)
+    if named > most_bytes(size):
+        raise OverflowError(f"{size:,} bytes that expand to more than {most_bytes(size):,}")
+    columns = [file.schema.column(i) for i in range(len(file.schema))]
+    are_texts = [c for c in columns if c.physical_type == "BYTE_ARRAY" and c.max_repetition_level]
+    return [column.path for column in are_texts]
+
+
+def _table_of(file: pq.ParquetFile, size: int) -> pa.Table:
+    """All rows of a Parquet file, read in batches of limited size.
+
+    A page of a dictionary and run lengths can encode any number of values: what a column holds is
+    not known before it is read. One row of a flat column is no more than its dictionary, and the
+    texts of a list are counted before they are written out.
+
+    Raises:
+        OverflowError: The file expands to more than rows of text do.
+    """
+    most, read, found = most_bytes(size), 0, []
+    largest = max([chunk.total_uncompressed_size for _, chunk in _chunks(file)], default=0)
     rows = max(1, min(_ROWS, most // max(1, largest)))
     plain = pa.schema(map(_plain_field, file.schema_arrow), file.schema_arrow.metadata)
     for batch in file.iter_batches(rows):
-        found.append(batch.cast(plain))
-        read += found[-1].nbytes
+        read += sum(map(_plain_bytes, batch.columns))
         if read > most:
             raise OverflowError(f"{size:,} bytes that expand to more than {most:,}")
+        found.append(batch.cast(plain))
     return pa.Table.from_batches(found, plain)
+
+
+def _plain_bytes(values: pa.Array) -> int:
+    """Return the bytes of an array without dictionaries, before it is written out."""
+    kind = values.type
+    if pa.types.is_dictionary(kind):
+        known = values.dictionary
+        if not (pa.types.is_string(known.type) or pa.types.is_binary(known.type)):
+            return len(values) * max(1, known.nbytes // max(1, len(known)))
+        lengths = pc.binary_length(known).take(values.indices.drop_null())
+        return values.indices.nbytes + (pc.sum(lengths).as_py() or 0)
+    if pa.types.is_struct(kind):
+        return sum(map(_plain_bytes, values.flatten()))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return 4 * len(values) + _plain_bytes(values.flatten())
+    return values.nbytes
 
 
 def _plain_field(field: pa.Field) -> pa.Field:

@@ -1,12 +1,10 @@
-"""A LightningDataModule that is constructed from arguments only, and works inside a Trainer."""
+"""A LightningDataModule that is constructed from arguments only, never from a checkpoint."""
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import lightning
-import torch
-from torch import Tensor
 
 from okd_lightning.errors import ConfigError
 
@@ -25,22 +23,3 @@ class NewDataModule(lightning.LightningDataModule):
             f"a checkpoint holds no data: make {cls.__name__}(train=..., ...) with the run's "
             "arguments; trainer.fit(module, data, ckpt_path=...) restores where it was"
         )
-
-    @property
-    def _trainer(self) -> lightning.Trainer:
-        if self.trainer is None:
-            raise ConfigError("RolloutDataModule works inside a Trainer: trainer.fit(module, data)")
-        return self.trainer
-
-    def _reduce_sum(self, counts: Tensor) -> Tensor:
-        strategy = self._trainer.strategy
-        total = strategy.reduce(counts.to(strategy.root_device), reduce_op="sum")
-        return cast(Tensor, total).cpu()
-
-    def gather(self, state: Any) -> list[Any]:
-        """Collect one object of every rank, on every rank; all ranks call this."""
-        if self._trainer.world_size == 1:
-            return [state]
-        states: list[Any] = [None] * self._trainer.world_size
-        torch.distributed.all_gather_object(states, state)
-        return states

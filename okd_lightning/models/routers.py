@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from okd_lightning.errors import ModelError
 
@@ -29,25 +29,39 @@ def routers_of(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     Raises:
         ModelError: There are none.
     """
-    num = num_experts(model)
+    num = num_experts(model.config)
     found = [
         module
         for name, module in model.named_modules()
         if name.rpartition(".")[2] in _NAMES and num is not None and _linear(module) is not None
     ]
     if not found:
-        raise ModelError(
-            f"{type(model).__name__} has no routers that choose experts by the largest of their "
-            "logits; leave the balancing term out, or train a mixture of experts such as Mixtral, "
-            "Qwen2-MoE, Qwen3-MoE, OLMoE or gpt-oss"
-        )
+        raise _no_routers(type(model).__name__)
     return tuple(found)
 
 
-def num_experts(model: PreTrainedModel) -> int | None:
+def check_has_experts(config: PretrainedConfig) -> None:
+    """Refuse a dense model before its weights are loaded.
+
+    Raises:
+        ModelError: The config names no experts.
+    """
+    if num_experts(config) is None:
+        raise _no_routers(next(iter(config.architectures or ()), config.model_type))
+
+
+def _no_routers(name: str) -> ModelError:
+    return ModelError(
+        f"{name} has no routers that choose experts by the largest of their logits; leave the "
+        "balancing term out, or train a mixture of experts such as Mixtral, Qwen2-MoE, Qwen3-MoE, "
+        "OLMoE or gpt-oss"
+    )
+
+
+def num_experts(config: PretrainedConfig) -> int | None:
     """Return the number of experts in the config; None for a dense model."""
-    config: Any = model.config.get_text_config()
-    sizes = [getattr(config, name, None) for name in _SIZES]
+    text: Any = config.get_text_config()
+    sizes = [getattr(text, name, None) for name in _SIZES]
     return next((size for size in sizes if isinstance(size, int) and size > 1), None)
 
 

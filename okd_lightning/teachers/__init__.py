@@ -1,7 +1,7 @@
 """Teachers: one protocol, and one class for each kind.
 
-* ``base``: the ``Teacher``, as the rest of the package sees it; ``NoTeacher``. ``run``: the records
-  that a run gives it.
+* ``base``: the ``Teacher``, as the rest of the package sees it. ``run``: the records that a run
+  gives it. ``no_teacher``: plain SFT.
 * ``loaded``: a frozen model in memory. ``frozen_self``, ``averaged_self``, ``live_self``: the
   student as its own teacher, on what they share (``self_teacher``).
 * ``adaptive``: another teacher with a small trainable part (OKD), which ``online_module`` attaches.
@@ -17,13 +17,14 @@
 from okd_lightning.models.reading import model_side
 from okd_lightning.teachers.adaptive import AdaptiveTeacher
 from okd_lightning.teachers.averaged_self import AveragedSelf
-from okd_lightning.teachers.base import NoTeacher, Teacher, trained
+from okd_lightning.teachers.base import Teacher, trained
 from okd_lightning.teachers.cached_teacher import CachedTeacher
 from okd_lightning.teachers.ensemble import TeacherEnsemble
 from okd_lightning.teachers.foreign_teacher import ForeignTeacher
 from okd_lightning.teachers.frozen_self import FrozenSelf
 from okd_lightning.teachers.live_self import LiveSelf
 from okd_lightning.teachers.loaded import LoadedTeacher, teacher_of
+from okd_lightning.teachers.no_teacher import NoTeacher
 from okd_lightning.teachers.online_module import (
     OnlineModuleSettings,
     attach_online_module,

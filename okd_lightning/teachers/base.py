@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import replace
-from typing import Any, ClassVar, Self, TypeAlias, final
+from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from okd_lightning.models import ModelSource, Vocabulary, load_model_config
 from okd_lightning.models.reading import model_side, tried
 from okd_lightning.records.batches import DistillBatch, TrainingRow
 from okd_lightning.records.requests import Prompt
+from okd_lightning.records.rows import RowReader
 from okd_lightning.records.sequences import Sequences
 from okd_lightning.teachers.online_module import OnlineModuleSettings
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun
@@ -66,6 +67,9 @@ class Teacher(ABC):
 
     generates: ClassVar[bool] = True
     """True where it can generate responses."""
+
+    to_generate: ClassVar[str] = "give --model.teacher a folder or hub id"
+    """Advice on a teacher that can, for messages of one that cannot."""
 
     covers_vocabulary: ClassVar[bool] = True
     """True where its side has a logit for every id."""
@@ -156,6 +160,11 @@ class Teacher(ABC):
                 "--model.teacher AveragedSelf, or leave it out"
             )
 
+    def for_student(self, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> Teacher:
+        """Return the teacher that serves a student with this tokenizer; before ``join``."""
+        del tokenizer
+        return self
+
     def join(self, run: TeacherRun) -> Self:
         """Return a copy of this teacher that belongs to ``run``."""
         own = copy(self)
@@ -209,7 +218,7 @@ class Teacher(ABC):
         if term.asks_teacher and not self.generates:
             raise ConfigError(
                 f"method {term.name} has the teacher write responses, and "
-                f"{type(self).__name__} generates none: give --model.teacher a folder or hub id"
+                f"{type(self).__name__} generates none: {self.to_generate}"
             )
 
     def check_adaptable(self) -> None:
@@ -273,6 +282,10 @@ class Teacher(ABC):
     def retokenized(self, rows: Sequence[TrainingRow]) -> list[TrainingRow]:
         """Return rows as it reads them, where it has a ``tokenizer`` of its own."""
         return list(rows)
+
+    def text_readers(self) -> Mapping[str, RowReader]:
+        """Return ``retokenized`` for each loss over texts, by name; none with the run's ids."""
+        return {}
 
     def side(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Side:
         """Return the teacher's side of a batch, at its loss positions.
@@ -359,40 +372,6 @@ class Teacher(ABC):
         memo[id(self)] = own
         own.model, own.student = deepcopy(self.model, memo), deepcopy(self.student, memo)
         return own
-
-
-@final
-class NoTeacher(Teacher):
-    """A run without a teacher: plain SFT."""
-
-    exists = False
-    generates = False
-
-    @property
-    def arguments(self) -> Mapping[str, Any]:
-        """No arguments."""
-        return {}
-
-    def check_prompts(self, are_given: bool) -> None:
-        """Refuse prompts that nothing reads."""
-        if are_given:
-            raise ConfigError(
-                "there is no teacher to read the teacher's prompts: leave "
-                "--data.teacher_prompt_template or --data.teacher_prompt_column out, or give "
-                "--model.teacher a folder, a hub id or FrozenSelf"
-            )
-
-    def check_term(self, term: Term) -> None:
-        """Refuse a method that needs a teacher."""
-        if term.asks_teacher or any(q.needs_teacher for q in term.quantities):
-            raise ConfigError(
-                f"method {term.name} needs a teacher: give --model.teacher a folder or hub id, "
-                "or the student itself: --model.teacher FrozenSelf"
-            )
-
-    def check_adaptable(self) -> None:
-        """Refuse: there is nothing to put a module on."""
-        raise ConfigError("an online module needs a teacher: give --model.teacher")
 
 
 def trained(model: nn.Module | None) -> list[nn.Parameter]:

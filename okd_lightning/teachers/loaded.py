@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from okd_lightning.models import ModelArgument, ModelSource, compile_blocks, load_checked
 from okd_lightning.models.adapters import model_source
 from okd_lightning.models.reading import tried
-from okd_lightning.teachers.base import NoTeacher, Teacher
+from okd_lightning.teachers.base import Teacher
+from okd_lightning.teachers.no_teacher import NoTeacher
 
 
 @final

@@ -46,6 +46,7 @@ class TeacherBase:
         option: str,
         vocabulary: Vocabulary,
         tokenizer: PreTrainedTokenizerBase,
+        is_foreign: bool,
     ) -> TeacherBase:
         """Return the base that a method names; the one that is known, if it is the same.
 
@@ -55,11 +56,18 @@ class TeacherBase:
             option: How the user named it, for messages.
             vocabulary: The run's.
             tokenizer: The run's.
+            is_foreign: Whether the teacher has another tokenizer.
 
         Raises:
-            ConfigError: Another method of the run compares with another model.
+            ConfigError: Another method of the run compares with another model, or the teacher has
+                another tokenizer.
             ModelError, VocabularyError: It cannot be read, or has other ids.
         """
+        if is_foreign:
+            raise ConfigError(
+                f"{option} {source!r} would be compared with a teacher of another tokenizer, which "
+                "is not offered: give --model.teacher a model with the student's tokenizer"
+            )
         if known is None:
             base = cls(source, option, vocabulary)
             base.check(tokenizer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from copy import copy, deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self, cast
 
 import lightning
@@ -51,6 +52,7 @@ from okd_lightning.models import (
     load_model_config,
     projectors_for,
 )
+from okd_lightning.models.adapters import model_source
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.sharding import Placement, WholeModels
 from okd_lightning.teachers import (
@@ -87,6 +89,7 @@ class Pair:
         layer_pairs: Pairs of layers whose hidden states methods compare.
         projectors: Maps of the student's states to the teacher's widths, where these differ.
         images: The processors of both models.
+        settle: Waits for rollouts ahead of training, where the engine cannot do both; collective.
 
     Raises:
         OKDLightningError: Models, tokenizer and settings do not fit together.
@@ -100,7 +103,8 @@ class Pair:
         trainer_of: Callable[[], lightning.Trainer | None],
         engine: EngineSource | None = None,
     ) -> None:
-        given_teacher = teacher_of(teacher)
+        own = partial(find_tokenizer, settings.tokenizer, model_source(student, "student"), None)
+        given_teacher = teacher_of(teacher).for_student(own)
         given_teacher.check_options(settings.teacher_options(student))
         sources = given_teacher.own_sources
         given = GivenPair.of(
@@ -126,6 +130,7 @@ class Pair:
         self.tool_rounds: ToolRounds | None = None
         self.layer_pairs: tuple[LayerPair, ...] = ()
         self.projectors: Projectors | None = None
+        self.settle: Callable[[], None] | None = None
         run = settings.teacher_run(given, self.tokenizer, self.vocabulary)
         self.teacher = self.given_teacher = given_teacher.join(run)
         self.begin()
@@ -236,13 +241,9 @@ class Pair:
             ConfigError: Another method of the run compares with another model.
             ModelError, VocabularyError: It cannot be read, or has other ids.
         """
-        if self.given_teacher.tokenizer is not None:
-            raise ConfigError(
-                f"{option} {source!r} would be compared with a teacher of another tokenizer, which "
-                "is not offered: give --model.teacher a model with the student's tokenizer"
-            )
-        known = self.teacher_base, source, option, self.vocabulary, self.tokenizer
-        self.teacher_base = TeacherBase.joining(*known)
+        is_foreign = self.given_teacher.tokenizer is not None
+        run = self.vocabulary, self.tokenizer, is_foreign
+        self.teacher_base = TeacherBase.joining(self.teacher_base, source, option, *run)
 
     def _check_one_base(self, base: TeacherBase) -> None:
         if self.teacher.online_module is not None:

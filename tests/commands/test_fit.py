@@ -139,6 +139,24 @@ def test_a_method_in_the_trainers_callbacks_alone(fit: Fit) -> None:
     assert "train/kd" in metric_names(RUN / "metrics.csv")
 
 
+@pytest.mark.parametrize("is_method", [True, False])
+def test_two_methods_of_one_class_get_names_as_the_message_says(
+    okd: Callable[..., Result], assets: Assets, is_method: bool
+) -> None:
+    base = [*assets.models, *assets.data, *QUIET, "--trainer.default_root_dir", "run"]
+    base += ["--method", "KD"] if is_method else ["--trainer.callbacks+=KD"]
+    other = ["--trainer.callbacks+=KD"]
+    refused = okd("fit", base, other)
+    assert refused.status == 1
+    wanted = "--method.name NAME" if is_method else "--trainer.callbacks.name NAME"
+    assert wanted in refused.err
+    option = wanted.split()[0]
+    words = [*base, option, "second", *other] if is_method else [*base, *other, option, "second"]
+    result = okd("fit", words, "--trainer.max_steps", "1")
+    assert result.status == 0, result.err
+    assert {"train/kd", "train/second"} <= metric_names(RUN / "metrics.csv")
+
+
 def test_monitors_compose_with_methods(fit: Fit) -> None:
     fit(
         *("--method", "GKD", "--method.on_policy_fraction", "1"),

@@ -183,6 +183,7 @@ FIT = [
     ([*KD, "--model.student", "/no/such"], ["--model.student '/no/such'", "no such folder"]),
     ([*KD, "--model.student", "some/id"], ["'some/id'", "neither a folder nor in the local cache"]),
     ([*KD, "--model.teacher", "empty"], ["--model.teacher 'empty'", "config.json"]),
+    ([*KD, "--model.teacher", "[a, b]"], ["TeacherEnsemble --model.teacher.teachers '[a, b]'"]),
     ([*KD, "--model.teacher", "swapped"], ["tokenizers differ", "2 tokens", "sizes 258 and 258"]),
     ([*KD, "--model.student", "{model_type: lama}"], ["model_type 'lama'", "did you mean llama?"]),
     ([*KD, "--model.student", "{hidden_size: 3}"], ["needs model_type", "hidden_size"]),

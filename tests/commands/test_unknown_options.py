@@ -29,6 +29,8 @@ MISTAKES = [
     ["compare", "--methods", "KD", "--trainer.max_step", "3"],
     ["compare", "--methds", "KD"],
     ["diagnose", "--full_techer", "x"],
+    ["fit", "--full_teacher", "x"],
+    ["fit", "--methods", "KD"],
 ]
 
 
@@ -40,6 +42,21 @@ def test_the_early_answer_is_the_parsers(
         check_names(words[0], words[1:])
     result = okd(*words)  # in a process that has Lightning, where the parser answers
     assert (result.status, result.err.strip()) == (2, f"okd-lightning: {early.value}")
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["fit", "--full_teacher", "x"], "--full_teacher is an option of diagnose"),
+        (["fit", "--full_techer", "x"], "--full_teacher is an option of diagnose"),
+        (["fit", "--methods", "KD"], "did you mean --method?"),
+        (["diagnose", "--seed", "0"], "--seed_everything"),
+    ],
+)
+def test_an_option_of_another_command_is_named(words: list[str], hint: str) -> None:
+    with pytest.raises(UsageError) as error:
+        check_names(words[0], words[1:])
+    assert hint in str(error.value)
 
 
 @pytest.mark.parametrize(

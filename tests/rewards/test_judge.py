@@ -16,7 +16,7 @@ import torch
 from fake_judge import fake_judge, length_score
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from okd_lightning.callbacks import KD, OPDPlus, Reward, Stage, TaskScore
+from okd_lightning.callbacks import KD, LastCheckpoint, OPDPlus, Reward, Stage, TaskScore
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError, RewardError, ServerError
 from okd_lightning.records import Chat
@@ -213,6 +213,32 @@ def test_a_judge_as_a_measure(tmp_path, make_module):
         )
         (metrics,) = trainer.validate(make_module(), data, verbose=False)
     assert metrics["val/judged"] == 0.5
+
+
+def test_a_measures_judge_is_in_the_checkpoint(tmp_path, make_module):
+    """A resumed run asks for no score of answers that were scored before the kill."""
+
+    def validate(server, **settings) -> Judge:
+        judge = Judge(server.url)
+        tiny.fit(
+            *(tmp_path, make_module(learning_rate=0.0), [KD(), TaskScore(judge, name="judged")]),
+            tiny.make_rows(8),
+            val=tiny.make_rows(4),
+            callbacks=[LastCheckpoint(every_n_steps=1)],
+            val_check_interval=1,
+            num_sanity_val_steps=0,
+            **settings,
+        )
+        return judge
+
+    with fake_judge(length_score) as server:
+        first = validate(server, max_steps=1)
+        assert len(server.bodies) == len(set(server.asked)) > 0
+        server.bodies.clear()
+        last = tmp_path / "checkpoints" / "last.ckpt"
+        second = validate(server, max_steps=2, ckpt_path=str(last))
+        assert server.bodies == []  # the student has not changed
+    assert second.remembered == first.remembered != {}
 
 
 def test_the_default_reply_of_these_tests_is_understood():

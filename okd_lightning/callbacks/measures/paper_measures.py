@@ -89,11 +89,11 @@ class PaperMeasures(EvaluationCallback):
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
-        """Refuse a teacher that is not run in this process and cannot generate.
+        """Refuse a teacher that cannot generate responses of the student's tokenizer.
 
         Raises:
-            ConfigError: The run uses a cached or served teacher; or another callback logs the same
-                metrics.
+            ConfigError: The run uses a cached, served or foreign teacher; or another callback logs
+                the same metrics.
         """
         super().setup(trainer, pl_module, stage)
         if not isinstance(pl_module, DistillationModule):
@@ -101,9 +101,8 @@ class PaperMeasures(EvaluationCallback):
         teacher = pl_module.pair.teacher
         if teacher.exists and not teacher.generates:
             raise ConfigError(
-                f"PaperMeasures has the teacher generate, and {teacher.option} has no teacher in "
-                "memory in this run: leave one of them out, or measure afterwards "
-                "(okd-lightning test)"
+                f"PaperMeasures has the teacher generate, and {type(teacher.base).__name__} "
+                f"generates no responses: {teacher.base.to_generate}, or leave PaperMeasures out"
             )
 
     def _log(self, trainer: lightning.Trainer, pl_module: Any, part: str) -> None:

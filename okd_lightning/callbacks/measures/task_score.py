@@ -69,6 +69,30 @@ class TaskScore(AnswerScores):
         found = checked_rewards(self.function, answers.prompts, texts, answers.references, chats)
         return {self.measured[0]: found}
 
+    @property
+    def state_key(self) -> str:
+        """Key of its state in a checkpoint: its metric is in it, as a run has several."""
+        return self._generate_state_key(measured=self.measured)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the function's remembered scores, the same on all ranks; empty without any."""
+        remembered = {} if self.metric is not None else dict(self.function.remembered)
+        return {"scores": remembered} if remembered else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the scores of a checkpoint."""
+        if self.metric is None:
+            self.function.remember(state_dict.get("scores", {}))
+
+    def _score_together(
+        self, data: RolloutDataModule, answers: Answers
+    ) -> Mapping[str, Sequence[float]]:
+        """Return this rank's scores; all ranks remember those that are new."""
+        scores = super()._score_together(data, answers)
+        for new in data.agreement().gather(self.function.new_scores()):
+            self.function.remember(new)
+        return scores
+
     def _log_scores(
         self,
         trainer: lightning.Trainer,

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import lightning
+
 from okd_lightning.callbacks.methods.base import DistillationCallback
 from okd_lightning.losses import Measured, Quantity, RouterBalance
 from okd_lightning.losses.reduction import loss_output
+from okd_lightning.models import load_model_config
+from okd_lightning.models.routers import check_has_experts
 from okd_lightning.records.batches import SOURCES, LossOutput, Source
+from okd_lightning.training.module import DistillationModule
 
 
 class ExpertBalance(DistillationCallback):
@@ -28,8 +33,8 @@ class ExpertBalance(DistillationCallback):
         name: Logged as ``train/<name>``; two methods of one class need different names.
 
     Raises:
-        ModelError: At the first step: the student has no routers, or ones that do not choose by
-            their largest logits.
+        ModelError: At set-up, a dense student; at the first step, one whose routers do not choose
+            by their largest logits.
     """
 
     on_policy_fraction = None
@@ -38,6 +43,18 @@ class ExpertBalance(DistillationCallback):
 
     def __init__(self, weight: float = 0.001, name: str | None = None) -> None:
         super().__init__(weight, name)
+
+    def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
+        """Refuse a dense student, before its weights are loaded.
+
+        Raises:
+            ModelError: Its config names no experts.
+        """
+        super().prepare(trainer, module, stage)
+        if stage == "fit":
+            pair = module.pair
+            given = pair.student or pair.student_source
+            check_has_experts(load_model_config(given, "--model.student", pair.vocabulary.size))
 
     def loss(self, measured: Measured) -> LossOutput:
         """Return the sum of the rows' balances over their loss tokens, without unit."""

@@ -142,7 +142,9 @@ class DistillationCallback(Method):
 
     def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
         if not (math.isfinite(weight) and weight > 0):
-            raise ConfigError(f"weight must be a number above 0, got {weight}")
+            raise ConfigError(
+                f"{type(self).__name__}: weight must be a number above 0, got {weight}"
+            )
         super().__init__(name)
         self.weight = weight
 

@@ -92,11 +92,11 @@ class Differentiated(Advantage):
 
 def test_a_credit_with_a_gradient_is_refused(tmp_path, make_module):
     factor = torch.ones((), requires_grad=True)
-    with pytest.raises(ConfigError, match="Differentiated: the credit carries a gradient"):
+    with pytest.raises(ConfigError, match="Differentiated: the advantage carries a gradient"):
         AdvantageCallback(Differentiated(factor), name="own")
     method = AdvantageCallback(Differentiated(factor.detach().clone()), name="own")
     method.advantage.factor.requires_grad_()  # after the check at construction
-    with pytest.raises(ConfigError, match=r"own: the credit carries a gradient.*k1: zero"):
+    with pytest.raises(ConfigError, match=r"own: the advantage carries a gradient.*k1: zero"):
         tiny.fit(tmp_path, make_module(), [method], tiny.make_rows(4))
 
 
@@ -118,10 +118,10 @@ class Unscored(Summed):
 @pytest.mark.parametrize(
     ("advantage", "words"),
     [
-        (Summed(), r"Summed: credit returned \[2\] for log-probs of shape \[2, 3\]"),
-        (Floats(), "Floats: credit returned list"),
-        (Unscored, "Unscored: the credit of an ordinary token is not finite"),
-        ("Unscored", "Unscored: the credit of an ordinary token is not finite"),
+        (Summed(), r"Summed: credit\(\) returned \[2\] for log-probs of shape \[2, 3\]"),
+        (Floats(), r"Floats: credit\(\) returned list"),
+        (Unscored, "Unscored: it is not finite for an ordinary token"),
+        ("Unscored", "Unscored: it is not finite for an ordinary token"),
         ("FDivergence", "advantage is 'FDivergence'; expected an Advantage .*did you mean FDiv"),
         (FDivergenceAdvantage, r"needs arguments: give FDivergenceAdvantage\(divergence=...\)"),
     ],

@@ -210,7 +210,8 @@ def test_students_that_are_refused(tmp_path, make_module, student_folder):
     module = make_module().__class__(str(student_folder), str(student_folder))
     with pytest.raises(ModelError, match="LlamaForCausalLM has no routers"):
         tiny.fit(tmp_path, module, [KD(), ExpertBalance()], tiny.make_rows(4))
-    with pytest.raises(ConfigError, match="weight must be a number above 0"):
+    assert module.student is None  # before anything is loaded
+    with pytest.raises(ConfigError, match="ExpertBalance: weight must be a number above 0"):
         ExpertBalance(weight=0)
 
 

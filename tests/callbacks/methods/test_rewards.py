@@ -51,7 +51,7 @@ def test_a_micro_batch_without_a_response_of_the_student(tmp_path, make_module):
 def test_batches_that_nobody_scored_are_refused(tmp_path, make_module):
     module, reward = make_module(), Reward(length_of)
     reward.scorer = None
-    with pytest.raises(ConfigError, match=r"reward: the batch holds no credits.*DistillBatch"):
+    with pytest.raises(ConfigError, match=r"reward: the batch holds no advantages.*DistillBatch"):
         tiny.fit(tmp_path, module, [reward], tiny.make_rows(4))
 
 
