@@ -241,8 +241,7 @@ class Pair:
             ConfigError: Another method of the run compares with another model.
             ModelError, VocabularyError: It cannot be read, or has other ids.
         """
-        is_foreign = self.given_teacher.tokenizer is not None
-        run = self.vocabulary, self.tokenizer, is_foreign
+        run = self.vocabulary, self.tokenizer, self.given_teacher.tokenizer is not None
         self.teacher_base = TeacherBase.joining(self.teacher_base, source, option, *run)
 
     def _check_one_base(self, base: TeacherBase) -> None:
