@@ -66,7 +66,7 @@ class DeltaOPD(PolicyGradientCallback):
 
     Args:
         teacher_base: Folder or hub id of the teacher's base, q₀.
-        max_ratio: Truncation of ρ; inf for off.
+        max_ratio: Truncation of ρ; inf for off. By default off, and 2 with ``data.rollout_lag``.
         clip: PPO's ε; None for off.
         weight: Factor on this term's mean loss.
         name: Logged as ``train/<name>``.
@@ -77,7 +77,7 @@ class DeltaOPD(PolicyGradientCallback):
     def __init__(
         self,
         teacher_base: str,
-        max_ratio: float = float("inf"),
+        max_ratio: float | None = None,
         clip: float | None = None,
         weight: float = 1.0,
         name: str | None = None,
@@ -92,6 +92,7 @@ class DeltaOPD(PolicyGradientCallback):
 
     def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
         """Bring the base; nothing but training asks for it."""
+        super().prepare(trainer, module, stage)
         if stage == "fit":
             module.add_teacher_base(self.teacher_base, "--method.teacher_base")
 

@@ -53,7 +53,7 @@ class IDAOPD(PolicyGradientCallback):
     Also logged: ``train/<name>_contracting``, the share of such tokens.
 
     Args:
-        max_ratio: Truncation of ρ; inf for off.
+        max_ratio: Truncation of ρ; inf for off. By default off, and 2 with ``data.rollout_lag``.
         clip: PPO's ε; None for off.
         weight: Factor on this term's mean loss.
         name: Logged as ``train/<name>``.

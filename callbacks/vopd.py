@@ -21,8 +21,6 @@ are these to 4e-16 in float64 (``configs/training/vopd.yaml``):
 
 from __future__ import annotations
 
-import math
-
 from okd_lightning import AdvantageCallback
 from okd_lightning.advantages import FDivergenceAdvantage
 from okd_lightning.divergences import ReverseKL
@@ -35,7 +33,7 @@ class VOPD(AdvantageCallback):
     its value baseline.
 
     Args:
-        max_ratio: Truncation of ρ; inf for off.
+        max_ratio: Truncation of ρ; inf for off. By default off, and 2 with ``data.rollout_lag``.
         clip: PPO's ε; None for off.
         weight: Factor on this term's mean loss.
         name: Logged as ``train/<name>``.
@@ -43,7 +41,7 @@ class VOPD(AdvantageCallback):
 
     def __init__(
         self,
-        max_ratio: float = math.inf,
+        max_ratio: float | None = None,
         clip: float | None = None,
         weight: float = 1.0,
         name: str | None = None,

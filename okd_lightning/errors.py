@@ -125,6 +125,10 @@ class RolloutTimeoutError(OKDLightningError, TimeoutError):
     """An engine that did not reply in time while it generated responses; raised on all ranks."""
 
 
+class WorkerError(OKDLightningError, RuntimeError):
+    """The process that generates ahead of training has failed or ended; raised on all ranks."""
+
+
 class LostRankError(OKDLightningError, ConnectionError):
     """Another process of a run on several devices has ended or does not answer."""
 

@@ -52,6 +52,7 @@ from okd_lightning.errors import (
     RewardError,
     RolloutTimeoutError,
     UsageError,
+    WorkerError,
     one_line,
 )
 from okd_lightning.training.config_paths import expand_home, output_folder
@@ -77,7 +78,10 @@ _OUT_OF_MEMORY = (
 )
 
 _KNOWN = (OSError, MisconfigurationException, OKDLightningError, torch.OutOfMemoryError)
-_AGREED = (DifferingRanksError, NonFiniteError, PreemptedError, RewardError, RolloutTimeoutError)
+_AGREED = (
+    *(DifferingRanksError, NonFiniteError, PreemptedError, RewardError),
+    *(RolloutTimeoutError, WorkerError),
+)
 """Raised on all ranks alike; rank 0 prints the message."""
 
 _LIGHTNING = Path(lightning.__file__).parent

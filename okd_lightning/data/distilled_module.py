@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.engines import RolloutEngine, Sampling
+from okd_lightning.engines.ahead import AheadEngine
 from okd_lightning.engines.tool_rollouts import ToolRounds
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term
@@ -21,6 +22,7 @@ class DistilledPair(Protocol):
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
     tool_rounds: ToolRounds | None
+    settle: Callable[[], None] | None
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -51,6 +53,9 @@ class DistilledModule(RolloutEngine, Protocol):
     @property
     def pair(self) -> DistilledPair:
         """The student and its teacher."""
+
+    def ahead_engine(self, lag: int) -> Callable[[], AheadEngine]:
+        """Return the function that starts an engine for rollouts ahead of training."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of some ids."""

@@ -12,18 +12,16 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
-import lightning
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 
 import okd_lightning.data.parsing_settings  # noqa: F401 - for configs that name it
 from okd_lightning.checkpoints.contents import check_text_rules
+from okd_lightning.data.ahead import rollouts_ahead
+from okd_lightning.data.collective_module import CollectiveDataModule
 from okd_lightning.data.columns import Columns
 from okd_lightning.data.counts import check_counts
 from okd_lightning.data.distilled_module import DistilledModule, check_teacher_prompts
 from okd_lightning.data.examples import ExampleSet, OnOverlong
-from okd_lightning.data.new_module import NewDataModule
 from okd_lightning.data.parts import part_sources, read_part
 from okd_lightning.data.progress import rollout_progress
 from okd_lightning.data.row_templates import prompt_templates
@@ -47,7 +45,7 @@ from okd_lightning.tools import Tool, Toolbox
 _PART_OF_STAGE = {"fit": "val", "validate": "val", "test": "test", "predict": "predict"}
 
 
-class RolloutDataModule(NewDataModule):
+class RolloutDataModule(CollectiveDataModule):
     """Prompts, dataset responses, and on-policy batches that are generated in every epoch.
 
     A dataset is a file (JSON, JSONL, CSV, TSV, Parquet), a folder written by datasets'
@@ -104,6 +102,8 @@ class RolloutDataModule(NewDataModule):
         system_column: Name of the column with a chat's system prompt, if rows have one besides
             their messages; null reads no such column.
         teacher_column: Name of the column with a row's teacher, one of RoutedTeachers.
+        rollout_lag: Rollout batches that are generated while earlier ones are trained on, by the
+            student of that many rollout batches before; 0 for none. docs/concepts/rollout-lag.md.
 
     Raises:
         ConfigError: A number out of its range.
@@ -147,6 +147,7 @@ class RolloutDataModule(NewDataModule):
         token_cache: str | None = AUTO,
         system_column: str | None = "system",
         teacher_column: str | None = None,
+        rollout_lag: int = 0,
     ) -> None:
         super().__init__()
         check_counts(1, batch_size=batch_size, global_batch_size=global_batch_size)
@@ -154,7 +155,7 @@ class RolloutDataModule(NewDataModule):
         check_counts(1, max_response_length=max_response_length)
         check_counts(1, prompts_per_epoch=prompts_per_epoch, samples_per_prompt=samples_per_prompt)
         check_counts(1, prompts_per_rollout=prompts_per_rollout)
-        check_counts(0, val_rollouts=val_rollouts)
+        check_counts(0, val_rollouts=val_rollouts, rollout_lag=rollout_lag)
         self.sources = part_sources(train, val, test, predict)
         other_split = test_split if test is not None else val_split
         self.splits = {"train": train_split, "val": val_split, "test": other_split}
@@ -167,6 +168,7 @@ class RolloutDataModule(NewDataModule):
         self.prompts_per_epoch = prompts_per_epoch
         self.prompts_per_rollout = prompts_per_rollout
         self.samples_per_prompt = samples_per_prompt
+        self.rollout_lag = rollout_lag
         self.sampling = sampling or Sampling()
         self.val_rollouts = val_rollouts
         self.toolbox = Toolbox(tools or ())
@@ -263,10 +265,21 @@ class RolloutDataModule(NewDataModule):
             score=self._scorer(module),
             teacher_rows=module.pair.teacher.retokenized,
             stop=self.stop,
+            ahead=rollouts_ahead(self.rollout_lag, module, plan, self.gather),
         )
+        module.pair.settle = self._train_loader.ahead.settle
         check_limit(trainer, shape, len(self._train_loader))
         self._train_loader.begin(self._resumed)
         return self._train_loader
+
+    def teardown(self, stage: str) -> None:
+        """End the engine of rollouts ahead of training."""
+        if self._train_loader is not None:
+            self._train_loader.ahead.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the engine of rollouts ahead of training."""
+        self.teardown("fit")
 
     def _scorer(self, module: DistilledModule) -> RolloutScorer | None:
         """Return the scorer of the run's rewards, if it has any."""
@@ -377,24 +390,5 @@ class RolloutDataModule(NewDataModule):
         return Agreement(self.gather, self.stop)
 
     @property
-    def _trainer(self) -> lightning.Trainer:
-        if self.trainer is None:
-            raise ConfigError("RolloutDataModule works inside a Trainer: trainer.fit(module, data)")
-        return self.trainer
-
-    @property
     def _module(self) -> DistilledModule:
         return cast(DistilledModule, self._trainer.lightning_module)
-
-    def _reduce_sum(self, counts: Tensor) -> Tensor:
-        strategy = self._trainer.strategy
-        total = strategy.reduce(counts.to(strategy.root_device), reduce_op="sum")
-        return cast(Tensor, total).cpu()
-
-    def gather(self, state: Any) -> list[Any]:
-        """Collect one object of every rank, on every rank; all ranks call this."""
-        if self._trainer.world_size == 1:
-            return [state]
-        states: list[Any] = [None] * self._trainer.world_size
-        torch.distributed.all_gather_object(states, state)
-        return states

@@ -10,6 +10,8 @@
 * ``vllm_client``, ``server_answers``: a server's protocol, and the parsing of its answers.
 * ``served_student``, ``engine_probe``, ``weights``: whether an external engine has the student's
   weights, and their transfer.
+* ``ahead``, ``worker_process``, ``worker``, ``shared_weights``: generation while the student
+  trains, in a thread or in a process of its own.
 * ``tool_rollouts``: any engine, with tools between the turns.
 """
 

@@ -90,6 +90,11 @@ class VLLMEngine(EngineSource):
         self._confirmed = ""
 
     @property
+    def is_server(self) -> bool:
+        """False: it shares the GPU with training."""
+        return False
+
+    @property
     def name(self) -> str:
         """Name of the engine, for messages."""
         return "model.engine: vLLM in this process"

@@ -9,9 +9,9 @@ excluded. Log-probabilities are those of the sampling distribution.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from transformers import PreTrainedModel
@@ -153,6 +153,10 @@ class Host(Protocol):
     """A vLLM instance: on a server or in this process."""
 
     @property
+    def is_server(self) -> bool:
+        """True if it can generate while this process trains."""
+
+    @property
     def name(self) -> str:
         """Location of the instance, for messages."""
 
@@ -201,21 +205,41 @@ class HostedEngine:
             ServerError: vLLM cannot be reached or updated, or the answer is unexpected.
             ConfigError: A temperature that vLLM does not support.
         """
+        responses = self.begin(request)()
+        return replace(responses, engine_gap=self._rescored(request, responses))
+
+    def begin(self, request: Request) -> Callable[[], Rollout]:
+        """Give vLLM the student's present weights, and return the function that generates.
+
+        The student may change before that function is called, and is not used by it: the gap to
+        the student is not measured.
+
+        Raises:
+            OKDLightningError: As ``respond``; that function raises ``ServerError`` too.
+        """
         check_vllm_sampling(request.sampling)
-        responses = [_EMPTY] * len(request.prompts)
         limits = request.limits
         rows = [row for row, limit in enumerate(limits) if limit > 0]
+        held = ExitStack()
+        fields: list[dict[str, Any]] = []
         if rows:
             num_rows = self.model.config.get_text_config().vocab_size
             fields = self._fields(request, num_rows)
-            with self.host.holding(self.model, weights_label(self.model), num_rows):
-                found = self.host.complete([fields[row] for row in rows], request.progress)
+            held.enter_context(self.host.holding(self.model, weights_label(self.model), num_rows))
+
+        def generate() -> Rollout:
+            responses = [_EMPTY] * len(request.prompts)
+            with held:
+                asked = [fields[row] for row in rows]
+                found = self.host.complete(asked, request.progress) if asked else []
             for row, completion in zip(rows, found, strict=True):
                 _check_completion(
                     completion, limits[row], self.vocabulary, self.eos_ids, self.host.name
                 )
                 responses[row] = _response_of(completion, request.sampling, self.eos_ids)
-        return Rollout(tuple(responses), engine_gap=self._rescored(request, responses))
+            return Rollout(tuple(responses))
+
+        return generate
 
     def _fields(self, request: Request, num_rows: int) -> list[dict[str, Any]]:
         """Return vLLM's fields of the request for each prompt."""

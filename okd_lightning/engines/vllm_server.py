@@ -106,6 +106,11 @@ class VLLMServer(EngineSource):
         return HostedEngine(self, model, vocabulary, eos_ids)
 
     @property
+    def is_server(self) -> bool:
+        """True: it can generate while this process trains."""
+        return True
+
+    @property
     def name(self) -> str:
         """Name of the engine, for messages."""
         return f"{_OPTION}: {self.url}"

@@ -4,6 +4,8 @@
 * ``scoring``: rewards of responses. ``agreement``: all ranks stop together during generation.
 * ``stored``: rollouts in checkpoints; ``resharing``: their distribution to other ranks.
 * ``replay``: responses that are used again. ``evaluation``: responses to held-out prompts.
+* ``ahead``: rollout batches that are generated while earlier ones are trained on; ``batch_rows``:
+  the rows of a rollout batch before its responses exist.
 * ``lengths``: the running mean of responses' lengths, which divides sums over samples.
 * ``loader_shape``: division of an epoch into optimizer steps and rollout batches.
 * ``loader``: the sized, stateful iterable that generates on-policy batches in every epoch.

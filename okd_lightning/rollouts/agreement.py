@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from okd_lightning.errors import PreemptedError, RolloutTimeoutError
+from okd_lightning.errors import PreemptedError, RolloutTimeoutError, WorkerError
 from okd_lightning.records.requests import Progress, Request
 
 _T = TypeVar("_T")
@@ -24,9 +24,12 @@ class StopRequest:
 
     Attributes:
         is_made: Set by a signal handler.
+        deadline: Time (``time.monotonic``) until which a checkpoint may wait for responses that
+            are under way; None for no limit.
     """
 
     is_made: bool = False
+    deadline: float | None = None
 
 
 class _AbandonedError(Exception):
@@ -68,23 +71,26 @@ class Agreement:
 
         Raises:
             RolloutTimeoutError: An engine timed out, on this or another rank.
+            WorkerError: A process that generates has ended, on this or another rank.
             PreemptedError: A rank was requested to stop; the responses are discarded.
         """
-        problem: RolloutTimeoutError | None = None
+        problem: RolloutTimeoutError | WorkerError | None = None
         results: list[_T] = []
         try:
             results.append(generate())  # also after a stop request: a sharded model needs all ranks
         except _AbandonedError:
             pass
-        except RolloutTimeoutError as error:
+        except (RolloutTimeoutError, WorkerError) as error:
             problem = error
-        outcomes = self.gather((self.stop.is_made, None if problem is None else str(problem)))
-        late = [(rank, text) for rank, (_, text) in enumerate(outcomes) if text is not None]
+        text = None if problem is None else str(problem)
+        outcomes = self.gather((self.stop.is_made, isinstance(problem, WorkerError), text))
+        late = [(rank, *found) for rank, (_, *found) in enumerate(outcomes) if found[1] is not None]
         if late:
-            rank, text = late[0]
+            rank, is_worker, text = late[0]
             where = f"rank {rank}: " if len(outcomes) > 1 else ""
-            raise RolloutTimeoutError(where + text) from problem
-        if any(is_made for is_made, _ in outcomes):
+            kind = WorkerError if is_worker else RolloutTimeoutError
+            raise kind(f"{where}{text}") from problem
+        if any(is_made for is_made, *_ in outcomes):
             raise PreemptedError("the run was asked to stop while responses were written")
         return results[0]
 

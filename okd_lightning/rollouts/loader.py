@@ -10,7 +10,6 @@ batches.
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor
 
 from okd_lightning.engines.engine import ProgressFactory, RolloutEngine, silent_progress
-from okd_lightning.errors import ConfigError
 from okd_lightning.records.batches import DistillBatch, Example, TrainingRow
 from okd_lightning.records.noise import NoiseStream
 from okd_lightning.records.requests import Generator, Request, Rollout
@@ -33,17 +31,19 @@ from okd_lightning.records.rows import (
     dataset_row,
     fully_masked,
     micro_batches,
-    rollout_metrics,
     sampled_rows,
-    share,
 )
 from okd_lightning.records.sampling import Sampling
 from okd_lightning.rollouts.agreement import Agreement, StopRequest, naming_the_prompts
+from okd_lightning.rollouts.ahead import RolloutsAhead, kept_batch, listed
+from okd_lightning.rollouts.batch_rows import GENERATORS, PlannedRows, RolloutBatch
+from okd_lightning.rollouts.identity import check_same_rows, rows_identity
 from okd_lightning.rollouts.lengths import RolloutLengths
 from okd_lightning.rollouts.loader_shape import LoaderShape
-from okd_lightning.rollouts.order import Turn, epoch_turns
+from okd_lightning.rollouts.order import Turn
 from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan
-from okd_lightning.rollouts.resharing import RowKey, reshared, reshared_credits
+from okd_lightning.rollouts.reports import RolloutReports
+from okd_lightning.rollouts.resharing import reshared, reshared_credits
 from okd_lightning.rollouts.scoring import RolloutScorer, SampledResponse
 from okd_lightning.rollouts.stored import (
     pack_credits,
@@ -51,8 +51,6 @@ from okd_lightning.rollouts.stored import (
     unpack_credits,
     unpack_rollout,
 )
-
-_GENERATORS: tuple[Generator, ...] = ("student", "teacher")
 
 
 class RolloutLoader:
@@ -72,6 +70,7 @@ class RolloutLoader:
         score: Gives the student's responses their advantages; None without rewards.
         teacher_rows: From rows to rows as the teacher reads them.
         stop: This rank's request to stop, which discards an unfinished rollout batch.
+        ahead: Rollout batches that are generated ahead of training; None for none.
     """
 
     def __init__(
@@ -90,6 +89,7 @@ class RolloutLoader:
         score: RolloutScorer | None = None,
         teacher_rows: RowReader = list,
         stop: StopRequest | None = None,
+        ahead: RolloutsAhead | None = None,
     ) -> None:
         self.examples = examples
         self.plan = plan
@@ -104,12 +104,13 @@ class RolloutLoader:
         self._score = score
         self._teacher_rows = teacher_rows
         self._agreement = Agreement(gather, stop or StopRequest())
+        self.ahead = ahead or RolloutsAhead()
+        self._planned = PlannedRows(examples, plan, shape, seed)
         self._epoch = 0
         self._delivered = 0  # micro-batches of this epoch
         self._forget_rollouts(0)
         self.lengths = RolloutLengths()
-        self._unreported: list[tuple[Rollout, float]] = []  # with the seconds that each took
-        self._unreported_scores: dict[str, float] = {}
+        self._reports = RolloutReports()
 
     def __len__(self) -> int:
         return self.shape.steps_per_epoch * self.shape.accumulate_grad_batches
@@ -117,7 +118,6 @@ class RolloutLoader:
     def __iter__(self) -> Iterator[DistillBatch]:
         if self._delivered >= len(self):
             self.start_at(self._epoch + 1)
-        turns = epoch_turns(self.examples, self.shape, self._seed, self._epoch)
         accumulate = self.shape.accumulate_grad_batches
         for batch_start in range(0, self.shape.steps_per_epoch, self.shape.steps_per_rollout):
             batch_end = min(batch_start + self.shape.steps_per_rollout, self.shape.steps_per_epoch)
@@ -125,9 +125,7 @@ class RolloutLoader:
                 continue
             if self._first_step != batch_start:
                 self._forget_rollouts(batch_start)
-            for step, rows in enumerate(
-                self._rollout_batch(turns, batch_start, batch_end), batch_start
-            ):
+            for step, rows in enumerate(self._rollout_batch(), batch_start):
                 yield from self._step(step, rows)
 
     @property
@@ -158,20 +156,40 @@ class RolloutLoader:
         self._credits: dict[str, list[float]] | None = None  # of the student's responses
         self._first_step = batch_start  # first optimizer step of the current rollout batch
         self._is_generated = False  # on all ranks
+        self._batch: RolloutBatch | None = None  # its rows, once the plan is fixed
+
+    @property
+    def _number(self) -> int:
+        """Number of the current rollout batch in the run."""
+        place = self._first_step // self.shape.steps_per_rollout
+        return self._epoch * self.shape.rollouts_per_epoch + place
+
+    def _current(self) -> RolloutBatch:
+        """Return the rows of the current rollout batch, as planned when it was requested."""
+        if self._batch is not None:
+            return self._batch
+        begun = self.ahead.get(self._number)
+        return begun.batch if begun else self._planned.batch(self._epoch, self._first_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return epoch, cursor and the current rollout batch of all ranks."""
+        """Return epoch, cursor, the current rollout batch of all ranks, and those in flight.
+
+        Waits for the latter, until the deadline of a requested stop.
+        """
+        batch = self._current()
         own = {by: pack_rollout(rollout) for by, rollout in self._rollouts.items()}
+        lag, ahead = self.ahead.lag, self.ahead.state(self._gather, self._agreement.stop.deadline)
         return {
             "epoch": self._epoch,
             "delivered": self._delivered,
             "accumulate": self.shape.accumulate_grad_batches,
             **self.fingerprint(),
-            "sources": self._sources_of(self._first_step),
+            "sources": batch.row_sources,
             "written_for": self._first_step,
             "written": self._gather(own),
             "credits": self._gather(pack_credits(self._credits)),
             "lengths": self.lengths.state_dict(),
+            **({"ahead": ahead, "planned": listed(batch.sources)} if ahead or lag else {}),
         }
 
     def fingerprint(self) -> dict[str, Any]:
@@ -188,18 +206,7 @@ class RolloutLoader:
             ConfigError: The number of rows of an optimizer step, prompts, seed or rollout batches
                 differ.
         """
-        if state["rows_per_step"] != self.shape.rows_per_step:
-            raise ConfigError(
-                f"this run has {self.shape.rows_per_step} rows an optimizer step (batch_size x "
-                f"accumulation x ranks), the checkpoint was written with {state['rows_per_step']}; "
-                f"set --data.global_batch_size {state['rows_per_step']}"
-            )
-        if state["identity"] != self._identity:
-            raise ConfigError(
-                "this run's prompts, teacher prompts, seed, prompts_per_epoch, prompts_per_rollout "
-                "or samples_per_prompt differ from the checkpoint's; resume with the same, or "
-                "start a new run from the exported student: --model.student FOLDER"
-            )
+        check_same_rows(state, self.fingerprint())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``.
@@ -215,20 +222,16 @@ class RolloutLoader:
             num_steps = state["delivered"] // state["accumulate"]
             self._delivered = num_steps * self.shape.accumulate_grad_batches
         self._forget_rollouts(state["written_for"])
-        if state.get("sources", own := self._sources_of(self._first_step)) != own:
+        self.ahead.load(state.get("ahead", ()), self._planned)
+        if "planned" in state:  # chosen earlier, by a share that may have changed since
+            self._batch = kept_batch(self._planned, self._number, state["planned"])
+        if state.get("sources", own := self._current().row_sources) != own:
             return  # another on-policy share: the responses are generated again
         self._is_generated = any(state["written"])
         self._take(
             [{by: unpack_rollout(part) for by, part in own.items()} for own in state["written"]],
             [unpack_credits(credits) for credits in state["credits"]],
         )
-
-    def _sources_of(self, first: int) -> list[str]:
-        """Return the source of each row of the rollout batch that begins at step ``first``."""
-        turns = epoch_turns(self.examples, self.shape, self._seed, self._epoch)
-        last = min(first + self.shape.steps_per_rollout, self.shape.steps_per_epoch)
-        steps = range(first, last)
-        return [str(source) for step in steps for _, source in self._rows_of_step(turns, step)]
 
     def _take(
         self,
@@ -240,55 +243,37 @@ class RolloutLoader:
         if len(written) == world_size:
             self._rollouts, self._credits = written[rank], credits[rank]
             return
-        turns = epoch_turns(self.examples, self.shape, self._seed, self._epoch)
-        owners = [self._keys(turns, old, len(written)) for old in range(len(written))]
-        own = self._keys(turns, rank, world_size)
+        batch = self._current()
+        owners = [batch.keys_of(old, len(written)) for old in range(len(written))]
+        own = batch.keys_of(rank, world_size)
         self._rollouts = reshared(written, owners, own)
         self._credits = reshared_credits(
             credits, [keys["student"] for keys in owners], own["student"]
         )
 
-    def _keys(self, turns: list[Turn], rank: int, world_size: int) -> dict[Generator, list[RowKey]]:
-        """Return the rows of the stored rollout batch that a rank generates, in order."""
-        keys: dict[Generator, list[RowKey]] = {generator: [] for generator in _GENERATORS}
-        first = self._first_step
-        last = min(first + self.shape.steps_per_rollout, self.shape.steps_per_epoch)
-        for step in range(first, last):
-            rows = list(enumerate(self._rows_of_step(turns, step)))
-            for place, (_, source) in share(rows, rank, world_size):
-                if source != "dataset":
-                    keys[source].append((step, place))
-        return keys
-
     @cached_property
     def _identity(self) -> list[int]:
-        """Numbers that determine the order of prompts: equal lists mean equal batches."""
-        shape = self.shape
-        read: list[Any] = [(e.prompt_ids, e.teacher_prompt_ids) for e in self.examples]
-        read += [e.teacher for e in self.examples if e.teacher >= 0]
-        prompts = zlib.crc32(repr(read).encode())
-        cut = [shape.prompts_per_epoch, shape.steps_per_rollout, shape.samples_per_prompt]
-        return [self._seed, len(self.examples), prompts, *cut]
+        return rows_identity(self.examples, self.shape, self._seed)
 
-    def _rollout_batch(self, turns: list[Turn], start: int, end: int) -> list[list[TrainingRow]]:
-        """Return this rank's rows of the optimizer steps start..end, with generated responses."""
-        of_all = [self._rows_of_step(turns, step) for step in range(start, end)]
+    def _rollout_batch(self) -> list[list[TrainingRow]]:
+        """Return this rank's rows of the current rollout batch, with generated responses."""
+        self.ahead.warm_up()
+        self._batch = batch = self._current()
         rank, world_size = self.shape.rank, self.shape.world_size
-        steps = [list(share(rows, rank, world_size)) for rows in of_all]
-        own: dict[Generator, list[Turn]] = {
-            generator: [turn for step in steps for turn, by in step if by == generator]
-            for generator in _GENERATORS
-        }
-        asked = {by for rows in of_all for _, by in rows if by != "dataset"}
+        steps, start = batch.rows_of(rank, world_size), self._first_step
+        own = {by: batch.turns_of(by, rank, world_size) for by in GENERATORS}
+        asked = batch.generators
         if asked and not self._is_generated:
             self._rollouts = self._agreement.together(lambda: self._generate_all(own, asked))
             self._is_generated = True
+        self.ahead.drop(self._number)
+        self._begin_ahead()
         numbers = [
             step for step, rows in enumerate(steps, start) for _, by in rows if by == "student"
         ]
         if self._score is not None:
             self._score_responses(own["student"], numbers, self._score)
-        sampled = {by: iter(self._rows_of(by, own[by])) for by in _GENERATORS}
+        sampled = {by: iter(self._rows_of(by, own[by])) for by in GENERATORS}
         found = []
         for step in steps:
             rows = [
@@ -306,7 +291,45 @@ class RolloutLoader:
         self, own: dict[Generator, list[Turn]], asked: set[Generator]
     ) -> dict[Generator, Rollout]:
         """Generate by each model that any rank needs: all ranks gather a sharded one together."""
-        return {by: self._generate(by, turns) for by, turns in own.items() if by in asked}
+        found: dict[Generator, Rollout] = {}
+        for by, turns in own.items():
+            if by == "student" and self.ahead.get(self._number) is not None:
+                found[by] = self._wait(turns)
+            elif by in asked:
+                found[by] = self._generate(by, turns)
+        if self.ahead.lag and "student" in asked:
+            self._reports.note({"rollout/lag": float(self.ahead.age(self._number))})
+        self.ahead.settle()
+        return found
+
+    def _wait(self, turns: list[Turn]) -> Rollout:
+        """Return the student's responses that were requested at an earlier rollout batch."""
+        with self._progress("waiting for responses", len(turns)) as progress:
+            told = self._agreement.progress(progress)
+            generated, waited = self.ahead.wait_for(self._number, told)
+        if turns and generated.seconds:
+            self._reports.add(generated.rollout, generated.seconds)
+            self._reports.note({"rollout/worker_cpu_seconds": generated.cpu_seconds})
+            self._reports.waited(waited)
+        return generated.rollout
+
+    def _begin_ahead(self) -> None:
+        """Begin the rollout batches that are to be in flight from now on, on all ranks."""
+        missing, now = self.ahead.missing(self._number), self._number
+        if not missing:
+            return
+        planned = [self._planned.numbered(number) for number in missing]
+        rank, world_size = self.shape.rank, self.shape.world_size
+
+        def begin() -> None:
+            for number, batch in zip(missing, planned, strict=True):
+                request = None
+                if "student" in batch.generators:
+                    turns = batch.turns_of("student", rank, world_size)
+                    request = self._request("student", turns, batch.epoch)
+                self.ahead.begin(number, now, batch, request)
+
+        self._agreement.together(begin)
 
     def _score_responses(self, turns: list[Turn], steps: list[int], score: RolloutScorer) -> None:
         """Score once a rollout batch on every rank, also without student responses on it."""
@@ -319,7 +342,8 @@ class RolloutLoader:
             for turn, response, step in zip(turns, rollout, steps, strict=True)
         ]
         scores = score(found)
-        self._credits, self._unreported_scores = scores.credits, scores.metrics
+        self._credits = scores.credits
+        self._reports.note(scores.metrics)
 
     def _rows_of(self, generator: Generator, turns: list[Turn]) -> list[TrainingRow]:
         """Return the rows of a generator's responses in the current rollout batch."""
@@ -327,35 +351,29 @@ class RolloutLoader:
         credits = self._credits if generator == "student" else None
         return sampled_rows(examples, generator, rollout, credits)
 
-    def _rows_of_step(self, turns: list[Turn], step: int) -> list[tuple[Turn, Any]]:
-        """Return all ranks' rows of a step: every sample of a prompt, or its dataset response."""
-        per_step = self.shape.prompts_per_step
-        of_step = turns[step * per_step : (step + 1) * per_step]
-        number = self._epoch * self.shape.steps_per_epoch + step
-        sources = self.plan.assign(self._seed, number, len(of_step))
-        return [
-            (Turn(turn.example, turn.sample + k), source)
-            for turn, source in zip(of_step, sources, strict=True)
-            for k in range(1 if source == "dataset" else self.shape.samples_per_prompt)
-        ]
-
     def _generate(self, generator: Generator, turns: list[Turn]) -> Rollout:
         start = time.perf_counter()
         shown = self._progress(f"{generator} writes", len(turns))
         with shown as progress:
-            request = Request(
-                prompts=tuple(turn.example.prompt_for(generator, turn.sample) for turn in turns),
-                sampling=self._sampling,
-                noise=NoiseStream(self._seed, self._epoch),
-                max_new_tokens=self._max_new_tokens,
-                generator=generator,
-                progress=self._agreement.progress(progress),
-            )
+            told = self._agreement.progress(progress)
+            request = replace(self._request(generator, turns, self._epoch), progress=told)
             with naming_the_prompts(request):
                 rollout = self._engine.respond(request)
         if turns:
-            self._unreported.append((rollout, time.perf_counter() - start))
+            seconds = time.perf_counter() - start
+            self._reports.add(rollout, seconds)
+            if self.ahead.lag:
+                self._reports.waited(seconds)
         return rollout
+
+    def _request(self, generator: Generator, turns: list[Turn], epoch: int) -> Request:
+        return Request(
+            prompts=tuple(turn.example.prompt_for(generator, turn.sample) for turn in turns),
+            sampling=self._sampling,
+            noise=NoiseStream(self._seed, epoch),
+            max_new_tokens=self._max_new_tokens,
+            generator=generator,
+        )
 
     def _step(self, step: int, rows: list[TrainingRow]) -> Iterator[DistillBatch]:
         """Yield an optimizer step's micro-batches, with the step's counts over all ranks."""
@@ -369,12 +387,11 @@ class RolloutLoader:
         if rows[0].aligned is not None:  # then all rows of all ranks have chunks
             of_chunks = self._reduce_sum(count_chunks(rows))
             stamp = partial(stamp, teacher_tokens=tuple(of_chunks[0].tolist()))
-            self._unreported_scores = self._unreported_scores | chunk_metrics(of_chunks)
+            self._reports.note(chunk_metrics(of_chunks))
         batches = micro_batches(rows, accumulate)
         for batch in batches[self._delivered - step * accumulate :]:
             self._delivered += 1
-            metrics = rollout_metrics(self._unreported) | self._unreported_scores
-            self._unreported, self._unreported_scores = [], {}
+            metrics = self._reports.take()
             none = {name: torch.zeros(len(batch)) for name in self._credits or ()}
             credits = none | dict(batch.credits)  # also where no row of a batch has any
             yield stamp(batch, metrics=metrics, credits=credits)

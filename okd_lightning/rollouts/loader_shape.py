@@ -62,3 +62,8 @@ class LoaderShape:
     def steps_per_rollout(self) -> int:
         """Optimizer steps a rollout batch."""
         return (self.prompts_per_rollout or self.prompts_per_step) // self.prompts_per_step
+
+    @cached_property
+    def rollouts_per_epoch(self) -> int:
+        """Rollout batches an epoch."""
+        return -(-self.steps_per_epoch // self.steps_per_rollout)

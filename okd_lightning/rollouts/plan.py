@@ -49,6 +49,11 @@ class RolloutPlan:
             found.add(self.off_policy_source)
         return frozenset(found)
 
+    @property
+    def is_varying(self) -> bool:
+        """True if the share changes during the run."""
+        return self.share_at is not None
+
     def assign(self, seed: int, step: int, num_prompts: int) -> tuple[Source, ...]:
         """Return the source of each prompt in optimizer step ``step``, counted over the run."""
         share = self.share(step)
@@ -79,6 +84,11 @@ class StagedPlan:
     def sources(self) -> frozenset[Source]:
         """All sources that can occur."""
         return frozenset(source for _, plan in self.stages for source in plan.sources)
+
+    @property
+    def is_varying(self) -> bool:
+        """True if a share changes during the run."""
+        return any(plan.is_varying for _, plan in self.stages)
 
     def assign(self, seed: int, step: int, num_prompts: int) -> tuple[Source, ...]:
         """Return the source of each prompt in optimizer step ``step``, counted over the run."""

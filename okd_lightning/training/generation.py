@@ -60,6 +60,8 @@ def respond(module: DistilledRun, request: Request) -> Rollout:
     Where the data has tools, prompts that are chats may call them.
     """
     who, teacher = request.generator, module.pair.teacher
+    if module.pair.settle is not None:  # a server that generates ahead has one set of weights
+        module.pair.settle()
     with writing(module.pair, who) as (parts,):
         if len(parts) == 1:
             return _engine(module, parts[0], who).respond(request)
@@ -77,11 +79,16 @@ def respond(module: DistilledRun, request: Request) -> Rollout:
 
 def _engine(module: DistilledRun, own: GeneratingModels, who: Generator) -> RolloutEngine:
     pair = module.pair
-    if who == "student" and pair.engine is not None:
-        engine = pair.engine.engine(own.models[0], pair.vocabulary, pair.eos_ids)
-    else:
-        engine = _built_in(module, own)
+    engine = student_engine(module, own) if who == "student" else _built_in(module, own)
     return engine if pair.tool_rounds is None else ToolEngine(engine, pair.tool_rounds)
+
+
+def student_engine(module: DistilledRun, own: GeneratingModels) -> RolloutEngine:
+    """Return the engine of the student's responses, without tools; call it within ``writing``."""
+    pair = module.pair
+    if pair.engine is None:
+        return _built_in(module, own)
+    return pair.engine.engine(own.models[0], pair.vocabulary, pair.eos_ids)
 
 
 def _built_in(module: DistilledRun, own: GeneratingModels) -> RolloutEngine:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -26,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import okd_lightning.data.parsing_settings  # noqa: F401 - for configs that name it
 from okd_lightning.checkpoints.contents import allow_left_out
-from okd_lightning.engines import EngineSource, RolloutEngine, TransformersEngine
+from okd_lightning.engines import EngineSource
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Measured, Quantity, Term
 from okd_lightning.losses.reduction import Normalization, NormalizationName
@@ -39,13 +38,12 @@ from okd_lightning.models import (
     Vocabulary,
 )
 from okd_lightning.records.batches import DistillBatch
-from okd_lightning.records.requests import Request, Rollout
 from okd_lightning.records.rows import generation_records
 from okd_lightning.teachers import OnlineModuleSettings, Teacher, trained
 from okd_lightning.teachers.online_module import ScheduleName
 from okd_lightning.training.evaluation import Evaluation
 from okd_lightning.training.frozen_parts import FrozenParts
-from okd_lightning.training.generation import respond
+from okd_lightning.training.generating_module import GeneratingModule
 from okd_lightning.training.lightning_privates import begin_step, count_steps
 from okd_lightning.training.opening import open_run
 from okd_lightning.training.optimization import Optimization, OptimizerBuilder, clip_by_side
@@ -58,7 +56,7 @@ from okd_lightning.training.safeguards import with_safeguards
 from okd_lightning.training.step import StepLoss, check_fits
 
 
-class DistillationModule(lightning.LightningModule):
+class DistillationModule(GeneratingModule):
     """A student that learns from a teacher by the Trainer's method callbacks.
 
     Args:
@@ -262,19 +260,6 @@ class DistillationModule(lightning.LightningModule):
     def measure(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Measured:
         """Run both sides once over a batch and measure at its unmasked positions; see ``Pair``."""
         return self.pair.measure(batch, quantities)
-
-    def respond(self, request: Request) -> Rollout:
-        """Generate responses with the student or the teacher, in eval mode and without gradient."""
-        return respond(self, request)
-
-    def build_engine(self, model: PreTrainedModel) -> RolloutEngine:
-        """Build the built-in engine on ``model``; override to use another for both models."""
-        return TransformersEngine(model, self.vocabulary, self.eos_ids)
-
-    def decode(self, ids: Sequence[int], special_tokens: bool = False) -> str:
-        """Return the text of some ids, with or without special tokens."""
-        kept = {"skip_special_tokens": not special_tokens, "clean_up_tokenization_spaces": False}
-        return str(self.tokenizer.decode(list(ids), **kept))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build one optimizer over the student and the online module, each with its schedule."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from copy import copy, deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self, cast
 
 import lightning
@@ -50,6 +51,7 @@ from okd_lightning.models import (
     load_model_config,
     projectors_for,
 )
+from okd_lightning.models.adapters import model_source
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.sharding import Placement, WholeModels
 from okd_lightning.teachers import (
@@ -85,6 +87,7 @@ class Pair:
         tool_rounds: The tools of the data, where it has some.
         layer_pairs: Pairs of layers whose hidden states methods compare.
         projectors: Maps of the student's states to the teacher's widths, where these differ.
+        settle: Waits for rollouts ahead of training, where the engine cannot do both; collective.
 
     Raises:
         OKDLightningError: Models, tokenizer and settings do not fit together.
@@ -98,7 +101,8 @@ class Pair:
         trainer_of: Callable[[], lightning.Trainer | None],
         engine: EngineSource | None = None,
     ) -> None:
-        given_teacher = teacher_of(teacher)
+        own = partial(find_tokenizer, settings.tokenizer, model_source(student, "student"), None)
+        given_teacher = teacher_of(teacher).for_student(own)
         given_teacher.check_options(settings.teacher_options(student))
         sources = given_teacher.own_sources
         given = GivenPair.of(
@@ -122,6 +126,7 @@ class Pair:
         self.tool_rounds: ToolRounds | None = None
         self.layer_pairs: tuple[LayerPair, ...] = ()
         self.projectors: Projectors | None = None
+        self.settle: Callable[[], None] | None = None
         run = settings.teacher_run(given, self.tokenizer, self.vocabulary)
         self.teacher = self.given_teacher = given_teacher.join(run)
         self.begin()

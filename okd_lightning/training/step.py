@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from functools import partial
+from typing import Any, Self, cast
 
 import torch
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -13,9 +15,10 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term, WeightedLoss, WeightedTerm
 from okd_lightning.losses.reduction import Normalization
 from okd_lightning.losses.states import projectors_of
-from okd_lightning.records.batches import DistillBatch, LossOutput
+from okd_lightning.records.batches import SOURCES, DistillBatch, LossOutput
 from okd_lightning.teachers import trained
 from okd_lightning.training.distilled_run import DistilledRun
+from okd_lightning.training.sample_age import SampleAge
 
 
 def acting_terms(
@@ -132,6 +135,10 @@ def check_fits(term: Term, others: Sequence[Term]) -> None:
         )
 
 
+def _reduced(strategy: Strategy, sums: Tensor) -> Tensor:
+    return cast(Tensor, strategy.reduce(sums, reduce_op="sum"))
+
+
 class StepLoss:
     """The loss of a run's micro-batches, and the metrics of its optimizer steps.
 
@@ -145,6 +152,7 @@ class StepLoss:
         self.trains_teacher = False
         self._sums: dict[str, Tensor] = {}
         self._shown: dict[str, bool] = {}
+        self._sample_age = SampleAge()
 
     def loss(self, run: DistilledRun, batch: DistillBatch, batch_idx: int) -> Tensor:
         """Return a micro-batch's loss: each term's sum over its divisor of the whole step.
@@ -169,10 +177,15 @@ class StepLoss:
         acting = [weighted.term for weighted in terms]
         is_new, self.acting = acting != self.acting, acting
         self.trains_teacher = any(term.trains_teacher for term in acting)
-        loss = run.pair.loss_of(batch, terms, checks=is_new)
+        is_last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if getattr(trainer.datamodule, "rollout_lag", 0):  # type: ignore[attr-defined]
+            watched = self._sample_age.watched(terms)
+            loss = self._sample_age.taken(run.pair.loss_of(batch, watched, checks=is_new))
+            self._log_age(run, batch, is_last)
+        else:
+            loss = run.pair.loss_of(batch, terms, checks=is_new)
         if is_new:
             check_counts(terms, loss.outputs, batch)
-        is_last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         names = run.pair.teacher.names
         self._log(run, batch, step_means(terms, loss, batch, names), is_last)
         return loss.total + self._idle_loss(run)
@@ -194,6 +207,14 @@ class StepLoss:
         for parameter in run.pair.placement.tied_to_loss(own) if own else ():
             idle = idle + 0.0 * parameter.sum()
         return idle
+
+    def _log_age(self, run: DistilledRun, batch: DistillBatch, is_last: bool) -> None:
+        """Log how old the step's samples are; all ranks have some, or none has."""
+        assert batch.step_counts is not None
+        if is_last and batch.step_counts[SOURCES.index("student")]:
+            strategy = run.trainer.strategy
+            means = self._sample_age.means(partial(_reduced, strategy))
+            run.log_dict(means, batch_size=1)
 
     def _log(
         self, run: DistilledRun, batch: DistillBatch, means: Mapping[str, Tensor], is_last: bool

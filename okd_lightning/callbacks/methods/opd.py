@@ -25,7 +25,7 @@ class OPD(AdvantageCallback):
         divergence: f; reverse KL by default.
         discount: γ in [0, 1].
         max_log_ratio: ln u is clipped to ± this many nats; inf for off.
-        max_ratio: Truncation of ρ; inf for off.
+        max_ratio: Truncation of ρ; inf for off. By default off, and 2 with ``data.rollout_lag``.
         clip: PPO's ε; None for off.
         weight: Factor on this term's mean loss.
         name: Logged as ``train/<name>``; two methods of one class need different names.
@@ -41,7 +41,7 @@ class OPD(AdvantageCallback):
         divergence: Divergence | None = None,
         discount: float = 0.0,
         max_log_ratio: float = math.inf,
-        max_ratio: float = math.inf,
+        max_ratio: float | None = None,
         clip: float | None = None,
         weight: float = 1.0,
         name: str | None = None,
@@ -57,6 +57,7 @@ class OPD(AdvantageCallback):
 
     def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
         """Warn of the bias of a divergence other than reverse KL."""
+        super().prepare(trainer, module, stage)
         divergence = self.advantage.divergence
         if stage == "fit" and not isinstance(divergence, ReverseKL):
             rank_zero_warn(
@@ -78,7 +79,7 @@ class OPDPlus(AdvantageCallback):
             expected gradient; the default has the least variance (docs/opd.md).
         discount: γ in [0, 1]; 0 is the paper's.
         max_log_ratio: ln u is clipped to ± this many nats; inf for off.
-        max_ratio: Truncation of ρ; inf for off.
+        max_ratio: Truncation of ρ; inf for off. By default off, and 2 with ``data.rollout_lag``.
         clip: PPO's ε; None for off.
         weight: Factor on this term's mean loss.
         name: Logged as ``train/<name>``; two methods of one class need different names.
@@ -93,7 +94,7 @@ class OPDPlus(AdvantageCallback):
         variant: str = "value_baseline",
         discount: float = 0.0,
         max_log_ratio: float = math.inf,
-        max_ratio: float = math.inf,
+        max_ratio: float | None = None,
         clip: float | None = None,
         weight: float = 1.0,
         name: str | None = None,
@@ -108,6 +109,7 @@ class OPDPlus(AdvantageCallback):
 
     def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
         """Warn if the constant in w_f adds bias: some tokens cannot be sampled, or ρ is bounded."""
+        super().prepare(trainer, module, stage)
         divergence = self.advantage.divergence
         assert divergence is not None
         has_constant = self.variant == "as_published" and divergence.weight_at_one != 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 
+import lightning
 import torch
 from torch import Tensor
 
@@ -22,9 +23,13 @@ from okd_lightning.losses import (
 )
 from okd_lightning.losses.reduction import loss_output
 from okd_lightning.records.batches import LossOutput, Source
+from okd_lightning.training.module import DistillationModule
 from okd_lightning.training.safeguards.vital_signs import EXTREME_LOG_RATIO
 
 _STUDENT = DrawnLogProb("student")
+
+LAGGED_MAX_RATIO = 2.0
+"""Truncation of ρ where responses are generated ahead of training and no bound is given."""
 
 
 class PolicyGradientCallback(DistillationCallback):
@@ -32,11 +37,13 @@ class PolicyGradientCallback(DistillationCallback):
 
     Gradient flows to the student through ρ only; the advantage A is a constant. One optimizer step
     a rollout batch is strictly on-policy; with larger ones (``data.prompts_per_rollout``) ρ
-    corrects for the training since generation. Logged besides the loss: ``sampler_gap``, the mean
-    |log p_θ - log p_sampler| in nats.
+    corrects for the training since generation. With rollouts ahead of training
+    (``data.rollout_lag``) it is truncated at 2 where neither bound is given; it corrects a token's
+    probability, and not that its prefix was sampled by an earlier student. Logged besides the loss:
+    ``sampler_gap``, the mean |log p_θ - log p_sampler| in nats.
 
     Args:
-        max_ratio: Truncation of ρ; inf for off.
+        max_ratio: Truncation of ρ; inf for off. By default off, and 2 with ``data.rollout_lag``.
         clip: PPO's ε; None for off.
         weight: Factor on this term's mean loss.
         name: Logged as ``train/<name>``; two methods of one class need different names.
@@ -47,13 +54,20 @@ class PolicyGradientCallback(DistillationCallback):
 
     def __init__(
         self,
-        max_ratio: float = math.inf,
+        max_ratio: float | None = None,
         clip: float | None = None,
         weight: float = 1.0,
         name: str | None = None,
     ) -> None:
         super().__init__(weight, name)
-        self.ratio = ImportanceRatio(max_ratio, clip)
+        self.ratio = ImportanceRatio(math.inf if max_ratio is None else max_ratio, clip)
+        self._chooses_bound = max_ratio is None and clip is None
+
+    def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
+        """Truncate ρ where responses are generated ahead of training and no bound is given."""
+        if self._chooses_bound:
+            lag = getattr(getattr(trainer, "datamodule", None), "rollout_lag", 0)
+            self.ratio = ImportanceRatio(LAGGED_MAX_RATIO if lag else math.inf)
 
     @abstractmethod
     def credit(self, measured: Measured) -> tuple[Tensor, dict[str, Tensor]]:
@@ -99,7 +113,7 @@ class AdvantageCallback(PolicyGradientCallback):
 
     Args:
         advantage: The advantage from the student's and the teacher's log-probabilities.
-        max_ratio: Truncation of ρ; inf for off.
+        max_ratio: Truncation of ρ; inf for off. By default off, and 2 with ``data.rollout_lag``.
         clip: PPO's ε; None for off.
         weight: Factor on this term's mean loss.
         name: Logged as ``train/<name>``; two methods of one class need different names.
@@ -116,7 +130,7 @@ class AdvantageCallback(PolicyGradientCallback):
     def __init__(
         self,
         advantage: Advantage,
-        max_ratio: float = math.inf,
+        max_ratio: float | None = None,
         clip: float | None = None,
         weight: float = 1.0,
         name: str | None = None,

@@ -47,7 +47,7 @@ class Reward(PolicyGradientCallback):
         on_failure: Action for a response whose reward is not a finite number: "skip" gives it
             advantage 0, counts it and warns once; "error" stops the run. A function that raises
             always stops the run.
-        max_ratio: Truncation of ρ; inf for off.
+        max_ratio: Truncation of ρ; inf for off. By default off, and 2 with ``data.rollout_lag``.
         clip: PPO's ε; None for off.
         weight: Factor on this term's mean loss.
         name: Logged as ``train/<name>``; two methods of one class need different names.
@@ -61,7 +61,7 @@ class Reward(PolicyGradientCallback):
         function: RewardFunction,
         baseline: GroupBaseline = "none",
         on_failure: str = "skip",
-        max_ratio: float = math.inf,
+        max_ratio: float | None = None,
         clip: float | None = None,
         weight: float = 1.0,
         name: str | None = None,
@@ -178,6 +178,7 @@ class Reward(PolicyGradientCallback):
             ConfigError: A baseline over samples, and one sample a prompt.
             OKDLightningError: A reward model or a judge that cannot be used.
         """
+        super().prepare(trainer, module, stage)
         samples = getattr(getattr(trainer, "datamodule", None), "samples_per_prompt", None)
         if stage == "fit" and self.baseline != "none" and samples == 1:
             raise ConfigError(

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from okd_lightning.callbacks.monitors.last_checkpoint import (
 )
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.durable_files import write_json
-from okd_lightning.errors import OutputError, PreemptedError
+from okd_lightning.errors import ConfigError, OutputError, PreemptedError
 from okd_lightning.rollouts.agreement import StopRequest
 from okd_lightning.training.lightning_privates import cluster_environment, started_ranks
 from okd_lightning.training.loop_state import STOPPED, validation_follows, validation_is_due
@@ -45,9 +46,22 @@ class Preemption(Checkpoint):
     The checkpoint is that of the Trainer's ``LastCheckpoint``. ``stopped.json`` in the run's folder
     records the stop, for launchers that change a process's exit status (torchrun): the signal, the
     step, the checkpoint and the command that resumes. It is deleted when training continues.
+
+    Args:
+        grace_seconds: Seconds after the signal in which the checkpoint may wait for rollout batches
+            that are generated ahead of training (``data.rollout_lag``). Those that come later are
+            discarded, and the resumed run generates them with other weights.
+
+    Raises:
+        ConfigError: grace_seconds is negative.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grace_seconds: float = 20.0) -> None:
+        if not grace_seconds >= 0:
+            raise ConfigError(
+                f"Preemption: grace_seconds must be a number from 0 on, got {grace_seconds}"
+            )
+        self.grace_seconds = grace_seconds
         self._request = StopRequest()
         self._is_agreed = False
         self._is_saved = False
@@ -86,6 +100,7 @@ class Preemption(Checkpoint):
         self._is_agreed = self._is_saved = self._is_validating = False
         self._has_saved_early = False
         self._request.is_made = self._has_to_requeue = False
+        self._request.deadline = None
         self._signal = 0
         if trainer.is_global_zero:
             _record_of(trainer).unlink(missing_ok=True)
@@ -107,6 +122,7 @@ class Preemption(Checkpoint):
             if not self._request.is_made and launcher is not None:
                 launcher.kill(signal.Signals(number))
             self._signal = number
+            self._begin_grace()
             self._request.is_made = True
 
         return handle
@@ -114,7 +130,13 @@ class Preemption(Checkpoint):
     def _on_warning(self, number: int, frame: Any) -> None:
         del frame
         self._signal = number
+        self._begin_grace()
         self._request.is_made = self._has_to_requeue = True
+
+    def _begin_grace(self) -> None:
+        """Set the deadline, once; a rank without the signal sets it when the ranks agree."""
+        if self._request.deadline is None:
+            self._request.deadline = time.monotonic() + self.grace_seconds
 
     def on_train_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -208,6 +230,8 @@ class Preemption(Checkpoint):
             mark = torch.tensor(float(is_made), device=trainer.strategy.root_device)
             is_made = bool(trainer.strategy.reduce(mark, reduce_op="sum") > 0)
         self._is_agreed = self._request.is_made = self._is_agreed or is_made
+        if self._is_agreed:
+            self._begin_grace()
         return self._is_agreed
 
     def _save(self, trainer: lightning.Trainer) -> None:
@@ -248,6 +272,7 @@ class Preemption(Checkpoint):
         if not isinstance(exception, PreemptedError):
             return
         self._is_agreed = True
+        self._begin_grace()
         if not self._is_saved:
             self._save(trainer)
         exception.args = (self._message(trainer),)

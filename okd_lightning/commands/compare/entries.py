@@ -20,6 +20,7 @@ _OWN_DATA = (
     "global_batch_size",
     "prompts_per_epoch",
     "prompts_per_rollout",
+    "rollout_lag",
     "samples_per_prompt",
     "sampling",
     "teacher_prompt_column",

@@ -99,6 +99,13 @@ def _prompts_per_rollout(run: _Run) -> str | None:
     return f"{run.methods} trains on dataset responses, none are generated" if is_idle else None
 
 
+def _rollout_lag(run: _Run) -> str | None:
+    if run.stage != "fit":
+        return "nothing is trained"
+    is_idle = "student" not in run.sources
+    return f"{run.methods} trains on no responses of the student" if is_idle else None
+
+
 def _max_turns(run: _Run) -> str | None:
     is_used = run.student_generates or run.sources - {"dataset"}
     return None if is_used else "no responses are generated"
@@ -166,6 +173,7 @@ def _attention(run: _Run) -> str | None:
 RULES: Mapping[str, Rule] = {
     "data.sampling": _sampling,
     "data.prompts_per_rollout": _prompts_per_rollout,
+    "data.rollout_lag": _rollout_lag,
     "data.max_turns": _max_turns,
     "data.val_rollouts": _validation,
     "data.subset": _subset,
@@ -233,7 +241,7 @@ def _chosen(run: _Run) -> Mapping[str, Any]:
         "trainer.gradient_clip_algorithm": trainer.gradient_clip_algorithm,
         "trainer.use_distributed_sampler": uses_distributed_sampler(trainer),
     }
-    for name in ("prompts_per_rollout", "val_rollouts", "subset", "token_cache"):
+    for name in ("prompts_per_rollout", "rollout_lag", "val_rollouts", "subset", "token_cache"):
         given[f"data.{name}"] = getattr(data, name)
     defaults = option_defaults(type(data), type(trainer))
     return {option: value for option, value in given.items() if value != defaults.get(option)}

@@ -55,6 +55,7 @@ MEASURED = {"val": VAL, "data": {"val_rollouts": 2}}
 CASES = {
     "data.sampling": Case("Greedy", {}, ON_POLICY),
     "data.prompts_per_rollout": Case(8, {}, ON_POLICY),
+    "data.rollout_lag": Case(1, {}, ON_POLICY),
     "data.max_turns": Case(2, {}, ON_POLICY),
     "data.val_rollouts": Case(2, {}, MEASURED),
     "data.subset": Case("main", {}, {"folder": "val"}),

@@ -1,0 +1,231 @@
+"""Rollout batches that are generated while earlier ones are trained on (``data.rollout_lag``).
+
+At the start of rollout batch n, batch n + lag is begun with the student's weights of that moment,
+so that the weights of every response are a function of the step, never of the clock. A batch that
+is missing (at the start of a run, after a discard, with a larger lag at a resume) is begun or
+generated with the present weights. Owns what is in flight, and its form in checkpoints.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from okd_lightning.engines.ahead import AheadEngine, Answer, Generated
+from okd_lightning.records.requests import Generator, Progress, Request, Rollout
+from okd_lightning.rollouts.agreement import Agreement, naming_the_prompts
+from okd_lightning.rollouts.batch_rows import PlannedRows, RolloutBatch, StepSources
+from okd_lightning.rollouts.resharing import RowKey, reshared
+from okd_lightning.rollouts.stored import pack_rollout, unpack_rollout
+
+
+@dataclass(frozen=True)
+class AheadBatch:
+    """A rollout batch whose plan is fixed, and whose responses exist or are under way.
+
+    Attributes:
+        batch: Its rows.
+        weights_of: Number of the rollout batch at whose start the weights were taken.
+        request: This rank's part of the request; None where no rank has any, or with ``rollout``.
+        answer: Its responses, under way.
+        rollout: This rank's student responses from a checkpoint.
+    """
+
+    batch: RolloutBatch
+    weights_of: int
+    request: Request | None = None
+    answer: Answer | None = None
+    rollout: Rollout | None = None
+
+    def wait(
+        self, progress: Progress | None = None, until: float | None = None
+    ) -> Generated | None:
+        """Return this rank's responses; None if they are not there in time; see ``Answer``."""
+        if self.answer is None or self.request is None:
+            return Generated(self.rollout or Rollout(), 0.0)
+        with naming_the_prompts(self.request):
+            return self.answer.wait(progress, until)
+
+
+class RolloutsAhead:
+    """The rollout batches in flight, by number.
+
+    Args:
+        lag: Rollout batches between the weights that generate and those that are trained; 0 for
+            none.
+        start: Starts the engine; None for a lag of 0.
+        gather: Collects one object of every rank, on every rank.
+    """
+
+    def __init__(
+        self,
+        lag: int = 0,
+        start: Callable[[], AheadEngine] | None = None,
+        gather: Callable[[Any], list[Any]] = lambda state: [state],
+    ) -> None:
+        self.lag = lag
+        self._start = start
+        self._agreement = Agreement(gather)  # without a stop: a wait ends by itself
+        self._engine: AheadEngine | None = None
+        self._batches: dict[int, AheadBatch] = {}
+        self._waited = self._generated = 0.0
+
+    def get(self, number: int) -> AheadBatch | None:
+        """Return a batch, if it was begun."""
+        return self._batches.get(number)
+
+    def age(self, number: int) -> int:
+        """Return the rollout batches between the weights of a batch and those at its start."""
+        own = self._batches.get(number)
+        return 0 if own is None else number - own.weights_of
+
+    def drop(self, number: int) -> None:
+        """Forget batches up to ``number``, which have been taken."""
+        self._batches = {n: own for n, own in self._batches.items() if n > number}
+
+    def missing(self, number: int) -> list[int]:
+        """Return the batches that are to be in flight during ``number``, and are not."""
+        wanted = range(number + 1, number + self.lag + 1)
+        return [n for n in wanted if n not in self._batches]
+
+    def begin(self, number: int, now: int, batch: RolloutBatch, request: Request | None) -> None:
+        """Begin a batch with the student's present weights.
+
+        Args:
+            number: Its number.
+            now: The number of the batch that begins to train.
+            batch: Its rows.
+            request: This rank's student responses; None where no rank has any.
+        """
+        answer = None if request is None else self._running().begin(request)
+        self._batches[number] = AheadBatch(batch, now, request, answer)
+
+    def _running(self) -> AheadEngine:
+        if self._engine is None:
+            assert self._start is not None
+            self._engine = self._start()
+        return self._engine
+
+    def warm_up(self) -> None:
+        """Start the engine, which may take seconds, before the first batch is begun."""
+        if self._start is not None:
+            self._running()
+
+    def wait_for(self, number: int, progress: Progress | None) -> tuple[Generated, float]:
+        """Return this rank's student responses of a batch, and the seconds that were waited.
+
+        Raises:
+            OKDLightningError: The generation has failed.
+        """
+        start = time.perf_counter()
+        generated = self._batches[number].wait(progress)
+        assert generated is not None
+        waited = time.perf_counter() - start
+        self._waited += waited
+        self._generated += generated.seconds
+        return generated, waited
+
+    def settle(self) -> None:
+        """Wait, on all ranks, until nothing is in flight, where the engine takes turns.
+
+        All ranks call this before anything else gives the engine weights.
+
+        Raises:
+            OKDLightningError: A generation has failed, on some rank.
+        """
+        if self._engine is not None and self._engine.takes_turns:
+            self._agreement.together(self._wait_for_all)
+
+    def _wait_for_all(self, until: float | None = None) -> dict[int, Rollout | None]:
+        """Return this rank's responses by batch; None for those that were not there in time."""
+        found: dict[int, Rollout | None] = {}
+        for number, own in sorted(self._batches.items()):
+            generated = own.wait(until=until)
+            found[number] = None if generated is None else generated.rollout
+        return found
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def state(
+        self, gather: Callable[[Any], list[Any]], until: float | None
+    ) -> list[dict[str, Any]]:
+        """Return the batches of all ranks, after a wait; all ranks call this.
+
+        Args:
+            gather: Collects one object of every rank, on every rank.
+            until: Time at which the wait ends, and unfinished batches are discarded.
+        """
+        found = self._agreement.together(lambda: self._wait_for_all(until))
+        packed = {n: None if own is None else pack_rollout(own) for n, own in found.items()}
+        everyone = gather(packed)
+        late = [n for n in packed if any(own[n] is None for own in everyone)]
+        if late:
+            rank_zero_warn(
+                f"{len(late)} rollout batches in flight were not finished in the time that is left "
+                "before the stop, and are discarded: the resumed run generates them with its own "
+                "weights, so that it differs from a run that was not stopped "
+                "(--trainer.callbacks+=Preemption --trainer.callbacks.grace_seconds)"
+            )
+        return [
+            {
+                "number": number,
+                "sources": listed(self._batches[number].batch.sources),
+                "weights_of": self._batches[number].weights_of,
+                "written": [own[number] for own in everyone],
+            }
+            for number in packed
+            if number not in late
+        ]
+
+    def load(self, state: Sequence[Mapping[str, Any]], rows: PlannedRows) -> None:
+        """Continue with the batches of a checkpoint, of this or another number of ranks.
+
+        Those to which the run's plan now gives other sources are left out.
+        """
+        rank, world_size = rows.shape.rank, rows.shape.world_size
+        self._batches = {}
+        for stored in state:
+            batch = kept_batch(rows, stored["number"], stored["sources"])
+            if batch is None:
+                continue
+            parts: list[dict[Generator, Rollout]] = [
+                {"student": unpack_rollout(part)} for part in stored["written"]
+            ]
+            rollout = parts[rank]["student"] if len(parts) == world_size else None
+            if rollout is None:
+                owners = [batch.keys_of(old, len(parts)) for old in range(len(parts))]
+                wanted: dict[Generator, list[RowKey]] = {
+                    "student": batch.keys_of(rank, world_size)["student"]
+                }
+                rollout = reshared(parts, owners, wanted).get("student", Rollout())
+            self._batches[stored["number"]] = AheadBatch(
+                batch, stored["weights_of"], rollout=rollout
+            )
+
+    def close(self) -> None:
+        """End the engine, and log what was waited for; a second call does nothing."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+            rank_zero_info(
+                f"rollouts ahead of training (lag {self.lag}): {self._generated:.1f} seconds of "
+                f"generation, of which training waited for {self._waited:.1f}"
+            )
+
+
+def kept_batch(
+    rows: PlannedRows, number: int, sources: Sequence[Sequence[Any]]
+) -> RolloutBatch | None:
+    """Return a checkpoint's batch with its stored sources; None where its plan has changed."""
+    batch = rows.numbered(number, tuple(map(tuple, sources)))
+    has_changed = not rows.plan.is_varying and rows.numbered(number).sources != batch.sources
+    return None if has_changed else batch
+
+
+def listed(sources: StepSources) -> list[list[str]]:
+    """Return sources as ``weights_only`` loading accepts them."""
+    return [list(map(str, own)) for own in sources]

@@ -1,0 +1,45 @@
+"""Identity of the rows of an optimizer step, for the check of a checkpoint at a resume."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from okd_lightning.errors import ConfigError
+from okd_lightning.records.batches import Example
+from okd_lightning.rollouts.loader_shape import LoaderShape
+
+
+def rows_identity(examples: Sequence[Example], shape: LoaderShape, seed: int) -> list[int]:
+    """Return numbers that determine the order of prompts: equal lists mean equal batches."""
+    read: list[Any] = [(e.prompt_ids, e.teacher_prompt_ids) for e in examples]
+    read += [e.teacher for e in examples if e.teacher >= 0]
+    prompts = zlib.crc32(repr(read).encode())
+    cut = [shape.prompts_per_epoch, shape.steps_per_rollout, shape.samples_per_prompt]
+    return [seed, len(examples), prompts, *cut]
+
+
+def check_same_rows(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of other steps or prompts.
+
+    Args:
+        state: ``rows_per_step`` and ``identity`` of the checkpoint.
+        own: The same of this run.
+
+    Raises:
+        ConfigError: The number of rows of an optimizer step, prompts, seed or rollout batches
+            differ.
+    """
+    if state["rows_per_step"] != own["rows_per_step"]:
+        raise ConfigError(
+            f"this run has {own['rows_per_step']} rows an optimizer step (batch_size x "
+            f"accumulation x ranks), the checkpoint was written with {state['rows_per_step']}; "
+            f"set --data.global_batch_size {state['rows_per_step']}"
+        )
+    if state["identity"] != own["identity"]:
+        raise ConfigError(
+            "this run's prompts, teacher prompts, seed, prompts_per_epoch, prompts_per_rollout "
+            "or samples_per_prompt differ from the checkpoint's; resume with the same, or "
+            "start a new run from the exported student: --model.student FOLDER"
+        )
