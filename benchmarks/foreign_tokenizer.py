@@ -96,8 +96,8 @@ def pairs(shared: Path, real: Path) -> dict[str, Pair]:
     return {
         "bpe": Pair(stories, "", 1e-3, 8.0, 16, 40, 64, 1500, 64, 20.0),
         "babyllama": Pair(stories, letters, 1e-5, 12.0, 8, 110, 64, 1500, 64),
-        "smollm2": Pair(gemma, smollm2, 1e-5, 100.0, 4, 40, 48, 80, 24),
-        "gemma": Pair(smollm2, gemma, 1e-5, 150.0, 4, 40, 48, 80, 24),
+        "smollm2": Pair(gemma, smollm2, 1e-5, 40.0, 4, 24, 32, 40, 12),
+        "gemma": Pair(smollm2, gemma, 1e-5, 60.0, 4, 24, 32, 40, 12),
     }
 
 
@@ -126,9 +126,11 @@ WAYS = {
     "chunk": Way(KD, "chunk"),
     "text": Way(KD, "text"),
     "next_byte": Way(KD, "next_byte"),
+    "shared_tokens": Way(KD, "shared_tokens"),
     "chunk, 0.5 CE": Way(half, "chunk"),
     "text, 0.5 CE": Way(half, "text"),
     "next_byte, 0.5 CE": Way(half, "next_byte"),
+    "shared_tokens, 0.5 CE": Way(half, "shared_tokens"),
     "ULD": Way(trl=("ULD", 0.0, 1.0)),
     "ULD 1.5, 1 CE": Way(trl=("ULD", 1.0, 1.5)),
     "GOLD": Way(trl=("GOLD", 0.0, 1.0)),

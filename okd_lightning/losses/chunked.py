@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
@@ -38,6 +39,7 @@ from okd_lightning.losses.quantities import (
     TeacherShift,
     Tile,
 )
+from okd_lightning.losses.shared_tokens import NextTokens, compare_next_tokens
 from okd_lightning.losses.terms import Measured, Term, WeightedLoss, WeightedTerm, weighted_loss
 from okd_lightning.losses.text_law import TextLaw, cover_masses
 from okd_lightning.records.batches import SOURCES, DistillBatch, LossOutput
@@ -147,6 +149,7 @@ class ChunkValues:
         tokens: Values of both texts' tokens, [positions] or [teacher positions].
         quantities: What was asked for.
         laws: Distributions over texts, by reader and temperature; none for losses between chunks.
+        next_tokens: Distributions of the next token, likewise; none for other losses.
         teacher_scale: Factor on the teacher's cross-entropy, which is a mean over its own tokens:
             tokens of the student in the step over those of the teacher.
     """
@@ -155,22 +158,17 @@ class ChunkValues:
     tokens: Mapping[TokenValue, Tensor]
     quantities: tuple[Quantity, ...] = ()
     laws: Mapping[tuple[Reader, float], TextLaw] = field(default_factory=dict)
+    next_tokens: Mapping[tuple[Reader, float], NextTokens] = field(default_factory=dict)
     teacher_scale: float = 1.0
 
     def of(self, quantity: Quantity) -> Tensor:
         """[chunks] value of a quantity (nats), with gradient to its learner."""
         match quantity:
             case ExactDivergence():
-                student, teacher = map(self._cells, token_values(quantity))
-                if quantity.learner == "student":
-                    teacher = teacher.detach()
-                else:
-                    student = student.detach()
-                return _between(quantity.divergence, student, teacher)
+                is_student = quantity.learner == "student"
+                return self._between(quantity, (is_student, not is_student))
             case TeacherShift():
-                adapted, base = map(self._cells, token_values(quantity))
-                adapted = adapted if quantity.learns else adapted.detach()
-                return _between(quantity.divergence, adapted, base.detach())
+                return self._between(quantity, (quantity.learns, False))
             case ExpectedWeight():
                 value = quantity.divergence.weight_at_one
                 student = next(v for (reader, _), v in self.tokens.items() if reader == "student")
@@ -181,14 +179,24 @@ class ChunkValues:
         scale = self.teacher_scale if of_tokens[0] == "teacher" else 1.0
         return self._sum(of_tokens) * scale
 
+    def _between(
+        self, quantity: ExactDivergence | TeacherShift, learns: tuple[bool, bool]
+    ) -> Tensor:
+        """[chunks] divergence of two models, with gradient to those that learn."""
+        compare = partial(_between, quantity.divergence)
+        keys = token_values(quantity)
+        if self.chunks.shared is not None:
+            one, other = (self.next_tokens[_law_of(key)] for key in keys)
+            return compare_next_tokens(one, other, compare, learns)
+        cells = [self._cells(key) for key in keys]
+        return compare(*(c if own else c.detach() for c, own in zip(cells, learns, strict=True)))
+
     def _cells(self, key: TokenValue) -> Tensor:
         """[chunks, outcomes] log-probabilities (nats) of what is compared at each chunk."""
-        reader, quantity = key
         points = self.chunks.points
         if points is None:
             return two_cells(self._sum(key))
-        assert isinstance(quantity, OutcomeLogProb)
-        law = self.laws[reader, quantity.temperature]
+        law = self.laws[_law_of(key)]
         if law.covers.bounds.shape[1] == 2:
             return two_cells(law.chunk_logprobs(points.start, points.end, self._sum(key)))
         return law.next_bytes(points.start, points.vocabularies.alphabet)
@@ -206,6 +214,12 @@ class ChunkValues:
     def _spread(self, quantity: Quantity) -> Tensor:
         values = self.of(quantity)
         return values.new_zeros(len(self.chunks.student)).index_put((self.chunks.first,), values)
+
+
+def _law_of(key: TokenValue) -> tuple[Reader, float]:
+    reader, quantity = key
+    assert isinstance(quantity, OutcomeLogProb)
+    return reader, quantity.temperature
 
 
 def _between(divergence: Divergence, student: Tensor, teacher: Tensor) -> Tensor:
@@ -241,6 +255,7 @@ def measure_chunks(
     reads = {"student": batch.student_reads, "teacher": batch.teacher_reads}
     tokens: dict[TokenValue, Tensor] = {}
     laws: dict[tuple[Reader, float], TextLaw] = {}
+    next_tokens: dict[tuple[Reader, float], NextTokens] = {}
     for (reader, wanted), side in zip(asked.items(), sides, strict=True):
         if side is None or not wanted:
             continue
@@ -256,7 +271,9 @@ def measure_chunks(
         )
         tokens.update({(reader, quantity): found for quantity, found in values.items()})
         laws.update(_laws(chunks.points, reader, side, values, tile_positions))
-    return ChunkValues(chunks, tokens, tuple(quantities), laws, _teacher_scale(batch))
+        next_tokens.update(_next_tokens(chunks, reader, side, values))
+    scale = _teacher_scale(batch)
+    return ChunkValues(chunks, tokens, tuple(quantities), laws, next_tokens, scale)
 
 
 def _laws(
@@ -279,6 +296,19 @@ def _laws(
             masses = cover_masses(side, covers, order, temperature, tile_positions)
             found[reader, temperature] = TextLaw(covers, masses, logprobs)
     return found
+
+
+def _next_tokens(
+    chunks: Chunks, reader: Reader, side: Side, values: Mapping[Quantity, Tensor]
+) -> dict[tuple[Reader, float], NextTokens]:
+    """Return one model's next-token distributions, at the temperatures of its tokens' measures."""
+    if chunks.shared is None:
+        return {}
+    is_own = reader == "student"
+    first = chunks.first if is_own else chunks.first_of_teacher
+    shared = chunks.shared[0 if is_own else 1]
+    temperatures = [q.temperature for q in values if isinstance(q, OutcomeLogProb)]
+    return {(reader, t): NextTokens(side, first, shared, t) for t in temperatures}
 
 
 def _teacher_scale(batch: DistillBatch) -> float:

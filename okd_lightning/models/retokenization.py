@@ -29,13 +29,14 @@ from okd_lightning.records.chunks import (
     AlignedResponse,
     Cover,
     Piece,
+    SharedIds,
     SortedVocabularies,
     Span,
     SyncPoints,
     aligned,
 )
 
-TextLoss: TypeAlias = Literal["chunk", "text", "next_byte"]
+TextLoss: TypeAlias = Literal["chunk", "text", "next_byte", "shared_tokens"]
 """Loss between two texts; see ForeignTeacher."""
 
 LONGEST_CHUNK = 32
@@ -177,6 +178,18 @@ class Retokenizer:
         alphabet = sorted(own.alphabet & other.alphabet)
         return SortedVocabularies(*map(torch.tensor, (own.order, other.order, alphabet)))
 
+    @cached_property
+    def _shared(self) -> tuple[SharedIds, SharedIds]:
+        own, other = self._student.pieces, self._teacher.pieces
+        shared = sorted({piece for piece in own if piece} & {piece for piece in other if piece})
+        cell = {piece: number for number, piece in enumerate(shared)}
+        found = []
+        for pieces in (own, other):
+            pairs = [(i, cell[piece]) for i, piece in enumerate(pieces) if piece in cell]
+            ids, cells = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(-1)
+            found.append(SharedIds(ids, cells, len(shared)))
+        return found[0], found[1]
+
     def row(self, row: TrainingRow, end_ids: Collection[int]) -> TrainingRow:
         """Return a row with its response as the teacher reads it.
 
@@ -213,7 +226,8 @@ class Retokenizer:
             spans=tuple(canonical),
             num_unaligned=row.num_loss_tokens - num_kept,
             num_noncanonical=num_kept - num_canonical,
-            points=None if self._loss == "chunk" else self._points(pair, canonical),
+            points=self._points(pair, canonical) if self._loss in ("text", "next_byte") else None,
+            shared=self._shared if self._loss == "shared_tokens" else None,
         )
         mask = row.mask
         if row.source != "student":

@@ -165,6 +165,26 @@ class SortedVocabularies:
 
 
 @dataclass(frozen=True)
+class SharedIds:
+    """One side's ids whose bytes are a token on the other side too.
+
+    Attributes:
+        ids: [ids] the ids.
+        cells: [ids] number of each id's bytes, the same on both sides; several ids may have one.
+        num: Number of different bytes.
+    """
+
+    ids: Tensor
+    cells: Tensor
+    num: int
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SharedIds:
+        """Return them on another device."""
+        ids, cells = (t.to(device, non_blocking=non_blocking) for t in (self.ids, self.cells))
+        return SharedIds(ids, cells, self.num)
+
+
+@dataclass(frozen=True)
 class SyncPoints:
     """The sync points of a response's chunks, and the covers of its text up to each of them.
 
@@ -193,7 +213,9 @@ class AlignedResponse:
         num_unaligned: Student's loss tokens without a chunk: other bytes on the teacher's side, a
             response's end that was cut off, what the teacher's context does not hold.
         num_noncanonical: Student's loss tokens in chunks that its tokenizer would write otherwise.
-        points: For losses between distributions over texts; None for those between chunks.
+        points: For losses between distributions over texts; None for others.
+        shared: The student's and the teacher's shared ids, for the loss between these; None for
+            others.
     """
 
     teacher_ids: tuple[int, ...] = ()
@@ -201,11 +223,12 @@ class AlignedResponse:
     num_unaligned: int = 0
     num_noncanonical: int = 0
     points: SyncPoints | None = None
+    shared: tuple[SharedIds, SharedIds] | None = None
 
     def without_chunks(self) -> AlignedResponse:
         """Return the response as that of a fully masked row."""
         points = None if self.points is None else SyncPoints(self.points.vocabularies)
-        return AlignedResponse(self.teacher_ids, points=points)
+        return AlignedResponse(self.teacher_ids, points=points, shared=self.shared)
 
     @property
     def longest(self) -> int:
@@ -275,13 +298,16 @@ class Chunks:
         student: [positions] chunk of each loss token of the student, from 0; -1 for none.
         teacher: [teacher positions] chunk of each loss token of the teacher.
         num: Number of chunks.
-        points: For losses between distributions over texts; None for those between chunks.
+        points: For losses between distributions over texts; None for others.
+        shared: The student's and the teacher's shared ids, for the loss between these; None for
+            others.
     """
 
     student: Tensor
     teacher: Tensor
     num: int
     points: PointIndex | None = None
+    shared: tuple[SharedIds, SharedIds] | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Chunks:
         """Return the chunks on another device."""
@@ -289,7 +315,10 @@ class Chunks:
             index.to(device, non_blocking=non_blocking) for index in (self.student, self.teacher)
         )
         points = None if self.points is None else self.points.to(device, non_blocking)
-        return Chunks(student, teacher, self.num, points)
+        if self.shared is None:
+            return Chunks(student, teacher, self.num, points)
+        own, other = (side.to(device, non_blocking) for side in self.shared)
+        return Chunks(student, teacher, self.num, points, (own, other))
 
     def sums(self, values: Tensor, index: Tensor) -> Tensor:
         """[positions] → [chunks]: the sum over each chunk's tokens, with gradient.
@@ -304,7 +333,15 @@ class Chunks:
     @property
     def first(self) -> Tensor:
         """[chunks] the position of each chunk's first student token."""
-        places = torch.arange(len(self.student), device=self.student.device)
-        inside = self.student >= 0
-        first = places.new_full((self.num,), len(self.student))
-        return first.scatter_reduce(0, self.student[inside], places[inside], "amin")
+        return self._first(self.student)
+
+    @property
+    def first_of_teacher(self) -> Tensor:
+        """[chunks] the position of each chunk's first teacher token."""
+        return self._first(self.teacher)
+
+    def _first(self, index: Tensor) -> Tensor:
+        places = torch.arange(len(index), device=index.device)
+        inside = index >= 0
+        first = places.new_full((self.num,), len(index))
+        return first.scatter_reduce(0, index[inside], places[inside], "amin")

@@ -56,7 +56,7 @@ def _chunks(rows: Sequence[TrainingRow]) -> Chunks | None:
         student += [own.get(i, -1) for i in carries_loss]
         teacher += [other[place] for place in sorted(other)]
     points = _points(responses) if responses[0][0].points is not None else None
-    return Chunks(_ints(student), _ints(teacher), num, points)
+    return Chunks(_ints(student), _ints(teacher), num, points, responses[0][0].shared)
 
 
 def _points(responses: Sequence[_Response]) -> PointIndex:

@@ -25,6 +25,7 @@ from okd_lightning.models import ModelSource, Vocabulary, load_model_config
 from okd_lightning.models.reading import model_side, tried
 from okd_lightning.records.batches import DistillBatch, TrainingRow
 from okd_lightning.records.requests import Prompt
+from okd_lightning.records.rows import RowReader
 from okd_lightning.records.sequences import Sequences
 from okd_lightning.teachers.online_module import OnlineModuleSettings
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun
@@ -157,6 +158,11 @@ class Teacher(ABC):
                 "--model.teacher AveragedSelf, or leave it out"
             )
 
+    def for_student(self, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> Teacher:
+        """Return the teacher that serves a student with this tokenizer; before ``join``."""
+        del tokenizer
+        return self
+
     def join(self, run: TeacherRun) -> Self:
         """Return a copy of this teacher that belongs to ``run``."""
         own = copy(self)
@@ -274,6 +280,10 @@ class Teacher(ABC):
     def retokenized(self, rows: Sequence[TrainingRow]) -> list[TrainingRow]:
         """Return rows as it reads them, where it has a ``tokenizer`` of its own."""
         return list(rows)
+
+    def text_readers(self) -> Mapping[str, RowReader]:
+        """Return ``retokenized`` for each loss over texts, by name; none with the run's ids."""
+        return {}
 
     def side(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Side:
         """Return the teacher's side of a batch, at its loss positions.

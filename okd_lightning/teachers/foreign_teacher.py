@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self, final, get_args
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -32,7 +33,7 @@ from okd_lightning.models import (
 from okd_lightning.models.aligned_rows import AlignedRows
 from okd_lightning.models.retokenization import Retokenizer, TextLoss
 from okd_lightning.records.batches import DistillBatch, TrainingRow
-from okd_lightning.records.rows import count_chunks, dataset_row
+from okd_lightning.records.rows import RowReader, count_chunks, dataset_row
 from okd_lightning.teachers.base import Measurement, Teacher
 from okd_lightning.teachers.loaded import LoadedTeacher
 from okd_lightning.teachers.online_module import OnlineModuleSettings
@@ -60,8 +61,10 @@ class ForeignTeacher(Teacher):
         loss: What a divergence compares at each chunk. chunk: {this chunk, anything else}, by the
             probability of both models' own tokens. text: the same, by the probability that a text
             begins so, through any token that reaches or passes its end. next_byte: the next byte's
-            distribution at the chunk's beginning, and the end. Methods on sampled tokens compare
-            chunks.
+            distribution at the chunk's beginning, and the end. shared_tokens: the next token's
+            there, over the tokens that both vocabularies have, the end and everything else: for
+            tokenizers that are nearly the same, and wrong for others.
+            Methods on sampled tokens compare chunks.
 
     Raises:
         ConfigError: A kind of teacher that has no ids of its own, or no tokenizer.
@@ -76,7 +79,7 @@ class ForeignTeacher(Teacher):
         model: Teacher | ModelArgument,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         end_tokens: EndTokensArgument | None = None,
-        loss: TextLoss = "chunk",
+        loss: TextLoss = "text",
     ) -> None:
         if loss not in get_args(TextLoss):
             raise ConfigError(
@@ -93,6 +96,7 @@ class ForeignTeacher(Teacher):
         self.inner: Teacher = inner
         self._own_tokenizer = tokenizer
         self._end_tokens = end_tokens
+        self._made: Callable[[TextLoss], Retokenizer]
         self._rows: AlignedRows | None = None
 
     # ---------------------------------------------------------------- settings
@@ -131,33 +135,54 @@ class ForeignTeacher(Teacher):
         """Check it for the inner teacher."""
         self.inner.check_adaptable()
 
+    def for_student(self, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> Teacher:
+        """Return the inner teacher where its tokenizer is the student's: ids pass through.
+
+        Raises:
+            ConfigError: ``end_tokens`` would then have nothing to act on.
+        """
+        source = self.inner.own_source
+        assert source is not None
+        own = copy(self)
+        own._own_tokenizer = _tokenizer(self._own_tokenizer, source)
+        if not _are_same(tokenizer(), own._own_tokenizer):
+            return own
+        if self._end_tokens is not None:
+            raise ConfigError(
+                f"{_END_TOKENS} has nothing to act on: the teacher has the student's tokenizer, "
+                "and the ends of both are --model.end_tokens"
+            )
+        rank_zero_info(
+            "teacher: the student's tokenizer, so that ids are compared one by one, as with "
+            "--model.teacher PATH; model.teacher.loss is not used"
+        )
+        return self.inner
+
     def join(self, run: TeacherRun) -> Self:
         """Return a copy for ``run``; the inner teacher's run has its own tokenizer.
 
         Raises:
-            VocabularyError: Both tokenizers are the same, or one cannot be read as bytes.
+            VocabularyError: A tokenizer that cannot be read as bytes.
         """
         own = super().join(run)
         source = self.inner.own_source
         assert source is not None
         tokenizer = _tokenizer(self._own_tokenizer, source)
-        _check_differs(run.tokenizer, tokenizer)
         own.tokenizer = tokenizer
         vocabulary = vocabulary_of(tokenizer, source, "--model.teacher")
         ends = find_end_tokens(source, (), tokenizer, vocabulary, self._end_tokens, _END_TOKENS)
         vocabulary = replace(vocabulary, end_ids=ends.end_ids)
         own.inner = self.inner.join(replace(run, tokenizer=tokenizer, vocabulary=vocabulary))
         config = load_model_config(source, "--model.teacher", vocabulary.size)
-        own._rows = AlignedRows(
-            Retokenizer(
-                run.tokenizer,
-                tokenizer,
-                ends.end_ids[0],
-                vocabulary.size,
-                max_positions(config),
-                self._loss,
-            )
+        own._made = partial(
+            Retokenizer,
+            run.tokenizer,
+            tokenizer,
+            ends.end_ids[0],
+            vocabulary.size,
+            max_positions(config),
         )
+        own._rows = AlignedRows(own._made(self._loss))
         return own
 
     def config(self, student: PretrainedConfig) -> PretrainedConfig | None:
@@ -236,6 +261,11 @@ class ForeignTeacher(Teacher):
         assert self._rows is not None
         return self._rows.read(rows, self.run.vocabulary.end_ids)
 
+    def text_readers(self) -> Mapping[str, RowReader]:
+        """Return a reader for each loss, of rows that are not kept."""
+        ends = self.run.vocabulary.end_ids
+        return {loss: partial(_all_rows, self._made(loss), ends) for loss in get_args(TextLoss)}
+
     def side(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Side:
         """Return the teacher's side at its own loss positions (``DistillBatch.chunks``).
 
@@ -283,6 +313,12 @@ class ForeignTeacher(Teacher):
         return own
 
 
+def _all_rows(
+    made: Retokenizer, end_ids: tuple[int, ...], rows: Sequence[TrainingRow]
+) -> list[TrainingRow]:
+    return [made.row(row, end_ids) for row in rows]
+
+
 def _uses_teacher(term: Term) -> bool:
     """Return whether a term compares both models."""
     return any(quantity.needs_teacher for quantity in term.quantities)
@@ -302,12 +338,9 @@ def _tokenizer(
     return load_tokenizer(name, "--model.teacher.tokenizer" if given else "--model.teacher")
 
 
-def _check_differs(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+def _are_same(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> bool:
     try:
         check_vocabulary_agreement(student, teacher)
     except VocabularyError:
-        return
-    raise ConfigError(
-        f"{_OPTION}: the teacher has the student's tokenizer, with which ids are compared one by "
-        "one: give --model.teacher its folder or hub id itself"
-    )
+        return False
+    return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from copy import copy, deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self, cast
 
 import lightning
@@ -50,6 +51,7 @@ from okd_lightning.models import (
     load_model_config,
     projectors_for,
 )
+from okd_lightning.models.adapters import model_source
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.sharding import Placement, WholeModels
 from okd_lightning.teachers import (
@@ -99,7 +101,8 @@ class Pair:
         trainer_of: Callable[[], lightning.Trainer | None],
         engine: EngineSource | None = None,
     ) -> None:
-        given_teacher = teacher_of(teacher)
+        own = partial(find_tokenizer, settings.tokenizer, model_source(student, "student"), None)
+        given_teacher = teacher_of(teacher).for_student(own)
         given_teacher.check_options(settings.teacher_options(student))
         sources = given_teacher.own_sources
         given = GivenPair.of(

@@ -3,7 +3,10 @@
 Frozen here: a student of letters and a teacher of letters and pairs with the same law over texts
 have divergences and gradients of 0 by the mass of texts and by next byte, and not by the
 probability of the teacher's own tokens; that mass is the sum over all texts that begin so; tiles do
-not change it; its gradient is that of finite differences.
+not change it; its gradient is that of finite differences. One tokenizer as two gives the
+divergences of its tokens, next bytes and shared tokens; another cut of a chunk with the same law
+over texts, or by chunk with the same probability, changes nothing. Shared tokens of equal laws
+differ, which is that loss's bias; tiles do not change it.
 """
 
 from __future__ import annotations
@@ -18,10 +21,12 @@ from torch import nn
 
 from okd_lightning.divergences import ForwardKL, JensenShannon, ReverseKL, Tempered
 from okd_lightning.losses import ExactDivergence, Side, measure_chunks
+from okd_lightning.losses.shared_tokens import NextTokens, compare_next_tokens
 from okd_lightning.losses.text_law import TextLaw, cover_masses
 from okd_lightning.models.byte_ranges import ByteRanges
 from okd_lightning.models.retokenization import Retokenizer
 from okd_lightning.records.batches import TrainingRow
+from okd_lightning.records.chunks import AlignedResponse, aligned
 from okd_lightning.records.collation import collate
 
 EOS, A, B, AB = 1, 3, 4, 5
@@ -43,11 +48,11 @@ def teacher_logits(before: int) -> torch.Tensor:
     return torch.tensor(found, dtype=torch.float64).log()
 
 
-def batch_of(texts, loss, source="dataset", teacher=PAIRS):
-    made = Retokenizer(LETTERS, teacher, EOS, len(teacher), None, loss)
+def batch_of(texts, loss, source="dataset", teacher=PAIRS, student=LETTERS):
+    made = Retokenizer(student, teacher, EOS, len(teacher), None, loss)
     rows = []
     for text in texts:
-        ids = LETTERS(text)["input_ids"]
+        ids = student(text)["input_ids"]
         mask = (False, *[True] * len(ids))
         row = TrainingRow(0, source, (B, *ids), mask, 1, teacher_prompt_ids=(B,))
         rows.append(made.row(row, (EOS,)))
@@ -134,7 +139,7 @@ def test_the_gradient_reaches_both_models():
         pair = Side(student, nn.Identity(), (EOS,), 5), Side(teacher, nn.Identity(), (EOS,), 6)
         return measure_chunks(batch, (asked,), (*pair, None)).at_positions()[asked].sum()
 
-    for loss in ("text", "next_byte", "chunk"):
+    for loss in ("text", "next_byte", "chunk", "shared_tokens"):
         assert torch.autograd.gradcheck(
             lambda student, loss=loss: value(loss, "student", student, other.detach()), own
         )
@@ -184,3 +189,108 @@ def test_a_gap_ends_the_covers():
     assert all(cover.token >= 2 for cover in points.student if points.places[cover.point][0] > 2)
     batch = collate([made.row(row, (EOS,))])
     assert batch.to("cpu").chunks.points.vocabularies.alphabet.tolist() == [97, 98]
+
+
+def random_sides(batch, sizes=(5, 5)):
+    torch.manual_seed(0)
+    reads = (batch.student_reads, batch.teacher_reads)
+    logits = [
+        torch.randn(len(one.targets), size, dtype=torch.float64)
+        for one, size in zip(reads, sizes, strict=True)
+    ]
+    own, other = (
+        Side(one, nn.Identity(), (EOS,), size) for one, size in zip(logits, sizes, strict=True)
+    )
+    return own, other, None
+
+
+@pytest.mark.parametrize("divergence", [ForwardKL(), Tempered(JensenShannon(), 2.0)])
+@pytest.mark.parametrize("loss", ["chunk", "text", "next_byte", "shared_tokens"])
+def test_one_tokenizer_as_two_gives_its_own_reference(loss, divergence):
+    texts = ["aab<eos>", "b<eos>", "<eos>"]
+    batch = batch_of(texts, loss, teacher=LETTERS)
+    given = random_sides(batch)
+    asked = ExactDivergence(divergence)
+    found = measure_chunks(batch, (asked,), given).at_positions()[asked]
+    inner, temperature = divergence, 1.0
+    if isinstance(divergence, Tempered):
+        inner, temperature = divergence.divergence, divergence.temperature
+    student, teacher = ((side.hidden / temperature).softmax(-1) for side in given[:2])
+    targets = batch.student_reads.targets
+
+    def cells(probabilities):
+        """a, b, the end, and what is no text; or the target and everything else."""
+        if loss in ("chunk", "text"):
+            own = probabilities.gather(-1, targets[:, None])
+            return torch.cat([own, 1 - own], -1)
+        return torch.cat(
+            [probabilities[:, [A, B, EOS]], probabilities[:, [0, 2]].sum(-1, True)], -1
+        )
+
+    expected = temperature**2 * inner.value(cells(student).log(), cells(teacher).log())
+    assert len(found) == 7
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("loss", ["text", "next_byte"])
+def test_another_cut_with_the_same_law_changes_nothing(loss):
+    """The student's ab is one chunk, which one teacher cuts as ab and one as a and b."""
+    found = []
+    for teacher in (PAIRS, LETTERS):
+        batch = batch_of(["aab<eos>", "abba<eos>"], loss, teacher=teacher, student=PAIRS)
+        own = random_sides(batch, (6, 6))[0]
+        if teacher is PAIRS:
+            other = sides(batch)[1]
+        else:
+            law = STUDENT.expand(len(batch.teacher_reads.targets), -1)
+            other = Side(law, nn.Identity(), (EOS,), 5)
+        asked = ExactDivergence(ReverseKL())
+        values = measure_chunks(batch, (asked,), (own, other, None)).at_positions()[asked]
+        found.append((values, batch.teacher_reads.targets))
+    assert len(found[0][1]) < len(found[1][1])
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-9, atol=1e-9)
+
+
+def test_another_cut_of_the_same_probability_changes_no_chunk():
+    found = []
+    for pieces, ids in (([b"a", b"bba"], (3, 4)), ([b"abb", b"a"], (4, 3))):
+        spans = tuple(aligned([b"ab", b"ba"], pieces))
+        row = TrainingRow(
+            0,
+            "dataset",
+            (2, 3, 4),
+            (False, True, True),
+            1,
+            teacher_prompt_ids=(2,),
+            aligned=AlignedResponse(ids, spans),
+        )
+        batch = collate([row])
+        logits = torch.tensor([[0.0, 0.0, 1.0, 2.0, 0.5]], dtype=torch.float64).expand(2, -1)
+        own, other = (
+            Side(logits, nn.Identity(), (EOS,), 5),
+            Side(logits / 3, nn.Identity(), (EOS,), 5),
+        )
+        asked = ExactDivergence(ForwardKL())
+        found.append(measure_chunks(batch, (asked,), (own, other, None)).at_positions()[asked])
+        assert batch.chunks.num == 1
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=0)
+
+
+def test_shared_tokens_are_biased_and_tiles_do_not_change_them():
+    batch = batch_of(TEXTS, "shared_tokens")
+    given = sides(batch)
+    chunks = batch.chunks
+    own, other = (
+        NextTokens(side, first, shared, 1.0)
+        for side, first, shared in zip(
+            given[:2], (chunks.first, chunks.first_of_teacher), chunks.shared, strict=True
+        )
+    )
+    whole = compare_next_tokens(own, other, ForwardKL().value, (True, False))
+    tiles = compare_next_tokens(own, other, ForwardKL().value, (True, False), 2)
+    torch.testing.assert_close(whole, tiles)
+    assert whole.mean() > 0.01
+    # where a has been read, the teacher writes no b: a, b, the end, and ab
+    law = torch.stack([STUDENT.exp()[[A, B, EOS]], teacher_logits(A).exp()[[A, B, EOS]]])
+    cells = torch.cat([law, 1 - law.sum(-1, True)], -1).clamp(min=1e-12).log()
+    assert any(torch.isclose(ForwardKL().value(*cells), value) for value in whole)

@@ -151,13 +151,13 @@ KINDS: dict[str, Kind] = {
         generates=False,
     ),
     "foreign": Kind(
-        lambda at: ForeignTeacher(at.teacher, at.foreign),
+        lambda at: ForeignTeacher(at.teacher, at.foreign, loss="chunk"),
         refuses=(lambda: OPDPlus(discount=0.5), "has discount 0.5"),
         generates=False,
         has_cells=True,
     ),
     "foreign, adaptive": Kind(
-        lambda at: ForeignTeacher(at.teacher, at.foreign).adapted(
+        lambda at: ForeignTeacher(at.teacher, at.foreign, loss="chunk").adapted(
             lambda inner: AdaptiveTeacher(inner, okd().settings)
         ),
         method=okd,

@@ -10,6 +10,7 @@ error about tokenizers is true.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 
@@ -46,6 +47,11 @@ from okd_lightning.training.module import DistillationModule
 
 ROWS = tiny.make_rows(16)
 NUM = tiny.NUM_IDS
+ALL = {"batch_size": 8, "max_response_length": 6}
+
+
+def read_rows(lines):
+    return [dict(zip(("prompt", "response"), line.split(","), strict=True)) for line in lines]
 
 
 def permuted(model, tokenizer, other):
@@ -87,7 +93,7 @@ def make(root, teacher, **settings) -> DistillationModule:
 
 
 def foreign(root, name="pairs", **settings) -> DistillationModule:
-    return make(root, ForeignTeacher(str(root / name)), **settings)
+    return make(root, ForeignTeacher(str(root / name), loss="chunk"), **settings)
 
 
 def train(where, module, methods, rows=ROWS, **settings):
@@ -212,7 +218,7 @@ def test_a_teacher_that_lacks_most_characters_is_refused(root, tmp_path):
         train(tmp_path, make(root, teacher), [KD()], rows)
 
 
-@pytest.mark.parametrize("loss", ["text", "next_byte"])
+@pytest.mark.parametrize("loss", ["text", "next_byte", "shared_tokens"])
 @pytest.mark.parametrize("method", [KD, lambda: GKD(on_policy_fraction=1.0), OKD])
 def test_laws_over_texts_train(loss, method, root, tmp_path):
     module = make(root, ForeignTeacher(str(root / "pairs"), loss=loss))
@@ -309,7 +315,10 @@ def test_methods_that_it_cannot_serve(method, words, root, tmp_path):
 @pytest.mark.parametrize(
     ("teacher", "words"),
     [
-        (lambda at: ForeignTeacher(at["teacher"]), "the teacher has the student's tokenizer"),
+        (
+            lambda at: ForeignTeacher(at["teacher"], end_tokens=[1]),
+            "model.teacher.end_tokens has nothing to act on: the teacher has the student's",
+        ),
         (lambda at: ForeignTeacher(FrozenSelf()), "model is a FrozenSelf"),
         (lambda at: ForeignTeacher(CachedTeacher(at["pairs"], "x")), "model is a CachedTeacher"),
         (
@@ -323,6 +332,21 @@ def test_teachers_that_are_not_offered(teacher, words, root):
     at = {name: str(root / name) for name in ("teacher", "pairs")}
     with pytest.raises(ConfigError, match=re.escape(words)):
         make(root, teacher(at))
+
+
+@pytest.mark.parametrize("method", [KD, OKD, lambda: GKD(on_policy_fraction=0.5), OPDPlus])
+def test_one_tokenizer_passes_through(method, root, tmp_path, caplog):
+    """Bit by bit, with the text of the start."""
+    found = []
+    for teacher in (str(root / "teacher"), ForeignTeacher(str(root / "teacher"), loss="text")):
+        module = make(root, teacher)
+        with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+            recorder = train(tmp_path, module, [method()], val=ROWS[:4], data={"val_rollouts": 2})
+        found.append((recorder.losses, tiny.weights(module)))
+    (losses, weights), (others, same) = found
+    assert losses == others
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+    assert "the student's tokenizer, so that ids are compared one by one" in caplog.text
 
 
 def test_it_resumes_with_the_same_loss(root, tmp_path):
@@ -344,14 +368,38 @@ def test_a_third_model_is_refused(root):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_diagnose_is_refused(root, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("of", ["pairs", "teacher"])
+def test_diagnose_says_how_both_share_a_text(of, root, tmp_path, monkeypatch, capsys):
+    """With the student's own tokenizer it is the ordinary diagnosis."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "rows.csv").write_text("prompt,response\na,b\n")
+    rows = [f"{a},{b}" for a, b in zip("abcdefgh", ["abc", "cdab", "efe", "kl"] * 2, strict=True)]
+    (tmp_path / "rows.csv").write_text("prompt,response\n" + "\n".join(rows))
     words = ["--model.student", str(root / "student"), "--model.teacher", "ForeignTeacher"]
-    words += ["--model.teacher.model", str(root / "pairs"), "--data.train", "rows.csv"]
+    words += ["--model.teacher.model", str(root / of), "--data.train", "rows.csv"]
+    words += ["--data.max_response_length", "6", "--trainer.accelerator", "cpu", "--rows", "8"]
     with unchanged_process():
-        assert main(["diagnose", "--method", "KD", *words, "--trainer.accelerator", "cpu"]) == 1
-    assert "diagnose compares single tokens, and this teacher" in capsys.readouterr().err
+        assert main(["diagnose", "--method", "KD", "--batches", "3", *words]) == 0
+    found = json.loads((tmp_path / "diagnose-out" / "diagnosis.json").read_text())
+    if of == "teacher":
+        assert found["gradients"]
+        return
+    given, student = found["shared"]
+    # abc<eos> is ab c <eos>; cdab: cd ab; efe: ef e; kl: k l
+    assert (given["source"], given["tokens"], given["chunks"]) == ("given", 32, 24)
+    assert given["teacher_tokens"] == 24
+    assert given["one_to_one"] == pytest.approx(16 / 32)
+    assert (given["longest"], given["unaligned"], student["source"]) == (2, 0, "student")
+    losses = {(one["loss"], one["source"]): one for one in found["losses"]}
+    assert {loss for loss, _ in losses} == {"chunk", "text", "next_byte", "shared_tokens"}
+    assert all(one["forward_kl"] > 0 < one["reverse_kl"] for one in losses.values())
+    off = [losses[name, "given"]["forward_kl"] for name in ("chunk", "text")]
+    assert found["biases"][0]["forward_kl"] == pytest.approx(off[0] - off[1])
+    assert found["biases"][0]["log_ratio"] > 0
+    shown = capsys.readouterr().out
+    assert "How both tokenizers share a text" in shown
+    assert "text (this run)" in shown
+    recorder = train(tmp_path, foreign(root), [KD()], read_rows(rows), max_steps=1, data=ALL)
+    assert recorder.losses[0]["train/kd"] == pytest.approx(off[0], rel=1e-5)
 
 
 def test_rows_without_the_teachers_ids_are_refused(root, tmp_path):

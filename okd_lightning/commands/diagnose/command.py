@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning
+from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.text import Text
 
@@ -21,6 +22,7 @@ from okd_lightning.commands.diagnose.page import write_page
 from okd_lightning.commands.diagnose.quantisation import OPTION
 from okd_lightning.commands.diagnose.rules import CONTENDERS, advise, contenders
 from okd_lightning.commands.diagnose.terminal import show
+from okd_lightning.commands.diagnose.texts import TextDiagnosis, TextExamination, show_texts
 from okd_lightning.commands.run_folder import require_writable
 from okd_lightning.commands.unknown_options import check_names
 from okd_lightning.durable_files import write_json
@@ -87,6 +89,11 @@ def diagnose_command(arguments: Sequence[str], debug: bool = False) -> int:
     console = PrintableConsole(file=sys.stdout, highlight=False)
     configs = [word for name in own.config or () for word in ("--config", name)]
     found = examine([*configs, *options], own.rows, own.batches, console, own.full_teacher)
+    if isinstance(found, TextDiagnosis):
+        write_json(own.out / "diagnosis.json", to_record(found))
+        show_texts(console, found)
+        console.print(f"diagnosis.json is in {own.out}")
+        return 0
     advice = advise(found)
     command = _next_command(own, options, found, advice)
     record = to_record(found) | {"advice": to_record(list(advice)), "next": command}
@@ -105,7 +112,7 @@ def examine(
     batches: int,
     console: Console,
     full_teacher: str | None = None,
-) -> Diagnosis:
+) -> Diagnosis | TextDiagnosis:
     """Return the diagnosis of the pair and prompts that options of ``fit`` name.
 
     Args:
@@ -116,7 +123,7 @@ def examine(
         full_teacher: The model that a quantised teacher was made of; None for no comparison.
 
     Raises:
-        ConfigError: No teacher, a teacher in a cache or with another tokenizer, or several devices.
+        ConfigError: No teacher, a teacher in a cache, or several devices.
     """
     command, *prepared = prepare(["fit", *arguments])
     del command
@@ -124,12 +131,6 @@ def examine(
     module, data = cli.model, cli.datamodule
     if not module.has_teacher:
         raise ConfigError("diagnose compares two models: give --model.teacher a folder or hub id")
-    if module.pair.teacher.tokenizer is not None:
-        raise ConfigError(
-            "diagnose compares single tokens, and this teacher has another tokenizer: fit says at "
-            "its start how both share a text, and logs train/one_to_one_tokens, "
-            "train/unaligned_tokens, train/noncanonical_tokens and val/chunk_*"
-        )
     if cli.trainer.world_size > 1:
         raise ConfigError(
             f"diagnose runs on one device, this config asks for {cli.trainer.world_size}; give "
@@ -141,15 +142,23 @@ def examine(
     if full_teacher is not None:
         module.add_teacher_base(full_teacher, OPTION)
     data.val_rollouts = 1  # at least one, so that the validation begins with any rows
-    examination = Examination(
-        rows, batches, part, lambda text: console.print(Text(text, style="dim"))
-    )
+
+    def say(text: str) -> None:
+        console.print(Text(text, style="dim"))
+
+    examination: Examination | TextExamination = Examination(rows, batches, part, say)
+    if module.pair.teacher.tokenizer is not None:
+        say(
+            "the teacher has another tokenizer: its losses are over chunks of text; gradients, "
+            "drift and trials compare single tokens and are left out, with --batches"
+        )
+        examination = TextExamination(rows, say)
     _validate(cli.trainer, examination, module, data)
     assert examination.found is not None
     return examination.found
 
 
-def _validate(trainer: lightning.Trainer, examination: Examination, module: Any, data: Any) -> None:
+def _validate(trainer: lightning.Trainer, examination: Callback, module: Any, data: Any) -> None:
     """Run the shortest possible validation, for its start hook; it logs nothing."""
     trainer.callbacks = [examination]  # type: ignore[attr-defined]
     trainer.loggers = []

@@ -33,6 +33,7 @@ from okd_lightning.models import (
     load_model_config,
     load_tokenizer,
 )
+from okd_lightning.models.generation_settings import save_with_settings
 from okd_lightning.models.shrinking import (
     Calibration,
     DepthCandidate,
@@ -92,7 +93,7 @@ def shrink_command(arguments: list[str], debug: bool = False) -> int:
         student, record = shrinking.run(num_dropped, widths)
         record["seconds"] = round(time.perf_counter() - begin, 1)
         with replaced_model(out) as folder:
-            student.save_pretrained(folder)
+            save_with_settings(student, folder)
             tokenizer.save_pretrained(folder)
             write_json(folder / CUT_RECORD, record)
             (folder / "README.md").write_text(card(options.model, record), encoding="utf-8")
