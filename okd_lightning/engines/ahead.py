@@ -61,7 +61,9 @@ class Answer:
         return self._future.done()
 
     def wait(
-        self, progress: Progress | None = None, until: float | None = None
+        self,
+        progress: Progress | None = None,
+        until: Callable[[], float | None] = lambda: None,
     ) -> Generated | None:
         """Wait for the responses.
 
