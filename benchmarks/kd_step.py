@@ -2,9 +2,11 @@
 
 Both train the same random Llamas on the same rows, off-policy, with AdamW and gradient clipping at
 1, without gradient checkpointing. With ``--shared FOLDER`` the rows have the lengths of GSM8K's
-questions and answers, loss on the answers, and ours runs packed and padded.
+questions and answers, loss on the answers, and ours runs packed and padded. With ``--student`` and
+``--teacher``, folders of a real pair, every step has the same 4 chats of GSM8K.
 
     python benchmarks/kd_step.py [--steps 5] [--dtype float32|bfloat16] [--shared FOLDER]
+    OMP_NUM_THREADS=1 python benchmarks/kd_step.py --shared FOLDER --student S --teacher T
 """
 
 from __future__ import annotations
@@ -14,12 +16,16 @@ import tempfile
 from typing import Any
 
 import random_pair as pair
+import real_pair
 import torch
+from real_pair import RealPair
 from side_by_side import Turns, take_turns, write_results
 from torch.nn.utils.rnn import pad_sequence
 
 from okd_lightning.callbacks import KD
+from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import JensenShannon
+from okd_lightning.training.module import DistillationModule
 
 NUM_ROWS = 512
 
@@ -41,18 +47,35 @@ def token_rows(shared: str | None) -> list[dict[str, Any]]:
     ]
 
 
-def run_ours(dtype: str, shared: str | None, packing: bool = True) -> None:
+def run_ours(options: argparse.Namespace, packing: bool = True) -> None:
     """Train with DistillationModule and Trainer."""
     method = KD(divergence=JensenShannon(0.5))
-    pair.train_in_turns(method, dtype, lengths_of(shared), packing=packing)
+    real = real_pair_of(options)
+    if real is not None:
+        data = RolloutDataModule(
+            real.rows(),
+            batch_size=real_pair.BATCH,
+            max_prompt_length=512,
+            max_response_length=512,
+            val_rollouts=0,
+            as_chat=True,
+            prompt_column="question",
+            response_column="answer",
+        )
+        module = DistillationModule(
+            real.student, real.teacher, learning_rate=pair.LEARNING_RATE, packing=packing
+        )
+        pair.fit_in_turns(module, data, [method])
+    else:
+        pair.train_in_turns(method, options.dtype, lengths_of(options.shared), packing=packing)
 
 
-def run_ours_padded(dtype: str, shared: str | None) -> None:
+def run_ours_padded(options: argparse.Namespace) -> None:
     """Train with ours without packing."""
-    run_ours(dtype, shared, packing=False)
+    run_ours(options, packing=False)
 
 
-def run_trl(dtype: str, shared: str | None) -> None:
+def run_trl(options: argparse.Namespace) -> None:
     """Train with TRL's GKDTrainer on dataset responses (lmbda 0)."""
     from datasets import Dataset  # noqa: PLC0415
     from transformers import TrainerCallback  # noqa: PLC0415
@@ -79,14 +102,18 @@ def run_trl(dtype: str, shared: str | None) -> None:
             "prompt_attention_mask": seen[:, :1].long(),
         }
 
-    number_format = getattr(torch, dtype)
+    number_format, real = getattr(torch, options.dtype), real_pair_of(options)
+    models = [
+        pair.make_model(role, number_format) if real is None else real.model(role)
+        for role in ("student", "teacher")
+    ]
     with tempfile.TemporaryDirectory() as root:
         GKDTrainer(
-            model=pair.make_model("student", number_format),
-            teacher_model=pair.make_model("teacher", number_format),
+            model=models[0],
+            teacher_model=models[1],
             args=GKDConfig(
                 output_dir=root,
-                per_device_train_batch_size=pair.BATCH,
+                per_device_train_batch_size=pair.BATCH if real is None else real_pair.BATCH,
                 max_steps=pair.STEPS,
                 learning_rate=pair.LEARNING_RATE,
                 max_grad_norm=pair.CLIP_NORM,
@@ -100,13 +127,22 @@ def run_trl(dtype: str, shared: str | None) -> None:
                 logging_steps=pair.STEPS,
                 save_strategy="no",
                 disable_tqdm=True,
-                max_length=pair.LENGTH,
+                max_length=pair.LENGTH if real is None else 1024,
             ),
             data_collator=collate,
-            train_dataset=Dataset.from_list(token_rows(shared)),
-            processing_class=pair.make_tokenizer(),
+            train_dataset=Dataset.from_list(
+                token_rows(options.shared) if real is None else real.token_rows()
+            ),
+            processing_class=pair.make_tokenizer() if real is None else real.tokenizer,
             callbacks=[InTurns()],
         ).train()
+
+
+def real_pair_of(options: argparse.Namespace) -> RealPair | None:
+    """Return the real pair of the options, or None for the random one."""
+    if options.student is None:
+        return None
+    return RealPair(options.student, options.teacher, options.shared)
 
 
 CONTENDERS = {"ours": run_ours, "ours, padded": run_ours_padded, "trl": run_trl}
@@ -118,21 +154,26 @@ def main() -> None:
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--shared", help="folder that holds data/; for rows of GSM8K's lengths")
+    parser.add_argument("--student", help="folder of a real student; float32")
+    parser.add_argument("--teacher", help="folder of its teacher")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--only", nargs="*", default=list(CONTENDERS), choices=CONTENDERS)
     options = parser.parse_args()
     if options.contender:
-        CONTENDERS[options.contender](options.dtype, options.shared)
+        CONTENDERS[options.contender](options)
         return
-    more = ["--dtype", options.dtype, *(["--shared", options.shared] if options.shared else [])]
-    names = [name for name in CONTENDERS if options.shared or name != "ours, padded"]
+    given = {name: getattr(options, name) for name in ("dtype", "shared", "student", "teacher")}
+    more = [word for name, value in given.items() if value for word in (f"--{name}", value)]
+    names = [n for n in options.only if options.shared or n != "ours, padded"]
     found = take_turns(__file__, {name: [name, *more] for name in names}, options.steps)
     ratios = {
-        f"seconds_of_{name}_over_ours": round(
-            found[name]["median_seconds"] / found["ours"]["median_seconds"], 2
+        f"{measure}_of_{name}_over_ours": round(
+            found[name][f"median_{measure}"] / found["ours"][f"median_{measure}"], 2
         )
         for name in names[1:]
+        for measure in ("seconds", "cpu_seconds")
     }
-    kind = "_gsm8k" if options.shared else ""
+    kind = "_real" if options.student else "_gsm8k" if options.shared else ""
     write_results(f"kd_step_{options.dtype}{kind}", {**ratios, "contenders": found})
 
 

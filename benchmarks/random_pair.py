@@ -131,10 +131,6 @@ def train_in_turns(
         max_response_length: Longest response, in tokens.
         **settings: Settings of the DistillationModule.
     """
-    turns = Turns()
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     number_format = getattr(torch, dtype)
     module = DistillationModule(
         student or make_model("student", number_format),
@@ -152,10 +148,21 @@ def train_in_turns(
         max_response_length=max_response_length,
         val_rollouts=0,
     )
+    fit_in_turns(module, data, [method, *further])
+
+
+def fit_in_turns(
+    module: DistillationModule, data: RolloutDataModule, callbacks: Sequence[Callback]
+) -> None:
+    """Train a module, one optimizer step per turn."""
+    turns = Turns()
+    warnings.simplefilter("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as root:
-        trainer = lightning.Trainer(
+        lightning.Trainer(
             accelerator="cpu",
-            callbacks=[method, *further, InTurns(turns)],
+            callbacks=[*callbacks, InTurns(turns)],
             max_steps=STEPS,
             gradient_clip_val=CLIP_NORM,
             logger=False,
@@ -163,5 +170,4 @@ def train_in_turns(
             enable_model_summary=False,
             enable_progress_bar=False,
             default_root_dir=root,
-        )
-        trainer.fit(module, data)
+        ).fit(module, data)

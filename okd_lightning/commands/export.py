@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import torch
 import yaml
-from transformers import GenerationConfig, PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel
 
 from okd_lightning import __version__
 from okd_lightning.bounded_files import load_yaml
@@ -16,6 +18,7 @@ from okd_lightning.commands.model_folder import check_model_folder, replaced_mod
 from okd_lightning.errors import CheckpointError, ConfigError
 from okd_lightning.models import ModelSource, load_causal_lm, load_model_config, merge_adapters
 from okd_lightning.models.adapter_folders import adapter_folder
+from okd_lightning.models.generation_settings import save_with_settings
 from okd_lightning.models.sources import Source, locate
 from okd_lightning.teachers import OnlineModuleSettings
 from okd_lightning.training.arguments import peft_config_of
@@ -24,6 +27,7 @@ from okd_lightning.training.module import DistillationModule
 
 ExportPart: TypeAlias = Literal["student", "online_module"]
 AdapterForm: TypeAlias = Literal["merged", "apart"]
+StoredFormat: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 
 def export_student(
@@ -32,8 +36,11 @@ def export_student(
     out: Path,
     adapter: AdapterForm = "merged",
     overwrite: bool = False,
+    dtype: StoredFormat | None = None,
 ) -> None:
     """Write the student of a checkpoint: safetensors, tokenizer, generation config, model card.
+
+    Generation settings are those of the student's own folder, with the run's end and pad ids.
 
     Args:
         module: Built from the checkpoint's config; its weights are loaded here.
@@ -41,6 +48,7 @@ def export_student(
         out: The folder to write.
         adapter: Whether a student's adapter is merged into its base, or written as a PEFT folder.
         overwrite: Write also into a folder that holds something other than an export.
+        dtype: Number format of the written weights; by default that of training.
 
     Raises:
         CheckpointError: The checkpoint is of another model.
@@ -59,14 +67,15 @@ def export_student(
     student = module.student.eval()
     if module.pair.student_adapter is not None and adapter == "merged":
         student = _merged(module)
-    student.generation_config = GenerationConfig(
-        bos_token_id=module.tokenizer.bos_token_id,
-        eos_token_id=list(module.eos_ids),
-        pad_token_id=_pad_id(module),
-    )
-    check_finite(dict(student.named_parameters()), f"--out {str(out)!r}")
+    check_finite(_stored(student, dtype), f"--out {str(out)!r}")
     with replaced_model(out) as folder:
-        student.save_pretrained(folder)
+        save_with_settings(
+            student,
+            folder,
+            bos_token_id=module.tokenizer.bos_token_id,
+            eos_token_id=list(module.eos_ids),
+            pad_token_id=_pad_id(module),
+        )
         module.tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(model_card(checkpoint))
 
@@ -76,6 +85,7 @@ def export_online_module(
     checkpoint: Mapping[str, Any],
     out: Path,
     overwrite: bool = False,
+    dtype: StoredFormat | None = None,
 ) -> None:
     """Write the teacher's online module as a PEFT folder, with the tokenizer and base config.
 
@@ -87,6 +97,7 @@ def export_online_module(
         checkpoint: From ``read_checkpoint``.
         out: The folder to write.
         overwrite: Write also into a folder that holds something other than an export.
+        dtype: Number format of the written weights; by default that of training.
 
     Raises:
         CheckpointError: The checkpoint holds no online module, or is of another model.
@@ -118,10 +129,9 @@ def export_online_module(
     for own in configs.values():
         own.base_model_name_or_path = source.given if source.gguf_file else source.name
         own.revision = source.revision
-    check_finite(
-        {name: p for name, p in teacher.named_parameters() if p.requires_grad},
-        f"--out {str(out)!r}",
-    )
+    trained = {name for name, p in teacher.named_parameters() if p.requires_grad}
+    stored = _stored(teacher, dtype)
+    check_finite({name: stored[name] for name in trained}, f"--out {str(out)!r}")
     with replaced_model(out) as folder:
         teacher.save_pretrained(folder)
         teacher.config.save_pretrained(folder)
@@ -162,8 +172,8 @@ def model_card(checkpoint: Mapping[str, Any]) -> str:
             "",
             "## Measured",
             "",
-            "Validation at this checkpoint, in nats a token; KL and agreement are against the base "
-            "teacher at temperature 1.",
+            "Validation at this checkpoint, in nats per token; KL and agreement are against the "
+            "base teacher at temperature 1.",
             "",
             *measured,
             "",
@@ -192,6 +202,13 @@ def _check_base(module: DistillationModule) -> None:
         )
 
 
+def _stored(model: nn.Module, dtype: StoredFormat | None) -> dict[str, nn.Parameter]:
+    """Bring a model into the format that is written; return its parameters."""
+    if dtype is not None:
+        model.to(dtype=getattr(torch, dtype))
+    return dict(model.named_parameters())
+
+
 def _check_out(out: Path, module: DistillationModule, overwrite: bool) -> None:
     """Refuse a folder that is needed again: older weights in the output folder are removed."""
     teacher = module.pair.teacher
@@ -213,6 +230,7 @@ def _merged(module: DistillationModule) -> PreTrainedModel:
         config.tie_word_embeddings = False
     plain = load_causal_lm({}, config, option, dtype=module.pair.dtype)  # weights are loaded below
     plain.load_state_dict(module.student.state_dict())
+    plain.generation_config = module.student.generation_config
     return plain.eval()
 
 

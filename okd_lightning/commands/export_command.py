@@ -14,6 +14,7 @@ from okd_lightning.commands.config_trust import FLAG, add_trust_flag
 from okd_lightning.commands.export import (
     AdapterForm,
     ExportPart,
+    StoredFormat,
     export_online_module,
     export_student,
 )
@@ -40,6 +41,11 @@ def export_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument(
         "--what", type=ExportPart, default="student", help="the student, or OKD's online module"
     )
+    parser.add_argument(
+        "--dtype",
+        type=StoredFormat,
+        help="number format of the written weights; by default that of training",
+    )
     return parser
 
 
@@ -65,8 +71,10 @@ def export_command(arguments: list[str], debug: bool = False) -> int:
     model_only = yaml.safe_dump({"model": load_yaml(text)["model"]})
     cli = DistillationCLI(args=["--config", model_only], run=False)
     if options.what == "online_module":
-        export_online_module(cli.model, checkpoint, out, options.overwrite)
+        export_online_module(cli.model, checkpoint, out, options.overwrite, options.dtype)
     else:
-        export_student(cli.model, checkpoint, out, options.adapter, options.overwrite)
+        export_student(
+            cli.model, checkpoint, out, options.adapter, options.overwrite, options.dtype
+        )
     print(f"{options.what} written to {out}")
     return 0

@@ -58,7 +58,9 @@ class _GradientInForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         factor = scale / ctx.unit
-        scaled = (gradient * factor.to(gradient.dtype) for gradient in ctx.saved_tensors)
+        # the usual 1 needs no copy of a head's gradient; on a GPU, asking would wait for the device
+        is_one = factor.device.type == "cpu" and factor.item() == 1
+        scaled = (g if is_one else g * factor.to(g.dtype) for g in ctx.saved_tensors)
         found = (gradient.to(dtype) for gradient, dtype in zip(scaled, ctx.dtypes, strict=True))
         return None, None, None, *found
 

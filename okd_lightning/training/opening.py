@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import lightning
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from okd_lightning.data import RolloutDataModule
@@ -39,11 +40,20 @@ def open_run(module: DistilledRun) -> None:
             "--model.dtype float32 with --trainer.precision bf16-mixed, or a student_adapter"
         )
     trainer, terms = module.trainer, module.terms
+    if trainer.precision == "bf16-mixed" and module.device.type == "cpu" and not _has_amx():
+        rank_zero_info(
+            "bf16-mixed is slower than float32 on this processor, which has no matrix unit for "
+            "bfloat16 (AMX): leave --trainer.precision out, unless you need bfloat16's rounding"
+        )
     module.pair.teacher.open(
         Opening(
             trainer, terms, module.device, partial(_read_rows, trainer, terms), rollout_progress
         )
     )
+
+
+def _has_amx() -> bool:
+    return torch.cpu._is_amx_tile_supported()
 
 
 def _read_rows(

@@ -2,6 +2,8 @@
 
 * it loads with transformers (and PEFT) alone and gives the logits that training ended with;
 * it carries tokenizer, generation config and a card with method, data and measured numbers;
+* the student's own generation settings stay, also where transformers refuses to save them; end and
+  pad ids are the run's; ``--dtype`` is the format of the written weights;
 * its generation config lists every end id of the run, its config keeps the student's own;
 * it serves as student and as teacher of the next run.
 """
@@ -9,6 +11,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +53,32 @@ def test_a_full_student(fit: Fit, okd: Fit, base: torch.nn.Module) -> None:
     assert AutoTokenizer.from_pretrained("out")("abc").input_ids
     assert exported.generation_config.eos_token_id in (1, [1])
     assert exported.generation_config.pad_token_id is not None
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_own_generation_settings_stay_and_weights_are_written_in_a_format(
+    fit: Fit, okd: Fit, assets: Assets, lora: bool
+) -> None:
+    own = Path("own")
+    shutil.copytree(assets.student, own)
+    settings = {"temperature": 0.7, "repetition_penalty": 1.25, "eos_token_id": 1}
+    (own / "generation_config.json").write_text(json.dumps(settings))
+    models = ["--model.student", str(own), "--model.teacher", assets.teacher]
+    fit("--method", "KD", *models, *(LORA if lora else ()), models=False)
+    result = okd("export", "--ckpt_path", LAST, "--out", "out", "--dtype", "bfloat16")
+    assert result.status == 0
+    written = json.loads(Path("out/generation_config.json").read_text())
+    assert (written["temperature"], written["repetition_penalty"]) == (0.7, 1.25)
+    assert "do_sample" not in written
+    assert written["pad_token_id"] is not None
+    exported = AutoModelForCausalLM.from_pretrained("out", dtype="auto")
+    assert exported.generation_config.temperature == 0.7
+    assert {p.dtype for p in exported.parameters()} == {torch.bfloat16}
+    assert okd("export", "--ckpt_path", LAST, "--out", "full").status == 0
+    full = AutoModelForCausalLM.from_pretrained("full", dtype="auto").state_dict()
+    for name, values in exported.state_dict().items():
+        assert full[name].dtype == torch.float32
+        assert torch.equal(values, full[name].bfloat16())
 
 
 def test_the_generation_config_lists_every_end_id(fit: Fit, okd: Fit, assets: Assets) -> None:

@@ -2,7 +2,8 @@
 
 Frozen here: outputs and all gradients are torch's own within rounding, with a bias and without,
 over rows of any shape, for frozen weights and inputs without gradient; small, converted and hooked
-layers, other number formats and autocast are left alone; nothing stays behind.
+layers, other number formats and autocast are left alone; nothing stays behind. Which layers get the
+kernels depends on processor and shape alone: all on AMD with AVX-512, elsewhere generation's head.
 """
 
 from __future__ import annotations
@@ -15,11 +16,17 @@ import torch
 from torch import nn
 
 from okd_lightning.losses import cpu_linear
-from okd_lightning.losses.cpu_linear import fast_linears, has_fast_linear, matrix_product
+from okd_lightning.losses.cpu_linear import (
+    fast_linears,
+    has_fast_linear,
+    matrix_product,
+    onednn_layers,
+)
 from okd_lightning.models import hidden_at_loss, recompute_activations
 from okd_lightning.records.sequences import Sequences
 
-pytestmark = pytest.mark.skipif(not has_fast_linear(), reason="no AVX-512, or no such kernels")
+on_all_layers = pytest.mark.skipif(not has_fast_linear(), reason="MKL is faster on this processor")
+HAS_KERNELS = torch.backends.mkldnn.is_available()
 
 
 def make_stack(bias: bool) -> nn.Sequential:
@@ -40,6 +47,7 @@ def run(stack: nn.Module, rows: torch.Tensor, is_fast: bool) -> dict[str, torch.
     return found | {"output": output.detach()} | ({"rows": rows.grad} if rows.requires_grad else {})
 
 
+@on_all_layers
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(5, 128), (2, 7, 128), (1, 1, 128), (3, 0, 128)])
 @pytest.mark.parametrize("frozen", ["nothing", "weights", "rows"])
@@ -58,6 +66,7 @@ def test_outputs_and_gradients(bias, shape, frozen, monkeypatch):
         torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-4)
 
 
+@on_all_layers
 def test_what_is_left_alone():
     small, wide, half = nn.Linear(8, 8), nn.Linear(128, 256), nn.Linear(128, 256).bfloat16()
     stack = nn.ModuleList([small, wide, half])
@@ -72,6 +81,7 @@ def test_what_is_left_alone():
     assert not torch.equal(copied(torch.ones(1, 128)), wide(torch.ones(1, 128)))
 
 
+@on_all_layers
 def test_products_of_other_formats():
     rows, weight = torch.randn(3, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
     torch.testing.assert_close(matrix_product(rows, weight), rows @ weight.t(), rtol=0, atol=0)
@@ -79,6 +89,7 @@ def test_products_of_other_formats():
     torch.testing.assert_close(matrix_product(narrow, narrow), narrow @ narrow.t())
 
 
+@on_all_layers
 def test_recomputed_layers_take_the_same_kernels():
     gradients = []
     for recompute in (False, True):
@@ -90,3 +101,42 @@ def test_recomputed_layers_take_the_same_kernels():
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     for name, gradient in gradients[0].items():
         assert torch.equal(gradients[1][name], gradient)
+
+
+@pytest.mark.parametrize(
+    ("capability", "processor", "layers"),
+    [
+        ("AVX512", "AMD EPYC 9R45", "all"),
+        ("AVX512", "Intel(R) Xeon(R) Platinum", "heads"),
+        ("AVX2", "AMD EPYC", "heads"),
+        ("DEFAULT", "AMD EPYC", "none"),
+        ("SVE256", "", "none"),
+    ],
+)
+@pytest.mark.skipif(not HAS_KERNELS, reason="this torch has no oneDNN")
+def test_layers_by_processor(capability, processor, layers, monkeypatch):
+    monkeypatch.delenv("OKD_ONEDNN", raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(cpu_linear, "_processor", lambda: processor)
+    assert onednn_layers.__wrapped__() == layers
+    monkeypatch.setenv("OKD_ONEDNN", "0")
+    assert onednn_layers.__wrapped__() == "none"
+    monkeypatch.setenv("OKD_ONEDNN", "1")
+    assert onednn_layers.__wrapped__() == "all"
+
+
+@pytest.mark.skipif(not HAS_KERNELS, reason="this torch has no oneDNN")
+def test_heads_alone_and_without_gradient(monkeypatch):
+    monkeypatch.setattr(cpu_linear, "onednn_layers", lambda: "heads")
+    torch.manual_seed(0)
+    head, wide = nn.Linear(64, 1 << 16, bias=False), nn.Linear(2048, 2048)
+    rows = torch.randn(3, 64)
+    model = nn.ModuleList([head, wide])
+    with fast_linears(model), torch.no_grad():
+        assert [("forward" in vars(module)) for module in model] == [True, False]
+        one, several = head(rows[:1]), head(rows)
+    torch.testing.assert_close(several, head(rows), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one, several[:1], rtol=1e-6, atol=1e-6)
+    with fast_linears(model, learns=True):
+        assert not any("forward" in vars(module) for module in model)
+    assert not has_fast_linear()

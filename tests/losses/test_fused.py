@@ -3,9 +3,9 @@
 Frozen here: loss, sums, metrics and gradients are the eager ones for any tile and block, for
 frozen heads, biases, adapters on the head, tied weights, soft-capping and scale, vocabulary padding
 and gaps, temperature, several weighted terms over several sources, and both sides learning; the
-backward pass scales what is known; a frozen weight gets no gradient; no positions are a connected
-zero; autocast and bf16 are measured in float32; what a
-loss scaler multiplies has not been rounded to zero before; nothing is computed twice.
+backward pass scales what is known, without a copy where the scale is 1; a frozen weight gets no
+gradient; no positions are a connected zero; autocast and bf16 are measured in float32; what a loss
+scaler multiplies has not been rounded to zero before; nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -281,6 +281,20 @@ def test_the_backward_pass_scales_and_accumulates(make_pair):
     leaves = [pair.student_hidden, pair.student_head.weight]
     for leaf, gradient in zip(leaves, (once[0], once[2]), strict=True):
         torch.testing.assert_close(leaf.grad, 3 * gradient)
+
+
+def test_a_scale_of_one_copies_no_gradient(make_pair):
+    pair = make_pair()
+    total = fused([JSD], pair, pair.student, pair.teacher, 2).total
+    known = total.grad_fn.saved_tensors
+    inputs = [node.variable for node, _ in total.grad_fn.next_functions if node is not None]
+    found = torch.autograd.grad(total, inputs, retain_graph=True)
+    assert [g.data_ptr() for g in found] == [g.data_ptr() for g in known]
+    twice = torch.autograd.grad(2 * total, inputs, retain_graph=True)
+    again = torch.autograd.grad(total, inputs)
+    for one, two, last in zip(found, twice, again, strict=True):
+        assert torch.equal(two, 2 * one)
+        assert torch.equal(last, one)
 
 
 @pytest.mark.parametrize("name", ["JSD", "OKD", "cross-entropy"])

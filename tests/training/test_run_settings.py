@@ -1,8 +1,9 @@
 """What a run says of itself, and hands to loggers.
 
 Frozen here: fit prints one line with method, optimizer, rates, schedule, clipping, precision and
-device; the same values are hyper-parameters of the module and reach every logger; a subclass's own
-hyper-parameters stay, and alone are in its checkpoints.
+device, and one that bf16-mixed is slow on a CPU without AMX; the same values are hyper-parameters
+of the module and reach every logger; a subclass's own hyper-parameters stay, and alone are in its
+checkpoints.
 """
 
 from __future__ import annotations
@@ -78,6 +79,19 @@ def test_loggers_and_the_module_have_them(tmp_path, make_module):
 def line(caplog) -> str:
     (found,) = [r.message for r in caplog.records if r.message.startswith("training: ")]
     return found
+
+
+@pytest.mark.parametrize(
+    ("precision", "has_amx", "times"),
+    [("bf16-mixed", False, 1), ("bf16-mixed", True, 0), (32, 0, 0)],
+)
+def test_a_slow_precision_is_said_once(precision, has_amx, times, tmp_path, make_module, caplog):
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level("INFO"):
+        patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(has_amx))
+        fit(tmp_path, make_module(), KD(), precision=precision)
+    said = [r.getMessage() for r in caplog.records if "slower than float32" in r.getMessage()]
+    assert len(said) == times
+    assert all("leave --trainer.precision out" in message for message in said)
 
 
 def test_the_line(tmp_path, make_module, caplog):

@@ -1,0 +1,93 @@
+"""Tables of the study on a real pair, from results/study.jsonl.
+
+python benchmarks/real/tables.py > benchmarks/real/tables.md
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "study.jsonl"
+EQUAL_STEPS = 12
+MEASURES = {
+    "val/cross_entropy": "cross-entropy",
+    "val/rouge_l": "ROUGE-L",
+    "val/forward_kl": "forward KL to the base",
+    "val/reverse_kl": "reverse KL to the base",
+    "val/agreement": "agreement",
+}
+Run = dict[str, Any]
+
+
+def mean(values: list[float]) -> str:
+    """Return the mean, with its standard error where there are several values."""
+    if len(values) < 2:
+        return f"{values[0]:.3f}" if values else "-"
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):.3f} ± {error:.3f}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def equal_seconds(runs: dict[str, list[Run]]) -> str:
+    """Return the measures at the end of every run's budget."""
+    rows = []
+    for name, own in runs.items():
+        steps = [r["steps"] + r.get("tuning_steps", 0) for r in own if "steps" in r]
+        spent = [r["cpu_seconds"] + r.get("tuning_cpu_seconds", 0) for r in own if "steps" in r]
+        cost = [f"{statistics.mean(steps):.0f}", f"{statistics.mean(spent):.0f}"] if steps else []
+        measures = [mean([r["final"][m] for r in own]) for m in MEASURES]
+        rows.append([name, str(len(own)), *(cost or ["0", "0"]), *measures])
+    return table(["run", "seeds", "steps", "CPU s", *MEASURES.values()], rows)
+
+
+def equal_steps(runs: dict[str, list[Run]]) -> str:
+    """Return the measures after EQUAL_STEPS steps, and the CPU seconds that they took."""
+    names = ["val/cross_entropy", "val/forward_kl", "val/adapted_forward_kl"]
+    names += ["val/adapted_teacher_cross_entropy", "val/adapted_teacher_shift"]
+    rows = []
+    for name, own in runs.items():
+        points = [p for r in own for p in r.get("curve", ()) if p["step"] == EQUAL_STEPS]
+        if points:
+            measures = [mean([p[n] for p in points if n in p]) for n in names]
+            seconds = statistics.mean(p["cpu_seconds"] for p in points)
+            rows.append([name, f"{seconds:.0f}", *measures])
+    header = ["run", "CPU s", "cross-entropy", "forward KL to its fixed teacher"]
+    header += ["forward KL to the adapted teacher", "cross-entropy of the adapted teacher"]
+    return table([*header, "KL of base to adapted"], rows)
+
+
+def tuned(runs: dict[str, list[Run]]) -> str:
+    """Return the measures of the teachers whose module was fine-tuned first."""
+    rows = []
+    for name, own in runs.items():
+        found = [r for r in own if "tuned_teacher" in r]
+        if found:
+            measures = [mean([r["tuned_teacher"][m] for r in found]) for m in MEASURES]
+            cost = statistics.mean(r["tuning_cpu_seconds"] for r in found)
+            rows.append([name, str(found[0]["tuning_steps"]), f"{cost:.0f}", *measures])
+    return table(["run", "steps", "CPU s", *MEASURES.values()], rows)
+
+
+def main() -> None:
+    """Print all tables."""
+    runs: dict[str, list[Run]] = defaultdict(list)
+    for line in RESULTS.read_text(encoding="utf-8").splitlines():
+        run = json.loads(line)
+        runs[run["name"]].append(run)
+    print("# Tables of the study on a real pair\n\nMade by `tables.py`; nats per token.\n")
+    print("## At equal CPU seconds\n\n" + equal_seconds(runs))
+    print(f"## After {EQUAL_STEPS} steps\n\n" + equal_steps(runs))
+    print("## Teachers that were fine-tuned first\n\n" + tuned(runs), end="")
+
+
+if __name__ == "__main__":
+    main()
