@@ -25,7 +25,9 @@ NAMES = {
 }
 
 
-def write_gguf(path: Path, model, is_quantised: bool, left_out: str = "nothing") -> None:
+def write_gguf(
+    path: Path, model, is_quantised: bool, left_out: str = "nothing", split: str = "default"
+) -> None:
     """A tiny Llama as llama.cpp writes it."""
     gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -41,7 +43,7 @@ def write_gguf(path: Path, model, is_quantised: bool, left_out: str = "nothing")
     writer.add_vocab_size(len(model.lm_head.weight))
     tokens = ["<pad>", "<eos>", "<bos>", *tiny.LETTERS, "ab", "[PAD20]", "[PAD21]"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre(split)
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3] + [1] * 17 + [5, 5])
     writer.add_token_merges(["a b"])

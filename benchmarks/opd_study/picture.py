@@ -36,7 +36,7 @@ def draw(
         axes.set_xlabel("optimizer steps of 16 rollouts, rate 1e-3")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
-    panels[0].set_ylabel("reverse KL on own stories (nats a token)")
+    panels[0].set_ylabel("reverse KL on own stories (nats per token)")
     figure.savefig(path, dpi=130)
 
 

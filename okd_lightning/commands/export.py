@@ -181,8 +181,8 @@ def model_card(checkpoint: Mapping[str, Any]) -> str:
             "",
             "## Measured",
             "",
-            "Validation at this checkpoint, in nats a token; KL and agreement are against the base "
-            "teacher at temperature 1.",
+            "Validation at this checkpoint, in nats per token; KL and agreement are against the "
+            "base teacher at temperature 1.",
             "",
             *measured,
             "",

@@ -125,7 +125,7 @@ class EngineGaps:
             since = f", which has moved by {moved:.3g} since the first one" if moved else ""
             raise ServerError(
                 f"{where} was given the student's weights and yet differs from the student by "
-                f"{gap:.3g} nats a token on a probe (at most {allowed:.3g} allowed{since}): it "
+                f"{gap:.3g} nats per token on a probe (at most {allowed:.3g} allowed{since}): it "
                 "runs another architecture, a quantised one, or has not loaded all of them (vLLM "
                 "on CPU keeps the old head of a model with tied embeddings); check its model and "
                 "dtype, or raise --model.engine.tolerance where only number formats differ"
@@ -147,7 +147,7 @@ class EngineGaps:
             self._has_warned = True
             rank_zero_warn(
                 f"{where}: log-probabilities of its responses differ from the student's by "
-                f"{gap:.3g} nats a token, and by {self._first_rescored:.3g} at first "
+                f"{gap:.3g} nats per token, and by {self._first_rescored:.3g} at first "
                 "(rollout/engine_gap): a part of the weights may not arrive; compare with the "
                 "built-in engine (leave --model.engine out), or restart the server"
             )

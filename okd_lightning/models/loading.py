@@ -38,7 +38,7 @@ from okd_lightning.models.deferred import (
     deferred_weights,
     is_deferred,
 )
-from okd_lightning.models.gguf_files import as_unpacked, unpacking
+from okd_lightning.models.gguf_files import as_unpacked, restore_split, unpacking
 from okd_lightning.models.multimodal import auto_class
 from okd_lightning.models.sources import (
     ModelArgument,
@@ -145,9 +145,13 @@ def load_tokenizer(source: str, option: str) -> PreTrainedTokenizerBase:
         with naming_base(adapter):
             return load_tokenizer(adapter.base, option)
     try:
-        return AutoTokenizer.from_pretrained(found.name, **found.arguments)
+        tokenizer = AutoTokenizer.from_pretrained(found.name, **found.arguments)
     except _UNREADABLE as error:
         raise unreachable(found, option, "tokenizer", error) from error
+    path = found.file(found.gguf_file) if found.gguf_file is not None else None
+    if path is not None:
+        restore_split(tokenizer, path, option)
+    return tokenizer
 
 
 def load_causal_lm(

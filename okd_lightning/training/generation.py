@@ -60,7 +60,8 @@ def respond(module: DistilledRun, request: Request) -> Rollout:
     Where the data has tools, prompts that are chats may call them.
     """
     who, teacher = request.generator, module.pair.teacher
-    if module.pair.settle is not None:  # a server that generates ahead has one set of weights
+    # a server that generates ahead of training has one set of weights
+    if who == "student" and module.pair.settle is not None:
         module.pair.settle()
     with writing(module.pair, who) as (parts,):
         if len(parts) == 1:

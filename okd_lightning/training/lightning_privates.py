@@ -17,6 +17,8 @@ from typing import Any
 
 import lightning
 from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from okd_lightning.errors import ConfigError
@@ -29,6 +31,44 @@ def will_validate(trainer: lightning.Trainer) -> bool:
     loop = trainer.fit_loop
     assert loop._data_fetcher is not None
     return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+
+
+class _HeldFitLoop(_FitLoop):
+    """The fit loop of a run that a validation is due in; see ``hold_open``."""
+
+    @property
+    def done(self) -> bool:
+        return False
+
+
+class _HeldEpochLoop(_TrainingEpochLoop):
+    """The epoch of a run that a validation is due in; see ``hold_open``."""
+
+    @property
+    def done(self) -> bool:
+        return False
+
+    def _should_check_val_fx(self, data_fetcher: Any) -> bool:
+        return True
+
+
+def hold_open(trainer: lightning.Trainer) -> None:
+    """Keep a resumed run from ending before the validation that its checkpoint left due.
+
+    Lightning looks at the limits of steps and time first: a run that was stopped in the validation
+    after its last step would be finished without it. Both loops look their conditions up in their
+    class, so that the class is what changes; ``release`` restores it.
+    """
+    trainer.fit_loop.__class__ = _HeldFitLoop
+    trainer.fit_loop.epoch_loop.__class__ = _HeldEpochLoop
+
+
+def release(trainer: lightning.Trainer) -> None:
+    """Let a run that ``hold_open`` keeps open end at its limits."""
+    loop: _FitLoop = trainer.fit_loop
+    if type(loop) is _HeldFitLoop:
+        loop.__class__ = _FitLoop  # type: ignore[assignment]
+        loop.epoch_loop.__class__ = _TrainingEpochLoop
 
 
 def add_hparams(module: lightning.LightningModule, added: dict[str, Any]) -> None:
@@ -96,7 +136,12 @@ def begin_step(trainer: lightning.Trainer) -> None:
             f"step of {accumulate} micro-batches; give a number of optimizer steps"
         )
     if isinstance(trainer.val_check_batch, int):
-        trainer.val_check_batch = -(-trainer.val_check_batch // accumulate) * accumulate
+        whole = -(-trainer.val_check_batch // accumulate) * accumulate
+        is_in_epochs = trainer.check_val_every_n_epoch is not None
+        # the last step of an epoch can be short (limit_train_batches, fast_dev_run)
+        trainer.val_check_batch = (
+            min(whole, int(trainer.num_training_batches)) if is_in_epochs else whole
+        )
 
 
 def forget_last_step(trainer: lightning.Trainer) -> None:

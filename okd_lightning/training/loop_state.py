@@ -58,12 +58,28 @@ def validation_is_due(checkpoint: Mapping[str, Any]) -> bool:
     return bool(checkpoint.get(STOPPED, {}).get("validation_is_due"))
 
 
+def has_validation_data(trainer: lightning.Trainer) -> bool:
+    """Return whether a fit has data to measure on; true for a foreign data module."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    return not isinstance(data, RolloutDataModule) or data.sources["val"] is not None
+
+
+def has_validation(trainer: lightning.Trainer) -> bool:
+    """Return whether a fit validates at all, at any interval."""
+    return trainer.enable_validation and has_validation_data(trainer)
+
+
 def validation_follows(trainer: lightning.Trainer) -> bool:
     """Return whether the validation after this batch is still to come: a resume would skip it."""
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    if isinstance(data, RolloutDataModule) and data.sources["val"] is None:
-        return False
-    return will_validate(trainer)
+    return has_validation_data(trainer) and will_validate(trainer)
+
+
+def is_last_step(trainer: lightning.Trainer) -> bool:
+    """Return whether training ends after this batch: by steps, epochs, or a request to stop."""
+    epochs = trainer.max_epochs
+    is_last_epoch = epochs is not None and trainer.current_epoch + 1 >= epochs >= 0
+    is_at_limit = 0 <= trainer.max_steps <= trainer.global_step
+    return is_at_limit or trainer.should_stop or (trainer.is_last_batch and is_last_epoch)
 
 
 def mark_due_validation(trainer: lightning.Trainer, checkpoint: dict[str, Any]) -> None:

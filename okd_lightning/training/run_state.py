@@ -33,12 +33,13 @@ from okd_lightning.training.arguments import (
 from okd_lightning.training.distilled_run import DistilledRun
 from okd_lightning.training.earlier_options import present_mark
 from okd_lightning.training.kept_checkpoints import settle_kept
-from okd_lightning.training.lightning_privates import trainer_of, unlogged_row
+from okd_lightning.training.lightning_privates import hold_open, trainer_of, unlogged_row
 from okd_lightning.training.loaded_ends import loaded_ends
 from okd_lightning.training.loop_state import (
     mark_due_validation,
     record_hparams,
     settle_loops,
+    validation_is_due,
 )
 
 REFUSED_ARGUMENTS = (
@@ -187,6 +188,8 @@ class RunState:
             self._measured_before = dict(own["metrics"])
             self.rng = rng_state_of(own["rng"], run.global_rank, run.world_size)
             settle_loops(checkpoint, run.accumulate_grad_batches)
+            if validation_is_due(checkpoint):
+                hold_open(run)
         check_weights(checkpoint["state_dict"], weights_to_save(whole, whole.state_dict()))
         if (trainer := trainer_of(whole)) is not None:
             settle_kept(trainer, checkpoint)

@@ -3,6 +3,7 @@
 * tokenizer, chat template and generation config come along; the record and the card say what was
   cut and what it cost;
 * rows are read as fit reads them, chats included; without data the model's own samples are taken;
+* a .gguf file with all its layers becomes a folder of the same weights, without measuring;
 * a mistake is one line; a folder with files, or of the teacher, is left as it is; a failure leaves
   no half folder;
 * distillation from the cut start ends closer to the teacher than from random weights.
@@ -16,10 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from cli_workbench import Assets, Result, make_rows, save_model, write_jsonl
+from quantised_models import write_gguf
 from safetensors import SafetensorError
 from tiny import make_trainer
+from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -115,6 +119,20 @@ def test_named_layers_on_chats_and_on_samples(okd: Okd, teacher: str, here: Path
     assert "texts are sampled from the model" in result.out
     same = AutoModelForCausalLM.from_pretrained("sampled").state_dict()
     assert all(torch.equal(own[name], same[name]) for name in own)
+
+
+def test_a_gguf_file_is_converted_as_it_is(okd: Okd, here: Path) -> None:
+    model = tiny.make_llama(1)
+    write_gguf(here / "model.gguf", model, is_quantised=False, split="smollm")
+    result = okd("shrink", "--model", "model.gguf", "--layers", "2", "--out", "plain")
+    assert result.status == 0, result.err
+    assert "the whole model, nothing cut, written to" in result.out
+    assert not Path("plain/shrink.json").exists()
+    plain = AutoModelForCausalLM.from_pretrained("plain")
+    for name, weight in plain.state_dict().items():
+        torch.testing.assert_close(weight, model.state_dict()[name], rtol=0, atol=0)
+    tokenizer = AutoTokenizer.from_pretrained("plain")
+    assert isinstance(tokenizer.backend_tokenizer.pre_tokenizer, pre_tokenizers.Sequence)
 
 
 def test_prompts_alone_and_a_number_format(okd: Okd, teacher: str, here: Path) -> None:

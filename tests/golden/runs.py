@@ -45,7 +45,7 @@ class Golden:
     """What a run did.
 
     Attributes:
-        losses: ``train/loss`` of every optimizer step, in nats a token.
+        losses: ``train/loss`` of every optimizer step, in nats per token.
         digest: SHA-256 of all trained weights, by name.
     """
 

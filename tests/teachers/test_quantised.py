@@ -114,7 +114,7 @@ def test_diagnose_says_what_it_costs(kind, quantised, tmp_path, monkeypatch):
         assert main([*words, compared, "--out", name]) == 0
         checks = json.loads((tmp_path / name / "diagnosis.json").read_text())["checks"]
         (check,) = [check for check in checks if check["name"] == "quantised teacher"]
-        assert check["text"].startswith("KL(--full_teacher‖teacher) in nats a token: ")
+        assert check["text"].startswith("KL(--full_teacher‖teacher) in nats per token: ")
         costs.append(float(check["text"].split("token: ")[1].split("±")[0]))
     assert costs[0] == 0.0
     assert 0.0 < costs[1] < 0.5

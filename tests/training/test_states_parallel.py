@@ -2,7 +2,8 @@
 
 Frozen here: with projectors, accumulation, an idle stage and a short last step, both ranks' weights
 (projectors included) are those of one process; a killed sharded run resumes with the weights of a
-whole one, its projectors from a folder of shards; the balancing loss is the single process's.
+whole one, its projectors from a folder of shards; the balancing loss is the single process's. A run
+within its first epoch that is killed in the validation after its last step resumes with it alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from parallel_runs import Killer, run, spawn
+from lightning.pytorch.callbacks import Callback
+from parallel_runs import Killed, Killer, run, spawn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from okd_lightning.callbacks import (
@@ -67,6 +69,25 @@ def killed_and_whole(root: Path) -> list[dict]:
     return found
 
 
+class KilledInValidation(Callback):
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, loader=0):
+        if trainer.state.fn == "fit":
+            raise Killed
+
+
+def short_runs(root: Path, strategy: str) -> list[dict]:
+    """Two steps of an epoch of three: whole; and killed in the validation, then resumed."""
+    found = []
+    for name, more in (("all", ()), ("part", (KilledInValidation(),)), ("part", ())):
+        folder = root / f"{name} {strategy}"
+        last = folder / "checkpoints" / "last.ckpt"
+        own = {**settings_of(root, "states"), "settings": {"max_steps": 2}}
+        own["settings"]["default_root_dir"] = folder
+        own |= {"callbacks": [LastCheckpoint(), *more], "accumulate": 2}
+        found.append(run(root, strategy, **own, ckpt_path=str(last) if last.exists() else None))
+    return found
+
+
 def both_ranks(rank: int, root: Path) -> None:
     results = {
         (name, strategy): run(root, strategy, **settings_of(root, name))
@@ -74,6 +95,7 @@ def both_ranks(rank: int, root: Path) -> None:
         for strategy in ("ddp", "fsdp2")
     }
     results["resume"] = killed_and_whole(root)
+    results["short"] = {strategy: short_runs(root, strategy) for strategy in ("ddp", "fsdp2")}
     torch.save(results, root / f"rank{rank}.pt")
 
 
@@ -126,4 +148,16 @@ def test_two_ranks_do_what_one_does(name, strategy, folder, ranks):
 def test_a_killed_sharded_run_resumes(ranks):
     for rank in ranks:
         whole, _, resumed = rank["resume"]
+        assert tiny.distance(resumed["weights"], whole["weights"]) == 0
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_short_run_killed_in_its_validation_resumes_with_it(strategy, ranks):
+    for rank in ranks:
+        whole, killed, resumed = rank["short"][strategy]
+        assert [found["steps"] for found in rank["short"][strategy]] == [2, 2, 2]
+        assert whole["measures"]
+        assert not killed["measures"]
+        assert resumed["measures"] == whole["measures"]
+        assert not resumed["losses"]
         assert tiny.distance(resumed["weights"], whole["weights"]) == 0

@@ -162,7 +162,7 @@ class OKD(DistillationCallback):
             rank_zero_warn(
                 "OKD: a student that minimises reverse KL and a teacher that moves towards it can "
                 "drive each other into a few tokens: in docs/okd.md's ablation (alpha 0.5) forward "
-                "KL to the base was 3.71 nats a token with the online module and 0.71 without, "
+                "KL to the base was 3.71 nats per token with the online module and 0.71 without, "
                 "exact match 0 and 0.17; take the default divergence, ForwardKL, or lower alpha, "
                 "and watch val/forward_kl"
             )

@@ -16,7 +16,7 @@ from okd_lightning.checkpoints.files import read_checkpoint
 from okd_lightning.checkpoints.folder_lock import folder_lock, is_held_here
 from okd_lightning.durable_files import require_writable, sync_file
 from okd_lightning.errors import CheckpointError, ConfigError, OutputError
-from okd_lightning.training.loop_state import validation_follows
+from okd_lightning.training.loop_state import is_last_step, validation_follows
 
 _RECORDS = ("*.csv", "*.jsonl")
 
@@ -120,13 +120,17 @@ class LastCheckpoint(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Save at the interval, and after the last batch of an epoch.
+        """Save at the interval, and after the last batch of an epoch, where no validation follows.
+
+        A validation saves at its end. The one after the run's last step follows a checkpoint as
+        well: a run that is stopped in it resumes with that validation alone.
 
         Not in ``on_train_epoch_end``: if the last validation was in the middle of the epoch,
         Lightning counts the epoch of such a checkpoint twice, and a resumed run ends too early.
         """
         is_due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
-        if (is_due or trainer.is_last_batch) and not validation_follows(trainer):
+        is_due = is_due or trainer.is_last_batch
+        if is_last_step(trainer) if validation_follows(trainer) else is_due:
             self._save(trainer)
 
     def on_validation_end(

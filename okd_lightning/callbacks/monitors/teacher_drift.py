@@ -32,7 +32,7 @@ class TeacherDrift(Callback):
 
     def __init__(self, margin: float = 0.2, action: DriftAction = "warn") -> None:
         if not margin > 0:
-            raise ConfigError(f"margin must be above 0 nats a token, got {margin}")
+            raise ConfigError(f"margin must be above 0 nats per token, got {margin}")
         self.margin = margin
         self.action = action
         self.is_frozen = False
@@ -73,7 +73,7 @@ class TeacherDrift(Callback):
         }[self.action]
         rank_zero_warn(
             f"the teacher drifts: at step {trainer.global_step} its cross-entropy on validation is "
-            f"{drift:.3f} nats a token above its base's (margin {self.margin}); {consequence}"
+            f"{drift:.3f} nats per token above its base's (margin {self.margin}); {consequence}"
         )
         self.is_frozen = self.action == "freeze"
         trainer.should_stop = trainer.should_stop or self.action == "stop"

@@ -21,6 +21,7 @@ from okd_lightning.commands.diagnose.findings import Advice, Diagnosis, to_recor
 from okd_lightning.commands.diagnose.page import write_page
 from okd_lightning.commands.diagnose.quantisation import OPTION
 from okd_lightning.commands.diagnose.rules import CONTENDERS, advise, contenders
+from okd_lightning.commands.diagnose.stages import SKIPPABLE, skipped_stages
 from okd_lightning.commands.diagnose.terminal import show
 from okd_lightning.commands.diagnose.texts import TextDiagnosis, TextExamination, show_texts
 from okd_lightning.commands.run_folder import require_writable
@@ -55,6 +56,12 @@ def diagnose_parser() -> argparse.ArgumentParser:
         "default: %(default)s",
     )
     parser.add_argument(
+        "--skip",
+        metavar="STAGE,...",
+        help="stages to leave out: "
+        + "; ".join(f"{name} ({found})" for name, found in SKIPPABLE.items()),
+    )
+    parser.add_argument(
         OPTION,
         metavar="FOLDER|HUB_ID",
         help="the model that a quantised --model.teacher was made of: reports what the "
@@ -84,11 +91,13 @@ def diagnose_command(arguments: Sequence[str], debug: bool = False) -> int:
             f"--rows {own.rows} --batches {own.batches}: expected at least 2 rows, and 3 batches "
             "for a standard error"
         )
+    skipped = skipped_stages(own.skip)
     own.out = output_folder(own.out, "--out")
     require_writable(own.out, "--out")
     console = PrintableConsole(file=sys.stdout, highlight=False)
     configs = [word for name in own.config or () for word in ("--config", name)]
-    found = examine([*configs, *options], own.rows, own.batches, console, own.full_teacher)
+    words = [*configs, *options]
+    found = examine(words, own.rows, own.batches, console, own.full_teacher, skipped)
     if isinstance(found, TextDiagnosis):
         write_json(own.out / "diagnosis.json", to_record(found))
         show_texts(console, found)
@@ -112,6 +121,7 @@ def examine(
     batches: int,
     console: Console,
     full_teacher: str | None = None,
+    skipped: frozenset[str] = frozenset(),
 ) -> Diagnosis | TextDiagnosis:
     """Return the diagnosis of the pair and prompts that options of ``fit`` name.
 
@@ -121,6 +131,7 @@ def examine(
         batches: Batches of the gradients.
         console: For progress messages.
         full_teacher: The model that a quantised teacher was made of; None for no comparison.
+        skipped: Stages to leave out.
 
     Raises:
         ConfigError: No teacher, a teacher in a cache, or several devices.
@@ -146,7 +157,7 @@ def examine(
     def say(text: str) -> None:
         console.print(Text(text, style="dim"))
 
-    examination: Examination | TextExamination = Examination(rows, batches, part, say)
+    examination: Examination | TextExamination = Examination(rows, batches, part, say, skipped)
     if module.pair.teacher.tokenizer is not None:
         say(
             "the teacher has another tokenizer: its losses are over chunks of text; gradients, "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import lightning
 import torch
@@ -12,7 +14,8 @@ from lightning.pytorch.callbacks import Callback
 
 from okd_lightning.callbacks import GKD, KD, OPDPlus
 from okd_lightning.commands.diagnose.ends import end_check
-from okd_lightning.commands.diagnose.findings import Cost, Diagnosis, Rows
+from okd_lightning.commands.diagnose.expected_time import MOST_STEPS, Plan, expected_seconds
+from okd_lightning.commands.diagnose.findings import Cost, Diagnosis, Drift, Rows, Trial
 from okd_lightning.commands.diagnose.gradients import GradientProbe
 from okd_lightning.commands.diagnose.positions import measure_tokens, summarise
 from okd_lightning.commands.diagnose.quantisation import quantisation_check
@@ -21,6 +24,17 @@ from okd_lightning.commands.diagnose.responses import (
     Responses,
     chosen,
     given_responses,
+)
+from okd_lightning.commands.diagnose.stages import (
+    DIVERGENCES,
+    GRADIENTS,
+    RESPONSES,
+    ROLLOUTS,
+    STEPS,
+    TRIALS,
+    Stages,
+    expectation,
+    followed,
 )
 from okd_lightning.commands.diagnose.steps import StepProbe
 from okd_lightning.commands.diagnose.text_checks import text_checks, writing_checks
@@ -31,8 +45,6 @@ from okd_lightning.records.batches import DistillBatch, Example
 from okd_lightning.teachers import Teacher
 from okd_lightning.training.module import DistillationModule
 
-_MOST_STEPS = 4  # of the drift
-
 
 class Examination(Callback):
     """Callback that measures both models when ``trainer.validate`` begins, on their devices.
@@ -42,15 +54,23 @@ class Examination(Callback):
         batches: Optimizer steps of rollouts, and batches of the gradients, at least 2.
         part: Part of the data that is read as "val": "train" where the run has no validation data.
         say: Called with progress messages.
+        skipped: Stages to leave out.
 
     Attributes:
         found: The diagnosis; None before.
     """
 
-    def __init__(self, rows: int, batches: int, part: str, say: Callable[[str], None]) -> None:
-        self.rows, self.batches, self.part = rows, batches, part
+    def __init__(
+        self,
+        rows: int,
+        batches: int,
+        part: str,
+        say: Callable[[str], None],
+        skipped: frozenset[str] = frozenset(),
+    ) -> None:
+        self.rows, self.batches, self.part, self.skipped = rows, batches, part, skipped
         self.found: Diagnosis | None = None
-        self._say = say
+        self._stages = Stages(say)
 
     def on_validation_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -68,61 +88,144 @@ class Examination(Callback):
         checks = text_checks(module, data, "val", data.examples("val"), examples)
         generator = ResponseGenerator(module, data.sampling, data.max_response_length, data.seed)
         given = given_responses(examples, module.eos_ids)
-        self._say(f"both models answer {len(examples)} prompts")
-        own, teachers = (
-            generator.generate("student", examples),
-            generator.generate("teacher", examples),
-        )
+        steps = StepProbe(module, trainer.gradient_clip_val)
+        per_step = data.global_batch_size or data.batch_size * trainer.accumulate_grad_batches
+        plan = Plan(self.batches, per_step, data.batch_size, self.skipped)
+        seconds = expected_seconds(plan, steps, generator, examples, given)
+        self._stages.say(expectation(seconds))
+        own, teachers = self._responses(generator, examples)
         checks += writing_checks(own, teachers, data.max_response_length)
         checks.append(end_check(module, (given, own, teachers), data.batch_size))
-        self._say("divergences on given, own and the teacher's responses")
-        rows = tuple(
-            self._measured(module, responses, data.batch_size)
-            for responses in (given, own, teachers)
-            if responses.num_tokens
-        )
+        kinds = (given, own, teachers)
+        rows = self._divergences(module, kinds, data.batch_size)
         if module.pair.teacher_base is not None:
             forward = rows[0].measures["forward_kl"] if rows[0].source == "given" else None
-            kinds = (given, own, teachers)
             checks.append(quantisation_check(module, kinds, forward, data.batch_size))
-        per_step = data.global_batch_size or data.batch_size * trainer.accumulate_grad_batches
-        self._say(f"rollouts of {self.batches} optimizer steps; gradients, sampled and exact")
-        probe, steps = GradientProbe(module), StepProbe(module, trainer.gradient_clip_val)
-        written: list[Responses] = []
-        on_given, on_own = [], []
-        for number, group in enumerate(_groups(learnt, self.batches, per_step, data.seed)):
-            written.append(generator.generate("student", group, sample=1 + number))
-            on_own.append(list(written[-1].batches(data.batch_size, module.device)))
-            answers = given_responses(group, module.eos_ids)
-            on_given.append(list(answers.batches(data.batch_size, module.device)))
-            probe.add(_middle(on_own[-1]))
-        self._say(f"{self.batches} steps of each of several methods, taken back again")
-        has_answers = all(on_given)
+        probe = GradientProbe(module, data.seed)
+        rollouts = self._rollouts(generator, _groups(learnt, plan, data.seed), plan, probe)
+        drift, cost = self._steps(steps, rollouts, plan, data.samples_per_prompt, own)
         return Diagnosis(
             student=_described(module.pair.student_source, module.student),
             teacher=_described(_name_of(module.pair.teacher), module.teacher),
             checks=tuple(checks),
             rows=rows,
             gradients=probe.finding(),
-            drift=tuple(steps.drift(_middle(on_own[0]), on_own[1 : 1 + _MOST_STEPS])),
-            trials=run_trials(steps, on_given if has_answers else (), on_own, (given, own)),
-            cost=Cost(
-                seconds=_seconds(steps, on_given[0] if has_answers else (), on_own[0], written),
-                rows=per_step,
-                prompts=per_step // data.samples_per_prompt,
-                tokens_per_second=sum(responses.num_tokens for responses in written)
-                / max(sum(responses.seconds for responses in written), 1e-9),
-                memory=steps.memory(),
-                device=_device_name(module.device),
-            ),
+            drift=drift,
+            trials=self._trials(steps, rollouts, (given, own)),
+            cost=cost,
             part=self.part,
             learning_rate=module.learning_rate,
             schedule=module.optimization.given.schedule,
             seed=data.seed,
+            stage_seconds=dict(self._stages.seconds),
+            skipped=tuple(sorted(self.skipped)),
         )
 
-    def _measured(self, module: DistillationModule, responses: Responses, size: int) -> Rows:
-        return summarise(responses, measure_tokens(module, responses.batches(size, module.device)))
+    def _responses(
+        self, generator: ResponseGenerator, examples: Sequence[Example]
+    ) -> tuple[Responses, Responses]:
+        what = f"both models answer {len(examples)} prompts"
+        with self._stages.run(RESPONSES, what) as progress:
+            return (
+                generator.generate("student", examples, progress=partial(progress, of=(0, 2))),
+                generator.generate("teacher", examples, progress=partial(progress, of=(1, 2))),
+            )
+
+    def _divergences(
+        self, module: DistillationModule, kinds: Sequence[Responses], size: int
+    ) -> tuple[Rows, ...]:
+        measured = [responses for responses in kinds if responses.num_tokens]
+        what = "on dataset responses, the student's and the teacher's"
+        with self._stages.run(DIVERGENCES, what) as progress:
+            return tuple(
+                summarise(
+                    responses,
+                    measure_tokens(
+                        module,
+                        followed(
+                            responses.batches(size, module.device),
+                            -(-len(responses.rows) // size),
+                            partial(progress, of=(number, len(measured))),
+                        ),
+                    ),
+                )
+                for number, responses in enumerate(measured)
+            )
+
+    def _rollouts(
+        self,
+        generator: ResponseGenerator,
+        groups: Iterator[list[Example]],
+        plan: Plan,
+        probe: GradientProbe,
+    ) -> Rollouts:
+        """Generate the rollouts of all steps; take their gradients, unless that is left out."""
+        module, found = generator.module, Rollouts([], [], [])
+        if not plan.num_rollouts:
+            return found
+        what = f"{plan.num_rollouts} optimizer steps of {plan.per_step} rows"
+        with self._stages.run(ROLLOUTS, what) as progress:
+            for number, group in enumerate(groups):
+                own = generator.generate("student", group, sample=1 + number)
+                found.written.append(own)
+                found.on_own.append(list(own.batches(plan.size, module.device)))
+                answers = given_responses(group, module.eos_ids)
+                found.on_given.append(list(answers.batches(plan.size, module.device)))
+                progress(number + 1, plan.num_rollouts)
+        if GRADIENTS not in self.skipped:
+            what = f"sampled and exact ones of {probe.part.name}, {len(found.on_own)} batches"
+            with self._stages.run(GRADIENTS, what) as progress:
+                for number, batches in enumerate(found.on_own):
+                    probe.add(_middle(batches))
+                    progress(number + 1, len(found.on_own))
+        return found
+
+    def _steps(
+        self, steps: StepProbe, found: Rollouts, plan: Plan, samples: int, own: Responses
+    ) -> tuple[tuple[Drift, ...], Cost]:
+        """Return the drift of a few steps, and what a step costs."""
+        written = found.written or [own]
+        speed = sum(responses.num_tokens for responses in written) / max(
+            sum(responses.seconds for responses in written), 1e-9
+        )
+        device = _device_name(steps.module.device)
+        prompts = plan.per_step // samples
+        if STEPS in self.skipped:
+            return (), Cost({}, plan.per_step, prompts, speed, {}, device)
+        with self._stages.run(STEPS, "drift of earlier rollouts; seconds of each kind of step"):
+            on_own = found.on_own
+            drift = tuple(steps.drift(_middle(on_own[0]), on_own[1 : 1 + MOST_STEPS]))
+            on_given = found.on_given[0] if all(found.on_given) else ()
+            seconds = _seconds(steps, on_given, on_own[0], found.written)
+            return drift, Cost(seconds, plan.per_step, prompts, speed, steps.memory(), device)
+
+    def _trials(
+        self, steps: StepProbe, found: Rollouts, held_out: Sequence[Responses]
+    ) -> tuple[Trial, ...]:
+        if TRIALS in self.skipped:
+            return ()
+        what = (
+            f"{len(found.on_own)} steps of each of several methods; then the weights are restored"
+        )
+        with self._stages.run(TRIALS, what) as progress:
+            on_given = found.on_given if all(found.on_given) else ()
+            return run_trials(steps, on_given, found.on_own, held_out, progress)
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """The rows of all steps.
+
+    Attributes:
+        written: The student's responses of each step.
+        on_own: Their micro-batches.
+        on_given: Micro-batches of the dataset responses to the same prompts; empty lists where
+            there are none.
+    """
+
+    written: list[Responses]
+    on_own: list[list[DistillBatch]]
+    on_given: list[list[DistillBatch]]
 
 
 def _seconds(
@@ -154,10 +257,11 @@ def _split(data: RolloutDataModule, num: int) -> tuple[list[Example], list[Examp
     return held_out, [example for example in everything if example.index not in taken]
 
 
-def _groups(examples: Sequence[Example], num: int, size: int, seed: int) -> Iterator[list[Example]]:
-    """Yield the prompts of ``num`` steps; where there are too few, from the start again."""
-    picked = itertools.cycle(chosen(examples, num * size, seed + 1))
-    for _ in range(num):
+def _groups(examples: Sequence[Example], plan: Plan, seed: int) -> Iterator[list[Example]]:
+    """Yield the prompts of every step; where there are too few, from the start again."""
+    size = plan.per_step
+    picked = itertools.cycle(chosen(examples, plan.num_rollouts * size, seed + 1))
+    for _ in range(plan.num_rollouts):
         yield list(itertools.islice(picked, size))
 
 

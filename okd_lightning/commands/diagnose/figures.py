@@ -35,15 +35,16 @@ _SETTINGS: Any = {
 
 
 def figures(found: Diagnosis) -> dict[str, str]:
-    """Return name → SVG element: places, shares, top_k, bias and noise."""
+    """Return name → SVG element: places, shares, top_k; bias and noise if measured."""
     with matplotlib.rc_context(_SETTINGS):
         drawn = {
             "places": _places(found.rows),
             "shares": _shares(found.rows),
             "top_k": _top_k(found.rows),
-            "bias": _bias(found.gradients.estimators),
-            "noise": _noise(found.gradients.estimators),
         }
+        if found.gradients.estimators:
+            drawn["bias"] = _bias(found.gradients.estimators)
+            drawn["noise"] = _noise(found.gradients.estimators)
         return {name: _svg(figure, name) for name, figure in drawn.items()}
 
 
@@ -70,8 +71,8 @@ def _places(rows: Sequence[Rows]) -> Figure:
         axes.plot(places, values, label=AUTHORS[own.source], markersize=4, **style)  # type: ignore[arg-type]
     _log_axis(axes, [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024], rows)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("place in the response (tokens)")
-    axes.set_ylabel("reverse KL (nats a token)")
+    axes.set_xlabel("position in the response (tokens)")
+    axes.set_ylabel("reverse KL (nats per token)")
     axes.legend(title="responses", fontsize=9, title_fontsize=9)
     return figure
 
@@ -92,7 +93,7 @@ def _shares(rows: Sequence[Rows]) -> Figure:
         fontsize=8,
     )
     axes.grid(axis="x", visible=False)
-    axes.set_xlabel("place in the response (tokens)")
+    axes.set_xlabel("position in the response (tokens)")
     axes.set_ylabel("share of all reverse KL (%)")
     axes.legend(fontsize=9)
     return figure

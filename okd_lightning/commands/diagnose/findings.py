@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from okd_lightning.metrics import GradientFidelity
@@ -124,6 +124,9 @@ class GradientFinding:
         rows: Responses per batch.
         parameters: Number of student parameters whose gradients were taken.
         of_parameters: Number of trained student parameters.
+        part: Their place in the student, such as "block 10 of 10".
+        sketch: Numbers to which each gradient was reduced by a random sketch; None where all of it
+            was kept.
     """
 
     estimators: tuple[EstimatorFinding, ...]
@@ -131,6 +134,8 @@ class GradientFinding:
     rows: int
     parameters: int
     of_parameters: int
+    part: str = "all trained parameters"
+    sketch: int | None = None
 
     def of(self, divergence: str, estimator: str) -> GradientFidelity | None:
         """Return the numbers of one estimator."""
@@ -231,6 +236,8 @@ class Diagnosis:
         learning_rate: Learning rate of the simulated steps.
         schedule: The run's schedule.
         seed: Seed of all random numbers.
+        stage_seconds: Seconds of each stage.
+        skipped: Stages that were left out (``--skip``); their findings are empty.
     """
 
     student: str
@@ -245,6 +252,8 @@ class Diagnosis:
     learning_rate: float
     schedule: str
     seed: int
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
 
     def of(self, source: str) -> Rows | None:
         """Return the measures on responses of one kind."""

@@ -10,6 +10,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from okd_lightning import __version__
 from okd_lightning.commands.diagnose.figures import figures
 from okd_lightning.commands.diagnose.findings import Advice, Diagnosis
+from okd_lightning.commands.diagnose.rules import faults
+from okd_lightning.commands.diagnose.stages import duration
 from okd_lightning.commands.diagnose.terminal import AUTHORS, SHOWN, megabytes, trial_columns
 
 _MARKS = {"good": "✓", "look": "!", "bad": "✗"}
@@ -32,9 +34,13 @@ def write_page(path: Path, found: Diagnosis, advice: Sequence[Advice], command: 
         lstrip_blocks=True,
     )
     environment.filters["megabytes"] = megabytes
+    environment.filters["duration"] = duration
     text = environment.get_template("page.html").render(
         found=found,
-        advice=advice,
+        first=advice[0],
+        others=advice[1:],
+        faults=faults(found),
+        good=[check for check in found.checks if check.verdict == "good"],
         command=command,
         figures=figures(found),
         shown=SHOWN,

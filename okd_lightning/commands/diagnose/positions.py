@@ -112,7 +112,6 @@ class Tokens:
         return float(values[: max(1, len(values) // 10)].sum()) / total if total > 0 else 0.0
 
 
-@torch.no_grad()
 def measure_tokens(module: DistillationModule, batches: Iterable[DistillBatch]) -> Tokens:
     """Return all measures at the loss tokens of the responses, without a prompt's earlier turns."""
     quantities = dict(_MEASURES)
@@ -120,6 +119,7 @@ def measure_tokens(module: DistillationModule, batches: Iterable[DistillBatch]) 
     return tokens_of(module, batches, quantities)
 
 
+@torch.no_grad()
 def tokens_of(
     module: DistillationModule,
     batches: Iterable[DistillBatch],

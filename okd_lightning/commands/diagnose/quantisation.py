@@ -42,7 +42,7 @@ def quantisation_check(
         if responses.num_tokens
     }
     shown = ", ".join(f"{found[kind].text(4)} on {_NAMES[kind]}" for kind in found)
-    text = f"KL({OPTION}‖teacher) in nats a token: {shown}"
+    text = f"KL({OPTION}‖teacher) in nats per token: {shown}"
     first = next(iter(found.values()))
     if forward_kl is None or forward_kl.mean <= 0:
         return Check("quantised teacher", "good", text)

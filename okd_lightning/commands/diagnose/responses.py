@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,26 +65,28 @@ def given_responses(examples: Sequence[Example], eos_ids: Sequence[int]) -> Resp
     return Responses("given", tuple(dataset_row(example) for example in answered), ended)
 
 
+@dataclass(frozen=True)
 class ResponseGenerator:
     """Generator of one model's responses; the same seed gives the same responses.
 
-    Args:
+    Attributes:
         module: A module whose models are on their devices.
         sampling: Sampling of the student's responses; the teacher's are from its own distribution.
         max_new_tokens: Longest response.
         seed: Key of the noise.
     """
 
-    def __init__(
-        self, module: DistillationModule, sampling: Sampling, max_new_tokens: int, seed: int
-    ) -> None:
-        self.module = module
-        self.sampling = sampling
-        self.max_new_tokens = max_new_tokens
-        self.seed = seed
+    module: DistillationModule
+    sampling: Sampling
+    max_new_tokens: int
+    seed: int
 
     def generate(
-        self, generator: Generator, examples: Sequence[Example], sample: int = 0
+        self,
+        generator: Generator,
+        examples: Sequence[Example],
+        sample: int = 0,
+        progress: Callable[[float, float], None] | None = None,
     ) -> Responses:
         """Generate responses to some prompts.
 
@@ -92,13 +94,23 @@ class ResponseGenerator:
             generator: The model that generates.
             examples: The prompts.
             sample: Another number gives other responses.
+            progress: Called with the generated tokens, and the most that can be.
         """
+        most, num_done = len(examples) * self.max_new_tokens, 0
+
+        def count(rows: int, tokens: int = 0) -> None:
+            nonlocal num_done
+            num_done += tokens
+            if progress is not None:
+                progress(num_done, most)
+
         request = Request(
             prompts=tuple(example.prompt_for(generator, sample) for example in examples),
             sampling=self.sampling if generator == "student" else Sampling(),
             noise=NoiseStream(self.seed, NoiseDomain.DIAGNOSIS),
             max_new_tokens=self.max_new_tokens,
             generator=generator,
+            progress=count,
         )
         start = time.perf_counter()
         rollout = self.module.respond(request)

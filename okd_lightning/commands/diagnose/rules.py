@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from okd_lightning.commands.diagnose.findings import Advice, Diagnosis, Rows, Trial
+from okd_lightning.commands.diagnose.findings import Advice, Check, Diagnosis, Rows, Trial
 from okd_lightning.commands.diagnose.gradients import TOP_K, TOP_K_NAME
 
 GKD_REVERSE_KL = "gkd_reverse_kl.yaml"
@@ -105,8 +105,8 @@ def first_steps(found: Diagnosis) -> Advice | None:
     names = tuple(dict.fromkeys(trial.method for trial in firsts))
     return Advice(
         f"By their first {firsts[0].steps} steps: {' and '.join(names)}",
-        f"change on held-out rows, nats a token; {'; '.join(words)}; other batches may order them "
-        "otherwise",
+        f"change on held-out rows, nats per token; {'; '.join(words)}; other batches may order "
+        "them otherwise",
         "likely",
         tuple(_AS_CONTENDER[name] for name in names),
     )
@@ -343,10 +343,24 @@ RULES: tuple[Rule, ...] = (
 """Rules, in the order in which their recommendations are shown."""
 
 
+_ORDER = ("measured", "likely", "guess")
+
+
 def advise(found: Diagnosis) -> tuple[Advice, ...]:
-    """Return the recommendations of all rules; the last one warns where there are few responses."""
+    """Return the recommendations of all rules, the headline first and then the surest ones.
+
+    The headline is the fault of the data, where there is one; else the first rule's that speaks of
+    a method. The last recommendation warns where there are few responses.
+    """
     advice = [advice for rule in RULES if (advice := rule(found)) is not None]
-    return (*advice, *_caution(found.rows))
+    first, rest = advice[:1], sorted(advice[1:], key=lambda one: _ORDER.index(one.confidence))
+    return (*first, *rest, *_caution(found.rows))
+
+
+def faults(found: Diagnosis) -> tuple[Check, ...]:
+    """Return the checks that are not good, those that have to be fixed first."""
+    wanted = [check for check in found.checks if check.verdict != "good"]
+    return tuple(sorted(wanted, key=lambda check: check.verdict != "bad"))
 
 
 def contenders(advice: Sequence[Advice]) -> tuple[str, ...]:

@@ -43,10 +43,12 @@ class StepProbe:
         self.clip_norm = clip_norm
         self.parameters = module.trained_parameters(module.student)
 
-    def seconds(self, method: DistillationCallback, batch: DistillBatch) -> float:
-        """Time forward and backward of one micro-batch: the faster of two, after a warm-up."""
+    def seconds(
+        self, method: DistillationCallback, batch: DistillBatch, repetitions: int = _REPETITIONS
+    ) -> float:
+        """Time forward and backward of one micro-batch: the fastest one after a warm-up."""
         taken = []
-        for _ in range(1 + _REPETITIONS):
+        for _ in range(1 + repetitions):
             self._synchronize()
             start = time.perf_counter()
             self._backward(method, batch, _tokens_of([batch]))

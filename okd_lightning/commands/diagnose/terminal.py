@@ -1,4 +1,4 @@
-"""Terminal output of a diagnosis: its main numbers and the recommendations."""
+"""Terminal output of a diagnosis: the headline, faults, recommendations, and the main numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from okd_lightning.commands.diagnose.findings import Advice, Diagnosis, Rows
+from okd_lightning.commands.diagnose.findings import Advice, Check, Diagnosis, Rows
+from okd_lightning.commands.diagnose.rules import faults
+from okd_lightning.commands.diagnose.stages import duration
 
 _MARKS = {"good": ("✓", "green"), "look": ("!", "yellow"), "bad": ("✗", "red")}
 SHOWN = (
@@ -34,29 +36,55 @@ def show(console: Console, found: Diagnosis, advice: Sequence[Advice], command: 
         command: The comparison to run next.
     """
     console.print(Text(f"student  {found.student}\nteacher  {found.teacher}\n"))
-    console.print(_checks(found))
-    console.print(_divergences(found.rows))
-    console.print(_estimators(found))
-    console.print(_trials(found))
-    console.print(_costs(found))
-    console.print(Text("What to try", style="bold"))
-    for one in advice:
-        console.print(Text.assemble("• ", (one.title, "bold")))
-        because = Text.assemble(f"{one.because} ", (f"({one.confidence})", "dim"))
-        console.print(Padding(because, (0, 0, 0, 2)))
-    console.print(Text("\nWhat decides", style="bold"))
+    wanted = faults(found)
+    first, *others = advice
+    style = "red" if any(check.verdict == "bad" for check in wanted) else "green"
+    console.print(Text(first.title, style=f"bold {style}"))
+    console.print(Padding(_because(first), (0, 0, 1, 2)))
+    if wanted:
+        console.print(Text("Data and tokenizer: to look at", style="bold"))
+        console.print(Padding(_checks(wanted), (0, 0, 1, 0)))
+    if others:
+        console.print(_ranked(others))
+    console.print(Text("What decides", style="bold"))
     console.print(Padding(Text(command), (0, 0, 1, 2)))
+    console.print(_checks([check for check in found.checks if check.verdict == "good"]))
+    console.print(_divergences(found.rows))
+    if found.gradients.estimators:
+        console.print(_estimators(found))
+    if found.trials:
+        console.print(_trials(found))
+    console.print(_costs(found))
+    taken = ", ".join(f"{name} {duration(s)}" for name, s in found.stage_seconds.items())
+    left_out = f"; left out: {', '.join(found.skipped)}" if found.skipped else ""
+    console.print(Text(f"time taken: {taken}{left_out}", style="dim"))
 
 
-def _checks(found: Diagnosis) -> Table:
+def _because(one: Advice) -> Text:
+    return Text.assemble(f"{one.because} ", (f"({one.confidence})", "dim"))
+
+
+def _ranked(advice: Sequence[Advice]) -> Table:
+    """Return the recommendations besides the headline, the surest first."""
+    table = Table(title="What to try", box=SIMPLE_HEAD, title_justify="left", title_style="bold")
+    table.add_column("", justify="right")
+    table.add_column("recommendation")
+    table.add_column("certainty")
+    for number, one in enumerate(advice, 2):
+        cell = Text.assemble((one.title, "bold"), "\n", one.because)
+        table.add_row(str(number), cell, one.confidence)
+    return table
+
+
+def _checks(checks: Sequence[Check]) -> Table:
     table = Table.grid(padding=(0, 1))
-    for check in found.checks:
+    for check in checks:
         table.add_row(Text(*_MARKS[check.verdict]), check.name, Text(check.text))
     return table
 
 
 def _divergences(rows: Sequence[Rows]) -> Table:
-    table = Table(title="On responses by ... (nats a token)", box=SIMPLE_HEAD)
+    table = Table(title="On responses by ... (nats per token)", box=SIMPLE_HEAD)
     table.add_column("measure")
     for own in rows:
         table.add_column(AUTHORS[own.source], justify="right")
@@ -71,7 +99,8 @@ def _divergences(rows: Sequence[Rows]) -> Table:
 def _estimators(found: Diagnosis) -> Table:
     gradients = found.gradients
     table = Table(
-        title=f"Gradients against the exact one ({gradients.batches} batches of {gradients.rows})",
+        title=f"Gradients against the exact one ({gradients.batches} batches of {gradients.rows}; "
+        f"{gradients.part})",
         box=SIMPLE_HEAD,
     )
     for name in ("divergence", "estimator"):
@@ -98,7 +127,7 @@ def _estimators(found: Diagnosis) -> Table:
 
 def _trials(found: Diagnosis) -> Table:
     steps = found.trials[0].steps if found.trials else 0
-    table = Table(title=f"Where {steps} steps lead (change, nats a token)", box=SIMPLE_HEAD)
+    table = Table(title=f"Where {steps} steps lead (change, nats per token)", box=SIMPLE_HEAD)
     table.add_column("method", no_wrap=True)
     for label, _ in trial_columns(found):
         table.add_column(label, justify="right")
@@ -128,7 +157,7 @@ def _costs(found: Diagnosis) -> Table:
     table.add_column("here", justify="right")
     for name, seconds in cost.seconds.items():
         table.add_row(f"seconds, {name}", f"{seconds:.3g}")
-    table.add_row("tokens written a second", f"{cost.tokens_per_second:,.0f}")
+    table.add_row("tokens generated per second", f"{cost.tokens_per_second:,.0f}")
     for name, size in cost.memory.items():
         table.add_row(f"memory, {name}", megabytes(size))
     for drift in found.drift:

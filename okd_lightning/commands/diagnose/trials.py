@@ -6,17 +6,18 @@ optimizer's reaction to both. The student's weights are restored bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
 
 from okd_lightning.callbacks import GKD, KD, OPD, SFT, DistillationCallback, OPDPlus
 from okd_lightning.commands.diagnose.findings import Estimate, Trial
-from okd_lightning.commands.diagnose.positions import Tokens, measure_tokens
+from okd_lightning.commands.diagnose.positions import Tokens, tokens_of
 from okd_lightning.commands.diagnose.responses import Responses
 from okd_lightning.commands.diagnose.steps import StepProbe
 from okd_lightning.divergences import ForwardKL, ReverseKL
+from okd_lightning.losses import ExactDivergence, Quantity
 from okd_lightning.records.batches import DistillBatch
 
 Steps: TypeAlias = Sequence[Sequence[DistillBatch]]
@@ -37,7 +38,10 @@ ON_OWN: Mapping[str, DistillationCallback] = {
 }
 """Methods that train on on-policy samples."""
 
-_MEASURED = ("forward_kl", "reverse_kl")
+_MEASURED: Mapping[str, Quantity] = {
+    "forward_kl": ExactDivergence(ForwardKL()),
+    "reverse_kl": ExactDivergence(ReverseKL()),
+}
 
 
 def run_trials(
@@ -45,6 +49,7 @@ def run_trials(
     on_given: Steps,
     on_own: Steps,
     held_out: Sequence[Responses],
+    progress: Callable[[float, float], None] | None = None,
 ) -> tuple[Trial, ...]:
     """Take the same number of steps with every method, with the run's optimizer and learning rate.
 
@@ -56,20 +61,24 @@ def run_trials(
         on_own: As many steps on on-policy samples.
         held_out: Responses whose divergences are measured before and after: dataset responses and
             the student's earlier samples. None of their prompts is trained on.
+        progress: Called with the finished and all optimizer steps.
     """
     module, size = steps.module, max(len(batch) for batch in on_own[0])
 
     def look() -> dict[str, Tokens]:
         kinds = (kind for kind in held_out if kind.num_tokens)
-        return {k.author: measure_tokens(module, k.batches(size, module.device)) for k in kinds}
+        return {
+            k.author: tokens_of(module, k.batches(size, module.device), _MEASURED) for k in kinds
+        }
 
     before, found = look(), []
     groups = [(ON_GIVEN, on_given), (ON_OWN, on_own)]
-    tried = ((name, method, own) for group, own in groups if own for name, method in group.items())
-    for name, method, to_take in tried:
+    tried = [(name, method, own) for group, own in groups if own for name, method in group.items()]
+    for number, (name, method, to_take) in enumerate(tried):
         with steps.kept():
-            for _ in steps.take(method, to_take):
-                pass
+            for step in steps.take(method, to_take):
+                if progress is not None:
+                    progress(number * len(to_take) + step, len(tried) * len(to_take))
             after = look()
         change = {
             f"{author}/{measure}": change_of(before[author], after[author], measure)

@@ -22,7 +22,7 @@ class Measure:
 
     name: str
     label: str
-    unit: str = "nats a token"
+    unit: str = "nats per token"
     is_gain: bool = False
 
 

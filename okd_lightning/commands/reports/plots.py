@@ -15,8 +15,8 @@ from okd_lightning.commands.reports.spread import Spread, methods_of
 
 _LABELS = {
     "val/exact_match": "exact match (share of problems)",
-    "val/forward_kl": "forward KL to the teacher (nats a token)",
-    "val/reverse_kl": "reverse KL to the teacher (nats a token)",
+    "val/forward_kl": "forward KL to the teacher (nats per token)",
+    "val/reverse_kl": "reverse KL to the teacher (nats per token)",
 }
 
 

@@ -78,12 +78,13 @@ def shrink_command(arguments: list[str], debug: bool = False) -> int:
             "is not cut; give a text model"
         )
     num_dropped = num_dropped_layers(config, options)
+    is_cut = num_dropped > 0 or widths != Widths()
     wanted_sizes(config, widths)  # refuses before anything is loaded
     check_model_folder(out, {_MODEL: options.model}, options.overwrite, replaces_exports=False)
     console = PrintableConsole(file=sys.stdout, highlight=False)
     with only_warnings(), torch.no_grad():
         tokenizer = load_tokenizer(options.model, _MODEL)
-        rows = _dataset_rows(options, of_data)
+        rows = _dataset_rows(options, of_data) if is_cut else None
         dtype = options.dtype or _own_dtype(config)
         model = load_checked(
             options.model, _MODEL, len(tokenizer), dtype=dtype, attn_implementation=None
@@ -94,16 +95,19 @@ def shrink_command(arguments: list[str], debug: bool = False) -> int:
                 "unquantised model, or a .gguf file of it"
             )
         model.to(device)  # type: ignore[arg-type]
-        calibration = _calibration(model, tokenizer, rows, options, of_data, console)
-        shrinking = _Shrinking(options, calibration, console)
-        student, record = shrinking.run(num_dropped, widths)
-        record["seconds"] = round(time.perf_counter() - begin, 1)
+        student, record = model, None
+        if is_cut:
+            calibration = _calibration(model, tokenizer, rows, options, of_data, console)
+            student, record = _Shrinking(options, calibration, console).run(num_dropped, widths)
+        seconds = round(time.perf_counter() - begin, 1)
         with replaced_model(out) as folder:
             save_with_settings(student, folder)
             tokenizer.save_pretrained(folder)
-            write_json(folder / CUT_RECORD, record)
-            (folder / "README.md").write_text(card(options.model, record), encoding="utf-8")
-    console.print(f"student written to {out} in {record['seconds']:.0f} s")
+            if record is not None:
+                write_json(folder / CUT_RECORD, {**record, "seconds": seconds})
+                (folder / "README.md").write_text(card(options.model, record), encoding="utf-8")
+    what = "student" if is_cut else "the whole model, nothing cut,"
+    console.print(f"{what} written to {out} in {seconds:.0f} s")
     return 0
 
 

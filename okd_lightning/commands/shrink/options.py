@@ -84,7 +84,8 @@ def checked_options(options: Any, widths: Widths) -> Path:
         )
     if options.layers is None and options.drop_layers is None and widths == Widths():
         raise UsageError(
-            "nothing to cut: give --layers, --drop_layers, --intermediate, --heads or --hidden"
+            "nothing to cut: give --layers, --drop_layers, --intermediate, --heads or --hidden; "
+            "to convert a .gguf file as it is, --layers with the number that it has"
         )
     for name in ("rows", "tried"):
         if getattr(options, name) < 1:

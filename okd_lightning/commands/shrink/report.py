@@ -43,7 +43,7 @@ class Report:
 
     def table(self, steps: Sequence[tuple[str, Loss]]) -> Table:
         """Return a table of the chosen cuts, one after the other."""
-        table = Table("cut", "loss", "rise", "KL(teacher‖student)", title="nats a token")
+        table = Table("cut", "loss", "rise", "KL(teacher‖student)", title="nats per token")
         for label, loss in (("none", self.start), *steps):
             rise = loss.cross_entropy - self.start.cross_entropy
             shown = (f"{loss.cross_entropy:.4f}", f"{rise:+.4f}", f"{loss.forward_kl:.4f}")
@@ -85,7 +85,7 @@ def card(source: str, record: Mapping[str, Any]) -> str:
             f"* sizes changed: {dict(record['sizes']) or 'none'}",
             f"* parameters: {record['parameters']:,} of {record['teacher_parameters']:,}",
             "",
-            f"Measured on {record['tokens']} tokens of {record['calibration']}, in nats a token:",
+            f"Measured on {record['tokens']} tokens of {record['calibration']}, in nats per token:",
             "",
             "| cut | cross-entropy | KL(teacher‖student) |",
             "|---|---|---|",

@@ -26,7 +26,7 @@ from okd_lightning.training.safeguards.vital_signs import (
 _STUDENT = SOURCES.index("student")
 
 _ADVICE = {
-    "entropy": "the student's own responses carry {now.entropy:.2f} nats a token, after "
+    "entropy": "the student's own responses carry {now.entropy:.2f} nats per token, after "
     "{first.entropy:.2f} at the start{beside}: its entropy collapses, and it writes the same over "
     "and over. Lower --model.learning_rate; take a divergence that covers the teacher "
     "(JensenShannon, ForwardKL) in place of reverse KL; or also train on dataset responses "

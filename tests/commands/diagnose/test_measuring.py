@@ -1,7 +1,8 @@
 """Frozen here: gradients, drift and steps of a diagnosis against direct computations.
 
 * The exact estimator's gradient is autograd's of Σ KL, a sampled one's that of -Σ A ln p.
-* Large students give the gradient of their last parameters only.
+* Large students give the gradient of their last trained block, as a random sketch, which keeps
+  inner products to the error that it states.
 * Drift is that of the same steps made by hand; the weights come back bit for bit.
 """
 
@@ -15,7 +16,7 @@ import torch
 
 from okd_lightning.callbacks import GKD, SFT
 from okd_lightning.commands.diagnose import gradients
-from okd_lightning.commands.diagnose.gradients import GradientProbe, probed_parameters
+from okd_lightning.commands.diagnose.gradients import GradientProbe
 from okd_lightning.commands.diagnose.steps import StepProbe, drift_between
 from okd_lightning.divergences import ReverseKL
 from okd_lightning.records.batches import SOURCES, TrainingRow
@@ -75,7 +76,7 @@ def test_gradients_are_autograds(module):
         "value_baseline": -((log_ratio - value) * drawn).sum(),
     }
     for name, loss in losses.items():
-        parts = torch.autograd.grad(loss / len(batch), probe.parameters, retain_graph=True)
+        parts = torch.autograd.grad(loss / len(batch), probe.part.parameters, retain_graph=True)
         direct = torch.cat([part.flatten() for part in parts])
         own = probe._found["reverse KL", name][0]
         assert (own - direct).norm() < 1e-4 * direct.norm()  # both in float32
@@ -87,11 +88,61 @@ def test_gradients_are_autograds(module):
     assert exact.noise_over_exact == pytest.approx(1.0)
 
 
-def test_large_students_give_their_last_parameters(module, monkeypatch):
+def products(gradients) -> torch.Tensor:
+    """[estimators, estimators] inner products of one batch's gradients, over their norms."""
+    rows = torch.stack([parts[0] for parts in gradients.values()]).double()
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    return rows @ rows.T
+
+
+def test_large_students_give_a_sketch_of_their_last_block(module, monkeypatch):
+    batch = batch_of(1, module)
+    block = list(module.student.model.layers[-1].parameters())
+    whole = GradientProbe(module)
+    monkeypatch.setattr(whole, "part", gradients.ProbedPart("block", tuple(block), True))
+    whole.add(batch)
     monkeypatch.setattr(gradients, "MOST_PARAMETERS", 2000)
-    found = probed_parameters(module.student.parameters())
-    assert 0 < sum(p.numel() for p in found) <= 2000
-    assert found[0] is list(module.student.parameters())[-1] or found[0].ndim == 1
+    monkeypatch.setattr(gradients, "SKETCH_SIZE", 4093)
+    probe = GradientProbe(module)
+    assert probe.part.name == "block 2 of 2"
+    assert list(map(id, probe.part.parameters)) == list(map(id, block))
+    probe.add(batch)
+    assert all(p.requires_grad for p in module.student.parameters())
+    assert probe._found["JSD", "exact"][0].shape == (4093,)
+    # at most sqrt(2 / 4093) = 0.022 is one standard error
+    assert (products(probe._found) - products(whole._found)).abs().max() < 0.09
+    probe.add(batch_of(2, module))
+    finding = probe.finding()
+    assert (finding.part, finding.sketch) == ("block 2 of 2", 4093)
+    assert finding.parameters == sum(p.numel() for p in block) < finding.of_parameters
+
+
+def test_the_sketch_is_linear_and_keeps_inner_products():
+    generator = torch.Generator().manual_seed(1)
+    num = 3 * gradients.SKETCH_SIZE + 1000
+    one, other = torch.randn(2, num, generator=generator)
+    other = other + one
+    sketch = gradients.Sketch(num, 5, torch.device("cpu"))
+    whole = sketch([one])
+    torch.testing.assert_close(sketch(one.split([7, 70_000, num - 70_007])), whole)
+    torch.testing.assert_close(
+        sketch([one + 2 * other]), whole + 2 * sketch([other]), atol=1e-4, rtol=1e-4
+    )
+    error = (float(whole @ sketch([other])) - float(one @ other)) / float(one.norm() * other.norm())
+    assert abs(error) < 4 * (2 / gradients.SKETCH_SIZE) ** 0.5
+
+
+def test_a_student_with_few_trained_parameters_gives_them_all(module, monkeypatch):
+    for parameter in module.student.parameters():
+        parameter.requires_grad_(False)
+    first = module.student.model.layers[0]
+    for parameter in first.parameters():
+        parameter.requires_grad_(True)
+    assert gradients.probed_part(module.student).name == "all trained parameters"
+    monkeypatch.setattr(gradients, "MOST_PARAMETERS", 100)
+    part = gradients.probed_part(module.student)
+    assert part.name == "block 1 of 2"  # the last one that is trained
+    assert part.parameters == tuple(first.parameters())
 
 
 def test_drift_is_that_of_steps_made_by_hand(module):

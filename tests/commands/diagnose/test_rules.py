@@ -20,6 +20,8 @@ from okd_lightning.commands.diagnose.findings import (
 )
 from okd_lightning.metrics import GradientFidelity
 
+VERDICTS = ("good", "look", "bad")
+
 
 def rows(source: str, *, reverse_kl=1.0, agreement=0.8, eos_share=1.0, mass=0.99, num=64) -> Rows:
     names = ("forward_kl", "jsd", "student_entropy", "teacher_entropy", "cross_entropy")
@@ -141,7 +143,18 @@ def test_contenders_are_named_once_and_can_be_trained():
         "OPDPlus",
     )
     named = rules.contenders(rules.advise(found()))
-    assert named == ("KD", "OKD", rules.GKD_REVERSE_KL, "OPDPlus")
+    assert named == ("KD", "OKD", "OPDPlus", rules.GKD_REVERSE_KL)
+
+
+def test_the_headline_is_a_fault_of_the_data_and_the_surest_follow():
+    checks = tuple(Check(name, verdict, "") for name, verdict in zip("abc", VERDICTS, strict=True))
+    advice = rules.advise(found(checks=checks))
+    assert advice[0].title.startswith("Fix the data")
+    order = [rules._ORDER.index(one.confidence) for one in advice[1:]]
+    assert order == sorted(order)
+    assert len(set(order)) > 1
+    assert [check.name for check in rules.faults(found(checks=checks))] == ["c", "b"]
+    assert not rules.advise(found())[0].title.startswith("Fix")
 
 
 def test_what_is_not_a_number_is_null_in_json():

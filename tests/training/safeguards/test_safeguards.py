@@ -131,30 +131,3 @@ def test_an_interval_of_no_steps_is_refused(tmp_path, make_module):
     trainer.val_check_interval = 0
     with pytest.raises(ConfigError, match=r"val_check_interval must be at least 1 .* got 0"):
         trainer.fit(make_module(), data(val=tiny.make_rows(4)))
-
-
-@pytest.mark.parametrize(
-    ("settings", "val", "words"),
-    [
-        ({}, None, "no validation: give --data.val"),
-        ({"val_check_interval": 9}, 4, "the run ends before step 9, its first one; give --trainer"),
-        (
-            {"max_steps": 1},
-            4,
-            "the run ends before step 2, its first one; give --trainer.val_check",
-        ),
-        ({"val_check_interval": 1}, 4, None),
-        ({"val_check_interval": "00:00:30:00"}, 4, None),
-        ({}, 4, None),
-    ],
-    ids=["no data", "too late", "within an epoch", "in time", "of time", "an epoch"],
-)
-def test_a_run_without_validation_says_so_at_its_start(
-    tmp_path, make_module, caplog, settings, val, words
-):
-    caplog.set_level("INFO")
-    trainer = tiny.make_trainer(tmp_path, [KD()], **{"max_steps": 2, "max_epochs": -1, **settings})
-    trainer.fit(make_module(), data(val=val and tiny.make_rows(val)))
-    said = [r.getMessage() for r in caplog.records if "no validation" in r.getMessage()]
-    assert len(said) == (words is not None)
-    assert not words or words in said[0]
