@@ -89,7 +89,6 @@ def data_of(lag: int, batch_size: int = 64, **settings: Any) -> RolloutDataModul
 
 def speed(steps: int, folder: str) -> list[dict[str, float]]:
     """Return seconds of both runs; those before the second step (imports) are left out."""
-    torch.set_num_threads(1)
     rows = []
     for lag in (0, 1):
         lightning.seed_everything(0, verbose=False)
@@ -170,6 +169,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     quiet()
+    torch.set_num_threads(1)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         if "speed" in options.what:

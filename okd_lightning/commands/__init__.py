@@ -1,7 +1,7 @@
 """Commands of the ``okd-lightning`` program.
 
 * ``cli``: ``fit``, ``validate``, ``test`` and ``predict``, on LightningCLI; ``cli_arguments``,
-  ``cli_callbacks``, ``cli_errors``, ``cli_runs`` are its parts.
+  ``cli_callbacks``, ``cli_errors`` (on ``complaints``), ``cli_runs`` are its parts.
 * ``compare``, ``diagnose``, ``quickstart``, ``export_command`` with ``export``: the other commands.
 * ``given_options``, ``settled_options``, ``resume_rules``, ``foreign_options``: the options that
   the user gave.

@@ -2,22 +2,27 @@
 
 jsonargparse's messages name parser keys, Python types and every alternative of a union, nested as
 deeply as the setting. A user needs the option, the given value, and the nearest valid name. Owns
-the parsing of such messages; other modules decide what is refused.
+the explanation of such messages; ``complaints`` reads them, other modules decide what is refused.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any
 
 import jsonargparse
 
 from okd_lightning.callbacks.methods.base import Method
+from okd_lightning.commands.complaints import (
+    Complaint,
+    bare,
+    complaints_of,
+    imported,
+    worth_saying,
+)
 from okd_lightning.commands.foreign_options import hint_for
 from okd_lightning.commands.unknown_options import (
     MOST_NAMES,
@@ -32,12 +37,6 @@ _UNKNOWN = re.compile(r"unrecognized arguments: (.+)", re.IGNORECASE)
 _NO_VALUE = re.compile(r"argument (--\S+): expected one argument")
 _NOT_A_KEY = re.compile(r"Subcommand '\w+' does not accept option '([^']+)'")
 
-_KEY = re.compile(r'Parser key "([^"]+)":?\s*')
-_CLASS = re.compile(r"Problem with given class_path '([^']+)':\s*")
-_CALLABLE = re.compile(r"Type typing\.Callable.* expects a function or a callable class:\s*")
-_SUBTYPES = re.compile(r"Subtypes: \[(.*)\]")
-_GIVEN = re.compile(r"Given value: (.*?)(?:\. Got value: .*)?$")
-_UNION = "Does not validate against any of the Union subtypes"
 
 _NOT_ACCEPTED = re.compile(r"Option '([^']+)' is not accepted(?:.*class_path='([^']+)')?")
 _NO_IMPORT = re.compile(r"Expected a dot import path string:\s*(.*)")
@@ -69,22 +68,6 @@ _TYPE_NAMES = {
     "bool": "true or false",
     "str": "text",
 }
-
-
-@dataclass(frozen=True)
-class _Complaint:
-    """One leaf of a message, with the branch that leads to it."""
-
-    text: str
-    keys: tuple[str, ...]
-    class_path: str | None
-    base: str | None
-    given: str | None = None
-
-    @property
-    def option(self) -> str:
-        """The option that the leaf is about, as one types it."""
-        return "--" + ".".join(_bare(key) for key in self.keys)
 
 
 def parse(
@@ -160,16 +143,16 @@ def readable(error: Exception, options: Sequence[str] = ()) -> str:
             return f"unknown setting {key!r} in the configuration; {foreign}"
         hint = did_you_mean(key, [option.removeprefix("--") for option in options])
         return f"unknown setting {key!r} in the configuration{hint or '; --help lists all'}"
-    return _explain(_worth_saying(list(_complaints(text)))) or one_line(str(error))
+    return _explain(worth_saying(list(complaints_of(text)))) or one_line(str(error))
 
 
 def _what_is_missing(text: str) -> str | None:
     """Return the required options that were not given, as one types them."""
-    for complaint in _complaints(text):
+    for complaint in complaints_of(text):
         found = _MISSING.search(complaint.text)
         if found:
             prefix = f"{complaint.option}." if complaint.keys else "--"
-            return " and ".join(prefix + _bare(name.strip()) for name in found.group(1).split(","))
+            return " and ".join(prefix + bare(name.strip()) for name in found.group(1).split(","))
     return None
 
 
@@ -190,86 +173,7 @@ def method_names() -> list[str]:
     return subclass_names(Method)
 
 
-def _complaints(text: str) -> Iterator[_Complaint]:
-    """Yield the leaves of a nested message, in order."""
-    branch: list[tuple[int, str, str]] = []  # indentation, kind, value
-    waiting: list[tuple[int, _Complaint]] = []  # leaves whose given value is not known yet
-    for line in text.splitlines():
-        content = line.strip().removeprefix("-").strip()
-        indent = len(line) - len(line.lstrip())
-        given = _GIVEN.match(content)
-        if given:
-            yield from (_with_given(c, given.group(1)) for at, c in waiting if at >= indent)
-            waiting = [(at, c) for at, c in waiting if at < indent]
-        if not content or given or content.startswith(("Errors:", "Given value type:", _UNION)):
-            continue
-        while branch and branch[-1][0] >= indent:
-            branch.pop()
-        content = _take_branch(content, indent, branch)
-        if content:
-            waiting.append((indent, _leaf(content, branch)))
-    yield from (complaint for _, complaint in waiting)
-
-
-def _take_branch(content: str, indent: int, branch: list[tuple[int, str, str]]) -> str:
-    """Move what names a key, a class or a base onto the branch; return the remaining text."""
-    content = _CALLABLE.sub("", content)
-    for what, pattern in (("key", _KEY), ("class", _CLASS), ("base", _SUBTYPES)):
-        found = pattern.match(content)
-        if found:
-            branch.append((indent, what, found.group(1)))
-            content = content[found.end() :]
-    return content
-
-
-def _leaf(content: str, branch: Sequence[tuple[int, str, str]]) -> _Complaint:
-    def last(kind: str) -> str | None:
-        return next((value for _, what, value in reversed(branch) if what == kind), None)
-
-    keys = tuple(value for _, what, value in branch if what == "key")
-    kinds = [what for _, what, _ in branch]
-    is_of_class = kinds[-2:] == ["class", "key"]  # a setting whose type the message does not name
-    base = _annotation(last("class"), keys[-1]) if is_of_class else last("base")
-    return _Complaint(content, keys, last("class"), base)
-
-
-def _annotation(class_path: str | None, parameter: str) -> str | None:
-    """Return the class that a constructor's parameter is annotated with, if it is a single one."""
-    kind = _imported(class_path) if class_path else None
-    try:
-        hint = None if kind is None else get_type_hints(kind.__init__).get(parameter)
-    except NameError:  # PEFT imports the names of some annotations for type checkers only
-        return None
-    return f"{hint.__module__}.{hint.__qualname__}" if isinstance(hint, type) else None
-
-
-def _with_given(complaint: _Complaint, given: str) -> _Complaint:
-    return _Complaint(
-        complaint.text,
-        complaint.keys,
-        complaint.class_path,
-        complaint.base,
-        complaint.given or given,
-    )
-
-
-def _worth_saying(complaints: Sequence[_Complaint]) -> list[_Complaint]:
-    """Return the deepest leaves, without a union's None, paths and Lightning's placeholder."""
-    real = [
-        c
-        for c in complaints
-        if c.text != "Expected a <class 'NoneType'>"
-        and not c.text.startswith("Expected a path but")
-        and c.class_path != "lightning.Callback"
-        and c.keys + ((c.class_path,) if c.class_path else ())
-    ]
-    if not real:
-        return [c for c in complaints if "NoneType" not in c.text and not c.keys][:1]
-    depth = max(len(c.keys) for c in real)
-    return [c for c in real if len(c.keys) == depth]
-
-
-def _explain(complaints: Sequence[_Complaint]) -> str | None:
+def _explain(complaints: Sequence[Complaint]) -> str | None:
     if not complaints:
         return None
     for complaint in complaints:
@@ -283,14 +187,14 @@ def _explain(complaints: Sequence[_Complaint]) -> str | None:
     return prefix + explained
 
 
-def _not_accepted(complaint: _Complaint) -> str | None:
+def _not_accepted(complaint: Complaint) -> str | None:
     found = _NOT_ACCEPTED.search(complaint.text)
     if not found:
         return None
     option, path = found.group(1), found.group(2) or complaint.class_path
     name = (path or "it").rsplit(".", 1)[-1]
     accepted = _parameters_of(path)
-    foreign = hint_for(".".join([*map(_bare, complaint.keys), option]))
+    foreign = hint_for(".".join([*map(bare, complaint.keys), option]))
     own = did_you_mean(option, accepted, cutoff=_MISTYPED if foreign else 0.6)
     hint = own if own or not foreign else f"; {foreign}"
     is_worth_listing = accepted and not (hint and len(accepted) > MOST_NAMES)
@@ -298,10 +202,10 @@ def _not_accepted(complaint: _Complaint) -> str | None:
     return f"{name} has no setting {option!r}{hint}{known}"
 
 
-def _settings_without_class(complaint: _Complaint) -> str | None:
+def _settings_without_class(complaint: Complaint) -> str | None:
     """Explain settings whose class is not named and has no default."""
     found = _ABSTRACT.search(complaint.text)
-    kind = _imported(found.group(1)) if found else None
+    kind = imported(found.group(1)) if found else None
     if not isinstance(kind, type):
         return None
     option, names = complaint.option, subclass_names(kind, within="okd_lightning.")
@@ -309,7 +213,7 @@ def _settings_without_class(complaint: _Complaint) -> str | None:
     return f"{option}: its settings need a class, and none is named; give {option} {shown} as well"
 
 
-def _no_such_class(complaint: _Complaint) -> str | None:
+def _no_such_class(complaint: Complaint) -> str | None:
     found = _NO_IMPORT.search(complaint.text)
     is_abstract = "but is abstract" in complaint.text
     base = _base_class(complaint.base)
@@ -322,7 +226,7 @@ def _no_such_class(complaint: _Complaint) -> str | None:
     return no_such_class(complaint.option, name, problem, names, own)
 
 
-def _not_importable(complaint: _Complaint) -> str | None:
+def _not_importable(complaint: Complaint) -> str | None:
     if complaint.class_path is None or not _NO_MODULE.search(complaint.text):
         return None
     reason = " ".join(complaint.text.split())
@@ -338,7 +242,7 @@ def _not_importable(complaint: _Complaint) -> str | None:
     )
 
 
-def _wrong_type(complaints: Sequence[_Complaint]) -> str | None:
+def _wrong_type(complaints: Sequence[Complaint]) -> str | None:
     """Return all types of a union in one sentence."""
     expected: list[str] = []
     given = None
@@ -360,7 +264,7 @@ def _wrong_type(complaints: Sequence[_Complaint]) -> str | None:
     return f"expected {' or '.join(dict.fromkeys(expected))}, got {given!r}"
 
 
-def _not_settings(complaint: _Complaint) -> str | None:
+def _not_settings(complaint: Complaint) -> str | None:
     """Explain a name where settings of a known class, or one of its subclasses, are expected."""
     base = _base_class(complaint.base)
     if base is None or not _NO_IMPORT.search(complaint.text):
@@ -375,26 +279,13 @@ def _not_settings(complaint: _Complaint) -> str | None:
 def _base_class(subtypes: str | None) -> type | None:
     """Return the class that a union is about: the last of its types that is not None."""
     paths = re.findall(r"[A-Za-z_][\w]*(?:\.[\w]+)+", (subtypes or "").replace("typing.", ""))
-    found = [kind for path in paths if isinstance(kind := _imported(path), type)]
+    found = [kind for path in paths if isinstance(kind := imported(path), type)]
     return found[-1] if found else None
 
 
 def _parameters_of(class_path: str | None) -> list[str]:
-    kind = _imported(class_path) if class_path else None
+    kind = imported(class_path) if class_path else None
     if kind is None:
         return []
     names = inspect.signature(kind).parameters
     return [name for name in names if name not in ("self", "params")]
-
-
-def _imported(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name, None)
-    except (ImportError, ValueError):
-        return None
-
-
-def _bare(key: str) -> str:
-    """Return a parser key without its subcommand."""
-    return re.sub(r"^(fit|validate|test|predict)\.", "", key)

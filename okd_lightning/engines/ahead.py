@@ -61,14 +61,17 @@ class Answer:
         return self._future.done()
 
     def wait(
-        self, progress: Progress | None = None, until: float | None = None
+        self,
+        progress: Progress | None = None,
+        until: Callable[[], float | None] = lambda: None,
     ) -> Generated | None:
         """Wait for the responses.
 
         Args:
             progress: Called with what is new since the last call, at least every 0.1 seconds; an
                 error that it raises ends the wait and not the generation.
-            until: Time (``time.monotonic``) at which the wait ends; None for no end.
+            until: Returns the time (``time.monotonic``) at which the wait ends, which may become
+                known during the wait; None for no end.
 
         Returns:
             None if they were not there in time.
@@ -78,7 +81,7 @@ class Answer:
         """
         rows = tokens = 0
         while not self._future.done():
-            if until is not None and time.monotonic() >= until:
+            if (end := until()) is not None and time.monotonic() >= end:
                 return None
             if progress is not None:
                 seen = self._rows, self._tokens

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -21,6 +21,13 @@ from okd_lightning.rollouts.agreement import Agreement, naming_the_prompts
 from okd_lightning.rollouts.batch_rows import PlannedRows, RolloutBatch, StepSources
 from okd_lightning.rollouts.resharing import RowKey, reshared
 from okd_lightning.rollouts.stored import pack_rollout, unpack_rollout
+
+Deadline: TypeAlias = Callable[[], float | None]
+"""Returns the time (``time.monotonic``) at which a wait ends, None for no end."""
+
+
+def _no_deadline() -> None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class AheadBatch:
     rollout: Rollout | None = None
 
     def wait(
-        self, progress: Progress | None = None, until: float | None = None
+        self, progress: Progress | None = None, until: Deadline = _no_deadline
     ) -> Generated | None:
         """Return this rank's responses; None if they are not there in time; see ``Answer``."""
         if self.answer is None or self.request is None:
@@ -140,7 +147,7 @@ class RolloutsAhead:
         if self._engine is not None and self._engine.takes_turns:
             self._agreement.together(self._wait_for_all)
 
-    def _wait_for_all(self, until: float | None = None) -> dict[int, Rollout | None]:
+    def _wait_for_all(self, until: Deadline = _no_deadline) -> dict[int, Rollout | None]:
         """Return this rank's responses by batch; None for those that were not there in time."""
         found: dict[int, Rollout | None] = {}
         for number, own in sorted(self._batches.items()):
@@ -150,14 +157,12 @@ class RolloutsAhead:
 
     # ---------------------------------------------------------------- checkpoints
 
-    def state(
-        self, gather: Callable[[Any], list[Any]], until: float | None
-    ) -> list[dict[str, Any]]:
+    def state(self, gather: Callable[[Any], list[Any]], until: Deadline) -> list[dict[str, Any]]:
         """Return the batches of all ranks, after a wait; all ranks call this.
 
         Args:
             gather: Collects one object of every rank, on every rank.
-            until: Time at which the wait ends, and unfinished batches are discarded.
+            until: Returns the time at which the wait ends, and unfinished batches are discarded.
         """
         found = self._agreement.together(lambda: self._wait_for_all(until))
         packed = {n: None if own is None else pack_rollout(own) for n, own in found.items()}

@@ -178,7 +178,8 @@ class RolloutLoader:
         """
         batch = self._current()
         own = {by: pack_rollout(rollout) for by, rollout in self._rollouts.items()}
-        lag, ahead = self.ahead.lag, self.ahead.state(self._gather, self._agreement.stop.deadline)
+        stop = self._agreement.stop
+        lag, ahead = self.ahead.lag, self.ahead.state(self._gather, lambda: stop.deadline)
         return {
             "epoch": self._epoch,
             "delivered": self._delivered,

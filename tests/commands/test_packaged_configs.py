@@ -148,6 +148,7 @@ def test_overlay_trains(overlay, tmp_path, monkeypatch, capsys):
     base += ["--data.batch_size", "8"]  # two prompts of four samples: one of each kind
     if overlay == "overlays/sft_gkd_opd_plus":  # its last stages begin at step 100
         base += ["--trainer.max_steps", "102", "--trainer.val_check_interval", "102"]
+        base += ["--data.max_response_length", "4"]
     status = main(["fit", *base, "--config", overlay])
     assert status == 0, capsys.readouterr().err
     (folder,) = (tmp_path / "runs").iterdir()

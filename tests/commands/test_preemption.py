@@ -92,8 +92,8 @@ def left_alone(okd: Fit, assets: Assets, whole: dict[str, Path], *more: str) -> 
 MOMENTS = [
     # a step's first and second batch: of a run's beginning, before a validation, of an epoch's end
     *(("training", n) for n in (1, 2, 6, 12, 13, 24)),
-    *(("rollout", n) for n in (1, 3, 4)),
-    *(("validation", n) for n in (1, 7, 16)),
+    *(("rollout", n) for n in (1, 4)),
+    *(("validation", n) for n in (1, 16)),
     *(("validation's rollout", n) for n in (1, 4)),
 ]
 

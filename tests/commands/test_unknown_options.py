@@ -50,7 +50,6 @@ def test_the_early_answer_is_the_parsers(
         (["fit", "--full_teacher", "x"], "--full_teacher is an option of diagnose"),
         (["fit", "--full_techer", "x"], "--full_teacher is an option of diagnose"),
         (["fit", "--methods", "KD"], "did you mean --method?"),
-        (["diagnose", "--seed", "0"], "--seed_everything"),
     ],
 )
 def test_an_option_of_another_command_is_named(words: list[str], hint: str) -> None:

@@ -256,10 +256,12 @@ def test_the_cut_responses_are_a_warning_that_names_the_usual_length(train):
 
 
 def documented() -> dict[str, tuple[dict[str, Any], str]]:
-    """The table of docs/from_trl.md: format → a row, and its flags."""
-    page = (Path(__file__).parents[2] / "docs" / "from_trl.md").read_text()
-    section = page.split("\n## Data sets\n")[1].split("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("|")][2:]
+    """The tables of both pages on other trainers: format → a row, and its flags."""
+    lines = []
+    for name in ("from_trl", "from_others"):
+        page = (Path(__file__).parents[2] / "docs" / f"{name}.md").read_text()
+        section = page.split("\n## Data sets\n")[1].split("\n## ")[0]
+        lines += [line for line in section.splitlines() if line.startswith("|")][2:]
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     return {
         name: (json.loads(row.strip("`")), "" if flags == "none" else flags.strip("`"))

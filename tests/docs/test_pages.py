@@ -52,6 +52,7 @@ NUM_NOT_RUN = {
     "docs/concepts/advantages.md": 2,  # a reward model from the hub; a judge's server
     "docs/concepts/models.md": 1,  # a quantised folder
     "docs/from_trl.md": 2,  # TRL's side; Qwen
+    "docs/images.md": 1,  # SmolVLM
     "docs/privileged.md": 1,  # GSM8K from the hub
     "docs/recipes.md": 1,  # models from the hub, GPUs
     "docs/running.md": 1,  # wandb

@@ -186,7 +186,8 @@ def test_what_is_late_at_a_stop_is_discarded_and_written_again():
     writer, stop = Scribe(), StopRequest()
     loader = lagged(shape, plan, writer, 2, engine=Ahead(writer, is_slow=True), stop=stop)
     next(iter(loader))
-    stop.deadline = time.monotonic() + 0.1
+    # the signal comes during the wait
+    threading.Timer(0.1, lambda: setattr(stop, "deadline", time.monotonic() + 0.1)).start()
     with pytest.warns(UserWarning, match="2 rollout batches in flight .*grace_seconds"):
         state = loader.state_dict()
     assert not state["ahead"]

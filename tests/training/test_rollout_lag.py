@@ -25,8 +25,10 @@ from callbacks.distillm import DistiLLM
 from callbacks.minillm import MiniLLM
 from okd_lightning.callbacks import GKD, KD, OKD, LastCheckpoint, OPDPlus, Preemption
 from okd_lightning.engines import EngineSource, VLLMServer, worker_process
+from okd_lightning.engines.vllm_requests import HostedEngine
 from okd_lightning.errors import ConfigError, PreemptedError, WorkerError
 from okd_lightning.records.requests import Request, Rollout
+from okd_lightning.sharding import ShardedModels
 from okd_lightning.training.module import DistillationModule
 
 ROWS = tiny.make_rows(24)
@@ -334,6 +336,40 @@ def test_what_cannot_be_generated_ahead_is_refused(name, tmp_path):
     settings = {"data": {"rollout_lag": 1, **data}, "val": ROWS[:2], "max_steps": 2}
     with pytest.raises(ConfigError, match=message):
         tiny.fit(tmp_path, build(**model), [method()], ROWS, **settings)
+
+
+class LocalHost:
+    is_server = False
+
+
+class LocalSource(EngineSource):
+    def engine(self, model, vocabulary, eos_ids):
+        return HostedEngine(LocalHost(), model, vocabulary, eos_ids)
+
+
+SETTINGS = {
+    "tools": ({}, {"tool_rounds": object()}, "leave --data.rollout_lag or --data.tools out"),
+    "shards": (
+        {},
+        {"placement": ShardedModels("gathered", True, torch.device("cpu"))},
+        "in shards, .* give --trainer.strategy ddp",
+    ),
+    "vLLM on the GPU that trains": (
+        {"engine": LocalSource()},
+        {},
+        "LocalSource generates on the GPU that trains, .* --model.engine VLLMServer",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_run_that_cannot_generate_ahead_is_refused(name):
+    model, own, message = SETTINGS[name]
+    module = build(**model)
+    module.configure_model()
+    vars(module.pair).update(own)
+    with pytest.raises(ConfigError, match=message):
+        module.ahead_engine(1)
 
 
 def test_nothing_is_started_where_the_student_generates_nothing(tmp_path, monkeypatch):
