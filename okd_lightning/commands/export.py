@@ -20,6 +20,7 @@ from okd_lightning.models import ModelSource, load_causal_lm, load_model_config,
 from okd_lightning.models.adapter_folders import adapter_folder
 from okd_lightning.models.generation_settings import save_with_settings
 from okd_lightning.models.sources import Source, locate
+from okd_lightning.records.requests import Generator
 from okd_lightning.teachers import OnlineModuleSettings
 from okd_lightning.training.arguments import peft_config_of
 from okd_lightning.training.earlier_options import present_model
@@ -77,6 +78,7 @@ def export_student(
             pad_token_id=_pad_id(module),
         )
         module.tokenizer.save_pretrained(folder)
+        _save_processor(module, "student", folder)
         (folder / "README.md").write_text(model_card(checkpoint))
 
 
@@ -136,6 +138,13 @@ def export_online_module(
         teacher.save_pretrained(folder)
         teacher.config.save_pretrained(folder)
         module.tokenizer.save_pretrained(folder)
+        _save_processor(module, "teacher", folder)
+
+
+def _save_processor(module: DistillationModule, generator: Generator, folder: Path) -> None:
+    reader = module.pair.images.reader_of(generator)
+    if reader is not None:
+        reader.save(folder)
 
 
 def model_card(checkpoint: Mapping[str, Any]) -> str:

@@ -15,9 +15,11 @@ from typing import Any
 from okd_lightning.data.chat_ids import ChatIds, encode_chats
 from okd_lightning.data.chat_turns import ChatTurns, read_turns
 from okd_lightning.data.columns import Columns, RawRow, read_tools
+from okd_lightning.data.images import RowImages, num_places
 from okd_lightning.data.templates import ChatRenderer, RenderedChat, not_prefix_stable
 from okd_lightning.models.text_ids import TextEncoder
 from okd_lightning.records import Chat, Example
+from okd_lightning.records.images import ImageRef
 
 _ONLY_LAST = (
     "the chat template renders assistant turns otherwise once more follows, so that in {} earlier "
@@ -65,7 +67,9 @@ def _read_chat(
     return _Chat(turns, tools, renderer.render(turns.asked, tools, at, ()), _ONLY_PROMPT)
 
 
-def _example(index: int, chat: _Chat, found: ChatIds, eos_id: int) -> Example:
+def _example(
+    index: int, chat: _Chat, found: ChatIds, eos_id: int, images: tuple[ImageRef, ...]
+) -> Example:
     is_answered = chat.rendered.is_answered
     earlier = found.turns[:-1] if is_answered else found.turns
     spans = [(found.opening, False)]
@@ -87,6 +91,7 @@ def _example(index: int, chat: _Chat, found: ChatIds, eos_id: int) -> Example:
         prompt=chat.rendered.prompt,
         response=response,
         chat=Chat(chat.turns.asked, schemas),
+        images=images,
     )
 
 
@@ -100,6 +105,7 @@ def examples_from_chats(
     max_response_length: int,
     needs_response: bool,
     where: str,
+    images: RowImages | None = None,
 ) -> tuple[list[Example], tuple[str, ...]]:
     """Return one example a row; a blank last turn becomes no response.
 
@@ -118,17 +124,33 @@ def examples_from_chats(
             needed has a template that does not begin it with its generation prompt.
     """
     settings = columns.chat_template_kwargs
-    renderer = ChatRenderer(encoder.tokenizer, where=where, settings=settings)
+    renderer = ChatRenderer(
+        encoder.tokenizer,
+        where=where,
+        settings=settings,
+        images=None if images is None else images.are_present,
+    )
+    places = [f"{where}, row {number}" for number in range(1, len(rows) + 1)]
     chats = [
-        _read_chat(row, columns, renderer, f"{where}, row {number}", needs_response=needs_response)
-        for number, row in enumerate(rows, start=1)
+        _read_chat(row, columns, renderer, at, needs_response=needs_response)
+        for row, at in zip(rows, places, strict=True)
     ]
     limit = max(max_prompt_length, max_response_length)
     rendered = [chat.rendered for chat in chats]
+    own: list[tuple[ImageRef, ...]] = [()] * len(rows)
+    if images is not None:
+        own = [  # of the messages that are kept: those after the last learned turn are not
+            images.of_row(row, columns, at)[: num_places(chat.turns.messages)]
+            for row, chat, at in zip(rows, chats, places, strict=True)
+        ]
+        rendered = [
+            images.chat(chat, refs, at)
+            for chat, refs, at in zip(rendered, own, places, strict=True)
+        ]
     found = encode_chats(encoder, rendered, eos_ids, limit=limit)
     examples = [
-        _example(index, chat, ids, eos_ids[0])
-        for index, (chat, ids) in enumerate(zip(chats, found, strict=True))
+        _example(index, chat, ids, eos_ids[0], refs)
+        for index, (chat, ids, refs) in enumerate(zip(chats, found, own, strict=True))
     ]
     shortfalls = Counter(chat.shortfall for chat in chats if chat.shortfall)
     notes = [text.format(f"{num:,} of {len(chats):,} chats") for text, num in shortfalls.items()]

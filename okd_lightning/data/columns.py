@@ -21,6 +21,12 @@ from okd_lightning.errors import DataError
 
 RawRow: TypeAlias = Mapping[str, Any]
 
+NO_IMAGES = (
+    "the models of this run read text alone; give --model.student (and --model.teacher) a "
+    "vision-language model with its processor (docs/images.md)"
+)
+"""Why a text model's run reads no images."""
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -38,6 +44,9 @@ class Columns:
         as_chat: Whether a prompt is a user message, rendered by the chat template.
         chat_template_kwargs: Further arguments of the chat template.
         system: Text that becomes the first message of a chat; None to read no such column.
+        images: Column with the images of a row, one for each ``<image>`` in its text; None to read
+            no such column.
+        no_images: Why images are not read; None where they are.
         chats_are_prompts: Whether ``messages`` are the prompts of rows whose response is in another
             column (TRL's prompt and completion), so that a completed prompt carries no loss.
     """
@@ -51,6 +60,8 @@ class Columns:
     as_chat: bool = False
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     system: str | None = "system"
+    images: str | None = "images"
+    no_images: str | None = NO_IMAGES
     chats_are_prompts: bool = False
 
 
@@ -139,7 +150,7 @@ def read_response(row: RawRow, columns: Columns, at: str, *, needs_response: boo
     return value
 
 
-def _read_message(message: object, at: str) -> dict[str, Any]:
+def _read_message(message: object, columns: Columns, at: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise DataError(
             f"{at} is {type(message).__name__}, expected an object "
@@ -159,13 +170,13 @@ def _read_message(message: object, at: str) -> dict[str, Any]:
         )
     content = fields.setdefault("content", "")
     if isinstance(content, list):
-        content = fields["content"] = text_of_parts(content, at)
+        content = fields["content"] = text_of_parts(content, at, columns.no_images)
     if not isinstance(content, str):
         raise DataError(f'{at} has {type(content).__name__} as "content", expected text')
     return fields
 
 
-def _listed(value: object, at: str, what: str) -> list[dict[str, Any]]:
+def _listed(value: object, columns: Columns, at: str, what: str) -> list[dict[str, Any]]:
     """Return the messages of a cell, which ``what`` names."""
     found = listed_messages(value)
     if not isinstance(found, list) or not found:
@@ -175,7 +186,7 @@ def _listed(value: object, at: str, what: str) -> list[dict[str, Any]]:
             '{"role": "user", "content": "..."}'
         )
     return [
-        _read_message(message, f"{at}: message {number}")
+        _read_message(message, columns, f"{at}: message {number}")
         for number, message in enumerate(found, start=1)
     ]
 
@@ -202,7 +213,7 @@ def read_messages(row: RawRow, columns: Columns, at: str) -> list[dict[str, Any]
     """
     assert columns.messages is not None
     value = _cell(row, columns.messages, at)
-    messages = _listed(value, at, f"the chat ({columns.messages!r})")
+    messages = _listed(value, columns, at, f"the chat ({columns.messages!r})")
     system = _system_message(row, columns, at)
     if system and messages[0]["role"] != "system":
         messages = [*system, *messages]
@@ -232,7 +243,7 @@ def read_answer(row: RawRow, columns: Columns, at: str) -> list[dict[str, Any]]:
         return [{"role": "assistant", "content": response}] if response.strip() else []
     if value == []:
         return []
-    messages = _listed(value, at, f"the response ({columns.response!r})")
+    messages = _listed(value, columns, at, f"the response ({columns.response!r})")
     if messages[0]["role"] != "assistant":
         raise DataError(
             f"{at}: the response ({columns.response!r}) begins with {messages[0]['role']!r}, "

@@ -12,7 +12,7 @@ from okd_lightning.engines.ahead import AheadEngine
 from okd_lightning.engines.tool_rollouts import ToolRounds
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term
-from okd_lightning.models import Vocabulary
+from okd_lightning.models import PairImages, Vocabulary
 from okd_lightning.teachers import Teacher
 
 
@@ -21,6 +21,7 @@ class DistilledPair(Protocol):
 
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
+    images: PairImages
     tool_rounds: ToolRounds | None
     settle: Callable[[], None] | None
 
@@ -31,6 +32,9 @@ class DistilledPair(Protocol):
     @property
     def teacher(self) -> Teacher:
         """The run's teacher."""
+
+    def use_images(self) -> None:
+        """Read rows with images, or refuse them."""
 
     def add_eos_ids(self, ids: Iterable[int]) -> None:
         """Add ids that end a response."""

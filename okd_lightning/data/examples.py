@@ -17,11 +17,13 @@ from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.data.chat_rows import examples_from_chats
 from okd_lightning.data.columns import Columns, RawRow
+from okd_lightning.data.images import RowImages, has_images
 from okd_lightning.data.layouts import Layout, choose_layout
 from okd_lightning.data.row_templates import with_prompts
 from okd_lightning.data.teacher_prompts import (
     TeacherPrompts,
     with_foreign_prompts,
+    with_image_prompts,
     with_teacher_prompts,
 )
 from okd_lightning.data.text_rows import examples_from_texts
@@ -90,6 +92,7 @@ class _Limits:
     needs_response: bool
     where: str
     teacher_prompts: TeacherPrompts | None = None
+    images: RowImages | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_prompt_length", "max_response_length"):
@@ -203,6 +206,7 @@ def build_examples(
     where: str,
     teacher_prompts: TeacherPrompts | None = None,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    images: RowImages | None = None,
 ) -> ExampleSet:
     """Tokenize rows into examples: prompt + response + eos; see ``text_ids`` for the rules.
 
@@ -223,6 +227,7 @@ def build_examples(
             prompt is missing or too long are skipped like others.
         teacher_tokenizer: Tokenizer of a teacher that has another one, which makes the teacher's
             prompts; None for a teacher that reads the student's ids.
+        images: Reads the images of rows; None where the models read text alone.
 
     Raises:
         ConfigError: A limit below 1 or an unknown ``on_overlong``.
@@ -230,10 +235,19 @@ def build_examples(
             exact masks, a prompt is too long (``on_overlong="error"``), or no row is left.
     """
     limits = _Limits(
-        max_prompt_length, max_response_length, on_overlong, needs_response, where, teacher_prompts
+        max_prompt_length,
+        max_response_length,
+        on_overlong,
+        needs_response,
+        where,
+        teacher_prompts,
+        images,
     )
     if not rows:
         raise DataError(f"{where}: no rows; expected at least one")
+    if images is not None:
+        images = replace(images, are_optional=teacher_prompts is not None)
+        limits, columns = replace(limits, images=images), replace(columns, no_images=None)
     rows, columns = with_prompts(rows, columns, needs_response=needs_response, where=where)
     layout = choose_layout(rows, columns, needs_response=needs_response, where=where)
     encoder = TextEncoder(tokenizer)
@@ -244,6 +258,8 @@ def build_examples(
     cells: dict[str, Any] = {"columns": columns, "where": where, **settings}
     if teacher_tokenizer is not None:
         examples = with_foreign_prompts(examples, rows, teacher_tokenizer, tokenizer, **cells)
+    elif images is not None:
+        examples = with_image_prompts(examples, rows, encoder, images, **cells)
     elif teacher_prompts is not None:
         examples = with_teacher_prompts(examples, rows, encoder, **cells)
     found = replace(limits.apply(examples), notes=notes)
@@ -268,15 +284,22 @@ def _read(
         "max_response_length": limits.max_response_length,
     }
     if layout == "chat":
-        return examples_from_chats(rows, encoder, needs_response=limits.needs_response, **read)
+        read |= {"needs_response": limits.needs_response, "images": limits.images}
+        return examples_from_chats(rows, encoder, **read)
     if columns.chat_template_kwargs:
         raise DataError(
             f"{limits.where}: the rows are plain prompts, and --data.chat_template_kwargs are for "
             "a chat template; set --data.as_chat true, or leave them out"
         )
     if columns.prompt is None:
+        if limits.images is not None and has_images(rows, columns):
+            raise DataError(
+                f"{limits.where}: rows with images are whole texts; give them as chats, or with a "
+                "prompt column"
+            )
         return examples_from_whole_texts(rows, encoder, **read), ()
-    return examples_from_texts(rows, encoder, needs_response=limits.needs_response, **read), ()
+    read |= {"needs_response": limits.needs_response, "images": limits.images}
+    return examples_from_texts(rows, encoder, **read), ()
 
 
 def warn_of(found: ExampleSet, where: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from okd_lightning.bounded_files import parse_json
 from okd_lightning.errors import DataError
+from okd_lightning.records.images import MARKER
 
 _ROLES = {
     "human": "user",
@@ -30,6 +31,9 @@ _ROLES = {
 }
 _CALLS = ("function_call", "tool_call")
 _KEYS = {"from": "role", "value": "content"}
+
+IMAGE_PARTS = ("image", "image_url", "input_image")
+"""Types of a message's part that is an image."""
 
 
 def is_chat(cell: object) -> bool:
@@ -105,14 +109,24 @@ def _read_calls(value: Any, at: str) -> list[dict[str, Any]]:
     return [{"type": "function", "function": dict(call)} for call in calls]
 
 
-def text_of_parts(content: Sequence[Any], at: str) -> str:
+def text_of_parts(content: Sequence[Any], at: str, no_images: str | None) -> str:
     """Return the text of a content that is a list of parts, ``{"type": "text", "text": "..."}``.
 
+    Args:
+        content: The parts.
+        at: File, row and message, for the error.
+        no_images: Why images are not read; None where they are: each becomes ``<image>``.
+
     Raises:
-        DataError: A part of another type: models here read text.
+        DataError: A part of another type, or an image that is not read.
     """
     texts = []
     for part in content:
+        if isinstance(part, Mapping) and part.get("type") in IMAGE_PARTS:
+            if no_images is not None:
+                raise DataError(f"{at} has an image, and {no_images}")
+            texts.append(MARKER)
+            continue
         text = part.get("text") if isinstance(part, Mapping) else part
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
         if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):

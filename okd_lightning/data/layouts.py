@@ -44,7 +44,7 @@ def with_chat_prompts(rows: Sequence[RawRow], columns: Columns) -> Columns:
 def _check_mapped(row: RawRow, columns: Columns, where: str) -> None:
     """Refuse rows without a column that the user named, needed or not."""
     default = Columns()
-    for role in ("prompt", "response", "messages", "tools", "system"):
+    for role in ("prompt", "response", "messages", "tools", "system", "images"):
         name = getattr(columns, role)
         if name is not None and name != getattr(default, role):
             require_column(row, role, name, where)

@@ -102,6 +102,8 @@ class RolloutDataModule(CollectiveDataModule):
         system_column: Name of the column with a chat's system prompt, if rows have one besides
             their messages; null reads no such column.
         teacher_column: Name of the column with a row's teacher, one of RoutedTeachers.
+        images_column: Name of the column with the images of a row (files relative to the data
+            file), one for each ``<image>`` in its text; null reads no such column; docs/images.md.
         rollout_lag: Rollout batches that are generated while earlier ones are trained on, by the
             student of that many rollout batches before; 0 for none. docs/concepts/rollout-lag.md.
 
@@ -147,6 +149,7 @@ class RolloutDataModule(CollectiveDataModule):
         token_cache: str | None = AUTO,
         system_column: str | None = "system",
         teacher_column: str | None = None,
+        images_column: str | None = "images",
         rollout_lag: int = 0,
     ) -> None:
         super().__init__()
@@ -183,6 +186,7 @@ class RolloutDataModule(CollectiveDataModule):
             as_chat=as_chat,
             chat_template_kwargs=chat_template_kwargs or {},
             system=system_column,
+            images=images_column,
         )
         self.teacher_prompts = teacher_prompts_from(
             teacher_prompt_column,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from okd_lightning.data.columns import Columns, RawRow
 from okd_lightning.data.distilled_module import DistilledPair
 from okd_lightning.data.end_tokens import handed_over, written_elsewhere
 from okd_lightning.data.examples import ExampleSet
+from okd_lightning.data.images import RowImages, check_image_ids, has_images
 from okd_lightning.data.row_report import report_plain_prompts, report_rows, warn_of_unread
 from okd_lightning.data.sources import DataSource, describe_source, load_rows
 from okd_lightning.data.table_ids import check_table_ids
@@ -30,6 +34,29 @@ def part_sources(
         "test": held_out,
         "predict": predict if predict is not None else held_out,
     }
+
+
+def _images(
+    source: DataSource, rows: Sequence[RawRow], pair: DistilledPair, columns: Columns
+) -> RowImages | None:
+    """Return what reads the images of some rows; None where the models read text alone.
+
+    Raises:
+        ConfigError: There are images, and a model, the teacher or the engine reads none.
+    """
+    own = pair.images
+    if own.is_text:  # an image in a message is then an error about its row
+        return None
+    are_present = has_images(rows, columns)
+    if are_present:
+        pair.use_images()
+    if own.student is None:
+        return None
+    folder = Path.cwd()
+    if isinstance(source, str | Path) and Path(source).expanduser().exists():
+        path = Path(source).expanduser()
+        folder = path if path.is_dir() else path.parent
+    return RowImages(own.student, own.teacher, folder.absolute(), are_present)
 
 
 def read_part(
@@ -63,9 +90,12 @@ def read_part(
     where = describe_source(source)
     check_choice(teacher_column, pair.teacher.names)
     rows = load_rows(source, split=split, subset=subset)
+    settings["images"] = images = _images(source, rows, pair, settings["columns"])
     found = cached_examples(
         token_cache, rows, pair.tokenizer, eos_id=pair.eos_ids[0], where=where, **settings
     )
+    if images is not None and images.are_present:
+        check_image_ids(found.examples, pair.images.mask_ids, pair.tokenizer, where)
     if teacher_column is not None and part != "predict":
         chosen = teachers_of(rows, teacher_column, pair.teacher.names, where)
         found = replace(

@@ -7,7 +7,9 @@ bytes are refused.
 from __future__ import annotations
 
 import json
+from base64 import b64decode, b64encode
 from collections.abc import Iterable, Sequence
+from dataclasses import astuple
 from hashlib import blake2b
 from itertools import accumulate, pairwise
 from typing import Any
@@ -19,10 +21,11 @@ from safetensors.numpy import load, save
 from okd_lightning.data.examples import ExampleSet
 from okd_lightning.errors import CacheError
 from okd_lightning.records import Chat, Example
+from okd_lightning.records.images import ImageRef
 
 _DIGEST_SIZE = 16
 _IDS = ("prompt_ids", "response_ids", "teacher_prompt_ids")
-_TEXTS = ("prompt", "response", "chat", "about")
+_TEXTS = ("prompt", "response", "chat", "images", "about")
 
 
 def pack_examples(found: ExampleSet) -> bytes:
@@ -49,6 +52,7 @@ def pack_examples(found: ExampleSet) -> bytes:
         "prompt": [example.prompt for example in examples],
         "response": [example.response for example in examples],
         "chat": [_chat_text(example.chat) for example in examples],
+        "images": [_images_text(example) for example in examples],
         "about": [about],
     }
     for name in _TEXTS:
@@ -88,6 +92,7 @@ def unpack_examples(content: bytes) -> ExampleSet:
             response=texts["response"][i],
             teacher_prompt_ids=tuple(teacher_prompts[i]),
             chat=_chat(texts["chat"][i]),
+            **_images_of(texts["images"][i]),
         )
         for i, (index, (start, end)) in enumerate(
             zip(arrays["index"].tolist(), pairwise(ends), strict=True)
@@ -111,6 +116,29 @@ def _rows(arrays: dict[str, np.ndarray], name: str) -> list[list[int]]:
 
 def _encoded(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
+
+
+def _images_text(example: Example) -> str:
+    """Return the references of an example's images as text; empty without any."""
+    sides = example.images, example.teacher_images
+    if not any(sides):
+        return ""
+    fields = [
+        [[*astuple(ref)[:2], b64encode(ref.data).decode(), *astuple(ref)[3:]] for ref in side]
+        for side in sides
+    ]
+    return json.dumps(fields)
+
+
+def _images_of(text: str) -> dict[str, Any]:
+    """Return the images of ``_images_text``, as fields of an example."""
+    if not text:
+        return {}
+    sides = [
+        tuple(ImageRef(name, path, b64decode(data), *rest) for name, path, data, *rest in side)
+        for side in json.loads(text)
+    ]
+    return dict(zip(("images", "teacher_images"), sides, strict=True))
 
 
 def _chat_text(chat: Chat | None) -> str:

@@ -22,12 +22,15 @@ from okd_lightning.data.columns import (
     require_column,
     require_whole_characters,
 )
+from okd_lightning.data.images import RowImages, num_places
 from okd_lightning.data.layouts import Layout
 from okd_lightning.data.row_templates import fields_of
 from okd_lightning.data.templates import ChatRenderer, Message
 from okd_lightning.errors import ConfigError, DataError
+from okd_lightning.models.processors import ImageReader
 from okd_lightning.models.text_ids import TextEncoder
 from okd_lightning.records.batches import Example
+from okd_lightning.records.images import ImageRef
 
 _FIELDS = ("prompt", "reference")
 _OPTION = "--data.teacher_prompt_template"
@@ -164,6 +167,57 @@ def _chat(
     return messages
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """The images of teacher prompts, and the processor that reads them."""
+
+    images: RowImages
+    reader: ImageReader
+
+    def refs(
+        self, prompts: TeacherPrompts | None, columns: Columns, row: RawRow, at: str, text: str
+    ) -> tuple[ImageRef, ...]:
+        """Return the images of a row's teacher prompt; ``text`` is a plain one."""
+        own = columns
+        if prompts is not None and prompts.column is not None:
+            own = replace(columns, messages=prompts.column)
+        return self.images.of_row(row, own, at, text or None)
+
+
+def with_image_prompts(
+    examples: Sequence[Example],
+    rows: Sequence[RawRow],
+    encoder: TextEncoder,
+    images: RowImages,
+    **settings: Any,
+) -> list[Example]:
+    """Add the teacher's prompt where it differs from the student's, for rows with images.
+
+    It differs where the teacher has other prompts, another processor or another chat template.
+
+    Args:
+        examples: One a row, in the rows' order, of any length.
+        rows: The raw rows.
+        encoder: Encoder of the run's tokenizer.
+        images: Reads the images.
+        **settings: Further arguments of ``with_teacher_prompts``.
+    """
+    prompts, reader = settings["teacher_prompts"], images.teacher or images.student
+    if prompts is None and images.teacher is None:
+        return list(examples)
+    if images.teacher is not None:
+        encoder = TextEncoder(images.teacher.tokenizer)
+    found = with_teacher_prompts(examples, rows, encoder, seen=_Seen(images, reader), **settings)
+    if prompts is not None:
+        return found
+    return [
+        replace(e, teacher_prompt_ids=(), teacher_images=())
+        if e.teacher_prompt_ids == e.prompt_ids
+        else e
+        for e in found
+    ]
+
+
 def with_teacher_prompts(
     examples: Sequence[Example],
     rows: Sequence[RawRow],
@@ -173,6 +227,7 @@ def with_teacher_prompts(
     layout: Layout,
     teacher_prompts: TeacherPrompts | None,
     where: str,
+    seen: _Seen | None = None,
 ) -> list[Example]:
     """Add the teacher's prompt to every example for which there is one.
 
@@ -189,6 +244,7 @@ def with_teacher_prompts(
         layout: Layout of the rows.
         teacher_prompts: The settings; None for the student's prompts.
         where: The dataset's name for messages.
+        seen: The images of the prompts; None where the models read text alone.
 
     Raises:
         DataError: The column is missing or of the wrong type, or a chat cannot be rendered.
@@ -197,6 +253,7 @@ def with_teacher_prompts(
         require_column(rows[0], "teacher_prompt", teacher_prompts.column, where)
     places = [f"{where}, row {number}" for number in range(1, len(rows) + 1)]
     triples = list(zip(examples, rows, places, strict=True))
+    chats: list[list[Message]] = []
     if layout == "text":
         texts = [
             example.prompt if teacher_prompts is None else _text(teacher_prompts, example, row, at)
@@ -204,7 +261,10 @@ def with_teacher_prompts(
         ]
     else:
         renderer = ChatRenderer(
-            encoder.tokenizer, where=where, settings=columns.chat_template_kwargs
+            encoder.tokenizer,
+            where=where,
+            settings=columns.chat_template_kwargs,
+            images=None if seen is None else seen.images.are_present,
         )
         chats = [
             list(read_turns(row, columns, at).asked)
@@ -216,6 +276,18 @@ def with_teacher_prompts(
             renderer.prompt(chat, read_tools(row, columns, at), at) if chat else ""
             for chat, row, at in zip(chats, rows, places, strict=True)
         ]
+    refs: list[tuple[ImageRef, ...]] = [()] * len(rows)
+    if seen is not None:
+        plain = [text if layout == "text" else "" for text in texts]
+        limits = [None] * len(rows) if layout == "text" else [num_places(chat) for chat in chats]
+        refs = [
+            seen.refs(teacher_prompts, columns, row, at, own)[:most] if text else ()
+            for row, at, own, text, most in zip(rows, places, plain, texts, limits, strict=True)
+        ]
+        texts = [
+            seen.images.prompt(text, own, at, is_rendered=layout == "chat", reader=seen.reader)
+            for text, own, at in zip(texts, refs, places, strict=True)
+        ]
     encoded = iter(
         encoder.prompts(
             [text for text in texts if text],
@@ -224,8 +296,12 @@ def with_teacher_prompts(
         )
     )
     return [
-        replace(example, teacher_prompt_ids=tuple(next(encoded) if text else ()))
-        for example, text in zip(examples, texts, strict=True)
+        replace(
+            example,
+            teacher_prompt_ids=tuple(next(encoded) if text else ()),
+            teacher_images=own,
+        )
+        for example, text, own in zip(examples, texts, refs, strict=True)
     ]
 
 

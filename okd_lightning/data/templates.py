@@ -17,8 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from okd_lightning.data.columns import require_whole_characters
 from okd_lightning.data.template_process import TemplateProcess
 from okd_lightning.errors import DataError
+from okd_lightning.records.images import MARKER
 
 Message = dict[str, Any]
+
+_TRIAL = "trial"
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,9 @@ class ChatRenderer:
         tokenizer: Must have a chat template.
         where: The dataset's name for messages.
         settings: Further arguments of the template, such as Qwen3's enable_thinking.
+        images: Whether the messages have images, of which ``<image>`` is the place; None for a
+            text model. Where they do, and where the template reads no contents that are text,
+            contents are lists of parts.
 
     Raises:
         DataError: The tokenizer has no chat template.
@@ -79,6 +85,7 @@ class ChatRenderer:
         *,
         where: str,
         settings: Mapping[str, Any] | None = None,
+        images: bool | None = None,
     ) -> None:
         if not tokenizer.chat_template:
             raise DataError(
@@ -87,6 +94,23 @@ class ChatRenderer:
                 "or give prompt and response columns"
             )
         self._settings, self._process = settings or {}, TemplateProcess(tokenizer)
+        self._marker = MARKER if images else None
+        self._in_parts = images is not None and self._reads_parts(bool(images))
+
+    def _reads_parts(self, are_preferred: bool) -> bool:
+        """Return whether contents are given as parts: the template renders these, not text."""
+        if not are_preferred and self._renders(_TRIAL):
+            return False
+        return self._renders([{"type": "text", "text": _TRIAL}])
+
+    def _renders(self, content: Any) -> bool:
+        trial = [{"role": "user", "content": content}]
+        settings = {"add_generation_prompt": False, **self._settings}
+        try:
+            (found,) = self._process.render([(trial, settings)], "the chat template")
+        except DataError:
+            return False
+        return _TRIAL in found and f"'{_TRIAL}'" not in found
 
     def prompt(self, messages: Sequence[Message], tools: list[Any] | None, at: str) -> str:
         """Return the rendering that a response continues, with the generation prompt.
@@ -119,7 +143,10 @@ class ChatRenderer:
     ) -> list[str]:
         """Render prefixes of one chat, each with or without a generation prompt."""
         wanted = [
-            (messages, {"tools": tools, "add_generation_prompt": prompt, **self._settings})
+            (
+                in_parts(messages, self._marker) if self._in_parts else messages,
+                {"tools": tools, "add_generation_prompt": prompt, **self._settings},
+            )
             for messages, prompt in chats
         ]
         try:
@@ -168,6 +195,19 @@ class ChatRenderer:
         )
         is_answered = is_answered and places[-1][1] == len(full)
         return RenderedChat(full[: places[0][0]], found, is_answered, tuple(unplaced))
+
+
+def in_parts(messages: Sequence[Message], marker: str | None) -> list[Message]:
+    """Return messages whose contents are lists of parts: texts, and an image for each marker."""
+    return [{**message, "content": _parts(message["content"], marker)} for message in messages]
+
+
+def _parts(text: str, marker: str | None) -> list[dict[str, str]]:
+    first, *others = [text] if marker is None else text.split(marker)
+    parts = [{"type": "text", "text": first}]
+    for other in others:
+        parts += [{"type": "image"}, {"type": "text", "text": other}]
+    return [part for part in parts if part.get("text") != ""] or parts[:1]
 
 
 def not_prefix_stable(turn: int, at: str) -> DataError:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from okd_lightning.data.columns import Columns, RawRow, read_prompt, read_response
+from okd_lightning.data.images import RowImages
 from okd_lightning.errors import DataError
 from okd_lightning.models.text_ids import TextEncoder
 from okd_lightning.records.batches import Example
+from okd_lightning.records.images import ImageRef
 
 
 def examples_from_texts(
@@ -20,6 +22,7 @@ def examples_from_texts(
     max_response_length: int,
     needs_response: bool,
     where: str,
+    images: RowImages | None = None,
 ) -> list[Example]:
     """Return one example a row; a blank response becomes no response.
 
@@ -35,7 +38,18 @@ def examples_from_texts(
         read_response(row, columns, at, needs_response=needs_response)
         for row, at in zip(rows, places, strict=True)
     ]
-    prompt_ids = encoder.prompts(prompts, limit=max_prompt_length)
+    texts = prompts
+    own: list[tuple[ImageRef, ...]] = [()] * len(rows)
+    if images is not None:
+        own = [
+            images.of_row(row, columns, at, prompt)
+            for row, at, prompt in zip(rows, places, prompts, strict=True)
+        ]
+        texts = [
+            images.prompt(prompt, refs, at, is_rendered=False)
+            for prompt, refs, at in zip(prompts, own, places, strict=True)
+        ]
+    prompt_ids = encoder.prompts(texts, limit=max_prompt_length)
     for ids, prompt, at in zip(prompt_ids, prompts, places, strict=True):
         if not ids:
             raise DataError(f"{at}: the prompt {prompt!r} has no tokens; fill or delete the row")
@@ -45,7 +59,7 @@ def examples_from_texts(
         if responses[row].strip() and len(ids) <= max_prompt_length  # others are skipped later
     ]
     found = encoder.continuations(
-        [prompts[row] for row in asked],
+        [texts[row] for row in asked],
         [responses[row] for row in asked],
         limit=max_response_length,
     )
@@ -58,6 +72,7 @@ def examples_from_texts(
             response_ids=tuple(ended(response_ids.get(row, []), encoder, eos_ids)),
             prompt=prompts[row],
             response=responses[row] if response_ids.get(row) else "",
+            images=own[row],
         )
         for row, ids in enumerate(prompt_ids)
     ]

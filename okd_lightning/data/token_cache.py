@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.data.columns import RawRow
 from okd_lightning.data.examples import ExampleSet, build_examples, warn_of
+from okd_lightning.data.images import RowImages
 from okd_lightning.data.stored_examples import pack_examples, unpack_examples
 from okd_lightning.durable_files import own_aside, replacing
 from okd_lightning.errors import CacheError
@@ -110,6 +111,9 @@ def _key(
         return None
     told = {name: value for name, value in settings.items() if name != "where"}
     teacher = told.pop("teacher_tokenizer", None)
+    images: RowImages | None = told.pop("images", None)
+    if images is not None:
+        found.update(images.digest_of(rows, told["columns"]).encode())
     if teacher is not None:
         found.update(tokenizer_digest(teacher))
     found.update(repr(sorted(told.items())).encode())
@@ -159,7 +163,8 @@ def _code_digest() -> bytes:
     versions = f"{RULES_VERSION} {transformers.__version__} {tokenizers.__version__}"
     found = blake2b(versions.encode())
     package = Path(__file__).parent
-    others = [package.parent / name for name in ("records/batches.py", "models/text_ids.py")]
+    names = ("records/batches.py", "models/text_ids.py", "models/processors.py")
+    others = [package.parent / name for name in names]
     for path in [*sorted(package.glob("*.py")), *others]:
         found.update(path.name.encode() + path.read_bytes())
     return found.digest()

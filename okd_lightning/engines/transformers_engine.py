@@ -30,10 +30,15 @@ from transformers import DynamicCache, PreTrainedModel
 from okd_lightning.engines.drawing import Drawing, DrawnFrom, Responses
 from okd_lightning.engines.kv_cache import empty_cache, rearrange
 from okd_lightning.engines.memory import MEMORIES, memory_of
+from okd_lightning.engines.prompt_images import PromptImages, placed
 from okd_lightning.engines.whole_passes import WholePasses
+from okd_lightning.errors import ConfigError
 from okd_lightning.losses.cpu_linear import fast_linears
 from okd_lightning.models import Vocabulary, forget_lengths, row_groups
 from okd_lightning.models.causal_lm import cached_logits
+from okd_lightning.models.multimodal import image_arguments
+from okd_lightning.models.processors import ImageReader
+from okd_lightning.records.images import ImageInputs
 from okd_lightning.records.noise import NoiseStream
 from okd_lightning.records.requests import Prompt, Request, Rollout
 from okd_lightning.records.sampling import Sampling
@@ -62,6 +67,7 @@ class TransformersEngine:
             copy is dropped at its end. None leaves it to the caller. In float32 a sample does not
             depend on its batch, in bfloat16 it may.
         blend: Further models that are mixed into every draw.
+        images: Processor of all models; None for models that read text alone.
     """
 
     model: PreTrainedModel
@@ -70,6 +76,7 @@ class TransformersEngine:
     token_budget: int = 65536
     dtype: torch.dtype | None = None
     blend: DrawnFrom | None = None
+    images: ImageReader | None = None
 
     @torch.no_grad()
     def respond(self, request: Request) -> Rollout:
@@ -135,12 +142,23 @@ class TransformersEngine:
             memory = "none" if by_length else max(memories, key=MEMORIES.index)
             call = (models, texts, drawing, self.token_budget, request.max_new_tokens)
             if memory == "none":
+                self._refuse_images(request)
                 yield WholePasses(*call), not switches
                 continue
             for model, own in zip(models, groups, strict=True):
                 if own.by_length:
                     forget_lengths(model)
-            yield _Round(*call, is_roomy=memory == "rows"), not switches
+            has_images = any(prompt.images for prompt in request.prompts)
+            images = PromptImages.of(self.images, request.prompts) if has_images else None
+            yield _Round(*call, is_roomy=memory == "rows", images=images), not switches
+
+    def _refuse_images(self, request: Request) -> None:
+        if any(prompt.images for prompt in request.prompts):
+            raise ConfigError(
+                f"{type(self.model).__name__} continues from no cache, and a pass over the whole "
+                "row for each token reads no images: use a method that learns from dataset "
+                "responses, with --data.val_rollouts 0"
+            )
 
     def _precision(self) -> AbstractContextManager[object]:
         if self.dtype is None:
@@ -157,6 +175,7 @@ class _Prefilled:
     index: Tensor  # [rows] row of the caches
     starts: Tensor  # [rows] first column
     width: int  # columns
+    deltas: Tensor  # [models, rows] of a token's position, more than its number in its row
     places: Tensor  # [rows] of the second token
     tokens: Tensor  # [rows] the first token
 
@@ -165,7 +184,8 @@ class _Round:
     """One round of a call: its queue, the running batch, and its row-steps.
 
     The batch's fields are aligned: ``rows`` (numbers in the call), ``places`` and ``last`` in the
-    responses, ``tokens`` (sampled, not yet read), ``starts`` (first column), all [rows].
+    responses, ``tokens`` (sampled, not yet read), ``starts`` (first column), all [rows]; ``deltas``
+    (of positions, where images take fewer than they have tokens), [models, rows].
     """
 
     def __init__(
@@ -177,7 +197,9 @@ class _Round:
         max_new_tokens: int,
         *,
         is_roomy: bool,
+        images: PromptImages | None = None,
     ) -> None:
+        self._images = images
         self._models = models
         self._texts = texts
         self._drawing = drawing
@@ -199,6 +221,7 @@ class _Round:
         self._places = self._last = self._tokens = self._starts = torch.zeros(
             0, dtype=torch.int64, device=self._device
         )
+        self._deltas = self._starts.new_zeros(len(self._models), 0)
 
     def _empty_caches(self) -> list[DynamicCache]:
         return [empty_cache(model, self._is_roomy) for model in self._models]
@@ -266,6 +289,7 @@ class _Round:
                 *(piece.starts + (width - piece.width) for piece in joining),
             ]
         )
+        self._deltas = torch.cat([self._deltas[:, keep], *(p.deltas for p in joining)], 1)
         self._rows = [self._rows[i] for i in kept]
         self._rows += [row for piece in joining for row in piece.rows]
         self._places = torch.cat([self._places[keep], *(piece.places for piece in joining)])
@@ -283,6 +307,7 @@ class _Round:
         read = self._read(rows)
         self._caches, self._rows, self._starts = read.caches, read.rows, read.starts
         self._places, self._tokens, self._width = read.places, read.tokens, read.width
+        self._deltas = read.deltas
         self._last = self._responses.last_places(rows)
         return len(rows)
 
@@ -290,28 +315,43 @@ class _Round:
 
     def _read(self, rows: list[int]) -> _Prefilled:
         """Read some prompts and sample their first tokens; equal prompts are read once."""
-        prompts = [self._texts[row] for row in rows]
-        unique = list(dict.fromkeys(prompts)) if self._is_roomy else prompts
-        number = {prompt: i for i, prompt in enumerate(unique)}
+        refs = {} if self._images is None else self._images.refs
+        prompts = [(self._texts[row], refs.get(row)) for row in rows]
+        first = dict(zip(reversed(prompts), reversed(rows), strict=True))
+        number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        unique = [first[prompt] for prompt in number] if self._is_roomy else rows
         indices = [number[prompt] for prompt in prompts] if self._is_roomy else range(len(rows))
         index = torch.tensor(list(indices), device=self._device)
-        ids, starts = _left_pad(unique, self._device)
+        ids, starts = _left_pad([self._texts[row] for row in unique], self._device)
         caches = self._empty_caches()
         columns = torch.arange(ids.shape[1], device=self._device)
-        positions = (columns - starts[:, None]).clamp(min=0)
-        tables = self._logits(ids, positions, starts, ids.shape[1], caches)
+        positions = [(columns - starts[:, None]).clamp(min=0)] * len(self._models)
+        deltas, images = ids.new_zeros(len(self._models), len(ids)), None
+        if self._images is not None:
+            images = self._images.inputs(unique, self._device)
+            positions, deltas = placed(self._models, ids, starts, images, positions, deltas)
+        tables = self._logits(ids, positions, starts, ids.shape[1], caches, images)
         self.num_row_steps += len(rows)
         places, last = self._responses.next_places(rows), self._responses.last_places(rows)
         places, tokens = self._drawing.draw(tables, places, last, index)
-        return _Prefilled(rows, caches, index, starts[index], ids.shape[1], places, tokens)
+        own = starts[index], ids.shape[1], deltas[:, index]
+        return _Prefilled(rows, caches, index, *own, places, tokens)
 
     def _step(self) -> None:
         """Generate one token for every row."""
         is_unfinished = self._places < self._responses.waste
-        positions = torch.where(is_unfinished, self._width - self._starts, 0)[:, None]
+        numbers = self._width - self._starts
+        positions = [
+            torch.where(is_unfinished, numbers if self._images is None else numbers + more, 0)
+            for more in self._deltas
+        ]
         self._width += 1
         tables = self._logits(
-            self._tokens[:, None], positions, self._starts, self._width, self._caches
+            self._tokens[:, None],
+            [p[:, None] for p in positions],
+            self._starts,
+            self._width,
+            self._caches,
         )
         self.num_row_steps += len(self._rows)
         self._places, self._tokens = self._drawing.draw(tables, self._places, self._last)
@@ -319,18 +359,26 @@ class _Round:
     def _logits(
         self,
         ids: Tensor,
-        positions: Tensor,
+        positions: Sequence[Tensor],
         starts: Tensor,
         width: int,
         caches: list[DynamicCache],
+        images: ImageInputs | None = None,
     ) -> list[Tensor]:
         """Return [rows, table] logits of each model for the token after ``ids``."""
         mask = None
         if self._is_roomy:  # else all prompts have one length, and some models misread a mask
             mask = (torch.arange(width, device=self._device) >= starts[:, None]).long()
         return [
-            cached_logits(model, ids, positions, mask, cache)
-            for model, cache in zip(self._models, caches, strict=True)
+            cached_logits(
+                model,
+                ids,
+                own,
+                mask,
+                cache,
+                None if images is None else image_arguments(model, ids, images),
+            )
+            for model, own, cache in zip(self._models, positions, caches, strict=True)
         ]
 
 

@@ -5,6 +5,7 @@
 * ``weight_files``, ``weight_checks``: complete safetensors, and models with all their weights.
 * ``adapter_folders``, ``adapters``: PEFT on disk and in memory.
 * ``gguf_files``: models in llama.cpp's format.
+* ``multimodal``, ``processors``, ``image_files``: vision-language models and their images.
 * ``lengths``: the longest sequence that a model was made for.
 * ``text_ids``: texts to ids.
 * ``vocabulary``: comparison of tokenizers by content; ids outside the tokenizer are masked.
@@ -14,7 +15,7 @@
 * ``taps``, ``routers``: states of layers and router logits, taken in a forward pass.
 * ``projectors``: maps from the student's hidden states to the teacher's.
 * ``reading``: hidden states at loss positions, from packed or padded rows.
-* ``pair``: the tokenizer that a student and its teacher share.
+* ``pair``: the tokenizer that a student and its teacher share; ``pair_images``: their processors.
 * ``merging``: adapters merged into their base layers.
 * ``recompute``: gradient checkpointing, also of a teacher in eval mode.
 * ``shrinking``: a student that is a part of its teacher.
@@ -39,12 +40,14 @@ from okd_lightning.models.loading import (
     load_tokenizer,
 )
 from okd_lightning.models.merging import merge_adapters, merged_copy
+from okd_lightning.models.multimodal import freeze_vision, reads_images
 from okd_lightning.models.pair import (
     check_pair,
     find_tokenizer,
     load_checked,
     vocabulary_of,
 )
+from okd_lightning.models.pair_images import PairImages, find_images
 from okd_lightning.models.projectors import (
     LayerPair,
     Projectors,
@@ -69,6 +72,7 @@ __all__ = [
     "LayerPair",
     "ModelArgument",
     "ModelSource",
+    "PairImages",
     "Projectors",
     "Vocabulary",
     "add_adapter",
@@ -82,8 +86,10 @@ __all__ = [
     "dtype_of",
     "eos_token_ids",
     "find_end_tokens",
+    "find_images",
     "find_tokenizer",
     "forget_lengths",
+    "freeze_vision",
     "head_inputs",
     "hidden_at_loss",
     "load_causal_lm",
@@ -96,6 +102,7 @@ __all__ = [
     "packs_rows",
     "probe_texts",
     "projectors_for",
+    "reads_images",
     "reads_packed_rows",
     "recompute_activations",
     "row_groups",

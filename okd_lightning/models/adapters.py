@@ -27,6 +27,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from okd_lightning.errors import ConfigError, ModelError
 from okd_lightning.models.deferred import stand_ins
 from okd_lightning.models.merging import merge_adapters
+from okd_lightning.models.multimodal import modules_outside_language
 from okd_lightning.models.sources import ModelArgument, ModelSource, first_line
 from okd_lightning.models.weight_checks import is_quantised
 
@@ -200,11 +201,15 @@ def widen_trained(model: torch.nn.Module, base: torch.dtype) -> None:
             parameter.data = parameter.data.to(wide)
 
 
-def add_adapter(model: PreTrainedModel, adapter: PeftConfig, option: str) -> None:
+def add_adapter(
+    model: PreTrainedModel, adapter: PeftConfig, option: str, *, adapts_vision: bool = False
+) -> None:
     """Put a trainable PEFT adapter on ``model`` in place and freeze all other parameters.
 
-    A missing ``task_type`` is filled in. Prompt-learning configs are refused: they need a wrapper
-    around the model, from which a student cannot be exported.
+    A missing ``task_type`` is filled in. On a vision-language model it is put on the language model
+    alone, unless the config has its own ``exclude_modules`` or ``adapts_vision``. Prompt-learning
+    configs are refused: they need a wrapper around the model, from which a student cannot be
+    exported.
 
     Raises:
         ConfigError: A prompt-learning config, or target modules that the model does not have.
@@ -215,6 +220,9 @@ def add_adapter(model: PreTrainedModel, adapter: PeftConfig, option: str) -> Non
             "adapters that change its layers, such as LoraConfig"
         )
     adapter.task_type = adapter.task_type or "CAUSAL_LM"
+    outside = None if adapts_vision else modules_outside_language(model)
+    if outside is not None and getattr(adapter, "exclude_modules", "") is None:
+        adapter.exclude_modules = outside  # type: ignore[attr-defined]
     with fitting_adapter(model, option), stand_ins(model, option), warnings.catch_warnings():
         # PEFT sets it to what the layer is (GPT-2's are transposed) and says so
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")

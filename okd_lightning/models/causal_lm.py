@@ -145,6 +145,7 @@ def head_inputs(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None = None,
+    images: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Run ``model`` over right-padded or packed rows and return its head's inputs.
 
@@ -154,6 +155,7 @@ def head_inputs(
         attention_mask: [batch, seq] True on real tokens; None for packed rows. Left out for a
             model without this argument: a causal model ignores padding on the right.
         position_ids: [batch, seq] of packed rows, from 0 in each; None for unpacked rows.
+        images: Arguments for the images of the rows; see ``multimodal.image_arguments``.
 
     Returns:
         [batch, seq, hidden]; gradient flows to the model's parameters.
@@ -171,7 +173,7 @@ def head_inputs(
         model(
             **forward_arguments(
                 model,
-                {"input_ids": input_ids, "position_ids": position_ids},
+                {"input_ids": input_ids, "position_ids": position_ids, **(images or {})},
                 {"attention_mask": attention_mask, "use_cache": False},
             )
         )
@@ -217,7 +219,12 @@ def cache_argument(model: PreTrainedModel) -> str | None:
 
 
 def cached_logits(
-    model: PreTrainedModel, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: DynamicCache
+    model: PreTrainedModel,
+    ids: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+    cache: DynamicCache,
+    images: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Return [rows, table] logits for the token after ``ids``, which are appended to ``cache``.
 
@@ -229,12 +236,13 @@ def cached_logits(
         mask: [rows, columns] True on each row's own columns of the cache, these tokens included;
             None if all rows fill all columns.
         cache: A cache of this model; see ``empty_cache``.
+        images: Arguments for the images of ``ids``; see ``multimodal.image_arguments``.
 
     Raises:
         ModelError: The model has no argument for the cache, or for the given mask.
     """
     name = cache_argument(model) or "past_key_values"
-    needed = {"input_ids": ids, "attention_mask": mask, name: cache}
+    needed = {"input_ids": ids, "attention_mask": mask, name: cache, **(images or {})}
     return last_logits(model, needed, {"position_ids": positions, "use_cache": True})
 
 

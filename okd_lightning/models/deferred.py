@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from okd_lightning.errors import ConfigError, ModelError
+from okd_lightning.models.multimodal import auto_class
 from okd_lightning.models.sources import Source
 from okd_lightning.models.weight_checks import Learns
 
@@ -69,7 +70,7 @@ def causal_lm_without_weights(
             "loading: every_rank"
         )
     with parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class(config).from_config(
             config, dtype=dtype, attn_implementation=attn_implementation
         )
     model.deferred_from = Deferred(source, option, learns)

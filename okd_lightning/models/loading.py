@@ -18,7 +18,6 @@ from peft import PeftModel
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -40,6 +39,7 @@ from okd_lightning.models.deferred import (
     is_deferred,
 )
 from okd_lightning.models.gguf_files import as_unpacked, restore_split, unpacking
+from okd_lightning.models.multimodal import auto_class
 from okd_lightning.models.sources import (
     ModelArgument,
     ModelSource,
@@ -184,7 +184,7 @@ def load_causal_lm(
     number_format = getattr(torch, dtype)
     if isinstance(source, Mapping):
         with _enough_memory(option):
-            return AutoModelForCausalLM.from_config(
+            return auto_class(config).from_config(
                 config, dtype=number_format, attn_implementation=attn_implementation
             )
     found = locate(source, option)
@@ -220,7 +220,7 @@ def weights_from_files(
     number_format: torch.dtype | Literal["auto"],
     attn_implementation: str | None,
     learns: Learns,
-    kind: Any = AutoModelForCausalLM,
+    kind: Any = None,
     named: str = "causal language model",
 ) -> PreTrainedModel:
     """Load a model with exactly the weights of its files.
@@ -232,7 +232,7 @@ def weights_from_files(
         number_format: Of the weights; "auto" for that of the files.
         attn_implementation: None lets transformers choose.
         learns: Which part is trained.
-        kind: The auto class of transformers that builds the model.
+        kind: The auto class of transformers that builds the model; None chooses by the config.
         named: The kind of model, for messages.
 
     Raises:
@@ -245,7 +245,7 @@ def weights_from_files(
         files.check_sizes(config)
     try:
         with without_load_report():
-            loaded: Any = kind.from_pretrained(
+            loaded: Any = (kind or auto_class(config)).from_pretrained(
                 found.name,
                 config=config,
                 dtype=number_format,

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from okd_lightning.errors import ConfigError
 from okd_lightning.losses.closed_form import ModelRole
 from okd_lightning.losses.cpu_linear import fast_linears, has_fast_linear
 from okd_lightning.losses.projection import Side
@@ -26,6 +27,11 @@ from okd_lightning.losses.states import layers_read, routers_read
 from okd_lightning.models.causal_lm import LMHead, head_inputs, named_arguments
 from okd_lightning.models.causality import attention_of_any_device, embedding_gradient
 from okd_lightning.models.grouping import row_groups, say_row_groups
+from okd_lightning.models.multimodal import (
+    image_arguments,
+    reads_images,
+    unused_without_images,
+)
 from okd_lightning.models.taps import Taps
 from okd_lightning.models.vocabulary import Vocabulary
 from okd_lightning.records.sequences import Sequences
@@ -53,8 +59,10 @@ def hidden_at_loss(
         the model's parameters.
     """
     groups = row_groups(model)
+    idle_vision = _idle_vision(model, read)
     if groups.switch is None:
-        return _hidden_of_pass(model, read, packs, taps)
+        hidden = _hidden_of_pass(model, read, packs, taps)
+        return hidden if idle_vision is None else hidden + idle_vision
     passes = groups.split(read.row_lengths)
     first = max(read.row_lengths[row] for row in passes[0])
     num_passes = len(passes) + groups.follows_a_short_row(first)
@@ -64,7 +72,7 @@ def hidden_at_loss(
     places = torch.cat([part.nonzero().squeeze(-1) for part in order]).argsort()
     if taps is not None:
         taps.reorder(places)
-    return torch.cat(parts)[places] + idle
+    return torch.cat(parts)[places] + (idle if idle_vision is None else idle + idle_vision)
 
 
 def _hidden_of_pass(
@@ -76,12 +84,15 @@ def _hidden_of_pass(
 ) -> Tensor:
     """Return the head's inputs of one pass; ``rows`` are its rows' numbers in the batch."""
     places = read.places
+    packs = packs and read.images is None  # images are put in the places of padded rows
     with _fast_layers(model, read.input_ids.device), taps.listening() if taps else nullcontext():
         if packs:
             hidden = _packed_states(model, read)
             starts = read.packing.start
         else:
-            hidden = head_inputs(model, read.input_ids, read.attention_mask)
+            has_none = read.images is None
+            images = None if has_none else image_arguments(model, read.input_ids, read.images)
+            hidden = head_inputs(model, read.input_ids, read.attention_mask, images=images)
             starts = torch.arange(len(read.lengths), device=hidden.device) * hidden.shape[1]
     before = starts[places.row] + places.column - 1
     if taps is not None:
@@ -98,6 +109,34 @@ def _idle_passes(model: PreTrainedModel, read: Sequences, num_passes: int) -> Te
         ids = read.input_ids[:1, :1]
         idle = idle + 0.0 * head_inputs(model, ids, torch.ones_like(ids)).sum()
     return idle
+
+
+def _idle_vision(model: PreTrainedModel, read: Sequences) -> Tensor | None:
+    """Return zero, with the parameters that a pass without images leaves out, if ranks need them.
+
+    DDP waits for the gradient of every trained parameter. None where nothing is to be added.
+
+    Raises:
+        ConfigError: The model is sharded, and some ranks have rows with images and others have not:
+            the passes of its vision tower are collective.
+    """
+    if not torch.distributed.is_initialized() or not reads_images(model.config):
+        return None
+    has_images = read.images is not None and bool(read.images.arguments)
+    if isinstance(model, FSDPModule):
+        found = torch.tensor([has_images, not has_images], dtype=torch.int64)
+        found = found.to(next(model.parameters()).device)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        if bool(found.all()):
+            raise ConfigError(
+                "with --trainer.strategy fsdp2 every micro-batch of every rank needs an image, or "
+                "none: leave the rows without images out, or use --trainer.strategy ddp"
+            )
+        return None
+    outside = [p for p in unused_without_images(model) if p.requires_grad]
+    if has_images or not outside or not torch.is_grad_enabled():
+        return None
+    return 0.0 * torch.stack([parameter.sum() for parameter in outside]).sum()
 
 
 def _most_of_all_ranks(model: PreTrainedModel, num_passes: int) -> int:

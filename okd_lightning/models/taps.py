@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from okd_lightning.errors import ModelError
+from okd_lightning.models.multimodal import language_model
 from okd_lightning.models.routers import is_softmax, raw_logits, routers_of
 from okd_lightning.records.states import NORMED, Routing, States
 
@@ -152,7 +153,7 @@ def decoder_blocks(model: nn.Module) -> tuple[nn.Module, ...]:
     kinds = set(base._no_split_modules or ())  # shards are subclasses, of other names
     lists = {
         name: module
-        for name, module in base.named_modules()
+        for name, module in language_model(base).named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module) == num
         and (not kinds or kinds & {kind.__name__ for kind in type(module[0]).__mro__})

@@ -7,7 +7,7 @@ padding is masked on both sides and never compared.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,11 @@ class Vocabulary:
             return valid
         index = torch.tensor(self.invalid_ids, device=logits.device)
         return valid.index_fill(-1, index, float("-inf"))
+
+    def without(self, ids: Collection[int]) -> Vocabulary:
+        """Return the vocabulary without some ids, which then have no probability; ends stay."""
+        invalid = {*self.invalid_ids, *(i for i in ids if i < self.size)} - {*self.end_ids}
+        return Vocabulary(self.size, tuple(sorted(invalid)), self.end_ids)
 
     def within(self, rows: int) -> Vocabulary:
         """Return the ids that a table of ``rows`` rows also has.

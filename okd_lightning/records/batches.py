@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from okd_lightning.records.chunks import AlignedResponse, Chunks
+from okd_lightning.records.images import ImageInputs, ImageRef, named
 from okd_lightning.records.requests import Chat, Generator, Prompt
 from okd_lightning.records.sequences import Sequences
 
@@ -41,6 +42,8 @@ class Example:
         teacher_prompt_ids: The teacher's own prompt; empty if it reads ``prompt_ids``.
         chat: Messages and tools of the prompt; None if it is plain text.
         teacher: Number of the row's teacher, where there are several to choose from; else -1.
+        images: The prompt's images, in order.
+        teacher_images: Those of the teacher's own prompt.
     """
 
     index: int
@@ -52,17 +55,21 @@ class Example:
     teacher_prompt_ids: tuple[int, ...] = ()
     chat: Chat | None = None
     teacher: int = -1
+    images: tuple[ImageRef, ...] = ()
+    teacher_images: tuple[ImageRef, ...] = ()
 
     @property
     def question(self) -> str:
         """The prompt for a reader: a chat's last user message, or the whole prompt."""
-        return (self.chat.question if self.chat is not None else "") or self.prompt
+        text = (self.chat.question if self.chat is not None else "") or self.prompt
+        return named(text, self.images)
 
     def prompt_for(self, generator: Generator, sample: int = 0) -> Prompt:
         """Return the prompt of a request to a generator: the teacher's own one if it has one."""
         is_privileged = generator == "teacher" and bool(self.teacher_prompt_ids)
         ids = self.teacher_prompt_ids if is_privileged else self.prompt_ids
-        return Prompt(ids, self.index, sample, self.chat, teacher=self.teacher)
+        images = self.teacher_images if is_privileged else self.images
+        return Prompt(ids, self.index, sample, self.chat, teacher=self.teacher, images=images)
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,8 @@ class TrainingRow:
         aligned: The response in the ids of a teacher with another tokenizer; None for a teacher
             that reads the student's ids.
         teacher: Number of the row's teacher, where there are several to choose from; else -1.
+        images: The prompt's images, in order.
+        teacher_images: Those of the teacher's own prompt.
     """
 
     index: int
@@ -98,6 +107,8 @@ class TrainingRow:
     merges_ends: bool = False
     aligned: AlignedResponse | None = None
     teacher: int = -1
+    images: tuple[ImageRef, ...] = ()
+    teacher_images: tuple[ImageRef, ...] = ()
 
     @property
     def teacher_row(self) -> TrainingRow:
@@ -113,6 +124,7 @@ class TrainingRow:
             input_ids=self.teacher_prompt_ids + self.input_ids[self.prompt_length :],
             mask=(False,) * length + self.mask[self.prompt_length :],
             prompt_length=length,
+            images=self.teacher_images,
         )
 
     def _retokenized(self, response: AlignedResponse) -> TrainingRow:
@@ -195,6 +207,10 @@ class DistillBatch:
             evaluation: in the whole set), the same on all ranks; None if not known.
         teacher_counts: Loss tokens of the whole optimizer step by teacher and source. () outside
             training, and where there is one teacher for all rows.
+        images: Images of each row, as the student reads it; () where no row has one.
+        teacher_images: Images of each row, as the teacher reads it; () likewise.
+        image_inputs: The student's inputs for ``images``; None before they are made.
+        teacher_image_inputs: The teacher's inputs for ``teacher_images``; None likewise.
     """
 
     input_ids: Tensor
@@ -218,6 +234,10 @@ class DistillBatch:
     teacher: Tensor | None = None
     teachers_present: tuple[int, ...] | None = None
     teacher_counts: tuple[tuple[int, ...], ...] = ()
+    images: tuple[tuple[ImageRef, ...], ...] = ()
+    teacher_images: tuple[tuple[ImageRef, ...], ...] = ()
+    image_inputs: ImageInputs | None = None
+    teacher_image_inputs: ImageInputs | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -230,16 +250,23 @@ class DistillBatch:
     @cached_property
     def student_reads(self) -> Sequences:
         """The sequences that the student reads."""
-        return Sequences(self.input_ids, self.lengths, self.mask)
+        return Sequences(self.input_ids, self.lengths, self.mask, self.image_inputs)
 
     @cached_property
     def teacher_reads(self) -> Sequences:
         """The sequences that the teacher reads; the student's if the teacher has no own prompts."""
+        images = self.teacher_image_inputs
         if self.teacher_input_ids is None:
-            return self.student_reads
+            own = self.student_reads
+            return own if images is None else replace(own, images=images)
         assert self.teacher_lengths is not None
         assert self.teacher_mask is not None
-        return Sequences(self.teacher_input_ids, self.teacher_lengths, self.teacher_mask)
+        return Sequences(self.teacher_input_ids, self.teacher_lengths, self.teacher_mask, images)
+
+    @property
+    def has_own_reads(self) -> bool:
+        """True where the teacher reads other sequences than the student, or other image inputs."""
+        return self.teacher_input_ids is not None or self.teacher_image_inputs is not None
 
     @cached_property
     def teacher_of_rows(self) -> list[int]:
@@ -260,12 +287,12 @@ class DistillBatch:
             if isinstance(getattr(self, name), Tensor)
         }
         part["credits"] = {name: values[index] for name, values in self.credits.items()}
-        part["stop_reasons"] = tuple(self.stop_reasons[row] for row in rows if self.stop_reasons)
-        batch = replace(self, **part)
-        vars(batch)["student_reads"] = self.student_reads.of_rows(rows)
-        if self.teacher_input_ids is not None:
-            vars(batch)["teacher_reads"] = self.teacher_reads.of_rows(rows)
-        return batch
+        for name in ("stop_reasons", "images", "teacher_images"):
+            values = getattr(self, name)
+            part[name] = tuple(values[row] for row in rows if values)
+        own = self.student_reads.of_rows(rows)
+        other = self.teacher_reads.of_rows(rows) if self.has_own_reads else None
+        return replace(self, **part)._reading(own, other)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> DistillBatch:
         """Return the batch on another device (Lightning calls this)."""
@@ -280,12 +307,22 @@ class DistillBatch:
         }
         if self.chunks is not None:
             moved["chunks"] = self.chunks.to(device, non_blocking)
-        batch = replace(self, **moved)
         # cached properties are moved too: computing them on the device would wait for it
-        vars(batch)["student_reads"] = self.student_reads.to(device, non_blocking)
-        if self.teacher_input_ids is not None:
-            vars(batch)["teacher_reads"] = self.teacher_reads.to(device, non_blocking)
+        own = self.student_reads.to(device, non_blocking)
+        other = self.teacher_reads.to(device, non_blocking) if self.has_own_reads else None
+        batch = replace(self, **moved)._reading(own, other)
         vars(batch)["teacher_of_rows"] = self.teacher_of_rows
+        return batch
+
+    def _reading(self, own: Sequences, other: Sequences | None) -> DistillBatch:
+        """Return the batch with these sequences, whose image inputs are the batch's."""
+        batch = self
+        if own.images is not None or other is not None:
+            others = None if other is None else other.images
+            batch = replace(self, image_inputs=own.images, teacher_image_inputs=others)
+        vars(batch)["student_reads"] = own
+        if other is not None:
+            vars(batch)["teacher_reads"] = other
         return batch
 
 

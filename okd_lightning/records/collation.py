@@ -130,8 +130,14 @@ def collate(rows: Sequence[TrainingRow], pad_id: int = 0) -> DistillBatch:
             end = len(row.input_ids)
             logprobs[i, row.prompt_length : end] = torch.tensor(row.sampler_logprobs)
     teacher: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-    if any(row.teacher_prompt_ids or row.aligned is not None for row in rows):
-        teacher = _padded([row.teacher_row for row in rows], pad_id)
+    has_own = any(row.teacher_prompt_ids or row.aligned is not None for row in rows)
+    read = [row.teacher_row for row in rows] if has_own else rows
+    if has_own:
+        teacher = _padded(read, pad_id)
+    images, teacher_images = (
+        tuple(row.images for row in side) if any(row.images for row in side) else ()
+        for side in (rows, read)
+    )
     return DistillBatch(
         input_ids=input_ids,
         lengths=lengths,
@@ -159,4 +165,6 @@ def collate(rows: Sequence[TrainingRow], pad_id: int = 0) -> DistillBatch:
             if any(row.teacher >= 0 for row in rows)
             else None
         ),
+        images=images,
+        teacher_images=teacher_images,
     )

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, overload
 
+from okd_lightning.records.images import ImageRef
 from okd_lightning.records.noise import NoiseStream
 from okd_lightning.records.sampling import Sampling
 
@@ -54,6 +55,7 @@ class Prompt:
         chat: Messages and tools of the prompt; None for plain text, whose response calls no tools.
         limit: Longest response, in tokens, where that is less than the request's; None otherwise.
         teacher: Number of the teacher that may answer it, where there are several; else -1.
+        images: Its images, in the order of their places in ``ids``.
     """
 
     ids: tuple[int, ...]
@@ -62,6 +64,7 @@ class Prompt:
     chat: Chat | None = None
     limit: int | None = None
     teacher: int = -1
+    images: tuple[ImageRef, ...] = ()
 
 
 def PromptBatch(  # noqa: N802 - a contract name

@@ -49,6 +49,8 @@ def dataset_row(example: Example) -> TrainingRow:
         prompt_length=len(example.prompt_ids),
         teacher_prompt_ids=example.teacher_prompt_ids,
         teacher=example.teacher,
+        images=example.images,
+        teacher_images=example.teacher_images,
     )
 
 
@@ -78,6 +80,8 @@ def sampled_row(
         stop_reason=response.stop_reason,
         merges_ends=response.merges_ends,
         teacher=example.teacher,
+        images=example.images,
+        teacher_images=example.teacher_images,
     )
 
 
@@ -208,6 +212,8 @@ def fully_masked(row: TrainingRow) -> TrainingRow:
         teacher_prompt_ids=row.teacher_prompt_ids,
         aligned=None if row.aligned is None else row.aligned.without_chunks(),
         teacher=row.teacher,
+        images=row.images,
+        teacher_images=row.teacher_images,
     )
 
 

@@ -14,6 +14,8 @@ from heapq import heapreplace
 import torch
 from torch import Tensor
 
+from okd_lightning.records.images import ImageInputs
+
 _WIDEST = 2
 """Intended longest packed row, in lengths of the longest row (even filling may exceed it)."""
 
@@ -125,11 +127,13 @@ class Sequences:
         input_ids: [batch, seq] ids.
         lengths: [batch] real tokens of each row.
         mask: [batch, seq] True on the tokens that carry loss.
+        images: The model's inputs for the rows' images; None without any.
     """
 
     input_ids: Tensor
     lengths: Tensor
     mask: Tensor
+    images: ImageInputs | None = None
 
     @cached_property
     def places(self) -> LossPlaces:
@@ -178,7 +182,10 @@ class Sequences:
         index = torch.tensor(rows, device=self.input_ids.device)
         width = max(lengths)
         read = Sequences(
-            self.input_ids[index, :width], self.lengths[index], self.mask[index, :width]
+            self.input_ids[index, :width],
+            self.lengths[index],
+            self.mask[index, :width],
+            None if self.images is None else self.images.of_rows(rows),
         )
         vars(read)["row_lengths"] = lengths
         return read
@@ -189,7 +196,8 @@ class Sequences:
         def moved(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=non_blocking)
 
-        read = Sequences(moved(self.input_ids), moved(self.lengths), moved(self.mask))
+        images = None if self.images is None else self.images.to(device, non_blocking)
+        read = Sequences(moved(self.input_ids), moved(self.lengths), moved(self.mask), images)
         vars(read)["places"] = LossPlaces(moved(self.places.row), moved(self.places.column))
         vars(read)["row_lengths"] = self.row_lengths
         return read

@@ -77,6 +77,9 @@ class Teacher(ABC):
     has_layers: ClassVar[bool] = False
     """True where ``side`` gives the states of its layers."""
 
+    reads_images: ClassVar[bool] = True
+    """True where it reads rows with images."""
+
     follows_student: ClassVar[bool] = False
     """True where it changes with the student, apart from trained parameters of its own."""
 
@@ -132,9 +135,8 @@ class Teacher(ABC):
     @property
     def adapted_models(self) -> list[tuple[PreTrainedModel, ModelSource | None]]:
         """Models with an online module, each with the source of its base."""
-        if self.model is None or self.online_module is None:
-            return []
-        return [(self.model, self.source)]
+        model = None if self.online_module is None else self.model
+        return [] if model is None else [(model, self.source)]
 
     @property
     def models(self) -> tuple[PreTrainedModel, ...]:

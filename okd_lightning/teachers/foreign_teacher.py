@@ -72,6 +72,7 @@ class ForeignTeacher(Teacher):
 
     option = _OPTION
     generates = False
+    reads_images = False
     to_generate = "give --model.teacher a folder or hub id of a model with the student's tokenizer"
 
     def __init__(

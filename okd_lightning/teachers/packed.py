@@ -26,6 +26,7 @@ class PackedTeacher(Teacher):
     """
 
     generates = False
+    reads_images = False
     covers_vocabulary = False
     reads_new_rows: ClassVar[bool] = False
     """True where it can score on-policy responses."""

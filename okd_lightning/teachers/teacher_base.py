@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from okd_lightning.errors import ConfigError
 from okd_lightning.models import DTypeName, ModelSource, load_model_config
 from okd_lightning.models.deferred import deferred_weights
 from okd_lightning.models.lengths import check_lengths
@@ -36,6 +37,47 @@ class TeacherBase:
     vocabulary: Vocabulary
     model: PreTrainedModel | None = None
     packs: bool = False
+
+    @classmethod
+    def joining(
+        cls,
+        known: TeacherBase | None,
+        source: ModelSource,
+        option: str,
+        vocabulary: Vocabulary,
+        tokenizer: PreTrainedTokenizerBase,
+        is_foreign: bool,
+    ) -> TeacherBase:
+        """Return the base that a method names; the one that is known, if it is the same.
+
+        Args:
+            known: The base that another method of the run has named.
+            source: Folder or hub id.
+            option: How the user named it, for messages.
+            vocabulary: The run's.
+            tokenizer: The run's.
+            is_foreign: Whether the teacher has another tokenizer.
+
+        Raises:
+            ConfigError: Another method of the run compares with another model, or the teacher has
+                another tokenizer.
+            ModelError, VocabularyError: It cannot be read, or has other ids.
+        """
+        if is_foreign:
+            raise ConfigError(
+                f"{option} {source!r} would be compared with a teacher of another tokenizer, which "
+                "is not offered: give --model.teacher a model with the student's tokenizer"
+            )
+        if known is None:
+            base = cls(source, option, vocabulary)
+            base.check(tokenizer)
+            return base
+        if known.source != source:
+            raise ConfigError(
+                f"{option} {source!r} and {known.source!r}: the methods of a run "
+                "compare the teacher with one model; name the same one"
+            )
+        return known
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse one that has other ids than the run.

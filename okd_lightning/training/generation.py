@@ -80,7 +80,7 @@ def respond(module: DistilledRun, request: Request) -> Rollout:
 
 def _engine(module: DistilledRun, own: GeneratingModels, who: Generator) -> RolloutEngine:
     pair = module.pair
-    engine = student_engine(module, own) if who == "student" else _built_in(module, own)
+    engine = student_engine(module, own) if who == "student" else _built_in(module, own, who)
     return engine if pair.tool_rounds is None else ToolEngine(engine, pair.tool_rounds)
 
 
@@ -88,12 +88,14 @@ def student_engine(module: DistilledRun, own: GeneratingModels) -> RolloutEngine
     """Return the engine of the student's responses, without tools; call it within ``writing``."""
     pair = module.pair
     if pair.engine is None:
-        return _built_in(module, own)
+        return _built_in(module, own, "student")
     return pair.engine.engine(own.models[0], pair.vocabulary, pair.eos_ids)
 
 
-def _built_in(module: DistilledRun, own: GeneratingModels) -> RolloutEngine:
+def _built_in(module: DistilledRun, own: GeneratingModels, who: Generator) -> RolloutEngine:
     engine = module.build_engine(own.models[0])
+    if isinstance(engine, TransformersEngine) and module.pair.images.student is not None:
+        engine = replace(engine, images=module.pair.images.reader_of(who))
     if own.mix is None:
         return engine
     if not isinstance(engine, TransformersEngine):
@@ -169,6 +171,7 @@ class MixtureEngine:
                     "teacher and student need the built-in engine"
                 )
             own, mix = Blend(teacher.models[0], self._share), teacher.mix
+            engine = replace(engine, images=module.pair.images.shared_reader(request.prompts))
 
             def mixing(logits: Sequence[Tensor]) -> Tensor:
                 return own.mix(logits[0], logits[1] if mix is None else mix(logits[1:]))

@@ -102,6 +102,8 @@ class DistillationModule(GeneratingModule):
         end_tokens: Ids or tokens that mean "the response ends here", one outcome for both models;
             by default those of both generation configs, the tokenizer and the data;
             docs/concepts/end-tokens.md.
+        freeze_vision: Keep the vision tower of a vision-language student as it was loaded; its
+            projector and its language model are trained.
 
     Raises:
         ConfigError: A number out of its range, or no tokenizer.
@@ -133,6 +135,7 @@ class DistillationModule(GeneratingModule):
         engine: EngineSource | None = None,
         normalization: NormalizationName | float = "running_mean",
         end_tokens: EndTokensArgument | None = None,
+        freeze_vision: bool = True,
     ) -> None:
         given = {name: value for name, value in locals().items() if name in _ARGUMENTS}
         super().__init__()
@@ -305,8 +308,6 @@ class DistillationModule(GeneratingModule):
         """Return prompt and generated response of every row, as text."""
         return generation_records(batch, self.decode)
 
-    # ---------------------------------------------------------------- state
-
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
         cls,
@@ -339,10 +340,9 @@ class DistillationModule(GeneratingModule):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load weights; build the models first where they are missing.
+        """Load weights (strategies with processes of their own do); build missing models first.
 
-        Strategies with processes of their own (ddp_notebook, ddp_fork, ddp_spawn) return weights
-        this way. Those of an online module are kept until a method adds one.
+        Those of an online module are kept until a method adds one.
         """
         if self.student is None and any(name.startswith("student.") for name in state_dict):
             self.configure_model()

@@ -46,6 +46,7 @@ from okd_lightning.models import (
     check_pair,
     dtype_of,
     find_end_tokens,
+    find_images,
     find_tokenizer,
     load_checked,
     load_model_config,
@@ -62,7 +63,7 @@ from okd_lightning.teachers import (
     model_side,
     teacher_of,
 )
-from okd_lightning.training.pair_settings import PairSettings, drawing_from_the_seed
+from okd_lightning.training.pair_settings import PairSettings, drawing_from_the_seed, images_refused
 
 
 class Pair:
@@ -87,6 +88,7 @@ class Pair:
         tool_rounds: The tools of the data, where it has some.
         layer_pairs: Pairs of layers whose hidden states methods compare.
         projectors: Maps of the student's states to the teacher's widths, where these differ.
+        images: The processors of both models.
         settle: Waits for rollouts ahead of training, where the engine cannot do both; collective.
 
     Raises:
@@ -116,6 +118,8 @@ class Pair:
         self.student_adapter = given.adapter
         self.tokenizer = find_tokenizer(settings.tokenizer, given.student, given.teacher)
         self.vocabulary = check_pair(self.tokenizer, given.student, sources)
+        unread = images_refused(given_teacher, engine)
+        self.images = find_images(self.tokenizer, given.student, sources, unread)
         ends = find_end_tokens(
             given.student, sources, self.tokenizer, self.vocabulary, settings.end_tokens
         )
@@ -197,7 +201,8 @@ class Pair:
         self.student = student
         teacher.student_loaded(student)
         if self.adds_adapter:
-            add_adapter(student, cast(PeftConfig, self.student_adapter), "--model.student_adapter")
+            adapter, on_vision = cast(PeftConfig, self.student_adapter), not settings.freeze_vision
+            add_adapter(student, adapter, "--model.student_adapter", adapts_vision=on_vision)
         teacher.student_adapted(student)
         self.packs_student = settings.prepare(student)
         teacher.student_ready(student, self.packs_student)
@@ -236,21 +241,8 @@ class Pair:
             ConfigError: Another method of the run compares with another model.
             ModelError, VocabularyError: It cannot be read, or has other ids.
         """
-        if self.teacher_base is not None:
-            if self.teacher_base.source != source:
-                raise ConfigError(
-                    f"{option} {source!r} and {self.teacher_base.source!r}: the methods of a run "
-                    "compare the teacher with one model; name the same one"
-                )
-            return
-        if self.given_teacher.tokenizer is not None:
-            raise ConfigError(
-                f"{option} {source!r} would be compared with a teacher of another tokenizer, which "
-                "is not offered: give --model.teacher a model with the student's tokenizer"
-            )
-        base = TeacherBase(source, option, self.vocabulary)
-        base.check(self.tokenizer)
-        self.teacher_base = base
+        run = self.vocabulary, self.tokenizer, self.given_teacher.tokenizer is not None
+        self.teacher_base = TeacherBase.joining(self.teacher_base, source, option, *run)
 
     def _check_one_base(self, base: TeacherBase) -> None:
         if self.teacher.online_module is not None:
@@ -259,6 +251,12 @@ class Pair:
                 "(OKD) puts an online module on the teacher, whose base is the teacher without it; "
                 "use one of both methods"
             )
+
+    def use_images(self) -> None:
+        """Mask the ids of images; refuse images that a model of the run cannot read."""
+        self.images.check(has_tools=self.tool_rounds is not None)
+        self.vocabulary = self.vocabulary.without(self.images.mask_ids)
+        self.given_teacher.use_vocabulary(self.vocabulary)
 
     def use_ends(self, ends: EndTokens) -> None:
         """Take these ids as the ends of a response; before training, and equal on all ranks."""
@@ -324,6 +322,7 @@ class Pair:
         the teacher without its online module, for quantities that compare with it.
         """
         assert self.student is not None
+        batch = self.images.with_inputs(batch) if batch.images or batch.teacher_images else batch
         own = (self.student, batch.student_reads, self.packs_student, self.vocabulary)
         student = model_side(*own, quantities, "student")
         teacher = base = None

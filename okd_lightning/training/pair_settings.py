@@ -11,6 +11,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from okd_lightning.engines.engine import EngineSource
 from okd_lightning.engines.memory import memory_of
 from okd_lightning.errors import ConfigError
 from okd_lightning.models import (
@@ -21,11 +22,12 @@ from okd_lightning.models import (
     Vocabulary,
     compile_blocks,
     dtype_of,
+    freeze_vision,
     packs_rows,
     recompute_activations,
     say_row_groups,
 )
-from okd_lightning.teachers import TeacherOptions, TeacherRun, trained
+from okd_lightning.teachers import Teacher, TeacherOptions, TeacherRun, trained
 from okd_lightning.training.frozen_parts import own_memory
 
 
@@ -44,6 +46,7 @@ class PairSettings:
     packing: bool = True
     compile_blocks: bool = False
     end_tokens: EndTokensArgument | None = None
+    freeze_vision: bool = True
 
     def __post_init__(self) -> None:
         if self.tile_positions is not None and self.tile_positions < 1:
@@ -56,6 +59,8 @@ class PairSettings:
 
     def prepare(self, student: PreTrainedModel) -> bool:
         """Set a student with its adapter up for training; return whether it gets packed rows."""
+        if self.freeze_vision:
+            freeze_vision(student)
         if self.gradient_checkpointing:
             recompute_activations(student, "--model.student")
         packs = packs_rows(student, self.packing, "student")
@@ -91,6 +96,15 @@ class PairSettings:
             ema_decay=self.ema_decay,
             adds_adapter=given.adapter is not None and not given.has_adapter,
         )
+
+
+def images_refused(teacher: Teacher, engine: EngineSource | None) -> str | None:
+    """Return why a kind of teacher, or the student's engine, reads no images; None if both do."""
+    if not teacher.reads_images:
+        return f"{type(teacher).__name__} reads none: give --model.teacher a folder or hub id"
+    if engine is not None:
+        return f"{type(engine).__name__} is sent text alone: leave --model.engine out"
+    return None
 
 
 def within_peft(model: PreTrainedModel) -> PreTrainedModel:

@@ -130,7 +130,10 @@ WRONG_CHATS = {
     "strings": (["hello"], ["message 1", "str"]),
     "no role": ([{"content": "a"}], ["message 1", '"role"', "'content'"]),
     "no content": ([USER, {"role": "assistant"}], ["message 2", 'no "content"']),
-    "parts": ([{"role": "user", "content": [{"type": "image"}]}], ["message 1", "list", "text"]),
+    "parts": (
+        [{"role": "user", "content": [{"type": "image"}]}],
+        ["message 1", "image", "text alone"],
+    ),
     "no keys": ([{"speaker": "human", "text": "a"}], ['"role"', "'speaker', 'text'"]),
     "a call that is none": (
         [USER, {"from": "function_call", "value": "{"}],

@@ -71,8 +71,18 @@ class TaskScore(AnswerScores):
 
     @property
     def state_key(self) -> str:
-        """Key of its state in a checkpoint: its metric is in it, as a run has several."""
+        """Key of its state in a checkpoint: its metric is in it, as a run has several.
+
+        A function that remembers nothing has no state. It gets a key of its own, because the
+        Trainer refuses two equal ones before ``setup`` can name the metric that both log.
+        """
+        if self.metric is not None or not self._remembers:
+            return self._generate_state_key(instance=id(self))
         return self._generate_state_key(measured=self.measured)
+
+    @property
+    def _remembers(self) -> bool:
+        return type(self.function).remember is not RewardFunction.remember
 
     def state_dict(self) -> dict[str, Any]:
         """Return the function's remembered scores, the same on all ranks; empty without any."""

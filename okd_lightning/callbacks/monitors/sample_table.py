@@ -161,7 +161,7 @@ class SampleTable(Callback):
         return [
             Sample(
                 index=example.index,
-                prompt=example.question if example.chat is not None else self._prompts[i],
+                prompt=example.question if example.chat or example.images else self._prompts[i],
                 teacher=teacher[i] if teacher is not None else None,
                 student_before=self._before[i] if self._before is not None else None,
                 student_now=now[i],

@@ -32,6 +32,7 @@ from okd_lightning.models import (
     load_checked,
     load_model_config,
     load_tokenizer,
+    reads_images,
 )
 from okd_lightning.models.generation_settings import save_with_settings
 from okd_lightning.models.shrinking import (
@@ -71,6 +72,11 @@ def shrink_command(arguments: list[str], debug: bool = False) -> int:
     out = checked_options(options, widths)
     device = chosen_device(options.device)
     config = load_model_config(options.model, _MODEL, 0)
+    if reads_images(config):
+        raise ModelError(
+            f"{_MODEL} {options.model!r} is a vision-language model ({config.model_type}), which "
+            "is not cut; give a text model"
+        )
     num_dropped = num_dropped_layers(config, options)
     is_cut = num_dropped > 0 or widths != Widths()
     wanted_sizes(config, widths)  # refuses before anything is loaded

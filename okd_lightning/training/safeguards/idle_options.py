@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.data.token_cache import FEWEST_ROWS
 from okd_lightning.engines import Sampling
+from okd_lightning.models import reads_images
 from okd_lightning.records.batches import Source
 from okd_lightning.rollouts import plan_for
 from okd_lightning.training.distilled_run import DistilledRun, distilled_run
@@ -170,6 +171,16 @@ def _attention(run: _Run) -> str | None:
     return "models in memory keep their attention" if is_loaded else None
 
 
+def _freeze_vision(run: _Run) -> str | None:
+    student = run.module.student
+    has_tower = student is None or reads_images(student.config)
+    return None if has_tower else "the student has no vision tower"
+
+
+def _images_column(run: _Run) -> str | None:
+    return "no model of this run reads images" if run.module.pair.images.is_text else None
+
+
 RULES: Mapping[str, Rule] = {
     "data.sampling": _sampling,
     "data.prompts_per_rollout": _prompts_per_rollout,
@@ -181,9 +192,11 @@ RULES: Mapping[str, Rule] = {
     "data.val_split": partial(_split, "val"),
     "data.test_split": partial(_split, "test"),
     "data.token_cache": _token_cache,
+    "data.images_column": _images_column,
     "model.engine": _engine,
     "model.teacher_dtype": _teacher_dtype,
     "model.attn_implementation": _attention,
+    "model.freeze_vision": _freeze_vision,
     "trainer.gradient_clip_algorithm": _clip_algorithm,
     "trainer.use_distributed_sampler": _distributed_sampler,
     "trainer.val_check_interval": _validation,
@@ -235,6 +248,7 @@ def _chosen(run: _Run) -> Mapping[str, Any]:
     given = {
         "model.engine": run.module.pair.engine,
         "model.attn_implementation": run.module.pair.settings.attn_implementation,
+        "model.freeze_vision": None if run.module.pair.settings.freeze_vision else False,
         "data.sampling": None if data.sampling == Sampling() else data.sampling,
         "data.train_split": data.splits["train"],
         "data.val_split": data.splits["val"],

@@ -42,7 +42,7 @@ class Case:
     """A value of an option, and a run where it does nothing beside one where it acts.
 
     A run is what differs from one step of KD without validation data; "acts" may be None for an
-    option that never acts.
+    option that never acts, or acts with other models.
     """
 
     value: Any
@@ -63,9 +63,11 @@ CASES = {
     "data.val_split": Case("test", {"val": VAL}, {"folder": "val"}),
     "data.test_split": Case("test", {}, {"folder": "test"}),
     "data.token_cache": Case("tokens", {}, {"rows": tiny.make_rows(1000)}),
+    "data.images_column": Case("pictures"),  # acts in tests/training/test_images
     "model.engine": Case("my.Engine", {}, MEASURED),
     "model.teacher_dtype": Case("float64", {"teacher": None, "method": SFT}, {"teacher": "folder"}),
     "model.attn_implementation": Case("eager", {}, {"teacher": "folder"}),
+    "model.freeze_vision": Case(False),  # likewise
     "trainer.gradient_clip_algorithm": Case("norm", {}, {"trainer": {"gradient_clip_val": 1.0}}),
     "trainer.use_distributed_sampler": Case(False),
     "trainer.val_check_interval": Case(1, {}, {"val": VAL}),

@@ -1,0 +1,282 @@
+"""Images of rows: frozen semantics.
+
+* An image is a part of a message, a file relative to the data file or base64 bytes; or a cell of
+  the images column, one for each ``<image>``. Both give the same ids.
+* A place becomes the tokens that the model's processor writes for an image of that size.
+* CMYK and palettes become RGB, an animated GIF its first frame, EXIF orientation is applied.
+* A missing, broken, huge or foreign file, another number of images than places, a URL, an image in
+  an answer, and a response with an image's token are one line with the row.
+* Examples hold references: nothing decoded, and bytes only where the row has them.
+* The token cache's key has the bytes of the files.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import replace
+
+import pytest
+from transformers import AutoConfig
+
+from okd_lightning.data.columns import Columns
+from okd_lightning.data.examples import build_examples
+from okd_lightning.data.images import RowImages, check_image_ids, has_images
+from okd_lightning.data.stored_examples import pack_examples, unpack_examples
+from okd_lightning.data.teacher_prompts import TeacherPrompts
+from okd_lightning.data.token_cache import cached_examples
+from okd_lightning.errors import DataError
+from okd_lightning.models.image_files import decoded, image_ref
+from okd_lightning.models.processors import load_reader
+from tests import vision
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    path = vision.save("llava", tmp_path_factory.mktemp("llava"))
+    tokenizer = vision.make_tokenizer("llava")
+    return load_reader(path, AutoConfig.from_pretrained(path), tokenizer, "--model.student")
+
+
+@pytest.fixture
+def build(reader, tmp_path):
+    vision.picture(0).save(tmp_path / "a.png")
+    vision.picture(1, 30, 8).save(tmp_path / "b.jpg")
+
+    def read(rows, **settings):
+        rows = rows if isinstance(rows, list) else [rows]
+        images = RowImages(reader, None, tmp_path)
+        return build_examples(
+            rows,
+            reader.tokenizer,
+            eos_id=1,
+            where="rows.jsonl",
+            **{
+                "columns": Columns(),
+                "max_prompt_length": 100,
+                "max_response_length": 8,
+                "on_overlong": "error",
+                "needs_response": True,
+                "images": images,
+                **settings,
+            },
+        )
+
+    return read
+
+
+def chat(*parts, answer="b"):
+    content = [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return {"messages": messages}
+
+
+def image(path="a.png", **fields):
+    return {"type": "image", "path": path, **fields}
+
+
+def test_parts_and_column_give_the_same_examples(build, tmp_path):
+    data = vision.encoded(vision.picture(0))
+    text = {"role": "user", "content": "x<image>y<image>"}
+    answer = {"role": "assistant", "content": "b"}
+    rows = [
+        chat("x", image(), "y", image("b.jpg")),
+        {"messages": [text, answer], "images": ["a.png", {"path": str(tmp_path / "b.jpg")}]},
+        chat("x", {"type": "image", "bytes": data}, "y", image("b.jpg")),
+        {**chat("x", {"type": "image"}, "y", {"type": "image"}), "images": ["a.png", "b.jpg"]},
+    ]
+    found = build(rows).examples
+    assert len({(e.prompt_ids, e.response_ids) for e in found}) == 1
+    assert found[0].prompt_ids.count(vision.IMAGE_ID) == 32
+    assert [ref.name for ref in found[0].images] == ["a.png", "b.jpg"]
+    assert found[0].images[0].data == b""
+    assert found[2].images[0].data
+    assert len({e.images[0].sha256 for e in found}) == 1
+    assert found[0].question == "x[a.png]y[b.jpg]"
+
+
+def test_plain_prompts_have_a_column(build):
+    row = {"prompt": "x<image>y", "response": "b", "images": "a.png"}
+    (example,) = build(row).examples
+    assert example.prompt_ids.count(vision.IMAGE_ID) == 16
+    assert example.prompt == "x<image>y"
+    renamed = {"prompt": "x<image>y", "response": "b", "picture": ["a.png"]}
+    (other,) = build(renamed, columns=Columns(images="picture")).examples
+    assert other.prompt_ids == example.prompt_ids
+    assert has_images([row], Columns())
+    assert not has_images([{"prompt": "x<image>", "response": "b"}], Columns())
+
+
+def test_a_place_of_a_data_set_without_images_is_text(build, reader, tmp_path):
+    images = RowImages(reader, None, tmp_path, are_present=False)
+    (example,) = build({"prompt": "ab", "response": "b"}, images=images).examples
+    assert example.images == ()
+
+
+def test_pictures_become_rgb(tmp_path):
+    picture = vision.picture(3)
+    frames = [vision.picture(4).convert("P"), vision.picture(5).convert("P")]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    picture.convert("CMYK").save(tmp_path / "x.jpg")
+    picture.convert("L").save(tmp_path / "x.bmp")
+    exif = vision.Image.Exif()
+    exif[274] = 6  # turned by a quarter
+    picture.save(tmp_path / "turned.png", exif=exif)
+    read = {
+        path.name: decoded(image_ref(path.name, path, b"", "row")) for path in tmp_path.iterdir()
+    }
+    assert {one.mode for one in read.values()} == {"RGB"}
+    assert read["x.gif"].tobytes() == frames[0].convert("RGB").tobytes()
+    assert read["turned.png"].size == (10, 12)
+    assert read["x.jpg"].size == (12, 10)
+
+
+def test_an_image_of_one_pixel_is_read(build, tmp_path):
+    vision.picture(0, 1, 1).save(tmp_path / "dot.png")
+    (example,) = build(chat(image("dot.png"), "x")).examples
+    assert example.prompt_ids.count(vision.IMAGE_ID) == 16
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG's header and a beginning of its pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        crc = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + crc
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels
+
+
+FILES = {
+    "missing.png": (None, "No such file"),
+    "huge.png": (png(60_000, 60_000), "pixels"),
+    "large.png": (png(9_000, 9_000), "9,000 x 9,000 pixels"),
+    "text.png": (b"hello", "decoded .no image of these formats."),
+    "empty.png": (b"", "cannot be decoded"),
+    "cut.png": (png(8, 8), "cannot be decoded"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_broken_file_is_one_line_with_its_row(name, build, tmp_path):
+    content, words = FILES[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=words) as error:
+        build([chat(image(), "x"), chat(image(name), "x")])
+    assert "rows.jsonl, row 2" in str(error.value)
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_truncated_jpeg_is_refused(build, tmp_path):
+    vision.picture(0, 64, 64).save(tmp_path / "whole.jpg")
+    whole = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"row 1: the image 'cut.jpg' cannot be decoded"):
+        build(chat(image("cut.jpg"), "x"))
+
+
+ROWS = {
+    "more places": ({"prompt": "<image><image>", "response": "b", "images": ["a.png"]}, "2 places"),
+    "no place": ({"prompt": "x", "response": "b", "images": ["a.png"]}, "0 places"),
+    "no image": (chat("<image>x", image()), "1 places"),
+    "url": (chat({"type": "image", "url": "https://a.b/c.png"}, "x"), "is a URL"),
+    "url as path": (chat(image("https://a.b/c.png"), "x"), "is a URL"),
+    "image_url": (chat({"type": "image_url", "image_url": {"url": "http://a.b"}}), "is a URL"),
+    "not base64": (chat({"type": "image", "bytes": "?"}, "x"), "no base64"),
+    "number": ({"prompt": "<image>", "response": "b", "images": 5}, "int"),
+    "number in a list": ({"prompt": "<image>", "response": "b", "images": [5]}, "int"),
+    "unknown keys": (chat({"type": "image", "file": "a.png"}), "the keys"),
+    "in an answer": (chat("x", answer=[image()]), "an assistant's turn"),
+    "video": (chat({"type": "video", "path": "a.mp4"}), "'video'"),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_wrong_row_is_one_line(name, build):
+    row, words = ROWS[name]
+    with pytest.raises(DataError, match=words) as error:
+        build(row)
+    assert "rows.jsonl, row 1" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_response_with_the_token_of_an_image_is_refused(build, reader):
+    found = build({"prompt": "x<image>", "response": "a<image>", "images": ["a.png"]})
+    with pytest.raises(DataError, match="row 1: a response has '<image>'"):
+        check_image_ids(found.examples, reader.mask_ids, reader.tokenizer, "rows.jsonl")
+
+
+def test_an_overlong_prompt_counts_expanded_tokens(build):
+    with pytest.raises(DataError, match="row 1: the prompt has 22 tokens"):
+        build(chat(image(), "x"), max_prompt_length=20)
+    rows = [chat(image(), "x"), chat("x")]
+    found = build(rows, max_prompt_length=20, on_overlong="skip")
+    assert [e.index for e in found.examples] == [1]
+
+
+def test_a_privileged_teacher_sees_what_the_student_does_not(build):
+    row = {"prompt": "a caption", "response": "b", "own": "x<image>", "images": ["a.png"]}
+    (example,) = build(row, teacher_prompts=TeacherPrompts(100, column="own")).examples
+    assert example.images == ()
+    assert vision.IMAGE_ID not in example.prompt_ids
+    assert example.teacher_prompt_ids.count(vision.IMAGE_ID) == 16
+    assert [ref.name for ref in example.teacher_images] == ["a.png"]
+    filled = TeacherPrompts(100, template="{prompt} {reference}")
+    row = chat("x", image())
+    (example,) = build(row, teacher_prompts=filled).examples
+    assert example.teacher_prompt_ids.count(vision.IMAGE_ID) == 16
+    assert example.images == example.teacher_images
+
+
+def test_images_after_the_last_learned_turn_are_left_out(build):
+    row = chat("x", image())
+    row["messages"] += [
+        {"role": "user", "content": [image("b.jpg"), {"type": "text", "text": "y"}]},
+        {"role": "assistant", "content": "c", "weight": 0},
+    ]
+    (example,) = build(row).examples
+    assert [ref.name for ref in example.images] == ["a.png"]
+
+
+def test_a_file_that_changes_is_noticed(tmp_path):
+    vision.picture(0).save(tmp_path / "a.png")
+    ref = image_ref("a.png", tmp_path / "a.png", b"", "row")
+    vision.picture(1).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="has changed"):
+        decoded(ref)
+
+
+def test_stored_examples_keep_references(build):
+    data = vision.encoded(vision.picture(0))
+    found = build([chat("x", {"type": "image", "bytes": data}, image()), chat("y")])
+    assert unpack_examples(pack_examples(found)) == replace(found, skipped={})
+
+
+def test_cache_key_has_the_bytes_of_the_files(reader, tmp_path, monkeypatch):
+    monkeypatch.setattr("okd_lightning.data.token_cache.FEWEST_ROWS", 1)
+
+    def read():
+        return cached_examples(
+            str(tmp_path / "cache"),
+            [chat("x", image())],
+            reader.tokenizer,
+            eos_id=1,
+            where="rows.jsonl",
+            columns=Columns(),
+            max_prompt_length=100,
+            max_response_length=8,
+            on_overlong="error",
+            needs_response=True,
+            images=RowImages(reader, None, tmp_path),
+        )
+
+    keys = []
+    for seed in (0, 0, 1):
+        vision.picture(seed).save(tmp_path / "a.png")
+        read()
+        keys.append(len(list((tmp_path / "cache").iterdir())))
+    assert keys == [1, 1, 2]
