@@ -26,7 +26,7 @@ MOST_STEPS = 4
 
 _FEW_TOKENS = 8
 _GRADIENTS_OVER_STEP = 5.0
-"""All estimators' gradients of a batch over a KD step of it: an estimate, which progress corrects."""
+"""All estimators' gradients of a batch over a KD step of it; an estimate."""
 
 _TIMED = 9
 """Forward and backward passes that time the kinds of steps."""
