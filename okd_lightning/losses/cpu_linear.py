@@ -69,6 +69,7 @@ def onednn_layers() -> Kernels:
     return cast(Kernels, found)
 
 
+@cache
 def has_fast_linear() -> bool:
     """Return whether products with gradient, and those of all layers, run on oneDNN."""
     return onednn_layers() == "all"

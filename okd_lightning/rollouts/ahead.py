@@ -75,6 +75,7 @@ class RolloutsAhead:
         gather: Callable[[Any], list[Any]] = lambda state: [state],
     ) -> None:
         self.lag = lag
+        self.is_used = lag > 0  # or a checkpoint had batches in flight
         self._start = start
         self._agreement = Agreement(gather)  # without a stop: a wait ends by itself
         self._engine: AheadEngine | None = None
@@ -210,6 +211,7 @@ class RolloutsAhead:
             self._batches[stored["number"]] = AheadBatch(
                 batch, stored["weights_of"], rollout=rollout
             )
+        self.is_used = self.lag > 0 or bool(self._batches)
 
     def close(self) -> None:
         """End the engine, and log what was waited for; a second call does nothing."""

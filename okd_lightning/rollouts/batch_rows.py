@@ -20,6 +20,9 @@ GENERATORS: tuple[Generator, ...] = ("student", "teacher")
 StepSources: TypeAlias = tuple[tuple[Source, ...], ...]
 """Source of each prompt, of each optimizer step."""
 
+StepRows: TypeAlias = list[list[tuple[Turn, Source]]]
+"""Rows of each optimizer step: the prompt and the source of its response."""
+
 
 @dataclass(frozen=True)
 class RolloutBatch:
@@ -40,7 +43,7 @@ class RolloutBatch:
     samples_per_prompt: int
 
     @cached_property
-    def rows(self) -> list[list[tuple[Turn, Source]]]:
+    def rows(self) -> StepRows:
         """All rows of each step: every sample of a prompt, or its dataset response."""
         return [
             [
@@ -61,7 +64,7 @@ class RolloutBatch:
         """The models that generate for any rank."""
         return {source for sources in self.sources for source in sources if source != "dataset"}
 
-    def rows_of(self, rank: int, world_size: int) -> list[list[tuple[Turn, Source]]]:
+    def rows_of(self, rank: int, world_size: int) -> StepRows:
         """Return a rank's rows of each step."""
         return [list(share(rows, rank, world_size)) for rows in self.rows]
 

@@ -36,7 +36,7 @@ from okd_lightning.records.rows import (
 from okd_lightning.records.sampling import Sampling
 from okd_lightning.rollouts.agreement import Agreement, StopRequest, naming_the_prompts
 from okd_lightning.rollouts.ahead import RolloutsAhead, kept_batch, listed
-from okd_lightning.rollouts.batch_rows import GENERATORS, PlannedRows, RolloutBatch
+from okd_lightning.rollouts.batch_rows import GENERATORS, PlannedRows, RolloutBatch, StepRows
 from okd_lightning.rollouts.identity import check_same_rows, rows_identity
 from okd_lightning.rollouts.lengths import RolloutLengths
 from okd_lightning.rollouts.loader_shape import LoaderShape
@@ -168,7 +168,7 @@ class RolloutLoader:
         """Return the rows of the current rollout batch, as planned when it was requested."""
         if self._batch is not None:
             return self._batch
-        begun = self.ahead.get(self._number)
+        begun = self.ahead.get(self._number) if self.ahead.is_used else None
         return begun.batch if begun else self._planned.batch(self._epoch, self._first_step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -258,23 +258,28 @@ class RolloutLoader:
 
     def _rollout_batch(self) -> list[list[TrainingRow]]:
         """Return this rank's rows of the current rollout batch, with generated responses."""
-        self.ahead.warm_up()
+        if self.ahead.is_used:
+            self.ahead.warm_up()
         self._batch = batch = self._current()
-        rank, world_size = self.shape.rank, self.shape.world_size
-        steps, start = batch.rows_of(rank, world_size), self._first_step
-        own = {by: batch.turns_of(by, rank, world_size) for by in GENERATORS}
+        steps = batch.rows_of(self.shape.rank, self.shape.world_size)
+        own = {
+            by: [turn for rows in steps for turn, source in rows if source == by]
+            for by in GENERATORS
+        }
         asked = batch.generators
         if asked and not self._is_generated:
             self._rollouts = self._agreement.together(lambda: self._generate_all(own, asked))
             self._is_generated = True
-        self.ahead.drop(self._number)
-        self._begin_ahead()
-        numbers = [
-            step for step, rows in enumerate(steps, start) for _, by in rows if by == "student"
-        ]
-        if self._score is not None:
-            self._score_responses(own["student"], numbers, self._score)
-        sampled = {by: iter(self._rows_of(by, own[by])) for by in GENERATORS}
+        if self.ahead.is_used:
+            self.ahead.drop(self._number)
+            self._begin_ahead()
+        if self._score is not None and self._credits is None:
+            self._score_responses(steps, self._score)
+        sampled = {}
+        for by, rollout in self._rollouts.items():
+            credits = self._credits if by == "student" else None
+            examples = [turn.example for turn in own[by]]
+            sampled[by] = iter(sampled_rows(examples, by, rollout, credits))
         found = []
         for step in steps:
             rows = [
@@ -285,7 +290,7 @@ class RolloutLoader:
             found.append(self._teacher_rows(rows))
         if "student" in asked:
             counts = self._reduce_sum(count_by_source([row for rows in found for row in rows]))
-            self.lengths.begin(self._epoch, start, counts)
+            self.lengths.begin(self._epoch, self._first_step, counts)
         return found
 
     def _generate_all(
@@ -294,10 +299,12 @@ class RolloutLoader:
         """Generate by each model that any rank needs: all ranks gather a sharded one together."""
         found: dict[Generator, Rollout] = {}
         for by, turns in own.items():
-            if by == "student" and self.ahead.get(self._number) is not None:
+            if by == "student" and self.ahead.is_used and self.ahead.get(self._number) is not None:
                 found[by] = self._wait(turns)
             elif by in asked:
                 found[by] = self._generate(by, turns)
+        if not self.ahead.is_used:
+            return found
         if self.ahead.lag and "student" in asked:
             self._reports.note({"rollout/lag": float(self.ahead.age(self._number))})
         self.ahead.settle()
@@ -332,25 +339,20 @@ class RolloutLoader:
 
         self._agreement.together(begin)
 
-    def _score_responses(self, turns: list[Turn], steps: list[int], score: RolloutScorer) -> None:
+    def _score_responses(self, steps: StepRows, score: RolloutScorer) -> None:
         """Score once a rollout batch on every rank, also without student responses on it."""
-        if self._credits is not None:
-            return
-        first = self._epoch * self.shape.steps_per_epoch
+        first = self._epoch * self.shape.steps_per_epoch + self._first_step
+        numbered = [
+            (turn, n) for n, rows in enumerate(steps, first) for turn, by in rows if by == "student"
+        ]
         rollout = self._rollouts.get("student", ())
         found = [
-            SampledResponse(turn.example, turn.sample, response, first + step)
-            for turn, response, step in zip(turns, rollout, steps, strict=True)
+            SampledResponse(turn.example, turn.sample, response, step)
+            for (turn, step), response in zip(numbered, rollout, strict=True)
         ]
         scores = score(found)
         self._credits = scores.credits
         self._reports.note(scores.metrics)
-
-    def _rows_of(self, generator: Generator, turns: list[Turn]) -> list[TrainingRow]:
-        """Return the rows of a generator's responses in the current rollout batch."""
-        examples, rollout = [turn.example for turn in turns], self._rollouts.get(generator, ())
-        credits = self._credits if generator == "student" else None
-        return sampled_rows(examples, generator, rollout, credits)
 
     def _generate(self, generator: Generator, turns: list[Turn]) -> Rollout:
         start = time.perf_counter()
