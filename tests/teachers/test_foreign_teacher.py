@@ -384,6 +384,10 @@ def test_diagnose_says_how_both_share_a_text(of, root, tmp_path, monkeypatch, ca
         assert found["gradients"]
         return
     given, student = found["shared"]
+    shown = capsys.readouterr().out
+    with unchanged_process():
+        assert main(["diagnose", "--method", "KD", "--skip", "trials", *words]) == 1
+    assert "--skip trials: the teacher has another tokenizer" in capsys.readouterr().err
     # abc<eos> is ab c <eos>; cdab: cd ab; efe: ef e; kl: k l
     assert (given["source"], given["tokens"], given["chunks"]) == ("given", 32, 24)
     assert given["teacher_tokens"] == 24
@@ -395,7 +399,6 @@ def test_diagnose_says_how_both_share_a_text(of, root, tmp_path, monkeypatch, ca
     off = [losses[name, "given"]["forward_kl"] for name in ("chunk", "text")]
     assert found["biases"][0]["forward_kl"] == pytest.approx(off[0] - off[1])
     assert found["biases"][0]["log_ratio"] > 0
-    shown = capsys.readouterr().out
     assert "How both tokenizers share a text" in shown
     assert "text (this run)" in shown
     recorder = train(tmp_path, foreign(root), [KD()], read_rows(rows), max_steps=1, data=ALL)

@@ -134,7 +134,8 @@ def examine(
         skipped: Stages to leave out.
 
     Raises:
-        ConfigError: No teacher, a teacher in a cache, or several devices.
+        ConfigError: No teacher, a teacher in a cache, several devices, or ``skipped`` stages where
+            the teacher has another tokenizer.
     """
     command, *prepared = prepare(["fit", *arguments])
     del command
@@ -159,6 +160,11 @@ def examine(
 
     examination: Examination | TextExamination = Examination(rows, batches, part, say, skipped)
     if module.pair.teacher.tokenizer is not None:
+        if skipped:
+            raise ConfigError(
+                f"--skip {','.join(sorted(skipped))}: the teacher has another tokenizer, and "
+                "diagnose compares texts alone, without these stages; leave --skip out"
+            )
         say(
             "the teacher has another tokenizer: its losses are over chunks of text; gradients, "
             "drift and trials compare single tokens and are left out, with --batches"
