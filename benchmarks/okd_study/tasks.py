@@ -23,6 +23,9 @@ from okd_study.arms import Arm
 
 Rows = Sequence[Mapping[str, Any]]
 
+RECIPE = Recipe(warm_steps=500, method_steps=700, warm_learning_rate=1e-2, learning_rate=1e-2)
+"""The quickstart's recipe when the study was run; the quickstart itself has shorter stages now."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -74,7 +77,7 @@ class Tasks:
         """Return models in their initial state, seeded by the arm."""
         if arm.task == "arithmetic":
             student: str | PreTrainedModel = copy.deepcopy(self._warm_start(arm))
-            source, settings = TEACHER_DIR, _optimization(Recipe.learning_rate)
+            source, settings = TEACHER_DIR, _optimization(RECIPE.learning_rate)
         else:
             student, source = str(self.models / "student75K"), self.models / "stories260K"
             settings = {"learning_rate": 1e-3}
@@ -130,7 +133,7 @@ class Tasks:
 
     def _warm_start(self, arm: Arm) -> PreTrainedModel:
         """Return the quickstart's student after its warm start; kept in memory."""
-        recipe = replace(Recipe(), hidden_size=arm.conditions.hidden_size or Recipe.hidden_size)
+        recipe = replace(RECIPE, hidden_size=arm.conditions.hidden_size or RECIPE.hidden_size)
         known = (arm.seed, recipe.hidden_size)
         if known not in self._warm:
             lightning.seed_everything(arm.seed, verbose=False)

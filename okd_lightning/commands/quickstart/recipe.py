@@ -37,11 +37,11 @@ class Recipe:
 
     hidden_size: int = 32
     num_layers: int = 3
-    warm_steps: int = 500
-    method_steps: int = 700
+    warm_steps: int = 300
+    method_steps: int = 600
     batch_size: int = 64
-    warm_learning_rate: float = 1e-2
-    learning_rate: float = 1e-2
+    warm_learning_rate: float = 5e-3
+    learning_rate: float = 5e-3
     weight_decay: float = 0.1
     warmup_steps: int = 50
     val_every: int = 100
