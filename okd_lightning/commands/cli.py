@@ -160,7 +160,7 @@ class DistillationCLI(LightningCLI):
         else:
             self._has_chosen_folder = True
             words += choose_folder(config, self.resolved_config())
-        defaults = option_defaults(self.datamodule_class, self.trainer_class)
+        defaults = option_defaults(self.model_class, self.datamodule_class, self.trainer_class)
         self._chosen = chosen_options(self.config.get("subcommand"), words, defaults)
 
     def _option_strings(self) -> list[str]:

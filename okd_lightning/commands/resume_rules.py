@@ -25,12 +25,16 @@ REFUSED: Mapping[str, tuple[Verdict, str]] = {
     "seed_everything": ("refused", _STREAMS),
     "model.student": ("refused", _WEIGHTS),
     "model.student_adapter": ("new run", _TRAINED),
+    "model.freeze_vision": ("new run", _TRAINED),
     "model.optimizer": ("refused", _STATE),
     "model.lr_scheduler": ("refused", _STATE),
     "method": ("new run", _TRAINED),
     "method.online_module": ("new run", _TRAINED),
 }
 """Option → verdict and reason; of model.optimizer and method the class, not its settings."""
+
+_ABSENT = {"model.freeze_vision": True}
+"""Option that earlier versions did not have → what their checkpoints stand for."""
 
 _CLASS_ONLY = ("model.optimizer", "method")
 
@@ -73,7 +77,7 @@ def check_resume(saved: Mapping[str, Any], own: Mapping[str, Any], checkpoint: s
     """
     before, now = flattened(saved), flattened(own)
     for option in sorted(before.keys() | now.keys()):
-        old, new = before.get(option), now.get(option)
+        old, new = before.get(option, _ABSENT.get(option)), now.get(option)
         rule = _rule(option)
         if rule is None or option in _BY_MODULE or _is_same(old, new) or _is_moved(option, old):
             continue

@@ -124,7 +124,7 @@ def text_of_parts(content: Sequence[Any], at: str, no_images: str | None) -> str
     for part in content:
         if isinstance(part, Mapping) and part.get("type") in IMAGE_PARTS:
             if no_images is not None:
-                raise DataError(f"{at} has an image, and {no_images}")
+                raise DataError(f"{at} has an image ({part['type']!r}), and {no_images}")
             texts.append(MARKER)
             continue
         text = part.get("text") if isinstance(part, Mapping) else part

@@ -248,7 +248,7 @@ def _chosen(run: _Run) -> Mapping[str, Any]:
     given = {
         "model.engine": run.module.pair.engine,
         "model.attn_implementation": run.module.pair.settings.attn_implementation,
-        "model.freeze_vision": None if run.module.pair.settings.freeze_vision else False,
+        "model.freeze_vision": run.module.pair.settings.freeze_vision,
         "data.sampling": None if data.sampling == Sampling() else data.sampling,
         "data.train_split": data.splits["train"],
         "data.val_split": data.splits["val"],
@@ -257,18 +257,19 @@ def _chosen(run: _Run) -> Mapping[str, Any]:
     }
     for name in ("prompts_per_rollout", "rollout_lag", "val_rollouts", "subset", "token_cache"):
         given[f"data.{name}"] = getattr(data, name)
-    defaults = option_defaults(type(data), type(trainer))
+    defaults = option_defaults(type(run.module), type(data), type(trainer))
     return {option: value for option, value in given.items() if value != defaults.get(option)}
 
 
-def option_defaults(data: Any, trainer: Any) -> dict[str, Any]:
-    """Return the defaults of the options of a data module's and a Trainer's class.
+def option_defaults(model: Any, data: Any, trainer: Any) -> dict[str, Any]:
+    """Return the defaults of the options of a module's, a data module's and a Trainer's class.
 
     Args:
+        model: Class of the module, or a function that returns one.
         data: Class of the data module, or a function that returns one.
         trainer: Class of the Trainer, or a function that returns one.
     """
-    owners = {"data": data, "trainer": trainer}
+    owners = {"model": model, "data": data, "trainer": trainer}
     return {
         f"{section}.{name}": parameter.default
         for section, owner in owners.items()
