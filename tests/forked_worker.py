@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -17,18 +18,22 @@ class ForkedWorker:
 
     def __init__(self, pid: int) -> None:
         self.pid, self._status = pid, None
+        self._lock = threading.Lock()  # the reader and the end of the run both wait
 
     def wait(self, timeout: float | None = None) -> int:
         end = time.monotonic() + (timeout or 60)
-        while self._status is None:
-            found, status = os.waitpid(self.pid, os.WNOHANG)
-            if found:
-                self._status = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > end:
+        while not self._has_ended():
+            if time.monotonic() > end:
                 raise subprocess.TimeoutExpired("worker", timeout or 60)
-            else:
-                time.sleep(0.01)
+            time.sleep(0.01)
         return self._status
+
+    def _has_ended(self) -> bool:
+        with self._lock:
+            if self._status is None:
+                found, status = os.waitpid(self.pid, os.WNOHANG)
+                self._status = os.waitstatus_to_exitcode(status) if found else None
+        return self._status is not None
 
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
