@@ -34,7 +34,7 @@ REFUSED: Mapping[str, tuple[Verdict, str]] = {
 """Option → verdict and reason; of model.optimizer and method the class, not its settings."""
 
 _ABSENT = {"model.freeze_vision": True}
-"""Option that earlier versions did not have → what their checkpoints stand for."""
+"""Option that checkpoints of earlier versions lack → its value there."""
 
 _CLASS_ONLY = ("model.optimizer", "method")
 
