@@ -165,6 +165,8 @@ class RolloutsAhead:
             gather: Collects one object of every rank, on every rank.
             until: Returns the time at which the wait ends, and unfinished batches are discarded.
         """
+        if not self.is_used:
+            return []
         found = self._agreement.together(lambda: self._wait_for_all(until))
         packed = {n: None if own is None else pack_rollout(own) for n, own in found.items()}
         everyone = gather(packed)
