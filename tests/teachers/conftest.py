@@ -1,4 +1,4 @@
-"""What the tests of a teacher's cache share: a folder of small files, and who is loaded."""
+"""Shared by the tests of teachers: a small cache, who is loaded, a pair with two tokenizers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import weakref
 from pathlib import Path
 
 import pytest
+from foreign_pairs import save_folders
 from transformers import PreTrainedModel
 
 from okd_lightning.teachers import CachedTeacher
@@ -32,3 +33,11 @@ def loaded(monkeypatch) -> list[weakref.ref[PreTrainedModel]]:
 
     monkeypatch.setattr(loaded_module, "load_checked", load)
     return found
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Folders of a student, and of teachers with its tokenizer and others."""
+    folder = tmp_path_factory.mktemp("foreign")
+    save_folders(folder)
+    return folder
