@@ -174,14 +174,33 @@ class _Seen:
     images: RowImages
     reader: ImageReader
 
-    def refs(
-        self, prompts: TeacherPrompts | None, columns: Columns, row: RawRow, at: str, text: str
-    ) -> tuple[ImageRef, ...]:
-        """Return the images of a row's teacher prompt; ``text`` is a plain one."""
-        own = columns
-        if prompts is not None and prompts.column is not None:
-            own = replace(columns, messages=prompts.column)
-        return self.images.of_row(row, own, at, text or None)
+    def into(
+        self,
+        texts: Sequence[str],
+        chats: Sequence[Sequence[Message]],
+        rows: Sequence[RawRow],
+        places: Sequence[str],
+        columns: Columns,
+    ) -> tuple[list[str], list[tuple[ImageRef, ...]]]:
+        """Return the prompts with the tokens of their images, and each row's images.
+
+        Args:
+            texts: The prompts; an empty one shows none.
+            chats: The messages that they were rendered from; empty for plain prompts.
+            rows: The raw rows.
+            places: File and row of each, for messages.
+            columns: The columns with the prompt's messages and its images.
+        """
+        refs: list[tuple[ImageRef, ...]] = []
+        for number, (text, row, at) in enumerate(zip(texts, rows, places, strict=True)):
+            plain = None if chats else text
+            found = self.images.of_row(row, columns, at, plain) if text else ()
+            refs.append(found[: num_places(chats[number])] if chats else found)
+        shown = [
+            self.images.prompt(text, own, at, is_rendered=bool(chats), reader=self.reader)
+            for text, own, at in zip(texts, refs, places, strict=True)
+        ]
+        return shown, refs
 
 
 def with_image_prompts(
@@ -278,16 +297,9 @@ def with_teacher_prompts(
         ]
     refs: list[tuple[ImageRef, ...]] = [()] * len(rows)
     if seen is not None:
-        plain = [text if layout == "text" else "" for text in texts]
-        limits = [None] * len(rows) if layout == "text" else [num_places(chat) for chat in chats]
-        refs = [
-            seen.refs(teacher_prompts, columns, row, at, own)[:most] if text else ()
-            for row, at, own, text, most in zip(rows, places, plain, texts, limits, strict=True)
-        ]
-        texts = [
-            seen.images.prompt(text, own, at, is_rendered=layout == "chat", reader=seen.reader)
-            for text, own, at in zip(texts, refs, places, strict=True)
-        ]
+        own_column = None if teacher_prompts is None else teacher_prompts.column
+        read = columns if own_column is None else replace(columns, messages=own_column)
+        texts, refs = seen.into(texts, chats, rows, places, read)
     encoded = iter(
         encoder.prompts(
             [text for text in texts if text],
