@@ -1,4 +1,4 @@
-"""What a credit does to the student, in float64, for every divergence of the library.
+"""Effect of an advantage on the student, in float64, for every divergence of the library.
 
 Frozen here (METHODS.md section 5, tests 1 to 4):
 
