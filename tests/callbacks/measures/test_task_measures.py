@@ -109,7 +109,7 @@ def example(response="", index=0, prompt_ids=(3,)):
 
 
 def scored(callback, pairs):
-    """What a callback says of (response, reference) pairs."""
+    """Scores that a callback gives to (response, reference) pairs."""
     examples = [example(reference) for _, reference in pairs]
     return callback.score(Answers(examples, [[[response]] for response, _ in pairs]))
 
