@@ -98,7 +98,7 @@ METHOD_NAMES = {"train/sft", "train/gkd", "train/kd", "train/opd_plus"}
 
 
 def differences(recorder):
-    """Values logged anew in each step: a Trainer keeps the last value of what is no longer logged."""
+    """Values logged in each step: a Trainer keeps the last value of what is no longer logged."""
     before: dict[str, float] = {}
     for losses in recorder.losses:
         yield {n: v for n, v in losses.items() if before.get(n) != v}
