@@ -1,16 +1,18 @@
 """Rows, models and evaluation of the study on a real pair.
 
 The teacher is SmolLM2-135M-Instruct. The student is a part of its layers, which a warm start on
-other texts (GSM8K and TinyStories, KD) makes into a language model again. The task is
-self-instruct's user-oriented instructions: the short ones, with a fixed split.
+other texts (GSM8K and TinyStories, KD) makes into a language model again. The tasks are
+self-instruct's user-oriented instructions, GSM8K and TinyStories (rows that the warm start does not
+have): rows with short prompts, with a fixed split.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,9 @@ from okd_lightning.training.module import DistillationModule
 Row = Mapping[str, Any]
 Model = str | PreTrainedModel
 
-NUM_TRAIN, NUM_VAL = 32, 32
+NUM_VAL = 32
+NUM_WARM = 400
+MOST_ROWS = 32  # training rows, before the held-out ones
 PROMPT, RESPONSE, BATCH = 64, 32, 4
 WARM_STEPS, WARM_RATE = 40, 5e-4
 VALIDATION_INTERVAL = 12
@@ -41,13 +45,17 @@ class Places:
         teacher: SmolLM2-135M-Instruct.
         student: Its layers, before the warm start.
         datasets: Folder with self_instruct/, gsm8k/ and tinystories/.
-        work: Folder for the student after its warm start.
+        work: Folder for the student after its warm start and for fine-tuned teachers.
+        task: Key of TASKS.
+        rows: Number of training rows.
     """
 
     teacher: Path
     student: Path
     datasets: Path
     work: Path
+    task: str = "instructions"
+    rows: int = 32
 
     @property
     def warm(self) -> Path:
@@ -61,21 +69,48 @@ def chat_row(prompt: str, response: str) -> Row:
     return {"messages": [{"role": role, "content": text} for role, text in texts.items()]}
 
 
+def instructions(datasets: Path) -> Iterator[Row]:
+    """Yield self-instruct's user-oriented instructions as chats."""
+    for row in load_rows(str(datasets / "self_instruct/user_oriented_instructions.jsonl")):
+        instance = row["instances"][0]
+        prompt = "\n\n".join(part for part in (row["instruction"], instance["input"]) if part)
+        yield chat_row(prompt, instance["output"])
+
+
+def problems(datasets: Path) -> Iterator[Row]:
+    """Yield GSM8K's problems as chats."""
+    for row in load_rows(str(datasets / "gsm8k/train.jsonl")):
+        yield chat_row(row["question"], row["answer"])
+
+
+def stories(datasets: Path) -> Iterator[Row]:
+    """Yield TinyStories' first sentences and their continuations as chats."""
+    for row in load_rows(str(datasets / "tinystories/train.jsonl")):
+        yield chat_row(row["prompt"], row["response"])
+
+
+TASKS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    "instructions": instructions,
+    "gsm8k": problems,
+    "tinystories": stories,
+}
+"""Task → its rows. Of the last two the warm start has the first NUM_WARM."""
+
+
 def task_rows(places: Places) -> tuple[list[Row], list[Row]]:
     """Return the training and the held-out rows: prompts of at most PROMPT tokens as a chat."""
     tokenizer = AutoTokenizer.from_pretrained(places.teacher)
+    first = 0 if places.task == "instructions" else NUM_WARM
     rows = []
-    for row in load_rows(str(places.datasets / "self_instruct/user_oriented_instructions.jsonl")):
-        instance = row["instances"][0]
-        prompt = "\n\n".join(part for part in (row["instruction"], instance["input"]) if part)
-        row = chat_row(prompt, instance["output"])
+    for row in islice(TASKS[places.task](places.datasets), first, first + 600):
         text = tokenizer.apply_chat_template(
             row["messages"][:-1], tokenize=False, add_generation_prompt=True
         )
         if len(tokenizer(text, add_special_tokens=False).input_ids) <= PROMPT:
             rows.append(row)
     random.Random(SPLIT_SEED).shuffle(rows)
-    return rows[:NUM_TRAIN], rows[NUM_TRAIN : NUM_TRAIN + NUM_VAL]
+    val = rows[MOST_ROWS : MOST_ROWS + NUM_VAL]
+    return rows[: places.rows], val
 
 
 def data_of(train: Sequence[Row], val: Sequence[Row] | None, seed: int) -> RolloutDataModule:
@@ -114,10 +149,8 @@ def trainer_of(places: Places, callbacks: list[Callback], **settings: Any) -> li
 def warm_start(places: Places) -> Path:
     """Train the cut student by KD on GSM8K and TinyStories; return its folder."""
     if not places.warm.is_dir():
-        stories = list(load_rows(str(places.datasets / "tinystories/train.jsonl")))
-        problems = list(load_rows(str(places.datasets / "gsm8k/train.jsonl")))
-        rows = [chat_row(r["question"], r["answer"]) for r in problems[:400]]
-        rows += [chat_row(r["prompt"], r["response"]) for r in stories[:400]]
+        rows = list(islice(problems(places.datasets), NUM_WARM))
+        rows += islice(stories(places.datasets), NUM_WARM)
         lightning.seed_everything(0, verbose=False)
         module = DistillationModule(
             str(places.student), str(places.teacher), learning_rate=WARM_RATE, warmup_steps=10

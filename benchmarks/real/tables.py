@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +78,25 @@ def tuned(runs: dict[str, list[Run]]) -> str:
 
 def main() -> None:
     """Print all tables."""
-    runs: dict[str, list[Run]] = defaultdict(list)
-    for line in RESULTS.read_text(encoding="utf-8").splitlines():
-        run = json.loads(line)
-        runs[run["name"]].append(run)
-    print("# Tables of the study on a real pair\n\nMade by `tables.py`; nats per token.\n")
-    print("## At equal CPU seconds\n\n" + equal_seconds(runs))
-    print(f"## After {EQUAL_STEPS} steps\n\n" + equal_steps(runs))
-    print("## Teachers that were fine-tuned first\n\n" + tuned(runs), end="")
+    settings: dict[str, dict[str, list[Run]]] = {}
+    lines = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    for run in lines:
+        if "rows" in run:
+            title = f"{run['student']}, {run['task']}, {run['rows']} rows"
+            before = [r for r in lines if "rows" not in r and same_pair(r, run)]
+            own = settings.setdefault(title, {r["name"]: [r] for r in before})
+            own.setdefault(run["name"], []).append(run)
+    print("# Tables of the study on a real pair\n\nMade by `tables.py`; nats per token.")
+    for title, runs in settings.items():
+        print(f"\n## {title}\n\n### At equal CPU seconds\n\n" + equal_seconds(runs))
+        print(f"### After {EQUAL_STEPS} steps\n\n" + equal_steps(runs), end="")
+        if any("tuned_teacher" in r for own in runs.values() for r in own):
+            print("\n### Teachers that were fine-tuned first\n\n" + tuned(runs), end="")
+
+
+def same_pair(one: Run, other: Run) -> bool:
+    """Return whether two runs have one student and one task."""
+    return all(one[key] == other[key] for key in ("student", "task"))
 
 
 if __name__ == "__main__":
