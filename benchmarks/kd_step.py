@@ -1,7 +1,8 @@
 """KD step with JSD(1/2) against TRL's GKD trainer: 16M <- 41M, V = 32000, 8 x 256 tokens.
 
 Both train the same random Llamas on the same rows, off-policy, with AdamW and gradient clipping at
-1, without gradient checkpointing. With ``--shared FOLDER`` the rows have the lengths of GSM8K's
+1, without gradient checkpointing. With ``--tied 4`` or 8 the bodies have as many layers, and head
+and embedding are one matrix. With ``--shared FOLDER`` the rows have the lengths of GSM8K's
 questions and answers, loss on the answers, and ours runs packed and padded. With ``--student`` and
 ``--teacher``, folders of a real pair, every step has the same 4 chats of GSM8K.
 
@@ -67,7 +68,8 @@ def run_ours(options: argparse.Namespace, packing: bool = True) -> None:
         )
         pair.fit_in_turns(module, data, [method])
     else:
-        pair.train_in_turns(method, options.dtype, lengths_of(options.shared), packing=packing)
+        lengths, tied = lengths_of(options.shared), options.tied
+        pair.train_in_turns(method, options.dtype, lengths, packing=packing, tied=tied)
 
 
 def run_ours_padded(options: argparse.Namespace) -> None:
@@ -104,7 +106,7 @@ def run_trl(options: argparse.Namespace) -> None:
 
     number_format, real = getattr(torch, options.dtype), real_pair_of(options)
     models = [
-        pair.make_model(role, number_format) if real is None else real.model(role)
+        pair.make_model(role, number_format, options.tied) if real is None else real.model(role)
         for role in ("student", "teacher")
     ]
     with tempfile.TemporaryDirectory() as root:
@@ -153,6 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--tied", type=int, choices=[0, 4, 8], default=0, help="layers, tied heads")
     parser.add_argument("--shared", help="folder that holds data/; for rows of GSM8K's lengths")
     parser.add_argument("--student", help="folder of a real student; float32")
     parser.add_argument("--teacher", help="folder of its teacher")
@@ -163,6 +166,7 @@ def main() -> None:
         CONTENDERS[options.contender](options)
         return
     given = {name: getattr(options, name) for name in ("dtype", "shared", "student", "teacher")}
+    given["tied"] = str(options.tied)
     more = [word for name, value in given.items() if value for word in (f"--{name}", value)]
     names = [n for n in options.only if options.shared or n != "ours, padded"]
     found = take_turns(__file__, {name: [name, *more] for name in names}, options.steps)
@@ -173,8 +177,9 @@ def main() -> None:
         for name in names[1:]
         for measure in ("seconds", "cpu_seconds")
     }
+    tied = f"_tied{options.tied}" if options.tied else ""
     kind = "_real" if options.student else "_gsm8k" if options.shared else ""
-    write_results(f"kd_step_{options.dtype}{kind}", {**ratios, "contenders": found})
+    write_results(f"kd_step_{options.dtype}{kind}{tied}", {**ratios, "contenders": found})
 
 
 if __name__ == "__main__":

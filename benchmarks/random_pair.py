@@ -1,7 +1,8 @@
-"""Pair of the step benchmarks: random Llamas of 16M and 41M parameters, V = 32000.
+"""Pairs of the step benchmarks: random Llamas of about 16M and 41M parameters, V = 32000.
 
-Three layers; head and embedding are separate matrices. Rows are random ids, 8 × 256 per batch;
-every position but the first has loss.
+The pair with a large head has three narrow layers, and head and embedding are separate matrices.
+The tied pairs have four or eight wider layers, and one matrix is head and embedding. Rows are
+random ids, 8 × 256 per batch; every position but the first has loss.
 """
 
 from __future__ import annotations
@@ -47,18 +48,30 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(role: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Make the student (16M) or the teacher (41M)."""
-    width, inner, heads, seed = (224, 640, 4, 0) if role == "student" else (512, 1088, 8, 1)
-    torch.manual_seed(seed)
+SHAPES = {
+    (0, "student"): (224, 640, 4, 3),
+    (0, "teacher"): (512, 1088, 8, 3),
+    (4, "student"): (320, 960, 5, 4),
+    (4, "teacher"): (704, 1408, 11, 4),
+    (8, "student"): (256, 768, 4, 8),
+    (8, "teacher"): (576, 1152, 9, 8),
+}
+"""(Layers of a tied pair or 0 for the pair with a large head, role) → width, inner width, heads,
+layers."""
+
+
+def make_model(role: str, dtype: torch.dtype = torch.float32, tied: int = 0) -> PreTrainedModel:
+    """Make the student or the teacher; ``tied`` is the pair, see SHAPES."""
+    width, inner, heads, layers = SHAPES[tied, role]
+    torch.manual_seed(0 if role == "student" else 1)
     config = LlamaConfig(
         vocab_size=NUM_IDS,
         hidden_size=width,
         intermediate_size=inner,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         max_position_embeddings=512,
-        tie_word_embeddings=False,
+        tie_word_embeddings=bool(tied),
         initializer_range=0.05,
         pad_token_id=0,
         eos_token_id=1,
@@ -117,6 +130,7 @@ def train_in_turns(
     student: PreTrainedModel | None = None,
     further: Sequence[Callback] = (),
     max_response_length: int = LENGTH,
+    tied: int = 0,
     **settings: Any,
 ) -> None:
     """Distil by Lightning, one optimizer step per turn.
@@ -126,15 +140,16 @@ def train_in_turns(
         dtype: Number format of both models' weights.
         lengths: Tokens of each row's prompt and response; by default 1 and 254, and an eos.
         teacher: Folder of the teacher, or a Teacher; None makes it in memory.
-        student: A student instead of the Llama of 16M.
+        student: A student instead of the random Llama.
         further: Further methods.
         max_response_length: Longest response, in tokens.
+        tied: The pair, see SHAPES.
         **settings: Settings of the DistillationModule.
     """
     number_format = getattr(torch, dtype)
     module = DistillationModule(
-        student or make_model("student", number_format),
-        teacher or make_model("teacher", number_format),
+        student or make_model("student", number_format, tied),
+        teacher or make_model("teacher", number_format, tied),
         tokenizer=make_tokenizer(),
         learning_rate=LEARNING_RATE,
         dtype=dtype,

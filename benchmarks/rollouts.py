@@ -1,10 +1,12 @@
 """Rollout engine against transformers' ``generate``, and an on-policy epoch against TRL's.
 
-Two pairs: ``random`` (Llamas of 16M and 41M parameters, V = 32000, with a bias on the stop token so
-that lengths vary) and ``tinystories`` (75K and 260K parameters, trained on stories). Both sides
-have the same prompts, limits, batch of 8 and float32; a turn is all prompts once.
+Pairs: ``random`` (Llamas of 16M and 41M parameters, V = 32000, with a bias on the stop token so
+that lengths vary), ``tied4`` and ``tied8`` (as large, with deeper bodies, tied heads and responses
+that all reach the limit) and ``tinystories`` (75K and 260K parameters, trained on stories). Both
+sides have the same prompts, limits, batch of 8 and float32; a turn is all prompts once.
 
     python benchmarks/rollouts.py [--what write epoch] [--pair random] [--shared FOLDER] [--turns 3]
+    python benchmarks/rollouts.py --what epoch --pair tied4 tied8 --prompts 8 --limit 192
 """
 
 from __future__ import annotations
@@ -37,13 +39,14 @@ from okd_lightning.training.module import DistillationModule
 
 BATCH, EOS, MANY = 8, 1, 1_000_000
 MEAN_SHARE = 0.6  # of the limit, for a response that is not cut
+PAIRS = {"random": 0, "tied4": 4, "tied8": 8, "tinystories": None}  # layers of a tied random pair
 
 
 class Pair:
     """Models, tokenizer and prompts of a benchmark.
 
     Args:
-        name: "random" or "tinystories".
+        name: Key of PAIRS.
         shared: Folder with the small trained models and their data.
         num_prompts: Prompts per turn.
         limit: Longest response, in tokens.
@@ -51,7 +54,7 @@ class Pair:
 
     def __init__(self, name: str, shared: str, num_prompts: int, limit: int) -> None:
         self.num_prompts, self.limit = num_prompts, limit
-        self._is_random = name == "random"
+        self._is_random, self._tied = name != "tinystories", PAIRS[name] or 0
         if self._is_random:
             self.tokenizer: Any = random_pair.make_tokenizer()
             generator = torch.Generator().manual_seed(3)
@@ -76,11 +79,11 @@ class Pair:
         return EOS if self._is_random else int(self.tokenizer.eos_token_id)
 
     def model(self, role: str) -> PreTrainedModel:
-        """Return student or teacher; a random one has the same stop probability everywhere."""
+        """Return student or teacher; a random one has one stop probability, tied ones almost none."""
         if not self._is_random:
             folder = self._models / ("student75K" if role == "student" else "stories260K")
             return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        model = random_pair.make_model(role)
+        model = random_pair.make_model(role, tied=self._tied)
         head = model.lm_head
         biased = nn.Linear(head.in_features, head.out_features)
         biased.weight = head.weight
@@ -88,7 +91,7 @@ class Pair:
             biased.weight[EOS] = 0
             probe = torch.randint(3, 1000, (4, 32))
             others = model(probe).logits.logsumexp(-1).mean()
-            hazard = 1 / (MEAN_SHARE * self.limit)
+            hazard = 1e-9 if self._tied else 1 / (MEAN_SHARE * self.limit)
             biased.bias.zero_()
             biased.bias[EOS] = others + math.log(hazard / (1 - hazard))
         model.lm_head = biased
@@ -228,7 +231,7 @@ def main() -> None:
     """Measure all contenders, or run as one of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--what", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--pair", nargs="*", choices=["random", "tinystories"], default=["random"])
+    parser.add_argument("--pair", nargs="*", choices=PAIRS, default=["random"])
     parser.add_argument("--shared", default="", help="folder with models/ and datasets/")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--limit", type=int, default=128)
