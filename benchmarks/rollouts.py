@@ -79,7 +79,7 @@ class Pair:
         return EOS if self._is_random else int(self.tokenizer.eos_token_id)
 
     def model(self, role: str) -> PreTrainedModel:
-        """Return student or teacher; a random one has one stop probability, tied ones almost none."""
+        """Return student or teacher. Random ones stop equally often everywhere, tied ones never."""
         if not self._is_random:
             folder = self._models / ("student75K" if role == "student" else "stories260K")
             return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
