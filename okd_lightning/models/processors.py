@@ -146,7 +146,9 @@ class ImageReader:
 
     def _processed(self, images: list[Image.Image]) -> Mapping[str, Any]:
         own: Any = self.processor
-        settings = dict(getattr(type(own), "images_kwargs", {}))
+        earlier = getattr(getattr(own, "valid_processor_kwargs", None), "_defaults", {})
+        defaults = earlier.get("images_kwargs", {})  # where transformers 5.19 has them
+        settings = dict(getattr(type(own), "images_kwargs", defaults))
         found: Mapping[str, Any] = own.image_processor(
             [images], return_tensors="pt", input_data_format="channels_last", **settings
         )
