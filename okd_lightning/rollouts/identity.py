@@ -41,6 +41,6 @@ def check_same_rows(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     if state["identity"] != own["identity"]:
         raise ConfigError(
             "this run's prompts, images, teacher prompts, seed, prompts_per_epoch, "
-            "prompts_per_rollout or samples_per_prompt differ from the checkpoint's; resume with the same, or "
-            "start a new run from the exported student: --model.student FOLDER"
+            "prompts_per_rollout or samples_per_prompt differ from the checkpoint's; resume with "
+            "the same, or start a new run from the exported student: --model.student FOLDER"
         )
