@@ -122,7 +122,7 @@ def test_without_its_tokenizer_it_is_refused(root, tmp_path):
 
 
 def test_a_server_with_another_tokenizer_is_refused(root, tmp_path, server):
-    with pytest.raises(VocabularyError, match="cuts text into other ids than model.teacher.tok"):
+    with pytest.raises(VocabularyError, match="cuts text into other ids than"):
         train(tmp_path, make(root, teacher_of(server, root, "other")), [KD()])
 
 
