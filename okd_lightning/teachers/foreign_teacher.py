@@ -99,7 +99,7 @@ class ForeignTeacher(Teacher):
             raise ConfigError(
                 f"model.teacher.loss {loss} needs all logits of the teacher, and "
                 f"{type(inner).__name__} gives probabilities of its own tokens alone: give loss "
-                f"{' or '.join(inner.text_losses)}, or give --model.teacher.model a folder or hub id"
+                f"{' or '.join(inner.text_losses)}, or --model.teacher.model a folder or hub id"
             )
         self._loss: TextLoss = loss or inner.text_losses[0]
         self._arguments = {

@@ -156,7 +156,8 @@ class ServedTeacher(PackedTeacher):
             return
         rank_zero_info(
             f"{where}, {self.k} ids a token; methods read their divergences as TopK(., {self.k}), "
-            "at most the exact ones; validation takes these as val/top_k_* and val/on_policy_top_k_*"
+            "at most the exact ones; validation takes these as val/top_k_* and "
+            "val/on_policy_top_k_*"
         )
 
     def check_length(self, num_tokens: int) -> None:
