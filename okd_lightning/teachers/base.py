@@ -21,13 +21,14 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Quantity, Side, Term, WeightedTerm
 from okd_lightning.losses.states import layers_read
 from okd_lightning.metrics import measures
-from okd_lightning.models import ModelSource, Vocabulary, load_model_config
+from okd_lightning.models import ModelSource, Vocabulary, load_model_config, max_positions
 from okd_lightning.models.reading import model_side, tried
+from okd_lightning.models.retokenization import TextLoss
 from okd_lightning.records.batches import DistillBatch, TrainingRow
 from okd_lightning.records.requests import Prompt
 from okd_lightning.records.rows import RowReader
 from okd_lightning.records.sequences import Sequences
-from okd_lightning.teachers.online_module import OnlineModuleSettings
+from okd_lightning.teachers.online_module import OnlineModuleSettings, trained
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun
 
 Measurement: TypeAlias = tuple[AbstractContextManager[None], dict[str, Quantity]]
@@ -76,6 +77,9 @@ class Teacher(ABC):
 
     has_layers: ClassVar[bool] = False
     """True where ``side`` gives the states of its layers."""
+
+    text_losses: ClassVar[tuple[TextLoss, ...]] = ()
+    """Losses over texts that it serves within ForeignTeacher, the default first."""
 
     reads_images: ClassVar[bool] = True
     """True where it reads rows with images."""
@@ -195,6 +199,11 @@ class Teacher(ABC):
         """
         del num_tokens
 
+    def context_length(self) -> int | None:
+        """Return the tokens of prompt and response that it reads; None for any number."""
+        config = self.config(PretrainedConfig())
+        return None if config is None else max_positions(config)
+
     def check_prompts(self, are_given: bool) -> None:
         """Refuse data with, or without, prompts for the teacher.
 
@@ -221,12 +230,24 @@ class Teacher(ABC):
                 f"{type(self).__name__} generates none: {self.to_generate}"
             )
 
+    def check_text_term(self, term: Term) -> None:
+        """Refuse a method that it cannot serve within ForeignTeacher.
+
+        Raises:
+            ConfigError: The message says what is missing.
+        """
+        del term
+
     def check_adaptable(self) -> None:
         """Refuse to get an online module, and otherwise have a model of its own for it.
 
         Raises:
             ConfigError: The message says what to change.
         """
+        return
+
+    def check_sharding(self) -> None:
+        """Refuse to be sharded over ranks (fsdp2), where its weights cannot be."""
         return
 
     def adapted(self, adapt: Callable[[Teacher], Teacher]) -> Teacher:
@@ -305,6 +326,10 @@ class Teacher(ABC):
         with torch.set_grad_enabled(learns):
             return self.read(batch.teacher_reads, quantities)
 
+    def text_side(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Side:
+        """Return ``side`` for quantities over chunks of text, within ForeignTeacher."""
+        return self.side(batch, quantities)
+
     def base_side(self, batch: DistillBatch) -> Side:
         """Return the side of the teacher without its trained parameters; a constant."""
         with torch.no_grad():
@@ -372,8 +397,3 @@ class Teacher(ABC):
         memo[id(self)] = own
         own.model, own.student = deepcopy(self.model, memo), deepcopy(self.student, memo)
         return own
-
-
-def trained(model: nn.Module | None) -> list[nn.Parameter]:
-    """Return a model's trained parameters; none without a model."""
-    return [] if model is None else [p for p in model.parameters() if p.requires_grad]
