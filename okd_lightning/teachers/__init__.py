@@ -18,7 +18,7 @@
 from okd_lightning.models.reading import model_side
 from okd_lightning.teachers.adaptive import AdaptiveTeacher
 from okd_lightning.teachers.averaged_self import AveragedSelf
-from okd_lightning.teachers.base import Teacher
+from okd_lightning.teachers.base import Teacher, trained
 from okd_lightning.teachers.cached_teacher import CachedTeacher
 from okd_lightning.teachers.ensemble import TeacherEnsemble
 from okd_lightning.teachers.foreign_teacher import ForeignTeacher
@@ -30,7 +30,6 @@ from okd_lightning.teachers.online_module import (
     OnlineModuleSettings,
     attach_online_module,
     base_teacher,
-    trained,
 )
 from okd_lightning.teachers.routed import RoutedTeachers
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun
