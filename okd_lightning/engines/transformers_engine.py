@@ -28,14 +28,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from okd_lightning.engines.drawing import Drawing, DrawnFrom, Responses
-from okd_lightning.engines.kv_cache import empty_cache, rearrange
+from okd_lightning.engines.kv_cache import CachedModel, empty_cache, rearrange
 from okd_lightning.engines.memory import MEMORIES, memory_of
 from okd_lightning.engines.prompt_images import PromptImages, placed
 from okd_lightning.engines.whole_passes import WholePasses
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses.cpu_linear import fast_linears
 from okd_lightning.models import Vocabulary, forget_lengths, row_groups
-from okd_lightning.models.causal_lm import cached_logits
 from okd_lightning.models.multimodal import image_arguments
 from okd_lightning.models.processors import ImageReader
 from okd_lightning.records.images import ImageInputs
@@ -201,6 +200,7 @@ class _Round:
     ) -> None:
         self._images = images
         self._models = models
+        self._cached = [CachedModel(model) for model in models]
         self._texts = texts
         self._drawing = drawing
         self._responses = drawing.responses
@@ -369,17 +369,12 @@ class _Round:
         mask = None
         if self._is_roomy:  # else all prompts have one length, and some models misread a mask
             mask = (torch.arange(width, device=self._device) >= starts[:, None]).long()
-        return [
-            cached_logits(
-                model,
-                ids,
-                own,
-                mask,
-                cache,
-                None if images is None else image_arguments(model, ids, images),
-            )
-            for model, own, cache in zip(self._models, positions, caches, strict=True)
+        own_images = [
+            None if images is None else image_arguments(model, ids, images)
+            for model in self._models
         ]
+        sides = zip(self._cached, positions, caches, own_images, strict=True)
+        return [model.logits(ids, own, mask, cache, shown) for model, own, cache, shown in sides]
 
 
 def _steps_per_check(device: torch.device) -> int:
