@@ -271,7 +271,8 @@ class RolloutDataModule(CollectiveDataModule):
             stop=self.stop,
             ahead=rollouts_ahead(self.rollout_lag, module, plan, self.gather),
         )
-        module.pair.settle = self._train_loader.ahead.settle
+        ahead = self._train_loader.ahead
+        module.pair.settle = ahead.settle if ahead.lag else None
         check_limit(trainer, shape, len(self._train_loader))
         self._train_loader.begin(self._resumed)
         return self._train_loader

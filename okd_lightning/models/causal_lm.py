@@ -26,6 +26,22 @@ from okd_lightning.errors import ModelError
 from okd_lightning.models.vocabulary import Vocabulary
 
 
+def within_peft(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model within a PEFT wrapper, adapters included."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Set ``model`` to eval mode (no dropout) within the context."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def named_arguments(model: PreTrainedModel) -> frozenset[str]:
     """Return the argument names of the model's forward pass.
 
@@ -34,7 +50,7 @@ def named_arguments(model: PreTrainedModel) -> frozenset[str]:
     Args:
         model: A causal LM; of a PEFT wrapper, the base model is read.
     """
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    plain = within_peft(model)
     names = _signature(_function(plain))
     if None in names and plain.base_model is not plain:
         names |= _signature(_function(plain.base_model))

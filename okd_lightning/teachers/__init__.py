@@ -32,7 +32,6 @@ from okd_lightning.teachers.online_module import (
 )
 from okd_lightning.teachers.routed import RoutedTeachers
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun
-from okd_lightning.teachers.self_teacher import in_eval_mode
 from okd_lightning.teachers.served_teacher import ServedTeacher
 from okd_lightning.teachers.teacher_base import TeacherBase
 
@@ -57,7 +56,6 @@ __all__ = [
     "TeacherRun",
     "attach_online_module",
     "base_teacher",
-    "in_eval_mode",
     "model_side",
     "teacher_of",
     "trained",

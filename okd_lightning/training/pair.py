@@ -54,7 +54,7 @@ from okd_lightning.models import (
 )
 from okd_lightning.models.adapters import model_source
 from okd_lightning.records.batches import DistillBatch
-from okd_lightning.sharding import Placement, WholeModels
+from okd_lightning.sharding import Placement
 from okd_lightning.teachers import (
     AdaptiveTeacher,
     OnlineModuleSettings,
@@ -82,7 +82,7 @@ class Pair:
         teacher: The teacher that acts in the command that is under way.
         vocabulary: Ids on which both sides are compared.
         ends: Ids that end a response, one outcome for both models.
-        placement: The models' placement; a sharding strategy replaces it.
+        placement: How to run models in shards, set by the strategy; None for whole models.
         packs_student: Whether the student gets packed rows.
         teacher_base: The model with which the teacher is compared, where a method names one.
         tool_rounds: The tools of the data, where it has some.
@@ -125,7 +125,7 @@ class Pair:
         )
         self.student: PreTrainedModel | None = None
         self.packs_student = False
-        self.placement: Placement = WholeModels()
+        self.placement: Placement | None = None
         self.teacher_base: TeacherBase | None = None
         self.tool_rounds: ToolRounds | None = None
         self.layer_pairs: tuple[LayerPair, ...] = ()
@@ -362,7 +362,7 @@ class Pair:
                 base,
                 Measured.about(batch).merges_ends,
             )
-        if not torch.is_grad_enabled():
+        if self.placement is not None and not torch.is_grad_enabled():
             self.placement.release(*self.models)
         return replace(Measured.about(batch), values=values)
 

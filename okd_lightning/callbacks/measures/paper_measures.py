@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,8 @@ class _Pass:
 
     def alone(self) -> AbstractContextManager[object]:
         """Return a context in which ranks may run the models different numbers of times."""
-        return self.module.pair.placement.alone(*self.module.pair.models)
+        pair = self.module.pair
+        return nullcontext() if pair.placement is None else pair.placement.alone(*pair.models)
 
 
 class PaperMeasures(EvaluationCallback):

@@ -1,6 +1,6 @@
 """Callbacks that a DistillationModule adds to every Trainer (``configure_callbacks``).
 
-* ``finite_guard``: ``FiniteGuard`` stops before a step with a non-finite loss or gradient.
+* ``FiniteGuard`` (``training.gradients``) stops before a step with a non-finite loss or gradient.
 * ``health_warnings``: ``HealthWarnings``, with its thresholds in ``vital_signs``.
 * ``step_intervals``: ``StepIntervals`` counts ``val_check_interval`` in optimizer steps.
 * ``models_first``: ``ModelsFirst`` builds both models before other callbacks' ``setup``.
@@ -10,7 +10,7 @@
 import lightning
 from lightning.pytorch.callbacks import Callback
 
-from okd_lightning.training.safeguards.finite_guard import FiniteGuard
+from okd_lightning.training.gradients import FiniteGuard
 from okd_lightning.training.safeguards.health_warnings import HealthWarnings
 from okd_lightning.training.safeguards.models_first import ModelsFirst, in_setup_order
 from okd_lightning.training.safeguards.step_intervals import StepIntervals

@@ -10,8 +10,7 @@ would find it empty. The order here:
    rows are reported before any weights are loaded), and the module builds its models;
 4. all other callbacks, the module's ``setup``, and ``configure_model``, which finds them built.
 
-``ModelsFirst`` also precedes callbacks that read batches, and refuses a batch that is not a
-DistillBatch.
+It also precedes callbacks that read evaluation batches, and refuses one that is not a DistillBatch.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.models import check_precision
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.sharding import FSDP2Strategy
-from okd_lightning.training.distilled_run import distilled_run
+from okd_lightning.training.distilled_run import distilled_run, foreign_batch
 from okd_lightning.training.lightning_privates import is_compiled
 from okd_lightning.training.optimizers import float16_refusal
 from okd_lightning.training.pair import Pair
@@ -94,20 +93,6 @@ class ModelsFirst(Callback):
                 if isinstance(callback, StochasticWeightAveraging):
                     callback.on_train_epoch_start(trainer, pl_module)
 
-    def on_train_batch_start(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Refuse a batch of another loader (Lightning's transfer hooks belong to the data module).
-
-        Raises:
-            ConfigError: The batch is not a DistillBatch; the message says how to make one.
-        """
-        check_batch(batch)
-
     def on_validation_batch_start(
         self,
         trainer: lightning.Trainer,
@@ -116,8 +101,13 @@ class ModelsFirst(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Refuse a batch of another loader."""
-        check_batch(batch)
+        """Refuse a batch of another loader (Lightning's transfer hooks belong to the data module).
+
+        Raises:
+            ConfigError: The batch is not a DistillBatch; the message says how to make one.
+        """
+        if not isinstance(batch, DistillBatch):
+            raise ConfigError(foreign_batch(batch))
 
     on_test_batch_start = on_validation_batch_start
     on_predict_batch_start = on_validation_batch_start
@@ -151,20 +141,6 @@ def check_run(module: lightning.LightningModule, pair: Pair, stage: str) -> None
             "the module is wrapped by torch.compile, which cannot trace rollouts and losses; "
             "give the module as it is, and compile the blocks of both models with "
             "model.compile_blocks (--model.compile_blocks true, or compile_blocks=True)"
-        )
-
-
-def check_batch(batch: object) -> None:
-    """Refuse a batch that another loader has made.
-
-    Raises:
-        ConfigError: The batch is not a DistillBatch.
-    """
-    if not isinstance(batch, DistillBatch):
-        raise ConfigError(
-            f"a batch is a {type(batch).__name__}; expected a DistillBatch: fit on a "
-            "RolloutDataModule, or give a DataLoader a collate_fn that makes DistillBatch objects "
-            "(docs/concepts/extending.md, batches of one's own)"
         )
 
 
