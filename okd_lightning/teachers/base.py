@@ -24,8 +24,8 @@ from okd_lightning.metrics import measures
 from okd_lightning.models import ModelSource, Vocabulary, load_model_config
 from okd_lightning.models.reading import model_side, tried
 from okd_lightning.records.batches import DistillBatch, TrainingRow
+from okd_lightning.records.collation import RowReader
 from okd_lightning.records.requests import Prompt
-from okd_lightning.records.rows import RowReader
 from okd_lightning.records.sequences import Sequences
 from okd_lightning.teachers.online_module import OnlineModuleSettings
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun

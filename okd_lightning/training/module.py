@@ -39,7 +39,7 @@ from okd_lightning.models import (
     Vocabulary,
 )
 from okd_lightning.records.batches import DistillBatch
-from okd_lightning.records.rows import generation_records
+from okd_lightning.records.generations import generation_records
 from okd_lightning.teachers import OnlineModuleSettings, Teacher, trained
 from okd_lightning.teachers.online_module import ScheduleName
 from okd_lightning.training.ahead import ahead_engine

@@ -24,10 +24,11 @@ from okd_lightning.metrics import (
     response_uncertainty,
 )
 from okd_lightning.records.batches import DistillBatch, Example, TrainingRow
+from okd_lightning.records.collation import dataset_row, micro_batches, sampled_rows
 from okd_lightning.records.noise import NoiseDomain
 from okd_lightning.records.requests import Generator, Request, Rollout
-from okd_lightning.records.rows import dataset_row, micro_batches, sampled_rows, share
 from okd_lightning.rewards.rouge import rouge_l
+from okd_lightning.rollouts.plan import share
 from okd_lightning.training.module import DistillationModule
 
 _FORWARD_KL = ExactDivergence(ForwardKL())
