@@ -72,15 +72,6 @@ class DistilledRun(Protocol):
         """Lightning's ``log_dict``."""
 
 
-def foreign_batch(batch: object) -> str:
-    """Return why a batch that another loader has made is refused, and what to do."""
-    return (
-        f"a batch is a {type(batch).__name__}; expected a DistillBatch: fit on a "
-        "RolloutDataModule, or give a DataLoader a collate_fn that makes DistillBatch objects "
-        "(docs/concepts/extending.md, batches of one's own)"
-    )
-
-
 def distilled_run(module: lightning.LightningModule) -> DistilledRun | None:
     """Return a DistillationModule as its parts see it; None for another kind of module."""
     has_pair = isinstance(getattr(module, "pair", None), Pair)

@@ -43,7 +43,6 @@ from okd_lightning.records.generations import generation_records
 from okd_lightning.teachers import OnlineModuleSettings, Teacher, trained
 from okd_lightning.teachers.online_module import ScheduleName
 from okd_lightning.training.ahead import ahead_engine
-from okd_lightning.training.distilled_run import foreign_batch
 from okd_lightning.training.evaluation import Evaluation
 from okd_lightning.training.frozen_parts import FrozenParts
 from okd_lightning.training.generation import GeneratingModule
@@ -382,9 +381,7 @@ class DistillationModule(GeneratingModule):
         self.optimization.start(optimizer, scheduler, self.learning_rate)
 
     def on_train_batch_start(self, batch: DistillBatch, batch_idx: int) -> None:
-        """Restore a resumed run's random streams, once; begin a step; refuse a foreign batch."""
-        if not isinstance(batch, DistillBatch):
-            raise ConfigError(foreign_batch(batch))
+        """Restore a resumed run's random streams (dropout), once; drop the last step's metrics."""
         if self.run_state.rng is not None:
             self.run_state.restore_streams()
         if batch_idx % self.trainer.accumulate_grad_batches == 0:

@@ -12,7 +12,11 @@ from lightning.pytorch.callbacks import Callback
 
 from okd_lightning.training.gradients import FiniteGuard
 from okd_lightning.training.safeguards.health_warnings import HealthWarnings
-from okd_lightning.training.safeguards.models_first import ModelsFirst, in_setup_order
+from okd_lightning.training.safeguards.models_first import (
+    ModelsFirst,
+    in_setup_order,
+    with_batch_check,
+)
 from okd_lightning.training.safeguards.step_intervals import StepIntervals
 
 SAFEGUARDS = (FiniteGuard, HealthWarnings, StepIntervals)
@@ -20,9 +24,10 @@ SAFEGUARDS = (FiniteGuard, HealthWarnings, StepIntervals)
 
 
 def with_safeguards(trainer: lightning.Trainer) -> list[Callback]:
-    """Return the safeguards that a Trainer lacks; move its ModelsFirst to the front."""
+    """Return the safeguards that a Trainer lacks; put those that come first to the front."""
     present: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    trainer.callbacks = in_setup_order(present)  # type: ignore[attr-defined]
+    present = with_batch_check(in_setup_order(present), trainer.datamodule)  # type: ignore[attr-defined]
+    trainer.callbacks = present  # type: ignore[attr-defined]
     return [kind() for kind in SAFEGUARDS if not any(isinstance(c, kind) for c in present)]
 
 

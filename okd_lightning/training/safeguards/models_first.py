@@ -10,7 +10,7 @@ would find it empty. The order here:
    rows are reported before any weights are loaded), and the module builds its models;
 4. all other callbacks, the module's ``setup``, and ``configure_model``, which finds them built.
 
-It also precedes callbacks that read evaluation batches, and refuses one that is not a DistillBatch.
+Where the data is not a RolloutDataModule's, ``ForeignBatches`` comes first of all.
 """
 
 from __future__ import annotations
@@ -32,13 +32,44 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.models import check_precision
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.sharding import FSDP2Strategy
-from okd_lightning.training.distilled_run import distilled_run, foreign_batch
+from okd_lightning.training.distilled_run import distilled_run
 from okd_lightning.training.lightning_privates import is_compiled
 from okd_lightning.training.optimizers import float16_refusal
 from okd_lightning.training.pair import Pair
 from okd_lightning.training.safeguards.idle_options import warn_of_idle_options
 
 _NEED_WHOLE_MODELS = (ModelPruning, StochasticWeightAveraging, WeightAveraging)
+
+
+class ForeignBatches(Callback):
+    """Refuses batches of other loaders, before any other callback reads them.
+
+    Lightning's transfer hooks, where this could be checked too, belong to the data module.
+    """
+
+    def on_train_batch_start(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Refuse what is not a DistillBatch.
+
+        Raises:
+            ConfigError: The batch is another one; the message says how to make one.
+        """
+        if not isinstance(batch, DistillBatch):
+            raise ConfigError(
+                f"a batch is a {type(batch).__name__}; expected a DistillBatch: fit on a "
+                "RolloutDataModule, or give a DataLoader a collate_fn that makes DistillBatch "
+                "objects (docs/concepts/extending.md, batches of one's own)"
+            )
+
+    on_validation_batch_start = on_train_batch_start
+    on_test_batch_start = on_train_batch_start
+    on_predict_batch_start = on_train_batch_start
 
 
 class ModelsFirst(Callback):
@@ -93,25 +124,6 @@ class ModelsFirst(Callback):
                 if isinstance(callback, StochasticWeightAveraging):
                     callback.on_train_epoch_start(trainer, pl_module)
 
-    def on_validation_batch_start(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Refuse a batch of another loader (Lightning's transfer hooks belong to the data module).
-
-        Raises:
-            ConfigError: The batch is not a DistillBatch; the message says how to make one.
-        """
-        if not isinstance(batch, DistillBatch):
-            raise ConfigError(foreign_batch(batch))
-
-    on_test_batch_start = on_validation_batch_start
-    on_predict_batch_start = on_validation_batch_start
-
     def teardown(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
@@ -155,6 +167,21 @@ def in_setup_order(callbacks: Sequence[Callback]) -> list[Callback]:
     early = [c for c in others if getattr(c, "precedes_models", False)]
     late = [c for c in others if not getattr(c, "precedes_models", False)]
     return [*early, builder, *late]
+
+
+def with_batch_check(callbacks: Sequence[Callback], data: object) -> list[Callback]:
+    """Return callbacks with a ``ForeignBatches`` in front, or none where all loaders are ours.
+
+    Args:
+        callbacks: A Trainer's callbacks.
+        data: Its data module, if it has one.
+    """
+    is_ours = isinstance(data, RolloutDataModule) and all(
+        getattr(type(data), name) is getattr(RolloutDataModule, name)
+        for name in ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
+    )
+    others = [c for c in callbacks if not isinstance(c, ForeignBatches)]
+    return others if is_ours else [ForeignBatches(), *others]
 
 
 def _check_sharded(callbacks: Sequence[Callback]) -> None:
