@@ -254,6 +254,7 @@ class RolloutDataModule(CollectiveDataModule):
                 "run nobody writes responses; leave it out, or use an on-policy method"
             )
         announce(plan, shape)
+        teacher = module.pair.teacher
         gather = self.gather if trainer.world_size > 1 else one_rank
         self._train_loader = RolloutLoader(
             examples.examples,
@@ -267,7 +268,7 @@ class RolloutDataModule(CollectiveDataModule):
             gather=gather,
             progress=progress_display(trainer),
             score=self._scorer(module),
-            teacher_rows=module.pair.teacher.retokenized,
+            teacher_rows=teacher.retokenized if teacher.tokenizer is not None else None,
             stop=self.stop,
             ahead=rollouts_ahead(self.rollout_lag, module, plan, gather),
         )

@@ -301,7 +301,8 @@ class Drawing:
     ) -> None:
         self.responses = responses
         self._is_greedy = sampling.temperature == 0
-        self._warp = None if sampling.is_plain else sampling.warp
+        is_plain = (sampling.temperature, sampling.top_p, sampling.top_k) == (1, 1, 0)
+        self._warp = None if is_plain else sampling.warp  # plain: the model's own distribution
         self._vocabulary = vocabulary
         self._blend = blend
         self._device = device

@@ -39,11 +39,6 @@ class Sampling:
             raise ConfigError(f"sampling.top_k must be at least 0 (0 keeps all), got {self.top_k}")
 
     @property
-    def is_plain(self) -> bool:
-        """True where the distribution is the model's own."""
-        return (self.temperature, self.top_p, self.top_k) == (1, 1, 0)
-
-    @property
     def support_cuts(self) -> tuple[str, ...]:
         """Settings, if any, that exclude some tokens from sampling.
 

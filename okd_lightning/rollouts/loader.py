@@ -75,7 +75,7 @@ class RolloutLoader:
         gather: Collects one object of every rank, on every rank.
         progress: Shows the progress of a rollout batch; None for no display.
         score: Gives the student's responses their advantages; None without rewards.
-        teacher_rows: From rows to rows as the teacher reads them.
+        teacher_rows: From rows to rows as the teacher reads them; None where it reads the same.
         stop: This rank's request to stop, which discards an unfinished rollout batch.
         ahead: Rollout batches that are generated ahead of training; None for none.
     """
@@ -94,7 +94,7 @@ class RolloutLoader:
         gather: Callable[[Any], list[Any]] = one_rank,
         progress: ProgressFactory | None = None,
         score: RolloutScorer | None = None,
-        teacher_rows: RowReader = list,
+        teacher_rows: RowReader | None = None,
         stop: StopRequest | None = None,
         ahead: RolloutsAhead | None = None,
     ) -> None:
@@ -298,7 +298,7 @@ class RolloutLoader:
                 for turn, by in step
             ]
             rows = rows or [fully_masked(dataset_row(self.examples[0]))]
-            found.append(self._teacher_rows(rows))
+            found.append(rows if self._teacher_rows is None else self._teacher_rows(rows))
         if "student" in asked:
             counts = self._reduce_sum(count_by_source([row for rows in found for row in rows]))
             self.lengths.begin(self._epoch, self._first_step, counts)

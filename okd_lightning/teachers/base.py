@@ -22,7 +22,8 @@ from okd_lightning.losses import Quantity, Side, Term, WeightedTerm
 from okd_lightning.losses.states import layers_read
 from okd_lightning.metrics import measures
 from okd_lightning.models import ModelSource, Vocabulary, load_model_config
-from okd_lightning.models.reading import model_side, tried
+from okd_lightning.models.packing import tried
+from okd_lightning.models.reading import model_side
 from okd_lightning.records.batches import DistillBatch, TrainingRow
 from okd_lightning.records.collation import RowReader
 from okd_lightning.records.requests import Prompt

@@ -186,7 +186,7 @@ class StepLoss:
             loss = run.pair.loss_of(batch, terms, checks=is_new)
         if is_new:
             check_counts(terms, loss.outputs, batch)
-        names = run.pair.teacher.names
+        names = run.pair.teacher.names if batch.teacher_counts else ()
         self._log(run, batch, step_means(terms, loss, batch, names), is_last)
         return loss.total + self._idle_loss(run)
 
