@@ -33,7 +33,7 @@ from okd_lightning.commands.cli_runs import choose_folder, train_in_folder
 from okd_lightning.commands.config_trust import add_trust_flag
 from okd_lightning.commands.default_folder import SharedFolder
 from okd_lightning.commands.given_options import layers
-from okd_lightning.commands.help_format import HelpFormatter, section_order
+from okd_lightning.commands.help_format import HelpFormatter, arrange_help
 from okd_lightning.commands.quickstart.command import (
     quickstart_command,
     quickstart_parser,
@@ -134,18 +134,16 @@ class DistillationCLI(LightningCLI):
         return {self._typed: every[self._typed]} if self._typed in every else every
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the ``--method`` section; ``--help`` shows it first and the Trainer's flags last."""
+        """Add the ``--method`` section, and the flag that trusts a checkpoint's author."""
         parser.add_lightning_class_args(Method, "method", subclass_mode=True, required=False)
         add_trust_flag(parser)
-        parser.usage = "okd-lightning COMMAND [--config FILE|NAME] [--SECTION.OPTION VALUE ...]"
-        # private: argparse has no public way to order the groups of --help
-        parser._action_groups = sorted(parser._action_groups, key=section_order)
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
-        """Load checkpoints with ``weights_only=True`` by default."""
+        """Load checkpoints with ``weights_only=True`` by default, and arrange ``--help``."""
         super().setup_parser(*args, **kwargs)
-        for parser in getattr(self, "_subcommand_parsers", {}).values():
+        for command, parser in getattr(self, "_subcommand_parsers", {}).items():
             parser.set_defaults({"weights_only": True})
+            arrange_help(command, parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse ``args``, without Lightning's own warning that ``sys.argv`` is ignored."""

@@ -21,9 +21,10 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Quantity, Side, Term, WeightedTerm
 from okd_lightning.losses.states import layers_read
 from okd_lightning.metrics import measures
-from okd_lightning.models import ModelSource, Vocabulary, load_model_config
+from okd_lightning.models import ModelSource, Vocabulary, load_model_config, max_positions
 from okd_lightning.models.packing import tried
 from okd_lightning.models.reading import model_side
+from okd_lightning.models.retokenization import TextLoss
 from okd_lightning.records.batches import DistillBatch, TrainingRow
 from okd_lightning.records.collation import RowReader
 from okd_lightning.records.requests import Prompt
@@ -77,6 +78,9 @@ class Teacher(ABC):
 
     has_layers: ClassVar[bool] = False
     """True where ``side`` gives the states of its layers."""
+
+    text_losses: ClassVar[tuple[TextLoss, ...]] = ()
+    """Losses over texts that it serves within ForeignTeacher, the default first."""
 
     reads_images: ClassVar[bool] = True
     """True where it reads rows with images."""
@@ -196,6 +200,11 @@ class Teacher(ABC):
         """
         del num_tokens
 
+    def context_length(self) -> int | None:
+        """Return the tokens of prompt and response that it reads; None for any number."""
+        config = self.config(PretrainedConfig())
+        return None if config is None else max_positions(config)
+
     def check_prompts(self, are_given: bool) -> None:
         """Refuse data with, or without, prompts for the teacher.
 
@@ -221,6 +230,14 @@ class Teacher(ABC):
                 f"method {term.name} has the teacher write responses, and "
                 f"{type(self).__name__} generates none: {self.to_generate}"
             )
+
+    def check_text_term(self, term: Term) -> None:
+        """Refuse a method that it cannot serve within ForeignTeacher.
+
+        Raises:
+            ConfigError: The message says what is missing.
+        """
+        del term
 
     def check_adaptable(self) -> None:
         """Refuse to get an online module, and otherwise have a model of its own for it.
@@ -305,6 +322,10 @@ class Teacher(ABC):
         learns = torch.is_grad_enabled() and any(q.trains_teacher for q in quantities)
         with torch.set_grad_enabled(learns):
             return self.read(batch.teacher_reads, quantities)
+
+    def text_side(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Side:
+        """Return ``side`` for quantities over chunks of text, within ForeignTeacher."""
+        return self.side(batch, quantities)
 
     def base_side(self, batch: DistillBatch) -> Side:
         """Return the side of the teacher without its trained parameters; a constant."""

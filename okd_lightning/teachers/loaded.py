@@ -26,6 +26,7 @@ class LoadedTeacher(Teacher):
     """
 
     has_layers = True
+    text_losses = ("text", "chunk", "next_byte", "shared_tokens")
 
     def __init__(self, model: ModelArgument) -> None:
         self._given = model_source(model, "teacher")

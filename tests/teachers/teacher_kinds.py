@@ -37,12 +37,14 @@ class Place:
         cache: Folder for a cache.
         url: Address of a server with the same model, in float64.
         copy: Folder of another copy of the teacher.
+        foreign_url: Address of a server with the same model and another tokenizer, in float64.
     """
 
     teacher: str
     cache: str
     url: str
     copy: str = ""
+    foreign_url: str = "http://x"
 
     @property
     def both(self) -> list[tuple[str, str]]:
@@ -166,6 +168,12 @@ KINDS: dict[str, Kind] = {
         has_cells=True,
         moves=True,
         trained="lora_",
+    ),
+    "served, foreign": Kind(
+        lambda at: ForeignTeacher(ServedTeacher(at.foreign_url, k=ALL), at.foreign),
+        refuses=(another_module, "is trained on a teacher"),
+        generates=False,
+        has_cells=True,
     ),
     "served": Kind(
         lambda at: ServedTeacher(at.url, k=ALL),

@@ -37,7 +37,7 @@ from okd_lightning.records.counts import count_chunks
 from okd_lightning.training.module import DistillationModule
 
 MEANING = {
-    "chunk": "this chunk or anything else, by each model's own tokens; biased, see below",
+    "chunk": "this chunk or anything else, by each model's own tokens; biased",
     "text": "this chunk or anything else, by the probability of the text; exact",
     "next_byte": "the next byte or the end, by the probability of the text; exact",
     "shared_tokens": "the next token, of those that both have; no same event, an approximation",
@@ -122,7 +122,7 @@ class TextDiagnosis:
         checks: What deserves attention.
         shared: By kind of responses.
         losses: By loss and kind.
-        biases: By kind.
+        biases: By kind; none for a teacher on a server, of which the exact losses are not known.
     """
 
     student: str
@@ -173,15 +173,17 @@ class TextExamination(Callback):
             for responses in measured
             for name, reader in readers.items()
         )
+        exact = readers.get("text")
         biases = tuple(
-            _bias(module, responses, readers["text"], losses, data.batch_size)
+            _bias(module, responses, exact, losses, data.batch_size)
             for responses in measured
+            if exact is not None
         )
         teacher = module.pair.teacher
         assert teacher.tokenizer is not None
         return TextDiagnosis(
             student=f"{module.pair.student_source}, {len(module.tokenizer):,} tokens",
-            teacher=f"{teacher.source}, {len(teacher.tokenizer):,} tokens",
+            teacher=f"{teacher.source or 'on a server'}, {len(teacher.tokenizer):,} tokens",
             loss=str(teacher.arguments["loss"]),
             checks=tuple(check for one in shared for check in _checks(one)),
             shared=shared,
@@ -306,8 +308,11 @@ def show_texts(console: Console, found: TextDiagnosis) -> None:
         table.add_row(own, names[loss.source], *numbers, f"{loss.seconds:.2f}")
     console.print(table)
     console.print("What is compared at each chunk:")
-    for name, meaning in MEANING.items():
+    for name in dict.fromkeys(loss.loss for loss in found.losses):
+        meaning = MEANING[name]
         console.print(Padding(Text(f"{name}: {meaning}"), (0, 0, 0, 2)))
+    if not found.biases:
+        console.print("the teacher gives probabilities of its own tokens alone: no bias is known")
     for bias in found.biases:
         console.print(
             f"{names[bias.source]}: chunk's forward KL is off by {bias.forward_kl:+.4f} nats per "
