@@ -20,6 +20,7 @@ from okd_lightning.data.collective_module import CollectiveDataModule
 from okd_lightning.data.columns import Columns
 from okd_lightning.data.counts import check_counts
 from okd_lightning.data.distilled_module import DistilledModule, check_teacher_prompts
+from okd_lightning.data.end_tokens import adopt_ends
 from okd_lightning.data.examples import ExampleSet, OnOverlong
 from okd_lightning.data.parts import part_sources, read_part
 from okd_lightning.data.progress import progress_display
@@ -218,15 +219,18 @@ class RolloutDataModule(CollectiveDataModule):
     def read_ahead(self, stage: str) -> None:
         """Read and tokenize a stage's data, so that broken rows raise before models load.
 
+        The run's responses then end as those of its data do (``adopt_ends``).
+
         Raises:
             OKDLightningError: An error that the loaders would raise later.
         """
-        self._module.pair.check_sampling(self.sampling)
+        pair, template = self._module.pair, self.columns.chat_template_kwargs
+        pair.check_sampling(self.sampling)
         if stage == "fit" and self.sources["train"] is not None:
-            self._train_examples()
+            adopt_ends(pair, self._train_examples()[1], template)
         part = _PART_OF_STAGE[stage]
         if self.sources[part] is not None:
-            self.examples(part)
+            adopt_ends(pair, self.examples(part), template)
 
     def _train_examples(self) -> tuple[StagedPlan, ExampleSet]:
         module = self._module

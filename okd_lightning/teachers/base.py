@@ -371,7 +371,6 @@ class Teacher(ABC):
 
     def after_step(self) -> None:
         """Do what follows an optimizer step of the student."""
-        return
 
     def keeps(self, name: str, trained: Collection[str], frozen: Collection[str]) -> bool:
         """Return whether a checkpoint holds a weight of ``model``: what cannot be loaded again.
