@@ -41,7 +41,7 @@ class Teacher(ABC):
 
     This class answers for a frozen model in memory (``model``); a kind overrides what differs. An
     instance holds a user's settings until ``join`` ties it to a run. A complete one, for which all
-    ids are equally likely:
+    ids are equally likely (``--model.teacher my_module.Uniform``):
 
         class Uniform(Teacher):
             generates = False
@@ -50,8 +50,6 @@ class Teacher(ABC):
             def side(self, batch, quantities):
                 positions = len(batch.teacher_reads.targets)
                 return Side(torch.zeros(positions, self.run.vocabulary.size), nn.Identity())
-
-    ``--model.teacher my_module.Uniform`` chooses it.
 
     Attributes:
         tokenizer: Its own, where that is not the run's; None where it reads the run's ids.
@@ -371,6 +369,7 @@ class Teacher(ABC):
 
     def after_step(self) -> None:
         """Do what follows an optimizer step of the student."""
+        return
 
     def keeps(self, name: str, trained: Collection[str], frozen: Collection[str]) -> bool:
         """Return whether a checkpoint holds a weight of ``model``: what cannot be loaded again.
