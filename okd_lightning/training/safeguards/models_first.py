@@ -10,7 +10,7 @@ would find it empty. The order here:
    rows are reported before any weights are loaded), and the module builds its models;
 4. all other callbacks, the module's ``setup``, and ``configure_model``, which finds them built.
 
-Where the data is not a RolloutDataModule's, ``ForeignBatches`` comes first of all.
+Where the loaders are not a RolloutDataModule's, a check of their batches comes first of all.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from okd_lightning.training.safeguards.idle_options import warn_of_idle_options
 _NEED_WHOLE_MODELS = (ModelPruning, StochasticWeightAveraging, WeightAveraging)
 
 
-class ForeignBatches(Callback):
+class _ForeignBatches(Callback):
     """Refuses batches of other loaders, before any other callback reads them.
 
     Lightning's transfer hooks, where this could be checked too, belong to the data module.
@@ -170,7 +170,7 @@ def in_setup_order(callbacks: Sequence[Callback]) -> list[Callback]:
 
 
 def with_batch_check(callbacks: Sequence[Callback], data: object) -> list[Callback]:
-    """Return callbacks with a ``ForeignBatches`` in front, or none where all loaders are ours.
+    """Return callbacks with a check of batches in front; without it where all loaders are ours.
 
     Args:
         callbacks: A Trainer's callbacks.
@@ -180,8 +180,8 @@ def with_batch_check(callbacks: Sequence[Callback], data: object) -> list[Callba
         getattr(type(data), name) is getattr(RolloutDataModule, name)
         for name in ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
     )
-    others = [c for c in callbacks if not isinstance(c, ForeignBatches)]
-    return others if is_ours else [ForeignBatches(), *others]
+    others = [c for c in callbacks if not isinstance(c, _ForeignBatches)]
+    return others if is_ours else [_ForeignBatches(), *others]
 
 
 def _check_sharded(callbacks: Sequence[Callback]) -> None:
