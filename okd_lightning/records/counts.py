@@ -169,7 +169,7 @@ def rollout_metrics(rollouts: Sequence[tuple[Rollout, float]]) -> dict[str, floa
         return {}
     seconds = sum(time for _, time in rollouts)
     num_tokens = sum(rollout.num_tokens for rollout, _ in rollouts)
-    responses = [response for rollout, _ in rollouts for response in rollout]
+    responses = [response for rollout, _ in rollouts for response in rollout.responses]
     lengths = [len(response.ids) for response in responses]
     ended = sum(response.stop_reason == "eos" for response in responses)
     num_row_steps = sum(rollout.num_row_steps for rollout, _ in rollouts)

@@ -290,7 +290,7 @@ class RolloutLoader:
         for by, rollout in self._rollouts.items():
             credits = self._credits if by == "student" else None
             examples = [turn.example for turn in own[by]]
-            sampled[by] = iter(sampled_rows(examples, by, rollout, credits))
+            sampled[by] = iter(sampled_rows(examples, by, rollout.responses, credits))
         found = []
         for step in steps:
             rows = [
