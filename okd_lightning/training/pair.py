@@ -28,10 +28,8 @@ from okd_lightning.losses import (
     Side,
     WeightedLoss,
     WeightedTerm,
-    measure,
-    measure_chunks,
 )
-from okd_lightning.losses.fused import batch_loss
+from okd_lightning.losses.fused import batch_loss, measure_batch
 from okd_lightning.losses.states import loss_with_states
 from okd_lightning.models import (
     DTypeName,
@@ -347,24 +345,12 @@ class Pair:
         The student runs in the caller's gradient mode. The teacher reads its own prompts where the
         batch has them; the positions are those of the same response tokens on both sides.
         """
-        sides, size = self.sides(batch, quantities), self.settings.tile_positions
-        student, teacher, base = sides
-        if batch.chunks is not None:
-            values = measure_chunks(batch, quantities, sides, size).at_positions()
-        else:
-            values = measure(
-                quantities,
-                student,
-                teacher,
-                batch.student_reads.targets,
-                self.vocabulary.size,
-                size,
-                base,
-                Measured.about(batch).merges_ends,
-            )
+        rows = self.sides(batch, quantities), batch, batch.student_reads.targets
+        sizes = self.vocabulary.size, self.settings.tile_positions
+        measured = measure_batch(quantities, *rows, Measured.about(batch), *sizes)
         if self.placement is not None and not torch.is_grad_enabled():
             self.placement.release(*self.models)
-        return replace(Measured.about(batch), values=values)
+        return measured
 
     def loss_of(
         self, batch: DistillBatch, terms: Sequence[WeightedTerm], checks: bool = False
