@@ -2,8 +2,9 @@
 
 * ``base``: the ``Teacher``, as the rest of the package sees it. ``run``: the records that a run
   gives it. ``no_teacher``: plain SFT.
-* ``loaded``: a frozen model in memory. ``frozen_self``, ``averaged_self``, ``live_self``: the
-  student as its own teacher, on what they share (``self_teacher``).
+* ``loaded``: a frozen model in memory; ``host_weights``: its weights in host memory.
+* ``frozen_self``, ``averaged_self``, ``live_self``: the student as its own teacher, on what they
+  share (``self_teacher``).
 * ``adaptive``: another teacher with a small trainable part (OKD), which ``online_module`` attaches.
 * ``foreign_teacher``: a teacher with another tokenizer, which reads the text in its own ids.
 * ``ensemble``, ``routed``: several models as one distribution, or one for each row, on what
@@ -17,7 +18,7 @@
 from okd_lightning.models.reading import model_side
 from okd_lightning.teachers.adaptive import AdaptiveTeacher
 from okd_lightning.teachers.averaged_self import AveragedSelf
-from okd_lightning.teachers.base import Teacher, trained
+from okd_lightning.teachers.base import Teacher
 from okd_lightning.teachers.cached_teacher import CachedTeacher
 from okd_lightning.teachers.ensemble import TeacherEnsemble
 from okd_lightning.teachers.foreign_teacher import ForeignTeacher
@@ -29,6 +30,7 @@ from okd_lightning.teachers.online_module import (
     OnlineModuleSettings,
     attach_online_module,
     base_teacher,
+    trained,
 )
 from okd_lightning.teachers.routed import RoutedTeachers
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun

@@ -29,7 +29,7 @@ from okd_lightning.records.batches import DistillBatch, TrainingRow
 from okd_lightning.records.collation import RowReader
 from okd_lightning.records.requests import Prompt
 from okd_lightning.records.sequences import Sequences
-from okd_lightning.teachers.online_module import OnlineModuleSettings
+from okd_lightning.teachers.online_module import OnlineModuleSettings, trained
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun
 
 Measurement: TypeAlias = tuple[AbstractContextManager[None], dict[str, Quantity]]
@@ -245,6 +245,10 @@ class Teacher(ABC):
         """
         return
 
+    def check_sharding(self) -> None:
+        """Refuse to be sharded over ranks (fsdp2), where its weights cannot be."""
+        return
+
     def adapted(self, adapt: Callable[[Teacher], Teacher]) -> Teacher:
         """Return it with an online module, which ``adapt`` puts on a teacher of one model."""
         return adapt(self)
@@ -392,8 +396,3 @@ class Teacher(ABC):
         memo[id(self)] = own
         own.model, own.student = deepcopy(self.model, memo), deepcopy(self.student, memo)
         return own
-
-
-def trained(model: nn.Module | None) -> list[nn.Parameter]:
-    """Return a model's trained parameters; none without a model."""
-    return [] if model is None else [p for p in model.parameters() if p.requires_grad]

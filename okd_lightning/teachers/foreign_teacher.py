@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Self, final, get_args
 
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from okd_lightning.errors import ConfigError, VocabularyError
@@ -151,6 +152,10 @@ class ForeignTeacher(Teacher):
         """Check it for the inner teacher."""
         self.inner.check_adaptable()
 
+    def check_sharding(self) -> None:
+        """Check it for the inner teacher."""
+        self.inner.check_sharding()
+
     def for_student(self, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> Teacher:
         """Return the inner teacher where its tokenizer is the student's: ids pass through.
 
@@ -234,6 +239,11 @@ class ForeignTeacher(Teacher):
         """Build the inner teacher."""
         self.inner.build()
         self.model, self.packs = self.inner.model, self.inner.packs
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The inner teacher's."""
+        return self.inner.module
 
     def open(self, opening: Opening) -> None:
         """Open the inner teacher, and say what is compared.

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any, Self, final
+from typing import Any, Literal, Self, TypeAlias, final, get_args
 
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 from transformers import PreTrainedModel
 
+from okd_lightning.errors import ConfigError
+from okd_lightning.losses import Quantity, Side
 from okd_lightning.models import ModelArgument, ModelSource, compile_blocks, load_checked
 from okd_lightning.models.adapters import model_source
 from okd_lightning.models.packing import tried
+from okd_lightning.records.sequences import Sequences
 from okd_lightning.teachers.base import Teacher
+from okd_lightning.teachers.host_weights import HostWeights
 from okd_lightning.teachers.no_teacher import NoTeacher
+from okd_lightning.teachers.run import GeneratingModels, Opening
+
+Residence: TypeAlias = Literal["device", "host"]
+_HOST = "model.teacher.residence host"
 
 
 @final
@@ -23,13 +35,28 @@ class LoadedTeacher(Teacher):
         model: Folder, hub id (org/name or org/name@revision), PEFT folder (merged into its base),
             .gguf file, or a config with random weights: a mapping with model_type and that
             architecture's fields. From Python also a model.
+        residence: Where its weights are between its passes. host: in host memory; each pass copies
+            them to the device and frees them there, all but the head. For several large teachers,
+            of which one at a time is then on the device.
+
+    Raises:
+        ConfigError: An unknown residence, or random weights in host memory.
     """
 
     has_layers = True
     text_losses = ("text", "chunk", "next_byte", "shared_tokens")
 
-    def __init__(self, model: ModelArgument) -> None:
+    def __init__(self, model: ModelArgument, residence: Residence = "device") -> None:
+        if residence not in get_args(Residence):
+            raise ConfigError(f"model.teacher.residence is {residence!r}; expected device or host")
         self._given = model_source(model, "teacher")
+        self.residence = residence
+        if residence == "host" and isinstance(self._given, Mapping):
+            raise ConfigError(
+                f"{_HOST}: random weights of a config are kept in checkpoints, which hold what is "
+                "on the device alone: save the model and name its folder, or leave residence out"
+            )
+        self._host: HostWeights | None = None
 
     @property
     def own_source(self) -> ModelSource:
@@ -38,13 +65,42 @@ class LoadedTeacher(Teacher):
 
     @property
     def arguments(self) -> Mapping[str, Any]:
-        """The user's model."""
-        return {"model": self._given}
+        """The user's model, and its residence where that is not the device."""
+        residence = {} if self.residence == "device" else {"residence": self.residence}
+        return {"model": self._given, **residence}
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The model; None in host memory, which Lightning does not move and no strategy wraps."""
+        return None if self.residence == "host" else self.model
+
+    def check_adaptable(self) -> None:
+        """Refuse an online module on a model in host memory: its weights would be trained there."""
+        if self.residence == "host":
+            raise ConfigError(
+                f"{_HOST} keeps a model that does not change outside of the run's weights, and an "
+                "online module (OKD) is trained on it: leave residence out, or use another method"
+            )
+
+    def check_sharding(self) -> None:
+        """Refuse shards of a model in host memory: every rank has it whole."""
+        if self.residence == "host":
+            raise ConfigError(
+                f"{_HOST} keeps a whole model for each rank, and fsdp2 keeps shards of it: leave "
+                "residence out, or use --trainer.strategy ddp"
+            )
 
     def build(self) -> None:
         """Load it once."""
         if self.model is None:
             self.model = self.load()
+        if self.residence == "host" and self._host is None:
+            self._host = HostWeights(self.model, _HOST)
+
+    def unload(self) -> None:
+        """Have no model in memory."""
+        super().unload()
+        self._host = None
 
     def load(self) -> PreTrainedModel:
         """Load the model, frozen and in eval mode; it is not kept.
@@ -65,11 +121,46 @@ class LoadedTeacher(Teacher):
             compile_blocks(teacher)
         return teacher.requires_grad_(False).eval()
 
+    def open(self, opening: Opening) -> None:
+        """Say what is copied for each pass, or that there is nothing to copy."""
+        if self._host is None:
+            return
+        if opening.device.type == "cpu":
+            rank_zero_info(f"{_HOST}: this run is on the CPU, where nothing is moved")
+            return
+        rank_zero_info(
+            f"{_HOST}: each pass of the teacher copies {self._host.num_bytes / 1e9:.2f} GB to the "
+            "device and frees them; its head stays there"
+        )
+
+    def read(self, reads: Sequences, quantities: Sequence[Quantity] = ()) -> Side:
+        """Return the side for some rows; weights in host memory are on the rows' device for it."""
+        if self._host is None:
+            return super().read(reads, quantities)
+        with self._host.on(reads.input_ids.device):
+            return super().read(reads, quantities)
+
+    def generator(self) -> GeneratingModels:
+        """Return the model, with its weights on the student's device while it generates."""
+        if self._host is None:
+            return super().generator()
+        assert self.model is not None
+        return GeneratingModels((self.model,), self._beside_student(self._host))
+
+    @contextmanager
+    def _beside_student(self, weights: HostWeights) -> Iterator[None]:
+        device = torch.device("cpu") if self.student is None else self.student.device
+        with weights.on(device):
+            yield
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy a model in memory that is not in use yet: a module may be put on it."""
         own = super().__deepcopy__(memo)
+        own._host = None
         if self.model is None:
             own._given = deepcopy(self._given, memo)
+        elif own.model is not None and self._host is not None:
+            own._host = HostWeights(own.model, _HOST)
         return own
 
 

@@ -18,7 +18,7 @@ from okd_lightning.models import ModelArgument
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.records.requests import Prompt
 from okd_lightning.teachers.base import Teacher
-from okd_lightning.teachers.loaded import teacher_of
+from okd_lightning.teachers.loaded import LoadedTeacher, teacher_of
 from okd_lightning.teachers.run import GeneratingModels
 from okd_lightning.teachers.several import SeveralTeachers, argument_of, name_of
 
@@ -165,6 +165,8 @@ def _positions(batch: DistillBatch, rows: Sequence[int]) -> Tensor:
 def _key(teacher: Teacher) -> object:
     """Return what is equal for teachers of one checkpoint."""
     given = argument_of(teacher)
+    if isinstance(given, LoadedTeacher):  # in host memory
+        return "host", _key(LoadedTeacher(given.own_source))
     if isinstance(given, str):
         path = Path(given).expanduser()
         return str(path.resolve()) if path.exists() else given

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -33,7 +32,8 @@ def writing(pair: Pair, *generators: Generator) -> Iterator[list[list[Generating
 
     Yields:
         For each, the models of its parts (``Teacher.generators``), within their PEFT wrappers,
-        adapters included.
+        adapters included. Of several parts the caller enters the contexts, one after the other:
+        models in host memory are then on the device one at a time.
     """
     trainer = pair.trainer_of()
     precision = nullcontext if trainer is None else trainer.precision_plugin.forward_context
@@ -45,9 +45,11 @@ def writing(pair: Pair, *generators: Generator) -> Iterator[list[list[Generating
     ]
     shards = nullcontext() if pair.placement is None else pair.placement.alone(*models)
     with torch.no_grad(), precision(), shards, ExitStack() as stack:
-        for one in itertools.chain(*plain):
-            for context in (*map(in_eval_mode, one.models), one.context):
+        for parts in plain:
+            for context in (in_eval_mode(model) for one in parts for model in one.models):
                 stack.enter_context(context)
+            if len(parts) == 1:
+                stack.enter_context(parts[0].context)
         yield plain
 
 
@@ -121,7 +123,7 @@ class MixtureEngine:
         if request.generator != "student":
             return self._engine.respond(request)
         module = self._module
-        if module.teacher is None:
+        if not module.pair.teacher.models:
             raise ConfigError(
                 "responses from a mixture of teacher and student need a second model in memory: "
                 "give --model.teacher a folder or hub id"
@@ -187,7 +189,8 @@ class GeneratingModule(lightning.LightningModule):
             for number, own in enumerate(parts):
                 rows = [row for row, part in enumerate(numbers) if part == number]
                 prompts = tuple(request.prompts[row] for row in rows)
-                rollout = _engine(run, own, who).respond(replace(request, prompts=prompts))
+                with own.context if rows else nullcontext():
+                    rollout = _engine(run, own, who).respond(replace(request, prompts=prompts))
                 written |= dict(zip(rows, rollout, strict=True))
                 num_row_steps += rollout.num_row_steps
         return Rollout(tuple(written[row] for row in range(len(numbers))), num_row_steps)

@@ -99,6 +99,10 @@ LORA = {"student_adapter": LoraConfig(r=2, target_modules=["v_proj"])}
 FOLLOWS = (another_module, "follows the student")
 KINDS: dict[str, Kind] = {
     "loaded": Kind(lambda at: LoadedTeacher(at.teacher)),
+    "in host memory": Kind(
+        lambda at: LoadedTeacher(at.teacher, residence="host"),
+        refuses=(another_module, "residence host keeps a model that does not change"),
+    ),
     "frozen self": Kind(lambda at: FrozenSelf(), is_student=True),
     "frozen self, LoRA": Kind(lambda at: FrozenSelf(), LORA, is_student=True),
     "averaged self": Kind(
@@ -130,6 +134,10 @@ KINDS: dict[str, Kind] = {
     ),
     "routed to equals": Kind(
         lambda at: RoutedTeachers({"a": at.teacher, "b": at.copy}), data=ROUTED
+    ),
+    "routed, one in host memory": Kind(
+        lambda at: RoutedTeachers({"a": LoadedTeacher(at.teacher, "host"), "b": at.copy}),
+        data=ROUTED,
     ),
     "routed, with modules": Kind(
         lambda at: RoutedTeachers(

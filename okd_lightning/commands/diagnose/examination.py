@@ -107,8 +107,8 @@ class Examination(Callback):
         rollouts = self._rollouts(generator, _groups(learnt, plan, data.seed), plan, probe)
         drift, cost = self._steps(steps, rollouts, plan, data.samples_per_prompt, own)
         return Diagnosis(
-            student=_described(module.pair.student_source, module.student),
-            teacher=_described(_name_of(module.pair.teacher), module.teacher),
+            student=_described(module.pair.student_source, module.pair.models[:1]),
+            teacher=_described(_name_of(module.pair.teacher), module.pair.teacher.models),
             checks=tuple(checks),
             rows=rows,
             gradients=probe.finding(),
@@ -278,11 +278,11 @@ def _name_of(teacher: Teacher) -> object:
     return teacher.mark if len(teacher.own_sources) > 1 else teacher.source
 
 
-def _described(source: object, model: torch.nn.Module | None) -> str:
+def _described(source: object, models: Sequence[torch.nn.Module]) -> str:
     name = source if isinstance(source, str) else "a model from a config"
-    if model is None:
+    if not models:
         return f"{name} (the student itself)"
-    return f"{name}, {sum(p.numel() for p in model.parameters()):,} parameters"
+    return f"{name}, {sum(p.numel() for one in models for p in one.parameters()):,} parameters"
 
 
 def _device_name(device: torch.device) -> str:
