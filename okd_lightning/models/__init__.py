@@ -27,14 +27,18 @@ from okd_lightning.models.adapters import GivenPair, add_adapter
 from okd_lightning.models.causal_lm import LMHead, head_inputs
 from okd_lightning.models.causality import check_causal
 from okd_lightning.models.compilation import compile_blocks
-from okd_lightning.models.end_tokens import EndTokens, EndTokensArgument, find_end_tokens
+from okd_lightning.models.end_tokens import (
+    EndTokens,
+    EndTokensArgument,
+    eos_token_ids,
+    find_end_tokens,
+)
 from okd_lightning.models.grouping import forget_lengths
 from okd_lightning.models.lengths import check_lengths, max_positions
 from okd_lightning.models.loading import (
     DTypeName,
     check_precision,
     dtype_of,
-    eos_token_ids,
     load_causal_lm,
     load_model_config,
     load_tokenizer,
