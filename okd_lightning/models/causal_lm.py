@@ -31,6 +31,11 @@ def within_peft(model: PreTrainedModel) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def trained(model: nn.Module | None) -> list[nn.Parameter]:
+    """Return a model's trained parameters; none without a model."""
+    return [] if model is None else [p for p in model.parameters() if p.requires_grad]
+
+
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Set ``model`` to eval mode (no dropout) within the context."""

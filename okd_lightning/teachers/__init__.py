@@ -15,6 +15,7 @@
 * ``teacher_base``: the model that the teacher was trained from, for methods that compare both.
 """
 
+from okd_lightning.models.causal_lm import trained
 from okd_lightning.models.reading import model_side
 from okd_lightning.teachers.adaptive import AdaptiveTeacher
 from okd_lightning.teachers.averaged_self import AveragedSelf
@@ -30,7 +31,6 @@ from okd_lightning.teachers.online_module import (
     OnlineModuleSettings,
     attach_online_module,
     base_teacher,
-    trained,
 )
 from okd_lightning.teachers.routed import RoutedTeachers
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun

@@ -22,6 +22,7 @@ from okd_lightning.losses import Quantity, Side, Term, WeightedTerm
 from okd_lightning.losses.states import layers_read
 from okd_lightning.metrics import measures
 from okd_lightning.models import ModelSource, Vocabulary, load_model_config, max_positions
+from okd_lightning.models.causal_lm import trained
 from okd_lightning.models.packing import tried
 from okd_lightning.models.reading import model_side
 from okd_lightning.models.retokenization import TextLoss
@@ -29,7 +30,7 @@ from okd_lightning.records.batches import DistillBatch, TrainingRow
 from okd_lightning.records.collation import RowReader
 from okd_lightning.records.requests import Prompt
 from okd_lightning.records.sequences import Sequences
-from okd_lightning.teachers.online_module import OnlineModuleSettings, trained
+from okd_lightning.teachers.online_module import OnlineModuleSettings
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun
 
 Measurement: TypeAlias = tuple[AbstractContextManager[None], dict[str, Quantity]]
