@@ -10,7 +10,8 @@ from typing import Any
 from okd_lightning.data.columns import Columns, RawRow
 from okd_lightning.data.distilled_module import DistilledPair
 from okd_lightning.data.examples import ExampleSet
-from okd_lightning.data.images import RowImages, check_image_ids, has_images
+from okd_lightning.data.image_cells import has_images
+from okd_lightning.data.images import RowImages, check_image_ids
 from okd_lightning.data.row_report import report_plain_prompts, report_rows, warn_of_unread
 from okd_lightning.data.sources import DataSource, describe_source, load_rows
 from okd_lightning.data.table_ids import check_table_ids
@@ -46,7 +47,7 @@ def _images(
     own = pair.images
     if own.is_text:  # an image in a message is then an error about its row
         return None
-    are_present = has_images(rows, columns)
+    are_present = has_images(rows, columns, describe_source(source))
     if are_present:
         pair.use_images()
     if own.student is None:

@@ -50,16 +50,24 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 def named_arguments(model: PreTrainedModel) -> frozenset[str]:
     """Return the argument names of the model's forward pass.
 
-    A model that passes its ``**kwargs`` on also accepts its backbone's names.
+    A model that passes its ``**kwargs`` on also accepts its backbone's names, and through a
+    backbone that does so (of LLaVA) those of the language model.
 
     Args:
         model: A causal LM; of a PEFT wrapper, the base model is read.
     """
     plain = within_peft(model)
-    names = _signature(_function(plain))
-    if None in names and plain.base_model is not plain:
-        names |= _signature(_function(plain.base_model))
-    return frozenset(name for name in names if name is not None)
+    found = frozenset[str | None]()
+    outer: nn.Module | None = None
+    for module in (plain, plain.base_model, plain.get_decoder()):
+        if module is None or module is outer:
+            continue
+        names = _signature(_function(module))
+        found |= names
+        if None not in names:
+            break
+        outer = module
+    return frozenset(name for name in found if name is not None)
 
 
 def forward_arguments(

@@ -196,7 +196,7 @@ class Pair:
             attn_implementation=settings.attn_implementation,
             learns="all" if self.student_adapter is None else "adapter",
         )
-        self.student = student
+        self.student = settings.frozen(student)
         teacher.student_loaded(student)
         if self.adds_adapter:
             adapter, on_vision = cast(PeftConfig, self.student_adapter), not settings.freeze_vision

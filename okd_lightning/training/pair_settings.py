@@ -58,10 +58,14 @@ class PairSettings:
         """Return the settings among the arguments of a DistillationModule."""
         return cls(**{field.name: given[field.name] for field in fields(cls)})
 
-    def prepare(self, student: PreTrainedModel) -> bool:
-        """Set a student with its adapter up for training; return whether it gets packed rows."""
+    def frozen(self, student: PreTrainedModel) -> PreTrainedModel:
+        """Return a loaded student with its frozen parts, which a teacher's copy of it shares."""
         if self.freeze_vision:
             freeze_vision(student)
+        return student
+
+    def prepare(self, student: PreTrainedModel) -> bool:
+        """Set a student with its adapter up for training; return whether it gets packed rows."""
         if self.gradient_checkpointing:
             recompute_activations(student, "--model.student")
         packs = packs_rows(student, self.packing, "student")
