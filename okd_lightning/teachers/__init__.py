@@ -15,10 +15,11 @@
 * ``teacher_base``: the model that the teacher was trained from, for methods that compare both.
 """
 
+from okd_lightning.models.causal_lm import trained
 from okd_lightning.models.reading import model_side
 from okd_lightning.teachers.adaptive import AdaptiveTeacher
 from okd_lightning.teachers.averaged_self import AveragedSelf
-from okd_lightning.teachers.base import Teacher, trained
+from okd_lightning.teachers.base import Teacher
 from okd_lightning.teachers.cached_teacher import CachedTeacher
 from okd_lightning.teachers.ensemble import TeacherEnsemble
 from okd_lightning.teachers.foreign_teacher import ForeignTeacher
@@ -33,7 +34,6 @@ from okd_lightning.teachers.online_module import (
 )
 from okd_lightning.teachers.routed import RoutedTeachers
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun
-from okd_lightning.teachers.self_teacher import in_eval_mode
 from okd_lightning.teachers.served_teacher import ServedTeacher
 from okd_lightning.teachers.teacher_base import TeacherBase
 
@@ -58,7 +58,6 @@ __all__ = [
     "TeacherRun",
     "attach_online_module",
     "base_teacher",
-    "in_eval_mode",
     "model_side",
     "teacher_of",
     "trained",

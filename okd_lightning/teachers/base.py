@@ -22,11 +22,13 @@ from okd_lightning.losses import Quantity, Side, Term, WeightedTerm
 from okd_lightning.losses.states import layers_read
 from okd_lightning.metrics import measures
 from okd_lightning.models import ModelSource, Vocabulary, load_model_config, max_positions
-from okd_lightning.models.reading import model_side, tried
+from okd_lightning.models.causal_lm import trained
+from okd_lightning.models.packing import tried
+from okd_lightning.models.reading import model_side
 from okd_lightning.models.retokenization import TextLoss
 from okd_lightning.records.batches import DistillBatch, TrainingRow
+from okd_lightning.records.collation import RowReader
 from okd_lightning.records.requests import Prompt
-from okd_lightning.records.rows import RowReader
 from okd_lightning.records.sequences import Sequences
 from okd_lightning.teachers.host_weights import HostWeights
 from okd_lightning.teachers.online_module import OnlineModuleSettings
@@ -41,7 +43,7 @@ class Teacher(ABC):
 
     This class answers for a frozen model in memory (``model``); a kind overrides what differs. An
     instance holds a user's settings until ``join`` ties it to a run. A complete one, for which all
-    ids are equally likely:
+    ids are equally likely (``--model.teacher my_module.Uniform``):
 
         class Uniform(Teacher):
             generates = False
@@ -50,8 +52,6 @@ class Teacher(ABC):
             def side(self, batch, quantities):
                 positions = len(batch.teacher_reads.targets)
                 return Side(torch.zeros(positions, self.run.vocabulary.size), nn.Identity())
-
-    ``--model.teacher my_module.Uniform`` chooses it.
 
     Attributes:
         tokenizer: Its own, where that is not the run's; None where it reads the run's ids.
@@ -390,8 +390,3 @@ class Teacher(ABC):
         memo[id(self)] = own
         own.model, own.student = deepcopy(self.model, memo), deepcopy(self.student, memo)
         return own
-
-
-def trained(model: nn.Module | None) -> list[nn.Parameter]:
-    """Return a model's trained parameters; none without a model."""
-    return [] if model is None else [p for p in model.parameters() if p.requires_grad]

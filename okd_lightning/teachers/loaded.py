@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from okd_lightning.errors import ConfigError
 from okd_lightning.models import ModelArgument, ModelSource, compile_blocks, load_checked
 from okd_lightning.models.adapters import model_source
-from okd_lightning.models.reading import tried
+from okd_lightning.models.packing import tried
 from okd_lightning.teachers.base import Teacher
 from okd_lightning.teachers.host_weights import HostWeights
 from okd_lightning.teachers.no_teacher import NoTeacher
