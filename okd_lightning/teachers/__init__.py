@@ -15,6 +15,7 @@
 * ``teacher_base``: the model that the teacher was trained from, for methods that compare both.
 """
 
+from okd_lightning.models.causal_lm import trained
 from okd_lightning.models.reading import model_side
 from okd_lightning.teachers.adaptive import AdaptiveTeacher
 from okd_lightning.teachers.averaged_self import AveragedSelf
@@ -30,11 +31,9 @@ from okd_lightning.teachers.online_module import (
     OnlineModuleSettings,
     attach_online_module,
     base_teacher,
-    trained,
 )
 from okd_lightning.teachers.routed import RoutedTeachers
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun
-from okd_lightning.teachers.self_teacher import in_eval_mode
 from okd_lightning.teachers.served_teacher import ServedTeacher
 from okd_lightning.teachers.teacher_base import TeacherBase
 
@@ -59,7 +58,6 @@ __all__ = [
     "TeacherRun",
     "attach_online_module",
     "base_teacher",
-    "in_eval_mode",
     "model_side",
     "teacher_of",
     "trained",

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from okd_lightning.losses import Side, Term
 from okd_lightning.metrics import adapted_measures
 from okd_lightning.models import LMHead, ModelSource, Vocabulary
-from okd_lightning.models.reading import tried
+from okd_lightning.models.packing import tried
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.teachers.base import Measurement, Teacher
 from okd_lightning.teachers.loaded import LoadedTeacher

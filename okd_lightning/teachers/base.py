@@ -22,13 +22,16 @@ from okd_lightning.losses import Quantity, Side, Term, WeightedTerm
 from okd_lightning.losses.states import layers_read
 from okd_lightning.metrics import measures
 from okd_lightning.models import ModelSource, Vocabulary, load_model_config, max_positions
-from okd_lightning.models.reading import model_side, tried
+from okd_lightning.models.causal_lm import trained
+from okd_lightning.models.packing import tried
+from okd_lightning.models.reading import model_side
 from okd_lightning.models.retokenization import TextLoss
 from okd_lightning.records.batches import DistillBatch, TrainingRow
+from okd_lightning.records.collation import RowReader
 from okd_lightning.records.requests import Prompt
-from okd_lightning.records.rows import RowReader
 from okd_lightning.records.sequences import Sequences
-from okd_lightning.teachers.online_module import OnlineModuleSettings, trained
+from okd_lightning.teachers.host_weights import HostWeights
+from okd_lightning.teachers.online_module import OnlineModuleSettings
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun
 
 Measurement: TypeAlias = tuple[AbstractContextManager[None], dict[str, Quantity]]
@@ -40,7 +43,7 @@ class Teacher(ABC):
 
     This class answers for a frozen model in memory (``model``); a kind overrides what differs. An
     instance holds a user's settings until ``join`` ties it to a run. A complete one, for which all
-    ids are equally likely:
+    ids are equally likely (``--model.teacher my_module.Uniform``):
 
         class Uniform(Teacher):
             generates = False
@@ -50,11 +53,10 @@ class Teacher(ABC):
                 positions = len(batch.teacher_reads.targets)
                 return Side(torch.zeros(positions, self.run.vocabulary.size), nn.Identity())
 
-    ``--model.teacher my_module.Uniform`` chooses it.
-
     Attributes:
         tokenizer: Its own, where that is not the run's; None where it reads the run's ids.
         model: Weights in memory, which the module registers as ``teacher``; None without any.
+        host_weights: Its weights, where they are in host memory between its passes.
         packs: Whether ``model`` gets packed rows.
         student: The student, for kinds that read it; None before it is built.
         packs_student: Whether the student gets packed rows.
@@ -89,6 +91,7 @@ class Teacher(ABC):
 
     tokenizer: PreTrainedTokenizerBase | None = None
     model: PreTrainedModel | None = None
+    host_weights: HostWeights | None = None
     packs: bool = False
     student: PreTrainedModel | None = None
     packs_student: bool = False
@@ -231,19 +234,11 @@ class Teacher(ABC):
             )
 
     def check_text_term(self, term: Term) -> None:
-        """Refuse a method that it cannot serve within ForeignTeacher.
-
-        Raises:
-            ConfigError: The message says what is missing.
-        """
+        """Refuse a method that it cannot serve within ForeignTeacher, as ``check_term`` does."""
         del term
 
     def check_adaptable(self) -> None:
-        """Refuse to get an online module, and otherwise have a model of its own for it.
-
-        Raises:
-            ConfigError: The message says what to change.
-        """
+        """Refuse to get an online module, and otherwise have a model of its own for it."""
         return
 
     def check_sharding(self) -> None:
@@ -269,11 +264,7 @@ class Teacher(ABC):
         self.student, self.packs_student = student, packs
 
     def build(self) -> None:
-        """Have ``model`` in memory where it is needed; called again for every command.
-
-        Raises:
-            ModelError: It cannot be loaded.
-        """
+        """Have ``model`` in memory where it is needed; called again for every command."""
         if self.model is not None:
             self.packs = tried(self.model, self.run.packing)
 
@@ -338,7 +329,9 @@ class Teacher(ABC):
     def read(self, reads: Sequences, quantities: Sequence[Quantity] = ()) -> Side:
         """Return the side of ``model`` for some rows, with the states that quantities read."""
         assert self.model is not None
-        return model_side(self.model, reads, self.packs, self.run.vocabulary, quantities)
+        host = self.host_weights
+        with nullcontext() if host is None else host.on(reads.input_ids.device):
+            return model_side(self.model, reads, self.packs, self.run.vocabulary, quantities)
 
     def generator(self) -> GeneratingModels:
         """Return the model that generates as the (base) teacher."""

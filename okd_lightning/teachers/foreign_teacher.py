@@ -33,7 +33,8 @@ from okd_lightning.models import (
 from okd_lightning.models.aligned_rows import AlignedRows
 from okd_lightning.models.retokenization import Retokenizer, TextLoss
 from okd_lightning.records.batches import DistillBatch, TrainingRow
-from okd_lightning.records.rows import RowReader, count_chunks, dataset_row
+from okd_lightning.records.collation import RowReader, dataset_row
+from okd_lightning.records.counts import count_chunks
 from okd_lightning.teachers.base import Measurement, Teacher
 from okd_lightning.teachers.loaded import LoadedTeacher
 from okd_lightning.teachers.online_module import OnlineModuleSettings

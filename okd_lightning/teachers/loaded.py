@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, Literal, Self, TypeAlias, final, get_args
@@ -13,11 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.losses import Quantity, Side
 from okd_lightning.models import ModelArgument, ModelSource, compile_blocks, load_checked
 from okd_lightning.models.adapters import model_source
-from okd_lightning.models.reading import tried
-from okd_lightning.records.sequences import Sequences
+from okd_lightning.models.packing import tried
 from okd_lightning.teachers.base import Teacher
 from okd_lightning.teachers.host_weights import HostWeights
 from okd_lightning.teachers.no_teacher import NoTeacher
@@ -56,7 +54,6 @@ class LoadedTeacher(Teacher):
                 f"{_HOST}: random weights of a config are kept in checkpoints, which hold what is "
                 "on the device alone: save the model and name its folder, or leave residence out"
             )
-        self._host: HostWeights | None = None
 
     @property
     def own_source(self) -> ModelSource:
@@ -94,13 +91,13 @@ class LoadedTeacher(Teacher):
         """Load it once."""
         if self.model is None:
             self.model = self.load()
-        if self.residence == "host" and self._host is None:
-            self._host = HostWeights(self.model, _HOST)
+        if self.residence == "host" and self.host_weights is None:
+            self.host_weights = HostWeights(self.model, _HOST)
 
     def unload(self) -> None:
         """Have no model in memory."""
         super().unload()
-        self._host = None
+        self.host_weights = None
 
     def load(self) -> PreTrainedModel:
         """Load the model, frozen and in eval mode; it is not kept.
@@ -123,29 +120,23 @@ class LoadedTeacher(Teacher):
 
     def open(self, opening: Opening) -> None:
         """Say what is copied for each pass, or that there is nothing to copy."""
-        if self._host is None:
+        weights = self.host_weights
+        if weights is None:
             return
         if opening.device.type == "cpu":
             rank_zero_info(f"{_HOST}: this run is on the CPU, where nothing is moved")
             return
         rank_zero_info(
-            f"{_HOST}: each pass of the teacher copies {self._host.num_bytes / 1e9:.2f} GB to the "
+            f"{_HOST}: each pass of the teacher copies {weights.num_bytes / 1e9:.2f} GB to the "
             "device and frees them; its head stays there"
         )
 
-    def read(self, reads: Sequences, quantities: Sequence[Quantity] = ()) -> Side:
-        """Return the side for some rows; weights in host memory are on the rows' device for it."""
-        if self._host is None:
-            return super().read(reads, quantities)
-        with self._host.on(reads.input_ids.device):
-            return super().read(reads, quantities)
-
     def generator(self) -> GeneratingModels:
         """Return the model, with its weights on the student's device while it generates."""
-        if self._host is None:
+        if self.host_weights is None:
             return super().generator()
         assert self.model is not None
-        return GeneratingModels((self.model,), self._beside_student(self._host))
+        return GeneratingModels((self.model,), self._beside_student(self.host_weights))
 
     @contextmanager
     def _beside_student(self, weights: HostWeights) -> Iterator[None]:
@@ -156,11 +147,11 @@ class LoadedTeacher(Teacher):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy a model in memory that is not in use yet: a module may be put on it."""
         own = super().__deepcopy__(memo)
-        own._host = None
+        own.host_weights = None
         if self.model is None:
             own._given = deepcopy(self._given, memo)
-        elif own.model is not None and self._host is not None:
-            own._host = HostWeights(own.model, _HOST)
+        elif own.model is not None and self.host_weights is not None:
+            own.host_weights = HostWeights(own.model, _HOST)
         return own
 
 

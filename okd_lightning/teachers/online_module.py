@@ -125,11 +125,6 @@ def attach_online_module(
     return wrapped.eval()
 
 
-def trained(model: nn.Module | None) -> list[nn.Parameter]:
-    """Return a model's trained parameters; none without a model."""
-    return [] if model is None else [p for p in model.parameters() if p.requires_grad]
-
-
 class WithinContext(nn.Module):
     """A module that always runs within a context, such as that of ``base_teacher``.
 

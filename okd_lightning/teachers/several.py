@@ -19,9 +19,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from okd_lightning.errors import ConfigError
 from okd_lightning.metrics import adapted_measures
 from okd_lightning.models import ModelSource, Vocabulary, check_lengths, dtype_of
+from okd_lightning.models.causal_lm import trained
 from okd_lightning.teachers.base import Measurement, Teacher
 from okd_lightning.teachers.loaded import LoadedTeacher
-from okd_lightning.teachers.online_module import OnlineModuleSettings, trained
+from okd_lightning.teachers.online_module import OnlineModuleSettings
 from okd_lightning.teachers.run import Opening, TeacherRun
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from okd_lightning.engines.engine import EngineSource
@@ -27,6 +27,7 @@ from okd_lightning.models import (
     recompute_activations,
     say_row_groups,
 )
+from okd_lightning.models.causal_lm import within_peft
 from okd_lightning.teachers import Teacher, TeacherOptions, TeacherRun, trained
 from okd_lightning.training.frozen_parts import own_memory
 
@@ -109,11 +110,6 @@ def images_refused(teacher: Teacher, engine: EngineSource | None) -> str | None:
     if engine is not None:
         return f"{type(engine).__name__} is sent text alone: leave --model.engine out"
     return None
-
-
-def within_peft(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model within a PEFT wrapper, adapters included."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from okd_lightning.callbacks.monitors.last_checkpoint import (
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.durable_files import write_json
 from okd_lightning.errors import ConfigError, OutputError, PreemptedError
-from okd_lightning.rollouts.agreement import StopRequest
+from okd_lightning.rollouts.generation import StopRequest
 from okd_lightning.training.lightning_privates import cluster_environment, started_ranks
 from okd_lightning.training.loop_state import STOPPED, validation_follows, validation_is_due
 from okd_lightning.training.run_records import STOPPED_FILE

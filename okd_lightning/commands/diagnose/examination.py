@@ -40,10 +40,12 @@ from okd_lightning.commands.diagnose.steps import StepProbe
 from okd_lightning.commands.diagnose.text_checks import text_checks, writing_checks
 from okd_lightning.commands.diagnose.trials import run_trials
 from okd_lightning.data import RolloutDataModule
+from okd_lightning.data.end_tokens import adopt_ends
 from okd_lightning.divergences import ReverseKL
 from okd_lightning.records.batches import DistillBatch, Example
 from okd_lightning.teachers import Teacher
 from okd_lightning.training.module import DistillationModule
+from okd_lightning.training.pair import Pair
 
 
 class Examination(Callback):
@@ -84,7 +86,7 @@ class Examination(Callback):
     def _examine(
         self, trainer: lightning.Trainer, module: DistillationModule, data: RolloutDataModule
     ) -> Diagnosis:
-        examples, learnt = _split(data, self.rows)
+        examples, learnt = _split(module.pair, data, self.rows)
         checks = text_checks(module, data, "val", data.examples("val"), examples)
         generator = ResponseGenerator(module, data.sampling, data.max_response_length, data.seed)
         given = given_responses(examples, module.eos_ids)
@@ -247,11 +249,13 @@ def _seconds(
     }
 
 
-def _split(data: RolloutDataModule, num: int) -> tuple[list[Example], list[Example]]:
+def _split(pair: Pair, data: RolloutDataModule, num: int) -> tuple[list[Example], list[Example]]:
     """Return the examples to measure and those to train on: the training set, or the other rows."""
     everything = data.examples("val").examples
     if data.sources["train"] not in (None, data.sources["val"]):
-        return chosen(everything, num, data.seed), list(data.examples("train").examples)
+        found = data.examples("train")
+        adopt_ends(pair, found, data.columns.chat_template_kwargs)  # as training would
+        return chosen(everything, num, data.seed), list(found.examples)
     held_out = chosen(everything, min(num, max(1, len(everything) // 2)), data.seed)
     taken = {example.index for example in held_out}
     return held_out, [example for example in everything if example.index not in taken]

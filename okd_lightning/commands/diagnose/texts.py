@@ -32,7 +32,8 @@ from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import ForwardKL, ReverseKL
 from okd_lightning.losses import ExactDivergence, measure_chunks
 from okd_lightning.losses.chunked import OutcomeLogProb
-from okd_lightning.records.rows import RowReader, count_chunks
+from okd_lightning.records.collation import RowReader
+from okd_lightning.records.counts import count_chunks
 from okd_lightning.training.module import DistillationModule
 
 MEANING = {
