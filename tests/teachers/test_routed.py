@@ -4,7 +4,7 @@ Frozen here: two names of one checkpoint are one teacher, to the last bit; each 
 of its own teacher, whose model reads no other rows, in any order of rows; terms, tokens and
 validation's measures by teacher add up to the whole; each row's own teacher generates; names that
 are missing or unknown are refused before a model loads, with the nearest name; a run resumes with
-the same models by name, in any order.
+the same models by name, in any order; served teachers are routed to like models in memory.
 """
 
 from __future__ import annotations
@@ -322,9 +322,9 @@ def test_members_that_cannot_be_routed_to_are_refused(folders):
         ):
             RoutedTeachers({"a": kind()})
     served = ServedTeacher("http://x:1")
-    with pytest.raises(ConfigError, match="models in memory and a ServedTeacher.*serve all of"):
+    with pytest.raises(ConfigError, match=r"models in memory and a ServedTeacher.*serve all of"):
         RoutedTeachers({"a": served, "b": folders["llama"]})
-    with pytest.raises(ConfigError, match="served teachers of k 5, 12.*the same k"):
+    with pytest.raises(ConfigError, match=r"served teachers of k 5, 12.*the same k"):
         RoutedTeachers({"a": served, "b": ServedTeacher("http://x:2", k=5)})
 
 
@@ -358,9 +358,8 @@ def test_served_teachers_are_routed_to_like_models_in_memory(method, folders, ur
         assert {n: other[n] for n in names} == pytest.approx({n: one[n] for n in names}, rel=1e-6)
     assert {"train/tokens/math", "train/tokens/code"} <= losses[-1].keys()
     assert "val/top_k_forward_kl/math" in measured
-    for name, rows in (("math", "math"), ("code", "code")):  # each server reads its own rows
-        prompts = {tuple(body["prompt"]) for body in urls[name].bodies("/v1/completions")}
-        assert prompts, rows
+    asked = {name: len(one.bodies("/v1/completions")) for name, one in urls.items()}
+    assert 0 < asked["code"] < asked["math"]  # of three rows two are the first one's
 
 
 def test_served_teachers_refuse_what_one_refuses(folders, urls, tmp_path):
