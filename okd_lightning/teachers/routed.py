@@ -58,8 +58,13 @@ class RoutedTeachers(SeveralTeachers):
 
     def check_member(self, member: Teacher) -> None:
         """Refuse a teacher that reads no new rows over the run's tokens."""
-        if not isinstance(member, PackedTeacher) or not member.reads_new_rows:
-            super().check_member(member)
+        is_served = isinstance(member, PackedTeacher) and member.reads_new_rows
+        if not is_served and (member.own_source is None or not member.covers_vocabulary):
+            raise ConfigError(
+                f"RoutedTeachers holds a {type(member).__name__}, and its teachers are models in "
+                "this process or on servers, over the run's tokens: give folders or hub ids, or a "
+                "ServedTeacher for each name"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -95,8 +100,9 @@ class RoutedTeachers(SeveralTeachers):
 
     def measurements(self, stage: str, is_own: bool) -> Iterator[Measurement]:
         """Yield what models in memory are measured by, or served ones."""
-        served = not self.covers_vocabulary
-        return (self.members[0] if served else super()).measurements(stage, is_own)
+        if self.covers_vocabulary:
+            return super().measurements(stage, is_own)
+        return self.members[0].measurements(stage, is_own)
 
     def adapted(self, adapt: Callable[[Teacher], Teacher]) -> Teacher:
         """Put an online module on every model."""

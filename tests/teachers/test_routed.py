@@ -318,7 +318,7 @@ def test_members_that_cannot_be_routed_to_are_refused(folders):
         RoutedTeachers({True: folders["llama"]})
     for kind in (FrozenSelf, lambda: CachedTeacher(folders["llama"], "cache")):
         with pytest.raises(
-            ConfigError, match=r"RoutedTeachers holds a .*: give folders or hub ids"
+            ConfigError, match=r"RoutedTeachers holds a .*: give folders or hub ids, or a S"
         ):
             RoutedTeachers({"a": kind()})
     served = ServedTeacher("http://x:1")
