@@ -74,7 +74,7 @@ class Teacher(ABC):
     to_generate: ClassVar[str] = "give --model.teacher a folder or hub id"
     """Advice on a teacher that can, for messages of one that cannot."""
 
-    covers_vocabulary: ClassVar[bool] = True
+    covers_vocabulary: bool = True
     """True where its side has a logit for every id."""
 
     has_layers: ClassVar[bool] = False
@@ -83,7 +83,7 @@ class Teacher(ABC):
     text_losses: ClassVar[tuple[TextLoss, ...]] = ()
     """Losses over texts that it serves within ForeignTeacher, the default first."""
 
-    reads_images: ClassVar[bool] = True
+    reads_images: bool = True
     """True where it reads rows with images."""
 
     follows_student: ClassVar[bool] = False

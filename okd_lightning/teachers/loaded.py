@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -47,6 +49,8 @@ class LoadedTeacher(Teacher):
     def __init__(self, model: ModelArgument, residence: Residence = "device") -> None:
         if residence not in get_args(Residence):
             raise ConfigError(f"model.teacher.residence is {residence!r}; expected device or host")
+        if isinstance(model, Mapping) and "class_path" in model:
+            raise ConfigError(f"--model.teacher: {_why_no_teacher(model)}")
         self._given = model_source(model, "teacher")
         self.residence = residence
         if residence == "host" and isinstance(self._given, Mapping):
@@ -153,6 +157,32 @@ class LoadedTeacher(Teacher):
         elif own.model is not None and self.host_weights is not None:
             own.host_weights = HostWeights(own.model, _HOST)
         return own
+
+
+def _why_no_teacher(given: Mapping[str, Any]) -> str:
+    """Return why a class path and its settings, as a config has them, make no teacher."""
+    name, settings = str(given["class_path"]), dict(given.get("init_args") or {})
+    found = [kind for sub in Teacher.__subclasses__() for kind in _kinds(sub)]
+    kinds = {kind.__name__: kind for kind in found}
+    kind = kinds.get(name.rpartition(".")[2])
+    if kind is None:
+        near = difflib.get_close_matches(name.rpartition(".")[2], kinds, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(kinds))}"
+        return f"class_path {name} is no class of teacher; {hint}"
+    known = list(inspect.signature(kind).parameters)
+    if unknown := sorted(settings.keys() - set(known)):
+        return f"{name} has no setting {unknown[0]}; it has {', '.join(known)}"
+    try:
+        kind(**settings)
+    except (ConfigError, TypeError) as error:
+        return f"{name}: {error}"
+    return f"{name} cannot be one of its teachers: a setting is of another type than it takes"
+
+
+def _kinds(kind: type[Teacher]) -> list[type[Teacher]]:
+    """Return the classes of teachers that can be made."""
+    own = [] if inspect.isabstract(kind) else [kind]
+    return own + [one for sub in kind.__subclasses__() for one in _kinds(sub)]
 
 
 def teacher_of(given: ModelArgument | Teacher | None) -> Teacher:

@@ -41,15 +41,24 @@ class SeveralTeachers(Teacher):
         if not members:
             raise ConfigError(f"{kind} has no teachers: give --model.teacher.teachers some")
         for member in members:
-            if member.own_source is None or not member.covers_vocabulary:
-                raise ConfigError(
-                    f"{kind} holds a {type(member).__name__}, and its teachers are models of their "
-                    "own in this process, over the run's tokens: give folders or hub ids"
-                )
+            self.check_member(member)
         self.members = tuple(members)
         self._registered: nn.ModuleDict | None = None
 
     # ---------------------------------------------------------------- settings
+
+    def check_member(self, member: Teacher) -> None:
+        """Refuse a teacher without a model of its own over the run's tokens.
+
+        Raises:
+            ConfigError: The message names the kind.
+        """
+        if member.own_source is None or not member.covers_vocabulary:
+            raise ConfigError(
+                f"{type(self).__name__} holds a {type(member).__name__}, and its teachers are "
+                "models of their own in this process, over the run's tokens: give folders or hub "
+                "ids"
+            )
 
     @property
     def own_source(self) -> ModelSource | None:
@@ -207,7 +216,7 @@ def source_name(source: ModelSource | None) -> str:
         return Path(source).name if Path(source).expanduser().exists() else source
     if isinstance(source, Mapping):
         return f"random {source.get('model_type')}"
-    return "a model in memory"
+    return "on a server" if source is None else "a model in memory"
 
 
 def name_of(teacher: Teacher) -> str:

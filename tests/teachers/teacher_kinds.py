@@ -139,6 +139,12 @@ KINDS: dict[str, Kind] = {
         lambda at: RoutedTeachers({"a": LoadedTeacher(at.teacher, "host"), "b": at.copy}),
         data=ROUTED,
     ),
+    "routed to servers": Kind(
+        lambda at: RoutedTeachers({name: ServedTeacher(at.url, k=ALL) for name in "ab"}),
+        refuses=(another_module, "is trained on a teacher"),
+        generates=False,
+        data=ROUTED,
+    ),
     "routed, with modules": Kind(
         lambda at: RoutedTeachers(
             {name: AdaptiveTeacher(LoadedTeacher(one), okd().settings) for name, one in at.both}
