@@ -84,6 +84,9 @@ _AGREED = (
 )
 """Raised on all ranks alike; rank 0 prints the message."""
 
+_PARSERS: dict[tuple[Any, ...], dict[str, Any]] = {}
+"""Classes of an interface and the command → attributes that building its parser has set."""
+
 _LIGHTNING = Path(lightning.__file__).parent
 _TERMINATED = 128 + signal.SIGTERM
 
@@ -112,6 +115,9 @@ class DistillationCLI(LightningCLI):
         args = kwargs.get("args")
         words = sys.argv[1:] if args is None else args
         self._typed = str(words[0]) if isinstance(words, list) and words else None
+        is_plain = kwargs.keys() <= {"args"}
+        classes = (type(self), model_class, datamodule_class)
+        self._shared_as = (*classes, self._typed) if is_plain else None
         super().__init__(
             model_class,
             datamodule_class,
@@ -139,11 +145,20 @@ class DistillationCLI(LightningCLI):
         add_trust_flag(parser)
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
-        """Load checkpoints with ``weights_only=True`` by default, and arrange ``--help``."""
+        """Load checkpoints with ``weights_only=True`` by default, and arrange ``--help``.
+
+        Runs of one process, such as those of a comparison, share the parser of their command.
+        """
+        if self._shared_as is not None and self._shared_as in _PARSERS:
+            vars(self).update(_PARSERS[self._shared_as])
+            return
         super().setup_parser(*args, **kwargs)
         for command, parser in getattr(self, "_subcommand_parsers", {}).items():
             parser.set_defaults({"weights_only": True})
             arrange_help(command, parser)
+        if self._shared_as is not None:
+            names = ("parser", "_subcommand_parsers", "_subcommand_method_arguments")
+            _PARSERS[self._shared_as] = {name: getattr(self, name) for name in names}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse ``args``, without Lightning's own warning that ``sys.argv`` is ignored."""

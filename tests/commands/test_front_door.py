@@ -7,14 +7,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli_workbench import LENGTHS, Assets, Result
+from cli_workbench import LENGTHS, NOISE, Assets, Result
+from forked import type_command
 
 import okd_lightning
 from okd_lightning.__main__ import COMMANDS, main, usage
@@ -87,17 +87,14 @@ def test_beside_another_lightning_the_parser_answers(monkeypatch: pytest.MonkeyP
 
 def test_a_whole_run_on_the_console(assets: Assets, tmp_path: Path) -> None:
     """No table of sharding tips, no deprecations, no bars in a pipe; what matters, once each."""
-    command = [sys.executable, "-m", "okd_lightning", "fit", *assets.models, *LENGTHS]
-    command += ["--data.train", assets.train, "--data.val", assets.val, "--method", "GKD"]
-    command += ["--trainer.accelerator", "cpu", "--model.gradient_checkpointing", "true"]
-    command += ["--trainer.log_every_n_steps", "1"]
-    command += ["--trainer.default_root_dir", "run"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    words = ["fit", *assets.models, *LENGTHS, "--data.train", assets.train]
+    words += ["--data.val", assets.val, "--method", "GKD", "--trainer.accelerator", "cpu"]
+    words += ["--model.gradient_checkpointing", "true", "--trainer.log_every_n_steps", "1"]
+    words += ["--trainer.default_root_dir", "run"]
+    done = type_command(words, tmp_path, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     text = done.stdout + done.stderr
-    for noise in ("Warning", "warning", "deprecated", "weights_only", "site-packages", "litlogger"):
-        assert noise not in text, text
+    assert not [noise for noise in NOISE if noise in text], text
     for words in (
         "train: 12 rows",
         "an epoch is 6 optimizer steps of 2 rows",

@@ -16,6 +16,7 @@ Where the loaders are not a RolloutDataModule's, a check of their batches comes 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import lightning
@@ -102,8 +103,10 @@ class ModelsFirst(Callback):
         if isinstance(trainer.strategy, FSDP2Strategy):
             _check_sharded(trainer.callbacks)  # type: ignore[attr-defined]
             return
+        # on a CPU torch's function modes change nothing and slow every operation of trial passes
+        is_on_cpu = trainer.strategy.root_device.type == "cpu"
         with (
-            trainer.strategy.tensor_init_context(),
+            nullcontext() if is_on_cpu else trainer.strategy.tensor_init_context(),
             trainer.strategy.model_sharded_context(),
             trainer.precision_plugin.module_init_context(),
         ):
