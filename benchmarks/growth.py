@@ -25,7 +25,7 @@ from okd_lightning.models import LMHead, Vocabulary, hidden_at_loss
 from okd_lightning.records.batches import Example, TrainingRow
 from okd_lightning.records.collation import collate
 from okd_lightning.rollouts import LoaderShape, RolloutLoader
-from okd_lightning.rollouts.plan import plan_for
+from okd_lightning.rollouts.plan_of_terms import plan_for
 
 LENGTH = 256
 TOKENS = [(rows, 32000) for rows in (2, 4, 8, 16, 32)]

@@ -1,7 +1,7 @@
 """Entry point: ``okd-lightning`` and ``python -m okd_lightning``.
 
-Handles ``--version``, ``--help`` and a mistyped command, option or method at once; everything else
-imports the command line (several seconds of torch and transformers) and runs it.
+Handles ``--version``, ``--help``, ``COMMAND --help`` and a mistyped command, option or method at
+once; everything else imports the command line (several seconds of torch and transformers).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from okd_lightning import __version__
+from okd_lightning.commands.stored_help import stored_help
 from okd_lightning.commands.unknown_options import check_names
 from okd_lightning.errors import UsageError
 
@@ -81,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     if not debug and "lightning" not in sys.modules:  # else nothing is saved
+        if text := stored_help(arguments[0], arguments[1:]):
+            print(text, end="")
+            return 0
         try:
             check_names(arguments[0], arguments[1:])
         except UsageError as error:

@@ -17,6 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 TIMINGS = {"train/seconds", "train/tokens_per_second", "rollout/seconds"}
 TIMINGS |= {"rollout/tokens_per_second"}
 
+NOISE = ("Warning", "warning", "deprecated", "weights_only", "site-packages", "litlogger")
+"""Parts of the messages of other libraries."""
+
 LIGHTNING_LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric")
 
 STUDENT_FIELDS = {

@@ -16,7 +16,7 @@ from okd_lightning import durable_files
 from okd_lightning.callbacks import RolloutLog, SampleTable
 from okd_lightning.checkpoints import io as checkpoint_io
 from okd_lightning.rollouts import RolloutLoader
-from okd_lightning.rollouts.agreement import Agreement
+from okd_lightning.rollouts.generation import Agreement
 from okd_lightning.training.module import DistillationModule
 from okd_lightning.training.run_records import RunCSVLogger
 
@@ -110,7 +110,7 @@ def mark_everything(marks: Marks, board: Board) -> None:
     shown = Agreement.progress
 
     def progress(self, told):
-        tell = shown(self, told)
+        tell = shown(self, told) or (lambda rows, tokens=0: None)
 
         def marked(rows: int, tokens: int = 0) -> None:
             if rows:

@@ -87,11 +87,11 @@ ALLOWED: set[tuple[str, str]] = {
         "credits: [batch] advantage of each reward term, by its name; 0 on rows without one.",
     ),
     (
-        "okd_lightning/records/rows.py",
+        "okd_lightning/records/collation.py",
         "credits: The response's advantage in each reward term, by the term's name.",
     ),
     (
-        "okd_lightning/records/rows.py",
+        "okd_lightning/records/collation.py",
         "credits: One advantage a response, by the reward term's name.",
     ),
 }

@@ -24,9 +24,8 @@ from okd_lightning.divergences import Divergence, ForwardKL, JensenShannon, Reve
 from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.metrics import gradient_fidelity
 from okd_lightning.records.batches import Example
-from okd_lightning.records.collation import collate
+from okd_lightning.records.collation import collate, sampled_rows
 from okd_lightning.records.requests import Request
-from okd_lightning.records.rows import sampled_rows
 from okd_lightning.training.module import DistillationModule
 
 _DIVERGENCES: Mapping[str, Divergence] = {

@@ -50,7 +50,7 @@ from okd_lightning.callbacks.monitors.rollout_log import RolloutLog
 from okd_lightning.callbacks.monitors.sample_table import SampleTable
 from okd_lightning.callbacks.monitors.teacher_drift import TeacherDrift
 from okd_lightning.callbacks.monitors.throughput import Throughput
-from okd_lightning.training.safeguards.finite_guard import FiniteGuard
+from okd_lightning.training.gradients import FiniteGuard
 from okd_lightning.training.safeguards.health_warnings import HealthWarnings
 
 __all__ = [

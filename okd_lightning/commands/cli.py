@@ -33,7 +33,7 @@ from okd_lightning.commands.cli_runs import choose_folder, train_in_folder
 from okd_lightning.commands.config_trust import add_trust_flag
 from okd_lightning.commands.default_folder import SharedFolder
 from okd_lightning.commands.given_options import layers
-from okd_lightning.commands.help_format import HelpFormatter, section_order
+from okd_lightning.commands.help_format import HelpFormatter, arrange_help
 from okd_lightning.commands.quickstart.command import (
     quickstart_command,
     quickstart_parser,
@@ -84,6 +84,9 @@ _AGREED = (
 )
 """Raised on all ranks alike; rank 0 prints the message."""
 
+_PARSERS: dict[tuple[Any, ...], dict[str, Any]] = {}
+"""Classes of an interface and the command → attributes that building its parser has set."""
+
 _LIGHTNING = Path(lightning.__file__).parent
 _TERMINATED = 128 + signal.SIGTERM
 
@@ -112,6 +115,9 @@ class DistillationCLI(LightningCLI):
         args = kwargs.get("args")
         words = sys.argv[1:] if args is None else args
         self._typed = str(words[0]) if isinstance(words, list) and words else None
+        is_plain = kwargs.keys() <= {"args"}
+        classes = (type(self), model_class, datamodule_class)
+        self._shared_as = (*classes, self._typed) if is_plain else None
         super().__init__(
             model_class,
             datamodule_class,
@@ -134,18 +140,25 @@ class DistillationCLI(LightningCLI):
         return {self._typed: every[self._typed]} if self._typed in every else every
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the ``--method`` section; ``--help`` shows it first and the Trainer's flags last."""
+        """Add the ``--method`` section, and the flag that trusts a checkpoint's author."""
         parser.add_lightning_class_args(Method, "method", subclass_mode=True, required=False)
         add_trust_flag(parser)
-        parser.usage = "okd-lightning COMMAND [--config FILE|NAME] [--SECTION.OPTION VALUE ...]"
-        # private: argparse has no public way to order the groups of --help
-        parser._action_groups = sorted(parser._action_groups, key=section_order)
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
-        """Load checkpoints with ``weights_only=True`` by default."""
+        """Load checkpoints with ``weights_only=True`` by default, and arrange ``--help``.
+
+        Runs of one process, such as those of a comparison, share the parser of their command.
+        """
+        if self._shared_as is not None and self._shared_as in _PARSERS:
+            vars(self).update(_PARSERS[self._shared_as])
+            return
         super().setup_parser(*args, **kwargs)
-        for parser in getattr(self, "_subcommand_parsers", {}).values():
+        for command, parser in getattr(self, "_subcommand_parsers", {}).items():
             parser.set_defaults({"weights_only": True})
+            arrange_help(command, parser)
+        if self._shared_as is not None:
+            names = ("parser", "_subcommand_parsers", "_subcommand_method_arguments")
+            _PARSERS[self._shared_as] = {name: getattr(self, name) for name in names}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse ``args``, without Lightning's own warning that ``sys.argv`` is ignored."""

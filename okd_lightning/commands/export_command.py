@@ -25,6 +25,7 @@ def export_parser() -> jsonargparse.ArgumentParser:
     """Return the parser of ``okd-lightning export``."""
     parser = jsonargparse.ArgumentParser(
         prog="okd-lightning export",
+        usage="okd-lightning export --ckpt_path FILE --out FOLDER [--OPTION VALUE ...]",
         exit_on_error=False,
         allow_abbrev=False,
         description="Write a checkpoint's student (or online module) as a Hugging Face folder.",

@@ -1,25 +1,22 @@
 """Unknown options and methods: the messages, and an early answer to them.
 
-The options of ``fit`` and the names of its methods are stored in ``option_index.json``, so that a
+The options of the commands and the names of methods are stored (``stored_help``), so that a
 mistyped one is answered before torch and transformers are imported. Everything that the index
 cannot decide, and every option that is refused with an explanation of its own, is left to the
-command. ``make golden`` writes the index, and a test compares it with the parsers.
+command.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Iterator, Sequence
-from importlib import resources
 from itertools import zip_longest
-from typing import Any
 
 from okd_lightning.commands.foreign_options import hint_for
+from okd_lightning.commands.stored_help import stored_index
 from okd_lightning.errors import UsageError
 
-INDEX = "option_index.json"
 MOST_NAMES = 25
 
 _MISTYPED = 0.85
@@ -39,8 +36,8 @@ def check_names(command: str, words: Sequence[str]) -> None:
     Raises:
         UsageError: The message that the parser would give.
     """
-    index = _index()
-    if command not in index["options"] or "-h" in words or "--help" in words:
+    index = stored_index()
+    if index is None or command not in index["options"] or "-h" in words or "--help" in words:
         return
     base = index["options"]["fit"] if command in _ON_FIT else []
     options, methods = base or index["options"][command], index["methods"]
@@ -103,16 +100,11 @@ def did_you_mean(given: str, names: Sequence[str], cutoff: float = 0.6) -> str:
 def _of_another_command(given: str, options: Sequence[str]) -> str:
     """Return a hint at an option that only other commands have; empty if none is near."""
     commands: dict[str, list[str]] = {}
-    for command, names in _index()["options"].items():
+    for command, names in (stored_index() or {"options": {}})["options"].items():
         for name in set(names) - set(options):
             commands.setdefault(name, []).append(command)
     near = difflib.get_close_matches(given, commands, n=1, cutoff=_MISTYPED)
     return f"; {near[0]} is an option of {' and '.join(commands[near[0]])}" if near else ""
-
-
-def _index() -> Any:
-    text = resources.files(__package__).joinpath(INDEX).read_text(encoding="utf-8")
-    return json.loads(text)
 
 
 def _is_unknown(option: str, known: set[str]) -> bool:

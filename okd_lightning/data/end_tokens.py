@@ -1,7 +1,8 @@
-"""End ids after which a response goes on, found in the chat template and in the data.
+"""Ends of responses that a dataset shows: at which generation stops, and which are no ends.
 
-Such an id hands over to a tool or another turn (Llama 3's ``<|eom_id|>``, GLM-4's
-``<|observation|>``). Generation stops there, but it is another outcome than the end of a response.
+An id after which a response goes on hands over to a tool or another turn (Llama 3's
+``<|eom_id|>``, GLM-4's ``<|observation|>``). Generation stops there, but it is another outcome than
+the end of a response.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from okd_lightning.data.distilled_module import DistilledPair
+from okd_lightning.data.examples import ExampleSet
 from okd_lightning.data.template_process import TemplateProcess
 from okd_lightning.errors import DataError
 from okd_lightning.records.batches import Example
@@ -71,3 +74,21 @@ def written_elsewhere(
         process.close()
     behind = [text.rpartition(_ANSWER)[2].partition(_NEXT)[0] for text in rendered]
     return [i for i in named if not any(texts[i] in text for text in behind)]
+
+
+def adopt_ends(pair: DistilledPair, found: ExampleSet, settings: Mapping[str, Any]) -> None:
+    """Let a pair's responses end as those of a dataset do.
+
+    Generation also stops where the dataset's turns end. Ids that a response holds before another
+    end, or that the chat template writes elsewhere, are no longer ends of a response.
+
+    Args:
+        pair: The models, which are changed.
+        found: The tokenized rows.
+        settings: Further arguments of the chat template.
+    """
+    pair.add_eos_ids(found.ends_of_turn(pair.tokenizer))
+    ends = pair.vocabulary.end_ids
+    pair.keep_apart(
+        [*written_elsewhere(pair.tokenizer, ends, settings), *handed_over(found.examples, ends)]
+    )

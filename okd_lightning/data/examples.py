@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.data.chat_rows import examples_from_chats
 from okd_lightning.data.columns import Columns, RawRow
-from okd_lightning.data.images import RowImages, has_images
+from okd_lightning.data.image_cells import has_images
+from okd_lightning.data.images import RowImages
 from okd_lightning.data.layouts import Layout, choose_layout
 from okd_lightning.data.row_templates import with_prompts
 from okd_lightning.data.teacher_prompts import (
@@ -292,7 +293,7 @@ def _read(
             "a chat template; set --data.as_chat true, or leave them out"
         )
     if columns.prompt is None:
-        if limits.images is not None and has_images(rows, columns):
+        if limits.images is not None and has_images(rows, columns, limits.where):
             raise DataError(
                 f"{limits.where}: rows with images are whole texts; give them as chats, or with a "
                 "prompt column"

@@ -86,13 +86,18 @@ def with_known_keys(message: Mapping[str, Any], at: str) -> dict[str, Any]:
     """
     renamed = {key: name for key, name in _KEYS.items() if name not in message}
     found = {renamed.get(key, key): value for key, value in message.items()}
-    role = found.get("role")
-    if role in _CALLS:
+    if found.get("role") in _CALLS:
         calls = _read_calls(found.pop("content", None), at)
         return {**found, "role": "assistant", "content": "", "tool_calls": calls}
-    if isinstance(role, str):
-        found["role"] = _ROLES.get(role, role)
+    if "role" in found:
+        found["role"] = role_of(found)
     return found
+
+
+def role_of(message: Mapping[str, Any]) -> Any:
+    """Return the role of a message in any of the formats."""
+    role = message.get("role", message.get("from"))
+    return _ROLES.get(role, role) if isinstance(role, str) else role
 
 
 def _read_calls(value: Any, at: str) -> list[dict[str, Any]]:

@@ -1,35 +1,26 @@
 """Images of rows: which ones a row has, and their places in its prompt.
 
 A row has images as parts of its messages, or in a column, one for each place ``<image>`` in its
-text. Owns the reading of these cells, and the expansion of a place to the tokens of its image.
+text. Owns the check of their number, and the expansion of a place to the tokens of its image.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from okd_lightning.data.columns import Columns, RawRow
-from okd_lightning.data.foreign_chats import IMAGE_PARTS, listed_messages
+from okd_lightning.data.image_cells import cells_of, places_of, source_of
 from okd_lightning.data.templates import RenderedChat, Turn
 from okd_lightning.errors import DataError
-from okd_lightning.models.image_files import image_ref
+from okd_lightning.models.image_files import image_hash, image_ref
 from okd_lightning.models.processors import ImageReader
 from okd_lightning.records.batches import Example
 from okd_lightning.records.images import MARKER, ImageRef
-
-_EXPECTED = (
-    'expected {"type": "image", "path": "FILE"} or {"type": "image", "bytes": "BASE64"}, or a '
-    "file name in the images column"
-)
 
 
 @dataclass(eq=False)
@@ -52,15 +43,18 @@ class RowImages:
     are_optional: bool = False
     _known: dict[object, ImageRef] = field(default_factory=dict)
 
-    def digest_of(self, rows: Sequence[RawRow], columns: Columns) -> str:
-        """Return what decides the ids of prompts besides the rows: processors and image files."""
+    def digest_of(self, rows: Sequence[RawRow], columns: Columns, where: str) -> str:
+        """Return what decides the ids of prompts besides the rows: processors and image files.
+
+        Files are read and not decoded.
+        """
         readers = [reader for reader in (self.student, self.teacher) if reader is not None]
         about = [f"{reader.digest} {reader.tokenizer.chat_template}" for reader in readers]
         files = list[str]()
         for number, row in enumerate(rows if self.are_present else (), start=1):
-            at = f"row {number}"
-            given = [*_cells(row, columns, at), *filter(None, _places(row, columns))]
-            files += [self._ref(cell, "an image", at).sha256 for cell in given]
+            at = f"{where}, row {number}"
+            given = [*cells_of(row, columns, at), *filter(None, places_of(row, columns))]
+            files += [self._hash(cell, f"image {n}", at) for n, cell in enumerate(given, start=1)]
         return " ".join([str(self.folder), *about, *files])
 
     def of_row(
@@ -79,27 +73,43 @@ class RowImages:
         """
         if not self.are_present:
             return ()
-        places = [None] * text.count(MARKER) if text is not None else _places(row, columns)
-        given = [(cell, f"image {n}") for n, cell in enumerate(_cells(row, columns, at), start=1)]
+        places = [None] * text.count(MARKER) if text is not None else places_of(row, columns)
+        given = [(cell, f"image {n}") for n, cell in enumerate(cells_of(row, columns, at), start=1)]
         num_open = sum(place is None for place in places)
         if num_open == 0 and self.are_optional:
             given = []
         if num_open != len(given):
             raise DataError(
-                f"{at}: {num_open} places {MARKER} and {len(given)} images in the column "
-                f"{columns.images!r}; write {MARKER} once for each image, where it belongs"
+                f"{at}: the prompt has {num_open} {MARKER} without an image, and the column "
+                f"{columns.images!r} has {len(given)} images; write {MARKER} once for each image, "
+                "where it belongs"
             )
         column = iter(given)
-        cells = [next(column) if place is None else (place, "an image") for place in places]
+        cells = [
+            next(column) if place is None else (place, f"image {number}")
+            for number, place in enumerate(places, start=1)
+        ]
         return tuple(self._ref(cell, name, at) for cell, name in cells)
 
     def _ref(self, cell: Any, name: str, at: str) -> ImageRef:
-        path, data, name = _source(cell, name, at)
-        place = None if path is None else self.folder / Path(path).expanduser()
+        path, data, name = source_of(cell, name, at)
+        place = self._place(path)
         key = data if place is None else str(place)
         if key not in self._known:
             self._known[key] = image_ref(name, place, data, at)
         return self._known[key]
+
+    def _hash(self, cell: Any, name: str, at: str) -> str:
+        path, data, name = source_of(cell, name, at)
+        return image_hash(name, self._place(path), data, at)
+
+    def _place(self, path: str | None) -> Path | None:
+        if path is None:
+            return None
+        try:
+            return self.folder / Path(path).expanduser()
+        except RuntimeError:  # of a user without a home
+            return self.folder / path
 
     def prompt(
         self,
@@ -173,86 +183,9 @@ def _between(pieces: Sequence[str], tokens: Iterator[str]) -> Iterator[str]:
         yield piece
 
 
-def _places(row: RawRow, columns: Columns) -> list[Any]:
-    """Return one entry for each place in a chat: the part's own image, or None for the column's."""
-    found: list[Any] = []
-    messages = listed_messages(row.get(columns.messages or ""))
-    for message in messages if isinstance(messages, list) else []:
-        content = message.get("content", message.get("value"))
-        for part in content if isinstance(content, list) else [content]:
-            if isinstance(part, Mapping) and part.get("type") in IMAGE_PARTS:
-                own = {key: value for key, value in part.items() if value is not None}
-                own.pop("type")
-                found.append(own or None)
-            else:
-                text = part.get("text") if isinstance(part, Mapping) else part
-                found += [None] * (text.count(MARKER) if isinstance(text, str) else 0)
-    return found
-
-
-def _cells(row: RawRow, columns: Columns, at: str) -> list[Any]:
-    """Return the cells of the images column: a list of images, or one."""
-    value = None if columns.images is None else row.get(columns.images)
-    if value is None or value == "":
-        return []
-    if isinstance(value, list | tuple):
-        return list(value)
-    if isinstance(value, str | Mapping | Image.Image):
-        return [value]
-    raise DataError(
-        f"{at}: the images ({columns.images!r}) are {type(value).__name__}, expected a list; "
-        f"{_EXPECTED}"
-    )
-
-
 def num_places(messages: Sequence[Mapping[str, Any]]) -> int:
     """Return the places of images in messages as ``read_turns`` returns them."""
     return sum(str(message.get("content")).count(MARKER) for message in messages)
-
-
-def has_images(rows: Sequence[RawRow], columns: Columns) -> bool:
-    """Return whether a row's images column has an image, or a message has one as a part."""
-    if any(_cells(row, columns, "") for row in rows if columns.images in row):
-        return True
-    return any(place is not None for row in rows for place in _places(row, columns))
-
-
-def _source(cell: Any, name: str, at: str) -> tuple[str | None, bytes, str]:
-    """Return an image's path, or its encoded file, and its name."""
-    if isinstance(cell, Image.Image):
-        buffer = io.BytesIO()
-        cell.save(buffer, "PNG")
-        return None, buffer.getvalue(), name
-    if isinstance(cell, str):
-        cell = {"path": cell}
-    if isinstance(cell, Mapping):
-        path, data = cell.get("path", cell.get("image")), cell.get("bytes")
-        if isinstance(path, Image.Image):
-            return _source(path, name, at)
-        url = cell.get("url", cell.get("image_url", path))
-        if data is None and "://" in str(url.get("url") if isinstance(url, Mapping) else url):
-            raise DataError(
-                f"{at}: {name} is a URL, which is not fetched: download it, and name the file with "
-                '{"type": "image", "path": "FILE"}'
-            )
-        if data is not None:
-            return None, _bytes(data, name, at), str(path or name)
-        if isinstance(path, str) and path:
-            return path, b"", path
-    found = f"the keys {sorted(cell)}" if isinstance(cell, Mapping) else type(cell).__name__
-    raise DataError(f"{at}: {name} is given as {found}; {_EXPECTED}")
-
-
-def _bytes(data: Any, name: str, at: str) -> bytes:
-    if isinstance(data, bytes):
-        return data
-    try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, TypeError, ValueError) as error:
-        raise DataError(
-            f"{at}: the bytes of {name} are no base64 text ({error}); expected an encoded image "
-            "file in base64"
-        ) from error
 
 
 def check_image_ids(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, cast
 
 from lightning.pytorch.trainer.states import TrainerFn
@@ -21,9 +20,10 @@ from okd_lightning.data.collective_module import CollectiveDataModule
 from okd_lightning.data.columns import Columns
 from okd_lightning.data.counts import check_counts
 from okd_lightning.data.distilled_module import DistilledModule, check_teacher_prompts
+from okd_lightning.data.end_tokens import adopt_ends
 from okd_lightning.data.examples import ExampleSet, OnOverlong
 from okd_lightning.data.parts import part_sources, read_part
-from okd_lightning.data.progress import rollout_progress
+from okd_lightning.data.progress import progress_display
 from okd_lightning.data.row_templates import prompt_templates
 from okd_lightning.data.sources import DataArgument
 from okd_lightning.data.teacher_prompts import teacher_prompts_from
@@ -34,11 +34,11 @@ from okd_lightning.engines import Sampling
 from okd_lightning.errors import ConfigError, DataError
 from okd_lightning.models.text_ids import RULES_VERSION
 from okd_lightning.records.batches import Example
+from okd_lightning.records.collation import RowReader
 from okd_lightning.records.noise import NoiseDomain, hashed_choice
-from okd_lightning.records.rows import RowReader
 from okd_lightning.rollouts import LoaderShape, RolloutLoader, StagedPlan, engine_of, plan_for
-from okd_lightning.rollouts.agreement import Agreement, StopRequest
 from okd_lightning.rollouts.evaluation import DatasetResponses, StudentResponses
+from okd_lightning.rollouts.generation import Agreement, Generation, StopRequest, one_rank
 from okd_lightning.rollouts.scoring import RolloutScorer, TermScorer
 from okd_lightning.tools import Tool, Toolbox
 
@@ -198,7 +198,7 @@ class RolloutDataModule(CollectiveDataModule):
         self.token_cache = token_cache
         self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
         self._examples: dict[str, ExampleSet] = {}
-        self.stop = StopRequest()
+        self.stop = StopRequest(can_come=False)  # Preemption changes it
         self._train_loader: RolloutLoader | None = None
         self._resumed: dict[str, Any] = {"epoch": 0}
         self._text_rules = RULES_VERSION  # of the run's checkpoint
@@ -219,15 +219,18 @@ class RolloutDataModule(CollectiveDataModule):
     def read_ahead(self, stage: str) -> None:
         """Read and tokenize a stage's data, so that broken rows raise before models load.
 
+        The run's responses then end as those of its data do (``adopt_ends``).
+
         Raises:
             OKDLightningError: An error that the loaders would raise later.
         """
-        self._module.pair.check_sampling(self.sampling)
+        pair, template = self._module.pair, self.columns.chat_template_kwargs
+        pair.check_sampling(self.sampling)
         if stage == "fit" and self.sources["train"] is not None:
-            self._train_examples()
+            adopt_ends(pair, self._train_examples()[1], template)
         part = _PART_OF_STAGE[stage]
         if self.sources[part] is not None:
-            self.examples(part)
+            adopt_ends(pair, self.examples(part), template)
 
     def _train_examples(self) -> tuple[StagedPlan, ExampleSet]:
         module = self._module
@@ -255,6 +258,8 @@ class RolloutDataModule(CollectiveDataModule):
                 "run nobody writes responses; leave it out, or use an on-policy method"
             )
         announce(plan, shape)
+        teacher = module.pair.teacher
+        gather = self.gather if trainer.world_size > 1 else one_rank
         self._train_loader = RolloutLoader(
             examples.examples,
             plan,
@@ -264,14 +269,15 @@ class RolloutDataModule(CollectiveDataModule):
             max_new_tokens=self.max_response_length,
             seed=self.seed,
             reduce_sum=self._reduce_sum if trainer.world_size > 1 else None,
-            gather=self.gather,
-            progress=partial(rollout_progress, trainer),
+            gather=gather,
+            progress=progress_display(trainer),
             score=self._scorer(module),
-            teacher_rows=module.pair.teacher.retokenized,
+            teacher_rows=teacher.retokenized if teacher.tokenizer is not None else None,
             stop=self.stop,
-            ahead=rollouts_ahead(self.rollout_lag, module, plan, self.gather),
+            ahead=rollouts_ahead(self.rollout_lag, module, plan, gather),
         )
-        module.pair.settle = self._train_loader.ahead.settle
+        ahead = self._train_loader.ahead
+        module.pair.settle = ahead.settle if ahead.lag else None
         check_limit(trainer, shape, len(self._train_loader))
         self._train_loader.begin(self._resumed)
         return self._train_loader
@@ -375,19 +381,10 @@ class RolloutDataModule(CollectiveDataModule):
         self, examples: Sequence[Example], sampling: Sampling, rows: RowReader = list
     ) -> StudentResponses:
         trainer = self._trainer
-        return StudentResponses(
-            examples,
-            self.batch_size,
-            self._module,
-            sampling=sampling,
-            max_new_tokens=self.max_response_length,
-            seed=self.seed,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            progress=partial(rollout_progress, trainer),
-            agreement=self.agreement(),
-            teacher_rows=rows,
-        )
+        settings = sampling, self.max_response_length, self.seed
+        run = Generation(self._module, *settings, self.agreement(), progress_display(trainer))
+        place = trainer.global_rank, trainer.world_size
+        return StudentResponses(examples, self.batch_size, run, *place, rows)
 
     def agreement(self) -> Agreement:
         """Return the agreement by which this run's ranks stop together during generation."""

@@ -9,9 +9,9 @@ from typing import Any
 
 from okd_lightning.data.columns import Columns, RawRow
 from okd_lightning.data.distilled_module import DistilledPair
-from okd_lightning.data.end_tokens import handed_over, written_elsewhere
 from okd_lightning.data.examples import ExampleSet
-from okd_lightning.data.images import RowImages, check_image_ids, has_images
+from okd_lightning.data.image_cells import has_images
+from okd_lightning.data.images import RowImages, check_image_ids
 from okd_lightning.data.row_report import report_plain_prompts, report_rows, warn_of_unread
 from okd_lightning.data.sources import DataSource, describe_source, load_rows
 from okd_lightning.data.table_ids import check_table_ids
@@ -47,7 +47,7 @@ def _images(
     own = pair.images
     if own.is_text:  # an image in a message is then an error about its row
         return None
-    are_present = has_images(rows, columns)
+    are_present = has_images(rows, columns, describe_source(source))
     if are_present:
         pair.use_images()
     if own.student is None:
@@ -75,8 +75,7 @@ def read_part(
     Args:
         part: "train", "val", "test" or "predict".
         source: Its source.
-        pair: The models; generation also stops at the end ids of the dataset responses; ids
-            that a response holds before another end are taken out of its end ids.
+        pair: The models, with the images that they read.
         split: Split of a dataset that has several.
         subset: Configuration of a hub dataset.
         token_cache: See ``cached_examples``.
@@ -107,11 +106,6 @@ def read_part(
         own = tuple(replace(example, teacher_prompt_ids=()) for example in own)
     check_table_ids(own, pair.vocabulary, pair.tokenizer, where=where)
     limit = settings["max_response_length"]
-    pair.add_eos_ids(found.ends_of_turn(pair.tokenizer))
-    ends, template = pair.vocabulary.end_ids, settings["columns"].chat_template_kwargs
-    pair.keep_apart(
-        [*written_elsewhere(pair.tokenizer, ends, template), *handed_over(found.examples, ends)]
-    )
     report_rows(part, where, found, limit, teaches_responses=settings["needs_response"])
     if part == "train":
         report_plain_prompts(part, found, pair.tokenizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import lightning
@@ -27,6 +28,11 @@ class ShowsWriting(Protocol):
             description: Such as "student writes".
             total: Rows to be generated or read.
         """
+
+
+def progress_display(trainer: lightning.Trainer) -> engine.ProgressFactory | None:
+    """Return ``rollout_progress`` of a Trainer; None for one without a progress bar."""
+    return None if trainer.progress_bar_callback is None else partial(rollout_progress, trainer)
 
 
 @contextmanager

@@ -113,7 +113,7 @@ def _key(
     teacher = told.pop("teacher_tokenizer", None)
     images: RowImages | None = told.pop("images", None)
     if images is not None:
-        found.update(images.digest_of(rows, told["columns"]).encode())
+        found.update(images.digest_of(rows, told["columns"], settings["where"]).encode())
     if teacher is not None:
         found.update(tokenizer_digest(teacher))
     found.update(repr(sorted(told.items())).encode())

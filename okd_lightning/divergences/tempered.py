@@ -89,8 +89,8 @@ class Tempered(Divergence):
 
     def summands(self, pair: LogProbPair) -> Summands:
         """tau^2 times the inner divergence's, of log-probabilities that are tempered already."""
-        inner = self.divergence.summands(pair)
-        return Summands(inner.terms * self._scale, inner.weights * self._scale)
+        scale, inner = self._scale, self.divergence.summands(pair)
+        return Summands(inner.terms * scale, inner.weights * scale)
 
     def outcome_ids(
         self, student_logprobs: LogProbs, teacher_logprobs: LogProbs

@@ -2,7 +2,7 @@
 
 * ``engine``: the protocol of an engine; requests, sampling and noise are in ``records``.
 * ``transformers_engine``: the built-in engine, on transformers' models: the queue and the batch.
-* ``drawing``: one token a row, from one model or a mixture, into the responses of a call.
+* ``drawing``: the draw of a token for each row, from one model or a mixture, into the responses.
 * ``kv_cache``: keys and values of rows that leave and join. ``memory``: the kind of cache that a
   model supports, measured on the model. ``whole_passes``: models without a cache.
 * ``vllm_server``: an engine over HTTP, on a vLLM server. ``vllm_engine``: on vLLM in this process,

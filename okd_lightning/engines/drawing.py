@@ -4,6 +4,11 @@ The responses of a call are one buffer on the model's device. Every row has ``ma
 places. A row in a batch carries the place of its next token; a row that has ended carries the waste
 place. A step is therefore the same few operations whichever rows have ended, and nothing is copied
 to the host until all have. A call may take several rounds, over rows of growing lengths.
+
+A draw is the inverse of the cumulative distribution at one uniform number, in the order of ids, so
+that a row's token depends on its own logits and noise only. There are three passes over the
+vocabulary (maximum, exponential, sums of blocks). Only the sums and the chosen block are
+accumulated, in float64, so that no tail is lost to rounding.
 """
 
 from __future__ import annotations
@@ -19,9 +24,76 @@ from transformers import PreTrainedModel
 
 from okd_lightning.models import Vocabulary
 from okd_lightning.records.requests import Response, Rollout
-from okd_lightning.records.sampling import Sampling, workspace_for
+from okd_lightning.records.sampling import Sampling
 
 _UNSET = -1
+
+_BLOCK = 256
+"""Ids in a block, which is summed in float32."""
+
+
+def workspace_for(num_rows: int, vocab: int, device: torch.device) -> Tensor:
+    """Return [rows, vocab rounded up] zeros, for repeated draws of up to ``num_rows`` rows."""
+    return torch.zeros(num_rows, -(-vocab // _BLOCK) * _BLOCK, device=device)
+
+
+def draw(
+    logits: Tensor,
+    uniform: Tensor,
+    workspace: Tensor | None = None,
+    end_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sample one token a row by inverse CDF.
+
+    Args:
+        logits: [rows, vocab] log-probabilities, up to a constant a row.
+        uniform: [rows] float64 in (0, 1).
+        workspace: From ``workspace_for`` this vocabulary; allocated if None.
+        end_ids: [ends] ids that are one outcome: an end's log-probability is that of all of them
+            together. None for none.
+
+    Returns:
+        [rows] ids and [rows] their log-probabilities (nats).
+    """
+    num_rows, vocab = logits.shape
+    if workspace is None:
+        workspace = workspace_for(num_rows, vocab, logits.device)
+    weights = workspace[:num_rows]
+    valid = weights[:, :vocab]
+    torch.sub(logits, logits.amax(-1, keepdim=True), out=valid)
+    valid.exp_()
+    blocks = weights.view(num_rows, -1, _BLOCK)
+    sums = blocks.sum(-1).double()
+    ends = sums.cumsum(-1)
+    block, share = _locate(ends, sums, uniform.to(ends)[:, None])
+    inside = blocks.gather(1, block[:, :, None].expand(-1, 1, _BLOCK)).squeeze(1).double()
+    within, _ = _locate(inside.cumsum(-1), inside, share)
+    ids, mass = block * _BLOCK + within, inside.gather(1, within)
+    if end_ids is not None:
+        of_ends = valid.index_select(1, end_ids).double().sum(-1, keepdim=True)
+        mass = torch.where((ids == end_ids).any(-1, keepdim=True), of_ends, mass)
+    logprobs = (mass / ends[:, -1:]).log().to(logits.dtype)
+    return ids.squeeze(1), logprobs.squeeze(1)
+
+
+def _locate(ends: Tensor, widths: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the interval in which a number falls, and its relative position in the interval.
+
+    Args:
+        ends: [rows, intervals] float64, cumulative widths.
+        widths: [rows, intervals]; an interval of width 0 is never found.
+        uniform: [rows, 1] in [0, 1), as a share of the total width.
+
+    Returns:
+        [rows, 1] interval, and [rows, 1] share of it in [0, 1).
+    """
+    total = ends[:, -1:]
+    below_total = torch.nextafter(total, torch.zeros_like(total))
+    point = torch.minimum(uniform * total, below_total)
+    found = torch.searchsorted(ends, point, right=True)
+    width = widths.gather(1, found)
+    share = (point - ends.gather(1, found) + width) / width
+    return found, share.clamp(0.0, 1.0)
 
 
 class Responses:
@@ -228,7 +300,9 @@ class Drawing:
         device: torch.device,
     ) -> None:
         self.responses = responses
-        self._sampling = sampling
+        self._is_greedy = sampling.temperature == 0
+        is_plain = (sampling.temperature, sampling.top_p, sampling.top_k) == (1, 1, 0)
+        self._warp = None if is_plain else sampling.warp  # plain: the model's own distribution
         self._vocabulary = vocabulary
         self._blend = blend
         self._device = device
@@ -256,8 +330,15 @@ class Drawing:
         logits = found[0] if self._blend is None else self._blend.mix(*found)
         if index is not None:
             logits = logits[index]
+        ids, logprobs = self._choose(logits, places)
+        return self.responses.store(places, ids, logprobs, last), ids
+
+    def _choose(self, logits: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Return [rows] ids, and [rows] their log-probabilities under the sampling distribution."""
+        if self._is_greedy:
+            return logits.argmax(-1), logits.new_zeros(len(logits))
         if len(self._workspace) < len(logits):
             self._workspace = workspace_for(len(logits), self._vocabulary.size, self._device)
-        noise = self.responses.noise(places)
-        ids, logprobs = self._sampling.choose(logits, noise, self._workspace, self._end_ids)
-        return self.responses.store(places, ids, logprobs, last), ids
+        if self._warp is not None:
+            logits = self._warp(logits)
+        return draw(logits, self.responses.noise(places), self._workspace, self._end_ids)

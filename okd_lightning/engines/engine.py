@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Protocol, TypeAlias
 
 from transformers import PreTrainedModel
@@ -15,12 +15,6 @@ from okd_lightning.records.sampling import Sampling
 
 ProgressFactory: TypeAlias = Callable[[str, int], AbstractContextManager[Progress | None]]
 """Creates a progress display from a description and the number of responses."""
-
-
-def silent_progress(description: str, total: int) -> AbstractContextManager[None]:
-    """Return a progress display that shows nothing."""
-    del description, total
-    return nullcontext()
 
 
 class RolloutEngine(Protocol):

@@ -1,4 +1,4 @@
-"""A key-value cache whose rows leave and join while it grows.
+"""A key-value cache whose rows leave and join while it grows, and passes of a model that use it.
 
 Uses transformers' classes, except for the storage of attention layers: the dynamic layer copies all
 its content for each token, and the static layer attends to all of its columns. Here spare columns
@@ -8,13 +8,14 @@ which transformers builds from the config, implements sliding windows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from okd_lightning.models.causal_lm import last_logits, named_arguments
 from okd_lightning.models.transformers_versions import STATELESS_LAYERS
 
 _SPARE_COLUMNS = 64
@@ -152,3 +153,56 @@ def rearrange(
             layer.rearrange(
                 keep, num_leading, [(cast(RoomyLayer, c.layers[i]), rows) for c, rows in joining]
             )
+
+
+class CachedModel:
+    """A causal LM that continues from a cache.
+
+    The names of its arguments are read once: a step is one call of the model.
+
+    Args:
+        model: A causal LM, not wrapped.
+
+    Attributes:
+        has_cache: Whether its forward pass has an argument for a cache.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._names = named_arguments(model)
+        found = [name for name in ("past_key_values", "cache_params") if name in self._names]
+        self.has_cache = bool(found)
+        self._cache_name = (*found, "past_key_values")[0]
+
+    def logits(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        cache: DynamicCache,
+        images: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Return [rows, table] logits for the token after ``ids``, which are appended to ``cache``.
+
+        Args:
+            ids: [rows, tokens].
+            positions: [rows, tokens] from each row's first token; models without this argument
+                count positions themselves, which ``memory_of`` has checked.
+            mask: [rows, columns] True on each row's own columns of the cache, these tokens
+                included; None if all rows fill all columns.
+            cache: A cache of this model; see ``empty_cache``.
+            images: Arguments for the images of ``ids``; see ``multimodal.image_arguments``.
+
+        Raises:
+            ModelError: The model has no argument for the cache, or for the given mask.
+        """
+        needed: dict[str, Any] = {"input_ids": ids, self._cache_name: cache, **(images or {})}
+        if mask is not None:
+            needed["attention_mask"] = mask
+        wanted = {"position_ids": positions, "use_cache": True}
+        if ids.shape[1] > 1 or not self._names.issuperset(needed):
+            return last_logits(self._model, needed, wanted)
+        # the output of one token a row is that of its last one: no hook has to select it
+        known = {name: value for name, value in wanted.items() if name in self._names}
+        logits: Tensor = self._model(**needed, **known).logits
+        return logits[:, -1]

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, PreTrainedModel
 
-from okd_lightning.engines.kv_cache import empty_cache, is_rearrangeable, rearrange
-from okd_lightning.models.causal_lm import cache_argument, cached_logits, last_logits
+from okd_lightning.engines.kv_cache import CachedModel, empty_cache, is_rearrangeable, rearrange
+from okd_lightning.models.causal_lm import last_logits
 from okd_lightning.models.causality import attention_of_any_device, own_precision
 
 Memory: TypeAlias = Literal["rows", "batch", "none"]
@@ -99,7 +99,7 @@ def _tried(model: PreTrainedModel) -> Memory:
 
 def _holds(model: PreTrainedModel, memory: Memory) -> bool:
     """Return whether steps from the cache equal whole passes, for rows with different starts."""
-    if cache_argument(model) is None:
+    if not CachedModel(model).has_cache:
         return False
     config = model.config.get_text_config()
     known = [i for i in range(config.vocab_size) if i != getattr(config, "pad_token_id", None)]
@@ -155,7 +155,7 @@ def _read_rows(
     columns = torch.arange(column + num_tokens, device=device)
     first = torch.tensor(starts, device=device)[:, None]
     positions = (columns[column:] - first).clamp(min=0)
-    return cached_logits(model, ids, positions, (columns >= first).long(), cache)
+    return CachedModel(model).logits(ids, positions, (columns >= first).long(), cache)
 
 
 def _with_batch(
@@ -170,7 +170,7 @@ def _with_batch(
         ids = torch.tensor(new, device=device)
         first = 0 if column == 0 else len(prompts[0]) + column - 1
         positions = (torch.arange(ids.shape[1], device=device) + first).expand_as(ids)
-        logits = cached_logits(model, ids, positions, None, cache)
+        logits = CachedModel(model).logits(ids, positions, None, cache)
         if column:
             rows = [(*row, steps[column - 1]) for row in rows]
             found.append(logits)

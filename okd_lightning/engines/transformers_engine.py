@@ -28,14 +28,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from okd_lightning.engines.drawing import Drawing, DrawnFrom, Responses
-from okd_lightning.engines.kv_cache import empty_cache, rearrange
+from okd_lightning.engines.kv_cache import CachedModel, empty_cache, rearrange
 from okd_lightning.engines.memory import MEMORIES, memory_of
 from okd_lightning.engines.prompt_images import PromptImages, placed
 from okd_lightning.engines.whole_passes import WholePasses
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses.cpu_linear import fast_linears
 from okd_lightning.models import Vocabulary, forget_lengths, row_groups
-from okd_lightning.models.causal_lm import cached_logits
 from okd_lightning.models.multimodal import image_arguments
 from okd_lightning.models.processors import ImageReader
 from okd_lightning.records.images import ImageInputs
@@ -96,13 +95,13 @@ class TransformersEngine:
             return responses.rollout(0)
         as_it_is = torch.compiler.set_stance("force_eager")  # a step changes its shapes each time
         others = () if self.blend is None else self.blend.models
+        drawing = Drawing(
+            responses, request.sampling, self.vocabulary, self.blend, self.model.device
+        )
         num_reported = num_row_steps = 0
         with self._precision(), ExitStack() as fast, as_it_is:
             for model in (self.model, *others):
                 fast.enter_context(fast_linears(model))
-            drawing = Drawing(
-                responses, request.sampling, self.vocabulary, self.blend, self.model.device
-            )
             for generation, is_only in self._rounds(request, drawing):
                 for num_ended, num_tokens in generation.run():
                     if progress is not None:
@@ -177,6 +176,7 @@ class _Prefilled:
     width: int  # columns
     deltas: Tensor  # [models, rows] of a token's position, more than its number in its row
     places: Tensor  # [rows] of the second token
+    last: Tensor  # [rows] place of the last token
     tokens: Tensor  # [rows] the first token
 
 
@@ -201,6 +201,7 @@ class _Round:
     ) -> None:
         self._images = images
         self._models = models
+        self._cached = [CachedModel(model) for model in models]
         self._texts = texts
         self._drawing = drawing
         self._responses = drawing.responses
@@ -294,7 +295,7 @@ class _Round:
         self._rows += [row for piece in joining for row in piece.rows]
         self._places = torch.cat([self._places[keep], *(piece.places for piece in joining)])
         self._tokens = torch.cat([self._tokens[keep], *(piece.tokens for piece in joining)])
-        self._last = self._responses.last_places(self._rows)
+        self._last = torch.cat([self._last[keep], *(piece.last for piece in joining)])
         self._width = width
 
     def _next_equal_prompts(self) -> int:
@@ -307,8 +308,7 @@ class _Round:
         read = self._read(rows)
         self._caches, self._rows, self._starts = read.caches, read.rows, read.starts
         self._places, self._tokens, self._width = read.places, read.tokens, read.width
-        self._deltas = read.deltas
-        self._last = self._responses.last_places(rows)
+        self._deltas, self._last = read.deltas, read.last
         return len(rows)
 
     # ---------------------------------------------------------------- the model
@@ -335,7 +335,7 @@ class _Round:
         places, last = self._responses.next_places(rows), self._responses.last_places(rows)
         places, tokens = self._drawing.draw(tables, places, last, index)
         own = starts[index], ids.shape[1], deltas[:, index]
-        return _Prefilled(rows, caches, index, *own, places, tokens)
+        return _Prefilled(rows, caches, index, *own, places, last, tokens)
 
     def _step(self) -> None:
         """Generate one token for every row."""
@@ -369,17 +369,12 @@ class _Round:
         mask = None
         if self._is_roomy:  # else all prompts have one length, and some models misread a mask
             mask = (torch.arange(width, device=self._device) >= starts[:, None]).long()
-        return [
-            cached_logits(
-                model,
-                ids,
-                own,
-                mask,
-                cache,
-                None if images is None else image_arguments(model, ids, images),
-            )
-            for model, own, cache in zip(self._models, positions, caches, strict=True)
+        own_images = [
+            None if images is None else image_arguments(model, ids, images)
+            for model in self._models
         ]
+        sides = zip(self._cached, positions, caches, own_images, strict=True)
+        return [model.logits(ids, own, mask, cache, shown) for model, own, cache, shown in sides]
 
 
 def _steps_per_check(device: torch.device) -> int:

@@ -23,6 +23,7 @@ from okd_lightning.engines.shared_weights import SharedWeights, SlotLayout
 from okd_lightning.engines.transformers_engine import TransformersEngine
 from okd_lightning.errors import OKDLightningError, WorkerError, one_line
 from okd_lightning.models import Vocabulary
+from okd_lightning.models.processors import ImageReader
 from okd_lightning.records.requests import Request, Rollout
 
 _REPORT_SECONDS = 0.1
@@ -44,6 +45,7 @@ class WorkerSetup:
         num_threads: Threads of an operation on the CPU.
         matmul_precision: Of float32, see ``torch.set_float32_matmul_precision``.
         is_deterministic: Whether only deterministic algorithms are used.
+        images: Processor of the model; None for a text model.
     """
 
     model_file: int
@@ -57,6 +59,7 @@ class WorkerSetup:
     num_threads: int
     matmul_precision: str
     is_deterministic: bool
+    images: ImageReader | None = None
 
 
 @dataclass(frozen=True)
@@ -166,8 +169,17 @@ def _start(setup: WorkerSetup) -> tuple[TransformersEngine, SharedWeights]:
         f"/dev/fd/{setup.model_file}", map_location=device, weights_only=False, mmap=True
     ).eval()
     os.close(setup.model_file)
+    if setup.images is not None:
+        # transformers notes which outputs a class can give when one is built; LLaVA asks for them
+        with torch.device("meta"):
+            type(model)(model.config)
     engine = TransformersEngine(
-        model, setup.vocabulary, setup.eos_ids, setup.token_budget, setup.dtype
+        model,
+        setup.vocabulary,
+        setup.eos_ids,
+        setup.token_budget,
+        setup.dtype,
+        images=setup.images,
     )
     return engine, SharedWeights(setup.weights_file, setup.layout)
 

@@ -10,14 +10,15 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from okd_lightning.engines.ahead import AheadEngine, Answer, Generated
 from okd_lightning.engines.shared_weights import SharedWeights, SlotLayout, anonymous_file
@@ -103,6 +104,7 @@ class WorkerProcess(AheadEngine):
             num_threads=torch.get_num_threads(),
             matmul_precision=torch.get_float32_matmul_precision(),
             is_deterministic=torch.are_deterministic_algorithms_enabled(),
+            images=engine.images,
         )
         self._pipe, there = Pipe()
         self._process = (start or launch)(there, (weights_file, model_file))
@@ -169,7 +171,7 @@ def _pickled(engine: TransformersEngine) -> int:
     """Return a file without a path that holds the model."""
     file = anonymous_file("okd-model")
     try:
-        with os.fdopen(os.dup(file), "wb") as stream:
+        with os.fdopen(os.dup(file), "wb") as stream, _without_output_hooks(engine.model):
             torch.save(engine.model, stream)
     except Exception as error:
         os.close(file)
@@ -179,6 +181,28 @@ def _pickled(engine: TransformersEngine) -> int:
             "--data.rollout_lag out"
         ) from error
     return file
+
+
+@contextmanager
+def _without_output_hooks(model: nn.Module) -> Iterator[None]:
+    """Take the hooks off within the block with which transformers reads hidden states.
+
+    A pass that asks for hidden states, such as LLaVA's over an image, leaves them on the modules,
+    and they are local functions, which cannot be pickled.
+    """
+    hooks, flag = [], "_output_capturing_hooks_installed"
+    flagged = [module for module in model.modules() if vars(module).pop(flag, False)]
+    for module in model.modules():
+        for number, hook in [*module._forward_hooks.items()]:
+            if str(getattr(hook, "__module__", "")).startswith("transformers."):
+                hooks.append((module, number, module._forward_hooks.pop(number)))
+    try:
+        yield
+    finally:
+        for module, number, hook in hooks:
+            module._forward_hooks[number] = hook
+        for module in flagged:
+            setattr(module, flag, True)
 
 
 def _read(

@@ -29,6 +29,7 @@ from okd_lightning.divergences import Divergence, Tempered, TopK
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses.closed_form import target_logprob
 from okd_lightning.losses.exact import measure
+from okd_lightning.losses.outcomes import PackedHead, unpack_drawn
 from okd_lightning.losses.projection import Side
 from okd_lightning.losses.quantities import (
     DrawnLogProb,
@@ -260,6 +261,10 @@ def measure_chunks(
         if side is None or not wanted:
             continue
         is_own = reader == "student"
+        if isinstance(side.head, PackedHead):  # of a served teacher the target's outcome is known
+            drawn = unpack_drawn(side.hidden)
+            tokens.update({(reader, quantity): drawn for quantity in wanted})
+            continue
         values = measure(
             wanted,
             side,

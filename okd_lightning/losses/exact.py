@@ -9,6 +9,7 @@ for positionwise terms.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -50,24 +51,7 @@ def measure(
     device = student.hidden.device
     size = tile_positions or tile_size(vocab_size, device)
     block = block_positions(vocab_size, device)
-
-    def run(
-        student_hidden: Tensor,
-        teacher_hidden: Tensor | None,
-        base_hidden: Tensor | None,
-        ids: Tensor,
-        merged: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        teacher_logits = None
-        if teacher is not None and teacher_hidden is not None:
-            teacher_logits = teacher.head(teacher_hidden)
-        base_logits = None
-        if base is not None and base_hidden is not None:
-            with torch.no_grad():
-                base_logits = base.head(base_hidden)
-        logits = (student.head(student_hidden), teacher_logits, base_logits)
-        return _over_blocks(asked, block, logits, ids, student.end_ids, merged)
-
+    run = partial(_over_tile, asked, block, (student, teacher, base))
     hidden = student.hidden.split(size)
     teacher_hidden, base_hidden = (
         side.hidden.split(size) if side is not None else [None] * len(hidden)
@@ -85,6 +69,29 @@ def measure(
         quantity: torch.cat(values)
         for quantity, values in zip(asked, zip(*tiles, strict=True), strict=True)
     }
+
+
+def _over_tile(
+    asked: tuple[Quantity, ...],
+    block: int,
+    sides: tuple[Side, Side | None, Side | None],
+    student_hidden: Tensor,
+    teacher_hidden: Tensor | None,
+    base_hidden: Tensor | None,
+    ids: Tensor,
+    merged: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Measure every quantity of a tile from the hidden states of student, teacher and base."""
+    student, teacher, base = sides
+    teacher_logits = None
+    if teacher is not None and teacher_hidden is not None:
+        teacher_logits = teacher.head(teacher_hidden)
+    base_logits = None
+    if base is not None and base_hidden is not None:
+        with torch.no_grad():
+            base_logits = base.head(base_hidden)
+    logits = (student.head(student_hidden), teacher_logits, base_logits)
+    return _over_blocks(asked, block, logits, ids, student.end_ids, merged)
 
 
 def _over_blocks(

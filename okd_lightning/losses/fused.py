@@ -27,7 +27,7 @@ from okd_lightning.losses.projection import (
     slices,
     tile_size,
 )
-from okd_lightning.losses.quantities import Tile
+from okd_lightning.losses.quantities import Quantity, Tile
 from okd_lightning.losses.terms import (
     Measured,
     WeightedLoss,
@@ -190,6 +190,29 @@ def fused_loss(
     return run.result()
 
 
+def measure_batch(
+    quantities: Sequence[Quantity],
+    sides: tuple[Side, Side | None, Side | None],
+    batch: DistillBatch,
+    targets: PositionIds,
+    about: Measured,
+    vocab_size: int,
+    tile_positions: int | None,
+) -> Measured:
+    """Return ``about`` with the values of quantities at all positions of a micro-batch.
+
+    Where the teacher has another tokenizer, values of chunks are at their first positions. See
+    ``batch_loss`` for the arguments.
+    """
+    student, teacher, base = sides
+    if batch.chunks is not None:
+        values = measure_chunks(batch, quantities, sides, tile_positions).at_positions()
+    else:
+        sizes = vocab_size, tile_positions
+        values = measure(quantities, student, teacher, targets, *sizes, base, about.merges_ends)
+    return replace(about, values=values)
+
+
 def batch_loss(
     terms: Sequence[WeightedTerm],
     sides: tuple[Side, Side | None, Side | None],
@@ -223,10 +246,8 @@ def batch_loss(
     quantities = [quantity for weighted in terms for quantity in weighted.term.quantities]
     if batch.chunks is not None:
         return chunked_loss(terms, about, measure_chunks(batch, quantities, sides, tile_positions))
-    values = measure(
-        quantities, student, teacher, targets, vocab_size, tile_positions, base, about.merges_ends
-    )
-    return weighted_loss(terms, replace(about, values=values))
+    given = quantities, sides, batch, targets, about, vocab_size, tile_positions
+    return weighted_loss(terms, measure_batch(*given))
 
 
 def _gradients(total: Tensor, wanted: list[Tensor]) -> Sequence[Tensor]:

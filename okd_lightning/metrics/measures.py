@@ -72,16 +72,22 @@ def cached_measures(
     return quantities
 
 
-def chunk_measures(stage: str, is_own: bool) -> dict[str, Quantity]:
+def chunk_measures(stage: str, is_own: bool, has_ids: bool = True) -> dict[str, Quantity]:
     """Return metric name → quantity, against a teacher with another tokenizer.
 
     ``chunk_*`` are the divergences in their names over chunks of text (``losses.chunked``), in nats
     per token of the student.
+
+    Args:
+        stage: "val" or "test".
+        is_own: On-policy samples, or dataset responses.
+        has_ids: Whether the teacher gives log-probabilities of ids, and not of outcomes alone.
     """
     prefix = f"{stage}/on_policy_chunk_" if is_own else f"{stage}/chunk_"
     names = ("forward_kl", "reverse_kl", "jsd")
     own = measures(stage, is_own, has_teacher=False)
-    fit = {} if is_own else {f"{stage}/{name}": q for name, q in _TEACHER_FIT.items()}
+    fit = {f"{stage}/{name}": q for name, q in _TEACHER_FIT.items()}
+    fit = fit if has_ids and not is_own else {}
     return own | fit | {prefix + name: _AGAINST_TEACHER[name] for name in names}
 
 

@@ -11,10 +11,10 @@
 * ``vocabulary``: comparison of tokenizers by content; ids outside the tokenizer are masked.
 * ``end_tokens``: ids that end a response, and those that are one outcome.
 * ``causality``: check that a model does not attend to later tokens.
-* ``grouping``: rows that may share a forward pass.
 * ``taps``, ``routers``: states of layers and router logits, taken in a forward pass.
 * ``projectors``: maps from the student's hidden states to the teacher's.
-* ``reading``: hidden states at loss positions, from packed or padded rows.
+* ``reading``: hidden states at loss positions, from packed or padded rows. ``grouping`` measures
+  which rows may share a pass, ``packing`` whether packed rows are kept apart.
 * ``pair``: the tokenizer that a student and its teacher share; ``pair_images``: their processors.
 * ``merging``: adapters merged into their base layers.
 * ``recompute``: gradient checkpointing, also of a teacher in eval mode.
@@ -27,20 +27,25 @@ from okd_lightning.models.adapters import GivenPair, add_adapter
 from okd_lightning.models.causal_lm import LMHead, head_inputs
 from okd_lightning.models.causality import check_causal
 from okd_lightning.models.compilation import compile_blocks
-from okd_lightning.models.end_tokens import EndTokens, EndTokensArgument, find_end_tokens
-from okd_lightning.models.grouping import forget_lengths, row_groups, say_row_groups
+from okd_lightning.models.end_tokens import (
+    EndTokens,
+    EndTokensArgument,
+    eos_token_ids,
+    find_end_tokens,
+)
+from okd_lightning.models.grouping import forget_lengths
 from okd_lightning.models.lengths import check_lengths, max_positions
 from okd_lightning.models.loading import (
     DTypeName,
     check_precision,
     dtype_of,
-    eos_token_ids,
     load_causal_lm,
     load_model_config,
     load_tokenizer,
 )
 from okd_lightning.models.merging import merge_adapters, merged_copy
 from okd_lightning.models.multimodal import freeze_vision, reads_images
+from okd_lightning.models.packing import packs_rows, reads_packed_rows
 from okd_lightning.models.pair import (
     check_pair,
     find_tokenizer,
@@ -54,7 +59,7 @@ from okd_lightning.models.projectors import (
     check_layers,
     projectors_for,
 )
-from okd_lightning.models.reading import hidden_at_loss, packs_rows, reads_packed_rows
+from okd_lightning.models.reading import hidden_at_loss, row_groups, say_row_groups
 from okd_lightning.models.recompute import recompute_activations
 from okd_lightning.models.sources import ModelArgument, ModelSource
 from okd_lightning.models.vocabulary import (

@@ -20,25 +20,54 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from okd_lightning.errors import ModelError
 from okd_lightning.models.vocabulary import Vocabulary
 
 
+def within_peft(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model within a PEFT wrapper, adapters included."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def trained(model: nn.Module | None) -> list[nn.Parameter]:
+    """Return a model's trained parameters; none without a model."""
+    return [] if model is None else [p for p in model.parameters() if p.requires_grad]
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Set ``model`` to eval mode (no dropout) within the context."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def named_arguments(model: PreTrainedModel) -> frozenset[str]:
     """Return the argument names of the model's forward pass.
 
-    A model that passes its ``**kwargs`` on also accepts its backbone's names.
+    A model that passes its ``**kwargs`` on also accepts its backbone's names, and through a
+    backbone that does so (of LLaVA) those of the language model.
 
     Args:
         model: A causal LM; of a PEFT wrapper, the base model is read.
     """
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    names = _signature(_function(plain))
-    if None in names and plain.base_model is not plain:
-        names |= _signature(_function(plain.base_model))
-    return frozenset(name for name in names if name is not None)
+    plain = within_peft(model)
+    found = frozenset[str | None]()
+    outer: nn.Module | None = None
+    for module in (plain, plain.base_model, plain.get_decoder()):
+        if module is None or module is outer:
+            continue
+        names = _signature(_function(module))
+        found |= names
+        if None not in names:
+            break
+        outer = module
+    return frozenset(name for name in found if name is not None)
 
 
 def forward_arguments(
@@ -210,40 +239,6 @@ def last_logits(
     with _before_the_head(model, select):
         logits: Tensor = model(**forward_arguments(model, needed, wanted)).logits
     return logits[:, -1]
-
-
-def cache_argument(model: PreTrainedModel) -> str | None:
-    """Return the name of the cache argument of the model's forward pass; None without one."""
-    names = named_arguments(model)
-    return next((name for name in ("past_key_values", "cache_params") if name in names), None)
-
-
-def cached_logits(
-    model: PreTrainedModel,
-    ids: Tensor,
-    positions: Tensor,
-    mask: Tensor | None,
-    cache: DynamicCache,
-    images: Mapping[str, Tensor] | None = None,
-) -> Tensor:
-    """Return [rows, table] logits for the token after ``ids``, which are appended to ``cache``.
-
-    Args:
-        model: A causal LM, not wrapped.
-        ids: [rows, tokens].
-        positions: [rows, tokens] from each row's first token; models without this argument count
-            positions themselves, which ``memory_of`` has checked.
-        mask: [rows, columns] True on each row's own columns of the cache, these tokens included;
-            None if all rows fill all columns.
-        cache: A cache of this model; see ``empty_cache``.
-        images: Arguments for the images of ``ids``; see ``multimodal.image_arguments``.
-
-    Raises:
-        ModelError: The model has no argument for the cache, or for the given mask.
-    """
-    name = cache_argument(model) or "past_key_values"
-    needed = {"input_ids": ids, "attention_mask": mask, name: cache, **(images or {})}
-    return last_logits(model, needed, {"position_ids": positions, "use_cache": True})
 
 
 @contextmanager

@@ -7,19 +7,16 @@ those that are written before further tokens of the same response (``data.end_to
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from pathlib import Path
+from typing import TypeAlias, cast
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from okd_lightning.errors import ConfigError
-from okd_lightning.models.loading import (
-    ModelSource,
-    eos_token_ids,
-    generation_eos,
-    load_tokenizer,
-)
+from okd_lightning.errors import ConfigError, ModelError
+from okd_lightning.models.loading import UNREADABLE, adapter_at, load_tokenizer
+from okd_lightning.models.sources import ModelSource, Source, first_line, locate
 from okd_lightning.models.vocabulary import Vocabulary
 
 EndTokensArgument: TypeAlias = list[int | str] | int | str
@@ -69,6 +66,70 @@ class EndTokens:
         if others:
             text += f"; generation also stops at {_names(others, tokenizer)}"
         return text
+
+
+def eos_token_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return all ids that end a response; the first is appended to training data.
+
+    Taken from the student's generation config, else from the one in the tokenizer's folder, else
+    from the tokenizer.
+
+    Args:
+        source: The student.
+        tokenizer: Its tokenizer.
+
+    Raises:
+        ModelError: None of these has an end-of-sequence id, or it is no id of the tokenizer.
+    """
+    ids = generation_eos(source, "--model.student")
+    if ids is None and Path(tokenizer.name_or_path or "").is_dir():
+        ids = _eos_beside(Source("", tokenizer.name_or_path))
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    if ids is None:
+        raise ModelError(
+            "neither the student's generation config nor its tokenizer names an end-of-sequence "
+            "token; set eos_token_id in generation_config.json"
+        )
+    found = (ids,) if isinstance(ids, int) else tuple(ids)
+    foreign = [i for i in found if i not in tokenizer.get_vocab().values()]
+    if foreign:
+        raise ModelError(
+            f"the student's end-of-sequence ids {list(found)} hold {foreign[0]}, which is no token "
+            "of the tokenizer; set eos_token_id in the student's generation config"
+        )
+    return found
+
+
+def generation_eos(source: ModelSource, option: str) -> int | list[int] | None:
+    """Return the end-of-sequence ids of a model's generation config; None if it names none.
+
+    Args:
+        source: The model.
+        option: How the user named it, for messages.
+    """
+    if isinstance(source, PreTrainedModel):
+        return source.generation_config.eos_token_id if source.generation_config else None
+    if isinstance(source, Mapping):
+        return source.get("eos_token_id")
+    found = locate(source, option)
+    if found.gguf_file is not None:  # its tokenizer has the end of a chat turn
+        return None
+    own = _eos_beside(found)
+    adapter = adapter_at(found, option) if own is None else None
+    return own if adapter is None else generation_eos(adapter.base, option)
+
+
+def _eos_beside(found: Source) -> int | list[int] | None:
+    try:
+        config = GenerationConfig.from_pretrained(found.name, revision=found.revision or "main")
+    except OSError:  # a folder without generation_config.json
+        return None
+    except UNREADABLE as error:
+        raise ModelError(
+            f"generation_config.json of {found.name!r} cannot be read: {first_line(error)}"
+        ) from error
+    return cast("int | list[int] | None", config.eos_token_id)
 
 
 def find_end_tokens(

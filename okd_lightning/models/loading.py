@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
@@ -19,7 +18,6 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoTokenizer,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -60,7 +58,7 @@ from okd_lightning.models.weight_files import WeightFiles
 
 DTypeName: TypeAlias = Literal["float32", "bfloat16", "float16", "float64"]
 
-_UNREADABLE = (Exception,)
+UNREADABLE = (Exception,)
 """Errors that transformers raises for a broken config, tokenizer or weights.
 
 Any type occurs: tokenizers raises plain ``Exception``, deep nesting a ``RecursionError``, and a
@@ -124,7 +122,7 @@ def load_model_config(source: ModelSource, option: str, vocab_size: int) -> Pret
         return adapted_config(adapter, base)
     try:
         config = AutoConfig.from_pretrained(found.name, **found.arguments)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise unreachable(found, option, "model", error) from error
     for name in _SIZES:
         size = getattr(config.get_text_config(), name, None)
@@ -146,7 +144,7 @@ def load_tokenizer(source: str, option: str) -> PreTrainedTokenizerBase:
             return load_tokenizer(adapter.base, option)
     try:
         tokenizer = AutoTokenizer.from_pretrained(found.name, **found.arguments)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise unreachable(found, option, "tokenizer", error) from error
     path = found.file(found.gguf_file) if found.gguf_file is not None else None
     if path is not None:
@@ -256,7 +254,7 @@ def weights_from_files(
                 **found.arguments,
                 **unpacking(found.gguf_file),
             )
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         if found.folder is None and isinstance(error, OSError):
             raise unreachable(found, option, "model", error) from error
         raise ModelError(
@@ -296,58 +294,6 @@ def adapter_at(found: Source, option: str) -> AdapterFolder | None:
         raise unreachable(found, option, "model", error) from error
 
 
-def eos_token_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return all ids that end a response; the first is appended to training data.
-
-    Taken from the student's generation config, else from the one in the tokenizer's folder, else
-    from the tokenizer.
-
-    Args:
-        source: The student.
-        tokenizer: Its tokenizer.
-
-    Raises:
-        ModelError: None of these has an end-of-sequence id, or it is no id of the tokenizer.
-    """
-    ids = generation_eos(source, "--model.student")
-    if ids is None and Path(tokenizer.name_or_path or "").is_dir():
-        ids = _eos_beside(Source("", tokenizer.name_or_path))
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    if ids is None:
-        raise ModelError(
-            "neither the student's generation config nor its tokenizer names an end-of-sequence "
-            "token; set eos_token_id in generation_config.json"
-        )
-    found = (ids,) if isinstance(ids, int) else tuple(ids)
-    foreign = [i for i in found if i not in tokenizer.get_vocab().values()]
-    if foreign:
-        raise ModelError(
-            f"the student's end-of-sequence ids {list(found)} hold {foreign[0]}, which is no token "
-            "of the tokenizer; set eos_token_id in the student's generation config"
-        )
-    return found
-
-
-def generation_eos(source: ModelSource, option: str) -> int | list[int] | None:
-    """Return the end-of-sequence ids of a model's generation config; None if it names none.
-
-    Args:
-        source: The model.
-        option: How the user named it, for messages.
-    """
-    if isinstance(source, PreTrainedModel):
-        return source.generation_config.eos_token_id if source.generation_config else None
-    if isinstance(source, Mapping):
-        return source.get("eos_token_id")
-    found = locate(source, option)
-    if found.gguf_file is not None:  # its tokenizer has the end of a chat turn
-        return None
-    own = _eos_beside(found)
-    adapter = adapter_at(found, option) if own is None else None
-    return own if adapter is None else generation_eos(adapter.base, option)
-
-
 @contextmanager
 def _enough_memory(option: str) -> Iterator[None]:
     """Name the option where torch cannot allocate the random weights of a config.
@@ -364,18 +310,6 @@ def _enough_memory(option: str) -> Iterator[None]:
             f"{option}: there is no memory for the weights of this config "
             f"({first_line(error)}); give smaller sizes"
         ) from error
-
-
-def _eos_beside(found: Source) -> int | list[int] | None:
-    try:
-        config = GenerationConfig.from_pretrained(found.name, revision=found.revision or "main")
-    except OSError:  # a folder without generation_config.json
-        return None
-    except _UNREADABLE as error:
-        raise ModelError(
-            f"generation_config.json of {found.name!r} cannot be read: {first_line(error)}"
-        ) from error
-    return cast("int | list[int] | None", config.eos_token_id)
 
 
 def _config_from_mapping(fields: dict[str, Any], option: str, vocab_size: int) -> PretrainedConfig:

@@ -146,7 +146,9 @@ class ImageReader:
 
     def _processed(self, images: list[Image.Image]) -> Mapping[str, Any]:
         own: Any = self.processor
-        settings = dict(getattr(type(own), "images_kwargs", {}))
+        earlier = getattr(getattr(own, "valid_processor_kwargs", None), "_defaults", {})
+        defaults = earlier.get("images_kwargs", {})  # where transformers 5.19 has them
+        settings = dict(getattr(type(own), "images_kwargs", defaults))
         found: Mapping[str, Any] = own.image_processor(
             [images], return_tensors="pt", input_data_format="channels_last", **settings
         )
@@ -233,20 +235,19 @@ def _processor(found: Source, config: PretrainedConfig) -> Any:
 
 def _without_videos(found: Source, config: PretrainedConfig) -> Any:
     """Put the image processor and the tokenizer of a model together."""
-    general: Any = PROCESSOR_MAPPING[type(config)]
-    # transformers would import torchvision to check the class of the part for videos
-    kind: Any = type(general.__name__, (general,), {"check_argument_for_proper_class": _unchecked})
+    kind: Any = PROCESSOR_MAPPING[type(config)]
     images = AutoImageProcessor.from_pretrained(found.name, backend="pil", **found.arguments)
     path = found.file("processor_config.json")
     known = json.loads(path.read_text()) if path is not None else {}
     settings = {k: v for k, v in known.items() if isinstance(v, str | int)}
     settings.pop("processor_class", None)
     tokenizer = kind._load_tokenizer_from_pretrained("tokenizer", found.name, "")
-    return kind(images, tokenizer, _NoVideos(), **settings)
-
-
-def _unchecked(processor: Any, name: str, argument: Any) -> None:
-    del processor, name, argument
+    processor = kind.__new__(kind)
+    # transformers would import torchvision to check the class of the part for videos
+    processor.check_argument_for_proper_class = lambda name, argument: None
+    processor.__init__(images, tokenizer, _NoVideos(), **settings)
+    del processor.check_argument_for_proper_class  # a worker process gets the processor pickled
+    return processor
 
 
 class _NoVideos:

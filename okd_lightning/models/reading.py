@@ -3,13 +3,15 @@
 A packed row holds several of the batch's rows. transformers' masks (and flash attention's lengths)
 find their starts from position ids that restart at 0, if neither a cache nor an attention mask is
 passed. In a model with a recurrent state (Mamba) or without position ids, rows would silently leak
-into each other, so every model is tested once.
+into each other, so every model is tested once (``packing``). Rows that must not share a pass
+(``grouping``) are read in several.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -25,8 +27,7 @@ from okd_lightning.losses.projection import Side
 from okd_lightning.losses.quantities import Quantity
 from okd_lightning.losses.states import layers_read, routers_read
 from okd_lightning.models.causal_lm import LMHead, head_inputs, named_arguments
-from okd_lightning.models.causality import attention_of_any_device, embedding_gradient
-from okd_lightning.models.grouping import row_groups, say_row_groups
+from okd_lightning.models.grouping import measured_groups, switches
 from okd_lightning.models.multimodal import (
     image_arguments,
     reads_images,
@@ -36,9 +37,88 @@ from okd_lightning.models.taps import Taps
 from okd_lightning.models.vocabulary import Vocabulary
 from okd_lightning.records.sequences import Sequences
 
-_TRIAL_LENGTHS = (5, 4, 3, 2)
-_TOLERANCE = 0.1
-"""Allowed distance relative to the norm: above the rounding of deep models in 16 bits."""
+
+@dataclass(frozen=True)
+class RowGroups:
+    """Groups of rows that a model may read in one pass.
+
+    Attributes:
+        switch: Rows of more tokens are read separately from the others; None if any rows may share
+            a pass.
+        by_length: Rows above the switch share a pass only with rows of the same length, and follow
+            a short row, which resets the model's remembered length.
+        virtual_tokens: Tokens that prompt learning prepends to a row (it does not always).
+    """
+
+    switch: int | None = None
+    by_length: bool = False
+    virtual_tokens: int = 0
+
+    def group(self, length: int) -> int:
+        """Return a number that is equal for rows that may share a pass; grows with the length."""
+        if self.switch is None or length + self.virtual_tokens <= self.switch:
+            return 0
+        return length if self.by_length else 1 + (length > self.switch)
+
+    def split(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Return the row numbers of each pass, short rows first."""
+        groups: dict[int, list[int]] = {}
+        for number, length in enumerate(lengths):
+            groups.setdefault(self.group(length), []).append(number)
+        return [groups[key] for key in sorted(groups)]
+
+    def follows_a_short_row(self, length: int) -> bool:
+        """Return whether a first pass of rows up to ``length`` tokens needs a short row before."""
+        if self.switch is None or not self.by_length:
+            return False
+        return length + self.virtual_tokens >= self.switch
+
+
+ANY_ROWS = RowGroups()
+
+
+def row_groups(model: PreTrainedModel) -> RowGroups:
+    """Return the rows that ``model`` may read in one pass; measured once and kept on the model.
+
+    Skipped for a config without a scaled rotary embedding. On the meta device it is postponed
+    until the weights are loaded.
+
+    Args:
+        model: A causal LM, wrapped or not; its weights and mode are not changed.
+
+    Raises:
+        ModelError: A row's result depends on rows of earlier passes.
+    """
+    if isinstance(model, PeftModel):
+        own = row_groups(model.get_base_model())
+        virtual = getattr(model.active_peft_config, "num_virtual_tokens", None)
+        return replace(own, virtual_tokens=virtual or 0)
+    known: RowGroups | None = getattr(model, "_okd_row_groups", None)
+    if known is None:
+        if not switches(model.config) or "position_ids" not in named_arguments(model):
+            known = ANY_ROWS
+        elif next(model.parameters()).device.type == "meta":
+            return ANY_ROWS
+        else:
+            known = RowGroups(*measured_groups(model))
+        object.__setattr__(model, "_okd_row_groups", known)
+    return known
+
+
+def say_row_groups(model: PreTrainedModel, role: str) -> None:
+    """Log if rows must be read in groups.
+
+    Args:
+        model: The student or the teacher.
+        role: Its role, for the message.
+    """
+    groups = row_groups(model)
+    if groups.switch is not None:
+        apart = "by length" if groups.by_length else "apart"
+        rank_zero_info(
+            f"{role}: rows of more than {groups.switch} tokens are read {apart}, because the "
+            f"rotary embedding of {type(model).__name__} depends on the longest row of a pass"
+        )
 
 
 def hidden_at_loss(
@@ -61,13 +141,13 @@ def hidden_at_loss(
     groups = row_groups(model)
     idle_vision = _idle_vision(model, read)
     if groups.switch is None:
-        hidden = _hidden_of_pass(model, read, packs, taps)
+        hidden = hidden_of_pass(model, read, packs, taps)
         return hidden if idle_vision is None else hidden + idle_vision
     passes = groups.split(read.row_lengths)
     first = max(read.row_lengths[row] for row in passes[0])
     num_passes = len(passes) + groups.follows_a_short_row(first)
     idle = _idle_passes(model, read, _most_of_all_ranks(model, num_passes) - len(passes))
-    parts = [_hidden_of_pass(model, read.of_rows(rows), packs, taps, rows) for rows in passes]
+    parts = [hidden_of_pass(model, read.of_rows(rows), packs, taps, rows) for rows in passes]
     order = [torch.isin(read.places.row, read.places.row.new_tensor(rows)) for rows in passes]
     places = torch.cat([part.nonzero().squeeze(-1) for part in order]).argsort()
     if taps is not None:
@@ -75,7 +155,7 @@ def hidden_at_loss(
     return torch.cat(parts)[places] + (idle if idle_vision is None else idle + idle_vision)
 
 
-def _hidden_of_pass(
+def hidden_of_pass(
     model: PreTrainedModel,
     read: Sequences,
     packs: bool,
@@ -87,7 +167,7 @@ def _hidden_of_pass(
     packs = packs and read.images is None  # images are put in the places of padded rows
     with _fast_layers(model, read.input_ids.device), taps.listening() if taps else nullcontext():
         if packs:
-            hidden = _packed_states(model, read)
+            hidden = packed_states(model, read)
             starts = read.packing.start
         else:
             has_none = read.images is None
@@ -159,78 +239,13 @@ def _fast_layers(model: PreTrainedModel, read_on: torch.device) -> AbstractConte
     return nullcontext() if has_other_ways else fast_linears(model, learns=True)
 
 
-def _packed_states(model: PreTrainedModel, read: Sequences) -> Tensor:
+def packed_states(model: PreTrainedModel, read: Sequences) -> Tensor:
     """Return [packed_batch, packed_seq, hidden]; one single packed row for flash attention."""
     packing = read.packing
     ids, positions = read.input_ids[packing.row, packing.column], packing.position_ids
     if _is_flash(model):
         ids, positions = ids.reshape(1, -1), positions.reshape(1, -1)
     return head_inputs(model, ids, None, positions)
-
-
-def reads_packed_rows(model: PreTrainedModel) -> bool:
-    """Return whether a model gives the same result for packed rows as for separate rows.
-
-    Tested with four short rows in two packed ones, on the device of the weights. A row's result
-    must not depend on the row packed before it (exactly, by the gradient), and must equal that of
-    the row alone (within rounding, which tests the positions). A model on the meta device cannot be
-    tested and does not pack.
-
-    Args:
-        model: Its weights and mode are not changed. Prompt learning never packs: it prepends its
-            virtual tokens to the first row of a packed row only.
-    """
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        return False
-    device = next(model.parameters()).device
-    if device.type == "meta":
-        return False
-    if "position_ids" not in named_arguments(model):
-        return False
-    read = _trial_rows(model).to(device)
-    return not _leaks(model, read) and _is_same(model, read)
-
-
-def packs_rows(model: PreTrainedModel, is_wanted: bool, role: str) -> bool:
-    """Return whether a model of a run gets packed rows; log if it does not support them.
-
-    Args:
-        model: The student or the teacher.
-        is_wanted: Whether the run packs.
-        role: Its role, for the message.
-    """
-    packs = is_wanted and reads_packed_rows(model)
-    if is_wanted and not packs:
-        rank_zero_info(
-            f"{role}: rows are padded, sorted by length, and not packed: {type(model).__name__} "
-            "does not keep packed rows apart"
-        )
-    return packs
-
-
-def _trial_rows(model: PreTrainedModel) -> Sequences:
-    """Return rows of different ids with loss on all tokens."""
-    lengths = torch.tensor(_TRIAL_LENGTHS)
-    shape = len(lengths), int(lengths.max())
-    num_ids = model.config.get_text_config().vocab_size
-    ids = (torch.arange(shape[0] * shape[1]) * 7 % num_ids).reshape(shape)
-    return Sequences(ids, lengths, torch.arange(shape[1]) < lengths[:, None])
-
-
-def _leaks(model: PreTrainedModel, read: Sequences) -> bool:
-    """Return whether the last row of a packed row depends on the other rows in it."""
-    is_last = read.packing.row == read.packing.row.max(dim=1, keepdim=True).values
-    packed = embedding_gradient(model, lambda: _packed_states(model, read)[is_last])
-    return bool((packed[~is_last] != 0).any())
-
-
-def _is_same(model: PreTrainedModel, read: Sequences) -> bool:
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), attention_of_any_device(model):
-        alone, packed = (_hidden_of_pass(model, read, packs).double() for packs in (False, True))
-    model.train(was_training)
-    return bool((packed - alone).norm() < _TOLERANCE * alone.norm())
 
 
 def _is_flash(model: PreTrainedModel) -> bool:
@@ -263,15 +278,3 @@ def model_side(
     states = None if taps is None else taps.states()
     head = LMHead.of(model, vocabulary)
     return Side(hidden, head, vocabulary.end_ids, vocabulary.size, states)
-
-
-def tried(model: PreTrainedModel, packing: bool) -> bool:
-    """Test how a teacher reads rows, and report slow fallbacks; return whether it packs them.
-
-    Args:
-        model: A model on its device, or on meta, where nothing can be tested yet.
-        packing: Whether the run packs rows.
-    """
-    packs = packs_rows(model, packing, "teacher")
-    say_row_groups(model, "teacher")
-    return packs

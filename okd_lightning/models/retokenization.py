@@ -12,7 +12,7 @@ its own end, and what does not survive is left without loss and counted:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, TypeAlias
@@ -149,7 +149,8 @@ class Retokenizer:
         teacher: The teacher's.
         teacher_end: Id that ends a response of the teacher; None if it has none.
         num_teacher_ids: Ids that the teacher has a row for; a text that needs others is not read.
-        max_teacher_tokens: Tokens of prompt and response that the teacher reads; None for any.
+        max_teacher_tokens: Tokens of prompt and response that the teacher reads; None for any. A
+            function is called for the first row: a server is asked when it is needed.
         loss: What the rows are for; see ForeignTeacher.
 
     Raises:
@@ -162,15 +163,20 @@ class Retokenizer:
         teacher: PreTrainedTokenizerBase,
         teacher_end: int | None,
         num_teacher_ids: int,
-        max_teacher_tokens: int | None,
+        max_teacher_tokens: int | Callable[[], int | None] | None,
         loss: TextLoss = "chunk",
     ) -> None:
         self._student = _Side(student, "--model.student")
         self._teacher = _Side(teacher, "--model.teacher", num_teacher_ids)
         self._teacher_end = teacher_end
         self._num_teacher_ids = num_teacher_ids
-        self._room = max_teacher_tokens
+        self._max_teacher_tokens = max_teacher_tokens
         self._loss = loss
+
+    @cached_property
+    def _room(self) -> int | None:
+        most = self._max_teacher_tokens
+        return most() if callable(most) else most
 
     @cached_property
     def _vocabularies(self) -> SortedVocabularies:

@@ -2,10 +2,11 @@
 
 * ``requests``: ``Request`` and its ``Response`` objects, in a ``Rollout``.
 * ``batches``: ``Example``, ``TrainingRow``, ``DistillBatch`` and their parts.
-* ``rows``: training rows from examples and rollouts, micro-batches from rows.
-* ``collation``: rows of different lengths in one padded batch.
+* ``collation``: training rows from examples and rollouts, and padded micro-batches from rows.
+* ``counts``: counts of a step's rows, lengths of rollouts, and what is logged of both.
+* ``generations``: responses of a batch as text.
 * ``images``: references to a row's images, and a model's inputs for them.
-* ``sampling``: temperature, top-k, top-p, and the draw of a token.
+* ``sampling``: temperature, top-k and top-p.
 * ``noise``: counter-based random numbers, keyed by prompt, sample and position.
 * ``sequences``: what one model reads: the positions that carry loss, and packed rows.
 * ``shapes``: the tensor types of the signatures.

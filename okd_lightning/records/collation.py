@@ -1,15 +1,15 @@
-"""Collation of ragged rows into the padded tensors of one micro-batch."""
+"""From examples and rollouts to training rows, and from rows to padded micro-batches."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from okd_lightning.records.batches import SOURCES, DistillBatch, TrainingRow
+from okd_lightning.records.batches import SOURCES, DistillBatch, Example, Source, TrainingRow
 from okd_lightning.records.chunks import (
     AlignedResponse,
     Chunks,
@@ -18,9 +18,103 @@ from okd_lightning.records.chunks import (
     IntArray,
     PointIndex,
 )
+from okd_lightning.records.requests import Response
+
+RowReader: TypeAlias = Callable[[Sequence[TrainingRow]], list[TrainingRow]]
+"""From rows to rows as the teacher reads them."""
 
 _Response: TypeAlias = tuple[AlignedResponse, Mapping[int, int], Mapping[int, int]]
 """A response, and from places of both sides' tokens to their loss positions."""
+
+
+def dataset_row(example: Example) -> TrainingRow:
+    """Return a row with the dataset response.
+
+    Loss lies on the response and on earlier assistant turns of the prompt. Where the teacher has
+    its own prompt, only the response carries loss, because only it is in both sequences.
+    """
+    prompt_mask = example.prompt_mask
+    if example.teacher_prompt_ids:
+        prompt_mask = (False,) * len(example.prompt_ids)
+    return TrainingRow(
+        index=example.index,
+        source="dataset",
+        input_ids=example.prompt_ids + example.response_ids,
+        mask=prompt_mask + (True,) * len(example.response_ids),
+        prompt_length=len(example.prompt_ids),
+        teacher_prompt_ids=example.teacher_prompt_ids,
+        teacher=example.teacher,
+        images=example.images,
+        teacher_images=example.teacher_images,
+    )
+
+
+def sampled_row(
+    example: Example,
+    source: Source,
+    response: Response,
+    credits: Mapping[str, float] | None = None,
+) -> TrainingRow:
+    """Return a row with a sampled response; only sampled tokens carry loss.
+
+    Args:
+        example: The example of the prompt.
+        source: Generator of the response.
+        response: The response.
+        credits: The response's advantage in each reward term, by the term's name.
+    """
+    return TrainingRow(
+        index=example.index,
+        source=source,
+        input_ids=example.prompt_ids + response.ids,
+        mask=(False,) * len(example.prompt_ids) + response.mask,
+        prompt_length=len(example.prompt_ids),
+        sampler_logprobs=response.logprobs,
+        credits=credits or {},
+        teacher_prompt_ids=example.teacher_prompt_ids,
+        stop_reason=response.stop_reason,
+        merges_ends=response.merges_ends,
+        teacher=example.teacher,
+        images=example.images,
+        teacher_images=example.teacher_images,
+    )
+
+
+def sampled_rows(
+    examples: Sequence[Example],
+    source: Source,
+    responses: Sequence[Response],
+    credits: Mapping[str, Sequence[float]] | None = None,
+) -> list[TrainingRow]:
+    """Return one row a response; see ``sampled_row``.
+
+    Args:
+        examples: The examples of the prompts, in the order of the responses.
+        source: Generator of the responses.
+        responses: The responses.
+        credits: One advantage a response, by the reward term's name.
+    """
+    columns = credits or {}
+    return [
+        sampled_row(example, source, response, {name: columns[name][i] for name in columns})
+        for i, (example, response) in enumerate(zip(examples, responses, strict=True))
+    ]
+
+
+def fully_masked(row: TrainingRow) -> TrainingRow:
+    """Return the row fully masked: it is computed and contributes zero."""
+    return TrainingRow(
+        index=row.index,
+        source=row.source,
+        input_ids=row.input_ids,
+        mask=(False,) * len(row.mask),
+        prompt_length=row.prompt_length,
+        teacher_prompt_ids=row.teacher_prompt_ids,
+        aligned=None if row.aligned is None else row.aligned.without_chunks(),
+        teacher=row.teacher,
+        images=row.images,
+        teacher_images=row.teacher_images,
+    )
 
 
 def _padded(rows: Sequence[TrainingRow], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,3 +262,21 @@ def collate(rows: Sequence[TrainingRow], pad_id: int = 0) -> DistillBatch:
         images=images,
         teacher_images=teacher_images,
     )
+
+
+def micro_batches(rows: Sequence[TrainingRow], num_batches: int) -> list[DistillBatch]:
+    """Cut one rank's rows of an optimizer step into micro-batches of similar lengths.
+
+    Always returns ``num_batches``, so that all ranks do the same number of passes. If there are too
+    few rows, the last batches are one fully masked row each, which contributes zero.
+
+    Args:
+        rows: At least one row.
+        num_batches: Micro-batches an optimizer step.
+    """
+    by_length = sorted(rows, key=lambda row: -row.num_tokens)
+    size = -(-len(rows) // num_batches)
+    batches = [collate(by_length[i : i + size]) for i in range(0, len(rows), size)]
+    while len(batches) < num_batches:
+        batches.append(collate([fully_masked(by_length[-1])]))
+    return batches

@@ -1,10 +1,4 @@
-"""Sampling of a next token from logits: temperature, top-k and top-p, then one draw.
-
-A draw is the inverse of the cumulative distribution at one uniform number, in the order of ids, so
-that a row's token depends on its own logits and noise only. There are three passes over the
-vocabulary (maximum, exponential, sums of blocks). Only the sums and the chosen block are
-accumulated, in float64, so that no tail is lost to rounding.
-"""
+"""The distribution from which a next token is sampled: temperature, top-k and top-p."""
 
 from __future__ import annotations
 
@@ -16,9 +10,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from okd_lightning.errors import ConfigError
-
-_BLOCK = 256
-"""Ids in a block, which is summed in float32."""
 
 _NUCLEUS = 1024
 """Most likely ids that are sorted for top-p; the whole vocabulary is sorted if they are too few."""
@@ -79,89 +70,6 @@ class Sampling:
     def logprobs(self, logits: Tensor) -> Tensor:
         """[rows, vocab] logits → log-probabilities (nats) of the sampling distribution."""
         return self.warp(logits).log_softmax(-1)
-
-    def choose(
-        self,
-        logits: Tensor,
-        uniform: Tensor,
-        workspace: Tensor | None = None,
-        end_ids: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Sample one token a row: [rows] ids, and [rows] log-probs under the sampling distribution.
-
-        Args:
-            logits: [rows, vocab] float32; minus infinity is never sampled.
-            uniform: [rows] float64 in (0, 1); not used by greedy.
-            workspace: See ``draw``.
-            end_ids: See ``draw``.
-        """
-        if self.temperature == 0:
-            return logits.argmax(-1), logits.new_zeros(len(logits))
-        return draw(self.warp(logits), uniform, workspace, end_ids)
-
-
-def workspace_for(num_rows: int, vocab: int, device: torch.device) -> Tensor:
-    """Return [rows, vocab rounded up] zeros, for repeated draws of up to ``num_rows`` rows."""
-    return torch.zeros(num_rows, -(-vocab // _BLOCK) * _BLOCK, device=device)
-
-
-def draw(
-    logits: Tensor,
-    uniform: Tensor,
-    workspace: Tensor | None = None,
-    end_ids: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Sample one token a row by inverse CDF.
-
-    Args:
-        logits: [rows, vocab] log-probabilities, up to a constant a row.
-        uniform: [rows] float64 in (0, 1).
-        workspace: From ``workspace_for`` this vocabulary; allocated if None.
-        end_ids: [ends] ids that are one outcome: an end's log-probability is that of all of them
-            together. None for none.
-
-    Returns:
-        [rows] ids and [rows] their log-probabilities (nats).
-    """
-    num_rows, vocab = logits.shape
-    if workspace is None:
-        workspace = workspace_for(num_rows, vocab, logits.device)
-    weights = workspace[:num_rows]
-    valid = weights[:, :vocab]
-    torch.sub(logits, logits.amax(-1, keepdim=True), out=valid)
-    valid.exp_()
-    blocks = weights.view(num_rows, -1, _BLOCK)
-    sums = blocks.sum(-1).double()
-    ends = sums.cumsum(-1)
-    block, share = _locate(ends, sums, uniform.to(ends)[:, None])
-    inside = blocks.gather(1, block[:, :, None].expand(-1, 1, _BLOCK)).squeeze(1).double()
-    within, _ = _locate(inside.cumsum(-1), inside, share)
-    ids, mass = block * _BLOCK + within, inside.gather(1, within)
-    if end_ids is not None:
-        of_ends = valid.index_select(1, end_ids).double().sum(-1, keepdim=True)
-        mass = torch.where((ids == end_ids).any(-1, keepdim=True), of_ends, mass)
-    logprobs = (mass / ends[:, -1:]).log().to(logits.dtype)
-    return ids.squeeze(1), logprobs.squeeze(1)
-
-
-def _locate(ends: Tensor, widths: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the interval in which a number falls, and its relative position in the interval.
-
-    Args:
-        ends: [rows, intervals] float64, cumulative widths.
-        widths: [rows, intervals]; an interval of width 0 is never found.
-        uniform: [rows, 1] in [0, 1), as a share of the total width.
-
-    Returns:
-        [rows, 1] interval, and [rows, 1] share of it in [0, 1).
-    """
-    total = ends[:, -1:]
-    below_total = torch.nextafter(total, torch.zeros_like(total))
-    point = torch.minimum(uniform * total, below_total)
-    found = torch.searchsorted(ends, point, right=True)
-    width = widths.gather(1, found)
-    share = (point - ends.gather(1, found) + width) / width
-    return found, share.clamp(0.0, 1.0)
 
 
 def _cut_below(logits: Tensor, floor: Tensor) -> Tensor:

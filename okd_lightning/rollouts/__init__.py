@@ -1,12 +1,12 @@
 """Rollouts: the rows of an optimizer step, and the loader that passes them to Lightning.
 
-* ``plan``: the source of each row: student, teacher or dataset.
-* ``scoring``: rewards of responses. ``agreement``: all ranks stop together during generation.
+* ``plan``: the rows of a rollout batch before its responses exist: prompts and sources.
+  ``plan_of_terms``: the plan that the methods of a run need.
+* ``scoring``: rewards of responses. ``generation``: requests to the engine, after which
+  all ranks stop together.
 * ``stored``: rollouts in checkpoints; ``resharing``: their distribution to other ranks.
 * ``replay``: responses that are used again. ``evaluation``: responses to held-out prompts.
-* ``ahead``: rollout batches that are generated while earlier ones are trained on; ``batch_rows``:
-  the rows of a rollout batch before its responses exist.
-* ``lengths``: the running mean of responses' lengths, which divides sums over samples.
+* ``ahead``: rollout batches that are generated while earlier ones are trained on.
 * ``loader_shape``: division of an epoch into optimizer steps and rollout batches.
 * ``loader``: the sized, stateful iterable that generates on-policy batches in every epoch.
 
@@ -17,7 +17,8 @@ too.
 from okd_lightning.engines import NoiseStream, Sampling, TransformersEngine
 from okd_lightning.rollouts.loader import RolloutLoader
 from okd_lightning.rollouts.loader_shape import LoaderShape
-from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan, engine_of, plan_for
+from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan
+from okd_lightning.rollouts.plan_of_terms import engine_of, plan_for
 from okd_lightning.rollouts.replay import KeptResponses, ReplayEngine
 
 __all__ = [

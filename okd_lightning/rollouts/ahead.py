@@ -17,8 +17,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from okd_lightning.engines.ahead import AheadEngine, Answer, Generated
 from okd_lightning.records.requests import Generator, Progress, Request, Rollout
-from okd_lightning.rollouts.agreement import Agreement, naming_the_prompts
-from okd_lightning.rollouts.batch_rows import PlannedRows, RolloutBatch, StepSources
+from okd_lightning.rollouts.generation import Agreement, Generation, naming_the_prompts, one_rank
+from okd_lightning.rollouts.plan import PlannedRows, RolloutBatch, StepSources
 from okd_lightning.rollouts.resharing import RowKey, reshared
 from okd_lightning.rollouts.stored import pack_rollout, unpack_rollout
 
@@ -72,7 +72,7 @@ class RolloutsAhead:
         self,
         lag: int = 0,
         start: Callable[[], AheadEngine] | None = None,
-        gather: Callable[[Any], list[Any]] = lambda state: [state],
+        gather: Callable[[Any], list[Any]] = one_rank,
     ) -> None:
         self.lag = lag
         self.is_used = lag > 0  # or a checkpoint had batches in flight
@@ -100,17 +100,29 @@ class RolloutsAhead:
         wanted = range(number + 1, number + self.lag + 1)
         return [n for n in wanted if n not in self._batches]
 
-    def begin(self, number: int, now: int, batch: RolloutBatch, request: Request | None) -> None:
-        """Begin a batch with the student's present weights.
+    def begin_missing(self, now: int, rows: PlannedRows, generation: Generation) -> None:
+        """Begin the batches that are to be in flight from ``now`` on, with the present weights.
 
         Args:
-            number: Its number.
             now: The number of the batch that begins to train.
-            batch: Its rows.
-            request: This rank's student responses; None where no rank has any.
+            rows: The rollout batches of the run.
+            generation: The run's requests.
         """
-        answer = None if request is None else self._running().begin(request)
-        self._batches[number] = AheadBatch(batch, now, request, answer)
+        missing = self.missing(now)
+        planned = [rows.numbered(number) for number in missing]
+        rank, world_size = rows.shape.rank, rows.shape.world_size
+
+        def begin() -> None:
+            for number, batch in zip(missing, planned, strict=True):
+                request = answer = None
+                if "student" in batch.generators:
+                    turns = batch.turns_of("student", rank, world_size)
+                    request = generation.request("student", turns, batch.epoch)
+                    answer = self._running().begin(request)
+                self._batches[number] = AheadBatch(batch, now, request, answer)
+
+        if missing:
+            generation.agreement.together(begin)
 
     def _running(self) -> AheadEngine:
         if self._engine is None:

@@ -8,21 +8,20 @@ from dataclasses import replace
 
 import numpy as np
 
-from okd_lightning.engines.engine import ProgressFactory, RolloutEngine, silent_progress
 from okd_lightning.records.batches import DistillBatch, Example
-from okd_lightning.records.noise import NoiseDomain, NoiseStream, hashed_uniform
-from okd_lightning.records.requests import Request, Response, Rollout
-from okd_lightning.records.rows import (
+from okd_lightning.records.collation import (
     RowReader,
     dataset_row,
     fully_masked,
     micro_batches,
     sampled_row,
     sampled_rows,
-    share,
 )
-from okd_lightning.records.sampling import Sampling
-from okd_lightning.rollouts.agreement import Agreement, naming_the_prompts
+from okd_lightning.records.noise import NoiseDomain, hashed_uniform
+from okd_lightning.records.requests import Response, Rollout
+from okd_lightning.rollouts.generation import Generation
+from okd_lightning.rollouts.order import Turn
+from okd_lightning.rollouts.plan import share
 
 
 class DatasetResponses:
@@ -68,14 +67,9 @@ class StudentResponses:
     Args:
         examples: The prompts.
         batch_size: Sequences a batch.
-        engine: Generates the responses.
-        sampling: Temperature, top-k and top-p.
-        max_new_tokens: Longest response, in tokens.
-        seed: Keys the noise.
+        generation: Generates the responses.
         rank: This rank.
         world_size: Ranks; all of them get the same number of batches.
-        progress: Shows the progress of generation.
-        agreement: Makes all ranks stop together.
         teacher_rows: From rows to rows as the teacher reads them.
     """
 
@@ -83,34 +77,23 @@ class StudentResponses:
         self,
         examples: Sequence[Example],
         batch_size: int,
-        engine: RolloutEngine,
-        *,
-        sampling: Sampling,
-        max_new_tokens: int,
-        seed: int,
+        generation: Generation,
         rank: int = 0,
         world_size: int = 1,
-        progress: ProgressFactory = silent_progress,
-        agreement: Agreement | None = None,
         teacher_rows: RowReader = list,
     ) -> None:
         self.examples = examples
         self._own = list(share(examples, rank, world_size))
         self._batch_size = batch_size
-        self._engine = engine
-        self._sampling = sampling
-        self._max_new_tokens = max_new_tokens
-        self._seed = seed
+        self._generation = generation
         self._world_size = world_size
-        self._progress = progress
         self._teacher_rows = teacher_rows
-        self._agreement = agreement or Agreement()
 
     def __len__(self) -> int:
         return _num_batches(len(self.examples), self._batch_size, self._world_size)
 
     def __iter__(self) -> Iterator[DistillBatch]:
-        rollout = self._agreement.together(self._generate)
+        rollout = self._generation.agreement.together(self._generate)
         rows = sampled_rows(self._own, "student", rollout)
         empty = sampled_row(self.examples[0], "student", Response((), (), ""))
         rows = self._teacher_rows(rows or [fully_masked(empty)])
@@ -118,17 +101,8 @@ class StudentResponses:
             yield replace(batch, teachers_present=present_in(self.examples))
 
     def _generate(self) -> Rollout:
-        shown = self._progress("student writes", len(self._own))
-        with shown as progress:
-            request = Request(
-                prompts=tuple(example.prompt_for("student") for example in self._own),
-                sampling=self._sampling,
-                noise=NoiseStream(self._seed, NoiseDomain.VALIDATION),
-                max_new_tokens=self._max_new_tokens,
-                progress=self._agreement.progress(progress),
-            )
-            with naming_the_prompts(request):
-                return self._engine.respond(request)
+        turns = [Turn(example, 0) for example in self._own]
+        return self._generation.respond("student", turns, NoiseDomain.VALIDATION)
 
 
 def present_in(examples: Sequence[Example]) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ def rows_identity(examples: Sequence[Example], shape: LoaderShape, seed: int) ->
     """Return numbers that determine the order of prompts: equal lists mean equal batches."""
     read: list[Any] = [(e.prompt_ids, e.teacher_prompt_ids) for e in examples]
     read += [e.teacher for e in examples if e.teacher >= 0]
+    read += [(e.index, i.sha256) for e in examples for i in (*e.images, *e.teacher_images)]
     prompts = zlib.crc32(repr(read).encode())
     cut = [shape.prompts_per_epoch, shape.steps_per_rollout, shape.samples_per_prompt]
     return [seed, len(examples), prompts, *cut]
@@ -39,7 +40,7 @@ def check_same_rows(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         )
     if state["identity"] != own["identity"]:
         raise ConfigError(
-            "this run's prompts, teacher prompts, seed, prompts_per_epoch, prompts_per_rollout "
-            "or samples_per_prompt differ from the checkpoint's; resume with the same, or "
-            "start a new run from the exported student: --model.student FOLDER"
+            "this run's prompts, images, teacher prompts, seed, prompts_per_epoch, "
+            "prompts_per_rollout or samples_per_prompt differ from the checkpoint's; resume with "
+            "the same, or start a new run from the exported student: --model.student FOLDER"
         )

@@ -18,31 +18,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from okd_lightning.engines.engine import ProgressFactory, RolloutEngine, silent_progress
+from okd_lightning.engines.engine import ProgressFactory, RolloutEngine
 from okd_lightning.records.batches import DistillBatch, Example, TrainingRow
-from okd_lightning.records.noise import NoiseStream
-from okd_lightning.records.requests import Generator, Request, Rollout
-from okd_lightning.records.rows import (
+from okd_lightning.records.collation import (
     RowReader,
-    by_teacher,
-    chunk_metrics,
-    count_by_source,
-    count_chunks,
     dataset_row,
     fully_masked,
     micro_batches,
     sampled_rows,
 )
+from okd_lightning.records.counts import (
+    RolloutLengths,
+    RolloutReports,
+    by_teacher,
+    chunk_metrics,
+    count_by_source,
+    count_chunks,
+)
+from okd_lightning.records.requests import Generator, Rollout
 from okd_lightning.records.sampling import Sampling
-from okd_lightning.rollouts.agreement import Agreement, StopRequest, naming_the_prompts
 from okd_lightning.rollouts.ahead import RolloutsAhead, kept_batch, listed
-from okd_lightning.rollouts.batch_rows import GENERATORS, PlannedRows, RolloutBatch, StepRows
+from okd_lightning.rollouts.generation import Agreement, Generation, StopRequest, one_rank
 from okd_lightning.rollouts.identity import check_same_rows, rows_identity
-from okd_lightning.rollouts.lengths import RolloutLengths
 from okd_lightning.rollouts.loader_shape import LoaderShape
 from okd_lightning.rollouts.order import Turn
-from okd_lightning.rollouts.plan import RolloutPlan, StagedPlan
-from okd_lightning.rollouts.reports import RolloutReports
+from okd_lightning.rollouts.plan import (
+    GENERATORS,
+    PlannedRows,
+    RolloutBatch,
+    RolloutPlan,
+    StagedPlan,
+    StepRows,
+)
 from okd_lightning.rollouts.resharing import reshared, reshared_credits
 from okd_lightning.rollouts.scoring import RolloutScorer, SampledResponse
 from okd_lightning.rollouts.stored import (
@@ -66,9 +73,9 @@ class RolloutLoader:
         seed: Keys the order, the choice of sources and the sampling noise.
         reduce_sum: Sums an int64 tensor over all ranks; None for one rank.
         gather: Collects one object of every rank, on every rank.
-        progress: Shows the progress of a rollout batch.
+        progress: Shows the progress of a rollout batch; None for no display.
         score: Gives the student's responses their advantages; None without rewards.
-        teacher_rows: From rows to rows as the teacher reads them.
+        teacher_rows: From rows to rows as the teacher reads them; None where it reads the same.
         stop: This rank's request to stop, which discards an unfinished rollout batch.
         ahead: Rollout batches that are generated ahead of training; None for none.
     """
@@ -84,26 +91,23 @@ class RolloutLoader:
         max_new_tokens: int,
         seed: int,
         reduce_sum: Callable[[Tensor], Tensor] | None = None,
-        gather: Callable[[Any], list[Any]] = lambda state: [state],
-        progress: ProgressFactory = silent_progress,
+        gather: Callable[[Any], list[Any]] = one_rank,
+        progress: ProgressFactory | None = None,
         score: RolloutScorer | None = None,
-        teacher_rows: RowReader = list,
+        teacher_rows: RowReader | None = None,
         stop: StopRequest | None = None,
         ahead: RolloutsAhead | None = None,
     ) -> None:
         self.examples = examples
         self.plan = plan
         self.shape = shape
-        self._engine = engine
-        self._sampling = sampling
-        self._max_new_tokens = max_new_tokens
         self._seed = seed
         self._reduce_sum = reduce_sum or (lambda counts: counts)
         self._gather = gather
-        self._progress = progress
         self._score = score
         self._teacher_rows = teacher_rows
-        self._agreement = Agreement(gather, stop or StopRequest())
+        agreement = Agreement(gather, stop or StopRequest())
+        self._generation = Generation(engine, sampling, max_new_tokens, seed, agreement, progress)
         self.ahead = ahead or RolloutsAhead()
         self._planned = PlannedRows(examples, plan, shape, seed)
         self._epoch = 0
@@ -178,7 +182,7 @@ class RolloutLoader:
         """
         batch = self._current()
         own = {by: pack_rollout(rollout) for by, rollout in self._rollouts.items()}
-        stop = self._agreement.stop
+        stop = self._generation.agreement.stop
         lag, ahead = self.ahead.lag, self.ahead.state(self._gather, lambda: stop.deadline)
         return {
             "epoch": self._epoch,
@@ -253,6 +257,11 @@ class RolloutLoader:
         )
 
     @cached_property
+    def _num_teachers(self) -> int:
+        """Teachers that rows choose among; 0 where there is one for all."""
+        return 1 + max(example.teacher for example in self.examples)
+
+    @cached_property
     def _identity(self) -> list[int]:
         return rows_identity(self.examples, self.shape, self._seed)
 
@@ -268,18 +277,20 @@ class RolloutLoader:
         }
         asked = batch.generators
         if asked and not self._is_generated:
-            self._rollouts = self._agreement.together(lambda: self._generate_all(own, asked))
+            self._rollouts = self._generation.agreement.together(
+                lambda: self._generate_all(own, asked)
+            )
             self._is_generated = True
         if self.ahead.is_used:
             self.ahead.drop(self._number)
-            self._begin_ahead()
+            self.ahead.begin_missing(self._number, self._planned, self._generation)
         if self._score is not None and self._credits is None:
             self._score_responses(steps, self._score)
         sampled = {}
         for by, rollout in self._rollouts.items():
             credits = self._credits if by == "student" else None
             examples = [turn.example for turn in own[by]]
-            sampled[by] = iter(sampled_rows(examples, by, rollout, credits))
+            sampled[by] = iter(sampled_rows(examples, by, rollout.responses, credits))
         found = []
         for step in steps:
             rows = [
@@ -287,7 +298,7 @@ class RolloutLoader:
                 for turn, by in step
             ]
             rows = rows or [fully_masked(dataset_row(self.examples[0]))]
-            found.append(self._teacher_rows(rows))
+            found.append(rows if self._teacher_rows is None else self._teacher_rows(rows))
         if "student" in asked:
             counts = self._reduce_sum(count_by_source([row for rows in found for row in rows]))
             self.lengths.begin(self._epoch, self._first_step, counts)
@@ -312,32 +323,13 @@ class RolloutLoader:
 
     def _wait(self, turns: list[Turn]) -> Rollout:
         """Return the student's responses that were requested at an earlier rollout batch."""
-        with self._progress("waiting for responses", len(turns)) as progress:
-            told = self._agreement.progress(progress)
+        with self._generation.shown("waiting for responses", len(turns)) as told:
             generated, waited = self.ahead.wait_for(self._number, told)
         if turns and generated.seconds:
             self._reports.add(generated.rollout, generated.seconds)
             self._reports.note({"rollout/worker_cpu_seconds": generated.cpu_seconds})
             self._reports.waited(waited)
         return generated.rollout
-
-    def _begin_ahead(self) -> None:
-        """Begin the rollout batches that are to be in flight from now on, on all ranks."""
-        missing, now = self.ahead.missing(self._number), self._number
-        if not missing:
-            return
-        planned = [self._planned.numbered(number) for number in missing]
-        rank, world_size = self.shape.rank, self.shape.world_size
-
-        def begin() -> None:
-            for number, batch in zip(missing, planned, strict=True):
-                request = None
-                if "student" in batch.generators:
-                    turns = batch.turns_of("student", rank, world_size)
-                    request = self._request("student", turns, batch.epoch)
-                self.ahead.begin(number, now, batch, request)
-
-        self._agreement.together(begin)
 
     def _score_responses(self, steps: StepRows, score: RolloutScorer) -> None:
         """Score once a rollout batch on every rank, also without student responses on it."""
@@ -356,12 +348,7 @@ class RolloutLoader:
 
     def _generate(self, generator: Generator, turns: list[Turn]) -> Rollout:
         start = time.perf_counter()
-        shown = self._progress(f"{generator} writes", len(turns))
-        with shown as progress:
-            told = self._agreement.progress(progress)
-            request = replace(self._request(generator, turns, self._epoch), progress=told)
-            with naming_the_prompts(request):
-                rollout = self._engine.respond(request)
+        rollout = self._generation.respond(generator, turns, self._epoch)
         if turns:
             seconds = time.perf_counter() - start
             self._reports.add(rollout, seconds)
@@ -369,24 +356,18 @@ class RolloutLoader:
                 self._reports.waited(seconds)
         return rollout
 
-    def _request(self, generator: Generator, turns: list[Turn], epoch: int) -> Request:
-        return Request(
-            prompts=tuple(turn.example.prompt_for(generator, turn.sample) for turn in turns),
-            sampling=self._sampling,
-            noise=NoiseStream(self._seed, epoch),
-            max_new_tokens=self._max_new_tokens,
-            generator=generator,
-        )
-
     def _step(self, step: int, rows: list[TrainingRow]) -> Iterator[DistillBatch]:
         """Yield an optimizer step's micro-batches, with the step's counts over all ranks."""
         accumulate = self.shape.accumulate_grad_batches
         if self._delivered >= (step + 1) * accumulate:
             return
         counts = self._reduce_sum(count_by_source(rows))
-        sampled = self.lengths.stamp(counts, self._max_new_tokens)
+        sampled = self.lengths.stamp(counts, self._generation.max_new_tokens)
         counted = {"step_counts": tuple(counts[0].tolist()), "sampled": sampled}
-        stamp = partial(replace, **counted, **by_teacher(rows, self.examples, self._reduce_sum))
+        stamp = partial(replace, **counted)
+        if self._num_teachers:
+            found = by_teacher(rows, self._num_teachers, self._reduce_sum)
+            stamp = partial(stamp, **found)
         if rows[0].aligned is not None:  # then all rows of all ranks have chunks
             of_chunks = self._reduce_sum(count_chunks(rows))
             stamp = partial(stamp, teacher_tokens=tuple(of_chunks[0].tolist()))

@@ -1,7 +1,8 @@
-"""Sources of the rows of an optimizer step: dataset, student, or teacher.
+"""The rows of an optimizer step before its responses exist: the prompts, and who responds.
 
-Owns the random choice of GKD (arXiv 2306.13649, Algorithm 1). It is a hash of (seed, step), so that
-all micro-batches, ranks and resumed runs make the same choice.
+The source of a row is the dataset, the student or the teacher. Owns the random choice of GKD (arXiv
+2306.13649, Algorithm 1). It is a hash of (seed, step), so that all micro-batches, ranks and resumed
+runs make the same choice.
 """
 
 from __future__ import annotations
@@ -9,12 +10,30 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias, TypeVar
 
-from okd_lightning.engines.engine import RolloutEngine
-from okd_lightning.errors import ConfigError
-from okd_lightning.losses import Term
-from okd_lightning.records.batches import SOURCES, Source
+from okd_lightning.records.batches import Example, Source
 from okd_lightning.records.noise import NoiseDomain, hashed_uniform
+from okd_lightning.records.requests import Generator
+from okd_lightning.rollouts.loader_shape import LoaderShape
+from okd_lightning.rollouts.order import Turn, epoch_turns
+from okd_lightning.rollouts.resharing import RowKey
+
+_T = TypeVar("_T")
+
+GENERATORS: tuple[Generator, ...] = ("student", "teacher")
+
+StepSources: TypeAlias = tuple[tuple[Source, ...], ...]
+"""Source of each prompt, of each optimizer step."""
+
+StepRows: TypeAlias = list[list[tuple[Turn, Source]]]
+"""Rows of each optimizer step: the prompt and the source of its response."""
+
+
+def share(items: Sequence[_T], rank: int, world_size: int) -> Sequence[_T]:
+    """Return the contiguous part of ``items`` of one rank; sizes differ by one at most."""
+    return items[len(items) * rank // world_size : len(items) * (rank + 1) // world_size]
 
 
 @dataclass(frozen=True)
@@ -96,82 +115,116 @@ class StagedPlan:
         return plan.assign(seed, step, num_prompts)
 
 
-def _common_fraction(asked: set[float]) -> float:
-    """Return the common share; 0.5 for 0 and 1; else the only share strictly between 0 and 1."""
-    if len(asked) <= 1:
-        return next(iter(asked), 0.0)
-    between = asked - {0.0, 1.0}
-    if len(between) > 1:
-        raise ConfigError(
-            f"methods of one run ask for different on_policy_fractions ({sorted(between)}); give "
-            "them the same"
-        )
-    return next(iter(between), 0.5)
+@dataclass(frozen=True)
+class RolloutBatch:
+    """The optimizer steps of a rollout batch, over all ranks.
 
-
-def plan_for(terms: Sequence[Term]) -> StagedPlan:
-    """Return the plan for all terms of a run, by stages.
-
-    Terms with equal on-policy shares get GKD's random choice a step. Terms with different shares
-    (KD on the dataset with a method on rollouts) get both kinds of rows in every step, in the share
-    that one of them has or half and half; each is counted on its own rows. The same holds for a
-    term with ``mixes_rows``.
-
-    Raises:
-        ConfigError: No terms, steps in which none acts, terms that need both dataset and teacher
-            responses or different shares, or a term that acts on no source of the plan.
+    Attributes:
+        epoch: Its epoch.
+        first_step: Its first optimizer step in the epoch.
+        turns: The prompts of each step.
+        sources: Their sources.
+        samples_per_prompt: Responses generated to each prompt.
     """
-    if not terms:
-        raise ConfigError(
-            "there is nothing to train: no method is configured; add --method (SFT, KD, GKD, ...) "
-            "or a method callback in trainer.callbacks"
-        )
-    edges = {0} | {edge for term in terms for edge in term.window if edge is not None}
-    stages = []
-    for step in sorted(edges):
-        acting = [term for term in terms if term.acts_in(step)]
-        if not acting:
-            if all(term.window[1] is not None and term.window[1] <= step for term in terms):
-                break  # the run should end here; DistillationModule raises if it does not
-            raise ConfigError(
-                f"no method acts from optimizer step {step} on; let one stage begin where the "
-                "other ends"
+
+    epoch: int
+    first_step: int
+    turns: tuple[tuple[Turn, ...], ...]
+    sources: StepSources
+    samples_per_prompt: int
+
+    @cached_property
+    def rows(self) -> StepRows:
+        """All rows of each step: every sample of a prompt, or its dataset response."""
+        return [
+            [
+                (Turn(turn.example, turn.sample + k), source)
+                for turn, source in zip(turns, sources, strict=True)
+                for k in range(1 if source == "dataset" else self.samples_per_prompt)
+            ]
+            for turns, sources in zip(self.turns, self.sources, strict=True)
+        ]
+
+    @property
+    def row_sources(self) -> list[str]:
+        """The source of each row."""
+        return [str(source) for rows in self.rows for _, source in rows]
+
+    @property
+    def generators(self) -> set[Generator]:
+        """The models that generate for any rank."""
+        return {source for sources in self.sources for source in sources if source != "dataset"}
+
+    def rows_of(self, rank: int, world_size: int) -> StepRows:
+        """Return a rank's rows of each step."""
+        return [list(share(rows, rank, world_size)) for rows in self.rows]
+
+    def turns_of(self, generator: Generator, rank: int, world_size: int) -> list[Turn]:
+        """Return the prompts to which a rank generates with a model, in order."""
+        steps = self.rows_of(rank, world_size)
+        return [turn for step in steps for turn, source in step if source == generator]
+
+    def keys_of(self, rank: int, world_size: int) -> dict[Generator, list[RowKey]]:
+        """Return the rows that a rank generates, in order."""
+        keys: dict[Generator, list[RowKey]] = {generator: [] for generator in GENERATORS}
+        for step, rows in enumerate(self.rows, self.first_step):
+            for place, (_, source) in share(list(enumerate(rows)), rank, world_size):
+                if source != "dataset":
+                    keys[source].append((step, place))
+        return keys
+
+
+@dataclass(frozen=True)
+class PlannedRows:
+    """The rollout batches of a run, from its prompts and its plan.
+
+    Attributes:
+        examples: The tokenized dataset.
+        plan: The sources of rows.
+        shape: Division of an epoch.
+        seed: Keys the order and the choice of sources.
+    """
+
+    examples: Sequence[Example]
+    plan: RolloutPlan | StagedPlan
+    shape: LoaderShape
+    seed: int
+
+    def batch(
+        self, epoch: int, first_step: int, sources: StepSources | None = None
+    ) -> RolloutBatch:
+        """Return a rollout batch.
+
+        Args:
+            epoch: Its epoch.
+            first_step: Its first optimizer step in the epoch.
+            sources: Sources that were chosen before; by default the plan chooses them now.
+        """
+        shape = self.shape
+        turns, per_step = self._turns(epoch), shape.prompts_per_step
+        steps = range(first_step, min(first_step + shape.steps_per_rollout, shape.steps_per_epoch))
+        cut = tuple(tuple(turns[step * per_step : (step + 1) * per_step]) for step in steps)
+        if sources is None:
+            first = epoch * shape.steps_per_epoch
+            sources = tuple(
+                self.plan.assign(self.seed, first + step, len(own))
+                for step, own in zip(steps, cut, strict=True)
             )
-        stages.append((step, _plan_for_stage(acting)))
-    return StagedPlan(tuple(stages))
+        return RolloutBatch(epoch, first_step, cut, sources, shape.samples_per_prompt)
 
+    def numbered(self, number: int, sources: StepSources | None = None) -> RolloutBatch:
+        """Return the rollout batch with a number, counted over the run from 0."""
+        epoch, place = divmod(number, self.shape.rollouts_per_epoch)
+        return self.batch(epoch, place * self.shape.steps_per_rollout, sources)
 
-def engine_of(terms: Sequence[Term], engine: RolloutEngine) -> RolloutEngine:
-    """Return the run's engine: ``engine``, wrapped by the terms in order."""
-    for term in terms:
-        engine = term.wrap_engine(engine)
-    return engine
+    @cached_property
+    def _known(self) -> dict[int, list[Turn]]:
+        return {}
 
-
-def _plan_for_stage(terms: Sequence[Term]) -> RolloutPlan:
-    asking = [term for term in terms if not term.follows_others]
-    off_policy = {source for term in asking for source in term.sources if source != "student"}
-    if len(off_policy) > 1:
-        raise ConfigError(
-            "one term needs the data set's responses and another the teacher's (seq_kd); "
-            "set seq_kd alike on all methods of a run"
-        )
-    varying = [term.share_at for term in terms if term.share_at is not None]
-    if len(varying) > 1:
-        raise ConfigError(
-            "two methods change the student's share of rows while they train; leave one of them out"
-        )
-    asked = {term.on_policy_fraction for term in terms if term.on_policy_fraction is not None}
-    plan = RolloutPlan(
-        on_policy_fraction=_common_fraction(asked),
-        off_policy_source=next(iter(off_policy), "dataset"),
-        is_mixed_within_step=len(asked) > 1 or any(term.mixes_rows for term in terms),
-        share_at=next(iter(varying), None),
-    )
-    for term in terms:
-        if not plan.sources & set(term.sources):
-            raise ConfigError(
-                f"method {term.name} acts on rows from {' or '.join(term.sources)}, but this run "
-                f"produces only rows from {' and '.join(s for s in SOURCES if s in plan.sources)}"
-            )
-    return plan
+    def _turns(self, epoch: int) -> list[Turn]:
+        """Return an epoch's prompts; two epochs are kept."""
+        if epoch not in self._known:
+            for old in [number for number in self._known if number < epoch - 1 or number > epoch]:
+                del self._known[old]
+            self._known[epoch] = epoch_turns(self.examples, self.shape, self.seed, epoch)
+        return self._known[epoch]

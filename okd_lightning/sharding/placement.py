@@ -41,22 +41,6 @@ class Placement(Protocol):
         """Return which of the idle parameters the loss has to be tied to, with a zero."""
 
 
-class WholeModels:
-    """Whole models on every rank: nothing to do."""
-
-    def alone(self, *models: nn.Module | None) -> ExitStack:
-        """Do nothing."""
-        del models
-        return ExitStack()
-
-    def release(self, *models: nn.Module | None) -> None:
-        """Do nothing."""
-
-    def tied_to_loss(self, parameters: Iterable[nn.Parameter]) -> Iterable[nn.Parameter]:
-        """Return all of them, as DDP expects."""
-        return parameters
-
-
 class ShardedModels:
     """Both models in shards.
 

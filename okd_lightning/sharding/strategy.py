@@ -154,6 +154,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 "fsdp2: trainer.precision 16-mixed scales losses, which shards are not unscaled "
                 "from; use the strategy's param_dtype: bfloat16, or --trainer.precision bf16-mixed"
             )
+        module.pair.teacher.check_sharding()
         mesh = self.device_mesh["data_parallel"]
         for model in module.pair.models:
             option = "--model.student" if model is module.student else "--model.teacher"

@@ -2,8 +2,9 @@
 
 * ``base``: the ``Teacher``, as the rest of the package sees it. ``run``: the records that a run
   gives it. ``no_teacher``: plain SFT.
-* ``loaded``: a frozen model in memory. ``frozen_self``, ``averaged_self``, ``live_self``: the
-  student as its own teacher, on what they share (``self_teacher``).
+* ``loaded``: a frozen model in memory; ``host_weights``: its weights in host memory.
+* ``frozen_self``, ``averaged_self``, ``live_self``: the student as its own teacher, on what they
+  share (``self_teacher``).
 * ``adaptive``: another teacher with a small trainable part (OKD), which ``online_module`` attaches.
 * ``foreign_teacher``: a teacher with another tokenizer, which reads the text in its own ids.
 * ``ensemble``, ``routed``: several models as one distribution, or one for each row, on what
@@ -14,10 +15,11 @@
 * ``teacher_base``: the model that the teacher was trained from, for methods that compare both.
 """
 
+from okd_lightning.models.causal_lm import trained
 from okd_lightning.models.reading import model_side
 from okd_lightning.teachers.adaptive import AdaptiveTeacher
 from okd_lightning.teachers.averaged_self import AveragedSelf
-from okd_lightning.teachers.base import Teacher, trained
+from okd_lightning.teachers.base import Teacher
 from okd_lightning.teachers.cached_teacher import CachedTeacher
 from okd_lightning.teachers.ensemble import TeacherEnsemble
 from okd_lightning.teachers.foreign_teacher import ForeignTeacher
@@ -32,7 +34,6 @@ from okd_lightning.teachers.online_module import (
 )
 from okd_lightning.teachers.routed import RoutedTeachers
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun
-from okd_lightning.teachers.self_teacher import in_eval_mode
 from okd_lightning.teachers.served_teacher import ServedTeacher
 from okd_lightning.teachers.teacher_base import TeacherBase
 
@@ -57,7 +58,6 @@ __all__ = [
     "TeacherRun",
     "attach_online_module",
     "base_teacher",
-    "in_eval_mode",
     "model_side",
     "teacher_of",
     "trained",

@@ -15,9 +15,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from okd_lightning.losses import Side, Term
 from okd_lightning.metrics import adapted_measures
 from okd_lightning.models import LMHead, ModelSource, Vocabulary
-from okd_lightning.models.reading import tried
+from okd_lightning.models.packing import tried
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.teachers.base import Measurement, Teacher
+from okd_lightning.teachers.loaded import LoadedTeacher
 from okd_lightning.teachers.online_module import (
     OnlineModuleSettings,
     WithinContext,
@@ -41,6 +42,8 @@ class AdaptiveTeacher(Teacher):
     Raises:
         ConfigError: ``inner`` cannot have a module.
     """
+
+    text_losses = LoadedTeacher.text_losses
 
     def __init__(self, inner: Teacher, settings: OnlineModuleSettings) -> None:
         inner.check_adaptable()

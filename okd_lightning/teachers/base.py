@@ -21,12 +21,16 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Quantity, Side, Term, WeightedTerm
 from okd_lightning.losses.states import layers_read
 from okd_lightning.metrics import measures
-from okd_lightning.models import ModelSource, Vocabulary, load_model_config
-from okd_lightning.models.reading import model_side, tried
+from okd_lightning.models import ModelSource, Vocabulary, load_model_config, max_positions
+from okd_lightning.models.causal_lm import trained
+from okd_lightning.models.packing import tried
+from okd_lightning.models.reading import model_side
+from okd_lightning.models.retokenization import TextLoss
 from okd_lightning.records.batches import DistillBatch, TrainingRow
+from okd_lightning.records.collation import RowReader
 from okd_lightning.records.requests import Prompt
-from okd_lightning.records.rows import RowReader
 from okd_lightning.records.sequences import Sequences
+from okd_lightning.teachers.host_weights import HostWeights
 from okd_lightning.teachers.online_module import OnlineModuleSettings
 from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions, TeacherRun
 
@@ -39,7 +43,7 @@ class Teacher(ABC):
 
     This class answers for a frozen model in memory (``model``); a kind overrides what differs. An
     instance holds a user's settings until ``join`` ties it to a run. A complete one, for which all
-    ids are equally likely:
+    ids are equally likely (``--model.teacher my_module.Uniform``):
 
         class Uniform(Teacher):
             generates = False
@@ -49,11 +53,10 @@ class Teacher(ABC):
                 positions = len(batch.teacher_reads.targets)
                 return Side(torch.zeros(positions, self.run.vocabulary.size), nn.Identity())
 
-    ``--model.teacher my_module.Uniform`` chooses it.
-
     Attributes:
         tokenizer: Its own, where that is not the run's; None where it reads the run's ids.
         model: Weights in memory, which the module registers as ``teacher``; None without any.
+        host_weights: Its weights, where they are in host memory between its passes.
         packs: Whether ``model`` gets packed rows.
         student: The student, for kinds that read it; None before it is built.
         packs_student: Whether the student gets packed rows.
@@ -71,13 +74,16 @@ class Teacher(ABC):
     to_generate: ClassVar[str] = "give --model.teacher a folder or hub id"
     """Advice on a teacher that can, for messages of one that cannot."""
 
-    covers_vocabulary: ClassVar[bool] = True
+    covers_vocabulary: bool = True
     """True where its side has a logit for every id."""
 
     has_layers: ClassVar[bool] = False
     """True where ``side`` gives the states of its layers."""
 
-    reads_images: ClassVar[bool] = True
+    text_losses: ClassVar[tuple[TextLoss, ...]] = ()
+    """Losses over texts that it serves within ForeignTeacher, the default first."""
+
+    reads_images: bool = True
     """True where it reads rows with images."""
 
     follows_student: ClassVar[bool] = False
@@ -85,6 +91,7 @@ class Teacher(ABC):
 
     tokenizer: PreTrainedTokenizerBase | None = None
     model: PreTrainedModel | None = None
+    host_weights: HostWeights | None = None
     packs: bool = False
     student: PreTrainedModel | None = None
     packs_student: bool = False
@@ -195,6 +202,11 @@ class Teacher(ABC):
         """
         del num_tokens
 
+    def context_length(self) -> int | None:
+        """Return the tokens of prompt and response that it reads; None for any number."""
+        config = self.config(PretrainedConfig())
+        return None if config is None else max_positions(config)
+
     def check_prompts(self, are_given: bool) -> None:
         """Refuse data with, or without, prompts for the teacher.
 
@@ -221,12 +233,16 @@ class Teacher(ABC):
                 f"{type(self).__name__} generates none: {self.to_generate}"
             )
 
-    def check_adaptable(self) -> None:
-        """Refuse to get an online module, and otherwise have a model of its own for it.
+    def check_text_term(self, term: Term) -> None:
+        """Refuse a method that it cannot serve within ForeignTeacher, as ``check_term`` does."""
+        del term
 
-        Raises:
-            ConfigError: The message says what to change.
-        """
+    def check_adaptable(self) -> None:
+        """Refuse to get an online module, and otherwise have a model of its own for it."""
+        return
+
+    def check_sharding(self) -> None:
+        """Refuse to be sharded over ranks (fsdp2), where its weights cannot be."""
         return
 
     def adapted(self, adapt: Callable[[Teacher], Teacher]) -> Teacher:
@@ -248,11 +264,7 @@ class Teacher(ABC):
         self.student, self.packs_student = student, packs
 
     def build(self) -> None:
-        """Have ``model`` in memory where it is needed; called again for every command.
-
-        Raises:
-            ModelError: It cannot be loaded.
-        """
+        """Have ``model`` in memory where it is needed; called again for every command."""
         if self.model is not None:
             self.packs = tried(self.model, self.run.packing)
 
@@ -305,6 +317,10 @@ class Teacher(ABC):
         with torch.set_grad_enabled(learns):
             return self.read(batch.teacher_reads, quantities)
 
+    def text_side(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Side:
+        """Return ``side`` for quantities over chunks of text, within ForeignTeacher."""
+        return self.side(batch, quantities)
+
     def base_side(self, batch: DistillBatch) -> Side:
         """Return the side of the teacher without its trained parameters; a constant."""
         with torch.no_grad():
@@ -313,7 +329,9 @@ class Teacher(ABC):
     def read(self, reads: Sequences, quantities: Sequence[Quantity] = ()) -> Side:
         """Return the side of ``model`` for some rows, with the states that quantities read."""
         assert self.model is not None
-        return model_side(self.model, reads, self.packs, self.run.vocabulary, quantities)
+        host = self.host_weights
+        with nullcontext() if host is None else host.on(reads.input_ids.device):
+            return model_side(self.model, reads, self.packs, self.run.vocabulary, quantities)
 
     def generator(self) -> GeneratingModels:
         """Return the model that generates as the (base) teacher."""
@@ -372,8 +390,3 @@ class Teacher(ABC):
         memo[id(self)] = own
         own.model, own.student = deepcopy(self.model, memo), deepcopy(self.student, memo)
         return own
-
-
-def trained(model: nn.Module | None) -> list[nn.Parameter]:
-    """Return a model's trained parameters; none without a model."""
-    return [] if model is None else [p for p in model.parameters() if p.requires_grad]

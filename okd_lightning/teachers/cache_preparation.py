@@ -15,7 +15,6 @@ import lightning
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
 
 from okd_lightning.checkpoints.folder_lock import folder_lock
 from okd_lightning.errors import CacheError
@@ -152,7 +151,8 @@ def _write(entries: Sequence[Entry], teacher: Teacher, opening: Opening, batch_s
     )
     reader = teacher.join(teacher.run)
     reader.build()
-    cast(nn.Module, reader.module).to(device)
+    if reader.module is not None:  # one in host memory is moved by itself
+        reader.module.to(device)
     rows = sum(
         len(part.rows)
         for entry in entries

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Self, final, get_args
 
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from okd_lightning.errors import ConfigError, VocabularyError
@@ -23,17 +24,17 @@ from okd_lightning.models import (
     EndTokensArgument,
     ModelArgument,
     ModelSource,
+    Vocabulary,
     check_vocabulary_agreement,
     find_end_tokens,
-    load_model_config,
     load_tokenizer,
-    max_positions,
     vocabulary_of,
 )
 from okd_lightning.models.aligned_rows import AlignedRows
 from okd_lightning.models.retokenization import Retokenizer, TextLoss
 from okd_lightning.records.batches import DistillBatch, TrainingRow
-from okd_lightning.records.rows import RowReader, count_chunks, dataset_row
+from okd_lightning.records.collation import RowReader, dataset_row
+from okd_lightning.records.counts import count_chunks
 from okd_lightning.teachers.base import Measurement, Teacher
 from okd_lightning.teachers.loaded import LoadedTeacher
 from okd_lightning.teachers.online_module import OnlineModuleSettings
@@ -54,8 +55,11 @@ class ForeignTeacher(Teacher):
     docs/concepts/another-tokenizer.md says what each method then minimises, and its bias.
 
     Args:
-        model: The teacher, as ``--model.teacher PATH`` takes it; from Python also a LoadedTeacher.
-        tokenizer: Folder or hub id of its tokenizer; by default the model's own.
+        model: The teacher, as ``--model.teacher PATH`` takes it, a LoadedTeacher or a
+            ServedTeacher. A server gives probabilities of tokens alone: methods on sampled tokens,
+            and ``loss: chunk``.
+        tokenizer: Folder or hub id of its tokenizer; by default the model's own. A ServedTeacher
+            needs it.
         end_tokens: Its ids or tokens that mean "the response ends here", one outcome; by default
             those of its generation config and tokenizer.
         loss: What a divergence compares at each chunk. chunk: {this chunk, anything else}, by the
@@ -63,11 +67,12 @@ class ForeignTeacher(Teacher):
             begins so, through any token that reaches or passes its end. next_byte: the next byte's
             distribution at the chunk's beginning, and the end. shared_tokens: the next token's
             there, over the tokens that both vocabularies have, the end and everything else: for
-            tokenizers that are nearly the same, and wrong for others.
-            Methods on sampled tokens compare chunks.
+            tokenizers that are nearly the same, and wrong for others. By default text, and chunk
+            for a ServedTeacher. Methods on sampled tokens compare chunks.
 
     Raises:
-        ConfigError: A kind of teacher that has no ids of its own, or no tokenizer.
+        ConfigError: A kind of teacher that has no ids of its own, a loss that it cannot serve, or
+            no tokenizer.
     """
 
     option = _OPTION
@@ -80,20 +85,31 @@ class ForeignTeacher(Teacher):
         model: Teacher | ModelArgument,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         end_tokens: EndTokensArgument | None = None,
-        loss: TextLoss = "text",
+        loss: TextLoss | None = None,
     ) -> None:
-        if loss not in get_args(TextLoss):
+        if loss is not None and loss not in get_args(TextLoss):
             raise ConfigError(
                 f"model.teacher.loss is {loss!r}; expected one of {', '.join(get_args(TextLoss))}"
             )
         inner = model if isinstance(model, Teacher) else LoadedTeacher(model)
-        if not isinstance(inner, LoadedTeacher):
+        if not inner.text_losses:
             raise ConfigError(
                 f"{_OPTION}: model is a {type(inner).__name__}, which reads the student's ids; "
-                "expected a folder, a hub id or a LoadedTeacher"
+                "expected a folder, a hub id, a LoadedTeacher or a ServedTeacher"
             )
-        self._arguments = {"model": model, "tokenizer": tokenizer, "end_tokens": end_tokens}
-        self._arguments["loss"] = self._loss = loss
+        if loss is not None and loss not in inner.text_losses:
+            raise ConfigError(
+                f"model.teacher.loss {loss} needs all logits of the teacher, and "
+                f"{type(inner).__name__} gives probabilities of its own tokens alone: give loss "
+                f"{' or '.join(inner.text_losses)}, or --model.teacher.model a folder or hub id"
+            )
+        self._loss: TextLoss = loss or inner.text_losses[0]
+        self._arguments = {
+            "model": model,
+            "tokenizer": tokenizer,
+            "end_tokens": end_tokens,
+            "loss": self._loss,
+        }
         self.inner: Teacher = inner
         self._own_tokenizer = tokenizer
         self._end_tokens = end_tokens
@@ -136,16 +152,18 @@ class ForeignTeacher(Teacher):
         """Check it for the inner teacher."""
         self.inner.check_adaptable()
 
+    def check_sharding(self) -> None:
+        """Check it for the inner teacher."""
+        self.inner.check_sharding()
+
     def for_student(self, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> Teacher:
         """Return the inner teacher where its tokenizer is the student's: ids pass through.
 
         Raises:
             ConfigError: ``end_tokens`` would then have nothing to act on.
         """
-        source = self.inner.own_source
-        assert source is not None
         own = copy(self)
-        own._own_tokenizer = _tokenizer(self._own_tokenizer, source)
+        own._own_tokenizer = _tokenizer(self._own_tokenizer, self.inner)
         if not _are_same(tokenizer(), own._own_tokenizer):
             return own
         if self._end_tokens is not None:
@@ -166,22 +184,24 @@ class ForeignTeacher(Teacher):
             VocabularyError: A tokenizer that cannot be read as bytes.
         """
         own = super().join(run)
-        source = self.inner.own_source
-        assert source is not None
-        tokenizer = _tokenizer(self._own_tokenizer, source)
+        tokenizer = _tokenizer(self._own_tokenizer, self.inner)
         own.tokenizer = tokenizer
-        vocabulary = vocabulary_of(tokenizer, source, "--model.teacher")
+        source = self.inner.own_source
+        if source is None:  # on a server: all ids of its tokenizer
+            vocabulary, source = Vocabulary.of(tokenizer), tokenizer.name_or_path
+        else:
+            vocabulary = vocabulary_of(tokenizer, source, "--model.teacher")
         ends = find_end_tokens(source, (), tokenizer, vocabulary, self._end_tokens, _END_TOKENS)
         vocabulary = replace(vocabulary, end_ids=ends.end_ids)
-        own.inner = self.inner.join(replace(run, tokenizer=tokenizer, vocabulary=vocabulary))
-        config = load_model_config(source, "--model.teacher", vocabulary.size)
+        own_run = replace(run, tokenizer=tokenizer, vocabulary=vocabulary, reads_texts=True)
+        own.inner = self.inner.join(own_run)
         own._made = partial(
             Retokenizer,
             run.tokenizer,
             tokenizer,
             ends.end_ids[0],
             vocabulary.size,
-            max_positions(config),
+            own.inner.context_length,
         )
         own._rows = AlignedRows(own._made(self._loss))
         return own
@@ -205,6 +225,7 @@ class ForeignTeacher(Teacher):
                 token_values(quantity)
             except ConfigError as error:
                 raise ConfigError(f"method {term.name} with {_OPTION}: {error}") from error
+        self.inner.check_text_term(term)
         if 0 < term.discount < 1:
             raise ConfigError(
                 f"method {term.name} has discount {term.discount:g}, and with {_OPTION} sums over "
@@ -218,6 +239,11 @@ class ForeignTeacher(Teacher):
         """Build the inner teacher."""
         self.inner.build()
         self.model, self.packs = self.inner.model, self.inner.packs
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The inner teacher's."""
+        return self.inner.module
 
     def open(self, opening: Opening) -> None:
         """Open the inner teacher, and say what is compared.
@@ -265,7 +291,8 @@ class ForeignTeacher(Teacher):
     def text_readers(self) -> Mapping[str, RowReader]:
         """Return a reader for each loss, of rows that are not kept."""
         ends = self.run.vocabulary.end_ids
-        return {loss: partial(_all_rows, self._made(loss), ends) for loss in get_args(TextLoss)}
+        losses = [loss for loss in get_args(TextLoss) if loss in self.inner.text_losses]
+        return {loss: partial(_all_rows, self._made(loss), ends) for loss in losses}
 
     def side(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Side:
         """Return the teacher's side at its own loss positions (``DistillBatch.chunks``).
@@ -279,7 +306,7 @@ class ForeignTeacher(Teacher):
                 "measures and commands that compare single tokens need a teacher with the "
                 "student's tokenizer; leave them out"
             )
-        return self.inner.side(batch, quantities)
+        return self.inner.text_side(batch, quantities)
 
     def base_side(self, batch: DistillBatch) -> Side:
         """Return the inner teacher's."""
@@ -295,7 +322,7 @@ class ForeignTeacher(Teacher):
 
     def measurements(self, stage: str, is_own: bool) -> Iterator[Measurement]:
         """Yield the base's measures over chunks; on dataset responses also those of a module."""
-        yield self.as_base(), chunk_measures(stage, is_own)
+        yield self.as_base(), chunk_measures(stage, is_own, self.inner.covers_vocabulary)
         if self.online_module is not None and not is_own:
             yield nullcontext(), adapted_chunk_measures(stage)
 
@@ -326,10 +353,11 @@ def _uses_teacher(term: Term) -> bool:
 
 
 def _tokenizer(
-    given: str | PreTrainedTokenizerBase | None, source: ModelSource
+    given: str | PreTrainedTokenizerBase | None, inner: Teacher
 ) -> PreTrainedTokenizerBase:
     if isinstance(given, PreTrainedTokenizerBase):
         return given
+    source = inner.own_source
     name = given or (source.name_or_path if isinstance(source, PreTrainedModel) else source)
     if not isinstance(name, str) or not name:
         raise ConfigError(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from okd_lightning.records.batches import Example, TrainingRow
-from okd_lightning.records.rows import dataset_row
+from okd_lightning.records.collation import dataset_row
 
 PART_POSITIONS = 2**15
 """Approximate loss tokens a file: the work that is lost if the writing process is killed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, final
@@ -13,13 +13,14 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from okd_lightning.errors import ConfigError
-from okd_lightning.losses import Quantity, Side, routed_side
+from okd_lightning.losses import Quantity, Side, Term, WeightedTerm, routed_side
 from okd_lightning.models import ModelArgument
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.records.requests import Prompt
-from okd_lightning.teachers.base import Teacher
-from okd_lightning.teachers.loaded import teacher_of
-from okd_lightning.teachers.run import GeneratingModels
+from okd_lightning.teachers.base import Measurement, Teacher
+from okd_lightning.teachers.loaded import LoadedTeacher, teacher_of
+from okd_lightning.teachers.packed import PackedTeacher
+from okd_lightning.teachers.run import GeneratingModels, TeacherOptions
 from okd_lightning.teachers.several import SeveralTeachers, argument_of, name_of
 
 _Read: TypeAlias = Callable[[Teacher, DistillBatch], Side]
@@ -35,10 +36,12 @@ class RoutedTeachers(SeveralTeachers):
     (val/MEASURE/TEACHER). OKD puts an online module on every model.
 
     Args:
-        teachers: Name to model, in the forms of LoadedTeacher, over one vocabulary.
+        teachers: Name to model, in the forms of LoadedTeacher, over one vocabulary; or name to
+            ServedTeacher, all of one k.
 
     Raises:
-        ConfigError: No teachers, one that has no model in this process, or a name without letters.
+        ConfigError: No teachers, one of another kind, teachers in memory next to served ones, or a
+            name without letters.
     """
 
     def __init__(self, teachers: dict[str, Teacher | ModelArgument]) -> None:
@@ -49,6 +52,19 @@ class RoutedTeachers(SeveralTeachers):
             distinct.setdefault(_key(one), one)
         self._places = tuple(list(distinct).index(_key(one)) for one in self._given.values())
         super().__init__(list(distinct.values()))
+        _check_one_form(self.members)
+        first = self.members[0]
+        self.reads_images, self.covers_vocabulary = first.reads_images, first.covers_vocabulary
+
+    def check_member(self, member: Teacher) -> None:
+        """Refuse a teacher that reads no new rows over the run's tokens."""
+        is_served = isinstance(member, PackedTeacher) and member.reads_new_rows
+        if not is_served and (member.own_source is None or not member.covers_vocabulary):
+            raise ConfigError(
+                f"RoutedTeachers holds a {type(member).__name__}, and its teachers are models in "
+                "this process or on servers, over the run's tokens: give folders or hub ids, or a "
+                "ServedTeacher for each name"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -65,6 +81,28 @@ class RoutedTeachers(SeveralTeachers):
         """The models by name: a run resumes with the same."""
         shown = (f"{name}: {name_of(one)}" for name, one in self._given.items())
         return f"RoutedTeachers ({', '.join(shown)})"
+
+    def check_options(self, options: TeacherOptions) -> None:
+        """Check them for all members."""
+        for member in self.members:
+            member.check_options(options)
+
+    def check_term(self, term: Term) -> None:
+        """Refuse a method that a member cannot serve, or that reads layers."""
+        super().check_term(term)
+        if not self.covers_vocabulary:
+            for member in self.members:
+                member.check_term(term)
+
+    def forms(self, terms: Sequence[WeightedTerm]) -> Sequence[WeightedTerm]:
+        """Return the terms in the members' form, which is the same for all."""
+        return self.members[0].forms(terms)
+
+    def measurements(self, stage: str, is_own: bool) -> Iterator[Measurement]:
+        """Yield what models in memory are measured by, or served ones."""
+        if self.covers_vocabulary:
+            return super().measurements(stage, is_own)
+        return self.members[0].measurements(stage, is_own)
 
     def adapted(self, adapt: Callable[[Teacher], Teacher]) -> Teacher:
         """Put an online module on every model."""
@@ -134,6 +172,25 @@ class RoutedTeachers(SeveralTeachers):
         return is_needed and any(isinstance(model, FSDPModule) for model in member.models)
 
 
+def _check_one_form(members: Sequence[Teacher]) -> None:
+    """Refuse members whose sides have different forms: logits, or known ids and the rest.
+
+    Raises:
+        ConfigError: The message says what to change.
+    """
+    sizes = {member.k if isinstance(member, PackedTeacher) else 0 for member in members}
+    if len(sizes) > 1 and 0 in sizes:
+        raise ConfigError(
+            "RoutedTeachers has models in memory and a ServedTeacher, whose divergences are over "
+            "other outcomes: serve all of them, or give folders or hub ids alone"
+        )
+    if len(sizes) > 1:
+        raise ConfigError(
+            f"RoutedTeachers has served teachers of k {', '.join(map(str, sorted(sizes)))}, whose "
+            "divergences are over other outcomes: give all of them the same k"
+        )
+
+
 def _checked_name(name: Any) -> str:
     """Return a teacher's name as rows have it: a whole number is read as its digits."""
     if isinstance(name, int) and not isinstance(name, bool):
@@ -165,6 +222,8 @@ def _positions(batch: DistillBatch, rows: Sequence[int]) -> Tensor:
 def _key(teacher: Teacher) -> object:
     """Return what is equal for teachers of one checkpoint."""
     given = argument_of(teacher)
+    if isinstance(given, LoadedTeacher):  # in host memory
+        return "host", _key(LoadedTeacher(given.own_source))
     if isinstance(given, str):
         path = Path(given).expanduser()
         return str(path.resolve()) if path.exists() else given

@@ -33,6 +33,7 @@ class TeacherRun:
         gradient_checkpointing: Whether a trained part's activations are recomputed.
         ema_decay: Share of a moving average that an optimizer step keeps; None for the default.
         adds_adapter: Whether a new adapter is put on the student, whose base then stays as it was.
+        reads_texts: Whether the teacher is within ForeignTeacher; ``tokenizer`` is then its own.
     """
 
     student: ModelSource
@@ -46,6 +47,7 @@ class TeacherRun:
     gradient_checkpointing: bool = False
     ema_decay: float | None = None
     adds_adapter: bool = False
+    reads_texts: bool = False
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Quantity, Side
 from okd_lightning.models import LMHead, ModelSource
+from okd_lightning.models.causal_lm import in_eval_mode
 from okd_lightning.models.reading import model_side
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.teachers.base import Teacher
@@ -115,17 +116,6 @@ def teacher_copy(student: PreTrainedModel) -> PreTrainedModel:
     # deepcopy's memo: these parameters are shared and not copied
     shared = {id(p): p for p in student.parameters() if not p.requires_grad}
     return deepcopy(student, shared).requires_grad_(False).eval()
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Set ``model`` to eval mode (no dropout) within the context."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def detached(module: nn.Module) -> nn.Module:

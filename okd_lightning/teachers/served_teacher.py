@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self, final
 
@@ -20,12 +21,20 @@ from lightning.pytorch.utilities import rank_zero_info
 from okd_lightning.endpoint import Endpoint, ServerStatusError, in_parallel
 from okd_lightning.engines.vllm_client import VLLMClient
 from okd_lightning.errors import ConfigError, ServerError, VocabularyError, one_line
-from okd_lightning.losses import CachedDrawnOutcome, PackedHead, Quantity, Side, pack_outcomes
+from okd_lightning.losses import (
+    CachedDrawnOutcome,
+    PackedHead,
+    Quantity,
+    Side,
+    Term,
+    pack_outcomes,
+)
 from okd_lightning.models import Vocabulary, probe_texts
 from okd_lightning.records.batches import DistillBatch
+from okd_lightning.records.sequences import Sequences
 from okd_lightning.teachers.packed import PackedTeacher
 from okd_lightning.teachers.run import Opening, TeacherOptions, TeacherRun
-from okd_lightning.teachers.terms import check_known
+from okd_lightning.teachers.terms import check_known, check_served_text_term
 
 _SPARE = 8
 """Ids that are requested beyond k, to replace ids without a token."""
@@ -61,6 +70,7 @@ class ServedTeacher(PackedTeacher):
 
     option = "--model.teacher ServedTeacher"
     reads_new_rows = True
+    text_losses = ("chunk",)
 
     def __init__(
         self,
@@ -106,6 +116,9 @@ class ServedTeacher(PackedTeacher):
         """Return a copy for ``run``, with the size of its vocabulary."""
         own = super().join(run)
         own.k = min(self._wanted, own._num_outcomes)
+        if run.reads_texts:
+            endpoint = replace(self._client.endpoint, option="--model.teacher.model.url")
+            own._client = replace(self._client, endpoint=endpoint)
         return own
 
     def use_vocabulary(self, vocabulary: Vocabulary) -> None:
@@ -137,10 +150,14 @@ class ServedTeacher(PackedTeacher):
         served = self._client.served()
         self._check_tokenizer()
         self._is_connected = True
+        where = f"teacher: {one_line(served.name)} at {self._client.endpoint.url}"
+        if self.run.reads_texts:
+            rank_zero_info(f"{where}, which gives the probabilities of its own tokens")
+            return
         rank_zero_info(
-            f"teacher: {one_line(served.name)} at {self._client.endpoint.url}, {self.k} ids a "
-            f"token; methods read their divergences as TopK(., {self.k}), at most the exact ones; "
-            "validation takes these as val/top_k_* and val/on_policy_top_k_*"
+            f"{where}, {self.k} ids a token; methods read their divergences as TopK(., {self.k}), "
+            "at most the exact ones; validation takes these as val/top_k_* and "
+            "val/on_policy_top_k_*"
         )
 
     def check_length(self, num_tokens: int) -> None:
@@ -152,10 +169,10 @@ class ServedTeacher(PackedTeacher):
         Raises:
             ConfigError: Too long; the message names both lengths.
         """
-        limit = self._client.served().max_model_len
-        if limit is not None and num_tokens + 1 > limit:
+        limit = self.context_length()
+        if limit is not None and num_tokens > limit:
             raise ConfigError(
-                f"{self._name} reads {limit - 1} tokens of prompt and response together, and this "
+                f"{self._name} reads {limit} tokens of prompt and response together, and this "
                 f"run has up to {num_tokens}: start it with --max-model-len {num_tokens + 1} or "
                 "more, or lower --data.max_prompt_length or --data.max_response_length"
             )
@@ -172,9 +189,25 @@ class ServedTeacher(PackedTeacher):
             ServerError: The server fails, or its answer is unexpected.
         """
         check_known(quantities, self.k, self.run.vocabulary.size, self.option)
-        self.connect()
         asks_ends = any(isinstance(quantity, CachedDrawnOutcome) for quantity in quantities)
-        reads = batch.teacher_reads
+        return self._packed(batch.teacher_reads, asks_ends)
+
+    def text_side(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Side:
+        """Return packed rows at the teacher's tokens, of which the target's outcome is used."""
+        del quantities
+        return self._packed(batch.teacher_reads, asks_ends=True)
+
+    def check_text_term(self, term: Term) -> None:
+        """Refuse a method that needs more than the probability of the teacher's tokens."""
+        check_served_text_term(term, self.option)
+
+    def context_length(self) -> int | None:
+        """Return the server's limit, less the token that it generates."""
+        limit = self._client.served().max_model_len
+        return None if limit is None else limit - 1
+
+    def _packed(self, reads: Sequences, asks_ends: bool) -> Side:
+        self.connect()
         ids, mask = reads.input_ids.tolist(), reads.mask.cpu().numpy()
         rows = [
             (ids[row][:length], np.flatnonzero(mask[row, :length][1:]) + 1)
@@ -196,7 +229,7 @@ class ServedTeacher(PackedTeacher):
 
     @property
     def _name(self) -> str:
-        return f"--model.teacher.url: {self._client.endpoint.url}"
+        return f"{self._client.endpoint.option}: {self._client.endpoint.url}"
 
     def _score(self, ids: list[int], places: np.ndarray, asks_ends: bool) -> tuple[np.ndarray, ...]:
         """Return a row's [places, k] ids, [places, k + 1] log-probs, [places] target log-probs.
@@ -317,7 +350,22 @@ class ServedTeacher(PackedTeacher):
                     min(len(found), len(ids)),
                 )
                 raise VocabularyError(
-                    f"{self._name} cuts text into other ids than the run's tokenizer: {text!r} "
+                    f"{self._name} cuts text into other ids than {self._tokenizers_name}: {text!r} "
                     f"becomes {found[place : place + 3]} from token {place} on there, and "
-                    f"{ids[place : place + 3]} here; serve a teacher of the student's tokenizer"
+                    f"{ids[place : place + 3]} here; {self._tokenizers_advice}"
                 )
+
+    @property
+    def _tokenizers_name(self) -> str:
+        return "model.teacher.tokenizer" if self.run.reads_texts else "the run's tokenizer"
+
+    @property
+    def _tokenizers_advice(self) -> str:
+        if self.run.reads_texts:
+            return "give --model.teacher.tokenizer the folder or hub id of the served model"
+        return (
+            "serve a teacher of the student's tokenizer, or have the texts of both compared: "
+            "--model.teacher ForeignTeacher --model.teacher.model ServedTeacher "
+            f"--model.teacher.model.url {self._client.endpoint.url} "
+            "--model.teacher.tokenizer FOLDER_OR_HUB_ID_OF_THE_SERVED_MODEL"
+        )

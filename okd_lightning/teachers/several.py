@@ -19,7 +19,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from okd_lightning.errors import ConfigError
 from okd_lightning.metrics import adapted_measures
 from okd_lightning.models import ModelSource, Vocabulary, check_lengths, dtype_of
-from okd_lightning.teachers.base import Measurement, Teacher, trained
+from okd_lightning.models.causal_lm import trained
+from okd_lightning.teachers.base import Measurement, Teacher
 from okd_lightning.teachers.loaded import LoadedTeacher
 from okd_lightning.teachers.online_module import OnlineModuleSettings
 from okd_lightning.teachers.run import Opening, TeacherRun
@@ -40,15 +41,24 @@ class SeveralTeachers(Teacher):
         if not members:
             raise ConfigError(f"{kind} has no teachers: give --model.teacher.teachers some")
         for member in members:
-            if member.own_source is None or not member.covers_vocabulary:
-                raise ConfigError(
-                    f"{kind} holds a {type(member).__name__}, and its teachers are models of their "
-                    "own in this process, over the run's tokens: give folders or hub ids"
-                )
+            self.check_member(member)
         self.members = tuple(members)
-        self._registered: nn.ModuleList | None = None
+        self._registered: nn.ModuleDict | None = None
 
     # ---------------------------------------------------------------- settings
+
+    def check_member(self, member: Teacher) -> None:
+        """Refuse a teacher without a model of its own over the run's tokens.
+
+        Raises:
+            ConfigError: The message names the kind.
+        """
+        if member.own_source is None or not member.covers_vocabulary:
+            raise ConfigError(
+                f"{type(self).__name__} holds a {type(member).__name__}, and its teachers are "
+                "models of their own in this process, over the run's tokens: give folders or hub "
+                "ids"
+            )
 
     @property
     def own_source(self) -> ModelSource | None:
@@ -115,6 +125,11 @@ class SeveralTeachers(Teacher):
             f"an online module is trained on one model, and {type(self).__name__} has several"
         )
 
+    def check_sharding(self) -> None:
+        """Check it for all members."""
+        for member in self.members:
+            member.check_sharding()
+
     def with_members(self, change: Callable[[int, Teacher], Teacher]) -> Self:
         """Return a copy with changed members, by number."""
         own = super().join(self.run)
@@ -128,9 +143,16 @@ class SeveralTeachers(Teacher):
         """Have all members' models in memory."""
         for member in self.members:
             member.build()
-        modules = [member.module for member in self.members]
+        modules = [(str(number), member.module) for number, member in enumerate(self.members)]
         if self._registered is None:
-            self._registered = nn.ModuleList([one for one in modules if one is not None])
+            found = {name: one for name, one in modules if one is not None}
+            self._registered = nn.ModuleDict(found) if found else None
+
+    def student_ready(self, student: PreTrainedModel, packs: bool) -> None:
+        """Keep the student, and hand it to the members."""
+        super().student_ready(student, packs)
+        for member in self.members:
+            member.student_ready(student, packs)
 
     def unload(self) -> None:
         """Have none of the members' models in memory."""
@@ -194,7 +216,7 @@ def source_name(source: ModelSource | None) -> str:
         return Path(source).name if Path(source).expanduser().exists() else source
     if isinstance(source, Mapping):
         return f"random {source.get('model_type')}"
-    return "a model in memory"
+    return "on a server" if source is None else "a model in memory"
 
 
 def name_of(teacher: Teacher) -> str:
@@ -205,7 +227,8 @@ def name_of(teacher: Teacher) -> str:
 def argument_of(teacher: Teacher) -> Any:
     """Return what a member was made of, as a constructor takes it: a model, or a teacher."""
     own = teacher.base
-    return own.own_source if isinstance(own, LoadedTeacher) else own
+    is_plain = isinstance(own, LoadedTeacher) and own.residence == "device"
+    return own.own_source if is_plain else own
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.models import DTypeName, ModelSource, load_model_config
 from okd_lightning.models.deferred import deferred_weights
 from okd_lightning.models.lengths import check_lengths
+from okd_lightning.models.packing import packs_rows
 from okd_lightning.models.pair import check_joins, load_checked
-from okd_lightning.models.reading import packs_rows
 from okd_lightning.models.vocabulary import Vocabulary
 
 

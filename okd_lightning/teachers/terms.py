@@ -12,6 +12,7 @@ from okd_lightning.losses import (
     Term,
     WeightedTerm,
     cached_form,
+    token_values,
 )
 from okd_lightning.records.batches import LossOutput
 
@@ -81,6 +82,35 @@ def check_cached_term(
             cached_form(quantity, k, vocab_size)
         except ConfigError as error:
             raise ConfigError(f"method {term.name} with a {kind} teacher: {error}") from error
+
+
+def check_served_text_term(term: Term, option: str) -> None:
+    """Refuse a method over texts that needs more than log-probabilities of the teacher's tokens.
+
+    Args:
+        term: The method's term.
+        option: The user's option for such a teacher.
+
+    Raises:
+        ConfigError: A teacher that learns or is compared with its base, or a temperature.
+    """
+    name = option.rpartition(" ")[2]
+    advice = f"give --model.teacher.model a folder or hub id in place of {name}"
+    for quantity in term.quantities:
+        if not quantity.needs_teacher:
+            continue
+        if quantity.trains_teacher or quantity.needs_base_teacher:
+            raise ConfigError(
+                f"method {term.name} has a teacher that learns or is compared with its base, and "
+                f"{name} stays as it was; {advice}"
+            )
+        for reader, of_token in token_values(quantity):
+            temperature = getattr(of_token, "temperature", 1.0)
+            if reader != "student" and temperature != 1.0:
+                raise ConfigError(
+                    f"method {term.name} has softmax temperature {temperature:g}, and {name} gives "
+                    f"probabilities at temperature 1 alone; set the temperature to 1, or {advice}"
+                )
 
 
 def cached_term(term: Term, k: int, vocab_size: int) -> Term:

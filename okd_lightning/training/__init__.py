@@ -1,8 +1,9 @@
 """Parts of a training run: the pair, the step over both models, generation, and saved state.
 
 * ``module``: the DistillationModule; ``distilled_run``: its interface for the parts it is made of.
-* Its parts: ``pair``, ``optimization`` (optimizer), ``step`` (loss of a step), ``evaluation``
-  (measures), ``frozen_parts`` (hidden from callbacks), ``run_state`` (in checkpoints).
+* Its parts: ``pair``, ``optimization`` (optimizer), ``step`` (loss of a step), ``gradients``
+  (checked and clipped), ``evaluation`` (measures), ``frozen_parts`` (hidden from callbacks),
+  ``run_state`` (in checkpoints).
 * ``pair``: a student and its teacher, which are built, measured and run. ``generation``: by
   one model, or by a mixture of both.
 * ``optimizers``, ``optimizer_settings``, ``resumed_rates``: parameter groups, schedules, resume.

@@ -18,7 +18,6 @@ from okd_lightning.engines.vllm_requests import HostedEngine
 from okd_lightning.engines.worker_process import WorkerProcess
 from okd_lightning.errors import ConfigError
 from okd_lightning.records.requests import Request, Rollout
-from okd_lightning.sharding import WholeModels
 from okd_lightning.training.distilled_run import DistilledRun
 from okd_lightning.training.generation import student_engine, writing
 
@@ -41,7 +40,7 @@ def ahead_engine(module: DistilledRun, lag: int) -> Callable[[], AheadEngine]:
             f"{_OPTION} {lag}: responses that call tools cannot be generated ahead of training; "
             f"leave {_OPTION} or --data.tools out"
         )
-    if not isinstance(pair.placement, WholeModels):
+    if pair.placement is not None:
         raise ConfigError(
             f"{_OPTION} {lag}: the strategy keeps the student in shards, and another process needs "
             f"whole weights; leave {_OPTION} out, or give --trainer.strategy ddp where the student "

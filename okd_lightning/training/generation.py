@@ -1,23 +1,25 @@
-"""Generation by one model of a run, or by both: every token is sampled from their mixture."""
+"""Generation by the models of a run: one of them, or their mixture for every token."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from typing import cast
 
+import lightning
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from okd_lightning.engines import Blend, MixedDraws, RolloutEngine, TransformersEngine
 from okd_lightning.engines.tool_rollouts import ToolEngine
 from okd_lightning.errors import ConfigError
+from okd_lightning.models.causal_lm import in_eval_mode, within_peft
 from okd_lightning.records.requests import Generator, Request, Response, Rollout
-from okd_lightning.teachers import GeneratingModels, in_eval_mode
+from okd_lightning.teachers import GeneratingModels
 from okd_lightning.training.distilled_run import DistilledRun
 from okd_lightning.training.pair import Pair
-from okd_lightning.training.pair_settings import within_peft
 
 
 @contextmanager
@@ -30,7 +32,8 @@ def writing(pair: Pair, *generators: Generator) -> Iterator[list[list[Generating
 
     Yields:
         For each, the models of its parts (``Teacher.generators``), within their PEFT wrappers,
-        adapters included.
+        adapters included. Of several parts the caller enters the contexts, one after the other:
+        models in host memory are then on the device one at a time.
     """
     trainer = pair.trainer_of()
     precision = nullcontext if trainer is None else trainer.precision_plugin.forward_context
@@ -40,10 +43,13 @@ def writing(pair: Pair, *generators: Generator) -> Iterator[list[list[Generating
         [replace(one, models=tuple(map(within_peft, one.models))) for one in parts]
         for parts in found
     ]
-    with torch.no_grad(), precision(), pair.placement.alone(*models), ExitStack() as stack:
-        for one in itertools.chain(*plain):
-            for context in (*map(in_eval_mode, one.models), one.context):
+    shards = nullcontext() if pair.placement is None else pair.placement.alone(*models)
+    with torch.no_grad(), precision(), shards, ExitStack() as stack:
+        for parts in plain:
+            for context in (in_eval_mode(model) for one in parts for model in one.models):
                 stack.enter_context(context)
+            if len(parts) == 1:
+                stack.enter_context(parts[0].context)
         yield plain
 
 
@@ -52,30 +58,6 @@ def _models_of(pair: Pair, who: Generator) -> Sequence[GeneratingModels]:
         return pair.teacher.generators()
     assert pair.student is not None
     return [GeneratingModels((pair.student,))]
-
-
-def respond(module: DistilledRun, request: Request) -> Rollout:
-    """Generate responses with the student or the teacher, in eval mode and without gradient.
-
-    Where the data has tools, prompts that are chats may call them.
-    """
-    who, teacher = request.generator, module.pair.teacher
-    # a server that generates ahead of training has one set of weights
-    if who == "student" and module.pair.settle is not None:
-        module.pair.settle()
-    with writing(module.pair, who) as (parts,):
-        if len(parts) == 1:
-            return _engine(module, parts[0], who).respond(request)
-        numbers = [teacher.generator_of(prompt) for prompt in request.prompts]
-        written: dict[int, Response] = {}
-        num_row_steps = 0
-        for number, own in enumerate(parts):
-            rows = [row for row, part in enumerate(numbers) if part == number]
-            prompts = tuple(request.prompts[row] for row in rows)
-            rollout = _engine(module, own, who).respond(replace(request, prompts=prompts))
-            written |= dict(zip(rows, rollout, strict=True))
-            num_row_steps += rollout.num_row_steps
-    return Rollout(tuple(written[row] for row in range(len(numbers))), num_row_steps)
 
 
 def _engine(module: DistilledRun, own: GeneratingModels, who: Generator) -> RolloutEngine:
@@ -141,7 +123,7 @@ class MixtureEngine:
         if request.generator != "student":
             return self._engine.respond(request)
         module = self._module
-        if module.teacher is None:
+        if not module.pair.teacher.models:
             raise ConfigError(
                 "responses from a mixture of teacher and student need a second model in memory: "
                 "give --model.teacher a folder or hub id"
@@ -178,3 +160,46 @@ class MixtureEngine:
 
             mixed = replace(engine, blend=MixedDraws(teacher.models, mixing))
             return mixed.respond(request)
+
+
+class GeneratingModule(lightning.LightningModule):
+    """A LightningModule that generates with the models of its pair.
+
+    Attributes:
+        pair: The student and its teacher.
+    """
+
+    pair: Pair
+
+    def respond(self, request: Request) -> Rollout:
+        """Generate responses with the student or the teacher, in eval mode and without gradient.
+
+        Where the data has tools, prompts that are chats may call them.
+        """
+        who, teacher, run = request.generator, self.pair.teacher, cast(DistilledRun, self)
+        # a server that generates ahead of training has one set of weights
+        if who == "student" and self.pair.settle is not None:
+            self.pair.settle()
+        with writing(self.pair, who) as (parts,):
+            if len(parts) == 1:
+                return _engine(run, parts[0], who).respond(request)
+            numbers = [teacher.generator_of(prompt) for prompt in request.prompts]
+            written: dict[int, Response] = {}
+            num_row_steps = 0
+            for number, own in enumerate(parts):
+                rows = [row for row, part in enumerate(numbers) if part == number]
+                prompts = tuple(request.prompts[row] for row in rows)
+                with own.context if rows else nullcontext():
+                    rollout = _engine(run, own, who).respond(replace(request, prompts=prompts))
+                written |= dict(zip(rows, rollout, strict=True))
+                num_row_steps += rollout.num_row_steps
+        return Rollout(tuple(written[row] for row in range(len(numbers))), num_row_steps)
+
+    def build_engine(self, model: PreTrainedModel) -> RolloutEngine:
+        """Build the built-in engine on ``model``; override to use another for both models."""
+        return TransformersEngine(model, self.pair.vocabulary, self.pair.ends.stop_ids)
+
+    def decode(self, ids: Sequence[int], special_tokens: bool = False) -> str:
+        """Return the text of some ids, with or without special tokens."""
+        kept = {"skip_special_tokens": not special_tokens, "clean_up_tokenization_spaces": False}
+        return str(self.pair.tokenizer.decode(list(ids), **kept))

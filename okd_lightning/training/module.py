@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import okd_lightning.data.parsing_settings  # noqa: F401 - for configs that name it
 from okd_lightning.checkpoints.contents import allow_left_out
 from okd_lightning.engines import EngineSource
+from okd_lightning.engines.ahead import AheadEngine
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Measured, Quantity, Term
 from okd_lightning.losses.reduction import Normalization, NormalizationName
@@ -38,15 +39,17 @@ from okd_lightning.models import (
     Vocabulary,
 )
 from okd_lightning.records.batches import DistillBatch
-from okd_lightning.records.rows import generation_records
+from okd_lightning.records.generations import generation_records
 from okd_lightning.teachers import OnlineModuleSettings, Teacher, trained
 from okd_lightning.teachers.online_module import ScheduleName
+from okd_lightning.training.ahead import ahead_engine
 from okd_lightning.training.evaluation import Evaluation
 from okd_lightning.training.frozen_parts import FrozenParts
-from okd_lightning.training.generating_module import GeneratingModule
+from okd_lightning.training.generation import GeneratingModule
+from okd_lightning.training.gradients import clip_by_side
 from okd_lightning.training.lightning_privates import begin_step, count_steps
 from okd_lightning.training.opening import open_run
-from okd_lightning.training.optimization import Optimization, OptimizerBuilder, clip_by_side
+from okd_lightning.training.optimization import Optimization, OptimizerBuilder
 from okd_lightning.training.pair import Pair
 from okd_lightning.training.pair_settings import PairSettings
 from okd_lightning.training.rank_agreement import check_ranks_agree, weights_digest
@@ -263,6 +266,10 @@ class DistillationModule(GeneratingModule):
     def measure(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Measured:
         """Run both sides once over a batch and measure at its unmasked positions; see ``Pair``."""
         return self.pair.measure(batch, quantities)
+
+    def ahead_engine(self, lag: int) -> Callable[[], AheadEngine]:
+        """Return the function that starts an engine for rollouts ahead of training."""
+        return ahead_engine(self, lag)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build one optimizer over the student and the online module, each with its schedule."""

@@ -27,9 +27,10 @@ def open_run(module: DistilledRun) -> None:
     Raises:
         OKDLightningError: The teacher cannot serve this run.
     """
-    for name, model in (("student", module.student), ("teacher", module.teacher)):
-        if model is not None:
-            sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    own = () if module.student is None else (module.student,)
+    for name, models in (("student", own), ("teacher", module.pair.teacher.models)):
+        if models:
+            sizes = [(p.numel(), p.requires_grad) for one in models for p in one.parameters()]
             total, trained = sum(n for n, _ in sizes), sum(n for n, t in sizes if t)
             rank_zero_info(f"{name}: {total:,} parameters, {trained:,} trained")
     rank_zero_info(module.pair.ends.described(module.pair.tokenizer))

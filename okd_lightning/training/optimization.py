@@ -1,4 +1,4 @@
-"""The OptimizerBuilder: optimizer, parameter groups, schedules and gradient clipping of a run.
+"""The OptimizerBuilder: optimizer, parameter groups and schedules of a run.
 
 Also owns which of these settings a resumed run takes from its own config. ``module`` owns the
 losses.
@@ -14,12 +14,10 @@ from typing import Any
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
-from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Term
-from okd_lightning.losses.states import projectors_of
 from okd_lightning.teachers import OnlineModuleSettings, trained
 from okd_lightning.teachers.online_module import ScheduleName, check_schedule
 from okd_lightning.training.distilled_run import DistilledRun
@@ -192,45 +190,3 @@ class OptimizerBuilder:
         if learning_rate != settings.learning_rate:
             rebase(optimizer, scheduler, settings.learning_rate, learning_rate)
             self.settings = replace(settings, defaults={**settings.defaults, "lr": learning_rate})
-
-
-def clip_by_side(
-    run: DistilledRun, limit: float | None, algorithm: str | None, acting: Sequence[Term]
-) -> bool:
-    """Clip student and projectors by the Trainer's value and the online module by its own norm.
-
-    Args:
-        run: The module.
-        limit: The Trainer's gradient_clip_val.
-        algorithm: The Trainer's gradient_clip_algorithm.
-        acting: Terms of this step. Gradients of an online module and of projectors that none of
-            them trains are removed: the optimizer skips their weights and moments, and counts no
-            step for them.
-
-    Returns:
-        False where the whole module is left to the Trainer's own clipping.
-
-    Raises:
-        ConfigError: The Trainer clips values, and the online module a norm.
-    """
-    own, idle = run.pair.teacher.online_module, list[nn.Parameter]()
-    if not any(term.trains_teacher for term in acting):
-        idle = run.pair.teacher.trained_parameters()
-    if run.projectors is not None:
-        idle = [*idle, *run.projectors.idle(projectors_of(acting))]
-    for parameter in idle:
-        parameter.grad = None
-    if own is None:
-        return False
-    if algorithm == "value":
-        if own.clip_norm:
-            raise ConfigError(
-                f"clip_norm {own.clip_norm} of the online module is a norm, and "
-                "trainer.gradient_clip_algorithm value clips no norms: leave one of them out"
-            )
-        return False
-    student = [*trained(run.student), *trained(run.projectors)]
-    for parameters, norm in ((student, limit), (trained(run.teacher), own.clip_norm or limit)):
-        if norm:
-            clip_grad_norm_(parameters, norm)
-    return True

@@ -96,33 +96,14 @@ def build_optimizer(
             raise ConfigError(float16_refusal(f"the {side}"))
     trainable = [p for p in student if p.requires_grad]
     online_rate = learning_rate if online_learning_rate is None else online_learning_rate
-    groups: list[dict[str, Any]] = [
-        {
-            "name": DECAY,
-            "params": [p for p in trainable if p.ndim >= 2],
-            "lr": learning_rate,
-            "weight_decay": weight_decay,
-        },
-        {
-            "name": NO_DECAY,
-            "params": [p for p in trainable if p.ndim < 2],
-            "lr": learning_rate,
-            "weight_decay": 0.0,
-        },
-        {
-            "name": ONLINE_MODULE,
-            "params": [p for p in online_module if p.requires_grad],
-            "lr": online_rate,
-            "weight_decay": 0.0,
-        },
-        {
-            "name": PROJECTORS,
-            "params": list(projectors),
-            "lr": learning_rate,
-            "weight_decay": 0.0,
-        },
-    ]
-    filled = [group for group in groups if group["params"]]
+    groups = (
+        (DECAY, [p for p in trainable if p.ndim >= 2], learning_rate, weight_decay),
+        (NO_DECAY, [p for p in trainable if p.ndim < 2], learning_rate, 0.0),
+        (ONLINE_MODULE, [p for p in online_module if p.requires_grad], online_rate, 0.0),
+        (PROJECTORS, list(projectors), learning_rate, 0.0),
+    )
+    keys = ("name", "params", "lr", "weight_decay")
+    filled = [dict(zip(keys, group, strict=True)) for group in groups if group[1]]
     return AdamW(filled) if factory is None else called(factory, filled)
 
 

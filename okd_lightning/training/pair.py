@@ -28,10 +28,8 @@ from okd_lightning.losses import (
     Side,
     WeightedLoss,
     WeightedTerm,
-    measure,
-    measure_chunks,
 )
-from okd_lightning.losses.fused import batch_loss
+from okd_lightning.losses.fused import batch_loss, measure_batch
 from okd_lightning.losses.states import loss_with_states
 from okd_lightning.models import (
     DTypeName,
@@ -54,7 +52,7 @@ from okd_lightning.models import (
 )
 from okd_lightning.models.adapters import model_source
 from okd_lightning.records.batches import DistillBatch
-from okd_lightning.sharding import Placement, WholeModels
+from okd_lightning.sharding import Placement
 from okd_lightning.teachers import (
     AdaptiveTeacher,
     OnlineModuleSettings,
@@ -82,7 +80,7 @@ class Pair:
         teacher: The teacher that acts in the command that is under way.
         vocabulary: Ids on which both sides are compared.
         ends: Ids that end a response, one outcome for both models.
-        placement: The models' placement; a sharding strategy replaces it.
+        placement: How to run models in shards, set by the strategy; None for whole models.
         packs_student: Whether the student gets packed rows.
         teacher_base: The model with which the teacher is compared, where a method names one.
         tool_rounds: The tools of the data, where it has some.
@@ -125,7 +123,7 @@ class Pair:
         )
         self.student: PreTrainedModel | None = None
         self.packs_student = False
-        self.placement: Placement = WholeModels()
+        self.placement: Placement | None = None
         self.teacher_base: TeacherBase | None = None
         self.tool_rounds: ToolRounds | None = None
         self.layer_pairs: tuple[LayerPair, ...] = ()
@@ -198,7 +196,7 @@ class Pair:
             attn_implementation=settings.attn_implementation,
             learns="all" if self.student_adapter is None else "adapter",
         )
-        self.student = student
+        self.student = settings.frozen(student)
         teacher.student_loaded(student)
         if self.adds_adapter:
             adapter, on_vision = cast(PeftConfig, self.student_adapter), not settings.freeze_vision
@@ -347,24 +345,12 @@ class Pair:
         The student runs in the caller's gradient mode. The teacher reads its own prompts where the
         batch has them; the positions are those of the same response tokens on both sides.
         """
-        sides, size = self.sides(batch, quantities), self.settings.tile_positions
-        student, teacher, base = sides
-        if batch.chunks is not None:
-            values = measure_chunks(batch, quantities, sides, size).at_positions()
-        else:
-            values = measure(
-                quantities,
-                student,
-                teacher,
-                batch.student_reads.targets,
-                self.vocabulary.size,
-                size,
-                base,
-                Measured.about(batch).merges_ends,
-            )
-        if not torch.is_grad_enabled():
+        rows = self.sides(batch, quantities), batch, batch.student_reads.targets
+        sizes = self.vocabulary.size, self.settings.tile_positions
+        measured = measure_batch(quantities, *rows, Measured.about(batch), *sizes)
+        if self.placement is not None and not torch.is_grad_enabled():
             self.placement.release(*self.models)
-        return replace(Measured.about(batch), values=values)
+        return measured
 
     def loss_of(
         self, batch: DistillBatch, terms: Sequence[WeightedTerm], checks: bool = False

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from okd_lightning.engines.engine import EngineSource
@@ -27,6 +27,7 @@ from okd_lightning.models import (
     recompute_activations,
     say_row_groups,
 )
+from okd_lightning.models.causal_lm import within_peft
 from okd_lightning.teachers import Teacher, TeacherOptions, TeacherRun, trained
 from okd_lightning.training.frozen_parts import own_memory
 
@@ -57,10 +58,14 @@ class PairSettings:
         """Return the settings among the arguments of a DistillationModule."""
         return cls(**{field.name: given[field.name] for field in fields(cls)})
 
-    def prepare(self, student: PreTrainedModel) -> bool:
-        """Set a student with its adapter up for training; return whether it gets packed rows."""
+    def frozen(self, student: PreTrainedModel) -> PreTrainedModel:
+        """Return a loaded student with its frozen parts, which a teacher's copy of it shares."""
         if self.freeze_vision:
             freeze_vision(student)
+        return student
+
+    def prepare(self, student: PreTrainedModel) -> bool:
+        """Set a student with its adapter up for training; return whether it gets packed rows."""
         if self.gradient_checkpointing:
             recompute_activations(student, "--model.student")
         packs = packs_rows(student, self.packing, "student")
@@ -105,11 +110,6 @@ def images_refused(teacher: Teacher, engine: EngineSource | None) -> str | None:
     if engine is not None:
         return f"{type(engine).__name__} is sent text alone: leave --model.engine out"
     return None
-
-
-def within_peft(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model within a PEFT wrapper, adapters included."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @contextmanager

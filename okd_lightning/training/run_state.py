@@ -120,7 +120,7 @@ class RunState:
                 "its optimizer and loops ended with them: have the run write its checkpoints, by "
                 "LastCheckpoint or ModelCheckpoint among the Trainer's callbacks"
             )
-        trainer, pair = module.trainer, module.pair
+        trainer = module.trainer
         trained = {
             f"{side}.{name}": parameter
             for side, model in (
@@ -141,10 +141,15 @@ class RunState:
         for part in ("callbacks", "current_model_state"):
             if part in checkpoint:
                 checkpoint[part] = without_left_out(checkpoint[part], whole)
+        checkpoint["okd_lightning"] = {**self._record(module), "optimizer": optimizer}
+
+    def _record(self, module: DistilledRun) -> dict[str, Any]:
+        """Return what a checkpoint says of the run, as primitives, but for its optimizer."""
+        trainer, pair = module.trainer, module.pair
         if self._arguments is None:
             self._arguments = stored_arguments(self._constructed_with)
         online = pair.teacher.online_module
-        checkpoint["okd_lightning"] = {
+        return {
             "config": self.config,
             "arguments": self._arguments,
             "started_in": self.started_in,
@@ -155,7 +160,6 @@ class RunState:
             "methods": [term.kind for term in module.terms],
             "teacher": pair.teacher.mark,
             "normalization": module.normalization.by,
-            "optimizer": optimizer,
             "accumulate": trainer.accumulate_grad_batches,
             "metrics": {
                 **self._measured_before,

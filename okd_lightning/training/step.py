@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Self, cast
 
@@ -186,7 +186,7 @@ class StepLoss:
             loss = run.pair.loss_of(batch, terms, checks=is_new)
         if is_new:
             check_counts(terms, loss.outputs, batch)
-        names = run.pair.teacher.names
+        names = run.pair.teacher.names if batch.teacher_counts else ()
         self._log(run, batch, step_means(terms, loss, batch, names), is_last)
         return loss.total + self._idle_loss(run)
 
@@ -196,7 +196,7 @@ class StepLoss:
 
     def _idle_loss(self, run: DistilledRun) -> Tensor:
         """Return 0, tied to parameters that no term trains in this step, as DDP expects."""
-        own: list[Parameter] = []
+        own: Iterable[Parameter] = []
         if not self.trains_teacher:
             own = run.pair.teacher.trained_parameters()
         if run.projectors is not None:
@@ -204,7 +204,9 @@ class StepLoss:
         if all(term.reads_states for term in self.acting):  # the head and later layers may be
             own = [*own, *trained(run.student)]
         idle = torch.zeros((), device=run.device)
-        for parameter in run.pair.placement.tied_to_loss(own) if own else ():
+        if run.pair.placement is not None:
+            own = run.pair.placement.tied_to_loss(own)
+        for parameter in own:
             idle = idle + 0.0 * parameter.sum()
         return idle
 

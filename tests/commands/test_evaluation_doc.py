@@ -9,19 +9,25 @@
 from __future__ import annotations
 
 import json
-import os
 import re
+import runpy
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from cli_workbench import LENGTHS, QUIET, make_rows, read_metrics, write_jsonl
+from forked import type_command
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "evaluation.md").read_text()
+
+
+ADAPTER = "okd_lightning.commands.lm_eval_adapter"
+
+
+def run_adapter() -> None:
+    runpy.run_module(ADAPTER, run_name="__main__")
 
 
 def commands(word: str) -> list[list[str]]:
@@ -128,18 +134,9 @@ def test_lm_evaluation_harness(runs, okd, here):
     (here / "tasks" / "gsm8k_local.yaml").write_text(task)
     export, evaluate = commands("lm_eval_adapter")
     assert okd(export[1:]).status == 0
-    assert evaluate[0] == "python"
-    done = subprocess.run(
-        [sys.executable, *evaluate[1:]],
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "HF_HUB_OFFLINE": "1",
-            "HF_HOME": str(here / "hub"),
-        },
-    )
+    assert evaluate[:3] == ["python", "-m", ADAPTER]
+    variables = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(here / "hub")}
+    done = type_command(evaluate[3:], here, program=run_adapter, **variables)
     assert done.returncode == 0, done.stderr
     (results,) = (here / "lm-eval").rglob("results_*.json")
     measured = json.loads(results.read_text())

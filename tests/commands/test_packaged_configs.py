@@ -1,9 +1,9 @@
 """Every file in ``configs/`` is parsed, instantiated and run for a step.
 
 * Complete configs run on the quickstart's small models and data in place of their own.
-* Overlays run on top of one of them; those of several processes start two, by Lightning itself, by
-  torchrun, and as SLURM's srun does, as if on two nodes; those that name a server have one that
-  speaks vLLM's protocol.
+* Overlays run on top of one of them; those of several processes start two, by Lightning itself, as
+  torchrun does, and as SLURM's srun does, as if on two nodes; those that name a server have one
+  that speaks vLLM's protocol.
 * Real pairs and their tasks are run in test_real_pairs.py.
 * A config that nobody runs fails the suite.
 """
@@ -231,9 +231,8 @@ def test_an_overlay_of_two_processes_trains(overlay, tmp_path):
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # the libraries', not ours
 def test_the_sharded_overlay_trains_resumes_and_exports(tmp_path, monkeypatch, capsys):
-    """By torchrun on two processes; a folder of shards is a checkpoint like another."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run(tmp_path, [*torchrun, *command(tmp_path, TORCHRUN, "--trainer.devices", "2")])
+    """On two processes, as under torchrun; a folder of shards is a checkpoint like another."""
+    type_on_ranks(command(tmp_path, TORCHRUN, "--trainer.devices", "2")[2:], tmp_path)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert sorted(path.name for path in last.glob("*.distcp")) == ["__0_0.distcp", "__1_0.distcp"]
     type_on_ranks(["fit", "--ckpt_path", str(last), "--trainer.max_steps", "3"], tmp_path)

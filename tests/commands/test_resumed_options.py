@@ -142,8 +142,11 @@ ACTING = {
     ),
     "model.tile_positions": (3, lambda run: run.module.pair.settings.tile_positions == 3),
     "model.packing": (False, lambda run: not run.module.pair.packs_student),
-    "data.max_response_length": (3, lambda run: run.data._train_loader._max_new_tokens == 3),
-    "data.sampling": (HOT, lambda run: run.data._train_loader._sampling is HOT),
+    "data.max_response_length": (
+        3,
+        lambda run: run.data._train_loader._generation.max_new_tokens == 3,
+    ),
+    "data.sampling": (HOT, lambda run: run.data._train_loader._generation.sampling is HOT),
     "data.max_prompt_length": (40, lambda run: run.data.max_prompt_length == 40),
     "data.on_overlong": ("error", lambda run: run.data.on_overlong == "error"),
     "data.val_rollouts": (3, lambda run: run.data.val_rollouts == 3),

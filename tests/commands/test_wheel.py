@@ -2,7 +2,8 @@
 
 * it holds every module, ``py.typed``, the configs and the quickstart's files, and nothing of the
   tests, the benchmarks or the shelf of callbacks;
-* ``okd-lightning`` starts from it, finds the configs by name, and runs the quickstart.
+* ``okd-lightning`` starts from it, finds the configs by name, and runs the quickstart,
+  which prints no message of other libraries.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from cli_workbench import NOISE
 
 import okd_lightning
 
@@ -110,5 +112,6 @@ def test_it_finds_its_configs_by_name_and_runs_the_quickstart(
     assert all(Path(path).is_relative_to(installed) for path in paths.split())
     assert prepared == "['fit', '--config']"
     assert "results.json" in done.stdout
+    assert not [noise for noise in NOISE if noise in done.stdout + done.stderr], done.stderr
     assert (tmp_path / "results.json").is_file()
     assert (tmp_path / "learning_curve.png").is_file()

@@ -12,20 +12,25 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import tracemalloc
 import zlib
 from dataclasses import replace
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from okd_lightning.data.columns import Columns
 from okd_lightning.data.examples import build_examples
-from okd_lightning.data.images import RowImages, check_image_ids, has_images
+from okd_lightning.data.image_cells import has_images
+from okd_lightning.data.images import RowImages, check_image_ids
 from okd_lightning.data.stored_examples import pack_examples, unpack_examples
 from okd_lightning.data.teacher_prompts import TeacherPrompts
 from okd_lightning.data.token_cache import cached_examples
 from okd_lightning.errors import DataError
+from okd_lightning.models import image_files
 from okd_lightning.models.image_files import decoded, image_ref
 from okd_lightning.models.processors import load_reader
 from tests import vision
@@ -103,8 +108,8 @@ def test_plain_prompts_have_a_column(build):
     renamed = {"prompt": "x<image>y", "response": "b", "picture": ["a.png"]}
     (other,) = build(renamed, columns=Columns(images="picture")).examples
     assert other.prompt_ids == example.prompt_ids
-    assert has_images([row], Columns())
-    assert not has_images([{"prompt": "x<image>", "response": "b"}], Columns())
+    assert has_images([row], Columns(), "rows")
+    assert not has_images([{"prompt": "x<image>", "response": "b"}], Columns(), "rows")
 
 
 def test_a_place_of_a_data_set_without_images_is_text(build, reader, tmp_path):
@@ -131,6 +136,75 @@ def test_pictures_become_rgb(tmp_path):
     assert read["x.jpg"].size == (12, 10)
 
 
+def test_deep_grey_pixels_keep_their_shades(tmp_path):
+    """Pillow alone makes white of every value above 255."""
+    deep = torch.arange(0, 65536, 4096, dtype=torch.int32).reshape(4, 4)
+    for name, kind in (("x.png", "uint16"), ("y.tiff", ">u2")):
+        vision.Image.fromarray(deep.numpy().astype(kind)).save(tmp_path / name)
+        found = decoded(image_ref(name, tmp_path / name, b"", "row"))
+        assert list(found.convert("L").tobytes()) == (deep // 256).flatten().tolist()
+    for kind in ("int32", "float32"):
+        vision.Image.fromarray(deep.numpy().astype(kind)).save(tmp_path / "z.tiff")
+        with pytest.raises(DataError, match="pixels of 32 bits"):
+            image_ref("z.tiff", tmp_path / "z.tiff", b"", "row")
+
+
+def test_size_is_that_of_the_upright_picture(tmp_path):
+    """The check decodes a JPEG at a part of its size."""
+    exif = vision.Image.Exif()
+    for orientation in range(1, 9):
+        exif[274] = orientation
+        vision.picture(3, 90, 40).save(tmp_path / "x.jpg", exif=exif)
+        ref = image_ref("x.jpg", tmp_path / "x.jpg", b"", "row")
+        assert (ref.width, ref.height) == decoded(ref).size
+
+
+def test_base64_may_have_lines_and_be_a_data_url(build):
+    data = vision.encoded(vision.picture(0))
+    lines = "\n".join(data[i : i + 76] for i in range(0, len(data), 76))
+    url = f"data:image/png;base64,{data}"
+    parts = (
+        {"type": "image", "bytes": lines},
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "image_url", "image_url": url},
+        image(url),
+    )
+    found = build([chat(part, "x") for part in (image(), *parts)]).examples
+    assert len({e.images[0].sha256 for e in found}) == 1
+    assert found[1].question == "[image 1]x"
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "RGBA", "L", "YCbCr"])
+def test_an_image_of_pillow_in_the_column(mode, build):
+    row = {"prompt": "x<image>", "response": "b", "images": [vision.picture(0).convert(mode)]}
+    (example,) = build(row).examples
+    assert decoded(example.images[0]).size == (12, 10)
+
+
+def test_a_pipe_is_refused(build, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(DataError, match=r"pipe.png: not a file"):
+        build(chat(image("pipe.png"), "x"))
+
+
+def test_ten_thousand_rows_hold_references(reader, tmp_path):
+    """Their pixels would be 120 MB; names, hashes and ids are below 3 kB a row."""
+    vision.picture(0, 64, 64).save(tmp_path / "0.png")
+    for number in range(1, 500):
+        os.link(tmp_path / "0.png", tmp_path / f"{number}.png")
+    rows = [
+        {"prompt": f"<image>{i}", "response": "b", "images": [f"{i % 500}.png"]}
+        for i in range(10_000)
+    ]
+    images = RowImages(reader, None, tmp_path)
+    tracemalloc.start()
+    refs = [images.of_row(row, Columns(), "row", row["prompt"]) for row in rows]
+    size = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert {len(found) for found in refs} == {1}
+    assert size < 3000 * len(rows)
+
+
 def test_an_image_of_one_pixel_is_read(build, tmp_path):
     vision.picture(0, 1, 1).save(tmp_path / "dot.png")
     (example,) = build(chat(image("dot.png"), "x")).examples
@@ -154,7 +228,7 @@ FILES = {
     "huge.png": (png(60_000, 60_000), "pixels"),
     "large.png": (png(9_000, 9_000), "9,000 x 9,000 pixels"),
     "text.png": (b"hello", "decoded .no image of these formats."),
-    "empty.png": (b"", "cannot be decoded"),
+    "empty.png": (b"", "'empty.png' is empty"),
     "cut.png": (png(8, 8), "cannot be decoded"),
 }
 
@@ -180,12 +254,23 @@ def test_a_truncated_jpeg_is_refused(build, tmp_path):
 
 
 ROWS = {
-    "more places": ({"prompt": "<image><image>", "response": "b", "images": ["a.png"]}, "2 places"),
-    "no place": ({"prompt": "x", "response": "b", "images": ["a.png"]}, "0 places"),
-    "no image": (chat("<image>x", image()), "1 places"),
+    "more places": (
+        {"prompt": "<image><image>", "response": "b", "images": ["a.png"]},
+        "2 <image>",
+    ),
+    "no place": ({"prompt": "x", "response": "b", "images": ["a.png"]}, "0 <image>"),
+    "no image": (chat("<image>x", image()), "1 <image>"),
     "url": (chat({"type": "image", "url": "https://a.b/c.png"}, "x"), "is a URL"),
     "url as path": (chat(image("https://a.b/c.png"), "x"), "is a URL"),
     "image_url": (chat({"type": "image_url", "image_url": {"url": "http://a.b"}}), "is a URL"),
+    "file url": (chat(image("file:///a.png"), "x"), "give the path in it"),
+    "bucket": (chat(image("s3://b/a.png"), "x"), r"is a URL \(s3://b/a.png\)"),
+    "null in a name": (chat(image("a\0b.png"), "x"), "null byte"),
+    "long name": (chat(image("x" * 3000), "x"), r"x{100,250}\.\.\.' cannot be read"),
+    "wrong data url": (chat(image("data:image/png;base64,%"), "x"), "no base64"),
+    "number as path": (chat(image(3), "x"), 'given as "path": 3;'),
+    "empty path": (chat(image(""), "x"), "given as \"path\": '';"),
+    "marker in an answer": (chat("x", image(), answer="a<image>"), "an assistant's turn"),
     "not base64": (chat({"type": "image", "bytes": "?"}, "x"), "no base64"),
     "number": ({"prompt": "<image>", "response": "b", "images": 5}, "int"),
     "number in a list": ({"prompt": "<image>", "response": "b", "images": [5]}, "int"),
@@ -274,9 +359,14 @@ def test_cache_key_has_the_bytes_of_the_files(reader, tmp_path, monkeypatch):
             images=RowImages(reader, None, tmp_path),
         )
 
-    keys = []
+    keys, num_decoded = [], []
+    check = image_files._checked_size
+    monkeypatch.setattr(
+        image_files, "_checked_size", lambda *given: num_decoded.append(1) or check(*given)
+    )
     for seed in (0, 0, 1):
         vision.picture(seed).save(tmp_path / "a.png")
-        read()
-        keys.append(len(list((tmp_path / "cache").iterdir())))
-    assert keys == [1, 1, 2]
+        found = read()
+        assert found.examples[0].images[0].sha256
+        keys.append((len(list((tmp_path / "cache").iterdir())), len(num_decoded)))
+    assert keys == [(1, 1), (1, 1), (2, 2)]  # a row from the cache is not decoded

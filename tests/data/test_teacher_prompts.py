@@ -12,8 +12,7 @@ import pytest
 
 from okd_lightning.data.teacher_prompts import TeacherPrompts, teacher_prompts_from
 from okd_lightning.errors import ConfigError, DataError
-from okd_lightning.records.collation import collate
-from okd_lightning.records.rows import dataset_row
+from okd_lightning.records.collation import collate, dataset_row
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 CHAT = [

@@ -19,8 +19,8 @@ from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.engines.tool_rollouts import Exchange, ToolEngine
 from okd_lightning.errors import ConfigError, DataError
 from okd_lightning.records import Request
+from okd_lightning.records.collation import dataset_row
 from okd_lightning.records.requests import Chat
-from okd_lightning.records.rows import dataset_row
 from okd_lightning.tools import Calculator, Toolbox
 from okd_lightning.tools.tool_calls import ToolCall
 

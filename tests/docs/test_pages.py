@@ -50,6 +50,7 @@ LANGUAGES = {"bash", "json", "python", "text", "yaml"}
 NUM_NOT_RUN = {
     "README.md": 1,  # Qwen from the hub
     "docs/concepts/advantages.md": 2,  # a reward model from the hub; a judge's server
+    "docs/concepts/another-tokenizer.md": 1,  # vLLM
     "docs/concepts/models.md": 1,  # a quantised folder
     "docs/from_trl.md": 2,  # TRL's side; Qwen
     "docs/images.md": 1,  # SmolVLM

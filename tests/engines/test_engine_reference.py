@@ -23,8 +23,8 @@ from okd_lightning.engines import Blend, NoiseStream, Sampling, TransformersEngi
 from okd_lightning.engines import transformers_engine as engine_module
 from okd_lightning.losses import cpu_linear
 from okd_lightning.models import Vocabulary
+from okd_lightning.records.counts import rollout_metrics
 from okd_lightning.records.requests import Prompt, PromptBatch, Request, Rollout
-from okd_lightning.records.rows import rollout_metrics
 
 NUM_IDS = 20
 EOS_IDS = (1, 7)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from okd_lightning.engines import Sampling
+from okd_lightning.engines.drawing import draw, workspace_for
 from okd_lightning.errors import ConfigError
-from okd_lightning.records.sampling import draw, workspace_for
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, -torch.inf, 1.5, -1.0]])
 

@@ -21,9 +21,10 @@ from tool_chats import call_of
 from okd_lightning.engines import NoiseStream, Sampling, TransformersEngine
 from okd_lightning.engines.tool_rollouts import ToolEngine
 from okd_lightning.models import Vocabulary
-from okd_lightning.records.collation import collate
+from okd_lightning.records.collation import collate, sampled_row
+from okd_lightning.records.counts import rollout_metrics
+from okd_lightning.records.generations import generation_records
 from okd_lightning.records.requests import Prompt, Request
-from okd_lightning.records.rows import generation_records, rollout_metrics, sampled_row
 from okd_lightning.rollouts.stored import pack_rollout, unpack_rollout
 
 END = "<|im_end|>"

@@ -21,7 +21,7 @@ from okd_lightning.callbacks import KD, OKD
 from okd_lightning.engines import Blend, NoiseStream, Sampling, TransformersEngine
 from okd_lightning.errors import ModelError
 from okd_lightning.models import Vocabulary, hidden_at_loss, recompute_activations, row_groups
-from okd_lightning.models.grouping import ANY_ROWS, RowGroups
+from okd_lightning.models.reading import ANY_ROWS, RowGroups
 from okd_lightning.records.requests import Prompt, PromptBatch, Request
 from okd_lightning.records.sequences import Sequences
 from okd_lightning.teachers import attach_online_module, base_teacher
@@ -333,7 +333,7 @@ def test_a_mixture_across_both_switches(second):
 
 def test_a_switch_that_no_field_names_is_found(monkeypatch):
     model = make("phi3", original_max_position_embeddings=21, max_position_embeddings=64)
-    monkeypatch.setattr("okd_lightning.models.grouping._switches", lambda config: [16, 64])
+    monkeypatch.setattr("okd_lightning.models.grouping.switches", lambda config: [16, 64])
     assert row_groups(model) == RowGroups(21)
 
 

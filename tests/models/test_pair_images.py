@@ -19,8 +19,7 @@ from okd_lightning.divergences import ForwardKL
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses.quantities import ExactDivergence
 from okd_lightning.models.processors import load_reader
-from okd_lightning.records.collation import collate
-from okd_lightning.records.rows import dataset_row
+from okd_lightning.records.collation import collate, dataset_row
 from okd_lightning.teachers import CachedTeacher, ForeignTeacher, FrozenSelf, ServedTeacher
 from okd_lightning.training.module import DistillationModule
 from okd_lightning.training.pair_settings import images_refused

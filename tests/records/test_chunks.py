@@ -14,8 +14,8 @@ import torch
 
 from okd_lightning.records.batches import TrainingRow
 from okd_lightning.records.chunks import AlignedResponse, Chunks, Span, aligned
-from okd_lightning.records.collation import collate
-from okd_lightning.records.rows import count_chunks, fully_masked
+from okd_lightning.records.collation import collate, fully_masked
+from okd_lightning.records.counts import count_chunks
 
 
 def pieces(text: str) -> list[bytes]:

@@ -21,7 +21,7 @@ from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig
 
 from okd_lightning.callbacks import GKD, KD, OKD, OPDPlus, Throughput
 from okd_lightning.models import add_adapter, hidden_at_loss, reading, reads_packed_rows
-from okd_lightning.models.reading import _packed_states
+from okd_lightning.models.reading import packed_states
 from okd_lightning.records import sequences
 from okd_lightning.records.batches import TrainingRow
 from okd_lightning.records.collation import collate
@@ -163,7 +163,7 @@ def test_gradients(model_type, attention):
 
 def test_flash_attention_gets_one_packed_row():
     model, read = build("llama"), rows_of([3, 11, 2, 10, 9])
-    assert _packed_states(model, read).shape[:2] == read.packing.row.shape
+    assert packed_states(model, read).shape[:2] == read.packing.row.shape
     taken = []
 
     def take(module, args, kwargs):

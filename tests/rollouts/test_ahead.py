@@ -22,8 +22,8 @@ from test_loader_resume import saved
 from okd_lightning.engines.ahead import AheadEngine, Answer, Generated, ThreadEngine
 from okd_lightning.errors import PreemptedError, WorkerError
 from okd_lightning.rollouts import LoaderShape, RolloutLoader, RolloutPlan
-from okd_lightning.rollouts.agreement import StopRequest
 from okd_lightning.rollouts.ahead import RolloutsAhead
+from okd_lightning.rollouts.generation import StopRequest
 
 SHAPES = {
     "one step a batch": (LoaderShape(2, 10), RolloutPlan(1.0)),

@@ -37,12 +37,14 @@ class Place:
         cache: Folder for a cache.
         url: Address of a server with the same model, in float64.
         copy: Folder of another copy of the teacher.
+        foreign_url: Address of a server with the same model and another tokenizer, in float64.
     """
 
     teacher: str
     cache: str
     url: str
     copy: str = ""
+    foreign_url: str = "http://x"
 
     @property
     def both(self) -> list[tuple[str, str]]:
@@ -97,6 +99,10 @@ LORA = {"student_adapter": LoraConfig(r=2, target_modules=["v_proj"])}
 FOLLOWS = (another_module, "follows the student")
 KINDS: dict[str, Kind] = {
     "loaded": Kind(lambda at: LoadedTeacher(at.teacher)),
+    "in host memory": Kind(
+        lambda at: LoadedTeacher(at.teacher, residence="host"),
+        refuses=(another_module, "residence host keeps a model that does not change"),
+    ),
     "frozen self": Kind(lambda at: FrozenSelf(), is_student=True),
     "frozen self, LoRA": Kind(lambda at: FrozenSelf(), LORA, is_student=True),
     "averaged self": Kind(
@@ -128,6 +134,16 @@ KINDS: dict[str, Kind] = {
     ),
     "routed to equals": Kind(
         lambda at: RoutedTeachers({"a": at.teacher, "b": at.copy}), data=ROUTED
+    ),
+    "routed, one in host memory": Kind(
+        lambda at: RoutedTeachers({"a": LoadedTeacher(at.teacher, "host"), "b": at.copy}),
+        data=ROUTED,
+    ),
+    "routed to servers": Kind(
+        lambda at: RoutedTeachers({name: ServedTeacher(at.url, k=ALL) for name in "ab"}),
+        refuses=(another_module, "is trained on a teacher"),
+        generates=False,
+        data=ROUTED,
     ),
     "routed, with modules": Kind(
         lambda at: RoutedTeachers(
@@ -166,6 +182,12 @@ KINDS: dict[str, Kind] = {
         has_cells=True,
         moves=True,
         trained="lora_",
+    ),
+    "served, foreign": Kind(
+        lambda at: ForeignTeacher(ServedTeacher(at.foreign_url, k=ALL), at.foreign),
+        refuses=(another_module, "is trained on a teacher"),
+        generates=False,
+        has_cells=True,
     ),
     "served": Kind(
         lambda at: ServedTeacher(at.url, k=ALL),

@@ -10,6 +10,7 @@ that it cannot serve is refused before training; every class of teacher is in th
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,14 +54,25 @@ def models(tmp_path_factory, tiny_tokenizer) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(tiny_tokenizer):
-    with serving(FakeVLLM(tiny.make_llama(2, ALL).double(), tiny_tokenizer)) as engine:
-        yield engine.url
+def urls(tiny_tokenizer):
+    """Addresses of the teacher with the student's tokenizer, and with another one."""
+    with ExitStack() as open_servers:
+        tokenizers = tiny_tokenizer, tiny.make_tokenizer(tiny.LETTERS[::-1])
+        engines = [
+            open_servers.enter_context(serving(FakeVLLM(tiny.make_llama(2, ALL).double(), one)))
+            for one in tokenizers
+        ]
+        yield [engine.url for engine in engines]
+
+
+def place_of(models: Path, cache: Path, urls: list[str]) -> Place:
+    folders = str(models / "teacher"), str(cache)
+    return Place(*folders, urls[0], str(models / "copy"), foreign_url=urls[1])
 
 
 @pytest.fixture
-def place(models, url, tmp_path) -> Place:
-    return Place(str(models / "teacher"), str(tmp_path / "cache"), url, str(models / "copy"))
+def place(models, urls, tmp_path) -> Place:
+    return place_of(models, tmp_path / "cache", urls)
 
 
 def make(kind: Kind, place: Place) -> DistillationModule:
@@ -123,14 +135,14 @@ class Whole:
 
 
 @pytest.fixture(scope="module")
-def whole(models, url, tmp_path_factory) -> Callable[[str], Whole]:
+def whole(models, urls, tmp_path_factory) -> Callable[[str], Whole]:
     """The run of a kind, made when a test first asks for it."""
     made: dict[str, Whole] = {}
 
     def run_of(name: str) -> Whole:
         if name not in made:
             kind, root, start = KINDS[name], tmp_path_factory.mktemp("whole"), Start()
-            place = Place(str(models / "teacher"), str(root / "cache"), url, str(models / "copy"))
+            place = place_of(models, root / "cache", urls)
             module = make(kind, place)
             recorder = train(root, kind, module, [kind.method(), start])
             made[name] = Whole(place, module, recorder, start.parameters)
@@ -255,10 +267,9 @@ def test_a_kind_of_ones_own_is_one_class(place, tmp_path):
 # ------------------------------------------------------------------- two ranks
 
 
-def run(root: Path, devices: int, name: str, url: str) -> dict[str, torch.Tensor]:
+def run(root: Path, devices: int, name: str, urls: list[str]) -> dict[str, torch.Tensor]:
     kind = KINDS[name]
-    cache, copy = root / f"cache {name}", root / "copy"
-    module = make(kind, Place(str(root / "teacher"), str(cache), url, str(copy)))
+    module = make(kind, place_of(root, root / f"cache {name}", urls))
     trainer = tiny.make_trainer(
         root / f"{name} {devices}",
         [kind.method()],
@@ -274,19 +285,19 @@ def run(root: Path, devices: int, name: str, url: str) -> dict[str, torch.Tensor
 
 def of_one_rank(rank: int, root: Path) -> None:
     """What a spawned process does."""
-    url = (root / "url").read_text()
-    torch.save({name: run(root, 2, name, url) for name in KINDS}, root / f"rank{rank}.pt")
+    urls = (root / "urls").read_text().split()
+    torch.save({name: run(root, 2, name, urls) for name in KINDS}, root / f"rank{rank}.pt")
 
 
 @pytest.fixture(scope="module")
-def ranks(models, url):
-    (models / "url").write_text(url)
+def ranks(models, urls):
+    (models / "urls").write_text("\n".join(urls))
     spawn(of_one_rank, models)
     return [torch.load(models / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_two_ranks_train_as_one(name, ranks, models, url):
-    alone = run(models, 1, name, url)
+def test_two_ranks_train_as_one(name, ranks, models, urls):
+    alone = run(models, 1, name, urls)
     for rank in ranks:
         assert tiny.distance(rank[name], alone) < 1e-9

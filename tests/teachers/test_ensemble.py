@@ -9,6 +9,7 @@ ensemble only; validation measures the mixed distribution.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -238,3 +239,25 @@ def test_too_long_rows_name_the_member(folders, tmp_path, tiny_tokenizer):
     ensemble = TeacherEnsemble([folders["llama"], LoadedTeacher(tmp_path / "short")])
     with pytest.raises(ConfigError, match="teacher short was made for 8"):
         train(tmp_path, make(folders, ensemble), [KD()])
+
+
+@pytest.mark.parametrize(
+    ("class_path", "settings", "words"),
+    [
+        ("HostTeacher", {}, "class_path HostTeacher is no class of teacher; did you mean"),
+        (
+            "LoadedTeacher",
+            {"modle": "x"},
+            "LoadedTeacher has no setting modle; it has mod",
+        ),
+        (
+            "LoadedTeacher",
+            {"model": "x", "residence": "disk"},
+            "is 'disk'; expected device or",
+        ),
+        ("LoadedTeacher", {}, "missing 1 required positional argument: 'model'"),
+    ],
+)
+def test_a_member_of_a_config_says_what_is_wrong_with_it(class_path, settings, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        TeacherEnsemble([{"class_path": class_path, "init_args": settings}])

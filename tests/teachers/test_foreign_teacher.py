@@ -32,9 +32,8 @@ from okd_lightning.data.examples import build_examples
 from okd_lightning.divergences import ForwardKL, JensenShannon
 from okd_lightning.errors import CheckpointError
 from okd_lightning.losses import DrawnLogProb, WeightedTerm
-from okd_lightning.records.collation import collate
+from okd_lightning.records.collation import collate, sampled_rows
 from okd_lightning.records.requests import Response
-from okd_lightning.records.rows import sampled_rows
 from okd_lightning.teachers import ForeignTeacher
 
 

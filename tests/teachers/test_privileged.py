@@ -22,9 +22,8 @@ from okd_lightning.engines import Sampling
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import DrawnLogProb, ExactDivergence
 from okd_lightning.records.batches import Example
-from okd_lightning.records.collation import collate
+from okd_lightning.records.collation import collate, dataset_row, fully_masked, sampled_row
 from okd_lightning.records.requests import Response
-from okd_lightning.records.rows import dataset_row, fully_masked, sampled_row
 
 TEMPLATE = {"teacher_prompt_template": "{reference}p{prompt}"}
 KL, TEACHER, STUDENT = (

@@ -4,26 +4,36 @@ Frozen here: two names of one checkpoint are one teacher, to the last bit; each 
 of its own teacher, whose model reads no other rows, in any order of rows; terms, tokens and
 validation's measures by teacher add up to the whole; each row's own teacher generates; names that
 are missing or unknown are refused before a model loads, with the nearest name; a run resumes with
-the same models by name, in any order.
+the same models by name, in any order; served teachers are routed to like models in memory.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import tiny
 import torch
+from fake_vllm_server import FakeVLLM, serving
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM
 
 from okd_lightning.callbacks import GKD, KD, OKD, LastCheckpoint, OPDPlus
+from okd_lightning.divergences import ForwardKL
 from okd_lightning.errors import CheckpointError, ConfigError, DataError
 from okd_lightning.losses import WeightedTerm
 from okd_lightning.records.noise import NoiseStream
 from okd_lightning.records.requests import Prompt, Request
 from okd_lightning.records.sampling import Sampling
-from okd_lightning.teachers import LoadedTeacher, RoutedTeachers, ServedTeacher
+from okd_lightning.teachers import (
+    CachedTeacher,
+    FrozenSelf,
+    LoadedTeacher,
+    RoutedTeachers,
+    ServedTeacher,
+)
 from okd_lightning.training.generation import MixtureEngine
 from okd_lightning.training.module import DistillationModule
 
@@ -306,5 +316,63 @@ def test_members_that_cannot_be_routed_to_are_refused(folders):
         RoutedTeachers({" ": folders["llama"]})
     with pytest.raises(ConfigError, match="the name True, which YAML does not read as text"):
         RoutedTeachers({True: folders["llama"]})
-    with pytest.raises(ConfigError, match="RoutedTeachers holds a ServedTeacher"):
-        RoutedTeachers({"a": ServedTeacher("http://x:1")})
+    for kind in (FrozenSelf, lambda: CachedTeacher(folders["llama"], "cache")):
+        with pytest.raises(
+            ConfigError, match=r"RoutedTeachers holds a .*: give folders or hub ids, or a S"
+        ):
+            RoutedTeachers({"a": kind()})
+    served = ServedTeacher("http://x:1")
+    with pytest.raises(ConfigError, match=r"models in memory and a ServedTeacher.*serve all of"):
+        RoutedTeachers({"a": served, "b": folders["llama"]})
+    with pytest.raises(ConfigError, match=r"served teachers of k 5, 12.*the same k"):
+        RoutedTeachers({"a": served, "b": ServedTeacher("http://x:2", k=5)})
+
+
+@pytest.fixture
+def urls(folders, tiny_tokenizer):
+    """Addresses of both teachers on servers, without rows beyond the tokenizer's."""
+    with ExitStack() as servers:
+        found = {}
+        for name, of in (("math", "llama"), ("code", "gpt2")):
+            model = AutoModelForCausalLM.from_pretrained(folders[of]).double()
+            model.resize_token_embeddings(tiny.NUM_IDS)
+            engine = servers.enter_context(serving(FakeVLLM(model, tiny_tokenizer)))
+            found[name] = engine
+        yield found
+
+
+@pytest.mark.parametrize(
+    "method", [KD, lambda: GKD(on_policy_fraction=0.5), lambda: OPDPlus(ForwardKL())]
+)
+def test_served_teachers_are_routed_to_like_models_in_memory(method, folders, urls, tmp_path):
+    served = {name: ServedTeacher(one.url, k=tiny.NUM_IDS) for name, one in urls.items()}
+    found = []
+    for teacher in (routed(folders), RoutedTeachers(served)):
+        module = make(folders, teacher)
+        recorder = train(tmp_path, module, [method()], val=ROWS[:4], limit_val_batches=1)
+        found.append((recorder.losses, tiny.weights(module), dict(module.trainer.callback_metrics)))
+    (live, expected, _), (losses, weights, measured) = found
+    assert tiny.distance(weights, expected) < 1e-9
+    for one, other in zip(live, losses, strict=True):
+        names = [name for name in one if not name.startswith("train/health")]
+        assert {n: other[n] for n in names} == pytest.approx({n: one[n] for n in names}, rel=1e-6)
+    assert {"train/tokens/math", "train/tokens/code"} <= losses[-1].keys()
+    assert "val/top_k_forward_kl/math" in measured
+    asked = {name: len(one.bodies("/v1/completions")) for name, one in urls.items()}
+    assert 0 < asked["code"] < asked["math"]  # of three rows two are the first one's
+
+
+def test_served_teachers_refuse_what_one_refuses(folders, urls, tmp_path):
+    served = {name: ServedTeacher(one.url) for name, one in urls.items()}
+    for method, words in (
+        (KD(seq_kd=True), "write responses"),
+        (OKD(), "online module is trained"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            train(tmp_path, make(folders, RoutedTeachers(served)), [method])
+    train(tmp_path, make(folders, RoutedTeachers(served)), [KD(), LastCheckpoint(1)], max_steps=1)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    kept = DistillationModule.load_from_checkpoint(last).pair.given_teacher
+    assert {name: one.arguments["url"] for name, one in kept._given.items()} == {
+        name: one.url for name, one in urls.items()
+    }

@@ -23,8 +23,7 @@ from okd_lightning.data.teacher_prompts import TeacherPrompts
 from okd_lightning.divergences import ForwardKL, ReverseKL, TopK
 from okd_lightning.errors import CheckpointError, ConfigError
 from okd_lightning.losses import DrawnLogProb, Entropy, ExactDivergence
-from okd_lightning.records.collation import collate
-from okd_lightning.records.rows import dataset_row
+from okd_lightning.records.collation import collate, dataset_row
 from okd_lightning.teachers import AveragedSelf, FrozenSelf, LiveSelf
 from okd_lightning.training.module import DistillationModule
 

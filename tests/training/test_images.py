@@ -25,8 +25,7 @@ from okd_lightning.data.examples import build_examples
 from okd_lightning.data.images import RowImages
 from okd_lightning.divergences import ForwardKL
 from okd_lightning.losses.quantities import DrawnLogProb, ExactDivergence
-from okd_lightning.records.collation import collate
-from okd_lightning.records.rows import dataset_row
+from okd_lightning.records.collation import collate, dataset_row
 from okd_lightning.training.module import DistillationModule
 from okd_lightning.training.safeguards.idle_options import RULES
 from tests import vision

@@ -23,8 +23,8 @@ from okd_lightning.errors import ConfigError, RewardError
 from okd_lightning.records.batches import Example
 from okd_lightning.records.noise import NoiseDomain
 from okd_lightning.records.requests import Generator, Prompt, Request, Rollout
-from okd_lightning.records.rows import share
-from okd_lightning.rollouts.agreement import naming_the_prompts
+from okd_lightning.rollouts.generation import naming_the_prompts
+from okd_lightning.rollouts.plan import share
 from okd_lightning.training.module import DistillationModule
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,11 @@ from okd_lightning.metrics import (
     response_uncertainty,
 )
 from okd_lightning.records.batches import DistillBatch, Example, TrainingRow
+from okd_lightning.records.collation import dataset_row, micro_batches, sampled_rows
 from okd_lightning.records.noise import NoiseDomain
 from okd_lightning.records.requests import Generator, Request, Rollout
-from okd_lightning.records.rows import dataset_row, micro_batches, sampled_rows, share
 from okd_lightning.rewards.rouge import rouge_l
+from okd_lightning.rollouts.plan import share
 from okd_lightning.training.module import DistillationModule
 
 _FORWARD_KL = ExactDivergence(ForwardKL())
@@ -51,7 +52,8 @@ class _Pass:
 
     def alone(self) -> AbstractContextManager[object]:
         """Return a context in which ranks may run the models different numbers of times."""
-        return self.module.pair.placement.alone(*self.module.pair.models)
+        pair = self.module.pair
+        return nullcontext() if pair.placement is None else pair.placement.alone(*pair.models)
 
 
 class PaperMeasures(EvaluationCallback):

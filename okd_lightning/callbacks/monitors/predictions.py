@@ -38,7 +38,7 @@ class PredictionLog(Callback):
     ) -> None:
         """Write all records in the order of the dataset; an earlier file stays until then.
 
-        The ``prompt`` of a chat is the user's last message.
+        The ``prompt`` of a chat is the user's last message; images are shown by their names.
 
         Raises:
             OutputError: The file cannot be written.
@@ -49,10 +49,13 @@ class PredictionLog(Callback):
         records = sorted(self._records, key=lambda record: record["index"])
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, RolloutDataModule):
-            chats = {e.index: e for e in data.examples("predict").examples if e.chat is not None}
+            shown = {
+                example.index: example.question
+                for example in data.examples("predict").examples
+                if example.chat is not None or example.images
+            }
             for record in records:
-                if record["index"] in chats:
-                    record["prompt"] = chats[record["index"]].question
+                record["prompt"] = shown.get(record["index"], record["prompt"])
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         path = folder / f"predictions{suffix}.jsonl"
         write_whole(path, "".join(lines), own_aside(path))

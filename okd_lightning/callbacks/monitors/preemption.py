@@ -28,7 +28,7 @@ from okd_lightning.callbacks.monitors.last_checkpoint import (
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.durable_files import write_json
 from okd_lightning.errors import ConfigError, OutputError, PreemptedError
-from okd_lightning.rollouts.agreement import StopRequest
+from okd_lightning.rollouts.generation import StopRequest
 from okd_lightning.training.lightning_privates import cluster_environment, started_ranks
 from okd_lightning.training.loop_state import STOPPED, validation_follows, validation_is_due
 from okd_lightning.training.run_records import STOPPED_FILE
@@ -100,7 +100,7 @@ class Preemption(Checkpoint):
         self._is_agreed = self._is_saved = self._is_validating = False
         self._has_saved_early = False
         self._request.is_made = self._has_to_requeue = False
-        self._request.deadline = None
+        self._request.deadline, self._request.can_come = None, True
         self._signal = 0
         if trainer.is_global_zero:
             _record_of(trainer).unlink(missing_ok=True)

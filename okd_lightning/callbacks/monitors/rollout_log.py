@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 from okd_lightning.errors import ConfigError
 from okd_lightning.records.batches import SOURCES, DistillBatch
-from okd_lightning.records.rows import response_record
+from okd_lightning.records.generations import response_record
 from okd_lightning.training.module import DistillationModule
 
 

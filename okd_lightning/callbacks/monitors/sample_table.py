@@ -25,9 +25,9 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.records.batches import Example
 from okd_lightning.records.noise import NoiseDomain, hashed_choice
 from okd_lightning.records.requests import Generator, Request
-from okd_lightning.records.rows import share
 from okd_lightning.rollouts import RolloutLoader
-from okd_lightning.rollouts.agreement import Agreement, naming_the_prompts
+from okd_lightning.rollouts.generation import Agreement, naming_the_prompts
+from okd_lightning.rollouts.plan import share
 from okd_lightning.training.module import DistillationModule
 
 

@@ -40,10 +40,12 @@ from okd_lightning.commands.diagnose.steps import StepProbe
 from okd_lightning.commands.diagnose.text_checks import text_checks, writing_checks
 from okd_lightning.commands.diagnose.trials import run_trials
 from okd_lightning.data import RolloutDataModule
+from okd_lightning.data.end_tokens import adopt_ends
 from okd_lightning.divergences import ReverseKL
 from okd_lightning.records.batches import DistillBatch, Example
 from okd_lightning.teachers import Teacher
 from okd_lightning.training.module import DistillationModule
+from okd_lightning.training.pair import Pair
 
 
 class Examination(Callback):
@@ -84,7 +86,7 @@ class Examination(Callback):
     def _examine(
         self, trainer: lightning.Trainer, module: DistillationModule, data: RolloutDataModule
     ) -> Diagnosis:
-        examples, learnt = _split(data, self.rows)
+        examples, learnt = _split(module.pair, data, self.rows)
         checks = text_checks(module, data, "val", data.examples("val"), examples)
         generator = ResponseGenerator(module, data.sampling, data.max_response_length, data.seed)
         given = given_responses(examples, module.eos_ids)
@@ -105,8 +107,8 @@ class Examination(Callback):
         rollouts = self._rollouts(generator, _groups(learnt, plan, data.seed), plan, probe)
         drift, cost = self._steps(steps, rollouts, plan, data.samples_per_prompt, own)
         return Diagnosis(
-            student=_described(module.pair.student_source, module.student),
-            teacher=_described(_name_of(module.pair.teacher), module.teacher),
+            student=_described(module.pair.student_source, module.pair.models[:1]),
+            teacher=_described(_name_of(module.pair.teacher), module.pair.teacher.models),
             checks=tuple(checks),
             rows=rows,
             gradients=probe.finding(),
@@ -247,11 +249,13 @@ def _seconds(
     }
 
 
-def _split(data: RolloutDataModule, num: int) -> tuple[list[Example], list[Example]]:
+def _split(pair: Pair, data: RolloutDataModule, num: int) -> tuple[list[Example], list[Example]]:
     """Return the examples to measure and those to train on: the training set, or the other rows."""
     everything = data.examples("val").examples
     if data.sources["train"] not in (None, data.sources["val"]):
-        return chosen(everything, num, data.seed), list(data.examples("train").examples)
+        found = data.examples("train")
+        adopt_ends(pair, found, data.columns.chat_template_kwargs)  # as training would
+        return chosen(everything, num, data.seed), list(found.examples)
     held_out = chosen(everything, min(num, max(1, len(everything) // 2)), data.seed)
     taken = {example.index for example in held_out}
     return held_out, [example for example in everything if example.index not in taken]
@@ -274,11 +278,11 @@ def _name_of(teacher: Teacher) -> object:
     return teacher.mark if len(teacher.own_sources) > 1 else teacher.source
 
 
-def _described(source: object, model: torch.nn.Module | None) -> str:
+def _described(source: object, models: Sequence[torch.nn.Module]) -> str:
     name = source if isinstance(source, str) else "a model from a config"
-    if model is None:
+    if not models:
         return f"{name} (the student itself)"
-    return f"{name}, {sum(p.numel() for p in model.parameters()):,} parameters"
+    return f"{name}, {sum(p.numel() for one in models for p in one.parameters()):,} parameters"
 
 
 def _device_name(device: torch.device) -> str:

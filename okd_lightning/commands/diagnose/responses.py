@@ -10,9 +10,9 @@ import torch
 
 from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.records.batches import DistillBatch, Example, TrainingRow
+from okd_lightning.records.collation import dataset_row, micro_batches, sampled_rows
 from okd_lightning.records.noise import NoiseDomain, hashed_choice
 from okd_lightning.records.requests import Generator, Request
-from okd_lightning.records.rows import dataset_row, micro_batches, sampled_rows
 from okd_lightning.training.module import DistillationModule
 
 

@@ -118,11 +118,11 @@ class StepProbe:
 
     def memory(self) -> dict[str, int]:
         """Return the bytes that a run holds from its first step on, and the peak so far."""
-        teacher = self.module.teacher
+        teachers = self.module.pair.teacher.models
         trained = sum(p.numel() for p in self.parameters)
         found = {
             "student": _num_bytes(self.module.student),
-            "teacher": 0 if teacher is None else _num_bytes(teacher),
+            "teacher": sum(map(_num_bytes, teachers)),
             "gradients": sum(p.numel() * p.element_size() for p in self.parameters),
             "optimizer (AdamW)": _ADAM_NUMBERS * _BYTES_OF_FLOAT32 * trained,
         }

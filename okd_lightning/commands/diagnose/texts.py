@@ -32,11 +32,12 @@ from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import ForwardKL, ReverseKL
 from okd_lightning.losses import ExactDivergence, measure_chunks
 from okd_lightning.losses.chunked import OutcomeLogProb
-from okd_lightning.records.rows import RowReader, count_chunks
+from okd_lightning.records.collation import RowReader
+from okd_lightning.records.counts import count_chunks
 from okd_lightning.training.module import DistillationModule
 
 MEANING = {
-    "chunk": "this chunk or anything else, by each model's own tokens; biased, see below",
+    "chunk": "this chunk or anything else, by each model's own tokens; biased",
     "text": "this chunk or anything else, by the probability of the text; exact",
     "next_byte": "the next byte or the end, by the probability of the text; exact",
     "shared_tokens": "the next token, of those that both have; no same event, an approximation",
@@ -121,7 +122,7 @@ class TextDiagnosis:
         checks: What deserves attention.
         shared: By kind of responses.
         losses: By loss and kind.
-        biases: By kind.
+        biases: By kind; none for a teacher on a server, of which the exact losses are not known.
     """
 
     student: str
@@ -172,15 +173,17 @@ class TextExamination(Callback):
             for responses in measured
             for name, reader in readers.items()
         )
+        exact = readers.get("text")
         biases = tuple(
-            _bias(module, responses, readers["text"], losses, data.batch_size)
+            _bias(module, responses, exact, losses, data.batch_size)
             for responses in measured
+            if exact is not None
         )
         teacher = module.pair.teacher
         assert teacher.tokenizer is not None
         return TextDiagnosis(
             student=f"{module.pair.student_source}, {len(module.tokenizer):,} tokens",
-            teacher=f"{teacher.source}, {len(teacher.tokenizer):,} tokens",
+            teacher=f"{teacher.source or 'on a server'}, {len(teacher.tokenizer):,} tokens",
             loss=str(teacher.arguments["loss"]),
             checks=tuple(check for one in shared for check in _checks(one)),
             shared=shared,
@@ -277,23 +280,48 @@ def _checks(shared: SharedText) -> list[Check]:
     return found
 
 
+SOURCE_NAMES = {"given": "dataset responses", "student": "student's responses"}
+
+SHARES: Mapping[str, Callable[[SharedText], Any]] = {
+    "one token of the teacher": lambda one: f"{one.one_to_one:.1%}",
+    "unaligned (no loss)": lambda one: f"{one.unaligned:.1%}",
+    "non-canonical (no loss)": lambda one: f"{one.noncanonical:.1%}",
+    "longest chunk, tokens": lambda one: one.longest,
+}
+"""Rows of the table of shares, by label."""
+
+
+def headline(found: TextDiagnosis) -> tuple[str, str]:
+    """Return what to know first about the pair, and why."""
+    faults = [check for check in found.checks if check.verdict == "bad"]
+    if faults:
+        return f"Do not train on this pair as it is: {faults[0].name}", faults[0].text
+    if not found.shared:
+        return "Nothing was measured", "neither the data nor the student's responses have tokens"
+    first = found.shared[0]
+    title = (
+        f"{first.one_to_one:.0%} of the student's tokens are one token of the teacher, and "
+        f"{first.unaligned:.0%} carry no loss"
+    )
+    because = f"This run compares by {found.loss}: {MEANING[found.loss]}."
+    for bias in found.biases[:1]:
+        because += f" chunk's forward KL is off by {bias.forward_kl:+.4f} nats per token."
+    return title, because
+
+
 def show_texts(console: Console, found: TextDiagnosis) -> None:
     """Print the diagnosis."""
     console.print(Text(f"student  {found.student}\nteacher  {found.teacher}\n"))
     for check in found.checks:
         console.print(Text(f"! {check.name}: {check.text}", "yellow"))
-    names = {"given": "dataset responses", "student": "student's responses"}
+    title, because = headline(found)
+    console.print(Text(f"{title}. {because}\n"))
+    names = SOURCE_NAMES
     table = Table(title="How both tokenizers share a text", box=SIMPLE_HEAD)
     table.add_column("of the student's tokens")
     for one in found.shared:
         table.add_column(names[one.source], justify="right")
-    rows: Mapping[str, Callable[[SharedText], Any]] = {
-        "one token of the teacher": lambda one: f"{one.one_to_one:.1%}",
-        "unaligned (no loss)": lambda one: f"{one.unaligned:.1%}",
-        "non-canonical (no loss)": lambda one: f"{one.noncanonical:.1%}",
-        "longest chunk, tokens": lambda one: one.longest,
-    }
-    for label, cell in rows.items():
+    for label, cell in SHARES.items():
         table.add_row(label, *(str(cell(one)) for one in found.shared))
     console.print(table)
     table = Table(title="Losses (nats per student token)", box=SIMPLE_HEAD)
@@ -305,8 +333,11 @@ def show_texts(console: Console, found: TextDiagnosis) -> None:
         table.add_row(own, names[loss.source], *numbers, f"{loss.seconds:.2f}")
     console.print(table)
     console.print("What is compared at each chunk:")
-    for name, meaning in MEANING.items():
+    for name in dict.fromkeys(loss.loss for loss in found.losses):
+        meaning = MEANING[name]
         console.print(Padding(Text(f"{name}: {meaning}"), (0, 0, 0, 2)))
+    if not found.biases:
+        console.print("the teacher gives probabilities of its own tokens alone: no bias is known")
     for bias in found.biases:
         console.print(
             f"{names[bias.source]}: chunk's forward KL is off by {bias.forward_kl:+.4f} nats per "

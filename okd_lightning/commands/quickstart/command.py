@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jsonargparse
 
 from okd_lightning.callbacks.methods.base import Method
+from okd_lightning.commands.help_format import HelpFormatter
 from okd_lightning.commands.quickstart.recipe import GKD_DEFAULTS, Recipe
 from okd_lightning.commands.quickstart.run import Quickstart
 from okd_lightning.durable_files import require_writable
@@ -22,7 +23,10 @@ def quickstart_parser() -> jsonargparse.ArgumentParser:
     """Return the parser of ``okd-lightning quickstart``."""
     parser = jsonargparse.ArgumentParser(
         prog="okd-lightning quickstart",
+        usage="okd-lightning quickstart [--method NAME] [--out FOLDER] [--seed N] [--steps N]",
         exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
         description="Watch a student learn arithmetic: embedded task and teacher, no network.",
     )
     parser.add_subclass_arguments(

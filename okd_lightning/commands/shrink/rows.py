@@ -13,9 +13,9 @@ from okd_lightning.engines import NoiseStream, Sampling, TransformersEngine
 from okd_lightning.errors import DataError
 from okd_lightning.models import Vocabulary, max_positions
 from okd_lightning.records.batches import Example, TrainingRow
+from okd_lightning.records.collation import dataset_row, micro_batches
 from okd_lightning.records.noise import NoiseDomain, hashed_choice
 from okd_lightning.records.requests import Prompt, Request
-from okd_lightning.records.rows import dataset_row, micro_batches
 from okd_lightning.records.sequences import Sequences
 
 _BATCH_SIZE = 8

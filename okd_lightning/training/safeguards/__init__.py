@@ -1,6 +1,6 @@
 """Callbacks that a DistillationModule adds to every Trainer (``configure_callbacks``).
 
-* ``finite_guard``: ``FiniteGuard`` stops before a step with a non-finite loss or gradient.
+* ``FiniteGuard`` (``training.gradients``) stops before a step with a non-finite loss or gradient.
 * ``health_warnings``: ``HealthWarnings``, with its thresholds in ``vital_signs``.
 * ``step_intervals``: ``StepIntervals`` counts ``val_check_interval`` in optimizer steps.
 * ``models_first``: ``ModelsFirst`` builds both models before other callbacks' ``setup``.
@@ -10,9 +10,13 @@
 import lightning
 from lightning.pytorch.callbacks import Callback
 
-from okd_lightning.training.safeguards.finite_guard import FiniteGuard
+from okd_lightning.training.gradients import FiniteGuard
 from okd_lightning.training.safeguards.health_warnings import HealthWarnings
-from okd_lightning.training.safeguards.models_first import ModelsFirst, in_setup_order
+from okd_lightning.training.safeguards.models_first import (
+    ModelsFirst,
+    in_setup_order,
+    with_batch_check,
+)
 from okd_lightning.training.safeguards.step_intervals import StepIntervals
 
 SAFEGUARDS = (FiniteGuard, HealthWarnings, StepIntervals)
@@ -20,9 +24,10 @@ SAFEGUARDS = (FiniteGuard, HealthWarnings, StepIntervals)
 
 
 def with_safeguards(trainer: lightning.Trainer) -> list[Callback]:
-    """Return the safeguards that a Trainer lacks; move its ModelsFirst to the front."""
+    """Return the safeguards that a Trainer lacks; put those that come first to the front."""
     present: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    trainer.callbacks = in_setup_order(present)  # type: ignore[attr-defined]
+    present = with_batch_check(in_setup_order(present), trainer.datamodule)  # type: ignore[attr-defined]
+    trainer.callbacks = present  # type: ignore[attr-defined]
     return [kind() for kind in SAFEGUARDS if not any(isinstance(c, kind) for c in present)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import torch
@@ -170,9 +170,7 @@ class HealthWarnings(Callback):
         tokens, nats, rows, cut = sums.tolist()
         if not rows or not tokens:
             return
-        run = distilled_run(pl_module)
-        assert run is not None
-        outliers, excess = _log_ratios(trainer, run)
+        outliers, excess = _log_ratios(trainer, cast(DistilledRun, pl_module))
         self.course.add(VitalSigns(nats / tokens, tokens / rows, cut / rows, outliers))
         excess = self._excess if excess is None else excess
         around = Surroundings(self._max_length, self._data_truncated, excess)

@@ -10,13 +10,13 @@ would find it empty. The order here:
    rows are reported before any weights are loaded), and the module builds its models;
 4. all other callbacks, the module's ``setup``, and ``configure_model``, which finds them built.
 
-``ModelsFirst`` also precedes callbacks that read batches, and refuses a batch that is not a
-DistillBatch.
+Where the loaders are not a RolloutDataModule's, a check of their batches comes first of all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import lightning
@@ -40,6 +40,37 @@ from okd_lightning.training.pair import Pair
 from okd_lightning.training.safeguards.idle_options import warn_of_idle_options
 
 _NEED_WHOLE_MODELS = (ModelPruning, StochasticWeightAveraging, WeightAveraging)
+
+
+class _ForeignBatches(Callback):
+    """Refuses batches of other loaders, before any other callback reads them.
+
+    Lightning's transfer hooks, where this could be checked too, belong to the data module.
+    """
+
+    def on_train_batch_start(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Refuse what is not a DistillBatch.
+
+        Raises:
+            ConfigError: The batch is another one; the message says how to make one.
+        """
+        if not isinstance(batch, DistillBatch):
+            raise ConfigError(
+                f"a batch is a {type(batch).__name__}; expected a DistillBatch: fit on a "
+                "RolloutDataModule, or give a DataLoader a collate_fn that makes DistillBatch "
+                "objects (docs/concepts/extending.md, batches of one's own)"
+            )
+
+    on_validation_batch_start = on_train_batch_start
+    on_test_batch_start = on_train_batch_start
+    on_predict_batch_start = on_train_batch_start
 
 
 class ModelsFirst(Callback):
@@ -72,8 +103,10 @@ class ModelsFirst(Callback):
         if isinstance(trainer.strategy, FSDP2Strategy):
             _check_sharded(trainer.callbacks)  # type: ignore[attr-defined]
             return
+        # on a CPU torch's function modes change nothing and slow every operation of trial passes
+        is_on_cpu = trainer.strategy.root_device.type == "cpu"
         with (
-            trainer.strategy.tensor_init_context(),
+            nullcontext() if is_on_cpu else trainer.strategy.tensor_init_context(),
             trainer.strategy.model_sharded_context(),
             trainer.precision_plugin.module_init_context(),
         ):
@@ -93,34 +126,6 @@ class ModelsFirst(Callback):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, StochasticWeightAveraging):
                     callback.on_train_epoch_start(trainer, pl_module)
-
-    def on_train_batch_start(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Refuse a batch of another loader (Lightning's transfer hooks belong to the data module).
-
-        Raises:
-            ConfigError: The batch is not a DistillBatch; the message says how to make one.
-        """
-        check_batch(batch)
-
-    def on_validation_batch_start(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Refuse a batch of another loader."""
-        check_batch(batch)
-
-    on_test_batch_start = on_validation_batch_start
-    on_predict_batch_start = on_validation_batch_start
 
     def teardown(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
@@ -154,20 +159,6 @@ def check_run(module: lightning.LightningModule, pair: Pair, stage: str) -> None
         )
 
 
-def check_batch(batch: object) -> None:
-    """Refuse a batch that another loader has made.
-
-    Raises:
-        ConfigError: The batch is not a DistillBatch.
-    """
-    if not isinstance(batch, DistillBatch):
-        raise ConfigError(
-            f"a batch is a {type(batch).__name__}; expected a DistillBatch: fit on a "
-            "RolloutDataModule, or give a DataLoader a collate_fn that makes DistillBatch objects "
-            "(docs/concepts/extending.md, batches of one's own)"
-        )
-
-
 def in_setup_order(callbacks: Sequence[Callback]) -> list[Callback]:
     """Return callbacks with ``precedes_models``, ``ModelsFirst``, and the others, each in order.
 
@@ -179,6 +170,21 @@ def in_setup_order(callbacks: Sequence[Callback]) -> list[Callback]:
     early = [c for c in others if getattr(c, "precedes_models", False)]
     late = [c for c in others if not getattr(c, "precedes_models", False)]
     return [*early, builder, *late]
+
+
+def with_batch_check(callbacks: Sequence[Callback], data: object) -> list[Callback]:
+    """Return callbacks with a check of batches in front; without it where all loaders are ours.
+
+    Args:
+        callbacks: A Trainer's callbacks.
+        data: Its data module, if it has one.
+    """
+    is_ours = isinstance(data, RolloutDataModule) and all(
+        getattr(type(data), name) is getattr(RolloutDataModule, name)
+        for name in ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
+    )
+    others = [c for c in callbacks if not isinstance(c, _ForeignBatches)]
+    return others if is_ours else [_ForeignBatches(), *others]
 
 
 def _check_sharded(callbacks: Sequence[Callback]) -> None:

@@ -35,7 +35,7 @@ from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import Divergence
 from okd_lightning.errors import ConfigError, NonFiniteError
 from okd_lightning.rewards.answers import matches
-from okd_lightning.training.safeguards.finite_guard import FiniteGuard
+from okd_lightning.training.gradients import FiniteGuard
 from okd_lightning.training.safeguards.step_intervals import StepIntervals
 
 

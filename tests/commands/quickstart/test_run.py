@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from okd_lightning import GKD, KD, SFT, DistillationModule, RolloutDataModule
+from okd_lightning import GKD, KD, OKD, SFT, DistillationModule, OPDPlus, RolloutDataModule
 from okd_lightning.__main__ import main
 from okd_lightning.callbacks import ExactMatch
 from okd_lightning.commands.quickstart import run as quickstart_run
@@ -119,9 +119,11 @@ def test_other_seed_other_numbers_and_sft_alone(first_run, tmp_path):
     assert only.before != first_run[1][0].before
 
 
-def test_any_method_runs(tmp_path):
-    _, results = run(tmp_path, KD(temperature=2.0))
-    assert [result.method for result in results] == ["SFT", "KD"]
+@pytest.mark.parametrize("kind", [KD, OKD, OPDPlus])
+def test_any_method_runs(tmp_path, kind):
+    _, (sft, other) = run(tmp_path, kind())
+    assert (sft.method, other.method) == ("SFT", kind.__name__)
+    assert sft.before == other.before != other.after
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from lightning.pytorch.callbacks import Callback, LambdaCallback, ModelCheckpoin
 
 from okd_lightning.callbacks import KD
 from okd_lightning.errors import ConfigError, NonFiniteError
+from okd_lightning.training.gradients import FiniteGuard
 from okd_lightning.training.module import DistillationModule
 from okd_lightning.training.safeguards import SAFEGUARDS, ModelsFirst, StepIntervals
-from okd_lightning.training.safeguards.finite_guard import FiniteGuard
 from okd_lightning.training.safeguards.health_warnings import HealthWarnings
 
 

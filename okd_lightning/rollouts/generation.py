@@ -1,18 +1,23 @@
-"""Agreement of ranks after generation: an error or a stop on one rank stops all ranks.
+"""Generation of responses on all ranks: requests to the engine, and agreement after it.
 
-Each rank generates alone, for minutes; if one stopped by itself, the others would wait in their
-next collective call. Also owns the request to stop a run, which may come during generation.
+Each rank generates alone, for minutes. An error or a stop on one rank stops all ranks: if one
+stopped by itself, the others would wait in their next collective call. Also owns the request to
+stop a run, which may come during generation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from okd_lightning.engines.engine import ProgressFactory, RolloutEngine
 from okd_lightning.errors import PreemptedError, RolloutTimeoutError, WorkerError
-from okd_lightning.records.requests import Progress, Request
+from okd_lightning.records.noise import NoiseStream
+from okd_lightning.records.requests import Generator, Progress, Request, Rollout
+from okd_lightning.records.sampling import Sampling
+from okd_lightning.rollouts.order import Turn
 
 _T = TypeVar("_T")
 _MOST_PROMPTS = 5
@@ -26,17 +31,20 @@ class StopRequest:
         is_made: Set by a signal handler.
         deadline: Time (``time.monotonic``) until which a checkpoint may wait for responses that
             are under way; None for no limit.
+        can_come: Whether anything in the run can make it; else generation does not look for it.
     """
 
     is_made: bool = False
     deadline: float | None = None
+    can_come: bool = True
 
 
 class _AbandonedError(Exception):
     """Interrupts an engine during generation."""
 
 
-def _alone(state: Any) -> list[Any]:
+def one_rank(state: Any) -> list[Any]:
+    """Collect one object of the only rank."""
     return [state]
 
 
@@ -49,11 +57,16 @@ class Agreement:
         stop: This rank's request to stop.
     """
 
-    gather: Callable[[Any], list[Any]] = _alone
+    gather: Callable[[Any], list[Any]] = one_rank
     stop: StopRequest = field(default_factory=StopRequest)
 
-    def progress(self, shown: Progress | None) -> Progress:
-        """Return a progress callback that also interrupts the engine on a stop request."""
+    def progress(self, shown: Progress | None) -> Progress | None:
+        """Return a progress callback that also interrupts the engine on a stop request.
+
+        None where nothing is shown and no request can come.
+        """
+        if shown is None and not self.stop.can_come:
+            return None
 
         def report(rows: int, tokens: int = 0) -> None:
             if shown is not None:
@@ -116,3 +129,62 @@ def naming_the_prompts(request: Request) -> Iterator[None]:
             f"data){f': {error}' if str(error) else ''}; see to the engine and resume, or have it "
             "write less at once (--data.prompts_per_rollout, --data.max_response_length)"
         ) from error
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Responses of a run's models to its prompts.
+
+    Attributes:
+        engine: Generates the student's and the teacher's responses.
+        sampling: Temperature, top-k and top-p.
+        max_new_tokens: Longest response, in tokens.
+        seed: Keys the sampling noise.
+        agreement: Exchange of outcomes between ranks, and this rank's request to stop.
+        progress: Shows the progress; None for no display.
+    """
+
+    engine: RolloutEngine
+    sampling: Sampling
+    max_new_tokens: int
+    seed: int
+    agreement: Agreement
+    progress: ProgressFactory | None = None
+
+    def request(
+        self, generator: Generator, turns: Sequence[Turn], epoch: int, told: Progress | None = None
+    ) -> Request:
+        """Return the request for the responses of one model.
+
+        Args:
+            generator: The model.
+            turns: The prompts.
+            epoch: Keys the sampling noise.
+            told: Called with finished responses.
+        """
+        return Request(
+            prompts=tuple(turn.example.prompt_for(generator, turn.sample) for turn in turns),
+            sampling=self.sampling,
+            noise=NoiseStream(self.seed, epoch),
+            max_new_tokens=self.max_new_tokens,
+            generator=generator,
+            progress=told,
+        )
+
+    def respond(self, generator: Generator, turns: Sequence[Turn], epoch: int) -> Rollout:
+        """Return the responses to this rank's prompts; call it within ``Agreement.together``.
+
+        Raises:
+            RolloutTimeoutError: The engine timed out.
+        """
+        with self.shown(f"{generator} writes", len(turns)) as told:
+            request = self.request(generator, turns, epoch, told)
+            with naming_the_prompts(request):
+                return self.engine.respond(request)
+
+    @contextmanager
+    def shown(self, description: str, total: int) -> Iterator[Progress | None]:
+        """Show a task within the context; yield its callback, which also heeds a stop request."""
+        display = nullcontext() if self.progress is None else self.progress(description, total)
+        with display as progress:
+            yield self.agreement.progress(progress)
