@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from shard_memory import per_device
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from okd_lightning.engines import TransformersEngine
+from okd_lightning.models.multimodal import auto_class, language_model, vision_parts
 
 # One H100 (80 GB, SXM), from its data sheet, and the share of it that is assumed to be reached.
 PEAK_FLOPS, PEAK_SHARE = 989e12, 0.4
@@ -42,6 +43,9 @@ class Sizes:
         vocab: Rows of the head.
         adapter: Parameters of LoRA with OKD's default rank on PEFT's default layers.
         is_eager: Whether attention stores its matrices (no fused kernel soft-caps).
+        tower: Parameters of a frozen vision tower, which are not among the other counts.
+        tower_operations: Floating-point operations of the tower for one image token of a prompt.
+        tower_bytes: Bytes of one of its blocks at work, for one image token.
     """
 
     parameters: int
@@ -56,6 +60,9 @@ class Sizes:
     vocab: int
     adapter: int
     is_eager: bool
+    tower: int = 0
+    tower_operations: int = 0
+    tower_bytes: int = 0
 
     @property
     def body(self) -> int:
@@ -67,18 +74,20 @@ def build(fields: Mapping[str, Any]) -> PreTrainedModel:
     """Return a model without weights, from its config's fields."""
     config = AutoConfig.for_model(**fields)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = auto_class(config).from_config(config)
+        return model
 
 
 def sizes_of(model: PreTrainedModel) -> Sizes:
     """Count the sizes of a model."""
-    config: PretrainedConfig = model.config
-    kinds = set(model._no_split_modules)
-    blocks = [m for m in model.modules() if type(m).__name__ in kinds]
+    config: PretrainedConfig = model.config.get_text_config()
+    kinds, decoder = set(model._no_split_modules), language_model(model)
+    blocks = [m for m in decoder.modules() if type(m).__name__ in kinds]
+    tower = vision_sizes(model)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", config.num_attention_heads)
     return Sizes(
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(p.numel() for p in model.parameters()) - tower.get("tower", 0),
         block=sum(p.numel() for p in blocks[0].parameters()),
         head=model.get_output_embeddings().weight.numel(),
         layers=len(blocks),
@@ -90,11 +99,30 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
         vocab=config.vocab_size,
         adapter=sum(
             ADAPTER_RANK * sum(module.weight.shape)
-            for name, module in model.named_modules()
+            for name, module in decoder.named_modules()
             if name.rsplit(".", 1)[-1] in ("q_proj", "v_proj", "c_attn")
         ),
         is_eager=config._attn_implementation == "eager",
+        **tower,
     )
+
+
+def vision_sizes(model: PreTrainedModel) -> dict[str, int]:
+    """Count the sizes of a vision tower whose patches are merged into image tokens (SmolVLM)."""
+    parts = vision_parts(model)
+    if not parts:
+        return {}
+    (tower,), config = parts, model.config.vision_config
+    parameters = sum(p.numel() for p in tower.parameters())
+    patches = model.config.scale_factor**2  # of an image token
+    attention = 4 * config.num_hidden_layers * config.hidden_size
+    attention *= (config.image_size // config.patch_size) ** 2  # patches of a crop
+    width = 8 * config.hidden_size + 3 * config.intermediate_size
+    return {
+        "tower": parameters,
+        "tower_operations": patches * (2 * parameters + attention),
+        "tower_bytes": patches * 2 * width,
+    }
 
 
 @dataclass(frozen=True)
@@ -173,6 +201,8 @@ def kept(recipe: Recipe, hardware: Hardware) -> dict[str, float]:
         found["online module"] = ADAPTER_BYTES * recipe.teacher.adapter / parts
     if hardware.devices > 1 and not hardware.is_sharded:
         found["DDP's buckets"] = 4 * recipe.student.parameters
+    if recipe.student.tower:
+        found["vision towers"] = (4 * recipe.student.tower + 2 * recipe.teacher.tower) / parts
     return found
 
 
@@ -191,6 +221,9 @@ def passing(recipe: Recipe, hardware: Hardware) -> dict[str, float]:
         found["gradients that accumulate"] = 4 * student.parameters * (1 - 1 / hardware.devices)
     if recipe.adapts:
         found["teacher's block inputs"] = 2 * tokens * teacher.layers * teacher.hidden
+    if student.tower:
+        at_work = max(student.tower_bytes, teacher.tower_bytes)
+        found["a block of a tower at work"] = recipe.micro_rows * recipe.prompt * at_work
     if teacher.is_eager:  # scores in bfloat16, softmax in float32; packed rows are twice as long
         found["attention's matrix"] = 6 * teacher.heads * tokens * 2 * recipe.length
     return found
@@ -223,7 +256,7 @@ def operations(recipe: Recipe) -> float:
     """Return the floating-point operations of an optimizer step, all rows at their full length.
 
     A product costs 2 per parameter and token: 1 forward, 1 recomputed, 2 backward. The head reads
-    responses only.
+    responses only. A vision tower is frozen, and reads all tokens of the prompts.
     """
     student, teacher = recipe.student, recipe.teacher
     teacher_body, teacher_head = (3, 2) if recipe.adapts else (1, 1)  # for its inputs, not weights
@@ -235,7 +268,8 @@ def operations(recipe: Recipe) -> float:
 def _passes(model: Sizes, recipe: Recipe, body: int, head: int) -> float:
     attention = 2 * model.layers * model.query * recipe.length  # causal: half of all pairs
     in_blocks = (2 * model.body + attention) * recipe.length
-    return recipe.rows * (body * in_blocks + head * 2 * model.head * recipe.response)
+    in_tower = model.tower_operations * recipe.prompt
+    return recipe.rows * (body * in_blocks + head * 2 * model.head * recipe.response + in_tower)
 
 
 def sent(recipe: Recipe, hardware: Hardware) -> float:
@@ -248,6 +282,7 @@ def sent(recipe: Recipe, hardware: Hardware) -> float:
         return reduced
     micro_batches = -(-recipe.rows // (recipe.micro_rows * hardware.devices))
     gathered = 2 * (2 * student + (2 if recipe.adapts else 1) * teacher)
+    gathered += 2 * (recipe.student.tower + recipe.teacher.tower)
     return reduced + micro_batches * gathered + recipe.written * 2 * student
 
 

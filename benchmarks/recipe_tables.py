@@ -46,6 +46,7 @@ RECIPES = (
     ("llama3_2", "dolly"),
     ("gemma2", "gsm8k"),
     ("gpt2_dolly", None),
+    ("smolvlm", None),
 )
 """Pair and task; None for the pair's own. A pair's first task is the one of its config's header."""
 

@@ -19,11 +19,13 @@ import torch
 from byte_tokenizer import make_byte_tokenizer
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from okd_lightning.models.multimodal import auto_class
+from tests import vision
 
 ROOT = Path(__file__).parents[1]
 RUNS = {  # pair and task, with what the run logs
@@ -33,6 +35,7 @@ RUNS = {  # pair and task, with what the run logs
     ("llama3_2", "dolly"): "train/kd",
     ("gemma2", "gsm8k"): "train/gkd",
     ("gpt2_dolly", None): "train/okd",
+    ("smolvlm", None): "train/gkd",
 }
 CONFIGS = {f"pairs/{pair}" for pair, _ in RUNS} | {f"tasks/{task}" for _, task in RUNS if task}
 
@@ -97,6 +100,10 @@ def save_pair(pair: str, folder: Path) -> list[str]:
     flags = []
     for groups, side in enumerate(("student", "teacher"), 1):
         entry = tables.MODELS[tables.LOCAL.get(model[side], model[side])]
+        if "vision_config" in entry["config"]:
+            save_vision(entry, groups, folder / side)
+            flags += [f"--model.{side}", str(folder / side)]
+            continue
         tokenizer = make_tokenizer()
         made = make(shrunken(entry, groups, len(tokenizer)), seed=groups)
         ends = tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"])
@@ -107,15 +114,43 @@ def save_pair(pair: str, folder: Path) -> list[str]:
     return flags
 
 
+def save_vision(entry: Mapping[str, Any], groups: int, folder: Path) -> None:
+    """A copy with its processor: crops of 64 patches are 4 tokens (student), of 36 (teacher)."""
+    tokenizer = vision.make_tokenizer("idefics3")
+    fields = copy.deepcopy(dict(entry["config"]))
+    text = {**entry, "config": fields["text_config"]}
+    fields |= {"text_config": shrunken(text, groups, len(tokenizer)), "image_token_id": 3}
+    fields |= {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    fields["text_config"] |= {"bos_token_id": 2, "pad_token_id": 0}
+    size = 4 * fields["scale_factor"]
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 2, "image_size": size, "patch_size": 2}
+    made = make({**fields, "vision_config": {**fields["vision_config"], **small}}, seed=groups)
+    made.generation_config = GenerationConfig(eos_token_id=1)
+    made.save_pretrained(folder)
+    sizes = {"size": {"longest_edge": 2 * size}, "max_image_size": {"longest_edge": size}}
+    if fields["model_type"] == "idefics3":
+        images = vision.Idefics3ImageProcessorPil(**sizes)
+        vision.Idefics3Processor(images, tokenizer, image_seq_len=4).save_pretrained(folder)
+        return
+    tokenizer.save_pretrained(folder)
+    vision.SmolVLMImageProcessorPil(**sizes).save_pretrained(folder)
+    about = {"image_seq_len": 4, "processor_class": "SmolVLMProcessor"}
+    (folder / "processor_config.json").write_text(json.dumps(about))
+
+
 def make(fields: Mapping[str, Any], seed: int = 0) -> PreTrainedModel:
     """With random weights, always the same ones."""
+    config = AutoConfig.for_model(**fields)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).eval()
+        return auto_class(config).from_config(config).eval()
 
 
-def rows_of(task: str | None) -> list[dict[str, Any]]:
-    """Rows with the columns that the task's data has."""
+def rows_of(task: str | None, pair: str = "", folder: Path = Path()) -> list[dict[str, Any]]:
+    """Rows with the columns that the task's data has; images are written into the folder."""
+    if pair == "smolvlm":
+        return vision.image_rows(folder, 8)
     if task == "gsm8k":
         return [{"question": f"What is {i}+1?", "answer": f"#### {i + 1}"} for i in range(8)]
     if task == "toolalpaca":

@@ -198,7 +198,7 @@ class RolloutDataModule(CollectiveDataModule):
         self.token_cache = token_cache
         self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
         self._examples: dict[str, ExampleSet] = {}
-        self.stop = StopRequest()
+        self.stop = StopRequest(can_come=False)  # Preemption changes it
         self._train_loader: RolloutLoader | None = None
         self._resumed: dict[str, Any] = {"epoch": 0}
         self._text_rules = RULES_VERSION  # of the run's checkpoint

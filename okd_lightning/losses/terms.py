@@ -132,6 +132,18 @@ def _unchanged(engine: Any) -> Any:
     return engine
 
 
+@dataclass(frozen=True)
+class Constant:
+    """The same weight in every optimizer step; a ``Stage`` gives another one by step."""
+
+    value: float
+
+    def __call__(self, step: int) -> float:
+        """Return the weight."""
+        del step
+        return self.value
+
+
 @dataclass(frozen=True, eq=False)
 class Term:
     """One summand of a run's loss.

@@ -31,10 +31,12 @@ class StopRequest:
         is_made: Set by a signal handler.
         deadline: Time (``time.monotonic``) until which a checkpoint may wait for responses that
             are under way; None for no limit.
+        can_come: Whether anything in the run can make it; else generation does not look for it.
     """
 
     is_made: bool = False
     deadline: float | None = None
+    can_come: bool = True
 
 
 class _AbandonedError(Exception):
@@ -58,8 +60,13 @@ class Agreement:
     gather: Callable[[Any], list[Any]] = one_rank
     stop: StopRequest = field(default_factory=StopRequest)
 
-    def progress(self, shown: Progress | None) -> Progress:
-        """Return a progress callback that also interrupts the engine on a stop request."""
+    def progress(self, shown: Progress | None) -> Progress | None:
+        """Return a progress callback that also interrupts the engine on a stop request.
+
+        None where nothing is shown and no request can come.
+        """
+        if shown is None and not self.stop.can_come:
+            return None
 
         def report(rows: int, tokens: int = 0) -> None:
             if shown is not None:
@@ -176,7 +183,7 @@ class Generation:
                 return self.engine.respond(request)
 
     @contextmanager
-    def shown(self, description: str, total: int) -> Iterator[Progress]:
+    def shown(self, description: str, total: int) -> Iterator[Progress | None]:
         """Show a task within the context; yield its callback, which also heeds a stop request."""
         display = nullcontext() if self.progress is None else self.progress(description, total)
         with display as progress:

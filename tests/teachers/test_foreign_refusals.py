@@ -129,6 +129,11 @@ def test_diagnose_says_how_both_share_a_text(of, root, tmp_path, monkeypatch, ca
     assert found["biases"][0]["log_ratio"] > 0
     assert "How both tokenizers share a text" in shown
     assert "text (this run)" in shown
+    page = (tmp_path / "diagnose-out" / "diagnosis.html").read_text()
+    assert "50% of the student&#39;s tokens are one token of the teacher" in page
+    for one in found["losses"]:
+        assert f"<td>{one['forward_kl']:.4f}</td>" in page
+    assert f"<td>{found['biases'][0]['log_ratio']:.4f}</td>" in page
     recorder = train(tmp_path, foreign(root), [KD()], read_rows(rows), max_steps=1, data=ALL)
     assert recorder.losses[0]["train/kd"] == pytest.approx(off[0], rel=1e-5)
 

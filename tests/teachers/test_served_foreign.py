@@ -167,6 +167,9 @@ def test_commands(root, tmp_path, server, monkeypatch, capsys):
     found = json.loads((tmp_path / "diagnose-out" / "diagnosis.json").read_text())
     assert {one["loss"] for one in found["losses"]} == {"chunk"}
     assert found["biases"] == []
+    page = (tmp_path / "diagnose-out" / "diagnosis.html").read_text()
+    assert "so that no bias is known" in page
+    assert "next_byte (this run)" not in page
     assert "no bias is known" in capsys.readouterr().out
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from okd_lightning.engines import RolloutEngine
 from okd_lightning.errors import ConfigError
 from okd_lightning.losses import Measured, Quantity, RowScorer, Term
+from okd_lightning.losses.terms import Constant
 from okd_lightning.records.batches import SOURCES, LossOutput, Source
 from okd_lightning.training.module import DistillationModule
 from okd_lightning.training.run_settings import given_arguments
@@ -183,7 +184,7 @@ class DistillationCallback(Method):
             sources=sources,
             quantities=quantities,
             loss=self.loss,
-            weight=self.weight_at,
+            weight=Constant(self.weight),
             on_policy_fraction=self.on_policy_fraction,
             share_at=self.share_at,
             mixes_rows=self.mixes_rows,
@@ -200,11 +201,6 @@ class DistillationCallback(Method):
     def terms(self) -> tuple[Term, ...]:
         """All terms of the method: its own and its further ones."""
         return (self.term, *(term for method in self.further_terms for term in method.terms))
-
-    def weight_at(self, step: int) -> float:
-        """Return the factor on this term's mean loss in optimizer step ``step``."""
-        del step
-        return self.weight
 
 
 def _check_sources(name: str, sources: tuple[Source, ...]) -> None:

@@ -100,7 +100,7 @@ class Preemption(Checkpoint):
         self._is_agreed = self._is_saved = self._is_validating = False
         self._has_saved_early = False
         self._request.is_made = self._has_to_requeue = False
-        self._request.deadline = None
+        self._request.deadline, self._request.can_come = None, True
         self._signal = 0
         if trainer.is_global_zero:
             _record_of(trainer).unlink(missing_ok=True)

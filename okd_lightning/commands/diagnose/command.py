@@ -18,7 +18,7 @@ from okd_lightning.commands.cli_arguments import prepare, shared_options
 from okd_lightning.commands.cli_errors import readable
 from okd_lightning.commands.diagnose.examination import Examination
 from okd_lightning.commands.diagnose.findings import Advice, Diagnosis, to_record
-from okd_lightning.commands.diagnose.page import write_page
+from okd_lightning.commands.diagnose.page import write_page, write_text_page
 from okd_lightning.commands.diagnose.quantisation import OPTION
 from okd_lightning.commands.diagnose.rules import CONTENDERS, advise, contenders
 from okd_lightning.commands.diagnose.stages import SKIPPABLE, skipped_stages
@@ -100,8 +100,9 @@ def diagnose_command(arguments: Sequence[str], debug: bool = False) -> int:
     found = examine(words, own.rows, own.batches, console, own.full_teacher, skipped)
     if isinstance(found, TextDiagnosis):
         write_json(own.out / "diagnosis.json", to_record(found))
+        write_text_page(own.out / "diagnosis.html", found)
         show_texts(console, found)
-        console.print(f"diagnosis.json is in {own.out}")
+        console.print(f"diagnosis.html and diagnosis.json are in {own.out}")
         return 0
     advice = advise(found)
     command = _next_command(own, options, found, advice)

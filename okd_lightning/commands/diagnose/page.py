@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from okd_lightning import __version__
 from okd_lightning.commands.diagnose.figures import figures
@@ -13,6 +13,13 @@ from okd_lightning.commands.diagnose.findings import Advice, Diagnosis
 from okd_lightning.commands.diagnose.rules import faults
 from okd_lightning.commands.diagnose.stages import duration
 from okd_lightning.commands.diagnose.terminal import AUTHORS, SHOWN, megabytes, trial_columns
+from okd_lightning.commands.diagnose.texts import (
+    MEANING,
+    SHARES,
+    SOURCE_NAMES,
+    TextDiagnosis,
+    headline,
+)
 
 _MARKS = {"good": "✓", "look": "!", "bad": "✗"}
 
@@ -26,16 +33,7 @@ def write_page(path: Path, found: Diagnosis, advice: Sequence[Advice], command: 
         advice: The recommendations.
         command: The comparison to run next.
     """
-    environment = Environment(
-        loader=PackageLoader("okd_lightning.commands.diagnose", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["megabytes"] = megabytes
-    environment.filters["duration"] = duration
-    text = environment.get_template("page.html").render(
+    text = _template("page.html").render(
         found=found,
         first=advice[0],
         others=advice[1:],
@@ -50,3 +48,39 @@ def write_page(path: Path, found: Diagnosis, advice: Sequence[Advice], command: 
         version=__version__,
     )
     path.write_text(text, encoding="utf-8")
+
+
+def write_text_page(path: Path, found: TextDiagnosis) -> None:
+    """Write the page of a pair with two tokenizers.
+
+    Args:
+        path: The HTML file.
+        found: The diagnosis.
+    """
+    title, because = headline(found)
+    text = _template("texts.html").render(
+        found=found,
+        title=title,
+        because=because,
+        is_bad=any(check.verdict == "bad" for check in found.checks),
+        shares=SHARES,
+        measured=tuple(dict.fromkeys(loss.loss for loss in found.losses)),
+        meaning=MEANING,
+        names=SOURCE_NAMES,
+        marks=_MARKS,
+        version=__version__,
+    )
+    path.write_text(text, encoding="utf-8")
+
+
+def _template(name: str) -> Template:
+    environment = Environment(
+        loader=PackageLoader("okd_lightning.commands.diagnose", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["megabytes"] = megabytes
+    environment.filters["duration"] = duration
+    return environment.get_template(name)

@@ -280,23 +280,48 @@ def _checks(shared: SharedText) -> list[Check]:
     return found
 
 
+SOURCE_NAMES = {"given": "dataset responses", "student": "student's responses"}
+
+SHARES: Mapping[str, Callable[[SharedText], Any]] = {
+    "one token of the teacher": lambda one: f"{one.one_to_one:.1%}",
+    "unaligned (no loss)": lambda one: f"{one.unaligned:.1%}",
+    "non-canonical (no loss)": lambda one: f"{one.noncanonical:.1%}",
+    "longest chunk, tokens": lambda one: one.longest,
+}
+"""Rows of the table of shares, by label."""
+
+
+def headline(found: TextDiagnosis) -> tuple[str, str]:
+    """Return what to know first about the pair, and why."""
+    faults = [check for check in found.checks if check.verdict == "bad"]
+    if faults:
+        return f"Do not train on this pair as it is: {faults[0].name}", faults[0].text
+    if not found.shared:
+        return "Nothing was measured", "neither the data nor the student's responses have tokens"
+    first = found.shared[0]
+    title = (
+        f"{first.one_to_one:.0%} of the student's tokens are one token of the teacher, and "
+        f"{first.unaligned:.0%} carry no loss"
+    )
+    because = f"This run compares by {found.loss}: {MEANING[found.loss]}."
+    for bias in found.biases[:1]:
+        because += f" chunk's forward KL is off by {bias.forward_kl:+.4f} nats per token."
+    return title, because
+
+
 def show_texts(console: Console, found: TextDiagnosis) -> None:
     """Print the diagnosis."""
     console.print(Text(f"student  {found.student}\nteacher  {found.teacher}\n"))
     for check in found.checks:
         console.print(Text(f"! {check.name}: {check.text}", "yellow"))
-    names = {"given": "dataset responses", "student": "student's responses"}
+    title, because = headline(found)
+    console.print(Text(f"{title}. {because}\n"))
+    names = SOURCE_NAMES
     table = Table(title="How both tokenizers share a text", box=SIMPLE_HEAD)
     table.add_column("of the student's tokens")
     for one in found.shared:
         table.add_column(names[one.source], justify="right")
-    rows: Mapping[str, Callable[[SharedText], Any]] = {
-        "one token of the teacher": lambda one: f"{one.one_to_one:.1%}",
-        "unaligned (no loss)": lambda one: f"{one.unaligned:.1%}",
-        "non-canonical (no loss)": lambda one: f"{one.noncanonical:.1%}",
-        "longest chunk, tokens": lambda one: one.longest,
-    }
-    for label, cell in rows.items():
+    for label, cell in SHARES.items():
         table.add_row(label, *(str(cell(one)) for one in found.shared))
     console.print(table)
     table = Table(title="Losses (nats per student token)", box=SIMPLE_HEAD)
