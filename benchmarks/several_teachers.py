@@ -4,7 +4,9 @@ The teachers are babyllama-tok105 and babyllama-tok361-as-tok105 of ``--shared``
 vocabulary of 105 characters. The student has 3 of the 5 layers of the first one, and learns by KD
 on dataset responses of TinyStories. Routed rows go to the two teachers in turn. Finished runs are
 kept in the JSON file and not repeated; seeds are outermost. ``--cost`` measures the CPU time of a
-step with each kind of teacher instead.
+step with each kind of teacher instead: also one from a cache, one whose weights are copied from
+host memory for each pass (here within the host), and one with another tokenizer, which has the same
+characters at other ids.
 
     python benchmarks/several_teachers.py --shared FOLDER --seeds 0 1
     python benchmarks/several_teachers.py --shared FOLDER --cost
@@ -16,6 +18,7 @@ import argparse
 import json
 import logging
 import platform
+import shutil
 import statistics
 import tempfile
 import time
@@ -34,7 +37,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from okd_lightning import DistillationModule
 from okd_lightning.callbacks import KD
 from okd_lightning.data import RolloutDataModule
-from okd_lightning.teachers import RoutedTeachers, Teacher, TeacherEnsemble
+from okd_lightning.teachers import (
+    CachedTeacher,
+    ForeignTeacher,
+    LoadedTeacher,
+    RoutedTeachers,
+    Teacher,
+    TeacherEnsemble,
+)
+from okd_lightning.teachers.host_weights import HostWeights
 
 RESULTS = Path(__file__).parent / "results" / "several_teachers.json"
 FIRST, SECOND = "babyllama-tok105", "babyllama-tok361-as-tok105"
@@ -55,6 +66,16 @@ KINDS: dict[str, Make] = {
         {"a": str(at / FIRST), "b": str(at / FIRST)}
     ),
 }
+FOREIGN = "babyllama-tok105-reversed"
+OF_COST: dict[str, Make] = {
+    **KINDS,
+    "in host memory": lambda at: LoadedTeacher(str(at / FIRST), residence="host"),
+    "cached": lambda at: CachedTeacher(str(at / FIRST), tempfile.mkdtemp()),
+    "foreign, chunk": lambda at: ForeignTeacher(str(at / FIRST), str(at / FOREIGN), loss="chunk"),
+    "foreign, text": lambda at: ForeignTeacher(str(at / FIRST), str(at / FOREIGN), loss="text"),
+}
+"""Kinds of which the cost is measured."""
+
 ARMS = ("tok105", "tok361", "mixture", "product", "routed")
 MEASURED = ("tok105", "tok361", "mixture")
 
@@ -78,6 +99,18 @@ class Clock(Callback):
         self.seconds.append(time.process_time() - self._start)
 
 
+def save_reversed(tokenizer: Path, folder: Path) -> None:
+    """Save a tokenizer of the same characters with the ids in reverse, but for the special ones."""
+    shutil.copytree(tokenizer, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    known = content["model"]["vocab"]
+    special = {one["id"] for one in content["added_tokens"]}
+    ids = [i for i in known.values() if i not in special]
+    other = dict(zip(ids, reversed(ids), strict=True))
+    content["model"]["vocab"] = {token: other.get(i, i) for token, i in known.items()}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
 class Study:
     """Runs of one student.
 
@@ -87,7 +120,11 @@ class Study:
     """
 
     def __init__(self, shared: Path, root: Path) -> None:
-        self.root, self.models = root, shared / "models"
+        self.root, self.models = root, root / "models"
+        self.models.mkdir()
+        for name in (FIRST, SECOND):
+            (self.models / name).symlink_to((shared / "models" / name).resolve())
+        save_reversed(self.models / FIRST, self.models / FOREIGN)
         self.train, self.val = (
             self._rows(shared / "datasets" / "tinystories" / f"{name}.jsonl")
             for name in ("train", "val")
@@ -100,7 +137,7 @@ class Study:
 
     def module(self, student: Any, kind: str) -> DistillationModule:
         """Return a student with a kind of teacher."""
-        teacher, tokenizer = KINDS[kind](self.models), str(self.models / FIRST)
+        teacher, tokenizer = OF_COST[kind](self.models), str(self.models / FIRST)
         return DistillationModule(student, teacher, tokenizer=tokenizer, learning_rate=1e-3)
 
     def trainer(self, callbacks: list[Callback], steps: int = 0) -> lightning.Trainer:
@@ -172,7 +209,8 @@ class Study:
     def cost(self) -> dict[str, list[float]]:
         """Return CPU seconds of a step with each kind of teacher, the median of each round."""
         self.train = self.train[: COST_STEPS * ROWS]  # the rest is only tokenized
-        found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        HostWeights._is_host = staticmethod(lambda device: False)  # type: ignore[method-assign]
+        found: dict[str, list[float]] = {kind: [] for kind in OF_COST}
         for seed in range(COST_ROUNDS):
             for kind, rounds in found.items():
                 _, clock = self.fit(kind, seed, COST_STEPS)

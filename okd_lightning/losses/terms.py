@@ -134,7 +134,7 @@ def _unchanged(engine: Any) -> Any:
 
 @dataclass(frozen=True)
 class Constant:
-    """The same weight in every optimizer step; a ``Stage`` gives another one by step."""
+    """Weight of every optimizer step; a ``Stage`` gives another one by step."""
 
     value: float
 

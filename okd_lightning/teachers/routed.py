@@ -40,7 +40,7 @@ class RoutedTeachers(SeveralTeachers):
             ServedTeacher, all of one k.
 
     Raises:
-        ConfigError: No teachers, one of another kind, teachers in memory beside served ones, or a
+        ConfigError: No teachers, one of another kind, teachers in memory next to served ones, or a
             name without letters.
     """
 
