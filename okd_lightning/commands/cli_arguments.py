@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ OF_ONE_RUN = {
 """Options of fit that the runs of a comparison cannot share, and what to do instead."""
 
 _CONFIG_OPTIONS = ("--config", "-c")
+# what argparse knows as numbers, such as -1 and -0.5, is not among them
+_NEGATIVE = re.compile(r"-(\d+\.|(\d+\.?\d*|\.\d+)[eE][-+]?\d+|\.?inf)")
 _FOLDER = "default_root_dir"
 
 
@@ -68,7 +71,7 @@ def prepare(arguments: Sequence[str], can_type: bool = True) -> list[str]:
     """
     command, *rest = arguments
     is_trusted, rest = take_flag(rest)
-    rest = _expand_homes(_split_equals(_spell_infinity(rest)))
+    rest = _expand_homes(_split_equals(_attach_negatives(_spell_infinity(rest))))
     configs = [(name, load_config(name)) for name in _values(rest, _CONFIG_OPTIONS)]
     check_earlier_options(_without(rest, _CONFIG_OPTIONS), [config for _, config in configs])
     checkpoint = _last(_values(rest, ("--ckpt_path",)))
@@ -317,6 +320,18 @@ def _spell_infinity(arguments: Sequence[str]) -> list[str]:
         if value == "inf" and named.startswith(("--method.", "--trainer.callbacks.")):
             spelt[i] = f"{option}{equals}.inf"
     return spelt
+
+
+def _attach_negatives(arguments: Sequence[str]) -> list[str]:
+    """Write ``--option -1e-3`` as ``--option=-1e-3``: argparse takes the number for an option."""
+    attached: list[str] = []
+    for word in arguments:
+        option = attached[-1] if attached else ""
+        if _NEGATIVE.fullmatch(word) and option.startswith("--") and "=" not in option:
+            attached[-1] = f"{option}={word}"
+        else:
+            attached.append(word)
+    return attached
 
 
 def _expand_homes(arguments: Sequence[str]) -> list[str]:

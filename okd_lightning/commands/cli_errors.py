@@ -41,10 +41,10 @@ _NOT_A_KEY = re.compile(r"Subcommand '\w+' does not accept option '([^']+)'")
 _NOT_ACCEPTED = re.compile(r"Option '([^']+)' is not accepted(?:.*class_path='([^']+)')?")
 _NO_IMPORT = re.compile(r"Expected a dot import path string:\s*(.*)")
 _NO_MODULE = re.compile(r"No module named|has no attribute|Unable to|cannot import")
-_TYPE = re.compile(r"Expected an? (?:<class '([\w.]+)'>|([\w.]+))(?:\. Got value: (.*))?$")
+_TYPE = re.compile(r"Expected an? (?:<class '([\w.]+)'>|([\w.]+))(?:\. Got value: ?(.*))?$")
 _INT = re.compile(r"invalid literal for int\(\) with base 10: '(.*)'$")
 _ABSTRACT = re.compile(r"an instantiatable class, but ([\w.]+) is abstract")
-_LITERAL = re.compile(r"Expected a typing\.Literal\[(.*)\](?:\. Got value: (.*))?$")
+_LITERAL = re.compile(r"Expected a typing\.Literal\[(.*)\](?:\. Got value: ?(.*))?$")
 
 _MISTYPED = 0.85
 """Similarity of a name to one of ours from which it is not another trainer's option."""
@@ -254,14 +254,19 @@ def _wrong_type(complaints: Sequence[Complaint]) -> str | None:
         elif literal:
             choices = [c.strip().strip("'") for c in literal.group(1).split(",")]
             expected += [c for c in choices if c not in expected]
-            given = literal.group(2) or complaint.given or given
+            given = _first(literal.group(2), complaint.given, given)
         elif kind:
             name = (kind.group(1) or kind.group(2)).removeprefix("builtins.")
             expected.append(_TYPE_NAMES.get(name, name))
-            given = kind.group(3) or complaint.given or given
+            given = _first(kind.group(3), complaint.given, given)
     if not expected:
         return None
     return f"expected {' or '.join(dict.fromkeys(expected))}, got {given!r}"
+
+
+def _first(*texts: str | None) -> str | None:
+    """Return the first text that is known, an empty one included."""
+    return next((text for text in texts if text is not None), None)
 
 
 def _not_settings(complaint: Complaint) -> str | None:

@@ -198,6 +198,11 @@ FIT = [
     ([*KD, "--model.dtype", "float8"], ["--model.dtype", "bfloat16", "'float8'"]),
     ([*KD, "--model.schedule", "cosin"], ["constant or linear or cosine", "'cosin'"]),
     ([*KD, "--model.learning_rate", "-1"], ["learning_rate", "-1"]),
+    ([*KD, "--model.learning_rate", "-1e-3"], ["learning_rate must be", "got -0.001"]),
+    ([*KD, "--model.weight_decay", "-.inf"], ["weight_decay must be", "got -inf"]),
+    ([*KD, "--trainer.gradient_clip_val", "-1"], ["gradient_clip_val must be", "got -1"]),
+    ([*KD, "--data.batch_size", ""], ["--data.batch_size: expected a whole number, got ''"]),
+    ([*KD, "--data.on_overlong", ""], ["--data.on_overlong: expected skip or error, got ''"]),
     ([*KD, "--model.warmup_steps", "-1"], ["warmup_steps", "-1"]),
     ([*KD, "--model.optimizer", "Adamm"], ["Adamm", "no such optimizer", "did you mean Adam?"]),
     (

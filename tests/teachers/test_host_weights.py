@@ -23,7 +23,7 @@ from okd_lightning.__main__ import main
 from okd_lightning.callbacks import GKD, KD, OKD, LastCheckpoint, OPDPlus
 from okd_lightning.errors import ConfigError
 from okd_lightning.sharding import FSDP2Strategy
-from okd_lightning.teachers import LoadedTeacher, RoutedTeachers, TeacherEnsemble
+from okd_lightning.teachers import CachedTeacher, LoadedTeacher, RoutedTeachers, TeacherEnsemble
 from okd_lightning.teachers.host_weights import HostWeights
 from okd_lightning.training.module import DistillationModule
 
@@ -179,6 +179,16 @@ def test_names_of_one_checkpoint_share_a_model_where_it_is_kept_in_one_place(fol
     both = {name: LoadedTeacher(path, residence="host") for name in ("x", "y")}
     assert len(RoutedTeachers(both).members) == 1
     assert len(RoutedTeachers({**both, "z": path}).members) == 2
+
+
+def test_a_cache_is_written_from_host_memory(folders, tmp_path, copies):
+    found = []
+    for name, inner in (("plain", folders["a"]), ("held", LoadedTeacher(folders["a"], "host"))):
+        teacher = CachedTeacher(inner, str(tmp_path / name))
+        found.append(train(tmp_path, make(folders, teacher), [KD()], data={}).losses)
+    assert found[0] == found[1]
+    assert copies.passes >= 1
+    assert not any(reference() is not None for reference in copies.alive)
 
 
 @pytest.mark.parametrize(

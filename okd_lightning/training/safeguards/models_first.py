@@ -146,11 +146,17 @@ def check_run(module: lightning.LightningModule, pair: Pair, stage: str) -> None
 
     Raises:
         ConfigError: One of Lightning's "true" precisions (models are loaded in their own number
-            format), float16 weights that would be trained, or a module that torch.compile wraps.
+            format), float16 weights that would be trained, a negative clip norm, or a module that
+            torch.compile wraps.
     """
     if stage == "fit" and pair.dtype == "float16" and pair.student_adapter is None:
         raise ConfigError(float16_refusal("the student"))
     check_precision(str(module.trainer.precision))
+    clip = module.trainer.gradient_clip_val
+    if clip is not None and not clip >= 0:
+        raise ConfigError(
+            f"trainer.gradient_clip_val must be a number from 0 on, got {clip}; 0 clips nothing"
+        )
     if is_compiled(module):
         raise ConfigError(
             "the module is wrapped by torch.compile, which cannot trace rollouts and losses; "
