@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import Callback
 from real_pairs import RUNS, benchmark
 from safetensors.torch import load_file
 from tiny import make_trainer
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from okd_lightning.__main__ import main
 from okd_lightning.callbacks import KD, OKD
@@ -220,7 +220,7 @@ def test_what_a_run_keeps_is_what_the_formula_says(pair, tmp_path):
     rows = [{"prompt": "Name one", "response": "blue"}] * 2
     trainer = make_trainer(tmp_path, [OKD(), held], max_steps=2, max_epochs=9)
     trainer.fit(module, RolloutDataModule(rows, batch_size=2, max_response_length=8))
-    models = [real_pairs.AutoModelForCausalLM.from_pretrained(folder) for folder in flags[1::2]]
+    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in flags[1::2]]
     sizes = [costs.sizes_of(model) for model in models]
     recipe = tables.Recipe(pair, None, "OKD", *sizes, 2, 2, 8, 8, 0.0)
     assert held.bytes == costs.kept(recipe, costs.HARDWARE[0])
