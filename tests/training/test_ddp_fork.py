@@ -9,10 +9,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from forked import type_command
 
 from okd_lightning.callbacks import KD, OKD, LastCheckpoint
 from okd_lightning.errors import CheckpointError
@@ -28,30 +30,36 @@ def data() -> tiny.RolloutDataModule:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="fork beside threads is safe on Linux alone")
 @pytest.mark.skipif(torch.cuda.is_initialized(), reason="CUDA cannot be used in forked processes")
-@pytest.mark.filterwarnings("ignore:.*use of fork")
 def test_what_was_given_is_trained_in_forked_processes(tmp_path):
+    """In a process without a process group: what is forked from one with gloo's thread waits."""
+    done = type_command([], tmp_path, program=train_in_forked_processes)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def train_in_forked_processes() -> None:
+    root = Path.cwd()
     student, teacher = tiny.make_llama(1), tiny.make_llama(2, tiny.TEACHER_ROWS)
     start = {name: value.clone() for name, value in student.state_dict().items()}
     module = DistillationModule(
         student, teacher, tokenizer=tiny.make_tokenizer(), learning_rate=1e-2
     )
     trainer = tiny.make_trainer(
-        tmp_path,
+        root,
         [OKD(), LastCheckpoint(every_n_steps=1)],
         devices=2,
         strategy="ddp_fork",
         max_steps=2,
     )
     trainer.fit(module, data())
-    last = tmp_path / "checkpoints" / "last.ckpt"
+    last = root / "checkpoints" / "last.ckpt"
     saved = torch.load(last, weights_only=True)["state_dict"]
     assert module.student is student
     assert all(torch.equal(v, saved[f"student.{n}"]) for n, v in student.named_parameters())
     assert all(not torch.equal(v, start[n]) for n, v in student.named_parameters())
     with pytest.raises(CheckpointError, match="LastCheckpoint or ModelCheckpoint"):
-        trainer.save_checkpoint(tmp_path / "after.ckpt")
+        trainer.save_checkpoint(root / "after.ckpt")
 
-    (found,) = tiny.make_trainer(tmp_path, [OKD()]).validate(module, data(), verbose=False)
+    (found,) = tiny.make_trainer(root, [OKD()]).validate(module, data(), verbose=False)
     assert found["val/adapted_teacher_shift"] > 1e-3
     online = {n: p for n, p in module.teacher.named_parameters() if "lora_" in n}
     assert len(online) == sum(name.startswith("teacher.") for name in saved) > 0
