@@ -162,7 +162,7 @@ def _with_batch(
     model: PreTrainedModel, prompts: list[tuple[int, ...]], steps: list[int]
 ) -> tuple[Tensor, list[tuple[int, ...]]]:
     """Return logits after steps of two rows of one length; and their ids."""
-    rows, cache = prompts[:2], empty_cache(model, False)
+    rows, cache, reader = prompts[:2], empty_cache(model, False), CachedModel(model)
     device = next(model.parameters()).device
     found: list[Tensor] = []
     read: list[tuple[int, ...]] = []
@@ -170,7 +170,7 @@ def _with_batch(
         ids = torch.tensor(new, device=device)
         first = 0 if column == 0 else len(prompts[0]) + column - 1
         positions = (torch.arange(ids.shape[1], device=device) + first).expand_as(ids)
-        logits = CachedModel(model).logits(ids, positions, None, cache)
+        logits = reader.logits(ids, positions, None, cache)
         if column:
             rows = [(*row, steps[column - 1]) for row in rows]
             found.append(logits)

@@ -43,8 +43,7 @@ def writing(pair: Pair, *generators: Generator) -> Iterator[list[list[Generating
         [replace(one, models=tuple(map(within_peft, one.models))) for one in parts]
         for parts in found
     ]
-    shards = nullcontext() if pair.placement is None else pair.placement.alone(*models)
-    with torch.no_grad(), precision(), shards, ExitStack() as stack:
+    with torch.no_grad(), precision(), pair.alone(*models), ExitStack() as stack:
         for parts in plain:
             for context in (in_eval_mode(model) for one in parts for model in one.models):
                 stack.enter_context(context)

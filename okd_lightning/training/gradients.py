@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
@@ -42,9 +42,7 @@ class FiniteGuard(Callback):
             NonFiniteError: One is NaN or infinite; the message names the step and the terms.
         """
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if type(norm) is not Tensor:  # of shards
-            norm = whole(norm)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         # an infinite divergence has a finite gradient: its infinite part is constant
         loss = trainer.callback_metrics.get("train/loss", norm)
         if torch.isfinite(loss) and not torch.isfinite(norm) and _is_rescaled(trainer):

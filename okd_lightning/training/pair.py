@@ -7,6 +7,7 @@ what is trained nor by which loss, and does not know which kind of teacher it ha
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import replace
 from functools import partial
@@ -16,6 +17,7 @@ import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftConfig
+from torch import nn
 from transformers import PreTrainedModel
 
 from okd_lightning.engines import Sampling
@@ -310,6 +312,10 @@ class Pair:
             self.engine.check_sampling(sampling)
 
     # ---------------------------------------------------------------- running
+
+    def alone(self, *models: nn.Module | None) -> AbstractContextManager[object]:
+        """Return a context in which ranks run the models any number of times; see Placement."""
+        return nullcontext() if self.placement is None else self.placement.alone(*models)
 
     def sides(
         self, batch: DistillBatch, quantities: Sequence[Quantity]

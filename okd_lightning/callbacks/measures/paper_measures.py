@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +52,7 @@ class _Pass:
 
     def alone(self) -> AbstractContextManager[object]:
         """Return a context in which ranks may run the models different numbers of times."""
-        pair = self.module.pair
-        return nullcontext() if pair.placement is None else pair.placement.alone(*pair.models)
+        return self.module.pair.alone(*self.module.pair.models)
 
 
 class PaperMeasures(EvaluationCallback):
