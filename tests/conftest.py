@@ -50,6 +50,15 @@ def _same_environment() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _leaves_no_process_group() -> Iterator[None]:
+    """Lightning keeps a strategy's process group until the process ends, for later tests too."""
+    was_there = torch.distributed.is_initialized()
+    yield
+    if torch.distributed.is_initialized() and not was_there:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
 def _reaches_no_network() -> Iterator[None]:
     """A test that asks a server elsewhere waits, and passes or fails with what it answers."""
     no_network.attempts.clear()
