@@ -8,11 +8,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import cheap_process
 import no_network
 import pytest
 import tiny
 import torch
-from cheap_process import make_cheap
 from longest_files import place_of
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from vllm_servers import ServerPool
@@ -24,8 +24,7 @@ SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
 # the key that signs checkpoints is not the developer's own
 os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="okd-config-")
 
-# tiny tensors: more threads only wait for each other; make test-portable asks for two
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # make test-portable asks for two
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    make_cheap()
+    cheap_process.make_cheap()
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import vision
 from byte_tokenizer import make_byte_tokenizer
 from transformers import (
     AutoConfig,
@@ -25,7 +26,6 @@ from transformers import (
 )
 
 from okd_lightning.models.multimodal import auto_class
-from tests import vision
 
 ROOT = Path(__file__).parents[1]
 RUNS = {  # pair and task, with what the run logs

@@ -15,11 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import vision
 from cli_workbench import QUIET, assert_same_weights, read_metrics
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM
-
-from tests import vision
 
 LIMITS = [
     *("--data.max_prompt_length", "250", "--data.max_response_length", "6"),

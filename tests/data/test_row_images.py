@@ -20,6 +20,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import vision
 from transformers import AutoConfig
 
 from okd_lightning.data.columns import Columns
@@ -33,7 +34,6 @@ from okd_lightning.errors import DataError
 from okd_lightning.models import image_files
 from okd_lightning.models.image_files import decoded, image_ref
 from okd_lightning.models.processors import load_reader
-from tests import vision
 
 
 @pytest.fixture(scope="module")

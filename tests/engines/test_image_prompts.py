@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import pytest
+import vision
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from okd_lightning.engines import Sampling, TransformersEngine
@@ -19,7 +20,6 @@ from okd_lightning.models.processors import load_reader
 from okd_lightning.models.vocabulary import Vocabulary
 from okd_lightning.records.noise import NoiseStream
 from okd_lightning.records.requests import Prompt
-from tests import vision
 
 FAMILIES = ("idefics3", "llava", "gemma3", "smolvlm", "qwen2_vl", "qwen2_5_vl")
 LENGTH = 7

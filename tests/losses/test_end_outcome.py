@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_fused import TERMS, Adapted, Sum, about, check_outputs, check_same, gradients
 from torch import Tensor
 
 from okd_lightning.divergences import ForwardKL, JensenShannon, ReverseKL, Tempered, TopK
@@ -33,7 +34,6 @@ from okd_lightning.losses import (
     measure,
 )
 from okd_lightning.models import LMHead, Vocabulary
-from tests.losses.test_fused import TERMS, Adapted, Sum, about, check_outputs, check_same, gradients
 
 ENDS = (4, 1, 9)
 NUM_IDS = 11

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import pytest
+import vision
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from okd_lightning.data.columns import Columns
@@ -23,7 +24,6 @@ from okd_lightning.records.collation import collate, dataset_row
 from okd_lightning.teachers import CachedTeacher, ForeignTeacher, FrozenSelf, ServedTeacher
 from okd_lightning.training.module import DistillationModule
 from okd_lightning.training.pair_settings import images_refused
-from tests import vision
 
 KL = ExactDivergence(ForwardKL())
 

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import vision
 from PIL import Image
 from torch import Tensor
-
-from tests import vision
 
 
 @dataclass(frozen=True)

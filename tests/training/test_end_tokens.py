@@ -18,6 +18,7 @@ import warnings
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 
 from okd_lightning.callbacks import GKD, OPD, SFT, LastCheckpoint, OPDPlus
@@ -31,7 +32,6 @@ from okd_lightning.records.noise import NoiseDomain, NoiseStream
 from okd_lightning.records.requests import Prompt
 from okd_lightning.records.sampling import Sampling
 from okd_lightning.training.module import DistillationModule
-from tests import tiny
 
 OWN, OTHER = tiny.EOS, tiny.BOS
 LONGEST = 12

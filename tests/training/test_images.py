@@ -17,7 +17,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import vision
 from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny import fit, weights
 
 from okd_lightning.callbacks import KD, SFT
 from okd_lightning.data.columns import Columns
@@ -28,8 +30,6 @@ from okd_lightning.losses.quantities import DrawnLogProb, ExactDivergence
 from okd_lightning.records.collation import collate, dataset_row
 from okd_lightning.training.module import DistillationModule
 from okd_lightning.training.safeguards.idle_options import RULES
-from tests import vision
-from tests.tiny import fit, weights
 
 FAMILIES = ("idefics3", "llava", "gemma3", "smolvlm", "qwen2_vl", "qwen2_5_vl")
 KL = ExactDivergence(ForwardKL())

@@ -17,9 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import vision
 from forked_worker import launch_forked
 from peft import LoraConfig
 from plain_images import gradients, kl, logprobs, rows_of
+from tiny import fit, weights
 
 from okd_lightning.callbacks import GKD, KD, OKD, OPD, HiddenStates, OPDPlus, Reward
 from okd_lightning.engines import worker_process
@@ -27,8 +29,6 @@ from okd_lightning.errors import ConfigError
 from okd_lightning.rewards import AnswerMatch
 from okd_lightning.teachers import AveragedSelf, RoutedTeachers, TeacherEnsemble
 from okd_lightning.training.module import DistillationModule
-from tests import vision
-from tests.tiny import fit, weights
 
 FAMILIES = ("idefics3", "llava", "gemma3", "smolvlm", "qwen2_vl", "qwen2_5_vl")
 LIMITS = {"max_prompt_length": 250, "max_response_length": 5, "batch_size": 4}

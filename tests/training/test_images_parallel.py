@@ -12,7 +12,9 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+import vision
 from parallel_runs import spawn
 
 from okd_lightning.callbacks import GKD, KD, OKD
@@ -20,7 +22,6 @@ from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError
 from okd_lightning.sharding import FSDP2Strategy, whole
 from okd_lightning.training.module import DistillationModule
-from tests import tiny, vision
 
 METHODS = {
     "KD": lambda: [KD()],
