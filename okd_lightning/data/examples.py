@@ -21,12 +21,8 @@ from okd_lightning.data.image_cells import has_images
 from okd_lightning.data.images import RowImages
 from okd_lightning.data.layouts import Layout, choose_layout
 from okd_lightning.data.row_templates import with_prompts
-from okd_lightning.data.teacher_prompts import (
-    TeacherPrompts,
-    with_foreign_prompts,
-    with_image_prompts,
-    with_teacher_prompts,
-)
+from okd_lightning.data.teacher_prompt_ids import PromptedRows, add_teacher_prompts
+from okd_lightning.data.teacher_prompts import TeacherPrompts
 from okd_lightning.data.text_rows import examples_from_texts
 from okd_lightning.data.whole_texts import examples_from_whole_texts
 from okd_lightning.errors import ConfigError, DataError
@@ -255,14 +251,10 @@ def build_examples(
     own_eos = tokenizer.eos_token_id
     eos_ids = [eos_id] if own_eos in (None, eos_id) else [eos_id, own_eos]
     examples, notes = _read(rows, encoder, columns, layout, limits, eos_ids)
-    settings = {"layout": layout, "teacher_prompts": teacher_prompts}
-    cells: dict[str, Any] = {"columns": columns, "where": where, **settings}
-    if teacher_tokenizer is not None:
-        examples = with_foreign_prompts(examples, rows, teacher_tokenizer, tokenizer, **cells)
-    elif images is not None:
-        examples = with_image_prompts(examples, rows, encoder, images, **cells)
-    elif teacher_prompts is not None:
-        examples = with_teacher_prompts(examples, rows, encoder, **cells)
+    prompted = PromptedRows(rows, columns, layout, teacher_prompts, where)
+    examples = add_teacher_prompts(
+        examples, prompted, encoder, teacher_tokenizer=teacher_tokenizer, images=images
+    )
     found = replace(limits.apply(examples), notes=notes)
     warn_of(found, where)
     return found
