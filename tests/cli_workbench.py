@@ -124,7 +124,7 @@ def save_model(
 
 
 def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    """One row a line."""
+    """One row per line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

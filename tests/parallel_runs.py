@@ -92,7 +92,7 @@ def run(
     rows: list[dict[str, Any]] | None = None,
     val: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """4 rows a micro-batch over all ranks; what happened, with whole tensors.
+    """4 rows per micro-batch over all ranks; what happened, with whole tensors.
 
     ``strategy`` None is one process.
     """

@@ -30,7 +30,7 @@ from okd_lightning.models.text_ids import MARGIN, TextEncoder
 from okd_lightning.records.batches import Example
 
 OnOverlong: TypeAlias = Literal["skip", "error"]
-"""Action for a row whose prompt is too long."""
+"""Action for a row whose prompt is too long: skip and count it, or raise."""
 
 OVERLONG_PROMPT = "overlong prompt"
 EMPTY_RESPONSE = "empty response"
@@ -46,7 +46,7 @@ class ExampleSet:
         skipped: Number of skipped rows, by reason (``OVERLONG_PROMPT``, ``EMPTY_RESPONSE``,
             ``OVERLONG_TEACHER_PROMPT``, ``TeacherPrompts.reason_for_none``).
         num_cut: Examples whose response was cut and therefore has no eos.
-        notes: Messages about content that cannot be learned, one a kind.
+        notes: Messages about content that cannot be learned, one per kind.
         usual_length: 95th percentile of the responses' tokens before cutting; 0 without any.
     """
 
@@ -221,7 +221,7 @@ def build_examples(
             skipped, and a dataset without such a column is refused.
         where: The dataset's name for messages (``describe_source``).
         teacher_prompts: The teacher's own prompts; None: the same prompts. Rows whose teacher
-            prompt is missing or too long are skipped like others.
+            prompt is missing or too long are skipped like rows with too long prompts.
         teacher_tokenizer: Tokenizer of a teacher that has another one, which makes the teacher's
             prompts; None for a teacher that reads the student's ids.
         images: Reads the images of rows; None where the models read text alone.

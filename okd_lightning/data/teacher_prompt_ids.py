@@ -61,7 +61,7 @@ def _chat(
         if turns.is_answered:
             raise DataError(
                 f"{at}: the teacher prompt ({prompts.column!r}) ends with the assistant's turn; "
-                "give the messages that stand before the answer"
+                "give the messages before the answer"
             )
         return list(turns.messages)
     messages = list(read_turns(row, columns, at).asked)

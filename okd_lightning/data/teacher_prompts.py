@@ -93,7 +93,7 @@ def teacher_prompts_from(
         return TeacherPrompts(limit, column, template)
     if max_length is not None:
         raise ConfigError(
-            f"data.max_teacher_prompt_length {max_length} has nothing to act on: give "
+            f"data.max_teacher_prompt_length {max_length} has no effect: give "
             "--data.teacher_prompt_column or --data.teacher_prompt_template, or leave it out"
         )
     return None

@@ -43,7 +43,7 @@ def examples_from_texts(
     where: str,
     images: RowImages | None = None,
 ) -> list[Example]:
-    """Return one example a row; a blank response becomes no response.
+    """Return one example per row; a blank response becomes no response.
 
     A response ends with the eos in its text, else with the first of ``eos_ids``. Prompts and
     responses above their limits keep some tokens beyond them.

@@ -114,7 +114,7 @@ class TopK(Divergence):
             teacher_logprobs: [*lead, vocab] log q (nats).
 
         Returns:
-            [*lead] nats a position. Gradient flows to both sides.
+            [*lead] nats per position. Gradient flows to both sides.
         """
         return self.divergence.value(*self._outcomes(student_logprobs, teacher_logprobs))
 

@@ -24,7 +24,7 @@ class RolloutEngine(Protocol):
     """
 
     def respond(self, request: Request) -> Rollout:
-        """Generate one response a prompt, in the order of the prompts."""
+        """Generate one response per prompt, in the order of the prompts."""
 
 
 class EngineSource(ABC):

@@ -202,7 +202,7 @@ class CachedModel:
         wanted = {"position_ids": positions, "use_cache": True}
         if ids.shape[1] > 1 or not self._names.issuperset(needed):
             return last_logits(self._model, needed, wanted)
-        # the output of one token a row is that of its last one: no hook has to select it
+        # the output of one token per row is that of its last one: no hook has to select it
         known = {name: value for name, value in wanted.items() if name in self._names}
         logits: Tensor = self._model(**needed, **known).logits
         return logits[:, -1]

@@ -79,7 +79,7 @@ class TransformersEngine:
 
     @torch.no_grad()
     def respond(self, request: Request) -> Rollout:
-        """Generate one response a prompt, in the order of the prompts; see ``RolloutEngine``."""
+        """Generate one response per prompt, in the order of the prompts; see ``RolloutEngine``."""
         prompts, progress = request.prompts, request.progress
         keys = [prompt.index for prompt in prompts], [prompt.sample for prompt in prompts]
         noise = request.noise.uniform(*keys, request.max_new_tokens)
@@ -119,7 +119,7 @@ class TransformersEngine:
         noise: NoiseStream,
         max_new_tokens: int,
     ) -> Rollout:
-        """Generate one response a prompt, for scripts: ``respond`` to a request of these."""
+        """Generate one response per prompt, for scripts: ``respond`` to a request of these."""
         return self.respond(Request(tuple(prompts), sampling, noise, max_new_tokens))
 
     def _rounds(
@@ -170,7 +170,7 @@ class _Prefilled:
     """Prompts after their forward pass, ready to join a batch."""
 
     rows: list[int]
-    caches: list[DynamicCache]  # one a model
+    caches: list[DynamicCache]  # one per model
     index: Tensor  # [rows] row of the caches
     starts: Tensor  # [rows] first column
     width: int  # columns

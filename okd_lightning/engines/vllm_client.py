@@ -45,7 +45,7 @@ class ServerInfo:
         dtype: Number format, such as "float32".
         logprobs_mode: Such as "processed_logprobs".
         quantization: Such as "fp8".
-        max_logprobs: Most log-probabilities a token.
+        max_logprobs: Most log-probabilities per token.
         device: Its device, such as "cuda" or "cpu".
     """
 
@@ -171,7 +171,7 @@ class VLLMClient:
         if of_response is not None:
             logprobs = choice.member("logprobs").member("token_logprobs").logprobs()
             if len(logprobs) != len(ids):
-                raise choice.wrong(f"{len(logprobs)} log-probabilities", f"{len(ids)}, one an id")
+                raise choice.wrong(f"{len(logprobs)} log-probabilities", f"{len(ids)}, one per id")
         scored: tuple[Mapping[int, float], ...] = ()
         if of_prompt is not None:
             scored = _scored(choice.member("prompt_logprobs"), prompt)
@@ -238,7 +238,7 @@ def _scored(rows: AnswerPart, prompt: Sequence[int]) -> tuple[Mapping[int, float
     """Return log-probabilities by id of every token of the prompt but the first."""
     found = rows.items()
     if len(found) != len(prompt):
-        raise rows.wrong(f"{len(found)} rows", f"{len(prompt)}, one a token of the prompt,")
+        raise rows.wrong(f"{len(found)} rows", f"{len(prompt)}, one per token of the prompt,")
     return tuple(_by_id(row, token) for row, token in zip(found[1:], prompt[1:], strict=True))
 
 

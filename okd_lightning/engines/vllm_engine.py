@@ -116,7 +116,7 @@ class VLLMEngine(EngineSource):
             )
         if distributed.is_initialized() and distributed.get_world_size() > 1:
             raise ConfigError(
-                "model.engine VLLMEngine writes within one process, and this run has "
+                "model.engine VLLMEngine generates within one process, and this run has "
                 f"{distributed.get_world_size()}: use VLLMServer, or --trainer.devices 1"
             )
         return HostedEngine(self, model, vocabulary, eos_ids)
@@ -154,7 +154,7 @@ class VLLMEngine(EngineSource):
     def complete(
         self, requests: Sequence[Mapping[str, Any]], progress: Progress | None
     ) -> list[Completion]:
-        """Generate one response a request; see ``Host``."""
+        """Generate one response per request; see ``Host``."""
         found = []
         for answer in self._ask(requests):
             response = answer.outputs[0]

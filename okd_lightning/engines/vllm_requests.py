@@ -178,7 +178,7 @@ class Host(Protocol):
     def complete(
         self, requests: Sequence[Mapping[str, Any]], progress: Progress | None
     ) -> list[Completion]:
-        """Generate one response a request, in order; requests are vLLM's fields with a prompt."""
+        """Generate one response per request, in order; requests are vLLM's fields with a prompt."""
 
 
 @dataclass
@@ -198,7 +198,7 @@ class HostedEngine:
     eos_ids: tuple[int, ...]
 
     def respond(self, request: Request) -> Rollout:
-        """Generate one response a prompt, in the order of the prompts; see ``RolloutEngine``.
+        """Generate one response per prompt, in the order of the prompts; see ``RolloutEngine``.
 
         Raises:
             ServerTimeoutError: vLLM has not answered in time.

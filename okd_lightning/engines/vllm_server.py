@@ -145,7 +145,7 @@ class VLLMServer(EngineSource):
     def complete(
         self, requests: Sequence[Mapping[str, Any]], progress: Progress | None
     ) -> list[Completion]:
-        """Generate one response a request; see ``Host``."""
+        """Generate one response per request; see ``Host``."""
         calls = [partial(self._client.complete, request) for request in requests]
         told = partial(progress, 1) if progress is not None else lambda: None
         return in_parallel(calls, self.concurrency, told)

@@ -240,7 +240,7 @@ def measure_chunks(
         batch: Rows with chunks.
         quantities: Quantities; those without a teacher are measured at tokens.
         sides: The student's, the teacher's and its base's, each at its own loss positions.
-        tile_positions: Positions a tile; None chooses from the vocabulary.
+        tile_positions: Positions per tile; None chooses from the vocabulary.
 
     Returns:
         The tokens' values. Gradient flows to the models that the quantities train.

@@ -1,4 +1,4 @@
-"""Quantities that a method can measure: one number a token from both models' log-probabilities.
+"""Quantities that a method can measure: one number per token from both models' log-probabilities.
 
 A quantity is a frozen, hashable object, so that two methods that need the same one share one
 computation. Methods see these numbers and never logits.
@@ -141,7 +141,7 @@ class Tile:
 
 
 class Quantity(ABC):
-    """One number a token; subclass it to measure something new.
+    """One number per token; subclass it to measure something new.
 
     A complete one, as a frozen dataclass:
 

@@ -72,7 +72,7 @@ def compare_next_tokens(
         other: The second one.
         compare: The divergence.
         learns: For both, whether gradient flows to it.
-        tile_chunks: Chunks a tile; None chooses from the vocabularies.
+        tile_chunks: Chunks per tile; None chooses from the vocabularies.
     """
 
     def values(hidden: Tensor, hidden_other: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ Project: TypeAlias = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 class StateQuantity(Quantity):
-    """One number a token from states instead of logits.
+    """One number per token from states instead of logits.
 
     Attributes:
         student_layers: Layers of the student that are read.
@@ -219,7 +219,7 @@ def loss_with_states(
         targets: [positions] ids of the target tokens.
         about: Source, row and sampler of the positions; its values are not read.
         vocab_size: Width of the logits.
-        tile_positions: Positions a tile; None chooses from the sizes.
+        tile_positions: Positions per tile; None chooses from the sizes.
         checks: Check that terms are positionwise, as they declare.
         project: Applies the run's projectors; None where it has none.
 

@@ -125,7 +125,7 @@ class RowScorer(Protocol):
         """Take the new scores of all ranks."""
 
     def credit_rows(self, scores: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
-        """Return one advantage a response, from the scores of all responses of a rollout batch."""
+        """Return one advantage per response, from the scores of a whole rollout batch."""
 
 
 def _unchanged(engine: Any) -> Any:

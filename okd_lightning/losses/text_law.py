@@ -41,7 +41,7 @@ def cover_masses(
             the end of the response, as one outcome.
         order: Ids with text, sorted by bytes.
         temperature: τ of the softmax.
-        tile_positions: Positions a tile; None chooses from the vocabulary.
+        tile_positions: Positions per tile; None chooses from the vocabulary.
     """
     has_ends = covers.bounds.shape[1] > 2
     positions, number = covers.position.unique(return_inverse=True)

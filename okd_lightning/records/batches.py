@@ -82,7 +82,7 @@ class TrainingRow:
         input_ids: Prompt and response.
         mask: True on the tokens that carry loss.
         prompt_length: Number of prompt tokens in ``input_ids``.
-        sampler_logprobs: One number a response token (nats) where the response was sampled.
+        sampler_logprobs: One number per response token (nats) where the response was sampled.
         credits: The response's advantage in each reward term, by the term's name.
         teacher_prompt_ids: The teacher's own prompt; empty if it reads the student's. A row with
             one has no loss on its prompt.
@@ -183,7 +183,7 @@ class DistillBatch:
         prompt_lengths: [batch] prompt tokens of each row.
         sampler_logprobs: [batch, seq] nats, aligned with ``input_ids``; 0 where nothing was drawn.
         step_counts: Loss tokens of the whole optimizer step (all micro-batches, all ranks), one
-            number a source. None outside training.
+            number per source. None outside training.
         sampled: Counts of the student's responses in the step, for the divisor of their loss.
             None outside training.
         metrics: Rollout speed and lengths of this batch, to be logged.

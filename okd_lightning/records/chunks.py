@@ -324,7 +324,7 @@ class Chunks:
         """[positions] → [chunks]: the sum over each chunk's tokens, with gradient.
 
         Args:
-            values: One number a position.
+            values: One number per position.
             index: ``student`` or ``teacher``.
         """
         inside = index >= 0

@@ -86,13 +86,13 @@ def sampled_rows(
     responses: Sequence[Response],
     credits: Mapping[str, Sequence[float]] | None = None,
 ) -> list[TrainingRow]:
-    """Return one row a response; see ``sampled_row``.
+    """Return one row per response; see ``sampled_row``.
 
     Args:
         examples: The examples of the prompts, in the order of the responses.
         source: Generator of the responses.
         responses: The responses.
-        credits: One advantage a response, by the reward term's name.
+        credits: One advantage per response, by the reward term's name.
     """
     columns = credits or {}
     return [
@@ -272,7 +272,7 @@ def micro_batches(rows: Sequence[TrainingRow], num_batches: int) -> list[Distill
 
     Args:
         rows: At least one row.
-        num_batches: Micro-batches an optimizer step.
+        num_batches: Micro-batches per optimizer step.
     """
     by_length = sorted(rows, key=lambda row: -row.num_tokens)
     size = -(-len(rows) // num_batches)

@@ -184,7 +184,7 @@ class Rollout(Sequence[Response]):
     """The responses to a request, in the order of its prompts, and what the engine measured.
 
     Attributes:
-        responses: One a prompt.
+        responses: One per prompt.
         num_row_steps: Rows summed over all forward passes of the generation; 0 if unknown.
         engine_gap: Mean difference (nats) between the engine's log-probabilities of a few responses
             and the student's; None where the student itself generates.

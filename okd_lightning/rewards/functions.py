@@ -255,7 +255,7 @@ def checked_rewards(
     if len(values) != len(responses):
         raise RewardError(
             f"reward {name} returned {len(values)} values for {len(responses)} responses; "
-            "expected one number a response"
+            "expected one number per response"
         )
     return [
         _number(value, name, response) for value, response in zip(values, responses, strict=True)

@@ -29,7 +29,7 @@ class DatasetResponses:
 
     Args:
         examples: The tokenized dataset.
-        batch_size: Sequences a batch.
+        batch_size: Sequences per batch.
         rank: This rank.
         world_size: Ranks; all of them get the same number of batches.
         teacher_rows: From rows to rows as the teacher reads them.
@@ -66,7 +66,7 @@ class StudentResponses:
 
     Args:
         examples: The prompts.
-        batch_size: Sequences a batch.
+        batch_size: Sequences per batch.
         generation: Generates the responses.
         rank: This rank.
         world_size: Ranks; all of them get the same number of batches.

@@ -177,7 +177,7 @@ class Generation:
         Raises:
             RolloutTimeoutError: The engine timed out.
         """
-        with self.shown(f"{generator} writes", len(turns)) as told:
+        with self.shown(f"{generator} generates", len(turns)) as told:
             request = self.request(generator, turns, epoch, told)
             with naming_the_prompts(request):
                 return self.engine.respond(request)

@@ -27,7 +27,7 @@ def _common_fraction(asked: set[float]) -> float:
 def plan_for(terms: Sequence[Term]) -> StagedPlan:
     """Return the plan for all terms of a run, by stages.
 
-    Terms with equal on-policy shares get GKD's random choice a step. Terms with different shares
+    Terms with equal on-policy shares get GKD's random choice per step. Terms with different shares
     (KD on the dataset with a method on rollouts) get both kinds of rows in every step, in the share
     that one of them has or half and half; each is counted on its own rows. The same holds for a
     term with ``mixes_rows``.

@@ -46,7 +46,7 @@ class KeptResponses:
     def respond(
         self, request: Request, generate: Callable[[Request], Rollout], *, replays: bool
     ) -> Rollout:
-        """Return one response a prompt, in order; new responses are kept.
+        """Return one response per prompt, in order; new responses are kept.
 
         Args:
             request: At least one prompt.

@@ -156,14 +156,14 @@ class Teacher(ABC):
         return self.model
 
     def check_options(self, options: TeacherOptions) -> None:
-        """Refuse options that have nothing to act on, or contradict this teacher.
+        """Refuse options that have no effect, or contradict this teacher.
 
         Raises:
             ConfigError: The message says what to change.
         """
         if options.ema_decay is not None:
             raise ConfigError(
-                f"model.ema_decay {options.ema_decay} has nothing to act on: give "
+                f"model.ema_decay {options.ema_decay} has no effect: give "
                 "--model.teacher AveragedSelf, or leave it out"
             )
 
@@ -229,7 +229,7 @@ class Teacher(ABC):
             )
         if term.asks_teacher and not self.generates:
             raise ConfigError(
-                f"method {term.name} has the teacher write responses, and "
+                f"method {term.name} has the teacher generate responses, and "
                 f"{type(self).__name__} generates none: {self.to_generate}"
             )
 

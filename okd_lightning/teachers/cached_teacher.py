@@ -44,7 +44,7 @@ class CachedTeacher(PackedTeacher):
         dtype: Number format of the log-probabilities.
 
     Attributes:
-        part_positions: Approximate loss tokens a file.
+        part_positions: Approximate loss tokens per file.
 
     Raises:
         ConfigError: A number out of its range, or a teacher of a kind that cannot be cached.
@@ -121,7 +121,8 @@ class CachedTeacher(PackedTeacher):
         positions = sum(entry.layout.num_positions for entry in entries)
         names = " and ".join(str(entry.folder) for entry in entries)
         rank_zero_info(
-            f"teacher: {'written to' if is_new else 'read from'} its cache, {self.k} ids a token, "
+            f"teacher: {'written to' if is_new else 'read from'} its cache, {self.k} ids per "
+            "token, "
             f"{positions:,} tokens of {self.record.itemsize} bytes ({names or 'nothing to keep'}); "
             f"methods read their divergences as TopK(., {self.k}), at most the exact ones; "
             "validation takes these as val/top_k_*, and nothing of the teacher on on-policy samples"

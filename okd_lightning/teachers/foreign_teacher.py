@@ -160,7 +160,7 @@ class ForeignTeacher(Teacher):
         """Return the inner teacher where its tokenizer is the student's: ids pass through.
 
         Raises:
-            ConfigError: ``end_tokens`` would then have nothing to act on.
+            ConfigError: ``end_tokens`` would then have no effect.
         """
         own = copy(self)
         own._own_tokenizer = _tokenizer(self._own_tokenizer, self.inner)
@@ -168,7 +168,7 @@ class ForeignTeacher(Teacher):
             return own
         if self._end_tokens is not None:
             raise ConfigError(
-                f"{_END_TOKENS} has nothing to act on: the teacher has the student's tokenizer, "
+                f"{_END_TOKENS} has no effect: the teacher has the student's tokenizer, "
                 "and the ends of both are --model.end_tokens"
             )
         rank_zero_info(
@@ -215,7 +215,8 @@ class ForeignTeacher(Teacher):
         """Refuse a method that compares single tokens, or whose responses it would generate."""
         if term.asks_teacher:
             raise ConfigError(
-                f"method {term.name} has the teacher write responses; {self.to_generate}: another "
+                f"method {term.name} has the teacher generate responses; {self.to_generate}: "
+                "another "
                 "one's responses are not in the student's ids"
             )
         if not _uses_teacher(term):
@@ -271,7 +272,7 @@ class ForeignTeacher(Teacher):
         if unaligned > total / 2:
             raise VocabularyError(
                 f"{_OPTION}: {unaligned} of {total} response tokens of the first {len(rows)} rows "
-                "are no text that the teacher's tokenizer keeps (characters that it lacks or "
+                "are not text that the teacher's tokenizer keeps (characters that it lacks or "
                 "changes); give a teacher whose tokenizer knows this data"
             )
         longest = max((one.longest for row in found if (one := row.aligned)), default=0)
@@ -361,7 +362,7 @@ def _tokenizer(
     name = given or (source.name_or_path if isinstance(source, PreTrainedModel) else source)
     if not isinstance(name, str) or not name:
         raise ConfigError(
-            f"{_OPTION}: its model is no folder or hub id, so that its tokenizer is not known; "
+            f"{_OPTION}: its model is not a folder or hub id, so that its tokenizer is not known; "
             "give --model.teacher.tokenizer a folder or hub id"
         )
     return load_tokenizer(name, "--model.teacher.tokenizer" if given else "--model.teacher")

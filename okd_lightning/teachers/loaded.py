@@ -168,7 +168,7 @@ def _why_no_teacher(given: Mapping[str, Any]) -> str:
     if kind is None:
         near = difflib.get_close_matches(name.rpartition(".")[2], kinds, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(kinds))}"
-        return f"class_path {name} is no class of teacher; {hint}"
+        return f"class_path {name} is not a class of teacher; {hint}"
     known = list(inspect.signature(kind).parameters)
     if unknown := sorted(settings.keys() - set(known)):
         return f"{name} has no setting {unknown[0]}; it has {', '.join(known)}"

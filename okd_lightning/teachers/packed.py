@@ -1,4 +1,4 @@
-"""The PackedTeacher: a teacher of which k ids a token are known, without a model in memory."""
+"""The PackedTeacher: a teacher of which k ids per token are known, without a model in memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PackedTeacher(Teacher):
     Methods read their divergences as ``TopK(., k)``.
 
     Attributes:
-        k: Known ids a token.
+        k: Known ids per token.
     """
 
     generates = False

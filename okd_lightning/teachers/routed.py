@@ -201,7 +201,7 @@ def _checked_name(name: Any) -> str:
             "the name in quotes"
         )
     if not name.strip():
-        raise ConfigError("model.teacher.teachers has an empty name; expected one a teacher")
+        raise ConfigError("model.teacher.teachers has an empty name; expected one per teacher")
     return name
 
 

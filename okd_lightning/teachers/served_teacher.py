@@ -155,7 +155,8 @@ class ServedTeacher(PackedTeacher):
             rank_zero_info(f"{where}, which gives the probabilities of its own tokens")
             return
         rank_zero_info(
-            f"{where}, {self.k} ids a token; methods read their divergences as TopK(., {self.k}), "
+            f"{where}, {self.k} ids per token; methods read their divergences as TopK(., "
+            f"{self.k}), "
             "at most the exact ones; validation takes these as val/top_k_* and "
             "val/on_policy_top_k_*"
         )

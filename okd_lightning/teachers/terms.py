@@ -59,11 +59,12 @@ def check_cached_term(
     """
     advice = f"; give --model.teacher a folder or hub id in place of {option.rpartition(' ')[2]}"
     if term.asks_teacher:
-        raise ConfigError(f"method {term.name} has the teacher write responses{advice}")
+        raise ConfigError(f"method {term.name} has the teacher generate responses{advice}")
     needs_teacher = any(quantity.needs_teacher for quantity in term.quantities)
     if needs_teacher and "student" in term.sources and not reads_new_rows:
         raise ConfigError(
-            f"method {term.name} asks the teacher about responses that the student writes in this "
+            f"method {term.name} asks the teacher about responses that the student generates in "
+            "this "
             f"run, and no cache can hold those{advice}, or set on_policy_fraction to 0"
         )
     for quantity in term.quantities:

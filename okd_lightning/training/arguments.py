@@ -199,7 +199,7 @@ def _is_in_memory(value: Any) -> bool:
 
 
 def _is_by_name(value: Any) -> bool:
-    """Return whether a value maps names to values, and is no model's config."""
+    """Return whether a value maps names to values, and is not a model's config."""
     return isinstance(value, Mapping) and "model_type" not in value
 
 

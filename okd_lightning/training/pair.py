@@ -269,7 +269,7 @@ class Pair:
         ends = self.ends.without(ids)
         if ends.end_ids != self.ends.end_ids:
             names = ", ".join(repr(self.tokenizer.decode([i])) for i in ids)
-            rank_zero_info(f"a response goes on after {names}, so it is no end of it")
+            rank_zero_info(f"a response goes on after {names}, so it does not end the response")
         self.use_ends(ends)
 
     def add_eos_ids(self, ids: Iterable[int]) -> None:

@@ -143,7 +143,7 @@ class BuiltIn(EngineSource):
             {},
             "need a second model in memory",
         ),
-        ({"engine": BuiltIn()}, {}, "BuiltIn writes with one model"),
+        ({"engine": BuiltIn()}, {}, "BuiltIn generates with one model"),
     ],
 )
 def test_where_teacher_and_student_cannot_draw_together(

@@ -60,7 +60,7 @@ def test_settings_of_its_own(fit: Fit, assets: Assets, fake) -> None:
     flags += ["--model.teacher.k", "5", "--model.teacher.model", "big"]
     flags += ["--model.student", assets.student]
     result = fit(METHOD, flags, "--trainer.max_steps", "1", models=False)
-    assert "5 ids a token" in result.log
+    assert "5 ids per token" in result.log
     assert {body["prompt_logprobs"] for body in fake.bodies("/v1/completions")} == {13}
     config = yaml.safe_load(Path("run/config.yaml").read_text())
     assert config["model"]["teacher"]["init_args"]["k"] == 5

@@ -102,7 +102,7 @@ SOURCES = {
     "jsonl as str": lambda path: str(write_jsonl(path.with_suffix(".jsonl"))),
     "jsonl with blank lines, CRLF and BOM": write_with_blank_lines_and_bom,
     "json": write_list,
-    "json, an object a line": write_lines_called_json,
+    "json, an object per line": write_lines_called_json,
     "jsonl.gz": write_gzip,
     "csv": write_csv,
     "csv with BOM and LF": lambda path: write_csv(path, encoding="utf-8-sig", end="\n"),

@@ -211,7 +211,7 @@ def test_templates_are_checked_first(template, message):
 def test_settings_that_contradict_each_other():
     with pytest.raises(ConfigError, match="either"):
         teacher_prompts_from("hint", "{prompt}", None, 8)
-    with pytest.raises(ConfigError, match="has nothing to act on"):
+    with pytest.raises(ConfigError, match="has no effect"):
         teacher_prompts_from(None, None, 8, 8)
     with pytest.raises(ConfigError, match="at least 1"):
         teacher_prompts_from("hint", None, 0, 8)

@@ -215,7 +215,7 @@ def run_kind(
 
 
 def main() -> int:
-    """Print a line a kind, and every case that does not hold.
+    """Print a line per kind, and every case that does not hold.
 
     Returns:
         1 where some case does not hold.

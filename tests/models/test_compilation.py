@@ -61,7 +61,7 @@ def test_runs_are_the_same_compiled(name, tmp_path, make_module, monkeypatch):
     plain = train(tmp_path, make_module, METHODS[name]())
     assert not graphs
     compiled = train(tmp_path, make_module, METHODS[name](), compile_blocks=True)
-    assert 2 <= len(graphs) <= 8, "one a model and mode, and one a kind of mask"
+    assert 2 <= len(graphs) <= 8, "one per model and mode, and one per kind of mask"
     assert tiny.distance(compiled[1], plain[1]) < 1e-6
     for gradients, truth in zip(compiled[0].gradients, plain[0].gradients, strict=True):
         assert tiny.distance(gradients, truth) < 1e-5

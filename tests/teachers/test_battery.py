@@ -190,7 +190,9 @@ def test_it_generates_or_says_that_it_cannot(name, place, tmp_path):
         recorder = train(tmp_path, kind, module, [KD(seq_kd=True)], max_steps=1)
         assert recorder.sources() == [{2}]
         return
-    with pytest.raises(ConfigError, match=r"has the teacher write responses; give --model\.teach"):
+    with pytest.raises(
+        ConfigError, match=r"has the teacher generate responses; give --model\.teach"
+    ):
         train(tmp_path, kind, module, [KD(seq_kd=True)])
 
 

@@ -29,7 +29,7 @@ def test_the_teacher_is_let_go_and_not_loaded_again(
     gc.collect()
     assert module.teacher is None
     assert [teacher() for teacher in loaded] == [None]
-    assert "written to its cache, 5 ids a token" in caplog.text
+    assert "written to its cache, 5 ids per token" in caplog.text
     caplog.clear()
     second, _ = train(tmp_path, make_module, [KD()], k=5, cache=cache, val=VAL)
     assert len(loaded) == 1

@@ -41,8 +41,8 @@ class Adapted(DivergenceCallback):
     [
         ([KD(temperature=2.0)], "kd with a cached teacher: its temperature is 2"),
         ([GKD(on_policy_fraction=0.5)], "gkd asks the teacher about responses that the student"),
-        ([OPD()], "opd asks the teacher about responses that the student writes"),
-        ([KD(seq_kd=True)], "kd has the teacher write responses"),
+        ([OPD()], "opd asks the teacher about responses that the student generates"),
+        ([KD(seq_kd=True)], "kd has the teacher generate responses"),
         ([KD(divergence=TopK(ReverseKL(), 9))], "takes 9 ids, and 5 are known"),
         ([KD(divergence=TopK(ReverseKL(), 2, "student"))], "student's likeliest ids"),
         ([Adapted()], "adapted with a cached teacher: it asks for Entropy"),

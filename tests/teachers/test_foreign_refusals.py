@@ -50,7 +50,7 @@ def test_an_unknown_loss_is_refused(root):
             lambda: OPDPlus(discount=0.5),
             "has discount 0.5, and with --model.teacher ForeignTeacher",
         ),
-        (lambda: KD(seq_kd=True), "has the teacher write responses; give --model.teacher a"),
+        (lambda: KD(seq_kd=True), "has the teacher generate responses; give --model.teacher a"),
         (
             lambda: PaperMeasures(),
             "ForeignTeacher generates no responses: give --model.teacher a folder or hub id of a "
@@ -68,7 +68,7 @@ def test_methods_that_it_cannot_serve(method, words, root, tmp_path):
     [
         (
             lambda at: ForeignTeacher(at["teacher"], end_tokens=[1]),
-            "model.teacher.end_tokens has nothing to act on: the teacher has the student's",
+            "model.teacher.end_tokens has no effect: the teacher has the student's",
         ),
         (lambda at: ForeignTeacher(FrozenSelf()), "model is a FrozenSelf"),
         (lambda at: ForeignTeacher(CachedTeacher(at["pairs"], "x")), "model is a CachedTeacher"),

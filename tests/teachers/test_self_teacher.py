@@ -313,7 +313,7 @@ def test_what_cannot_work_is_refused(tmp_path, make_own, student_folder, make_mo
     for decay in (0.0, 1.0, -1.0, float("nan")):
         with pytest.raises(ConfigError, match="between 0 and 1"):
             make_own("ema", ema_decay=decay)
-    with pytest.raises(ConfigError, match="has nothing to act on"):
+    with pytest.raises(ConfigError, match="has no effect"):
         make_own("live", ema_decay=0.9)
     with pytest.raises(ConfigError, match="teacher_dtype"):
         make_own("frozen", teacher_dtype="bfloat16")

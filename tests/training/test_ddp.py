@@ -123,7 +123,7 @@ class Gradients(Callback):
 
 
 def run(root: Path, devices: int, methods, num=22, accumulate=1, adapter=None, data=None, **more):
-    """4 rows an optimizer step and micro-batch over all ranks; weights, losses and measures."""
+    """4 rows per optimizer step and micro-batch over all ranks; weights, losses and measures."""
     torch.manual_seed(3)
     module = DistillationModule(
         more.pop("student", None) or str(root / "student"),

@@ -112,7 +112,7 @@ class Losses(Callback):
 
 
 def run(root, folder, devices, method="GKD", callbacks=(), ckpt_path=None, max_steps=STEPS, **more):
-    """4 rows an optimizer step whatever the devices; chunks of 4 steps, epochs of 6."""
+    """4 rows per optimizer step whatever the devices; chunks of 4 steps, epochs of 6."""
     torch.manual_seed(3)
     make = LateModule if more.pop("is_late", False) else DistillationModule
     models = (str(root / "student"), str(root / "teacher"))

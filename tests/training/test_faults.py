@@ -5,7 +5,7 @@ beside it, and one clear error; a broken checkpoint is named with what to take i
 last k checkpoints and the best k by any measure stay; an engine that times out is named with what
 it was writing, and the run resumes; a row of metrics.csv holds what its step has logged and no
 older values; an online module whose stage begins late has an optimizer and a schedule that begin
-with it; stages, turns and rewards that have nothing to act on are refused or not asked.
+with it; stages, turns and rewards that have no effect are refused or not asked.
 """
 
 from __future__ import annotations
@@ -326,7 +326,7 @@ def test_a_stage_behind_the_end_is_refused(tmp_path, make_module):
 
 
 def test_turns_without_tools_are_refused():
-    with pytest.raises(ConfigError, match=r"max_turns 2 has nothing to act on.*--data\.tools"):
+    with pytest.raises(ConfigError, match=r"max_turns 2 has no effect.*--data\.tools"):
         RolloutDataModule(tiny.make_rows(2), max_turns=2)
     assert RolloutDataModule(tiny.make_rows(2)).max_turns == 4
 

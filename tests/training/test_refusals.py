@@ -181,7 +181,7 @@ def test_an_end_of_turn_ends_a_response(tmp_path):
 
 
 def test_settings_without_effect_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="seq_kd has nothing to act on"):
+    with pytest.raises(ConfigError, match="seq_kd has no effect"):
         GKD(on_policy_fraction=1.0, seq_kd=True)
     with pytest.raises(ConfigError, match="val_rollouts"):
         data(val_rollouts=-3)

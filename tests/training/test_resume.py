@@ -2,8 +2,8 @@
 
 Frozen here: a run that was killed at any moment and resumed from its last checkpoint ends with the
 weights, optimizer state and losses of the run that was not, bit for bit, with dropout,
-accumulation, several optimizer steps a rollout batch and GKD's coin, also where it is killed twice
-or next to a validation. (What a checkpoint holds, and whose is refused: test_saved_state.py.)
+accumulation, several optimizer steps per rollout batch and GKD's coin, also where it is killed
+twice or next to a validation. (What a checkpoint holds, and whose is refused: test_saved_state.py.)
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class PolicyGradientCallback(DistillationCallback):
         if credit.shape != mask.shape:
             raise ConfigError(
                 f"{self.name}: credit() returned a Tensor of shape {list(credit.shape)} for "
-                f"{len(mask)} positions; expected one number a position"
+                f"{len(mask)} positions; expected one number per position"
             )
         if credit.requires_grad:
             raise ConfigError(

@@ -92,7 +92,7 @@ class Reward(PolicyGradientCallback):
         references: Sequence[str],
         chats: Sequence[Chat | None] = (),
     ) -> list[float]:
-        """Return one reward a response, NaN for those that have none.
+        """Return one reward per response, NaN for those that have none.
 
         Raises:
             RewardError: The function raised or did not return numbers; or a reward is not finite,
@@ -108,7 +108,7 @@ class Reward(PolicyGradientCallback):
         return rewards
 
     def credit_rows(self, scores: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
-        """Return one advantage a response: its reward minus its group's baseline.
+        """Return one advantage per response: its reward minus its group's baseline.
 
         Args:
             scores: Rewards of all ranks' responses; NaN for none, which gives advantage 0.
@@ -167,15 +167,16 @@ class Reward(PolicyGradientCallback):
         if self.name not in measured.credits:
             raise ConfigError(
                 f"{self.name}: the batch holds no advantages; train on batches of a "
-                f"RolloutDataModule, or set DistillBatch.credits[{self.name!r}] to one number a row"
+                f"RolloutDataModule, or set DistillBatch.credits[{self.name!r}] to one number per "
+                "row"
             )
         return measured.credits[self.name], {}
 
     def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
-        """Refuse a group baseline with one sample a prompt; load what the function needs.
+        """Refuse a group baseline with one sample per prompt; load what the function needs.
 
         Raises:
-            ConfigError: A baseline over samples, and one sample a prompt.
+            ConfigError: A baseline over samples, and one sample per prompt.
             OKDLightningError: A reward model or a judge that cannot be used.
         """
         super().prepare(trainer, module, stage)

@@ -1,4 +1,4 @@
-"""Output of ``predict``: one JSON line a prompt."""
+"""Output of ``predict``: one JSON line per prompt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from okd_lightning.records.batches import DistillBatch
 
 
 class PredictionLog(Callback):
-    """Writes ``predictions.jsonl`` in the run's folder (one file a rank if there are several)."""
+    """Writes ``predictions.jsonl`` in the run's folder (one file per rank if there are several)."""
 
     def __init__(self) -> None:
         self._records: list[dict[str, Any]] = []

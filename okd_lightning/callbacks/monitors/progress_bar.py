@@ -54,7 +54,7 @@ class RunProgressBar(RichProgressBar):
     and at intervals between them.
 
     Args:
-        refresh_rate: Most redraws a second; 0 for no bar and no lines.
+        refresh_rate: Most redraws per second; 0 for no bar and no lines.
         leave: Keep the bar of every epoch.
         seconds_between_lines: Interval of lines if output is no terminal.
         console_kwargs: Arguments of rich's Console.
@@ -218,7 +218,7 @@ class RunProgressBar(RichProgressBar):
         self._validation.close()
 
     def stopped(self) -> AbstractContextManager[None]:
-        """Stop the clock within the context, for work that is no part of training."""
+        """Stop the clock within the context, for work that is not a part of training."""
         return self._pace.stopped()
 
     def _show_run(self, step: int) -> None:

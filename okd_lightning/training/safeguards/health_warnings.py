@@ -27,7 +27,8 @@ _STUDENT = SOURCES.index("student")
 
 _ADVICE = {
     "entropy": "the student's own responses carry {now.entropy:.2f} nats per token, after "
-    "{first.entropy:.2f} at the start{beside}: its entropy collapses, and it writes the same over "
+    "{first.entropy:.2f} at the start{beside}: its entropy collapses, and it generates the same "
+    "text over "
     "and over. Lower --model.learning_rate; take a divergence that covers the teacher "
     "(JensenShannon, ForwardKL) in place of reverse KL; or also train on dataset responses "
     "(--method.on_policy_fraction below 1, or KD as a second method)",

@@ -102,7 +102,7 @@ def test_rows_of_a_run(width, tmp_path, make_module, terminal):
     assert run.startswith("epoch 0")
     assert "3/8" in run
     assert "8/8" in writing
-    assert writing.startswith("student writes")
+    assert writing.startswith("student generates")
     assert writing.rstrip().endswith("tok/s")
     assert training.startswith("training")
     assert "2/4" in training
@@ -132,7 +132,7 @@ def test_a_run_goes_on_within_a_chunk(tmp_path, make_module, terminal):
     shown = fit(tmp_path, make_module, terminal, 80, method, ckpt_path=last)
     assert "3/8" in shown["batch begins"][0][0]
     assert "5/8" in shown["batch ends"][3][0]
-    assert any(line.startswith("student writes") for line in shown["batch ends"][3])
+    assert any(line.startswith("student generates") for line in shown["batch ends"][3])
 
 
 def test_without_an_end_there_is_no_time_left(tmp_path, make_module, terminal):

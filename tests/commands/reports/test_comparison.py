@@ -3,7 +3,7 @@
 * A mean comes with the standard error over seeds; one seed has none.
 * A method is called better only where its margin, paired by seed, is beyond Student's t at 95 %;
   more is better for agreement and exact match, less for divergences.
-* The table fits 80 columns; the picture has a line a method and a band where there are seeds.
+* The table fits 80 columns; the picture has a line per method and a band where there are seeds.
 """
 
 from __future__ import annotations
