@@ -1,4 +1,4 @@
-"""Masked sums and their divisor.
+"""Masked sums of per-token values, and their divisor.
 
 Owns the reduction of per-token values to a scalar, and the divisor of that scalar. Every loss of
 the library ends here, so that its gradient does not depend on how a batch is divided into

@@ -60,7 +60,7 @@ class Example:
 
     @property
     def question(self) -> str:
-        """The prompt for a reader: a chat's last user message, or the whole prompt."""
+        """The prompt for display: a chat's last user message, or the whole prompt."""
         text = (self.chat.question if self.chat is not None else "") or self.prompt
         return named(text, self.images)
 
@@ -197,7 +197,7 @@ class DistillBatch:
             recorded.
         merges_ends: [batch] True where the sampler's log-probability of an end is that of all end
             ids together; None for no row.
-        chunks: Units that both models give a probability to, where the teacher has another
+        chunks: Units of text with a probability under both models, where the teacher has another
             tokenizer, whose ids ``teacher_input_ids`` holds then; None for a teacher that reads the
             student's ids.
         teacher_tokens: As ``step_counts``, of the teacher's loss tokens where it has another

@@ -32,7 +32,7 @@ class DatasetResponses:
         batch_size: Sequences per batch.
         rank: This rank.
         world_size: Ranks; all of them get the same number of batches.
-        teacher_rows: From rows to rows as the teacher reads them.
+        teacher_rows: Function from rows to rows as the teacher reads them.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class StudentResponses:
         generation: Generates the responses.
         rank: This rank.
         world_size: Ranks; all of them get the same number of batches.
-        teacher_rows: From rows to rows as the teacher reads them.
+        teacher_rows: Function from rows to rows as the teacher reads them.
     """
 
     def __init__(

@@ -105,7 +105,8 @@ class MixtureEngine:
     def __init__(self, module: DistilledRun, share: float, engine: RolloutEngine) -> None:
         if not 0 < share < 1:
             raise ConfigError(
-                f"the teacher's share in a draw must be between 0 and 1, got {share}; 0 and 1 are "
+                f"the teacher's share in the mixture must be between 0 and 1, got {share}; 0 and 1 "
+                "are "
                 "the student's and the teacher's own responses"
             )
         self._module = module

@@ -123,7 +123,7 @@ FIT = [
     ),
     (
         [*KD, "--model.lr_scheduler", "ConstantLR", "--model.warmup_steps", "2"],
-        ["model.warmup_steps 2 does nothing with model.lr_scheduler"],
+        ["model.warmup_steps 2 has no effect with model.lr_scheduler"],
     ),
     # methods
     (
@@ -254,11 +254,11 @@ FIT = [
     (["--method", "SFT", "--ckpt_path", "good.ckpt"], ["of KD", "configured for SFT"]),
     (
         ["--ckpt_path", "good.ckpt", "--model.student", "narrow"],
-        ["narrow", "would do nothing at a resume", "start a new run"],
+        ["narrow", "would have no effect at a resume", "start a new run"],
     ),
     (
         ["--ckpt_path", "good.ckpt", "--model.student", "deep"],
-        ["deep", "would do nothing at a resume", "start a new run"],
+        ["deep", "would have no effect at a resume", "start a new run"],
     ),
     (["--ckpt_path", "good.ckpt", "--data.batch_size", "4"], ["4 rows", "global_batch_size 2"]),
 ]

@@ -193,7 +193,7 @@ def test_a_methods_settings_act(fit, checkpoint, tmp_path):
     assert tiny.distance(tiny.weights(other.module), tiny.weights(same.module)) > 0
 
 
-@pytest.mark.filterwarnings("ignore:.*prompts_per_rollout 12 does nothing in this run")
+@pytest.mark.filterwarnings("ignore:.*prompts_per_rollout 12 has no effect in this run")
 @pytest.mark.parametrize(("before", "after"), [(0.0, 1.0), (1.0, 0.0), (1.0, 0.5)])
 def test_another_on_policy_share_writes_the_chunk_again(before, after, fit, tmp_path):
     """The chunk is 12 prompts, three optimizer steps; the checkpoint is in the middle of one."""
@@ -263,9 +263,7 @@ def test_an_option_is_refused(option, place, fit, tmp_path, request):
     assert ROWS[option] in ("refused", "new run")
     with pytest.raises((CheckpointError, ConfigError)) as caught:
         fit(tmp_path, request.getfixturevalue(place), trainer__max_steps=9, **REFUSED[option])
-    assert re.search(
-        r"checkpoint|set --data\.global_batch_size|nothing to act on", str(caught.value)
-    )
+    assert re.search(r"checkpoint|set --data\.global_batch_size|has no effect", str(caught.value))
 
 
 def test_other_responses_to_the_same_prompts_act(fit, checkpoint, tmp_path):
@@ -319,7 +317,7 @@ def test_the_command_line_refuses(option, value, tmp_path):
         own = {**saved, "method": {**saved["method"], "init_args": {name: value}}}
     check_resume(saved, saved, "last.ckpt")
     with pytest.raises(
-        CheckpointError, match=f"--{option}.* would do nothing at a resume"
+        CheckpointError, match=f"--{option}.* would have no effect at a resume"
     ) as caught:
         check_resume(saved, own, "last.ckpt")
     wants_export = ROWS[option] == "new run" or section == "model"

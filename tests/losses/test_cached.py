@@ -151,7 +151,7 @@ def test_what_is_read_as_what():
     [
         (ExactDivergence(Tempered(ForwardKL(), 2.0)), "temperature is 2"),
         (ExactDivergence(TopK(ForwardKL(), 5)), "takes 5 ids, and 4 are known"),
-        (ExactDivergence(TopK(ForwardKL(), 3, "student")), "student's likeliest ids"),
+        (ExactDivergence(TopK(ForwardKL(), 3, "student")), "student's most likely ids"),
         (ExactDivergence(ForwardKL(), learner="teacher"), "ExactDivergence"),
         (DrawnOutcome("teacher", Tempered(ForwardKL(), 2.0)), "temperature is 2"),
         (ExpectedWeight(TopK(ForwardKL(), 5)), "takes 5 ids, and 4 are known"),

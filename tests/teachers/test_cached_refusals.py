@@ -44,7 +44,7 @@ class Adapted(DivergenceCallback):
         ([OPD()], "opd asks the teacher about responses that the student generates"),
         ([KD(seq_kd=True)], "kd has the teacher generate responses"),
         ([KD(divergence=TopK(ReverseKL(), 9))], "takes 9 ids, and 5 are known"),
-        ([KD(divergence=TopK(ReverseKL(), 2, "student"))], "student's likeliest ids"),
+        ([KD(divergence=TopK(ReverseKL(), 2, "student"))], "student's most likely ids"),
         ([Adapted()], "adapted with a cached teacher: it asks for Entropy"),
         ([OKD(online_module=LoraConfig(r=2))], "an online module is trained on a teacher"),
         ([Stage(KD(temperature=3.0), start=0)], "its temperature is 3"),

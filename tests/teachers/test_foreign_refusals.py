@@ -127,7 +127,7 @@ def test_diagnose_says_how_both_share_a_text(of, root, tmp_path, monkeypatch, ca
     off = [losses[name, "given"]["forward_kl"] for name in ("chunk", "text")]
     assert found["biases"][0]["forward_kl"] == pytest.approx(off[0] - off[1])
     assert found["biases"][0]["log_ratio"] > 0
-    assert "How both tokenizers share a text" in shown
+    assert "Alignment of both tokenizers" in shown
     assert "text (this run)" in shown
     page = (tmp_path / "diagnose-out" / "diagnosis.html").read_text()
     assert "50% of the student&#39;s tokens are one token of the teacher" in page

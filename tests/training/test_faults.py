@@ -153,7 +153,7 @@ def test_a_broken_checkpoint_is_passed_over(tmp_path, make_module):
     (folder / "last.ckpt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match=r"last\.ckpt' is cut off.*take another: .*step=4"):
         read_checkpoint(str(folder / "last.ckpt"))
-    with pytest.warns(UserWarning, match=r"last\.ckpt cannot be read.*goes on from .*step=5"):
+    with pytest.warns(UserWarning, match=r"last\.ckpt cannot be read.*continues from .*step=5"):
         assert newest_checkpoint(tmp_path) == str(folder / "last-step=5.ckpt")
     for path in folder.iterdir():
         path.write_bytes(b"PK")

@@ -27,7 +27,7 @@ from okd_lightning.rewards import (
 from okd_lightning.training.module import DistillationModule
 
 _LATEST = 100
-"""Responses over which the share without a score is taken."""
+"""Number of latest responses over which the share without a score is computed."""
 
 
 class Reward(PolicyGradientCallback):
@@ -103,7 +103,7 @@ class Reward(PolicyGradientCallback):
             response = responses[[math.isnan(reward) for reward in rewards].index(True)]
             raise RewardError(
                 f"reward {type(self.function).__name__} is not a finite number for the response "
-                f"{response[:60]!r}; repair it, or leave such responses out with on_failure skip"
+                f"{response[:60]!r}; fix it, or leave such responses out with on_failure skip"
             )
         return rewards
 
@@ -146,7 +146,7 @@ class Reward(PolicyGradientCallback):
         return self.function.new_scores()
 
     def remember(self, scores: Mapping[str, float]) -> None:
-        """Hand the scores of all ranks to the function."""
+        """Pass the scores of all ranks to the function."""
         self.function.remember(scores)
 
     def state_dict(self) -> dict[str, Any]:
@@ -184,7 +184,8 @@ class Reward(PolicyGradientCallback):
         if stage == "fit" and self.baseline != "none" and samples == 1:
             raise ConfigError(
                 f"{self.name}: baseline {self.baseline} compares the samples of a prompt, of which "
-                "there is one: every credit would be 0; give --data.samples_per_prompt 2 or more, "
+                "there is one: every advantage would be 0; give --data.samples_per_prompt 2 or "
+                "more, "
                 "or baseline none"
             )
         if stage == "fit":
@@ -197,7 +198,8 @@ def as_function(function: RewardFunction | Callable[[str, str, str], float]) -> 
     Plain functions can only be passed in Python; configs name classes.
 
     Raises:
-        ConfigError: It cannot be called, is a class that needs arguments, or is no RewardFunction.
+        ConfigError: It cannot be called, is a class that needs arguments, or is not a
+            RewardFunction.
     """
     if isinstance(function, Metric):
         raise ConfigError(

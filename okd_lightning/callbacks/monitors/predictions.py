@@ -36,7 +36,7 @@ class PredictionLog(Callback):
     def on_predict_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Write all records in the order of the dataset; an earlier file stays until then.
+        """Write all records in the order of the dataset; an earlier file is kept until then.
 
         The ``prompt`` of a chat is the user's last message; images are shown by their names.
 

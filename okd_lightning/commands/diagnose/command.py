@@ -37,9 +37,9 @@ def diagnose_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="okd-lightning diagnose",
         usage="okd-lightning diagnose --config FILE|NAME --out DIR [--model.* --data.* VALUE ...]",
-        description="Look at a pair and its prompts before a long run is paid for: divergences, "
-        "where they sit, bias and noise of sampled gradients, drift, speed, and which method to "
-        "try. Nothing is trained; the options are those of fit.",
+        description="Measure a pair and its prompts before a long run: divergences and their "
+        "positions, bias and noise of sampled gradients, drift, speed, and recommended methods. "
+        "Nothing is trained; the options are those of fit.",
         allow_abbrev=False,
         exit_on_error=False,
     )

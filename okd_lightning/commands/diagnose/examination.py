@@ -185,7 +185,7 @@ class Examination(Callback):
     def _steps(
         self, steps: StepProbe, found: Rollouts, plan: Plan, samples: int, own: Responses
     ) -> tuple[tuple[Drift, ...], Cost]:
-        """Return the drift of a few steps, and what a step costs."""
+        """Return the drift of a few steps, and the cost of a step."""
         written = found.written or [own]
         speed = sum(responses.num_tokens for responses in written) / max(
             sum(responses.seconds for responses in written), 1e-9

@@ -65,7 +65,7 @@ def expected_seconds(
 ) -> dict[str, float]:
     """Return the expected seconds of every stage that is not left out.
 
-    An upper bound for responses: they are taken to be as long as allowed.
+    An upper bound: responses are assumed to have the maximum length.
 
     Args:
         plan: The extent.

@@ -283,7 +283,7 @@ REFUSED = {
     ),
     "CE with nothing given": (
         lambda: DivergenceCallback(cross_entropy_weight=0.5, on_policy_fraction=1.0),
-        "nothing to act on",
+        "has no effect",
     ),
 }
 

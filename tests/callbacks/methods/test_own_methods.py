@@ -101,7 +101,7 @@ class ToGo(Advantage):
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        (NoNeeds(), r"no_needs: Forgetful\(\) is no Quantity with needs_teacher"),
+        (NoNeeds(), r"no_needs: Forgetful\(\) is not a Quantity with needs_teacher"),
         (NewQuantities(), r"new_quantities: quantities are not.*frozen dataclass"),
         (TextSource(), r"text_source: sources is 'dataset'; expected a tuple"),
         (NoSuchSource(), r"no_such_source: sources is \('datset',\); expected"),

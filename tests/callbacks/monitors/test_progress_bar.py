@@ -117,7 +117,7 @@ def test_rows_of_a_run(width, tmp_path, make_module, terminal):
     assert "8/8" in last
 
 
-@pytest.mark.filterwarnings("ignore:.*prompts_per_rollout 8 does nothing in this run")
+@pytest.mark.filterwarnings("ignore:.*prompts_per_rollout 8 has no effect in this run")
 def test_a_run_that_writes_nothing_has_one_row(tmp_path, make_module, terminal):
     shown = fit(tmp_path, make_module, terminal, 80, KD(), limit_val_batches=0)
     assert {len(lines) for lines in shown["batch ends"]} == {1}

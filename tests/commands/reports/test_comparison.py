@@ -83,7 +83,7 @@ def test_reading_claims_what_is_beyond_chance():
 def test_reading_claims_nothing_within_chance():
     said = reading(runs(KD=[0.50, 0.60, 0.52], GKD=[0.55, 0.52, 0.62]))
     assert "is best" not in said
-    assert "no method stands out beyond the standard errors" in said
+    assert "no method is better by more than chance" in said
 
 
 def test_reading_of_one_seed():
