@@ -241,7 +241,7 @@ class DistillationCLI(LightningCLI):
         return {name: config[name] for name in sections if config.get(name) is not None}
 
     def fit(self, **kwargs: Any) -> None:
-        """Train in the run's folder: a new run moves an older one's files away, a resumed run appends.
+        """Train in the run's folder; a new run moves an older run's files to ``earlier``.
 
         A run that fails before its first step restores the folder.
         """

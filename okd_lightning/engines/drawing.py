@@ -229,7 +229,7 @@ class Responses:
 
 
 class DrawnFrom(Protocol):
-    """Further models, with which an engine's own is one distribution."""
+    """Further models that form one distribution with the engine's own."""
 
     @property
     def models(self) -> tuple[PreTrainedModel, ...]:
@@ -241,11 +241,11 @@ class DrawnFrom(Protocol):
 
 @dataclass(frozen=True)
 class MixedDraws:
-    """A function of all models' logits, from which every token is sampled.
+    """Function of all models' logits, from whose result every token is sampled.
 
     Attributes:
         models: The further models.
-        mixing: From each model's [rows, vocab] logits to those of the distribution.
+        mixing: Function from each model's [rows, vocab] logits to those of the distribution.
     """
 
     models: tuple[PreTrainedModel, ...]

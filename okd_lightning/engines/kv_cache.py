@@ -1,4 +1,4 @@
-"""A key-value cache whose rows leave and join while it grows, and passes of a model that use it.
+"""Key-value cache whose rows can join and leave while it grows, and model passes that use it.
 
 Uses transformers' classes, except for the storage of attention layers: the dynamic layer copies all
 its content for each token, and the static layer attends to all of its columns. Here spare columns

@@ -203,8 +203,8 @@ class VLLMClient:
             if error.status not in (404, 405):
                 raise
             raise ServerError(
-                f"{self.endpoint.option}: {self.endpoint.url} has no /weight_info, so that nobody "
-                "can tell which weights it samples from; start it with VLLM_SERVER_DEV_MODE=1, "
+                f"{self.endpoint.option}: {self.endpoint.url} has no /weight_info, so that the "
+                "weights from which it samples are unknown; start it with VLLM_SERVER_DEV_MODE=1, "
                 "from vLLM 0.27 or newer"
             ) from error
         return AnswerPart(given, self.endpoint.at(path)).member("weight_version").text()
@@ -254,7 +254,7 @@ def _by_id(row: AnswerPart, token: int) -> Mapping[int, float]:
         found[int(key)] = row.logprob(entry.get("logprob"))
     if token not in found:
         raise ServerError(
-            f"{row.at} does not say how likely the prompt's own tokens are (id {token} is "
+            f"{row.at} has no log-probabilities of the prompt's own tokens (id {token} is "
             "missing); it needs vLLM 0.10.2 or newer"
         )
     total = math.fsum(map(math.exp, found.values()))

@@ -117,7 +117,7 @@ def _check_completion(
     if len(found.ids) != len(found.logprobs):
         problem = f"{len(found.ids)} ids with {len(found.logprobs)} log-probabilities"
     elif not found.ids or len(found.ids) > limit:
-        problem = f"{len(found.ids)} tokens where 1 to {limit} were asked for"
+        problem = f"{len(found.ids)} tokens where 1 to {limit} were requested"
     elif strange:
         problem = f"id {strange[0]}, which the student's tokenizer does not have"
     elif found.finish_reason not in ("stop", "length"):
@@ -128,11 +128,13 @@ def _check_completion(
             "that has no room for prompt and response)"
         )
     elif found.finish_reason == "stop" and found.ids[-1] not in eos_ids:
-        problem = f"a response that ends at id {found.ids[-1]}, which ends none of this run's"
+        problem = (
+            f"a response that ends at id {found.ids[-1]}, which does not end a response in this run"
+        )
     if problem:
         raise ServerError(
             f"{where} gives {problem}; check that it serves the student's model with the student's "
-            "tokenizer, and that no default stop words or plugins change what is drawn"
+            "tokenizer, and that no default stop words or plugins change the sampled tokens"
         )
 
 

@@ -18,7 +18,7 @@ def _common_fraction(asked: set[float]) -> float:
     between = asked - {0.0, 1.0}
     if len(between) > 1:
         raise ConfigError(
-            f"methods of one run ask for different on_policy_fractions ({sorted(between)}); give "
+            f"methods of one run have different on_policy_fractions ({sorted(between)}); give "
             "them the same"
         )
     return next(iter(between), 0.5)
@@ -69,7 +69,7 @@ def _plan_for_stage(terms: Sequence[Term]) -> RolloutPlan:
     if len(off_policy) > 1:
         raise ConfigError(
             "one term needs the data set's responses and another the teacher's (seq_kd); "
-            "set seq_kd alike on all methods of a run"
+            "set the same seq_kd on all methods of a run"
         )
     varying = [term.share_at for term in terms if term.share_at is not None]
     if len(varying) > 1:

@@ -1,4 +1,4 @@
-"""Replay of responses: the last one to every prompt, also kept in checkpoints."""
+"""Replay of earlier responses: the last one to every prompt, kept in checkpoints."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class KeptResponses:
 
 
 class ReplayEngine:
-    """An engine that can replay the student's responses.
+    """Engine that can replay the student's earlier responses.
 
     Args:
         engine: Generates new responses.

@@ -24,7 +24,7 @@ _SUM_TOLERANCE = 1e-4
 
 @final
 class TeacherEnsemble(SeveralTeachers):
-    """Several models as one distribution, from which every method learns as from one model.
+    """Several models as one distribution, which every method uses like one model.
 
     A mixture is log q = logsumexp_k(log w_k + log q_k), a product q = softmax(sum_k w_k log q_k).
     A temperature acts on the mixed distribution. OKD's online module is put on the first model of
@@ -76,7 +76,7 @@ class TeacherEnsemble(SeveralTeachers):
         return self.with_members(lambda number, one: one if number else one.adapted(adapt))
 
     def identity(self, digest: Callable[[ModelSource], str]) -> str:
-        """Return the members', with their weights and how they are mixed."""
+        """Return a digest of the members' identities, their weights and their kind of mixing."""
         members = [member.identity(digest) for member in self.members]
         return sha256(repr((self._mixing, members)).encode()).hexdigest()
 

@@ -1,6 +1,6 @@
-"""Layout of a cache: its distinct rows, by the sequence that the teacher reads, and their places.
+"""Layout of a cache: its distinct rows, by the sequence that the teacher reads, and their files.
 
-Pure: the same examples give the same layout on every rank and in every run.
+Deterministic: the same examples give the same layout on every rank and in every run.
 """
 
 from __future__ import annotations

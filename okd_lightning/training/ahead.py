@@ -63,7 +63,7 @@ def ahead_engine(module: DistilledRun, lag: int) -> Callable[[], AheadEngine]:
 
 
 def _present_engine(module: DistilledRun) -> RolloutEngine:
-    """Return the student's engine, with the precision of the run's own rollouts."""
+    """Return the student's engine, in the number format of generation within the run."""
     with writing(module.pair, "student") as ((own,),):
         engine = student_engine(module, own)
         if isinstance(engine, TransformersEngine) and engine.dtype is None:

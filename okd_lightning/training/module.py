@@ -60,7 +60,7 @@ from okd_lightning.training.step import StepLoss, check_fits
 
 
 class DistillationModule(GeneratingModule):
-    """LightningModule of a student and its teacher, trained by the Trainer's method callbacks.
+    """A student and its teacher as a LightningModule, trained by the Trainer's method callbacks.
 
     Args:
         student: Folder, hub id (org/name or org/name@revision), PEFT folder (merged into its base),

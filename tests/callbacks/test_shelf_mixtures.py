@@ -155,7 +155,7 @@ def test_where_teacher_and_student_cannot_draw_together(
 
 
 def test_a_stage_refuses_what_changes_who_writes():
-    with pytest.raises(ConfigError, match="MiniLLM changes how responses are written"):
+    with pytest.raises(ConfigError, match="MiniLLM changes the generation of responses"):
         Stage(shelf.method("minillm.MiniLLM"), end=3)
 
 

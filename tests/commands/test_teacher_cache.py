@@ -71,7 +71,7 @@ def test_settings_of_its_own(fit: Fit, assets: Assets, cache) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--method", "GKD"], "asks the teacher about responses that the student generates"),
+        (["--method", "GKD"], "needs the teacher on responses that the student generates"),
         (["--method", "KD", "--method.temperature", "2"], "its temperature is 2"),
         (["--method", "OKD"], "an online module is trained on a teacher that is run"),
         (["--method", "KD", "--model.teacher.folder", "file/x"], "cannot be written"),

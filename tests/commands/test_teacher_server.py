@@ -92,7 +92,7 @@ def test_two_processes_share_both_servers(assets: Assets, fake, here: Path) -> N
         (["--method", "KD", "--model.teacher_dtype", "float32"], "leave model.teacher_dtype out"),
         (["--method", "KD", "--model.teacher.k", "0"], "k must be at least 1"),
         (["--method", "KD", "--model.teacher.model", "small"], "serves big, not 'small'"),
-        (["--method", "KD", "--model.teacher.url", "nowhere"], "is no address"),
+        (["--method", "KD", "--model.teacher.url", "nowhere"], "is not an address"),
     ],
 )
 def test_one_line_for_what_cannot_be(okd: Fit, assets: Assets, fake, flags, words) -> None:

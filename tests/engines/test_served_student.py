@@ -95,7 +95,7 @@ def test_a_failed_transfer_restores_the_servers_own_weights(fake, generate):
 
 def test_a_server_that_cannot_be_restored_has_to_be_restarted(fake, generate):
     fake.root = None
-    with pytest.raises(ServerError, match=r"does not say where its own weights are: restart it"):
+    with pytest.raises(ServerError, match=r"location of its own weights is unknown: restart it"):
         generate(with_biases())
     fake.root = "/nowhere"
     with pytest.raises(ServerError, match=r"'/nowhere', could not be loaded again .*: restart it"):

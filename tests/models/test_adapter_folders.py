@@ -247,7 +247,10 @@ BROKEN = {
     "NaN": (with_nan, "hold NaN or infinity"),
     "a layer more": (with_a_layer_more, r"no place in its base.*layers\.9"),
     "another width": (of_another_width, "does not fit its base.*size mismatch"),
-    "truncated": (lambda f: (f / WEIGHTS).write_bytes(b"0" * 50), "no complete safetensors file"),
+    "truncated": (
+        lambda f: (f / WEIGHTS).write_bytes(b"0" * 50),
+        "not a complete safetensors file",
+    ),
     "no JSON": (lambda f: (f / CONFIG).write_text("{"), "cannot be read"),
     "a list": (lambda f: (f / CONFIG).write_text("[]"), "cannot be read"),
     "an unknown kind": (

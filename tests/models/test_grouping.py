@@ -347,5 +347,5 @@ def test_a_model_that_does_not_forget_is_refused():
         return forward(x, position_ids)
 
     rotary.forward = remember
-    with pytest.raises(ModelError, match="depends on the rows that it has read before"):
+    with pytest.raises(ModelError, match="depends on the rows of earlier passes"):
         row_groups(model)

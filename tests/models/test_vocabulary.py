@@ -138,7 +138,7 @@ def test_a_token_more_is_refused_and_named():
 @pytest.mark.parametrize("other", [bpe(FIRST, is_lower=True), bpe([("o", "x")])])
 def test_same_tokens_that_cut_text_differently_are_refused(other):
     assert other.get_vocab() == bpe(FIRST).get_vocab()
-    with pytest.raises(VocabularyError, match="cut text differently"):
+    with pytest.raises(VocabularyError, match="split text differently"):
         check_vocabulary_agreement(bpe(FIRST), other)
 
 

@@ -158,12 +158,12 @@ KINDS: dict[str, Kind] = {
     ),
     "cached": Kind(
         lambda at: CachedTeacher(at.teacher, at.cache, ALL, "float32"),
-        refuses=(lambda: GKD(on_policy_fraction=1.0), "no cache can hold those"),
+        refuses=(lambda: GKD(on_policy_fraction=1.0), "which no cache can hold"),
         generates=False,
     ),
     "cached ensemble": Kind(
         lambda at: CachedTeacher(TeacherEnsemble([at.teacher, at.copy]), at.cache, ALL, "float32"),
-        refuses=(another_module, "has one that stays as it was"),
+        refuses=(another_module, "does not run one"),
         generates=False,
     ),
     "foreign": Kind(

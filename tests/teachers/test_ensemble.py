@@ -237,7 +237,7 @@ def test_too_long_rows_name_the_member(folders, tmp_path, tiny_tokenizer):
     short.save_pretrained(tmp_path / "short")
     tiny_tokenizer.save_pretrained(tmp_path / "short")
     ensemble = TeacherEnsemble([folders["llama"], LoadedTeacher(tmp_path / "short")])
-    with pytest.raises(ConfigError, match="teacher short was made for 8"):
+    with pytest.raises(ConfigError, match="context of the teacher short is 8"):
         train(tmp_path, make(folders, ensemble), [KD()])
 
 

@@ -33,7 +33,7 @@ def test_a_teacher_that_lacks_most_characters_is_refused(root, tmp_path):
     teacher = ForeignTeacher(str(root / "pairs"), str(tmp_path / "few"))
     rows = [{"prompt": "a", "response": "adddd"}]
     with pytest.raises(
-        VocabularyError, match="4 of 6 response tokens of the first 1 rows are no text"
+        VocabularyError, match="4 of 6 response tokens of the first 1 rows are not text"
     ):
         train(tmp_path, make(root, teacher), [KD()], rows)
 

@@ -254,7 +254,7 @@ def test_the_prompts_own_tokens_are_left_out(train, fake, monkeypatch):
         return rows
 
     monkeypatch.setattr(fake, "_of_prompt", without)
-    with pytest.raises(ServerError, match="does not say how likely the prompt's own tokens are"):
+    with pytest.raises(ServerError, match="has no log-probabilities of the prompt's own tokens"):
         train([KD()], k=5)
 
 

@@ -76,7 +76,10 @@ def folders(tmp_path_factory, tiny_tokenizer) -> Path:
 REFUSED = {
     "foreign": (VocabularyError, "tokenizer"),
     "few rows": (VocabularyError, "--method.base has rows for ids up to"),
-    "short": (ConfigError, "the teacher's base was made for 4; lower --data.max_response_length"),
+    "short": (
+        ConfigError,
+        "the context of the teacher's base is 4; lower --data.max_response_length",
+    ),
 }
 
 

@@ -249,7 +249,7 @@ def test_an_engine_that_times_out_on_one_rank_stops_both(ranks):
     for rank in ranks:
         problem = rank["late"]["problem"]
         assert problem.startswith("RolloutTimeoutError: rank 1: the engine did not answer in time")
-        assert "while the student wrote to " in problem
+        assert "while the student generated responses to " in problem
         assert "no answer in 600 s" in problem
         assert "--data.prompts_per_rollout" in problem
     assert ranks[0]["late"]["saved"] == ranks[1]["late"]["saved"]

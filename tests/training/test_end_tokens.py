@@ -143,9 +143,9 @@ def test_the_students_other_ends_still_stop():
     ("end_tokens", "message"),
     [
         ("<eso>", "did you mean '<eos>'"),
-        (99, "no id and no token"),
+        (99, "neither an id nor a token"),
         ([], "is empty"),
-        (True, "no id and no token"),
+        (True, "neither an id nor a token"),
     ],
 )
 def test_end_tokens_that_are_none_are_refused(end_tokens, message):

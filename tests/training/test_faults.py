@@ -247,7 +247,11 @@ def test_an_engine_that_times_out(tmp_path, student_folder, teacher_folder):
     with pytest.raises(TimeoutError, match="did not answer in time") as caught:
         run(tmp_path / "b")
     assert isinstance(caught.value, RolloutTimeoutError)
-    for text in ("the student wrote to 4 prompts (rows ", "no answer in 600 s", "resume"):
+    for text in (
+        "the student generated responses to 4 prompts (rows ",
+        "no answer in 600 s",
+        "resume",
+    ):
         assert text in str(caught.value)
     resumed = run(tmp_path / "b", ckpt_path=newest_checkpoint(tmp_path / "b"))
     assert tiny.distance(resumed, whole) == 0

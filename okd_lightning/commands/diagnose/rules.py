@@ -186,7 +186,7 @@ def coverage(found: Diagnosis) -> Advice | None:
     return Advice(
         "KD (forward KL) before, or together with, anything on-policy",
         f"the teacher puts {1 - mass.mean:.0%} of its mass outside the student's {_LOW_MASS_K} "
-        "likeliest tokens: the student's samples rarely contain the tokens that it misses",
+        "most likely tokens: the student's samples rarely contain the tokens that it misses",
         "guess",
         ("KD",),
     )
@@ -233,7 +233,8 @@ def coarse_teacher(found: Diagnosis) -> Advice | None:
         return None
     return Advice(
         "Where only the teacher's top k would be known (CachedTeacher): a larger k",
-        f"with its {TOP_K} likeliest tokens and a tail, the mean along the exact gradient, where 1 "
+        f"with its {TOP_K} most likely tokens and a tail, the mean along the exact gradient, where "
+        "1 "
         f"is all of it: {', '.join(lost)}",
         "measured",
     )

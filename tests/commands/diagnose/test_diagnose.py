@@ -171,7 +171,7 @@ def test_prompts_alone(diagnose, assets, here):
     found = read()
     assert {rows["source"] for rows in found["rows"]} == {"student", "teacher"}
     assert "KD" not in found["cost"]["seconds"]
-    assert "the data hold prompts alone" in said.out.replace("\n  ", " ")
+    assert "the data has prompts only" in said.out.replace("\n  ", " ")
 
 
 def ending_with(folder: Path, assets, end: int) -> None:
