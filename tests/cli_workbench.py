@@ -36,7 +36,7 @@ STUDENT_FIELDS = {
 
 @dataclass(frozen=True)
 class Result:
-    """What a command left: exit status, stdout, stderr, and Lightning's log.
+    """Result of a command: exit status, stdout, stderr, and Lightning's log.
 
     A terminal shows the log on stderr as well; in a test its handlers write elsewhere.
     """

@@ -29,7 +29,7 @@ _SECONDS = 900
 
 
 class Killed(Exception):
-    """What ends a run in the middle."""
+    """Exception that ends a run in the middle."""
 
 
 class Snapshot(Callback):

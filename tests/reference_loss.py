@@ -94,7 +94,7 @@ def mean_loss(student, rows, values, num_ids: int, teacher=None, temperature=1.0
 
 
 def gradients(model, loss: Tensor) -> dict[str, Tensor]:
-    """By parameter name."""
+    """Return the gradients by parameter name."""
     model.zero_grad()
     loss.backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

@@ -111,7 +111,7 @@ def test_a_failed_run_leaves_no_folder(train: Type, here: Path) -> None:
 
 
 def test_all_ranks_share_the_first_ones_folder(assets: Assets, here: Path) -> None:
-    """As under torchrun: every rank is started with the command, and chooses a name."""
+    """Every rank is started with the command, as under torchrun, and chooses a name."""
     argv = ["fit", *assets.models, "--data.train", assets.train, *LENGTHS, *QUIET, *KD]
     argv += ["--trainer.devices", "2", "--trainer.strategy", "ddp", *LAST]
     for _ in range(2):

@@ -120,7 +120,7 @@ def fit(student_folder, teacher_folder):
 
 @pytest.fixture(scope="module")
 def checkpoint(fit, tmp_path_factory) -> str:
-    """Of step 4, in the middle of the first epoch of 6."""
+    """Checkpoint of step 4, in the middle of the first epoch of 6."""
     return fit(tmp_path_factory.mktemp("first")).last
 
 
@@ -222,7 +222,7 @@ SEEN_ELSEWHERE = {
 """Options that act, and the test that has them in effect."""
 
 OTHER_RUNS = ("data.", "trainer.")
-"""Of these sections, what is not among ACTING is taken anew by every run, resumed or not."""
+"""Options of these sections that are not in ACTING are read again by every run, resumed or not."""
 
 
 def test_every_option_that_acts_is_seen_to():
@@ -253,7 +253,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def end_of_epoch(fit, tmp_path_factory) -> str:
-    """Of step 6, behind the first epoch."""
+    """Checkpoint of step 6, after the first epoch."""
     return fit(tmp_path_factory.mktemp("epoch"), trainer__max_steps=6).last
 
 
@@ -333,7 +333,7 @@ def test_a_student_that_was_moved_is_taken_where_it_is(tmp_path):
 
 
 def test_a_checkpoint_without_group_names_resumes(fit, tmp_path):
-    """Its optimizer of the user's had one group, with biases and norms among the matrices."""
+    """The user's optimizer had one group then, with matrices, biases and norms."""
     own = {"model__optimizer": partial(SGD, momentum=0.9)}
     first = fit(tmp_path / "first", **own)
     expected = fit(tmp_path / "expected", first.last, **own, trainer__max_steps=6)

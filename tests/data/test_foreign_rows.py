@@ -44,7 +44,7 @@ def parsed(options: str) -> dict[str, Any]:
 
 @dataclass
 class Trained:
-    """What a run learnt from: prompts and what carried loss in them, as text, in row order."""
+    """Prompts of a run and their parts with loss, as text, in row order."""
 
     prompts: list[str]
     responses: list[str]
@@ -80,7 +80,7 @@ def train(tmp_path, chat_tokenizer):
 
 
 def _with_loss(example, tokenizer) -> str:
-    """What carries loss among the row's own ids."""
+    """Return the row's ids that carry loss."""
     own = [i for i, mask in zip(example.prompt_ids, example.prompt_mask, strict=True) if mask]
     return tokenizer.decode([*own, *example.response_ids])
 

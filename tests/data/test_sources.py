@@ -81,7 +81,7 @@ class Rows:
 
 
 class TorchRows(Rows, torch.utils.data.Dataset):
-    """As people write it for a DataLoader."""
+    """Dataset class as usually written for a DataLoader."""
 
 
 def write_list(path):
@@ -203,7 +203,7 @@ def test_a_missing_folder_is_named(tmp_path):
 
 
 def test_texts_of_a_parquet_dictionary_are_read(tmp_path):
-    """What pandas writes of a categorical column; in batches that are shorter than the file."""
+    """pandas writes categorical columns as dictionaries; batches are shorter than the file."""
     texts = ["a" * 1000, "b"] * 3000
     table = pyarrow.table({"prompt": pyarrow.array(texts).dictionary_encode()})
     pq.write_table(table, tmp_path / "a.parquet")

@@ -1,4 +1,4 @@
-"""What the teacher reads in place of the prompt (OPSD, arXiv 2601.18734).
+"""Prompts of a privileged teacher, from templates and columns (OPSD, arXiv 2601.18734).
 
 Frozen here: the ids are those of the filled template or of the column, rendered by the chat
 template as a prompt of its own; the response's ids are untouched; rows without what the template

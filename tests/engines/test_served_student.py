@@ -1,4 +1,4 @@
-"""Whether a vLLM server has the student's model and weights, and keeps its own otherwise.
+"""Checks that a vLLM server has the student's model and weights, and else keeps its own.
 
 Frozen here: a server of another architecture, a quantised one, or one with other log-probabilities
 is refused before any weights are sent; after a failed transfer it has its own weights again, or the
@@ -112,7 +112,7 @@ def moved(student, size: float, part: str = ""):
 
 
 def test_a_tied_head_that_stays_old_is_found_out(fake, generate):
-    """As vLLM on CPU does: the first transfer changes nothing, and the error grows from zero."""
+    """vLLM on CPU keeps the old head, so that the error grows from zero."""
     student = tiny.make_llama(1, tie_word_embeddings=True)
     student.save_pretrained(fake.root)
     fake.model = fake.answers_with = tiny.make_llama(1, tie_word_embeddings=True)
@@ -132,7 +132,7 @@ def test_all_weights_arriving_is_never_refused(fake, generate):
 
 
 def test_float32_has_no_tenth_of_a_nat(fake, generate):
-    """What the server says of its number format decides about the first difference."""
+    """The number format that the server reports determines the allowed first difference."""
     student = tiny.make_llama(1)
     fake.model = fake.answers_with = moved(tiny.make_llama(1), 2e-4)
     fake.loads_weights = False

@@ -88,7 +88,7 @@ def check_own(model, batch, rollout, sampling, tolerance=1e-4) -> None:
 
 
 def check_same(found, expected) -> None:
-    """The same responses; a real server's log-probs depend on the batch, by rounding."""
+    """Compare responses; a real server's log-probs depend on the batch, by rounding."""
     for own, other in zip(found, expected, strict=True):
         assert (own.ids, own.stop_reason) == (other.ids, other.stop_reason)
         assert own.logprobs == pytest.approx(other.logprobs, abs=1e-5)

@@ -102,7 +102,7 @@ def test_a_folder_is_its_base_with_the_adapter_merged(kind, is_tied, tmp_path):
 
 
 def test_adapters_on_two_parameters_of_one_module_are_both_merged(tmp_path):
-    """As those of a mixture's experts: PEFT puts one layer around the other."""
+    """A mixture's experts have such adapters: PEFT wraps one layer around the other."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         experts = MixtralForCausalLM(

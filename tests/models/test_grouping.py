@@ -78,7 +78,7 @@ LENGTHS = [3, 20, 12, 13, 9, 20, 17]
 
 
 def make(kind: str, seed: int = 1, **overrides):
-    """Nothing has been read by it."""
+    """Return a new model that has run no forward pass."""
     model_type, fields = KINDS[kind]
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -77,7 +77,7 @@ def run(loader: RolloutLoader, writer: Scribe, num: int) -> list:
 
 
 def versions(batches) -> set[int]:
-    """Of the weights that wrote the student's rows; a scribe begins with their version."""
+    """Return the weights' versions of the student's rows, with which each response begins."""
     rows = [row for row in rows_of(batches) if row[1] == "student"]
     return {ids[mask.index(True)] - 1000 for _, _, ids, mask, _ in rows}
 

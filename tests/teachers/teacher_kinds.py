@@ -30,7 +30,7 @@ ALL = tiny.NUM_IDS
 
 @dataclass(frozen=True)
 class Place:
-    """Where a kind finds its teacher.
+    """Locations from which a kind makes its teacher.
 
     Attributes:
         teacher: Folder of a model without padding rows.

@@ -286,7 +286,7 @@ def run(root: Path, devices: int, name: str, urls: list[str]) -> dict[str, torch
 
 
 def of_one_rank(rank: int, root: Path) -> None:
-    """What a spawned process does."""
+    """Body of a spawned process."""
     urls = (root / "urls").read_text().split()
     torch.save({name: run(root, 2, name, urls) for name in KINDS}, root / f"rank{rank}.pt")
 

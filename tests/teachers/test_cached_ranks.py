@@ -78,7 +78,7 @@ def run(root: Path, devices: int, cache: Path) -> dict:
 
 
 def of_one_rank(rank: int, root: Path) -> None:
-    """What a spawned process does."""
+    """Body of a spawned process."""
     results: dict[str, dict | str] = {
         name: run(root, 2, root / "cache") for name in ("first", "second")
     }

@@ -1,4 +1,4 @@
-"""What a teacher's cache cannot do, and says so.
+"""Refusals of a cached teacher.
 
 Frozen here: what needs the teacher itself is refused before anything is loaded; settings that
 contradict each other, random weights and foreign loaders are refused; a row or a quantity that is

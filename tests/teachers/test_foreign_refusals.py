@@ -1,4 +1,4 @@
-"""What a teacher with another tokenizer refuses, by name, and what ``diagnose`` says of its pair.
+"""Refusals of a teacher with another tokenizer, and ``diagnose`` on its pair.
 
 Frozen here: methods, tools and further models that are not offered; rows and teachers that cannot
 be aligned; the advice of the error about tokenizers leads to training.

@@ -34,7 +34,7 @@ QUANTITIES = (ExactDivergence(ForwardKL()), DrawnLogProb("teacher"), Entropy("te
 
 @pytest.fixture
 def make_module(make_module):
-    """In float64: runs agree to 1e-9 on every processor."""
+    """Return a module in float64: runs agree to 1e-9 on every processor."""
     return partial(make_module, dtype="float64")
 
 
@@ -201,7 +201,7 @@ def test_live_has_no_gradient_and_no_dropout_on_the_teachers_side(lora, make_own
 
 
 def test_the_gradient_of_a_live_teacher_is_that_of_a_constant_one(make_own, dropout_folder):
-    """The same as with a second model of the same weights."""
+    """The gradient equals that with a second model of the same weights."""
 
     def gradients(module):
         module.configure_model()

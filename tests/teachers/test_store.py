@@ -1,4 +1,4 @@
-"""What lies on disk.
+"""Format of a teacher's cache on disk.
 
 Frozen here: at most 300 bytes per token at the default k; the ids are chosen, and the rest summed,
 before rounding, so that ties cost nothing and the rest is never negative; what is read back sums

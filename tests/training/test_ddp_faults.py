@@ -165,7 +165,7 @@ PLACES = [("step", 1), ("step", 6), ("write", 1), ("write", 3), ("validation", 3
 
 
 def of_one_rank(rank: int, root: Path) -> None:
-    """What a spawned process does."""
+    """Body of a spawned process."""
     found = {}
     for method in METHODS:
         found["whole", method] = run(root, f"whole {method}", 2, method)

@@ -38,7 +38,7 @@ LONGEST = 12
 
 
 def swapped(model):
-    """The same distributions, with the two ends exchanged."""
+    """Return the distributions with the two ends exchanged."""
     model = copy.deepcopy(model)
     index = torch.arange(model.config.vocab_size)
     index[[OWN, OTHER]] = index[[OTHER, OWN]]

@@ -91,7 +91,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, make_module):
 
 
 def test_a_device_without_space(tmp_path, monkeypatch):
-    """The same error where the file's last bytes are refused (ENOSPC) at the flush."""
+    """The error is the same where the last bytes are refused (ENOSPC) at the flush."""
     path = tmp_path / "kept"
     durable_files.write_whole(path, "before")
 
@@ -200,7 +200,7 @@ def test_the_best_ones_by_any_measure(tmp_path, make_module):
 
 
 def test_a_relative_folder_is_one_folder(tmp_path, make_module, monkeypatch):
-    """Also where the process goes elsewhere while it trains."""
+    """The folder stays the same if the process changes its working folder while it trains."""
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
 

@@ -1,4 +1,4 @@
-"""Which of two options decides a rate, and what an optimizer's parameter groups are.
+"""Precedence between two options for one rate, and the optimizer's parameter groups.
 
 Frozen here: learning_rate and weight_decay are the lr and weight_decay of any optimizer; an
 optimizer's own values count where the module has none; two values for one quantity are refused, and

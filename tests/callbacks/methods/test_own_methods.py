@@ -20,7 +20,7 @@ from okd_lightning.losses.reduction import loss_output
 
 @pytest.fixture
 def make_module(make_module):
-    """In float64: runs agree to 1e-9 on every processor."""
+    """Return a module in float64: runs agree to 1e-9 on every processor."""
     return partial(make_module, dtype="float64")
 
 
@@ -84,7 +84,7 @@ class NoGradient(Own):
 
 
 class Centred(Own):
-    """Not positionwise, and does not say so."""
+    """Method whose loss is not positionwise, without is_positionwise = False."""
 
     def values(self, measured):
         values = super().values(measured)
@@ -92,7 +92,7 @@ class Centred(Own):
 
 
 class ToGo(Advantage):
-    """Not positionwise, and does not say so."""
+    """Method whose loss is not positionwise, without is_positionwise = False."""
 
     def credit(self, student_logprobs, teacher_logprobs, mask, state_value=None):
         return reward_to_go(teacher_logprobs - student_logprobs, mask, 1.0)

@@ -1,4 +1,4 @@
-"""What one sees of a run while it goes on.
+"""Progress display of a running run: bar, lines and remaining time.
 
 Frozen here: the bar counts the optimizer steps of the whole run, whatever the accumulation, also
 where a run goes on within a chunk; a row never breaks, at 80 columns and at 120; where output is no
@@ -66,7 +66,7 @@ class Frames(Callback):
 
 @pytest.fixture
 def terminal():
-    """Whatever a bar does to rich's own console is undone."""
+    """Restore the state of rich's own console, which a bar changes."""
     file = io.StringIO()
     yield {"file": file, "force_terminal": True, "force_interactive": True}
     rich.reconfigure()

@@ -1,4 +1,4 @@
-"""What is said about several methods over several seeds.
+"""Reports about several methods over several seeds.
 
 * A mean comes with the standard error over seeds; one seed has none.
 * A method is called better only where its margin, paired by seed, is beyond Student's t at 95 %;

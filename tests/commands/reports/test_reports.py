@@ -1,4 +1,4 @@
-"""What a comparison leaves behind.
+"""Files and tables that a comparison writes.
 
 * ``results.json`` is a list of runs with exactly the documented keys, and holds no history.
 * ``metrics.csv`` has a row per validation of every run, step 0 included.
