@@ -107,9 +107,7 @@ def diagnose_command(arguments: Sequence[str], debug: bool = False) -> int:
     console = PrintableConsole(file=sys.stdout, highlight=False)
     configs = [word for name in own.config or () for word in ("--config", name)]
     words = [*configs, *options]
-    found = examine(
-        words, own.rows, own.batches, console, own.full_teacher, skipped, own.minutes
-    )
+    found = examine(words, own.rows, own.batches, console, own.full_teacher, skipped, own.minutes)
     if isinstance(found, TextDiagnosis):
         write_json(own.out / "diagnosis.json", to_record(found))
         write_text_page(own.out / "diagnosis.html", found)
