@@ -1,9 +1,9 @@
 """Files and texts of others within limits.
 
 Frozen here: pipes, devices and large files are refused before they are read; JSON and YAML that
-Python refuses with errors of its own are errors of the caller's class; YAML aliases are counted as
-what they stand for, before anything is built; gzip files that grow without measure are refused, and
-of several members all are read.
+Python refuses with errors of its own are errors of the caller's class; YAML aliases are counted
+with the values to which they expand, before anything is built; gzip files that grow without measure
+are refused, and of several members all are read.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ FROZEN = {
 
 @pytest.mark.parametrize("name", FROZEN)
 def test_a_frozen_credit_is_of_the_student_at_rollout_time(name, tmp_path, make_module):
-    """The first rollout batch serves several steps; its credit stays that of the first weights."""
+    """The first rollout batch serves several steps, with the first weights' advantage."""
     settings = {"frozen_credit": True}
     method = OPD(**settings) if name == "OPD" else shelf.method(name, **settings)
     first = reference.double(tiny.make_llama(1))
@@ -177,7 +177,7 @@ def test_the_corrected_weight_of_topd_is_its_divergences(tmp_path):
 
 
 def test_lightning_opd(tmp_path, make_module):
-    """On the responses of the data, without importance weights."""
+    """Lightning OPD trains on the data's responses, without importance weights."""
 
     def values(log_p, log_q, drawn, sampler, source):
         assert source == DATASET

@@ -1,10 +1,10 @@
-"""Frozen here: what ``okd-lightning fit`` takes, and what it leaves in the run's folder.
+"""Frozen here: options of ``okd-lightning fit``, and its files in the run's folder.
 
 * every method and every way to compose methods runs from the command line alone;
 * a run's folder holds config.yaml, metrics.csv, the best and the last checkpoint, TensorBoard,
   and rollouts.jsonl;
-* a second run in the same folder moves the first one away whole;
-* a user's own classes are found in the current folder, behind everything installed.
+* a second run in the same folder moves all files of the first one away;
+* a user's own classes are found in the current folder, after everything installed.
 """
 
 from __future__ import annotations
@@ -293,7 +293,7 @@ def test_a_second_run_moves_the_first_away(fit: Fit) -> None:
 
 
 def test_prompts_alone_are_enough_on_policy(okd: Fit, assets: Assets, here: Path) -> None:
-    """Without responses "best" watches the divergence on the student's own answers."""
+    """Without dataset responses "best" follows the divergence on on-policy samples."""
     rows = [json.loads(line) for line in Path(assets.train).read_text().splitlines()]
     prompts = here / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))

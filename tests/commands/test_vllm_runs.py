@@ -1,9 +1,9 @@
-"""Whole runs whose student writes on a vLLM server, against a server that speaks its protocol.
+"""Whole runs whose student generates on a vLLM server, against a fake server with its protocol.
 
 Frozen here: GKD and OPD+ train through the command line, every rollout has the log-probs of the
-student as it was when it was written, which are those of the first optimizer step; a run that was
-cut within a chunk goes on with the stored responses, to the same weights; tools and LoRA students
-work; a server that fails ends the run in one line.
+student at the time of generation, which are those of the first optimizer step; a run that was
+killed within a rollout batch continues with the stored responses, to the same weights; tools and
+LoRA students work; a server that fails ends the run in one line.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Semantics frozen here: a broken file or folder is refused by name and place, in one line.
 
-What stands for more than fits in memory is refused before it is read.
+Files that expand to more than memory are refused before they are read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Semantics frozen here: rows are read before any weights are, in every stage.
+"""Semantics frozen here: rows are read before any weights, in every stage.
 
 * A broken row is the error, whatever is wrong with the weights, which are not looked for.
 * What the rows' lengths do not fit is told before models are loaded too.
@@ -21,7 +21,7 @@ STAGES = ("fit", "validate", "test", "predict")
 
 @pytest.fixture(scope="module")
 def hollow(tmp_path_factory):
-    """Folders of a student and a teacher whose weights are no weights."""
+    """Folders of a student and a teacher with broken weight files."""
     root = tmp_path_factory.mktemp("hollow")
     for seed, name in enumerate(("student", "teacher")):
         tiny.make_llama(seed).save_pretrained(root / name)

@@ -1,6 +1,6 @@
 """Semantics frozen here: every source gives the same rows; what is missing or broken is one line.
 
-A hub id is asked of the Hub only where nothing of that name exists and it cannot be a path.
+The Hub is queried only where no file of that name exists and the text cannot be a path.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def write_parquet(path):
 
 
 class Rows:
-    """Map-style, and nothing beside."""
+    """Minimal map-style dataset."""
 
     def __len__(self):
         return len(ROWS)

@@ -4,7 +4,7 @@ Frozen here: the losses of every step, as hexadecimal floats, and a SHA-256 of t
 one section a platform in ``<name>.txt``. On a platform with a section both are compared with
 ``==``; elsewhere the losses are compared with the first section's, to rounding. Checkpoints of
 earlier versions are gone on from in the same way, in place and without a change to them.
-``make golden`` writes this platform's sections anew: only on purpose, with the reason in the
+``make golden`` rewrites this platform's sections: only on purpose, with the reason in the
 changelog.
 """
 

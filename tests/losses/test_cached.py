@@ -2,8 +2,8 @@
 
 Frozen here: value and gradient are those of TopK on the full distributions, for every divergence,
 at every k up to the vocabulary, with ids that are ruled out and with a rest of next to nothing;
-fewer ids than are known can be asked for; agreement and what is said of a drawn token are exact; a
-baseline depends on the state alone; what needs more is refused.
+fewer ids than are known can be asked for; agreement and the log-probability of a sampled token are
+exact; a baseline depends on the state alone; what needs more is refused.
 """
 
 from __future__ import annotations

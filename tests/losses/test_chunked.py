@@ -1,9 +1,10 @@
 """Losses over chunks of text, for a teacher with another tokenizer.
 
 Frozen here: by enumeration, the chunk advantage has the exact gradient of any f-divergence between
-both laws over texts, on its own samples and with an importance ratio; two laws that agree have
-losses and gradients of 0; the two-cell divergence equals its formula, also at probabilities near 0
-and 1, and its gradient reaches its learner alone; single-token comparisons are refused.
+both distributions over texts, on its own samples and with an importance ratio; two equal
+distributions have losses and gradients of 0; the two-cell divergence equals its formula, also at
+probabilities near 0 and 1, and its gradient reaches its learner alone; single-token comparisons are
+refused.
 """
 
 from __future__ import annotations
@@ -290,7 +291,7 @@ def test_values_at_positions_lie_on_the_first_token():
     }
     asked = ExactDivergence(ReverseKL())
     found = ChunkValues(chunks, tokens, (asked,)).at_positions()[asked]
-    assert found.nonzero().flatten().tolist() == [3]  # the first chunk's laws agree
+    assert found.nonzero().flatten().tolist() == [3]  # the first chunk's distributions agree
     assert float(found[3]) > 0
 
 

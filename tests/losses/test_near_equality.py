@@ -3,8 +3,8 @@
 Frozen here: identical logits give a value and a gradient of exactly 0 in the closed forms (every
 divergence, a user's own included, both learners, any temperature, through a top-k, with ids that
 neither side allows), in the fused loss, for a cached teacher, for the online module's shift and for
-the value baseline's credit; autograd through ``value`` gives at most 1e-6 there; at differences of
-1e-3 the error against float64 stays below 1e-3 of the gradient up to 262,144 ids.
+the value baseline's advantage; autograd through ``value`` gives at most 1e-6 there; at differences
+of 1e-3 the error against float64 stays below 1e-3 of the gradient up to 262,144 ids.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""A model's law over texts, and the losses between two of them.
+"""Distributions over texts of two models, and the losses between them.
 
-Frozen here: a student of letters and a teacher of letters and pairs with the same law over texts
-have divergences and gradients of 0 by the mass of texts and by next byte, and not by the
+Frozen here: a student of letters and a teacher of letters and pairs with the same distribution over
+texts have divergences and gradients of 0 by the mass of texts and by next byte, and not by the
 probability of the teacher's own tokens; that mass is the sum over all texts that begin so; tiles do
 not change it; its gradient is that of finite differences. One tokenizer as two gives the
-divergences of its tokens, next bytes and shared tokens; another cut of a chunk with the same law
-over texts, or by chunk with the same probability, changes nothing. Shared tokens of equal laws
-differ, which is that loss's bias; tiles do not change it.
+divergences of its tokens, next bytes and shared tokens; another cut of a chunk with the same
+distribution over texts, or by chunk with the same probability, changes nothing. Shared tokens of
+equal distributions differ, which is that loss's bias; tiles do not change it.
 """
 
 from __future__ import annotations

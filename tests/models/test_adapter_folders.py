@@ -39,7 +39,7 @@ pytestmark = [  # what PEFT says of the models that the tests make with it
 
 
 def adapted(base, **settings) -> PeftModel:
-    """With random adapter weights, other in each layer."""
+    """Return a model with random adapter weights that differ by layer."""
     fields = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, **settings}
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -69,7 +69,7 @@ def base(tmp_path) -> Path:
 
 @pytest.fixture
 def folder(base) -> Path:
-    """An adapter of two layers' q_proj, with nothing beside it."""
+    """An adapter of two layers' q_proj, without other files."""
     out = base.parent / "adapter"
     adapted(AutoModelForCausalLM.from_pretrained(base)).save_pretrained(out)
     return out

@@ -3,7 +3,7 @@
 Frozen here: head(head_inputs) equals the model's own logits, for plain, tied, biased, scaled and
 soft-capped heads and for adapters, also on the head itself; padding on the right changes no real
 position; an architecture that treats its logits in a way that is not known is refused and not
-silently mis-measured; the hook leaves nothing behind.
+silently mis-measured; the hook is removed.
 """
 
 from __future__ import annotations

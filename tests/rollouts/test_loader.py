@@ -1,7 +1,7 @@
-"""RolloutLoader: which rows make an epoch, and when they are written.
+"""RolloutLoader: the rows of an epoch, and the time of their generation.
 
 Frozen here: an epoch is a permutation of the set, or the next part of an endless row of them; a
-rollout batch is written once, by the student of that moment, with noise of its own epoch, row and
+rollout batch is generated once, by the student of that moment, with noise of its own epoch, row and
 sample; all counts are of the whole optimizer step. (Resume and ranks: test_loader_resume.py.)
 """
 

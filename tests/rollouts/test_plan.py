@@ -1,6 +1,6 @@
 """Sources of the rows of an optimizer step.
 
-Frozen here: GKD's coin is a function of (seed, step), all rows of a step share it, and its
+Frozen here: GKD's random choice is a function of (seed, step), all rows of a step share it, and its
 frequency is the share that was asked for; terms that disagree get both kinds of rows in every step;
 a term whose source nobody produces, and terms that contradict each other, are refused by name.
 """
@@ -134,7 +134,7 @@ def test_stages_follow_one_another():
 
 
 def test_a_share_that_changes():
-    """The coin of a step is the same, and what it is compared with is that step's share."""
+    """The random number of a step is the same, and it is compared with that step's share."""
     varying = Taker(("dataset", "student"), 0.5, share_at=lambda step: step / 100)
     plan = plan_for([varying, Taker(("student",))])
     found = [plan.assign(3, step, 1) for step in range(100)]

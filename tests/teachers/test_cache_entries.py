@@ -1,8 +1,8 @@
 """Entries of a teacher's cache, and the runs that write them.
 
 Frozen here: a second run never loads the teacher, and the first one lets it go; other data,
-teachers, k or precision are other entries; broken files are written anew, and a killed writer goes
-on where it was.
+teachers, k or precision are other entries; broken files are written again, and a killed writer
+continues where it was.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def server(root):
 
 
 class Validations(Callback):
-    """Keeps the last validation's measures."""
+    """Callback that keeps the last validation's measures."""
 
     def on_validation_end(self, trainer, pl_module):
         found = trainer.callback_metrics.items()

@@ -25,7 +25,7 @@ from okd_lightning.teachers import ServedTeacher
 
 
 class Curious(KD):
-    """Asks for the teacher's entropy."""
+    """Method that needs the teacher's entropy."""
 
     @property
     def quantities(self):
@@ -38,7 +38,7 @@ ALL = tiny.NUM_IDS
 
 @pytest.fixture(scope="module")
 def unpadded(tmp_path_factory, tiny_tokenizer):
-    """A teacher whose table has no rows behind the tokenizer."""
+    """Return a teacher whose table has no rows beyond the tokenizer."""
     folder = tmp_path_factory.mktemp("unpadded")
     tiny.make_llama(2, ALL).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
@@ -122,7 +122,7 @@ OWN = {
 @pytest.mark.filterwarnings("ignore:.*is not its gradient")
 @pytest.mark.parametrize("name", OWN)
 def test_what_the_student_draws_is_credited_as_by_the_teacher_itself(name, train):
-    """A server says of the drawn token what the teacher would, whatever k is.
+    """A server's log-probability of a sampled token is the teacher's, for any k.
 
     But for ids without a token, whose little probability is seen among the k + 8 likeliest alone.
     """
@@ -132,7 +132,7 @@ def test_what_the_student_draws_is_credited_as_by_the_teacher_itself(name, train
 
 
 def test_a_value_baseline_of_k_ids_is_another_of_the_same_kind(train):
-    """With all ids it is the exact mean; with fewer, loss and gradient are other ones."""
+    """With all ids the baseline is the exact mean; with fewer, loss and gradient differ."""
     exact = train([OPDPlus(JensenShannon(0.3))])
     check_same(train([OPDPlus(JensenShannon(0.3))], k=ALL), exact)
     few = train([OPDPlus(JensenShannon(0.3))], k=5)

@@ -189,7 +189,7 @@ def test_a_sampled_end_has_the_log_probability_of_all_ends(sampling):
 
 
 class RawEngine(EngineSource):
-    """Gives the log-probability of the sampled id alone, as vLLM does."""
+    """Engine that gives the log-probability of the sampled id alone, as vLLM does."""
 
     def engine(self, model, vocabulary, eos_ids):
         return TransformersEngine(model, replace(vocabulary, end_ids=eos_ids[:1]), eos_ids)

@@ -4,7 +4,7 @@ Frozen here: learning_rate and weight_decay are the lr and weight_decay of any o
 optimizer's own values count where the module has none; two values for one quantity are refused, and
 so is a decay that the optimizer does not have; biases and norms are not decayed with any optimizer;
 the groups have names; a scheduler class of the user's decides the rates, and schedule and
-warmup_steps beside it are refused.
+warmup_steps with it are refused.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from okd_lightning.training.module import DistillationModule
 
 
 class Seen(Logger):
-    """Keeps the hyper-parameters that it is given."""
+    """Logger that keeps its hyper-parameters."""
 
     name, version = "seen", "0"
 

@@ -1,7 +1,7 @@
 """PaperMeasures: UNC, ExAccErr, spread of logits and ROUGE-L in validation and test.
 
 * Every number is what a loop over rows with plain transformers calls gives.
-* KL on own prefixes is taken behind the *student's* draws, ε behind the *teacher's*.
+* KL on the student's prefixes is taken after *student* samples, ε after *teacher* samples.
 * With an online module, the teacher is the base one.
 * Test logs under test/; no teacher, too few prompts and a foreign data module are refused.
 """

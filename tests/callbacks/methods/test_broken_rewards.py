@@ -1,6 +1,6 @@
 """Rewards and advantages that are broken.
 
-Frozen here: what a reward function can get wrong is handled, counted or refused; an advantage with
+Frozen here: errors of a reward function are handled, counted or refused; an advantage with
 a gradient, a wrong shape or values that are not finite is refused where its method is made.
 """
 

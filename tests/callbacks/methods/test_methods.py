@@ -1,8 +1,8 @@
 """Every method against a slow float64 reference, through Trainer.fit.
 
 Frozen here: the loss that is logged and the gradient that reaches the optimizer are those of the
-textbook formula over the step's tokens; cross-entropy never acts on the student's own samples; who
-wrote the rows is what was asked for; the teacher is never touched.
+textbook formula over the step's tokens; cross-entropy never acts on the student's own samples; the
+rows come from the requested generator; the teacher's weights are unchanged.
 """
 
 from __future__ import annotations

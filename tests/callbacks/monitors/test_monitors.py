@@ -1,9 +1,9 @@
-"""Callbacks that watch.
+"""Monitoring callbacks.
 
 Frozen here: the finite guard stops before the step, also where only the loss is infinite; exact
-match counts greedy answers; what is written is on disk, in a folder that may be new; tokens are
-counted once, and the time of every step, whatever is validated; a callback that has watched one run
-watches the next anew.
+match counts greedy answers; written files are on disk, in a folder that may be new; tokens are
+counted once, and the time of every step, whatever is validated; a callback that has monitored one
+run starts again for the next.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from okd_lightning.training.safeguards.step_intervals import StepIntervals
 
 @dataclass(frozen=True)
 class Broken(Divergence):
-    """Adds what makes the loss, or the gradient as well, infinite or NaN."""
+    """Method that makes the loss, or the gradient as well, infinite or NaN."""
 
     kind: str
 

@@ -1,8 +1,9 @@
 """Progress display of a running run: bar, lines and remaining time.
 
 Frozen here: the bar counts the optimizer steps of the whole run, whatever the accumulation, also
-where a run goes on within a chunk; a row never breaks, at 80 columns and at 120; where output is no
-terminal nothing but whole lines is written; time left counts writing by what is written.
+where a run resumes within a rollout batch; a row never breaks, at 80 columns and at 120; where the
+output is not a terminal only whole lines are written; the remaining time counts generation by
+finished responses.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Clock:
 
 
 class Frames(Callback):
-    """The bar as it stands at every place of a run, one list of lines each."""
+    """Records of the bar at every hook of a run, each a list of lines."""
 
     def __init__(self, bar: RunProgressBar, width: int) -> None:
         self.bar, self.width = bar, width
