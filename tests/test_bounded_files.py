@@ -59,7 +59,7 @@ MERGES = LAUGHS.replace("[x]", "{x: 1}").replace(" [*", " {<<: [*").replace("]\n
 
 
 @pytest.mark.parametrize("text", [LAUGHS, MERGES, "a: &a [*a]", "[" * 3000, "a: " + "9" * 5000])
-def test_yaml_stands_for_a_limited_number_of_values(text):
+def test_yaml_expands_to_a_limited_number_of_values(text):
     with pytest.raises(yaml.YAMLError):
         load_yaml(text)
 

@@ -51,9 +51,8 @@ WORDS = {
     r"\b(nats|bytes|seconds|s|tokens|rows|rollouts|GiB) an? (token|step|response|row|device"
     r"|character|byte)\b": "per: nats per token",
     r"\bwhoever\b": "name the reader or the caller",
-    r"\b(one|number|rows|ids|advantage|reward|response) an? (token|step|response|row|prompt|rank"
-    r"|line|file|epoch|byte|letter|method|model|position|tile|sample)\b(?! (is|are|has|that)\b)": "per: a number per"
-    " token",
+    r"\b(one|number|rows|ids|reward|response) an? (token|step|response|row|prompt|rank|line|file"
+    r"|epoch|byte|letter|method|model|position|tile)\b(?! (is|are|has|that)\b)": "per",
 }
 ALLOWED: set[tuple[str, str]] = {
     # ``credit`` and ``credits`` are names in the code

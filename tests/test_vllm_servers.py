@@ -97,7 +97,7 @@ def test_the_third_server_ends_the_one_asked_for_longest_ago(pool):
     assert not is_running(second)
 
 
-def test_a_crashed_server_starts_anew_on_its_port(pool):
+def test_a_crashed_server_starts_again_on_its_port(pool):
     url = pool.url(server("a"))
     before, child = pids(pool, "a")
     pool.kill(server("a"))

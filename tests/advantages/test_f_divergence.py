@@ -68,7 +68,7 @@ def exact_gradient(divergence, student, teacher) -> Tensor:
 
 @pytest.mark.parametrize("variant", CORRECTED)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_corrected_credits_have_the_exact_gradient(case: Case, variant):
+def test_corrected_advantages_have_the_exact_gradient(case: Case, variant):
     student, teacher = distributions(3, 6)
     found = expected_gradient(FDivergenceAdvantage(case.divergence, variant), student, teacher)
     exact = exact_gradient(case.divergence, student, teacher)
@@ -315,7 +315,7 @@ def test_clipping_acts_on_the_log_ratio_and_is_counted():
     assert FDivergenceAdvantage(ReverseKL()).metrics(student, teacher, mask) == {}
 
 
-def test_a_clipped_state_value_is_the_mean_of_the_clipped_credit():
+def test_a_clipped_state_value_is_the_mean_of_the_clipped_advantage():
     student, teacher = (3 * side for side in distributions(4, 6))
     log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
     advantage = FDivergenceAdvantage(ForwardKL(), "value_baseline", max_log_ratio=1.0)

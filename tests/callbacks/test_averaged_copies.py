@@ -81,7 +81,7 @@ def test_checkpoints_of_averages_hold_no_teacher_and_go_on(kind, tmp_path):
     assert close(fit(path).student, weights(whole.student))
 
 
-def test_an_average_goes_on_in_the_middle_of_an_epoch(tmp_path):
+def test_an_average_continues_in_the_middle_of_an_epoch(tmp_path):
     """The schedule of stochastic weight averaging is the same after a resume at any step."""
 
     def fit(folder: Path, ckpt_path: Path | None = None) -> dict[str, Tensor]:

@@ -154,7 +154,7 @@ def test_where_teacher_and_student_cannot_draw_together(
         tiny.fit(tmp_path, module, [method], tiny.make_rows(4), data=data)
 
 
-def test_a_stage_refuses_what_changes_who_writes():
+def test_a_stage_refuses_what_changes_the_generator():
     with pytest.raises(ConfigError, match="MiniLLM changes the generation of responses"):
         Stage(shelf.method("minillm.MiniLLM"), end=3)
 

@@ -93,7 +93,7 @@ def test_another_method_drops_the_old_ones_settings(
 
 
 @pytest.mark.parametrize("method", ["KDD", {"class_path": "KDD", "init_args": {"a": 1}}])
-def test_a_misspelt_method_is_refused_beside_a_typed_one(
+def test_a_misspelt_method_is_refused_next_to_a_typed_one(
     okd: Type, config: str, here: Path, method: object
 ) -> None:
     (here / "overlay.yaml").write_text(yaml.safe_dump({"method": method}))

@@ -200,7 +200,7 @@ def test_ones_own_code_resumes_without_a_flag(
     assert again.status == 0, again.err
 
 
-def test_a_run_goes_on_where_its_checkpoint_lies(begun: Path, forge: Type, okd: Type) -> None:
+def test_a_run_continues_where_its_checkpoint_lies(begun: Path, forge: Type, okd: Type) -> None:
     """The folder is the checkpoint's own, not the one that it names, signed or not."""
     before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()}
     forge("trainer.default_root_dir", str(begun))

@@ -78,7 +78,7 @@ def test_every_command_has_help(command: str) -> None:
     assert OWN_OPTIONS.get(command, "--ckpt_path") in text
 
 
-def test_beside_another_lightning_the_parser_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_next_to_another_lightning_the_parser_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The parser is used, because that Trainer may have other options than the stored ones."""
     monkeypatch.setattr("importlib.metadata.version", lambda name: "2.6.99")
     assert stored_help("fit", ["--help"]) is None

@@ -393,7 +393,7 @@ def test_more_prompt_columns_do_not_hurt(okd: Type, assets: Assets, here: Path) 
     assert okd("fit", base, KD, "--data.train", str(file)).status == 0
 
 
-def test_broken_rows_are_told_before_weights_are_read(okd: Type, here: Path) -> None:
+def test_broken_rows_are_reported_before_weights_are_read(okd: Type, here: Path) -> None:
     save_model(here / "hollow", seed=1)
     (here / "hollow" / "model.safetensors").write_bytes(b"no weights")
     rows = [{"prompt": "a", "response": "b"}, {"prompt": 3, "response": "b"}]

@@ -99,7 +99,7 @@ MOMENTS = [
 
 
 @pytest.mark.parametrize(("place", "number"), MOMENTS)
-def test_a_stopped_run_goes_on(
+def test_a_stopped_run_continues(
     place: str,
     number: int,
     okd: Fit,

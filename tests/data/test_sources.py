@@ -311,7 +311,7 @@ def test_a_long_cell_is_read(tmp_path):
         ({"val": ["v"], "test": ["t"], "predict": []}, {"test": ["t"], "predict": []}),
     ],
 )
-def test_an_empty_set_stands_for_no_other(given, expected):
+def test_an_empty_set_is_not_replaced_by_another(given, expected):
     sources = RolloutDataModule([{"prompt": "a"}], **given).sources
     assert {name: sources[name] for name in expected} == expected
 

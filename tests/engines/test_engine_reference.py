@@ -133,7 +133,7 @@ ALL = [*ARCHITECTURES, *EXTRA, *STATE_SPACE]
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_every_architecture_writes_what_it_writes_alone(name):
+def test_every_architecture_generates_what_it_generates_alone(name):
     model = model_of(name)
     rollout = check(model, prompts_of(LENGTHS), token_budget=70)
     assert len({len(ids) for ids in rollout.response_ids}) > 1

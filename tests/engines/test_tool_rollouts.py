@@ -176,7 +176,7 @@ def test_the_last_allowed_turn_is_not_answered(tokenizer):
 
 
 @pytest.mark.parametrize("limit", range(1, 140))
-def test_the_limit_holds_for_everything_behind_the_prompt(limit, tokenizer):
+def test_the_limit_holds_for_everything_after_the_prompt(limit, tokenizer):
     script = [f"{call_of('3*7')}{END}", f"It is 21.{END}"]
     whole, _ = tool_chats.run(tokenizer, {0: script})
     cut, _ = tool_chats.run(tokenizer, {0: script}, limit=limit)

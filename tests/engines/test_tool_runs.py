@@ -173,7 +173,7 @@ def test_a_killed_run_resumes_bit_for_bit(batch, tmp_path, tokenizer):
     assert tiny.distance(tiny.weights(resumed), tiny.weights(module)) == 0
 
 
-def test_credits_of_a_group_act_on_own_tokens_alone(tmp_path, module, tokenizer):
+def test_advantages_of_a_group_act_on_own_tokens_alone(tmp_path, module, tokenizer):
     recorder = tiny.Recorder()
     method = Reward(ToolCallMatch(), baseline="leave_one_out")
     trainer = tiny.make_trainer(tmp_path, [method, recorder])

@@ -25,7 +25,7 @@ def test_a_run_is_what_it_was(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_checkpoint_of_an_earlier_version_goes_on(name, tmp_path):
+def test_a_checkpoint_of_an_earlier_version_continues(name, tmp_path):
     if WRITES:
         write_missing(tmp_path / "written")
     ours = tmp_path / "run" / "checkpoints" / name

@@ -103,7 +103,7 @@ def test_agreement_is_exact(logits):
 
 @pytest.mark.parametrize("target", [0, 3, VOCAB - 1])
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_a_drawn_token_is_known_exactly(role, target, logits):
+def test_a_sampled_token_is_known_exactly(role, target, logits):
     """The token's own log-probability is exact, and that of its outcome."""
     student, teacher = logits
     targets = torch.full((6,), target)

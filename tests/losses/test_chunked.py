@@ -193,7 +193,7 @@ def test_the_whole_return_has_the_exact_gradient(divergence, is_whole):
         assert (error < 1e-12) == is_whole
 
 
-def test_per_token_credit_would_not_be():
+def test_per_token_advantage_would_not_be():
     errors = []
     for seed in range(20):
         pair = Pair(seed)
@@ -208,7 +208,7 @@ def test_per_token_credit_would_not_be():
 
 
 @pytest.mark.parametrize("method", [OPD(), OPDPlus(ForwardKL()), GKD(on_policy_fraction=1.0)])
-def test_equal_laws_have_no_loss_and_no_gradient(method):
+def test_equal_distributions_have_no_loss_and_no_gradient(method):
     pair = Pair(1)
     with torch.no_grad():
         pair.second.copy_(pair.first.expand(NUM, NUM))

@@ -158,7 +158,7 @@ def test_an_online_module_that_changes_nothing_is_not_anchored(temperature):
 
 
 @pytest.mark.parametrize("variant", ["centred", "value_baseline"])
-def test_centred_credits_are_zero_where_both_sides_agree(case, variant):
+def test_centred_advantages_are_zero_where_both_sides_agree(case, variant):
     logprobs = random_logits(rows=1).log_softmax(-1)
     drawn, mask = logprobs[:, :4], torch.ones(1, 4, dtype=torch.bool)
     value = case.divergence.expected_weight(logprobs, logprobs)[:, None].expand(1, 4)

@@ -159,7 +159,7 @@ def test_a_relative_base_is_found(start, base, folder, monkeypatch):
     torch.testing.assert_close(logits(load(folder)), expected)
 
 
-def test_the_tokenizer_is_beside_the_adapter_or_at_the_base(base, folder):
+def test_the_tokenizer_is_next_to_the_adapter_or_at_the_base(base, folder):
     assert load_tokenizer(str(folder), "--model.teacher").get_vocab() == (
         tiny.make_tokenizer().get_vocab()
     )

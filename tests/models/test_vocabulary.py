@@ -95,7 +95,7 @@ def test_rows_that_no_token_has_change_nothing(method, has_gap, tmp_path, tiny_p
         assert gradient.isfinite().all()
 
 
-def test_generation_never_writes_such_an_id(tmp_path, tiny_pair):
+def test_generation_never_generates_such_an_id(tmp_path, tiny_pair):
     student, teacher = tiny_pair
     with torch.no_grad():  # ids beyond the tokenizer, and the gap, are by far the most likely
         student.lm_head.weight[[*range(tiny.NUM_IDS, tiny.STUDENT_ROWS), 10]] *= 100

@@ -182,7 +182,7 @@ def replace_version(writer: Scribe, version: int) -> Scribe:
     return other
 
 
-def test_what_is_late_at_a_stop_is_discarded_and_written_again():
+def test_what_is_late_at_a_stop_is_discarded_and_generated_again():
     shape, plan = SHAPES["one step per batch"]
     writer, stop = Scribe(), StopRequest()
     loader = lagged(shape, plan, writer, 2, engine=Ahead(writer, is_slow=True), stop=stop)

@@ -24,13 +24,13 @@ def coins(fraction: float, seed: int, num: int = 4000) -> list[str]:
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.9, 1.0])
-def test_the_coins_frequency(fraction):
+def test_the_frequency_of_the_random_choice(fraction):
     share = coins(fraction, seed=3).count("student") / 4000
     deviation = (fraction * (1 - fraction) / 4000) ** 0.5
     assert abs(share - fraction) <= 4 * deviation
 
 
-def test_the_coin_is_a_function_of_seed_and_step():
+def test_the_random_choice_is_a_function_of_seed_and_step():
     assert coins(0.5, 3) == coins(0.5, 3)
     agreeing = sum(a == b for a, b in zip(coins(0.5, 3), coins(0.5, 4), strict=True))
     assert 1800 < agreeing < 2200
@@ -39,7 +39,7 @@ def test_the_coin_is_a_function_of_seed_and_step():
     assert 1850 < switches < 2150
 
 
-def test_all_rows_of_a_step_share_the_coin():
+def test_all_rows_of_a_step_share_the_random_choice():
     plan = RolloutPlan(0.5, "teacher")
     found = [set(plan.assign(1, step, 12)) for step in range(50)]
     assert all(len(sources) == 1 for sources in found)

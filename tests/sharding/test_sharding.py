@@ -228,7 +228,7 @@ def test_one_kind_of_checkpoint_takes_the_place_of_another(before, behind, tmp_p
     assert has_ended
 
 
-def test_a_run_goes_on_in_its_folder_with_and_without_shards(
+def test_a_run_continues_in_its_folder_with_and_without_shards(
     tmp_path, mesh, make_module, monkeypatch
 ):
     """Runs continue, and replaced checkpoints have been flushed to the disk."""
@@ -271,7 +271,7 @@ def test_another_module_than_ours_is_refused(tmp_path, mesh):
         trainer.fit(Other(), torch.utils.data.DataLoader(torch.ones(4, 2)))
 
 
-def test_an_online_module_behind_the_sharding_is_refused(make_module, tmp_path, mesh):
+def test_an_online_module_after_the_sharding_is_refused(make_module, tmp_path, mesh):
     module = make_module()
     fit(tmp_path, module, "fsdp2", KD())
     fit(tmp_path, module, "fsdp2", KD())  # a second run of the same is fine

@@ -97,7 +97,7 @@ def length_of(prompt: str, response: str, reference: str) -> float:
     return float(len(response))
 
 
-def test_beside_a_reward_on_the_student_s_own_responses(tmp_path, make_module, cache):
+def test_next_to_a_reward_on_the_student_s_own_responses(tmp_path, make_module, cache):
     settings = {"data": {"samples_per_prompt": 2}, "accumulate_grad_batches": 2}
 
     def methods():

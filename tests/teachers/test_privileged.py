@@ -191,7 +191,7 @@ def test_teacher_prompts_change_what_is_learned(tmp_path, make_module):
 
 
 @pytest.mark.parametrize("author", ["student", "teacher"])
-def test_each_writes_behind_its_own_prompt(author, tmp_path, make_module):
+def test_each_generates_after_its_own_prompt(author, tmp_path, make_module):
     """Greedy, so that the teacher's answer is what it says to its own prompt alone."""
     module = make_module(learning_rate=0.0)
     method = KD(seq_kd=True) if author == "teacher" else GKD(on_policy_fraction=1.0)

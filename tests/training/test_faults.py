@@ -309,7 +309,7 @@ def online_parameters(module):
 
 
 @pytest.mark.parametrize("end", [None, 6])
-def test_an_online_module_that_begins_late_begins_anew(end, tmp_path, make_module):
+def test_an_online_module_that_begins_late_begins_again(end, tmp_path, make_module):
     """Stage(OKD) from step 3: its Adam and its warm-up are those of a run that begins there."""
     okd = OKD(online_module=LoraConfig(r=2), learning_rate=0.1, warmup_steps=2, schedule="linear")
     methods = [Stage(SFT()), Stage(okd, start=3, end=end)]
@@ -322,7 +322,7 @@ def test_an_online_module_that_begins_late_begins_anew(end, tmp_path, make_modul
     assert rates[5] == pytest.approx(0.05 if end is None else 0.0)
 
 
-def test_a_stage_behind_the_end_is_refused(tmp_path, make_module):
+def test_a_stage_after_the_end_is_refused(tmp_path, make_module):
     methods = [SFT(), Stage(KD(), start=4)]
     with pytest.raises(ConfigError, match=r"Stage of kd: it begins at step 4, .* ends at step 4"):
         tiny.fit(tmp_path, make_module(), methods, tiny.make_rows(16))

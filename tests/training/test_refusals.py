@@ -128,7 +128,7 @@ def test_whole_multiples_of_the_accumulation_are_taken(tmp_path):
 
 
 @pytest.mark.parametrize(("interval", "batches"), [(0.5, 4), (3, 6)])
-def test_validation_comes_behind_whole_steps(interval, batches, tmp_path):
+def test_validation_comes_after_whole_steps(interval, batches, tmp_path):
     at = []
     spy = LambdaCallback(
         on_validation_end=lambda trainer, _: at.append(trainer.fit_loop.batch_idx + 1)

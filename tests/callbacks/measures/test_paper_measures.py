@@ -142,7 +142,7 @@ def test_rouge_l_of_words(tmp_path):
         assert rewards.rouge_l(response, reference) == pytest.approx(rouge_l(response, reference))
 
 
-def test_base_teacher_beside_an_online_module(tmp_path):
+def test_base_teacher_next_to_an_online_module(tmp_path):
     module = make_module()
     method = OKD(online_module=LoraConfig(r=4, lora_alpha=4))
     measures = PaperMeasures(num_prompts=6)

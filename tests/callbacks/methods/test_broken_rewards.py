@@ -90,7 +90,7 @@ class Differentiated(Advantage):
         self.factor = factor
 
 
-def test_a_credit_with_a_gradient_is_refused(tmp_path, make_module):
+def test_a_advantage_with_a_gradient_is_refused(tmp_path, make_module):
     factor = torch.ones((), requires_grad=True)
     with pytest.raises(ConfigError, match="Differentiated: the advantage carries a gradient"):
         AdvantageCallback(Differentiated(factor), name="own")

@@ -160,7 +160,7 @@ def test_loss_and_gradient_of_every_step(name, tmp_path, make_module):
         assert tiny.distance(found, expected) < 5e-5
 
 
-def test_rows_are_the_data_sets_and_the_responses_of_who_was_asked(tmp_path, make_module):
+def test_rows_are_the_data_sets_and_the_responses_of_the_requested_generator(tmp_path, make_module):
     rows = tiny.make_rows(12)
     ids = {c: 3 + i for i, c in enumerate(tiny.LETTERS)}
     expected = [

@@ -208,7 +208,7 @@ class Slow(Callback):
 
 
 @pytest.mark.parametrize("interval", [1, 2])
-def test_throughput_counts_the_time_of_steps_behind_a_validation(interval, tmp_path, make_module):
+def test_throughput_counts_the_time_of_steps_after_a_validation(interval, tmp_path, make_module):
     """The first step of a resumed run counts too."""
     throughput = Throughput()
     last = LastCheckpoint()
@@ -224,7 +224,7 @@ def test_throughput_counts_the_time_of_steps_behind_a_validation(interval, tmp_p
         assert throughput.seconds >= 0.1 * max_steps
 
 
-def test_monitors_begin_anew_with_a_run(tmp_path, make_module):
+def test_monitors_begin_again_with_a_run(tmp_path, make_module):
     throughput, last, intervals, drift = (
         *(Throughput(), LastCheckpoint(), StepIntervals()),
         TeacherDrift(action="freeze"),

@@ -144,7 +144,7 @@ TOLD = {"teacher_prompt_template": "{reference}p{prompt}"}
 
 
 @pytest.mark.parametrize("name", WHO)
-def test_who_is_asked(name, tmp_path, make_module, teacher_folder):
+def test_the_asked_models(name, tmp_path, make_module, teacher_folder):
     settings, model, methods, teacher = WHO[name]
     if model.get("teacher") is CachedTeacher:
         model = {"teacher": CachedTeacher(str(teacher_folder), str(tmp_path / "cache"))}

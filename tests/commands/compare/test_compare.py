@@ -176,7 +176,7 @@ def test_budgets_that_are_not_steps(compare, unit, amount):
 
 
 @pytest.mark.parametrize("budget", ["tokens=40", "steps=3"])
-def test_killed_behind_the_last_step(compare, budget):
+def test_killed_after_the_last_step(compare, budget):
     """The run is finished but its result not yet written: no further step is trained."""
     typed = ["--methods", "GKD", "--budget", budget]
     assert compare(*typed).status == 0

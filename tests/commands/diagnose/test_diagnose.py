@@ -113,7 +113,7 @@ def test_numbers_are_those_of_a_direct_computation(diagnose, assets):
     assert given["top_tenth"] == pytest.approx(float(worst.sum()) / total, rel=1e-4)
 
 
-def test_what_is_left_behind(diagnose, capsys):
+def test_what_is_on_disk(diagnose, capsys):
     said = diagnose()
     assert said.status == 0, said.err
     assert max(map(len, said.out.splitlines())) <= 80
@@ -193,7 +193,7 @@ def ending_with(folder: Path, assets, end: int) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": end}))
 
 
-def test_models_that_end_with_different_ids_are_found_and_the_remedy_mends_it(
+def test_models_that_end_with_different_ids_are_found_and_the_remedy_fixes_it(
     diagnose, assets, here
 ):
     ending_with(here / "own", assets, EOS)
