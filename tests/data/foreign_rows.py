@@ -6,6 +6,7 @@ belongs to the prompt or the response may be lost on the way.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,7 @@ def pairs(prompt: str, response: str, **others: tuple[Any, Any]) -> list[dict[st
     ]
 
 
+PAIR = ("prompt", "response")
 CHATS = [[user("one"), bot("uno")], [user("two"), bot("dos")]]
 SHARE_GPT = [[said("human", "one"), said("gpt", "uno")], [said("human", "two"), said("gpt", "dos")]]
 ALPACA = """--data.prompt_template '["{instruction}\\n\\n{input}","{instruction}"]'"""
@@ -103,6 +105,19 @@ FOREIGN = {
     ),
     "trl tools as text": Foreign(
         [{"messages": c, "tools": TOOLS} for c in CHATS],
+    ),
+    "roles in capitals, as NeMo writes them": Foreign(
+        [
+            {"conversations": [said("User", "one"), said("Assistant", "uno")]},
+            {"conversations": [said("User", "two"), said("Assistant", "dos")]},
+        ],
+        "--data.messages_column conversations",
+    ),
+    "roles of LangChain": Foreign(
+        [{"messages": [said("human", "one"), said("ai", "uno")]}, {"messages": CHATS[1]}]
+    ),
+    "messages as indented JSON text": Foreign(
+        [{name: json.dumps(c[i : i + 1], indent=1) for i, name in enumerate(PAIR)} for c in CHATS]
     ),
     # hub data sets
     "alpaca": Foreign(

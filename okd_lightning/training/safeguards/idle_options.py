@@ -178,7 +178,8 @@ def _freeze_vision(run: _Run) -> str | None:
 
 
 def _images_column(run: _Run) -> str | None:
-    return "no model of this run reads images" if run.module.pair.images.is_text else None
+    acts = run.data.columns.images is None or not run.module.pair.images.is_text
+    return None if acts else "no model of this run reads images"
 
 
 RULES: Mapping[str, Rule] = {
