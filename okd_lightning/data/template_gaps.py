@@ -16,7 +16,7 @@ _PROBE = " okd probe"
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 _Variant = tuple[str, list[Message], list[Any] | None]
-"""What is tried, and a chat's messages and tools without it."""
+"""A kind of content, and a chat's messages and tools without it."""
 
 
 def _variants(messages: Sequence[Message], tools: list[Any] | None) -> Iterator[_Variant]:

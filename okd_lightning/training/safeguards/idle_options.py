@@ -178,8 +178,9 @@ def _freeze_vision(run: _Run) -> str | None:
 
 
 def _images_column(run: _Run) -> str | None:
-    acts = run.data.columns.images is None or not run.module.pair.images.is_text
-    return None if acts else "no model of this run reads images"
+    if not run.module.pair.images.is_text or run.data.columns.images is None:
+        return None
+    return "no model of this run reads images"
 
 
 RULES: Mapping[str, Rule] = {
