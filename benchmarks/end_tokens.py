@@ -196,7 +196,7 @@ def table(runs: dict[str, Any], seeds: list[int]) -> Table:
 
 
 def draw(path: Path, runs: dict[str, Any], seeds: list[int]) -> None:
-    """Draw the length over steps, one panel a method, one line a seed."""
+    """Draw the length over steps, one panel per method, one line per seed."""
     figure = Figure(figsize=(9.5, 3.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(METHODS), sharey=True)

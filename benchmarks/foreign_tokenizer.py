@@ -69,7 +69,7 @@ class Pair:
         student: Folder; empty for the model with a tokenizer made here.
         learning_rate: Of AdamW, constant.
         seconds: CPU seconds of a run.
-        rows: Responses an optimizer step.
+        rows: Responses per optimizer step.
         response: Longest response, in tokens of the student.
         text: Longest text of the teacher, in its tokens; the student's responses are shorter.
         num_train: Texts to train on.

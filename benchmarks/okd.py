@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=(), help="names of runs; all by default")
-    parser.add_argument("--measure-again", action="store_true", help="the seconds a step")
+    parser.add_argument("--measure-again", action="store_true", help="the seconds per step")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     for name in ("lightning.pytorch", "lightning.fabric"):

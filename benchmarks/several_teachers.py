@@ -240,7 +240,7 @@ def table(runs: dict[str, Any], seeds: list[int]) -> Table:
 
 def cost_table(cost: dict[str, list[float]]) -> Table:
     """Return milliseconds of a step, and the ratio to one teacher in the same round."""
-    shown = Table("teacher", "ms a step", "relative to tok105")
+    shown = Table("teacher", "ms per step", "relative to tok105")
     for kind, rounds in cost.items():
         ratios = [one / base for one, base in zip(rounds, cost["tok105"], strict=True)]
         ms = 1e3 * statistics.median(rounds)

@@ -10,7 +10,7 @@ would drive p to the id with the largest shift; with the gate no token is driven
 
 Differs from the paper:
 
-- Expectations run over the whole vocabulary; the paper's over the student's 1,024 likeliest ids.
+- Expectations run over the whole vocabulary; the paper's over the student's 1,024 most likely ids.
 - Temperature 1 in rollouts and softmaxes; the paper has 0.7 in both.
 - The paper multiplies advantages by 0.1 and optimises PPO's clipped loss of TRL's ``GRPOTrainer``;
   here ``weight`` and ``clip`` do, by default 1 and off.
@@ -91,7 +91,7 @@ class DeltaOPD(PolicyGradientCallback):
         return (*super().quantities, self.shift, self.gap)
 
     def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
-        """Bring the base; nothing but training asks for it."""
+        """Add the teacher's base, which only training needs."""
         super().prepare(trainer, module, stage)
         if stage == "fit":
             module.add_teacher_base(self.teacher_base, "--method.teacher_base")

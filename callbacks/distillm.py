@@ -78,9 +78,7 @@ class DistiLLM(DivergenceCallback):
         self._trainer = trainer
         data = getattr(trainer, "datamodule", None)
         if stage == "fit" and trainer.world_size > 1:
-            raise ConfigError(
-                f"{self.name}: what was written is kept by one process; set devices 1"
-            )
+            raise ConfigError(f"{self.name}: responses are kept by one process; set devices 1")
         if stage == "fit" and data is not None and data.sources["val"] is None:
             raise ConfigError(
                 f"{self.name}: its share follows the validation loss; give --data.val"

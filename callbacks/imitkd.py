@@ -14,7 +14,7 @@ teacher's entropy more than this one on the same logits, with the same gradient,
 
 - There the source is drawn for every row, and the share of the data set's responses falls from 1
   (linearly, or as 200^(-t/N) over N steps).
-- There the student's responses are greedy, or drawn from its 5 likeliest ids, and 4 batches are
+- There the student's responses are greedy, or drawn from its 5 most likely ids, and 4 batches are
   generated at once, before the steps that train on them.
 - Its default is the "optimal" variant; on the data set's responses that is their cross-entropy.
 """

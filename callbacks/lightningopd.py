@@ -19,7 +19,7 @@ Differs from the paper:
 Differs from the released code (jet-ai-projects/Lightning-OPD, commit cd6b559):
 
 - Its PPO clip of 0.2 is on the ratio to the student at the start of the step, which is 1 in the
-  released configs (one step a batch); here there is none.
+  released configs (one step per batch); here there is none.
 - It averages over the tokens of a response, then over the batch; here every token has the same
   weight.
 """

@@ -51,7 +51,7 @@ class OPSD(DistillationCallback):
     weights), with a --data.teacher_prompt_template that contains the reference solution.
 
     Args:
-        clip: τ, nats an id; inf for plain forward KL.
+        clip: τ, nats per id; inf for plain forward KL.
         weight: Factor on this term's mean loss.
         name: Logged as ``train/<name>``.
     """

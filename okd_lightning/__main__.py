@@ -22,7 +22,7 @@ COMMANDS = {
     "test": "measure a student on the test data (--ckpt_path alone is enough)",
     "predict": "write the student's answers to predictions.jsonl (--ckpt_path alone is enough)",
     "compare": "several methods under one budget: --config FILE|NAME --methods KD,GKD --out DIR",
-    "diagnose": "look at a pair and its prompts before a long run: --config FILE|NAME --out DIR",
+    "diagnose": "measure a pair and its prompts before a long run: --config FILE|NAME --out DIR",
     "export": "write a Hugging Face folder: --ckpt_path FILE --out FOLDER",
     "shrink": "cut a student from a teacher: --model TEACHER --layers N --out FOLDER",
 }

@@ -163,7 +163,7 @@ def require_writable(folder: Path, option: str) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Flush data that was appended to a file to the disk; a missing file is no error."""
+    """Flush data that was appended to a file to the disk; a missing file is not an error."""
     if path.is_file():
         with path.open("rb") as file:
             os.fsync(file.fileno())

@@ -28,7 +28,7 @@ from okd_lightning.errors import ConfigError, ServerError, ServerTimeoutError, o
 _FIRST_PAUSE_SECONDS = 0.25
 _LONGEST_PAUSE_SECONDS = 8.0
 _FIRST_CONTACT_RETRIES = 5
-"""Retries of a server that has never replied, 8 seconds in all: its address may be wrong."""
+"""Retries for a server that has never replied, 8 seconds in all: its address may be wrong."""
 
 _BUSY = (429, 502, 503, 504)
 _REDIRECTS = range(300, 400)
@@ -71,7 +71,7 @@ class Endpoint:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.token_variable):
             raise ConfigError(  # may be the key itself: not repeated
-                f"{self.option}: the name of the environment variable with the key is no such "
+                f"{self.option}: the name of the environment variable with the key is not such a "
                 "name (letters, digits and _); put the key into a variable and give the "
                 "variable's name"
             )
@@ -195,8 +195,8 @@ class Endpoint:
             size += len(piece)
             if size > max_bytes:
                 raise ServerError(
-                    f"{self.at(path)} answers with more than {max_bytes:,} bytes, which no answer "
-                    "to this request has; is this an OpenAI-compatible vLLM server?"
+                    f"{self.at(path)} answers with more than {max_bytes:,} bytes, which is too "
+                    "long for an answer to this request; is this an OpenAI-compatible vLLM server?"
                 )
         if answer.length:  # the connection ended before the announced length
             raise http.client.IncompleteRead(b"", answer.length)
@@ -218,9 +218,9 @@ class Endpoint:
         text = one_line(content[:_SHOWN].decode(errors="replace"))
         advice = "look at the server's log"
         if status in _REDIRECTS:
-            advice = "redirects are not followed: give the address that answers itself"
+            advice = "redirects are not followed: give the address to which it redirects"
         elif status in (401, 403):
-            advice = f"it wants a token: set the environment variable {self.token_variable}"
+            advice = f"it needs a token: set the environment variable {self.token_variable}"
         return ServerStatusError(
             status, f"{self.at(path)} answers with status {status}: {text}; {advice}"
         )
@@ -259,12 +259,12 @@ def _check_address(url: str, option: str, token_variable: str) -> None:
         )
     if not (is_address and url.isprintable()) or " " in url:
         raise ConfigError(
-            f"{option}: {url!r} is no address; expected one like http://localhost:8000"
+            f"{option}: {url!r} is not an address; expected one like http://localhost:8000"
         )
     if "?" in url or "#" in url:
         raise ConfigError(
             f"{option}: the address has a ? or #, and only scheme, host, port and path are used; "
-            f"a token belongs into the environment variable {token_variable}"
+            f"a token belongs in the environment variable {token_variable}"
         )
 
 

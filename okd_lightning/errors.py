@@ -1,8 +1,8 @@
 """The exception tree: every error that a user can cause has a class here.
 
 Each class also inherits the standard-library class that it refines, so that ``except ValueError``
-in a user's script keeps working. A message says what was wrong, what was given, what was expected,
-where, and what to do; the command line prints it as one line and exits with a non-zero status.
+in a user's script keeps working. A message states the problem, the given value, the expected one,
+the place and the remedy; the command line prints it as one line and exits with a non-zero status.
 
 ``printable`` and ``one_line`` make text of data, models and servers safe for a terminal, which acts
 on control characters: escape sequences move the cursor, recolour or rename the window, a carriage

@@ -5,8 +5,8 @@
   this module before torch, which reads the variable.
 * What is imported is exempt from garbage collection: 700,000 objects at every full pass. Objects of
   tests are collected, thirty times less often.
-* ``os.fsync`` waits for no disk (5 to 10 ms a call): no test cuts the power, and files of a process
-  that is killed are whole without it.
+* ``os.fsync`` waits for no disk (5 to 10 ms per call): no test cuts the power, and files of a
+  process that is killed are whole without it.
 """
 
 from __future__ import annotations

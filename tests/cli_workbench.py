@@ -36,7 +36,7 @@ STUDENT_FIELDS = {
 
 @dataclass(frozen=True)
 class Result:
-    """What a command left: exit status, stdout, stderr, and Lightning's log.
+    """Result of a command: exit status, stdout, stderr, and Lightning's log.
 
     A terminal shows the log on stderr as well; in a test its handlers write elsewhere.
     """
@@ -124,7 +124,7 @@ def save_model(
 
 
 def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    """One row a line."""
+    """One row per line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

@@ -1,4 +1,4 @@
-"""What all tests share: tiny models, a tiny tokenizer, folders of both, and where real data is."""
+"""Fixtures of all tests: tiny models, a tiny tokenizer, folders of both, and real data."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ INF, LN2 = math.inf, math.log(2.0)
 
 @dataclass(frozen=True)
 class Triangular(Divergence):
-    """What a user writes: the subclass of the abstract class's docstring, declared symmetric."""
+    """User's divergence: the subclass in the abstract class's docstring, declared symmetric."""
 
     def generator(self, log_ratio: Tensor) -> Tensor:
         return log_ratio.expm1() * (log_ratio / 2).tanh()

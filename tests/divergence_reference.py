@@ -84,7 +84,7 @@ def divergence_with_zeros(
     student_logprobs: Sequence[float],
     teacher_logprobs: Sequence[float],
 ):
-    """The same where probabilities may be 0, given f(0) and lim f(u)/u by hand."""
+    """``divergence`` where probabilities may be 0, given f(0) and lim f(u)/u by hand."""
     total = mpf(0)
     for log_p, log_q in zip(student_logprobs, teacher_logprobs, strict=True):
         p, q = exp(mpf(log_p)), exp(mpf(log_q))

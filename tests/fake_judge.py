@@ -11,7 +11,7 @@ from typing import Any
 
 
 class FakeJudge:
-    """What is answered, and what was asked; attributes may be changed by tests.
+    """State of a fake judge: its replies, and the received requests; tests may change attributes.
 
     Attributes:
         reply: From the content of a request to the text of the reply, or to an HTTP status.

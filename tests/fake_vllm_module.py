@@ -22,7 +22,7 @@ LLM_ARGUMENTS = {
 
 @dataclass
 class SamplingParams:
-    """Those of the fields that are used; another one is a TypeError, as it is there."""
+    """The used fields of vLLM's class; any other one is a TypeError, as in vLLM."""
 
     n: int = 1
     presence_penalty: float = 0.0
@@ -119,7 +119,7 @@ class LLM:
 
 
 def make_modules(device: str = "cuda") -> dict[str, ModuleType]:
-    """What ``sys.modules`` has of it; like vLLM, it sleeps on GPUs alone."""
+    """Return the modules for ``sys.modules``; like vLLM, the fake sleeps on GPUs only."""
     module, platforms = ModuleType("vllm"), ModuleType("vllm.platforms")
     module.LLM, module.SamplingParams = LLM, SamplingParams
     platforms.current_platform = SimpleNamespace(

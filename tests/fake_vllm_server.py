@@ -56,7 +56,7 @@ class FakeVLLM:
         self._lock = threading.Lock()
 
     def bodies(self, path: str) -> list[Any]:
-        """What was posted to a path."""
+        """Return the bodies that were posted to a path."""
         return [body for asked, body in self.requests if asked == path]
 
     def handle(self, target: str, body: Any) -> tuple[int, Any]:

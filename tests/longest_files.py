@@ -32,5 +32,5 @@ _PLACES = {Path(__file__).parent / name: place for place, name in enumerate(LONG
 
 
 def place_of(path: Path) -> int:
-    """Where a file of tests stands; all that are not listed share the last place."""
+    """Return the place of a test file in the list; unlisted files share the last place."""
     return _PLACES.get(path, len(LONGEST))

@@ -29,7 +29,7 @@ _SECONDS = 900
 
 
 class Killed(Exception):
-    """What ends a run in the middle."""
+    """Exception that ends a run in the middle."""
 
 
 class Snapshot(Callback):
@@ -92,7 +92,7 @@ def run(
     rows: list[dict[str, Any]] | None = None,
     val: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """4 rows a micro-batch over all ranks; what happened, with whole tensors.
+    """4 rows per micro-batch over all ranks; what happened, with whole tensors.
 
     ``strategy`` None is one process.
     """

@@ -1,4 +1,4 @@
-"""What commands change in their process, put back: module path, seeds, warnings, log filters."""
+"""Restoration of state that commands change: module path, seeds, warnings, log filters."""
 
 from __future__ import annotations
 

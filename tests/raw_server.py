@@ -31,7 +31,7 @@ def as_json(value: Any) -> Reply:
 
 
 class RawServer:
-    """What is answered next, and what was asked."""
+    """State of the server: its next answers, and the received requests."""
 
     def __init__(self, reply: Reply) -> None:
         self.reply = reply

@@ -73,7 +73,7 @@ def mean_loss(student, rows, values, num_ids: int, teacher=None, temperature=1.0
     """Mean of ``values(log_p, log_q, target_log_p, source)`` over the masked-in tokens of all rows.
 
     ``values`` gets tempered log-probabilities, and the target's at temperature 1; it gives one
-    number a position, or None where it does not act on rows of that source.
+    number per position, or None where it does not act on rows of that source.
     """
     total, count = torch.zeros((), dtype=torch.float64), 0
     for ids, mask, source in rows:
@@ -94,7 +94,7 @@ def mean_loss(student, rows, values, num_ids: int, teacher=None, temperature=1.0
 
 
 def gradients(model, loss: Tensor) -> dict[str, Tensor]:
-    """By parameter name."""
+    """Return the gradients by parameter name."""
     model.zero_grad()
     loss.backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

@@ -1,4 +1,4 @@
-"""What two run folders differ in: weights bit for bit, tables, files; not what a clock says."""
+"""Comparison of two run folders: weights bit for bit, tables, files; without wall-clock numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CLOCKS = {"seconds", "cpu_seconds", "rollout_seconds"}
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What two run folders differ in, but for the time it took."""
+    """Return the differences of two run folders, except wall-clock numbers."""
     found = []
     for name, read in (
         ("metrics.csv", read_metrics),
@@ -82,7 +82,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def unequal(one: Any, other: Any, at: str = "") -> list[str]:
-    """Where two nested values differ; tensors bit for bit."""
+    """Return the places where two nested values differ; tensors are compared bit for bit."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return [] if torch.equal(one, other) else [f"{at} differs"]
     if isinstance(one, dict) and isinstance(other, dict):

@@ -70,7 +70,7 @@ def make_assets(folder: Path) -> None:
 
 
 def command(assets: Path, method: str, ranks: int) -> list[str]:
-    """What is typed, at the start and after every kill."""
+    """Return the command that is typed at the start and after every kill."""
     devices = ["--trainer.devices", str(ranks)]
     devices += ["--trainer.strategy", "ddp"] if ranks > 1 else []
     return [
@@ -163,7 +163,7 @@ def _signal_in_time(child: int, board: Board, kill: Kill) -> None:
 
 @dataclass(frozen=True)
 class Ended:
-    """How an attempt ended: the victim's status and phase, the others', and what they took.
+    """End of an attempt: status and phase of the killed rank, of the others, and their seconds.
 
     A SIGTERM before the first step ends the process as it ends any other (status -15): the run has
     not begun, and nothing is lost.
@@ -177,14 +177,14 @@ class Ended:
 
     @property
     def is_kill(self) -> bool:
-        """Whether it ended by the signal, and not by itself."""
+        """True if the signal ended it, and not the run itself."""
         before_training = self.status == -signal.SIGTERM and not self.has_trained
         return self.status in (-signal.SIGKILL, STOPPED) or before_training
 
 
 @dataclass
 class Tally:
-    """What happened to a method's runs."""
+    """Counts of the events in a method's runs."""
 
     kills: collections.Counter[str] = field(default_factory=collections.Counter)
     places: collections.Counter[str] = field(default_factory=collections.Counter)
@@ -289,7 +289,7 @@ def _has_trained(run: Path) -> bool:
 
 
 def _not_told(folder: Path, ended: Ended) -> list[str]:
-    """What is wrong with how the other ranks ended: by themselves, with a line that says why."""
+    """Return faults in the other ranks' end: they end by themselves and log the cause."""
     if not ended.others or ended.phase == "start":
         return []
     if ended.status == STOPPED:

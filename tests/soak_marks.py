@@ -1,4 +1,4 @@
-"""What ``soak.py`` marks in a child process: where a run is, and where it is to be killed."""
+"""Marks of ``soak.py`` in a child process: the phase of a run, and the place where it is killed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PLACES = {
 
 @dataclass(frozen=True)
 class Kill:
-    """When a process is killed: at the n-th time at a place, or after some seconds of training."""
+    """Time of a kill: at the n-th time at a place, or after some seconds of training."""
 
     place: str | None
     number: int = 1
@@ -40,7 +40,7 @@ class Kill:
 
 
 class Board:
-    """What a child tells its parent: the phase that it is in, and whether it trains by now."""
+    """Shared memory in which a child reports its phase, and whether it has begun to train."""
 
     PHASES = ("start", *PLACES, "else")
 

@@ -56,7 +56,7 @@ ALLOWED: set[tuple[str, str]] = {
     # ``credit`` and ``credits`` are names in the code
     (
         "okd_lightning/rollouts/scoring.py",
-        "credits: One advantage a response, by the term's name.",
+        "credits: One advantage per response, by the term's name.",
     ),
     (
         "okd_lightning/losses/sampled.py",
@@ -92,7 +92,7 @@ ALLOWED: set[tuple[str, str]] = {
     ),
     (
         "okd_lightning/records/collation.py",
-        "credits: One advantage a response, by the reward term's name.",
+        "credits: One advantage per response, by the reward term's name.",
     ),
 }
 """(file, line without indentation): the word has its ordinary meaning there."""

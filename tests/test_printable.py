@@ -1,4 +1,4 @@
-"""What reaches a terminal: no control characters, whoever prints.
+"""Terminal output has no control characters, from any source.
 
 Frozen here: escapes in place of controls, bidi marks, surrogates and line separators; joiners,
 scripts and emoji stay; errors, warnings, Lightning's messages and rich's consoles all replace them.

@@ -61,7 +61,7 @@ def test_files_of_the_shorter_runs_exist():
 
 
 def _named(words: str) -> list[tuple[str, list[str]]]:
-    """What a list of the Makefile names: (prefix below tests/, names)."""
+    """Return the entries of a Makefile list: (prefix below tests/, names)."""
     groups = re.findall(r"\$\(addprefix ([\w/]+),([^)]*)\)", words)
     rest = re.sub(r"\$\(addprefix [^)]*\)", "", words)
     found = [(prefix.removeprefix("tests/"), names.split()) for prefix, names in groups]

@@ -58,7 +58,7 @@ def server(name: str) -> Server:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process runs; one that nobody has waited for does not."""
+    """Return whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -73,7 +73,7 @@ def assert_ends(pid: int) -> None:
 
 
 def pids(pool: ServerPool, name: str) -> tuple[int, int]:
-    """Of the server and of its child."""
+    """Return the process ids of the server and of its child."""
     child = int((pool.folder / f"{name}.log").read_text().split()[-1])
     return pool._running[name].pid, child
 

@@ -30,12 +30,12 @@ class ForwardedVLLM:
         self._lock = threading.Lock()
 
     def bodies(self, path: str) -> list[Any]:
-        """What was posted to a path."""
+        """Return the bodies that were posted to a path."""
         return [body for asked, body in self.requests if asked == path]
 
     @property
     def version(self) -> str:
-        """What the server's weights are called."""
+        """Return the label of the server's weights."""
         return str(json.loads(ask(self.upstream, "/weight_info")[1])["weight_version"])
 
     def handle(self, target: str, body: Any) -> tuple[int, bytes]:

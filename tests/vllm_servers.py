@@ -77,7 +77,7 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        """Its process id, which is also that of its process group."""
+        """Process id of the server, which is also its process group's."""
         assert self._process is not None, "not started"
         return self._process.pid
 
@@ -116,7 +116,7 @@ class ServerProcess:
 
 @dataclass(frozen=True)
 class Server:
-    """What a server serves.
+    """Model and settings of a server.
 
     Attributes:
         name: What requests call the model.
@@ -145,14 +145,14 @@ class ServerPool:
     _ports: dict[str, int] = field(default_factory=dict)
 
     def model_folder(self, server: Server) -> Path:
-        """What it is started on."""
+        """Folder of the model with which the server starts."""
         folder = self.folder / server.name
         if not folder.is_dir():
             server.save(folder)
         return folder
 
     def url(self, server: Server, *, is_awaited: bool = True) -> str:
-        """Where it answers; starts it if it does not run.
+        """Address of the server, which is started if it does not run.
 
         Args:
             server: Which.

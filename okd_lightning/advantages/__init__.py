@@ -5,7 +5,7 @@
 * ``f_divergence``: ``FDivergenceAdvantage`` of any divergence, as commonly used (biased) and
   corrected (OPD+), with baselines, discount and clipping; ``reward_to_go``.
 
-Pure: nothing here knows models, padding, or Lightning.
+Pure functions and records: this package imports no models and no Lightning.
 """
 
 from okd_lightning.advantages.base import Advantage

@@ -1,4 +1,4 @@
-"""The abstract advantage: one detached value a token from log-probabilities of sampled tokens."""
+"""The abstract advantage: one detached value per token from log-probabilities of sampled tokens."""
 
 from __future__ import annotations
 

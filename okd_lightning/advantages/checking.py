@@ -33,7 +33,7 @@ def as_advantage(given: object, option: str = "advantage") -> Advantage:
         got = list(credit.shape) if isinstance(credit, Tensor) else type(credit).__name__
         raise ConfigError(
             f"advantage {name}: credit() returned {got} for log-probs of shape "
-            f"{list(teacher.shape)}; expected a Tensor of that shape, one advantage a token"
+            f"{list(teacher.shape)}; expected a Tensor of that shape, one advantage per token"
         )
     if credit.requires_grad:
         raise ConfigError(

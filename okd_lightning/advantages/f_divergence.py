@@ -27,9 +27,9 @@ _TRAPS = {
     "OPDPlus with ReverseKL",
     "k3": "differentiated directly, k3 gives the gradient of forward KL and not of the reverse KL "
     "that it estimates; use OPDPlus with the divergence you mean",
-    "z_score": "dividing by a batch's standard deviation and subtracting its mean turns the sign "
-    "of advantages around zero, which say whether a token is worse or better than the teacher's "
-    "choice; use variant centred or value_baseline",
+    "z_score": "dividing by a batch's standard deviation and subtracting its mean can reverse the "
+    "sign of an advantage near zero, which tells whether the student's probability of a token "
+    "should fall or rise; use variant centred or value_baseline",
 }
 _TRAP_NAMES = {
     "per_state": "per_state_kl",

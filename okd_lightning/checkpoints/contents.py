@@ -1,4 +1,4 @@
-"""Contents of a checkpoint beyond Lightning's own state, and what it leaves out."""
+"""Contents of a checkpoint beyond Lightning's own state, and the weights that it omits."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def check_finite(weights: Mapping[str, Tensor], what: str) -> None:
 
     Args:
         weights: Weights to be written, by name.
-        what: Description of what is then not written, for the message.
+        what: Description of the output that is not written then, for the message.
 
     Raises:
         NonFiniteError: On all ranks; names a weight.
@@ -106,7 +106,7 @@ def _local(value: Tensor) -> Tensor:
 
 
 def allow_left_out(module: nn.Module, keys: _IncompatibleKeys) -> None:
-    """Remove what checkpoints leave out from the missing keys; a hook after ``load_state_dict``.
+    """Remove weights that checkpoints omit from the missing keys; a hook after ``load_state_dict``.
 
     Args:
         module: A DistillationModule, which may be a part of a larger one (an averaged model).
@@ -124,7 +124,7 @@ def _tails(name: str) -> set[str]:
 
 
 def check_methods(saved: Sequence[str], configured: Sequence[str]) -> None:
-    """Refuse to resume one method's run with another's.
+    """Refuse to resume a run with another method.
 
     Raises:
         CheckpointError: The methods differ; the message names both.
@@ -187,7 +187,8 @@ def check_text_rules(saved: int, sources: Collection[str]) -> None:
     if saved != RULES_VERSION and "dataset" in sources:
         raise CheckpointError(
             f"the checkpoint's dataset responses became ids by rules {saved}, this version has "
-            f"rules {RULES_VERSION}: the run would go on with other tokens at the start or end of "
+            f"rules {RULES_VERSION}: the run would continue with other tokens at the start or end "
+            "of "
             "responses; finish it with the version that began it, or start a new run from the "
             "exported student: --model.student FOLDER"
         )

@@ -80,7 +80,7 @@ def newest_checkpoint(folder: Path) -> str | None:
             continue
         if problems:
             broken = ", ".join(str(p) for p in found[: len(problems)])
-            rank_zero_warn(f"{broken} cannot be read; the run goes on from {path}")
+            rank_zero_warn(f"{broken} cannot be read; the run continues from {path}")
         return str(path)
     if problems:
         raise CheckpointError(

@@ -1,8 +1,8 @@
-"""Lock of a folder, so that one process at a time writes in it: the operating system's lock.
+"""Lock of a folder by the operating system, so that one process at a time writes in it.
 
-The lock ends with its process in every case, so no stale lock has to be removed by hand. Next to
-the lock file a second file names the holder: for messages, and as a mark of unfinished work, since
-it stays where started work ends with an error or its process is killed.
+The lock ends with its process in every case, so no stale lock has to be removed by hand. A second
+file next to the lock names the holder. It is used in messages and marks unfinished work, since it
+is kept where started work ends with an error or its process is killed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Hold:
     """State of a locked folder's work.
 
     Attributes:
-        has_begun: Whether some of the work stays where it ends with an error.
+        has_begun: Whether a part of the work is kept if it ends with an error.
     """
 
     has_begun: bool = False
@@ -118,7 +118,7 @@ def _put_back(path: Path, content: bytes | None) -> None:
 
 
 def _named_holder(folder: Path) -> Any:
-    """Return what a holder has written about itself; None if nothing can be read."""
+    """Return the holder's record of itself; None if it cannot be read."""
     try:
         return read_json(folder / HOLDER_FILE)
     except (OSError, ValueError):

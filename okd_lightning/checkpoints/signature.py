@@ -47,7 +47,7 @@ def can_sign() -> bool:
 def run_signature(
     config: str | None, started_in: str | None, arguments: Mapping[str, Any]
 ) -> str | None:
-    """Return the signature of what a run can be rebuilt from, for its checkpoint.
+    """Return the signature of the settings from which a run can be rebuilt, for its checkpoint.
 
     Args:
         config: The resolved config; None in a run from Python.
@@ -58,7 +58,7 @@ def run_signature(
 
 
 def is_own_run(own: Mapping[str, Any]) -> bool:
-    """Return whether this user signed what a checkpoint's run can be rebuilt from.
+    """Return whether this user signed the settings from which a checkpoint's run can be rebuilt.
 
     Args:
         own: ``okd_lightning`` of the checkpoint.

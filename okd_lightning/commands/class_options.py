@@ -1,6 +1,6 @@
 """Options that name a class, and settings of that class: ``--method KD --method.temperature 2``.
 
-The parser reads from left to right and takes a setting for one of the class named before it. Here a
+The parser reads from left to right and assigns a setting to the class named before it. Here a
 class that is named later is moved before its settings, and a setting without any class is refused.
 """
 
@@ -26,7 +26,7 @@ _EXAMPLES = {
 """Options that name a class, each with an example."""
 
 _MAPPINGS = ("--model.teacher",)
-"""Options that take a mapping too, whose keys are typed like settings."""
+"""Options that also take a mapping, whose keys are typed like settings."""
 
 
 def classes_first(words: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -82,10 +82,10 @@ _AGREED = (
     *(DifferingRanksError, NonFiniteError, PreemptedError, RewardError),
     *(RolloutTimeoutError, WorkerError),
 )
-"""Raised on all ranks alike; rank 0 prints the message."""
+"""Errors that are raised on all ranks; rank 0 prints the message."""
 
 _PARSERS: dict[tuple[Any, ...], dict[str, Any]] = {}
-"""Classes of an interface and the command → attributes that building its parser has set."""
+"""(Classes of an interface, command) → attributes that building its parser has set."""
 
 _LIGHTNING = Path(lightning.__file__).parent
 _TERMINATED = 128 + signal.SIGTERM
@@ -99,7 +99,7 @@ class DistillationCLI(LightningCLI):
         DistillationCLI(MyModule, MyData, args=prepare(sys.argv[1:]))
 
     Attributes:
-        monitors: Callbacks that every run has besides those that it configures.
+        monitors: Callbacks that every run has in addition to the configured ones.
     """
 
     monitors: tuple[type[Callback], ...] = MONITORS
@@ -135,7 +135,7 @@ class DistillationCLI(LightningCLI):
         return super().init_parser(**{"formatter_class": HelpFormatter, **kwargs})
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The command that was typed, or all of them: every one costs a parser of 400 options."""
+        """The command that was typed, or all of them: each needs a parser of 400 options."""
         every = super().subcommands()
         return {self._typed: every[self._typed]} if self._typed in every else every
 
@@ -241,7 +241,7 @@ class DistillationCLI(LightningCLI):
         return {name: config[name] for name in sections if config.get(name) is not None}
 
     def fit(self, **kwargs: Any) -> None:
-        """Train in the run's folder: a new run moves an older run away, a resumed run appends.
+        """Train in the run's folder; a new run moves an older run's files to ``earlier``.
 
         A run that fails before its first step restores the folder.
         """

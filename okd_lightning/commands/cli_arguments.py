@@ -52,7 +52,7 @@ OF_ONE_RUN = {
 """Options of fit that the runs of a comparison cannot share, and what to do instead."""
 
 _CONFIG_OPTIONS = ("--config", "-c")
-# what argparse knows as numbers, such as -1 and -0.5, is not among them
+# argparse itself recognises numbers such as -1 and -0.5
 _NEGATIVE = re.compile(r"-(\d+\.|(\d+\.?\d*|\.\d+)[eE][-+]?\d+|\.?inf)")
 _FOLDER = "default_root_dir"
 
@@ -178,7 +178,7 @@ def _can_begin(arguments: Sequence[str], configs: Sequence[dict[str, Any]]) -> b
 
 
 def last_checkpoint(command: str, folder: Path) -> str | None:
-    """Return the checkpoint that ``--ckpt_path last`` names; None for a run that is about to begin.
+    """Return the checkpoint that ``--ckpt_path last`` names; None for a new run.
 
     Raises:
         CheckpointError: There is none to measure, or none that can be read.
@@ -189,7 +189,9 @@ def last_checkpoint(command: str, folder: Path) -> str | None:
             f"--ckpt_path last: there are no checkpoints in {folder / 'checkpoints'}; give "
             "--trainer.default_root_dir the folder of a run"
         )
-    known = f"the run goes on from {found}" if found else "there is no checkpoint: a new run begins"
+    known = (
+        f"the run continues from {found}" if found else "there is no checkpoint: a new run begins"
+    )
     rank_zero_info(f"{folder}: {known}")
     return found
 
@@ -230,7 +232,7 @@ def load_config(name: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or one_line(str(error), 200)
-        raise ConfigError(f"--config {name!r}{where}: no valid YAML ({problem})") from error
+        raise ConfigError(f"--config {name!r}{where}: not valid YAML ({problem})") from error
     if not isinstance(config, dict):
         found = "an empty file" if config is None else f"a {type(config).__name__}"
         raise ConfigError(

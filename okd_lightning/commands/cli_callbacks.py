@@ -1,4 +1,4 @@
-"""Merging of ``trainer.callbacks``: of each kind, the callback that was given last.
+"""Merging of ``trainer.callbacks``: the last given callback of each kind is used.
 
 ``--trainer.callbacks+=X`` adds to a config's callbacks. Where the config (a checkpoint's, at a
 resume) has X already, the typed one replaces it.
@@ -57,7 +57,7 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
         if count > 1:
             name = next(type(c).__name__ for c in stateful if c.state_key == key)
             raise ConfigError(
-                f"trainer.callbacks holds {count} {name} that a checkpoint could not tell apart: "
+                f"trainer.callbacks holds {count} {name} that a checkpoint could not distinguish: "
                 "leave one out, or give them different names or settings"
             )
 

@@ -1,8 +1,8 @@
-"""Error messages of the command line: one line that says what to do.
+"""Error messages of the command line: one line with the problem and the remedy.
 
 jsonargparse's messages name parser keys, Python types and every alternative of a union, nested as
 deeply as the setting. A user needs the option, the given value, and the nearest valid name. Owns
-the explanation of such messages; ``complaints`` reads them, other modules decide what is refused.
+the explanation of such messages; ``complaints`` parses them, and other modules refuse options.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _ABSTRACT = re.compile(r"an instantiatable class, but ([\w.]+) is abstract")
 _LITERAL = re.compile(r"Expected a typing\.Literal\[(.*)\](?:\. Got value: ?(.*))?$")
 
 _MISTYPED = 0.85
-"""Similarity of a name to one of ours from which it is not another trainer's option."""
+"""Similarity to one of our options from which a name is taken for a misspelling of it."""
 
 _KINDS = {
     "Method": "method",
@@ -147,7 +147,7 @@ def readable(error: Exception, options: Sequence[str] = ()) -> str:
 
 
 def _what_is_missing(text: str) -> str | None:
-    """Return the required options that were not given, as one types them."""
+    """Return the required options that were not given, as typed."""
     for complaint in complaints_of(text):
         found = _MISSING.search(complaint.text)
         if found:
@@ -282,7 +282,7 @@ def _not_settings(complaint: Complaint) -> str | None:
 
 
 def _base_class(subtypes: str | None) -> type | None:
-    """Return the class that a union is about: the last of its types that is not None."""
+    """Return the class in a union: the last of its types that is not None."""
     paths = re.findall(r"[A-Za-z_][\w]*(?:\.[\w]+)+", (subtypes or "").replace("typing.", ""))
     found = [kind for path in paths if isinstance(kind := imported(path), type)]
     return found[-1] if found else None

@@ -31,7 +31,7 @@ class Complaint:
 
     @property
     def option(self) -> str:
-        """The option that the leaf is about, as one types it."""
+        """The option of this leaf, as typed."""
         return "--" + ".".join(bare(key) for key in self.keys)
 
 

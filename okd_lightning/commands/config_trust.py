@@ -1,10 +1,10 @@
-"""Trust in a config that nobody typed: that of a checkpoint, or of an earlier comparison.
+"""Trust in a config that the user did not type: a checkpoint's, or an earlier comparison's.
 
 A config names classes to import and build, and servers to connect to, so its author can run any
 program with it. Typed options are the user's own, and so is a config that the user's own runs have
 signed (``checkpoints.signature``). Any other config may name only the classes of this library, its
-``callbacks`` folder, lightning, torch.optim and peft. An object counts by where it is defined, so
-that ``okd_lightning.some_module.subprocess.Popen`` is subprocess's.
+``callbacks`` folder, lightning, torch.optim and peft. An object is judged by the module that
+defines it, so that ``okd_lightning.some_module.subprocess.Popen`` is subprocess's.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ForeignPart:
     """A part of a config that is used only if it is trusted.
 
     Attributes:
-        option: Place in the config, as one types it, without the dashes.
+        option: Place in the config, as typed, without the dashes.
         value: Value, as text.
         what: Kind of the part, for messages.
     """
@@ -67,7 +67,7 @@ class ForeignPart:
 
     @property
     def is_broken(self) -> bool:
-        """True where no config of a run has such a part."""
+        """True for a part that no run's config contains."""
         return self.what == _UNWRITTEN
 
     @property

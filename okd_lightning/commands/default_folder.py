@@ -1,4 +1,4 @@
-"""Run folder of a command that names none: a new folder per run, found again by its settings.
+"""Default run folder: a new folder per run, which is found again by the run's settings.
 
 The folder is ``runs/METHOD-DATE-TIME-XXXX`` below the current folder. ``--ckpt_path last`` finds
 the newest run there with the same settings.

@@ -212,14 +212,14 @@ def _check_base(module: DistillationModule) -> None:
 
 
 def _stored(model: nn.Module, dtype: StoredFormat | None) -> dict[str, nn.Parameter]:
-    """Bring a model into the format that is written; return its parameters."""
+    """Convert a model to the written format; return its parameters."""
     if dtype is not None:
         model.to(dtype=getattr(torch, dtype))
     return dict(model.named_parameters())
 
 
 def _check_out(out: Path, module: DistillationModule, overwrite: bool) -> None:
-    """Refuse a folder that is needed again: older weights in the output folder are removed."""
+    """Refuse an output folder from which a model is loaded: older weights in it are removed."""
     teacher = module.pair.teacher
     sources = {
         "--model.student": module.pair.student_source,

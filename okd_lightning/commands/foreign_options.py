@@ -16,7 +16,7 @@ _VLLM_SERVER = "--model.engine VLLMServer"
 _QUANTISED = "nothing: give --model.student a folder that is quantised already"
 _ADAPTER = "--model.student_adapter LoraConfig"
 _ABSENT = "nothing: "
-_NONE = "nothing: responses are the student's own distribution (--data.sampling has what there is)"
+_NONE = "nothing: responses are sampled from the student itself (see --data.sampling)"
 
 TRL: Mapping[str, str] = {
     # GKDConfig and DistillationConfig

@@ -1,7 +1,7 @@
 """Options that the user gave, by layer: a checkpoint's config, config files, the command line.
 
-A parsed configuration does not tell a given value from a default. The difference counts where two
-options set one quantity, or an option has no effect in a run.
+A parsed configuration does not distinguish a given value from a default. The difference counts
+where two options set one quantity, or an option has no effect in a run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from okd_lightning.bounded_files import load_yaml, read_text
 from okd_lightning.errors import ConfigError
 
 Layer: TypeAlias = dict[str, Any]
-"""Option, as one types it (model.optimizer.lr) → its value."""
+"""Option, as typed (model.optimizer.lr) → its value."""
 
 _SECTIONS = ("model", "data", "trainer", "method")
 

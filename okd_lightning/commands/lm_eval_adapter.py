@@ -36,7 +36,7 @@ def _base_of(folder: str) -> str | None:
     base = config.get("base_model_name_or_path")
     if not base:
         raise ModelError(
-            f"{folder} holds an adapter and does not say of which model; export it merged "
+            f"{folder} holds an adapter and does not name its base model; export it merged "
             "(okd-lightning export --adapter merged)"
         )
     return str(base)
@@ -51,7 +51,7 @@ class ExportedLM(HFLM):
         **settings: HFLM's, such as dtype, device and batch_size.
 
     Raises:
-        ModelError: An adapter that does not name its base.
+        ModelError: An adapter that does not name its base model.
     """
 
     def __init__(self, pretrained: str, **settings: Any) -> None:
@@ -69,8 +69,8 @@ class ExportedLM(HFLM):
     ) -> str:
         """Render a chat as the harness does, with training's limits of time and memory.
 
-        A template that refuses the chat gets it again without its system prompt. From then on the
-        template adds the bos.
+        If the template refuses the chat, it is rendered again without its system prompt. From then
+        on the template adds the bos.
 
         Raises:
             DataError: The template refuses the chat, loops, or needs too much memory.

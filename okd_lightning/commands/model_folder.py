@@ -1,4 +1,4 @@
-"""The folder of a model that a command writes: what it may replace, and that it is whole.
+"""Output folder of a model: the files that may be replaced, and their complete replacement.
 
 A model of an earlier command may be replaced. Its files stay until all of the new ones are written.
 """
@@ -19,7 +19,7 @@ from okd_lightning.errors import OutputError
 
 _MARKER = ".okd-lightning-export"
 CUT_RECORD = "shrink.json"
-"""Record of a student that was cut from a teacher: an export does not replace it unasked."""
+"""Record of a student cut from a teacher: an export replaces it only with ``--overwrite``."""
 
 _OLD_MODEL = ("model*.safetensors*", "adapter_config.json", "adapter_model.*", CUT_RECORD)
 
@@ -33,7 +33,7 @@ def check_model_folder(
         out: The folder to write.
         sources: Locations of the models that are read, by option.
         overwrite: Whether any folder may be written among its files.
-        replaces_exports: Whether the folder of an earlier export is replaced without being told.
+        replaces_exports: Whether the folder of an earlier export is replaced without ``overwrite``.
 
     Raises:
         OutputError: The folder cannot be written, is that of a model that is read, or is not
@@ -48,7 +48,7 @@ def check_model_folder(
             )
     is_used = out.is_dir() and any(out.iterdir())
     if is_used and not overwrite and not (replaces_exports and _is_export(out)):
-        kind = "a run" if (out / CONFIG_FILE).is_file() else "something else than an export"
+        kind = "a run" if (out / CONFIG_FILE).is_file() else "something other than an export"
         kind = kind if replaces_exports or kind == "a run" else "files"
         raise OutputError(
             f"--out {str(out)!r} holds {kind}: choose another folder, or give --overwrite to write "

@@ -1,4 +1,4 @@
-"""Effect of options at a resume: an option acts, is refused, or needs a new run.
+"""Effect of options at a resume: applied, refused, or only possible in a new run.
 
 ``docs/state.md`` shows the same table. An option counts as given where it differs from the
 checkpoint's config, whether it was typed or is in a config file. Options that change the data (the
@@ -17,9 +17,9 @@ from okd_lightning.errors import CheckpointError
 Verdict: TypeAlias = Literal["acts", "refused", "new run"]
 
 _WEIGHTS = "the student's weights come from the checkpoint"
-_STATE = "its state in the checkpoint continues"
+_STATE = "its state is restored from the checkpoint"
 _STREAMS = "the random streams come from the checkpoint"
-_TRAINED = "the checkpoint's weights are of what was trained so far"
+_TRAINED = "the checkpoint's weights belong to the parts trained so far"
 
 REFUSED: Mapping[str, tuple[Verdict, str]] = {
     "seed_everything": ("refused", _STREAMS),
@@ -64,7 +64,7 @@ def verdict(option: str) -> Verdict:
 
 
 def check_resume(saved: Mapping[str, Any], own: Mapping[str, Any], checkpoint: str) -> None:
-    """Refuse options that could not act at a resume.
+    """Refuse options that could have no effect at a resume.
 
     Args:
         saved: The checkpoint's config.
@@ -88,7 +88,7 @@ def check_resume(saved: Mapping[str, Any], own: Mapping[str, Any], checkpoint: s
                 f"{checkpoint} --out FOLDER, and --model.student FOLDER"
             )
         raise CheckpointError(
-            f"--{option} {_shown(new)} would do nothing at a resume: {rule[1]}; {advice}"
+            f"--{option} {_shown(new)} would have no effect at a resume: {rule[1]}; {advice}"
         )
 
 

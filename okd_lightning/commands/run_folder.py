@@ -61,7 +61,7 @@ class PreparedRun:
                 _move_back(path, self.folder / path.name)
             _remove_empty(self.earlier)
             _remove_empty(self.earlier.parent)
-            rank_zero_info(f"nothing was trained; the run of before is back in {self.folder}")
+            rank_zero_info(f"nothing was trained; the earlier run is restored in {self.folder}")
         _remove_empty(self.folder)
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint's own config: read, checked for trust, with its paths adapted to this place.
+"""A checkpoint's own config: read, checked for trust, with its paths resolved.
 
 Where only ``--ckpt_path`` is given, the run is built from this config. Its author is the
 checkpoint's, so ``config_trust`` checks it before anything is imported.
@@ -123,8 +123,7 @@ def _read(path: str, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     started_in = own.get("started_in")
     if not isinstance(config, dict) or not isinstance(started_in, str | None):
         raise CheckpointError(
-            f"--ckpt_path {path!r}: what it holds as its config is none; no run wrote it: take "
-            "another checkpoint"
+            f"--ckpt_path {path!r}: its config is not that of a run; take another checkpoint"
         )
     moved: dict[str, Any] = _with_moved(config)
     if isinstance(model := moved.get("model"), dict):

@@ -1,8 +1,8 @@
-"""Options that set one quantity twice: the last one given counts, and both record its value.
+"""Pairs of options for one quantity: the last one given is used, and both record its value.
 
 ``model.learning_rate`` and the ``lr`` of ``model.optimizer`` are one quantity, ``weight_decay`` is
-another. The parsed configuration is changed so that both options hold the value that counts, and so
-do ``config.yaml`` and checkpoints.
+another. The parsed configuration is changed so that both options hold the value that is used, and
+so do ``config.yaml`` and checkpoints.
 """
 
 from __future__ import annotations

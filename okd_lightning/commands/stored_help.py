@@ -1,4 +1,4 @@
-"""Answers that need no parser: the index of options, and the text of ``COMMAND --help``.
+"""Stored answers that need no parser: the index of options, and the text of ``COMMAND --help``.
 
 The parsers cost ten seconds of imports. Their options and help texts are therefore stored in
 ``option_index.json``; ``make golden`` writes the file, and a test compares it with the parsers.

@@ -50,7 +50,7 @@ def check_earlier_options(typed: Sequence[str], configs: Sequence[Mapping[str, A
             model[name] = {**(model.get(name) or {}), (*rest, EARLIER[name])[0]: given[option]}
     spelling = present_spelling(model)
     advice = f"give {spelling}" if spelling else "leave it out"
-    raise UsageError(f"--{earlier[0]} is not an option any more: {advice}")
+    raise UsageError(f"--{earlier[0]} is no longer an option: {advice}")
 
 
 def check_teacher(value: Any, words: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
-"""Unknown options and methods: the messages, and an early answer to them.
+"""Unknown options and methods: their messages, and a check before slow imports.
 
 The options of the commands and the names of methods are stored (``stored_help``), so that a
-mistyped one is answered before torch and transformers are imported. Everything that the index
+mistyped one is reported before torch and transformers are imported. Everything that the index
 cannot decide, and every option that is refused with an explanation of its own, is left to the
 command.
 """
@@ -80,8 +80,8 @@ def no_such_class(
     Args:
         option: Where it was given.
         name: The name that was given.
-        problem: What is wrong with it.
-        names: All names that would do.
+        problem: The problem with it.
+        names: All accepted names.
         own: Those to list, unless they are too many.
     """
     hint = did_you_mean(name, names, cutoff=0.5)
@@ -108,7 +108,7 @@ def _of_another_command(given: str, options: Sequence[str]) -> str:
 
 
 def _is_unknown(option: str, known: set[str]) -> bool:
-    """Return whether no class or mapping can have this setting, and it is none of ``known``."""
+    """Return whether no class or mapping can have this setting, and it is not in ``known``."""
     if option.rstrip("+") in known or option in known:
         return False
     return not any(part in known and not _is_section(part, known) for part in _parents(option))

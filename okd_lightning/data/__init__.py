@@ -10,7 +10,8 @@
 * ``templates``: chats as text, divided at assistant turns; ``chat_ids``: their ids.
 * ``text_rows``, ``chat_rows``, ``whole_texts``: the kinds of rows to ``records.Example``s.
 * ``tool_turns``: the chat template's text between two turns of a rollout that calls tools.
-* ``teacher_prompts``: the teacher's own prompts. ``teacher_choice``: a row's teacher among several.
+* ``teacher_prompts``: settings of the teacher's own prompts; ``teacher_prompt_ids``: their ids.
+* ``teacher_choice``: a row's teacher among several.
 * ``examples``: all examples, with limited lengths and counts of skipped rows.
 * ``token_cache``: the examples on disk; ``stored_examples``: the examples as bytes.
 * ``parts``: train, val, test and predict; ``row_report``: the log and warnings about their rows.

@@ -146,7 +146,7 @@ def read_hub(hub_id: str, *, split: str, subset: str | None) -> list[Row]:
         raise
     except OSError as error:
         raise DataNotFoundError(
-            f"data set {hub_id!r}: no such file or folder here, and not to be had from the Hugging "
+            f"data set {hub_id!r}: no such file or folder here, and not available from the Hugging "
             f"Face Hub ({_first_line(error)}); check the spelling and the network, "
             "or give the path of a .jsonl file"
         ) from error

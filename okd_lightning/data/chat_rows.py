@@ -108,7 +108,7 @@ def examples_from_chats(
     where: str,
     images: RowImages | None = None,
 ) -> tuple[list[Example], tuple[str, ...]]:
-    """Return one example a row; a blank last turn becomes no response.
+    """Return one example per row; a blank last turn becomes no response.
 
     The last assistant turn is the response, closed by the template's end-of-turn token or, without
     one, by the first of ``eos_ids``. Earlier assistant turns are prompt tokens that carry loss,

@@ -1,6 +1,6 @@
-"""Hints in errors: the options that read rows whose columns have other names.
+"""Hints in error messages: the options that read rows whose columns have other names.
 
-With the options of a hint, all of a row is read. Columns that belong to the prompt (Alpaca's
+The options of a hint read the whole row. Columns that belong to the prompt (Alpaca's
 ``input``, Dolly's ``context``, OpenOrca's ``system_prompt``) are therefore included, as a template.
 Names are compared without regard to case.
 """
@@ -72,7 +72,7 @@ class Cells:
         return [name for name, cell in self.samples.items() if is_chat(cell)]
 
     def lists(self) -> list[str]:
-        """Return the columns of lists that are no chats (LIMA's texts, Axolotl's segments)."""
+        """Return the columns of lists that are not chats (LIMA's texts, Axolotl's segments)."""
         return [
             n for n, cell in self.samples.items() if isinstance(cell, list) and not is_chat(cell)
         ]

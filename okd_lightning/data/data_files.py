@@ -22,10 +22,10 @@ FILE_KINDS = (*JSON_SUFFIXES, *CSV_DELIMITERS, ".parquet")
 """Suffixes that are read; all but Parquet also followed by ``.gz``."""
 
 _LEAST, _ROWS = 4, 65_536
-"""Bytes of a value that is read, at least; rows that are read at once, at most."""
+"""Minimum bytes of a value that is read; maximum rows that are read at once."""
 
 _EXPECTED = (
-    "expected .jsonl (an object a line), .json (a list of objects), .csv or .tsv (also .gz of "
+    "expected .jsonl (an object per line), .json (a list of objects), .csv or .tsv (also .gz of "
     "these), or .parquet"
 )
 
@@ -73,7 +73,7 @@ def _check_named_size(file: pq.ParquetFile, size: int) -> list[str]:
         as indices into a dictionary, of 4 bytes each, whose texts are in memory once.
 
     Raises:
-        OverflowError: The file expands to more than rows of text do.
+        OverflowError: The file expands to more bytes than rows of text can.
     """
     named = 0
     for column, chunk in _chunks(file):
@@ -94,7 +94,7 @@ def _table_of(file: pq.ParquetFile, size: int) -> pa.Table:
     texts of a list are counted before they are written out.
 
     Raises:
-        OverflowError: The file expands to more than rows of text do.
+        OverflowError: The file expands to more bytes than rows of text can.
     """
     most, read, found = most_bytes(size), 0, []
     largest = max([chunk.total_uncompressed_size for _, chunk in _chunks(file)], default=0)

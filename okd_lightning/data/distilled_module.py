@@ -1,4 +1,4 @@
-"""The module's interface for data and rollouts, and checks that both agree."""
+"""Interface of the LightningModule that data and rollouts use, and checks that both agree."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class DistilledPair(Protocol):
         """Add ids that end a response."""
 
     def keep_apart(self, ids: Collection[int]) -> None:
-        """Take ids after which a response goes on out of the ends."""
+        """Remove ids after which a response continues from the end ids."""
 
     def check_lengths(self, num_tokens: int, teacher_tokens: int) -> None:
         """Refuse sequences that are too long for the models."""

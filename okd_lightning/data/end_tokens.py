@@ -1,4 +1,4 @@
-"""Ends of responses that a dataset shows: at which generation stops, and which are no ends.
+"""End-of-response ids of a dataset, and ids that only hand over to a tool or another turn.
 
 An id after which a response goes on hands over to a tool or another turn (Llama 3's
 ``<|eom_id|>``, GLM-4's ``<|observation|>``). Generation stops there, but it is another outcome than
@@ -23,10 +23,10 @@ _ANSWER, _NEXT = "okd answer", "okd question"
 
 
 def handed_over(examples: Iterable[Example], end_ids: Collection[int]) -> list[int]:
-    """Return the end ids that a row's learned tokens hold before its response ends with another.
+    """Return the end ids that occur in a row's learned tokens before another end id closes them.
 
-    Earlier assistant turns count too: they hand over to tools or users. A turn's end that also ends
-    the response is no such id.
+    Earlier assistant turns count too: they hand over to tools or users. An id that also ends the
+    response is not returned.
 
     Args:
         examples: Tokenized rows.
@@ -77,7 +77,7 @@ def written_elsewhere(
 
 
 def adopt_ends(pair: DistilledPair, found: ExampleSet, settings: Mapping[str, Any]) -> None:
-    """Let a pair's responses end as those of a dataset do.
+    """Set a pair's end ids to those that end the responses of a dataset.
 
     Generation also stops where the dataset's turns end. Ids that a response holds before another
     end, or that the chat template writes elsewhere, are no longer ends of a response.

@@ -21,12 +21,8 @@ from okd_lightning.data.image_cells import has_images
 from okd_lightning.data.images import RowImages
 from okd_lightning.data.layouts import Layout, choose_layout
 from okd_lightning.data.row_templates import with_prompts
-from okd_lightning.data.teacher_prompts import (
-    TeacherPrompts,
-    with_foreign_prompts,
-    with_image_prompts,
-    with_teacher_prompts,
-)
+from okd_lightning.data.teacher_prompt_ids import PromptedRows, add_teacher_prompts
+from okd_lightning.data.teacher_prompts import TeacherPrompts
 from okd_lightning.data.text_rows import examples_from_texts
 from okd_lightning.data.whole_texts import examples_from_whole_texts
 from okd_lightning.errors import ConfigError, DataError
@@ -34,7 +30,7 @@ from okd_lightning.models.text_ids import MARGIN, TextEncoder
 from okd_lightning.records.batches import Example
 
 OnOverlong: TypeAlias = Literal["skip", "error"]
-"""Action for a row whose prompt is too long."""
+"""Action for a row whose prompt is too long: skip and count it, or raise."""
 
 OVERLONG_PROMPT = "overlong prompt"
 EMPTY_RESPONSE = "empty response"
@@ -50,7 +46,7 @@ class ExampleSet:
         skipped: Number of skipped rows, by reason (``OVERLONG_PROMPT``, ``EMPTY_RESPONSE``,
             ``OVERLONG_TEACHER_PROMPT``, ``TeacherPrompts.reason_for_none``).
         num_cut: Examples whose response was cut and therefore has no eos.
-        notes: Messages about content that cannot be learned, one a kind.
+        notes: Messages about content that cannot be learned, one per kind.
         usual_length: 95th percentile of the responses' tokens before cutting; 0 without any.
     """
 
@@ -225,7 +221,7 @@ def build_examples(
             skipped, and a dataset without such a column is refused.
         where: The dataset's name for messages (``describe_source``).
         teacher_prompts: The teacher's own prompts; None: the same prompts. Rows whose teacher
-            prompt is missing or too long are skipped like others.
+            prompt is missing or too long are skipped like rows with too long prompts.
         teacher_tokenizer: Tokenizer of a teacher that has another one, which makes the teacher's
             prompts; None for a teacher that reads the student's ids.
         images: Reads the images of rows; None where the models read text alone.
@@ -255,14 +251,10 @@ def build_examples(
     own_eos = tokenizer.eos_token_id
     eos_ids = [eos_id] if own_eos in (None, eos_id) else [eos_id, own_eos]
     examples, notes = _read(rows, encoder, columns, layout, limits, eos_ids)
-    settings = {"layout": layout, "teacher_prompts": teacher_prompts}
-    cells: dict[str, Any] = {"columns": columns, "where": where, **settings}
-    if teacher_tokenizer is not None:
-        examples = with_foreign_prompts(examples, rows, teacher_tokenizer, tokenizer, **cells)
-    elif images is not None:
-        examples = with_image_prompts(examples, rows, encoder, images, **cells)
-    elif teacher_prompts is not None:
-        examples = with_teacher_prompts(examples, rows, encoder, **cells)
+    prompted = PromptedRows(rows, columns, layout, teacher_prompts, where)
+    examples = add_teacher_prompts(
+        examples, prompted, encoder, teacher_tokenizer=teacher_tokenizer, images=images
+    )
     found = replace(limits.apply(examples), notes=notes)
     warn_of(found, where)
     return found

@@ -30,7 +30,7 @@ _URL_KEYS = ("url", "image_url")
 def places_of(row: RawRow, columns: Columns) -> list[Any]:
     """Return one entry for each place in a chat: the part's own image, or None for the column's.
 
-    ``<image>`` in an assistant's text is no place of a prompt.
+    ``<image>`` in an assistant's text is not a place in the prompt.
     """
     found: list[Any] = []
     messages = listed_messages(row.get(columns.messages or ""))
@@ -180,6 +180,6 @@ def _bytes(data: Any, name: str, at: str) -> bytes:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, TypeError, ValueError) as error:
         raise DataError(
-            f"{at}: the bytes of {name} are no base64 text ({error}); expected an encoded image "
+            f"{at}: the bytes of {name} are not base64 text ({error}); expected an encoded image "
             "file in base64"
         ) from error

@@ -32,7 +32,7 @@ class RowImages:
         teacher: The teacher's, where it makes other inputs or prompts; None where it reads the
             student's.
         folder: Folder that paths are relative to.
-        are_present: Whether the dataset has an image; without one ``<image>`` is a text as any.
+        are_present: Whether the dataset has an image; without one ``<image>`` is ordinary text.
         are_optional: Whether a prompt without places leaves the images to the other model's prompt.
     """
 
@@ -44,7 +44,7 @@ class RowImages:
     _known: dict[object, ImageRef] = field(default_factory=dict)
 
     def digest_of(self, rows: Sequence[RawRow], columns: Columns, where: str) -> str:
-        """Return what decides the ids of prompts besides the rows: processors and image files.
+        """Return a digest of processors and image files, on which prompt ids depend.
 
         Files are read and not decoded.
         """

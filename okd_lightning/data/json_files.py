@@ -1,4 +1,4 @@
-"""Rows of a JSONL file (an object a line) or a JSON file (one list of objects).
+"""Rows of a JSONL file (an object per line) or a JSON file (one list of objects).
 
 Owns the errors about broken files; not the columns of a row.
 """
@@ -40,7 +40,7 @@ def _read_lines(text: str, path: Path) -> list[Row]:
                 hint = "write each row on one line"
             raise DataError(
                 f"{path}, line {number}: not valid JSON ({error.msg} at character "
-                f"{error.colno}); expected one JSON object a line; {hint}"
+                f"{error.colno}); expected one JSON object per line; {hint}"
             ) from error
         if not isinstance(row, dict):
             hint = "; a list of rows belongs in a .json file" if isinstance(row, list) else ""
@@ -59,10 +59,10 @@ def _read_list(text: str, path: Path) -> list[Row]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            return _read_lines(text, path)  # an object a line, the format of Dataset.to_json
+            return _read_lines(text, path)  # an object per line, the format of Dataset.to_json
         raise DataError(
             f"{path}, line {error.lineno}: not valid JSON ({error.msg} at character "
-            f"{error.colno}); expected one list of objects, or an object a line"
+            f"{error.colno}); expected one list of objects, or an object per line"
         ) from error
     if not isinstance(rows, list):
         raise DataError(_no_list(rows, path))
@@ -81,7 +81,7 @@ def _no_list(found: object, path: Path) -> str:
     hint = f" (is it the one under {within[0]!r}?)" if len(within) == 1 else ""
     return (
         f"{path}: {what} where a list of JSON objects is expected; "
-        f"put the rows into a list{hint}, or one a line into a .jsonl file"
+        f"put the rows into a list{hint}, or one per line into a .jsonl file"
     )
 
 
@@ -90,7 +90,8 @@ def read_json_rows(path: Path, kind: str) -> list[Row]:
 
     Args:
         path: UTF-8, with or without byte order mark, also compressed (.gz).
-        kind: ".jsonl" for an object a line; ".json" for one list of objects, or an object a line.
+        kind: ".jsonl" for an object per line; ".json" for one list of objects, or an object per
+            line.
 
     Raises:
         DataError: The file is not UTF-8, cannot be opened, is not JSON, or holds something that is

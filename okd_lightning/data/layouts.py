@@ -86,7 +86,7 @@ def _no_prompt(
     if "NAME" in options and (lists := cells.lists()):
         return DataError(
             f"{where}: no column {missing}; found: {quoted(cells.samples)}; {quoted(lists)} "
-            f"hold{'s' * (len(lists) == 1)} a list that is no chat: turn each row into {_A_CHAT}"
+            f"hold{'s' * (len(lists) == 1)} a list that is not a chat: turn each row into {_A_CHAT}"
         )
     return DataError(
         f"{where}: no column {missing}; found: {quoted(cells.samples)}{_unused(cells, options)}; "

@@ -57,16 +57,16 @@ class RolloutDataModule(CollectiveDataModule):
         val: Validation data.
         test: Test data; by default the validation data.
         predict: Prompts for predict; by default the test or validation data.
-        batch_size: Sequences a micro-batch (a device's forward pass).
-        global_batch_size: Sequences an optimizer step over all devices; gradient accumulation is
+        batch_size: Sequences per micro-batch (a device's forward pass).
+        global_batch_size: Sequences per optimizer step over all devices; gradient accumulation is
             derived from it.
         max_prompt_length: Tokens; on_overlong decides about longer prompts.
         max_response_length: Tokens; dataset responses are cut here (a cut response gets no eos) and
             generation stops here.
         on_overlong: Skip and count rows with longer prompts, or stop with an error.
-        prompts_per_epoch: Prompts an epoch; by default the whole dataset.
-        prompts_per_rollout: Prompts a rollout batch; by default those of one optimizer step, which
-            is strictly on-policy.
+        prompts_per_epoch: Prompts per epoch; by default the whole dataset.
+        prompts_per_rollout: Prompts per rollout batch; by default those of one optimizer step,
+            which is strictly on-policy.
         samples_per_prompt: Responses generated to each prompt.
         sampling: Sampling of responses in training and predict; the on-policy metrics of
             validation and test always sample from the student itself (temperature 1).
@@ -254,8 +254,8 @@ class RolloutDataModule(CollectiveDataModule):
         )
         if self.samples_per_prompt > 1 and plan.sources == {"dataset"}:
             raise ConfigError(
-                f"data.samples_per_prompt {self.samples_per_prompt} has nothing to act on: in this "
-                "run nobody writes responses; leave it out, or use an on-policy method"
+                f"data.samples_per_prompt {self.samples_per_prompt} has no effect: this run "
+                "generates no responses; leave it out, or use an on-policy method"
             )
         announce(plan, shape)
         teacher = module.pair.teacher
@@ -324,7 +324,7 @@ class RolloutDataModule(CollectiveDataModule):
         return {**position, "text_rules": RULES_VERSION}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Begin with that epoch, whether the loader already exists or not."""
+        """Start from the stored epoch, whether the loader already exists or not."""
         self._resumed = dict(state_dict)
         self._text_rules = state_dict.get("text_rules", 1)
         if self._train_loader is not None:

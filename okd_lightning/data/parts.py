@@ -39,7 +39,7 @@ def part_sources(
 def _images(
     source: DataSource, rows: Sequence[RawRow], pair: DistilledPair, columns: Columns
 ) -> RowImages | None:
-    """Return what reads the images of some rows; None where the models read text alone.
+    """Return the reader of some rows' images; None where the models read text alone.
 
     Raises:
         ConfigError: There are images, and a model, the teacher or the engine reads none.

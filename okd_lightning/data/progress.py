@@ -25,7 +25,7 @@ class ShowsWriting(Protocol):
         """Show that row within the context.
 
         Args:
-            description: Such as "student writes".
+            description: Such as "student generates".
             total: Rows to be generated or read.
         """
 
@@ -43,7 +43,7 @@ def rollout_progress(
 
     Args:
         trainer: The Trainer with the bar.
-        description: Such as "student writes".
+        description: Such as "student generates".
         total: Rows to be generated or read.
     """
     bar = trainer.progress_bar_callback

@@ -43,7 +43,7 @@ def report_rows(
 
 
 def report_plain_prompts(part: str, found: ExampleSet, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Log that a tokenizer for chats reads prompts that are none; rows without prompts are fine."""
+    """Log that rows are plain prompts although the tokenizer has a chat template."""
     has_template = getattr(tokenizer, "chat_template", None) is not None
     is_plain = any(
         example.chat is None and len(example.prompt_ids) > 1 for example in found.examples[:1]
@@ -56,7 +56,7 @@ def cut_advice(found: ExampleSet, limit: int) -> str:
     """Return the share of cut responses, its effect, and a limit that cuts few."""
     return (
         f"{found.share_cut:.0%} of the responses are cut at --data.max_response_length {limit}, "
-        "and what is cut never teaches the student to end; "
+        "and a cut response does not teach the student to stop; "
         f"95 % of them have at most {found.usual_length} tokens: "
         f"use --data.max_response_length {found.usual_length}"
     )

@@ -76,7 +76,7 @@ def with_prompts(
         where: The dataset's name for messages.
 
     Raises:
-        DataError: A field that is no column, a cell that is not text, a row that fills no
+        DataError: A field that is not a column, a cell that is not text, a row that fills no
             template, or rows that are chats already.
     """
     if columns.templates:
@@ -100,7 +100,7 @@ def _filled(
             near = get_close_matches(name, list(known), n=1)
             hint = f"; did you mean {{{near[0]}}}?" if near else ""
             raise DataError(
-                f"{where}: {_PROMPT_TEMPLATE} names {{{name}}}, which is no column; "
+                f"{where}: {_PROMPT_TEMPLATE} names {{{name}}}, which is not a column; "
                 f"found: {quoted(known)}{hint}"
             )
     prompt = columns.prompt or "prompt"

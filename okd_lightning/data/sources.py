@@ -88,7 +88,7 @@ def _copy_rows(source: MapStyleDataset) -> list[dict[str, Any]]:
         except (LookupError, TypeError) as error:
             raise DataError(
                 f"a data set was given as {type(source).__name__}, whose row {number + 1} cannot "
-                f"be had by its number ({type(error).__name__}: {error}); expected rows that are "
+                f"be read by its number ({type(error).__name__}: {error}); expected rows that are "
                 "mappings, such as a list of them (of a DataFrame: frame.to_dict('records'))"
             ) from error
         if not isinstance(row, Mapping):

@@ -24,7 +24,7 @@ def check_choice(column: str | None, names: Sequence[str]) -> None:
     """
     if column is not None and not names:
         raise ConfigError(
-            f"data.teacher_column {column!r} has nothing to act on: give --model.teacher "
+            f"data.teacher_column {column!r} has no effect: give --model.teacher "
             "RoutedTeachers with --model.teacher.teachers, or leave it out"
         )
     if column is None and names:

@@ -27,7 +27,7 @@ def read_bytes(path: Path) -> bytes:
     """Return the content of a file, decompressed if it is gzip.
 
     Raises:
-        DataError: It cannot be opened, or is no complete gzip file.
+        DataError: It cannot be opened, or is not a complete gzip file.
     """
     require_regular(path, DataError, str(path))
     try:

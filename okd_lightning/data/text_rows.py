@@ -12,6 +12,25 @@ from okd_lightning.records.batches import Example
 from okd_lightning.records.images import ImageRef
 
 
+def _with_images(
+    prompts: Sequence[str],
+    rows: Sequence[RawRow],
+    places: Sequence[str],
+    columns: Columns,
+    images: RowImages,
+) -> tuple[list[str], list[tuple[ImageRef, ...]]]:
+    """Return the prompts with the tokens of their images, and each row's images."""
+    refs = [
+        images.of_row(row, columns, at, prompt)
+        for row, at, prompt in zip(rows, places, prompts, strict=True)
+    ]
+    texts = [
+        images.prompt(prompt, own, at, is_rendered=False)
+        for prompt, own, at in zip(prompts, refs, places, strict=True)
+    ]
+    return texts, refs
+
+
 def examples_from_texts(
     rows: Sequence[RawRow],
     encoder: TextEncoder,
@@ -24,7 +43,7 @@ def examples_from_texts(
     where: str,
     images: RowImages | None = None,
 ) -> list[Example]:
-    """Return one example a row; a blank response becomes no response.
+    """Return one example per row; a blank response becomes no response.
 
     A response ends with the eos in its text, else with the first of ``eos_ids``. Prompts and
     responses above their limits keep some tokens beyond them.
@@ -39,31 +58,24 @@ def examples_from_texts(
         for row, at in zip(rows, places, strict=True)
     ]
     texts = prompts
-    own: list[tuple[ImageRef, ...]] = [()] * len(rows)
+    refs: list[tuple[ImageRef, ...]] = [()] * len(rows)
     if images is not None:
-        own = [
-            images.of_row(row, columns, at, prompt)
-            for row, at, prompt in zip(rows, places, prompts, strict=True)
-        ]
-        texts = [
-            images.prompt(prompt, refs, at, is_rendered=False)
-            for prompt, refs, at in zip(prompts, own, places, strict=True)
-        ]
+        texts, refs = _with_images(prompts, rows, places, columns, images)
     prompt_ids = encoder.prompts(texts, limit=max_prompt_length)
     for ids, prompt, at in zip(prompt_ids, prompts, places, strict=True):
         if not ids:
             raise DataError(f"{at}: the prompt {prompt!r} has no tokens; fill or delete the row")
-    asked = [
+    answered = [
         row
         for row, ids in enumerate(prompt_ids)
         if responses[row].strip() and len(ids) <= max_prompt_length  # others are skipped later
     ]
     found = encoder.continuations(
-        [texts[row] for row in asked],
-        [responses[row] for row in asked],
+        [texts[row] for row in answered],
+        [responses[row] for row in answered],
         limit=max_response_length,
     )
-    response_ids = dict(zip(asked, found, strict=True))
+    response_ids = dict(zip(answered, found, strict=True))
     return [
         Example(
             index=row,
@@ -72,7 +84,7 @@ def examples_from_texts(
             response_ids=tuple(ended(response_ids.get(row, []), encoder, eos_ids)),
             prompt=prompts[row],
             response=responses[row] if response_ids.get(row) else "",
-            images=own[row],
+            images=refs[row],
         )
         for row, ids in enumerate(prompt_ids)
     ]

@@ -40,7 +40,7 @@ def checked_turns(max_turns: int | None, toolbox: Toolbox) -> int:
     """
     if max_turns is not None and not len(toolbox):
         raise ConfigError(
-            f"data.max_turns {max_turns} has nothing to act on: responses have several turns where "
+            f"data.max_turns {max_turns} has no effect: responses have several turns where "
             "they call tools; give --data.tools, or leave it out"
         )
     return _MAX_TURNS if max_turns is None else max_turns
@@ -171,7 +171,7 @@ class ToolTurns:
         return rendered
 
     def _render(self, chat: Chat, exchanges: Sequence[Exchange]) -> RenderedChat:
-        """Render the chat with all exchanges; with the first call if only one a turn is allowed."""
+        """Render the chat with all exchanges; with the first call alone if a turn may have one."""
         try:
             return self._render_calls(chat, exchanges, None)
         except DataError:
@@ -192,7 +192,7 @@ class ToolTurns:
 
 
 def _messages(exchange: Exchange, num_before: int, num_calls: int | None) -> list[Message]:
-    """Return the assistant's turn with ``num_calls`` calls (None: all), and a message a result."""
+    """Return the assistant's turn with ``num_calls`` calls (None: all), and its results."""
     names = [f"call{num_before + i:05}" for i in range(len(exchange.calls))]
     calls = [
         {

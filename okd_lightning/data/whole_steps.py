@@ -16,7 +16,8 @@ def _accumulation_for(
     """Return the micro-batches of an optimizer step with ``global_batch_size`` rows.
 
     Raises:
-        ConfigError: It is no multiple of the micro-batches' rows, or contradicts the accumulation.
+        ConfigError: It is not a multiple of the micro-batches' rows, or contradicts the
+            accumulation.
     """
     rows = batch_size * world_size
     if global_batch_size % rows:
@@ -45,7 +46,7 @@ def settle_steps(
         trainer: The run's Trainer.
         batch_size: Rows of a micro-batch.
         global_batch_size: Rows of an optimizer step; None to use the Trainer's accumulation.
-        samples_per_prompt: Responses to each prompt, one a row.
+        samples_per_prompt: Responses to each prompt, one per row.
 
     Raises:
         ConfigError: A setting is refused; the message says what to use.
@@ -75,7 +76,7 @@ def settle_steps(
     if isinstance(limit, int) and limit % accumulate and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         prompts = -(-limit // accumulate) * prompts_per_step
         raise ConfigError(
-            f"trainer.limit_train_batches {limit} is no multiple of "
+            f"trainer.limit_train_batches {limit} is not a multiple of "
             f"trainer.accumulate_grad_batches {accumulate}, so that an epoch would end within an "
             "optimizer step; leave it out and "
             f"give --data.prompts_per_epoch {prompts}"
@@ -133,7 +134,7 @@ def announce(plan: StagedPlan, shape: LoaderShape) -> None:
     rank_zero_info(
         f"an epoch is {shape.steps_per_epoch} optimizer steps of {shape.rows_per_step} rows; "
         + ", ".join(
-            (f"from step {start} on " if start else "the student writes ")
+            (f"from step {start} on " if start else "the student generates ")
             + f"{part.share(start):.0%}"
             + ("" if start else " of them")
             + ("" if part.share_at is None else " at first")

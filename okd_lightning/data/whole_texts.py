@@ -21,7 +21,7 @@ def examples_from_whole_texts(
     max_response_length: int,
     where: str,
 ) -> list[Example]:
-    """Return one example a row; texts above both limits keep some tokens beyond them.
+    """Return one example per row; texts above both limits keep some tokens beyond them.
 
     The prompt is the first token: the bos if the tokenizer adds one, else the text's first token.
     All others are the response, with one eos at the end.

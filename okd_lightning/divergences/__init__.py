@@ -19,7 +19,7 @@ Map, from the interface to its members:
 - ``logprob_pair``: ``LogProbPair`` and ``Summands``, from which value and gradients follow.
 - ``log_arithmetic``: numerically safe arithmetic that the others share.
 
-Nothing here knows models, token masks, or Lightning.
+This package imports no models and no Lightning, and has no token masks.
 """
 
 from okd_lightning.divergences.alpha import AlphaDivergence

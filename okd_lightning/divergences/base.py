@@ -212,7 +212,7 @@ class Divergence(ABC):
             teacher_logprobs: [*lead, vocab] log q (nats), likewise.
 
         Returns:
-            [*lead] nats a position, not summed and not masked. Gradient flows to both sides.
+            [*lead] nats per position, not summed and not masked. Gradient flows to both sides.
         """
         student_logprobs, teacher_logprobs = widen(student_logprobs, teacher_logprobs)
         no_student, no_teacher = student_logprobs == -math.inf, teacher_logprobs == -math.inf

@@ -1,7 +1,7 @@
 """Check of a divergence where a method is constructed: its type and the conditions on its f.
 
-Accepts an object, a class or a class name. A concave or shifted f would train without an error,
-but away from the teacher.
+Accepts an object, a class or a class name. Training with a concave or shifted f would raise no
+error, but would move away from the teacher.
 """
 
 from __future__ import annotations

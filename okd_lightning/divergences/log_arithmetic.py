@@ -1,4 +1,4 @@
-"""Numerically safe arithmetic on log-probabilities and log-ratios; knows no divergence.
+"""Numerically safe arithmetic on log-probabilities and log-ratios.
 
 Each function and its gradient are exact to rounding where the naive formula overflows, cancels or
 divides zero by zero. Arguments of both branches of ``torch.where`` get safe values first: autograd

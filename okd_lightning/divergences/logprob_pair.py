@@ -1,6 +1,6 @@
 """Log-probabilities of both sides, with cached quantities that divergences share.
 
-Nothing here carries a graph.
+All values are constants without an autograd graph.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def as_object(given: object, base: type[Any], option: str, example: str) -> Any:
         example: An object as one would write it, for messages.
 
     Raises:
-        ConfigError: The argument is no object or class of ``base``, an unknown name, or a class
+        ConfigError: The argument is not an object or class of ``base``, an unknown name, or a class
             that needs arguments.
     """
     if isinstance(given, str):

@@ -127,7 +127,7 @@ class Tempered(Divergence):
             teacher_logprobs: [*lead, vocab] log q (nats) at temperature 1.
 
         Returns:
-            [*lead] nats a position. Gradient flows to both sides.
+            [*lead] nats per position. Gradient flows to both sides.
         """
         tempered = self._temper(student_logprobs, teacher_logprobs)
         return self._scale * self.divergence.value(*tempered)

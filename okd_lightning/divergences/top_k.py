@@ -62,8 +62,9 @@ class TopK(Divergence):
             raise ConfigError(f"TopK: side is {self.side!r}, expected 'teacher' or 'student'")
         if isinstance(self.divergence, Tempered):
             raise ConfigError(
-                "TopK of a tempered divergence would temper k probabilities and a tail, which is "
-                "no tempering of the distribution; temper first: Tempered(TopK(...), temperature)"
+                "TopK of a tempered divergence would temper k probabilities and a tail, which "
+                "differs from tempering the whole distribution; temper first: Tempered(TopK(...), "
+                "temperature)"
             )
 
     def generator(self, log_ratio: LogRatio) -> RatioValues:
@@ -114,7 +115,7 @@ class TopK(Divergence):
             teacher_logprobs: [*lead, vocab] log q (nats).
 
         Returns:
-            [*lead] nats a position. Gradient flows to both sides.
+            [*lead] nats per position. Gradient flows to both sides.
         """
         return self.divergence.value(*self._outcomes(student_logprobs, teacher_logprobs))
 

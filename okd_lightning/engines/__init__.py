@@ -2,14 +2,14 @@
 
 * ``engine``: the protocol of an engine; requests, sampling and noise are in ``records``.
 * ``transformers_engine``: the built-in engine, on transformers' models: the queue and the batch.
-* ``drawing``: the draw of a token for each row, from one model or a mixture, into the responses.
-* ``kv_cache``: keys and values of rows that leave and join. ``memory``: the kind of cache that a
-  model supports, measured on the model. ``whole_passes``: models without a cache.
+* ``drawing``: sampling of a token for each row, from one model or a mixture, into the responses.
+* ``kv_cache``: keys and values of rows that join and leave the batch. ``memory``: the kind of cache
+  that a model supports, measured on the model. ``whole_passes``: models without a cache.
 * ``vllm_server``: an engine over HTTP, on a vLLM server. ``vllm_engine``: on vLLM in this process,
   the only module that imports it. ``vllm_requests``: requests and checks common to both.
 * ``vllm_client``, ``server_answers``: a server's protocol, and the parsing of its answers.
-* ``served_student``, ``engine_probe``, ``weights``: whether an external engine has the student's
-  weights, and their transfer.
+* ``served_student``, ``engine_probe``, ``weights``: transfer of the student's weights to an
+  external engine, and checks of it.
 * ``ahead``, ``worker_process``, ``worker``, ``shared_weights``: generation while the student
   trains, in a thread or in a process of its own.
 * ``tool_rollouts``: any engine, with tools between the turns.

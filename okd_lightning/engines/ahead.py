@@ -43,7 +43,7 @@ class Answer:
         self._rows = self._tokens = 0
 
     def report(self, rows: int, tokens: int = 0) -> None:
-        """Count finished responses and new tokens; the generating side calls this."""
+        """Count finished responses and new tokens; called by the generating thread or process."""
         self._rows += rows
         self._tokens += tokens
 
@@ -68,13 +68,13 @@ class Answer:
         """Wait for the responses.
 
         Args:
-            progress: Called with what is new since the last call, at least every 0.1 seconds; an
+            progress: Called with the progress since the last call, at least every 0.1 seconds; an
                 error that it raises ends the wait and not the generation.
             until: Returns the time (``time.monotonic``) at which the wait ends, which may become
                 known during the wait; None for no end.
 
         Returns:
-            None if they were not there in time.
+            None if they were not finished in time.
 
         Raises:
             OKDLightningError: The generation has failed.
@@ -92,7 +92,7 @@ class Answer:
 
 
 class AheadEngine(ABC):
-    """Answers requests with the weights of the moment at which they were begun.
+    """Engine whose responses come from the weights at the time when a request was begun.
 
     Attributes:
         takes_turns: True if it has one set of weights: then a request may only be begun, and others
@@ -103,7 +103,7 @@ class AheadEngine(ABC):
 
     @abstractmethod
     def begin(self, request: Request) -> Answer:
-        """Take the student's present weights and begin; requests are answered in their order.
+        """Copy the student's present weights and begin; requests are processed in order.
 
         Raises:
             OKDLightningError: The engine cannot take the weights.
@@ -115,10 +115,11 @@ class AheadEngine(ABC):
 
 
 class ThreadEngine(AheadEngine):
-    """Generates in a thread of this process, which waits for a server.
+    """Engine in a thread of this process, which waits for a server.
 
     Args:
-        prepare: Gives a server the present weights, and returns the function that generates.
+        prepare: Function that transfers the present weights to a server and returns the function
+            that generates.
     """
 
     takes_turns = True
@@ -142,7 +143,7 @@ class ThreadEngine(AheadEngine):
         return answer
 
     def close(self) -> None:
-        """Let the thread end with the response that it is waiting for."""
+        """End the thread after the response that it is waiting for."""
         self._is_closed = True
 
 

@@ -1,4 +1,4 @@
-"""Sampling of one token a row, from a model's logits or from several models', into the responses.
+"""Sampling of one token per row, from a model's logits or from several models', into the responses.
 
 The responses of a call are one buffer on the model's device. Every row has ``max_new_tokens``
 places. A row in a batch carries the place of its next token; a row that has ended carries the waste
@@ -43,10 +43,10 @@ def draw(
     workspace: Tensor | None = None,
     end_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sample one token a row by inverse CDF.
+    """Sample one token per row by inverse CDF.
 
     Args:
-        logits: [rows, vocab] log-probabilities, up to a constant a row.
+        logits: [rows, vocab] log-probabilities, up to a constant per row.
         uniform: [rows] float64 in (0, 1).
         workspace: From ``workspace_for`` this vocabulary; allocated if None.
         end_ids: [ends] ids that are one outcome: an end's log-probability is that of all of them
@@ -150,7 +150,7 @@ class Responses:
         """Begin a round and return the unfinished rows that are not too long for it.
 
         Args:
-            prompts: One a row.
+            prompts: One per row.
             longest: Most tokens of a row in a pass of this round; None for any number.
 
         Returns:
@@ -186,7 +186,7 @@ class Responses:
         return self._noise.index_select(0, places)
 
     def store(self, places: Tensor, ids: Tensor, logprobs: Tensor, last: Tensor) -> Tensor:
-        """Store one token a row.
+        """Store one token per row.
 
         Args:
             places: [rows] place of each token.
@@ -229,7 +229,7 @@ class Responses:
 
 
 class DrawnFrom(Protocol):
-    """Further models, with which an engine's own is one distribution."""
+    """Further models that form one distribution with the engine's own."""
 
     @property
     def models(self) -> tuple[PreTrainedModel, ...]:
@@ -241,11 +241,11 @@ class DrawnFrom(Protocol):
 
 @dataclass(frozen=True)
 class MixedDraws:
-    """A function of all models' logits, from which every token is sampled.
+    """Function of all models' logits, from whose result every token is sampled.
 
     Attributes:
         models: The further models.
-        mixing: From each model's [rows, vocab] logits to those of the distribution.
+        mixing: Function from each model's [rows, vocab] logits to those of the distribution.
     """
 
     models: tuple[PreTrainedModel, ...]
@@ -313,7 +313,7 @@ class Drawing:
     def draw(
         self, tables: Sequence[Tensor], places: Tensor, last: Tensor, index: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Sample one token a row.
+        """Sample one token per row.
 
         Args:
             tables: [rows, table] head outputs of each model.

@@ -18,13 +18,13 @@ ProgressFactory: TypeAlias = Callable[[str, int], AbstractContextManager[Progres
 
 
 class RolloutEngine(Protocol):
-    """Generates responses to any number of prompts, which it sorts and batches itself.
+    """Engine that generates responses to any number of prompts, which it sorts and batches itself.
 
-    A DistillationModule is one too: it has the engines of both its models.
+    A DistillationModule also implements this protocol, with the engines of both its models.
     """
 
     def respond(self, request: Request) -> Rollout:
-        """Generate one response a prompt, in the order of the prompts."""
+        """Generate one response per prompt, in the order of the prompts."""
 
 
 class EngineSource(ABC):

@@ -1,9 +1,9 @@
 """Check that an external engine has the student's weights: a probe, and a few re-scored rows.
 
-The probe is a sequence of ids that both score after every transfer of weights. A difference may
-come from number formats, or from weights that were not transferred. The second grows as the student
-trains and the first does not, so the allowed difference depends on the student's change since the
-first transfer.
+The probe is a sequence of ids that student and engine both score after every transfer of weights. A
+difference may come from number formats, or from weights that were not transferred. The second grows
+as the student trains and the first does not, so the allowed difference depends on the student's
+change since the first transfer.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class EngineGaps:
         if not gap <= allowed:
             since = f", which has moved by {moved:.3g} since the first one" if moved else ""
             raise ServerError(
-                f"{where} was given the student's weights and yet differs from the student by "
+                f"{where} has received the student's weights but differs from the student by "
                 f"{gap:.3g} nats per token on a probe (at most {allowed:.3g} allowed{since}): it "
                 "runs another architecture, a quantised one, or has not loaded all of them (vLLM "
                 "on CPU keeps the old head of a model with tied embeddings); check its model and "
@@ -148,7 +148,7 @@ class EngineGaps:
             rank_zero_warn(
                 f"{where}: log-probabilities of its responses differ from the student's by "
                 f"{gap:.3g} nats per token, and by {self._first_rescored:.3g} at first "
-                "(rollout/engine_gap): a part of the weights may not arrive; compare with the "
+                "(rollout/engine_gap): some weights may not be transferred; compare with the "
                 "built-in engine (leave --model.engine out), or restart the server"
             )
 

@@ -1,4 +1,4 @@
-"""A key-value cache whose rows leave and join while it grows, and passes of a model that use it.
+"""Key-value cache whose rows can join and leave while it grows, and model passes that use it.
 
 Uses transformers' classes, except for the storage of attention layers: the dynamic layer copies all
 its content for each token, and the static layer attends to all of its columns. Here spare columns
@@ -202,7 +202,7 @@ class CachedModel:
         wanted = {"position_ids": positions, "use_cache": True}
         if ids.shape[1] > 1 or not self._names.issuperset(needed):
             return last_logits(self._model, needed, wanted)
-        # the output of one token a row is that of its last one: no hook has to select it
+        # the output of one token per row is that of its last one: no hook has to select it
         known = {name: value for name, value in wanted.items() if name in self._names}
         logits: Tensor = self._model(**needed, **known).logits
         return logits[:, -1]

@@ -1,4 +1,4 @@
-"""The images of prompts: what models read of them at the prefill, and the positions after them."""
+"""Images of prompts: model inputs at the prefill, and positions of the tokens after them."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def placed(
         deltas: [models, rows] zeros.
 
     Returns:
-        Each model's [rows, seq] or [3, rows, seq] positions; and [models, rows] how much more a
-        later token's position is than its number in its row.
+        Each model's [rows, seq] or [3, rows, seq] positions; and [models, rows] the difference of a
+        later token's position and its number in its row.
     """
     columns = torch.arange(ids.shape[1], device=ids.device)
     found, deltas = list(positions), deltas.clone()

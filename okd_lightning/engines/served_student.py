@@ -1,7 +1,8 @@
 """Check that a server serves the student's model, before any weights are sent to it.
 
 vLLM drops its weights before it reads new ones: weights of another architecture leave it without
-any, and the next request crashes it. This protects a teacher's server that is named by mistake.
+any, and the next request crashes it. This check protects a teacher's server that was given by
+mistake.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def check_served_student(
     if info.logprobs_mode not in (None, _PROCESSED):
         raise ServerError(
             f"{where} gives {info.logprobs_mode} as its log-probabilities, which are not those of "
-            "the distribution drawn from; start it with --logprobs-mode processed_logprobs"
+            "the sampling distribution; start it with --logprobs-mode processed_logprobs"
         )
     if info.quantization is not None:
         raise ServerError(

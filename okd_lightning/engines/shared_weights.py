@@ -1,4 +1,4 @@
-"""Weights of a model in memory that two processes share: a few slots, each a copy of them."""
+"""Weights of a model in shared memory of two processes: a few slots, each with one copy."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class SlotLayout:
 
     @classmethod
     def of(cls, model: PreTrainedModel, num_slots: int) -> SlotLayout:
-        """Return the layout of what may change during training: trained weights and buffers."""
+        """Return the layout of the tensors that training changes: trained weights and buffers."""
         found, offset = [], 0
         for name, tensor in _changing(model):
             found.append(SharedTensor(name, tuple(tensor.shape), tensor.dtype, offset))

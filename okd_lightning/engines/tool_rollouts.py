@@ -107,7 +107,7 @@ class ToolEngine:
     rounds: ToolRounds
 
     def respond(self, request: Request) -> Rollout:
-        """Generate one response a prompt, in the order of the prompts; see ``RolloutEngine``."""
+        """Generate one response per prompt, in the order of the prompts; see ``RolloutEngine``."""
         if not any(prompt.chat for prompt in request.prompts):
             return self.engine.respond(request)
         rows = [

@@ -62,7 +62,7 @@ class TransformersEngine:
             that of all of them together.
         eos_ids: Ids that end a response.
         token_budget: Most prompt and response tokens of a batch.
-        dtype: Number format to compute in, by autocast: the weights are cast once a call and the
+        dtype: Number format to compute in, by autocast: the weights are cast once per call and the
             copy is dropped at its end. None leaves it to the caller. In float32 a sample does not
             depend on its batch, in bfloat16 it may.
         blend: Further models that are mixed into every draw.
@@ -79,7 +79,7 @@ class TransformersEngine:
 
     @torch.no_grad()
     def respond(self, request: Request) -> Rollout:
-        """Generate one response a prompt, in the order of the prompts; see ``RolloutEngine``."""
+        """Generate one response per prompt, in the order of the prompts; see ``RolloutEngine``."""
         prompts, progress = request.prompts, request.progress
         keys = [prompt.index for prompt in prompts], [prompt.sample for prompt in prompts]
         noise = request.noise.uniform(*keys, request.max_new_tokens)
@@ -119,13 +119,13 @@ class TransformersEngine:
         noise: NoiseStream,
         max_new_tokens: int,
     ) -> Rollout:
-        """Generate one response a prompt, for scripts: ``respond`` to a request of these."""
+        """Generate one response per prompt, for scripts; see ``respond``."""
         return self.respond(Request(tuple(prompts), sampling, noise, max_new_tokens))
 
     def _rounds(
         self, request: Request, drawing: Drawing
     ) -> Iterator[tuple[_Round | WholePasses, bool]]:
-        """Yield one round (True), or one (False) for each range of lengths with own frequencies.
+        """Yield one round (True), or (False) one per range of lengths with the same frequencies.
 
         A row that grows beyond a length at which rotary frequencies change is read again from its
         start, because its cache has the old frequencies.
@@ -170,11 +170,11 @@ class _Prefilled:
     """Prompts after their forward pass, ready to join a batch."""
 
     rows: list[int]
-    caches: list[DynamicCache]  # one a model
+    caches: list[DynamicCache]  # one per model
     index: Tensor  # [rows] row of the caches
     starts: Tensor  # [rows] first column
     width: int  # columns
-    deltas: Tensor  # [models, rows] of a token's position, more than its number in its row
+    deltas: Tensor  # [models, rows] difference of a token's position and its number in the row
     places: Tensor  # [rows] of the second token
     last: Tensor  # [rows] place of the last token
     tokens: Tensor  # [rows] the first token

@@ -45,7 +45,7 @@ class ServerInfo:
         dtype: Number format, such as "float32".
         logprobs_mode: Such as "processed_logprobs".
         quantization: Such as "fp8".
-        max_logprobs: Most log-probabilities a token.
+        max_logprobs: Most log-probabilities per token.
         device: Its device, such as "cuda" or "cpu".
     """
 
@@ -171,7 +171,7 @@ class VLLMClient:
         if of_response is not None:
             logprobs = choice.member("logprobs").member("token_logprobs").logprobs()
             if len(logprobs) != len(ids):
-                raise choice.wrong(f"{len(logprobs)} log-probabilities", f"{len(ids)}, one an id")
+                raise choice.wrong(f"{len(logprobs)} log-probabilities", f"{len(ids)}, one per id")
         scored: tuple[Mapping[int, float], ...] = ()
         if of_prompt is not None:
             scored = _scored(choice.member("prompt_logprobs"), prompt)
@@ -203,8 +203,8 @@ class VLLMClient:
             if error.status not in (404, 405):
                 raise
             raise ServerError(
-                f"{self.endpoint.option}: {self.endpoint.url} has no /weight_info, so that nobody "
-                "can tell which weights it samples from; start it with VLLM_SERVER_DEV_MODE=1, "
+                f"{self.endpoint.option}: {self.endpoint.url} has no /weight_info, so that the "
+                "weights from which it samples are unknown; start it with VLLM_SERVER_DEV_MODE=1, "
                 "from vLLM 0.27 or newer"
             ) from error
         return AnswerPart(given, self.endpoint.at(path)).member("weight_version").text()
@@ -238,7 +238,7 @@ def _scored(rows: AnswerPart, prompt: Sequence[int]) -> tuple[Mapping[int, float
     """Return log-probabilities by id of every token of the prompt but the first."""
     found = rows.items()
     if len(found) != len(prompt):
-        raise rows.wrong(f"{len(found)} rows", f"{len(prompt)}, one a token of the prompt,")
+        raise rows.wrong(f"{len(found)} rows", f"{len(prompt)}, one per token of the prompt,")
     return tuple(_by_id(row, token) for row, token in zip(found[1:], prompt[1:], strict=True))
 
 
@@ -254,7 +254,7 @@ def _by_id(row: AnswerPart, token: int) -> Mapping[int, float]:
         found[int(key)] = row.logprob(entry.get("logprob"))
     if token not in found:
         raise ServerError(
-            f"{row.at} does not say how likely the prompt's own tokens are (id {token} is "
+            f"{row.at} has no log-probabilities of the prompt's own tokens (id {token} is "
             "missing); it needs vLLM 0.10.2 or newer"
         )
     total = math.fsum(map(math.exp, found.values()))

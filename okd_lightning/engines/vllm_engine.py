@@ -116,7 +116,7 @@ class VLLMEngine(EngineSource):
             )
         if distributed.is_initialized() and distributed.get_world_size() > 1:
             raise ConfigError(
-                "model.engine VLLMEngine writes within one process, and this run has "
+                "model.engine VLLMEngine generates within one process, and this run has "
                 f"{distributed.get_world_size()}: use VLLMServer, or --trainer.devices 1"
             )
         return HostedEngine(self, model, vocabulary, eos_ids)
@@ -154,7 +154,7 @@ class VLLMEngine(EngineSource):
     def complete(
         self, requests: Sequence[Mapping[str, Any]], progress: Progress | None
     ) -> list[Completion]:
-        """Generate one response a request; see ``Host``."""
+        """Generate one response per request; see ``Host``."""
         found = []
         for answer in self._ask(requests):
             response = answer.outputs[0]
@@ -181,7 +181,7 @@ class VLLMEngine(EngineSource):
         answers = list(self._llm.generate(prompts, params, use_tqdm=False))
         read = [list(answer.prompt_token_ids) for answer in answers]
         if read != [list(request["prompt"]) for request in requests]:
-            raise ServerError(f"{self.name} has read other prompts than it was given")
+            raise ServerError(f"{self.name} has read other prompts than the requested ones")
         return answers
 
     def _load(self, model: PreTrainedModel, label: str) -> None:
@@ -200,7 +200,9 @@ class VLLMEngine(EngineSource):
             if self.sleep:
                 self._llm.wake_up(tags=["kv_cache"])
             if self._llm.reset_prefix_cache() is False:
-                raise ServerError(f"{self.name} does not drop its cache of the weights before")
+                raise ServerError(
+                    f"{self.name} does not drop the prefix cache of the earlier weights"
+                )
             shutil.rmtree(handed, ignore_errors=True)
         self._held = label
 

@@ -117,7 +117,7 @@ def _check_completion(
     if len(found.ids) != len(found.logprobs):
         problem = f"{len(found.ids)} ids with {len(found.logprobs)} log-probabilities"
     elif not found.ids or len(found.ids) > limit:
-        problem = f"{len(found.ids)} tokens where 1 to {limit} were asked for"
+        problem = f"{len(found.ids)} tokens where 1 to {limit} were requested"
     elif strange:
         problem = f"id {strange[0]}, which the student's tokenizer does not have"
     elif found.finish_reason not in ("stop", "length"):
@@ -128,11 +128,13 @@ def _check_completion(
             "that has no room for prompt and response)"
         )
     elif found.finish_reason == "stop" and found.ids[-1] not in eos_ids:
-        problem = f"a response that ends at id {found.ids[-1]}, which ends none of this run's"
+        problem = (
+            f"a response that ends at id {found.ids[-1]}, which does not end a response in this run"
+        )
     if problem:
         raise ServerError(
             f"{where} gives {problem}; check that it serves the student's model with the student's "
-            "tokenizer, and that no default stop words or plugins change what is drawn"
+            "tokenizer, and that no default stop words or plugins change the sampled tokens"
         )
 
 
@@ -178,7 +180,7 @@ class Host(Protocol):
     def complete(
         self, requests: Sequence[Mapping[str, Any]], progress: Progress | None
     ) -> list[Completion]:
-        """Generate one response a request, in order; requests are vLLM's fields with a prompt."""
+        """Generate one response per request, in order; requests are vLLM's fields with a prompt."""
 
 
 @dataclass
@@ -198,7 +200,7 @@ class HostedEngine:
     eos_ids: tuple[int, ...]
 
     def respond(self, request: Request) -> Rollout:
-        """Generate one response a prompt, in the order of the prompts; see ``RolloutEngine``.
+        """Generate one response per prompt, in the order of the prompts; see ``RolloutEngine``.
 
         Raises:
             ServerTimeoutError: vLLM has not answered in time.

@@ -145,7 +145,7 @@ class VLLMServer(EngineSource):
     def complete(
         self, requests: Sequence[Mapping[str, Any]], progress: Progress | None
     ) -> list[Completion]:
-        """Generate one response a request; see ``Host``."""
+        """Generate one response per request; see ``Host``."""
         calls = [partial(self._client.complete, request) for request in requests]
         told = partial(progress, 1) if progress is not None else lambda: None
         return in_parallel(calls, self.concurrency, told)
@@ -169,7 +169,7 @@ class VLLMServer(EngineSource):
         except Timeout as error:
             raise ServerTimeoutError(
                 f"model.engine: another process has held {folder / 'update.lock'} for "
-                f"{2 * self.update_seconds:g} seconds; see what it does, or raise "
+                f"{2 * self.update_seconds:g} seconds; check that process, or raise "
                 "--model.engine.update_seconds"
             ) from error
 
@@ -187,7 +187,7 @@ class VLLMServer(EngineSource):
         except ServerError as error:
             raise ServerError(
                 f"{error}; the server could not take the student's weights from {handed}: it needs "
-                "VLLM_SERVER_DEV_MODE=1, this folder under this path, and the student's own "
+                "VLLM_SERVER_DEV_MODE=1, this folder at this path, and the student's own "
                 f"architecture as its --model; {self._restore(served.root)}"
             ) from error
         self._drop_cache()
@@ -197,7 +197,7 @@ class VLLMServer(EngineSource):
     def _without_head(
         self, model: PreTrainedModel, folder: Path, served: ServedModel
     ) -> ServerError:
-        """Return the error for a server that would keep the old head; write it an untied copy."""
+        """Write an untied copy for a server that would keep the old head; return the error."""
         copy = write_weights(model, folder / "untied", is_untied=True)
         return ServerError(
             f"{self.name} runs vLLM on a CPU, which keeps the old head of a model that shares one "
@@ -212,7 +212,7 @@ class VLLMServer(EngineSource):
         A failed transfer leaves weights without values, with which the next request crashes vLLM.
         """
         if root is None:
-            return "it does not say where its own weights are: restart it"
+            return "the location of its own weights is unknown: restart it"
         try:
             self._client.reload(root, self.update_seconds)
             self._drop_cache()
@@ -227,7 +227,8 @@ class VLLMServer(EngineSource):
                 return
             time.sleep(0.1 * 2**attempt)
         raise ServerError(
-            f"{self.name} does not drop its cache of prefixes, which belong to the weights before: "
+            f"{self.name} does not drop its cache of prefixes, which belongs to the earlier "
+            "weights: "
             "requests of others are running; give each run its own server"
         )
 
@@ -236,8 +237,9 @@ class VLLMServer(EngineSource):
         version = self._client.version()
         if version != label:
             raise ServerError(
-                f"{self.name} was told that its weights are {label} and says {version[:80]!r}; "
-                "several servers behind one address cannot be kept in step: name one of them"
+                f"{self.name}: its weights were labelled {label} and it reports {version[:80]!r}; "
+                "several servers at one address cannot be updated together: give the address of "
+                "one of them"
             )
 
     def _compare(self, model: PreTrainedModel, num_rows: int) -> None:
@@ -248,5 +250,5 @@ class VLLMServer(EngineSource):
         if self._info is None:
             self._info = self._client.info()
         if len(drawn.logprobs) != 1:
-            raise ServerError(f"{self.name} gives {len(drawn.ids)} tokens where 1 was asked for")
+            raise ServerError(f"{self.name} gives {len(drawn.ids)} tokens where 1 was requested")
         self.gaps.check_probe(probe, said, drawn.logprobs[0], self.name, self._info.dtype)

@@ -35,7 +35,7 @@ def weights_label(model: PreTrainedModel) -> str:
     if any(isinstance(tensor, DTensor) for tensor in state.values()):
         raise ConfigError(
             "the student's weights are sharded over processes, and model.engine sends whole ones: "
-            "leave model.engine out, so that the built-in engine writes"
+            "leave model.engine out, so that the built-in engine generates"
         )
     sums = []
     for tensor in state.values():

@@ -106,7 +106,7 @@ class Failed:
 
 
 class _Reports:
-    """Sends a job's progress, at most ten times a second."""
+    """Sends a job's progress, at most ten times per second."""
 
     def __init__(self, send: Callable[[Any], None], number: int) -> None:
         self._send, self._number = send, number

@@ -1,4 +1,4 @@
-"""The run's side of the process that generates ahead of training (``worker``)."""
+"""Handle of the process that generates ahead of training (``worker``), in the run itself."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ class WorkerProcess(AheadEngine):
             self._answers.pop(message.number).fail(message.error)
 
     def _lose(self, error: OKDLightningError) -> None:
-        """Let all unanswered requests fail; the first reason stays."""
+        """Fail all unanswered requests; the first reason is kept."""
         self._lost = self._lost or error
         for answer in [*self._answers.values()]:
             if not answer.is_done:
@@ -185,7 +185,7 @@ def _pickled(engine: TransformersEngine) -> int:
 
 @contextmanager
 def _without_output_hooks(model: nn.Module) -> Iterator[None]:
-    """Take the hooks off within the block with which transformers reads hidden states.
+    """Remove, within the block, the hooks with which transformers reads hidden states.
 
     A pass that asks for hidden states, such as LLaVA's over an image, leaves them on the modules,
     and they are local functions, which cannot be pickled.
@@ -211,7 +211,7 @@ def _read(
     take: weakref.WeakMethod[Callable[..., None]],
     lose: weakref.WeakMethod[Callable[..., None]],
 ) -> None:
-    """Pass on the worker's messages until it ends; the engine may be dropped before."""
+    """Process the worker's messages until it ends; the engine may be dropped before."""
     try:
         while True:
             message = pipe.recv()

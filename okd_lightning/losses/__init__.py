@@ -11,8 +11,8 @@
 * ``fused``: the training loss and its gradient from one pass over the tiles.
 * ``reduction``: the division by the optimizer step's divisor.
 * ``cpu_linear``: products with the head on CPUs, by oneDNN's kernels.
-* ``chunked``: the same for a teacher with another tokenizer, over chunks of text.
-* ``exact``: the quantities themselves, for evaluation and for terms over whole sequences.
+* ``chunked``: losses of a teacher with another tokenizer, over chunks of text.
+* ``exact``: quantities at all positions, for evaluation and for terms over whole sequences.
 """
 
 from okd_lightning.losses.cached import (

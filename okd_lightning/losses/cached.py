@@ -1,7 +1,7 @@
 """Quantities of a teacher that is known by k ids and the rest only.
 
-A cached teacher's rows are packed (``outcomes.pack_outcomes``). Owns which quantities can be read
-from them, and in which form; not where the rows are stored.
+A cached teacher's rows are packed (``outcomes.pack_outcomes``). Owns the forms of quantities that
+can be computed from them; does not own the storage of the rows.
 """
 
 from __future__ import annotations
@@ -153,11 +153,14 @@ def _cached_divergence(divergence: Divergence, k: int, vocab_size: int) -> Cache
     if isinstance(divergence, Tempered):
         raise ConfigError(
             f"its temperature is {divergence.temperature:g}, and k probabilities at temperature 1 "
-            "say nothing of a tempered distribution; set its temperature to 1"
+            "do not determine a tempered distribution; set its temperature to 1"
         )
     if isinstance(divergence, TopK):
         if divergence.side != "teacher":
-            raise ConfigError("its TopK is over the student's likeliest ids, which are not known")
+            raise ConfigError(
+                "its TopK is over the student's most likely ids, for which the teacher's values "
+                "are not known"
+            )
         wanted = min(divergence.k, vocab_size)
         if wanted > known:
             raise ConfigError(

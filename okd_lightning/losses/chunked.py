@@ -10,9 +10,9 @@ with all ends of a response as one outcome. Methods measure chunks here instead 
 * the value baseline E_p[w_f] needs all chunks that could have been sampled, so it is
   replaced by w_f(1), which gives the centred advantage.
 
-Both are approximations as far as they read the teacher's one way to write a text: a teacher also
-gives the same text probability through longer tokens (docs/concepts/another-tokenizer.md measures
-the bias). A term's sum over chunks is divided like any other, by tokens of the student.
+Both are approximations, because they use a single segmentation of the text: the teacher also gives
+it probability through other segmentations with longer tokens (docs/concepts/another-tokenizer.md
+measures the bias). A term's sum over chunks is divided like any other, by tokens of the student.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class OutcomeLogProb(Quantity):
 
 
 TokenValue: TypeAlias = tuple[Reader, Quantity]
-"""A quantity of the tokens that one model reads; there it is the "student" of the quantity."""
+"""A quantity at the tokens that one model reads, which takes the quantity's student role."""
 
 _OWN = DrawnLogProb()
 """Log-probability of the target's id."""
@@ -128,8 +128,8 @@ def _untempered(divergence: Divergence) -> tuple[Divergence, float]:
 def two_cells(logprobs: Tensor) -> Tensor:
     """[chunks] L → [chunks, 2] log-probabilities (nats) of the chunk and of everything else.
 
-    In float64, where the second cell of L near 0 keeps its digits. L above minus the input's
-    rounding error counts as that: it is what is known of 1 - exp(L).
+    In float64, where the second cell of L near 0 keeps its digits. L is bounded above by minus the
+    input's rounding error, the precision to which 1 - exp(L) is known.
     """
     least = torch.finfo(logprobs.dtype).eps
     wide = logprobs.double()
@@ -148,9 +148,10 @@ class ChunkValues:
     Attributes:
         chunks: The chunks.
         tokens: Values of both texts' tokens, [positions] or [teacher positions].
-        quantities: What was asked for.
+        quantities: The requested quantities.
         laws: Distributions over texts, by reader and temperature; none for losses between chunks.
-        next_tokens: Distributions of the next token, likewise; none for other losses.
+        next_tokens: Distributions of the next token, by reader and temperature; none for other
+            losses.
         teacher_scale: Factor on the teacher's cross-entropy, which is a mean over its own tokens:
             tokens of the student in the step over those of the teacher.
     """
@@ -193,7 +194,7 @@ class ChunkValues:
         return compare(*(c if own else c.detach() for c, own in zip(cells, learns, strict=True)))
 
     def _cells(self, key: TokenValue) -> Tensor:
-        """[chunks, outcomes] log-probabilities (nats) of what is compared at each chunk."""
+        """[chunks, outcomes] log-probabilities (nats) of the outcomes compared at each chunk."""
         points = self.chunks.points
         if points is None:
             return two_cells(self._sum(key))
@@ -240,7 +241,7 @@ def measure_chunks(
         batch: Rows with chunks.
         quantities: Quantities; those without a teacher are measured at tokens.
         sides: The student's, the teacher's and its base's, each at its own loss positions.
-        tile_positions: Positions a tile; None chooses from the vocabulary.
+        tile_positions: Positions per tile; None chooses from the vocabulary.
 
     Returns:
         The tokens' values. Gradient flows to the models that the quantities train.

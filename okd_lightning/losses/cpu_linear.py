@@ -1,6 +1,6 @@
 """Float32 matrix products on x86 CPUs: by oneDNN's kernels instead of MKL's where they are faster.
 
-The arithmetic is float32 too, summed in another order. Which kernels a layer gets depends on the
+The arithmetic is float32 too, summed in another order. The choice of kernels depends on the
 processor and on the layer's shape alone, so that a resumed run, another rank and a batch of another
 size compute the same:
 
@@ -37,7 +37,7 @@ overhead of 20 microseconds, an MKL call 5. The number of rows is not considered
 size does not change the kernel and its rounding."""
 
 _HEAD_WEIGHTS, _HEAD_ROWS = 1 << 22, 8
-"""Fewest weights of a head, and its outputs over its inputs: no layer of a block has 8."""
+"""Fewest weights of a head, and its least ratio of outputs to inputs: no layer of a block has 8."""
 
 Kernels: TypeAlias = Literal["none", "heads", "all"]
 

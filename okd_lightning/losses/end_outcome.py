@@ -76,7 +76,7 @@ class EndOutcome:
         return torch.where(self.has(ids), self.ids[:1], ids) if self.is_merged else ids
 
     def log_share(self, logits: PerId, ids: PositionIds) -> PositionValues:
-        """[positions] log-probability (nats) of an id given its outcome; 0 where it is no end.
+        """[positions] log-probability (nats) of an id given its outcome; 0 for other than end ids.
 
         Args:
             logits: [positions, vocab] before the merge; gradient flows to them.

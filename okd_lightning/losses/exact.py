@@ -38,7 +38,7 @@ def measure(
         teacher: The teacher's, or None where no quantity needs it.
         targets: [positions] ids of the target tokens.
         vocab_size: Width of the logits; determines the tile size.
-        tile_positions: Positions a tile; None chooses from ``vocab_size``.
+        tile_positions: Positions per tile; None chooses from ``vocab_size``.
         base: The teacher's without its online module, or None where no quantity needs it; a
             constant.
         merges_ends: [positions] see ``Tile``.

@@ -166,7 +166,7 @@ def fused_loss(
         targets: [positions] ids of the target tokens.
         about: Source, row and sampler of the positions; its values are not read.
         vocab_size: Width of the logits.
-        tile_positions: Positions a tile; None chooses from the sizes.
+        tile_positions: Positions per tile; None chooses from the sizes.
         base: The teacher's without its online module, or None where no term needs it; a constant.
         checks: Check that the terms are positionwise, as they declare; costs a little time.
 
@@ -235,7 +235,7 @@ def batch_loss(
         targets: [positions] ids of the target tokens.
         about: Source, row and sampler of the positions; its values are not read.
         vocab_size: Width of the logits.
-        tile_positions: Positions a tile; None chooses from the sizes.
+        tile_positions: Positions per tile; None chooses from the sizes.
         checks: Check that terms are positionwise, as they declare.
     """
     student, teacher, base = sides

@@ -49,7 +49,7 @@ class Mixing(ABC):
     """Function from several models' distributions to one.
 
     Attributes:
-        weights: One positive weight a model.
+        weights: One positive weight per model.
     """
 
     weights: tuple[float, ...]

@@ -59,7 +59,7 @@ def unpack_outcomes(packed: Tensor) -> tuple[Tensor, OutcomeLogProbs]:
 
 def unpack_drawn(packed: Tensor) -> PositionValues:
     """Return [positions] log q of the target tokens; the rows must have been packed with it."""
-    assert packed.shape[-1] % 2 == 0, "rows without the log-prob of the token that stands there"
+    assert packed.shape[-1] % 2 == 0, "rows without the log-prob of the target token"
     return packed[:, -1]
 
 

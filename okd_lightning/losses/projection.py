@@ -57,7 +57,8 @@ class Side:
         head: From hidden states to [positions, vocab] logits; a plain module has no second step.
         width: Number of logits, where it is known: it determines the size of a tile.
         end_ids: Ids of these logits that are one outcome, "the response ends here".
-        states: What was taken of the model's passes besides; None where no quantity reads it.
+        states: Hidden states and routings taken during the model's passes; None where no quantity
+            reads them.
     """
 
     hidden: PositionHidden
@@ -108,14 +109,14 @@ _HEADROOM = 64.0
 
 
 class Projection(ABC):
-    """Forward and backward of one side's head, tile by tile.
+    """Forward and backward pass of one side's head, tile by tile.
 
     Args:
         side: Hidden states and head.
         width: Number of ids in the logits.
 
     Attributes:
-        finish: From the head's raw outputs to logits.
+        finish: Function from the head's raw outputs to logits.
         learns: True if any gradient is needed for this side.
         inputs: Tensors that get gradient: the hidden states and the head's trained parameters.
     """

@@ -1,4 +1,4 @@
-"""Quantities that a method can measure: one number a token from both models' log-probabilities.
+"""Quantities that a method can measure: one number per token from both models' log-probabilities.
 
 A quantity is a frozen, hashable object, so that two methods that need the same one share one
 computation. Methods see these numbers and never logits.
@@ -84,8 +84,8 @@ class Tile:
     def target_share(self, role: ModelRole) -> PositionValues | None:
         """Return [positions] log-probability (nats) of the target's id given its outcome.
 
-        0 where the target is no end, or is one whose sampler has all ends together. None if there
-        is only one end id.
+        0 where the target is not an end id, or where the sampler's log-probability is that of all
+        end ids together. None if there is only one end id.
         """
         if self._ends is None:
             return None
@@ -141,7 +141,7 @@ class Tile:
 
 
 class Quantity(ABC):
-    """One number a token; subclass it to measure something new.
+    """One number per token; subclass it to measure something new.
 
     A complete one, as a frozen dataclass:
 
@@ -241,11 +241,11 @@ class TeacherShift(Quantity):
 
 @dataclass(frozen=True)
 class DrawnLogProb(Quantity):
-    """Log-probability (nats) of the target token, with gradient to ``role``.
+    """Log-probability (nats) of the target token, with gradient to the model of ``role``.
 
-    Of several end ids, a dataset target is the id itself, so that cross-entropy teaches the
-    template's own end; a sampled token is the outcome, as in the sampler's log-probability. Where
-    an engine gives only the id's (``DistillBatch.merges_ends``), it is the id in both.
+    With several end ids, a dataset target is the id itself, so that cross-entropy teaches the
+    template's own end; a sampled token is the merged outcome, as in the sampler's log-probability.
+    Where an engine gives only the id's (``DistillBatch.merges_ends``), it is the id in both.
     """
 
     role: ModelRole = "student"

@@ -1,4 +1,4 @@
-"""Masked sums and their divisor.
+"""Masked sums of per-token values, and their divisor.
 
 Owns the reduction of per-token values to a scalar, and the divisor of that scalar. Every loss of
 the library ends here, so that its gradient does not depend on how a batch is divided into
@@ -98,7 +98,7 @@ class Normalization:
 
 
 def step_tokens(batch: DistillBatch) -> tuple[int, ...]:
-    """Return the loss tokens of the batch's whole optimizer step, one number a source.
+    """Return the loss tokens of the batch's whole optimizer step, one number per source.
 
     Raises:
         ConfigError: The batch lacks them.
@@ -154,7 +154,7 @@ def step_factor(divisor: int | float, accumulate_grad_batches: int, world_size: 
 
     Args:
         divisor: See ``Normalization``; 0 where the step has no tokens.
-        accumulate_grad_batches: Micro-batches an optimizer step.
+        accumulate_grad_batches: Micro-batches per optimizer step.
         world_size: Ranks that gradients are averaged over.
     """
     return accumulate_grad_batches * world_size / (divisor or 1)

@@ -2,9 +2,9 @@
 
 At the beginning of a chunk both models have read the same text. Their next-token distributions are
 compared over the partition {each token that both have, by its bytes; the end of the response;
-everything else}: all of what both models say where the tokenizations agree, at every token and not
-only the target's. It is an approximation: "the next token is X" is not the same event under two
-tokenizers, since the one may have longer tokens that begin with X.
+everything else}. Where the tokenizations agree this uses both models' whole distributions, not only
+the target's probability. It is an approximation: "the next token is X" is not the same event under
+two tokenizers, since one of them may have longer tokens that begin with X.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from okd_lightning.losses.projection import Side, slices, tile_size
 from okd_lightning.records.chunks import SharedIds
 
 _LEAST = 1e-12
-"""Probability that a cell counts as at least: rounding of a sum of probabilities near 1."""
+"""Lower bound of a cell's probability: the rounding of a sum of probabilities near 1."""
 
 Compare = Callable[[Tensor, Tensor], Tensor]
 """Two models' [rows, cells] log-probabilities (nats) → [rows] divergences."""
@@ -72,7 +72,7 @@ def compare_next_tokens(
         other: The second one.
         compare: The divergence.
         learns: For both, whether gradient flows to it.
-        tile_chunks: Chunks a tile; None chooses from the vocabularies.
+        tile_chunks: Chunks per tile; None chooses from the vocabularies.
     """
 
     def values(hidden: Tensor, hidden_other: Tensor) -> Tensor:

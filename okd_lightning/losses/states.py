@@ -1,7 +1,7 @@
 """Quantities of hidden states and routers, and the distance between two models' hidden states.
 
-They are measured once for all positions of a batch, from what was taken of both models' passes, and
-not tile by tile: no logits are involved.
+They are measured once for all positions of a batch, from tensors taken during both models' passes,
+and not tile by tile: no logits are involved.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Project: TypeAlias = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 class StateQuantity(Quantity):
-    """One number a token from states instead of logits.
+    """One number per token from states instead of logits.
 
     Attributes:
         student_layers: Layers of the student that are read.
@@ -55,7 +55,7 @@ class StateQuantity(Quantity):
     projectors: tuple[str, ...] = ()
 
     def measure(self, tile: Tile) -> PositionValues:
-        """Refuse: logits do not have it."""
+        """Raise: the quantity cannot be computed from logits."""
         raise ConfigError(
             f"{type(self).__name__} is measured from states and not from logits: a method has "
             "quantities of one kind"
@@ -101,8 +101,8 @@ class HiddenDistance(StateQuantity):
 
     mse: ‖W h_S - h_T‖² / ‖h_T‖². cosine: 1 - cos(W h_S, h_T), as half the squared distance of the
     unit vectors, which is exactly 0, with gradient exactly 0, for equal states. Each is normalised
-    at its own position, so that it does not depend on how a batch is cut. Without a projector W is
-    the identity. Gradient flows to the student and to W.
+    at its own position, so that it does not depend on the division of a batch. Without a projector
+    W is the identity. Gradient flows to the student and to W.
 
     Attributes:
         pairs: (student's layer, teacher's layer).
@@ -167,7 +167,7 @@ class RouterBalance(StateQuantity):
     E Σ_e f_e P_e (Switch Transformer, arXiv 2101.03961, Eqs. 4-6), mean over MoE layers: f_e is the
     share of the row's assignments that go to expert e, a constant; P_e the mean over the row's real
     tokens of the softmax of the raw router logits. The product is not linear in the batch, so it is
-    taken for each row: then it does not depend on how a batch is cut.
+    taken for each row: then it does not depend on the division of a batch.
     """
 
     needs_teacher = False
@@ -219,7 +219,7 @@ def loss_with_states(
         targets: [positions] ids of the target tokens.
         about: Source, row and sampler of the positions; its values are not read.
         vocab_size: Width of the logits.
-        tile_positions: Positions a tile; None chooses from the sizes.
+        tile_positions: Positions per tile; None chooses from the sizes.
         checks: Check that terms are positionwise, as they declare.
         project: Applies the run's projectors; None where it has none.
 

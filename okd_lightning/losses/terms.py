@@ -85,7 +85,7 @@ class Measured:
         return replace(self, values=values, **cut)
 
     def of_teacher(self, number: int) -> Measured:
-        """Return these positions, those of other teachers as of no source."""
+        """Return these positions, with no source at those of other teachers."""
         assert self.teacher is not None
         return replace(self, source=self.source.where(self.teacher == number, -1))
 
@@ -116,7 +116,7 @@ class RowScorer(Protocol):
         references: Sequence[str],
         chats: Sequence[Chat | None] = (),
     ) -> list[float]:
-        """Return one raw score a response; NaN where there is none."""
+        """Return one raw score per response; NaN where there is none."""
 
     def new_scores(self) -> Mapping[str, float]:
         """Return this rank's scores since the last call that all ranks remember, by key."""
@@ -125,7 +125,7 @@ class RowScorer(Protocol):
         """Take the new scores of all ranks."""
 
     def credit_rows(self, scores: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
-        """Return one advantage a response, from the scores of all responses of a rollout batch."""
+        """Return one advantage per response, from the scores of a whole rollout batch."""
 
 
 def _unchanged(engine: Any) -> Any:
@@ -165,10 +165,10 @@ class Term:
             that the loss of a batch may be summed in parts. If one term of a run is False, every
             term gets all positions of a batch at once, and the heads are computed twice.
         scorer: Scorer that gives its rows an advantage after generation, or None.
-        discount: Weight of a later token's reward in an earlier one's advantage, where the term
-            has such; 0 elsewhere.
+        discount: Weight of a later token's reward in an earlier one's advantage, where the term has
+            later rewards; 0 elsewhere.
         needs_teacher_prompt: True if it needs a teacher prompt that differs from the student's.
-        wrap_engine: Returns the ``RolloutEngine`` of training, from the one before.
+        wrap_engine: Function that wraps the ``RolloutEngine`` of training.
         kind: Kind of its method in checkpoints: a run resumes with the same kinds.
         settings: The method's class and arguments, for loggers.
     """
@@ -280,8 +280,8 @@ def _check_output(name: str, output: object, is_trained: bool) -> None:
         )
     if is_trained and not output.sum.requires_grad:
         raise ConfigError(
-            f"method {name}: its loss carries no gradient, so that it would train nothing; ask for "
-            "a quantity that carries one (DrawnLogProb, ExactDivergence), and do not detach it"
+            f"method {name}: its loss carries no gradient, so that it would train nothing; use a "
+            "quantity that carries one (DrawnLogProb, ExactDivergence), and do not detach it"
         )
 
 
@@ -314,7 +314,8 @@ def check_positionwise(
             name = weighted.term.name
             raise ConfigError(
                 f"method {name}: its loss over {num} positions is {float(whole.sum):g}, and "
-                f"{first + second:g} over two halves of them, so that it would depend on how "
-                "batches are cut; a position's loss depends on others: say is_positionwise = False "
+                f"{first + second:g} over two halves of them, so that it would depend on the "
+                "division of batches; a position's loss depends on others: set is_positionwise = "
+                "False "
                 "(on the Advantage, where it has one)"
             )

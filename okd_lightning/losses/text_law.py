@@ -1,16 +1,16 @@
-"""A model's distribution over texts: the probability that a text begins with some bytes.
+"""Distribution of a model over texts: the probability that a text begins with some bytes.
 
-M(x) is the mass of all texts that begin with the bytes x. A tokenizer's own way to write x reaches
-its end through any *cover*: the own tokens up to a boundary m before the end, then a token that
-reaches or passes it (arXiv 2412.03719, 2512.14954). With P(m) the probability of the own tokens up
-to m,
+M(x) is the mass of all texts that begin with the bytes x. The tokens of a text that begins with x
+contain a *cover* of x: the tokenizer's own tokens of x up to a boundary m before its end, then a
+token that reaches or passes the end (arXiv 2412.03719, 2512.14954). With P(m) the probability of
+the own tokens up to m,
 
     M(x) = Σ_m P(m) · Σ {p(t | m): the bytes of t begin with x[m:]},
 
 and the inner sum is a range of the cumulative softmax, with the vocabulary sorted by bytes. P(x)
-alone leaves the longer tokens out, of which a teacher that never writes `a` before `b` puts all its
-mass on `ab`. Everything here is relative to P(x): reach(x) = M(x) / P(x), at least 1. Gradient
-flows to the side's model.
+alone omits the longer tokens: a teacher that always encodes `ab` as one token gives the token `a`
+before `b` no probability. Everything here is relative to P(x): reach(x) = M(x) / P(x), at least 1.
+Gradient flows to the side's model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from okd_lightning.losses.projection import Side, tile_size
 from okd_lightning.records.chunks import Covers
 
 _LEAST = 1e-12
-"""Probability that an outcome counts as at least: rounding of a sum of probabilities near 1."""
+"""Lower bound of an outcome's probability: the rounding of a sum of probabilities near 1."""
 
 
 def cover_masses(
@@ -41,7 +41,7 @@ def cover_masses(
             the end of the response, as one outcome.
         order: Ids with text, sorted by bytes.
         temperature: τ of the softmax.
-        tile_positions: Positions a tile; None chooses from the vocabulary.
+        tile_positions: Positions per tile; None chooses from the vocabulary.
     """
     has_ends = covers.bounds.shape[1] > 2
     positions, number = covers.position.unique(return_inverse=True)
@@ -111,7 +111,7 @@ class TextLaw:
         """[points, bytes + 2] log-probability (nats) of the byte after each of some sync points.
 
         The last two outcomes are the end of the response, and everything else: other bytes, control
-        ids, and texts that the side's tokenizer would cut otherwise.
+        ids, and texts that the side's tokenizer would segment differently.
 
         Args:
             points: The points.

@@ -17,7 +17,7 @@ _Totals = Mapping[str, float]
 
 @dataclass(frozen=True)
 class GradientFidelity:
-    """An estimator against the exact gradient, over several batches.
+    """Comparison of a gradient estimator with the exact gradient, over several batches.
 
     Attributes:
         along_exact: The mean's component along the exact mean, divided by the latter's norm: 1
@@ -46,7 +46,7 @@ class GradientFidelity:
 
     @property
     def is_biased(self) -> bool:
-        """True where the component along the exact mean is off 1 by more than three errors."""
+        """True where ``along_exact`` differs from 1 by more than three standard errors."""
         return abs(self.along_exact - 1) > 3 * self.along_error
 
 

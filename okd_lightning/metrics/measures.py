@@ -100,7 +100,7 @@ def adapted_chunk_measures(stage: str) -> dict[str, Quantity]:
 def adapted_measures(stage: str) -> dict[str, Quantity]:
     """Return metric name → quantity, against the adapted teacher on dataset responses (OKD).
 
-    ``adapted_teacher_shift`` is KL(base‖adapted): how far the online module has moved its teacher.
+    ``adapted_teacher_shift`` is KL(base‖adapted): the change of the teacher by its online module.
     """
     quantities = {**_AGAINST_TEACHER, **_TEACHER_FIT, **_TEACHER_SHIFT}
     return {f"{stage}/adapted_{name}": quantity for name, quantity in quantities.items()}

@@ -1,4 +1,4 @@
-"""UNC: the probability that a model does not give to the target, by difficulty.
+"""UNC: one minus the probability of the target token, by difficulty.
 
 arXiv 2409.12512, Eq. 4. Owns the arithmetic on probabilities of responses; knows no model.
 """

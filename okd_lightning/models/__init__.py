@@ -6,7 +6,7 @@
 * ``adapter_folders``, ``adapters``: PEFT on disk and in memory.
 * ``gguf_files``: models in llama.cpp's format.
 * ``multimodal``, ``processors``, ``image_files``: vision-language models and their images.
-* ``lengths``: the longest sequence that a model was made for.
+* ``lengths``: a model's context length.
 * ``text_ids``: texts to ids.
 * ``vocabulary``: comparison of tokenizers by content; ids outside the tokenizer are masked.
 * ``end_tokens``: ids that end a response, and those that are one outcome.

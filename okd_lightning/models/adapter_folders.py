@@ -176,8 +176,8 @@ def _check_alone(source: Source, where: str) -> None:
     whole = [n for n in (SINGLE, INDEX) if folder is not None and (folder / n).is_file()]
     if whole:
         raise ModelError(
-            f"{where} holds an adapter ({CONFIG}) and a whole model ({whole[0]}): which of them is "
-            "meant cannot be told; move one of them to a folder of its own"
+            f"{where} holds an adapter ({CONFIG}) and a whole model ({whole[0]}): it is unclear "
+            "which one is meant; move one of them to a folder of its own"
         )
 
 

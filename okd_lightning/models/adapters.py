@@ -36,7 +36,7 @@ _MAKERS = {
     *(torch.ops.aten.randn, torch.ops.aten.rand),
 }
 _MOST_TIMES, _SPARE_NUMBERS = 8, 1 << 26
-"""Numbers of an adapter: some times the model's; or 256 MiB, whatever the model."""
+"""Most numbers in an adapter: a multiple of the model's, or 256 MiB if that is more."""
 
 
 def adapter_layers(model: nn.Module) -> list[Any]:
@@ -73,7 +73,7 @@ class GivenPair:
 
         Raises:
             ConfigError: One object as student and teacher, a second adapter for a student, or
-                an argument that is no model.
+                an argument that is not a model.
             ModelError: A ``PeftModel`` of prompt learning.
         """
         own = model_source(student, "student")
@@ -106,7 +106,7 @@ def model_source(source: object, side: str) -> ModelSource:
         return cast("ModelSource", source)
     if source.active_peft_config.is_prompt_learning:
         raise ModelError(
-            f"the {side} is a PeftModel with a prompt-learning adapter, which is no part of the "
+            f"the {side} is a PeftModel with a prompt-learning adapter, which is not a part of the "
             "model's layers; give a LoRA adapter, or the base itself"
         )
     model = cast(PreTrainedModel, source.get_base_model())
@@ -133,7 +133,7 @@ def _carried_adapter(source: ModelSource) -> PeftConfig | None:
 
 
 class _Sizes(TorchDispatchMode):
-    """Counts the numbers of new tensors, before any memory is taken."""
+    """Counts the numbers of new tensors, before memory is allocated."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
@@ -142,10 +142,10 @@ class _Sizes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Refuse a tensor that is one too many.
+        """Refuse a tensor that exceeds the limit.
 
         Raises:
-            OverflowError: With the numbers that were asked for.
+            OverflowError: The limit is exceeded; holds the requested numbers.
         """
         if func.overloadpacket in _MAKERS and isinstance(args[0], list | tuple):
             self._made += math.prod(args[0])
@@ -158,10 +158,10 @@ class _Sizes(TorchDispatchMode):
 
 
 def adapter_sizes(model: nn.Module) -> _Sizes:
-    """Within it no more numbers are made than an adapter of ``model`` can sensibly have.
+    """Limit, within the context, the numbers that an adapter of ``model`` may allocate.
 
-    A low-rank adapter of full rank on all layers has twice the model's numbers. What goes beyond is
-    an OverflowError, before memory is taken.
+    A low-rank adapter of full rank on all layers has twice the model's numbers. More raise an
+    OverflowError, before memory is allocated.
     """
     own = sum(parameter.numel() for parameter in model.parameters())
     return _Sizes(max(_MOST_TIMES * own, _SPARE_NUMBERS))
@@ -169,7 +169,7 @@ def adapter_sizes(model: nn.Module) -> _Sizes:
 
 @contextmanager
 def fitting_adapter(model: nn.Module, option: str) -> Iterator[None]:
-    """Within it an adapter is made for ``model``; one that does not fit is refused.
+    """Refuse, within the context, an adapter that does not fit ``model``.
 
     Raises:
         ConfigError: PEFT's refusal, or an adapter far larger than the model.

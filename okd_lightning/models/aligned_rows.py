@@ -1,9 +1,9 @@
 """Dataset rows in the ids of another tokenizer, aligned once and kept for later epochs.
 
-Dataset rows are the same in every epoch, so that their alignment is too. Kept rows are bounded in
-memory: once the limit is reached, further rows are aligned each time. None is replaced by another:
-an epoch reads every row once, in a new order, and a store that replaced its oldest rows would find
-none of them again.
+Dataset rows, and so their alignments, are the same in every epoch. Kept rows are bounded in memory:
+once the limit is reached, further rows are aligned each time. No stored row is replaced: an epoch
+reads every row once, in a new order, and a store that replaced its oldest rows would find none of
+them again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MOST_BYTES = 256 * 2**20
 """Memory of kept rows."""
 
 _OF_PLACE, _OF_ID, _OF_SPAN, _OF_COVER = 8, 36, 160, 80
-"""Bytes of a tuple's place, of one with its own integer, of a Span, of a Cover without bounds."""
+"""Bytes of a tuple's entry, of one with its own integer, of a Span, of a Cover without bounds."""
 
 _Key: TypeAlias = tuple[object, ...]
 

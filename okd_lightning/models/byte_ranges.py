@@ -1,4 +1,4 @@
-"""A vocabulary sorted by bytes: the tokens that begin with some bytes are a range of it."""
+"""Vocabulary sorted by bytes, in which all tokens with a given prefix are one range."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from okd_lightning.records.chunks import IntArray, Piece
 
 _MOST_BOUNDS, _MOST_SPLITS = 2**17, 2**14
-"""Prefixes whose places are kept: some 30 MB each."""
+"""Most prefixes whose ranges are kept: some 30 MB each."""
 
 
 class ByteRanges:
@@ -43,7 +43,7 @@ class ByteRanges:
         if prefix not in self._bounds:
             after = prefix + b"\xff" * (self.longest + 1)  # longer than any token with the prefix
             low, high = bisect_left(self._texts, prefix), bisect_left(self._texts, after)
-            if low == high:  # not kept: there is no end of texts that no token begins with
+            if low == high:  # not kept: infinitely many texts are the prefix of no token
                 return np.array([low, high])
             if len(self._bounds) == _MOST_BOUNDS:
                 self._bounds.clear()

@@ -1,4 +1,4 @@
-"""A causal LM as (hidden states, head): the way in which this library runs a model.
+"""A causal LM as (hidden states, head): the form in which this library runs a model.
 
 The loss layer projects only the positions that carry loss, so only the head's inputs are needed.
 A hook on the head of the *whole* model takes them, which is correct for every wrapper (adapters,
@@ -216,7 +216,7 @@ def last_logits(
     wanted: Mapping[str, Any],
     last: Tensor | None = None,
 ) -> Tensor:
-    """Run ``model`` and its own head at one position a row.
+    """Run ``model`` and its own head at one position per row.
 
     Args:
         model: A causal LM, not wrapped.

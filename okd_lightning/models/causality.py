@@ -39,7 +39,7 @@ def own_precision(model: PreTrainedModel) -> AbstractContextManager[object]:
 
 
 def embedding_gradient(model: PreTrainedModel, hidden_states: Callable[[], Tensor]) -> Tensor:
-    """Return the gradient of some tokens' hidden states in the embeddings of all tokens.
+    """Return the gradient of some tokens' hidden states with respect to all tokens' embeddings.
 
     A masked token gets a gradient of exactly 0, in every number format.
 
@@ -48,7 +48,7 @@ def embedding_gradient(model: PreTrainedModel, hidden_states: Callable[[], Tenso
         hidden_states: Runs the model once and returns [..., hidden] of the chosen tokens.
 
     Returns:
-        [batch, seq, hidden] the gradient in the embeddings of that run.
+        [batch, seq, hidden] the gradient with respect to the embeddings.
     """
     embedded: list[Tensor] = []
 
@@ -99,7 +99,7 @@ def check_causal(model: PreTrainedModel, option: str) -> None:
     looked_ahead = gradient[:, -1]
     if (looked_ahead.isfinite() & (looked_ahead != 0)).any():
         raise ModelError(
-            f"{option}: {type(model).__name__} is bidirectional: what it says about a token "
-            "depends on that token; expected a causal language model (an encoder such as BERT "
+            f"{option}: {type(model).__name__} is bidirectional: its prediction of a token depends "
+            "on that token; expected a causal language model (an encoder such as BERT "
             "is one only with is_decoder: true in its config)"
         )

@@ -1,6 +1,6 @@
 """Loading of a sequence classifier with one output: a reward model, from a folder or a hub id.
 
-Owns what may be loaded, as ``loading`` does for causal LMs. The model is returned on the CPU,
+Owns the accepted sources, as ``loading`` does for causal LMs. The model is returned on the CPU,
 frozen and in eval mode.
 """
 
@@ -98,7 +98,7 @@ def outputs_of(model: PreTrainedModel, rows: list[list[int]]) -> list[float]:
 
     Args:
         model: From ``load_classifier``.
-        rows: Token ids, at least one a row.
+        rows: Token ids, at least one per row.
     """
     config = model.config.get_text_config()
     own = config.pad_token_id

@@ -31,8 +31,8 @@ def compile_blocks(*models: PreTrainedModel | None) -> None:
         blocks = [module for module in model.modules() if type(module).__name__ in names]
         if not blocks:
             raise ConfigError(
-                f"--model.compile_blocks: {type(model).__name__} does not say what its blocks are "
-                "(its _no_split_modules names none); leave the option out for this pair"
+                f"--model.compile_blocks: {type(model).__name__} does not name its blocks "
+                "(_no_split_modules is empty); leave the option out for this pair"
             )
         for block in blocks:
             block.compile(dynamic=True, backend=_BACKEND)

@@ -41,7 +41,7 @@ def is_deferred() -> bool:
 
 @dataclass(frozen=True)
 class Deferred:
-    """Location of a model's weights, and which part of the model is trained."""
+    """Location of a model's weights, and the part of the model that is trained."""
 
     source: Source
     option: str
@@ -84,7 +84,7 @@ def deferred(model: nn.Module) -> Deferred | None:
 
 @contextmanager
 def stand_ins(model: nn.Module, option: str) -> Iterator[None]:
-    """Within the context, give a base on ``meta`` NaN weights, so that adapters can be added.
+    """Give a base on ``meta`` NaN weights within the context, so that adapters can be added.
 
     PEFT creates its weights on the base's device; on ``meta`` they would have no values. The NaN
     weights take no memory: each is one number, expanded.

@@ -1,7 +1,7 @@
-"""Ids that end a response: where generation stops, and which of them are one outcome.
+"""Ids that end a response: ids at which generation stops, and ids that count as one outcome.
 
-Owns what models, tokenizer and user name. Data may add ids at which generation stops, and take out
-those that are written before further tokens of the same response (``data.end_tokens``).
+Owns the ids that models, tokenizer and user name. Data may add ids at which generation stops, and
+remove those that occur before further tokens of the same response (``data.end_tokens``).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class EndTokens:
         return replace(self, end_ids=ends, stop_ids=_joined(self.stop_ids, ids))
 
     def without(self, ids: Collection[int]) -> EndTokens:
-        """Return these with ids after which a response goes on: they stop, and are no end."""
+        """Return these with ids at which generation stops but a response does not end."""
         ends = tuple(i for i in self.end_ids if i not in ids)
         return self if self.is_given or not ends else replace(self, end_ids=ends)
 
@@ -79,7 +79,7 @@ def eos_token_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> tu
         tokenizer: Its tokenizer.
 
     Raises:
-        ModelError: None of these has an end-of-sequence id, or it is no id of the tokenizer.
+        ModelError: None of these has an end-of-sequence id, or it is not an id of the tokenizer.
     """
     ids = generation_eos(source, "--model.student")
     if ids is None and Path(tokenizer.name_or_path or "").is_dir():
@@ -95,8 +95,8 @@ def eos_token_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> tu
     foreign = [i for i in found if i not in tokenizer.get_vocab().values()]
     if foreign:
         raise ModelError(
-            f"the student's end-of-sequence ids {list(found)} hold {foreign[0]}, which is no token "
-            "of the tokenizer; set eos_token_id in the student's generation config"
+            f"the student's end-of-sequence ids {list(found)} hold {foreign[0]}, which is not a "
+            "token of the tokenizer; set eos_token_id in the student's generation config"
         )
     return found
 
@@ -153,7 +153,7 @@ def find_end_tokens(
         option: How the user named them, for messages.
 
     Raises:
-        ModelError: There is no end-of-sequence id, or the student's is no id of the tokenizer.
+        ModelError: There is no end-of-sequence id, or the student's is not an id of the tokenizer.
         ConfigError: ``asked`` names no token of the tokenizer.
     """
     own = eos_token_ids(student, tokenizer)
@@ -192,7 +192,8 @@ def _asked_ids(
             near = difflib.get_close_matches(str(one), vocabulary, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "give its ids or tokens"
             raise ConfigError(
-                f"{option} holds {one!r}, which is no id and no token of the tokenizer; {hint}"
+                f"{option} holds {one!r}, which is neither an id nor a token of the tokenizer; "
+                f"{hint}"
             )
         found.append(int(one) if is_id else vocabulary[str(one)])
     if not found:

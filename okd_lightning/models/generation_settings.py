@@ -15,8 +15,8 @@ def save_with_settings(model: PreTrainedModel, folder: Path, **ids: Any) -> None
     """Write a model; its generation settings stay, except those given here.
 
     transformers loads settings that it then refuses to save, such as a temperature without
-    ``do_sample``. They mean something to other programs (vLLM samples by them), so they are written
-    as they are.
+    ``do_sample``. Other programs use them (vLLM samples by them), so they are written
+    unchanged.
 
     Args:
         model: The model; its ``generation_config`` is replaced.

@@ -96,7 +96,7 @@ def restore_split(tokenizer: PreTrainedTokenizerBase, path: Path, option: str) -
             rank_zero_warn(
                 f"{option} {str(path)!r}: its tokenizer splits texts by the rule {name!r}, which "
                 "cannot be read from a GGUF file; GPT-2's is used, and some texts get other ids "
-                "than the model has read: give the tokenizer of its original folder with "
+                "than in the model's training: give the tokenizer of its original folder with "
                 "--model.tokenizer"
             )
         return

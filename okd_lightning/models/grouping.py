@@ -1,4 +1,4 @@
-"""Measurement of the rows that may share a forward pass: none may change another's result.
+"""Measurement of which rows may share a forward pass without changing each other's results.
 
 Some rotary embeddings choose their frequencies by the longest row of a batch. ``longrope`` (Phi-3)
 has one set up to a length and one above it. ``dynamic`` has a different set for each length above
@@ -78,8 +78,8 @@ def measured_groups(model: PreTrainedModel) -> tuple[int | None, bool]:
         model.train(was_training)
     if (again - first).norm() > 1e-3 * first.norm():
         raise ModelError(
-            f"{type(model).__name__}: what it computes for a row depends on the rows that it has "
-            "read before; leave its scaled rotary embedding out (rope_parameters in its config), "
+            f"{type(model).__name__}: its result for a row depends on the rows of earlier passes; "
+            "leave its scaled rotary embedding out (rope_parameters in its config), "
             "or use another model"
         )
     return found[0], by_length

@@ -2,7 +2,7 @@
 
 Only formats with decoders in Pillow itself are opened. A file is decoded once when the data is
 read, so that a broken one is an error before training, and again for each batch that holds it. Rows
-that are read from the token cache are not decoded: their files have the bytes of before.
+from the token cache are not decoded: the bytes of their files are unchanged.
 """
 
 from __future__ import annotations

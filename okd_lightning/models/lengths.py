@@ -1,4 +1,4 @@
-"""Check that sequences fit into the positions that a model was made for."""
+"""Check that sequences fit into a model's context length."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from okd_lightning.errors import ConfigError
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
-    """Return the longest sequence that a model was made for; None if its config has no such field.
+    """Return a model's context length, in tokens; None if its config has no such field.
 
     A scaled rotary embedding (YaRN, linear, dynamic, Llama 3) extends the original context by its
     factor. ``max_position_embeddings`` is the extended length in some configs (Llama 3.1) and the
@@ -43,14 +43,14 @@ def check_lengths(
     teacher_tokens: int,
     teacher_role: str = "teacher",
 ) -> None:
-    """Refuse sequences that are longer than a model was made for.
+    """Refuse sequences that are longer than a model's context.
 
     Args:
         student: The student's config; None if not yet known.
         teacher: The teacher's; None without a teacher.
         student_tokens: The longest sequence that the student reads.
         teacher_tokens: The longest that the teacher reads.
-        teacher_role: What the teacher is called in the message.
+        teacher_role: The teacher's name in the message.
 
     Raises:
         ConfigError: Too long; the message names the model and both lengths.
@@ -64,7 +64,7 @@ def check_lengths(
             is_own = role == teacher_role and teacher_tokens != student_tokens
             kind = "teacher prompt" if is_own else "prompt"
             raise ConfigError(
-                f"{kind} and response together take up to {tokens} tokens, but the {role} was "
-                f"made for {limit}; lower --data.max_response_length or "
+                f"{kind} and response together take up to {tokens} tokens, but the context of the "
+                f"{role} is {limit}; lower --data.max_response_length or "
                 f"--data.max_{kind.replace(' ', '_')}_length"
             )

@@ -1,6 +1,6 @@
 """Loading of a causal LM from a folder, a hub id or a config, with one-line errors.
 
-Owns what may be loaded (safetensors only, no remote code) and in which number format. Does not own
+Owns the accepted sources (safetensors only, no remote code) and number formats. Does not own
 devices or sharding: models are returned on the CPU, in eval mode, with requires_grad as loaded.
 """
 

@@ -1,7 +1,7 @@
-"""Vision-language models: which configs are one, their frozen parts, and their image arguments.
+"""Vision-language models: supported configs, frozen parts, and arguments for images.
 
-Owns what differs from a text model in a forward pass: further arguments for the images of the rows,
-types of tokens, and positions of several axes (M-RoPE).
+Owns the differences from a text model in a forward pass: further arguments for the images of the
+rows, types of tokens, and positions of several axes (M-RoPE).
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def positions_of(
         mask: [rows, seq] True on real tokens.
 
     Returns:
-        [3, rows, seq] positions, and [rows] what a later token's position is more than its number
-        in its row. None for a model with positions on one axis, and for rows without images.
+        [3, rows, seq] positions, and [rows] the difference of a later token's position and its
+        number in the row. None for a model with positions on one axis, and for rows without images.
     """
     indexed = getattr(getattr(model, "model", None), "get_rope_index", None)
     arguments = image_arguments(model, input_ids, images)

@@ -1,4 +1,4 @@
-"""The test whether a model keeps packed rows apart, before it gets any."""
+"""Test of whether a model computes packed rows independently, before training packs any."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _is_same(model: PreTrainedModel, read: Sequences) -> bool:
 
 
 def tried(model: PreTrainedModel, packing: bool) -> bool:
-    """Test how a teacher reads rows, and report slow fallbacks; return whether it packs them.
+    """Test whether a teacher packs rows, and report slow fallbacks; return the result.
 
     Args:
         model: A model on its device, or on meta, where nothing can be tested yet.

@@ -164,7 +164,7 @@ def _check_own_tokenizer(
     try:
         own = load_tokenizer(source, option)
     except ModelNotFoundError as error:
-        warnings.warn(f"{error}; the run's tokenizer is taken on trust", stacklevel=2)
+        warnings.warn(f"{error}; the run's tokenizer is not compared with it", stacklevel=2)
         return
     try:
         check_vocabulary_agreement(tokenizer, own, rows)

@@ -1,4 +1,4 @@
-"""The processors of a pair: what each model gets for the images of a batch."""
+"""Processors of a pair, which make each model's inputs for the images of a batch."""
 
 from __future__ import annotations
 

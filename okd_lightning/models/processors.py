@@ -75,7 +75,7 @@ class ImageReader:
 
     @property
     def digest(self) -> str:
-        """Hash of the settings, equal for processors that make the same of an image."""
+        """Hash of the settings, equal for processors with equal outputs for an image."""
         own = self.processor
         about = [
             type(own).__name__,
@@ -207,7 +207,7 @@ def reader_of(
     reader = ImageReader(processor, option, own, frozenset())
     if type(processor).replace_image_token is ProcessorMixin.replace_image_token:
         raise ModelError(
-            f"{option}: {type(processor).__name__} does not say what an image expands to; expected "
+            f"{option}: {type(processor).__name__} does not expand images to tokens; expected "
             "a processor of transformers with replace_image_token"
         )
     text = reader.expansion(64, 64, f"{option}: an image")

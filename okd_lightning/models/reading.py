@@ -106,7 +106,7 @@ def row_groups(model: PreTrainedModel) -> RowGroups:
 
 
 def say_row_groups(model: PreTrainedModel, role: str) -> None:
-    """Log if rows must be read in groups.
+    """Log if some rows need separate passes.
 
     Args:
         model: The student or the teacher.

@@ -1,13 +1,13 @@
 """A response in the ids of another tokenizer: student ids, their bytes, teacher ids.
 
-Owns the text contract of a pair with two tokenizers. The response crosses as bytes, each model has
-its own end, and what does not survive is left without loss and counted:
+Owns the text contract of a pair with two tokenizers. The response is transferred as bytes, and each
+model has its own end token. The parts that cannot be transferred get no loss and are counted:
 
 * bytes that the teacher's tokenizer changes, characters that it lacks, invalid UTF-8, control ids;
 * the last chunk of a response that was cut: the text after it could have changed its tokens;
-* what follows the last sync point that fits into the teacher's context;
-* sampled chunks that the student's tokenizer would write otherwise: every segmentation of a text
-  gets the teacher's one probability, so that rare ones would be rewarded for being rare.
+* the text after the last sync point that fits into the teacher's context;
+* sampled chunks that the student's tokenizer would segment differently: the teacher gives every
+  segmentation of a text the same probability, so that rare ones would be rewarded for being rare.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TextLoss: TypeAlias = Literal["chunk", "text", "next_byte", "shared_tokens"]
 """Loss between two texts; see ForeignTeacher."""
 
 LONGEST_CHUNK = 32
-"""Most tokens of a chunk on either side; real pairs have 10 or 11 (GSM8K, TinyStories)."""
+"""Most tokens of a chunk on either side; common pairs reach 10 or 11 (GSM8K, TinyStories)."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ class Retokenizer:
         teacher_end: Id that ends a response of the teacher; None if it has none.
         num_teacher_ids: Ids that the teacher has a row for; a text that needs others is not read.
         max_teacher_tokens: Tokens of prompt and response that the teacher reads; None for any. A
-            function is called for the first row: a server is asked when it is needed.
-        loss: What the rows are for; see ForeignTeacher.
+            function is called at the first row, so that a server is queried only when needed.
+        loss: The loss that reads the rows; see ForeignTeacher.
 
     Raises:
         VocabularyError: A tokenizer whose tokens cannot be read as bytes.

@@ -1,7 +1,7 @@
-"""Routers of mixture-of-experts models: where they are, and their raw logits.
+"""Routers of mixture-of-experts models: their location in the model, and their raw logits.
 
-What transformers records as a router's logits is, in some architectures and versions, their
-softmax, and its balancing loss then takes a softmax of a softmax. Each router is therefore compared
+In some architectures and versions, transformers records the softmax of a router's logits under
+their name; its balancing loss then takes a softmax of a softmax. Each router is therefore compared
 once with the logits of its own weights.
 """
 
@@ -140,6 +140,6 @@ def _linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
 def _unlike(router: nn.Module) -> ModelError:
     return ModelError(
         f"{type(router).__name__} does not choose the experts with the largest logits (a bias or "
-        "groups balance them, or noise), so that a balancing term has no effect that is known; "
+        "groups balance them, or noise), so that the effect of a balancing term is unknown; "
         "leave it out for this model"
     )

@@ -167,7 +167,7 @@ def unreachable(source: Source, option: str, what: str, error: Exception) -> Mod
         return ModelNotFoundError(f"{start}: no {what} can be read from it: {first_line(error)}")
     if source.folder is not None:
         return ModelNotFoundError(
-            f"{start}: the folder holds no {what} that loads: {first_line(error)}"
+            f"{start}: the folder holds no {what} that can be loaded: {first_line(error)}"
             f"{_other_contents(source.folder) if what == 'model' else ''}"
         )
     return ModelNotFoundError(f"{start}: {_hub_reason(source, error)}")

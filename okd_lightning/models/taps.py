@@ -1,7 +1,7 @@
-"""Taps: outputs of layers, and raw router logits, of the forward passes of a model.
+"""Taps: forward hooks that take layer outputs and raw router logits of a model's passes.
 
-Owns where they are in a model and how they are taken (forward hooks, for one pass at a time, so
-that a recomputation in the backward pass takes nothing). ``reading`` chooses the positions.
+Owns their places in a model. The hooks act for one pass at a time, so that a recomputation in the
+backward pass takes nothing. ``reading`` chooses the positions.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Taps:
             yield
 
     def gather(self, hidden: Tensor, before: Tensor, tokens: Tensor, rows: Tensor) -> None:
-        """Keep what was taken of a pass at some positions of the flattened pass.
+        """Keep the tapped values at some positions of the flattened pass.
 
         Args:
             hidden: [batch, seq, hidden] the head's inputs; virtual tokens before them are left out
@@ -101,11 +101,11 @@ class Taps:
         )
 
     def reorder(self, order: Tensor) -> None:
-        """Note the numbers that put the positions of several passes into the batch's order."""
+        """Store the permutation from the passes' order of positions to the batch's order."""
         self._order = order
 
     def states(self) -> States:
-        """Return what was kept of all passes."""
+        """Return the kept states and routings of all passes."""
         layers = {layer: torch.cat(parts) for layer, parts in self._states.items()}
         if self._order is not None:
             layers = {layer: state[self._order] for layer, state in layers.items()}

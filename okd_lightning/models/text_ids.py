@@ -48,8 +48,8 @@ class TextEncoder:
     before it is tokenized: its first ``limit`` ids are unchanged, and more than these are returned.
 
     Args:
-        tokenizer: A fast one is exact at every boundary. One without a ``tokenizers`` backend is
-            used unchanged where a token crosses the boundary of two texts.
+        tokenizer: A fast tokenizer is exact at every boundary. A slow one is used unchanged where a
+            token crosses the boundary of two texts.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

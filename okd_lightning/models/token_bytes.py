@@ -86,7 +86,7 @@ def _decoder(tokenizer: PreTrainedTokenizerBase, option: str) -> Mapping[str, An
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise VocabularyError(
-            f"{option}: {type(tokenizer).__name__} is no fast tokenizer, and a teacher with "
+            f"{option}: {type(tokenizer).__name__} is not a fast tokenizer, and a teacher with "
             "another tokenizer is compared by the bytes of its tokens; give a model with a "
             "tokenizer.json"
         )

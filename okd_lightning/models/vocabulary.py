@@ -1,4 +1,4 @@
-"""Vocabulary agreement: a comparison by token needs the same ids for the same tokens.
+"""Check of vocabulary agreement: comparing distributions by token needs equal ids for equal tokens.
 
 Owns the comparison of tokenizers by content and the set of valid ids. Embedding tables are often
 padded beyond the tokenizer (Qwen2.5: 151,665 tokens in tables of 151,936 and 152,064 rows); the
@@ -22,7 +22,7 @@ _PROBE = "The 3 quick foxes' naïve café — 12,345.60€!\n\tdef f(x): return 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Ids that the tokenizer has and the models have rows for.
+    """Ids that the tokenizer has and for which the models' tables have rows.
 
     Attributes:
         size: One more than the largest such id; logits are cut to this width.
@@ -124,7 +124,8 @@ def check_vocabulary_agreement(
         raise VocabularyError(_difference(student_ids, teacher_ids))
     if any(_cut(student, text) != _cut(teacher, text) for text in _probes(student, rows)):
         raise VocabularyError(
-            "student and teacher tokenizers have the same tokens but cut text differently (merges "
+            "student and teacher tokenizers have the same tokens but split text differently "
+            "(merges "
             "or normalisation differ); use models that share one tokenizer"
         )
 

@@ -115,7 +115,7 @@ def check_stored_formats(
     learns: Learns,
     unexpected: Collection[str] = (),
 ) -> None:
-    """Refuse stored numbers that are no weights, or too coarse to be trained.
+    """Refuse stored numbers that are not weights, or are too coarse to be trained.
 
     Integers without a quantization_config lack their scales and give wrong weights. The same holds
     for fp8, except that a frozen model may be stored in fp8 without scales.

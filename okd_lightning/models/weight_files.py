@@ -31,7 +31,7 @@ _MOST_PACKED = 16
 """2-bit numbers in one 32-bit number."""
 
 _SPARE_LAYERS, _SPARE_NUMBERS = 1000, 1 << 28
-"""Tolerated excess of the config over the files: smaller differences are found after loading."""
+"""Tolerated excess of the config over the files; smaller differences are found after loading."""
 
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -155,7 +155,7 @@ class WeightFiles:
             raise ModelError(
                 f"{self._start}: no {names[0]} is stored: it is missing, or transformers renames "
                 "or joins weights of this architecture while it loads, which cannot be read by "
-                "rows; use loading: every_rank, which tells"
+                "rows; use loading: every_rank, which names the cause"
             )
         with safe_open(self._files[found], framework="pt") as opened:
             whole = opened.get_slice(found)
@@ -173,7 +173,7 @@ class WeightFiles:
             return cast(Tensor, opened.get_tensor(name))
 
     def samples(self, num_numbers: int) -> Iterator[tuple[str, list[int], Tensor]]:
-        """Name, shape and about ``num_numbers`` numbers of every weight, by name.
+        """Return name, shape and about ``num_numbers`` numbers of every weight, by name.
 
         They are of the first, the middle and the last row; no more than those rows is read.
         """
@@ -230,7 +230,7 @@ def read_safetensors_error(file: Path, error: Exception) -> str:
     if is_pointer:
         return f"{file.name} is a Git LFS pointer and not the weights; run git lfs pull"
     return (
-        f"{file.name} ({size:,} bytes) is no complete safetensors file ({first_line(error)}); "
+        f"{file.name} ({size:,} bytes) is not a complete safetensors file ({first_line(error)}); "
         "copy or download it again"
     )
 

@@ -3,15 +3,15 @@
 * ``requests``: ``Request`` and its ``Response`` objects, in a ``Rollout``.
 * ``batches``: ``Example``, ``TrainingRow``, ``DistillBatch`` and their parts.
 * ``collation``: training rows from examples and rollouts, and padded micro-batches from rows.
-* ``counts``: counts of a step's rows, lengths of rollouts, and what is logged of both.
+* ``counts``: counts of a step's rows, lengths of rollouts, and the logged metrics of both.
 * ``generations``: responses of a batch as text.
 * ``images``: references to a row's images, and a model's inputs for them.
 * ``sampling``: temperature, top-k and top-p.
 * ``noise``: counter-based random numbers, keyed by prompt, sample and position.
-* ``sequences``: what one model reads: the positions that carry loss, and packed rows.
+* ``sequences``: the sequences that one model reads: the positions that carry loss, and packed rows.
 * ``shapes``: the tensor types of the signatures.
 
-Pure: nothing here knows models or Lightning.
+Pure records and functions: this package imports no models and no Lightning.
 """
 
 from okd_lightning.records.batches import (

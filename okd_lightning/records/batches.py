@@ -60,7 +60,7 @@ class Example:
 
     @property
     def question(self) -> str:
-        """The prompt for a reader: a chat's last user message, or the whole prompt."""
+        """The prompt for display: a chat's last user message, or the whole prompt."""
         text = (self.chat.question if self.chat is not None else "") or self.prompt
         return named(text, self.images)
 
@@ -82,7 +82,7 @@ class TrainingRow:
         input_ids: Prompt and response.
         mask: True on the tokens that carry loss.
         prompt_length: Number of prompt tokens in ``input_ids``.
-        sampler_logprobs: One number a response token (nats) where the response was sampled.
+        sampler_logprobs: One number per response token (nats) where the response was sampled.
         credits: The response's advantage in each reward term, by the term's name.
         teacher_prompt_ids: The teacher's own prompt; empty if it reads the student's. A row with
             one has no loss on its prompt.
@@ -183,7 +183,7 @@ class DistillBatch:
         prompt_lengths: [batch] prompt tokens of each row.
         sampler_logprobs: [batch, seq] nats, aligned with ``input_ids``; 0 where nothing was drawn.
         step_counts: Loss tokens of the whole optimizer step (all micro-batches, all ranks), one
-            number a source. None outside training.
+            number per source. None outside training.
         sampled: Counts of the student's responses in the step, for the divisor of their loss.
             None outside training.
         metrics: Rollout speed and lengths of this batch, to be logged.
@@ -197,7 +197,7 @@ class DistillBatch:
             recorded.
         merges_ends: [batch] True where the sampler's log-probability of an end is that of all end
             ids together; None for no row.
-        chunks: Units that both models give a probability to, where the teacher has another
+        chunks: Units of text with a probability under both models, where the teacher has another
             tokenizer, whose ids ``teacher_input_ids`` holds then; None for a teacher that reads the
             student's ids.
         teacher_tokens: As ``step_counts``, of the teacher's loss tokens where it has another

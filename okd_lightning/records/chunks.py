@@ -1,9 +1,9 @@
 """One response under two tokenizers: sync points, and the chunks between them.
 
-Both models' tokens spell the same bytes. A position where both have a token end is a *sync point*,
-and a *chunk* lies between two neighbouring ones: the smallest unit that both models give a
-probability to. Where the bytes differ (a character that one tokenizer lacks or normalises, a
-control id) there is no chunk. Owns the alignment and its records; it knows no tokenizer.
+Both models' tokens encode the same bytes. A position where both have a token end is a *sync point*,
+and a *chunk* lies between two neighbouring ones: the smallest unit with a probability under both
+models. Where the bytes differ (a character that one tokenizer lacks or normalises, a control id)
+there is no chunk. Owns the alignment and its records; it knows no tokenizer.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ IntArray: TypeAlias = npt.NDArray[np.int64]
 """Integers on the host."""
 
 _WINDOW = 8
-"""Equal bytes, or all that is left, after which two texts that differ are in step again."""
+"""Number of equal bytes (or the whole rest) after which two differing texts are aligned again."""
 
 _REACH = 64
-"""Most bytes of both texts together that may be skipped for that."""
+"""Most bytes of both texts together that the realignment may skip."""
 
 _NO_TEXT = (256, 257)
 """Symbols of a token without text, student's and teacher's: equal to nothing."""
@@ -130,10 +130,10 @@ def _skip(one: list[int], other: list[int]) -> tuple[int, int] | None:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Cover:
-    """A way to write a response up to a sync point: a token that reaches or passes it.
+    """Segmentation of a response up to a sync point; its last token reaches or passes the point.
 
     Attributes:
-        token: Place of that token among the response's; what stands before it is the response's.
+        token: Index of that token in the response; the tokens before it are the response's own.
         point: The sync point.
         bounds: Places in the vocabulary sorted by bytes: the tokens that reach or pass the point
             are between the first and the last.
@@ -189,7 +189,7 @@ class SyncPoints:
     """The sync points of a response's chunks, and the covers of its text up to each of them.
 
     Attributes:
-        vocabularies: What the covers' bounds are places in.
+        vocabularies: The sorted vocabularies that the covers' bounds index.
         chunks: First and last sync point of each chunk.
         places: Tokens of the student, and of the teacher, before each sync point.
         student: Covers by the student's tokens.
@@ -210,9 +210,10 @@ class AlignedResponse:
     Attributes:
         teacher_ids: The response in the teacher's ids, with the teacher's own end.
         spans: Chunks that carry loss, in order.
-        num_unaligned: Student's loss tokens without a chunk: other bytes on the teacher's side, a
-            response's end that was cut off, what the teacher's context does not hold.
-        num_noncanonical: Student's loss tokens in chunks that its tokenizer would write otherwise.
+        num_unaligned: Student's loss tokens without a chunk: other bytes on the teacher's side, the
+            end of a response that was cut, tokens beyond the teacher's context.
+        num_noncanonical: Student's loss tokens in chunks that its tokenizer would segment
+            differently.
         points: For losses between distributions over texts; None for others.
         shared: The student's and the teacher's shared ids, for the loss between these; None for
             others.
@@ -273,7 +274,7 @@ class PointIndex:
         end: [chunks] sync point after it.
         student: The student's covers.
         teacher: The teacher's.
-        vocabularies: What their bounds are places in.
+        vocabularies: The sorted vocabularies that their bounds index.
     """
 
     start: Tensor
@@ -324,7 +325,7 @@ class Chunks:
         """[positions] → [chunks]: the sum over each chunk's tokens, with gradient.
 
         Args:
-            values: One number a position.
+            values: One number per position.
             index: ``student`` or ``teacher``.
         """
         inside = index >= 0

@@ -21,10 +21,10 @@ from okd_lightning.records.chunks import (
 from okd_lightning.records.requests import Response
 
 RowReader: TypeAlias = Callable[[Sequence[TrainingRow]], list[TrainingRow]]
-"""From rows to rows as the teacher reads them."""
+"""Function from rows to rows as the teacher reads them."""
 
 _Response: TypeAlias = tuple[AlignedResponse, Mapping[int, int], Mapping[int, int]]
-"""A response, and from places of both sides' tokens to their loss positions."""
+"""A response, and maps from both sides' token indices to loss positions."""
 
 
 def dataset_row(example: Example) -> TrainingRow:
@@ -86,13 +86,13 @@ def sampled_rows(
     responses: Sequence[Response],
     credits: Mapping[str, Sequence[float]] | None = None,
 ) -> list[TrainingRow]:
-    """Return one row a response; see ``sampled_row``.
+    """Return one row per response; see ``sampled_row``.
 
     Args:
         examples: The examples of the prompts, in the order of the responses.
         source: Generator of the responses.
         responses: The responses.
-        credits: One advantage a response, by the reward term's name.
+        credits: One advantage per response, by the reward term's name.
     """
     columns = credits or {}
     return [
@@ -182,12 +182,12 @@ class _SideCovers:
     def add(
         self, covers: Sequence[Cover], places: Sequence[int], at: Mapping[int, int], first: int
     ) -> None:
-        """Add a row's.
+        """Add the covers of a row.
 
         Args:
             covers: Its covers.
             places: Tokens before each of its points.
-            at: From a token's place in the response to its loss position.
+            at: Map from a token's index in the response to its loss position.
             first: Number of its first point.
         """
         self.position += [at[cover.token] for cover in covers]
@@ -272,7 +272,7 @@ def micro_batches(rows: Sequence[TrainingRow], num_batches: int) -> list[Distill
 
     Args:
         rows: At least one row.
-        num_batches: Micro-batches an optimizer step.
+        num_batches: Micro-batches per optimizer step.
     """
     by_length = sorted(rows, key=lambda row: -row.num_tokens)
     size = -(-len(rows) // num_batches)

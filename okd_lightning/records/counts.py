@@ -1,4 +1,4 @@
-"""Counts of an optimizer step's rows, lengths of rollouts, and what is logged of both.
+"""Counts of an optimizer step's rows, lengths of rollouts, and the logged metrics of both.
 
 The divisor of a step's sum must not depend on the step's own samples: a sum over sampled tokens
 divided by their number is a ratio estimator, and biased (docs/opd.md). The divisor of rows that the
@@ -37,8 +37,8 @@ def count_chunks(rows: Sequence[TrainingRow]) -> Tensor:
 
     Returns:
         The teacher's tokens in chunks; the student's in responses; and of these, those that are one
-        token of the teacher, that have no chunk, and whose chunk its tokenizer would write
-        otherwise.
+        token of the teacher, that have no chunk, and whose chunk its tokenizer would segment
+        differently.
     """
     counts = torch.zeros(5, len(SOURCES), dtype=torch.int64)
     for row in rows:
@@ -220,7 +220,7 @@ class RolloutReports:
         self._values[name] = self._values.get(name, 0.0) + seconds
 
     def take(self) -> dict[str, float]:
-        """Return all metrics, and forget them."""
+        """Return all metrics, and reset them."""
         metrics = rollout_metrics(self._rollouts) | self._values
         self._rollouts, self._values = [], {}
         return metrics

@@ -1,7 +1,7 @@
 """Images of rows: references to their files, and the further inputs that a model gets for them.
 
 Rows, examples and checkpoints hold references. The pixels of a batch are made when the batch is
-used (``models.processors``). Nothing here decodes an image.
+used (``models.processors``). This file decodes no image.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ImageRef:
 
 
 def named(text: str, images: Sequence[ImageRef]) -> str:
-    """Return a text for a reader: its places, the last of a prompt's, with the images' names."""
+    """Return a text for display: its last image places are replaced by the images' names."""
     first, *others = text.split(MARKER)
     if not 0 < len(others) <= len(images):
         return text

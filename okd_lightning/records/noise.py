@@ -92,7 +92,7 @@ class NoiseStream:
         return torch.from_numpy(hashed_uniform(self.seed, self.epoch, *rows, positions))
 
     def seeds(self, index: Sequence[int], sample: Sequence[int]) -> list[int]:
-        """Return one seed a row, below 2^52, for a sampler with its own noise.
+        """Return one seed per row, below 2^52, for a sampler with its own noise.
 
         Keyed like ``uniform``: a response that continues after a tool result gets another seed.
         """

@@ -1,7 +1,7 @@
 """Requests to an engine, and its responses.
 
 A ``Request`` holds all that determines the responses to some prompts. An engine returns a
-``Rollout``: one ``Response`` a prompt, in the order of the prompts.
+``Rollout``: one ``Response`` per prompt, in the order of the prompts.
 """
 
 from __future__ import annotations
@@ -181,10 +181,10 @@ class Response:
 
 @dataclass(frozen=True)
 class Rollout(Sequence[Response]):
-    """The responses to a request, in the order of its prompts, and what the engine measured.
+    """The responses to a request, in the order of its prompts, and the engine's measurements.
 
     Attributes:
-        responses: One a prompt.
+        responses: One per prompt.
         num_row_steps: Rows summed over all forward passes of the generation; 0 if unknown.
         engine_gap: Mean difference (nats) between the engine's log-probabilities of a few responses
             and the student's; None where the student itself generates.

@@ -15,7 +15,7 @@ LogProbs: TypeAlias = Float[Tensor, "*lead vocab"]
 """Log-probabilities over the vocabulary (nats, each last axis sums to one in probability)."""
 
 PerToken: TypeAlias = Float[Tensor, "*lead"]
-"""One number a token."""
+"""One number per token."""
 
 LogRatio: TypeAlias = Float[Tensor, "*any"]
 """log q - log p, teacher minus student, in nats: the lambda of the formulas."""
@@ -43,7 +43,7 @@ TokenMask: TypeAlias = Bool[Tensor, "batch seq"]
 """True = the token counts in the loss."""
 
 RowValues: TypeAlias = Float[Tensor, "rows tokens"]
-"""One number a sampled token, each row's tokens in sampling order."""
+"""One number per sampled token, each row's tokens in sampling order."""
 
 RowMask: TypeAlias = Bool[Tensor, "rows tokens"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from okd_lightning.records.shapes import PositionHidden
 
 NORMED = -1
-"""Number of the head's input, the state after the final norm."""
+"""Layer number of the head's input, the state after the final norm."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Final answers in a text, and comparison of two texts' answers.
 
-Patterns are those of the ``regex`` package, which has the syntax of ``re`` and can end a search
-after some time: nested repetition such as ``(a+)+b`` can take years on one response.
+Patterns are those of the ``regex`` package, which has the syntax of ``re`` and can stop a search
+after a time limit: nested repetition such as ``(a+)+b`` can take years on one response.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def answer_pattern(pattern: str | None) -> regex.Pattern[str] | None:
     try:
         compiled = regex.compile(pattern)
     except (regex.error, RecursionError, OverflowError) as error:
-        raise ConfigError(f"pattern {pattern!r} is no regular expression: {error}") from error
+        raise ConfigError(f"pattern {pattern!r} is not a regular expression: {error}") from error
     if compiled.groups < 1:
         raise ConfigError(f"pattern {pattern!r} needs a group (...) that holds the answer")
     return compiled
@@ -65,7 +65,7 @@ def final_answer(text: str, pattern: Pattern | None) -> str | None:
         warnings.warn(
             f"pattern {pattern.pattern!r} takes more than {_SECONDS:g} second on a response of "
             f"{len(text):,} characters, which counts as one without an answer; write it without "
-            "repetition of what is repeated",
+            "nested repetition",
             stacklevel=2,
         )
         return None

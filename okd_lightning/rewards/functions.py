@@ -46,7 +46,7 @@ class ScoredRow:
 
 
 class RewardFunction(ABC):
-    """A number for every response, larger is better; subclass it for your own.
+    """Abstract reward: a number for every response, larger is better.
 
     A complete one:
 
@@ -80,7 +80,7 @@ class RewardFunction(ABC):
         """
 
     def score(self, rows: Sequence[ScoredRow]) -> Sequence[float]:
-        """Score responses with all that is known of their prompts; by default from the texts.
+        """Score responses with the chat and reference of their prompts; by default from the texts.
 
         Args:
             rows: The responses.
@@ -92,7 +92,7 @@ class RewardFunction(ABC):
         )
 
     def open(self, device: torch.device) -> None:
-        """Load what scoring needs, before a run trains; nothing by default.
+        """Load models or open connections for scoring, before a run trains; nothing by default.
 
         Args:
             device: The device of the run.
@@ -107,12 +107,12 @@ class RewardFunction(ABC):
         return {}
 
     def remember(self, scores: Mapping[str, float]) -> None:
-        """Take scores of all ranks, or of a checkpoint, so that they are not asked for again."""
+        """Take scores of all ranks, or of a checkpoint, so that they are not requested again."""
         del scores
 
     @property
     def remembered(self) -> Mapping[str, float]:
-        """The scores that a checkpoint holds; none by default."""
+        """Scores to store in a checkpoint; none by default."""
         return {}
 
 
@@ -255,7 +255,7 @@ def checked_rewards(
     if len(values) != len(responses):
         raise RewardError(
             f"reward {name} returned {len(values)} values for {len(responses)} responses; "
-            "expected one number a response"
+            "expected one number per response"
         )
     return [
         _number(value, name, response) for value, response in zip(values, responses, strict=True)

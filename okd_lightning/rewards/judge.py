@@ -53,17 +53,17 @@ class Judge(RewardFunction):
     """A score from a language model on an OpenAI-compatible server, mapped to [0, 1].
 
     Every response is one chat completion at temperature 0. The reply's last "Score: N" counts (or a
-    reply that is only a number); N outside of the scale is no score. A row has no score if its
-    reply cannot be read or its request fails after all retries; it is counted, and a run stops if
-    more than 5 % of its latest 100 responses have none. Scores are remembered by the request's
-    content and are part of a checkpoint, so that a resumed run does not ask again.
+    reply that is only a number); N outside of the scale counts as no score. A row has no score if
+    its reply cannot be read or its request fails after all retries; it is counted, and a run stops
+    if more than 5 % of its latest 100 responses have none. Scores are remembered by the request's
+    content and are part of a checkpoint, so that a resumed run does not request them again.
 
     The key is read from an environment variable and is in no file. Responses are text that the
     student chose: it can persuade a judge of a high score, so read samples as well as the reward.
 
     Args:
         url: Address of the server, such as http://localhost:8000.
-        prompt: What the judge is asked: a text with {response}, and {prompt} and {reference} if
+        prompt: The judge's prompt: a text with {response}, and {prompt} and {reference} if
             wanted. The default asks for a score from the scale's ends.
         scale: Lowest and highest score; a score s becomes (s - lowest) / (highest - lowest).
         model: Name of the served model; by default the server's only one.
@@ -79,7 +79,7 @@ class Judge(RewardFunction):
         max_failures: Share of the latest 100 responses without a score above which a run stops.
 
     Raises:
-        ConfigError: A number out of its range, or a prompt, pattern or address that is none.
+        ConfigError: A number out of its range, or an invalid prompt, pattern or address.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Judge(RewardFunction):
     # ---------------------------------------------------------------- scoring
 
     def open(self, device: torch.device) -> None:
-        """Ask the server for its models, before a run trains.
+        """Request the server's list of models, before a run trains.
 
         Raises:
             ServerError: It cannot be reached or refuses, or does not serve the model.
@@ -174,7 +174,7 @@ class Judge(RewardFunction):
         return self.score([ScoredRow(*row) for row in columns])
 
     def score(self, rows: Sequence[ScoredRow]) -> Sequence[float]:
-        """Ask the server for each row that is not remembered; NaN for a row without a score.
+        """Request the score of each row that is not remembered; NaN for a row without a score.
 
         Raises:
             ServerError: The server refuses every request (its key or address).
@@ -250,7 +250,7 @@ class Judge(RewardFunction):
 
 
 def _request(row: ScoredRow) -> str:
-    """Return the prompt as a person reads it: a chat's messages with their roles."""
+    """Return the prompt as plain text: a chat's messages with their roles."""
     if row.chat is None:
         return row.prompt
     turns = (f"{message['role']}: {message.get('content') or ''}" for message in row.chat.messages)

@@ -27,14 +27,14 @@ _SECONDS = 10.0
 
 
 class _Worker:
-    """One process, started at the first comparison and again after one that it did not survive."""
+    """One process, started at the first comparison, and again after it was killed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, answer: str, reference: str) -> bool:
-        """Return the process's result; False where there is none in time."""
+        """Return the process's result; False after the time limit."""
         with self._lock:
             process = self._running()
             limit = threading.Timer(_SECONDS, process.kill)

@@ -4,8 +4,8 @@
   ``plan_of_terms``: the plan that the methods of a run need.
 * ``scoring``: rewards of responses. ``generation``: requests to the engine, after which
   all ranks stop together.
-* ``stored``: rollouts in checkpoints; ``resharing``: their distribution to other ranks.
-* ``replay``: responses that are used again. ``evaluation``: responses to held-out prompts.
+* ``stored``: rollouts in checkpoints; ``resharing``: their redistribution to other ranks.
+* ``replay``: reuse of earlier responses. ``evaluation``: responses to held-out prompts.
 * ``ahead``: rollout batches that are generated while earlier ones are trained on.
 * ``loader_shape``: division of an epoch into optimizer steps and rollout batches.
 * ``loader``: the sized, stateful iterable that generates on-policy batches in every epoch.

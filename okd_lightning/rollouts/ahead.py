@@ -3,7 +3,7 @@
 At the start of rollout batch n, batch n + lag is begun with the student's weights of that moment,
 so that the weights of every response are a function of the step, never of the clock. A batch that
 is missing (at the start of a run, after a discard, with a larger lag at a resume) is begun or
-generated with the present weights. Owns what is in flight, and its form in checkpoints.
+generated with the present weights. Owns the batches in flight, and their form in checkpoints.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def _no_deadline() -> None:
 
 @dataclass(frozen=True)
 class AheadBatch:
-    """A rollout batch whose plan is fixed, and whose responses exist or are under way.
+    """A rollout batch whose plan is fixed, and whose responses exist or are being generated.
 
     Attributes:
         batch: Its rows.
         weights_of: Number of the rollout batch at whose start the weights were taken.
         request: This rank's part of the request; None where no rank has any, or with ``rollout``.
-        answer: Its responses, under way.
+        answer: Its responses, while they are generated.
         rollout: This rank's student responses from a checkpoint.
     """
 
@@ -51,7 +51,7 @@ class AheadBatch:
     def wait(
         self, progress: Progress | None = None, until: Deadline = _no_deadline
     ) -> Generated | None:
-        """Return this rank's responses; None if they are not there in time; see ``Answer``."""
+        """Return this rank's responses; None if they are not finished in time; see ``Answer``."""
         if self.answer is None or self.request is None:
             return Generated(self.rollout or Rollout(), 0.0)
         with naming_the_prompts(self.request):
@@ -92,7 +92,7 @@ class RolloutsAhead:
         return 0 if own is None else number - own.weights_of
 
     def drop(self, number: int) -> None:
-        """Forget batches up to ``number``, which have been taken."""
+        """Remove batches up to ``number``, which have been used."""
         self._batches = {n: own for n, own in self._batches.items() if n > number}
 
     def missing(self, number: int) -> list[int]:
@@ -136,7 +136,7 @@ class RolloutsAhead:
             self._running()
 
     def wait_for(self, number: int, progress: Progress | None) -> tuple[Generated, float]:
-        """Return this rank's student responses of a batch, and the seconds that were waited.
+        """Return this rank's student responses of a batch, and the seconds of waiting.
 
         Raises:
             OKDLightningError: The generation has failed.
@@ -161,7 +161,7 @@ class RolloutsAhead:
             self._agreement.together(self._wait_for_all)
 
     def _wait_for_all(self, until: Deadline = _no_deadline) -> dict[int, Rollout | None]:
-        """Return this rank's responses by batch; None for those that were not there in time."""
+        """Return this rank's responses by batch; None for those that were not finished in time."""
         found: dict[int, Rollout | None] = {}
         for number, own in sorted(self._batches.items()):
             generated = own.wait(until=until)
@@ -185,8 +185,8 @@ class RolloutsAhead:
         late = [n for n in packed if any(own[n] is None for own in everyone)]
         if late:
             rank_zero_warn(
-                f"{len(late)} rollout batches in flight were not finished in the time that is left "
-                "before the stop, and are discarded: the resumed run generates them with its own "
+                f"{len(late)} rollout batches in flight were not finished in the time before the "
+                "stop, and are discarded: the resumed run generates them with its own "
                 "weights, so that it differs from a run that was not stopped "
                 "(--trainer.callbacks+=Preemption --trainer.callbacks.grace_seconds)"
             )
@@ -228,7 +228,7 @@ class RolloutsAhead:
         self.is_used = self.lag > 0 or bool(self._batches)
 
     def close(self) -> None:
-        """End the engine, and log what was waited for; a second call does nothing."""
+        """End the engine, and log the seconds of waiting; a second call has no effect."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None

@@ -29,10 +29,10 @@ class DatasetResponses:
 
     Args:
         examples: The tokenized dataset.
-        batch_size: Sequences a batch.
+        batch_size: Sequences per batch.
         rank: This rank.
         world_size: Ranks; all of them get the same number of batches.
-        teacher_rows: From rows to rows as the teacher reads them.
+        teacher_rows: Function from rows to rows as the teacher reads them.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class StudentResponses:
 
     Args:
         examples: The prompts.
-        batch_size: Sequences a batch.
+        batch_size: Sequences per batch.
         generation: Generates the responses.
         rank: This rank.
         world_size: Ranks; all of them get the same number of batches.
-        teacher_rows: From rows to rows as the teacher reads them.
+        teacher_rows: Function from rows to rows as the teacher reads them.
     """
 
     def __init__(

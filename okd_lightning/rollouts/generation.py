@@ -104,7 +104,7 @@ class Agreement:
             kind = WorkerError if is_worker else RolloutTimeoutError
             raise kind(f"{where}{text}") from problem
         if any(is_made for is_made, *_ in outcomes):
-            raise PreemptedError("the run was asked to stop while responses were written")
+            raise PreemptedError("the run was asked to stop while responses were generated")
         return results[0]
 
 
@@ -124,10 +124,11 @@ def naming_the_prompts(request: Request) -> Iterator[None]:
         rows = ", ".join(str(prompt.index) for prompt in prompts[:_MOST_PROMPTS])
         more = len(prompts) - _MOST_PROMPTS
         raise RolloutTimeoutError(
-            f"the engine did not answer in time while the {request.generator} wrote to "
+            f"the engine did not answer in time while the {request.generator} generated responses "
+            "to "
             f"{len(prompts)} prompts (rows {rows}{f' and {more} more' if more > 0 else ''} of the "
-            f"data){f': {error}' if str(error) else ''}; see to the engine and resume, or have it "
-            "write less at once (--data.prompts_per_rollout, --data.max_response_length)"
+            f"data){f': {error}' if str(error) else ''}; check the engine and resume, or generate "
+            "less at once (--data.prompts_per_rollout, --data.max_response_length)"
         ) from error
 
 
@@ -177,7 +178,7 @@ class Generation:
         Raises:
             RolloutTimeoutError: The engine timed out.
         """
-        with self.shown(f"{generator} writes", len(turns)) as told:
+        with self.shown(f"{generator} generates", len(turns)) as told:
             request = self.request(generator, turns, epoch, told)
             with naming_the_prompts(request):
                 return self.engine.respond(request)

@@ -34,7 +34,7 @@ def check_same_rows(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """
     if state["rows_per_step"] != own["rows_per_step"]:
         raise ConfigError(
-            f"this run has {own['rows_per_step']} rows an optimizer step (batch_size x "
+            f"this run has {own['rows_per_step']} rows per optimizer step (batch_size x "
             f"accumulation x ranks), the checkpoint was written with {state['rows_per_step']}; "
             f"set --data.global_batch_size {state['rows_per_step']}"
         )

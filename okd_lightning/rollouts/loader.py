@@ -198,7 +198,7 @@ class RolloutLoader:
         }
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what determines the rows of an optimizer step, for ``check_same``."""
+        """Return the numbers that determine the rows of an optimizer step, for ``check_same``."""
         return {"rows_per_step": self.shape.rows_per_step, "identity": self._identity}
 
     def check_same(self, state: Mapping[str, Any]) -> None:
@@ -243,7 +243,7 @@ class RolloutLoader:
         written: list[dict[Generator, Rollout]],
         credits: list[dict[str, list[float]] | None],
     ) -> None:
-        """Take this rank's part of a checkpoint's rollout batch of all ranks."""
+        """Restore this rank's part of a checkpoint's rollout batch."""
         rank, world_size = self.shape.rank, self.shape.world_size
         if len(written) == world_size:
             self._rollouts, self._credits = written[rank], credits[rank]
@@ -307,7 +307,7 @@ class RolloutLoader:
     def _generate_all(
         self, own: dict[Generator, list[Turn]], asked: set[Generator]
     ) -> dict[Generator, Rollout]:
-        """Generate by each model that any rank needs: all ranks gather a sharded one together."""
+        """Generate with each model that any rank needs: all ranks gather a sharded one together."""
         found: dict[Generator, Rollout] = {}
         for by, turns in own.items():
             if by == "student" and self.ahead.is_used and self.ahead.get(self._number) is not None:
@@ -332,7 +332,7 @@ class RolloutLoader:
         return generated.rollout
 
     def _score_responses(self, steps: StepRows, score: RolloutScorer) -> None:
-        """Score once a rollout batch on every rank, also without student responses on it."""
+        """Score once per rollout batch on every rank, also on ranks without student responses."""
         first = self._epoch * self.shape.steps_per_epoch + self._first_step
         numbered = [
             (turn, n) for n, rows in enumerate(steps, first) for turn, by in rows if by == "student"

@@ -13,12 +13,12 @@ class LoaderShape:
     """Division of an epoch: all numbers that determine the rows of an optimizer step.
 
     Attributes:
-        batch_size: Sequences a micro-batch on one rank.
-        accumulate_grad_batches: Micro-batches an optimizer step.
+        batch_size: Sequences per micro-batch on one rank.
+        accumulate_grad_batches: Micro-batches per optimizer step.
         world_size: Ranks.
         rank: This rank.
-        prompts_per_epoch: Prompts an epoch, over all ranks.
-        prompts_per_rollout: Prompts a rollout batch; None for those of one optimizer step.
+        prompts_per_epoch: Prompts per epoch, over all ranks.
+        prompts_per_rollout: Prompts per rollout batch; None for those of one optimizer step.
         samples_per_prompt: Responses generated to each prompt.
     """
 
@@ -45,25 +45,25 @@ class LoaderShape:
 
     @cached_property
     def rows_per_step(self) -> int:
-        """Sequences an optimizer step, over all ranks."""
+        """Sequences per optimizer step, over all ranks."""
         return self.batch_size * self.accumulate_grad_batches * self.world_size
 
     @cached_property
     def prompts_per_step(self) -> int:
-        """Prompts an optimizer step, over all ranks."""
+        """Prompts per optimizer step, over all ranks."""
         return self.rows_per_step // self.samples_per_prompt
 
     @cached_property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps an epoch; the last one is short if the prompts do not fill it."""
+        """Optimizer steps per epoch; the last one is short if the prompts do not fill it."""
         return -(-self.prompts_per_epoch // self.prompts_per_step)
 
     @cached_property
     def steps_per_rollout(self) -> int:
-        """Optimizer steps a rollout batch."""
+        """Optimizer steps per rollout batch."""
         return (self.prompts_per_rollout or self.prompts_per_step) // self.prompts_per_step
 
     @cached_property
     def rollouts_per_epoch(self) -> int:
-        """Rollout batches an epoch."""
+        """Rollout batches per epoch."""
         return -(-self.steps_per_epoch // self.steps_per_rollout)

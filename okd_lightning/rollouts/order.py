@@ -1,4 +1,4 @@
-"""The order of prompts: which example each row of an epoch has, and its sample number."""
+"""Order of prompts: the example and the sample number of each row of an epoch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows of an optimizer step before its responses exist: the prompts, and who responds.
+"""Rows of an optimizer step before its responses exist: the prompts, and the sources of responses.
 
 The source of a row is the dataset, the student or the teacher. Owns the random choice of GKD (arXiv
 2306.13649, Algorithm 1). It is a hash of (seed, step), so that all micro-batches, ranks and resumed

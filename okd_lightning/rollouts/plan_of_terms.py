@@ -18,7 +18,7 @@ def _common_fraction(asked: set[float]) -> float:
     between = asked - {0.0, 1.0}
     if len(between) > 1:
         raise ConfigError(
-            f"methods of one run ask for different on_policy_fractions ({sorted(between)}); give "
+            f"methods of one run have different on_policy_fractions ({sorted(between)}); give "
             "them the same"
         )
     return next(iter(between), 0.5)
@@ -27,7 +27,7 @@ def _common_fraction(asked: set[float]) -> float:
 def plan_for(terms: Sequence[Term]) -> StagedPlan:
     """Return the plan for all terms of a run, by stages.
 
-    Terms with equal on-policy shares get GKD's random choice a step. Terms with different shares
+    Terms with equal on-policy shares get GKD's random choice per step. Terms with different shares
     (KD on the dataset with a method on rollouts) get both kinds of rows in every step, in the share
     that one of them has or half and half; each is counted on its own rows. The same holds for a
     term with ``mixes_rows``.
@@ -69,7 +69,7 @@ def _plan_for_stage(terms: Sequence[Term]) -> RolloutPlan:
     if len(off_policy) > 1:
         raise ConfigError(
             "one term needs the data set's responses and another the teacher's (seq_kd); "
-            "set seq_kd alike on all methods of a run"
+            "set the same seq_kd on all methods of a run"
         )
     varying = [term.share_at for term in terms if term.share_at is not None]
     if len(varying) > 1:

@@ -1,4 +1,4 @@
-"""Replay of responses: the last one to every prompt, also kept in checkpoints."""
+"""Replay of earlier responses: the last one to every prompt, kept in checkpoints."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class KeptResponses:
     def respond(
         self, request: Request, generate: Callable[[Request], Rollout], *, replays: bool
     ) -> Rollout:
-        """Return one response a prompt, in order; new responses are kept.
+        """Return one response per prompt, in order; new responses are kept.
 
         Args:
             request: At least one prompt.
@@ -67,7 +67,7 @@ class KeptResponses:
 
 
 class ReplayEngine:
-    """An engine that can replay the student's responses.
+    """Engine that can replay the student's earlier responses.
 
     Args:
         engine: Generates new responses.

@@ -46,7 +46,7 @@ class RolloutScores:
     """Scores of this rank's responses of a rollout batch.
 
     Attributes:
-        credits: One advantage a response, by the term's name.
+        credits: One advantage per response, by the term's name.
         metrics: Means over all ranks, to be logged.
     """
 

@@ -1,7 +1,7 @@
-"""Models in shards over all devices (FSDP2); no other package uses FSDP, DTensor or meshes.
+"""Models in shards over all devices (FSDP2). No other package uses FSDP, DTensor or meshes.
 
 * ``plan``: the modules of a model that are gathered and freed together as units.
-* ``placement``: how other packages run a model: whole, or in shards that are gathered.
+* ``placement``: the running of a model by other packages: whole, or in gathered shards.
 * ``loading``: filling shards from files, so that no rank ever holds a whole model.
 * ``state``: weights and optimizer states, from shards to files and back.
 * ``strategy``: ``--trainer.strategy fsdp2``.

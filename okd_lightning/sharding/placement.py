@@ -45,7 +45,7 @@ class ShardedModels:
     """Both models in shards.
 
     Args:
-        rollouts: How each rank runs a model on its own.
+        rollouts: Way in which each rank runs a model on its own.
         reshard_after_forward: Setting of the blocks; a gathered phase suspends it.
         device: Device on which flags are exchanged.
     """
@@ -129,7 +129,7 @@ class ShardedModels:
 
 
 class _Turns:
-    """Turns of ranks that run different models different numbers of times.
+    """Coordination of ranks that run different models different numbers of times.
 
     Every gather needs all ranks. So before a forward pass each rank announces its model's number.
     The highest number goes first, and every other rank, or one that is done, takes part with the
@@ -152,7 +152,7 @@ class _Turns:
         return wait
 
     def see_others_through(self) -> None:
-        """Take part in the other ranks' passes until all ranks are done."""
+        """Take part in other ranks' passes until all ranks are done."""
         self._run_along_until(0)
 
     def _run_along_until(self, number: int) -> None:

@@ -1,4 +1,4 @@
-"""Teachers: one protocol, and one class for each kind.
+"""Teachers: one protocol, and one class for each kind of teacher.
 
 * ``base``: the ``Teacher``, as the rest of the package sees it. ``run``: the records that a run
   gives it. ``no_teacher``: plain SFT.
@@ -9,9 +9,10 @@
 * ``foreign_teacher``: a teacher with another tokenizer, which reads the text in its own ids.
 * ``ensemble``, ``routed``: several models as one distribution, or one for each row, on what
   ``several`` gives them.
-* ``cached_teacher``, ``served_teacher``: a teacher on disk or on a server, of which k ids a token
-  are known (``packed``); ``terms``: the methods that work with these, and the form they take.
-  ``cache_preparation``, ``cache_writing``, ``identity``, ``layout``, ``store``: the cache on disk.
+* ``cached_teacher``, ``served_teacher``: a teacher on disk or on a server, of which k ids per token
+  are known (``packed``); ``terms``: the methods that work with these, and the cached form of their
+  terms. ``cache_preparation``, ``cache_writing``, ``identity``, ``layout``, ``store``: the cache on
+  disk.
 * ``teacher_base``: the model that the teacher was trained from, for methods that compare both.
 """
 

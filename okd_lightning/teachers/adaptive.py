@@ -36,7 +36,7 @@ class AdaptiveTeacher(Teacher):
     teacher without the module.
 
     Args:
-        inner: A teacher with weights that stay: a LoadedTeacher or a FrozenSelf.
+        inner: A teacher with constant weights: a LoadedTeacher or a FrozenSelf.
         settings: The module and how it is optimised.
 
     Raises:
@@ -62,7 +62,7 @@ class AdaptiveTeacher(Teacher):
 
     @property
     def base(self) -> Teacher:
-        """The inner teacher: a checkpoint holds the module by itself."""
+        """The inner teacher, whose description is stored separately from the module."""
         return self.inner.base
 
     @property
@@ -81,11 +81,11 @@ class AdaptiveTeacher(Teacher):
         return self._settings
 
     def check_options(self, options: TeacherOptions) -> None:
-        """Check them for the inner teacher."""
+        """Check the arguments for the inner teacher."""
         self.inner.check_options(options)
 
     def use_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Take it, and hand it to the inner teacher."""
+        """Set the vocabulary, also of the inner teacher."""
         super().use_vocabulary(vocabulary)
         self.inner.use_vocabulary(vocabulary)
 
@@ -100,23 +100,23 @@ class AdaptiveTeacher(Teacher):
         return self.inner.config(student)
 
     def check_prompts(self, are_given: bool) -> None:
-        """Check them for the inner teacher."""
+        """Check the arguments for the inner teacher."""
         self.inner.check_prompts(are_given)
 
     def check_term(self, term: Term) -> None:
-        """Check it for the inner teacher."""
+        """Check the argument for the inner teacher."""
         self.inner.check_term(term)
 
     def student_loaded(self, student: PreTrainedModel) -> None:
-        """Hand it to the inner teacher."""
+        """Pass the student to the inner teacher."""
         self.inner.student_loaded(student)
 
     def student_adapted(self, student: PreTrainedModel) -> None:
-        """Hand it to the inner teacher."""
+        """Pass the student to the inner teacher."""
         self.inner.student_adapted(student)
 
     def student_ready(self, student: PreTrainedModel, packs: bool) -> None:
-        """Hand it to the inner teacher."""
+        """Pass the student to the inner teacher."""
         self.inner.student_ready(student, packs)
 
     def build(self) -> None:
@@ -157,7 +157,7 @@ class AdaptiveTeacher(Teacher):
             yield super().as_base(), adapted_measures(stage)
 
     def keeps(self, name: str, trained: Collection[str], frozen: Collection[str]) -> bool:
-        """Keep the module, and what the inner teacher keeps."""
+        """Return True for the module's weights; else the inner teacher's answer."""
         return self.inner.keeps(name, trained, frozen)
 
     def settings(self) -> Mapping[str, Any]:

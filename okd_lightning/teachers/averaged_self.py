@@ -20,7 +20,7 @@ DEFAULT_EMA_DECAY = 0.99
 class AveragedSelf(SelfTeacher):
     """The exponential moving average of the student's trained weights; model.ema_decay sets it.
 
-    To know more than the student, give it its own prompts: data.teacher_prompt_template.
+    Its own prompts can give it more information than the student: data.teacher_prompt_template.
     """
 
     follows_student = True
@@ -32,7 +32,8 @@ class AveragedSelf(SelfTeacher):
             raise ConfigError(f"model.ema_decay must be between 0 and 1 (exclusive), got {decay}")
         if options.rounds_steps:
             raise ConfigError(
-                "model.teacher AveragedSelf adds up small steps, which 16 bits round away: use "
+                "model.teacher AveragedSelf averages small changes of the weights, which 16-bit "
+                "formats round to zero: use "
                 "--model.dtype float32 with --trainer.precision bf16-mixed, or train an adapter"
             )
         super().check_options(TeacherOptions(options.teacher_dtype))
@@ -42,21 +43,21 @@ class AveragedSelf(SelfTeacher):
         self.model = teacher_copy(student)
 
     def after_step(self) -> None:
-        """Move towards the student."""
+        """Average the student's new weights into the copy."""
         assert self.model is not None
         assert self.student is not None
         decay = self.run.ema_decay
         follow(self.model, self.student, DEFAULT_EMA_DECAY if decay is None else decay)
 
     def keeps(self, name: str, trained: Collection[str], frozen: Collection[str]) -> bool:
-        """Keep what is kept of the student."""
+        """Return True for a weight whose counterpart in the student is stored."""
         is_trained = name.replace("teacher.", "student.", 1) in trained
         return is_trained or isinstance(self.source, Mapping) or name not in frozen
 
 
 @torch.no_grad()
 def follow(teacher: nn.Module, student: nn.Module, decay: float) -> None:
-    """Move a ``teacher_copy`` towards the student: t ← decay · t + (1 - decay) · s, in place.
+    """Average the student's weights into a copy, in place: t ← decay · t + (1 - decay) · s.
 
     Only the student's trained weights are averaged; nothing carries gradient.
     """

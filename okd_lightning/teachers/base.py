@@ -1,7 +1,7 @@
-"""The teacher of a run: one protocol for all kinds.
+"""The teacher of a run: one interface for all kinds of teachers.
 
-Owns what the rest of the package asks of a teacher, with the answers of a frozen model in memory.
-A kind is one final class in a file of its own; no other code asks which kind a run has.
+Owns the interface and its defaults, which are those of a frozen model in memory. Each kind is one
+final class in a file of its own; no other code depends on the kind.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ Measurement: TypeAlias = tuple[AbstractContextManager[None], dict[str, Quantity]
 
 
 class Teacher(ABC):
-    """The teacher of a run, as everything else sees it.
+    """Abstract teacher of a run.
 
-    This class answers for a frozen model in memory (``model``); a kind overrides what differs. An
-    instance holds a user's settings until ``join`` ties it to a run. A complete one, for which all
-    ids are equally likely (``--model.teacher my_module.Uniform``):
+    The defaults are those of a frozen model in memory (``model``); a kind overrides what differs.
+    An instance holds a user's settings until ``join`` attaches it to a run. A complete one, for
+    which all ids are equally likely (``--model.teacher my_module.Uniform``):
 
         class Uniform(Teacher):
             generates = False
@@ -54,7 +54,8 @@ class Teacher(ABC):
                 return Side(torch.zeros(positions, self.run.vocabulary.size), nn.Identity())
 
     Attributes:
-        tokenizer: Its own, where that is not the run's; None where it reads the run's ids.
+        tokenizer: The teacher's own tokenizer, where it differs from the run's; None where it reads
+            the run's ids.
         model: Weights in memory, which the module registers as ``teacher``; None without any.
         host_weights: Its weights, where they are in host memory between its passes.
         packs: Whether ``model`` gets packed rows.
@@ -72,10 +73,10 @@ class Teacher(ABC):
     """True where it can generate responses."""
 
     to_generate: ClassVar[str] = "give --model.teacher a folder or hub id"
-    """Advice on a teacher that can, for messages of one that cannot."""
+    """Advice for messages of a teacher that cannot generate."""
 
     covers_vocabulary: bool = True
-    """True where its side has a logit for every id."""
+    """True where its side has a logit for every id of the vocabulary."""
 
     has_layers: ClassVar[bool] = False
     """True where ``side`` gives the states of its layers."""
@@ -87,7 +88,7 @@ class Teacher(ABC):
     """True where it reads rows with images."""
 
     follows_student: ClassVar[bool] = False
-    """True where it changes with the student, apart from trained parameters of its own."""
+    """True where its weights follow the student's, apart from trained parameters of its own."""
 
     tokenizer: PreTrainedTokenizerBase | None = None
     model: PreTrainedModel | None = None
@@ -101,12 +102,12 @@ class Teacher(ABC):
 
     @property
     def own_source(self) -> ModelSource | None:
-        """Source of weights of its own; None for one that is the student, or is not loaded."""
+        """Source of its own weights; None for a self-teacher, or one that is not loaded."""
         return None
 
     @property
     def own_sources(self) -> tuple[ModelSource, ...]:
-        """Sources of all models of its own."""
+        """Sources of all of the teacher's own models."""
         return () if self.own_source is None else (self.own_source,)
 
     @property
@@ -121,7 +122,7 @@ class Teacher(ABC):
 
     @property
     def base(self) -> Teacher:
-        """The teacher without what methods of a run have put on it."""
+        """The teacher without the online modules that methods of the run have added."""
         return self
 
     @property
@@ -131,7 +132,7 @@ class Teacher(ABC):
 
     @property
     def mark(self) -> str | None:
-        """Name of it in checkpoints: a run resumes only with the same; None if others will do."""
+        """Description in checkpoints: a run resumes only with an equal one; None accepts any."""
         return None
 
     @property
@@ -156,14 +157,14 @@ class Teacher(ABC):
         return self.model
 
     def check_options(self, options: TeacherOptions) -> None:
-        """Refuse options that have nothing to act on, or contradict this teacher.
+        """Refuse options that have no effect, or contradict this teacher.
 
         Raises:
             ConfigError: The message says what to change.
         """
         if options.ema_decay is not None:
             raise ConfigError(
-                f"model.ema_decay {options.ema_decay} has nothing to act on: give "
+                f"model.ema_decay {options.ema_decay} has no effect: give "
                 "--model.teacher AveragedSelf, or leave it out"
             )
 
@@ -183,19 +184,19 @@ class Teacher(ABC):
         self.run = replace(self.run, vocabulary=vocabulary)
 
     def during(self, is_training: bool) -> Teacher:
-        """Return the teacher that acts while a run trains, or in any other command."""
+        """Return the teacher that is used in training, or in any other command."""
         del is_training
         return self
 
     def config(self, student: PretrainedConfig) -> PretrainedConfig | None:
-        """Return the model config that limits what it reads; None where there is none here."""
+        """Return the model config that limits the length of its input; None where there is none."""
         del student
         if self.source is None:
             return None
         return load_model_config(self.source, "--model.teacher", self.run.vocabulary.size)
 
     def check_length(self, num_tokens: int) -> None:
-        """Refuse, before training, sequences that are too long, beyond what ``config`` says.
+        """Refuse, before training, sequences that are too long for other reasons than ``config``.
 
         Raises:
             ConfigError: Too long; the message names both lengths.
@@ -229,7 +230,7 @@ class Teacher(ABC):
             )
         if term.asks_teacher and not self.generates:
             raise ConfigError(
-                f"method {term.name} has the teacher write responses, and "
+                f"method {term.name} has the teacher generate responses, and "
                 f"{type(self).__name__} generates none: {self.to_generate}"
             )
 
@@ -238,45 +239,45 @@ class Teacher(ABC):
         del term
 
     def check_adaptable(self) -> None:
-        """Refuse to get an online module, and otherwise have a model of its own for it."""
+        """Refuse an online module, or prepare a model of its own for one."""
         return
 
     def check_sharding(self) -> None:
-        """Refuse to be sharded over ranks (fsdp2), where its weights cannot be."""
+        """Refuse sharding over ranks (fsdp2) where its weights cannot be sharded."""
         return
 
     def adapted(self, adapt: Callable[[Teacher], Teacher]) -> Teacher:
-        """Return it with an online module, which ``adapt`` puts on a teacher of one model."""
+        """Return this teacher with an online module; ``adapt`` wraps a teacher of one model."""
         return adapt(self)
 
     # ---------------------------------------------------------------- building
 
     def student_loaded(self, student: PreTrainedModel) -> None:
-        """Take what it needs of the loaded student, before a new adapter is put on it."""
+        """Use the loaded student, for instance copy it, before a new adapter is put on it."""
         del student
 
     def student_adapted(self, student: PreTrainedModel) -> None:
-        """Take what it needs of the student with its trained parameters."""
+        """Use the student with its trained parameters, for instance copy it."""
         del student
 
     def student_ready(self, student: PreTrainedModel, packs: bool) -> None:
-        """Keep the student, as it runs in the loss and in generation."""
+        """Store the student in its final form for loss and generation."""
         self.student, self.packs_student = student, packs
 
     def build(self) -> None:
-        """Have ``model`` in memory where it is needed; called again for every command."""
+        """Load ``model`` where it is needed; called again for every command."""
         if self.model is not None:
             self.packs = tried(self.model, self.run.packing)
 
     def unload(self) -> None:
-        """Have no models in memory."""
+        """Remove all models from memory."""
         self.model = None
 
     def identity(self, digest: Callable[[ModelSource], str]) -> str:
-        """Return what is equal for teachers of equal distributions.
+        """Return a digest that is equal for teachers of equal distributions.
 
         Args:
-            digest: Returns what is equal for equal models.
+            digest: Returns a digest that is equal for equal models.
         """
         assert self.own_source is not None
         return digest(self.own_source)
@@ -339,7 +340,7 @@ class Teacher(ABC):
         return GeneratingModels((self.model,), self.as_base())
 
     def generators(self) -> Sequence[GeneratingModels]:
-        """Return all that generate, each its own prompts: one for all prompts by default."""
+        """Return the generating models, one entry per group of prompts; by default one for all."""
         return [self.generator()]
 
     def generator_of(self, prompt: Prompt) -> int:
@@ -356,7 +357,7 @@ class Teacher(ABC):
         return terms
 
     def measurements(self, stage: str, is_own: bool) -> Iterator[Measurement]:
-        """Yield what validation and test measure; see ``metrics.measures``."""
+        """Yield the measurements of validation and test; see ``metrics.measures``."""
         yield self.as_base(), measures(stage, is_own, has_teacher=self.exists)
 
     # ---------------------------------------------------------------- training and state
@@ -366,11 +367,11 @@ class Teacher(ABC):
         return trained(self.model)
 
     def after_step(self) -> None:
-        """Do what follows an optimizer step of the student."""
+        """Update this teacher after an optimizer step of the student."""
         return
 
     def keeps(self, name: str, trained: Collection[str], frozen: Collection[str]) -> bool:
-        """Return whether a checkpoint holds a weight of ``model``: what cannot be loaded again.
+        """Return whether a checkpoint holds a weight of ``model``, as it cannot be loaded again.
 
         Args:
             name: The weight's name in the module, ``teacher.`` included.
@@ -381,7 +382,7 @@ class Teacher(ABC):
         return name in trained or isinstance(self.source, Mapping)
 
     def settings(self) -> Mapping[str, Any]:
-        """Return what the run's record says of it."""
+        """Return the teacher's settings for the run's record."""
         return {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

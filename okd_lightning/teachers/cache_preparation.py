@@ -59,7 +59,7 @@ class TeacherKey:
 
 
 EntryOf: TypeAlias = Callable[[TeacherKey, Sequence[Example]], Entry]
-"""From a key and the rows of a dataset to their entry, existing or not."""
+"""Function from a key and the rows of a dataset to their entry, existing or not."""
 
 
 def prepared_entries(

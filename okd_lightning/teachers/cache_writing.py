@@ -34,9 +34,9 @@ def write_entry(
     Args:
         entry: A prepared entry; existing files are kept.
         read: Runs the teacher.
-        batch_size: Rows a forward pass.
+        batch_size: Rows per forward pass.
         device: The teacher's device.
-        own: Whether the file of a number is this rank's.
+        own: Function from a file's number to whether this rank writes it.
         progress: Called with the number of finished rows.
 
     Raises:

@@ -31,7 +31,7 @@ _DATASET = SOURCES.index("dataset")
 
 @final
 class CachedTeacher(PackedTeacher):
-    """A teacher's log-probabilities, written to disk once: training reads them from there.
+    """Teacher whose log-probabilities are written to disk once and read from there in training.
 
     The teacher is in memory while they are written, and outside of training (validate, test). For
     every loss token of the dataset responses there are its k most likely ids, the rest and the
@@ -44,7 +44,7 @@ class CachedTeacher(PackedTeacher):
         dtype: Number format of the log-probabilities.
 
     Attributes:
-        part_positions: Approximate loss tokens a file.
+        part_positions: Approximate loss tokens per file.
 
     Raises:
         ConfigError: A number out of its range, or a teacher of a kind that cannot be cached.
@@ -90,7 +90,7 @@ class CachedTeacher(PackedTeacher):
         return {"model": argument_of(self.inner), **own}
 
     def use_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Take it, and hand it to the inner teacher."""
+        """Set the vocabulary, also of the inner teacher."""
         super().use_vocabulary(vocabulary)
         self.inner.use_vocabulary(vocabulary)
 
@@ -107,7 +107,7 @@ class CachedTeacher(PackedTeacher):
         return self if is_training else self.inner
 
     def build(self) -> None:
-        """Have no model in memory."""
+        """Remove the model from memory."""
         self.inner.unload()
 
     def open(self, opening: Opening) -> None:
@@ -121,10 +121,12 @@ class CachedTeacher(PackedTeacher):
         positions = sum(entry.layout.num_positions for entry in entries)
         names = " and ".join(str(entry.folder) for entry in entries)
         rank_zero_info(
-            f"teacher: {'written to' if is_new else 'read from'} its cache, {self.k} ids a token, "
+            f"teacher: {'written to' if is_new else 'read from'} its cache, {self.k} ids per "
+            "token, "
             f"{positions:,} tokens of {self.record.itemsize} bytes ({names or 'nothing to keep'}); "
             f"methods read their divergences as TopK(., {self.k}), at most the exact ones; "
-            "validation takes these as val/top_k_*, and nothing of the teacher on on-policy samples"
+            "validation takes these as val/top_k_*, and no measure of the teacher on on-policy "
+            "samples"
         )
 
     @property

@@ -24,7 +24,7 @@ _SUM_TOLERANCE = 1e-4
 
 @final
 class TeacherEnsemble(SeveralTeachers):
-    """Several models as one distribution, from which every method learns as from one model.
+    """Several models as one distribution, which every method uses like one model.
 
     A mixture is log q = logsumexp_k(log w_k + log q_k), a product q = softmax(sum_k w_k log q_k).
     A temperature acts on the mixed distribution. OKD's online module is put on the first model of
@@ -32,7 +32,7 @@ class TeacherEnsemble(SeveralTeachers):
 
     Args:
         teachers: The models, in the forms of LoadedTeacher, over one vocabulary.
-        weights: One number a model, at least 0; equal shares by default. A mixture's sum to 1. A
+        weights: One number per model, at least 0; equal shares by default. A mixture's sum to 1. A
             model of weight 0 is left out, and not loaded.
         kind: mixture or product.
 
@@ -76,7 +76,7 @@ class TeacherEnsemble(SeveralTeachers):
         return self.with_members(lambda number, one: one if number else one.adapted(adapt))
 
     def identity(self, digest: Callable[[ModelSource], str]) -> str:
-        """Return the members', with their weights and how they are mixed."""
+        """Return a digest of the members' identities, their weights and their kind of mixing."""
         members = [member.identity(digest) for member in self.members]
         return sha256(repr((self._mixing, members)).encode()).hexdigest()
 
@@ -112,7 +112,7 @@ class TeacherEnsemble(SeveralTeachers):
 
 
 def _checked_weights(weights: Sequence[float] | None, count: int, kind: str) -> tuple[float, ...]:
-    """Return one finite weight a model; equal shares where none are given.
+    """Return one finite weight per model; equal shares where none are given.
 
     Raises:
         ConfigError: Another number of weights, a negative one, only zeros, or a mixture's that do
@@ -122,7 +122,9 @@ def _checked_weights(weights: Sequence[float] | None, count: int, kind: str) -> 
         return (1.0 / count,) * count if count else ()
     option = f"model.teacher.weights {list(weights)}"
     if len(weights) != count:
-        raise ConfigError(f"{option}: expected one weight a teacher ({count}), got {len(weights)}")
+        raise ConfigError(
+            f"{option}: expected one weight per teacher ({count}), got {len(weights)}"
+        )
     if any(not math.isfinite(weight) or weight < 0 for weight in weights) or not any(weights):
         raise ConfigError(f"{option}: expected numbers of at least 0, and one above 0")
     total = math.fsum(weights)

@@ -1,7 +1,7 @@
 """A teacher with another tokenizer: it reads the text of each row in its own ids.
 
-Owns which rows and terms it can serve. ``models.retokenization`` gives rows their second set of
-ids, ``losses.chunked`` the losses over chunks of text.
+Owns the checks of rows and terms that such a teacher supports. ``models.retokenization`` gives rows
+their second set of ids, ``losses.chunked`` the losses over chunks of text.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ForeignTeacher(Teacher):
 
     Its prompt is rendered by its own chat template, and a response reaches it as bytes. Losses are
     over chunks: spans of text between positions where both tokenizations have a token end;
-    docs/concepts/another-tokenizer.md says what each method then minimises, and its bias.
+    docs/concepts/another-tokenizer.md explains what each method then minimises, and its bias.
 
     Args:
         model: The teacher, as ``--model.teacher PATH`` takes it, a LoadedTeacher or a
@@ -139,7 +139,7 @@ class ForeignTeacher(Teacher):
         return self.inner.online_module
 
     def check_options(self, options: TeacherOptions) -> None:
-        """Check them for the inner teacher."""
+        """Check the arguments for the inner teacher."""
         self.inner.check_options(options)
 
     def adapted(self, adapt: Callable[[Teacher], Teacher]) -> Teacher:
@@ -149,18 +149,18 @@ class ForeignTeacher(Teacher):
         return own
 
     def check_adaptable(self) -> None:
-        """Check it for the inner teacher."""
+        """Check the argument for the inner teacher."""
         self.inner.check_adaptable()
 
     def check_sharding(self) -> None:
-        """Check it for the inner teacher."""
+        """Check the argument for the inner teacher."""
         self.inner.check_sharding()
 
     def for_student(self, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> Teacher:
         """Return the inner teacher where its tokenizer is the student's: ids pass through.
 
         Raises:
-            ConfigError: ``end_tokens`` would then have nothing to act on.
+            ConfigError: ``end_tokens`` would then have no effect.
         """
         own = copy(self)
         own._own_tokenizer = _tokenizer(self._own_tokenizer, self.inner)
@@ -168,7 +168,7 @@ class ForeignTeacher(Teacher):
             return own
         if self._end_tokens is not None:
             raise ConfigError(
-                f"{_END_TOKENS} has nothing to act on: the teacher has the student's tokenizer, "
+                f"{_END_TOKENS} has no effect: the teacher has the student's tokenizer, "
                 "and the ends of both are --model.end_tokens"
             )
         rank_zero_info(
@@ -207,7 +207,7 @@ class ForeignTeacher(Teacher):
         return own
 
     def config(self, student: PretrainedConfig) -> PretrainedConfig | None:
-        """Return None: rows that are too long for it carry loss as far as it reads."""
+        """Return None: a row that is too long has loss on the part that fits into the context."""
         del student
         return None
 
@@ -215,7 +215,8 @@ class ForeignTeacher(Teacher):
         """Refuse a method that compares single tokens, or whose responses it would generate."""
         if term.asks_teacher:
             raise ConfigError(
-                f"method {term.name} has the teacher write responses; {self.to_generate}: another "
+                f"method {term.name} has the teacher generate responses; {self.to_generate}: "
+                "another "
                 "one's responses are not in the student's ids"
             )
         if not _uses_teacher(term):
@@ -246,7 +247,7 @@ class ForeignTeacher(Teacher):
         return self.inner.module
 
     def open(self, opening: Opening) -> None:
-        """Open the inner teacher, and say what is compared.
+        """Open the inner teacher, and log the compared units.
 
         Raises:
             VocabularyError: The teacher's tokenizer keeps less than half of the first rows' text.
@@ -265,13 +266,13 @@ class ForeignTeacher(Teacher):
         )
 
     def _report(self, rows: Sequence[TrainingRow]) -> None:
-        """Log how both tokenizers share the text of dataset rows."""
+        """Log the alignment of both tokenizers on dataset rows."""
         found = self.retokenized(rows)
         _, total, one_to_one, unaligned, _ = count_chunks(found).sum(-1).tolist()
         if unaligned > total / 2:
             raise VocabularyError(
                 f"{_OPTION}: {unaligned} of {total} response tokens of the first {len(rows)} rows "
-                "are no text that the teacher's tokenizer keeps (characters that it lacks or "
+                "are not text that the teacher's tokenizer keeps (characters that it lacks or "
                 "changes); give a teacher whose tokenizer knows this data"
             )
         longest = max((one.longest for row in found if (one := row.aligned)), default=0)
@@ -313,7 +314,7 @@ class ForeignTeacher(Teacher):
         return self.inner.base_side(batch)
 
     def generator(self) -> GeneratingModels:
-        """Refuse: what it generates is in its own ids."""
+        """Raise: its responses would be in its own ids."""
         raise ConfigError(f"{_OPTION} generates no responses: they would be in its own ids")
 
     def as_base(self) -> AbstractContextManager[None]:
@@ -327,7 +328,7 @@ class ForeignTeacher(Teacher):
             yield nullcontext(), adapted_chunk_measures(stage)
 
     def keeps(self, name: str, trained: Collection[str], frozen: Collection[str]) -> bool:
-        """Keep what the inner teacher keeps."""
+        """Return the inner teacher's answer."""
         return self.inner.keeps(name, trained, frozen)
 
     def settings(self) -> Mapping[str, Any]:
@@ -361,7 +362,7 @@ def _tokenizer(
     name = given or (source.name_or_path if isinstance(source, PreTrainedModel) else source)
     if not isinstance(name, str) or not name:
         raise ConfigError(
-            f"{_OPTION}: its model is no folder or hub id, so that its tokenizer is not known; "
+            f"{_OPTION}: its model is not a folder or hub id, so that its tokenizer is not known; "
             "give --model.teacher.tokenizer a folder or hub id"
         )
     return load_tokenizer(name, "--model.teacher.tokenizer" if given else "--model.teacher")

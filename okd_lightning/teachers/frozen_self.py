@@ -15,9 +15,9 @@ from okd_lightning.teachers.self_teacher import SelfTeacher, teacher_copy
 
 @final
 class FrozenSelf(SelfTeacher):
-    """The student as it was at the start; with a new student_adapter its base, and no copy.
+    """The student with its initial weights: a copy, or with a new student_adapter its base.
 
-    To know more than the student, give it its own prompts: data.teacher_prompt_template.
+    Its own prompts can give it more information than the student: data.teacher_prompt_template.
     """
 
     _stands_alone = False
@@ -27,7 +27,7 @@ class FrozenSelf(SelfTeacher):
         return self.run.adds_adapter and not self._stands_alone
 
     def check_adaptable(self) -> None:
-        """Have a copy of the student, also where its base alone would do.
+        """Make a copy of the student, also where its base would suffice.
 
         Raises:
             ConfigError: The models are already built, without a copy.
@@ -40,7 +40,7 @@ class FrozenSelf(SelfTeacher):
         self._stands_alone = True
 
     def student_loaded(self, student: PreTrainedModel) -> None:
-        """Copy the student before its adapter, where its base does not stay."""
+        """Copy the student before its adapter is added, unless its base stays frozen."""
         if not self._is_base_of_student:
             self.model = teacher_copy(student)
 
@@ -50,6 +50,6 @@ class FrozenSelf(SelfTeacher):
         return base_teacher(self.student) if self._is_base_of_student else nullcontext()
 
     def keeps(self, name: str, trained: Collection[str], frozen: Collection[str]) -> bool:
-        """Keep the copy of a student from memory: that model has been trained since."""
+        """Return True for the copy of a student from memory: that model has been trained since."""
         del frozen
         return name in trained or not isinstance(self.source, str)

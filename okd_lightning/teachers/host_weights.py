@@ -1,4 +1,4 @@
-"""The HostWeights: a frozen model's weights in host memory, on a device for its passes alone.
+"""The HostWeights: a frozen model's weights in host memory, copied to a device for its passes.
 
 Owns the copies. Weights do not change, so the host keeps its own and nothing is copied back.
 """
@@ -26,7 +26,7 @@ class HostWeights:
         option: How the user named the residence, for messages.
 
     Raises:
-        ConfigError: The model's weights are quantised: their state is not theirs alone.
+        ConfigError: The model's weights are quantised: their state has further tensors.
     """
 
     def __init__(self, model: PreTrainedModel, option: str) -> None:
@@ -50,7 +50,7 @@ class HostWeights:
 
     @contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
-        """Have the model on a device within the block; blocks may be nested."""
+        """Keep the model on a device within the block; blocks may be nested."""
         for tensor in self._head:
             if tensor.device != device:
                 tensor.data = tensor.data.to(device)

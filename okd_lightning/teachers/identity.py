@@ -55,8 +55,8 @@ def teacher_identity(source: ModelSource, vocab_size: int, folder: Path) -> str:
     )
     if version is None:
         raise ModelError(
-            f"--model.teacher {source!r}: which version of it this is cannot be told, so its cache "
-            "could be another one's; download it and name the folder"
+            f"--model.teacher {source!r}: its version is unknown, so its cache could belong to "
+            "another one; download it and name the folder"
         )
     return f"{source}@{version}"
 

@@ -1,6 +1,6 @@
-"""Layout of a cache: its distinct rows, by the sequence that the teacher reads, and their places.
+"""Layout of a cache: its distinct rows, by the sequence that the teacher reads, and their files.
 
-Pure: the same examples give the same layout on every rank and in every run.
+Deterministic: the same examples give the same layout on every rank and in every run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from okd_lightning.records.batches import Example, TrainingRow
 from okd_lightning.records.collation import dataset_row
 
 PART_POSITIONS = 2**15
-"""Approximate loss tokens a file: the work that is lost if the writing process is killed."""
+"""Approximate loss tokens per file: the work that is lost if the writing process is killed."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def layout_of(examples: Sequence[Example], part_positions: int) -> Layout:
 
     Args:
         examples: The tokenized dataset.
-        part_positions: Approximate loss tokens a file.
+        part_positions: Approximate loss tokens per file.
     """
     rows: dict[bytes, TrainingRow] = {}
     for example in examples:

@@ -1,4 +1,4 @@
-"""The LiveSelf: the student as it is, reading its own prompts."""
+"""The LiveSelf: the present student, with the teacher's own prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from okd_lightning.teachers.self_teacher import SelfTeacher
 
 @final
 class LiveSelf(SelfTeacher):
-    """The student as it is, without dropout and gradient; it needs prompts of its own.
+    """The present student, without dropout and gradient; it needs teacher prompts.
 
     Give them by data.teacher_prompt_template.
     """
@@ -21,7 +21,7 @@ class LiveSelf(SelfTeacher):
         """Refuse data without prompts for the teacher: both sides would be equal."""
         if not are_given:
             raise ConfigError(
-                "model.teacher LiveSelf without teacher prompts has nothing to teach: both sides "
-                "are one model that reads one text; give --data.teacher_prompt_template or "
+                "model.teacher LiveSelf without teacher prompts gives no loss: both sides are one "
+                "model that reads one text; give --data.teacher_prompt_template or "
                 "--data.teacher_prompt_column"
             )

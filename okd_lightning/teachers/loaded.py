@@ -29,13 +29,13 @@ _HOST = "model.teacher.residence host"
 
 @final
 class LoadedTeacher(Teacher):
-    """A frozen model in memory: what ``--model.teacher PATH`` means.
+    """Frozen model in memory; ``--model.teacher PATH`` is its short form.
 
     Args:
         model: Folder, hub id (org/name or org/name@revision), PEFT folder (merged into its base),
             .gguf file, or a config with random weights: a mapping with model_type and that
             architecture's fields. From Python also a model.
-        residence: Where its weights are between its passes. host: in host memory; each pass copies
+        residence: Place of its weights between its passes. host: in host memory; each pass copies
             them to the device and frees them there, all but the head. For several large teachers,
             of which one at a time is then on the device.
 
@@ -99,7 +99,7 @@ class LoadedTeacher(Teacher):
             self.host_weights = HostWeights(self.model, _HOST)
 
     def unload(self) -> None:
-        """Have no model in memory."""
+        """Remove the model from memory."""
         super().unload()
         self.host_weights = None
 
@@ -123,7 +123,7 @@ class LoadedTeacher(Teacher):
         return teacher.requires_grad_(False).eval()
 
     def open(self, opening: Opening) -> None:
-        """Say what is copied for each pass, or that there is nothing to copy."""
+        """Log the bytes that are copied for each pass, or that nothing is copied."""
         weights = self.host_weights
         if weights is None:
             return
@@ -160,7 +160,7 @@ class LoadedTeacher(Teacher):
 
 
 def _why_no_teacher(given: Mapping[str, Any]) -> str:
-    """Return why a class path and its settings, as a config has them, make no teacher."""
+    """Return the reason why a config's class path and settings do not make a teacher."""
     name, settings = str(given["class_path"]), dict(given.get("init_args") or {})
     found = [kind for sub in Teacher.__subclasses__() for kind in _kinds(sub)]
     kinds = {kind.__name__: kind for kind in found}
@@ -168,7 +168,7 @@ def _why_no_teacher(given: Mapping[str, Any]) -> str:
     if kind is None:
         near = difflib.get_close_matches(name.rpartition(".")[2], kinds, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(kinds))}"
-        return f"class_path {name} is no class of teacher; {hint}"
+        return f"class_path {name} is not a class of teacher; {hint}"
     known = list(inspect.signature(kind).parameters)
     if unknown := sorted(settings.keys() - set(known)):
         return f"{name} has no setting {unknown[0]}; it has {', '.join(known)}"

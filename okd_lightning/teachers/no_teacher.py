@@ -23,7 +23,7 @@ class NoTeacher(Teacher):
         return {}
 
     def check_prompts(self, are_given: bool) -> None:
-        """Refuse prompts that nothing reads."""
+        """Refuse teacher prompts, which no model would read."""
         if are_given:
             raise ConfigError(
                 "there is no teacher to read the teacher's prompts: leave "

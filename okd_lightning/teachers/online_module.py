@@ -31,7 +31,7 @@ from okd_lightning.models.projection_targets import (
 from okd_lightning.models.recompute import recompute_activations
 
 ScheduleName: TypeAlias = Literal["constant", "linear", "cosine"]
-"""Course of a learning rate after its warm-up."""
+"""Schedule of a learning rate after its warm-up."""
 
 _PEFT_DEFAULT_ALPHA = 8
 _IN_THE_CACHE = (PeftType.PREFIX_TUNING, "CARTRIDGE")

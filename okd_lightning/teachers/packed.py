@@ -1,4 +1,4 @@
-"""The PackedTeacher: a teacher of which k ids a token are known, without a model in memory."""
+"""The PackedTeacher: a teacher known by k ids per token, without a model in memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PackedTeacher(Teacher):
     Methods read their divergences as ``TopK(., k)``.
 
     Attributes:
-        k: Known ids a token.
+        k: Known ids per token.
     """
 
     generates = False
@@ -55,8 +55,8 @@ class PackedTeacher(Teacher):
     def check_adaptable(self) -> None:
         """Refuse: there is no model here to put a module on."""
         raise ConfigError(
-            f"an online module is trained on a teacher that is run in this process, and "
-            f"{self.option} has one that stays as it was: leave it out, or use another method"
+            "an online module is trained on a teacher that is run in this process, and "
+            f"{self.option} does not run one: leave it out, or use another method"
         )
 
     def generator(self) -> GeneratingModels:

@@ -1,4 +1,4 @@
-"""The RoutedTeachers: each row has one of several teachers, which a column of the data names."""
+"""The RoutedTeachers: one of several teachers for each row, which a column of the data names."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class RoutedTeachers(SeveralTeachers):
         return self.members[0].forms(terms)
 
     def measurements(self, stage: str, is_own: bool) -> Iterator[Measurement]:
-        """Yield what models in memory are measured by, or served ones."""
+        """Yield the measurements of models in memory, or of served models."""
         if self.covers_vocabulary:
             return super().measurements(stage, is_own)
         return self.members[0].measurements(stage, is_own)
@@ -201,7 +201,7 @@ def _checked_name(name: Any) -> str:
             "the name in quotes"
         )
     if not name.strip():
-        raise ConfigError("model.teacher.teachers has an empty name; expected one a teacher")
+        raise ConfigError("model.teacher.teachers has an empty name; expected one per teacher")
     return name
 
 
@@ -220,7 +220,7 @@ def _positions(batch: DistillBatch, rows: Sequence[int]) -> Tensor:
 
 
 def _key(teacher: Teacher) -> object:
-    """Return what is equal for teachers of one checkpoint."""
+    """Return a key that is equal for teachers of one checkpoint."""
     given = argument_of(teacher)
     if isinstance(given, LoadedTeacher):  # in host memory
         return "host", _key(LoadedTeacher(given.own_source))

@@ -92,7 +92,7 @@ class GeneratingModels:
     Attributes:
         models: At least one.
         context: Context that they need.
-        mix: From each model's [rows, vocab] logits to those of the distribution that is sampled;
+        mix: Function from each model's [rows, vocab] logits to those of the sampled distribution;
             None for one model.
     """
 

@@ -1,4 +1,4 @@
-"""The student as its own teacher: what its three kinds share.
+"""The student as its own teacher: the common part of its three kinds.
 
 Owns copies of the student, and the student run as a teacher. The data module owns the prompts of
 such a teacher.
@@ -28,7 +28,7 @@ from okd_lightning.teachers.run import GeneratingModels, Opening, TeacherOptions
 
 
 class SelfTeacher(Teacher):
-    """The student as its own teacher; the kinds say which of its states.
+    """The student as its own teacher, in the state that a subclass defines.
 
     Without ``model``, the student itself is run: in eval mode, without gradient.
     """
@@ -64,15 +64,15 @@ class SelfTeacher(Teacher):
         return student
 
     def check_adaptable(self) -> None:
-        """Refuse: a teacher that follows the student has no weights that stay."""
+        """Refuse: a teacher that follows the student has no constant weights."""
         raise ConfigError(
-            f"model.teacher {type(self).__name__} follows the student, and an online module "
-            "is trained on a teacher that stays: use --model.teacher FrozenSelf, or "
+            f"model.teacher {type(self).__name__} follows the student, and an online module is "
+            "trained on a teacher with constant weights: use --model.teacher FrozenSelf, or "
             "another method"
         )
 
     def open(self, opening: Opening) -> None:
-        """Say that the student is its own teacher."""
+        """Log that the student is its own teacher."""
         del opening
         rank_zero_info(f"the student is its own teacher ({type(self).__name__})")
 
@@ -97,13 +97,13 @@ class SelfTeacher(Teacher):
 
     @contextmanager
     def as_teacher(self) -> Iterator[None]:
-        """Put the student into eval mode within the block, in the state that teaches."""
+        """Put the student into eval mode within the block, in the teacher's state."""
         assert self.student is not None
         with in_eval_mode(self.student), self.state_of_student():
             yield
 
     def state_of_student(self) -> AbstractContextManager[None]:
-        """Set the student's state that teaches; by default its present one."""
+        """Set the student's state as a teacher within the block; by default its present one."""
         return nullcontext()
 
     def settings(self) -> Mapping[str, Any]:

@@ -155,7 +155,8 @@ class ServedTeacher(PackedTeacher):
             rank_zero_info(f"{where}, which gives the probabilities of its own tokens")
             return
         rank_zero_info(
-            f"{where}, {self.k} ids a token; methods read their divergences as TopK(., {self.k}), "
+            f"{where}, {self.k} ids per token; methods read their divergences as TopK(., "
+            f"{self.k}), "
             "at most the exact ones; validation takes these as val/top_k_* and "
             "val/on_policy_top_k_*"
         )
@@ -238,7 +239,7 @@ class ServedTeacher(PackedTeacher):
             ids: The row.
             places: Its loss tokens.
             asks_ends: Whether all of several end ids are needed where the row has one of them: each
-                that is not among the likeliest costs a request.
+                that is not among the most likely costs a request.
         """
         body = {
             "prompt": ids,
@@ -279,7 +280,7 @@ class ServedTeacher(PackedTeacher):
         strange = float(np.exp(logprobs[~is_token]).sum())
         if strange > _NEGLIGIBLE or is_token.sum() < self.k:
             raise VocabularyError(
-                f"{self._name}: its {len(ids)} likeliest ids have {int((~is_token).sum())} that "
+                f"{self._name}: its {len(ids)} most likely ids have {int((~is_token).sum())} that "
                 f"the run's tokenizer has no token for, with probability {strange:.3g}, such as "
                 f"{[int(i) for i in ids[~is_token]][:3]}; serve a teacher of the student's "
                 "tokenizer, without padding rows that it gives probability to"
@@ -332,8 +333,8 @@ class ServedTeacher(PackedTeacher):
         least = self.k / self.run.vocabulary.size
         if mass < _SHARE_OF_UNIFORM * least:
             raise ServerError(
-                f"{self._name} gives its {self.k} likeliest ids a probability of {mass:.3g} in "
-                f"all, and the likeliest have {least:.3g} at least: these are not "
+                f"{self._name} gives its {self.k} most likely ids a probability of {mass:.3g} in "
+                f"all, and the most likely have {least:.3g} at least: these are not "
                 "log-probabilities of the model; start it with --logprobs-mode raw_logprobs"
             )
 

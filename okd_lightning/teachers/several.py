@@ -1,6 +1,6 @@
-"""Several teachers as one: what ensembles and routed teachers share.
+"""Several teachers as one: the common part of ensembles and routed teachers.
 
-Owns the members and hands every question of the run on to them. The kinds say how their sides
+Owns the members and forwards the run's calls to them. The kinds define how the members' sides
 become one side.
 """
 
@@ -33,7 +33,7 @@ class SeveralTeachers(Teacher):
         members: At least one; each has its own weights.
 
     Raises:
-        ConfigError: A member of a kind that cannot be one.
+        ConfigError: A teacher of a kind that cannot be a member.
     """
 
     def __init__(self, members: Sequence[Teacher]) -> None:
@@ -92,7 +92,7 @@ class SeveralTeachers(Teacher):
         return self._registered
 
     def use_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Take it, and hand it to the members."""
+        """Set the vocabulary, also of the members."""
         super().use_vocabulary(vocabulary)
         for member in self.members:
             member.use_vocabulary(vocabulary)
@@ -126,7 +126,7 @@ class SeveralTeachers(Teacher):
         )
 
     def check_sharding(self) -> None:
-        """Check it for all members."""
+        """Check all members."""
         for member in self.members:
             member.check_sharding()
 
@@ -140,7 +140,7 @@ class SeveralTeachers(Teacher):
     # ---------------------------------------------------------------- building
 
     def build(self) -> None:
-        """Have all members' models in memory."""
+        """Load all members' models."""
         for member in self.members:
             member.build()
         modules = [(str(number), member.module) for number, member in enumerate(self.members)]
@@ -149,13 +149,13 @@ class SeveralTeachers(Teacher):
             self._registered = nn.ModuleDict(found) if found else None
 
     def student_ready(self, student: PreTrainedModel, packs: bool) -> None:
-        """Keep the student, and hand it to the members."""
+        """Keep the student, and pass it to the members."""
         super().student_ready(student, packs)
         for member in self.members:
             member.student_ready(student, packs)
 
     def unload(self) -> None:
-        """Have none of the members' models in memory."""
+        """Remove all members' models from memory."""
         self._registered = None
         for member in self.members:
             member.unload()
@@ -184,12 +184,12 @@ class SeveralTeachers(Teacher):
         return trained(self.module)
 
     def after_step(self) -> None:
-        """Hand it to all members."""
+        """Update all members after an optimizer step."""
         for member in self.members:
             member.after_step()
 
     def keeps(self, name: str, trained: Collection[str], frozen: Collection[str]) -> bool:
-        """Ask the member to which the weight belongs; its name holds the member's number."""
+        """Return the answer of the weight's member, whose number is in the weight's name."""
         if name in trained:
             return True
         number, _, rest = name.removeprefix("teacher.").partition(".")
@@ -211,7 +211,7 @@ class SeveralTeachers(Teacher):
 
 
 def source_name(source: ModelSource | None) -> str:
-    """Return a model's name without its place: a moved folder keeps it."""
+    """Return a model's name without its location: a moved folder keeps it."""
     if isinstance(source, str):
         return Path(source).name if Path(source).expanduser().exists() else source
     if isinstance(source, Mapping):
@@ -225,7 +225,7 @@ def name_of(teacher: Teacher) -> str:
 
 
 def argument_of(teacher: Teacher) -> Any:
-    """Return what a member was made of, as a constructor takes it: a model, or a teacher."""
+    """Return the constructor's argument for a member: a model, or a teacher."""
     own = teacher.base
     is_plain = isinstance(own, LoadedTeacher) and own.residence == "device"
     return own.own_source if is_plain else own

@@ -30,7 +30,7 @@ LogProbFormat: TypeAlias = Literal["float16", "float32"]
 
 
 def record_type(k: int, vocab_size: int, dtype: str) -> np.dtype[Any]:
-    """Return the record type of a loss token, with two bytes an id if the vocabulary allows it.
+    """Return the record type of a loss token, with two bytes per id if the vocabulary allows it.
 
     Args:
         k: Number of stored ids.

@@ -25,7 +25,7 @@ class TeacherBase:
     """Frozen third model, besides student and teacher.
 
     Attributes:
-        source: What it is loaded from.
+        source: Location of the model.
         option: How the user named it, for messages.
         vocabulary: The run's.
         model: In eval mode; None before ``load``.
@@ -89,7 +89,7 @@ class TeacherBase:
         check_joins(tokenizer, self.vocabulary, self.source, self.option)
 
     def check_length(self, num_tokens: int) -> None:
-        """Refuse sequences that are longer than it was made for.
+        """Refuse sequences that are longer than its context.
 
         Raises:
             ConfigError: Naming both lengths.

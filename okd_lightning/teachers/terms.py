@@ -18,7 +18,7 @@ from okd_lightning.records.batches import LossOutput
 
 
 def check_known(quantities: Sequence[Quantity], k: int, vocab_size: int, option: str) -> None:
-    """Refuse quantities that need more of the teacher than k ids; a guard for our own metrics.
+    """Refuse quantities that need more of the teacher than k ids, such as a metric's.
 
     Args:
         quantities: The quantities.
@@ -32,7 +32,7 @@ def check_known(quantities: Sequence[Quantity], k: int, vocab_size: int, option:
     for quantity in quantities:
         if cached_form(quantity, k, vocab_size) != quantity:
             raise ConfigError(
-                f"{quantity} was asked of a teacher of whom {k} ids are known: measure it with a "
+                f"{quantity} needs more of the teacher than its {k} known ids: measure it with a "
                 f"loaded teacher in place of {option.rpartition(' ')[2]} (--model.teacher FOLDER)"
             )
 
@@ -59,12 +59,12 @@ def check_cached_term(
     """
     advice = f"; give --model.teacher a folder or hub id in place of {option.rpartition(' ')[2]}"
     if term.asks_teacher:
-        raise ConfigError(f"method {term.name} has the teacher write responses{advice}")
+        raise ConfigError(f"method {term.name} has the teacher generate responses{advice}")
     needs_teacher = any(quantity.needs_teacher for quantity in term.quantities)
     if needs_teacher and "student" in term.sources and not reads_new_rows:
         raise ConfigError(
-            f"method {term.name} asks the teacher about responses that the student writes in this "
-            f"run, and no cache can hold those{advice}, or set on_policy_fraction to 0"
+            f"method {term.name} needs the teacher on responses that the student generates in this "
+            f"run, which no cache can hold{advice}, or set on_policy_fraction to 0"
         )
     for quantity in term.quantities:
         if quantity.needs_base_teacher and not quantity.trains_teacher:
@@ -74,8 +74,7 @@ def check_cached_term(
             )
         if quantity.trains_teacher:
             raise ConfigError(
-                f"method {term.name} has a teacher that learns, and this one stays as it was"
-                f"{advice}"
+                f"method {term.name} trains the teacher, and this one cannot be trained{advice}"
             )
         kind = "served" if reads_new_rows else "cached"
         try:
@@ -101,8 +100,8 @@ def check_served_text_term(term: Term, option: str) -> None:
             continue
         if quantity.trains_teacher or quantity.needs_base_teacher:
             raise ConfigError(
-                f"method {term.name} has a teacher that learns or is compared with its base, and "
-                f"{name} stays as it was; {advice}"
+                f"method {term.name} trains the teacher or compares it with its base, and {name} "
+                f"supports neither; {advice}"
             )
         for reader, of_token in token_values(quantity):
             temperature = getattr(of_token, "temperature", 1.0)

@@ -16,7 +16,7 @@ from okd_lightning.errors import ConfigError
 
 
 class Tool(ABC):
-    """Something that a model may call by name during a rollout; subclass it for your own.
+    """Abstract tool, which a model may call by name during a rollout.
 
     A complete one:
 

@@ -60,7 +60,7 @@ class Calculator(Tool):
             with warnings.catch_warnings(action="ignore"):  # about odd literals
                 tree = ast.parse(expression.strip(), mode="eval")
         except SyntaxError as error:
-            raise ValueError(f"{expression!r} is no arithmetic expression") from error
+            raise ValueError(f"{expression!r} is not an arithmetic expression") from error
         value = _value(tree.body)
         return str(value) if isinstance(value, int) else f"{value:.12g}"
 
@@ -82,7 +82,7 @@ def _value(node: ast.expr) -> _Number:
 def _checked(value: object) -> _Number:
     """Return ``value`` if it is a real number of a limited size; raise otherwise."""
     if isinstance(value, complex):
-        raise ArithmeticError("the value is no real number")
+        raise ArithmeticError("the value is not a real number")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError("only numbers, parentheses and + - * / // % ** can be evaluated")
     if math.isinf(value) if isinstance(value, float) else value.bit_length() > _MOST_BITS:

@@ -1,4 +1,4 @@
-"""Parser of tool calls in generated text: text in, name and arguments out. Knows no tool.
+"""Parser of tool calls in generated text, into names and arguments.
 
 Recognised anywhere in a text: Qwen's and Hermes' ``<tool_call>{"name": ..., "arguments":
 {...}}</tool_call>``, ReAct's ``Action: name`` with ``Action Input: {...}`` on a later line, and
@@ -28,7 +28,7 @@ _ARGUMENTS = ("arguments", "parameters", "Action_Input")
 
 
 _NOT_JSON = (ValueError, RecursionError)
-"""Errors of reading a model's JSON: endless brackets, endless numbers."""
+"""Errors of reading a model's JSON, such as too deep nesting and too long numbers."""
 
 
 @dataclass(frozen=True)

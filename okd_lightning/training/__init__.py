@@ -12,6 +12,6 @@
 * ``run_records``, ``run_settings``, ``opening``, ``lightning_messages``: tables and messages.
 * ``rank_agreement``, ``rank_faults``: differing and lost ranks.
 * ``config_paths``, ``importable_classes``: paths and classes in configs.
-* ``earlier_options``: options of earlier versions, in the words of this one.
+* ``earlier_options``: options of earlier versions, translated to this one's.
 * ``safeguards``: callbacks that every run has.
 """

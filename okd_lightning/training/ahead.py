@@ -1,6 +1,6 @@
 """Engines that generate the student's responses while it trains (``data.rollout_lag``).
 
-Owns which engines can, and what refuses them: one line that names the setting.
+Owns the choice of the engine, and the errors about engines and settings that do not support it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def ahead_engine(module: DistilledRun, lag: int) -> Callable[[], AheadEngine]:
 
 
 def _present_engine(module: DistilledRun) -> RolloutEngine:
-    """Return the student's engine, which computes as within a rollout of the run itself."""
+    """Return the student's engine, in the number format of generation within the run."""
     with writing(module.pair, "student") as ((own,),):
         engine = student_engine(module, own)
         if isinstance(engine, TransformersEngine) and engine.dtype is None:

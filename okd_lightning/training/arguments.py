@@ -1,8 +1,8 @@
 """Constructor arguments of a DistillationModule, as a checkpoint stores them.
 
-Plain values are stored as they are. Models and tokenizers in memory are stored as what they can be
-rebuilt from: a model's config (its trained weights are in the checkpoint anyway), a tokenizer's
-files. Code (an optimizer class, an engine) is not stored.
+Plain values are stored unchanged. Models and tokenizers in memory are stored in a form from which
+they can be rebuilt: a model's config (its trained weights are in the checkpoint anyway), a
+tokenizer's files. Code (an optimizer class, an engine) is not stored.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def _stored(value: Any) -> Any:
 
 
 def _kept(value: Any) -> dict[str, Any]:
-    """Return what an object in memory can be rebuilt from."""
+    """Return a form from which an object in memory can be rebuilt."""
     if isinstance(value, PreTrainedModel):
         return {"kept": _CONFIG, "value": json.loads(value.config.to_json_string(use_diff=False))}
     if isinstance(value, PreTrainedTokenizerBase):
@@ -199,7 +199,7 @@ def _is_in_memory(value: Any) -> bool:
 
 
 def _is_by_name(value: Any) -> bool:
-    """Return whether a value maps names to values, and is no model's config."""
+    """Return whether a value maps names to values, and is not a model's config."""
     return isinstance(value, Mapping) and "model_type" not in value
 
 

@@ -1,4 +1,4 @@
-"""Paths in a run's settings: which options are paths, ``~``, and the run's start folder.
+"""Paths in a run's settings: their options, ``~``, and the run's start folder.
 
 ``~`` is expanded once, before the settings are read. A relative path is relative to the folder in
 which the run was started: a checkpoint names that folder, and its paths are resolved from there
@@ -43,7 +43,7 @@ _KEYWORDS = {"data.token_cache": ("auto",), "ckpt_path": ("last", "best", "hpc",
 Find: TypeAlias = Callable[[str], type | None]
 
 Change: TypeAlias = Callable[[str, str, PathKind], str]
-"""From an option's name, its value and its kind to the new value."""
+"""Function from an option's name, its value and its kind to the new value."""
 
 
 def user_path(text: str | Path) -> Path:
@@ -103,7 +103,7 @@ def relocate(config: Any, start: str | None, checkpoint: str, find: Find = allow
             return str(there)
         if Path(value).exists() and not Path(value).is_absolute():
             raise ConfigError(
-                f"--{name} {value!r} of {checkpoint} was no path in {start}, where its run was "
+                f"--{name} {value!r} of {checkpoint} was not a path in {start}, where its run was "
                 f"started, and is one here: give --{name}, or work in another folder"
             )
         return value

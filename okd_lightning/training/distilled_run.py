@@ -30,7 +30,7 @@ class DistilledRun(Protocol):
         student: The student's model, registered for Lightning; None before it is built.
         teacher: The teacher's models; None before it is built, and where it has none.
         projectors: Maps between hidden states of other widths; None without any.
-        frozen_parts: What is hidden from callbacks.
+        frozen_parts: The frozen weights, which are hidden from callbacks.
         terms: The methods of the run.
         normalization: The divisor of sums over on-policy samples.
         learning_rate: The student's learning rate, before the schedule.

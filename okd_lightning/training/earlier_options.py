@@ -1,7 +1,7 @@
-"""Options of earlier versions for the teacher, in the words of this version.
+"""Translation of earlier versions' teacher options to those of this version.
 
-The one place that knows them: checkpoints of earlier versions are translated, and a user who types
-one is told the present spelling.
+Checkpoints of earlier versions are translated, and a user who types an earlier option gets an error
+with the present one. No other file knows the earlier options.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _SELF = {"frozen": "FrozenSelf", "ema": "AveragedSelf", "live": "LiveSelf"}
 _CACHE, _SERVER = ("teacher_cache", "folder"), ("teacher_server", "url")
 
 EARLIER = {"self_teacher": "", **dict((_CACHE, _SERVER))}
-"""Settings of ``model`` that are replaced by a class of teacher, and what a text in them is."""
+"""Replaced settings of ``model``: the teacher's class, and the meaning of a plain text value."""
 
 
 def present_model(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def present_mark(checkpoint: Mapping[str, Any]) -> str | None:
 
 
 def present_spelling(model: Mapping[str, Any]) -> str:
-    """Return the options that one types in place of the earlier ones; empty for none.
+    """Return the options that replace earlier ones; empty for none.
 
     Args:
         model: Settings of ``model`` with earlier options.
@@ -64,7 +64,7 @@ def _teacher(model: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
 
 
 def _settings(model: Mapping[str, Any], name: str, main: str) -> dict[str, Any]:
-    """Return one option's settings; a text is its main one."""
+    """Return one option's settings; a plain text is the value of its main setting."""
     value = model.get(name)
     if isinstance(value, Mapping) and "kept" in value:  # settings that a checkpoint does not hold
         return {}

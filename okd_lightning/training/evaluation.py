@@ -25,7 +25,7 @@ class Evaluation(nn.ModuleDict):
         super().__init__(dict(measure_metrics(num_teachers).items()))
 
     def reset(self) -> None:
-        """Reset in this loop's mode: inference tensors cannot be updated outside inference mode."""
+        """Reset in the loop's mode: inference tensors cannot be updated outside inference mode."""
         for metric in self.values():
             cast(Metric, metric).reset()
 

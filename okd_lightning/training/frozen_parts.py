@@ -1,4 +1,4 @@
-"""FrozenParts: which weights of a module callbacks may copy, average and change.
+"""FrozenParts: hides a module's frozen weights from callbacks that copy, average or change weights.
 
 A teacher stays registered, so that it moves and is restored with the module. Callbacks that average
 weights deep-copy the module, and those that prune it change every weight that it lists; neither may
@@ -88,7 +88,7 @@ class FrozenParts:
         return copy
 
     def moving(self, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """Return a change of all tensors that a copy within a run applies to its own alone."""
+        """Return ``change`` limited to the own tensors of a copy within a run."""
         left_alone = self._left_alone
         if not left_alone:
             return change

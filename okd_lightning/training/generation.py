@@ -81,7 +81,7 @@ def _built_in(module: DistilledRun, own: GeneratingModels, who: Generator) -> Ro
         return engine
     if not isinstance(engine, TransformersEngine):
         raise ConfigError(
-            f"{type(engine).__name__} writes with one model, and the teacher has "
+            f"{type(engine).__name__} generates with one model, and the teacher has "
             f"{len(own.models)}: leave build_engine to the built-in engine"
         )
     return replace(engine, blend=MixedDraws(own.models[1:], own.mix))
@@ -105,7 +105,8 @@ class MixtureEngine:
     def __init__(self, module: DistilledRun, share: float, engine: RolloutEngine) -> None:
         if not 0 < share < 1:
             raise ConfigError(
-                f"the teacher's share in a draw must be between 0 and 1, got {share}; 0 and 1 are "
+                f"the teacher's share in the mixture must be between 0 and 1, got {share}; 0 and 1 "
+                "are "
                 "the student's and the teacher's own responses"
             )
         self._module = module
@@ -134,7 +135,7 @@ class MixtureEngine:
             )
         if module.pair.engine is not None:
             raise ConfigError(
-                f"{type(module.pair.engine).__name__} writes with one model; responses from a "
+                f"{type(module.pair.engine).__name__} generates with one model; responses from a "
                 "mixture of teacher and student need the built-in engine: leave --model.engine out"
             )
         with writing(module.pair, "student", "teacher") as ((student,), teachers):
@@ -148,7 +149,8 @@ class MixtureEngine:
             engine = module.build_engine(student.models[0])
             if not isinstance(engine, TransformersEngine):
                 raise ConfigError(
-                    f"{type(engine).__name__} writes with one model; responses from a mixture of "
+                    f"{type(engine).__name__} generates with one model; responses from a mixture "
+                    "of "
                     "teacher and student need the built-in engine"
                 )
             own, mix = Blend(teacher.models[0], self._share), teacher.mix

@@ -1,4 +1,4 @@
-"""Gradients between the backward pass and the optimizer's step: first checked, then clipped.
+"""Gradients between backward pass and optimizer step: checked, then clipped.
 
 A non-finite loss or gradient never reaches the weights.
 """
@@ -63,7 +63,7 @@ class FiniteGuard(Callback):
 
 
 def _state_of_weights(trainer: lightning.Trainer, module: lightning.LightningModule) -> str:
-    """Describe the weights, alike on all ranks: "untouched" only if they are finite on each."""
+    """Describe the weights, the same on all ranks: "untouched" only if they are finite on each."""
     trained = [whole(p.detach()) for p in module.parameters() if p.requires_grad]
     is_finite = bool(torch.nn.utils.get_total_norm(trained, torch.inf).isfinite())
     if trainer.strategy.reduce_boolean_decision(is_finite, all=True):

@@ -1,7 +1,7 @@
-"""Classes by their import paths: which a config may name, and what their parameters accept.
+"""Classes by their import paths: the classes that a config may name, and their parameters' types.
 
-Owns which packages are known, how a path is resolved without importing anything else, and how an
-annotation restricts a text in its place.
+Owns the list of known packages, the resolution of a path without importing anything else, and the
+restriction of a text value by its parameter's annotation.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Messages for users: Lightning's above a progress bar, and data's text on a terminal."""
+"""Messages for users: Lightning's next to a progress bar, and untrusted text on a terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # the teacher stays in eval mode on purpose
     r".*isinstance\(treespec, LeafSpec\).*",  # Lightning's own use of torch's pytree
     r".*does not have many workers.*",  # rollouts and tokenized rows need no worker processes
-    r".*Total length of `list` across ranks is zero.*",  # no validation data; we say so
+    r".*Total length of `list` across ranks is zero.*",  # StepIntervals reports it
     r"Checkpoint directory .* exists and is not empty",  # a resumed run's own
     r".*`ModelCheckpoint\(monitor=.*could not find the monitored key.*",  # before any validation
     r".*`loftq_config` specified but will be ignored.*",  # PEFT's own default, spelt out
@@ -110,7 +110,7 @@ def follow_stderr() -> None:
 
 @contextmanager
 def only_warnings() -> Iterator[None]:
-    """Let Lightning's loggers pass only warnings and errors; restore their levels at the end."""
+    """Limit Lightning's loggers to warnings and errors within the context."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -34,7 +34,7 @@ def will_validate(trainer: lightning.Trainer) -> bool:
 
 
 class _HeldFitLoop(_FitLoop):
-    """The fit loop of a run that a validation is due in; see ``hold_open``."""
+    """Fit loop of a run with a validation that is still due; see ``hold_open``."""
 
     @property
     def done(self) -> bool:
@@ -42,7 +42,7 @@ class _HeldFitLoop(_FitLoop):
 
 
 class _HeldEpochLoop(_TrainingEpochLoop):
-    """The epoch of a run that a validation is due in; see ``hold_open``."""
+    """Epoch loop of a run with a validation that is still due; see ``hold_open``."""
 
     @property
     def done(self) -> bool:

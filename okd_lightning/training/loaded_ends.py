@@ -1,4 +1,4 @@
-"""End ids of a checkpoint, and whether a run that resumes from it may go on with them."""
+"""End ids of a checkpoint, and the check that a resumed run has the same ones."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Lightning's loop counters in a checkpoint, in forms from which it resumes correctly.
 
-Lightning repairs the counters of a checkpoint by guessing in which hook it was written, and guesses
-wrong at an epoch's end, before a rollout and before a validation. This module brings a loaded
-checkpoint into one of three forms: within an epoch after a whole optimizer step, at an epoch's
-start, or before a validation that is still due.
+Lightning repairs the counters of a checkpoint by guessing in which hook it was written, and the
+guess is wrong at an epoch's end, before a rollout and before a validation. This module brings a
+loaded checkpoint into one of three forms: within an epoch after a whole optimizer step, at an
+epoch's start, or before a validation that is still due.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def is_last_step(trainer: lightning.Trainer) -> bool:
 def mark_due_validation(trainer: lightning.Trainer, checkpoint: dict[str, Any]) -> None:
     """Record that a checkpoint written in ``on_train_batch_end`` precedes a validation.
 
-    Lightning takes that validation for done, so that a run resumed from a ``ModelCheckpoint`` with
+    Lightning counts that validation as done, so that a run resumed from a ``ModelCheckpoint`` with
     ``every_n_train_steps`` would skip it.
     """
     batches = trainer.fit_loop.epoch_loop.batch_progress.current

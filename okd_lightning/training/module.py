@@ -1,9 +1,9 @@
 """The DistillationModule: the terms of a run, and its one training step.
 
-Wiring only: a LightningModule that has a ``pair`` (student, teacher, vocabulary, placement), an
-optimizer (``optimization``), measures (``evaluation``) and ``frozen_parts``. The mathematics is in
-``divergences`` and ``losses``, the data in ``rollouts`` and ``data``, and a method is a callback
-that registers its term here. All of Lightning's hooks stay free for a subclass.
+This file only connects parts: a LightningModule that has a ``pair`` (student, teacher, vocabulary,
+placement), an optimizer (``optimization``), measures (``evaluation``) and ``frozen_parts``. The
+mathematics is in ``divergences`` and ``losses``, the data in ``rollouts`` and ``data``, and a
+method is a callback that registers its term here. A subclass may override all of Lightning's hooks.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from okd_lightning.training.step import StepLoss, check_fits
 
 
 class DistillationModule(GeneratingModule):
-    """A student that learns from a teacher by the Trainer's method callbacks.
+    """A student and its teacher as a LightningModule, trained by the Trainer's method callbacks.
 
     Args:
         student: Folder, hub id (org/name or org/name@revision), PEFT folder (merged into its base),
@@ -76,7 +76,7 @@ class DistillationModule(GeneratingModule):
         weight_decay: Of matrices only (not of biases and norms); 0 by default, or the one set in
             ``optimizer``.
         warmup_steps: Optimizer steps over which the learning rate rises.
-        schedule: Course of the learning rate after warm-up.
+        schedule: Schedule of the learning rate after warm-up.
         optimizer: Optimizer instead of AdamW: a class path, or in Python a function of parameter
             groups. learning_rate and weight_decay are its lr and weight_decay.
         lr_scheduler: Scheduler class path instead of schedule and warmup_steps; advances with
@@ -205,7 +205,10 @@ class DistillationModule(GeneratingModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Return the safeguards that the Trainer lacks; move ModelsFirst to the front."""
-        self.terms, self.pair.layer_pairs = [], ()  # a run begins; one that failed has left its own
+        self.terms, self.pair.layer_pairs = (
+            [],
+            (),
+        )  # a failed run leaves its terms
         self.pair.begin()
         return [] if self._trainer is None else with_safeguards(self._trainer)
 
@@ -287,7 +290,7 @@ class DistillationModule(GeneratingModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step; then let the teacher follow, once per optimizer step."""
+        """Step the optimizer; then update a teacher that follows the student."""
         super().optimizer_step(*args, **kwargs)
         self.pair.teacher.after_step()
 
@@ -363,25 +366,25 @@ class DistillationModule(GeneratingModule):
         self.run_state.save(self, checkpoint, self.optimization.settings.to_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint is one of this run's methods, models and optimizers."""
+        """Check that the checkpoint has this run's methods, models and optimizers."""
         self.run_state.load(self, checkpoint)
         if self.terms:
             self.optimization.resume(checkpoint, self.student)
 
     def on_fit_start(self) -> None:
-        """Report what is trained, and open or write the teacher's cache."""
+        """Report the trained parameters, and open or write the teacher's cache."""
         open_run(self)
         rank_zero_info(one_line(self.run_state.settings or self.optimization.described(self)))
 
     def on_train_start(self) -> None:
-        """Compare what the ranks have read; apply optimizer settings that a resume changes."""
+        """Compare the ranks' data and weights; apply optimizer settings that a resume changes."""
         state = self.run_state
         check_ranks_agree(self.trainer, state.weights_read, state.config, self.tokenizer)
         optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         self.optimization.start(optimizer, scheduler, self.learning_rate)
 
     def on_train_batch_start(self, batch: DistillBatch, batch_idx: int) -> None:
-        """Restore a resumed run's random streams (dropout), once; drop the last step's metrics."""
+        """Restore a resumed run's random streams (dropout), once; reset the last step's metrics."""
         if self.run_state.rng is not None:
             self.run_state.restore_streams()
         if batch_idx % self.trainer.accumulate_grad_batches == 0:

@@ -19,7 +19,7 @@ from okd_lightning.training.distilled_run import DistilledRun
 
 
 def open_run(module: DistilledRun) -> None:
-    """Report what is trained, warn of updates lost to rounding, and open the teacher.
+    """Report the trained parameters, warn of updates lost to rounding, and open the teacher.
 
     Args:
         module: A module inside a Trainer, with its models on their devices.

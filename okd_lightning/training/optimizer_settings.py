@@ -1,9 +1,10 @@
-"""Optimizer and scheduler of a run, and precedence between two options for one rate.
+"""Optimizer and scheduler of a run, and the precedence between two options for one rate.
 
 ``model.learning_rate`` and ``model.weight_decay`` are the defaults of a user's optimizer. Values
 set in the optimizer itself override them. Two different given values are refused, except with a
-Python function, whose values cannot be told from its class's defaults: the function's count, with a
-message. The description made here is part of a checkpoint, so that a resumed run can see changes.
+Python function, whose values cannot be distinguished from its class's defaults: the function's
+values are used, with a message. The description made here is part of a checkpoint, so that a
+resumed run can see changes.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def check_own_scheduler(
     for option, value in others.items():
         if value is not None:
             raise ConfigError(
-                f"{option} {value} does nothing with model.lr_scheduler, which decides the "
+                f"{option} {value} has no effect with model.lr_scheduler, which decides the "
                 "learning rates of all groups: leave one of them out"
             )
 
@@ -199,7 +200,7 @@ def _probed_scheduler(
         scheduler, ReduceLROnPlateau
     ):
         raise ConfigError(
-            "model.lr_scheduler: torch's ReduceLROnPlateau does not name what it watches; take "
+            "model.lr_scheduler: torch's ReduceLROnPlateau has no monitored metric; use "
             "lightning.pytorch.cli.ReduceLROnPlateau with its monitor, such as val/reverse_kl"
         )
     if not isinstance(scheduler, (LRScheduler, TorchReduceLROnPlateau)):

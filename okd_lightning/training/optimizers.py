@@ -1,7 +1,7 @@
 """The optimizer of a run: its parameter groups and their learning-rate schedules.
 
 ``optimizer_settings`` decides between two options for one rate; ``training.resumed_rates`` decides
-what a resumed run keeps of both.
+which of these settings a resumed run keeps.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class RateSchedule:
     """Learning-rate schedule of one side.
 
     Attributes:
-        name: Course after warm-up.
+        name: Schedule after warm-up.
         warmup_steps: Optimizer steps of warm-up.
         option: Name of the user's option, for messages.
         start: Optimizer step at which the schedule begins.

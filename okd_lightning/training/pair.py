@@ -1,7 +1,7 @@
-"""The Pair: a student, its teacher, their vocabulary and their placement.
+"""The Pair: a student, its teacher, their vocabulary and their placement on devices.
 
-Owns building both and running them over batches, to measure, train and generate. It decides neither
-what is trained nor by which loss, and does not know which kind of teacher it has.
+Owns building both and running them over batches, to measure, train and generate. It does not own
+the choice of trained parameters or of the loss, and treats all kinds of teacher alike.
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ class Pair:
     Args:
         student: The user's student.
         teacher: The user's teacher, in any form.
-        settings: How both are loaded and run.
-        trainer_of: Returns the Trainer of the run that is under way; None outside of one.
+        settings: Settings for loading and running both models.
+        trainer_of: Returns the Trainer of the current run; None outside of one.
         engine: Source of the engine for the student's responses; None for the built-in engine.
 
     Attributes:
         student: The student's model; None before ``build``.
         tokenizer: The run's tokenizer.
-        teacher: The teacher that acts in the command that is under way.
+        teacher: The teacher that is used in the current command.
         vocabulary: Ids on which both sides are compared.
         ends: Ids that end a response, one outcome for both models.
         placement: How to run models in shards, set by the strategy; None for whole models.
@@ -165,13 +165,13 @@ class Pair:
     # ---------------------------------------------------------------- building
 
     def begin(self) -> None:
-        """Take the teacher that acts in the command that begins: a training run, or another one."""
+        """Choose the teacher for the command that begins: a training run, or another one."""
         trainer = self.trainer_of()
         is_training = trainer is not None and trainer.state.fn == "fit"
         self.teacher = self.given_teacher.during(is_training)
 
     def build(self) -> None:
-        """Have both models in memory, where they are needed; called again for every command.
+        """Load both models where they are needed; called again for every command.
 
         Random initial weights (a student from a config, adapters) depend on the seed alone, not on
         random numbers that a strategy drew before.
@@ -217,8 +217,7 @@ class Pair:
         if known is not None:
             if known != settings:
                 raise ConfigError(
-                    "two methods ask for different online modules on one teacher; give both the "
-                    "same"
+                    "two methods need different online modules on one teacher; give both the same"
                 )
             return
         adapted = self.given_teacher.adapted(lambda teacher: AdaptiveTeacher(teacher, settings))
@@ -259,7 +258,7 @@ class Pair:
         self.given_teacher.use_vocabulary(self.vocabulary)
 
     def use_ends(self, ends: EndTokens) -> None:
-        """Take these ids as the ends of a response; before training, and equal on all ranks."""
+        """Set the ids that end a response; before training, and equal on all ranks."""
         self.ends = ends
         self.vocabulary = replace(self.vocabulary, end_ids=ends.end_ids)
         self.given_teacher.use_vocabulary(self.vocabulary)
@@ -269,11 +268,11 @@ class Pair:
         ends = self.ends.without(ids)
         if ends.end_ids != self.ends.end_ids:
             names = ", ".join(repr(self.tokenizer.decode([i])) for i in ids)
-            rank_zero_info(f"a response goes on after {names}, so it is no end of it")
+            rank_zero_info(f"a response goes on after {names}, so it does not end the response")
         self.use_ends(ends)
 
     def add_eos_ids(self, ids: Iterable[int]) -> None:
-        """Let further ids end a response, such as a chat template's end of turn; logged once."""
+        """Add ids that end a response, such as a chat template's end of turn; logged once."""
         found = list(ids)
         new = [i for i in found if i not in self.eos_ids]
         has_own = self.given_teacher.tokenizer is not None
@@ -377,7 +376,7 @@ class Pair:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy the models, with ``memo`` deciding what they share; share everything else.
 
-        Models that were given in memory and are not in use yet are copied too: else the copies
+        Models that were given in memory and are not in use yet are copied too; otherwise the copies
         would train one object.
         """
         own = copy(self)

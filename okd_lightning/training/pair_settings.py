@@ -1,4 +1,4 @@
-"""The settings of a pair: how a student and its teacher are loaded and run."""
+"""Settings of a pair: loading and running of a student and its teacher."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from okd_lightning.training.frozen_parts import own_memory
 
 @dataclass(frozen=True)
 class PairSettings:
-    """The arguments of a DistillationModule that are about its models; see there."""
+    """The arguments of a DistillationModule that concern its models; see there."""
 
     tokenizer: str | PreTrainedTokenizerBase | None = None
     dtype: DTypeName = "float32"
@@ -59,7 +59,7 @@ class PairSettings:
         return cls(**{field.name: given[field.name] for field in fields(cls)})
 
     def frozen(self, student: PreTrainedModel) -> PreTrainedModel:
-        """Return a loaded student with its frozen parts, which a teacher's copy of it shares."""
+        """Freeze the parts of a loaded student that a self-teacher's copy shares; return it."""
         if self.freeze_vision:
             freeze_vision(student)
         return student
@@ -86,7 +86,7 @@ class PairSettings:
     def teacher_run(
         self, given: GivenPair, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
     ) -> TeacherRun:
-        """Return what the run's teacher is told."""
+        """Return the run's settings for its teacher."""
         own_dtype = dtype_of(given.student, self.dtype)
         return TeacherRun(
             student=given.student,

@@ -1,8 +1,8 @@
-"""Comparison of what the ranks have read, before a run's first step.
+"""Comparison of the data and weights that the ranks have read, before a run's first step.
 
-Each process reads settings, data, tokenizer and models by itself. Where one of them finds something
-else (an old file on its node, another version of a library, rows in another order), the run would
-otherwise train on silently.
+Each process reads settings, data, tokenizer and models by itself. Without this check, a run would
+train on silently where one of them reads something different (an old file on its node, another
+version of a library, rows in another order).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def check_ranks_agree(
     config: str | None,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """Compare what all ranks have read: one collective call; none in a run of one process.
+    """Compare the data and weights of all ranks by one collective call; skipped for one process.
 
     Args:
         trainer: The Trainer of a run that is about to train.
@@ -75,7 +75,7 @@ def check_ranks_agree(
         tokenizer: The run's tokenizer, if there is one.
 
     Raises:
-        DifferingRanksError: On all ranks; names a rank and what differs from rank 0.
+        DifferingRanksError: On all ranks; names a rank and its differences from rank 0.
     """
     if trainer.world_size == 1:
         return
@@ -85,7 +85,8 @@ def check_ranks_agree(
     for rank, own in enumerate(found):
         if differing := _differing(found[0], own):
             raise DifferingRanksError(
-                f"rank {rank} has not read what rank 0 has: {differing}; give all processes of a "
+                f"rank {rank} has read other inputs than rank 0: {differing}; give all processes "
+                "of a "
                 "run the same files, versions and settings (a folder that all nodes share)"
             )
 

@@ -21,7 +21,7 @@ _COLLECTIVE = re.compile(r"gloo|nccl|c10d|store|barrier|distbackend|collective",
 
 
 def as_lost_rank(error: BaseException) -> LostRankError | None:
-    """Return a readable error for a collective call to which another rank does not answer.
+    """Return a readable error for a collective call that another rank does not complete.
 
     Args:
         error: Any error of a run.
@@ -44,8 +44,8 @@ def as_lost_rank(error: BaseException) -> LostRankError | None:
     if _LATE.search(text):
         return LostRankError(
             "another rank of this run did not answer in time; this one stops. Resume with "
-            "--ckpt_path last; where ranks may rightly wait so long for one another (for long "
-            "rollouts), raise --trainer.strategy DDPStrategy --trainer.strategy.timeout 1:00:00 "
+            "--ckpt_path last; where such a long wait is expected (for long rollouts), raise "
+            "--trainer.strategy DDPStrategy --trainer.strategy.timeout 1:00:00 "
             "(30 minutes by default)"
         )
     return None

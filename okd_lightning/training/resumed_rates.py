@@ -1,9 +1,9 @@
-"""Optimizer and schedule settings at a resume: which are applied, and which are refused.
+"""Optimizer and schedule settings at a resume: those that are applied, and those that are refused.
 
 torch's ``load_state_dict`` restores learning rates, weight decay and every other setting of the
-parameter groups together with the moments, so that an option given at a resume would do nothing.
-This module restores the settings of the current run, and computes the rates of its schedule once
-for the next step.
+parameter groups together with the moments, so that an option given at a resume would have no
+effect. This module restores the settings of the current run, and computes the rates of its schedule
+once for the next step.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def check_optimizer(saved: Mapping[str, Any] | None, own: OptimizerSettings) -> 
     if changed:
         raise CheckpointError(
             f"{own.scheduler} continues with its state from the checkpoint, so that another "
-            f"{' or '.join(sorted(changed))} would do nothing: leave it as it was, or start a new "
+            f"{' or '.join(sorted(changed))} would have no effect: leave it as it was, or start a "
+            "new "
             "run from the exported student: --model.student FOLDER"
         )
 
@@ -106,8 +107,8 @@ def reapply(
         elif group["initial_lr"] != built["initial_lr"]:
             raise CheckpointError(
                 f"{own.scheduler} continues with its state from the checkpoint, so that the "
-                f"learning rate {built['initial_lr']:g} of {built['name']} would do nothing: leave "
-                f"it at {group['initial_lr']:g}, or start a new run from the exported student"
+                f"learning rate {built['initial_lr']:g} of {built['name']} would have no effect: "
+                f"leave it at {group['initial_lr']:g}, or start a new run from the exported student"
             )
     if isinstance(scheduler, LambdaLR) and not own.has_own_scheduler:
         scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]

@@ -1,7 +1,7 @@
-"""A run's tables: metrics.csv, rollouts.jsonl and measures.jsonl; written, and cut at a resume.
+"""Tables of a run (metrics.csv, rollouts.jsonl, measures.jsonl), and their cut at a resume.
 
 Tables record a run and do not affect it: one that cannot be read is renamed, with a warning, and
-the run goes on without it. A new version of a table is complete before it replaces the old one.
+the run continues without it. A new version of a table is complete before it replaces the old one.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class RunCSVLogger(CSVLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The writer; Lightning's own would delete an existing file."""
+        """The writer; Lightning's own writer would delete an existing file."""
         if self._experiment is None:
             self._experiment = _AppendingWriter(log_dir=self.save_dir)
         return self._experiment

@@ -1,4 +1,4 @@
-"""The RunState: what a DistillationModule adds to a checkpoint, and checks of it at loading."""
+"""The RunState: a DistillationModule's own part of a checkpoint, and checks of it at loading."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class RunState:
     Attributes:
         config: The resolved config as YAML, where the command line made the run.
         started_in: Folder to which the config's relative paths refer.
-        resume_flag: What a printed command needs to resume this run.
+        resume_flag: Option that a printed command needs to resume this run.
         settings: Method, optimizer, rates, precision and device, for loggers and messages.
         rng: Random streams to restore at the first step after a resume; None where it is done.
         weights_read: Digest of the weights, in a run of several processes.
@@ -144,7 +144,7 @@ class RunState:
         checkpoint["okd_lightning"] = {**self._record(module), "optimizer": optimizer}
 
     def _record(self, module: DistilledRun) -> dict[str, Any]:
-        """Return what a checkpoint says of the run, as primitives, but for its optimizer."""
+        """Return the checkpoint's description of the run, without its optimizer, as primitives."""
         trainer, pair = module.trainer, module.pair
         if self._arguments is None:
             self._arguments = stored_arguments(self._constructed_with)
@@ -170,7 +170,7 @@ class RunState:
         }
 
     def load(self, module: DistilledRun, checkpoint: dict[str, Any]) -> None:
-        """Check that a checkpoint is one of this run's methods and models; continue from it.
+        """Check that a checkpoint has this run's methods and models; restore its state.
 
         Raises:
             CheckpointError: Another method's or model's checkpoint.

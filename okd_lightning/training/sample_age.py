@@ -53,7 +53,7 @@ class SampleAge:
         return replace(loss, outputs=tuple(outputs))
 
     def means(self, reduce_sum: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Return the measures of the step that ends, and forget it; none without samples.
+        """Return the measures of the step that ends, and reset them; none without samples.
 
         Args:
             reduce_sum: Sums a tensor over all ranks; called on all ranks or on none.

@@ -1,4 +1,4 @@
-"""The loss of a training step: the acting terms with their factors, and what is logged of it."""
+"""Loss of a training step: the acting terms with their factors, and the logged metrics."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def acting_terms(
     """Return the terms of optimizer step ``step``, each with its weight over its divisor.
 
     Raises:
-        ConfigError: No term acts, or the batch does not say how many tokens its step has.
+        ConfigError: No term acts, or the batch lacks the token counts of its step.
     """
     acting = [term for term in terms if term.acts_in(step)]
     if not acting:
@@ -110,8 +110,8 @@ def check_counts(
         if own != expected:
             raise ConfigError(
                 f"method {term.name} sums over {own} tokens of a batch, but its sources "
-                f"({', '.join(term.sources)}) hold {expected}, which is what it is divided by; "
-                "give the tokens that it leaves out the value 0, and do not mask them"
+                f"({', '.join(term.sources)}) hold {expected}, by which it is divided; give the "
+                "tokens that it leaves out the value 0, and do not mask them"
             )
 
 
@@ -211,7 +211,7 @@ class StepLoss:
         return idle
 
     def _log_age(self, run: DistilledRun, batch: DistillBatch, is_last: bool) -> None:
-        """Log how old the step's samples are; all ranks have some, or none has."""
+        """Log the age of the step's samples; all ranks have some, or none has."""
         assert batch.step_counts is not None
         if is_last and batch.step_counts[SOURCES.index("student")]:
             strategy = run.trainer.strategy

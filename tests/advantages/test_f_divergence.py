@@ -327,7 +327,7 @@ def test_a_clipped_state_value_is_the_mean_of_the_clipped_credit():
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_the_expected_weight_is_never_nan_however_far_apart_they_are(case: Case):
-    """Beyond float32's range it is infinite, as for chi-squared at 300 nats."""
+    """The value is infinite beyond float32's range, as for chi-squared at 300 nats."""
     log_p = torch.tensor([[0.0, -300.0, -math.inf, -80.0]]).log_softmax(-1)
     log_q = torch.tensor([[-300.0, 0.0, -5.0, -math.inf]]).log_softmax(-1)
     assert not case.divergence.expected_weight(log_p, log_q).isnan().any()

@@ -70,7 +70,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class WithBackbone(DistillationModule):
-    """What BackboneFinetuning asks for: an attribute ``backbone``, there in ``setup``."""
+    """Module with the attribute ``backbone`` that BackboneFinetuning needs in ``setup``."""
 
     @property
     def backbone(self) -> torch.nn.Module:

@@ -23,7 +23,7 @@ from okd_lightning.losses import Measured, Tile
 
 @pytest.fixture
 def make_module(make_module):
-    """In float64: runs agree to 1e-9 on every processor."""
+    """Return a module in float64: runs agree to 1e-9 on every processor."""
     return partial(make_module, dtype="float64")
 
 
@@ -237,7 +237,7 @@ def test_tropd(top_k, is_stale, tmp_path, make_module):
 
 
 def test_tropd_stands_a_teacher_that_rules_a_token_out():
-    """There the reverse KL's credit is 0 and not -inf, and the forward KL acts alone."""
+    """The reverse KL's advantage is 0 there, not -inf, and the forward KL acts alone."""
     method = shelf.method("tropd.TrOPD")
     student = torch.tensor([0.7, 0.3]).log().requires_grad_()
     tile = Tile(student[None], torch.tensor([[-float("inf"), 0.0]]), torch.tensor([0]))

@@ -26,7 +26,7 @@ from okd_lightning.teachers import FrozenSelf
 
 @pytest.fixture
 def make_module(make_module):
-    """In float64: runs agree to 1e-9 on every processor."""
+    """Return a module in float64: runs agree to 1e-9 on every processor."""
     return partial(make_module, dtype="float64")
 
 
@@ -143,7 +143,7 @@ class BuiltIn(EngineSource):
             {},
             "need a second model in memory",
         ),
-        ({"engine": BuiltIn()}, {}, "BuiltIn writes with one model"),
+        ({"engine": BuiltIn()}, {}, "BuiltIn generates with one model"),
     ],
 )
 def test_where_teacher_and_student_cannot_draw_together(
@@ -155,7 +155,7 @@ def test_where_teacher_and_student_cannot_draw_together(
 
 
 def test_a_stage_refuses_what_changes_who_writes():
-    with pytest.raises(ConfigError, match="MiniLLM changes how responses are written"):
+    with pytest.raises(ConfigError, match="MiniLLM changes the generation of responses"):
         Stage(shelf.method("minillm.MiniLLM"), end=3)
 
 

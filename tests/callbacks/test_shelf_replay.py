@@ -26,7 +26,7 @@ VAL = tiny.make_rows(4, seed=1)
 
 
 def validated(method, losses, every=10) -> None:
-    """What the Trainer tells it after validations every so many steps."""
+    """Pass validation losses to the method as the Trainer does, every so many steps."""
     for number, loss in enumerate(losses, 1):
         trainer = SimpleNamespace(
             sanity_checking=False,

@@ -32,7 +32,7 @@ SHARD = "__0_0.distcp"
 
 
 class Runs:
-    """Its pickle runs a command."""
+    """Object whose pickle runs a command."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -42,7 +42,7 @@ class Runs:
 
 
 class Call:
-    """Its pickle calls what it is made with."""
+    """Object whose pickle calls the function that it was made with."""
 
     def __init__(self, function, *arguments) -> None:
         self.call = function, arguments

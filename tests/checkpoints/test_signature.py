@@ -19,7 +19,7 @@ from okd_lightning.checkpoints.signature import can_sign, is_own, is_own_run, ru
 
 @pytest.fixture
 def key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the key of a new user comes to be."""
+    """Return the path at which a new user's key is made."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     return tmp_path / "config" / "okd_lightning" / "checkpoint.key"
 

@@ -1,4 +1,4 @@
-"""What the command-line tests share: assets made once, and a way to type commands."""
+"""Fixtures of the command-line tests: assets made once, and a function that runs commands."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def test_unreadable_tables_are_set_aside(kind, resume, runs) -> None:
 
 
 def test_a_huge_cell_does_not_decide_over_a_resume(resume, runs) -> None:
-    """Whether it can be read depends on the limit of ``csv``, which other libraries raise."""
+    """The limit of ``csv``, which other libraries raise, decides whether the cell can be read."""
     huge = replaced(b"step,x\n1," + b"y" * 200_000 + b"\n")
     check_whole(resume(lambda: [huge(RUN / name) for name in TABLES]), runs)
 

@@ -55,7 +55,7 @@ def test_every_run_has_a_folder_of_its_own_and_last_finds_it(train: Type, okd: T
     assert first.name.startswith("KD-")
     again = train(*LAST)
     assert again.status == 0, again.err
-    assert f"the run goes on from {first}/checkpoints/last.ckpt" in again.log
+    assert f"the run continues from {first}/checkpoints/last.ckpt" in again.log
     several = okd("validate", *LAST)
     assert several.status == 1
     assert f"there are several runs: {second}, {first}; give --trainer.default" in several.err
@@ -69,7 +69,7 @@ def test_every_run_has_a_folder_of_its_own_and_last_finds_it(train: Type, okd: T
     assert f"can be resumed: {second}, {first}; give --trainer.default_root_dir" in refused.err
     (first / "config.yaml").write_bytes(b"\0{")
     with pytest.warns(UserWarning, match=r"config\.yaml cannot be read"):
-        assert f"goes on from {second}" in train(*LAST).log
+        assert f"continues from {second}" in train(*LAST).log
 
 
 def test_a_folder_is_one_runs(train: Type, here: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_failed_run_leaves_no_folder(train: Type, here: Path) -> None:
 
 
 def test_all_ranks_share_the_first_ones_folder(assets: Assets, here: Path) -> None:
-    """As under torchrun: every rank is started with the command, and chooses a name."""
+    """Every rank is started with the command, as under torchrun, and chooses a name."""
     argv = ["fit", *assets.models, "--data.train", assets.train, *LENGTHS, *QUIET, *KD]
     argv += ["--trainer.devices", "2", "--trainer.strategy", "ddp", *LAST]
     for _ in range(2):

@@ -64,7 +64,7 @@ def test_a_typed_one_is_refused_and_its_hint_begins_a_run(typed, spelling, okd, 
     result = okd(*run, shlex.split(typed.format(**there)))
     assert result.status == 2
     (line,) = result.err.strip().splitlines()
-    _, _, hint = line.partition(" is not an option any more: ")
+    _, _, hint = line.partition(" is no longer an option: ")
     assert hint == (f"give {spelling.format(**there)}" if spelling else "leave it out")
     words = (
         shlex.split(hint.removeprefix("give ")) if spelling else ["--model.teacher", assets.teacher]

@@ -165,7 +165,7 @@ def test_each_way_out_is_one(forge: Type, okd: Type, monkeypatch: Any) -> None:
 
 
 def test_a_server_that_is_typed_is_used(forge: Type, okd: Type, assets: Assets) -> None:
-    """And one that is typed away is not."""
+    """A server of the config that typed options replace is not used."""
     option, value, _ = FORGED["a teacher's server"]
     forge(option, value)
     assert okd(*COMMANDS["test"], "--model.teacher", assets.teacher).status == 0
@@ -201,7 +201,7 @@ def test_ones_own_code_resumes_without_a_flag(
 
 
 def test_a_run_goes_on_where_its_checkpoint_lies(begun: Path, forge: Type, okd: Type) -> None:
-    """Not in the folder that the checkpoint names, signed or not."""
+    """The folder is the checkpoint's own, not the one that it names, signed or not."""
     before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()}
     forge("trainer.default_root_dir", str(begun))
     shutil.copytree(begun, "moved")

@@ -79,7 +79,7 @@ def test_every_command_has_help(command: str) -> None:
 
 
 def test_beside_another_lightning_the_parser_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its Trainer may have other options than those that are stored."""
+    """The parser is used, because that Trainer may have other options than the stored ones."""
     monkeypatch.setattr("importlib.metadata.version", lambda name: "2.6.99")
     assert stored_help("fit", ["--help"]) is None
     check_names("fit", ["--trainer.later_option", "1"])

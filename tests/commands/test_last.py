@@ -37,7 +37,7 @@ def test_one_command_begins_and_goes_on(fit: Fit, assets: Assets) -> None:
     assert "there is no checkpoint: a new run begins" in begun.log
     assert step_of(LAST) == 4
     again = fit(*OPTIONS, "--trainer.max_steps", "6")
-    assert f"the run goes on from {LAST}" in again.log
+    assert f"the run continues from {LAST}" in again.log
     assert step_of(LAST) == 6
     done = fit(*OPTIONS, "--trainer.max_steps", "6")
     assert done.status == 0
@@ -67,7 +67,7 @@ def test_a_broken_one_is_passed_over(fit: Fit, okd: Fit, assets: Assets) -> None
     line = next(x for x in broken.err.splitlines() if x.startswith("okd-lightning: "))
     assert "last.ckpt' is cut off or broken" in line
     assert "take another: next to it there are run/checkpoints/" in line
-    with pytest.warns(UserWarning, match=r"last\.ckpt cannot be read; the run goes on from run/"):
+    with pytest.warns(UserWarning, match=r"last\.ckpt cannot be read; the run continues from run/"):
         fit(*OPTIONS, "--trainer.max_steps", "8", "--trainer.max_epochs", "2")
     assert step_of(LAST) == 8
     for path in LAST.parent.iterdir():

@@ -75,7 +75,7 @@ def test_its_likelihood_is_our_cross_entropy(export):
 
 
 def test_its_greedy_answers_are_ours(make_module, student_folder):
-    """Also where a row behind the tokenizer is the likeliest."""
+    """Answers agree also where a row beyond the tokenizer's ids is the most likely."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 

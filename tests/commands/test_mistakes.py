@@ -86,7 +86,10 @@ FIT = [
         ["long.jsonl, row 1", "40 tokens", "--data.max_prompt_length 16"],
     ),
     ([*KD, "--data.on_overlong", "drop"], ["--data.on_overlong", "skip or error", "'drop'"]),
-    ([*KD, "--data.max_response_length", "200"], ["the student was made for 128", "--data.max"]),
+    (
+        [*KD, "--data.max_response_length", "200"],
+        ["the context of the student is 128", "--data.max"],
+    ),
     ([*KD, "--data.batch_size", "0"], ["data.batch_size", "at least 1", "0"]),
     ([*KD, "--data.batch_size", "two"], ["--data.batch_size", "a whole number", "'two'"]),
     (["--method", "GKD", "--data.samples_per_prompt", "3"], ["samples_per_prompt 3", "divide"]),
@@ -107,7 +110,10 @@ FIT = [
     ([*KD, "--data.sampling.max_new_tokens", "4"], ["--data.max_response_length"]),
     ([*KD, "--trainer.bf16", "true"], ["--trainer.precision bf16-mixed"]),
     ([*KD, "--model", "{lr: 1}"], ["'model.lr'", "--model.learning_rate"]),
-    ([*KD, "--data.sampling.min_p", "0.1"], ["no such option here", "student's own distribution"]),
+    (
+        [*KD, "--data.sampling.min_p", "0.1"],
+        ["no such option here", "sampled from the student itself"],
+    ),
     # two options for one quantity
     (
         [
@@ -123,7 +129,7 @@ FIT = [
     ),
     (
         [*KD, "--model.lr_scheduler", "ConstantLR", "--model.warmup_steps", "2"],
-        ["model.warmup_steps 2 does nothing with model.lr_scheduler"],
+        ["model.warmup_steps 2 has no effect with model.lr_scheduler"],
     ),
     # methods
     (
@@ -254,11 +260,11 @@ FIT = [
     (["--method", "SFT", "--ckpt_path", "good.ckpt"], ["of KD", "configured for SFT"]),
     (
         ["--ckpt_path", "good.ckpt", "--model.student", "narrow"],
-        ["narrow", "would do nothing at a resume", "start a new run"],
+        ["narrow", "would have no effect at a resume", "start a new run"],
     ),
     (
         ["--ckpt_path", "good.ckpt", "--model.student", "deep"],
-        ["deep", "would do nothing at a resume", "start a new run"],
+        ["deep", "would have no effect at a resume", "start a new run"],
     ),
     (["--ckpt_path", "good.ckpt", "--data.batch_size", "4"], ["4 rows", "global_batch_size 2"]),
 ]

@@ -119,7 +119,7 @@ def test_a_config_that_needs_the_shelf_says_so_in_its_first_line():
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # the libraries', not ours
 def test_outside_a_checkout_the_shelf_is_missed_clearly(tmp_path, monkeypatch, capsys):
-    """And what the config names for such a place trains."""
+    """The error names the missing shelf; the option that the config advises then works."""
     monkeypatch.chdir(tmp_path)
     elsewhere = [p for p in sys.path if Path(p or ".").resolve() != SHELF.parent]
     monkeypatch.setattr(sys, "path", elsewhere)
@@ -206,7 +206,7 @@ def command(folder: Path, overlay: str, *more: str) -> list[str]:
 
 
 def run(folder: Path, arguments: list[str], **environment: str) -> str:
-    """What a process that went well has written to stderr."""
+    """Run a process that must succeed; return its stderr."""
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,

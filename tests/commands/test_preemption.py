@@ -133,7 +133,7 @@ def test_a_stopped_run_goes_on(
 def test_the_record_says_how_to_go_on(
     okd: Fit, assets: Assets, whole: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its command is typed as it stands there; the record goes when training goes on."""
+    """The recorded command resumes the run; the record is removed when training continues."""
     truth = left_alone(okd, assets, whole, "--trainer.enable_checkpointing", "true")
     with monkeypatch.context() as patched:
         signal_at(patched, "training", 5)
@@ -202,7 +202,7 @@ def test_a_run_that_is_stopped_twice_ends_like_the_others(
 def test_slurms_warning_puts_the_job_back(
     okd: Fit, assets: Assets, monkeypatch: pytest.MonkeyPatch, here: Path
 ) -> None:
-    """What SLURM sends before the time is over; SIGTERM alone requeues nothing."""
+    """SLURM sends the signal before the time limit; SIGTERM alone requeues nothing."""
     (here / "bin").mkdir()
     (here / "bin" / "scontrol").write_text(f"#!/bin/sh\necho $@ >> {here}/asked\n")
     (here / "bin" / "scontrol").chmod(0o755)

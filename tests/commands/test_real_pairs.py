@@ -176,7 +176,7 @@ class Held(Callback):
 
 
 class HeldWithImages(Callback):
-    """As ``Held``, of a student with a frozen vision tower."""
+    """``Held`` for a student with a frozen vision tower."""
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         def num_bytes(tensors):
@@ -227,7 +227,7 @@ def test_what_a_run_keeps_is_what_the_formula_says(pair, tmp_path):
 
 
 def proportional(fields: dict) -> dict:
-    """The same architecture with a part of its width, and a vocabulary of no size."""
+    """Return the architecture with a part of its width, and a tiny vocabulary."""
     small = {**fields, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1}
     if fields["model_type"] == "gpt2":
         part = 4 if fields["n_head"] % 4 == 0 else 5

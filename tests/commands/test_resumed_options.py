@@ -120,7 +120,7 @@ def fit(student_folder, teacher_folder):
 
 @pytest.fixture(scope="module")
 def checkpoint(fit, tmp_path_factory) -> str:
-    """Of step 4, in the middle of the first epoch of 6."""
+    """Checkpoint of step 4, in the middle of the first epoch of 6."""
     return fit(tmp_path_factory.mktemp("first")).last
 
 
@@ -193,7 +193,7 @@ def test_a_methods_settings_act(fit, checkpoint, tmp_path):
     assert tiny.distance(tiny.weights(other.module), tiny.weights(same.module)) > 0
 
 
-@pytest.mark.filterwarnings("ignore:.*prompts_per_rollout 12 does nothing in this run")
+@pytest.mark.filterwarnings("ignore:.*prompts_per_rollout 12 has no effect in this run")
 @pytest.mark.parametrize(("before", "after"), [(0.0, 1.0), (1.0, 0.0), (1.0, 0.5)])
 def test_another_on_policy_share_writes_the_chunk_again(before, after, fit, tmp_path):
     """The chunk is 12 prompts, three optimizer steps; the checkpoint is in the middle of one."""
@@ -222,7 +222,7 @@ SEEN_ELSEWHERE = {
 """Options that act, and the test that has them in effect."""
 
 OTHER_RUNS = ("data.", "trainer.")
-"""Of these sections, what is not among ACTING is taken anew by every run, resumed or not."""
+"""Options of these sections that are not in ACTING are read again by every run, resumed or not."""
 
 
 def test_every_option_that_acts_is_seen_to():
@@ -253,7 +253,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def end_of_epoch(fit, tmp_path_factory) -> str:
-    """Of step 6, behind the first epoch."""
+    """Checkpoint of step 6, after the first epoch."""
     return fit(tmp_path_factory.mktemp("epoch"), trainer__max_steps=6).last
 
 
@@ -263,9 +263,7 @@ def test_an_option_is_refused(option, place, fit, tmp_path, request):
     assert ROWS[option] in ("refused", "new run")
     with pytest.raises((CheckpointError, ConfigError)) as caught:
         fit(tmp_path, request.getfixturevalue(place), trainer__max_steps=9, **REFUSED[option])
-    assert re.search(
-        r"checkpoint|set --data\.global_batch_size|nothing to act on", str(caught.value)
-    )
+    assert re.search(r"checkpoint|set --data\.global_batch_size|has no effect", str(caught.value))
 
 
 def test_other_responses_to_the_same_prompts_act(fit, checkpoint, tmp_path):
@@ -319,7 +317,7 @@ def test_the_command_line_refuses(option, value, tmp_path):
         own = {**saved, "method": {**saved["method"], "init_args": {name: value}}}
     check_resume(saved, saved, "last.ckpt")
     with pytest.raises(
-        CheckpointError, match=f"--{option}.* would do nothing at a resume"
+        CheckpointError, match=f"--{option}.* would have no effect at a resume"
     ) as caught:
         check_resume(saved, own, "last.ckpt")
     wants_export = ROWS[option] == "new run" or section == "model"
@@ -335,7 +333,7 @@ def test_a_student_that_was_moved_is_taken_where_it_is(tmp_path):
 
 
 def test_a_checkpoint_without_group_names_resumes(fit, tmp_path):
-    """Its optimizer of the user's had one group, with biases and norms among the matrices."""
+    """The user's optimizer had one group then, with matrices, biases and norms."""
     own = {"model__optimizer": partial(SGD, momentum=0.9)}
     first = fit(tmp_path / "first", **own)
     expected = fit(tmp_path / "expected", first.last, **own, trainer__max_steps=6)

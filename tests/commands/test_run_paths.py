@@ -144,6 +144,6 @@ def test_a_hub_id_is_no_folder_of_here(
 ) -> None:
     (here / "org" / "teacher").mkdir(parents=True)
     with pytest.raises(
-        ConfigError, match=r"--model\.teacher\.model 'org/teacher' of last\.ckpt was no path"
+        ConfigError, match=r"--model\.teacher\.model 'org/teacher' of last\.ckpt was not a path"
     ):
         relocate(copy(), str(tmp_path_factory.mktemp("start")), "last.ckpt")

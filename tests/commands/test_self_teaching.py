@@ -116,7 +116,7 @@ MISTAKES = [
     ([TEMPLATED, "{prompt"], ["'{prompt'", "expected {prompt} and/or {reference}"]),
     ([TEMPLATED, "{prompt}", COLUMN, "hint"], [COLUMN, TEMPLATED, "either"]),
     ([COLUMN, "hnit"], ["no column 'hnit'", COLUMN, "did you mean 'hint'?"]),
-    (["--data.max_teacher_prompt_length", "9"], ["9 has nothing to act on", TEMPLATED]),
+    (["--data.max_teacher_prompt_length", "9"], ["9 has no effect", TEMPLATED]),
     (
         [COLUMN, "hint", "--data.max_teacher_prompt_length", "0"],
         ["max_teacher_prompt_length", "at least 1", "0"],
@@ -131,7 +131,7 @@ MISTAKES = [
     ),
     ([*SELF, "FrozenSelff"], ["--model.teacher FrozenSelff", "did you mean FrozenSelf?"]),
     ([*SELF, "FrozenSelf", "--model.teacher.k", "4"], ["FrozenSelf has no setting 'k'"]),
-    (["--model.ema_decay", "0.5"], ["ema_decay 0.5 has nothing to act on", "AveragedSelf"]),
+    (["--model.ema_decay", "0.5"], ["ema_decay 0.5 has no effect", "AveragedSelf"]),
 ]
 ALONE = [
     ([*SELF, "AveragedSelf", "--model.ema_decay", "1"], ["ema_decay", "between 0 and 1", "1.0"]),

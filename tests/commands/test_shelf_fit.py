@@ -85,7 +85,7 @@ def test_delta_distillation_reads_its_base_by_path(checkout, fit, okd, assets, t
 
 
 def test_distillm_and_its_resume(checkout, fit):
-    """What it has kept, and where its share has risen, is in the checkpoint."""
+    """The checkpoint holds the kept responses and the steps at which the share rose."""
     method = ("--method", "callbacks.distillm.DistiLLM", "--method.share", "1.0")
     last = checkout / "run" / "checkpoints" / "last.ckpt"
     fit(*method, "--trainer.max_epochs", "1", "--method.tolerance=-9")

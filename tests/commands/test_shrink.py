@@ -215,7 +215,7 @@ def test_an_export_does_not_replace_a_cut_student_unasked(
     fit("--method", "KD", "--trainer.max_steps", "1")
     export = ["export", "--ckpt_path", "run/checkpoints/last.ckpt", "--out", "s"]
     result = okd(export)
-    assert (result.status, "something else than an export" in result.err) == (1, True)
+    assert (result.status, "something other than an export" in result.err) == (1, True)
     assert okd(export, "--overwrite").status == 0
     assert not (here / "s" / "shrink.json").exists()
     assert okd(export).status == 0

@@ -21,7 +21,7 @@ KD = ["--method", "KD"]
 def test_a_loss_that_is_not_finite_stops_before_the_step(
     fit: Type, okd: Type, assets: Assets
 ) -> None:
-    """What was written so far stays: it is a run that failed, not a mistyped command."""
+    """Files written so far are kept, because the run failed after it began."""
     base = [*assets.models, *assets.data, *QUIET, "--trainer.default_root_dir", "run"]
     result = okd("fit", base, KD, "--model.learning_rate", "1e30")
     assert result.status == 1

@@ -32,7 +32,7 @@ LAST = Path("run/checkpoints/last.ckpt")
 def test_fit_resume_test_and_export(fit: Fit, okd: Fit, cache) -> None:
     long = ("--trainer.max_epochs", "2")
     first = fit("--method", "KD", *cache, *long, "--trainer.default_root_dir", "whole")
-    assert "written to its cache, 48 ids a token" in first.log
+    assert "written to its cache, 48 ids per token" in first.log
     assert first.log.count("val/top_k_*") == 1
     names = metric_names(Path("whole/metrics.csv"))
     assert {"train/kd", "val/top_k_reverse_kl", "val/agreement", "val/cross_entropy"} <= names
@@ -59,7 +59,7 @@ def test_fit_resume_test_and_export(fit: Fit, okd: Fit, cache) -> None:
 def test_settings_of_its_own(fit: Fit, assets: Assets, cache) -> None:
     flags = [*cache, "--model.teacher.k", "300", "--model.teacher.dtype", "float32"]
     result = fit("--method", "KD", *flags)
-    assert "258 ids a token" in result.log  # the whole vocabulary
+    assert "258 ids per token" in result.log  # the whole vocabulary
     config = yaml.safe_load(Path("run/config.yaml").read_text())
     settings = {"model": assets.teacher, "folder": "cache", "k": 300, "dtype": "float32"}
     assert config["model"]["teacher"] == {
@@ -71,7 +71,7 @@ def test_settings_of_its_own(fit: Fit, assets: Assets, cache) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--method", "GKD"], "asks the teacher about responses that the student writes"),
+        (["--method", "GKD"], "needs the teacher on responses that the student generates"),
         (["--method", "KD", "--method.temperature", "2"], "its temperature is 2"),
         (["--method", "OKD"], "an online module is trained on a teacher that is run"),
         (["--method", "KD", "--model.teacher.folder", "file/x"], "cannot be written"),

@@ -60,7 +60,7 @@ def test_settings_of_its_own(fit: Fit, assets: Assets, fake) -> None:
     flags += ["--model.teacher.k", "5", "--model.teacher.model", "big"]
     flags += ["--model.student", assets.student]
     result = fit(METHOD, flags, "--trainer.max_steps", "1", models=False)
-    assert "5 ids a token" in result.log
+    assert "5 ids per token" in result.log
     assert {body["prompt_logprobs"] for body in fake.bodies("/v1/completions")} == {13}
     config = yaml.safe_load(Path("run/config.yaml").read_text())
     assert config["model"]["teacher"]["init_args"]["k"] == 5
@@ -92,7 +92,7 @@ def test_two_processes_share_both_servers(assets: Assets, fake, here: Path) -> N
         (["--method", "KD", "--model.teacher_dtype", "float32"], "leave model.teacher_dtype out"),
         (["--method", "KD", "--model.teacher.k", "0"], "k must be at least 1"),
         (["--method", "KD", "--model.teacher.model", "small"], "serves big, not 'small'"),
-        (["--method", "KD", "--model.teacher.url", "nowhere"], "is no address"),
+        (["--method", "KD", "--model.teacher.url", "nowhere"], "is not an address"),
     ],
 )
 def test_one_line_for_what_cannot_be(okd: Fit, assets: Assets, fake, flags, words) -> None:

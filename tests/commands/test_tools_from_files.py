@@ -173,7 +173,7 @@ class Clock(Tool):
 """
 
 
-@pytest.mark.filterwarnings("ignore:.*val_rollouts 2 does nothing in this run")
+@pytest.mark.filterwarnings("ignore:.*val_rollouts 2 has no effect in this run")
 def test_tools_are_named_by_class(files: Path, okd: Type) -> None:
     config = settings(files)
     del config["data"]["tools"]

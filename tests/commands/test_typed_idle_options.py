@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cli_workbench import Assets, Result
 
-MARK = " does nothing in this run: "
+MARK = " has no effect in this run: "
 
 
 def named(type_command: Callable[..., Result], *words: str | list[str]) -> list[str]:

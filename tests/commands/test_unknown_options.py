@@ -91,7 +91,7 @@ def test_commands_have_their_own_options() -> None:
     ("words", "said"),
     [
         ("fit --model.self_teacher frozen", "give --model.teacher FrozenSelf"),
-        ("compare --methods KD --seed 3", "--seed is no option of compare; give --seeds 0,1,2"),
+        ("compare --methods KD --seed 3", "--seed is not an option of compare; give --seeds 0,1,2"),
     ],
 )
 def test_an_option_with_an_explanation_keeps_it(

@@ -47,7 +47,7 @@ def flags(fake: FakeVLLM) -> list[str]:
 
 @pytest.fixture
 def gaps(monkeypatch) -> list[float]:
-    """How far each rollout's log-probs are from the student's own, right after it was written."""
+    """Differences of each rollout's log-probs from the student's own, right after generation."""
     found: list[float] = []
     original = DistillationModule.respond
 

@@ -1,4 +1,4 @@
-"""What the data tests share: real tokenizers, and ones of one id a byte."""
+"""Fixtures of the data tests: real tokenizers, and tokenizers with one id per byte."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ BROKEN_FILES = {
     "broken line": ("a.jsonl", b'{"prompt": "a"}\n\n{"prompt": \n', ["line 3", "not valid JSON"]),
     "a list a line": ("a.jsonl", b'["a"]\n', ["line 1", "a list", ".json file"]),
     "a string a line": ("a.jsonl", b'{}\n"a"\n', ["line 2", "a string", "JSON object"]),
-    "a number a line": ("a.jsonl", b"3\n", ["line 1", "a number"]),
+    "a number per line": ("a.jsonl", b"3\n", ["line 1", "a number"]),
     "null a line": ("a.jsonl", b"null\n", ["line 1", "null"]),
     "a list called jsonl": ("a.jsonl", b"[\n{}\n]", ["line 1", "belongs in a .json file"]),
     "pretty objects": ("a.jsonl", b'{\n"a": 1\n}', ["line 1", "each row on one line"]),

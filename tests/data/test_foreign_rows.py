@@ -44,7 +44,7 @@ def parsed(options: str) -> dict[str, Any]:
 
 @dataclass
 class Trained:
-    """What a run learnt from: prompts and what carried loss in them, as text, in row order."""
+    """Prompts of a run and their parts with loss, as text, in row order."""
 
     prompts: list[str]
     responses: list[str]
@@ -80,7 +80,7 @@ def train(tmp_path, chat_tokenizer):
 
 
 def _with_loss(example, tokenizer) -> str:
-    """What carries loss among the row's own ids."""
+    """Return the row's ids that carry loss."""
     own = [i for i, mask in zip(example.prompt_ids, example.prompt_mask, strict=True) if mask]
     return tokenizer.decode([*own, *example.response_ids])
 
@@ -148,11 +148,11 @@ REFUSED = {
     ),
     "texts in turn": (
         [{"conversations": ["one", "uno"], "source": "made"}],
-        ["'conversations' holds a list that is no chat", '{"messages": [{"role": "user"'],
+        ["'conversations' holds a list that is not a chat", '{"messages": [{"role": "user"'],
     ),
     "segments": (
         [{"segments": [{"label": False, "text": "one"}, {"label": True, "text": "uno"}]}],
-        ["'segments' holds a list that is no chat", '{"messages": [{"role": "user"'],
+        ["'segments' holds a list that is not a chat", '{"messages": [{"role": "user"'],
     ),
     "squad": (
         [{"context": "stone", "question": "one", "answers": {"text": ["uno"]}}],
@@ -277,7 +277,7 @@ def test_the_cut_responses_are_a_warning_that_names_the_usual_length(train):
         train(rows)
     (message,) = [str(w.message) for w in warned if "are cut" in str(w.message)]
     assert hint_of(message) == "--data.max_response_length 71"
-    assert "never teaches the student to end" in message
+    assert "does not teach the student to stop" in message
     train(rows[2:])  # 1 of 9
     with pytest.warns(UserWarning, match="20% of the responses are cut"):
         train(rows[1:])  # 2 of 10: from 20 % on

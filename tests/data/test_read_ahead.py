@@ -54,7 +54,7 @@ def test_broken_validation_rows_are_told_before_training(hollow, tmp_path):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_is_too_long_is_told_before_weights_are_read(stage, hollow, tmp_path):
-    with pytest.raises(ConfigError, match="the student was made for 64"):
+    with pytest.raises(ConfigError, match="the context of the student is 64"):
         run(stage, hollow, tmp_path, GOOD, max_response_length=64)
 
 

@@ -83,7 +83,7 @@ def test_chats_of_prompts_need_responses_where_rows_do(chat_tokenizer, build):
 @pytest.mark.parametrize(
     ("columns", "rows", "message"),
     [
-        (Columns(templates=("{instuction}",)), ROWS, "{instuction}, which is no column"),
+        (Columns(templates=("{instuction}",)), ROWS, "{instuction}, which is not a column"),
         (Columns(templates=("{instuction}",)), ROWS, "did you mean {instruction}?"),
         (Columns(templates=("{context}",)), ROWS, "row 2: fills no --data.prompt_template"),
         (Columns(templates=("{n}",)), [{"n": 1, "response": "a"}], "'n', .* is int, expected text"),

@@ -81,7 +81,7 @@ class Rows:
 
 
 class TorchRows(Rows, torch.utils.data.Dataset):
-    """As people write it for a DataLoader."""
+    """Dataset class as usually written for a DataLoader."""
 
 
 def write_list(path):
@@ -102,7 +102,7 @@ SOURCES = {
     "jsonl as str": lambda path: str(write_jsonl(path.with_suffix(".jsonl"))),
     "jsonl with blank lines, CRLF and BOM": write_with_blank_lines_and_bom,
     "json": write_list,
-    "json, an object a line": write_lines_called_json,
+    "json, an object per line": write_lines_called_json,
     "jsonl.gz": write_gzip,
     "csv": write_csv,
     "csv with BOM and LF": lambda path: write_csv(path, encoding="utf-8-sig", end="\n"),
@@ -203,7 +203,7 @@ def test_a_missing_folder_is_named(tmp_path):
 
 
 def test_texts_of_a_parquet_dictionary_are_read(tmp_path):
-    """What pandas writes of a categorical column; in batches that are shorter than the file."""
+    """pandas writes categorical columns as dictionaries; batches are shorter than the file."""
     texts = ["a" * 1000, "b"] * 3000
     table = pyarrow.table({"prompt": pyarrow.array(texts).dictionary_encode()})
     pq.write_table(table, tmp_path / "a.parquet")

@@ -1,4 +1,4 @@
-"""What the teacher reads in place of the prompt (OPSD, arXiv 2601.18734).
+"""Prompts of a privileged teacher, from templates and columns (OPSD, arXiv 2601.18734).
 
 Frozen here: the ids are those of the filled template or of the column, rendered by the chat
 template as a prompt of its own; the response's ids are untouched; rows without what the template
@@ -211,7 +211,7 @@ def test_templates_are_checked_first(template, message):
 def test_settings_that_contradict_each_other():
     with pytest.raises(ConfigError, match="either"):
         teacher_prompts_from("hint", "{prompt}", None, 8)
-    with pytest.raises(ConfigError, match="has nothing to act on"):
+    with pytest.raises(ConfigError, match="has no effect"):
         teacher_prompts_from(None, None, 8, 8)
     with pytest.raises(ConfigError, match="at least 1"):
         teacher_prompts_from("hint", None, 0, 8)

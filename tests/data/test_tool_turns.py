@@ -1,4 +1,4 @@
-"""What a chat template writes between two turns, and which templates are refused.
+"""Text of a chat template between two turns with tool calls, and refused templates.
 
 Frozen here: with Qwen's template and with a small one, ids behind a call are the template's own, in
 one stretch; a conversation written in turns is the data set's row of the same conversation, ids and

@@ -1,4 +1,4 @@
-"""What a method takes for a divergence, and the check of its f.
+"""Accepted forms of a method's divergence, and the check of its f.
 
 Frozen here: an object, a class and a class's name are the same; an f that is not convex, not 0 at
 u = 1, not finite, or no differentiable Tensor of the same shape is refused where a method or a

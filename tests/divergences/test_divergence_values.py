@@ -1,4 +1,4 @@
-"""What every divergence's value is.
+"""Values of all divergences.
 
 Frozen here: agreement with 50-digit arithmetic in float64 and, for log-ratios up to 200 nats, in
 float32; f(1) = 0, convexity, D >= 0, D(p, p) = 0; the declared symmetry and bound; an id that is

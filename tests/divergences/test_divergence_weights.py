@@ -1,4 +1,4 @@
-"""What w_f is, and which gradient it stands for.
+"""The weight w_f of all divergences, and its expected gradient.
 
 Frozen here: the gradient of sum_a p f(u) is -E_p[w_f grad log p] on the student's side and
 q (f' - E_q f') in the teacher's logits; a closed form of w_f is its definition; w_f ignores how f

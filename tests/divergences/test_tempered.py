@@ -1,4 +1,4 @@
-"""What a temperature does to a divergence.
+"""Effect of a temperature on a divergence.
 
 Frozen here: Tempered is tau^2 D(softmax(z/tau)), in value and in gradient, of log-probabilities at
 temperature 1; its weight is that of the tempered distributions; two temperatures multiply.

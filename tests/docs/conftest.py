@@ -58,7 +58,7 @@ def reader_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(reader_folder, tmp_path_factory) -> Path:
-    """What a short run leaves, for commands that name a checkpoint and are only parsed."""
+    """Checkpoint of a short run, for commands that name one and are only parsed."""
     folder = tmp_path_factory.mktemp("checkpoint")
     config = json.loads(json.dumps(RUN))
     config["trainer"] |= {"default_root_dir": str(folder), "max_steps": 1}

@@ -35,12 +35,12 @@ class Block:
 
     @property
     def is_run(self) -> bool:
-        """Whether a reader can do it here."""
+        """True if the block can be run in the test."""
         return not self.title.startswith(NOT_RUN)
 
     @property
     def file(self) -> str | None:
-        """Where a reader saves it."""
+        """Name of the file in which a reader saves the block."""
         return self.title if self.is_run and self.title not in ("", MISTAKE) else None
 
     @property
@@ -70,7 +70,7 @@ def blocks_of(page: str) -> list[Block]:
 
 
 def all_blocks() -> list[Block]:
-    """Of all pages."""
+    """Return the blocks of all pages."""
     return [block for page in page_names() for block in blocks_of(page)]
 
 
@@ -82,7 +82,7 @@ def commands_of(block: Block) -> list[list[str]]:
 
 
 def own_arguments(words: list[str]) -> list[str] | None:
-    """What ``okd-lightning`` is given in a command, also behind a launcher; None for others."""
+    """Return a command's arguments of ``okd-lightning``, also after a launcher; None for others."""
     if "okd-lightning" in words:
         return words[words.index("okd-lightning") + 1 :]
     if "okd_lightning" in words and words[words.index("okd_lightning") - 1] == "-m":

@@ -1,4 +1,4 @@
-"""What the pages show works.
+"""Commands and code on the pages work as shown.
 
 * Every fenced block has a language. One that a reader cannot run at the desk says so in its title,
   with the reason, and is counted here.
@@ -81,7 +81,7 @@ SHORTER = {
     "shrink": ["--rows", "4", "--data.max_prompt_length", "12", "--data.max_response_length", "12"],
 }
 PLACEHOLDERS = ["--model.student", "STUDENT", "--model.teacher", "TEACHER"]
-"""What a YAML block that is a part of a config is put on."""
+"""Configs to which YAML blocks that are parts of a config are added."""
 FLAGS = {"FLAGS": [*PLACEHOLDERS, "--data.train", "train.jsonl"]}
 """The README's word for a pair and its data."""
 
@@ -153,7 +153,7 @@ def check_other(words: list[str], place: str) -> None:
 
 
 def read_yaml(block: Block) -> None:
-    """As ``--config`` on a student and a teacher."""
+    """Parse a YAML block as ``--config`` with a student and a teacher."""
     Path("block.yaml").write_text(block.text)
     assert isinstance(yaml.safe_load(block.text), dict), block.place
     parse(["fit", "--config", "block.yaml", *PLACEHOLDERS])
@@ -250,7 +250,7 @@ def test_options_in_the_text_exist(page):
 
 @pytest.mark.parametrize(("page", "test"), RUN_ELSEWHERE.items())
 def test_page_is_run_elsewhere(page, test):
-    """That test takes each of the page's bash blocks by a word in it, and the one Python block."""
+    """The other test selects each bash block by a word in it, and the one Python block."""
     text = (ROOT / test).read_text()
     assert f'"{Path(page).name}"' in text
     words = [word.replace("\\n", "\n") for word in re.findall(r"commands\(\"(.+?)\"\)", text)]

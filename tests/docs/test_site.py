@@ -81,7 +81,7 @@ def site(tmp_path_factory) -> Path:
 
 
 def body(page: Path) -> str:
-    """What a reader reads of a page, as text."""
+    """Return the visible text of a page."""
     article = re.search(r"<article.*?</article>", page.read_text(), re.DOTALL)
     assert article, page
     without_code = re.sub(r"<(pre|code).*?</\1>", "", article[0], flags=re.DOTALL)

@@ -98,7 +98,7 @@ def check_counts(found: list[int], expected: torch.Tensor) -> None:
 
 
 ROUNDING = 1e-4
-"""Of float32 logits up to 30, summed in another order: 2^-24 · 30 a summation, some 50 of them."""
+"""Rounding of float32 logits up to 30 in another order of summation: some 50 times 2^-24 · 30."""
 
 SAMPLINGS = [
     Sampling(),

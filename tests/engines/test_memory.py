@@ -1,4 +1,4 @@
-"""What a model remembers while it generates, tried before it is used.
+"""Cache of a model during generation, tested on the model before it is used.
 
 Frozen here: a model that ignores the cache it is handed (rwkv), names none (OpenAI GPT), brings its
 own (MiniMax) or counts positions by the cache's columns (Pegasus) generates what whole passes do,

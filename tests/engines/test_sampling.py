@@ -1,4 +1,4 @@
-"""How a token is chosen.
+"""Sampling of a token from logits.
 
 Frozen here: frequencies are the probabilities, after temperature, top-k and top-p; the log-prob
 that comes back is under that distribution; an id without probability is never drawn, at either end

@@ -1,4 +1,4 @@
-"""Whether a vLLM server has the student's model and weights, and keeps its own otherwise.
+"""Checks that a vLLM server has the student's model and weights, and else keeps its own.
 
 Frozen here: a server of another architecture, a quantised one, or one with other log-probabilities
 is refused before any weights are sent; after a failed transfer it has its own weights again, or the
@@ -95,7 +95,7 @@ def test_a_failed_transfer_restores_the_servers_own_weights(fake, generate):
 
 def test_a_server_that_cannot_be_restored_has_to_be_restarted(fake, generate):
     fake.root = None
-    with pytest.raises(ServerError, match=r"does not say where its own weights are: restart it"):
+    with pytest.raises(ServerError, match=r"location of its own weights is unknown: restart it"):
         generate(with_biases())
     fake.root = "/nowhere"
     with pytest.raises(ServerError, match=r"'/nowhere', could not be loaded again .*: restart it"):
@@ -112,7 +112,7 @@ def moved(student, size: float, part: str = ""):
 
 
 def test_a_tied_head_that_stays_old_is_found_out(fake, generate):
-    """As vLLM on CPU does: the first transfer changes nothing, and the error grows from zero."""
+    """vLLM on CPU keeps the old head, so that the error grows from zero."""
     student = tiny.make_llama(1, tie_word_embeddings=True)
     student.save_pretrained(fake.root)
     fake.model = fake.answers_with = tiny.make_llama(1, tie_word_embeddings=True)
@@ -132,7 +132,7 @@ def test_all_weights_arriving_is_never_refused(fake, generate):
 
 
 def test_float32_has_no_tenth_of_a_nat(fake, generate):
-    """What the server says of its number format decides about the first difference."""
+    """The number format that the server reports determines the allowed first difference."""
     student = tiny.make_llama(1)
     fake.model = fake.answers_with = moved(tiny.make_llama(1), 2e-4)
     fake.loads_weights = False

@@ -43,7 +43,7 @@ def parts(tokenizer, rollout, row):
 
 
 def answer(*results: str) -> str:
-    """What the template writes between a call and the next turn."""
+    """Return the template's text between a call and the next turn."""
     shown = "".join(f"<|im_start|>tool\n{result}{END}\n" for result in results)
     return f"\n{shown}<|im_start|>assistant\n"
 

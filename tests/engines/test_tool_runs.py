@@ -278,7 +278,7 @@ def test_plain_rows_and_tokenizers_without_template_are_refused(tmp_path, module
 
 
 def test_the_models_end_of_text_ends_a_turn_too(tmp_path, module, tokenizer):
-    """Whatever ended the turn stands in its place; the template's text follows behind it."""
+    """The id that ended the turn is kept, and the template's text follows it."""
 
     class Ender(Parrot):
         def respond(self, request):

@@ -122,7 +122,7 @@ def test_weights_that_do_not_arrive_are_found_out(fake, monkeypatch):
     monkeypatch.setattr(LLM, "collective_rpc", lambda *args, **kwargs: [None])
     other = tiny.make_llama(9)
     for _ in range(2):  # and it stays found out
-        with pytest.raises(ServerError, match="yet differs from the student"):
+        with pytest.raises(ServerError, match="but differs from the student"):
             write(source, other)
 
 

@@ -88,7 +88,7 @@ def check_own(model, batch, rollout, sampling, tolerance=1e-4) -> None:
 
 
 def check_same(found, expected) -> None:
-    """The same responses; a real server's log-probs depend on the batch, by rounding."""
+    """Compare responses; a real server's log-probs depend on the batch, by rounding."""
     for own, other in zip(found, expected, strict=True):
         assert (own.ids, own.stop_reason) == (other.ids, other.stop_reason)
         assert own.logprobs == pytest.approx(other.logprobs, abs=1e-5)
@@ -179,7 +179,7 @@ def test_the_runs_own_ids_alone_end_a_response(fake, student, make_engine):
     inner = {i for ids in rollout.response_ids for i in ids[:-1]}
     assert tiny.EOS in inner  # the model's own, which is none of this run's
     fake.stops_at = [inner.pop()]
-    with pytest.raises(ServerError, match="which ends none of this run's"):
+    with pytest.raises(ServerError, match="which does not end a response in this run"):
         engine.respond(Request(prompts(), Sampling(), NOISE, 12))
 
 
@@ -296,7 +296,7 @@ def test_a_server_that_cannot_be_updated(fake, student, make_engine):
 def test_weights_that_have_not_arrived(fake, student, make_engine):
     """The name is right and the weights are not."""
     fake.loads_weights = False
-    with pytest.raises(ServerError, match=r"yet differs from the student by .* nats"):
+    with pytest.raises(ServerError, match=r"but differs from the student by .* nats"):
         make_engine(student).respond(Request(prompts(1), Sampling(), NOISE, 2))
 
 
@@ -325,7 +325,7 @@ def test_a_server_that_reports_raw_logprobs(fake, student, make_engine):
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ({"url": "localhost:8000"}, "is no address"),
+        ({"url": "localhost:8000"}, "is not an address"),
         ({"concurrency": 0}, "concurrency must be above 0"),
         ({"timeout_seconds": 0}, "timeout_seconds must be above 0"),
         ({"num_retries": -1}, "num_retries must be at least 0"),

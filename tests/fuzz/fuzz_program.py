@@ -48,7 +48,7 @@ _STEERING = ("\x1b", "\u202e", "\u2066", "\x07", "\x08")
 
 
 class Bench:
-    """What a case works with.
+    """Folder and student of a case.
 
     Attributes:
         folder: The case's own.
@@ -104,7 +104,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case: "trained", "refused", or a word that says why it does not hold."""
+    """Result of a case: "trained", "refused", or the reason why it fails."""
 
     name: str
     verdict: str
@@ -112,7 +112,7 @@ class Outcome:
 
     @property
     def holds(self) -> bool:
-        """Whether it is one of the two that a case may come to."""
+        """True for "trained" and "refused"."""
         return self.verdict in ("trained", "refused")
 
 
@@ -142,7 +142,7 @@ def run_case(case: Case, bench: Bench, seconds: float = SECONDS) -> Outcome:
 
 
 def _read(pipe: int, child: int, seconds: float) -> tuple[str, bool]:
-    """What the child says until it closes its end, and whether it took too long.
+    """Return the child's output until it closes its end, and whether it took too long.
 
     A busy machine makes a child slow: it may take longer by the clock than on the processor.
     """
@@ -161,7 +161,7 @@ def _read(pipe: int, child: int, seconds: float) -> tuple[str, bool]:
 
 
 def _processor_seconds(process: int) -> float:
-    """What a process and its ended children have used, in user and system mode."""
+    """Return the processor seconds of a process and its ended children, in user and system mode."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
@@ -201,7 +201,7 @@ def _verdict(case: Case, bench: Bench) -> str:
 def run_kind(
     kind: str, seed: int, folder: Path, names: Sequence[str] | None = None
 ) -> Iterator[Outcome]:
-    """What comes of all cases of a kind, or of some by name."""
+    """Run all cases of a kind, or some by name; return their outcomes."""
     student = folder / "student"
     if not student.exists():
         save_model(student, seed=1)
@@ -215,7 +215,7 @@ def run_kind(
 
 
 def main() -> int:
-    """Print a line a kind, and every case that does not hold.
+    """Print a line per kind, and every case that does not hold.
 
     Returns:
         1 where some case does not hold.

@@ -42,7 +42,7 @@ STEPS = 4
 
 @dataclass(frozen=True)
 class Golden:
-    """What a run did.
+    """Losses and weights of a golden run.
 
     Attributes:
         losses: ``train/loss`` of every optimizer step, in nats per token.
@@ -128,7 +128,7 @@ def with_tools(root: Path) -> Golden:
 def resumed(
     root: Path, methods: Callable[[], Sequence[DistillationCallback]], **more: Any
 ) -> Golden:
-    """The same, killed behind its second step; the losses are those behind the resume."""
+    """Run that is killed after its second step and resumed; the losses after the resume."""
     callbacks = [LastCheckpoint(every_n_steps=1)]
     try:
         run(root, methods, callbacks=[*callbacks, Killer(2)], **more)

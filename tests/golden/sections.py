@@ -17,7 +17,7 @@ WRITES = os.environ.get("OKD_GOLDEN") == "write"
 
 
 def this_platform() -> str:
-    """What the last bit depends on."""
+    """Return the properties of the platform that determine the last bit."""
     capability = torch.backends.cpu.get_cpu_capability()
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     found = [

@@ -1,4 +1,4 @@
-"""What people type and import, as text.
+"""Command-line options, configs and public signatures, as text.
 
 Frozen here: the config that ``fit --print_config`` prints, the names of the options of ``fit``, and
 the signature of everything that ``docs/api`` lists. ``make golden`` writes the three files anew,
@@ -83,7 +83,7 @@ def printed_help() -> int:
 
 @pytest.fixture(scope="module")
 def live_help(tmp_path_factory) -> dict[str, str]:
-    """What the parsers print, in a process that has imported no class of other tests."""
+    """Help texts of the parsers, from a process that has imported no class of other tests."""
     done = type_command([], tmp_path_factory.mktemp("help"), printed_help)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -157,7 +157,7 @@ def found_at(path: str) -> Any:
 
 
 def signature_of(found: Any) -> str:
-    """As it is written; errors take what every exception takes."""
+    """Return the signature as written; for errors that of every exception."""
     if isinstance(found, type) and issubclass(found, Exception):
         return f"({found.__base__.__name__})"
     shown = str(inspect.signature(found)) if callable(found) else type(found).__name__

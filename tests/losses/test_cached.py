@@ -104,7 +104,7 @@ def test_agreement_is_exact(logits):
 @pytest.mark.parametrize("target", [0, 3, VOCAB - 1])
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_a_drawn_token_is_known_exactly(role, target, logits):
-    """Itself, and as the outcome that it belongs to."""
+    """The token's own log-probability is exact, and that of its outcome."""
     student, teacher = logits
     targets = torch.full((6,), target)
     full = Tile(student, teacher, targets)
@@ -151,7 +151,7 @@ def test_what_is_read_as_what():
     [
         (ExactDivergence(Tempered(ForwardKL(), 2.0)), "temperature is 2"),
         (ExactDivergence(TopK(ForwardKL(), 5)), "takes 5 ids, and 4 are known"),
-        (ExactDivergence(TopK(ForwardKL(), 3, "student")), "student's likeliest ids"),
+        (ExactDivergence(TopK(ForwardKL(), 3, "student")), "student's most likely ids"),
         (ExactDivergence(ForwardKL(), learner="teacher"), "ExactDivergence"),
         (DrawnOutcome("teacher", Tempered(ForwardKL(), 2.0)), "temperature is 2"),
         (ExpectedWeight(TopK(ForwardKL(), 5)), "takes 5 ids, and 4 are known"),

@@ -56,7 +56,7 @@ NUM = 3
 
 @dataclass
 class Pair:
-    """A student of two letters and a teacher of one pair of them: all texts, one a row."""
+    """A student of two letters and a teacher of one pair of them: all texts, one per row."""
 
     seed: int
     first: Tensor = field(init=False)

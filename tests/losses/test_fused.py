@@ -104,7 +104,7 @@ def fused(terms, pair, student: Side, teacher: Side | None, tile=None, vocab_siz
 
 
 def gradients(pair, total: Tensor) -> list[Tensor]:
-    """Of both sides' hidden states and heads, where they are trained; zeros where none flows."""
+    """Return gradients of both sides' trained states and heads; zeros where none flows."""
     heads = [*pair.student_head.parameters(), *pair.teacher_head.parameters()]
     leaves = [pair.student_hidden, pair.teacher_hidden, *heads]
     leaves = [leaf for leaf in leaves if leaf.requires_grad]
@@ -361,7 +361,7 @@ def test_autocast_multiplies_in_bf16_and_measures_in_float32(make_pair):
 @pytest.mark.parametrize("num_tokens", [1000, 100_000])
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_a_loss_scaler_finds_what_float16_would_round_away(half, num_tokens, make_pair):
-    """As with a GradScaler: the factor is one over the step's tokens, the scale comes later."""
+    """The scale is applied, as with a GradScaler, after the factor, one over the step's tokens."""
     scale = 65536.0 if half == torch.float16 else 1.0
     found = []
     for is_narrow in (False, True):

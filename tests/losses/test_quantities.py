@@ -1,4 +1,4 @@
-"""What methods ask for, against sums written out in float64.
+"""Quantities of methods, against sums written out in float64.
 
 Frozen here: every quantity's value; gradient flows to the learner alone and never to the other
 side, and is that of the written-out sum; a token that a vocabulary gap or a confident model rules

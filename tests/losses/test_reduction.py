@@ -1,4 +1,4 @@
-"""How per-token values become a loss.
+"""Reduction of per-token values to a loss.
 
 Frozen here: masked-out infinities and NaNs contribute zero to sum and gradient; an empty mask is a
 zero that is connected to the graph; the gradient is (sum over the step) / (tokens of the step),

@@ -1,4 +1,4 @@
-"""How far the online module has moved its teacher: D(adapted, base).
+"""Shift of the teacher by its online module: D(adapted, base).
 
 Frozen here: the value is the reference's, with forward KL KL(base‖adapted); gradient flows to the
 adapted teacher alone, where it learns, and never to the base or the student; values and gradients

@@ -39,7 +39,7 @@ STUDENT = torch.tensor([0.0, LAW["end"], 0.0, LAW["a"], LAW["b"]], dtype=torch.f
 
 
 def teacher_logits(before: int) -> torch.Tensor:
-    """The same law in tokens a, b and ab, of which a never stands before b."""
+    """Return logits of the same distribution over texts, in tokens a, b, ab; never a before b."""
     a, b, end = LAW["a"], LAW["b"], LAW["end"]
     if before == A:  # no b follows
         found = [0, end / (1 - b), 0, a, 0, a * b / (1 - b)]

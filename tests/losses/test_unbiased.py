@@ -82,7 +82,7 @@ class Student:
         return ((reach if discount else reach.detach()) * values).sum()
 
     def gradient_of(self, method, response: tuple[int, ...]) -> Tensor:
-        """Of the method's sum over one sampled response."""
+        """Return the gradient of the method's sum over one sampled response."""
         places, targets = self.places(response), torch.tensor(response)
         tile = Tile(self.logits[places], self.teacher[places], targets)
         ones, rows = torch.ones_like(targets), torch.zeros_like(targets)

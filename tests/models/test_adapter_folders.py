@@ -104,7 +104,7 @@ def test_a_folder_is_its_base_with_the_adapter_merged(kind, is_tied, tmp_path):
 
 
 def test_adapters_on_two_parameters_of_one_module_are_both_merged(tmp_path):
-    """As those of a mixture's experts: PEFT puts one layer around the other."""
+    """A mixture's experts have such adapters: PEFT wraps one layer around the other."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         experts = MixtralForCausalLM(
@@ -258,7 +258,10 @@ BROKEN = {
     "NaN": (with_nan, "hold NaN or infinity"),
     "a layer more": (with_a_layer_more, r"no place in its base.*layers\.9"),
     "another width": (of_another_width, "does not fit its base.*size mismatch"),
-    "truncated": (lambda f: (f / WEIGHTS).write_bytes(b"0" * 50), "no complete safetensors file"),
+    "truncated": (
+        lambda f: (f / WEIGHTS).write_bytes(b"0" * 50),
+        "not a complete safetensors file",
+    ),
     "no JSON": (lambda f: (f / CONFIG).write_text("{"), "cannot be read"),
     "a list": (lambda f: (f / CONFIG).write_text("[]"), "cannot be read"),
     "an unknown kind": (

@@ -28,7 +28,7 @@ pytestmark = [  # torch's compiler, of torch
 
 @pytest.fixture
 def make_module(make_module):
-    """In float64: runs agree to 1e-9 on every processor."""
+    """Return a module in float64: runs agree to 1e-9 on every processor."""
     return partial(make_module, dtype="float64")
 
 
@@ -61,7 +61,7 @@ def test_runs_are_the_same_compiled(name, tmp_path, make_module, monkeypatch):
     plain = train(tmp_path, make_module, METHODS[name]())
     assert not graphs
     compiled = train(tmp_path, make_module, METHODS[name](), compile_blocks=True)
-    assert 2 <= len(graphs) <= 8, "one a model and mode, and one a kind of mask"
+    assert 2 <= len(graphs) <= 8, "one per model and mode, and one per kind of mask"
     assert tiny.distance(compiled[1], plain[1]) < 1e-6
     for gradients, truth in zip(compiled[0].gradients, plain[0].gradients, strict=True):
         assert tiny.distance(gradients, truth) < 1e-5

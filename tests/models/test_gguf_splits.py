@@ -1,4 +1,4 @@
-"""How a GGUF file's tokenizer splits texts before its merges.
+"""Split of texts by a GGUF file's tokenizer before its merges.
 
 * The file's name for the split decides where transformers gives GPT-2's: single digits for SmolLM2,
   the expressions of Llama 3 and Qwen2; GPT-2's own, and a split that transformers reads, stay.

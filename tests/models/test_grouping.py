@@ -78,7 +78,7 @@ LENGTHS = [3, 20, 12, 13, 9, 20, 17]
 
 
 def make(kind: str, seed: int = 1, **overrides):
-    """Nothing has been read by it."""
+    """Return a new model that has run no forward pass."""
     model_type, fields = KINDS[kind]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -347,5 +347,5 @@ def test_a_model_that_does_not_forget_is_refused():
         return forward(x, position_ids)
 
     rotary.forward = remember
-    with pytest.raises(ModelError, match="depends on the rows that it has read before"):
+    with pytest.raises(ModelError, match="depends on the rows of earlier passes"):
         row_groups(model)

@@ -68,5 +68,5 @@ def test_a_run_may_use_the_stretched_context(tmp_path):
         if is_scaled:
             tiny.fit(tmp_path, module, [KD()], tiny.make_rows(4), **data)
             continue
-        with pytest.raises(ConfigError, match="student was made for 64"):
+        with pytest.raises(ConfigError, match="context of the student is 64"):
             tiny.fit(tmp_path, module, [KD()], tiny.make_rows(4), **data)

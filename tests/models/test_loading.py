@@ -296,5 +296,5 @@ def test_sequences_longer_than_a_model_was_made_for_are_refused(tmp_path, make_m
     from okd_lightning.callbacks import KD
 
     settings = {"data": {"max_response_length": 64, "max_prompt_length": 64}}
-    with pytest.raises(ConfigError, match="student was made for 64"):
+    with pytest.raises(ConfigError, match="context of the student is 64"):
         tiny.fit(tmp_path, make_module(), [KD()], tiny.make_rows(4), **settings)

@@ -1,4 +1,4 @@
-"""Where a model's files are.
+"""Locations of a model's files.
 
 Frozen here: what stands as a model's location, and in which order it is read; a revision reaches
 config, weights, tokenizer and generation config; a folder may have @ in its name; each way in which
@@ -43,7 +43,7 @@ def load(source, **settings):
 
 @pytest.fixture
 def with_gguf(monkeypatch):
-    """As if the package were installed: nothing is read."""
+    """Pretend that the package gguf is installed; no file is read."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
 
 

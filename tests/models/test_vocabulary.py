@@ -138,7 +138,7 @@ def test_a_token_more_is_refused_and_named():
 @pytest.mark.parametrize("other", [bpe(FIRST, is_lower=True), bpe([("o", "x")])])
 def test_same_tokens_that_cut_text_differently_are_refused(other):
     assert other.get_vocab() == bpe(FIRST).get_vocab()
-    with pytest.raises(VocabularyError, match="cut text differently"):
+    with pytest.raises(VocabularyError, match="split text differently"):
         check_vocabulary_agreement(bpe(FIRST), other)
 
 
@@ -150,7 +150,7 @@ def test_folders_whose_tokenizers_differ_are_refused(tmp_path, student_folder):
 
 
 def with_a_special_more() -> PreTrainedTokenizerFast:
-    """As Gemma 3's image token: an id more than the models have rows."""
+    """Return a tokenizer with one id more than the models have rows, as Gemma 3's image token."""
     tokenizer = tiny.make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     return tokenizer
@@ -158,7 +158,7 @@ def with_a_special_more() -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_an_id_without_a_row_is_never_sampled(side, tmp_path, tiny_pair):
-    """Nor counted: the run is the one of the tokenizer without it."""
+    """The id is not counted either: the run equals that of the tokenizer without it."""
     found = []
     for tokenizer in (tiny.make_tokenizer(), with_a_special_more()):
         pair = dict(zip(("student", "teacher"), copy.deepcopy(tiny_pair), strict=True))

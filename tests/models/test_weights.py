@@ -133,9 +133,9 @@ BROKEN = {
     "the head missing, not tied": (without("lm_head"), r"lm_head\.weight"),
     "the embedding missing": (without("embed_tokens"), r"embed_tokens"),
     "no weights in the file": (without(""), "21 of 21 weights are missing"),
-    "an empty file": (cut(0), r"model\.safetensors \(0 bytes\) is no complete"),
-    "a truncated header": (cut(100), r"is no complete safetensors file"),
-    "truncated data": (cut(5000), r"\(5,000 bytes\) is no complete safetensors file"),
+    "an empty file": (cut(0), r"model\.safetensors \(0 bytes\) is not a complete"),
+    "a truncated header": (cut(100), r"is not a complete safetensors file"),
+    "truncated data": (cut(5000), r"\(5,000 bytes\) is not a complete safetensors file"),
     "a Git LFS pointer": (lfs_pointer, "git lfs pull"),
     "pickled weights": (pickled, r"pickled \(pytorch_model\.bin\).*safetensors"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "holds no safetensors"),
@@ -186,7 +186,7 @@ def folder(whole_folder, tmp_path):
 
 
 def load_by_shard(folder: Path, **settings):
-    """As two ranks would, on one device and without cutting."""
+    """Load by shard as two ranks would, on one device and with whole weights."""
     config = load_model_config(str(folder), "--model.student", 0)
     with deferred_weights():
         model = load_causal_lm(str(folder), config, "--model.student", **settings)
@@ -247,7 +247,7 @@ def test_a_whole_folder_is_what_was_saved(is_sharded, folder):
 
 
 def test_one_file_is_read_before_an_index(folder):
-    """As transformers does: a stale index beside a new file changes nothing."""
+    """A stale index next to a new file has no effect, as in transformers."""
     single = (folder / WEIGHTS).read_bytes()
     changed(Q_PROJ, lambda w: w + 1)(folder)
     in_shards(folder)
@@ -269,7 +269,7 @@ def test_a_tied_head_may_be_absent(make, tmp_path):
 
 
 def test_two_tables_despite_a_config_that_ties_them(folder):
-    """They stay two, and the config of the loaded model says so; by shard they are refused."""
+    """The tables stay separate, also in the loaded model's config; by shard they are refused."""
     configured(tie_word_embeddings=True)(folder)
     model = load_whole(folder)
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
@@ -299,7 +299,7 @@ def test_weights_without_a_place_are_named_once(load, folder):
 
 @pytest.mark.parametrize("is_stored", [True, False])
 def test_a_buffer_of_the_model_is_read_by_shard_as_well(is_stored, folder):
-    """Such as DeepSeek's routing bias, which training has made."""
+    """An example is DeepSeek's routing bias, which training has changed."""
     name, value = "model.layers.0.routing_bias", torch.arange(4.0)
     if is_stored:
         save_file({**weights_of(folder), name: value}, folder / WEIGHTS, {"format": "pt"})

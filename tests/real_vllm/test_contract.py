@@ -33,7 +33,7 @@ SAMPLINGS = (Sampling(), Sampling(temperature=0.7, top_k=6, top_p=0.8), Sampling
 
 
 def kinds(value: Any) -> Any:
-    """Which keys and which kinds of values an answer has; token ids as keys are one kind."""
+    """Return an answer's keys and the kinds of its values; token ids as keys are one kind."""
     if isinstance(value, dict):
         return {("id" if key.isdigit() else key): kinds(one) for key, one in value.items()}
     if isinstance(value, list):
@@ -45,7 +45,7 @@ def kinds(value: Any) -> Any:
 
 
 def missing(expected: Any, found: Any, at: str = "answer") -> list[str]:
-    """What the first has and the second has not, or has as another kind."""
+    """Return the keys that the second lacks, or has with another kind of value."""
     if isinstance(expected, dict) and isinstance(found, dict):
         parts = [
             missing(one, found.get(key, "absent"), f"{at}.{key}") for key, one in expected.items()
@@ -112,7 +112,7 @@ def replay(fake: FakeVLLM, url: str, own_folder: str) -> int:
 
 
 def compare_numbers(body: Any, own: Any, real: Any) -> None:
-    """Where both compute the same: log-probs of the prompt, greedy tokens."""
+    """Compare the numbers that both servers compute: log-probs of the prompt, greedy tokens."""
     if body.get("temperature") == 0:
         assert real["token_ids"] == own["token_ids"]
         assert real["finish_reason"] == own["finish_reason"]

@@ -42,7 +42,7 @@ LENGTHS = ([7], [4, 4, 4, 4], [9, 1, 1, 1], [12, 7, 5, 5, 3, 2, 2, 1], [3, 11, 2
 
 @pytest.fixture
 def make_module(make_module):
-    """In float64: runs agree to 1e-9 on every processor."""
+    """Return a module in float64: runs agree to 1e-9 on every processor."""
     return partial(make_module, dtype="float64")
 
 
@@ -88,7 +88,7 @@ def test_a_spread_of_lengths_costs_little():
 
 
 def test_a_large_micro_batch_is_planned_with_few_trials(monkeypatch):
-    """And a model that does not pack has nothing planned."""
+    """The number of trial plans is small, and a model that does not pack gets no plan."""
     trials = []
     spread = sequences._spread
     monkeypatch.setattr(sequences, "_spread", lambda *call: trials.append(call) or spread(*call))
@@ -298,7 +298,7 @@ def test_wasted_positions(packing, tmp_path, make_module):
 
 
 def test_a_cache_is_written_of_packed_rows(tmp_path, make_module, monkeypatch):
-    """What can be packed is known when the teacher has been loaded."""
+    """A teacher's packing is known only once it is loaded."""
     packed = []
     read = reading.hidden_at_loss
     monkeypatch.setattr(

@@ -129,7 +129,7 @@ def test_failed_requests_are_counted_and_bad_servers_refused():
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
         ({"concurrency": 0}, "concurrency must be at least 1"),
         ({"max_failures": 2}, "max_failures must be between 0 and 1"),
-        ({"url": "localhost:8000"}, "Judge url: 'localhost:8000' is no address"),
+        ({"url": "localhost:8000"}, "Judge url: 'localhost:8000' is not an address"),
         ({"url": "http://me:word@host"}, "user name or password"),
         ({"key_variable": "sk-word"}, "give the variable's name$"),
     ],

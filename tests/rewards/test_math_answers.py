@@ -165,5 +165,5 @@ def test_an_unknown_way_to_compare_is_refused():
 
 
 def test_the_program_imports_nothing_of_ours():
-    """It starts within a second, and next to a training run it needs no torch."""
+    """The program starts within a second and needs no torch."""
     assert "okd_lightning" not in Path(math_answers._PROGRAM).read_text()

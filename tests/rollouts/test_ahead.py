@@ -1,7 +1,7 @@
 """Rollout batches ahead of training: which weights wrote which rows, on scribes instead of models.
 
 Frozen here: rollout batch n is written by the weights at the start of batch n - lag, the first ones
-by the initial weights, also over epochs and with several optimizer steps a rollout batch; a state
+by the initial weights, also over epochs and with several optimizer steps per rollout batch; a state
 that is taken after any micro-batch holds what is in flight, and resumes with the same rows; one
 that is taken after the deadline of a stop discards it, with a warning, and the rows are written
 again by present weights; another lag at a resume acts; rows go to another number of ranks; the
@@ -26,8 +26,8 @@ from okd_lightning.rollouts.ahead import RolloutsAhead
 from okd_lightning.rollouts.generation import StopRequest
 
 SHAPES = {
-    "one step a batch": (LoaderShape(2, 10), RolloutPlan(1.0)),
-    "two steps a batch": (LoaderShape(2, 10, 2, prompts_per_rollout=8), RolloutPlan(1.0)),
+    "one step per batch": (LoaderShape(2, 10), RolloutPlan(1.0)),
+    "two steps per batch": (LoaderShape(2, 10, 2, prompts_per_rollout=8), RolloutPlan(1.0)),
     "half of the steps": (LoaderShape(2, 9, 2), RolloutPlan(0.5)),
     "half of the rows": (LoaderShape(2, 9, 2), RolloutPlan(0.5, "dataset", True)),
     "two samples": (
@@ -77,13 +77,13 @@ def run(loader: RolloutLoader, writer: Scribe, num: int) -> list:
 
 
 def versions(batches) -> set[int]:
-    """Of the weights that wrote the student's rows; a scribe begins with their version."""
+    """Return the weights' versions of the student's rows, with which each response begins."""
     rows = [row for row in rows_of(batches) if row[1] == "student"]
     return {ids[mask.index(True)] - 1000 for _, _, ids, mask, _ in rows}
 
 
 @pytest.mark.parametrize("lag", [0, 1, 2, 5])
-@pytest.mark.parametrize("name", ["one step a batch", "two steps a batch"])
+@pytest.mark.parametrize("name", ["one step per batch", "two steps per batch"])
 def test_weights_are_those_of_lag_rollout_batches_before(name, lag):
     shape, plan = SHAPES[name]
     writer = Scribe()
@@ -136,7 +136,7 @@ def continued(loader: RolloutLoader, num: int):
 
 
 def test_without_a_lag_the_state_is_as_before():
-    shape, plan = SHAPES["one step a batch"]
+    shape, plan = SHAPES["one step per batch"]
     writer = Scribe()
     loader = lagged(shape, plan, writer, 0)
     run(loader, writer, 2)
@@ -148,7 +148,7 @@ def test_without_a_lag_the_state_is_as_before():
     [(2, 0, [2, 3, 6, 7]), (2, 1, [2, 3, 5, 6]), (0, 2, [4, 4, 4, 5])],
 )
 def test_another_lag_at_a_resume_acts(old, new, expected):
-    shape, plan = SHAPES["one step a batch"]
+    shape, plan = SHAPES["one step per batch"]
     writer = Scribe()
     loader = lagged(shape, plan, writer, old)
     run(loader, writer, 4)  # batch 4 comes; with lag 2, it and batch 5 are in flight
@@ -158,7 +158,7 @@ def test_another_lag_at_a_resume_acts(old, new, expected):
 
 
 def test_an_abandoned_wait_keeps_the_batch_that_was_due():
-    shape, plan = SHAPES["one step a batch"]
+    shape, plan = SHAPES["one step per batch"]
     writer, stop = Scribe(), StopRequest()
     engine = Ahead(writer, is_slow=True)
     loader = lagged(shape, plan, writer, 1, engine=engine, stop=stop)
@@ -182,7 +182,7 @@ def replace_version(writer: Scribe, version: int) -> Scribe:
 
 
 def test_what_is_late_at_a_stop_is_discarded_and_written_again():
-    shape, plan = SHAPES["one step a batch"]
+    shape, plan = SHAPES["one step per batch"]
     writer, stop = Scribe(), StopRequest()
     loader = lagged(shape, plan, writer, 2, engine=Ahead(writer, is_slow=True), stop=stop)
     next(iter(loader))

@@ -1,4 +1,4 @@
-"""Who writes which rows.
+"""Sources of the rows of an optimizer step.
 
 Frozen here: GKD's coin is a function of (seed, step), all rows of a step share it, and its
 frequency is the share that was asked for; terms that disagree get both kinds of rows in every step;
@@ -55,7 +55,7 @@ def test_mixed_steps_hold_both_kinds_spread_out(fraction, num):
 
 @pytest.mark.parametrize("num", [1, 3])
 def test_mixed_steps_prefer_nobody(num):
-    """Also one prompt a step, or an odd number, gives each kind its share over the run."""
+    """With one prompt per step, or an odd number, each kind of row has its share over the run."""
     plan = RolloutPlan(0.5, "dataset", is_mixed_within_step=True)
     rows = [source for step in range(400) for source in plan.assign(0, step, num)]
     assert abs(rows.count("student") / len(rows) - 0.5) < 0.06

@@ -223,7 +223,7 @@ class Traffic:
 
 
 def count(root: Path, methods, model: dict | None = None, **arguments) -> Traffic:
-    """Of one optimizer step of three micro-batches; the student has three units."""
+    """Count the calls of one optimizer step of three micro-batches; the student has three units."""
     with Traffic() as traffic:
         step = {"max_steps": 1, "gradient_clip_val": None}
         strategy = FSDP2Strategy(**arguments)
@@ -312,7 +312,7 @@ def alone(folder) -> Callable[..., dict]:
 
 
 def check(found: dict, alone: dict) -> None:
-    """The same run: float64 weights and gradients, numbers logged in float32."""
+    """Compare two runs: float64 weights and gradients, numbers logged in float32."""
     assert found["steps"] == alone["steps"] == len(alone["losses"])
     assert found["difference"] == 0
     assert tiny.distance(found["weights"], alone["weights"]) < 1e-9

@@ -1,4 +1,4 @@
-"""What FSDP2 saves on two gloo processes, and who can go on from it.
+"""Checkpoints of FSDP2 on two gloo processes, and the runs that can resume from them.
 
 Frozen here: a killed run resumes bit for bit from a folder of shards and from a single file,
 dropout included, in the middle of an epoch and of a rollout chunk; files go both ways between one

@@ -156,13 +156,13 @@ def test_two_ranks_train_as_one(key, ranks, alone):
 
 
 def test_samples_end_with_either_id(alone):
-    """So that two ends are compared at all."""
+    """The samples must have both ends, or the comparison would test nothing."""
     last = {ids[-1] for step in alone["two ends, GKD"]["ids"] for ids, _, _ in step}
     assert {tiny.EOS, tiny.BOS} <= last
 
 
 def test_some_steps_have_one_row_or_none_of_a_teacher(ranks):
-    """So that a rank, or both, have none of its rows."""
+    """Some steps must lack a teacher's rows on one rank or on both, or the test would be void."""
     key = ("routed KD", "fsdp2")
     steps = [{name for name in step if "tokens/" in name} for step in ranks[0][key]["losses"]]
     assert any("train/tokens/code" in names for names in steps)

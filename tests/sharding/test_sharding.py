@@ -1,4 +1,4 @@
-"""What can be sharded, and what is refused (one process; two are in test_fsdp2).
+"""Sharding of models, and refused settings (one process; test_fsdp2 has two).
 
 Frozen here: the units of many architectures are their own blocks, none inside another, and a
 sharded model's hidden states, head and gradients are the whole one's; a setting that cannot work is
@@ -53,7 +53,7 @@ IDS = torch.tensor([[3, 4, 5, 6, 7, 8]])
 
 @pytest.fixture
 def make_module(make_module):
-    """In float64: runs agree to 1e-9 on every processor."""
+    """Return a module in float64: runs agree to 1e-9 on every processor."""
     return partial(make_module, dtype="float64")
 
 
@@ -157,7 +157,7 @@ def test_a_wrapped_teachers_base_may_run_before_the_wrapper(mesh):
 
 
 def write_checkpoint(path, step, kind):
-    """Of either kind, as strategy and DurableCheckpointIO write them."""
+    """Write a checkpoint of either kind, as the strategy and DurableCheckpointIO do."""
     content = {"okd_lightning": {}, "global_step": step}
     if kind == "file":
         DurableCheckpointIO().save_checkpoint(content, path)
@@ -231,7 +231,7 @@ def test_one_kind_of_checkpoint_takes_the_place_of_another(before, behind, tmp_p
 def test_a_run_goes_on_in_its_folder_with_and_without_shards(
     tmp_path, mesh, make_module, monkeypatch
 ):
-    """And what is put in place has been flushed to the disk."""
+    """Runs continue, and replaced checkpoints have been flushed to the disk."""
     flushed = set()
     fsync = os.fsync
 

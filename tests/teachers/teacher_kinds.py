@@ -1,4 +1,4 @@
-"""Every kind of teacher, with what the battery needs to know of it: one entry a kind."""
+"""Every kind of teacher, with what the battery needs to know of it: one entry per kind."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ALL = tiny.NUM_IDS
 
 @dataclass(frozen=True)
 class Place:
-    """Where a kind finds its teacher.
+    """Locations from which a kind makes its teacher.
 
     Attributes:
         teacher: Folder of a model without padding rows.
@@ -117,7 +117,7 @@ KINDS: dict[str, Kind] = {
         lambda at: AdaptiveTeacher(LoadedTeacher(at.teacher), okd().settings),
         method=okd,
         logged="train/student_loss",
-        refuses=(another_module, "two methods ask for different online modules"),
+        refuses=(another_module, "two methods need different online modules"),
         moves=True,
         trained="lora_",
     ),
@@ -128,7 +128,7 @@ KINDS: dict[str, Kind] = {
         ),
         method=okd,
         logged="train/student_loss",
-        refuses=(another_module, "two methods ask for different online modules"),
+        refuses=(another_module, "two methods need different online modules"),
         moves=True,
         trained="lora_",
     ),
@@ -151,19 +151,19 @@ KINDS: dict[str, Kind] = {
         ),
         method=okd,
         logged="train/student_loss",
-        refuses=(another_module, "two methods ask for different online modules"),
+        refuses=(another_module, "two methods need different online modules"),
         moves=True,
         trained="lora_",
         data=ROUTED,
     ),
     "cached": Kind(
         lambda at: CachedTeacher(at.teacher, at.cache, ALL, "float32"),
-        refuses=(lambda: GKD(on_policy_fraction=1.0), "no cache can hold those"),
+        refuses=(lambda: GKD(on_policy_fraction=1.0), "which no cache can hold"),
         generates=False,
     ),
     "cached ensemble": Kind(
         lambda at: CachedTeacher(TeacherEnsemble([at.teacher, at.copy]), at.cache, ALL, "float32"),
-        refuses=(another_module, "has one that stays as it was"),
+        refuses=(another_module, "does not run one"),
         generates=False,
     ),
     "foreign": Kind(

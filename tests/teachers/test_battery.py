@@ -190,7 +190,9 @@ def test_it_generates_or_says_that_it_cannot(name, place, tmp_path):
         recorder = train(tmp_path, kind, module, [KD(seq_kd=True)], max_steps=1)
         assert recorder.sources() == [{2}]
         return
-    with pytest.raises(ConfigError, match=r"has the teacher write responses; give --model\.teach"):
+    with pytest.raises(
+        ConfigError, match=r"has the teacher generate responses; give --model\.teach"
+    ):
         train(tmp_path, kind, module, [KD(seq_kd=True)])
 
 
@@ -284,7 +286,7 @@ def run(root: Path, devices: int, name: str, urls: list[str]) -> dict[str, torch
 
 
 def of_one_rank(rank: int, root: Path) -> None:
-    """What a spawned process does."""
+    """Body of a spawned process."""
     urls = (root / "urls").read_text().split()
     torch.save({name: run(root, 2, name, urls) for name in KINDS}, root / f"rank{rank}.pt")
 

@@ -1,4 +1,4 @@
-"""What lies in a teacher's cache, and when it is written.
+"""Entries of a teacher's cache, and the runs that write them.
 
 Frozen here: a second run never loads the teacher, and the first one lets it go; other data,
 teachers, k or precision are other entries; broken files are written anew, and a killed writer goes
@@ -29,7 +29,7 @@ def test_the_teacher_is_let_go_and_not_loaded_again(
     gc.collect()
     assert module.teacher is None
     assert [teacher() for teacher in loaded] == [None]
-    assert "written to its cache, 5 ids a token" in caplog.text
+    assert "written to its cache, 5 ids per token" in caplog.text
     caplog.clear()
     second, _ = train(tmp_path, make_module, [KD()], k=5, cache=cache, val=VAL)
     assert len(loaded) == 1
@@ -104,7 +104,7 @@ def test_a_broken_file_is_written_anew_and_said(tmp_path, make_module, cache, lo
 
 
 class Killed(Exception):
-    """What ends a run in the middle."""
+    """Exception that ends a run in the middle."""
 
 
 def test_a_killed_writer_goes_on_where_it_was(tmp_path, make_module, cache, monkeypatch):

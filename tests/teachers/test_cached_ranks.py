@@ -25,7 +25,7 @@ from okd_lightning.training.module import DistillationModule
 
 
 def run(root: Path, devices: int, cache: Path) -> dict:
-    """Two epochs of 4 rows an optimizer step; what was written and loaded, losses and weights."""
+    """Two epochs of 4 rows per optimizer step; what was written and loaded, losses and weights."""
     torch.manual_seed(3)
     module = DistillationModule(
         str(root / "student"),
@@ -78,7 +78,7 @@ def run(root: Path, devices: int, cache: Path) -> dict:
 
 
 def of_one_rank(rank: int, root: Path) -> None:
-    """What a spawned process does."""
+    """Body of a spawned process."""
     results: dict[str, dict | str] = {
         name: run(root, 2, root / "cache") for name in ("first", "second")
     }

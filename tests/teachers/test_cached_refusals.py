@@ -1,4 +1,4 @@
-"""What a teacher's cache cannot do, and says so.
+"""Refusals of a cached teacher.
 
 Frozen here: what needs the teacher itself is refused before anything is loaded; settings that
 contradict each other, random weights and foreign loaders are refused; a row or a quantity that is
@@ -40,11 +40,11 @@ class Adapted(DivergenceCallback):
     ("methods", "words"),
     [
         ([KD(temperature=2.0)], "kd with a cached teacher: its temperature is 2"),
-        ([GKD(on_policy_fraction=0.5)], "gkd asks the teacher about responses that the student"),
-        ([OPD()], "opd asks the teacher about responses that the student writes"),
-        ([KD(seq_kd=True)], "kd has the teacher write responses"),
+        ([GKD(on_policy_fraction=0.5)], "gkd needs the teacher on responses that the student"),
+        ([OPD()], "opd needs the teacher on responses that the student generates"),
+        ([KD(seq_kd=True)], "kd has the teacher generate responses"),
         ([KD(divergence=TopK(ReverseKL(), 9))], "takes 9 ids, and 5 are known"),
-        ([KD(divergence=TopK(ReverseKL(), 2, "student"))], "student's likeliest ids"),
+        ([KD(divergence=TopK(ReverseKL(), 2, "student"))], "student's most likely ids"),
         ([Adapted()], "adapted with a cached teacher: it asks for Entropy"),
         ([OKD(online_module=LoraConfig(r=2))], "an online module is trained on a teacher"),
         ([Stage(KD(temperature=3.0), start=0)], "its temperature is 3"),
@@ -98,5 +98,5 @@ def test_the_module_itself_asks_for_nothing_that_is_not_cached(tmp_path, make_mo
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             pl_module.measure(batch, KD().quantities)
 
-    with pytest.raises(ConfigError, match="was asked of a teacher of whom 5 ids are known"):
+    with pytest.raises(ConfigError, match="needs more of the teacher than its 5 known ids"):
         train(tmp_path, make_module, [KD()], k=5, cache=cache, callbacks=[Curious()])

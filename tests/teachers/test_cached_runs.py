@@ -72,6 +72,19 @@ def test_with_some_ids_it_is_the_live_run_with_top_k(
     assert exact[0].losses[0]["train/kd"] > live[0].losses[0]["train/kd"] + 0.01
 
 
+@pytest.mark.parametrize("k", [5, ALL])
+def test_ends_that_are_one_outcome_are_one_in_the_cache_too(k, tmp_path, make_module, cache):
+    """Also where the k ids of a position lack the end; another set of ends is another entry."""
+    model = {"end_tokens": [tiny.EOS, tiny.BOS]}
+    method = [KD(divergence=TopK(ReverseKL(), k) if k < ALL else ReverseKL())]
+    live = train(tmp_path, make_module, method, model=model)
+    cached = train(tmp_path, make_module, [KD(divergence=ReverseKL())], k, cache, model=model)
+    check_same(cached, live, loss=1e-5, gradient=1e-5)
+    alone = train(tmp_path, make_module, [KD(divergence=ReverseKL())], k, cache)
+    assert len(entries(cache)) == 2
+    assert abs(alone[0].losses[0]["train/kd"] - cached[0].losses[0]["train/kd"]) > 1e-3
+
+
 @pytest.mark.parametrize("k", [1, 5])
 def test_the_own_token_s_log_prob_is_exact_at_any_k(k, tmp_path, make_module, cache):
     method = Scored(on_policy_fraction=0.0)

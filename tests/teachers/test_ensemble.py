@@ -206,7 +206,7 @@ def test_another_ensemble_does_not_resume(folders, tmp_path):
 
 MISTAKES = {
     "no teachers": (lambda f: TeacherEnsemble([]), "has no teachers"),
-    "weights": (lambda f: both(f, [1.0]), r"expected one weight a teacher \(2\), got 1"),
+    "weights": (lambda f: both(f, [1.0]), r"expected one weight per teacher \(2\), got 1"),
     "negative": (lambda f: both(f, [2.0, -1.0]), "at least 0"),
     "zeros": (lambda f: both(f, [0.0, 0.0]), "one above 0"),
     "nan": (lambda f: both(f, [float("nan"), 1.0]), "at least 0"),
@@ -237,14 +237,14 @@ def test_too_long_rows_name_the_member(folders, tmp_path, tiny_tokenizer):
     short.save_pretrained(tmp_path / "short")
     tiny_tokenizer.save_pretrained(tmp_path / "short")
     ensemble = TeacherEnsemble([folders["llama"], LoadedTeacher(tmp_path / "short")])
-    with pytest.raises(ConfigError, match="teacher short was made for 8"):
+    with pytest.raises(ConfigError, match="context of the teacher short is 8"):
         train(tmp_path, make(folders, ensemble), [KD()])
 
 
 @pytest.mark.parametrize(
     ("class_path", "settings", "words"),
     [
-        ("HostTeacher", {}, "class_path HostTeacher is no class of teacher; did you mean"),
+        ("HostTeacher", {}, "class_path HostTeacher is not a class of teacher; did you mean"),
         (
             "LoadedTeacher",
             {"modle": "x"},

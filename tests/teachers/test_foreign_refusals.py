@@ -1,4 +1,4 @@
-"""What a teacher with another tokenizer refuses, by name, and what ``diagnose`` says of its pair.
+"""Refusals of a teacher with another tokenizer, and ``diagnose`` on its pair.
 
 Frozen here: methods, tools and further models that are not offered; rows and teachers that cannot
 be aligned; the advice of the error about tokenizers leads to training.
@@ -33,7 +33,7 @@ def test_a_teacher_that_lacks_most_characters_is_refused(root, tmp_path):
     teacher = ForeignTeacher(str(root / "pairs"), str(tmp_path / "few"))
     rows = [{"prompt": "a", "response": "adddd"}]
     with pytest.raises(
-        VocabularyError, match="4 of 6 response tokens of the first 1 rows are no text"
+        VocabularyError, match="4 of 6 response tokens of the first 1 rows are not text"
     ):
         train(tmp_path, make(root, teacher), [KD()], rows)
 
@@ -50,7 +50,7 @@ def test_an_unknown_loss_is_refused(root):
             lambda: OPDPlus(discount=0.5),
             "has discount 0.5, and with --model.teacher ForeignTeacher",
         ),
-        (lambda: KD(seq_kd=True), "has the teacher write responses; give --model.teacher a"),
+        (lambda: KD(seq_kd=True), "has the teacher generate responses; give --model.teacher a"),
         (
             lambda: PaperMeasures(),
             "ForeignTeacher generates no responses: give --model.teacher a folder or hub id of a "
@@ -68,7 +68,7 @@ def test_methods_that_it_cannot_serve(method, words, root, tmp_path):
     [
         (
             lambda at: ForeignTeacher(at["teacher"], end_tokens=[1]),
-            "model.teacher.end_tokens has nothing to act on: the teacher has the student's",
+            "model.teacher.end_tokens has no effect: the teacher has the student's",
         ),
         (lambda at: ForeignTeacher(FrozenSelf()), "model is a FrozenSelf"),
         (lambda at: ForeignTeacher(CachedTeacher(at["pairs"], "x")), "model is a CachedTeacher"),
@@ -127,7 +127,7 @@ def test_diagnose_says_how_both_share_a_text(of, root, tmp_path, monkeypatch, ca
     off = [losses[name, "given"]["forward_kl"] for name in ("chunk", "text")]
     assert found["biases"][0]["forward_kl"] == pytest.approx(off[0] - off[1])
     assert found["biases"][0]["log_ratio"] > 0
-    assert "How both tokenizers share a text" in shown
+    assert "Alignment of both tokenizers" in shown
     assert "text (this run)" in shown
     page = (tmp_path / "diagnose-out" / "diagnosis.html").read_text()
     assert "50% of the student&#39;s tokens are one token of the teacher" in page

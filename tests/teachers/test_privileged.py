@@ -35,7 +35,7 @@ KL, TEACHER, STUDENT = (
 
 @pytest.fixture
 def make_module(make_module):
-    """In float64: runs agree to 1e-9 on every processor."""
+    """Return a module in float64: runs agree to 1e-9 on every processor."""
     return partial(make_module, dtype="float64")
 
 
@@ -273,7 +273,9 @@ def test_who_needs_prompts_gets_them_or_one_line(tmp_path, make_module):
 
 def test_the_teachers_longer_sequence_has_to_fit(tmp_path, make_module):
     long = {"teacher_prompt_template": "{prompt}" + "a" * 60, "max_teacher_prompt_length": 90}
-    with pytest.raises(ConfigError, match=r"teacher prompt and response.*teacher was made for 64"):
+    with pytest.raises(
+        ConfigError, match=r"teacher prompt and response.*context of the teacher is 64"
+    ):
         run(tmp_path, make_module(), [KD()], data=long)
 
 

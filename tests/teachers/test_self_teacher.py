@@ -34,7 +34,7 @@ QUANTITIES = (ExactDivergence(ForwardKL()), DrawnLogProb("teacher"), Entropy("te
 
 @pytest.fixture
 def make_module(make_module):
-    """In float64: runs agree to 1e-9 on every processor."""
+    """Return a module in float64: runs agree to 1e-9 on every processor."""
     return partial(make_module, dtype="float64")
 
 
@@ -201,7 +201,7 @@ def test_live_has_no_gradient_and_no_dropout_on_the_teachers_side(lora, make_own
 
 
 def test_the_gradient_of_a_live_teacher_is_that_of_a_constant_one(make_own, dropout_folder):
-    """The same as with a second model of the same weights."""
+    """The gradient equals that with a second model of the same weights."""
 
     def gradients(module):
         module.configure_model()
@@ -313,7 +313,7 @@ def test_what_cannot_work_is_refused(tmp_path, make_own, student_folder, make_mo
     for decay in (0.0, 1.0, -1.0, float("nan")):
         with pytest.raises(ConfigError, match="between 0 and 1"):
             make_own("ema", ema_decay=decay)
-    with pytest.raises(ConfigError, match="has nothing to act on"):
+    with pytest.raises(ConfigError, match="has no effect"):
         make_own("live", ema_decay=0.9)
     with pytest.raises(ConfigError, match="teacher_dtype"):
         make_own("frozen", teacher_dtype="bfloat16")

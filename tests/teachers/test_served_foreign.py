@@ -98,7 +98,7 @@ def test_rows_carry_loss_up_to_the_servers_context(root, tmp_path, server):
     [
         (lambda: KD(temperature=2.0), "softmax temperature 2, and ServedTeacher gives"),
         (lambda: OKD(), "an online module is trained on a teacher that is run in this process"),
-        (lambda: KD(seq_kd=True), "has the teacher write responses; give --model.teacher a"),
+        (lambda: KD(seq_kd=True), "has the teacher generate responses; give --model.teacher a"),
         (lambda: OPDPlus(discount=0.5), "has discount 0.5"),
         (lambda: KD(TopK(ForwardKL(), 3)), "TopK is over single tokens"),
         (lambda: PaperMeasures(), "or leave PaperMeasures out"),

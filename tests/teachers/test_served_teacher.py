@@ -225,7 +225,7 @@ def test_padding_that_has_probability(train, fake):
 
 
 def test_padding_without_probability_is_passed_over(train, fake):
-    """It stands among the likeliest, as the others have next to none either."""
+    """The padding is among the most likely ids, as the others have almost no probability."""
     exact = train([KD()])
     unpadded = fake.model
 
@@ -254,7 +254,7 @@ def test_the_prompts_own_tokens_are_left_out(train, fake, monkeypatch):
         return rows
 
     monkeypatch.setattr(fake, "_of_prompt", without)
-    with pytest.raises(ServerError, match="does not say how likely the prompt's own tokens are"):
+    with pytest.raises(ServerError, match="has no log-probabilities of the prompt's own tokens"):
         train([KD()], k=5)
 
 
@@ -284,7 +284,7 @@ def merging(module_settings=None):
 @pytest.mark.parametrize("k", [2, 5])
 @pytest.mark.parametrize("name", ["reverse KL", "corrected, clipped"])
 def test_a_sampled_end_is_credited_as_by_the_teacher_itself(name, k, train, fake):
-    """Also where an end id is not among the likeliest: it costs a request of its own."""
+    """An end id that is not among the most likely ids costs a further request."""
     live = train([OWN[name]()], model=merging())
     found = train([OWN[name]()], k=k, model=merging())
     check_same(found, live)

@@ -1,6 +1,6 @@
-"""What lies on disk.
+"""Format of a teacher's cache on disk.
 
-Frozen here: at most 300 bytes a token at the default k; the ids are chosen, and the rest summed,
+Frozen here: at most 300 bytes per token at the default k; the ids are chosen, and the rest summed,
 before rounding, so that ties cost nothing and the rest is never negative; what is read back sums
 to one; an entry without its index is not whole; files that are cut, missing, of another type or
 not what was written are noticed; a full disk is refused before anything is written; two runs may

@@ -76,7 +76,10 @@ def folders(tmp_path_factory, tiny_tokenizer) -> Path:
 REFUSED = {
     "foreign": (VocabularyError, "tokenizer"),
     "few rows": (VocabularyError, "--method.base has rows for ids up to"),
-    "short": (ConfigError, "the teacher's base was made for 4; lower --data.max_response_length"),
+    "short": (
+        ConfigError,
+        "the context of the teacher's base is 4; lower --data.max_response_length",
+    ),
 }
 
 
@@ -114,7 +117,7 @@ class Seen(Callback):
 
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback:UserWarning")
 def test_it_is_frozen_and_forgotten(tmp_path, make_module, folders):
-    """Also where a callback averages copies of the module."""
+    """This holds also where a callback averages copies of the module."""
     module, seen = make_module(), Seen()
     averaging = EMAWeightAveraging(decay=0.5)
     methods = [Shifted(str(folders / "base"))]
@@ -148,7 +151,7 @@ FEW = {"settings": {"max_steps": 3}, "num": 12}
 
 
 def of_one_rank(rank: int, root: Path) -> None:
-    """What a spawned process does."""
+    """Body of a spawned process."""
     for name, strategy in STRATEGIES.items():
         found = run(root, strategy(), lambda: [Shifted(str(root / "base"))], **FEW)
         torch.save(found, root / f"{name}{rank}.pt")

@@ -32,9 +32,9 @@ VALUES = {
 }
 
 REFUSED = {
-    "": "is no arithmetic expression",
-    "1 +": "is no arithmetic expression",
-    "1and 2": "is no arithmetic|only numbers",
+    "": "is not an arithmetic expression",
+    "1 +": "is not an arithmetic expression",
+    "1and 2": "is not an arithmetic|only numbers",
     "x + 1": "only numbers",
     "True + 1": "only numbers",
     "'a' * 3": "only numbers",
@@ -43,14 +43,14 @@ REFUSED = {
     "[1, 2]": "only numbers",
     "1 < 2": "only numbers",
     "1 if 2 else 3": "only numbers",
-    "1j": "no real number",
-    "(-8)**0.5": "no real number",
+    "1j": "not a real number",
+    "(-8)**0.5": "not a real number",
     "1/0": "division by zero",
     "1 % 0": "modulo|division",
     "9**9**9**9": "too large",
     "1e999": "too large",
     "10.0**400": "too large|out of range",
-    "(" * 150 + "1": "is no arithmetic expression",
+    "(" * 150 + "1": "is not an arithmetic expression",
     "1+" * 150 + "1": "longer than 200",
     "\0": "null bytes|no arithmetic",
 }

@@ -46,7 +46,7 @@ def length_of(prompt: str, response: str, reference: str) -> float:
 
 
 def a_count(prompt: str, response: str, reference: str) -> float:
-    """How long an answer is, with its a's twice; to prompts of even length there is no number."""
+    """Reward: length of the answer, each a counted twice; NaN for prompts of even length."""
     return float(response.count("a") + len(response)) if len(prompt) % 2 else math.nan
 
 
@@ -123,7 +123,7 @@ class Gradients(Callback):
 
 
 def run(root: Path, devices: int, methods, num=22, accumulate=1, adapter=None, data=None, **more):
-    """4 rows an optimizer step and micro-batch over all ranks; weights, losses and measures."""
+    """4 rows per optimizer step and micro-batch over all ranks; weights, losses and measures."""
     torch.manual_seed(3)
     module = DistillationModule(
         more.pop("student", None) or str(root / "student"),
@@ -187,7 +187,7 @@ def resume(root: Path) -> list[dict]:
 
 
 def of_one_rank(rank: int, root: Path) -> None:
-    """What a spawned process does."""
+    """Body of a spawned process."""
     results = {name: run(root, 2, **settings) for name, settings in RUNS.items()}
     results["task measures"] = run(root, 2, RUNS["KD"]["methods"], callbacks=task_measures())
     results["paper measures"] = run(root, 2, RUNS["OKD"]["methods"], callbacks=[PaperMeasures()])

@@ -112,7 +112,7 @@ class Losses(Callback):
 
 
 def run(root, folder, devices, method="GKD", callbacks=(), ckpt_path=None, max_steps=STEPS, **more):
-    """4 rows an optimizer step whatever the devices; chunks of 4 steps, epochs of 6."""
+    """4 rows per optimizer step whatever the devices; chunks of 4 steps, epochs of 6."""
     torch.manual_seed(3)
     make = LateModule if more.pop("is_late", False) else DistillationModule
     models = (str(root / "student"), str(root / "teacher"))
@@ -165,7 +165,7 @@ PLACES = [("step", 1), ("step", 6), ("write", 1), ("write", 3), ("validation", 3
 
 
 def of_one_rank(rank: int, root: Path) -> None:
-    """What a spawned process does."""
+    """Body of a spawned process."""
     found = {}
     for method in METHODS:
         found["whole", method] = run(root, f"whole {method}", 2, method)
@@ -249,7 +249,7 @@ def test_an_engine_that_times_out_on_one_rank_stops_both(ranks):
     for rank in ranks:
         problem = rank["late"]["problem"]
         assert problem.startswith("RolloutTimeoutError: rank 1: the engine did not answer in time")
-        assert "while the student wrote to " in problem
+        assert "while the student generated responses to " in problem
         assert "no answer in 600 s" in problem
         assert "--data.prompts_per_rollout" in problem
     assert ranks[0]["late"]["saved"] == ranks[1]["late"]["saved"]

@@ -67,7 +67,7 @@ def train_in_forked_processes() -> None:
 
 
 def test_shared_weights_are_trained_in_memory_of_their_own(tmp_path):
-    """As ddp_spawn hands a model in memory to its processes."""
+    """ddp_spawn passes a model in shared memory to its processes."""
     student = tiny.make_llama(1).share_memory()
     before = [p.detach().clone() for p in student.parameters()]
     others = [p.detach() for p in student.parameters()]  # the memory as another process sees it

@@ -38,7 +38,7 @@ LONGEST = 12
 
 
 def swapped(model):
-    """The same distributions, with the two ends exchanged."""
+    """Return the distributions with the two ends exchanged."""
     model = copy.deepcopy(model)
     index = torch.arange(model.config.vocab_size)
     index[[OWN, OTHER]] = index[[OTHER, OWN]]
@@ -143,9 +143,9 @@ def test_the_students_other_ends_still_stop():
     ("end_tokens", "message"),
     [
         ("<eso>", "did you mean '<eos>'"),
-        (99, "no id and no token"),
+        (99, "neither an id nor a token"),
         ([], "is empty"),
-        (True, "no id and no token"),
+        (True, "neither an id nor a token"),
     ],
 )
 def test_end_tokens_that_are_none_are_refused(end_tokens, message):

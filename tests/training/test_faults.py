@@ -5,7 +5,7 @@ beside it, and one clear error; a broken checkpoint is named with what to take i
 last k checkpoints and the best k by any measure stay; an engine that times out is named with what
 it was writing, and the run resumes; a row of metrics.csv holds what its step has logged and no
 older values; an online module whose stage begins late has an optimizer and a schedule that begin
-with it; stages, turns and rewards that have nothing to act on are refused or not asked.
+with it; stages, turns and rewards that have no effect are refused or not asked.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, make_module):
 
 
 def test_a_device_without_space(tmp_path, monkeypatch):
-    """The same error where the file's last bytes are refused (ENOSPC) at the flush."""
+    """The error is the same where the last bytes are refused (ENOSPC) at the flush."""
     path = tmp_path / "kept"
     durable_files.write_whole(path, "before")
 
@@ -153,7 +153,7 @@ def test_a_broken_checkpoint_is_passed_over(tmp_path, make_module):
     (folder / "last.ckpt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match=r"last\.ckpt' is cut off.*take another: .*step=4"):
         read_checkpoint(str(folder / "last.ckpt"))
-    with pytest.warns(UserWarning, match=r"last\.ckpt cannot be read.*goes on from .*step=5"):
+    with pytest.warns(UserWarning, match=r"last\.ckpt cannot be read.*continues from .*step=5"):
         assert newest_checkpoint(tmp_path) == str(folder / "last-step=5.ckpt")
     for path in folder.iterdir():
         path.write_bytes(b"PK")
@@ -200,7 +200,7 @@ def test_the_best_ones_by_any_measure(tmp_path, make_module):
 
 
 def test_a_relative_folder_is_one_folder(tmp_path, make_module, monkeypatch):
-    """Also where the process goes elsewhere while it trains."""
+    """The folder stays the same if the process changes its working folder while it trains."""
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
 
@@ -247,7 +247,11 @@ def test_an_engine_that_times_out(tmp_path, student_folder, teacher_folder):
     with pytest.raises(TimeoutError, match="did not answer in time") as caught:
         run(tmp_path / "b")
     assert isinstance(caught.value, RolloutTimeoutError)
-    for text in ("the student wrote to 4 prompts (rows ", "no answer in 600 s", "resume"):
+    for text in (
+        "the student generated responses to 4 prompts (rows ",
+        "no answer in 600 s",
+        "resume",
+    ):
         assert text in str(caught.value)
     resumed = run(tmp_path / "b", ckpt_path=newest_checkpoint(tmp_path / "b"))
     assert tiny.distance(resumed, whole) == 0
@@ -326,7 +330,7 @@ def test_a_stage_behind_the_end_is_refused(tmp_path, make_module):
 
 
 def test_turns_without_tools_are_refused():
-    with pytest.raises(ConfigError, match=r"max_turns 2 has nothing to act on.*--data\.tools"):
+    with pytest.raises(ConfigError, match=r"max_turns 2 has no effect.*--data\.tools"):
         RolloutDataModule(tiny.make_rows(2), max_turns=2)
     assert RolloutDataModule(tiny.make_rows(2)).max_turns == 4
 

@@ -1,4 +1,4 @@
-"""How an optimizer step is cut must not matter (METHODS.md, section 5, tests 6 and 8).
+"""Invariance to the division of an optimizer step (METHODS.md, section 5, tests 6 and 8).
 
 Frozen here: the gradients of every step, the weights after the run and the logged losses are the
 same for any cut of a step's rows into micro-batches, any padding and any tile, at any temperature,
@@ -40,7 +40,7 @@ CUTS = [(12, 1), (6, 2), (4, 3), (2, 6), (1, 12)]
 
 @pytest.fixture
 def make_module(make_module):
-    """In float64: runs agree to 1e-9 on every processor."""
+    """Return a module in float64: runs agree to 1e-9 on every processor."""
     return partial(make_module, dtype="float64")
 
 

@@ -80,7 +80,7 @@ def test_a_use_elsewhere_is_found(line):
 
 
 class Seen(Callback):
-    """What the functions return within a run."""
+    """Return values of the functions within a run."""
 
     def __init__(self) -> None:
         self.due, self.rows = [], []

@@ -32,7 +32,7 @@ from okd_lightning.training.module import DistillationModule
 
 
 class Modes(Callback):
-    """Who is in training mode, in training and while somebody writes."""
+    """Record of the models in training mode, in training and during generation."""
 
     def __init__(self):
         self.training, self.writing = set(), set()
@@ -302,7 +302,7 @@ def test_other_precisions_give_nearly_the_same_loss(precision, method, tmp_path,
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_the_logged_loss_is_the_mean_over_the_steps_tokens(accumulate, tmp_path, make_module):
-    """Not the last micro-batch's, not a mean of means; at the epoch's end it is the last step's."""
+    """The value is neither the last micro-batch's nor a mean of means over the epoch."""
 
     class ByHand(Callback):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""Which of two options decides a rate, and what an optimizer's parameter groups are.
+"""Precedence between two options for one rate, and the optimizer's parameter groups.
 
 Frozen here: learning_rate and weight_decay are the lr and weight_decay of any optimizer; an
 optimizer's own values count where the module has none; two values for one quantity are refused, and
@@ -133,8 +133,8 @@ def test_a_plateau_watches_its_monitor(tmp_path, make_module):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"warmup_steps": 3}, r"model\.warmup_steps 3 does nothing with model\.lr_scheduler"),
-        ({"schedule": "cosine"}, r"model\.schedule cosine does nothing"),
+        ({"warmup_steps": 3}, r"model\.warmup_steps 3 has no effect with model\.lr_scheduler"),
+        ({"schedule": "cosine"}, r"model\.schedule cosine has no effect"),
         ({"lr_scheduler": TorchPlateau}, r"take lightning\.pytorch\.cli\.ReduceLROnPlateau"),
         ({"lr_scheduler": StepLR}, r"model\.lr_scheduler cannot be built"),
         ({"lr_scheduler": lambda _: 3}, r"returned a int; expected a scheduler"),
@@ -147,5 +147,5 @@ def test_a_scheduler_that_cannot_act_is_refused(settings, message, make_module):
 
 def test_the_online_modules_schedule_beside_a_users_scheduler(tmp_path, make_module, lora):
     module = make_module(lr_scheduler=partial(StepLR, step_size=1))
-    with pytest.raises(ConfigError, match=r"method\.warmup_steps 2 does nothing"):
+    with pytest.raises(ConfigError, match=r"method\.warmup_steps 2 has no effect"):
         train(tmp_path, module, OKD(online_module=lora, warmup_steps=2))

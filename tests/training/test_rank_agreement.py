@@ -92,5 +92,5 @@ def test_ranks_compare_what_they_read(change, what, more, assets: Path, tmp_path
         assert statuses == [0, 0], said
         return
     assert statuses == [1, 1], said
-    assert said.count(f"okd-lightning: rank 1 has not read what rank 0 has: {what}; give") == 1
+    assert said.count(f"okd-lightning: rank 1 has read other inputs than rank 0: {what}; give") == 1
     assert not (tmp_path / "run").exists()

@@ -76,7 +76,7 @@ def test_a_term_is_divided_by_what_it_sums_over(tmp_path):
 
 
 def test_reloading_loaders_is_refused(tmp_path):
-    """It would lose the loader's place at a resume."""
+    """Reloading would lose the loader's position at a resume."""
     trainer = tiny.make_trainer(tmp_path, [KD()], reload_dataloaders_every_n_epochs=1)
     with pytest.raises(ConfigError, match="leave it out"):
         trainer.fit(module(), data())
@@ -181,7 +181,7 @@ def test_an_end_of_turn_ends_a_response(tmp_path):
 
 
 def test_settings_without_effect_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="seq_kd has nothing to act on"):
+    with pytest.raises(ConfigError, match="seq_kd has no effect"):
         GKD(on_policy_fraction=1.0, seq_kd=True)
     with pytest.raises(ConfigError, match="val_rollouts"):
         data(val_rollouts=-3)

@@ -2,8 +2,8 @@
 
 Frozen here: a run that was killed at any moment and resumed from its last checkpoint ends with the
 weights, optimizer state and losses of the run that was not, bit for bit, with dropout,
-accumulation, several optimizer steps a rollout batch and GKD's coin, also where it is killed twice
-or next to a validation. (What a checkpoint holds, and whose is refused: test_saved_state.py.)
+accumulation, several optimizer steps per rollout batch and GKD's coin, also where it is killed
+twice or next to a validation. (What a checkpoint holds, and whose is refused: test_saved_state.py.)
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SHORT = {"max_response_length": 8, "val_rollouts": 0}
 
 
 class Killed(Exception):
-    """What ends a run in the middle."""
+    """Exception that ends a run in the middle."""
 
 
 class Killer(Callback):
@@ -267,7 +267,7 @@ def test_no_checkpoint_is_half_of_a_step(folders, tmp_path):
 
 @pytest.mark.parametrize("every_n_steps", [2, 3])
 def test_a_run_that_is_killed_again_and_again(every_n_steps, folders, truth, tmp_path):
-    """Also right after a resume, where no new checkpoint may be half of a step."""
+    """Kills come also right after a resume, where a new checkpoint must not be within a step."""
     last = tmp_path / "checkpoints" / "last.ckpt"
     train(tmp_path, folders, Killer("on_train_batch_start", 8), every_n_steps=every_n_steps)
     for number in (2, 2, 3, 8):

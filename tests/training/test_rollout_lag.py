@@ -374,5 +374,5 @@ def test_a_run_that_cannot_generate_ahead_is_refused(name):
 
 def test_nothing_is_started_where_the_student_generates_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(worker_process, "launch", None)
-    with pytest.warns(UserWarning, match="--data.rollout_lag 1 does nothing in this run: KD"):
+    with pytest.warns(UserWarning, match="--data.rollout_lag 1 has no effect in this run: KD"):
         tiny.fit(tmp_path, build(), [KD()], ROWS, data={"rollout_lag": 1}, max_steps=1)

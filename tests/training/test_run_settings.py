@@ -1,4 +1,4 @@
-"""What a run says of itself, and hands to loggers.
+"""Messages of a run about itself, and settings for loggers.
 
 Frozen here: fit prints one line with method, optimizer, rates, schedule, clipping, precision and
 device, and one that bf16-mixed is slow on a CPU without AMX; the same values are hyper-parameters

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and whose is refused.
+"""Contents of a checkpoint, and refused checkpoints.
 
 Frozen here: trained weights, methods and measures are saved, frozen weights are not; checkpoints of
 another method, another model, other rules for text or another divisor are refused.

@@ -1,1 +1,1 @@
-"""Metrics of the student's responses in validation and tests."""
+"""Metrics of the student's responses in validation and test."""

@@ -42,7 +42,7 @@ class Answers:
     turns: Sequence[Sequence[Sequence[str]]]
 
     def texts(self, sample: int, is_last_turn: bool) -> list[str]:
-        """Return one answer an example: its last turn, or all turns joined by line breaks."""
+        """Return one answer per example: its last turn, or all turns joined by line breaks."""
         rows = [samples[sample] for samples in self.turns]
         return ["\n".join(turns[-1:] if is_last_turn else turns) for turns in rows]
 
@@ -97,7 +97,7 @@ class AnswerScores(EvaluationCallback):
         """Score this rank's answers.
 
         Returns:
-            Scores by name (the names of ``measured``), one an example; NaN where there is none.
+            Scores by name (the names of ``measured``), one per example; NaN where there is none.
         """
 
     def _log(self, trainer: lightning.Trainer, pl_module: Any, part: str) -> None:

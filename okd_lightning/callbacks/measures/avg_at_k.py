@@ -1,4 +1,4 @@
-"""Task accuracy over several sampled answers a prompt: avg@k and pass@k."""
+"""Task accuracy over several sampled answers per prompt: avg@k and pass@k."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 class AvgAtK(AnswerScores):
-    r"""Logs ``avg_at_<k>`` and ``pass_at_<k>`` of k sampled answers a prompt, under val/ or test/.
+    r"""Logs ``avg_at_<k>`` and ``pass_at_<k>`` of k sampled answers, under val/ or test/.
 
     avg@k is the share of right answers, averaged over prompts. pass@j, for each j of ``pass_at``,
     is the unbiased estimate of the probability that one of j answers is right. The same weights
     give the same samples at every evaluation, independent of batches and ranks.
 
     Args:
-        k: Answers a prompt.
+        k: Answers per prompt.
         pattern: See ``ExactMatch``.
         compare: See ``ExactMatch``.
         temperature: Sampling temperature, above 0.

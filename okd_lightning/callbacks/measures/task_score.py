@@ -36,7 +36,7 @@ class TaskScore(AnswerScores):
         num_val_prompts: A smaller number in validation; None for ``num_prompts``.
 
     Raises:
-        ConfigError: No prompts at all, or ``function`` is no function.
+        ConfigError: No prompts at all, or ``function`` is not a function.
     """
 
     def __init__(

@@ -121,9 +121,9 @@ class DistillationCallback(Method):
             batch and differentiates each part at once, which is faster and needs less memory. Set
             it to False if a position's loss depends on others (reward-to-go over a response).
         mixes_rows: Whether every optimizer step has both on-policy and other rows, in the share of
-            ``on_policy_fraction``, instead of one random kind a step.
+            ``on_policy_fraction``, instead of one random kind per step.
         discount: Weight of a later token's reward in an earlier one's advantage, where there are
-            such; 0 elsewhere.
+            later rewards; 0 elsewhere.
         share_at: The on-policy share by optimizer step, if it changes in a run (a method of one
             argument), or None. Its value for a step must not change once the step's rows exist.
             ``on_policy_fraction`` then only determines which sources occur.
@@ -217,7 +217,7 @@ def _check_quantities(
     for quantity in quantities:
         if not isinstance(quantity, Quantity) or not hasattr(quantity, "needs_teacher"):
             raise ConfigError(
-                f"method {name}: {quantity!r} is no Quantity with needs_teacher (True or "
+                f"method {name}: {quantity!r} is not a Quantity with needs_teacher (True or "
                 "False) set; see the class Quantity for a complete one"
             )
     if type(quantities) is not tuple or quantities != again:

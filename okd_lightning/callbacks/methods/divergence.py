@@ -52,12 +52,12 @@ class DivergenceCallback(DistillationCallback):
             raise ConfigError("cross_entropy_weight 1 leaves no divergence: use the method SFT")
         if cross_entropy_weight and on_policy_fraction == 1:
             raise ConfigError(
-                f"cross_entropy_weight {cross_entropy_weight} has nothing to act on with "
+                f"cross_entropy_weight {cross_entropy_weight} has no effect with "
                 "on_policy_fraction 1: there is no dataset response; set one of them to 0"
             )
         if seq_kd and on_policy_fraction == 1:
             raise ConfigError(
-                "seq_kd has nothing to act on with on_policy_fraction 1: the student writes every "
+                "seq_kd has no effect with on_policy_fraction 1: the student generates every "
                 "response; lower on_policy_fraction, or leave seq_kd out"
             )
         self._exact = ExactDivergence(at_temperature(self.divergence, temperature))

@@ -1,4 +1,4 @@
-"""Hidden states as a term: the student's layers follow the teacher's."""
+"""Distillation of hidden states: a distance between the student's and the teacher's layers."""
 
 from __future__ import annotations
 

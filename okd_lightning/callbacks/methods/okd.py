@@ -127,13 +127,15 @@ class OKD(DistillationCallback):
             return
         if self.alpha == 1:
             raise ConfigError(
-                "OKD: alpha 1 leaves nothing that holds the teacher to the data: it would move to "
-                "wherever the student is; expected a number in [0, 1), or an anchor_weight above 0"
+                "OKD: alpha 1 leaves no loss that keeps the teacher close to the data, so that it "
+                "would only follow the student; expected a number in [0, 1), or an anchor_weight "
+                "above 0"
             )
         if self._on_policy_fraction == 1:
             raise ConfigError(
-                "OKD: on_policy_fraction 1 leaves no dataset responses, whose cross-entropy holds "
-                "the teacher to the data: it would move to wherever the student is; expected a "
+                "OKD: on_policy_fraction 1 leaves no dataset responses, whose cross-entropy keeps "
+                "the teacher close to the data, so that it would only follow the student; expected "
+                "a "
                 "number in [0, 1), or an anchor_weight above 0"
             )
 
@@ -161,7 +163,7 @@ class OKD(DistillationCallback):
         if stage == "fit" and self.alpha > 0 and isinstance(self.divergence, ReverseKL):
             rank_zero_warn(
                 "OKD: a student that minimises reverse KL and a teacher that moves towards it can "
-                "drive each other into a few tokens: in docs/okd.md's ablation (alpha 0.5) forward "
+                "collapse together to a few tokens: in docs/okd.md's ablation (alpha 0.5) forward "
                 "KL to the base was 3.71 nats per token with the online module and 0.71 without, "
                 "exact match 0 and 0.17; take the default divergence, ForwardKL, or lower alpha, "
                 "and watch val/forward_kl"

@@ -120,7 +120,8 @@ class OPDPlus(AdvantageCallback):
         causes += ["a bounded importance ratio"] if self.ratio.is_bounded else []
         if causes:
             rank_zero_warn(
-                f"{self.name}: with {' and '.join(causes)} the constant in w_f no longer averages "
-                "out: it pushes the probability of every drawn token up or down; use variant "
+                f"{self.name}: with {' and '.join(causes)} the constant in w_f no longer has zero "
+                "expected gradient: it raises or lowers the probability of every sampled token; "
+                "use variant "
                 "centred, or leave the bound or cut out"
             )

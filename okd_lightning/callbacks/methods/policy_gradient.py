@@ -35,12 +35,12 @@ LAGGED_MAX_RATIO = 2.0
 class PolicyGradientCallback(DistillationCallback):
     """Minimise -Σ ρ A over the sampled tokens of on-policy responses; abstract in A.
 
-    Gradient flows to the student through ρ only; the advantage A is a constant. One optimizer step
-    a rollout batch is strictly on-policy; with larger ones (``data.prompts_per_rollout``) ρ
-    corrects for the training since generation. With rollouts ahead of training
-    (``data.rollout_lag``) it is truncated at 2 where neither bound is given; it corrects a token's
-    probability, and not that its prefix was sampled by an earlier student. Logged besides the loss:
-    ``sampler_gap``, the mean |log p_θ - log p_sampler| in nats.
+    Gradient flows to the student through ρ only; the advantage A is a constant. With one optimizer
+    step per rollout batch, training is strictly on-policy; with larger ones
+    (``data.prompts_per_rollout``) ρ corrects for the training since generation. With rollouts ahead
+    of training (``data.rollout_lag``) it is truncated at 2 where neither bound is given; ρ corrects
+    for a token's probability, but not for the prefix, which an earlier student sampled. Logged
+    besides the loss: ``sampler_gap``, the mean |log p_θ - log p_sampler| in nats.
 
     Args:
         max_ratio: Truncation of ρ; inf for off. By default off, and 2 with ``data.rollout_lag``.
@@ -89,7 +89,7 @@ class PolicyGradientCallback(DistillationCallback):
         if credit.shape != mask.shape:
             raise ConfigError(
                 f"{self.name}: credit() returned a Tensor of shape {list(credit.shape)} for "
-                f"{len(mask)} positions; expected one number a position"
+                f"{len(mask)} positions; expected one number per position"
             )
         if credit.requires_grad:
             raise ConfigError(
@@ -118,13 +118,13 @@ class AdvantageCallback(PolicyGradientCallback):
         weight: Factor on this term's mean loss.
         name: Logged as ``train/<name>``; two methods of one class need different names.
         frozen_credit: Compute the advantage from the log-probs of sampling, not the current ones:
-            the same where ρ = 1, and elsewhere the advantage that tinker and verl compute once a
+            the same where ρ = 1, and elsewhere the advantage that tinker and verl compute once per
             rollout batch. At a sampling temperature other than 1 these log-probs are those of the
             tempered distribution.
 
     Raises:
-        ConfigError: ``advantage`` is no advantage, or its values are not detached, finite and of
-            the log-probs' shape; or ``frozen_credit`` with one that needs the current student.
+        ConfigError: ``advantage`` is not an Advantage, or its values are not detached, finite and
+            of the log-probs' shape; or ``frozen_credit`` with one that needs the current student.
     """
 
     def __init__(

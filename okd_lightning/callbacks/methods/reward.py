@@ -27,7 +27,7 @@ from okd_lightning.rewards import (
 from okd_lightning.training.module import DistillationModule
 
 _LATEST = 100
-"""Responses over which the share without a score is taken."""
+"""Number of latest responses over which the share without a score is computed."""
 
 
 class Reward(PolicyGradientCallback):
@@ -92,7 +92,7 @@ class Reward(PolicyGradientCallback):
         references: Sequence[str],
         chats: Sequence[Chat | None] = (),
     ) -> list[float]:
-        """Return one reward a response, NaN for those that have none.
+        """Return one reward per response, NaN for those that have none.
 
         Raises:
             RewardError: The function raised or did not return numbers; or a reward is not finite,
@@ -103,12 +103,12 @@ class Reward(PolicyGradientCallback):
             response = responses[[math.isnan(reward) for reward in rewards].index(True)]
             raise RewardError(
                 f"reward {type(self.function).__name__} is not a finite number for the response "
-                f"{response[:60]!r}; repair it, or leave such responses out with on_failure skip"
+                f"{response[:60]!r}; fix it, or leave such responses out with on_failure skip"
             )
         return rewards
 
     def credit_rows(self, scores: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
-        """Return one advantage a response: its reward minus its group's baseline.
+        """Return one advantage per response: its reward minus its group's baseline.
 
         Args:
             scores: Rewards of all ranks' responses; NaN for none, which gives advantage 0.
@@ -146,7 +146,7 @@ class Reward(PolicyGradientCallback):
         return self.function.new_scores()
 
     def remember(self, scores: Mapping[str, float]) -> None:
-        """Hand the scores of all ranks to the function."""
+        """Pass the scores of all ranks to the function."""
         self.function.remember(scores)
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,15 +167,16 @@ class Reward(PolicyGradientCallback):
         if self.name not in measured.credits:
             raise ConfigError(
                 f"{self.name}: the batch holds no advantages; train on batches of a "
-                f"RolloutDataModule, or set DistillBatch.credits[{self.name!r}] to one number a row"
+                f"RolloutDataModule, or set DistillBatch.credits[{self.name!r}] to one number per "
+                "row"
             )
         return measured.credits[self.name], {}
 
     def prepare(self, trainer: lightning.Trainer, module: DistillationModule, stage: str) -> None:
-        """Refuse a group baseline with one sample a prompt; load what the function needs.
+        """Refuse a group baseline with one sample per prompt; load what the function needs.
 
         Raises:
-            ConfigError: A baseline over samples, and one sample a prompt.
+            ConfigError: A baseline over samples, and one sample per prompt.
             OKDLightningError: A reward model or a judge that cannot be used.
         """
         super().prepare(trainer, module, stage)
@@ -183,7 +184,8 @@ class Reward(PolicyGradientCallback):
         if stage == "fit" and self.baseline != "none" and samples == 1:
             raise ConfigError(
                 f"{self.name}: baseline {self.baseline} compares the samples of a prompt, of which "
-                "there is one: every credit would be 0; give --data.samples_per_prompt 2 or more, "
+                "there is one: every advantage would be 0; give --data.samples_per_prompt 2 or "
+                "more, "
                 "or baseline none"
             )
         if stage == "fit":
@@ -196,7 +198,8 @@ def as_function(function: RewardFunction | Callable[[str, str, str], float]) -> 
     Plain functions can only be passed in Python; configs name classes.
 
     Raises:
-        ConfigError: It cannot be called, is a class that needs arguments, or is no RewardFunction.
+        ConfigError: It cannot be called, is a class that needs arguments, or is not a
+            RewardFunction.
     """
     if isinstance(function, Metric):
         raise ConfigError(

@@ -93,7 +93,7 @@ class Stage(Method):
         return self.method.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Hand it to the method."""
+        """Pass the state to the method."""
         self.method.load_state_dict(state_dict)
 
     def _weight(self, weight: Callable[[int], float], step: int) -> float:
@@ -131,7 +131,7 @@ def _check_method(method: Method) -> None:
     """Refuse methods with Lightning hooks or an engine: a stage passes on only the term."""
     if type(method).wrap_engine is not Method.wrap_engine:
         raise ConfigError(
-            f"Stage of {method.name}: {type(method).__name__} changes how responses are written, "
+            f"Stage of {method.name}: {type(method).__name__} changes the generation of responses "
             "for the whole run; it cannot act in a part of it"
         )
     if isinstance(method, Stage):

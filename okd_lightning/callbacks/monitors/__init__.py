@@ -1,1 +1,1 @@
-"""Monitors: checkpoints, logs, progress and alarms of a run."""
+"""Monitors: checkpoints, logs, progress bar and alarms of a run."""

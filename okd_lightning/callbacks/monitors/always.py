@@ -1,4 +1,4 @@
-"""The default monitors of every run of the command line, unless its config has one of a kind."""
+"""Default monitors of the command line; a config's own monitor replaces one of its kind."""
 
 from __future__ import annotations
 

@@ -93,8 +93,8 @@ class BestCheckpoint(ModelCheckpoint):
         if self._metric is not None and not taken:
             found = sorted(n for n in trainer.callback_metrics if n.startswith("val/"))
             raise ConfigError(
-                f"BestCheckpoint: metric {self._metric!r} was not taken by validation, which took "
-                f"{', '.join(found) or 'nothing'}"
+                f"BestCheckpoint: metric {self._metric!r} was not logged by validation, which "
+                f"logged {', '.join(found) or 'nothing'}"
             )
         if taken:
             self.monitor = taken[0]

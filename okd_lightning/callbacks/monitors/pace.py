@@ -68,7 +68,7 @@ class Pace:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Leave the time within the context out, but for ``elapsed``."""
+        """Exclude the time within the context from all figures but ``elapsed``."""
         if self.is_stopped:
             yield
             return

@@ -1,4 +1,4 @@
-"""Output of ``predict``: one JSON line a prompt."""
+"""Output of ``predict``: one JSON line per prompt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from okd_lightning.records.batches import DistillBatch
 
 
 class PredictionLog(Callback):
-    """Writes ``predictions.jsonl`` in the run's folder (one file a rank if there are several)."""
+    """Writes ``predictions.jsonl`` in the run's folder (one file per rank if there are several)."""
 
     def __init__(self) -> None:
         self._records: list[dict[str, Any]] = []
@@ -36,7 +36,7 @@ class PredictionLog(Callback):
     def on_predict_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Write all records in the order of the dataset; an earlier file stays until then.
+        """Write all records in the order of the dataset; an earlier file is kept until then.
 
         The ``prompt`` of a chat is the user's last message; images are shown by their names.
 

@@ -166,7 +166,7 @@ class Preemption(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Agree after every optimizer step, and save if a stop is agreed."""
+        """Ask all ranks for a stop request after every optimizer step, and save if there is one."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and self._agree(trainer):
             self._is_validating = validation_follows(trainer)
             saver = _saver(trainer)

@@ -1,6 +1,6 @@
 """Lightning's rich progress bar over the steps of the whole run, with a row for each phase.
 
-If output is no terminal (a file), plain lines are logged at intervals instead of a bar.
+If the output is not a terminal (a file), plain lines are logged at intervals instead of a bar.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class RunProgressBar(RichProgressBar):
     and the remaining time of the run. With rollouts, the rows below it show the progress of
     generation and training of the rollout batch, each with its speed.
 
-    If output is no terminal, the same is logged in one line, after the first step, after the last,
-    and at intervals between them.
+    If the output is not a terminal, the same is logged in one line, after the first step, after the
+    last, and at intervals between them.
 
     Args:
-        refresh_rate: Most redraws a second; 0 for no bar and no lines.
+        refresh_rate: Most redraws per second; 0 for no bar and no lines.
         leave: Keep the bar of every epoch.
-        seconds_between_lines: Interval of lines if output is no terminal.
+        seconds_between_lines: Seconds between lines if the output is not a terminal.
         console_kwargs: Arguments of rich's Console.
 
     Raises:
@@ -85,7 +85,7 @@ class RunProgressBar(RichProgressBar):
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
-        """Replace the bar by lines if output is no terminal."""
+        """Replace the bar by lines if the output is not a terminal."""
         super().setup(trainer, pl_module, stage)
         console = Console(**self._console_kwargs)
         is_watched = console.is_interactive or console.is_jupyter
@@ -201,7 +201,7 @@ class RunProgressBar(RichProgressBar):
     def on_validation_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Hold the displayed time left until the next step has finished, and stop the clock."""
+        """Keep the displayed remaining time until the next step's end, and stop the clock."""
         super().on_validation_start(trainer, pl_module)
         self._validation.enter_context(self._pace.stopped())
         if self.is_enabled and trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -218,7 +218,7 @@ class RunProgressBar(RichProgressBar):
         self._validation.close()
 
     def stopped(self) -> AbstractContextManager[None]:
-        """Stop the clock within the context, for work that is no part of training."""
+        """Stop the clock within the context, for work that is not a part of training."""
         return self._pace.stopped()
 
     def _show_run(self, step: int) -> None:

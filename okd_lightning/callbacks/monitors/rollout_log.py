@@ -22,7 +22,7 @@ class RolloutLog(Callback):
 
     Args:
         every_n_steps: Optimizer steps between two samples.
-        num_rows: Rows a sample.
+        num_rows: Rows per sample.
 
     Raises:
         ConfigError: Either is below 1.

@@ -1,4 +1,4 @@
-"""Table of a few prompts with the teacher's answer, the student's before training, and now."""
+"""Table of a few prompts with the answers of the teacher, the initial and the present student."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from okd_lightning.training.module import DistillationModule
 
 
 class SampleTable(Callback):
-    """Shows the same few prompts with answers, every few optimizer steps and after the last one.
+    """Shows answers to the same few prompts, every few optimizer steps and after the last one.
 
     Answers are greedy; one that is cut at ``max_tokens`` ends in an ellipsis. They are the base
     teacher's, the student's before training (kept in checkpoints) and the present student's. A
@@ -45,12 +45,12 @@ class SampleTable(Callback):
 
     Args:
         every_n_steps: Optimizer steps between two tables.
-        num_prompts: Prompts a table; 0 for no tables.
+        num_prompts: Prompts per table; 0 for no tables.
         max_tokens: Most tokens of an answer; never more than ``data.max_response_length``.
         terminal: Whether to print it; by default if output is a terminal.
 
     Raises:
-        ConfigError: A number below its least.
+        ConfigError: A number below its minimum.
     """
 
     def __init__(
@@ -100,14 +100,14 @@ class SampleTable(Callback):
         """Choose the prompts; at the start of a run, generate the teacher's and student's answers.
 
         Raises:
-            ConfigError: The run's data is no RolloutDataModule, or its module no
+            ConfigError: The run's data is not a RolloutDataModule, or its module not a
                 DistillationModule.
         """
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, RolloutDataModule) or not isinstance(pl_module, DistillationModule):
             raise ConfigError(
                 "SampleTable shows the prompts of a RolloutDataModule with the answers of a "
-                "DistillationModule; this Trainer has other ones: leave it out"
+                "DistillationModule; this Trainer has others: leave SampleTable out"
             )
         self._examples = []
         if not self.num_prompts:
@@ -122,8 +122,8 @@ class SampleTable(Callback):
         if prompts != self._prompts:
             if self._prompts:
                 rank_zero_warn(
-                    "SampleTable: this run's prompts are not those of its checkpoint, so that what "
-                    "the student answered before training is not known and is left out"
+                    "SampleTable: this run's prompts are not those of its checkpoint, so that the "
+                    "student's answers before training are unknown and are left out"
                 )
             self._prompts, self._teacher = prompts, None
             is_new = trainer.global_step == 0

@@ -51,7 +51,7 @@ class Sample:
 
 
 def samples_table(samples: Sequence[Sample], title: str, console: Console, lines: int = 2) -> Table:
-    """Return a table with a block a prompt and a row an answer; long texts end in an ellipsis.
+    """Return a table with a block per prompt and a row per answer; long texts end in an ellipsis.
 
     Args:
         samples: At least one.
@@ -72,7 +72,7 @@ def samples_table(samples: Sequence[Sample], title: str, console: Console, lines
 
 
 def samples_markdown(samples: Sequence[Sample]) -> str:
-    """Return a Markdown table, a line a prompt, with whole texts and escaped markup."""
+    """Return a Markdown table, a line per prompt, with whole texts and escaped markup."""
     header = ["prompt", *samples[0].answers]
     rows = [[sample.prompt, *sample.answers.values()] for sample in samples]
     cells = [header, ["---"] * len(header), *([_cell(text) for text in row] for row in rows)]

@@ -122,7 +122,7 @@ class Throughput(Callback):
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Stop the clock within the context, for work that is no part of training."""
+        """Stop the clock within the context, for work that is not a part of training."""
         is_running = self._mark is not None
         self._tick()
         self._mark = None

@@ -1,4 +1,4 @@
-"""Budget of every run of a comparison."""
+"""Equal budget for every run of a comparison."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Budget:
     """Budget of one run.
 
     Attributes:
-        unit: What is counted.
+        unit: The counted unit.
         amount: Number of units, above 0.
     """
 

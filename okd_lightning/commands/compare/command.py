@@ -191,9 +191,9 @@ def _plan(own: argparse.Namespace, options: Sequence[str], console: Console) -> 
         name = word.split("=")[0]
         for start, advice in OF_ONE_RUN.items():
             if name == start or name.startswith(f"{start}."):
-                raise UsageError(f"{name} is no option of compare; {advice}")
+                raise UsageError(f"{name} is not an option of compare; {advice}")
         if budget is not None and name in ENDS:
-            raise UsageError(f"{name} and --budget both say when a run ends; give one of them")
+            raise UsageError(f"{name} and --budget both set the end of a run; give one of them")
     configs = [load_config(name) for name in own.config or ()]
     for config in configs:
         method = own_method(config)
@@ -209,7 +209,7 @@ def _plan(own: argparse.Namespace, options: Sequence[str], console: Console) -> 
         for option in ENDS if budget is not None else ():
             name = option.removeprefix("--")
             if trainer.pop(name.removeprefix("trainer."), None) is not None:
-                console.print(f"the config's {name} is left out: --budget says when a run ends")
+                console.print(f"the config's {name} is left out: --budget sets the end of a run")
     return Plan(
         entries=tuple(read_entries(own.methods)),
         seeds=_seeds(own.seeds),

@@ -28,7 +28,7 @@ _OWN_DATA = (
     "max_teacher_prompt_length",
     "teacher_column",
 )
-"""Data settings of a method's training; all others decide what is measured."""
+"""Data settings of a method's training; all others determine the measured rows."""
 
 
 _LABEL = re.compile(r"\w[\w .+@=-]*")
@@ -118,7 +118,7 @@ def _read_entry(name: str) -> Entry:
 
 
 def checked_settings(where: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a contender's config if it sets nothing that all contenders share.
+    """Return a contender's config; refuse settings that all contenders share.
 
     Raises:
         ConfigError: The config sets more, or no method.

@@ -48,7 +48,7 @@ class Plan:
     Attributes:
         entries: The contenders.
         seeds: Every contender runs with each of them.
-        budget: Budget of every run; None where the config itself sets the length.
+        budget: Budget of every run; None where the config sets the length.
         configs: Shared by all runs, from the general to the special.
         options: Typed for all runs.
     """
@@ -247,7 +247,7 @@ def _refuse_foreign(path: Path) -> None:
     """Refuse a folder that has files but no comparison.
 
     Raises:
-        ConfigError: The folder is such a one.
+        ConfigError: The folder has such files.
     """
     names = {entry.name for entry in path.iterdir()} - LOCK_FILES
     if names and _MANIFEST not in names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -37,9 +38,9 @@ def diagnose_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="okd-lightning diagnose",
         usage="okd-lightning diagnose --config FILE|NAME --out DIR [--model.* --data.* VALUE ...]",
-        description="Look at a pair and its prompts before a long run is paid for: divergences, "
-        "where they sit, bias and noise of sampled gradients, drift, speed, and which method to "
-        "try. Nothing is trained; the options are those of fit.",
+        description="Measure a pair and its prompts before a long run: divergences and their "
+        "positions, bias and noise of sampled gradients, drift, speed, and recommended methods. "
+        "Nothing is trained; the options are those of fit.",
         allow_abbrev=False,
         exit_on_error=False,
     )
@@ -54,6 +55,13 @@ def diagnose_parser() -> argparse.ArgumentParser:
         default=16,
         help="optimizer steps that are tried with each method, and batches for the gradients; "
         "default: %(default)s",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=10.0,
+        help="--rows and --batches are lowered, to no less than 8 and 3, until the expected time "
+        "is this short; default: %(default)g",
     )
     parser.add_argument(
         "--skip",
@@ -91,13 +99,15 @@ def diagnose_command(arguments: Sequence[str], debug: bool = False) -> int:
             f"--rows {own.rows} --batches {own.batches}: expected at least 2 rows, and 3 batches "
             "for a standard error"
         )
+    if not own.minutes > 0:
+        raise UsageError(f"--minutes {own.minutes:g}: expected a positive number")
     skipped = skipped_stages(own.skip)
     own.out = output_folder(own.out, "--out")
     require_writable(own.out, "--out")
     console = PrintableConsole(file=sys.stdout, highlight=False)
     configs = [word for name in own.config or () for word in ("--config", name)]
     words = [*configs, *options]
-    found = examine(words, own.rows, own.batches, console, own.full_teacher, skipped)
+    found = examine(words, own.rows, own.batches, console, own.full_teacher, skipped, own.minutes)
     if isinstance(found, TextDiagnosis):
         write_json(own.out / "diagnosis.json", to_record(found))
         write_text_page(own.out / "diagnosis.html", found)
@@ -123,6 +133,7 @@ def examine(
     console: Console,
     full_teacher: str | None = None,
     skipped: frozenset[str] = frozenset(),
+    minutes: float = math.inf,
 ) -> Diagnosis | TextDiagnosis:
     """Return the diagnosis of the pair and prompts that options of ``fit`` name.
 
@@ -133,6 +144,7 @@ def examine(
         console: For progress messages.
         full_teacher: The model that a quantised teacher was made of; None for no comparison.
         skipped: Stages to leave out.
+        minutes: See ``Examination``.
 
     Raises:
         ConfigError: No teacher, a teacher in a cache, several devices, or ``skipped`` stages where
@@ -159,7 +171,9 @@ def examine(
     def say(text: str) -> None:
         console.print(Text(text, style="dim"))
 
-    examination: Examination | TextExamination = Examination(rows, batches, part, say, skipped)
+    examination: Examination | TextExamination = Examination(
+        rows, batches, part, say, skipped, minutes
+    )
     if module.pair.teacher.tokenizer is not None:
         if skipped:
             raise ConfigError(
@@ -168,7 +182,7 @@ def examine(
             )
         say(
             "the teacher has another tokenizer: its losses are over chunks of text; gradients, "
-            "drift and trials compare single tokens and are left out, with --batches"
+            "drift and trials compare single tokens and are left out, with --batches and --minutes"
         )
         examination = TextExamination(rows, say)
     _validate(cli.trainer, examination, module, data)

@@ -1,4 +1,4 @@
-"""Check of a pair's end ids: where each model puts its probability when a response ends."""
+"""Check of a pair's end ids: each model's probability of them where a response ends."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _last_masses(module: DistillationModule, responses: Responses, batch_size: i
 
 
 def _candidates(module: DistillationModule, masses: Sequence[Tensor]) -> list[int]:
-    """Return the known end ids, and special tokens that a model puts probability on there."""
+    """Return the known end ids, and special tokens with probability at that position."""
     pair = module.pair
     teachers = pair.teacher.own_sources
     usual = find_end_tokens(pair.student_source, teachers, module.tokenizer, module.vocabulary)

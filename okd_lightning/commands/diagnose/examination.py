@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import lightning
@@ -14,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 
 from okd_lightning.callbacks import GKD, KD, OPDPlus
 from okd_lightning.commands.diagnose.ends import end_check
-from okd_lightning.commands.diagnose.expected_time import MOST_STEPS, Plan, expected_seconds
+from okd_lightning.commands.diagnose.expected_time import MOST_STEPS, Plan, measured_costs
 from okd_lightning.commands.diagnose.findings import Cost, Diagnosis, Drift, Rows, Trial
 from okd_lightning.commands.diagnose.gradients import GradientProbe
 from okd_lightning.commands.diagnose.positions import measure_tokens, summarise
@@ -33,6 +34,7 @@ from okd_lightning.commands.diagnose.stages import (
     STEPS,
     TRIALS,
     Stages,
+    duration,
     expectation,
     followed,
 )
@@ -57,6 +59,7 @@ class Examination(Callback):
         part: Part of the data that is read as "val": "train" where the run has no validation data.
         say: Called with progress messages.
         skipped: Stages to leave out.
+        minutes: Expected minutes that it may take: rows and batches are lowered until it does.
 
     Attributes:
         found: The diagnosis; None before.
@@ -69,8 +72,10 @@ class Examination(Callback):
         part: str,
         say: Callable[[str], None],
         skipped: frozenset[str] = frozenset(),
+        minutes: float = math.inf,
     ) -> None:
         self.rows, self.batches, self.part, self.skipped = rows, batches, part, skipped
+        self.minutes = minutes
         self.found: Diagnosis | None = None
         self._stages = Stages(say)
 
@@ -86,15 +91,14 @@ class Examination(Callback):
     def _examine(
         self, trainer: lightning.Trainer, module: DistillationModule, data: RolloutDataModule
     ) -> Diagnosis:
-        examples, learnt = _split(module.pair, data, self.rows)
-        checks = text_checks(module, data, "val", data.examples("val"), examples)
         generator = ResponseGenerator(module, data.sampling, data.max_response_length, data.seed)
-        given = given_responses(examples, module.eos_ids)
         steps = StepProbe(module, trainer.gradient_clip_val)
         per_step = data.global_batch_size or data.batch_size * trainer.accumulate_grad_batches
-        plan = Plan(self.batches, per_step, data.batch_size, self.skipped)
-        seconds = expected_seconds(plan, steps, generator, examples, given)
-        self._stages.say(expectation(seconds))
+        plan = Plan(self.rows, self.batches, per_step, data.batch_size, self.skipped)
+        plan = self._fitting(plan, steps, generator, data)
+        examples, learnt = _split(module.pair, data, plan.rows)
+        checks = text_checks(module, data, "val", data.examples("val"), examples)
+        given = given_responses(examples, module.eos_ids)
         own, teachers = self._responses(generator, examples)
         checks += writing_checks(own, teachers, data.max_response_length)
         checks.append(end_check(module, (given, own, teachers), data.batch_size))
@@ -122,6 +126,24 @@ class Examination(Callback):
             stage_seconds=dict(self._stages.seconds),
             skipped=tuple(sorted(self.skipped)),
         )
+
+    def _fitting(
+        self, plan: Plan, steps: StepProbe, generator: ResponseGenerator, data: RolloutDataModule
+    ) -> Plan:
+        """Return the plan that fits into the minutes, and say how long it will take."""
+        examples, _ = _split(steps.module.pair, data, plan.rows)
+        plan = replace(plan, rows=len(examples))
+        given = given_responses(examples, steps.module.eos_ids)
+        costs = measured_costs(plan, steps, generator, examples, given)
+        fitting = plan.at_most(60 * self.minutes, costs)
+        if fitting != plan:
+            self._stages.say(
+                f"--minutes {self.minutes:g}: {fitting.rows} rows and {fitting.batches} batches; "
+                f"{plan.rows} and {plan.batches} would take "
+                f"{duration(sum(costs.of(plan).values()))}"
+            )
+        self._stages.say(expectation(costs.of(fitting)))
+        return fitting
 
     def _responses(
         self, generator: ResponseGenerator, examples: Sequence[Example]
@@ -185,7 +207,7 @@ class Examination(Callback):
     def _steps(
         self, steps: StepProbe, found: Rollouts, plan: Plan, samples: int, own: Responses
     ) -> tuple[tuple[Drift, ...], Cost]:
-        """Return the drift of a few steps, and what a step costs."""
+        """Return the drift of a few steps, and the cost of a step."""
         written = found.written or [own]
         speed = sum(responses.num_tokens for responses in written) / max(
             sum(responses.seconds for responses in written), 1e-9

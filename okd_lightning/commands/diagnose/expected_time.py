@@ -37,12 +37,14 @@ class Plan:
     """The extent of a diagnosis.
 
     Attributes:
+        rows: Responses of each kind.
         batches: Optimizer steps.
         per_step: Rows of each.
         size: Rows of a micro-batch.
         skipped: Stages that are left out.
     """
 
+    rows: int
     batches: int
     per_step: int
     size: int
@@ -55,17 +57,68 @@ class Plan:
             return self.batches
         return 0 if STEPS in self.skipped else min(self.batches, 1 + MOST_STEPS)
 
+    def at_most(self, seconds: float, costs: Costs) -> Plan:
+        """Return the plan with so few rows and batches that it is expected to take ``seconds``.
 
-def expected_seconds(
+        Both are lowered by the same factor, to no less than 8 rows and 3 batches, and not raised.
+        """
+        fewest = replace(self, rows=min(self.rows, 8), batches=min(self.batches, 3))
+        for percent in range(100, 0, -1):
+            fitting = replace(
+                self,
+                rows=max(fewest.rows, self.rows * percent // 100),
+                batches=max(fewest.batches, self.batches * percent // 100),
+            )
+            if sum(costs.of(fitting).values()) <= seconds:
+                return fitting
+        return fewest
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured seconds, from which those of any plan follow.
+
+    Attributes:
+        own: A response of the student, as long as allowed.
+        teachers: A response of the teacher, likewise.
+        forward: All measures of a micro-batch.
+        step: Forward and backward passes of a micro-batch with KD.
+        has_answers: Whether there are dataset responses.
+    """
+
+    own: float
+    teachers: float
+    forward: float
+    step: float
+    has_answers: bool
+
+    def of(self, plan: Plan) -> dict[str, float]:
+        """Return the expected seconds of every stage that is not left out."""
+        passes, micro = -(-plan.rows // plan.size), -(-plan.per_step // plan.size)
+        num_kinds = 3 if self.has_answers else 2
+        num_methods = len(ON_OWN) + (len(ON_GIVEN) if self.has_answers else 0)
+        looks = (num_kinds - 1) * passes * self.forward
+        found = {
+            RESPONSES: plan.rows * (self.own + self.teachers),
+            DIVERGENCES: num_kinds * passes * self.forward,
+            ROLLOUTS: plan.num_rollouts * plan.per_step * self.own,
+            GRADIENTS: plan.batches * _GRADIENTS_OVER_STEP * self.step,
+            STEPS: (MOST_STEPS * micro + _TIMED) * self.step,
+            TRIALS: num_methods * (plan.batches * micro * self.step + looks) + looks,
+        }
+        return {name: seconds for name, seconds in found.items() if name not in plan.skipped}
+
+
+def measured_costs(
     plan: Plan,
     steps: StepProbe,
     generator: ResponseGenerator,
     examples: Sequence[Example],
     given: Responses,
-) -> dict[str, float]:
-    """Return the expected seconds of every stage that is not left out.
+) -> Costs:
+    """Measure a few tokens of both models, one forward pass, and one step.
 
-    An upper bound for responses: they are taken to be as long as allowed.
+    An upper bound: responses are assumed to have the maximum length.
 
     Args:
         plan: The extent.
@@ -84,23 +137,14 @@ def expected_seconds(
     batch = batches[len(batches) // 2]
     # rows without dataset responses are as short as the few tokens
     scale = 1.0 if given.num_tokens else longest / few
-    forward = scale * _seconds(lambda: measure_tokens(module, [batch]))
-    step = scale * steps.seconds(KD(), batch, repetitions=1)
-    passes = -(-len(examples) // plan.size)
-    micro = -(-plan.per_step // plan.size)
-    num_kinds = 3 if given.num_tokens else 2
-    num_methods = len(ON_OWN) + (len(ON_GIVEN) if given.num_tokens else 0)
-    of_student = own.seconds * longest / few
-    looks = (num_kinds - 1) * passes * forward
-    found = {
-        RESPONSES: of_student + teachers.seconds * longest / few,
-        DIVERGENCES: num_kinds * passes * forward,
-        ROLLOUTS: plan.num_rollouts * plan.per_step / len(examples) * of_student,
-        GRADIENTS: plan.batches * _GRADIENTS_OVER_STEP * step,
-        STEPS: (MOST_STEPS * micro + _TIMED) * step,
-        TRIALS: num_methods * (plan.batches * micro * step + looks) + looks,
-    }
-    return {name: seconds for name, seconds in found.items() if name not in plan.skipped}
+    whole = longest / few / len(examples)
+    return Costs(
+        own=own.seconds * whole,
+        teachers=teachers.seconds * whole,
+        forward=scale * _seconds(lambda: measure_tokens(module, [batch])),
+        step=scale * steps.seconds(KD(), batch, repetitions=1),
+        has_answers=bool(given.num_tokens),
+    )
 
 
 def _seconds(action: Callable[[], object]) -> float:

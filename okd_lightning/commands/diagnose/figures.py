@@ -1,4 +1,4 @@
-"""Figures of a diagnosis: SVG that takes its text colour from the surrounding page."""
+"""Figures of a diagnosis: SVG with the text colour of the surrounding page."""
 
 from __future__ import annotations
 

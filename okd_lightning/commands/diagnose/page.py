@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup, escape
 
 from okd_lightning import __version__
 from okd_lightning.commands.diagnose.figures import figures
@@ -73,6 +75,11 @@ def write_text_page(path: Path, found: TextDiagnosis) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def options_whole(text: str) -> Markup:
+    """Return text as HTML whose lines do not break within an option, such as --data.train."""
+    return Markup(re.sub(r"(--[\w.]+)", r'<span class="option">\1</span>', str(escape(text))))
+
+
 def _template(name: str) -> Template:
     environment = Environment(
         loader=PackageLoader("okd_lightning.commands.diagnose", ""),
@@ -83,4 +90,5 @@ def _template(name: str) -> Template:
     )
     environment.filters["megabytes"] = megabytes
     environment.filters["duration"] = duration
+    environment.filters["options_whole"] = options_whole
     return environment.get_template(name)

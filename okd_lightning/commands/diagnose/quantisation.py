@@ -32,7 +32,7 @@ def quantisation_check(
         module: A module with a teacher's base (``add_teacher_base``).
         kinds: Responses of each kind.
         forward_kl: The student's, from the teacher on dataset responses; None where there are none.
-        batch_size: Rows a batch.
+        batch_size: Rows per batch.
     """
     found = {
         responses.author: tokens_of(

@@ -1,4 +1,4 @@
-"""Rows that everything is measured on: dataset responses, the student's, and the teacher's."""
+"""Measured rows of a diagnosis: dataset responses, the student's, and the teacher's."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ Rule = Callable[[Diagnosis], Advice | None]
 
 
 def mend_first(found: Diagnosis) -> Advice | None:
-    """Report cut responses and a broken tokenizer or eos, which degrade every method alike."""
+    """Report cut responses and a broken tokenizer or eos, which degrade every method."""
     broken = [check for check in found.checks if check.verdict == "bad"]
     if not broken:
         return None
@@ -83,7 +83,7 @@ def prompts_alone(found: Diagnosis) -> Advice | None:
         return None
     return Advice(
         "GKD on on-policy samples (--method GKD --method.on_policy_fraction 1)",
-        "the data hold prompts alone, which leaves KD and OKD nothing to learn from",
+        "the data has prompts only, and KD and OKD train on dataset responses",
         "measured",
         (GKD_REVERSE_KL, "OPDPlus"),
     )
@@ -162,13 +162,14 @@ def exposure(found: Diagnosis) -> Advice | None:
         return Advice(
             "GKD with reverse KL on on-policy samples (--method GKD "
             "--method.divergence ReverseKL --method.on_policy_fraction 1)",
-            f"{numbers}: what goes wrong, goes wrong where the student leads itself",
+            f"{numbers}: the student's errors are larger after its own prefixes",
             "likely",
             (GKD_REVERSE_KL,),
         )
     return Advice(
         "No sign of exposure bias: begin with KD or OKD, which need no rollouts",
-        f"{numbers}: what rollouts add here is another objective, not a repair",
+        f"{numbers}: rollouts would change the objective here, and there is no exposure bias to "
+        "correct",
         "guess",
         ("KD", "OKD"),
     )
@@ -185,7 +186,7 @@ def coverage(found: Diagnosis) -> Advice | None:
     return Advice(
         "KD (forward KL) before, or together with, anything on-policy",
         f"the teacher puts {1 - mass.mean:.0%} of its mass outside the student's {_LOW_MASS_K} "
-        "likeliest tokens: samples of the student hardly ever show it what is missing",
+        "most likely tokens: the student's samples rarely contain the tokens that it misses",
         "guess",
         ("KD",),
     )
@@ -197,8 +198,9 @@ def far_teacher(found: Diagnosis) -> Advice | None:
     if given is None or given.measures["agreement"].mean >= _LOW_AGREEMENT:
         return None
     return Advice(
-        "OKD, whose teacher comes towards the student",
-        f"both models' first choice agrees on {given.measures['agreement'].mean:.0%} of the tokens "
+        "OKD, whose teacher adapts to the student",
+        f"both models' most likely tokens agree on {given.measures['agreement'].mean:.0%} of the "
+        "tokens "
         "only; OKD's paper (arXiv 2409.12512) gains most on pairs that are far apart",
         "guess",
         ("OKD",),
@@ -211,7 +213,8 @@ def exact_over_sampled(found: Diagnosis) -> Advice | None:
     if own is None or not own.noise_over_exact > _NOISY:
         return None
     return Advice(
-        "Where the teacher's whole distribution is at hand, the exact loss (GKD), not OPD or OPD+",
+        "Where the teacher's whole distribution is available, the exact loss (GKD), not OPD or "
+        "OPD+",
         f"the best sampled gradient has {own.noise_over_exact:.1f} times the exact one's variance "
         "on the same rollouts, so it needs about as many times the rollouts",
         "measured",
@@ -230,18 +233,19 @@ def coarse_teacher(found: Diagnosis) -> Advice | None:
         return None
     return Advice(
         "Where only the teacher's top k would be known (CachedTeacher): a larger k",
-        f"with its {TOP_K} likeliest tokens and a tail, the mean along the exact gradient, where 1 "
+        f"with its {TOP_K} most likely tokens and a tail, the mean along the exact gradient, where "
+        "1 "
         f"is all of it: {', '.join(lost)}",
         "measured",
     )
 
 
 def what_counts(found: Diagnosis) -> Advice | None:
-    """Remind that no method is best on every measure, where there is a choice."""
+    """Report that no method is best on every measure, where several are recommended."""
     if found.of("given") is None:
         return None
     return Advice(
-        "Decide what counts before comparing",
+        "Choose the measure that matters before comparing",
         "losses on dataset responses lower the divergence there, losses on on-policy "
         "samples the one after on-policy prefixes (docs/comparing.md); answers that can be checked "
         "(ExactMatch) decide better than either",
@@ -280,8 +284,8 @@ def quietest_credit(found: Diagnosis) -> Advice | None:
     return Advice(
         "Where it has to be policy gradient (with a reward or a discount): OPDPlus with variant "
         f"{best}",
-        f"variance over the exact gradient's, reverse KL: {listed}; a teacher that only scores "
-        "drawn tokens allows no value_baseline",
+        f"variance over the exact gradient's, reverse KL: {listed}; with a teacher that only "
+        "scores sampled tokens, value_baseline is not available",
         "measured",
         ("OPDPlus",),
     )
@@ -309,15 +313,15 @@ def chunks(found: Diagnosis) -> Advice | None:
     first = found.drift[0]
     if not fresh:
         return Advice(
-            "One optimizer step a rollout (the default of --data.prompts_per_rollout)",
-            f"a single step moves drawn tokens by {first.mean_log_ratio:.3f} nats on average",
+            "One optimizer step per rollout batch (the default of --data.prompts_per_rollout)",
+            f"a single step changes sampled tokens by {first.mean_log_ratio:.3f} nats on average",
             "measured",
         )
     prompts = max(fresh) * found.cost.prompts
     moved = next(d.mean_log_ratio for d in found.drift if d.steps == max(fresh))
     return Advice(
         f"Rollouts may last for {max(fresh)} steps (--data.prompts_per_rollout {prompts})",
-        f"so many optimizer steps move drawn tokens by {moved:.3f} nats on average at learning "
+        f"so many optimizer steps change sampled tokens by {moved:.3f} nats on average at learning "
         f"rate {found.learning_rate:g}",
         "likely",
     )
@@ -347,10 +351,10 @@ _ORDER = ("measured", "likely", "guess")
 
 
 def advise(found: Diagnosis) -> tuple[Advice, ...]:
-    """Return the recommendations of all rules, the headline first and then the surest ones.
+    """Return the recommendations of all rules: the headline, then by falling confidence.
 
-    The headline is the fault of the data, where there is one; else the first rule's that speaks of
-    a method. The last recommendation warns where there are few responses.
+    The headline is the fault of the data, where there is one; else the first recommendation that
+    names a method. The last recommendation warns where there are few responses.
     """
     advice = [advice for rule in RULES if (advice := rule(found)) is not None]
     first, rest = advice[:1], sorted(advice[1:], key=lambda one: _ORDER.index(one.confidence))
@@ -374,7 +378,7 @@ def _caution(rows: Sequence[Rows]) -> tuple[Advice, ...]:
         return ()
     return (
         Advice(
-            "Take these numbers as a hint",
+            "These numbers are a rough indication only",
             f"they rest on {fewest} responses; give --rows 64 or more",
             "measured",
         ),

@@ -1,4 +1,4 @@
-"""The stages of a diagnosis: which are left out, how long they take, and their progress."""
+"""Stages of a diagnosis: skipped ones, expected times, and progress."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ GRADIENTS, STEPS, TRIALS = "gradients", "steps", "trials"
 
 SKIPPABLE: Mapping[str, str] = {
     GRADIENTS: "bias and noise of sampled gradients",
-    STEPS: "how stale rollouts get, seconds and memory of a step",
+    STEPS: "drift of earlier rollouts, seconds and memory of a step",
     TRIALS: "some steps of each of several methods",
 }
-"""Stages that ``--skip`` can name, and what they find."""
+"""Stages that ``--skip`` can name, and their findings."""
 
 _EVERY_SECONDS = 10.0
 Element = TypeVar("Element")
@@ -32,7 +32,7 @@ class StageProgress(Protocol):
         Args:
             done: Finished parts.
             total: All parts.
-            of: Which of how many equal shares of the stage these parts are.
+            of: (index, number) of the equal share of the stage that these parts are.
         """
 
 
@@ -40,7 +40,7 @@ def skipped_stages(text: str | None) -> frozenset[str]:
     """Return the stages in a list such as ``gradients,trials``.
 
     Raises:
-        UsageError: A name that is no stage, or cannot be left out.
+        UsageError: A name that is not a stage, or cannot be left out.
     """
     names = [name.strip() for name in (text or "").split(",") if name.strip()]
     for name in names:

@@ -1,4 +1,4 @@
-"""A few real optimizer steps: how far they move the student, and what they cost.
+"""A few real optimizer steps: the change of the student, and their cost.
 
 The student's trained weights are restored bit for bit; nothing on disk changes.
 """
@@ -160,7 +160,7 @@ class StepProbe:
 
 
 def drift_between(steps: int, before: Tensor, after: Tensor) -> Drift:
-    """Return how far log-probabilities of sampled tokens have moved.
+    """Return the change of sampled tokens' log-probabilities.
 
     Args:
         steps: Number of steps between both.

@@ -65,7 +65,7 @@ def _because(one: Advice) -> Text:
 
 
 def _ranked(advice: Sequence[Advice]) -> Table:
-    """Return the recommendations besides the headline, the surest first."""
+    """Return the recommendations besides the headline, those with the highest confidence first."""
     table = Table(title="What to try", box=SIMPLE_HEAD, title_justify="left", title_style="bold")
     table.add_column("", justify="right")
     table.add_column("recommendation")
@@ -127,7 +127,7 @@ def _estimators(found: Diagnosis) -> Table:
 
 def _trials(found: Diagnosis) -> Table:
     steps = found.trials[0].steps if found.trials else 0
-    table = Table(title=f"Where {steps} steps lead (change, nats per token)", box=SIMPLE_HEAD)
+    table = Table(title=f"Effect of {steps} steps (change, nats per token)", box=SIMPLE_HEAD)
     table.add_column("method", no_wrap=True)
     for label, _ in trial_columns(found):
         table.add_column(label, justify="right")

@@ -1,4 +1,4 @@
-"""Checks of tokenizer, template and data: what would silently degrade a run."""
+"""Checks of tokenizer, template and data for faults that would silently degrade a run."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def writing_checks(own: Responses, teachers: Responses, limit: int) -> list[Chec
         )
         if verdict == "look":
             text += (
-                "; raise --data.max_response_length, or see whether eos is what it was trained on"
+                "; raise --data.max_response_length, or check that its eos is the one of its "
+                "training"
             )
         found.append(Check(f"the {who} stops", verdict, text))
     return found
@@ -99,13 +100,16 @@ def _round_trip(module: DistillationModule, examples: Sequence[Example]) -> Chec
         if str(back).strip() != text.strip():
             broken.append(text)
     if not broken:
-        return Check("round trip", "good", f"{len(texts)} texts come back as they were")
+        return Check(
+            "round trip", "good", f"{len(texts)} texts are unchanged by encoding and decoding"
+        )
     share = len(broken) / len(texts)
     sample = " ".join(broken[0].split())[:40]
     return Check(
         "round trip",
         "bad" if share > _MANY_SKIPPED else "look",
-        f"{share:.0%} of {len(texts)} texts do not come back as they were (such as {sample!r}): "
+        f"{share:.0%} of {len(texts)} texts do not are unchanged by encoding and decoding (such as "
+        f"{sample!r}): "
         "the tokenizer has no tokens for some characters, or normalises text",
     )
 
@@ -133,8 +137,8 @@ def _template(module: DistillationModule, data: RolloutDataModule, part: str) ->
         return Check(
             "template",
             "look",
-            "the chat template has no generation prompt: a response begins right behind the user's "
-            "turn",
+            "the chat template has no generation prompt: a response begins directly after the "
+            "user's turn",
         )
     return Check("template", "good", f"chats; the generation prompt is {added!r}")
 

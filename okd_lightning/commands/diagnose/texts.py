@@ -1,7 +1,8 @@
-"""A pair with two tokenizers: how both share a text, and what each loss measures on it.
+"""Diagnosis of a pair with two tokenizers: their alignment, and the value of each loss.
 
-Measured on dataset responses and on the student's. The bias of what reads the teacher's own tokens
-alone is measured against the distribution over texts (``losses.text_law``), on the same chunks.
+Measured on dataset responses and on the student's. The bias of losses that read the teacher's own
+tokens alone is measured against the distribution over texts (``losses.text_law``), on the same
+chunks.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ MEANING = {
     "chunk": "this chunk or anything else, by each model's own tokens; biased",
     "text": "this chunk or anything else, by the probability of the text; exact",
     "next_byte": "the next byte or the end, by the probability of the text; exact",
-    "shared_tokens": "the next token, of those that both have; no same event, an approximation",
+    "shared_tokens": "the next token, of those that both have; an approximation, since the events "
+    "differ",
 }
-"""Compared at each chunk, by the ForeignTeacher's ``loss``."""
+"""Outcomes compared at each chunk, by the ForeignTeacher's ``loss``."""
 
 _MANY_UNALIGNED, _MANY_NONCANONICAL = 0.2, 0.05
 
@@ -61,7 +63,7 @@ class SharedText:
         chunks: Number of chunks.
         one_to_one: Share of the student's tokens that are one token of the teacher.
         unaligned: Share without a chunk.
-        noncanonical: Share in chunks that the student's tokenizer would write otherwise.
+        noncanonical: Share in chunks that the student's tokenizer would segment differently.
         longest: Tokens of the longest chunk, on the side where it has more.
     """
 
@@ -85,7 +87,7 @@ class LossFinding:
         source: "given" or "student".
         forward_kl: Nats per student token.
         reverse_kl: Nats per student token.
-        seconds: Of reading and measuring all rows, without a backward pass.
+        seconds: Seconds to read and measure all rows, without a backward pass.
     """
 
     loss: str
@@ -119,10 +121,10 @@ class TextDiagnosis:
         student: Its name, and the tokens of its tokenizer.
         teacher: The same of the teacher.
         loss: The run's.
-        checks: What deserves attention.
+        checks: Findings that deserve attention.
         shared: By kind of responses.
         losses: By loss and kind.
-        biases: By kind; none for a teacher on a server, of which the exact losses are not known.
+        biases: By kind; none for a teacher on a server, whose exact losses are unknown.
     """
 
     student: str
@@ -256,7 +258,7 @@ def _bias(
 
 
 def _checks(shared: SharedText) -> list[Check]:
-    """Return what deserves attention on one kind of responses."""
+    """Return the findings that deserve attention on one kind of responses."""
     of = "dataset responses" if shared.source == "given" else "the student's responses"
     found = []
     if shared.unaligned > _MANY_UNALIGNED:
@@ -274,7 +276,7 @@ def _checks(shared: SharedText) -> list[Check]:
                 "segmentation",
                 "look",
                 f"{shared.noncanonical:.0%} of the tokens of {of} are in chunks that the student's "
-                "own tokenizer would write otherwise, and carry no loss",
+                "own tokenizer would segment differently, and carry no loss",
             )
         )
     return found
@@ -292,7 +294,7 @@ SHARES: Mapping[str, Callable[[SharedText], Any]] = {
 
 
 def headline(found: TextDiagnosis) -> tuple[str, str]:
-    """Return what to know first about the pair, and why."""
+    """Return the main finding about the pair, and its reason."""
     faults = [check for check in found.checks if check.verdict == "bad"]
     if faults:
         return f"Do not train on this pair as it is: {faults[0].name}", faults[0].text
@@ -317,7 +319,7 @@ def show_texts(console: Console, found: TextDiagnosis) -> None:
     title, because = headline(found)
     console.print(Text(f"{title}. {because}\n"))
     names = SOURCE_NAMES
-    table = Table(title="How both tokenizers share a text", box=SIMPLE_HEAD)
+    table = Table(title="Alignment of both tokenizers", box=SIMPLE_HEAD)
     table.add_column("of the student's tokens")
     for one in found.shared:
         table.add_column(names[one.source], justify="right")

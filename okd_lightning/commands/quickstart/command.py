@@ -33,7 +33,7 @@ def quickstart_parser() -> jsonargparse.ArgumentParser:
         Method, "method", help="KD, GKD, ...; compared with SFT continued"
     )
     parser.add_argument("--out", type=str, default="quickstart-out", help="results go here")
-    parser.add_argument("--seed", type=int, default=0, help="decides everything but the timings")
+    parser.add_argument("--seed", type=int, default=0, help="determines everything but the timings")
     parser.add_argument(
         "--steps", type=int, default=Recipe.method_steps, help="optimizer steps of either run"
     )

@@ -1,4 +1,4 @@
-"""The quickstart's numbers: size of the student and length of its training."""
+"""Settings of the quickstart: size of the student and length of its training."""
 
 from __future__ import annotations
 

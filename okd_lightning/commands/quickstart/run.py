@@ -91,7 +91,7 @@ class Quickstart:
         results, answers = [], []
         for number, method in enumerate(methods, 2):
             label = "SFT" if isinstance(method, SFT) else name
-            what = "SFT continued" if label == "SFT" else f"{name}: the teacher joins in"
+            what = "SFT continued" if label == "SFT" else f"{name}: training with the teacher"
             self._say(f"{number}/{len(methods) + 1}  {what}, {self.recipe.method_steps} steps")
             result, before, after, teacher = self._distil(copy.deepcopy(warm), method, label)
             results.append(result)

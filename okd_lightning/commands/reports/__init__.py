@@ -2,8 +2,8 @@
 
 * ``curve_log``: the validations of a run and its cost at each of them.
 * ``results``: the record of one run, ``results.json`` and the CSV files.
-* ``measures``: which measures are shown, and in which direction they improve.
-* ``spread``, ``reading``: means over seeds, and a sentence that they support.
+* ``measures``: the shown measures, and the direction in which each improves.
+* ``spread``, ``reading``: means over seeds, and a sentence with the conclusion that they support.
 * ``tables``: before and after, methods and costs, and answers side by side, for the terminal.
 * ``plots``: learning curves as plots.
 """

@@ -1,4 +1,4 @@
-"""Measures that a comparison shows, their labels, and in which direction they improve."""
+"""Measures that a comparison shows, their labels, and the direction in which each improves."""
 
 from __future__ import annotations
 

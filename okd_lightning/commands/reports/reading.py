@@ -1,4 +1,4 @@
-"""One sentence about a comparison: the best method on each measure, and where there is none."""
+"""One sentence about a comparison: the best method on each measure, if there is one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def reading(results: Sequence[RunResult]) -> str:
             open_ones.append(measure.label)
     parts = [f"{method} is best on {_listed(labels)}" for method, labels in winners.items()]
     if open_ones:
-        parts.append(f"on {_listed(open_ones)} no method stands out beyond the standard errors")
+        parts.append(f"on {_listed(open_ones)} no method is better by more than chance")
     unlike = [measure.label for measure in unlike_measures(results)]
     if unlike:
         parts.append(

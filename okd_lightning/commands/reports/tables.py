@@ -86,7 +86,7 @@ def cost_table(results: Sequence[RunResult], failures: Mapping[str, str] | None 
 
     Args:
         results: The finished runs.
-        failures: Name of each failed run → the reason, which stands below the table.
+        failures: Name of each failed run → the reason, which is shown below the table.
     """
     table = Table(title="Cost of a run (mean over seeds)", box=SIMPLE_HEAD)
     table.add_column("method", overflow="fold")

@@ -1,4 +1,4 @@
-"""The options of ``okd-lightning shrink``, and what they say about a model."""
+"""Options of ``okd-lightning shrink``, and their meaning for a model."""
 
 from __future__ import annotations
 
@@ -32,8 +32,12 @@ def shrink_parser() -> jsonargparse.ArgumentParser:
     add = parser.add_argument
     add("--model", type=str, required=True, help="the teacher: a folder, hub id or .gguf file")
     add("--out", type=str, required=True, help="the folder to write")
-    add("--layers", type=int, help="layers that stay; those that go are chosen by the loss")
-    add("--drop_layers", type=str, help="layers that go, counted from 0, such as 8-13,20")
+    add(
+        "--layers",
+        type=int,
+        help="number of layers to keep; the dropped ones are chosen by the loss",
+    )
+    add("--drop_layers", type=str, help="layers to drop, counted from 0, such as 8-13,20")
     add("--intermediate", type=float, help="neurons of each MLP: a share below 1, or a number")
     add("--heads", type=float, help="query heads: a share below 1, or a number")
     add("--hidden", type=float, help="channels of the residual stream (RMSNorm models): likewise")
@@ -94,7 +98,7 @@ def checked_options(options: Any, widths: Widths) -> Path:
 
 
 def num_dropped_layers(config: Any, options: Any) -> int:
-    """Return the number of layers that go.
+    """Return the number of dropped layers.
 
     Raises:
         ConfigError: Numbers that the model does not have.

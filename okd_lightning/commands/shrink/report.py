@@ -29,11 +29,11 @@ class Report:
     candidates: list[dict[str, Any]] = field(default_factory=list)
 
     def tell_layers(self, candidate: DepthCandidate, is_best: bool) -> None:
-        """Note a choice of layers."""
+        """Record a choice of layers."""
         self.tell(f"without layers {numbers(candidate.dropped)}", candidate.loss, is_best)
 
     def tell(self, label: str, loss: Loss, is_best: bool) -> None:
-        """Note a candidate, and print what it costs."""
+        """Record a candidate, and print its cost."""
         self.candidates.append(
             {"cut": label, "cross_entropy": loss.cross_entropy, "forward_kl": loss.forward_kl}
         )

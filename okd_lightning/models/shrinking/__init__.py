@@ -2,7 +2,7 @@
 
 * ``layers``: the decoder layers of a model, and passes that skip some of them.
 * ``calibration``: the loss on some rows, and the distance from the teacher.
-* ``depth``: the layers that go, by the least loss of distillation.
+* ``depth``: the layers that are dropped, by the least loss of distillation.
 * ``sizes``: which axes of which weights depend on a size of the config, measured.
 * ``scores``: importance of neurons, heads and channels.
 * ``selection``: the units that are kept; passes without the others.

@@ -1,4 +1,4 @@
-"""Calibration: the loss of a model on some rows, and its distance from what it was at the start.
+"""Calibration: the loss of a model on some rows, and its distance from the uncut model.
 
 The teacher's hidden states at the loss positions are kept. Its logits are computed again, tile by
 tile, for each measurement, so that memory does not grow with tokens × vocabulary.

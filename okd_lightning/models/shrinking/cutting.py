@@ -1,8 +1,8 @@
 """The student: a new model of the smaller config with the kept part of the teacher's weights.
 
 Every cut is checked: on a few tokens, the student's logits must be those of the teacher with the
-dropped layers skipped and the dropped units set to zero. An architecture whose sizes have a meaning
-that is not known here fails the check and is refused.
+dropped layers skipped and the dropped units set to zero. An architecture that uses its sizes in an
+unsupported way fails the check and is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from okd_lightning.models.shrinking.sizes import fixed_head_width, set_sizes
 from okd_lightning.models.sources import first_line
 
 _INDEX_LISTS = ("mlp_only_layers", "attn_layer_indices")
-"""Config fields that list numbers of layers; other lists with one entry a layer are cut."""
+"""Config fields that list numbers of layers; other lists with one entry per layer are cut."""
 
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest distance of the check relative to the norm; 0.1 in 16 bits, for deep models."""
@@ -44,7 +44,7 @@ def cut_model(
     Args:
         model: The teacher; unchanged.
         layers: Its layers.
-        dropped: Numbers of the layers that go.
+        dropped: Numbers of the layers that are dropped.
         sizes: Config fields that change besides the number of layers, and their new values.
         selection: The units that are kept on the axes of those sizes.
 
@@ -110,7 +110,7 @@ def cut_config(config: PretrainedConfig, num_layers: int, kept: Sequence[int]) -
 
 
 def _names(layers: DecoderLayers, kept: Sequence[int]) -> dict[str, str | None]:
-    """Return, for the prefix of each layer, that of its place in the student; None if it goes."""
+    """Map each layer's prefix to its prefix in the student; None if the layer is dropped."""
     place = {old: new for new, old in enumerate(kept)}
     return {
         f"{layers.name}.{old}.": f"{layers.name}.{place[old]}." if old in place else None
@@ -163,7 +163,7 @@ def _with_weights(
 def _scale_head_norms(
     student: PreTrainedModel, layers: DecoderLayers, kept: Sequence[int], selection: Selection
 ) -> None:
-    """Undo what fewer heads change in a norm over all of them (OLMo 2)."""
+    """Correct the scale of a norm over all heads after some are cut (OLMo 2)."""
     for axis in selection.axes:
         is_of_heads = axis.blocks[0].kind in ("query", "key")
         if is_of_heads and len(axis.blocks) == 1 and "norm" in axis.parameter:
@@ -179,7 +179,7 @@ def _scale_head_norms(
 def _rescale(
     model: PreTrainedModel, student: PreTrainedModel, norms: Sequence[str], factor: float
 ) -> None:
-    """Undo what fewer channels change in the norms, the embeddings' scale and the head's."""
+    """Correct the scales of norms, embeddings and head after channels are cut."""
     names = residual_norms(student)
     scale_norms(student, names, math.sqrt(factor))
     (of_teacher, to_head), (of_student, own_to_head) = (

@@ -2,8 +2,8 @@
 
 Layers are dropped one after the other. In each round the remaining layers with the least block
 influence (Men et al., ShortGPT, arXiv 2403.03853, Eq. 1, measured without the layers that are
-dropped already) are tried, and the one goes whose absence raises KL(teacher‖student) least. Two
-more sets are tried at the end: the layers of least influence in the whole model, and the
+dropped already) are tried, and the one is dropped whose absence raises KL(teacher‖student) least.
+Two more sets are tried at the end: the layers of least influence in the whole model, and the
 neighbouring ones with the least sum.
 
 The KL is the loss that a student is then trained on. On the teacher's own samples it is the

@@ -20,7 +20,7 @@ from okd_lightning.models.shrinking.sizes import channel_axes, refusal
 
 _EPS_NAMES = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon")
 _TOLERANCE = 0.02
-"""Largest relative error of a scale that counts as one: above bfloat16's rounding."""
+"""Largest relative error at which factors are one scale: above bfloat16's rounding."""
 
 
 def residual_norms(model: PreTrainedModel) -> list[str]:
@@ -53,7 +53,7 @@ def residual_norms(model: PreTrainedModel) -> list[str]:
 
 
 def scale_norms(model: PreTrainedModel, names: list[str], factor: float) -> None:
-    """Multiply what these norms return by a factor, in place."""
+    """Multiply the outputs of these norms by a factor, in place."""
     with torch.no_grad():
         for name in names:
             module = model.get_submodule(name)

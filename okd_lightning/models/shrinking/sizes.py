@@ -1,7 +1,7 @@
 """The sizes in a config, and which axes of which weights depend on each: measured, not listed.
 
 The model is built without memory (on torch's ``meta`` device) with one size doubled. An axis that
-grows depends on that size, and by how much it grows says how it is laid out: a fused projection has
+grows depends on that size, and its growth shows its layout: a fused projection has
 several blocks on one axis.
 """
 

@@ -82,7 +82,7 @@ Tell: TypeAlias = Callable[[str, Loss, bool], None]
 """Called with each measured candidate's label, its loss, and whether it is the best so far."""
 
 Staying: TypeAlias = Callable[[list[Axis]], list[Axis]]
-"""Leaves out the axes of layers that go."""
+"""Function that omits the axes of dropped layers."""
 
 
 def choose_widths(
@@ -94,11 +94,11 @@ def choose_widths(
         calibration: The model and its rows.
         widths: The wanted widths.
         tell: For progress messages.
-        dropped: Numbers of layers that go; the units are measured without them.
+        dropped: Numbers of dropped layers; the units are measured without them.
 
     Raises:
         ConfigError: A number that the model cannot have.
-        ModelError: An architecture that cannot be cut in this way.
+        ModelError: An architecture that cannot be cut like this.
     """
     sizes = wanted_sizes(calibration.model.config, widths)
     gone = tuple(f"{calibration.layers.name}.{number}." for number in dropped)

@@ -1,4 +1,4 @@
-"""Warnings while a run goes wrong, each with advice."""
+"""Warnings about failing runs, each with advice."""
 
 from __future__ import annotations
 
@@ -26,24 +26,27 @@ from okd_lightning.training.safeguards.vital_signs import (
 _STUDENT = SOURCES.index("student")
 
 _ADVICE = {
-    "entropy": "the student's own responses carry {now.entropy:.2f} nats per token, after "
-    "{first.entropy:.2f} at the start{beside}: its entropy collapses, and it writes the same over "
+    "entropy": "the entropy of the student's own responses is {now.entropy:.2f} nats per token, "
+    "after "
+    "{first.entropy:.2f} at the start{beside}: it collapses, and the student generates the same "
+    "text over "
     "and over. Lower --model.learning_rate; take a divergence that covers the teacher "
     "(JensenShannon, ForwardKL) in place of reverse KL; or also train on dataset responses "
     "(--method.on_policy_fraction below 1, or KD as a second method)",
     "length": "the student's responses have {now.mean_length:.0f} tokens on average, after "
     "{first.mean_length:.0f} at the start, and the longest that fits is {max_length}: they grow "
-    "without an end. Also train on dataset responses, which end (--method.on_policy_fraction below "
-    "1, or KD as a second method), lower --model.learning_rate, and see that no reward pays for "
+    "without bound. Also train on dataset responses, which end (--method.on_policy_fraction below "
+    "1, or KD as a second method), lower --model.learning_rate, and check that no reward favours "
     "length",
     "truncated": "{now.truncated:.0%} of the student's responses are cut at {max_length} tokens, "
-    "where {data_truncated:.0%} of the data's own are, so that it learns from beginnings alone. "
+    "where {data_truncated:.0%} of the data's own are, so that the student learns from their first "
+    "parts alone. "
     "Raise --data.max_response_length; where answers do not end (rollouts.jsonl), "
     "train on dataset responses first (--method SFT or KD)",
-    "outliers": "for {now.outliers:.1%} of the tokens that the student draws, the teacher's "
+    "outliers": "for {now.outliers:.1%} of the tokens that the student samples, the teacher's "
     f"log-probability is more than {EXTREME_LOG_RATIO:g} nats away from the student's: a few "
-    "tokens make the gradient. Set --method.max_log_ratio 5; see that the teacher reads "
-    "the prompts in the form that it knows (chat template, tokenizer: okd-lightning diagnose)",
+    "tokens dominate the gradient. Set --method.max_log_ratio 5; check that the teacher reads "
+    "prompts in the form of its own training (chat template, tokenizer: okd-lightning diagnose)",
 }
 
 

@@ -1,9 +1,10 @@
 """Warnings of options that have no effect in a run, in one line each.
 
-One function per rule: it returns why its options do nothing, or None where they act. Options that
-contradict a run are refused where they enter, not here. Only the user's choices count: options
-typed or set in the user's own config (``chosen_options``), from Python arguments that are not the
-defaults. A resumed run gives no warnings; ``docs/state.md`` lists the effect of options there.
+One function per rule: it returns the reason why its options have no effect, or None where they have
+one. Options that contradict a run are refused where they enter, not here. Only the user's choices
+count: options typed or set in the user's own config (``chosen_options``), from Python arguments
+that are not the defaults. A resumed run gives no warnings; ``docs/state.md`` lists the effect of
+options there.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class _Run:
 
 
 Rule: TypeAlias = Callable[[_Run], str | None]
-"""Returns why an option does nothing in a run; None where it acts."""
+"""Returns the reason why an option has no effect in a run; None where it has one."""
 
 
 def _sampling(run: _Run) -> str | None:
@@ -205,13 +206,13 @@ RULES: Mapping[str, Rule] = {
     "trainer.check_val_every_n_epoch": _validation,
     "trainer.limit_val_batches": _validation,
 }
-"""Option, with all settings below it → the rule that decides whether it acts."""
+"""Option, with all settings below it → the rule that decides whether it has an effect."""
 
 
 def warn_of_idle_options(
     trainer: lightning.Trainer, module: lightning.LightningModule, stage: str
 ) -> None:
-    """Warn of each option that the user chose and that does nothing in this run.
+    """Warn of each option that the user chose and that has no effect in this run.
 
     Args:
         trainer: The Trainer, with its data module.
@@ -231,7 +232,7 @@ def warn_of_idle_options(
         if reason is not None:
             option, value = next(iter(given.items()))
             shown = f"--{option} {_shown(value)}" if len(given) == 1 else f"--{name}"
-            rank_zero_warn(f"{shown} does nothing in this run: {reason}")
+            rank_zero_warn(f"{shown} has no effect in this run: {reason}")
 
 
 def _is_on(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Construction of both models before foreign callbacks' ``setup``, after checks.
+"""Construction of both models after all checks, and before other callbacks' ``setup``.
 
 Lightning calls ``setup`` of the data module, of the callbacks in their order, and of the module,
 and only then ``configure_model``. Callbacks that copy, average or prune the module in ``setup``
@@ -56,7 +56,7 @@ class _ForeignBatches(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Refuse what is not a DistillBatch.
+        """Refuse a batch that is not a DistillBatch.
 
         Raises:
             ConfigError: The batch is another one; the message says how to make one.
@@ -116,7 +116,7 @@ class ModelsFirst(Callback):
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Warn of options without effect; only now is it known whether the run is resumed.
+        """Warn of options without effect; whether the run is resumed is known only here.
 
         An epoch that is resumed in its middle does not call ``on_train_epoch_start``, where
         ``StochasticWeightAveraging`` installs its schedule: it is called here.

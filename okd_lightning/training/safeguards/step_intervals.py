@@ -74,7 +74,7 @@ class StepIntervals(Callback):
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Let a resumed run end whose last validation was due."""
+        """End a resumed run whose last validation was due."""
         release(trainer)
 
 

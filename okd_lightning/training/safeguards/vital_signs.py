@@ -1,4 +1,4 @@
-"""Measures that tell a healthy run from a failing one, and their thresholds.
+"""Measures that distinguish a healthy run from a failing one, and their thresholds.
 
 Numbers only: ``health_warnings`` collects them and warns.
 """
@@ -19,7 +19,7 @@ _KEPT = 0.7
 """Share of the smoothed value that an examination keeps."""
 
 _RELIEF = 0.8
-"""A measure has to fall below this share of its threshold to count as healthy again."""
+"""Share of its threshold below which a measure counts as healthy again."""
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ def test_transformers_own_is_top_k_times_ours_on_raw_logits():
 
 
 def test_a_router_that_returns_a_softmax_is_not_softmaxed_again(tmp_path, make_module, monkeypatch):
-    """As Mixtral's in some releases of transformers, whose own balancing loss is then near 1."""
+    """Mixtral's router does so in some releases of transformers, whose own loss is then near 1."""
     module = make_module(learning_rate=0.0)
     methods = [SFT(), ExpertBalance()]
     rows = tiny.make_rows(6)

@@ -37,7 +37,7 @@ DATASET, STUDENT, TEACHER = 0, 1, 2
 
 @pytest.fixture
 def make_module(make_module):
-    """In float64: runs agree to 1e-9 on every processor."""
+    """Return a module in float64: runs agree to 1e-9 on every processor."""
     return partial(make_module, dtype="float64")
 
 
@@ -283,7 +283,7 @@ REFUSED = {
     ),
     "CE with nothing given": (
         lambda: DivergenceCallback(cross_entropy_weight=0.5, on_policy_fraction=1.0),
-        "nothing to act on",
+        "has no effect",
     ),
 }
 

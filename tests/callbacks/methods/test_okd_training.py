@@ -46,7 +46,7 @@ def fit(root, callbacks, teacher=None, ckpt_path=None, **settings):
 
 
 class Killed(Exception):
-    """What ends a run in the middle."""
+    """Exception that ends a run in the middle."""
 
 
 class Rates(tiny.Recorder):

@@ -20,7 +20,7 @@ from okd_lightning.losses.reduction import loss_output
 
 @pytest.fixture
 def make_module(make_module):
-    """In float64: runs agree to 1e-9 on every processor."""
+    """Return a module in float64: runs agree to 1e-9 on every processor."""
     return partial(make_module, dtype="float64")
 
 
@@ -84,7 +84,7 @@ class NoGradient(Own):
 
 
 class Centred(Own):
-    """Not positionwise, and does not say so."""
+    """Method whose loss is not positionwise, without is_positionwise = False."""
 
     def values(self, measured):
         values = super().values(measured)
@@ -92,7 +92,7 @@ class Centred(Own):
 
 
 class ToGo(Advantage):
-    """Not positionwise, and does not say so."""
+    """Method whose loss is not positionwise, without is_positionwise = False."""
 
     def credit(self, student_logprobs, teacher_logprobs, mask, state_value=None):
         return reward_to_go(teacher_logprobs - student_logprobs, mask, 1.0)
@@ -101,7 +101,7 @@ class ToGo(Advantage):
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        (NoNeeds(), r"no_needs: Forgetful\(\) is no Quantity with needs_teacher"),
+        (NoNeeds(), r"no_needs: Forgetful\(\) is not a Quantity with needs_teacher"),
         (NewQuantities(), r"new_quantities: quantities are not.*frozen dataclass"),
         (TextSource(), r"text_source: sources is 'dataset'; expected a tuple"),
         (NoSuchSource(), r"no_such_source: sources is \('datset',\); expected"),

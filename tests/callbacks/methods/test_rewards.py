@@ -20,7 +20,7 @@ from okd_lightning.rollouts.scoring import SampledResponse, TermScorer
 
 @pytest.fixture
 def make_module(make_module):
-    """In float64: runs agree to 1e-9 on every processor."""
+    """Return a module in float64: runs agree to 1e-9 on every processor."""
     return partial(make_module, dtype="float64")
 
 

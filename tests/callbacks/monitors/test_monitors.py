@@ -209,7 +209,7 @@ class Slow(Callback):
 
 @pytest.mark.parametrize("interval", [1, 2])
 def test_throughput_counts_the_time_of_steps_behind_a_validation(interval, tmp_path, make_module):
-    """Also of a resumed run's first."""
+    """The first step of a resumed run counts too."""
     throughput = Throughput()
     last = LastCheckpoint()
     for max_steps in (2, 4):

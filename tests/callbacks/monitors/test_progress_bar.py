@@ -1,4 +1,4 @@
-"""What one sees of a run while it goes on.
+"""Progress display of a running run: bar, lines and remaining time.
 
 Frozen here: the bar counts the optimizer steps of the whole run, whatever the accumulation, also
 where a run goes on within a chunk; a row never breaks, at 80 columns and at 120; where output is no
@@ -66,7 +66,7 @@ class Frames(Callback):
 
 @pytest.fixture
 def terminal():
-    """Whatever a bar does to rich's own console is undone."""
+    """Restore the state of rich's own console, which a bar changes."""
     file = io.StringIO()
     yield {"file": file, "force_terminal": True, "force_interactive": True}
     rich.reconfigure()
@@ -102,7 +102,7 @@ def test_rows_of_a_run(width, tmp_path, make_module, terminal):
     assert run.startswith("epoch 0")
     assert "3/8" in run
     assert "8/8" in writing
-    assert writing.startswith("student writes")
+    assert writing.startswith("student generates")
     assert writing.rstrip().endswith("tok/s")
     assert training.startswith("training")
     assert "2/4" in training
@@ -117,7 +117,7 @@ def test_rows_of_a_run(width, tmp_path, make_module, terminal):
     assert "8/8" in last
 
 
-@pytest.mark.filterwarnings("ignore:.*prompts_per_rollout 8 does nothing in this run")
+@pytest.mark.filterwarnings("ignore:.*prompts_per_rollout 8 has no effect in this run")
 def test_a_run_that_writes_nothing_has_one_row(tmp_path, make_module, terminal):
     shown = fit(tmp_path, make_module, terminal, 80, KD(), limit_val_batches=0)
     assert {len(lines) for lines in shown["batch ends"]} == {1}
@@ -132,7 +132,7 @@ def test_a_run_goes_on_within_a_chunk(tmp_path, make_module, terminal):
     shown = fit(tmp_path, make_module, terminal, 80, method, ckpt_path=last)
     assert "3/8" in shown["batch begins"][0][0]
     assert "5/8" in shown["batch ends"][3][0]
-    assert any(line.startswith("student writes") for line in shown["batch ends"][3])
+    assert any(line.startswith("student generates") for line in shown["batch ends"][3])
 
 
 def test_without_an_end_there_is_no_time_left(tmp_path, make_module, terminal):

@@ -22,6 +22,8 @@ import torch
 from cli_workbench import LENGTHS, QUIET, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from okd_lightning.commands.diagnose.page import options_whole
+
 SMALL = ["--rows", "8", "--batches", "4"]
 EOS = 1
 
@@ -171,7 +173,7 @@ def test_prompts_alone(diagnose, assets, here):
     found = read()
     assert {rows["source"] for rows in found["rows"]} == {"student", "teacher"}
     assert "KD" not in found["cost"]["seconds"]
-    assert "the data hold prompts alone" in said.out.replace("\n  ", " ")
+    assert "the data has prompts only" in said.out.replace("\n  ", " ")
 
 
 def ending_with(folder: Path, assets, end: int) -> None:
@@ -279,3 +281,8 @@ def test_chats_and_their_generation_prompt(diagnose, assets, here, prompt, verdi
     check = next(check for check in read()["checks"] if check["name"] == "template")
     assert check["verdict"] == verdict
     assert (repr(prompt) if prompt else "no generation prompt") in check["text"]
+
+
+def test_the_page_breaks_no_line_within_an_option():
+    found = options_whole("rows < 2: use --data.max_response_length 8")
+    assert found == ('rows &lt; 2: use <span class="option">--data.max_response_length</span> 8')

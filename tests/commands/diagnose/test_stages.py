@@ -8,12 +8,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from cli_workbench import QUIET
 
-from okd_lightning.commands.diagnose.expected_time import Plan
+from okd_lightning.commands.diagnose.expected_time import Costs, Plan
 from okd_lightning.commands.diagnose.stages import (
     Stages,
     duration,
@@ -75,8 +76,46 @@ def test_a_name_that_is_no_stage(diagnose):
     [((), 16), (("gradients",), 16), (("gradients", "trials"), 5), (("steps", "trials"), 16)],
 )
 def test_rollouts_are_those_that_some_stage_needs(skipped, num):
-    assert Plan(16, 8, 4, frozenset(skipped)).num_rollouts == num
-    assert Plan(16, 8, 4, frozenset({"gradients", "trials", "steps"})).num_rollouts == 0
+    assert Plan(64, 16, 8, 4, frozenset(skipped)).num_rollouts == num
+    assert Plan(64, 16, 8, 4, frozenset({"gradients", "trials", "steps"})).num_rollouts == 0
+
+
+COSTS = Costs(own=1.0, teachers=2.0, forward=1.0, step=3.0, has_answers=True)
+
+
+def test_rows_and_batches_are_lowered_alike_until_the_time_is_enough():
+    plan = Plan(64, 16, 8, 4, frozenset())
+    whole = sum(COSTS.of(plan).values())
+    assert plan.at_most(whole, COSTS) == plan
+    half = plan.at_most(whole / 2, COSTS)
+    assert sum(COSTS.of(half).values()) <= whole / 2
+    more = replace(half, rows=half.rows + 4, batches=half.batches + 1)
+    assert sum(COSTS.of(more).values()) > whole / 2
+    assert half.rows / 64 == pytest.approx(half.batches / 16, abs=1 / 16)
+
+
+def test_there_are_at_least_eight_rows_and_three_batches():
+    least = Plan(64, 16, 8, 4, frozenset()).at_most(1.0, COSTS)
+    assert (least.rows, least.batches) == (8, 3)
+    assert Plan(5, 3, 8, 4, frozenset()).at_most(1.0, COSTS) == Plan(5, 3, 8, 4, frozenset())
+
+
+def test_few_minutes_make_a_small_diagnosis(diagnose, assets):
+    Path("more.jsonl").write_text(Path(assets.val).read_text() * 3)
+    words = ["--data.val", "more.jsonl", "--rows", "12", "--batches", "4"]
+    said = diagnose(*words, "--minutes", "1e-4", "--skip", "gradients")
+    assert said.status == 0, said.err
+    lowered = "--minutes 0.0001: 8 rows and 3 batches; 12 and 4 would take"
+    assert lowered in " ".join(said.out.split())
+    record = json.loads(Path("out/diagnosis.json").read_text())
+    assert {rows["rows"] for rows in record["rows"]} == {8}
+    assert {trial["steps"] for trial in record["trials"]} == {3}
+
+
+def test_minutes_are_a_positive_number(diagnose):
+    said = diagnose("--minutes", "0")
+    assert (said.status, said.err.count("\n")) == (2, 1)
+    assert "--minutes 0: expected a positive number" in said.err
 
 
 def test_progress_is_said_every_ten_seconds():

@@ -1,9 +1,9 @@
-"""What is said about several methods over several seeds.
+"""Reports about several methods over several seeds.
 
 * A mean comes with the standard error over seeds; one seed has none.
 * A method is called better only where its margin, paired by seed, is beyond Student's t at 95 %;
   more is better for agreement and exact match, less for divergences.
-* The table fits 80 columns; the picture has a line a method and a band where there are seeds.
+* The table fits 80 columns; the picture has a line per method and a band where there are seeds.
 """
 
 from __future__ import annotations
@@ -77,13 +77,13 @@ def test_differences_are_paired_by_seed():
 def test_reading_claims_what_is_beyond_chance():
     said = reading(runs(KD=[0.50, 0.51, 0.52], GKD=[0.60, 0.62, 0.62]))
     assert said.startswith("KD is best on forward KL (by 0.103 ± 0.003)")
-    assert "on agreement no method stands out" in said
+    assert "on agreement no method is better by more than chance" in said
 
 
 def test_reading_claims_nothing_within_chance():
     said = reading(runs(KD=[0.50, 0.60, 0.52], GKD=[0.55, 0.52, 0.62]))
     assert "is best" not in said
-    assert "no method stands out beyond the standard errors" in said
+    assert "no method is better by more than chance" in said
 
 
 def test_reading_of_one_seed():

@@ -1,9 +1,9 @@
-"""What a comparison leaves behind.
+"""Files and tables that a comparison writes.
 
 * ``results.json`` is a list of runs with exactly the documented keys, and holds no history.
-* ``metrics.csv`` has a row a validation of every run, step 0 included.
+* ``metrics.csv`` has a row per validation of every run, step 0 included.
 * The table shows the numbers; a right answer is green and a wrong one red.
-* The picture has a panel a metric and a line a run, and is a PNG.
+* The picture has a panel per metric and a line per run, and is a PNG.
 """
 
 import csv

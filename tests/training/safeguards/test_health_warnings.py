@@ -50,7 +50,7 @@ def said(caught) -> list[str]:
 
 
 def watch(root, module, methods, **settings):
-    """What a run's alarms said, and the alarm."""
+    """Run with the warning callback; return its messages and the callback."""
     watcher = settings.pop("watcher", None) or HealthWarnings(every_n_steps=1)
     settings = {"max_epochs": -1, "max_steps": 60, "data": LONG, **settings}
     callbacks = [watcher, *settings.pop("callbacks", [])]
@@ -179,7 +179,7 @@ def test_a_healthy_run_is_quiet(method, tmp_path, make_module):
 
 
 def test_what_was_said_is_remembered(tmp_path, make_module):
-    """Also with half of a step's look behind it, which a checkpoint never has."""
+    """The state is restored also in the middle of an examination, which no checkpoint contains."""
 
     def run(root, killer=None, ckpt_path=None):
         watcher = HealthWarnings(every_n_steps=2)

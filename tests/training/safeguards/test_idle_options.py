@@ -2,7 +2,7 @@
 
 Semantics frozen:
 
-* every rule of ``RULES`` warns in a run where its option does nothing, and is silent in one where
+* every rule of ``RULES`` warns in a run where its option has no effect, and is silent in one where
   the option acts;
 * from Python, arguments that are not the defaults count; a resumed run says nothing;
 * on the command line, what is typed and what a config of one's own changes counts; packaged
@@ -28,7 +28,7 @@ from okd_lightning.engines.transformers_engine import TransformersEngine
 from okd_lightning.training.module import DistillationModule
 from okd_lightning.training.safeguards.idle_options import RULES
 
-MARK = "does nothing in this run"
+MARK = "has no effect in this run"
 VAL = tiny.make_rows(3, seed=2)
 
 
@@ -39,7 +39,7 @@ class OwnEngine(EngineSource):
 
 @dataclass
 class Case:
-    """A value of an option, and a run where it does nothing beside one where it acts.
+    """A value of an option, and a run in which it has no effect, and one in which it acts.
 
     A run is what differs from one step of KD without validation data; "acts" may be None for an
     option that never acts, or acts with other models.
@@ -166,7 +166,7 @@ def test_arguments_from_python_count_where_they_are_no_defaults(said):
 def test_a_callback_that_generates_uses_the_engine(said):
     engine = {"model": {"engine": OwnEngine()}}
     (line,) = said(**engine)
-    assert line.startswith("--model.engine OwnEngine does nothing")
+    assert line.startswith("--model.engine OwnEngine has no effect")
     assert said(**engine, callbacks=[tiny.Recorder()]) == []  # the user's own may
     assert said(**engine, callbacks=[SampleTable(terminal=False)]) == []
     assert said(**engine, callbacks=[SampleTable(num_prompts=0)]) != []
