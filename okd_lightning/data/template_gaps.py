@@ -7,6 +7,7 @@ without an error. Each kind of content is tried once a dataset, in the first cha
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from okd_lightning.data.templates import ChatRenderer, Message
@@ -21,23 +22,26 @@ _Variant = tuple[str, list[Message], list[Any] | None]
 
 def _variants(messages: Sequence[Message], tools: list[Any] | None) -> Iterator[_Variant]:
     for number, message in enumerate(messages):
-
-        def changed(number: int = number, **fields: Any) -> list[Message]:
-            own = {k: v for k, v in {**messages[number], **fields}.items() if v is not None}
-            return [*messages[:number], own, *messages[number + 1 :]]
-
         role = message["role"]
         if role != "assistant" and message["content"].strip():
             place = "" if number == 0 or role != "system" else " after the first one"
-            kind = f"messages of the role {role!r}{place}"
-            yield kind, changed(content=message["content"] + _PROBE), tools
+            changed = {**message, "content": message["content"] + _PROBE}
+            yield f"messages of the role {role!r}{place}", _with(messages, number, changed), tools
         if message.get("tool_calls"):
-            yield "tool_calls", changed(tool_calls=None), tools
+            yield "tool_calls", _with(messages, number, _less(message, "tool_calls")), tools
         for key in _THOUGHTS if number == len(messages) - 1 else ():  # earlier ones may be dropped
             if isinstance(message.get(key), str) and message[key].strip():
-                yield f"{key!r} of messages", changed(**{key: None}), tools
+                yield f"{key!r} of messages", _with(messages, number, _less(message, key)), tools
     if tools:
         yield "the tools of rows", list(messages), None
+
+
+def _with(messages: Sequence[Message], number: int, other: Message) -> list[Message]:
+    return [*messages[:number], other, *messages[number + 1 :]]
+
+
+def _less(message: Message, key: str) -> Message:
+    return {name: value for name, value in message.items() if name != key}
 
 
 def contents_left_out(
@@ -54,20 +58,15 @@ def contents_left_out(
     """
     tried, notes = set[str](), list[str]()
     for (messages, tools), at in zip(chats, places, strict=True):
-        for kind, *without in _variants(messages, tools):
+        for kind, other, other_tools in _variants(messages, tools):
             if kind in tried:
                 continue
             tried.add(kind)
-            if _is_same(renderer, (messages, tools), without, at):
-                notes.append(
-                    f"the chat template does not show {kind}, so that the rows teach less than "
-                    "they have; set a chat_template that does"
-                )
+            with suppress(DataError):  # it refuses the chat without it
+                whole = renderer.prompt(messages, tools, at)
+                if whole == renderer.prompt(other, other_tools, at):
+                    notes.append(
+                        f"the chat template does not show {kind}, so that the rows teach less than "
+                        "they have; set a chat_template that does"
+                    )
     return tuple(notes)
-
-
-def _is_same(renderer: ChatRenderer, whole: Any, without: Any, at: str) -> bool:
-    try:
-        return renderer.prompt(*whole, at) == renderer.prompt(*without, at)
-    except DataError:  # it refuses the chat without it
-        return False
