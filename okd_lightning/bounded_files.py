@@ -128,13 +128,13 @@ def read_json_object(path: Path, error: Refusal, what: str) -> dict[str, Any]:
 
 
 class BoundedYAMLLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, for texts that expand to a limited number of values.
+    """PyYAML's safe loader, for texts that expand to a limited number of values and give each once.
 
     Every error is a ``yaml.YAMLError``, including nesting and numbers that Python refuses.
     """
 
     def get_single_node(self) -> yaml.Node | None:
-        """Return the text's tree; refuse one that its aliases make too large."""
+        """Return the text's tree; refuse one that its aliases make too large, or a key twice."""
         try:
             node: yaml.Node | None = super().get_single_node()
             if node is not None:
@@ -190,12 +190,23 @@ def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:
         parts: list[yaml.Node] = []
         if isinstance(node, yaml.MappingNode):
             parts = [part for pair in node.value for part in pair]
+            _check_keys([key for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
         elif isinstance(node, yaml.SequenceNode):
             parts = node.value
         known[id(node)] = 1 + sum(_count(part, known, depth + 1) for part in parts)
     if known[id(node)] > _MOST_NODES:
         raise yaml.YAMLError(f"aliases that expand to more than {_MOST_NODES:,} values")
     return known[id(node)]
+
+
+def _check_keys(keys: list[yaml.ScalarNode]) -> None:
+    """Refuse a key that a mapping has twice; PyYAML would silently keep the last value."""
+    known: set[str] = set()
+    for key in keys:
+        if key.value in known and key.value != "<<":
+            problem = f"{one_line(key.value, 100)!r} a second time; join both"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        known.add(key.value)
 
 
 def most_bytes(stored: int) -> int:

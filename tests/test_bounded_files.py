@@ -3,7 +3,7 @@
 Frozen here: pipes, devices and large files are refused before they are read; JSON and YAML that
 Python refuses with errors of its own are errors of the caller's class; YAML aliases are counted
 with the values to which they expand, before anything is built; gzip files that grow without measure
-are refused, and of several members all are read.
+are refused, and of several members all are read. A key that YAML gives twice is refused.
 """
 
 from __future__ import annotations
@@ -61,6 +61,14 @@ MERGES = LAUGHS.replace("[x]", "{x: 1}").replace(" [*", " {<<: [*").replace("]\n
 @pytest.mark.parametrize("text", [LAUGHS, MERGES, "a: &a [*a]", "[" * 3000, "a: " + "9" * 5000])
 def test_yaml_expands_to_a_limited_number_of_values(text):
     with pytest.raises(yaml.YAMLError):
+        load_yaml(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["a: 1\nb: 2\na: 3", "x: {a: 1, a: 1}", "- {a: 1}\n- {a: 1, a: 2}"]
+)
+def test_a_key_of_yaml_is_given_once(text):
+    with pytest.raises(yaml.MarkedYAMLError, match="'a' a second time; join both"):
         load_yaml(text)
 
 

@@ -101,7 +101,7 @@ def _others(file: Path) -> str:
 
 
 def _nearby(file: Path) -> str:
-    folder = file.parent
+    folder = file
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
     found = sorted(str(p) for p in folder.glob("*.ckpt")) or sorted(

@@ -16,6 +16,7 @@ from okd_lightning.data.chat_ids import ChatIds, encode_chats
 from okd_lightning.data.chat_turns import ChatTurns, read_turns
 from okd_lightning.data.columns import Columns, RawRow, read_tools
 from okd_lightning.data.images import RowImages, num_places
+from okd_lightning.data.template_gaps import contents_left_out
 from okd_lightning.data.templates import ChatRenderer, RenderedChat, not_prefix_stable
 from okd_lightning.models.text_ids import TextEncoder
 from okd_lightning.records import Chat, Example
@@ -117,7 +118,7 @@ def examples_from_chats(
 
     Returns:
         The examples, and a message for each kind of turn that cannot be learned because the
-        template renders the last answer differently.
+        template renders the last answer differently, and of content that it does not show.
 
     Raises:
         DataError: The tokenizer has no chat template, a row is not a chat, or one whose response is
@@ -154,4 +155,6 @@ def examples_from_chats(
     ]
     shortfalls = Counter(chat.shortfall for chat in chats if chat.shortfall)
     notes = [text.format(f"{num:,} of {len(chats):,} chats") for text, num in shortfalls.items()]
-    return examples, tuple(notes)
+    listed = not columns.declared_tools  # those are checked with the rollouts
+    shown = [(chat.turns.messages, chat.tools if listed else None) for chat in chats]
+    return examples, (*notes, *contents_left_out(shown, renderer, places))

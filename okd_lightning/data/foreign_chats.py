@@ -9,6 +9,7 @@ are not changed.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,9 @@ from okd_lightning.errors import DataError
 from okd_lightning.records.images import MARKER
 
 _ROLES = {
+    **{role: role for role in ("system", "user", "assistant", "tool", "developer")},
     "human": "user",
+    "ai": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bing": "assistant",
@@ -31,6 +34,8 @@ _ROLES = {
 }
 _CALLS = ("function_call", "tool_call")
 _KEYS = {"from": "role", "value": "content"}
+_TEXT_OF_A_CHAT = re.compile(r"\s*\[\s*\{")
+_PYTHON_TEXT = re.compile(r"\s*\[\s*\{\s*'(role|from|content|value)'\s*:")
 
 IMAGE_PARTS = ("image", "image_url", "input_image")
 """Types of a message's part that is an image."""
@@ -38,12 +43,17 @@ IMAGE_PARTS = ("image", "image_url", "input_image")
 
 def is_chat(cell: object) -> bool:
     """Return whether a cell holds messages: as a list, as its JSON text, or as columns."""
-    if isinstance(cell, str) and not cell.lstrip().startswith("[{"):
+    if isinstance(cell, str) and not _TEXT_OF_A_CHAT.match(cell):
         return False
     found = listed_messages(cell)
     if not isinstance(found, list) or not found:
         return False
     return isinstance(found[0], Mapping) and bool({"role", "from"} & set(found[0]))
+
+
+def is_python_text(cell: object) -> bool:
+    """Return whether a cell is messages as Python prints them (pandas' ``to_csv`` of lists)."""
+    return isinstance(cell, str) and bool(_PYTHON_TEXT.match(cell))
 
 
 def listed_messages(cell: object) -> object:
@@ -95,9 +105,9 @@ def with_known_keys(message: Mapping[str, Any], at: str) -> dict[str, Any]:
 
 
 def role_of(message: Mapping[str, Any]) -> Any:
-    """Return the role of a message in any of the formats."""
+    """Return the role of a message in any of the formats; known roles in any case."""
     role = message.get("role", message.get("from"))
-    return _ROLES.get(role, role) if isinstance(role, str) else role
+    return _ROLES.get(role.strip().lower(), role) if isinstance(role, str) else role
 
 
 def _read_calls(value: Any, at: str) -> list[dict[str, Any]]:

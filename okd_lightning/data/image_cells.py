@@ -11,9 +11,9 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
-from okd_lightning.data.columns import Columns, RawRow
+from okd_lightning.data.columns import NO_IMAGES, Columns, RawRow
 from okd_lightning.data.foreign_chats import IMAGE_PARTS, listed_messages, role_of
 from okd_lightning.errors import DataError, one_line
 from okd_lightning.records.images import MARKER
@@ -22,7 +22,8 @@ _EXPECTED = (
     'expected {"type": "image", "path": "FILE"} or {"type": "image", "bytes": "BASE64"}, or a '
     "file name in the images column"
 )
-_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B", "I;16L", "I;16N")
+_OTHER_NAMES = ("image", "image_path", "image_file", "image_paths", "img", "picture", "images")
 _URL_KEYS = ("url", "image_url")
 
 
@@ -52,7 +53,7 @@ def places_of(row: RawRow, columns: Columns) -> list[Any]:
 def cells_of(row: RawRow, columns: Columns, at: str) -> list[Any]:
     """Return the cells of the images column: a list of images, or one."""
     value = None if columns.images is None else row.get(columns.images)
-    if value is None or value == "":
+    if value is None or (isinstance(value, str) and not value):
         return []
     if isinstance(value, list | tuple):
         return list(value)
@@ -76,6 +77,41 @@ def has_images(rows: Sequence[RawRow], columns: Columns, where: str) -> bool:
     if any(cells_of(r, columns, f"{where}, row {n}") for n, r in numbered if columns.images in r):
         return True
     return any(place is not None for row in rows for place in places_of(row, columns))
+
+
+def check_images_are_read(
+    rows: Sequence[RawRow], columns: Columns, where: str, *, is_text: bool
+) -> None:
+    """Refuse rows whose images would be left out, so that ``<image>`` would be plain text.
+
+    Args:
+        rows: The raw rows, of which none has an image that is read.
+        columns: The columns that are read.
+        where: The dataset's name for messages.
+        is_text: Whether the models read text alone.
+
+    Raises:
+        DataError: A row has ``<image>`` and a column of images; the message names both ways out.
+    """
+    if columns.images is None:
+        return
+    for number, row in enumerate(rows, start=1):
+        names = [n for n in row if n.lower() in _OTHER_NAMES and _is_given(row[n])]
+        if not names or MARKER not in str([row[n] for n in row if n not in names]):
+            continue
+        advice = (
+            f"{NO_IMAGES}; or read the text alone with --data.images_column null"
+            if is_text
+            else f"use --data.images_column {names[0]}, or null to read the text alone"
+        )
+        raise DataError(
+            f"{where}, row {number}: the text has {MARKER}, and the images in the column "
+            f"{names[0]!r} are not read: {advice}"
+        )
+
+
+def _is_given(cell: Any) -> bool:
+    return isinstance(cell, str | list | tuple | Mapping | Image.Image) and bool(cell)
 
 
 def source_of(cell: Any, name: str, at: str) -> tuple[str | None, bytes, str]:
@@ -121,10 +157,16 @@ def source_of(cell: Any, name: str, at: str) -> tuple[str | None, bytes, str]:
 
 
 def _encoded(image: Image.Image, name: str, at: str) -> bytes:
-    """Return an image in memory as a file; PNG has no CMYK, and no pixels of 32 bits."""
+    """Return an image in memory as a file, upright like a file's; PNG has no CMYK."""
+    if image.mode in ("I", "F"):
+        raise DataError(
+            f"{at}: {name} has pixels of 32 bits, of which black and white are not known; give it "
+            "with 8 or 16 bits"
+        )
     buffer = io.BytesIO()
     try:
-        (image if image.mode in _PNG_MODES else image.convert("RGB")).save(buffer, "PNG")
+        upright = ImageOps.exif_transpose(image)
+        (upright if image.mode in _PNG_MODES else upright.convert("RGB")).save(buffer, "PNG")
     except (OSError, ValueError) as error:
         raise DataError(f"{at}: {name} cannot be read ({one_line(str(error), 200)})") from error
     return buffer.getvalue()

@@ -19,7 +19,12 @@ from okd_lightning.data.column_hints import (
     unread_beside,
 )
 from okd_lightning.data.columns import Columns, RawRow, quoted, require_column
-from okd_lightning.data.foreign_chats import is_chat, listed_messages
+from okd_lightning.data.foreign_chats import (
+    is_chat,
+    is_python_text,
+    listed_messages,
+    role_of,
+)
 from okd_lightning.errors import DataError
 
 Layout: TypeAlias = Literal["text", "chat"]
@@ -41,9 +46,10 @@ def with_chat_prompts(rows: Sequence[RawRow], columns: Columns) -> Columns:
     return replace(columns, prompt=None, messages=columns.prompt, chats_are_prompts=True)
 
 
-def _check_mapped(row: RawRow, columns: Columns, where: str) -> None:
-    """Refuse rows without a column that the user named, needed or not."""
+def _check_mapped(rows: Sequence[RawRow], columns: Columns, where: str) -> None:
+    """Refuse rows none of which has a column that the user named, needed or not."""
     default = Columns()
+    row = {name: None for row in rows for name in row}
     for role in ("prompt", "response", "messages", "tools", "system", "images"):
         name = getattr(columns, role)
         if name is not None and name != getattr(default, role):
@@ -51,12 +57,14 @@ def _check_mapped(row: RawRow, columns: Columns, where: str) -> None:
 
 
 def _check_labels(rows: Sequence[RawRow], where: str) -> None:
-    """Refuse TRL's unpaired preference rows with a rejected completion."""
+    """Refuse unpaired preference rows with a rejected answer (TRL's, ms-swift's)."""
     for number, row in enumerate(rows, start=1):
-        if row.get("label") is not False or "completion" not in row:
+        label = row.get("label")
+        is_false = label is False or (isinstance(label, str) and label.strip().lower() == "false")
+        if not is_false or not {"completion", "messages"} & set(row):
             continue
         raise DataError(
-            f"{where}, row {number}: the label of this completion is false, so it shows what not "
+            f"{where}, row {number}: the label of this answer is false, so it shows what not "
             "to answer, and this run would learn it; leave such rows out of the file"
         )
 
@@ -66,6 +74,8 @@ def _no_prompt(
 ) -> DataError:
     cells = Cells.of(rows)
     wanted = [name for name in (columns.prompt, columns.messages) if name is not None]
+    if later := [name for name in wanted if name in cells.samples]:
+        return _first_lacks(later[0], where)
     missing = " and no ".join(repr(name) for name in wanted) or "to read"
     if set(cells.samples) >= _MESSAGE_OF_A_TREE:
         return DataError(
@@ -88,6 +98,8 @@ def _no_response(
     rows: Sequence[RawRow], columns: Columns, where: str, *, is_chat_row: bool
 ) -> DataError:
     cells = Cells.of(rows)
+    if columns.response in cells.samples:
+        return _first_lacks(columns.response, where)
     start = (
         f"{where}: no column {columns.response!r}, and this run learns from dataset responses; "
         f"found: {quoted(cells.samples)}"
@@ -108,12 +120,18 @@ def _no_response(
     return DataError(f"{start}{_unused(cells, options)}; use {options}")
 
 
+def _first_lacks(name: str, where: str) -> DataError:
+    return DataError(
+        f"{where}, row 1: no column {name!r}, which later rows have; fill or delete such rows"
+    )
+
+
 def _is_whole_chat(cell: object) -> bool:
     """Return whether a cell holds a chat from its beginning, not an answer alone."""
     messages = listed_messages(cell)
     if not is_chat(cell) or not isinstance(messages, list):
         return False
-    return messages[0].get("role", messages[0].get("from")) not in ("assistant", "gpt")
+    return role_of(messages[0]) != "assistant"
 
 
 def _unused(cells: Cells, options: str) -> str:
@@ -153,7 +171,7 @@ def choose_layout(
         DataError: A column is missing, or there are prompts and chats and no option chooses.
     """
     row = rows[0]
-    _check_mapped(row, columns, where)
+    _check_mapped(rows, columns, where)
     if needs_response:
         _check_labels(rows, where)
     has_prompt = columns.prompt is not None and columns.prompt in row
@@ -177,6 +195,12 @@ def choose_layout(
     _check_chat_columns(columns, where)
     if needs_response and not has_response:
         raise _no_response(rows, columns, where, is_chat_row=False)
+    for name in (columns.prompt, columns.response):
+        if is_python_text(row.get(name or "")):
+            raise DataError(
+                f"{where}, row 1: {name!r} is a list of messages as Python prints it, which would "
+                "be read as plain text; write it as JSON (json.dumps), or the rows into .jsonl"
+            )
     return "text"
 
 
@@ -197,7 +221,7 @@ def _is_open(cell: object) -> bool:
     messages = listed_messages(cell)
     if not is_chat(cell) or not isinstance(messages, list) or not isinstance(messages[-1], dict):
         return False
-    return messages[-1].get("role", messages[-1].get("from")) in ("user", "human")
+    return role_of(messages[-1]) == "user"
 
 
 def _require_answers(rows: Sequence[RawRow], columns: Columns, where: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from okd_lightning.data.columns import Columns, RawRow
 from okd_lightning.data.distilled_module import DistilledPair
 from okd_lightning.data.examples import ExampleSet
-from okd_lightning.data.image_cells import has_images
+from okd_lightning.data.image_cells import check_images_are_read, has_images
 from okd_lightning.data.images import RowImages, check_image_ids
 from okd_lightning.data.row_report import report_plain_prompts, report_rows, warn_of_unread
 from okd_lightning.data.sources import DataSource, describe_source, load_rows
@@ -43,13 +43,17 @@ def _images(
 
     Raises:
         ConfigError: There are images, and a model, the teacher or the engine reads none.
+        DataError: The rows have images that would be left out.
     """
-    own = pair.images
+    own, where = pair.images, describe_source(source)
     if own.is_text:  # an image in a message is then an error about its row
+        check_images_are_read(rows, columns, where, is_text=True)
         return None
-    are_present = has_images(rows, columns, describe_source(source))
+    are_present = has_images(rows, columns, where)
     if are_present:
         pair.use_images()
+    else:
+        check_images_are_read(rows, columns, where, is_text=False)
     if own.student is None:
         return None
     folder = Path.cwd()

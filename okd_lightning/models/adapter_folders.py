@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from okd_lightning.bounded_files import read_json_object
-from okd_lightning.errors import ModelError, ModelNotFoundError
+from okd_lightning.errors import ConfigError, ModelError, ModelNotFoundError
 from okd_lightning.models.adapters import adapter_sizes
-from okd_lightning.models.merging import merge_adapters
+from okd_lightning.models.merging import merge_adapters, unfit_adapter
 from okd_lightning.models.sources import Source, first_line
 from okd_lightning.models.weight_checks import is_finite, is_quantised, not_finite
 from okd_lightning.models.weight_files import INDEX, SINGLE, read_safetensors_error
@@ -77,6 +77,9 @@ def adapter_folder(source: Source, option: str) -> AdapterFolder | None:
             f"{where} is a prompt-learning adapter, which cannot be merged into its base; use a "
             "LoRA module, or the base itself"
         )
+    unfit = unfit_adapter(config)
+    if unfit is not None:
+        raise ModelError(f"{where}: {unfit}")
     weights = source.file(WEIGHTS)
     if weights is None:
         pickled = source.file(_PICKLE) is not None
@@ -156,7 +159,11 @@ def merge_into_base(adapter: AdapterFolder, base: PreTrainedModel) -> PreTrained
     own = [name for name, _ in adapted.named_parameters() if ".default" in name]
     _check_complete(adapter, own, result.missing_keys, result.unexpected_keys)
     plain = cast(PreTrainedModel, adapted.get_base_model())
-    if merge_adapters(plain):
+    try:
+        is_taken_apart = merge_adapters(plain)
+    except ConfigError as error:
+        raise ModelError(f"{where}: {error}") from error
+    if is_taken_apart:
         plain.config.tie_word_embeddings = False
     if hasattr(plain, "peft_config"):
         del plain.peft_config

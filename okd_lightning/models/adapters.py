@@ -26,7 +26,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from okd_lightning.errors import ConfigError, ModelError
 from okd_lightning.models.deferred import stand_ins
-from okd_lightning.models.merging import merge_adapters
+from okd_lightning.models.merging import merge_adapters, unfit_adapter
 from okd_lightning.models.multimodal import modules_outside_language
 from okd_lightning.models.sources import ModelArgument, ModelSource, first_line
 from okd_lightning.models.weight_checks import is_quantised
@@ -212,13 +212,17 @@ def add_adapter(
     exported.
 
     Raises:
-        ConfigError: A prompt-learning config, or target modules that the model does not have.
+        ConfigError: A prompt-learning config, one whose weights do not restore the model, or target
+            modules that the model does not have.
     """
     if adapter.is_prompt_learning:
         raise ConfigError(
             f"{option}: {type(adapter).__name__} is a prompt-learning adapter; a student takes "
             "adapters that change its layers, such as LoraConfig"
         )
+    unfit = unfit_adapter(adapter)
+    if unfit is not None:
+        raise ConfigError(f"{option}: {unfit}")
     adapter.task_type = adapter.task_type or "CAUSAL_LM"
     outside = None if adapts_vision else modules_outside_language(model)
     if outside is not None and getattr(adapter, "exclude_modules", "") is None:

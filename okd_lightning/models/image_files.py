@@ -109,9 +109,12 @@ def _checked_size(content: bytes, what: str) -> tuple[int, int]:
     with _naming(content, what):
         image = _opened(content, what)
         width, height = image.size
-        is_turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
-        image.draft("RGB", (1, 1))  # a JPEG at an eighth of its size: half of the time
+        # a JPEG at an eighth of its size: half of the time
+        is_smaller = image.draft("RGB", (1, 1)) is not None
         _rgb(image, what)
+        if not is_smaller:
+            width, height = image.size  # loading turns a TIFF
+        is_turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
         return (height, width) if is_turned else (width, height)
 
 

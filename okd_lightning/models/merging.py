@@ -6,12 +6,30 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from okd_lightning.errors import ConfigError
+
+
+def unfit_adapter(adapter: PeftConfig) -> str | None:
+    """Return why an adapter's weights and its base do not give its model; None where they do."""
+    if getattr(adapter, "layer_replication", None):
+        return (
+            "layer_replication makes layers that share the base's weights, which cannot be merged: "
+            "give a base with all of the layers"
+        )
+    start = getattr(adapter, "init_lora_weights", None)
+    if isinstance(start, str) and start.startswith("pissa_niter"):
+        return (
+            f"init_lora_weights {start!r} changes the base's weights by a random approximation "
+            "that no file has: use 'pissa', or save the adapter as a LoRA "
+            "(path_initial_model_for_weight_conversion of PEFT's save_pretrained)"
+        )
+    return None
 
 
 def merge_adapters(model: PreTrainedModel) -> bool:
@@ -26,6 +44,9 @@ def merge_adapters(model: PreTrainedModel) -> bool:
     Returns:
         True if embedding and head were untied: the caller must set the config's
         ``tie_word_embeddings`` to False.
+
+    Raises:
+        ConfigError: PEFT cannot merge one of them.
     """
     is_taken_apart = _take_apart(model.get_input_embeddings(), model.get_output_embeddings())
     _merge_below(model)
@@ -104,6 +125,9 @@ def _plain(layer: Any) -> nn.Module:
         return layer.modules_to_save[layer.active_adapters[0]]
     if isinstance(layer, AuxiliaryTrainingWrapper):
         return _plain(layer.token_adapter)
-    layer.merge()
+    try:
+        layer.merge()
+    except (NotImplementedError, RuntimeError, ValueError) as error:  # such as lora_bias
+        raise ConfigError(f"an adapter cannot be merged into its base: {error}") from error
     inner = layer.base_layer  # a second adapter on other parameters of one module (experts)
     return _plain(inner) if isinstance(inner, BaseTunerLayer) else inner

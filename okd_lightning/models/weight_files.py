@@ -264,8 +264,8 @@ def _no_files(folder: Path) -> str:
     if pickles:
         return (
             f"the weights are pickled ({pickles[0]}) and not safetensors, the only format that is "
-            "read; convert them with transformers: AutoModelForCausalLM.from_pretrained(FOLDER)"
-            ".save_pretrained(OUT)"
+            "read; add them with transformers: AutoModelForCausalLM.from_pretrained(FOLDER)"
+            ".save_pretrained(FOLDER)"
         )
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     if others:

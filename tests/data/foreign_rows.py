@@ -5,6 +5,7 @@ Each set has two rows. All words of their prompts and responses must be in the t
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,7 @@ def pairs(prompt: str, response: str, **others: tuple[Any, Any]) -> list[dict[st
     ]
 
 
+PAIR = ("prompt", "response")
 CHATS = [[user("one"), bot("uno")], [user("two"), bot("dos")]]
 SHARE_GPT = [[said("human", "one"), said("gpt", "uno")], [said("human", "two"), said("gpt", "dos")]]
 ALPACA = """--data.prompt_template '["{instruction}\\n\\n{input}","{instruction}"]'"""
@@ -102,6 +104,19 @@ FOREIGN = {
     ),
     "trl tools as text": Foreign(
         [{"messages": c, "tools": TOOLS} for c in CHATS],
+    ),
+    "roles in capitals, as NeMo writes them": Foreign(
+        [
+            {"conversations": [said("User", "one"), said("Assistant", "uno")]},
+            {"conversations": [said("User", "two"), said("Assistant", "dos")]},
+        ],
+        "--data.messages_column conversations",
+    ),
+    "roles of LangChain": Foreign(
+        [{"messages": [said("human", "one"), said("ai", "uno")]}, {"messages": CHATS[1]}]
+    ),
+    "messages as indented JSON text": Foreign(
+        [{name: json.dumps(c[i : i + 1], indent=1) for i, name in enumerate(PAIR)} for c in CHATS]
     ),
     # hub data sets
     "alpaca": Foreign(

@@ -79,6 +79,13 @@ def refused(build, row, tokenizer, *words, **settings):
 
 
 @pytest.mark.parametrize("named", [{"tools": "functions"}, {"system": "persona"}])
+def test_a_column_that_is_optional_may_be_absent_from_the_first_row(named, chat_tokenizer, build):
+    rows = [{"messages": CHAT}, {"messages": CHAT, "functions": "[]", "persona": "c"}]
+    _, second = build(rows, chat_tokenizer, columns=Columns(**named)).examples
+    assert ("c<|im_end|>" in second.prompt) == ("system" in named)
+
+
+@pytest.mark.parametrize("named", [{"tools": "functions"}, {"system": "persona"}])
 def test_the_hint_of_columns_for_chats_is_true(named, chat_tokenizer, build):
     row = {"prompt": "a", "response": "b", "functions": "[]", "persona": "c"}
     columns = Columns(**named, as_chat=True)

@@ -17,7 +17,7 @@ from typing import Any
 import jsonargparse
 import pytest
 import tiny
-from foreign_rows import FOREIGN, bot, pairs, user
+from foreign_rows import CHATS, FOREIGN, bot, pairs, user
 
 from okd_lightning import DistillationModule, RolloutDataModule
 from okd_lightning.callbacks import GKD, SFT
@@ -85,6 +85,7 @@ def _with_loss(example, tokenizer) -> str:
     return tokenizer.decode([*own, *example.response_ids])
 
 
+@pytest.mark.filterwarnings("ignore:.*chat template does not show (tool_calls|the tools)")
 @pytest.mark.parametrize("name", FOREIGN)
 def test_rows_train_as_they_are_or_by_one_hint(name, train):
     foreign = FOREIGN[name]
@@ -112,6 +113,34 @@ REFUSED = {
     "kto": (
         pairs("prompt", "completion", label=(True, False)),
         ["row 2", "label", "leave such rows out"],
+    ),
+    "kto in a table of texts": (
+        pairs("prompt", "completion", label=("True", "False")),
+        ["row 2", "label", "leave such rows out"],
+    ),
+    "ms-swift's kto": (
+        [{"messages": CHATS[0], "label": True}, {"messages": CHATS[1], "label": False}],
+        ["row 2", "label", "leave such rows out"],
+    ),
+    "messages as pandas writes them": (
+        [{"prompt": str(c[:1]), "response": str(c[1:])} for c in CHATS],
+        ["row 1", "'prompt'", "as Python prints it", "json.dumps"],
+    ),
+    "responses as pandas writes them": (
+        [{"prompt": "one", "response": f"[{bot('uno')}]"}],
+        ["row 1", "'response'", "as Python prints it"],
+    ),
+    "a first row without a response": (
+        [{"prompt": "one"}, {"prompt": "two", "response": "dos"}],
+        ["row 1", "no column 'response', which later rows have"],
+    ),
+    "a first row without a prompt": (
+        [{"response": "uno"}, {"prompt": "two", "response": "dos"}],
+        ["row 1", "no column 'prompt', which later rows have"],
+    ),
+    "a first row without a chat": (
+        [{"id": 1}, {"messages": CHATS[0]}],
+        ["row 1", "no column 'messages', which later rows have"],
     ),
     "oasst": (
         [{"message_id": "1", "parent_id": None, "role": "prompter", "text": "one"}],

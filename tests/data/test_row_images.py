@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import tracemalloc
@@ -152,11 +153,13 @@ def test_deep_grey_pixels_keep_their_shades(tmp_path):
 def test_size_is_that_of_the_upright_picture(tmp_path):
     """The check decodes a JPEG at a part of its size."""
     exif = vision.Image.Exif()
-    for orientation in range(1, 9):
+    for orientation, kind in itertools.product(range(1, 9), ("jpg", "png", "webp", "tiff")):
         exif[274] = orientation
-        vision.picture(3, 90, 40).save(tmp_path / "x.jpg", exif=exif)
-        ref = image_ref("x.jpg", tmp_path / "x.jpg", b"", "row")
+        path = tmp_path / f"x.{kind}"
+        vision.picture(3, 90, 40).save(path, exif=exif)
+        ref = image_ref(path.name, path, b"", "row")
         assert (ref.width, ref.height) == decoded(ref).size
+        assert (ref.height > ref.width) == (orientation > 4)
 
 
 def test_base64_may_have_lines_and_be_a_data_url(build):

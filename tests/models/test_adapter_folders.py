@@ -35,6 +35,7 @@ pytestmark = [  # what PEFT says of the models that the tests make with it
     pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*save_embedding_layers:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*ensure_weight_tying:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*(lora_bias=True|have invalid shape)"),
 ]
 
 
@@ -77,6 +78,7 @@ def folder(base) -> Path:
 
 KINDS = {
     "lora": {},
+    "a start from the base's singular vectors": {"init_lora_weights": "pissa"},
     "rank-stabilised, all layers": {"use_rslora": True, "target_modules": "all-linear"},
     "dora": {"use_dora": True},
     "a saved head": {"modules_to_save": ["lm_head"]},
@@ -226,24 +228,33 @@ def pickled(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
 
 
-def of_rank(rank: object) -> Callable[[Path], None]:
+def with_setting(**settings: object) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         config = json.loads((folder / CONFIG).read_text())
-        (folder / CONFIG).write_text(json.dumps({**config, "r": rank}))
+        (folder / CONFIG).write_text(json.dumps({**config, **settings}))
 
     return change
 
 
+def with_bias(folder: Path) -> None:
+    base = json.loads((folder / CONFIG).read_text())["base_model_name_or_path"]
+    model = AutoModelForCausalLM.from_pretrained(base)
+    adapted(model, lora_bias=True).save_pretrained(folder)
+
+
 BROKEN = {
-    "a huge rank": (of_rank(10**9), "an adapter of more than .* numbers.*its rank r"),
-    "an enormous rank": (of_rank(10**30), "does not fit its base"),
-    "a rank of text": (of_rank("x"), "does not fit its base"),
+    "a huge rank": (with_setting(r=10**9), "an adapter of more than .* numbers.*its rank r"),
+    "an enormous rank": (with_setting(r=10**30), "does not fit its base"),
+    "a rank of text": (with_setting(r="x"), "does not fit its base"),
     "no base named": (lambda f: name_base(f, None), "names no base"),
     "a base that is gone": (lambda f: name_base(f, "/nowhere/base"), "no such folder.*base of the"),
     "its own base": (lambda f: name_base(f, str(f)), "own folder as its base"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), rf"its weights \({WEIGHTS}\) are not"),
     "pickled weights": (pickled, r"pickled \(adapter_model\.bin\)"),
     "weights missing": (lacking, "lacks 1 of the adapter's 4 weights"),
+    "shared layers": (with_setting(layer_replication=[[0, 2], [0, 2]]), "cannot be merged"),
+    "a base changed at random": (with_setting(init_lora_weights="pissa_niter_4"), "use 'pissa'"),
+    "a bias that the base has no place for": (with_bias, "cannot be merged.*lora_bias"),
     "NaN": (with_nan, "hold NaN or infinity"),
     "a layer more": (with_a_layer_more, r"no place in its base.*layers\.9"),
     "another width": (of_another_width, "does not fit its base.*size mismatch"),
@@ -355,9 +366,14 @@ def test_an_adapter_on_a_merged_folder_is_exported_merged(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"r": 10**9}, {"r": 10**30}, {"r": 2, "rank_pattern": {"q_proj": 10**9}}]
+    "settings",
+    [
+        *({"r": 10**9}, {"r": 10**30}, {"r": 2, "rank_pattern": {"q_proj": 10**9}}),
+        {"layer_replication": [(0, 2), (0, 2)]},
+        {"init_lora_weights": "pissa_niter_4"},
+    ],
 )
-def test_a_new_adapter_of_a_huge_rank_is_refused(settings, base):
+def test_a_new_adapter_of_a_huge_rank_or_that_cannot_be_restored_is_refused(settings, base):
     adapter = LoraConfig(target_modules=["q_proj"], **settings)
     module = DistillationModule(str(base), student_adapter=adapter)
     with pytest.raises(ConfigError, match=r"^--model\.student_adapter: ") as caught:

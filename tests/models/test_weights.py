@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from okd_lightning.errors import ModelError
 from okd_lightning.models import load_causal_lm, load_model_config
@@ -357,3 +358,11 @@ def test_rows_are_those_of_the_file(tmp_path):
         files.rows(["c", "d"], 0, 1)
     with pytest.raises(ModelError, match=r"a is \[6, 2\] in the files and \[7, 2\]"):
         files.rows(["a"], 0, 1, (7, 2))
+
+
+def test_the_advice_for_pickled_weights_is_true(folder):
+    pickled(folder)
+    with pytest.raises(ModelError, match=r"from_pretrained\(FOLDER\).save_pretrained\(FOLDER\)"):
+        load_whole(folder)
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)
+    load_whole(folder)

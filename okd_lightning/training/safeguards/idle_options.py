@@ -179,7 +179,9 @@ def _freeze_vision(run: _Run) -> str | None:
 
 
 def _images_column(run: _Run) -> str | None:
-    return "no model of this run reads images" if run.module.pair.images.is_text else None
+    if not run.module.pair.images.is_text or run.data.columns.images is None:
+        return None
+    return "no model of this run reads images"
 
 
 RULES: Mapping[str, Rule] = {
