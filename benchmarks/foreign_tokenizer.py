@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import platform
 import time
 import warnings
@@ -74,7 +75,7 @@ class Pair:
         text: Longest text of the teacher, in its tokens; the student's responses are shorter.
         num_train: Texts to train on.
         num_test: Texts to measure on.
-        warm_seconds: CPU seconds of SFT before all runs.
+        warm_steps: Optimizer steps of SFT before all runs, so that every machine has one start.
     """
 
     teacher: str
@@ -86,7 +87,7 @@ class Pair:
     text: int
     num_train: int
     num_test: int
-    warm_seconds: float = 0.0
+    warm_steps: int = 0
 
 
 def pairs(shared: Path, real: Path) -> dict[str, Pair]:
@@ -94,7 +95,7 @@ def pairs(shared: Path, real: Path) -> dict[str, Pair]:
     stories, letters = str(shared / "models/stories260K"), str(shared / "models/babyllama-tok105")
     smollm2, gemma = str(real / "smollm2-135m-instruct"), str(real / "gemma-3-270m")
     return {
-        "bpe": Pair(stories, "", 1e-3, 8.0, 16, 40, 64, 1500, 64, 20.0),
+        "bpe": Pair(stories, "", 1e-3, 8.0, 16, 40, 64, 1500, 64, 275),
         "babyllama": Pair(stories, letters, 1e-5, 12.0, 8, 110, 64, 1500, 64),
         "smollm2": Pair(gemma, smollm2, 1e-5, 40.0, 4, 24, 32, 40, 12),
         "gemma": Pair(smollm2, gemma, 1e-5, 60.0, 4, 24, 32, 40, 12),
@@ -242,16 +243,22 @@ class Bench:
             LlamaForCausalLM(config).save_pretrained(fresh)
             tokenizer.save_pretrained(fresh)
             way = WAYS["SFT"]
-            module, _ = self.run(str(fresh), way, 0, self.pair.warm_seconds, 3e-3)
+            module, _ = self.run(str(fresh), way, 0, math.inf, 3e-3, self.pair.warm_steps)
             assert module.student is not None
             module.student.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         return str(folder)
 
     def run(
-        self, student: str, way: Way, seed: int, seconds: float, learning_rate: float
+        self,
+        student: str,
+        way: Way,
+        seed: int,
+        seconds: float,
+        learning_rate: float,
+        max_steps: int = -1,
     ) -> tuple[DistillationModule, int]:
-        """Train for some seconds; return the module and its steps."""
+        """Train for some seconds, or some steps; return the module and its steps."""
         lightning.seed_everything(seed, verbose=False)
         teacher = None
         if way.loss is not None:
@@ -267,6 +274,7 @@ class Bench:
         trainer = lightning.Trainer(
             accelerator="cpu",
             max_epochs=1000,
+            max_steps=max_steps,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

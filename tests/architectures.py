@@ -70,7 +70,7 @@ ARCHITECTURES = {
 
 
 def build(model_type: str, **overrides) -> PreTrainedModel:
-    """In eval mode, always the same weights."""
+    """Build a model in eval mode, always with the same weights."""
     config = AutoConfig.for_model(model_type, **{**ARCHITECTURES[model_type], **overrides})
     with torch.random.fork_rng():
         torch.manual_seed(5)

@@ -14,7 +14,7 @@ SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
 
 def make_byte_tokenizer(opening: str = "", closing: str = "") -> PreTrainedTokenizerFast:
-    """One id a byte, four special tokens, and what is written around a text on request."""
+    """Return a tokenizer of one id per byte, with optional tokens around a text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(SPECIALS + alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

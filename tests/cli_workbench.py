@@ -1,4 +1,4 @@
-"""Tiny models and data on disk, and readers of what a command leaves behind."""
+"""Tiny models and data on disk, and readers of a command's output files."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ QUIET = [
 
 
 def make_tokenizer(swapped: bool = False) -> PreTrainedTokenizerFast:
-    """One id a byte behind <s> and </s>; ``swapped`` exchanges the ids of two letters."""
+    """One id per byte after <s> and </s>; ``swapped`` exchanges the ids of two letters."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if swapped:
         a, b = alphabet.index("a"), alphabet.index("b")
@@ -130,7 +130,7 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 
 def make_rows(count: int, seed: int) -> list[dict[str, Any]]:
-    """Random letters behind random letters."""
+    """Return rows of random letters with responses of random letters."""
     draw = random.Random(seed)
     texts = ["".join(draw.choices("abcdef", k=draw.randint(2, 6))) for _ in range(2 * count)]
     return [
@@ -146,7 +146,7 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
 
 
 def metric_names(path: Path) -> set[str]:
-    """All columns that hold a number somewhere."""
+    """Return the columns with at least one number."""
     with path.open(newline="") as file:
         return {k for row in csv.DictReader(file) for k, v in row.items() if v}
 

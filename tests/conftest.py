@@ -92,7 +92,7 @@ def vllm_servers(tmp_path_factory) -> Iterator[ServerPool]:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One id a letter; change copies only."""
+    """Tokenizer of one id per letter; change copies only."""
     return tiny.make_tokenizer()
 
 

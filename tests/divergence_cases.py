@@ -1,6 +1,6 @@
 """The one list of divergences that the whole battery runs over; a new one enters by being listed.
 
-The numbers beside each (limits, bound, symmetry) are textbook facts written by hand, not read off
+The numbers with each (limits, bound, symmetry) are textbook facts written by hand, not read off
 the objects under test.
 """
 

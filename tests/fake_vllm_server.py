@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 
 class FakeVLLM:
-    """The engine behind the server; its attributes may be changed by tests."""
+    """Engine of the fake server; tests may change its attributes."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
@@ -264,7 +264,7 @@ def _handler(engine: FakeVLLM) -> type[BaseHTTPRequestHandler]:
 
 @contextmanager
 def serving(engine: FakeVLLM):
-    """The engine behind a free port of this machine, for as long as the block lasts."""
+    """Serve an engine on a free port of this machine within the block; yield the engine."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(engine))
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

@@ -48,7 +48,7 @@ class ForkedCommand:
     """``okd-lightning ARGV`` in a forked process, with the attributes of a ``Popen``.
 
     Args:
-        argv: The words behind ``okd-lightning``.
+        argv: The words after ``okd-lightning``.
         folder: The current folder.
         environment: All variables that it has.
         program: A function of a module in its place; it reads ``sys.argv`` and returns a status.
@@ -131,7 +131,7 @@ def _type(
     variables: dict[str, str],
     written: Path,
 ) -> None:
-    """In the child: be the process that a shell would have started."""
+    """Act in the child like a process that a shell has started."""
     make_cheap()
     random.seed()  # all children are forked with one state
     os.environ.clear()
@@ -141,6 +141,6 @@ def _type(
         descriptor = os.open(written / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, number)
         os.close(descriptor)
-    sys.path.insert(0, folder)  # as behind python -m
+    sys.path.insert(0, folder)  # as after python -m
     sys.argv = ["okd-lightning", *argv]
     sys.exit(program())

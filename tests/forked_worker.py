@@ -40,7 +40,7 @@ class ForkedWorker:
 
 
 def launch_forked(pipe: Connection, files: Sequence[int]) -> ForkedWorker:
-    """In place of ``worker_process.launch``."""
+    """Replacement of ``worker_process.launch`` that forks."""
     pid = os.fork()
     if pid == 0:
         try:

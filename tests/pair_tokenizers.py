@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 def merging(*pairs: str, letters: str = tiny.LETTERS) -> PreTrainedTokenizerFast:
-    """Letters, and the pairs into which they are merged, after <pad>, <eos> and <bos>."""
+    """Return a tokenizer of letters and merged pairs, after <pad>, <eos> and <bos>."""
     tokens = ["<pad>", "<eos>", "<bos>", *letters, *pairs]
     model = models.BPE({t: i for i, t in enumerate(tokens)}, [tuple(pair) for pair in pairs])
     tokenizer = Tokenizer(model)

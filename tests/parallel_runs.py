@@ -1,4 +1,4 @@
-"""Runs on one process and on two gloo processes, recorded so that they can be compared."""
+"""Recorded runs on one process and on two gloo processes, for comparisons."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Killed(Exception):
 
 
 class Snapshot(Callback):
-    """Copies the run's folder before a step: what ranks that are killed there leave."""
+    """Callback that copies the run's folder before a step, as ranks killed there would leave it."""
 
     def __init__(self, step: int, copy: Path) -> None:
         self.step, self.copy = step, copy
@@ -174,7 +174,7 @@ def _of_one_rank(
     os.environ.clear()  # they are the server's, of when it was started
     os.environ.update(variables)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    os.environ.pop("PL_GLOBAL_SEED", None)  # a run before has left it; it would seed anew
+    os.environ.pop("PL_GLOBAL_SEED", None)  # a run before has left it; it would seed again
     os.environ.update(
         LOCAL_RANK=str(rank),
         NODE_RANK="0",

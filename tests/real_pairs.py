@@ -87,7 +87,7 @@ def shrunken(entry: Mapping[str, Any], groups: int, num_ids: int) -> dict[str, A
 
 
 def make_tokenizer() -> PreTrainedTokenizerBase:
-    """One id a byte, and a chat template that can be told not to think, as Qwen3's can."""
+    """Return a tokenizer of one id per byte, and a template with Qwen3's ``enable_thinking``."""
     tokenizer = make_byte_tokenizer()
     tokenizer.chat_template = _QUIET + _TEMPLATE
     return tokenizer
@@ -140,7 +140,7 @@ def save_vision(entry: Mapping[str, Any], groups: int, folder: Path) -> None:
 
 
 def make(fields: Mapping[str, Any], seed: int = 0) -> PreTrainedModel:
-    """With random weights, always the same ones."""
+    """Return a model with random weights from a fixed seed."""
     config = AutoConfig.for_model(**fields)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -1,7 +1,7 @@
 """The slow reference of every loss: one row at a time, all logits, float64; nothing of ours.
 
 A row is (ids, mask, source). Models are copied to float64 and read without padding, so that neither
-masks nor batches can matter; ids behind the tokenizer's are cut before the softmax.
+masks nor batches can matter; ids beyond the tokenizer's are cut before the softmax.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def make_student(seed: int = 1, **overrides: Any) -> PreTrainedModel:
 
 
 def make_teacher() -> PreTrainedModel:
-    """A teacher whose table has no rows behind the tokenizer."""
+    """Return a teacher whose table has no rows beyond the tokenizer."""
     return tiny.make_llama(2, tiny.NUM_IDS, head_dim=32)
 
 

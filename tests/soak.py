@@ -4,9 +4,9 @@
     python tests/soak.py --kills 6 --ranks 2        # one rank of two is killed
     python tests/soak.py --torchrun                 # SIGTERM to two ranks under torchrun
 
-Runs are the real command line in processes of their own, forked behind the imports. They end after
+Runs are the real command line in processes of their own, forked after the imports. They end after
 a number of epochs, and most are ended more than once: by SIGKILL and SIGTERM in turn, after some
-time or at a marked place: before, within and behind rollouts, training steps, validations, the
+time or at a marked place: before, within and after rollouts, training steps, validations, the
 writing of a checkpoint, and the writing of a row. The command that follows is the same every time
 (``--ckpt_path last``). At the end the checkpoint (weights, optimizer, schedules, random streams,
 callbacks), metrics.csv, rollouts.jsonl and the files in checkpoints/ are those of the run that was
@@ -120,7 +120,7 @@ def fork(work: Path, argv: Sequence[str], environment: dict[str, str], kill: Kil
 
 
 def attempt(work: Path, argv: Sequence[str], ranks: int, kill: Kill | None) -> Ended:
-    """One try: all ranks are started, and one is killed if the run is not done before that."""
+    """Start all ranks, and kill one if the run is not finished before."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -195,7 +195,7 @@ class Tally:
 
 
 def draw_kill(draw: random.Random, number: int) -> Kill:
-    """Every third by the clock, the others at places, phase after phase; every second a SIGTERM."""
+    """Draw a kill: every third by the clock, else at a place by phase; every second a SIGTERM."""
     which = signal.SIGTERM if number % 2 else signal.SIGKILL
     if number % 3 == 2:
         return Kill(None, seconds=draw.uniform(0.0, 0.5), signal=which)
@@ -236,7 +236,7 @@ def soak(work: Path, assets: Path, method: str, ranks: int, num_kills: int, seed
 
 
 def hang(work: Path, assets: Path, timeout: int) -> list[str]:
-    """One rank of two stands still: the other must end when its time is over, and say why."""
+    """Stop one rank of two: the other must end at its time limit and name the cause."""
     work.mkdir()
     strategy = ["--trainer.strategy", "DDPStrategy"]
     strategy += ["--trainer.strategy.timeout", f"0:00:{timeout:02d}"]
@@ -249,7 +249,7 @@ def hang(work: Path, assets: Path, timeout: int) -> list[str]:
 
 
 def torchrun(work: Path, assets: Path) -> list[str]:
-    """Two ranks under torchrun get SIGTERM; the command in stopped.json must end the run."""
+    """Send SIGTERM to two ranks under torchrun; the command in stopped.json must finish the run."""
     truth, place = work / "truth", work / "stopped"
     argv = command(assets, "GKD", 2)
     for folder in (truth, place):
@@ -303,7 +303,7 @@ def _tail(folder: Path) -> str:
 
 
 def report(method: str, ranks: int, tally: Tally, seconds: float, say: Callable = print) -> None:
-    """One paragraph a method."""
+    """Print one paragraph per method."""
     phases = ", ".join(f"{phase} {count}" for phase, count in sorted(tally.kills.items()))
     say(
         f"{method}, {ranks} rank(s): {tally.kills.total()} kills ({phases}), {tally.resumes} "

@@ -64,7 +64,7 @@ class Board:
 
 
 class Marks:
-    """Counts how often a child has come to a place, and ends it where it is told to."""
+    """Counters of a child's passes through each place; they end it at the chosen one."""
 
     def __init__(self, kill: Kill | None, board: Board) -> None:
         self._kill, self._board = kill, board
@@ -85,7 +85,7 @@ class Marks:
         self._board.phase = "else" if before == "start" else before
 
     def around(self, owner: Any, name: str, *phase: str) -> None:
-        """Let a method of ours mark its phase."""
+        """Wrap a method so that it marks its phase."""
         original = getattr(owner, name)
 
         def marked(*args: Any, **kwargs: Any) -> Any:
@@ -96,7 +96,7 @@ class Marks:
 
 
 def mark_everything(marks: Marks, board: Board) -> None:
-    """In a child: the phases and places of a run."""
+    """Mark the phases and places of a run, in a child."""
     marks.around(RolloutLoader, "_generate_all", "rollout", "rollout begins", "rollout ends")
     marks.around(DistillationModule, "training_step", "training", "step begins", "step ends")
     marks.around(_EvaluationLoop, "run", "validation", "validation begins", "validation ends")

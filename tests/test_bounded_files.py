@@ -1,9 +1,9 @@
 """Files and texts of others within limits.
 
 Frozen here: pipes, devices and large files are refused before they are read; JSON and YAML that
-Python refuses with errors of its own are errors of the caller's class; YAML aliases are counted as
-what they stand for, before anything is built; gzip files that grow without measure are refused, and
-of several members all are read. A key that YAML gives twice is refused, not read once.
+Python refuses with errors of its own are errors of the caller's class; YAML aliases are counted
+with the values to which they expand, before anything is built; gzip files that grow without measure
+are refused, and of several members all are read. A key that YAML gives twice is refused.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ MERGES = LAUGHS.replace("[x]", "{x: 1}").replace(" [*", " {<<: [*").replace("]\n
 
 
 @pytest.mark.parametrize("text", [LAUGHS, MERGES, "a: &a [*a]", "[" * 3000, "a: " + "9" * 5000])
-def test_yaml_stands_for_a_limited_number_of_values(text):
+def test_yaml_expands_to_a_limited_number_of_values(text):
     with pytest.raises(yaml.YAMLError):
         load_yaml(text)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SOURCES = [
     path
-    for folder in ("okd_lightning", "callbacks", "benchmarks")
+    for folder in ("okd_lightning", "callbacks", "benchmarks", "tests")
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
@@ -51,9 +51,17 @@ WORDS = {
     r"\b(nats|bytes|seconds|s|tokens|rows|rollouts|GiB) an? (token|step|response|row|device"
     r"|character|byte)\b": "per: nats per token",
     r"\bwhoever\b": "name the reader or the caller",
+    r"\b(one|number|rows|ids|reward|response) an? (token|step|response|row|prompt|rank|line|file"
+    r"|epoch|byte|letter|method|model|position|tile)\b(?! (is|are|has|that)\b)": "per",
 }
 ALLOWED: set[tuple[str, str]] = {
     # ``credit`` and ``credits`` are names in the code
+    (
+        "tests/callbacks/methods/test_policy_gradient.py",
+        "-Σ ρ A / count, one row at a time; ``credit(log_p, log_q, drawn)`` of [tokens, vocab].",
+    ),
+    ("tests/callbacks/test_shelf_formulas.py", "-ρ A with A = credit(log p, log q, drawn)."),
+    ("tests/test_language.py", "# ``credit`` and ``credits`` are names in the code"),
     (
         "okd_lightning/rollouts/scoring.py",
         "credits: One advantage per response, by the term's name.",

@@ -1,4 +1,4 @@
-"""The floors of the library hold: imports go downwards, and the linter would notice if not.
+"""Imports between packages go downwards only, and the linter detects upward ones.
 
 * The contract of ``.importlinter`` is kept by the package as it is.
 * It fires on an upward import and on Lightning inside the mathematics.

@@ -1,4 +1,4 @@
-"""A few of ``make soak``'s kills, in processes of their own.
+"""A sample of the kills of ``make soak``, in separate processes.
 
 Frozen here: runs that are killed with SIGKILL and resumed by the same command end as those that
 were left alone, also where one rank of two is killed and the other ends by itself; what gloo and

@@ -2,7 +2,7 @@
 
 Frozen here: every pin of the three files of pins lies within the bounds of pyproject.toml; every
 dependency has a lower bound that make test-oldest installs; transformers has an upper bound, and
-takes the PEFT that is pinned beside it.
+takes the PEFT that is pinned with it.
 """
 
 import re

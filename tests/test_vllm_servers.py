@@ -1,8 +1,8 @@
-"""Servers of the real-vLLM tests end, however the tests end.
+"""Servers of the real-vLLM tests end with the tests in every case.
 
 Frozen here: a stopped server takes its child processes along; a test process that is killed leaves
 no server; a server that does not start fails with its output; of three, the one asked for longest
-ago is ended, and a crashed one is started anew on its port.
+ago is ended, and a crashed one is started again on its port.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def test_the_third_server_ends_the_one_asked_for_longest_ago(pool):
     assert not is_running(second)
 
 
-def test_a_crashed_server_starts_anew_on_its_port(pool):
+def test_a_crashed_server_starts_again_on_its_port(pool):
     url = pool.url(server("a"))
     before, child = pids(pool, "a")
     pool.kill(server("a"))

@@ -35,7 +35,7 @@ STUDENT_ROWS, TEACHER_ROWS = NUM_IDS + 3, NUM_IDS + 8
 
 
 def make_tokenizer(letters: str = LETTERS, pad_is_eos: bool = False) -> PreTrainedTokenizerFast:
-    """One id a letter, after <pad>, <eos> and <bos>; adds nothing to a text."""
+    """Return a tokenizer of one id per letter, after <pad>, <eos> and <bos>."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<bos>", *letters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
@@ -50,7 +50,7 @@ def make_tokenizer(letters: str = LETTERS, pad_is_eos: bool = False) -> PreTrain
 
 
 def make_llama(seed: int, rows: int = STUDENT_ROWS, **overrides: Any) -> PreTrainedModel:
-    """Two layers, width 32, far from uniform; the rows behind the tokenizer are garbage."""
+    """Return a Llama of two layers and width 32, with garbage rows beyond the tokenizer."""
     fields = {
         "vocab_size": rows,
         "hidden_size": 32,
@@ -126,7 +126,7 @@ def make_trainer(root: Path, callbacks: Sequence[Callback] = (), **settings: Any
 
 
 class Recorder(Callback):
-    """Keeps what a run did: batches by optimizer step, losses, gradients of each step, sources."""
+    """Callback that records a run: batches by optimizer step, losses, gradients, sources."""
 
     def __init__(self) -> None:
         self.steps: list[list[DistillBatch]] = []

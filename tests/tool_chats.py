@@ -39,7 +39,7 @@ CALLS = [call_of("1+1"), call_of("1/0"), call_of("2", name="oracle")]
 
 
 class Shouting(Tool):
-    """Raises what it is given."""
+    """Tool that raises its argument."""
 
     name = "shout"
     description = "Raises."
@@ -50,7 +50,7 @@ class Shouting(Tool):
 
 
 class Echo(Tool):
-    """Says what it is given, twice."""
+    """Tool that returns its argument twice."""
 
     name = "echo"
     description = "Repeats."
@@ -65,7 +65,7 @@ class Echo(Tool):
 
 
 def make_tokenizer(template: str = TEMPLATE) -> PreTrainedTokenizerFast:
-    """One id a byte, four special tokens, and one id for each of ``CALLS``."""
+    """Return a tokenizer of one id per byte, special token and entry of ``CALLS``."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(SPECIALS + alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -88,7 +88,7 @@ def make_caller(
     bias: float = 8.0,
     width: int = 32,
 ) -> LlamaForCausalLM:
-    """A tiny Llama that writes ``CALLS`` and ends of turns more often than other tokens."""
+    """Return a tiny Llama that often generates ``CALLS`` and ends of turns."""
     tokenizer = tokenizer or make_tokenizer()
     often = tokenizer.convert_tokens_to_ids(["<|im_end|>", *CALLS])
     rows = len(tokenizer)
@@ -116,7 +116,7 @@ def make_caller(
 
 
 class ScriptedEngine:
-    """Writes given texts turn by turn; log-probs are minus the noise of each position.
+    """Engine that returns given texts turn by turn; log-probs are minus the noise of each position.
 
     Attributes:
         seen: The contexts of each call of ``generate``, as text.
@@ -146,7 +146,7 @@ class ScriptedEngine:
 
 
 def rounds_of(tokenizer, max_turns: int = 4, tools: Sequence[Tool] | None = None) -> ToolRounds:
-    """All tools of this module, on a tokenizer's template."""
+    """Return tool settings with all tools of this module, on a tokenizer's template."""
     toolbox = Toolbox([Calculator(), Echo(), Shouting()] if tools is None else tools)
     turns = ToolTurns(tokenizer, eos_id=tokenizer.convert_tokens_to_ids("<|im_end|>"))
     turns.check(toolbox.schemas)
@@ -154,7 +154,7 @@ def rounds_of(tokenizer, max_turns: int = 4, tools: Sequence[Tool] | None = None
 
 
 def prompts_of(tokenizer, questions: Mapping[int, str], samples: int = 1) -> tuple[Prompt, ...]:
-    """One chat a question, keyed by its index, without declared tools."""
+    """Return one chat per question, keyed by its index, without declared tools."""
     rows = [(i, text, k) for i, text in questions.items() for k in range(samples)]
     chats = [Chat(({"role": "user", "content": text},)) for _, text, _ in rows]
     return tuple(
@@ -184,7 +184,7 @@ def run(
     order: Sequence[int] | None = None,
     progress=None,
 ) -> tuple[Rollout, ScriptedEngine]:
-    """Let a script be written, each of its rows asked "Q<index>"."""
+    """Generate a script's rows, each to the question "Q<index>"."""
     engine = ScriptedEngine(tokenizer, script)
     questions = {index: f"Q{index}" for index in order or script}
     rollout = ToolEngine(engine, rounds_of(tokenizer, max_turns)).respond(

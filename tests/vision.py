@@ -76,7 +76,7 @@ _TEMPLATE = (
 
 
 def make_tokenizer(family: str = "llava") -> PreTrainedTokenizerFast:
-    """One id a letter, after the special tokens of the family."""
+    """Return a tokenizer of one id per letter, after the special tokens of the family."""
     special, own = list(SPECIAL), {"image_token": "<image>"}
     placeholder = "<image>"
     if family in ("idefics3", "smolvlm"):
@@ -187,7 +187,7 @@ def config_of(family: str, tokenizer: Any, **text: Any) -> Any:
 
 
 def make_model(family: str, tokenizer: Any, seed: int = 0, **text: Any) -> PreTrainedModel:
-    """In eval mode, always the same weights for a seed."""
+    """Return a model in eval mode, with weights from the seed."""
     config = config_of(family, tokenizer, **text)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

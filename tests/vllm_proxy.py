@@ -1,6 +1,6 @@
-"""A real vLLM server behind a port that keeps what was asked, as the fake server does.
+"""Proxy of a real vLLM server that records the requests, as the fake server does.
 
-It stands in ``fake_vllm_server.serving`` for the fake, so that tests that count requests, or have a
+It replaces the fake in ``fake_vllm_server.serving``, so that tests that count requests, or have a
 connection dropped, run on both.
 """
 
@@ -39,7 +39,7 @@ class ForwardedVLLM:
         return str(json.loads(ask(self.upstream, "/weight_info")[1])["weight_version"])
 
     def handle(self, target: str, body: Any) -> tuple[int, bytes]:
-        """One request."""
+        """Record of one request."""
         path = target.partition("?")[0]
         status, content = ask(self.upstream, target, body)
         with self._lock:

@@ -48,7 +48,7 @@ def _end_with_parent() -> None:
 
 @dataclass
 class ServerProcess:
-    """One process that answers over HTTP, with whatever processes it starts.
+    """Process with an HTTP server, and its child processes.
 
     Args:
         command: What is run.
@@ -134,7 +134,7 @@ class ServerPool:
     """Servers that start when they are first asked for, two at a time.
 
     A third one ends the one that was asked for longest ago. One that is asked for again after it
-    was ended, or has died, is started anew on the same port.
+    was ended, or has died, is started again on the same port.
 
     Args:
         folder: For models and logs.

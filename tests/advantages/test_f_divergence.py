@@ -2,12 +2,12 @@
 
 Frozen here (METHODS.md section 5, tests 1 to 4):
 
-* over one state, the expected gradient of the corrected credits is that of the exact divergence,
+* over one state, the expected gradient of the corrected advantages is that of the exact divergence,
   by enumeration and by sampling; that of the stopped reward only for reverse KL;
 * w_f's expected gradient is the same for f + c (u - 1), that of -f is not;
 * over sequences of two and three tokens, with and without a discount, the same by enumeration;
 * in a tabular run the stopped reward of forward KL and JSD ends worse than it began, the
-  corrected credit below 1e-3;
+  corrected advantage below 1e-3;
 * known traps are refused by name.
 """
 
@@ -45,7 +45,7 @@ def distributions(num: int, vocab: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def credits_of_all_tokens(advantage, log_p, log_q) -> Tensor:
-    """[states, vocab]: the credit of every token that could be drawn in every state."""
+    """[states, vocab]: the advantage of every token that can be sampled in every state."""
     value = None
     if advantage.state_value_of is not None:
         value = advantage.state_value_of.expected_weight(log_p, log_q)[:, None].expand_as(log_p)
@@ -68,7 +68,7 @@ def exact_gradient(divergence, student, teacher) -> Tensor:
 
 @pytest.mark.parametrize("variant", CORRECTED)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_corrected_credits_have_the_exact_gradient(case: Case, variant):
+def test_corrected_advantages_have_the_exact_gradient(case: Case, variant):
     student, teacher = distributions(3, 6)
     found = expected_gradient(FDivergenceAdvantage(case.divergence, variant), student, teacher)
     exact = exact_gradient(case.divergence, student, teacher)
@@ -315,7 +315,7 @@ def test_clipping_acts_on_the_log_ratio_and_is_counted():
     assert FDivergenceAdvantage(ReverseKL()).metrics(student, teacher, mask) == {}
 
 
-def test_a_clipped_state_value_is_the_mean_of_the_clipped_credit():
+def test_a_clipped_state_value_is_the_mean_of_the_clipped_advantage():
     student, teacher = (3 * side for side in distributions(4, 6))
     log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
     advantage = FDivergenceAdvantage(ForwardKL(), "value_baseline", max_log_ratio=1.0)

@@ -1,4 +1,4 @@
-"""Short runs of a distillation with a callback of Lightning, and what they leave to look at."""
+"""Short distillation runs with a callback of Lightning, and records of their effect."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Weights(Callback):
 
 @dataclass
 class Run:
-    """A finished run, to look at its effect."""
+    """Record of a finished run."""
 
     trainer: lightning.Trainer
     module: DistillationModule
@@ -50,7 +50,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Case:
-    """One callback: how it is made, what it must have done, and how the Trainer is set."""
+    """A callback of Lightning: its constructor, its expected effect, and the Trainer's settings."""
 
     make: Callable[[Path], Callback]
     effect: Callable[[Run], bool]

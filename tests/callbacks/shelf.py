@@ -1,4 +1,4 @@
-"""Finds the plug-ins of the shelf, which are not installed."""
+"""Loader of the shelf's plug-ins, which are not installed."""
 
 from __future__ import annotations
 

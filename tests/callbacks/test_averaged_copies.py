@@ -1,4 +1,4 @@
-"""Averaged weights beside a teacher.
+"""Weight averaging in runs with a teacher.
 
 Frozen here: an averaged copy shares the teacher's memory, and checkpoints do not hold the teacher.
 """
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Copied(Callback):
-    """Copies in ``setup``, as averaging does, and keeps what a checkpoint holds."""
+    """Callback that copies the module in ``setup``, as averaging does, and keeps the checkpoint."""
 
     copied: DistillationModule
 
@@ -56,7 +56,7 @@ def test_a_copy_in_a_run_shares_the_teacher_and_lists_what_is_trained(tmp_path, 
     )
     assert all(own is other for own, other in teachers)
     assert callback.listed == {id(p) for p in run.module.student.parameters()}
-    everything = {n for n, _ in run.module.named_parameters()}  # again, behind the run
+    everything = {n for n, _ in run.module.named_parameters()}  # again, after the run
     assert any(name.startswith("teacher.") for name in everything)
     callback.copied.to(torch.float64)  # moves its own weights alone
     assert next(run.module.teacher.parameters()).dtype == torch.float32
@@ -81,7 +81,7 @@ def test_checkpoints_of_averages_hold_no_teacher_and_go_on(kind, tmp_path):
     assert close(fit(path).student, weights(whole.student))
 
 
-def test_an_average_goes_on_in_the_middle_of_an_epoch(tmp_path):
+def test_an_average_continues_in_the_middle_of_an_epoch(tmp_path):
     """The schedule of stochastic weight averaging is the same after a resume at any step."""
 
     def fit(folder: Path, ckpt_path: Path | None = None) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 Frozen here:
 * all classes of ``lightning.pytorch.callbacks`` are in the table, and each does what it is for;
-* the frozen teacher is bit-identical afterwards, whatever averages, prunes or unfreezes weights;
+* the frozen teacher is bit-identical afterwards, with callbacks that average, prune or unfreeze
+  weights;
 * averages are those of plain arithmetic on the student's weights of each step or epoch;
 * adapters: what averages and prunes touches what is trained alone;
 * fsdp2 refuses by name what needs whole models in ``setup``.
@@ -236,7 +237,7 @@ CASES: dict[type[Callback], Case] = {
     ),
     StochasticWeightAveraging: Case(
         lambda f: StochasticWeightAveraging(1e-2, swa_epoch_start=1, annealing_epochs=1),
-        # it averages at the start of an epoch, that is behind the one before
+        # it averages at the start of an epoch, that is after the previous one
         lambda r: close(r.module.student, mean([start(), *r.weights.epochs[:2]])),
         {"max_epochs": 3},
     ),

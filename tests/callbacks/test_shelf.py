@@ -1,4 +1,4 @@
-"""The plug-ins beside the library: public names only, and true to their formula."""
+"""Plug-ins of the shelf: public names only, and one idea per file."""
 
 import ast
 import re

@@ -123,8 +123,8 @@ FROZEN = {
 
 
 @pytest.mark.parametrize("name", FROZEN)
-def test_a_frozen_credit_is_of_the_student_at_rollout_time(name, tmp_path, make_module):
-    """The first rollout batch serves several steps; its credit stays that of the first weights."""
+def test_a_frozen_advantage_is_of_the_student_at_rollout_time(name, tmp_path, make_module):
+    """The first rollout batch serves several steps, with the first weights' advantage."""
     settings = {"frozen_credit": True}
     method = OPD(**settings) if name == "OPD" else shelf.method(name, **settings)
     first = reference.double(tiny.make_llama(1))
@@ -144,7 +144,7 @@ def test_a_frozen_credit_is_of_the_student_at_rollout_time(name, tmp_path, make_
     assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
 
 
-def test_a_frozen_credit_has_no_state_value():
+def test_a_frozen_advantage_has_no_state_value():
     with pytest.raises(ConfigError, match="a state value needs the current student's distribution"):
         shelf.method("topd.TOPD", variant="value_baseline", frozen_credit=True)
 
@@ -177,7 +177,7 @@ def test_the_corrected_weight_of_topd_is_its_divergences(tmp_path):
 
 
 def test_lightning_opd(tmp_path, make_module):
-    """On the responses of the data, without importance weights."""
+    """Lightning OPD trains on the data's responses, without importance weights."""
 
     def values(log_p, log_q, drawn, sampler, source):
         assert source == DATASET
@@ -236,7 +236,7 @@ def test_tropd(top_k, is_stale, tmp_path, make_module):
     assert all(0 < losses["train/tr_opd_trusted"] < 1 for losses in recorder.losses)
 
 
-def test_tropd_stands_a_teacher_that_rules_a_token_out():
+def test_tropd_handles_a_teacher_that_rules_a_token_out():
     """The reverse KL's advantage is 0 there, not -inf, and the forward KL acts alone."""
     method = shelf.method("tropd.TrOPD")
     student = torch.tensor([0.7, 0.3]).log().requires_grad_()

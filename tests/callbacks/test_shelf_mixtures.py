@@ -1,8 +1,8 @@
-"""Plug-ins of several terms, writers or prompts against their papers' formulas, in float64.
+"""Plug-ins with several terms, generators or prompts against their papers' formulas, in float64.
 
 Frozen here: loss and gradient of every optimizer step of DistiLLM-2, MiniLLM, DistiLLM and OPSD are
-those of the formula, row by row, as published and with the options of their released code; who
-writes which rows; runs in which they cannot write are refused in one line.
+those of the formula, row by row, as published and with the options of their released code; the
+generator of each row; runs in which they cannot generate are refused in one line.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def test_minillm(tmp_path, make_module):
 
 
 def test_minillm_as_released(tmp_path, make_module):
-    """The own reward among those to come, all of them doubled, and half forward KL beside CE."""
+    """The token's own reward counts, rewards are doubled, and half forward KL joins CE."""
     method = shelf.method(
         "minillm.MiniLLM", lm_weight=0.5, reward_scale=2.0, counts_own=True, lm_kd=0.5
     )
@@ -154,7 +154,7 @@ def test_where_teacher_and_student_cannot_draw_together(
         tiny.fit(tmp_path, module, [method], tiny.make_rows(4), data=data)
 
 
-def test_a_stage_refuses_what_changes_who_writes():
+def test_a_stage_refuses_what_changes_the_generator():
     with pytest.raises(ConfigError, match="MiniLLM changes the generation of responses"):
         Stage(shelf.method("minillm.MiniLLM"), end=3)
 

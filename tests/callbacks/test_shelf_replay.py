@@ -1,8 +1,8 @@
 """DistiLLM's share and its replay.
 
 Frozen here: the share rises by the validation loss alone, and what it was at a step stays; a step
-that replays trains on the last responses to its prompts and writes nothing for them; a resumed run
-is the uninterrupted one, bit for bit, with what was kept.
+that replays trains on the last responses to its prompts and generates none for them; a resumed run
+is the uninterrupted one, bit for bit, with the kept responses.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ def test_the_share_rises_when_the_validation_loss_does():
 
 
 class Pretended(Callback):
-    """Makes validation losses rise, so that the share does."""
+    """Callback that makes validation losses rise, so that the share rises too."""
 
     def on_validation_epoch_end(self, trainer, pl_module):
         pl_module.log("val/cross_entropy", float(trainer.global_step))
 
 
 class Writing(Callback):
-    """Counts what the module is asked to write for training."""
+    """Engine that counts the prompts of its requests for training."""
 
     def __init__(self) -> None:
         self.prompts = {}

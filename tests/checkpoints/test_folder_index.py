@@ -1,10 +1,10 @@
-"""A checkpoint folder of somebody else's, and one that has been damaged.
+"""Checkpoint folders of another author, and damaged ones.
 
-Frozen here: an index that names any function or class beside those of an index, an entry of bytes
+Frozen here: an index that names any function or class besides those of an index, an entry of bytes
 (which torch unpickles without limits), a shard outside of the folder or with transformations is
-refused by every reader, and nothing has run; flipped bytes of a shard, of the rest and of a file
-are found at every way in, with one error that names the file; a sound folder is read by its own
-reader as by torch's.
+refused by every reader, and no code of it has run; flipped bytes of a shard, of the rest and of a
+file are found at every way in, with one error that names the file; a sound folder is read by its
+own reader as by torch's.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def write_index(folder: Path, index: object) -> None:
 
 
 def readers(folder: Path):
-    """Every way to a folder's tensors."""
+    """Return all functions that read a folder's tensors."""
     state = {"state_dict.w": torch.zeros_like(WEIGHT)}
     return (
         lambda: read_checkpoint(str(folder), with_weights=True),
@@ -81,7 +81,7 @@ def readers(folder: Path):
 
 
 def flip(path: Path, needle: bytes) -> None:
-    """Two bits of the bytes behind ``needle``."""
+    """Flip two bits of the bytes after ``needle``."""
     content = bytearray(path.read_bytes())
     at = content.index(needle)
     content[at] ^= 1

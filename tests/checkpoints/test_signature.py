@@ -1,7 +1,7 @@
-"""The key of a user and what it signs.
+"""The key of a user, and its signatures.
 
-Frozen here: what was signed is recognised, and nothing that differs from it; the key is in the
-user's config folder and nobody else can read it; processes that need it at the same moment make
+Frozen here: signed content is recognised, and nothing that differs from it; the key is in the
+user's config folder and no other user can read it; processes that need it at the same moment make
 one; without a place for it, and with one that others can read, nothing is signed.
 """
 
@@ -48,7 +48,7 @@ def test_only_its_user_can_read_the_key(key):
 
 
 def test_processes_at_the_same_moment_make_one_key(key, monkeypatch):
-    """All of them have seen that there is none."""
+    """All processes have found no key before one is made."""
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: signature._make_key(key), range(16)))
     first = key.read_bytes()

@@ -1,10 +1,10 @@
 """Frozen here: a checkpoint is all that validate, test, predict and a resume need.
 
 * a resumed run ends with the weights of the uninterrupted one, bit for bit, and with its rows of
-  metrics.csv and rollouts.jsonl, whether it continues in its own folder or was killed far behind
+  metrics.csv and rollouts.jsonl, whether it continues in its own folder or was killed long after
   the checkpoint;
-* typed flags win over the checkpoint's config;
-* last.ckpt knows what "best" had seen.
+* typed options override the checkpoint's config;
+* last.ckpt holds the state of "best".
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def read_rollouts(folder: Path) -> str | None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_run_is_the_uninterrupted_one(fit: Fit, okd: Fit, method: str) -> None:
-    """Resumed in its own folder, which holds everything behind the checkpoint as well."""
+    """The run is resumed in its own folder, which also holds rows from after the checkpoint."""
     fit(*METHODS[method], *TRAINING)
     whole = Path("whole")
     shutil.copytree(RUN, whole)
@@ -117,7 +117,7 @@ class Killer(Callback):
 def test_a_killed_run_loses_nothing_before_its_checkpoint(
     fit: Fit, okd: Fit, assets: Assets, here: Path
 ) -> None:
-    """SIGKILL at step 9: last.ckpt is of step 6, and what was logged behind it is cut."""
+    """SIGKILL at step 9: last.ckpt is of step 6, and rows logged after it are removed."""
     options = [*METHODS["GKD"], *FAST, "--trainer.max_epochs", "2"]
     fit(*options)
     shutil.move(RUN, "whole")

@@ -1,6 +1,6 @@
-"""Frozen here: where settings come from, and which of them wins.
+"""Frozen here: sources of settings, and their precedence.
 
-* later configs overlay earlier ones, typed flags win over all, wherever they stand;
+* later configs override earlier ones, and typed options override all, in any order;
 * another class of method drops the settings of the one before, with one warning;
 * ``--print_config`` and a run's config.yaml can be fed back and give the same run.
 """
@@ -93,7 +93,7 @@ def test_another_method_drops_the_old_ones_settings(
 
 
 @pytest.mark.parametrize("method", ["KDD", {"class_path": "KDD", "init_args": {"a": 1}}])
-def test_a_misspelt_method_is_refused_beside_a_typed_one(
+def test_a_misspelt_method_is_refused_next_to_a_typed_one(
     okd: Type, config: str, here: Path, method: object
 ) -> None:
     (here / "overlay.yaml").write_text(yaml.safe_dump({"method": method}))
@@ -179,7 +179,7 @@ def test_flags_alone_say_the_same_as_a_config(okd: Type, config: str, assets: As
 
 
 def test_infinity_is_a_number(okd: Type, assets: Assets) -> None:
-    """In the spelling that the options' help has, and in YAML's."""
+    """``inf`` is a number in the spelling of the options' help, and in YAML's."""
     base = ["fit", *assets.models, *assets.data, *QUIET, "--method", "OPD"]
     base += ["--trainer.max_steps", "1", "--trainer.default_root_dir", "run"]
     option = "--method.max_log_ratio"

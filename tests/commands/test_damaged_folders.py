@@ -1,7 +1,7 @@
-"""Frozen here: what is damaged in a run's folder never decides over a resume.
+"""Frozen here: damaged files of a run's folder never change a resumed run.
 
-* tables and settings that cannot be read, whatever stands in their place, are set aside as
-  NAME.broken with a warning, and the run goes on to the weights of one that was left alone;
+* tables and settings that cannot be read, whatever replaces them, are renamed as
+  NAME.broken with a warning, and the run ends with the weights of an uninterrupted one;
 * checkpoints that cannot be read end in one line, or are passed over for whole ones;
 * links to another disk stay links, and a lost one is named.
 """

@@ -5,7 +5,7 @@
   and refuses with their names where several wait to be resumed; without settings it takes the only
   run there is;
 * a folder in which another process trains is refused with that process's host and number, and
-  nothing in it changes; the lock of a process that was killed is none.
+  nothing in it changes; the lock of a killed process has no effect.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""docs/evaluation.md is true: its commands run, in order, and its numbers are where it says.
+"""docs/evaluation.md: its commands run, in order, and its numbers are in the named files.
 
 * ``test`` on another file than the run's own; task measures from the command line.
 * A file without the columns is refused with the names that it has.
-* ``measures.jsonl`` says what was measured on what.
+* ``measures.jsonl`` names the measures and their data.
 * The task file and the command for lm-evaluation-harness run on an export, offline.
 """
 

@@ -152,7 +152,7 @@ def test_a_student_from_random_weights(fit: Fit, okd: Fit, assets: Assets) -> No
 
 
 def test_exporting_into_a_used_folder_replaces_the_model(fit: Fit, okd: Fit) -> None:
-    """In whatever form: nothing of an earlier one is read in its place."""
+    """No file of an earlier export, in any form, is read instead of the new one."""
     fit("--method", "KD", *LORA, *FAST)
     assert okd("export", "--ckpt_path", LAST, "--out", "merged").status == 0
     for _ in range(2):

@@ -1,10 +1,10 @@
-"""Frozen here: what ``okd-lightning fit`` takes, and what it leaves in the run's folder.
+"""Frozen here: options of ``okd-lightning fit``, and its files in the run's folder.
 
 * every method and every way to compose methods runs from the command line alone;
 * a run's folder holds config.yaml, metrics.csv, the best and the last checkpoint, TensorBoard,
   and rollouts.jsonl;
-* a second run in the same folder moves the first one away whole;
-* a user's own classes are found in the current folder, behind everything installed.
+* a second run in the same folder moves all files of the first one away;
+* a user's own classes are found in the current folder, after everything installed.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ OTHER = ["--trainer.logger+=TensorBoardLogger", "--trainer.logger.save_dir", "ot
         (["--trainer.logger", "false"], False),
     ],
 )
-def test_other_loggers_are_beside_the_table(fit: Fit, flags: list[str], files: bool) -> None:
+def test_other_loggers_are_next_to_the_table(fit: Fit, flags: list[str], files: bool) -> None:
     fit("--method", "KD", "--trainer.max_steps", "2", flags)
     assert (RUN / "metrics.csv").is_file() == files
     assert any(Path("other").glob("**/events*")) == files
@@ -120,7 +120,7 @@ def test_two_methods_add_up(fit: Fit) -> None:
     assert row["train/loss"] == pytest.approx(2 * row["train/kd"] + 0.5 * row["train/sft"])
 
 
-def test_kd_on_the_data_beside_gkd_on_rollouts(fit: Fit) -> None:
+def test_kd_on_the_data_next_to_gkd_on_rollouts(fit: Fit) -> None:
     fit("--method", "KD", "--trainer.callbacks+=GKD", "--trainer.callbacks.on_policy_fraction", "1")
     assert {"train/kd", "train/gkd", "rollout/tokens"} <= metric_names(RUN / "metrics.csv")
 
@@ -293,7 +293,7 @@ def test_a_second_run_moves_the_first_away(fit: Fit) -> None:
 
 
 def test_prompts_alone_are_enough_on_policy(okd: Fit, assets: Assets, here: Path) -> None:
-    """Without responses "best" watches the divergence on the student's own answers."""
+    """Without dataset responses "best" follows the divergence on on-policy samples."""
     rows = [json.loads(line) for line in Path(assets.train).read_text().splitlines()]
     prompts = here / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
@@ -323,7 +323,7 @@ def test_the_same_seed_gives_the_same_numbers(fit: Fit) -> None:
     assert runs[0] != runs[2]
 
 
-def test_a_run_that_is_given_a_time_alone_goes_on_for_it(fit: Fit) -> None:
+def test_a_run_that_is_given_a_time_alone_continues_for_it(fit: Fit) -> None:
     fit("--method", "KD", "--trainer.max_time", "00:00:00:03", "--trainer.limit_val_batches", "0")
     assert int(read_metrics(RUN / "metrics.csv")[-1]["epoch"]) > 1
 

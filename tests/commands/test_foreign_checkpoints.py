@@ -1,8 +1,8 @@
-"""Checkpoints and comparisons of somebody else: what they name is not run.
+"""Checkpoints and comparisons of another author: code that they name is not run.
 
 Frozen here, for every command: a config in a checkpoint that names a program, a module of the
 current folder, a re-exported module, a function, a config file, a server or a kernel is refused in
-one line that names the file, and nothing has run; each way out that the line names is one. A
+one line that names the file, and nothing has run; each remedy that the line names works. A
 user's own checkpoints resume whatever they name, without a flag. The run's folder is where the
 checkpoint lies.
 """
@@ -90,7 +90,7 @@ def forge(begun: Path, here: Path) -> Callable[..., Path]:
 
 
 def refused(result: Result, *words: str) -> None:
-    """One line, and nothing has run or been written."""
+    """Run a command that must end with one line, and run no code and write no file."""
     assert result.status == 1, result.err
     (line,) = result.err.strip().splitlines()
     for word in words:
@@ -200,7 +200,7 @@ def test_ones_own_code_resumes_without_a_flag(
     assert again.status == 0, again.err
 
 
-def test_a_run_goes_on_where_its_checkpoint_lies(begun: Path, forge: Type, okd: Type) -> None:
+def test_a_run_continues_where_its_checkpoint_lies(begun: Path, forge: Type, okd: Type) -> None:
     """The folder is the checkpoint's own, not the one that it names, signed or not."""
     before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()}
     forge("trainer.default_root_dir", str(begun))

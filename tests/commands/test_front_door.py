@@ -1,4 +1,4 @@
-"""Frozen here: what a shell sees.
+"""Output of the program in a shell.
 
 * ``--version``, ``--help`` and a mistyped command answer without torch;
 * a run's console output names the data, the steps, the folder and the next command, and holds no
@@ -78,7 +78,7 @@ def test_every_command_has_help(command: str) -> None:
     assert OWN_OPTIONS.get(command, "--ckpt_path") in text
 
 
-def test_beside_another_lightning_the_parser_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_next_to_another_lightning_the_parser_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The parser is used, because that Trainer may have other options than the stored ones."""
     monkeypatch.setattr("importlib.metadata.version", lambda name: "2.6.99")
     assert stored_help("fit", ["--help"]) is None
@@ -86,7 +86,7 @@ def test_beside_another_lightning_the_parser_answers(monkeypatch: pytest.MonkeyP
 
 
 def test_a_whole_run_on_the_console(assets: Assets, tmp_path: Path) -> None:
-    """No table of sharding tips, no deprecations, no bars in a pipe; what matters, once each."""
+    """The output has no sharding tips, deprecations or bars in a pipe, and each message once."""
     words = ["fit", *assets.models, *LENGTHS, "--data.train", assets.train]
     words += ["--data.val", assets.val, "--method", "GKD", "--trainer.accelerator", "cpu"]
     words += ["--model.gradient_checkpointing", "true", "--trainer.log_every_n_steps", "1"]

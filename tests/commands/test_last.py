@@ -32,7 +32,7 @@ def step_of(path: Path) -> int:
     return int(torch.load(path, weights_only=True)["global_step"])
 
 
-def test_one_command_begins_and_goes_on(fit: Fit, assets: Assets) -> None:
+def test_one_command_begins_and_continues(fit: Fit, assets: Assets) -> None:
     begun = fit(*OPTIONS, "--trainer.max_steps", "4")
     assert "there is no checkpoint: a new run begins" in begun.log
     assert step_of(LAST) == 4

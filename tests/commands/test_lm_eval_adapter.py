@@ -71,7 +71,7 @@ def test_its_likelihood_is_our_cross_entropy(export):
     assert own == pytest.approx(cross_entropy, rel=1e-5)
     if not (folder / "adapter_config.json").exists():
         harness = measured(HFLM, pretrained=str(folder)) / num_tokens
-        assert harness > own + 1e-3  # garbage rows behind the tokenizer take probability
+        assert harness > own + 1e-3  # garbage rows beyond the tokenizer take probability
 
 
 def test_its_greedy_answers_are_ours(make_module, student_folder):
@@ -123,7 +123,7 @@ def test_templates_have_limits_and_systems_may_be_left_out(tmp_path):
 
 
 def test_prompts_are_opened_and_not_closed(tmp_path):
-    """By tokenizers that write a bos and an eos around a text; a chat's template writes its own."""
+    """The tokenizers add a bos and an eos to a text; a chat's template adds its own."""
     from okd_lightning.commands.lm_eval_adapter import ExportedLM
 
     tokenizer = tiny.make_tokenizer()

@@ -1,4 +1,4 @@
-"""Frozen here: a mistake is one line on stderr that says what to do, and costs nothing.
+"""Frozen here: a mistake is one line on stderr with the remedy, and no file is lost.
 
 Every row of the table is a command with a mistake and the words that its line must hold. The exit
 status is not zero, there is no traceback, and the run that lies in the folder stays as it was.
@@ -309,7 +309,7 @@ def name(value: Any) -> str:
 
 @pytest.fixture(scope="module")
 def workshop(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of broken files, other models, and one run that must survive everything."""
+    """Folder with broken files, other models, and one run that must stay unchanged."""
     from okd_lightning.__main__ import main
 
     folder = tmp_path_factory.mktemp("mistakes")
@@ -358,7 +358,7 @@ def spoil(
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files of a run but the event files that a logger opens beside it."""
+    """All files of a run but the event files that a logger opens in it."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(p): p.read_bytes() for p in files if not p.name.startswith("events")}
 
@@ -386,14 +386,14 @@ def test_debug_shows_the_traceback(okd: Type, assets: Assets) -> None:
 
 
 def test_more_prompt_columns_do_not_hurt(okd: Type, assets: Assets, here: Path) -> None:
-    """Columns that nobody asked for are none of our business."""
+    """Further columns of the rows are ignored."""
     rows = [{"prompt": "abc", "response": "d", "answer": 3, "meta": {"a": []}}] * 4
     file = write_jsonl(here / "wide.jsonl", rows)
     base = [*assets.models, *assets.data, *QUIET, "--trainer.default_root_dir", "run"]
     assert okd("fit", base, KD, "--data.train", str(file)).status == 0
 
 
-def test_broken_rows_are_told_before_weights_are_read(okd: Type, here: Path) -> None:
+def test_broken_rows_are_reported_before_weights_are_read(okd: Type, here: Path) -> None:
     save_model(here / "hollow", seed=1)
     (here / "hollow" / "model.safetensors").write_bytes(b"no weights")
     rows = [{"prompt": "a", "response": "b"}, {"prompt": 3, "response": "b"}]

@@ -57,7 +57,7 @@ def questions(folder: Path) -> list[str]:
 
 
 def shelf(folder: Path) -> list[str]:
-    """Put the files beside the package into the current folder, as in a checkout."""
+    """Copy the shelf's files into the current folder, as in a checkout."""
     shutil.copytree(SHELF, folder / "callbacks")
     return []
 
@@ -68,7 +68,7 @@ RUNS = {
     "opsd": lambda folder: [*TOKENIZER, *questions(folder), *shelf(folder)],
     "quickstart_teacher": lambda folder: [*TOKENIZER, *DATA],
 }
-OVERLAYS = {  # with what stands in metrics.csv because of them
+OVERLAYS = {  # with their rows in metrics.csv
     "overlays/okd_on_rollouts": {"train/okd"},
     "overlays/okd_opd_plus": {"train/okd", "train/opd_plus"},
     "overlays/kd_opd_plus_reward": {"train/kd", "train/opd_plus", "train/reward"},
@@ -248,7 +248,7 @@ def test_the_sharded_overlay_trains_resumes_and_exports(tmp_path, monkeypatch, c
 
 
 def test_the_slurm_overlay_trains_on_two_nodes(tmp_path):
-    """Two tasks that believe to be on a node each."""
+    """Two tasks run with the variables of two nodes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,10 +1,10 @@
-"""Frozen here: a run that gets SIGTERM stops behind a checkpoint, and goes on as if nothing was.
+"""Frozen here: a run that gets SIGTERM stops after a checkpoint, and resumes without a difference.
 
-* wherever the signal comes (in a training step, while responses are written, in a validation, in
+* wherever the signal comes (in a training step, during generation, in a validation, in
   the first rollout of an epoch), the run ends with status 143 and one line, and the same command
   (``--ckpt_path last``) ends with the weights, metrics.csv and rollouts.jsonl of the run that was
   left alone;
-* so does a run that is stopped twice: it trains the epochs that were asked for;
+* the same holds for a run that is stopped twice: it trains the requested number of epochs;
 * ``stopped.json`` holds the signal, the step, the checkpoint and a command that resumes;
 * under SLURM its warning signal does the same and asks for the job to be put into the queue again.
 """
@@ -44,7 +44,7 @@ PLACES = {
 
 
 def options(assets: Assets, *more: str) -> list[str]:
-    """Two epochs of 6 steps, 2 micro-batches each; chunks of 2 steps."""
+    """Options of two epochs of 6 steps of 2 micro-batches; rollout batches of 2 steps."""
     return [
         *(*assets.data, *QUIET, *assets.models, "--trainer.default_root_dir", str(RUN)),
         *("--method", "GKD", "--method.on_policy_fraction", "0.5"),
@@ -99,7 +99,7 @@ MOMENTS = [
 
 
 @pytest.mark.parametrize(("place", "number"), MOMENTS)
-def test_a_stopped_run_goes_on(
+def test_a_stopped_run_continues(
     place: str,
     number: int,
     okd: Fit,
@@ -150,7 +150,7 @@ def test_the_record_says_how_to_go_on(
 def test_the_record_of_a_run_without_checkpoints(
     okd: Fit, assets: Assets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From Python, where nothing says that there have to be any."""
+    """A run from Python need not have checkpoints."""
     signal_at(monkeypatch, "training", 2)
     module = DistillationModule(assets.student, assets.teacher, learning_rate=1e-3)
     trainer = lightning.Trainer(
@@ -173,7 +173,7 @@ TWICE = [
     ((("training", 12), ("training", 4)), "3"),  # at an epoch's end, then within the next
     ((("rollout", 4), ("training", 2)), "3"),
     ((("validation", 1), ("rollout", 1)), "2"),  # in a validation, then before it begins again
-    ((("validation", 1), ("rollout", 2)), "1"),  # in a validation, then just behind it
+    ((("validation", 1), ("rollout", 2)), "1"),  # in a validation, then just after it
 ]
 
 

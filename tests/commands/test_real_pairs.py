@@ -1,4 +1,4 @@
-"""Frozen here: the recipes of configs/pairs are for models that exist, run, and cost what they say.
+"""Frozen here: recipes of configs/pairs name existing models, run, and cost what the docs say.
 
 * the architectures in benchmarks/pair_models.json have the published numbers of parameters;
 * each pair trains with its task, its own method and precision, on shrunken copies of its models
@@ -268,7 +268,7 @@ def test_a_block_at_work_saves_what_the_formula_says(name):
 
 @pytest.mark.parametrize("task", ["gsm8k", "toolalpaca"])
 def test_real_rows_fit_a_tasks_limits(task, shared_data):
-    """With Qwen2.5's tokenizer and template; rows that are too long would be left out."""
+    """The rows fit, with Qwen2.5's tokenizer and template; longer rows would be skipped."""
     datasets = shared_data / "datasets"
     if task == "gsm8k":
         lines = (datasets / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").splitlines()

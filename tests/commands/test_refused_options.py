@@ -1,4 +1,4 @@
-"""Settings that Lightning, torch or PEFT refuse in words of their own end in one line as well.
+"""Settings that Lightning, torch or PEFT refuse with their own messages end in one line as well.
 
 Frozen here: status 1 or 2, one line, no "unexpected", and the setting or its value is named.
 """

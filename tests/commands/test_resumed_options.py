@@ -195,7 +195,7 @@ def test_a_methods_settings_act(fit, checkpoint, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*prompts_per_rollout 12 has no effect in this run")
 @pytest.mark.parametrize(("before", "after"), [(0.0, 1.0), (1.0, 0.0), (1.0, 0.5)])
-def test_another_on_policy_share_writes_the_chunk_again(before, after, fit, tmp_path):
+def test_another_on_policy_share_generates_the_rollout_batch_again(before, after, fit, tmp_path):
     """The chunk is 12 prompts, three optimizer steps; the checkpoint is in the middle of one."""
     chunk = {"data__prompts_per_rollout": 12}
     first = fit(tmp_path / "a", method=GKD(on_policy_fraction=before), **chunk)

@@ -1,10 +1,10 @@
-"""A run's files, cut back where it goes on.
+"""A run's files, cut at the checkpoint from which it resumes.
 
-Frozen here: rows behind the checkpoint go and earlier ones stay, also where the last line is half
-written; the row of the checkpoint's own step, which is logged behind it, is added once where a kill
-came between the two; a new column never leaves the file half written; what a killed process was
-writing aside is removed; a run that fails before its first step gives its files back, and removes
-none that was there before it, also where it resumes from checkpoints alone.
+Frozen here: rows after the checkpoint are removed and earlier ones kept, also where the last line
+is half written; the row of the checkpoint's own step, which is logged after it, is added once where
+a kill came between the two; a new column never leaves the file half written; what a killed process
+was writing aside is removed; a run that fails before its first step gives its files back, and
+removes none that was there before it, also where it resumes from checkpoints alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROW = {"train/loss": 0.3, "epoch": 0, "step": 2}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two rows of training and one of validation, and half a row."""
+    """Return a run folder with two rows of training, one of validation, and half a row."""
     logger = RunCSVLogger(str(tmp_path))
     for step in (0, 1):
         logger.log_metrics({"train/loss": 0.1 + step / 10, "epoch": 0}, step=step)

@@ -44,7 +44,7 @@ RESUMED = {
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_sampled_methods_resume_and_export(name, checkout, fit, okd, assets):
-    """Two steps at once are one step and a resumed one; the student is a folder of its own."""
+    """Two steps equal one step and a resumed one; the student is exported as a folder."""
     method = (
         "--method",
         f"callbacks.{name}",

@@ -60,7 +60,7 @@ class Breaker(Callback):
 def test_what_stops_a_run_from_outside(
     okd: Type, assets: Assets, here: Path, kind: str, status: int, words: list[str]
 ) -> None:
-    """One line as well, and everything up to there can be resumed."""
+    """The run ends with one line, and can be resumed from there."""
     (here / "cli_breaker.py").write_text(BREAKER)
     base = [*assets.models, *assets.data, *QUIET, "--trainer.default_root_dir", "run"]
     result = okd(

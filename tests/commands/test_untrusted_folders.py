@@ -1,4 +1,4 @@
-"""Frozen here: what a folder on disk says never names another folder, and nothing foreign is lost.
+"""Frozen here: files on disk cannot redirect a command to other folders; no other files are lost.
 
 * labels and seeds of comparison.json are checked like those that are typed, and a broken one is one
   line; a run's folder is removed only where the comparison's mark lies in it;

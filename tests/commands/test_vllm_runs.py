@@ -1,9 +1,9 @@
-"""Whole runs whose student writes on a vLLM server, against a server that speaks its protocol.
+"""Whole runs whose student generates on a vLLM server, against a fake server with its protocol.
 
 Frozen here: GKD and OPD+ train through the command line, every rollout has the log-probs of the
-student as it was when it was written, which are those of the first optimizer step; a run that was
-cut within a chunk goes on with the stored responses, to the same weights; tools and LoRA students
-work; a server that fails ends the run in one line.
+student at the time of generation, which are those of the first optimizer step; a run that was
+killed within a rollout batch continues with the stored responses, to the same weights; tools and
+LoRA students work; a server that fails ends the run in one line.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ VALIDATES = ("--trainer.val_check_interval", "3")
 
 
 @pytest.mark.parametrize("method", [ON_POLICY, ("--method", "OPDPlus")], ids=lambda words: words[1])
-def test_methods_train_on_what_the_server_writes(method, fit: Fit, fake, flags, gaps) -> None:
+def test_methods_train_on_the_servers_responses(method, fit: Fit, fake, flags, gaps) -> None:
     steps = ["--trainer.max_steps", "3", "--model.learning_rate", "1e-1"]
     fit(method, flags, steps, VALIDATES)
     assert len(gaps) == 8  # three steps of two rows, and validation's two
@@ -88,7 +88,7 @@ def test_methods_train_on_what_the_server_writes(method, fit: Fit, fake, flags, 
     assert list(Path("weights").iterdir()) == [Path("weights/update.lock")]
 
 
-def test_a_cut_run_goes_on_with_its_stored_responses(fit: Fit, okd: Fit, fake, flags) -> None:
+def test_a_cut_run_continues_with_its_stored_responses(fit: Fit, okd: Fit, fake, flags) -> None:
     chunk = [*ON_POLICY, *flags, *VALIDATES, "--data.prompts_per_rollout", "6"]
     fit(chunk, "--trainer.max_steps", "3", "--trainer.default_root_dir", "whole")
     fake.requests.clear()

@@ -103,7 +103,7 @@ sys.exit(main())
 def test_it_finds_its_configs_by_name_and_runs_the_quickstart(
     installed: Path, tmp_path: Path
 ) -> None:
-    """In one process, as imports are most of its time."""
+    """One process runs all commands, because imports take most of the time."""
     argv = ("quickstart", "--method", "SFT", "--steps", "1", "--out", str(tmp_path))
     done = run_installed(installed, SHORT_QUICKSTART, *argv)
     assert done.returncode == 0, done.stderr

@@ -27,7 +27,7 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
 
 @pytest.fixture
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """No bos, no chat template."""
+    """Byte tokenizer without bos and chat template."""
     return make_byte_tokenizer()
 
 

@@ -1,7 +1,6 @@
-"""Rows as others write them: what TRL, OpenAI, Axolotl, LLaMA-Factory and known sets have.
+"""Rows in the formats of TRL, OpenAI, Axolotl, LLaMA-Factory and well-known datasets.
 
-Each set has two rows, the words of which all have to be in what is trained: nothing of a row that
-belongs to the prompt or the response may be lost on the way.
+Each set has two rows. All words of their prompts and responses must be in the trained text.
 """
 
 from __future__ import annotations

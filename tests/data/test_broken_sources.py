@@ -1,6 +1,6 @@
 """Semantics frozen here: a broken file or folder is refused by name and place, in one line.
 
-What stands for more than fits in memory is refused before it is read.
+Files that expand to more than memory are refused before they are read.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ HUGE = {
 
 
 @pytest.mark.parametrize("name", HUGE)
-def test_a_parquet_file_that_stands_for_too_much_is_refused(name, tmp_path, monkeypatch):
+def test_a_parquet_file_that_expands_to_too_much_is_refused(name, tmp_path, monkeypatch):
     """Before it is in memory: the limits are lowered, so that the test takes none either."""
     monkeypatch.setattr(bounded_files, "_UNCHECKED", 1 << 24)
     table = pyarrow.table({"prompt": HUGE[name]})

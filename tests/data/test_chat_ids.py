@@ -3,7 +3,7 @@
 Opening, turns and what stands between them decode to the rendering, begin with one bos, and are
 marked to the token; what a template writes after a turn is the same whether a row of the data set
 or a rollout with tools has it. Held for templates with an end that is the eos, one that is another
-special token, none at all, and tokens that swallow the line break behind them.
+special token, none at all, and tokens that include the line break after them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ TOKENIZERS = {
 
 
 def make(scheme: str | None, *, rstrip: bool = False) -> PreTrainedTokenizerBase:
-    """One id a byte or a character, and a bos before every plain text."""
+    """Return a tokenizer of one id per byte or character, with a bos before plain texts."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if scheme is not None:
         alphabet = ["▁", "\n", *(chr(i) for i in range(33, 127))]

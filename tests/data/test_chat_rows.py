@@ -248,7 +248,7 @@ def test_stable_chats_of_such_a_template_are_learned_whole(chat_tokenizer, build
 
 
 ENDINGS = {
-    # template's text behind a turn -> (eos, the response's own text)
+    # template's text after a turn -> (eos, the response's own text)
     "eos": ("</s>", "</s>", "Hello.</s>"),
     "end of turn that is not eos": ("<|im_end|>\n", "</s>", "Hello.<|im_end|>"),
     "two tokens, neither eos": ("<|im_end|><s>\n", "</s>", "Hello.<|im_end|><s>"),

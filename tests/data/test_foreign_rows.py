@@ -1,8 +1,8 @@
-"""Semantics frozen here: rows as others write them train as they are, or by one error's hint.
+"""Semantics frozen here: rows in other formats train unchanged, or with one error's hint.
 
 * Every hint is followed, as the command line would parse it, until training begins; one is enough.
 * Whatever words a row has for prompt and response are then in the trained prompt and response.
-* The system column, and columns beside a prompt that is named, are read or said not to be.
+* The system column, and columns next to a named prompt column, are read or reported as unread.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Plain prompts beside a tokenizer for chats.
+"""Plain prompts with a tokenizer that has a chat template.
 
 Frozen here: ``fit`` says that a chat model wants messages, once, for the training data alone; with
 chats, whole texts, or no template it says nothing.

@@ -1,4 +1,4 @@
-"""Semantics frozen here: rows are read before any weights are, in every stage.
+"""Semantics frozen here: rows are read before any weights, in every stage.
 
 * A broken row is the error, whatever is wrong with the weights, which are not looked for.
 * What the rows' lengths do not fit is told before models are loaded too.
@@ -21,7 +21,7 @@ STAGES = ("fit", "validate", "test", "predict")
 
 @pytest.fixture(scope="module")
 def hollow(tmp_path_factory):
-    """Folders of a student and a teacher whose weights are no weights."""
+    """Folders of a student and a teacher with broken weight files."""
     root = tmp_path_factory.mktemp("hollow")
     for seed, name in enumerate(("student", "teacher")):
         tiny.make_llama(seed).save_pretrained(root / name)
@@ -39,7 +39,7 @@ def run(stage, hollow, tmp_path, rows, method=KD, **data):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_broken_row_is_told_before_weights_are_read(stage, hollow, tmp_path, monkeypatch):
+def test_a_broken_row_is_reported_before_weights_are_read(stage, hollow, tmp_path, monkeypatch):
     monkeypatch.setattr(
         pair, "load_checked", lambda *a, **k: pytest.fail("a model is loaded first")
     )
@@ -47,13 +47,13 @@ def test_a_broken_row_is_told_before_weights_are_read(stage, hollow, tmp_path, m
         run(stage, hollow, tmp_path, BROKEN)
 
 
-def test_broken_validation_rows_are_told_before_training(hollow, tmp_path):
+def test_broken_validation_rows_are_reported_before_training(hollow, tmp_path):
     with pytest.raises(DataError, match="row 5: the prompt"):
         run("fit", hollow, tmp_path, GOOD, val=BROKEN, max_response_length=8, max_prompt_length=8)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_what_is_too_long_is_told_before_weights_are_read(stage, hollow, tmp_path):
+def test_what_is_too_long_is_reported_before_weights_are_read(stage, hollow, tmp_path):
     with pytest.raises(ConfigError, match="the context of the student is 64"):
         run(stage, hollow, tmp_path, GOOD, max_response_length=64)
 

@@ -1,7 +1,7 @@
-"""Semantics frozen here: what a prompt is made of where it is no column's text as it stands.
+"""Semantics frozen here: prompts made of several columns, and prompts as chats.
 
 * of several templates a row takes the first whose columns it fills; cells are put in as they are;
-* ``as_chat`` makes of a prompt the chat that a user's message with that text would have been;
+* ``as_chat`` converts a prompt to a chat with one user message of that text;
 * both are checked before anything is tokenized, and a message says what to type.
 """
 

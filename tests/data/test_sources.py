@@ -1,6 +1,6 @@
 """Semantics frozen here: every source gives the same rows; what is missing or broken is one line.
 
-A hub id is asked of the Hub only where nothing of that name exists and it cannot be a path.
+The Hub is queried only where no file of that name exists and the text cannot be a path.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def write_parquet(path):
 
 
 class Rows:
-    """Map-style, and nothing beside."""
+    """Minimal map-style dataset."""
 
     def __len__(self):
         return len(ROWS)
@@ -320,7 +320,7 @@ def test_a_long_cell_is_read(tmp_path):
         ({"val": ["v"], "test": ["t"], "predict": []}, {"test": ["t"], "predict": []}),
     ],
 )
-def test_an_empty_set_stands_for_no_other(given, expected):
+def test_an_empty_set_is_not_replaced_by_another(given, expected):
     sources = RolloutDataModule([{"prompt": "a"}], **given).sources
     assert {name: sources[name] for name in expected} == expected
 

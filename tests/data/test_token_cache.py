@@ -215,7 +215,7 @@ def damage_bit(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [damage_cut, damage_bit, lambda p: p.write_bytes(b"")])
-def test_a_broken_entry_is_made_anew(folder, builds, damage):
+def test_a_broken_entry_is_made_again(folder, builds, damage):
     expected = get(folder)
     (path,) = folder.iterdir()
     damage(path)

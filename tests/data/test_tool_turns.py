@@ -1,6 +1,6 @@
 """Text of a chat template between two turns with tool calls, and refused templates.
 
-Frozen here: with Qwen's template and with a small one, ids behind a call are the template's own, in
+Frozen here: with Qwen's template and with a small one, ids after a call are the template's own, in
 one stretch; a conversation written in turns is the data set's row of the same conversation, ids and
 masks; rows that name no tools are shown the declared ones; a response column answers a chat.
 """

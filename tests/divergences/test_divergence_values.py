@@ -189,7 +189,7 @@ def test_nan_is_not_hidden(case):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.is_built_in], ids=lambda case: case.id)
-def test_a_ratio_of_zero_is_no_nan_for_drawn_tokens(case):
+def test_a_ratio_of_zero_is_no_nan_for_sampled_tokens(case):
     """The student drew what the teacher rules out: u = 0, and f(u) is its limit."""
     never = torch.tensor([NEG])
     assert case.divergence.generator(never).item() == pytest.approx(case.at_zero, rel=1e-5)

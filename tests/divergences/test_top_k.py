@@ -81,7 +81,7 @@ def test_an_empty_tail(side):
         assert gradient.isfinite().all()
 
 
-def test_drawn_tokens_are_read_as_their_outcome(logprobs):
+def test_sampled_tokens_are_read_as_their_outcome(logprobs):
     student, teacher = logprobs
     coarse = TopK(ReverseKL(), 2)
     best = teacher.argsort(-1, descending=True)

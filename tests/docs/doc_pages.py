@@ -22,7 +22,7 @@ class Block:
     Attributes:
         page: Its page, from the repository's root.
         line: Of the opening fence.
-        language: Behind the opening fence.
+        language: Word after the opening fence.
         title: A file's name, why the block does not run, or that its commands are mistakes.
         text: Between the fences.
     """
@@ -45,7 +45,7 @@ class Block:
 
     @property
     def place(self) -> str:
-        """For messages."""
+        """Page and line, for messages."""
         return f"{self.page}:{self.line}"
 
 

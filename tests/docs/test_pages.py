@@ -135,7 +135,7 @@ def run(arguments: list[str], place: str, capsys) -> None:
 
 
 def length_of(arguments: list[str]) -> list[str]:
-    """Two steps; two more where a finished run goes on."""
+    """Return the options of a short run: two steps, and two more where a finished run continues."""
     goes_on = "--ckpt_path" in arguments and "last" not in arguments
     return ["--trainer.max_steps", "4" if goes_on else "2"]
 

@@ -213,7 +213,7 @@ def test_an_engine_can_be_used_again():
     assert first == second
 
 
-def test_gradient_checkpointing_does_not_change_what_is_written():
+def test_gradient_checkpointing_does_not_change_responses():
     model, prompts = tiny.make_llama(1), prompts_of(6)
     expected = write(model, prompts)
     recompute_activations(model, "--model.student")

@@ -2,9 +2,9 @@
 
 Frozen here: the same samples and log-probs on every architecture, also where memory cannot be
 rearranged (state-space models), where rows end at once, after one token, and where prompts differ a
-hundredfold in length; whatever the token budget, so whoever joins and leaves a batch when; prompts
-that are equal are read once; draws from a mixture of two models; a model's own layers are as they
-were afterwards.
+hundredfold in length; whatever the token budget, so independent of the joining and leaving rows;
+prompts that are equal are read once; draws from a mixture of two models; a model's own layers are
+as they were afterwards.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 @torch.no_grad()
 def slowly(model, prompt, noise, sampling, eos_ids=EOS_IDS):
-    """One row from its start for every token: no batch, no cache."""
+    """Generate one row by a pass over the whole row for every token: no batch, no cache."""
     ids, logprobs = [], []
     for uniform in noise.tolist():
         logits = model(torch.tensor([[*prompt, *ids]]), use_cache=False).logits[0, -1, :NUM_IDS]
@@ -133,7 +133,7 @@ ALL = [*ARCHITECTURES, *EXTRA, *STATE_SPACE]
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_every_architecture_writes_what_it_writes_alone(name):
+def test_every_architecture_generates_what_it_generates_alone(name):
     model = model_of(name)
     rollout = check(model, prompts_of(LENGTHS), token_budget=70)
     assert len({len(ids) for ids in rollout.response_ids}) > 1
@@ -160,7 +160,7 @@ def test_a_long_prompt_among_short_ones():
 
 
 def test_positions_stay_within_the_models_own():
-    """A row that has ended stands beside others that go on, and must not run over the limit."""
+    """A row that has ended stays in the batch, and must not exceed the limit."""
     model = build("gpt2", n_positions=20)
     lengths = [10, 10, 1, 1, 1, 1, 1, 1, 1, 1]
     rollout = check(model, prompts_of(lengths), max_new_tokens=10, eos_ids=(), token_budget=400)
@@ -264,7 +264,7 @@ def test_utilisation_is_the_share_of_row_steps_that_wrote():
 
 
 class Mixture:
-    """Two models as one, the slow way: its logits are the mixture's log-probabilities."""
+    """Reference of a mixture: a model whose logits are the mixture's log-probabilities."""
 
     def __init__(self, first, second, share):
         self.models, self.share = (first, second), share

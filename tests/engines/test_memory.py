@@ -133,7 +133,7 @@ def test_a_mixture_takes_the_slower_way(pair):
 
 
 class Forgetful(LlamaForCausalLM):
-    """Takes the cache and starts again at every call."""
+    """Model that ignores the content of the given cache."""
 
     def forward(self, input_ids=None, past_key_values=None, position_ids=None, **kwargs):
         kwargs.pop("attention_mask", None)
@@ -141,7 +141,7 @@ class Forgetful(LlamaForCausalLM):
 
 
 class LosesTheFirst(LlamaForCausalLM):
-    """Keeps all but the first token of the cache."""
+    """Model that loses the first token of the cache."""
 
     def forward(self, input_ids=None, attention_mask=None, past_key_values=None, **kwargs):
         if attention_mask is not None and past_key_values is not None:

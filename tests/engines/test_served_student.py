@@ -81,7 +81,7 @@ def test_what_the_server_says_of_itself_is_read_first(name, value, words, fake, 
 
 
 def with_biases():
-    """Further weights, which the settings that are compared say nothing of."""
+    """Return a model with further weights that the compared settings do not show."""
     return tiny.make_llama(1, mlp_bias=True)
 
 

@@ -1,10 +1,10 @@
-"""Rollouts that call tools, written by a script.
+"""Rollouts that call tools, with scripted responses.
 
-Frozen here: what is behind the prompt is, stretch by stretch, the template's rendering of the whole
+Frozen here: the text after the prompt is, stretch by stretch, the template's rendering of the whole
 conversation; only the model's own tokens are masked in and have log-probs; every round is one call
-of the engine with all rows that still write; noise goes on over the turns, so that no row depends
+of the engine with all unfinished rows; noise continues over the turns, so that no row depends
 on the others; unknown tools, bad arguments and raising tools are answered with their error; all
-tokens behind the prompt count against the limit, and an answer may be cut by it.
+tokens after the prompt count against the limit, and an answer may be cut by it.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def test_the_last_allowed_turn_is_not_answered(tokenizer):
 
 
 @pytest.mark.parametrize("limit", range(1, 140))
-def test_the_limit_holds_for_everything_behind_the_prompt(limit, tokenizer):
+def test_the_limit_holds_for_everything_after_the_prompt(limit, tokenizer):
     script = [f"{call_of('3*7')}{END}", f"It is 21.{END}"]
     whole, _ = tool_chats.run(tokenizer, {0: script})
     cut, _ = tool_chats.run(tokenizer, {0: script}, limit=limit)

@@ -1,8 +1,9 @@
 """Whole runs whose responses call tools, with a tiny model that does.
 
-Frozen here: loss, counts, sampler log-probs and credits lie on the student's own tokens alone, for
-every term; a killed run resumes bit for bit though its rollouts were written in turns; validation,
-predict, rewards and exact match read the conversation as they say; plain rows are refused.
+Frozen here: loss, counts, sampler log-probs and advantages exist on the student's sampled tokens
+alone, for every term; a killed run resumes bit for bit though its rollouts were written in turns;
+validation, predict, rewards and exact match read the conversation as they say; plain rows are
+refused.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ def test_a_killed_run_resumes_bit_for_bit(batch, tmp_path, tokenizer):
     assert tiny.distance(tiny.weights(resumed), tiny.weights(module)) == 0
 
 
-def test_credits_of_a_group_act_on_own_tokens_alone(tmp_path, module, tokenizer):
+def test_advantages_of_a_group_act_on_own_tokens_alone(tmp_path, module, tokenizer):
     recorder = tiny.Recorder()
     method = Reward(ToolCallMatch(), baseline="leave_one_out")
     trainer = tiny.make_trainer(tmp_path, [method, recorder])
@@ -190,7 +191,7 @@ def test_credits_of_a_group_act_on_own_tokens_alone(tmp_path, module, tokenizer)
 
 
 class Reader(RewardFunction):
-    """Keeps what it is given."""
+    """Reward that records its arguments."""
 
     def __init__(self, reads_last_turn: bool) -> None:
         self.reads_last_turn = reads_last_turn
@@ -202,7 +203,7 @@ class Reader(RewardFunction):
 
 
 class Parrot:
-    """Calls the calculator, then says what it has read last."""
+    """Fake model that calls the calculator and then repeats the result."""
 
     def __init__(self, tokenizer) -> None:
         self._tokenizer = tokenizer

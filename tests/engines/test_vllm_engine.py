@@ -1,7 +1,7 @@
 """The student's responses from vLLM in this process, against a module with vLLM's API.
 
 Frozen here: log-probs are the student's own right after its weights have changed; vLLM sleeps while
-the student trains and is given the weights anew; awake it is given them where they changed, and
+the student trains and is given the new weights; awake it is given them where they changed, and
 its cache is dropped; without vllm there is one line, as there is for a platform that it cannot
 sleep on and for settings that it does not take; raw log-probs and weights that do not arrive are
 found out. tests/real_vllm has the real one.

@@ -4,8 +4,8 @@ Tests marked ``on_both`` run against a real vLLM too, where there is one (``make
 
 Frozen here: log-probs are the student's own under the distribution drawn from, right after its
 weights have changed; limits a row, stop reasons and ids that no token has; seeds by (seed, epoch,
-prompt, sample, tokens before); greedy; the server's weights are those of the student or writing
-fails, never stale; merged adapters are what samples; a dropped connection is repeated, a slow
+prompt, sample, tokens before); greedy; the server's weights are those of the student, never stale,
+or generation fails; merged adapters are what samples; a dropped connection is repeated, a slow
 server, a 500, a wrong model, a server without dev mode, one that reports raw log-probs, and one
 that was exchanged in between are errors that say so.
 """
@@ -119,7 +119,7 @@ def test_new_weights_are_pushed_once(fake, student, make_engine):
     assert fake.num_reloads == 1
     first = fake.version
     with torch.no_grad():
-        student.lm_head.weight.data[5] += 1e-3  # behind autograd's back
+        student.lm_head.weight.data[5] += 1e-3  # unseen by autograd
     rollout = make_engine(student, source).respond(Request(batch, Sampling(), NOISE, 4))
     assert fake.num_reloads == 2
     assert fake.version != first

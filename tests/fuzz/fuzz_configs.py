@@ -94,7 +94,7 @@ def _calls(text: str) -> Callable[[Bench], None]:
 
 
 def cases(seed: int) -> list[Case]:
-    """All of them; the seed is not used."""
+    """Yield all cases; the seed is not used."""
     del seed
     patterns = {
         "nested repetition": (r"(a+)+$", "a" * 60 + "b"),

@@ -211,7 +211,8 @@ _COMBINATIONS: dict[str, str] = {
     "--model.engine.sync_folder w",
     "server nobody answers": "--model.teacher ServedTeacher --model.teacher.url "
     "http://127.0.0.1:9 --model.teacher.num_retries 0",
-    "password in an address": "--model.teacher ServedTeacher --model.teacher.url http://a:b@localhost",
+    "password in an address": "--model.teacher ServedTeacher --model.teacher.url "
+    "http://a:b@localhost",
     "devices": "--trainer.devices 0",
     "many devices": "--trainer.accelerator gpu --trainer.devices 64",
     "device of a name": "--trainer.devices x",
@@ -341,7 +342,7 @@ def _act(words: Words, files: dict[str, str]) -> Callable[[Bench], None]:
 
 
 def _base(assets: Path) -> Words:
-    """A command that trains for a step."""
+    """Return a command that trains for one step."""
     return [
         *("fit", "--method", "KD", "--model.student", str(assets / "student")),
         *("--model.teacher", str(assets / "teacher"), "--data.train", str(assets / "train.jsonl")),
@@ -353,7 +354,7 @@ def _base(assets: Path) -> Words:
 
 
 def _split(text: str) -> Words:
-    """Words; what is in brackets stays together."""
+    """Split a text into words; text in brackets is one word."""
     words: Words = []
     for word in text.split(" "):
         if words and words[-1].count("{") > words[-1].count("}") and not word.startswith("--"):
@@ -364,7 +365,7 @@ def _split(text: str) -> Words:
 
 
 def cases(seed: int) -> list[Case]:
-    """The written ones, and as many drawn ones; no mistake occurs twice."""
+    """Yield the listed cases, and as many random ones; no mistake occurs twice."""
     draw = random.Random(seed)
     drawn: dict[str, Words] = {}
     while len(drawn) < _NUM_DRAWN:

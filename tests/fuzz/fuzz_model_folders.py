@@ -184,7 +184,7 @@ def _turn(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _adapter(**changes: Any) -> Callable[[Path], None]:
-    """The folder becomes an adapter on the model that it held."""
+    """Convert the folder to an adapter on its model."""
 
     def change(folder: Path) -> None:
         base = folder.rename(folder.with_name("base"))
@@ -250,7 +250,7 @@ def _case(name: str, change: Callable[[Path], None]) -> Case:
 
 
 def cases(seed: int) -> list[Case]:
-    """All of them."""
+    """Yield all cases."""
     special = {
         "pickled weights": _pickled,
         "index outside": _index,

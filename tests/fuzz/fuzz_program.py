@@ -71,7 +71,7 @@ class Bench:
         return path
 
     def train(self, train: object = None, student: Path | None = None, **data: object) -> None:
-        """One step of SFT on the CPU."""
+        """Train one step of SFT on the CPU."""
         rows = train or [{"prompt": "ab=", "response": "ba"}] * 2
         module = DistillationModule(student=str(student or self.student), learning_rate=1e-3)
         given = {"max_prompt_length": 64, "max_response_length": 32, "batch_size": 2, **data}

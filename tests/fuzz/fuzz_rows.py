@@ -78,7 +78,7 @@ def _parquet(table: pyarrow.Table) -> Callable[[Bench], None]:
 
 
 def _tables() -> dict[str, pyarrow.Table]:
-    """A few kilobytes that stand for much."""
+    """Return files of a few kilobytes that expand to large tables."""
     texts = pyarrow.DictionaryArray.from_arrays(
         pyarrow.array([0] * 20_000, pyarrow.int32()), ["a" * (1 << 20)]
     )
@@ -161,7 +161,7 @@ def _folder(path: str, content: str | bytes) -> Callable[[Bench], None]:
 
 
 def _mutated(seed: int, num: int) -> list[Case]:
-    """A good file with some bytes exchanged."""
+    """Return a valid file with some bytes exchanged."""
     rng = random.Random(seed)
     good = (_ROW + '{"messages": [{"role": "user", "content": "a"}]}\n' * 2).encode()
     found = []
@@ -174,7 +174,7 @@ def _mutated(seed: int, num: int) -> list[Case]:
 
 
 def cases(seed: int) -> list[Case]:
-    """All of them."""
+    """Yield all cases."""
     special = [
         Case("file: pipe", _pipe),
         Case("file: /dev/zero", _link("/dev/zero", "rows.jsonl")),

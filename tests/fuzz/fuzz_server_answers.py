@@ -131,7 +131,7 @@ def _endless(sock: Any, request: bytes) -> None:
 
 
 def _engine(reply: Reply) -> Callable[[Bench], None]:
-    """One completion as the engine and the probe ask for it."""
+    """Request one completion as the engine and the probe do."""
 
     def act(bench: Bench) -> None:
         with raw_server(_after_models(reply)) as server:
@@ -143,7 +143,7 @@ def _engine(reply: Reply) -> Callable[[Bench], None]:
 
 
 def _teacher(reply: Reply) -> Callable[[Bench], None]:
-    """One row as a served teacher scores it."""
+    """Score one row as a served teacher does."""
 
     def act(bench: Bench) -> None:
         tokenizer = tiny.make_tokenizer()
@@ -156,7 +156,7 @@ def _teacher(reply: Reply) -> Callable[[Bench], None]:
 
 
 def _after_models(reply: Reply) -> Reply:
-    """The first question, which models there are, is answered well."""
+    """Answer the first request, for the list of models, correctly."""
     models = as_json({"data": [{"id": "m"}]})
 
     def answer(sock: Any, request: bytes) -> None:
@@ -185,7 +185,7 @@ def _asked(question: str, reply: Reply) -> Callable[[Bench], None]:
 
 
 def cases(seed: int) -> list[Case]:
-    """All of them; the seed is not used."""
+    """Yield all cases; the seed is not used."""
     del seed
     nested = {
         "models": [{"data": [v]} for v in _ANY.values()] + [{"data": [{"id": "a", "root": 7}]}],

@@ -84,7 +84,7 @@ def _act(template: str, place: str) -> Callable[[Bench], None]:
 
 
 def cases(seed: int) -> list[Case]:
-    """All of them; the seed is not used."""
+    """Yield all cases; the seed is not used."""
     del seed
     named: dict[str, object] = {
         "number": 7,

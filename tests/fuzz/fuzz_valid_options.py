@@ -59,7 +59,7 @@ _KINDS: dict[str, Words] = {
 
 
 def _write_rows(folder: Path, name: str, form: str, rows: list[dict[str, Any]]) -> str:
-    """A data set in a form that is read; its path."""
+    """Write a dataset in a random supported format; return its path."""
     path = folder / f"{name}.{form}"
     if form == "jsonl":
         write_jsonl(path, rows)
@@ -177,5 +177,5 @@ def _case(seed: int) -> Case:
 
 
 def cases(seed: int) -> list[Case]:
-    """Three hundred sets."""
+    """Yield three hundred option sets."""
     return [_case(1000 * seed + number) for number in range(NUM_CASES)]

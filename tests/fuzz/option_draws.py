@@ -195,7 +195,7 @@ def draw_methods(draw: Draw) -> Words:
 def draw_models(
     draw: Draw, assets: Path, folder: Path, url: str, methods: Words, is_chat: bool
 ) -> Words:
-    """Student and teacher of some methods, and at times a server that writes."""
+    """Draw student and teacher of some methods, and sometimes a server that generates."""
     has_engine = "on_policy_fraction" in " ".join(methods) and draw.random() < 0.25
     names = ("student", "student", "gpt2", "tied", "narrow")
     student = "chats" if is_chat else "student" if has_engine else draw.choice(names)

@@ -1,4 +1,4 @@
-"""Commands as the cases of option sets type them, in this process, and what they leave behind.
+"""Commands of the option-set cases, run in this process, and their output files.
 
 A command ends well, or with one clean line on stderr; anything else is an ``AssertionError``, which
 the program counts as unexpected. ``check_resume`` trains twice: left alone, and killed somewhere

@@ -47,7 +47,7 @@ def train(root: Path, name: str, ckpt_path: Path | None = None, **settings: Any)
     """The run of a checkpoint, from its beginning or from ``ckpt_path`` on.
 
     Returns:
-        The losses of the steps that were trained, and the weights behind the last one.
+        The losses of the steps that were trained, and the weights after the last one.
     """
     torch.manual_seed(3)
     teacher = tiny.make_llama(2, tiny.TEACHER_ROWS, **SMALL)

@@ -1,7 +1,7 @@
 """The golden runs: a few optimizer steps of every kind of run, small enough for every suite.
 
 Each is a function of a folder that returns what happened: the loss of every step and the trained
-weights behind the last one.
+weights after the last one.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def from_cache(root: Path) -> Golden:
 
 
 def with_tools(root: Path) -> Golden:
-    """The student calls a calculator in its own responses."""
+    """The student calls a calculator in its on-policy responses."""
     tokenizer = tool_chats.make_tokenizer()
     student, teacher = tool_chats.make_caller(0), tool_chats.make_caller(1)
     module = DistillationModule(student, teacher, tokenizer=tokenizer, learning_rate=1e-3)
@@ -145,7 +145,7 @@ def _of_one_rank(rank: int, root: Path) -> None:
 
 
 def two_ranks(root: Path) -> Golden:
-    """Two gloo processes."""
+    """Run on two gloo processes."""
     spawn(_of_one_rank, root)
     ranks = [torch.load(root / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     assert ranks[0] == ranks[1]

@@ -4,7 +4,7 @@ Frozen here: the losses of every step, as hexadecimal floats, and a SHA-256 of t
 one section a platform in ``<name>.txt``. On a platform with a section both are compared with
 ``==``; elsewhere the losses are compared with the first section's, to rounding. Checkpoints of
 earlier versions are gone on from in the same way, in place and without a change to them.
-``make golden`` writes this platform's sections anew: only on purpose, with the reason in the
+``make golden`` rewrites this platform's sections: only on purpose, with the reason in the
 changelog.
 """
 
@@ -25,7 +25,7 @@ def test_a_run_is_what_it_was(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_checkpoint_of_an_earlier_version_goes_on(name, tmp_path):
+def test_a_checkpoint_of_an_earlier_version_continues(name, tmp_path):
     if WRITES:
         write_missing(tmp_path / "written")
     ours = tmp_path / "run" / "checkpoints" / name

@@ -1,7 +1,7 @@
 """Command-line options, configs and public signatures, as text.
 
 Frozen here: the config that ``fit --print_config`` prints, the names of the options of ``fit``, and
-the signature of everything that ``docs/api`` lists. ``make golden`` writes the three files anew,
+the signature of everything that ``docs/api`` lists. ``make golden`` rewrites the three files,
 and the index of options and help texts that is in the package.
 """
 

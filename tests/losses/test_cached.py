@@ -2,8 +2,8 @@
 
 Frozen here: value and gradient are those of TopK on the full distributions, for every divergence,
 at every k up to the vocabulary, with ids that are ruled out and with a rest of next to nothing;
-fewer ids than are known can be asked for; agreement and what is said of a drawn token are exact; a
-baseline depends on the state alone; what needs more is refused.
+fewer ids than are known can be asked for; agreement and the log-probability of a sampled token are
+exact; a baseline depends on the state alone; what needs more is refused.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def test_agreement_is_exact(logits):
 
 @pytest.mark.parametrize("target", [0, 3, VOCAB - 1])
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_a_drawn_token_is_known_exactly(role, target, logits):
+def test_a_sampled_token_is_known_exactly(role, target, logits):
     """The token's own log-probability is exact, and that of its outcome."""
     student, teacher = logits
     targets = torch.full((6,), target)

@@ -1,9 +1,10 @@
 """Losses over chunks of text, for a teacher with another tokenizer.
 
 Frozen here: by enumeration, the chunk advantage has the exact gradient of any f-divergence between
-both laws over texts, on its own samples and with an importance ratio; two laws that agree have
-losses and gradients of 0; the two-cell divergence equals its formula, also at probabilities near 0
-and 1, and its gradient reaches its learner alone; single-token comparisons are refused.
+both distributions over texts, on its own samples and with an importance ratio; two equal
+distributions have losses and gradients of 0; the two-cell divergence equals its formula, also at
+probabilities near 0 and 1, and its gradient reaches its learner alone; single-token comparisons are
+refused.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ def test_the_whole_return_has_the_exact_gradient(divergence, is_whole):
         assert (error < 1e-12) == is_whole
 
 
-def test_per_token_credit_would_not_be():
+def test_per_token_advantage_would_not_be():
     errors = []
     for seed in range(20):
         pair = Pair(seed)
@@ -207,7 +208,7 @@ def test_per_token_credit_would_not_be():
 
 
 @pytest.mark.parametrize("method", [OPD(), OPDPlus(ForwardKL()), GKD(on_policy_fraction=1.0)])
-def test_equal_laws_have_no_loss_and_no_gradient(method):
+def test_equal_distributions_have_no_loss_and_no_gradient(method):
     pair = Pair(1)
     with torch.no_grad():
         pair.second.copy_(pair.first.expand(NUM, NUM))
@@ -290,7 +291,7 @@ def test_values_at_positions_lie_on_the_first_token():
     }
     asked = ExactDivergence(ReverseKL())
     found = ChunkValues(chunks, tokens, (asked,)).at_positions()[asked]
-    assert found.nonzero().flatten().tolist() == [3]  # the first chunk's laws agree
+    assert found.nonzero().flatten().tolist() == [3]  # the first chunk's distributions agree
     assert float(found[3]) > 0
 
 

@@ -2,7 +2,7 @@
 
 Frozen here: outputs and all gradients are torch's own within rounding, with a bias and without,
 over rows of any shape, for frozen weights and inputs without gradient; small, converted and hooked
-layers, other number formats and autocast are left alone; nothing stays behind. Which layers get the
+layers, other number formats and autocast are left alone; no patch remains. Which layers get the
 kernels depends on processor and shape alone: all on AMD with AVX-512, elsewhere generation's head.
 """
 

@@ -115,7 +115,7 @@ def merged_targets(targets: Tensor) -> Tensor:
 
 
 def eager(terms, pair, scale=1.0, softcap=None):
-    """All logits in columns of outcomes, and autograd; targets of cross-entropy keep their ids."""
+    """Return the loss from all logits, in columns of outcomes, by autograd."""
     raw = [finished(side, scale, softcap) for side in (pair.student, pair.teacher)]
     tile = Tile(*map(one_column, raw), merged_targets(pair.targets))
     ids = pair.targets[:, None]

@@ -90,7 +90,7 @@ def about(num: int) -> Measured:
 
 
 def eager(terms, pair, student: Side, teacher: Side | None):
-    """All logits at once, and autograd."""
+    """Return the loss from all logits at once, by autograd."""
     quantities = [q for weighted in terms for q in weighted.term.quantities]
     logits = [None if s is None else s.finish(s.module(s.hidden)) for s in (student, teacher)]
     tile = Tile(*logits, pair.targets)

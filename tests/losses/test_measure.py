@@ -55,7 +55,7 @@ def test_tiles_change_neither_values_nor_gradients(tile_positions, make_pair):
 
 @dataclass(frozen=True)
 class Counted(Quantity):
-    """Counts how often it is computed."""
+    """Quantity that counts its computations."""
 
     calls: list
     needs_teacher = False

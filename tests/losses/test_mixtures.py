@@ -60,7 +60,7 @@ def probabilities(one: Side) -> list[list]:
 
 
 def mixed(kind: str, first: list, second: list) -> list:
-    """One position's distribution, in 50 digits."""
+    """Return one position's mixed distribution, in 50 digits."""
     w, v = (mpf(str(weight)) for weight in WEIGHTS)
     if kind == "mixture":
         return [w * p + v * q for p, q in zip(first, second, strict=True)]

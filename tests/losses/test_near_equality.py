@@ -3,8 +3,8 @@
 Frozen here: identical logits give a value and a gradient of exactly 0 in the closed forms (every
 divergence, a user's own included, both learners, any temperature, through a top-k, with ids that
 neither side allows), in the fused loss, for a cached teacher, for the online module's shift and for
-the value baseline's credit; autograd through ``value`` gives at most 1e-6 there; at differences of
-1e-3 the error against float64 stays below 1e-3 of the gradient up to 262,144 ids.
+the value baseline's advantage; autograd through ``value`` gives at most 1e-6 there; at differences
+of 1e-3 the error against float64 stays below 1e-3 of the gradient up to 262,144 ids.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def test_an_online_module_that_changes_nothing_is_not_anchored(temperature):
 
 
 @pytest.mark.parametrize("variant", ["centred", "value_baseline"])
-def test_centred_credits_are_zero_where_both_sides_agree(case, variant):
+def test_centred_advantages_are_zero_where_both_sides_agree(case, variant):
     logprobs = random_logits(rows=1).log_softmax(-1)
     drawn, mask = logprobs[:, :4], torch.ones(1, 4, dtype=torch.bool)
     value = case.divergence.expected_weight(logprobs, logprobs)[:, None].expand(1, 4)

@@ -150,7 +150,7 @@ class TeacherTopMass(Quantity):
         return tile.teacher_logprobs.amax(-1).exp()
 
 
-def test_the_docstrings_own_quantity_is_measured_beside_the_others(pair):
+def test_the_docstrings_own_quantity_is_measured_next_to_the_others(pair):
     wanted = [TeacherTopMass(), ExactDivergence(ForwardKL()), TeacherTopMass()]
     values = measure(wanted, pair.student, pair.teacher, pair.targets, 11)
     assert list(values) == wanted[:2]

@@ -40,7 +40,7 @@ class TestImportanceRatio:
         assert acting.tolist() == [0.0, 1.0, 1.0, 0.0]
 
     def test_clipped_as_ppo_does(self):
-        """No gradient where ρ has gone beyond 1 ± ε in the credit's own direction."""
+        """No gradient where ρ has gone beyond 1 ± ε in the advantage's own direction."""
         ratio = ImportanceRatio(clip=0.2)
         found = self.gradient(ratio)
         assert found[1] == 0.0  # ρ = e, good token: enough

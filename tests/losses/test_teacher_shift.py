@@ -29,7 +29,7 @@ SHIFTS = {
 def test_value_and_gradient(shift, tile_positions, pair, make_pair):
     base = make_pair()
     base.teacher_hidden.data += 0.3
-    other = ExactDivergence(ForwardKL())  # beside the student's own loss
+    other = ExactDivergence(ForwardKL())  # besides the student's own loss
     values = measure(
         [other, shift],
         pair.student,

@@ -1,12 +1,12 @@
-"""A model's law over texts, and the losses between two of them.
+"""Distributions over texts of two models, and the losses between them.
 
-Frozen here: a student of letters and a teacher of letters and pairs with the same law over texts
-have divergences and gradients of 0 by the mass of texts and by next byte, and not by the
+Frozen here: a student of letters and a teacher of letters and pairs with the same distribution over
+texts have divergences and gradients of 0 by the mass of texts and by next byte, and not by the
 probability of the teacher's own tokens; that mass is the sum over all texts that begin so; tiles do
 not change it; its gradient is that of finite differences. One tokenizer as two gives the
-divergences of its tokens, next bytes and shared tokens; another cut of a chunk with the same law
-over texts, or by chunk with the same probability, changes nothing. Shared tokens of equal laws
-differ, which is that loss's bias; tiles do not change it.
+divergences of its tokens, next bytes and shared tokens; another cut of a chunk with the same
+distribution over texts, or by chunk with the same probability, changes nothing. Shared tokens of
+equal distributions differ, which is that loss's bias; tiles do not change it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ TEXTS = ["aab<eos>", "ab<eos>", "abba<eos>", "aaa<eos>", "babaab", "<eos>", "b<e
 @pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL(), JensenShannon()])
 @pytest.mark.parametrize("loss", ["text", "next_byte"])
 @pytest.mark.parametrize("source", ["dataset", "student"])
-def test_equal_laws_have_divergence_0(divergence, loss, source):
+def test_equal_distributions_have_divergence_0(divergence, loss, source):
     batch = batch_of(TEXTS, loss, source)
     student = STUDENT.clone().requires_grad_()
     asked = ExactDivergence(divergence)
@@ -112,7 +112,7 @@ def test_reach_is_the_mass_of_all_texts_that_begin_so():
     assert (law.reach > 1.2).any()
 
 
-def test_next_bytes_are_those_of_the_law():
+def test_next_bytes_are_those_of_the_distribution():
     batch = batch_of(["aab<eos>"], "next_byte")
     points = batch.chunks.points
     _, other, _ = sides(batch)
@@ -233,7 +233,7 @@ def test_one_tokenizer_as_two_gives_its_own_reference(loss, divergence):
 
 
 @pytest.mark.parametrize("loss", ["text", "next_byte"])
-def test_another_cut_with_the_same_law_changes_nothing(loss):
+def test_another_cut_with_the_same_distribution_changes_nothing(loss):
     """The student's ab is one chunk, which one teacher cuts as ab and one as a and b."""
     found = []
     for teacher in (PAIRS, LETTERS):

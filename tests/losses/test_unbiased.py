@@ -29,13 +29,13 @@ NUM_IDS, END, LONGEST = 3, 2, 3
 MEAN = 1.7
 """Loss tokens per rollout of earlier batches: any number that these responses do not decide."""
 
-_LIMITS = ("1e-", "0.9999", "0.0001", "beta=0.0,", "beta=1.0,")  # others stand for these
+_LIMITS = ("1e-", "0.9999", "0.0001", "beta=0.0,", "beta=1.0,")  # others represent these
 DIVERGENCES = [case.divergence for case in CASES if not any(end in case.id for end in _LIMITS)]
 DIVERGENCES += [TopK(ForwardKL(), 1), TopK(ReverseKL(), 2)]
 
 
 def all_states() -> list[tuple[int, ...]]:
-    """Every prefix that has not ended."""
+    """Return every prefix that has not ended."""
     return [
         prefix
         for length in range(LONGEST)
@@ -53,7 +53,7 @@ RESPONSES = [
 
 
 class Student:
-    """One row of logits a prefix, for both models."""
+    """Tabular models: one row of logits per prefix."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(4)
@@ -155,7 +155,7 @@ def test_more_rollouts_a_step_change_nothing(name):
 
 @pytest.mark.parametrize("by", ["running_mean", "constant", 5])
 def test_every_divisor_but_the_tokens_is_free_of_bias(by):
-    """Two rollouts a step; the divisor's scale is all that differs."""
+    """Two rollouts per step; the divisor's scale is all that differs."""
     student, (method, divergence) = Student(), METHODS["as published"]
     (truth,) = torch.autograd.grad(student.objective(divergence, 0), student.logits)
     found = expected_step(method, student, 2, Normalization(by))

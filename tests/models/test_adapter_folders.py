@@ -40,7 +40,7 @@ pytestmark = [  # what PEFT says of the models that the tests make with it
 
 
 def adapted(base, **settings) -> PeftModel:
-    """With random adapter weights, other in each layer."""
+    """Return a model with random adapter weights that differ by layer."""
     fields = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, **settings}
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -70,7 +70,7 @@ def base(tmp_path) -> Path:
 
 @pytest.fixture
 def folder(base) -> Path:
-    """An adapter of two layers' q_proj, with nothing beside it."""
+    """An adapter of two layers' q_proj, without other files."""
     out = base.parent / "adapter"
     adapted(AutoModelForCausalLM.from_pretrained(base)).save_pretrained(out)
     return out
@@ -161,7 +161,7 @@ def test_a_relative_base_is_found(start, base, folder, monkeypatch):
     torch.testing.assert_close(logits(load(folder)), expected)
 
 
-def test_the_tokenizer_is_beside_the_adapter_or_at_the_base(base, folder):
+def test_the_tokenizer_is_next_to_the_adapter_or_at_the_base(base, folder):
     assert load_tokenizer(str(folder), "--model.teacher").get_vocab() == (
         tiny.make_tokenizer().get_vocab()
     )

@@ -48,7 +48,7 @@ class Counting:
 
 
 def content(batch) -> list:
-    """All tensors of a batch."""
+    """Return all tensors of a batch."""
     points = batch.chunks.points
     found = [batch.input_ids, batch.mask, batch.teacher_input_ids, batch.teacher_mask]
     found += [batch.chunks.student, batch.chunks.teacher]

@@ -3,7 +3,7 @@
 Frozen here: head(head_inputs) equals the model's own logits, for plain, tied, biased, scaled and
 soft-capped heads and for adapters, also on the head itself; padding on the right changes no real
 position; an architecture that treats its logits in a way that is not known is refused and not
-silently mis-measured; the hook leaves nothing behind.
+silently mis-measured; the hook is removed.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def test_adapters_take_part(target):
     check_equal(model)
 
 
-def test_what_stands_behind_a_row_is_not_read():
+def test_what_stands_after_a_row_is_not_read():
     model = build("llama")
     garbage = torch.where(MASK, INPUT_IDS, torch.full_like(INPUT_IDS, 20))
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_the_hook_is_gone_also_after_an_error():
     assert model(input_ids=INPUT_IDS).logits.shape == (2, 5, 23)
 
 
-def test_invalid_ids_are_minus_infinity_and_rows_behind_the_tokenizer_are_cut():
+def test_invalid_ids_are_minus_infinity_and_rows_after_the_tokenizer_are_cut():
     model = build("llama")
     with torch.no_grad():
         logits = LMHead.of(model, Vocabulary(20, (4, 7)))(head_inputs(model, INPUT_IDS, MASK))

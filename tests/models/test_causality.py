@@ -1,4 +1,4 @@
-"""A model that looks at later tokens is no student and no teacher.
+"""Refusal of models that attend to later tokens.
 
 Frozen here: encoders are refused in one line that names the option, untrained or not, in every
 number format; every causal architecture passes; the probe leaves mode, weights, gradients and

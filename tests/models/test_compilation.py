@@ -1,7 +1,7 @@
 """Compiled blocks.
 
 Frozen here: a run with them has the gradients and weights of one without, packed rows of many
-lengths do not compile anew each time, names of parameters stay, rollouts are not compiled, and an
+lengths do not compile again each time, names of parameters stay, rollouts are not compiled, and an
 architecture without known blocks is refused.
 """
 

@@ -70,7 +70,7 @@ def test_none_is_not_passed():
     assert forward_arguments(model, needed, wanted) == {"input_ids": 1}
 
 
-def test_names_behind_wrappers():
+def test_names_after_wrappers():
     names = named_arguments(tiny.make_llama(1))
     assert {"input_ids", "attention_mask", "position_ids", "past_key_values"} <= names
     adapted = get_peft_model(tiny.make_llama(1), LoraConfig(r=2))

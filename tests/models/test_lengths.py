@@ -1,4 +1,4 @@
-"""The positions that a model was made for.
+"""Context length of a model.
 
 Frozen here: a scaled context counts with its factor, whichever of both lengths the config gives;
 where layer types differ, the shortest reach counts; a model without a limit has none.

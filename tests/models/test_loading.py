@@ -1,4 +1,4 @@
-"""Loading models and what a run reads off them.
+"""Loading of models, and settings that a run reads from them.
 
 Frozen here: every mistake is one readable error that names the option; safetensors only; a mapping
 is random weights of the tokenizer's size; number formats of student and teacher are their own; a
@@ -123,7 +123,7 @@ def test_weights_that_are_not_safetensors_are_refused(tmp_path, tiny_tokenizer):
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 def test_the_base_of_a_peft_folder_is_loaded_as_any_model(kernel, tmp_path, student_folder):
-    """With the attention that was asked for, and from safetensors alone."""
+    """The base has the requested attention, and is read from safetensors only."""
     base = AutoModelForCausalLM.from_pretrained(student_folder)
     base.save_pretrained(tmp_path / "base")
     base.name_or_path = str(tmp_path / "base")

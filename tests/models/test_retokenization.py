@@ -22,7 +22,7 @@ LETTERS = tiny.LETTERS
 
 
 def bytewise() -> PreTrainedTokenizerFast:
-    """One id a byte, after <eos>."""
+    """Return a tokenizer of one id per byte, after <eos>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(["<eos>", *alphabet])}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

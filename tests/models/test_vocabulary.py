@@ -1,6 +1,6 @@
 """Vocabulary agreement and the ids that count.
 
-Frozen here: ids behind the tokenizer and gaps in it change nothing, whatever the weights of their
+Frozen here: ids beyond the tokenizer and gaps in it have no effect, whatever the weights of their
 rows are: not the loss, not the gradient, not what is written; tokenizers are compared by content
 and by how they cut text, not by size; an id that a table has no row for is masked as well, and a
 row of the data that uses it is an error.
@@ -95,9 +95,9 @@ def test_rows_that_no_token_has_change_nothing(method, has_gap, tmp_path, tiny_p
         assert gradient.isfinite().all()
 
 
-def test_generation_never_writes_such_an_id(tmp_path, tiny_pair):
+def test_generation_never_generates_such_an_id(tmp_path, tiny_pair):
     student, teacher = tiny_pair
-    with torch.no_grad():  # what is behind the tokenizer, and the gap, are by far the most likely
+    with torch.no_grad():  # ids beyond the tokenizer, and the gap, are by far the most likely
         student.lm_head.weight[[*range(tiny.NUM_IDS, tiny.STUDENT_ROWS), 10]] *= 100
     module = DistillationModule(student, teacher, tokenizer=with_a_gap(), learning_rate=0.0)
     recorder = tiny.fit(tmp_path, module, [GKD(on_policy_fraction=1.0)], rows_without_the_gap(12))

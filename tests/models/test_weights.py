@@ -1,4 +1,4 @@
-"""Weights that a folder does not have, or that are no weights.
+"""Missing weights of a folder, and stored numbers that are not weights.
 
 Frozen here: a folder that lacks anything of its model, or holds numbers that are not the model's,
 is refused in one line that names the option and what is wrong, as student and as teacher, read

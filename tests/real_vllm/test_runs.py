@@ -30,7 +30,7 @@ LAST = Path("checkpoints/last.ckpt")
 
 
 class Watched(DistillationModule):
-    """Keeps the largest distance of each rollout's log-probs from the student's own."""
+    """Callback that records each rollout's largest distance from the student's log-probs."""
 
     def respond(self, request):
         rollout = super().respond(request)
@@ -116,7 +116,7 @@ def test_a_cut_run_resumes_bit_for_bit(train, tmp_path):
 
 
 class Crash(Callback):
-    """Has the student's server crash after a step, and come back while the run waits for it."""
+    """Callback that crashes the student's server after a step and restarts it during the wait."""
 
     def __init__(self, pool) -> None:
         self.pool = pool

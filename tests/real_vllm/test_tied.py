@@ -27,7 +27,7 @@ pytestmark = pytest.mark.real_vllm
 
 
 class Gaps(DistillationModule):
-    """Keeps how far the first responses of each rollout are from the student."""
+    """Callback that records the gap of each rollout's first responses from the student."""
 
     def respond(self, request):
         rollout = super().respond(request)

@@ -94,7 +94,7 @@ def test_random_cuts_give_every_common_boundary(seed):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_chunks_beside_differences_have_equal_bytes(seed):
+def test_chunks_next_to_differences_have_equal_bytes(seed):
     generator = random.Random(seed)
     one = [bytes(generator.choices(b"abcdefgh", k=generator.randint(1, 4))) for _ in range(40)]
     other = [piece for piece in one if generator.random() > 0.1]

@@ -47,7 +47,7 @@ def make_module(make_module):
 
 
 def rows_of(lengths, vocab_size=19, seed=0) -> Sequences:
-    """Random ids, garbage behind the rows, loss on about two thirds of the tokens."""
+    """Return rows of random ids, garbage after the rows, loss on about two thirds of the tokens."""
     generator = torch.Generator().manual_seed(seed)
     shape = len(lengths), max(lengths)
     ids = torch.randint(3, vocab_size, shape, generator=generator)

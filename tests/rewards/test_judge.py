@@ -102,7 +102,7 @@ def test_failed_requests_are_counted_and_bad_servers_refused():
         judge = Judge(server.url, num_retries=0)
         with pytest.warns(UserWarning, match="answers with status 500"):
             assert judge.score(rows_of("bad", "good"))[1] == 1.0
-        assert math.isnan(judge.score(rows_of("bad"))[0])  # asked again: failures are not kept
+        assert math.isnan(judge.score(rows_of("bad"))[0])  # requested again: failures are not kept
         server.names = ["a", "b"]
         with pytest.raises(ServerError, match="lists a, b; set the Judge's model"):
             Judge(server.url).open(torch.device("cpu"))

@@ -114,7 +114,7 @@ def test_what_takes_too_long_is_no_match_and_costs_the_next_nothing(monkeypatch)
     assert is_same_answer("5", "5.0")
 
 
-def test_in_threads_and_beside_an_alarm():
+def test_in_threads_and_next_to_an_alarm():
     rung = []
     before = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
     try:

@@ -146,7 +146,7 @@ def test_settings_that_are_refused():
         RewardModel("x", dtype="int8")
 
 
-def test_it_trains_beside_opd_plus_and_is_in_no_checkpoint(tmp_path, make_module):
+def test_it_trains_next_to_opd_plus_and_is_in_no_checkpoint(tmp_path, make_module):
     save(tmp_path / "reward")
     module = make_module()
     methods = [KD(), OPDPlus(), Reward(RewardModel(str(tmp_path / "reward")), weight=0.5)]

@@ -1,4 +1,4 @@
-"""Loaders on examples that can be told apart, and what their batches hold."""
+"""Loaders on distinguishable examples, and readers of their batches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make_examples(num: int) -> list[Example]:
 
 
 class Scribe:
-    """Writes what it was asked, when, and by whom, so that rows can be told apart."""
+    """Fake engine whose responses encode prompt, version and generator."""
 
     def __init__(self) -> None:
         self.version = 0  # of the student's weights
@@ -68,7 +68,7 @@ def make_loader(shape: LoaderShape, plan=None, num=10, writer=None, **settings) 
 
 
 def rows_of(batches) -> list[tuple]:
-    """Every row that carries loss: index, source, ids, mask, sampler log-probs."""
+    """Return index, source, ids, mask and sampler log-probs of every row with loss."""
     rows = []
     for batch in batches:
         for i, length in enumerate(batch.lengths.tolist()):

@@ -1,12 +1,13 @@
-"""Rollout batches ahead of training: which weights wrote which rows, on scribes instead of models.
+"""Rollout batches ahead of training: the weights that generate each row, with fake models.
 
-Frozen here: rollout batch n is written by the weights at the start of batch n - lag, the first ones
-by the initial weights, also over epochs and with several optimizer steps per rollout batch; a state
-that is taken after any micro-batch holds what is in flight, and resumes with the same rows; one
-that is taken after the deadline of a stop discards it, with a warning, and the rows are written
-again by present weights; another lag at a resume acts; rows go to another number of ranks; the
-sources of a batch are chosen at its request; an engine with one set of weights is given new ones
-only when nothing is in flight; a generation that fails raises where it is due.
+Frozen here: rollout batch n is generated with the weights at the start of batch n - lag, the first
+ones by the initial weights, also over epochs and with several optimizer steps per rollout batch; a
+state that is taken after any micro-batch holds what is in flight, and resumes with the same rows;
+one that is taken after the deadline of a stop discards it, with a warning, and the rows are
+generated again with the present weights; another lag at a resume is applied; rows are redistributed
+to another number of ranks; the sources of a batch are chosen at its request; an engine with one set
+of weights is given new ones only when nothing is in flight; a generation that fails raises where it
+is due.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SHAPES = {
 
 
 class Ahead(AheadEngine):
-    """Answers at once with the scribe's present version; or never, or with an error."""
+    """Fake engine that answers at once with the present version; or never, or with an error."""
 
     def __init__(self, scribe: Scribe, *, is_slow: bool = False) -> None:
         self.scribe, self.is_slow = scribe, is_slow
@@ -181,7 +182,7 @@ def replace_version(writer: Scribe, version: int) -> Scribe:
     return other
 
 
-def test_what_is_late_at_a_stop_is_discarded_and_written_again():
+def test_what_is_late_at_a_stop_is_discarded_and_generated_again():
     shape, plan = SHAPES["one step per batch"]
     writer, stop = Scribe(), StopRequest()
     loader = lagged(shape, plan, writer, 2, engine=Ahead(writer, is_slow=True), stop=stop)

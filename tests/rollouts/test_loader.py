@@ -1,7 +1,7 @@
-"""RolloutLoader: which rows make an epoch, and when they are written.
+"""RolloutLoader: the rows of an epoch, and the time of their generation.
 
 Frozen here: an epoch is a permutation of the set, or the next part of an endless row of them; a
-rollout batch is written once, by the student of that moment, with noise of its own epoch, row and
+rollout batch is generated once, by the student of that moment, with noise of its own epoch, row and
 sample; all counts are of the whole optimizer step. (Resume and ranks: test_loader_resume.py.)
 """
 
@@ -47,7 +47,7 @@ def test_own_rows_are_what_the_student_wrote_with_its_logprobs():
         assert logprobs == (0.0,) * num_prompt + (-0.125,) * num_written
 
 
-def test_the_next_epoch_is_written_with_new_noise():
+def test_the_next_epoch_is_generated_with_new_noise():
     loader = make_loader(LoaderShape(4, 10))
     first, second = ({row[0]: row[2] for row in rows_of(loader)} for _ in range(2))
     assert sum(first[i] != second[i] for i in range(10)) > 5
@@ -102,7 +102,7 @@ def test_samples_per_prompt_stand_in_one_step_with_different_noise():
 
 
 @pytest.mark.parametrize("per_rollout", [None, 4, 8, 100])
-def test_a_chunk_is_written_once_by_the_student_of_that_moment(per_rollout):
+def test_a_rollout_batch_is_generated_once_by_the_student_of_that_moment(per_rollout):
     writer = Scribe()
     shape = LoaderShape(2, 10, 2, prompts_per_rollout=per_rollout)
     loader, versions = make_loader(shape, writer=writer), []
@@ -118,7 +118,7 @@ def test_a_chunk_is_written_once_by_the_student_of_that_moment(per_rollout):
     assert versions == [1000 + i // per_chunk * (per_chunk // 4) for i in range(10)]
 
 
-def test_who_writes_is_the_plans_to_say():
+def test_the_plan_decides_the_generator():
     writer = Scribe()
     loader = make_loader(LoaderShape(2, 10), RolloutPlan(0.5, "teacher"), writer=writer)
     plan, steps = loader.plan, [batch for _ in range(3) for batch in loader]
@@ -142,7 +142,7 @@ def test_mixed_steps_count_each_source_on_its_own():
     assert written == tokens[1] + tokens[2]
 
 
-def test_the_making_of_a_chunk_is_reported_once():
+def test_generation_of_a_rollout_batch_is_reported_once():
     loader = make_loader(LoaderShape(2, 8, 2, prompts_per_rollout=8))
     batches = list(loader)
     reported = [batch.metrics for batch in batches]

@@ -1,9 +1,9 @@
-"""RolloutLoader: how a run goes on, and how ranks share it.
+"""RolloutLoader: resume, and the division among ranks.
 
 Frozen here: a state that is taken after any micro-batch resumes with the remaining batches and
-re-uses the rollout batch that was written; two ranks see one rank's rows; every rank gets the same
-number of batches; the mean length of rollouts is that of earlier rollout batches, on any number of
-ranks and after a resume on another.
+reuses the generated rollout batch; two ranks together have one rank's rows; every rank gets the
+same number of batches; the mean length of rollouts is that of earlier rollout batches, on any
+number of ranks and after a resume on another.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def test_the_mean_length_is_that_of_earlier_rollout_batches(plan, per_rollout):
 
 
 def test_a_resume_on_another_number_of_ranks_keeps_the_mean_length():
-    """Two ranks stop within the third rollout batch, one goes on."""
+    """Two ranks stop within the third rollout batch, and one rank resumes."""
     alone = make_loader(LoaderShape(4, 16, prompts_per_rollout=8), num=16)
     expected = [batch.sampled for _ in range(2) for batch in alone]
     shape = LoaderShape(2, 16, prompts_per_rollout=8, world_size=2)

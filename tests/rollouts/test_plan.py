@@ -1,6 +1,6 @@
 """Sources of the rows of an optimizer step.
 
-Frozen here: GKD's coin is a function of (seed, step), all rows of a step share it, and its
+Frozen here: GKD's random choice is a function of (seed, step), all rows of a step share it, and its
 frequency is the share that was asked for; terms that disagree get both kinds of rows in every step;
 a term whose source nobody produces, and terms that contradict each other, are refused by name.
 """
@@ -24,13 +24,13 @@ def coins(fraction: float, seed: int, num: int = 4000) -> list[str]:
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.9, 1.0])
-def test_the_coins_frequency(fraction):
+def test_the_frequency_of_the_random_choice(fraction):
     share = coins(fraction, seed=3).count("student") / 4000
     deviation = (fraction * (1 - fraction) / 4000) ** 0.5
     assert abs(share - fraction) <= 4 * deviation
 
 
-def test_the_coin_is_a_function_of_seed_and_step():
+def test_the_random_choice_is_a_function_of_seed_and_step():
     assert coins(0.5, 3) == coins(0.5, 3)
     agreeing = sum(a == b for a, b in zip(coins(0.5, 3), coins(0.5, 4), strict=True))
     assert 1800 < agreeing < 2200
@@ -39,7 +39,7 @@ def test_the_coin_is_a_function_of_seed_and_step():
     assert 1850 < switches < 2150
 
 
-def test_all_rows_of_a_step_share_the_coin():
+def test_all_rows_of_a_step_share_the_random_choice():
     plan = RolloutPlan(0.5, "teacher")
     found = [set(plan.assign(1, step, 12)) for step in range(50)]
     assert all(len(sources) == 1 for sources in found)
@@ -134,7 +134,7 @@ def test_stages_follow_one_another():
 
 
 def test_a_share_that_changes():
-    """The coin of a step is the same, and what it is compared with is that step's share."""
+    """The random number of a step is the same, and it is compared with that step's share."""
     varying = Taker(("dataset", "student"), 0.5, share_at=lambda step: step / 100)
     plan = plan_for([varying, Taker(("student",))])
     found = [plan.assign(3, step, 1) for step in range(100)]

@@ -3,8 +3,8 @@
 Frozen here: losses, gradients and weights of KD, GKD, OKD and OPD+ over ten steps are those of one
 process, and for LoRA students with accumulation over five (under DDP: test_ddp.py too), with ranks
 that have no rows in a step and shorter last batches; so are self-teachers, stages, rewards, prompt
-learning, and every way of sharding; ranks that write different numbers of responses wait for each
-other; gradients are sent, and heads and writing students gathered, once.
+learning, and every way of sharding; ranks with different numbers of responses wait for each other;
+gradients are sent once, and heads and generating students are gathered once.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ BY_SHARD = {
 
 
 def settings_of(root: Path, run_settings: dict) -> dict:
-    """With folders in place of names, and new callbacks."""
+    """Return settings with folders in place of names, and new callbacks."""
     found = dict(run_settings)
     model = dict(found.get("model", {}))
     for side in ("student", "teacher"):
@@ -188,7 +188,7 @@ def settings_of(root: Path, run_settings: dict) -> dict:
 
 
 class Traffic:
-    """Counts of FSDP2's collective calls, also of those while a model writes."""
+    """Counts of FSDP2's collective calls, also of those during generation."""
 
     def __init__(self) -> None:
         self.gathers, self.reductions, self.while_writing = 0, 0, []

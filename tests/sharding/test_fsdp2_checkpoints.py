@@ -165,7 +165,7 @@ def test_shards_go_on_from_one_process(folder, ranks):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.usefixtures("ranks")
-def test_one_process_goes_on_from_what_ranks_saved(form, folder, ranks):
+def test_one_process_continues_from_what_ranks_saved(form, folder, ranks):
     whole, _ = ranks[0]["OKD", form]
     path = last(folder / form / "OKD" / "killed")
     found = train(folder, "OKD", None, folder / f"one_{form}", ckpt_path=path)

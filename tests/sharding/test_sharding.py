@@ -59,7 +59,7 @@ def make_module(make_module):
 
 @pytest.fixture(scope="module")
 def mesh():
-    """All ranks of a group of one."""
+    """Return a mesh over a process group of one rank."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
@@ -139,7 +139,7 @@ def test_offload_and_layerwise_rollouts_exclude_each_other():
 
 
 def test_a_wrapped_teachers_base_may_run_before_the_wrapper(mesh):
-    """Else FSDP takes the base's blocks for roots, and the whole is refused behind that."""
+    """Otherwise FSDP makes the base's blocks roots, and then refuses the whole model."""
     config = PromptEncoderConfig(num_virtual_tokens=2)
     wrapped = attach_online_module(tiny.make_llama(2), config, "--method.online_module")
     with torch.no_grad():
@@ -187,7 +187,7 @@ def test_half_of_a_first_checkpoint_is_none(tmp_path):
 @pytest.mark.parametrize("before", ["file", "folder"])
 @pytest.mark.parametrize("behind", ["file", "folder"])
 def test_one_kind_of_checkpoint_takes_the_place_of_another(before, behind, tmp_path, monkeypatch):
-    """Killed before or behind any rename or removal: one is found, and the next is saved."""
+    """A kill around any rename or removal leaves one whole checkpoint; the next is saved."""
 
     class Killed(BaseException):
         pass
@@ -228,7 +228,7 @@ def test_one_kind_of_checkpoint_takes_the_place_of_another(before, behind, tmp_p
     assert has_ended
 
 
-def test_a_run_goes_on_in_its_folder_with_and_without_shards(
+def test_a_run_continues_in_its_folder_with_and_without_shards(
     tmp_path, mesh, make_module, monkeypatch
 ):
     """Runs continue, and replaced checkpoints have been flushed to the disk."""
@@ -271,7 +271,7 @@ def test_another_module_than_ours_is_refused(tmp_path, mesh):
         trainer.fit(Other(), torch.utils.data.DataLoader(torch.ones(4, 2)))
 
 
-def test_an_online_module_behind_the_sharding_is_refused(make_module, tmp_path, mesh):
+def test_an_online_module_after_the_sharding_is_refused(make_module, tmp_path, mesh):
     module = make_module()
     fit(tmp_path, module, "fsdp2", KD())
     fit(tmp_path, module, "fsdp2", KD())  # a second run of the same is fine

@@ -21,7 +21,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def loaded(monkeypatch) -> list[weakref.ref[PreTrainedModel]]:
-    """Every teacher that is loaded, weakly."""
+    """Weak references to all loaded teachers."""
     found = []
     original = loaded_module.load_checked
 

@@ -1,4 +1,4 @@
-"""Every kind of teacher, with what the battery needs to know of it: one entry per kind."""
+"""Table of all kinds of teachers for the test battery, one entry per kind."""
 
 from __future__ import annotations
 

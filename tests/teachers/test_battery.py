@@ -118,7 +118,7 @@ def divergence_of(module: DistillationModule, batch, teacher, has_cells=False) -
 
 
 class Start(Callback):
-    """Copies all parameters before the first step."""
+    """Callback that copies all parameters before the first step."""
 
     def on_train_start(self, trainer, pl_module):
         self.parameters = {n: p.clone() for n, p in pl_module.named_parameters()}
@@ -126,7 +126,7 @@ class Start(Callback):
 
 @dataclass(frozen=True)
 class Whole:
-    """Three steps that nothing has disturbed."""
+    """Three uninterrupted steps."""
 
     place: Place
     module: DistillationModule

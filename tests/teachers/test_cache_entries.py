@@ -1,8 +1,8 @@
 """Entries of a teacher's cache, and the runs that write them.
 
 Frozen here: a second run never loads the teacher, and the first one lets it go; other data,
-teachers, k or precision are other entries; broken files are written anew, and a killed writer goes
-on where it was.
+teachers, k or precision are other entries; broken files are written again, and a killed writer
+continues where it was.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def test_a_teacher_that_moves_or_is_in_memory_is_the_same_one(
     assert len(entries(cache)) == 2
 
 
-def test_a_broken_file_is_written_anew_and_said(tmp_path, make_module, cache, loaded):
+def test_a_broken_file_is_written_again_and_said(tmp_path, make_module, cache, loaded):
     expected, _ = train(tmp_path, make_module, [KD()], k=5, cache=cache)
     files = sorted(cache.glob("*/part-*.npy"))
     assert len(files) > 3
@@ -107,7 +107,7 @@ class Killed(Exception):
     """Exception that ends a run in the middle."""
 
 
-def test_a_killed_writer_goes_on_where_it_was(tmp_path, make_module, cache, monkeypatch):
+def test_a_killed_writer_continues_where_it_was(tmp_path, make_module, cache, monkeypatch):
     expected, _ = train(tmp_path, make_module, [KD()], k=5, cache=tmp_path / "whole")
     replaced: list[Path] = []
     original = os.replace

@@ -25,7 +25,7 @@ from okd_lightning.training.module import DistillationModule
 
 
 def run(root: Path, devices: int, cache: Path) -> dict:
-    """Two epochs of 4 rows per optimizer step; what was written and loaded, losses and weights."""
+    """Train two epochs of 4 rows per step; return written and loaded files, losses and weights."""
     torch.manual_seed(3)
     module = DistillationModule(
         str(root / "student"),

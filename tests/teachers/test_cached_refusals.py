@@ -84,7 +84,7 @@ def test_random_weights_and_other_loaders_are_refused(tmp_path, make_module, cac
 
 def test_a_row_that_is_not_there_is_no_other_row(tmp_path, make_module, cache):
     class Swapped(tiny.Recorder):
-        """Changes a token behind the loader's back."""
+        """Callback that changes a token of a loaded batch."""
 
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             batch.input_ids[0, 0] = 3 + (int(batch.input_ids[0, 0]) - 2) % 16

@@ -74,7 +74,7 @@ def test_with_some_ids_it_is_the_live_run_with_top_k(
 
 @pytest.mark.parametrize("k", [5, ALL])
 def test_ends_that_are_one_outcome_are_one_in_the_cache_too(k, tmp_path, make_module, cache):
-    """Also where the k ids of a position lack the end; another set of ends is another entry."""
+    """The k ids of a position may lack the end; another set of ends has its own cache entry."""
     model = {"end_tokens": [tiny.EOS, tiny.BOS]}
     method = [KD(divergence=TopK(ReverseKL(), k) if k < ALL else ReverseKL())]
     live = train(tmp_path, make_module, method, model=model)
@@ -97,7 +97,7 @@ def length_of(prompt: str, response: str, reference: str) -> float:
     return float(len(response))
 
 
-def test_beside_a_reward_on_the_student_s_own_responses(tmp_path, make_module, cache):
+def test_next_to_a_reward_on_the_student_s_own_responses(tmp_path, make_module, cache):
     settings = {"data": {"samples_per_prompt": 2}, "accumulate_grad_batches": 2}
 
     def methods():

@@ -1,8 +1,8 @@
 """TeacherEnsemble in runs.
 
 Frozen here: weights (1, 0) are the first teacher alone, to the last bit, and the other is not
-loaded; KD's loss and OPD+'s credits are those of the mixed distribution, row by row, for models of
-different architectures; generation samples from it; OKD trains the first model's module alone;
+loaded; KD's loss and OPD+'s advantages are those of the mixed distribution, row by row, for models
+of different architectures; generation samples from it; OKD trains the first model's module alone;
 weights, kinds and members that do not fit are refused in one line; a run resumes with the same
 ensemble only; validation measures the mixed distribution.
 """

@@ -98,7 +98,7 @@ def test_a_third_model_is_refused(root):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("of", ["pairs", "teacher"])
 def test_diagnose_says_how_both_share_a_text(of, root, tmp_path, monkeypatch, capsys):
-    """With the student's own tokenizer it is the ordinary diagnosis."""
+    """With the student's own tokenizer ``diagnose`` gives the ordinary diagnosis."""
     monkeypatch.chdir(tmp_path)
     rows = [f"{a},{b}" for a, b in zip("abcdefgh", ["abc", "cdab", "efe", "kl"] * 2, strict=True)]
     (tmp_path / "rows.csv").write_text("prompt,response\n" + "\n".join(rows))

@@ -128,7 +128,7 @@ def test_the_teachers_cross_entropy_is_over_its_own_tokens(root, tmp_path):
     assert any("lora" in name for name in recorder.gradients[0])
 
 
-def test_rewards_and_cross_entropy_run_beside_it(root, tmp_path):
+def test_rewards_and_cross_entropy_run_with_it(root, tmp_path):
     methods = [OPDPlus(), Reward(lambda prompt, response, reference: float(len(response)))]
     assert train(tmp_path, foreign(root), methods).losses[-1]["train/reward"] != 0
     both = [KD(cross_entropy_weight=0.5, temperature=2.0), SFT()]
@@ -146,7 +146,7 @@ def test_the_start_says_how_both_share_a_text(root, tmp_path, caplog):
 
 @pytest.mark.parametrize("loss", ["text", "next_byte", "shared_tokens"])
 @pytest.mark.parametrize("method", [KD, lambda: GKD(on_policy_fraction=1.0), OKD])
-def test_laws_over_texts_train(loss, method, root, tmp_path):
+def test_distributions_over_texts_train(loss, method, root, tmp_path):
     module = make(root, ForeignTeacher(str(root / "pairs"), loss=loss))
     recorder = train(tmp_path, module, [method()], val=ROWS[:4], data={"val_rollouts": 2})
     assert all(math.isfinite(losses["train/grad_norm"]) for losses in recorder.losses)

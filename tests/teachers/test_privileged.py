@@ -1,9 +1,9 @@
 """A teacher that reads prompts of its own (OPSD, arXiv 2601.18734).
 
 Frozen here: the teacher's numbers are those of the teacher alone on its own sequence, whatever
-stands beside the row in a batch; rows without a teacher prompt may stand beside rows with one; the
-cut into micro-batches does not matter; each model writes behind its own prompt; validation reads
-the same prompts; a resumed run is the uninterrupted one, and other teacher prompts are refused.
+other rows a batch has; rows with and without a teacher prompt may be in one batch; the cut into
+micro-batches does not matter; each model generates after its own prompt; validation reads the same
+prompts; a resumed run is the uninterrupted one, and other teacher prompts are refused.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def make_module(make_module):
 
 
 def make_example(index: int, prompt: int, teacher_prompt: int, response: int) -> Example:
-    """Letters that depend on the index; the lengths are given."""
+    """Return an example of letters that depend on the index."""
 
     def ids(length: int, step: int) -> tuple[int, ...]:
         return tuple(3 + (index + step * i) % 16 for i in range(length))
@@ -191,7 +191,7 @@ def test_teacher_prompts_change_what_is_learned(tmp_path, make_module):
 
 
 @pytest.mark.parametrize("author", ["student", "teacher"])
-def test_each_writes_behind_its_own_prompt(author, tmp_path, make_module):
+def test_each_generates_after_its_own_prompt(author, tmp_path, make_module):
     """Greedy, so that the teacher's answer is what it says to its own prompt alone."""
     module = make_module(learning_rate=0.0)
     method = KD(seq_kd=True) if author == "teacher" else GKD(on_policy_fraction=1.0)

@@ -56,7 +56,7 @@ def make_own(dropout_folder):
 
 
 def train(root, module, methods=None, *, data=None, **settings):
-    """Two epochs of 5 steps of 2 micro-batches."""
+    """Train two epochs of 5 steps of 2 micro-batches."""
     return tiny.fit(
         root,
         module,

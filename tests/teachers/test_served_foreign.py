@@ -38,7 +38,7 @@ def server(root):
 
 
 class Validations(Callback):
-    """Keeps the last validation's measures."""
+    """Callback that keeps the last validation's measures."""
 
     def on_validation_end(self, trainer, pl_module):
         found = trainer.callback_metrics.items()
@@ -173,6 +173,6 @@ def test_commands(root, tmp_path, server, monkeypatch, capsys):
     assert "no bias is known" in capsys.readouterr().out
 
 
-def test_terms_without_the_teacher_run_beside_it(root, tmp_path, server):
+def test_terms_without_the_teacher_run_with_it(root, tmp_path, server):
     recorder = train(tmp_path, make(root, teacher_of(server, root)), [KD(), SFT()], max_steps=1)
     assert recorder.losses[0]["train/sft"] > 0

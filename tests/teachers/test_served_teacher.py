@@ -25,7 +25,7 @@ from okd_lightning.teachers import ServedTeacher
 
 
 class Curious(KD):
-    """Asks for the teacher's entropy."""
+    """Method that needs the teacher's entropy."""
 
     @property
     def quantities(self):
@@ -38,7 +38,7 @@ ALL = tiny.NUM_IDS
 
 @pytest.fixture(scope="module")
 def unpadded(tmp_path_factory, tiny_tokenizer):
-    """A teacher whose table has no rows behind the tokenizer."""
+    """Return a teacher whose table has no rows beyond the tokenizer."""
     folder = tmp_path_factory.mktemp("unpadded")
     tiny.make_llama(2, ALL).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
@@ -121,8 +121,8 @@ OWN = {
 
 @pytest.mark.filterwarnings("ignore:.*is not its gradient")
 @pytest.mark.parametrize("name", OWN)
-def test_what_the_student_draws_is_credited_as_by_the_teacher_itself(name, train):
-    """A server says of the drawn token what the teacher would, whatever k is.
+def test_what_the_student_draws_has_the_advantage_by_the_teacher_itself(name, train):
+    """A server's log-probability of a sampled token is the teacher's, for any k.
 
     But for ids without a token, whose little probability is seen among the k + 8 likeliest alone.
     """
@@ -132,7 +132,7 @@ def test_what_the_student_draws_is_credited_as_by_the_teacher_itself(name, train
 
 
 def test_a_value_baseline_of_k_ids_is_another_of_the_same_kind(train):
-    """With all ids it is the exact mean; with fewer, loss and gradient are other ones."""
+    """With all ids the baseline is the exact mean; with fewer, loss and gradient differ."""
     exact = train([OPDPlus(JensenShannon(0.3))])
     check_same(train([OPDPlus(JensenShannon(0.3))], k=ALL), exact)
     few = train([OPDPlus(JensenShannon(0.3))], k=5)
@@ -141,7 +141,7 @@ def test_a_value_baseline_of_k_ids_is_another_of_the_same_kind(train):
     assert few[0].losses[0][name] == pytest.approx(exact[0].losses[0][name], rel=1e-4)
 
 
-def test_a_reward_beside_it(train):
+def test_a_reward_with_it(train):
     methods = [OPDPlus(ReverseKL()), Reward(AnswerMatch(), weight=0.5)]
     check_same(
         train(methods, k=ALL), train([OPDPlus(ReverseKL()), Reward(AnswerMatch(), weight=0.5)])
@@ -283,7 +283,7 @@ def merging(module_settings=None):
 
 @pytest.mark.parametrize("k", [2, 5])
 @pytest.mark.parametrize("name", ["reverse KL", "corrected, clipped"])
-def test_a_sampled_end_is_credited_as_by_the_teacher_itself(name, k, train, fake):
+def test_a_sampled_end_has_the_advantage_by_the_teacher_itself(name, k, train, fake):
     """An end id that is not among the most likely ids costs a further request."""
     live = train([OWN[name]()], model=merging())
     found = train([OWN[name]()], k=k, model=merging())

@@ -106,7 +106,7 @@ def test_rows_are_told_apart_by_what_the_teacher_reads():
 
 @pytest.fixture
 def entry(tmp_path) -> Entry:
-    """Written whole: three files."""
+    """Cache entry, complete, with three files."""
     examples = [example((3, i), (4, 5, 6)) for i in range(3, 9)]
     record = record_type(K, VOCAB, "float16")
     found = Entry(tmp_path / "entry", {"k": K}, layout_of(examples, 6), record)
@@ -196,7 +196,7 @@ def test_a_folder_that_cannot_be_made(tmp_path, entry):
 
 
 def test_two_runs_write_one_entry(entry, monkeypatch):
-    """One of them within whatever the other does; neither takes what is finished back."""
+    """One run writes in between any call of the other; neither removes finished files."""
     part, index = (entry.folder / name for name in ("part-00001.npy", "index.json"))
     before = part.read_bytes()
     records = np.load(part)

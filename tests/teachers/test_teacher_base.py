@@ -1,4 +1,4 @@
-"""A frozen model beside the pair, with which the teacher is compared.
+"""A third, frozen model with which the teacher is compared.
 
 Frozen here: it is checked where it is named (tokenizer, rows, length, one a run, no online module,
 a teacher in memory), it moves no weight of its own, averaged copies of the module share it, the run

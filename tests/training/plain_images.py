@@ -66,7 +66,7 @@ def pixels(processor, images) -> dict[str, Tensor]:
 
 
 def logprobs(model, reader, row: PlainRow, num_ids: int) -> Tensor:
-    """[loss tokens, ids] of a row; ids of images are masked, those behind the tokenizer's cut."""
+    """[loss tokens, ids] of a row; ids of images are masked, ids beyond the tokenizer cut."""
     ids = row.ids[None]
     given = pixels(reader.processor, row.images)
     given = {n: v.to(model.dtype) if v.is_floating_point() else v for n, v in given.items()}

@@ -2,10 +2,10 @@
 
 Frozen here, in one spawn: a loss or a gradient that is not finite on one rank stops both before the
 optimizer's step, with one message; an engine that times out on one rank stops both with what it was
-writing; a signal to one rank stops both behind a checkpoint, also within a rollout and within a
+writing; a signal to one rank stops both after a checkpoint, also within a rollout and within a
 validation, and the resumed run is the one that was left alone; what two ranks have saved one
-resumes, and the other way round, in the middle of a chunk, with the losses, rollouts and credits of
-the run that was left alone.
+resumes, and the other way round, in the middle of a rollout batch, with the losses, rollouts and
+advantages of the run that was left alone.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def folder(tmp_path_factory, tiny_tokenizer):
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    """One rank: whole runs, and what it has saved in the middle of a chunk."""
+    """Body of one rank: whole runs, and a checkpoint in the middle of a rollout batch."""
     found = {}
     for method in METHODS:
         found["whole", method] = run(folder, f"alone whole {method}", 1, method)

@@ -1,6 +1,6 @@
 """Strategies that train in processes of their own: ddp_fork, ddp_notebook and ddp_spawn.
 
-* The student that was given is trained behind the run, in the process that asked for it, as its
+* The student that was given is trained after the run, in the process that asked for it, as its
   last checkpoint has it; an online module's weights are kept, and used where a method asks for it.
 * Such a module validates in this process, and saves no checkpoint of a run that ended elsewhere.
 * Weights that processes share are taken into memory of their own before they are trained.
@@ -31,7 +31,7 @@ def data() -> tiny.RolloutDataModule:
 @pytest.mark.skipif(sys.platform != "linux", reason="fork beside threads is safe on Linux alone")
 @pytest.mark.skipif(torch.cuda.is_initialized(), reason="CUDA cannot be used in forked processes")
 def test_what_was_given_is_trained_in_forked_processes(tmp_path):
-    """In a process without a process group: what is forked from one with gloo's thread waits."""
+    """Run in a process without a process group: a fork of one with gloo's thread would hang."""
     done = type_command([], tmp_path, program=train_in_forked_processes)
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -189,7 +189,7 @@ def test_a_sampled_end_has_the_log_probability_of_all_ends(sampling):
 
 
 class RawEngine(EngineSource):
-    """Gives the log-probability of the sampled id alone, as vLLM does."""
+    """Engine that gives the log-probability of the sampled id alone, as vLLM does."""
 
     def engine(self, model, vocabulary, eos_ids):
         return TransformersEngine(model, replace(vocabulary, end_ids=eos_ids[:1]), eos_ids)
@@ -287,7 +287,7 @@ def example(response, prompt=(3, 4), mask=None) -> Example:
     return Example(0, prompt, mask or (False,) * len(prompt), response, "", "")
 
 
-def test_ids_after_which_a_response_goes_on_are_no_ends():
+def test_ids_after_which_a_response_continues_are_no_ends():
     ends = (1, 2)
     assert handed_over([example((5, 2, 6, 1))], ends) == [2]
     assert handed_over([example((5, 1), (3, 2, 4), (True, True, False))], ends) == [2]

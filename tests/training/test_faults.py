@@ -1,11 +1,11 @@
 """Faults of one process, and what is kept of a run.
 
-Frozen here: a disk that is full while a checkpoint is written leaves the one before, nothing
-beside it, and one clear error; a broken checkpoint is named with what to take in its place; the
-last k checkpoints and the best k by any measure stay; an engine that times out is named with what
-it was writing, and the run resumes; a row of metrics.csv holds what its step has logged and no
-older values; an online module whose stage begins late has an optimizer and a schedule that begin
-with it; stages, turns and rewards that have no effect are refused or not asked.
+Frozen here: a disk that is full while a checkpoint is written leaves the previous one without
+further files, and one clear error; a broken checkpoint is named with what to take in its place; the
+last k checkpoints and the best k by any measure stay; an engine that times out is named with its
+prompts, and the run resumes; a row of metrics.csv holds what its step has logged and no older
+values; an online module whose stage begins late has an optimizer and a schedule that begin with it;
+stages, turns and rewards that have no effect are refused or not used.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def files(root) -> list[str]:
 
 @contextmanager
 def small_disk():
-    """Lets no file grow beyond 20 kB (the kernel's own refusal, as that of a full disk).
+    """Limit the size of files to 20 kB: the kernel refuses more, as on a full disk.
 
     Only as long as a checkpoint is written: what the tests themselves are logged to is such a file.
     """
@@ -309,7 +309,7 @@ def online_parameters(module):
 
 
 @pytest.mark.parametrize("end", [None, 6])
-def test_an_online_module_that_begins_late_begins_anew(end, tmp_path, make_module):
+def test_an_online_module_that_begins_late_begins_again(end, tmp_path, make_module):
     """Stage(OKD) from step 3: its Adam and its warm-up are those of a run that begins there."""
     okd = OKD(online_module=LoraConfig(r=2), learning_rate=0.1, warmup_steps=2, schedule="linear")
     methods = [Stage(SFT()), Stage(okd, start=3, end=end)]
@@ -322,7 +322,7 @@ def test_an_online_module_that_begins_late_begins_anew(end, tmp_path, make_modul
     assert rates[5] == pytest.approx(0.05 if end is None else 0.0)
 
 
-def test_a_stage_behind_the_end_is_refused(tmp_path, make_module):
+def test_a_stage_after_the_end_is_refused(tmp_path, make_module):
     methods = [SFT(), Stage(KD(), start=4)]
     with pytest.raises(ConfigError, match=r"Stage of kd: it begins at step 4, .* ends at step 4"):
         tiny.fit(tmp_path, make_module(), methods, tiny.make_rows(16))

@@ -1,7 +1,7 @@
 """Vision-language pairs: frozen semantics.
 
 * Loss and gradient of KD and SFT equal those of plain transformers calls, row by row, for six
-  families; ids that stand for images are masked on both sides.
+  families; ids of image places are masked on both sides.
 * They do not depend on the number of micro-batches; a killed run resumes bit for bit; exchanging
   the images of two rows changes the loss.
 * The vision tower is frozen unless ``freeze_vision`` is off; its projector is trained.

@@ -152,7 +152,7 @@ def test_the_end_of_sequence_counts_also_where_it_is_the_pad(pad_is_eos, tmp_pat
 
 
 def test_rows_without_loss_contribute_nothing(tmp_path, make_module):
-    """A fully masked row beside others, and a step in which no row has loss."""
+    """Batches with a fully masked row, and a step in which no row has loss."""
 
     class WithBlanks(RolloutDataModule):
         def examples(self, part, needs_response=False):

@@ -130,7 +130,7 @@ def test_an_adapter_on_a_student_in_memory_names_what_to_give(tmp_path, teacher_
     check_same(found.teacher, module.teacher)
 
 
-def test_what_lightning_takes_beside_is_refused(tmp_path):
+def test_what_lightning_takes_next_to_is_refused(tmp_path):
     for settings in ({"hparams_file": "hparams.yaml"}, {"weights_only": False}):
         with pytest.raises(ConfigError, match="leave hparams_file and weights_only=False out"):
             DistillationModule.load_from_checkpoint(tmp_path / "x.ckpt", **settings)

@@ -332,7 +332,7 @@ def test_the_logged_loss_is_the_mean_over_the_steps_tokens(accumulate, tmp_path,
 
 
 def test_it_learns(tmp_path, make_module):
-    """From the teacher's own words, the student becomes the teacher."""
+    """Training on the teacher's responses makes the student equal to the teacher."""
     recorder = tiny.fit(
         tmp_path,
         make_module(),

@@ -4,7 +4,7 @@ Frozen here: learning_rate and weight_decay are the lr and weight_decay of any o
 optimizer's own values count where the module has none; two values for one quantity are refused, and
 so is a decay that the optimizer does not have; biases and norms are not decayed with any optimizer;
 the groups have names; a scheduler class of the user's decides the rates, and schedule and
-warmup_steps beside it are refused.
+warmup_steps with it are refused.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def test_a_scheduler_that_cannot_act_is_refused(settings, message, make_module):
         make_module(**{"lr_scheduler": partial(StepLR, step_size=1), **settings})
 
 
-def test_the_online_modules_schedule_beside_a_users_scheduler(tmp_path, make_module, lora):
+def test_the_online_modules_schedule_next_to_a_users_scheduler(tmp_path, make_module, lora):
     module = make_module(lr_scheduler=partial(StepLR, step_size=1))
     with pytest.raises(ConfigError, match=r"method\.warmup_steps 2 has no effect"):
         train(tmp_path, module, OKD(online_module=lora, warmup_steps=2))

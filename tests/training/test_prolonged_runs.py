@@ -23,7 +23,9 @@ def folders(dropout_folder, teacher_folder):
 
 @pytest.mark.parametrize("val_check_interval", [None, 4])
 @pytest.mark.parametrize("max_steps", [-1, 99], ids=["by epochs", "by steps"])
-def test_a_finished_run_goes_on_with_more_epochs(val_check_interval, max_steps, folders, tmp_path):
+def test_a_finished_run_continues_with_more_epochs(
+    val_check_interval, max_steps, folders, tmp_path
+):
     def run(root, max_epochs, ckpt_path=None):
         module = DistillationModule(*map(str, folders), learning_rate=3e-3)
         callbacks = [GKD(0.5), LastCheckpoint()]

@@ -43,7 +43,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fit_on_two_ranks(
     places: list[Path], run: Path, more: Sequence[str] = ()
 ) -> tuple[list[int], str]:
-    """Every rank works in a folder of its own, as on another node."""
+    """Run each rank in a folder of its own, as on another node."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -1,10 +1,10 @@
-"""Combinations that would give wrong numbers without a word, and what is done about them.
+"""Combinations that would silently give wrong numbers, and their refusals or corrections.
 
 * A resumed run whose prompts, seed or chunks differ is refused: its stored rollouts answer others.
 * A method that sums over fewer tokens than it is divided by is refused at the first batch.
 * An epoch that the Trainer would cut inside an optimizer step is refused; prompts_per_epoch as the
   refusal names it trains as many steps.
-* A validation comes behind whole optimizer steps, and one that would not is refused.
+* A validation comes after whole optimizer steps; any other is refused.
 * The first batches of validation are a fair sample of lengths, not the longest rows.
 * What a chat template ends a turn with ends a response as well.
 * Settings that nothing acts on are refused.
@@ -128,7 +128,7 @@ def test_whole_multiples_of_the_accumulation_are_taken(tmp_path):
 
 
 @pytest.mark.parametrize(("interval", "batches"), [(0.5, 4), (3, 6)])
-def test_validation_comes_behind_whole_steps(interval, batches, tmp_path):
+def test_validation_comes_after_whole_steps(interval, batches, tmp_path):
     at = []
     spy = LambdaCallback(
         on_validation_end=lambda trainer, _: at.append(trainer.fit_loop.batch_idx + 1)

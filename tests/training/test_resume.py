@@ -2,8 +2,9 @@
 
 Frozen here: a run that was killed at any moment and resumed from its last checkpoint ends with the
 weights, optimizer state and losses of the run that was not, bit for bit, with dropout,
-accumulation, several optimizer steps per rollout batch and GKD's coin, also where it is killed
-twice or next to a validation. (What a checkpoint holds, and whose is refused: test_saved_state.py.)
+accumulation, several optimizer steps per rollout batch and GKD's random choice, also where it is
+killed twice or next to a validation. (What a checkpoint holds, and whose is refused:
+test_saved_state.py.)
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Killer(Callback):
 
 
 class Losses(Callback):
-    """Every logged loss by (epoch, batch), so that a resumed run can be laid over another."""
+    """Record every logged loss by (epoch, batch), to compare a resumed run with another."""
 
     def __init__(self) -> None:
         self.seen: dict[tuple[int, int], float] = {}
@@ -57,7 +58,7 @@ class Losses(Callback):
 
 
 class Snapshots(Callback):
-    """Copies the run's folder at calls of hooks, as a run that is killed there leaves it.
+    """Callback that copies the run's folder at calls of hooks, as a kill there would leave it.
 
     ``found`` maps (hook, number of the call) to the folder, or None before the first checkpoint,
     and to the losses until then.
@@ -92,7 +93,7 @@ class Snapshots(Callback):
 def train(
     root, folders, killer=None, ckpt_path=None, every_n_steps=1, val=None, moments=(), **settings
 ):
-    """Two epochs of 5 optimizer steps of 2 micro-batches; the last step is short.
+    """Train two epochs of 5 optimizer steps of 2 micro-batches; the last step is short.
 
     Returns:
         The module, its Trainer, the losses, and the snapshots at the moments.

@@ -136,7 +136,7 @@ def test_a_process_of_its_own(tmp_path):
 
 
 class Process(Callback):
-    """Keeps the engine; optionally kills its process before a step."""
+    """Callback that keeps the engine, and optionally kills its process before a step."""
 
     def __init__(self, kills_at: int | None = None) -> None:
         self.kills_at = kills_at
@@ -163,7 +163,7 @@ def test_a_dead_process_is_one_error(tmp_path, forked):
 
 
 class Stop(Callback):
-    """Asks the run to stop before a step, as SIGTERM does."""
+    """Callback that requests a stop before a step, as SIGTERM does."""
 
     def __init__(self, step: int) -> None:
         self.step = step

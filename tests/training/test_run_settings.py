@@ -24,7 +24,7 @@ from okd_lightning.training.module import DistillationModule
 
 
 class Seen(Logger):
-    """Keeps the hyper-parameters that it is given."""
+    """Logger that keeps its hyper-parameters."""
 
     name, version = "seen", "0"
 
@@ -85,7 +85,9 @@ def line(caplog) -> str:
     ("precision", "has_amx", "times"),
     [("bf16-mixed", False, 1), ("bf16-mixed", True, 0), (32, 0, 0)],
 )
-def test_a_slow_precision_is_said_once(precision, has_amx, times, tmp_path, make_module, caplog):
+def test_a_slow_precision_is_reported_once(
+    precision, has_amx, times, tmp_path, make_module, caplog
+):
     with pytest.MonkeyPatch.context() as patch, caplog.at_level("INFO"):
         patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(has_amx))
         fit(tmp_path, make_module(), KD(), precision=precision)

@@ -92,7 +92,7 @@ def test_another_methods_checkpoint_is_refused(tmp_path, make_module):
 
 
 def test_responses_that_became_ids_by_other_rules_are_refused(tmp_path, make_module):
-    """A run goes on with the rows it began with; on its own rollouts they do not matter."""
+    """A run goes on with the rows it began with; with on-policy rollouts they have no effect."""
     for method, is_refused in ((KD(), True), (GKD(on_policy_fraction=1.0), False)):
         path = save(tmp_path / method.__class__.__name__, make_module(), [method])
         checkpoint = torch.load(path, weights_only=True)

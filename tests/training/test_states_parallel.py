@@ -56,7 +56,7 @@ def settings_of(root: Path, name: str) -> dict:
 
 
 def killed_and_whole(root: Path) -> list[dict]:
-    """In shards, resumed from a folder."""
+    """Run in shards, resumed from a folder."""
     found = []
     settings = settings_of(root, "states")
     for name, kill in (("whole", False), ("cut", True)):

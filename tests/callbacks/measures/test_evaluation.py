@@ -1,8 +1,8 @@
 """Validation, test and predict.
 
 Frozen here: measures are the float64 means over all loss tokens of the whole set, whatever the
-batch size; on-policy measures read the student's own words to a fixed set of prompts, the same at
-every pass; nothing of it changes the training; validate, fit and validate work in one process.
+batch size; on-policy measures read the student's responses to a fixed set of prompts, the same at
+every pass; measuring does not change the training; validate, fit and validate work in one process.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """PaperMeasures: UNC, ExAccErr, spread of logits and ROUGE-L in validation and test.
 
 * Every number is what a loop over rows with plain transformers calls gives.
-* KL on own prefixes is taken behind the *student's* draws, ε behind the *teacher's*.
+* KL on the student's prefixes is taken after *student* samples, ε after *teacher* samples.
 * With an online module, the teacher is the base one.
 * Test logs under test/; no teacher, too few prompts and a foreign data module are refused.
 """
@@ -142,7 +142,7 @@ def test_rouge_l_of_words(tmp_path):
         assert rewards.rouge_l(response, reference) == pytest.approx(rouge_l(response, reference))
 
 
-def test_base_teacher_beside_an_online_module(tmp_path):
+def test_base_teacher_next_to_an_online_module(tmp_path):
     module = make_module()
     method = OKD(online_module=LoraConfig(r=4, lora_alpha=4))
     measures = PaperMeasures(num_prompts=6)

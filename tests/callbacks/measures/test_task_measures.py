@@ -5,7 +5,7 @@
 * Tool calls: every golden answer of ToolAlpaca matches itself, and none that was changed.
 * Any reward function is a measure; answers that it cannot score are left out.
 * So is a text metric of torchmetrics, computed from the answers of all batches; others are refused.
-* Validation answers as many prompts as it is told, test all of them.
+* Validation uses the configured number of prompts, test all of them.
 * Two callbacks of one name, nothing to score, and numbers out of range are refused.
 """
 
@@ -259,7 +259,7 @@ def test_validation_may_answer_fewer_prompts_than_test(tmp_path, make_module):
 
 @pytest.mark.parametrize("name", ["gsm8k", "opsd", "tasks/gsm8k"])
 def test_packaged_configs_test_on_all_prompts(name):
-    """A few prompts are enough while a run goes on; what ``test`` says is of the whole set."""
+    """Validation in a run uses a few prompts, ``test`` the whole set."""
     settings = load_config(name)["trainer"]["callbacks"][0]["init_args"]
     assert settings["num_val_prompts"] < 1319
     assert settings.get("num_prompts") is None

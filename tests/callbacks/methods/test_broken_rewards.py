@@ -1,6 +1,6 @@
 """Rewards and advantages that are broken.
 
-Frozen here: what a reward function can get wrong is handled, counted or refused; an advantage with
+Frozen here: errors of a reward function are handled, counted or refused; an advantage with
 a gradient, a wrong shape or values that are not finite is refused where its method is made.
 """
 
@@ -90,7 +90,7 @@ class Differentiated(Advantage):
         self.factor = factor
 
 
-def test_a_credit_with_a_gradient_is_refused(tmp_path, make_module):
+def test_a_advantage_with_a_gradient_is_refused(tmp_path, make_module):
     factor = torch.ones((), requires_grad=True)
     with pytest.raises(ConfigError, match="Differentiated: the advantage carries a gradient"):
         AdvantageCallback(Differentiated(factor), name="own")

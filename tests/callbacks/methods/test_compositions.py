@@ -1,7 +1,7 @@
-"""Several methods on one run, beside each other and one after the other.
+"""Several methods on one run, at the same time and one after the other.
 
-Frozen here: the gradient is the sum of the parts; in each stage the methods that act decide who
-writes, and nothing else is logged; a run may not go on behind its last stage.
+Frozen here: the gradient is the sum of the parts; in each stage the methods that act determine the
+generator, and nothing else is logged; a run may not continue after its last stage.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def test_the_gradient_is_the_sum_of_the_parts(name, tmp_path, make_module):
 
 
 def test_methods_follow_one_another(tmp_path, make_module):
-    """SFT, then GKD on-policy, then OPD+ with a falling KD beside it, in one fit."""
+    """SFT, then GKD on-policy, then OPD+ together with a KD of falling weight, in one fit."""
     methods = [
         Stage(SFT(), end=2),
         Stage(GKD(on_policy_fraction=1.0), start=2, end=4),

@@ -199,7 +199,7 @@ def test_it_balances(tmp_path, make_module):
     assert values[-1] < 0.5 * values[0] + 0.5
 
 
-def test_a_cached_teacher_serves_the_method_beside_it(tmp_path, make_module, teacher_folder):
+def test_a_cached_teacher_serves_the_method_with_it(tmp_path, make_module, teacher_folder):
     teacher = CachedTeacher(model=str(teacher_folder), folder=str(tmp_path / "cache"), k=8)
     module = make_module(teacher=teacher)
     recorder = tiny.fit(tmp_path, module, [KD(), ExpertBalance()], tiny.make_rows(8), max_steps=2)

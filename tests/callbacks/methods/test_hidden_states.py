@@ -29,7 +29,7 @@ LAYERS = {0: 0, 1: 2, 2: 3, -1: -1}
 
 @pytest.fixture
 def make_module(make_module):
-    """In float64, so that runs agree to 1e-9 on every processor."""
+    """Return a module in float64, so that runs agree to 1e-9 on every processor."""
     return partial(make_module, dtype="float64", learning_rate=1e-2)
 
 
@@ -49,7 +49,7 @@ def run(root, module, methods, rows=12, **settings):
 
 
 def test_the_loss_is_that_of_transformers_hidden_states(tmp_path, make_module, wide_folder):
-    """At the positions before the loss tokens; the last block's output is before the norm."""
+    """States are read at the positions before the loss tokens; the last block's before the norm."""
     module = make_module(teacher=wide_folder, learning_rate=0.0)
     recorder = run(tmp_path, module, [KD(), HiddenStates(LAYERS)], max_steps=1)
     (batch,) = recorder.steps[0]

@@ -1,8 +1,8 @@
 """Every method against a slow float64 reference, through Trainer.fit.
 
 Frozen here: the loss that is logged and the gradient that reaches the optimizer are those of the
-textbook formula over the step's tokens; cross-entropy never acts on the student's own samples; who
-wrote the rows is what was asked for; the teacher is never touched.
+textbook formula over the step's tokens; cross-entropy never acts on the student's own samples; the
+rows come from the requested generator; the teacher's weights are unchanged.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def test_loss_and_gradient_of_every_step(name, tmp_path, make_module):
         assert tiny.distance(found, expected) < 5e-5
 
 
-def test_rows_are_the_data_sets_and_the_responses_of_who_was_asked(tmp_path, make_module):
+def test_rows_are_the_data_sets_and_the_responses_of_the_requested_generator(tmp_path, make_module):
     rows = tiny.make_rows(12)
     ids = {c: 3 + i for i, c in enumerate(tiny.LETTERS)}
     expected = [

@@ -10,9 +10,9 @@
 * What is trained is the adapted teacher as PEFT itself computes it, and validation measures
   against the base.
 * The online module has its own learning rate and clip norm, is in the checkpoint, and resumes.
-* What leaves nothing to hold the teacher (alpha = 1, only own rows), a config that matches no layer
-  or trains the base's biases, and two different modules are refused; reverse KL for the student
-  warns once.
+* Settings without a loss that keeps the teacher at the data (alpha = 1, only on-policy rows), a
+  config that matches no layer or trains the base's biases, and two different modules are refused;
+  reverse KL for the student warns once.
 """
 
 import pytest
@@ -59,7 +59,7 @@ def fit(tmp_path, callbacks, steps=3, **settings):
 
 
 class GradientsInLogits(tiny.Recorder):
-    """Takes the gradients at both heads' outputs of the first step."""
+    """Records the gradients at both heads' outputs in the first step."""
 
     def __init__(self):
         super().__init__()

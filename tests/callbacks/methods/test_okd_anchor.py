@@ -1,10 +1,10 @@
 """OKD's anchor: anchor_weight · τ² KL(base^τ‖adapted^τ), an addition to the paper.
 
-* Its gradient in the adapted teacher's logits is anchor_weight · τ (q^τ - q0^τ), beside the paper's
-  two; the student's is as without it; for every kind of module, also one on the head.
+* Its gradient in the adapted teacher's logits is anchor_weight · τ (q^τ - q0^τ), besides the
+  paper's two; the student's is as without it; for every kind of module, also one on the head.
 * One backward over the sum is two separate ones, and neither side's loss reaches the other.
 * The base is bit-identical after training, and its distribution is that of the plain base.
-* alpha = 1 is allowed with it, and a heavy anchor keeps the teacher where it was.
+* alpha = 1 is allowed with it, and a large anchor weight keeps the teacher unchanged.
 * The shift is logged in training with an anchor or on request, and always in validation, where it
   is KL(base‖adapted) at τ = 1; a second forward pass is made only where something asks for it.
 """
@@ -33,7 +33,7 @@ KINDS = {
 
 
 class Shaken(tiny.Recorder):
-    """Moves the online module before the first step: LoRA starts as the identity."""
+    """Callback that changes the online module at the start: LoRA starts as the identity."""
 
     def on_train_start(self, trainer, pl_module):
         generator = torch.Generator().manual_seed(3)

@@ -1,8 +1,8 @@
-"""Methods of one's own, with what is easily forgotten.
+"""User-defined methods with typical mistakes.
 
 Frozen here: a quantity, source, name or gradient that is missing or wrong is one error that names
-the method and what to do, never a run that learns nothing or a loss that depends on how batches
-are cut.
+the method and what to do, never a run that learns nothing or a loss that depends on the division of
+batches.
 """
 
 from dataclasses import dataclass
@@ -138,7 +138,7 @@ def test_what_says_so_is_right(kind, tmp_path, make_module):
 
 
 class Masked(Own):
-    """Leaves out tokens that it is divided by."""
+    """Method whose mask omits tokens that are in its divisor."""
 
     def loss(self, measured):
         values = self.values(measured)

@@ -83,7 +83,7 @@ def published_jsd(log_p, log_q, drawn):
 
 
 def discounted_forward_kl(log_p, log_q, drawn):
-    """w_f - w_f(1) of the own token, and 0.5^n times -f of the n-th token behind it."""
+    """w_f - w_f(1) of the own token, and 0.5^n times -f of the n-th token after it."""
     u = log_ratios(log_p, log_q, drawn).exp()
     rewards = -u * u.log()
     later = [
@@ -233,7 +233,7 @@ def test_a_sampling_temperature_is_no_cause_to_warn(tmp_path, make_module):
 
 
 class Once(RewardFunction):
-    """Gives other numbers at every call: a resumed run must not ask again for what it has."""
+    """Reward with other numbers at every call, which a resumed run must not repeat."""
 
     def __init__(self):
         self.calls = 0
@@ -261,7 +261,7 @@ def methods_of_a_long_run():
 
 
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, make_module):
-    """In the middle of a chunk: its rollouts and their credits are those of the checkpoint."""
+    """In the middle of a rollout batch: its rollouts and their advantages are the checkpoint's."""
 
     def run(root, callbacks=(), ckpt_path=None):
         torch.manual_seed(5)

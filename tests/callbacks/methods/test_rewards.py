@@ -1,8 +1,8 @@
-"""Rewards where a micro-batch has none, and baselines that need company.
+"""Rewards with micro-batches without responses, and baselines that need several samples.
 
-Frozen here: a reward beside a method on dataset responses does not depend on how a step's rows are
-cut into micro-batches, also where one of them holds no response of the student's; a batch that
-nobody scored is refused by name; a baseline over samples is refused where there is one of each;
+Frozen here: a reward together with a method on dataset responses does not depend on how a step's
+rows are cut into micro-batches, also where one of them holds no response of the student's; a batch
+without scores is refused by name; a baseline over samples is refused where there is one of each;
 what fails on one rank stops all of them.
 """
 
@@ -63,7 +63,7 @@ def test_a_baseline_over_one_sample_is_refused(baseline, tmp_path, make_module):
 
 @pytest.mark.parametrize("broken", [0, 1])
 def test_what_fails_on_one_rank_stops_both(broken):
-    """Each rank hands its part over before it raises, so that nobody waits for the other."""
+    """Each rank sends its part before it raises, so that no rank waits for the other."""
     handed: list = []
 
     def gather(part):

@@ -52,7 +52,7 @@ def test_each_bound_is_logged_by_its_own_name(tmp_path, make_module):
     assert "train/ratio_bounded" not in shares
 
 
-def test_a_norm_beside_value_clipping_is_refused(tmp_path, make_module):
+def test_a_norm_next_to_value_clipping_is_refused(tmp_path, make_module):
     settings = {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}
     with pytest.raises(ConfigError, match=r"clip_norm 0\.1 .*gradient_clip_algorithm value"):
         tiny.fit(tmp_path, make_module(), [OKD(clip_norm=0.1)], tiny.make_rows(4), **settings)

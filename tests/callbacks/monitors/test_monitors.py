@@ -1,9 +1,9 @@
-"""Callbacks that watch.
+"""Monitoring callbacks.
 
 Frozen here: the finite guard stops before the step, also where only the loss is infinite; exact
-match counts greedy answers; what is written is on disk, in a folder that may be new; tokens are
-counted once, and the time of every step, whatever is validated; a callback that has watched one run
-watches the next anew.
+match counts greedy answers; written files are on disk, in a folder that may be new; tokens are
+counted once, and the time of every step, whatever is validated; a callback that has monitored one
+run starts again for the next.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from okd_lightning.training.safeguards.step_intervals import StepIntervals
 
 @dataclass(frozen=True)
 class Broken(Divergence):
-    """Adds what makes the loss, or the gradient as well, infinite or NaN."""
+    """Method that makes the loss, or the gradient as well, infinite or NaN."""
 
     kind: str
 
@@ -208,7 +208,7 @@ class Slow(Callback):
 
 
 @pytest.mark.parametrize("interval", [1, 2])
-def test_throughput_counts_the_time_of_steps_behind_a_validation(interval, tmp_path, make_module):
+def test_throughput_counts_the_time_of_steps_after_a_validation(interval, tmp_path, make_module):
     """The first step of a resumed run counts too."""
     throughput = Throughput()
     last = LastCheckpoint()
@@ -224,7 +224,7 @@ def test_throughput_counts_the_time_of_steps_behind_a_validation(interval, tmp_p
         assert throughput.seconds >= 0.1 * max_steps
 
 
-def test_monitors_begin_anew_with_a_run(tmp_path, make_module):
+def test_monitors_begin_again_with_a_run(tmp_path, make_module):
     throughput, last, intervals, drift = (
         *(Throughput(), LastCheckpoint(), StepIntervals()),
         TeacherDrift(action="freeze"),

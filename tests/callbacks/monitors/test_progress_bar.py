@@ -1,8 +1,9 @@
 """Progress display of a running run: bar, lines and remaining time.
 
 Frozen here: the bar counts the optimizer steps of the whole run, whatever the accumulation, also
-where a run goes on within a chunk; a row never breaks, at 80 columns and at 120; where output is no
-terminal nothing but whole lines is written; time left counts writing by what is written.
+where a run resumes within a rollout batch; a row never breaks, at 80 columns and at 120; where the
+output is not a terminal only whole lines are written; the remaining time counts generation by
+finished responses.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Clock:
 
 
 class Frames(Callback):
-    """The bar as it stands at every place of a run, one list of lines each."""
+    """Records of the bar at every hook of a run, each a list of lines."""
 
     def __init__(self, bar: RunProgressBar, width: int) -> None:
         self.bar, self.width = bar, width
@@ -118,14 +119,14 @@ def test_rows_of_a_run(width, tmp_path, make_module, terminal):
 
 
 @pytest.mark.filterwarnings("ignore:.*prompts_per_rollout 8 has no effect in this run")
-def test_a_run_that_writes_nothing_has_one_row(tmp_path, make_module, terminal):
+def test_a_run_that_generates_nothing_has_one_row(tmp_path, make_module, terminal):
     shown = fit(tmp_path, make_module, terminal, 80, KD(), limit_val_batches=0)
     assert {len(lines) for lines in shown["batch ends"]} == {1}
     assert "8/8" in shown["batch ends"][-1][0]
 
 
 @pytest.mark.filterwarnings("ignore:.*val_check_interval")
-def test_a_run_goes_on_within_a_chunk(tmp_path, make_module, terminal):
+def test_a_run_continues_within_a_rollout_batch(tmp_path, make_module, terminal):
     method = GKD(on_policy_fraction=1.0)
     fit(tmp_path, make_module, terminal, 80, method, Killer(3))
     last = str(tmp_path / "checkpoints" / "last.ckpt")
@@ -194,7 +195,7 @@ def test_lines_come_as_often_as_asked(tmp_path, make_module, caplog):
         RunProgressBar(seconds_between_lines=0)
 
 
-def test_time_left_counts_writing_by_what_is_written():
+def test_time_left_counts_generation_by_finished_responses():
     clock = Clock()
     pace = Pace(clock)
     pace.start(0)
@@ -251,7 +252,7 @@ def test_the_bar_shows_okds_student(tmp_path, make_module, caplog):
     assert student < trainer.callback_metrics["train/loss"] - 1
 
 
-def test_time_left_of_a_run_that_goes_on_within_a_chunk():
+def test_time_left_of_a_run_that_continues_within_a_rollout_batch():
     clock = Clock()
     pace = Pace(clock)
     pace.start(2)

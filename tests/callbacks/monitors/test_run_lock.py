@@ -18,7 +18,7 @@ from okd_lightning.errors import FolderInUseError
 
 
 class Second(Callback):
-    """Tries to take the folder in the middle of a run; then fails, if it is told to."""
+    """Callback that tries to lock the folder in the middle of a run, and then fails on request."""
 
     def __init__(self, fails: bool = False) -> None:
         self.fails, self.was_held = fails, None

@@ -1,8 +1,8 @@
-"""A few prompts with the teacher's answer, the student's before, and the student's now.
+"""Table of prompts with the answers of the teacher, the initial and the present student.
 
-Frozen here: answers are the models' greedy ones; the table changes nothing of a training; a resumed
-run writes the same records; who cannot be asked has no column; two ranks show what one shows; what
-is shown fits 80 columns and holds no markup of a model's.
+Frozen here: answers are the models' greedy ones; the table does not change training; a resumed run
+writes the same records; a teacher that cannot generate has no column; two ranks show the same as
+one; the table fits 80 columns and interprets no markup in answers.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ TOLD = {"teacher_prompt_template": "{reference}p{prompt}"}
 
 
 @pytest.mark.parametrize("name", WHO)
-def test_who_is_asked(name, tmp_path, make_module, teacher_folder):
+def test_the_asked_models(name, tmp_path, make_module, teacher_folder):
     settings, model, methods, teacher = WHO[name]
     if model.get("teacher") is CachedTeacher:
         model = {"teacher": CachedTeacher(str(teacher_folder), str(tmp_path / "cache"))}

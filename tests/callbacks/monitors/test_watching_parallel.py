@@ -1,4 +1,4 @@
-"""Two ranks see and show what one process does, whole or in shards."""
+"""Monitors of two ranks, with whole models or in shards, show the same as on one process."""
 
 from __future__ import annotations
 

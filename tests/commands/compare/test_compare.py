@@ -1,12 +1,12 @@
-"""``okd-lightning compare`` as a person types it.
+"""``okd-lightning compare`` in a shell.
 
 * Every contender starts from the same student and ends with the same budget; the files hold every
   run with its seed, and the terminal the means.
-* A killed comparison continues: finished runs are left alone, the unfinished one comes to the same
-  numbers as if nothing had happened; more contenders and seeds can be added.
+* A killed comparison continues: finished runs are left alone, the unfinished one ends with the same
+  numbers as without the kill; more contenders and seeds can be added.
 * A run that fails is reported, the others are not lost, and the exit status says so; the same
   command tries it again.
-* Budgets in tokens and seconds end behind the step that spends them, with a measurement there.
+* Budgets in tokens and seconds end after the step that uses them up, with a measurement there.
 * A mistake is one line, before anything is trained.
 """
 
@@ -176,8 +176,8 @@ def test_budgets_that_are_not_steps(compare, unit, amount):
 
 
 @pytest.mark.parametrize("budget", ["tokens=40", "steps=3"])
-def test_killed_behind_the_last_step(compare, budget):
-    """The run is over, its result not yet written: nothing is trained on top."""
+def test_killed_after_the_last_step(compare, budget):
+    """The run is finished but its result not yet written: no further step is trained."""
     typed = ["--methods", "GKD", "--budget", budget]
     assert compare(*typed).status == 0
     (before,) = results()

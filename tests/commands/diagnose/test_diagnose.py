@@ -1,4 +1,4 @@
-"""``okd-lightning diagnose`` as a person types it.
+"""``okd-lightning diagnose`` in a shell.
 
 * Exact divergences, agreement, entropies and top-k mass on dataset responses are those of a direct
   computation from both models' logits, and so are the bins by place.
@@ -50,7 +50,7 @@ def digest(folder: Path) -> str:
 
 
 def direct_measures(assets) -> dict[str, list[torch.Tensor]]:
-    """By name, [tokens] of every validation row's response."""
+    """Return measures by name, [tokens] of every validation row's response."""
     tokenizer = AutoTokenizer.from_pretrained(assets.tokenizer)
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(path) for path in (assets.student, assets.teacher)
@@ -113,7 +113,7 @@ def test_numbers_are_those_of_a_direct_computation(diagnose, assets):
     assert given["top_tenth"] == pytest.approx(float(worst.sum()) / total, rel=1e-4)
 
 
-def test_what_is_left_behind(diagnose, capsys):
+def test_what_is_on_disk(diagnose, capsys):
     said = diagnose()
     assert said.status == 0, said.err
     assert max(map(len, said.out.splitlines())) <= 80
@@ -138,7 +138,7 @@ def test_what_is_left_behind(diagnose, capsys):
 
 
 def test_the_next_command_is_one_that_compare_takes(diagnose, okd):
-    """With one seed, and with the contenders that it does not name."""
+    """The command has one seed, and files of contenders that are not class names."""
     typed = ["--method", "KD", "--trainer.max_steps", "9", "--model.schedule", "cosine"]
     assert diagnose(*typed, "--seed_everything=1", "--model.learning_rate", "1e-3").status == 0
     _, _, *words = shlex.split(read()["next"])
@@ -177,7 +177,7 @@ def test_prompts_alone(diagnose, assets, here):
 
 
 def ending_with(folder: Path, assets, end: int) -> None:
-    """The student, made to end often, with that id and not the other one."""
+    """Return a student that often ends with that id and not the other one."""
     model = AutoModelForCausalLM.from_pretrained(assets.student)
     with torch.no_grad():
         embedding = model.get_input_embeddings().weight
@@ -193,7 +193,7 @@ def ending_with(folder: Path, assets, end: int) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": end}))
 
 
-def test_models_that_end_with_different_ids_are_found_and_the_remedy_mends_it(
+def test_models_that_end_with_different_ids_are_found_and_the_remedy_fixes_it(
     diagnose, assets, here
 ):
     ending_with(here / "own", assets, EOS)

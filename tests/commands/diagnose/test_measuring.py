@@ -168,7 +168,7 @@ def test_drift_is_that_of_steps_made_by_hand(module):
 
 
 def test_a_method_is_measured_with_its_further_terms(make_module):
-    """Two micro-batches, each term over the tokens of its own rows in both."""
+    """Each term is divided by the tokens of its own rows in both micro-batches."""
     module = make_module(dtype="float64")
     module.configure_model()
     module.eval()

@@ -120,7 +120,7 @@ def test_exposure_names_the_side_that_needs_it():
     assert rules.exposure(found(rows("given"), noisy)).methods == ("KD", "OKD")
 
 
-def test_quietest_credit_is_named():
+def test_quietest_advantage_is_named():
     assert "variant value_baseline" in rules.quietest_credit(found()).title
     other = found(credits={("reverse KL", "centred"): fidelity(over_exact=1.1)})
     assert "variant centred" in rules.quietest_credit(other).title

@@ -1,8 +1,9 @@
-"""The quickstart does what it says.
+"""The quickstart has its documented results.
 
 * The committed teacher solves at least 98 % of the validation problems, and is below 1 MB; the
   student is several times smaller.
-* A run leaves results.json, metrics.csv and a picture, and tells before from after.
+* A run leaves results.json, metrics.csv and a picture, and reports measures before and after
+  training.
 * The same seed gives the same numbers, timings apart; another seed gives others.
 * GKD gets the quickstart's settings unless others are typed; other methods get none of them.
 * Mistakes end in one line.

@@ -1,4 +1,4 @@
-"""Semantics frozen here: what a problem looks like, its answer, and which sets are apart.
+"""Semantics frozen here: the form of a problem, its answer, and disjoint sets.
 
 * The response holds every running total from the second number on; one wrong character is wrong.
 * Totals never fall below zero; digits are 1 to 9.
@@ -16,7 +16,7 @@ from okd_lightning.commands.quickstart import task
 
 
 def _reference_answer(prompt):
-    """By Python's own arithmetic on every prefix that ends in a digit."""
+    """Compute the answer by Python's arithmetic on every prefix that ends in a digit."""
     expression = prompt.removesuffix("=")
     return ";".join(str(eval(expression[:end])) for end in range(3, len(expression) + 1, 2))
 

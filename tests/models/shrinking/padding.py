@@ -17,7 +17,7 @@ VOCAB = 23
 
 
 def rows(num: int = 6, seed: int = 0) -> list[Sequences]:
-    """Two batches of random rows of different lengths, with loss on all but the first ids."""
+    """Return two batches of random rows of different lengths, with loss after the first ids."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for size in (num, num - 1):

@@ -98,7 +98,7 @@ def test_no_optimizer_gets_a_trained_float16_part(side):
 
 
 class Break(Callback):
-    """Fills a trained tensor with NaN after a step."""
+    """Callback that fills a trained tensor with NaN after a step."""
 
     def __init__(self, side: str, step: int = 2) -> None:
         self.side, self.step = side, step

@@ -1,7 +1,7 @@
-"""Warnings while a run goes wrong.
+"""Warnings about failing runs.
 
-Frozen here: each is provoked by a run that goes wrong in that way, names what to do, and comes
-once; none comes in a run that goes well; a resumed run does not repeat it; ranks see one number.
+Frozen here: each is caused by a run with that fault, names the remedy, and comes once; a healthy
+run has none; a resumed run does not repeat it; ranks see one number.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def test_a_drifting_teacher_is_told_once_and_again_after_it_went_away(tmp_path, 
     strength = iter([0.0, 3.0, 3.0, 0.0, 3.0])
 
     class Disturb(Callback):
-        """Takes the teacher away from its base, and back."""
+        """Callback that moves the teacher away from its base, and back."""
 
         def on_validation_start(self, trainer, pl_module):
             size = next(strength)

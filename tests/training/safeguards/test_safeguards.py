@@ -2,7 +2,7 @@
 
 * FiniteGuard, HealthWarnings and StepIntervals come where the Trainer has none, once, also in a
   second fit and with a second Trainer; a user's own of such a class, or of a subclass, stays.
-* A subclass of the module may bring callbacks beside them.
+* A subclass of the module may add further callbacks.
 * A run that becomes NaN raises and saves nothing broken.
 * Methods set up before the models are built, other callbacks after; an interval is refused early.
 """
