@@ -13,8 +13,9 @@ import pytest
 import soak
 import torch
 from forked import type_command
+from torch.multiprocessing import ProcessRaisedException
 
-from okd_lightning.training.rank_faults import as_lost_rank
+from okd_lightning.training.rank_faults import as_lost_rank, message_of_process
 
 
 @pytest.mark.parametrize("options", [["--kills", "3"], ["--kills", "1", "--ranks", "2"]])
@@ -43,3 +44,24 @@ def test_a_late_rank() -> None:
 @pytest.mark.parametrize("error", OTHERS)
 def test_other_errors(error: Exception) -> None:
     assert as_lost_rank(error) is None
+
+
+TRACEBACK = """
+-- Process 1 terminated with the following error:
+Traceback (most recent call last):
+  File "data.py", line 3, in read
+KeyError: 'x'
+
+The above exception was the direct cause of the following exception:
+
+Traceback (most recent call last):
+  File "data.py", line 5, in read
+okd_lightning.errors.DataError: rows.jsonl, row 2: fill or delete it
+"""
+
+
+def test_an_error_of_a_forked_rank_is_its_message():
+    found = message_of_process(ProcessRaisedException(TRACEBACK, 1, 123))
+    assert found == "rows.jsonl, row 2: fill or delete it"
+    for error in (ProcessRaisedException("KeyError: 'x'", 1, 123), RuntimeError(TRACEBACK)):
+        assert message_of_process(error) is None

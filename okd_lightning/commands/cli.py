@@ -58,7 +58,7 @@ from okd_lightning.errors import (
 from okd_lightning.training.config_paths import expand_home, output_folder
 from okd_lightning.training.lightning_messages import quiet
 from okd_lightning.training.module import DistillationModule
-from okd_lightning.training.rank_faults import as_lost_rank
+from okd_lightning.training.rank_faults import as_lost_rank, message_of_process
 from okd_lightning.training.run_records import RunCSVLogger, note_measures
 from okd_lightning.training.safeguards.idle_options import option_defaults
 
@@ -341,7 +341,8 @@ def _failed(error: Exception) -> int:
         print(f"okd-lightning: {one_line(str(error))}", file=sys.stderr)
         return 1
     unexpected = f"unexpected {type(error).__name__}: {one_line(str(error))} (--debug shows where)"
-    print(f"okd-lightning: {as_lost_rank(error) or unexpected}", file=sys.stderr)
+    known = as_lost_rank(error) or message_of_process(error)
+    print(f"okd-lightning: {known or unexpected}", file=sys.stderr)
     return 1
 
 

@@ -57,8 +57,9 @@ class Cells:
         samples: dict[str, Any] = {}
         for row in rows:
             for name, cell in row.items():
-                if name not in samples or samples[name] in (None, "", []):
-                    samples[name] = samples.get(name) if cell is None else cell
+                known = samples.get(name)
+                if known is None or (isinstance(known, str | list) and not known):
+                    samples[name] = known if cell is None else cell
         return cls(samples)
 
     def texts(self) -> list[str]:
@@ -81,7 +82,7 @@ class Cells:
         """Return the likely column: of a name similar to ``wanted``, or of a well-known name."""
         passed_over = _SYSTEM if role == "prompt" else ()
         by_name = {
-            name.lower(): name
+            name.strip().lower(): name
             for name in reversed(among)
             if name.lower() not in passed_over and not name.lower().endswith("id")
         }
@@ -135,15 +136,15 @@ def _pair_option(cells: Cells, prompt: str, wanted: str, *, needs_response: bool
     """Return the options for a prompt with its response; if it is missing, for whole texts."""
     response = hint_for_response(cells, Columns(prompt=prompt, response=wanted))
     if response is not None:
-        return f"{prompt_option(cells, prompt)} --data.response_column {response}"
+        return f"{prompt_option(cells, prompt)} --data.response_column {shlex.quote(response)}"
     if needs_response and prompt.lower() in _WHOLE_TEXTS:
-        return f"--data.prompt_column null --data.response_column {prompt}"
+        return f"--data.prompt_column null --data.response_column {shlex.quote(prompt)}"
     return prompt_option(cells, prompt) + " --data.response_column NAME" * needs_response
 
 
 def messages_option(name: str, cells: Cells, columns: Columns) -> str:
     """Return the options that read only the chats of a column."""
-    option = f"--data.messages_column {name}"
+    option = f"--data.messages_column {shlex.quote(name)}"
     has_prompt = columns.prompt is not None and columns.prompt in cells.samples
     return f"{option} --data.prompt_column null" if has_prompt else option
 
@@ -152,7 +153,7 @@ def prompt_option(cells: Cells, prompt: str) -> str:
     """Return the option that reads a prompt with the columns that belong to it."""
     beside = _beside_prompt(cells, prompt)
     if not beside:
-        return f"--data.prompt_column {prompt}"
+        return f"--data.prompt_column {shlex.quote(prompt)}"
     before = [n for n in beside if n.lower() in _SYSTEM or prompt.lower() in _ASKED_LAST]
     order = [*before, prompt, *(name for name in beside if name not in before)]
     subsets = [
@@ -190,7 +191,7 @@ def unread_warning(rows: Sequence[RawRow], columns: Columns) -> str | None:
         names = [n for n in cells.texts() if n.lower() in _SYSTEM and cells.samples[n].strip()]
         read = {columns.system, columns.prompt, *_fields(columns)}
         unread = [n for n in names if n not in read] if columns.system is not None else []
-        option = f"--data.system_column {unread[0]}" if unread else ""
+        option = f"--data.system_column {shlex.quote(unread[0])}" if unread else ""
     elif columns.templates or columns.prompt is None:  # the user chose the columns
         return None
     else:

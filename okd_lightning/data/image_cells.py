@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -102,7 +103,7 @@ def check_images_are_read(
         advice = (
             f"{NO_IMAGES}; or read the text alone with --data.images_column null"
             if is_text
-            else f"use --data.images_column {names[0]}, or null to read the text alone"
+            else f"use --data.images_column {shlex.quote(names[0])}, or null to read the text alone"
         )
         raise DataError(
             f"{where}, row {number}: the text has {MARKER}, and the images in the column "

@@ -6,6 +6,7 @@ advice.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, TypeAlias
@@ -110,7 +111,7 @@ def _no_response(
             f"{start}; use --data.response_column NAME, or a method that needs prompts only "
             "(--method GKD --method.on_policy_fraction 1)"
         )
-    options = f"--data.response_column {name}"
+    options = f"--data.response_column {shlex.quote(name)}"
     if is_chat_row or columns.prompt is None:
         return DataError(f"{start}{_unused(cells, options)}; use {options}")
     if _is_whole_chat(cells.samples[name]):

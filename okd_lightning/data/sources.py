@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
+import numpy as np
 from datasets import Dataset, DatasetDict
 
 from okd_lightning.data.arrow import read_folder, read_hub, rows_of_splits
@@ -96,8 +97,17 @@ def _copy_rows(source: MapStyleDataset) -> list[dict[str, Any]]:
                 f"rows in memory, row {number + 1}: {type(row).__name__} where a mapping such as "
                 '{"prompt": "..."} is expected'
             )
-        rows.append(dict(row))
+        rows.append({name: _without_arrays(cell) for name, cell in row.items()})
     return rows
+
+
+def _without_arrays(cell: Any) -> Any:
+    """Return a cell with lists where pandas has arrays of objects."""
+    if isinstance(cell, np.ndarray) and cell.dtype == object:
+        return [_without_arrays(part) for part in cell]
+    if isinstance(cell, dict):
+        return {name: _without_arrays(part) for name, part in cell.items()}
+    return cell
 
 
 def _read(source: DataSource, *, split: str, subset: str | None) -> list[dict[str, Any]]:

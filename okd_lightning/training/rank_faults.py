@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 import torch.distributed
+from torch.multiprocessing import ProcessRaisedException
 
 from okd_lightning.errors import LostRankError
 
@@ -16,8 +17,23 @@ _CLOSED = re.compile(
     r"ncclremoteerror|ncclsystemerror|failed to recv|unable to connect|peer.*(died|closed)",
     re.IGNORECASE,
 )
+_OURS = re.compile(r"^okd_lightning\.errors\.\w+: (.+)$", re.MULTILINE)
 _LATE = re.compile(r"timed? ?out|wait timeout|watchdog", re.IGNORECASE)
 _COLLECTIVE = re.compile(r"gloo|nccl|c10d|store|barrier|distbackend|collective", re.IGNORECASE)
+
+
+def message_of_process(error: BaseException) -> str | None:
+    """Return the message of an error of ours that ended a process of ddp_fork or ddp_spawn.
+
+    torch raises the whole traceback of that process as text.
+
+    Args:
+        error: Any error of a run.
+    """
+    if not isinstance(error, ProcessRaisedException):
+        return None
+    found = _OURS.findall(str(error))
+    return found[-1] if found else None
 
 
 def as_lost_rank(error: BaseException) -> LostRankError | None:

@@ -118,6 +118,10 @@ FOREIGN = {
     "messages as indented JSON text": Foreign(
         [{name: json.dumps(c[i : i + 1], indent=1) for i, name in enumerate(PAIR)} for c in CHATS]
     ),
+    "a table whose names have blanks": Foreign(
+        pairs("User prompt", " Answer"),
+        "--data.prompt_column 'User prompt' --data.response_column ' Answer'",
+    ),
     # hub data sets
     "alpaca": Foreign(
         [

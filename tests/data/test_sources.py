@@ -10,6 +10,7 @@ import gzip
 import json
 from types import SimpleNamespace
 
+import pandas
 import pyarrow
 import pyarrow.parquet as pq
 import pytest
@@ -160,6 +161,14 @@ def test_fields_that_arrow_fills_with_null_are_absent_but_cells_stay(tmp_path):
     ]
     Dataset.from_list(rows).save_to_disk(tmp_path / "rows")
     assert load_rows(tmp_path / "rows") == rows
+
+
+def test_rows_of_a_frame_have_lists_where_pandas_has_arrays(tmp_path):
+    messages = [{"role": "user", "content": "a", "calls": [{"b": [1]}]}]
+    Dataset.from_list([{"messages": messages}]).to_parquet(tmp_path / "rows.parquet")
+    frame = pandas.read_parquet(tmp_path / "rows.parquet")
+    assert not isinstance(frame["messages"][0], list)
+    assert load_rows(frame.to_dict("records")) == [{"messages": messages}]
 
 
 def test_the_callers_rows_are_not_touched():
