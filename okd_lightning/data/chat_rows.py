@@ -96,6 +96,25 @@ def _example(
     )
 
 
+def _with_images(
+    chats: Sequence[_Chat],
+    rows: Sequence[RawRow],
+    places: Sequence[str],
+    columns: Columns,
+    images: RowImages,
+) -> tuple[list[RenderedChat], list[tuple[ImageRef, ...]]]:
+    """Return the rendered chats with the tokens of their images, and each row's images."""
+    refs = [  # of the messages that are kept: those after the last learned turn are not
+        images.of_row(row, columns, at)[: num_places(chat.turns.messages)]
+        for row, chat, at in zip(rows, chats, places, strict=True)
+    ]
+    rendered = [
+        images.chat(chat.rendered, own, at)
+        for chat, own, at in zip(chats, refs, places, strict=True)
+    ]
+    return rendered, refs
+
+
 def examples_from_chats(
     rows: Sequence[RawRow],
     encoder: TextEncoder,
@@ -141,20 +160,13 @@ def examples_from_chats(
     ]
     limit = max(max_prompt_length, max_response_length)
     rendered = [chat.rendered for chat in chats]
-    own: list[tuple[ImageRef, ...]] = [()] * len(rows)
+    refs: list[tuple[ImageRef, ...]] = [()] * len(rows)
     if images is not None:
-        own = [  # of the messages that are kept: those after the last learned turn are not
-            images.of_row(row, columns, at)[: num_places(chat.turns.messages)]
-            for row, chat, at in zip(rows, chats, places, strict=True)
-        ]
-        rendered = [
-            images.chat(chat, refs, at)
-            for chat, refs, at in zip(rendered, own, places, strict=True)
-        ]
+        rendered, refs = _with_images(chats, rows, places, columns, images)
     found = encode_chats(encoder, rendered, eos_ids, limit=limit)
     examples = [
-        _example(index, chat, ids, eos_ids[0], refs)
-        for index, (chat, ids, refs) in enumerate(zip(chats, found, own, strict=True))
+        _example(index, chat, ids, eos_ids[0], own)
+        for index, (chat, ids, own) in enumerate(zip(chats, found, refs, strict=True))
     ]
     shortfalls = Counter(chat.shortfall for chat in chats if chat.shortfall)
     notes = [text.format(f"{num:,} of {len(chats):,} chats") for text, num in shortfalls.items()]

@@ -6,7 +6,7 @@ import argparse
 import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning
@@ -171,23 +171,30 @@ def examine(
     def say(text: str) -> None:
         console.print(Text(text, style="dim"))
 
-    examination: Examination | TextExamination = Examination(
-        rows, batches, part, say, skipped, minutes
-    )
-    if module.pair.teacher.tokenizer is not None:
-        if skipped:
-            raise ConfigError(
-                f"--skip {','.join(sorted(skipped))}: the teacher has another tokenizer, and "
-                "diagnose compares texts alone, without these stages; leave --skip out"
-            )
-        say(
-            "the teacher has another tokenizer: its losses are over chunks of text; gradients, "
-            "drift and trials compare single tokens and are left out, with --batches and --minutes"
-        )
-        examination = TextExamination(rows, say)
+    examination: Examination | TextExamination
+    if module.pair.teacher.tokenizer is None:
+        examination = Examination(rows, batches, part, say, skipped, minutes)
+    else:
+        examination = _text_examination(rows, skipped, say)
     _validate(cli.trainer, examination, module, data)
     assert examination.found is not None
     return examination.found
+
+
+def _text_examination(
+    rows: int, skipped: frozenset[str], say: Callable[[str], None]
+) -> TextExamination:
+    """Return the examination of a teacher with another tokenizer; refuse skipped stages."""
+    if skipped:
+        raise ConfigError(
+            f"--skip {','.join(sorted(skipped))}: the teacher has another tokenizer, and "
+            "diagnose compares texts alone, without these stages; leave --skip out"
+        )
+    say(
+        "the teacher has another tokenizer: its losses are over chunks of text; gradients, "
+        "drift and trials compare single tokens and are left out, with --batches and --minutes"
+    )
+    return TextExamination(rows, say)
 
 
 def _validate(trainer: lightning.Trainer, examination: Callback, module: Any, data: Any) -> None:
