@@ -254,7 +254,7 @@ def test_rows_without_a_known_teacher_are_refused_before_models_load(name, folde
 
 
 def test_a_column_and_teachers_need_each_other(folders, tmp_path):
-    with pytest.raises(ConfigError, match=r"data\.teacher_column 'of' has nothing"):
+    with pytest.raises(ConfigError, match=r"data\.teacher_column 'of' has no effect"):
         train(tmp_path, make(folders, folders["llama"]), [KD()])
     with pytest.raises(ConfigError, match=r"for each row \(code, math\): give --data.teacher_colu"):
         train(tmp_path, make(folders, routed(folders)), [KD()], data={})
