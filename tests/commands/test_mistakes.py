@@ -179,7 +179,7 @@ FIT = [
     ),
     (
         [*KD, "--trainer.callbacks+=ExactMatch", "--trainer.callbacks.pattern", "("],
-        ["no regular expression"],
+        ["not a regular expression"],
     ),
     (
         [*KD, "--trainer.callbacks+=LastCheckpoint", "--trainer.callbacks.every_n_steps", "0"],
