@@ -24,7 +24,7 @@ class ExactMatch(TaskScore):
             after the last ####, in \boxed{}, after "the answer is", or the last number.
 
     Raises:
-        ConfigError: The pattern is no regular expression, or has no group; an unknown compare.
+        ConfigError: The pattern is not a regular expression, or has no group; an unknown compare.
     """
 
     def __init__(
