@@ -116,6 +116,9 @@ def examples_from_chats(
     column; without one it has no response, and its prompt ends with the generation prompt. Prompts
     and responses above their limits keep some tokens beyond them.
 
+    ``eos_ids`` are the ids that end a response; the other arguments are those of
+    ``examples.build_examples``.
+
     Returns:
         The examples, and a message for each kind of turn that cannot be learned because the
         template renders the last answer differently, and of content that it does not show.

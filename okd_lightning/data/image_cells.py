@@ -52,7 +52,11 @@ def places_of(row: RawRow, columns: Columns) -> list[Any]:
 
 
 def cells_of(row: RawRow, columns: Columns, at: str) -> list[Any]:
-    """Return the cells of the images column: a list of images, or one."""
+    """Return the cells of the images column: a list of images, or one.
+
+    Raises:
+        DataError: The cell is neither a list nor an image.
+    """
     value = None if columns.images is None else row.get(columns.images)
     if value is None or (isinstance(value, str) and not value):
         return []

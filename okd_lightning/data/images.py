@@ -140,7 +140,17 @@ class RowImages:
         return found
 
     def chat(self, chat: RenderedChat, images: Sequence[ImageRef], at: str) -> RenderedChat:
-        """Return a rendered chat with the tokens of its images."""
+        """Return a rendered chat with the tokens of its images.
+
+        Args:
+            chat: The chat as text.
+            images: Its images, in the order of their places.
+            at: File and row, for messages.
+
+        Raises:
+            DataError: An assistant's turn has an image, or there are more or fewer images than
+                places.
+        """
         if not self.are_present:
             return chat
         if any(self.student.placeholder in turn.text for turn in chat.turns):

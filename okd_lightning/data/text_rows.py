@@ -48,6 +48,9 @@ def examples_from_texts(
     A response ends with the eos in its text, else with the first of ``eos_ids``. Prompts and
     responses above their limits keep some tokens beyond them.
 
+    ``eos_ids`` are the ids that end a response; the other arguments are those of
+    ``examples.build_examples``.
+
     Raises:
         DataError: A cell is missing or not text, or a prompt is empty.
     """

@@ -26,6 +26,9 @@ def examples_from_whole_texts(
     The prompt is the first token: the bos if the tokenizer adds one, else the text's first token.
     All others are the response, with one eos at the end.
 
+    ``eos_ids`` are the ids that end a response; the other arguments are those of
+    ``examples.build_examples``.
+
     Raises:
         DataError: A cell is missing, not text, or blank.
     """

@@ -80,7 +80,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Reported:
-    """Progress of a job."""
+    """Progress of a job: finished responses and new tokens since the last report."""
 
     number: int
     rows: int
@@ -89,7 +89,7 @@ class Reported:
 
 @dataclass(frozen=True)
 class Done:
-    """The responses of a job."""
+    """The responses of a job, and its seconds by the clock and on the CPU."""
 
     number: int
     rollout: Rollout

@@ -104,6 +104,11 @@ class CachedExpectedWeight(Quantity):
 
     It does not depend on the sampled token, so subtracting it leaves the expected gradient
     unchanged. Its variance differs from that of the exact mean.
+
+    Attributes:
+        divergence: The divergence of f.
+        k: Known ids of the teacher that keep their own probability.
+        max_log_ratio: The log-ratio is clipped to ± this many nats before w_f.
     """
 
     divergence: Divergence

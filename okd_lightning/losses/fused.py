@@ -201,8 +201,19 @@ def measure_batch(
 ) -> Measured:
     """Return ``about`` with the values of quantities at all positions of a micro-batch.
 
-    Where the teacher has another tokenizer, values of chunks are at their first positions. See
-    ``batch_loss`` for the arguments.
+    Where the teacher has another tokenizer, values of chunks are at their first positions.
+
+    Args:
+        quantities: Quantities to measure, from logits.
+        sides: Student, teacher and base teacher; None where no quantity needs one.
+        batch: The rows.
+        targets: [positions] ids of the target tokens.
+        about: Source, row and sampler of the positions; its values are not read.
+        vocab_size: Width of the logits.
+        tile_positions: Positions per tile; None chooses from the sizes.
+
+    Returns:
+        [positions] per quantity, with gradient to the sides that the quantity trains.
     """
     student, teacher, base = sides
     if batch.chunks is not None:

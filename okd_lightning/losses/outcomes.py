@@ -64,7 +64,16 @@ def unpack_drawn(packed: Tensor) -> PositionValues:
 
 
 def first_outcomes(ids: Tensor, logprobs: OutcomeLogProbs, k: int) -> tuple[Tensor, Tensor]:
-    """Reduce a distribution to its k most likely ids; the others are merged into the rest."""
+    """Reduce a distribution to its k most likely ids; the others are merged into the rest.
+
+    Args:
+        ids: [positions, known] most likely first.
+        logprobs: [positions, known + 1] log q (nats) of the ids and of all others together.
+        k: Ids to keep; all known ids if there are no more.
+
+    Returns:
+        [positions, k] ids and [positions, k + 1] log-probabilities, with the inputs' gradient.
+    """
     if k >= ids.shape[-1]:
         return ids, logprobs
     rest = logprobs[:, k:].logsumexp(-1, keepdim=True)

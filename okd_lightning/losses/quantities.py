@@ -175,6 +175,10 @@ class ExactDivergence(Quantity):
     """D(student, teacher) in nats, summed over the whole vocabulary.
 
     Gradient flows to ``learner`` only; the other model's distribution is a constant.
+
+    Attributes:
+        divergence: The divergence, with its own temperature or top-k.
+        learner: The side that gets gradient.
     """
 
     divergence: Divergence
@@ -271,7 +275,11 @@ class DrawnLogProb(Quantity):
 class DrawnOutcome(Quantity):
     """One side's log-probability (nats) of the target token as a divergence reads it, a constant.
 
-    For most divergences the token's own; for a TopK that of the token's outcome.
+    For most divergences it is the token's own; for a TopK that of the token's outcome.
+
+    Attributes:
+        role: The side whose log-probability is measured.
+        divergence: The divergence whose ``drawn`` reads the token.
     """
 
     role: ModelRole
@@ -292,7 +300,12 @@ class DrawnOutcome(Quantity):
 
 @dataclass(frozen=True)
 class ExpectedWeight(Quantity):
-    """E_{a~p}[w_f(u)]: the value baseline of a position, a constant (vOPD, arXiv 2605.07865)."""
+    """E_{a~p}[w_f(u)]: the value baseline of a position, a constant (vOPD, arXiv 2605.07865).
+
+    Attributes:
+        divergence: The divergence of f.
+        max_log_ratio: The log-ratio is clipped to ± this many nats before w_f.
+    """
 
     divergence: Divergence
     max_log_ratio: float = math.inf
@@ -310,7 +323,11 @@ class ExpectedWeight(Quantity):
 
 @dataclass(frozen=True)
 class Entropy(Quantity):
-    """Entropy (nats) of one model's next-token distribution, with gradient to it."""
+    """Entropy (nats) of one model's next-token distribution, with gradient to it.
+
+    Attributes:
+        role: The side whose entropy is measured.
+    """
 
     role: ModelRole = "student"
 

@@ -97,7 +97,11 @@ def adapter_folder(source: Source, option: str) -> AdapterFolder | None:
 
 @contextmanager
 def naming_base(adapter: AdapterFolder) -> Iterator[None]:
-    """Within the context, report a base that is not found with the file that names it."""
+    """Within the context, report a base that is not found with the file that names it.
+
+    Raises:
+        ModelNotFoundError: The block raised one; the message names the adapter too.
+    """
     try:
         yield
     except ModelNotFoundError as error:

@@ -97,6 +97,10 @@ def model_source(source: object, side: str) -> ModelSource:
     """Return the model inside a ``PeftModel``, with the adapter's layers; a path as text.
 
     Prompt learning is refused: it is in the wrapper, not in the model's layers.
+
+    Raises:
+        ConfigError: ``source`` is neither a location, a config, a model nor a ``PeftModel``.
+        ModelError: A ``PeftModel`` of prompt learning.
     """
     if isinstance(source, os.PathLike):
         return os.fspath(source)
@@ -210,6 +214,12 @@ def add_adapter(
     alone, unless the config has its own ``exclude_modules`` or ``adapts_vision``. Prompt-learning
     configs are refused: they need a wrapper around the model, from which a student cannot be
     exported.
+
+    Args:
+        model: The base, changed in place; gradient then flows to the adapter alone.
+        adapter: Any PEFT config for layers.
+        option: How the user named it, for messages.
+        adapts_vision: Whether layers of a vision tower may be adapted too.
 
     Raises:
         ConfigError: A prompt-learning config, one whose weights do not restore the model, or target

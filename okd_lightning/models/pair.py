@@ -31,6 +31,11 @@ def find_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Return the run's tokenizer: the given one, else the student's, else the teacher's.
 
+    Args:
+        tokenizer: The user's tokenizer, or its folder or hub id; None where none is given.
+        student: Source of the student.
+        teacher: Source of the teacher; None where it is not loaded from files.
+
     Raises:
         ConfigError: There is none, or ``tokenizer`` is of another type.
         ModelNotFoundError: It cannot be loaded.
@@ -94,6 +99,11 @@ def check_pair(
     tokenizer: PreTrainedTokenizerBase, student: ModelSource, teachers: Sequence[ModelSource]
 ) -> Vocabulary:
     """Return the vocabulary on which all models are compared: ids with a row in every table.
+
+    Args:
+        tokenizer: The run's tokenizer.
+        student: Source of the student.
+        teachers: Sources of the teacher's models.
 
     Raises:
         VocabularyError: A model's own tokenizer differs.

@@ -84,7 +84,13 @@ class NoiseStream:
     starts: Mapping[tuple[int, int], int] = field(default_factory=dict)
 
     def uniform(self, index: Sequence[int], sample: Sequence[int], num_positions: int) -> Tensor:
-        """Return [rows, num_positions] float64 in (0, 1), keyed by prompt and sample number."""
+        """Return [rows, num_positions] float64 in (0, 1), keyed by prompt and sample number.
+
+        Args:
+            index: The dataset row of each prompt.
+            sample: Sample number of each response among those of its prompt.
+            num_positions: Tokens of a response, from the first one without noise on.
+        """
         rows = np.asarray(index)[:, None], np.asarray(sample)[:, None]
         keys = zip(index, sample, strict=True)
         starts = np.asarray([self.starts.get(key, 0) for key in keys], dtype=np.int64)

@@ -74,7 +74,13 @@ class RolloutPlan:
         return self.share_at is not None
 
     def assign(self, seed: int, step: int, num_prompts: int) -> tuple[Source, ...]:
-        """Return the source of each prompt in optimizer step ``step``, counted over the run."""
+        """Return the source of each prompt of an optimizer step.
+
+        Args:
+            seed: Keys the random choice.
+            step: The optimizer step, counted over the run from 0.
+            num_prompts: Prompts of the step.
+        """
         share = self.share(step)
         if share in (0.0, 1.0):  # nothing to choose
             return ("student" if share else self.off_policy_source,) * num_prompts
@@ -110,7 +116,13 @@ class StagedPlan:
         return any(plan.is_varying for _, plan in self.stages)
 
     def assign(self, seed: int, step: int, num_prompts: int) -> tuple[Source, ...]:
-        """Return the source of each prompt in optimizer step ``step``, counted over the run."""
+        """Return the source of each prompt of an optimizer step.
+
+        Args:
+            seed: Keys the random choice.
+            step: The optimizer step, counted over the run from 0.
+            num_prompts: Prompts of the step.
+        """
         plan = next(plan for start, plan in reversed(self.stages) if start <= step)
         return plan.assign(seed, step, num_prompts)
 

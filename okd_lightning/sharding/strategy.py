@@ -142,7 +142,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         return torch.device("cpu") if self._settings.offload else self.root_device
 
     def setup(self, trainer: lightning.Trainer) -> None:
-        """Shard both models, then run Lightning's own setup."""
+        """Shard both models, then run Lightning's own setup.
+
+        Raises:
+            ConfigError: ``cpu_offload`` on a CPU, or a precision that scales losses.
+        """
         module = self._distilled
         if self._settings.offload and self.root_device.type == "cpu":
             raise ConfigError(

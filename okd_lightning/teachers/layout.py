@@ -21,7 +21,13 @@ PART_POSITIONS = 2**15
 
 @dataclass(frozen=True)
 class Place:
-    """Place of a row's records: file, first record, and number of records."""
+    """Place of a row's records.
+
+    Attributes:
+        part: Number of the file.
+        start: First record in the file.
+        count: Number of records.
+    """
 
     part: int
     start: int

@@ -190,6 +190,9 @@ def with_schedule(
             resumed run start the data from the beginning.
         online_module: Schedule of the groups of ``online_parameters``; None for the student's.
         online_parameters: Trained parameters of the teacher.
+
+    Raises:
+        ConfigError: In the first step: a falling schedule in a run without an end.
     """
     online = {id(parameter) for parameter in online_parameters}
 

@@ -31,6 +31,14 @@ def acting_terms(
 ) -> list[WeightedTerm]:
     """Return the terms of optimizer step ``step``, each with its weight over its divisor.
 
+    Args:
+        terms: All terms of the run.
+        batch: A micro-batch of the step, with the step's counts.
+        step: The optimizer step, from 0.
+        accumulate_grad_batches: Micro-batches per optimizer step.
+        world_size: Ranks over which gradients are averaged.
+        normalization: Divisor of the sums.
+
     Raises:
         ConfigError: No term acts, or the batch lacks the token counts of its step.
     """

@@ -40,7 +40,7 @@ def test_an_anchor_and_an_own_schedule(fit: Callable[..., Result]) -> None:
 
 
 MISTAKES = [
-    (["--method.alpha", "1"], ["alpha 1 leaves nothing", "[0, 1)", "anchor_weight above 0"]),
+    (["--method.alpha", "1"], ["alpha 1 leaves no loss", "[0, 1)", "anchor_weight above 0"]),
     (["--method.alpha", "1.5"], ["alpha must be between 0 and 1, got 1.5"]),
     (["--method.anchor_weight", "-0.1"], ["anchor_weight", "from 0 on", "-0.1"]),
     (["--method.anchor_weight", "x"], ["--method.anchor_weight", "a number", "'x'"]),

@@ -2,7 +2,7 @@
 
 * An image in memory is read like its file: upright, with the shades of 16-bit pixels; pixels of 32
   bits and arrays are refused by row.
-* A column of images beside ``<image>`` that would not be read is an error, with the option that
+* A column of images next to ``<image>`` that would not be read is an error, with the option that
   reads it.
 """
 

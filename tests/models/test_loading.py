@@ -271,7 +271,7 @@ def test_a_tokenizer_is_found_or_asked_for(tiny_pair, tiny_tokenizer, student_fo
 
 def test_a_folder_without_a_tokenizer_takes_the_named_one(tmp_path, tiny_tokenizer, teacher_folder):
     tiny.make_llama(1).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"--model.student.*on trust"):
+    with pytest.warns(UserWarning, match=r"--model.student.*is not compared with it"):
         module = DistillationModule(str(tmp_path), str(teacher_folder), tokenizer=tiny_tokenizer)
     module.configure_model()
     assert module.student.num_parameters() == tiny.make_llama(1).num_parameters()

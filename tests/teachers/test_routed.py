@@ -365,7 +365,7 @@ def test_served_teachers_are_routed_to_like_models_in_memory(method, folders, ur
 def test_served_teachers_refuse_what_one_refuses(folders, urls, tmp_path):
     served = {name: ServedTeacher(one.url) for name, one in urls.items()}
     for method, words in (
-        (KD(seq_kd=True), "write responses"),
+        (KD(seq_kd=True), "generate responses"),
         (OKD(), "online module is trained"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -52,7 +52,7 @@ REFUSED = {
     "10.0**400": "too large|out of range",
     "(" * 150 + "1": "is not an arithmetic expression",
     "1+" * 150 + "1": "longer than 200",
-    "\0": "null bytes|no arithmetic",
+    "\0": "null bytes|not an arithmetic",
 }
 
 

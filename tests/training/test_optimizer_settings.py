@@ -135,7 +135,7 @@ def test_a_plateau_watches_its_monitor(tmp_path, make_module):
     [
         ({"warmup_steps": 3}, r"model\.warmup_steps 3 has no effect with model\.lr_scheduler"),
         ({"schedule": "cosine"}, r"model\.schedule cosine has no effect"),
-        ({"lr_scheduler": TorchPlateau}, r"take lightning\.pytorch\.cli\.ReduceLROnPlateau"),
+        ({"lr_scheduler": TorchPlateau}, r"use lightning\.pytorch\.cli\.ReduceLROnPlateau"),
         ({"lr_scheduler": StepLR}, r"model\.lr_scheduler cannot be built"),
         ({"lr_scheduler": lambda _: 3}, r"returned a int; expected a scheduler"),
     ],

@@ -26,11 +26,9 @@ from okd_lightning.training.safeguards.vital_signs import (
 _STUDENT = SOURCES.index("student")
 
 _ADVICE = {
-    "entropy": "the entropy of the student's own responses is {now.entropy:.2f} nats per token, "
-    "after "
-    "{first.entropy:.2f} at the start{beside}: it collapses, and the student generates the same "
-    "text over "
-    "and over. Lower --model.learning_rate; take a divergence that covers the teacher "
+    "entropy": "the student's own responses have {now.entropy:.2f} nats per token, after "
+    "{first.entropy:.2f} at the start{beside}: its entropy collapses, and it repeats the same text "
+    "over and over. Lower --model.learning_rate; take a divergence that covers the teacher "
     "(JensenShannon, ForwardKL) in place of reverse KL; or also train on dataset responses "
     "(--method.on_policy_fraction below 1, or KD as a second method)",
     "length": "the student's responses have {now.mean_length:.0f} tokens on average, after "

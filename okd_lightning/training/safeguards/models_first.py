@@ -65,7 +65,7 @@ class _ForeignBatches(Callback):
             raise ConfigError(
                 f"a batch is a {type(batch).__name__}; expected a DistillBatch: fit on a "
                 "RolloutDataModule, or give a DataLoader a collate_fn that makes DistillBatch "
-                "objects (docs/concepts/extending.md, batches of one's own)"
+                "objects (docs/concepts/extending.md, your own batches)"
             )
 
     on_validation_batch_start = on_train_batch_start

@@ -226,7 +226,7 @@ def test_refusals(tmp_path):
     for both in ({"divergence": KL_AT_3}, {"teacher_divergence": KL_AT_3}):
         with pytest.raises(ConfigError, match="both would act"):
             OKD(temperature=2.0, **both)
-    with pytest.raises(ConfigError, match="alpha 1 leaves nothing"):
+    with pytest.raises(ConfigError, match="alpha 1 leaves no loss"):
         OKD(alpha=1.0)
     with pytest.raises(ConfigError, match="on_policy_fraction 1 leaves no dataset responses"):
         OKD(on_policy_fraction=1.0)

@@ -117,7 +117,7 @@ def test_what_is_on_disk(diagnose, capsys):
     said = diagnose()
     assert said.status == 0, said.err
     assert max(map(len, said.out.splitlines())) <= 80
-    for words in ("reverse KL", "along exact", "value_baseline", "steps lead", "What to try"):
+    for words in ("reverse KL", "along exact", "value_baseline", "Effect of", "What to try"):
         assert words in said.out
     page = Path("out/diagnosis.html").read_text()
     assert page.count("<svg") == 5
