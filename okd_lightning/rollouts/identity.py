@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,12 +22,13 @@ def rows_identity(examples: Sequence[Example], shape: LoaderShape, seed: int) ->
     return [seed, len(examples), prompts, *cut]
 
 
-def check_same_rows(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def check_same_rows(state: Mapping[str, Any], own: Mapping[str, Any], shape: LoaderShape) -> None:
     """Refuse a checkpoint of other steps or prompts.
 
     Args:
         state: ``rows_per_step`` and ``identity`` of the checkpoint.
         own: The same of this run.
+        shape: Division of this run's epoch.
 
     Raises:
         ConfigError: The number of rows of an optimizer step, prompts, seed or rollout batches
@@ -36,7 +38,7 @@ def check_same_rows(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"this run has {own['rows_per_step']} rows per optimizer step (batch_size x "
             f"accumulation x ranks), the checkpoint was written with {state['rows_per_step']}; "
-            f"set --data.global_batch_size {state['rows_per_step']}"
+            f"{_advice(state['rows_per_step'], shape)}"
         )
     if state["identity"] != own["identity"]:
         raise ConfigError(
@@ -44,3 +46,15 @@ def check_same_rows(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
             "prompts_per_rollout or samples_per_prompt differ from the checkpoint's; resume with "
             "the same, or start a new run from the exported student: --model.student FOLDER"
         )
+
+
+def _advice(rows: int, shape: LoaderShape) -> str:
+    """Return the options with which an optimizer step has ``rows`` rows."""
+    ranks = shape.world_size
+    if rows % ranks:
+        return f"resume on a number of ranks that divides {rows}"
+    batch_size = math.gcd(shape.batch_size, rows // ranks)
+    return (
+        f"set --data.global_batch_size {rows} --data.batch_size {batch_size} "
+        f"--trainer.accumulate_grad_batches {rows // (batch_size * ranks)}"
+    )

@@ -211,7 +211,7 @@ class RolloutLoader:
             ConfigError: The number of rows of an optimizer step, prompts, seed or rollout batches
                 differ.
         """
-        check_same_rows(state, self.fingerprint())
+        check_same_rows(state, self.fingerprint(), self.shape)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``.

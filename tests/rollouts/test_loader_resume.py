@@ -91,9 +91,18 @@ def test_a_state_does_not_change_with_its_loader():
 def test_another_number_of_rows_a_step_is_refused():
     loader = make_loader(LoaderShape(2, 10, 2))
     next(iter(loader))
-    with pytest.raises(ConfigError, match=r"--data.global_batch_size 4"):
-        make_loader(LoaderShape(3, 10)).load_state_dict(loader.state_dict())
-    make_loader(LoaderShape(4, 10)).load_state_dict(loader.state_dict())
+    advice = {
+        LoaderShape(3, 10): "size 4 --data.batch_size 1 --trainer.accumulate_grad_batches 4",
+        LoaderShape(4, 10, 2): "size 4 --data.batch_size 4 --trainer.accumulate_grad_batches 1",
+        LoaderShape(4, 10, 1, 2): "size 4 --data.batch_size 2 --trainer.accumulate_grad_batches 1",
+        LoaderShape(4, 10, 1, 3): "a number of ranks that divides 4",
+    }
+    for shape, words in advice.items():
+        with pytest.raises(ConfigError, match=words):
+            make_loader(shape).load_state_dict(loader.state_dict())
+    for batch_size, accumulation in ((1, 4), (4, 1)):
+        loader_of = make_loader(LoaderShape(batch_size, 10, accumulation))
+        loader_of.load_state_dict(loader.state_dict())
 
 
 def two_ranks(shape: LoaderShape, plan: RolloutPlan, num: int) -> list[list]:
