@@ -57,6 +57,7 @@ from okd_lightning.errors import (
 )
 from okd_lightning.training.config_paths import expand_home, output_folder
 from okd_lightning.training.lightning_messages import quiet
+from okd_lightning.training.lightning_privates import end_at_sigterm
 from okd_lightning.training.module import DistillationModule
 from okd_lightning.training.rank_faults import as_lost_rank, message_of_process
 from okd_lightning.training.run_records import RunCSVLogger, note_measures
@@ -257,6 +258,12 @@ class DistillationCLI(LightningCLI):
     def test(self, verbose: bool = True, **kwargs: Any) -> None:
         """Measure on the test data and print one line per number."""
         self._measure("test", self.trainer.test, verbose, **kwargs)
+
+    def before_validate(self) -> None:
+        """Let SIGTERM end a command that saves no checkpoint."""
+        end_at_sigterm(self.trainer)
+
+    before_test = before_predict = before_validate
 
     def after_fit(self) -> None:
         """Print the last validation's measures and the places of the run's files."""

@@ -11,6 +11,8 @@ A new release of Lightning can change these names without notice; this file is t
 
 from __future__ import annotations
 
+import os
+import signal
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,31 @@ def started_ranks(trainer: lightning.Trainer) -> _SubprocessScriptLauncher | Non
     """Return the launcher that started the other ranks as scripts and can send them signals."""
     launcher = trainer.strategy.launcher
     return launcher if isinstance(launcher, _SubprocessScriptLauncher) else None
+
+
+def end_at_sigterm(trainer: lightning.Trainer) -> None:
+    """Let SIGTERM end this process, and the ranks that it started, at once and by the signal.
+
+    Call it before ``validate``, ``test`` or ``predict``. Lightning's own handler lets the process
+    go on to the end of a batch, which may be minutes of generation away, and exit with status 0.
+    The earlier handler is restored when the Trainer has finished.
+    """
+
+    def handle(number: int, frame: Any) -> None:
+        del frame
+        launcher = started_ranks(trainer)
+        if launcher is not None:
+            launcher.kill(signal.Signals(number))
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    connector = trainer._signal_connector
+
+    def register() -> None:
+        connector._original_handlers = connector._get_current_signal_handlers()
+        connector._register_signal(signal.SIGTERM, handle)
+
+    connector.register_signal_handlers = register  # type: ignore[method-assign]
 
 
 def trainer_of(module: lightning.LightningModule) -> lightning.Trainer | None:

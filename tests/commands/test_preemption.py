@@ -6,6 +6,7 @@
   left alone;
 * the same holds for a run that is stopped twice: it trains the requested number of epochs;
 * ``stopped.json`` holds the signal, the step, the checkpoint and a command that resumes;
+* a command without a checkpoint to save (validate, test, diagnose) ends by the signal, at once;
 * under SLURM its warning signal does the same and asks for the job to be put into the queue again.
 """
 
@@ -23,13 +24,16 @@ import lightning
 import pytest
 import torch
 from cli_workbench import QUIET, Assets, Result, assert_same_weights, read_metrics
+from forked import type_command
 
+from okd_lightning.__main__ import main
 from okd_lightning.callbacks import KD, Preemption
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import PreemptedError
 from okd_lightning.rollouts import RolloutLoader
 from okd_lightning.rollouts.evaluation import StudentResponses
 from okd_lightning.training.module import DistillationModule
+from okd_lightning.training.pair import Pair
 
 Fit = Callable[..., Result]
 RUN = Path("run")
@@ -220,3 +224,32 @@ def test_slurms_warning_puts_the_job_back(
     assert stopped.status == 143, stopped.err
     assert (here / "asked").read_text() == "requeue 77\n"
     assert torch.load(LAST, weights_only=True)["global_step"] == 6
+
+
+def interrupted() -> int | None:
+    """Type a command in which SIGTERM comes while a forward pass runs in no training step."""
+    original = Pair.sides
+
+    def sides(*arguments: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    Pair.sides = sides
+    return main()
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "diagnose"])
+def test_a_command_that_saves_no_checkpoint_ends_by_the_signal(
+    command: str, assets: Assets, tmp_path: Path
+) -> None:
+    words = [command, *assets.data, *QUIET, *assets.models]
+    words += ["--data.test", assets.val] if command == "test" else []
+    ended = type_command(words, tmp_path, program=interrupted)
+    assert ended.returncode == -signal.SIGTERM, ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_the_handler_is_gone_after_the_command(okd: Fit, assets: Assets) -> None:
+    result = okd("validate", assets.data, QUIET, assets.models)
+    assert result.status == 0, result.err
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -31,6 +31,7 @@ from okd_lightning.durable_files import write_json
 from okd_lightning.errors import ConfigError, UsageError
 from okd_lightning.training.config_paths import output_folder
 from okd_lightning.training.lightning_messages import PrintableConsole, only_warnings
+from okd_lightning.training.lightning_privates import end_at_sigterm
 
 
 def diagnose_parser() -> argparse.ArgumentParser:
@@ -202,6 +203,7 @@ def _validate(trainer: lightning.Trainer, examination: Callback, module: Any, da
     trainer.callbacks = [examination]  # type: ignore[attr-defined]
     trainer.loggers = []
     trainer.limit_val_batches = 1
+    end_at_sigterm(trainer)
     with only_warnings():
         trainer.validate(module, data, verbose=False)
 
