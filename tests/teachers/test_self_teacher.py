@@ -317,7 +317,7 @@ def test_what_cannot_work_is_refused(tmp_path, make_own, student_folder, make_mo
         make_own("live", ema_decay=0.9)
     with pytest.raises(ConfigError, match="teacher_dtype"):
         make_own("frozen", teacher_dtype="bfloat16")
-    with pytest.raises(ConfigError, match="16 bits"):
+    with pytest.raises(ConfigError, match="16-bit formats"):
         make_own("ema", dtype="bfloat16")
     no_prompts = {"teacher_prompt_template": None}
     with pytest.raises(ConfigError, match="LiveSelf without teacher prompts"):
