@@ -78,7 +78,7 @@ STUDENT, TEACHER = rows("student"), rows("teacher")
     ("rule", "diagnosis", "words"),
     [
         (rules.mend_first, found(checks=(Check("eos", "bad", "differs"),)), "eos: differs"),
-        (rules.prompts_alone, found(STUDENT, TEACHER), "prompts alone"),
+        (rules.prompts_alone, found(STUDENT, TEACHER), "prompts only"),
         (rules.learn_to_end, found(rows("student", eos_share=0.1), TEACHER), "10% of the student"),
         (rules.exposure, found(rows("given"), rows("student", reverse_kl=2.0)), "2.000±0.010"),
         (rules.coverage, found(rows("given", mass=0.7)), "30% of its mass"),
@@ -132,9 +132,9 @@ def test_chunks_last_as_long_as_rollouts_are_fresh():
     assert "One optimizer step" in rules.chunks(stale).title
 
 
-def test_few_rows_are_called_a_hint():
-    assert "hint" not in rules.advise(found())[-1].title
-    assert "hint" in rules.advise(found(rows("given", num=8)))[-1].title
+def test_few_rows_are_called_a_rough_indication():
+    assert "rough indication" not in rules.advise(found())[-1].title
+    assert "rough indication" in rules.advise(found(rows("given", num=8)))[-1].title
 
 
 def test_contenders_are_named_once_and_can_be_trained():
