@@ -112,7 +112,7 @@ MODULE = SimpleNamespace(
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("thesis.tex", "something else"), ("config.yaml", "a run")]
+    ("name", "kind"), [("thesis.tex", "something other than an export"), ("config.yaml", "a run")]
 )
 def test_export_asks_before_it_writes_among_other_files(
     name: str, kind: str, tmp_path: Path

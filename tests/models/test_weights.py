@@ -160,13 +160,13 @@ BROKEN = {
     "integers": (changed(Q_PROJ, lambda w: w.to(torch.int8)), f"{Q_PROJ} as I8.*quantization_c"),
     "a config that is no JSON": (
         lambda folder: (folder / "config.json").write_text("{"),
-        "holds no model that loads",
+        "holds no model that can be loaded",
     ),
     "a config of a list": (
         lambda folder: (folder / "config.json").write_text("[]"),
-        "holds no model that loads",
+        "holds no model that can be loaded",
     ),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "holds no model that loads"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "holds no model that can be loaded"),
     "an unknown model type": (configured(model_type="lama"), "lama"),
     "code of its own": (remote_code, "code of its own repository"),
 }
