@@ -83,5 +83,7 @@ def test_the_real_compiler():
 def test_unknown_blocks_are_refused():
     model = build("llama")
     model._no_split_modules = None
-    with pytest.raises(ConfigError, match=r"model.compile_blocks: LlamaForCausalLM does not name its blocks"):
+    with pytest.raises(
+        ConfigError, match=r"model.compile_blocks: LlamaForCausalLM does not name its blocks"
+    ):
         compile_blocks(model)

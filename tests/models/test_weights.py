@@ -166,7 +166,10 @@ BROKEN = {
         lambda folder: (folder / "config.json").write_text("[]"),
         "holds no model that can be loaded",
     ),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "holds no model that can be loaded"),
+    "no config": (
+        lambda folder: (folder / "config.json").unlink(),
+        "holds no model that can be loaded",
+    ),
     "an unknown model type": (configured(model_type="lama"), "lama"),
     "code of its own": (remote_code, "code of its own repository"),
 }
