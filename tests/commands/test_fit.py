@@ -26,6 +26,7 @@ from cli_workbench import (
     metric_names,
     read_checkpoint_weights,
     read_metrics,
+    write_jsonl,
 )
 
 Fit = Callable[..., Result]
@@ -333,3 +334,9 @@ def test_a_default_that_is_an_enum_is_saved_as_text(fit: Fit) -> None:
     fit("--method", "SFT", "--trainer.callbacks+=Timer", "--trainer.max_steps", "1")
     (timer,) = yaml.safe_load((RUN / "config.yaml").read_text())["trainer"]["callbacks"]
     assert timer["init_args"]["interval"] == "step"
+
+
+def test_further_columns_of_the_rows_are_ignored(fit: Fit, here: Path) -> None:
+    rows = [{"prompt": "abc", "response": "d", "answer": 3, "meta": {"a": []}}] * 4
+    file = write_jsonl(here / "wide.jsonl", rows)
+    fit("--method", "KD", "--data.train", str(file))

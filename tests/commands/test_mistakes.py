@@ -385,14 +385,6 @@ def test_debug_shows_the_traceback(okd: Type, assets: Assets) -> None:
         okd("fit", assets.models, KD, "--data.train", "nope.jsonl", "--debug")
 
 
-def test_more_prompt_columns_do_not_hurt(okd: Type, assets: Assets, here: Path) -> None:
-    """Further columns of the rows are ignored."""
-    rows = [{"prompt": "abc", "response": "d", "answer": 3, "meta": {"a": []}}] * 4
-    file = write_jsonl(here / "wide.jsonl", rows)
-    base = [*assets.models, *assets.data, *QUIET, "--trainer.default_root_dir", "run"]
-    assert okd("fit", base, KD, "--data.train", str(file)).status == 0
-
-
 def test_broken_rows_are_reported_before_weights_are_read(okd: Type, here: Path) -> None:
     save_model(here / "hollow", seed=1)
     (here / "hollow" / "model.safetensors").write_bytes(b"no weights")

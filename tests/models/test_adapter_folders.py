@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -25,7 +25,6 @@ from okd_lightning.callbacks import KD, OKD
 from okd_lightning.commands.export import export_student
 from okd_lightning.errors import ConfigError, ModelError, ModelNotFoundError
 from okd_lightning.models import load_causal_lm, load_model_config, load_tokenizer
-from okd_lightning.teachers.online_module import attach_online_module
 from okd_lightning.training.module import DistillationModule
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -363,28 +362,6 @@ def test_an_adapter_on_a_merged_folder_is_exported_merged(folder, tmp_path):
         export_student(module, checkpoint, tmp_path / "out", "apart")
     export_student(module, checkpoint, tmp_path / "out", "merged")
     torch.testing.assert_close(logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        *({"r": 10**9}, {"r": 10**30}, {"r": 2, "rank_pattern": {"q_proj": 10**9}}),
-        {"layer_replication": [(0, 2), (0, 2)]},
-        {"init_lora_weights": "pissa_niter_4"},
-    ],
-)
-def test_a_new_adapter_of_a_huge_rank_or_that_cannot_be_restored_is_refused(settings, base):
-    adapter = LoraConfig(target_modules=["q_proj"], **settings)
-    module = DistillationModule(str(base), student_adapter=adapter)
-    with pytest.raises(ConfigError, match=r"^--model\.student_adapter: ") as caught:
-        module.configure_model()
-    assert "\n" not in str(caught.value)
-
-
-def test_a_huge_prefix_on_a_teacher_is_refused():
-    config = PrefixTuningConfig(num_virtual_tokens=10**9)
-    with pytest.raises(ConfigError, match=r"--method.online_module: an adapter of more than"):
-        attach_online_module(tiny.make_llama(2), config, "--method.online_module")
 
 
 def test_peft_models_that_are_refused():
