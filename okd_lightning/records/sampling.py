@@ -77,7 +77,9 @@ def _cut_below(logits: Tensor, floor: Tensor) -> Tensor:
 
 
 def _nucleus_floor(logits: Tensor, likeliest: Tensor | None, top_p: float) -> Tensor:
-    """Return [rows, 1], the smallest logit in the smallest set of ids with probability ``top_p``.
+    """Return [rows, 1] the smallest logit that top-p sampling keeps.
+
+    It keeps the fewest ids whose probabilities sum to ``top_p``.
 
     Args:
         logits: [rows, vocab].

@@ -122,9 +122,9 @@ OWN = {
 @pytest.mark.filterwarnings("ignore:.*is not its gradient")
 @pytest.mark.parametrize("name", OWN)
 def test_what_the_student_draws_has_the_advantage_by_the_teacher_itself(name, train):
-    """A server's log-probability of a sampled token is the teacher's, for any k.
+    """A sampled token has the same log-probability from a server as from the model, for any k.
 
-    But for ids without a token, whose little probability is seen among the k + 8 likeliest alone.
+    Ids without a token are an exception: the server reports them among the k + 8 likeliest alone.
     """
     live = train([OWN[name]()])
     check_same(train([OWN[name]()], k=ALL - 8), live)
