@@ -6,7 +6,7 @@ or gradient never reaches the weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Self, cast
 
@@ -203,7 +203,7 @@ class StepLoss:
             self._idle += run.pair.teacher.trained_parameters()
         if run.projectors is not None:
             self._idle += run.projectors.idle(projectors_of(run.acting))
-        tied = self._idle
+        tied: Iterable[Parameter] = self._idle
         if all(term.reads_states for term in run.acting):  # the head and later layers may be
             tied = [*tied, *trained(run.student)]
         if run.pair.placement is not None:
