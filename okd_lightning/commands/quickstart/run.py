@@ -28,10 +28,10 @@ from okd_lightning.commands.reports import (
     write_results,
 )
 from okd_lightning.data import RolloutDataModule, load_rows
-from okd_lightning.training.gradients import FiniteGuard
 from okd_lightning.training.lightning_messages import PrintableConsole, only_warnings
 from okd_lightning.training.module import DistillationModule
 from okd_lightning.training.safeguards.step_intervals import StepIntervals
+from okd_lightning.training.step import FiniteGuard
 
 _MEASURES = (
     "val/exact_match",
