@@ -14,7 +14,7 @@ from okd_lightning.commands.diagnose.figures import figures
 from okd_lightning.commands.diagnose.findings import Advice, Diagnosis
 from okd_lightning.commands.diagnose.rules import faults
 from okd_lightning.commands.diagnose.stages import duration
-from okd_lightning.commands.diagnose.terminal import AUTHORS, SHOWN, megabytes, trial_columns
+from okd_lightning.commands.diagnose.terminal import AUTHORS, SHOWN, STEPS, megabytes, trial_columns
 from okd_lightning.commands.diagnose.texts import (
     MEANING,
     SHARES,
@@ -46,6 +46,7 @@ def write_page(path: Path, found: Diagnosis, advice: Sequence[Advice], command: 
         shown=SHOWN,
         trial_columns=trial_columns(found),
         authors=AUTHORS,
+        steps=STEPS,
         marks=_MARKS,
         version=__version__,
     )

@@ -23,7 +23,8 @@ SHOWN = (
     ("entropy, student", "student_entropy"),
     ("entropy, teacher", "teacher_entropy"),
 )
-AUTHORS = {"given": "given", "student": "student's own", "teacher": "teacher's own"}
+STEPS = {"writing": "generation"}
+AUTHORS = {"given": "dataset", "student": "student", "teacher": "teacher"}
 
 
 def show(console: Console, found: Diagnosis, advice: Sequence[Advice], command: str) -> None:
@@ -129,8 +130,9 @@ def _trials(found: Diagnosis) -> Table:
     steps = found.trials[0].steps if found.trials else 0
     table = Table(title=f"Effect of {steps} steps (change, nats per token)", box=SIMPLE_HEAD)
     table.add_column("method", no_wrap=True)
-    for label, _ in trial_columns(found):
-        table.add_column(label, justify="right")
+    for label, key in trial_columns(found):
+        width = max(len(trial.change[key].signed()) for trial in found.trials)
+        table.add_column(label, justify="right", min_width=width)  # a number is never broken
     for trial in found.trials:
         cells = [
             Text(trial.change[key].signed(), "bold" if trial is found.forecast(key)[0] else "")
@@ -156,7 +158,7 @@ def _costs(found: Diagnosis) -> Table:
     table.add_column("what")
     table.add_column("here", justify="right")
     for name, seconds in cost.seconds.items():
-        table.add_row(f"seconds, {name}", f"{seconds:.3g}")
+        table.add_row(f"seconds, {STEPS.get(name, name)}", f"{seconds:.3g}")
     table.add_row("tokens generated per second", f"{cost.tokens_per_second:,.0f}")
     for name, size in cost.memory.items():
         table.add_row(f"memory, {name}", megabytes(size))

@@ -51,7 +51,7 @@ def results_table(results: Sequence[RunResult]) -> Table:
     table.add_row("optimizer steps", "", *(str(result.steps) for result in results))
     table.add_row("seconds", "", *(f"{result.seconds:.1f}" for result in results))
     table.add_row("tokens/s", "", *(f"{result.tokens / result.seconds:,.0f}" for result in results))
-    table.add_row("tokens written", "", *(f"{result.generated_tokens:,}" for result in results))
+    table.add_row("tokens sampled", "", *(f"{result.generated_tokens:,}" for result in results))
     return table
 
 
@@ -90,7 +90,7 @@ def cost_table(results: Sequence[RunResult], failures: Mapping[str, str] | None 
     """
     table = Table(title="Cost of a run (mean over seeds)", box=SIMPLE_HEAD)
     table.add_column("method", overflow="fold")
-    for name in ("seeds", "steps", "seconds", "CPU s", "tokens", "written", "tokens/s"):
+    for name in ("seeds", "steps", "seconds", "CPU s", "tokens", "sampled", "tokens/s"):
         table.add_column(name, justify="right")
     for method in methods_of(results):
         own = [result for result in results if result.method == method]
