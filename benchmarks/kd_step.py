@@ -77,6 +77,23 @@ def run_ours_padded(options: argparse.Namespace) -> None:
     run_ours(options, packing=False)
 
 
+def trl_batch(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Collate rows of ids for TRL's trainer: padded on the right, with loss on the responses."""
+    ids = pad_sequence([torch.tensor(row["input_ids"]) for row in rows], batch_first=True)
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])[:, None]
+    prompt_lengths = torch.tensor([row["prompt_length"] for row in rows])[:, None]
+    places = torch.arange(ids.shape[1])
+    seen = places < lengths
+    labels = ids.masked_fill(~seen | (places < prompt_lengths), -100)
+    return {
+        "input_ids": ids,
+        "attention_mask": seen.long(),
+        "labels": labels,
+        "prompts": ids[:, :1],
+        "prompt_attention_mask": seen[:, :1].long(),
+    }
+
+
 def run_trl(options: argparse.Namespace) -> None:
     """Train with TRL's GKDTrainer on dataset responses (lmbda 0)."""
     from datasets import Dataset  # noqa: PLC0415
@@ -88,21 +105,6 @@ def run_trl(options: argparse.Namespace) -> None:
     class InTurns(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             turns.next()
-
-    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        ids = pad_sequence([torch.tensor(row["input_ids"]) for row in rows], batch_first=True)
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])[:, None]
-        prompt_lengths = torch.tensor([row["prompt_length"] for row in rows])[:, None]
-        places = torch.arange(ids.shape[1])
-        seen = places < lengths
-        labels = ids.masked_fill(~seen | (places < prompt_lengths), -100)
-        return {
-            "input_ids": ids,
-            "attention_mask": seen.long(),
-            "labels": labels,
-            "prompts": ids[:, :1],
-            "prompt_attention_mask": seen[:, :1].long(),
-        }
 
     number_format, real = getattr(torch, options.dtype), real_pair_of(options)
     models = [
@@ -131,7 +133,7 @@ def run_trl(options: argparse.Namespace) -> None:
                 disable_tqdm=True,
                 max_length=pair.LENGTH if real is None else 1024,
             ),
-            data_collator=collate,
+            data_collator=trl_batch,
             train_dataset=Dataset.from_list(
                 token_rows(options.shared) if real is None else real.token_rows()
             ),

@@ -96,14 +96,14 @@ def header(recipe: Recipe) -> list[str]:
     lines = [f"# By formula, not measured (docs/recipes.md): {task}full rows, GPUs of 80 GB"]
     for hardware in HARDWARE:
         place = hardware.name + (f", {hardware.overlay}" if hardware.overlay else "")
-        costs = f"{_time(seconds(recipe, hardware)):>6} a step, {_size(recipe, hardware)}"
+        costs = f"{_time(seconds(recipe, hardware)):>6} per step, {_size(recipe, hardware)}"
         lines.append(f"#   {place:<27} {costs}")
     return lines
 
 
 def table(recipes: list[Recipe]) -> Iterator[str]:
     """Yield Markdown: a row per recipe and hardware."""
-    yield "| pair, task | method | hardware | GiB a GPU | training | writing | **a step** |"
+    yield "| pair, task | method | hardware | GiB per GPU | training | generation | **step** |"
     yield "|---|---|---|---|---|---|---|"
     for recipe in recipes:
         task = f", {recipe.task}" if recipe.task else ""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning
 import tiny
 import torch
 import torch.multiprocessing as mp
@@ -123,6 +124,13 @@ def run(
     )
     with contextlib.suppress(Killed):
         trainer.fit(module, loaders, ckpt_path=ckpt_path)
+    return _recorded(trainer, module, record)
+
+
+def _recorded(
+    trainer: lightning.Trainer, module: DistillationModule, record: Record
+) -> dict[str, Any]:
+    """Collect a run's weights and gradients, assembled, with its losses, measures and rows."""
     measures = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")}
     return {
         "weights": {

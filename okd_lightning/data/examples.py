@@ -245,19 +245,37 @@ def build_examples(
     if images is not None:
         images = replace(images, are_optional=teacher_prompts is not None)
         limits, columns = replace(limits, images=images), replace(columns, no_images=None)
+    examples, notes = _tokenized(rows, columns, limits, tokenizer, eos_id, teacher_tokenizer)
+    found = replace(limits.apply(examples), notes=notes)
+    warn_of(found, where)
+    return found
+
+
+def _tokenized(
+    rows: Sequence[RawRow],
+    columns: Columns,
+    limits: _Limits,
+    tokenizer: PreTrainedTokenizerBase,
+    eos_id: int,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[list[Example], tuple[str, ...]]:
+    """Tokenize rows for both sides, before any is skipped or cut; see ``build_examples``.
+
+    Returns:
+        An example for each row, and messages about content that cannot be learned.
+    """
+    where, needs_response = limits.where, limits.needs_response
     rows, columns = with_prompts(rows, columns, needs_response=needs_response, where=where)
     layout = choose_layout(rows, columns, needs_response=needs_response, where=where)
     encoder = TextEncoder(tokenizer)
     own_eos = tokenizer.eos_token_id
     eos_ids = [eos_id] if own_eos in (None, eos_id) else [eos_id, own_eos]
     examples, notes = _read(rows, encoder, columns, layout, limits, eos_ids)
-    prompted = PromptedRows(rows, columns, layout, teacher_prompts, where)
+    prompted = PromptedRows(rows, columns, layout, limits.teacher_prompts, where)
     examples = add_teacher_prompts(
-        examples, prompted, encoder, teacher_tokenizer=teacher_tokenizer, images=images
+        examples, prompted, encoder, teacher_tokenizer=teacher_tokenizer, images=limits.images
     )
-    found = replace(limits.apply(examples), notes=notes)
-    warn_of(found, where)
-    return found
+    return examples, notes
 
 
 def _read(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 
@@ -50,7 +51,17 @@ class Divergence(ABC):
     ``outcome_ids`` too if they describe the change completely.
 
     Gradient flows to both sides; the caller detaches the side that is to stay fixed.
+
+    Attributes:
+        merges_ids: True where ``outcome_ids`` may merge ids; set for a class that overrides it.
     """
+
+    merges_ids: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "outcome_ids" in vars(cls):
+            cls.merges_ids = True
 
     @abstractmethod
     def generator(self, log_ratio: LogRatio) -> RatioValues:

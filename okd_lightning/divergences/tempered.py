@@ -71,6 +71,7 @@ class Tempered(Divergence):
             raise ConfigError(
                 f"Tempered: temperature is {self.temperature!r}, expected a positive finite number"
             )
+        object.__setattr__(self, "merges_ids", self.divergence.merges_ids)
 
     def generator(self, log_ratio: LogRatio) -> RatioValues:
         """tau^2 f(u) of the tempered distributions' log-ratio."""

@@ -83,7 +83,9 @@ def divergence_value(
     Returns:
         [positions] nats. The gradient is exactly 0 where both sides agree.
     """
-    ids = divergence.outcome_ids(pair.student_logprobs, pair.teacher_logprobs)
+    ids = None
+    if divergence.merges_ids:
+        ids = divergence.outcome_ids(pair.student_logprobs, pair.teacher_logprobs)
     if ids is not None:
         sides = (pair.student_logprobs, pair.teacher_logprobs)
         known = LogProbPair(*(merged(side, ids) for side in sides))

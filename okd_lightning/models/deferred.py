@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -69,10 +70,11 @@ def causal_lm_without_weights(
             f"{option} {source.given!r} is quantised, and its weights cannot be read by rows; use "
             "loading: every_rank"
         )
-    with parameters_on_meta():
+    with init_empty_weights(include_buffers=False):
         model = auto_class(config).from_config(
             config, dtype=dtype, attn_implementation=attn_implementation
         )
+    model.tie_weights()  # the context makes one parameter for each name of a tied weight
     model.deferred_from = Deferred(source, option, learns)
     return model.eval()
 
@@ -125,21 +127,3 @@ def stand_ins(model: nn.Module, option: str) -> Iterator[None]:
     ]
     if made_of_base:
         raise ConfigError(f"{option}: {made_of_base[0]} {refusal}")
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Within the context, create parameters on ``meta``; buffers stay real: they are computed."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            empty = torch.empty_like(parameter, device="meta")
-            parameter = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -219,15 +219,6 @@ def is_quantised(model: PreTrainedModel) -> bool:
     )
 
 
-def computed_buffers(model: nn.Module) -> set[str]:
-    """Return the names of buffers that are computed from the config and stored in no file."""
-    return {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
-        for name in module._non_persistent_buffers_set  # private: torch has no public list
-    }
-
-
 def is_ignored(name: str, patterns: Iterable[str] | None) -> bool:
     """Return whether one of a model class's ignore patterns matches a name."""
     return any(re.search(pattern, name) for pattern in patterns or ())

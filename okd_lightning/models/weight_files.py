@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -58,6 +58,15 @@ def safetensors_in(folder: Path) -> list[Path]:
     return [folder / named] if named is not None and (folder / named).is_file() else []
 
 
+@dataclass(frozen=True)
+class _Weight:
+    """A stored weight, by its file's header."""
+
+    file: Path
+    dtype: str
+    shape: list[int]
+
+
 class WeightFiles:
     """The safetensors files of one model, read by rows.
 
@@ -79,34 +88,24 @@ class WeightFiles:
             raise ModelError(f"{self._start}: {error}") from error
         if not files:
             raise ModelError(f"{self._start}: {_no_files(folder)}")
-        self._files = self._names_in(files)
+        self._weights = self._weights_in(files)
         if (folder / INDEX).is_file() and files != [folder / SINGLE]:
             self._check_index(_weight_map(folder))
 
     @property
     def names(self) -> Iterable[str]:
         """The names under which weights are stored."""
-        return self._files.keys()
+        return self._weights.keys()
 
-    @cached_property
+    @property
     def dtypes(self) -> dict[str, str]:
         """Number format of each name, in safetensors' notation, such as BF16 or F8_E4M3."""
-        found = {}
-        for file in sorted(set(self._files.values())):
-            with safe_open(file, framework="pt") as opened:
-                names = list(opened.keys())
-                found.update({name: str(opened.get_slice(name).get_dtype()) for name in names})
-        return found
+        return {name: weight.dtype for name, weight in self._weights.items()}
 
-    @cached_property
+    @property
     def num_elements(self) -> int:
         """Numbers in all files; of quantised weights, the packed numbers."""
-        total = 0
-        for file in sorted(set(self._files.values())):
-            with safe_open(file, framework="pt") as opened:
-                shapes = [opened.get_slice(name).get_shape() for name in list(opened.keys())]
-            total += sum(map(math.prod, shapes))
-        return total
+        return sum(math.prod(weight.shape) for weight in self._weights.values())
 
     def check_sizes(self, config: PretrainedConfig) -> None:
         """Refuse a config of a model that is far larger than the stored weights.
@@ -118,12 +117,12 @@ class WeightFiles:
         """
         text = config.get_text_config()
         layers, width = (getattr(text, n, None) for n in ("num_hidden_layers", "hidden_size"))
-        is_deep = isinstance(layers, int) and layers > len(self._files) + _SPARE_LAYERS
+        is_deep = isinstance(layers, int) and layers > len(self._weights) + _SPARE_LAYERS
         wide = [name for name in _WIDTHS if self._is_too_wide(getattr(text, name, 0), width)]
         for name in ["num_hidden_layers"] if is_deep else wide[:1]:
             raise ModelError(
                 f"{self._start}: config.json has {name} {getattr(text, name)!r:.40}, of which the "
-                f"files cannot hold the weights ({len(self._files)} with {self.num_elements:,} "
+                f"files cannot hold the weights ({len(self._weights)} with {self.num_elements:,} "
                 "numbers); config and weights do not belong together"
             )
 
@@ -135,7 +134,7 @@ class WeightFiles:
 
     def stored_under(self, names: Sequence[str]) -> str | None:
         """Return the first of ``names`` under which a weight is stored; None if there is none."""
-        return next((name for name in names if name in self._files), None)
+        return next((name for name in names if name in self._weights), None)
 
     def rows(
         self, names: Sequence[str], start: int, end: int, shape: Sequence[int] | None = None
@@ -159,19 +158,20 @@ class WeightFiles:
                 "names the cause"
             )
             raise ModelError(f"{self._start}: no {names[0]} is stored: {cause}")
-        with safe_open(self._files[found], framework="pt") as opened:
-            whole = opened.get_slice(found)
-            if shape is not None and list(whole.get_shape()) != list(shape):
-                raise ModelError(
-                    f"{self._start}: {found} is {list(whole.get_shape())} in the files and "
-                    f"{list(shape)} by config.json; config and weights do not belong together"
-                )
-            part: Tensor = whole[start:end] if whole.get_shape() else opened.get_tensor(found)
-        return part
+        weight = self._weights[found]
+        if shape is not None and weight.shape != list(shape):
+            raise ModelError(
+                f"{self._start}: {found} is {weight.shape} in the files and {list(shape)} by "
+                "config.json; config and weights do not belong together"
+            )
+        if not weight.shape:
+            return self.whole(found)
+        with safe_open(weight.file, framework="pt") as opened:
+            return cast(Tensor, opened.get_slice(found)[start:end])
 
     def whole(self, name: str) -> Tensor:
         """Return the whole weight that is stored under ``name``."""
-        with safe_open(self._files[name], framework="pt") as opened:
+        with safe_open(self._weights[name].file, framework="pt") as opened:
             return cast(Tensor, opened.get_tensor(name))
 
     def samples(self, num_numbers: int) -> Iterator[tuple[str, list[int], Tensor]]:
@@ -179,30 +179,32 @@ class WeightFiles:
 
         They are of the first, the middle and the last row; no more than those rows is read.
         """
-        for name in sorted(self._files):
-            with safe_open(self._files[name], framework="pt") as opened:
+        for name, weight in sorted(self._weights.items()):
+            shape = weight.shape
+            if not shape:
+                yield name, shape, self.whole(name)
+                continue
+            with safe_open(weight.file, framework="pt") as opened:
                 whole = opened.get_slice(name)
-                shape = list(whole.get_shape())
-                if not shape:
-                    yield name, shape, opened.get_tensor(name)
-                    continue
                 places = sorted({0, shape[0] // 2, max(shape[0] - 1, 0)})
                 rows = [whole[row : row + 1].reshape(-1) for row in places]
                 step = max(1, math.prod(shape[1:]) * len(rows) // num_numbers)
                 yield name, shape, torch.cat([row[::step] for row in rows])
 
-    def _names_in(self, files: Sequence[Path]) -> dict[str, Path]:
-        found: dict[str, Path] = {}
+    def _weights_in(self, files: Sequence[Path]) -> dict[str, _Weight]:
+        found: dict[str, _Weight] = {}
         for file in files:
             try:
                 with safe_open(file, framework="pt") as opened:
-                    found |= dict.fromkeys(opened.keys(), file)
+                    for name in opened.keys():  # noqa: SIM118 - not iterable itself
+                        about = opened.get_slice(name)
+                        found[name] = _Weight(file, about.get_dtype(), about.get_shape())
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{self._start}: {read_safetensors_error(file, error)}") from error
         return found
 
     def _check_index(self, weight_map: dict[str, str]) -> None:
-        lost = [name for name in weight_map if name not in self._files]
+        lost = [name for name in weight_map if name not in self._weights]
         if lost:
             raise ModelError(
                 f"{self._start}: {INDEX} names {len(lost)} weights that no file holds (such as "

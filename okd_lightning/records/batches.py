@@ -154,6 +154,14 @@ class TrainingRow:
         return sum(self.mask[1:])
 
 
+def count_by_source(rows: Sequence[TrainingRow]) -> Tensor:
+    """Count loss tokens and rows of each source: [2, sources], int64."""
+    counts = torch.zeros(2, len(SOURCES), dtype=torch.int64)
+    for row in rows:
+        counts[:, SOURCES.index(row.source)] += torch.tensor([row.num_loss_tokens, 1])
+    return counts
+
+
 @dataclass(frozen=True)
 class SampledCounts:
     """Counts of the student's responses in one optimizer step.

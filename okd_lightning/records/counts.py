@@ -24,14 +24,6 @@ WINDOW_ROLLOUTS = 256
 """Approximate number of earlier rollouts in the mean; a larger batch dominates it."""
 
 
-def count_by_source(rows: Sequence[TrainingRow]) -> Tensor:
-    """Count loss tokens and rows of each source: [2, sources], int64."""
-    counts = torch.zeros(2, len(SOURCES), dtype=torch.int64)
-    for row in rows:
-        counts[:, SOURCES.index(row.source)] += torch.tensor([row.num_loss_tokens, 1])
-    return counts
-
-
 def count_chunks(rows: Sequence[TrainingRow]) -> Tensor:
     """Count the tokens of rows whose teacher has another tokenizer: [5, sources], int64.
 
@@ -168,8 +160,9 @@ def rollout_metrics(rollouts: Sequence[tuple[Rollout, float]]) -> dict[str, floa
     if not rollouts:
         return {}
     seconds = sum(time for _, time in rollouts)
-    num_tokens = sum(rollout.num_tokens for rollout, _ in rollouts)
     responses = [response for rollout, _ in rollouts for response in rollout.responses]
+    of_tools = _tool_metrics([r.tool_use for r in responses if r.tool_use is not None])
+    num_tokens = sum(rollout.num_tokens for rollout, _ in rollouts)
     lengths = [len(response.ids) for response in responses]
     ended = sum(response.stop_reason == "eos" for response in responses)
     num_row_steps = sum(rollout.num_row_steps for rollout, _ in rollouts)
@@ -182,7 +175,7 @@ def rollout_metrics(rollouts: Sequence[tuple[Rollout, float]]) -> dict[str, floa
         "rollout/mean_length": sum(lengths) / len(lengths),
         "rollout/eos_share": ended / len(lengths),
         "rollout/empty_share": lengths.count(0) / len(lengths),
-        **_tool_metrics([r.tool_use for r in responses if r.tool_use is not None]),
+        **of_tools,
         **utilisation,
         **({"rollout/engine_gap": max(gaps)} if gaps else {}),
     }

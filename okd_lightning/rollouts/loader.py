@@ -19,7 +19,12 @@ import torch
 from torch import Tensor
 
 from okd_lightning.engines.engine import ProgressFactory, RolloutEngine
-from okd_lightning.records.batches import DistillBatch, Example, TrainingRow
+from okd_lightning.records.batches import (
+    DistillBatch,
+    Example,
+    TrainingRow,
+    count_by_source,
+)
 from okd_lightning.records.collation import (
     RowReader,
     dataset_row,
@@ -32,7 +37,6 @@ from okd_lightning.records.counts import (
     RolloutReports,
     by_teacher,
     chunk_metrics,
-    count_by_source,
     count_chunks,
 )
 from okd_lightning.records.requests import Generator, Rollout

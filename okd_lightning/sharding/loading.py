@@ -14,7 +14,6 @@ from okd_lightning.errors import ModelError
 from okd_lightning.models.deferred import deferred
 from okd_lightning.models.weight_checks import (
     check_stored_formats,
-    computed_buffers,
     is_finite,
     is_ignored,
     not_finite,
@@ -106,13 +105,13 @@ def _check_tied(model: nn.Module, files: WeightFiles, names: list[list[str]], wh
 
 def _stored_buffers(model: nn.Module, files: WeightFiles) -> dict[str, list[str]]:
     """Return buffers of a model's state (DeepSeek's routing bias), with their stored names."""
-    computed = computed_buffers(model)
+    state = model.state_dict()  # without buffers that are computed from the config
     ignored = getattr(model, "_keys_to_ignore_on_load_missing", None)
     found = {}
     for name, _ in model.named_buffers():
         candidates = _stored(model, name)
         is_there = files.stored_under(candidates) is not None
-        if name not in computed and (is_there or not is_ignored(name, ignored)):
+        if name in state and (is_there or not is_ignored(name, ignored)):
             found[name] = candidates
     return found
 

@@ -32,6 +32,7 @@ class DistilledRun(Protocol):
         projectors: Maps between hidden states of other widths; None without any.
         frozen_parts: The frozen weights, which are hidden from callbacks.
         terms: The methods of the run.
+        acting: Those of the last micro-batch.
         normalization: The divisor of sums over on-policy samples.
         learning_rate: The student's learning rate, before the schedule.
         weight_decay: Weight decay of the student's matrices.
@@ -44,6 +45,7 @@ class DistilledRun(Protocol):
     projectors: Projectors | None
     frozen_parts: FrozenParts
     terms: list[Term]
+    acting: list[Term]
     normalization: Normalization
     learning_rate: float
     weight_decay: float

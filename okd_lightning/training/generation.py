@@ -39,11 +39,11 @@ def writing(pair: Pair, *generators: Generator) -> Iterator[list[list[Generating
     precision = nullcontext if trainer is None else trainer.precision_plugin.forward_context
     found = [_models_of(pair, who) for who in generators]
     models = [model for parts in found for one in parts for model in one.models]
-    plain = [
-        [replace(one, models=tuple(map(within_peft, one.models))) for one in parts]
-        for parts in found
-    ]
     with torch.no_grad(), precision(), pair.alone(*models), ExitStack() as stack:
+        plain = [
+            [replace(one, models=tuple(map(within_peft, one.models))) for one in parts]
+            for parts in found
+        ]
         for parts in plain:
             for context in (in_eval_mode(model) for one in parts for model in one.models):
                 stack.enter_context(context)
@@ -195,6 +195,9 @@ class GeneratingModule(lightning.LightningModule):
                 written |= dict(zip(rows, rollout, strict=True))
                 num_row_steps += rollout.num_row_steps
         return Rollout(tuple(written[row] for row in range(len(numbers))), num_row_steps)
+
+    def _current_trainer(self) -> lightning.Trainer | None:
+        return self._trainer
 
     def build_engine(self, model: PreTrainedModel) -> RolloutEngine:
         """Build the built-in engine on ``model``; override to use another for both models."""

@@ -46,7 +46,6 @@ from okd_lightning.training.ahead import ahead_engine
 from okd_lightning.training.evaluation import Evaluation
 from okd_lightning.training.frozen_parts import FrozenParts
 from okd_lightning.training.generation import GeneratingModule
-from okd_lightning.training.gradients import clip_by_side
 from okd_lightning.training.lightning_privates import begin_step, count_steps
 from okd_lightning.training.opening import open_run
 from okd_lightning.training.optimization import Optimization, OptimizerBuilder
@@ -145,7 +144,7 @@ class DistillationModule(GeneratingModule):
         optimization, settings = Optimization.of(given), PairSettings.of(given)
         self.pair = Pair(student, teacher, settings, self._current_trainer, engine)
         self.optimization = OptimizerBuilder(optimization)
-        self.frozen_parts = FrozenParts(shared_by_copies=("terms",))
+        self.frozen_parts = FrozenParts(shared_by_copies=("terms", "acting"))
         self.evaluation = Evaluation(len(self.pair.teacher.names))
         self.student: PreTrainedModel | None = None  # the pair's models, registered for Lightning
         self.teacher: nn.Module | None = None
@@ -154,6 +153,7 @@ class DistillationModule(GeneratingModule):
         self.weight_decay = self.optimization.settings.weight_decay
         self.normalization = Normalization(normalization)
         self.terms: list[Term] = []
+        self.acting: list[Term] = []  # in the last micro-batch
         self.step_loss = StepLoss()
         self.run_state = RunState(given)
         self.chosen_options: Mapping[str, Mapping[str, Any]] | None = None
@@ -237,7 +237,7 @@ class DistillationModule(GeneratingModule):
     def teardown(self, stage: str) -> None:
         """Remove the terms and the teacher's base, so that another Trainer can add its own."""
         self.terms, self.pair.teacher_base, self.pair.layer_pairs = [], None, ()
-        self.step_loss.forget()
+        self.acting, self.step_loss = [], StepLoss()
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode for the student; the teacher stays in eval mode."""
@@ -263,9 +263,6 @@ class DistillationModule(GeneratingModule):
         """Move or convert; a copy within a run does not change the original's tensors."""
         return super()._apply(self.frozen_parts.moving(fn), recurse)
 
-    def _current_trainer(self) -> Any:
-        return self._trainer
-
     def measure(self, batch: DistillBatch, quantities: Sequence[Quantity]) -> Measured:
         """Run both sides once over a batch and measure at its unmasked positions; see ``Pair``."""
         return self.pair.measure(batch, quantities)
@@ -285,8 +282,7 @@ class DistillationModule(GeneratingModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip student and projectors by the Trainer's value, the online module by its own norm."""
-        acting = self.step_loss.acting
-        if not clip_by_side(self, gradient_clip_val, gradient_clip_algorithm, acting):
+        if not self.step_loss.clip(self, gradient_clip_val, gradient_clip_algorithm):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -36,7 +36,6 @@ from okd_lightning.training.resumed_rates import (
     regroup,
 )
 from okd_lightning.training.run_settings import plain
-from okd_lightning.training.step import teaching_window
 
 
 @dataclass(frozen=True)
@@ -190,3 +189,10 @@ class OptimizerBuilder:
         if learning_rate != settings.learning_rate:
             rebase(optimizer, scheduler, settings.learning_rate, learning_rate)
             self.settings = replace(settings, defaults={**settings.defaults, "lr": learning_rate})
+
+
+def teaching_window(terms: Sequence[Term]) -> tuple[int, int | None]:
+    """Return start and end of the steps that train the online module; end None: the run's end."""
+    windows = [term.window for term in terms if term.trains_teacher] or [(0, None)]
+    ends = [end for _, end in windows if end is not None]
+    return min(start for start, _ in windows), max(ends) if len(ends) == len(windows) else None

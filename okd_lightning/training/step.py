@@ -1,4 +1,8 @@
-"""Loss of a training step: the acting terms with their factors, and the logged metrics."""
+"""A training step: the loss of its terms, its logged metrics, and its gradients.
+
+Between backward pass and optimizer step the gradients are checked, then clipped: a non-finite loss
+or gradient never reaches the weights.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Self, cast
 
+import lightning
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.optim import Optimizer
 
-from okd_lightning.errors import ConfigError
+from okd_lightning.errors import ConfigError, NonFiniteError
 from okd_lightning.losses import Term, WeightedLoss, WeightedTerm
 from okd_lightning.losses.reduction import Normalization
 from okd_lightning.losses.states import projectors_of
 from okd_lightning.records.batches import SOURCES, DistillBatch, LossOutput
+from okd_lightning.sharding import whole
 from okd_lightning.teachers import trained
 from okd_lightning.training.distilled_run import DistilledRun
 from okd_lightning.training.sample_age import SampleAge
@@ -54,13 +63,6 @@ def acting_terms(
         WeightedTerm(term, weight * normalization.factor(batch, term.sources, *windows), weight)
         for term, weight in zip(acting, weights, strict=True)
     ]
-
-
-def teaching_window(terms: Sequence[Term]) -> tuple[int, int | None]:
-    """Return start and end of the steps that train the online module; end None: the run's end."""
-    windows = [term.window for term in terms if term.trains_teacher] or [(0, None)]
-    ends = [end for _, end in windows if end is not None]
-    return min(start for start, _ in windows), max(ends) if len(ends) == len(windows) else None
 
 
 def step_means(
@@ -148,16 +150,13 @@ def _reduced(strategy: Strategy, sums: Tensor) -> Tensor:
 
 
 class StepLoss:
-    """The loss of a run's micro-batches, and the metrics of its optimizer steps.
+    """The loss of a run's micro-batches, and the metrics and clipping of its optimizer steps.
 
-    Attributes:
-        acting: Terms of the last micro-batch.
-        trains_teacher: True if one of them trains the online module.
+    It sets the module's ``acting``.
     """
 
     def __init__(self) -> None:
-        self.acting: list[Term] = []
-        self.trains_teacher = False
+        self._idle: list[Parameter] = []  # trained parameters of no acting term
         self._sums: dict[str, Tensor] = {}
         self._shown: dict[str, bool] = {}
         self._sample_age = SampleAge()
@@ -183,8 +182,7 @@ class StepLoss:
             run.normalization,
         )
         acting = [weighted.term for weighted in terms]
-        is_new, self.acting = acting != self.acting, acting
-        self.trains_teacher = any(term.trains_teacher for term in acting)
+        is_new, run.acting = acting != run.acting, acting
         is_last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if getattr(trainer.datamodule, "rollout_lag", 0):  # type: ignore[attr-defined]
             watched = self._sample_age.watched(terms)
@@ -198,25 +196,57 @@ class StepLoss:
         self._log(run, batch, step_means(terms, loss, batch, names), is_last)
         return loss.total + self._idle_loss(run)
 
-    def forget(self) -> None:
-        """Forget the terms of a run that has ended."""
-        self.acting, self.trains_teacher = [], False
-
     def _idle_loss(self, run: DistilledRun) -> Tensor:
         """Return 0, tied to parameters that no term trains in this step, as DDP expects."""
-        own: Iterable[Parameter] = []
-        if not self.trains_teacher:
-            own = run.pair.teacher.trained_parameters()
+        self._idle = []
+        if not any(term.trains_teacher for term in run.acting):
+            self._idle += run.pair.teacher.trained_parameters()
         if run.projectors is not None:
-            own = [*own, *run.projectors.idle(projectors_of(self.acting))]
-        if all(term.reads_states for term in self.acting):  # the head and later layers may be
-            own = [*own, *trained(run.student)]
-        idle = torch.zeros((), device=run.device)
+            self._idle += run.projectors.idle(projectors_of(run.acting))
+        tied: Iterable[Parameter] = self._idle
+        if all(term.reads_states for term in run.acting):  # the head and later layers may be
+            tied = [*tied, *trained(run.student)]
         if run.pair.placement is not None:
-            own = run.pair.placement.tied_to_loss(own)
-        for parameter in own:
+            tied = run.pair.placement.tied_to_loss(tied)
+        idle = torch.zeros((), device=run.device)
+        for parameter in tied:
             idle = idle + 0.0 * parameter.sum()
         return idle
+
+    def clip(self, run: DistilledRun, limit: float | None, algorithm: str | None) -> bool:
+        """Clip student and projectors by the Trainer's value, the online module by its own norm.
+
+        Gradients of an online module and of projectors that no acting term trains are removed: the
+        optimizer skips their weights and moments, and counts no step for them.
+
+        Args:
+            run: The module.
+            limit: The Trainer's gradient_clip_val.
+            algorithm: The Trainer's gradient_clip_algorithm.
+
+        Returns:
+            False where the whole module is left to the Trainer's own clipping.
+
+        Raises:
+            ConfigError: The Trainer clips values, and the online module a norm.
+        """
+        for parameter in self._idle:
+            parameter.grad = None
+        own = run.pair.teacher.online_module
+        if own is None:
+            return False
+        if algorithm == "value":
+            if own.clip_norm:
+                raise ConfigError(
+                    f"clip_norm {own.clip_norm} of the online module is a norm, and "
+                    "trainer.gradient_clip_algorithm value clips no norms: leave one of them out"
+                )
+            return False
+        student = [*trained(run.student), *trained(run.projectors)]
+        for parameters, norm in ((student, limit), (trained(run.teacher), own.clip_norm or limit)):
+            if norm:
+                clip_grad_norm_(parameters, norm)
+        return True
 
     def _log_age(self, run: DistilledRun, batch: DistillBatch, is_last: bool) -> None:
         """Log the age of the step's samples; all ranks have some, or none has."""
@@ -250,8 +280,63 @@ class StepLoss:
             self._sums = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Share the terms: they belong to the callbacks of the run."""
+        """Copy the sums; the parameters are those of another module."""
         own = type(self)()
-        own.acting, own.trains_teacher = list(self.acting), self.trains_teacher
         own._sums = dict(self._sums)
         return own
+
+
+class FiniteGuard(Callback):
+    """Stop before a step with a non-finite loss or gradient norm; logs ``train/grad_norm``.
+
+    Loss and gradients are equal on all ranks at this point, so all ranks stop together. Where a
+    loss scaler (precision 16-mixed) has overflowed, it skips the step itself and lowers its scale:
+    this is not an error, unless the scale cannot be lowered any more.
+    """
+
+    def on_before_optimizer_step(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        optimizer: Optimizer,
+    ) -> None:
+        """Check the loss and the norm of the gradients of all parameters that are stepped.
+
+        Raises:
+            NonFiniteError: One is NaN or infinite; the message names the step and the terms.
+        """
+        stepped = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in stepped if p.grad is not None]
+        norm = whole(get_total_norm(gradients))
+        # an infinite divergence has a finite gradient: its infinite part is constant
+        loss = trainer.callback_metrics.get("train/loss", norm)
+        if torch.isfinite(loss) and not torch.isfinite(norm) and _is_rescaled(trainer):
+            return
+        if not (torch.isfinite(norm) and torch.isfinite(loss)):
+            terms = getattr(pl_module, "terms", [])
+            losses = {t.name: trainer.callback_metrics.get(f"train/{t.name}") for t in terms}
+            shown = ", ".join(f"{n} {float(v)}" for n, v in losses.items() if v is not None)
+            is_gradient = not torch.isfinite(norm)
+            broken = f"the {'gradient norm' if is_gradient else 'loss'} is "
+            broken += str(float(norm if is_gradient else loss))
+            raise NonFiniteError(
+                f"{broken} at step {trainer.global_step} (losses: {shown or 'unknown'}); the "
+                f"weights {_state_of_weights(trainer, pl_module)}. Lower the learning rate, or use "
+                "a divergence that is finite where the teacher gives a token no mass"
+            )
+        pl_module.log("train/grad_norm", norm, batch_size=1)
+
+
+def _state_of_weights(trainer: lightning.Trainer, module: lightning.LightningModule) -> str:
+    """Describe the weights, the same on all ranks: "untouched" only if they are finite on each."""
+    trained = [whole(p.detach()) for p in module.parameters() if p.requires_grad]
+    is_finite = bool(get_total_norm(trained, torch.inf).isfinite())
+    if trainer.strategy.reduce_boolean_decision(is_finite, all=True):
+        return "are untouched"
+    return "hold NaN or infinite values from a step before: resume from the last checkpoint"
+
+
+def _is_rescaled(trainer: lightning.Trainer) -> bool:
+    """Return whether a loss scaler skips steps with infinite gradients, and can lower its scale."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler is not None and scaler.get_scale() > 1

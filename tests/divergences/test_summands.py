@@ -3,7 +3,7 @@
 Frozen here: for every divergence the summands add up to ``value``, and both gradients in the logits
 that follow from them are autograd's, in float64, in float32 up to 200 nats and where both sides are
 almost equal; temperature composes; a divergence whose ``value`` is its own does not claim a
-temperature.
+temperature; one that merges ids is known by it, within a temperature too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from divergence_cases import CASES, Case
 from torch import Tensor
 
-from okd_lightning.divergences import Divergence, ForwardKL, LogProbPair, Tempered
+from okd_lightning.divergences import Divergence, ForwardKL, LogProbPair, Tempered, TopK
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.id)
@@ -120,3 +120,19 @@ def test_temperature_is_known_where_value_is_the_usual_one():
     assert Tempered(Tempered(ForwardKL(), 2.0), 3.0).softmax_temperature == 6
     assert Wrapped().softmax_temperature is None
     assert Tempered(Wrapped(), 2.0).softmax_temperature is None
+
+
+class Merging(TopK):
+    """Merges ids in its own way."""
+
+    def outcome_ids(self, student_logprobs, teacher_logprobs):
+        return student_logprobs.topk(2).indices
+
+
+def test_classes_that_merge_ids_are_known_through_wrappers_too():
+    assert Merging(ForwardKL(), 1).merges_ids
+    assert TopK(ForwardKL(), 1).merges_ids
+    assert Tempered(TopK(ForwardKL(), 1), 2.0).merges_ids
+    assert not ForwardKL().merges_ids
+    assert not Tempered(ForwardKL(), 2.0).merges_ids
+    assert not Wrapped().merges_ids

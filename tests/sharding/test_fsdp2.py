@@ -42,8 +42,8 @@ from okd_lightning.divergences import JensenShannon
 from okd_lightning.errors import NonFiniteError
 from okd_lightning.sharding import FSDP2Strategy
 from okd_lightning.teachers import AveragedSelf, FrozenSelf, LiveSelf
-from okd_lightning.training.gradients import FiniteGuard
 from okd_lightning.training.module import DistillationModule
+from okd_lightning.training.step import FiniteGuard
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),

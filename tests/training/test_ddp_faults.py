@@ -23,8 +23,8 @@ from parallel_runs import spawn
 from okd_lightning.callbacks import GKD, KD, LastCheckpoint, OPDPlus, Preemption, Reward, RolloutLog
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.engines import TransformersEngine
-from okd_lightning.training.gradients import FiniteGuard
 from okd_lightning.training.module import DistillationModule
+from okd_lightning.training.step import FiniteGuard
 
 STEPS = 8
 

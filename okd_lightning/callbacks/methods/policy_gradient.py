@@ -24,7 +24,7 @@ from okd_lightning.losses import (
 from okd_lightning.losses.reduction import loss_output
 from okd_lightning.records.batches import LossOutput, Source
 from okd_lightning.training.module import DistillationModule
-from okd_lightning.training.safeguards.vital_signs import EXTREME_LOG_RATIO
+from okd_lightning.training.safeguards.health_warnings import EXTREME_LOG_RATIO
 
 _STUDENT = DrawnLogProb("student")
 

@@ -9,9 +9,9 @@ from okd_lightning.callbacks.monitors.rollout_log import RolloutLog
 from okd_lightning.callbacks.monitors.sample_table import SampleTable
 from okd_lightning.callbacks.monitors.teacher_drift import TeacherDrift
 from okd_lightning.callbacks.monitors.throughput import Throughput
-from okd_lightning.training.gradients import FiniteGuard
 from okd_lightning.training.safeguards.health_warnings import HealthWarnings
 from okd_lightning.training.safeguards.step_intervals import StepIntervals
+from okd_lightning.training.step import FiniteGuard
 
 MONITORS: tuple[type[Callback], ...] = (
     FiniteGuard,

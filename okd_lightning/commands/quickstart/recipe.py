@@ -28,6 +28,9 @@ class Recipe:
         batch_size: Rows per optimizer step.
         warm_learning_rate: Peak of the warm start.
         learning_rate: Peak of both runs.
+        sampled_learning_rate: Peak of a method that learns from sampled tokens (OPD, OPDPlus):
+            their gradient has more variance, and at ``learning_rate`` they end with no right
+            answer.
         weight_decay: AdamW's weight decay.
         warmup_steps: Warm-up steps of every stage.
         val_every: Optimizer steps between two points of the learning curve.
@@ -42,6 +45,7 @@ class Recipe:
     batch_size: int = 64
     warm_learning_rate: float = 5e-3
     learning_rate: float = 5e-3
+    sampled_learning_rate: float = 1e-3
     weight_decay: float = 0.1
     warmup_steps: int = 50
     val_every: int = 100

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from okd_lightning.callbacks import SFT, ExactMatch, Throughput
 from okd_lightning.callbacks.measures.answer_scores import greedy_answers
 from okd_lightning.callbacks.methods.base import Method
+from okd_lightning.callbacks.methods.policy_gradient import PolicyGradientCallback
 from okd_lightning.callbacks.monitors.progress_bar import RunProgressBar
 from okd_lightning.commands.quickstart.recipe import TEACHER_DIR, TRAIN_FILE, VAL_FILE, Recipe
 from okd_lightning.commands.reports import (
@@ -28,10 +29,10 @@ from okd_lightning.commands.reports import (
     write_results,
 )
 from okd_lightning.data import RolloutDataModule, load_rows
-from okd_lightning.training.gradients import FiniteGuard
 from okd_lightning.training.lightning_messages import PrintableConsole, only_warnings
 from okd_lightning.training.module import DistillationModule
 from okd_lightning.training.safeguards.step_intervals import StepIntervals
+from okd_lightning.training.step import FiniteGuard
 
 _MEASURES = (
     "val/exact_match",
@@ -92,7 +93,9 @@ class Quickstart:
         for number, method in enumerate(methods, 2):
             label = "SFT" if isinstance(method, SFT) else name
             what = "SFT continued" if label == "SFT" else f"{name}: training with the teacher"
-            self._say(f"{number}/{len(methods) + 1}  {what}, {self.recipe.method_steps} steps")
+            rate = self._learning_rate(method)
+            at = "" if rate == self.recipe.learning_rate else f" at a learning rate of {rate:g}"
+            self._say(f"{number}/{len(methods) + 1}  {what}, {self.recipe.method_steps} steps{at}")
             result, before, after, teacher = self._distil(copy.deepcopy(warm), method, label)
             results.append(result)
             answers.append((label, before, after, teacher))
@@ -125,7 +128,7 @@ class Quickstart:
             student,
             str(TEACHER_DIR),
             tokenizer=str(TEACHER_DIR),
-            **self._optimization(recipe.learning_rate),
+            **self._optimization(self._learning_rate(method)),
         )
         data, curve = self._data(recipe.method_steps), CurveLog(_MEASURES.__contains__)
         trainer = self._trainer(recipe.method_steps, [method, Throughput(), curve, ExactMatch()])
@@ -138,6 +141,10 @@ class Quickstart:
         result = curve.result(trainer, label)
         answers_after = greedy_answers(module, data, shown)
         return result, answers_before, answers_after, greedy_answers(module, data, shown, "teacher")
+
+    def _learning_rate(self, method: Method) -> float:
+        is_sampled = isinstance(method, PolicyGradientCallback)
+        return self.recipe.sampled_learning_rate if is_sampled else self.recipe.learning_rate
 
     def _trainer(self, steps: int, callbacks: list[Callback], **settings: Any) -> lightning.Trainer:
         return lightning.Trainer(

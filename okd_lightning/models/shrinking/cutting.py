@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from okd_lightning.errors import ModelError
 from okd_lightning.models.causal_lm import last_logits
-from okd_lightning.models.deferred import parameters_on_meta
 from okd_lightning.models.shrinking.layers import DecoderLayers
 from okd_lightning.models.shrinking.norms import residual_norms, scale_eps, scale_norms, scales
 from okd_lightning.models.shrinking.selection import Selection, zeroed
@@ -127,7 +127,7 @@ def _with_weights(
     """Return a model of ``config`` with the kept part of each weight."""
     kind = config.get_text_config().model_type
     try:
-        with parameters_on_meta():
+        with init_empty_weights(include_buffers=False):
             student = AutoModelForCausalLM.from_config(
                 config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
             )

@@ -1,7 +1,7 @@
 """Callbacks that a DistillationModule adds to every Trainer (``configure_callbacks``).
 
-* ``FiniteGuard`` (``training.gradients``) stops before a step with a non-finite loss or gradient.
-* ``health_warnings``: ``HealthWarnings``, with its thresholds in ``vital_signs``.
+* ``FiniteGuard`` (``training.step``) stops before a step with a non-finite loss or gradient.
+* ``health_warnings``: ``HealthWarnings`` warns about failing runs.
 * ``step_intervals``: ``StepIntervals`` counts ``val_check_interval`` in optimizer steps.
 * ``models_first``: ``ModelsFirst`` builds both models before other callbacks' ``setup``.
 * ``idle_options``: the warning about options that have no effect in a run.
@@ -10,7 +10,6 @@
 import lightning
 from lightning.pytorch.callbacks import Callback
 
-from okd_lightning.training.gradients import FiniteGuard
 from okd_lightning.training.safeguards.health_warnings import HealthWarnings
 from okd_lightning.training.safeguards.models_first import (
     ModelsFirst,
@@ -18,6 +17,7 @@ from okd_lightning.training.safeguards.models_first import (
     with_batch_check,
 )
 from okd_lightning.training.safeguards.step_intervals import StepIntervals
+from okd_lightning.training.step import FiniteGuard
 
 SAFEGUARDS = (FiniteGuard, HealthWarnings, StepIntervals)
 """Added where a Trainer has no callback of the class."""

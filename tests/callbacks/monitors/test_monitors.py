@@ -35,8 +35,8 @@ from okd_lightning.data import RolloutDataModule
 from okd_lightning.divergences import Divergence
 from okd_lightning.errors import ConfigError, NonFiniteError
 from okd_lightning.rewards.answers import matches
-from okd_lightning.training.gradients import FiniteGuard
 from okd_lightning.training.safeguards.step_intervals import StepIntervals
+from okd_lightning.training.step import FiniteGuard
 
 
 @dataclass(frozen=True)

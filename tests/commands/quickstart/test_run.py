@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from okd_lightning import GKD, KD, OKD, SFT, DistillationModule, OPDPlus, RolloutDataModule
+from okd_lightning import GKD, KD, OKD, OPD, SFT, DistillationModule, OPDPlus, RolloutDataModule
 from okd_lightning.__main__ import main
 from okd_lightning.callbacks import ExactMatch
 from okd_lightning.commands.quickstart import run as quickstart_run
@@ -125,6 +125,14 @@ def test_any_method_runs(tmp_path, kind):
     _, (sft, other) = run(tmp_path, kind())
     assert (sft.method, other.method) == ("SFT", kind.__name__)
     assert sft.before == other.before != other.after
+
+
+@pytest.mark.parametrize(("method", "rate"), [(KD(), None), (OPDPlus(), "0.001"), (OPD(), "0.001")])
+def test_sampled_methods_train_at_a_lower_learning_rate(tmp_path, method, rate):
+    out, _ = run(tmp_path, method)
+    terminal = (out / "terminal.txt").read_text()
+    stage = next(line for line in terminal.splitlines() if "with the teacher" in line)
+    assert stage.endswith(f"at a learning rate of {rate}" if rate else "4 steps")
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from okd_lightning.callbacks.monitors.last_checkpoint import LastCheckpoint
 from okd_lightning.checkpoints.files import read_checkpoint
 from okd_lightning.commands.export import export_online_module, export_student
 from okd_lightning.errors import ConfigError, NonFiniteError
-from okd_lightning.training.gradients import FiniteGuard
 from okd_lightning.training.optimizers import build_optimizer
+from okd_lightning.training.step import FiniteGuard
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT's use of transformers
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"

@@ -33,9 +33,9 @@ from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.engines.transformers_engine import TransformersEngine
 from okd_lightning.errors import ConfigError
 from okd_lightning.records.requests import PromptBatch, Request
-from okd_lightning.training.safeguards.health_warnings import HealthWarnings
-from okd_lightning.training.safeguards.vital_signs import (
+from okd_lightning.training.safeguards.health_warnings import (
     Course,
+    HealthWarnings,
     Surroundings,
     Thresholds,
     VitalSigns,

@@ -16,10 +16,10 @@ from lightning.pytorch.callbacks import Callback, LambdaCallback, ModelCheckpoin
 
 from okd_lightning.callbacks import KD
 from okd_lightning.errors import ConfigError, NonFiniteError
-from okd_lightning.training.gradients import FiniteGuard
 from okd_lightning.training.module import DistillationModule
 from okd_lightning.training.safeguards import SAFEGUARDS, ModelsFirst, StepIntervals
 from okd_lightning.training.safeguards.health_warnings import HealthWarnings
+from okd_lightning.training.step import FiniteGuard
 
 
 def data(**settings) -> tiny.RolloutDataModule:
