@@ -224,8 +224,9 @@ def _stored_adapter(model: nn.Module, dtype: StoredFormat | None) -> dict[str, n
     The base stays as it is: it is not in a PEFT folder, and a quantised one has no other format.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for parameter in trained.values() if dtype is not None else ():
-        parameter.data = parameter.data.to(getattr(torch, dtype))
+    if dtype is not None:
+        for parameter in trained.values():
+            parameter.data = parameter.data.to(getattr(torch, dtype))
     return trained
 
 
