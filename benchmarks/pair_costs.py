@@ -15,6 +15,7 @@ from shard_memory import per_device
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from okd_lightning.engines import TransformersEngine
+from okd_lightning.models.blocks import decoder_blocks
 from okd_lightning.models.multimodal import auto_class, language_model, vision_parts
 
 # One H100 (80 GB, SXM), from its data sheet, and the share of it that is assumed to be reached.
@@ -81,8 +82,7 @@ def build(fields: Mapping[str, Any]) -> PreTrainedModel:
 def sizes_of(model: PreTrainedModel) -> Sizes:
     """Count the sizes of a model."""
     config: PretrainedConfig = model.config.get_text_config()
-    kinds, decoder = set(model._no_split_modules), language_model(model)
-    blocks = [m for m in decoder.modules() if type(m).__name__ in kinds]
+    decoder, (_, blocks) = language_model(model), decoder_blocks(model)
     tower = vision_sizes(model)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", config.num_attention_heads)

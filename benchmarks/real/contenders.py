@@ -88,7 +88,6 @@ def tuned_teacher(places: Places, budget: float, seed: int) -> tuple[str, dict[s
     spent, steps = fit(places, module, SFT(), budget, seed, validates=False)
     merged = tuned.merge_and_unload()
     assert isinstance(merged, PreTrainedModel)
-    merged._hf_peft_config_loaded = False  # it was set for the adapter, which is merged
     merged.save_pretrained(folder)
     AutoTokenizer.from_pretrained(places.teacher).save_pretrained(folder)
     found = {"tuning_cpu_seconds": round(spent.seconds, 2), "tuning_steps": steps}

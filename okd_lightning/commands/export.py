@@ -66,9 +66,11 @@ def export_student(
     module.load_state_dict(checkpoint["state_dict"], strict=False)
     assert module.student is not None
     student = module.student.eval()
-    if module.pair.student_adapter is not None and adapter == "merged":
+    is_apart = module.pair.student_adapter is not None and adapter == "apart"
+    if module.pair.student_adapter is not None and not is_apart:
         student = _merged(module)
-    check_finite(_stored(student, dtype), f"--out {str(out)!r}")
+    stored = _stored_adapter(student, dtype) if is_apart else _stored(student, dtype)
+    check_finite(stored, f"--out {str(out)!r}")
     with replaced_model(out) as folder:
         save_with_settings(
             student,
@@ -131,9 +133,7 @@ def export_online_module(
     for own in configs.values():
         own.base_model_name_or_path = source.given if source.gguf_file else source.name
         own.revision = source.revision
-    trained = {name for name, p in teacher.named_parameters() if p.requires_grad}
-    stored = _stored(teacher, dtype)
-    check_finite({name: stored[name] for name in trained}, f"--out {str(out)!r}")
+    check_finite(_stored_adapter(teacher, dtype), f"--out {str(out)!r}")
     with replaced_model(out) as folder:
         teacher.save_pretrained(folder)
         teacher.config.save_pretrained(folder)
@@ -216,6 +216,18 @@ def _stored(model: nn.Module, dtype: StoredFormat | None) -> dict[str, nn.Parame
     if dtype is not None:
         model.to(dtype=getattr(torch, dtype))
     return dict(model.named_parameters())
+
+
+def _stored_adapter(model: nn.Module, dtype: StoredFormat | None) -> dict[str, nn.Parameter]:
+    """Convert a model's adapter to the written format; return its parameters.
+
+    The base stays as it is: it is not in a PEFT folder, and a quantised one has no other format.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if dtype is not None:
+        for parameter in trained.values():
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+    return trained
 
 
 def _check_out(out: Path, module: DistillationModule, overwrite: bool) -> None:

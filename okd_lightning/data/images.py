@@ -135,7 +135,7 @@ class RowImages:
         if not self.are_present:
             return text
         reader = reader or self.student
-        own = text if is_rendered else text.replace(MARKER, reader.placeholder)
+        own = text if is_rendered else reader.placed(text)
         (found,) = _expanded([own], images, reader, at)
         return found
 

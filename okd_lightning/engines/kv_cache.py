@@ -12,13 +12,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from okd_lightning.models.causal_lm import last_logits, named_arguments
-from okd_lightning.models.transformers_versions import STATELESS_LAYERS
 
 _SPARE_COLUMNS = 64
+
+_STATELESS_LAYERS: tuple[type, ...] = (
+    (cache_utils.DummyLayer,) if hasattr(cache_utils, "DummyLayer") else ()
+)
+"""Cache layers without content: of blocks without attention, or that share another block's keys and
+values. transformers 5.23 has a class for them; before, the former are ``LinearAttentionLayer``, and
+the latter have no cache layer."""
 
 
 class RoomyLayer(DynamicLayer):
@@ -115,7 +121,7 @@ def is_rearrangeable(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "attention_chunk_size", None) is not None:
         return False
-    plain = (DynamicLayer, DynamicSlidingWindowLayer, *STATELESS_LAYERS)
+    plain = (DynamicLayer, DynamicSlidingWindowLayer, *_STATELESS_LAYERS)
     return all(type(layer) in plain for layer in DynamicCache(config=model.config).layers)
 
 
@@ -129,7 +135,8 @@ def empty_cache(model: PreTrainedModel, is_roomy: bool) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     if is_roomy:
         cache.layers = [
-            layer if isinstance(layer, STATELESS_LAYERS) else RoomyLayer() for layer in cache.layers
+            layer if isinstance(layer, _STATELESS_LAYERS) else RoomyLayer()
+            for layer in cache.layers
         ]
     return cache
 

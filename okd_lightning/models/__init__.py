@@ -19,14 +19,14 @@
 * ``merging``: adapters merged into their base layers.
 * ``recompute``: gradient checkpointing, also of a teacher in eval mode.
 * ``shrinking``: a student that is a part of its teacher.
-* ``compilation``: torch.compile on a model's blocks.
+* ``blocks``: the layers that a model repeats; torch.compile on them.
 * ``causal_lm``: hidden states at the head's input, and the head as a function of positions.
 """
 
 from okd_lightning.models.adapters import GivenPair, add_adapter
+from okd_lightning.models.blocks import compile_blocks
 from okd_lightning.models.causal_lm import LMHead, head_inputs
 from okd_lightning.models.causality import check_causal
-from okd_lightning.models.compilation import compile_blocks
 from okd_lightning.models.end_tokens import (
     EndTokens,
     EndTokensArgument,

@@ -28,6 +28,7 @@ from okd_lightning.models.merging import merge_adapters, unfit_adapter
 from okd_lightning.models.sources import Source, first_line
 from okd_lightning.models.weight_checks import is_finite, is_quantised, not_finite
 from okd_lightning.models.weight_files import INDEX, SINGLE, read_safetensors_error
+from okd_lightning.models.wrapped_names import wrapper_advice
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -264,9 +265,10 @@ def _check_complete(
     """Refuse an adapter that lacks weights, or has weights for layers that the base lacks."""
     lacking = sorted(set(own).intersection(missing))
     if lacking:
+        advice = wrapper_advice(unexpected, lacking) or "copy or download the folder again"
         raise ModelError(
             f"{adapter.where}: {WEIGHTS} lacks {len(lacking)} of the adapter's {len(own)} weights "
-            f"(such as {lacking[0]}); copy or download the folder again"
+            f"(such as {lacking[0]}); {advice}"
         )
     if unexpected:
         raise ModelError(

@@ -114,8 +114,23 @@ def model_source(source: object, side: str) -> ModelSource:
             "model's layers; give a LoRA adapter, or the base itself"
         )
     model = cast(PreTrainedModel, source.get_base_model())
-    model._hf_peft_config_loaded = True  # so that save_pretrained writes a PEFT folder
+    model._hf_peft_config_loaded = cast(bool, _WhileAdapted(model))
     return model
+
+
+class _WhileAdapted:
+    """transformers' mark of a model with an adapter, true as long as the model has one.
+
+    With it ``save_pretrained`` writes a PEFT folder. The model is the user's own: a True would stay
+    after ``merge_and_unload``, which deletes the model's ``peft_config`` and does not know the
+    mark, and the merged model could not be saved.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def __bool__(self) -> bool:
+        return hasattr(self._model, "peft_config")
 
 
 def _no_model(source: object, side: str) -> str:
@@ -217,7 +232,7 @@ def add_adapter(
 
     Args:
         model: The base, changed in place; gradient then flows to the adapter alone.
-        adapter: Any PEFT config for layers.
+        adapter: Any PEFT config for layers; not changed, so that it can be used for other models.
         option: How the user named it, for messages.
         adapts_vision: Whether layers of a vision tower may be adapted too.
 
@@ -233,6 +248,7 @@ def add_adapter(
     unfit = unfit_adapter(adapter)
     if unfit is not None:
         raise ConfigError(f"{option}: {unfit}")
+    adapter = deepcopy(adapter)
     adapter.task_type = adapter.task_type or "CAUSAL_LM"
     outside = None if adapts_vision else modules_outside_language(model)
     if outside is not None and getattr(adapter, "exclude_modules", "") is None:

@@ -30,7 +30,7 @@ from okd_lightning.models.adapter_folders import adapter_folder
 from okd_lightning.models.image_files import decoded
 from okd_lightning.models.multimodal import image_token_id, placeholder_ids, reads_images
 from okd_lightning.models.sources import ModelSource, Source, first_line, locate
-from okd_lightning.records.images import ImageInputs, ImageRef, joined
+from okd_lightning.records.images import MARKER, ImageInputs, ImageRef, joined
 
 _PROCESSOR_FILES = (
     "processor_config.json",
@@ -51,6 +51,8 @@ class ImageReader:
         option: How the user named the model, for messages.
         image_id: Id in whose places the model puts the features of images.
         mask_ids: Ids of places of images and of what is around them.
+        around: Tokens that the model's chats have before and after an image, besides its expansion
+            (Qwen's start and end of vision); empty texts for none.
         source: Location of its files; None for a processor that was given.
     """
 
@@ -58,6 +60,7 @@ class ImageReader:
     option: str
     image_id: int
     mask_ids: frozenset[int]
+    around: tuple[str, str] = ("", "")
     source: Source | None = None
     _texts: dict[tuple[int, int], str] = field(default_factory=dict)
 
@@ -65,6 +68,15 @@ class ImageReader:
     def placeholder(self) -> str:
         """The token of an image in a text, before its expansion."""
         return str(self.processor.image_token)
+
+    def placed(self, text: str) -> str:
+        """Return a plain text with the place of an image for each ``<image>``, as chats have it.
+
+        Tokens around an image that the text already has are not repeated.
+        """
+        before, after = self.around
+        bare = text.replace(f"{before}{MARKER}{after}", MARKER)
+        return bare.replace(MARKER, f"{before}{self.placeholder}{after}")
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -75,7 +87,7 @@ class ImageReader:
 
     @property
     def digest(self) -> str:
-        """Hash of the settings, equal for processors with equal outputs for an image."""
+        """Hash of the settings, equal for processors with equal texts and tensors of an image."""
         own = self.processor
         about = [
             type(own).__name__,
@@ -83,6 +95,7 @@ class ImageReader:
             own.image_processor.to_dict(),
             {k: v for k, v in vars(own).items() if isinstance(v, str | int) and k[0] != "_"},
         ]
+        about += self.around if any(self.around) else ()
         text = json.dumps(about, sort_keys=True, default=str)
         return sha256(text.encode()).hexdigest()
 
@@ -204,7 +217,8 @@ def reader_of(
         ModelError: It has no tokens for images, or the tokenizer gives them other ids.
     """
     own = image_token_id(config)
-    reader = ImageReader(processor, option, own, frozenset())
+    around = _surrounding_tokens(config, tokenizer)
+    reader = ImageReader(processor, option, own, frozenset(), around)
     if type(processor).replace_image_token is ProcessorMixin.replace_image_token:
         raise ModelError(
             f"{option}: {type(processor).__name__} does not expand images to tokens; expected "
@@ -223,6 +237,18 @@ def reader_of(
     special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     reader.mask_ids = frozenset(special & set(ids)) | placeholder_ids(config)
     return reader
+
+
+def _surrounding_tokens(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, str]:
+    """Return the tokens that a config names as start and end of an image; empty for none.
+
+    In the other families the processor's expansion of an image has them.
+    """
+    ids = (getattr(config, f"vision_{side}_token_id", None) for side in ("start", "end"))
+    before, after = ("" if i is None else str(tokenizer.convert_ids_to_tokens(i)) for i in ids)
+    return before, after
 
 
 def _processor(found: Source, config: PretrainedConfig) -> Any:

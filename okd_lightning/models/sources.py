@@ -7,6 +7,7 @@ that cannot be reached. Does not own the content of the files.
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
@@ -40,6 +41,7 @@ else:  # types of the command line: --help would else list every architecture of
 _NO_FILE = ("does not appear to have a file", "Should have a `model_type` key")
 _SETTINGS = (".json", ".jinja", ".txt", ".model")
 _LARGEST = 256 << 20
+_CHECKPOINT = ".ckpt"
 
 _REMOTE_CODE = ("trust_remote_code", "custom code")
 
@@ -128,6 +130,8 @@ def locate(source: str, option: str) -> Source:
         _check_settings(path, f"{option} {source!r}")
         return Source(source, str(path))
     if path.is_file():
+        if path.suffix == _CHECKPOINT:
+            raise ModelNotFoundError(f"{option} {source!r} is a checkpoint; {_exported(path)}")
         if path.suffix.lower() != SUFFIX:
             raise ModelNotFoundError(
                 f"{option} {source!r} is a file; expected a folder with config.json and "
@@ -236,11 +240,24 @@ def _other_contents(folder: Path) -> str:
     files = sorted(folder.glob(f"*{SUFFIX}"))
     if files:
         return f"; it holds {files[0].name}: give {str(files[0])!r}"
+    if folder.suffix == _CHECKPOINT:
+        return f"; it is a checkpoint: {_exported(folder)}"
     for name in ("config.json", "adapter_config.json"):
         inner = sorted(folder.glob(f"*/{name}"))
         if inner and not (folder / name).is_file():
             return f"; there is one in {str(inner[0].parent)!r}"
+    checkpoints = sorted([*folder.glob(f"*{_CHECKPOINT}"), *folder.glob(f"*/*{_CHECKPOINT}")])
+    if checkpoints and not (folder / "config.json").is_file():
+        return f"; it holds the checkpoint {checkpoints[0].name}: {_exported(checkpoints[0])}"
     return ""
+
+
+def _exported(checkpoint: Path) -> str:
+    """Return how a model folder is made of a run's checkpoint."""
+    return (
+        f"okd-lightning export --ckpt_path {shlex.quote(str(checkpoint))} --out FOLDER writes its "
+        "student as a folder that can be given here"
+    )
 
 
 def _near(path: Path) -> str:

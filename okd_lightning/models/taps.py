@@ -11,12 +11,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from okd_lightning.errors import ModelError
-from okd_lightning.models.multimodal import language_model
+from okd_lightning.models.blocks import decoder_blocks
 from okd_lightning.models.routers import is_softmax, raw_logits, routers_of
 from okd_lightning.records.states import NORMED, Routing, States
 
@@ -45,7 +43,7 @@ class Taps:
         self._order: Tensor | None = None
         inner = [layer for layer in layers if layer != NORMED]
         self._layers = layers
-        self._blocks = decoder_blocks(model) if inner else ()
+        self._blocks = decoder_blocks(model, "read layer -1 alone, or ")[1] if inner else ()
         self._inner = inner
         self._routers = routers_of(model) if reads_routers else ()
         self._taken: dict[int, Tensor] = {}
@@ -139,29 +137,3 @@ class Taps:
 def _logits(values: Tensor, are_softmax: bool) -> Tensor:
     """Return logits: the logarithm of a softmax is one form of them."""
     return values.clamp_min(torch.finfo(values.dtype).tiny).log() if are_softmax else values
-
-
-def decoder_blocks(model: nn.Module) -> tuple[nn.Module, ...]:
-    """Return the blocks of a causal LM, in order.
-
-    Raises:
-        ModelError: The model has no list of its blocks, or more than one.
-    """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    assert isinstance(base, PreTrainedModel)
-    num = getattr(base.config.get_text_config(), "num_hidden_layers", None)
-    kinds = set(base._no_split_modules or ())  # shards are subclasses, of other names
-    lists = {
-        name: module
-        for name, module in language_model(base).named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == num
-        and (not kinds or kinds & {kind.__name__ for kind in type(module[0]).__mro__})
-    }
-    outer = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
-    if len(outer) != 1:
-        raise ModelError(
-            f"{type(base).__name__}: expected one list of its {num} blocks, found {len(outer)}; "
-            "read layer -1 alone, or give a decoder-only model such as Llama, Qwen or Gemma"
-        )
-    return tuple(lists[outer[0]])

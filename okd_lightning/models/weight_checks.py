@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from okd_lightning.errors import ModelError
 from okd_lightning.models.weight_files import WeightFiles
+from okd_lightning.models.wrapped_names import wrapper_advice
 
 Learns: TypeAlias = Literal["all", "adapter", "nothing"]
 """Trained part of a model: its own weights, an adapter on frozen ones, or nothing."""
@@ -63,7 +64,7 @@ def check_loaded(model: PreTrainedModel, info: Mapping[str, Any], where: str) ->
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing:
         is_other = unexpected and len(missing) > num_weights // 2
-        advice = (
+        advice = wrapper_advice(unexpected, _with_bare_names(model, missing)) or (
             f"the files hold other names (such as {unexpected[0]}): config.json is of another "
             "architecture"
             if is_other
@@ -221,6 +222,12 @@ def is_quantised(model: PreTrainedModel) -> bool:
 def is_ignored(name: str, patterns: Iterable[str] | None) -> bool:
     """Return whether one of a model class's ignore patterns matches a name."""
     return any(re.search(pattern, name) for pattern in patterns or ())
+
+
+def _with_bare_names(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    """Return names with and without the base model's prefix: files may have either."""
+    prefix = f"{model.base_model_prefix}."
+    return {form for name in names for form in (name, name.removeprefix(prefix))}
 
 
 def _some(names: list[str]) -> str:

@@ -22,6 +22,7 @@ from transformers import PretrainedConfig
 
 from okd_lightning.errors import ModelError
 from okd_lightning.models.sources import Source, first_line
+from okd_lightning.models.wrapped_names import wrapper_advice
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -151,11 +152,12 @@ class WeightFiles:
         """
         found = self.stored_under(names)
         if found is None:
-            raise ModelError(
-                f"{self._start}: no {names[0]} is stored: it is missing, or transformers renames "
-                "or joins weights of this architecture while it loads, which cannot be read by "
-                "rows; use loading: every_rank, which names the cause"
+            cause = wrapper_advice(self.names, names[:1]) or (
+                "it is missing, or transformers renames or joins weights of this architecture "
+                "while it loads, which cannot be read by rows; use loading: every_rank, which "
+                "names the cause"
             )
+            raise ModelError(f"{self._start}: no {names[0]} is stored: {cause}")
         weight = self._weights[found]
         if shape is not None and weight.shape != list(shape):
             raise ModelError(
@@ -266,8 +268,8 @@ def _no_files(folder: Path) -> str:
     if pickles:
         return (
             f"the weights are pickled ({pickles[0]}) and not safetensors, the only format that is "
-            "read; add them with transformers: AutoModelForCausalLM.from_pretrained(FOLDER)"
-            ".save_pretrained(FOLDER)"
+            "read; add them with transformers, whose load report must list no missing weights: "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     if others:

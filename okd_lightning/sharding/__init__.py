@@ -10,7 +10,7 @@
 from lightning.pytorch.strategies import StrategyRegistry
 
 from okd_lightning.sharding.placement import Placement, ShardedModels
-from okd_lightning.sharding.plan import ShardSettings, blocks_of, shard
+from okd_lightning.sharding.plan import ShardSettings, shard
 from okd_lightning.sharding.state import whole
 from okd_lightning.sharding.strategy import FSDP2Strategy
 
@@ -21,7 +21,6 @@ __all__ = [
     "Placement",
     "ShardSettings",
     "ShardedModels",
-    "blocks_of",
     "shard",
     "whole",
 ]

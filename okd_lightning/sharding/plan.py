@@ -22,9 +22,9 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from okd_lightning.errors import ConfigError
+from okd_lightning.models.blocks import blocks_of
 
 
 @dataclass(frozen=True)
@@ -41,29 +41,6 @@ class ShardSettings:
     precision: MixedPrecisionPolicy = field(default_factory=MixedPrecisionPolicy)
     reshard_after_forward: bool = True
     offload: bool = False
-
-
-def blocks_of(model: nn.Module, option: str) -> list[nn.Module]:
-    """Return the outermost repeated blocks of a model, in order.
-
-    Args:
-        model: A transformers model, with or without PEFT's wrapper.
-        option: Name of the user's option, for messages.
-
-    Raises:
-        ConfigError: The architecture does not name its blocks.
-    """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    names = set(getattr(base, "_no_split_modules", None) or ())
-    found = [m for m in base.modules() if type(m).__name__ in names and m is not base]
-    found = found or [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if not found:
-        raise ConfigError(
-            f"{option}: {type(base).__name__} names no blocks (_no_split_modules) that could be "
-            "sharded one by one; use --trainer.strategy ddp"
-        )
-    inner = {id(m) for block in found for m in block.modules() if m is not block}
-    return [block for block in found if id(block) not in inner]
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, settings: ShardSettings, option: str) -> None:
@@ -84,8 +61,14 @@ def shard(model: nn.Module, mesh: DeviceMesh, settings: ShardSettings, option: s
         return
     offload = CPUOffloadPolicy() if settings.offload else OffloadPolicy()
     precision = _no_narrower(settings.precision, model)
-    blocks = [*blocks_of(model, option), *_lone_embedding(model)]
-    for block in blocks:
+    blocks = blocks_of(model)
+    if not blocks:
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        raise ConfigError(
+            f"{option}: {type(base).__name__} names no blocks (_no_split_modules) that could be "
+            "sharded one by one; use --trainer.strategy ddp"
+        )
+    for block in [*blocks, *_lone_embedding(model)]:
         fully_shard(
             block,
             mesh=mesh,

@@ -20,7 +20,14 @@ import pytest
 import torch
 from cli_workbench import STUDENT_FIELDS, Assets, Result, read_checkpoint_weights
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 Fit = Callable[..., Result]
 LAST = "run/checkpoints/last.ckpt"
@@ -214,6 +221,42 @@ def test_an_online_module(fit: Fit, okd: Fit, assets: Assets) -> None:
     for name, value in saved.items():
         (match,) = [p for n, p in found.items() if n.endswith(name.removeprefix("teacher."))]
         assert torch.equal(match, value)
+
+
+def unlike_a_quantised_base(self: nn.Module, *arguments: object, **settings: object) -> nn.Module:
+    """transformers' refusal for a quantised model; ours has no weights in 4 bits on CPUs."""
+    if "dtype" in settings:
+        raise ValueError("You cannot cast a quantised model in a new `dtype`")
+    return nn.Module.to(self, *arguments, **settings)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("part", ["online_module", "student"])
+def test_the_number_format_of_an_adapter(
+    part: str,
+    dtype: str,
+    fit: Fit,
+    okd: Fit,
+    assets: Assets,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only the adapter is converted: its base is not in the folder, and may be quantised."""
+    fit(*(["--method", "KD", *LORA] if part == "student" else OKD), *FAST)
+    typed = ["--what", part, "--ckpt_path", LAST, "--adapter", "apart"]
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "to", unlike_a_quantised_base)
+        for out, more in (("full", []), ("small", ["--dtype", dtype])):
+            result = okd("export", *typed, "--out", out, *more)
+            assert result.status == 0, result.err
+    full, small = (load_file(f"{name}/adapter_model.safetensors") for name in ("full", "small"))
+    assert full.keys() == small.keys()
+    for name, value in small.items():
+        assert full[name].dtype == torch.float32
+        assert torch.equal(value, full[name].to(getattr(torch, dtype)))
+    base = assets.student if part == "student" else assets.teacher
+    models = [AutoModelForCausalLM.from_pretrained(base) for _ in range(2)]
+    pair = [PeftModel.from_pretrained(m, n) for m, n in zip(models, ("full", "small"), strict=True)]
+    torch.testing.assert_close(logits(pair[0]), logits(pair[1]), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.filterwarnings("ignore:.*OKD's settings .* are dropped")

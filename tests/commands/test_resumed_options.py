@@ -213,7 +213,7 @@ SEEN_ELSEWHERE = {
     "model.teacher": "teachers/test_cached_runs.py",
     "model.tokenizer": "commands/test_resumed_options.py",  # as other prompts
     "model.ema_decay": "teachers/test_self_teacher.py",
-    "model.compile_blocks": "models/test_compilation.py",
+    "model.compile_blocks": "models/test_blocks.py",
     "model.engine": "engines/test_vllm_engine.py",
     "method.*": "commands/test_resumed_options.py",
     "trainer.callbacks": "commands/test_retyped_callbacks.py",

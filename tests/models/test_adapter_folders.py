@@ -306,6 +306,19 @@ def test_a_peft_model_as_a_student_trains_its_adapter(tmp_path, base):
         DistillationModule(own, tokenizer=tiny.make_tokenizer(), student_adapter=LoraConfig(r=2))
 
 
+@pytest.mark.parametrize("is_merged", [True, False])
+def test_such_a_student_is_saved_by_its_owner(is_merged, tmp_path, base):
+    """Before ``merge_and_unload`` as a PEFT folder, and after it as a plain model."""
+    own = adapted(AutoModelForCausalLM.from_pretrained(base))
+    module = DistillationModule(own, tiny.make_llama(2), tokenizer=tiny.make_tokenizer())
+    module.configure_model()
+    expected = logits(own.eval())
+    model = own.merge_and_unload() if is_merged else module.student
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / CONFIG).is_file() == (not is_merged)
+    torch.testing.assert_close(logits(load(tmp_path / "saved")), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("form", ["merged", "apart"])
 def test_such_a_student_is_exported(form, tmp_path, base):
     own = get_peft_model(

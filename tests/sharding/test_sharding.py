@@ -33,12 +33,12 @@ from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError
 from okd_lightning.models import head_inputs, load_causal_lm, load_model_config
 from okd_lightning.models.adapters import add_adapter
+from okd_lightning.models.blocks import blocks_of
 from okd_lightning.models.deferred import deferred_weights
 from okd_lightning.sharding import (
     FSDP2Strategy,
     ShardedModels,
     ShardSettings,
-    blocks_of,
     shard,
     whole,
 )
@@ -70,8 +70,7 @@ def mesh():
 def test_a_sharded_architecture_is_the_whole_one(name, mesh):
     model = build(name).eval()
     own = copy.deepcopy(model)
-    blocks = blocks_of(own, "--model.student")
-    assert len(blocks) == model.config.num_hidden_layers
+    assert len(blocks_of(own)) == model.config.num_hidden_layers
     shard(own, mesh, ShardSettings(), "--model.student")
     results = []
     for each in (model, own):
@@ -86,30 +85,9 @@ def test_a_sharded_architecture_is_the_whole_one(name, mesh):
     assert tiny.distance(own_gradients, gradients) < 1e-6
 
 
-def test_blocks_inside_blocks_are_not_units_of_their_own():
-    class Inner(nn.Module):
-        pass
-
-    class Outer(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = Inner()
-
-    class Model(nn.Module):
-        _no_split_modules = ("Inner", "Outer")
-
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.ModuleList([Outer(), Outer()])
-            self.last = Inner()
-
-    model = Model()
-    assert blocks_of(model, "--model.student") == [*model.layers, model.last]
-
-
-def test_an_architecture_without_blocks_is_refused():
+def test_an_architecture_without_blocks_is_refused(mesh):
     with pytest.raises(ConfigError, match=r"--model\.teacher: Linear names no blocks"):
-        blocks_of(nn.Linear(2, 2), "--model.teacher")
+        shard(nn.Linear(2, 2), mesh, ShardSettings(), "--model.teacher")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import lightning
@@ -27,20 +28,43 @@ class EvaluationCallback(Callback, ABC):
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
-        """Refuse a second callback with the same metrics: Lightning would log the mean of both.
+        """Refuse metrics that something else in the run logs under the same names.
 
         Raises:
-            ConfigError: Two callbacks log a metric of the same name.
+            ConfigError: Another callback, or the run itself, logs a metric of the same name.
         """
+        self.check_names(trainer, pl_module, self.measured)
+
+    def check_names(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, names: Sequence[str]
+    ) -> None:
+        """Refuse names that another callback measures, or the run: one would hide the other.
+
+        Args:
+            trainer: The run's Trainer.
+            module: The run's module.
+            names: Names of this callback's metrics, without ``val/`` and ``test/``.
+
+        Raises:
+            ConfigError: There is such a name.
+        """
+        own = type(self).__name__
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if other is self or not isinstance(other, EvaluationCallback):
                 continue
-            both = sorted({*self.measured} & {*other.measured})
+            both = sorted({*names} & {*other.measured})
             if both:
                 raise ConfigError(
-                    f"{type(self).__name__} and {type(other).__name__} in trainer.callbacks both "
-                    f"measure {', '.join(both)}: leave one of them out (a TaskScore takes a name)"
+                    f"{own} and {type(other).__name__} in trainer.callbacks both measure "
+                    f"{', '.join(both)}: leave one of them out, or give a TaskScore another name"
                 )
+        logged = getattr(module, "evaluation", ())
+        both = sorted(name for name in names if f"val/{name}" in logged)
+        if both:
+            raise ConfigError(
+                f"{own} in trainer.callbacks would log val/{both[0]}, which every run logs itself: "
+                "leave it out, or give a TaskScore another name"
+            )
 
     def on_validation_epoch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule

@@ -26,7 +26,7 @@ class TaskScore(AnswerScores):
 
     In Python, a metric of torchmetrics.text, such as ``TaskScore(CHRFScore())``, is computed from
     the answers and references (texts) of all ranks at once. If it returns several numbers, each is
-    logged under its own name.
+    logged under its own name, after ``name/`` where a name is given.
 
     Args:
         function: Scores answers; in Python also a plain function of prompt, response and reference,
@@ -48,6 +48,8 @@ class TaskScore(AnswerScores):
     ) -> None:
         super().__init__(num_prompts, num_val_prompts)
         self.metric: Metric | None = None
+        self._prefix = "" if name is None else f"{name}/"
+        self._is_set_up = False
         if isinstance(function, Metric):
             self.metric = deepcopy(function)
             self.metric.sync_on_compute = False  # it gets the texts of all ranks
@@ -69,14 +71,26 @@ class TaskScore(AnswerScores):
         found = checked_rewards(self.function, answers.prompts, texts, answers.references, chats)
         return {self.measured[0]: found}
 
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """Refuse metrics that something else in the run logs under the same names.
+
+        Raises:
+            ConfigError: Another callback, or the run itself, logs a metric of the same name.
+        """
+        super().setup(trainer, pl_module, stage)
+        self._is_set_up = True
+
     @property
     def state_key(self) -> str:
         """Key of its state in a checkpoint: its metric is in it, as a run has several.
 
-        A function that remembers nothing has no state. It gets a key of its own, because the
-        Trainer refuses two equal ones before ``setup`` can name the metric that both log.
+        A function that remembers nothing has no state. It gets a key of its own, and so has every
+        callback before ``setup``: the Trainer refuses two equal ones at its construction, before
+        ``setup`` can name the metric that both log.
         """
-        if self.metric is not None or not self._remembers:
+        if self.metric is not None or not self._remembers or not self._is_set_up:
             return self._generate_state_key(instance=id(self))
         return self._generate_state_key(measured=self.measured)
 
@@ -118,8 +132,13 @@ class TaskScore(AnswerScores):
         texts = data.gather((answers.texts(0, is_last_turn=True), answers.references))
         responses = [text for own, _ in texts for text in own]
         references = [text for _, own in texts for text in own]
-        for name, value in self._computed(self.metric, responses, references).items():
-            module.log(f"{part}/{name}", value, prog_bar=name in self.measured, batch_size=1)
+        found = self._computed(self.metric, responses, references)
+        names = tuple(found)
+        if names != self.measured:  # known only now; others then see these names
+            self.check_names(trainer, module, names)
+            self.measured = names
+        for name, value in found.items():
+            module.log(f"{part}/{name}", value, prog_bar=len(names) == 1, batch_size=1)
 
     def _computed(
         self, metric: Metric, responses: Sequence[str], references: Sequence[str]
@@ -134,8 +153,9 @@ class TaskScore(AnswerScores):
         try:
             metric.update(list(responses), list(references))
             found: Any = metric.compute()
-            named = found if isinstance(found, Mapping) else {self.measured[0]: found}
-            return {str(key): float(value) for key, value in named.items()}
+            if not isinstance(found, Mapping):
+                return {self.measured[0]: float(found)}
+            return {f"{self._prefix}{key}": float(value) for key, value in found.items()}
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
             raise RewardError(
                 f"metric {name} cannot be computed from answers and references as texts "

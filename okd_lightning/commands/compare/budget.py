@@ -7,14 +7,19 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Callback
 
 from okd_lightning.commands.reports.curve_log import throughput_of
 from okd_lightning.errors import UsageError
 from okd_lightning.records.batches import DistillBatch
 
-Unit: TypeAlias = Literal["steps", "tokens", "seconds"]
-"""Optimizer steps; loss tokens trained on; seconds of training and rollouts."""
+Unit: TypeAlias = Literal["steps", "tokens", "seconds", "cpu_seconds"]
+"""Optimizer steps; loss tokens trained on; seconds, or CPU seconds, of training and rollouts.
+
+Seconds are those of the clock: contenders on a busy machine get unequal shares of it. CPU seconds
+are of the process that trains (``Throughput.cpu_seconds``) and do not depend on other jobs.
+"""
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """Parse ``steps=200``, ``tokens=1e6`` or ``seconds=600``.
+        """Parse ``steps=200``, ``tokens=1e6``, ``seconds=600`` or ``cpu_seconds=600``.
 
         Raises:
             UsageError: Anything else.
@@ -42,10 +47,10 @@ class Budget:
         except ValueError:
             number = math.nan
         is_known = unit in get_args(Unit) and math.isfinite(number) and number > 0
-        if not is_known or (unit != "seconds" and number != int(number)):
+        if not is_known or (not unit.endswith("seconds") and number != int(number)):
             raise UsageError(
-                f"--budget {text!r}: expected steps=N, tokens=N or seconds=N with N above 0, such "
-                "as --budget steps=200"
+                f"--budget {text!r}: expected steps=N, tokens=N, seconds=N or cpu_seconds=N with "
+                "N above 0, such as --budget steps=200"
             )
         return cls(cast(Unit, unit), number)
 
@@ -60,6 +65,21 @@ class Budget:
         """
         steps = int(self.amount) if self.unit == "steps" else -1
         return ["--trainer.max_steps", str(steps), "--trainer.max_epochs", "-1"]
+
+    def refusal(self, device: torch.device, has_engine: bool) -> str | None:
+        """Return why this budget would not be equal for runs that compute elsewhere; None if it is.
+
+        Args:
+            device: Where the models are.
+            has_engine: Whether another program generates the student's responses.
+        """
+        if self.unit != "cpu_seconds" or (device.type == "cpu" and not has_engine):
+            return None
+        other = "--model.engine" if has_engine else f"the {device.type} device"
+        return (
+            f"--budget {self} counts CPU seconds of the process that trains, which do not include "
+            f"what {other} computes: give --budget seconds=N, on a machine without other jobs"
+        )
 
     def is_spent(self, trainer: lightning.Trainer) -> bool:
         """Return whether a run has used the budget up, by its ``Throughput``."""

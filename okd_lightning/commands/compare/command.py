@@ -54,7 +54,8 @@ def compare_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--budget",
         metavar="UNIT=N",
-        help="steps=N, tokens=N (trained on) or seconds=N (training and rollouts) for every run; "
+        help="steps=N, tokens=N (trained on), seconds=N (training and rollouts) or cpu_seconds=N "
+        "(the same in CPU time, which other jobs do not change) for every run; "
         "default: the config's own trainer.max_steps",
     )
     parser.add_argument("--out", type=str, default="compare-out", help="default: %(default)s")
@@ -157,9 +158,9 @@ class Comparison:
 
     def _title(self) -> str:
         budget = self.folder.plan.budget
-        return (
-            "Validation" if budget is None else f"Validation, {budget.amount:g} {budget.unit} a run"
-        )
+        if budget is None:
+            return "Validation"
+        return f"Validation, {budget.amount:g} {budget.unit.replace('cpu_', 'CPU ')} a run"
 
     def _report(self, failed: Sequence[RunFolder]) -> None:
         results = self.folder.results()

@@ -93,8 +93,9 @@ def check_entry(entry: Entry, plan: Plan) -> None:
     """Build a contender's run without starting it, to find errors before the first run.
 
     Raises:
-        OKDLightningError: What ``fit`` would refuse; no validation data; a schedule that needs the
-            last step under a budget that does not say it.
+        OKDLightningError: What ``fit`` would refuse; no validation data; a budget that does not
+            count all that is computed; a schedule that needs the last step under a budget that does
+            not say it.
     """
     cli = ComparedCLI(plan.arguments(entry, plan.seeds[0]), plan.budget, run=False)
     if cli.datamodule.sources["val"] is None:
@@ -102,6 +103,10 @@ def check_entry(entry: Entry, plan: Plan) -> None:
             "compare measures every run on the same validation data: give --data.val a JSONL "
             "file, a folder or a hub id"
         )
+    device = cli.trainer.strategy.root_device
+    refusal = plan.budget and plan.budget.refusal(device, cli.model.pair.engine is not None)
+    if refusal:
+        raise ConfigError(refusal)
     budget, schedule = plan.budget, cli.model.optimization.given.schedule
     if budget is not None and budget.unit != "steps" and schedule != "constant":
         raise ConfigError(

@@ -31,6 +31,7 @@ from okd_lightning.losses.projection import (
 from okd_lightning.losses.quantities import Tile
 from okd_lightning.losses.terms import weighted_loss
 from okd_lightning.metrics import gradient_fidelity
+from okd_lightning.models.blocks import blocks_of
 from okd_lightning.records.batches import DistillBatch
 from okd_lightning.training.module import DistillationModule
 
@@ -91,14 +92,12 @@ class ProbedPart:
 def probed_part(student: PreTrainedModel) -> ProbedPart:
     """Return all trained parameters of a small student, or those of the last block of a large one.
 
-    Blocks are the modules that transformers never splits over devices (``_no_split_modules``). In a
-    student without them the parameters outside the largest tables are taken.
+    In a student without known blocks the parameters outside the largest tables are taken.
     """
     trained = tuple(p for p in student.parameters() if p.requires_grad)
     if sum(p.numel() for p in trained) <= MOST_PARAMETERS:
         return ProbedPart("all trained parameters", trained, True)
-    names = set(student._no_split_modules or ())
-    blocks = [module for module in student.modules() if type(module).__name__ in names]
+    blocks = blocks_of(student)
     for number in range(len(blocks), 0, -1):
         found = tuple(p for p in blocks[number - 1].parameters() if p.requires_grad)
         if found:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from okd_lightning.errors import ModelError
+from okd_lightning.models.blocks import decoder_blocks
 from okd_lightning.models.causal_lm import head_inputs
 
 
@@ -40,7 +40,7 @@ class DecoderLayers:
         Raises:
             ModelError: The model has no list of its layers, or more than one.
         """
-        name, modules = _layer_list(model)
+        name, modules = decoder_blocks(model)
         outputs: list[Any] = []
         handle = modules[0].register_forward_hook(lambda *args: outputs.append(args[-1]))
         try:
@@ -85,22 +85,3 @@ def layer_output(output: Any) -> Tensor:
     """Return the hidden states in what a layer returned."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
-
-
-def _layer_list(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
-    num = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    kinds = set(model._no_split_modules or ())
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == num
-        and (not kinds or type(module[0]).__name__ in kinds)
-    }
-    outer = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
-    if len(outer) != 1:
-        raise ModelError(
-            f"{type(model).__name__} cannot be cut: expected one list of its {num} layers, found "
-            f"{len(outer)}; give a decoder-only model such as Llama, Qwen or Gemma"
-        )
-    return outer[0], tuple(lists[outer[0]])

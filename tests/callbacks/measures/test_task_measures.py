@@ -6,7 +6,8 @@
 * Any reward function is a measure; answers that it cannot score are left out.
 * So is a text metric of torchmetrics, computed from the answers of all batches; others are refused.
 * Validation uses the configured number of prompts, test all of them.
-* Two callbacks of one name, nothing to score, and numbers out of range are refused.
+* Several numbers of one metric have its given name before their own.
+* Two metrics of one name, nothing to score, and numbers out of range are refused.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from okd_lightning.engines import NoiseStream, Sampling
 from okd_lightning.errors import ConfigError, RewardError
 from okd_lightning.records import Example, PromptBatch, Request
 from okd_lightning.records.noise import NoiseDomain
-from okd_lightning.rewards import RougeL, ToolCallMatch
+from okd_lightning.rewards import Judge, RougeL, ToolCallMatch
 
 K = 6
 
@@ -221,6 +222,46 @@ class Two(Metric):
 
     def compute(self):
         return {"answers": self.answers, "letters": self.letters}
+
+
+class Three(Two):
+    """A metric with a name of ``Two`` and one of the run."""
+
+    def compute(self):
+        return {"letters": self.letters, "jsd": self.answers}
+
+
+def nothing_wrong(prompt, response, reference):
+    return 1.0
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: [judge(), judge("Rate {response}")], "both measure judge.*another name"),
+        (lambda: [TaskScore(nothing_wrong, "x"), judge(name="x")], "both measure x"),
+        (lambda: [TaskScore(nothing_wrong, "jsd")], "would log val/jsd, which every run"),
+        (lambda: [TaskScore(Two()), TaskScore(nothing_wrong, "letters")], "both measure letters"),
+        (lambda: [TaskScore(Two()), TaskScore(Three())], "both measure letters"),
+        (lambda: [TaskScore(Three())], "would log val/jsd"),
+    ],
+    ids=["judges", "judge and function", "own", "number", "numbers", "number of the run"],
+)
+def test_two_measures_of_one_name_are_refused(make, words, tmp_path, make_module):
+    with pytest.raises(ConfigError, match=words) as caught:
+        measure(tmp_path, make_module(), make(), tiny.make_rows(2))
+    assert "\n" not in str(caught.value)
+
+
+def judge(prompt=None, name=None):
+    return TaskScore(Judge("http://127.0.0.1:9", prompt=prompt), name)
+
+
+def test_numbers_of_a_named_metric_have_its_name(tmp_path, make_module):
+    callbacks = [TaskScore(Two(), "a"), TaskScore(Three(), "b")]
+    found = measure(tmp_path, make_module(), callbacks, tiny.make_rows(4), "validate")
+    assert found["val/a/answers"] == found["val/b/jsd"] == 4
+    assert found["val/a/letters"] == found["val/b/letters"]
 
 
 @pytest.mark.parametrize("metric", [MeanMetric, BinaryAccuracy])

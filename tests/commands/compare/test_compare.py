@@ -6,7 +6,8 @@
   numbers as without the kill; more contenders and seeds can be added.
 * A run that fails is reported, the others are not lost, and the exit status says so; the same
   command tries it again.
-* Budgets in tokens and seconds end after the step that uses them up, with a measurement there.
+* Budgets in tokens, seconds and CPU seconds end after the step that uses them up, with a
+  measurement there; CPU seconds are refused where something else computes.
 * A mistake is one line, before anything is trained.
 """
 
@@ -17,11 +18,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from cli_workbench import QUIET, read_metrics, write_jsonl
 
 from okd_lightning.commands.compare.budget import Budget
 from okd_lightning.commands.compare.entries import read_entries
 
+ENGINE = ["--model.engine", "VLLMServer", "--model.engine.url", "http://127.0.0.1:9"]
+ENGINE += ["--model.engine.sync_folder", "weights"]
 OWN = """
 from pathlib import Path
 from lightning.pytorch.callbacks import Callback
@@ -156,7 +160,9 @@ def test_a_run_that_fails_does_not_lose_the_others(compare):
     assert [run["method"] for run in results()] == ["Fragile", "SFT"]
 
 
-@pytest.mark.parametrize(("unit", "amount"), [("tokens", 40), ("seconds", 0.001)])
+@pytest.mark.parametrize(
+    ("unit", "amount"), [("tokens", 40), ("seconds", 0.001), ("cpu_seconds", 0.001)]
+)
 def test_budgets_that_are_not_steps(compare, unit, amount):
     said = compare("--methods", "GKD", "--budget", f"{unit}={amount}")
     assert said.status == 0, said.err
@@ -201,6 +207,11 @@ def test_killed_after_the_last_step(compare, budget):
         (["--methods", "KD", "--seeds", "a"], "--seeds 'a'"),
         (["--methods", "KD", "--budget", "steps=0"], "--budget 'steps=0'"),
         (["--methods", "KD", "--budget", "hours=1"], "seconds=N"),
+        (["--methods", "KD", "--budget", "cpu_seconds=0"], "cpu_seconds=N"),
+        (
+            ["--methods", "GKD", "--budget", "cpu_seconds=9", *ENGINE],
+            "what --model.engine computes: give --budget seconds=N",
+        ),
         (["--methods", "KD", "--budget", "steps=1", "--trainer.max_steps", "3"], "give one of"),
         (["--methods", "KD", "--data.bach_size", "3"], "did you mean --data.batch_size"),
         (["--methods", "KD", "--budget", "tokens=9", "--model.schedule", "cosine"], "last step"),
@@ -274,8 +285,15 @@ def test_folder_of_something_else(compare):
 
 
 def test_budget_text_is_read_back():
-    for text in ("steps=200", "tokens=1e7", "seconds=0.5"):
+    for text in ("steps=200", "tokens=1e7", "seconds=0.5", "cpu_seconds=600"):
         assert Budget.parse(str(Budget.parse(text))) == Budget.parse(text)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_cpu_seconds_do_not_count_a_gpu(device):
+    refused = Budget.parse("cpu_seconds=60").refusal(torch.device(device), has_engine=False)
+    assert bool(refused) == (device == "cuda")
+    assert Budget.parse("seconds=60").refusal(torch.device(device), has_engine=True) is None
 
 
 def test_paths_are_labelled_by_class():

@@ -1,8 +1,9 @@
-"""Compiled blocks.
+"""Blocks of a model, and compiled ones.
 
-Frozen here: a run with them has the gradients and weights of one without, packed rows of many
-lengths do not compile again each time, names of parameters stay, rollouts are not compiled, and an
-architecture without known blocks is refused.
+Frozen here: blocks inside blocks are not blocks of their own; an architecture that names none has
+those that it can recompute; a run with compiled blocks has the gradients and weights of one
+without, packed rows of many lengths do not compile again each time, names of parameters stay,
+rollouts are not compiled, and a model without blocks is refused.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import tiny
 import torch
 from architectures import build
 from peft import LoraConfig
+from torch import nn
 
 from okd_lightning.callbacks import GKD, OKD
 from okd_lightning.errors import ConfigError
-from okd_lightning.models import compilation, compile_blocks
+from okd_lightning.models import blocks, compile_blocks
 
 pytestmark = [  # torch's compiler, of torch
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -56,7 +58,7 @@ def test_runs_are_the_same_compiled(name, tmp_path, make_module, monkeypatch):
         graphs.append(torch.is_grad_enabled())
         return graph
 
-    monkeypatch.setattr(compilation, "_BACKEND", count)
+    monkeypatch.setattr(blocks, "_BACKEND", count)
     torch._dynamo.reset()
     plain = train(tmp_path, make_module, METHODS[name]())
     assert not graphs
@@ -81,9 +83,32 @@ def test_the_real_compiler():
 
 
 def test_unknown_blocks_are_refused():
+    with pytest.raises(ConfigError, match=r"model.compile_blocks: Linear does not name its blocks"):
+        compile_blocks(nn.Linear(2, 2))
+
+
+def test_an_architecture_that_names_no_blocks_has_those_that_it_can_recompute():
     model = build("llama")
     model._no_split_modules = None
-    with pytest.raises(
-        ConfigError, match=r"model.compile_blocks: LlamaForCausalLM does not name its blocks"
-    ):
-        compile_blocks(model)
+    assert blocks.blocks_of(model) == list(model.model.layers)
+
+
+def test_blocks_inside_blocks_are_not_blocks_of_their_own():
+    class Inner(nn.Module):
+        pass
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner()
+
+    class Model(nn.Module):
+        _no_split_modules = ("Inner", "Outer")
+
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([Outer(), Outer()])
+            self.last = Inner()
+
+    model = Model()
+    assert blocks.blocks_of(model) == [*model.layers, model.last]
