@@ -156,7 +156,7 @@ class StepLoss:
     """
 
     def __init__(self) -> None:
-        self._idle: list[Parameter] = []  # trained parameters of no acting term
+        self._has_idle = False  # whether no acting term trains some of the parameters
         self._sums: dict[str, Tensor] = {}
         self._shown: dict[str, bool] = {}
         self._sample_age = SampleAge()
@@ -196,14 +196,22 @@ class StepLoss:
         self._log(run, batch, step_means(terms, loss, batch, names), is_last)
         return loss.total + self._idle_loss(run)
 
+    def _idle_parameters(self, run: DistilledRun) -> list[Parameter]:
+        """Return the trained parameters of online module and projectors that no term trains.
+
+        With FSDP2 they are other objects in the forward pass than after the backward pass.
+        """
+        idle: list[Parameter] = []
+        if not any(term.trains_teacher for term in run.acting):
+            idle += run.pair.teacher.trained_parameters()
+        if run.projectors is not None:
+            idle += run.projectors.idle(projectors_of(run.acting))
+        return idle
+
     def _idle_loss(self, run: DistilledRun) -> Tensor:
         """Return 0, tied to parameters that no term trains in this step, as DDP expects."""
-        self._idle = []
-        if not any(term.trains_teacher for term in run.acting):
-            self._idle += run.pair.teacher.trained_parameters()
-        if run.projectors is not None:
-            self._idle += run.projectors.idle(projectors_of(run.acting))
-        tied: Iterable[Parameter] = self._idle
+        tied: Iterable[Parameter] = self._idle_parameters(run)
+        self._has_idle = bool(tied)
         if all(term.reads_states for term in run.acting):  # the head and later layers may be
             tied = [*tied, *trained(run.student)]
         if run.pair.placement is not None:
@@ -230,7 +238,7 @@ class StepLoss:
         Raises:
             ConfigError: The Trainer clips values, and the online module a norm.
         """
-        for parameter in self._idle:
+        for parameter in self._idle_parameters(run) if self._has_idle else ():
             parameter.grad = None
         own = run.pair.teacher.online_module
         if own is None:
@@ -280,7 +288,7 @@ class StepLoss:
             self._sums = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Copy the sums; the parameters are those of another module."""
+        """Copy the sums."""
         own = type(self)()
         own._sums = dict(self._sums)
         return own
