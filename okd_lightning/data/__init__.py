@@ -16,7 +16,7 @@
 * ``token_cache``: the examples on disk; ``stored_examples``: the examples as bytes.
 * ``parts``: train, val, test and predict; ``row_report``: the log and warnings about their rows.
 * ``whole_steps``: micro-batches of an optimizer step, and checks that steps are complete.
-* ``module``: ``RolloutDataModule``, the loaders of a run; ``new_module``: its base;
+* ``module``: ``RolloutDataModule``, the loaders of a run; ``collective_module``: its base;
   ``distilled_module``: the interface of the module that it feeds; ``progress``: progress bars.
 """
 

@@ -1,19 +1,41 @@
-"""A data module whose ranks exchange objects and counts."""
+"""Base of the data module: numbers are checked, and ranks exchange objects and counts."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import lightning
 import torch
 from torch import Tensor
 
-from okd_lightning.data.new_module import NewDataModule
 from okd_lightning.errors import ConfigError
 
 
-class CollectiveDataModule(NewDataModule):
-    """LightningDataModule with the collective calls of its run."""
+def check_counts(least: int, **counts: int | None) -> None:
+    """Refuse settings of the data section below ``least``; None is ignored.
+
+    Raises:
+        ConfigError: A setting is too small; the message names the first one.
+    """
+    for name, value in counts.items():
+        if value is not None and value < least:
+            raise ConfigError(f"data.{name} must be at least {least}, got {value}")
+
+
+class CollectiveDataModule(lightning.LightningDataModule):
+    """LightningDataModule with the collective calls of its run, constructed from arguments only."""
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: Lightning's method imports and calls what the file names as hyperparameters.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            f"a checkpoint holds no data: make {cls.__name__}(train=..., ...) with the run's "
+            "arguments; trainer.fit(module, data, ckpt_path=...) restores where it was"
+        )
 
     @property
     def _trainer(self) -> lightning.Trainer:

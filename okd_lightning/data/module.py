@@ -16,9 +16,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 import okd_lightning.data.parsing_settings  # noqa: F401 - for configs that name it
 from okd_lightning.checkpoints.contents import check_text_rules
 from okd_lightning.data.ahead import rollouts_ahead
-from okd_lightning.data.collective_module import CollectiveDataModule
+from okd_lightning.data.collective_module import CollectiveDataModule, check_counts
 from okd_lightning.data.columns import Columns
-from okd_lightning.data.counts import check_counts
 from okd_lightning.data.distilled_module import DistilledModule, check_teacher_prompts
 from okd_lightning.data.end_tokens import adopt_ends
 from okd_lightning.data.examples import ExampleSet, OnOverlong
