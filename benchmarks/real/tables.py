@@ -12,6 +12,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "study.jsonl"
 EQUAL_STEPS = 12
+FREE_TUNING = "tuned teacher"
+"""Contenders whose fine-tuned teacher exists already."""
 MEASURES = {
     "val/cross_entropy": "cross-entropy",
     "val/rouge_l": "ROUGE-L",
@@ -36,13 +38,20 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def spent_by(run: Run) -> tuple[float, float]:
+    """Return a run's steps and CPU seconds, with those of fine-tuning where it paid for it."""
+    if run["name"].startswith(FREE_TUNING):
+        return run["steps"], run["cpu_seconds"]
+    tuning = run.get("tuning_steps", 0), run.get("tuning_cpu_seconds", 0.0)
+    return run["steps"] + tuning[0], run["cpu_seconds"] + tuning[1]
+
+
 def equal_seconds(runs: dict[str, list[Run]]) -> str:
     """Return the measures at the end of every run's budget."""
     rows = []
     for name, own in runs.items():
-        steps = [r["steps"] + r.get("tuning_steps", 0) for r in own if "steps" in r]
-        spent = [r["cpu_seconds"] + r.get("tuning_cpu_seconds", 0) for r in own if "steps" in r]
-        cost = [f"{statistics.mean(steps):.0f}", f"{statistics.mean(spent):.0f}"] if steps else []
+        done = [spent_by(r) for r in own if "steps" in r]
+        cost = [f"{statistics.mean(values):.0f}" for values in zip(*done, strict=True)]
         measures = [mean([r["final"][m] for r in own]) for m in MEASURES]
         rows.append([name, str(len(own)), *(cost or ["0", "0"]), *measures])
     return table(["run", "seeds", "steps", "CPU s", *MEASURES.values()], rows)
@@ -82,7 +91,7 @@ def main() -> None:
     lines = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
     for run in lines:
         if "rows" in run:
-            title = f"{run['student']}, {run['task']}, {run['rows']} rows"
+            title = f"{run['student']}, {run['task']}, {run['rows']} rows, {run['budget']:g} CPU s"
             before = [r for r in lines if "rows" not in r and same_pair(r, run)]
             own = settings.setdefault(title, {r["name"]: [r] for r in before})
             own.setdefault(run["name"], []).append(run)

@@ -154,7 +154,10 @@ class Comparison:
             write_results(path / "results.json", results)
             write_table_csv(path / "results.csv", results)
             write_metrics_csv(path / "metrics.csv", results)
-            plot_comparison(path / "comparison.png", results, title=self._title())
+            budget = self.folder.plan.budget
+            is_cpu = budget is not None and budget.unit == "cpu_seconds"
+            clock = "cpu_seconds" if is_cpu else "seconds"
+            plot_comparison(path / "comparison.png", results, self._title(), clock)
 
     def _title(self) -> str:
         budget = self.folder.plan.budget

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -21,7 +22,11 @@ _LABELS = {
 
 
 _MOST_ROWS = 3
-_COSTS = (("seconds", "seconds of training and rollouts"), ("tokens", "loss tokens trained on"))
+_COSTS = {
+    "seconds": "seconds of training and rollouts",
+    "cpu_seconds": "CPU seconds of training and rollouts",
+    "tokens": "loss tokens trained on",
+}
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -56,8 +61,13 @@ def plot_curves(
     figure.savefig(path, dpi=130)
 
 
-def plot_comparison(path: Path, results: Sequence[RunResult], title: str | None = None) -> None:
-    """Write a PNG: a row of panels per measure, over seconds and tokens, one line per method.
+def plot_comparison(
+    path: Path,
+    results: Sequence[RunResult],
+    title: str | None = None,
+    clock: Literal["seconds", "cpu_seconds"] = "seconds",
+) -> None:
+    """Write a PNG: a row of panels per measure, over time and tokens, one line per method.
 
     A line is the mean over seeds of the validations that all seeds of a method have; its band is
     the standard error of that mean.
@@ -66,22 +76,24 @@ def plot_comparison(path: Path, results: Sequence[RunResult], title: str | None 
         path: The PNG file.
         results: At least one run.
         title: Above the panels.
+        clock: The time of the left panels: that of the clock, or CPU time.
     """
+    costs = (clock, "tokens")
     measures = shown_measures(results)[:_MOST_ROWS]
     methods = methods_of(results)
     size = (9.6, 0.9 + 2.7 * len(measures))
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(len(measures), len(_COSTS), squeeze=False, sharey="row", sharex="col")
+    panels = figure.subplots(len(measures), len(costs), squeeze=False, sharey="row", sharex="col")
     for row, measure in zip(panels, measures, strict=True):
-        for axes, (cost, label) in zip(row, _COSTS, strict=True):
+        for axes, cost in zip(row, costs, strict=True):
             for number, method in enumerate(methods):
                 own = [result for result in results if result.method == method]
                 _draw_band(axes, own, measure.name, cost, method, number)
             axes.grid(alpha=0.25, linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
             if measure is measures[-1]:
-                axes.set_xlabel(label)
+                axes.set_xlabel(_COSTS[cost])
         row[0].set_ylabel(f"{measure.label}\n({measure.unit})")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(

@@ -146,3 +146,17 @@ def test_picture_has_a_line_a_method_and_a_band(tmp_path, monkeypatch):
     (band, _) = over_tokens.collections
     low = min(y for path in band.get_paths() for _, y in path.vertices)
     assert low == pytest.approx(0.5 - 0.0, abs=1e-9)  # 0.6 - 0.1, the error of 0.5 and 0.7
+
+
+def test_picture_under_a_budget_of_cpu_time_is_over_it(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **k: drawn.append(figure))
+    given = runs(KD=[0.5, 0.7])
+    own = [
+        replace(r, history=[replace(p, cpu_seconds=2 * p.seconds) for p in r.history])
+        for r in given
+    ]
+    plot_comparison(tmp_path / "x.png", own, clock="cpu_seconds")
+    over_time, *_ = drawn[0].axes
+    assert over_time.lines[0].get_xdata().tolist() == [0, 3, 5]
+    assert drawn[0].axes[-2].get_xlabel().startswith("CPU seconds")
