@@ -156,8 +156,10 @@ class Comparison:
             write_metrics_csv(path / "metrics.csv", results)
             budget = self.folder.plan.budget
             is_cpu = budget is not None and budget.unit == "cpu_seconds"
-            clock = "cpu_seconds" if is_cpu else "seconds"
-            plot_comparison(path / "comparison.png", results, self._title(), clock)
+            picture = path / "comparison.png"
+            plot_comparison(
+                picture, results, self._title(), clock="cpu_seconds" if is_cpu else "seconds"
+            )
 
     def _title(self) -> str:
         budget = self.folder.plan.budget
