@@ -1,4 +1,4 @@
-"""ROUGE-L of responses against references.
+"""Tests of the reward ``RougeL``.
 
 Frozen: on ASCII text, with and without stems, it is the ``rouge_score`` package's; the best of
 several references counts; texts of other scripts are compared by their own words.

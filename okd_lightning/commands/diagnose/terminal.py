@@ -24,6 +24,8 @@ SHOWN = (
     ("entropy, teacher", "teacher_entropy"),
 )
 STEPS = {"writing": "generation"}
+"""Key of ``Cost.seconds`` → its label, where they differ."""
+
 AUTHORS = {"given": "dataset", "student": "student", "teacher": "teacher"}
 
 

@@ -28,9 +28,9 @@ class Recipe:
         batch_size: Rows per optimizer step.
         warm_learning_rate: Peak of the warm start.
         learning_rate: Peak of both runs.
-        sampled_learning_rate: Peak of a method that learns from sampled tokens (OPD, OPDPlus):
-            their gradient has more variance, and at ``learning_rate`` they end with no right
-            answer.
+        sampled_learning_rate: Peak of a method that learns from sampled tokens (OPD, OPDPlus,
+            Reward): its gradient has more variance. At ``learning_rate`` OPDPlus ended with at most
+            one right answer of 512, on two seeds.
         weight_decay: AdamW's weight decay.
         warmup_steps: Warm-up steps of every stage.
         val_every: Optimizer steps between two points of the learning curve.
