@@ -50,6 +50,9 @@ DIVERGENCES = {"forward KL": 0.0, "reverse KL": 1.0}
 WARM_UP = 2
 """Steps of a timed run that are left out: imports, and the start of the process."""
 
+BUILT_IN_ROWS, SERVER_ROWS = 16, 64
+"""Rows of a timed step: generation takes about as long as training, in CPU seconds."""
+
 SERVER_FLAGS = (
     *("--dtype", "float32", "--logprobs-mode", "processed_logprobs", "--max-model-len", "64"),
     "--enforce-eager",  # compilation takes minutes
@@ -120,14 +123,30 @@ def data_of(lag: int, batch_size: int = 64, **settings: Any) -> RolloutDataModul
 class Clock(lightning.Callback):
     """Seconds after the second step, when all has started: all, of waiting, of generation, of CPU.
 
+    ``other_cpu`` are the CPU seconds of the machine's other programs, which take cores away.
+
     Args:
-        server_cpu: Returns the CPU seconds of the server so far; None for the built-in engine.
+        server: The server that generates; None for the built-in engine.
+        server_cpu: Returns the CPU seconds of the server's processes so far.
     """
 
-    def __init__(self, server_cpu: Callable[[], float] | None = None) -> None:
-        self.found = {"seconds": 0.0, "waited": 0.0, "generation": 0.0, "worker_cpu": 0.0}
-        self._server_cpu = server_cpu or (lambda: 0.0)
-        self._start = (0.0, 0.0, 0.0)
+    def __init__(
+        self, server: Transfers | None = None, server_cpu: Callable[[], float] = lambda: 0.0
+    ) -> None:
+        self.server = server
+        self.found = {"generation": 0.0, "waited": 0.0, "worker_cpu": 0.0}
+        self._server_cpu = server_cpu
+        self._start = self._now()
+
+    def _now(self) -> dict[str, float]:
+        """Return the clocks."""
+        return {
+            "seconds": time.perf_counter(),
+            "own_cpu": time.process_time(),
+            "server_cpu": self._server_cpu(),
+            "transfer": 0.0 if self.server is None else self.server.seconds,
+            "machine_cpu": machine_cpu(),
+        }
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -141,17 +160,29 @@ class Clock(lightning.Callback):
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
         """Start the clocks after the second step, and read them after later ones."""
-        now = (time.perf_counter(), time.process_time(), self._server_cpu())
+        now = self._now()
         if trainer.global_step == WARM_UP:
             self._start = now
-        names = ("seconds", "own_cpu", "server_cpu")
-        spent = [end - start for start, end in zip(self._start, now, strict=True)]
-        self.found |= dict(zip(names, spent, strict=True))
+        self.found |= {name: now[name] - start for name, start in self._start.items()}
+
+
+class Transfers(VLLMServer):
+    """VLLMServer that adds up the seconds of giving the server new weights."""
+
+    seconds = 0.0
+
+    @contextmanager
+    def holding(self, model: PreTrainedModel, label: str, num_rows: int) -> Iterator[None]:
+        """See ``VLLMServer``."""
+        start = time.perf_counter()
+        with super().holding(model, label, num_rows):
+            self.seconds += time.perf_counter() - start
+            yield
 
 
 def speed(steps: int, runs: int, server: str | None, folder: str) -> Iterator[dict[str, float]]:
     """Yield the seconds of runs with both lags, in turn, on the built-in engine or a server."""
-    config = Recipe(hidden_size=256, num_layers=4).student_config
+    config = Recipe(hidden_size=512, num_layers=4).student_config
     if server is None:
         for lag in (0, 1) * runs:
             yield timed(lag, steps, config, Clock(), folder)
@@ -161,20 +192,25 @@ def speed(steps: int, runs: int, server: str | None, folder: str) -> Iterator[di
     with served(server, config, other, folder) as (url, cpu_seconds):
         os.sched_setaffinity(0, {own})
         for number, lag in enumerate((0, 1) * runs):
-            engine = VLLMServer(url, str(Path(folder) / f"weights{number}"))
-            yield timed(lag, steps, config, Clock(cpu_seconds), folder, engine)
+            engine = Transfers(url, str(Path(folder) / f"weights{number}"))
+            yield timed(lag, steps, config, Clock(engine, cpu_seconds), folder)
 
 
 def timed(
-    lag: int, steps: int, config: dict[str, Any], clock: Clock, folder: str, engine: Any = None
+    lag: int, steps: int, config: dict[str, Any], clock: Clock, folder: str
 ) -> dict[str, float]:
-    """Train and return the clock's numbers, per run, and the machine's load."""
+    """Train, and return the clock's numbers with the machine's load."""
     lightning.seed_everything(0, verbose=False)
-    module = DistillationModule(config, str(TEACHER_DIR), tokenizer=str(TEACHER_DIR), engine=engine)
-    data = data_of(lag, val_rollouts=0, samples_per_prompt=2)
+    module = DistillationModule(
+        config, str(TEACHER_DIR), tokenizer=str(TEACHER_DIR), engine=clock.server
+    )
+    rows = BUILT_IN_ROWS if clock.server is None else SERVER_ROWS
+    data = data_of(lag, batch_size=rows, val_rollouts=0, samples_per_prompt=2)
     trainer_of(steps, [GKD(0.0, 1.0), Throughput(), clock], folder).fit(module, data)
+    own = ("own_cpu", "worker_cpu", "server_cpu")
+    clock.found["other_cpu"] = clock.found.pop("machine_cpu") - sum(clock.found[n] for n in own)
     rounded = {name: round(value, 2) for name, value in clock.found.items()}
-    return {"lag": lag, "steps": steps - WARM_UP, **rounded, "load": os.getloadavg()[0]}
+    return {"lag": lag, "steps": steps - WARM_UP, **rounded, "load": round(os.getloadavg()[0], 1)}
 
 
 @contextmanager
@@ -224,6 +260,14 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
         except OSError:
             time.sleep(0.5)
     raise RuntimeError(f"the server ended with status {process.returncode}: see server.log")
+
+
+def machine_cpu() -> float:
+    """Return the CPU seconds that all cores have been busy so far (Linux)."""
+    user, nice, system, _, _, *others = (
+        Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    )
+    return sum(map(int, (user, nice, system, *others))) / os.sysconf("SC_CLK_TCK")
 
 
 def cpu_seconds_of(session: int) -> float:
