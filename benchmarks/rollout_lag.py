@@ -20,14 +20,13 @@ import copy
 import itertools
 import json
 import os
-import socket
+import signal
 import statistics
-import subprocess
+import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ import lightning
 import torch
 from side_by_side import write_results
 from transformers import AutoTokenizer, PreTrainedModel
+from vllm_process import served
 
 from okd_lightning.callbacks import GKD, SFT, ExactMatch, Throughput
 from okd_lightning.commands.quickstart.recipe import TEACHER_DIR, TRAIN_FILE, VAL_FILE, Recipe
@@ -52,20 +52,6 @@ WARM_UP = 2
 
 BUILT_IN_ROWS, SERVER_ROWS = 16, 64
 """Rows of a timed step: generation takes about as long as training, in CPU seconds."""
-
-SERVER_FLAGS = (
-    *("--dtype", "float32", "--logprobs-mode", "processed_logprobs", "--max-model-len", "64"),
-    "--enforce-eager",  # compilation takes minutes
-)
-SERVER_ENVIRONMENT = {
-    "VLLM_SERVER_DEV_MODE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_WORKER_MULTIPROC_METHOD": "fork",
-}
 
 
 class AtTheRequest(AheadEngine):
@@ -189,7 +175,12 @@ def speed(steps: int, runs: int, server: str | None, folder: str) -> Iterator[di
         return
     config |= {"tie_word_embeddings": False}  # vLLM keeps a tied head on CPUs: docs/vllm.md
     own, other = sorted(os.sched_getaffinity(0))[:2]
-    with served(server, config, other, folder) as (url, cpu_seconds):
+    module = DistillationModule(config, tokenizer=str(TEACHER_DIR))
+    module.configure_model()
+    assert module.student is not None
+    module.student.save_pretrained(Path(folder) / "student")
+    AutoTokenizer.from_pretrained(TEACHER_DIR).save_pretrained(Path(folder) / "student")
+    with served(server, Path(folder) / "student", other) as (url, cpu_seconds):
         os.sched_setaffinity(0, {own})
         for number, lag in enumerate((0, 1) * runs):
             engine = Transfers(url, str(Path(folder) / f"weights{number}"))
@@ -213,72 +204,12 @@ def timed(
     return {"lag": lag, "steps": steps - WARM_UP, **rounded, "load": round(os.getloadavg()[0], 1)}
 
 
-@contextmanager
-def served(
-    python: str, config: dict[str, Any], core: int, folder: str
-) -> Iterator[tuple[str, Callable[[], float]]]:
-    """Run a vLLM server of a student within the context, on one core.
-
-    Yields:
-        Its address, and a function that returns its CPU seconds so far.
-    """
-    model = Path(folder) / "student"
-    module = DistillationModule(config, tokenizer=str(TEACHER_DIR))
-    module.configure_model()
-    assert module.student is not None
-    module.student.save_pretrained(model)
-    AutoTokenizer.from_pretrained(TEACHER_DIR).save_pretrained(model)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    command += ["--host", "127.0.0.1", "--port", str(port), *SERVER_FLAGS]
-    with (Path(folder) / "server.log").open("w") as log:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, **SERVER_ENVIRONMENT},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,  # its number names all of its processes
-            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-        )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_until_ready(url, process)
-        yield url, lambda: cpu_seconds_of(process.pid)
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Return once a server answers."""
-    while process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.5)
-    raise RuntimeError(f"the server ended with status {process.returncode}: see server.log")
-
-
 def machine_cpu() -> float:
     """Return the CPU seconds that all cores have been busy so far (Linux)."""
     user, nice, system, _, _, *others = (
         Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
     )
     return sum(map(int, (user, nice, system, *others))) / os.sysconf("SC_CLK_TCK")
-
-
-def cpu_seconds_of(session: int) -> float:
-    """Return the CPU seconds of a session's running processes (Linux)."""
-    ticks = 0
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # ended meanwhile
-            fields = path.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session:
-                ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def optimization(learning_rate: float) -> dict[str, Any]:
@@ -370,6 +301,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="results; parts of other runs are kept")
     options = parser.parse_args()
     quiet()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends the server too
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         parts = {

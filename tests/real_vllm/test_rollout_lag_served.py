@@ -147,7 +147,7 @@ def test_a_killed_run_resumes_bit_for_bit(method, train, tmp_path):
 
 
 def in_flight(checkpoint: Path) -> list[int]:
-    """Numbers of the rollout batches that a checkpoint holds beside the current one."""
+    """Numbers of the rollout batches in flight that a checkpoint holds."""
     state = torch.load(checkpoint, weights_only=True)["loops"]["fit_loop"]["state_dict"]
     loader = state["combined_loader"][0]
     assert all(len(part["lengths"]) for batch in loader["ahead"] for part in batch["written"])
