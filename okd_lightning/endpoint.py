@@ -17,9 +17,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
@@ -293,17 +294,36 @@ def in_parallel(
     """Return the results of some calls, in their order, made by threads.
 
     Args:
-        calls: Made once each; the first error cancels those that have not begun, and is raised.
+        calls: Made once each; the first error, also of ``done``, cancels those that have not begun,
+            and is raised without waiting for the others. A program's end does not wait for them
+            either, as it would for the threads of a ``ThreadPoolExecutor``.
         concurrency: Number of calls at the same time.
         done: Called in this thread after each call.
     """
-    with ThreadPoolExecutor(max(1, min(concurrency, len(calls)))) as pool:
-        waiting: list[Future[Answer]] = [pool.submit(call) for call in calls]
-        try:
-            for future in as_completed(waiting):
-                future.result()
-                done()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        return [future.result() for future in waiting]
+    futures: list[Future[Answer]] = [Future() for _ in calls]
+    waiting: SimpleQueue[tuple[Callable[[], Answer], Future[Answer]]] = SimpleQueue()
+    for pair in zip(calls, futures, strict=True):
+        waiting.put(pair)
+    for _ in range(max(1, min(concurrency, len(calls)))):
+        threading.Thread(target=_make_calls, args=(waiting,), daemon=True).start()
+    try:
+        for future in as_completed(futures):
+            future.result()
+            done()
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
+    return [future.result() for future in futures]
+
+
+def _make_calls(waiting: SimpleQueue[tuple[Callable[[], Answer], Future[Answer]]]) -> None:
+    with suppress(Empty):
+        while True:
+            call, future = waiting.get_nowait()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(call())
+            except BaseException as error:  # noqa: BLE001  raised again by the thread that waits
+                future.set_exception(error)

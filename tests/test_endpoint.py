@@ -3,17 +3,21 @@
 Frozen here: one deadline for the whole answer, also where it arrives byte by byte in headers or
 body; a limit of size; no redirects, proxies or passwords from the environment; passwords in an
 address are refused and never shown; a token from an environment variable; a server that has
-answered once is waited for longer than one that never has; every broken answer is a ServerError.
+answered once is waited for longer than one that never has; every broken answer is a ServerError;
+neither an error in one of several calls nor the end of the program waits for the others.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
 import time
 
 import pytest
 from raw_server import as_json, head, raw_server, whole
 
-from okd_lightning.endpoint import Endpoint
+from okd_lightning.endpoint import Endpoint, in_parallel
 from okd_lightning.errors import ConfigError, ServerError, ServerTimeoutError
 
 
@@ -177,3 +181,41 @@ def test_addresses(url, words):
         Endpoint(url, "--url")
     assert "hunter2" not in str(raised.value)
     assert str(raised.value).isprintable()
+
+
+# ---------------------------------------------------------------- several calls
+
+
+def test_results_are_in_the_order_of_the_calls():
+    told = []
+    calls = [lambda n=n: time.sleep(0.02 * (3 - n)) or n for n in range(3)]
+    assert in_parallel(calls, 2, lambda: told.append(1)) == [0, 1, 2]
+    assert len(told) == 3
+    assert in_parallel([], 2) == []
+
+
+def test_an_error_does_not_wait_for_the_other_calls():
+    begun, forever = [], threading.Event()
+
+    def fail():
+        raise ServerError("no")
+
+    calls = [forever.wait, fail, forever.wait, lambda: begun.append(1)]
+    with pytest.raises(ServerError, match="no"):
+        in_parallel(calls, 2)
+    forever.set()
+    time.sleep(0.05)
+    assert begun == []  # what had not begun is cancelled
+
+
+CALLS_WITHOUT_END = """
+import threading, time
+from okd_lightning.endpoint import in_parallel
+forever = threading.Event()
+threading.Thread(target=in_parallel, args=([forever.wait] * 3, 2), daemon=True).start()
+time.sleep(0.2)
+"""
+
+
+def test_a_program_ends_while_calls_run():
+    subprocess.run([sys.executable, "-c", CALLS_WITHOUT_END], check=True, timeout=60)

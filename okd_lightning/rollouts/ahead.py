@@ -80,7 +80,8 @@ class RolloutsAhead:
         self._agreement = Agreement(gather)  # without a stop: a wait ends by itself
         self._engine: AheadEngine | None = None
         self._batches: dict[int, AheadBatch] = {}
-        self._waited = self._generated = 0.0
+        self._waited = 0.0
+        self._generated: dict[int, float] = {}  # seconds by batch
 
     def get(self, number: int) -> AheadBatch | None:
         """Return a batch, if it was begun."""
@@ -141,13 +142,21 @@ class RolloutsAhead:
         Raises:
             OKDLightningError: The generation has failed.
         """
-        start = time.perf_counter()
-        generated = self._batches[number].wait(progress)
+        before = self._waited
+        generated = self._wait(number, progress)
         assert generated is not None
-        waited = time.perf_counter() - start
-        self._waited += waited
-        self._generated += generated.seconds
-        return generated, waited
+        return generated, self._waited - before
+
+    def _wait(
+        self, number: int, progress: Progress | None = None, until: Deadline = _no_deadline
+    ) -> Generated | None:
+        """Return this rank's responses of a batch, see ``AheadBatch.wait``; count the seconds."""
+        start = time.perf_counter()
+        generated = self._batches[number].wait(progress, until)
+        self._waited += time.perf_counter() - start
+        if generated is not None:
+            self._generated[number] = generated.seconds
+        return generated
 
     def settle(self) -> None:
         """Wait, on all ranks, until nothing is in flight, where the engine takes turns.
@@ -163,8 +172,8 @@ class RolloutsAhead:
     def _wait_for_all(self, until: Deadline = _no_deadline) -> dict[int, Rollout | None]:
         """Return this rank's responses by batch; None for those that were not finished in time."""
         found: dict[int, Rollout | None] = {}
-        for number, own in sorted(self._batches.items()):
-            generated = own.wait(until=until)
+        for number in sorted(self._batches):
+            generated = self._wait(number, until=until)
             found[number] = None if generated is None else generated.rollout
         return found
 
@@ -233,8 +242,9 @@ class RolloutsAhead:
             self._engine.close()
             self._engine = None
             rank_zero_info(
-                f"rollouts ahead of training (lag {self.lag}): {self._generated:.1f} seconds of "
-                f"generation, of which training waited for {self._waited:.1f}"
+                f"rollouts ahead of training (lag {self.lag}): "
+                f"{sum(self._generated.values()):.1f} seconds of generation, of which training, "
+                f"validation and checkpoints waited for {self._waited:.1f}"
             )
 
 

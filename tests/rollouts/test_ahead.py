@@ -12,6 +12,7 @@ is due.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from dataclasses import replace
@@ -300,3 +301,27 @@ def test_the_engine_ends_with_the_rollouts():
     next(iter(loader))
     loader.ahead.close()
     assert engine.is_closed
+
+
+class Late(Ahead):
+    """Fake engine that answers after 0.3 seconds, and reports one second for each generation."""
+
+    def begin(self, request):
+        answer, generated = Answer(), Generated(self.scribe.respond(request), 1.0)
+        threading.Timer(0.3, answer.finish, [generated]).start()
+        return answer
+
+
+def test_the_sums_count_each_generation_once_and_the_waits_of_checkpoints(caplog):
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
+    writer = Scribe()
+    engine = Late(writer)
+    loader = lagged(LoaderShape(2, 10), RolloutPlan(1.0), writer, 1, engine=engine)
+    batches = iter(loader)
+    next(batches)
+    loader.state_dict()  # waits for the second batch
+    next(batches)
+    loader.ahead.close()
+    generated, waited = re.search(r"lag 1\): (\S+) seconds .* for (\S+)", caplog.text).groups()
+    assert generated == "1.0"
+    assert float(waited) >= 0.2
