@@ -23,7 +23,7 @@ LEARNING_RATE, WARMUP_STEPS = 3e-4, 2
 
 @dataclass(frozen=True)
 class Contender:
-    """A method or several, and how much of the budget goes first into fine-tuning the teacher's module.
+    """Methods, and how much of the budget goes first into fine-tuning the teacher's module.
 
     Attributes:
         method: Builds the method, or several, whose losses are added.
