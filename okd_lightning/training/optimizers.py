@@ -112,7 +112,9 @@ def build_optimizer(
         (PROJECTORS, list(projectors), learning_rate, 0.0),
     )
     keys = ("name", "params", "lr", "weight_decay")
-    filled = [dict(zip(keys, group, strict=True)) for group in groups if group[1]]
+    filled: list[dict[str, Any]] = [
+        dict(zip(keys, group, strict=True)) for group in groups if group[1]
+    ]
     if factory is not None:
         return called(factory, filled)
     devices = {p.device.type for group in filled for p in group["params"]}
