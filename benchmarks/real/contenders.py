@@ -23,16 +23,16 @@ LEARNING_RATE, WARMUP_STEPS = 3e-4, 2
 
 @dataclass(frozen=True)
 class Contender:
-    """A method, and how much of the budget goes first into fine-tuning the teacher's module.
+    """Methods, and how much of the budget goes first into fine-tuning the teacher's module.
 
     Attributes:
-        method: Builds the method.
+        method: Builds the method, or several, whose losses are added.
         tuning: Share of the budget for SFT of the teacher's LoRA module (OKD's module) before
             distillation; 0 for the base teacher.
         is_tuning_free: The fine-tuned teacher exists already: distillation has the whole budget.
     """
 
-    method: Callable[[], DistillationCallback]
+    method: Callable[[], DistillationCallback | list[DistillationCallback]]
     tuning: float = 0.0
     is_tuning_free: bool = False
 
@@ -59,6 +59,7 @@ CONTENDERS = {
     "ImitKD": Contender(ImitKD),
     "DistiLLM-2": Contender(DistiLLM2),
     "KD + CE": Contender(lambda: KD(cross_entropy_weight=0.5)),
+    "OKD 0.3 + CE": Contender(lambda: [OKD(alpha=0.3, weight=0.5), SFT(weight=0.5)]),
     "tuned teacher: KD": Contender(KD, tuning=0.375, is_tuning_free=True),
     "tuned teacher: OKD 0.3": Contender(lambda: OKD(alpha=0.3), tuning=0.375, is_tuning_free=True),
 }

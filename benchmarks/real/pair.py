@@ -222,7 +222,7 @@ class Spent(Callback):
 def fit(
     places: Places,
     module: DistillationModule,
-    method: DistillationCallback,
+    method: DistillationCallback | list[DistillationCallback],
     budget: float,
     seed: int,
     validates: bool = True,
@@ -233,6 +233,7 @@ def fit(
     limits: dict[str, Any] = {"limit_val_batches": 0}
     if validates:
         limits = {"val_check_interval": VALIDATION_INTERVAL, "check_val_every_n_epoch": None}
-    trainer = trainer_of(places, [method, spent], **limits)
+    methods = method if isinstance(method, list) else [method]
+    trainer = trainer_of(places, [*methods, spent], **limits)
     trainer.fit(module, data_of(train, val if validates else None, seed))
     return spent, trainer.global_step

@@ -51,6 +51,9 @@ _SHRINK_AT = 0.75
 _PREFILL_TOKENS = 8192
 """Most prompt tokens of one forward pass, so that a long queue's activations fit in memory."""
 
+_CLOSE_LENGTH, _ENOUGH_TOKENS = 0.875, 1024
+"""A forward pass of enough prompt tokens takes no prompt shorter than this share of its longest."""
+
 
 @dataclass
 class TransformersEngine:
@@ -269,9 +272,12 @@ class _Round:
         return [self._queue.popleft() for _ in range(num)]
 
     def _pieces(self, rows: list[int]) -> Iterator[list[int]]:
-        """Divide rows, sorted with the longest first, into forward passes."""
+        """Divide rows, sorted with the longest first, into forward passes with little padding."""
         while rows:
-            size = max(1, _PREFILL_TOKENS // len(self._texts[rows[0]]))
+            longest = len(self._texts[rows[0]])
+            size, enough = max(1, _PREFILL_TOKENS // longest), -(-_ENOUGH_TOKENS // longest)
+            close = sum(len(self._texts[row]) >= _CLOSE_LENGTH * longest for row in rows[:size])
+            size = min(size, max(close, enough))
             yield rows[:size]
             rows = rows[size:]
 

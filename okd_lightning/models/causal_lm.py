@@ -196,7 +196,7 @@ def head_inputs(
 
     def take(hidden: Tensor) -> Tensor:
         taken.append(hidden)
-        return hidden[:, :1]  # the head then projects one position only
+        return hidden[:1, :1]  # the head then projects one position only
 
     with _before_the_head(model, take):
         model(

@@ -125,6 +125,7 @@ class OptimizerBuilder:
             online.learning_rate if online is not None else None,
             given.optimizer,
             trained(run.projectors),
+            has_scaler=getattr(trainer.precision_plugin, "scaler", None) is not None,
         )
         if given.lr_scheduler is not None:
             if online is not None:

@@ -45,6 +45,9 @@ class RateSchedule:
 DECAY, NO_DECAY, ONLINE_MODULE = "student/decay", "student/no_decay", "online_module"
 """Names of the parameter groups: matrices; biases and norms; the teacher's online module."""
 
+_FUSED_DEVICES = {"cpu", "cuda"}
+"""Devices on which torch's AdamW has one kernel."""
+
 PROJECTORS = "projectors"
 """Name of the group of projectors between hidden states."""
 
@@ -71,8 +74,13 @@ def build_optimizer(
     online_learning_rate: float | None = None,
     factory: OptimizerCallable | None = None,
     projectors: Iterable[Parameter] = (),
+    has_scaler: bool = False,
 ) -> Optimizer:
     """Build AdamW, or the optimizer of ``factory``, over the trainable parameters of both sides.
+
+    AdamW runs as one kernel per parameter where torch has one for the device: each state is read
+    once, without a temporary copy. With a loss scaler it does not, because it would then apply the
+    scale itself, after clipping.
 
     The groups are named ``student/decay``, ``student/no_decay`` and ``online_module``; each holds
     its own learning rate and weight decay, so that these apply to any optimizer.
@@ -85,6 +93,7 @@ def build_optimizer(
         online_learning_rate: The online module's learning rate; None for the student's.
         factory: Builds another optimizer from the groups.
         projectors: Projectors between hidden states: the student's rate, no weight decay.
+        has_scaler: Whether the run scales its loss (precision 16-mixed).
 
     Raises:
         ConfigError: ``factory`` cannot be called with parameter groups, or weights to be trained
@@ -103,8 +112,13 @@ def build_optimizer(
         (PROJECTORS, list(projectors), learning_rate, 0.0),
     )
     keys = ("name", "params", "lr", "weight_decay")
-    filled = [dict(zip(keys, group, strict=True)) for group in groups if group[1]]
-    return AdamW(filled) if factory is None else called(factory, filled)
+    filled: list[dict[str, Any]] = [
+        dict(zip(keys, group, strict=True)) for group in groups if group[1]
+    ]
+    if factory is not None:
+        return called(factory, filled)
+    devices = {p.device.type for group in filled for p in group["params"]}
+    return AdamW(filled, fused=not has_scaler and devices <= _FUSED_DEVICES)
 
 
 def called(factory: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimizer:

@@ -24,6 +24,7 @@ from okd_lightning.callbacks import KD, OKD
 from okd_lightning.data import RolloutDataModule
 from okd_lightning.errors import ConfigError
 from okd_lightning.training.optimizer_settings import optimizer_settings
+from okd_lightning.training.optimizers import build_optimizer
 
 
 @pytest.mark.parametrize(
@@ -100,6 +101,19 @@ def test_groups_are_named_and_only_matrices_decay(optimizer, tmp_path, make_modu
     assert all(p.ndim < 2 for p in groups["student/no_decay"]["params"])
     assert [group["weight_decay"] for group in groups.values()] == [0.1, 0.0]
     assert {group["lr"] for group in groups.values()} == {3e-3}
+
+
+def test_adamw_is_one_kernel_unless_the_loss_is_scaled():
+    trained = {}
+    for has_scaler in (False, True):
+        weights = [torch.nn.Parameter(torch.linspace(-1, 1, 35).reshape(5, 7))]
+        optimizer = build_optimizer(weights, [], 1e-2, 0.1, has_scaler=has_scaler)
+        assert [group["fused"] for group in optimizer.param_groups] == [not has_scaler]
+        for step in range(3):
+            weights[0].grad = torch.cos(weights[0].detach() * (step + 1))
+            optimizer.step()
+        trained[has_scaler] = weights[0].detach()
+    torch.testing.assert_close(trained[True], trained[False], rtol=1e-6, atol=1e-7)
 
 
 def test_the_online_modules_group(tmp_path, make_module, lora):
