@@ -111,6 +111,11 @@ class Teacher(ABC):
         return () if self.own_source is None else (self.own_source,)
 
     @property
+    def computes_elsewhere(self) -> bool:
+        """Whether a program on a server computes its passes, whose CPU time a run cannot count."""
+        return False
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Names of the teachers that rows choose from; none where there is one for all rows."""
         return ()

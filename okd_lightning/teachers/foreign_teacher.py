@@ -134,6 +134,11 @@ class ForeignTeacher(Teacher):
         return self.inner.source
 
     @property
+    def computes_elsewhere(self) -> bool:
+        """The inner teacher's."""
+        return self.inner.computes_elsewhere
+
+    @property
     def online_module(self) -> OnlineModuleSettings | None:
         """The inner teacher's."""
         return self.inner.online_module

@@ -99,6 +99,11 @@ class ServedTeacher(PackedTeacher):
         self._is_connected = False
 
     @property
+    def computes_elsewhere(self) -> bool:
+        """Always: on the server."""
+        return True
+
+    @property
     def arguments(self) -> Mapping[str, Any]:
         """Address and request settings."""
         return self._arguments

@@ -71,6 +71,11 @@ class SeveralTeachers(Teacher):
         return tuple(source for member in self.members for source in member.own_sources)
 
     @property
+    def computes_elsewhere(self) -> bool:
+        """Whether any member's does."""
+        return any(member.computes_elsewhere for member in self.members)
+
+    @property
     def online_module(self) -> OnlineModuleSettings | None:
         """Settings of the members' trained parameters."""
         found = (member.online_module for member in self.members)

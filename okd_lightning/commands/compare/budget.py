@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast, get_args
 
@@ -66,19 +67,19 @@ class Budget:
         steps = int(self.amount) if self.unit == "steps" else -1
         return ["--trainer.max_steps", str(steps), "--trainer.max_epochs", "-1"]
 
-    def refusal(self, device: torch.device, has_engine: bool) -> str | None:
+    def refusal(self, device: torch.device, servers: Sequence[str]) -> str | None:
         """Return why this budget would not be equal for runs that compute elsewhere; None if it is.
 
         Args:
             device: Where the models are.
-            has_engine: Whether another program generates the student's responses.
+            servers: Options whose models another program computes.
         """
-        if self.unit != "cpu_seconds" or (device.type == "cpu" and not has_engine):
+        if self.unit != "cpu_seconds" or (device.type == "cpu" and not servers):
             return None
-        other = "--model.engine" if has_engine else f"the {device.type} device"
+        others = " and ".join(servers) or f"the {device.type} device"
         return (
             f"--budget {self} counts CPU seconds of the process that trains, which do not include "
-            f"what {other} computes: give --budget seconds=N, on a machine without other jobs"
+            f"those of {others}: give --budget seconds=N, on a machine without other jobs"
         )
 
     def is_spent(self, trainer: lightning.Trainer) -> bool:

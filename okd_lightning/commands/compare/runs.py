@@ -104,7 +104,13 @@ def check_entry(entry: Entry, plan: Plan) -> None:
             "file, a folder or a hub id"
         )
     device = cli.trainer.strategy.root_device
-    refusal = plan.budget and plan.budget.refusal(device, cli.model.pair.engine is not None)
+    pair = cli.model.pair
+    elsewhere = {
+        "--model.engine": pair.engine is not None,
+        "the server of --model.teacher": pair.teacher.computes_elsewhere,
+    }
+    servers = [name for name, is_there in elsewhere.items() if is_there]
+    refusal = plan.budget and plan.budget.refusal(device, servers)
     if refusal:
         raise ConfigError(refusal)
     budget, schedule = plan.budget, cli.model.optimization.given.schedule

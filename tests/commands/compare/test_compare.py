@@ -23,6 +23,7 @@ from cli_workbench import QUIET, read_metrics, write_jsonl
 
 from okd_lightning.commands.compare.budget import Budget
 from okd_lightning.commands.compare.entries import read_entries
+from okd_lightning.teachers import ForeignTeacher, LoadedTeacher, RoutedTeachers, ServedTeacher
 
 ENGINE = ["--model.engine", "VLLMServer", "--model.engine.url", "http://127.0.0.1:9"]
 ENGINE += ["--model.engine.sync_folder", "weights"]
@@ -210,7 +211,7 @@ def test_killed_after_the_last_step(compare, budget):
         (["--methods", "KD", "--budget", "cpu_seconds=0"], "cpu_seconds=N"),
         (
             ["--methods", "GKD", "--budget", "cpu_seconds=9", *ENGINE],
-            "what --model.engine computes: give --budget seconds=N",
+            "those of --model.engine: give --budget seconds=N",
         ),
         (["--methods", "KD", "--budget", "steps=1", "--trainer.max_steps", "3"], "give one of"),
         (["--methods", "KD", "--data.bach_size", "3"], "did you mean --data.batch_size"),
@@ -291,9 +292,20 @@ def test_budget_text_is_read_back():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_cpu_seconds_do_not_count_a_gpu(device):
-    refused = Budget.parse("cpu_seconds=60").refusal(torch.device(device), has_engine=False)
+    refused = Budget.parse("cpu_seconds=60").refusal(torch.device(device), [])
     assert bool(refused) == (device == "cuda")
-    assert Budget.parse("seconds=60").refusal(torch.device(device), has_engine=True) is None
+    assert Budget.parse("seconds=60").refusal(torch.device(device), ["--model.engine"]) is None
+
+
+def test_cpu_seconds_do_not_count_servers():
+    served = ServedTeacher("http://x:1")
+    routed = RoutedTeachers({name: ServedTeacher("http://x:1") for name in "ab"})
+    assert all(teacher.computes_elsewhere for teacher in (served, routed))
+    assert ForeignTeacher(served, "tokenizer").computes_elsewhere
+    assert not LoadedTeacher("folder").computes_elsewhere
+    refused = Budget.parse("cpu_seconds=60").refusal(torch.device("cpu"), ["the server"])
+    assert refused is not None
+    assert "those of the server: give --budget seconds=N" in refused
 
 
 def test_paths_are_labelled_by_class():
