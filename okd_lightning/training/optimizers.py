@@ -118,7 +118,8 @@ def build_optimizer(
     if factory is not None:
         return called(factory, filled)
     devices = {p.device.type for group in filled for p in group["params"]}
-    return AdamW(filled, fused=not has_scaler and devices <= _FUSED_DEVICES)
+    fuses = not has_scaler and devices <= _FUSED_DEVICES
+    return AdamW(filled, fused=fuses or None)  # False would also exclude torch's foreach kernels
 
 
 def called(factory: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimizer:
