@@ -108,12 +108,23 @@ def test_adamw_is_one_kernel_unless_the_loss_is_scaled():
     for has_scaler in (False, True):
         weights = [torch.nn.Parameter(torch.linspace(-1, 1, 35).reshape(5, 7))]
         optimizer = build_optimizer(weights, [], 1e-2, 0.1, has_scaler=has_scaler)
-        assert [group["fused"] for group in optimizer.param_groups] == [None if has_scaler else True]
+        assert [group["fused"] for group in optimizer.param_groups] == [
+            None if has_scaler else True
+        ]
         for step in range(3):
             weights[0].grad = torch.cos(weights[0].detach() * (step + 1))
             optimizer.step()
         trained[has_scaler] = weights[0].detach()
     torch.testing.assert_close(trained[True], trained[False], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("optimizer", [None, partial(AdamW, fused=True)])
+def test_a_fused_optimizer_clips_in_mixed_precision(optimizer, tmp_path, make_module):
+    module = make_module(optimizer=optimizer, learning_rate=1e-2)
+    settings = {"max_steps": 1, "precision": "bf16-mixed", "gradient_clip_val": 1.0}
+    seen, trainer = train(tmp_path, module, **settings)
+    assert trainer.global_step == 1
+    assert all(group["fused"] for group in seen[0].values())
 
 
 def test_the_online_modules_group(tmp_path, make_module, lora):
