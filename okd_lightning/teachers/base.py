@@ -112,7 +112,7 @@ class Teacher(ABC):
 
     @property
     def computes_elsewhere(self) -> bool:
-        """Whether a program on a server computes its passes, whose CPU time a run cannot count."""
+        """True if a server computes its passes, whose CPU time a run cannot count."""
         return False
 
     @property

@@ -72,7 +72,7 @@ class SeveralTeachers(Teacher):
 
     @property
     def computes_elsewhere(self) -> bool:
-        """Whether any member's does."""
+        """True if any member's passes are computed on a server."""
         return any(member.computes_elsewhere for member in self.members)
 
     @property
