@@ -77,9 +77,9 @@ def _cut_below(logits: Tensor, floor: Tensor) -> Tensor:
 
 
 def _nucleus_floor(logits: Tensor, likeliest: Tensor | None, top_p: float) -> Tensor:
-    """Compute the smallest logit in the top-p set, [rows, 1].
+    """Return each row's smallest logit that top-p sampling keeps, as [rows, 1].
 
-    The set has the fewest ids whose probabilities sum to ``top_p``.
+    Top-p sampling keeps the fewest ids whose probabilities sum to ``top_p``.
 
     Args:
         logits: [rows, vocab].

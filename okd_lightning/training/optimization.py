@@ -117,7 +117,6 @@ class OptimizerBuilder:
         """Build one optimizer over the student and the online module, each with its schedule."""
         given, teacher, trainer = self.given, run.pair.teacher, run.trainer
         online, online_parameters = teacher.online_module, teacher.trained_parameters()
-        has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
         optimizer = build_optimizer(
             trained(run.student),
             online_parameters,
@@ -126,11 +125,10 @@ class OptimizerBuilder:
             online.learning_rate if online is not None else None,
             given.optimizer,
             trained(run.projectors),
-            has_scaler=has_scaler,
         )
-        if not has_scaler:
-            # torch's mark of fused optimizers, with which Lightning clips in no mixed precision
-            vars(optimizer)["_step_supports_amp_scaling"] = False
+        # torch's mark of fused optimizers, with which Lightning refuses to clip in mixed precision;
+        # without it a loss scaler unscales before the clipping, as for any optimizer
+        vars(optimizer)["_step_supports_amp_scaling"] = False
         if given.lr_scheduler is not None:
             if online is not None:
                 named = {"schedule": online.schedule, "warmup_steps": online.warmup_steps}

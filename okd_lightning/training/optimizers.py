@@ -74,13 +74,11 @@ def build_optimizer(
     online_learning_rate: float | None = None,
     factory: OptimizerCallable | None = None,
     projectors: Iterable[Parameter] = (),
-    has_scaler: bool = False,
 ) -> Optimizer:
     """Build AdamW, or the optimizer of ``factory``, over the trainable parameters of both sides.
 
     AdamW runs as one kernel per parameter where torch has one for the device: each state is read
-    once, without a temporary copy. With a loss scaler it does not, because it would then apply the
-    scale itself, after clipping.
+    once, without a temporary copy.
 
     The groups are named ``student/decay``, ``student/no_decay`` and ``online_module``; each holds
     its own learning rate and weight decay, so that these apply to any optimizer.
@@ -93,7 +91,6 @@ def build_optimizer(
         online_learning_rate: The online module's learning rate; None for the student's.
         factory: Builds another optimizer from the groups.
         projectors: Projectors between hidden states: the student's rate, no weight decay.
-        has_scaler: Whether the run scales its loss (precision 16-mixed).
 
     Raises:
         ConfigError: ``factory`` cannot be called with parameter groups, or weights to be trained
@@ -118,8 +115,8 @@ def build_optimizer(
     if factory is not None:
         return called(factory, filled)
     devices = {p.device.type for group in filled for p in group["params"]}
-    fuses = not has_scaler and devices <= _FUSED_DEVICES
-    return AdamW(filled, fused=fuses or None)  # False would also exclude torch's foreach kernels
+    # False would also exclude torch's foreach kernels
+    return AdamW(filled, fused=devices <= _FUSED_DEVICES or None)
 
 
 def called(factory: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimizer:

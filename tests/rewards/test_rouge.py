@@ -1,4 +1,4 @@
-"""Tests of the reward ``RougeL``.
+"""``RougeL`` against the ``rouge_score`` package and on other scripts.
 
 Frozen: on ASCII text, with and without stems, it is the ``rouge_score`` package's; the best of
 several references counts; texts of other scripts are compared by their own words.

@@ -122,7 +122,7 @@ OWN = {
 @pytest.mark.filterwarnings("ignore:.*is not its gradient")
 @pytest.mark.parametrize("name", OWN)
 def test_what_the_student_draws_has_the_advantage_by_the_teacher_itself(name, train):
-    """Advantages through a server equal those with the teacher in memory, for any k.
+    """A served teacher and the same model in memory give the same advantage, for any k.
 
     Ids without a token are an exception: the server reports them among the k + 8 likeliest alone.
     """
